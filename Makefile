@@ -1,0 +1,34 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: sweep train test lint check slow bench clean
+
+sweep: .venv/experiments
+	$(BIN)/python -m experiments sweep
+
+train: .venv/experiments
+	$(BIN)/python -m experiments train
+
+test: .venv/dev
+	$(BIN)/python -m pytest
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+slow: .venv/dev
+	$(BIN)/python -m pytest -m slow
+
+check: test lint slow
+
+bench: .venv/dev
+	$(BIN)/python -m pytest bench --benchmark-only --override-ini=addopts=
+
+clean:
+	rm -rf .venv runs
+
+.venv/%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@

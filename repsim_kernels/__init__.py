@@ -1,0 +1,81 @@
+"""Kernels for comparing neural representations, and for every ablation of one at the cost of one.
+
+The public names are loaded at first use: importing this package imports no framework.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+#: The operations by family: the same file name in ops, reference, kernels and tests.
+OPERATIONS = {
+    "gram": ("centered_gram", "cell_grams"),
+    "cells": ("class_means", "selectivity_grid"),
+    "cka": ("cka",),
+    "cca": ("cca", "svcca", "pwcca"),
+    "procrustes": ("procrustes", "procrustes_distance"),
+    "rsa": ("rsa",),
+    "pairwise": ("pairwise",),
+    "ablation": ("ablation_distances",),
+    "probe": ("ablation_decodability",),
+}
+_ERRORS = (
+    "RepsimError",
+    "ShapeError",
+    "DtypeError",
+    "NonFiniteError",
+    "ConstantError",
+    "CellError",
+    "LabelError",
+    "OptionError",
+    "DeviceError",
+    "LayerError",
+    "BackendUnavailable",
+)
+_WHERE = {
+    **{
+        name: f"repsim_kernels.ops.{module}"
+        for module, names in OPERATIONS.items()
+        for name in names
+    },
+    **{name: "repsim_kernels.errors" for name in _ERRORS},
+    "show_config": "repsim_kernels._dispatch",
+    "DegenerateWarning": "repsim_kernels.errors",
+}
+
+__all__ = sorted(_WHERE)
+
+if TYPE_CHECKING:
+    from repsim_kernels._dispatch import show_config as show_config
+    from repsim_kernels.errors import *  # noqa: F403
+    from repsim_kernels.ops.ablation import ablation_distances as ablation_distances
+    from repsim_kernels.ops.cca import cca as cca
+    from repsim_kernels.ops.cca import pwcca as pwcca
+    from repsim_kernels.ops.cca import svcca as svcca
+    from repsim_kernels.ops.cells import class_means as class_means
+    from repsim_kernels.ops.cells import selectivity_grid as selectivity_grid
+    from repsim_kernels.ops.cka import cka as cka
+    from repsim_kernels.ops.gram import cell_grams as cell_grams
+    from repsim_kernels.ops.gram import centered_gram as centered_gram
+    from repsim_kernels.ops.pairwise import pairwise as pairwise
+    from repsim_kernels.ops.probe import ablation_decodability as ablation_decodability
+    from repsim_kernels.ops.procrustes import procrustes as procrustes
+    from repsim_kernels.ops.procrustes import procrustes_distance as procrustes_distance
+    from repsim_kernels.ops.rsa import rsa as rsa
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        module = _WHERE[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,328 @@
+"""The checks of every public argument."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from repsim_kernels import _arrays
+from repsim_kernels._arrays import Array
+from repsim_kernels.errors import (
+    CellError,
+    ConstantError,
+    DeviceError,
+    DtypeError,
+    LabelError,
+    NonFiniteError,
+    OptionError,
+    RepsimError,
+    ShapeError,
+)
+
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+_LARGEST, _SMALLEST = 1e70, 1e-70
+
+
+def _dtype(a: Array) -> str:
+    return str(a.dtype).removeprefix("torch.")
+
+
+def _real(a: Array, name: str) -> Array:
+    """Check that an array holds real numbers; integers and booleans become float64."""
+    dtype = _dtype(a)
+    if dtype in _FLOATS:
+        return a
+    if dtype == "bool" or re.fullmatch(r"u?int\d+", dtype):
+        return a.double() if _arrays.kind(a) == "torch" else a.astype("float64")
+    raise DtypeError(
+        f"{name}: dtype {dtype}; expected real numbers ({', '.join(_FLOATS)}, integers)"
+    )
+
+
+def _finite(a: Array, name: str) -> None:
+    # The order of the elements does not matter here, and reductions are fastest over dense memory.
+    dense = a if _arrays.kind(a) != "torch" or a.is_contiguous() else a.mT
+    low, high = (float(v) for v in (dense.min(), dense.max()))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        flat = _arrays.to_numpy(a)
+        bad = int((~np.isfinite(flat)).sum())
+        where = tuple(int(i) for i in np.argwhere(~np.isfinite(flat))[0])
+        raise NonFiniteError(
+            f"{name}: {bad} of {flat.size} values are NaN or infinite (the first at index "
+            f"{where}); expected finite numbers"
+        )
+    largest = max(-low, high)
+    if largest > _LARGEST or 0 < largest < _SMALLEST:
+        raise NonFiniteError(
+            f"{name}: the largest magnitude is {largest:.3g}; expected between {_SMALLEST:g} and "
+            f"{_LARGEST:g}, where squares of Gram matrices fit float64 (rescale it)"
+        )
+
+
+def _constant(x: Array) -> bool:
+    """Whether any matrix of x (…, n, p) has all rows equal; it seldom reads many columns."""
+    p = x.shape[-1]
+    constant = True
+    start, width = 0, 16
+    while start < p:
+        block = x[..., start : start + width]
+        constant = constant & (block == block[..., :1, :]).all(-1).all(-1)
+        if not bool(constant.any()):
+            return False
+        start, width = start + width, width * 4
+    return True
+
+
+def representation(
+    x: Any, name: str = "x", *, least: int = 2, constant: bool = False, batch: bool = True
+) -> Array:
+    """Check one representation (…, n, p): n >= `least`, p >= 1, real, finite, not constant."""
+    x = _arrays.asarray(x, name)
+    if x.ndim < 2 or (x.ndim > 2 and not batch):
+        expected = "(…, n, p)" if batch else "(n, p)"
+        raise ShapeError(f"{name}: shape {tuple(x.shape)}; expected {expected}: stimuli x neurons")
+    n, p = x.shape[-2:]
+    if n < least:
+        raise ShapeError(
+            f"{name}: {n} stimuli in shape {tuple(x.shape)}; expected at least {least}"
+        )
+    if p < 1:
+        raise ShapeError(f"{name}: no neurons in shape {tuple(x.shape)}; expected at least 1")
+    if 0 in x.shape:
+        raise ShapeError(f"{name}: an empty batch, shape {tuple(x.shape)}; expected at least 1")
+    x = _real(x, name)
+    _finite(x, name)
+    if not constant and _constant(x):
+        raise ConstantError(
+            f"{name}: the representation is the same for every stimulus; expected at least two "
+            "different rows, since a zero Gram matrix has no similarity"
+        )
+    return x
+
+
+def _same_place(a: Array, b: Array, name_a: str, name_b: str) -> None:
+    here = (_arrays.kind(a), _arrays.device(a))
+    there = (_arrays.kind(b), _arrays.device(b))
+    if here != there:
+        raise DeviceError(
+            f"{name_b}: a {there[0]} array on {there[1]}, but {name_a} is a {here[0]} array on "
+            f"{here[1]}; expected both of one library on one device"
+        )
+
+
+def pair(x: Any, y: Any, *, least: int = 2) -> tuple[Array, Array]:
+    """Check two representations of the same stimuli, (…, n, p) and (…, n, q)."""
+    x = representation(x, "x", least=least)
+    y = representation(y, "y", least=least)
+    _same_place(x, y, "x", "y")
+    _same_stimuli(x, y, "x", "y")
+    try:
+        np.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    except ValueError:
+        raise ShapeError(
+            f"y: batch dimensions {tuple(y.shape[:-2])}, but x has {tuple(x.shape[:-2])}; expected "
+            "shapes that broadcast"
+        ) from None
+    return x, y
+
+
+def _same_stimuli(a: Array, b: Array, name_a: str, name_b: str) -> None:
+    if a.shape[-2] != b.shape[-2]:
+        raise ShapeError(
+            f"{name_b}: {b.shape[-2]} stimuli, but {name_a} has {a.shape[-2]}; expected the same "
+            "stimuli in the same order"
+        )
+
+
+def representations(
+    xs: Any, name: str, *, least: int = 2, like: Array | None = None
+) -> list[Array]:
+    """Check a sequence of representations (n, p_i) of the same stimuli (those of `like`)."""
+    try:
+        items = list(xs)
+    except TypeError:
+        raise ShapeError(
+            f"{name}: {type(xs).__name__}; expected a list of arrays (n, p_i)"
+        ) from None
+    if not items:
+        raise ShapeError(f"{name}: an empty list; expected at least one array (n, p)")
+    out = [representation(x, f"{name}[{i}]", least=least, batch=False) for i, x in enumerate(items)]
+    first, first_name = (out[0], f"{name}[0]") if like is None else (like, "xs[0]")
+    for i, x in enumerate(out):
+        _same_place(first, x, first_name, f"{name}[{i}]")
+        _same_stimuli(first, x, first_name, f"{name}[{i}]")
+    return out
+
+
+def _integers(a: Any, name: str, error: type[RepsimError]) -> np.ndarray[Any, Any]:
+    values = _arrays.to_numpy(_arrays.asarray(a, name))
+    if values.dtype.kind not in "iub" and values.size:
+        raise DtypeError(f"{name}: dtype {values.dtype}; expected integers")
+    if values.dtype.kind == "u" and values.size and values.max() > np.iinfo(np.int64).max:
+        raise error(f"{name}: {values.max()} does not fit a signed 64-bit integer")
+    return values
+
+
+def cells(cells: Any, p: int, n_cells: int | None = None) -> tuple[np.ndarray[Any, Any], int]:
+    """Check cells of p neurons: labels (p,) as int64, or a boolean membership (C, p)."""
+    values = _integers(cells, "cells", CellError)
+    if values.dtype.kind == "b" and values.ndim == 2:
+        if values.shape[1] != p:
+            raise CellError(
+                f"cells: a membership of shape {values.shape}; expected (C, {p}), p of x"
+            )
+        if n_cells is not None and n_cells != len(values):
+            raise CellError(f"n_cells: {n_cells}, but cells has {len(values)} rows")
+        return values, len(values)
+    if values.shape != (p,):
+        raise CellError(
+            f"cells: shape {values.shape}, dtype {values.dtype}; expected integer labels ({p},), "
+            f"one for each neuron of x, or a boolean membership (C, {p})"
+        )
+    if values.dtype.kind == "b":
+        raise CellError(
+            f"cells: boolean labels ({p},); expected integers, or a membership (C, {p})"
+        )
+    labels = values.astype(np.int64)
+    low, high = int(labels.min()), int(labels.max())
+    if n_cells is None:
+        n_cells = max(high + 1, 0)
+    elif not isinstance(n_cells, (int, np.integer)) or n_cells < 0:
+        raise CellError(f"n_cells: {n_cells!r}; expected a whole number of at least 0")
+    if low < -1 or high >= n_cells:
+        wrong = low if low < -1 else high
+        raise CellError(
+            f"cells: label {wrong} is out of range; expected 0 … {n_cells - 1}, or -1 for no cell"
+        )
+    return labels, int(n_cells)
+
+
+def labels(labels: Any, n: int, target: Any = None) -> np.ndarray[Any, Any]:
+    """Check class labels (n,), and that `target`, if given, is one class of at least two."""
+    values = _integers(labels, "labels", LabelError)
+    if values.shape != (n,):
+        raise LabelError(
+            f"labels: shape {values.shape}; expected ({n},), one for each stimulus of x"
+        )
+    values = values.astype(np.int64)
+    present = np.unique(values)
+    if target is not None:
+        if isinstance(target, (bool, np.bool_)) or not isinstance(target, (int, np.integer)):
+            raise LabelError(f"target: {target!r}; expected an integer label")
+        if target not in present:
+            some = ", ".join(str(v) for v in present[:10])
+            raise LabelError(f"target: no stimulus has label {target}; labels has {some}")
+    if len(present) < 2:
+        raise LabelError(f"labels: only class {present[0]}; expected at least two classes")
+    return values
+
+
+def classes(labels: Any, n: int, n_classes: int | None) -> tuple[np.ndarray[Any, Any], int]:
+    """Check class labels 0 … k - 1 (n,), each class with a stimulus."""
+    values = _integers(labels, "labels", LabelError)
+    if values.shape != (n,):
+        raise LabelError(
+            f"labels: shape {values.shape}; expected ({n},), one for each stimulus of x"
+        )
+    values = values.astype(np.int64)
+    k = int(values.max()) + 1 if n_classes is None else n_classes
+    if not isinstance(k, (int, np.integer)) or values.min() < 0 or values.max() >= k:
+        raise LabelError(
+            f"labels: values {values.min()} … {values.max()}, n_classes {k!r}; expected them in "
+            "0 … n_classes - 1"
+        )
+    empty = np.flatnonzero(np.bincount(values, minlength=k) == 0)
+    if len(empty):
+        raise LabelError(
+            f"labels: class {empty[0]} has no stimulus; expected every class 0 … {k - 1}"
+        )
+    return values, int(k)
+
+
+def option(value: Any, name: str, known: Iterable[str]) -> str:
+    """Check that an option is one of the known names."""
+    known = tuple(known)
+    if value not in known:
+        raise OptionError(f"{name}: {value!r}; expected one of {', '.join(map(repr, known))}")
+    return str(value)
+
+
+def number(
+    value: Any, name: str, *, low: float, high: float = math.inf, above: bool = False
+) -> float:
+    """Check that an option is a finite number of at least `low` (above it, if `above`)."""
+    ok = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if (
+        not ok
+        or not math.isfinite(value)
+        or value > high
+        or value < low
+        or (above and value == low)
+    ):
+        bound = f"above {low:g}" if above else f"of at least {low:g}"
+        upper = f" and at most {high:g}" if math.isfinite(high) else ""
+        raise OptionError(f"{name}: {value!r}; expected a finite number {bound}{upper}")
+    return float(value)
+
+
+def shrinkage(ridge: Any, penalty: Any) -> tuple[float, float]:
+    """Check `ridge` and `penalty`, of which at most one may be set."""
+    ridge, penalty = number(ridge, "ridge", low=0), number(penalty, "penalty", low=0)
+    if ridge and penalty:
+        raise OptionError(f"ridge: {ridge:g} beside penalty={penalty:g}; expected one or the other")
+    return ridge, penalty
+
+
+def bandwidth(kernel: Any, sigma: Any) -> float | None:
+    """Check `kernel` and its `sigma`: a fraction of the median distance, for "rbf" only."""
+    option(kernel, "kernel", ("linear", "rbf"))
+    if kernel == "linear":
+        if sigma is not None:
+            raise OptionError(
+                f"sigma: {sigma!r} with kernel='linear'; expected None, or kernel='rbf'"
+            )
+        return None
+    return 1.0 if sigma is None else number(sigma, "sigma", low=0, above=True)
+
+
+def options(values: Any, name: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Check a sequence of names, of which each is known."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise OptionError(f"{name}: {values!r}; expected a sequence of names")
+    return tuple(dict.fromkeys(option(value, name, known) for value in values))
+
+
+def grid(value: Any) -> tuple[int, int]:
+    """Check a grid of cells: two whole numbers of at least 1."""
+    sides = tuple(value) if isinstance(value, Iterable) else ()
+    whole = all(isinstance(k, (int, np.integer)) and k >= 1 for k in sides)
+    if len(sides) != 2 or not whole:
+        raise OptionError(f"grid: {value!r}; expected two whole numbers of at least 1, as (4, 4)")
+    return int(sides[0]), int(sides[1])
+
+
+def rsa_options(distance: Any, compare: Any) -> tuple[str, str]:
+    """Check the options of rsa."""
+    known = ("euclidean", "sqeuclidean", "correlation", "cosine")
+    return (
+        option(distance, "distance", known),
+        option(compare, "compare", ("spearman", "pearson", "cosine")),
+    )
+
+
+NO_CKA = "x or y: nothing is left of its kernel matrix after centring; expected stimuli that differ"
+NO_RSA = (
+    "x or y: its distances are all equal, or (for 'correlation' and 'cosine') a stimulus is "
+    "constant or zero; expected distances that differ"
+)
+
+
+def defined(value: Array, why: str) -> Array:
+    """Give a result back, or raise ConstantError where it is not defined."""
+    if bool((value != value).any()):
+        raise ConstantError(why)
+    return value

@@ -1,0 +1,134 @@
+"""Which function serves an operation on which backend: one table, and the way through it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from repsim_kernels import OPERATIONS, _arrays
+from repsim_kernels._arrays import Array
+from repsim_kernels.errors import BackendUnavailable, OptionError
+
+BACKENDS = ("reference", "torch", "triton", "cupy")
+
+_FAMILY = {op: family for family, ops in OPERATIONS.items() for op in ops}
+TABLE: dict[tuple[str, str], str] = {
+    **{(op, "reference"): f"repsim_kernels.reference.{f}:{op}" for op, f in _FAMILY.items()},
+    **{(op, "torch"): f"repsim_kernels.kernels.torch.{f}:{op}" for op, f in _FAMILY.items()},
+}
+
+_TAKES_BATCHES = {
+    (op, "torch")
+    for op in ("centered_gram", "cka", "cca", "svcca", "pwcca", "procrustes", "procrustes_distance")
+}
+
+
+@functools.cache
+def _load(operation: str, backend: str) -> Callable[..., Any]:
+    module, _, name = TABLE[operation, backend].partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def unavailable(backend: str) -> str | None:
+    """Why a backend can't serve anything on this machine; None if it can."""
+    if backend == "triton":
+        return "no operation has a Triton kernel yet"
+    if backend == "cupy":
+        return "no operation has a CuPy kernel yet"
+    if backend == "torch" and importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
+    return None
+
+
+def choose(operation: str, backend: str | None) -> str:
+    """The backend that serves an operation: `backend`, else REPSIM_BACKEND, else torch."""
+    named = backend or os.environ.get("REPSIM_BACKEND") or None
+    if named is None:
+        return "torch"
+    if named not in BACKENDS:
+        source = "backend" if backend else "REPSIM_BACKEND"
+        raise OptionError(f"{source}: {named!r}; expected one of {', '.join(map(repr, BACKENDS))}")
+    if (operation, named) not in TABLE:
+        why = unavailable(named) or "it has no kernel for this operation"
+        raise BackendUnavailable(f"backend {named!r} can't serve {operation}: {why}")
+    return named
+
+
+def call(operation: str, backend: str | None, *xs: Array, **options: Any) -> Any:
+    """Run an operation on representations `xs` (…, n, p); the result is of their kind.
+
+    Where the kernel takes no batches, the leading dimensions are looped over and the results
+    stacked. `options` go to the kernel as they are.
+    """
+    chosen = choose(operation, backend)
+    function = _load(operation, chosen)
+    convert = _arrays.to_numpy if chosen == "reference" else _arrays.to_torch
+    arrays = [convert(x) for x in xs]
+    with np.errstate(divide="ignore", invalid="ignore"):  # NaN says that a value is not defined
+        if (operation, chosen) in _TAKES_BATCHES:
+            result = function(*arrays, **options)
+        else:
+            result = _over_batches(function, arrays, options)
+    return _arrays.like(result, xs[0])
+
+
+def call_lists(
+    operation: str, backend: str | None, *lists: Sequence[Array] | None, **options: Any
+) -> Any:
+    """Run an operation on lists of representations; the result is of their kind."""
+    chosen = choose(operation, backend)
+    convert = _arrays.to_numpy if chosen == "reference" else _arrays.to_torch
+    arrays = [None if xs is None else [convert(x) for x in xs] for xs in lists]
+    assert lists[0] is not None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        result = _load(operation, chosen)(*arrays, **options)
+    return _arrays.like(result, lists[0][0])
+
+
+def _over_batches(function: Callable[..., Any], arrays: list[Any], options: dict[str, Any]) -> Any:
+    lead = np.broadcast_shapes(*(a.shape[:-2] for a in arrays))
+    if not lead:
+        return function(*arrays, **options)
+    whole = [
+        a.expand(lead + a.shape[-2:])
+        if _arrays.kind(a) == "torch"
+        else np.broadcast_to(a, lead + a.shape[-2:])
+        for a in arrays
+    ]
+    results = [function(*(a[i] for a in whole), **options) for i in np.ndindex(*lead)]
+    return _stack(results, lead)
+
+
+def _stack(results: list[Any], lead: tuple[int, ...]) -> Any:
+    if isinstance(results[0], dict):
+        return {key: _stack([r[key] for r in results], lead) for key in results[0]}
+    if _arrays.kind(results[0]) == "torch":
+        import torch
+
+        return torch.stack(results).reshape(lead + results[0].shape)
+    return np.stack(results).reshape(lead + np.shape(results[0]))
+
+
+def show_config() -> None:
+    """Print the versions, the devices and which backends are usable, or why they are not."""
+    import torch
+
+    import repsim_kernels
+
+    versions = {"repsim_kernels": repsim_kernels, "numpy": np, "torch": torch}
+    print(", ".join(f"{name} {module.__version__}" for name, module in versions.items()))
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    print(f"threads {torch.get_num_threads()}, CUDA device: {cuda}")
+    for backend in BACKENDS:
+        reason = unavailable(backend)
+        count = sum(b == backend for _, b in TABLE)
+        print(
+            f"  {backend:<10}"
+            + (f"usable, {count} operations" if reason is None else f"no: {reason}")
+        )

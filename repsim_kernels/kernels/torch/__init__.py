@@ -1,0 +1,1 @@
+"""Implementations on vendor libraries (BLAS, LAPACK, cuBLAS, cuSOLVER) through PyTorch."""

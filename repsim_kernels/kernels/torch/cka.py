@@ -1,0 +1,85 @@
+"""Centred kernel alignment."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from repsim_kernels.kernels.torch import gram
+
+_EPS = torch.finfo(torch.float64).eps
+
+
+def cka(x: Tensor, y: Tensor, *, debiased: bool, kernel: str, sigma: float | None) -> Tensor:
+    if kernel == "linear" and on_features([x.shape[-1]], [y.shape[-1]], x.shape[-2]):
+        a, b = gram.centre(x), gram.centre(y)
+        xy, xx, yy = (feature_product(*pair, debiased) for pair in ((a, b), (a, a), (b, b)))
+    else:
+        a, b = (vector_kernel(z, debiased, kernel, sigma) for z in (x, y))
+        xy, xx, yy = ((u * v).sum((-2, -1)) for u, v in ((a, b), (a, a), (b, b)))
+    return xy / (xx * yy).sqrt()
+
+
+def on_features(p: list[int], q: list[int], n: int) -> bool:
+    """Whether products over features cost less than Gram matrices, for all pairs of p and q.
+
+    Operations by n: Σ p_i q_j and the squares of each side, against n Σ p_i for the Grams and n for
+    the product of each pair.
+    """
+    features = sum(p) * sum(q) + sum(k * k for k in p) + sum(k * k for k in q)
+    return features < n * (sum(p) + sum(q)) + n * len(p) * len(q)
+
+
+def feature_product(a: Tensor, b: Tensor, debiased: bool) -> Tensor:
+    """⟨K, L⟩ of the Grams of centred features a (…, n, p) and b (…, n, q), without the Grams.
+
+    Debiased, it is that of the U-centred Grams, n(n - 3) HSIC₁; the rows of the Grams sum to zero.
+    """
+    product = (a.mT @ b).square().sum((-2, -1))
+    if not debiased:
+        return product
+    n = a.shape[-2]
+    d, e = a.square().sum(-1), b.square().sum(-1)
+    left = product - (d * e).sum(-1) * n / (n - 2) + d.sum(-1) * e.sum(-1) / ((n - 1) * (n - 2))
+    return _beyond(left, n * _EPS * product) if a is b else left
+
+
+def vector_kernel(x: Tensor, debiased: bool, kernel: str, sigma: float | None) -> Tensor:
+    """The kernel matrix (…, n, n) whose Frobenius cosines are CKA."""
+    if kernel == "linear":
+        k = gram.linear(x)
+    else:
+        assert sigma is not None
+        k = gram.rbf(x, sigma)
+        k = k if debiased else gram.double_centre(k)
+    if not debiased:
+        return k
+    u = gram.u_centre(k)
+    size = _beyond(u.square().sum((-2, -1)), rounding(k))
+    return u + 0 * size[..., None, None]
+
+
+def rounding(k: Tensor) -> Tensor:
+    """What rounding may leave of ‖U-centred K‖² where all stimuli are equally far apart."""
+    return (k.shape[-1] * _EPS) ** 2 * k.square().sum((-2, -1))
+
+
+def _beyond(value: Tensor, floor: Tensor) -> Tensor:
+    """NaN where a value is mere rounding: nothing is left to compare."""
+    return torch.where(value > floor, value, torch.nan)
+
+
+def cosine_distance(m: Tensor, whole: Tensor, complement: bool, floor: Tensor) -> Tensor:
+    """1 - CKA of the kernel matrices `whole` and `whole` less a part, without cancellation.
+
+    m (C, n, n) is the part, or what is left of the whole without it (`complement`): the smaller
+    of the two, so that what the whole does not explain of it keeps its digits. Exactly 0 for m = 0; NaN
+    where the squared norm of what is left of the whole is not above `floor`.
+    Source: METRICS, "CKA without cancellation".
+    """
+    ll = whole.square().sum()
+    gamma = (m * whole).sum((-2, -1)) / ll
+    left = gamma if complement else 1 - gamma
+    rr = (m - gamma[:, None, None] * whole).square().sum((-2, -1))
+    kk = _beyond(left.square() * ll + rr, floor)
+    return (rr / kk) / (1 + left * torch.sqrt(ll / kk))

@@ -1,0 +1,69 @@
+"""All pairs of two lists of representations, each Gram and each spectrum made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repsim_kernels.kernels.torch import cca, cka, gram, procrustes, rsa
+from repsim_kernels.kernels.torch.spectrum import Representation
+
+
+def pairwise(xs: list[Tensor], ys: list[Tensor] | None, *, metric: str, **options: Any) -> Tensor:
+    if metric == "rsa":
+        u = torch.stack([rsa.dissimilarities(x, **options) for x in xs])
+        v = u if ys is None else torch.stack([rsa.dissimilarities(y, **options) for y in ys])
+        return u @ v.mT
+    if metric == "cka":
+        return _cka(xs, ys, **options)
+    left = [Representation(x) for x in xs]
+    right = left if ys is None else [Representation(y) for y in ys]
+    function, symmetric = _COMPARE[metric]
+    out = torch.empty(len(left), len(right), dtype=torch.float64, device=xs[0].device)
+    for i, a in enumerate(left):
+        for j, b in enumerate(right):
+            done = ys is None and symmetric and j < i
+            out[i, j] = out[j, i] if done else function(a, b, **options)
+    return out
+
+
+_COMPARE: dict[str, tuple[Callable[..., Tensor], bool]] = {
+    "cca": (cca.mean_cca, True),
+    "svcca": (cca.mean_svcca, True),
+    "pwcca": (cca.weighted_cca, False),
+    "procrustes": (procrustes.similarity, True),
+    "procrustes_distance": (procrustes.distance, True),
+}
+
+
+def _cka(
+    xs: list[Tensor], ys: list[Tensor] | None, debiased: bool, kernel: str, sigma: float | None
+) -> Tensor:
+    n = xs[0].shape[0]
+    p, q = ([x.shape[1] for x in zs] for zs in (xs, xs if ys is None else ys))
+    if kernel == "linear" and cka.on_features(p, q, n):
+        left = [gram.centre(x) for x in xs]
+        right = left if ys is None else [gram.centre(y) for y in ys]
+        products = torch.stack(
+            [torch.stack([cka.feature_product(a, b, debiased) for b in right]) for a in left]
+        )
+        if ys is None:
+            norms = products.diagonal().sqrt()
+            return products / (norms[:, None] * norms)
+        own = [
+            torch.stack([cka.feature_product(a, a, debiased) for a in zs]) for zs in (left, right)
+        ]
+        return products / (own[0][:, None] * own[1]).sqrt()
+
+    def unit(zs: list[Tensor]) -> Tensor:
+        vectors = torch.empty(len(zs), n * n, dtype=torch.float64, device=zs[0].device)
+        for vector, z in zip(vectors, zs, strict=True):
+            vector.copy_(cka.vector_kernel(z, debiased, kernel, sigma).flatten())
+        return vectors.div_(torch.linalg.vector_norm(vectors, dim=1, keepdim=True))
+
+    a = unit(xs)
+    b = a if ys is None else unit(ys)
+    return a @ b.mT

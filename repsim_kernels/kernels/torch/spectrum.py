@@ -1,0 +1,97 @@
+"""The spectrum of a representation, in a basis without the vector of ones."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from repsim_kernels.kernels.torch import gram
+
+
+def to_complement(a: Tensor) -> Tensor:
+    """Qᵀa for a (…, n, m), Q an orthonormal basis of the complement of the ones: (…, n - 1, m)."""
+    n = a.shape[-2]
+    rest = a[..., 1:, :]
+    shift = a[..., :1, :] / math.sqrt(n) + rest.sum(-2, keepdim=True) / (n + math.sqrt(n))
+    return rest - shift
+
+
+def from_complement(a: Tensor) -> Tensor:
+    """Q a for a (…, n - 1, m): (…, n, m), with columns that sum to zero."""
+    n = a.shape[-2] + 1
+    total = a.sum(-2, keepdim=True)
+    return torch.cat([-total / math.sqrt(n), a - total / (n + math.sqrt(n))], dim=-2)
+
+
+def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (ascending) and eigenvectors of a symmetric float64 matrix (…, n, n)."""
+    if a.device.type == "cpu":
+        # OpenBLAS is 1.5 times as fast here as the MKL that PyTorch brings, on a Zen 4 processor.
+        w, v = np.linalg.eigh(a.numpy())
+        return torch.from_numpy(w), torch.from_numpy(v)
+    w, v = torch.linalg.eigh(a)
+    return w, v
+
+
+def positive(w: Tensor, n: int) -> Tensor:
+    """Which eigenvalues (…, r) of a Gram of n stimuli count for its rank."""
+    return w > n * torch.finfo(torch.float64).eps * w.amax(-1, keepdim=True)
+
+
+@dataclass
+class Representation:
+    """x (…, n, p) and what the metrics need of it, each made once.
+
+    Everything but `x` and `gram` lives in the n - 1 dimensions beside the vector of ones.
+    """
+
+    x: Tensor
+
+    @property
+    def n(self) -> int:
+        return self.x.shape[-2]
+
+    @property
+    def p(self) -> int:
+        return self.x.shape[-1]
+
+    @cached_property
+    def centred(self) -> Tensor:
+        return gram.centre(self.x)
+
+    @cached_property
+    def gram(self) -> Tensor:
+        return gram.linear(self.x)
+
+    @cached_property
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvectors (…, n - 1, r) and eigenvalues (…, r), descending; zero beyond the rank."""
+        if self.p < self.n:
+            u, s, _ = torch.linalg.svd(to_complement(self.centred), full_matrices=False)
+            w = s.square()
+        else:
+            w, u = eigh(to_complement(to_complement(self.gram).mT))
+            w, u = w.flip(-1), u.flip(-1)
+        keep = positive(w, self.n)
+        return u * keep[..., None, :], w * keep
+
+    @cached_property
+    def rank(self) -> Tensor:
+        return (self.spectrum[1] > 0).sum(-1)
+
+    @cached_property
+    def trace(self) -> Tensor:
+        return self.spectrum[1].sum(-1)
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """T (…, n - 1, min(p, n - 1)) with T Tᵀ the Gram."""
+        if self.p < self.n:
+            return to_complement(self.centred)
+        u, w = self.spectrum
+        return u * w.sqrt()[..., None, :]

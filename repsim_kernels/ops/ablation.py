@@ -1,0 +1,102 @@
+"""Every metric between a representation and each of its ablations."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from repsim_kernels import _check, _dispatch
+from repsim_kernels._arrays import Array
+from repsim_kernels.errors import DegenerateWarning
+
+METRICS = ("cka", "procrustes", "pwcca", "cca", "cca_squared", "svcca", "cka_debiased")
+
+
+def ablation_distances(
+    x: Any,
+    cells: Any,
+    *,
+    metrics: Sequence[str] = METRICS,
+    ridge: float = 0.1,
+    penalty: float = 0.0,
+    memory: int | None = None,
+    backend: str | None = None,
+) -> dict[str, Array]:
+    """Distances between a representation and each of its ablations, by every metric.
+
+    The original x is the first argument of each metric; the second is x with the neurons of one
+    cell set to zero (or left out: the same to each metric here).
+
+    Parameters
+    ----------
+    x : array, (…, n, p), float16 | bfloat16 | float32 | float64
+        Activations: n >= 2 stimuli (n >= 4 for "cka_debiased"), p >= 1 neurons, any strides.
+        Integers are taken as float64.
+    cells : integer array, (p,), or boolean array, (C, p)
+        Cell of each neuron, 0 … C - 1, or -1 for a neuron that is never ablated; or the membership
+        of cells that may overlap.
+    metrics : sequence of str
+        Among "cka", "cka_debiased", "procrustes" (the squared form), "pwcca", "cca",
+        "cca_squared" and "svcca" (99 % of the variance).
+    ridge : float
+        Relative ridge of cca, cca_squared and pwcca: κ = ridge · tr(K) / n on each side; ignored
+        where `penalty` > 0.
+    penalty : float
+        Absolute ridge κ of the same, on both sides, in x's units squared.
+    memory : int, optional
+        Bytes for the canonical variates that wait for a pass over x, 1 GiB unless given: with less
+        there are more passes for "pwcca". Beside it stand the Grams, 8 C n² bytes.
+    backend : {"reference", "torch"}, optional
+        What computes it; by default chosen by the kind and the device of x.
+
+    Returns
+    -------
+    distances : dict of str to array like x, (…, C), float64
+        1 - similarity, "procrustes" 2 - 2·similarity. A cell that is empty or dead (constant on
+        these stimuli) has exactly the self-distance, which is 0 without a ridge; a cell of
+        everything leaves no representation, and has NaN.
+
+    Raises
+    ------
+    ShapeError, DtypeError, NonFiniteError, ConstantError, CellError, OptionError,
+    BackendUnavailable
+
+    Warns
+    -----
+    DegenerateWarning
+        CCA without a ridge: the ablated neurons span a part of what the original's span, so that
+        every canonical correlation is 1 and every distance 0.
+
+    Notes
+    -----
+    One pass over x gives the Grams of all cells, 2 n² p operations whatever C is; CKA costs n² a
+    cell, the other metrics a few times n³; "pwcca" 2 C n² p more, in x's precision. No ablated copy
+    of x is made. Distances do not come from 1 minus a similarity near 1, and keep their digits
+    where they are small. Source: METRICS, "One original, many ablations".
+    """
+    names = _check.options(metrics, "metrics", METRICS)
+    ridge, penalty = (
+        _check.number(v, k, low=0) for v, k in ((ridge, "ridge"), (penalty, "penalty"))
+    )
+    memory = None if memory is None else int(_check.number(memory, "memory", low=1))
+    x = _check.representation(x, least=4 if "cka_debiased" in names else 2)
+    cells, n_cells = _check.cells(cells, x.shape[-1])
+    if not ridge and not penalty and {"cca", "cca_squared", "pwcca"} & set(names):
+        warnings.warn(
+            "without a ridge every canonical correlation between a representation and an ablation "
+            "of it is 1; pass ridge= or penalty=, or use svcca",
+            DegenerateWarning,
+            stacklevel=2,
+        )
+    return _dispatch.call(
+        "ablation_distances",
+        backend,
+        x,
+        cells=cells,
+        n_cells=n_cells,
+        metrics=names,
+        ridge=ridge,
+        penalty=penalty,
+        memory=memory,
+    )

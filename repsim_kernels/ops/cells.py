@@ -1,0 +1,96 @@
+"""Class means of neurons, and cells of neurons by selectivity and magnitude."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from repsim_kernels import _check, _dispatch
+from repsim_kernels._arrays import Array
+
+
+def class_means(
+    x: Any, labels: Any, *, n_classes: int | None = None, backend: str | None = None
+) -> Array:
+    """Mean activation of every neuron over the stimuli of each class.
+
+    Parameters
+    ----------
+    x : array, (…, n, p), float16 | bfloat16 | float32 | float64
+        Activations: n >= 1 stimuli, p >= 1 neurons, any strides. Integers are taken as float64.
+    labels : integer array, (n,)
+        Class of each stimulus, 0 … n_classes - 1.
+    n_classes : int, optional
+        Number of classes k; by default the largest label and one.
+    backend : {"reference", "torch"}, optional
+        What computes it; by default chosen by the kind and the device of x.
+
+    Returns
+    -------
+    means : array like x, (…, k, p), float64
+        In x's units.
+
+    Raises
+    ------
+    ShapeError, DtypeError, NonFiniteError, OptionError, BackendUnavailable
+    LabelError
+        Labels out of range or of the wrong length, or a class without a stimulus.
+
+    Notes
+    -----
+    Reads x once. Source: Morcos et al. 2018, the numerators of the selectivity index.
+    """
+    x = _check.representation(x, constant=True, least=1)
+    labels, n_classes = _check.classes(labels, x.shape[-2], n_classes)
+    return _dispatch.call("class_means", backend, x, labels=labels, n_classes=n_classes)
+
+
+def selectivity_grid(
+    x: Any,
+    labels: Any,
+    target: int,
+    *,
+    grid: tuple[int, int] = (4, 4),
+    backend: str | None = None,
+) -> Array:
+    """Cells of neurons by how selective for a class, and how active, they are.
+
+    With m_c a neuron's mean over the target's stimuli and m_o over the others, the neurons are cut
+    in ``grid[0]`` strips of equal count by selectivity (m_c - m_o)/√2, and each strip in
+    ``grid[1]`` of equal count by magnitude (m_c + m_o)/√2. Ties are broken by index.
+
+    Parameters
+    ----------
+    x : array, (…, n, p), float16 | bfloat16 | float32 | float64
+        Activations: n >= 2 stimuli, p >= 1 neurons, any strides. Integers are taken as float64.
+    labels : integer array, (n,)
+        Class of each stimulus; at least two classes.
+    target : int
+        The label of the class.
+    grid : (int, int)
+        Strips by selectivity, and parts of each by magnitude.
+    backend : {"reference", "torch"}, optional
+        What computes it; by default chosen by the kind and the device of x.
+
+    Returns
+    -------
+    cells : array like x, (…, p), int64
+        A partition in ``grid[0] * grid[1]`` cells; cell ``i * grid[1] + j`` is strip i (selectivity
+        rising with i), part j (magnitude rising with j). Strips differ by at most one neuron, and
+        so do the parts of a strip; with fewer neurons than cells some are empty.
+
+    Raises
+    ------
+    ShapeError, DtypeError, NonFiniteError, OptionError, BackendUnavailable
+    LabelError
+        Labels of the wrong length, only one class, or a target that is not there.
+
+    Notes
+    -----
+    Source: Hayne, Jung & Carter 2024, with an exact partition in place of inclusive edges.
+    """
+    rows, columns = _check.grid(grid)
+    x = _check.representation(x, constant=True)
+    labels = _check.labels(labels, x.shape[-2], target)
+    return _dispatch.call(
+        "selectivity_grid", backend, x, labels=labels, target=int(target), grid=(rows, columns)
+    )

@@ -1,0 +1,59 @@
+"""Centred kernel alignment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from repsim_kernels import _check, _dispatch
+from repsim_kernels._arrays import Array
+
+
+def cka(
+    x: Any,
+    y: Any,
+    *,
+    debiased: bool = False,
+    kernel: str = "linear",
+    sigma: float | None = None,
+    backend: str | None = None,
+) -> Array:
+    """Centred kernel alignment, a similarity.
+
+    ⟨K, L⟩ / (‖K‖ ‖L‖) for the centred Gram matrices K of x and L of y; debiased, HSIC₁ of
+    Song et al. in the place of all three products.
+
+    Parameters
+    ----------
+    x, y : array, (…, n, p) and (…, n, q), float16 | bfloat16 | float32 | float64
+        Activations of the same n stimuli (n >= 2, debiased n >= 4); leading dimensions broadcast.
+        Integers are taken as float64.
+    debiased : bool
+        Use the unbiased estimator of HSIC: it does not grow with p, and may be negative.
+    kernel : {"linear", "rbf"}
+    sigma : float, optional
+        Bandwidth of the RBF kernel, as a fraction of the median distance; 1 unless given.
+    backend : {"reference", "torch"}, optional
+        What computes it; by default chosen by the kind and the device of x.
+
+    Returns
+    -------
+    similarity : array like x, (…), float64
+        In [0, 1]; debiased, in [-1, 1]. Has no unit.
+
+    Raises
+    ------
+    ShapeError, DtypeError, NonFiniteError, ConstantError, DeviceError, OptionError,
+    BackendUnavailable
+
+    Notes
+    -----
+    Works on features where that is cheaper than the n x n Grams. Invariant to rotation, isotropic
+    scale and shift of either side.
+    Source: Kornblith et al. 2019; Song et al. 2012; Székely & Rizzo 2014 for the debiased form.
+    """
+    sigma = _check.bandwidth(kernel, sigma)
+    x, y = _check.pair(x, y, least=4 if debiased else 2)
+    value = _dispatch.call(
+        "cka", backend, x, y, debiased=bool(debiased), kernel=kernel, sigma=sigma
+    )
+    return _check.defined(value, _check.NO_CKA)

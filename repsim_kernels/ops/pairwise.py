@@ -1,0 +1,88 @@
+"""All pairs of two lists of representations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from repsim_kernels import _check, _dispatch
+from repsim_kernels._arrays import Array
+from repsim_kernels.errors import OptionError
+
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "cka": {"debiased": False, "kernel": "linear", "sigma": None},
+    "cca": {"squared": False, "ridge": 0.0, "penalty": 0.0},
+    "svcca": {"variance": 0.99},
+    "pwcca": {"ridge": 0.0, "penalty": 0.0},
+    "procrustes": {},
+    "procrustes_distance": {"form": "squared"},
+    "rsa": {"distance": "euclidean", "compare": "spearman"},
+}
+
+
+def pairwise(
+    xs: Any, ys: Any = None, *, metric: str = "cka", backend: str | None = None, **options: Any
+) -> Array:
+    """A metric between all pairs of representations, as for a heat map of layers.
+
+    Parameters
+    ----------
+    xs : sequence of L arrays, (n, p_i), float16 | bfloat16 | float32 | float64
+        Activations of the same n stimuli. Integers are taken as float64.
+    ys : sequence of M arrays, (n, q_j), optional
+        The other side; `xs` itself unless given.
+    metric : {"cka", "cca", "svcca", "pwcca", "procrustes", "procrustes_distance", "rsa"}
+    backend : {"reference", "torch"}, optional
+        What computes it; by default chosen by the kind and the device of ``xs[0]``.
+    **options
+        Those of the metric's own function.
+
+    Returns
+    -------
+    values : array like xs[0], (L, M), float64
+        ``values[i, j]`` is ``metric(xs[i], ys[j], **options)``.
+
+    Raises
+    ------
+    ShapeError, DtypeError, NonFiniteError, ConstantError, DeviceError, OptionError,
+    BackendUnavailable
+        Naming the representation, as ``xs[3]``.
+
+    Notes
+    -----
+    Each Gram and each spectrum is made once: L passes over activations, not L·M. They are held
+    together, 8 n² bytes for each representation.
+    """
+    metric = _check.option(metric, "metric", _DEFAULTS)
+    unknown = set(options) - set(_DEFAULTS[metric])
+    if unknown:
+        known = ", ".join(_DEFAULTS[metric]) or "none"
+        raise OptionError(f"{min(unknown)}: not an option of metric {metric!r}; it has {known}")
+    options = _DEFAULTS[metric] | options
+    least = _checked(metric, options)
+    xs = _check.representations(xs, "xs", least=least)
+    if ys is not None:
+        ys = _check.representations(ys, "ys", least=least, like=xs[0])
+    values = _dispatch.call_lists("pairwise", backend, xs, ys, metric=metric, **options)
+    undefined = {"cka": _check.NO_CKA, "rsa": _check.NO_RSA}
+    return _check.defined(values, undefined.get(metric, ""))
+
+
+def _checked(metric: str, options: dict[str, Any]) -> int:
+    """Check the options in place; return the least number of stimuli."""
+    if metric == "cka":
+        options["sigma"] = _check.bandwidth(options["kernel"], options["sigma"])
+        return 4 if options["debiased"] else 2
+    if "ridge" in options:
+        options["ridge"], options["penalty"] = _check.shrinkage(
+            options["ridge"], options["penalty"]
+        )
+    if "variance" in options:
+        options["variance"] = _check.number(
+            options["variance"], "variance", low=0, high=1, above=True
+        )
+    if "form" in options:
+        _check.option(options["form"], "form", ("squared", "angular", "size-and-shape"))
+    if metric == "rsa":
+        _check.rsa_options(options["distance"], options["compare"])
+        return 3
+    return 2

@@ -1,0 +1,61 @@
+"""Distances of a representation from every one of its ablations, each ablated copy formed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repsim_kernels.reference.cca import cca, pwcca, svcca
+from repsim_kernels.reference.cka import cka
+from repsim_kernels.reference.gram import Array, Real, membership
+from repsim_kernels.reference.procrustes import procrustes_distance
+
+METRICS = ("cka", "procrustes", "pwcca", "cca", "cca_squared", "svcca", "cka_debiased")
+RIDGED = ("pwcca", "cca", "cca_squared")
+
+
+def ablation_distances(
+    x: Real,
+    cells: Real,
+    *,
+    n_cells: int | None = None,
+    metrics: Sequence[str] = METRICS,
+    ridge: float = 0.1,
+    penalty: float = 0.0,
+    memory: int | None = None,
+) -> dict[str, Array]:
+    """Distance of x (n, p) from x with a cell's columns set to zero, {metric: (C,)}.
+
+    1 - similarity, the original first; ``procrustes`` is the squared form. ``ridge``, or
+    ``penalty`` where that is not 0, serves the CCA family except svcca. The zeroed columns still
+    count among the min(n - 1, p) directions that ridge CCA averages over, so that cells of
+    different sizes are on one scale.
+
+    A cell without a column that varies gives the distance of x from itself, one with all of
+    them NaN. ``memory`` has no meaning here, where one copy exists at a time.
+    """
+    x = np.asarray(x, dtype=np.float64)
+    members = membership(cells, n_cells)
+    varies = (x != x[0]).any(axis=0)
+    ridge = 0.0 if penalty else ridge
+    distance: dict[str, Callable[[Array], np.float64]] = {
+        "cka": lambda y: 1 - cka(x, y),
+        "procrustes": lambda y: procrustes_distance(x, y),
+        "pwcca": lambda y: 1 - pwcca(x, y, ridge=ridge, penalty=penalty),
+        "cca": lambda y: 1 - cca(x, y, ridge=ridge, penalty=penalty),
+        "cca_squared": lambda y: 1 - cca(x, y, squared=True, ridge=ridge, penalty=penalty),
+        "svcca": lambda y: 1 - svcca(x, y),
+        "cka_debiased": lambda y: 1 - cka(x, y, debiased=True),
+    }
+
+    def one(name: str, cell: NDArray[np.bool_]) -> np.float64:
+        if not varies[cell].any():
+            exact = name not in RIDGED or ridge == penalty == 0
+            return np.float64(0) if exact else distance[name](x)
+        if cell[varies].all():
+            return np.float64(np.nan)
+        return distance[name](np.where(cell, 0, x))
+
+    return {name: np.array([one(name, cell) for cell in members]) for name in metrics}

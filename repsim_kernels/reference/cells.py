@@ -1,0 +1,46 @@
+"""Class means, and the selectivity x magnitude grid of neurons."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from repsim_kernels.reference.gram import Array, Real
+
+
+def class_means(x: Real, labels: Real, *, n_classes: int | None = None) -> Array:
+    """Mean over the stimuli of each class, (k, p)."""
+    x = np.asarray(x, dtype=np.float64)
+    count = labels.max() + 1 if n_classes is None else n_classes
+    return np.array([x[labels == c].mean(axis=0) for c in range(count)])
+
+
+def selectivity_grid(
+    x: Real, labels: Real, target: int, *, grid: tuple[int, int] = (4, 4)
+) -> NDArray[np.int64]:
+    """Cell of each neuron, (p,): strips of equal count by selectivity, each cut by magnitude.
+
+    selectivity = (m_c - m_o)/√2 and magnitude = (m_c + m_o)/√2, m_c and m_o the means over the
+    target's stimuli and over all others (Hayne et al. 2024). Ties go by the neuron's index, so
+    the cells are a partition whose sizes differ by at most one.
+    """
+    rows, cols = grid
+    x = np.asarray(x, dtype=np.float64)
+    # Means of what is left after the first stimulus, so that a constant neuron has exactly 0.
+    inside = (x - x[0])[labels == target].mean(axis=0)
+    outside = (x - x[0])[labels != target].mean(axis=0)
+    selectivity = (inside - outside) / np.sqrt(2)
+    magnitude = (inside + outside + 2 * x[0]) / np.sqrt(2)
+    cells = np.empty(x.shape[1], dtype=np.int64)
+    strips = _equal_parts(selectivity, rows)
+    for strip in range(rows):
+        neurons = np.flatnonzero(strips == strip)
+        cells[neurons] = strip * cols + _equal_parts(magnitude[neurons], cols)
+    return cells
+
+
+def _equal_parts(values: Array, parts: int) -> NDArray[np.int64]:
+    """Part of each value when they are ordered and cut into parts of equal count."""
+    part = np.empty(len(values), dtype=np.int64)
+    part[np.argsort(values, kind="stable")] = np.arange(len(values)) * parts // len(values)
+    return part

@@ -1,0 +1,33 @@
+"""A metric over all pairs of representations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from repsim_kernels.reference.cca import cca, pwcca, svcca
+from repsim_kernels.reference.cka import cka
+from repsim_kernels.reference.gram import Array, Real
+from repsim_kernels.reference.procrustes import procrustes, procrustes_distance
+from repsim_kernels.reference.rsa import rsa
+
+METRICS: dict[str, Callable[..., np.float64]] = {
+    "cka": cka,
+    "cca": cca,
+    "svcca": svcca,
+    "pwcca": pwcca,
+    "procrustes": procrustes,
+    "procrustes_distance": procrustes_distance,
+    "rsa": rsa,
+}
+
+
+def pairwise(
+    xs: Sequence[Real], ys: Sequence[Real] | None = None, *, metric: str = "cka", **options: Any
+) -> Array:
+    """The metric of every x (n, p_i) with every y (n, q_j), the xs again by default, (L, M)."""
+    function = METRICS[metric]
+    ys = xs if ys is None else ys
+    return np.array([[function(x, y, **options) for y in ys] for x in xs])

@@ -1,0 +1,145 @@
+"""Hypothesis strategies: representations, cells and labels.
+
+Hypothesis draws sizes, kinds and a seed; NumPy's Generator makes the numbers, so that a failing
+example shrinks to small sizes and prints as one line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+
+# No deadline: tests share two cores. Derandomized: a run that is green stays green.
+settings.register_profile("repsim", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("repsim")
+
+KINDS = ("gaussian", "relu", "low rank", "large mean", "constant columns", "duplicate rows")
+NUMPY_DTYPES = ("float64", "float32", "float16")
+TORCH_DTYPES = (*NUMPY_DTYPES, "bfloat16")
+TORCH_LAYOUTS = ("C", "F", "steps")
+NUMPY_LAYOUTS = (*TORCH_LAYOUTS, "reversed")
+
+SEEDS = st.integers(0, 2**16)
+STIMULI = st.integers(2, 12)
+NEURONS = st.integers(1, 30)
+
+
+@dataclass(frozen=True)
+class Representation:
+    """A recipe of an (n, p) array that isn't constant; print it, and it can be made again."""
+
+    n: int
+    p: int
+    kind: str = "gaussian"
+    dtype: str = "float64"
+    layout: str = "C"
+    seed: int = 0
+
+    def values(self) -> np.ndarray:
+        """The numbers as float64, already rounded to the dtype."""
+        rng = np.random.default_rng(self.seed)
+        x = rng.standard_normal((self.n, self.p))
+        if self.kind == "relu":
+            x = np.maximum(x, 0)
+        elif self.kind == "low rank":  # small integers: exactly of low rank in every dtype
+            r = max(min(self.n - 1, self.p) // 2, 1)
+            x = rng.integers(-3, 4, (self.n, r)) @ rng.integers(-3, 4, (r, self.p)) * 1.0
+        elif self.kind == "large mean":
+            x += 1000
+        elif self.kind == "constant columns":
+            x[:, : (self.p + 1) // 2] = x[0, : (self.p + 1) // 2]
+        elif self.kind == "duplicate rows":
+            x[: self.n // 2] = x[0]
+        x = self._rounded(x)
+        if (x == x[0]).all():
+            x[-1, 0] = x[0, 0] == 0
+        return x
+
+    def _rounded(self, x: np.ndarray) -> np.ndarray:
+        if self.dtype == "bfloat16":
+            import torch
+
+            return torch.from_numpy(x).to(torch.bfloat16).double().numpy()
+        return x.astype(self.dtype).astype(np.float64)
+
+    def numpy(self) -> np.ndarray:
+        """As a NumPy array of its dtype and layout."""
+        return _laid_out(np.zeros, self.values().astype(self.dtype), self.layout)
+
+    def torch(self) -> Any:
+        """As a CPU tensor of its dtype and layout."""
+        import torch
+
+        def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
+            return torch.zeros(shape, dtype=dtype)
+
+        tensor = torch.from_numpy(self.values()).to(getattr(torch, self.dtype))
+        return _laid_out(zeros, tensor, self.layout)
+
+
+def _laid_out(zeros: Any, x: Any, layout: str) -> Any:
+    """The same numbers in another memory order."""
+    n, p = x.shape
+    if layout == "F":
+        view = zeros((p, n), dtype=x.dtype).T
+    elif layout == "steps":
+        view = zeros((2 * n, 3 * p), dtype=x.dtype)[::2, 1::3]
+    elif layout == "reversed":
+        view = zeros((n, p), dtype=x.dtype)[::-1, ::-1]
+    else:
+        return x
+    view[:] = x
+    return view
+
+
+@st.composite
+def representations(
+    draw: st.DrawFn,
+    n: st.SearchStrategy[int] = STIMULI,
+    p: st.SearchStrategy[int] = NEURONS,
+    kinds: tuple[str, ...] = KINDS,
+    dtypes: tuple[str, ...] = ("float64",),
+    layouts: tuple[str, ...] = ("C",),
+) -> Representation:
+    """Sizes within the bounds, and one of each of the kinds, dtypes and layouts."""
+    return Representation(
+        draw(n),
+        draw(p),
+        draw(st.sampled_from(kinds)),
+        draw(st.sampled_from(dtypes)),
+        draw(st.sampled_from(layouts)),
+        draw(SEEDS),
+    )
+
+
+@st.composite
+def pairs(draw: st.DrawFn, **options: Any) -> tuple[Representation, Representation]:
+    """Two representations of the same stimuli; options as for ``representations``."""
+    x, y = draw(representations(**options)), draw(representations(**options))
+    return x, replace(y, n=x.n)
+
+
+@st.composite
+def labels(draw: st.DrawFn, p: int, max_cells: int = 5) -> tuple[np.ndarray, int]:
+    """A cell for each of p neurons, -1 for none, and the number of cells, some of them empty."""
+    n_cells = draw(st.integers(1, max_cells))
+    return np.random.default_rng(draw(SEEDS)).integers(-1, n_cells, p), n_cells
+
+
+@st.composite
+def memberships(draw: st.DrawFn, p: int, max_cells: int = 5) -> np.ndarray:
+    """Boolean (C, p): cells that overlap, some of them empty or of all neurons."""
+    n_cells = draw(st.integers(1, max_cells))
+    rng = np.random.default_rng(draw(SEEDS))
+    return rng.random((n_cells, p)) < rng.choice([0, 0.2, 0.5, 1], (n_cells, 1))
+
+
+@st.composite
+def classes(draw: st.DrawFn, n: int, max_classes: int = 4) -> np.ndarray:
+    """A class for each of n stimuli, 0 to k - 1, k at least 2 and no class empty."""
+    k = draw(st.integers(2, min(max_classes, n)))
+    return np.random.default_rng(draw(SEEDS)).permutation(np.arange(n) % k)

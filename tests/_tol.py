@@ -1,0 +1,88 @@
+"""The tolerances, all of them, and the assertions that use them.
+
+The oracle is the float64 reference on the same rounded inputs. NaN fails, except where a test asks
+for it by name and both sides have it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Tol:
+    """An error passes that is below ``relative`` times the oracle's value, or ``absolute``."""
+
+    relative: float
+    absolute: float = 0.0
+
+    def of(self, want: np.ndarray) -> np.ndarray:
+        return np.maximum(self.relative * np.abs(want), self.absolute)
+
+
+# Grams, by the precision of the products.
+GRAM = {"float64": 1e-12, "ieee": 1e-5, "tf32x3": 1e-5, "tf32": 1e-3}
+# What the dtype of an output adds: half a unit in its last place.
+OUTPUT = {"float64": 0.0, "float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+# Distances, by the precision of the Grams they come from.
+DISTANCE = {"float64": Tol(1e-6, 1e-14), "float32": Tol(1e-4, 1e-14)}
+# A distance below this is compared with the 40-digit oracle: 1 - s keeps too few of its digits.
+SMALL_DISTANCE = 1e-9
+# Two float64 computations of the same well-conditioned number.
+SAME = Tol(1e-10, 1e-13)
+
+
+def as_numpy(a: Any) -> np.ndarray:
+    """Any array or number as float64 NumPy."""
+    if hasattr(a, "detach"):
+        a = a.detach().cpu().double().numpy()
+    elif hasattr(a, "get"):
+        a = a.get()
+    return np.asarray(a, dtype=np.float64)
+
+
+def assert_close(got: Any, want: Any, tol: Tol, *, nan: bool = False) -> None:
+    """Every element of got within tol of want's; nan: NaN is right where want has it."""
+    got, want = as_numpy(got), as_numpy(want)
+    assert got.shape == want.shape, f"shape {got.shape}, expected {want.shape}"
+    missing = np.isnan(want)
+    assert nan or not missing.any(), "the oracle itself is NaN"
+    np.testing.assert_array_equal(np.isnan(got), missing, err_msg="NaN")
+    error, allowed = np.abs(got - want)[~missing], tol.of(want[~missing])
+    worst = np.max(error / np.where(allowed > 0, allowed, np.finfo(np.float64).tiny), initial=0)
+    assert (error <= allowed).all(), f"{worst:.3g} times the tolerance {tol}:\n{got}\n{want}"
+
+
+def assert_gram_close(got: Any, want: Any, tol: float, *, scale: Any = None) -> None:
+    """Each matrix of (..., n, n) within tol of want's, by two gates.
+
+    Frobenius norm of the error over that of the matrix, and largest error over the largest squared
+    row norm of the centred input, which is the largest diagonal entry of want unless ``scale``
+    (...) gives it.
+    """
+    got, want = as_numpy(got), as_numpy(want)
+    assert got.shape == want.shape, f"shape {got.shape}, expected {want.shape}"
+    error = got - want
+    frobenius = np.linalg.norm(want, axis=(-2, -1))
+    largest = np.diagonal(want, axis1=-2, axis2=-1).max(-1) if scale is None else as_numpy(scale)
+    assert np.isfinite(error).all(), "NaN or infinity"
+    assert (np.linalg.norm(error, axis=(-2, -1)) <= tol * frobenius).all(), (
+        f"relative Frobenius error {np.linalg.norm(error, axis=(-2, -1))} of {frobenius}"
+    )
+    assert (np.abs(error).max((-2, -1)) <= tol * largest).all(), (
+        f"largest error {np.abs(error).max((-2, -1))} of squared row norm {largest}"
+    )
+
+
+def assert_rank_fidelity(got: Any, want: Any, tol: Tol) -> None:
+    """No pair out of order among those that want holds apart by more than tol."""
+    got, want = as_numpy(got), as_numpy(want)
+    assert np.isfinite(got).all(), "NaN or infinity"
+    assert np.isfinite(want).all(), "the oracle itself is NaN or infinite"
+    allowed = tol.of(want)
+    apart = want[:, None] - want > np.maximum(allowed[:, None], allowed)
+    wrong = np.argwhere(apart & (got[:, None] <= got))
+    assert not len(wrong), f"{len(wrong)} of {apart.sum()} pairs out of order, first {wrong[:5]}"

@@ -1,0 +1,212 @@
+"""Ablation distances: every backend against the reference, and against 40-digit arithmetic."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from _draw import TORCH_LAYOUTS, labels, memberships
+from _draw import representations as drawn
+from _tol import DISTANCE, Tol, assert_close, assert_rank_fidelity
+from hypothesis import given
+from hypothesis import strategies as st
+
+import repsim_kernels as rk
+from repsim_kernels.kernels.torch import ablation as kernel
+from repsim_kernels.ops.ablation import METRICS
+
+SELF_ZERO = ("cka", "procrustes", "svcca", "cka_debiased")
+
+
+def distances(x, cells, backend=None, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rk.DegenerateWarning)
+        return rk.ablation_distances(x, cells, backend=backend, **options)
+
+
+def agree(got, want, tol, nan=True):
+    assert set(got) == set(want)
+    for name in want:
+        try:
+            assert_close(got[name], want[name], tol, nan=nan)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+
+
+# The oracle's own distances are 1 minus a similarity: at 1e-14 that is all it has.
+FLOAT64 = Tol(1e-9, 1e-13)
+
+
+@pytest.mark.parametrize("regular", [{"ridge": 0.1}, {"penalty": 2.0}, {"ridge": 1e-4}])
+@given(st.data())
+def test_partitions(regular, data):
+    x = data.draw(drawn(n=st.integers(4, 12), kinds=("gaussian", "relu"), layouts=TORCH_LAYOUTS))
+    cells, _ = data.draw(labels(x.p))
+    got = distances(x.torch(), cells, **regular)
+    agree(got, distances(x.values(), cells, "reference", **regular), FLOAT64)
+
+
+@given(st.data())
+def test_memberships(data):
+    x = data.draw(drawn(n=st.integers(4, 12), kinds=("gaussian", "constant columns")))
+    cells = data.draw(memberships(x.p))
+    agree(distances(x.values(), cells), distances(x.values(), cells, "reference"), FLOAT64)
+
+
+@given(st.data())
+def test_float32(data):
+    x = data.draw(drawn(n=st.integers(4, 12), kinds=("gaussian", "relu"), dtypes=("float32",)))
+    cells, _ = data.draw(labels(x.p))
+    agree(
+        distances(x.numpy(), cells),
+        distances(x.values(), cells, "reference"),
+        DISTANCE["float32"],
+    )
+
+
+@pytest.mark.parametrize("p", [6, 25, 40, 400])
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.7, 0.9999])
+def test_one_cell_of_any_energy(p, share):
+    """Cells that hold little or nearly all of the energy, with p below n and far above."""
+    rng = np.random.default_rng(p)
+    x = rng.standard_normal((24, p))
+    cells = np.arange(p) % 3
+    x[:, cells == 1] *= np.sqrt(share / (1 - share) * 2)
+    got, want = distances(x, cells), distances(x, cells, "reference")
+    agree(got, want, FLOAT64, nan=False)
+    for name in METRICS:
+        assert_rank_fidelity(got[name], want[name], DISTANCE["float64"])
+
+
+def test_the_distances_of_the_metrics_themselves():
+    rng = np.random.default_rng(0)
+    x = np.maximum(rng.standard_normal((20, 60)), 0)
+    cells = rng.integers(0, 4, 60)
+    got = rk.ablation_distances(x, cells, ridge=0.2)
+    for c in range(4):
+        y = np.where(cells == c, 0, x)
+        for name, want in {
+            "cka": 1 - rk.cka(x, y),
+            "cka_debiased": 1 - rk.cka(x, y, debiased=True),
+            "procrustes": rk.procrustes_distance(x, y),
+            "svcca": 1 - rk.svcca(x, y),
+            "cca": 1 - rk.cca(x, y, ridge=0.2),
+            "cca_squared": 1 - rk.cca(x, y, ridge=0.2, squared=True),
+            "pwcca": 1 - rk.pwcca(x, y, ridge=0.2),
+        }.items():
+            assert got[name][c] == pytest.approx(want, rel=1e-9), name
+
+
+@pytest.mark.parametrize("options", [{"ridge": 0.1}, {"penalty": 5.0}, {"ridge": 0.0}])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_empty_dead_and_whole_cells(options, backend):
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((7, 12))
+    x[:, 4:6] = 0.1
+    x[:, 6] = 0
+    cells = np.zeros((4, 12), bool)
+    cells[1, 4:7] = True  # dead
+    cells[2, :] = True  # everything
+    cells[3, :4] = cells[3, 7:] = True  # everything that is not dead
+    got = distances(x, cells, backend, **options)
+    for name in METRICS:
+        assert got[name][0] == got[name][1], name
+        assert np.isnan(got[name][2:]).all(), name
+        if name in SELF_ZERO or options == {"ridge": 0.0}:
+            assert got[name][0] == pytest.approx(0, abs=1e-12 if backend == "reference" else 0)
+    if options != {"ridge": 0.0}:
+        for name, squared in (("cca", False), ("cca_squared", True)):
+            itself = 1 - rk.cca(x, x, squared=squared, **options)
+            assert got[name][0] == pytest.approx(itself, rel=1e-12)
+        assert got["pwcca"][0] == pytest.approx(1 - rk.pwcca(x, x, **options), rel=1e-12)
+
+
+def test_cells_in_no_cell_count_for_the_original():
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((10, 30))
+    labels_ = rng.integers(-1, 3, 30)
+    membership = labels_ == np.arange(3)[:, None]
+    agree(distances(x, labels_), distances(x, membership), Tol(1e-10, 1e-15), nan=False)
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1e-3, 1e-4])
+def test_small_distances_keep_their_digits(scale):
+    """Down to 1e-17, where 1 minus a similarity holds nothing."""
+    import _oracle
+
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((6, 9))
+    x[:, 7:] *= scale
+    cells = np.where(np.arange(9) >= 7, 0, -1)
+    got = rk.ablation_distances(x, cells, metrics=("cka", "procrustes", "cka_debiased"))
+    y = x.copy()
+    y[:, 7:] = 0
+    for name, want in {
+        "cka": 1 - _oracle.cka(x, y),
+        "cka_debiased": 1 - _oracle.cka_debiased(x, y),
+        "procrustes": _oracle.procrustes_distance(x, y),
+    }.items():
+        assert 0 < got[name][0] < scale**2
+        assert float(got[name][0]) == pytest.approx(float(want), rel=1e-6, abs=1e-21), name
+
+
+def test_many_cells_in_batches(monkeypatch):
+    rng = np.random.default_rng(4)
+    x, cells = rng.standard_normal((8, 50)), rng.integers(-1, 20, 50)
+    want = distances(x, cells)
+    monkeypatch.setattr(kernel, "_BATCH", 3 * 64)
+    agree(distances(x, cells, memory=1), want, Tol(1e-12, 1e-16))
+
+
+def test_procrustes_takes_the_route_that_fits(monkeypatch):
+    """Small cells by Riccati iterations; where those would crawl, by the factors."""
+    took = []
+    original = kernel.riccati_trace
+
+    def spy(*args):
+        took.append(original(*args))
+        return took[-1]
+
+    monkeypatch.setattr(kernel, "riccati_trace", spy)
+    x = np.random.default_rng(5).standard_normal((12, 100))
+    rk.ablation_distances(x, np.where(np.arange(100) < 2, 0, -1), metrics=["procrustes"])
+    assert took[-1] is not None
+    rk.ablation_distances(x, np.where(np.arange(100) < 60, 0, -1), metrics=["procrustes"])
+    assert len(took) == 1  # most of the energy is in the cell
+    rk.ablation_distances(x, np.where(np.arange(100) < 45, 0, -1), metrics=["procrustes"])
+    assert took[-1] is None  # it would take too many steps
+    rk.ablation_distances(x[:, :12], np.arange(12) // 4, metrics=["procrustes"])
+    assert len(took) == 2  # fewer neurons are left than there are directions
+
+
+def test_kinds_dtypes_and_batches():
+    rng = np.random.default_rng(6)
+    x, cells = rng.standard_normal((2, 6, 14)), rng.integers(0, 3, 14)
+    got = rk.ablation_distances(x, cells.tolist())
+    tensors = rk.ablation_distances(torch.from_numpy(x), torch.from_numpy(cells.astype(np.uint8)))
+    for name in METRICS:
+        assert isinstance(got[name], np.ndarray)
+        assert isinstance(tensors[name], torch.Tensor)
+        assert got[name].shape == (2, 3)
+        np.testing.assert_array_equal(tensors[name].numpy(), got[name])
+        for i in range(2):
+            np.testing.assert_allclose(got[name][i], rk.ablation_distances(x[i], cells)[name])
+
+
+def test_only_the_metrics_that_are_asked_for():
+    x = np.random.default_rng(7).standard_normal((5, 6))
+    assert list(rk.ablation_distances(x, [0, 0, 1, 1, 2, 2], metrics=["svcca", "cka"])) == [
+        "svcca",
+        "cka",
+    ]
+    assert set(rk.ablation_distances(x[:2], [0, 0, 1, 1, 2, 2], metrics=["cka"])) == {"cka"}
+
+
+def test_without_a_ridge_cca_says_that_it_is_blind():
+    x = np.random.default_rng(8).standard_normal((9, 4))
+    with pytest.warns(rk.DegenerateWarning, match="ridge"):
+        got = rk.ablation_distances(x, [0, 0, 1, 1], ridge=0, metrics=["cca", "pwcca"])
+    assert (got["cca"] == 0).all()
+    assert (got["pwcca"] == 0).all()

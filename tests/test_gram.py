@@ -1,0 +1,106 @@
+"""Gram matrices, whole and by cell: every backend against the reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from _draw import NUMPY_DTYPES, NUMPY_LAYOUTS, TORCH_DTYPES, TORCH_LAYOUTS, labels, memberships
+from _draw import representations as drawn
+from _tol import GRAM, as_numpy, assert_gram_close
+from hypothesis import given
+from hypothesis import strategies as st
+
+import repsim_kernels as rk
+from repsim_kernels.kernels.torch import gram as kernel
+
+
+@given(drawn(dtypes=NUMPY_DTYPES, layouts=NUMPY_LAYOUTS))
+def test_centered_gram_of_numpy_arrays(x):
+    got = rk.centered_gram(x.numpy())
+    assert isinstance(got, np.ndarray)
+    assert got.dtype == np.float64
+    assert_gram_close(got, rk.centered_gram(x.values(), backend="reference"), GRAM["float64"])
+
+
+@given(drawn(dtypes=TORCH_DTYPES, layouts=TORCH_LAYOUTS))
+def test_centered_gram_of_tensors(x):
+    got = rk.centered_gram(x.torch())
+    assert isinstance(got, torch.Tensor)
+    assert got.dtype == torch.float64
+    assert_gram_close(got, rk.centered_gram(x.values(), backend="reference"), GRAM["float64"])
+
+
+@given(drawn(n=st.integers(4, 12)), st.sampled_from([0.3, 1.0, 2.5]))
+def test_rbf_gram(x, sigma):
+    options = {"kernel": "rbf", "sigma": sigma}
+    x = x.values()
+    try:
+        want = rk.centered_gram(x, backend="reference", **options)
+    except rk.ConstantError:
+        with pytest.raises(rk.ConstantError, match="median"):
+            rk.centered_gram(x, **options)
+        return
+    got = rk.centered_gram(x, **options)
+    np.testing.assert_allclose(got, want, atol=1e-10)
+
+
+@given(st.data())
+def test_cell_grams(data):
+    x = data.draw(drawn(dtypes=TORCH_DTYPES, layouts=TORCH_LAYOUTS))
+    cells, n_cells = data.draw(labels(x.p))
+    got = rk.cell_grams(x.torch(), cells, n_cells=n_cells)
+    want = rk.cell_grams(x.values(), cells, n_cells=n_cells, backend="reference")
+    scale = np.linalg.norm(x.values() - x.values().mean(0), axis=1).max() ** 2
+    np.testing.assert_allclose(as_numpy(got), want, atol=1e-12 * scale, rtol=0)
+    whole = rk.cell_grams(x.torch(), cells + 1, n_cells=n_cells + 1).sum(0)
+    assert_gram_close(whole, rk.centered_gram(x.values(), backend="reference"), 1e-12)
+    for c in range(n_cells):
+        if not (cells == c).any():
+            assert (got[c] == 0).all()
+
+
+@given(st.data())
+def test_cell_grams_of_a_membership(data):
+    x = data.draw(drawn())
+    cells = data.draw(memberships(x.p))
+    got = rk.cell_grams(x.values(), cells)
+    want = rk.cell_grams(x.values(), cells, backend="reference")
+    scale = np.linalg.norm(x.values() - x.values().mean(0), axis=1).max() ** 2
+    np.testing.assert_allclose(got, want, atol=1e-12 * scale, rtol=0)
+
+
+@pytest.mark.parametrize("block", [1, 7, 40])
+def test_blocks_do_not_change_the_result(monkeypatch, block):
+    """The pass over the neurons is cut where cells begin, end and go on."""
+    x = np.random.default_rng(0).standard_normal((5, 23)) + 3
+    cells = np.random.default_rng(1).integers(-1, 4, 23)
+    want = rk.cell_grams(x, cells, backend="reference")
+    monkeypatch.setattr(kernel, "_BLOCK", block)
+    np.testing.assert_allclose(rk.cell_grams(x, cells), want, atol=1e-12)
+    np.testing.assert_allclose(rk.centered_gram(x), (x - x.mean(0)) @ (x - x.mean(0)).T, atol=1e-12)
+
+
+@pytest.mark.parametrize("mean", [0, 10, 1000, 1e6])
+def test_a_feature_mean_costs_no_digits(mean):
+    """Shifts by powers of two and short decimals are exact in float64, so the Gram stays."""
+    x = np.random.default_rng(2).integers(-(2**20), 2**20, (9, 50)) / 2**20
+    np.testing.assert_allclose(rk.centered_gram(x + mean), rk.centered_gram(x), rtol=1e-9)
+
+
+def test_constant_columns_are_exactly_nothing():
+    x = np.random.default_rng(3).standard_normal((6, 8)).astype(np.float32)
+    x[:, 2:] = np.float32(0.1)
+    cells = [0, 0, 1, 1, 1, 2, 2, 2]
+    assert (rk.cell_grams(x, cells)[1:] == 0).all()
+
+
+def test_batches():
+    x = np.random.default_rng(4).standard_normal((2, 3, 5, 7))
+    cells = [0, 1, 1, 0, 2, 2, -1]
+    for got, want in (
+        (rk.centered_gram(x), [[rk.centered_gram(b) for b in a] for a in x]),
+        (rk.cell_grams(x, cells), [[rk.cell_grams(b, cells) for b in a] for a in x]),
+        (rk.cell_grams(x, cells, backend="reference"), rk.cell_grams(x, cells)),
+    ):
+        np.testing.assert_allclose(got, np.array(want), atol=1e-12)

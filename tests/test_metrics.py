@@ -1,0 +1,240 @@
+"""The metrics between two representations: every backend against the reference."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import scipy.spatial.distance
+import scipy.stats
+import torch
+from _draw import NUMPY_LAYOUTS, TORCH_DTYPES, TORCH_LAYOUTS, pairs
+from _draw import representations as drawn
+from _tol import DISTANCE, SAME, Tol, assert_close
+from hypothesis import given
+from hypothesis import strategies as st
+
+import repsim_kernels as rk
+
+METRICS = [
+    ("cka", {}),
+    ("cka", {"debiased": True}),
+    ("cka", {"kernel": "rbf", "sigma": 0.5}),
+    ("cka", {"kernel": "rbf", "debiased": True}),
+    ("cca", {}),
+    ("cca", {"squared": True}),
+    ("cca", {"ridge": 0.1}),
+    ("cca", {"penalty": 3.0, "squared": True}),
+    ("svcca", {}),
+    ("svcca", {"variance": 0.6}),
+    ("pwcca", {}),
+    ("pwcca", {"ridge": 0.1}),
+    ("pwcca", {"penalty": 3.0}),
+    ("procrustes", {}),
+    ("procrustes_distance", {"form": "squared"}),
+    ("procrustes_distance", {"form": "angular"}),
+    ("procrustes_distance", {"form": "size-and-shape"}),
+    ("rsa", {}),
+    ("rsa", {"distance": "sqeuclidean", "compare": "pearson"}),
+    ("rsa", {"distance": "cosine", "compare": "cosine"}),
+    ("rsa", {"distance": "correlation", "compare": "pearson"}),
+]
+EACH = pytest.mark.parametrize(("name", "options"), METRICS, ids=lambda v: str(v))
+
+
+def run(name, x, y, backend=None, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rk.DegenerateWarning)
+        return getattr(rk, name)(x, y, backend=backend, **options)
+
+
+def both(name, options, x, y, xv, yv, tol):
+    """Compare with the reference; where one finds nothing to compare, so must the other."""
+    n, p, q = len(xv), xv.shape[1], yv.shape[1]
+    if (name, options) == ("pwcca", {}) and p + q >= n:
+        # Correlations tie at 1: the variates, and with them the weights, are not unique.
+        assert -1e-12 <= run(name, x, y) <= 1 + 1e-12
+        return
+    try:
+        want = run(name, xv, yv, "reference", **options)
+    except rk.ConstantError:
+        with pytest.raises(rk.ConstantError):
+            run(name, x, y, **options)
+        return
+    assert_close(run(name, x, y, **options), want, tol)
+
+
+# Ties that rounding breaks, and spectra at the edge of the rank, have no one right answer.
+SMOOTH = ("gaussian", "relu", "large mean", "constant columns")
+
+
+def tolerance(name, options, dtype="float64"):
+    if options.get("form") in ("angular", "size-and-shape"):
+        return Tol(1e-7, 1e-7)  # near 0 their slope is infinite: half of the digits
+    # PWCCA's products with the neurons are in the precision of the input.
+    return DISTANCE["float32"] if name == "pwcca" and dtype != "float64" else SAME
+
+
+@EACH
+@given(pairs(n=st.integers(4, 12), kinds=SMOOTH, layouts=NUMPY_LAYOUTS))
+def test_numpy(name, options, drawn_pair):
+    x, y = drawn_pair
+    tol = tolerance(name, options)
+    both(name, options, x.numpy(), y.numpy(), x.values(), y.values(), tol)
+
+
+@EACH
+@given(pairs(n=st.integers(4, 12), kinds=SMOOTH[:2], dtypes=TORCH_DTYPES, layouts=TORCH_LAYOUTS))
+def test_torch(name, options, drawn_pair):
+    x, y = drawn_pair
+    tol = tolerance(name, options, x.dtype)
+    both(name, options, x.torch(), y.torch(), x.values(), y.values(), tol)
+
+
+@EACH
+@pytest.mark.parametrize(("p", "q"), [(3, 5), (3, 60), (60, 3), (40, 60)])
+def test_each_side_of_the_cost(name, options, p, q):
+    """Fewer neurons than stimuli, more, and one of each: features, Grams, and both."""
+    rng = np.random.default_rng(p * q)
+    x = rng.standard_normal((20, p))
+    y = x[:, :3] @ rng.standard_normal((3, q)) + rng.standard_normal((20, q))
+    both(name, options, x, y, x, y, tolerance(name, options))
+
+
+@EACH
+def test_batches_broadcast(name, options):
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((3, 1, 8, 5)), rng.standard_normal((2, 8, 11))
+    got = run(name, x, y, **options)
+    want = [[run(name, a[0], b, **options) for b in y] for a in x]
+    tol = tolerance(name, options)
+    assert_close(got, want, tol)
+    assert_close(run(name, x, y, "reference", **options), want, tol)
+
+
+@EACH
+def test_pairwise_is_each_pair(name, options):
+    rng = np.random.default_rng(1)
+    xs = [rng.standard_normal((9, p)) for p in (4, 30, 2)]
+    ys = [rng.standard_normal((9, p)) for p in (3, 12)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rk.DegenerateWarning)
+        for others in (ys, None):
+            got = rk.pairwise(xs, others, metric=name, **options)
+            want = [[run(name, x, y, **options) for y in others or xs] for x in xs]
+            assert_close(got, want, tolerance(name, options))
+            reference = rk.pairwise(xs, others, metric=name, backend="reference", **options)
+            assert_close(reference, want, tolerance(name, options))
+
+
+def test_pairwise_on_features_is_pairwise_on_grams():
+    rng = np.random.default_rng(2)
+    xs = [rng.standard_normal((60, p)) for p in (2, 3, 5)]
+    wide = [*xs, rng.standard_normal((60, 200))]
+    for debiased in (False, True):
+        got = rk.pairwise(xs, debiased=debiased)
+        np.testing.assert_allclose(got, rk.pairwise(wide, debiased=debiased)[:3, :3], atol=1e-12)
+        np.testing.assert_allclose(rk.pairwise(xs, xs[:1], debiased=debiased)[:, 0], got[:, 0])
+
+
+@pytest.mark.parametrize("compare", ["spearman", "pearson"])
+@pytest.mark.parametrize("distance", ["euclidean", "sqeuclidean", "correlation", "cosine"])
+@given(pairs(n=st.integers(4, 12), p=st.integers(3, 30), kinds=("gaussian", "large mean")))
+def test_rsa_is_scipys(distance, compare, drawn_pair):
+    x, y = (z.values() for z in drawn_pair)
+    a, b = (scipy.spatial.distance.pdist(z, distance) for z in (x, y))
+    oracle = {"spearman": scipy.stats.spearmanr, "pearson": scipy.stats.pearsonr}[compare]
+    # Correlation distances of rows with a mean of 1000 have lost 6 digits to it, in SciPy as here.
+    np.testing.assert_allclose(
+        rk.rsa(x, y, distance=distance, compare=compare), oracle(a, b).statistic, atol=1e-7
+    )
+
+
+@given(st.integers(3, 10), st.integers(1, 6), st.integers(0, 2**16))
+def test_rsa_keeps_the_ties_of_integers(n, p, seed):
+    rng = np.random.default_rng(seed)
+    x, y = rng.integers(0, 3, (n, p)), rng.standard_normal((n, 4))
+    a = scipy.spatial.distance.pdist(x)
+    if np.ptp(a) == 0:
+        with pytest.raises(rk.ConstantError):
+            rk.rsa(x, y)
+        return
+    want = scipy.stats.spearmanr(a, scipy.spatial.distance.pdist(y)).statistic
+    np.testing.assert_allclose(rk.rsa(x, y), want, atol=1e-12)
+
+
+def test_rsa_distances_of_near_duplicates_come_from_the_features():
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((6, 40)) + 1000
+    x[1] = x[0] + 1e-7 * rng.standard_normal(40)
+    x[3] = x[2]
+    a, y = scipy.spatial.distance.pdist(x), rng.standard_normal((6, 4))
+    want = scipy.stats.pearsonr(np.log(a + 1), np.log(a + 1)).statistic
+    assert want == pytest.approx(1)
+    from repsim_kernels.kernels.torch.rsa import pair_distances
+
+    got = pair_distances(torch.from_numpy(x), "euclidean").numpy()
+    np.testing.assert_allclose(got, a, rtol=1e-9)
+    assert np.isfinite(rk.rsa(x, y))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("shift", [0, 10, 1000])
+def test_debiased_cka_stands_when_features_shift(dtype, shift):
+    """Equal to that of the shifted, rounded input in float64 arithmetic: nothing more is lost."""
+    rng = np.random.default_rng(4)
+    x = torch.from_numpy(rng.standard_normal((20, 30)) + shift).to(getattr(torch, dtype))
+    y = torch.from_numpy(rng.standard_normal((20, 25))) + x.double()[:, :25] - shift
+    want = rk.cka(x.double().numpy() - shift, y.numpy(), debiased=True, backend="reference")
+    assert_close(rk.cka(x, y.to(x.dtype).double().to(x.dtype), debiased=True), want, Tol(0.05))
+    assert_close(rk.cka(x.double(), y, debiased=True), want, SAME)
+
+
+@EACH
+def test_same_kind_out(name, options):
+    rng = np.random.default_rng(5)
+    x, y = rng.standard_normal((8, 5)), rng.standard_normal((8, 6))
+    value = run(name, x, y, **options)
+    assert isinstance(value, np.float64)
+    tensor = run(name, torch.from_numpy(x), torch.from_numpy(y), **options)
+    assert isinstance(tensor, torch.Tensor)
+    assert tensor.dtype == torch.float64
+    assert tensor.shape == ()
+    assert float(tensor) == pytest.approx(float(value), rel=1e-12)
+    assert run(name, x.tolist(), y.tolist(), **options) == value
+
+
+@given(drawn(n=st.integers(3, 9), dtypes=("float32",), layouts=TORCH_LAYOUTS))
+def test_inputs_are_not_written(x):
+    a, b = x.torch(), torch.from_numpy(x.values())
+    before = a.clone()
+    for name, options in METRICS:
+        if name != "rsa" and not options.get("debiased") and "kernel" not in options:
+            run(name, a, b.float(), **options)
+    assert torch.equal(a, before)
+
+
+def test_integers_and_booleans_are_numbers():
+    rng = np.random.default_rng(6)
+    x = rng.integers(0, 200, (9, 5))
+    for dtype in (np.uint8, np.int32, np.int64):
+        assert rk.cka(x.astype(dtype), x[:, :2].astype(dtype)) == rk.cka(x * 1.0, x[:, :2] * 1.0)
+    assert rk.cka(torch.from_numpy(x), torch.from_numpy(x > 9)) == rk.cka(x * 1.0, (x > 9) * 1.0)
+
+
+@pytest.mark.parametrize("name", ["cca", "pwcca"])
+def test_cca_of_as_many_neurons_as_stimuli_is_1_and_says_so(name):
+    rng = np.random.default_rng(7)
+    x, y = rng.standard_normal((6, 6)), rng.standard_normal((6, 3))
+    with pytest.warns(rk.DegenerateWarning, match="ridge.*svcca"):
+        assert getattr(rk, name)(x, y) == pytest.approx(1)
+
+
+def test_scale_of_float32_does_not_overflow():
+    rng = np.random.default_rng(8)
+    x, y = (rng.standard_normal((9, 4)).astype(np.float32) for _ in range(2))
+    for name, options in METRICS:
+        if "penalty" not in options and options.get("form") != "size-and-shape":
+            big = run(name, x * np.float32(2.0**120), y * np.float32(2.0**-100), **options)
+            assert_close(big, run(name, x, y, **options), Tol(1e-6, 1e-7))
