@@ -314,7 +314,10 @@ def rsa_options(distance: Any, compare: Any) -> tuple[str, str]:
     )
 
 
-NO_CKA = "x or y: nothing is left of its kernel matrix after centring; expected stimuli that differ"
+NO_CKA = (
+    "x or y: nothing is left of its kernel matrix after centring (all stimuli are equally far "
+    "apart), or the median distance is 0 and 'rbf' has no bandwidth; expected distances that differ"
+)
 NO_RSA = (
     "x or y: its distances are all equal, or (for 'correlation' and 'cosine') a stimulus is "
     "constant or zero; expected distances that differ"

@@ -227,8 +227,35 @@ def test_integers_and_booleans_are_numbers():
 def test_cca_of_as_many_neurons_as_stimuli_is_1_and_says_so(name):
     rng = np.random.default_rng(7)
     x, y = rng.standard_normal((6, 6)), rng.standard_normal((6, 3))
-    with pytest.warns(rk.DegenerateWarning, match="ridge.*svcca"):
+    with pytest.warns(rk.DegenerateWarning, match="every .* is 1.*ridge= or use svcca"):
         assert getattr(rk, name)(x, y) == pytest.approx(1)
+
+
+def test_pwcca_says_where_its_weights_are_not_unique():
+    rng = np.random.default_rng(9)
+    with pytest.warns(rk.DegenerateWarning, match="not unique"):
+        rk.pwcca(rng.standard_normal((9, 5)), rng.standard_normal((9, 6)))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_nothing_to_compare_raises(backend):
+    rng = np.random.default_rng(10)
+    x, y = rng.standard_normal((5, 4)), rng.standard_normal((5, 8))
+    x[2] = 0.1
+    with pytest.raises(rk.ConstantError, match="stimulus is constant or zero"):
+        rk.rsa(x, y, distance="correlation", backend=backend)
+    x[2] = 0
+    with pytest.raises(rk.ConstantError, match="stimulus is constant or zero"):
+        rk.rsa(y, x, distance="cosine", backend=backend)
+    for metric in (rk.cka, rk.rsa):
+        options = {"debiased": True} if metric is rk.cka else {}
+        with pytest.raises(rk.ConstantError):
+            metric(np.eye(5), y, backend=backend, **options)
+        with pytest.raises(rk.ConstantError):
+            metric(y, np.eye(5), backend=backend, **options)
+    x[:4] = x[0]
+    with pytest.raises(rk.ConstantError, match="bandwidth"):
+        rk.cka(x, y, kernel="rbf", backend=backend)
 
 
 def test_scale_of_float32_does_not_overflow():

@@ -59,7 +59,7 @@ def cca(
     """
     ridge, penalty = _check.shrinkage(ridge, penalty)
     x, y = _check.pair(x, y)
-    _warn_if_degenerate(x, y, ridge, penalty)
+    warn_if_degenerate("cca", x.shape[-2], x.shape[-1], y.shape[-1], ridge, penalty)
     return _dispatch.call("cca", backend, x, y, squared=bool(squared), ridge=ridge, penalty=penalty)
 
 
@@ -138,27 +138,35 @@ def pwcca(
     Warns
     -----
     DegenerateWarning
-        No ridge and as many neurons as stimuli: every correlation is 1.
+        No ridge, and as many neurons as stimuli: every correlation is 1. Or p + q > n: several
+        are, their variates are not unique, and with them the weights.
 
     Notes
     -----
     One pass over x beside the spectra, 2 n² p operations; the n x p products with the neurons are
-    made a block at a time, in x's precision. Without a ridge and with p + q >= n, several
-    correlations tie at 1: their variates, and with them the weights, are not unique.
+    made a block at a time, in x's precision.
     Source: Morcos et al. 2018.
     """
     ridge, penalty = _check.shrinkage(ridge, penalty)
     x, y = _check.pair(x, y)
-    _warn_if_degenerate(x, y, ridge, penalty)
+    warn_if_degenerate("pwcca", x.shape[-2], x.shape[-1], y.shape[-1], ridge, penalty)
     return _dispatch.call("pwcca", backend, x, y, ridge=ridge, penalty=penalty)
 
 
-def _warn_if_degenerate(x: Array, y: Array, ridge: float, penalty: float) -> None:
-    n, p = x.shape[-2], max(x.shape[-1], y.shape[-1])
-    if not ridge and not penalty and p >= n:
-        warnings.warn(
-            f"{p} neurons and {n} stimuli: without a ridge every canonical correlation is 1, "
-            "whatever the representations hold; pass ridge= or use svcca",
-            DegenerateWarning,
-            stacklevel=3,
-        )
+def warn_if_degenerate(
+    metric: str, n: int, p: int, q: int, ridge: float, penalty: float, stacklevel: int = 3
+) -> None:
+    """Warn where correlations without a ridge say nothing about p and q neurons of n stimuli."""
+    if ridge or penalty or metric not in ("cca", "pwcca"):
+        return
+    if max(p, q) >= n:
+        what = "every canonical correlation is 1, whatever the representations hold"
+    elif metric == "pwcca" and p + q > n:
+        what = "several canonical correlations tie at 1, and the weights are not unique"
+    else:
+        return
+    warnings.warn(
+        f"{p} and {q} neurons, {n} stimuli: without a ridge {what}; pass ridge= or use svcca",
+        DegenerateWarning,
+        stacklevel=stacklevel,
+    )

@@ -7,6 +7,7 @@ from typing import Any
 from repsim_kernels import _check, _dispatch
 from repsim_kernels._arrays import Array
 from repsim_kernels.errors import OptionError
+from repsim_kernels.ops.cca import warn_if_degenerate
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "cka": {"debiased": False, "kernel": "linear", "sigma": None},
@@ -47,10 +48,15 @@ def pairwise(
     BackendUnavailable
         Naming the representation, as ``xs[3]``.
 
+    Warns
+    -----
+    DegenerateWarning
+        Where the metric's own function does, once for the largest representations.
+
     Notes
     -----
     Each Gram and each spectrum is made once: L passes over activations, not L·M. They are held
-    together, 8 n² bytes for each representation.
+    together, 8 n² bytes for each representation. Source: that of each metric.
     """
     metric = _check.option(metric, "metric", _DEFAULTS)
     unknown = set(options) - set(_DEFAULTS[metric])
@@ -62,6 +68,9 @@ def pairwise(
     xs = _check.representations(xs, "xs", least=least)
     if ys is not None:
         ys = _check.representations(ys, "ys", least=least, like=xs[0])
+    if "ridge" in options:
+        p, q = (max(x.shape[1] for x in zs) for zs in (xs, xs if ys is None else ys))
+        warn_if_degenerate(metric, len(xs[0]), p, q, options["ridge"], options["penalty"])
     values = _dispatch.call_lists("pairwise", backend, xs, ys, metric=metric, **options)
     undefined = {"cka": _check.NO_CKA, "rsa": _check.NO_RSA}
     return _check.defined(values, undefined.get(metric, ""))

@@ -73,8 +73,8 @@ def cosine_distance(m: Tensor, whole: Tensor, complement: bool, floor: Tensor) -
     """1 - CKA of the kernel matrices `whole` and `whole` less a part, without cancellation.
 
     m (C, n, n) is the part, or what is left of the whole without it (`complement`): the smaller
-    of the two, so that what the whole does not explain of it keeps its digits. Exactly 0 for m = 0; NaN
-    where the squared norm of what is left of the whole is not above `floor`.
+    of the two, so that what the whole does not explain of it keeps its digits. Exactly 0 for m = 0;
+    NaN where the squared norm of what is left of the whole is not above `floor`.
     Source: METRICS, "CKA without cancellation".
     """
     ll = whole.square().sum()

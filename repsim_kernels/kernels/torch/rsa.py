@@ -29,7 +29,9 @@ def pair_distances(x: Tensor, distance: str) -> Tensor:
     """The distances between the rows of x (n, p), in the order of SciPy's pdist."""
     n, p = x.shape
     if distance == "correlation":
-        shift = x.mean(1, keepdim=True, dtype=torch.float64)
+        # By way of the first neuron, so that a constant row has a length of exactly zero.
+        first = x[:, :1].to(torch.float64)
+        shift = first + (x - first).mean(1, keepdim=True, dtype=torch.float64)
     elif distance == "cosine":
         shift = torch.zeros(1, 1, dtype=torch.float64, device=x.device)
     else:
@@ -53,7 +55,9 @@ def pair_distances(x: Tensor, distance: str) -> Tensor:
 
 
 def average_ranks(d: Tensor) -> Tensor:
-    """Ranks from 1 of a vector, ties at the mean of theirs."""
+    """Ranks from 1 of a vector, ties at the mean of theirs; all NaN if one is."""
+    if d.isnan().any():
+        return torch.full_like(d, torch.nan)
     _, inverse, counts = torch.unique(d, return_inverse=True, return_counts=True)
     last = counts.cumsum(0).to(torch.float64)
     return (last - (counts - 1) / 2)[inverse]

@@ -1,0 +1,147 @@
+"""Bad input: an error that names the argument, what was wrong and what is expected."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import repsim_kernels as rk
+from repsim_kernels import RepsimError
+
+RNG = np.random.default_rng(0)
+X, Y = RNG.standard_normal((6, 4)), RNG.standard_normal((6, 2))
+NAN, INF = X.copy(), torch.from_numpy(X.copy())
+NAN[2, 3] = np.nan
+INF[1, 0] = torch.inf
+PAIRS = ("cka", "cca", "svcca", "pwcca", "procrustes", "procrustes_distance", "rsa")
+CELLS, LABELS = [0, 0, 1, 1], [0, 0, 1, 1, 2, 2]
+
+
+def single(x):
+    """Every operation on one representation, x."""
+    return [
+        lambda: rk.centered_gram(x),
+        lambda: rk.cell_grams(x, CELLS),
+        lambda: rk.class_means(x, LABELS),
+        lambda: rk.selectivity_grid(x, LABELS, 1),
+        lambda: rk.ablation_distances(x, CELLS),
+        lambda: rk.ablation_decodability(x, CELLS, LABELS),
+    ]
+
+
+BAD = [
+    (NAN, rk.NonFiniteError, r"x: 1 of 24 values are NaN or infinite .*index \(2, 3\)"),
+    (INF, rk.NonFiniteError, r"x: 1 of 24 values .*\(1, 0\)"),
+    (X[0], rk.ShapeError, r"x: shape \(4,\); expected \(…, n, p\)"),
+    (X[:, :0], rk.ShapeError, "x: no neurons"),
+    (X[None][:0], rk.ShapeError, "x: an empty batch"),
+    (X + 1j, rk.DtypeError, "x: dtype complex128; expected real"),
+    (torch.zeros(6, 4, dtype=torch.complex64), rk.DtypeError, "x: dtype complex64"),
+    (X.astype(object), rk.DtypeError, "x: dtype object"),
+    (np.full((6, 4), "a"), rk.DtypeError, "x: dtype <U1"),
+    ([[1, 2], [3]], rk.DtypeError, "x: not an array of numbers"),
+    (np.ma.masked_less(X, 0), rk.DtypeError, "x: got a masked array"),
+    (torch.eye(6).to_sparse(), rk.DtypeError, "x: got a tensor of layout torch.sparse_coo"),
+    (X * 1e200, rk.NonFiniteError, r"x: the largest magnitude is .*e\+200"),
+]
+
+
+@pytest.mark.parametrize(("x", "error", "match"), BAD, ids=[b[2][:40] for b in BAD])
+def test_representations(x, error, match):
+    for call in single(x):
+        with pytest.raises(error, match=match):
+            call()
+    for name in PAIRS:
+        with pytest.raises(error, match=match):
+            getattr(rk, name)(x, Y)
+        with pytest.raises(error, match=match.replace("x: ", "y: ", 1)):
+            getattr(rk, name)(Y if not isinstance(x, torch.Tensor) else torch.from_numpy(Y), x)
+    with pytest.raises(error, match=r"xs\[1\]: "):
+        rk.pairwise([X, x])
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs(name):
+    metric = getattr(rk, name)
+    with pytest.raises(rk.ShapeError, match="y: 5 stimuli, but x has 6; expected the same"):
+        metric(X, Y[:5])
+    with pytest.raises(rk.ShapeError, match=r"x: [12] stimuli.*expected at least [23]"):
+        metric(X[:1], Y[:1])
+    with pytest.raises(rk.ConstantError, match="y: the representation is the same for every"):
+        metric(X, np.full((6, 3), 0.1))
+    with pytest.raises(rk.ShapeError, match=r"y: batch dimensions \(3,\), but x has \(2,\)"):
+        metric(np.stack([X] * 2), np.stack([Y] * 3))
+    with pytest.raises(rk.DeviceError, match="y: a torch array on cpu, but x is a numpy array"):
+        metric(X, torch.from_numpy(Y))
+    with pytest.raises(rk.OptionError, match="backend: 'numpy'; expected one of 'reference'"):
+        metric(X, Y, backend="numpy")
+    with pytest.raises(rk.BackendUnavailable, match=f"'triton' can't serve {name}: "):
+        metric(X, Y, backend="triton")
+
+
+def test_one_constant_item_of_a_batch_is_found():
+    x = np.stack([X, X * 0 + 0.1])
+    with pytest.raises(rk.ConstantError, match="x: "):
+        rk.cka(x, Y)
+    with pytest.raises(rk.ConstantError, match="x: "):
+        rk.ablation_distances(x, CELLS)
+
+
+OPTIONS = [
+    (lambda: rk.cka(X[:3], Y[:3], debiased=True), "x: 3 stimuli.*at least 4"),
+    (lambda: rk.cka(X, Y, kernel="poly"), "kernel: 'poly'; expected one of 'linear', 'rbf'"),
+    (lambda: rk.cka(X, Y, sigma=1.0), "sigma: 1.0 with kernel='linear'"),
+    (lambda: rk.cka(X, Y, kernel="rbf", sigma=0), "sigma: 0; expected a finite number above 0"),
+    (lambda: rk.cca(X, Y, ridge=-1), "ridge: -1; expected a finite number of at least 0"),
+    (lambda: rk.cca(X, Y, ridge=1, penalty=1), "ridge: 1 beside penalty=1"),
+    (lambda: rk.pwcca(X, Y, penalty=np.inf), "penalty: inf; expected a finite number"),
+    (lambda: rk.svcca(X, Y, variance=99), "variance: 99; expected .* above 0 and at most 1"),
+    (lambda: rk.procrustes_distance(X, Y, form="raw"), "form: 'raw'; expected one of 'squared'"),
+    (lambda: rk.rsa(X, Y, distance="cityblock"), "distance: 'cityblock'; expected one of"),
+    (lambda: rk.rsa(X, Y, compare="kendall"), "compare: 'kendall'; expected one of"),
+    (lambda: rk.rsa(X[:2], Y[:2]), "x: 2 stimuli.*at least 3"),
+    (lambda: rk.pairwise([X], metric="cka2"), "metric: 'cka2'; expected one of 'cka'"),
+    (lambda: rk.pairwise([X], ridge=1), "ridge: not an option of metric 'cka'; it has debiased"),
+    (lambda: rk.pairwise([]), "xs: an empty list"),
+    (lambda: rk.pairwise(3), "xs: int; expected a list"),
+    (lambda: rk.pairwise([X], [Y, Y[:5]]), r"ys\[1\]: 5 stimuli, but xs\[0\] has 6"),
+    (lambda: rk.ablation_distances(X, CELLS, metrics=["cka", "mse"]), "metrics: 'mse'; expected"),
+    (lambda: rk.ablation_distances(X, CELLS, metrics="cka"), "metrics: 'cka'; expected a sequence"),
+    (lambda: rk.ablation_distances(X, CELLS, memory=0), "memory: 0; expected"),
+    (lambda: rk.ablation_distances(X[:3], CELLS), "x: 3 stimuli.*at least 4"),
+    (lambda: rk.ablation_distances(X, [0, 0, 1]), r"cells: shape \(3,\).*integer labels \(4,\)"),
+    (lambda: rk.ablation_distances(X, [0, 0, -2, 1]), "cells: label -2 is out of range; expected"),
+    (lambda: rk.ablation_distances(X, [0.0, 1, 1, 0]), "cells: dtype float64; expected integers"),
+    (lambda: rk.ablation_distances(X, np.ones((2, 5), bool)), r"cells: a membership .*\(C, 4\)"),
+    (lambda: rk.ablation_distances(X, np.ones(4, bool)), r"cells: boolean labels \(4,\)"),
+    (lambda: rk.cell_grams(X, CELLS, n_cells=1), "cells: label 1 is out of range; expected 0 … 0"),
+    (lambda: rk.cell_grams(X, CELLS, n_cells=-1), "n_cells: -1; expected a whole number"),
+    (lambda: rk.cell_grams(X, np.ones((2, 4), bool), n_cells=3), "n_cells: 3, but cells has 2"),
+    (lambda: rk.class_means(X, [0, 0, 0, 2, 2, 2]), "labels: class 1 has no stimulus"),
+    (lambda: rk.class_means(X, LABELS, n_classes=4), "labels: class 3 has no stimulus"),
+    (lambda: rk.class_means(X, LABELS, n_classes=2), "labels: values 0 … 2, n_classes 2"),
+    (lambda: rk.class_means(X, [0, 1]), r"labels: shape \(2,\); expected \(6,\)"),
+    (lambda: rk.class_means(X, [0.5] * 6), "labels: dtype float64; expected integers"),
+    (lambda: rk.selectivity_grid(X, LABELS, 7), "target: no stimulus has label 7; labels has 0, 1"),
+    (lambda: rk.selectivity_grid(X, LABELS, "a"), "target: 'a'; expected an integer label"),
+    (lambda: rk.selectivity_grid(X, [1] * 6, 1), "labels: only class 1; expected at least two"),
+    (lambda: rk.selectivity_grid(X, LABELS, 1, grid=(4, 0)), r"grid: \(4, 0\); expected two whole"),
+    (lambda: rk.selectivity_grid(X, LABELS, 1, grid=4), "grid: 4; expected two whole numbers"),
+    (lambda: rk.ablation_decodability(X, CELLS, LABELS, target=5), "target: no stimulus has"),
+    (lambda: rk.ablation_decodability(X, CELLS, LABELS, ridge=0), "ridge: 0; expected .* above 0"),
+    (lambda: rk.ablation_decodability(X * 0, CELLS, LABELS), "x: the representation is the same"),
+]
+
+
+@pytest.mark.parametrize(("call", "match"), OPTIONS, ids=[o[1][:40] for o in OPTIONS])
+def test_options(call, match):
+    with pytest.raises(RepsimError, match=match):
+        call()
+
+
+def test_the_kind_of_error_is_a_python_one_too():
+    with pytest.raises(ValueError, match="stimuli"):
+        rk.cka(X, Y[:3])
+    with pytest.raises(TypeError, match="dtype"):
+        rk.cka(X, Y + 1j)

@@ -1,0 +1,134 @@
+"""The package as a whole: imports, layers, dispatch, and documentation."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import repsim_kernels as rk
+from repsim_kernels import OPERATIONS, _arrays, _dispatch
+
+ROOT = Path(rk.__file__).parent
+OPS = [name for names in OPERATIONS.values() for name in names]
+
+
+def test_importing_the_package_imports_no_framework():
+    code = (
+        "import sys, repsim_kernels; repsim_kernels.__all__;"
+        "print([m for m in ('torch', 'triton', 'cupy', 'pandas', 'sklearn') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file of the package imports, by name."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return names
+
+
+def files(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def test_layers():
+    """kernels and reference know nothing above them; ops reach them through the dispatcher only."""
+    assert len(files("ops", "kernels", "reference")) > 20
+    for path in files("kernels"):
+        upward = {m for m in imported(path) if m.startswith("repsim_kernels.")}
+        assert all(m.startswith("repsim_kernels.kernels") for m in upward), path
+    for path in files("reference"):
+        roots = {m.partition(".")[0] for m in imported(path)}
+        assert roots <= {"__future__", "numpy", "repsim_kernels", "collections", "typing"}, path
+        inner = {m for m in imported(path) if m.startswith("repsim_kernels")}
+        assert all(m.startswith("repsim_kernels.reference") for m in inner), path
+    for path in files("ops"):
+        inner = {m for m in imported(path) if m.startswith("repsim_kernels.")}
+        assert not any(
+            m.startswith(("repsim_kernels.kernels", "repsim_kernels.ref")) for m in inner
+        )
+        assert "torch" not in imported(path)
+
+
+def test_one_operation_has_one_name_and_one_family():
+    for (op, backend), target in _dispatch.TABLE.items():
+        module, _, name = target.partition(":")
+        assert name == op
+        family = next(f for f, names in OPERATIONS.items() if op in names)
+        assert module.rpartition(".")[2] == family
+        assert callable(_dispatch._load(op, backend))
+    assert set(OPS) <= set(rk.__all__)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_docstrings_say_shapes_returns_errors_and_source(name):
+    function = getattr(rk, name)
+    doc = inspect.getdoc(function)
+    for section in ("Parameters", "Returns", "Raises", "Notes", "Source"):
+        assert section in doc, section
+    for parameter in inspect.signature(function).parameters:
+        assert parameter in doc.split("Returns")[0], parameter
+
+
+def test_unknown_names_and_dir():
+    with pytest.raises(AttributeError, match="no attribute 'ckka'"):
+        rk.ckka  # noqa: B018
+    assert "cka" in dir(rk)
+    assert rk.__version__
+
+
+def test_show_config(capsys):
+    rk.show_config()
+    out = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in out
+    assert "reference" in out
+    assert "no: no operation has a Triton kernel yet" in out
+
+
+def test_the_environment_chooses_a_backend_and_the_argument_wins(monkeypatch):
+    x, y = np.random.default_rng(0).standard_normal((2, 8, 4))
+    monkeypatch.setenv("REPSIM_BACKEND", "cupy")
+    with pytest.raises(rk.BackendUnavailable, match="'cupy' can't serve cka"):
+        rk.cka(x, y)
+    assert rk.cka(x, y, backend="torch") == pytest.approx(rk.cka(x, y, backend="reference"))
+    monkeypatch.setenv("REPSIM_BACKEND", "numpy")
+    with pytest.raises(rk.OptionError, match="REPSIM_BACKEND: 'numpy'"):
+        rk.cka(x, y)
+
+
+def test_arrays_are_shared_not_copied():
+    a = np.arange(12.0).reshape(3, 4)[:, ::2]
+    t = _arrays.to_torch(a)
+    a[0, 0] = 7
+    assert t[0, 0] == 7
+    a.flags.writeable = False
+    assert _arrays.to_torch(a)[0, 0] == 7
+    big_endian = np.arange(4, dtype=">f8")
+    assert _arrays.to_torch(big_endian).tolist() == [0, 1, 2, 3]
+    assert _arrays.to_torch(np.arange(4.0)[::-1]).tolist() == [3, 2, 1, 0]
+
+
+def test_subclasses_and_gradients():
+    x = torch.randn(8, 3, requires_grad=True)
+    assert not rk.cka(x, x).requires_grad
+    parameter = torch.nn.Parameter(torch.randn(8, 2))
+    assert isinstance(rk.cka(x, parameter), torch.Tensor)
+
+    class Named(np.ndarray):
+        pass
+
+    a = np.random.default_rng(1).standard_normal((6, 3)).view(Named)
+    assert isinstance(rk.centered_gram(a), np.ndarray)
