@@ -23,7 +23,7 @@ slow: .venv/dev
 check: test lint slow
 
 bench: .venv/dev
-	$(BIN)/python -m pytest bench --benchmark-only --override-ini=addopts=
+	$(BIN)/python -m pytest bench --benchmark-only -m "" --override-ini="python_files=bench_*.py" --override-ini="filterwarnings=default"
 
 clean:
 	rm -rf .venv runs

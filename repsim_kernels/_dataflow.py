@@ -48,11 +48,7 @@ class Trace:
 
     def __init__(self, model: nn.Module, module: nn.Module, name: str) -> None:
         root = _Root(model)
-        try:
-            graph = _Tracer(module).trace(root)
-        except Exception as e:
-            reason = (str(e) or type(e).__name__).splitlines()[0]
-            raise LayerError(f"model: torch.fx can't trace it: {reason}") from e
+        graph = _graph(root, module)
         self._interpreter = fx.Interpreter(root, graph=graph)
         self._model, self._name = model, name
         self._nodes: list[fx.Node] = list(graph.nodes)
@@ -81,7 +77,7 @@ class Trace:
             writes = {_memory(t) for t, old in seen if version(t) != old}
             if x is self.cut:
                 _check_batch(value, images, f"layer: {self._name!r}")
-                raw, value = _memory(value), value.clone()
+                raw, value = value, value.clone()  # both kept, so that no address comes back
             values[x] = value
             seen = [(t, version(t)) for t, _ in seen] if writes else seen
             seen += [(t, version(t)) for t in tensors(value)]
@@ -97,7 +93,7 @@ class Trace:
         changed += [_label(x) for x in facts if x.op == "get_attr" and written & _gives(facts, x)]
         if changed:
             raise LayerError(f"model: a pass writes to its {changed[0]!r}; expected none to")
-        return _split(facts, self.cut, raw, len(images))
+        return _split(facts, self.cut, _memory(raw), len(images))
 
 
 @dataclass
@@ -113,16 +109,16 @@ class _Facts:
 def _split(facts: dict[fx.Node, _Facts], cut: fx.Node, raw: int, n: int) -> Split:
     """Head and tail, from a pass over n stimuli; `raw` is the memory of the layer's output."""
     images, *nodes = facts
-    after = _reach(facts, cut)[0] - {cut} | {nodes[-1]}
+    after = _reach(facts, cut) - {cut} | {nodes[-1]}
     head, tail = [x for x in nodes if x not in after], [x for x in nodes if x in after]
     taken = [x for x in facts if x not in after and not after.isdisjoint(x.users)]
     written = _union(facts[x].writes for x in tail)
     changed = [x for x in taken if written & _gives(facts, x)]
     copied = [key for x in changed for key in _gives(facts, x)]
     kept = _union(_gives(facts, x) for x in taken) | _union(facts[x].writes for x in head)
-    imaged, imaged_memory = _reach(facts, images)
+    imaged = _reach(facts, images)
     inputs = [x for x in taken if x is not cut]
-    varying = [x for x in inputs if x in imaged or imaged_memory & _gives(facts, x)]
+    varying = [x for x in inputs if x in imaged]
     steps = _schedule(tail, {nodes[-1]})
     alive, most = {cut, *varying}, 0
     for step in steps:
@@ -143,20 +139,20 @@ def _split(facts: dict[fx.Node, _Facts], cut: fx.Node, raw: int, n: int) -> Spli
     )
 
 
-def _reach(facts: dict[fx.Node, _Facts], source: fx.Node) -> tuple[set[fx.Node], set[int]]:
-    """The operations to run again when `source` gives another value, and the memory they write to.
+def _reach(facts: dict[fx.Node, _Facts], source: fx.Node) -> set[fx.Node]:
+    """The operations to run again when `source` gives another value, and `source`.
 
-    One of them takes a value of one, or memory that one has written to; or it writes to memory
-    that an earlier one uses, which would else find the write already made.
+    One takes a value of one, or memory that one has written to; or it writes to memory that an
+    earlier one reads, which would else find the write already made.
     """
-    found, written, used = {source}, set[int](), set[int]()
+    found, written, read = {source}, set[int](), set[int]()
     for x, fact in facts.items():
         takes = not found.isdisjoint(x.all_input_nodes) or written & fact.reads
-        if x is not source and (takes or used & fact.writes):
+        if x is not source and (takes or read & fact.writes):
             found.add(x)
             written |= fact.writes
-            used |= fact.reads | fact.gives.keys() | fact.writes
-    return found, written
+            read |= fact.reads
+    return found
 
 
 def _schedule(nodes: list[fx.Node], keep: set[fx.Node]) -> list[Step]:
@@ -197,9 +193,9 @@ for _function in (
 class _Tracer(fx.Tracer):
     """Goes into every module that holds the cut, and not into the cut."""
 
-    def __init__(self, cut: nn.Module) -> None:
+    def __init__(self, cut: nn.Module, buffers: bool) -> None:
         super().__init__()
-        self._cut = cut
+        self._cut, self.proxy_buffer_attributes = cut, buffers
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if any(x is self._cut for x in m.modules()):
@@ -208,6 +204,22 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+
+def _graph(root: nn.Module, cut: nn.Module) -> fx.Graph:
+    kept = [(vars(m), dict(vars(m))) for m in root.modules()]  # a pass may store what it made
+    try:
+        try:
+            return _Tracer(cut, buffers=True).trace(root)
+        except Exception:  # sizes and branches may hang on buffers, which are constants then
+            return _Tracer(cut, buffers=False).trace(root)
+    except Exception as e:
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise LayerError(f"model: torch.fx can't trace it: {reason}") from e
+    finally:
+        for attributes, old in kept[1:]:  # the root's are the trace's own
+            attributes.clear()
+            attributes.update(old)
 
 
 def version(t: Tensor) -> int:
@@ -236,7 +248,8 @@ def _union(sets: Iterable[set[int]]) -> set[int]:
 
 def _check_batch(value: Any, images: Tensor, what: str) -> None:
     if not isinstance(value, Tensor):
-        raise LayerError(f"{what} gives {type(value).__name__}; expected a tensor (n, …)")
+        kind = type(value).__name__.removeprefix("immutable_")
+        raise LayerError(f"{what} gives {kind}; expected a tensor (n, …)")
     if value.shape[:1] != images.shape[:1]:
         shape, n = tuple(value.shape), len(images)
         raise LayerError(f"{what} gives a tensor {shape} for {n} images; expected (n, …)")

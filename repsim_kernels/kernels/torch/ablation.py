@@ -15,7 +15,7 @@ from torch import Tensor
 
 from repsim_kernels.kernels.torch import cka, gram
 from repsim_kernels.kernels.torch.cca import leading, variate_weights
-from repsim_kernels.kernels.torch.spectrum import Representation, eigh, from_complement, positive
+from repsim_kernels.kernels.torch.spectrum import Representation, from_complement, positive
 
 # Elements of a batch of Grams that passes through the cache together.
 _BATCH = 2**17
@@ -144,7 +144,7 @@ class _Ablated:
         self.few = parts.left[c] < len(self.v)
         if self.few:
             self.features = basis.mT @ gram.centre(parts.outside(c))
-            self.rest = gram.outer(self.features)
+            self.rest = self.features @ self.features.mT
         elif not self.light:
             self.rest = basis.mT @ parts.rest(c) @ basis
         else:
@@ -156,7 +156,7 @@ class _Ablated:
     @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor]:
         """Eigenvectors and eigenvalues of K_c, descending, without those beyond its rank."""
-        w, u = eigh(self.rest)
+        w, u = torch.linalg.eigh(self.rest)
         keep = positive(w, self.original.n)
         return u[:, keep].flip(1), w[keep].flip(0)
 
@@ -209,7 +209,7 @@ class _Ablated:
         root = shrunk.sqrt()[:, None]
         f = root * self.loss * root.mT
         if not self.few:
-            squares, u = eigh(torch.diag(shrunk.square()) - f)
+            squares, u = torch.linalg.eigh(torch.diag(shrunk.square()) - f)
             if squares[0] > 1e-10 * squares[-1]:
                 return f, squares.sqrt(), u, len(squares)
         v, w = self.spectrum

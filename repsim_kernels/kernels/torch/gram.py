@@ -20,15 +20,6 @@ def centre(x: Tensor) -> Tensor:
     return x.sub_(x.mean(-2, keepdim=True))
 
 
-def outer(c: Tensor) -> Tensor:
-    """C Cᵀ for c (…, n, w)."""
-    if c.ndim == 2 and c.device.type == "cpu":
-        # NumPy hands a product with its own transpose to BLAS's syrk: half the operations.
-        a = c.numpy()
-        return torch.from_numpy(np.matmul(a, a.T))
-    return c @ c.mT
-
-
 def blocks(p: int, rows: int) -> Iterator[slice]:
     """Slices of p neurons that make float64 blocks of `_BLOCK` elements with `rows` rows each."""
     width = max(1, _BLOCK // rows)
@@ -40,7 +31,8 @@ def linear(x: Tensor) -> Tensor:
     n, p = x.shape[-2:]
     g = torch.zeros(*x.shape[:-1], n, dtype=torch.float64, device=x.device)
     for block in blocks(p, math.prod(x.shape[:-1])):
-        g += outer(centre(x[..., block]))
+        c = centre(x[..., block])
+        g += c @ c.mT
     return g
 
 
@@ -140,7 +132,7 @@ def cell_sums(x: Tensor, order: np.ndarray, offsets: np.ndarray) -> tuple[Tensor
             stop = min(int(offsets[k + 1]), block.stop)
             if stop > start:
                 part = slice(start - block.start, stop - block.start)
-                g[k] += outer(c[:, part])
+                g[k] += c[:, part] @ c[:, part].mT
                 shift[k] += c[:, part] @ means[part]
                 live[k] += alive[part].sum()
             start, k = stop, k + 1

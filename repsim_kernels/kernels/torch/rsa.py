@@ -40,7 +40,8 @@ def pair_distances(x: Tensor, distance: str) -> Tensor:
     g = torch.zeros(n, n, dtype=torch.float64, device=x.device)
     for block in gram.blocks(p, n):
         z = x[:, block].to(torch.float64)
-        g += gram.outer(z - (z[:1] if shift is None else shift))
+        z = z - (z[:1] if shift is None else shift)
+        g += z @ z.mT
     row, column = torch.triu_indices(n, n, 1, device=x.device)
     d = g.diagonal()
     if shift is not None:

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,16 +25,6 @@ def from_complement(a: Tensor) -> Tensor:
     n = a.shape[-2] + 1
     total = a.sum(-2, keepdim=True)
     return torch.cat([-total / math.sqrt(n), a - total / (n + math.sqrt(n))], dim=-2)
-
-
-def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (ascending) and eigenvectors of a symmetric float64 matrix (…, n, n)."""
-    if a.device.type == "cpu":
-        # OpenBLAS is 1.5 times as fast here as the MKL that PyTorch brings, on a Zen 4 processor.
-        w, v = np.linalg.eigh(a.numpy())
-        return torch.from_numpy(w), torch.from_numpy(v)
-    w, v = torch.linalg.eigh(a)
-    return w, v
 
 
 def positive(w: Tensor, n: int) -> Tensor:
@@ -75,7 +64,7 @@ class Representation:
             u, s, _ = torch.linalg.svd(to_complement(self.centred), full_matrices=False)
             w = s.square()
         else:
-            w, u = eigh(to_complement(to_complement(self.gram).mT))
+            w, u = torch.linalg.eigh(to_complement(to_complement(self.gram).mT))
             w, u = w.flip(-1), u.flip(-1)
         keep = positive(w, self.n)
         return u * keep[..., None, :], w * keep

@@ -1,0 +1,403 @@
+"""The ablation study of one network: what its cells of neurons do, and what metrics see of it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import repsim_kernels as rk
+from repsim_kernels.forward import AblatedForward
+
+from .performance import performance
+from .run import Step, run, run_folder
+from .stats import CHANGES, METRICS
+from .store import Unit
+
+BATCH = 64  # images that go through the network together
+
+
+class StudyError(ValueError):
+    """A study can't be made of what was given; the message is one line."""
+
+
+class Study:
+    """An ablation study: a network, its layers, the images of some classes.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Maps images to logits (n, k), and can be traced by torch.fx. A copy of it is used, in
+        evaluation mode and on ``device``; the model itself is left as it is.
+    layers : sequence of str
+        Names of modules of ``model``.
+    images : tensor or array, (n, ...)
+        As the model takes them.
+    labels : integer tensor, array or sequence, (n,)
+        The model's output for each image's class; two classes or more of two images or more.
+    targets : sequence of int, optional
+        The labels whose function is studied; all by default. The other classes' images are what
+        a target is told apart from.
+    grid : (int, int)
+        Strips by selectivity, and cells by magnitude in each strip.
+    metrics : sequence of str
+        Distances to take, some of ``experiments.stats.METRICS``.
+    name : str, optional
+        What the column ``model`` says; the class of the model by default.
+    classes : sequence of str, optional
+        Name of each label, by label.
+    ridge, penalty, probe_ridge : float
+        Passed on to ``ablation_distances`` (the first two) and ``ablation_decodability``.
+    stimuli_per_class : int, optional
+        How many images of each class, its first ones, the distances, the decodability and the
+        selectivity are taken over; all by default. The network's performance is always that on
+        all images of the target.
+    device : str or torch.device, optional
+        Where to compute; where the model is by default.
+
+    Raises
+    ------
+    StudyError
+        An argument is wrong; the message names it and says what is expected.
+    LayerError
+        A layer is not in the model, or the network can't be cut there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[str],
+        images: Tensor | NDArray[Any],
+        labels: Tensor | NDArray[Any] | Sequence[int],
+        targets: Sequence[int] | None = None,
+        grid: tuple[int, int] = (4, 4),
+        metrics: Sequence[str] = METRICS,
+        *,
+        name: str | None = None,
+        classes: Sequence[str] | None = None,
+        ridge: float = 0.1,
+        penalty: float = 0.0,
+        probe_ridge: float = 1.0,
+        stimuli_per_class: int | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.name = type(model).__name__ if name is None else name
+        self.device = _device(model, device)
+        self.model = copy.deepcopy(model).eval().to(self.device)
+        self.layers = _distinct("layers", layers)
+        self.metrics = _distinct("metrics", metrics)
+        self.grid = (int(grid[0]), int(grid[1]))
+        self.classes = None if classes is None else tuple(classes)
+        self.images = _tensor("images", images)
+        self.labels = _tensor("labels", labels).cpu()
+        self.stimuli_per_class = stimuli_per_class
+        self.options = {"ridge": ridge, "penalty": penalty, "probe_ridge": probe_ridge}
+        self._check_options()
+        self._check_images()
+        self.labels = self.labels.long()
+        present, counts = (a.tolist() for a in np.unique(self.labels.numpy(), return_counts=True))
+        self.present: list[int] = present
+        self.targets = present if targets is None else _distinct("targets", map(int, targets))
+        self._check_classes(dict(zip(present, counts, strict=True)))
+        self._check_model()
+
+    @property
+    def units(self) -> list[Unit]:
+        """Every (model, layer, class) of the study, layer by layer."""
+        return [Unit(self.name, layer, t) for layer in self.layers for t in self._targets]
+
+    @property
+    def _targets(self) -> dict[str, int]:
+        return {str(self.class_name(label)): label for label in self.targets}
+
+    @property
+    def stimuli(self) -> int:
+        """How many images the metrics are taken over."""
+        counts = self.labels.bincount().tolist()
+        return sum(min(count, self.stimuli_per_class or count) for count in counts)
+
+    def class_name(self, label: int) -> str | int:
+        """The name of a label where names are known, else the label."""
+        return label if self.classes is None else self.classes[label]
+
+    def run(
+        self,
+        out: str | os.PathLike[str] | None = None,
+        progress: Callable[[Step], object] | None = None,
+    ) -> pd.DataFrame:
+        """Ablate every cell and measure.
+
+        Parameters
+        ----------
+        out : path, optional
+            A folder that keeps each finished unit, and ``results.parquet`` at the end; one that
+            holds part of the same run is gone on with.
+        progress : callable, optional
+            Called with a `Step` before each unit that is computed, and at the end.
+
+        Returns the table, and raises, as `experiments.run.run` and `run_folder` say.
+        """
+        return run([self], None if out is None else run_folder([self], out), progress)
+
+    def measure(self, layer: str, targets: Iterable[str] | None = None) -> Iterator[pd.DataFrame]:
+        """Rows of one layer, class by class, from one pass of the images up to that layer.
+
+        Parameters
+        ----------
+        layer : str
+            One of the study's layers.
+        targets : iterable of str, optional
+            Classes to measure, as they are in the study's units; all by default.
+
+        Yields
+        ------
+        DataFrame
+            One row per cell of the grid.
+        """
+        wanted = [self._targets[t] for t in (self._targets if targets is None else targets)]
+        forward = AblatedForward(self.model, layer)
+        with torch.no_grad():
+            states, x, y = self._prefix(forward, set(wanted))
+            for label in wanted:
+                yield self._unit(forward, label, states.pop(label), x, y)
+
+    def _prefix(
+        self, forward: AblatedForward, wanted: set[int]
+    ) -> tuple[dict[int, list[Any]], Tensor, Tensor]:
+        """States of the wanted classes' images; stimuli of all classes, (n, p), and labels."""
+        states: dict[int, list[Any]] = {label: [] for label in wanted}
+        rows, labels = [], []
+        for label in self.present:
+            images = self.images[self.labels == label]
+            left = min(len(images), self.stimuli_per_class or len(images))
+            labels += [label] * left
+            # The same batches whatever is wanted: a resumed run gives the same bits.
+            for batch in torch.split(images, BATCH):
+                if not left and label not in wanted:
+                    break
+                state = forward.prefix(batch.to(self.device))
+                rows.append(state.activation[:left].flatten(1))
+                left -= len(rows[-1])
+                if label in wanted:
+                    states[label].append(state)
+        return states, torch.cat(rows), torch.tensor(labels)
+
+    def _unit(
+        self, forward: AblatedForward, label: int, states: list[Any], x: Tensor, y: Tensor
+    ) -> pd.DataFrame:
+        layer = forward.layer
+        n_cells = self.grid[0] * self.grid[1]
+        try:
+            cells = rk.selectivity_grid(x, y, label, grid=self.grid)
+            intact = torch.cat([forward.intact(state) for state in states])
+            ablated = torch.cat(
+                [forward.logits(state, cells, n_cells=n_cells) for state in states], dim=1
+            )
+            distances, decodability = self._representation(layer, label, x, y, cells)
+        except rk.RepsimError as error:
+            where = f"{self.name}, layer {layer}, class {self.class_name(label)}"
+            raise StudyError(f"{where}: {error}") from error
+        changes = performance(intact, ablated, label) | decodability
+        numbers = distances | {name: changes[name] for name in CHANGES}
+        columns = {
+            "model": self.name,
+            "class": self.class_name(label),
+            "layer": layer,
+            "cell": np.arange(n_cells),
+            "size": torch.as_tensor(cells).bincount(minlength=n_cells).cpu().numpy(),
+        }
+        return pd.DataFrame(
+            columns | {name: value.double().cpu().numpy() for name, value in numbers.items()}
+        )
+
+    def _representation(
+        self, layer: str, label: int, x: Tensor, y: Tensor, cells: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Distances and changes of decodability; NaN for a layer that is the same for all."""
+        ridge, penalty, probe_ridge = self.options.values()
+        try:
+            distances = rk.ablation_distances(
+                x, cells, metrics=self.metrics, ridge=ridge, penalty=penalty
+            )
+            probe = rk.ablation_decodability(x, cells, y, target=label, ridge=probe_ridge)
+        except rk.ConstantError:
+            what = f"{self.name}, layer {layer} is the same for every stimulus"
+            warnings.warn(f"{what}: its distances and decodability are NaN", stacklevel=2)
+            nan = torch.full((self.grid[0] * self.grid[1],), math.nan)
+            both = ("decodability_refit", "decodability_frozen")
+            return dict.fromkeys(self.metrics, nan), dict.fromkeys(both, nan)
+        # Accuracies are averages of ratios of counts: equal ones must tie in spite of rounding.
+        return dict(distances), {
+            f"decodability_{kind}": (float(probe["intact"]) - probe[kind]).round(decimals=12)
+            for kind in ("refit", "frozen")
+        }
+
+    def configuration(self) -> dict[str, Any]:
+        """Everything that decides the rows, as JSON-able values."""
+        state = sorted(self.model.state_dict().items())
+        return {
+            "weights": _hash(*(part for name, value in state for part in (name, value))),
+            "layers": self.layers,
+            "classes": list(self._targets),
+            "grid": list(self.grid),
+            "metrics": self.metrics,
+            **self.options,
+            "stimuli_per_class": self.stimuli_per_class,
+            "images": _hash(self.images, self.labels),
+            "device": self.device.type,
+        }
+
+    def about(self) -> dict[str, Any]:
+        """What a reader of the results wants to know beside the configuration."""
+        correct = torch.zeros(len(self.labels), dtype=torch.bool)
+        with torch.no_grad():
+            for index in torch.split(torch.arange(len(self.labels)), BATCH):
+                logits = self.model(self.images[index].to(self.device))
+                correct[index] = logits.argmax(1).cpu() == self.labels[index]
+        cuda = self.device.type == "cuda"
+        return {
+            "network": type(self.model).__name__,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "accuracy": float(correct.double().mean()),
+            "images": len(self.labels),
+            "image_shape": list(self.images.shape[1:]),
+            "image_classes": len(self.present),
+            "stimuli": self.stimuli,
+            "device": torch.cuda.get_device_name(self.device) if cuda else "CPU",
+        }
+
+    def _check_options(self) -> None:
+        if unknown := [name for name in self.metrics if name not in METRICS]:
+            raise StudyError(
+                f"metrics: {unknown[0]!r} is unknown; expected some of {', '.join(METRICS)}"
+            )
+        if min(self.grid) < 1:
+            raise StudyError(f"grid: {self.grid} has no cells; expected 1 or more by 1 or more")
+        for name, value in self.options.items():
+            if not 0 <= value < math.inf or (name == "probe_ridge" and value == 0):
+                least = "above 0" if name == "probe_ridge" else "0 or more"
+                raise StudyError(f"{name}: {value}; expected a finite number, {least}")
+        if self.stimuli_per_class is not None and self.stimuli_per_class < 2:
+            raise StudyError(f"stimuli_per_class: {self.stimuli_per_class}; expected 2 or more")
+
+    def _check_images(self) -> None:
+        if self.labels.ndim != 1 or self.labels.is_floating_point() or self.labels.is_complex():
+            raise StudyError(
+                f"labels: {self.labels.dtype} of shape {tuple(self.labels.shape)}; "
+                "expected integers of shape (n,)"
+            )
+        if self.images.ndim < 2 or len(self.images) != len(self.labels):
+            raise StudyError(
+                f"images: shape {tuple(self.images.shape)} for {len(self.labels)} labels; "
+                "expected (n, ...), an image for each label"
+            )
+
+    def _check_classes(self, counts: dict[int, int]) -> None:
+        if missing := [label for label in self.targets if label not in counts]:
+            raise StudyError(f"targets: {missing[0]} is not among the labels {self.present}")
+        if min(self.present) < 0:
+            raise StudyError(f"labels: {min(self.present)} is no output; expected 0 or more")
+        if self.classes is not None and len(self.classes) <= max(self.present):
+            raise StudyError(
+                f"classes: {len(self.classes)} names, but labels up to {max(self.present)}; "
+                "expected a name for each label"
+            )
+        if self.classes is not None and len(self._targets) < len(self.targets):
+            raise StudyError("classes: two targets have one name; expected distinct names")
+        if alone := [label for label, count in counts.items() if count < 2]:
+            raise StudyError(
+                f"images: class {self.class_name(alone[0])!r} has one image; expected 2 or more"
+            )
+        if len(counts) < 2:
+            raise StudyError(f"labels: all are {self.present[0]}; expected two classes or more")
+
+    def _check_model(self) -> None:
+        """Show the model one image: its outputs fit the labels, its layers hold the grid."""
+        AblatedForward(self.model, self.layers[0])  # can it be traced at all?
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        calls: dict[str, list[int]] = {layer: [] for layer in self.layers}
+
+        def note(layer: str, output: Any) -> None:
+            calls[layer].append(output.numel() if isinstance(output, Tensor) else 0)
+
+        handles = [
+            modules[layer].register_forward_hook(lambda _m, _i, out, name=layer: note(name, out))
+            for layer in self.layers
+            if layer in modules
+        ]
+        logits = self._one_image()
+        for handle in handles:
+            handle.remove()
+        for layer, sizes in calls.items():
+            if len(sizes) != 1:
+                AblatedForward(self.model, layer)  # raises and says what is the matter with it
+            if sum(sizes) < self.grid[0] * self.grid[1]:
+                raise StudyError(
+                    f"grid: {self.grid[0]} x {self.grid[1]} cells for the {sum(sizes)} neurons of "
+                    f"layer {layer!r}; expected a neuron or more in each cell"
+                )
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
+            what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise StudyError(f"model: {self.name} gives {what}; expected logits (n, k), k > 1")
+        if logits.shape[1] <= max(self.present):
+            raise StudyError(
+                f"labels: go up to {max(self.present)}, but {self.name} has "
+                f"{logits.shape[1]} outputs; expected a label below that"
+            )
+
+    def _one_image(self) -> Any:
+        try:
+            with torch.no_grad():
+                return self.model(self.images[:1].to(self.device))
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            shape, reason = tuple(self.images.shape[1:]), str(error).splitlines()[0]
+            message = f"images: {self.name} can't take one of shape {shape} ({reason})"
+            raise StudyError(message) from error
+
+
+def _distinct(argument: str, values: Iterable[Any]) -> list[Any]:
+    listed = list(values)
+    if not listed or len(set(listed)) < len(listed):
+        raise StudyError(f"{argument}: {listed} is empty or repeats; expected distinct values")
+    return listed
+
+
+def _tensor(argument: str, values: Any) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise StudyError(f"{argument}: expected an array of numbers ({reason})") from error
+
+
+def _device(model: nn.Module, device: str | torch.device | None) -> torch.device:
+    if device is None:
+        parameter = next(model.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise StudyError(f"device: {device} can't be used here ({reason})") from error
+    return torch.device(device)
+
+
+def _hash(*parts: str | Tensor) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, str):
+            digest.update(part.encode())
+        else:
+            digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,112 @@
+"""What a person sees of a run in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd  # type: ignore[import-untyped]
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from .report import METRIC_NAMES, means, write_report
+from .stats import CHANGES, METRICS, correlations
+
+if TYPE_CHECKING:
+    from .run import Step
+    from .study import Study
+
+HEADS = {
+    "rank_deficit": "rank\ndeficit",
+    "log_probability": "log-\nprob.",
+    "probability": "prob.",
+    "top1": "top-1",
+    "top5": "top-5",
+    "decodability_refit": "decod.\nrefit",
+    "decodability_frozen": "decod.\nfrozen",
+}
+
+
+def announce(source: str, studies: Sequence[Study], folder: Path, sampled: bool) -> None:
+    """Say what is going to run, before it does."""
+    print(f"Images: {source}")
+    for study in studies:
+        print(_extent(study))
+    if sampled:
+        print("A sample, to be quick; --full runs all layers, classes and stimuli.")
+    print(f"Into {folder}")
+
+
+def _extent(study: Study) -> str:
+    targets = [str(study.class_name(label)) for label in study.targets]
+    per_class = study.stimuli_per_class
+    which = "all" if per_class is None else f"the first {per_class} of each class"
+    return (
+        f"{study.name}\n"
+        f"  layers ({len(study.layers)}): {_some(study.layers)}\n"
+        f"  target classes ({len(targets)} of {len(study.present)}): {_some(targets)}\n"
+        f"  stimuli of the metrics: {study.stimuli} of {len(study.labels)} images, {which}"
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = list(names) if len(names) <= 16 else [*names[:8], "…", *names[-2:]]
+    return ", ".join(shown)
+
+
+def finish(console: Console, table: pd.DataFrame, folder: Path) -> None:
+    """Print the mean correlations, write the report, say where things are."""
+    metrics = [name for name in METRICS if name in table.columns]
+    wide = means(correlations(table, metrics, CHANGES))
+    for model in table["model"].unique():
+        view = Table(title=f"Mean Spearman correlation, {model}", title_justify="left", box=SIMPLE)
+        view.add_column("metric", no_wrap=True)
+        for change in CHANGES:
+            view.add_column(HEADS[change], justify="right", no_wrap=True)
+        for metric, row in wide.loc[model].iterrows():
+            numbers = ("-" if value != value else f"{value:.2f}" for value in row)
+            view.add_row(METRIC_NAMES[metric], *numbers)
+        console.print(view)
+    print(folder / "results.parquet")
+    print(write_report(folder, folder / "report.html"))
+
+
+@contextmanager
+def progress_of(console: Console) -> Iterator[Callable[[Step], None]]:
+    """A bar in a terminal; elsewhere a line for each layer."""
+    if not console.is_terminal:
+        said: set[tuple[str, str]] = set()
+
+        def line(step: Step) -> None:
+            if step.done < step.total and step.unit[:2] not in said:
+                said.add(step.unit[:2])
+                print(f"{step.done}/{step.total} {step.unit.model} {step.unit.layer}", flush=True)
+
+        yield line
+        return
+
+    columns = (
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left  {task.description}", markup=False),
+    )
+    with Progress(*columns, console=console, speed_estimate_period=120) as bar:
+        task = bar.add_task("", total=None)
+
+        def update(step: Step) -> None:
+            if bar.tasks[0].total is None:
+                bar.reset(task, total=step.total, completed=step.done)
+            bar.update(task, completed=step.done, description=" · ".join(step.unit))
+
+        yield update

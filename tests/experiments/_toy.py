@@ -1,0 +1,80 @@
+"""A network and images that a study takes a second for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from experiments import Study
+
+LAYERS = ("act1", "act2")
+CLASSES = ("ant/queen", "bee", "wasp")
+
+
+class Toy(nn.Module):
+    """Two convolutions with in-place ReLUs and a skip, three outputs, images of 3 x 8 x 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        self.act1 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(4, 4, 3, padding=1)
+        self.act2 = nn.ReLU(inplace=True)
+        self.fc = nn.Linear(4 * 64, 3)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.act1(self.conv1(images))
+        logits: Tensor = self.fc((x + self.act2(self.conv2(x))).flatten(1))
+        return logits
+
+
+def toy_images(per_class: int = 5) -> tuple[Tensor, Tensor]:
+    """Images (3 · per_class, 3, 8, 8) in mixed order, each class with a bias of its own."""
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.arange(3).repeat(per_class)
+    images = torch.randn(len(labels), 3, 8, 8, generator=generator)
+    return images + torch.randn(3, 3, 8, 8, generator=generator)[labels], labels
+
+
+def toy_study(**changes: Any) -> Study:
+    images, labels = toy_images()
+    arguments: dict[str, Any] = {
+        "model": Toy(),
+        "layers": LAYERS,
+        "images": images,
+        "labels": labels,
+        "name": "toy",
+        "classes": CLASSES,
+    }
+    return Study(**arguments | changes)
+
+
+def image_folder(root: Path, per_class: int = 4) -> Path:
+    """An ImageFolder of three classes of tiny images."""
+    rng = np.random.default_rng(0)
+    for name in ("ant", "bee", "wasp"):
+        (root / name).mkdir(parents=True)
+        for i in range(per_class):
+            pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+def stop_after(units: int) -> Callable[[Any], None]:
+    """A progress callback that interrupts a run when some units are finished."""
+
+    def progress(step: Any) -> None:
+        if step.done == units:
+            raise KeyboardInterrupt
+
+    return progress

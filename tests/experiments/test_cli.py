@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from _toy import Toy, image_folder
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from experiments import __main__ as cli
+from experiments import study as study_module
+
+TOY = ["--model", "_toy:Toy", "--layers", "act1,act2", "--size", "8"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the command runs: nothing but a folder of images."""
+    monkeypatch.chdir(tmp_path)
+    return image_folder(tmp_path / "images")
+
+
+def sweep(*arguments: str | Path) -> tuple[int, str, str]:
+    result = CliRunner().invoke(cli.app, ["sweep", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def refused(code: int, stderr: str, message: str) -> None:
+    assert code == 2
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    assert message in stderr
+    assert not Path("runs").exists()
+
+
+def test_a_users_network_from_start_to_report(folder: Path) -> None:
+    code, out, err = sweep(*TOY, "--images", folder, "--grid", "2x3", "--metrics", "cka,svcca")
+    assert (code, err) == (0, "")
+    run = Path("runs/_toy.Toy")
+    assert out.splitlines()[-2:] == [str(run / "results.parquet"), str(run / "report.html")]
+    assert "0/6 _toy:Toy act1" in out
+    assert "debiased" not in out
+    table = pd.read_parquet(run / "results.parquet")
+    assert list(table["class"].unique()) == ["ant", "bee", "wasp"]
+    assert len(table) == 3 * 2 * 6
+    code, out, _ = sweep(*TOY, "--images", folder, "--grid", "2x3", "--metrics", "cka,svcca")
+    assert code == 0
+    assert "All 6 units are done already." in out
+    assert "SVCCA" in out
+    code, _, err = sweep(*TOY, "--images", folder, "--grid", "2x2", "--metrics", "cka,svcca")
+    assert code == 2
+    assert "grid: [2, 3] there, [2, 2] here" in err
+
+
+def test_ctrl_c_keeps_what_is_finished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = (*TOY, "--images", folder, "--metrics", "cka", "--out", "whole")
+    assert sweep(*arguments)[0] == 0
+    measure = study_module.Study._unit
+    calls = []
+
+    def interrupted(self: study_module.Study, *rest: object) -> pd.DataFrame:
+        calls.append(rest)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(self, *rest)  # type: ignore[arg-type]
+
+    arguments = (*arguments[:-1], "cut")
+    with monkeypatch.context() as patch:
+        patch.setattr(study_module.Study, "_unit", interrupted)
+        code, _, err = sweep(*arguments)
+    assert code == 130
+    assert err == (
+        "interrupted: 2 of 6 units are finished and kept in cut; "
+        "the same command goes on from there\n"
+    )
+    assert not Path("cut/results.parquet").exists()
+    code, out, _ = sweep(*arguments)
+    assert code == 0
+    assert "2/6 _toy:Toy act1" in out
+    tables = [pd.read_parquet(Path(name, "results.parquet")) for name in ("whole", "cut")]
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--images", "nowhere"), "nowhere"),
+        ((), "images: '_toy:Toy' needs some"),
+        (("--images", "images", "--layers", "act9"), "act9"),
+        (("--images", "images", "--metrics", "ccka"), "metrics: 'ccka' is unknown"),
+        (("--images", "images", "--classes", "ant,fly"), "fly"),
+        (("--images", "images", "--classes", "ant"), "expected two classes or more"),
+        (("--images", "images", "--grid", "4by4"), "grid: '4by4'; expected two numbers"),
+        (("--images", "images", "--grid", "40x40"), "grid: 40 x 40 cells for the 256 neurons"),
+        (("--images", "images", "--ridge", "-1"), "ridge: -1.0; expected"),
+        (("--images", "images", "--size", "9"), "can't take one of shape (3, 9, 9)"),
+        (("--images", "images", "--device", "cuda:99"), "device: cuda:99 can't be used"),
+        (("--images", "images", "--weights", "none.safetensors"), "none.safetensors"),
+        (("--images", "images", "--model", "resnet5"), "'resnet5' is unknown"),
+        (("--images", "images", "--model", "_toy:Nothing"), "_toy:Nothing"),
+        (("--images", "images", "--weights", "a.pt", "--weights", "b.pt"), "weights: 2 for 1"),
+        (("--images", "images", "--out", "images"), "holds files but no study.json"),
+        (("--images", "images", "--out", "images/ant/0.png"), "is a file; expected a folder"),
+        (("--images", "images", "--out", "/proc/none/run"), "/proc/none"),
+    ],
+)
+def test_what_can_not_be_done_is_said_in_a_line(
+    folder: Path, options: tuple[str, ...], message: str
+) -> None:
+    known = {"--model": "_toy:Toy", "--layers": "act1", "--size": "8"}
+    base = [part for pair in known.items() if pair[0] not in options for part in pair]
+    code, _, err = sweep(*base, *options)
+    refused(code, err, message)
+    assert sorted(path.name for path in Path().iterdir()) == ["images"]
+
+
+def test_a_checkpoint_of_another_architecture(folder: Path) -> None:
+    state = {name: value for name, value in Toy().state_dict().items() if "conv2" not in name}
+    save_file(state, "other.safetensors")
+    code, _, err = sweep(*TOY, "--images", folder, "--weights", "other.safetensors")
+    refused(code, err, "conv2")
+
+
+def test_a_checkpoint_is_used(folder: Path) -> None:
+    model = Toy()
+    with torch.no_grad():
+        model.fc.weight *= -1
+    torch.save(model.state_dict(), "toy.pt")
+    tables = []
+    for out, weights in (("a", ()), ("b", ("--weights", "toy.pt"))):
+        code, _, err = sweep(*TOY, "--images", folder, "--metrics", "cka", "--out", out, *weights)
+        assert (code, err) == (0, "")
+        tables.append(pd.read_parquet(Path(out, "results.parquet")))
+    assert tables[0]["cka"].equals(tables[1]["cka"])
+    assert not tables[0]["log_probability"].equals(tables[1]["log_probability"])
+
+
+def test_a_class_of_one_image(folder: Path) -> None:
+    for path in sorted((folder / "bee").iterdir())[1:]:
+        path.unlink()
+    code, _, err = sweep(*TOY, "--images", folder)
+    refused(code, err, "'bee'")
+
+
+def test_a_bad_image_is_named_and_left_out_only_when_asked(folder: Path) -> None:
+    (folder / "bee" / "2.png").write_bytes(b"no image")
+    code, _, err = sweep(*TOY, "--images", folder)
+    refused(code, err, "bee/2.png")
+    code, _, err = sweep(*TOY, "--images", folder, "--metrics", "cka", "--skip-bad-images")
+    assert code == 0
+    assert err.startswith("warning: ")
+    assert "bee/2.png" in err
+    assert err.count("\n") == 1
+
+
+def test_the_report_command(folder: Path) -> None:
+    assert sweep(*TOY, "--images", folder, "--metrics", "cka", "--out", "run")[0] == 0
+    Path("run/report.html").unlink()
+    result = CliRunner().invoke(cli.app, ["report", "run"])
+    assert (result.exit_code, result.stdout) == (0, "run/report.html\n")
+    assert Path("run/report.html").exists()
+    result = CliRunner().invoke(cli.app, ["report", "images"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: run: images has no study.json")
+
+
+def test_a_process_of_its_own_ends_with_a_line_and_code_2(tmp_path: Path) -> None:
+    root = Path(cli.__file__).parents[1]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "experiments",
+            "sweep",
+            "--images",
+            "nowhere",
+            "--out",
+            tmp_path / "x",
+        ],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_sample_is_spaced_evenly_from_end_to_end() -> None:
+    assert cli._spaced(list(range(7)), 7) == list(range(7))
+    assert cli._spaced(list(range(105)), 3) == [0, 52, 104]
+    assert cli._spaced(["a", "b", "c"], 1) == ["a"]
+    assert set(cli.SAMPLE) == {"alexnet_small", "mobilenet_v2_small", "resnet50_small"}

@@ -1,0 +1,145 @@
+"""The shipped stimuli and folders of images."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from experiments import data
+from experiments.data import DataError, demo, image_folder
+
+COLOURS = {"ape": (255, 0, 0), "bee": (0, 255, 0), "cat": (0, 0, 255)}
+
+
+def test_demo():
+    stimuli = demo()
+    assert data.DEMO_FILE.stat().st_size < 0.6e6
+    assert stimuli.images.shape == (500, 3, 32, 32)
+    assert stimuli.images.dtype == torch.float32
+    assert torch.equal(stimuli.labels, torch.arange(10).repeat_interleave(50))
+    assert stimuli.classes[9] == "Ankle boot"
+    assert len(stimuli.classes) == 10
+    assert torch.equal(stimuli.images[:, 0], stimuli.images[:, 2])
+    black = (0 - data.MEAN) / data.STD
+    assert stimuli.images.min().item() == pytest.approx(black)
+    assert stimuli.images[:, :, :2].eq(stimuli.images.min()).all()
+    assert abs(stimuli.images[:, :, 2:30, 2:30].mean().item()) < 0.1
+    assert len(stimuli.images.unique(dim=0)) == 500
+
+
+@pytest.mark.skipif(not Path(data.FASHION_MNIST).is_dir(), reason="needs dataset-fashion-mnist")
+def test_demo_is_held_out(tmp_path):
+    data.write_demo(out=tmp_path / "again.npz")
+    test_images, test_labels = data.fashion_mnist("t10k")
+    with np.load(data.DEMO_FILE) as shipped, np.load(tmp_path / "again.npz") as again:
+        for key in ("images", "labels", "index"):
+            np.testing.assert_array_equal(shipped[key], again[key])
+        np.testing.assert_array_equal(shipped["images"], test_images[shipped["index"]])
+        np.testing.assert_array_equal(shipped["labels"], test_labels[shipped["index"]])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no gzip", "can't be read"),
+        (gzip.compress(b"\0\0\x08\x01\0\0\0\x02ab"), "no idx file of unsigned bytes in 3"),
+        (gzip.compress(b"\0\0\x08\x03" + b"\0\0\0\x02" * 3 + b"abc"), "has 3 bytes; expected 8"),
+    ],
+)
+def test_damaged_data_set(tmp_path, content, message):
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        data.fashion_mnist("train", tmp_path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three classes of two images of 60 x 40, each of one colour."""
+    root = tmp_path / "images"
+    for name, colour in COLOURS.items():
+        (root / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (60, 40), colour).save(root / name / f"{i}.png")
+    return root
+
+
+def test_image_folder(folder):
+    Image.new("L", (30, 50), 0).save(folder / "bee" / "2.JPEG")
+    (folder / "bee" / "notes.txt").write_text("no image")
+    stimuli = image_folder(folder, size=32)
+    assert stimuli.images.shape == (7, 3, 32, 32)
+    assert stimuli.labels.tolist() == [0, 0, 1, 1, 1, 2, 2]
+    assert stimuli.classes == ("ape", "bee", "cat")
+    assert "\n" not in stimuli.source
+    colours = torch.tensor([*COLOURS.values()])[stimuli.labels] / 255
+    colours[4] = 0
+    expected = (colours - torch.tensor(data.IMAGENET_MEAN)) / torch.tensor(data.IMAGENET_STD)
+    torch.testing.assert_close(stimuli.images, expected[..., None, None].expand(7, 3, 32, 32))
+    assert image_folder(str(folder)).images.shape == (7, 3, 224, 224)
+
+
+def test_image_folder_crops_the_centre(folder):
+    image = Image.new("RGB", (80, 37), (255, 255, 255))  # 37 = round(32 * 256 / 224)
+    image.paste((0, 0, 0), (24, 2, 56, 34))
+    image.save(folder / "ape" / "0.png")
+    black = -torch.tensor(data.IMAGENET_MEAN) / torch.tensor(data.IMAGENET_STD)
+    first = image_folder(folder, size=32).images[0]
+    torch.testing.assert_close(first, black[:, None, None].expand(3, 32, 32))
+
+
+def test_image_folder_keeps_outputs(folder):
+    stimuli = image_folder(folder, classes=["cat", "ape"], size=8)
+    assert stimuli.labels.tolist() == [0, 0, 2, 2]
+    assert stimuli.classes == ("ape", "bee", "cat")
+    for old, new in zip(COLOURS, ("10", "9", "3"), strict=True):
+        (folder / old).rename(folder / new)
+    stimuli = image_folder(folder, size=8)
+    assert stimuli.labels.tolist() == [3, 3, 9, 9, 10, 10]
+    assert stimuli.classes == tuple(str(i) for i in range(11))
+    assert image_folder(folder, classes=["9"], size=8).labels.tolist() == [9, 9]
+
+
+def test_unreadable_image(folder):
+    whole = (folder / "ape" / "0.png").read_bytes()
+    (folder / "ape" / "2.png").write_bytes(whole[:-30])
+    (folder / "bee" / "2.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"ape/2\.png can't be decoded") as error:
+        image_folder(folder, size=8)
+    assert "\n" not in str(error.value)
+    with pytest.warns(UserWarning, match=r"ape/2\.png, .*bee/2\.jpg$") as warned:
+        stimuli = image_folder(folder, size=8, skip_bad=True)
+    assert len(warned) == 1
+    assert stimuli.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    (folder / "ape" / "0.png").write_bytes(b"")
+    with pytest.raises(
+        DataError, match=r"'ape' of .* has 1 images that can be decoded; expected 2"
+    ):
+        image_folder(folder, size=8, skip_bad=True)
+
+
+def test_what_a_folder_may_lack(folder, tmp_path):
+    with pytest.raises(DataError, match=r"there is no directory .*none"):
+        image_folder(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="has no sub-directories"):
+        image_folder(tmp_path / "empty")
+    with pytest.raises(DataError, match="classes: 'dog' is unknown"):
+        image_folder(folder, classes=["ape", "dog"])
+    with pytest.raises(DataError, match="classes: none are given"):
+        image_folder(folder, classes=[])
+    with pytest.raises(DataError, match="size: 0"):
+        image_folder(folder, size=0)
+    (folder / "bee" / "1.png").unlink()
+    with pytest.raises(DataError, match=r"class 'bee' of .* has 1 images; expected 2 or more"):
+        image_folder(folder, size=8)
+    assert len(image_folder(folder, classes=["ape", "cat"], size=8).labels) == 4
+    (folder / "bee" / "0.png").unlink()
+    with pytest.raises(DataError, match=r"class 'bee' of .* has 0 images"):
+        image_folder(folder, size=8)
+    for old, new in zip(COLOURS, ("7", "07", "3"), strict=True):
+        (folder / old).rename(folder / new)
+    with pytest.raises(DataError, match="names an output twice"):
+        image_folder(folder, size=8)

@@ -1,0 +1,190 @@
+"""The shipped networks, loading of others, the study's layers, and training."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.models as zoo
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from experiments import data, models
+from experiments.models import ASSETS, SMALL, ModelError, build, load, study_layers
+from experiments.train import train
+
+
+class Outside(nn.Sequential):
+    """A user's network, as "package.module:callable" finds it."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(12, 4), nn.ReLU(), nn.Linear(4, 2))
+
+
+def one_line(error: pytest.ExceptionInfo[ModelError]) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_shipped_checkpoint(name):
+    path = ASSETS / f"{name}.safetensors"
+    assert path.stat().st_size < 1.6e6
+    with safe_open(path, "pt") as file:
+        assert float(file.metadata()["accuracy"]) > 0.88
+        stored = {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
+    assert stored <= {torch.float16, torch.int64}
+    model = load(name)
+    assert not model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not any(p.requires_grad for p in model.parameters())
+    stimuli = data.demo()
+    with torch.inference_mode():
+        right = model(stimuli.images).argmax(1) == stimuli.labels
+    assert right.double().mean() > 0.85
+
+
+def test_classes_and_names_are_torchvisions():
+    stock = zoo.alexnet, zoo.mobilenet_v2, zoo.resnet50
+    for name, builder in zip(SMALL, stock, strict=True):
+        with torch.device("meta"):
+            expected = builder(weights=None)
+        model = build(name)
+        assert type(model) is type(expected)
+        assert list(dict(model.named_modules())) == list(dict(expected.named_modules()))
+        assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+        assert build(name, 7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+
+
+def test_study_layers():
+    alexnet, mobilenet, resnet = (study_layers(build(name)) for name in SMALL)
+    assert alexnet == [f"features.{i}" for i in (1, 4, 7, 9, 11)] + ["classifier.2", "classifier.5"]
+    assert len(mobilenet) == 104
+    assert mobilenet[:2] == ["features.0.0", "features.0.1"]
+    assert resnet == [f"layer{i + 1}.{j}" for i, k in enumerate((3, 4, 6, 3)) for j in range(k)]
+    with pytest.raises(ModelError, match=r"layers: no default for Outside.* 0, 1, 2, 3"):
+        study_layers(Outside())
+
+
+def test_load_of_torchvisions_builder(tmp_path):
+    model = zoo.squeezenet1_1(weights=None, num_classes=3)
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    half = {key: value.half() for key, value in model.state_dict().items()}
+    save_file(half, tmp_path / "a.safetensors")
+    x = torch.randn(2, 3, 64, 64)
+    expected = model.eval()(x)
+    torch.testing.assert_close(load("squeezenet1_1", tmp_path / "a.pth")(x), expected)
+    rounded = load("squeezenet1_1", tmp_path / "a.safetensors")(x)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, expected, rtol=1e-2, atol=1e-2)
+    with pytest.raises(ModelError, match=r"another arch.*\(3, 512, 1, 1\); expected \(4, 512"):
+        load("squeezenet1_1", tmp_path / "a.pth", num_classes=4)
+    with pytest.raises(ModelError, match="needs a checkpoint file"):
+        load("squeezenet1_1")
+
+
+def test_load_of_a_callable(tmp_path):
+    name = f"{__name__}:Outside"
+    assert type(load(name)).__name__ == "Outside"
+    model = Outside()
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    x = torch.randn(2, 3, 2, 2)
+    assert torch.equal(load(name, tmp_path / "a.pt")(x), model(x))
+    with pytest.raises(ModelError, match=r"num_classes: .* decides for itself"):
+        load(name, num_classes=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lenet", r"model: 'lenet' is unknown; expected one of alexnet_small"),
+        ("fcn_resnet50", "is unknown"),
+        ("no_such_package:net", "can't be imported: No module named"),
+        ("torch.nn:NoSuchNet", "can't be imported: .* no attribute"),
+        (":net", "can't be imported"),
+        ("collections:OrderedDict", "gives OrderedDict; expected an nn.Module"),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(ModelError, match=message) as error:
+        load(name)
+    one_line(error)
+    with pytest.raises(ModelError, match="is unknown"):
+        build(name)
+
+
+def test_checkpoint_of_another_architecture(tmp_path):
+    state = build("alexnet_small").state_dict()
+    save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(ModelError, match="another architecture") as error:
+        load("resnet50_small", tmp_path / "a.safetensors")
+    assert "'conv1.weight' is missing; expected (8, 3, 3, 3)" in one_line(error)
+    assert "a.safetensors" in one_line(error)
+    save_file(state | {"more": torch.zeros(1)}, tmp_path / "b.safetensors")
+    with pytest.raises(ModelError, match="'more' is unexpected"):
+        load("alexnet_small", tmp_path / "b.safetensors")
+
+
+def test_unreadable_checkpoints(tmp_path):
+    with pytest.raises(ModelError, match=r"there is no file .*none\.pth"):
+        load("alexnet_small", tmp_path / "none.pth")
+    for file in ("a.safetensors", "a.pth"):
+        (tmp_path / file).write_bytes(b"not a checkpoint")
+        with pytest.raises(ModelError, match=f"{file} can't be read") as error:
+            load("alexnet_small", tmp_path / file)
+        one_line(error)
+    torch.save({"epoch": 3}, tmp_path / "b.pth")
+    with pytest.raises(ModelError, match="'epoch' is int; expected a tensor"):
+        load("alexnet_small", tmp_path / "b.pth")
+    torch.save(torch.zeros(3), tmp_path / "c.pth")
+    with pytest.raises(ModelError, match="no state dict"):
+        load("alexnet_small", tmp_path / "c.pth")
+
+
+def test_pickle_is_refused(tmp_path):
+    torch.save(Outside(), tmp_path / "whole.pth")
+    with pytest.raises(ModelError, match=r"whole.pth can't be read; .* is refused") as error:
+        load(f"{__name__}:Outside", tmp_path / "whole.pth")
+    one_line(error)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """A data set of Fashion-MNIST's form: 40 training and 20 test images of noise."""
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 40), ("t10k", 20)):
+        for kind, shape, top in (("images-idx3", (n, 28, 28), 256), ("labels-idx1", (n,), 10)):
+            head = bytes((0, 0, 8, len(shape))) + np.array(shape, ">i4").tobytes()
+            body = rng.integers(0, top, shape, dtype=np.uint8).tobytes()
+            (folder / f"{split}-{kind}-ubyte.gz").write_bytes(gzip.compress(head + body))
+    return folder
+
+
+def test_training(dataset, tmp_path):
+    lines: list[str] = []
+    out = tmp_path / "out"
+    accuracy = train(["alexnet_small"], dataset=dataset, out=out, epochs=1, log=lines.append)
+    assert [path.name for path in out.iterdir()] == ["alexnet_small.safetensors"]
+    assert len(lines) == 2
+    with safe_open(out / "alexnet_small.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["epochs"]) == 1
+    assert metadata["accuracy"] == f"{accuracy['alexnet_small']:.4f}"
+    images, labels = data.fashion_mnist("t10k", dataset)
+    model = models.load("alexnet_small", out / "alexnet_small.safetensors")
+    right = model(data.prepare(torch.from_numpy(images))).argmax(1).numpy() == labels
+    assert right.mean() == pytest.approx(accuracy["alexnet_small"])
+
+
+def test_training_without_the_data_set(tmp_path):
+    with pytest.raises(data.DataError, match="Debian package dataset-fashion-mnist"):
+        train(["alexnet_small"], dataset=tmp_path, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ModelError, match="'lenet' is unknown"):
+        train(["lenet"], dataset=tmp_path, out=tmp_path / "out")

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from _toy import CLASSES, LAYERS, Toy, toy_images, toy_study
+from torch import nn
+
+from experiments import Study
+from experiments.performance import performance
+from experiments.stats import CHANGES, METRICS
+from experiments.study import StudyError
+from repsim_kernels import LayerError
+from repsim_kernels.reference.ablation import ablation_distances
+from repsim_kernels.reference.cells import selectivity_grid
+from repsim_kernels.reference.probe import ablation_decodability
+
+
+@pytest.fixture(scope="module")
+def table() -> pd.DataFrame:
+    return toy_study(stimuli_per_class=4).run()
+
+
+def hooked(model: nn.Module, layer: str, images: torch.Tensor, mask: torch.Tensor) -> Any:
+    """Logits with a layer's output masked, and the output itself, by a plain forward hook."""
+    seen = []
+
+    def hook(_module: nn.Module, _input: Any, output: torch.Tensor) -> torch.Tensor:
+        seen.append(output.clone())
+        return output * mask.view(output.shape[1:])
+
+    handle = model.get_submodule(layer).register_forward_hook(hook)
+    with torch.no_grad():
+        logits = model(images)
+    handle.remove()
+    return logits, seen[0].flatten(1)
+
+
+def test_the_table_has_a_row_for_each_cell_in_order(table: pd.DataFrame) -> None:
+    keys = ["model", "class", "layer", "cell"]
+    assert list(table.columns) == [*keys, "size", *METRICS, *CHANGES]
+    assert table[keys].equals(table.sort_values(keys, ignore_index=True)[keys])
+    expected = pd.MultiIndex.from_product([["toy"], sorted(CLASSES), LAYERS, range(16)])
+    assert list(table[keys].itertuples(index=False, name=None)) == list(expected)
+    assert table["cell"].dtype == table["size"].dtype == np.int64
+    assert (table["size"] == 16).all()
+    assert table[[*METRICS, *CHANGES]].notna().all(axis=None)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("label", [0, 2])
+def test_rows_equal_those_of_brute_force(table: pd.DataFrame, layer: str, label: int) -> None:
+    images, labels = toy_images()
+    rows = table[(table["layer"] == layer) & (table["class"] == CLASSES[label])].set_index("cell")
+    model = Toy().eval()
+
+    first = torch.cat([torch.where(labels == c)[0][:4] for c in range(3)])
+    _, x = hooked(model, layer, images[first], torch.ones(4 * 64))
+    x, y = x.double().numpy(), labels[first].numpy()
+    cells = selectivity_grid(x, y, label)
+    distances = ablation_distances(x, cells)
+    probe = ablation_decodability(x, cells, y, target=label)
+    for name in METRICS:
+        np.testing.assert_allclose(rows[name], distances[name], rtol=1e-4, atol=1e-10)
+    for kind in ("refit", "frozen"):
+        change = float(probe["intact"]) - np.asarray(probe[kind])
+        np.testing.assert_allclose(rows[f"decodability_{kind}"], change, atol=1e-9)
+
+    mine = images[labels == label]
+    intact, _ = hooked(model, layer, mine, torch.ones(4 * 64))
+    for cell in range(16):
+        ablated, _ = hooked(model, layer, mine, torch.from_numpy(cells != cell))
+        before, after = intact.double().softmax(1)[:, label], ablated.double().softmax(1)[:, label]
+        ranks = [
+            [sum(float(v) > float(row[label]) for v in row) for row in logits]
+            for logits in (intact, ablated)
+        ]
+        expected = {
+            "rank_deficit": np.mean([max(0, b - a) for a, b in zip(*ranks, strict=True)]),
+            "log_probability": float((before.log() - after.log()).mean()),
+            "probability": float((before - after).mean()),
+            "top1": np.mean([(a == 0) - (b == 0) for a, b in zip(*ranks, strict=True)]),
+            "top5": 0.0,
+        }
+        for name, value in expected.items():
+            assert rows.loc[cell, name] == pytest.approx(value, abs=1e-5), (cell, name)
+
+
+def test_performance_by_hand() -> None:
+    intact = torch.tensor(
+        [[3.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], [0.0, 2.0, 5.0, 1.0, 1.0, 1.0, 1.0]]
+    )
+    worse = torch.tensor([[0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0], [0.0, 2.0, 5.0, 1.0, 1.0, 1.0, 1.0]])
+    better = torch.tensor(
+        [[3.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], [9.0, 2.0, 5.0, 1.0, 1.0, 1.0, 1.0]]
+    )
+    tied = torch.zeros(2, 7)
+    change = performance(intact, torch.stack([intact, worse, better, tied]), 0)
+    # Ranks of output 0: intact 0 and 6; worse 5 and 6; better 0 and 0; tied 0 and 0.
+    assert change["rank_deficit"].tolist() == [0.0, 2.5, 0.0, 0.0]
+    assert change["top1"].tolist() == [0.0, 0.5, -0.5, -0.5]
+    assert change["top5"].tolist() == [0.0, 0.5, -0.5, -0.5]
+    assert change["log_probability"][0] == change["probability"][0] == 0
+    assert change["probability"][1] > 0 > change["probability"][2]
+    assert all(value.dtype == torch.float64 for value in change.values())
+
+
+def test_a_dead_layer_gives_nan_and_a_warning() -> None:
+    model = Toy()
+    with torch.no_grad():
+        model.conv2.weight.zero_()
+        model.conv2.bias.fill_(-1)
+    with pytest.warns(UserWarning, match="toy, layer act2 is the same for every stimulus"):
+        table = toy_study(model=model, layers=["act2"], targets=[1]).run()
+    assert table[[*METRICS, "decodability_refit", "decodability_frozen"]].isna().all(axis=None)
+    assert (table["rank_deficit"] == 0).all()
+
+
+def test_the_model_is_left_as_it_is_and_numpy_is_taken() -> None:
+    images, labels = toy_images()
+    model = Toy().train()
+    study = Study(model, ["act1"], images.numpy(), labels.tolist(), targets=[2], grid=(2, 3))
+    table = study.run()
+    assert model.training
+    assert table["class"].tolist() == [2] * 6
+    assert table["model"].tolist() == ["Toy"] * 6
+    assert table.equals(Study(model, ["act1"], images, labels, [2], (2, 3)).run())
+
+
+def test_progress_counts_the_units() -> None:
+    steps: list[Any] = []
+    toy_study(metrics=["cka"]).run(progress=steps.append)
+    assert [step.done for step in steps] == list(range(7))
+    assert {step.total for step in steps} == {6}
+    assert steps[0].unit == ("toy", "act1", "ant/queen")
+    assert steps[3].unit == ("toy", "act2", "ant/queen")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"targets": [0, 7]}, "targets: 7 is not among the labels"),
+        ({"targets": []}, "targets: .* expected distinct"),
+        ({"metrics": ["cka", "ccka"]}, "metrics: 'ccka' is unknown; expected some of cka"),
+        ({"metrics": ["cka", "cka"]}, "metrics: .* repeats"),
+        ({"grid": (0, 4)}, "grid: .* expected 1 or more"),
+        ({"grid": (100, 4)}, "grid: 100 x 4 cells for the 256 neurons of layer 'act1'"),
+        ({"ridge": -1.0}, "ridge: -1.0; expected a finite number"),
+        ({"penalty": float("nan")}, "penalty: nan; expected a finite number"),
+        ({"stimuli_per_class": 1}, "stimuli_per_class: 1; expected 2 or more"),
+        ({"labels": torch.zeros(15)}, "labels: torch.float32 .* expected integers"),
+        ({"labels": [0, 1]}, r"images: shape \(15, 3, 8, 8\) for 2 labels"),
+        ({"labels": ["a"] * 15}, "labels: expected an array of numbers"),
+        ({"labels": torch.zeros(15, dtype=torch.long)}, "labels: all are 0"),
+        ({"labels": torch.arange(15) % 3 - 1}, "labels: -1 is no output"),
+        ({"labels": [0] + [1, 2] * 7}, "images: class 'ant/queen' has one image"),
+        ({"labels": torch.arange(15) % 3 + 1}, "classes: 3 names, but labels up to 3"),
+        (
+            {"labels": torch.arange(15) % 3 + 1, "classes": None},
+            "go up to 3, but toy has 3 outputs",
+        ),
+        ({"classes": ["a", "a", "b"]}, "classes: two targets have one name"),
+        ({"images": torch.zeros(15, 3, 9, 9)}, r"images: toy can't take one of shape \(3, 9, 9\)"),
+        (
+            {"model": nn.Sequential(nn.Tanh()), "layers": ["0"]},
+            "model: .*; expected logits",
+        ),
+        ({"probe_ridge": 0.0}, "probe_ridge: 0.0; expected a finite number, above 0"),
+        ({"device": "cuda:99"}, "device: cuda:99 can't be used here"),
+    ],
+)
+def test_wrong_arguments_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(StudyError, match=message) as caught:
+        toy_study(**changes)
+    assert "\n" not in str(caught.value)
+
+
+class Twice(Toy):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.fc(
+            self.act1(self.conv2(self.act1(self.conv1(images)))).flatten(1)
+        )
+        return logits
+
+
+def test_a_layer_that_runs_twice_or_never_is_named() -> None:
+    with pytest.raises(LayerError, match=r"act1.* 2 times.*conv1.*conv2"):
+        toy_study(model=Twice(), layers=["conv1", "act1"])
+    with pytest.raises(LayerError, match=r"act2.* never called"):
+        toy_study(model=Twice(), layers=["conv1", "act2"])
+
+
+def test_an_unknown_layer_is_named() -> None:
+    with pytest.raises(LayerError, match="act3"):
+        toy_study(layers=["act3"])
+
+
+def test_activations_that_are_not_finite_name_the_layer() -> None:
+    images, _ = toy_images()
+    images[3] = float("inf")
+    with pytest.raises(StudyError, match="toy, layer act1, class ant/queen: "):
+        toy_study(images=images).run()
