@@ -40,15 +40,15 @@ CHANGE_NAMES = {
 }
 BY_LAYER = ("rank_deficit", "log_probability", "decodability_refit")
 # Okabe & Ito's colours, told apart by most colour-blind readers, without those that are lost on
-# white or black; and a marker each, for everybody else.
+# white or black; and a marker each, for everybody else. The last is wide, to be seen under CKA.
 STYLES = (
-    ("#0072b2", "o", "●"),
-    ("#e69f00", "s", "■"),
-    ("#009e73", "^", "▲"),
-    ("#d55e00", "v", "▼"),
-    ("#cc79a7", "D", "◆"),
-    ("#56b4e9", "P", "✚"),
-    ("#888888", "X", "✖"),
+    ("#0072b2", "o", "●", 1.3),
+    ("#e69f00", "s", "■", 1.3),
+    ("#009e73", "^", "▲", 1.3),
+    ("#d55e00", "v", "▼", 1.3),
+    ("#cc79a7", "D", "◆", 1.3),
+    ("#56b4e9", "P", "✚", 1.3),
+    ("#888888", "X", "✖", 3.5),
 )
 INK = "#010203"  # becomes the page's own text colour, light or dark
 
@@ -125,7 +125,10 @@ def _model(
     configuration = study.get("configuration", {}).get("models", {}).get(name, {})
     layers = configuration.get("layers") or sorted(mine["layer"].unique(), key=_natural)
     cells = summary(mine).set_index(["distance", "change"])
-    overall = cells["spearman"].groupby("change").mean().dropna()
+    extremes = {}
+    for change, rho in cells["spearman"].dropna().unstack("distance").iterrows():
+        best, least = rho.idxmax(), rho.idxmin()
+        extremes[change] = (METRIC_NAMES[best], rho[best], METRIC_NAMES[least], rho[least])
     return {
         "name": name,
         "configuration": configuration,
@@ -135,7 +138,7 @@ def _model(
         "groups": len(mine.groupby(["class", "layer"])),
         "mean": cells["spearman"].to_dict(),
         "nan": cells["nan_groups"].to_dict(),
-        "overall": overall[[c for c in BY_LAYER if c in overall]].to_dict(),
+        "extremes": {change: extremes[change] for change in BY_LAYER if change in extremes},
         "by_layer": _by_layer(name, mine, layers),
     }
 
@@ -148,9 +151,11 @@ def _by_layer(model: str, mine: pd.DataFrame, layers: Sequence[str]) -> list[Mar
     for change in (c for c in BY_LAYER if c in set(mine["change"])):
         figure, axes = _figure(4.6, 3.1)
         axes.axhline(0, color=INK, linewidth=0.6)
-        for metric, (colour, marker, _) in zip(mine["distance"].unique(), STYLES, strict=False):
+        for metric, (colour, marker, _, width) in reversed(
+            [*zip(mine["distance"].unique(), STYLES, strict=False)]
+        ):
             values = mean[change, metric].reindex(layers).to_numpy()
-            axes.plot(values, color=colour, marker=marker, markersize=4, linewidth=1.3)
+            axes.plot(values, color=colour, marker=marker, markersize=4, linewidth=width)
         step = math.ceil(len(layers) / 16)
         axes.set_xticks(range(0, len(layers), step), layers[::step], rotation=90)
         axes.set(ylim=(lowest, 1.05), ylabel="mean rank correlation")

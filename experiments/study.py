@@ -135,7 +135,7 @@ class Study:
         out: str | os.PathLike[str] | None = None,
         progress: Callable[[Step], object] | None = None,
     ) -> pd.DataFrame:
-        """Ablate every cell and measure.
+        """Ablate every cell and measure; gives and raises what `run` and `run_folder` do.
 
         Parameters
         ----------
@@ -144,8 +144,6 @@ class Study:
             holds part of the same run is gone on with.
         progress : callable, optional
             Called with a `Step` before each unit that is computed, and at the end.
-
-        Returns the table, and raises, as `experiments.run.run` and `run_folder` say.
         """
         return run([self], None if out is None else run_folder([self], out), progress)
 
@@ -161,8 +159,7 @@ class Study:
 
         Yields
         ------
-        DataFrame
-            One row per cell of the grid.
+        DataFrame, one row per cell of the grid
         """
         wanted = [self._targets[t] for t in (self._targets if targets is None else targets)]
         forward = AblatedForward(self.model, layer)
@@ -195,7 +192,7 @@ class Study:
     def _unit(
         self, forward: AblatedForward, label: int, states: list[Any], x: Tensor, y: Tensor
     ) -> pd.DataFrame:
-        layer = forward.layer
+        where = f"{self.name}, layer {forward.layer}"
         n_cells = self.grid[0] * self.grid[1]
         try:
             cells = rk.selectivity_grid(x, y, label, grid=self.grid)
@@ -203,16 +200,15 @@ class Study:
             ablated = torch.cat(
                 [forward.logits(state, cells, n_cells=n_cells) for state in states], dim=1
             )
-            distances, decodability = self._representation(layer, label, x, y, cells)
+            distances, decodability = self._representation(where, label, x, y, cells)
         except rk.RepsimError as error:
-            where = f"{self.name}, layer {layer}, class {self.class_name(label)}"
-            raise StudyError(f"{where}: {error}") from error
+            raise StudyError(f"{where}, class {self.class_name(label)}: {error}") from error
         changes = performance(intact, ablated, label) | decodability
         numbers = distances | {name: changes[name] for name in CHANGES}
         columns = {
             "model": self.name,
             "class": self.class_name(label),
-            "layer": layer,
+            "layer": forward.layer,
             "cell": np.arange(n_cells),
             "size": torch.as_tensor(cells).bincount(minlength=n_cells).cpu().numpy(),
         }
@@ -221,7 +217,7 @@ class Study:
         )
 
     def _representation(
-        self, layer: str, label: int, x: Tensor, y: Tensor, cells: Any
+        self, where: str, label: int, x: Tensor, y: Tensor, cells: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Distances and changes of decodability; NaN for a layer that is the same for all."""
         ridge, penalty, probe_ridge = self.options.values()
@@ -231,8 +227,8 @@ class Study:
             )
             probe = rk.ablation_decodability(x, cells, y, target=label, ridge=probe_ridge)
         except rk.ConstantError:
-            what = f"{self.name}, layer {layer} is the same for every stimulus"
-            warnings.warn(f"{what}: its distances and decodability are NaN", stacklevel=2)
+            what = "is the same for every stimulus: its distances and decodability are NaN"
+            warnings.warn(f"{where} {what}", stacklevel=2)
             nan = torch.full((self.grid[0] * self.grid[1],), math.nan)
             both = ("decodability_refit", "decodability_frozen")
             return dict.fromkeys(self.metrics, nan), dict.fromkeys(both, nan)
@@ -264,7 +260,7 @@ class Study:
             for index in torch.split(torch.arange(len(self.labels)), BATCH):
                 logits = self.model(self.images[index].to(self.device))
                 correct[index] = logits.argmax(1).cpu() == self.labels[index]
-        cuda = self.device.type == "cuda"
+        gpu = self.device.type == "cuda"
         return {
             "network": type(self.model).__name__,
             "parameters": sum(p.numel() for p in self.model.parameters()),
@@ -273,7 +269,7 @@ class Study:
             "image_shape": list(self.images.shape[1:]),
             "image_classes": len(self.present),
             "stimuli": self.stimuli,
-            "device": torch.cuda.get_device_name(self.device) if cuda else "CPU",
+            "device": torch.cuda.get_device_name(self.device) if gpu else "CPU",
         }
 
     def _check_options(self) -> None:
@@ -282,7 +278,7 @@ class Study:
                 f"metrics: {unknown[0]!r} is unknown; expected some of {', '.join(METRICS)}"
             )
         if min(self.grid) < 1:
-            raise StudyError(f"grid: {self.grid} has no cells; expected 1 or more by 1 or more")
+            raise StudyError(f"grid: {self.grid} is empty; expected 1 or more by 1 or more")
         for name, value in self.options.items():
             if not 0 <= value < math.inf or (name == "probe_ridge" and value == 0):
                 least = "above 0" if name == "probe_ridge" else "0 or more"

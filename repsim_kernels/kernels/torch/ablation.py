@@ -29,19 +29,19 @@ class Cells:
     x: Tensor
     cells: np.ndarray
     n_cells: int
+    shifts: bool = False  # whether `shift` is wanted, B_c μ_c for each cell (C, n)
 
     def __post_init__(self) -> None:
         order, offsets = gram.members(self.cells, self.n_cells)
         if self.cells.ndim == 1:
             # The neurons in no cell make one more, so that one pass gives the whole as well.
-            order = np.concatenate([order, np.flatnonzero(self.cells < 0)])
             offsets = np.append(offsets, len(order))
-            g, shift, live = gram.cell_sums(self.x, order, offsets)
+            g, live, shift = gram.cell_sums(self.x, order, offsets, self.shifts)
             self.whole, alive = g.sum(0), live.sum()
         else:
-            g, shift, live = gram.cell_sums(self.x, order, offsets)
+            g, live, shift = gram.cell_sums(self.x, order, offsets, self.shifts)
             everything = np.arange(self.x.shape[1])
-            whole, _, total = gram.cell_sums(self.x, everything, np.array([0, len(everything)]))
+            whole, total, _ = gram.cell_sums(self.x, everything, np.array([0, len(everything)]))
             self.whole, alive = whole[0], total[0]
         c = self.n_cells
         self.grams, self.shift = g[:c], shift[:c]

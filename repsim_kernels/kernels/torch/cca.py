@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from repsim_kernels.kernels.torch import gram
 from repsim_kernels.kernels.torch.spectrum import Representation, from_complement
 
-# Elements of a block of products of directions and neurons.
-_PRODUCTS = 2**24
+# Directions and neurons of a block of products: what was fastest on two cores at n = 500.
+_DIRECTIONS, _NEURONS = 1000, 2048
 
 
 def cca(x: Tensor, y: Tensor, *, squared: bool, ridge: float, penalty: float) -> Tensor:
@@ -84,19 +83,22 @@ def variate_weights(h: Tensor, x: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     h = h.to(dtype)
     total = torch.zeros(h.shape[:-1], dtype=torch.float64, device=h.device)
-    rows = h.numel() // h.shape[-1]
-    width = min(max(_PRODUCTS // rows, 256), 4096)
-    for start in range(0, x.shape[-1], width):
-        c = gram.centre(x[..., start : start + width])
+    for start in range(0, x.shape[-1], _NEURONS):
+        c = gram.centre(x[..., start : start + _NEURONS])
         scale = c.abs().amax()
         if scale > 0:
-            products = _matmul(h, (c / scale).to(dtype))
-            total += torch.linalg.vector_norm(products, ord=1, dim=-1).to(torch.float64) * scale
+            c = (c / scale).mT.to(dtype, memory_format=torch.contiguous_format)
+            norms = [_norms(c, part) for part in torch.split(h, _DIRECTIONS, dim=-2)]
+            total += torch.cat(norms, dim=-1).to(torch.float64) * scale
     return total
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    if a.ndim == b.ndim == 2 and a.device.type == "cpu":
-        # OpenBLAS beats the MKL that PyTorch brings by a fifth on a Zen 4 processor.
-        return torch.from_numpy(np.matmul(a.numpy(), b.numpy()))
-    return a @ b
+def _norms(c: Tensor, h: Tensor) -> Tensor:
+    """Σⱼ |hᵢ · cⱼ| for neurons c (…, w, n) and directions h (…, k, n): (…, k)."""
+    if c.ndim == h.ndim == 2 and c.device.type == "cpu" and c.dtype == torch.float32:
+        # A 1 x 1 convolution is the product C Hᵀ, and oneDNN's is faster than MKL's on AMD.
+        w, n = c.shape
+        image = c.view(1, w, 1, n).permute(0, 3, 1, 2)
+        products = torch.conv2d(image, h.view(len(h), n, 1, 1)).permute(0, 2, 3, 1).reshape(w, -1)
+        return torch.linalg.vector_norm(products, ord=1, dim=0)
+    return torch.linalg.vector_norm(c @ h.mT, ord=1, dim=-2)

@@ -86,14 +86,17 @@ def centered_gram(x: Tensor, *, kernel: str, sigma: float | None) -> Tensor:
 
 
 def members(cells: np.ndarray, n_cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """The neurons of all cells, one cell after the other, and where each cell starts: (C + 1,)."""
+    """The neurons of all cells, one cell after the other, and where each cell starts: (C + 1,).
+
+    Neurons in no cell come last.
+    """
     if cells.ndim == 2:
-        order = np.nonzero(cells)[1]
-        sizes = cells.sum(1)
+        order, sizes = np.nonzero(cells)[1], cells.sum(1)
     else:
-        order = np.argsort(cells, kind="stable")
-        order = order[np.count_nonzero(cells < 0) :]
-        sizes = np.bincount(cells[cells >= 0], minlength=n_cells)
+        labels = np.where(cells < 0, n_cells, cells)
+        # NumPy sorts 16 bits by radix, 64 by comparison.
+        order = np.argsort(labels.astype(np.uint16 if n_cells < 2**16 else np.int64), kind="stable")
+        sizes = np.bincount(labels, minlength=n_cells + 1)[:n_cells]
     return order, np.concatenate([[0], np.cumsum(sizes)])
 
 
@@ -101,39 +104,51 @@ def take(x: Tensor, columns: Tensor) -> Tensor:
     """The named columns of x (n, p), gathered along the memory that is contiguous."""
     if x.stride(0) < x.stride(1):
         return x.mT.index_select(0, columns).mT
-    return x.index_select(1, columns)
+    return x.gather(1, columns.expand(len(x), -1))
 
 
 def cell_grams(x: Tensor, *, cells: np.ndarray, n_cells: int) -> Tensor:
-    return cell_sums(x, *members(cells, n_cells))[0]
+    order, offsets = members(cells, n_cells)
+    return cell_sums(x, order[: offsets[-1]], offsets)[0]
 
 
-def cell_sums(x: Tensor, order: np.ndarray, offsets: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-    """One pass over the cells' neurons: their Grams, shifts and counts of live neurons.
+def cell_sums(
+    x: Tensor, order: np.ndarray, offsets: np.ndarray, shifts: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One pass over the cells' neurons: their Grams, live neurons and, if asked for, shifts.
 
-    Returns ``g`` (C, n, n); ``shift`` (C, n), B_c μ_c with B_c the centred columns of a cell and
-    μ_c their means; ``live`` (C,), how many columns of a cell are not constant.
+    Returns ``g`` (C, n, n); ``live`` (C,), how many columns of a cell are not constant; ``shift``
+    (C, n), B_c μ_c with B_c the centred columns of a cell and μ_c their means, or zeros.
     """
     n, n_cells = x.shape[0], len(offsets) - 1
     g = torch.zeros(n_cells, n, n, dtype=torch.float64, device=x.device)
     shift = torch.zeros(n_cells, n, dtype=torch.float64, device=x.device)
-    live = torch.zeros(n_cells, dtype=torch.int64, device=x.device)
     columns = torch.from_numpy(order).to(x.device)
+    alive = torch.empty(len(order), dtype=torch.bool, device=x.device)
     cell = 0
     for block in blocks(len(order), n):
         raw = take(x, columns[block])
         c = centre(raw)
-        means = raw[0].to(torch.float64) - c[0]
-        alive = (c != 0).any(0)
-        while offsets[cell + 1] <= block.start:
-            cell += 1
-        k, start = cell, block.start
+        alive[block] = _live(c)
+        start = block.start
         while start < block.stop:
-            stop = min(int(offsets[k + 1]), block.stop)
-            if stop > start:
-                part = slice(start - block.start, stop - block.start)
-                g[k] += c[:, part] @ c[:, part].mT
-                shift[k] += c[:, part] @ means[part]
-                live[k] += alive[part].sum()
-            start, k = stop, k + 1
-    return g, shift, live
+            while offsets[cell + 1] <= start:
+                cell += 1
+            stop = min(int(offsets[cell + 1]), block.stop)
+            part = c[:, start - block.start : stop - block.start]
+            g[cell].addmm_(part, part.mT)
+            if shifts:
+                means = raw[0, start - block.start : stop - block.start].to(torch.float64) - part[0]
+                shift[cell].addmv_(part, means)
+            start = stop
+    count = torch.cat([alive.new_zeros(1, dtype=torch.int64), alive.cumsum(0)])
+    ends = torch.from_numpy(offsets).to(x.device)
+    return g, count[ends[1:]] - count[ends[:-1]], shift
+
+
+def _live(c: Tensor) -> Tensor:
+    """Which centred columns are not all zero; one value shows it for nearly every one."""
+    alive = c[0] != 0
+    rest = torch.nonzero(~alive).flatten()
+    alive[rest] = (c[:, rest] != 0).any(0)
+    return alive

@@ -18,7 +18,7 @@ def ablation_decodability(
     target: int | None,
     ridge: float,
 ) -> dict[str, Tensor]:
-    parts = Cells(x, cells, n_cells)
+    parts = Cells(x, cells, n_cells, shifts=True)
     truth = torch.from_numpy(
         np.unique(labels, return_inverse=True)[1]
         if target is None
