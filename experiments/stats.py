@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 
-METRICS = ("cka", "procrustes", "pwcca", "cca", "cca_squared", "svcca", "cka_debiased")
+from repsim_kernels.ops.ablation import METRICS as METRICS
+
 CHANGES = (
     "rank_deficit",
     "log_probability",
