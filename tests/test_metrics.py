@@ -49,7 +49,7 @@ def run(name, x, y, backend=None, **options):
         return getattr(rk, name)(x, y, backend=backend, **options)
 
 
-def both(name, options, x, y, xv, yv, tol):
+def assert_as_reference(name, options, x, y, xv, yv, tol):
     """Compare with the reference; where one finds nothing to compare, so must the other."""
     n, p, q = len(xv), xv.shape[1], yv.shape[1]
     if (name, options) == ("pwcca", {}) and p + q >= n:
@@ -81,7 +81,7 @@ def tolerance(name, options, dtype="float64"):
 def test_numpy(name, options, drawn_pair):
     x, y = drawn_pair
     tol = tolerance(name, options)
-    both(name, options, x.numpy(), y.numpy(), x.values(), y.values(), tol)
+    assert_as_reference(name, options, x.numpy(), y.numpy(), x.values(), y.values(), tol)
 
 
 @EACH
@@ -89,7 +89,7 @@ def test_numpy(name, options, drawn_pair):
 def test_torch(name, options, drawn_pair):
     x, y = drawn_pair
     tol = tolerance(name, options, x.dtype)
-    both(name, options, x.torch(), y.torch(), x.values(), y.values(), tol)
+    assert_as_reference(name, options, x.torch(), y.torch(), x.values(), y.values(), tol)
 
 
 @EACH
@@ -99,7 +99,7 @@ def test_each_side_of_the_cost(name, options, p, q):
     rng = np.random.default_rng(p * q)
     x = rng.standard_normal((20, p))
     y = x[:, :3] @ rng.standard_normal((3, q)) + rng.standard_normal((20, q))
-    both(name, options, x, y, x, y, tolerance(name, options))
+    assert_as_reference(name, options, x, y, x, y, tolerance(name, options))
 
 
 @EACH
@@ -253,6 +253,10 @@ def test_nothing_to_compare_raises(backend):
             metric(np.eye(5), y, backend=backend, **options)
         with pytest.raises(rk.ConstantError):
             metric(y, np.eye(5), backend=backend, **options)
+    one = np.array([[1.3], [0.7], [1000.1], [2.9], [0.1]])  # all of one direction
+    for compare in ("cosine", "pearson", "spearman"):
+        with pytest.raises(rk.ConstantError):
+            rk.rsa(one, y, distance="cosine", compare=compare, backend=backend)
     x[:4] = x[0]
     with pytest.raises(rk.ConstantError, match="bandwidth"):
         rk.cka(x, y, kernel="rbf", backend=backend)

@@ -31,7 +31,8 @@ def pair_distances(x: Tensor, distance: str) -> Tensor:
     if distance == "correlation":
         # By way of the first neuron, so that a constant row has a length of exactly zero.
         first = x[:, :1].to(torch.float64)
-        shift = first + (x - first).mean(1, keepdim=True, dtype=torch.float64)
+        parts = [(x[:, block] - first).sum(1, keepdim=True) for block in gram.blocks(p, n)]
+        shift = first + torch.stack(parts).sum(0) / p
     elif distance == "cosine":
         shift = torch.zeros(1, 1, dtype=torch.float64, device=x.device)
     else:
@@ -45,7 +46,9 @@ def pair_distances(x: Tensor, distance: str) -> Tensor:
     row, column = torch.triu_indices(n, n, 1, device=x.device)
     d = g.diagonal()
     if shift is not None:
-        return 1 - g[row, column] / (d[row] * d[column]).sqrt()
+        angular = 1 - g[row, column] / (d[row] * d[column]).sqrt()
+        # Rows of one direction are at distance 0; rounding must not order them.
+        return torch.where(angular.abs() < 16 * torch.finfo(torch.float64).eps, 0.0, angular)
     squared = d[row] + d[column] - 2 * g[row, column]
     # Where two stimuli are close the Gram has lost their distance: take it from the features.
     close = torch.nonzero(squared <= 1e-6 * (d[row] + d[column])).flatten()
