@@ -104,7 +104,10 @@ def sweep(
         Path | None, typer.Option(help="Run folder; one that was interrupted is gone on with.")
     ] = None,
     full: Annotated[
-        bool, typer.Option("--full", help="All layers, classes and stimuli of the demo, for hours.")
+        bool,
+        typer.Option(
+            "--full", help="All layers, classes and stimuli of the demo: 1,270 units for 161."
+        ),
     ] = False,
 ) -> None:
     """Ablate networks cell by cell, and compare what metrics see with what function is lost.
@@ -178,11 +181,7 @@ def train(
         from .models import SMALL
         from .train import train as run_training
 
-        accuracy = run_training(
-            model or SMALL, dataset=dataset, out=out, epochs=epochs, seed=seed, log=print
-        )
-        for name, value in accuracy.items():
-            print(f"{name}: {100 * value:.1f} % of the test images")
+        run_training(model or SMALL, dataset=dataset, out=out, epochs=epochs, seed=seed)
 
 
 @app.command()

@@ -1,7 +1,5 @@
 """Training of the shipped networks on Fashion-MNIST."""
 
-import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ from torch import nn
 
 from experiments.data import FASHION_MNIST, fashion_mnist, prepare
 from experiments.models import ASSETS, SMALL, build
+from experiments.store import replacing
 
 EPOCHS = {"alexnet_small": 6, "mobilenet_v2_small": 5, "resnet50_small": 5}
 PEAK_RATE = {"alexnet_small": 2e-3, "mobilenet_v2_small": 6e-3, "resnet50_small": 6e-3}
@@ -140,11 +139,5 @@ def _save(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
         key: (value.half() if value.is_floating_point() else value).contiguous()
         for key, value in model.state_dict().items()
     }
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
-    try:
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata)
-        os.chmod(temporary, 0o644)  # mkstemp's is private
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,7 @@ from repsim_kernels._arrays import Array
 from repsim_kernels.errors import (
     CellError,
     ConstantError,
+    DegenerateWarning,
     DeviceError,
     DtypeError,
     LabelError,
@@ -275,6 +277,23 @@ def shrinkage(ridge: Any, penalty: Any) -> tuple[float, float]:
     if ridge and penalty:
         raise OptionError(f"ridge: {ridge:g} beside penalty={penalty:g}; expected one or the other")
     return ridge, penalty
+
+
+def warn_if_degenerate(metric: str, n: int, p: int, q: int, ridge: float, penalty: float) -> None:
+    """Warn where "cca" or "pwcca" without a ridge says nothing of p and q neurons of n stimuli."""
+    if ridge or penalty:
+        return
+    if max(p, q) >= n:
+        what = "every canonical correlation is 1, whatever the representations hold"
+    elif metric == "pwcca" and p + q > n:
+        what = "several canonical correlations tie at 1, and the weights are not unique"
+    else:
+        return
+    warnings.warn(
+        f"{p} and {q} neurons, {n} stimuli: without a ridge {what}; pass ridge= or use svcca",
+        DegenerateWarning,
+        stacklevel=3,
+    )
 
 
 def bandwidth(kernel: Any, sigma: Any) -> float | None:

@@ -26,7 +26,7 @@ def distances(x, cells, backend=None, **options):
         return rk.ablation_distances(x, cells, backend=backend, **options)
 
 
-def agree(got, want, tol, nan=True):
+def assert_agree(got, want, tol, nan=True):
     assert set(got) == set(want)
     for name in want:
         try:
@@ -45,21 +45,21 @@ def test_partitions(regular, data):
     x = data.draw(drawn(n=st.integers(4, 12), kinds=("gaussian", "relu"), layouts=TORCH_LAYOUTS))
     cells, _ = data.draw(labels(x.p))
     got = distances(x.torch(), cells, **regular)
-    agree(got, distances(x.values(), cells, "reference", **regular), FLOAT64)
+    assert_agree(got, distances(x.values(), cells, "reference", **regular), FLOAT64)
 
 
 @given(st.data())
 def test_memberships(data):
     x = data.draw(drawn(n=st.integers(4, 12), kinds=("gaussian", "constant columns")))
     cells = data.draw(memberships(x.p))
-    agree(distances(x.values(), cells), distances(x.values(), cells, "reference"), FLOAT64)
+    assert_agree(distances(x.values(), cells), distances(x.values(), cells, "reference"), FLOAT64)
 
 
 @given(st.data())
 def test_float32(data):
     x = data.draw(drawn(n=st.integers(4, 12), kinds=("gaussian", "relu"), dtypes=("float32",)))
     cells, _ = data.draw(labels(x.p))
-    agree(
+    assert_agree(
         distances(x.numpy(), cells),
         distances(x.values(), cells, "reference"),
         DISTANCE["float32"],
@@ -75,7 +75,7 @@ def test_one_cell_of_any_energy(p, share):
     cells = np.arange(p) % 3
     x[:, cells == 1] *= np.sqrt(share / (1 - share) * 2)
     got, want = distances(x, cells), distances(x, cells, "reference")
-    agree(got, want, FLOAT64, nan=False)
+    assert_agree(got, want, FLOAT64, nan=False)
     for name in METRICS:
         assert_rank_fidelity(got[name], want[name], DISTANCE["float64"])
 
@@ -128,7 +128,7 @@ def test_cells_in_no_cell_count_for_the_original():
     x = rng.standard_normal((10, 30))
     labels_ = rng.integers(-1, 3, 30)
     membership = labels_ == np.arange(3)[:, None]
-    agree(distances(x, labels_), distances(x, membership), Tol(1e-10, 1e-15), nan=False)
+    assert_agree(distances(x, labels_), distances(x, membership), Tol(1e-10, 1e-15), nan=False)
 
 
 @pytest.mark.parametrize("scale", [1e-2, 1e-3, 1e-4])
@@ -157,7 +157,7 @@ def test_many_cells_in_batches(monkeypatch):
     x, cells = rng.standard_normal((8, 50)), rng.integers(-1, 20, 50)
     want = distances(x, cells)
     monkeypatch.setattr(kernel, "_BATCH", 3 * 64)
-    agree(distances(x, cells, memory=1), want, Tol(1e-12, 1e-16))
+    assert_agree(distances(x, cells, memory=1), want, Tol(1e-12, 1e-16))
 
 
 def test_procrustes_takes_the_route_that_fits(monkeypatch):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from repsim_kernels import _check, _dispatch
 from repsim_kernels._arrays import Array
-from repsim_kernels.errors import DegenerateWarning
 
 
 def cca(
@@ -59,7 +57,7 @@ def cca(
     """
     ridge, penalty = _check.shrinkage(ridge, penalty)
     x, y = _check.pair(x, y)
-    warn_if_degenerate("cca", x.shape[-2], x.shape[-1], y.shape[-1], ridge, penalty)
+    _check.warn_if_degenerate("cca", x.shape[-2], x.shape[-1], y.shape[-1], ridge, penalty)
     return _dispatch.call("cca", backend, x, y, squared=bool(squared), ridge=ridge, penalty=penalty)
 
 
@@ -149,24 +147,5 @@ def pwcca(
     """
     ridge, penalty = _check.shrinkage(ridge, penalty)
     x, y = _check.pair(x, y)
-    warn_if_degenerate("pwcca", x.shape[-2], x.shape[-1], y.shape[-1], ridge, penalty)
+    _check.warn_if_degenerate("pwcca", x.shape[-2], x.shape[-1], y.shape[-1], ridge, penalty)
     return _dispatch.call("pwcca", backend, x, y, ridge=ridge, penalty=penalty)
-
-
-def warn_if_degenerate(
-    metric: str, n: int, p: int, q: int, ridge: float, penalty: float, stacklevel: int = 3
-) -> None:
-    """Warn where correlations without a ridge say nothing about p and q neurons of n stimuli."""
-    if ridge or penalty or metric not in ("cca", "pwcca"):
-        return
-    if max(p, q) >= n:
-        what = "every canonical correlation is 1, whatever the representations hold"
-    elif metric == "pwcca" and p + q > n:
-        what = "several canonical correlations tie at 1, and the weights are not unique"
-    else:
-        return
-    warnings.warn(
-        f"{p} and {q} neurons, {n} stimuli: without a ridge {what}; pass ridge= or use svcca",
-        DegenerateWarning,
-        stacklevel=stacklevel,
-    )

@@ -7,7 +7,6 @@ from typing import Any
 from repsim_kernels import _check, _dispatch
 from repsim_kernels._arrays import Array
 from repsim_kernels.errors import OptionError
-from repsim_kernels.ops.cca import warn_if_degenerate
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "cka": {"debiased": False, "kernel": "linear", "sigma": None},
@@ -70,7 +69,7 @@ def pairwise(
         ys = _check.representations(ys, "ys", least=least, like=xs[0])
     if "ridge" in options:
         p, q = (max(x.shape[1] for x in zs) for zs in (xs, xs if ys is None else ys))
-        warn_if_degenerate(metric, len(xs[0]), p, q, options["ridge"], options["penalty"])
+        _check.warn_if_degenerate(metric, len(xs[0]), p, q, options["ridge"], options["penalty"])
     values = _dispatch.call_lists("pairwise", backend, xs, ys, metric=metric, **options)
     undefined = {"cka": _check.NO_CKA, "rsa": _check.NO_RSA}
     return _check.defined(values, undefined.get(metric, ""))

@@ -31,7 +31,7 @@ def sweep(*arguments: str | Path) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def refused(code: int, stderr: str, message: str) -> None:
+def assert_refused(code: int, stderr: str, message: str) -> None:
     assert code == 2
     assert stderr.startswith("error: ")
     assert stderr.count("\n") == 1
@@ -116,7 +116,7 @@ def test_what_can_not_be_done_is_said_in_a_line(
     known = {"--model": "_toy:Toy", "--layers": "act1", "--size": "8"}
     base = [part for pair in known.items() if pair[0] not in options for part in pair]
     code, _, err = sweep(*base, *options)
-    refused(code, err, message)
+    assert_refused(code, err, message)
     assert sorted(path.name for path in Path().iterdir()) == ["images"]
 
 
@@ -124,7 +124,7 @@ def test_a_checkpoint_of_another_architecture(folder: Path) -> None:
     state = {name: value for name, value in Toy().state_dict().items() if "conv2" not in name}
     save_file(state, "other.safetensors")
     code, _, err = sweep(*TOY, "--images", folder, "--weights", "other.safetensors")
-    refused(code, err, "conv2")
+    assert_refused(code, err, "conv2")
 
 
 def test_a_checkpoint_is_used(folder: Path) -> None:
@@ -145,13 +145,13 @@ def test_a_class_of_one_image(folder: Path) -> None:
     for path in sorted((folder / "bee").iterdir())[1:]:
         path.unlink()
     code, _, err = sweep(*TOY, "--images", folder)
-    refused(code, err, "'bee'")
+    assert_refused(code, err, "'bee'")
 
 
 def test_a_bad_image_is_named_and_left_out_only_when_asked(folder: Path) -> None:
     (folder / "bee" / "2.png").write_bytes(b"no image")
     code, _, err = sweep(*TOY, "--images", folder)
-    refused(code, err, "bee/2.png")
+    assert_refused(code, err, "bee/2.png")
     code, _, err = sweep(*TOY, "--images", folder, "--metrics", "cka", "--skip-bad-images")
     assert code == 0
     assert err.startswith("warning: ")
