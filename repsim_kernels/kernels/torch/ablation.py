@@ -32,18 +32,16 @@ class Cells:
     shifts: bool = False  # whether `shift` is wanted, B_c μ_c for each cell (C, n)
 
     def __post_init__(self) -> None:
-        order, offsets = gram.members(self.cells, self.n_cells)
+        x, c = self.x, self.n_cells
         if self.cells.ndim == 1:
             # The neurons in no cell make one more, so that one pass gives the whole as well.
-            offsets = np.append(offsets, len(order))
-            g, live, shift = gram.cell_sums(self.x, order, offsets, self.shifts)
+            labels = np.where(self.cells < 0, c, self.cells)
+            g, live, shift = gram.cell_sums(x, labels, c + 1, self.shifts)
             self.whole, alive = g.sum(0), live.sum()
         else:
-            g, live, shift = gram.cell_sums(self.x, order, offsets, self.shifts)
-            everything = np.arange(self.x.shape[1])
-            whole, total, _ = gram.cell_sums(self.x, everything, np.array([0, len(everything)]))
+            g, live, shift = gram.cell_sums(x, self.cells, c, self.shifts)
+            whole, total, _ = gram.cell_sums(x, np.zeros(x.shape[1], dtype=np.int64), 1)
             self.whole, alive = whole[0], total[0]
-        c = self.n_cells
         self.grams, self.shift = g[:c], shift[:c]
         self.left = (alive - live[:c]).tolist()
         self.dead = (live[:c] == 0).tolist()

@@ -9,15 +9,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Elements of a float64 block of neurons: 8 MiB, which stays in a last-level cache.
-_BLOCK = 2**20
+# Elements of a float64 block of neurons: 4 MiB, which stays in a last-level cache.
+_BLOCK = 2**19
+# Columns of a cell in one product, and of a strip that is copied at once.
+_COLUMNS = 512
+_STRIP = 4096
 
 
 def centre(x: Tensor) -> Tensor:
     """x (…, n, p) in float64 less its mean over stimuli; constant columns become exactly zero."""
-    x = x.to(torch.float64)
-    x = x - x[..., :1, :]
-    return x.sub_(x.mean(-2, keepdim=True))
+    c = x.to(torch.float64, copy=True)
+    _centre_(c)
+    return c
+
+
+def _centre_(c: Tensor) -> Tensor:
+    """Centre c (…, n, p) in place; returns the means (…, 1, p)."""
+    first = c[..., :1, :].clone()
+    rest = c.sub_(first).mean(-2, keepdim=True)
+    c.sub_(rest)
+    return first + rest
 
 
 def blocks(p: int, rows: int) -> Iterator[slice]:
@@ -86,10 +97,7 @@ def centered_gram(x: Tensor, *, kernel: str, sigma: float | None) -> Tensor:
 
 
 def members(cells: np.ndarray, n_cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """The neurons of all cells, one cell after the other, and where each cell starts: (C + 1,).
-
-    Neurons in no cell come last.
-    """
+    """The neurons of all cells, one cell after the other, and where each cell starts: (C + 1,)."""
     if cells.ndim == 2:
         order, sizes = np.nonzero(cells)[1], cells.sum(1)
     else:
@@ -97,7 +105,8 @@ def members(cells: np.ndarray, n_cells: int) -> tuple[np.ndarray, np.ndarray]:
         # NumPy sorts 16 bits by radix, 64 by comparison.
         order = np.argsort(labels.astype(np.uint16 if n_cells < 2**16 else np.int64), kind="stable")
         sizes = np.bincount(labels, minlength=n_cells + 1)[:n_cells]
-    return order, np.concatenate([[0], np.cumsum(sizes)])
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    return order[: offsets[-1]], offsets
 
 
 def take(x: Tensor, columns: Tensor) -> Tensor:
@@ -108,42 +117,64 @@ def take(x: Tensor, columns: Tensor) -> Tensor:
 
 
 def cell_grams(x: Tensor, *, cells: np.ndarray, n_cells: int) -> Tensor:
-    order, offsets = members(cells, n_cells)
-    return cell_sums(x, order[: offsets[-1]], offsets)[0]
+    return cell_sums(x, cells, n_cells)[0]
 
 
 def cell_sums(
-    x: Tensor, order: np.ndarray, offsets: np.ndarray, shifts: bool = False
+    x: Tensor, cells: np.ndarray, n_cells: int, shifts: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One pass over the cells' neurons: their Grams, live neurons and, if asked for, shifts.
+    """One pass over x (n, p): the cells' Grams, live neurons and, if asked for, shifts.
 
     Returns ``g`` (C, n, n); ``live`` (C,), how many columns of a cell are not constant; ``shift``
     (C, n), B_c μ_c with B_c the centred columns of a cell and μ_c their means, or zeros.
     """
-    n, n_cells = x.shape[0], len(offsets) - 1
+    n, p = x.shape
     g = torch.zeros(n_cells, n, n, dtype=torch.float64, device=x.device)
-    shift = torch.zeros(n_cells, n, dtype=torch.float64, device=x.device)
-    columns = torch.from_numpy(order).to(x.device)
-    alive = torch.empty(len(order), dtype=torch.bool, device=x.device)
-    cell = 0
-    for block in blocks(len(order), n):
-        raw = take(x, columns[block])
-        c = centre(raw)
-        alive[block] = _live(c)
-        start = block.start
-        while start < block.stop:
-            while offsets[cell + 1] <= start:
-                cell += 1
-            stop = min(int(offsets[cell + 1]), block.stop)
-            part = c[:, start - block.start : stop - block.start]
-            g[cell].addmm_(part, part.mT)
+    live = torch.zeros(n_cells, dtype=torch.int64, device=x.device)
+    shift = torch.zeros(n_cells, n, 1, dtype=torch.float64, device=x.device)
+    # Many columns of each cell, in a copy of x that takes less memory than the Grams do.
+    width = min(p, max(_BLOCK // n, n_cells * max(n, _COLUMNS)))
+    rows = x.new_zeros(width + 1, n)
+    for start in range(0, p, width):
+        span = slice(start, min(start + width, p))
+        _copy(rows[: span.stop - start].mT, x[:, span])
+        order, offsets = members(cells[..., span], n_cells)
+        order = np.append(order, width)  # the row of zeros
+        for run, size in _runs(np.diff(offsets).tolist(), n):
+            places = offsets[run, None] + np.arange(size)
+            places[places >= offsets[1:][run, None]] = len(order) - 1
+            columns = torch.from_numpy(order[places.ravel()]).to(x.device)
+            raw = rows.index_select(0, columns).mT
+            c = torch.empty(raw.shape, dtype=torch.float64, device=x.device)
+            _copy(c, raw)
+            means = _centre_(c).view(*places.shape, 1)
+            live[run] += _live(c).view(places.shape).sum(1)
+            parts = c.unflatten(1, places.shape).transpose(0, 1)
+            g[run].baddbmm_(parts, parts.mT)
             if shifts:
-                means = raw[0, start - block.start : stop - block.start].to(torch.float64) - part[0]
-                shift[cell].addmv_(part, means)
-            start = stop
-    count = torch.cat([alive.new_zeros(1, dtype=torch.int64), alive.cumsum(0)])
-    ends = torch.from_numpy(offsets).to(x.device)
-    return g, count[ends[1:]] - count[ends[:-1]], shift
+                shift[run].baddbmm_(parts, means)
+    return g, live, shift[..., 0]
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    """Copy columns of (n, p), turned in memory or not, in blocks that fit a cache."""
+    for a, b in zip(target.split(_STRIP, 1), source.split(_STRIP, 1), strict=True):
+        a.copy_(b)
+
+
+def _runs(sizes: list[int], n: int) -> Iterator[tuple[slice, int]]:
+    """Runs of cells in a row, with their largest size: alike, and a block's worth at most."""
+    start = 0
+    while start < len(sizes):
+        stop, largest, total = start + 1, sizes[start], sizes[start]
+        for size in sizes[stop:]:
+            padded = (stop + 1 - start) * max(largest, size)
+            if padded > 1.25 * (total + size) or padded * n > _BLOCK:
+                break
+            stop, largest, total = stop + 1, max(largest, size), total + size
+        if largest:
+            yield slice(start, stop), largest
+        start = stop
 
 
 def _live(c: Tensor) -> Tensor:
