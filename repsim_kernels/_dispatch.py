@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ def call(operation: str, backend: str | None, *xs: Array, **options: Any) -> Any
     function = _load(operation, chosen)
     convert = _arrays.to_numpy if chosen == "reference" else _arrays.to_torch
     arrays = [convert(x) for x in xs]
-    with np.errstate(divide="ignore", invalid="ignore"):  # NaN says that a value is not defined
+    with _own_settings(chosen):
         if (operation, chosen) in _TAKES_BATCHES:
             result = function(*arrays, **options)
         else:
@@ -86,9 +87,22 @@ def call_lists(
     convert = _arrays.to_numpy if chosen == "reference" else _arrays.to_torch
     arrays = [None if xs is None else [convert(x) for x in xs] for xs in lists]
     assert lists[0] is not None
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with _own_settings(chosen):
         result = _load(operation, chosen)(*arrays, **options)
     return _arrays.like(result, lists[0][0])
+
+
+@contextlib.contextmanager
+def _own_settings(backend: str) -> Iterator[None]:
+    """Without the caller's autocast, and without warnings of NaN, which says "not defined"."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(np.errstate(divide="ignore", invalid="ignore"))
+        if backend != "reference":
+            import torch
+
+            for kind in ("cpu", "cuda"):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def _over_batches(function: Callable[..., Any], arrays: list[Any], options: dict[str, Any]) -> Any:

@@ -71,13 +71,22 @@ def test_cell_grams_of_a_membership(data):
 
 
 @pytest.mark.parametrize("block", [1, 7, 40])
-def test_blocks_do_not_change_the_result(monkeypatch, block):
-    """The pass over the neurons is cut where cells begin, end and go on."""
-    x = np.random.default_rng(0).standard_normal((5, 23)) + 3
-    cells = np.random.default_rng(1).integers(-1, 4, 23)
-    want = rk.cell_grams(x, cells, backend="reference")
+@pytest.mark.parametrize("sizes", [(9, 0, 1, 8, 5), (4, 4, 5, 5, 5), (23,)])
+def test_blocks_do_not_change_the_result(monkeypatch, block, sizes):
+    """Passes over some of the neurons, and runs of cells that are alike or not, empty or not."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((5, 23)) + 3
+    cells = rng.permutation(np.repeat(np.arange(len(sizes)), sizes)) - 1
+    n_cells = len(sizes)
+    membership = rng.random((4, 23)) < 0.4
+    wants = [
+        rk.cell_grams(x, c, n_cells=k, backend="reference")
+        for c, k in ((cells, n_cells), (membership, 4))
+    ]
     monkeypatch.setattr(kernel, "_BLOCK", block)
-    np.testing.assert_allclose(rk.cell_grams(x, cells), want, atol=1e-12)
+    monkeypatch.setattr(kernel, "_COLUMNS", 1)
+    np.testing.assert_allclose(rk.cell_grams(x, cells, n_cells=n_cells), wants[0], atol=1e-12)
+    np.testing.assert_allclose(rk.cell_grams(x, membership), wants[1], atol=1e-12)
     np.testing.assert_allclose(rk.centered_gram(x), (x - x.mean(0)) @ (x - x.mean(0)).T, atol=1e-12)
 
 

@@ -121,6 +121,14 @@ def test_arrays_are_shared_not_copied():
     assert _arrays.to_torch(np.arange(4.0)[::-1]).tolist() == [3, 2, 1, 0]
 
 
+def test_autocast_of_the_caller_changes_nothing():
+    x, y = torch.randn(30, 40), torch.randn(30, 50)
+    plain = rk.pwcca(x, y, ridge=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(rk.pwcca(x, y, ridge=0.1), plain)
+        assert torch.is_autocast_enabled("cpu")
+
+
 def test_subclasses_and_gradients():
     x = torch.randn(8, 3, requires_grad=True)
     assert not rk.cka(x, x).requires_grad

@@ -96,9 +96,11 @@ def variate_weights(h: Tensor, x: Tensor) -> Tensor:
 def _norms(c: Tensor, h: Tensor) -> Tensor:
     """Σⱼ |hᵢ · cⱼ| for neurons c (…, w, n) and directions h (…, k, n): (…, k)."""
     if c.ndim == h.ndim == 2 and c.device.type == "cpu" and c.dtype == torch.float32:
-        # A 1 x 1 convolution is the product C Hᵀ, and oneDNN's is faster than MKL's on AMD.
-        w, n = c.shape
-        image = c.view(1, w, 1, n).permute(0, 3, 1, 2)
-        products = torch.conv2d(image, h.view(len(h), n, 1, 1)).permute(0, 2, 3, 1).reshape(w, -1)
-        return torch.linalg.vector_norm(products, ord=1, dim=0)
-    return torch.linalg.vector_norm(c @ h.mT, ord=1, dim=-2)
+        # A 1 x 1 convolution is the product H Cᵀ, and oneDNN's is faster than MKL's on AMD.
+        (k, n), w = h.shape, len(c)
+        image = h.view(1, k, 1, n).permute(0, 3, 1, 2)
+        products = torch.conv2d(image, c.view(w, n, 1, 1)).permute(0, 2, 3, 1).reshape(k, w)
+    else:
+        products = h @ c.mT
+    # Rows are summed along memory: three times faster than a norm, which is not vectorised.
+    return products.abs_().sum(-1)

@@ -25,10 +25,10 @@ def centre(x: Tensor) -> Tensor:
 
 def _centre_(c: Tensor) -> Tensor:
     """Centre c (…, n, p) in place; returns the means (…, 1, p)."""
-    first = c[..., :1, :].clone()
-    rest = c.sub_(first).mean(-2, keepdim=True)
+    low = c.amin(-2, keepdim=True)
+    rest = c.sub_(low).mean(-2, keepdim=True)
     c.sub_(rest)
-    return first + rest
+    return low + rest
 
 
 def blocks(p: int, rows: int) -> Iterator[slice]:
@@ -132,9 +132,11 @@ def cell_sums(
     g = torch.zeros(n_cells, n, n, dtype=torch.float64, device=x.device)
     live = torch.zeros(n_cells, dtype=torch.int64, device=x.device)
     shift = torch.zeros(n_cells, n, 1, dtype=torch.float64, device=x.device)
-    # Many columns of each cell, in a copy of x that takes less memory than the Grams do.
-    width = min(p, max(_BLOCK // n, n_cells * max(n, _COLUMNS)))
-    rows = x.new_zeros(width + 1, n)
+    # Many columns of each cell, in buffers that take no more memory than the Grams do.
+    room = max(_BLOCK // n, n_cells * max(n, _COLUMNS))
+    width = min(p, room)
+    rows, raw = x.new_zeros(width + 1, n), x.new_empty(room, n)
+    centred = torch.empty(n * room, dtype=torch.float64, device=x.device)
     for start in range(0, p, width):
         span = slice(start, min(start + width, p))
         _copy(rows[: span.stop - start].mT, x[:, span])
@@ -144,11 +146,10 @@ def cell_sums(
             places = offsets[run, None] + np.arange(size)
             places[places >= offsets[1:][run, None]] = len(order) - 1
             columns = torch.from_numpy(order[places.ravel()]).to(x.device)
-            raw = rows.index_select(0, columns).mT
-            c = torch.empty(raw.shape, dtype=torch.float64, device=x.device)
-            _copy(c, raw)
+            torch.index_select(rows, 0, columns, out=raw[: places.size])
+            c = centred[: n * places.size].view(places.size, n).copy_(raw[: places.size]).mT
             means = _centre_(c).view(*places.shape, 1)
-            live[run] += _live(c).view(places.shape).sum(1)
+            live[run] += (c.amax(0) > 0).view(places.shape).sum(1)
             parts = c.unflatten(1, places.shape).transpose(0, 1)
             g[run].baddbmm_(parts, parts.mT)
             if shifts:
@@ -175,11 +176,3 @@ def _runs(sizes: list[int], n: int) -> Iterator[tuple[slice, int]]:
         if largest:
             yield slice(start, stop), largest
         start = stop
-
-
-def _live(c: Tensor) -> Tensor:
-    """Which centred columns are not all zero; one value shows it for nearly every one."""
-    alive = c[0] != 0
-    rest = torch.nonzero(~alive).flatten()
-    alive[rest] = (c[:, rest] != 0).any(0)
-    return alive
