@@ -132,7 +132,7 @@ def cell_sums(
     g = torch.zeros(n_cells, n, n, dtype=torch.float64, device=x.device)
     live = torch.zeros(n_cells, dtype=torch.int64, device=x.device)
     shift = torch.zeros(n_cells, n, 1, dtype=torch.float64, device=x.device)
-    # Many columns of each cell, in buffers that take no more memory than the Grams do.
+    # Many columns of each cell at once, in buffers that do not grow with p.
     room = max(_BLOCK // n, n_cells * max(n, _COLUMNS))
     width = min(p, room)
     rows, raw = x.new_zeros(width + 1, n), x.new_empty(room, n)
@@ -158,7 +158,7 @@ def cell_sums(
 
 
 def _copy(target: Tensor, source: Tensor) -> None:
-    """Copy columns of (n, p), turned in memory or not, in blocks that fit a cache."""
+    """Copy (n, p), turned in memory or not, in strips of columns that fit a cache."""
     for a, b in zip(target.split(_STRIP, 1), source.split(_STRIP, 1), strict=True):
         a.copy_(b)
 
