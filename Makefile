@@ -11,6 +11,7 @@ train: .venv/experiments
 
 test: .venv/dev
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -169,8 +169,13 @@ def _integers(a: Any, name: str, error: type[RepsimError]) -> np.ndarray[Any, An
     return values
 
 
-def cells(cells: Any, p: int, n_cells: int | None = None) -> tuple[np.ndarray[Any, Any], int]:
-    """Check cells of p neurons: labels (p,) as int64, or a boolean membership (C, p)."""
+def cells(
+    cells: Any, p: int, n_cells: int | None = None, *, partitions: bool = False
+) -> tuple[np.ndarray[Any, Any], int]:
+    """Check cells of p neurons: labels (p,) as int64, or a boolean membership (C, p).
+
+    ``partitions``: labels (T, p) as well.
+    """
     values = _integers(cells, "cells", CellError)
     if values.dtype.kind == "b" and values.ndim == 2:
         if values.shape[1] != p:
@@ -180,10 +185,12 @@ def cells(cells: Any, p: int, n_cells: int | None = None) -> tuple[np.ndarray[An
         if n_cells is not None and n_cells != len(values):
             raise CellError(f"n_cells: {n_cells}, but cells has {len(values)} rows")
         return values, len(values)
-    if values.shape != (p,):
+    several = partitions and values.ndim == 2 and len(values)
+    if values.shape[-1:] != (p,) or not (several or values.ndim == 1):
         raise CellError(
             f"cells: shape {values.shape}, dtype {values.dtype}; expected integer labels ({p},), "
             f"one for each neuron of x, or a boolean membership (C, {p})"
+            + f", or partitions as integers (T, {p})" * partitions
         )
     if values.dtype.kind == "b":
         raise CellError(
@@ -313,6 +320,11 @@ def options(values: Any, name: str, known: tuple[str, ...]) -> tuple[str, ...]:
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise OptionError(f"{name}: {values!r}; expected a sequence of names")
     return tuple(dict.fromkeys(option(value, name, known) for value in values))
+
+
+def precision(value: Any) -> str:
+    """Check the precision of float32 products."""
+    return option(value, "precision", ("tf32x3", "tf32", "ieee"))
 
 
 def grid(value: Any) -> tuple[int, int]:

@@ -22,12 +22,17 @@ _FAMILY = {op: family for family, ops in OPERATIONS.items() for op in ops}
 TABLE: dict[tuple[str, str], str] = {
     **{(op, "reference"): f"repsim_kernels.reference.{f}:{op}" for op, f in _FAMILY.items()},
     **{(op, "torch"): f"repsim_kernels.kernels.torch.{f}:{op}" for op, f in _FAMILY.items()},
+    **{
+        (op, "triton"): f"repsim_kernels.kernels.triton.{f}:{op}"
+        for op, f in _FAMILY.items()
+        if f in ("gram", "cells", "ablation", "probe")
+    },
 }
 
 _TAKES_BATCHES = {
     (op, "torch")
     for op in ("centered_gram", "cka", "cca", "svcca", "pwcca", "procrustes", "procrustes_distance")
-}
+} | {("centered_gram", "triton")}
 
 
 @functools.cache
@@ -38,36 +43,61 @@ def _load(operation: str, backend: str) -> Callable[..., Any]:
 
 def unavailable(backend: str) -> str | None:
     """Why a backend can't serve anything on this machine; None if it can."""
-    if backend == "triton":
-        return "no operation has a Triton kernel yet"
     if backend == "cupy":
         return "no operation has a CuPy kernel yet"
-    if backend == "torch" and importlib.util.find_spec("torch") is None:
-        return "torch is not installed"
+    if backend in ("torch", "triton") and importlib.util.find_spec(backend) is None:
+        return f"{backend} is not installed"
+    if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        import torch
+
+        return None if torch.cuda.is_available() else "there is no CUDA device"
     return None
 
 
-def choose(operation: str, backend: str | None) -> str:
-    """The backend that serves an operation: `backend`, else REPSIM_BACKEND, else torch."""
+def choose(operation: str, backend: str | None, *xs: Array) -> str:
+    """The backend that serves an operation on arrays: `backend`, else REPSIM_BACKEND.
+
+    Where neither names one, Triton's kernels if they take the arrays, else torch.
+    """
     named = backend or os.environ.get("REPSIM_BACKEND") or None
     if named is None:
-        return "torch"
+        on_cuda = all(_arrays.device(x).startswith("cuda") for x in xs)
+        return "triton" if on_cuda and _why_not_triton(operation, *xs) is None else "torch"
     if named not in BACKENDS:
         source = "backend" if backend else "REPSIM_BACKEND"
         raise OptionError(f"{source}: {named!r}; expected one of {', '.join(map(repr, BACKENDS))}")
+    why = None
     if (operation, named) not in TABLE:
         why = unavailable(named) or "it has no kernel for this operation"
+    elif named == "triton":
+        why = _why_not_triton(operation, *xs)
+    if why is not None:
         raise BackendUnavailable(f"backend {named!r} can't serve {operation}: {why}")
     return named
 
 
-def call(operation: str, backend: str | None, *xs: Array, **options: Any) -> Any:
+def _why_not_triton(operation: str, *xs: Array) -> str | None:
+    """Why there is no Triton kernel for an operation on these arrays; None if there is one."""
+    if (operation, "triton") not in TABLE:
+        return "it has no kernel for this operation"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    module = TABLE[operation, "triton"].partition(":")[0]
+    reason: str | None = importlib.import_module(module).unsupported(*map(_arrays.to_torch, xs))
+    return reason
+
+
+def call(
+    operation: str, backend: str | None, *xs: Array, precision: str | None = None, **options: Any
+) -> Any:
     """Run an operation on representations `xs` (…, n, p); the result is of their kind.
 
     Where the kernel takes no batches, the leading dimensions are looped over and the results
-    stacked. `options` go to the kernel as they are.
+    stacked. `options` go to the kernel as they are; `precision` only where it can be chosen.
     """
-    chosen = choose(operation, backend)
+    chosen = choose(operation, backend, *xs)
+    if precision is not None and chosen == "triton":
+        options["precision"] = precision
     function = _load(operation, chosen)
     convert = _arrays.to_numpy if chosen == "reference" else _arrays.to_torch
     arrays = [convert(x) for x in xs]
@@ -83,7 +113,7 @@ def call_lists(
     operation: str, backend: str | None, *lists: Sequence[Array] | None, **options: Any
 ) -> Any:
     """Run an operation on lists of representations; the result is of their kind."""
-    chosen = choose(operation, backend)
+    chosen = choose(operation, backend, *(x for xs in lists for x in xs or ()))
     convert = _arrays.to_numpy if chosen == "reference" else _arrays.to_torch
     arrays = [None if xs is None else [convert(x) for x in xs] for xs in lists]
     assert lists[0] is not None

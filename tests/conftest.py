@@ -8,6 +8,13 @@ import pytest
 import torch
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    count = sum("gpu" in report.keywords for report in skipped)
+    if count:
+        terminalreporter.write_line(f"{count} GPU tests skipped: no CUDA device (pytest -m gpu)")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()

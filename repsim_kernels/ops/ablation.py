@@ -21,6 +21,7 @@ def ablation_distances(
     ridge: float = 0.1,
     penalty: float = 0.0,
     memory: int | None = None,
+    precision: str = "tf32x3",
     backend: str | None = None,
 ) -> dict[str, Array]:
     """Distances between a representation and each of its ablations, by every metric.
@@ -47,7 +48,10 @@ def ablation_distances(
     memory : int, optional
         Bytes for the canonical variates that wait for a pass over x, 1 GiB unless given: with less
         there are more passes for "pwcca". Beside it stand the Grams, 8 C n² bytes.
-    backend : {"reference", "torch"}, optional
+    precision : {"tf32x3", "tf32", "ieee"}
+        Of the float32 products of the Triton kernels: as accurate as float32 on tensor cores,
+        10 bits on tensor cores, or float32 without them. Other backends compute in float64.
+    backend : {"reference", "torch", "triton"}, optional
         What computes it; by default chosen by the kind and the device of x.
 
     Returns
@@ -99,4 +103,5 @@ def ablation_distances(
         ridge=ridge,
         penalty=penalty,
         memory=memory,
+        precision=_check.precision(precision),
     )

@@ -21,7 +21,7 @@ def class_means(
         Class of each stimulus, 0 … n_classes - 1.
     n_classes : int, optional
         Number of classes k; by default the largest label and one.
-    backend : {"reference", "torch"}, optional
+    backend : {"reference", "torch", "triton"}, optional
         What computes it; by default chosen by the kind and the device of x.
 
     Returns
@@ -68,7 +68,7 @@ def selectivity_grid(
         The label of the class.
     grid : (int, int)
         Strips by selectivity, and parts of each by magnitude.
-    backend : {"reference", "torch"}, optional
+    backend : {"reference", "torch", "triton"}, optional
         What computes it; by default chosen by the kind and the device of x.
 
     Returns

@@ -9,7 +9,12 @@ from repsim_kernels._arrays import Array
 
 
 def centered_gram(
-    x: Any, *, kernel: str = "linear", sigma: float | None = None, backend: str | None = None
+    x: Any,
+    *,
+    kernel: str = "linear",
+    sigma: float | None = None,
+    precision: str = "tf32x3",
+    backend: str | None = None,
 ) -> Array:
     """Gram matrix of the stimuli, centred.
 
@@ -23,7 +28,10 @@ def centered_gram(
     kernel : {"linear", "rbf"}
     sigma : float, optional
         Bandwidth of the RBF kernel, as a fraction of the median distance; 1 unless given.
-    backend : {"reference", "torch"}, optional
+    precision : {"tf32x3", "tf32", "ieee"}
+        Of the float32 products of the Triton kernels: as accurate as float32 on tensor cores,
+        10 bits on tensor cores, or float32 without them. Other backends compute in float64.
+    backend : {"reference", "torch", "triton"}, optional
         What computes it; by default chosen by the kind and the device of x.
 
     Returns
@@ -46,12 +54,18 @@ def centered_gram(
     """
     sigma = _check.bandwidth(kernel, sigma)
     x = _check.representation(x, constant=kernel == "linear")
-    g = _dispatch.call("centered_gram", backend, x, kernel=kernel, sigma=sigma)
+    precision = _check.precision(precision)
+    g = _dispatch.call("centered_gram", backend, x, kernel=kernel, sigma=sigma, precision=precision)
     return _check.defined(g, "the median distance between stimuli is 0, so 'rbf' has no bandwidth")
 
 
 def cell_grams(
-    x: Any, cells: Any, *, n_cells: int | None = None, backend: str | None = None
+    x: Any,
+    cells: Any,
+    *,
+    n_cells: int | None = None,
+    precision: str = "tf32x3",
+    backend: str | None = None,
 ) -> Array:
     """Gram matrices of the stimuli, one for each cell of neurons.
 
@@ -62,17 +76,20 @@ def cell_grams(
     ----------
     x : array, (…, n, p), float16 | bfloat16 | float32 | float64
         Activations: n >= 2 stimuli, p >= 1 neurons, any strides. Integers are taken as float64.
-    cells : integer array, (p,), or boolean array, (C, p)
-        Cell of each neuron, 0 … n_cells - 1, or -1 for a neuron in none; or the membership of
-        cells that may overlap.
+    cells : integer array, (p,) or (T, p), or boolean array, (C, p)
+        Cell of each neuron, 0 … n_cells - 1, or -1 for a neuron in none; T such partitions, as of
+        several target classes; or the membership of cells that may overlap.
     n_cells : int, optional
         Number of cells C; by default the largest label and one.
-    backend : {"reference", "torch"}, optional
+    precision : {"tf32x3", "tf32", "ieee"}
+        Of the float32 products of the Triton kernels: as accurate as float32 on tensor cores,
+        10 bits on tensor cores, or float32 without them. Other backends compute in float64.
+    backend : {"reference", "torch", "triton"}, optional
         What computes it; by default chosen by the kind and the device of x.
 
     Returns
     -------
-    g : array like x, (…, C, n, n), float64
+    g : array like x, (…, C, n, n) or (…, T, C, n, n), float64
         Symmetric, positive semidefinite, in x's units squared; an empty cell gives zeros.
 
     Raises
@@ -85,5 +102,8 @@ def cell_grams(
     Source: METRICS, "One original, many ablations".
     """
     x = _check.representation(x, constant=True)
-    cells, n_cells = _check.cells(cells, x.shape[-1], n_cells)
-    return _dispatch.call("cell_grams", backend, x, cells=cells, n_cells=n_cells)
+    cells, n_cells = _check.cells(cells, x.shape[-1], n_cells, partitions=True)
+    precision = _check.precision(precision)
+    return _dispatch.call(
+        "cell_grams", backend, x, cells=cells, n_cells=n_cells, precision=precision
+    )

@@ -15,6 +15,7 @@ def ablation_decodability(
     *,
     target: int | None = None,
     ridge: float = 1.0,
+    precision: str = "tf32x3",
     backend: str | None = None,
 ) -> dict[str, Array]:
     """Leave-one-out accuracy of a linear reader of each ablation of a representation.
@@ -37,7 +38,10 @@ def ablation_decodability(
     ridge : float
         Above 0. Relative: κ = ridge · tr(K) / n, K the Gram of all stimuli that the reader is
         fitted on.
-    backend : {"reference", "torch"}, optional
+    precision : {"tf32x3", "tf32", "ieee"}
+        Of the float32 products of the Triton kernels: as accurate as float32 on tensor cores,
+        10 bits on tensor cores, or float32 without them. Other backends compute in float64.
+    backend : {"reference", "torch", "triton"}, optional
         What computes it; by default chosen by the kind and the device of x.
 
     Returns
@@ -71,6 +75,7 @@ def ablation_decodability(
         labels=labels,
         target=None if target is None else int(target),
         ridge=ridge,
+        precision=_check.precision(precision),
     )
     if x.ndim == 2:
         result["intact"] = float(result["intact"])

@@ -66,7 +66,9 @@ def membership(cells: Real, n_cells: int | None = None) -> NDArray[np.bool_]:
 
 
 def cell_grams(x: Real, cells: Real, *, n_cells: int | None = None) -> Array:
-    """Gram matrix of each cell's centred columns, (C, n, n)."""
+    """Gram matrix of each cell's centred columns, (C, n, n); of partitions (T, p) T times."""
+    if cells.ndim == 2 and cells.dtype != np.bool_:
+        return np.stack([cell_grams(x, labels, n_cells=n_cells) for labels in cells])
     a = centered(x)
     members = membership(cells, n_cells)
     grams = np.zeros((len(members), len(a), len(a)))

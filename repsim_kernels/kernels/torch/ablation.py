@@ -6,6 +6,7 @@ that of a cell, K_c = L - G_c the ablated one. What needs a spectrum lives in th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,6 +23,17 @@ _BATCH = 2**17
 _MEMORY = 2**30
 
 
+@dataclass(frozen=True)
+class Passes:
+    """What reads all of x: the Grams of its cells, and the weights of directions."""
+
+    cell_sums: Callable[[Tensor, np.ndarray, int, bool], tuple[Tensor, Tensor, Tensor]]
+    variate_weights: Callable[[Tensor, Tensor], Tensor]
+
+
+PASSES = Passes(gram.cell_sums, variate_weights)
+
+
 @dataclass
 class Cells:
     """The Grams of the cells of x (n, p), and of what is left without each."""
@@ -30,17 +42,18 @@ class Cells:
     cells: np.ndarray
     n_cells: int
     shifts: bool = False  # whether `shift` is wanted, B_c μ_c for each cell (C, n)
+    passes: Passes = PASSES
 
     def __post_init__(self) -> None:
-        x, c = self.x, self.n_cells
+        x, c, sums = self.x, self.n_cells, self.passes.cell_sums
         if self.cells.ndim == 1:
             # The neurons in no cell make one more, so that one pass gives the whole as well.
             labels = np.where(self.cells < 0, c, self.cells)
-            g, live, shift = gram.cell_sums(x, labels, c + 1, self.shifts)
+            g, live, shift = sums(x, labels, c + 1, self.shifts)
             self.whole, alive = g.sum(0), live.sum()
         else:
-            g, live, shift = gram.cell_sums(x, self.cells, c, self.shifts)
-            whole, total, _ = gram.cell_sums(x, np.zeros(x.shape[1], dtype=np.int64), 1)
+            g, live, shift = sums(x, self.cells, c, self.shifts)
+            whole, total, _ = sums(x, np.zeros(x.shape[1], dtype=np.int64), 1, False)
             self.whole, alive = whole[0], total[0]
         self.grams, self.shift = g[:c], shift[:c]
         self.left = (alive - live[:c]).tolist()
@@ -72,8 +85,9 @@ def ablation_distances(
     ridge: float,
     penalty: float,
     memory: int | None,
+    passes: Passes = PASSES,
 ) -> dict[str, Tensor]:
-    parts = Cells(x, cells, n_cells)
+    parts = Cells(x, cells, n_cells, passes=passes)
     out = {m: torch.zeros(n_cells, dtype=torch.float64, device=x.device) for m in metrics}
     for name in ("cka", "cka_debiased"):
         if name in metrics:
@@ -277,15 +291,17 @@ def _spectral_distances(original: _Original, out: dict[str, Tensor], memory: int
         if "pwcca" in names:
             waiting.append(([c], *ablated.variates()))
             if sum(h.numel() for _, h, _ in waiting) * 16 > memory:
-                _weigh(parts.x, waiting, out["pwcca"])
-    _weigh(parts.x, waiting, out.get("pwcca"))
+                _weigh(parts, waiting, out["pwcca"])
+    _weigh(parts, waiting, out.get("pwcca"))
 
 
-def _weigh(x: Tensor, waiting: list[tuple[list[int], Tensor, Tensor]], out: Tensor | None) -> None:
+def _weigh(
+    parts: Cells, waiting: list[tuple[list[int], Tensor, Tensor]], out: Tensor | None
+) -> None:
     """PWCCA distances of the waiting cells, by one pass over x."""
     if out is None or not waiting:
         return
-    weights = variate_weights(torch.cat([h for _, h, _ in waiting]), x)
+    weights = parts.passes.variate_weights(torch.cat([h for _, h, _ in waiting]), parts.x)
     sizes = [len(h) for _, h, _ in waiting]
     for (cells, _, rho), alpha in zip(waiting, torch.split(weights, sizes), strict=True):
         out[cells] = 1 - (alpha * rho).sum() / alpha.sum()

@@ -24,11 +24,11 @@ def selectivity_grid(
     x: Tensor, *, labels: np.ndarray, target: int, grid: tuple[int, int]
 ) -> Tensor:
     others, own = class_means(x, labels=(labels == target).astype(np.int64), n_classes=2)
-    strip = _equal_count(own - others, torch.zeros_like(own, dtype=torch.int64), 1, grid[0])
-    return strip * grid[1] + _equal_count(own + others, strip, *grid)
+    strip = equal_count(own - others, torch.zeros_like(own, dtype=torch.int64), 1, grid[0])
+    return strip * grid[1] + equal_count(own + others, strip, *grid)
 
 
-def _equal_count(value: Tensor, group: Tensor, n_groups: int, parts: int) -> Tensor:
+def equal_count(value: Tensor, group: Tensor, n_groups: int, parts: int) -> Tensor:
     """The part, by rank of `value` within its group, of each neuron (p,); ties by index."""
     by_value = torch.sort(value, stable=True).indices
     order = by_value[torch.sort(group[by_value], stable=True).indices]

@@ -56,11 +56,16 @@ def squared_distances(g: Tensor) -> Tensor:
 
 
 def rbf(x: Tensor, sigma: float) -> Tensor:
-    """The RBF kernel of x (…, n, p): (…, n, n).
+    """The RBF kernel of x (…, n, p): (…, n, n)."""
+    return rbf_kernel(linear(x), sigma)
+
+
+def rbf_kernel(g: Tensor, sigma: float) -> Tensor:
+    """The RBF kernel from a Gram matrix, centred or not: (…, n, n).
 
     The squared bandwidth is sigma² times the median of all n² squared distances, zeros included.
     """
-    d = squared_distances(linear(x))
+    d = squared_distances(g)
     values = d.flatten(-2)
     middle = values.shape[-1]
     low, high = (values.kthvalue(k, dim=-1).values for k in ((middle + 1) // 2, middle // 2 + 1))
@@ -117,6 +122,8 @@ def take(x: Tensor, columns: Tensor) -> Tensor:
 
 
 def cell_grams(x: Tensor, *, cells: np.ndarray, n_cells: int) -> Tensor:
+    if cells.ndim == 2 and cells.dtype != np.bool_:
+        return torch.stack([cell_sums(x, labels, n_cells)[0] for labels in cells])
     return cell_sums(x, cells, n_cells)[0]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repsim_kernels.kernels.torch.ablation import Cells
+from repsim_kernels.kernels.torch.ablation import PASSES, Cells, Passes
 
 
 def ablation_decodability(
@@ -17,8 +17,9 @@ def ablation_decodability(
     labels: np.ndarray,
     target: int | None,
     ridge: float,
+    passes: Passes = PASSES,
 ) -> dict[str, Tensor]:
-    parts = Cells(x, cells, n_cells, shifts=True)
+    parts = Cells(x, cells, n_cells, shifts=True, passes=passes)
     truth = torch.from_numpy(
         np.unique(labels, return_inverse=True)[1]
         if target is None

@@ -1,0 +1,80 @@
+"""Where kernels meet a device: what can run here, how a kernel is started, what it costs at least."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PRECISIONS = ("tf32x3", "tf32", "ieee")
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least a kernel does: bytes to and from device memory, and operations of its kind."""
+
+    bytes: int
+    operations: int
+    precision: str = "ieee"  # of the products; "ieee" also where there are none
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of a launcher on tensors of the study's shapes, whose kernels tests/compile builds.
+
+    ``call`` gets the device and may leave its tensors empty: nothing runs. ``products`` says
+    whether the kernel must use the tensor cores.
+    """
+
+    name: str
+    call: Callable[[torch.device], Any]
+    floor: Floor
+    products: bool = False
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors; fixed when they are imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unsupported(*tensors: Tensor) -> str | None:
+    """Why no kernel can serve these tensors; None if it can."""
+    for t in tensors:
+        if t.device.type == "cpu" and not interpreted():
+            return "it needs CUDA tensors (or TRITON_INTERPRET=1, which is for tests)"
+        if t.device.type not in ("cpu", "cuda"):
+            return f"it needs CUDA tensors, not {t.device.type}"
+        if t.device.type == "cuda" and capability(t.device) < (8, 0):
+            return "it needs a GPU of compute capability 8.0 or newer"
+        if t.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"it takes float16, bfloat16 and float32, not {str(t.dtype)[6:]}"
+    return None
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability that launch configurations are chosen for."""
+    return (9, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Start a kernel on the device of its first tensor; the tests of the compiler replace this."""
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **options)
+    else:
+        kernel[grid](*arguments, **options)
+
+
+def scale(x: Tensor) -> Tensor:
+    """A power of two (float32, 0-d, on x's device) that brings x to a magnitude of about 1.
+
+    Squares and sums of float32 products then neither overflow nor vanish, and no digit is lost.
+    """
+    low, high = torch.aminmax(x)
+    exponent = torch.frexp(torch.maximum(-low, high).to(torch.float32)).exponent
+    return torch.exp2(-exponent.clamp(-126, 126).to(torch.float64)).to(torch.float32)

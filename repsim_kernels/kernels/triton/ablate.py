@@ -1,0 +1,215 @@
+"""Copies of an activation with a cell of units set to zero, one for each of several cells.
+
+The activation is read once and each copy written once, with an elementwise operation that follows
+the layer (batch norm, ReLU, ReLU6) already applied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from repsim_kernels.kernels.triton import _launch
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What is done to every element after the mask: ``activate(x * scale + shift)`` in float32."""
+
+    norm: tuple[Tensor, Tensor] | None = None  # scale and shift (channels,), of dimension 1
+    activate: str = "none"  # or "relu", "relu6"
+
+
+@dataclass(frozen=True)
+class Launch:
+    block: int  # units of a program, of one stimulus
+    cells: int  # copies that a program writes, one after the other
+    num_warps: int
+
+
+def choose(n: int, p: int, cells: int, dtype: torch.dtype, capability: tuple[int, int]) -> Launch:
+    """Settings for n stimuli of p units and a number of cells."""
+    # Eight numbers a thread in 4 warps: stores of 16 bytes, few registers, many programs at once.
+    block = min(1024, max(16, triton.next_power_of_2(p)))
+    # Every copy from one read, unless that leaves fewer programs than a GPU runs at once.
+    programs = n * -(-p // block)
+    return Launch(block, min(cells, max(1, programs * cells // 1024)), num_warps=4)
+
+
+def floor(n: int, p: int, cells: int, dtype: torch.dtype) -> _launch.Floor:
+    """Read the activation (n, p) and the cells, write the copies."""
+    return _launch.Floor((1 + cells) * n * p * dtype.itemsize + 8 * p, operations=0)
+
+
+def unsupported(activation: Tensor) -> str | None:
+    """Why the kernel can't serve this activation; None if it can."""
+    return _launch.unsupported(activation)
+
+
+@triton.jit
+def activated(x, ACTIVATE: tl.constexpr):
+    """ReLU or ReLU6 of a float32 tile, NaN where x is."""
+    if ACTIVATE != "none":
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if ACTIVATE == "relu6":
+        x = tl.minimum(x, 6.0, propagate_nan=tl.PropagateNan.ALL)
+    return x
+
+
+@triton.jit
+def _ablate_kernel(
+    x_ptr, cells_ptr, ids_ptr, scale_ptr, shift_ptr, out_ptr,
+    p, blocks, inner, copy, n_ids, channels, channel_stride, cells_a_program,
+    OVERLAP: tl.constexpr, OUTERMOST: tl.constexpr, ACTIVATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # x is (p / inner, n, inner) in memory, out (p / inner, n_ids, n, inner); copy = n * inner.
+    # u are units in the order of memory.
+    first = tl.program_id(1) * cells_a_program
+    last = tl.minimum(first + cells_a_program, n_ids)
+    block = tl.program_id(0)
+    if OUTERMOST:
+        u = (block % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+        mask = u < p
+        source = (block // blocks).to(tl.int64) * p + u
+        target = source
+    else:
+        source = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+        outer = source // copy
+        u = outer * inner + source % inner
+        mask = u < p
+        target = source + outer * copy * (n_ids - 1)
+
+    x = tl.load(x_ptr + source, mask=mask, other=0.0)  # (BLOCK,)
+    zero = tl.zeros((BLOCK,), tl.float32)
+    if scale_ptr is not None or ACTIVATE != "none":
+        x = x.to(tl.float32)
+        if scale_ptr is not None:
+            channel = u // channel_stride % channels
+            scale = tl.load(scale_ptr + channel, mask=mask, other=0.0)
+            zero = tl.load(shift_ptr + channel, mask=mask, other=0.0)
+            x = x * scale + zero
+        x = activated(x, ACTIVATE)
+        zero = activated(zero, ACTIVATE)
+    x = x.to(out_ptr.dtype.element_ty)
+    zero = zero.to(out_ptr.dtype.element_ty)
+
+    ids_ptr += first
+    out_ptr += first.to(tl.int64) * copy
+    if OVERLAP:
+        cells_ptr += first.to(tl.int64) * p
+    else:
+        label = tl.load(cells_ptr + u, mask=mask, other=-1)  # (BLOCK,)
+    for _ in range(first, last):
+        if OVERLAP:
+            hit = tl.load(cells_ptr + u, mask=mask, other=0) != 0
+            cells_ptr += p
+        else:
+            hit = label == tl.load(ids_ptr)
+            ids_ptr += 1
+        tl.store(out_ptr + target, tl.where(hit, zero, x), mask=mask)
+        out_ptr += copy
+
+
+def ablate(
+    activation: Tensor,
+    cells: Tensor,
+    ids: Tensor,
+    *,
+    epilogue: Epilogue = Epilogue(),
+    launch: Launch | None = None,
+) -> Tensor:
+    """(len(ids) n, …): the activation (n, …) once for each cell, zero there, then the epilogue.
+
+    ``cells`` are labels (p,), or memberships (C, p), of one stimulus's p units in C order, and
+    ``ids`` (int64) the cells that are wanted, all on the activation's device. The copies have the
+    activation's order of dimensions in memory; without an epilogue they have its very bits.
+    """
+    order = memory_order(activation)
+    if not activation.permute(order).is_contiguous():
+        activation = torch.empty_like(activation).copy_(activation)
+    n, units = activation.shape[0], activation.shape[1:]
+    p, n_ids = units.numel(), len(ids)
+    out = empty_copies(activation, n_ids, order)
+    if out.numel() == 0:
+        return out
+    overlap = cells.dtype == torch.bool
+    rows = cells[ids].view(torch.uint8) if overlap else cells
+    ranks = [d - 1 for d in order if d > 0]  # the units' dimensions, slow to fast in memory
+    rows = rows.reshape(-1, *units).permute(0, *(d + 1 for d in ranks)).contiguous()
+
+    def extent(d: int) -> int:
+        """How far neighbours along d are apart within one stimulus's units, in memory order."""
+        return prod(activation.shape[e] for e in order[order.index(d) + 1 :] if e != 0)
+
+    inner = extent(0)
+    scale, shift = epilogue.norm or (None, None)
+    conf = launch or choose(n, p, n_ids, activation.dtype, _launch.capability(activation.device))
+    blocks = -(-p // conf.block)
+    outermost = inner == p
+    _launch.launch(
+        _ablate_kernel,
+        (n * blocks if outermost else -(-n * p // conf.block), -(-n_ids // conf.cells)),
+        activation, rows, ids, scale, shift, out,
+        p, blocks, inner, n * inner, n_ids,
+        *((activation.shape[1], extent(1)) if epilogue.norm else (1, 1)), conf.cells,
+        OVERLAP=overlap, OUTERMOST=outermost, ACTIVATE=epilogue.activate, BLOCK=conf.block,
+        num_warps=conf.num_warps,
+    )  # fmt: skip
+    return out
+
+
+def memory_order(t: Tensor) -> list[int]:
+    """The dimensions from slow to fast in memory, as a copy of the tensor would have them."""
+    strides = torch.empty_like(t, device="meta").stride()
+    return sorted(range(t.ndim), key=strides.__getitem__, reverse=True)
+
+
+def empty_copies(t: Tensor, cells: int, order: list[int]) -> Tensor:
+    """(cells n, …), with this order of dimensions in memory; for one cell with t's own strides."""
+    if cells == 1:
+        return torch.empty_like(t)
+    sizes = cells * len(t), *t.shape[1:]
+    out = torch.empty([sizes[d] for d in order], dtype=t.dtype, device=t.device)
+    return out.permute([order.index(d) for d in range(t.ndim)])
+
+
+def _case(
+    name: str, units: tuple[int, ...], dtype: torch.dtype, epilogue: str, overlap: bool = False
+) -> _launch.Case:
+    n, cells, p = 50, 16, prod(units)
+
+    def call(device: torch.device) -> Tensor:
+        labels = torch.zeros(p, dtype=torch.int64, device=device)
+        channel = torch.empty(units[0], device=device)
+        return ablate(
+            torch.empty(n, *units, dtype=dtype, device=device),
+            torch.zeros(cells, p, dtype=torch.bool, device=device) if overlap else labels,
+            torch.zeros(cells, dtype=torch.int64, device=device),
+            epilogue=Epilogue(
+                (channel, channel) if "norm" in epilogue else None,
+                epilogue.split()[-1] if "relu" in epilogue else "none",
+            ),
+        )
+
+    label = f"{name}, {str(dtype)[6:]}, {epilogue or 'mask alone'}{', overlapping' * overlap}"
+    return _launch.Case(label, call, floor(n, p, cells, dtype))
+
+
+AOT_CASES: tuple[_launch.Case, ...] = (
+    *(
+        _case(name, units, dtype, epilogue)
+        for name, units, epilogue in (
+            ("alexnet", (64, 55, 55), "relu"),
+            ("mobilenet", (96, 112, 112), ""),
+            ("mobilenet", (96, 112, 112), "norm relu6"),
+            ("resnet", (2048, 7, 7), "norm"),
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+    ),
+    _case("resnet", (2048, 7, 7), torch.float32, "", overlap=True),
+)

@@ -1,0 +1,202 @@
+"""Class means and the selectivity grid, from one read of the activations in whichever order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from repsim_kernels.kernels.torch.cells import equal_count
+from repsim_kernels.kernels.triton import _launch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The classes, neurons and stimuli of a tile, and the warps that sum it."""
+
+    classes: int
+    block_p: int
+    block_n: int
+    num_warps: int
+
+
+def choose(
+    n: int,
+    p: int,
+    n_classes: int,
+    by_neuron: bool,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+) -> Launch:
+    """The tile for n stimuli in memory order: neuron by neuron, or stimulus by stimulus."""
+    if by_neuron:
+        # A class's stimuli are scattered along memory, so a tile takes 16 classes (8 where that
+        # is all there are) as a one-hot product; up to that many, stimuli are read in order.
+        classes = 8 if n_classes <= 8 else 16
+        # 64 x 32 float64 operands: 128 registers a thread, so four programs fit a multiprocessor.
+        return Launch(classes, block_p=64, block_n=32, num_warps=4)
+    # A class is a set of memory rows: one class a program, nothing multiplied. 32 values a
+    # thread: 128 registers, four programs, 32 KiB of halves a multiprocessor under way. Shorter
+    # tiles for small classes, which would leave most of a tall one empty.
+    block_n = min(16, triton.next_power_of_2(-(-n // n_classes)))
+    return Launch(1, block_p=256, block_n=block_n, num_warps=min(4, block_n))
+
+
+def floor(n: int, p: int, n_classes: int, dtype: torch.dtype) -> _launch.Floor:
+    """One read of x, one write of the means, one float64 addition an element."""
+    size = n * p * dtype.itemsize + 8 * n_classes * p
+    return _launch.Floor(bytes=size, operations=n * p)
+
+
+def unsupported(x: Tensor) -> str | None:
+    """Why this kernel can't serve x; None if it can."""
+    return _launch.unsupported(x)
+
+
+@triton.jit
+def _tile(x_ptr, order_ptr, slot, end, j, p, stride_n, stride_p, GATHER: tl.constexpr):
+    """The stimuli in some slots of the order (BLOCK_N,), at neurons j (BLOCK_P,); 0 outside."""
+    i = tl.load(order_ptr + slot, mask=slot < end, other=0) if GATHER else slot
+    places = j[:, None] * stride_p + i.to(tl.int64)[None, :] * stride_n  # (BLOCK_P, BLOCK_N)
+    inside = (j < p)[:, None] & (slot < end)[None, :]
+    return tl.load(x_ptr + places, mask=inside, other=0)
+
+
+@triton.jit
+def _class_means_kernel(
+    x_ptr,  # (n, p)
+    means_ptr,  # (n_classes, p) float64
+    start_ptr,  # (groups + 1,) first slot of each group
+    order_ptr,  # (n,) the stimulus in each slot
+    class_ptr,  # (n,) its class
+    count_ptr,  # (n_classes,) what each sum is divided by
+    p,
+    n_classes,
+    groups,
+    stride_n,
+    stride_p,
+    GATHER: tl.constexpr,
+    CLASSES: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # The groups of the same neurons run side by side: what one leaves of a sector is in cache.
+    group = tl.program_id(0) % groups
+    j = (tl.program_id(0) // groups).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = group * CLASSES + tl.arange(0, CLASSES)
+    start, end = tl.load(start_ptr + group), tl.load(start_ptr + group + 1)
+    slots = tl.arange(0, BLOCK_N)
+
+    total = tl.zeros([BLOCK_P, BLOCK_N if CLASSES == 1 else CLASSES], tl.float64)
+    tile = _tile(x_ptr, order_ptr, start + slots, end, j, p, stride_n, stride_p, GATHER)
+    for first in range(start, end, BLOCK_N):
+        x = tile.to(tl.float32).to(tl.float64)  # (BLOCK_P, BLOCK_N)
+        # The next tile is loaded before this one is summed. A float64 product of a 16-bit load
+        # would also not compile (Triton 3.8) without the turn of the loop between them.
+        slot = first + BLOCK_N + slots
+        tile = _tile(x_ptr, order_ptr, slot, end, j, p, stride_n, stride_p, GATHER)
+        if CLASSES == 1:
+            total += x
+        else:
+            slot = first + slots
+            label = tl.load(class_ptr + slot, mask=slot < end, other=-1)
+            member = (label[:, None] == c[None, :]).to(tl.float64)  # (BLOCK_N, CLASSES)
+            total = tl.dot(x, member, total, input_precision="ieee", out_dtype=tl.float64)
+
+    if CLASSES == 1:
+        total = tl.sum(total, 1, keep_dims=True)
+    count = tl.load(count_ptr + c, mask=c < n_classes, other=1).to(tl.float64)
+    inside = (j < p)[:, None] & (c < n_classes)[None, :]
+    means = means_ptr + c.to(tl.int64)[None, :] * p + j[:, None]  # (BLOCK_P, CLASSES)
+    tl.store(means, total / count[None, :], mask=inside)
+
+
+def _divided_sums(
+    x: Tensor, labels: np.ndarray, counts: np.ndarray, launch: Launch | None
+) -> Tensor:
+    """Sums over the stimuli of each class, (k, p), divided by the class's entry in counts (k,)."""
+    n, p = x.shape
+    k = len(counts)
+    by_neuron = x.stride(0) < x.stride(1)
+    capability = _launch.capability(x.device)
+    launch = launch or choose(n, p, k, by_neuron, x.dtype, capability)
+    groups = triton.cdiv(k, launch.classes)
+    group = labels // launch.classes
+    order = np.argsort(group, kind="stable")
+    starts = np.searchsorted(group[order], np.arange(groups + 1))
+    # Rows of one array, so that there is one copy to the device; of 16 bytes, for their alignment.
+    plan = np.zeros((4, -(-max(n, k, groups + 1) // 4) * 4), dtype=np.int32)
+    for row, values in zip(plan, (starts, order, labels[order], counts), strict=True):
+        row[: len(values)] = values
+    out = torch.empty(k, p, dtype=torch.float64, device=x.device)
+    _launch.launch(
+        _class_means_kernel,
+        (groups * triton.cdiv(p, launch.block_p),),
+        x,
+        out,
+        *torch.from_numpy(plan).to(x.device),
+        p,
+        k,
+        groups,
+        x.stride(0),
+        x.stride(1),
+        GATHER=groups > 1,
+        CLASSES=launch.classes,
+        BLOCK_P=launch.block_p,
+        BLOCK_N=launch.block_n,
+        num_warps=launch.num_warps,
+    )
+    return out
+
+
+def class_means(
+    x: Tensor, *, labels: np.ndarray, n_classes: int, launch: Launch | None = None
+) -> Tensor:
+    """The mean of x (n, p) over the stimuli of each class: (n_classes, p), float64."""
+    return _divided_sums(x, labels, np.bincount(labels, minlength=n_classes), launch)
+
+
+def selectivity_grid(
+    x: Tensor,
+    *,
+    labels: np.ndarray,
+    target: int,
+    grid: tuple[int, int],
+    launch: Launch | None = None,
+) -> Tensor:
+    """The cell of each neuron of x (n, p), by selectivity and then magnitude: (p,)."""
+    own = labels == target
+    others_sum, own_sum = _divided_sums(x, own.astype(np.int64), np.ones(2, np.int64), launch)
+    # The means times both counts: exact where the sums are, so that equal neurons compare equal.
+    n_own = int(own.sum())
+    own_sum, others_sum = own_sum * (len(own) - n_own), others_sum * n_own
+    none = torch.zeros(x.shape[1], dtype=torch.int64, device=x.device)
+    strip = equal_count(own_sum - others_sum, none, 1, grid[0])
+    return strip * grid[1] + equal_count(own_sum + others_sum, strip, *grid)
+
+
+def _case(name: str, n: int, p: int, k: int, by_neuron: bool, dtype: torch.dtype) -> _launch.Case:
+    def call(device: torch.device) -> Tensor:
+        x = torch.empty((p, n) if by_neuron else (n, p), dtype=dtype, device=device)
+        return class_means(x.t() if by_neuron else x, labels=np.arange(n) % k, n_classes=k)
+
+    order = "neuron by neuron" if by_neuron else "stimulus by stimulus"
+    title = f"{name}, {k} classes, {order}, {str(dtype)[6:]}"
+    return _launch.Case(title, call, floor(n, p, k, dtype))
+
+
+AOT_CASES: tuple[_launch.Case, ...] = tuple(
+    _case(name, n, p, k, by_neuron, dtype)
+    for name, n, p, k in (
+        ("AlexNet's first layer", 50, 193_600, 10),
+        ("ResNet50's last block", 500, 100_352, 10),
+        ("ResNet50's last block", 500, 100_352, 2),  # as selectivity_grid asks
+        ("ResNet50's last block", 500, 100_352, 100),  # in groups
+    )
+    for by_neuron in (False, True)
+    for dtype in (torch.float32, torch.bfloat16)
+)

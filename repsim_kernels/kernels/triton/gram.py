@@ -1,0 +1,390 @@
+"""Gram matrices of centred representations, whole and by cell, from one read of the activations.
+
+Stimuli are taken relative to the first one while they are loaded; the mean over stimuli then comes
+out of the n x n result in float64. No centred copy and no pass for the means is needed, and a large
+feature mean costs no digits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from repsim_kernels.kernels.torch import gram as torch_gram
+from repsim_kernels.kernels.triton import _launch
+
+# What partitions of the same activations read together should fit into half of an L2 cache.
+_L2 = 25 * 2**20
+
+
+@dataclass(frozen=True)
+class Launch:
+    block_n: int  # stimuli of a tile
+    block_p: int  # neurons of a step
+    inner: int  # neurons in one accumulator of the tensor cores, which truncate
+    chunk: int  # neurons of a program
+    num_warps: int
+    num_stages: int
+
+
+def choose(n: int, columns: int, precision: str, capability: tuple[int, int]) -> Launch:
+    # One tile if the stimuli fit into 64. With the gather, tiles of 128 spill: two levels of sums,
+    # 64-bit addresses and the halves of tf32x3 do not fit into 255 registers.
+    block_n = max(16, triton.next_power_of_2(min(n, 64)))
+    # Four waves of programs on 132 multiprocessors; of 8192 neurons a program writes 1 %.
+    chunk = columns * _tiles(n, block_n) // (4 * 132) // 512 * 512
+    blackwell = capability >= (10, 0)
+    return Launch(
+        block_n=block_n,
+        # Two steps of the tensor cores; 32 neurons spill on 8.0 and with "ieee".
+        block_p=16,
+        # 64 steps of 8: what truncation takes stays below 1e-5 of a diagonal element.
+        inner=512,
+        chunk=min(max(chunk, 512), 8192),
+        # 16 accumulators a thread in the tile of 64, twice for the two levels of sums. On 10.0
+        # 8 warps have 128 registers each, too few for the halves of tf32x3.
+        num_warps=4 if block_n < 64 or (blackwell and precision == "tf32x3") else 8,
+        # 12 KiB a stage: three blocks of a multiprocessor hold all their stages; 4 spill on 10.0.
+        num_stages=3 if blackwell else 4,
+    )
+
+
+def _tiles(n: int, block_n: int) -> int:
+    """Tiles on and under the diagonal."""
+    tiles = -(-n // block_n)
+    return tiles * (tiles + 1) // 2
+
+
+def floor(n: int, p: int, itemsize: int, grams: int, precision: str) -> _launch.Floor:
+    """x read once, the Grams written once; symmetric products, n (n + 1) p for all cells."""
+    return _launch.Floor(n * p * itemsize + grams * n * n * 8, n * (n + 1) * p, precision)
+
+
+def unsupported(x: Tensor, **options: object) -> str | None:
+    return _launch.unsupported(x)
+
+
+@triton.jit
+def _gram_kernel(
+    x_ptr,
+    scale_ptr,
+    order_ptr,
+    items_ptr,
+    partial_ptr,
+    live_ptr,
+    n,
+    length,
+    stride_n,
+    stride_p,
+    GATHER: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    item = tl.program_id(0).to(tl.int64)
+    pair = tl.program_id(1)
+    i, j = _tile(pair)
+    base = tl.load(items_ptr + 4 * item)
+    first = tl.load(items_ptr + 4 * item + 1)
+    last = tl.load(items_ptr + 4 * item + 2)
+    slot = tl.load(items_ptr + 4 * item + 3)
+    scale = tl.load(scale_ptr)
+
+    rows = i * BLOCK_N + tl.arange(0, BLOCK_N)
+    others = j * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_offset = rows.to(tl.int64) * stride_n
+    other_offset = others.to(tl.int64) * stride_n
+    total = tl.zeros((BLOCK_N, BLOCK_N), dtype=tl.float32)
+    for start in range(first, last, INNER):
+        part = tl.zeros((BLOCK_N, BLOCK_N), dtype=tl.float32)
+        for step in range(start, tl.minimum(start + INNER, last), BLOCK_P):
+            at = step + tl.arange(0, BLOCK_P)
+            inside = at < last
+            column = at
+            if GATHER:
+                column = tl.load(order_ptr + at, mask=inside, other=0).to(tl.int64)
+            source = x_ptr + base + column * stride_p
+            origin = tl.load(source, mask=inside, other=0).to(tl.float32)  # (BLOCK_P,)
+            a_mask = (rows < n)[:, None] & inside[None, :]
+            a = tl.load(source[None, :] + row_offset[:, None], mask=a_mask, other=0)
+            a = tl.where(a_mask, (a.to(tl.float32) - origin[None, :]) * scale, 0)
+            b_mask = inside[:, None] & (others < n)[None, :]
+            b = tl.load(source[:, None] + other_offset[None, :], mask=b_mask, other=0)
+            b = tl.where(b_mask, (b.to(tl.float32) - origin[:, None]) * scale, 0)
+            part = tl.dot(a, b, part, input_precision=PRECISION)  # (BLOCK_N, BLOCK_N)
+            if GATHER:  # noqa: SIM102 (one is known to the compiler, the other is not)
+                if j == 0:
+                    alive = tl.max(tl.abs(a), 0) > 0
+                    tl.store(live_ptr + i.to(tl.int64) * length + at, alive, mask=inside)
+        total += part
+
+    pairs = tl.num_programs(1)
+    square = tl.arange(0, BLOCK_N)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    tl.store(partial_ptr + (slot * pairs + pair) * (BLOCK_N * BLOCK_N) + square, total)
+
+
+@triton.jit
+def _tile(pair):
+    """Row and column of a tile on or under the diagonal."""
+    i = ((tl.sqrt(8.0 * pair + 1.0) - 1.0) * 0.5).to(tl.int32)
+    i += (i + 1) * (i + 2) // 2 <= pair
+    i -= i * (i + 1) // 2 > pair
+    return i, pair - i * (i + 1) // 2
+
+
+@triton.jit
+def _sum_kernel(
+    partial_ptr, slots_ptr, scale_ptr, g_ptr, n, BLOCK_N: tl.constexpr, STRIP: tl.constexpr
+):
+    cell = tl.program_id(0).to(tl.int64)
+    pair = tl.program_id(1)
+    strip = tl.program_id(2)
+    i, j = _tile(pair)
+    pairs = tl.num_programs(1)
+    within = strip * STRIP + tl.arange(0, STRIP)
+    square = within[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    total = tl.zeros((STRIP, BLOCK_N), dtype=tl.float64)
+    for slot in range(tl.load(slots_ptr + cell), tl.load(slots_ptr + cell + 1)):
+        total += tl.load(partial_ptr + (slot * pairs + pair) * (BLOCK_N * BLOCK_N) + square).to(
+            tl.float64
+        )
+    scale = tl.load(scale_ptr).to(tl.float64)
+    total = total / scale / scale
+    rows = (i * BLOCK_N + within)[:, None]
+    others = (j * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    # Each element under the diagonal is written twice, and so the result is symmetric.
+    lower = (rows < n) & (others <= rows)
+    g_ptr += cell * n * n
+    tl.store(g_ptr + rows.to(tl.int64) * n + others, total, mask=lower)
+    tl.store(g_ptr + others.to(tl.int64) * n + rows, total, mask=lower)
+
+
+@triton.jit
+def _shift_kernel(
+    x_ptr,
+    order_ptr,
+    items_ptr,
+    shift_ptr,
+    n,
+    stride_n,
+    stride_p,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    item = tl.program_id(0).to(tl.int64)
+    first = tl.load(items_ptr + 4 * item + 1)
+    last = tl.load(items_ptr + 4 * item + 2)
+    slot = tl.load(items_ptr + 4 * item + 3)
+    rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    shift = tl.zeros((BLOCK_N,), dtype=tl.float64)
+    for step in range(first, last, BLOCK_P):
+        at = step + tl.arange(0, BLOCK_P)
+        inside = at < last
+        column = tl.load(order_ptr + at, mask=inside, other=0).to(tl.int64)
+        source = x_ptr + column * stride_p
+        origin = tl.load(source, mask=inside, other=0).to(tl.float32).to(tl.float64)
+        mask = (rows < n)[:, None] & inside[None, :]
+        a = tl.load(source[None, :] + rows.to(tl.int64)[:, None] * stride_n, mask=mask, other=0)
+        a = a.to(tl.float32).to(tl.float64)  # (BLOCK_N, BLOCK_P)
+        shift += tl.sum(tl.where(mask, (a - origin[None, :]) * origin[None, :], 0), 1)
+    tl.store(shift_ptr + slot * n + rows, shift, mask=rows < n)
+
+
+def centered_gram(
+    x: Tensor,
+    *,
+    kernel: str,
+    sigma: float | None,
+    precision: str = "tf32x3",
+    launch: Launch | None = None,
+) -> Tensor:
+    n, p = x.shape[-2:]
+    batch = x.reshape(-1, n, p)
+    bounds = np.tile([[0, p]], (len(batch), 1))
+    base = np.arange(len(batch)) * batch.stride(0)
+    launch = launch or choose(n, p * len(batch), precision, _launch.capability(x.device))
+    segments = _Segments(base, bounds, np.arange(len(batch)), len(batch), None)
+    g = _grams(batch, segments, precision, launch, False)[0].view(*x.shape[:-1], n)
+    if kernel == "linear":
+        return _centred(g)
+    assert sigma is not None
+    return torch_gram.double_centre(torch_gram.rbf_kernel(g, sigma))
+
+
+def cell_grams(
+    x: Tensor,
+    *,
+    cells: np.ndarray,
+    n_cells: int,
+    precision: str = "tf32x3",
+    launch: Launch | None = None,
+) -> Tensor:
+    """The Grams of labels (p,) or a membership (C, p): (C, n, n); of partitions (T, p) T times."""
+    g = cell_sums(x, cells, n_cells, precision=precision, launch=launch)[0]
+    if cells.ndim == 2 and cells.dtype != np.bool_:
+        return g.view(len(cells), n_cells, *g.shape[1:])
+    return g
+
+
+def cell_sums(
+    x: Tensor,
+    cells: np.ndarray,
+    n_cells: int,
+    shifts: bool = False,
+    *,
+    precision: str = "tf32x3",
+    launch: Launch | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the torch backend's `cell_sums` gives, from one read of x; T partitions give T · C."""
+    n, p = x.shape
+    if x.stride(1) < x.stride(0):
+        # Neurons of a cell are scattered: rows of them, which are then read whole.
+        x = x.mT.contiguous().mT
+    several = cells.ndim == 2 and cells.dtype != np.bool_
+    tables = cells if several else [cells]
+    width = max(1, _L2 // (n * x.element_size())) if len(tables) > 1 else p
+    orders, bounds, owners = [], [], []
+    done = 0
+    for start in range(0, p, width):
+        span = slice(start, min(start + width, p))
+        for t, table in enumerate(tables):
+            order, offsets = torch_gram.members(table[..., span], n_cells)
+            orders.append(order + start)
+            bounds.append(np.stack([offsets[:-1], offsets[1:]], 1) + done)
+            owners.append(np.arange(n_cells) + t * n_cells)
+            done += len(order)
+    order = np.concatenate(orders)
+    launch = launch or choose(n, len(order), precision, _launch.capability(x.device))
+    columns = torch.from_numpy(order.astype(np.int32)).to(x.device)
+    owner = np.concatenate(owners)
+    base = np.zeros(len(owner), dtype=np.int64)
+    segments = _Segments(base, np.concatenate(bounds), owner, len(tables) * n_cells, columns)
+    g, live, u = _grams(x, segments, precision, launch, shifts)
+    if u is None:
+        return _centred(g), live, g.new_zeros(g.shape[:-1])
+    shift = u + g.mean(-1)
+    return _centred(g), live, shift - shift.mean(-1, keepdim=True)
+
+
+def _centred(g: Tensor) -> Tensor:
+    """The Gram of the centred stimuli, from that relative to the first one; as symmetric as g."""
+    mean = g.mean(-1)
+    return g - (mean[..., :, None] + mean[..., None, :] - mean.mean(-1)[..., None, None])
+
+
+@dataclass(frozen=True)
+class _Segments:
+    """Neurons that belong together: from ``bounds[s, 0]`` to ``bounds[s, 1]`` for Gram owner[s]."""
+
+    base: np.ndarray  # (S,), where in memory the matrix of a segment starts
+    bounds: np.ndarray  # (S, 2)
+    owner: np.ndarray  # (S,)
+    n_grams: int
+    columns: (
+        Tensor | None
+    )  # what the bounds count, int32 on the device; None: the neurons as they lie
+
+
+def _grams(
+    x: Tensor, segments: _Segments, precision: str, launch: Launch, shifts: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Grams of D, the stimuli relative to the first one, x₀; how many neurons live; and D x₀.
+
+    The latter two for gathered columns, D x₀ if asked for.
+    """
+    n, device, columns = x.shape[-2], x.device, segments.columns
+    bounds, owner, n_grams = segments.bounds, segments.owner, segments.n_grams
+    pieces = -(-(bounds[:, 1] - bounds[:, 0]) // launch.chunk)
+    segment = np.repeat(np.arange(len(bounds)), pieces)
+    piece = np.arange(len(segment)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    first = bounds[segment, 0] + piece * launch.chunk
+    last = np.minimum(first + launch.chunk, bounds[segment, 1])
+    # The pieces of a Gram lie side by side, in whatever order they are computed.
+    slot = np.empty(len(segment), dtype=np.int64)
+    slot[np.argsort(owner[segment], kind="stable")] = np.arange(len(segment))
+    counts = np.bincount(owner[segment], minlength=n_grams)
+    slots = np.concatenate([[0], np.cumsum(counts)])
+    table = np.stack([segments.base[segment], first, last, slot], 1).astype(np.int64)
+    items = torch.from_numpy(table).to(device)
+
+    pairs, tiles = _tiles(n, launch.block_n), -(-n // launch.block_n)
+    length = 0 if columns is None else len(columns)
+    partial = torch.empty(len(items) * pairs * launch.block_n**2, device=device)
+    live = torch.zeros(tiles, length, dtype=torch.bool, device=device)
+    g = torch.empty(n_grams, n, n, dtype=torch.float64, device=device)
+    scale = _launch.scale(x)
+    strides = x.stride()[-2:]
+    if len(items):
+        tensors = x, scale, columns, items, partial, live
+        _launch.launch(
+            _gram_kernel,
+            (len(items), pairs),
+            *(*tensors, n, length, *strides),
+            GATHER=columns is not None,
+            BLOCK_N=launch.block_n,
+            BLOCK_P=launch.block_p,
+            INNER=launch.inner,
+            PRECISION=precision,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
+    _launch.launch(
+        _sum_kernel,
+        (n_grams, pairs, launch.block_n // 16),
+        *(partial, torch.from_numpy(slots).to(device), scale, g, n),
+        BLOCK_N=launch.block_n,
+        STRIP=16,
+    )
+    found = torch.zeros(n_grams, dtype=torch.int64, device=device)
+    if columns is None:
+        return g, found, None
+    seen = torch.cat([found.new_zeros(1), live.any(0).cumsum(0)])
+    ends = torch.from_numpy(bounds).to(device)
+    found.index_add_(0, torch.from_numpy(owner).to(device), seen[ends[:, 1]] - seen[ends[:, 0]])
+    if not shifts:
+        return g, found, None
+    u = torch.zeros(len(items) + 1, n, dtype=torch.float64, device=device)
+    if len(items):
+        sizes = {"BLOCK_N": launch.block_n, "BLOCK_P": launch.block_p}
+        _launch.launch(
+            _shift_kernel, (len(items), tiles), *(x, columns, items, u, n, *strides), **sizes
+        )
+    # The pieces of each Gram, and for those with fewer than the most the row of zeros at the end.
+    index = slots[:-1, None] + np.arange(max(1, counts.max(initial=0)))
+    index[index >= slots[1:, None]] = len(items)
+    return g, found, u[torch.from_numpy(index).to(device)].sum(1)
+
+
+def _case(n: int, p: int, cells: int, dtype: torch.dtype, precision: str) -> _launch.Case:
+    def call(device: torch.device) -> None:
+        x = torch.empty(p, n, dtype=dtype, device=device).mT
+        if cells:
+            labels = np.arange(p) % cells
+            cell_sums(x, labels, cells, shifts=True, precision=precision)
+        else:
+            centered_gram(x, kernel="linear", sigma=None, precision=precision)
+
+    what = f"{cells} cells" if cells else "whole"
+    return _launch.Case(
+        f"{what}, n = {n}, p = {p:,}, {str(dtype)[6:]}, {precision}",
+        call,
+        floor(n, p, dtype.itemsize, max(cells, 1), precision),
+        products=precision != "ieee",
+    )
+
+
+AOT_CASES = (
+    _case(50, 193_600, 100, torch.float32, "tf32x3"),
+    _case(500, 100_352, 16, torch.float32, "tf32x3"),
+    _case(500, 100_352, 16, torch.float32, "tf32"),
+    _case(500, 100_352, 16, torch.float32, "ieee"),
+    _case(500, 100_352, 16, torch.bfloat16, "tf32x3"),
+    _case(500, 100_352, 0, torch.float32, "tf32x3"),
+    _case(12, 1_000, 0, torch.float16, "tf32x3"),
+)

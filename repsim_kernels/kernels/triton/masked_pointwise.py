@@ -1,0 +1,249 @@
+"""1x1 convolutions and linear layers of an activation with a cell of units set to zero.
+
+Each of several cells is masked while a tile of the activation goes into the product, so that the
+masked copies are never stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from repsim_kernels.kernels.triton import _launch
+from repsim_kernels.kernels.triton.ablate import activated
+
+
+@dataclass(frozen=True)
+class Launch:
+    cells: int  # copies of a program, from one read of the activation; a power of 2 up to 8
+    rows: int  # pixels of a program
+    outs: int  # outputs of a program
+    depth: int  # channels of a step
+    inner: int  # channels in one accumulator of the tensor cores, which truncate
+    num_warps: int
+    num_stages: int
+
+
+def choose(
+    rows: int,
+    channels: int,
+    outs: int,
+    cells: int,
+    dtype: torch.dtype,
+    precision: str,
+    capability: tuple[int, int],
+) -> Launch:
+    """Settings for products of rows x channels with channels x outs, for a number of cells."""
+    together = min(4, triton.next_power_of_2(cells))
+    return Launch(
+        cells=together,
+        rows=128 // together,
+        outs=32 if outs <= 32 else 64,
+        depth=32,
+        inner=512,
+        num_warps=4 if outs <= 32 else 8,
+        num_stages=3,
+    )
+
+
+def floor(
+    rows: int, channels: int, outs: int, cells: int, dtype: torch.dtype, precision: str
+) -> _launch.Floor:
+    """Read the activation and the weights, write the outputs; the products of every cell."""
+    numbers = rows * channels + channels * outs + cells * rows * outs
+    return _launch.Floor(numbers * dtype.itemsize, 2 * cells * rows * channels * outs, precision)
+
+
+def unsupported(activation: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
+    """Why the kernel can't serve this layer; None if it can."""
+    parameters = [weight] if bias is None else [weight, bias]
+    if any(t.dtype != activation.dtype for t in parameters):
+        return "it takes weights of the activation's dtype alone"
+    if weight.ndim != 2 and (weight.ndim != activation.ndim or prod(weight.shape[2:]) != 1):
+        return "it takes linear layers and 1x1 convolutions"
+    return _launch.unsupported(activation, *parameters)
+
+
+@triton.jit
+def _masked_pointwise_kernel(
+    x_ptr, bits_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr,
+    rows, pixels, channels, outs, cells, out_tiles, cell_tiles,
+    x_image, x_pixel, x_channel, bits_pixel, bits_channel,
+    out_copy, out_image, out_pixel, out_channel,
+    CHANNELS_LAST: tl.constexpr, ACTIVATE: tl.constexpr, PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr, CELLS: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr,
+    DEPTH: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    # What reads the same pixels runs side by side: all outputs and cells of a tile of rows.
+    block = tl.program_id(0)
+    o = block % out_tiles * OUTS + tl.arange(0, OUTS)  # (OUTS,)
+    cell = block // out_tiles % cell_tiles * CELLS
+    bits_ptr += (cell // 8).to(tl.int64) * (pixels * channels)
+    bit = cell % 8 + tl.arange(0, CELLS)  # (CELLS,)
+    row = (block // out_tiles // cell_tiles).to(tl.int64) * ROWS
+    r = row + tl.arange(0, ROWS)  # (ROWS,)
+    x_at = r // pixels * x_image + r % pixels * x_pixel
+    bits_at = (r % pixels).to(tl.int32) * bits_pixel
+
+    total = tl.zeros((CELLS * ROWS, OUTS), tl.float32)
+    for start in range(0, channels, INNER):
+        part = tl.zeros((CELLS * ROWS, OUTS), tl.float32)
+        for step in range(start, tl.minimum(start + INNER, channels), DEPTH):
+            k = step + tl.arange(0, DEPTH)  # (DEPTH,)
+            if CHANNELS_LAST:
+                x_to = x_at[:, None] + k[None, :] * x_channel  # (ROWS, DEPTH)
+                bits_to = bits_at[:, None] + k[None, :] * bits_channel
+                mask = (r < rows)[:, None] & (k < channels)[None, :]
+            else:  # pixels along the lanes of a warp, as they are in memory
+                x_to = k[:, None] * x_channel + x_at[None, :]  # (DEPTH, ROWS)
+                bits_to = k[:, None] * bits_channel + bits_at[None, :]
+                mask = (k < channels)[:, None] & (r < rows)[None, :]
+            x = tl.load(x_ptr + x_to, mask=mask, other=0.0).to(tl.float32)
+            bits = tl.load(bits_ptr + bits_to, mask=mask, other=0).to(tl.int32)
+            hit = (bits[None, :, :] >> bit[:, None, None]) & 1
+            x = tl.where(hit != 0, 0.0, x[None, :, :])
+            if not CHANNELS_LAST:
+                x = tl.permute(x, (0, 2, 1))
+            x = tl.reshape(x, (CELLS * ROWS, DEPTH)).to(PRODUCT)
+            w_mask = (k < channels)[:, None] & (o < outs)[None, :]
+            w = tl.load(weight_ptr + k[:, None] + o[None, :] * channels, mask=w_mask, other=0.0)
+            w = w.to(tl.float32).to(PRODUCT)  # (DEPTH, OUTS)
+            part = tl.dot(x, w, part, input_precision=PRECISION)  # (CELLS * ROWS, OUTS)
+        total += part
+
+    if scale_ptr is not None:
+        total *= tl.load(scale_ptr + o, mask=o < outs, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + o, mask=o < outs, other=0.0).to(tl.float32)[None, :]
+    total = activated(total, ACTIVATE).to(out_ptr.dtype.element_ty)
+    q = tl.arange(0, CELLS * ROWS)  # (CELLS * ROWS,)
+    c = cell + q // ROWS
+    r = row + q % ROWS
+    to = c.to(tl.int64) * out_copy + r // pixels * out_image + r % pixels * out_pixel
+    inside = (c < cells) & (r < rows)
+    if CHANNELS_LAST:
+        mask = inside[:, None] & (o < outs)[None, :]
+        tl.store(out_ptr + to[:, None] + o[None, :] * out_channel, total, mask=mask)
+    else:
+        mask = (o < outs)[:, None] & inside[None, :]
+        tl.store(out_ptr + o[:, None] * out_channel + to[None, :], tl.trans(total), mask=mask)
+
+
+def masked_pointwise(
+    activation: Tensor,
+    cells: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    activate: str = "none",
+    precision: str = "tf32x3",
+    launch: Launch | None = None,
+) -> Tensor:
+    """(len(ids) n, outs, …): a layer of the activation (n, …) with each cell's units at zero.
+
+    ``activate(weight @ masked * scale + bias)``, over dimension 1 for the weight of a 1x1
+    convolution (outs, channels, 1, 1), over the last for one of a linear layer (outs, channels).
+    ``cells`` are labels (p,), or memberships (C, p), of one stimulus's p units in C order, and
+    ``ids`` (int64) the cells that are wanted, all on the activation's device. Channels are last in
+    memory where the activation's are.
+    """
+    n, n_ids, (outs, channels) = len(activation), len(ids), weight.shape[:2]
+    table = _bits(cells[ids] if cells.dtype == torch.bool else cells == ids[:, None])
+    convolution = weight.ndim > 2
+    sizes = activation.shape[2:] if convolution else activation.shape[1:-1]
+    pixels = prod(sizes)
+    if convolution:
+        x = activation.reshape(n, channels, pixels).mT  # (n, pixels, channels)
+        table = table.view(-1, channels, pixels).mT
+    else:
+        x = activation.reshape(n, pixels, channels)
+        table = table.view(-1, pixels, channels)
+    last = x.stride(2) == 1
+    table = table.contiguous() if last else table.mT.contiguous().mT
+
+    empty = partial(torch.empty, dtype=activation.dtype, device=activation.device)
+    if convolution and (not last or activation.is_contiguous()):
+        result = empty(n_ids * n, outs, *sizes)
+        out = result.view(-1, outs, pixels).mT  # (n_ids n, pixels, outs)
+    else:
+        result = empty(n_ids * n, *sizes, outs)
+        out = result.view(-1, pixels, outs)
+        result = result.movedim(-1, 1) if convolution else result
+    if result.numel() == 0:
+        return result
+
+    rows = n * pixels
+    conf = launch or choose(
+        rows, channels, outs, n_ids, activation.dtype, precision,
+        _launch.capability(activation.device),
+    )  # fmt: skip
+    out_tiles, cell_tiles = -(-outs // conf.outs), -(-n_ids // conf.cells)
+    # The products of float16 and bfloat16 are exact in TF32; the interpreter can't multiply the
+    # latter.
+    narrow = activation.dtype != torch.float32
+    if narrow and not (_launch.interpreted() and activation.dtype == torch.bfloat16):
+        product = tl.float16 if activation.dtype == torch.float16 else tl.bfloat16
+    else:
+        product = tl.float32
+    _launch.launch(
+        _masked_pointwise_kernel, (-(-rows // conf.rows) * out_tiles * cell_tiles,),
+        x, table, weight.reshape(outs, channels).contiguous(), scale, bias, out,
+        rows, pixels, channels, outs, n_ids, out_tiles, cell_tiles,
+        *x.stride(), *table.stride()[1:], n * out.stride(0), *out.stride(),
+        CHANNELS_LAST=last, ACTIVATE=activate,
+        PRODUCT=product, PRECISION="tf32" if narrow else precision,
+        CELLS=conf.cells, ROWS=conf.rows, OUTS=conf.outs, DEPTH=conf.depth, INNER=conf.inner,
+        num_warps=conf.num_warps, num_stages=conf.num_stages,
+    )  # fmt: skip
+    return result
+
+
+def _bits(masks: Tensor) -> Tensor:
+    """(cells / 8, p), uint8: eight of the masks (cells, p) in the bits of a byte."""
+    masks = torch.nn.functional.pad(masks, (0, 0, 0, -len(masks) % 8))
+    place = torch.arange(8, dtype=torch.uint8, device=masks.device)[:, None]
+    return (masks.view(-1, 8, masks.shape[1]).to(torch.uint8) << place).sum(1, dtype=torch.uint8)
+
+
+def _case(
+    name: str, units: tuple[int, ...], outs: int, dtype: torch.dtype, last: bool = False
+) -> _launch.Case:
+    n, cells = 50, 16
+
+    def call(device: torch.device) -> Tensor:
+        x = torch.empty(n, *units, dtype=dtype, device=device)
+        kernel = (1,) * (len(units) - 1)
+        return masked_pointwise(
+            x.to(memory_format=torch.channels_last) if last else x,
+            torch.zeros(prod(units), dtype=torch.int64, device=device),
+            torch.zeros(cells, dtype=torch.int64, device=device),
+            torch.empty(outs, units[0], *kernel, dtype=dtype, device=device),
+            torch.empty(outs, dtype=dtype, device=device),
+            activate="relu6",
+        )
+
+    rows = n * prod(units[1:])
+    label = f"{name}, {str(dtype)[6:]}{', channels last' * last}"
+    bound = floor(rows, units[0], outs, cells, dtype, "tf32x3")
+    return _launch.Case(label, call, bound, products=True)
+
+
+AOT_CASES: tuple[_launch.Case, ...] = tuple(
+    _case(name, units, outs, dtype, last)
+    for name, units, outs, last in (
+        ("mobilenet 96 to 24", (96, 112, 112), 24, False),
+        ("mobilenet 96 to 24", (96, 112, 112), 24, True),
+        ("resnet 2048 to 512", (2048, 7, 7), 512, False),
+        ("resnet 2048 to 512", (2048, 7, 7), 512, True),
+        ("linear 9216 to 4096", (9216,), 4096, False),
+    )
+    for dtype in (torch.float32, torch.bfloat16)
+)

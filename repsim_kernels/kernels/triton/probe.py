@@ -1,0 +1,18 @@
+"""Linear decodability of a representation and its ablations, where kernels read the activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from repsim_kernels.kernels.torch import probe
+from repsim_kernels.kernels.triton.ablation import passes, unsupported
+
+__all__ = ["ablation_decodability", "unsupported"]
+
+
+def ablation_decodability(
+    x: Tensor, *, precision: str = "tf32x3", **options: Any
+) -> dict[str, Tensor]:
+    return probe.ablation_decodability(x, passes=passes(precision), **options)

@@ -1,0 +1,199 @@
+"""Masked copies against masked_fill on tiled copies, and against the definition in NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from _draw import SEEDS, labels, memberships
+from _guard import guarded
+from _tol import OUTPUT, Tol, as_numpy, assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from repsim_kernels.forward import _masked
+from repsim_kernels.kernels.triton import _launch
+from repsim_kernels.kernels.triton.ablate import (
+    AOT_CASES,
+    Epilogue,
+    Launch,
+    ablate,
+    choose,
+    floor,
+    unsupported,
+)
+
+DTYPES = ("float32", "float16", "bfloat16")
+# Triton's interpreter cuts bfloat16 off where a GPU rounds.
+ROUNDING = OUTPUT | ({"bfloat16": 2 * OUTPUT["bfloat16"]} if _launch.interpreted() else {})
+BITS = {4: torch.int32, 2: torch.int16}
+LAUNCHES = (None, Launch(16, 1, 4), Launch(16, 2, 4), Launch(32, 16, 4))
+
+
+@st.composite
+def activations(draw, special=True, layouts=("dense", "gaps", "expanded")):
+    """(n, …) in any order of its dimensions in memory; NaN, infinities and zeros of both signs."""
+    shape = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    dtype = getattr(torch, draw(st.sampled_from(DTYPES)))
+    order = draw(st.permutations(range(len(shape))))
+    layout = draw(st.sampled_from(layouts))
+    rng = np.random.default_rng(draw(SEEDS))
+    x = rng.standard_normal([shape[d] for d in order]) * 4
+    if special:
+        some = rng.random(x.shape) < 0.3
+        x[some] = rng.choice([np.nan, np.inf, -np.inf, 0.0, -0.0, 6.0], some.sum())
+    t = torch.from_numpy(x).to(dtype)
+    if layout == "gaps":
+        t = t.repeat_interleave(2, -1)[..., ::2]
+    elif layout == "expanded":
+        t = t[..., :1].expand(t.shape)
+    return t.permute([order.index(d) for d in range(len(shape))])
+
+
+@st.composite
+def tables(draw, p):
+    """Labels or memberships, and some of the cells in any order, or none."""
+    if draw(st.booleans()):
+        table = draw(memberships(p, max_cells=4))
+        n_cells = len(table)
+    else:
+        table, n_cells = draw(labels(p, max_cells=4))
+    ids = draw(st.lists(st.integers(0, n_cells - 1), max_size=5))
+    return torch.from_numpy(table), torch.tensor(ids, dtype=torch.int64)
+
+
+def masks_of(table, ids, units):
+    """(C, …): the units of each wanted cell."""
+    masks = table[ids] if table.dtype == torch.bool else table == ids[:, None]
+    return masks.view(-1, *units)
+
+
+def bits(t):
+    return t.contiguous().view(BITS[t.dtype.itemsize])
+
+
+def strides_of(t):
+    """The strides along which there is a neighbour."""
+    return [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_copies_have_the_very_bits_and_the_order_in_memory(device, data):
+    x = data.draw(activations()).to(device)
+    table, ids = (t.to(device) for t in data.draw(tables(x[0].numel())))
+    got = ablate(
+        guarded(x) if 0 not in x.stride() else x,
+        table,
+        ids,
+        launch=data.draw(st.sampled_from(LAUNCHES)),
+    )
+    assert len(got) == len(ids) * len(x)
+    if len(ids):
+        want = _masked(x, masks_of(table, ids, x.shape[1:]))
+        assert torch.equal(bits(got), bits(want))
+        assert strides_of(got) == strides_of(want)
+    if len(ids) == 1:
+        assert got.stride() == want.stride()  # the next layer chooses its algorithm by them
+
+
+@settings(max_examples=30)
+@given(st.data(), st.sampled_from(["relu", "relu6"]))
+def test_relu_is_exact_and_takes_nan_as_torch_does(device, data, activate):
+    x = data.draw(activations()).to(device)
+    table, ids = (t.to(device) for t in data.draw(tables(x[0].numel())))
+    got = ablate(
+        x,
+        table,
+        ids,
+        epilogue=Epilogue(activate=activate),
+        launch=data.draw(st.sampled_from(LAUNCHES)),
+    )
+    function = getattr(torch.nn.functional, activate)
+    want = function(_masked(x, masks_of(table, ids, x.shape[1:]))) if len(ids) else x[:0]
+    assert_same(got, want)
+
+
+def assert_same(got, want):
+    """Equal, NaN to NaN."""
+    assert got.dtype == want.dtype
+    assert got.shape == want.shape
+    np.testing.assert_array_equal(as_numpy(got), as_numpy(want))
+
+
+@settings(max_examples=30)
+@given(st.data(), st.sampled_from(["none", "relu", "relu6"]))
+def test_batch_norm(device, data, activate):
+    x = data.draw(activations(special=False).filter(lambda t: t.ndim > 1)).to(device)
+    table, ids = (t.to(device) for t in data.draw(tables(x[0].numel())))
+    rng = np.random.default_rng(data.draw(SEEDS))
+    scale, shift = rng.standard_normal((2, x.shape[1])).astype(np.float32)
+    got = ablate(
+        x,
+        table,
+        ids,
+        epilogue=Epilogue(
+            (
+                guarded(torch.from_numpy(scale).to(device)),
+                guarded(torch.from_numpy(shift).to(device)),
+            ),
+            activate,
+        ),
+        launch=data.draw(st.sampled_from(LAUNCHES)),
+    )
+    masks = as_numpy(masks_of(table, ids, x.shape[1:])) > 0
+    channel = (1, -1, *[1] * (x.ndim - 2))
+    scaled = np.where(masks[:, None], 0, as_numpy(x)) * scale.reshape(channel)
+    want = scaled + shift.reshape(channel)
+    if activate != "none":
+        want = np.clip(want, 0, 6 if activate == "relu6" else None)
+    largest = np.abs(scaled).max(initial=0) + np.abs(shift).max()
+    rounding = Tol(ROUNDING[str(x.dtype)[6:]], 2.0**-23 * largest)
+    assert got.dtype == x.dtype
+    assert_close(got, want.reshape(-1, *x.shape[1:]), rounding)
+
+
+def test_nan_and_infinity_in_a_masked_unit_are_zero_before_the_epilogue(device):
+    x = torch.tensor([[torch.nan, 2], [torch.inf, torch.nan]], device=device)
+    ones = torch.ones(2, device=device)
+    got = ablate(
+        x,
+        torch.tensor([1, 0], device=device),
+        torch.tensor([0, 1], device=device),
+        epilogue=Epilogue((ones, 3 * ones), "relu"),
+    )
+    nan, inf = torch.nan, torch.inf
+    assert_same(got, torch.tensor([[nan, 3.0], [inf, 3.0], [3.0, 5.0], [3.0, nan]]))
+
+
+def test_one_launch_whatever_the_number_of_cells(device, monkeypatch):
+    grids, launch = [], _launch.launch
+    monkeypatch.setattr(
+        _launch,
+        "launch",
+        lambda kernel, grid, *a, **o: (grids.append(grid), launch(kernel, grid, *a, **o)),
+    )
+    x = torch.randn(3, 40, device=device)
+    cells = torch.arange(40, device=device) % 7
+    got = ablate(x, cells, torch.arange(7, device=device), launch=Launch(16, 3, 4))
+    assert grids == [(3 * 3, 3)]  # 3 stimuli in 3 blocks, 7 cells by threes
+    assert len(got) == 21
+
+
+def test_settings():
+    many = choose(50, 96 * 112 * 112, 16, torch.float32, (9, 0))
+    assert many == Launch(1024, 16, 4)
+    assert choose(50, 4096, 16, torch.float32, (9, 0)) == Launch(1024, 3, 4)  # 1200 programs
+    assert choose(1, 1, 1, torch.float16, (8, 0)) == Launch(16, 1, 4)
+    assert floor(50, 1000, 16, torch.float16).bytes == 17 * 50 * 1000 * 2 + 8 * 1000
+
+
+def test_what_it_takes(device):
+    assert unsupported(torch.zeros(2, 3, device=device)) is None
+    assert "not float64" in unsupported(torch.zeros(2, 3, dtype=torch.float64, device=device))
+
+
+def test_the_shapes_of_the_study_are_among_the_cases():
+    names = [case.name for case in AOT_CASES]
+    assert len(set(names)) == len(names)
+    for network in ("alexnet", "mobilenet", "resnet"):
+        assert {n.split(", ")[1] for n in names if n.startswith(network)} == {"float32", "bfloat16"}

@@ -1,0 +1,83 @@
+"""Distances and decodability of ablations where kernels read the activations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from _draw import labels, representations
+from _tol import DISTANCE, assert_close, assert_rank_fidelity
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import repsim_kernels as rk
+from repsim_kernels.kernels.triton import _launch
+
+drawn = representations(
+    st.integers(5, 14), st.integers(20, 60), ("gaussian", "relu", "large mean"), ("float32",)
+)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels that ran."""
+    names: list[str] = []
+    run = _launch.launch
+
+    def noting(kernel, *arguments, **options):
+        names.append(kernel.fn.__name__)
+        run(kernel, *arguments, **options)
+
+    monkeypatch.setattr(_launch, "launch", noting)
+    return names
+
+
+@settings(max_examples=8)
+@given(st.data())
+def test_distances(device, data):
+    x = data.draw(drawn)
+    cells, _ = data.draw(labels(x.p, 4))
+    cells[:2] = -1  # something is always left
+    got = rk.ablation_distances(x.torch().to(device), cells, backend="triton")
+    want = rk.ablation_distances(x.values(), cells, backend="torch")
+    for name, values in want.items():
+        assert_close(got[name], values, DISTANCE["float32"])
+        assert_rank_fidelity(got[name], values, DISTANCE["float32"])
+    empty = [c for c in range(cells.max() + 1) if not (cells == c).any()]
+    assert (got["cka"][empty] == 0).all()
+
+
+def test_which_kernels_run(device, launched):
+    x = torch.randn(8, 40, generator=torch.Generator().manual_seed(0)).to(device)
+    rk.ablation_distances(x, np.arange(40) % 3, metrics=["cka"], backend="triton")
+    assert launched == ["_gram_kernel", "_sum_kernel"]
+    rk.ablation_distances(x, np.arange(40) % 3, metrics=["pwcca"], backend="triton")
+    assert launched[2:] == ["_gram_kernel", "_sum_kernel", "_variate_weights_kernel"]
+
+
+def test_fewer_neurons_than_stimuli_are_float64(device, launched):
+    """Their Gram is singular: in float32 its rank would be lost."""
+    x = torch.randn(20, 9, generator=torch.Generator().manual_seed(1))
+    cells = np.arange(9) % 3
+    got = rk.ablation_distances(x.to(device), cells, metrics=["procrustes"], backend="triton")
+    assert launched == []
+    want = rk.ablation_distances(x.double(), cells, metrics=["procrustes"])
+    assert_close(got["procrustes"], want["procrustes"], DISTANCE["float64"])
+    dead = torch.cat([x, torch.ones(20, 30)], 1).to(device)
+    cells = np.append(cells, [0] * 30)
+    got = rk.ablation_distances(dead, cells, metrics=["procrustes"], backend="triton")
+    assert_close(got["procrustes"], want["procrustes"], DISTANCE["float64"])
+
+
+@settings(max_examples=6)
+@given(st.data())
+def test_decodability(device, data):
+    x = data.draw(drawn)
+    cells, _ = data.draw(labels(x.p, 4))
+    y = np.arange(x.n) % 2
+    got = rk.ablation_decodability(x.torch().to(device), cells, y, backend="triton")
+    want = rk.ablation_decodability(x.values(), cells, y, backend="torch")
+    for name in ("refit", "frozen"):
+        # A held-out answer within rounding of the boundary may fall on either side.
+        assert (np.abs(np.asarray(got[name].cpu()) - want[name]) <= 1 / x.n + 1e-12).all()
+    assert got["intact"] == want["intact"]

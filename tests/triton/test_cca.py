@@ -1,0 +1,63 @@
+"""PWCCA's weights by the kernel: against the definition in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from _draw import KINDS, SEEDS, TORCH_LAYOUTS, representations
+from _guard import guarded
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from repsim_kernels.kernels.triton import cca
+
+SMALL = cca.Launch(block_k=16, block_p=16, block_n=16, chunk=32, num_warps=4, num_stages=2)
+stimuli, neurons = st.integers(2, 40), st.integers(1, 70)
+drawn = representations(stimuli, neurons, KINDS, ("float32", "float16", "bfloat16"), TORCH_LAYOUTS)
+
+
+def weights(h: np.ndarray, x: np.ndarray) -> np.ndarray:
+    return np.abs(h @ (x - x.mean(0))).sum(1)
+
+
+@settings(max_examples=15)
+@given(drawn, st.integers(1, 40), SEEDS)
+def test_weights(device, x, k, seed):
+    h = np.random.default_rng(seed).standard_normal((k, x.n))
+    h /= np.linalg.norm(h, axis=1, keepdims=True)
+    got = cca.variate_weights(
+        torch.from_numpy(h).to(device), guarded(x.torch().to(device)), launch=SMALL
+    )
+    assert got.dtype == torch.float64
+    # Each of the p products may be wrong by float32's rounding of what it sums.
+    scale = np.linalg.norm(x.values() - x.values()[0], axis=0).sum()
+    np.testing.assert_allclose(got.cpu(), weights(h, x.values()), rtol=0, atol=2e-6 * scale)
+
+
+@pytest.mark.parametrize(("precision", "error"), [("tf32x3", 1e-5), ("ieee", 1e-5), ("tf32", 1e-3)])
+def test_every_precision(device, precision, error):
+    rng = np.random.default_rng(0)
+    h, x = rng.standard_normal((9, 30)), rng.standard_normal((30, 150)) + 10
+    h -= h.mean(1, keepdims=True)
+    x = x.astype(np.float32)
+    got = cca.variate_weights(
+        torch.from_numpy(h).to(device), torch.from_numpy(x).to(device), precision=precision
+    )
+    np.testing.assert_allclose(got.cpu(), weights(h, x.astype(np.float64)), rtol=error)
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e30])
+def test_any_magnitude(device, magnitude):
+    x = np.random.default_rng(1).standard_normal((8, 20)).astype(np.float32) * np.float32(magnitude)
+    h = np.eye(8)[:3]
+    got = cca.variate_weights(torch.from_numpy(h).to(device), torch.from_numpy(x).to(device))
+    np.testing.assert_allclose(got.cpu(), weights(h, x.astype(np.float64)), rtol=1e-5)
+
+
+def test_the_tile_is_chosen_by_device_and_precision():
+    assert cca.choose(8000, 100_000, "tf32x3", (9, 0)).block_p == 128
+    assert cca.choose(8000, 100_000, "tf32x3", (8, 0)).block_p == 64
+    assert cca.choose(8000, 100_000, "tf32", (10, 0)).block_p == 64
+    assert cca.choose(8000, 100_000, "ieee", (9, 0)).block_k == 64
+    assert cca.choose(10, 100, "ieee", (9, 0)).chunk == 128

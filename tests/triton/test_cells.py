@@ -1,0 +1,204 @@
+"""Class means and the selectivity grid against their definitions, ties included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from _draw import SEEDS, TORCH_LAYOUTS, Representation, classes, representations
+from _guard import guarded
+from _tol import SAME, assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from repsim_kernels.kernels.torch import cells as by_torch
+from repsim_kernels.kernels.triton import _launch
+from repsim_kernels.kernels.triton.cells import (
+    Launch,
+    choose,
+    class_means,
+    selectivity_grid,
+    unsupported,
+)
+
+DTYPES = ("float32", "float16", "bfloat16")
+# One class a program and a product of several, in tiles smaller than what is drawn.
+LAUNCHES = (None, Launch(1, 16, 4, 1), Launch(8, 16, 16, 1), Launch(16, 16, 16, 1))
+GRIDS = ((4, 4), (1, 3), (5, 1), (2, 7))
+
+
+def drawn(**options: Any) -> st.SearchStrategy[Representation]:
+    sizes = {"n": st.integers(2, 40), "p": st.integers(1, 40)}
+    return representations(dtypes=DTYPES, layouts=TORCH_LAYOUTS, **sizes, **options)
+
+
+def whole_numbers(x: Representation) -> np.ndarray:
+    """The values as integers of any size, times one power of two."""
+    return np.vectorize(int, otypes=[object])(x.values() * 2.0**60)
+
+
+def grid_by_definition(x: np.ndarray, own: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """The cells of whole numbers x (n, p), without rounding: ties are ties, and go by index."""
+    a, b = x[own].sum(0) * int((~own).sum()), x[~own].sum(0) * int(own.sum())
+    cells = np.empty(x.shape[1], dtype=np.int64)
+    for strip, neurons in enumerate(parts(a - b, np.arange(x.shape[1]), grid[0])):
+        for part, cell in enumerate(parts(a + b, neurons, grid[1])):
+            cells[cell] = strip * grid[1] + part
+    return cells
+
+
+def parts(values: np.ndarray, neurons: np.ndarray, count: int) -> list[np.ndarray]:
+    """The neurons in order of their values, cut into parts of equal count."""
+    order = np.array(sorted(neurons, key=lambda j: values[j]), dtype=np.int64)
+    part = np.arange(len(order)) * count // max(len(order), 1)
+    return [order[part == k] for k in range(count)]
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_class_means(data, device):
+    x = data.draw(drawn())
+    labels = data.draw(classes(x.n, max_classes=40))
+    k = labels.max() + 1
+    launch = data.draw(st.sampled_from(LAUNCHES))
+    got = class_means(guarded(x.torch().to(device)), labels=labels, n_classes=k, launch=launch)
+    assert got.dtype == torch.float64
+    assert got.is_contiguous()
+    assert_close(got, [x.values()[labels == c].mean(0) for c in range(k)], SAME)
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_sums_are_exact_where_float64_can_hold_them(data, device):
+    x = data.draw(drawn(kinds=("low rank", "duplicate rows")))
+    labels = data.draw(classes(x.n, max_classes=40))
+    k = labels.max() + 1
+    launch = data.draw(st.sampled_from(LAUNCHES))
+    got = class_means(guarded(x.torch().to(device)), labels=labels, n_classes=k, launch=launch)
+    exact = [whole_numbers(x)[labels == c].sum(0) for c in range(k)]
+    counts = np.bincount(labels)[:, None]
+    want = np.array(exact).astype(np.float64) / 2.0**60 / counts
+    np.testing.assert_array_equal(got.cpu().numpy(), want)
+
+
+@settings(max_examples=30)
+@given(data=st.data())
+def test_selectivity_grid(data, device):
+    x = data.draw(drawn())
+    labels = data.draw(classes(x.n)) * 3 + 5
+    grid = data.draw(st.sampled_from(GRIDS))
+    launch = data.draw(st.sampled_from(LAUNCHES))
+    target = int(labels[0])
+    got = selectivity_grid(
+        guarded(x.torch().to(device)), labels=labels, target=target, grid=grid, launch=launch
+    )
+    assert got.dtype == torch.int64
+    want = grid_by_definition(whole_numbers(x), labels == target, grid)
+    np.testing.assert_array_equal(got.cpu().numpy(), want)
+
+
+@settings(max_examples=15)
+@given(
+    x=drawn(kinds=("gaussian", "relu")),
+    seed=SEEDS,
+    grid=st.sampled_from(GRIDS),
+    launch=st.sampled_from(LAUNCHES),
+)
+def test_selectivity_grid_is_that_of_torch(x, seed, grid, launch, device):
+    """Also where dead neurons tie; other ties are left to its rounding by the torch backend."""
+    labels = np.random.default_rng(seed).permutation(np.arange(x.n) % 2)
+    options = {"labels": labels, "target": 1, "grid": grid}
+    activation = guarded(x.torch().to(device))
+    activation[:, ::3] = 0
+    want = by_torch.selectivity_grid(activation, **options)
+    got = selectivity_grid(activation, **options, launch=launch)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_neurons_with_the_same_values_in_another_order_tie(launch, transposed, device):
+    """33 stimuli of a class and 67 others: a mean of either rounds."""
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.arange(100) < 33).astype(np.int64)
+    x = np.empty((100, 40), dtype=np.float32)
+    values = np.maximum(rng.standard_normal(100), 0).astype(np.float16)
+    for j in range(40):
+        for own in (0, 1):
+            x[labels == own, j] = rng.permutation(values[labels == own])
+    memory = torch.from_numpy(x.T.copy().T if transposed else x).to(device)
+    got = selectivity_grid(memory, labels=labels, target=1, grid=(2, 4), launch=launch)
+    # All selectivities are the same, so strips go by index, and so do the parts of a strip.
+    np.testing.assert_array_equal(got.cpu().numpy(), np.arange(40) // 5)
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_a_constant_neuron_selects_nothing(launch, device):
+    x = np.full((10, 3), 0.1, dtype=np.float32)
+    x[:, 1] = 1000.7
+    x[3, 2] += 1e-6
+    labels = np.array([0, 1, 1, 1, 0, 0, 0, 0, 0, 0])
+    got = selectivity_grid(
+        torch.from_numpy(x).to(device), labels=labels, target=1, grid=(3, 1), launch=launch
+    )
+    np.testing.assert_array_equal(got.cpu().numpy(), [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("k", "transposed", "program"),
+    [(2, False, (1, True)), (2, True, (8, False)), (10, True, (16, False)), (20, True, (16, True))],
+)
+def test_reads_neurons_in_order_up_to_16_classes(k, transposed, program, device, monkeypatch):
+    seen = []
+    start = _launch.launch
+
+    def spy(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        seen.append((options["CLASSES"], options["GATHER"]))
+        start(kernel, grid, *arguments, **options)
+
+    monkeypatch.setattr(_launch, "launch", spy)
+    x = Representation(41, 70, layout="F" if transposed else "C", dtype="float32", seed=k)
+    labels = np.random.default_rng(k).permutation(np.arange(41) % k)
+    got = class_means(guarded(x.torch().to(device)), labels=labels, n_classes=k)
+    assert seen == [program]
+    assert_close(got, [x.values()[labels == c].mean(0) for c in range(k)], SAME)
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_a_class_without_stimuli_has_no_mean(launch, device):
+    x = Representation(6, 5, dtype="float32")
+    labels = np.array([0, 2, 2, 0, 4, 4])
+    with np.errstate(invalid="ignore"):  # of the interpreter
+        got = class_means(x.torch().to(device), labels=labels, n_classes=7, launch=launch)
+    want = np.full((7, 5), np.nan)
+    for c in (0, 2, 4):
+        want[c] = x.values()[labels == c].mean(0)
+    assert_close(got, want, SAME, nan=True)
+
+
+@pytest.mark.parametrize("strides", [(2**31 + 1, 1), (1, 2**31 + 1)])
+def test_more_than_two_to_the_31_elements_apart(strides, device, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    memory = torch.empty(2**32 + 8, dtype=torch.float16, device=device)
+    x = memory.as_strided((3, 3), strides)
+    x.copy_(torch.arange(9.0).view(3, 3))
+    got = class_means(x, labels=np.array([0, 1, 0]), n_classes=2)
+    np.testing.assert_array_equal(got.cpu().numpy(), [[3, 4, 5], [3, 4, 5]])
+
+
+def test_a_tile_has_whole_warps_of_values():
+    for n, k in ((2, 2), (50, 10), (500, 10), (500, 2), (1000, 1000)):
+        for dtype in (torch.float32, torch.bfloat16):
+            for by_neuron in (False, True):
+                launch = choose(n, 1000, k, by_neuron, dtype, (9, 0))
+                values, rest = divmod(launch.block_p * launch.block_n, 32 * launch.num_warps)
+                assert rest == 0
+                assert values <= 32
+
+
+def test_what_it_takes():
+    assert unsupported(torch.zeros(2, 3, dtype=torch.float64)) is not None
+    if _launch.interpreted():
+        assert unsupported(torch.zeros(2, 3)) is None

@@ -1,0 +1,131 @@
+"""Activations rewritten neuron by neuron: bit for bit what PyTorch's own copy gives."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from _guard import guarded
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from repsim_kernels.kernels.triton import _launch
+from repsim_kernels.kernels.triton import neuron_major as module
+from repsim_kernels.kernels.triton.neuron_major import Launch, neuron_major
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SMALL = Launch(block_p=4, block_n=8, num_warps=1)
+
+
+def laid_out(
+    shape: tuple[int, ...], order: tuple[int, ...], steps: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """Different numbers, with the dimensions in this order of memory and a step in each."""
+    sizes = [shape[d] * steps[d] for d in order]
+    memory = torch.zeros(sizes, dtype=dtype).permute(tuple(np.argsort(order)))
+    x = memory[tuple(slice(None, None, step) for step in steps)]
+    x.copy_(torch.arange(math.prod(shape)).sub(100).to(dtype).view(shape))
+    return x
+
+
+@st.composite
+def activations(draw: st.DrawFn) -> torch.Tensor:
+    shape = tuple(draw(st.lists(st.integers(1, 9), min_size=2, max_size=4)))
+    order = tuple(draw(st.permutations(range(len(shape)))))
+    steps = tuple(draw(st.sampled_from([1, 1, 1, 2])) for _ in shape)
+    return laid_out(shape, order, steps, draw(st.sampled_from(DTYPES)))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What each kernel that runs is given, by name."""
+    seen: list[dict[str, Any]] = []
+    start = _launch.launch
+
+    def spy(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        seen.append(dict(zip(kernel.arg_names, arguments, strict=False)) | options)
+        start(kernel, grid, *arguments, **options)
+
+    monkeypatch.setattr(_launch, "launch", spy)
+    return seen
+
+
+def assert_copied(x: torch.Tensor, launch: Launch | None = None) -> torch.Tensor:
+    out = neuron_major(x, launch=launch)
+    assert out.dtype == x.dtype
+    assert out.is_contiguous()
+    want = x.cpu().float().numpy().reshape(len(x), -1).T
+    np.testing.assert_array_equal(out.cpu().float().numpy(), want)
+    return out
+
+
+@settings(max_examples=60)
+@given(x=activations(), launch=st.sampled_from([None, SMALL]))
+def test_any_shape_order_and_dtype(x, launch, device):
+    assert_copied(guarded(x.to(device)), launch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1)], ids=["contiguous", "channels_last"])
+def test_tiles_that_do_not_fit(order, dtype, device):
+    """More stimuli, channels and pixels than a tile, and a multiple of none."""
+    x = guarded(laid_out((19, 13, 3, 5), order, (1, 1, 1, 1), dtype).to(device))
+    assert_copied(x, SMALL)
+    assert_copied(x)
+
+
+@pytest.mark.parametrize(
+    ("order", "neurons", "step"),
+    [((0, 1, 2, 3), 13 * 15, 1), ((0, 2, 3, 1), 13, 15), ((0, 3, 2, 1), None, None)],
+    ids=["contiguous", "channels_last", "neither"],
+)
+def test_reads_along_memory(order, neurons, step, device, launches):
+    x = laid_out((4, 13, 3, 5), order, (1, 1, 1, 1), torch.float32).to(device)
+    assert_copied(x)
+    read = [(seen["inner"], seen["stride_inner"], seen["step_inner"]) for seen in launches]
+    assert read == ([] if neurons is None else [(neurons, 1, step)])
+
+
+@pytest.mark.parametrize(
+    ("shape", "order"), [((5, 7), (1, 0)), ((5, 2, 3, 4), (1, 2, 3, 0)), ((1, 6), (0, 1))]
+)
+def test_what_is_neuron_major_is_not_copied(shape, order, device, launches):
+    x = laid_out(shape, order, (1,) * len(shape), torch.float32).to(device)
+    out = assert_copied(x)
+    assert out.data_ptr() == x.data_ptr()
+    assert not launches
+
+
+def test_rows_of_neurons_with_gaps_are_copied(device, launches):
+    x = torch.arange(60.0, device=device).view(6, 10)[:, :7].t()
+    assert_copied(x, SMALL)
+    assert [seen["stride_n"] for seen in launches] == [1]
+
+
+def test_more_than_two_to_the_31_elements_apart(device, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    memory = torch.empty(2**32 + 8, dtype=torch.float16, device=device)
+    x = memory.as_strided((3, 2, 2), (2**31 + 1, 1, 2))
+    x.copy_(torch.arange(12.0).view(3, 2, 2))
+    assert_copied(x)
+    x = memory.as_strided((2, 3, 2), (1, 2**31 + 1, 2))
+    x.copy_(torch.arange(12.0).view(2, 3, 2))
+    assert_copied(x)
+
+
+def test_a_tile_is_no_larger_than_it_must_be():
+    for n, inner in ((2, 1), (50, 64), (50, 193_600), (500, 2048), (10_000, 3)):
+        for dtype in DTYPES:
+            launch = module.choose(n, inner, dtype, (9, 0))
+            assert launch.block_p * launch.block_n <= 4096
+            for block, size in ((launch.block_p, inner), (launch.block_n, n)):
+                assert block < 2 * size
+
+
+def test_what_it_takes():
+    assert module.unsupported(torch.zeros(2, 3, dtype=torch.float64)) is not None
+    if _launch.interpreted():
+        assert module.unsupported(torch.zeros(2, 3)) is None

@@ -1,0 +1,36 @@
+"""A study of two layers with every kernel, end to end: the rows of the torch backend."""
+
+from __future__ import annotations
+
+import numpy as np
+from _tol import DISTANCE, assert_close
+from _toy import toy_study
+
+from experiments.stats import CHANGES, METRICS
+from repsim_kernels.kernels.triton import _launch
+
+KEYS = ["model", "class", "layer", "cell", "size"]
+
+
+def test_a_study_by_kernels(device, monkeypatch, tmp_path):
+    names: set[str] = set()
+    run = _launch.launch
+
+    def noting(kernel, *arguments, **options):
+        names.add(kernel.fn.__name__)
+        run(kernel, *arguments, **options)
+
+    monkeypatch.setattr(_launch, "launch", noting)
+    study = toy_study(targets=[0, 2], grid=(2, 3), device=device)
+    monkeypatch.setenv("REPSIM_BACKEND", "torch")
+    want = study.run(out=tmp_path / "torch")
+    assert not names
+    monkeypatch.setenv("REPSIM_BACKEND", "triton")
+    got = study.run(out=tmp_path / "triton")
+    assert names >= {"_gram_kernel", "_sum_kernel", "_shift_kernel", "_variate_weights_kernel"}
+    assert got[KEYS].equals(want[KEYS])
+    assert len(got) == 2 * 2 * 6
+    for name in METRICS:
+        assert_close(got[name].to_numpy(), want[name].to_numpy(), DISTANCE["float32"])
+    for name in CHANGES:
+        np.testing.assert_allclose(got[name], want[name], atol=1e-4, equal_nan=True, err_msg=name)
