@@ -70,6 +70,20 @@ def test_cell_grams_of_a_membership(data):
     np.testing.assert_allclose(got, want, atol=1e-12 * scale, rtol=0)
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_cell_grams_of_partitions(backend):
+    rng = np.random.default_rng(6)
+    x, cells = rng.standard_normal((2, 6, 20)), rng.integers(-1, 3, (4, 20))
+    got = rk.cell_grams(x, cells, backend=backend)
+    assert got.shape == (2, 4, 3, 6, 6)
+    want = rk.cell_grams(x[1], cells[2], n_cells=3, backend="reference")
+    np.testing.assert_allclose(got[1, 2], want, atol=1e-12)
+    with pytest.raises(rk.CellError, match=r"shape \(4, 19\).* or partitions as integers"):
+        rk.cell_grams(x, cells[:, 1:])
+    with pytest.raises(rk.CellError, match=r"shape \(4, 20\)"):
+        rk.ablation_distances(x, cells)
+
+
 @pytest.mark.parametrize("block", [1, 7, 40])
 @pytest.mark.parametrize("sizes", [(9, 0, 1, 8, 5), (4, 4, 5, 5, 5), (23,)])
 def test_blocks_do_not_change_the_result(monkeypatch, block, sizes):

@@ -55,6 +55,16 @@ def test_which_kernels_run(device, launched):
     assert launched[2:] == ["_gram_kernel", "_sum_kernel", "_variate_weights_kernel"]
 
 
+def test_kernels_are_the_default_on_a_gpu_alone(device, launched):
+    x = torch.randn(6, 30, generator=torch.Generator().manual_seed(2)).to(device)
+    rk.cell_grams(x, np.arange(30) % 2)
+    rk.selectivity_grid(x, [0, 0, 0, 1, 1, 1], 1)
+    assert bool(launched) == (device.type == "cuda")
+    before = len(launched)
+    rk.cell_grams(x.double(), np.arange(30) % 2)
+    assert len(launched) == before
+
+
 def test_fewer_neurons_than_stimuli_are_float64(device, launched):
     """Their Gram is singular: in float32 its rank would be lost."""
     x = torch.randn(20, 9, generator=torch.Generator().manual_seed(1))

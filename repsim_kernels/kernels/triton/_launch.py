@@ -1,4 +1,4 @@
-"""Where kernels meet a device: what can run here, how a kernel is started, what it costs at least."""
+"""Where kernels meet a device: what can run there, how it is started, what it costs at least."""
 
 from __future__ import annotations
 
