@@ -42,6 +42,16 @@ def test_ties_go_by_index():
         np.testing.assert_array_equal(cells, [4, 4, 5, 5, 0, 0, 1, 1, 2, 2, 3, 3])
 
 
+def test_ties_are_the_same_in_every_memory_order():
+    """Means that are rounded before they are compared tie in one order and not in the other."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(50, 20_000, generator=generator).relu().to(torch.bfloat16)
+    labels = np.arange(50) % 10
+    want = rk.selectivity_grid(x.double().numpy(), labels, 3, backend="reference")
+    for order in (x, x.mT.contiguous().mT):
+        np.testing.assert_array_equal(rk.selectivity_grid(order, labels, 3), want)
+
+
 def test_labels_of_any_kind_and_batches():
     x = np.random.default_rng(0).standard_normal((2, 6, 9)).astype(np.float32)
     labels = [0, 1, 1, 0, 2, 2]

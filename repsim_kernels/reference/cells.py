@@ -26,11 +26,13 @@ def selectivity_grid(
     """
     rows, cols = grid
     x = np.asarray(x, dtype=np.float64)
-    # Means of what is left after the first stimulus, so that a constant neuron has exactly 0.
-    inside = (x - x[0])[labels == target].mean(axis=0)
-    outside = (x - x[0])[labels != target].mean(axis=0)
-    selectivity = (inside - outside) / np.sqrt(2)
-    magnitude = (inside + outside + 2 * x[0]) / np.sqrt(2)
+    own = labels == target
+    n_own, n_other = int(own.sum()), int((~own).sum())
+    # The means times both counts, exact where the sums are: equal neurons tie. Of what is left
+    # after the first stimulus, so that a constant neuron has a selectivity of exactly 0.
+    inside, outside = ((x - x[0])[some].sum(axis=0) for some in (own, ~own))
+    selectivity = inside * n_other - outside * n_own
+    magnitude = x[own].sum(axis=0) * n_other + x[~own].sum(axis=0) * n_own
     cells = np.empty(x.shape[1], dtype=np.int64)
     strips = _equal_parts(selectivity, rows)
     for strip in range(rows):

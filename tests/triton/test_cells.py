@@ -119,19 +119,24 @@ def test_selectivity_grid_is_that_of_torch(x, seed, grid, launch, device):
 
 @pytest.mark.parametrize("launch", LAUNCHES)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_neurons_with_the_same_values_in_another_order_tie(launch, transposed, device):
-    """33 stimuli of a class and 67 others: a mean of either rounds."""
+def test_neurons_that_differ_by_a_constant_tie(launch, transposed, device):
+    """The same values in another order, and a constant: as selective, though no mean is exact."""
     rng = np.random.default_rng(0)
-    labels = rng.permutation(np.arange(100) < 33).astype(np.int64)
-    x = np.empty((100, 40), dtype=np.float32)
+    own = rng.permutation(np.arange(100) < 33)
     values = np.maximum(rng.standard_normal(100), 0).astype(np.float16)
+    constants = rng.integers(0, 50, 40)
+    x = np.empty((100, 40), dtype=np.float32)
     for j in range(40):
-        for own in (0, 1):
-            x[labels == own, j] = rng.permutation(values[labels == own])
+        x[own, j] = rng.permutation(values[own]) + np.float32(constants[j])
+        x[~own, j] = rng.permutation(values[~own]) + np.float32(constants[j])
     memory = torch.from_numpy(x.T.copy().T if transposed else x).to(device)
-    got = selectivity_grid(memory, labels=labels, target=1, grid=(2, 4), launch=launch)
-    # All selectivities are the same, so strips go by index, and so do the parts of a strip.
-    np.testing.assert_array_equal(got.cpu().numpy(), np.arange(40) // 5)
+    got = selectivity_grid(
+        memory, labels=own.astype(np.int64), target=1, grid=(2, 4), launch=launch
+    )
+    want = np.empty(40, dtype=np.int64)
+    want[np.argsort(constants[:20], kind="stable")] = np.arange(20) // 5
+    want[20 + np.argsort(constants[20:], kind="stable")] = 4 + np.arange(20) // 5
+    np.testing.assert_array_equal(got.cpu().numpy(), want)
 
 
 @pytest.mark.parametrize("launch", LAUNCHES)
@@ -178,14 +183,15 @@ def test_a_class_without_stimuli_has_no_mean(launch, device):
     assert_close(got, want, SAME, nan=True)
 
 
-@pytest.mark.parametrize("strides", [(2**31 + 1, 1), (1, 2**31 + 1)])
-def test_more_than_two_to_the_31_elements_apart(strides, device, monkeypatch):
+@pytest.mark.parametrize("strides", [(2**30 + 1, 1), (1, 2**30 + 1)])
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_elements_beyond_32_bits(strides, launch, device, monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    memory = torch.empty(2**32 + 8, dtype=torch.float16, device=device)
-    x = memory.as_strided((3, 3), strides)
-    x.copy_(torch.arange(9.0).view(3, 3))
-    got = class_means(x, labels=np.array([0, 1, 0]), n_classes=2)
-    np.testing.assert_array_equal(got.cpu().numpy(), [[3, 4, 5], [3, 4, 5]])
+    memory = torch.empty(2**32 + 16, dtype=torch.float16, device=device)
+    x = memory.as_strided((5, 5), strides)
+    x.copy_(torch.arange(25.0).view(5, 5))
+    got = class_means(x, labels=np.array([1, 0, 0, 0, 1]), n_classes=2, launch=launch)
+    np.testing.assert_array_equal(got.cpu().numpy(), [[10, 11, 12, 13, 14]] * 2)
 
 
 def test_a_tile_has_whole_warps_of_values():

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from _draw import SEEDS
 from _guard import guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,14 +22,18 @@ SMALL = Launch(block_p=4, block_n=8, num_warps=1)
 
 
 def laid_out(
-    shape: tuple[int, ...], order: tuple[int, ...], steps: tuple[int, ...], dtype: torch.dtype
+    shape: tuple[int, ...],
+    order: tuple[int, ...],
+    dtype: torch.dtype,
+    steps: tuple[int, ...] = (1, 1, 1, 1),
+    seed: int = 0,
 ) -> torch.Tensor:
-    """Different numbers, with the dimensions in this order of memory and a step in each."""
-    sizes = [shape[d] * steps[d] for d in order]
-    memory = torch.zeros(sizes, dtype=dtype).permute(tuple(np.argsort(order)))
-    x = memory[tuple(slice(None, None, step) for step in steps)]
-    x.copy_(torch.arange(math.prod(shape)).sub(100).to(dtype).view(shape))
-    return x
+    """Any bits, with the dimensions in this order of memory and a step in each."""
+    memory = torch.zeros([shape[d] * steps[d] for d in order], dtype=dtype)
+    strided = memory.permute(tuple(np.argsort(order)))
+    x = strided[tuple(slice(None, None, step) for step in steps[: len(shape)])]
+    bits = np.random.default_rng(seed).bytes(math.prod(shape) * dtype.itemsize)
+    return x.copy_(torch.frombuffer(bytearray(bits), dtype=dtype).view(shape))
 
 
 @st.composite
@@ -36,7 +41,7 @@ def activations(draw: st.DrawFn) -> torch.Tensor:
     shape = tuple(draw(st.lists(st.integers(1, 9), min_size=2, max_size=4)))
     order = tuple(draw(st.permutations(range(len(shape)))))
     steps = tuple(draw(st.sampled_from([1, 1, 1, 2])) for _ in shape)
-    return laid_out(shape, order, steps, draw(st.sampled_from(DTYPES)))
+    return laid_out(shape, order, draw(st.sampled_from(DTYPES)), steps, draw(SEEDS))
 
 
 @pytest.fixture
@@ -57,8 +62,9 @@ def assert_copied(x: torch.Tensor, launch: Launch | None = None) -> torch.Tensor
     out = neuron_major(x, launch=launch)
     assert out.dtype == x.dtype
     assert out.is_contiguous()
-    want = x.cpu().float().numpy().reshape(len(x), -1).T
-    np.testing.assert_array_equal(out.cpu().float().numpy(), want)
+    bits = f"int{8 * x.dtype.itemsize}"
+    want = x.cpu().contiguous().view(getattr(torch, bits)).numpy().reshape(len(x), -1).T
+    np.testing.assert_array_equal(out.cpu().view(getattr(torch, bits)).numpy(), want)
     return out
 
 
@@ -72,7 +78,7 @@ def test_any_shape_order_and_dtype(x, launch, device):
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1)], ids=["contiguous", "channels_last"])
 def test_tiles_that_do_not_fit(order, dtype, device):
     """More stimuli, channels and pixels than a tile, and a multiple of none."""
-    x = guarded(laid_out((19, 13, 3, 5), order, (1, 1, 1, 1), dtype).to(device))
+    x = guarded(laid_out((19, 13, 3, 5), order, dtype).to(device))
     assert_copied(x, SMALL)
     assert_copied(x)
 
@@ -83,7 +89,7 @@ def test_tiles_that_do_not_fit(order, dtype, device):
     ids=["contiguous", "channels_last", "neither"],
 )
 def test_reads_along_memory(order, neurons, step, device, launches):
-    x = laid_out((4, 13, 3, 5), order, (1, 1, 1, 1), torch.float32).to(device)
+    x = laid_out((4, 13, 3, 5), order, torch.float32).to(device)
     assert_copied(x)
     read = [(seen["inner"], seen["stride_inner"], seen["step_inner"]) for seen in launches]
     assert read == ([] if neurons is None else [(neurons, 1, step)])
@@ -93,7 +99,7 @@ def test_reads_along_memory(order, neurons, step, device, launches):
     ("shape", "order"), [((5, 7), (1, 0)), ((5, 2, 3, 4), (1, 2, 3, 0)), ((1, 6), (0, 1))]
 )
 def test_what_is_neuron_major_is_not_copied(shape, order, device, launches):
-    x = laid_out(shape, order, (1,) * len(shape), torch.float32).to(device)
+    x = laid_out(shape, order, torch.float32).to(device)
     out = assert_copied(x)
     assert out.data_ptr() == x.data_ptr()
     assert not launches
@@ -105,14 +111,19 @@ def test_rows_of_neurons_with_gaps_are_copied(device, launches):
     assert [seen["stride_n"] for seen in launches] == [1]
 
 
-def test_more_than_two_to_the_31_elements_apart(device, monkeypatch):
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [
+        ((5, 2, 2), (2**30 + 1, 1, 2)),
+        ((2, 5, 2), (1, 2**30 + 1, 2)),
+        ((2, 5), (3, 2**30 + 1)),
+    ],
+)
+def test_elements_beyond_32_bits(shape, strides, device, monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    memory = torch.empty(2**32 + 8, dtype=torch.float16, device=device)
-    x = memory.as_strided((3, 2, 2), (2**31 + 1, 1, 2))
-    x.copy_(torch.arange(12.0).view(3, 2, 2))
-    assert_copied(x)
-    x = memory.as_strided((2, 3, 2), (1, 2**31 + 1, 2))
-    x.copy_(torch.arange(12.0).view(2, 3, 2))
+    memory = torch.empty(2**32 + 16, dtype=torch.float16, device=device)
+    x = memory.as_strided(shape, strides)
+    x.copy_(torch.arange(math.prod(shape)).view(shape))
     assert_copied(x)
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from repsim_kernels.kernels.torch.cells import equal_count
+from repsim_kernels.kernels.torch.cells import grid_of_sums
 from repsim_kernels.kernels.triton import _launch
 
 
@@ -38,7 +38,9 @@ def choose(
         # is all there are) as a one-hot product; up to that many, stimuli are read in order.
         classes = 8 if n_classes <= 8 else 16
         # 64 x 32 float64 operands: 128 registers a thread, so four programs fit a multiprocessor.
-        return Launch(classes, block_p=64, block_n=32, num_warps=4)
+        # On 10.0 Triton 3.6 has no float64 product and spills what it unrolls: half of it there.
+        block_n = 16 if capability >= (10, 0) else 32
+        return Launch(classes, block_p=64, block_n=block_n, num_warps=4)
     # A class is a set of memory rows: one class a program, nothing multiplied. 32 values a
     # thread: 128 registers, four programs, 32 KiB of halves a multiprocessor under way. Shorter
     # tiles for small classes, which would leave most of a tall one empty.
@@ -170,13 +172,8 @@ def selectivity_grid(
 ) -> Tensor:
     """The cell of each neuron of x (n, p), by selectivity and then magnitude: (p,)."""
     own = labels == target
-    others_sum, own_sum = _divided_sums(x, own.astype(np.int64), np.ones(2, np.int64), launch)
-    # The means times both counts: exact where the sums are, so that equal neurons compare equal.
-    n_own = int(own.sum())
-    own_sum, others_sum = own_sum * (len(own) - n_own), others_sum * n_own
-    none = torch.zeros(x.shape[1], dtype=torch.int64, device=x.device)
-    strip = equal_count(own_sum - others_sum, none, 1, grid[0])
-    return strip * grid[1] + equal_count(own_sum + others_sum, strip, *grid)
+    sums = _divided_sums(x, own.astype(np.int64), np.ones(2, np.int64), launch)
+    return grid_of_sums(*sums, own=int(own.sum()), n=len(x), grid=grid)
 
 
 def _case(name: str, n: int, p: int, k: int, by_neuron: bool, dtype: torch.dtype) -> _launch.Case:
