@@ -18,8 +18,9 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-slow: .venv/dev
+slow: .venv/dev .venv/triton-3.6
 	$(BIN)/python -m pytest -m slow
+	PYTHONPATH=.venv/triton-3.6 $(BIN)/python -m pytest -m "" tests/compile
 
 check: test lint slow
 
@@ -28,6 +29,10 @@ bench: .venv/dev
 
 clean:
 	rm -rf .venv runs
+
+.venv/triton-3.6: .venv/dev
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ triton==3.6.0
+	touch $@
 
 .venv/%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

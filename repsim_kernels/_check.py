@@ -186,11 +186,11 @@ def cells(
             raise CellError(f"n_cells: {n_cells}, but cells has {len(values)} rows")
         return values, len(values)
     several = partitions and values.ndim == 2 and len(values)
+    more = f", or partitions as integers (T, {p})" if partitions else ""
     if values.shape[-1:] != (p,) or not (several or values.ndim == 1):
         raise CellError(
             f"cells: shape {values.shape}, dtype {values.dtype}; expected integer labels ({p},), "
-            f"one for each neuron of x, or a boolean membership (C, {p})"
-            + f", or partitions as integers (T, {p})" * partitions
+            f"one for each neuron of x, or a boolean membership (C, {p}){more}"
         )
     if values.dtype.kind == "b":
         raise CellError(

@@ -56,8 +56,9 @@ def test_any_magnitude(device, magnitude):
 
 
 def test_the_tile_is_chosen_by_device_and_precision():
-    assert cca.choose(8000, 100_000, "tf32x3", (9, 0)).block_p == 128
-    assert cca.choose(8000, 100_000, "tf32x3", (8, 0)).block_p == 64
-    assert cca.choose(8000, 100_000, "tf32", (10, 0)).block_p == 64
-    assert cca.choose(8000, 100_000, "ieee", (9, 0)).block_k == 64
-    assert cca.choose(10, 100, "ieee", (9, 0)).chunk == 128
+    assert cca.choose(8000, 100_000, torch.float32, "tf32x3", (9, 0)).block_p == 128
+    assert cca.choose(8000, 100_000, torch.float32, "tf32x3", (8, 0)).block_p == 64
+    assert cca.choose(8000, 100_000, torch.float32, "tf32", (10, 0)).block_p == 64
+    assert cca.choose(8000, 100_000, torch.bfloat16, "tf32x3", (9, 0)).block_p == 64
+    assert cca.choose(8000, 100_000, torch.float32, "ieee", (9, 0)).block_k == 64
+    assert cca.choose(10, 100, torch.float32, "ieee", (9, 0)).chunk == 128

@@ -22,16 +22,19 @@ class Launch:
     num_stages: int
 
 
-def choose(k: int, p: int, precision: str, capability: tuple[int, int]) -> Launch:
+def choose(
+    k: int, p: int, dtype: torch.dtype, precision: str, capability: tuple[int, int]
+) -> Launch:
     # The product is the cost: the largest tile that does not spill. Operands lie in registers
-    # before 9.0 and with "ieee"; on 10.0 "tf32" gives 8 warps 128 registers each.
+    # before 9.0, with "ieee", and while 16 bits become 32; on 10.0 "tf32" has 128 registers.
     block_k = 64 if precision == "ieee" else 128
     wide = capability >= (9, 0) and (precision == "tf32x3" or capability < (10, 0))
+    wide = wide and precision != "ieee" and dtype == torch.float32
     # Four waves of 132 multiprocessors, of one tile at least.
     chunk = p * -(-k // block_k) // (4 * 132) // 128 * 128
     return Launch(
         block_k=block_k,
-        block_p=128 if wide and precision != "ieee" else 64,
+        block_p=128 if wide else 64,
         # Two steps of the tensor cores; each stage is 16 KiB.
         block_n=16,
         chunk=min(max(chunk, 128), 4096),
@@ -101,7 +104,7 @@ def variate_weights(
     Centring the directions does what centring x would.
     """
     (k, n), p = h.shape, x.shape[1]
-    launch = launch or choose(k, p, precision, _launch.capability(x.device))
+    launch = launch or choose(k, p, x.dtype, precision, _launch.capability(x.device))
     h = h.to(torch.float64)
     h = (h - h.mean(1, keepdim=True)).to(torch.float32).contiguous()
     pieces = -(-p // launch.chunk)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from repsim_kernels.kernels.torch import gram as torch_gram
 from repsim_kernels.kernels.triton import _launch
+from repsim_kernels.kernels.triton.neuron_major import neuron_major
 
 # What partitions of the same activations read together should fit into half of an L2 cache.
 _L2 = 25 * 2**20
@@ -38,7 +39,10 @@ def choose(n: int, columns: int, precision: str, capability: tuple[int, int]) ->
     block_n = max(16, triton.next_power_of_2(min(n, 64)))
     # Four waves of programs on 132 multiprocessors; of 8192 neurons a program writes 1 %.
     chunk = columns * _tiles(n, block_n) // (4 * 132) // 512 * 512
-    blackwell = capability >= (10, 0)
+    # 16 accumulators a thread in the tile of 64, twice for the two levels of sums, and then the
+    # compiler's choice of 128 registers is too few: on 10.0 for the halves of tf32x3, before 9.0
+    # for operands in registers.
+    crowded = {"tf32x3": capability >= (10, 0), "tf32": capability < (9, 0), "ieee": False}
     return Launch(
         block_n=block_n,
         # Two steps of the tensor cores; 32 neurons spill on 8.0 and with "ieee".
@@ -46,11 +50,9 @@ def choose(n: int, columns: int, precision: str, capability: tuple[int, int]) ->
         # 64 steps of 8: what truncation takes stays below 1e-5 of a diagonal element.
         inner=512,
         chunk=min(max(chunk, 512), 8192),
-        # 16 accumulators a thread in the tile of 64, twice for the two levels of sums. On 10.0
-        # 8 warps have 128 registers each, too few for the halves of tf32x3.
-        num_warps=4 if block_n < 64 or (blackwell and precision == "tf32x3") else 8,
+        num_warps=4 if block_n < 64 or crowded[precision] else 8,
         # 12 KiB a stage: three blocks of a multiprocessor hold all their stages; 4 spill on 10.0.
-        num_stages=3 if blackwell else 4,
+        num_stages=3 if capability >= (10, 0) else 4,
     )
 
 
@@ -245,7 +247,7 @@ def cell_sums(
     n, p = x.shape
     if x.stride(1) < x.stride(0):
         # Neurons of a cell are scattered: rows of them, which are then read whole.
-        x = x.mT.contiguous().mT
+        x = neuron_major(x).mT
     several = cells.ndim == 2 and cells.dtype != np.bool_
     tables = cells if several else [cells]
     width = max(1, _L2 // (n * x.element_size())) if len(tables) > 1 else p

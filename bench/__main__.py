@@ -1,0 +1,49 @@
+"""The command line: ``python -m bench model`` and ``python -m bench sheet``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def bench() -> None:
+    """What the kernels cost."""
+
+
+@app.command()
+def model(
+    out: Annotated[Path, typer.Option(help="The page.")] = Path(__file__).parent / "MODEL.md",
+) -> None:
+    """Write what the kernels should cost on an H100; needs no GPU."""
+    from bench.model import page
+
+    out.write_text(page(), encoding="utf-8")
+    print(out)
+
+
+@app.command()
+def sheet(
+    out: Annotated[Path, typer.Option(help="The JSON file.")],
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    quick: Annotated[bool, typer.Option(help="Tiny shapes; a rehearsal.")] = False,
+) -> None:
+    """Measure a card: ceilings, GPU tests, each kernel's error and time (under 8 minutes)."""
+    from bench.sheet import sheet as run
+
+    try:
+        run(out, device, quick)
+    except RuntimeError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,20 @@
+"""Kernels are compiled without a GPU, and what is compiled goes to a folder of the run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import pytest
+
+# Interpreted kernels can't be compiled, and the mode is fixed when they are imported.
+if os.environ.get("TRITON_INTERPRET") == "1" or importlib.util.find_spec("triton") is None:
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield

@@ -1,0 +1,64 @@
+"""The page of what kernels should cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bench import model
+from bench.__main__ import app
+from bench._compile import Built, build, cases
+from repsim_kernels.kernels.triton._launch import Floor
+
+
+def test_the_page_has_a_row_for_every_case(tmp_path: Path) -> None:
+    out = tmp_path / "MODEL.md"
+    result = CliRunner().invoke(app, ["model", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{out}\n"
+    text = out.read_text(encoding="utf-8")
+    assert "Nothing on this page was measured on a GPU" in text
+    assert "python -m bench model" in text
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    titles, rows = lines[0], [line for line in lines if line[0] not in ("case", "---")]
+    assert [row[0] for row in rows] == [case.name for _, case in cases()]
+    for row, (_, case) in zip(rows, cases(), strict=True):
+        entries = dict(zip(titles, row, strict=True))
+        kernels = build(case, 90)
+        assert entries["registers"] == " / ".join(str(kernel.registers) for kernel in kernels)
+        assert entries["bound"] in ("bytes", "operations")
+        assert float(entries["µs"].replace(",", "")) > 0
+
+
+@pytest.mark.parametrize(
+    ("floor", "seconds", "bound"),
+    [
+        (Floor(6_000_000, 0), 2e-6, "bytes"),
+        (Floor(3_000_000, 800_000_000, "tf32"), 2e-6, "operations"),
+        (Floor(3_000_000, 800_000_000, "tf32x3"), 6e-6, "operations"),
+        (Floor(3_000_000, 30_000_000), 1e-6, "bytes"),
+    ],
+)
+def test_predicted_times(floor: Floor, seconds: float, bound: str) -> None:
+    assert model.predicted(floor) == (pytest.approx(seconds), bound)
+
+
+@pytest.mark.parametrize(
+    ("warps", "registers", "shared", "blocks"),
+    [
+        (4, 32, 0, 16),  # warps
+        (1, 32, 0, 32),  # blocks
+        (4, 128, 0, 4),  # registers
+        (4, 129, 0, 3),  # and the unit in which they are given
+        (8, 255, 0, 1),
+        (1, 184, 0, 8),  # a quarter holds two such warps, and a part of a third
+        (8, 64, 227 * 1024, 1),  # shared memory
+        (8, 64, 113 * 1024, 2),
+        (8, 64, 114 * 1024, 1),  # that the system's 1 KB makes too much
+    ],
+)
+def test_blocks_of_a_multiprocessor(warps: int, registers: int, shared: int, blocks: int) -> None:
+    kernel = Built("_", warps, registers, 0, shared, 0, "")
+    assert model.blocks(kernel) == blocks

@@ -1,0 +1,99 @@
+"""Every kernel that ships, compiled as its launcher starts it: no spills, tensor cores, memory.
+
+Needs no GPU. sm_90 in every run, the other targets in the slow one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.driver import driver
+
+from bench._compile import Built, build, cases
+from repsim_kernels.kernels.triton import _launch
+
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block may have
+TENSOR_MEMORY = 512  # columns, of sm_100
+LOCAL = 0  # bytes: no registers in memory, and nothing else of a thread's own
+
+TARGETS = [
+    pytest.param(80, id="sm_80", marks=pytest.mark.slow),
+    pytest.param(90, id="sm_90"),
+    pytest.param(100, id="sm_100", marks=pytest.mark.slow),
+]
+CASES = [pytest.param(case, id=f"{module}: {case.name}") for module, case in cases()]
+
+
+def assert_fits(kernel: Built, arch: int) -> None:
+    assert kernel.local <= LOCAL, f"{kernel.name} spills to {kernel.local} bytes of local memory"
+    assert kernel.shared <= SHARED[arch], f"{kernel.name}: {kernel.shared} bytes of shared memory"
+    assert kernel.tensor_memory <= TENSOR_MEMORY, f"{kernel.name}: {kernel.tensor_memory} columns"
+
+
+def assert_products(kernels: tuple[Built, ...], wanted: bool) -> None:
+    """Tensor cores where they are wanted, and else none that would round float32's products."""
+    used = any(kernel.tensor_cores not in ("", "DMMA") for kernel in kernels)
+    assert used == wanted, f"tensor cores {'used' if used else 'not used'}: {kernels}"
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("case", CASES)
+def test_what_ships(case: _launch.Case, arch: int) -> None:
+    kernels = build(case, arch)
+    assert kernels
+    for kernel in kernels:
+        assert_fits(kernel, arch)
+    assert_products(kernels, case.products)
+
+
+@triton.jit
+def _square_kernel(x_ptr, PRECISION: tl.constexpr):
+    i = tl.arange(0, 64)
+    places = x_ptr + 64 * i[:, None] + i[None, :]  # (64, 64)
+    x = tl.load(places)
+    tl.store(places, tl.dot(x, x, input_precision=PRECISION))
+
+
+def square(precision: str, **options: int) -> _launch.Case:
+    def call(device: torch.device) -> None:
+        x = torch.empty(64, 64, device=device)
+        _launch.launch(_square_kernel, (1,), x, PRECISION=precision, **options)
+
+    return _launch.Case("square", call, _launch.Floor(0, 0), products=True)
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_the_gates_close(arch: int) -> None:
+    (good,) = build(square("tf32"), arch)
+    (bad,) = build(square("ieee", maxnreg=32), arch)
+    assert_fits(good, arch)
+    assert_products((bad, good), wanted=True)
+    assert_products((bad,), wanted=False)
+    with pytest.raises(AssertionError, match=r"spills to [1-9]\d* bytes"):
+        assert_fits(bad, arch)
+    for large in ({"shared": SHARED[arch] + 1}, {"tensor_memory": TENSOR_MEMORY + 1}):
+        with pytest.raises(AssertionError, match=r"bytes of shared memory|columns"):
+            assert_fits(dataclasses.replace(good, **large), arch)
+    with pytest.raises(AssertionError, match="cores not used"):
+        assert_products((bad,), wanted=True)
+    with pytest.raises(AssertionError, match="cores used"):
+        assert_products((bad, good), wanted=False)
+
+
+def test_what_is_patched_is_put_back() -> None:
+    def state() -> tuple[object, ...]:
+        return driver._active, _launch.launch, _launch.capability, _launch.unsupported
+
+    def fail(device: torch.device) -> None:
+        assert _launch.capability(device) == (8, 0)
+        assert _launch.unsupported(torch.empty(1, device=device)) is None
+        raise OSError("as it should")
+
+    before = state()
+    with pytest.raises(OSError, match="as it should"):
+        build(_launch.Case("fails", fail, _launch.Floor(0, 0)), 80)
+    assert state() == before
