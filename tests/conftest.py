@@ -10,7 +10,7 @@ import torch
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
-    count = sum("gpu" in report.keywords for report in skipped)
+    count = sum("gpu" in getattr(report, "keywords", ()) for report in skipped)
     if count:
         terminalreporter.write_line(f"{count} GPU tests skipped: no CUDA device (pytest -m gpu)")
 
