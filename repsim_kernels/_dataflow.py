@@ -65,6 +65,10 @@ class Trace:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
         return getattr(self._interpreter, node.op)(node.target, args, kwargs)
 
+    def module(self, node: fx.Node) -> nn.Module:
+        module: nn.Module = self._interpreter.fetch_attr(str(node.target))
+        return module
+
     def split(self, images: Tensor) -> Split:
         """Run the network as under a hook that returns a clone, and see who touches what."""
         own = [*self._model.named_parameters(), *self._model.named_buffers()]

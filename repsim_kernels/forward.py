@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from repsim_kernels import _arrays, _check
+from repsim_kernels import _arrays, _check, _fusion
 from repsim_kernels._dataflow import Split, Trace, Values, tensors, version
+from repsim_kernels._fusion import Cells
 from repsim_kernels.errors import DeviceError, DtypeError, LayerError, OptionError, ShapeError
 
 
@@ -38,6 +40,10 @@ class AblatedForward:
     -----
     Where a prefix meets a new shape, layout or dtype of images, the cut is first tried on two of
     them against whole passes, which finds randomness and hidden state. No method tracks gradients.
+
+    On CUDA, unless ``REPSIM_BACKEND=torch``, Triton kernels make the masked copies together with a
+    ReLU or ReLU6 behind the layer; for several cells at once also with an eval-mode batch norm, or
+    a 1x1 convolution or linear layer, which then need no copies.
     """
 
     def __init__(self, model: nn.Module, layer: str) -> None:
@@ -113,7 +119,7 @@ class AblatedForward:
         _check_eval(self.model)
         with _without_grad():
             if state._intact is None:
-                state._intact = self._tail(state, None)
+                state._intact = self._tail(state)
             return state._intact.clone()
 
     def logits(
@@ -160,31 +166,30 @@ class AblatedForward:
             memory = int(_check.number(memory, "memory", low=1))
         intact = self.intact(state)
         act = state.activation
-        units = act.shape[1:]
-        checked, n_cells = _check.cells(cells, units.numel(), n_cells)
+        checked, n_cells = _check.cells(cells, act[0].numel(), n_cells)
         table = _arrays.to_torch(checked, str(act.device))  # (p,) labels or (C, p) membership
-        overlapping = table.dtype == torch.bool
         with _without_grad():
             alive = (act != 0).any(0).reshape(-1)  # (p,)
-            if overlapping:
+            if table.dtype == torch.bool:
                 runs = (table & alive).any(1)
             else:
                 runs = torch.bincount(table[alive & (table >= 0)], minlength=n_cells) > 0
             out = intact.expand(n_cells, *intact.shape).clone()
             for ids in _batches(runs.nonzero()[:, 0], state._split, act, memory):
-                masks = table[ids] if overlapping else table == ids[:, None]
-                ablated = self._tail(state, masks.view(-1, *units))
+                ablated = self._tail(state, Cells(checked, table, ids))
                 out[ids] = ablated.view(-1, *intact.shape)
             return out
 
     def _prove(self, split: Split, images: Tensor) -> bool:
         """Hold the cut network against the whole one; say whether cells may run together."""
         state = self._head(split, images)
-        units = state.activation.shape[1:]
-        masks = torch.arange(2 * units.numel(), device=images.device).view(2, *units) % 2 == 0
-        masks[1] = False
-        half, intact = self._tail(state, masks[:1]), self._tail(state, None)
-        handle = self._module.register_forward_hook(lambda _m, _i, out: _masked(out, masks[:1]))
+        act = state.activation
+        labels = -(np.arange(act[0].numel()) % 2)  # cell 0 is every second unit, cell 1 is empty
+        table, ids = torch.from_numpy(labels).to(act.device), torch.arange(2, device=act.device)
+        one, two = Cells(labels, table, ids[:1]), Cells(labels, table, ids)
+        mask = one.masks().view(1, *act.shape[1:])
+        half, intact = self._tail(state, one), self._tail(state)
+        handle = self._module.register_forward_hook(lambda _m, _i, out: _masked(out, mask))
         try:
             whole = self.model(_copy(images))
         finally:
@@ -195,7 +200,7 @@ class AblatedForward:
                 "randomness or hidden state, which uses the layer's output only as a value"
             )
         try:
-            both = self._tail(state, masks)
+            both = self._tail(state, two)
         except Exception:  # whatever comes of a batch size that is fixed somewhere
             return False
         return _close(both, torch.cat([half, intact]), least=1e-2)  # TF32 differs by 1e-3
@@ -211,18 +216,23 @@ class AblatedForward:
                 del values[x]
         return State(values[trace.cut], {x: values[x] for x in split.inputs}, split, self)
 
-    def _tail(self, state: State, masks: Tensor | None) -> Tensor:
-        """(C n, k): what follows the layer, for masks (C, …) of one stimulus or for none."""
+    def _tail(self, state: State, cells: Cells | None = None) -> Tensor:
+        """(C n, k): what follows the layer, masked for C cells or not at all."""
         trace, split = self._trace, state._split
         values = {trace.cut: state.activation, **state._values}
-        changed = [x for x in split.changed if masks is None or x is not trace.cut]
+        changed = [x for x in split.changed if cells is None or x is not trace.cut]
         fresh = copy.deepcopy([values[x] for x in changed])  # at once: views of one tensor stay so
         values.update(zip(changed, fresh, strict=True))
-        if masks is not None:
-            values[trace.cut] = _masked(state.activation, masks)
-            if len(masks) > 1:
-                values.update((x, _tiled(values[x], len(masks))) for x in split.varying)
-        for step in split.tail:
+        steps = split.tail
+        if cells is not None:
+            if len(cells.ids) > 1:
+                values.update((x, _tiled(values[x], len(cells.ids))) for x in split.varying)
+            if _fusion.serves(state.activation):
+                steps = _fusion.run(trace, split, values, cells)
+            else:
+                masks = cells.masks().view(-1, *state.activation.shape[1:])
+                values[trace.cut] = _masked(state.activation, masks)
+        for step in steps:
             values[step.node] = trace.run(step.node, values)
             for x in step.dropped:
                 del values[x]

@@ -7,7 +7,6 @@ masked copies are never stored.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 
 import torch
@@ -31,23 +30,25 @@ class Launch:
 
 
 def choose(
-    rows: int,
-    channels: int,
-    outs: int,
-    cells: int,
-    dtype: torch.dtype,
-    precision: str,
-    capability: tuple[int, int],
+    outs: int, cells: int, dtype: torch.dtype, precision: str, capability: tuple[int, int]
 ) -> Launch:
-    """Settings for products of rows x channels with channels x outs, for a number of cells."""
+    """Settings for a number of outputs and cells."""
     together = min(4, triton.next_power_of_2(cells))
+    ieee = dtype == torch.float32 and precision == "ieee"
     return Launch(
+        # Four cells of 32 pixels: a quarter of the reads, still in segments of 128 bytes, and 128
+        # rows for the tensor cores. Without those, tiles of half the size stay in 128 registers.
         cells=together,
-        rows=128 // together,
+        rows=(64 if ieee and outs > 32 else 128) // together,
+        # Of 64 outputs for 24 most would be for nothing.
         outs=32 if outs <= 32 else 64,
-        depth=32,
+        # 64 bytes of a pixel. At 32 numbers the halves of tf32x3 spill on 8.0; on 10.0, where the
+        # sums have memory of their own, they do at 16, as the compiler then aims at 80 registers.
+        depth=16 if dtype == torch.float32 and capability < (10, 0) else 32,
+        # 64 steps of 8: what truncation takes stays near float32's rounding.
         inner=512,
-        num_warps=4 if outs <= 32 else 8,
+        # With 4 warps tf32x3 needs 200 registers and more.
+        num_warps=8,
         num_stages=3,
     )
 
@@ -169,41 +170,38 @@ def masked_pointwise(
     last = x.stride(2) == 1
     table = table.contiguous() if last else table.mT.contiguous().mT
 
-    empty = partial(torch.empty, dtype=activation.dtype, device=activation.device)
     if convolution and (not last or activation.is_contiguous()):
-        result = empty(n_ids * n, outs, *sizes)
+        result = activation.new_empty(n_ids * n, outs, *sizes)
         out = result.view(-1, outs, pixels).mT  # (n_ids n, pixels, outs)
     else:
-        result = empty(n_ids * n, *sizes, outs)
+        result = activation.new_empty(n_ids * n, *sizes, outs)
         out = result.view(-1, pixels, outs)
         result = result.movedim(-1, 1) if convolution else result
     if result.numel() == 0:
         return result
 
     rows = n * pixels
-    conf = launch or choose(
-        rows, channels, outs, n_ids, activation.dtype, precision,
-        _launch.capability(activation.device),
-    )  # fmt: skip
+    dtype, capability = activation.dtype, _launch.capability(activation.device)
+    conf = launch or choose(outs, n_ids, dtype, precision, capability)
     out_tiles, cell_tiles = -(-outs // conf.outs), -(-n_ids // conf.cells)
-    # The products of float16 and bfloat16 are exact in TF32; the interpreter can't multiply the
-    # latter.
-    narrow = activation.dtype != torch.float32
-    if narrow and not (_launch.interpreted() and activation.dtype == torch.bfloat16):
-        product = tl.float16 if activation.dtype == torch.float16 else tl.bfloat16
-    else:
-        product = tl.float32
     _launch.launch(
         _masked_pointwise_kernel, (-(-rows // conf.rows) * out_tiles * cell_tiles,),
         x, table, weight.reshape(outs, channels).contiguous(), scale, bias, out,
         rows, pixels, channels, outs, n_ids, out_tiles, cell_tiles,
         *x.stride(), *table.stride()[1:], n * out.stride(0), *out.stride(),
         CHANNELS_LAST=last, ACTIVATE=activate,
-        PRODUCT=product, PRECISION="tf32" if narrow else precision,
+        PRODUCT=product_type(dtype), PRECISION=precision,
         CELLS=conf.cells, ROWS=conf.rows, OUTS=conf.outs, DEPTH=conf.depth, INNER=conf.inner,
         num_warps=conf.num_warps, num_stages=conf.num_stages,
     )  # fmt: skip
     return result
+
+
+def product_type(dtype: torch.dtype) -> tl.dtype:
+    """The type in which tiles of a dtype are multiplied."""
+    if dtype == torch.bfloat16:  # which the interpreter multiplies wrongly
+        return tl.float32 if _launch.interpreted() else tl.bfloat16
+    return tl.float16 if dtype == torch.float16 else tl.float32
 
 
 def _bits(masks: Tensor) -> Tensor:

@@ -1,0 +1,298 @@
+"""What follows a masked layer and is done by one kernel together with the mask.
+
+Kernels take over the first operations of a tail where nothing else uses what is between them. One
+cell at a time the result has to be a forward hook's, bit for bit, which of these only the mask and
+ReLU keep; several cells together are the same to rounding.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from repsim_kernels._dataflow import Split, Step, Trace, Values
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Some of the cells of a layer's units."""
+
+    labels: np.ndarray[Any, Any]  # (p,), or memberships (C, p)
+    table: Tensor  # the same on the activation's device
+    ids: Tensor  # those that are wanted, on the activation's device
+
+    def masks(self) -> Tensor:
+        """(len(ids), p): the units of each wanted cell."""
+        if self.table.dtype == torch.bool:
+            return self.table[self.ids]
+        return self.table == self.ids[:, None]
+
+
+def serves(activation: Tensor) -> bool:
+    """Whether the Triton kernels take this activation.
+
+    On CUDA unless REPSIM_BACKEND names another backend; on a CPU, in Triton's interpreter, if it
+    is on and REPSIM_BACKEND names Triton.
+    """
+    named = os.environ.get("REPSIM_BACKEND") or None
+    if activation.device.type == "cuda":
+        wanted = named in (None, "triton")
+    else:
+        wanted = named == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if not wanted or importlib.util.find_spec("triton") is None:
+        return False
+    from repsim_kernels.kernels.triton import ablate
+
+    return ablate.unsupported(activation) is None
+
+
+def run(trace: Trace, split: Split, values: Values, cells: Cells) -> list[Step]:
+    """Mask the cut's value for some cells, and do as much of the tail as one kernel can.
+
+    Leaves in ``values`` what the rest of the tail needs, and gives its steps.
+    """
+    plan = _plan(trace, split, values, several=len(cells.ids) > 1)
+    done, rest = split.tail[: plan.steps], split.tail[plan.steps :]
+    values[done[-1].node if done else trace.cut] = _start(values[trace.cut], cells, plan)
+    for step in done:
+        for x in step.dropped:
+            values.pop(x, None)
+    return rest
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """A batch norm in eval mode."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift, rounded to float32 once."""
+        scale = (self.var.double() + self.eps).rsqrt()
+        if self.weight is not None:
+            scale = scale * self.weight.double()
+        shift = -self.mean.double() * scale
+        if self.bias is not None:
+            shift = shift + self.bias.double()
+        return scale.float(), shift.float()
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A linear layer, or a 1x1 convolution."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def fits(self, x: Tensor, flat: bool) -> bool:
+        """Whether the kernels can do it behind the mask of an activation."""
+        from repsim_kernels.kernels.triton.masked_pointwise import unsupported
+
+        if torch.is_autocast_enabled(x.device.type) or (flat and self.weight.ndim > 2):
+            return False
+        return unsupported(x, self.weight, self.bias) is None
+
+
+_Operation = _Norm | _Product | Literal["relu", "relu6", "flatten", "nothing"] | None
+
+
+@dataclass
+class _Plan:
+    """What one kernel does behind the mask, in this order."""
+
+    x: Tensor  # the activation
+    several: bool  # whether there is more than one cell
+    steps: int = 0  # of the tail
+    flat: bool = False
+    product: _Product | None = None
+    norm: tuple[Tensor, Tensor] | None = None  # scale and shift
+    activate: str = "none"
+
+    def takes(self, operation: _Operation) -> bool:
+        """Add an operation, if a kernel does it together with those that are there."""
+        begun = self.product is not None or self.norm is not None
+        waiting = self.flat and self.product is None  # for the linear layer behind a flatten
+        if operation is None or self.activate != "none":
+            return False
+        if operation == "relu" or operation == "relu6":
+            if waiting:
+                return False
+            self.activate = operation
+        elif not self.several:
+            return False
+        elif operation == "flatten":
+            if begun or self.flat:
+                return False
+            self.flat = True
+        elif isinstance(operation, _Product):
+            if begun or not operation.fits(self.x, self.flat):
+                return False
+            self.product = operation
+        elif isinstance(operation, _Norm):
+            if self.norm is not None or waiting or self._last_is_not_channels():
+                return False
+            self.norm = operation.folded()
+        return True
+
+    def _last_is_not_channels(self) -> bool:
+        """Whether a batch norm would take another dimension than the outputs of a linear layer."""
+        linear = self.product is not None and self.product.weight.ndim == 2
+        return linear and self.x.ndim > 2 and not self.flat
+
+
+def _plan(trace: Trace, split: Split, values: Values, several: bool) -> _Plan:
+    node = trace.cut
+    plan = _Plan(values[node], several)
+    for count, step in enumerate(split.tail, 1):
+        if set(node.users) != {step.node}:
+            break
+        node = step.node
+        operation = _operation(trace, split, values, node)
+        if operation == "nothing":
+            continue
+        if not plan.takes(operation):
+            break
+        if operation != "flatten":
+            plan.steps = count
+    return plan
+
+
+def _start(activation: Tensor, cells: Cells, plan: _Plan) -> Tensor:
+    """(C n, …): the activation masked for each cell, and what the plan says behind it."""
+    if plan.product is None:
+        from repsim_kernels.kernels.triton.ablate import Epilogue, ablate
+
+        epilogue = Epilogue(plan.norm, plan.activate)
+        return ablate(activation, cells.table, cells.ids, epilogue=epilogue)
+    x = activation.flatten(1) if plan.flat else activation
+    weight, bias, scale = plan.product.weight, plan.product.bias, None
+    if plan.norm is not None:
+        scale, shift = plan.norm
+        bias = shift if bias is None else (bias.double() * scale + shift).float()
+    if x.ndim == 2 and cells.labels.ndim == 1:
+        from repsim_kernels.kernels.triton.linear_cells import linear_cells
+
+        ids = cells.ids.tolist()
+        return linear_cells(x, cells.labels, weight, bias, ids, scale=scale, activate=plan.activate)
+    from repsim_kernels.kernels.triton.masked_pointwise import masked_pointwise
+
+    return masked_pointwise(
+        x, cells.table, cells.ids, weight, bias, scale=scale, activate=plan.activate
+    )
+
+
+def _operation(trace: Trace, split: Split, values: Values, node: fx.Node) -> _Operation:
+    """What a node does to its first argument, if that is known, and the same for all stimuli."""
+    if node.op == "call_module":
+        return _module(trace.module(node)) if len(node.args) == 1 and not node.kwargs else None
+    function = (_METHODS if node.op == "call_method" else _FUNCTIONS).get(node.target)
+    rest: tuple[Any, ...] = (node.args[1:], node.kwargs)
+    operands: list[fx.Node] = []
+    fx.node.map_arg(rest, operands.append)
+    if function is None or any(x not in split.inputs or x in split.varying for x in operands):
+        return None
+    args, kwargs = fx.node.map_arg(rest, values.__getitem__)
+    return function(*args, **kwargs)
+
+
+def _module(module: nn.Module) -> _Operation:
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return None
+    match module:
+        case nn.Identity() | nn.Dropout() | nn.Dropout1d() | nn.Dropout2d() | nn.Dropout3d():
+            operation: _Operation = "nothing"
+        case nn.ReLU():
+            operation = "relu"
+        case nn.ReLU6():
+            operation = "relu6"
+        case nn.Flatten(start_dim=1, end_dim=-1):
+            operation = "flatten"
+        case nn.Linear(weight=weight, bias=bias):
+            operation = _Product(weight, bias)
+        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d() as c:
+            operation = _conv(c.weight, c.bias, c.stride, c.padding, groups=c.groups)
+        case nn.BatchNorm1d() | nn.BatchNorm2d() | nn.BatchNorm3d() as b:
+            operation = _batch_norm(b.running_mean, b.running_var, b.weight, b.bias, eps=b.eps)
+        case _:
+            return None
+    # A class of someone's own may do more; PyTorch makes one where it parametrizes a module.
+    return operation if type(module).__module__.startswith("torch.nn.modules.") else None
+
+
+def _batch_norm(
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> _Operation:
+    if training or mean is None or var is None:
+        return None
+    return _Norm(mean, var, weight, bias, eps)
+
+
+def _conv(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> _Operation:
+    def every(sizes: Any, wanted: int) -> bool:
+        return all(k == wanted for k in (sizes if isinstance(sizes, (tuple, list)) else [sizes]))
+
+    pointwise = every(tuple(weight.shape[2:]), 1) and every(stride, 1) and every(padding, 0)
+    return _Product(weight, bias) if pointwise and groups == 1 else None
+
+
+def _linear(weight: Tensor, bias: Tensor | None = None) -> _Operation:
+    return _Product(weight, bias)
+
+
+def _flatten(start_dim: int = 0, end_dim: int = -1) -> _Operation:
+    return "flatten" if (start_dim, end_dim) == (1, -1) else None
+
+
+def _relu(inplace: bool = False) -> _Operation:
+    return "relu"
+
+
+def _relu6(inplace: bool = False) -> _Operation:
+    return "relu6"
+
+
+def _dropout(p: float = 0.5, training: bool = True, inplace: bool = False) -> _Operation:
+    return None if training else "nothing"
+
+
+_METHODS: dict[Any, Callable[..., _Operation]] = {
+    "relu": _relu,
+    "relu_": _relu,
+    "flatten": _flatten,
+}
+_FUNCTIONS: dict[Any, Callable[..., _Operation]] = {
+    F.relu: _relu,
+    torch.relu: _relu,
+    torch.relu_: _relu,
+    F.relu6: _relu6,
+    F.dropout: _dropout,
+    F.batch_norm: _batch_norm,
+    F.linear: _linear,
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _conv),
+    torch.flatten: _flatten,
+}

@@ -1,0 +1,216 @@
+"""A linear layer of activations with a cell of columns set to zero, for many cells in one pass.
+
+The cells partition the columns, so that the layer without a cell is the sum of what the others
+give: every column of the activations and the weights is read once, whatever the number of cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from repsim_kernels.kernels.triton import _launch
+from repsim_kernels.kernels.triton.ablate import activated
+from repsim_kernels.kernels.triton.masked_pointwise import product_type
+
+
+@dataclass(frozen=True)
+class Launch:
+    rows: int  # stimuli of a program
+    outs: int  # outputs of a program
+    depth: int  # columns of a step
+    chunk: int  # columns of a program, in one accumulator of the tensor cores, which truncate
+    block: int  # outputs of a program of the second kernel
+    num_warps: int
+    num_stages: int
+
+
+def choose(n: int, dtype: torch.dtype, precision: str, capability: tuple[int, int]) -> Launch:
+    """Settings for n stimuli."""
+    return Launch(
+        # The weights are gathered once for 64 stimuli.
+        rows=max(16, min(64, triton.next_power_of_2(n))),
+        outs=64,
+        depth=16 if dtype == torch.float32 else 32,
+        # 64 steps of 8: what truncation takes stays near float32's rounding.
+        chunk=512,
+        block=256,
+        num_warps=8,
+        num_stages=3,
+    )
+
+
+def floor(
+    n: int, p: int, outs: int, cells: int, dtype: torch.dtype, precision: str
+) -> _launch.Floor:
+    """Read the activations and the weights once, write the outputs; one product for all cells."""
+    numbers = n * p + p * outs + cells * n * outs
+    return _launch.Floor(numbers * dtype.itemsize, 2 * n * p * outs, precision)
+
+
+def unsupported(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
+    """Why the kernel can't serve this layer; None if it can."""
+    parameters = [weight] if bias is None else [weight, bias]
+    if any(t.dtype != x.dtype for t in parameters):
+        return "it takes weights of the activations' dtype alone"
+    if x.ndim != 2:
+        return "it takes activations (n, p)"
+    return _launch.unsupported(x, *parameters)
+
+
+@triton.jit
+def _parts_kernel(
+    x_ptr, weight_ptr, order_ptr, items_ptr, parts_ptr, n, p, outs, x_row, x_column,
+    PRODUCT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):  # fmt: skip
+    item = tl.program_id(0).to(tl.int64)
+    o = tl.program_id(1) * OUTS + tl.arange(0, OUTS)  # (OUTS,)
+    i = tl.program_id(2) * ROWS + tl.arange(0, ROWS)  # (ROWS,)
+    first = tl.load(items_ptr + 2 * item)
+    last = tl.load(items_ptr + 2 * item + 1)
+    x_at = x_ptr + i.to(tl.int64)[:, None] * x_row
+    w_at = weight_ptr + o.to(tl.int64)[None, :] * p
+    part = tl.zeros((ROWS, OUTS), tl.float32)
+    for step in range(first, last, DEPTH):
+        at = step + tl.arange(0, DEPTH)  # (DEPTH,)
+        column = tl.load(order_ptr + at, mask=at < last, other=0)
+        x_mask = (i < n)[:, None] & (at < last)[None, :]
+        w_mask = (at < last)[:, None] & (o < outs)[None, :]
+        x = tl.load(x_at + column.to(tl.int64)[None, :] * x_column, mask=x_mask, other=0.0)
+        w = tl.load(w_at + column[:, None], mask=w_mask, other=0.0)  # (DEPTH, OUTS)
+        x = x.to(tl.float32).to(PRODUCT)  # (ROWS, DEPTH)
+        w = w.to(tl.float32).to(PRODUCT)
+        part = tl.dot(x, w, part, input_precision=PRECISION)  # (ROWS, OUTS)
+    to = (item * n + i)[:, None] * outs + o[None, :]
+    tl.store(parts_ptr + to, part, mask=(i < n)[:, None] & (o < outs)[None, :])
+
+
+@triton.jit
+def _others_kernel(
+    parts_ptr, ranges_ptr, scale_ptr, bias_ptr, out_ptr, items, size, outs, cells,
+    ACTIVATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,), of (n, outs)
+    mask = e < size
+    total = tl.zeros((BLOCK,), tl.float64)
+    source = parts_ptr
+    for _ in range(0, items):
+        total += tl.load(source + e, mask=mask, other=0.0)
+        source += size
+    for _ in range(0, cells):
+        first = tl.load(ranges_ptr)
+        last = tl.load(ranges_ptr + 1)
+        ranges_ptr += 2
+        own = tl.zeros((BLOCK,), tl.float64)
+        source = parts_ptr + first.to(tl.int64) * size
+        for _ in range(first, last):
+            own += tl.load(source + e, mask=mask, other=0.0)
+            source += size
+        value = total - own
+        # What is NaN or infinite in the cell itself leaves NaN behind.
+        if tl.max((value != value).to(tl.int32), 0) != 0:
+            value = tl.zeros((BLOCK,), tl.float64)
+            source = parts_ptr
+            for item in range(0, items):
+                other = (item < first) | (item >= last)
+                value += tl.load(source + e, mask=mask & other, other=0.0)
+                source += size
+        if scale_ptr is not None:
+            value *= tl.load(scale_ptr + e % outs, mask=mask, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            value += tl.load(bias_ptr + e % outs, mask=mask, other=0.0).to(tl.float32)
+        y = activated(value.to(tl.float32), ACTIVATE).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + e, y, mask=mask)
+        out_ptr += size
+
+
+def linear_cells(
+    x: Tensor,
+    cells: np.ndarray[Any, Any],
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Iterable[int],
+    *,
+    scale: Tensor | None = None,
+    activate: str = "none",
+    precision: str = "tf32x3",
+    launch: Launch | None = None,
+) -> Tensor:
+    """(len(ids) n, outs): ``activate(weight @ x * scale + bias)`` without the columns of a cell.
+
+    ``cells`` are labels (p,) of the columns of x (n, p), and ``ids`` those that are wanted, both on
+    the host.
+    """
+    (n, p), outs, ids = x.shape, len(weight), np.asarray(list(ids), dtype=np.int64)
+    out = x.new_empty(len(ids) * n, outs)
+    if out.numel() == 0:
+        return out
+    conf = launch or choose(n, x.dtype, precision, _launch.capability(x.device))
+    order, items, ranges = _items(cells, ids, conf.chunk)
+    weight = weight.contiguous()
+    parts = torch.empty(len(items), n, outs, dtype=torch.float32, device=x.device)
+
+    def moved(a: np.ndarray[Any, Any]) -> Tensor:
+        return torch.from_numpy(a.astype(np.int32)).to(x.device)
+
+    _launch.launch(
+        _parts_kernel, (len(items), -(-outs // conf.outs), -(-n // conf.rows)),
+        x, weight, moved(order), moved(items), parts, n, p, outs, *x.stride(),
+        PRODUCT=product_type(x.dtype), PRECISION=precision,
+        ROWS=conf.rows, OUTS=conf.outs, DEPTH=conf.depth,
+        num_warps=conf.num_warps, num_stages=conf.num_stages,
+    )  # fmt: skip
+    _launch.launch(
+        _others_kernel, (-(-n * outs // conf.block),),
+        parts, moved(ranges), scale, bias, out, len(items), n * outs, outs, len(ids),
+        ACTIVATE=activate, BLOCK=conf.block, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _items(
+    cells: np.ndarray[Any, Any], ids: np.ndarray[Any, Any], chunk: int
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The columns by cell, the pieces (items, 2) of them, and the items (ids, 2) of each cell.
+
+    A piece is of one cell and of at most ``chunk`` columns; the cells that are not wanted are one.
+    """
+    key = np.where(np.isin(cells, ids), cells, -1)
+    order = np.argsort(key, kind="stable")
+    groups, sizes = np.unique(key, return_counts=True)
+    ends, pieces = np.cumsum(sizes), -(-sizes // chunk)
+    behind = np.cumsum(pieces)
+    rank = np.arange(pieces.sum()) - np.repeat(behind - pieces, pieces)  # in its cell
+    first = np.repeat(ends - sizes, pieces) + chunk * rank
+    items = np.stack([first, np.minimum(first + chunk, np.repeat(ends, pieces))], 1)
+    at = np.minimum(np.searchsorted(groups, ids), len(groups) - 1)
+    last = np.where(groups[at] == ids, behind[at], 0)
+    return order, items, np.stack([last - np.where(last > 0, pieces[at], 0), last], 1)
+
+
+def _case(n: int, p: int, outs: int, cells: int, dtype: torch.dtype) -> _launch.Case:
+    def call(device: torch.device) -> Tensor:
+        return linear_cells(
+            torch.empty(n, p, dtype=dtype, device=device),
+            np.arange(p) % cells,
+            torch.empty(outs, p, dtype=dtype, device=device),
+            torch.empty(outs, dtype=dtype, device=device),
+            range(cells),
+            activate="relu",
+        )
+
+    name = f"{p} to {outs}, {str(dtype)[6:]}"
+    return _launch.Case(name, call, floor(n, p, outs, cells, dtype, "tf32x3"), products=True)
+
+
+AOT_CASES: tuple[_launch.Case, ...] = tuple(
+    _case(50, 9216, 4096, 16, dtype) for dtype in (torch.float32, torch.bfloat16)
+)
