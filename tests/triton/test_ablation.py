@@ -48,11 +48,15 @@ def test_distances(device, data):
 
 
 def test_which_kernels_run(device, launched):
-    x = torch.randn(8, 40, generator=torch.Generator().manual_seed(0)).to(device)
+    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)).to(device).mT
     rk.ablation_distances(x, np.arange(40) % 3, metrics=["cka"], backend="triton")
     assert launched == ["_gram_kernel", "_sum_kernel"]
+    launched.clear()
     rk.ablation_distances(x, np.arange(40) % 3, metrics=["pwcca"], backend="triton")
-    assert launched[2:] == ["_gram_kernel", "_sum_kernel", "_variate_weights_kernel"]
+    assert launched == ["_gram_kernel", "_sum_kernel", "_variate_weights_kernel"]
+    launched.clear()
+    rk.ablation_distances(x.contiguous(), np.arange(40) % 3, metrics=["cka"], backend="triton")
+    assert launched == ["_neuron_major_kernel", "_gram_kernel", "_sum_kernel"]
 
 
 def test_kernels_are_the_default_on_a_gpu_alone(device, launched):

@@ -37,11 +37,11 @@ def choose(
     ieee = dtype == torch.float32 and precision == "ieee"
     return Launch(
         # Four cells of 32 pixels: a quarter of the reads, still in segments of 128 bytes, and 128
-        # rows for the tensor cores. Without those, tiles of half the size stay in 128 registers.
+        # rows for the tensor cores. Without those a program of 8 warps may have 128 registers.
         cells=together,
-        rows=(64 if ieee and outs > 32 else 128) // together,
+        rows=(64 if ieee else 128) // together,
         # Of 64 outputs for 24 most would be for nothing.
-        outs=32 if outs <= 32 else 64,
+        outs=32 if ieee or outs <= 32 else 64,
         # 64 bytes of a pixel. At 32 numbers the halves of tf32x3 spill on 8.0; on 10.0, where the
         # sums have memory of their own, they do at 16, as the compiler then aims at 80 registers.
         depth=16 if dtype == torch.float32 and capability < (10, 0) else 32,
