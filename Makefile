@@ -20,7 +20,7 @@ lint: .venv/dev
 
 slow: .venv/dev .venv/triton-3.6
 	$(BIN)/python -m pytest -m slow
-	PYTHONPATH=.venv/triton-3.6 $(BIN)/python -m pytest -m "" tests/compile
+	PYTHONPATH=.venv/triton-3.6 $(BIN)/python -m pytest tests/compile
 
 check: test lint slow
 

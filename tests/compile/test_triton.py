@@ -1,6 +1,6 @@
 """Every kernel that ships, compiled as its launcher starts it: no spills, tensor cores, memory.
 
-Needs no GPU. sm_90 in every run, the other targets in the slow one.
+Needs no GPU.
 """
 
 from __future__ import annotations
@@ -20,11 +20,7 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block
 TENSOR_MEMORY = 512  # columns, of sm_100
 LOCAL = 0  # bytes: no registers in memory, and nothing else of a thread's own
 
-TARGETS = [
-    pytest.param(80, id="sm_80", marks=pytest.mark.slow),
-    pytest.param(90, id="sm_90"),
-    pytest.param(100, id="sm_100", marks=pytest.mark.slow),
-]
+TARGETS = [pytest.param(arch, id=f"sm_{arch}") for arch in SHARED]
 CASES = [pytest.param(case, id=f"{module}: {case.name}") for module, case in cases()]
 
 

@@ -55,6 +55,18 @@ def test_any_magnitude(device, magnitude):
     np.testing.assert_allclose(got.cpu(), weights(h, x.astype(np.float64)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("strides", [(2**30 + 1, 1), (1, 2**30 + 1)])
+def test_elements_beyond_32_bits(device, strides, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    memory = torch.empty(2**32 + 16, dtype=torch.float16, device=device)
+    x = memory.as_strided((5, 5), strides)
+    x.copy_(torch.randn(5, 5, generator=torch.Generator().manual_seed(4)))
+    h = torch.eye(5, device=device)[:3]
+    got = cca.variate_weights(h, x)
+    want = weights(np.eye(5)[:3], x.cpu().double().numpy())
+    np.testing.assert_allclose(got.cpu(), want, rtol=1e-5)
+
+
 def test_the_tile_is_chosen_by_device_and_precision():
     assert cca.choose(8000, 100_000, torch.float32, "tf32x3", (9, 0)).block_p == 128
     assert cca.choose(8000, 100_000, torch.float32, "tf32x3", (8, 0)).block_p == 64

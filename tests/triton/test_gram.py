@@ -132,6 +132,21 @@ def test_any_magnitude(device, magnitude):
     assert_gram_close(rk.centered_gram(x.to(device), backend="triton"), want, GRAM["tf32x3"])
 
 
+@pytest.mark.parametrize("strides", [(2**30 + 1, 1), (1, 2**30 + 1)])
+def test_elements_beyond_32_bits(device, strides, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    memory = torch.empty(2**32 + 16, dtype=torch.float16, device=device)
+    x = memory.as_strided((5, 5), strides)
+    x.copy_(torch.randn(5, 5, generator=torch.Generator().manual_seed(4)))
+    want = rk.centered_gram(x.cpu().double(), backend="reference")
+    whole = gram.centered_gram(x, kernel="linear", sigma=None)
+    assert_gram_close(whole, want, GRAM["tf32x3"])
+    cells = gram.cell_sums(x, np.array([0, 1, 0, 1, 1]), 2, True)
+    assert_gram_close(cells[0].sum(0), want, GRAM["tf32x3"])
+    shift = torch_gram.cell_sums(x.cpu().double(), np.array([0, 1, 0, 1, 1]), 2, True)[2]
+    np.testing.assert_allclose(cells[2].cpu(), shift, atol=1e-5)
+
+
 def test_a_run_gives_the_same_bits_again(device):
     x = torch.randn(20, 90, generator=torch.Generator().manual_seed(3)).to(device)
     cells = np.arange(90) % 4

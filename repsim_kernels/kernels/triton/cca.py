@@ -74,7 +74,7 @@ def _variate_weights_kernel(
     scale = tl.load(scale_ptr)
     total = tl.zeros((BLOCK_K,), dtype=tl.float64)
     for start in range(piece * chunk, tl.minimum((piece + 1) * chunk, p), BLOCK_P):
-        neuron = start + tl.arange(0, BLOCK_P)
+        neuron = (start + tl.arange(0, BLOCK_P)).to(tl.int64)
         inside = neuron < p
         source = x_ptr + neuron * stride_p
         origin = tl.load(source, mask=inside, other=0).to(tl.float32)  # (BLOCK_P,)

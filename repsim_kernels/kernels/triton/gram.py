@@ -108,7 +108,7 @@ def _gram_kernel(
         for step in range(start, tl.minimum(start + INNER, last), BLOCK_P):
             at = step + tl.arange(0, BLOCK_P)
             inside = at < last
-            column = at
+            column = at.to(tl.int64)
             if GATHER:
                 column = tl.load(order_ptr + at, mask=inside, other=0).to(tl.int64)
             source = x_ptr + base + column * stride_p
