@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from _tol import DISTANCE, assert_close
 from _toy import toy_study
 
@@ -13,6 +14,7 @@ KEYS = ["model", "class", "layer", "cell", "size"]
 
 
 def test_a_study_by_kernels(device, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     names: set[str] = set()
     run = _launch.launch
 
