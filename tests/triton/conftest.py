@@ -32,6 +32,15 @@ def device() -> torch.device:
     return torch.device("cpu" if INTERPRETED else "cuda")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def exact_convolutions() -> Iterator[None]:
+    """Those of PyTorch, which the kernels are held against, without TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
 @pytest.fixture(autouse=True)
 def poison() -> Iterator[None]:
     """Memory that a launcher leaves unwritten holds NaN (or the largest integer).

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from _tol import DISTANCE, assert_close
 from _toy import toy_study
 
@@ -14,7 +13,6 @@ KEYS = ["model", "class", "layer", "cell", "size"]
 
 
 def test_a_study_by_kernels(device, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     names: set[str] = set()
     run = _launch.launch
 
