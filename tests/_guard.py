@@ -1,4 +1,4 @@
-"""Inputs whose neighbours in memory are NaN: a read out of bounds shows in the result."""
+"""Inputs that show wrong addresses: NaN for neighbours in memory, and places beyond 32 bits."""
 
 from __future__ import annotations
 
@@ -14,4 +14,17 @@ def guarded(x: Tensor) -> Tensor:
     memory = torch.full((extent + 2 * _MARGIN,), torch.nan, dtype=x.dtype, device=x.device)
     view = memory.as_strided(x.shape, x.stride(), _MARGIN)
     view.copy_(x)
+    return view
+
+
+def far_apart(values: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """float16 values with strides of up to 2^30 elements, of which only their own are touched."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        memory = torch.empty(2**32 + 16, dtype=torch.float16, device=values.device)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+    view = memory.as_strided(values.shape, strides)
+    view.copy_(values)
     return view
