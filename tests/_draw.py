@@ -139,6 +139,20 @@ def memberships(draw: st.DrawFn, p: int, max_cells: int = 5) -> np.ndarray:
 
 
 @st.composite
+def tables(draw: st.DrawFn, p: int, least: int = 1, most: int = 10) -> tuple[Any, Any]:
+    """Labels or memberships of up to 4 cells, and `least` to `most` of them in any order."""
+    import torch
+
+    if draw(st.booleans()):
+        table = draw(memberships(p, max_cells=4))
+        n_cells = len(table)
+    else:
+        table, n_cells = draw(labels(p, max_cells=4))
+    ids = draw(st.lists(st.integers(0, n_cells - 1), min_size=least, max_size=most))
+    return torch.from_numpy(table), torch.tensor(ids, dtype=torch.int64)
+
+
+@st.composite
 def classes(draw: st.DrawFn, n: int, max_classes: int = 4) -> np.ndarray:
     """A class for each of n stimuli, 0 to k - 1, k at least 2 and no class empty."""
     k = draw(st.integers(2, min(max_classes, n)))

@@ -9,9 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from repsim_kernels.kernels.triton import _launch
 
 # cuBLAS is deterministic only with a workspace of its own, asked for before its first use.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -50,3 +53,18 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The kernels that run: the name and the grid of each, and what it is given, by name."""
+    seen: list[dict[str, Any]] = []
+    start = _launch.launch
+
+    def spy(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        given = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+        seen.append({"kernel": kernel.fn.__name__, "grid": grid} | given)
+        start(kernel, grid, *arguments, **options)
+
+    monkeypatch.setattr(_launch, "launch", spy)
+    return seen

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from _draw import SEEDS, labels, memberships
+from _draw import SEEDS, tables
 from _guard import guarded
 from _tol import GRAM, OUTPUT, Tol, as_numpy, assert_close
 from hypothesis import given, settings
@@ -59,18 +59,6 @@ def layers(draw):
     bias = normal(outs).to(dtype) if draw(st.booleans()) else None
     scale = normal(outs) if draw(st.booleans()) else None
     return x.movedim(-1, 1) if convolution else x, weight, bias, scale
-
-
-@st.composite
-def tables(draw, p):
-    """Labels or memberships, and some of the cells in any order."""
-    if draw(st.booleans()):
-        table = draw(memberships(p, max_cells=4))
-        n_cells = len(table)
-    else:
-        table, n_cells = draw(labels(p, max_cells=4))
-    ids = draw(st.lists(st.integers(0, n_cells - 1), min_size=1, max_size=10))
-    return torch.from_numpy(table), torch.tensor(ids)
 
 
 def masked(x, table, ids):
@@ -167,14 +155,7 @@ def test_masks_in_the_bits_of_bytes():
     assert not bits.reshape(16, 5)[11:].any()
 
 
-def test_one_launch_in_which_cells_share_what_is_read(device, monkeypatch):
-    grids, launch = [], _launch.launch
-
-    def launched(kernel, grid, *arguments, **options):
-        grids.append(grid)
-        launch(kernel, grid, *arguments, **options)
-
-    monkeypatch.setattr(_launch, "launch", launched)
+def test_one_launch_in_which_cells_share_what_is_read(device, launches):
     x = torch.randn(3, 5, 4, 4, device=device)
     masked_pointwise(
         x,
@@ -183,7 +164,9 @@ def test_one_launch_in_which_cells_share_what_is_read(device, monkeypatch):
         torch.randn(20, 5, 1, 1, device=device),
         launch=Launch(4, 8, 16, 16, 16, 4, 1),
     )
-    assert grids == [(6 * 2 * 2,)]  # 48 pixels by 8, 20 outputs by 16, 5 cells by 4
+    assert [seen["grid"] for seen in launches] == [
+        (6 * 2 * 2,)
+    ]  # 48 pixels by 8, 20 outputs by 16, 5 cells by 4
 
 
 def test_settings():

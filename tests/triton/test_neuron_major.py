@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -42,20 +41,6 @@ def activations(draw: st.DrawFn) -> torch.Tensor:
     order = tuple(draw(st.permutations(range(len(shape)))))
     steps = tuple(draw(st.sampled_from([1, 1, 1, 2])) for _ in shape)
     return laid_out(shape, order, draw(st.sampled_from(DTYPES)), steps, draw(SEEDS))
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What each kernel that runs is given, by name."""
-    seen: list[dict[str, Any]] = []
-    start = _launch.launch
-
-    def spy(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-        seen.append(dict(zip(kernel.arg_names, arguments, strict=False)) | options)
-        start(kernel, grid, *arguments, **options)
-
-    monkeypatch.setattr(_launch, "launch", spy)
-    return seen
 
 
 def assert_copied(x: torch.Tensor, launch: Launch | None = None) -> torch.Tensor:

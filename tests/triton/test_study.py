@@ -7,26 +7,18 @@ from _tol import DISTANCE, assert_close
 from _toy import toy_study
 
 from experiments.stats import CHANGES, METRICS
-from repsim_kernels.kernels.triton import _launch
 
 KEYS = ["model", "class", "layer", "cell", "size"]
 
 
-def test_a_study_by_kernels(device, monkeypatch, tmp_path):
-    names: set[str] = set()
-    run = _launch.launch
-
-    def noting(kernel, *arguments, **options):
-        names.add(kernel.fn.__name__)
-        run(kernel, *arguments, **options)
-
-    monkeypatch.setattr(_launch, "launch", noting)
+def test_a_study_by_kernels(device, launches, monkeypatch, tmp_path):
     study = toy_study(targets=[0, 2], grid=(2, 3), device=device)
     monkeypatch.setenv("REPSIM_BACKEND", "torch")
     want = study.run(out=tmp_path / "torch")
-    assert not names
+    assert not launches
     monkeypatch.setenv("REPSIM_BACKEND", "triton")
     got = study.run(out=tmp_path / "triton")
+    names = {seen["kernel"] for seen in launches}
     assert names >= {"_gram_kernel", "_sum_kernel", "_shift_kernel", "_variate_weights_kernel"}
     assert got[KEYS].equals(want[KEYS])
     assert len(got) == 2 * 2 * 6

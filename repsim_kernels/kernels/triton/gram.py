@@ -67,7 +67,7 @@ def floor(n: int, p: int, itemsize: int, grams: int, precision: str) -> _launch.
     return _launch.Floor(n * p * itemsize + grams * n * n * 8, n * (n + 1) * p, precision)
 
 
-def unsupported(x: Tensor, **options: object) -> str | None:
+def unsupported(x: Tensor) -> str | None:
     return _launch.unsupported(x)
 
 
