@@ -21,6 +21,7 @@ OPERATIONS = {
     "pairwise": ("pairwise",),
     "ablation": ("ablation_distances",),
     "probe": ("ablation_decodability",),
+    "spectral": ("gram_ablation_distances", "eigh", "svd"),
 }
 _ERRORS = (
     "RepsimError",
@@ -33,6 +34,7 @@ _ERRORS = (
     "OptionError",
     "DeviceError",
     "LayerError",
+    "ConvergenceError",
     "BackendUnavailable",
 )
 _WHERE = {
@@ -65,6 +67,9 @@ if TYPE_CHECKING:
     from repsim_kernels.ops.procrustes import procrustes as procrustes
     from repsim_kernels.ops.procrustes import procrustes_distance as procrustes_distance
     from repsim_kernels.ops.rsa import rsa as rsa
+    from repsim_kernels.ops.spectral import eigh as eigh
+    from repsim_kernels.ops.spectral import gram_ablation_distances as gram_ablation_distances
+    from repsim_kernels.ops.spectral import svd as svd
 
 
 def __getattr__(name: str) -> Any:

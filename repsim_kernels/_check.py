@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -15,18 +13,17 @@ from repsim_kernels._arrays import Array
 from repsim_kernels.errors import (
     CellError,
     ConstantError,
-    DegenerateWarning,
     DeviceError,
     DtypeError,
     LabelError,
     NonFiniteError,
-    OptionError,
     RepsimError,
     ShapeError,
 )
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
-_LARGEST, _SMALLEST = 1e70, 1e-70
+_LARGEST = 1e70
+_ASYMMETRY = 1e-5  # what float32 products leave
 
 
 def _dtype(a: Array) -> str:
@@ -45,7 +42,7 @@ def _real(a: Array, name: str) -> Array:
     )
 
 
-def _finite(a: Array, name: str) -> None:
+def _finite(a: Array, name: str, limit: float = _LARGEST) -> None:
     # The order of the elements does not matter here, and reductions are fastest over dense memory.
     dense = a if _arrays.kind(a) != "torch" or a.is_contiguous() else a.mT
     low, high = (float(v) for v in (dense.min(), dense.max()))
@@ -58,10 +55,10 @@ def _finite(a: Array, name: str) -> None:
             f"{where}); expected finite numbers"
         )
     largest = max(-low, high)
-    if largest > _LARGEST or 0 < largest < _SMALLEST:
+    if largest > limit or 0 < largest < 1 / limit:
         raise NonFiniteError(
-            f"{name}: the largest magnitude is {largest:.3g}; expected between {_SMALLEST:g} and "
-            f"{_LARGEST:g}, where squares of Gram matrices fit float64 (rescale it)"
+            f"{name}: the largest magnitude is {largest:.3g}; expected between {1 / limit:g} and "
+            f"{limit:g}, where squares of Gram matrices fit float64 (rescale it)"
         )
 
 
@@ -104,6 +101,48 @@ def representation(
             "different rows, since a zero Gram matrix has no similarity"
         )
     return x
+
+
+def matrices(a: Any, name: str, *, symmetric: bool, limit: float = _LARGEST) -> Array:
+    """Check finite real matrices (…, m, n); `symmetric`: square, and equal to their transposes."""
+    a = _arrays.asarray(a, name)
+    square = a.ndim >= 2 and a.shape[-2] == a.shape[-1]
+    if a.ndim < 2 or 0 in a.shape or (symmetric and not square):
+        expected = "(…, n, n)" if symmetric else "(…, m, n)"
+        raise ShapeError(f"{name}: shape {tuple(a.shape)}; expected {expected}, none of them empty")
+    a = _real(a, name)
+    _finite(a, name, limit)
+    if symmetric:
+        largest = abs(a).max()
+        apart = float(abs(a - a.swapaxes(-1, -2)).max() / largest) if largest > 0 else 0.0
+        if apart > _ASYMMETRY:
+            raise ShapeError(
+                f"{name}: entries differ from those of the transpose by {apart:.1g} of the "
+                "largest; expected symmetric matrices"
+            )
+    return a
+
+
+def gram_and_parts(gram: Any, parts: Any, *, least: int) -> tuple[Array, Array]:
+    """Check a Gram matrix (n, n), n >= `least`, and those of its parts (C, n, n)."""
+    gram = matrices(gram, "gram", symmetric=True, limit=_LARGEST**2)
+    n = gram.shape[-1]
+    if gram.ndim != 2 or n < least:
+        raise ShapeError(
+            f"gram: shape {tuple(gram.shape)}; expected (n, n) with at least {least} stimuli"
+        )
+    parts = _arrays.asarray(parts, "parts")
+    if parts.ndim != 3 or tuple(parts.shape[1:]) != (n, n):
+        raise ShapeError(f"parts: shape {tuple(parts.shape)}; expected (C, {n}, {n}), like gram")
+    _same_place(gram, parts, "gram", "parts")
+    if len(parts):
+        parts = matrices(parts, "parts", symmetric=True, limit=_LARGEST**2)
+    if _constant(gram):
+        raise ConstantError(
+            "gram: the same for every stimulus; expected a Gram matrix that is not constant, "
+            "since centred it has no similarity to anything"
+        )
+    return gram, parts
 
 
 def _same_place(a: Array, b: Array, name_a: str, name_b: str) -> None:
@@ -250,99 +289,6 @@ def classes(labels: Any, n: int, n_classes: int | None) -> tuple[np.ndarray[Any,
             f"labels: class {empty[0]} has no stimulus; expected every class 0 … {k - 1}"
         )
     return values, int(k)
-
-
-def option(value: Any, name: str, known: Iterable[str]) -> str:
-    """Check that an option is one of the known names."""
-    known = tuple(known)
-    if value not in known:
-        raise OptionError(f"{name}: {value!r}; expected one of {', '.join(map(repr, known))}")
-    return str(value)
-
-
-def number(
-    value: Any, name: str, *, low: float, high: float = math.inf, above: bool = False
-) -> float:
-    """Check that an option is a finite number of at least `low` (above it, if `above`)."""
-    ok = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if (
-        not ok
-        or not math.isfinite(value)
-        or value > high
-        or value < low
-        or (above and value == low)
-    ):
-        bound = f"above {low:g}" if above else f"of at least {low:g}"
-        upper = f" and at most {high:g}" if math.isfinite(high) else ""
-        raise OptionError(f"{name}: {value!r}; expected a finite number {bound}{upper}")
-    return float(value)
-
-
-def shrinkage(ridge: Any, penalty: Any) -> tuple[float, float]:
-    """Check `ridge` and `penalty`, of which at most one may be set."""
-    ridge, penalty = number(ridge, "ridge", low=0), number(penalty, "penalty", low=0)
-    if ridge and penalty:
-        raise OptionError(f"ridge: {ridge:g} beside penalty={penalty:g}; expected one or the other")
-    return ridge, penalty
-
-
-def warn_if_degenerate(metric: str, n: int, p: int, q: int, ridge: float, penalty: float) -> None:
-    """Warn where "cca" or "pwcca" without a ridge says nothing of p and q neurons of n stimuli."""
-    if ridge or penalty:
-        return
-    if max(p, q) >= n:
-        what = "every canonical correlation is 1, whatever the representations hold"
-    elif metric == "pwcca" and p + q > n:
-        what = "several canonical correlations tie at 1, and the weights are not unique"
-    else:
-        return
-    warnings.warn(
-        f"{p} and {q} neurons, {n} stimuli: without a ridge {what}; pass ridge= or use svcca",
-        DegenerateWarning,
-        stacklevel=3,
-    )
-
-
-def bandwidth(kernel: Any, sigma: Any) -> float | None:
-    """Check `kernel` and its `sigma`: a fraction of the median distance, for "rbf" only."""
-    option(kernel, "kernel", ("linear", "rbf"))
-    if kernel == "linear":
-        if sigma is not None:
-            raise OptionError(
-                f"sigma: {sigma!r} with kernel='linear'; expected None, or kernel='rbf'"
-            )
-        return None
-    return 1.0 if sigma is None else number(sigma, "sigma", low=0, above=True)
-
-
-def options(values: Any, name: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """Check a sequence of names, of which each is known."""
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        raise OptionError(f"{name}: {values!r}; expected a sequence of names")
-    return tuple(dict.fromkeys(option(value, name, known) for value in values))
-
-
-def precision(value: Any) -> str:
-    """Check the precision of float32 products."""
-    return option(value, "precision", ("tf32x3", "tf32", "ieee"))
-
-
-def grid(value: Any) -> tuple[int, int]:
-    """Check a grid of cells: two whole numbers of at least 1."""
-    sides = tuple(value) if isinstance(value, Iterable) else ()
-    whole = all(isinstance(k, (int, np.integer)) and k >= 1 for k in sides)
-    if len(sides) != 2 or not whole:
-        raise OptionError(f"grid: {value!r}; expected two whole numbers of at least 1, as (4, 4)")
-    return int(sides[0]), int(sides[1])
-
-
-def rsa_options(distance: Any, compare: Any) -> tuple[str, str]:
-    """Check the options of rsa."""
-    known = ("euclidean", "sqeuclidean", "correlation", "cosine")
-    return (
-        option(distance, "distance", known),
-        option(compare, "compare", ("spearman", "pearson", "cosine")),
-    )
 
 
 NO_CKA = (

@@ -33,6 +33,7 @@ _TAKES_BATCHES = {
     (op, "torch")
     for op in ("centered_gram", "cka", "cca", "svcca", "pwcca", "procrustes", "procrustes_distance")
 } | {("centered_gram", "triton")}
+_TAKES_BATCHES |= {(op, backend) for op in OPERATIONS["spectral"] for backend in BACKENDS}
 
 
 @functools.cache

@@ -43,6 +43,10 @@ class LayerError(RepsimError, ValueError):
     """A layer is missing from the model, or its output can't be cut there."""
 
 
+class ConvergenceError(RepsimError, ArithmeticError):
+    """A decomposition did not converge; the message says of how many matrices."""
+
+
 class BackendUnavailable(RepsimError, RuntimeError):
     """A backend was named that can't serve this call; the message says why."""
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from repsim_kernels import _arrays, _check, _fusion
+from repsim_kernels import _arrays, _check, _fusion, _options
 from repsim_kernels._dataflow import Split, Trace, Values, tensors, version
 from repsim_kernels._fusion import Cells
 from repsim_kernels.errors import DeviceError, DtypeError, LayerError, OptionError, ShapeError
@@ -163,7 +163,7 @@ class AblatedForward:
         run one at a time.
         """
         if memory is not None:
-            memory = int(_check.number(memory, "memory", low=1))
+            memory = int(_options.number(memory, "memory", low=1))
         intact = self.intact(state)
         act = state.activation
         checked, n_cells = _check.cells(cells, act[0].numel(), n_cells)

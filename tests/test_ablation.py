@@ -157,28 +157,36 @@ def test_many_cells_in_batches(monkeypatch):
     x, cells = rng.standard_normal((8, 50)), rng.integers(-1, 20, 50)
     want = distances(x, cells)
     monkeypatch.setattr(kernel, "_BATCH", 3 * 64)
-    assert_agree(distances(x, cells, memory=1), want, Tol(1e-12, 1e-16))
+    assert_agree(distances(x, cells, memory=1), want, Tol(1e-12, 1e-15))
 
 
-def test_procrustes_takes_the_route_that_fits(monkeypatch):
-    """Small cells by Riccati iterations; where those would crawl, by the factors."""
-    took = []
-    original = kernel.riccati_trace
+def routes(x, cells, metric, **options):
+    """The route to each distance, and the steps it took."""
+    _, info = rk.ablation_distances(x, cells, metrics=[metric], info=True, **options)
+    return info[metric].route.tolist(), info[metric].steps
 
-    def spy(*args):
-        took.append(original(*args))
-        return took[-1]
 
-    monkeypatch.setattr(kernel, "riccati_trace", spy)
-    x = np.random.default_rng(5).standard_normal((12, 100))
-    rk.ablation_distances(x, np.where(np.arange(100) < 2, 0, -1), metrics=["procrustes"])
-    assert took[-1] is not None
-    rk.ablation_distances(x, np.where(np.arange(100) < 60, 0, -1), metrics=["procrustes"])
-    assert len(took) == 1  # most of the energy is in the cell
-    rk.ablation_distances(x, np.where(np.arange(100) < 45, 0, -1), metrics=["procrustes"])
-    assert took[-1] is None  # it would take too many steps
-    rk.ablation_distances(x[:, :12], np.arange(12) // 4, metrics=["procrustes"])
-    assert len(took) == 2  # fewer neurons are left than there are directions
+def test_what_is_told_of_the_routes():
+    """Iterations where they end soon; else factors of Procrustes, eigenvectors of CCA."""
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((12, 100))
+    cells = np.where(np.arange(100) < 12, np.arange(100) // 2, -1)
+    for metric in ("procrustes", "cca"):
+        route, steps = routes(x, cells, metric)
+        assert route == ["iterations"] * 6
+        assert ((steps > 0) & (steps < 16)).all()
+    few = x[:, :13]  # what is left is nearly singular, or has fewer neurons than directions
+    for cells in (np.arange(13) < 2, np.arange(13) < 5):
+        route, _ = routes(few, np.where(cells, 0, -1), "procrustes")
+        assert route == ["factors"]
+    assert routes(few, np.arange(13) // 4, "cca")[0][:3] == ["eigenvectors"] * 3
+    assert routes(x, np.zeros(100, int), "procrustes")[0] == ["nothing"]
+    assert routes(x, [np.arange(100) < 0], "pwcca")[0] == ["nothing"]
+    assert routes(x, np.arange(100) // 50, "pwcca")[0] == ["eigenvectors"] * 2
+    assert routes(x, np.arange(100) // 50, "cka")[0] == ["sums"] * 2
+    assert routes(x, np.arange(100) // 50, "cka", backend="reference")[0] == ["definition"] * 2
+    with pytest.raises(rk.OptionError, match="info: 1; expected True or False"):
+        rk.ablation_distances(x, np.arange(100) // 50, info=1)
 
 
 def test_kinds_dtypes_and_batches():

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from repsim_kernels import _check, _dispatch
+import numpy as np
+
+from repsim_kernels import _arrays, _check, _dispatch, _options
 from repsim_kernels._arrays import Array
-from repsim_kernels.errors import DegenerateWarning
 
+#: How a distance was found, by the number that kernels give.
+ROUTES = ("nothing", "sums", "iterations", "factors", "eigenvectors", "definition")
 METRICS = ("cka", "procrustes", "pwcca", "cca", "cca_squared", "svcca", "cka_debiased")
+
+
+class Info(NamedTuple):
+    """How the distances of one metric were found; NumPy arrays (…, C)."""
+
+    route: Any
+    steps: Any
 
 
 def ablation_distances(
@@ -21,9 +30,10 @@ def ablation_distances(
     ridge: float = 0.1,
     penalty: float = 0.0,
     memory: int | None = None,
+    info: bool = False,
     precision: str = "tf32x3",
     backend: str | None = None,
-) -> dict[str, Array]:
+) -> dict[str, Array] | tuple[dict[str, Array], dict[str, Info]]:
     """Distances between a representation and each of its ablations, by every metric.
 
     The original x is the first argument of each metric; the second is x with the neurons of one
@@ -48,6 +58,8 @@ def ablation_distances(
     memory : int, optional
         Bytes for the canonical variates that wait for a pass over x, 1 GiB unless given: with less
         there are more passes for "pwcca". Beside it stand the Grams, 8 C n² bytes.
+    info : bool
+        Whether to tell as well how each distance was found.
     precision : {"tf32x3", "tf32", "ieee"}
         Of the float32 products of the Triton kernels: as accurate as float32 on tensor cores,
         10 bits on tensor cores, or float32 without them. Other backends compute in float64.
@@ -60,6 +72,11 @@ def ablation_distances(
         1 - similarity, "procrustes" 2 - 2·similarity. A cell that is empty or dead (constant on
         these stimuli) has exactly the self-distance, which is 0 without a ridge; a cell of
         everything leaves no representation, and has NaN.
+    info : dict of str to Info, only with ``info=True``
+        For each metric the ``route`` (…, C) to each distance, by name, and the ``steps`` (…, C) it
+        took; NumPy arrays. "nothing": nothing was removed or is left; "sums": over elements;
+        "iterations": of a Riccati equation; "factors": singular values of the features that are
+        left, where iterations would crawl; "eigenvectors": of the ablated matrix; "definition".
 
     Raises
     ------
@@ -79,21 +96,16 @@ def ablation_distances(
     of x is made. Distances do not come from 1 minus a similarity near 1, and keep their digits
     where they are small. Source: METRICS, "One original, many ablations".
     """
-    names = _check.options(metrics, "metrics", METRICS)
+    names = _options.options(metrics, "metrics", METRICS)
     ridge, penalty = (
-        _check.number(v, k, low=0) for v, k in ((ridge, "ridge"), (penalty, "penalty"))
+        _options.number(v, k, low=0) for v, k in ((ridge, "ridge"), (penalty, "penalty"))
     )
-    memory = None if memory is None else int(_check.number(memory, "memory", low=1))
+    memory = None if memory is None else int(_options.number(memory, "memory", low=1))
+    info = _options.flag(info, "info")
     x = _check.representation(x, least=4 if "cka_debiased" in names else 2)
     cells, n_cells = _check.cells(cells, x.shape[-1])
-    if not ridge and not penalty and {"cca", "cca_squared", "pwcca"} & set(names):
-        warnings.warn(
-            "without a ridge every canonical correlation between a representation and an ablation "
-            "of it is 1; pass ridge= or penalty=, or use svcca",
-            DegenerateWarning,
-            stacklevel=2,
-        )
-    return _dispatch.call(
+    _options.warn_without_ridge(names, ridge, penalty)
+    found = _dispatch.call(
         "ablation_distances",
         backend,
         x,
@@ -103,5 +115,21 @@ def ablation_distances(
         ridge=ridge,
         penalty=penalty,
         memory=memory,
-        precision=_check.precision(precision),
+        info=info,
+        precision=_options.precision(precision),
     )
+    return split(found, names) if info else found
+
+
+def split(
+    found: dict[str, Array], metrics: Sequence[str]
+) -> tuple[dict[str, Array], dict[str, Info]]:
+    """Distances, and the routes and steps that a kernel gave beside them."""
+    info = {
+        name: Info(
+            np.array(ROUTES)[_arrays.to_numpy(found[f"{name} route"])],
+            _arrays.to_numpy(found[f"{name} steps"]),
+        )
+        for name in metrics
+    }
+    return {name: found[name] for name in metrics}, info

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from repsim_kernels import _check, _dispatch
+from repsim_kernels import _check, _dispatch, _options
 from repsim_kernels._arrays import Array
 
 
@@ -55,9 +55,9 @@ def cca(
     Source: Hotelling 1936; Vinod 1976 and Tuzhilina et al. 2021 for the ridge (their λ is
     penalty / (n - 1)); Kornblith et al. 2019 for R²CCA.
     """
-    ridge, penalty = _check.shrinkage(ridge, penalty)
+    ridge, penalty = _options.shrinkage(ridge, penalty)
     x, y = _check.pair(x, y)
-    _check.warn_if_degenerate("cca", x.shape[-2], x.shape[-1], y.shape[-1], ridge, penalty)
+    _options.warn_if_degenerate("cca", x.shape[-2], x.shape[-1], y.shape[-1], ridge, penalty)
     return _dispatch.call("cca", backend, x, y, squared=bool(squared), ridge=ridge, penalty=penalty)
 
 
@@ -91,7 +91,7 @@ def svcca(x: Any, y: Any, *, variance: float = 0.99, backend: str | None = None)
     -----
     Source: Raghu et al. 2017.
     """
-    variance = _check.number(variance, "variance", low=0, high=1, above=True)
+    variance = _options.number(variance, "variance", low=0, high=1, above=True)
     x, y = _check.pair(x, y)
     return _dispatch.call("svcca", backend, x, y, variance=variance)
 
@@ -145,7 +145,7 @@ def pwcca(
     made a block at a time, in x's precision.
     Source: Morcos et al. 2018.
     """
-    ridge, penalty = _check.shrinkage(ridge, penalty)
+    ridge, penalty = _options.shrinkage(ridge, penalty)
     x, y = _check.pair(x, y)
-    _check.warn_if_degenerate("pwcca", x.shape[-2], x.shape[-1], y.shape[-1], ridge, penalty)
+    _options.warn_if_degenerate("pwcca", x.shape[-2], x.shape[-1], y.shape[-1], ridge, penalty)
     return _dispatch.call("pwcca", backend, x, y, ridge=ridge, penalty=penalty)

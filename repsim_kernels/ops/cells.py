@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from repsim_kernels import _check, _dispatch
+from repsim_kernels import _check, _dispatch, _options
 from repsim_kernels._arrays import Array
 
 
@@ -88,7 +88,7 @@ def selectivity_grid(
     -----
     Source: Hayne, Jung & Carter 2024, with an exact partition in place of inclusive edges.
     """
-    rows, columns = _check.grid(grid)
+    rows, columns = _options.grid(grid)
     x = _check.representation(x, constant=True)
     labels = _check.labels(labels, x.shape[-2], target)
     return _dispatch.call(

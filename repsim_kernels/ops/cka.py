@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from repsim_kernels import _check, _dispatch
+from repsim_kernels import _check, _dispatch, _options
 from repsim_kernels._arrays import Array
 
 
@@ -51,7 +51,7 @@ def cka(
     scale and shift of either side.
     Source: Kornblith et al. 2019; Song et al. 2012; Székely & Rizzo 2014 for the debiased form.
     """
-    sigma = _check.bandwidth(kernel, sigma)
+    sigma = _options.bandwidth(kernel, sigma)
     x, y = _check.pair(x, y, least=4 if debiased else 2)
     value = _dispatch.call(
         "cka", backend, x, y, debiased=bool(debiased), kernel=kernel, sigma=sigma

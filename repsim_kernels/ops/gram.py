@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from repsim_kernels import _check, _dispatch
+from repsim_kernels import _check, _dispatch, _options
 from repsim_kernels._arrays import Array
 
 
@@ -52,9 +52,9 @@ def centered_gram(
     are centred, not the Gram: at a feature mean of 100 the latter loses three digits of a float32
     result. Source: Kornblith et al. 2019, section 3.
     """
-    sigma = _check.bandwidth(kernel, sigma)
+    sigma = _options.bandwidth(kernel, sigma)
     x = _check.representation(x, constant=kernel == "linear")
-    precision = _check.precision(precision)
+    precision = _options.precision(precision)
     g = _dispatch.call("centered_gram", backend, x, kernel=kernel, sigma=sigma, precision=precision)
     return _check.defined(g, "the median distance between stimuli is 0, so 'rbf' has no bandwidth")
 
@@ -103,7 +103,7 @@ def cell_grams(
     """
     x = _check.representation(x, constant=True)
     cells, n_cells = _check.cells(cells, x.shape[-1], n_cells, partitions=True)
-    precision = _check.precision(precision)
+    precision = _options.precision(precision)
     return _dispatch.call(
         "cell_grams", backend, x, cells=cells, n_cells=n_cells, precision=precision
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from repsim_kernels import _check, _dispatch
+from repsim_kernels import _check, _dispatch, _options
 from repsim_kernels._arrays import Array
 from repsim_kernels.errors import OptionError
 
@@ -57,7 +57,7 @@ def pairwise(
     Each Gram and each spectrum is made once: L passes over activations, not L·M. They are held
     together, 8 n² bytes for each representation. Source: that of each metric.
     """
-    metric = _check.option(metric, "metric", _DEFAULTS)
+    metric = _options.option(metric, "metric", _DEFAULTS)
     unknown = set(options) - set(_DEFAULTS[metric])
     if unknown:
         known = ", ".join(_DEFAULTS[metric]) or "none"
@@ -69,7 +69,7 @@ def pairwise(
         ys = _check.representations(ys, "ys", least=least, like=xs[0])
     if "ridge" in options:
         p, q = (max(x.shape[1] for x in zs) for zs in (xs, xs if ys is None else ys))
-        _check.warn_if_degenerate(metric, len(xs[0]), p, q, options["ridge"], options["penalty"])
+        _options.warn_if_degenerate(metric, len(xs[0]), p, q, options["ridge"], options["penalty"])
     values = _dispatch.call_lists("pairwise", backend, xs, ys, metric=metric, **options)
     undefined = {"cka": _check.NO_CKA, "rsa": _check.NO_RSA}
     return _check.defined(values, undefined.get(metric, ""))
@@ -78,19 +78,19 @@ def pairwise(
 def _checked(metric: str, options: dict[str, Any]) -> int:
     """Check the options in place; return the least number of stimuli."""
     if metric == "cka":
-        options["sigma"] = _check.bandwidth(options["kernel"], options["sigma"])
+        options["sigma"] = _options.bandwidth(options["kernel"], options["sigma"])
         return 4 if options["debiased"] else 2
     if "ridge" in options:
-        options["ridge"], options["penalty"] = _check.shrinkage(
+        options["ridge"], options["penalty"] = _options.shrinkage(
             options["ridge"], options["penalty"]
         )
     if "variance" in options:
-        options["variance"] = _check.number(
+        options["variance"] = _options.number(
             options["variance"], "variance", low=0, high=1, above=True
         )
     if "form" in options:
-        _check.option(options["form"], "form", ("squared", "angular", "size-and-shape"))
+        _options.option(options["form"], "form", ("squared", "angular", "size-and-shape"))
     if metric == "rsa":
-        _check.rsa_options(options["distance"], options["compare"])
+        _options.rsa_options(options["distance"], options["compare"])
         return 3
     return 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from repsim_kernels import _check, _dispatch
+from repsim_kernels import _check, _dispatch, _options
 from repsim_kernels._arrays import Array
 
 
@@ -62,7 +62,7 @@ def ablation_decodability(
     From the Grams of one pass over x, and one Cholesky factorisation a cell; no vector of p weights
     is made. Source: METRICS, "Linear decodability".
     """
-    ridge = _check.number(ridge, "ridge", low=0, above=True)
+    ridge = _options.number(ridge, "ridge", low=0, above=True)
     x = _check.representation(x)
     cells, n_cells = _check.cells(cells, x.shape[-1])
     labels = _check.labels(labels, x.shape[-2], target)
@@ -75,7 +75,7 @@ def ablation_decodability(
         labels=labels,
         target=None if target is None else int(target),
         ridge=ridge,
-        precision=_check.precision(precision),
+        precision=_options.precision(precision),
     )
     if x.ndim == 2:
         result["intact"] = float(result["intact"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from repsim_kernels import _check, _dispatch
+from repsim_kernels import _check, _dispatch, _options
 from repsim_kernels._arrays import Array
 
 
@@ -68,6 +68,6 @@ def procrustes_distance(
     -----
     Source: Ding et al. 2021 ("squared"); Williams et al. 2021 ("angular", "size-and-shape").
     """
-    form = _check.option(form, "form", ("squared", "angular", "size-and-shape"))
+    form = _options.option(form, "form", ("squared", "angular", "size-and-shape"))
     x, y = _check.pair(x, y)
     return _dispatch.call("procrustes_distance", backend, x, y, form=form)

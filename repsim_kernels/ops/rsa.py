@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from repsim_kernels import _check, _dispatch
+from repsim_kernels import _check, _dispatch, _options
 from repsim_kernels._arrays import Array
 
 
@@ -48,7 +48,7 @@ def rsa(
     Distances come from one Gram matrix, 2 n² p operations; those of nearly identical stimuli from
     their features. Source: Kriegeskorte et al. 2008.
     """
-    distance, compare = _check.rsa_options(distance, compare)
+    distance, compare = _options.rsa_options(distance, compare)
     x, y = _check.pair(x, y, least=3)
     value = _dispatch.call("rsa", backend, x, y, distance=distance, compare=compare)
     return _check.defined(value, _check.NO_RSA)

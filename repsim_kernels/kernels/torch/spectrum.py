@@ -32,6 +32,17 @@ def positive(w: Tensor, n: int) -> Tensor:
     return w > n * torch.finfo(torch.float64).eps * w.amax(-1, keepdim=True)
 
 
+def of_gram(g: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors (…, n - 1, n - 1) and eigenvalues of a Gram as `Representation.spectrum` has."""
+    w, u = torch.linalg.eigh(to_complement(to_complement(g).mT))
+    return _of_rank(u.flip(-1), w.flip(-1), g.shape[-1])
+
+
+def _of_rank(u: Tensor, w: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    keep = positive(w, n)
+    return u * keep[..., None, :], w * keep
+
+
 @dataclass
 class Representation:
     """x (…, n, p) and what the metrics need of it, each made once.
@@ -60,14 +71,10 @@ class Representation:
     @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor]:
         """Eigenvectors (…, n - 1, r) and eigenvalues (…, r), descending; zero beyond the rank."""
-        if self.p < self.n:
-            u, s, _ = torch.linalg.svd(to_complement(self.centred), full_matrices=False)
-            w = s.square()
-        else:
-            w, u = torch.linalg.eigh(to_complement(to_complement(self.gram).mT))
-            w, u = w.flip(-1), u.flip(-1)
-        keep = positive(w, self.n)
-        return u * keep[..., None, :], w * keep
+        if self.p >= self.n:
+            return of_gram(self.gram)
+        u, s, _ = torch.linalg.svd(to_complement(self.centred), full_matrices=False)
+        return _of_rank(u, s.square(), self.n)
 
     @cached_property
     def rank(self) -> Tensor:

@@ -1,0 +1,131 @@
+"""The checks of options: everything but arrays."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from repsim_kernels.errors import DegenerateWarning, OptionError
+
+
+def option(value: Any, name: str, known: Iterable[str]) -> str:
+    """Check that an option is one of the known names."""
+    known = tuple(known)
+    if value not in known:
+        raise OptionError(f"{name}: {value!r}; expected one of {', '.join(map(repr, known))}")
+    return str(value)
+
+
+def number(
+    value: Any, name: str, *, low: float, high: float = math.inf, above: bool = False
+) -> float:
+    """Check that an option is a finite number of at least `low` (above it, if `above`)."""
+    ok = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if (
+        not ok
+        or not math.isfinite(value)
+        or value > high
+        or value < low
+        or (above and value == low)
+    ):
+        bound = f"above {low:g}" if above else f"of at least {low:g}"
+        upper = f" and at most {high:g}" if math.isfinite(high) else ""
+        raise OptionError(f"{name}: {value!r}; expected a finite number {bound}{upper}")
+    return float(value)
+
+
+def count(value: Any, name: str) -> int:
+    """Check that an option is a whole number of at least 1."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or value < 1:
+        raise OptionError(f"{name}: {value!r}; expected a whole number of at least 1")
+    return int(value)
+
+
+def flag(value: Any, name: str) -> bool:
+    """Check that an option is True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise OptionError(f"{name}: {value!r}; expected True or False")
+    return bool(value)
+
+
+def shrinkage(ridge: Any, penalty: Any) -> tuple[float, float]:
+    """Check `ridge` and `penalty`, of which at most one may be set."""
+    ridge, penalty = number(ridge, "ridge", low=0), number(penalty, "penalty", low=0)
+    if ridge and penalty:
+        raise OptionError(f"ridge: {ridge:g} beside penalty={penalty:g}; expected one or the other")
+    return ridge, penalty
+
+
+def warn_if_degenerate(metric: str, n: int, p: int, q: int, ridge: float, penalty: float) -> None:
+    """Warn where "cca" or "pwcca" without a ridge says nothing of p and q neurons of n stimuli."""
+    if ridge or penalty:
+        return
+    if max(p, q) >= n:
+        what = "every canonical correlation is 1, whatever the representations hold"
+    elif metric == "pwcca" and p + q > n:
+        what = "several canonical correlations tie at 1, and the weights are not unique"
+    else:
+        return
+    warnings.warn(
+        f"{p} and {q} neurons, {n} stimuli: without a ridge {what}; pass ridge= or use svcca",
+        DegenerateWarning,
+        stacklevel=3,
+    )
+
+
+def warn_without_ridge(metrics: Iterable[str], ridge: float, penalty: float) -> None:
+    """Warn where CCA between a representation and its ablations is asked for without a ridge."""
+    if not ridge and not penalty and {"cca", "cca_squared", "pwcca"} & set(metrics):
+        warnings.warn(
+            "without a ridge every canonical correlation between a representation and an ablation "
+            "of it is 1; pass ridge= or penalty=, or use svcca",
+            DegenerateWarning,
+            stacklevel=3,
+        )
+
+
+def bandwidth(kernel: Any, sigma: Any) -> float | None:
+    """Check `kernel` and its `sigma`: a fraction of the median distance, for "rbf" only."""
+    option(kernel, "kernel", ("linear", "rbf"))
+    if kernel == "linear":
+        if sigma is not None:
+            raise OptionError(
+                f"sigma: {sigma!r} with kernel='linear'; expected None, or kernel='rbf'"
+            )
+        return None
+    return 1.0 if sigma is None else number(sigma, "sigma", low=0, above=True)
+
+
+def options(values: Any, name: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Check a sequence of names, of which each is known."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise OptionError(f"{name}: {values!r}; expected a sequence of names")
+    return tuple(dict.fromkeys(option(value, name, known) for value in values))
+
+
+def precision(value: Any) -> str:
+    """Check the precision of float32 products."""
+    return option(value, "precision", ("tf32x3", "tf32", "ieee"))
+
+
+def grid(value: Any) -> tuple[int, int]:
+    """Check a grid of cells: two whole numbers of at least 1."""
+    sides = tuple(value) if isinstance(value, Iterable) else ()
+    whole = all(isinstance(k, (int, np.integer)) and k >= 1 for k in sides)
+    if len(sides) != 2 or not whole:
+        raise OptionError(f"grid: {value!r}; expected two whole numbers of at least 1, as (4, 4)")
+    return int(sides[0]), int(sides[1])
+
+
+def rsa_options(distance: Any, compare: Any) -> tuple[str, str]:
+    """Check the options of rsa."""
+    known = ("euclidean", "sqeuclidean", "correlation", "cosine")
+    return (
+        option(distance, "distance", known),
+        option(compare, "compare", ("spearman", "pearson", "cosine")),
+    )

@@ -1,0 +1,249 @@
+"""From Gram matrices to CCA, PWCCA, SVCCA and Procrustes, for batches of ablations of one original.
+
+Symbols as in METRICS, "One original, many ablations": L = V diag(v) Vᵀ is the original's Gram, G_c
+that of a cell, K_c = L - G_c the ablated one. Everything lives in the basis V, where K_c is nearly
+diagonal; which route an ablation takes is told beside its distance.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from repsim_kernels.kernels.torch import riccati
+from repsim_kernels.kernels.torch.cca import leading
+from repsim_kernels.kernels.torch.spectrum import from_complement, positive
+
+
+class Route(enum.IntEnum):
+    """How a distance was found."""
+
+    NOTHING = 0  # nothing was removed, or nothing is left
+    SUMS = 1  # over elements, or over those that linear equations give
+    ITERATIONS = 2  # Riccati iterations
+    FACTORS = 3  # singular values of the product of what is left and the original
+    EIGENVECTORS = 4  # of an ablated matrix
+
+
+def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors of symmetric a (B, m, m)."""
+    return torch.linalg.eigh(a)
+
+
+@dataclass(frozen=True)
+class Solvers:
+    """What the steps of this stage are done by."""
+
+    advance: riccati.Advance = riccati.advance
+    eigh: Callable[[Tensor], tuple[Tensor, Tensor]] = eigh
+    svdvals: Callable[[Tensor], Tensor] = torch.linalg.svdvals
+
+
+SOLVERS = Solvers()
+
+
+@dataclass
+class Original:
+    """The original's spectrum, and what a ridge makes of it."""
+
+    spectrum: tuple[Tensor, Tensor]
+    n: int
+    neurons: int
+    ridge: float
+    penalty: float
+    solvers: Solvers = SOLVERS
+
+    def __post_init__(self) -> None:
+        basis, v = self.spectrum
+        rank = int((v > 0).sum())
+        self.v, self.basis = v[:rank], from_complement(basis[:, :rank])
+        self.kappa = self.shrinkage(self.v.sum())
+        self.shrunk = self.v / (self.v + self.kappa)
+        self.correlations = min(self.n - 1, self.neurons)
+
+    def shrinkage(self, trace: Tensor) -> Tensor:
+        """κ of a side whose Gram has this trace."""
+        return self.penalty + (0.0 if self.penalty else self.ridge) * trace / self.n
+
+    def self_distance(self, metric: str) -> float:
+        if metric not in ("cca", "cca_squared"):
+            return 0.0
+        power = 2 if metric == "cca_squared" else 1
+        return 1 - float(self.shrunk.pow(power).sum()) / self.correlations
+
+    @property
+    def variates(self) -> Tensor:
+        """The canonical variates with itself, as rows (m, n)."""
+        return (self.shrunk.sqrt() * self.basis).mT
+
+
+class Ablated:
+    """A batch of B ablations of one original.
+
+    Where `features` are given, fewer neurons are left than there are directions.
+    """
+
+    def __init__(
+        self,
+        original: Original,
+        *,
+        cell: Tensor | None = None,
+        rest: Tensor | None = None,
+        features: Tensor | None = None,
+        factors: Sequence[Callable[[], Tensor | None]] = (),
+    ) -> None:
+        """From the Grams (B, n, n) of the cells, or of what is left without them.
+
+        Or, for one ablation, from the features (m, r) that are left, in the original's basis.
+        factors: for each ablation what gives such features, or None.
+        """
+        self.original, self.features, self.factors = original, features, factors
+        self.v, self.solvers = original.v, original.solvers
+        if cell is not None:
+            self.cell = self._in_basis(cell)
+            self.rest = torch.diag(self.v) - self.cell
+        else:
+            if rest is not None:
+                self.rest = self._in_basis(rest)
+            elif features is not None:
+                self.rest = (features @ features.mT)[None]
+            self.cell = torch.diag(self.v) - self.rest
+        self.left_trace = self.rest.diagonal(dim1=1, dim2=2).sum(-1)
+
+    def _in_basis(self, grams: Tensor) -> Tensor:
+        return self.original.basis.mT @ grams @ self.original.basis
+
+    def __len__(self) -> int:
+        return len(self.cell)
+
+    def _all(self, route: Route) -> tuple[Tensor, Tensor]:
+        """A route for all, and no steps."""
+        steps = torch.zeros(len(self), dtype=torch.int64, device=self.v.device)
+        return steps + route, steps
+
+    def _unknown(self) -> Tensor:
+        return torch.full_like(self.left_trace, torch.nan)
+
+    @cached_property
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (B, m), descending, zero beyond the rank, and eigenvectors of K_c."""
+        w, u = (t.flip(-1) for t in self.solvers.eigh(self.rest))
+        keep = positive(w, self.original.n)
+        return w * keep, u * keep[:, None, :]
+
+    def procrustes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Squared distances (B,) of both scaled to unit norm, the routes and the steps.
+
+        With y = tr G / tr L, x = tr D / tr L and r = √(1 - y) it is 2 (x - y/(1 + r)) / r.
+        """
+        root, total = self.v.sqrt(), self.v.sum()
+        out, (route, steps) = self._unknown(), self._all(Route.ITERATIONS)
+        if self.features is None:
+            f = root[:, None] * self.cell * root
+            deficit, steps = riccati.deficit(self.v, f, self.solvers.advance)
+            x, y = deficit / total, self.cell.diagonal(dim1=1, dim2=2).sum(-1) / total
+            r = (self.left_trace / total).sqrt()
+            out = 2 * (x - y / (1 + r)) / r
+        for i in out.isnan().nonzero()[:, 0].tolist():
+            factor = self.features if self.features is not None else self.factors[i]()
+            route[i] = Route.FACTORS
+            if factor is None:
+                w, u = (t[i] for t in self.spectrum)
+                factor, route[i] = u * w.sqrt(), Route.EIGENVECTORS
+            nuclear = self.solvers.svdvals(root[:, None] * factor).sum()
+            out[i] = 2 - 2 * nuclear / (total * factor.square().sum()).sqrt()
+        return out, route, steps
+
+    def svcca(self, variance: float = 0.99) -> tuple[Tensor, Tensor, Tensor]:
+        w, u = self.spectrum
+        k, m = leading(self.v, variance), leading(w, variance)
+        u = u[:, : int(k), : int(m.max())]
+        u = u * (torch.arange(u.shape[-1], device=u.device) < m[:, None])[:, None, :]
+        similarity = self.solvers.svdvals(u).sum(-1) / torch.minimum(k, m)
+        return (1 - similarity).clamp(min=0), *self._all(Route.EIGENVECTORS)
+
+    @property
+    def kappa(self) -> Tensor:
+        return self.original.shrinkage(self.left_trace)
+
+    @cached_property
+    def loss(self) -> Tensor:
+        """ΔP = P_L - P_K, P_L = L(L + κI)⁻¹ = diag(shrunk); (B, m, m)."""
+        kappa, other = self.original.kappa, self.kappa[:, None]
+        regular, right = self.rest.clone(), kappa * self.cell
+        regular.diagonal(dim1=1, dim2=2).add_(other)
+        right.diagonal(dim1=1, dim2=2).add_((other - kappa) * self.v)
+        solved = torch.cholesky_solve(right, torch.linalg.cholesky(regular)).div_(self.v + kappa)
+        return (solved + solved.mT).div_(2)
+
+    @cached_property
+    def balanced_loss(self) -> Tensor:
+        """F = P_L^½ ΔP P_L^½."""
+        root = self.original.shrunk.sqrt()
+        return root[:, None] * self.loss * root
+
+    @cached_property
+    def canonical(self) -> tuple[Tensor, Tensor]:
+        """Of P_L² - F = U diag(ρ²) Uᵀ the correlations ρ (B, m), 0 beyond the rank, and U.
+
+        Where K_c is singular, roots of eigenvalues near 0 would have half of the digits: singular
+        values then.
+        """
+        shrunk = self.original.shrunk
+        if self.features is None:
+            squares, u = self.solvers.eigh(torch.diag(shrunk.square()) - self.balanced_loss)
+            singular = squares[:, 0] <= 1e-10 * squares[:, -1]
+            rho = squares.clamp(min=0).sqrt()
+        else:
+            u, rho = torch.empty_like(self.cell), torch.empty_like(self.cell[:, 0])
+            singular = torch.ones(len(self), dtype=torch.bool)
+        for i in singular.nonzero()[:, 0].tolist():
+            w, vectors = (t[i] for t in self.spectrum)
+            scale = (w / (w + self.kappa[i])).sqrt()
+            u[i], rho[i], _ = torch.linalg.svd(shrunk.sqrt()[:, None] * vectors * scale)
+            rho[i] *= torch.arange(rho.shape[1], device=rho.device) < (w > 0).sum()
+        return rho, u
+
+    def cca(self, vectors: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """1 - mean correlation: the self-distance and what the ablation adds to it.
+
+        With D = P_L - (P_L² - F)^½, P_L D + D P_L = F + D², its trace is what the sum of the
+        correlations loses, without a difference of sums. Where `vectors` of P_L² - F are made
+        anyway, it is a Sylvester equation in them: P_L D + D (P_L - D) = F.
+        """
+        lost, (route, steps) = self._unknown(), self._all(Route.ITERATIONS)
+        if self.features is None and not vectors:
+            lost, steps = riccati.deficit(
+                self.original.shrunk, self.balanced_loss, self.solvers.advance
+            )
+        missing = lost.isnan()
+        if bool(missing.any()):
+            route[missing] = Route.EIGENVECTORS
+            rho, u = self.canonical
+            solved = self.balanced_loss @ u
+            solved.div_(self.original.shrunk[:, None] + rho[:, None, :]).mul_(u)
+            lost = torch.where(missing, solved.sum((-2, -1)), lost)
+        return self._excess("cca", lost), route, steps
+
+    def cca_squared(self) -> tuple[Tensor, Tensor, Tensor]:
+        lost = (self.original.shrunk * self.loss.diagonal(dim1=1, dim2=2)).sum(-1)
+        return self._excess("cca_squared", lost), *self._all(Route.SUMS)
+
+    def _excess(self, metric: str, lost: Tensor) -> Tensor:
+        return self.original.self_distance(metric) + lost / self.original.correlations
+
+    def variates(self) -> tuple[Tensor, Tensor]:
+        """The original's canonical variates as rows (B, k, n), and the correlations (B, k).
+
+        Both are 0 beyond the rank of K_c, and k is the largest rank of the batch.
+        """
+        rho, u = self.canonical
+        kept = rho > 0
+        count = int(kept.sum(-1).max())  # of singular K_c they come in descending order
+        h = (u * kept[:, None, :])[..., :count].mT @ self.original.variates
+        return h, rho[:, :count]

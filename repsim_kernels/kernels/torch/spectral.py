@@ -1,0 +1,50 @@
+"""The n x n stage on its own: distances of ablations from Grams, and spectra of batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from repsim_kernels.kernels.torch import gram, spectrum
+from repsim_kernels.kernels.torch.ablated import SOLVERS, Original, Solvers
+from repsim_kernels.kernels.torch.ablation import Parts, distances
+
+_EPS = torch.finfo(torch.float64).eps
+
+
+def gram_ablation_distances(
+    k: Tensor,
+    parts: Tensor,
+    *,
+    metrics: tuple[str, ...],
+    ridge: float,
+    penalty: float,
+    neurons: int | None,
+    info: bool,
+    solvers: Solvers = SOLVERS,
+) -> dict[str, Tensor]:
+    whole, grams = (gram.double_centre(t.to(torch.float64)) for t in (k, parts))
+    n, energy = len(whole), whole.trace()
+    left = energy - grams.diagonal(dim1=1, dim2=2).sum(1)
+
+    def original() -> Original:
+        count = n - 1 if neurons is None else neurons
+        return Original(spectrum.of_gram(whole), n, count, ridge, penalty, solvers)
+
+    remains = torch.where(left > n * _EPS * energy, n, 0)
+    pieces = Parts(whole, grams, (grams == 0).all(-1).all(-1).tolist(), remains.tolist())
+    return distances(pieces, original, metrics).result(info)
+
+
+def eigh(a: Tensor, *, vectors: bool) -> dict[str, Tensor]:
+    if not vectors:
+        return {"values": torch.linalg.eigvalsh(a)}
+    w, v = torch.linalg.eigh(a)
+    return {"values": w, "vectors": v}
+
+
+def svd(a: Tensor, *, vectors: bool) -> dict[str, Tensor]:
+    if not vectors:
+        return {"values": torch.linalg.svdvals(a)}
+    u, s, vh = torch.linalg.svd(a, full_matrices=False)
+    return {"left": u, "values": s, "right": vh}

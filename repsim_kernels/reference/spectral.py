@@ -1,0 +1,69 @@
+"""Distances of ablations from Gram matrices alone, and spectra."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from repsim_kernels.reference.ablation import RIDGED, distances_from, routes
+from repsim_kernels.reference.cca import EPS
+from repsim_kernels.reference.gram import Array, Real, contrasts
+
+
+def features(gram: Real) -> Array:
+    """Centred x (n, n - 1) whose Gram matrix is the centred ``gram``."""
+    q = contrasts(len(gram))
+    w, u = np.linalg.eigh(q.T @ gram @ q)
+    return np.asarray(q @ (u * np.sqrt(np.maximum(w, 0))))
+
+
+def gram_ablation_distances(
+    gram: Real,
+    parts: Real,
+    *,
+    metrics: Sequence[str],
+    ridge: float = 0.1,
+    penalty: float = 0.0,
+    neurons: int | None = None,
+    info: bool = False,
+) -> dict[str, Array]:
+    """Distance of what has the Gram matrix (n, n) from what is left of it without a part.
+
+    {metric: (C,)} as of ``ablation_distances``, by representations of n - 1 neurons that have
+    these Gram matrices (C, n, n). Ridge CCA averages over min(n - 1, neurons) directions.
+    """
+    gram, parts = (np.asarray(a, dtype=np.float64) for a in (gram, parts))
+    n, x = len(gram), features(gram)
+    ridge = 0.0 if penalty else ridge
+    share = (n - 1) / min(n - 1, neurons or n)
+    distance = distances_from(x, ridge, penalty)
+
+    def one(name: str, part: Array) -> np.float64:
+        ridged = name in RIDGED and (ridge or penalty)
+        if not part.any() and not ridged:
+            return np.float64(0)
+        left = features(gram - part) if part.any() else x
+        if np.sum(left**2) <= n * EPS * np.sum(x**2):
+            return np.float64(np.nan)
+        value = distance[name](left)
+        return 1 - share * (1 - value) if ridged else value
+
+    found = {name: np.array([one(name, part) for part in parts]) for name in metrics}
+    return found | (routes(metrics, len(parts)) if info else {})
+
+
+def eigh(a: Real, *, vectors: bool) -> dict[str, Array]:
+    """Eigenvalues (…, n), ascending, and eigenvectors (…, n, n) of symmetric a, by LAPACK."""
+    if not vectors:
+        return {"values": np.linalg.eigvalsh(a)}
+    w, v = np.linalg.eigh(a)
+    return {"values": w, "vectors": v}
+
+
+def svd(a: Real, *, vectors: bool) -> dict[str, Array]:
+    """Singular values (…, k), descending, and vectors of a (…, m, n), by LAPACK."""
+    if not vectors:
+        return {"values": np.linalg.svd(a, compute_uv=False)}
+    u, s, vh = np.linalg.svd(a, full_matrices=False)
+    return {"left": u, "values": s, "right": vh}
