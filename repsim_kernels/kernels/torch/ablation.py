@@ -177,7 +177,7 @@ def _cka_distances(parts: Parts, metric: str, found: Found) -> None:
 
     whole, floor = prepared(parts.whole), cka.rounding(parts.whole)
     light = [c for c in parts.active if not parts.heavy[c]]
-    for batch in _batches(light, parts.whole):
+    for batch in batches(light, parts.whole):
         distance = cka.cosine_distance(prepared(parts.grams[batch]), whole, False, floor)
         found.put(metric, batch, distance, Route.SUMS)
     for c in parts.active:
@@ -187,7 +187,7 @@ def _cka_distances(parts: Parts, metric: str, found: Found) -> None:
             found.put(metric, [c], distance, Route.SUMS)
 
 
-def _batches(cells: list[int], gram: Tensor) -> Iterator[list[int]]:
+def batches(cells: list[int], gram: Tensor) -> Iterator[list[int]]:
     """As many cells at a time as a cache holds, or a GPU is busy with."""
     size = (_BATCH if gram.device.type == "cpu" else _LARGE_BATCH) // gram.numel()
     for start in range(0, len(cells), max(1, size)):
@@ -226,7 +226,7 @@ def _ablated(parts: Parts, original: Original) -> Iterator[tuple[list[int], Abla
         yield [c], Ablated(original, features=parts.factor(c, basis))
     for heavy in (False, True):
         rest = [c for c in parts.active if c not in few and parts.heavy[c] == heavy]
-        for batch in _batches(rest, parts.whole):
+        for batch in batches(rest, parts.whole):
             factors = [functools.partial(parts.factor, c, basis) for c in batch]
             if heavy:
                 rests = torch.stack([parts.rest(c) for c in batch])
