@@ -36,10 +36,19 @@ def _real(a: Array, name: str) -> Array:
     if dtype in _FLOATS:
         return a
     if dtype == "bool" or re.fullmatch(r"u?int\d+", dtype):
-        return a.double() if _arrays.kind(a) == "torch" else a.astype("float64")
+        return _float64(a)
     raise DtypeError(
         f"{name}: dtype {dtype}; expected real numbers ({', '.join(_FLOATS)}, integers)"
     )
+
+
+def _float64(a: Array) -> Array:
+    return a.double() if _arrays.kind(a) == "torch" else a.astype("float64")
+
+
+def wide(a: Array) -> Array:
+    """Real numbers as they are, float16 and bfloat16 as float64."""
+    return a if _dtype(a) in ("float32", "float64") else _float64(a)
 
 
 def _finite(a: Array, name: str, limit: float = _LARGEST) -> None:

@@ -171,7 +171,7 @@ def _decompose(
     operation: str, a: Any, vectors: bool, backend: str | None, *, symmetric: bool
 ) -> dict[str, Array]:
     vectors = _options.flag(vectors, "vectors")
-    a = _check.matrices(a, "a", symmetric=symmetric)
+    a = _check.wide(_check.matrices(a, "a", symmetric=symmetric))
     found: dict[str, Array] = _dispatch.call(operation, backend, a, vectors=vectors)
     failed = int(found["failed"].sum()) if "failed" in found else 0
     if failed:

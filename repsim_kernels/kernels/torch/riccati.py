@@ -80,7 +80,7 @@ def _iterate(v: Tensor, f: Tensor, advance: Advance) -> tuple[Tensor, Tensor, Te
         o, spare, d = advance(o, f, diagonal, v, spare)
         history = torch.cat([history, d.sum(-1)])
         count += len(d)
-        close, crawls = _judge(history, d[-1].abs().sum(-1), _STEPS - count)
+        close, crawls = _judge(history, _size(v, d[-1]), _STEPS - count)
         leave = live & (close | crawls)
         if not bool(leave.any()):
             continue
@@ -115,6 +115,11 @@ def _judge(history: Tensor, size: Tensor, left: int) -> tuple[Tensor, Tensor]:
     return close, crawls
 
 
+def _size(v: Tensor, d: Tensor) -> Tensor:
+    """What errors of tr D are measured by: the smaller of D and what it leaves."""
+    return torch.minimum(d.abs().sum(-1), (v - d).sum(-1))
+
+
 def _newton(v: Tensor, f: Tensor, o: Tensor) -> Tensor:
     """tr D from a D = diag(d) + o that is nearly right; NaN where it isn't."""
     narrow = o.dtype  # the correction is small: float32's digits of it are enough
@@ -134,5 +139,5 @@ def _newton(v: Tensor, f: Tensor, o: Tensor) -> Tensor:
     m.diagonal(dim1=1, dim2=2).fill_(1)
     factor, failed = torch.linalg.cholesky_ex(m)
     correction = (residual.mul_(scaled) * torch.cholesky_inverse(factor)).sum((-2, -1)) / 2
-    trusted = (failed == 0) & (left <= _TRUSTED * d.abs().sum(-1))
+    trusted = (failed == 0) & (left <= _TRUSTED * _size(v, d))
     return torch.where(trusted, d.sum(-1) + correction, torch.nan)

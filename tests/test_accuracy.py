@@ -1,0 +1,149 @@
+"""Ablation distances against 60-digit arithmetic: what is promised of their digits, and ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import _oracle
+import numpy as np
+import pytest
+from _draw import SEEDS
+from _tol import DISTANCE, SAME, Tol, assert_close, assert_rank_fidelity
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import repsim_kernels as rk
+
+PLAIN = ("cka", "procrustes")
+RIDGED = ("cca", "cca_squared")
+N_CELLS = 3
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Activations whose neurons differ in energy, and cells of them."""
+
+    n: int
+    p: int
+    spread: int  # decades between the strongest and the weakest neuron
+    common: bool  # whether the neurons share a direction
+    share: float  # of the neurons, that are in a cell
+    seed: int
+
+    def make(self) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng(self.seed)
+        x = rng.standard_normal((self.n, self.p)) * 10 ** -rng.uniform(0, self.spread, self.p)
+        if self.common:
+            x += rng.standard_normal((self.n, 1)) * rng.standard_normal(self.p)
+        cells = rng.integers(0, N_CELLS, self.p)
+        return x, np.where(rng.random(self.p) < self.share, cells, -1)
+
+
+def layers(n: st.SearchStrategy[int], p: st.SearchStrategy[int]) -> st.SearchStrategy[Layer]:
+    spread, share = st.sampled_from([0, 3, 6]), st.sampled_from([0.1, 0.5, 1.0])
+    return st.builds(Layer, n, p, spread, st.booleans(), share, SEEDS)
+
+
+def oracle(x: np.ndarray, cells: np.ndarray, ridge: float) -> dict[str, np.ndarray]:
+    """Distances; of ridge CCA what they have above that of x from itself."""
+    similarity: dict[str, Any] = {
+        "cka": _oracle.cka,
+        "procrustes": _oracle.procrustes,
+        "cca": lambda a, b: _oracle.cca(a, b, ridge=ridge),
+        "cca_squared": lambda a, b: _oracle.cca(a, b, squared=True, ridge=ridge),
+    }
+    found: dict[str, list[float]] = {name: [] for name in similarity}
+    for c in range(N_CELLS):
+        y = np.where(cells == c, 0.0, x)
+        for name, function in similarity.items():
+            if (y == 0).all():
+                found[name].append(np.nan)
+            elif (y == x).all():
+                found[name].append(0.0)
+            else:
+                itself = function(x, x) if name in RIDGED else 1
+                scale = 2 if name == "procrustes" else 1
+                found[name].append(float(scale * (itself - function(x, y))))
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def excess(x: np.ndarray, cells: np.ndarray, ridge: float, metrics: Any) -> dict[str, np.ndarray]:
+    """The package's distances less those of x from itself, which a cell of no neuron gives."""
+    members = np.append(cells == np.arange(N_CELLS)[:, None], [np.zeros(len(cells), bool)], axis=0)
+    got = rk.ablation_distances(x, members, metrics=metrics, ridge=ridge)
+    return {name: values[:-1] - values[-1] for name, values in got.items()}
+
+
+def assert_digits(layer: Layer, ridge: float = 0.1) -> None:
+    x, cells = layer.make()
+    want = oracle(x, cells, ridge)
+    # CCA with the iterations, and with the eigenvectors that PWCCA needs.
+    for metrics in ((*PLAIN, *RIDGED), (*RIDGED, "pwcca")):
+        got = excess(x, cells, ridge, metrics)
+        for name in set(metrics) - {"pwcca"}:
+            try:
+                assert_close(got[name], want[name], DISTANCE["float64"], nan=True)
+            except AssertionError as error:
+                raise AssertionError(f"{name}, {layer}: {error}") from None
+            known = ~np.isnan(want[name])
+            assert_rank_fidelity(got[name][known], want[name][known], DISTANCE["float64"])
+
+
+@settings(max_examples=25)
+@given(layers(st.integers(4, 7), st.integers(20, 60)), st.sampled_from([1e-3, 0.1, 1.0]))
+def test_more_neurons_than_stimuli(layer, ridge):
+    assert_digits(layer, ridge)
+
+
+@settings(max_examples=25)
+@given(layers(st.integers(5, 8), st.integers(2, 9)), st.sampled_from([1e-3, 0.1, 1.0]))
+def test_about_as_many_neurons_as_stimuli_or_fewer(layer, ridge):
+    assert_digits(layer, ridge)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e6, 1e12])
+def test_scale_changes_nothing(scale):
+    x, cells = Layer(10, 60, 2, True, 0.5, 0).make()
+    want, got = (rk.ablation_distances(a, cells, metrics=(*PLAIN, *RIDGED)) for a in (x, scale * x))
+    for name, values in want.items():
+        assert_close(got[name], values, Tol(1e-9, 1e-14))
+
+
+@given(st.integers(3, 12), st.integers(2, 30), st.integers(1, 3), SEEDS)
+def test_what_is_left_is_the_same_as_the_whole(n, p, copies, seed):
+    """Neurons beside copies of themselves: without the copies, the self-distance."""
+    x = np.random.default_rng(seed).standard_normal((n, p))
+    x = np.concatenate([x, np.repeat(x, copies, axis=1)], axis=1)
+    cells = np.where(np.arange(x.shape[1]) < p, -1, 0)
+    metrics = (*PLAIN, "svcca", *RIDGED, "pwcca")
+    got = rk.ablation_distances(x, [cells == 0, cells == 1], metrics=metrics)
+    for name in metrics:
+        assert_close(got[name][0], got[name][1], Tol(0, 1e-12))
+
+
+@pytest.mark.parametrize("p", [12, 60, 2000])
+@pytest.mark.parametrize("share", [0.99, 0.9999])
+def test_a_cell_of_nearly_all_the_energy(p, share):
+    """Far from the original, where the iterations have most to do."""
+    rng = np.random.default_rng(p)
+    x = rng.standard_normal((20, p))
+    x[:, : p // 2] *= np.sqrt(share / (1 - share))
+    cells = np.where(np.arange(p) < p // 2, 0, -1)
+    metrics = (*PLAIN, *RIDGED, "svcca", "pwcca")
+    got = rk.ablation_distances(x, cells, metrics=metrics)
+    want = rk.ablation_distances(x, cells, metrics=metrics, backend="reference")
+    for name, values in want.items():
+        assert_close(got[name], values, Tol(1e-9, 1e-13))
+
+
+def test_rank_deficient_grams():
+    """Half of the stimuli twice, or neurons in few directions: ranks below n - 1."""
+    rng = np.random.default_rng(1)
+    low = rng.integers(-3, 4, (12, 3)) @ rng.integers(-3, 4, (3, 40)) * 1.0
+    twice = np.repeat(rng.standard_normal((6, 40)), 2, axis=0)
+    for x in (low, twice):
+        cells = np.arange(40) % 4
+        got, want = (rk.ablation_distances(x, cells, backend=b) for b in ("torch", "reference"))
+        for name, values in want.items():
+            assert_close(got[name], values, Tol(1e-9, 1e-12) if name == "pwcca" else SAME)

@@ -1,0 +1,245 @@
+"""Distances from Grams alone, and batches of spectra: values, routes and errors."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from _draw import SEEDS, labels
+from _draw import representations as drawn
+from _tol import DISTANCE, Tol, assert_close
+from hypothesis import given
+from hypothesis import strategies as st
+
+import repsim_kernels as rk
+from repsim_kernels.kernels.torch import ablated, ablation, riccati
+from repsim_kernels.ops.spectral import GRAM_METRICS
+
+FLOAT64 = Tol(1e-9, 1e-13)
+
+
+def grams(x, cells, n_cells):
+    return rk.centered_gram(x), rk.cell_grams(x, cells, n_cells=n_cells)
+
+
+@given(st.data())
+def test_grams_say_what_activations_say(data):
+    x = data.draw(drawn(n=st.integers(4, 12), p=st.integers(30, 60), kinds=("gaussian", "relu")))
+    cells, n_cells = data.draw(labels(x.p))
+    options = {"metrics": GRAM_METRICS, "ridge": data.draw(st.sampled_from([0.01, 0.1]))}
+    members = cells == np.arange(n_cells)[:, None]
+    want = rk.ablation_distances(x.values(), members, **options)
+    got = rk.gram_ablation_distances(*grams(x.values(), cells, n_cells), **options)
+    for name in GRAM_METRICS:
+        assert_close(got[name], want[name], DISTANCE["float64"], nan=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"ridge": 1e-3}, {"penalty": 3.0}, {"neurons": 5}])
+@given(st.data())
+def test_against_the_reference(options, data):
+    x = data.draw(drawn(n=st.integers(4, 12), p=st.integers(30, 60), kinds=("gaussian", "relu")))
+    k, parts = grams(x.values(), *data.draw(labels(x.p)))
+    want = rk.gram_ablation_distances(k, parts, backend="reference", **options)
+    got, info = rk.gram_ablation_distances(k, parts, info=True, **options)
+    for name in GRAM_METRICS:
+        # Where little is left of a direction, both have roots of what is mere rounding.
+        rough = info[name].route == "eigenvectors"
+        assert_close(got[name][rough], want[name][rough], Tol(1e-5, 1e-9), nan=True)
+        assert_close(got[name][~rough], want[name][~rough], FLOAT64, nan=True)
+
+
+def test_grams_that_are_not_centred():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((9, 40)) + rng.standard_normal(40)
+    raw = np.stack([x[:, i::4] @ x[:, i::4].T for i in range(4)])
+    got = rk.gram_ablation_distances(raw.sum(0), raw)
+    want = rk.ablation_distances(x, np.arange(40) % 4, metrics=GRAM_METRICS)
+    for name in GRAM_METRICS:
+        assert_close(got[name], want[name], Tol(1e-8, 1e-12))
+
+
+@pytest.mark.parametrize("options", [{}, {"ridge": 0.0}])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_parts_of_nothing_and_of_everything(backend, options):
+    x = np.random.default_rng(1).standard_normal((8, 30))
+    k, parts = grams(x, np.zeros(30, int), 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rk.DegenerateWarning)
+        got = rk.gram_ablation_distances(k, parts, backend=backend, **options)
+    for name, (whole, nothing) in got.items():
+        ridged = name in ("cca", "cca_squared") and not options
+        itself = 1 - rk.cca(x, x, squared=name == "cca_squared", ridge=0.1) if ridged else 0
+        assert np.isnan(whole)
+        assert nothing == pytest.approx(itself, rel=1e-12, abs=1e-15)
+
+
+def test_where_iterations_would_crawl_grams_have_eigenvectors():
+    """What is left of these lacks directions of the whole."""
+    x = np.random.default_rng(2).standard_normal((10, 14))
+    k, parts = grams(x, np.arange(14) // 6, 3)
+    got, info = rk.gram_ablation_distances(k, parts, metrics=["procrustes", "cca"], info=True)
+    assert info["procrustes"].route[:2].tolist() == ["eigenvectors"] * 2
+    want = rk.ablation_distances(x, np.arange(14) // 6, metrics=["procrustes", "cca"])
+    assert_close(got["cca"], want["cca"], FLOAT64)
+    assert_close(got["procrustes"], want["procrustes"], DISTANCE["float64"])
+
+
+def test_compaction_and_batches(monkeypatch):
+    """Ablations of one batch that take different numbers of steps, and that fail, keep apart."""
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((12, 60)) * np.linspace(1, 30, 60)
+    cells = np.arange(60) < np.array([1, 5, 11, 20, 35, 47, 55])[:, None]
+    batch, info = rk.ablation_distances(x, cells, metrics=("procrustes", "cca"), info=True)
+    steps = info["procrustes"].steps
+    assert len(set(steps.tolist())) >= 4
+    assert {"iterations", "factors"} <= set(info["procrustes"].route)
+    monkeypatch.setattr(ablation, "_BATCH", 1)
+    alone, told = rk.ablation_distances(x, cells, metrics=("procrustes", "cca"), info=True)
+    np.testing.assert_array_equal(told["procrustes"].steps, steps)
+    for name, values in alone.items():
+        assert_close(batch[name], values, Tol(1e-12, 1e-15))
+
+
+def exact_deficit(v, f):
+    """tr D by an eigenproblem."""
+    return v.sum() - np.sqrt(np.maximum(np.linalg.eigvalsh(np.diag(v**2) - f), 0)).sum()
+
+
+@given(st.integers(1, 20), st.floats(0.01, 0.8), SEEDS)
+def test_the_riccati_equation(m, size, seed):
+    """H = diag(v)² - F with eigenvalues that keep clear of zero; F of either sign."""
+    rng = np.random.default_rng(seed)
+    v = np.sort(rng.uniform(1, 10, m))[::-1].copy()
+    a = rng.standard_normal((3, m, m))
+    a = a + a.swapaxes(1, 2)
+    f = size * a / np.abs(np.linalg.eigvalsh(a)).max((1, 2) if a.ndim > 3 else -1)[:, None, None]
+    got, steps = riccati.deficit(torch.from_numpy(v), torch.from_numpy(f))
+    want = [exact_deficit(v, one) for one in f]
+    assert_close(got, np.array(want), Tol(1e-9, 1e-12))
+    assert (steps <= riccati._STEPS).all()
+
+
+def test_a_riccati_equation_without_a_solution():
+    v = torch.tensor([2.0, 1.0], dtype=torch.float64)
+    got, _ = riccati.deficit(v, torch.diag(torch.tensor([1.0, 1.5], dtype=torch.float64))[None])
+    assert got.isnan().all()
+
+
+def test_a_correction_that_is_not_to_be_trusted(monkeypatch):
+    """Steps that stop too early: told by what Newton's step leaves, and answered otherwise."""
+    x = np.random.default_rng(4).standard_normal((12, 60))
+    cells = np.arange(60) % 3
+    want, info = rk.ablation_distances(x, cells, metrics=["procrustes"], info=True)
+    assert set(info["procrustes"].route) == {"iterations"}
+    monkeypatch.setattr(riccati, "_CLOSE", 0.1)
+    got, info = rk.ablation_distances(x, cells, metrics=["procrustes"], info=True)
+    assert set(info["procrustes"].route) == {"factors"}
+    assert_close(got["procrustes"], want["procrustes"], FLOAT64)
+
+
+def symmetric(rng, *shape):
+    a = rng.standard_normal((*shape, shape[-1]))
+    return a + a.swapaxes(-1, -2)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("shape", [(1,), (5,), (3, 40), (2, 2, 7)])
+def test_eigh(shape, backend):
+    a = symmetric(np.random.default_rng(5), *shape)
+    w, v = rk.eigh(a, backend=backend)
+    np.testing.assert_allclose(w, np.linalg.eigvalsh(a), atol=1e-12)
+    np.testing.assert_allclose(a @ v, v * w[..., None, :], atol=1e-11)
+    np.testing.assert_allclose(v.swapaxes(-1, -2) @ v, np.eye(shape[-1]) + 0 * a, atol=1e-12)
+    np.testing.assert_allclose(rk.eigh(a, vectors=False, backend=backend), w, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("shape", [(1, 1), (4, 9), (3, 12, 5)])
+def test_svd(shape, backend):
+    a = np.random.default_rng(6).standard_normal(shape)
+    u, s, vh = rk.svd(a, backend=backend)
+    np.testing.assert_allclose(u * s[..., None, :] @ vh, a, atol=1e-12)
+    np.testing.assert_allclose(s, np.linalg.svd(a, compute_uv=False), atol=1e-12)
+    np.testing.assert_allclose(rk.svd(a, vectors=False, backend=backend), s, atol=1e-12)
+
+
+def test_kinds_and_dtypes_of_spectra():
+    a = torch.from_numpy(symmetric(np.random.default_rng(7), 2, 6))
+    w, v = rk.eigh(a.float())
+    assert w.dtype == v.dtype == torch.float32
+    assert rk.eigh(a.half())[0].dtype == torch.float64
+    assert isinstance(rk.svd(a, vectors=False), torch.Tensor)
+    assert isinstance(rk.svd(a.numpy().tolist())[0], np.ndarray)
+    assert rk.eigh([[2, 1], [1, 2]])[0].tolist() == pytest.approx([1, 3])
+
+
+K = np.cov(np.random.default_rng(8).standard_normal((5, 40)))
+BAD = {
+    "gram: shape (4, 5); expected": (np.ones((4, 5)), np.zeros((1, 4, 4))),
+    "gram: shape (2, 3, 3); expected (n, n)": (np.stack([np.eye(3)] * 2), np.zeros((1, 3, 3))),
+    "gram: shape (3, 3); expected (n, n) with at least 4": (np.eye(3), np.zeros((1, 3, 3))),
+    "parts: shape (5, 5); expected (C, 5, 5)": (K, K),
+    "parts: shape (1, 4, 4); expected (C, 5, 5)": (K, np.zeros((1, 4, 4))),
+    "parts: a torch array on cpu, but gram is a numpy array": (K, torch.zeros(1, 5, 5)),
+    "gram: entries differ from those of the transpose": (np.triu(K), np.zeros((1, 5, 5))),
+    "parts: 1 of 25 values are NaN": (K, np.where(np.eye(5) * np.arange(5) == 4, np.nan, K)[None]),
+    "gram: the same for every stimulus": (np.ones((5, 5)), np.zeros((1, 5, 5))),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_what_is_wrong_is_said(message):
+    with pytest.raises(rk.RepsimError) as error:
+        rk.gram_ablation_distances(*BAD[message])
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("options", [{"metrics": ["pwcca"]}, {"neurons": 0}, {"neurons": 2.5}])
+def test_options_that_are_not_known(options):
+    with pytest.raises(rk.OptionError, match=next(iter(options))):
+        rk.gram_ablation_distances(K, K[None], **options)
+
+
+def test_errors_of_spectra():
+    with pytest.raises(rk.ShapeError, match="a: entries differ"):
+        rk.eigh(np.triu(np.ones((3, 3))))
+    with pytest.raises(rk.ShapeError, match=r"a: shape \(3, 4\); expected \(…, n, n\)"):
+        rk.eigh(np.ones((3, 4)))
+    with pytest.raises(rk.ShapeError, match=r"a: shape \(0, 4\)"):
+        rk.svd(np.ones((0, 4)))
+    with pytest.raises(rk.DtypeError, match="a: dtype complex128"):
+        rk.svd(np.ones((2, 2), complex))
+    with pytest.raises(rk.NonFiniteError, match="a: 1 of 4 values"):
+        rk.svd([[1, 2], [np.inf, 0]])
+    with pytest.raises(rk.OptionError, match="vectors: 'yes'; expected True or False"):
+        rk.eigh(np.eye(2), vectors="yes")
+
+
+def test_a_failure_to_converge_is_raised(monkeypatch):
+    from repsim_kernels import _dispatch
+
+    def fails(a, *, vectors):
+        return {"values": a[..., 0], "failed": torch.tensor([True, False])}
+
+    monkeypatch.setattr(_dispatch, "_load", lambda operation, backend: fails)
+    with pytest.raises(rk.ConvergenceError, match=r"a: 1 matrices of shape \(2, 3, 3\)"):
+        rk.eigh(np.stack([np.eye(3)] * 2), vectors=False)
+
+
+def test_solvers_are_used():
+    """What a GPU's kernels replace."""
+    calls = []
+
+    def eigh(a):
+        calls.append(a.shape)
+        return torch.linalg.eigh(a)
+
+    k, parts = (torch.from_numpy(a) for a in grams(np.eye(6)[:, :5] + 0.1, np.arange(5) // 3, 2))
+    solvers = ablated.Solvers(eigh=eigh)
+    original = ablated.Original((torch.eye(5, 4).double(), torch.ones(4).double()), 6, 5, 0.1, 0)
+    original.solvers = solvers
+    ablated.Ablated(original, cell=parts).svcca()
+    assert calls == [(2, 4, 4)]
+    assert k.shape == (6, 6)
