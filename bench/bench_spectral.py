@@ -15,7 +15,7 @@ from torch import Tensor
 
 import repsim_kernels as rk
 from bench.bench_ablation import activations, cells
-from repsim_kernels.kernels.torch import ablation, cka, spectrum
+from repsim_kernels.kernels.torch import cka, gram, spectrum
 from repsim_kernels.kernels.torch.ablated import Ablated, Original
 
 RIDGE = 0.1
@@ -38,7 +38,7 @@ def ours(whole: Tensor, parts: Tensor, metrics: tuple[str, ...]) -> dict[str, Te
     n = len(whole)
     original = Original(spectrum.of_gram(whole), n, n - 1, RIDGE, 0.0)
     found: dict[str, list[Tensor]] = {name: [] for name in metrics}
-    for batch in ablation.batches(list(range(len(parts))), whole):
+    for batch in gram.batches(list(range(len(parts))), whole):
         ablated = Ablated(original, cell=parts[batch])
         if "cka" in metrics:
             found["cka"].append(cka.cosine_distance(parts[batch], whole, False, torch.zeros(())))
@@ -59,7 +59,7 @@ def by_svd(whole: Tensor, parts: Tensor, metrics: tuple[str, ...]) -> dict[str, 
     basis, v = spectrum.of_gram(whole)
     found: dict[str, list[Tensor]] = {name: [] for name in metrics}
     root = (v / (v + RIDGE * v.sum() / n)).sqrt()
-    for batch in ablation.batches(list(range(len(parts))), whole):
+    for batch in gram.batches(list(range(len(parts))), whole):
         left = whole - parts[batch]
         if "cka" in metrics:
             similarity = (left * whole).sum((1, 2)) / left.square().sum((1, 2)).sqrt()

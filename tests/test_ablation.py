@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import repsim_kernels as rk
-from repsim_kernels.kernels.torch import ablation as kernel
+from repsim_kernels.kernels.torch import gram
 from repsim_kernels.ops.ablation import METRICS
 
 SELF_ZERO = ("cka", "procrustes", "svcca", "cka_debiased")
@@ -156,7 +156,7 @@ def test_many_cells_in_batches(monkeypatch):
     rng = np.random.default_rng(4)
     x, cells = rng.standard_normal((8, 50)), rng.integers(-1, 20, 50)
     want = distances(x, cells)
-    monkeypatch.setattr(kernel, "_BATCH", 3 * 64)
+    monkeypatch.setattr(gram, "_BATCH", 3 * 64)
     assert_agree(distances(x, cells, memory=1), want, Tol(1e-12, 1e-15))
 
 

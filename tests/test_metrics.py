@@ -116,8 +116,8 @@ def test_batches_broadcast(name, options):
 @EACH
 def test_pairwise_is_each_pair(name, options):
     rng = np.random.default_rng(1)
-    xs = [rng.standard_normal((9, p)) for p in (4, 30, 2)]
-    ys = [rng.standard_normal((9, p)) for p in (3, 12)]
+    xs = [rng.standard_normal((9, p)) for p in (4, 30, 2, 12, 4)]
+    ys = [rng.standard_normal((9, p)) for p in (3, 12, 3)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rk.DegenerateWarning)
         for others in (ys, None):

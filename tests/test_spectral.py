@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import repsim_kernels as rk
-from repsim_kernels.kernels.torch import ablated, ablation, riccati
+from repsim_kernels.kernels.torch import ablated, gram, riccati
 from repsim_kernels.ops.spectral import GRAM_METRICS
 
 FLOAT64 = Tol(1e-9, 1e-13)
@@ -95,7 +95,7 @@ def test_compaction_and_batches(monkeypatch):
     steps = info["procrustes"].steps
     assert len(set(steps.tolist())) >= 4
     assert {"iterations", "factors"} <= set(info["procrustes"].route)
-    monkeypatch.setattr(ablation, "_BATCH", 1)
+    monkeypatch.setattr(gram, "_BATCH", 1)
     alone, told = rk.ablation_distances(x, cells, metrics=("procrustes", "cca"), info=True)
     np.testing.assert_array_equal(told["procrustes"].steps, steps)
     for name, values in alone.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 
@@ -20,6 +20,36 @@ class Info(NamedTuple):
 
     route: Any
     steps: Any
+
+
+@overload
+def ablation_distances(
+    x: Any,
+    cells: Any,
+    *,
+    metrics: Sequence[str] = ...,
+    ridge: float = ...,
+    penalty: float = ...,
+    memory: int | None = ...,
+    info: Literal[False] = ...,
+    precision: str = ...,
+    backend: str | None = ...,
+) -> dict[str, Array]: ...
+
+
+@overload
+def ablation_distances(
+    x: Any,
+    cells: Any,
+    *,
+    metrics: Sequence[str] = ...,
+    ridge: float = ...,
+    penalty: float = ...,
+    memory: int | None = ...,
+    info: Literal[True],
+    precision: str = ...,
+    backend: str | None = ...,
+) -> tuple[dict[str, Array], dict[str, Info]]: ...
 
 
 def ablation_distances(

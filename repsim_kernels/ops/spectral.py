@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 from repsim_kernels import _check, _dispatch, _options
 from repsim_kernels._arrays import Array
@@ -11,6 +11,34 @@ from repsim_kernels.errors import ConvergenceError
 from repsim_kernels.ops.ablation import METRICS, Info, split
 
 GRAM_METRICS = tuple(name for name in METRICS if name != "pwcca")
+
+
+@overload
+def gram_ablation_distances(
+    gram: Any,
+    parts: Any,
+    *,
+    metrics: Sequence[str] = ...,
+    ridge: float = ...,
+    penalty: float = ...,
+    neurons: int | None = ...,
+    info: Literal[False] = ...,
+    backend: str | None = ...,
+) -> dict[str, Array]: ...
+
+
+@overload
+def gram_ablation_distances(
+    gram: Any,
+    parts: Any,
+    *,
+    metrics: Sequence[str] = ...,
+    ridge: float = ...,
+    penalty: float = ...,
+    neurons: int | None = ...,
+    info: Literal[True],
+    backend: str | None = ...,
+) -> tuple[dict[str, Array], dict[str, Info]]: ...
 
 
 def gram_ablation_distances(

@@ -15,8 +15,6 @@ from repsim_kernels.kernels.torch.ablated import SOLVERS, Ablated, Original, Rou
 from repsim_kernels.kernels.torch.cca import variate_weights
 from repsim_kernels.kernels.torch.spectrum import Representation
 
-# Elements of a batch of Grams that passes through the cache together, and of one on a GPU.
-_BATCH, _LARGE_BATCH = 2**17, 2**24
 _MEMORY = 2**30
 
 
@@ -177,7 +175,7 @@ def _cka_distances(parts: Parts, metric: str, found: Found) -> None:
 
     whole, floor = prepared(parts.whole), cka.rounding(parts.whole)
     light = [c for c in parts.active if not parts.heavy[c]]
-    for batch in batches(light, parts.whole):
+    for batch in gram.batches(light, parts.whole):
         distance = cka.cosine_distance(prepared(parts.grams[batch]), whole, False, floor)
         found.put(metric, batch, distance, Route.SUMS)
     for c in parts.active:
@@ -185,13 +183,6 @@ def _cka_distances(parts: Parts, metric: str, found: Found) -> None:
             rest = parts.rest(c)
             distance = cka.cosine_distance(prepared(rest)[None], whole, True, cka.rounding(rest))
             found.put(metric, [c], distance, Route.SUMS)
-
-
-def batches(cells: list[int], gram: Tensor) -> Iterator[list[int]]:
-    """As many cells at a time as a cache holds, or a GPU is busy with."""
-    size = (_BATCH if gram.device.type == "cpu" else _LARGE_BATCH) // gram.numel()
-    for start in range(0, len(cells), max(1, size)):
-        yield cells[start : start + max(1, size)]
 
 
 def _spectral_distances(parts: Parts, original: Original, found: Found, memory: int) -> None:
@@ -226,7 +217,7 @@ def _ablated(parts: Parts, original: Original) -> Iterator[tuple[list[int], Abla
         yield [c], Ablated(original, features=parts.factor(c, basis))
     for heavy in (False, True):
         rest = [c for c in parts.active if c not in few and parts.heavy[c] == heavy]
-        for batch in batches(rest, parts.whole):
+        for batch in gram.batches(rest, parts.whole):
             factors = [functools.partial(parts.factor, c, basis) for c in batch]
             if heavy:
                 rests = torch.stack([parts.rest(c) for c in batch])

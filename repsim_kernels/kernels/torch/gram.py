@@ -11,6 +11,8 @@ from torch import Tensor
 
 # Elements of a float64 block of neurons: 4 MiB, which stays in a last-level cache.
 _BLOCK = 2**19
+# Elements of a batch of Grams that passes through the cache together, and of one on a GPU.
+_BATCH, _LARGE_BATCH = 2**17, 2**24
 # Columns of a cell in one product, and of a strip that is copied at once.
 _COLUMNS = 512
 _STRIP = 4096
@@ -35,6 +37,13 @@ def blocks(p: int, rows: int) -> Iterator[slice]:
     """Slices of p neurons that make float64 blocks of `_BLOCK` elements with `rows` rows each."""
     width = max(1, _BLOCK // rows)
     return (slice(start, min(start + width, p)) for start in range(0, p, width))
+
+
+def batches(items: list[int], gram: Tensor) -> Iterator[list[int]]:
+    """As many items at a time, each of a Gram's size, as a cache holds or a GPU is busy with."""
+    size = max(1, (_BATCH if gram.device.type == "cpu" else _LARGE_BATCH) // gram.numel())
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 def linear(x: Tensor) -> Tensor:

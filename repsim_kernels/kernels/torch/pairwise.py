@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,9 +24,31 @@ def pairwise(xs: list[Tensor], ys: list[Tensor] | None, *, metric: str, **option
     function, symmetric = _COMPARE[metric]
     out = torch.empty(len(left), len(right), dtype=torch.float64, device=xs[0].device)
     for i, a in enumerate(left):
-        for j, b in enumerate(right):
-            done = ys is None and symmetric and j < i
-            out[i, j] = out[j, i] if done else function(a, b, **options)
+        wanted = range(i if ys is None and symmetric else 0, len(right))
+        for js in _alike(wanted, right):
+            out[i, js] = function(a, _stack([right[j] for j in js]), **options)
+        if ys is None and symmetric:
+            out[i:, i] = out[i, i:].clone()
+    return out
+
+
+def _alike(wanted: range, rs: list[Representation]) -> Iterator[list[int]]:
+    """Batches of representations whose spectra are of one shape."""
+    shapes: dict[int, list[int]] = {}
+    for j in wanted:
+        shapes.setdefault(min(rs[j].n, rs[j].p), []).append(j)
+    for js in shapes.values():
+        yield from gram.batches(js, rs[js[0]].factor)
+
+
+def _stack(rs: list[Representation]) -> Representation:
+    """Several as one batch, to be the second of a pair: of x its sizes alone count there."""
+    out = Representation(rs[0].x)
+    out.spectrum = (
+        torch.stack([r.spectrum[0] for r in rs]),
+        torch.stack([r.spectrum[1] for r in rs]),
+    )
+    out.factor = torch.stack([r.factor for r in rs])
     return out
 
 
