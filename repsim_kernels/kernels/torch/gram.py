@@ -87,6 +87,12 @@ def double_centre(k: Tensor) -> Tensor:
     return k.sub_(k.mean(-2, keepdim=True))
 
 
+def centre_relative(g: Tensor) -> Tensor:
+    """The Gram of centred stimuli from that of stimuli relative to any one; as symmetric as g."""
+    mean = g.mean(-1)
+    return g - (mean[..., :, None] + mean[..., None, :] - mean.mean(-1)[..., None, None])
+
+
 def u_centre(k: Tensor) -> Tensor:
     """The U-centred kernel matrix: its Frobenius products are n(n - 3) times HSIC₁.
 

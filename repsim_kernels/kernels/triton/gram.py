@@ -214,7 +214,7 @@ def centered_gram(
     segments = _Segments(base, bounds, np.arange(len(batch)), len(batch), None)
     g = _grams(batch, segments, precision, launch, False)[0].view(*x.shape[:-1], n)
     if kernel == "linear":
-        return _centred(g)
+        return torch_gram.centre_relative(g)
     assert sigma is not None
     return torch_gram.double_centre(torch_gram.rbf_kernel(g, sigma))
 
@@ -269,15 +269,9 @@ def cell_sums(
     segments = _Segments(base, np.concatenate(bounds), owner, len(tables) * n_cells, columns)
     g, live, u = _grams(x, segments, precision, launch, shifts)
     if u is None:
-        return _centred(g), live, g.new_zeros(g.shape[:-1])
+        return torch_gram.centre_relative(g), live, g.new_zeros(g.shape[:-1])
     shift = u + g.mean(-1)
-    return _centred(g), live, shift - shift.mean(-1, keepdim=True)
-
-
-def _centred(g: Tensor) -> Tensor:
-    """The Gram of the centred stimuli, from that relative to the first one; as symmetric as g."""
-    mean = g.mean(-1)
-    return g - (mean[..., :, None] + mean[..., None, :] - mean.mean(-1)[..., None, None])
+    return torch_gram.centre_relative(g), live, shift - shift.mean(-1, keepdim=True)
 
 
 @dataclass(frozen=True)

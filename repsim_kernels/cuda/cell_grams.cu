@@ -1,0 +1,110 @@
+// Gram matrices of the stimuli, one for each cell of neurons, from one read of the activations.
+//
+// A block makes a tile of 64 x 64 products for one piece of a cell's neurons, 4 x 8 of them in the
+// registers of each of 128 threads: a step over 32 multiplications takes 12 numbers from shared
+// memory. Tiles above the diagonal are not made. Pieces are summed by a second kernel in the order
+// of their places, so that the result does not depend on which block ends first.
+//
+// Stimuli are taken relative to the first one as they are loaded: a constant neuron gives exact
+// zeros, and a large mean costs no digits. The Gram of these differences is centred afterwards.
+
+constexpr int TILE = 64;     // stimuli
+constexpr int DEPTH = 16;    // neurons of a step
+constexpr int RUN = 512;     // neurons that are summed in the products' own precision
+constexpr int THREADS = 128; // 16 along the rows, 8 along the columns
+constexpr int ROWS = 4;      // of a thread, 16 apart: threads of a warp read the same ones
+constexpr int COLUMNS = 8;   // of a thread, 8 apart: without bank conflicts
+
+// Row and column of a tile on or under the diagonal.
+__device__ __forceinline__ void place(int pair, int *i, int *j) {
+    int row = 0;
+    while ((row + 1) * (row + 2) / 2 <= pair) ++row;
+    *i = row;
+    *j = pair - row * (row + 1) / 2;
+}
+
+// 64 stimuli of 16 neurons, relative to the first stimulus and scaled; zeros beyond either end.
+template <typename T>
+__device__ __forceinline__ void load(T (*to)[TILE], const T *x, const int *order, long long at,
+                                     long long last, int first_row, int n, long long stride_n,
+                                     long long stride_p, T scale) {
+    for (int e = threadIdx.x; e < DEPTH * TILE; e += THREADS) {
+        const int k = e / TILE, row = first_row + e % TILE;
+        T value = 0;
+        if (at + k < last && row < n) {
+            const T *neuron = x + order[at + k] * stride_p;
+            value = (neuron[row * stride_n] - neuron[0]) * scale;
+        }
+        to[k][e % TILE] = value;
+    }
+}
+
+// Grid: pieces x tiles. An item is the first and the last place in `order` of a piece, and the slot
+// of its tiles in `partial` (slots, tiles, 64, 64).
+template <typename T>
+__device__ void pieces(const T *x, const int *order, const long long *items, const T *scale_at,
+                       double *partial, int n, long long stride_n, long long stride_p) {
+    __shared__ T a[DEPTH][TILE], b[DEPTH][TILE];
+    const long long *item = items + 3LL * blockIdx.x;
+    const long long first = item[0], last = item[1], slot = item[2];
+    const T scale = *scale_at;
+    const int r = threadIdx.x / 8, c = threadIdx.x % 8;
+    int i, j;
+    place(blockIdx.y, &i, &j);
+    double total[ROWS][COLUMNS] = {};
+    for (long long run = first; run < last; run += RUN) {
+        T sum[ROWS][COLUMNS] = {};
+        const long long end = run + RUN < last ? run + RUN : last;
+        for (long long at = run; at < end; at += DEPTH) {
+            load(a, x, order, at, end, i * TILE, n, stride_n, stride_p, scale);
+            load(b, x, order, at, end, j * TILE, n, stride_n, stride_p, scale);
+            __syncthreads();
+            for (int k = 0; k < DEPTH; ++k) {
+                T left[ROWS], right[COLUMNS];
+                for (int u = 0; u < ROWS; ++u) left[u] = a[k][r + 16 * u];
+                for (int v = 0; v < COLUMNS; ++v) right[v] = b[k][c + 8 * v];
+                for (int u = 0; u < ROWS; ++u)
+                    for (int v = 0; v < COLUMNS; ++v) sum[u][v] += left[u] * right[v];
+            }
+            __syncthreads();
+        }
+        for (int u = 0; u < ROWS; ++u)
+            for (int v = 0; v < COLUMNS; ++v) total[u][v] += sum[u][v];
+    }
+    double *tile = partial + (slot * gridDim.y + blockIdx.y) * (TILE * TILE);
+    for (int u = 0; u < ROWS; ++u)
+        for (int v = 0; v < COLUMNS; ++v)
+            tile[(r + 16 * u) * TILE + c + 8 * v] = total[u][v];
+}
+
+extern "C" __global__ void __launch_bounds__(128, 2)
+    cell_grams_f64(const double *x, const int *order, const long long *items, const double *scale,
+                   double *partial, int n, long long stride_n, long long stride_p) {
+    pieces(x, order, items, scale, partial, n, stride_n, stride_p);
+}
+
+extern "C" __global__ void __launch_bounds__(128, 2)
+    cell_grams_f32(const float *x, const int *order, const long long *items, const float *scale,
+                   double *partial, int n, long long stride_n, long long stride_p) {
+    pieces(x, order, items, scale, partial, n, stride_n, stride_p);
+}
+
+// Grid: cells x tiles. Cell c has the slots from slots[c] to slots[c + 1]; g is (cells, n, n).
+extern "C" __global__ void __launch_bounds__(128, 2)
+    cell_grams_sum(const double *partial, const long long *slots, const double *unit, double *g,
+                   int n) {
+    int i, j;
+    place(blockIdx.y, &i, &j);
+    const long long first = slots[blockIdx.x], last = slots[blockIdx.x + 1];
+    g += static_cast<long long>(blockIdx.x) * n * n;
+    for (int e = threadIdx.x; e < TILE * TILE; e += blockDim.x) {
+        const int row = i * TILE + e / TILE, column = j * TILE + e % TILE;
+        if (row >= n || column > row) continue;
+        double total = 0;
+        for (long long slot = first; slot < last; ++slot)
+            total += partial[(slot * gridDim.y + blockIdx.y) * (TILE * TILE) + e];
+        total = total * *unit * *unit;
+        g[static_cast<long long>(row) * n + column] = total;
+        g[static_cast<long long>(column) * n + row] = total;
+    }
+}

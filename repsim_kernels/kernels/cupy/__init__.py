@@ -1,0 +1,1 @@
+"""Launchers of the CUDA C++ kernels in repsim_kernels/cuda."""

@@ -1,0 +1,129 @@
+"""cuda/cell_grams.cu on the CPU, started by its launcher: against the reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from _draw import KINDS, TORCH_LAYOUTS, labels, memberships, representations
+from _guard import guarded
+from _tol import GRAM, assert_gram_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import repsim_kernels as rk
+from repsim_kernels.kernels.cupy import gram, module
+
+from . import _build
+
+pytestmark = pytest.mark.skipif(_build.COMPILER is None, reason="no g++")
+few = settings(max_examples=8)
+TOLERANCE = {"float64": GRAM["float64"], "float32": GRAM["ieee"]}
+SMALL = gram.Launch(chunk=7)  # several pieces a cell, of less than a step
+
+
+@pytest.fixture(scope="module", params=[None, "address", "thread"])
+def sanitizer(request):
+    return request.param
+
+
+def memory(argument):
+    """What lies between a tensor's first and last element, as a kernel sees it."""
+    if not isinstance(argument, torch.Tensor) or not argument.numel():
+        return argument
+    steps = zip(argument.shape, argument.stride(), strict=True)
+    return argument.as_strided((1 + sum((size - 1) * step for size, step in steps),), (1,))
+
+
+@pytest.fixture(autouse=True)
+def on_the_host(monkeypatch):
+    use(monkeypatch, None)
+
+
+def use(monkeypatch, sanitizer):
+    """Launch on the CPU, with NaN in the memory that kernels are to fill."""
+    library = _build.library("cell_grams", sanitizer)
+    empty = torch.empty
+
+    def launch(source, name, grid, block, *arguments, shared=0):
+        assert source == "cell_grams"
+        library.launch(name, grid, block, *map(memory, arguments), shared=shared)
+
+    monkeypatch.setattr(module, "launch", launch)
+    monkeypatch.setattr(gram.torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+
+
+def assert_right(x, values, cells, n_cells, dtype, launch=None):
+    got = gram.cell_grams(x, cells=cells, n_cells=n_cells, launch=launch)
+    want = rk.cell_grams(values, cells, n_cells=n_cells, backend="reference")
+    centred = values - values.mean(0)
+    scale = np.full(want.shape[:-2], (centred**2).sum(1).max())
+    assert torch.equal(got, got.mT)
+    assert_gram_close(got, want, TOLERANCE[dtype], scale=scale)
+    assert not got.numpy()[~want.any((-2, -1))].any()  # nothing gives exact zeros
+
+
+@few
+@given(st.data())
+def test_labels(data):
+    x = data.draw(
+        representations(
+            st.integers(2, 70), st.integers(1, 40), KINDS, ("float64", "float32"), TORCH_LAYOUTS
+        )
+    )
+    cells, n_cells = data.draw(labels(x.p))
+    assert_right(guarded(x.torch()), x.values(), cells, n_cells, x.dtype, SMALL)
+
+
+@few
+@given(st.data())
+def test_memberships(data):
+    x = data.draw(representations(st.integers(2, 20), dtypes=("float64", "float32")))
+    cells = data.draw(memberships(x.p))
+    assert_right(guarded(x.torch()), x.values(), cells, len(cells), x.dtype, SMALL)
+
+
+def test_partitions_and_no_cells():
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((6, 20)))
+    tables = np.random.default_rng(1).integers(-1, 3, (2, 20))
+    assert_right(x, x.numpy(), tables, 3, "float64")
+    assert gram.cell_grams(x, cells=tables[0] * 0 - 1, n_cells=0).shape == (0, 6, 6)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_more_neurons_than_are_summed_at_once(dtype):
+    """Runs of 512 neurons, and means that are large beside the differences."""
+    rng = np.random.default_rng(2)
+    values = (rng.standard_normal((5, 1200)) + 1000).astype(dtype).astype(float)
+    cells = np.where(np.arange(1200) < 1100, 0, 1)
+    x = torch.from_numpy(values).to(getattr(torch, dtype))
+    assert_right(x.mT.contiguous().mT, values, cells, 2, dtype)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e25])
+def test_float32_of_any_size(scale):
+    values = np.random.default_rng(3).standard_normal((9, 30)).astype(np.float32) * scale
+    x = torch.from_numpy(values.astype(np.float32))
+    values = x.double().numpy()
+    assert_right(x, values, np.arange(30) % 3, 3, "float32")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_under_sanitizers(monkeypatch, sanitizer, dtype):
+    """No access out of bounds, and no race: 70 stimuli are four tiles' worth, 3 of them made."""
+    use(monkeypatch, sanitizer)
+    values = np.random.default_rng(4).standard_normal((70, 25)).astype(dtype).astype(float)
+    x = torch.from_numpy(values).to(getattr(torch, dtype)).mT.contiguous().mT
+    cells = np.random.default_rng(5).integers(-1, 2, 25)
+    assert_right(x, values, cells, 2, dtype, SMALL)
+
+
+def test_what_it_does_not_take():
+    assert "float32 and float64, not float16" in gram.unsupported(torch.zeros(2, 2).half())
+
+
+@pytest.mark.parametrize(("n", "columns"), [(50, 193_600), (500, 100_352), (2, 1)])
+def test_choice(n, columns):
+    chunk = gram.choose(n, columns).chunk
+    assert chunk % 512 == 0
+    assert 512 <= chunk <= 8192
