@@ -31,7 +31,10 @@ _FLAGS = ("-std=c++20", "-O2", "-g", "-pthread", "-Wall", "-Wextra", "-Werror")
 _SANITIZE = {
     None: ("-shared", "-fPIC"),
     "address": ("-DSHIM_MAIN", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-    "thread": ("-DSHIM_MAIN", "-fsanitize=thread",),
+    "thread": (
+        "-DSHIM_MAIN",
+        "-fsanitize=thread",
+    ),
 }
 
 

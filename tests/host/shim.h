@@ -14,6 +14,7 @@
 #include <filesystem>
 #include <fstream>
 #include <memory>
+#include <new>
 #include <string>
 #include <thread>
 #include <type_traits>
@@ -123,7 +124,9 @@ void run(void (*kernel)(P...), std::vector<std::string> kinds, void *const *valu
                 " bytes of shared memory";
     if (!error.empty())
         return;
-    std::unique_ptr<void, decltype(&free)> memory(aligned_alloc(16, bytes), free);
+    constexpr std::align_val_t alignment{16};
+    const auto release = [](void *memory) { operator delete(memory, alignment); };
+    std::unique_ptr<void, decltype(release)> memory(operator new(bytes, alignment), release);
     dynamic_shared = static_cast<unsigned char *>(memory.get());
     for (unsigned block = 0; block < gridDim.x * gridDim.y * gridDim.z; ++block) {
         memset(dynamic_shared, 0xff, bytes);

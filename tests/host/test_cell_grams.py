@@ -8,49 +8,16 @@ import torch
 from _draw import KINDS, TORCH_LAYOUTS, labels, memberships, representations
 from _guard import guarded
 from _tol import GRAM, assert_gram_close
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import repsim_kernels as rk
-from repsim_kernels.kernels.cupy import gram, module
+from repsim_kernels.kernels.cupy import gram
 
-from . import _build
-
-pytestmark = pytest.mark.skipif(_build.COMPILER is None, reason="no g++")
-few = settings(max_examples=8)
+pytestmark = pytest.mark.usefixtures("native")
+few = settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TOLERANCE = {"float64": GRAM["float64"], "float32": GRAM["ieee"]}
 SMALL = gram.Launch(chunk=7)  # several pieces a cell, of less than a step
-
-
-@pytest.fixture(scope="module", params=[None, "address", "thread"])
-def sanitizer(request):
-    return request.param
-
-
-def memory(argument):
-    """What lies between a tensor's first and last element, as a kernel sees it."""
-    if not isinstance(argument, torch.Tensor) or not argument.numel():
-        return argument
-    steps = zip(argument.shape, argument.stride(), strict=True)
-    return argument.as_strided((1 + sum((size - 1) * step for size, step in steps),), (1,))
-
-
-@pytest.fixture(autouse=True)
-def on_the_host(monkeypatch):
-    use(monkeypatch, None)
-
-
-def use(monkeypatch, sanitizer):
-    """Launch on the CPU, with NaN in the memory that kernels are to fill."""
-    library = _build.library("cell_grams", sanitizer)
-    empty = torch.empty
-
-    def launch(source, name, grid, block, *arguments, shared=0):
-        assert source == "cell_grams"
-        library.launch(name, grid, block, *map(memory, arguments), shared=shared)
-
-    monkeypatch.setattr(module, "launch", launch)
-    monkeypatch.setattr(gram.torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
 
 
 def assert_right(x, values, cells, n_cells, dtype, launch=None):
@@ -108,10 +75,11 @@ def test_float32_of_any_size(scale):
     assert_right(x, values, np.arange(30) % 3, 3, "float32")
 
 
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_under_sanitizers(monkeypatch, sanitizer, dtype):
+def test_under_sanitizers(native, sanitizer, dtype):
     """No access out of bounds, and no race: 70 stimuli are four tiles' worth, 3 of them made."""
-    use(monkeypatch, sanitizer)
+    native(sanitizer)
     values = np.random.default_rng(4).standard_normal((70, 25)).astype(dtype).astype(float)
     x = torch.from_numpy(values).to(getattr(torch, dtype)).mT.contiguous().mT
     cells = np.random.default_rng(5).integers(-1, 2, 25)

@@ -1,0 +1,47 @@
+"""The launchers of the CUDA C++ kernels, made to start them on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from repsim_kernels.kernels.cupy import module
+
+from . import _build
+
+
+@pytest.fixture
+def native(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Start kernels by g++ from now on, and under a sanitizer when called with its name.
+
+    Memory that kernels are to fill holds NaN, or -1, until they do.
+    """
+    if _build.COMPILER is None:
+        pytest.skip("there is no g++")
+
+    def use(sanitizer: str | None = None) -> None:
+        def launch(
+            source: str, name: str, grid: Any, block: Any, *arguments: Any, shared: int = 0
+        ) -> None:
+            library = _build.library(source, sanitizer)
+            library.launch(name, grid, block, *map(memory, arguments), shared=shared)
+
+        monkeypatch.setattr(module, "launch", launch)
+
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    use()
+    yield use
+    torch.use_deterministic_algorithms(before)
+
+
+def memory(argument: Any) -> Any:
+    """What lies between a tensor's first and last element, as a kernel sees it."""
+    if not isinstance(argument, torch.Tensor) or not argument.numel():
+        return argument
+    steps = zip(argument.shape, argument.stride(), strict=True)
+    return argument.as_strided((1 + sum((size - 1) * step for size, step in steps),), (1,))

@@ -1,0 +1,256 @@
+"""cuda/jacobi.cu on the CPU, started by its launchers: against LAPACK."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from _draw import SEEDS
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from repsim_kernels.kernels.cupy import module, spectral
+
+from . import _build
+
+pytestmark = pytest.mark.usefixtures("native")
+few = settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23}
+# Errors in units of n · eps · ‖A‖_F; the largest seen is 2.2, of a graded SVD.
+ALLOWED = 4.0
+
+
+def spectrum(kind: str, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Eigenvalues, or singular values but for their signs."""
+    w = rng.standard_normal(n)
+    match kind:
+        case "clustered":
+            w = 1 + 1e-9 * w
+        case "repeated":
+            w = np.sign(w)
+        case "zero":
+            w = 0 * w
+        case "rank 1":
+            w[1:] = 0
+        case "graded":
+            w = np.logspace(-16, 0, n)
+    return w
+
+
+SPECTRA = ("random", "clustered", "repeated", "zero", "rank 1", "graded")
+
+
+def orthogonal(n: int, rng: np.random.Generator) -> np.ndarray:
+    return np.linalg.qr(rng.standard_normal((n, n)))[0]
+
+
+def symmetric(kind: str, n: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    q = orthogonal(n, rng)
+    a = q * spectrum(kind, n, rng) @ q.T
+    return (a + a.T) / 2
+
+
+def tensor(a: np.ndarray, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(a)).to(dtype)
+
+
+def assert_eigh(a: torch.Tensor, found: dict[str, torch.Tensor]) -> None:
+    """Values are LAPACK's; vectors are orthonormal, and a is what they make of the values."""
+    n, exact = a.shape[-1], a.double()
+    unit = n * EPS[a.dtype]
+    allowed = ALLOWED * unit * torch.linalg.matrix_norm(exact)[..., None]
+    assert not found["failed"].any()
+    assert ((found["values"] - torch.linalg.eigvalsh(exact)).abs() <= allowed).all()
+    assert (found["values"].diff(dim=-1) >= 0).all()
+    if "vectors" in found:
+        v, w = found["vectors"].double(), found["values"].double()
+        assert_orthonormal(v, unit)
+        residual = torch.linalg.matrix_norm(exact @ v - v * w[..., None, :])
+        assert (residual <= allowed[..., 0]).all()
+
+
+def assert_orthonormal(v: torch.Tensor, unit: float) -> None:
+    eye = torch.eye(v.shape[-1], dtype=torch.float64)
+    assert ((v.double().mT @ v.double() - eye).abs() <= 4 * unit).all()
+
+
+def assert_svd(a: torch.Tensor, found: dict[str, torch.Tensor]) -> None:
+    exact, unit = a.double(), max(a.shape[-2:]) * EPS[a.dtype]
+    allowed = ALLOWED * unit * torch.linalg.matrix_norm(exact)[..., None]
+    assert not found["failed"].any()
+    assert ((found["values"] - torch.linalg.svdvals(exact)).abs() <= allowed).all()
+    assert (found["values"].diff(dim=-1) <= 0).all()
+    if "left" in found:
+        u, s, vh = (found[k].double() for k in ("left", "values", "right"))
+        assert_orthonormal(u, unit)
+        assert_orthonormal(vh.mT, unit)
+        residual = torch.linalg.matrix_norm(u * s[..., None, :] @ vh - exact)
+        assert (residual <= allowed[..., 0]).all()
+
+
+def few_threads(monkeypatch: pytest.MonkeyPatch, threads: int = 4) -> None:
+    """A thread on the host costs more than one on a GPU; kernels take any number of them."""
+    choose = spectral.choose
+
+    def fewer(*arguments):
+        launch = choose(*arguments)
+        return spectral.Launch(threads, launch.kept, launch.shared)
+
+    monkeypatch.setattr(spectral, "choose", fewer)
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("kind", SPECTRA)
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 49])
+def test_eigh(monkeypatch, n, kind, dtype):
+    few_threads(monkeypatch)
+    a = tensor(np.stack([symmetric(kind, n, seed) for seed in range(2)]), dtype)
+    found = spectral.eigh(a, vectors=True)
+    assert_eigh(a, found)
+    values = spectral.eigh(a, vectors=False)
+    assert set(values) == {"values", "failed"}
+    assert torch.equal(values["values"], found["values"])
+
+
+@pytest.mark.parametrize("n", [127, 128])
+@pytest.mark.parametrize("kind", ["random", "graded"])
+def test_the_largest(monkeypatch, n, kind):
+    """Vectors are in global memory there."""
+    few_threads(monkeypatch)
+    a = tensor(symmetric(kind, n))
+    assert spectral.choose("eigh", n, n, 8, True).kept == 2
+    assert_eigh(a, spectral.eigh(a, vectors=True))
+    assert_svd(a, spectral.svd(a, vectors=True))
+
+
+@few
+@given(st.integers(1, 24), st.sampled_from(SPECTRA), st.sampled_from(list(EPS)), SEEDS)
+def test_eigh_of_drawn_sizes(n, kind, dtype, seed):
+    a = tensor(symmetric(kind, n, seed), dtype)
+    assert_eigh(a, spectral.eigh(a, vectors=True))
+
+
+@pytest.mark.parametrize("n", [50, 64])
+def test_the_threads_of_a_gpu(n):
+    a = tensor(symmetric("random", n))
+    assert_eigh(a, spectral.eigh(a, vectors=True))
+    assert_svd(a, spectral.svd(a, vectors=True))
+
+
+@few
+@given(st.data())
+def test_svd_of_drawn_sizes(data):
+    rows, n = data.draw(st.integers(1, 24)), data.draw(st.integers(1, 24))
+    dtype = data.draw(st.sampled_from(list(EPS)))
+    rng = np.random.default_rng(data.draw(SEEDS))
+    u, v, k = orthogonal(rows, rng), orthogonal(n, rng), min(rows, n)
+    values = spectrum(data.draw(st.sampled_from(SPECTRA)), k, rng)
+    a = tensor(u[:, :k] * values @ v[:, :k].T, dtype)
+    found = spectral.svd(a, vectors=True)
+    assert_svd(a, found)
+    assert torch.equal(spectral.svd(a, vectors=False)["values"], found["values"])
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 30, 7), (5, 49), (49, 49)])
+def test_svd_of_exactly_deficient_matrices(monkeypatch, shape):
+    """Columns of zeros, and columns that are the same, still give orthonormal vectors."""
+    few_threads(monkeypatch)
+    a = np.random.default_rng(0).integers(-2, 3, shape).astype(float)
+    a[..., 1] = a[..., 2]
+    a[..., 3] = 0
+    assert_svd(tensor(a), spectral.svd(tensor(a), vectors=True))
+
+
+@pytest.mark.parametrize("scale", [1e-150, 1e-300, 1e150, 1e300])
+def test_any_scale(scale):
+    a = tensor(symmetric("random", 9)) * scale
+    for found, one in (
+        (spectral.eigh(a, vectors=True), spectral.eigh(a / scale, vectors=True)),
+        (spectral.svd(a, vectors=True), spectral.svd(a / scale, vectors=True)),
+    ):
+        torch.testing.assert_close(found["values"] / scale, one["values"], rtol=1e-13, atol=1e-13)
+        assert not found["failed"].any()
+
+
+def sweeps(a: torch.Tensor) -> int:
+    """How many sweeps are enough."""
+    return next(k for k in range(40) if not spectral.eigh(a, vectors=True, sweeps=k)["failed"])
+
+
+def test_nearly_diagonal_matrices_need_few_sweeps(monkeypatch):
+    few_threads(monkeypatch)
+    rng = np.random.default_rng(1)
+    diagonal = np.diag(np.linspace(1, 2, 20))
+    assert sweeps(tensor(diagonal)) == 0
+    off = rng.standard_normal((20, 20))
+    assert sweeps(tensor(diagonal + 1e-5 * (off + off.T))) <= 3
+    assert 4 <= sweeps(tensor(symmetric("random", 20))) <= 9
+
+
+def test_what_does_not_converge_is_told():
+    a = tensor(np.stack([symmetric("random", 8), np.eye(8)]))
+    assert spectral.eigh(a, vectors=True, sweeps=1)["failed"].tolist() == [True, False]
+    assert spectral.svd(a, vectors=True, sweeps=1)["failed"].tolist() == [True, False]
+    a[1, 3, 2] = torch.nan
+    assert spectral.eigh(a, vectors=True)["failed"].tolist() == [False, True]
+    assert spectral.svd(a, vectors=True)["failed"].tolist() == [False, True]
+
+
+def test_the_same_bits_whatever_the_threads(monkeypatch):
+    a = tensor(symmetric("random", 13))
+    results = []
+    for threads in (1, 5, 32):
+        with monkeypatch.context() as patch:
+            few_threads(patch, threads)
+            results.append((spectral.eigh(a, vectors=True), spectral.svd(a, vectors=True)))
+    for eigh, svd in results[1:]:
+        for found, first in zip((eigh, svd), results[0], strict=True):
+            for name, value in first.items():
+                assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+@pytest.mark.parametrize(("rows", "n"), [(7, 7), (9, 4)])
+def test_under_sanitizers(monkeypatch, native, sanitizer, rows, n):
+    """No access out of bounds, no undefined behaviour, and no race, with vectors in both places."""
+    few_threads(monkeypatch, 6)
+    native(sanitizer)
+    a = tensor(np.random.default_rng(2).standard_normal((2, rows, n)))
+    for vectors in (True, False):
+        assert_svd(a, spectral.svd(a, vectors=vectors))
+        assert_eigh(a @ a.mT, spectral.eigh(a @ a.mT, vectors=vectors))
+    monkeypatch.setattr(spectral, "_SHARED", 0)
+    assert_svd(a, spectral.svd(a, vectors=True))
+    assert_eigh(a @ a.mT, spectral.eigh(a @ a.mT, vectors=True))
+
+
+WRONG = {
+    "address": ("x[threadIdx.x + 1] = 1;", "AddressSanitizer"),
+    "thread": ("x[0] += threadIdx.x;", "ThreadSanitizer: data race"),
+    None: (
+        "if (threadIdx.x == 0) {\n__syncthreads();\n} else {\n__syncthreads();\n}\nx[0] = 0;",
+        "threads wait at different barriers",
+    ),
+}
+
+
+@pytest.mark.parametrize("sanitizer", WRONG)
+def test_the_shim_sees_what_is_wrong(tmp_path, sanitizer):
+    """Past the end, a race, and barriers that not all threads reach."""
+    body, message = WRONG[sanitizer]
+    source = tmp_path / "wrong.cu"
+    source.write_text(f'extern "C" __global__ void wrong(float *x) {{\n{body}\n}}\n')
+    library = _build.library(source, sanitizer)
+    with pytest.raises(_build.HostError, match=message):
+        library.launch("wrong", (1,), (4,), np.zeros(4, np.float32))
+
+
+def test_what_the_launchers_take(monkeypatch):
+    monkeypatch.setattr(module, "unsupported", lambda *tensors: None)
+    assert spectral.unsupported(torch.zeros(3, 3)) is None
+    assert "float32 and float64, not float16" in spectral.unsupported(torch.zeros(3, 3).half())
+    for operation, rows, n in (("eigh", 128, 128), ("svd", 128, 128), ("eigh", 1, 1)):
+        launch = spectral.choose(operation, rows, n, 8, True)
+        assert launch.shared <= 163 * 1024
+        assert launch.threads % 32 == 0
