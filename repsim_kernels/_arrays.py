@@ -72,7 +72,9 @@ def to_torch(a: Array, where: str | None = None) -> Any:
         case "torch":
             t = a
         case "cupy":
-            t = torch.utils.dlpack.from_dlpack(a)
+            # The protocol makes torch's current stream wait for what CuPy's still has to do.
+            flipped = any(stride < 0 for stride in a.strides)
+            t = torch.utils.dlpack.from_dlpack(a.copy() if flipped else a)
         case _:
             if any(stride < 0 for stride in a.strides) or not a.dtype.isnative:
                 a = a.astype(a.dtype.newbyteorder("="), order="C", copy=True)

@@ -27,7 +27,15 @@ TABLE: dict[tuple[str, str], str] = {
         for op, f in _FAMILY.items()
         if f in ("gram", "cells", "ablation", "probe")
     },
+    ("gram_ablation_distances", "triton"): (
+        "repsim_kernels.kernels.triton.spectral:gram_ablation_distances"
+    ),
+    ("cell_grams", "cupy"): "repsim_kernels.kernels.cupy.gram:cell_grams",
+    ("eigh", "cupy"): "repsim_kernels.kernels.cupy.spectral:eigh",
+    ("svd", "cupy"): "repsim_kernels.kernels.cupy.spectral:svd",
 }
+# Where arrays on a GPU go, if there is a kernel that takes them; else to torch.
+_ON_GPU = {"cupy": ("cupy", "triton"), "torch": ("triton", "cupy")}
 
 _TAKES_BATCHES = {
     (op, "torch")
@@ -44,10 +52,12 @@ def _load(operation: str, backend: str) -> Callable[..., Any]:
 
 def unavailable(backend: str) -> str | None:
     """Why a backend can't serve anything on this machine; None if it can."""
-    if backend == "cupy":
-        return "no operation has a CuPy kernel yet"
     if backend in ("torch", "triton") and importlib.util.find_spec(backend) is None:
         return f"{backend} is not installed"
+    if backend == "cupy":
+        from repsim_kernels.kernels.cupy import module
+
+        return module.unsupported()
     if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
         import torch
 
@@ -58,32 +68,35 @@ def unavailable(backend: str) -> str | None:
 def choose(operation: str, backend: str | None, *xs: Array) -> str:
     """The backend that serves an operation on arrays: `backend`, else REPSIM_BACKEND.
 
-    Where neither names one, Triton's kernels if they take the arrays, else torch.
+    Where neither names one, kernels that take arrays on a GPU, else torch.
     """
     named = backend or os.environ.get("REPSIM_BACKEND") or None
     if named is None:
-        on_cuda = all(_arrays.device(x).startswith("cuda") for x in xs)
-        return "triton" if on_cuda and _why_not_triton(operation, *xs) is None else "torch"
+        if all(_arrays.device(x).startswith("cuda") for x in xs):
+            for candidate in _ON_GPU[str(_arrays.kind(xs[0]))]:
+                if _why_not(operation, candidate, *xs) is None:
+                    return candidate
+        return "torch"
     if named not in BACKENDS:
         source = "backend" if backend else "REPSIM_BACKEND"
         raise OptionError(f"{source}: {named!r}; expected one of {', '.join(map(repr, BACKENDS))}")
-    why = None
-    if (operation, named) not in TABLE:
-        why = unavailable(named) or "it has no kernel for this operation"
-    elif named == "triton":
-        why = _why_not_triton(operation, *xs)
+    why = _why_not(operation, named, *xs)
     if why is not None:
         raise BackendUnavailable(f"backend {named!r} can't serve {operation}: {why}")
     return named
 
 
-def _why_not_triton(operation: str, *xs: Array) -> str | None:
-    """Why there is no Triton kernel for an operation on these arrays; None if there is one."""
-    if (operation, "triton") not in TABLE:
+def _why_not(operation: str, backend: str, *xs: Array) -> str | None:
+    """Why a backend can't serve an operation on these arrays; None if it can."""
+    if (operation, backend) not in TABLE:
         return "it has no kernel for this operation"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    module = TABLE[operation, "triton"].partition(":")[0]
+    if backend == "reference":
+        return None
+    if importlib.util.find_spec("torch" if backend == "cupy" else backend) is None:
+        return f"{backend} is not installed"
+    if backend == "torch":
+        return None
+    module = TABLE[operation, backend].partition(":")[0]
     reason: str | None = importlib.import_module(module).unsupported(*map(_arrays.to_torch, xs))
     return reason
 
@@ -173,7 +186,9 @@ def show_config() -> None:
     for backend in BACKENDS:
         reason = unavailable(backend)
         count = sum(b == backend for _, b in TABLE)
-        print(
-            f"  {backend:<10}"
-            + (f"usable, {count} operations" if reason is None else f"no: {reason}")
-        )
+        usable = f"usable, {count} operations"
+        if backend == "cupy" and reason is None:
+            from repsim_kernels.kernels.cupy import module
+
+            usable += f"; {module.how()}"
+        print(f"  {backend:<10}" + (usable if reason is None else f"no: {reason}"))

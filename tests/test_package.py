@@ -95,7 +95,9 @@ def test_show_config(capsys):
     out = capsys.readouterr().out
     assert f"torch {torch.__version__}" in out
     assert "reference" in out
-    assert "no: no operation has a CuPy kernel yet" in out
+    assert (
+        f"cupy      {'no: ' + why if (why := _dispatch.unavailable('cupy')) else 'usable'}" in out
+    )
 
 
 def test_the_environment_chooses_a_backend_and_the_argument_wins(monkeypatch):

@@ -49,7 +49,7 @@ def launch(
     name: str,
     grid: tuple[int, ...],
     block: tuple[int, ...],
-    *arguments: Tensor | np.generic,
+    *arguments: object,
     shared: int = 0,
 ) -> None:
     """Start a kernel of cuda/<source>.cu on the device of its tensors, on torch's current stream.
@@ -81,7 +81,7 @@ def how() -> str:
     return f"fatbin for {', '.join(f'sm_{a}' for a in record['architectures'])}"
 
 
-def _argument(value: Tensor | np.generic) -> np.generic:
+def _argument(value: object) -> np.generic:
     if isinstance(value, Tensor):
         return np.uint64(value.data_ptr())
     if isinstance(value, np.generic):

@@ -1,6 +1,6 @@
 """Every metric between a representation and its ablations, where kernels read the activations.
 
-What follows the Grams is n x n, and the torch backend's in float64.
+What follows the Grams is n x n, in float64: the torch backend's, by faster solvers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from repsim_kernels.kernels.torch import gram as torch_gram
 from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton.cca import variate_weights
 from repsim_kernels.kernels.triton.gram import cell_sums
+from repsim_kernels.kernels.triton.spectral import SOLVERS
 
 
 def unsupported(x: Tensor) -> str | None:
@@ -41,4 +42,4 @@ def passes(precision: str) -> ablation.Passes:
 def ablation_distances(
     x: Tensor, *, precision: str = "tf32x3", **options: Any
 ) -> dict[str, Tensor]:
-    return ablation.ablation_distances(x, passes=passes(precision), **options)
+    return ablation.ablation_distances(x, passes=passes(precision), solvers=SOLVERS, **options)

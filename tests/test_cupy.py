@@ -1,0 +1,211 @@
+"""CuPy arrays in and out of every public function.
+
+Without a GPU by a stand-in: NumPy's memory under CuPy's name, with what CuPy has of the protocols.
+With one, and with CuPy, the same calls on the real thing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import repsim_kernels as rk
+from repsim_kernels import OPERATIONS, _arrays, _dispatch
+
+OPS = [name for names in OPERATIONS.values() for name in names]
+RNG = np.random.default_rng(0)
+X, Y = RNG.standard_normal((8, 20)), RNG.standard_normal((8, 5))
+CELLS, LABELS = np.arange(20) % 3, np.arange(8) % 2
+K = np.stack([X[:, c::3] @ X[:, c::3].T for c in range(3)])
+ARGUMENTS: dict[str, tuple[tuple[np.ndarray, ...], dict[str, Any]]] = {
+    "centered_gram": ((X,), {}),
+    "cell_grams": ((X, CELLS), {}),
+    "class_means": ((X, LABELS), {}),
+    "selectivity_grid": ((X, LABELS), {"target": 1, "grid": (2, 2)}),
+    "cka": ((X, Y), {"debiased": True}),
+    "cca": ((X, Y), {"ridge": 0.1}),
+    "svcca": ((X, Y), {}),
+    "pwcca": ((X, Y), {"ridge": 0.1}),
+    "procrustes": ((X, Y), {}),
+    "procrustes_distance": ((X, Y), {"form": "angular"}),
+    "rsa": ((X, Y), {}),
+    "ablation_distances": ((X, CELLS), {}),
+    "ablation_decodability": ((X, CELLS, LABELS), {}),
+    "gram_ablation_distances": ((K.sum(0), K), {}),
+    "eigh": ((K,), {"vectors": False}),
+    "svd": ((K,), {"vectors": False}),
+}
+
+
+class Array(np.ndarray):
+    """NumPy's memory under CuPy's name."""
+
+    __module__ = "cupy"
+    place = 0
+
+    @property
+    def device(self) -> SimpleNamespace:
+        return SimpleNamespace(id=self.place)
+
+    def get(self) -> np.ndarray:
+        return np.array(self)
+
+
+def stand_in(a: Any) -> Array:
+    return np.asarray(a).view(Array)
+
+
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Array]:
+    """What makes arrays of the stand-in, which `import cupy` finds."""
+    module = ModuleType("cupy")
+    module.__spec__ = ModuleSpec("cupy", None)
+    module.asarray = stand_in
+    module.from_dlpack = lambda t: stand_in(np.from_dlpack(t))
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    return stand_in
+
+
+def flat(result: Any) -> list[Any]:
+    """The arrays of a result."""
+    if isinstance(result, dict):
+        return [a for value in result.values() for a in flat(value)]
+    return (
+        [a for value in result for a in flat(value)] if type(result) in (list, tuple) else [result]
+    )
+
+
+def assert_same(name: str, array: Callable[[Any], Any], kind: type, rtol: float) -> None:
+    arguments, options = ARGUMENTS[name]
+    function = getattr(rk, name)
+    got = flat(function(*map(array, arguments), **options))
+    want = flat(function(*arguments, **options))
+    assert len(got) == len(want) > 0
+    for a, b in zip(got, want, strict=True):
+        assert isinstance(a, float if type(b) is float else kind)
+        a = a if isinstance(a, float) else a.get()
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("name", sorted(set(OPS) - {"pairwise"}))
+def test_every_function(cupy, name):
+    assert_same(name, cupy, Array, 1e-13)
+
+
+def test_pairwise(cupy):
+    got = rk.pairwise([cupy(X), cupy(Y)])
+    assert isinstance(got, Array)
+    np.testing.assert_array_equal(got, rk.pairwise([X, Y]))
+
+
+def test_no_copies(cupy):
+    a = cupy(X[::2, 1::3])
+    t = _arrays.to_torch(a)
+    t[0, 0] = 7
+    assert a[0, 0] == 7
+    back = _arrays.like(t, a)
+    assert np.shares_memory(back, a)
+    assert _arrays.to_torch(cupy(X[::-1])).tolist() == X[::-1].tolist()  # torch has no such strides
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int64", "bool", "uint8"])
+def test_dtypes(cupy, dtype):
+    x = (np.arange(24).reshape(4, 6) % 5 % 3).astype(dtype)
+    got = rk.centered_gram(cupy(x))
+    assert got.dtype == np.float64
+    np.testing.assert_array_equal(got, rk.centered_gram(x))
+
+
+def test_places_that_differ(cupy):
+    other = cupy(Y.copy())
+    other.place = 1
+    with pytest.raises(rk.DeviceError, match="y: a cupy array on cuda:1, but x is a cupy array on"):
+        rk.cka(cupy(X), other)
+    with pytest.raises(rk.DeviceError, match="y: a numpy array on cpu, but x is a cupy array"):
+        rk.cka(cupy(X), Y)
+
+
+def test_errors_name_the_argument(cupy):
+    with pytest.raises(rk.NonFiniteError, match="x: 1 of 160 values"):
+        rk.cka(cupy(np.where(X.max() == X, np.nan, X)), cupy(Y))
+    with pytest.raises(rk.CellError, match="cells: label 9 is out of range"):
+        rk.cell_grams(cupy(X), cupy(CELLS + 7), n_cells=8)
+
+
+def test_where_arrays_on_a_gpu_go(cupy, monkeypatch):
+    """CuPy's to native kernels, else the way of a CUDA tensor; tensors to Triton's first."""
+    reasons: dict[str, str | None] = {"cupy": None, "triton": None}
+
+    def why_not(operation: str, backend: str, *xs: Any) -> str | None:
+        return "none" if (operation, backend) not in _dispatch.TABLE else reasons[backend]
+
+    monkeypatch.setattr(_dispatch, "_why_not", why_not)
+    tensor = torch.zeros(2, 2)
+    monkeypatch.setattr(_arrays, "device", lambda a: "cuda:0")
+    assert _dispatch.choose("cell_grams", None, cupy(X)) == "cupy"
+    assert _dispatch.choose("centered_gram", None, cupy(X)) == "triton"
+    assert _dispatch.choose("rsa", None, cupy(X), cupy(Y)) == "torch"
+    assert _dispatch.choose("cell_grams", None, tensor) == "triton"
+    assert _dispatch.choose("eigh", None, tensor) == "cupy"
+    reasons["cupy"] = "it takes float32"
+    assert _dispatch.choose("cell_grams", None, cupy(X)) == "triton"
+    with pytest.raises(rk.BackendUnavailable, match="can't serve cell_grams: it takes float32"):
+        _dispatch.choose("cell_grams", "cupy", cupy(X))
+
+
+@pytest.mark.parametrize("backend", ["triton", "cupy"])
+def test_operations_without_a_kernel(backend):
+    with pytest.raises(rk.BackendUnavailable, match="rsa: it has no kernel for this operation"):
+        rk.rsa(X, Y, backend=backend)
+
+
+@pytest.fixture
+def real() -> Any:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if importlib.util.find_spec("cupy") is None:
+        pytest.skip("CuPy is not installed")
+    import cupy
+
+    return cupy
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", sorted(set(OPS) - {"pairwise"}))
+def test_every_function_of_real_arrays(real, name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_same(name, real.asarray, real.ndarray, 1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cupy", None])
+@pytest.mark.parametrize("n", [1, 50, 64, 128, 200])
+def test_native_spectra(real, backend, n):
+    a = np.random.default_rng(n).standard_normal((3, n, n))
+    a = a + a.swapaxes(1, 2)
+    for array in (real.asarray(a), torch.from_numpy(a).cuda()):
+        w, v = rk.eigh(array, backend=backend)
+        s = rk.svd(array, vectors=False, backend=backend)
+        np.testing.assert_allclose(w.tolist(), np.linalg.eigvalsh(a), atol=1e-11)
+        assert float(abs(array @ v - v * w[..., None, :]).max()) < 1e-10
+        np.testing.assert_allclose(s.tolist(), np.linalg.svd(a, compute_uv=False), atol=1e-11)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_native_cell_grams(real, dtype):
+    x = np.random.default_rng(1).standard_normal((70, 3000)).astype(dtype)
+    cells = np.arange(3000) % 7
+    got = rk.cell_grams(real.asarray(x), cells, backend="cupy")
+    want = rk.cell_grams(x, cells)
+    np.testing.assert_allclose(got.get(), want, atol={"float32": 1e-2, "float64": 1e-9}[dtype])
