@@ -34,7 +34,7 @@ clean:
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ triton==3.6.0
 	touch $@
 
-.venv/%: pyproject.toml
+.venv/%: pyproject.toml CMakeLists.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	touch $@

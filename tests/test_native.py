@@ -1,0 +1,358 @@
+"""The CUDA C++ kernels: which code is loaded, and how it is started."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from _cupy import FakeCupy, Installed, on_cuda
+
+import repsim_kernels
+from repsim_kernels.kernels.cupy import module
+
+NVCC = shutil.which("nvcc")
+CODE = 'extern "C" __global__ void double_it(float* x) { x[threadIdx.x] *= 2; }\n'
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    """A CuPy that only takes notes, beside a PyTorch that sees two GPUs."""
+    fake = FakeCupy()
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"torch's on {device}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    module._kernel.cache_clear()
+    yield fake
+    module._kernel.cache_clear()
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    places = Installed(tmp_path, CODE)
+    monkeypatch.setattr(repsim_kernels, "__path__", [str(places.site), str(places.checkout)])
+    return places
+
+
+def loaded(cupy: FakeCupy) -> dict[str, object]:
+    """What a launch on the second GPU makes CuPy load."""
+    module._kernel.cache_clear()
+    cupy.loaded.clear()
+    module.launch("toy", "double_it", (1,), (3,), on_cuda(1, 2, 3))
+    (options,) = cupy.loaded
+    return options
+
+
+def by_nvrtc(code: str) -> dict[str, object]:
+    return {"code": code, "backend": "nvrtc", "options": ("-std=c++17",)}
+
+
+def test_the_fatbin_of_this_source_is_loaded(cupy, installed):
+    installed.build()
+    assert loaded(cupy) == {"path": str(installed.fatbin)}
+    assert module.how() == "fatbin for sm_80, sm_90, sm_100"
+
+
+def test_without_a_fatbin_nvrtc_compiles_the_source(cupy, installed):
+    assert loaded(cupy) == by_nvrtc(CODE)
+    installed.source.with_name("another.cu").write_text(CODE)
+    assert module.how() == (
+        "NVRTC at first use: no fatbin was built (there was no nvcc, or REPSIM_CUDA=OFF)"
+    )
+
+
+def test_an_edited_source_is_compiled_by_nvrtc(cupy, installed):
+    installed.build()
+    edited = CODE.replace("2", "3")
+    installed.source.write_text(edited)
+    assert loaded(cupy) == by_nvrtc(edited)
+    assert module.how() == "NVRTC at first use: toy.cu is not what the fatbin was built from"
+    installed.source.write_text(CODE)
+    assert loaded(cupy) == {"path": str(installed.fatbin)}
+
+
+def test_a_source_that_is_new_is_compiled_by_nvrtc(cupy, installed):
+    installed.build()
+    new = installed.source.with_name("new.cu")
+    new.write_text(CODE)
+    module.launch("new", "double_it", (1,), (3,), on_cuda(1))
+    assert cupy.loaded == [by_nvrtc(CODE)]
+    assert module.how() == "NVRTC at first use: new.cu is not what the fatbin was built from"
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [
+        ((7, 5), False),
+        ((8, 0), True),
+        ((8, 9), True),  # code for 8.0 runs on it
+        ((9, 0), True),
+        ((10, 0), True),
+        ((10, 3), True),
+        ((12, 0), True),  # from PTX
+    ],
+)
+def test_a_device_the_fatbin_is_not_for(cupy, installed, monkeypatch, capability, runs):
+    installed.build()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert loaded(cupy) == ({"path": str(installed.fatbin)} if runs else by_nvrtc(CODE))
+    name = "sm_{}{}".format(*capability)
+    assert (f"NVRTC at first use: the fatbin has no code for {name}" == module.how()) != runs
+
+
+@pytest.mark.parametrize("architectures", [(100,), (80, 100)])
+def test_a_device_between_or_before_what_was_built(cupy, installed, architectures):
+    installed.build(architectures=architectures)
+    assert loaded(cupy) == by_nvrtc(CODE)
+
+
+@pytest.mark.parametrize(
+    ("driver", "nvcc", "runs"),
+    [
+        (13_000, "13.0.88", True),
+        (13_010, "13.0.88", True),
+        (13_000, "13.1.12", False),
+        (13_010, "13.2.5", False),
+        (12_090, "13.0.88", False),
+        (13_000, "12.9.86", True),
+    ],
+)
+def test_a_driver_older_than_nvcc(cupy, installed, driver, nvcc, runs):
+    installed.build(nvcc=nvcc)
+    cupy.driver = driver
+    assert ("path" in loaded(cupy)) == runs
+    assert ("the driver is older than CUDA 1" in module.how()) != runs
+
+
+def test_how_asks_no_device_where_there_is_none(installed, monkeypatch):
+    monkeypatch.setattr(module, "unsupported", lambda: "there is no CUDA device")
+    installed.build()
+    assert module.how() == "fatbin for sm_80, sm_90, sm_100"
+
+
+def test_a_launch(cupy, installed):
+    x, y = on_cuda(1, 2), on_cuda(3, 4)
+    scalars = np.int32(-7), np.int64(2**40), np.float32(0.5), np.float64(0.25)
+    module.launch("toy", "double_it", (3, 2), (128,), x, *scalars, y, shared=100_000)
+    *before, launch = cupy.events[:4]
+    assert before == [
+        ("device", 1, "enter"),
+        ("stream", "torch's on cuda:1", "enter"),
+        ("load", "double_it"),
+    ]
+    assert cupy.events[4:] == [
+        ("stream", "torch's on cuda:1", "exit"),
+        ("device", 1, "exit"),
+    ]
+    kind, name, grid, block, arguments, shared, most = launch
+    assert (kind, name, grid, block, shared) == ("launch", "double_it", (3, 2), (128,), 100_000)
+    assert arguments == (x.data_ptr(), *scalars, y.data_ptr())
+    types = [np.uint64, np.int32, np.int64, np.float32, np.float64, np.uint64]
+    assert [type(value) for value in arguments] == types
+    assert most == 227 * 1024 - 448  # all that a block may have, less what the kernel has anyway
+
+
+def test_a_kernel_is_loaded_once_for_each_device(cupy, installed):
+    for index in (0, 1, 0, 1):
+        module.launch("toy", "double_it", (1,), (32,), on_cuda(1, index=index))
+    module.launch("toy", "another", (1,), (32,), on_cuda(1))
+    events = [event for event in cupy.events if event[0] in ("load", "launch")]
+    names = [event[:2] for event in events]
+    load, launch = ("load", "double_it"), ("launch", "double_it")
+    other = [("load", "another"), ("launch", "another")]
+    assert names == [load, launch, load, launch, launch, launch, *other]
+
+
+def test_an_empty_grid_starts_nothing(cupy, installed):
+    """CuPy would make one block of it."""
+    module.launch("toy", "double_it", (4, 0), (32,), on_cuda(1))
+    assert cupy.events == []
+
+
+@pytest.mark.parametrize("value", [7, 0.5, True, None, [1], np.ones(1)])
+def test_arguments_without_a_type_of_c(cupy, installed, value):
+    with pytest.raises(TypeError, match="expected a tensor or a NumPy scalar"):
+        module.launch("toy", "double_it", (1,), (32,), on_cuda(1), value)
+    assert cupy.events == []
+
+
+def test_what_is_supported(cupy):
+    assert module.unsupported() is None
+    assert module.unsupported(on_cuda(1), on_cuda(2)) is None
+    assert module.unsupported(on_cuda(1), torch.ones(1)) == "it needs CUDA tensors, not cpu"
+    elsewhere = module.unsupported(on_cuda(1), on_cuda(2, index=0))
+    assert elsewhere == "the tensors are on different devices"
+
+
+def test_without_cupy(monkeypatch):
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    assert module.unsupported(torch.ones(1)) == "CuPy is not installed"
+
+
+def test_without_a_gpu(cupy, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert module.unsupported(on_cuda(1)) == "there is no CUDA device"
+
+
+def test_where_cupy_sees_no_gpu(cupy):
+    cupy.cuda.is_available = lambda: False
+    assert module.unsupported(on_cuda(1)) == "CuPy finds no CUDA device"
+
+
+def test_where_cupy_is_old(cupy):
+    del cupy.cuda.Stream.from_external
+    cupy.__version__ = "13.6.0"
+    assert module.unsupported(on_cuda(1)) == "CuPy 13.6.0 is older than 14"
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (
+            "try:\n import no_such_library\n"
+            "except ImportError as error: raise ImportError('=====\\n') from error",
+            "ModuleNotFoundError: No module named 'no_such_library'",
+        ),
+        ("raise PermissionError('cache\\n  folder')", "PermissionError: cache folder"),
+        ("import warnings; warnings.warn('two of them')", "UserWarning: two of them"),
+    ],
+)
+def test_where_cupy_is_broken(monkeypatch, tmp_path, code, reason):
+    (tmp_path / "cupy.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert module.unsupported(on_cuda(1)) == f"CuPy can't be imported: {reason}"
+
+
+def gpu(test):
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    return pytest.mark.gpu(skip(test))
+
+
+# A fused multiply-add, subnormal numbers, and dynamic shared memory.
+ADD = """
+extern "C" __global__ void add(float* x, long long n, float by) {
+  extern __shared__ float tile[];
+  const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+  tile[threadIdx.x] = i < n ? x[i] : 0;
+  __syncthreads();
+  if (i < n) x[i] = tile[threadIdx.x] * 0.75f + by;
+}
+"""
+
+
+def add(x: torch.Tensor, by: float, shared: int = 1024) -> None:
+    """x becomes 0.75 x + by, in place."""
+    blocks = -(-len(x) // 256)
+    module.launch(
+        "toy", "add", (blocks,), (256,), x, np.int64(len(x)), np.float32(by), shared=shared
+    )
+
+
+@pytest.fixture(params=["fatbin", "NVRTC"])
+def native(request, tmp_path, monkeypatch):
+    """The kernel above, from a fatbin and from NVRTC."""
+    pytest.importorskip("cupy", reason="CuPy is not installed")
+    places = Installed(tmp_path, ADD)
+    monkeypatch.setattr(repsim_kernels, "__path__", [str(places.site), str(places.checkout)])
+    module._kernel.cache_clear()
+    if request.param == "fatbin":
+        if NVCC is None:
+            pytest.skip("no nvcc")
+        options = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90, 100)]
+        options += ["-gencode=arch=compute_100,code=compute_100", "-ftz=true", "-std=c++17"]
+        command = [NVCC, "-fatbin", *options, str(places.source), "-o", str(places.fatbin)]
+        subprocess.run(command, check=True)
+        said = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True)
+        version = said.stdout.rpartition(", V")[2].split()[0]
+        places.build(places.fatbin.read_bytes(), nvcc=version)
+    assert module.how().startswith(request.param)
+    yield request.param
+    module._kernel.cache_clear()
+
+
+@gpu
+def test_results_and_shared_memory(native):
+    x = torch.linspace(-1, 1, 1000, device="cuda")
+    x[:3] = torch.tensor([1e-40, -1e-40, 1e-38])
+    wanted = x.double() * 0.75
+    by_default = x.clone()
+    add(by_default, 0.0)
+    large = x.clone()
+    add(large, 0.0, shared=96 * 1024)
+    assert torch.equal(by_default, large)
+    assert by_default[:2].tolist() == [0, 0]  # both compilers flush what is subnormal
+    assert torch.allclose(by_default.double(), wanted, rtol=1e-7, atol=1.2e-38)
+
+
+@gpu
+def test_the_stream_is_that_of_torch(native):
+    import cupy
+
+    before = cupy.cuda.get_current_stream()
+    x = torch.zeros(1000, device="cuda")
+    add(x, 0.0)  # loaded
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)
+        x.fill_(4)
+        add(x, 2.0)  # on another stream it would not have waited for the 4
+    side.synchronize()
+    assert (x == 5).all()
+    assert cupy.cuda.get_current_stream() == before
+
+
+@gpu
+def test_a_device_that_is_not_current(native):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device")
+    for index in (1, 0):
+        x = torch.zeros(1000, device=f"cuda:{index}")
+        add(x, 1.0)
+        assert (x == 1).all()
+        assert torch.cuda.current_device() == 0
+
+
+@gpu
+def test_arrays_of_cupy_without_copies(native):
+    import cupy
+
+    x = cupy.zeros(1000, dtype=cupy.float32)
+    cupy.cuda.get_current_stream().synchronize()
+    add(torch.from_dlpack(x), 2.0)
+    torch.cuda.synchronize()
+    assert (x.get() == 2).all()
+
+
+@gpu
+def test_a_launch_that_is_captured(native):
+    x = torch.zeros(1000, device="cuda")
+    add(x, 1.0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        add(x, 1.0)
+    torch.cuda.synchronize()
+    x.zero_()
+    graph.replay()
+    graph.replay()
+    assert (x == 1.75).all()
+
+
+@gpu
+def test_what_ships_loads():
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    device = torch.cuda.current_device()
+    sources = [path.stem for path in module._files("*.cu")]
+    assert sources
+    for source in sources:
+        if module._why_nvrtc(source, device) is None:
+            cupy.RawModule(path=str(module._files(f"{source}.fatbin")[0])).compile()
+        code = module._files(f"{source}.cu")[0].read_text(encoding="utf-8")
+        cupy.RawModule(code=code, options=module.NVRTC_OPTIONS).compile()
