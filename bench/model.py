@@ -9,6 +9,7 @@ from operator import itemgetter
 import torch
 import triton
 
+from bench import stage
 from bench._compile import Built, build, cases
 from repsim_kernels.kernels.triton._launch import Case, Floor
 
@@ -63,11 +64,12 @@ _KERNEL: list[tuple[str, str, Callable[[Built], str]]] = [
 def page() -> str:
     """The page as Markdown: a table for each module, a row for each case."""
     titles, alignments = zip(*((t, a) for t, a, _ in [*_CASE, *_KERNEL]), strict=True)
-    parts = [_HEAD.format(triton=triton.__version__, torch=torch.__version__.partition("+")[0])]
+    head = _HEAD.format(triton=triton.__version__, torch=torch.__version__.partition("+")[0])
+    parts = [head]
     for module, group in groupby(cases(), key=itemgetter(0)):
         rows = [("case", *titles), ("---", *alignments), *(_row(case) for _, case in group)]
         parts.append("\n".join([f"## {module}\n", *map(_line, rows)]) + "\n")
-    return "\n".join(parts)
+    return "\n".join([*parts, stage.section()])
 
 
 def predicted(floor: Floor) -> tuple[float, str]:

@@ -21,6 +21,7 @@ def test_the_page_has_a_row_for_every_case(tmp_path: Path) -> None:
     text = out.read_text(encoding="utf-8")
     assert "Nothing on this page was measured on a GPU" in text
     assert "python -m bench model" in text
+    text, _, stage = text.partition("## The n x n stage")
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
     titles, rows = lines[0], [line for line in lines if line[0] not in ("case", "---")]
     assert [row[0] for row in rows] == [case.name for _, case in cases()]
@@ -30,6 +31,10 @@ def test_the_page_has_a_row_for_every_case(tmp_path: Path) -> None:
         assert entries["registers"] == " / ".join(str(kernel.registers) for kernel in kernels)
         assert entries["bound"] in ("bytes", "operations")
         assert float(entries["µs"].replace(",", "")) > 0
+    parts = [line.strip("| ").split(" | ") for line in stage.splitlines() if "| " in line][2:]
+    assert sum(float(row[1]) for row in parts[:-1]) == pytest.approx(float(parts[-1][1]), rel=0.01)
+    # 18.7 products of 2 · 499³ operations, 25,000 times, at 67 · 10¹² a second.
+    assert parts[-1] == ["together", "18.7", "1.73"]
 
 
 @pytest.mark.parametrize(

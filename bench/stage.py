@@ -1,0 +1,60 @@
+"""What follows the Grams, for all ablations of the study: operations, bytes and an H100's time."""
+
+from __future__ import annotations
+
+COUNT = 25_000  # ablations, of 500 stimuli or of the 50 of a class
+STEPS = 12  # Riccati steps; layers of trained networks take 5 to 17, few of their cells more
+PRODUCTS = 67e12  # operations a second, of the float64 tensor cores
+BYTES = 3.0e12  # a second
+SHARED = 132 * 128 * 1.755e9  # bytes of shared memory a second
+SWEEPS = 7
+
+_TEXT = """\
+## The n x n stage of the whole study
+
+{count:,} ablations of 500 stimuli: CKA, Procrustes, ridge CCA and PWCCA, in float64 matrices of
+499 x 499. A product is 2 n³ operations, at 67 TFLOP/s. Arithmetic, like everything here.
+
+| part of an ablation | products | s, all |
+| --- | --: | --: |
+{rows}
+
+With {moved:.1f} s for what the steps read and write behind their products. The eigenproblem of
+PWCCA is solved by cuSOLVER for a batch, through CuPy; what it takes is not known. If the products
+reach half of their peak, it may take {left:.1f} ms a matrix for all to end in a minute.
+
+The same number of eigenproblems of 50 stimuli by Jacobi rotations in shared memory: {sweeps} sweeps
+make {accesses:.1f} million accesses of 8 bytes a matrix, {jacobi:.0f} ms for all at 128 bytes a
+clock of each of 132 multiprocessors.
+"""
+
+
+def section() -> str:
+    """The section of MODEL.md."""
+    n = 499
+    product = 2 * n**3 * COUNT / PRODUCTS
+    parts = {
+        "a cell's Gram into the original's eigenbasis": 2,
+        f"Procrustes: {STEPS} Riccati steps": STEPS,
+        "their end: a residual, a Cholesky factor and its inverse": 1 + 1 / 2,
+        "ridge CCA: a Cholesky factor and its solves": 1 / 6 + 1,
+        "PWCCA: the variates, and CCA in their basis": 2,
+    }
+    parts["together"] = sum(parts.values())
+    rows = [f"| {part} | {k:.3g} | {k * product:.2f} |" for part, k in parts.items()]
+    return _TEXT.format(
+        count=COUNT,
+        rows="\n".join(rows),
+        moved=24 * n * n * STEPS * COUNT / BYTES,
+        left=1e3 * (60 - 2 * parts["together"] * product) / COUNT,
+        sweeps=SWEEPS,
+        accesses=_accesses(49) / 1e6,
+        jacobi=1e3 * 8 * _accesses(49) * COUNT / SHARED,
+    )
+
+
+def _accesses(n: int) -> int:
+    """Of shared memory by cuda/jacobi.cu: 2 x 2 blocks on and under the diagonal, and vectors."""
+    m = n + n % 2
+    pairs = m // 2
+    return SWEEPS * (m - 1) * (12 * pairs * (pairs + 1) // 2 + 4 * pairs * n)
