@@ -83,8 +83,9 @@ def cell_grams(
         Number of cells C; by default the largest label and one.
     precision : {"tf32x3", "tf32", "ieee"}
         Of the float32 products of the Triton kernels: as accurate as float32 on tensor cores,
-        10 bits on tensor cores, or float32 without them. Other backends compute in float64.
-    backend : {"reference", "torch", "triton"}, optional
+        10 bits on tensor cores, or float32 without them. "cupy" multiplies float32 in float32,
+        other backends compute in float64.
+    backend : {"reference", "torch", "triton", "cupy"}, optional
         What computes it; by default chosen by the kind and the device of x.
 
     Returns
