@@ -50,15 +50,43 @@ __device__ __forceinline__ void rotation(T a, T b, T c, T *cosine, T *sine, T *t
     *sine = *tangent * *cosine;
 }
 
-// The power of two that brings the largest of `count` numbers in `values` to between 1/2 and 1.
+// Rotate the pairs of step s among `m` rows of v, which are `length` long and `lead` apart.
 template <typename T>
-__device__ int exponent(const T *values, int count) {
-    T largest = 0;
-    for (int i = 0; i < count; ++i)
-        if (values[i] > largest) largest = values[i];
+__device__ void turn(T *v, int lead, int length, const T *rotations, int s, int m) {
+    for (int e = threadIdx.x; e < m / 2 * length; e += blockDim.x) {
+        const int k = e / length, i = e % length;
+        int p, q;
+        pair(k, s, m, &p, &q);
+        const T c = rotations[2 * k], d = rotations[2 * k + 1];
+        if (d == 0) continue;
+        const T x = v[p * lead + i], y = v[q * lead + i];
+        v[p * lead + i] = c * x - d * y;
+        v[q * lead + i] = d * x + c * y;
+    }
+}
+
+// Divide n rows by the power of two that brings the largest of their elements to between 1/2 and 1;
+// returns its exponent. `largest` has room for one number a row.
+template <typename T>
+__device__ int rescale(T *rows, int lead, int n, int length, T *largest) {
+    for (int i = threadIdx.x; i < n; i += blockDim.x) {
+        largest[i] = 0;
+        for (int j = 0; j < length; ++j)
+            if (size(rows[i * lead + j]) > largest[i]) largest[i] = size(rows[i * lead + j]);
+    }
+    __syncthreads();
+    T most = 0;
+    for (int i = 0; i < n; ++i)
+        if (largest[i] > most) most = largest[i];
     int e = 0;
-    if (largest > 0) frexp(largest, &e);
-    return max(-Float<T>::LARGEST, min(Float<T>::LARGEST, e));
+    if (most > 0) frexp(most, &e);
+    e = max(-Float<T>::LARGEST, min(Float<T>::LARGEST, e));
+    for (int k = threadIdx.x; k < n * length; k += blockDim.x) {
+        T *x = rows + k / length * lead + k % length;
+        *x = ldexp(*x, -e);
+    }
+    __syncthreads();
+    return e;
 }
 
 // place[r] is the index of the number that comes r-th in order, ties by index.
@@ -97,19 +125,7 @@ __device__ void eigh(const T *matrices, T *values, T *vectors, T *work, int *inf
     if (kept != NOWHERE)
         for (int e = t; e < n * n; e += threads) v[e] = e / n == e % n;
     __syncthreads();
-    for (int i = t; i < n; i += threads) {
-        T largest = 0;
-        for (int j = 0; j < n; ++j)
-            if (size(a[i * lead + j]) > largest) largest = size(a[i * lead + j]);
-        sums[i] = largest;
-    }
-    __syncthreads();
-    const int scale = exponent(sums, n);
-    for (int e = t; e < m * m; e += threads) {
-        T *x = a + e / m * lead + e % m;
-        *x = ldexp(*x, -scale);
-    }
-    __syncthreads();
+    const int scale = rescale(a, lead, n, n, sums);
 
     int done = 0;
     for (;; ++done) {
@@ -171,17 +187,7 @@ __device__ void eigh(const T *matrices, T *values, T *vectors, T *work, int *inf
                 a[q * lead + u] = a[u * lead + q] = d * left_p + c * left_q;
                 a[q * lead + w] = a[w * lead + q] = d * right_p + c * right_q;
             }
-            if (kept != NOWHERE)
-                for (int e = t; e < pairs * n; e += threads) {
-                    const int k = e / n, i = e % n;
-                    int p, q;
-                    pair(k, s, m, &p, &q);
-                    const T c = rotations[2 * k], d = rotations[2 * k + 1];
-                    if (d == 0) continue;
-                    const T x = v[p * n + i], y = v[q * n + i];
-                    v[p * n + i] = c * x - d * y;
-                    v[q * n + i] = d * x + c * y;
-                }
+            if (kept != NOWHERE) turn(v, n, n, rotations, s, m);
             __syncthreads();
         }
     }
@@ -217,19 +223,7 @@ __device__ void svd(const T *matrices, T *left, T *values, T *right, T *work, in
     if (kept != NOWHERE)
         for (int e = t; e < n * n; e += threads) v[e] = e / n == e % n;
     __syncthreads();
-    for (int j = t; j < n; j += threads) {
-        T largest = 0;
-        for (int i = 0; i < rows; ++i)
-            if (size(w[j * lead + i]) > largest) largest = size(w[j * lead + i]);
-        sums[j] = largest;
-    }
-    __syncthreads();
-    const int scale = exponent(sums, n);
-    for (int e = t; e < rows * n; e += threads) {
-        T *x = w + e / rows * lead + e % rows;
-        *x = ldexp(*x, -scale);
-    }
-    __syncthreads();
+    const int scale = rescale(w, lead, n, rows, sums);
 
     // Columns are orthogonal when their cosine is no more than the rounding of a sum of `rows`.
     const T close = root(static_cast<T>(rows)) * Float<T>::EPS;
@@ -270,27 +264,8 @@ __device__ void svd(const T *matrices, T *left, T *values, T *right, T *work, in
                 rotations[2 * k + 1] = sine;
             }
             __syncthreads();
-            for (int e = t; e < pairs * rows; e += threads) {
-                const int k = e / rows, i = e % rows;
-                int p, q;
-                pair(k, s, m, &p, &q);
-                const T c = rotations[2 * k], d = rotations[2 * k + 1];
-                if (d == 0) continue;
-                const T x = w[p * lead + i], y = w[q * lead + i];
-                w[p * lead + i] = c * x - d * y;
-                w[q * lead + i] = d * x + c * y;
-            }
-            if (kept != NOWHERE)
-                for (int e = t; e < pairs * n; e += threads) {
-                    const int k = e / n, i = e % n;
-                    int p, q;
-                    pair(k, s, m, &p, &q);
-                    const T c = rotations[2 * k], d = rotations[2 * k + 1];
-                    if (d == 0) continue;
-                    const T x = v[p * n + i], y = v[q * n + i];
-                    v[p * n + i] = c * x - d * y;
-                    v[q * n + i] = d * x + c * y;
-                }
+            turn(w, lead, rows, rotations, s, m);
+            if (kept != NOWHERE) turn(v, n, n, rotations, s, m);
             __syncthreads();
         }
         converged = true;

@@ -3,53 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any
 
-import numpy as np
+from repsim_kernels import _check, _dispatch, _options, _routes
 
-from repsim_kernels import _arrays, _check, _dispatch, _options
-from repsim_kernels._arrays import Array
-
-#: How a distance was found, by the number that kernels give.
-ROUTES = ("nothing", "sums", "iterations", "factors", "eigenvectors", "definition")
 METRICS = ("cka", "procrustes", "pwcca", "cca", "cca_squared", "svcca", "cka_debiased")
-
-
-class Info(NamedTuple):
-    """How the distances of one metric were found; NumPy arrays (…, C)."""
-
-    route: Any
-    steps: Any
-
-
-@overload
-def ablation_distances(
-    x: Any,
-    cells: Any,
-    *,
-    metrics: Sequence[str] = ...,
-    ridge: float = ...,
-    penalty: float = ...,
-    memory: int | None = ...,
-    info: Literal[False] = ...,
-    precision: str = ...,
-    backend: str | None = ...,
-) -> dict[str, Array]: ...
-
-
-@overload
-def ablation_distances(
-    x: Any,
-    cells: Any,
-    *,
-    metrics: Sequence[str] = ...,
-    ridge: float = ...,
-    penalty: float = ...,
-    memory: int | None = ...,
-    info: Literal[True],
-    precision: str = ...,
-    backend: str | None = ...,
-) -> tuple[dict[str, Array], dict[str, Info]]: ...
 
 
 def ablation_distances(
@@ -63,7 +21,7 @@ def ablation_distances(
     info: bool = False,
     precision: str = "tf32x3",
     backend: str | None = None,
-) -> dict[str, Array] | tuple[dict[str, Array], dict[str, Info]]:
+) -> Any:
     """Distances between a representation and each of its ablations, by every metric.
 
     The original x is the first argument of each metric; the second is x with the neurons of one
@@ -150,18 +108,4 @@ def ablation_distances(
         info=info,
         precision=_options.precision(precision),
     )
-    return split(found, names) if info else found
-
-
-def split(
-    found: dict[str, Array], metrics: Sequence[str]
-) -> tuple[dict[str, Array], dict[str, Info]]:
-    """Distances, and the routes and steps that a kernel gave beside them."""
-    info = {
-        name: Info(
-            np.array(ROUTES)[_arrays.to_numpy(found[f"{name} route"])],
-            _arrays.to_numpy(found[f"{name} steps"]),
-        )
-        for name in metrics
-    }
-    return {name: found[name] for name in metrics}, info
+    return _routes.split(found, names) if info else found

@@ -3,42 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any
 
-from repsim_kernels import _check, _dispatch, _options
+from repsim_kernels import _check, _dispatch, _options, _routes
 from repsim_kernels._arrays import Array
 from repsim_kernels.errors import ConvergenceError
-from repsim_kernels.ops.ablation import METRICS, Info, split
+from repsim_kernels.ops.ablation import METRICS
 
 GRAM_METRICS = tuple(name for name in METRICS if name != "pwcca")
-
-
-@overload
-def gram_ablation_distances(
-    gram: Any,
-    parts: Any,
-    *,
-    metrics: Sequence[str] = ...,
-    ridge: float = ...,
-    penalty: float = ...,
-    neurons: int | None = ...,
-    info: Literal[False] = ...,
-    backend: str | None = ...,
-) -> dict[str, Array]: ...
-
-
-@overload
-def gram_ablation_distances(
-    gram: Any,
-    parts: Any,
-    *,
-    metrics: Sequence[str] = ...,
-    ridge: float = ...,
-    penalty: float = ...,
-    neurons: int | None = ...,
-    info: Literal[True],
-    backend: str | None = ...,
-) -> tuple[dict[str, Array], dict[str, Info]]: ...
 
 
 def gram_ablation_distances(
@@ -51,7 +23,7 @@ def gram_ablation_distances(
     neurons: int | None = None,
     info: bool = False,
     backend: str | None = None,
-) -> dict[str, Array] | tuple[dict[str, Array], dict[str, Info]]:
+) -> Any:
     """Distances between a Gram matrix and what is left of it without each of its parts.
 
     For whoever sums Grams elsewhere, over batches of neurons or over machines: with
@@ -125,7 +97,7 @@ def gram_ablation_distances(
         neurons=neurons,
         info=info,
     )
-    return split(found, names) if info else found
+    return _routes.split(found, names) if info else found
 
 
 def eigh(a: Any, *, vectors: bool = True, backend: str | None = None) -> Any:
