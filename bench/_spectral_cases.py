@@ -1,18 +1,73 @@
-"""Rows of the sheet for what follows the Gram matrices, n x n in float64."""
+"""Rows of the sheet for what follows the Gram matrices, n x n in float64, and for CUDA C++."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from bench._case import Case, function
+from bench._case import PRODUCTS, Case, Shape, function, labelled
 
 _DEFICITS = 1e-9  # what the end of the iterations promises
 _STEPS = 8  # that these parts take, in fours
+_LAYERS = ((50, 193_600), (500, 100_352))
 
 
 def cases(quick: bool) -> list[Case]:
-    return [_riccati(*s) for s in ([(4, 11)] if quick else [(16, 499), (100, 49)])]
+    if quick:
+        return [_riccati(4, 11)]
+    # CUDA C++ is started by CuPy, which has no rehearsal without a GPU.
+    eigh = [_eigh(*s) for s in ((1000, 49), (100, 127), (16, 499))]
+    native = [_cell_grams(Shape(n, p, 16, torch.float32, "ieee")) for n, p in _LAYERS]
+    return [_riccati(16, 499), _riccati(100, 49), *eigh, *native]
+
+
+def _eigh(batch: int, m: int) -> Case:
+    """Eigenvalues and vectors of nearly diagonal matrices, as ablations have them."""
+
+    def inputs(g: torch.Generator) -> tuple[Tensor, ...]:
+        a = torch.randn(batch, m, m, generator=g, dtype=torch.float64, device=g.device) * 1e-3
+        return (a + a.mT + torch.diag(torch.linspace(0, 1, m, dtype=a.dtype, device=g.device)),)
+
+    def restored(found: dict[str, Tensor]) -> Tensor:
+        w, v = found["values"], found["vectors"]
+        return (v * w[..., None, :]) @ v.mT
+
+    return Case(
+        "eigh",
+        f"n={m} C={batch}",
+        torch.float64,
+        "ieee",
+        1e-13 * m,
+        bytes=batch * (2 * m * m + m) * 8,
+        operations=0,  # they depend on the sweeps
+        inputs=inputs,
+        kernel=lambda a: restored(function("cupy.spectral:eigh")(a, vectors=True)),
+        reference=lambda a: a,
+        routes={"backend": lambda a: restored(function("torch.spectral:eigh")(a, vectors=True))},
+        parts=batch,
+    )
+
+
+def _cell_grams(s: Shape) -> Case:
+    cells = labelled(s)
+
+    def grams(x: Tensor, module: str) -> Tensor:
+        return function(f"{module}.gram:cell_grams")(x, cells=cells, n_cells=s.cells)
+
+    return Case(
+        "cell_grams, CUDA C++",
+        f"n={s.n} p={s.p:,} C={s.cells}",
+        s.dtype,
+        s.precision,
+        PRODUCTS[s.precision],
+        bytes=s.size + 8 * s.cells * s.n**2,
+        operations=s.n * (s.n + 1) * s.p,
+        inputs=s.activations,
+        kernel=lambda x: grams(x, "cupy"),
+        reference=lambda x: grams(x.double(), "torch"),
+        routes={"backend": lambda x: grams(x, "torch")},
+        parts=s.cells,
+    )
 
 
 def _riccati(batch: int, m: int) -> Case:
