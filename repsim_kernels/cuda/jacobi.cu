@@ -16,13 +16,15 @@ struct Float;
 template <>
 struct Float<double> {
     static constexpr double EPS = 2.220446049250313e-16;
-    static constexpr int LARGEST = 1000;  // exponents that can be taken off
+    static constexpr int LARGEST = 1000;     // exponents that can be taken off
+    static constexpr double LEAST = 1e-290;  // of a sum of squares that underflow did not round
 };
 
 template <>
 struct Float<float> {
     static constexpr float EPS = 1.1920929e-7f;
     static constexpr int LARGEST = 120;
+    static constexpr float LEAST = 1e-30f;
 };
 
 __device__ __forceinline__ float root(float x) { return sqrtf(x); }
@@ -255,8 +257,10 @@ __device__ void svd(const T *matrices, T *left, T *values, T *right, T *work, in
                     z += sums[3 * e + 2];
                 }
                 T cosine = 1, sine = 0, tangent = 0;
+                // A column too short for a cosine is below the rounding of the rest.
+                const bool skip = x < Float<T>::LEAST || y < Float<T>::LEAST;
                 // Negated, so that NaN goes on to the last sweep and is told.
-                if (!(size(z) <= close * root(x) * root(y))) {
+                if (!(skip || size(z) <= close * root(x) * root(y))) {
                     rotation(x, y, z, &cosine, &sine, &tangent);
                     turned[k] = 1;
                 }
@@ -288,7 +292,8 @@ __device__ void svd(const T *matrices, T *left, T *values, T *right, T *work, in
     if (kept == NOWHERE) return;
     for (int e = t; e < rows * n; e += threads) {
         const int j = place[e % n];
-        left[at * rows * n + e] = norms[j] > 0 ? w[j * lead + e / n] / norms[j] : 0;
+        left[at * rows * n + e] =
+            norms[j] * norms[j] < Float<T>::LEAST ? 0 : w[j * lead + e / n] / norms[j];
     }
     for (int e = t; e < n * n; e += threads) right[at * square + e] = v[place[e / n] * n + e % n];
 }

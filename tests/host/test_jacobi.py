@@ -119,7 +119,7 @@ def test_the_largest(monkeypatch, n, kind):
     """Vectors are in global memory there."""
     few_threads(monkeypatch)
     a = tensor(symmetric(kind, n))
-    assert spectral.choose("eigh", n, n, 8, True).kept == 2
+    assert spectral.choose("eigh", n, n, 8, True, 163 * 1024).kept == 2
     assert_eigh(a, spectral.eigh(a, vectors=True))
     assert_svd(a, spectral.svd(a, vectors=True))
 
@@ -160,6 +160,16 @@ def test_svd_of_exactly_deficient_matrices(monkeypatch, shape):
     a[..., 1] = a[..., 2]
     a[..., 3] = 0
     assert_svd(tensor(a), spectral.svd(tensor(a), vectors=True))
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("decades", [40, 200])
+def test_svd_of_columns_whose_squares_underflow(monkeypatch, decades, dtype):
+    """They have no cosine with others, so they can't keep the rest from converging."""
+    few_threads(monkeypatch)
+    rng = np.random.default_rng(3)
+    a = tensor(rng.standard_normal((2, 24, 20)) * np.logspace(-decades, 0, 20), dtype)
+    assert_svd(a, spectral.svd(a, vectors=True))
 
 
 @pytest.mark.parametrize("scale", [1e-150, 1e-300, 1e150, 1e300])
@@ -220,9 +230,14 @@ def test_under_sanitizers(monkeypatch, native, sanitizer, rows, n):
     for vectors in (True, False):
         assert_svd(a, spectral.svd(a, vectors=vectors))
         assert_eigh(a @ a.mT, spectral.eigh(a @ a.mT, vectors=vectors))
-    monkeypatch.setattr(spectral, "_SHARED", 0)
-    assert_svd(a, spectral.svd(a, vectors=True))
-    assert_eigh(a @ a.mT, spectral.eigh(a @ a.mT, vectors=True))
+    for operation, function, check, matrices, sizes in (
+        ("svd", spectral.svd, assert_svd, a, (rows, n)),
+        ("eigh", spectral.eigh, assert_eigh, a @ a.mT, (rows, rows)),
+    ):
+        room = spectral.choose(operation, *sizes, 8, True, 2**20).shared - 1
+        monkeypatch.setattr(spectral, "_SHARED", room)
+        assert spectral.choose(operation, *sizes, 8, True, room).kept == 2
+        check(matrices, function(matrices, vectors=True))
 
 
 WRONG = {
@@ -251,6 +266,17 @@ def test_what_the_launchers_take(monkeypatch):
     assert spectral.unsupported(torch.zeros(3, 3)) is None
     assert "float32 and float64, not float16" in spectral.unsupported(torch.zeros(3, 3).half())
     for operation, rows, n in (("eigh", 128, 128), ("svd", 128, 128), ("eigh", 1, 1)):
-        launch = spectral.choose(operation, rows, n, 8, True)
+        launch = spectral.choose(operation, rows, n, 8, True, 163 * 1024)
         assert launch.shared <= 163 * 1024
         assert launch.threads % 32 == 0
+    assert spectral.choose("eigh", 129, 129, 8, False, 227 * 1024) is None
+    assert spectral.choose("eigh", 128, 128, 8, False, 99 * 1024) is None
+    assert spectral.choose("eigh", 128, 128, 4, False, 99 * 1024).kept == 0
+
+
+@pytest.mark.parametrize("shape", [(2, 130, 7), (130, 131)])
+def test_what_is_too_large_is_done_by_others(shape):
+    a = tensor(np.random.default_rng(6).standard_normal(shape))
+    found = spectral.svd(a, vectors=True)
+    assert_svd(a, {**found, "failed": torch.tensor(False)})
+    assert_svd(a, {**spectral.svd(a, vectors=False), "failed": torch.tensor(False)})

@@ -70,6 +70,13 @@ def launch(
         _kernel(source, name, device.index)(grid, block, values, shared_mem=shared)
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have on a CUDA device."""
+    import cupy
+
+    return int(cupy.cuda.Device(device.index).attributes["MaxSharedMemoryPerBlockOptin"])
+
+
 def how() -> str:
     """Where the kernels come from, on the current device if there is one, and why."""
     device = None if unsupported() else torch.cuda.current_device()
@@ -102,7 +109,7 @@ def _kernel(source: str, name: str, device: int) -> Any:
         module = cupy.RawModule(code=code, backend="nvrtc", options=NVRTC_OPTIONS)
     kernel = module.get_function(name)
     # Without it a block gets 48 KiB. Once for all launches, so that threads don't race for it.
-    most = cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
+    most = shared_memory(torch.device("cuda", device))
     kernel.max_dynamic_shared_size_bytes = most - kernel.shared_size_bytes
     return kernel
 
