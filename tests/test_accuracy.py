@@ -7,9 +7,8 @@ from typing import Any
 
 import _oracle
 import numpy as np
-import pytest
 from _draw import SEEDS
-from _tol import DISTANCE, SAME, Tol, assert_close, assert_rank_fidelity
+from _tol import DISTANCE, Tol, assert_close, assert_rank_fidelity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -102,12 +101,14 @@ def test_about_as_many_neurons_as_stimuli_or_fewer(layer, ridge):
     assert_digits(layer, ridge)
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e6, 1e12])
-def test_scale_changes_nothing(scale):
-    x, cells = Layer(10, 60, 2, True, 0.5, 0).make()
-    want, got = (rk.ablation_distances(a, cells, metrics=(*PLAIN, *RIDGED)) for a in (x, scale * x))
+@given(layers(st.integers(4, 12), st.integers(2, 60)), st.floats(-12, 12))
+def test_scale_changes_nothing(layer, decades):
+    x, cells = layer.make()
+    scaled = 10**decades * x
+    metrics = (*PLAIN, *RIDGED)
+    want, got = (rk.ablation_distances(a, cells, metrics=metrics) for a in (x, scaled))
     for name, values in want.items():
-        assert_close(got[name], values, Tol(1e-9, 1e-14))
+        assert_close(got[name], values, Tol(1e-8, 1e-13), nan=True)
 
 
 @given(st.integers(3, 12), st.integers(2, 30), st.integers(1, 3), SEEDS)
@@ -122,28 +123,34 @@ def test_what_is_left_is_the_same_as_the_whole(n, p, copies, seed):
         assert_close(got[name][0], got[name][1], Tol(0, 1e-12))
 
 
-@pytest.mark.parametrize("p", [12, 60, 2000])
-@pytest.mark.parametrize("share", [0.99, 0.9999])
-def test_a_cell_of_nearly_all_the_energy(p, share):
-    """Far from the original, where the iterations have most to do."""
-    rng = np.random.default_rng(p)
-    x = rng.standard_normal((20, p))
+@given(st.integers(4, 20), st.integers(2, 200), st.floats(0.99, 0.99999), SEEDS)
+def test_a_cell_of_nearly_all_the_energy(n, p, share, seed):
+    """Far from the original, where the iterations have most to do; and a cell of everything."""
+    x = np.random.default_rng(seed).standard_normal((n, p))
     x[:, : p // 2] *= np.sqrt(share / (1 - share))
-    cells = np.where(np.arange(p) < p // 2, 0, -1)
+    cells = [np.arange(p) < p // 2, np.arange(p) < p]
     metrics = (*PLAIN, *RIDGED, "svcca", "pwcca")
     got = rk.ablation_distances(x, cells, metrics=metrics)
     want = rk.ablation_distances(x, cells, metrics=metrics, backend="reference")
     for name, values in want.items():
-        assert_close(got[name], values, Tol(1e-9, 1e-13))
+        assert np.isnan(got[name][1])
+        assert_close(got[name][:1], values[:1], Tol(1e-8, 1e-12))
 
 
-def test_rank_deficient_grams():
+@given(st.integers(4, 12), st.integers(4, 40), st.booleans(), SEEDS)
+def test_rank_deficient_grams(n, p, twice, seed):
     """Half of the stimuli twice, or neurons in few directions: ranks below n - 1."""
-    rng = np.random.default_rng(1)
-    low = rng.integers(-3, 4, (12, 3)) @ rng.integers(-3, 4, (3, 40)) * 1.0
-    twice = np.repeat(rng.standard_normal((6, 40)), 2, axis=0)
-    for x in (low, twice):
-        cells = np.arange(40) % 4
-        got, want = (rk.ablation_distances(x, cells, backend=b) for b in ("torch", "reference"))
-        for name, values in want.items():
-            assert_close(got[name], values, Tol(1e-9, 1e-12) if name == "pwcca" else SAME)
+    rng = np.random.default_rng(seed)
+    if twice:
+        x = np.repeat(rng.standard_normal((n, p)), 2, axis=0)
+    else:
+        r = max(1, min(n, p) // 3)
+        x = rng.integers(-3, 4, (n, r)) @ rng.integers(-3, 4, (r, p)) * 1.0
+        x[0, 0] += (x == x[0]).all()
+    cells = np.arange(p) % 4
+    metrics = (*PLAIN, *RIDGED, "svcca")
+    got, want = (
+        rk.ablation_distances(x, cells, metrics=metrics, backend=b) for b in ("torch", "reference")
+    )
+    for name, values in want.items():
+        assert_close(got[name], values, Tol(1e-8, 1e-12), nan=True)
