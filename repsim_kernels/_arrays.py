@@ -72,9 +72,11 @@ def to_torch(a: Array, where: str | None = None) -> Any:
         case "torch":
             t = a
         case "cupy":
-            # The protocol makes torch's current stream wait for what CuPy's still has to do.
-            flipped = any(stride < 0 for stride in a.strides)
-            t = torch.utils.dlpack.from_dlpack(a.copy() if flipped else a)
+            # The protocol makes torch's current stream wait for what CuPy's still has to do: CuPy
+            # takes that of the current device, and copies to there.
+            with a.device:
+                flipped = any(stride < 0 for stride in a.strides)
+                t = torch.utils.dlpack.from_dlpack(a.copy() if flipped else a)
         case _:
             if any(stride < 0 for stride in a.strides) or not a.dtype.isnative:
                 a = a.astype(a.dtype.newbyteorder("="), order="C", copy=True)
@@ -99,6 +101,7 @@ def like(result: Any, example: Array) -> Any:
         case "cupy":
             import cupy  # type: ignore[import-not-found]
 
-            return cupy.from_dlpack(result) if kind(result) == "torch" else cupy.asarray(result)
+            with example.device:
+                return cupy.from_dlpack(result) if kind(result) == "torch" else cupy.asarray(result)
     out = to_numpy(result)
     return out[()] if out.ndim == 0 else out

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -46,33 +46,92 @@ ARGUMENTS: dict[str, tuple[tuple[np.ndarray, ...], dict[str, Any]]] = {
 }
 
 
-class Array(np.ndarray):
-    """NumPy's memory under CuPy's name."""
+class Device:
+    """What `with` makes the current one."""
+
+    current = 0
+
+    def __init__(self, index: int) -> None:
+        self.id = index
+
+    def __enter__(self) -> None:
+        self.before, Device.current = Device.current, self.id
+
+    def __exit__(self, *_: object) -> None:
+        Device.current = self.before
+
+
+class Array:
+    """NumPy's memory under CuPy's name: without what CuPy refuses, and on one of two devices."""
 
     __module__ = "cupy"
-    place = 0
 
-    @property
-    def device(self) -> SimpleNamespace:
-        return SimpleNamespace(id=self.place)
+    def __init__(self, values: Any, index: int | None = None) -> None:
+        self.values = np.asarray(values)
+        self.device = Device(Device.current if index is None else index)
+
+    shape, ndim, dtype, strides = (
+        property(lambda self, name=name: getattr(self.values, name))
+        for name in ("shape", "ndim", "dtype", "strides")
+    )
+
+    def __array__(self, *_: object, **__: object) -> np.ndarray:
+        raise TypeError("Implicit conversion to a NumPy array is not allowed")
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __bool__(self) -> bool:
+        return bool(self.values)
+
+    def __int__(self) -> int:
+        return int(self.values)
+
+    def __float__(self) -> float:
+        return float(self.values)
+
+    def __getitem__(self, index: Any) -> Array:
+        return Array(self.values[index], self.device.id)
 
     def get(self) -> np.ndarray:
-        return np.array(self)
+        return np.array(self.values)
+
+    def copy(self) -> Array:
+        return Array(self.values.copy())  # on the current device, as CuPy's
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.values.__dlpack_device__()
+
+    def __dlpack__(self, *, stream: Any = None, max_version: Any = None) -> Any:
+        # CuPy orders the consumer after its stream of the current device.
+        assert self.device.id == Device.current
+        return self.values.__dlpack__(max_version=max_version)
 
 
-def stand_in(a: Any) -> Array:
-    return np.asarray(a).view(Array)
+def _method(name: str) -> Callable[..., Array]:
+    def method(self: Array, *others: Any, **options: Any) -> Array:
+        plain = [other.values if isinstance(other, Array) else other for other in others]
+        assert not any(isinstance(a, np.ndarray) for a in others)
+        return Array(getattr(self.values, name)(*plain, **options), self.device.id)
+
+    return method
+
+
+for _name in ("min", "max", "all", "any", "sum", "astype", "swapaxes"):
+    setattr(Array, _name, _method(_name))
+for _name in ("abs", "sub", "truediv", "and", "rand", "eq", "ne", "gt"):
+    setattr(Array, f"__{_name}__", _method(f"__{_name}__"))
 
 
 @pytest.fixture
-def cupy(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Array]:
-    """What makes arrays of the stand-in, which `import cupy` finds."""
+def cupy(monkeypatch: pytest.MonkeyPatch) -> type[Array]:
+    """Arrays of the stand-in, which `import cupy` finds."""
     module = ModuleType("cupy")
     module.__spec__ = ModuleSpec("cupy", None)
-    module.asarray = stand_in
-    module.from_dlpack = lambda t: stand_in(np.from_dlpack(t))
+    module.asarray = Array
+    module.from_dlpack = lambda t: Array(np.from_dlpack(t))
     monkeypatch.setitem(sys.modules, "cupy", module)
-    return stand_in
+    return Array
 
 
 def flat(result: Any) -> list[Any]:
@@ -104,16 +163,26 @@ def test_every_function(cupy, name):
 def test_pairwise(cupy):
     got = rk.pairwise([cupy(X), cupy(Y)])
     assert isinstance(got, Array)
-    np.testing.assert_array_equal(got, rk.pairwise([X, Y]))
+    np.testing.assert_array_equal(got.get(), rk.pairwise([X, Y]))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_device_that_is_not_current(cupy, backend):
+    for values in (X, X[::-1], X.T.copy().T, X[::2, 1::3]):
+        cells = CELLS[: values.shape[1]]
+        got = rk.cell_grams(cupy(values, 1), cupy(cells), backend=backend)
+        assert got.device.id == 1
+        want = rk.cell_grams(values, cells, backend=backend)
+        np.testing.assert_allclose(got.get(), want, rtol=1e-13, atol=1e-13)
+    assert Device.current == 0
 
 
 def test_no_copies(cupy):
     a = cupy(X[::2, 1::3])
     t = _arrays.to_torch(a)
-    t[0, 0] = 7
-    assert a[0, 0] == 7
+    assert t.data_ptr() == a.values.ctypes.data
     back = _arrays.like(t, a)
-    assert np.shares_memory(back, a)
+    assert np.shares_memory(back.values, a.values)
     assert _arrays.to_torch(cupy(X[::-1])).tolist() == X[::-1].tolist()  # torch has no such strides
 
 
@@ -122,12 +191,11 @@ def test_dtypes(cupy, dtype):
     x = (np.arange(24).reshape(4, 6) % 5 % 3).astype(dtype)
     got = rk.centered_gram(cupy(x))
     assert got.dtype == np.float64
-    np.testing.assert_array_equal(got, rk.centered_gram(x))
+    np.testing.assert_array_equal(got.get(), rk.centered_gram(x))
 
 
 def test_places_that_differ(cupy):
-    other = cupy(Y.copy())
-    other.place = 1
+    other = cupy(Y, 1)
     with pytest.raises(rk.DeviceError, match="y: a cupy array on cuda:1, but x is a cupy array on"):
         rk.cka(cupy(X), other)
     with pytest.raises(rk.DeviceError, match="y: a numpy array on cpu, but x is a cupy array"):
@@ -137,6 +205,8 @@ def test_places_that_differ(cupy):
 def test_errors_name_the_argument(cupy):
     with pytest.raises(rk.NonFiniteError, match="x: 1 of 160 values"):
         rk.cka(cupy(np.where(X.max() == X, np.nan, X)), cupy(Y))
+    with pytest.raises(rk.DtypeError, match="x: not an array of numbers"):
+        rk.cka([cupy(X[0]), cupy(X[1])], cupy(Y))
     with pytest.raises(rk.CellError, match="cells: label 9 is out of range"):
         rk.cell_grams(cupy(X), cupy(CELLS + 7), n_cells=8)
 

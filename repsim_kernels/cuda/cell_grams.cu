@@ -10,12 +10,18 @@
 
 constexpr int TILE = 64;     // stimuli
 constexpr int DEPTH = 16;    // neurons of a step
-constexpr int RUN = 512;     // neurons that are summed in the products' own precision
+constexpr int RUN = 128;     // neurons summed in the products' own precision: within 128 / 2^24
 constexpr int THREADS = 128; // 16 along the rows, 8 along the columns
 constexpr int ROWS = 4;      // of a thread, 16 apart: threads of a warp read the same ones
 constexpr int COLUMNS = 8;   // of a thread, 8 apart: without bank conflicts
 
-// Row and column of a tile on or under the diagonal.
+// Tiles on and under the diagonal.
+__device__ __forceinline__ int pairs(int n) {
+    const int tiles = (n + TILE - 1) / TILE;
+    return tiles * (tiles + 1) / 2;
+}
+
+// Row and column of one of them.
 __device__ __forceinline__ void place(int pair, int *i, int *j) {
     int row = 0;
     while ((row + 1) * (row + 2) / 2 <= pair) ++row;
@@ -33,24 +39,27 @@ __device__ __forceinline__ void load(T (*to)[TILE], const T *x, const int *order
         T value = 0;
         if (at + k < last && row < n) {
             const T *neuron = x + order[at + k] * stride_p;
-            value = (neuron[row * stride_n] - neuron[0]) * scale;
+            // Scaled first, by a power of two: the difference of the largest numbers overflows.
+            value = neuron[row * stride_n] * scale - neuron[0] * scale;
         }
         to[k][e % TILE] = value;
     }
 }
 
-// Grid: pieces x tiles. An item is the first and the last place in `order` of a piece, and the slot
-// of its tiles in `partial` (slots, tiles, 64, 64).
+// Grid: pieces · tiles, those of a piece side by side, so that all but the first find its neurons
+// in the L2 cache. An item is the first and the last place in `order` of a piece, and the slot of
+// its tiles in `partial` (slots, tiles, 64, 64).
 template <typename T>
 __device__ void pieces(const T *x, const int *order, const long long *items, const T *scale_at,
                        double *partial, int n, long long stride_n, long long stride_p) {
     __shared__ T a[DEPTH][TILE], b[DEPTH][TILE];
-    const long long *item = items + 3LL * blockIdx.x;
+    const int tiles = pairs(n), tile = blockIdx.x % tiles;
+    const long long *item = items + 3LL * (blockIdx.x / tiles);
     const long long first = item[0], last = item[1], slot = item[2];
     const T scale = *scale_at;
     const int r = threadIdx.x / 8, c = threadIdx.x % 8;
     int i, j;
-    place(blockIdx.y, &i, &j);
+    place(tile, &i, &j);
     double total[ROWS][COLUMNS] = {};
     for (long long run = first; run < last; run += RUN) {
         T sum[ROWS][COLUMNS] = {};
@@ -71,10 +80,10 @@ __device__ void pieces(const T *x, const int *order, const long long *items, con
         for (int u = 0; u < ROWS; ++u)
             for (int v = 0; v < COLUMNS; ++v) total[u][v] += sum[u][v];
     }
-    double *tile = partial + (slot * gridDim.y + blockIdx.y) * (TILE * TILE);
+    double *out = partial + (slot * tiles + tile) * (TILE * TILE);
     for (int u = 0; u < ROWS; ++u)
         for (int v = 0; v < COLUMNS; ++v)
-            tile[(r + 16 * u) * TILE + c + 8 * v] = total[u][v];
+            out[(r + 16 * u) * TILE + c + 8 * v] = total[u][v];
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2)
@@ -89,20 +98,21 @@ extern "C" __global__ void __launch_bounds__(128, 2)
     pieces(x, order, items, scale, partial, n, stride_n, stride_p);
 }
 
-// Grid: cells x tiles. Cell c has the slots from slots[c] to slots[c + 1]; g is (cells, n, n).
+// Grid: cells · tiles. Cell c has the slots from slots[c] to slots[c + 1]; g is (cells, n, n).
 extern "C" __global__ void __launch_bounds__(128, 2)
     cell_grams_sum(const double *partial, const long long *slots, const double *unit, double *g,
                    int n) {
+    const int tiles = pairs(n), tile = blockIdx.x % tiles, cell = blockIdx.x / tiles;
     int i, j;
-    place(blockIdx.y, &i, &j);
-    const long long first = slots[blockIdx.x], last = slots[blockIdx.x + 1];
-    g += static_cast<long long>(blockIdx.x) * n * n;
+    place(tile, &i, &j);
+    const long long first = slots[cell], last = slots[cell + 1];
+    g += static_cast<long long>(cell) * n * n;
     for (int e = threadIdx.x; e < TILE * TILE; e += blockDim.x) {
         const int row = i * TILE + e / TILE, column = j * TILE + e % TILE;
         if (row >= n || column > row) continue;
         double total = 0;
         for (long long slot = first; slot < last; ++slot)
-            total += partial[(slot * gridDim.y + blockIdx.y) * (TILE * TILE) + e];
+            total += partial[(slot * tiles + tile) * (TILE * TILE) + e];
         total = total * *unit * *unit;
         g[static_cast<long long>(row) * n + column] = total;
         g[static_cast<long long>(column) * n + row] = total;

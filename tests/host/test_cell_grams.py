@@ -67,7 +67,31 @@ def test_more_neurons_than_are_summed_at_once(dtype):
     assert_right(x.mT.contiguous().mT, values, cells, 2, dtype)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e25])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_constant_neurons_are_exactly_nothing(dtype):
+    x = torch.full((9, 40), 0.1, dtype=getattr(torch, dtype))
+    x[:, :10] = torch.randn(9, 10, generator=torch.Generator().manual_seed(0))
+    got = gram.cell_grams(x, cells=np.arange(40) // 10, n_cells=4)
+    assert not got[1:].any()
+    assert (got[0].diagonal() > 0).all()
+
+
+def test_long_sums_of_float32():
+    """Equal terms, whose float32 sum would drift by one rounding after the other."""
+    values = np.tile(np.float32([[0], [0.7], [0.3]]), 20_000).astype(float)
+    cells, whole = np.zeros(20_000, int), gram.Launch(chunk=20_000)
+    assert_right(torch.from_numpy(values).float(), values, cells, 1, "float32", whole)
+
+
+def test_elements_beyond_32_bits():
+    memory = np.empty(2**31 + 16, np.float32)  # of which only six are touched
+    x = torch.from_numpy(memory).as_strided((2, 3), (1, 2**30 + 1))
+    values = np.random.default_rng(6).standard_normal((2, 3)).astype(np.float32)
+    x.copy_(torch.from_numpy(values))
+    assert_right(x, values.astype(float), np.array([0, 1, 0]), 2, "float32")
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e25, 7e37])
 def test_float32_of_any_size(scale):
     values = np.random.default_rng(3).standard_normal((9, 30)).astype(np.float32) * scale
     x = torch.from_numpy(values.astype(np.float32))
@@ -83,6 +107,7 @@ def test_under_sanitizers(native, sanitizer, dtype):
     values = np.random.default_rng(4).standard_normal((70, 25)).astype(dtype).astype(float)
     x = torch.from_numpy(values).to(getattr(torch, dtype)).mT.contiguous().mT
     cells = np.random.default_rng(5).integers(-1, 2, 25)
+    cells[-1] = 0  # so that the last number of x is read
     assert_right(x, values, cells, 2, dtype, SMALL)
 
 
