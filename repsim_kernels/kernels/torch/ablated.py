@@ -30,17 +30,12 @@ class Route(enum.IntEnum):
     EIGENVECTORS = 4  # of an ablated matrix
 
 
-def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and eigenvectors of symmetric a (B, m, m)."""
-    return torch.linalg.eigh(a)
-
-
 @dataclass(frozen=True)
 class Solvers:
     """What the steps of this stage are done by."""
 
     advance: riccati.Advance = riccati.advance
-    eigh: Callable[[Tensor], tuple[Tensor, Tensor]] = eigh
+    eigh: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.linalg.eigh
     svdvals: Callable[[Tensor], Tensor] = torch.linalg.svdvals
 
 
