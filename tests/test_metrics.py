@@ -269,3 +269,22 @@ def test_scale_of_float32_does_not_overflow():
         if "penalty" not in options and options.get("form") != "size-and-shape":
             big = run(name, x * np.float32(2.0**120), y * np.float32(2.0**-100), **options)
             assert_close(big, run(name, x, y, **options), Tol(1e-6, 1e-7))
+
+
+@EACH
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("scale", [1e-60, 1e60])
+def test_the_largest_and_the_smallest_numbers(name, options, backend, scale):
+    """Squares of Grams fit float64, and nothing larger is made."""
+    rng = np.random.default_rng(2)
+    x, y = rng.standard_normal((9, 30)), rng.standard_normal((9, 4))
+    if "penalty" in options or options.get("form") == "size-and-shape":
+        return  # have units
+    for a, b in ((x, y), (y, y + x[:, :4])):
+        want = run(name, a, b, backend, **options)
+        got = run(name, scale * a, scale * b, backend, **options)
+        assert_close(got, want, tolerance(name, options))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", rk.DegenerateWarning)
+            pair = rk.pairwise([scale * a, scale * b], metric=name, backend=backend, **options)
+        assert_close(pair[0, 1], want, tolerance(name, options))

@@ -24,7 +24,7 @@ def cka(
     m = centered_gram(y, kernel=kernel, sigma=sigma)
     if debiased:
         k, m = u_centered(k), u_centered(m)
-    return np.float64(np.sum(k * m) / np.sqrt(np.sum(k * k) * np.sum(m * m)))
+    return np.float64(np.sum(k * m) / np.sqrt(np.sum(k * k)) / np.sqrt(np.sum(m * m)))
 
 
 def u_centered(k: Array) -> Array:

@@ -17,7 +17,12 @@ def cka(x: Tensor, y: Tensor, *, debiased: bool, kernel: str, sigma: float | Non
     else:
         a, b = (vector_kernel(z, debiased, kernel, sigma) for z in (x, y))
         xy, xx, yy = ((u * v).sum((-2, -1)) for u, v in ((a, b), (a, a), (b, b)))
-    return xy / (xx * yy).sqrt()
+    return cosine(xy, xx, yy)
+
+
+def cosine(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
+    """xy / √(xx yy), of numbers whose products neither overflow nor vanish: exactly 1 of equals."""
+    return xy.sign() * ((xy / xx) * (xy / yy)).sqrt()
 
 
 def on_features(p: list[int], q: list[int], n: int) -> bool:

@@ -72,13 +72,13 @@ def _cka(
         products = torch.stack(
             [torch.stack([cka.feature_product(a, b, debiased) for b in right]) for a in left]
         )
-        if ys is None:
-            norms = products.diagonal().sqrt()
-            return products / (norms[:, None] * norms)
-        own = [
-            torch.stack([cka.feature_product(a, a, debiased) for a in zs]) for zs in (left, right)
-        ]
-        return products / (own[0][:, None] * own[1]).sqrt()
+        own = [products.diagonal()] * 2
+        if ys is not None:
+            own = [
+                torch.stack([cka.feature_product(a, a, debiased) for a in zs])
+                for zs in (left, right)
+            ]
+        return cka.cosine(products, own[0][:, None], own[1])
 
     def unit(zs: list[Tensor]) -> Tensor:
         vectors = torch.empty(len(zs), n * n, dtype=torch.float64, device=zs[0].device)
