@@ -77,7 +77,7 @@ def _variate_weights_kernel(
         neuron = (start + tl.arange(0, BLOCK_P)).to(tl.int64)
         inside = neuron < p
         source = x_ptr + neuron * stride_p
-        origin = tl.load(source, mask=inside, other=0).to(tl.float32)  # (BLOCK_P,)
+        origin = tl.load(source, mask=inside, other=0).to(tl.float32) * scale  # (BLOCK_P,)
         product = tl.zeros((BLOCK_K, BLOCK_P), dtype=tl.float32)
         for step in range(0, n, BLOCK_N):
             stimulus = step + tl.arange(0, BLOCK_N)
@@ -90,7 +90,7 @@ def _variate_weights_kernel(
             x = tl.load(
                 source[None, :] + stimulus.to(tl.int64)[:, None] * stride_n, mask=mask, other=0
             )
-            x = tl.where(mask, (x.to(tl.float32) - origin[None, :]) * scale, 0)
+            x = tl.where(mask, x.to(tl.float32) * scale - origin[None, :], 0)
             product = tl.dot(h, x, product, input_precision=PRECISION)
         total += tl.sum(tl.abs(product), 1).to(tl.float64)
     tl.store(out_ptr + piece * k + direction, total, mask=direction < k)

@@ -112,13 +112,13 @@ def _gram_kernel(
             if GATHER:
                 column = tl.load(order_ptr + at, mask=inside, other=0).to(tl.int64)
             source = x_ptr + base + column * stride_p
-            origin = tl.load(source, mask=inside, other=0).to(tl.float32)  # (BLOCK_P,)
+            origin = tl.load(source, mask=inside, other=0).to(tl.float32) * scale  # (BLOCK_P,)
             a_mask = (rows < n)[:, None] & inside[None, :]
             a = tl.load(source[None, :] + row_offset[:, None], mask=a_mask, other=0)
-            a = tl.where(a_mask, (a.to(tl.float32) - origin[None, :]) * scale, 0)
+            a = tl.where(a_mask, a.to(tl.float32) * scale - origin[None, :], 0)
             b_mask = inside[:, None] & (others < n)[None, :]
             b = tl.load(source[:, None] + other_offset[None, :], mask=b_mask, other=0)
-            b = tl.where(b_mask, (b.to(tl.float32) - origin[:, None]) * scale, 0)
+            b = tl.where(b_mask, b.to(tl.float32) * scale - origin[:, None], 0)
             part = tl.dot(a, b, part, input_precision=PRECISION)  # (BLOCK_N, BLOCK_N)
             if GATHER:  # noqa: SIM102 (one is known to the compiler, the other is not)
                 if j == 0:
