@@ -122,14 +122,19 @@ def matrices(a: Any, name: str, *, symmetric: bool, limit: float = _LARGEST) -> 
     a = _real(a, name)
     _finite(a, name, limit)
     if symmetric:
-        largest = abs(a).max()
-        apart = float(abs(a - a.swapaxes(-1, -2)).max() / largest) if largest > 0 else 0.0
-        if apart > _ASYMMETRY:
+        apart, size = (_largest(t) for t in (a - a.swapaxes(-1, -2), a))
+        wrong = apart > size * _ASYMMETRY
+        if bool(wrong.any()):
             raise ShapeError(
-                f"{name}: entries differ from those of the transpose by {apart:.1g} of the "
-                "largest; expected symmetric matrices"
+                f"{name}: {int(wrong.sum())} matrices differ from their transposes by more than "
+                f"{_ASYMMETRY:g} of their largest entry; expected symmetric ones"
             )
     return a
+
+
+def _largest(a: Array) -> Array:
+    """The largest magnitude of each matrix of a (…, m, n)."""
+    return abs(a).amax((-2, -1)) if _arrays.kind(a) == "torch" else abs(a).max((-2, -1))
 
 
 def gram_and_parts(gram: Any, parts: Any, *, least: int) -> tuple[Array, Array]:

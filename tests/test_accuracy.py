@@ -7,6 +7,7 @@ from typing import Any
 
 import _oracle
 import numpy as np
+import pytest
 from _draw import SEEDS
 from _tol import DISTANCE, Tol, assert_close, assert_rank_fidelity
 from hypothesis import given, settings
@@ -154,3 +155,51 @@ def test_rank_deficient_grams(n, p, twice, seed):
     )
     for name, values in want.items():
         assert_close(got[name], values, Tol(1e-8, 1e-12), nan=True)
+
+
+@given(SEEDS, st.sampled_from([2.0, 30.0, 1e2, 1e3, 1e5]))
+def test_copies_of_the_rest_however_large(seed, factor):
+    """Without them a representation is the same but for its scale."""
+    x = np.random.default_rng(seed).standard_normal((6, 12))
+    cells = np.repeat([0, -1], 12)
+    y = np.concatenate([factor * x, x], axis=1)
+    got = rk.ablation_distances(y, cells, metrics=("cka", "procrustes"))
+    assert_close(got["cka"], [0.0], Tol(0, 1e-14))
+    assert_close(got["procrustes"], [0.0], Tol(0, 3e-14))
+
+
+@given(SEEDS, st.floats(-3, 0))
+def test_cells_that_hold_all_of_a_direction(seed, decades):
+    """What is left is singular: the iterations must not stop at something else."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((4, 12))
+    x[0, 2:] = x[1, 2:]
+    x[:, :2] *= 10**decades
+    cells = np.where(np.arange(12) < 2, 0, -1)
+    got = rk.ablation_distances(x, cells, metrics=("procrustes",))["procrustes"]
+    want = _oracle.procrustes_distance(x, np.where(cells == 0, 0.0, x))
+    assert_close(got, [float(want)], DISTANCE["float64"])
+
+
+@pytest.mark.parametrize("ridge", [1e-1, 1e-4, 1e-5, 1e-6])
+def test_a_small_ridge_does_not_hide_that_a_direction_is_gone(ridge):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        x = rng.standard_normal((5, 16))
+        x[0, 4:] = x[1, 4:]
+        cells = np.where(np.arange(16) < 4, 0, -1)
+        got = rk.ablation_distances(x, cells, metrics=("pwcca",), ridge=ridge)
+        want = rk.ablation_distances(x, cells, metrics=("pwcca",), ridge=ridge, backend="reference")
+        assert_close(got["pwcca"], want["pwcca"], Tol(1e-5, 1e-9))
+
+
+@pytest.mark.parametrize("factor", [3e2, 3e5, 3e8])
+def test_ridge_cca_of_what_a_large_cell_leaves(factor):
+    rng = np.random.default_rng(1)
+    y = np.concatenate([factor * rng.standard_normal((6, 9)), rng.standard_normal((6, 9))], axis=1)
+    cells, metrics = np.repeat([0, -1], 9), (*RIDGED, "pwcca")
+    got, want = (
+        rk.ablation_distances(y, cells, metrics=metrics, backend=b) for b in ("torch", "reference")
+    )
+    for name in metrics:
+        assert_close(got[name], want[name], Tol(1e-7))

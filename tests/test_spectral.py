@@ -183,7 +183,7 @@ BAD = {
     "parts: shape (5, 5); expected (C, 5, 5)": (K, K),
     "parts: shape (1, 4, 4); expected (C, 5, 5)": (K, np.zeros((1, 4, 4))),
     "parts: a torch array on cpu, but gram is a numpy array": (K, torch.zeros(1, 5, 5)),
-    "gram: entries differ from those of the transpose": (np.triu(K), np.zeros((1, 5, 5))),
+    "gram: 1 matrices differ from their transposes": (np.triu(K), np.zeros((1, 5, 5))),
     "parts: 1 of 25 values are NaN": (K, np.where(np.eye(5) * np.arange(5) == 4, np.nan, K)[None]),
     "gram: the same for every stimulus": (np.ones((5, 5)), np.zeros((1, 5, 5))),
 }
@@ -203,8 +203,10 @@ def test_options_that_are_not_known(options):
 
 
 def test_errors_of_spectra():
-    with pytest.raises(rk.ShapeError, match="a: entries differ"):
+    with pytest.raises(rk.ShapeError, match="a: 1 matrices differ"):
         rk.eigh(np.triu(np.ones((3, 3))))
+    with pytest.raises(rk.ShapeError, match="a: 1 matrices differ"):
+        rk.eigh([1e9 * np.eye(2), [[1, 2], [3, 4]]])
     with pytest.raises(rk.ShapeError, match=r"a: shape \(3, 4\); expected \(…, n, n\)"):
         rk.eigh(np.ones((3, 4)))
     with pytest.raises(rk.ShapeError, match=r"a: shape \(0, 4\)"):

@@ -62,9 +62,10 @@ def ablation_distances(
         everything leaves no representation, and has NaN.
     info : dict of str to Info, only with ``info=True``
         For each metric the ``route`` (…, C) to each distance, by name, and the ``steps`` (…, C) it
-        took; NumPy arrays. "nothing": nothing was removed or is left; "sums": over elements;
-        "iterations": of a Riccati equation; "factors": singular values of the features that are
-        left, where iterations would crawl; "eigenvectors": of the ablated matrix; "definition".
+        took; NumPy arrays. "nothing": nothing was removed or is left, or CCA without a ridge;
+        "sums": over elements; "iterations": of a Riccati equation; "factors": singular values of
+        the features that are left, where iterations would crawl; "eigenvectors": of an ablated
+        matrix, which PWCCA needs, and CCA uses beside it; "definition".
 
     Raises
     ------

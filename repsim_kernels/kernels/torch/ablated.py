@@ -19,6 +19,8 @@ from repsim_kernels.kernels.torch import riccati
 from repsim_kernels.kernels.torch.cca import leading
 from repsim_kernels.kernels.torch.spectrum import from_complement, positive
 
+_EPS = torch.finfo(torch.float64).eps
+
 
 class Route(enum.IntEnum):
     """How a distance was found."""
@@ -99,6 +101,7 @@ class Ablated:
         """
         self.original, self.features, self.factors = original, features, factors
         self.v, self.solvers = original.v, original.solvers
+        self.small = cell is not None  # the cell, beside what is left
         if cell is not None:
             self.cell = self._in_basis(cell)
             self.rest = torch.diag(self.v) - self.cell
@@ -170,9 +173,11 @@ class Ablated:
     def loss(self) -> Tensor:
         """ΔP = P_L - P_K, P_L = L(L + κI)⁻¹ = diag(shrunk); (B, m, m)."""
         kappa, other = self.original.kappa, self.kappa[:, None]
-        regular, right = self.rest.clone(), kappa * self.cell
+        regular = self.rest.clone()
         regular.diagonal(dim1=1, dim2=2).add_(other)
-        right.diagonal(dim1=1, dim2=2).add_((other - kappa) * self.v)
+        # Both are κ' L - κ K_c: of what was made first, whose digits are its own.
+        right = kappa * self.cell if self.small else -kappa * self.rest
+        right.diagonal(dim1=1, dim2=2).add_((other - kappa if self.small else other) * self.v)
         solved = torch.cholesky_solve(right, torch.linalg.cholesky(regular)).div_(self.v + kappa)
         return (solved + solved.mT).div_(2)
 
@@ -192,7 +197,9 @@ class Ablated:
         shrunk = self.original.shrunk
         if self.features is None:
             squares, u = self.solvers.eigh(torch.diag(shrunk.square()) - self.balanced_loss)
-            singular = squares[:, 0] <= 1e-10 * squares[:, -1]
+            # A ridge κ lets rounding grow by v / κ, which would hide that K_c is singular.
+            noise = torch.clamp(100 * _EPS * self.v[0] / self.original.kappa, min=1e-10)
+            singular = squares[:, 0] <= noise * squares[:, -1]
             rho = squares.clamp(min=0).sqrt()
         else:
             u, rho = torch.empty_like(self.cell), torch.empty_like(self.cell[:, 0])

@@ -27,6 +27,8 @@ from torch import Tensor
 _CLOSE = 3e-8
 # The most that may be left after it, of the trace.
 _TRUSTED = 1e-12
+# The least μ / v that must be left of a direction: √(v² - g) errs by eps (v / μ)².
+_CLEAR = 0.15
 _STEPS = 32
 
 Advance = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -139,5 +141,6 @@ def _newton(v: Tensor, f: Tensor, o: Tensor) -> Tensor:
     m.diagonal(dim1=1, dim2=2).fill_(1)
     factor, failed = torch.linalg.cholesky_ex(m)
     correction = (residual.mul_(scaled) * torch.cholesky_inverse(factor)).sum((-2, -1)) / 2
-    trusted = (failed == 0) & (left <= _TRUSTED * _size(v, d))
+    clear = (mu / v).amin(-1) > _CLEAR
+    trusted = (failed == 0) & clear & (left <= _TRUSTED * _size(v, d))
     return torch.where(trusted, d.sum(-1) + correction, torch.nan)
