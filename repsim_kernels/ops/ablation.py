@@ -84,7 +84,8 @@ def ablation_distances(
     cell, the other metrics a few times n³; "pwcca" 2 C n² p more, in x's precision. No ablated copy
     of x is made. Distances do not come from 1 minus a similarity near 1, and keep their digits
     where they are small: from float64 input, "cka", "procrustes" and what "cca" and "cca_squared"
-    have above the self-distance are right to 1e-6 relative or 1e-14 absolute.
+    have above the self-distance are right to 1e-6 relative or 1e-14 absolute; of the latter two for
+    a ridge of 1e-3 or more, since rounding grows as the ridge falls.
     Source: METRICS, "One original, many ablations".
     """
     names = _options.options(metrics, "metrics", METRICS)
