@@ -37,7 +37,10 @@ def device(a: Array) -> str:
 
 
 def asarray(a: Any, name: str) -> Array:
-    """Give arrays back as they are (torch tensors detached), anything else as a NumPy array."""
+    """Give arrays back as they are (torch tensors detached), anything else as a NumPy array.
+
+    NumPy's of foreign byte order come back in the machine's own, the only one that torch knows.
+    """
     match kind(a):
         case "torch":
             if str(a.layout) != "torch.strided":
@@ -48,9 +51,10 @@ def asarray(a: Any, name: str) -> Array:
     if isinstance(a, np.ma.MaskedArray) and np.ma.is_masked(a):
         raise DtypeError(f"{name}: got a masked array with masked entries; expected a plain array")
     try:
-        return np.asarray(a)
+        a = np.asarray(a)
     except (ValueError, TypeError) as error:
         raise DtypeError(f"{name}: not an array of numbers ({error})") from None
+    return a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
 
 
 def to_numpy(a: Array) -> np.ndarray[Any, Any]:
@@ -78,8 +82,8 @@ def to_torch(a: Array, where: str | None = None) -> Any:
                 flipped = any(stride < 0 for stride in a.strides)
                 t = torch.utils.dlpack.from_dlpack(a.copy() if flipped else a)
         case _:
-            if any(stride < 0 for stride in a.strides) or not a.dtype.isnative:
-                a = a.astype(a.dtype.newbyteorder("="), order="C", copy=True)
+            if any(stride < 0 for stride in a.strides):
+                a = a.copy()
             with warnings.catch_warnings():
                 # Read-only arrays are welcome: no kernel writes into its inputs.
                 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

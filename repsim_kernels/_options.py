@@ -12,11 +12,21 @@ import numpy as np
 from repsim_kernels.errors import DegenerateWarning, OptionError
 
 
+def _shown(value: Any) -> str:
+    """What an error shows of a value: one line, however long the value is."""
+    try:
+        line = " ".join(repr(value).split())
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        line = type(value).__name__
+    return line if len(line) <= 80 else f"{line[:79]}…"
+
+
 def option(value: Any, name: str, known: Iterable[str]) -> str:
     """Check that an option is one of the known names."""
     known = tuple(known)
-    if value not in known:
-        raise OptionError(f"{name}: {value!r}; expected one of {', '.join(map(repr, known))}")
+    # Arrays compare element by element: one of one name would pass for it.
+    if not isinstance(value, str) or value not in known:
+        raise OptionError(f"{name}: {_shown(value)}; expected one of {', '.join(map(repr, known))}")
     return str(value)
 
 
@@ -25,31 +35,29 @@ def number(
 ) -> float:
     """Check that an option is a finite number of at least `low` (above it, if `above`)."""
     ok = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if (
-        not ok
-        or not math.isfinite(value)
-        or value > high
-        or value < low
-        or (above and value == low)
-    ):
+    try:
+        found = float(value) if ok else math.nan
+    except OverflowError:  # an integer that no float holds
+        found = math.inf
+    if not math.isfinite(found) or not low <= found <= high or (above and found == low):
         bound = f"above {low:g}" if above else f"of at least {low:g}"
         upper = f" and at most {high:g}" if math.isfinite(high) else ""
-        raise OptionError(f"{name}: {value!r}; expected a finite number {bound}{upper}")
-    return float(value)
+        raise OptionError(f"{name}: {_shown(value)}; expected a finite number {bound}{upper}")
+    return found
 
 
 def count(value: Any, name: str) -> int:
     """Check that an option is a whole number of at least 1."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or value < 1:
-        raise OptionError(f"{name}: {value!r}; expected a whole number of at least 1")
+        raise OptionError(f"{name}: {_shown(value)}; expected a whole number of at least 1")
     return int(value)
 
 
 def flag(value: Any, name: str) -> bool:
     """Check that an option is True or False."""
     if not isinstance(value, (bool, np.bool_)):
-        raise OptionError(f"{name}: {value!r}; expected True or False")
+        raise OptionError(f"{name}: {_shown(value)}; expected True or False")
     return bool(value)
 
 
@@ -95,7 +103,7 @@ def bandwidth(kernel: Any, sigma: Any) -> float | None:
     if kernel == "linear":
         if sigma is not None:
             raise OptionError(
-                f"sigma: {sigma!r} with kernel='linear'; expected None, or kernel='rbf'"
+                f"sigma: {_shown(sigma)} with kernel='linear'; expected None, or kernel='rbf'"
             )
         return None
     return 1.0 if sigma is None else number(sigma, "sigma", low=0, above=True)
@@ -103,9 +111,18 @@ def bandwidth(kernel: Any, sigma: Any) -> float | None:
 
 def options(values: Any, name: str, known: tuple[str, ...]) -> tuple[str, ...]:
     """Check a sequence of names, of which each is known."""
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        raise OptionError(f"{name}: {values!r}; expected a sequence of names")
-    return tuple(dict.fromkeys(option(value, name, known) for value in values))
+    items = None if isinstance(values, str) else _items(values)
+    if items is None:
+        raise OptionError(f"{name}: {_shown(values)}; expected a sequence of names")
+    return tuple(dict.fromkeys(option(value, name, known) for value in items))
+
+
+def _items(values: Any) -> tuple[Any, ...] | None:
+    """The items of a sequence, or None for what is none, as an array without dimensions."""
+    try:
+        return tuple(values)
+    except TypeError:
+        return None
 
 
 def precision(value: Any) -> str:
@@ -115,10 +132,12 @@ def precision(value: Any) -> str:
 
 def grid(value: Any) -> tuple[int, int]:
     """Check a grid of cells: two whole numbers of at least 1."""
-    sides = tuple(value) if isinstance(value, Iterable) else ()
+    sides = _items(value) or ()
     whole = all(isinstance(k, (int, np.integer)) and k >= 1 for k in sides)
     if len(sides) != 2 or not whole:
-        raise OptionError(f"grid: {value!r}; expected two whole numbers of at least 1, as (4, 4)")
+        raise OptionError(
+            f"grid: {_shown(value)}; expected two whole numbers of at least 1, as (4, 4)"
+        )
     return int(sides[0]), int(sides[1])
 
 

@@ -10,8 +10,12 @@ from _draw import representations as drawn
 from _tol import as_numpy
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import repsim_kernels as rk
+from repsim_kernels.forward import AblatedForward
+
+GRIDS = st.sampled_from([(4, 4), (1, 3), (5, 1), (2, 7)])
 
 
 @given(st.data())
@@ -23,7 +27,7 @@ def test_class_means(data):
     np.testing.assert_allclose(as_numpy(got), want, rtol=1e-12, atol=1e-12)
 
 
-@given(st.data(), st.sampled_from([(4, 4), (1, 3), (5, 1), (2, 7)]))
+@given(st.data(), GRIDS)
 def test_selectivity_grid(data, grid):
     x = data.draw(drawn(kinds=("gaussian", "relu"), layouts=TORCH_LAYOUTS))
     labels = data.draw(classes(x.n)) * 3 + 5
@@ -73,3 +77,112 @@ def test_any_number_of_neurons_is_cut_evenly(p):
     assert sizes.sum() == p
     assert np.ptp(strips.sum(1)) <= 1
     assert (np.ptp(strips, axis=1) <= 1).all()
+
+
+def without_ties():
+    """Stimuli of three classes, and the cells of their neurons with inclusive edges."""
+    x = np.random.default_rng(3).standard_normal((9, 40))
+    labels = np.arange(9) % 3
+    return x, labels, rk.selectivity_grid(x, labels, 1, grid=(3, 2), edges="inclusive")
+
+
+@given(st.data(), GRIDS, st.sampled_from(["ties", "dead", "as drawn"]))
+def test_inclusive_edges(data, grid, change):
+    """Whole numbers under a ReLU tie, and often all of a strip does."""
+    x = data.draw(drawn(kinds=("low rank", "relu"), dtypes=TORCH_DTYPES, layouts=TORCH_LAYOUTS))
+    labels = data.draw(classes(x.n))
+    x = x.torch()
+    if change == "ties":
+        x.clamp_(0, 2).round_()
+    elif change == "dead":
+        x[:, data.draw(st.integers(0, 3)) :: 2] = 0
+    options = {"grid": grid, "edges": "inclusive"}
+    got = rk.selectivity_grid(x, labels, 1, **options)
+    assert got.dtype == torch.bool
+    want = rk.selectivity_grid(as_numpy(x), labels, 1, **options, backend="reference")
+    np.testing.assert_array_equal(got, want)
+
+
+@given(st.data(), GRIDS)
+def test_inclusive_edges_do_not_depend_on_the_order_of_neurons(data, grid):
+    x = data.draw(drawn(kinds=("low rank",))).values().clip(0, 2)
+    labels = data.draw(classes(len(x)))
+    order = np.array(data.draw(st.permutations(range(x.shape[1]))))
+    got = rk.selectivity_grid(x[:, order], labels, 0, grid=grid, edges="inclusive")
+    want = rk.selectivity_grid(x, labels, 0, grid=grid, edges="inclusive")[:, order]
+    np.testing.assert_array_equal(got, want)
+
+
+@given(st.data(), GRIDS)
+def test_a_neuron_between_the_edges_is_in_its_strip_alone(data, grid):
+    x = data.draw(drawn(kinds=("low rank",), p=st.integers(1, 60))).values()
+    own = data.draw(classes(len(x), max_classes=2)) == 1
+    inside, outside = x[own].sum(0) * (~own).sum(), x[~own].sum(0) * own.sum()
+    selectivity = (inside - outside).astype(int)
+    p = x.shape[1]
+    edges = [sorted(selectivity)[i * p // grid[0]] for i in range(grid[0])] + [max(selectivity)]
+    cells = rk.selectivity_grid(x, own.astype(int), 1, grid=grid, edges="inclusive")
+    strips = cells.reshape(*grid, p).any(1)
+    for neuron in np.flatnonzero(~np.isin(selectivity, edges)):
+        strip = np.searchsorted(edges, selectivity[neuron]) - 1
+        np.testing.assert_array_equal(np.flatnonzero(strips[:, neuron]), [strip])
+
+
+def test_a_dead_layer_and_a_single_neuron_have_no_inside():
+    for x in (np.zeros((4, 30)), np.array([[3.0], [1], [0], [0]])):
+        for backend in ("torch", "reference"):
+            cells = rk.selectivity_grid(x, [1, 1, 0, 0], 1, edges="inclusive", backend=backend)
+            np.testing.assert_array_equal(cells, np.zeros((16, x.shape[1]), bool))
+
+
+def test_inclusive_edges_of_batches():
+    x = np.random.default_rng(0).integers(0, 3, (2, 3, 6, 30))
+    options = {"grid": (2, 2), "edges": "inclusive"}
+    labels = [0, 1, 1, 0, 2, 2]
+    for backend in ("torch", "reference"):
+        got = rk.selectivity_grid(x, labels, 2, **options, backend=backend)
+        assert got.dtype == bool
+        want = [[rk.selectivity_grid(z, labels, 2, **options) for z in y] for y in x]
+        np.testing.assert_array_equal(got, want)
+
+
+def test_cells_with_inclusive_edges_are_ablated_as_labels_are():
+    x, y, members = without_ties()
+    assert (members.sum(0) > 1).any()
+    distances = rk.ablation_distances(x, members)
+    accuracy = rk.ablation_decodability(x, members, y)
+    grams = rk.cell_grams(x, members)
+    for c, cell in enumerate(members):
+        labels = np.where(cell, 0, -1)
+        alone = rk.ablation_distances(x, labels)
+        for name, values in distances.items():
+            np.testing.assert_allclose(values[c], alone[name][0], rtol=1e-9, atol=1e-14)
+        for reading in ("refit", "frozen"):
+            assert accuracy[reading][c] == rk.ablation_decodability(x, labels, y)[reading][0]
+        np.testing.assert_allclose(grams[c], rk.cell_grams(x, labels)[0], atol=1e-12)
+
+
+def test_inclusive_strips_are_the_equal_ones_and_the_edges_above():
+    """The strips of no ties; a strip's neuron of the lowest selectivity is in the one below too."""
+    x, y, _ = without_ties()
+    selectivity = x[y == 1].mean(0) - x[y != 1].mean(0)
+    equal = rk.selectivity_grid(x, y, 1, grid=(4, 1))
+    for strip, cell in enumerate(rk.selectivity_grid(x, y, 1, grid=(4, 1), edges="inclusive")):
+        want = set(np.flatnonzero(equal == strip))
+        above = np.flatnonzero(equal == strip + 1)
+        want |= {above[selectivity[above].argmin()]} if len(above) else set()
+        edges = {min(want, key=selectivity.item), max(want, key=selectivity.item)}
+        assert want - edges <= set(np.flatnonzero(cell)) <= want
+
+
+def test_the_forward_pass_takes_inclusive_cells():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 30), nn.ReLU(), nn.Linear(30, 3)).eval()
+    forward = AblatedForward(model, "1")
+    images = torch.randn(8, 5)
+    with torch.no_grad():
+        x = model[:2](images)
+    cells = rk.selectivity_grid(x, np.arange(8) % 2, 0, grid=(2, 2), edges="inclusive")
+    with torch.no_grad():
+        want = torch.stack([model[2](x.masked_fill(cell, 0)) for cell in cells])
+    torch.testing.assert_close(forward.logits(forward.prefix(images), cells), want)

@@ -194,6 +194,16 @@ def test_dtypes(cupy, dtype):
     np.testing.assert_array_equal(got.get(), rk.centered_gram(x))
 
 
+def test_a_membership_comes_out_and_goes_in(cupy):
+    cells = rk.selectivity_grid(cupy(X), cupy(LABELS), 1, grid=(2, 2), edges="inclusive")
+    assert isinstance(cells, Array)
+    assert cells.dtype == bool
+    want = rk.selectivity_grid(X, LABELS, 1, grid=(2, 2), edges="inclusive")
+    np.testing.assert_array_equal(cells.get(), want)
+    got = rk.cell_grams(cupy(X), cells)
+    np.testing.assert_allclose(got.get(), rk.cell_grams(X, want), rtol=1e-13, atol=1e-13)
+
+
 def test_places_that_differ(cupy):
     other = cupy(Y, 1)
     with pytest.raises(rk.DeviceError, match="y: a cupy array on cuda:1, but x is a cupy array on"):

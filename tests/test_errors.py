@@ -94,6 +94,17 @@ OPTIONS = [
     (lambda: rk.cka(X, Y, sigma=1.0), "sigma: 1.0 with kernel='linear'"),
     (lambda: rk.cka(X, Y, kernel="rbf", sigma=0), "sigma: 0; expected a finite number above 0"),
     (lambda: rk.cca(X, Y, ridge=-1), "ridge: -1; expected a finite number of at least 0"),
+    (lambda: rk.cca(X, Y, ridge=10**400), "ridge: 1000.*…; expected a finite number of at least 0"),
+    (lambda: rk.cca(X, Y, penalty=-(10**400)), "penalty: -1000.*…; expected a finite number"),
+    (lambda: rk.cca(X, Y, ridge=10**5000), "ridge: int; expected a finite number of at least 0"),
+    (lambda: rk.cca(X, Y, ridge=np.eye(2)), r"ridge: array\(\[\[1., 0.\], .*expected a finite"),
+    (lambda: rk.cca(X, Y, squared="no"), "squared: 'no'; expected True or False"),
+    (lambda: rk.cka(X, Y, debiased="no"), "debiased: 'no'; expected True or False"),
+    (lambda: rk.cka(X, Y, debiased=np.eye(2)), r"debiased: array\(.*; expected True or False"),
+    (lambda: rk.pairwise([X], debiased=None), "debiased: None; expected True or False"),
+    (lambda: rk.pairwise([X], metric="cca", squared=1), "squared: 1; expected True or False"),
+    (lambda: rk.eigh(np.eye(2), vectors=0), "vectors: 0; expected True or False"),
+    (lambda: rk.ablation_distances(X, CELLS, info="no"), "info: 'no'; expected True or False"),
     (lambda: rk.cca(X, Y, ridge=1, penalty=1), "ridge: 1 beside penalty=1"),
     (lambda: rk.pwcca(X, Y, penalty=np.inf), "penalty: inf; expected a finite number"),
     (lambda: rk.svcca(X, Y, variance=99), "variance: 99; expected .* above 0 and at most 1"),
@@ -108,6 +119,10 @@ OPTIONS = [
     (lambda: rk.pairwise([X], [Y, Y[:5]]), r"ys\[1\]: 5 stimuli, but xs\[0\] has 6"),
     (lambda: rk.ablation_distances(X, CELLS, metrics=["cka", "mse"]), "metrics: 'mse'; expected"),
     (lambda: rk.ablation_distances(X, CELLS, metrics="cka"), "metrics: 'cka'; expected a sequence"),
+    (lambda: rk.ablation_distances(X, CELLS, metrics=[X[0]]), r"metrics: array\(.*; expected one"),
+    (lambda: rk.ablation_distances(X, CELLS, metrics=[X]), r"metrics: array\(.*; expected one of"),
+    (lambda: rk.ablation_distances(X, CELLS, metrics=[np.array(["cka"])]), "metrics: .* one of"),
+    (lambda: rk.ablation_distances(X, CELLS, metrics=np.array("cka")), "metrics: .* a sequence of"),
     (lambda: rk.ablation_distances(X, CELLS, memory=0), "memory: 0; expected"),
     (lambda: rk.ablation_distances(X[:3], CELLS), "x: 3 stimuli.*at least 4"),
     (lambda: rk.ablation_distances(X, [0, 0, 1]), r"cells: shape \(3,\).*integer labels \(4,\)"),
@@ -127,7 +142,12 @@ OPTIONS = [
     (lambda: rk.selectivity_grid(X, LABELS, "a"), "target: 'a'; expected an integer label"),
     (lambda: rk.selectivity_grid(X, [1] * 6, 1), "labels: only class 1; expected at least two"),
     (lambda: rk.selectivity_grid(X, LABELS, 1, grid=(4, 0)), r"grid: \(4, 0\); expected two whole"),
+    (
+        lambda: rk.selectivity_grid(X, LABELS, 1, grid=np.array(4)),
+        r"grid: array\(4\); expected two",
+    ),
     (lambda: rk.selectivity_grid(X, LABELS, 1, grid=4), "grid: 4; expected two whole numbers"),
+    (lambda: rk.selectivity_grid(X, LABELS, 1, edges="both"), "edges: 'both'; expected one of"),
     (lambda: rk.ablation_decodability(X, CELLS, LABELS, target=5), "target: no stimulus has"),
     (lambda: rk.ablation_decodability(X, CELLS, LABELS, ridge=0), "ridge: 0; expected .* above 0"),
     (lambda: rk.ablation_decodability(X * 0, CELLS, LABELS), "x: the representation is the same"),
@@ -136,8 +156,9 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("call", "match"), OPTIONS, ids=[o[1][:40] for o in OPTIONS])
 def test_options(call, match):
-    with pytest.raises(RepsimError, match=match):
+    with pytest.raises(RepsimError, match=match) as caught:
         call()
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_the_kind_of_error_is_a_python_one_too():

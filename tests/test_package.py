@@ -118,9 +118,23 @@ def test_arrays_are_shared_not_copied():
     assert t[0, 0] == 7
     a.flags.writeable = False
     assert _arrays.to_torch(a)[0, 0] == 7
-    big_endian = np.arange(4, dtype=">f8")
-    assert _arrays.to_torch(big_endian).tolist() == [0, 1, 2, 3]
     assert _arrays.to_torch(np.arange(4.0)[::-1]).tolist() == [3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", "i2", "u4"])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_either_byte_order(backend, dtype, order):
+    x = np.random.default_rng(0).integers(0, 9, (2, 6, 5))
+    cells, labels = np.arange(5) % 2, np.arange(6) % 2
+    swapped = x.astype(order + dtype).swapaxes(1, 2).copy().swapaxes(1, 2)
+    got = rk.cell_grams(swapped, cells.astype(order + "i4"), backend=backend)
+    np.testing.assert_array_equal(got, rk.cell_grams(x, cells, backend=backend))
+    got = rk.class_means(swapped, labels.astype(order + "i8"), backend=backend)
+    np.testing.assert_array_equal(got, rk.class_means(x, labels, backend=backend))
+    assert got.dtype.isnative
+    got = rk.pairwise(swapped, x.astype(order + dtype), backend=backend)
+    np.testing.assert_array_equal(got, rk.pairwise(x, x, backend=backend))
 
 
 def test_autocast_of_the_caller_changes_nothing():

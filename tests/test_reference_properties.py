@@ -199,6 +199,28 @@ def test_selectivity_grid_by_hand():
     np.testing.assert_array_equal(cells, [0, 2, 0, 3, 1])
 
 
+@pytest.mark.parametrize(
+    ("selectivity", "magnitude", "want"),
+    [
+        # Strips [0, 3] and [3, 5]. Inside are 1, 2 with magnitudes 4, 6: tiles [4, 6] and [6, 6],
+        # which leave out 0 and 7; and 4, 5 with 2, 8: tiles [2, 8] and [8, 8]. On the edge between
+        # the strips 3 is in both, 7 in neither.
+        (
+            [0, 1, 2, 3, 4, 4, 5, 3],
+            [10, 4, 6, 5, 2, 8, 3, 20],
+            [{1, 2, 3}, {2}, {3, 4, 5, 6}, {5}],
+        ),
+        # Strips [0, 0], with nothing inside, and [0, 2], with neuron 3: tiles [3, 3] twice.
+        ([0, 0, 0, 1, 2], [0, 0, 0, 3, 3], [set(), set(), {3, 4}, {3, 4}]),
+    ],
+)
+def test_inclusive_edges_by_hand(selectivity, magnitude, want):
+    s, m = np.array(selectivity), np.array(magnitude)
+    x = np.array([m + s, m - s]) / 2
+    cells = selectivity_grid(x, np.array([1, 0]), 1, grid=(2, 2), edges="inclusive")
+    assert [set(np.flatnonzero(cell)) for cell in cells] == want
+
+
 @given(st.data(), st.tuples(st.integers(1, 5), st.integers(1, 5)))
 def test_selectivity_grid_is_an_even_partition(data, grid):
     x = data.draw(representations())

@@ -55,10 +55,11 @@ def cca(
     Source: Hotelling 1936; Vinod 1976 and Tuzhilina et al. 2021 for the ridge (their λ is
     penalty / (n - 1)); Kornblith et al. 2019 for R²CCA.
     """
+    squared = _options.flag(squared, "squared")
     ridge, penalty = _options.shrinkage(ridge, penalty)
     x, y = _check.pair(x, y)
     _options.warn_if_degenerate("cca", x.shape[-2], x.shape[-1], y.shape[-1], ridge, penalty)
-    return _dispatch.call("cca", backend, x, y, squared=bool(squared), ridge=ridge, penalty=penalty)
+    return _dispatch.call("cca", backend, x, y, squared=squared, ridge=ridge, penalty=penalty)
 
 
 def svcca(x: Any, y: Any, *, variance: float = 0.99, backend: str | None = None) -> Array:

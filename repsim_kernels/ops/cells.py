@@ -50,13 +50,14 @@ def selectivity_grid(
     target: int,
     *,
     grid: tuple[int, int] = (4, 4),
+    edges: str = "equal",
     backend: str | None = None,
 ) -> Array:
     """Cells of neurons by how selective for a class, and how active, they are.
 
     With m_c a neuron's mean over the target's stimuli and m_o over the others, the neurons are cut
     in ``grid[0]`` strips of equal count by selectivity (m_c - m_o)/√2, and each strip in
-    ``grid[1]`` of equal count by magnitude (m_c + m_o)/√2. Ties are broken by index.
+    ``grid[1]`` of equal count by magnitude (m_c + m_o)/√2.
 
     Parameters
     ----------
@@ -68,15 +69,23 @@ def selectivity_grid(
         The label of the class.
     grid : (int, int)
         Strips by selectivity, and parts of each by magnitude.
+    edges : {"equal", "inclusive"}
+        "equal": a partition; ties are broken by index. "inclusive": a cell holds every neuron on
+        its edges, as in the code that Hayne et al. published. The edges of k strips are
+        ``sorted(selectivity)[i * p // k]``, i from 0, and the largest; those of a strip's parts
+        are found likewise among the magnitudes of the neurons strictly inside the strip.
     backend : {"reference", "torch", "triton"}, optional
         What computes it; by default chosen by the kind and the device of x.
 
     Returns
     -------
-    cells : array like x, (…, p), int64
-        A partition in ``grid[0] * grid[1]`` cells; cell ``i * grid[1] + j`` is strip i (selectivity
-        rising with i), part j (magnitude rising with j). Strips differ by at most one neuron, and
-        so do the parts of a strip; with fewer neurons than cells some are empty.
+    cells : array like x, (…, p), int64; with edges="inclusive" (…, C, p), bool
+        C = ``grid[0] * grid[1]`` cells; cell ``i * grid[1] + j`` is strip i (selectivity rising
+        with i), part j (magnitude rising with j). "equal": the cell of each neuron. Strips differ
+        by at most one neuron, and so do the parts of a strip; with fewer neurons than cells some
+        are empty. "inclusive": the membership of cells that overlap. A neuron on edges can be in
+        several; one on a strip's edge, whose magnitude no neuron inside reaches, in none; and the
+        cells of a strip with no neuron strictly inside are empty.
 
     Raises
     ------
@@ -86,11 +95,21 @@ def selectivity_grid(
 
     Notes
     -----
-    Source: Hayne, Jung & Carter 2024, with an exact partition in place of inclusive edges.
+    Either kind of cells, of one representation (n, p), goes to `cell_grams`, `ablation_distances`,
+    `ablation_decodability` and `AblatedForward.logits`. Those take one set of cells a call, so
+    that the cells of a batch are given one item at a time, each with its x.
+    Source: Hayne, Jung & Carter 2024; "equal" has an exact partition in place of inclusive edges.
     """
-    rows, columns = _options.grid(grid)
+    grid = _options.grid(grid)
+    edges = _options.option(edges, "edges", ("equal", "inclusive"))
     x = _check.representation(x, constant=True)
     labels = _check.labels(labels, x.shape[-2], target)
     return _dispatch.call(
-        "selectivity_grid", backend, x, labels=labels, target=int(target), grid=(rows, columns)
+        "selectivity_grid",
+        backend,
+        x,
+        labels=labels,
+        target=int(target),
+        grid=grid,
+        edges=edges,
     )

@@ -51,9 +51,8 @@ def cka(
     scale and shift of either side.
     Source: Kornblith et al. 2019; Song et al. 2012; Székely & Rizzo 2014 for the debiased form.
     """
+    debiased = _options.flag(debiased, "debiased")
     sigma = _options.bandwidth(kernel, sigma)
     x, y = _check.pair(x, y, least=4 if debiased else 2)
-    value = _dispatch.call(
-        "cka", backend, x, y, debiased=bool(debiased), kernel=kernel, sigma=sigma
-    )
+    value = _dispatch.call("cka", backend, x, y, debiased=debiased, kernel=kernel, sigma=sigma)
     return _check.defined(value, _check.NO_CKA)

@@ -77,6 +77,8 @@ def pairwise(
 
 def _checked(metric: str, options: dict[str, Any]) -> int:
     """Check the options in place; return the least number of stimuli."""
+    for name in {"debiased", "squared"} & set(options):
+        options[name] = _options.flag(options[name], name)
     if metric == "cka":
         options["sigma"] = _options.bandwidth(options["kernel"], options["sigma"])
         return 4 if options["debiased"] else 2

@@ -22,6 +22,7 @@ from repsim_kernels.kernels.triton.cells import (
     selectivity_grid,
     unsupported,
 )
+from repsim_kernels.reference import cells as by_definition
 
 DTYPES = ("float32", "float16", "bfloat16")
 # One class a program and a product of several, in tiles smaller than what is drawn.
@@ -90,12 +91,27 @@ def test_selectivity_grid(data, device):
     labels = data.draw(classes(x.n)) * 3 + 5
     grid = data.draw(st.sampled_from(GRIDS))
     launch = data.draw(st.sampled_from(LAUNCHES))
-    target = int(labels[0])
-    got = selectivity_grid(
-        guarded(x.torch().to(device)), labels=labels, target=target, grid=grid, launch=launch
-    )
+    options = {"labels": labels, "target": int(labels[0]), "grid": grid}
+    activation = guarded(x.torch().to(device))
+    got = selectivity_grid(activation, **options, edges="equal", launch=launch)
     assert got.dtype == torch.int64
-    want = grid_by_definition(whole_numbers(x), labels == target, grid)
+    want = grid_by_definition(whole_numbers(x), labels == labels[0], grid)
+    np.testing.assert_array_equal(got.cpu().numpy(), want)
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_inclusive_edges(data, device):
+    """Of whole numbers under a ReLU, whose sums are exact: many neurons are dead, or tie."""
+    activation = data.draw(drawn(kinds=("low rank",))).torch().clamp_(0, 2)
+    labels = data.draw(classes(len(activation)))
+    options = {"labels": labels, "target": 1, "grid": data.draw(st.sampled_from(GRIDS))}
+    launch = data.draw(st.sampled_from(LAUNCHES))
+    got = selectivity_grid(
+        guarded(activation.to(device)), **options, edges="inclusive", launch=launch
+    )
+    assert got.dtype == torch.bool
+    want = by_definition.selectivity_grid(activation.double().numpy(), **options, edges="inclusive")
     np.testing.assert_array_equal(got.cpu().numpy(), want)
 
 
@@ -105,11 +121,12 @@ def test_selectivity_grid(data, device):
     seed=SEEDS,
     grid=st.sampled_from(GRIDS),
     launch=st.sampled_from(LAUNCHES),
+    edges=st.sampled_from(["equal", "inclusive"]),
 )
-def test_selectivity_grid_is_that_of_torch(x, seed, grid, launch, device):
+def test_selectivity_grid_is_that_of_torch(x, seed, grid, launch, edges, device):
     """Also where dead neurons tie; other ties are left to its rounding by the torch backend."""
     labels = np.random.default_rng(seed).permutation(np.arange(x.n) % 2)
-    options = {"labels": labels, "target": 1, "grid": grid}
+    options = {"labels": labels, "target": 1, "grid": grid, "edges": edges}
     activation = guarded(x.torch().to(device))
     activation[:, ::3] = 0
     want = by_torch.selectivity_grid(activation, **options)
@@ -130,9 +147,8 @@ def test_neurons_that_differ_by_a_constant_tie(launch, transposed, device):
         x[own, j] = rng.permutation(values[own]) + np.float32(constants[j])
         x[~own, j] = rng.permutation(values[~own]) + np.float32(constants[j])
     memory = torch.from_numpy(x.T.copy().T if transposed else x).to(device)
-    got = selectivity_grid(
-        memory, labels=own.astype(np.int64), target=1, grid=(2, 4), launch=launch
-    )
+    options = {"target": 1, "grid": (2, 4), "edges": "equal"}
+    got = selectivity_grid(memory, labels=own.astype(np.int64), **options, launch=launch)
     want = np.empty(40, dtype=np.int64)
     want[np.argsort(constants[:20], kind="stable")] = np.arange(20) // 5
     want[20 + np.argsort(constants[20:], kind="stable")] = 4 + np.arange(20) // 5
@@ -145,9 +161,8 @@ def test_a_constant_neuron_selects_nothing(launch, device):
     x[:, 1] = 1000.7
     x[3, 2] += 1e-6
     labels = np.array([0, 1, 1, 1, 0, 0, 0, 0, 0, 0])
-    got = selectivity_grid(
-        torch.from_numpy(x).to(device), labels=labels, target=1, grid=(3, 1), launch=launch
-    )
+    options = {"target": 1, "grid": (3, 1), "edges": "equal"}
+    got = selectivity_grid(torch.from_numpy(x).to(device), labels=labels, **options, launch=launch)
     np.testing.assert_array_equal(got.cpu().numpy(), [0, 1, 2])
 
 

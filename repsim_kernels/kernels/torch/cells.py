@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,25 +28,28 @@ def class_means(x: Tensor, *, labels: np.ndarray, n_classes: int) -> Tensor:
 
 
 def selectivity_grid(
-    x: Tensor, *, labels: np.ndarray, target: int, grid: tuple[int, int]
+    x: Tensor, *, labels: np.ndarray, target: int, grid: tuple[int, int], edges: str
 ) -> Tensor:
     own = labels == target
-    return grid_of_sums(
-        *class_sums(x, own.astype(np.int64), 2), own=int(own.sum()), n=len(x), grid=grid
-    )
+    sums = class_sums(x, own.astype(np.int64), 2)
+    return grid_of_sums(*sums, own=int(own.sum()), n=len(x), grid=grid, edges=edges)
 
 
 def grid_of_sums(
-    others_sum: Tensor, own_sum: Tensor, *, own: int, n: int, grid: tuple[int, int]
+    others_sum: Tensor, own_sum: Tensor, *, own: int, n: int, grid: tuple[int, int], edges: str
 ) -> Tensor:
     """The cell of each neuron (p,) from its sums over the other and over the target's stimuli.
 
-    Compares the means times both counts: exact where the sums are, so that equal neurons tie.
+    With edges="inclusive" the membership (C, p) of cells that share their edges. Compares the means
+    times both counts: exact where the sums are, so that equal neurons tie.
     """
     others_sum, own_sum = others_sum * own, own_sum * (n - own)
+    selectivity, magnitude = own_sum - others_sum, own_sum + others_sum
+    if edges == "inclusive":
+        return _inclusive(selectivity, magnitude, grid)
     none = torch.zeros(len(own_sum), dtype=torch.int64, device=own_sum.device)
-    strip = _equal_count(own_sum - others_sum, none, 1, grid[0])
-    return strip * grid[1] + _equal_count(own_sum + others_sum, strip, *grid)
+    strip = _equal_count(selectivity, none, 1, grid[0])
+    return strip * grid[1] + _equal_count(magnitude, strip, *grid)
 
 
 def _equal_count(value: Tensor, group: Tensor, n_groups: int, parts: int) -> Tensor:
@@ -56,3 +61,24 @@ def _equal_count(value: Tensor, group: Tensor, n_groups: int, parts: int) -> Ten
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=value.device) - starts[group[order]]
     return rank * parts // sizes[group]
+
+
+def _inclusive(selectivity: Tensor, magnitude: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The neurons of each cell, (C, p): those between its edges and on them."""
+    rows, columns = grid
+    cells = selectivity.new_zeros(rows * columns, len(selectivity), dtype=torch.bool)
+    for strip, (low, high) in enumerate(pairwise(_edges(selectivity, rows))):
+        inner = magnitude[(low < selectivity) & (selectivity < high)]
+        if not len(inner):
+            continue
+        inside = (low <= selectivity) & (selectivity <= high)
+        # One cell at a time: what is compared is never (C, p).
+        for part, (least, most) in enumerate(pairwise(_edges(inner, columns))):
+            cells[strip * columns + part] = inside & (least <= magnitude) & (magnitude <= most)
+    return cells
+
+
+def _edges(values: Tensor, parts: int) -> Tensor:
+    """The edges (parts + 1,) between which lie parts of equal count, ties aside."""
+    first = [part * len(values) // parts for part in range(parts)]
+    return values.sort().values[[*first, -1]]

@@ -168,12 +168,13 @@ def selectivity_grid(
     labels: np.ndarray,
     target: int,
     grid: tuple[int, int],
+    edges: str,
     launch: Launch | None = None,
 ) -> Tensor:
-    """The cell of each neuron of x (n, p), by selectivity and then magnitude: (p,)."""
+    """The cell of each neuron of x (n, p), by selectivity and then magnitude: (p,) or (C, p)."""
     own = labels == target
     sums = _divided_sums(x, own.astype(np.int64), np.ones(2, np.int64), launch)
-    return grid_of_sums(*sums, own=int(own.sum()), n=len(x), grid=grid)
+    return grid_of_sums(*sums, own=int(own.sum()), n=len(x), grid=grid, edges=edges)
 
 
 def _case(name: str, n: int, p: int, k: int, by_neuron: bool, dtype: torch.dtype) -> _launch.Case:
