@@ -2,7 +2,8 @@
 
 import gzip
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,8 @@ CLASSES = (
 )
 MEAN, STD = 0.286, 0.353  # of Fashion-MNIST's training pixels, of 0 to 1
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+Transform = Callable[[Image.Image], torch.Tensor]
 
 
 class DataError(ValueError):
@@ -197,36 +200,139 @@ def image_folder(
             transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )
-    images: list[torch.Tensor] = []
-    labels: list[int] = []
-    bad: list[str] = []
-    for output, name in kept:
-        for file in sorted((root / name).rglob("*")):
-            if file.suffix.lower() not in IMG_EXTENSIONS or not file.is_file():
-                continue
-            try:
-                with Image.open(file) as image:
-                    images.append(transform(image.convert("RGB")))
-                labels.append(output)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                if not skip_bad:
-                    reason = " ".join(str(error).split())
-                    raise DataError(f"images: {file} can't be decoded: {reason}") from error
-                bad.append(str(file))
-        if (count := labels.count(output)) < 2:
-            left = " that can be decoded" if bad else ""
-            raise DataError(
-                f"images: class {name!r} of {root} has {count} images{left}; expected 2 or more"
-            )
-    if bad:
-        warnings.warn(f"left out, can't be decoded: {', '.join(bad)}", stacklevel=2)
+    found = [(output, name, image_files(root / name)) for output, name in kept]
+    images, labels = read_classes(root, found, transform, skip_bad)
     names = {output: name for name, output in outputs.items()}
     return Stimuli(
-        torch.stack(images),
-        torch.tensor(labels),
+        images,
+        labels,
         tuple(names.get(output, str(output)) for output in range(max(names) + 1)),
         f"{len(images)} images of {len(kept)} classes in {root}",
     )
+
+
+def image_files(directory: Path) -> list[Path]:
+    """The image files in a directory and below it, sorted; told by their suffixes.
+
+    Parameters
+    ----------
+    directory : Path
+
+    Returns
+    -------
+    files : list of Path
+    """
+    files = sorted(directory.rglob("*"))
+    return [file for file in files if file.suffix.lower() in IMG_EXTENSIONS and file.is_file()]
+
+
+def read_classes(
+    root: Path,
+    found: Sequence[tuple[int, str, Sequence[Path]]],
+    transform: Transform,
+    skip_bad: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images of some classes and their labels.
+
+    Parameters
+    ----------
+    root : Path
+        Where they are, for messages.
+    found : sequence of (int, str, sequence of Path)
+        Of each class the network's output, the name and the files.
+    transform : callable
+        As in `decode`.
+    skip_bad : bool
+        Whether to leave out, with a warning, what can't be decoded.
+
+    Returns
+    -------
+    images : torch.Tensor, (n, 3, H, W), float32
+    labels : torch.Tensor, (n,), int64
+
+    Raises
+    ------
+    DataError
+        If a class has fewer than two images, or one can't be decoded.
+    """
+
+    def expect_two(count: int, name: str, left: str = "") -> None:
+        if count < 2:
+            raise DataError(
+                f"images: class {name!r} of {root} has {count} images{left}; expected 2 or more"
+            )
+
+    for _, name, files in found:
+        expect_two(len(files), name)
+    files = [file for _, _, files in found for file in files]
+    labels = torch.tensor([output for output, _, files in found for _ in files])
+    images, good = decode(files, transform, skip_bad)
+    if len(good) < len(files):
+        labels = labels[good]
+        for output, name, _ in found:
+            expect_two(int((labels == output).sum()), name, " that can be decoded")
+        bad = ", ".join(str(files[i]) for i in sorted(set(range(len(files))) - set(good)))
+        warnings.warn(f"left out, can't be decoded: {bad}", stacklevel=3)
+    return images, labels
+
+
+def decode(
+    files: Sequence[Path], transform: Transform, skip_bad: bool = False
+) -> tuple[torch.Tensor, list[int]]:
+    """Image files as a network takes them, decoded in threads.
+
+    Parameters
+    ----------
+    files : sequence of Path
+    transform : callable
+        Takes a PIL image, RGB, and gives a tensor of one size for all, float32. It is called in
+        several threads at once.
+    skip_bad : bool
+        Whether to leave out what can't be decoded.
+
+    Returns
+    -------
+    images : torch.Tensor, (n, 3, H, W), float32
+        In the order of the files.
+    good : list of int
+        Indices of the files that the images are of.
+
+    Raises
+    ------
+    DataError
+        If an image can't be decoded: the first of `files` that can't. The rest is left unread.
+    """
+    shape = transform(Image.new("RGB", (256, 256))).shape
+    # A list, stacked, would take the memory twice.
+    images = torch.empty(len(files), *shape, dtype=torch.float32)
+
+    def read(i: int) -> Exception | None:
+        try:
+            with Image.open(files[i]) as image:
+                pixels = transform(image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return error
+        if pixels.shape != shape:
+            raise DataError(
+                f"transform: gives {tuple(pixels.shape)} for {files[i]}; expected {tuple(shape)}"
+            )
+        images[i] = pixels
+        return None
+
+    good: list[int] = []
+    pool = ThreadPoolExecutor()  # Pillow frees the interpreter's lock while it decodes
+    try:
+        for i, error in enumerate(pool.map(read, range(len(files)))):
+            if error is None:
+                if len(good) < i:  # closes the gap that a bad file left
+                    images[len(good)] = images[i]
+                good.append(i)
+            elif not skip_bad:
+                reason = " ".join(str(error).split())
+                raise DataError(f"images: {files[i]} can't be decoded: {reason}") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return images[: len(good)], good
 
 
 def _outputs(root: Path) -> dict[str, int]:

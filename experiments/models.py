@@ -149,22 +149,25 @@ def load(name: str, weights: str | Path | None = None, num_classes: int | None =
     if ":" in name:
         if num_classes is not None:
             raise ModelError(f"num_classes: {name!r} decides for itself; expected None")
-        model, state = _call(name), None if weights is None else _read(Path(weights))
+        model, state = _call(name), None if weights is None else read_state(Path(weights))
     elif name in SMALL:
         path = ASSETS / f"{name}.safetensors" if weights is None else Path(weights)
-        model, state = build(name, 10 if num_classes is None else num_classes), _read(path)
+        model, state = build(name, 10 if num_classes is None else num_classes), read_state(path)
     elif name in zoo.list_models(module=zoo):
         if weights is None:
             raise ModelError(f"weights: {name!r} needs a checkpoint file; nothing is downloaded")
-        state = _read(Path(weights))
-        model = zoo.get_model(name, weights=None, num_classes=num_classes or _outputs(name, state))
+        state = read_state(Path(weights))
+        with torch.device("meta"):
+            stock = zoo.get_model(name, weights=None)
+        outputs = num_classes or count_outputs(stock, state)
+        model = zoo.get_model(name, weights=None, num_classes=outputs)
     else:
         raise ModelError(
             f"model: {name!r} is unknown; expected one of {', '.join(SMALL)}, a classification "
             "builder of torchvision.models, or 'package.module:callable'"
         )
     if state is not None:
-        _fill(model, state, name, weights or f"{name}.safetensors")
+        fill(model, state, name, weights or f"{name}.safetensors")
     return model.eval().requires_grad_(False)
 
 
@@ -219,7 +222,23 @@ def _call(name: str) -> nn.Module:
     return model
 
 
-def _read(path: Path) -> Mapping[str, torch.Tensor]:
+def read_state(path: Path) -> Mapping[str, torch.Tensor]:
+    """A state dict from a file; nothing is unpickled.
+
+    Parameters
+    ----------
+    path : Path
+        ``.safetensors``, or what ``torch.load(weights_only=True)`` accepts.
+
+    Returns
+    -------
+    state : mapping of str to tensor
+
+    Raises
+    ------
+    ModelError
+        If there is no such file, it can't be read or it holds something else.
+    """
     if not path.is_file():
         raise ModelError(f"weights: there is no file {path}; expected a state dict")
     state: Any
@@ -246,14 +265,39 @@ def _read(path: Path) -> Mapping[str, torch.Tensor]:
     return state
 
 
-def _outputs(name: str, state: Mapping[str, torch.Tensor]) -> int:
-    """Number of outputs in a checkpoint: the length of the parameter that is defined last."""
-    with torch.device("meta"):
-        last, default = [*zoo.get_model(name, weights=None).named_parameters()][-1]
+def count_outputs(model: nn.Module, state: Mapping[str, torch.Tensor]) -> int:
+    """Number of outputs in a checkpoint: the length of the parameter that is defined last.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Of the checkpoint's architecture, with any number of outputs.
+    state : mapping of str to tensor
+
+    Returns
+    -------
+    outputs : int
+        The model's own number where the checkpoint lacks that parameter.
+    """
+    last, default = [*model.named_parameters()][-1]
     return len(state[last]) if last in state and state[last].ndim else len(default)
 
 
-def _fill(model: nn.Module, state: Mapping[str, torch.Tensor], name: str, path: str | Path) -> None:
+def fill(model: nn.Module, state: Mapping[str, torch.Tensor], name: str, path: str | Path) -> None:
+    """Copy a state dict into a model, in the model's dtypes.
+
+    Parameters
+    ----------
+    model : nn.Module
+    state : mapping of str to tensor
+    name, path : str
+        Of the model and the file, for the error.
+
+    Raises
+    ------
+    ModelError
+        If a tensor is missing, unexpected or of another shape; counters of batches may be missing.
+    """
     want = model.state_dict()
     wrong = f"weights: {path} is of another architecture than {name!r}"
     for key, value in want.items():

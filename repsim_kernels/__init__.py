@@ -46,6 +46,7 @@ _WHERE = {
     **{name: "repsim_kernels.errors" for name in _ERRORS},
     "show_config": "repsim_kernels._dispatch",
     "DegenerateWarning": "repsim_kernels.errors",
+    "OutOfMemoryWarning": "repsim_kernels.errors",
 }
 
 __all__ = sorted(_WHERE)

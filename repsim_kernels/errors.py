@@ -53,3 +53,7 @@ class BackendUnavailable(RepsimError, RuntimeError):
 
 class DegenerateWarning(UserWarning):
     """A metric is asked for where it has the same value whatever the representations hold."""
+
+
+class OutOfMemoryWarning(UserWarning):
+    """A device ran out of memory, and the work goes on in smaller parts."""

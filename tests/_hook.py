@@ -56,13 +56,13 @@ def check(model: nn.Module, layer, images, n_cells=3):
     assert state.activation.stride() == strides_of(model, layer, images)
     before = [t.clone() for t in contents(state)]
     labels = labels_for(state, n_cells)
-    ablated = forward.logits(state, labels, n_cells)
-    together = forward.logits(state, labels, n_cells, memory=HUGE)
+    ablated = forward.logits(state, labels, n_cells, batch=1)
+    together = forward.logits(state, labels, n_cells, batch=HUGE)
     for c in range(n_cells):
         assert torch.equal(ablated[c], hooked(model, layer, images, labels == c))
     assert torch.equal(forward.intact(state), plain(model, images))
     torch.testing.assert_close(together, ablated, rtol=1e-4, atol=1e-5)
-    assert torch.equal(forward.logits(state, labels, n_cells), ablated)
+    assert torch.equal(forward.logits(state, labels, n_cells, batch=1), ablated)
     assert torch.equal(images, given)
     assert all(map(torch.equal, contents(state), before))
     return forward

@@ -9,8 +9,9 @@ from _hook import HUGE, Net, check, contents, hooked, labels_for, plain
 from torch import nn
 
 from experiments import models
-from repsim_kernels.errors import LayerError
-from repsim_kernels.forward import AblatedForward, _tiled
+from repsim_kernels.errors import LayerError, OutOfMemoryWarning
+from repsim_kernels.forward import AblatedForward, passes
+from repsim_kernels.forward.broadcast import tiled
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -105,7 +106,7 @@ def test_layouts_and_batches_of_cells(name, layer, memory_format):
     state = forward.prefix(images)
     assert state.activation.is_contiguous(memory_format=memory_format) or state.activation.ndim == 2
     sizes.clear()
-    forward.logits(state, labels_for(state, 5), 5, memory=HUGE)
+    forward.logits(state, labels_for(state, 5), 5, batch=HUGE)
     assert sizes == ([] if layer == "" else [3, 15])  # intact, then all cells at once
 
 
@@ -146,7 +147,7 @@ def test_stimuli_that_influence_each_other_keep_cells_apart():
         state = forward.prefix(torch.randn(5, 6))
         cells = [0, 1, 2, 0]
         apart = forward.logits(state, cells)
-        assert torch.equal(forward.logits(state, cells, memory=HUGE), apart)
+        assert torch.equal(forward.logits(state, cells, batch=HUGE), apart)
 
 
 def test_cells_run_together_beside_values_of_any_kind():
@@ -160,7 +161,7 @@ def test_cells_run_together_beside_values_of_any_kind():
     model, rows = Net(run, nn.Dropout().eval()), []
     forward = check(model, "cut", torch.randn(3, 6))
     model.out.register_forward_hook(lambda _m, _i, out: rows.append(len(out)))
-    forward.logits(forward.prefix(torch.randn(3, 6)), [0, 1, 2, 3], memory=HUGE)
+    forward.logits(forward.prefix(torch.randn(3, 6)), [0, 1, 2, 3], batch=HUGE)
     assert rows == [3, 12]
 
 
@@ -212,9 +213,9 @@ def test_branches_on_buffers():
 def test_copies_for_several_cells_keep_the_layout(order):
     t = torch.randn(2, 3, 4, 5).permute(order).contiguous()
     t = t.permute([order.index(d) for d in range(4)])  # in memory, `order` goes from slow to fast
-    tiled = _tiled(t, 3)
-    assert torch.equal(tiled, torch.cat([t, t, t]))
-    assert sorted(range(4), key=tiled.stride, reverse=True) == list(order)
+    copies = tiled(t, 3)
+    assert torch.equal(copies, torch.cat([t, t, t]))
+    assert sorted(range(4), key=copies.stride, reverse=True) == list(order)
 
 
 @pytest.fixture
@@ -234,13 +235,13 @@ def counted():
 def test_cells_without_live_units_do_not_run(counted):
     forward, state, rows = counted
     cells = np.r_[[0] * 8, [1] * 6, [3] * 5, -1]  # cell 0 is dead, cells 2 and 4 are empty
-    logits = forward.logits(state, cells, 5)
+    logits = forward.logits(state, cells, 5, batch=1)
     assert logits.shape == (5, 3, 10)
     assert rows == [3, 3, 3]  # intact, cells 1 and 3
     intact = forward.intact(state)
     assert [torch.equal(x, intact) for x in logits] == [True, False, True, False, True]
     members = torch.from_numpy(cells) == torch.arange(5)[:, None]
-    assert torch.equal(forward.logits(state, members), logits)
+    assert torch.equal(forward.logits(state, members, batch=1), logits)
     assert rows == [3] * 5
     intact.zero_()
     assert torch.equal(forward.intact(state), logits[0])
@@ -280,16 +281,66 @@ def test_cells_run_together_as_memory_allows(counted):
     forward.intact(state)
     # the masked activation and the linear layer's output are alive together
     each = 3 * (20 + 10) * 4
-    for memory, expected in [
-        (1, [3] * 6),
-        (4 * each - 1, [9, 9]),
-        (4 * each, [12, 6]),
-        (HUGE, [18]),
-        (None, [3] * 6),
+    want = forward.logits(state, cells, batch=1)
+    for batch, memory, expected in [
+        (1, None, [3] * 6),
+        (4, None, [12, 6]),
+        (None, None, [18]),  # weights that so few rows would wait for
+        (HUGE, 4 * each - 1, [9, 9]),
+        (HUGE, 4 * each, [12, 6]),
+        (None, f"{4 * each / 1024}KiB", [12, 6]),
+        (4, 2 * each, [6, 6, 6]),
+        (None, each - 1, [1, 2] * 6),  # not even one cell with all stimuli
+        (1, each / 3, [1] * 18),
+        (None, 1, [1] * 18),
     ]:
         rows.clear()
-        forward.logits(state, cells, memory=memory)
+        torch.testing.assert_close(forward.logits(state, cells, batch=batch, memory=memory), want)
         assert rows == expected
+
+
+def test_the_intact_pass_keeps_to_the_memory(counted):
+    forward, state, rows = counted
+    each = (20 + 10) * 4
+    torch.testing.assert_close(
+        forward.intact(state, memory=2 * each), forward.model[2:](state.activation).detach()
+    )
+    assert rows == [1, 2, 3]
+
+
+def test_half_as_much_runs_together_where_memory_runs_out(counted, monkeypatch):
+    forward, state, rows = counted
+    cells = [i // 2 for i in range(20)]
+    want = forward.logits(state, cells, batch=1)
+    whole = passes.tail
+
+    def limited(state, cells=None, batch=None):
+        if cells is not None and len(cells.ids) * (batch.stop - batch.start) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(state, cells, batch)
+
+    monkeypatch.setattr(passes, "tail", limited)
+    rows.clear()
+    with pytest.warns(OutOfMemoryWarning, match="with 18 cells x images together"):
+        got = forward.logits(state, cells, batch=HUGE)
+    torch.testing.assert_close(got, want)
+    assert rows == [3] * 6  # of 18, 9 and 4 rows the last fits: one cell
+    assert torch.equal(forward.logits(state, cells, batch=HUGE), got)  # said once
+    assert rows == [3] * 12
+
+
+def test_memory_that_is_never_enough(counted, monkeypatch):
+    def never(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    forward, state, _ = counted
+    forward.intact(state)
+    monkeypatch.setattr(passes, "tail", never)
+    with (
+        pytest.warns(OutOfMemoryWarning, match="with 3 cells x images"),
+        pytest.raises(torch.OutOfMemoryError),
+    ):
+        forward.logits(state, [0] * 20)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -331,5 +382,5 @@ def test_on_a_gpu(layer):
     forward = check(model, layer, images)
     state = forward.prefix(images)
     labels = labels_for(state, 5)
-    apart = forward.logits(state, labels.cuda(), 5, memory=1)
+    apart = forward.logits(state, labels.cuda(), 5, batch=1)
     torch.testing.assert_close(forward.logits(state, labels, 5), apart, rtol=1e-3, atol=1e-3)

@@ -81,7 +81,8 @@ def test_models_that_cannot_be_cut():
         y.add_(1)
         return m.out(h)
 
-    no_layer("torch.fx can't trace it: symbolically traced variables", Net(branching))
+    both = r"torch.fx can't trace it: symbolically traced .*; torch.export can't either: "
+    no_layer(both, Net(branching))
     no_layer(r"it gives dict; expected a tensor \(n, …\)", Net(a_dict))
     no_layer("cut at 'cut' it differs from a whole pass", Net(random))
     no_layer("cut at 'cut' it differs from a whole pass", Net(counting))
@@ -136,9 +137,22 @@ def test_bad_arguments():
         forward.logits(state, [0, 1, 2, 3], 3)
     with pytest.raises(CellError, match="n_cells: 3"):
         forward.logits(state, np.ones((2, 4), bool), 3)
-    for memory in (0, -1, "8GiB", float("nan")):
+    for batch in (0, 1.5, "all", True):
+        with pytest.raises(OptionError, match=r"batch: .*; expected a whole number"):
+            forward.logits(state, [0, 1, 2, 3], batch=batch)
+    for memory in (0, -1, "8 gigabytes", "GiB", "0 MB", "-1GiB", float("nan"), [8]):
         with pytest.raises(OptionError, match=r"memory: .*; expected"):
             forward.logits(state, [0, 1, 2, 3], memory=memory)
+    several = AblatedForward(forward.model, ["cut", "a"])
+    with pytest.raises(OptionError, match=r"layer: 2 of them; expected one, or prefixes\(\)"):
+        several.prefix(torch.randn(3, 6))
+    for call in (several.prefixes, several.costs):
+        with pytest.raises(OptionError, match="layers: 'b'; expected one of 'cut', 'a'"):
+            call(torch.randn(3, 6), ["b"])
+        with pytest.raises(DtypeError, match="images: ndarray"):
+            call(np.zeros((3, 6)))
+    with pytest.raises(LayerError, match="layer: none is given; expected a name"):
+        AblatedForward(forward.model, [])
     with pytest.raises(OptionError, match="state: made by another"):
         AblatedForward(forward.model, "cut").intact(state)
 

@@ -1,6 +1,8 @@
 """The shipped stimuli and folders of images."""
 
 import gzip
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from PIL import Image
 
 from experiments import data
-from experiments.data import DataError, demo, image_folder
+from experiments.data import DataError, decode, demo, image_folder
 
 COLOURS = {"ape": (255, 0, 0), "bee": (0, 255, 0), "cat": (0, 0, 255)}
 
@@ -118,6 +120,78 @@ def test_unreadable_image(folder):
         DataError, match=r"'ape' of .* has 1 images that can be decoded; expected 2"
     ):
         image_folder(folder, size=8, skip_bad=True)
+
+
+@pytest.fixture
+def numbered(tmp_path: Path) -> list[Path]:
+    """Sixty images of one pixel each, red i."""
+    files = [tmp_path / f"{i}.png" for i in range(60)]
+    for i, file in enumerate(files):
+        Image.new("RGB", (1, 1), (i, 0, 0)).save(file)
+    return files
+
+
+def red(image: Image.Image) -> torch.Tensor:
+    return torch.tensor([float(image.getpixel((0, 0))[0])])
+
+
+def test_decode_keeps_the_order(numbered):
+    def slow_first(image: Image.Image) -> torch.Tensor:
+        time.sleep((60 - red(image).item()) * 1e-4)
+        finished.append(threading.current_thread())
+        return red(image)
+
+    finished: list[threading.Thread] = []
+    order = np.random.default_rng(0).permutation(60)
+    images, good = decode([numbered[i] for i in order], slow_first)
+    assert images[:, 0].tolist() == order.tolist()
+    assert good == list(range(60))
+    assert len(set(finished)) > 2  # this thread, for the size, and two or more
+
+
+def test_decode_leaves_out_what_is_bad(numbered):
+    bad = {0, 1, 7, 30, 31, 59}
+    for i in bad:
+        numbered[i].write_bytes(b"no image")
+    images, good = decode(numbered, red, skip_bad=True)
+    assert good == sorted(set(range(60)) - bad)
+    assert images[:, 0].tolist() == good
+    with pytest.raises(DataError, match=r"images: .*/0\.png can't be decoded") as error:
+        decode(numbered, red)
+    assert "\n" not in str(error.value)
+    numbered[0].unlink()
+    with pytest.raises(DataError, match=r"/0\.png can't be decoded: .*No such file"):
+        decode(numbered, red)
+
+
+def test_decode_stops_at_a_bad_image(numbered):
+    def slow(image: Image.Image) -> torch.Tensor:
+        time.sleep(0.01)
+        read.append(image)
+        return red(image)
+
+    read: list[Image.Image] = []
+    numbered[0].write_bytes(b"no image")
+    threads = threading.active_count()
+    with pytest.raises(DataError, match=r"/0\.png can't be decoded"):
+        decode(numbered * 10, slow)
+    assert threading.active_count() == threads
+    assert len(read) < 300  # of 590
+
+
+def test_decode_passes_on_other_errors(numbered):
+    def broken(image: Image.Image) -> torch.Tensor:
+        if red(image).item() == 5:
+            raise ZeroDivisionError("the transform's own")
+        return red(image)
+
+    threads = threading.active_count()
+    with pytest.raises(ZeroDivisionError, match="the transform's own"):
+        decode(numbered, broken, skip_bad=True)
+    assert threading.active_count() == threads
+    Image.new("RGB", (2, 1)).save(numbered[9])
+    with pytest.raises(DataError, match=r"transform: gives \(2,\) for .*9\.png; expected \(1,\)"):
+        decode(numbered, lambda image: torch.zeros(2 if image.width == 2 else 1))
 
 
 def test_what_a_folder_may_lack(folder, tmp_path):

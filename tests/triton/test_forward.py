@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from _hook import HUGE, Lambda, contents, hooked, labels_for, plain
 from torch import nn
 
-from repsim_kernels._dataflow import Trace
 from repsim_kernels.forward import AblatedForward
+from repsim_kernels.forward.trace import Trace
 from repsim_kernels.kernels.triton import _launch
 
 ABLATE, POINTWISE, LINEAR = (
@@ -250,16 +250,16 @@ def test_what_is_fused_and_that_it_gives_the_same(device, ran, monkeypatch, behi
     labels = labels_for(state, 4)
 
     ran.clear()
-    apart = forward.logits(state, labels[None] == 2, memory=1)
+    apart = forward.logits(state, labels[None] == 2, batch=1)
     assert (ran.kernels, ran.epilogue, ran.left) == (ABLATE, one, left_of_one)
     assert torch.equal(apart[0], hooked(model, "cut", images, labels == 2))
 
     ran.clear()
-    together = forward.logits(state, labels, memory=HUGE)
+    together = forward.logits(state, labels, batch=HUGE)
     assert (ran.kernels, ran.epilogue, ran.left) == (kernels, epilogue, left)
     ran.clear()
     overlapping = forward.logits(
-        state, labels == torch.arange(5, device=device)[:, None], memory=HUGE
+        state, labels == torch.arange(5, device=device)[:, None], batch=HUGE
     )
     assert ran.kernels == (POINTWISE if kernels == LINEAR else kernels)
     assert (ran.epilogue, ran.left) == (epilogue, left)
@@ -267,7 +267,7 @@ def test_what_is_fused_and_that_it_gives_the_same(device, ran, monkeypatch, behi
 
     monkeypatch.setenv("REPSIM_BACKEND", "torch")
     ran.clear()
-    want = forward.logits(state, labels, memory=HUGE)
+    want = forward.logits(state, labels, batch=HUGE)
     assert ran.kernels == []
     torch.testing.assert_close(together, want, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(overlapping[:4], want, rtol=1e-4, atol=1e-4)
@@ -283,24 +283,24 @@ def test_modules_that_do_more_run_themselves(device, ran):
     forward.intact(state)
     labels = labels_for(state, 3)
     ran.clear()
-    want = forward.logits(state, labels, memory=HUGE)
+    want = forward.logits(state, labels, batch=HUGE)
     assert (ran.epilogue, ran.left) == ("relu6", ["point"])
     model.relu6.register_forward_hook(lambda _m, _i, out: calls.append(len(out)))
     ran.clear()
-    again = forward.logits(state, labels, memory=HUGE)
+    again = forward.logits(state, labels, batch=HUGE)
     assert (ran.epilogue, ran.left) == ("none", ["relu6", "point"])
     assert calls == [9]
     torch.testing.assert_close(again, want)
     model.relu6._forward_hooks.clear()
     model.relu6.forward = F.relu6
     ran.clear()
-    again = forward.logits(state, labels, memory=HUGE)
+    again = forward.logits(state, labels, batch=HUGE)
     assert (ran.epilogue, ran.left) == ("none", ["relu6", "point"])
     torch.testing.assert_close(again, want)
     forward = AblatedForward(Net(lambda m, y: m.point(y), point=point).to(device), "cut")
     state = forward.prefix(torch.randn(3, 3, 4, 4, device=device))
     ran.clear()
-    forward.logits(state, labels, memory=HUGE)
+    forward.logits(state, labels, batch=HUGE)
     assert ran.kernels == ABLATE
 
 
@@ -310,12 +310,12 @@ def test_new_weights_count(device):
     forward = AblatedForward(model, "cut")
     state = forward.prefix(images)
     labels = labels_for(state, 3)
-    forward.logits(state, labels, memory=HUGE)
+    forward.logits(state, labels, batch=HUGE)
     with torch.no_grad():
         for parameter in (*model.point.parameters(), model.bn2.weight, model.bn2.running_mean):
             parameter.mul_(1.5)
     state = forward.prefix(images)
-    got = forward.logits(state, labels, memory=HUGE)
+    got = forward.logits(state, labels, batch=HUGE)
     for c in range(3):
         want = hooked(model, "cut", images, labels == c)
         torch.testing.assert_close(got[c], want, rtol=1e-4, atol=1e-4)
@@ -329,7 +329,7 @@ def test_other_precisions(device, ran, dtype):
     state = forward.prefix(images)
     labels = labels_for(state, 3)
     ran.clear()
-    apart = forward.logits(state, labels, memory=1)
+    apart = forward.logits(state, labels, batch=1)
     assert ran.kernels == ([] if dtype == torch.float64 else ABLATE * 3)
     for c in range(3):
         assert torch.equal(apart[c], hooked(model, "cut", images, labels == c))
@@ -344,7 +344,7 @@ def test_autocast_keeps_its_dtypes(device, ran):
         state = forward.prefix(images)
         forward.intact(state)
         ran.clear()
-        forward.logits(state, labels_for(state, 3), memory=HUGE)
+        forward.logits(state, labels_for(state, 3), batch=HUGE)
     assert (ran.kernels, ran.left) == (ABLATE, ["point", "bn2", "relu6"])
 
 
@@ -354,6 +354,6 @@ def test_nothing_behind_the_layer(device, ran):
     forward = AblatedForward(model, "")
     state = forward.prefix(images)
     ran.clear()
-    got = forward.logits(state, [0, 1, -1], memory=HUGE)
+    got = forward.logits(state, [0, 1, -1], batch=HUGE)
     assert ran.kernels == ABLATE
     assert torch.equal(got[1], plain(model, images) * torch.tensor([1, 0, 1], device=device))

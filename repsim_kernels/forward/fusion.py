@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from repsim_kernels._dataflow import Split, Step, Trace, Values
+from repsim_kernels.forward.dataflow import Split, Step
+from repsim_kernels.forward.trace import Trace, Values
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Cells:
     labels: np.ndarray[Any, Any]  # (p,), or memberships (C, p)
     table: Tensor  # the same on the activation's device
     ids: Tensor  # those that are wanted, on the activation's device
+
+    def some(self, ids: list[int]) -> Cells:
+        return Cells(self.labels, self.table, torch.tensor(ids, device=self.table.device))
 
     def masks(self) -> Tensor:
         """(len(ids), p): the units of each wanted cell."""
@@ -61,11 +65,72 @@ def run(trace: Trace, split: Split, values: Values, cells: Cells) -> list[Step]:
     """
     plan = _plan(trace, split, values, several=len(cells.ids) > 1)
     done, rest = split.tail[: plan.steps], split.tail[plan.steps :]
-    values[done[-1].node if done else trace.cut] = _start(values[trace.cut], cells, plan)
+    values[done[-1].node if done else split.cut] = _start(values[split.cut], cells, plan)
     for step in done:
         for x in step.dropped:
             values.pop(x, None)
     return rest
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer directly behind the masks, for all cells of a partition in one product.
+
+    W (x ⊙ m_c) = W x - W (x ⊙ (1 - m_c)), and each column of W is in one cell.
+    """
+
+    split: Split
+    steps: int  # of the tail, with what does nothing before it
+    x: Tensor  # (n, p)
+    cells: Cells
+    weight: Tensor
+    bias: Tensor | None
+
+    def run(self, values: Values) -> list[Step]:
+        """Leaves in ``values`` what the rest of the tail needs, and gives its steps."""
+        whole = F.linear(self.x, self.weight, self.bias)  # (n, k)
+        masks = self.cells.masks()
+        order = masks.nonzero()[:, 1]  # one cell after the other
+        columns, weights = self.x.index_select(1, order), self.weight.index_select(1, order)
+        parts = masks.sum(1).tolist()
+        out = whole.expand(len(parts), *whole.shape).clone()  # (C, n, k)
+        pairs = zip(columns.split(parts, 1), weights.split(parts, 1), strict=True)
+        for cell, (a, w) in zip(out, pairs, strict=True):
+            cell.addmm_(a, w.mT, alpha=-1)
+        done, rest = self.split.tail[: self.steps], self.split.tail[self.steps :]
+        values[done[-1].node] = out.flatten(0, 1)
+        for step in done:
+            for x in step.dropped:
+                values.pop(x, None)
+        return rest
+
+
+# To gather a column of the weights costs as much as the products of so many rows.
+_GATHER = 300
+
+
+def linear(trace: Trace, split: Split, values: Values, cells: Cells, count: int) -> Linear | None:
+    """The linear layer behind the masks, where one product for `count` cells is the cheaper."""
+    x, node, flat = values[split.cut], split.cut, False
+    if count < 2 or cells.labels.ndim > 1 or (count - 1) * len(x) <= _GATHER:
+        return None
+    for steps, step in enumerate(split.tail, 1):
+        if set(node.users) != {step.node}:
+            return None
+        node = step.node
+        operation = _operation(trace, split, values, node)
+        if isinstance(operation, _Product) and operation.weight.ndim == 2:
+            x = x.flatten(1) if flat else x
+            weight = operation.weight
+            fits = x.ndim == 2 and x.dtype == weight.dtype in (torch.float32, torch.float64)
+            if not fits or torch.is_autocast_enabled(x.device.type):
+                return None
+            return Linear(split, steps, x, cells, weight, operation.bias)
+        if operation == "flatten":
+            flat = True
+        elif operation != "nothing":
+            return None
+    return None
 
 
 @dataclass(frozen=True)
@@ -153,7 +218,7 @@ class _Plan:
 
 
 def _plan(trace: Trace, split: Split, values: Values, several: bool) -> _Plan:
-    node = trace.cut
+    node = split.cut
     plan = _Plan(values[node], several)
     for count, step in enumerate(split.tail, 1):
         if set(node.users) != {step.node}:

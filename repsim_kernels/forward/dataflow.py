@@ -1,0 +1,204 @@
+"""What the operations of a network read and write, and which of them depend on a layer.
+
+A pass over two stimuli shows whose memory each of them reads, gives and writes to: PyTorch counts
+the writes to every tensor, so that no list of in-place operations is needed. The *tail* is every
+operation that can see what the layer gave, through values or through shared memory; the *head* is
+the others. Both keep the network's order and its in-place operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from repsim_kernels.errors import LayerError
+from repsim_kernels.forward.trace import Trace, Values, label
+
+
+@dataclass
+class Step:
+    node: fx.Node
+    dropped: tuple[fx.Node, ...]  # what nothing after it needs
+
+
+@dataclass
+class Split:
+    layer: str
+    cut: fx.Node
+    head: list[Step]
+    tail: list[Step]
+    inputs: list[fx.Node]  # what the tail takes from the head besides the activation
+    varying: list[fx.Node]  # those that depend on the images
+    changed: list[fx.Node]  # what the tail takes from the head and writes to
+    writes: dict[fx.Node, list[fx.Node]]  # by operation of the tail, those it is the first to write
+    copy_images: bool  # the head writes to them, or a state would hold them
+    copy_activation: bool  # another value shares its memory
+    apart: bool  # no two of `changed` share memory
+    batchable: bool  # cells may run together
+    held: int  # bytes a stimulus of a state: the activation and what varies
+    peak: int  # bytes a stimulus, the most that the tail holds at once
+    head_flops: float  # a stimulus
+    tail_flops: float
+    weights: int  # bytes of parameters and buffers that the tail reads
+    most: int | None = None  # cells x stimuli that fit together, once memory ran out
+
+
+def split(trace: Trace, layer: str, images: Tensor) -> Split:
+    """Run the network as under a hook that returns a clone, and see who touches what.
+
+    Raises LayerError where the layer or the model gives no tensor (n, …), or a pass writes to the
+    model's own tensors.
+    """
+    cut = trace.cuts[layer]
+    own = [*trace.model.named_parameters(), *trace.model.named_buffers()]
+    before = [version(t) for _, t in own]
+    values: Values = {}
+    facts: dict[fx.Node, _Facts] = {}
+    seen: list[tuple[Tensor, int]] = []
+    for x in trace.nodes:
+        with FlopCounterMode(display=False) as counter:
+            value = images if x is trace.input else trace.run(x, values)
+        writes = {_memory(t) for t, old in seen if version(t) != old}
+        if x is cut:
+            _check_batch(value, images, f"layer: {layer!r}")
+            raw, value = value, value.clone()  # both kept, so that no address comes back
+        values[x] = value
+        seen = [(t, version(t)) for t, _ in seen] if writes else seen
+        seen += [(t, version(t)) for t in tensors(value)]
+        facts[x] = _Facts(
+            reads={_memory(t) for y in x.all_input_nodes for t in tensors(values[y])},
+            gives={_memory(t): t.untyped_storage().nbytes() for t in tensors(value)},
+            writes=writes,
+            batched=isinstance(value, Tensor) and value.shape[:1] == images.shape[:1],
+            flops=counter.get_total_flops(),
+            weights=sum(t.nbytes for t in trace.weights(x)),
+        )
+    _check_batch(values[trace.output], images, "model: it")
+    written = _union(fact.writes for fact in facts.values())
+    changed = [name for (name, t), old in zip(own, before, strict=True) if version(t) != old]
+    changed += [label(x) for x in facts if x.op == "get_attr" and written & _gives(facts, x)]
+    if changed:
+        raise LayerError(f"model: a pass writes to its {changed[0]!r}; expected none to")
+    return _split(facts, layer, cut, _memory(raw), len(images))
+
+
+@dataclass
+class _Facts:
+    """The memory that an operation touches, by address; and the bytes, of what it gives."""
+
+    reads: set[int]
+    gives: dict[int, int]
+    writes: set[int]
+    batched: bool  # gives a tensor (n, …)
+    flops: int
+    weights: int  # bytes of the model's own that it reads
+
+
+def _split(facts: dict[fx.Node, _Facts], layer: str, cut: fx.Node, raw: int, n: int) -> Split:
+    """Head and tail, from a pass over n stimuli; `raw` is the memory of the layer's output."""
+    images, *nodes = facts
+    after = _reach(facts, cut) - {cut} | {nodes[-1]}
+    head, tail = [x for x in nodes if x not in after], [x for x in nodes if x in after]
+    taken = [x for x in facts if x not in after and not after.isdisjoint(x.users)]
+    written = _union(facts[x].writes for x in tail)
+    changed = [x for x in taken if written & _gives(facts, x)]
+    copied = [key for x in changed for key in _gives(facts, x)]
+    writes: dict[fx.Node, list[fx.Node]] = {}
+    for x in changed:
+        first = next(y for y in tail if facts[y].writes & _gives(facts, x))
+        writes.setdefault(first, []).append(x)
+    kept = _union(_gives(facts, x) for x in taken) | _union(facts[x].writes for x in head)
+    imaged = _reach(facts, images)
+    inputs = [x for x in taken if x is not cut]
+    varying = [x for x in inputs if x in imaged]
+    steps = schedule(tail, {nodes[-1]})
+    alive, most = {cut, *varying}, 0
+    for step in steps:
+        alive.add(step.node)
+        held = {key: size for x in alive for key, size in facts[x].gives.items()}
+        most = max(most, sum(held.values()))
+        alive.difference_update(step.dropped)
+    return Split(
+        layer=layer,
+        cut=cut,
+        head=schedule(head, {*inputs, cut}),
+        tail=steps,
+        inputs=inputs,
+        varying=varying,
+        changed=changed,
+        writes=writes,
+        copy_images=bool(kept & _gives(facts, images)),
+        copy_activation=any(
+            raw in facts[x].gives for x in facts if x is images or set(x.users) != {cut}
+        ),
+        apart=len(set(copied)) == len(copied),
+        batchable=len(set(copied)) == len(copied) and all(facts[x].batched for x in varying),
+        held=sum({k: v for x in (cut, *varying) for k, v in facts[x].gives.items()}.values()) // n,
+        peak=-(-most // n),
+        head_flops=sum(facts[x].flops for x in head) / n,
+        tail_flops=sum(facts[x].flops for x in tail) / n,
+        weights=sum(facts[x].weights for x in tail),
+    )
+
+
+def _reach(facts: dict[fx.Node, _Facts], source: fx.Node) -> set[fx.Node]:
+    """The operations to run again when `source` gives another value, and `source`.
+
+    One takes a value of one, or memory that one has written to; or it writes to memory that an
+    earlier one reads, which would else find the write already made.
+    """
+    found, written, read = {source}, set[int](), set[int]()
+    for x, fact in facts.items():
+        takes = not found.isdisjoint(x.all_input_nodes) or written & fact.reads
+        if x is not source and (takes or read & fact.writes):
+            found.add(x)
+            written |= fact.writes
+            read |= fact.reads
+    return found
+
+
+def schedule(nodes: list[fx.Node], keep: set[fx.Node]) -> list[Step]:
+    """The operations in their order, and what each is the last to need."""
+    needed, steps = set(keep), []
+    for x in reversed(nodes):
+        dropped = tuple(y for y in (x, *x.all_input_nodes) if y not in needed)
+        needed.update(dropped)
+        steps.append(Step(x, dropped))
+    return steps[::-1]
+
+
+def version(t: Tensor) -> int:
+    """How often a tensor, or what shares its memory, has been written to."""
+    return 0 if t.is_inference() else t._version
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    found: list[Tensor] = []
+    fx.node.map_aggregate(value, lambda x: found.append(x) if isinstance(x, Tensor) else None)
+    return found
+
+
+def _memory(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
+def _gives(facts: dict[fx.Node, _Facts], node: fx.Node) -> set[int]:
+    return set(facts[node].gives)
+
+
+def _union(sets: Iterable[set[int]]) -> set[int]:
+    return set().union(*sets)
+
+
+def _check_batch(value: Any, images: Tensor, what: str) -> None:
+    if not isinstance(value, Tensor):
+        kind = type(value).__name__.removeprefix("immutable_")
+        raise LayerError(f"{what} gives {kind}; expected a tensor (n, …)")
+    if value.shape[:1] != images.shape[:1]:
+        shape, n = tuple(value.shape), len(images)
+        raise LayerError(f"{what} gives a tensor {shape} for {n} images; expected (n, …)")

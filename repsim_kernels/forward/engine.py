@@ -1,0 +1,355 @@
+"""A network cut at its layers, and the passes of what follows them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repsim_kernels import _arrays, _check, _options
+from repsim_kernels.errors import (
+    DeviceError,
+    DtypeError,
+    LayerError,
+    OptionError,
+    ShapeError,
+)
+from repsim_kernels.forward import cost, fusion, passes
+from repsim_kernels.forward.cost import Cost
+from repsim_kernels.forward.dataflow import Split, split
+from repsim_kernels.forward.fusion import Cells
+from repsim_kernels.forward.memory import Batch, budget
+from repsim_kernels.forward.passes import State, copied
+from repsim_kernels.forward.trace import Trace, Untraceable
+
+
+class AblatedForward:
+    """The rest of a network after a layer, for a batch of cell masks.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Takes images (n, …) and gives a tensor (n, …); in eval mode, and traceable by ``torch.fx``
+        or ``torch.export``. It is neither changed nor copied.
+    layer : str or sequence of str
+        A name from ``model.named_modules()``, of a module or a container that runs once in a pass
+        and gives a tensor (n, …); or several, which then share one trace and `prefixes`.
+
+    Raises
+    ------
+    LayerError
+        The layer is missing, never called or called more than once; or the model is in training
+        mode.
+
+    Notes
+    -----
+    Where a prefix meets a new shape, layout or dtype of images, the cut is first tried on two of
+    them against whole passes, which finds randomness and hidden state; of a model that is exported
+    on all of them. No method tracks gradients. TF32 is as PyTorch's switches say.
+
+    On CUDA, unless ``REPSIM_BACKEND=torch``, Triton kernels make the masked copies together with a
+    ReLU or ReLU6 behind the layer; for several cells at once also with an eval-mode batch norm, or
+    a 1x1 convolution or linear layer, which then need no copies.
+    """
+
+    def __init__(self, model: nn.Module, layer: str | Sequence[str]) -> None:
+        self.layers = (layer,) if isinstance(layer, str) else tuple(dict.fromkeys(layer))
+        if not self.layers:
+            raise LayerError("layer: none is given; expected a name, or several")
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        for name in self.layers:
+            if name not in self._modules:
+                near = ", ".join(difflib.get_close_matches(name, self._modules))
+                near = f"one of {near or 'model.named_modules()'}"
+                raise LayerError(f"layer: the model has no module {name!r}; expected {near}")
+        _check_eval(model)
+        self.model = model
+        self._splits: dict[object, Split] = {}
+        self._exported: dict[object, Trace] = {}
+        self._trace: Trace | None = None
+        try:
+            self._trace = Trace(model, self.layers)
+        except Untraceable as error:
+            self._untraceable = error  # torch.export is tried where there are images
+
+    def prefix(self, images: Tensor) -> State:
+        """Run the network up to the layer, and all else that does not depend on the layer.
+
+        Parameters
+        ----------
+        images : tensor, (n, …)
+            On the model's device; not written to.
+
+        Returns
+        -------
+        state : State
+            ``state.activation``, (n, …), is the layer's output with its own strides.
+
+        Raises
+        ------
+        DtypeError, ShapeError, DeviceError
+            Images that are no tensor, have no stimuli, or are on another device than the model.
+        LayerError
+            The model can't be traced; the layer or the model gives no tensor (n, …); the model
+            writes to its own parameters or buffers, differs from a whole pass when cut here, or is
+            in training mode.
+        OptionError
+            There are several layers: `prefixes` is for them.
+        """
+        if len(self.layers) > 1:
+            raise OptionError(f"layer: {len(self.layers)} of them; expected one, or prefixes()")
+        self._check(images)
+        with _without_grad():
+            return self._mine(passes.head(*self._cut(self.layers[0], images), images))
+
+    def prefixes(self, images: Tensor, layers: Sequence[str] | None = None) -> dict[str, State]:
+        """Run the network once, and keep what the passes after each of several layers need.
+
+        Parameters
+        ----------
+        images : tensor, (n, …)
+            On the model's device; not written to.
+        layers : sequence of str, optional
+            Some of this object's layers; all by default.
+
+        Returns
+        -------
+        states : dict of str to State
+            By layer, in their order: those that `prefix` gives for each by itself. They hold the
+            intact logits as well.
+
+        Raises
+        ------
+        DtypeError, ShapeError, DeviceError, LayerError
+            As `prefix`.
+        OptionError
+            A layer that is not this object's.
+        """
+        wanted = self._wanted(layers)
+        self._check(images)
+        with _without_grad():
+            cuts = {name: self._cut(name, images) for name in wanted}
+            alone = {name: cut for name, cut in cuts.items() if not cut[1].apart}
+            shared = {name: part for name, (_, part) in cuts.items() if part.apart}
+            states = {name: passes.head(*cut, images) for name, cut in alone.items()}
+            if shared:
+                states |= passes.heads(cuts[next(iter(shared))][0], shared, images)
+            return {name: self._mine(states[name]) for name in wanted}
+
+    def intact(self, state: State, *, memory: int | str | None = None) -> Tensor:
+        """The network's output with nothing ablated; computed once a state.
+
+        Parameters
+        ----------
+        state : State
+            From `prefix` of this object.
+        memory : int or str, optional
+            As in `logits`.
+
+        Returns
+        -------
+        logits : tensor, (n, k)
+            Bit for bit ``model(images)``.
+
+        Raises
+        ------
+        OptionError
+            The state is of another object, or a memory that is no size.
+        LayerError
+            The state's tensors were written to, or the model is in training mode.
+        """
+        self._own(state)
+        room = budget(memory, state.activation.device)
+        with _without_grad():
+            if state._intact is None:
+                (state._intact,) = passes.in_batches(state, None, _all(state, [0]), 1, room)
+            return state._intact.clone()
+
+    def logits(
+        self,
+        state: State,
+        cells: Any,
+        n_cells: int | None = None,
+        *,
+        batch: int | None = None,
+        memory: int | str | None = None,
+    ) -> Tensor:
+        """The network's output with the layer's units of a cell set to zero, for every cell.
+
+        Parameters
+        ----------
+        state : State
+            From `prefix` of this object.
+        cells : integer array or sequence, (p,), or boolean array, (C, p)
+            The cell of each unit, 0 … n_cells - 1 or -1 for none, or the units of each cell, which
+            may overlap. The p units are one stimulus of the activation flattened in C order.
+        n_cells : int, optional
+            C; by default the largest label + 1.
+        batch : int, optional
+            Cells that run together, at most. By default, on a CPU, one where its stimuli alone keep
+            the products busy, and more where they would wait for the weights; on CUDA as many as
+            `memory` takes.
+        memory : int or str, optional
+            Bytes for what runs together, or text such as "8GiB": fewer cells, or not all stimuli of
+            a cell, run at a time. By default half of what is free. An estimate, from the tensors
+            that are alive at once, without the workspaces of kernels. Where a GPU runs out of
+            memory all the same, half as much runs together from then on.
+
+        Returns
+        -------
+        logits : tensor, (C, n, k)
+            With ``batch=1`` and memory for it, bit for bit the output under a forward hook that
+            returns a masked clone; else the same to rounding. Cells without units, or whose units
+            are zero for all the images, don't run and have exactly the intact logits.
+
+        Raises
+        ------
+        CellError, DtypeError
+            Cells of a wrong length, range or type.
+        OptionError
+            A batch that is no count, a memory that is no size, or a state of another object.
+        LayerError
+            The state's tensors were written to, or the model is in training mode.
+
+        Warns
+        -----
+        OutOfMemoryWarning
+            A GPU ran out of memory, and less runs together.
+
+        Notes
+        -----
+        Where stimuli influence each other, or the tail takes in what is no tensor (n, …), cells
+        run one at a time, with all stimuli.
+
+        A linear layer directly behind the masks takes one product for all cells of a partition,
+        W(x ⊙ m_c) = W x - W(x ⊙ (1 - m_c)), where that is the cheaper.
+        """
+        batch = None if batch is None else _options.count(batch, "batch")
+        self._own(state)
+        act = state.activation
+        room = budget(memory, act.device)
+        checked, n_cells = _check.cells(cells, act[0].numel(), n_cells)
+        table = _arrays.to_torch(checked, str(act.device))  # (p,) labels or (C, p) membership
+        intact = self.intact(state, memory=room)
+        with _without_grad():
+            alive = (act != 0).any(0).reshape(-1)  # (p,)
+            if table.dtype == torch.bool:
+                runs = (table & alive).any(1)
+            else:
+                runs = torch.bincount(table[alive & (table >= 0)], minlength=n_cells) > 0
+            out = intact.expand(n_cells, *intact.shape).clone()
+            ids = runs.nonzero()[:, 0].tolist()
+            if ids:
+                masks = Cells(checked, table, torch.arange(n_cells, device=act.device))
+                together = self._together(state, masks, len(ids)) if batch is None else batch
+                out[ids] = passes.in_batches(state, masks, _all(state, ids), together, room)
+            return out
+
+    def costs(self, images: Tensor, layers: Sequence[str] | None = None) -> dict[str, Cost]:
+        """What the network takes before and after each layer; runs and times a few passes.
+
+        Parameters
+        ----------
+        images : tensor, (n, …)
+            As many as will run together.
+        layers : sequence of str, optional
+            Some of this object's layers; all by default.
+
+        Returns
+        -------
+        costs : dict of str to Cost
+
+        Raises
+        ------
+        DtypeError, ShapeError, DeviceError, LayerError
+            As `prefix`.
+        OptionError
+            A layer that is not this object's.
+        """
+        wanted = self._wanted(layers)
+        self._check(images)
+        with _without_grad():
+            cuts = {name: self._cut(name, images)[1] for name in wanted}
+            times = cost.seconds(self._traced(images), copied(images))
+            return {name: cost.cost(part, times, len(images)) for name, part in cuts.items()}
+
+    def _wanted(self, layers: Sequence[str] | None) -> tuple[str, ...]:
+        names = self.layers if layers is None else layers
+        return tuple(_options.option(name, "layers", self.layers) for name in dict.fromkeys(names))
+
+    def _check(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor):
+            raise DtypeError(f"images: {type(images).__name__}; expected a torch tensor")
+        if images.ndim == 0 or len(images) == 0:
+            raise ShapeError(f"images: shape {tuple(images.shape)}; expected (n, …) with n >= 1")
+        home = next((p.device for p in self.model.parameters()), images.device)
+        if images.device != home:
+            raise DeviceError(f"images: on {images.device}; expected the model's device, {home}")
+        _check_eval(self.model)
+
+    def _own(self, state: State) -> None:
+        if state._owner is not self:
+            raise OptionError("state: made by another AblatedForward; expected one of this one")
+        _check_eval(self.model)
+
+    def _few(self, images: Tensor) -> Tensor:
+        """What a trace is tried on: two images, or as many as it was exported for."""
+        return images if self._trace is None else images[:2]
+
+    def _traced(self, images: Tensor) -> Trace:
+        if self._trace is not None:
+            return self._trace
+        key = _kind(images)
+        if key not in self._exported:
+            try:
+                self._exported[key] = Trace(self.model, self.layers, like=copied(images))
+            except Untraceable as error:
+                raise LayerError(f"{self._untraceable}; {error}") from error
+        return self._exported[key]
+
+    def _cut(self, layer: str, images: Tensor) -> tuple[Trace, Split]:
+        """The network cut at a layer for such images; tried out where they are new."""
+        trace, few = self._traced(images), copied(self._few(images))
+        key = layer, _kind(few)
+        if key not in self._splits:
+            found = split(trace, layer, copied(few))
+            found.batchable &= passes.prove(trace, found, self._modules[layer], few)
+            self._splits[key] = found
+        return trace, self._splits[key]
+
+    def _mine(self, state: State) -> State:
+        state._owner = self
+        return state
+
+    def _together(self, state: State, cells: Cells, count: int) -> int:
+        """How many cells run together, of those that run."""
+        act, part, trace = state.activation, state._split, state._trace
+        values = {part.cut: act, **state._values}
+        if act.device.type != "cpu" or fusion.linear(trace, part, values, cells, count):
+            return count
+        return cost.together(part, len(state))
+
+
+@contextmanager
+def _without_grad() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():  # inference tensors don't count writes
+        yield
+
+
+def _all(state: State, cells: list[int]) -> Batch:
+    return Batch(cells, 0, len(state))
+
+
+def _kind(images: Tensor) -> tuple[object, ...]:
+    return images.shape, images.stride(), images.dtype, images.device
+
+
+def _check_eval(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if module.training:
+            what = f"{name!r} is" if name else "it is"
+            raise LayerError(f"model: {what} in training mode; expected model.eval()")

@@ -1,0 +1,211 @@
+"""What is run of a network that is cut at a layer: before it, after it, and to try the cut."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from repsim_kernels.errors import LayerError, OutOfMemoryWarning
+from repsim_kernels.forward import broadcast, fusion
+from repsim_kernels.forward.dataflow import Split, schedule, tensors, version
+from repsim_kernels.forward.fusion import Cells
+from repsim_kernels.forward.memory import Batch, fit
+from repsim_kernels.forward.trace import Trace, Values
+
+
+class State:
+    """What the head of a network gave for some images; made by `AblatedForward.prefix`.
+
+    Attributes
+    ----------
+    layer : str
+        The layer that it is cut at.
+    activation : tensor, (n, …)
+        The layer's output, with its own strides; a state whose activation was written to raises.
+    """
+
+    def __init__(self, activation: Tensor, values: Values, trace: Trace, part: Split) -> None:
+        self.activation, self.layer = activation, part.layer
+        self._values, self._trace, self._split = values, trace, part
+        self._intact: Tensor | None = None
+        self._owner: object = None
+        self._note()
+
+    def __len__(self) -> int:
+        """The number of stimuli."""
+        return len(self.activation)
+
+    def move(self, rows: Tensor) -> None:
+        """Copy the activation into memory of the caller's, and keep it there.
+
+        Parameters
+        ----------
+        rows : tensor, (n, p)
+            Of the activation's dtype and device; filled with the activation flattened in C order.
+            Where the activation is laid out in another order, the state keeps its own as well.
+        """
+        rows.copy_(self.activation.flatten(1))
+        if self.activation.is_contiguous():
+            self.activation = rows.view(self.activation.shape)
+        self._note()
+
+    def _note(self) -> None:
+        held = (self.activation, *tensors([*self._values.values()]))
+        self._versions = [(t, version(t)) for t in held]
+
+
+def head(trace: Trace, part: Split, images: Tensor) -> State:
+    """Run what comes before the layer, and all else that does not depend on it."""
+    values: Values = {trace.input: copied(images) if part.copy_images else images}
+    for step in part.head:
+        values[step.node] = trace.run(step.node, values)
+        if step.node is part.cut and part.copy_activation:
+            values[step.node] = copied(values[step.node])
+        for x in step.dropped:
+            del values[x]
+    return State(values[part.cut], {x: values[x] for x in part.inputs}, trace, part)
+
+
+def heads(trace: Trace, parts: dict[str, Split], images: Tensor) -> dict[str, State]:
+    """One pass for several layers, to the end; their states, with the intact logits."""
+    writes_images = any(part.copy_images for part in parts.values())
+    values: Values = {trace.input: copied(images) if writes_images else images}
+    kept: dict[str, Values] = {name: {} for name in parts}
+    needed = {x for part in parts.values() for x in (part.cut, *part.inputs)}
+    for step in schedule(trace.nodes[1:], needed | {trace.output}):
+        # What a layer's tail will write to is kept as it is before this pass does so.
+        fresh: Values = {}
+        for name, part in parts.items():
+            for x in part.writes.get(step.node, ()):
+                if x not in kept[name]:
+                    fresh[x] = fresh[x] if x in fresh else copy.deepcopy(values[x])
+                    kept[name][x] = fresh[x]
+        values[step.node] = trace.run(step.node, values)
+        for name, part in parts.items():
+            if step.node is part.cut and part.copy_activation:
+                kept[name][step.node] = copied(values[step.node])
+        for x in step.dropped:
+            del values[x]
+    states = {}
+    for name, part in parts.items():
+        mine = values | kept[name]
+        states[name] = State(mine[part.cut], {x: mine[x] for x in part.inputs}, trace, part)
+        states[name]._intact = values[trace.output].clone()
+    return states
+
+
+def tail(state: State, cells: Cells | None = None, batch: Batch | None = None) -> Tensor:
+    """(C m, k): what follows the layer of m stimuli, masked for C cells or not at all."""
+    trace, part = state._trace, state._split
+    values = {part.cut: state.activation, **state._values}
+    if batch is not None and batch.stop - batch.start < len(state):
+        own = (part.cut, *part.varying)
+        values.update((x, values[x][batch.start : batch.stop]) for x in own)
+    changed = [x for x in part.changed if cells is None or x is not part.cut]
+    fresh = copy.deepcopy([values[x] for x in changed])  # at once: views of one tensor stay so
+    values.update(zip(changed, fresh, strict=True))
+    steps, several = part.tail, 1 if cells is None else len(cells.ids)
+    if cells is not None:
+        behind = fusion.linear(trace, part, values, cells, several)
+        if fusion.serves(values[part.cut]):
+            steps = fusion.run(trace, part, values, cells)
+        elif behind is not None:
+            steps = behind.run(values)
+        else:
+            masks = cells.masks().view(-1, *state.activation.shape[1:])
+            values[part.cut] = _masked(values[part.cut], masks)
+    once = set(part.varying) if several > 1 else set()  # what has a row a stimulus, not a cell
+    for step in steps:
+        values[step.node] = broadcast.run(trace, step.node, values, once, several)
+        for x in step.dropped:
+            del values[x]
+    if any(version(t) != old for t, old in state._versions):
+        raise LayerError("state: its tensors were written to after prefix() gave them")
+    out: Tensor = values[trace.output]
+    return out
+
+
+def in_batches(state: State, cells: Cells | None, whole: Batch, together: int, room: int) -> Tensor:
+    """(C, n, k), in batches that fit the budget; in half as large ones where memory runs out."""
+    part = state._split
+    rows = max(1, min(room // part.peak, part.most or room)) if part.batchable else len(state)
+    together = together if part.batchable else 1
+    todo = fit(whole, rows, together)
+    places, out = {c: i for i, c in enumerate(whole.cells)}, None
+    while todo:
+        batch = todo.pop(0)
+        try:
+            found = tail(state, None if cells is None else cells.some(batch.cells), batch)
+        except torch.OutOfMemoryError:
+            tried = len(batch.cells) * (batch.stop - batch.start)
+            if tried == 1 or not part.batchable:
+                raise
+            if part.most is None:
+                warnings.warn(
+                    f"layer {part.layer}: out of memory with {tried} cells x images together; "
+                    "going on with fewer",
+                    OutOfMemoryWarning,
+                    stacklevel=4,
+                )
+            part.most = tried // 2
+            todo = [less for b in (batch, *todo) for less in fit(b, part.most, together)]
+            continue
+        found = found.unflatten(0, (len(batch.cells), -1))
+        if out is None:
+            out = found.new_empty(len(whole.cells), len(state), *found.shape[2:])
+        out[[places[c] for c in batch.cells], batch.start : batch.stop] = found
+    assert out is not None
+    return out
+
+
+def prove(trace: Trace, part: Split, module: nn.Module, images: Tensor) -> bool:
+    """Hold the cut network against the whole one; say whether cells may run together."""
+    state = head(trace, part, images)
+    act = state.activation
+    labels = -(np.arange(act[0].numel()) % 2)  # cell 0 is every second unit, cell 1 is empty
+    table, ids = torch.from_numpy(labels).to(act.device), torch.arange(2, device=act.device)
+    one, two = Cells(labels, table, ids[:1]), Cells(labels, table, ids)
+    mask = one.masks().view(1, *act.shape[1:])
+    half, intact = tail(state, one), tail(state)
+    handle = module.register_forward_hook(lambda _m, _i, out: _masked(out, mask))
+    try:
+        whole = trace.model(copied(images))
+    finally:
+        handle.remove()
+    if not (_close(half, whole) and _close(intact, trace.model(copied(images)))):
+        raise LayerError(
+            f"model: cut at {part.layer!r} it differs from a whole pass; expected one without "
+            "randomness or hidden state, which uses the layer's output only as a value"
+        )
+    try:
+        both = tail(state, two)
+    except Exception:  # whatever comes of a batch size that is fixed somewhere
+        return False
+    return _close(both, torch.cat([half, intact]), least=1e-2)  # TF32 differs by 1e-3
+
+
+def copied(t: Tensor) -> Tensor:
+    """A copy with the same strides, which clone() only keeps where there are no gaps."""
+    t = t.detach()
+    clone = t.clone()
+    return clone if clone.stride() == t.stride() else copy.deepcopy(t)
+
+
+def _masked(t: Tensor, masks: Tensor) -> Tensor:
+    """(C n, …): the tensor once for each mask (C, …) of one stimulus, zero where it is true."""
+    out = t.clone() if len(masks) == 1 else broadcast.tiled(t, len(masks))
+    out.view(len(masks), *t.shape).masked_fill_(masks[:, None], 0)
+    return out
+
+
+def _close(got: Tensor, want: Tensor, least: float = 0.0) -> bool:
+    """Equal up to rounding, at the scale of the largest value."""
+    if got.shape != want.shape or not want.is_floating_point() or not want.numel():
+        return torch.equal(got, want)
+    slack = max(least, torch.finfo(want.dtype).eps ** 0.5)
+    scale = float(want.abs().nan_to_num(0, 0).max())
+    return torch.allclose(got, want, rtol=0, atol=slack * scale, equal_nan=True)

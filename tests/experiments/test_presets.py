@@ -1,0 +1,301 @@
+"""Presets of the study, and the loading of full-size networks."""
+
+import hashlib
+import re
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import torch
+import torchvision.models as zoo
+from safetensors.torch import save_file
+from torch import nn
+
+from experiments.models import ModelError, study_layers
+from experiments.presets import PRESETS, Loaded, Network, load_network, weights_for
+from experiments.stats import METRICS
+
+NETWORKS = {network.name: network for p in PRESETS.values() for network in p.networks}
+MOBILENET, NARROW = NETWORKS["mobilenet_v2"], NETWORKS["mobilenet_v2_035"]
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def network(request: pytest.FixtureRequest) -> tuple[Network, Loaded]:
+    """Each network, with random weights."""
+    return NETWORKS[request.param], load_network(NETWORKS[request.param], "random")
+
+
+@pytest.fixture(scope="module")
+def mobilenet() -> nn.Module:
+    return load_network(MOBILENET, "random").model
+
+
+@pytest.fixture(scope="module")
+def narrow() -> nn.Module:
+    return load_network(NARROW, "random").model
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of torch.hub's, and no network."""
+
+    def urlopen(*_: object, **__: object) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "urlopen", urlopen)
+    return tmp_path / "hub" / "checkpoints"
+
+
+def one_line(error: pytest.ExceptionInfo[ModelError]) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def photographs(n: int) -> torch.Tensor:
+    """Noise of a photograph's spectrum, amplitude 1 / frequency; unit variance in each channel."""
+    wave = torch.fft.rfft2(torch.randn(n, 3, 224, 224, generator=torch.Generator().manual_seed(7)))
+    frequency = torch.fft.fftfreq(224)[:, None] ** 2 + torch.fft.rfftfreq(224) ** 2
+    images = torch.fft.irfft2(wave / frequency.clamp(min=1 / 224**2).sqrt())
+    return (images - images.mean((0, 2, 3), True)) / images.std((0, 2, 3), keepdim=True)
+
+
+def test_classes_are_the_papers():
+    assert list(PRESETS) == ["alexnet", "mobilenet_v2", "mobilenet_v2_035", "resnet50", "hayne2024"]
+    fifty = NETWORKS["alexnet"].classes
+    ten = {
+        *("n04147183", "n01917289", "n01534433", "n01944390", "n02066245"),
+        *("n02110185", "n03271574", "n02870880", "n03388183", "n04442312"),
+    }
+    assert len(fifty) == len(set(fifty)) == 50
+    assert ten < set(fifty)
+    assert all(re.fullmatch(r"n\d{8}", wnid) for wnid in fifty)
+    assert sum(int(wnid[1:]) for wnid in fifty) == 149_245_304
+    for name in ("mobilenet_v2", "mobilenet_v2_035", "resnet50"):
+        assert len(NETWORKS[name].classes) == 10
+        assert set(NETWORKS[name].classes) == ten
+    stimuli = {
+        n.name: n.images * (len(n.classes) if n.others is None else 1 + n.others)
+        for n in NETWORKS.values()
+    }
+    assert stimuli == {"alexnet": 550, **dict.fromkeys(list(NETWORKS)[1:], 500)}
+
+
+def test_choices_are_the_papers_or_ours():
+    paper = PRESETS["hayne2024"]
+    assert [n.name for n in paper.networks] == ["alexnet", "mobilenet_v2_035", "resnet50"]
+    assert (paper.grid, paper.edges, paper.penalty) == ((4, 4), "inclusive", 1000)
+    assert paper.metrics is not None
+    assert set(METRICS) - set(paper.metrics) == {"svcca", "cka_debiased"}
+    for name in list(PRESETS)[:4]:
+        ours = PRESETS[name]
+        assert [n.name for n in ours.networks] == [name]
+        assert (ours.grid, ours.edges, ours.ridge, ours.penalty) == ((4, 4), "equal", 0.1, 0)
+        assert ours.metrics is None
+
+
+LAYERS = {  # count, millions of activations in all, most of one: the paper's networks
+    "alexnet": (7, 0.49, 193_600),
+    "mobilenet_v2": (104, 13.36, 1_204_224),
+    "mobilenet_v2_035": (104, 5.73, 602_112),
+    "resnet50": (16, 5.52, 802_816),
+}
+
+
+def test_random_network_is_alive_at_full_size(network):
+    spec, (model, _, note) = network
+    assert note == "random weights"
+    units: dict[str, torch.Tensor] = {}
+    modules = dict(model.named_modules())
+    handles = [
+        modules[layer].register_forward_hook(
+            lambda _m, _i, out, layer=layer: units.__setitem__(layer, out.flatten(1).clone())
+        )
+        for layer in study_layers(model)
+    ]
+    logits = model(photographs(4))
+    for handle in handles:
+        handle.remove()
+    sizes = [len(out[0]) for out in units.values()]
+    assert (len(sizes), round(sum(sizes) / 1e6, 2), max(sizes)) == LAYERS[spec.name]
+    assert min(float((out.std(0) > 0).double().mean()) for out in units.values()) > 0.4
+    scales = [float(out.std()) for out in units.values()]
+    assert 0.1 < scales[-1] / scales[0] < 10  # neither vanishes nor explodes
+    assert 1e-3 < min(scales) <= max(scales) < 1e3
+    assert logits.isfinite().all()
+    assert 0.2 < logits.std(0).mean() < 5  # each class's, between images
+    assert len(set(logits.argmax(1).tolist())) > 1
+
+
+def test_random_network_is_the_same_each_time(network):
+    spec, (model, _, _) = network
+    torch.rand(1)  # the caller's generator is somewhere else
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    torch.set_num_threads(threads + 1)
+    again = load_network(spec, "random").model
+    used = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    assert used == threads + 1
+    assert torch.equal(torch.get_rng_state(), state)
+    pairs = zip(model.state_dict().items(), again.state_dict().items(), strict=True)
+    assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_of_a_file(suffix, narrow, tmp_path):
+    # Without the counters of batches, which old checkpoints lack.
+    state = {k: v for k, v in narrow.state_dict().items() if not k.endswith("batches_tracked")}
+    assert len(state) < len(narrow.state_dict())
+    path = tmp_path / f"mine{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(state, path)
+    model, _, note = load_network(NARROW, str(path))
+    x = photographs(2)
+    assert torch.equal(model(x), narrow(x))
+    assert note == str(path)
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    counters = [v for k, v in model.state_dict().items() if k.endswith("batches_tracked")]
+    assert all(counter == 0 for counter in counters)
+
+
+def test_half_precision_is_widened(narrow, tmp_path):
+    half = {k: v.half() if v.is_floating_point() else v for k, v in narrow.state_dict().items()}
+    save_file(half, tmp_path / "half.safetensors")
+    model = load_network(NARROW, tmp_path / "half.safetensors").model
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(model.classifier[1].weight, half["classifier.1.weight"].float())
+
+
+def test_transform_belongs_to_the_weights(narrow, tmp_path):
+    first = zoo.MobileNet_V2_Weights.IMAGENET1K_V1
+    for name, side in ((Path(first.url).name, 256), ("mine.pth", 232)):
+        torch.save(narrow.state_dict(), tmp_path / name)
+        assert load_network(NARROW, tmp_path / name).transform.resize_size == [side]
+    image = torch.full((3, 300, 400), 255, dtype=torch.uint8)
+    made = load_network(NARROW, tmp_path / "mine.pth").transform(image)
+    assert made.shape == (3, 224, 224)
+    white = [(1 - mean) / std for mean, std in ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))]
+    torch.testing.assert_close(made.mean((1, 2)), torch.tensor(white))
+
+
+def test_checkpoints_of_something_else(narrow, tmp_path):
+    state = narrow.state_dict()
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(ModelError, match=r"a\.pth is of another architecture than 'resnet50'"):
+        load_network(NETWORKS["resnet50"], tmp_path / "a.pth")
+    with pytest.raises(ModelError, match="another architecture than 'mobilenet_v2'"):
+        load_network(MOBILENET, tmp_path / "a.pth")
+    ten = {"classifier.1.weight": torch.zeros(10, 1280), "classifier.1.bias": torch.zeros(10)}
+    torch.save(state | ten, tmp_path / "b.pth")
+    with pytest.raises(ModelError, match=r"b\.pth has 10 outputs; expected ImageNet's 1000"):
+        load_network(NARROW, tmp_path / "b.pth")
+    with pytest.raises(ModelError, match="there is no file"):
+        load_network(NARROW, tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize("name", ["alexnet", "mobilenet_v2", "resnet50"])
+def test_weights_that_can_not_be_fetched(name, cache):
+    url = zoo.get_model_weights(name).DEFAULT.url
+    with pytest.raises(ModelError, match=r"can't be fetched \(.*no network") as error:
+        load_network(NETWORKS[name])
+    path = cache / url.rpartition("/")[2]
+    assert f"expected {url} as {path}, or --weights FILE" in one_line(error)
+    assert list(cache.iterdir()) == []
+
+
+def test_width_that_torchvision_has_no_weights_of(cache):
+    with pytest.raises(ModelError, match=r"none for 'mobilenet_v2_035' \(of width 0\.35") as error:
+        load_network(NARROW)
+    assert "expected --weights FILE, or random" in one_line(error)
+    assert not cache.exists()
+
+
+def test_damaged_file_in_the_cache(cache):
+    url = zoo.MobileNet_V2_Weights.DEFAULT.url
+    path = cache / url.rpartition("/")[2]
+    cache.mkdir(parents=True)
+    path.write_bytes(b"the beginning of a checkpoint")
+    with pytest.raises(ModelError, match=re.escape(f"{path} is damaged")) as error:
+        load_network(MOBILENET)
+    assert url in one_line(error)
+    assert path.read_bytes() == b"the beginning of a checkpoint"
+
+
+def test_weights_are_fetched_once(mobilenet, tmp_path, monkeypatch):
+    served, default = tmp_path / "served", zoo.MobileNet_V2_Weights.DEFAULT
+    served.mkdir()
+    # Of the old format, as torchvision's older files are.
+    torch.save(mobilenet.state_dict(), served / "a.pth", _use_new_zipfile_serialization=False)
+    digest = hashlib.sha256((served / "a.pth").read_bytes()).hexdigest()
+    good, bad = served / f"mobilenet_v2-{digest[:8]}.pth", served / "mobilenet_v2-00000000.pth"
+    (served / "a.pth").rename(good)
+    bad.write_bytes(good.read_bytes()[:-1])
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cache = tmp_path / "hub" / "checkpoints"
+
+    monkeypatch.setattr(default.value, "url", bad.as_uri())
+    with pytest.raises(ModelError, match=r"can't be fetched .*invalid hash value") as error:
+        load_network(MOBILENET)
+    one_line(error)
+    assert list(cache.iterdir()) == []
+
+    monkeypatch.setattr(default.value, "url", good.as_uri())
+    x = photographs(2)
+    for _ in range(2):
+        model, transform, note = load_network(MOBILENET)
+        assert torch.equal(model(x), mobilenet(x))
+        assert note == "MobileNet_V2_Weights.IMAGENET1K_V2"
+        assert transform.resize_size == [232]
+        good.unlink(missing_ok=True)  # the second time it is in the cache
+    assert [path.name for path in cache.iterdir()] == [good.name]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, (None, None, None)),
+        ([], (None, None, None)),
+        (["random"], ("random", "random", "random")),
+        (["a.pth", "b.pth", "c.pth"], ("a.pth", "b.pth", "c.pth")),
+        (["a.pth", "random", "./x=y.pth"], ("a.pth", "random", "./x=y.pth")),
+        (["resnet50=r.pth"], (None, None, "r.pth")),
+        (["resnet50=d/x=1.pth", "alexnet=random"], ("random", None, "d/x=1.pth")),
+    ],
+)
+def test_weights_of_a_preset(given, expected):
+    names = ("alexnet", "mobilenet_v2_035", "resnet50")
+    found = weights_for(PRESETS["hayne2024"], given)
+    assert found == dict(zip(names, expected, strict=True))
+    assert list(found) == list(names)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            ["a.pth"],
+            "weights: a.pth for 3 networks; .* in the order alexnet, mobilenet_v2_035, res",
+        ),
+        (
+            ["a.pth"] * 4,
+            "for 3 networks; expected 'random', NAME=FILE for some, or a file for each",
+        ),
+        (["random", "random"], "random, random for 3 networks"),
+        (["random", "alexnet=a.pth"], "random, alexnet=a.pth for 3 networks"),
+        (["alexnet=a", "b", "c"], "alexnet=a, b, c for 3 networks"),
+        (["vgg=a.pth"], "weights: 'vgg' is unknown; expected one of alexnet, mobilenet_v2_035"),
+        (["mobilenet_v2=a.pth"], "'mobilenet_v2' is unknown"),
+        (["alexnet=a", "alexnet=b"], "'alexnet=b' is empty or repeated; expected one alexnet=FILE"),
+        (["alexnet="], "'alexnet=' is empty or repeated"),
+    ],
+)
+def test_weights_that_do_not_fit_a_preset(given, message):
+    with pytest.raises(ModelError, match=message) as error:
+        weights_for(PRESETS["hayne2024"], given)
+    one_line(error)
+
+
+def test_weights_of_a_preset_of_one_network():
+    assert weights_for(PRESETS["alexnet"], ["a.pth"]) == {"alexnet": "a.pth"}
+    assert weights_for(PRESETS["alexnet"], ["random"]) == {"alexnet": "random"}
