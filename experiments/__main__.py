@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -15,31 +16,15 @@ from rich.console import Console
 from repsim_kernels import RepsimError
 
 if TYPE_CHECKING:
-    from .data import Stimuli
-    from .study import Study
+    from .jobs import Job
 
 OURS = ("experiments", "repsim_kernels", "__main__")
 # PyTorch, pandas and matplotlib are imported by the commands that need them: --help is quick.
 
 
 class OptionsError(ValueError):
-    """Options of the command line that don't go together."""
+    """Options of the command line that can't be read, or don't go together."""
 
-
-class Sample(NamedTuple):
-    """What the demo takes of a network, evenly spaced, unless ``--full`` is given."""
-
-    layers: int
-    targets: int
-    stimuli: int  # of each class, for the metrics
-
-
-# Chosen to take two minutes on two cores, all three together.
-SAMPLE = {
-    "alexnet_small": Sample(layers=7, targets=7, stimuli=20),
-    "mobilenet_v2_small": Sample(layers=8, targets=7, stimuli=20),
-    "resnet50_small": Sample(layers=8, targets=7, stimuli=20),
-}
 
 app = typer.Typer(
     add_completion=False,
@@ -58,33 +43,59 @@ def sweep(
             "three by default), a builder of torchvision.models, or package.module:callable."
         ),
     ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="A study at full size: alexnet, mobilenet_v2, mobilenet_v2_035, resnet50, or "
+            "hayne2024, which is three of them as published."
+        ),
+    ] = None,
     weights: Annotated[
         list[str] | None,
         typer.Option(
-            help="Checkpoint of each --model, in their order: .safetensors, or a state dict."
+            help="Checkpoint of each --model, in their order: .safetensors, or a state dict. Of a "
+            "preset NAME=FILE as well, or random; torchvision's by default."
         ),
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="Folder with a sub-folder of images for each class.")
+        str | None,
+        typer.Option(
+            help="Folder with a sub-folder of images for each class; of a preset ImageNet's "
+            "validation images, in sub-folders or flat, or random."
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="Ground truth of a flat ImageNet folder, if not in or beside it."),
+    ] = None,
+    per_class: Annotated[
+        int | None, typer.Option(help="Images of each class that are read; a preset has 50.")
     ] = None,
     classes: Annotated[
         list[str] | None,
         typer.Option(
-            help="Classes to study, by commas or repeated; only these of --images are read."
+            help="Classes to study, by commas or repeated; only these of --images are read. Of "
+            "ImageNet by name, wnid or index."
         ),
     ] = None,
     layers: Annotated[
         list[str] | None, typer.Option(help="Modules to cut at, separated by commas or repeated.")
     ] = None,
-    grid: Annotated[str, typer.Option(help="Strips by selectivity x cells by magnitude.")] = "4x4",
+    grid: Annotated[
+        str | None, typer.Option(help="Strips by selectivity x cells by magnitude; 4x4 by default.")
+    ] = None,
     metrics: Annotated[
         list[str] | None, typer.Option(help="Distances, separated by commas; all by default.")
     ] = None,
     ridge: Annotated[
-        float,
-        typer.Option(help="Ridge of CCA and PWCCA, relative to the mean energy of a stimulus."),
-    ] = 0.1,
-    penalty: Annotated[float, typer.Option(help="Absolute penalty instead of the ridge.")] = 0.0,
+        float | None,
+        typer.Option(
+            help="Ridge of CCA and PWCCA, relative to a stimulus's mean energy; 0.1 by default."
+        ),
+    ] = None,
+    penalty: Annotated[
+        float | None, typer.Option(help="Absolute penalty instead of the ridge.")
+    ] = None,
     stimuli: Annotated[
         int | None, typer.Option(help="Images of each class that the metrics see; all by default.")
     ] = None,
@@ -96,6 +107,12 @@ def sweep(
         bool, typer.Option("--skip-bad-images", help="Go on without images that can't be read.")
     ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="For activations and what runs, as 8GiB; half of what is free otherwise."
+        ),
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(help="CPU threads; 1 for small networks, else PyTorch's choice."),
@@ -109,6 +126,9 @@ def sweep(
             "--full", help="All layers, classes and stimuli of the demo: 1,270 units for 161."
         ),
     ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what would run and how long, and run nothing.")
+    ] = False,
 ) -> None:
     """Ablate networks cell by cell, and compare what metrics see with what function is lost.
 
@@ -116,50 +136,81 @@ def sweep(
     classes and stimuli, into runs/demo.
     """
     with _one_line_errors():
+        from .jobs import Asked, of_models, of_preset
         from .models import SMALL
-        from .run import run, run_folder
-        from .terminal import announce, finish, progress_of
 
-        names = model or list(SMALL)
-        _set_up_torch(threads, small=all(name in SMALL for name in names))
-        sampled = not (full or images)
-        shown = _stimuli(names, images, classes, size, skip_bad_images)
-        studies = [
-            _study(
-                name,
-                path,
-                shown,
-                SAMPLE.get(name) if sampled else None,
-                classes=_split(classes),
-                layers=_split(layers),
-                stimuli=stimuli,
-                device=device,
-                grid=_grid(grid),
-                metrics=_split(metrics),
-                ridge=ridge,
-                penalty=penalty,
-            )
-            for name, path in zip(names, _weights(names, weights), strict=True)
-        ]
-        folder = out or Path("runs", _folder(names if model or images else (), full))
-        console = Console(highlight=False, markup=False)
-        store = run_folder(studies, folder, {"images": shown.source})
-        announce(shown.source, studies, folder, sampled)
-        units = [unit for study in studies for unit in study.units]
-        if not store.left(units):
-            print(f"All {len(units)} units are done already.")
-        try:
-            with progress_of(console) as progress:
-                table = run(studies, store, progress)
-        except KeyboardInterrupt:
-            done = len(units) - len(store.left(units))
-            print(
-                f"interrupted: {done} of {len(units)} units are finished and kept in {folder}; "
-                "the same command goes on from there",
-                file=sys.stderr,
-            )
-            raise typer.Exit(130) from None
-        finish(console, table, folder)
+        chosen = {
+            "device": device,
+            "grid": None if grid is None else _grid(grid),
+            "metrics": _split(metrics),
+            "ridge": ridge,
+            "penalty": penalty,
+            "memory": memory,
+        }
+        asked = Asked(
+            weights=weights,
+            images=images,
+            labels=labels,
+            classes=_split(classes),
+            layers=_split(layers),
+            per_class=per_class,
+            stimuli=stimuli,
+            size=size,
+            skip_bad=skip_bad_images,
+            study={name: value for name, value in chosen.items() if value is not None},
+        )
+        if preset is not None:
+            if model or full:
+                raise OptionsError("preset: beside --model or --full; expected one of them")
+            _set_up_torch(threads, small=False)
+            job, name, sampled = of_preset(preset, asked), preset, False
+        else:
+            names = model or list(SMALL)
+            _set_up_torch(threads, small=all(name in SMALL for name in names))
+            sampled = not (full or images)
+            job = of_models(names, asked, sampled)
+            name = _folder(names if model or images else (), full)
+        _run(job, out or Path("runs", name), sampled, estimate=preset is not None, dry=plan)
+
+
+def _run(job: Job, folder: Path, sampled: bool, estimate: bool, dry: bool) -> None:
+    """Run studies into a folder; with an estimate before it, or (dry) that alone."""
+    from .plan import plan
+    from .run import run, run_folder
+    from .terminal import announce, finish, progress_of, show_plans, took
+
+    console = Console(highlight=False, markup=False)
+    units = [unit for study in job.studies for unit in study.units]
+    if dry:
+        announce(job.source, job.studies, sampled)
+        show_plans(console, [plan(study) for study in job.studies])
+        return
+    store = run_folder(job.studies, folder, {"images": job.source})
+    announce(job.source, job.studies, sampled)
+    print(f"Into {folder}")
+    left = store.left(units)
+    if not left:
+        print(f"All {len(units)} units are done already.")
+    todo = [[unit for unit in left if unit.model == study.name] for study in job.studies]
+    pairs = [(study, mine) for study, mine in zip(job.studies, todo, strict=True) if mine]
+    plans = [plan(study, mine) for study, mine in pairs] if estimate else []
+    if plans:
+        show_plans(console, plans)
+    start = time.perf_counter()
+    try:
+        with progress_of(console) as progress:
+            table = run(job.studies, store, progress)
+    except KeyboardInterrupt:
+        done = len(units) - len(store.left(units))
+        print(
+            f"interrupted: {done} of {len(units)} units are finished and kept in {folder}; "
+            "the same command goes on from there",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130) from None
+    finish(console, table, folder)
+    if plans:
+        took(time.perf_counter() - start, plans)
 
 
 @app.command()
@@ -210,70 +261,6 @@ def _set_up_torch(threads: int | None, small: bool) -> None:
         torch.set_num_threads(threads)
 
 
-def _stimuli(
-    names: Sequence[str],
-    images: Path | None,
-    classes: Sequence[str] | None,
-    size: int | None,
-    skip_bad: bool,
-) -> Stimuli:
-    from . import data
-    from .models import SMALL
-
-    small = all(name in SMALL for name in names)
-    if images is not None:
-        side = size or (32 if small else 224)
-        return data.image_folder(images, _split(classes), side, skip_bad)
-    if not small:
-        other = next(name for name in names if name not in SMALL)
-        raise OptionsError(f"images: {other!r} needs some; expected a folder, --images")
-    return data.demo()
-
-
-def _study(
-    name: str,
-    weights: str | None,
-    shown: Stimuli,
-    sample: Sample | None,
-    *,
-    classes: list[str] | None,
-    layers: list[str] | None,
-    stimuli: int | None,
-    metrics: list[str] | None,
-    **options: Any,
-) -> Study:
-    from .models import load, study_layers
-    from .stats import METRICS
-    from .study import Study, StudyError
-
-    network = load(name, weights)
-    if unknown := [c for c in classes or () if c not in shown.classes]:
-        known = ", ".join(shown.classes)
-        raise StudyError(f"classes: {unknown[0]!r} is unknown; expected some of {known}")
-    targets = sorted(set(shown.labels.tolist()))
-    if classes is not None:
-        targets = [label for label in targets if shown.classes[label] in classes]
-    elif sample is not None:
-        targets = _spaced(targets, sample.targets)
-    if layers is None:
-        layers = study_layers(network)
-        layers = layers if sample is None else _spaced(layers, sample.layers)
-    if stimuli is None and sample is not None:
-        stimuli = sample.stimuli
-    return Study(
-        network,
-        layers,
-        shown.images,
-        shown.labels,
-        targets,
-        name=name,
-        classes=shown.classes,
-        metrics=METRICS if metrics is None else metrics,
-        stimuli_per_class=stimuli,
-        **options,
-    )
-
-
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
     """End the command with one line and exit code 2 where what was asked for can't be done."""
@@ -302,16 +289,6 @@ def _plain_warnings() -> Iterator[None]:
         yield
 
 
-def _weights(names: Sequence[str], weights: Sequence[str] | None) -> list[str | None]:
-    if weights is None:
-        return [None] * len(names)
-    if len(weights) != len(names):
-        raise OptionsError(
-            f"weights: {len(weights)} for {len(names)} models; expected one for each --model"
-        )
-    return list(weights)
-
-
 def _split(values: Sequence[str] | None) -> list[str] | None:
     if not values:
         return None
@@ -323,13 +300,6 @@ def _grid(text: str) -> tuple[int, int]:
     if not (rows.isdecimal() and columns.isdecimal()):
         raise OptionsError(f"grid: {text!r}; expected two numbers such as 4x4")
     return int(rows), int(columns)
-
-
-def _spaced(values: list[Any], count: int) -> list[Any]:
-    """The first, the last, and what is evenly spaced between."""
-    if count >= len(values):
-        return values
-    return [values[round(i * (len(values) - 1) / max(1, count - 1))] for i in range(count)]
 
 
 def _folder(names: Sequence[str], full: bool) -> str:

@@ -54,7 +54,7 @@ def run(
         ``rank_deficit``, ``log_probability``, ``probability``, ``top1``, ``top5`` (see
         `experiments.study.performance`), ``decodability_refit`` and ``decodability_frozen``
         (balanced accuracy of the class against the rest, intact minus ablated). The same run
-        gives the same bits.
+        gives the same bits. ``attrs["notes"]`` has the studies' notes, by model, and is stored.
 
     Raises
     ------
@@ -70,23 +70,22 @@ def run(
     left = set(units if store is None else store.left(units))
     parts, done = [], len(units) - len(left)
     for study in studies:
-        for layer in study.layers:
-            todo = [unit for unit in study.units if unit.layer == layer and unit in left]
-            if not todo:
-                continue
-            rows = study.measure(layer, [unit.target for unit in todo])
-            for unit in todo:
-                if progress is not None:
-                    progress(Step(unit, done, len(units)))
-                part = next(rows)
-                parts.append(part)
-                if store is not None:
-                    store.put(unit, part)
-                done += 1
+        todo = [unit for unit in study.units if unit in left]
+        measured = study.measure(todo)
+        for unit in todo:
+            if progress is not None:
+                progress(Step(unit, done, len(units)))
+            part = next(measured)
+            parts.append(part)
+            if store is not None:
+                store.put(unit, part)
+            done += 1
     if progress is not None and units:
         progress(Step(units[-1], done, len(units)))
     table = pd.concat(parts, ignore_index=True) if store is None else store.read(units)
     table = table.sort_values(KEYS, kind="stable", ignore_index=True)
+    notes = {study.name: study.note for study in studies if study.note is not None}
+    table.attrs = {"notes": notes} if notes else {}
     if store is not None:
         store.finish(table)
     return table

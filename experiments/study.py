@@ -6,7 +6,6 @@ import copy
 import hashlib
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,19 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-import repsim_kernels as rk
+from repsim_kernels.errors import OptionError
 from repsim_kernels.forward import AblatedForward
+from repsim_kernels.forward.memory import budget
 
-from .performance import performance
+from .measure import BATCH, Layer, StudyError, rows
 from .run import Step, run, run_folder
-from .stats import CHANGES, METRICS
+from .stats import METRICS
 from .store import Unit
-
-BATCH = 64  # images that go through the network together
-
-
-class StudyError(ValueError):
-    """A study can't be made of what was given; the message is one line."""
 
 
 class Study:
@@ -56,12 +50,25 @@ class Study:
         What the column ``model`` says; the class of the model by default.
     classes : sequence of str, optional
         Name of each label, by label.
+    edges : {"equal", "inclusive"}
+        As in ``selectivity_grid``.
+    others : int, optional
+        How many other classes, drawn at random for each target, it is told apart from; all by
+        default.
     ridge, penalty, probe_ridge : float
         Passed on to ``ablation_distances`` (the first two) and ``ablation_decodability``.
     stimuli_per_class : int, optional
         How many images of each class, its first ones, the distances, the decodability and the
         selectivity are taken over; all by default. The network's performance is always that on
         all images of the target.
+    seed : int
+        Of the others that are drawn.
+    memory : int or str, optional
+        Bytes, or text such as "8GiB", for what is held beside the model and its images: as many
+        layers at a time as half of it takes, and what runs beside them. By default half of what is
+        free on the device.
+    note : str, optional
+        What the table and the report are to say of the study, such as that it is no evidence.
     device : str or torch.device, optional
         Where to compute; where the model is by default.
 
@@ -85,10 +92,15 @@ class Study:
         *,
         name: str | None = None,
         classes: Sequence[str] | None = None,
+        edges: str = "equal",
+        others: int | None = None,
         ridge: float = 0.1,
         penalty: float = 0.0,
         probe_ridge: float = 1.0,
         stimuli_per_class: int | None = None,
+        seed: int = 0,
+        memory: int | str | None = None,
+        note: str | None = None,
         device: str | torch.device | None = None,
     ) -> None:
         self.name = type(model).__name__ if name is None else name
@@ -97,12 +109,17 @@ class Study:
         self.layers = _distinct("layers", layers)
         self.metrics = _distinct("metrics", metrics)
         self.grid = (int(grid[0]), int(grid[1]))
+        self.edges, self.others, self.seed, self.note = edges, others, seed, note
         self.classes = None if classes is None else tuple(classes)
         self.images = _tensor("images", images)
         self.labels = _tensor("labels", labels).cpu()
         self.stimuli_per_class = stimuli_per_class
         self.options = {"ridge": ridge, "penalty": penalty, "probe_ridge": probe_ridge}
         self._check_options()
+        try:
+            self.memory = budget(memory, self.device)
+        except OptionError as error:
+            raise StudyError(str(error)) from None
         self._check_images()
         self.labels = self.labels.long()
         present, counts = (a.tolist() for a in np.unique(self.labels.numpy(), return_counts=True))
@@ -121,10 +138,28 @@ class Study:
         return {str(self.class_name(label)): label for label in self.targets}
 
     @property
+    def shown(self) -> int:
+        """How many images the network is shown for the metrics."""
+        return sum(self.counted(label) for label in self.present)
+
+    @property
     def stimuli(self) -> int:
-        """How many images the metrics are taken over."""
-        counts = self.labels.bincount().tolist()
-        return sum(min(count, self.stimuli_per_class or count) for count in counts)
+        """How many images the metrics are taken over, for the first of the targets."""
+        if self.others is None:
+            return self.shown
+        target = self.targets[0]
+        return sum(self.counted(label) for label in (target, *self.others_of(target)))
+
+    def counted(self, label: int) -> int:
+        """How many images of a class are stimuli."""
+        count = int((self.labels == label).sum())
+        return min(count, self.stimuli_per_class or count)
+
+    def others_of(self, label: int) -> list[int]:
+        """The other classes that are drawn for a target."""
+        rest = [other for other in self.present if other != label]
+        drawn = np.random.default_rng([self.seed, label]).permutation(rest)
+        return sorted(drawn[: self.others].tolist())
 
     def class_name(self, label: int) -> str | int:
         """The name of a label where names are known, else the label."""
@@ -147,96 +182,9 @@ class Study:
         """
         return run([self], None if out is None else run_folder([self], out), progress)
 
-    def measure(self, layer: str, targets: Iterable[str] | None = None) -> Iterator[pd.DataFrame]:
-        """Rows of one layer, class by class, from one pass of the images up to that layer.
-
-        Parameters
-        ----------
-        layer : str
-            One of the study's layers.
-        targets : iterable of str, optional
-            Classes to measure, as they are in the study's units; all by default.
-
-        Yields
-        ------
-        DataFrame, one row per cell of the grid
-        """
-        wanted = [self._targets[t] for t in (self._targets if targets is None else targets)]
-        forward = AblatedForward(self.model, layer)
-        with torch.no_grad():
-            states, x, y = self._prefix(forward, set(wanted))
-            for label in wanted:
-                yield self._unit(forward, label, states.pop(label), x, y)
-
-    def _prefix(
-        self, forward: AblatedForward, wanted: set[int]
-    ) -> tuple[dict[int, list[Any]], Tensor, Tensor]:
-        """States of the wanted classes' images; stimuli of all classes, (n, p), and labels."""
-        states: dict[int, list[Any]] = {label: [] for label in wanted}
-        rows, labels = [], []
-        for label in self.present:
-            images = self.images[self.labels == label]
-            left = min(len(images), self.stimuli_per_class or len(images))
-            labels += [label] * left
-            # The same batches whatever is wanted: a resumed run gives the same bits.
-            for batch in torch.split(images, BATCH):
-                if not left and label not in wanted:
-                    break
-                state = forward.prefix(batch.to(self.device))
-                rows.append(state.activation[:left].flatten(1))
-                left -= len(rows[-1])
-                if label in wanted:
-                    states[label].append(state)
-        return states, torch.cat(rows), torch.tensor(labels)
-
-    def _unit(
-        self, forward: AblatedForward, label: int, states: list[Any], x: Tensor, y: Tensor
-    ) -> pd.DataFrame:
-        where = f"{self.name}, layer {forward.layer}"
-        n_cells = self.grid[0] * self.grid[1]
-        try:
-            cells = rk.selectivity_grid(x, y, label, grid=self.grid)
-            intact = torch.cat([forward.intact(state) for state in states])
-            ablated = torch.cat(
-                [forward.logits(state, cells, n_cells=n_cells) for state in states], dim=1
-            )
-            distances, decodability = self._representation(where, label, x, y, cells)
-        except rk.RepsimError as error:
-            raise StudyError(f"{where}, class {self.class_name(label)}: {error}") from error
-        changes = performance(intact, ablated, label) | decodability
-        numbers = distances | {name: changes[name] for name in CHANGES}
-        columns = {
-            "model": self.name,
-            "class": self.class_name(label),
-            "layer": forward.layer,
-            "cell": np.arange(n_cells),
-            "size": torch.as_tensor(cells).bincount(minlength=n_cells).cpu().numpy(),
-        }
-        return pd.DataFrame(
-            columns | {name: value.double().cpu().numpy() for name, value in numbers.items()}
-        )
-
-    def _representation(
-        self, where: str, label: int, x: Tensor, y: Tensor, cells: Any
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Distances and changes of decodability; NaN for a layer that is the same for all."""
-        ridge, penalty, probe_ridge = self.options.values()
-        try:
-            distances = rk.ablation_distances(
-                x, cells, metrics=self.metrics, ridge=ridge, penalty=penalty
-            )
-            probe = rk.ablation_decodability(x, cells, y, target=label, ridge=probe_ridge)
-        except rk.ConstantError:
-            what = "is the same for every stimulus: its distances and decodability are NaN"
-            warnings.warn(f"{where} {what}", stacklevel=2)
-            nan = torch.full((self.grid[0] * self.grid[1],), math.nan)
-            both = ("decodability_refit", "decodability_frozen")
-            return dict.fromkeys(self.metrics, nan), dict.fromkeys(both, nan)
-        # Accuracies are averages of ratios of counts: equal ones must tie in spite of rounding.
-        return dict(distances), {
-            f"decodability_{kind}": (float(probe["intact"]) - probe[kind]).round(decimals=12)
-            for kind in ("refit", "frozen")
-        }
+    def measure(self, units: Sequence[Unit]) -> Iterator[pd.DataFrame]:
+        """Rows of some of the study's units, in their order: see `measure.rows`."""
+        return rows(self, units)
 
     def configuration(self) -> dict[str, Any]:
         """Everything that decides the rows, as JSON-able values."""
@@ -246,6 +194,9 @@ class Study:
             "layers": self.layers,
             "classes": list(self._targets),
             "grid": list(self.grid),
+            "edges": self.edges,
+            "others": self.others,
+            "seed": self.seed,
             "metrics": self.metrics,
             **self.options,
             "stimuli_per_class": self.stimuli_per_class,
@@ -269,6 +220,7 @@ class Study:
             "image_shape": list(self.images.shape[1:]),
             "image_classes": len(self.present),
             "stimuli": self.stimuli,
+            "note": self.note,
             "device": torch.cuda.get_device_name(self.device) if gpu else "CPU",
         }
 
@@ -283,6 +235,8 @@ class Study:
             if not 0 <= value < math.inf or (name == "probe_ridge" and value == 0):
                 least = "above 0" if name == "probe_ridge" else "0 or more"
                 raise StudyError(f"{name}: {value}; expected a finite number, {least}")
+        if self.edges not in ("equal", "inclusive"):
+            raise StudyError(f"edges: {self.edges!r}; expected 'equal' or 'inclusive'")
         if self.stimuli_per_class is not None and self.stimuli_per_class < 2:
             raise StudyError(f"stimuli_per_class: {self.stimuli_per_class}; expected 2 or more")
 
@@ -314,34 +268,40 @@ class Study:
             raise StudyError(
                 f"images: class {self.class_name(alone[0])!r} has one image; expected 2 or more"
             )
+        if self.others is not None and not 1 <= self.others < len(counts):
+            raise StudyError(
+                f"others: {self.others} beside a target, of {len(counts)} classes; expected 1 or "
+                "more of the other ones"
+            )
         if len(counts) < 2:
             raise StudyError(f"labels: all are {self.present[0]}; expected two classes or more")
 
     def _check_model(self) -> None:
         """Show the model one image: its outputs fit the labels, its layers hold the grid."""
-        AblatedForward(self.model, self.layers[0])  # can it be traced at all?
+        self.forward = AblatedForward(self.model, self.layers)
         modules = dict(self.model.named_modules(remove_duplicate=False))
-        calls: dict[str, list[int]] = {layer: [] for layer in self.layers}
+        self.sizes: dict[str, Layer] = {}
 
         def note(layer: str, output: Any) -> None:
-            calls[layer].append(output.numel() if isinstance(output, Tensor) else 0)
+            if isinstance(output, Tensor):
+                size = output.nbytes // len(output)
+                self.sizes[layer] = Layer(output.numel(), size, output.is_contiguous())
 
         handles = [
             modules[layer].register_forward_hook(lambda _m, _i, out, name=layer: note(name, out))
             for layer in self.layers
-            if layer in modules
         ]
         logits = self._one_image()
         for handle in handles:
             handle.remove()
-        for layer, sizes in calls.items():
-            if len(sizes) != 1:
-                AblatedForward(self.model, layer)  # raises and says what is the matter with it
-            if sum(sizes) < self.grid[0] * self.grid[1]:
+        for layer in self.layers:
+            neurons = self.sizes[layer].neurons if layer in self.sizes else 0
+            if neurons < self.grid[0] * self.grid[1]:
                 raise StudyError(
-                    f"grid: {self.grid[0]} x {self.grid[1]} cells for the {sum(sizes)} neurons of "
+                    f"grid: {self.grid[0]} x {self.grid[1]} cells for the {neurons} neurons of "
                     f"layer {layer!r}; expected a neuron or more in each cell"
                 )
+        self.forward.costs(self.images[:2].to(self.device), self.layers[:1], timed=False)  # traced?
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
             what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise StudyError(f"model: {self.name} gives {what}; expected logits (n, k), k > 1")

@@ -23,6 +23,7 @@ from .report import METRIC_NAMES, means, write_report
 from .stats import CHANGES, METRICS, correlations
 
 if TYPE_CHECKING:
+    from .plan import Plan
     from .run import Step
     from .study import Study
 
@@ -37,25 +38,25 @@ HEADS = {
 }
 
 
-def announce(source: str, studies: Sequence[Study], folder: Path, sampled: bool) -> None:
+def announce(source: str, studies: Sequence[Study], sampled: bool) -> None:
     """Say what is going to run, before it does."""
     print(f"Images: {source}")
     for study in studies:
         print(_extent(study))
     if sampled:
         print("A sample, to be quick; --full runs all layers, classes and stimuli.")
-    print(f"Into {folder}")
 
 
 def _extent(study: Study) -> str:
     targets = [str(study.class_name(label)) for label in study.targets]
     per_class = study.stimuli_per_class
     which = "all" if per_class is None else f"the first {per_class} of each class"
+    beside = "" if study.others is None else f", {study.others} other classes drawn for each target"
     return (
-        f"{study.name}\n"
+        f"{study.name}{'' if study.note is None else f' ({study.note})'}\n"
         f"  layers ({len(study.layers)}): {_some(study.layers)}\n"
         f"  target classes ({len(targets)} of {len(study.present)}): {_some(targets)}\n"
-        f"  stimuli of the metrics: {study.stimuli} of {len(study.labels)} images, {which}"
+        f"  stimuli of the metrics: {study.stimuli} of {len(study.labels)} images, {which}{beside}"
     )
 
 
@@ -68,8 +69,11 @@ def finish(console: Console, table: pd.DataFrame, folder: Path) -> None:
     """Print the mean correlations, write the report, say where things are."""
     metrics = [name for name in METRICS if name in table.columns]
     wide = means(correlations(table, metrics, CHANGES))
+    notes = table.attrs.get("notes", {})
     for model in table["model"].unique():
-        view = Table(title=f"Mean Spearman correlation, {model}", title_justify="left", box=SIMPLE)
+        title = f"Mean Spearman correlation, {model}"
+        title += f" ({notes[model]})" if model in notes else ""
+        view = Table(title=title, title_justify="left", box=SIMPLE)
         view.add_column("metric", no_wrap=True)
         for change in CHANGES:
             view.add_column(HEADS[change], justify="right", no_wrap=True)
@@ -79,6 +83,59 @@ def finish(console: Console, table: pd.DataFrame, folder: Path) -> None:
         console.print(view)
     print(folder / "results.parquet")
     print(write_report(folder, folder / "report.html"))
+
+
+def show_plans(console: Console, plans: Sequence[Plan]) -> None:
+    """What each network is going to take, layer by layer."""
+    for plan in plans:
+        view = Table(
+            title=f"Plan, {plan.name}: {plan.targets} target classes x {plan.cells} cells x "
+            f"{plan.images} images, metrics over {plan.stimuli} stimuli",
+            title_justify="left",
+            box=SIMPLE,
+        )
+        heads = (
+            "layer",
+            "neurons",
+            "cells\ntogether",
+            "TFLOP\nforward",
+            "TFLOP\nmetrics",
+            "GiB\nheld",
+        )
+        for head in (*heads, "time"):
+            view.add_column(head, justify="left" if head == "layer" else "right", no_wrap=True)
+        for line in plan.layers:
+            view.add_row(
+                line.layer,
+                f"{line.neurons:,}",
+                str(line.together),
+                f"{line.forward_flops / 1e12:.3g}",
+                f"{line.metric_flops / 1e12:.3g}",
+                f"{line.held / 2**30:.2f}",
+                _duration(line.seconds),
+            )
+        console.print(view)
+        print(
+            f"  {plan.passes} passes of all images for all layers, "
+            f"{plan.passes * plan.pass_flops / 1e12:.3g} TFLOP, {_duration(plan.pass_seconds)} "
+            f"with the trial of each cut; at most {plan.held / 2**30:.2f} GiB of activations held of "
+            f"{plan.memory / 2**30:.2f} GiB"
+        )
+    flops, seconds = (sum(getattr(plan, what) for plan in plans) for what in ("flops", "seconds"))
+    print(f"Plan: {flops / 1e12:.3g} TFLOP, about {_duration(seconds)} on this device.", flush=True)
+
+
+def took(seconds: float, plans: Sequence[Plan]) -> None:
+    """Hold what a run took against its plan."""
+    said = sum(plan.seconds for plan in plans)
+    print(f"Took {_duration(seconds)}; the plan said {_duration(said)}.")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{minutes:.0f} min" if minutes < 100 else f"{hours:.1f} h"
 
 
 @contextmanager

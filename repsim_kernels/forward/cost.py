@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -45,8 +46,11 @@ def together(split: Split, n: int) -> int:
     return max(1, -(-_INTENSITY * split.weights // max(1, int(split.tail_flops * n))))
 
 
-def cost(split: Split, times: dict[fx.Node, float], n: int) -> Cost:
-    head, tail = (sum(times[step.node] for step in part) for part in (split.head, split.tail))
+def cost(split: Split, times: dict[fx.Node, float] | None, n: int) -> Cost:
+    head, tail = (
+        math.nan if times is None else sum(times[step.node] for step in part)
+        for part in (split.head, split.tail)
+    )
     return Cost(
         head_flops=split.head_flops,
         tail_flops=split.tail_flops,

@@ -249,8 +249,10 @@ class AblatedForward:
                 out[ids] = passes.in_batches(state, masks, _all(state, ids), together, room)
             return out
 
-    def costs(self, images: Tensor, layers: Sequence[str] | None = None) -> dict[str, Cost]:
-        """What the network takes before and after each layer; runs and times a few passes.
+    def costs(
+        self, images: Tensor, layers: Sequence[str] | None = None, *, timed: bool = True
+    ) -> dict[str, Cost]:
+        """What the network takes before and after each layer, from a few passes.
 
         Parameters
         ----------
@@ -258,6 +260,8 @@ class AblatedForward:
             As many as will run together.
         layers : sequence of str, optional
             Some of this object's layers; all by default.
+        timed : bool
+            Whether to time passes of all the images; without it seconds are NaN.
 
         Returns
         -------
@@ -274,7 +278,7 @@ class AblatedForward:
         self._check(images)
         with _without_grad():
             cuts = {name: self._cut(name, images)[1] for name in wanted}
-            times = cost.seconds(self._traced(images), copied(images))
+            times = cost.seconds(self._traced(images), copied(images)) if timed else None
             return {name: cost.cost(part, times, len(images)) for name, part in cuts.items()}
 
     def _wanted(self, layers: Sequence[str] | None) -> tuple[str, ...]:

@@ -46,11 +46,12 @@ class State:
         ----------
         rows : tensor, (n, p)
             Of the activation's dtype and device; filled with the activation flattened in C order.
-            Where the activation is laid out in another order, the state keeps its own as well.
+            Where the activation is laid out in another order, the state keeps its own as well. That
+            the rows are not written to is then the caller's care.
         """
         rows.copy_(self.activation.flatten(1))
         if self.activation.is_contiguous():
-            self.activation = rows.view(self.activation.shape)
+            self.activation = rows.data.view(self.activation.shape)  # .data: a count of its own
         self._note()
 
     def _note(self) -> None:

@@ -1,0 +1,206 @@
+"""What the command line asks for: networks, their images, and the studies of both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from . import data, imagenet
+from .data import Stimuli
+from .measure import StudyError
+from .models import SMALL, load, study_layers
+from .presets import PRESETS, Network, Preset, load_network, weights_for
+from .stats import METRICS
+from .study import Study
+
+
+class JobError(ValueError):
+    """Options that don't go together; the message is one line."""
+
+
+class Sample(NamedTuple):
+    """What the demo takes of a network, evenly spaced, unless ``--full`` is given."""
+
+    layers: int
+    targets: int
+    stimuli: int  # of each class, for the metrics
+
+
+# Chosen to take two minutes on two cores, all three together.
+SAMPLE = {
+    "alexnet_small": Sample(layers=7, targets=7, stimuli=20),
+    "mobilenet_v2_small": Sample(layers=8, targets=7, stimuli=20),
+    "resnet50_small": Sample(layers=8, targets=7, stimuli=20),
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of ``sweep``; None where one was not given."""
+
+    weights: list[str] | None = None
+    images: str | None = None
+    labels: Path | None = None
+    classes: list[str] | None = None
+    layers: list[str] | None = None
+    per_class: int | None = None
+    stimuli: int | None = None
+    size: int | None = None
+    skip_bad: bool = False
+    study: dict[str, Any] = field(default_factory=dict)  # for `Study`, those that were given
+
+
+class Job(NamedTuple):
+    """Studies to run as one, and what their images are."""
+
+    studies: list[Study]
+    source: str
+
+
+def of_models(names: Sequence[str], asked: Asked, sampled: bool) -> Job:
+    """Studies of the shipped networks, torchvision's, or a user's own.
+
+    Raises
+    ------
+    JobError, DataError, ModelError, StudyError, LayerError
+    """
+    if asked.labels is not None or asked.per_class is not None:
+        option = "labels" if asked.labels is not None else "per-class"
+        raise JobError(f"{option}: only with --preset")
+    small = all(name in SMALL for name in names)
+    if asked.images is not None:
+        side = asked.size or (32 if small else 224)
+        shown = data.image_folder(asked.images, asked.classes, side, asked.skip_bad)
+    elif not small:
+        other = next(name for name in names if name not in SMALL)
+        raise JobError(f"images: {other!r} needs some; expected a folder, --images")
+    else:
+        shown = data.demo()
+    given = [None] * len(names) if asked.weights is None else asked.weights
+    if len(given) != len(names):
+        raise JobError(
+            f"weights: {len(given)} for {len(names)} models; expected one for each --model"
+        )
+    studies = [
+        _of_model(name, path, shown, SAMPLE.get(name) if sampled else None, asked)
+        for name, path in zip(names, given, strict=True)
+    ]
+    return Job(studies, shown.source)
+
+
+def _of_model(
+    name: str, weights: str | None, shown: Stimuli, sample: Sample | None, asked: Asked
+) -> Study:
+    network = load(name, weights)
+    if unknown := [c for c in asked.classes or () if c not in shown.classes]:
+        known = ", ".join(shown.classes)
+        raise StudyError(f"classes: {unknown[0]!r} is unknown; expected some of {known}")
+    targets = sorted(set(shown.labels.tolist()))
+    layers, stimuli = asked.layers, asked.stimuli
+    if asked.classes is not None:
+        targets = [label for label in targets if shown.classes[label] in asked.classes]
+    elif sample is not None:
+        targets = spaced(targets, sample.targets)
+    if layers is None:
+        layers = study_layers(network)
+        layers = layers if sample is None else spaced(layers, sample.layers)
+    if stimuli is None and sample is not None:
+        stimuli = sample.stimuli
+    return Study(
+        network,
+        layers,
+        shown.images,
+        shown.labels,
+        targets,
+        name=name,
+        classes=shown.classes,
+        stimuli_per_class=stimuli,
+        **{"metrics": METRICS} | asked.study,
+    )
+
+
+def of_preset(name: str, asked: Asked) -> Job:
+    """The studies of a preset: full-size networks, ImageNet's images.
+
+    Raises
+    ------
+    JobError, DataError, ModelError, StudyError, LayerError
+    """
+    if name not in PRESETS:
+        raise JobError(f"preset: {name!r} is unknown; expected one of {', '.join(PRESETS)}")
+    preset = PRESETS[name]
+    if asked.images is None:
+        raise JobError("images: a preset needs ImageNet's; expected a folder, or random, --images")
+    if asked.size is not None:
+        raise JobError("size: a preset's images have the size that its weights were trained with")
+    if asked.layers is not None and len(preset.networks) > 1:
+        raise JobError(f"layers: {name!r} is of several networks; expected a preset of one")
+    given = weights_for(preset, asked.weights)
+    studies, sources = [], []
+    for network in preset.networks:
+        study, source = _of_network(preset, network, given[network.name], asked)
+        studies.append(study)
+        sources.append(source)
+    return Job(studies, "; ".join(dict.fromkeys(sources)))
+
+
+def _of_network(
+    preset: Preset, network: Network, weights: str | None, asked: Asked
+) -> tuple[Study, str]:
+    loaded = load_network(network, weights)
+    targets = imagenet.outputs(network.classes if asked.classes is None else asked.classes)
+    per_class = network.images if asked.per_class is None else asked.per_class
+    if asked.images == "random":
+        shown = imagenet.noise(targets, per_class)
+    else:
+        assert asked.images is not None
+        shown = imagenet.validation(
+            asked.images,
+            targets,
+            loaded.transform,
+            per_class=per_class,
+            labels=asked.labels,
+            skip_bad=asked.skip_bad,
+        )
+    drawn = [f"random {what}" for what in ("weights", "images") if _is_random(what, weights, asked)]
+    others = network.others if network.others and network.others < len(targets) - 1 else None
+    options: dict[str, Any] = {
+        "grid": preset.grid,
+        "edges": preset.edges,
+        "ridge": preset.ridge,
+        "penalty": preset.penalty,
+        "metrics": preset.metrics or METRICS,
+    }
+    model = loaded.model
+    if torch.device(asked.study.get("device") or "cpu").type == "cpu":
+        # Half as fast again on a CPU, by measurement; nothing of it has been measured on a GPU.
+        model = model.to(memory_format=torch.channels_last)
+    study = Study(
+        model,
+        study_layers(model) if asked.layers is None else asked.layers,
+        shown.images,
+        shown.labels,
+        targets,
+        name=network.name,
+        classes=shown.classes,
+        others=others,
+        stimuli_per_class=asked.stimuli,
+        note=f"not evidence: {', '.join(drawn)}" if drawn else None,
+        **options | asked.study,
+    )
+    return study, shown.source
+
+
+def _is_random(what: str, weights: str | None, asked: Asked) -> bool:
+    return (weights if what == "weights" else asked.images) == "random"
+
+
+def spaced(values: list[Any], count: int) -> list[Any]:
+    """The first, the last, and what is evenly spaced between."""
+    if count >= len(values):
+        return values
+    return [values[round(i * (len(values) - 1) / max(1, count - 1))] for i in range(count)]

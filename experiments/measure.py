@@ -1,0 +1,216 @@
+"""The rows of a study: a pass of the images for as many layers as memory takes, then the cells."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
+import torch
+from torch import Tensor
+
+import repsim_kernels as rk
+from repsim_kernels.forward import State
+
+from .performance import performance
+from .stats import CHANGES
+from .store import Unit
+
+if TYPE_CHECKING:
+    from .study import Study
+
+BATCH = 64  # images that go through the network together
+_VARIATES = 2**30  # bytes, at most, for the canonical variates that wait for a pass: PWCCA
+
+
+class StudyError(ValueError):
+    """A study can't be made of what was given; the message is one line."""
+
+
+class Layer(NamedTuple):
+    """What a layer gives for an image."""
+
+    neurons: int
+    bytes: int
+    contiguous: bool  # laid out in the order of its neurons
+
+
+@dataclass
+class Shown:
+    """A layer's activations, (n, p) and sorted by class, and the states of the targets' images."""
+
+    x: Tensor
+    labels: Tensor
+    states: dict[int, list[State]] = field(default_factory=dict)
+
+
+def rows(study: Study, units: Sequence[Unit]) -> Iterator[pd.DataFrame]:
+    """Measure some units of a study.
+
+    Parameters
+    ----------
+    study : Study
+    units : sequence of Unit
+        Some of the study's, layer by layer.
+
+    Yields
+    ------
+    DataFrame, one row per cell of the grid
+        For each unit, in their order.
+
+    Raises
+    ------
+    StudyError
+        A layer's activations are not finite, or the memory is too little for a layer.
+    """
+    labels = {str(study.class_name(label)): label for label in study.targets}
+    wanted: dict[str, list[int]] = {}
+    for unit in units:
+        wanted.setdefault(unit.layer, []).append(labels[unit.target])
+    with torch.no_grad():
+        for group in groups(study, list(wanted)):
+            shown = _shown(study, group, {label for layer in group for label in wanted[layer]})
+            left = sum(held(study)[layer] for layer in group)
+            for layer in group:
+                for label in wanted[layer]:
+                    yield _unit(study, layer, label, shown[layer], study.memory - left)
+                left -= held(study)[layer]
+                del shown[layer]
+
+
+def held(study: Study) -> dict[str, int]:
+    """Bytes that each layer's activations, and what its ablated passes start from, take."""
+    costs = study.forward.costs(study.images[:2].to(study.device), timed=False)
+    targets = sum(int((study.labels == label).sum()) for label in study.targets)
+    found = {}
+    for name, layer in study.sizes.items():
+        beside = costs[name].held_bytes - layer.bytes * layer.contiguous  # x holds the activation
+        subset = 0 if study.others is None else study.stimuli * layer.bytes
+        found[name] = study.shown * layer.bytes + targets * max(0, beside) + subset
+    return found
+
+
+def groups(study: Study, layers: Sequence[str]) -> list[list[str]]:
+    """Layers that one pass of the images serves: in half of the memory, or one by itself."""
+    sizes, found, size = held(study), [list[str]()], 0
+    for layer in layers:
+        if sizes[layer] > 0.9 * study.memory:
+            raise StudyError(
+                f"memory: {study.memory / 2**30:.2g} GiB; expected {sizes[layer] / 2**30:.2g} GiB, "
+                f"which layer {layer!r} of {study.name} takes for these images, and a tenth more"
+            )
+        if found[-1] and size + sizes[layer] > study.memory / 2:
+            found.append([])
+            size = 0
+        found[-1].append(layer)
+        size += sizes[layer]
+    return found
+
+
+def _shown(study: Study, layers: Sequence[str], wanted: set[int]) -> dict[str, Shown]:
+    """Show the network all stimuli once, and keep what these layers gave."""
+    y = torch.cat([torch.full((study.counted(label),), label) for label in study.present])
+    found: dict[str, Shown] = {}
+    row = 0
+    for label in study.present:
+        images = study.images[study.labels == label]
+        left = study.counted(label)
+        # The same batches whatever is wanted: a resumed run gives the same bits.
+        for batch in torch.split(images, BATCH):
+            if not left and label not in wanted:
+                break
+            states = study.forward.prefixes(batch.to(study.device), layers)
+            take = min(left, len(batch))
+            for layer in layers:
+                state = states.pop(layer)
+                if layer not in found:
+                    p = study.sizes[layer].neurons
+                    found[layer] = Shown(state.activation.new_empty(len(y), p), y)
+                mine = found[layer]
+                if take == len(state):
+                    state.move(mine.x[row : row + take])
+                else:
+                    mine.x[row : row + take] = state.activation[:take].flatten(1)
+                if label in wanted:
+                    mine.states.setdefault(label, []).append(state)
+            left -= take
+            row += take
+    return found
+
+
+class Represented(NamedTuple):
+    """What is said of a layer's representation for one target."""
+
+    cells: Tensor  # (p,) labels or (C, p) membership
+    sizes: Tensor  # (C,) neurons of each cell
+    distances: dict[str, Any]
+    decodability: dict[str, Any]
+
+
+def _unit(study: Study, layer: str, label: int, shown: Shown, room: int) -> pd.DataFrame:
+    where = f"{study.name}, layer {layer}"
+    forward, n_cells = study.forward, study.grid[0] * study.grid[1]
+    states = shown.states.pop(label)
+    try:
+        found = represent(study, where, label, *_stimuli(study, label, shown), room)
+        intact = torch.cat([forward.intact(state) for state in states])
+        parts = [forward.logits(state, found.cells, n_cells, memory=room) for state in states]
+    except rk.RepsimError as error:
+        raise StudyError(f"{where}, class {study.class_name(label)}: {error}") from error
+    changes = performance(intact, torch.cat(parts, dim=1), label) | found.decodability
+    numbers = found.distances | {name: changes[name] for name in CHANGES}
+    columns = {
+        "model": study.name,
+        "class": study.class_name(label),
+        "layer": layer,
+        "cell": np.arange(n_cells),
+        "size": found.sizes.cpu().numpy(),
+    }
+    return pd.DataFrame(
+        columns | {name: value.double().cpu().numpy() for name, value in numbers.items()}
+    )
+
+
+def _stimuli(study: Study, label: int, shown: Shown) -> tuple[Tensor, Tensor]:
+    """What a target is told apart from: all classes, or some that are drawn for it."""
+    if study.others is None:
+        return shown.x, shown.labels
+    chosen = torch.tensor([label, *study.others_of(label)])
+    index = torch.isin(shown.labels, chosen).nonzero()[:, 0]
+    return shown.x[index.to(shown.x.device)], shown.labels[index]
+
+
+def represent(study: Study, where: str, label: int, x: Tensor, y: Tensor, room: int) -> Represented:
+    """Cells, distances and changes of decodability; NaN for a layer that is the same for all."""
+    cells = rk.selectivity_grid(x, y, label, grid=study.grid, edges=study.edges)
+    n_cells, overlap = study.grid[0] * study.grid[1], cells.dtype == torch.bool
+    sizes = cells.sum(1) if overlap else cells.bincount(minlength=n_cells)
+    try:
+        distances = rk.ablation_distances(
+            x,
+            cells,
+            metrics=study.metrics,
+            ridge=study.options["ridge"],
+            penalty=study.options["penalty"],
+            memory=max(1, min(room, _VARIATES)),
+        )
+        ridge = study.options["probe_ridge"]
+        probe = rk.ablation_decodability(x, cells, y, target=label, ridge=ridge)
+    except rk.ConstantError:
+        what = "is the same for every stimulus: its distances and decodability are NaN"
+        warnings.warn(f"{where} {what}", stacklevel=2)
+        nan = torch.full((n_cells,), math.nan)
+        both = ("decodability_refit", "decodability_frozen")
+        return Represented(
+            cells, sizes, dict.fromkeys(study.metrics, nan), dict.fromkeys(both, nan)
+        )
+    # Accuracies are averages of ratios of counts: equal ones must tie in spite of rounding.
+    decodability = {
+        f"decodability_{kind}": (float(probe["intact"]) - probe[kind]).round(decimals=12)
+        for kind in ("refit", "frozen")
+    }
+    return Represented(cells, sizes, dict(distances), decodability)

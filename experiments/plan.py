@@ -1,0 +1,152 @@
+"""What a study is going to take: counted from its networks, timed on its device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from repsim_kernels.forward import Cost
+
+from .measure import BATCH, groups, held, represent
+from .store import Unit
+from .study import Study
+
+# Passes of two images that try a cut before it is used: whole, before it, and behind it.
+_TRIALS = 7
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer of a study: its ablated passes and metrics, for all target classes."""
+
+    layer: str
+    neurons: int
+    together: int  # cells in a batch
+    forward_flops: float  # of the ablated passes
+    metric_flops: float  # of Grams, and of PWCCA's weights
+    held: int  # bytes of activations, and of what ablated passes start from
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One network of a study."""
+
+    name: str
+    layers: list[LayerPlan]
+    targets: int
+    cells: int
+    images: int  # of each target class, the mean
+    stimuli: int
+    passes: int  # of all images, one for each group of layers
+    pass_flops: float  # of one of them
+    pass_seconds: float  # of all of them, and of trying the cuts
+    held: int  # bytes of the group of layers that holds the most
+    memory: int
+
+    @property
+    def seconds(self) -> float:
+        return self.pass_seconds + sum(line.seconds for line in self.layers)
+
+    @property
+    def flops(self) -> float:
+        each = (line.forward_flops + line.metric_flops for line in self.layers)
+        return self.passes * self.pass_flops + sum(each)
+
+
+def plan(study: Study, units: Sequence[Unit] | None = None) -> Plan:
+    """Count and estimate what a study takes, from a few passes and small metrics.
+
+    Parameters
+    ----------
+    study : Study
+    units : sequence of Unit, optional
+        Those that are to be measured, at least one; all by default.
+
+    Returns
+    -------
+    Plan
+        Operations are two for each multiply-add. An estimate of seconds: nothing is known yet of
+        cells that are dead, and that take no pass.
+
+    Raises
+    ------
+    StudyError
+        The memory is too little for a layer.
+    """
+    units = study.units if units is None else units
+    names = list(dict.fromkeys(unit.layer for unit in units))
+    own = sum(int((study.labels == label).sum()) for label in study.targets) / len(study.targets)
+    n = min(BATCH, round(own))
+    images = study.images[study.labels == study.targets[0]][:n].to(study.device)
+    costs = study.forward.costs(images, names)
+    whole = costs[names[0]].head_seconds + costs[names[0]].tail_seconds
+    per_image = whole / len(images)
+    sizes, grouped = held(study), groups(study, names)
+    fixed, by_neuron = _metric_seconds(study)
+    n_cells = study.grid[0] * study.grid[1]
+    speed = (costs[names[0]].head_flops + costs[names[0]].tail_flops) / per_image
+    lines = []
+    for name in names:
+        cost, p = costs[name], study.sizes[name].neurons
+        targets = sum(unit.layer == name for unit in units)
+        passes = targets * n_cells * own
+        spectral = 1 + n_cells * ("pwcca" in study.metrics)
+        lines.append(
+            LayerPlan(
+                layer=name,
+                neurons=p,
+                together=min(cost.together, n_cells),
+                forward_flops=passes * cost.tail_flops,
+                metric_flops=targets * 2.0 * study.stimuli**2 * p * spectral,
+                held=sizes[name],
+                seconds=passes * _tail_seconds(cost, len(images), speed)
+                + targets * (fixed + by_neuron * p),
+            )
+        )
+    return Plan(
+        name=study.name,
+        layers=lines,
+        targets=len({unit.target for unit in units}),
+        cells=n_cells,
+        images=round(own),
+        stimuli=study.stimuli,
+        passes=len(grouped),
+        pass_flops=(costs[names[0]].head_flops + costs[names[0]].tail_flops) * len(study.labels),
+        pass_seconds=per_image * (len(grouped) * len(study.labels) + 2 * _TRIALS * len(names)),
+        held=max(sum(sizes[name] for name in group) for group in grouped),
+        memory=study.memory,
+    )
+
+
+def _tail_seconds(cost: Cost, n: int, speed: float) -> float:
+    """Of one image of one cell; at the network's own speed where several cells run together."""
+    alone = cost.tail_seconds / n
+    return alone if cost.together == 1 else min(alone, cost.tail_flops / speed)
+
+
+def _metric_seconds(study: Study) -> tuple[float, float]:
+    """Seconds of a unit's cells, distances and decodability: fixed, and for each neuron."""
+    target = study.targets[0]
+    classes = study.present if study.others is None else [target, *study.others_of(target)]
+    y = torch.cat([torch.full((study.counted(label),), label) for label in classes])
+    few, many = (max(16, study.grid[0] * study.grid[1], k * len(y)) for k in (1, 5))
+    times = []
+    for p in (few, few, many):  # the first also loads libraries
+        x = _alive(len(y), p, study.device)
+        start = time.perf_counter()
+        found = represent(study, "plan", target, x, y, 2**30)
+        found.sizes.cpu()
+        times.append(time.perf_counter() - start)
+    by_neuron = max(0.0, times[2] - times[1]) / (many - few)
+    return max(0.0, times[1] - by_neuron * few), by_neuron
+
+
+def _alive(n: int, p: int, device: torch.device) -> Tensor:
+    """Activations that are like a layer's behind its ReLU: timing on zeros would be false."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, p, generator=generator).relu_().to(device)
