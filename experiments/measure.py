@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import repsim_kernels as rk
-from repsim_kernels.forward import State
+from repsim_kernels.forward import Cost, State
 
 from .performance import performance
 from .stats import CHANGES
@@ -23,7 +23,9 @@ from .store import Unit
 if TYPE_CHECKING:
     from .study import Study
 
-BATCH = 64  # images that go through the network together
+BATCH = 64  # images that go through the network together, at most
+_HELD = 0.7  # of the memory, for activations; the rest is for what runs
+_GRID = 190  # bytes a neuron that it takes to sort them into cells, measured
 _VARIATES = 2**30  # bytes, at most, for the canonical variates that wait for a pass: PWCCA
 
 
@@ -36,7 +38,6 @@ class Layer(NamedTuple):
 
     neurons: int
     bytes: int
-    contiguous: bool  # laid out in the order of its neurons
 
 
 @dataclass
@@ -77,33 +78,47 @@ def rows(study: Study, units: Sequence[Unit]) -> Iterator[pd.DataFrame]:
             left = sum(held(study)[layer] for layer in group)
             for layer in group:
                 for label in wanted[layer]:
-                    yield _unit(study, layer, label, shown[layer], study.memory - left)
+                    yield _unit(study, layer, label, shown[layer], (study.memory - left) // 2)
                 left -= held(study)[layer]
                 del shown[layer]
 
 
+def batch_size(study: Study) -> int:
+    """Images that go through the network together."""
+    room = (1 - _HELD) / 2 * study.memory  # products have workspaces of their tensors' size
+    return max(1, min(BATCH, int(room // _costs(study)[study.layers[0]].pass_bytes)))
+
+
+def _costs(study: Study) -> dict[str, Cost]:
+    return study.forward.costs(study.images[:2].to(study.device), timed=False)
+
+
 def held(study: Study) -> dict[str, int]:
     """Bytes that each layer's activations, and what its ablated passes start from, take."""
-    costs = study.forward.costs(study.images[:2].to(study.device), timed=False)
+    costs = _costs(study)
     targets = sum(int((study.labels == label).sum()) for label in study.targets)
     found = {}
     for name, layer in study.sizes.items():
-        beside = costs[name].held_bytes - layer.bytes * layer.contiguous  # x holds the activation
+        beside = costs[name].held_bytes - layer.bytes  # the activation is in x
         subset = 0 if study.others is None else study.stimuli * layer.bytes
-        found[name] = study.shown * layer.bytes + targets * max(0, beside) + subset
+        found[name] = (
+            study.shown * layer.bytes + targets * max(0, beside) + subset + _GRID * layer.neurons
+        )
     return found
 
 
 def groups(study: Study, layers: Sequence[str]) -> list[list[str]]:
-    """Layers that one pass of the images serves: in half of the memory, or one by itself."""
+    """Layers that one pass of the images serves: as many as the memory holds, at least one."""
     sizes, found, size = held(study), [list[str]()], 0
+    room = int(_HELD * study.memory)
     for layer in layers:
-        if sizes[layer] > 0.9 * study.memory:
+        if sizes[layer] > room:
             raise StudyError(
-                f"memory: {study.memory / 2**30:.2g} GiB; expected {sizes[layer] / 2**30:.2g} GiB, "
-                f"which layer {layer!r} of {study.name} takes for these images, and a tenth more"
+                f"memory: {study.memory / 2**30:.3g} GiB; expected "
+                f"{sizes[layer] / _HELD / 2**30:.3g} GiB or more, for what layer {layer!r} of "
+                f"{study.name} gives for these images"
             )
-        if found[-1] and size + sizes[layer] > study.memory / 2:
+        if found[-1] and size + sizes[layer] > room:
             found.append([])
             size = 0
         found[-1].append(layer)
@@ -115,12 +130,12 @@ def _shown(study: Study, layers: Sequence[str], wanted: set[int]) -> dict[str, S
     """Show the network all stimuli once, and keep what these layers gave."""
     y = torch.cat([torch.full((study.counted(label),), label) for label in study.present])
     found: dict[str, Shown] = {}
-    row = 0
+    row, size = 0, batch_size(study)
     for label in study.present:
         images = study.images[study.labels == label]
         left = study.counted(label)
         # The same batches whatever is wanted: a resumed run gives the same bits.
-        for batch in torch.split(images, BATCH):
+        for batch in torch.split(images, size):
             if not left and label not in wanted:
                 break
             states = study.forward.prefixes(batch.to(study.device), layers)

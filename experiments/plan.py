@@ -11,7 +11,7 @@ from torch import Tensor
 
 from repsim_kernels.forward import Cost
 
-from .measure import BATCH, groups, held, represent
+from .measure import batch_size, groups, held, represent
 from .store import Unit
 from .study import Study
 
@@ -81,7 +81,7 @@ def plan(study: Study, units: Sequence[Unit] | None = None) -> Plan:
     units = study.units if units is None else units
     names = list(dict.fromkeys(unit.layer for unit in units))
     own = sum(int((study.labels == label).sum()) for label in study.targets) / len(study.targets)
-    n = min(BATCH, round(own))
+    n = min(batch_size(study), round(own))
     images = study.images[study.labels == study.targets[0]][:n].to(study.device)
     costs = study.forward.costs(images, names)
     whole = costs[names[0]].head_seconds + costs[names[0]].tail_seconds

@@ -64,9 +64,9 @@ class Study:
     seed : int
         Of the others that are drawn.
     memory : int or str, optional
-        Bytes, or text such as "8GiB", for what is held beside the model and its images: as many
-        layers at a time as half of it takes, and what runs beside them. By default half of what is
-        free on the device.
+        Bytes, or text such as "8GiB", for all that is held beside the model and its images:
+        activations of as many layers at a time as it takes, and what runs. By default half of what
+        is free on the device.
     note : str, optional
         What the table and the report are to say of the study, such as that it is no evidence.
     device : str or torch.device, optional
@@ -285,7 +285,7 @@ class Study:
         def note(layer: str, output: Any) -> None:
             if isinstance(output, Tensor):
                 size = output.nbytes // len(output)
-                self.sizes[layer] = Layer(output.numel(), size, output.is_contiguous())
+                self.sizes[layer] = Layer(output.numel(), size)
 
         handles = [
             modules[layer].register_forward_hook(lambda _m, _i, out, name=layer: note(name, out))

@@ -118,8 +118,8 @@ def show_plans(console: Console, plans: Sequence[Plan]) -> None:
         print(
             f"  {plan.passes} passes of all images for all layers, "
             f"{plan.passes * plan.pass_flops / 1e12:.3g} TFLOP, {_duration(plan.pass_seconds)} "
-            f"with the trial of each cut; at most {plan.held / 2**30:.2f} GiB of activations held of "
-            f"{plan.memory / 2**30:.2f} GiB"
+            f"with the trial of each cut; {plan.held / 2**30:.2f} GiB of activations at most, of "
+            f"{plan.memory / 2**30:.2f} GiB of memory"
         )
     flops, seconds = (sum(getattr(plan, what) for plan in plans) for what in ("flops", "seconds"))
     print(f"Plan: {flops / 1e12:.3g} TFLOP, about {_duration(seconds)} on this device.", flush=True)

@@ -26,8 +26,9 @@ class Cost:
         Floating-point operations an image: two for each multiply-add.
     head_seconds, tail_seconds : float
         Of a pass of all the images that were given, nothing masked.
-    held_bytes, peak_bytes : int
-        Bytes an image: of what a `State` holds, and the most that the tail holds at once.
+    held_bytes, peak_bytes, pass_bytes : int
+        Bytes an image: of what a `State` holds, the most that the tail holds at once, and the most
+        that a whole pass holds.
     together : int
         Cells that run together on a CPU by default, for so many images.
     """
@@ -38,6 +39,7 @@ class Cost:
     tail_seconds: float
     held_bytes: int
     peak_bytes: int
+    pass_bytes: int
     together: int
 
 
@@ -58,6 +60,7 @@ def cost(split: Split, times: dict[fx.Node, float] | None, n: int) -> Cost:
         tail_seconds=tail,
         held_bytes=split.held,
         peak_bytes=split.peak,
+        pass_bytes=split.whole_peak,
         together=together(split, n),
     )
 

@@ -41,6 +41,7 @@ class Split:
     batchable: bool  # cells may run together
     held: int  # bytes a stimulus of a state: the activation and what varies
     peak: int  # bytes a stimulus, the most that the tail holds at once
+    whole_peak: int  # and that a whole pass holds
     head_flops: float  # a stimulus
     tail_flops: float
     weights: int  # bytes of parameters and buffers that the tail reads
@@ -116,12 +117,6 @@ def _split(facts: dict[fx.Node, _Facts], layer: str, cut: fx.Node, raw: int, n: 
     inputs = [x for x in taken if x is not cut]
     varying = [x for x in inputs if x in imaged]
     steps = schedule(tail, {nodes[-1]})
-    alive, most = {cut, *varying}, 0
-    for step in steps:
-        alive.add(step.node)
-        held = {key: size for x in alive for key, size in facts[x].gives.items()}
-        most = max(most, sum(held.values()))
-        alive.difference_update(step.dropped)
     return Split(
         layer=layer,
         cut=cut,
@@ -137,8 +132,9 @@ def _split(facts: dict[fx.Node, _Facts], layer: str, cut: fx.Node, raw: int, n: 
         ),
         apart=len(set(copied)) == len(copied),
         batchable=len(set(copied)) == len(copied) and all(facts[x].batched for x in varying),
-        held=sum({k: v for x in (cut, *varying) for k, v in facts[x].gives.items()}.values()) // n,
-        peak=-(-most // n),
+        held=_bytes(facts, [cut, *varying]) // n,
+        peak=-(-_most(facts, steps, {cut, *varying}) // n),
+        whole_peak=-(-_most(facts, schedule(nodes, {nodes[-1]}), {images}) // n),
         head_flops=sum(facts[x].flops for x in head) / n,
         tail_flops=sum(facts[x].flops for x in tail) / n,
         weights=sum(facts[x].weights for x in tail),
@@ -169,6 +165,20 @@ def schedule(nodes: list[fx.Node], keep: set[fx.Node]) -> list[Step]:
         needed.update(dropped)
         steps.append(Step(x, dropped))
     return steps[::-1]
+
+
+def _most(facts: dict[fx.Node, _Facts], steps: list[Step], alive: set[fx.Node]) -> int:
+    """The most bytes that are held at once."""
+    alive, most = set(alive), 0
+    for step in steps:
+        alive.add(step.node)
+        most = max(most, _bytes(facts, alive))
+        alive.difference_update(step.dropped)
+    return most
+
+
+def _bytes(facts: dict[fx.Node, _Facts], nodes: Iterable[fx.Node]) -> int:
+    return sum({key: size for x in nodes for key, size in facts[x].gives.items()}.values())
 
 
 def version(t: Tensor) -> int:

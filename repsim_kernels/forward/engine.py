@@ -163,7 +163,7 @@ class AblatedForward:
             The state's tensors were written to, or the model is in training mode.
         """
         self._own(state)
-        room = budget(memory, state.activation.device)
+        room = budget(memory, state._kept.device)
         with _without_grad():
             if state._intact is None:
                 (state._intact,) = passes.in_batches(state, None, _all(state, [0]), 1, room)
@@ -230,7 +230,7 @@ class AblatedForward:
         """
         batch = None if batch is None else _options.count(batch, "batch")
         self._own(state)
-        act = state.activation
+        act = state._kept
         room = budget(memory, act.device)
         checked, n_cells = _check.cells(cells, act[0].numel(), n_cells)
         table = _arrays.to_torch(checked, str(act.device))  # (p,) labels or (C, p) membership
@@ -331,7 +331,7 @@ class AblatedForward:
 
     def _together(self, state: State, cells: Cells, count: int) -> int:
         """How many cells run together, of those that run."""
-        act, part, trace = state.activation, state._split, state._trace
+        act, part, trace = state._kept, state._split, state._trace
         values = {part.cut: act, **state._values}
         if act.device.type != "cpu" or fusion.linear(trace, part, values, cells, count):
             return count

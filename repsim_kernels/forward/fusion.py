@@ -91,12 +91,15 @@ class Linear:
         whole = F.linear(self.x, self.weight, self.bias)  # (n, k)
         masks = self.cells.masks()
         order = masks.nonzero()[:, 1]  # one cell after the other
-        columns, weights = self.x.index_select(1, order), self.weight.index_select(1, order)
-        parts = masks.sum(1).tolist()
-        out = whole.expand(len(parts), *whole.shape).clone()  # (C, n, k)
-        pairs = zip(columns.split(parts, 1), weights.split(parts, 1), strict=True)
-        for cell, (a, w) in zip(out, pairs, strict=True):
-            cell.addmm_(a, w.mT, alpha=-1)
+        sizes = masks.sum(1).tolist()
+        columns = self.x.index_select(1, order).split(sizes, 1)
+        out = whole.expand(len(sizes), *whole.shape).clone()  # (C, n, k)
+        # Some outputs at a time: the gathered weights stay in a cache, and need no copy of all.
+        rows = max(1, _GATHERED // (len(order) * self.weight.element_size()))
+        for weights, part in zip(self.weight.split(rows), out.split(rows, 2), strict=True):
+            pieces = weights.index_select(1, order).split(sizes, 1)
+            for cell, x, w in zip(part, columns, pieces, strict=True):
+                cell.addmm_(x, w.mT, alpha=-1)
         done, rest = self.split.tail[: self.steps], self.split.tail[self.steps :]
         values[done[-1].node] = out.flatten(0, 1)
         for step in done:
@@ -105,6 +108,7 @@ class Linear:
         return rest
 
 
+_GATHERED = 2**23  # bytes of weights at a time
 # To gather a column of the weights costs as much as the products of so many rows.
 _GATHER = 300
 

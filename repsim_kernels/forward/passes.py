@@ -24,12 +24,11 @@ class State:
     ----------
     layer : str
         The layer that it is cut at.
-    activation : tensor, (n, …)
-        The layer's output, with its own strides; a state whose activation was written to raises.
     """
 
     def __init__(self, activation: Tensor, values: Values, trace: Trace, part: Split) -> None:
-        self.activation, self.layer = activation, part.layer
+        self.layer = part.layer
+        self._kept, self._channels_last = activation, False
         self._values, self._trace, self._split = values, trace, part
         self._intact: Tensor | None = None
         self._owner: object = None
@@ -37,26 +36,47 @@ class State:
 
     def __len__(self) -> int:
         """The number of stimuli."""
-        return len(self.activation)
+        return len(self._kept)
+
+    @property
+    def activation(self) -> Tensor:
+        """The layer's output, (n, …), with its own strides; writing to it spoils the state."""
+        return self._laid_out(self._kept)
 
     def move(self, rows: Tensor) -> None:
-        """Copy the activation into memory of the caller's, and keep it there.
+        """Copy the activation into memory of the caller's, and keep it there alone.
 
         Parameters
         ----------
         rows : tensor, (n, p)
             Of the activation's dtype and device; filled with the activation flattened in C order.
-            Where the activation is laid out in another order, the state keeps its own as well. That
-            the rows are not written to is then the caller's care.
+            That it is not written to from then on is the caller's care. An activation that is
+            neither contiguous nor channels_last stays with the state as well.
         """
-        rows.copy_(self.activation.flatten(1))
-        if self.activation.is_contiguous():
-            self.activation = rows.data.view(self.activation.shape)  # .data: a count of its own
+        rows.copy_(self._kept.flatten(1))
+        self._channels_last = _is_channels_last(self._kept)
+        if self._channels_last or self._kept.is_contiguous():
+            self._kept = rows.data.view(
+                self._kept.shape
+            )  # .data: with a count of writes of its own
         self._note()
 
+    def _rows(self, batch: Batch) -> Tensor:
+        """The activation of some stimuli."""
+        return self._laid_out(self._kept[batch.start : batch.stop])
+
+    def _laid_out(self, t: Tensor) -> Tensor:
+        return t.contiguous(memory_format=torch.channels_last) if self._channels_last else t
+
     def _note(self) -> None:
-        held = (self.activation, *tensors([*self._values.values()]))
+        held = (self._kept, *tensors([*self._values.values()]))
         self._versions = [(t, version(t)) for t in held]
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    """Laid out so, and not contiguous as well, as one pixel or one channel is."""
+    last = t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last)
+    return last and not t.is_contiguous()
 
 
 def head(trace: Trace, part: Split, images: Tensor) -> State:
@@ -102,10 +122,12 @@ def heads(trace: Trace, parts: dict[str, Split], images: Tensor) -> dict[str, St
 def tail(state: State, cells: Cells | None = None, batch: Batch | None = None) -> Tensor:
     """(C m, k): what follows the layer of m stimuli, masked for C cells or not at all."""
     trace, part = state._trace, state._split
-    values = {part.cut: state.activation, **state._values}
-    if batch is not None and batch.stop - batch.start < len(state):
-        own = (part.cut, *part.varying)
-        values.update((x, values[x][batch.start : batch.stop]) for x in own)
+    values = dict(state._values)
+    if batch is None or batch.stop - batch.start == len(state):
+        values[part.cut] = state.activation
+    else:
+        values[part.cut] = state._rows(batch)
+        values.update((x, values[x][batch.start : batch.stop]) for x in part.varying)
     changed = [x for x in part.changed if cells is None or x is not part.cut]
     fresh = copy.deepcopy([values[x] for x in changed])  # at once: views of one tensor stay so
     values.update(zip(changed, fresh, strict=True))
@@ -117,7 +139,7 @@ def tail(state: State, cells: Cells | None = None, batch: Batch | None = None) -
         elif behind is not None:
             steps = behind.run(values)
         else:
-            masks = cells.masks().view(-1, *state.activation.shape[1:])
+            masks = cells.masks().view(-1, *values[part.cut].shape[1:])
             values[part.cut] = _masked(values[part.cut], masks)
     once = set(part.varying) if several > 1 else set()  # what has a row a stimulus, not a cell
     for step in steps:
