@@ -254,12 +254,23 @@ def _start(activation: Tensor, cells: Cells, plan: _Plan) -> Tensor:
         from repsim_kernels.kernels.triton.linear_cells import linear_cells
 
         ids = cells.ids.tolist()
-        return linear_cells(x, cells.labels, weight, bias, ids, scale=scale, activate=plan.activate)
+        return linear_cells(
+            x, cells.labels, weight, bias, ids,
+            scale=scale, activate=plan.activate, precision=_precision(weight),
+        )  # fmt: skip
     from repsim_kernels.kernels.triton.masked_pointwise import masked_pointwise
 
     return masked_pointwise(
-        x, cells.table, cells.ids, weight, bias, scale=scale, activate=plan.activate
-    )
+        x, cells.table, cells.ids, weight, bias,
+        scale=scale, activate=plan.activate, precision=_precision(weight),
+    )  # fmt: skip
+
+
+def _precision(weight: Tensor) -> str:
+    """TF32 where PyTorch would take it for this layer: by default for convolutions alone."""
+    backends: Any = torch.backends
+    backend = backends.cuda.matmul if weight.ndim == 2 else backends.cudnn.conv
+    return "tf32" if backend.fp32_precision == "tf32" else "tf32x3"
 
 
 def _operation(trace: Trace, split: Split, values: Values, node: fx.Node) -> _Operation:

@@ -56,9 +56,8 @@ class State:
         rows.copy_(self._kept.flatten(1))
         self._channels_last = _is_channels_last(self._kept)
         if self._channels_last or self._kept.is_contiguous():
-            self._kept = rows.data.view(
-                self._kept.shape
-            )  # .data: with a count of writes of its own
+            # .data has a count of writes of its own: the rows of other states are still to come.
+            self._kept = rows.data.view(self._kept.shape)
         self._note()
 
     def _rows(self, batch: Batch) -> Tensor:
@@ -133,10 +132,9 @@ def tail(state: State, cells: Cells | None = None, batch: Batch | None = None) -
     values.update(zip(changed, fresh, strict=True))
     steps, several = part.tail, 1 if cells is None else len(cells.ids)
     if cells is not None:
-        behind = fusion.linear(trace, part, values, cells, several)
         if fusion.serves(values[part.cut]):
             steps = fusion.run(trace, part, values, cells)
-        elif behind is not None:
+        elif behind := fusion.linear(trace, part, values, cells, several):
             steps = behind.run(values)
         else:
             masks = cells.masks().view(-1, *values[part.cut].shape[1:])
@@ -155,8 +153,9 @@ def tail(state: State, cells: Cells | None = None, batch: Batch | None = None) -
 def in_batches(state: State, cells: Cells | None, whole: Batch, together: int, room: int) -> Tensor:
     """(C, n, k), in batches that fit the budget; in half as large ones where memory runs out."""
     part = state._split
-    rows = max(1, min(room // part.peak, part.most or room)) if part.batchable else len(state)
-    together = together if part.batchable else 1
+    rows = max(1, min(room // max(1, part.peak), part.most or room))
+    if not part.batchable:
+        rows, together = len(state), 1
     todo = fit(whole, rows, together)
     places, out = {c: i for i, c in enumerate(whole.cells)}, None
     while todo:

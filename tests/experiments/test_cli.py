@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from experiments import __main__ as cli
-from experiments import study as study_module
+from experiments import jobs, measure
 
 TOY = ["--model", "_toy:Toy", "--layers", "act1,act2", "--size", "8"]
 
@@ -61,18 +61,18 @@ def test_a_users_network_from_start_to_report(folder: Path) -> None:
 def test_ctrl_c_keeps_what_is_finished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (*TOY, "--images", folder, "--metrics", "cka", "--out", "whole")
     assert sweep(*arguments)[0] == 0
-    measure = study_module.Study._unit
+    unit = measure._unit
     calls = []
 
-    def interrupted(self: study_module.Study, *rest: object) -> pd.DataFrame:
-        calls.append(rest)
+    def interrupted(*arguments: object) -> pd.DataFrame:
+        calls.append(arguments)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return measure(self, *rest)  # type: ignore[arg-type]
+        return unit(*arguments)  # type: ignore[arg-type]
 
     arguments = (*arguments[:-1], "cut")
     with monkeypatch.context() as patch:
-        patch.setattr(study_module.Study, "_unit", interrupted)
+        patch.setattr(measure, "_unit", interrupted)
         code, _, err = sweep(*arguments)
     assert code == 130
     assert err == (
@@ -195,7 +195,7 @@ def test_a_process_of_its_own_ends_with_a_line_and_code_2(tmp_path: Path) -> Non
 
 
 def test_the_sample_is_spaced_evenly_from_end_to_end() -> None:
-    assert cli._spaced(list(range(7)), 7) == list(range(7))
-    assert cli._spaced(list(range(105)), 3) == [0, 52, 104]
-    assert cli._spaced(["a", "b", "c"], 1) == ["a"]
-    assert set(cli.SAMPLE) == {"alexnet_small", "mobilenet_v2_small", "resnet50_small"}
+    assert jobs.spaced(list(range(7)), 7) == list(range(7))
+    assert jobs.spaced(list(range(105)), 3) == [0, 52, 104]
+    assert jobs.spaced(["a", "b", "c"], 1) == ["a"]
+    assert set(jobs.SAMPLE) == {"alexnet_small", "mobilenet_v2_small", "resnet50_small"}

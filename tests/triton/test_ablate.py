@@ -10,7 +10,7 @@ from _tol import OUTPUT, Tol, as_numpy, assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repsim_kernels.forward.engine import _masked
+from repsim_kernels.forward.passes import _masked
 from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton.ablate import (
     AOT_CASES,

@@ -31,10 +31,11 @@ class Ran:
         self.clear()
 
     def clear(self):
-        self.kernels, self.epilogue, self.steps = [], "", []
+        self.kernels, self.epilogue, self.steps, self.precision = [], "", [], None
 
     def launched(self, kernel, arguments, options):
         self.kernels.append(kernel.fn.__name__)
+        self.precision = options.get("PRECISION", self.precision)
         if "ACTIVATE" in options:
             scale = dict(zip(kernel.arg_names, arguments, strict=False))["scale_ptr"]
             self.epilogue = " ".join(["norm"] * (scale is not None) + [options["ACTIVATE"]])
@@ -272,6 +273,23 @@ def test_what_is_fused_and_that_it_gives_the_same(device, ran, monkeypatch, behi
     torch.testing.assert_close(together, want, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(overlapping[:4], want, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(want[0], want[1], rtol=1e-2)
+
+
+@pytest.mark.parametrize("switch", ["tf32", "ieee"])
+@pytest.mark.parametrize("behind", [pointwise, flat_linear])
+def test_tf32_is_as_pytorchs_switches_say(device, ran, behind, switch):
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    backend = conv if behind is pointwise else matmul
+    model = Net(behind).to(device)
+    forward = AblatedForward(model, "cut")
+    state = forward.prefix(torch.randn(3, 3, 4, 4, device=device))
+    before = backend.fp32_precision
+    try:
+        backend.fp32_precision = switch
+        forward.logits(state, labels_for(state, 4), batch=HUGE)
+    finally:
+        backend.fp32_precision = before
+    assert ran.precision == {"tf32": "tf32", "ieee": "tf32x3"}[switch]
 
 
 def test_modules_that_do_more_run_themselves(device, ran):

@@ -12,8 +12,8 @@ KEYS = ["model", "class", "layer", "cell", "size"]
 
 
 def test_a_study_by_kernels(device, launches, monkeypatch, tmp_path):
-    study = toy_study(targets=[0, 2], grid=(2, 3), device=device)
     monkeypatch.setenv("REPSIM_BACKEND", "torch")
+    study = toy_study(targets=[0, 2], grid=(2, 3), device=device)
     want = study.run(out=tmp_path / "torch")
     assert not launches
     monkeypatch.setenv("REPSIM_BACKEND", "triton")
