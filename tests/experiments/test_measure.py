@@ -1,0 +1,355 @@
+"""A study's rows: by brute force, and the same however its layers and images are grouped."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from _toy import Toy, stop_after, toy_images, toy_study
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from experiments import Study, measure
+from experiments.measure import StudyError, batch_size, groups, held
+from experiments.stats import METRICS
+from experiments.store import StoreError, Unit
+from repsim_kernels.reference.ablation import ablation_distances
+from repsim_kernels.reference.cells import selectivity_grid
+from repsim_kernels.reference.probe import ablation_decodability
+
+DEEP = ("conv1", "act1", "conv2", "act2")
+# Bytes an image, float32: every layer of the toy gives 256 numbers, and cut at conv2 or act2 the
+# skip connection is kept as well. A neuron takes 190 bytes while cells are made.
+ACTIVATION, SKIP, SORTING = 1024, 1024, 190 * 256
+
+
+def deep_study(**changes: Any) -> Study:
+    images, labels = toy_images(7)
+    return toy_study(**{"layers": DEEP, "images": images, "labels": labels} | changes)
+
+
+@pytest.fixture
+def batches_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "BATCH", 4)
+
+
+def uneven() -> tuple[Tensor, Tensor]:
+    """Five images of class 0, three of class 1, four of class 2."""
+    images, labels = toy_images()
+    keep = torch.ones(15, dtype=torch.bool)
+    keep[[1, 7, 14]] = False
+    return images[keep], labels[keep]
+
+
+def hooked(layer: str, images: Tensor, off: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The toy's logits with some neurons of a layer off, and what the layer gave, (n, p)."""
+    seen: list[Tensor] = []
+
+    def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        seen.append(output.clone())
+        zeroed = torch.zeros(output.shape[1:], dtype=torch.bool)
+        return output.masked_fill(zeroed if off is None else off.view_as(zeroed), 0)
+
+    model = Toy().eval()
+    handle = model.get_submodule(layer).register_forward_hook(hook)
+    with torch.no_grad():
+        logits = model(images)
+    handle.remove()
+    return logits, seen[0].flatten(1)
+
+
+def assert_rows(
+    rows: pd.DataFrame, layer: str, label: int, chosen: list[int], per_class: int, edges: str
+) -> None:
+    """Hold a unit of a study of the uneven images, penalty 5, against hooks and the reference."""
+    images, labels = uneven()
+    index = torch.cat([torch.where(labels == c)[0][:per_class] for c in chosen])
+    x = hooked(layer, images[index])[1].double().numpy()
+    names, y = np.unique(labels[index].numpy(), return_inverse=True)
+    target = int(np.flatnonzero(names == label)[0])
+    cells = selectivity_grid(x, y, target, edges=edges)
+    member = cells if cells.dtype == bool else cells == np.arange(16)[:, None]
+    assert rows["size"].tolist() == member.sum(1).tolist()
+    distances = ablation_distances(x, cells, n_cells=16, penalty=5.0)
+    for name in METRICS:
+        np.testing.assert_allclose(rows[name], distances[name], rtol=1e-4, atol=1e-9, err_msg=name)
+    probe = ablation_decodability(x, cells, y, n_cells=16, target=target)
+    for kind in ("refit", "frozen"):
+        change = float(probe["intact"]) - np.asarray(probe[kind])
+        np.testing.assert_allclose(rows[f"decodability_{kind}"], change, atol=1e-9)
+    mine = images[labels == label]
+    before = hooked(layer, mine)[0].double().softmax(1)[:, label]
+    after = [hooked(layer, mine, torch.from_numpy(off))[0].double().softmax(1) for off in member]
+    lost = [float((before - p[:, label]).mean()) for p in after]
+    np.testing.assert_allclose(rows["probability"], lost, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", ["conv1", "act2"])
+@pytest.mark.parametrize("label", [0, 1])
+def test_rows_with_inclusive_edges_equal_those_of_brute_force(layer: str, label: int) -> None:
+    images, labels = uneven()
+    study = toy_study(
+        images=images, labels=labels, layers=[layer], targets=[label], edges="inclusive", penalty=5
+    )
+    rows = study.run()
+    assert_rows(rows, layer, label, [0, 1, 2], 5, "inclusive")
+    assert rows["size"].sum() != 256  # edge neurons are in two cells or none
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_rows_beside_drawn_classes_equal_those_of_brute_force(seed: int) -> None:
+    images, labels = uneven()
+    study = toy_study(
+        images=images, labels=labels, others=1, seed=seed, stimuli_per_class=4, penalty=5
+    )
+    rows = study.run()
+    for unit in study.units:
+        mine = rows[(rows["layer"] == unit.layer) & (rows["class"] == unit.target)]
+        label = ("ant/queen", "bee", "wasp").index(unit.target)
+        (other,) = study.others_of(label)
+        assert_rows(mine, unit.layer, label, [label, other], 4, "equal")
+
+
+def test_others_are_drawn_by_seed_and_target() -> None:
+    drawn = {
+        seed: [toy_study(others=1, seed=seed).others_of(t) for t in range(3)] for seed in range(12)
+    }
+    for seed, others in drawn.items():
+        assert others == [toy_study(others=1, seed=seed).others_of(t) for t in range(3)]
+    for target in range(3):
+        found = [others[target][0] for others in drawn.values()]
+        assert set(found) == {0, 1, 2} - {target}
+    assert toy_study(others=2).others_of(1) == [0, 2]
+
+
+def test_the_stimuli_are_those_of_the_target_and_its_others() -> None:
+    images, labels = uneven()
+    given = {"images": images, "labels": labels}
+    assert toy_study(**given).stimuli == toy_study(**given).shown == 12
+    assert toy_study(**given, stimuli_per_class=4).stimuli == 11
+    for seed in range(6):
+        study = toy_study(**given, targets=[2], others=1, seed=seed, stimuli_per_class=4)
+        assert study.shown == 11
+        assert study.stimuli == 4 + {0: 4, 1: 3}[study.others_of(2)[0]]
+
+
+@pytest.mark.parametrize("others", [0, 3, -1])
+def test_others_out_of_range_are_named(others: int) -> None:
+    with pytest.raises(StudyError, match=f"^others: {others} beside a target, of 3 classes; exp"):
+        toy_study(others=others)
+
+
+def test_unknown_edges_are_named() -> None:
+    with pytest.raises(StudyError, match=r"^edges: 'open'; expected 'equal' or 'inclusive'$"):
+        toy_study(edges="open")
+
+
+@pytest.mark.parametrize("memory", ["150KiB", "250KiB", "330KiB", "10MiB"])
+@pytest.mark.usefixtures("batches_of_four")
+def test_rows_do_not_depend_on_what_is_measured_together(memory: str) -> None:
+    study = deep_study(memory=memory)
+    counts = {"150KiB": 4, "250KiB": 3, "330KiB": 2, "10MiB": 1}
+    assert len(groups(study, DEEP)) == counts[memory]
+    assert batch_size(study) == 4
+    together = study.run()
+    alone = pd.concat([deep_study(layers=[layer]).run() for layer in DEEP])
+    alone = alone.sort_values(["class", "layer", "cell"], ignore_index=True)
+    pd.testing.assert_frame_equal(together, alone, check_exact=True)
+
+
+TIGHT = deep_study(memory="250KiB", others=1, stimuli_per_class=3, metrics=["cka", "pwcca"])
+UNITS = TIGHT.units
+_whole: list[pd.DataFrame] = []
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sets(st.sampled_from(range(len(UNITS))), min_size=1))
+def test_rows_of_any_units_are_those_of_all(chosen: set[int]) -> None:
+    _whole[:] = _whole or list(TIGHT.measure(UNITS))
+    some = sorted(chosen)
+    found = list(TIGHT.measure([UNITS[i] for i in some]))
+    assert len(found) == len(some)
+    for i, rows in zip(some, found, strict=True):
+        assert (rows["layer"] == UNITS[i].layer).all()
+        assert (rows["class"] == UNITS[i].target).all()
+        pd.testing.assert_frame_equal(rows, _whole[i], check_exact=True)
+
+
+class Wide(nn.Sequential):
+    """Its linear layers are rounded otherwise for few images than for many."""
+
+    def __init__(self) -> None:
+        def conv(channels: int) -> nn.Conv2d:
+            return nn.Conv2d(channels, 4, 3, padding=1)
+
+        head = (nn.Flatten(), nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 10))
+        super().__init__(conv(3), nn.ReLU(), conv(4), nn.ReLU(), conv(4), nn.ReLU(), *head)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                scale = max(1, parameter[0].numel()) ** -0.5
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def test_a_resumed_run_has_the_same_bits_where_memory_is_tight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    labels = torch.arange(3).repeat_interleave(3)
+    images = torch.randn(9, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    images += labels[:, None, None, None]
+    study = Study(Wide(), ["1", "3", "5"], images, labels, metrics=["cka"], memory="234KiB")
+    assert len(groups(study, study.layers)) > 1
+    rooms: dict[tuple[str, int], set[int]] = {}
+    unit = measure._unit
+
+    def noted(study: Study, layer: str, label: int, shown: Any, room: int) -> pd.DataFrame:
+        rooms.setdefault((layer, label), set()).add(room)
+        return unit(study, layer, label, shown, room)
+
+    monkeypatch.setattr(measure, "_unit", noted)
+    whole = list(study.measure(study.units))
+    for start in range(len(whole)):
+        for rows, expected in zip(study.measure(study.units[start:]), whole[start:], strict=True):
+            pd.testing.assert_frame_equal(rows, expected, check_exact=True)
+    # What runs together, and with it the rounding, hangs on the room that is left for it.
+    assert {len(seen) for seen in rooms.values()} == {1}
+
+
+@pytest.mark.usefixtures("batches_of_four")
+@pytest.mark.parametrize(
+    ("memory", "per_class", "units", "calls"),
+    [
+        ("10MiB", None, slice(None), 6),  # one group; 4 + 3 images of each of three classes
+        ("250KiB", None, slice(None), 18),
+        ("150KiB", None, slice(None), 24),
+        ("150KiB", None, slice(3, 6), 6),  # act1 alone
+        ("10MiB", 4, slice(0, 1), 4),  # the other classes' last three images are not needed
+        ("10MiB", 4, slice(None), 6),
+    ],
+)
+def test_images_pass_once_for_each_group(
+    memory: str, per_class: int | None, units: slice, calls: int
+) -> None:
+    study = deep_study(memory=memory, stimuli_per_class=per_class, metrics=["cka"])
+    wanted, passed = study.units[units], []
+    study.model.conv1.register_forward_pre_hook(lambda _m, given: passed.append(len(given[0])))
+    assert len(list(study.measure(wanted))) == len(wanted)
+    assert len([n for n in passed if n > 2]) == calls  # cuts are tried on two images
+
+
+def test_what_is_held_by_hand() -> None:
+    images, labels = uneven()
+    study = toy_study(images=images, labels=labels, layers=DEEP)
+    assert held(study) == {
+        "conv1": 12 * ACTIVATION + SORTING,
+        "act1": 12 * ACTIVATION + SORTING,
+        "conv2": 12 * (ACTIVATION + SKIP) + SORTING,
+        "act2": 12 * (ACTIVATION + SKIP) + SORTING,
+    }
+    # Activations of all stimuli and of those beside a target; the skip of the target's images.
+    some = toy_study(images=images, labels=labels, targets=[2], others=2, stimuli_per_class=2)
+    assert held(some)["act1"] == 6 * ACTIVATION + 6 * ACTIVATION + SORTING
+    assert held(some)["act2"] == 6 * ACTIVATION + 4 * SKIP + 6 * ACTIVATION + SORTING
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 1000), min_size=1, max_size=12),
+    st.floats(1.0, 4.0),
+)
+def test_groups_hold_what_fits_in_order(sizes: list[int], slack: float) -> None:
+    by_name = {f"layer{i}": size for i, size in enumerate(sizes)}
+    study = toy_study()
+    study.memory = int(slack * max(sizes) / 0.7) + 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "held", lambda _study: by_name)
+        found = groups(study, list(by_name))
+    assert [name for group in found for name in group] == list(by_name)
+    room = 0.7 * study.memory
+    for group, following in zip(found, [*found[1:], None], strict=True):
+        size = sum(by_name[name] for name in group)
+        assert group
+        assert size <= room
+        if following is not None:
+            assert size + by_name[following[0]] > room - 1  # no group ends early
+
+
+@pytest.mark.parametrize("memory", [1, 2**15, 2**20, 10**6, "1GiB"])
+def test_a_batch_is_at_most_what_the_memory_takes(memory: int | str) -> None:
+    study = toy_study()
+    study.memory = toy_study(memory="1GiB").memory if memory == "1GiB" else int(memory)
+    room, pass_bytes = 0.15 * study.memory, 3 * 1024  # conv1 or its ReLU, conv2, and their sum
+    size = batch_size(study)
+    assert 1 <= size <= 64
+    assert size == 1 or size * pass_bytes <= room
+    assert size == 64 or (size + 1) * pass_bytes > room
+
+
+@pytest.mark.parametrize(
+    ("memory", "size"),
+    [(10**6, 10**6), ("1GiB", 2**30), (" 1.5 MiB", 3 * 2**19), ("500 MB", 5 * 10**8)],
+)
+def test_memory_is_bytes_or_text(memory: int | str, size: int) -> None:
+    assert toy_study(memory=memory).memory == size
+
+
+@pytest.mark.parametrize("memory", ["8 apples", "GiB", "", "-1GiB", "0", 0, -5, "1e3"])
+def test_a_memory_that_is_no_size_is_named(memory: int | str) -> None:
+    with pytest.raises(StudyError, match=r"^memory: .*expected") as caught:
+        toy_study(memory=memory)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("layer", ["act1", "act2"])
+@pytest.mark.parametrize("memory", [1, 1000, "80KiB"])
+def test_too_little_memory_names_a_layer_and_what_is_enough(layer: str, memory: int | str) -> None:
+    with pytest.raises(
+        StudyError, match=f"^memory: .*; expected .* what layer '{layer}' of toy"
+    ) as caught:
+        toy_study(layers=[layer], memory=memory).run()
+    message = str(caught.value)
+    assert "\n" not in message
+    enough = re.search(r"expected (\S+ ?[KMGT]iB) or more", message)
+    assert enough is not None
+    rows = toy_study(layers=[layer], memory=enough[1]).run()
+    pd.testing.assert_frame_equal(rows, toy_study(layers=[layer]).run())
+
+
+def test_a_run_may_go_on_with_another_memory_and_note(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        deep_study(memory="250KiB").run(tmp_path, stop_after(4))
+    resumed = deep_study(memory="1GiB", note="of no weight").run(tmp_path)
+    assert resumed.attrs == {"notes": {"toy": "of no weight"}}
+    pd.testing.assert_frame_equal(resumed, deep_study().run(), check_exact=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"edges": "inclusive"}, r'edges: "equal" there, "inclusive" here'),
+        ({"others": 2}, "others: 1 there, 2 here"),
+        ({"seed": 4}, "seed: 0 there, 4 here"),
+        ({"penalty": 2.0}, "penalty: 0.0 there, 2.0 here"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_choices(
+    tmp_path: Path, changes: dict[str, Any], difference: str
+) -> None:
+    given: dict[str, Any] = {"others": 1, "metrics": ["cka"]}
+    with pytest.raises(KeyboardInterrupt):
+        toy_study(**given).run(tmp_path, stop_after(1))
+    with pytest.raises(StoreError, match=rf"models\.toy\.{difference}"):
+        toy_study(**given | changes).run(tmp_path)
+
+
+def test_units_are_measured_in_their_order() -> None:
+    study = deep_study(memory="250KiB", metrics=["cka"])
+    some = [Unit("toy", "conv1", "wasp"), Unit("toy", "act2", "bee"), Unit("toy", "act2", "wasp")]
+    found = [(rows["layer"][0], rows["class"][0]) for rows in study.measure(some)]
+    assert found == [(unit.layer, unit.target) for unit in some]
