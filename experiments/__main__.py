@@ -177,11 +177,12 @@ def _run(job: Job, folder: Path, sampled: bool, estimate: bool, dry: bool) -> No
     """Run studies into a folder; with an estimate before it, or (dry) that alone."""
     from .plan import plan
     from .run import run, run_folder
+    from .store import CONFIGURATION
     from .terminal import announce, finish, progress_of, show_plans, took
 
     console = Console(highlight=False, markup=False)
     units = [unit for study in job.studies for unit in study.units]
-    if dry:
+    if dry and not (folder / CONFIGURATION).exists():
         announce(job.source, job.studies, sampled)
         show_plans(console, [plan(study) for study in job.studies])
         return
@@ -193,11 +194,13 @@ def _run(job: Job, folder: Path, sampled: bool, estimate: bool, dry: bool) -> No
         print(f"All {len(units)} units are done already.")
     todo = [[unit for unit in left if unit.model == study.name] for study in job.studies]
     pairs = [(study, mine) for study, mine in zip(job.studies, todo, strict=True) if mine]
-    plans = [plan(study, mine) for study, mine in pairs] if estimate else []
-    if plans:
-        show_plans(console, plans)
-    start = time.perf_counter()
     try:
+        plans = [plan(study, mine) for study, mine in pairs] if estimate or dry else []
+        if plans:
+            show_plans(console, plans)
+        if dry:
+            return
+        start = time.perf_counter()
         with progress_of(console) as progress:
             table = run(job.studies, store, progress)
     except KeyboardInterrupt:

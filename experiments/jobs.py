@@ -13,7 +13,7 @@ from . import data, imagenet
 from .data import Stimuli
 from .measure import StudyError
 from .models import SMALL, load, study_layers
-from .presets import PRESETS, Network, Preset, load_network, weights_for
+from .presets import PRESETS, RANDOM, Loaded, Network, Preset, load_network, weights_for
 from .stats import METRICS
 from .study import Study
 
@@ -137,21 +137,24 @@ def of_preset(name: str, asked: Asked) -> Job:
         raise JobError("images: a preset needs ImageNet's; expected a folder, or random, --images")
     if asked.size is not None:
         raise JobError("size: a preset's images have the size that its weights were trained with")
+    if asked.labels is not None and asked.images == "random":
+        raise JobError("labels: of no use to random images; expected a folder, --images")
     if asked.layers is not None and len(preset.networks) > 1:
         raise JobError(f"layers: {name!r} is of several networks; expected a preset of one")
     given = weights_for(preset, asked.weights)
+    # All weights before any images, which take minutes: what is missing is said at once.
+    loaded = [load_network(network, given[network.name]) for network in preset.networks]
     studies, sources = [], []
-    for network in preset.networks:
-        study, source = _of_network(preset, network, given[network.name], asked)
+    for network, ready in zip(preset.networks, loaded, strict=True):
+        study, source = _of_network(preset, network, ready, asked)
         studies.append(study)
         sources.append(source)
     return Job(studies, "; ".join(dict.fromkeys(sources)))
 
 
 def _of_network(
-    preset: Preset, network: Network, weights: str | None, asked: Asked
+    preset: Preset, network: Network, loaded: Loaded, asked: Asked
 ) -> tuple[Study, str]:
-    loaded = load_network(network, weights)
     targets = imagenet.outputs(network.classes if asked.classes is None else asked.classes)
     per_class = network.images if asked.per_class is None else asked.per_class
     if asked.images == "random":
@@ -166,17 +169,18 @@ def _of_network(
             labels=asked.labels,
             skip_bad=asked.skip_bad,
         )
-    drawn = [f"random {what}" for what in ("weights", "images") if _is_random(what, weights, asked)]
+    drawn = [loaded.note] if loaded.note == RANDOM else []
+    drawn += ["random images"] if asked.images == "random" else []
     others = network.others if network.others and network.others < len(targets) - 1 else None
     options: dict[str, Any] = {
         "grid": preset.grid,
         "edges": preset.edges,
         "ridge": preset.ridge,
-        "penalty": preset.penalty,
+        "penalty": 0.0 if "ridge" in asked.study else preset.penalty,
         "metrics": preset.metrics or METRICS,
     }
     model = loaded.model
-    if torch.device(asked.study.get("device") or "cpu").type == "cpu":
+    if asked.study.get("device", "cpu").startswith("cpu"):
         # Half as fast again on a CPU, by measurement; nothing of it has been measured on a GPU.
         model = model.to(memory_format=torch.channels_last)
     study = Study(
@@ -193,10 +197,6 @@ def _of_network(
         **options | asked.study,
     )
     return study, shown.source
-
-
-def _is_random(what: str, weights: str | None, asked: Asked) -> bool:
-    return (weights if what == "weights" else asked.images) == "random"
 
 
 def spaced(values: list[Any], count: int) -> list[Any]:

@@ -72,14 +72,17 @@ def rows(study: Study, units: Sequence[Unit]) -> Iterator[pd.DataFrame]:
     wanted: dict[str, list[int]] = {}
     for unit in units:
         wanted.setdefault(unit.layer, []).append(labels[unit.target])
+    sizes = held(study)
     with torch.no_grad():
-        for group in groups(study, list(wanted)):
-            shown = _shown(study, group, {label for layer in group for label in wanted[layer]})
-            left = sum(held(study)[layer] for layer in group)
-            for layer in group:
+        # Groups of all layers, and the room beside a whole group, whatever is wanted of it: what
+        # runs together decides the bits, and a resumed run is to have the same.
+        for group in groups(study, study.layers):
+            mine = [layer for layer in group if layer in wanted]
+            shown = _shown(study, mine, {label for layer in mine for label in wanted[layer]})
+            for layer in mine:
+                left = sum(sizes[name] for name in group[group.index(layer) :])
                 for label in wanted[layer]:
                     yield _unit(study, layer, label, shown[layer], (study.memory - left) // 2)
-                left -= held(study)[layer]
                 del shown[layer]
 
 
@@ -113,10 +116,10 @@ def groups(study: Study, layers: Sequence[str]) -> list[list[str]]:
     room = int(_HELD * study.memory)
     for layer in layers:
         if sizes[layer] > room:
+            least = math.ceil(sizes[layer] / _HELD / 2**20)
             raise StudyError(
-                f"memory: {study.memory / 2**30:.3g} GiB; expected "
-                f"{sizes[layer] / _HELD / 2**30:.3g} GiB or more, for what layer {layer!r} of "
-                f"{study.name} gives for these images"
+                f"memory: {study.memory / 2**20:.0f} MiB; expected {least} MiB or more, for what "
+                f"layer {layer!r} of {study.name} gives for these images"
             )
         if found[-1] and size + sizes[layer] > room:
             found.append([])
@@ -130,6 +133,8 @@ def _shown(study: Study, layers: Sequence[str], wanted: set[int]) -> dict[str, S
     """Show the network all stimuli once, and keep what these layers gave."""
     y = torch.cat([torch.full((study.counted(label),), label) for label in study.present])
     found: dict[str, Shown] = {}
+    if not layers:
+        return found
     row, size = 0, batch_size(study)
     for label in study.present:
         images = study.images[study.labels == label]

@@ -17,6 +17,8 @@ from .study import Study
 
 # Passes of two images that try a cut before it is used: whole, before it, and behind it.
 _TRIALS = 7
+# Neurons, at least, of the smaller of two timings of the metrics: what a clock can tell apart.
+_FEW = 2000
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def plan(study: Study, units: Sequence[Unit] | None = None) -> Plan:
     costs = study.forward.costs(images, names)
     whole = costs[names[0]].head_seconds + costs[names[0]].tail_seconds
     per_image = whole / len(images)
-    sizes, grouped = held(study), groups(study, names)
+    sizes = held(study)
+    grouped = [group for group in groups(study, study.layers) if set(group) & set(names)]
     fixed, by_neuron = _metric_seconds(study)
     n_cells = study.grid[0] * study.grid[1]
     speed = (costs[names[0]].head_flops + costs[names[0]].tail_flops) / per_image
@@ -118,7 +121,7 @@ def plan(study: Study, units: Sequence[Unit] | None = None) -> Plan:
         passes=len(grouped),
         pass_flops=(costs[names[0]].head_flops + costs[names[0]].tail_flops) * len(study.labels),
         pass_seconds=per_image * (len(grouped) * len(study.labels) + 2 * _TRIALS * len(names)),
-        held=max(sum(sizes[name] for name in group) for group in grouped),
+        held=max(sum(sizes[name] for name in group if name in names) for group in grouped),
         memory=study.memory,
     )
 
@@ -134,7 +137,8 @@ def _metric_seconds(study: Study) -> tuple[float, float]:
     target = study.targets[0]
     classes = study.present if study.others is None else [target, *study.others_of(target)]
     y = torch.cat([torch.full((study.counted(label),), label) for label in classes])
-    few, many = (max(16, study.grid[0] * study.grid[1], k * len(y)) for k in (1, 5))
+    few = max(_FEW, study.grid[0] * study.grid[1], len(y))
+    many = 5 * few
     times = []
     for p in (few, few, many):  # the first also loads libraries
         x = _alive(len(y), p, study.device)

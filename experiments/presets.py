@@ -33,6 +33,8 @@ FIFTY = (
     *("n02165105", "n02977058", "n02526121", "n02086646", "n02101556"),
 )
 
+RANDOM = "random weights"
+
 
 @dataclass(frozen=True)
 class Network:
@@ -146,7 +148,7 @@ def load_network(network: Network, weights: str | Path | None = None) -> Loaded:
     members = zoo.get_model_weights(network.builder)
     member = members.DEFAULT
     if weights == "random":
-        model, note = _random(network), "random weights"
+        model, note = _random(network), RANDOM
     else:
         if weights is not None:
             path, note = Path(weights), str(weights)

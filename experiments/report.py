@@ -132,7 +132,8 @@ def _model(
     return {
         "name": name,
         "configuration": configuration,
-        "about": study.get("about", {}).get("models", {}).get(name, {}),
+        "about": study.get("about", {}).get("models", {}).get(name)
+        or {"note": table.attrs.get("notes", {}).get(name)},
         "layers": layers,
         "classes": configuration.get("classes") or [str(c) for c in mine["class"].unique()],
         "groups": len(mine.groupby(["class", "layer"])),

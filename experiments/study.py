@@ -19,7 +19,7 @@ from repsim_kernels.errors import OptionError
 from repsim_kernels.forward import AblatedForward
 from repsim_kernels.forward.memory import budget
 
-from .measure import BATCH, Layer, StudyError, rows
+from .measure import BATCH, Layer, StudyError, groups, rows
 from .run import Step, run, run_folder
 from .stats import METRICS
 from .store import Unit
@@ -205,7 +205,14 @@ class Study:
         }
 
     def about(self) -> dict[str, Any]:
-        """What a reader of the results wants to know beside the configuration."""
+        """What a reader of the results wants to know beside the configuration.
+
+        Raises
+        ------
+        StudyError
+            The memory is too little for a layer.
+        """
+        groups(self, self.layers)
         correct = torch.zeros(len(self.labels), dtype=torch.bool)
         with torch.no_grad():
             for index in torch.split(torch.arange(len(self.labels)), BATCH):

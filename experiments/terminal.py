@@ -71,9 +71,9 @@ def finish(console: Console, table: pd.DataFrame, folder: Path) -> None:
     wide = means(correlations(table, metrics, CHANGES))
     notes = table.attrs.get("notes", {})
     for model in table["model"].unique():
-        title = f"Mean Spearman correlation, {model}"
-        title += f" ({notes[model]})" if model in notes else ""
-        view = Table(title=title, title_justify="left", box=SIMPLE)
+        note = f" ({notes[model]})" if model in notes else ""
+        print(f"Mean Spearman correlation, {model}{note}")
+        view = Table(box=SIMPLE)
         view.add_column("metric", no_wrap=True)
         for change in CHANGES:
             view.add_column(HEADS[change], justify="right", no_wrap=True)
@@ -88,12 +88,11 @@ def finish(console: Console, table: pd.DataFrame, folder: Path) -> None:
 def show_plans(console: Console, plans: Sequence[Plan]) -> None:
     """What each network is going to take, layer by layer."""
     for plan in plans:
-        view = Table(
-            title=f"Plan, {plan.name}: {plan.targets} target classes x {plan.cells} cells x "
-            f"{plan.images} images, metrics over {plan.stimuli} stimuli",
-            title_justify="left",
-            box=SIMPLE,
+        print(
+            f"Plan, {plan.name}: {plan.targets} target classes x {plan.cells} cells x "
+            f"{plan.images} images, metrics over {plan.stimuli} stimuli"
         )
+        view = Table(box=SIMPLE)
         heads = (
             "layer",
             "neurons",
@@ -115,11 +114,12 @@ def show_plans(console: Console, plans: Sequence[Plan]) -> None:
                 _duration(line.seconds),
             )
         console.print(view)
+        many = "pass" if plan.passes == 1 else "passes"
         print(
-            f"  {plan.passes} passes of all images for all layers, "
+            f"  {plan.passes} {many} of all images for all layers, "
             f"{plan.passes * plan.pass_flops / 1e12:.3g} TFLOP, {_duration(plan.pass_seconds)} "
             f"with the trial of each cut; {plan.held / 2**30:.2f} GiB of activations at most, of "
-            f"{plan.memory / 2**30:.2f} GiB of memory"
+            f"{plan.memory / 2**30:.2f} GiB of memory\n"
         )
     flops, seconds = (sum(getattr(plan, what) for plan in plans) for what in ("flops", "seconds"))
     print(f"Plan: {flops / 1e12:.3g} TFLOP, about {_duration(seconds)} on this device.", flush=True)
