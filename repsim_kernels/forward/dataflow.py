@@ -65,7 +65,7 @@ def split(trace: Trace, layer: str, images: Tensor) -> Split:
             value = images if x is trace.input else trace.run(x, values)
         writes = {_memory(t) for t, old in seen if version(t) != old}
         if x is cut:
-            _check_batch(value, images, f"layer: {layer!r}")
+            check_batch(value, images, f"layer: {layer!r}")
             raw, value = value, value.clone()  # both kept, so that no address comes back
         values[x] = value
         seen = [(t, version(t)) for t, _ in seen] if writes else seen
@@ -78,7 +78,7 @@ def split(trace: Trace, layer: str, images: Tensor) -> Split:
             flops=counter.get_total_flops(),
             weights=sum(t.nbytes for t in trace.weights(x)),
         )
-    _check_batch(values[trace.output], images, "model: it")
+    check_batch(values[trace.output], images, "model: it")
     written = _union(fact.writes for fact in facts.values())
     changed = [name for (name, t), old in zip(own, before, strict=True) if version(t) != old]
     changed += [label(x) for x in facts if x.op == "get_attr" and written & _gives(facts, x)]
@@ -205,10 +205,12 @@ def _union(sets: Iterable[set[int]]) -> set[int]:
     return set().union(*sets)
 
 
-def _check_batch(value: Any, images: Tensor, what: str) -> None:
+def check_batch(value: Any, images: Tensor, what: str) -> Tensor:
+    """Check that a value is a tensor with an entry for each image."""
     if not isinstance(value, Tensor):
         kind = type(value).__name__.removeprefix("immutable_")
         raise LayerError(f"{what} gives {kind}; expected a tensor (n, …)")
     if value.shape[:1] != images.shape[:1]:
         shape, n = tuple(value.shape), len(images)
         raise LayerError(f"{what} gives a tensor {shape} for {n} images; expected (n, …)")
+    return value

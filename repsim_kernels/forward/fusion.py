@@ -129,6 +129,8 @@ def linear(trace: Trace, split: Split, values: Values, cells: Cells, count: int)
             fits = x.ndim == 2 and x.dtype == weight.dtype in (torch.float32, torch.float64)
             if not fits or torch.is_autocast_enabled(x.device.type):
                 return None
+            if not torch.isfinite(x).all():  # a mask hides infinity, a difference doesn't
+                return None
             return Linear(split, steps, x, cells, weight, operation.bias)
         if operation == "flatten":
             flat = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 from pathlib import Path
@@ -34,9 +35,10 @@ def size(value: Any, name: str = "memory") -> int:
         return int(_options.number(value, name, low=1))
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
     unit = None if found is None else _UNITS.get(found[2] or "B")
-    if found is None or unit is None or float(found[1]) * unit < 1:
+    count = 0.0 if found is None or unit is None else float(found[1]) * unit
+    if not 1 <= count < math.inf:
         raise OptionError(f"{name}: {value!r}; expected bytes, or a size such as '8GiB' or '500MB'")
-    return int(float(found[1]) * unit)
+    return int(count)
 
 
 def free(device: torch.device) -> int:

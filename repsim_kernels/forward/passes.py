@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from repsim_kernels.errors import LayerError, OutOfMemoryWarning
 from repsim_kernels.forward import broadcast, fusion
-from repsim_kernels.forward.dataflow import Split, schedule, tensors, version
+from repsim_kernels.forward.dataflow import Split, check_batch, schedule, tensors, version
 from repsim_kernels.forward.fusion import Cells
 from repsim_kernels.forward.memory import Batch, fit
 from repsim_kernels.forward.trace import Trace, Values
@@ -28,7 +28,7 @@ class State:
 
     def __init__(self, activation: Tensor, values: Values, trace: Trace, part: Split) -> None:
         self.layer = part.layer
-        self._kept, self._channels_last = activation, False
+        self._kept, self._strides = activation, activation.stride()
         self._values, self._trace, self._split = values, trace, part
         self._intact: Tensor | None = None
         self._owner: object = None
@@ -50,14 +50,15 @@ class State:
         ----------
         rows : tensor, (n, p)
             Of the activation's dtype and device; filled with the activation flattened in C order.
-            That it is not written to from then on is the caller's care. An activation that is
-            neither contiguous nor channels_last stays with the state as well.
+            That it is not written to from then on is the caller's care. Where the activation has
+            gaps, or its stimuli are not one after the other, the state keeps its own as well.
         """
-        rows.copy_(self._kept.flatten(1))
-        self._channels_last = _is_channels_last(self._kept)
-        if self._channels_last or self._kept.is_contiguous():
+        kept = self._kept
+        rows.copy_(kept.reshape(len(kept), -1))
+        dense = torch.empty_like(kept, device="meta").stride() == kept.stride()
+        if dense and kept.stride(0) == rows.shape[1]:
             # .data has a count of writes of its own: the rows of other states are still to come.
-            self._kept = rows.data.view(self._kept.shape)
+            self._kept = rows.data.view(kept.shape)
         self._note()
 
     def _rows(self, batch: Batch) -> Tensor:
@@ -65,17 +66,13 @@ class State:
         return self._laid_out(self._kept[batch.start : batch.stop])
 
     def _laid_out(self, t: Tensor) -> Tensor:
-        return t.contiguous(memory_format=torch.channels_last) if self._channels_last else t
+        if t.stride() == self._strides:
+            return t
+        return t.new_empty_strided(t.shape, self._strides).copy_(t)
 
     def _note(self) -> None:
         held = (self._kept, *tensors([*self._values.values()]))
         self._versions = [(t, version(t)) for t in held]
-
-
-def _is_channels_last(t: Tensor) -> bool:
-    """Laid out so, and not contiguous as well, as one pixel or one channel is."""
-    last = t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last)
-    return last and not t.is_contiguous()
 
 
 def head(trace: Trace, part: Split, images: Tensor) -> State:
@@ -193,7 +190,11 @@ def prove(trace: Trace, part: Split, module: nn.Module, images: Tensor) -> bool:
     one, two = Cells(labels, table, ids[:1]), Cells(labels, table, ids)
     mask = one.masks().view(1, *act.shape[1:])
     half, intact = tail(state, one), tail(state)
-    handle = module.register_forward_hook(lambda _m, _i, out: _masked(out, mask))
+
+    def masked(_module: nn.Module, _inputs: object, out: object) -> Tensor:
+        return _masked(check_batch(out, images, f"layer: {part.layer!r}"), mask)
+
+    handle = module.register_forward_hook(masked)
     try:
         whole = trace.model(copied(images))
     finally:
