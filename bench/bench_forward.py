@@ -57,7 +57,7 @@ class Cut:
 
 
 @pytest.fixture(params=CUTS, scope="module", ids=str)
-def cut(request) -> Iterator[Cut]:
+def cut(request, findings) -> Iterator[Cut]:
     name, layer, dead = request.param
     model = load_network(PRESETS[name].networks[0], "random").model
     images = torch.randn(IMAGES, 3, 224, 224, generator=torch.Generator().manual_seed(1))
@@ -70,7 +70,7 @@ def cut(request) -> Iterator[Cut]:
         labels[silent] = torch.arange(int(silent.sum())) % dead
     made = Cut(model, layer, images, labels, dead)
     yield made
-    request.config.pluginmanager.get_plugin("terminalreporter").write_line("\n" + summary(made))
+    findings.append(summary(made))
 
 
 def title(cut: Cut) -> str:
@@ -98,11 +98,11 @@ def test_forward(benchmark, cut):
     """Prefix and all cells; the trial of the cut was before."""
     forward = AblatedForward(cut.model, cut.layer)
     torch.testing.assert_close(cut.ours(forward), cut.hooked(), rtol=1e-4, atol=1e-4)
-    time(benchmark, cut, "ours", lambda: cut.ours(forward), rounds=3)
+    time(benchmark, cut, "ours", lambda: cut.ours(forward), rounds=5)
 
 
 def test_hooked(benchmark, cut):
-    time(benchmark, cut, "hooked", cut.hooked, rounds=2)
+    time(benchmark, cut, "hooked", cut.hooked, rounds=3)
 
 
 @pytest.mark.parametrize("part", ["whole", "prefix", "suffix"])
@@ -118,4 +118,4 @@ def test_alone(benchmark, cut, part):
         "suffix": lambda: passes.tail(state),
     }
     with torch.no_grad():
-        time(benchmark, cut, part, runs[part], rounds=3)
+        time(benchmark, cut, part, runs[part], rounds=5)

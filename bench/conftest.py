@@ -10,6 +10,19 @@ import torch
 
 import repsim_kernels
 
+_LINES: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def findings() -> list[str]:
+    """Lines that are printed under the tables."""
+    return _LINES
+
+
+def pytest_terminal_summary(terminalreporter):
+    for line in _LINES:
+        terminalreporter.write_line(line)
+
 
 @pytest.fixture
 def benchmark(benchmark):
