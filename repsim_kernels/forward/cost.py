@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from dataclasses import dataclass
 
@@ -65,21 +66,21 @@ def cost(split: Split, times: dict[fx.Node, float] | None, n: int) -> Cost:
     )
 
 
-def seconds(trace: Trace, images: Tensor, passes: int = 2) -> dict[fx.Node, float]:
-    """The least time of each operation over some passes."""
+def seconds(trace: Trace, images: Tensor, passes: int = 3) -> dict[fx.Node, float]:
+    """The median time of each operation over some passes: what is to be expected, not the best."""
 
     def now() -> float:
         if images.device.type == "cuda":
             torch.cuda.synchronize(images.device)
         return time.perf_counter()
 
-    least: dict[fx.Node, float] = {}
+    taken: dict[fx.Node, list[float]] = {x: [] for x in trace.nodes[1:]}
     for _ in range(passes):
         values: Values = {trace.input: images}
         for step in schedule(trace.nodes[1:], {trace.output}):
             start = now()
             values[step.node] = trace.run(step.node, values)
-            least[step.node] = min(now() - start, least.get(step.node, float("inf")))
+            taken[step.node].append(now() - start)
             for x in step.dropped:
                 del values[x]
-    return least
+    return {node: statistics.median(times) for node, times in taken.items()}
