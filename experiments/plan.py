@@ -15,8 +15,6 @@ from .measure import batch_size, groups, held, represent
 from .store import Unit
 from .study import Study
 
-# Passes of two images that try a cut before it is used: whole, before it, and behind it.
-_TRIALS = 7
 # Neurons, at least, of the smaller of two timings of the metrics: what a clock can tell apart.
 _FEW = 2000
 
@@ -46,7 +44,7 @@ class Plan:
     stimuli: int
     passes: int  # of all images, one for each group of layers
     pass_flops: float  # of one of them
-    pass_seconds: float  # of all of them, and of trying the cuts
+    pass_seconds: float  # of all of them
     held: int  # bytes of the group of layers that holds the most
     memory: int
 
@@ -86,13 +84,14 @@ def plan(study: Study, units: Sequence[Unit] | None = None) -> Plan:
     n = min(batch_size(study), round(own))
     images = study.images[study.labels == study.targets[0]][:n].to(study.device)
     costs = study.forward.costs(images, names)
-    whole = costs[names[0]].head_seconds + costs[names[0]].tail_seconds
-    per_image = whole / len(images)
+    any_cost = costs[names[0]]  # head and tail make a whole pass at every layer
+    whole_flops = any_cost.head_flops + any_cost.tail_flops
+    per_image = (any_cost.head_seconds + any_cost.tail_seconds) / len(images)
+    speed = whole_flops / per_image
     sizes = held(study)
     grouped = [group for group in groups(study, study.layers) if set(group) & set(names)]
     fixed, by_neuron = _metric_seconds(study)
     n_cells = study.grid[0] * study.grid[1]
-    speed = (costs[names[0]].head_flops + costs[names[0]].tail_flops) / per_image
     lines = []
     for name in names:
         cost, p = costs[name], study.sizes[name].neurons
@@ -119,8 +118,8 @@ def plan(study: Study, units: Sequence[Unit] | None = None) -> Plan:
         images=round(own),
         stimuli=study.stimuli,
         passes=len(grouped),
-        pass_flops=(costs[names[0]].head_flops + costs[names[0]].tail_flops) * len(study.labels),
-        pass_seconds=per_image * (len(grouped) * len(study.labels) + 2 * _TRIALS * len(names)),
+        pass_flops=whole_flops * len(study.labels),
+        pass_seconds=per_image * len(grouped) * len(study.labels),
         held=max(sum(sizes[name] for name in group if name in names) for group in grouped),
         memory=study.memory,
     )

@@ -117,8 +117,8 @@ def show_plans(console: Console, plans: Sequence[Plan]) -> None:
         many = "pass" if plan.passes == 1 else "passes"
         print(
             f"  {plan.passes} {many} of all images for all layers, "
-            f"{plan.passes * plan.pass_flops / 1e12:.3g} TFLOP, {_duration(plan.pass_seconds)} "
-            f"with the trial of each cut; {plan.held / 2**30:.2f} GiB of activations at most, of "
+            f"{plan.passes * plan.pass_flops / 1e12:.3g} TFLOP, {_duration(plan.pass_seconds)}; "
+            f"{plan.held / 2**30:.2f} GiB of activations at most, of "
             f"{plan.memory / 2**30:.2f} GiB of memory\n"
         )
     flops, seconds = (sum(getattr(plan, what) for plan in plans) for what in ("flops", "seconds"))
