@@ -113,7 +113,10 @@ def test_what_is_free_on_a_gpu(monkeypatch):
     for name, value in given.items():
         monkeypatch.setattr(torch.cuda, name, {device: value}.__getitem__)
     assert memory.free(device) == 2**33 + 2**34 - 2**32
-    assert memory.budget(None, device) == 2**33  # more makes no GPU busier
+    assert memory.budget(None, device) == (2**33 + 2**34 - 2**32) // 2
+    assert memory.for_a_batch(2**40, device) == 2**33  # more makes no GPU busier
+    assert memory.for_a_batch(2**20, device) == 2**20
+    assert memory.for_a_batch(2**40, CPU) == 2**40
     monkeypatch.setattr(memory, "free", lambda device: 5000)
     assert memory.budget(None, device) == 2500
     monkeypatch.setattr(memory, "free", lambda device: 2**40)

@@ -22,7 +22,7 @@ from repsim_kernels.forward import cost, fusion, passes
 from repsim_kernels.forward.cost import Cost
 from repsim_kernels.forward.dataflow import Split, split
 from repsim_kernels.forward.fusion import Cells
-from repsim_kernels.forward.memory import Batch, budget
+from repsim_kernels.forward.memory import Batch, budget, for_a_batch
 from repsim_kernels.forward.passes import State, copied
 from repsim_kernels.forward.trace import Trace, Untraceable
 
@@ -163,7 +163,7 @@ class AblatedForward:
             The state's tensors were written to, or the model is in training mode.
         """
         self._own(state)
-        room = budget(memory, state._kept.device)
+        room = for_a_batch(budget(memory, state._kept.device), state._kept.device)
         with _without_grad():
             if state._intact is None:
                 (state._intact,) = passes.in_batches(state, None, _all(state, [0]), 1, room)
@@ -195,9 +195,9 @@ class AblatedForward:
             `memory` takes.
         memory : int or str, optional
             Bytes for what runs together, or text such as "8GiB": fewer cells, or not all stimuli of
-            a cell, run at a time. By default half of what is free. An estimate, from the tensors
-            that are alive at once, without the workspaces of kernels. Where a GPU runs out of
-            memory all the same, half as much runs together from then on.
+            a cell, run at a time. By default half of what is free; on CUDA 8 GiB at most. An
+            estimate, from the tensors that are alive at once, without the workspaces of kernels.
+            Where a GPU runs out of memory all the same, half as much runs together from then on.
 
         Returns
         -------
@@ -231,7 +231,7 @@ class AblatedForward:
         batch = None if batch is None else _options.count(batch, "batch")
         self._own(state)
         act = state._kept
-        room = budget(memory, act.device)
+        room = for_a_batch(budget(memory, act.device), act.device)
         checked, n_cells = _check.cells(cells, act[0].numel(), n_cells)
         table = _arrays.to_torch(checked, str(act.device))  # (p,) labels or (C, p) membership
         intact = self.intact(state, memory=room)

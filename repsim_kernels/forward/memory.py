@@ -20,7 +20,7 @@ _UNITS = {
     **{f"{prefix}B": 1000**k for k, prefix in enumerate("kMGT", 1)},
 }
 
-_BUSY = 2**33  # bytes of a batch that keep any GPU busy
+_BUSY = 2**33  # bytes of a batch
 
 
 def size(value: Any, name: str = "memory") -> int:
@@ -50,11 +50,13 @@ def free(device: torch.device) -> int:
 
 
 def budget(value: Any, device: torch.device) -> int:
-    """Bytes for what runs together: those asked for, or half of what is free."""
-    if value is not None:
-        return size(value)
-    half = free(device) // 2
-    return min(half, _BUSY) if device.type == "cuda" else half
+    """The bytes that were asked for, or half of what is free."""
+    return free(device) // 2 if value is None else size(value)
+
+
+def for_a_batch(room: int, device: torch.device) -> int:
+    """As much of a budget as runs together: what keeps a GPU busy, and is indexed by 32 bits."""
+    return min(room, _BUSY) if device.type == "cuda" else room
 
 
 class Batch(NamedTuple):
