@@ -45,7 +45,7 @@ def grid_by_definition(x: np.ndarray, own: np.ndarray, grid: tuple[int, int]) ->
     a, b = x[own].sum(0) * int((~own).sum()), x[~own].sum(0) * int(own.sum())
     cells = np.empty(x.shape[1], dtype=np.int64)
     for strip, neurons in enumerate(parts(a - b, np.arange(x.shape[1]), grid[0])):
-        for part, cell in enumerate(parts(a + b, neurons, grid[1])):
+        for part, cell in enumerate(parts(a + b, np.sort(neurons), grid[1])):
             cells[cell] = strip * grid[1] + part
     return cells
 
