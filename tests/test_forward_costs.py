@@ -298,7 +298,7 @@ def test_where_one_product_is_not_what_follows(taken):
     check(nn.Sequential(nn.Identity(), nn.Flatten(0), nn.Unflatten(0, (-1, 24)), fc).eval(), images)
     check(nn.Sequential(nn.Identity(), fc).eval(), images, autocast=True)
     check(nn.Sequential(nn.Identity(), fc).bfloat16().eval(), images.bfloat16())
-    check(Net(lambda m, x: (y := m.cut(m.a(x)))[:, :3] + m.out(y)), torch.randn(101, 6), "cut")
+    check(Net(lambda m, x: m.out(y := m.cut(m.a(x))) + y[:, :3]), torch.randn(101, 6), "cut")
     hooks = nn.Sequential(nn.Identity(), nn.Linear(24, 7)).eval()
     hooks[1].register_forward_hook(lambda _m, _i, out: out * 2)
     check(hooks, images)
