@@ -14,14 +14,6 @@ from repsim_kernels.forward import AblatedForward, passes
 from repsim_kernels.forward.broadcast import tiled
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for small tensors the second is a burden on a busy machine
-    yield
-    torch.set_num_threads(threads)
-
-
 def skip(m, x):
     h = m.a(x)
     y = m.cut(h)

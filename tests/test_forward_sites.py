@@ -11,7 +11,7 @@ from _hook import HUGE, Lambda, Net, contents, hooked, labels_for, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_forward import calls_of, network
-from test_forward_in_place import Program, step
+from test_forward_in_place import Program, head_writes_after_the_cut, step
 from torch import nn
 
 from repsim_kernels.errors import LayerError, OptionError
@@ -114,13 +114,6 @@ def test_random_programs_cut_at_many_sites(parts, kinds, order):
         check_prefixes(model, sites, images, [x for x in order if x in sites])
 
 
-def a_skip_that_is_written_later(m, x):
-    h = m.a(x)
-    y = m.cut(h)
-    h.relu_()
-    return m.out(y + h)
-
-
 def a_skip_that_a_tail_writes(m, x):
     h = m.a(x)
     h += m.cut(h)
@@ -143,7 +136,7 @@ def a_value_without_images(m, x):
 @pytest.mark.parametrize(
     "run",
     [
-        a_skip_that_is_written_later,
+        head_writes_after_the_cut,
         a_skip_that_a_tail_writes,
         images_that_are_written,
         a_value_without_images,

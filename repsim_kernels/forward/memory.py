@@ -19,7 +19,6 @@ _UNITS = {
     **{f"{prefix}iB": 1024**k for k, prefix in enumerate("KMGT", 1)},
     **{f"{prefix}B": 1000**k for k, prefix in enumerate("kMGT", 1)},
 }
-
 _BUSY = 2**33  # bytes of a batch
 
 
@@ -83,7 +82,7 @@ def fit(batch: Batch, rows: int, cells: int) -> list[Batch]:
     ]
 
 
-def _machine() -> int | None:
+def _machine() -> int:
     try:
         text = Path("/proc/meminfo").read_text()
         found = re.search(r"MemAvailable:\s+(\d+) kB", text)

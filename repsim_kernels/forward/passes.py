@@ -98,9 +98,9 @@ def heads(trace: Trace, parts: dict[str, Split], images: Tensor) -> dict[str, St
         fresh: Values = {}
         for name, part in parts.items():
             for x in part.writes.get(step.node, ()):
-                if x not in kept[name]:
-                    fresh[x] = fresh[x] if x in fresh else copy.deepcopy(values[x])
-                    kept[name][x] = fresh[x]
+                if x not in fresh:
+                    fresh[x] = copy.deepcopy(values[x])
+                kept[name][x] = fresh[x]
         values[step.node] = trace.run(step.node, values)
         for name, part in parts.items():
             if step.node is part.cut and part.copy_activation:
