@@ -21,6 +21,7 @@ OPERATIONS = {
     "pairwise": ("pairwise",),
     "ablation": ("ablation_distances",),
     "probe": ("ablation_decodability",),
+    "logistic": ("logistic_fits",),
     "spectral": ("gram_ablation_distances", "eigh", "svd"),
 }
 _ERRORS = (
@@ -44,6 +45,7 @@ _WHERE = {
         for name in names
     },
     **{name: "repsim_kernels.errors" for name in _ERRORS},
+    "probe_paper": "repsim_kernels.ops.probe_paper",
     "show_config": "repsim_kernels._dispatch",
     "DegenerateWarning": "repsim_kernels.errors",
     "OutOfMemoryWarning": "repsim_kernels.errors",
@@ -63,8 +65,10 @@ if TYPE_CHECKING:
     from repsim_kernels.ops.cka import cka as cka
     from repsim_kernels.ops.gram import cell_grams as cell_grams
     from repsim_kernels.ops.gram import centered_gram as centered_gram
+    from repsim_kernels.ops.logistic import logistic_fits as logistic_fits
     from repsim_kernels.ops.pairwise import pairwise as pairwise
     from repsim_kernels.ops.probe import ablation_decodability as ablation_decodability
+    from repsim_kernels.ops.probe_paper import probe_paper as probe_paper
     from repsim_kernels.ops.procrustes import procrustes as procrustes
     from repsim_kernels.ops.procrustes import procrustes_distance as procrustes_distance
     from repsim_kernels.ops.rsa import rsa as rsa

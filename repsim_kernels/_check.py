@@ -213,7 +213,16 @@ def representations(
     return out
 
 
-def _integers(a: Any, name: str, error: type[RepsimError]) -> np.ndarray[Any, Any]:
+def numbers(a: Any, name: str) -> Array:
+    """Check an array of finite real numbers."""
+    a = _real(_arrays.asarray(a, name), name)
+    if 0 not in a.shape:
+        _finite(a, name)
+    return a
+
+
+def integers(a: Any, name: str, error: type[RepsimError]) -> np.ndarray[Any, Any]:
+    """Check an array of integers or booleans, as NumPy's."""
     values = _arrays.to_numpy(_arrays.asarray(a, name))
     if values.dtype.kind not in "iub" and values.size:
         raise DtypeError(f"{name}: dtype {values.dtype}; expected integers")
@@ -229,7 +238,7 @@ def cells(
 
     ``partitions``: labels (T, p) as well.
     """
-    values = _integers(cells, "cells", CellError)
+    values = integers(cells, "cells", CellError)
     if values.dtype.kind == "b" and values.ndim == 2:
         if values.shape[1] != p:
             raise CellError(
@@ -265,7 +274,7 @@ def cells(
 
 def labels(labels: Any, n: int, target: Any = None) -> np.ndarray[Any, Any]:
     """Check class labels (n,), and that `target`, if given, is one class of at least two."""
-    values = _integers(labels, "labels", LabelError)
+    values = integers(labels, "labels", LabelError)
     if values.shape != (n,):
         raise LabelError(
             f"labels: shape {values.shape}; expected ({n},), one for each stimulus of x"
@@ -283,24 +292,26 @@ def labels(labels: Any, n: int, target: Any = None) -> np.ndarray[Any, Any]:
     return values
 
 
-def classes(labels: Any, n: int, n_classes: int | None) -> tuple[np.ndarray[Any, Any], int]:
+def classes(
+    labels: Any, n: int, n_classes: int | None, name: str = "labels"
+) -> tuple[np.ndarray[Any, Any], int]:
     """Check class labels 0 … k - 1 (n,), each class with a stimulus."""
-    values = _integers(labels, "labels", LabelError)
+    values = integers(labels, name, LabelError)
     if values.shape != (n,):
         raise LabelError(
-            f"labels: shape {values.shape}; expected ({n},), one for each stimulus of x"
+            f"{name}: shape {values.shape}; expected ({n},), one for each stimulus of x"
         )
     values = values.astype(np.int64)
     k = int(values.max()) + 1 if n_classes is None else n_classes
     if not isinstance(k, (int, np.integer)) or values.min() < 0 or values.max() >= k:
         raise LabelError(
-            f"labels: values {values.min()} … {values.max()}, n_classes {k!r}; expected them in "
+            f"{name}: values {values.min()} … {values.max()}, n_classes {k!r}; expected them in "
             "0 … n_classes - 1"
         )
     empty = np.flatnonzero(np.bincount(values, minlength=k) == 0)
     if len(empty):
         raise LabelError(
-            f"labels: class {empty[0]} has no stimulus; expected every class 0 … {k - 1}"
+            f"{name}: class {empty[0]} has no stimulus; expected every class 0 … {k - 1}"
         )
     return values, int(k)
 

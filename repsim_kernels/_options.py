@@ -46,11 +46,11 @@ def number(
     return found
 
 
-def count(value: Any, name: str) -> int:
-    """Check that an option is a whole number of at least 1."""
+def count(value: Any, name: str, least: int = 1) -> int:
+    """Check that an option is a whole number of at least `least`."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole or value < 1:
-        raise OptionError(f"{name}: {_shown(value)}; expected a whole number of at least 1")
+    if not whole or value < least:
+        raise OptionError(f"{name}: {_shown(value)}; expected a whole number of at least {least}")
     return int(value)
 
 
