@@ -9,7 +9,7 @@ import numpy as np
 
 from repsim_kernels import _arrays, _check, _options
 from repsim_kernels._arrays import Array
-from repsim_kernels.errors import OptionError
+from repsim_kernels.errors import LabelError, OptionError
 from repsim_kernels.ops.logistic import MOST, fits, tolerance
 
 # Up to so many neurons orderings come from sorted random keys, at most so many at a time.
@@ -91,6 +91,8 @@ def probe_paper(
     x = _check.representation(x, batch=False)
     n, p = x.shape
     cells, n_cells = _check.cells(cells, p)
+    if target is None:
+        raise LabelError("target: None; expected an integer label")
     y = _check.labels(labels, n, target) == target
     draws, size = _options.count(draws, "draws"), _options.count(size, "size")
     if size > MOST:

@@ -1,0 +1,163 @@
+"""The study's probe: scikit-learn's own loop, and what drawing at random may and may not change."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+
+import repsim_kernels as rk
+from repsim_kernels.ops import probe_paper
+
+RNG = np.random.default_rng(0)
+N, P, CELLS = 40, 60, 4
+Y = np.arange(N) % 4
+X = np.maximum(RNG.standard_normal((N, P)) + 0.7 * RNG.standard_normal((4, P))[Y], 0)
+LABELS = RNG.permutation(np.arange(P) % CELLS)
+
+
+def score(x: np.ndarray, y: np.ndarray) -> float:
+    """As the study's code: exp(-log-loss) of the hard predictions on the stimuli of the fit."""
+    model = LogisticRegression(solver="newton-cholesky", tol=1e-12).fit(x, y)
+    return float(np.exp(-log_loss(y, model.predict(x))))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("paired", [True, False])
+def test_where_all_that_is_left_is_taken(backend, paired):
+    """As many neurons as there are: every draw is the same, and nothing is left to chance."""
+    overlapping = RNG.random((3, P)) < 0.3
+    for cells in (LABELS, overlapping):
+        got = rk.probe_paper(X, cells, Y, 2, size=P, draws=3, paired=paired, backend=backend)
+        inside = cells == np.arange(CELLS)[:, None] if cells.ndim == 1 else cells
+        want = [score(X[:, ~cell], Y == 2) for cell in inside]
+        assert got["intact"] == pytest.approx(score(X, Y == 2), rel=1e-12)
+        np.testing.assert_allclose(got["ablated"], want, rtol=1e-12)
+        np.testing.assert_allclose(got["change"], got["intact"] - np.array(want), rtol=1e-12)
+        assert (got["standard_error"] == 0).all()
+
+
+def recorded(monkeypatch, **options) -> tuple[dict, list[np.ndarray]]:
+    """The result of a call, and the columns of each batch of fits."""
+    calls = []
+    true = probe_paper.fits
+
+    def fits(x, targets, columns, start, backend, **rest):
+        calls.append(np.asarray(torch.as_tensor(columns)))
+        return true(x, targets, columns, start, backend, **rest)
+
+    monkeypatch.setattr(probe_paper, "fits", fits)
+    return rk.probe_paper(X, LABELS, Y, 1, draws=50, size=10, **options), calls
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_scores_of_the_draws(monkeypatch, paired):
+    """The fits that are made, by scikit-learn, one after the other."""
+    got, (intact, *ablated) = recorded(monkeypatch, paired=paired)
+    y = Y == 1
+
+    def losses(columns: np.ndarray) -> np.ndarray:
+        return np.array([-np.log(score(X[:, own], y)) for own in columns])
+
+    before = losses(intact)
+    assert got["intact"] == pytest.approx(np.exp(-before.mean()), rel=1e-9)
+    assert len(ablated) == CELLS
+    for c, columns in enumerate(ablated):
+        assert (LABELS[columns] != c).all()
+        after = losses(columns)
+        if paired:
+            touched = (LABELS[intact] == c).any(axis=1)
+            assert len(columns) == touched.sum()
+            for old, new in zip(intact[touched], columns, strict=True):
+                assert set(old[LABELS[old] != c]) <= set(new)
+            after = before.copy()
+            after[touched] = losses(columns)
+        want = np.exp(-after.mean())
+        assert got["ablated"][c] == pytest.approx(want, rel=1e-9)
+        assert got["change"][c] == pytest.approx(got["intact"] - want, abs=1e-9)
+        # The delta method: what exp(-mean) turns errors of the means into.
+        scaled = np.exp(-before.mean()) * before, want * after
+        error = np.cov(*scaled) / 50
+        covariance = error[0, 1] if paired else 0
+        variance = error[0, 0] + error[1, 1] - 2 * covariance
+        assert got["standard_error"][c] == pytest.approx(np.sqrt(max(variance, 0)), abs=1e-9)
+
+
+def test_pairing_takes_noise_and_no_more():
+    """Over seeds: the mean change is the same with less spread, and both know their spread."""
+    found = {}
+    for paired in (True, False):
+        runs = [
+            rk.probe_paper(X, LABELS, Y, 0, draws=20, size=8, paired=paired, seed=s)
+            for s in range(80)
+        ]
+        change, error = (np.array([r[k] for r in runs]) for k in ("change", "standard_error"))
+        spread = change.std(axis=0, ddof=1)
+        assert (np.sqrt((error**2).mean(axis=0)) / spread > 0.7).all()
+        assert (np.sqrt((error**2).mean(axis=0)) / spread < 1.4).all()
+        found[paired] = change.mean(axis=0), spread
+    (one, less), (other, more) = found[True], found[False]
+    assert less.mean() < 0.8 * more.mean()
+    assert (np.abs(one - other) < 4 * np.hypot(less, more) / np.sqrt(80)).all()
+
+
+@given(
+    st.sampled_from([(5, 3), (300, 40), (9000, 20), (9000, 700)]),
+    st.integers(1, 30),
+    st.integers(0, 10**9),
+)
+@settings(max_examples=20)
+def test_orderings(shape, draws, seed):
+    (p, length), source = shape, np.random.SeedSequence(seed)
+    got = probe_paper.orderings(source, p, draws, length)
+    assert got.shape == (draws, length)
+    assert got.min() >= 0
+    assert got.max() < p
+    assert all(len(set(row)) == length for row in got)
+    assert (probe_paper.orderings(source, p, draws, length // 2) == got[:, : length // 2]).all()
+    other = probe_paper.orderings(np.random.SeedSequence(seed + 1), p, draws, length)
+    assert (other != got).any()
+
+
+@pytest.mark.parametrize(("p", "length"), [(12, 5), (8193, 2000)])
+def test_every_neuron_is_as_likely_at_every_place(p, length):
+    got = probe_paper.orderings(np.random.SeedSequence(3), p, 4000, length)
+    group = got * 12 // p
+    for place in (0, 1, length // 2, length - 1):
+        count = np.bincount(group[:, place], minlength=12)
+        size = np.bincount(np.arange(p) * 12 // p) / p * 4000
+        assert (np.abs(count - size) < 5 * np.sqrt(size)).all()
+    # Neighbours are as if drawn one after the other: no group follows itself more than it should.
+    again = (group[:, 0] == group[:, 1]).mean()
+    assert abs(again - (0 if p == 12 else 1 / 12)) < 5 * np.sqrt(1 / 12 / 4000)
+
+
+def test_seeds_and_kinds():
+    first = rk.probe_paper(X, LABELS, Y, 3, draws=15, size=9, seed=5)
+    for x, backend in ((X, "reference"), (torch.from_numpy(X), None), (np.asfortranarray(X), None)):
+        got = rk.probe_paper(x, LABELS, Y, 3, draws=15, size=9, seed=5, backend=backend)
+        assert isinstance(got["intact"], float)
+        for name in first:
+            np.testing.assert_allclose(got[name], first[name], rtol=1e-12, atol=1e-14)
+    assert isinstance(got["change"], np.ndarray)
+    assert isinstance(rk.probe_paper(torch.from_numpy(X), LABELS, Y, 3)["change"], torch.Tensor)
+    other = rk.probe_paper(X, LABELS, Y, 3, draws=15, size=9, seed=6)
+    assert other["intact"] != first["intact"]
+
+
+def test_cells_of_nothing_and_of_everything():
+    cells = np.zeros((4, P), dtype=bool)
+    cells[1] = True
+    cells[2, 3:] = True  # three neurons are left, fewer than a draw
+    cells[3, P // 10 :] = True  # six
+    got = rk.probe_paper(X, cells, Y, 0, draws=12, size=5)
+    assert got["change"][0] == got["standard_error"][0] == 0
+    assert np.isnan([got[k][1] for k in ("ablated", "change", "standard_error")]).all()
+    assert got["ablated"][2] == pytest.approx(score(X[:, :3], Y == 0), rel=1e-12)
+    assert got["standard_error"][3] > 0
+    single = rk.probe_paper(X, cells, Y, 0, draws=1, size=5)
+    assert np.isnan(single["standard_error"][[0, 3]]).all()
