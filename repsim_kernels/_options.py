@@ -12,7 +12,7 @@ import numpy as np
 from repsim_kernels.errors import DegenerateWarning, OptionError
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """What an error shows of a value: one line, however long the value is."""
     try:
         line = " ".join(repr(value).split())
@@ -26,7 +26,7 @@ def option(value: Any, name: str, known: Iterable[str]) -> str:
     known = tuple(known)
     # Arrays compare element by element: one of one name would pass for it.
     if not isinstance(value, str) or value not in known:
-        raise OptionError(f"{name}: {_shown(value)}; expected one of {', '.join(map(repr, known))}")
+        raise OptionError(f"{name}: {shown(value)}; expected one of {', '.join(map(repr, known))}")
     return str(value)
 
 
@@ -42,7 +42,7 @@ def number(
     if not math.isfinite(found) or not low <= found <= high or (above and found == low):
         bound = f"above {low:g}" if above else f"of at least {low:g}"
         upper = f" and at most {high:g}" if math.isfinite(high) else ""
-        raise OptionError(f"{name}: {_shown(value)}; expected a finite number {bound}{upper}")
+        raise OptionError(f"{name}: {shown(value)}; expected a finite number {bound}{upper}")
     return found
 
 
@@ -50,14 +50,14 @@ def count(value: Any, name: str, least: int = 1) -> int:
     """Check that an option is a whole number of at least `least`."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or value < least:
-        raise OptionError(f"{name}: {_shown(value)}; expected a whole number of at least {least}")
+        raise OptionError(f"{name}: {shown(value)}; expected a whole number of at least {least}")
     return int(value)
 
 
 def flag(value: Any, name: str) -> bool:
     """Check that an option is True or False."""
     if not isinstance(value, (bool, np.bool_)):
-        raise OptionError(f"{name}: {_shown(value)}; expected True or False")
+        raise OptionError(f"{name}: {shown(value)}; expected True or False")
     return bool(value)
 
 
@@ -103,7 +103,7 @@ def bandwidth(kernel: Any, sigma: Any) -> float | None:
     if kernel == "linear":
         if sigma is not None:
             raise OptionError(
-                f"sigma: {_shown(sigma)} with kernel='linear'; expected None, or kernel='rbf'"
+                f"sigma: {shown(sigma)} with kernel='linear'; expected None, or kernel='rbf'"
             )
         return None
     return 1.0 if sigma is None else number(sigma, "sigma", low=0, above=True)
@@ -111,13 +111,13 @@ def bandwidth(kernel: Any, sigma: Any) -> float | None:
 
 def options(values: Any, name: str, known: tuple[str, ...]) -> tuple[str, ...]:
     """Check a sequence of names, of which each is known."""
-    items = None if isinstance(values, str) else _items(values)
-    if items is None:
-        raise OptionError(f"{name}: {_shown(values)}; expected a sequence of names")
-    return tuple(dict.fromkeys(option(value, name, known) for value in items))
+    names = None if isinstance(values, str) else items(values)
+    if names is None:
+        raise OptionError(f"{name}: {shown(values)}; expected a sequence of names")
+    return tuple(dict.fromkeys(option(value, name, known) for value in names))
 
 
-def _items(values: Any) -> tuple[Any, ...] | None:
+def items(values: Any) -> tuple[Any, ...] | None:
     """The items of a sequence, or None for what is none, as an array without dimensions."""
     try:
         return tuple(values)
@@ -132,11 +132,11 @@ def precision(value: Any) -> str:
 
 def grid(value: Any) -> tuple[int, int]:
     """Check a grid of cells: two whole numbers of at least 1."""
-    sides = _items(value) or ()
+    sides = items(value) or ()
     whole = all(isinstance(k, (int, np.integer)) and k >= 1 for k in sides)
     if len(sides) != 2 or not whole:
         raise OptionError(
-            f"grid: {_shown(value)}; expected two whole numbers of at least 1, as (4, 4)"
+            f"grid: {shown(value)}; expected two whole numbers of at least 1, as (4, 4)"
         )
     return int(sides[0]), int(sides[1])
 

@@ -40,6 +40,7 @@ ARGUMENTS: dict[str, tuple[tuple[np.ndarray, ...], dict[str, Any]]] = {
     "rsa": ((X, Y), {}),
     "ablation_distances": ((X, CELLS), {}),
     "ablation_decodability": ((X, CELLS, LABELS), {}),
+    "logistic_fits": ((X, LABELS, np.arange(6).reshape(2, 3)), {}),
     "gram_ablation_distances": ((K.sum(0), K), {}),
     "eigh": ((K,), {"vectors": False}),
     "svd": ((K,), {"vectors": False}),
@@ -95,6 +96,9 @@ class Array:
 
     def get(self) -> np.ndarray:
         return np.array(self.values)
+
+    def reshape(self, *shape: Any) -> Array:
+        return Array(self.values.reshape(*shape), self.device.id)
 
     def copy(self) -> Array:
         return Array(self.values.copy())  # on the current device, as CuPy's

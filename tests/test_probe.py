@@ -1,4 +1,4 @@
-"""Linear decodability: the reference's brute force, and scikit-learn fold by fold."""
+"""Linear decodability: the reference's brute force, and scikit-learn stimulus by stimulus."""
 
 from __future__ import annotations
 
@@ -88,3 +88,127 @@ def test_extreme_cells_and_batches():
     np.testing.assert_array_equal(got["frozen"][:, 0], got["intact"])
     assert np.isnan(got["refit"][:, 1]).all()
     assert np.isfinite(got["frozen"]).all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("folds", [None, 4])
+@pytest.mark.parametrize("score", [None, "margin", ["r2", "accuracy"]])
+def test_several_targets_are_the_single_ones(score, folds, backend):
+    rng = np.random.default_rng(2)
+    x, y = rng.standard_normal((20, 12)), np.arange(20) % 4 * 3 - 5
+    cells, targets = rng.integers(0, 3, 12), (4, -5, 1)
+    options = {"folds": folds, "score": score, "backend": backend}
+    got = rk.ablation_decodability(x, cells, y, target=np.array(targets), **options)
+    for i, target in enumerate(targets):
+        alone = rk.ablation_decodability(x, cells, y, target=target, **options)
+        assert got.keys() == alone.keys()
+        for name in score if isinstance(score, list) else [None]:
+            several, one = (a if name is None else a[name] for a in (got, alone))
+            assert isinstance(one["intact"], float)
+            for kind in ("refit", "frozen", "intact"):
+                np.testing.assert_allclose(several[kind][i], one[kind], rtol=1e-12, atol=1e-13)
+
+
+def test_the_score_by_default():
+    rng = np.random.default_rng(4)
+    x, y = rng.standard_normal((18, 5)), np.repeat([0, 1, 2], [3, 5, 10])
+    names = ["accuracy", "balanced_accuracy"]
+    for target in (None, 2, [2]):
+        every = rk.ablation_decodability(x, [0, 0, 1, 1, 1], y, target=target, score=names)
+        got = rk.ablation_decodability(x, [0, 0, 1, 1, 1], y, target=target)
+        assert every[names[0]]["intact"] != every[names[1]]["intact"]
+        for kind, value in every[names[target is not None]].items():
+            np.testing.assert_array_equal(got[kind], value)
+
+
+def criterion(x, onehot, ridge):
+    """n ‖(I - H)Y‖² / tr(I - H)², from the hat matrix."""
+    n, centred = len(x), x - x.mean(0)
+    kappa = ridge * (centred**2).sum() / n
+    inverse = np.linalg.inv(centred.T @ centred + kappa * np.eye(x.shape[1]))
+    left = np.eye(n) - centred @ inverse @ centred.T - 1 / n
+    return n * ((left @ onehot) ** 2).sum() / np.trace(left) ** 2
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("p", [6, 40])
+@pytest.mark.parametrize("target", [None, 0, (2, 1)])
+def test_generalised_cross_validation(target, p, backend):
+    rng = np.random.default_rng(p)
+    y, cells = np.arange(24) % 3, rng.integers(0, 3, p)
+    x = rng.standard_normal((24, p)) + 0.7 * rng.standard_normal((3, p))[y]
+    onehot = np.eye(3)[y][:, [0, 1, 2] if target is None else np.atleast_1d(target)]
+    grid = np.logspace(-6, 6, 2401)
+    values = [criterion(x, onehot, ridge) for ridge in grid]
+    options = {"target": target, "score": ("margin", "r2"), "backend": backend}
+    got = rk.ablation_decodability(x, cells, y, ridge="gcv", **options)
+    best = int(np.argmin(values))
+    assert 0 < best < 2400
+    assert grid[best - 1] < got["ridge"] < grid[best + 1]
+    assert criterion(x, onehot, got["ridge"]) <= min(values) * (1 + 1e-12)
+    same = rk.ablation_decodability(x, cells, y, ridge=got.pop("ridge"), **options)
+    for name, kinds in same.items():
+        for kind, value in kinds.items():
+            np.testing.assert_allclose(got[name][kind], value, rtol=1e-12)
+
+
+def test_generalised_cross_validation_ends_where_the_grid_does():
+    """Neurons that say nothing of the classes; and one that says all, among as many as stimuli."""
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1], 10)
+    noise = rng.standard_normal((20, 5))
+    nothing = noise - np.stack([noise[y == k].mean(0) for k in (0, 1)])[y]
+    clear = np.column_stack([y * 1e3, rng.standard_normal((20, 30)) * 1e-4])
+    got = rk.ablation_decodability(np.stack([clear, clear * 7]), [0] * 31, y, ridge="gcv")
+    np.testing.assert_allclose(got["ridge"], 1e-6, rtol=1e-6)
+    got = rk.ablation_decodability(nothing, [0] * 5, y, ridge="gcv")
+    assert got["ridge"] == pytest.approx(1e6, rel=1e-6)
+    assert isinstance(got["ridge"], float)
+
+
+X, Y = np.random.default_rng(0).standard_normal((6, 4)), [0, 0, 1, 1, 2, 2]
+ERRORS = [
+    ({"ridge": "cv"}, rk.OptionError, "ridge: 'cv'; expected a finite number above 0, or 'gcv'"),
+    ({"ridge": -1}, rk.OptionError, "ridge: -1; expected a finite number above 0"),
+    ({"probe": "svm"}, rk.OptionError, "probe: 'svm'; expected one of 'ridge', 'logistic'"),
+    ({"probe": "logistic"}, rk.OptionError, "folds: None with probe='logistic'; .* closed form"),
+    (
+        {"probe": "logistic", "folds": 2, "ridge": "gcv"},
+        rk.OptionError,
+        "ridge: 'gcv' with probe='logistic'; expected a number",
+    ),
+    (
+        {"probe": "logistic", "folds": 2, "score": ["margin", "r2"]},
+        rk.OptionError,
+        "score: 'r2' with probe='logistic'; expected other scores",
+    ),
+    ({"score": "f1"}, rk.OptionError, "score: 'f1'; expected one of 'accuracy', "),
+    ({"score": ["r2", 1]}, rk.OptionError, "score: 1; expected one of 'accuracy', "),
+    ({"score": []}, rk.OptionError, r"score: \[\]; expected a name or a sequence of different"),
+    ({"score": ["r2", "r2"]}, rk.OptionError, r"score: \['r2', 'r2'\]; expected a name or"),
+    ({"score": 2}, rk.OptionError, "score: 2; expected a name or a sequence"),
+    ({"folds": 1}, rk.OptionError, "folds: 1; expected 2 or more, and at most 2, the stimuli"),
+    ({"folds": 0}, rk.OptionError, "folds: 0; expected 2 or more"),
+    ({"folds": 7}, rk.OptionError, "folds: 7; expected 2 or more, and at most 2, the stimuli of"),
+    ({"folds": True}, rk.OptionError, "folds: True; expected a whole number of at least 2, or int"),
+    ({"folds": 2.0}, rk.OptionError, "folds: 2.0; expected a whole number"),
+    ({"folds": [0, 1, 2]}, rk.OptionError, r"folds: \[0, 1, 2\]; .* integers \(6,\), a fold for"),
+    ({"folds": np.eye(6, dtype=int)}, rk.OptionError, r"folds: array\(.*; .* integers \(6,\)"),
+    ({"folds": [True, False] * 3}, rk.OptionError, r"folds: \[True, .*; expected a whole number"),
+    ({"folds": torch.ones(6)}, rk.OptionError, r"folds: tensor\(.*; expected a whole number"),
+    ({"folds": "five"}, rk.OptionError, "folds: 'five'; expected a whole number"),
+    ({"folds": [3] * 6}, rk.OptionError, "folds: only fold 3; expected at least two folds"),
+    ({"target": [0, 5]}, rk.LabelError, "target: no stimulus has label 5; labels has 0, 1, 2"),
+    ({"target": []}, rk.LabelError, r"target: \[\]; expected a label or a sequence of different"),
+    ({"target": (1, 1)}, rk.LabelError, r"target: \(1, 1\); expected a label or a sequence"),
+    ({"target": [0, True]}, rk.LabelError, "target: True; expected an integer label"),
+    ({"target": "01"}, rk.LabelError, "target: '01'; expected an integer label"),
+    ({"target": np.array(1.5)}, rk.LabelError, "target: array.1.5.; expected an integer label"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "match"), ERRORS, ids=[str(e[0]) for e in ERRORS])
+def test_errors(options, error, match):
+    with pytest.raises(error, match=match) as caught:
+        rk.ablation_decodability(X, [0, 0, 1, 1], Y, **options)
+    assert len(str(caught.value).splitlines()) == 1

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
-from repsim_kernels.reference.gram import Array, Real, centered, membership
+from repsim_kernels.reference.gram import Array, Real, centered, contrasts, membership
 
 
 def ablation_decodability(
@@ -13,48 +16,161 @@ def ablation_decodability(
     labels: Real,
     *,
     n_cells: int | None = None,
-    target: int | None = None,
-    ridge: float = 1.0,
-) -> dict[str, Array | np.float64]:
-    """Leave-one-out accuracy of a linear probe, {"refit": (C,), "frozen": (C,), "intact": ()}.
+    target: int | Sequence[int] | None = None,
+    ridge: float | str = 1.0,
+    folds: Real | None = None,
+    score: Sequence[str] | None = None,
+    probe: str = "ridge",
+) -> dict[str, Any]:
+    """Held-out scores of a linear probe, {"refit": (C,), "frozen": (C,), "intact": ()}.
 
-    Ridge regression on one-hot targets with an unpenalised intercept, κ = ridge · ‖A‖²/n of all
-    stimuli of the side that is fitted, one stimulus left out at a time; the class is the largest
-    of its predictions. ``refit`` is fitted and read on x with a cell's columns set to zero,
-    ``frozen`` fitted on x and read on the stimulus with the cell's columns set to zero. With a
-    target the columns are target and rest, and the accuracy is the mean of the two recalls.
+    Ridge regression on one-hot targets, or logistic regression of each class against the rest,
+    with an unpenalised intercept, κ = ridge · ‖A‖²/n of all stimuli of the side that is fitted, one
+    stimulus left out at a time or one of the folds (n,); the class is the largest of the outputs.
+    ``refit`` is fitted and read on x with a cell's columns set to zero, ``frozen`` fitted on x and
+    read on the stimuli with the cell's columns set to zero. With a target the columns are target
+    and rest; with T of them every result has an axis (T,) in front. The score is the accuracy, with
+    a target the balanced one; with a sequence of scores there is a dict of results for each.
 
     Refit is NaN for a cell of all columns that vary.
     """
     x = np.asarray(x, dtype=np.float64)
-    classes = np.asarray(labels if target is None else labels != target, dtype=np.int64)
+    one = target is None or np.asarray(target).ndim == 0
+    several = [target] if one else list(np.asarray(target))
+    tasks = [
+        np.unique(labels if t is None else labels != t, return_inverse=True)[1] for t in several
+    ]
+    names = score or ("accuracy" if target is None else "balanced_accuracy",)
+    found: dict[str, Any] = {}
+    if isinstance(ridge, str):
+        ridge = found["ridge"] = best_ridge(x, np.hstack([one_hot(task) for task in tasks]))
+    fit = held_out if probe == "ridge" else held_out_logistic
     varies = (x != x[0]).any(axis=0)
 
-    def accuracy(scores: Array) -> np.float64:
-        right = scores.argmax(axis=1) == classes
-        if target is None:
-            return np.float64(right.mean())
-        return np.float64((right[classes == 0].mean() + right[classes == 1].mean()) / 2)
+    def outputs(task: Real) -> dict[str, list[Array]]:
+        refit, frozen = [], []
+        for cell in membership(cells, n_cells):
+            ablated = np.where(cell, 0, x)
+            gone = varies.any() and cell[varies].all()
+            nothing = np.full((len(x), task.max() + 1), np.nan)
+            refit.append(nothing if gone else fit(ablated, ablated, task, ridge, folds))
+            frozen.append(fit(x, ablated, task, ridge, folds))
+        return {"refit": refit, "frozen": frozen, "intact": [fit(x, x, task, ridge, folds)]}
 
-    refit, frozen = [], []
-    for cell in membership(cells, n_cells):
-        ablated = np.where(cell, 0, x)
-        gone = varies.any() and cell[varies].all()
-        refit.append(np.nan if gone else accuracy(held_out(ablated, ablated, classes, ridge)))
-        frozen.append(accuracy(held_out(x, ablated, classes, ridge)))
-    intact = accuracy(held_out(x, x, classes, ridge))
-    return {"refit": np.array(refit), "frozen": np.array(frozen), "intact": intact}
+    each = [(outputs(task), task) for task in tasks]
+    for name in names:
+        found[name] = {
+            kind: np.array(
+                [[scored(name, o, t, target is not None) for o in out[kind]] for out, t in each]
+            )
+            for kind in ("refit", "frozen", "intact")
+        }
+        found[name]["intact"] = found[name]["intact"][:, 0]
+        if one:
+            found[name] = {kind: values[0] for kind, values in found[name].items()}
+    return found if score else found.pop(names[0]) | found
 
 
-def held_out(x: Array, read: Array, classes: Real, ridge: float) -> Array:
-    """Prediction for each row of ``read`` (n, p) by the fit to all other rows of x, (n, k)."""
+def one_hot(classes: Real) -> Array:
+    """1 where a stimulus is of a class, (n, k)."""
+    return np.eye(classes.max() + 1)[classes]
+
+
+def scored(name: str, outputs: Array, classes: Real, one_class: bool) -> np.float64:
+    """One score of outputs (n, k); NaN where they are."""
+    if np.isnan(outputs).any():
+        return np.float64(np.nan)
+    y = one_hot(classes)
+    if name == "r2":
+        return np.float64(1 - np.sum((y - outputs) ** 2) / np.sum(centered(y) ** 2))
+    if name == "margin":
+        others = np.where(y == 1, -np.inf, outputs).max(axis=1)
+        value = outputs[y == 1] - others
+    else:
+        value = outputs.argmax(axis=1) == classes
+    if name == "balanced_accuracy" or (name == "margin" and one_class):
+        return np.float64(np.mean([value[classes == k].mean() for k in range(y.shape[1])]))
+    return np.float64(value.mean())
+
+
+def best_ridge(x: Array, y: Array) -> np.float64:
+    """The ridge of the least n ‖(I - H)Y‖² / tr(I - H)², H the hat matrix of x: 1e-6 … 1e6."""
+    # The vector of ones, where I - H is 0, is left out: the criterion of a small ridge is 0 / 0.
+    n, q = len(x), contrasts(len(x))
+    a, y = q.T @ x, q.T @ y
+
+    def criterion(exponent: float) -> float:
+        kappa = 10**exponent * np.sum(a**2) / n
+        left = kappa * np.linalg.inv(a @ a.T + kappa * np.eye(n - 1))
+        return float(n * np.sum((left @ y) ** 2) / np.trace(left) ** 2)
+
+    exponents = np.linspace(-6, 6, 121)
+    for _ in range(7):
+        best = int(np.argmin([criterion(e) for e in exponents]))
+        answer = exponents[best]
+        low, high = exponents[max(best - 1, 0)], exponents[min(best + 1, len(exponents) - 1)]
+        exponents = np.linspace(low, high, 21)
+    return np.float64(10**answer)
+
+
+def _parts(n: int, folds: Real | None) -> list[Real]:
+    """Which stimuli are held out, of each fold."""
+    fold = np.arange(n) if folds is None else folds
+    return [fold == k for k in np.unique(fold)]
+
+
+def held_out(
+    x: Array, read: Array, classes: Real, ridge: float, folds: Real | None = None
+) -> Array:
+    """Prediction for each row of ``read`` (n, p) by the fit to x without the row's fold, (n, k)."""
     n = len(x)
     kappa = ridge * np.sum(centered(x) ** 2) / n
-    y = np.eye(classes.max() + 1)[classes]
+    y = one_hot(classes)
     scores = np.empty_like(y)
-    for i in range(n):
-        rest = np.arange(n) != i
-        a, mean = centered(x[rest]), x[rest].mean(axis=0)
-        weights = a.T @ np.linalg.solve(a @ a.T + kappa * np.eye(n - 1), centered(y[rest]))
-        scores[i] = y[rest].mean(axis=0) + (read[i] - mean) @ weights
+    for held in _parts(n, folds):
+        a, mean = centered(x[~held]), x[~held].mean(axis=0)
+        weights = a.T @ np.linalg.solve(a @ a.T + kappa * np.eye(len(a)), centered(y[~held]))
+        scores[held] = y[~held].mean(axis=0) + (read[held] - mean) @ weights
     return scores
+
+
+def held_out_logistic(
+    x: Array, read: Array, classes: Real, ridge: float, folds: Real | None = None
+) -> Array:
+    """Decision value for each row of ``read`` (n, p) and class, fitted without the row's fold."""
+    n = len(x)
+    kappa = ridge * np.sum(centered(x) ** 2) / n
+    y = one_hot(classes)
+    scores = np.empty_like(y)
+    for held in _parts(n, folds):
+        a, mean = centered(x[~held]), x[~held].mean(axis=0)
+        # The weights are a combination of the stimuli: of min(n, p) directions.
+        basis = np.linalg.qr(a.T).Q
+        for k, t in enumerate(y[~held].T):
+            if t.min() == t.max():
+                scores[held, k] = np.inf if t[0] else -np.inf
+            else:
+                weights, offset = logistic(a @ basis, t, kappa)
+                scores[held, k] = (read[held] - mean) @ basis @ weights + offset
+    return scores
+
+
+def logistic(a: Array, t: Array, kappa: float) -> tuple[Array, float]:
+    """Weights and offset of the least Σ log(1 + exp(-s f)) + κ/2 ‖w‖², s = 2t - 1, by Newton."""
+    features = np.column_stack([a, np.ones(len(a))])
+    penalty = kappa * np.append(np.ones(a.shape[1]), 0)
+    sign = 2 * t - 1
+
+    def objective(w: Array) -> float:
+        return float(np.logaddexp(0, -sign * (features @ w)).sum() + penalty @ w**2 / 2)
+
+    w, step = np.zeros(features.shape[1]), np.ones(features.shape[1])
+    while np.abs(features @ step).max() > 1e-10 * (1 + np.abs(features @ w).max()):
+        wrong = np.exp(-np.logaddexp(0, sign * (features @ w)))
+        gradient = penalty * w - features.T @ (sign * wrong)
+        hessian = (features.T * (wrong * (1 - wrong))) @ features + np.diag(penalty)
+        step = -np.linalg.solve(hessian, gradient)
+        while objective(w + step) > objective(w) * (1 + 1e-12):
+            step /= 2
+        w = w + step
+    return w[:-1], float(w[-1])
