@@ -87,6 +87,13 @@ def sweep(
     metrics: Annotated[
         list[str] | None, typer.Option(help="Distances, separated by commas; all by default.")
     ] = None,
+    probes: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of linear decodability, by commas: ridge (the default), and paper, the "
+            "published study's, which takes longer than all else."
+        ),
+    ] = None,
     ridge: Annotated[
         float | None,
         typer.Option(
@@ -143,6 +150,7 @@ def sweep(
             "device": device,
             "grid": None if grid is None else _grid(grid),
             "metrics": _split(metrics),
+            "probes": _split(probes),
             "ridge": ridge,
             "penalty": penalty,
             "memory": memory,

@@ -14,6 +14,7 @@ from .data import Stimuli
 from .measure import StudyError
 from .models import SMALL, load, study_layers
 from .presets import PRESETS, RANDOM, Loaded, Network, Preset, load_network, weights_for
+from .probes import Draws
 from .stats import METRICS
 from .study import Study
 
@@ -178,6 +179,8 @@ def _of_network(
         "ridge": preset.ridge,
         "penalty": 0.0 if "ridge" in asked.study else preset.penalty,
         "metrics": preset.metrics or METRICS,
+        "probes": preset.probes,
+        "draws": Draws(network.draws, network.neurons_per_draw, preset.paired),
     }
     model = loaded.model
     if asked.study.get("device", "cpu").startswith("cpu"):

@@ -16,8 +16,9 @@ from torch import Tensor
 import repsim_kernels as rk
 from repsim_kernels.forward import Cost, State
 
+from . import probes as linear
 from .performance import performance
-from .stats import CHANGES
+from .stats import PERFORMANCE
 from .store import Unit
 
 if TYPE_CHECKING:
@@ -104,6 +105,8 @@ def held(study: Study) -> dict[str, int]:
     for name, layer in study.sizes.items():
         beside = costs[name].held_bytes - layer.bytes  # the activation is in x
         subset = 0 if study.others is None else study.stimuli * layer.bytes
+        if "paper" in study.probes:  # its copy, neuron by neuron
+            subset += study.stimuli * layer.bytes
         found[name] = (
             study.shown * layer.bytes + targets * max(0, beside) + subset + _GRID * layer.neurons
         )
@@ -176,13 +179,13 @@ def _unit(study: Study, layer: str, label: int, shown: Shown, room: int) -> pd.D
     forward, n_cells = study.forward, study.grid[0] * study.grid[1]
     states = shown.states.pop(label)
     try:
-        found = represent(study, where, label, *_stimuli(study, label, shown), room)
+        found = represent(study, study.probes, layer, label, *_stimuli(study, label, shown), room)
         intact = torch.cat([forward.intact(state) for state in states])
         parts = [forward.logits(state, found.cells, n_cells, memory=room) for state in states]
     except rk.RepsimError as error:
         raise StudyError(f"{where}, class {study.class_name(label)}: {error}") from error
-    changes = performance(intact, torch.cat(parts, dim=1), label) | found.decodability
-    numbers = found.distances | {name: changes[name] for name in CHANGES}
+    changes = performance(intact, torch.cat(parts, dim=1), label)
+    numbers = found.distances | {name: changes[name] for name in PERFORMANCE} | found.decodability
     columns = {
         "model": study.name,
         "class": study.class_name(label),
@@ -204,7 +207,9 @@ def _stimuli(study: Study, label: int, shown: Shown) -> tuple[Tensor, Tensor]:
     return shown.x[index.to(shown.x.device)], shown.labels[index]
 
 
-def represent(study: Study, where: str, label: int, x: Tensor, y: Tensor, room: int) -> Represented:
+def represent(
+    study: Study, probes: Sequence[str], layer: str, label: int, x: Tensor, y: Tensor, room: int
+) -> Represented:
     """Cells, distances and changes of decodability; NaN for a layer that is the same for all."""
     cells = rk.selectivity_grid(x, y, label, grid=study.grid, edges=study.edges)
     n_cells, overlap = study.grid[0] * study.grid[1], cells.dtype == torch.bool
@@ -218,19 +223,11 @@ def represent(study: Study, where: str, label: int, x: Tensor, y: Tensor, room: 
             penalty=study.options["penalty"],
             memory=max(1, min(room, _VARIATES)),
         )
-        ridge = study.options["probe_ridge"]
-        probe = rk.ablation_decodability(x, cells, y, target=label, ridge=ridge)
+        decodability = linear.decodability(study, probes, layer, label, x, y, cells)
     except rk.ConstantError:
         what = "is the same for every stimulus: its distances and decodability are NaN"
-        warnings.warn(f"{where} {what}", stacklevel=2)
+        warnings.warn(f"{study.name}, layer {layer} {what}", stacklevel=2)
         nan = torch.full((n_cells,), math.nan)
-        both = ("decodability_refit", "decodability_frozen")
-        return Represented(
-            cells, sizes, dict.fromkeys(study.metrics, nan), dict.fromkeys(both, nan)
-        )
-    # Accuracies are averages of ratios of counts: equal ones must tie in spite of rounding.
-    decodability = {
-        f"decodability_{kind}": (float(probe["intact"]) - probe[kind]).round(decimals=12)
-        for kind in ("refit", "frozen")
-    }
+        distances = dict.fromkeys(study.metrics, nan)
+        decodability = linear.unknown(probes, n_cells)
     return Represented(cells, sizes, dict(distances), decodability)

@@ -12,6 +12,7 @@ from torch import Tensor
 from repsim_kernels.forward import Cost
 
 from .measure import batch_size, groups, held, represent
+from .probes import paper
 from .store import Unit
 from .study import Study
 
@@ -21,7 +22,7 @@ _FEW = 2000
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer of a study: its ablated passes and metrics, for all target classes."""
+    """One layer of a study: its ablated passes, metrics and probes, for all target classes."""
 
     layer: str
     neurons: int
@@ -29,6 +30,7 @@ class LayerPlan:
     forward_flops: float  # of the ablated passes
     metric_flops: float  # of Grams, and of PWCCA's weights
     held: int  # bytes of activations, and of what ablated passes start from
+    fits: int  # logistic regressions of the paper's probe
     seconds: float
 
 
@@ -91,6 +93,7 @@ def plan(study: Study, units: Sequence[Unit] | None = None) -> Plan:
     sizes = held(study)
     grouped = [group for group in groups(study, study.layers) if set(group) & set(names)]
     fixed, by_neuron = _metric_seconds(study)
+    by_fit = _fit_seconds(study) if "paper" in study.probes else 0.0
     n_cells = study.grid[0] * study.grid[1]
     lines = []
     for name in names:
@@ -98,6 +101,7 @@ def plan(study: Study, units: Sequence[Unit] | None = None) -> Plan:
         targets = sum(unit.layer == name for unit in units)
         passes = targets * n_cells * own
         spectral = 1 + n_cells * ("pwcca" in study.metrics)
+        fits = targets * (1 + n_cells) * study.draws.of(p) if "paper" in study.probes else 0
         lines.append(
             LayerPlan(
                 layer=name,
@@ -106,8 +110,10 @@ def plan(study: Study, units: Sequence[Unit] | None = None) -> Plan:
                 forward_flops=passes * cost.tail_flops,
                 metric_flops=targets * 2.0 * study.stimuli**2 * p * spectral,
                 held=sizes[name],
+                fits=fits,
                 seconds=passes * _tail_seconds(cost, len(images), speed)
-                + targets * (fixed + by_neuron * p),
+                + targets * (fixed + by_neuron * p)
+                + fits * by_fit,
             )
         )
     return Plan(
@@ -132,21 +138,41 @@ def _tail_seconds(cost: Cost, n: int, speed: float) -> float:
 
 
 def _metric_seconds(study: Study) -> tuple[float, float]:
-    """Seconds of a unit's cells, distances and decodability: fixed, and for each neuron."""
-    target = study.targets[0]
-    classes = study.present if study.others is None else [target, *study.others_of(target)]
-    y = torch.cat([torch.full((study.counted(label),), label) for label in classes])
+    """Seconds of a unit's cells, distances and ridge probe: fixed, and for each neuron."""
+    target, y = _labels(study)
+    probes = [name for name in study.probes if name != "paper"]
     few = max(_FEW, study.grid[0] * study.grid[1], len(y))
     many = 5 * few
     times = []
     for p in (few, few, many):  # the first also loads libraries
         x = _alive(len(y), p, study.device)
         start = time.perf_counter()
-        found = represent(study, "plan", target, x, y, 2**30)
+        found = represent(study, probes, "plan", target, x, y, 2**30)
         found.sizes.cpu()
         times.append(time.perf_counter() - start)
     by_neuron = max(0.0, times[2] - times[1]) / (many - few)
     return max(0.0, times[1] - by_neuron * few), by_neuron
+
+
+def _labels(study: Study) -> tuple[int, Tensor]:
+    """The first target, and the labels of the stimuli that it is told apart from."""
+    target = study.targets[0]
+    classes = study.present if study.others is None else [target, *study.others_of(target)]
+    return target, torch.cat([torch.full((study.counted(label),), label) for label in classes])
+
+
+def _fit_seconds(study: Study) -> float:
+    """Seconds of a logistic regression of the paper's probe."""
+    target, y = _labels(study)
+    n_cells = study.grid[0] * study.grid[1]
+    x = _alive(len(y), _FEW, study.device)
+    cells = torch.arange(_FEW) % n_cells
+    times = []
+    for draws in (2, 12):  # the first also loads libraries
+        start = time.perf_counter()
+        paper(study, "plan", target, x, y, cells, draws)
+        times.append(time.perf_counter() - start)
+    return times[1] / (12 * (1 + n_cells))
 
 
 def _alive(n: int, p: int, device: torch.device) -> Tensor:

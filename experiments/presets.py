@@ -55,6 +55,10 @@ class Network:
         ``classes``.
     images : int
         Of each class.
+    draws : int
+        How often the paper's probe draws neurons of a layer, at least.
+    neurons_per_draw : int, optional
+        It draws once for so many neurons of the layer, where that is more.
     """
 
     name: str
@@ -63,6 +67,8 @@ class Network:
     width: float = 1.0
     others: int | None = None
     images: int = 50
+    draws: int = 200
+    neurons_per_draw: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,10 @@ class Preset:
         Of CCA and PWCCA; a penalty above 0 is taken instead of the ridge.
     metrics : tuple of str, optional
         Distances to take; all by default.
+    probes : tuple of str
+        Of linear decodability, as for `Study`.
+    paired : bool
+        Whether the paper's probe keeps, of the neurons it draws, those that survive an ablation.
     """
 
     networks: tuple[Network, ...]
@@ -89,12 +99,14 @@ class Preset:
     ridge: float = 0.1
     penalty: float = 0.0
     metrics: tuple[str, ...] | None = None
+    probes: tuple[str, ...] = ("ridge",)
+    paired: bool = True
 
 
 _ALEXNET = Network("alexnet", "alexnet", FIFTY, others=10)
-_MOBILENET_V2 = Network("mobilenet_v2", "mobilenet_v2", TEN)
+_MOBILENET_V2 = Network("mobilenet_v2", "mobilenet_v2", TEN, neurons_per_draw=100)
 _MOBILENET_V2_035 = replace(_MOBILENET_V2, name="mobilenet_v2_035", width=0.35)
-_RESNET50 = Network("resnet50", "resnet50", TEN)
+_RESNET50 = Network("resnet50", "resnet50", TEN, draws=1, neurons_per_draw=50)
 
 PRESETS: dict[str, Preset] = {
     "alexnet": Preset((_ALEXNET,)),
@@ -106,12 +118,15 @@ PRESETS: dict[str, Preset] = {
         edges="inclusive",
         penalty=1e3,
         metrics=("cka", "procrustes", "pwcca", "cca", "cca_squared"),
+        probes=("paper",),
+        paired=False,
     ),
 }
-"""What ``--preset`` names. Classes, counts of images, widths and all of "hayne2024" are those of
-Hayne, Jung & Carter, *Does Representation Similarity Capture Function Similarity?*, TMLR 2024, and
-its published code; torchvision's MobileNetV2 of width 1 stands beside theirs of width 0.35 because
-weights for it are published."""
+"""What ``--preset`` names. Classes, counts of images and of draws, widths and all of "hayne2024"
+are those of Hayne, Jung & Carter, *Does Representation Similarity Capture Function Similarity?*,
+TMLR 2024, and its published code; torchvision's MobileNetV2 of width 1 stands beside theirs of
+width 0.35 because weights for it are published. Of an ablated ResNet50 they draw once for 50 of the
+neurons that are left, here for 50 of all."""
 
 
 class Loaded(NamedTuple):

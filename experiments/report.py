@@ -37,8 +37,11 @@ CHANGE_NAMES = {
     "top5": "top-5 accuracy",
     "decodability_refit": "decodability, refitted",
     "decodability_frozen": "decodability, frozen",
+    "margin_refit": "linear margin, refitted",
+    "margin_frozen": "linear margin, frozen",
+    "decodability_paper": "decodability, the paper's",
 }
-BY_LAYER = ("rank_deficit", "log_probability", "decodability_refit")
+BY_LAYER = ("rank_deficit", "log_probability", "decodability_refit", "decodability_paper")
 # Okabe & Ito's colours, told apart by most colour-blind readers, without those that are lost on
 # white or black; and a marker each, for everybody else. The last is wide, to be seen under CKA.
 STYLES = (
@@ -172,9 +175,8 @@ def _by_layer(model: str, mine: pd.DataFrame, layers: Sequence[str]) -> list[Mar
 
 def _grid(table: pd.DataFrame, study: dict[str, Any]) -> dict[str, Any] | None:
     """Heat maps of the layer where ablation costs most, if the shape of the grid is known."""
-    shown = [
-        name for name in ("rank_deficit", "decodability_refit", "cka") if name in table.columns
-    ]
+    wanted = ("rank_deficit", "decodability_refit", "decodability_paper", "cka")
+    shown = [name for name in wanted if name in table.columns]
     keys = ["model", "layer"]
     cost = table.groupby(keys, observed=True)[shown[0]].mean() if shown else None
     if cost is None or cost.isna().all():

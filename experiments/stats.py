@@ -9,15 +9,13 @@ import pandas as pd  # type: ignore[import-untyped]
 
 from repsim_kernels.ops.ablation import METRICS as METRICS
 
-CHANGES = (
-    "rank_deficit",
-    "log_probability",
-    "probability",
-    "top1",
-    "top5",
-    "decodability_refit",
-    "decodability_frozen",
-)
+#: Changes of network performance, and of linear decodability by probe; of a table those it has.
+PERFORMANCE = ("rank_deficit", "log_probability", "probability", "top1", "top5")
+PROBES = {
+    "ridge": ("decodability_refit", "decodability_frozen", "margin_refit", "margin_frozen"),
+    "paper": ("decodability_paper",),
+}
+CHANGES = (*PERFORMANCE, *(name for names in PROBES.values() for name in names))
 
 
 class StatsError(ValueError):

@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from repsim_kernels.forward import AblatedForward
 from repsim_kernels.forward.memory import budget
 
 from .measure import BATCH, Layer, StudyError, groups, rows
+from .probes import Draws
 from .run import Step, run, run_folder
-from .stats import METRICS
+from .stats import METRICS, PROBES
 from .store import Unit
 
 
@@ -61,8 +63,14 @@ class Study:
         How many images of each class, its first ones, the distances, the decodability and the
         selectivity are taken over; all by default. The network's performance is always that on
         all images of the target.
+    probes : sequence of str
+        Of linear decodability. "ridge": leave-one-out ridge regression, refitted and frozen, its
+        balanced accuracy and its margin. "paper": the published study's logistic regressions on
+        neurons drawn at random, and the standard error of what they give.
+    draws : Draws, optional
+        How often "paper" draws: 200 times by default.
     seed : int
-        Of the others that are drawn.
+        Of the others and of the neurons that are drawn.
     memory : int or str, optional
         Bytes, or text such as "8GiB", for all that is held beside the model and its images:
         activations of as many layers at a time as it takes, and what runs. By default half of what
@@ -98,6 +106,8 @@ class Study:
         penalty: float = 0.0,
         probe_ridge: float = 1.0,
         stimuli_per_class: int | None = None,
+        probes: Sequence[str] = ("ridge",),
+        draws: Draws | None = None,
         seed: int = 0,
         memory: int | str | None = None,
         note: str | None = None,
@@ -108,6 +118,7 @@ class Study:
         self.model = copy.deepcopy(model).eval().to(self.device)
         self.layers = _distinct("layers", layers)
         self.metrics = _distinct("metrics", metrics)
+        self.probes, self.draws = _distinct("probes", probes), draws or Draws()
         self.grid = (int(grid[0]), int(grid[1]))
         self.edges, self.others, self.seed, self.note = edges, others, seed, note
         self.classes = None if classes is None else tuple(classes)
@@ -199,6 +210,8 @@ class Study:
             "seed": self.seed,
             "metrics": self.metrics,
             **self.options,
+            "probes": self.probes,
+            "draws": asdict(self.draws) if "paper" in self.probes else None,
             "stimuli_per_class": self.stimuli_per_class,
             "images": _hash(self.images, self.labels),
             "device": self.device.type,
@@ -236,6 +249,12 @@ class Study:
             raise StudyError(
                 f"metrics: {unknown[0]!r} is unknown; expected some of {', '.join(METRICS)}"
             )
+        if unknown := [name for name in self.probes if name not in PROBES]:
+            raise StudyError(
+                f"probes: {unknown[0]!r} is unknown; expected some of {', '.join(PROBES)}"
+            )
+        if self.draws.least < 1 or (self.draws.every is not None and self.draws.every < 1):
+            raise StudyError(f"draws: {self.draws}; expected whole numbers of 1 or more")
         if min(self.grid) < 1:
             raise StudyError(f"grid: {self.grid} is empty; expected 1 or more by 1 or more")
         for name, value in self.options.items():

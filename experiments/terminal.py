@@ -35,6 +35,9 @@ HEADS = {
     "top5": "top-5",
     "decodability_refit": "decod.\nrefit",
     "decodability_frozen": "decod.\nfrozen",
+    "margin_refit": "margin\nrefit",
+    "margin_frozen": "margin\nfrozen",
+    "decodability_paper": "decod.\npaper",
 }
 
 
@@ -68,19 +71,21 @@ def _some(names: Sequence[str]) -> str:
 def finish(console: Console, table: pd.DataFrame, folder: Path) -> None:
     """Print the mean correlations, write the report, say where things are."""
     metrics = [name for name in METRICS if name in table.columns]
-    wide = means(correlations(table, metrics, CHANGES))
+    changes = [name for name in CHANGES if name in table.columns]
+    wide = means(correlations(table, metrics, changes))
     notes = table.attrs.get("notes", {})
     for model in table["model"].unique():
         note = f" ({notes[model]})" if model in notes else ""
         print(f"Mean Spearman correlation, {model}{note}")
-        view = Table(box=SIMPLE)
+        view = Table(box=SIMPLE, padding=0)  # of one probe within 80 characters
         view.add_column("metric", no_wrap=True)
-        for change in CHANGES:
+        for change in changes:
             view.add_column(HEADS[change], justify="right", no_wrap=True)
         for metric, row in wide.loc[model].iterrows():
             numbers = ("-" if value != value else f"{value:.2f}" for value in row)
             view.add_row(METRIC_NAMES[metric], *numbers)
-        console.print(view)
+        width = max(console.width, console.measure(view).maximum)
+        console.print(view, width=width, crop=False)
     print(folder / "results.parquet")
     print(write_report(folder, folder / "report.html"))
 
@@ -101,7 +106,8 @@ def show_plans(console: Console, plans: Sequence[Plan]) -> None:
             "TFLOP\nmetrics",
             "GiB\nheld",
         )
-        for head in (*heads, "time"):
+        fits = any(line.fits for line in plan.layers)
+        for head in (*heads, *(["logistic\nfits"] if fits else []), "time"):
             view.add_column(head, justify="left" if head == "layer" else "right", no_wrap=True)
         for line in plan.layers:
             view.add_row(
@@ -111,6 +117,7 @@ def show_plans(console: Console, plans: Sequence[Plan]) -> None:
                 f"{line.forward_flops / 1e12:.3g}",
                 f"{line.metric_flops / 1e12:.3g}",
                 f"{line.held / 2**30:.2f}",
+                *([f"{line.fits:,}"] if fits else []),
                 _duration(line.seconds),
             )
         console.print(view)

@@ -112,7 +112,10 @@ def test_the_metrics_are_timed_on_two_sizes(
 ) -> None:
     study, clock = toy_study(**changes), [0.0]
 
-    def represent(_study: Study, _where: str, label: int, x: Any, y: Any, _room: int) -> Any:
+    def represent(
+        _study: Study, probes: list[str], _layer: str, label: int, x: Any, y: Any, _room: int
+    ) -> Any:
+        assert probes == ["ridge"]
         chosen = [label, *study.others_of(label)] if study.others else study.present
         assert y.tolist() == [c for c in chosen for _ in range(study.counted(c))]
         assert x.shape[1] >= study.grid[0] * study.grid[1]

@@ -12,7 +12,7 @@ from _toy import toy_study
 
 from experiments.report import means, write_report
 from experiments.run import run, run_folder
-from experiments.stats import CHANGES, METRICS, StatsError, correlations, summary
+from experiments.stats import METRICS, PERFORMANCE, PROBES, StatsError, correlations, summary
 
 
 def random_table(groups: int, cells: int = 16, seed: int = 0) -> pd.DataFrame:
@@ -110,7 +110,7 @@ def test_the_report_is_self_contained_and_holds_the_table(tmp_path: Path) -> Non
     assert "@import" not in html
     assert "toy <b>" not in html
     assert "some &amp; others" in html
-    found = summary(correlations(table, METRICS, CHANGES))
+    found = summary(correlations(table, METRICS, (*PERFORMANCE, *PROBES["ridge"])))
     for value in found["spearman"].dropna():
         assert f">{value:.2f}" in html
     assert html.count("<svg") == html.count('role="img" aria-label=') == 6

@@ -11,7 +11,7 @@ from torch import nn
 
 from experiments import Study
 from experiments.performance import performance
-from experiments.stats import CHANGES, METRICS
+from experiments.stats import METRICS, PERFORMANCE, PROBES
 from experiments.study import StudyError
 from repsim_kernels import LayerError
 from repsim_kernels.reference.ablation import ablation_distances
@@ -41,13 +41,13 @@ def hooked(model: nn.Module, layer: str, images: torch.Tensor, mask: torch.Tenso
 
 def test_the_table_has_a_row_for_each_cell_in_order(table: pd.DataFrame) -> None:
     keys = ["model", "class", "layer", "cell"]
-    assert list(table.columns) == [*keys, "size", *METRICS, *CHANGES]
+    assert list(table.columns) == [*keys, "size", *METRICS, *PERFORMANCE, *PROBES["ridge"]]
     assert table[keys].equals(table.sort_values(keys, ignore_index=True)[keys])
     expected = pd.MultiIndex.from_product([["toy"], sorted(CLASSES), LAYERS, range(16)])
     assert list(table[keys].itertuples(index=False, name=None)) == list(expected)
     assert table["cell"].dtype == table["size"].dtype == np.int64
     assert (table["size"] == 16).all()
-    assert table[[*METRICS, *CHANGES]].notna().all(axis=None)
+    assert table[[*METRICS, *PERFORMANCE, *PROBES["ridge"]]].notna().all(axis=None)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -115,7 +115,7 @@ def test_a_dead_layer_gives_nan_and_a_warning() -> None:
         model.conv2.bias.fill_(-1)
     with pytest.warns(UserWarning, match="toy, layer act2 is the same for every stimulus"):
         table = toy_study(model=model, layers=["act2"], targets=[1]).run()
-    assert table[[*METRICS, "decodability_refit", "decodability_frozen"]].isna().all(axis=None)
+    assert table[[*METRICS, *PROBES["ridge"]]].isna().all(axis=None)
     assert (table["rank_deficit"] == 0).all()
 
 

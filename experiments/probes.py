@@ -1,0 +1,101 @@
+"""Linear decodability as a study records it: which probes, their columns, what is drawn."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import repsim_kernels as rk
+
+from .stats import PROBES
+
+if TYPE_CHECKING:
+    from .study import Study
+
+SIZE = 100  # neurons of a draw, the paper's
+ERROR = "decodability_paper_error"
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How often the paper's probe draws neurons of a layer, and how.
+
+    Parameters
+    ----------
+    least : int
+        As often at least.
+    every : int, optional
+        Once for so many of the layer's neurons, where that is more.
+    paired : bool
+        Whether an ablated fit keeps the neurons of the intact one as far as they survive; the
+        paper draws all anew.
+    """
+
+    least: int = 200
+    every: int | None = None
+    paired: bool = True
+
+    def of(self, neurons: int) -> int:
+        """Draws for a layer of so many neurons."""
+        return self.least if self.every is None else max(self.least, neurons // self.every)
+
+
+def columns(probes: Sequence[str]) -> list[str]:
+    """The table's columns of some probes."""
+    found = [name for probe in probes for name in PROBES[probe]]
+    return [*found, ERROR] if "paper" in probes else found
+
+
+def decodability(
+    study: Study, probes: Sequence[str], layer: str, label: int, x: Tensor, y: Tensor, cells: Tensor
+) -> dict[str, Tensor]:
+    """What every ablation takes of each probe's score, and the error of the paper's: (C,) each."""
+    found: dict[str, Tensor] = {}
+    if "ridge" in probes:
+        scores = rk.ablation_decodability(
+            x,
+            cells,
+            y,
+            target=label,
+            ridge=study.options["probe_ridge"],
+            score=("balanced_accuracy", "margin"),
+        )
+        for name, score in (("decodability", "balanced_accuracy"), ("margin", "margin")):
+            for kind in ("refit", "frozen"):
+                # Ratios of counts are averaged: equal ones must tie in spite of rounding.
+                change = float(scores[score]["intact"]) - scores[score][kind]
+                found[f"{name}_{kind}"] = change.round(decimals=12)
+    if "paper" in probes:
+        found |= paper(study, layer, label, x, y, cells, study.draws.of(x.shape[1]))
+    return {name: found[name] for name in columns(probes)}
+
+
+def paper(
+    study: Study, layer: str, label: int, x: Tensor, y: Tensor, cells: Tensor, draws: int
+) -> dict[str, Tensor]:
+    """The paper's probe; what it draws depends on the study's seed, the layer and the class."""
+    source = np.random.SeedSequence([study.seed, zlib.crc32(layer.encode()), label])
+    scores = rk.probe_paper(
+        x,
+        cells,
+        y,
+        label,
+        draws=draws,
+        size=SIZE,
+        paired=study.draws.paired,
+        seed=int(source.generate_state(1)[0]),
+    )
+    change = scores["change"].round(decimals=12)
+    return {"decodability_paper": change, ERROR: scores["standard_error"]}
+
+
+def unknown(probes: Sequence[str], n_cells: int) -> dict[str, Tensor]:
+    """The columns of a layer that is the same for every stimulus."""
+    return {name: torch.full((n_cells,), math.nan) for name in columns(probes)}

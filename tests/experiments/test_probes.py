@@ -1,0 +1,209 @@
+"""Probes of a study: the columns they fill, held against brute force, and what they draw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from _toy import CLASSES, LAYERS, Toy, image_folder, stop_after, toy_images, toy_study
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import log_loss
+from typer.testing import CliRunner
+
+from experiments import __main__ as cli
+from experiments.measure import StudyError, held
+from experiments.plan import plan
+from experiments.presets import PRESETS
+from experiments.probes import ERROR, Draws, columns
+from experiments.stats import METRICS, PERFORMANCE, PROBES
+from repsim_kernels.reference.cells import selectivity_grid
+
+PAPER = ["decodability_paper", ERROR]
+
+
+def activations(layer: str) -> np.ndarray:
+    """What a layer of the toy gives for all images, class by class."""
+    images, labels = toy_images()
+    seen: list[torch.Tensor] = []
+    model = Toy().eval()
+    model.get_submodule(layer).register_forward_hook(lambda _m, _i, out: seen.append(out.clone()))
+    with torch.no_grad():
+        model(images[labels.argsort(stable=True)])
+    return seen[0].flatten(1).double().numpy()
+
+
+@pytest.mark.parametrize("probes", [["ridge"], ["paper"], ["paper", "ridge"]])
+def test_columns(probes: list[str]) -> None:
+    table = toy_study(probes=probes, layers=["act1"], draws=Draws(least=3)).run()
+    want = [name for probe in probes for name in PROBES[probe]]
+    want += [ERROR] if "paper" in probes else []
+    keys = ["model", "class", "layer", "cell", "size"]
+    assert list(table.columns) == [*keys, *METRICS, *PERFORMANCE, *want]
+    assert columns(probes) == want
+    assert table[want].notna().all(axis=None)
+
+
+def test_margins_equal_those_of_scikit_learn() -> None:
+    label = 1
+    rows = toy_study(layers=["act2"], targets=[label]).run()
+    x, y = activations("act2"), np.repeat(np.arange(3), 5)
+    cells = selectivity_grid(x, y, label)
+    sign = np.where(y == label, 1, -1)
+
+    def margin(fitted: np.ndarray, read: np.ndarray) -> float:
+        """Twice how far the held-out output is on the right side of 1/2, class by class."""
+        alpha = ((fitted - fitted.mean(0)) ** 2).sum() / len(y)
+        out = np.empty(len(y))
+        for i in range(len(y)):
+            rest = np.arange(len(y)) != i
+            model = Ridge(alpha=alpha).fit(fitted[rest], (y == label)[rest])
+            out[i] = model.predict(read[i : i + 1])[0]
+        right = (2 * out - 1) * sign
+        return float((right[sign > 0].mean() + right[sign < 0].mean()) / 2)
+
+    for c in (0, 7, 15):
+        ablated = np.where(cells == c, 0, x)
+        for name, fitted in (("margin_refit", ablated), ("margin_frozen", x)):
+            lost = margin(x, x) - margin(fitted, ablated)
+            assert rows[name][c] == pytest.approx(lost, abs=1e-6)
+
+
+def test_the_papers_probe_takes_what_scikit_learns_loop_takes(monkeypatch: Any) -> None:
+    """Of all that is left: nothing is drawn, and the loss is that of one fit."""
+    monkeypatch.setattr("experiments.probes.SIZE", 128)
+    label, x, y = 0, activations("act2")[:, :128], np.repeat(np.arange(3), 5) == 0
+    images, labels = toy_images()
+
+    class Half(Toy):
+        """128 neurons behind act2, as many as a draw takes."""
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            x = self.act1(self.conv1(images))
+            return self.fc(self.act2(self.conv2(x)[:, :2]).flatten(1).repeat(1, 2))
+
+    study = toy_study(
+        model=Half(), layers=["act2"], targets=[label], probes=["paper"], draws=Draws(least=2)
+    )
+    rows = study.run()
+    cells = selectivity_grid(x, np.repeat(np.arange(3), 5), label)
+
+    def score(values: np.ndarray) -> float:
+        model = LogisticRegression(solver="newton-cholesky", tol=1e-12).fit(values, y)
+        return float(np.exp(-log_loss(y, model.predict(values))))
+
+    assert len(images) == len(labels) == len(x)
+    for c in range(16):
+        lost = score(x) - score(x[:, cells != c])
+        assert rows["decodability_paper"][c] == pytest.approx(lost, abs=1e-9)
+        assert rows[ERROR][c] == 0
+
+
+def test_draws_are_the_same_again_and_others_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a run that was interrupted; a seed, a layer and a class each have their own."""
+    monkeypatch.setattr("experiments.probes.SIZE", 3)
+    options: dict[str, Any] = {"probes": ["paper"], "draws": Draws(least=4)}
+    whole = toy_study(**options).run()
+    with pytest.raises(KeyboardInterrupt):
+        toy_study(**options).run(tmp_path / "run", stop_after(2))
+    again = toy_study(**options).run(tmp_path / "run")
+    pd.testing.assert_frame_equal(whole, again)
+    other = toy_study(**options, seed=1).run()
+    assert (other[ERROR] != whole[ERROR]).any()
+    groups = whole.groupby(["layer", "class"])[ERROR].apply(tuple)
+    assert len(groups) == len(LAYERS) * len(CLASSES)
+    assert groups.nunique() == len(groups)
+
+
+def test_pairing_lowers_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.probes.SIZE", 3)
+    errors = [
+        toy_study(probes=["paper"], draws=Draws(least=20, paired=paired)).run()[ERROR].mean()
+        for paired in (True, False)
+    ]
+    assert 0 < errors[0] < errors[1]
+
+
+@pytest.mark.parametrize(
+    ("draws", "neurons", "count"),
+    [
+        (Draws(), 10**6, 200),
+        (Draws(200, 100), 12_544, 200),
+        (Draws(200, 100), 200_799, 2007),
+        (Draws(1, 50), 100_352, 2007),
+        (Draws(1, 50), 30, 1),
+    ],
+)
+def test_counts_of_draws(draws: Draws, neurons: int, count: int) -> None:
+    assert draws.of(neurons) == count
+
+
+def test_presets_have_the_papers_counts() -> None:
+    paper = PRESETS["hayne2024"]
+    assert (paper.probes, paper.paired) == (("paper",), False)
+    drawn = [(n.name, n.draws, n.neurons_per_draw) for n in paper.networks]
+    assert drawn == [
+        ("alexnet", 200, None),
+        ("mobilenet_v2_035", 200, 100),
+        ("resnet50", 1, 50),
+    ]
+    assert all(p.probes == ("ridge",) for name, p in PRESETS.items() if name != "hayne2024")
+
+
+def test_a_dead_layer_has_no_decodability() -> None:
+    model = Toy()
+    with torch.no_grad():
+        model.conv2.weight.zero_()
+        model.conv2.bias.fill_(-1)
+    study = toy_study(model=model, layers=["act2"], targets=[1], probes=["ridge", "paper"])
+    with pytest.warns(UserWarning, match="toy, layer act2 is the same for every stimulus"):
+        table = study.run()
+    assert table[[*PROBES["ridge"], *PAPER]].isna().all(axis=None)
+
+
+def test_a_plan_counts_and_times_the_fits() -> None:
+    study = toy_study(probes=["paper"], draws=Draws(least=30), targets=[0, 2])
+    found = plan(study)
+    assert [line.fits for line in found.layers] == [2 * 17 * 30] * 2
+    assert all(line.seconds > 0 for line in found.layers)
+    assert [line.fits for line in plan(toy_study()).layers] == [0, 0]
+    one, two = (held(toy_study(probes=[probe]))["act1"] for probe in ("ridge", "paper"))
+    assert two - one == 15 * 256 * 4  # the copy that lies neuron by neuron
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"probes": ["svm"]}, "probes: 'svm' is unknown; expected some of ridge, paper"),
+        ({"probes": []}, r"probes: \[\] is empty or repeats"),
+        ({"draws": Draws(least=0)}, "draws: .*least=0.*; expected whole numbers of 1 or more"),
+        ({"draws": Draws(every=0)}, "draws: .*every=0.*; expected whole numbers of 1 or more"),
+    ],
+)
+def test_what_is_no_probe(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(StudyError, match=message):
+        toy_study(**changes)
+
+
+def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tables have the probes that were asked for, in 80 characters."""
+    monkeypatch.chdir(tmp_path)
+    images = image_folder(tmp_path / "images")
+    options = ["--model", "_toy:Toy", "--layers", "act1", "--size", "8", "--images", str(images)]
+    result = CliRunner().invoke(cli.app, ["sweep", *options, "--probes", "paper"])
+    assert result.exit_code == 0, result.stderr
+    assert "paper" in result.stdout
+    assert "refit" not in result.stdout
+    report = Path("runs/_toy.Toy/report.html").read_text()
+    assert "logistic regressions on neurons drawn at random" in report
+    assert "refitted" not in report
+    result = CliRunner().invoke(cli.app, ["sweep", *options, "--out", "r", "--probes", "ridge"])
+    lines = result.stdout.splitlines()
+    (head,) = (line for line in lines if line.split()[:2] == ["metric", "deficit"])
+    assert head.split()[-4:] == ["refit", "frozen", "refit", "frozen"]
+    assert max(len(line) for line in lines if "CKA" in line or "deficit" in line) <= 80
