@@ -84,10 +84,15 @@ def finish(console: Console, table: pd.DataFrame, folder: Path) -> None:
         for metric, row in wide.loc[model].iterrows():
             numbers = ("-" if value != value else f"{value:.2f}" for value in row)
             view.add_row(METRIC_NAMES[metric], *numbers)
-        width = max(console.width, console.measure(view).maximum)
-        console.print(view, width=width, crop=False)
+        _show(console, view)
     print(folder / "results.parquet")
     print(write_report(folder, folder / "report.html"))
+
+
+def _show(console: Console, view: Table) -> None:
+    """Print a table whole, however narrow the terminal: what is cut off can't be read."""
+    width = max(console.width, console.measure(view).maximum)
+    console.print(view, width=width, crop=False)
 
 
 def show_plans(console: Console, plans: Sequence[Plan]) -> None:
@@ -120,7 +125,7 @@ def show_plans(console: Console, plans: Sequence[Plan]) -> None:
                 *([f"{line.fits:,}"] if fits else []),
                 _duration(line.seconds),
             )
-        console.print(view)
+        _show(console, view)
         many = "pass" if plan.passes == 1 else "passes"
         print(
             f"  {plan.passes} {many} of all images for all layers, "

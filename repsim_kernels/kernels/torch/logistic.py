@@ -65,16 +65,20 @@ def logistic_fits(
         "errors": torch.empty(b, t, dtype=torch.int64, device=x.device),
     }
 
-    def work(some: slice) -> None:
-        gathered = rows[columns[some].flatten()].view(-1, d, n)
-        origin, scale = _standardise_(gathered)
-        for j in range(t):
-            begin = None if start is None else (start[0][some, j], start[1][some, j])
-            fits = _fit(gathered, y[j], origin, scale, C, tol, max_iter, begin)
-            for name, values in out.items():
-                values[some, j] = getattr(fits, name).to(values.dtype)
+    def work(batches: list[slice]) -> None:
+        # Fresh memory would cost as much as what is written to it.
+        space = rows.new_empty(2, batches[0].stop - batches[0].start, d, n)
+        for some in batches:
+            gathered, spare = space[:, : some.stop - some.start]
+            torch.index_select(rows, 0, columns[some].flatten(), out=gathered.view(-1, n))
+            origin, scale = _standardise_(gathered)
+            for j in range(t):
+                begin = None if start is None else (start[0][some, j], start[1][some, j])
+                fits = _fit(gathered, spare, y[j], origin, scale, C, tol, max_iter, begin)
+                for name, values in out.items():
+                    values[some, j] = getattr(fits, name).to(values.dtype)
 
-    _each(work, list(_batches(b, d * n * dtype.itemsize, x.device)), x.device)
+    _share(work, list(_batches(b, d * n * dtype.itemsize, x.device)), x.device)
     return out
 
 
@@ -94,19 +98,19 @@ def _batches(b: int, size: int, device: torch.device) -> Iterator[slice]:
     return (slice(i, min(i + count, b)) for i in range(0, b, count))
 
 
-def _each(work: Callable[[slice], None], items: list[slice], device: torch.device) -> None:
-    """Work on all items, on a CPU one to a thread: LAPACK's batches run on one thread alone."""
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1 or len(items) == 1:
-        for item in items:
-            work(item)
+def _share(work: Callable[[list[slice]], None], items: list[slice], device: torch.device) -> None:
+    """Work on all items, on a CPU some on each thread: LAPACK's batches run on one alone."""
+    threads = min(torch.get_num_threads(), len(items))
+    if device.type != "cpu" or threads == 1:
+        work(items)
         return
+    before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(work, items))
+            list(pool.map(work, (items[i::threads] for i in range(threads))))
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def _standardise_(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,8 +123,8 @@ def _standardise_(x: Tensor) -> tuple[Tensor, Tensor]:
     rest = x.sub_(first).mean(2, keepdim=True)  # exactly zero where a neuron is constant
     x -= rest
     origin = (first.double() + rest)[:, :, 0]
-    low, high = x.flatten(1).aminmax(dim=1)
-    largest = torch.maximum(-low, high).to(torch.float64)
+    flat = x.flatten(1)
+    largest = torch.maximum(-flat.amin(1), flat.amax(1)).to(torch.float64)
     scale = torch.exp2(torch.frexp(largest).exponent.to(torch.float64))
     x *= (1 / scale).to(x.dtype)[:, None, None]
     return origin, scale
@@ -128,6 +132,7 @@ def _standardise_(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _fit(
     x: Tensor,
+    spare: Tensor,
     y: Tensor,
     origin: Tensor,
     scale: Tensor,
@@ -136,7 +141,7 @@ def _fit(
     max_iter: int,
     start: tuple[Tensor, Tensor] | None,
 ) -> Fits:
-    """The fits of one target y (n,) on what `_standardise_` left of x."""
+    """The fits of one target y (n,) on what `_standardise_` left of x; spare is overwritten."""
     b, d, _ = x.shape
     penalty = 1 / (C * scale) / scale
     v = torch.zeros(b, d + 1, dtype=torch.float64, device=x.device)
@@ -147,7 +152,7 @@ def _fit(
         v[:, :d] = start[0] * scale[:, None]
         v[:, d] = start[1] + (start[0].double() * origin).sum(1)
     rough = _Descent(x.float(), y, penalty, v, max(tol, 1e-5), max_iter)
-    rough.run()
+    rough.run(spare if x.dtype == torch.float32 else torch.empty_like(rough.x))
     v, steps, converged = rough.v.double(), rough.steps, rough.converged
     z = rough.z.double()
     again = ~converged | rough.noisy() | (x.dtype == torch.float64)
@@ -155,7 +160,7 @@ def _fit(
         at = again.nonzero()[:, 0]
         begin = v[at].where(v[at].isfinite().all(1, keepdim=True), 0)
         fine = _Descent(x[at].double(), y, penalty[at], begin, tol, max_iter - steps[at])
-        fine.run()
+        fine.run(spare[: len(at)] if x.dtype == torch.float64 else torch.empty_like(fine.x))
         v[at], z[at], converged[at] = fine.v, fine.z, fine.converged
         steps[at] += fine.steps
     coef = v[:, :d] / scale[:, None]
@@ -182,11 +187,11 @@ class _Descent:
         self.converged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self.least = torch.zeros(len(x), dtype=x.dtype, device=x.device)  # pivot of the last factor
 
-    def run(self) -> None:
-        at, x, weighted = torch.arange(len(self.x)), self.x, torch.empty_like(self.x)
-        at = at.to(x.device)
+    def run(self, spare: Tensor) -> None:
+        """spare: memory of x's shape and dtype."""
+        at, x = torch.arange(len(self.x), device=self.x.device), self.x
         while len(at):
-            self._leg(at, x, weighted[: len(at)])
+            self._leg(at, x, spare[: len(at)])
             going = ~self.converged[at] & (self.steps[at] < self.most[at]) & (self.least[at] > 0)
             if x.dtype == torch.float32 and bool((self.steps[at] >= _ROUGH)[going].any()):
                 going &= (self.steps[at] < _ROUGH) | ~self.noisy()[at]
