@@ -91,8 +91,10 @@ def finish(console: Console, table: pd.DataFrame, folder: Path) -> None:
 
 def _show(console: Console, view: Table) -> None:
     """Print a table whole, however narrow the terminal: what is cut off can't be read."""
-    width = max(console.width, console.measure(view).maximum)
-    console.print(view, width=width, crop=False)
+    natural = console.measure(view, options=console.options.update_width(1000)).maximum
+    if natural > console.width:
+        console = Console(file=console.file, width=natural, highlight=False, markup=False)
+    console.print(view)
 
 
 def show_plans(console: Console, plans: Sequence[Plan]) -> None:

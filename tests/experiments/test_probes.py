@@ -202,6 +202,10 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     report = Path("runs/_toy.Toy/report.html").read_text()
     assert "logistic regressions on neurons drawn at random" in report
     assert "refitted" not in report
+    result = CliRunner().invoke(
+        cli.app, ["sweep", *options, "--out", "b", "--probes", "ridge,paper"]
+    )
+    assert "…" not in result.stdout
     result = CliRunner().invoke(cli.app, ["sweep", *options, "--out", "r", "--probes", "ridge"])
     lines = result.stdout.splitlines()
     (head,) = (line for line in lines if line.split()[:2] == ["metric", "deficit"])
