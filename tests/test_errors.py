@@ -160,6 +160,7 @@ OPTIONS = [
     (lambda: rk.logistic_fits(X, LABELS, [[True]]), "columns: neurons .*; expected integers"),
     (lambda: rk.logistic_fits(X, [0] * 6, [[0]]), "y: one class, 0; expected at least two"),
     (lambda: rk.logistic_fits(X, [0, 2] * 3, [[0]]), "y: class 1 has no stimulus"),
+    (lambda: rk.logistic_fits(X, [-1, 1] * 3, [[0]]), "y: values -1 … 1; expected integers from 0"),
     (lambda: rk.logistic_fits(X, [0, 1], [[0]]), r"y: shape \(2,\); expected \(6,\)"),
     (lambda: rk.logistic_fits(X, LABELS, [[0]], C=0), "C: 0; expected a finite number above 0"),
     (lambda: rk.logistic_fits(X, LABELS, [[0]], tol=-1), "tol: -1; expected a finite number above"),

@@ -211,6 +211,9 @@ def test_start_and_limits(backend):
     assert (short["n_iter"] == 2).all()
     loose = rk.logistic_fits(x, y, columns, tol=0.1, backend=backend)
     assert (loose["n_iter"] < cold["n_iter"]).all()
+    fine = rk.logistic_fits(x, y, columns, tol=1e-9, backend=backend)
+    exact = rk.logistic_fits(x.double(), y, columns)
+    np.testing.assert_allclose(fine["coef"], exact["coef"], atol=2e-7 * exact["coef"].abs().max())
     classes = rk.logistic_fits(x, np.arange(40) % 3, columns, backend=backend)
     again = classes["coef"], classes["intercept"]
     warm = rk.logistic_fits(x, np.arange(40) % 3, columns, start=again, backend=backend)

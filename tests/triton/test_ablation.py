@@ -83,3 +83,19 @@ def test_decodability(device, data):
         # A held-out answer within rounding of the boundary may fall on either side.
         assert (np.abs(np.asarray(got[name].cpu()) - want[name]) <= 1 / x.n + 1e-12).all()
     assert got["intact"] == want["intact"]
+
+
+@settings(max_examples=4)
+@given(st.data())
+def test_margins_of_folds_and_targets(device, data):
+    """By the kernels' Grams: outputs without ties, which rounding moves by little."""
+    x = data.draw(drawn)
+    cells, _ = data.draw(labels(x.p, 4))
+    options = {"target": [0, 1], "folds": 2, "score": ["margin", "r2"], "ridge": 0.5}
+    y = np.arange(x.n) % 2
+    got = rk.ablation_decodability(x.torch().to(device), cells, y, backend="triton", **options)
+    want = rk.ablation_decodability(x.values(), cells, y, backend="reference", **options)
+    for score in options["score"]:
+        for name, value in want[score].items():
+            near = got[score][name].cpu().numpy()
+            np.testing.assert_allclose(near, value, rtol=1e-3, atol=1e-3, err_msg=name)

@@ -26,6 +26,7 @@ from torch.nn.functional import softplus
 
 _STEPS = 8  # of BFGS from one Hessian; 6 and 10 take more time, on five kinds of activations
 _HALVINGS = 40
+_SINGLE = 1e-5  # the tolerance that float32 is trusted with
 _ROUGH = 3 * _STEPS  # after so many steps in float32, float64 takes over where rounding shows
 # Bytes of activations that go through a CPU's cache together, of each thread, and on a GPU.
 _CACHED, _ON_GPU = 2**22 * 3 // 2, 2**30
@@ -151,11 +152,11 @@ def _fit(
     else:
         v[:, :d] = start[0] * scale[:, None]
         v[:, d] = start[1] + (start[0].double() * origin).sum(1)
-    rough = _Descent(x.float(), y, penalty, v, max(tol, 1e-5), max_iter)
+    rough = _Descent(x.float(), y, penalty, v, max(tol, _SINGLE), max_iter)
     rough.run(spare if x.dtype == torch.float32 else torch.empty_like(rough.x))
     v, steps, converged = rough.v.double(), rough.steps, rough.converged
     z = rough.z.double()
-    again = ~converged | rough.noisy() | (x.dtype == torch.float64)
+    again = ~converged | rough.noisy() | (x.dtype == torch.float64 or tol < _SINGLE)
     if bool(again.any()):
         at = again.nonzero()[:, 0]
         begin = v[at].where(v[at].isfinite().all(1, keepdim=True), 0)
