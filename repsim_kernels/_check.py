@@ -304,11 +304,10 @@ def classes(
     values = values.astype(np.int64)
     k = int(values.max()) + 1 if n_classes is None else n_classes
     if not isinstance(k, (int, np.integer)) or values.min() < 0 or values.max() >= k:
-        beside = "" if n_classes is None else f", n_classes {k!r}"
-        most = "" if n_classes is None else " … n_classes - 1"
-        raise LabelError(
-            f"{name}: values {values.min()} … {values.max()}{beside}; expected integers from 0{most}"
-        )
+        found = f"{name}: values {values.min()} … {values.max()}"
+        if n_classes is None:
+            raise LabelError(f"{found}; expected integers from 0 on")
+        raise LabelError(f"{found}, n_classes {k!r}; expected them in 0 … n_classes - 1")
     empty = np.flatnonzero(np.bincount(values, minlength=k) == 0)
     if len(empty):
         raise LabelError(
