@@ -87,14 +87,14 @@ def logistic_fits(
     numbers = _columns(columns, x.shape[1])
     shape = (len(numbers), k) if k > 2 else (len(numbers),)
     begin = None if start is None else _start(start, (*shape, numbers.shape[1]))
-    found = fits(
+    found = _fits(
         x,
         np.arange(k)[:, None] == y if k > 2 else y[None] == 1,
         numbers,
         begin,
         backend,
         C=_options.number(C, "C", low=0, above=True),
-        tol=tolerance(tol, x),
+        tol=_tolerance(tol, x),
         max_iter=_options.count(max_iter, "max_iter"),
         precision=_options.precision(precision),
     )
@@ -129,13 +129,13 @@ def _start(start: Any, shape: tuple[int, ...]) -> tuple[Array, Array]:
     return coef.reshape(shape[0], -1, shape[-1]), intercept.reshape(shape[0], -1)
 
 
-def tolerance(tol: Any, x: Array) -> float:
+def _tolerance(tol: Any, x: Array) -> float:
     if tol is None:
         return 1e-10 if str(x.dtype).endswith("float64") else 1e-5
     return _options.number(tol, "tol", low=0, above=True)
 
 
-def fits(
+def _fits(
     x: Array,
     targets: np.ndarray[Any, Any],
     columns: Any,

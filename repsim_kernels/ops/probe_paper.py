@@ -10,7 +10,7 @@ import numpy as np
 from repsim_kernels import _arrays, _check, _options
 from repsim_kernels._arrays import Array
 from repsim_kernels.errors import LabelError, OptionError
-from repsim_kernels.ops.logistic import MOST, fits, tolerance
+from repsim_kernels.ops.logistic import MOST, _fits, _tolerance
 
 # Up to so many neurons orderings come from sorted random keys, at most so many at a time.
 _KEYED, _KEYS = 2**13, 2**22
@@ -100,7 +100,7 @@ def probe_paper(
     paired, seed = _options.flag(paired, "paired"), _options.count(seed, "seed", least=0)
     options = {
         "C": _options.number(C, "C", low=0, above=True),
-        "tol": tolerance(None, x),
+        "tol": _tolerance(None, x),
         "max_iter": 200,
         "precision": _options.precision(precision),
     }
@@ -160,13 +160,13 @@ class _Probe:
         """Beginnings of random orderings of p neurons, for each draw; one if all are drawn."""
         if p <= self.size:
             return np.arange(p)[None]
-        return orderings(source, p, self.draws, length)
+        return _orderings(source, p, self.draws, length)
 
     def _fit(
         self, columns: np.ndarray[Any, Any] | Array, start: tuple[Array, Array] | None = None
     ) -> tuple[dict[str, Array], np.ndarray[Any, Any]]:
         """Fits, and the log-loss of each one's hard predictions, as scikit-learn has it."""
-        found = fits(self.x, self.y[None], columns, start, self.backend, **self.options)
+        found = _fits(self.x, self.y[None], columns, start, self.backend, **self.options)
         share = _arrays.to_numpy(found["errors"])[:, 0] / len(self.y)
         return found, share * _WRONG + (1 - share) * _RIGHT
 
@@ -205,7 +205,7 @@ class _Probe:
         return losses
 
 
-def orderings(
+def _orderings(
     source: np.random.SeedSequence, p: int, draws: int, length: int
 ) -> np.ndarray[Any, Any]:
     """The first `length` of p neurons in random order, `draws` times: (draws, length).
