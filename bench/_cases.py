@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import repsim_kernels as rk
-from bench import _spectral_cases
+from bench import _probe_cases, _spectral_cases
 from bench._case import DISTANCES, EXACT, MEANS, PRODUCTS, Case, Shape, function, labelled
 
 PAPER = ("cka", "procrustes", "pwcca", "cca", "cca_squared")
@@ -32,7 +32,7 @@ def cases(quick: bool) -> list[Case]:
     for precision in ("tf32",) if quick else ("tf32", "ieee"):
         s = Shape(n, p, c, torch.float32, precision)
         rows += [_whole(s), _cells(s), _weights(s)]
-    return rows + _spectral_cases.cases(quick)
+    return rows + _spectral_cases.cases(quick) + _probe_cases.cases(quick)
 
 
 @cache

@@ -25,7 +25,7 @@ TABLE: dict[tuple[str, str], str] = {
     **{
         (op, "triton"): f"repsim_kernels.kernels.triton.{f}:{op}"
         for op, f in _FAMILY.items()
-        if f in ("gram", "cells", "ablation", "probe")
+        if f in ("gram", "cells", "ablation", "probe", "logistic")
     },
     ("gram_ablation_distances", "triton"): (
         "repsim_kernels.kernels.triton.spectral:gram_ablation_distances"

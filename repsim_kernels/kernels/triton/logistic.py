@@ -1,0 +1,392 @@
+"""Many small logistic regressions at once, each from its neurons to convergence in one program.
+
+A program takes Newton's steps of one regression: the margins and the loss, for each neuron all its
+stimuli; then the gradient and the Hessian, for all neurons some stimuli; then conjugate gradients
+with the Hessian in registers. Margins and gradient decide the answer, and are float32 products, the
+latter summed in float64, without which nearly collinear neurons would not converge. The Hessian
+only steers: in float32 emulation TF32 takes as many steps as float32 does.
+
+On an H100 a step of n = 500 stimuli and d = 100 neurons, padded to 512 and 128, needs at least, in
+thousand cycles of a multiprocessor (132 of them at 1.7 GHz),
+
+    neurons, read twice from L2      400 KB at 24 B             16
+    Hessian                          50 Mop at 2,048 (tf32x3)   25    (tf32: 8)
+    centring, weighting, gradient    1.6 M operations at 128    13
+    conjugate gradients              10 steps of 0.7             7
+
+and two passes of 10 around all. Reading overlaps with the rest at best, and then 8 steps are 380
+thousand cycles, 1.7 µs a fit over all multiprocessors: 40 million take 68 s, of which conjugate
+gradients have 10 s (tf32: 244 thousand, 1.1 µs, 44 s); where nothing overlaps, 508 thousand cycles
+and 91 s. All by arithmetic. Registers allow one program of 8 warps a multiprocessor.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from repsim_kernels.kernels.triton import _launch
+
+_FITS = 2**14  # of a launch, whose scratch is 84 MB for 500 stimuli; its tail is 1 % of it
+_STEPS = 8  # of a cold start, on five kinds of activations; from a start nearby 3
+
+
+@dataclass(frozen=True)
+class Launch:
+    block_d: int  # neurons of a tile: all of a regression
+    block_n: int  # stimuli of a step of the Hessian
+    rows: int  # neurons of a step of the margins, each with all stimuli
+    num_warps: int
+    num_stages: int
+
+
+def choose(
+    n: int, d: int, dtype: torch.dtype, precision: str, capability: tuple[int, int]
+) -> Launch:
+    # Two steps of the tensor cores, but one where operands, or their halves, fill the registers.
+    wide = capability >= {"tf32x3": (10, 0), "tf32": (9, 0), "ieee": (99, 0)}[precision]
+    block_d = max(16, triton.next_power_of_2(d))
+    return Launch(
+        block_d=block_d,
+        block_n=16 if wide else 8,
+        # 16 elements a thread, whose loads are all under way at once.
+        rows=max(1, 4096 // triton.next_power_of_2(n)),
+        # The Hessian is 64 registers of each thread at 128 neurons, and at most 32 below.
+        num_warps=8 if block_d == 128 else 4,
+        # A third stage spills; without tensor cores the second does.
+        num_stages=1 if precision == "ieee" else 2,
+    )
+
+
+def floor(n: int, d: int, fits: int, neurons: int, itemsize: int, precision: str) -> _launch.Floor:
+    """The neurons in use read once, results written once; 8 Hessians, n d (d + 1) operations each.
+
+    A cold start takes 8 steps; margins, gradients and conjugate gradients are 5 % more.
+    """
+    moved = neurons * n * itemsize + fits * (8 * d + 4 * (d + 1) + 17)
+    return _launch.Floor(moved, fits * _STEPS * n * d * (d + 1), precision)
+
+
+def unsupported(x: Tensor) -> str | None:
+    return _launch.unsupported(x)
+
+
+@triton.jit
+def _logistic_fits_kernel(
+    x_ptr,
+    columns_ptr,
+    signs_ptr,
+    coef_ptr,
+    intercept_ptr,
+    steps_ptr,
+    converged_ptr,
+    errors_ptr,
+    scratch_ptr,
+    n,
+    d,
+    t,
+    width,
+    stride_p,
+    root,
+    ratio,
+    tol,
+    max_iter,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    fit = tl.program_id(0).to(tl.int64)
+    # Both are multiples of 4, which the compiler can't see: neurons are read in whole vectors.
+    width = width // 4 * 4
+    stride_p = stride_p // 4 * 4
+    columns_ptr += fit // t * d
+    signs_ptr += fit % t * n
+    coef_ptr += fit * d
+    # By way of these the threads tell each other what some have and all need.
+    u_ptr = scratch_ptr + fit * (2 * D + 2 * N)
+    mean_ptr = u_ptr + D
+    residual_ptr = mean_ptr + D
+    weight_ptr = residual_ptr + N
+    i = tl.arange(0, D)
+    k = tl.arange(0, N)
+
+    # The problem is solved for u = w / scale on centred neurons of a magnitude of about 1.
+    x_ptrs = x_ptr + tl.load(columns_ptr + i, mask=i < d, other=0) * stride_p  # (D,)
+    varies, mean, reach = _moments(x_ptrs, i < d, n, width, D, BLOCK_N)
+    power = (reach.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    scale = tl.minimum(1 / power, root)
+    penalty = tl.maximum((scale / root) * (scale / root), 1e-30) * ratio
+    mean = (mean * scale).to(tl.float32)
+    # Neurons without a variance drop out: infinity marks them.
+    tl.store(mean_ptr + i, tl.where(varies, mean, float("inf")))
+    u = tl.load(coef_ptr + i, mask=varies, other=0) / scale
+    c = (tl.load(intercept_ptr + fit) + tl.sum(mean.to(tl.float64) * u, 0)).to(tl.float32)
+    sign = tl.load(signs_ptr + k, mask=k < n, other=0).to(tl.float32)
+
+    # A start is a step from w = 0 and the log-odds: it goes back as far as it is worse than they.
+    share = tl.sum((sign > 0).to(tl.float32), 0) / n
+    least = -n * (share * tl.log(share) + (1 - share) * tl.log(1 - share))
+    du = u
+    dc = c - tl.log(share / (1 - share))
+    steps = 0
+    halvings = 0
+    converged = 0
+    going = 1
+    while (going != 0) & (steps < max_iter):
+        tl.store(u_ptr + i, u)
+        tl.debug_barrier()
+        z = _products(
+            x_ptr, columns_ptr, u_ptr, mean_ptr, scale, d, width, stride_p, ROWS, N, STAGES
+        )
+        margin = sign * (z + c)
+        e = tl.exp(-tl.abs(margin))
+        # log(1 + e), by its series where the sum would lose e's digits.
+        series = e * (1 - e * (1 / 2 - e * (1 / 3 - e * (1 / 4))))
+        losses = tl.maximum(-margin, 0) + tl.where(e < 1 / 64, series, tl.log(1 + e))
+        loss = tl.sum(tl.where(k < n, losses, 0), 0) + penalty / 2 * tl.sum(u * u, 0)
+        if loss <= least * (1 + 1e-5):  # which is what the rounding of large margins can add
+            least = loss
+            steps += 1
+            halvings = 0
+            residual = -sign * tl.where(margin > 0, e, 1) / (1 + e)  # 0 behind the last stimulus
+            weight = tl.where(k < n, e / ((1 + e) * (1 + e)), 0)
+            tl.store(residual_ptr + k, residual)
+            tl.store(weight_ptr + k, weight)
+            tl.debug_barrier()
+            slope = tl.sum(residual.to(tl.float64), 0).to(tl.float32)
+            total = tl.maximum(tl.sum(weight, 0), 1e-30)
+            gradient = tl.zeros((D,), dtype=tl.float64)
+            cross = tl.zeros((D,), dtype=tl.float32)
+            diagonal = tl.zeros((D,), dtype=tl.float32)
+            hessian = tl.zeros((D, D), dtype=tl.float32)
+            for first in range(0, n, BLOCK_N):
+                j = first + tl.arange(0, BLOCK_N)
+                inside = varies[:, None] & (j < width)[None, :]
+                x = tl.load(x_ptrs[:, None] + j[None, :], mask=inside, other=0).to(tl.float32)
+                x = tl.where(inside, x * scale - mean[:, None], 0)  # (D, BLOCK_N)
+                q = tl.load(residual_ptr + j).to(tl.float64)
+                w = tl.load(weight_ptr + j)
+                gradient += tl.sum(x.to(tl.float64) * q[None, :], 1)
+                cross += tl.sum(x * w[None, :], 1)
+                # The same on both sides, so that rounding leaves the product semidefinite.
+                y = x * tl.sqrt(w)[None, :]
+                diagonal += tl.sum(y * y, 1)
+                hessian = tl.dot(y, tl.trans(y), hessian, input_precision=PRECISION)
+            # The intercept is eliminated, and follows from the rest.
+            b = cross * (slope / total) - (gradient + penalty * u).to(tl.float32)
+            hessian -= cross[:, None] * (cross / total)[None, :]
+            diagonal = tl.maximum(diagonal - cross / total * cross, 0) + penalty
+            du = _solve(hessian, diagonal, b, penalty, D)
+            dc = -(slope + tl.sum(cross * du, 0)) / total
+            u += du
+            c += dc
+            small = tl.max(tl.abs(du), 0) <= tol * tl.max(tl.abs(u), 0)
+            small = small & (tl.abs(dc) <= tol * tl.maximum(tl.abs(c), 1))
+            converged = small.to(tl.int32)
+            # A second step that gains less than rounding does is made of it, and so are the next.
+            gains = (tl.sum(b * du, 0) > 1e-14 * least) | (steps == 1)
+            going = (gains & (converged == 0)).to(tl.int32)
+        else:
+            halvings += 1
+            going = 1 if halvings < 30 else 0
+            du *= 0.5
+            dc *= 0.5
+            u -= du
+            c -= dc
+
+    tl.store(u_ptr + i, u)
+    tl.debug_barrier()
+    z = _products(x_ptr, columns_ptr, u_ptr, mean_ptr, scale, d, width, stride_p, ROWS, N, STAGES)
+    wrong = (z + c > 0) != (sign > 0)
+    tl.store(errors_ptr + fit, tl.sum(((k < n) & wrong).to(tl.int32), 0))
+    tl.store(coef_ptr + i, u * scale, mask=i < d)
+    tl.store(intercept_ptr + fit, (c - tl.sum(mean.to(tl.float64) * u, 0)).to(tl.float32))
+    tl.store(steps_ptr + fit, steps)
+    tl.store(converged_ptr + fit, converged)
+
+
+@triton.jit
+def _moments(x_ptrs, rows, n, width, D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which neurons vary, their means, and the largest distance from one, kept normal."""
+    low = tl.full((D,), float("inf"), dtype=tl.float32)
+    high = tl.full((D,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((D,), dtype=tl.float64)
+    for first in range(0, n, BLOCK_N):
+        j = first + tl.arange(0, BLOCK_N)
+        mask = rows[:, None] & (j < width)[None, :]
+        x = tl.load(x_ptrs[:, None] + j[None, :], mask=mask, other=0).to(tl.float32)
+        inside = mask & (j < n)[None, :]
+        low = tl.minimum(low, tl.min(tl.where(inside, x, float("inf")), 1))
+        high = tl.maximum(high, tl.max(tl.where(inside, x, float("-inf")), 1))
+        total += tl.sum(x.to(tl.float64), 1)  # 0 behind the last stimulus
+    varies = low < high
+    mean = tl.where(varies, total / n, 0)
+    reach = tl.maximum(high.to(tl.float64) - mean, mean - low.to(tl.float64))
+    reach = tl.max(tl.where(varies, reach, 0), 0)
+    return varies, mean, tl.minimum(tl.maximum(reach, 2.0**-126), 2.0**126).to(tl.float32)
+
+
+@triton.jit
+def _products(
+    x_ptr,
+    columns_ptr,
+    u_ptr,
+    mean_ptr,
+    scale,
+    d,
+    width,
+    stride_p,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The neurons times u: (N,)."""
+    k = tl.arange(0, N)
+    z = tl.zeros((N,), dtype=tl.float32)
+    for first in tl.range(0, d, ROWS, num_stages=STAGES):
+        i = first + tl.arange(0, ROWS)
+        u = tl.load(u_ptr + i, mask=i < d, other=0)
+        mean = tl.load(mean_ptr + i, mask=i < d, other=float("inf"))
+        column = tl.load(columns_ptr + i, mask=i < d, other=0)
+        inside = (mean < float("inf"))[:, None] & (k < width)[None, :]
+        places = x_ptr + (column * stride_p)[:, None] + k[None, :]  # (ROWS, N)
+        x = tl.load(places, mask=inside, other=0).to(tl.float32)
+        z += tl.sum(tl.where(inside, x * scale - mean[:, None], 0) * u[:, None], 0)
+    return z
+
+
+@triton.jit
+def _solve(a, diagonal, b, penalty, MOST: tl.constexpr):
+    """(A + penalty) x = b to a hundredth of b: conjugate gradients, preconditioned by the diagonal.
+
+    A step that is more exact saves no Newton step, and costs half as many again here.
+    """
+    x = tl.zeros_like(b)
+    p = b / diagonal
+    rho = tl.sum(b * p, 0)
+    enough = 1e-4 * rho
+    step = 0
+    while (step < MOST) & (rho > enough):
+        q = tl.sum(a * p[None, :], 1) + penalty * p
+        alpha = rho / tl.sum(p * q, 0)
+        x += alpha * p
+        b -= alpha * q
+        before = rho
+        rho = tl.sum(b * b / diagonal, 0)
+        p = b / diagonal + rho / before * p
+        step += 1
+    return x
+
+
+def logistic_fits(
+    x: Tensor,
+    *,
+    targets: np.ndarray,
+    columns: np.ndarray,
+    C: float,
+    tol: float,
+    max_iter: int,
+    start: tuple[Tensor, Tensor] | None = None,
+    precision: str = "tf32x3",
+    launch: Launch | None = None,
+) -> dict[str, Tensor]:
+    """Fit targets (t, n) on columns (b, d) of x (n, p): coef (b, t, d), the others (b, t).
+
+    Neurons may reach up to 10¹⁵ √C from their means: with a weaker penalty float32 has no place
+    for the weights of stimuli that are told apart.
+    """
+    n, device = len(x), x.device
+    numbers = torch.as_tensor(columns, device=device)
+    signs = torch.as_tensor(targets, device=device).to(torch.int8) * 2 - 1
+    (b, d), t = numbers.shape, len(signs)
+    launch = launch or choose(n, d, x.dtype, precision, _launch.capability(device))
+    rows, numbers = _neuron_major(x, numbers)
+    if start is None:
+        share = (signs > 0).double().mean(1)
+        coef = torch.zeros(b, t, d, device=device)
+        intercept = torch.log(share / (1 - share)).float().expand(b, t).contiguous()
+    else:
+        coef, intercept = (s.to(device, torch.float32, copy=True).contiguous() for s in start)
+    steps = torch.empty(b, t, dtype=torch.int64, device=device)
+    converged = torch.empty(b, t, dtype=torch.bool, device=device)
+    errors = torch.empty_like(steps)
+    whole = max(launch.block_n, triton.next_power_of_2(n))
+    count = max(1, _FITS // t)
+    scratch = torch.empty(min(b, count) * t, 2 * (launch.block_d + whole), device=device)
+    # A scale above √C would make the penalty more than 1, and then nothing is left to scale.
+    root = 2.0 ** min(max(math.frexp(C)[1] // 2, -60), 60)
+    for first in range(0, b, count):
+        some = slice(first, min(first + count, b))
+        tensors = (
+            numbers[some],
+            signs,
+            *(a[some] for a in (coef, intercept, steps, converged, errors)),
+        )
+        _launch.launch(
+            _logistic_fits_kernel,
+            (len(numbers[some]) * t,),
+            *(rows, *tensors, scratch),
+            *(n, d, t, rows.shape[1], rows.stride(0), root, root * root / C, tol, max_iter),
+            D=launch.block_d,
+            N=whole,
+            ROWS=launch.rows,
+            BLOCK_N=launch.block_n,
+            PRECISION=precision,
+            STAGES=launch.num_stages,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
+    names = ("coef", "intercept", "n_iter", "converged", "errors")
+    return dict(zip(names, (coef, intercept, steps, converged, errors), strict=True))
+
+
+def _neuron_major(x: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of neurons and the columns' numbers among them; in fours, for vectors of float32.
+
+    Without a copy where x (n, p) is laid out so; else of the columns in use alone.
+    """
+    n = len(x)
+    if x.stride(0) == 1 and n % 4 == 0 and x.stride(1) % 4 == 0:
+        return x.mT, columns.contiguous()
+    used, numbers = torch.unique(columns, return_inverse=True)
+    rows = x.new_zeros(len(used), -(-n // 4) * 4)
+    rows[:, :n] = x.index_select(1, used).mT
+    return rows, numbers
+
+
+def _case(
+    n: int, d: int, p: int, dtype: torch.dtype, precision: str, fits: int = 1000
+) -> _launch.Case:
+    def call(device: torch.device) -> None:
+        x = torch.empty(p, n, dtype=dtype, device=device).mT
+        columns = np.arange(fits * d).reshape(fits, d) % p
+        targets = np.arange(n)[None] % 10 == 0
+        options: dict[str, Any] = {"targets": targets, "columns": columns, "precision": precision}
+        logistic_fits(x, C=1.0, tol=1e-5, max_iter=100, **options)
+
+    return _launch.Case(
+        f"{fits:,} fits, n = {n}, d = {d}, p = {p:,}, {str(dtype)[6:]}, {precision}, by neurons",
+        call,
+        floor(n, d, fits, min(p, fits * d), dtype.itemsize, precision),
+        products=precision != "ieee",
+    )
+
+
+AOT_CASES = (
+    _case(500, 100, 100_352, torch.float32, "tf32x3"),
+    _case(500, 100, 100_352, torch.float32, "tf32"),
+    _case(500, 100, 100_352, torch.float32, "ieee"),
+    _case(500, 100, 100_352, torch.bfloat16, "tf32x3"),
+    _case(50, 100, 193_600, torch.float32, "tf32x3"),
+    _case(550, 128, 100_352, torch.float32, "tf32x3"),
+)

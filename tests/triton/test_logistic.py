@@ -1,0 +1,333 @@
+"""Many logistic regressions by the kernel: against scikit-learn in float64 on the same inputs."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from _draw import KINDS, SEEDS, representations
+from _guard import far_apart, guarded
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+
+from repsim_kernels.kernels.triton import logistic
+
+SMALL = logistic.Launch(block_d=16, block_n=8, rows=4, num_warps=4, num_stages=2)
+OPTIONS = {"C": 1.0, "tol": 1e-5, "max_iter": 100}
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def fitted(x, y, C=1.0):
+    """Coefficients, intercept and decision values of scikit-learn.
+
+    It gets principal components of a magnitude of 1, for which its Newton steps are exact, and of
+    which the coefficients are a rotation.
+    """
+    mean = x.mean(0)
+    u, s, v = np.linalg.svd(x - mean, full_matrices=False)
+    kept = s > 1e-12 * s[0]
+    u, s, v = u[:, kept], s[kept], v[kept]
+    if not kept.any() or s[0] == 0:
+        c = np.log(y.sum() / (~y).sum())
+        return np.zeros(x.shape[1]), c, np.full(len(y), c)
+    model = LogisticRegression(C=C * s[0] ** 2, solver="newton-cholesky", tol=1e-14, max_iter=1000)
+    with warnings.catch_warnings():
+        # Of the last steps, which nothing is left for in float64.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(u * (s / s[0]), y)
+    w = model.coef_[0] @ v / s[0]
+    z = model.decision_function(u * (s / s[0]))
+    return w, model.intercept_[0] - mean @ w, z
+
+
+def worst(got, x, targets, columns, C=1.0):
+    """The largest error of all fits, in units of what passes; NaN where there is one.
+
+    Coefficients by the largest, the intercept by what it is a sum of, and the stimuli on the wrong
+    side by those that scikit-learn puts there, apart from the ones on the boundary.
+    """
+    errors = [0.0]
+    coef, intercept = (got[name].cpu().double().numpy() for name in ("coef", "intercept"))
+    for b, t in np.ndindex(coef.shape[:2]):
+        own = x[:, columns[b]]
+        w, c, z = fitted(own, targets[t], C)
+        errors.append(np.abs(coef[b, t] - w).max() / (1e-4 * np.abs(w).max() + 1e-12))
+        parts = max(1, abs(c), np.abs(own.mean(0) * w).sum())
+        errors.append(abs(intercept[b, t] - c) / (1e-4 * parts))
+        near = np.abs(z) < 1e-3 * np.abs(z).max() + 1e-6
+        wrong = (z > 0) != targets[t]
+        few = int(got["errors"][b, t]) - (wrong & ~near).sum()
+        errors.append(0.0 if 0 <= few <= near.sum() else np.inf)
+    return float(np.max(errors))
+
+
+def drawn_targets(rng, n, t, share):
+    """Both classes in each."""
+    count = min(max(1, round(share * n)), n - 1)
+    return np.stack([rng.permutation(n) < count for _ in range(t)])
+
+
+def drawn_columns(rng, p, b, d):
+    return np.stack([rng.permutation(p)[:d] for _ in range(b)])
+
+
+def gaussian(seed, n, p, dtype=np.float32):
+    return np.random.default_rng(seed).standard_normal((n, p)).astype(dtype)
+
+
+def fit(x, targets, columns, device, launch=None, **options):
+    """x by neurons, as the package holds it."""
+    x = torch.from_numpy(np.ascontiguousarray(x.T)).to(device).mT
+    options = OPTIONS | options
+    return logistic.logistic_fits(x, targets=targets, columns=columns, launch=launch, **options)
+
+
+@settings(max_examples=15)
+@given(
+    st.data(),
+    representations(st.integers(2, 30), st.integers(1, 20), KINDS, DTYPES, ("C", "F", "steps")),
+    st.sampled_from([0.5, 0.1]),
+    st.sampled_from([0.01, 1.0, 100.0]),
+    SEEDS,
+)
+def test_fits(device, data, x, share, C, seed):
+    rng = np.random.default_rng(seed)
+    launch = data.draw(st.sampled_from([None, SMALL]))
+    d = data.draw(st.integers(1, min(x.p, 16 if launch else 20)))
+    columns, targets = drawn_columns(rng, x.p, 2, d), drawn_targets(rng, x.n, 2, share)
+    got = logistic.logistic_fits(
+        guarded(x.torch().to(device)),
+        targets=targets,
+        columns=columns,
+        launch=launch,
+        **OPTIONS | {"C": C},
+    )
+    assert got["coef"].shape == (2, 2, d)
+    assert bool(got["converged"].all())
+    assert worst(got, x.values(), targets, columns, C) <= 1
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+@pytest.mark.parametrize("mean", [0, 100])
+@pytest.mark.parametrize("share", [0.5, 0.1])
+def test_scales_and_means(device, scale, mean, share):
+    rng = np.random.default_rng(1)
+    x = ((rng.standard_normal((60, 12)) + mean) * scale).astype(np.float32)
+    targets, columns = drawn_targets(rng, 60, 2, share), drawn_columns(rng, 12, 1, 9)
+    got = fit(x, targets, columns, device)
+    assert bool(got["converged"].all())
+    assert worst(got, x.astype(np.float64), targets, columns) <= 1
+
+
+@pytest.mark.parametrize("power", [-60, 40])
+@pytest.mark.parametrize("C", [2.0**-20, 1.0, 2.0**20])
+def test_scales_beyond_squares_in_float32(device, power, C):
+    """A scale of x is one of the coefficients, and its square one of C."""
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((60, 6)).astype(np.float32)
+    targets, columns = drawn_targets(rng, 60, 1, 0.5), drawn_columns(rng, 6, 1, 4)
+    factor = 2.0**power
+    got = fit(x * np.float32(factor), targets, columns, device, C=C)
+    if power < 0:  # too far below the penalty for scikit-learn: one step from zero
+        # The gradient at w = 0, where the intercept is the class's log-odds.
+        c = targets[0].mean()
+        want = C * factor * x[:, columns[0]].T.astype(np.float64) @ (targets[0] - c)
+    else:
+        want = fitted(x[:, columns[0]].astype(np.float64), targets[0], C * factor**2)[0] / factor
+    error = np.abs(got["coef"][0, 0].cpu().double().numpy() - want).max()
+    assert error <= 1e-4 * np.abs(want).max()
+    assert bool(got["converged"].all())
+
+
+@pytest.mark.parametrize("scale", [1, 1e4])
+@pytest.mark.parametrize(("n", "d"), [(30, 4), (12, 20)])
+def test_classes_that_can_be_told_apart(device, scale, n, d):
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((n, d)) * scale
+    targets = x[None, :, 0] > np.median(x[:, 0])
+    x[:, 0] += np.where(targets[0], 1, -1) * scale
+    columns = drawn_columns(rng, d, 1, d)
+    x = x.astype(np.float32)
+    got = fit(x, targets, columns, device)
+    assert worst(got, x.astype(np.float64), targets, columns) <= 1
+    assert bool(got["converged"].all())
+    assert not got["errors"].any()
+
+
+def test_constant_and_equal_columns(device):
+    rng = np.random.default_rng(4)
+    x = gaussian(4, 40, 6)
+    x[:, 2] = 1e30  # whose scale the others' can't bear
+    x[:, 4] = x[:, 1]
+    targets = drawn_targets(rng, 40, 1, 0.3)
+    columns = np.array([[0, 1, 2, 4, 5], [2, 2, 2, 2, 2]])
+    got = fit(x, targets, columns, device)
+    coef = got["coef"].cpu()
+    x[:, 2] = 0
+    first = {name: value[:1] for name, value in got.items()}
+    assert worst(first, x.astype(np.float64), targets, columns[:1]) <= 1
+    assert float(coef[0, 0, 2]) == 0
+    assert abs(float(coef[0, 0, 1] - coef[0, 0, 3])) <= 1e-6
+    assert not coef[1].any()
+    share = targets.mean()
+    assert float(got["intercept"][1, 0]) == pytest.approx(np.log(share / (1 - share)), rel=1e-6)
+    assert int(got["errors"][1, 0]) == targets.sum()
+    assert bool(got["converged"].all())
+
+
+def test_nearly_collinear_neurons(device):
+    """Their gradient is lost in float32's rounding, were it summed so."""
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((120, 3)) @ rng.standard_normal((3, 24)) * 3
+    x = (x + 0.01 * rng.standard_normal(x.shape)).astype(np.float32)
+    targets = x[:, :2].T + 2 * rng.standard_normal((2, 120)) > 0
+    columns = np.arange(24)[None]
+    got = fit(x, targets, columns, device)
+    assert worst(got, x.astype(np.float64), targets, columns) <= 1
+    assert bool(got["converged"].all())
+    assert int(got["n_iter"].max()) <= 15
+
+
+def test_nothing_to_find(device):
+    """Stimuli that cancel leave coefficients that are all rounding: the steps stop, and say so."""
+    half = gaussian(6, 30, 8)
+    x = np.concatenate([half, -half])
+    x[0] += 2e-3
+    y = np.random.default_rng(6).random(30) < 0.5
+    got = fit(x, np.concatenate([y, y])[None], np.arange(8)[None], device)
+    assert int(got["n_iter"]) < 20
+    assert float(got["coef"].abs().max()) < 1e-3
+
+
+def test_a_start_saves_steps(device):
+    rng = np.random.default_rng(7)
+    x = gaussian(7, 32, 20)
+    targets, columns = drawn_targets(rng, 32, 2, 0.4), drawn_columns(rng, 20, 2, 8)
+    cold = fit(x, targets, columns, device)
+    near = columns.copy()
+    near[:, 0] = [np.setdiff1d(np.arange(20), row)[0] for row in columns]
+    start = cold["coef"].double(), cold["intercept"].double()
+    before = [s.clone() for s in start]
+    warm = fit(x, targets, near, device, start=start)
+    assert worst(warm, x.astype(np.float64), targets, near) <= 1
+    assert all(torch.equal(a, b) for a, b in zip(start, before, strict=True))
+    assert int(warm["n_iter"].sum()) < int(fit(x, targets, near, device)["n_iter"].sum())
+    again = fit(x, targets, columns, device, start=start)
+    assert bool((again["n_iter"] == 1).all())
+    assert bool(again["converged"].all())
+
+
+def test_a_start_with_means(device):
+    """The intercept is that of x, not of centred neurons."""
+    rng = np.random.default_rng(8)
+    x = gaussian(8, 40, 6) + np.float32(50)
+    targets, columns = drawn_targets(rng, 40, 1, 0.5), drawn_columns(rng, 6, 1, 6)
+    cold = fit(x, targets, columns, device)
+    again = fit(x, targets, columns, device, start=(cold["coef"], cold["intercept"]))
+    assert int(again["n_iter"]) <= 2
+    assert worst(again, x.astype(np.float64), targets, columns) <= 1
+
+
+@pytest.mark.parametrize("size", [5.0, 300.0])
+def test_a_bad_start(device, size):
+    """From where whole Newton steps lead away."""
+    rng = np.random.default_rng(9)
+    x = gaussian(9, 40, 5)
+    targets, columns = drawn_targets(rng, 40, 2, 0.5), np.arange(5)[None]
+    good = fit(x, targets, columns, device)
+    coef = -size * good["coef"] / good["coef"].abs().amax(2, keepdim=True)
+    got = fit(x, targets, columns, device, start=(coef, good["intercept"] + size))
+    assert worst(got, x.astype(np.float64), targets, columns) <= 1
+    assert bool(got["converged"].all())
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_too_few_steps(device, most):
+    rng = np.random.default_rng(10)
+    x = gaussian(10, 50, 10)
+    targets, columns = drawn_targets(rng, 50, 2, 0.2), drawn_columns(rng, 10, 2, 10)
+    got = fit(x, targets, columns, device, max_iter=most)
+    assert not got["converged"].any()
+    assert bool((got["n_iter"] == most).all())
+    # What is counted belongs to what is returned.
+    coef, intercept = got["coef"].cpu().double().numpy(), got["intercept"].cpu().double().numpy()
+    for b, t in np.ndindex(2, 2):
+        z = x[:, columns[b]].astype(np.float64) @ coef[b, t] + intercept[b, t]
+        assert int(got["errors"][b, t]) == ((z > 0) != targets[t]).sum()
+
+
+@pytest.mark.parametrize("precision", ["tf32x3", "tf32", "ieee"])
+@pytest.mark.parametrize("d", [16, 17, 100, 128])
+def test_every_precision_gives_the_same_answer(device, precision, d):
+    """It steers the steps, and nothing else."""
+    rng = np.random.default_rng(11)
+    x = gaussian(11, 70, 128)
+    targets, columns = drawn_targets(rng, 70, 1, 0.4), drawn_columns(rng, 128, 1, d)
+    got = fit(x, targets, columns, device, precision=precision)
+    assert worst(got, x.astype(np.float64), targets, columns) <= 1
+    assert bool(got["converged"].all())
+
+
+@pytest.mark.parametrize("n", [2, 3, 15, 16, 17, 31, 33, 64, 130])
+def test_edges_of_tiles(device, n):
+    rng = np.random.default_rng(n)
+    x = gaussian(n, n, 6)
+    targets, columns = drawn_targets(rng, n, 1, 0.5), drawn_columns(rng, 6, 1, 5)
+    got = fit(x, targets, columns, device)
+    assert worst(got, x.astype(np.float64), targets, columns) <= 1
+
+
+@pytest.mark.parametrize("strides", [(1, 2**30 + 4), (2**29 + 1, 1)])
+def test_elements_beyond_32_bits(device, strides):
+    rng = np.random.default_rng(12)
+    x = gaussian(12, 8, 4, np.float16)
+    targets, columns = drawn_targets(rng, 8, 1, 0.5), np.array([[3, 1, 0, 2]])
+    far = far_apart(torch.from_numpy(x).to(device), strides)
+    got = logistic.logistic_fits(far, targets=targets, columns=columns, **OPTIONS)
+    assert worst(got, x.astype(np.float64), targets, columns) <= 1
+
+
+def test_what_is_laid_out_well_is_not_copied(device, launches):
+    rng = np.random.default_rng(13)
+    targets, columns = drawn_targets(rng, 12, 1, 0.5), drawn_columns(rng, 9, 1, 4)
+    rows = torch.from_numpy(gaussian(13, 9, 12)).to(device)
+    wide = torch.zeros(9, 16, device=device)[:, :12].copy_(rows)
+    for x, same in ((rows.mT, True), (wide.mT, True), (rows.mT.contiguous(), False)):
+        launches.clear()
+        logistic.logistic_fits(x, targets=targets, columns=columns, **OPTIONS)
+        (started,) = launches
+        assert (started["x_ptr"].data_ptr() == x.data_ptr()) is same
+        # Of what is copied, the neurons in use alone.
+        assert len(started["x_ptr"]) == (9 if same else 4)
+
+
+def test_pieces_change_nothing(device, launches, monkeypatch):
+    rng = np.random.default_rng(14)
+    x = gaussian(14, 20, 12)
+    targets, columns = drawn_targets(rng, 20, 2, 0.5), drawn_columns(rng, 12, 5, 3)
+    whole = fit(x, targets, columns, device)
+    monkeypatch.setattr(logistic, "_FITS", 4)
+    launches.clear()
+    got = fit(x, targets, columns, device)
+    assert [launch["grid"] for launch in launches] == [(4,), (4,), (2,)]
+    assert all(torch.equal(got[name], whole[name]) for name in whole)
+    one = fit(x, targets[1:], columns[3:4], device)
+    assert all(torch.equal(one[name][0, 0], whole[name][3, 1]) for name in whole)
+
+
+def test_what_is_chosen():
+    for n, d, capability in ((500, 100, (9, 0)), (2500, 128, (8, 0)), (2, 1, (10, 0))):
+        for precision in ("tf32x3", "tf32", "ieee"):
+            launch = logistic.choose(n, d, torch.float32, precision, capability)
+            assert launch.block_d >= max(d, 16)
+            assert launch.block_d < max(2 * d, 17)
+            assert launch.block_n >= 8  # the least of a product
+            assert launch.rows * n <= 4096
+    assert logistic.choose(500, 100, torch.float32, "tf32", (9, 0)).block_n == 16
+    assert logistic.choose(500, 100, torch.float32, "tf32x3", (9, 0)).block_n == 8
+    assert logistic.choose(500, 100, torch.float32, "ieee", (10, 0)).num_stages == 1
+    assert logistic.choose(500, 64, torch.float32, "tf32", (9, 0)).num_warps == 4
