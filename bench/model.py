@@ -69,7 +69,7 @@ def page() -> str:
     for module, group in groupby(cases(), key=itemgetter(0)):
         rows = [("case", *titles), ("---", *alignments), *(_row(case) for _, case in group)]
         parts.append("\n".join([f"## {module}\n", *map(_line, rows)]) + "\n")
-    return "\n".join([*parts, stage.section()])
+    return "\n".join([*parts, stage.fits(), stage.section()])
 
 
 def predicted(floor: Floor) -> tuple[float, str]:

@@ -1,4 +1,4 @@
-"""What follows the Grams, for all ablations of the study: operations, bytes and an H100's time."""
+"""What takes the study's time besides activations: its probe's fits, and what follows the Grams."""
 
 from __future__ import annotations
 
@@ -8,6 +8,29 @@ PRODUCTS = 67e12  # operations a second, of the float64 tensor cores
 BYTES = 3.0e12  # a second
 SHARED = 132 * 128 * 1.755e9  # bytes of shared memory a second
 SWEEPS = 7
+
+# The paper's probe: 17 scores of each layer and class, of AlexNet, MobileNetV2 0.35 and ResNet50.
+FITS = 17 * (7 * 50 * 200 + 10 * 61_714 + 10 * 110_385)
+NEWTON = 8  # steps of a cold start, on five kinds of activations; from the intact fit some 3
+CYCLES = {"reading": 16, "Hessian": 25, "conjugate gradients": 7, "all else": 13}
+ENDS = 20  # thousand cycles of a fit, as those of a step: its moments, and its errors
+DRAWN = 10e-6  # seconds of the host a fit
+CLOCK = 132 * 1.7e9  # cycles of all multiprocessors a second
+
+_FITS = """\
+## The study's logistic regressions
+
+{count:.0f} million fits, all that the paper's networks, layers and classes come to, of 500 stimuli
+and 100 neurons. A step of `logistic_fits` takes {cycles} thousand cycles of a multiprocessor:
+{parts}
+(kernels/triton/logistic.py has the reasons). With {newton} steps a fit, and {ends} thousand cycles
+around them, all take {low:.0f} s where reading hides behind the rest, and {high:.0f} s where
+nothing overlaps; 40 million take {goal:.0f} s and {slow:.0f} s. Of paired draws the ablated fits
+start from the intact ones: with 3 steps each, {warm:.0f} s instead of {low:.0f}.
+
+Which neurons are drawn is decided on the host, and takes 10 µs a fit there, by measurement on a
+core of a shared CPU: {host:.0f} minutes, more than the fits.
+"""
 
 _TEXT = """\
 ## The n x n stage of the whole study
@@ -29,8 +52,31 @@ clock of each of 132 multiprocessors.
 """
 
 
+def fits() -> str:
+    """The section of MODEL.md on logistic regressions."""
+
+    def seconds(count: float, cycles: float, steps: float = NEWTON) -> float:
+        return count * 1e3 * (cycles * steps + ENDS) / CLOCK
+
+    most = sum(CYCLES.values())
+    hidden = most - CYCLES["reading"]
+    return _FITS.format(
+        count=FITS / 1e6,
+        cycles=most,
+        parts=", ".join(f"{name} {cycles}" for name, cycles in CYCLES.items()),
+        newton=NEWTON,
+        ends=ENDS,
+        low=seconds(FITS, hidden),
+        high=seconds(FITS, most),
+        goal=seconds(40e6, hidden),
+        slow=seconds(40e6, most),
+        host=FITS * DRAWN / 60,
+        warm=seconds(FITS, hidden, (NEWTON + 16 * 3) / 17),
+    )
+
+
 def section() -> str:
-    """The section of MODEL.md."""
+    """The section of MODEL.md on what follows the Grams."""
     n = 499
     product = 2 * n**3 * COUNT / PRODUCTS
     parts = {
