@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from repsim_kernels.reference.gram import Array, Real, centered, contrasts, membership
+from repsim_kernels.reference.logistic import newton
 
 
 def ablation_decodability(
@@ -150,27 +151,6 @@ def held_out_logistic(
             if t.min() == t.max():
                 scores[held, k] = np.inf if t[0] else -np.inf
             else:
-                weights, offset = logistic(a @ basis, t, kappa)
-                scores[held, k] = (read[held] - mean) @ basis @ weights + offset
+                v, _, _ = newton(a @ basis, t, 1 / kappa, 1e-12, 100)
+                scores[held, k] = (read[held] - mean) @ basis @ v[:-1] + v[-1]
     return scores
-
-
-def logistic(a: Array, t: Array, kappa: float) -> tuple[Array, float]:
-    """Weights and offset of the least Σ log(1 + exp(-s f)) + κ/2 ‖w‖², s = 2t - 1, by Newton."""
-    features = np.column_stack([a, np.ones(len(a))])
-    penalty = kappa * np.append(np.ones(a.shape[1]), 0)
-    sign = 2 * t - 1
-
-    def objective(w: Array) -> float:
-        return float(np.logaddexp(0, -sign * (features @ w)).sum() + penalty @ w**2 / 2)
-
-    w, step = np.zeros(features.shape[1]), np.ones(features.shape[1])
-    while np.abs(features @ step).max() > 1e-10 * (1 + np.abs(features @ w).max()):
-        wrong = np.exp(-np.logaddexp(0, sign * (features @ w)))
-        gradient = penalty * w - features.T @ (sign * wrong)
-        hessian = (features.T * (wrong * (1 - wrong))) @ features + np.diag(penalty)
-        step = -np.linalg.solve(hessian, gradient)
-        while objective(w + step) > objective(w) * (1 + 1e-12):
-            step /= 2
-        w = w + step
-    return w[:-1], float(w[-1])
