@@ -67,7 +67,7 @@ class Study:
         Of linear decodability. "ridge": leave-one-out ridge regression, refitted and frozen, its
         balanced accuracy and its margin. "paper": the published study's logistic regressions on
         neurons drawn at random, and the standard error of what they give.
-    draws : Draws, optional
+    draws : experiments.probes.Draws, optional
         How often "paper" draws: 200 times by default.
     seed : int
         Of the others and of the neurons that are drawn.

@@ -219,9 +219,10 @@ class _Descent:
         converged, going = torch.zeros_like(failed), ~failed & (steps < most)
         slack = 4 * torch.finfo(x.dtype).eps
         for k in range(_STEPS):
+            step = step.where(going[:, None], 0)  # NaN where there was no factor
             slope = (gradient * step).sum(1)
             change = _margins(x, step)
-            t = (going & (slope < 0)).to(x.dtype)
+            t = (slope < 0).to(x.dtype)
             for _ in range(_HALVINGS):
                 v2 = torch.addcmul(v, t[:, None], step)
                 z2 = torch.addcmul(z, t[:, None], change)
