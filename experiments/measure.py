@@ -104,11 +104,11 @@ def held(study: Study) -> dict[str, int]:
     found = {}
     for name, layer in study.sizes.items():
         beside = costs[name].held_bytes - layer.bytes  # the activation is in x
-        subset = 0 if study.others is None else study.stimuli * layer.bytes
+        copies = 0 if study.others is None else study.stimuli * layer.bytes
         if "paper" in study.probes:  # its copy, neuron by neuron
-            subset += study.stimuli * layer.bytes
+            copies += study.stimuli * layer.bytes
         found[name] = (
-            study.shown * layer.bytes + targets * max(0, beside) + subset + _GRID * layer.neurons
+            study.shown * layer.bytes + targets * max(0, beside) + copies + _GRID * layer.neurons
         )
     return found
 

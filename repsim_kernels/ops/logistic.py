@@ -67,16 +67,15 @@ def logistic_fits(
 
     Raises
     ------
-    ShapeError, DtypeError, NonFiniteError, CellError, LabelError, OptionError, DeviceError,
-    BackendUnavailable
+    ShapeError, DtypeError, NonFiniteError, LabelError, OptionError, BackendUnavailable
 
     Notes
     -----
     Coefficients are those of scikit-learn's "newton-cholesky" to 1e-4 of the largest in float32,
     and to 1e-9 in float64: the gradient decides, and where float32 can't tell them, as for a
-    duplicated neuron that the penalty hardly holds, float64 does. On a CPU a fit takes 2 n d²
-    operations for each of two or three Hessians, d³ / 3 for its factor, and 4 n d for each of 10
-    to 25 gradients; problems are batched, and each thread takes some.
+    duplicated neuron that the penalty hardly holds, float64 does, though not in the Triton kernel.
+    On a CPU a fit takes 2 n d² operations for each of two or three Hessians, d³ / 3 for its factor,
+    and 4 n d for each of 10 to 25 gradients; problems are batched, and each thread takes some.
 
     Source: the objective of scikit-learn's LogisticRegression with an L2 penalty.
     """
