@@ -12,7 +12,7 @@ SWEEPS = 7
 # The paper's probe: 17 scores of each layer and class, of AlexNet, MobileNetV2 0.35 and ResNet50.
 FITS = 17 * (7 * 50 * 200 + 10 * 61_714 + 10 * 110_385)
 NEWTON = 8  # steps of a cold start, on five kinds of activations; from the intact fit some 3
-CYCLES = {"reading": 16, "Hessian": 25, "conjugate gradients": 7, "all else": 13}
+CYCLES = {"reading": 16, "Hessian": 16, "conjugate gradients": 7, "all else": 13}
 ENDS = 20  # thousand cycles of a fit, as those of a step: its moments, and its errors
 DRAWN = 10e-6  # seconds of the host a fit
 CLOCK = 132 * 1.7e9  # cycles of all multiprocessors a second

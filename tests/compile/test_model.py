@@ -22,8 +22,8 @@ def test_the_page_has_a_row_for_every_case(tmp_path: Path) -> None:
     assert "Nothing on this page was measured on a GPU" in text
     assert "python -m bench model" in text
     text, _, stage = text.partition("## The n x n stage")
-    # 40 million fits: 8 steps of 45 or 61 thousand cycles and 20 around, 132 times 1.7 GHz.
-    assert "40 million take 68 s and 91 s." in " ".join(text.split())
+    # 40 million fits: 8 steps of 36 or 52 thousand cycles and 20 around, 132 times 1.7 GHz.
+    assert "40 million take 55 s and 78 s." in " ".join(text.split())
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
     titles, rows = lines[0], [line for line in lines if line[0] not in ("case", "---")]
     assert [row[0] for row in rows] == [case.name for _, case in cases()]

@@ -21,7 +21,11 @@ TENSOR_MEMORY = 512  # columns, of sm_100
 LOCAL = 0  # bytes: no registers in memory, and nothing else of a thread's own
 
 TARGETS = [pytest.param(arch, id=f"sm_{arch}") for arch in SHARED]
-CASES = [pytest.param(case, id=f"{module}: {case.name}") for module, case in cases()]
+CASES = [
+    pytest.param(case, arch, id=f"{module}: {case.name}, sm_{arch}")
+    for module, case in cases()
+    for arch in case.archs
+]
 
 
 def assert_fits(kernel: Built, arch: int) -> None:
@@ -36,8 +40,7 @@ def assert_products(kernels: tuple[Built, ...], wanted: bool) -> None:
     assert used == wanted, f"tensor cores {'used' if used else 'not used'}: {kernels}"
 
 
-@pytest.mark.parametrize("arch", TARGETS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "arch"), CASES)
 def test_what_ships(case: _launch.Case, arch: int) -> None:
     kernels = build(case, arch)
     assert kernels

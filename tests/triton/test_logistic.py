@@ -7,6 +7,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from _draw import KINDS, SEEDS, representations
 from _guard import far_apart, guarded
 from hypothesis import given, settings
@@ -14,9 +16,10 @@ from hypothesis import strategies as st
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from repsim_kernels.kernels.triton import logistic
+from repsim_kernels.kernels.triton import _launch, logistic
+from repsim_kernels.kernels.triton._newton import tf32
 
-SMALL = logistic.Launch(block_d=16, block_n=8, rows=4, num_warps=4, num_stages=2)
+SMALL = logistic.Launch(block_d=16, block_n=16, rows=4, num_warps=4, num_stages=2)
 OPTIONS = {"C": 1.0, "tol": 1e-5, "max_iter": 100}
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -272,6 +275,39 @@ def test_every_precision_gives_the_same_answer(device, precision, d):
     got = fit(x, targets, columns, device, precision=precision)
     assert worst(got, x.astype(np.float64), targets, columns) <= 1
     assert bool(got["converged"].all())
+    exact = fit(x, targets, columns, device, precision="ieee")
+    assert int((got["n_iter"] - exact["n_iter"]).abs().max()) <= 1
+
+
+@triton.jit
+def _tf32_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(y_ptr + i, tf32(tl.load(x_ptr + i)))
+
+
+def test_tf32_is_the_nearest(device):
+    rng = np.random.default_rng(15)
+    x = (rng.normal(size=256) * 10.0 ** rng.integers(-30, 30, 256)).astype(np.float32)
+    x[:4] = 0, -1, 1 + 2**-11 + 2**-23, 1 + 2**-11 - 2**-23
+    y = torch.empty(256, device=device)
+    _tf32_kernel[(1,)](torch.from_numpy(x).to(device), y, N=256)
+    fraction, exponent = np.frexp(x.astype(np.float64))
+    wanted = np.ldexp(np.round(fraction * 2**11), exponent - 11)
+    np.testing.assert_array_equal(y.cpu().numpy(), wanted)
+
+
+def test_old_compilers(monkeypatch):
+    x = torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(_launch, "interpreted", lambda: True)
+    for old, capability, reason in (
+        (True, (10, 0), f"on this GPU it needs Triton 3.8 or newer, not {triton.__version__}"),
+        (True, (9, 0), None),
+        (True, (12, 0), None),
+        (False, (10, 0), None),
+    ):
+        monkeypatch.setattr(logistic, "_OLD", old)
+        monkeypatch.setattr(_launch, "capability", lambda device, least=capability: least)
+        assert logistic.unsupported(x) == reason
 
 
 @pytest.mark.parametrize("n", [2, 3, 15, 16, 17, 31, 33, 64, 130])
@@ -338,9 +374,9 @@ def test_what_is_chosen():
             launch = logistic.choose(n, d, torch.float32, precision, capability)
             assert launch.block_d >= max(d, 16)
             assert launch.block_d < max(2 * d, 17)
-            assert launch.block_n >= 8  # the least of a product
             assert launch.rows * n <= 4096
-    assert logistic.choose(500, 100, torch.float32, "tf32", (9, 0)).block_n == 16
-    assert logistic.choose(500, 100, torch.float32, "tf32x3", (9, 0)).block_n == 8
-    assert logistic.choose(500, 100, torch.float32, "ieee", (10, 0)).num_stages == 1
+    assert logistic.choose(500, 100, torch.float32, "tf32x3", (9, 0)).num_stages == 2
+    assert logistic.choose(500, 100, torch.float32, "tf32x3", (8, 0)).num_stages == 1
+    assert logistic.choose(500, 100, torch.float32, "tf32", (8, 0)).num_stages == 2
+    assert logistic.choose(500, 100, torch.float32, "ieee", (9, 0)).num_stages == 1
     assert logistic.choose(500, 64, torch.float32, "tf32", (9, 0)).num_warps == 4

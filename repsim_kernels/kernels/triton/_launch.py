@@ -27,13 +27,14 @@ class Case:
     """A call of a launcher on tensors of the study's shapes, whose kernels tests/compile builds.
 
     ``call`` gets the device and may leave its tensors empty: nothing runs. ``products`` says
-    whether the kernel must use the tensor cores.
+    whether the kernel must use the tensor cores, ``archs`` what it is built for, sm_90 as 90.
     """
 
     name: str
     call: Callable[[torch.device], Any]
     floor: Floor
     products: bool = False
+    archs: tuple[int, ...] = (80, 90, 100)
 
 
 def interpreted() -> bool:

@@ -10,14 +10,15 @@ On an H100 a step of n = 500 stimuli and d = 100 neurons, padded to 512 and 128,
 thousand cycles of a multiprocessor (132 of them at 1.7 GHz),
 
     neurons, read twice from L2      400 KB at 24 B             16
-    Hessian                          50 Mop at 2,048 (tf32x3)   25    (tf32: 8)
+    Hessian                          34 Mop at 2,048 (tf32x3)   16    (tf32: 8)
     centring, weighting, gradient    1.6 M operations at 128    13
     conjugate gradients              10 steps of 0.7             7
 
-and two passes of 10 around all. Reading overlaps with the rest at best, and then 8 steps are 380
-thousand cycles, 1.7 µs a fit over all multiprocessors: 40 million take 68 s, of which conjugate
-gradients have 10 s (tf32: 244 thousand, 1.1 µs, 44 s); where nothing overlaps, 508 thousand cycles
-and 91 s. All by arithmetic. Registers allow one program of 8 warps a multiprocessor.
+and two passes of 10 around all. Reading overlaps with the rest at best, and then 8 steps are 308
+thousand cycles, 1.4 µs a fit over all multiprocessors: 40 million take 55 s, of which conjugate
+gradients have 10 s (tf32: 244 thousand, 1.1 µs, 44 s); where nothing overlaps, 436 thousand cycles
+and 78 s. All by arithmetic. Registers allow one program of 8 warps a multiprocessor, and spare
+none: what a step leaves to the next is in memory.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ import triton.language as tl
 from torch import Tensor
 
 from repsim_kernels.kernels.triton import _launch
+from repsim_kernels.kernels.triton._newton import centred, moments, products, solve, tf32
 
-# Triton 3.6 has no products of 8 columns, and spills with 16.
-_NEW = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
+# Triton 3.6 fails on this kernel's products in tensor memory, which GPUs of 10.x and 11.x have.
+_OLD = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
 _FITS = 2**14  # of a launch, whose scratch is 84 MB for 500 stimuli; its tail is 1 % of it
 _STEPS = 8  # of a cold start: 4 to 12 on four kinds of activations of a magnitude of 1
 
@@ -52,18 +54,17 @@ class Launch:
 def choose(
     n: int, d: int, dtype: torch.dtype, precision: str, capability: tuple[int, int]
 ) -> Launch:
-    # Two steps of the tensor cores, but one where operands, or their halves, fill the registers.
-    wide = capability >= {"tf32x3": (10, 0), "tf32": (9, 0), "ieee": (99, 0)}[precision]
     block_d = max(16, triton.next_power_of_2(d))
     return Launch(
         block_d=block_d,
-        block_n=16 if wide else 8,
-        # 16 elements a thread, whose loads are all under way at once.
-        rows=max(1, 4096 // triton.next_power_of_2(n)),
+        block_n=16,
+        # 16 elements a thread, whose loads are all under way at once. Without tensor cores the
+        # Hessian's operands leave no registers for that.
+        rows=1 if precision == "ieee" else max(1, 4096 // triton.next_power_of_2(n)),
         # The Hessian is 64 registers of each thread at 128 neurons, and at most 32 below.
         num_warps=8 if block_d == 128 else 4,
-        # A third stage spills; without tensor cores the second does.
-        num_stages=1 if precision == "ieee" else 2,
+        # A second one spills otherwise.
+        num_stages=2 if precision == "tf32" or (precision, capability[0]) == ("tf32x3", 9) else 1,
     )
 
 
@@ -77,9 +78,10 @@ def floor(n: int, d: int, fits: int, neurons: int, itemsize: int, precision: str
 
 
 def unsupported(x: Tensor) -> str | None:
-    if not _NEW and not _launch.interpreted():
-        return f"it needs Triton 3.8 or newer, not {triton.__version__}"
-    return _launch.unsupported(x)
+    reason = _launch.unsupported(x)
+    if reason is None and _OLD and _launch.capability(x.device)[0] in (10, 11):
+        return f"on this GPU it needs Triton 3.8 or newer, not {triton.__version__}"
+    return reason
 
 
 @triton.jit
@@ -117,8 +119,9 @@ def _logistic_fits_kernel(
     signs_ptr += fit % t * n
     coef_ptr += fit * d
     # By way of these the threads tell each other what some have and all need.
-    u_ptr = scratch_ptr + fit * (2 * D + 2 * N)
-    mean_ptr = u_ptr + D
+    u_ptr = scratch_ptr + fit * (3 * D + 2 * N)
+    du_ptr = u_ptr + D
+    mean_ptr = du_ptr + D
     residual_ptr = mean_ptr + D
     weight_ptr = residual_ptr + N
     i = tl.arange(0, D)
@@ -126,7 +129,7 @@ def _logistic_fits_kernel(
 
     # The problem is solved for u = w / scale on centred neurons of a magnitude of about 1.
     x_ptrs = x_ptr + tl.load(columns_ptr + i, mask=i < d, other=0) * stride_p  # (D,)
-    varies, mean, reach = _moments(x_ptrs, i < d, n, width, D, BLOCK_N)
+    varies, mean, reach = moments(x_ptrs, i < d, n, width, D, BLOCK_N)
     power = (reach.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     scale = tl.minimum(1 / power, root)
     penalty = tl.maximum((scale / root) * (scale / root), 1e-30) * ratio
@@ -135,33 +138,31 @@ def _logistic_fits_kernel(
     tl.store(mean_ptr + i, tl.where(varies, mean, float("inf")))
     u = tl.load(coef_ptr + i, mask=varies, other=0) / scale
     c = (tl.load(intercept_ptr + fit) + tl.sum(mean.to(tl.float64) * u, 0)).to(tl.float32)
-    sign = tl.load(signs_ptr + k, mask=k < n, other=0).to(tl.float32)
 
     # A start is a step from w = 0 and the log-odds: it goes back as far as it is worse than they.
-    share = tl.sum((sign > 0).to(tl.float32), 0) / n
+    share = tl.sum((tl.load(signs_ptr + k, mask=k < n, other=0) > 0).to(tl.float32), 0) / n
     least = -n * (share * tl.log(share) + (1 - share) * tl.log(1 - share))
-    du = u
+    tl.store(u_ptr + i, u)
+    tl.store(du_ptr + i, u)
     dc = c - tl.log(share / (1 - share))
     steps = 0
-    halvings = 0
-    converged = 0
-    going = 1
-    while (going != 0) & (steps < max_iter):
-        tl.store(u_ptr + i, u)
+    left = 30  # halvings of a step that may still come: 0 ends it, and -1 once it has converged
+    while (left > 0) & (steps < max_iter):
         tl.debug_barrier()
-        z = _products(
+        z = products(
             x_ptr, columns_ptr, u_ptr, mean_ptr, scale, d, width, stride_p, ROWS, N, STAGES
         )
+        sign = tl.load(signs_ptr + k, mask=k < n, other=0).to(tl.float32)
         margin = sign * (z + c)
         e = tl.exp(-tl.abs(margin))
         # log(1 + e), by its series where the sum would lose e's digits.
         series = e * (1 - e * (1 / 2 - e * (1 / 3 - e * (1 / 4))))
         losses = tl.maximum(-margin, 0) + tl.where(e < 1 / 64, series, tl.log(1 + e))
+        u = tl.load(u_ptr + i)
         loss = tl.sum(tl.where(k < n, losses, 0), 0) + penalty / 2 * tl.sum(u * u, 0)
         if loss <= least * (1 + 1e-5):  # which is what the rounding of large margins can add
             least = loss
             steps += 1
-            halvings = 0
             residual = -sign * tl.where(margin > 0, e, 1) / (1 + e)  # 0 behind the last stimulus
             weight = tl.where(k < n, e / ((1 + e) * (1 + e)), 0)
             tl.store(residual_ptr + k, residual)
@@ -173,11 +174,11 @@ def _logistic_fits_kernel(
             cross = tl.zeros((D,), dtype=tl.float32)
             diagonal = tl.zeros((D,), dtype=tl.float32)
             hessian = tl.zeros((D, D), dtype=tl.float32)
+            marked = tl.load(mean_ptr + i)
+            x_ptrs = x_ptr + tl.load(columns_ptr + i, mask=i < d, other=0) * stride_p  # (D,)
             for first in range(0, n, BLOCK_N):
                 j = first + tl.arange(0, BLOCK_N)
-                inside = varies[:, None] & (j < width)[None, :]
-                x = tl.load(x_ptrs[:, None] + j[None, :], mask=inside, other=0).to(tl.float32)
-                x = tl.where(inside, x * scale - mean[:, None], 0)  # (D, BLOCK_N)
+                x = centred(x_ptrs, marked, scale, j, width)  # (D, BLOCK_N)
                 q = tl.load(residual_ptr + j).to(tl.float64)
                 w = tl.load(weight_ptr + j)
                 gradient += tl.sum(x.to(tl.float64) * q[None, :], 1)
@@ -185,111 +186,51 @@ def _logistic_fits_kernel(
                 # The same on both sides, so that rounding leaves the product semidefinite.
                 y = x * tl.sqrt(w)[None, :]
                 diagonal += tl.sum(y * y, 1)
-                hessian = tl.dot(y, tl.trans(y), hessian, input_precision=PRECISION)
+                if PRECISION == "tf32x3":
+                    # big bigᵀ + small bigᵀ + big smallᵀ, of which half is the other's transpose.
+                    big = tf32(y)
+                    hessian = tl.dot(big / 2, tl.trans(big), hessian, input_precision="tf32")
+                    hessian = tl.dot(y - big, tl.trans(big), hessian, input_precision="tf32")
+                else:
+                    hessian = tl.dot(y, tl.trans(y), hessian, input_precision=PRECISION)
+            if PRECISION == "tf32x3":
+                hessian += tl.trans(hessian)
             # The intercept is eliminated, and follows from the rest.
+            u = tl.load(u_ptr + i)
             b = cross * (slope / total) - (gradient + penalty * u).to(tl.float32)
             hessian -= cross[:, None] * (cross / total)[None, :]
             diagonal = tl.maximum(diagonal - cross / total * cross, 0) + penalty
-            du = _solve(hessian, diagonal, b, penalty, D)
+            du = solve(hessian, diagonal, b, penalty, D)
             dc = -(slope + tl.sum(cross * du, 0)) / total
-            u += du
+            u = tl.load(u_ptr + i) + du
             c += dc
             small = tl.max(tl.abs(du), 0) <= tol * tl.max(tl.abs(u), 0)
             small = small & (tl.abs(dc) <= tol * tl.maximum(tl.abs(c), 1))
-            converged = small.to(tl.int32)
             # A second step that gains less than rounding does is made of it, and so are the next.
             gains = (tl.sum(b * du, 0) > 1e-14 * least) | (steps == 1)
-            going = (gains & (converged == 0)).to(tl.int32)
+            left = tl.where(small, -1, tl.where(gains, 30, 0))
         else:
-            halvings += 1
-            going = 1 if halvings < 30 else 0
-            du *= 0.5
+            left -= 1
+            du = tl.load(du_ptr + i) / 2
             dc *= 0.5
-            u -= du
+            u = tl.load(u_ptr + i) - du
             c -= dc
+        tl.debug_barrier()
+        tl.store(u_ptr + i, u)
+        tl.store(du_ptr + i, du)
 
-    tl.store(u_ptr + i, u)
     tl.debug_barrier()
-    z = _products(x_ptr, columns_ptr, u_ptr, mean_ptr, scale, d, width, stride_p, ROWS, N, STAGES)
+    z = products(x_ptr, columns_ptr, u_ptr, mean_ptr, scale, d, width, stride_p, ROWS, N, STAGES)
+    sign = tl.load(signs_ptr + k, mask=k < n, other=0)
     wrong = (z + c > 0) != (sign > 0)
     tl.store(errors_ptr + fit, tl.sum(((k < n) & wrong).to(tl.int32), 0))
-    tl.store(coef_ptr + i, u * scale, mask=i < d)
+    u = tl.load(u_ptr + i)
+    mean = tl.load(mean_ptr + i)
+    mean = tl.where(mean < float("inf"), mean, 0)
     tl.store(intercept_ptr + fit, (c - tl.sum(mean.to(tl.float64) * u, 0)).to(tl.float32))
+    tl.store(coef_ptr + i, u * scale, mask=i < d)
     tl.store(steps_ptr + fit, steps)
-    tl.store(converged_ptr + fit, converged)
-
-
-@triton.jit
-def _moments(x_ptrs, rows, n, width, D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which neurons vary, their means, and the largest distance from one, kept normal."""
-    low = tl.full((D,), float("inf"), dtype=tl.float32)
-    high = tl.full((D,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((D,), dtype=tl.float64)
-    for first in range(0, n, BLOCK_N):
-        j = first + tl.arange(0, BLOCK_N)
-        mask = rows[:, None] & (j < width)[None, :]
-        x = tl.load(x_ptrs[:, None] + j[None, :], mask=mask, other=0).to(tl.float32)
-        inside = mask & (j < n)[None, :]
-        low = tl.minimum(low, tl.min(tl.where(inside, x, float("inf")), 1))
-        high = tl.maximum(high, tl.max(tl.where(inside, x, float("-inf")), 1))
-        total += tl.sum(x.to(tl.float64), 1)  # 0 behind the last stimulus
-    varies = low < high
-    mean = tl.where(varies, total / n, 0)
-    reach = tl.maximum(high.to(tl.float64) - mean, mean - low.to(tl.float64))
-    reach = tl.max(tl.where(varies, reach, 0), 0)
-    return varies, mean, tl.minimum(tl.maximum(reach, 2.0**-126), 2.0**126).to(tl.float32)
-
-
-@triton.jit
-def _products(
-    x_ptr,
-    columns_ptr,
-    u_ptr,
-    mean_ptr,
-    scale,
-    d,
-    width,
-    stride_p,
-    ROWS: tl.constexpr,
-    N: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """The neurons times u: (N,)."""
-    k = tl.arange(0, N)
-    z = tl.zeros((N,), dtype=tl.float32)
-    for first in tl.range(0, d, ROWS, num_stages=STAGES):
-        i = first + tl.arange(0, ROWS)
-        u = tl.load(u_ptr + i, mask=i < d, other=0)
-        mean = tl.load(mean_ptr + i, mask=i < d, other=float("inf"))
-        column = tl.load(columns_ptr + i, mask=i < d, other=0)
-        inside = (mean < float("inf"))[:, None] & (k < width)[None, :]
-        places = x_ptr + (column * stride_p)[:, None] + k[None, :]  # (ROWS, N)
-        x = tl.load(places, mask=inside, other=0).to(tl.float32)
-        z += tl.sum(tl.where(inside, x * scale - mean[:, None], 0) * u[:, None], 0)
-    return z
-
-
-@triton.jit
-def _solve(a, diagonal, b, penalty, MOST: tl.constexpr):
-    """(A + penalty) x = b to a hundredth of b: conjugate gradients, preconditioned by the diagonal.
-
-    A thousandth saves one Newton step at most, and takes a third to a half more steps here.
-    """
-    x = tl.zeros_like(b)
-    p = b / diagonal
-    rho = tl.sum(b * p, 0)
-    enough = 1e-4 * rho
-    step = 0
-    while (step < MOST) & (rho > enough):
-        q = tl.sum(a * p[None, :], 1) + penalty * p
-        alpha = rho / tl.sum(p * q, 0)
-        x += alpha * p
-        b -= alpha * q
-        before = rho
-        rho = tl.sum(b * b / diagonal, 0)
-        p = b / diagonal + rho / before * p
-        step += 1
-    return x
+    tl.store(converged_ptr + fit, left < 0)
 
 
 def logistic_fits(
@@ -326,7 +267,7 @@ def logistic_fits(
     errors = torch.empty_like(steps)
     whole = max(launch.block_n, triton.next_power_of_2(n))
     count = max(1, _FITS // t)
-    scratch = torch.empty(min(b, count) * t, 2 * (launch.block_d + whole), device=device)
+    scratch = torch.empty(min(b, count) * t, 3 * launch.block_d + 2 * whole, device=device)
     # A scale above √C would make the penalty more than 1, and then nothing is left to scale.
     root = 2.0 ** min(max(math.frexp(C)[1] // 2, -60), 60)
     for first in range(0, b, count):
@@ -383,6 +324,7 @@ def _case(
         call,
         floor(n, d, fits, min(p, fits * d), dtype.itemsize, precision),
         products=precision != "ieee",
+        archs=(80, 90) if _OLD else (80, 90, 100),
     )
 
 
@@ -394,5 +336,3 @@ AOT_CASES: tuple[_launch.Case, ...] = (
     _case(50, 100, 193_600, torch.float32, "tf32x3"),
     _case(550, 128, 100_352, torch.float32, "tf32x3"),
 )
-if not _NEW:
-    AOT_CASES = ()
