@@ -1,4 +1,4 @@
-"""The command line: ``python -m bench model`` and ``python -m bench sheet``."""
+"""The command line: ``python -m bench model``, ``coverage`` and ``sheet``."""
 
 from __future__ import annotations
 
@@ -25,6 +25,17 @@ def model(
 ) -> None:
     """Write what the kernels should cost on an H100; needs no GPU."""
     from bench.model import page
+
+    out.write_text(page(), encoding="utf-8")
+    print(out)
+
+
+@app.command()
+def coverage(
+    out: Annotated[Path, typer.Option(help="The page.")] = Path(__file__).parent / "COVERAGE.md",
+) -> None:
+    """Write how often the study's intervals hold the truth, by simulation; needs no GPU."""
+    from bench.coverage import page
 
     out.write_text(page(), encoding="utf-8")
     print(out)

@@ -1,4 +1,4 @@
-"""The command line: ``python -m experiments sweep | train | report``."""
+"""The command line: ``python -m experiments sweep | train | report | stats``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +25,12 @@ OURS = ("experiments", "repsim_kernels", "__main__")
 
 class OptionsError(ValueError):
     """Options of the command line that can't be read, or don't go together."""
+
+
+class Figures(StrEnum):
+    svg = "svg"
+    pdf = "pdf"
+    png = "png"
 
 
 app = typer.Typer(
@@ -83,6 +90,10 @@ def sweep(
     ] = None,
     grid: Annotated[
         str | None, typer.Option(help="Strips by selectivity x cells by magnitude; 4x4 by default.")
+    ] = None,
+    cells: Annotated[
+        str | None,
+        typer.Option(help="selectivity (the default), or random, of the same sizes: a control."),
     ] = None,
     metrics: Annotated[
         list[str] | None, typer.Option(help="Distances, separated by commas; all by default.")
@@ -149,6 +160,7 @@ def sweep(
         chosen = {
             "device": device,
             "grid": None if grid is None else _grid(grid),
+            "cells": cells,
             "metrics": _split(metrics),
             "probes": _split(probes),
             "ridge": ridge,
@@ -248,14 +260,68 @@ def train(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")] = Path("runs/demo"),
-    out: Annotated[Path | None, typer.Option(help="The page; RUN/report.html by default.")] = None,
+    run: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Folders of finished runs, on one page; runs/demo by default."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page; report.html in the first folder by default.")
+    ] = None,
+    figures: Annotated[
+        Figures | None, typer.Option(help="The figures as files as well, in a folder beside it.")
+    ] = None,
 ) -> None:
-    """Write a run's report again."""
+    """Write the report of a run again, or one of several runs."""
     with _one_line_errors():
         from .report import write_report
 
-        print(write_report(run, out or run / "report.html"))
+        runs = run or [Path("runs/demo")]
+        print(write_report(runs, out or runs[0] / "report.html", figures and figures.value))
+
+
+@app.command()
+def stats(
+    table: Annotated[Path, typer.Argument(help="CSV or Parquet, one row per cell.")],
+    distances: Annotated[
+        list[str] | None, typer.Option(help="Columns, by commas; a run's metrics by default.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(help="Columns, by commas; a run's function changes by default."),
+    ] = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(help="Columns that name a group; of model, class, layer those there are."),
+    ] = None,
+    cell: Annotated[str, typer.Option(help="Column that tells a group's cells apart.")] = "cell",
+    similarities: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the distances those that are similarities: negated."),
+    ] = None,
+    cluster: Annotated[
+        str, typer.Option(help="Column that intervals leave one out of at a time.")
+    ] = "class",
+    out: Annotated[
+        Path | None, typer.Option(help="The correlations of every group: .csv or .parquet.")
+    ] = None,
+) -> None:
+    """Correlate any table's distances with its function changes, group by group."""
+    with _one_line_errors():
+        from .stats import changes_of, correlations, distances_of
+        from .tables import read, remarks, write
+        from .terminal import show_correlations
+
+        rows = read(table, cell)
+        sides = _split(distances) or distances_of(rows), _split(changes) or changes_of(rows)
+        keys = _split(by) or [name for name in ("model", "class", "layer") if name in rows.columns]
+        turned = _split(similarities) or []
+        groups = correlations(rows, *sides, keys, similarities=turned)
+        for remark in remarks(rows, *sides, keys, turned):
+            print(f"warning: {remark}", file=sys.stderr)
+        show_correlations(Console(highlight=False, markup=False), groups, cluster)
+        if out is not None:
+            write(groups, out)
+            print(out)
 
 
 def _set_up_torch(threads: int | None, small: bool) -> None:

@@ -17,8 +17,9 @@ import repsim_kernels as rk
 from repsim_kernels.forward import Cost, State
 
 from . import probes as linear
+from .controls import HALVES, half
 from .performance import performance
-from .stats import PERFORMANCE
+from .stats import BASELINE
 from .store import Unit
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 BATCH = 64  # images that go through the network together, at most
 _HELD = 0.7  # of the memory, for activations; the rest is for what runs
 _GRID = 190  # bytes a neuron that it takes to sort them into cells, measured
+_COLUMNS = 2**12  # neurons whose variance is taken at a time
 _VARIATES = 2**30  # bytes, at most, for the canonical variates that wait for a pass: PWCCA
 
 
@@ -176,7 +178,7 @@ class Represented(NamedTuple):
 
 def _unit(study: Study, layer: str, label: int, shown: Shown, room: int) -> pd.DataFrame:
     where = f"{study.name}, layer {layer}"
-    forward, n_cells = study.forward, study.grid[0] * study.grid[1]
+    forward, n_cells = study.forward, study.n_cells
     states = shown.states.pop(label)
     try:
         found = represent(study, study.probes, layer, label, *_stimuli(study, label, shown), room)
@@ -185,7 +187,9 @@ def _unit(study: Study, layer: str, label: int, shown: Shown, room: int) -> pd.D
     except rk.RepsimError as error:
         raise StudyError(f"{where}, class {study.class_name(label)}: {error}") from error
     changes = performance(intact, torch.cat(parts, dim=1), label)
-    numbers = found.distances | {name: changes[name] for name in PERFORMANCE} | found.decodability
+    numbers = found.distances | changes | found.decodability
+    halves = tuple(half("", which) for which in HALVES)
+    names = sorted(numbers, key=lambda name: name.endswith(halves))  # these last
     columns = {
         "model": study.name,
         "class": study.class_name(label),
@@ -193,9 +197,7 @@ def _unit(study: Study, layer: str, label: int, shown: Shown, room: int) -> pd.D
         "cell": np.arange(n_cells),
         "size": found.sizes.cpu().numpy(),
     }
-    return pd.DataFrame(
-        columns | {name: value.double().cpu().numpy() for name, value in numbers.items()}
-    )
+    return pd.DataFrame(columns | {name: numbers[name].double().cpu().numpy() for name in names})
 
 
 def _stimuli(study: Study, label: int, shown: Shown) -> tuple[Tensor, Tensor]:
@@ -212,22 +214,36 @@ def represent(
 ) -> Represented:
     """Cells, distances and changes of decodability; NaN for a layer that is the same for all."""
     cells = rk.selectivity_grid(x, y, label, grid=study.grid, edges=study.edges)
-    n_cells, overlap = study.grid[0] * study.grid[1], cells.dtype == torch.bool
-    sizes = cells.sum(1) if overlap else cells.bincount(minlength=n_cells)
+    if study.cells == "random":
+        generator = np.random.default_rng(linear.seed_of(study, layer, label))
+        cells = cells[..., torch.from_numpy(generator.permutation(x.shape[1])).to(cells.device)]
+    overlap = cells.dtype == torch.bool
+    sizes = cells.sum(1) if overlap else cells.bincount(minlength=study.n_cells)
     try:
-        distances = rk.ablation_distances(
-            x,
-            cells,
-            metrics=study.metrics,
-            ridge=study.options["ridge"],
-            penalty=study.options["penalty"],
-            memory=max(1, min(room, _VARIATES)),
+        distances = dict(
+            rk.ablation_distances(
+                x,
+                cells,
+                metrics=study.metrics,
+                ridge=study.options["ridge"],
+                penalty=study.options["penalty"],
+                memory=max(1, min(room, _VARIATES)),
+            )
         )
         decodability = linear.decodability(study, probes, layer, label, x, y, cells)
+        distances |= {BASELINE: _energy(x, cells, study.n_cells)}
     except rk.ConstantError:
         what = "is the same for every stimulus: its distances and decodability are NaN"
         warnings.warn(f"{study.name}, layer {layer} {what}", stacklevel=2)
-        nan = torch.full((n_cells,), math.nan)
-        distances = dict.fromkeys(study.metrics, nan)
-        decodability = linear.unknown(probes, n_cells)
-    return Represented(cells, sizes, dict(distances), decodability)
+        nan = torch.full((study.n_cells,), math.nan)
+        distances = dict.fromkeys((*study.metrics, BASELINE), nan)
+        decodability = linear.unknown(probes, study.n_cells)
+    return Represented(cells, sizes, distances, decodability)
+
+
+def _energy(x: Tensor, cells: Tensor, n_cells: int) -> Tensor:
+    """The share of the variance over stimuli that each cell's neurons have: (C,)."""
+    parts = x.split(_COLUMNS, dim=1)
+    neurons = torch.cat([part.double().var(0, correction=0) for part in parts])
+    members = cells if cells.dtype == torch.bool else (cells == label for label in range(n_cells))
+    return torch.stack([neurons[mine].sum() for mine in members]) / neurons.sum()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .controls import HALVES, half
+
 
 def performance(intact: Tensor, ablated: Tensor, label: int) -> dict[str, Tensor]:
     """What a class's images lose when cells are ablated.
@@ -22,7 +24,9 @@ def performance(intact: Tensor, ablated: Tensor, label: int) -> dict[str, Tensor
     dict of str to tensor, (C,), float64
         Means over the images, intact minus ablated, so positive where function is lost:
         ``probability`` and ``log_probability`` (nats) of the class, ``top1`` and ``top5``
-        (accuracy), and ``rank_deficit``, the mean of max(0, rank ablated − rank intact).
+        (accuracy), and ``rank_deficit``, the mean of max(0, rank ablated − rank intact). With
+        ``_odd`` and ``_even`` behind its name, each over every other image, from the first and
+        from the second on.
 
     Notes
     -----
@@ -45,4 +49,8 @@ def performance(intact: Tensor, ablated: Tensor, label: int) -> dict[str, Tensor
         "top1": (rank_before < 1).double() - (rank_after < 1).double(),
         "top5": (rank_before < 5).double() - (rank_after < 5).double(),
     }
-    return {name: change.double().mean(-1) for name, change in per_image.items()}
+    found = {name: change.double().mean(-1) for name, change in per_image.items()}
+    for first, which in enumerate(HALVES):
+        for name, change in per_image.items():
+            found[half(name, which)] = change[..., first::2].double().mean(-1)
+    return found

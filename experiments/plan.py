@@ -95,7 +95,7 @@ def plan(study: Study, units: Sequence[Unit] | None = None) -> Plan:
     grouped = [group for group in groups(study, study.layers) if set(group) & set(names)]
     fixed, by_neuron = _metric_seconds(study)
     by_fit = _fit_seconds(study) if "paper" in study.probes else 0.0
-    n_cells = study.grid[0] * study.grid[1]
+    n_cells = study.n_cells
     lines = []
     for name in names:
         cost, p = costs[name], study.sizes[name].neurons
@@ -142,7 +142,7 @@ def _metric_seconds(study: Study) -> tuple[float, float]:
     """Seconds of a unit's cells, distances and ridge probe: fixed, and for each neuron."""
     target, y = _labels(study)
     probes = [name for name in study.probes if name != "paper"]
-    few = max(_FEW, study.grid[0] * study.grid[1], len(y))
+    few = max(_FEW, study.n_cells, len(y))
     many = 5 * few
     times = []
     for p in (few, few, many):  # the first also loads libraries
@@ -165,7 +165,7 @@ def _labels(study: Study) -> tuple[int, Tensor]:
 def _fit_seconds(study: Study) -> float:
     """Seconds of a logistic regression of the paper's probe."""
     target, y = _labels(study)
-    n_cells = study.grid[0] * study.grid[1]
+    n_cells = study.n_cells
     x = _alive(len(y), _FEW, study.device)
     cells = torch.arange(_FEW) % n_cells
     times = []

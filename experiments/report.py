@@ -1,71 +1,106 @@
-"""One self-contained HTML page about a run: what ran, the correlations, where they come from."""
+"""One self-contained HTML page about runs: what was found, the numbers, where they come from."""
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jinja2
-import matplotlib as mpl
 import pandas as pd  # type: ignore[import-untyped]
-from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from .stats import CHANGES, METRICS, correlations, summary
+from . import figures as draw
+from .controls import corrected, partial_correlations, reliability
+from .figures import CHANGE_NAMES as CHANGE_NAMES
+from .figures import METRIC_NAMES as METRIC_NAMES
+from .figures import Drawing, Plate
+from .figures import ReportError as ReportError
+from .inference import Claim, claims, intervals
+from .published import PUBLISHED, SOURCE
+from .stats import BASELINE, changes_of, correlations, distances_of, summary
 from .store import load, replacing
 
-METRIC_NAMES = {
-    "cka": "CKA",
-    "procrustes": "Procrustes",
-    "pwcca": "PWCCA",
-    "cca": "mean CCA",
-    "cca_squared": "mean squared CCA",
-    "svcca": "SVCCA",
-    "cka_debiased": "debiased CKA",
-}
-CHANGE_NAMES = {
-    "rank_deficit": "rank of the true class",
-    "log_probability": "log-probability",
-    "probability": "probability",
-    "top1": "top-1 accuracy",
-    "top5": "top-5 accuracy",
-    "decodability_refit": "decodability, refitted",
-    "decodability_frozen": "decodability, frozen",
-    "margin_refit": "linear margin, refitted",
-    "margin_frozen": "linear margin, frozen",
-    "decodability_paper": "decodability, the paper's",
-}
-BY_LAYER = ("rank_deficit", "log_probability", "decodability_refit", "decodability_paper")
-# Okabe & Ito's colours, told apart by most colour-blind readers, without those that are lost on
-# white or black; and a marker each, for everybody else. The last is wide, to be seen under CKA.
-STYLES = (
-    ("#0072b2", "o", "●", 1.3),
-    ("#e69f00", "s", "■", 1.3),
-    ("#009e73", "^", "▲", 1.3),
-    ("#d55e00", "v", "▼", 1.3),
-    ("#cc79a7", "D", "◆", 1.3),
-    ("#56b4e9", "P", "✚", 1.3),
-    ("#888888", "X", "✖", 3.5),
-)
-INK = "#010203"  # becomes the page's own text colour, light or dark
+Run: TypeAlias = str | os.PathLike[str] | pd.DataFrame
+
+GROUP = ["class", "layer"]
+PERFORMANCE = "rank_deficit"
+DECODABILITY = ("decodability_paper", "decodability_refit")  # the first that a table has
+DRAWN = ("rank_deficit", "log_probability", "decodability_refit", "decodability_paper")
 
 
-def write_report(run: str | os.PathLike[str] | pd.DataFrame, path: str | os.PathLike[str]) -> Path:
-    """Write the report of a run.
+@dataclass(frozen=True)
+class Model:
+    """A network of a run, under the name that it has on the page."""
+
+    name: str
+    own_name: str
+    run: str
+    table: pd.DataFrame
+    configuration: dict[str, Any]
+    about: dict[str, Any]
+
+    @cached_property
+    def distances(self) -> list[str]:
+        return distances_of(self.table)
+
+    @cached_property
+    def changes(self) -> list[str]:
+        return changes_of(self.table)
+
+    @cached_property
+    def drawn(self) -> list[str]:
+        """The changes that have figures: those of the claims, and what is close to them."""
+        return [name for name in DRAWN if name in self.changes] or self.changes[:4]
+
+    @cached_property
+    def decodability(self) -> str | None:
+        """The change that stands for decodability."""
+        return next((name for name in DECODABILITY if name in self.changes), None)
+
+    @property
+    def random(self) -> bool:
+        """Whether the cells are a control, drawn at random."""
+        return bool(self.configuration.get("cells") == "random")
+
+    @cached_property
+    def per_group(self) -> pd.DataFrame:
+        return correlations(self.table, self.distances, self.changes)
+
+    @cached_property
+    def estimates(self) -> pd.DataFrame:
+        return intervals(self.per_group)
+
+    @cached_property
+    def layers(self) -> list[str]:
+        known = self.configuration.get("layers")
+        return list(known or sorted(self.table["layer"].unique(), key=_natural))
+
+    @cached_property
+    def classes(self) -> list[str]:
+        return list(self.configuration.get("classes") or map(str, self.table["class"].unique()))
+
+
+def write_report(
+    runs: Run | Sequence[Run], path: str | os.PathLike[str], figures: str | None = None
+) -> Path:
+    """Write the report of a run, or of several together.
 
     Parameters
     ----------
-    run : path or DataFrame
-        The folder of a finished run, or a table such as `experiments.Study.run` returns; a table
-        alone doesn't say what ran.
+    runs : path, DataFrame, or a sequence of these
+        Folders of finished runs, or tables such as `experiments.Study.run` returns; a table
+        alone doesn't say what ran. A model's name that two runs have gets the folder's behind it.
     path : path
         The HTML file; it is replaced only when the new one is whole.
+    figures : {"svg", "pdf", "png"}, optional
+        Write the figures as files too, into the folder ``PATH_figures`` beside the page, without
+        its suffix. An earlier report's are replaced, all of them or none.
 
     Returns
     -------
@@ -74,19 +109,21 @@ def write_report(run: str | os.PathLike[str] | pd.DataFrame, path: str | os.Path
 
     Raises
     ------
+    ReportError
+        ``figures`` is none of these, the folder for them holds other files, there are no runs, or
+        one is named twice.
     StoreError
-        The folder is not that of a finished run.
+        A folder is not that of a finished run.
     StatsError
-        The table lacks a column.
+        A table lacks a column.
     """
-    table, study = (run, {}) if isinstance(run, pd.DataFrame) else load(run)
-    metrics = [name for name in METRICS if name in table.columns]
-    changes = [name for name in CHANGES if name in table.columns]
-    per_group = correlations(table, metrics, changes)
-    models = [
-        _model(name, table, per_group, study)
-        for name in study.get("configuration", {}).get("models", {}) or table["model"].unique()
-    ]
+    path = Path(path)
+    folder = path.with_name(f"{path.stem}_figures")
+    if figures is not None:
+        draw.check(figures, folder)
+    loaded = _load(runs)
+    models = [model for run in loaded for model in run["models"]]
+    plates = _plates(models)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -95,19 +132,23 @@ def write_report(run: str | os.PathLike[str] | pd.DataFrame, path: str | os.Path
         lstrip_blocks=True,
     )
     html = environment.get_template("report.html.j2").render(
-        models=models,
-        metrics=dict(zip(metrics, STYLES, strict=False)),
+        models=[_facts(model) for model in models],
+        runs=loaded,
+        plates=plates,
+        styles={key: style for key, style in draw.STYLES.items() if _any(models, key)},
         metric_names=METRIC_NAMES,
         change_names=CHANGE_NAMES,
-        changes=changes,
-        cells=int(table["cell"].nunique()),
-        grid=_grid(table, study),
-        about=study.get("about", {}),
-        versions=study.get("configuration", {}).get("versions", {}),
+        changes=[name for name in CHANGE_NAMES if _any(models, name)],
+        performance=PERFORMANCE,
+        cells=" or ".join(str(n) for n in sorted({m.table["cell"].nunique() for m in models})),
+        baseline=BASELINE,
+        source=SOURCE,
+        published=PUBLISHED,
     )
-    path = Path(path)
     with replacing(path) as temporary:
         temporary.write_text(html, encoding="utf-8")
+        if figures is not None:
+            draw.save([plate for each in plates.values() for plate in each], folder, figures)
     return path
 
 
@@ -120,123 +161,231 @@ def means(per_group: pd.DataFrame) -> pd.DataFrame:
     return wide.reindex(index=rows, columns=order["change"])
 
 
-def _model(
-    name: str, table: pd.DataFrame, per_group: pd.DataFrame, study: dict[str, Any]
-) -> dict[str, Any]:
+def _load(runs: Run | Sequence[Run]) -> list[dict[str, Any]]:
+    """Each run's name, what it says of itself, and its models under names of their own."""
+    each: list[Any]
+    if isinstance(runs, (str, os.PathLike, pd.DataFrame)):
+        each = [runs]
+    else:
+        each = list(runs)
+    if not each:
+        raise ReportError("runs: is empty; expected a run's folder or a table")
+    paths = [None if isinstance(run, pd.DataFrame) else Path(run).resolve() for run in each]
+    folders = [path for path in paths if path is not None]
+    if twice := [path for path in folders if folders.count(path) > 1]:
+        raise ReportError(f"runs: {twice[0]} is named twice; expected different runs")
+    short = len({path.name for path in folders}) == len(folders)
+    loaded: list[dict[str, Any]] = []
+    for number, (run, path) in enumerate(zip(each, paths, strict=True), 1):
+        table, study = (run, {}) if path is None else load(path)
+        name = f"table {number}" if path is None else path.name if short else str(path)
+        loaded.append({"name": name, "table": table, "study": study})
+        configured = study.get("configuration", {}).get("models", {})
+        loaded[-1]["names"] = list(configured or table["model"].unique())
+    shared = [name for run in loaded for name in run["names"]]
+    for run in loaded:
+        run["models"] = [_model(name, run, shared.count(name) > 1) for name in run["names"]]
+        run["about"] = dict(run["study"].get("about", {}))
+        seconds = run["about"].pop("seconds", None)
+        run["took"] = None if seconds is None else timedelta(seconds=round(seconds))
+        run["versions"] = run["study"].get("configuration", {}).get("versions", {})
+    return loaded
+
+
+def _model(own_name: str, run: dict[str, Any], shared: bool) -> Model:
+    table, study = run["table"], run["study"]
+    name = f"{own_name} ({run['name']})" if shared else str(own_name)
+    about = study.get("about", {}).get("models", {}).get(own_name)
+    return Model(
+        name=name,
+        own_name=own_name,
+        run=run["name"],
+        table=table[table["model"] == own_name].assign(model=name),
+        configuration=study.get("configuration", {}).get("models", {}).get(own_name, {}),
+        about=about or {"note": table.attrs.get("notes", {}).get(own_name)},
+    )
+
+
+def _facts(model: Model) -> dict[str, Any]:
     """What the template says of one model."""
-    mine = per_group[per_group["model"] == name]
-    configuration = study.get("configuration", {}).get("models", {}).get(name, {})
-    layers = configuration.get("layers") or sorted(mine["layer"].unique(), key=_natural)
-    cells = summary(mine).set_index(["distance", "change"])
+    found = model.estimates.set_index(["distance", "change"])
+    fixed = _corrected(model)
     extremes = {}
-    for change, rho in cells["spearman"].dropna().unstack("distance").iterrows():
-        best, least = rho.idxmax(), rho.idxmin()
-        extremes[change] = (METRIC_NAMES[best], rho[best], METRIC_NAMES[least], rho[least])
+    metrics = model.estimates[model.estimates["distance"] != BASELINE]
+    for change, mine in metrics.groupby("change", sort=False):
+        rho = mine.set_index("distance")["estimate"].dropna()
+        if change in model.drawn and len(rho):
+            best, least = rho.idxmax(), rho.idxmin()
+            extremes[change] = (METRIC_NAMES[best], rho[best], METRIC_NAMES[least], rho[least])
     return {
-        "name": name,
-        "configuration": configuration,
-        "about": study.get("about", {}).get("models", {}).get(name)
-        or {"note": table.attrs.get("notes", {}).get(name)},
-        "layers": layers,
-        "classes": configuration.get("classes") or [str(c) for c in mine["class"].unique()],
-        "groups": len(mine.groupby(["class", "layer"])),
-        "mean": cells["spearman"].to_dict(),
-        "nan": cells["nan_groups"].to_dict(),
-        "extremes": {change: extremes[change] for change in BY_LAYER if change in extremes},
-        "by_layer": _by_layer(name, mine, layers),
+        "name": model.name,
+        "configuration": model.configuration,
+        "random": model.random,
+        "about": model.about,
+        "layers": model.layers,
+        "classes": model.classes,
+        "changes": model.changes,
+        "distances": model.distances,
+        "drawn": model.drawn,
+        "decodability": model.decodability,
+        "groups": model.table.groupby(GROUP, observed=True).ngroups,
+        "found": found.to_dict("index"),
+        "extremes": extremes,
+        "claims": _claims(model),
+        "published": PUBLISHED.get(model.own_name),
+        "partial": _partial(model),
+        "corrected": fixed,
+        "reliable": list(dict.fromkeys(change for _, change in fixed or ())),
+        "quality": _quality(model),
     }
 
 
-def _by_layer(model: str, mine: pd.DataFrame, layers: Sequence[str]) -> list[Markup]:
-    """A figure for each of the main changes: mean correlation at each layer, a line a metric."""
-    mean = mine.groupby(["change", "distance", "layer"], observed=True)["spearman"].mean()
-    lowest = min(-0.25, math.floor(10 * mean.min()) / 10) if mean.notna().any() else -1.0
-    figures = []
-    for change in (c for c in BY_LAYER if c in set(mine["change"])):
-        figure, axes = _figure(4.6, 3.1)
-        axes.axhline(0, color=INK, linewidth=0.6)
-        for metric, (colour, marker, _, width) in reversed(
-            [*zip(mine["distance"].unique(), STYLES, strict=False)]
-        ):
-            values = mean[change, metric].reindex(layers).to_numpy()
-            axes.plot(values, color=colour, marker=marker, markersize=4, linewidth=width)
-        step = math.ceil(len(layers) / 16)
-        axes.set_xticks(range(0, len(layers), step), layers[::step], rotation=90)
-        axes.set(ylim=(lowest, 1.05), ylabel="mean rank correlation")
-        axes.set_title(CHANGE_NAMES[change])
-        axes.grid(axis="y", color=INK, alpha=0.15)
-        alt = (
-            f"{model}: mean rank correlation of each metric with the loss of "
-            f"{CHANGE_NAMES[change]}, at each of {len(layers)} layers"
+def _claims(model: Model) -> list[tuple[Claim, list[str]]] | None:
+    """The claims and what is said of each, metrics by the names that the page has for them."""
+    if PERFORMANCE not in model.changes or model.decodability is None:
+        return None
+    told = []
+    for claim in claims(model.per_group, PERFORMANCE, model.decodability):
+        parts = [detail.partition(": ") for detail in claim.details]
+        details = [f"{METRIC_NAMES.get(name, name)}{colon}{rest}" for name, colon, rest in parts]
+        # A lone line repeats the numbers of the claim, where it has any.
+        told.append(
+            (claim, [] if len(details) == 1 and not math.isnan(claim.estimate) else details)
         )
-        figures.append(_svg(figure, alt))
-    return figures
+    return told
 
 
-def _grid(table: pd.DataFrame, study: dict[str, Any]) -> dict[str, Any] | None:
-    """Heat maps of the layer where ablation costs most, if the shape of the grid is known."""
-    wanted = ("rank_deficit", "decodability_refit", "decodability_paper", "cka")
-    shown = [name for name in wanted if name in table.columns]
-    keys = ["model", "layer"]
-    cost = table.groupby(keys, observed=True)[shown[0]].mean() if shown else None
-    if cost is None or cost.isna().all():
+def _partial(model: Model) -> dict[tuple[str, str], tuple[float, float]] | None:
+    """Mean correlations, and those given the cells' sizes and energies."""
+    metrics = [name for name in model.distances if name != BASELINE]
+    if not metrics or not {"size", BASELINE} <= set(model.table.columns):
         return None
-    model, layer = cost.idxmax()
-    mine = table[(table["model"] == model) & (table["layer"] == layer)]
-    n_cells = int(mine["cell"].max()) + 1
-    side = math.isqrt(n_cells)
-    configuration = study.get("configuration", {}).get("models", {}).get(model, {})
-    rows, columns = configuration.get("grid", (side, side))
-    if rows * columns != n_cells:
+    given = _means(partial_correlations(model.table, metrics, model.drawn))
+    plain = model.estimates.set_index(["distance", "change"])["estimate"]
+    return {key: (plain[key], value) for key, value in given.items()}
+
+
+def _means(per_group: pd.DataFrame) -> dict[tuple[str, str], float]:
+    """Mean correlation by distance and change, over the groups that have one."""
+    means = per_group.groupby(["distance", "change"], sort=False)["spearman"].mean()
+    return dict(means.items())
+
+
+def _corrected(model: Model) -> dict[tuple[str, str], tuple[float, float]] | None:
+    """Mean correlations, and those that a function change without noise would give."""
+    known = reliability(model.table, model.changes)
+    if known.empty:
         return None
-    mean = mine.groupby("cell")[shown].mean()
-    figures = []
-    for name in shown:
-        what = METRIC_NAMES.get(name, "") + " distance" if name in METRICS else CHANGE_NAMES[name]
-        figure, axes = _figure(3.4, 3.2)
-        values = mean[name].to_numpy().reshape(rows, columns)
-        mesh = axes.pcolormesh(values, cmap="cividis")
-        for row, line in enumerate(values):
-            for column, value in enumerate(line):
-                ink = "#000000" if sum(mesh.to_rgba(value)[:3]) > 1.5 else "#ffffff"
-                text = axes.text(column + 0.5, row + 0.5, f"{value:.2g}", color=ink)
-                text.set(ha="center", va="center", fontsize=9)
-        axes.set(xticks=[], xlabel="magnitude, low to high")
-        axes.set(yticks=[], ylabel="selectivity, low to high")
-        axes.set_title(what if name in METRICS else f"loss: {what}")
-        alt = f"{model}, layer {layer}: {what}, for each of {rows} x {columns} cells"
-        figures.append(_svg(figure, alt))
+    found = corrected(summary(model.per_group), known).dropna(subset=["reliability"])
+    keys = zip(found["distance"], found["change"], strict=True)
+    return dict(zip(keys, zip(found["spearman"], found["corrected"], strict=True), strict=True))
+
+
+def _quality(model: Model) -> dict[str, Any]:
+    """Groups without a correlation by reason, ties, reliability, cells that hold nothing."""
+    names = [*model.distances, *model.changes]
+    groups = model.table.groupby(GROUP, observed=True, dropna=False)
+    holed = model.table[names].isna().groupby([model.table[key] for key in GROUP]).any()
+    constant = (groups[names].nunique() <= 1) & ~holed
+    known = reliability(model.table, model.changes).set_index("change")
+    dead = (model.table[model.distances] == 0).any(axis=1)
     return {
-        "model": model,
-        "layer": layer,
-        "classes": int(mine["class"].nunique()),
-        "figures": figures,
+        "changes": {
+            name: {
+                "constant": int(constant[name].sum()),
+                "nan": int(holed[name].sum()),
+                "tied": _tied(model.table, name),
+                "reliability": known["reliability"].get(name, math.nan),
+                "source": known["source"].get(name, ""),
+            }
+            for name in model.changes
+        },
+        "distances": {
+            METRIC_NAMES[name]: (int(constant[name].sum()), int(holed[name].sum()))
+            for name in model.distances
+            if constant[name].any() or holed[name].any()
+        },
+        "reliable": len(known) > 0,
+        "dead": int(dead.sum()),
+        "rows": len(model.table),
     }
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.title.set(color=INK, fontsize=11)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set(color=INK, fontsize=10)
-    for side, spine in axes.spines.items():
-        spine.set(color=INK, visible=side in ("left", "bottom"))
-    return figure, axes
+def _tied(table: pd.DataFrame, change: str) -> float:
+    """The share of a change's values that another cell of the same class and layer has too."""
+    known = table[table[change].notna()]
+    same = known.groupby([*GROUP, change], observed=True)[change].transform("size")
+    return float((same > 1).mean())
 
 
-def _svg(figure: Figure, alt: str) -> Markup:
-    """The figure as inline SVG that takes the page's colour and names no address."""
-    file = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": alt}):
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    text = file.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    label = Markup('<svg role="img" aria-label="{}"').format(alt)
-    return Markup(text.replace("<svg", label, 1).replace(INK, "currentColor"))
+def _plates(models: Sequence[Model]) -> dict[str, list[Plate]]:
+    """All figures, in the order in which they are numbered."""
+    plates: dict[str, list[Plate]] = {"classes": [], "layers": [], "grid": [], "cells": []}
+    number = 0
+    for kind, make in zip(plates, (_classes, _layers, _grid, _cells), strict=True):
+        for model in models:
+            if (made := make(model)) is not None:
+                number += 1
+                plates[kind].append(Plate(number, model.name, *made))
+    return plates
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def _classes(model: Model) -> tuple[str, list[Drawing]]:
+    drawings = draw.by_class(model.name, model.per_group, model.estimates, model.drawn)
+    return f"{model.name}: {len(model.classes)} classes.", drawings
+
+
+def _layers(model: Model) -> tuple[str, list[Drawing]]:
+    drawings = draw.by_layer(model.name, model.per_group, model.layers, model.drawn)
+    return f"{model.name}, from the input to the output.", drawings
+
+
+def _grid(model: Model) -> tuple[str, list[Drawing]] | None:
+    """The layer where ablation costs most, if its cells are a grid of known shape."""
+    wanted = (*model.drawn, "cka", "procrustes", BASELINE)
+    shown = [n for n in dict.fromkeys(wanted) if n in model.table and model.table[n].notna().any()]
+    if not shown or shown[0] not in model.drawn or model.random:
+        return None
+    layer = model.table.groupby("layer", observed=True)[shown[0]].mean().idxmax()
+    mine = model.table[model.table["layer"] == layer]
+    cells = int(mine["cell"].max()) + 1
+    side = math.isqrt(cells)
+    shape = tuple(model.configuration.get("grid", (side, side)))
+    if shape[0] * shape[1] != cells or mine["cell"].nunique() != cells:
+        return None
+    caption = (
+        f"{model.name}, layer {layer}: of those that ran, the one where ablation costs most "
+        f"({CHANGE_NAMES[shown[0]]}). Means over {mine['class'].nunique()} target classes."
+    )
+    return caption, draw.grid(model.name, layer, mine, (shape[0], shape[1]), shown)
+
+
+def _cells(model: Model) -> tuple[str, list[Drawing]] | None:
+    """For each of the two functions, the class and layer where the cells differ most in it."""
+    drawings, places = [], []
+    functions = [name for name in (PERFORMANCE, model.decodability) if name in model.changes]
+    for change in functions or model.drawn[:1]:
+        spread = model.table.groupby(GROUP, observed=True)[change].std()
+        if not spread.max() > 0:
+            continue
+        target, layer = spread.idxmax()
+        mine = model.table[(model.table["class"] == target) & (model.table["layer"] == layer)]
+        found = model.per_group[
+            (model.per_group["class"] == target)
+            & (model.per_group["layer"] == layer)
+            & (model.per_group["change"] == change)
+        ]
+        rho = found.set_index("distance")["spearman"]
+        drawings.append(draw.scatter(model.name, (target, layer), mine, rho, change))
+        places.append(f"{CHANGE_NAMES[change]}: class {target}, layer {layer}")
+    return (f"{model.name}. {'; '.join(places)}.", drawings) if drawings else None
+
+
+def _any(models: Sequence[Model], column: str) -> bool:
+    return any(column in model.distances + model.changes for model in models)
+
+
+def _natural(name: Any) -> list[tuple[int, str]]:
     """Sort key that puts features.10 after features.4."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    parts = re.split(r"(\d+)", str(name))
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -52,9 +53,12 @@ def run(
         of the cell), a column per metric (distance of the ablated from the original
         representation), and one per function change, positive where function is lost:
         ``rank_deficit``, ``log_probability``, ``probability``, ``top1``, ``top5`` (see
-        `experiments.study.performance`), ``decodability_refit`` and ``decodability_frozen``
-        (balanced accuracy of the class against the rest, intact minus ablated). The same run
-        gives the same bits. ``attrs["notes"]`` has the studies' notes, by model, and is stored.
+        `experiments.performance`), ``decodability_refit`` and ``decodability_frozen`` (balanced
+        accuracy of the class against the rest, intact minus ablated), ``margin_refit`` and
+        ``margin_frozen`` (what the probe's output loses on the right side); each of them again
+        over every other image, ``_odd`` and ``_even``. ``energy`` is the share of the variance
+        over stimuli that the cell's neurons have. The same run gives the same bits.
+        ``attrs["notes"]`` has the studies' notes, by model, and is stored.
 
     Raises
     ------
@@ -68,18 +72,22 @@ def run(
     _check_names(studies)
     units = [unit for study in studies for unit in study.units]
     left = set(units if store is None else store.left(units))
-    parts, done = [], len(units) - len(left)
-    for study in studies:
-        todo = [unit for unit in study.units if unit in left]
-        measured = study.measure(todo)
-        for unit in todo:
-            if progress is not None:
-                progress(Step(unit, done, len(units)))
-            part = next(measured)
-            parts.append(part)
-            if store is not None:
-                store.put(unit, part)
-            done += 1
+    parts, done, start = [], len(units) - len(left), time.perf_counter()
+    try:
+        for study in studies:
+            todo = [unit for unit in study.units if unit in left]
+            measured = study.measure(todo)
+            for unit in todo:
+                if progress is not None:
+                    progress(Step(unit, done, len(units)))
+                part = next(measured)
+                parts.append(part)
+                if store is not None:
+                    store.put(unit, part)
+                done += 1
+    finally:
+        if store is not None and parts:
+            store.took(time.perf_counter() - start)
     if progress is not None and units:
         progress(Step(units[-1], done, len(units)))
     table = pd.concat(parts, ignore_index=True) if store is None else store.read(units)

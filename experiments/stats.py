@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
+import scipy.stats  # type: ignore[import-untyped]
+from numpy.typing import NDArray
 
 from repsim_kernels.ops.ablation import METRICS as METRICS
 
+#: What a cell holds of the representation's energy: a distance that knows nothing of directions.
+BASELINE = "energy"
 #: Changes of network performance, and of linear decodability by probe; of a table those it has.
 PERFORMANCE = ("rank_deficit", "log_probability", "probability", "top1", "top5")
 PROBES = {
@@ -16,10 +20,24 @@ PROBES = {
     "paper": ("decodability_paper",),
 }
 CHANGES = (*PERFORMANCE, *(name for names in PROBES.values() for name in names))
+_SIGNS = 2**25  # that are held at a time
+_LARGE = 2048  # cells of a group, from where on sorting takes less than comparing all with all
+
+Floats = NDArray[np.float64]
 
 
 class StatsError(ValueError):
-    """A table lacks a column, or holds nothing to correlate."""
+    """A table lacks a column, has a row twice, or holds nothing to correlate."""
+
+
+def distances_of(table: pd.DataFrame) -> list[str]:
+    """The distances that a run's table has: its metrics, and the baseline behind them."""
+    return [name for name in (*METRICS, BASELINE) if name in table.columns]
+
+
+def changes_of(table: pd.DataFrame) -> list[str]:
+    """The function changes that a run's table has."""
+    return [name for name in CHANGES if name in table.columns]
 
 
 def correlations(
@@ -27,61 +45,118 @@ def correlations(
     distances: Sequence[str],
     changes: Sequence[str],
     by: Sequence[str] = ("model", "class", "layer"),
+    *,
+    similarities: Sequence[str] = (),
 ) -> pd.DataFrame:
-    """Spearman's rank correlation of each distance with each change, within each group.
+    """Spearman's and Kendall's rank correlation of distances with changes, within each group.
 
     Parameters
     ----------
     table : DataFrame
-        One row per cell; the columns of ``by``, ``distances`` and ``changes``.
+        One row per cell; the columns of ``by``, ``distances`` and ``changes``. A column ``cell``
+        tells the rows of a group apart.
     distances, changes : sequence of str
         Numeric columns.
     by : sequence of str
         Columns whose values together name a group.
+    similarities : sequence of str
+        Those of ``distances`` that are largest where nothing changed. They are negated.
 
     Returns
     -------
     DataFrame
         One row per group, distance and change: the columns of ``by``, then ``distance``,
-        ``change``, ``spearman`` in [-1, 1] and ``n``, the number of cells. Tied values share
-        their mean rank. ``spearman`` is NaN where either side is constant or holds a NaN, and
-        where a group has one cell.
+        ``change``, ``spearman`` and ``kendall`` (τ-b), in [-1, 1], and ``n``, the number of cells.
+        Tied values share their mean rank. Both are NaN where either side is constant or holds a
+        NaN, and where a group has one cell.
 
     Raises
     ------
     StatsError
-        A column is missing, not numeric, or there are no rows.
+        A column is missing or not numeric, there are no rows, or a group has a cell twice.
 
     Notes
     -----
-    All groups at once: the sums of every group come from one ``bincount`` per pair of columns.
-    Source: Spearman, American Journal of Psychology, 1904.
+    Groups of one size are taken together. Kendall's needs the signs of all n² differences of a
+    column; groups of more than 2,048 cells are sorted instead, one after the other.
+    Source: Spearman, American Journal of Psychology, 1904; Kendall, Biometrika, 1945 (τ-b).
     """
     by, distances, changes = list(by), list(distances), list(changes)
-    _check(table, by, distances, changes)
-    groups = table.groupby(by, sort=True, observed=True, dropna=False)
+    _check(table, by, distances, changes, similarities)
+    keys, rows = grouped(table, by)
+    sides = [np.asarray(table[names], dtype=np.float64) for names in (distances, changes)]
+    sides[0] = sides[0] * [-1.0 if name in similarities else 1.0 for name in distances]
+    shape = len(keys), len(distances), len(changes)
+    spearman, kendall = np.empty(shape), np.empty(shape)
+    size = np.empty(len(keys), dtype=np.int64)
+    for groups, index in rows:
+        x, y = (side[index] for side in sides)
+        spearman[groups] = correlate(centred_ranks(x), centred_ranks(y))
+        kendall[groups] = _taus(x, y)
+        size[groups] = index.shape[1]
+    pairs = shape[1] * shape[2]
+    found = keys.loc[keys.index.repeat(pairs)].reset_index(drop=True)
+    return found.assign(
+        distance=np.tile(np.repeat(distances, shape[2]), shape[0]),
+        change=np.tile(changes, shape[0] * shape[1]),
+        spearman=spearman.ravel(),
+        kendall=kendall.ravel(),
+        n=size.repeat(pairs),
+    )
+
+
+def grouped(
+    table: pd.DataFrame, by: Sequence[str]
+) -> tuple[pd.DataFrame, Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]]:
+    """The names of all groups, sorted; and groups of one size with their rows (groups, size)."""
+    groups = table.groupby(list(by), sort=True, observed=True, dropna=False)
     code = groups.ngroup().to_numpy()
     size = np.bincount(code)
-    columns = list(dict.fromkeys([*distances, *changes]))
-    ranks = groups[columns].rank()
-    # Ranks and their mean are multiples of 1/2, so a constant column is centred to exactly zero.
-    centred = {name: ranks[name].to_numpy() - (size[code] + 1) / 2 for name in columns}
-    norm = {name: np.sqrt(np.bincount(code, v * v)) for name, v in centred.items()}
+    order, first = np.argsort(code, kind="stable"), np.cumsum(size) - size
 
-    keys = groups.size().index.to_frame(index=False)
-    parts = []
-    for distance in distances:
-        for change in changes:
-            with np.errstate(invalid="ignore", divide="ignore"):
-                rho = np.bincount(code, centred[distance] * centred[change])
-                rho = rho / (norm[distance] * norm[change])
-            part = keys.assign(
-                distance=distance, change=change, spearman=np.clip(rho, -1.0, 1.0), n=size
-            )
-            parts.append(part)
-    # A stable sort of the group's number keeps the given order of distances and changes.
-    order = np.argsort(np.tile(np.arange(len(keys)), len(parts)), kind="stable")
-    return pd.concat(parts, ignore_index=True).iloc[order].reset_index(drop=True)
+    def blocks() -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        for n in np.unique(size):
+            (mine,) = np.nonzero(size == n)
+            for some in np.array_split(mine, -(-len(mine) * int(n) ** 2 // _SIGNS)):
+                yield some, order[first[some][:, None] + np.arange(n)]
+
+    return groups.size().index.to_frame(index=False), blocks()
+
+
+def centred_ranks(values: Floats) -> Floats:
+    """Ranks less their mean along the last axis but one, ties at their mean: (…, n, columns)."""
+    ranks = scipy.stats.rankdata(values, axis=-2) - (values.shape[-2] + 1) / 2
+    return np.where(np.isnan(values).any(-2, keepdims=True), np.nan, ranks)
+
+
+def correlate(x: Floats, y: Floats) -> Floats:
+    """Of centred columns (g, n, a) and (g, n, b) the correlations (g, a, b); NaN of constants."""
+    norms = (np.sqrt((side * side).sum(-2)) for side in (x, y))
+    a, b = (np.where(norm > 0, norm, np.nan) for norm in norms)
+    return np.clip(x.mT @ y / (a[:, :, None] * b[:, None, :]), -1.0, 1.0)
+
+
+def _taus(x: Floats, y: Floats) -> Floats:
+    """Kendall's τ-b of values (g, n, a) and (g, n, b): (g, a, b)."""
+    if x.shape[1] > _LARGE:
+        found = [
+            [[scipy.stats.kendalltau(u, v).statistic for v in b.T] for u in a.T]
+            for a, b in zip(x, y, strict=True)
+        ]
+        return np.array(found)
+    s, t = _signs(x), _signs(y)
+    norms = (np.sqrt((side * side).sum(-1, dtype=np.float64)) for side in (s, t))
+    a, b = (np.where(norm > 0, norm, np.nan) for norm in norms)
+    return np.clip(s @ t.mT / (a[:, :, None] * b[:, None, :]), -1.0, 1.0)
+
+
+def _signs(values: Floats) -> NDArray[np.float32]:
+    """Signs of all differences of a column (g, n, a): (g, a, n²). Their sums are exact."""
+    v = values.mT
+    signs = (v[..., :, None] > v[..., None, :]).astype(np.float32)
+    signs -= v[..., :, None] < v[..., None, :]
+    signs[np.isnan(v).any(-1)] = np.nan
+    return signs.reshape(*v.shape[:2], -1)
 
 
 def summary(correlations: pd.DataFrame, by: Sequence[str] = ("model",)) -> pd.DataFrame:
@@ -97,21 +172,53 @@ def summary(correlations: pd.DataFrame, by: Sequence[str] = ("model",)) -> pd.Da
     Returns
     -------
     DataFrame
-        The columns of ``by``, then ``distance``, ``change``, ``spearman`` (the mean over the
-        groups that have a correlation), ``groups`` (how many there are) and ``nan_groups`` (how
-        many of them have none and are left out of the mean).
+        The columns of ``by``, then ``distance``, ``change``, ``spearman`` and ``kendall`` (means
+        over the groups that have a correlation), ``groups`` (how many there are) and
+        ``nan_groups`` (how many of them have none and are left out of the mean).
     """
     keys = [*by, "distance", "change"]
-    groups = correlations.groupby(keys, sort=False, observed=True, dropna=False)["spearman"]
-    table = groups.agg(spearman="mean", groups="size", known="count").reset_index()
+    table = (
+        correlations.groupby(keys, sort=False, observed=True, dropna=False)
+        .agg(
+            spearman=("spearman", "mean"),
+            kendall=("kendall", "mean"),
+            groups=("spearman", "size"),
+            known=("spearman", "count"),
+        )
+        .reset_index()
+    )
     table["nan_groups"] = table["groups"] - table.pop("known")
     return table
 
 
 def _check(
-    table: pd.DataFrame, by: Sequence[str], distances: Sequence[str], changes: Sequence[str]
+    table: pd.DataFrame,
+    by: Sequence[str],
+    distances: Sequence[str],
+    changes: Sequence[str],
+    similarities: Sequence[str],
 ) -> None:
-    for argument, names in (("by", by), ("distances", distances), ("changes", changes)):
+    check_columns(table, by=by, distances=distances, changes=changes)
+    for name in similarities:
+        if name not in distances:
+            raise StatsError(f"similarities: {name!r} is not among distances {list(distances)}")
+    for name in (*distances, *changes):
+        if not pd.api.types.is_numeric_dtype(table[name]):
+            raise StatsError(f"table: column {name!r} is {table[name].dtype}; expected numbers")
+    if "cell" in table.columns and "cell" not in by:
+        twice = table.duplicated([*by, "cell"])
+        if twice.any():
+            row = table.iloc[int(twice.to_numpy().argmax())][[*by, "cell"]]
+            which = ", ".join(f"{name} {value}" for name, value in row.items())
+            raise StatsError(
+                f"table: {twice.sum()} rows are of a cell that another row is of, first {which}; "
+                f"expected one row per cell of a group by {', '.join(by)}"
+            )
+
+
+def check_columns(table: pd.DataFrame, **arguments: Sequence[str]) -> None:
+    """Raise StatsError where an argument names no column or a missing one, or there are no rows."""
+    for argument, names in arguments.items():
         if not names:
             raise StatsError(f"{argument}: is empty; expected at least one column")
         missing = [name for name in names if name not in table.columns]
@@ -120,8 +227,5 @@ def _check(
                 f"{argument}: the table has no column {missing[0]!r}; "
                 f"expected some of {', '.join(map(str, table.columns))}"
             )
-    for name in (*distances, *changes):
-        if not pd.api.types.is_numeric_dtype(table[name]):
-            raise StatsError(f"table: column {name!r} is {table[name].dtype}; expected numbers")
     if table.empty:
         raise StatsError("table: has no rows; expected one per cell")

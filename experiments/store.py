@@ -72,8 +72,11 @@ class Store:
         if not (self.folder / CONFIGURATION).exists():
             text = {"hash": digest(wanted), "configuration": wanted, "about": about()}
             self._parts.mkdir(parents=True, exist_ok=True)
-            with replacing(self.folder / CONFIGURATION) as path:
-                path.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+            self._write(text)
+
+    def _write(self, study: dict[str, Any]) -> None:
+        with replacing(self.folder / CONFIGURATION) as path:
+            path.write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
 
     @property
     def _parts(self) -> Path:
@@ -98,6 +101,12 @@ class Store:
     def read(self, units: Iterable[Unit]) -> pd.DataFrame:
         """The rows of these units, one part after the other."""
         return pd.concat([_read(self.path(unit)) for unit in units], ignore_index=True)
+
+    def took(self, seconds: float) -> None:
+        """Add to the time that the run is said to have taken."""
+        study = _study(self.folder)
+        study["about"]["seconds"] = study["about"].get("seconds", 0.0) + seconds
+        self._write(study)
 
     def finish(self, table: pd.DataFrame) -> Path:
         """Write the whole table and return its path."""

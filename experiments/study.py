@@ -52,6 +52,9 @@ class Study:
         What the column ``model`` says; the class of the model by default.
     classes : sequence of str, optional
         Name of each label, by label.
+    cells : {"selectivity", "random"}
+        Which neurons make a cell: those of like selectivity and magnitude, or, as a control, ones
+        drawn at random into cells of the same sizes.
     edges : {"equal", "inclusive"}
         As in ``selectivity_grid``.
     others : int, optional
@@ -70,7 +73,7 @@ class Study:
     draws : experiments.probes.Draws, optional
         How often "paper" draws: 200 times by default.
     seed : int
-        Of the others and of the neurons that are drawn.
+        Of the others, of random cells, and of the neurons that are drawn.
     memory : int or str, optional
         Bytes, or text such as "8GiB", for all that is held beside the model and its images:
         activations of as many layers at a time as it takes, and what runs. By default half of what
@@ -100,6 +103,7 @@ class Study:
         *,
         name: str | None = None,
         classes: Sequence[str] | None = None,
+        cells: str = "selectivity",
         edges: str = "equal",
         others: int | None = None,
         ridge: float = 0.1,
@@ -120,7 +124,8 @@ class Study:
         self.metrics = _distinct("metrics", metrics)
         self.probes, self.draws = _distinct("probes", probes), draws or Draws()
         self.grid = (int(grid[0]), int(grid[1]))
-        self.edges, self.others, self.seed, self.note = edges, others, seed, note
+        self.cells, self.edges, self.others = cells, edges, others
+        self.seed, self.note = seed, note
         self.classes = None if classes is None else tuple(classes)
         self.images = _tensor("images", images)
         self.labels = _tensor("labels", labels).cpu()
@@ -147,6 +152,11 @@ class Study:
     @property
     def _targets(self) -> dict[str, int]:
         return {str(self.class_name(label)): label for label in self.targets}
+
+    @property
+    def n_cells(self) -> int:
+        """How many cells a layer is cut in."""
+        return self.grid[0] * self.grid[1]
 
     @property
     def shown(self) -> int:
@@ -205,6 +215,7 @@ class Study:
             "layers": self.layers,
             "classes": list(self._targets),
             "grid": list(self.grid),
+            "cells": self.cells,
             "edges": self.edges,
             "others": self.others,
             "seed": self.seed,
@@ -261,6 +272,8 @@ class Study:
             if not 0 <= value < math.inf or (name == "probe_ridge" and value == 0):
                 least = "above 0" if name == "probe_ridge" else "0 or more"
                 raise StudyError(f"{name}: {value}; expected a finite number, {least}")
+        if self.cells not in ("selectivity", "random"):
+            raise StudyError(f"cells: {self.cells!r}; expected 'selectivity' or 'random'")
         if self.edges not in ("equal", "inclusive"):
             raise StudyError(f"edges: {self.edges!r}; expected 'equal' or 'inclusive'")
         if self.stimuli_per_class is not None and self.stimuli_per_class < 2:
@@ -322,7 +335,7 @@ class Study:
             handle.remove()
         for layer in self.layers:
             neurons = self.sizes[layer].neurons if layer in self.sizes else 0
-            if neurons < self.grid[0] * self.grid[1]:
+            if neurons < self.n_cells:
                 raise StudyError(
                     f"grid: {self.grid[0]} x {self.grid[1]} cells for the {neurons} neurons of "
                     f"layer {layer!r}; expected a neuron or more in each cell"

@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Table
 
 from .report import METRIC_NAMES, means, write_report
-from .stats import CHANGES, METRICS, correlations
+from .stats import changes_of, correlations, distances_of, summary
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -70,9 +70,8 @@ def _some(names: Sequence[str]) -> str:
 
 def finish(console: Console, table: pd.DataFrame, folder: Path) -> None:
     """Print the mean correlations, write the report, say where things are."""
-    metrics = [name for name in METRICS if name in table.columns]
-    changes = [name for name in CHANGES if name in table.columns]
-    wide = means(correlations(table, metrics, changes))
+    changes = changes_of(table)
+    wide = means(correlations(table, distances_of(table), changes))
     notes = table.attrs.get("notes", {})
     for model in table["model"].unique():
         note = f" ({notes[model]})" if model in notes else ""
@@ -95,6 +94,38 @@ def _show(console: Console, view: Table) -> None:
     if natural > console.width:
         console = Console(file=console.file, width=natural, highlight=False, markup=False)
     console.print(view)
+
+
+def show_correlations(console: Console, groups: pd.DataFrame, cluster: str) -> None:
+    """Print what the groups' correlations come to, with an interval over the clusters."""
+    from .inference import intervals
+
+    by = list(groups.columns[: groups.columns.get_loc("distance")])
+    keep = [name for name in by if name == "model" and name != cluster]
+    keys = [*keep, "distance", "change"]
+    rows = summary(groups, keep)
+    if cluster in by:
+        rows = rows.merge(intervals(groups, keep, cluster)[[*keys, "low", "high"]], on=keys)
+    heads = {
+        "spearman": "mean\nrho",
+        "low": "95 %\nfrom",
+        "high": "\nto",
+        "kendall": "mean\ntau-b",
+        "groups": "groups",
+        "nan_groups": "without",
+    }
+    shown = [name for name in heads if name in rows.columns]
+    view = Table(box=SIMPLE, padding=0)
+    for name in keys:
+        view.add_column(name, no_wrap=True)
+    for name in shown:
+        view.add_column(heads[name], justify="right", no_wrap=True)
+    for row in rows[[*keys, *shown]].itertuples(index=False):
+        view.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row))
+    print(f"{len(groups.drop_duplicates(by))} groups by {', '.join(by)}")
+    _show(console, view)
+    if cluster in by:
+        print(f"Intervals: jackknife-t over {cluster}. Groups without a correlation are left out.")
 
 
 def show_plans(console: Console, plans: Sequence[Plan]) -> None:

@@ -15,11 +15,12 @@ from sklearn.metrics import log_loss
 from typer.testing import CliRunner
 
 from experiments import __main__ as cli
+from experiments.controls import HALVES, half
 from experiments.measure import StudyError, held
 from experiments.plan import plan
 from experiments.presets import PRESETS
 from experiments.probes import ERROR, Draws, columns
-from experiments.stats import METRICS, PERFORMANCE, PROBES
+from experiments.stats import BASELINE, METRICS, PERFORMANCE, PROBES
 from repsim_kernels.reference.cells import selectivity_grid
 
 PAPER = ["decodability_paper", ERROR]
@@ -41,9 +42,13 @@ def test_columns(probes: list[str]) -> None:
     table = toy_study(probes=probes, layers=["act1"], draws=Draws(least=3)).run()
     want = [name for probe in probes for name in PROBES[probe]]
     want += [ERROR] if "paper" in probes else []
-    keys = ["model", "class", "layer", "cell", "size"]
-    assert list(table.columns) == [*keys, *METRICS, *PERFORMANCE, *want]
-    assert columns(probes) == want
+    keys = ["model", "class", "layer", "cell", "size", *METRICS, BASELINE, *PERFORMANCE]
+    # Every other image has its own changes; the paper's probe has an error instead.
+    twice = [*PERFORMANCE, *(PROBES["ridge"] if "ridge" in probes else ())]
+    halves = {half(name, which) for name in twice for which in HALVES}
+    assert list(table.columns[: len(keys) + len(want)]) == [*keys, *want]
+    assert set(table.columns) == {*keys, *want, *halves}
+    assert [name for name in columns(probes) if name not in halves] == want
     assert table[want].notna().all(axis=None)
 
 

@@ -10,8 +10,9 @@ from _toy import CLASSES, LAYERS, Toy, toy_images, toy_study
 from torch import nn
 
 from experiments import Study
+from experiments.controls import HALVES, half
 from experiments.performance import performance
-from experiments.stats import METRICS, PERFORMANCE, PROBES
+from experiments.stats import BASELINE, METRICS, PERFORMANCE, PROBES
 from experiments.study import StudyError
 from repsim_kernels import LayerError
 from repsim_kernels.reference.ablation import ablation_distances
@@ -41,13 +42,17 @@ def hooked(model: nn.Module, layer: str, images: torch.Tensor, mask: torch.Tenso
 
 def test_the_table_has_a_row_for_each_cell_in_order(table: pd.DataFrame) -> None:
     keys = ["model", "class", "layer", "cell"]
-    assert list(table.columns) == [*keys, "size", *METRICS, *PERFORMANCE, *PROBES["ridge"]]
+    changes = [*PERFORMANCE, *PROBES["ridge"]]
+    halves = [half(name, which) for which in HALVES for name in changes]
+    whole = [*METRICS, BASELINE, *changes]
+    assert list(table.columns[: len(keys) + 1 + len(whole)]) == [*keys, "size", *whole]
+    assert set(table.columns) == {*keys, "size", *whole, *halves}
     assert table[keys].equals(table.sort_values(keys, ignore_index=True)[keys])
     expected = pd.MultiIndex.from_product([["toy"], sorted(CLASSES), LAYERS, range(16)])
     assert list(table[keys].itertuples(index=False, name=None)) == list(expected)
     assert table["cell"].dtype == table["size"].dtype == np.int64
     assert (table["size"] == 16).all()
-    assert table[[*METRICS, *PERFORMANCE, *PROBES["ridge"]]].notna().all(axis=None)
+    assert table[[*whole, *halves]].notna().all(axis=None)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -68,6 +73,15 @@ def test_rows_equal_those_of_brute_force(table: pd.DataFrame, layer: str, label:
     for kind in ("refit", "frozen"):
         change = float(probe["intact"]) - np.asarray(probe[kind])
         np.testing.assert_allclose(rows[f"decodability_{kind}"], change, atol=1e-9)
+    energy = np.bincount(cells, x.var(0))
+    np.testing.assert_allclose(rows[BASELINE], energy / energy.sum(), rtol=1e-9)
+    for first, which in enumerate(HALVES):
+        some = np.sort([np.flatnonzero(y == c)[i] for c in range(3) for i in (first, first + 2)])
+        probe = ablation_decodability(x[some], cells, y[some], target=label)
+        for kind in ("refit", "frozen"):
+            change = float(probe["intact"]) - np.asarray(probe[kind])
+            found = rows[half(f"decodability_{kind}", which)]
+            np.testing.assert_allclose(found, change, atol=1e-9)
 
     mine = images[labels == label]
     intact, _ = hooked(model, layer, mine, torch.ones(4 * 64))
@@ -105,7 +119,36 @@ def test_performance_by_hand() -> None:
     assert change["top5"].tolist() == [0.0, 0.5, -0.5, -0.5]
     assert change["log_probability"][0] == change["probability"][0] == 0
     assert change["probability"][1] > 0 > change["probability"][2]
+    assert change["rank_deficit_odd"].tolist() == [0.0, 5.0, 0.0, 0.0]
+    assert change["rank_deficit_even"].tolist() == [0.0, 0.0, 0.0, 0.0]
+    assert change["top1_even"].tolist() == [0.0, 0.0, -1.0, -1.0]
     assert all(value.dtype == torch.float64 for value in change.values())
+
+
+def test_random_cells_are_drawn_and_have_the_grids_sizes() -> None:
+    grid, drawn, other = (
+        toy_study(**options).run()
+        for options in (
+            {"grid": (3, 5)},
+            {"grid": (3, 5), "cells": "random"},
+            {"grid": (3, 5), "cells": "random", "seed": 1},
+        )
+    )
+    keys = ["class", "layer"]
+    for key, rows in drawn.groupby(keys):
+        same = grid.groupby(keys).get_group(key)
+        assert sorted(rows["size"]) == sorted(same["size"])
+        assert rows["energy"].sum() == pytest.approx(1)
+        # Cells of like magnitude have unlike energies, and random ones hardly differ.
+        assert rows["energy"].std() < 0.7 * same["energy"].std()
+    assert not np.allclose(drawn["energy"], other["energy"])
+
+
+def test_halves_too_small_to_be_told_apart_are_nan() -> None:
+    table = toy_study(stimuli_per_class=3).run()
+    assert table[half("margin_refit", "even")].isna().all()
+    assert table[half("margin_refit", "odd")].notna().all()
+    assert table["margin_refit"].notna().all()
 
 
 def test_a_dead_layer_gives_nan_and_a_warning() -> None:
@@ -115,7 +158,7 @@ def test_a_dead_layer_gives_nan_and_a_warning() -> None:
         model.conv2.bias.fill_(-1)
     with pytest.warns(UserWarning, match="toy, layer act2 is the same for every stimulus"):
         table = toy_study(model=model, layers=["act2"], targets=[1]).run()
-    assert table[[*METRICS, *PROBES["ridge"]]].isna().all(axis=None)
+    assert table[[*METRICS, BASELINE, *PROBES["ridge"]]].isna().all(axis=None)
     assert (table["rank_deficit"] == 0).all()
 
 

@@ -1,0 +1,145 @@
+"""The report in a browser: it sorts, asks for nothing, and fits a narrow screen."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from _toy import toy_study
+from PIL import Image
+
+from experiments.report import write_report
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium to open a page in")
+
+# Runs after the page's own script, in a frame that is 400 pixels wide.
+PROBE = """<script>
+const seen = {errors, width: innerWidth, scroll: document.documentElement.scrollWidth};
+const table = document.querySelector("table.sortable");
+const rows = () => [...table.tBodies[0].rows].map((row) =>
+  [row.cells[0].textContent, parseFloat(row.cells[1].dataset.value)]);
+const state = () => [...table.tHead.rows[0].cells].map((head) => head.getAttribute("aria-sort"));
+const button = table.tHead.rows[0].cells[1].querySelector("button");
+seen.heads = [...table.tHead.rows[0].cells].map((head) => head.children.length === 1 &&
+  head.children[0].matches("button[type=button]") && head.children[0].tabIndex === 0);
+seen.steps = [[rows(), state()]];
+for (let click = 0; click < 2; click++) {
+  button.focus();
+  button.click();
+  seen.steps.push([rows(), state()]);
+}
+seen.focused = document.activeElement === button;
+table.tHead.rows[0].cells[0].querySelector("button").click();
+seen.steps.push([rows(), state()]);
+seen.tail = [...table.tBodies].slice(1).map((body) => body.textContent.trim().split("\\n")[0]);
+const boxes = [...document.querySelectorAll("div.scroll")];
+seen.wide = boxes.some((box) => box.scrollWidth > box.clientWidth);
+seen.labels = [...document.querySelectorAll("svg")].every((svg) => svg.getAttribute("aria-label"));
+seen.ink = getComputedStyle(document.body).color;
+fetch("data:text/plain,x").then(() => "fetched", () => "refused").then((answer) => {
+  seen.fetch = answer;
+  seen.requests = performance.getEntriesByType("resource").map((entry) => entry.name);
+  parent.postMessage(JSON.stringify(seen), "*");
+});
+</script>"""
+ERRORS = """<script>
+const errors = [];
+addEventListener("error", (event) => errors.push(event.message));
+console.error = (...what) => errors.push(what.join(" "));
+</script>"""
+FRAME = """<!doctype html><iframe src="page.html" width="400" height="900"></iframe><pre></pre>
+<script>addEventListener("message", (event) => {
+  document.querySelector("pre").textContent = event.data;
+});</script>"""
+
+
+def browse(url: str, folder: Path, *options: str) -> str:
+    """What a browser without a window prints of a page."""
+    assert BROWSER is not None
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000", *options]
+    done = subprocess.run([*command, url], capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout
+
+
+def probed(path: Path, folder: Path) -> dict[str, Any]:
+    """What a script that stands in a copy of the page saw."""
+    page = path.read_text(encoding="utf-8")
+    page = page.replace("<style>", ERRORS + "<style>", 1).replace("</body>", PROBE + "</body>")
+    (folder / "page.html").write_text(page, encoding="utf-8")
+    (folder / "frame.html").write_text(FRAME, encoding="utf-8")
+    out = browse((folder / "frame.html").as_uri(), folder, "--dump-dom")
+    found = re.search(r"<pre>(\{.*\})</pre>", out, flags=re.DOTALL)
+    assert found, out[-500:]
+    return dict(json.loads(html.unescape(found[1])))
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two networks in one report; the first has a metric without any correlation."""
+    table = toy_study().run()
+    table.loc[table["cell"] == 3, "pwcca"] = float("nan")
+    both = pd.concat([table, table.assign(model="an ≤ other, of a very long name " * 3)])
+    return write_report(both, tmp_path_factory.mktemp("page") / "report.html")
+
+
+@pytest.fixture(scope="module")
+def seen(page: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return probed(page, tmp_path_factory.mktemp("probe"))
+
+
+def test_a_click_sorts_and_another_turns_it_round(seen: dict[str, Any]) -> None:
+    (start, none), (down, first), (up, second), (names, third) = seen["steps"]
+    known = sorted((row for row in start if row[1] is not None), key=lambda row: -row[1])
+    (last,) = [row for row in start if row[1] is None]  # NaN in JSON
+    assert last[0] == "PWCCA"
+    assert start != [*known, last]
+    assert [row[1] for row in down] == [row[1] for row in [*known, last]]
+    assert [row[1] for row in up] == [row[1] for row in [*known[::-1], last]]
+    assert names == start
+    heads = len(none)
+    assert none == ["none"] * heads
+    assert first == ["none", "descending", *["none"] * (heads - 2)]
+    assert second == ["none", "ascending", *["none"] * (heads - 2)]
+    assert third == ["ascending", *["none"] * (heads - 1)]
+    assert seen["heads"] == [True] * heads
+    assert seen["focused"]
+
+
+def test_the_baseline_stays_under_the_metrics(seen: dict[str, Any]) -> None:
+    assert [text.split("\n")[0] for text in seen["tail"]] == ["energy removed"]
+
+
+def test_no_error_and_no_request(seen: dict[str, Any]) -> None:
+    assert seen["errors"] == []
+    assert seen["requests"] == []
+    assert seen["fetch"] == "refused"  # so the policy holds
+
+
+def test_a_narrow_screen_scrolls_tables_only(seen: dict[str, Any]) -> None:
+    assert seen["width"] == 400
+    assert seen["scroll"] <= 400
+    assert seen["wide"]
+    assert seen["labels"]
+
+
+@pytest.mark.parametrize(("scheme", "dark"), [(0, True), (1, False)])
+def test_light_and_dark(page: Path, tmp_path: Path, scheme: int, dark: bool) -> None:
+    shot = tmp_path / "shot.png"
+    setting = f"--blink-settings=preferredColorScheme={scheme}"
+    browse(page.as_uri(), tmp_path, setting, f"--screenshot={shot}", "--window-size=1200,4000")
+    with Image.open(shot) as image:
+        grey = image.convert("L")
+        assert (grey.getpixel((2, 2)) < 60) == dark
+        counts = grey.histogram()
+    ink = sum(counts[200:]) if dark else sum(counts[:60])
+    assert 10_000 < ink < 0.2 * sum(counts)

@@ -1,0 +1,71 @@
+"""The report's figures as files."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree
+from pathlib import Path
+
+import pytest
+from _page import drawn, page_of
+from PIL import Image
+
+from experiments.figures import Drawing
+from experiments.report import ReportError, write_report
+
+
+@pytest.mark.parametrize("kind", ["svg", "pdf", "png"])
+def test_figures_as_files(tmp_path: Path, kind: str) -> None:
+    page = page_of(drawn(model="net/50"), tmp_path, figures=kind)
+    files = sorted((tmp_path / "page_figures").iterdir())
+    assert len(files) == len(page.tags("svg"))
+    assert f"figure1_net-50_by_class_rank_deficit.{kind}" in {path.name for path in files}
+    for path in files:
+        assert re.fullmatch(rf"figure\d+_net-50_[a-z0-9_]+\.{kind}", path.name)
+        if kind == "svg":
+            assert xml.etree.ElementTree.parse(path).getroot().tag.endswith("svg")
+        elif kind == "png":
+            with Image.open(path) as image:
+                assert image.width > 500
+                assert image.convert("RGBA").getpixel((0, 0)) == (255, 255, 255, 255)
+        else:
+            data = path.read_bytes()
+            assert data.startswith(b"%PDF-")
+            assert b"/FontFile2" in data  # text that can be edited, not outlines
+
+
+def test_figures_replace_an_earlier_reports_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "page_figures"
+    page_of(drawn(), tmp_path, figures="png")
+    page_of(drawn(changes=("top1",)), tmp_path, figures="svg")
+    assert {path.suffix for path in folder.iterdir()} == {".svg"}
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ReportError, match=r"figures: .*page_figures holds notes\.txt; expected"):
+        write_report(drawn(), tmp_path / "page.html", "png")
+    (folder / "notes.txt").unlink()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    with pytest.raises(ReportError, match="figures: 'gif' is unknown; expected svg, pdf, png"):
+        write_report(drawn(), tmp_path / "page.html", "gif")
+    (tmp_path / "other_figures").write_text("a file")
+    with pytest.raises(ReportError, match="other_figures is a file; expected a folder"):
+        write_report(drawn(), tmp_path / "other.html", "svg")
+
+
+def test_figures_come_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page_of(drawn(), tmp_path, figures="svg")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    save, saved = Drawing.save, []
+
+    def fail_late(drawing: Drawing, folder: Path, name: str, kind: str) -> None:
+        if len(saved) == 3:
+            raise OSError("no space left")
+        saved.append(name)
+        save(drawing, folder, name, kind)
+
+    monkeypatch.setattr(Drawing, "save", fail_late)
+    with pytest.raises(OSError, match="no space left"):
+        write_report(drawn(seed=1), tmp_path / "page.html", "svg")
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(saved) == 3
+    assert after == before

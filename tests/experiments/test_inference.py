@@ -1,0 +1,245 @@
+"""Comparisons, the mixed model and claims, against SciPy, statsmodels and what was built in."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+from _correlations import BOTH, METRICS, drawn, table
+from statsmodels.regression.mixed_linear_model import MixedLM
+
+from experiments.inference import claims, compare, mixed_model, versus
+from experiments.stats import StatsError
+
+# Comparisons
+
+
+@pytest.mark.parametrize("classes", [2, 5, 10, 13])
+def test_comparison_is_scipys_permutation_test_and_t_interval(classes):
+    z = drawn(classes=classes, seed=classes, lead=0.05)
+    z[0, 1, 0, 1] = np.nan
+    weights = versus((["cka", "procrustes"], ["dec"]), (["cca"], BOTH))
+    found = compare(table(z), weights, "name")
+    better, worse = z[:, :, :2, 1].mean(-1), z[:, :, 3].mean(-1)
+    values = np.nanmean(better - worse, axis=1)
+    theirs = scipy.stats.permutation_test(
+        (values, np.zeros(classes)),
+        lambda x, y, axis: np.mean(x - y, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=np.inf,
+    )
+    interval = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert found.name == "name"
+    assert found.clusters == classes
+    np.testing.assert_allclose(found.p, theirs.pvalue, rtol=1e-12)
+    np.testing.assert_allclose(found.estimate, values.mean(), rtol=1e-10)
+    np.testing.assert_allclose([found.low, found.high], interval, rtol=1e-10)
+
+
+def test_comparison_is_of_groups_that_both_sides_have():
+    z = drawn(classes=4, layers=2)
+    z[0, 0, 0, 0] = 9.0
+    z[0, 0, 2, 0] = np.nan
+    z[3, :, 2, 0] = np.nan
+    found = compare(table(z), versus((["cka"], ["perf"]), (["pwcca"], ["perf"])))
+    gain = z[:3, :, 0, 0] - z[:3, :, 2, 0]
+    assert found.clusters == 3
+    np.testing.assert_allclose(found.estimate, np.nanmean(gain, axis=1).mean())
+
+
+def test_comparison_names_what_is_missing_or_twice():
+    per_group = table(drawn())
+    with pytest.raises(StatsError, match="no row of 'rsa' against 'dec'"):
+        compare(per_group, {("rsa", "dec"): 1.0})
+    with pytest.raises(StatsError, match="a pair twice in a group"):
+        compare(pd.concat([per_group, per_group]), {("cka", "dec"): 1.0})
+
+
+# The mixed model
+
+
+def test_balanced_mixed_model_is_the_anova_of_class_and_cell():
+    z = drawn(seed=9, dec=0.2, lead=0.1, shrink=0.1)
+    found = mixed_model(table(z), "perf", "dec")
+    means = z.mean(1).reshape(10, 10)
+    cells = means.mean(0).reshape(5, 2)
+    left = means - means.mean(0) - means.mean(1, keepdims=True) + means.mean()
+    residual = (left**2).sum() / (9 * 9)
+    between = 10 * means.mean(1).var(ddof=1)
+    ahead, behind = cells[:2].mean(0), cells[2:].mean(0)
+    estimates = [
+        (cells[:, 1] - cells[:, 0]).mean(),
+        (ahead - behind).mean(),
+        (ahead - behind)[1] - (ahead - behind)[0],
+    ]
+    weights = [10 * 0.2**2, 4 * 0.25**2 + 6 / 6**2, 4 * 0.5**2 + 6 / 3**2]
+    errors = np.sqrt(residual * np.array(weights) / 10)
+    got = found.contrasts
+    np.testing.assert_allclose([c.estimate for c in got], estimates, rtol=1e-8)
+    half = [(c.high - c.low) / 2 / scipy.stats.norm.ppf(0.975) for c in got]
+    np.testing.assert_allclose(half, errors, rtol=1e-4)
+    np.testing.assert_allclose(
+        [c.p for c in got], 2 * scipy.stats.norm.sf(np.abs(estimates) / errors), rtol=0.02
+    )
+    np.testing.assert_allclose(found.variance, (between - residual) / 10, rtol=1e-3)
+    assert not found.boundary
+    assert (found.clusters, found.observations) == (10, 100)
+
+
+def test_unbalanced_mixed_model_is_that_of_the_formula():
+    z = drawn(classes=8, seed=10, dec=0.2, lead=0.1)
+    z[0, :, 1, 0] = z[5, :, 3, 1] = z[6, :2, 0, 0] = np.nan
+    found = mixed_model(table(z), "perf", "dec")
+    rows = table(z).assign(z=z.ravel()).dropna()
+    rows = rows.groupby(["class", "distance", "change"], as_index=False).z.mean()
+    fit = MixedLM.from_formula("z ~ change * distance", rows, groups="class").fit(method="powell")
+    cells = pd.DataFrame(itertools.product(METRICS, BOTH), columns=["distance", "change"])
+    new = np.asarray(fit.predict(cells)).reshape(5, 2)
+    assert found.observations == 78
+    np.testing.assert_allclose(
+        found.contrasts[0].estimate, (new[:, 1] - new[:, 0]).mean(), rtol=1e-4
+    )
+    lead = new[:2].mean(0) - new[2:].mean(0)
+    np.testing.assert_allclose(found.contrasts[1].estimate, lead.mean(), rtol=1e-4)
+    np.testing.assert_allclose(found.contrasts[2].estimate, lead[1] - lead[0], rtol=1e-4)
+    np.testing.assert_allclose(found.variance, float(fit.cov_re.iloc[0, 0]), rtol=1e-2)
+
+
+def test_mixed_model_without_variance_between_classes_is_at_the_boundary():
+    z = drawn(seed=11, spread=0.0, dec=0.2)
+    z -= z.mean((1, 2, 3), keepdims=True)
+    found = mixed_model(table(z), "perf", "dec")
+    assert found.boundary
+    assert found.variance < 1e-5
+    means = z.mean(1).reshape(10, 10)
+    residual = ((means - means.mean(0)) ** 2).sum() / (100 - 10)
+    first = found.contrasts[0]
+    np.testing.assert_allclose(first.estimate, (z[..., 1] - z[..., 0]).mean())
+    width = 2 * scipy.stats.norm.ppf(0.975) * np.sqrt(residual * 10 * 0.2**2 / 10)
+    np.testing.assert_allclose(first.high - first.low, width, rtol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_small_variance_is_that_of_the_anova_and_at_the_boundary_if_it_is_negative(seed):
+    z = drawn(seed=seed, spread=0.02)
+    found = mixed_model(table(z), "perf", "dec")
+    means = z.mean(1).reshape(10, 10)
+    left = means - means.mean(0) - means.mean(1, keepdims=True) + means.mean()
+    residual = (left**2).sum() / (9 * 9)
+    variance = means.mean(1).var(ddof=1) - residual / 10
+    assert found.boundary == (variance <= 0)
+    np.testing.assert_allclose(found.variance, max(variance, 0), atol=1e-3 * residual)
+
+
+def test_boundary_does_not_depend_on_the_size_of_z():
+    z = drawn(seed=17, dec=0.2)
+    whole, tenth = (mixed_model(table(scale * z), "perf", "dec") for scale in (1, 0.1))
+    assert not whole.boundary
+    assert not tenth.boundary
+    assert whole.variance > 0.01 > tenth.variance > 0
+    np.testing.assert_allclose(tenth.variance, whole.variance / 100, rtol=1e-2)
+
+
+def test_mixed_model_takes_the_metrics_that_there_are_and_names_a_missing_side():
+    per_group = table(drawn(dec=0.2))
+    few = per_group[per_group.distance.isin(["cka", "cca"])]
+    assert mixed_model(few, "perf", "dec").observations == 40
+    with pytest.raises(StatsError, match="no distance of cka, procrustes"):
+        mixed_model(per_group[per_group.distance == "cca"], "perf", "dec")
+    with pytest.raises(StatsError, match="no distance of pwcca, cca, cca_squared"):
+        mixed_model(per_group[per_group.distance == "cka"], "perf", "dec")
+    with pytest.raises(StatsError, match="no row of 'cka' against 'loss'"):
+        mixed_model(few, "perf", "loss")
+    with pytest.raises(StatsError, match="has 1 class with values"):
+        mixed_model(few[few["class"] == 0], "perf", "dec")
+    unknown = few.assign(spearman=few.spearman.where(few.distance != "cka"))
+    with pytest.raises(StatsError, match="cka against perf is nowhere known"):
+        mixed_model(unknown, "perf", "dec")
+
+
+# Claims
+
+
+@pytest.mark.parametrize(
+    ("built", "expected"),
+    [
+        ({"dec": 0.4, "lead": 0.2, "shrink": 0.2}, [True, True, True]),
+        ({"dec": -0.4, "lead": -0.2, "shrink": -0.2}, [False, False, False]),
+        ({"dec": 0.4, "lead": 0.2, "shrink": -0.2}, [True, True, False]),
+    ],
+)
+def test_claims_are_what_was_built_in(built, expected):
+    z = drawn(seed=12, noise=0.05, **built)
+    found = claims(table(z), "perf", "dec")
+    assert [claim.number for claim in found] == [1, 2, 3]
+    assert [claim.held for claim in found] == expected
+    assert [len(claim.details) for claim in found] == [5, 1, 1]
+    assert all(claim.p == pytest.approx(7 * 2 / 2**10) for claim in found)
+    second = compare(table(z), versus((METRICS[:2], BOTH), (METRICS[2:], BOTH)))
+    assert (found[1].estimate, found[1].low) == (second.estimate, second.low)
+
+
+def test_claims_are_open_where_intervals_contain_zero():
+    z = drawn(seed=13, noise=0.05)
+    means = z.mean((0, 1))
+    z += means.mean() - means
+    found = claims(table(z), "perf", "dec")
+    assert [claim.held for claim in found] == [None, None, None]
+    assert all(claim.low < 0 < claim.high for claim in found)
+    assert all(claim.p == 1 for claim in found)
+
+
+def test_differences_that_are_rounding_decide_nothing():
+    per_group = table(np.full((10, 3, 5, 2), 0.5))
+    for claim in claims(per_group, "perf", "dec"):
+        assert (claim.held, claim.estimate, claim.low, claim.high) == (None, 0, 0, 0)
+        assert claim.p == 1
+    with pytest.raises(StatsError, match="leave no residual"):
+        mixed_model(per_group, "perf", "dec")
+
+
+def test_one_metric_decides_the_first_claim_and_the_baseline_does_not():
+    z = drawn(seed=14, noise=0.02, dec=0.4)
+    z[:, :, 3, 1] -= 0.8
+    per_group = table(z)
+    first = claims(per_group, "perf", "dec")[0]
+    gain = compare(per_group, versus((["cca"], ["dec"]), (["cca"], ["perf"])))
+    assert first.held is False
+    assert first.estimate == gain.estimate
+    renamed = per_group.replace({"distance": {"cca": "energy"}})
+    assert claims(renamed, "perf", "dec")[0].held is True
+    z[:, :, 3, 1] = np.nan
+    first = claims(table(z), "perf", "dec")[0]
+    assert first.held is None
+    assert "cca: 0 classes have values; at least 2 are needed" in first.details
+
+
+def test_first_claim_is_open_if_one_metric_is():
+    z = drawn(seed=18, noise=0.05, dec=0.4)
+    z[:, :, 2, 1] += (z[:, :, 2, 0] - z[:, :, 2, 1]).mean()
+    first = claims(table(z), "perf", "dec")[0]
+    gain = compare(table(z), versus((["pwcca"], ["dec"]), (["pwcca"], ["perf"])))
+    assert first.held is None
+    assert (first.estimate, first.low, first.high) == (gain.estimate, gain.low, gain.high)
+    assert first.low < 0 < first.high
+
+
+def test_claims_without_their_metrics_changes_or_classes_say_so():
+    per_group = table(drawn(seed=15, dec=0.4, noise=0.02))
+    found = claims(per_group[per_group.distance == "cka"], "perf", "dec")
+    assert [claim.held for claim in found] == [True, None, None]
+    assert found[1].details == ["the table has none of pwcca, cca, cca_squared"]
+    assert np.isnan(found[1].p)
+    for claim in claims(per_group, "loss", "dec"):
+        assert claim.held is None
+        assert claim.details == ["the table has no change 'loss'"]
+    for claim in claims(per_group[per_group["class"] == 0], "perf", "dec"):
+        assert claim.held is None
+        assert claim.details[0].endswith("1 classes have values; at least 2 are needed")
+    two = pd.concat([per_group, per_group.assign(model="other")])
+    with pytest.raises(StatsError, match="more than one model"):
+        claims(two, "perf", "dec")

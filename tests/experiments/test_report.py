@@ -1,0 +1,347 @@
+"""The report: its numbers, what it leaves out, and what it never holds."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from _page import CHANGES, FIVE, drawn, page_of
+from _toy import toy_study
+
+from experiments import report
+from experiments.controls import partial_correlations
+from experiments.figures import CHANGE_NAMES, METRIC_NAMES
+from experiments.inference import Claim, claims, intervals
+from experiments.published import PUBLISHED
+from experiments.report import Plate, ReportError, write_report
+from experiments.run import run, run_folder
+from experiments.stats import METRICS, PERFORMANCE, PROBES, correlations, summary
+from experiments.store import StoreError
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No figures, which take most of a report's time, where a test is of numbers."""
+    none: dict[str, list[Plate]] = {"classes": [], "layers": [], "grid": [], "cells": []}
+    monkeypatch.setattr(report, "_plates", lambda _models: none)
+
+
+def test_the_report_is_self_contained_and_holds_the_table(tmp_path: Path) -> None:
+    study = toy_study(name="toy <b>")
+    store = run_folder([study], tmp_path, {"images": "some & others", "seconds": 3725.4})
+    table = run([study], store)
+    page = page_of(tmp_path, tmp_path)
+    html = page.html
+    addresses = re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"')> ]+)", html)
+    assert {address for address in addresses if not address.startswith("#")} == set()
+    assert "@import" not in html
+    spaces = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert set(re.findall(r"https?://[^\s\"'<]+", html)) <= spaces
+    assert "toy <b>" not in html
+    assert "some &amp; others" in html
+    found = summary(correlations(table, METRICS, (*PERFORMANCE, *PROBES["ridge"])))
+    for value in found["spearman"].dropna():
+        assert f">{value:.2f}" in html
+    assert html.count("<svg") == html.count('role="img" aria-label=') >= 10
+    assert "#010203" not in html
+    assert "15 of 3 classes, 3 x 8 x 8" in html
+    assert re.search(r"Took 1:02:\d\d \(hours:minutes:seconds\)", page.said())
+
+
+def test_a_table_alone_makes_a_report(tmp_path: Path) -> None:
+    table = toy_study(metrics=["procrustes"], grid=(2, 3)).run()
+    html = write_report(table, tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "made from a table alone" in html
+    assert "Procrustes" in html
+    assert "The grid of one layer" not in html  # six cells: 2 x 3 or 3 x 2?
+
+
+def test_random_cells_are_told_and_have_no_grid(tmp_path: Path) -> None:
+    study = toy_study(metrics=["cka"], cells="random")
+    run([study], run_folder([study], tmp_path / "run"))
+    text = page_of(tmp_path / "run", tmp_path).said()
+    assert "toy: its cells are a control, neurons drawn at random" in text
+    assert "then as many neurons drawn at random into each" in text
+    assert "The grid of one layer" not in text
+
+
+def test_nothing_is_fetched_or_sent(tmp_path: Path) -> None:
+    page = page_of(drawn(), tmp_path)
+    policies = [of for tag, of in page.elements if of.get("http-equiv")]
+    assert [of["http-equiv"] for of in policies] == ["Content-Security-Policy"]
+    rules = dict(rule.strip().split(" ", 1) for rule in (policies[0]["content"] or "").split(";"))
+    assert rules.pop("default-src") == "'none'"
+    assert rules.pop("img-src") == "data:"
+    assert set(rules.values()) == {"'unsafe-inline'", "'none'"}
+    assert page.html.index("Content-Security-Policy") < page.html.index("<style>")
+    assert not page.tags("link", "img", "iframe", "object", "embed", "form", "base", "a")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_every_number_of_the_table_is_the_statistics(tmp_path: Path) -> None:
+    table = drawn(distances=(*FIVE, "energy"), classes=4)
+    table.loc[table["class"] == "class 1", "top1"] = 0.25
+    table.loc[(table["class"] == "class 2") & (table["cell"] == 3), "pwcca"] = np.nan
+    page = page_of(table, tmp_path)
+    head, *rows = page.tables["net (16 groups: 4 layers x 4 classes)"]
+    assert [cell.text for cell in head] == ["metric", *(CHANGE_NAMES[name] for name in CHANGES)]
+    assert [row[0].text for row in rows] == [METRIC_NAMES[name] for name in (*FIVE, "energy")]
+    per_group = correlations(table, (*FIVE, "energy"), CHANGES)
+    keys = ["distance", "change"]
+    means = summary(per_group).set_index(keys)
+    found = intervals(per_group).set_index(keys)
+    missing = set()
+    for distance, row in zip((*FIVE, "energy"), rows, strict=True):
+        for change, cell in zip(CHANGES, row[1:], strict=True):
+            mean, interval = means.loc[(distance, change)], found.loc[(distance, change)]
+            assert cell.value == pytest.approx(mean["spearman"], abs=1e-12)
+            nan = f" ({mean['nan_groups']})" if mean["nan_groups"] else ""
+            missing.add(mean["nan_groups"])
+            text = f"{mean['spearman']:.2f}{nan}[{interval['low']:.2f}, {interval['high']:.2f}]"
+            assert cell.text == text
+    assert missing == {0, 4, 8}
+
+
+def test_names_are_text_wherever_they_stand(tmp_path: Path) -> None:
+    evil = "\"'><img src=x onerror=alert(1)><script>alert(2)</script>{{ 7 * 7 }}"
+    table = drawn(model=evil).replace({"layer": {"l.1": evil}, "class": {"class 1": evil}})
+    # Where the names of class and layer are told: the cells that differ most.
+    table.loc[(table["layer"] == evil) & (table["class"] == evil), "rank_deficit"] *= 9
+    table.attrs = {"notes": {evil: evil}}
+    page = page_of(table, tmp_path)
+    assert page.tags("script", "img") == ["script"]
+    assert not [of for _, of in page.elements if "onerror" in of]
+    assert "49" not in page.tables  # expressions in names are not run
+    captions = [caption for caption in page.tables if caption.startswith(evil)]
+    assert len(captions) == 2
+    labels = [of["aria-label"] for tag, of in page.elements if tag == "svg"]
+    assert labels
+    assert all(label and label.startswith(f"{evil}") for label in labels)
+
+
+def test_headings_are_in_order_and_cells_have_heads(tmp_path: Path) -> None:
+    page = page_of(drawn(distances=(*FIVE, "energy")), tmp_path)
+    levels = [int(tag[1]) for tag in page.tags("h1", "h2", "h3", "h4")]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+    scopes = {of.get("scope") for tag, of in page.elements if tag == "th"}
+    assert scopes == {"row", "col"}
+    ids = [of["id"] for _, of in page.elements if "id" in of]
+    assert len(ids) == len(set(ids)) > 0
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_runs_stand_together_and_shared_names_tell_the_run(tmp_path: Path) -> None:
+    for name, seed in (("runA", 0), ("run <B>", 1)):
+        shared = toy_study(name="both", metrics=["cka"], seed=seed, stimuli_per_class=5 - seed)
+        own = toy_study(name=f"only {seed}", metrics=["cka"], layers=["act1"])
+        run([shared, own], run_folder([shared, own], tmp_path / name, {"images": f"set {seed}"}))
+    folders = [tmp_path / "runA", tmp_path / "run <B>"]
+    page = page_of(folders, tmp_path)
+    names = {
+        "both (runA)": (0, "both"),
+        "only 0": (0, "only 0"),
+        "both (run <B>)": (1, "both"),
+        "only 1": (1, "only 1"),
+    }
+    for name, (number, own_name) in names.items():
+        table = pd.read_parquet(folders[number] / "results.parquet")
+        mine = table[table["model"] == own_name]
+        groups = f"{name} ({3 * mine['layer'].nunique()} groups: "
+        (rows,) = (
+            rows
+            for caption, rows in page.tables.items()
+            if caption.startswith(groups) and "layers" in caption
+        )
+        per_group = correlations(mine, ["cka"], ["margin_refit"])
+        column = [cell.text for cell in rows[0]].index(CHANGE_NAMES["margin_refit"])
+        assert rows[1][column].value == pytest.approx(per_group["spearman"].mean(), abs=1e-12)
+    assert "Images: set 0" in page.said()
+    assert "Images: set 1" in page.said()
+
+
+def test_runs_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match=r"runs: is empty; expected a run's folder or a table"):
+        write_report([], tmp_path / "page.html")
+    with pytest.raises(ReportError, match=r"runs: .*/a is named twice; expected different runs"):
+        write_report([tmp_path / "a", tmp_path / "b" / ".." / "a"], tmp_path / "page.html")
+    with pytest.raises(StoreError, match=r"run: .* has no study\.json"):
+        write_report([tmp_path], tmp_path / "page.html")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_sections_need_their_columns(tmp_path: Path) -> None:
+    plain = drawn()
+    halves = {f"top1_{half}": plain["top1"] for half in ("odd", "even")}
+    for table, given, noise in (
+        (plain, False, False),
+        (plain.assign(energy=plain["cka"] ** 2 + plain["size"]), True, False),
+        (plain.assign(**halves), False, True),
+    ):
+        text = page_of(table, tmp_path).said()
+        assert ("More than how much was removed?" in text) == given
+        assert ("Energy removed is no metric" in text) == given
+        assert ("Corrected for noise" in text) == noise
+        assert ("Reliability: how well" in text) == noise
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_partial_correlations_stand_beside_the_plain(tmp_path: Path) -> None:
+    table = drawn()
+    table["energy"] = table["cka"] + np.random.default_rng(1).exponential(size=len(table))
+    page = page_of(table, tmp_path)
+    rows = page.tables["net, correlations given size and energy"][1:]
+    changes = ["rank_deficit", "decodability_refit"]
+    keys = ["distance", "change"]
+    plain = correlations(table, FIVE, changes).groupby(keys)["spearman"].mean()
+    given = partial_correlations(table, FIVE, changes).groupby(keys)["spearman"].mean()
+    assert [row[0].text for row in rows] == [METRIC_NAMES[name] for name in FIVE]
+    for name, row in zip(FIVE, rows, strict=True):
+        wanted = [means[name, change] for change in changes for means in (plain, given)]
+        assert [cell.value for cell in row[1:]] == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_noise_is_told_and_corrected_for(tmp_path: Path) -> None:
+    table, rng = drawn(), np.random.default_rng(2)
+    for half in ("odd", "even"):
+        table[f"top1_{half}"] = table["top1"] + rng.normal(size=len(table))
+    groups = [mine for _, mine in table.groupby(["class", "layer"])]
+    r = np.mean([mine["top1_odd"].corr(mine["top1_even"], method="spearman") for mine in groups])
+    reliability = 2 * r / (1 + r)
+    page = page_of(table, tmp_path)
+    head, *rows = page.tables["net (12 groups)"]
+    assert [cell.text for cell in head][-2:] == ["reliability", "by"]
+    by_name = {row[0].text: row for row in rows}
+    assert by_name["top-1 accuracy"][4].value == pytest.approx(reliability, abs=1e-12)
+    assert by_name["top-1 accuracy"][5].text == "halves"
+    assert by_name["rank of the true class"][4].text == "unknown"
+    for row, name in zip(page.tables["net, corrected for noise"][1:], FIVE, strict=True):
+        rho = np.mean([mine[name].corr(mine["top1"], method="spearman") for mine in groups])
+        wanted = [rho, rho / np.sqrt(reliability)]
+        assert [cell.value for cell in row[1:]] == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_quality_of_the_data_is_counted(tmp_path: Path) -> None:
+    table = drawn(cells=8, distances=("cka", "energy"))
+    table.loc[table["layer"] == "l.2", "top1"] = 1.0
+    table.loc[table.index[[3, 90]], "rank_deficit"] = np.nan
+    table.loc[table["class"] == "class 0", "cka"] = 0.25
+    table.loc[table.index[[5, 6, 40]], "energy"] = 0.0
+    page = page_of(table, tmp_path)
+    rows = {row[0].text: row[1:] for row in page.tables["net (12 groups)"][1:]}
+    groups = [mine for _, mine in table.groupby(["class", "layer"])]
+    tied = np.mean([mine["top1"].duplicated(keep=False) for mine in groups])
+    assert [cell.value for cell in rows["top-1 accuracy"]] == [3, 0, pytest.approx(tied)]
+    assert [cell.value for cell in rows["rank of the true class"]] == [0, 2, 0]
+    assert "3 of 96 cells are dead" in page.said()
+    assert "CKA is constant in 4 groups." in page.said()
+    assert "energy removed is constant" not in page.said()
+
+
+def test_a_model_without_any_correlation(tmp_path: Path) -> None:
+    table = pd.concat([drawn(), drawn(model="still").assign(**dict.fromkeys(CHANGES, 0.0))])
+    page = page_of(table, tmp_path)
+    cells = [
+        cell
+        for row in page.tables["still (12 groups: 4 layers x 3 classes)"][1:]
+        for cell in row[1:]
+    ]
+    assert {cell.text for cell in cells} == {"none (12)"}
+    unknown = drawn(model="unknown").assign(**dict.fromkeys(CHANGES, np.nan))
+    rows = page_of(unknown, tmp_path).tables["unknown (12 groups)"][1:]
+    assert [[cell.text for cell in row[1:]] for row in rows] == [["0", "12", "unknown"]] * 3
+
+
+def test_the_least_table_of_somebody_else(tmp_path: Path) -> None:
+    table = drawn(distances=("svcca",), changes=("probability",)).drop(columns="size")
+    page = page_of(table, tmp_path)
+    ((_, row),) = [rows for caption, rows in page.tables.items() if "layers x" in caption]
+    wanted = correlations(table, ["svcca"], ["probability"])["spearman"].mean()
+    assert row[1].value == pytest.approx(wanted, abs=1e-12)
+    assert "The claims are not judged: they need the rank of the true class" in page.said()
+
+
+@pytest.mark.parametrize(
+    ("probes", "second"),
+    [
+        (("decodability_refit",), "decodability_refit"),
+        (("decodability_refit", "decodability_paper"), "decodability_paper"),
+    ],
+)
+@pytest.mark.usefixtures("undrawn")
+def test_claims_are_told_as_they_came_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, probes: tuple[str, ...], second: str
+) -> None:
+    asked = []
+
+    def judged(per_group: pd.DataFrame, performance: str, decodability: str) -> list[Claim]:
+        asked.append((set(per_group["model"]), performance, decodability))
+        return [
+            Claim(1, "A <i>.", True, 0.512, 0.25, 0.77, 0.0004, ["cka: 1 & 2", "none: 3"]),
+            Claim(2, "B.", False, -0.3, -0.4, -0.2, 0.0312, ["B: said already"]),
+            Claim(3, "C.", None, *[float("nan")] * 4, ["C: unknown"]),
+        ]
+
+    monkeypatch.setattr(report, "claims", judged)
+    page = page_of(drawn(changes=("rank_deficit", *probes)), tmp_path)
+    assert asked == [({"net"}, "rank_deficit", second)]
+    text = page.said()
+    assert "Held A <i>. Of the metric that decides: difference 0.51 [0.25, 0.77], " in text
+    assert "permutation p < 0.001. CKA: 1 & 2 none: 3" in text
+    assert "Not held B. Difference -0.30 [-0.40, -0.20], permutation p = 0.031. Not dec" in text
+    assert f"Not decided C. C: unknown Decodability: {CHANGE_NAMES[second]}." in text
+
+
+def test_claims_are_those_of_the_statistics(tmp_path: Path) -> None:
+    table = drawn(classes=8, seed=3)
+    table["decodability_refit"] += 3 * table["cka"] + 3 * table["procrustes"]
+    text = page_of(table, tmp_path).said()
+    found = claims(correlations(table, FIVE, CHANGES), "rank_deficit", "decodability_refit")
+    assert [claim.held for claim in found][1:] == [True, True]
+    for claim in found:
+        verdict = {True: "Held", False: "Not held", None: "Not decided"}[claim.held]
+        numbers = f"{claim.estimate:.2f} [{claim.low:.2f}, {claim.high:.2f}]"
+        assert re.search(
+            rf"{verdict} {re.escape(claim.text)} [^.]*{re.escape(numbers)}", text, re.I
+        )
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_published_numbers_stand_beside_their_network_only(tmp_path: Path) -> None:
+    page = page_of(pd.concat([drawn(), drawn(model="resnet50")]), tmp_path)
+    head, *rows = page.tables["resnet50 (12 groups: 4 layers x 3 classes)"]
+    assert [i for i, cell in enumerate(head) if cell.text == "published"] == [2, 5]
+    assert [(row[2].value, row[5].value) for row in rows] == list(PUBLISHED["resnet50"].values())
+    assert "published" not in [
+        cell.text for cell in page.tables["net (12 groups: 4 layers x 3 classes)"][0]
+    ]
+    assert "a difference from net says nothing about either" in page.said()
+    orientation = page.tables["As published"]
+    assert [cell.text for cell in orientation[1]] == [
+        "CKA", "0.158", "0.474", "0.169", "0.633", "0.404", "0.769",
+    ]  # fmt: skip
+    page = page_of(drawn(model="alexnet"), tmp_path)
+    assert "for orientation" not in page.said()
+
+
+def test_three_networks_one_of_104_layers_stay_light(tmp_path: Path) -> None:
+    table = pd.concat(
+        [
+            drawn("wide", classes=10, layers=7, distances=(*METRICS, "energy")),
+            drawn("deep", classes=10, layers=16, distances=(*METRICS, "energy")),
+            drawn("long", classes=4, layers=104, distances=(*METRICS, "energy")),
+        ]
+    )
+    page = page_of(table, tmp_path)
+    assert len(page.html.encode()) < 2e6
+    ticks = re.findall(r">(l\.\d+)</text>", page.html)
+    assert {"l.0", "l.7", "l.98"} <= set(ticks)
+    assert len(ticks) < 100

@@ -1,0 +1,215 @@
+"""Intervals and tests over clusters, against SciPy, statsmodels and slow loops."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+from _correlations import drawn, table
+from statsmodels.stats.multitest import multipletests
+
+from bench import coverage
+from experiments.inference import fisher_z, holm, intervals
+from experiments.resampling import bootstrap, jackknife, sign_flips
+from experiments.stats import StatsError, summary
+
+ENDS = ["low", "high"]
+
+
+def slow_jackknife(values, units, level=0.95):
+    """By the definition, one class after the other."""
+    values, units = values[~np.isnan(values)], units[~np.isnan(values)]
+    names = np.unique(units)
+    k, whole = len(names), values.mean()
+    pseudo = [k * whole - (k - 1) * values[units != name].mean() for name in names]
+    reach = scipy.stats.t.ppf((1 + level) / 2, k - 1) * np.std(pseudo, ddof=1) / np.sqrt(k)
+    return whole - reach, whole + reach
+
+
+# Fisher z
+
+
+@pytest.mark.parametrize("n", [4, 7])
+def test_perfect_correlation_is_half_a_step_from_itself(n):
+    """All correlations that untied ranks can have, by permuting them."""
+    ranks = np.arange(n)
+    possible = np.unique(
+        [np.round(np.corrcoef(ranks, p)[0, 1], 12) for p in itertools.permutations(ranks)]
+    )
+    half_way = (possible[-1] + possible[-2]) / 2
+    np.testing.assert_allclose(fisher_z([1.0, -1.0], n), np.arctanh([half_way, -half_way]))
+    inner = possible[1:-1]
+    assert np.array_equal(fisher_z(inner, n), np.arctanh(inner))
+
+
+def test_fisher_z_keeps_nan_and_order():
+    rho = np.array([-1, -0.5, 0.0, 0.9, 1 - 1e-9, 1, np.nan])
+    z = fisher_z(rho, [16, 16, 16, 16, 16, 16, 16])
+    assert np.isnan(z[-1])
+    assert np.isfinite(z[:-1]).all()
+    assert (np.diff(z[:-1]) >= 0).all()
+    assert np.isnan(fisher_z(np.nan, 1))
+
+
+# Intervals
+
+
+@pytest.mark.parametrize("level", [0.8, 0.95])
+def test_balanced_jackknife_is_the_t_interval_of_class_means(level):
+    per_group = table(drawn(seed=1))
+    found = intervals(per_group, level=level)
+    assert len(found) == 10
+    for row in found.itertuples():
+        mine = per_group[(per_group.distance == row.distance) & (per_group.change == row.change)]
+        means = mine.groupby("class").spearman.mean()
+        low, high = scipy.stats.t.interval(level, len(means) - 1, means.mean(), means.sem())
+        np.testing.assert_allclose([row.low, row.high], [low, high], rtol=1e-10)
+
+
+@pytest.mark.parametrize("column", ["spearman", "kendall"])
+def test_unbalanced_jackknife_is_that_of_a_loop_and_the_estimate_that_of_the_summary(column):
+    rng = np.random.default_rng(2)
+    per_group = table(drawn(classes=6, layers=5, seed=2))
+    per_group.loc[rng.random(len(per_group)) < 0.3, ["spearman", "kendall"]] = np.nan
+    alone = (per_group["class"] == 3) & (per_group.distance == "cka")
+    per_group.loc[alone, ["spearman", "kendall"]] = np.nan
+    other = per_group.assign(model="other", spearman=per_group.spearman / 2)
+    both = pd.concat([per_group, other], ignore_index=True).sample(frac=1, random_state=0)
+    found, means = intervals(both, column=column), summary(both)
+    assert found[["model", "distance", "change"]].equals(means[["model", "distance", "change"]])
+    np.testing.assert_allclose(found.estimate, means[column], rtol=1e-12)
+    assert found.nan_groups.equals(means.nan_groups)
+    assert (found.groups == 30).all()
+    for row in found.itertuples():
+        mine = both[
+            (both.model == row.model)
+            & (both.distance == row.distance)
+            & (both.change == row.change)
+        ]
+        expected = slow_jackknife(mine[column].to_numpy(), mine["class"].to_numpy())
+        np.testing.assert_allclose([row.low, row.high], expected, rtol=1e-9)
+        assert row.clusters == (5 if row.distance == "cka" else 6)
+
+
+def test_one_class_has_no_interval_and_none_no_estimate():
+    z = drawn(classes=3)
+    z[1:, :, 0] = np.nan
+    z[:, :, 1] = np.nan
+    for method in ("jackknife", "bootstrap"):
+        found = intervals(table(z), method=method).set_index("distance")
+        assert found.loc[["cka", "procrustes"], ENDS].isna().all(axis=None)
+        assert found.loc["cka", "estimate"].notna().all()
+        assert found.loc["procrustes", "estimate"].isna().all()
+        assert (found.clusters.to_numpy() == [1, 1, 0, 0, 3, 3, 3, 3, 3, 3]).all()
+        assert found.loc["cca", ENDS].notna().all(axis=None)
+
+
+def test_interval_of_a_correlation_stays_within_one():
+    per_group = table(np.arctanh(np.array([0.99, -0.2, 0.98]))[:, None, None, None], ["cka"], ["f"])
+    (row,) = intervals(per_group).itertuples()
+    assert row.high == 1
+    assert -1 <= row.low < row.estimate
+
+
+def test_bootstrap_of_few_classes_is_the_exact_distribution_of_resamples():
+    """Of 4 classes all 256 resamples, with their different numbers of groups."""
+    counts = np.array([2.0, 1.0, 3.0, 2.0])
+    sums = np.array([0.3, 0.5, -0.6, 1.1])
+    some = np.array(list(itertools.product(range(4), repeat=4)))
+    means = sums[some].sum(1) / counts[some].sum(1)
+    _, low, high = bootstrap(sums[None], counts[None], level=0.5, resamples=200_000)
+    np.testing.assert_allclose([low[0], high[0]], np.quantile(means, [0.25, 0.75]), atol=0.01)
+
+
+def test_bootstrap_is_scipys_within_what_drawing_leaves_open():
+    per_group = table(drawn(classes=12, seed=3))
+    found = intervals(per_group, method="bootstrap", resamples=50_000, seed=4)
+    for row in found.iloc[:3].itertuples():
+        mine = per_group[(per_group.distance == row.distance) & (per_group.change == row.change)]
+        means = mine.groupby("class").spearman.mean().to_numpy()
+        theirs = scipy.stats.bootstrap(
+            (means,), np.mean, method="percentile", n_resamples=50_000, rng=0
+        ).confidence_interval
+        error = means.std() / np.sqrt(len(means))
+        np.testing.assert_allclose([row.low, row.high], theirs, atol=0.1 * error)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "bca"}, "method: 'bca' is unknown"),
+        ({"level": 1}, "level: is 1; expected between 0 and 1"),
+        ({"cluster": "unit"}, "cluster: the table has no column 'unit'"),
+        ({"by": ["class"]}, "cluster: 'class' is kept apart"),
+        ({"column": "tau"}, "column: the table has no column 'tau'"),
+    ],
+)
+def test_wrong_arguments_of_intervals_are_named(arguments, message):
+    with pytest.raises(StatsError, match=message):
+        intervals(table(drawn()), **arguments)
+
+
+# Tests
+
+
+def test_drawn_flips_estimate_the_exact_p():
+    values = np.random.default_rng(5).standard_normal((4, 15)) + np.array([[0], [0.2], [0.4], [9]])
+    signs = np.array(list(itertools.product((1, -1), repeat=15)))
+    exact = (np.abs(values @ signs.T) >= np.abs(values.sum(1))[:, None] * (1 - 1e-12)).mean(1)
+    found = sign_flips(values, seed=6)
+    error = np.sqrt(exact * (1 - exact) / 10_000)
+    assert (np.abs(found - exact) < 4 * error + 2e-4).all()
+    assert found[3] >= 1 / 10_001
+    assert np.array_equal(found, sign_flips(values, seed=6))
+    assert not np.array_equal(found, sign_flips(values, seed=7))
+
+
+def test_flips_count_ties_and_differences_of_zero():
+    assert sign_flips(np.zeros(5)) == 1
+    assert sign_flips(np.full(5, 0.1)) == 2 / 32
+    assert sign_flips(np.array([0.1, 0.2, 0.3, -0.1 - 0.2])) == 12 / 16  # 0.3 + 0 among 16 sums
+    assert np.isnan(sign_flips(np.ones(1)))
+
+
+def test_holm_is_that_of_statsmodels_and_leaves_nan_out():
+    rng = np.random.default_rng(8)
+    for size in (1, 2, 7):
+        p = rng.random(size) ** 3
+        np.testing.assert_allclose(holm(p), multipletests(p, method="holm")[1])
+        padded = np.concatenate([[np.nan], p, [np.nan]])
+        np.testing.assert_array_equal(holm(padded), [np.nan, *holm(p), np.nan])
+    assert holm([]).size == 0
+
+
+# The simulation
+
+
+def test_simulated_studies_are_covered_and_tests_keep_their_size():
+    rows = {row.name: row for row in coverage.rows(200, coverage.truth(2_000))}
+    assert 0.9 < rows["coverage, jackknife-t"].share < 0.99
+    assert 0.8 < rows["coverage, bootstrap of classes"].share < 0.96
+    assert rows["size, permutation test"].share < 0.1
+    assert rows["power"].share > 0.7
+    lone = coverage.Row("", np.array([True, False, True, True]))
+    assert (lone.share, lone.error) == (0.75, np.sqrt(0.75 * 0.25 / 4))
+
+
+def test_jackknife_and_bootstrap_have_one_estimate():
+    rng = np.random.default_rng(16)
+    counts = rng.integers(0, 4, (6, 5)).astype(float)
+    sums = counts * rng.standard_normal((6, 5))
+    np.testing.assert_array_equal(
+        jackknife(sums, counts)[0], bootstrap(sums, counts, resamples=10)[0]
+    )
+
+
+def test_page_has_a_line_for_each_row_with_its_share(monkeypatch):
+    monkeypatch.setattr(coverage, "truth", lambda: 0.3172)
+    page = coverage.page(studies=40)
+    assert "40 studies of 10 classes" in page
+    assert "seed 20241125: 0.3172." in page
+    for row in coverage.rows(40, 0.3172):
+        assert f"| {row.name} | {100 * row.share:.1f} | {100 * row.error:.1f} |" in page

@@ -1,0 +1,140 @@
+"""Tables from elsewhere: read whole, and with a word on what would mislead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+from typer.testing import CliRunner
+
+from experiments.__main__ import app
+from experiments.stats import StatsError
+from experiments.tables import read, remarks, write
+
+BY = ["class", "layer"]
+
+
+def published(seed: int = 0) -> pd.DataFrame:
+    """Six classes, three layers, sixteen tiles: a distance, and what was lost, that go together."""
+    rng = np.random.default_rng(seed)
+    index = pd.MultiIndex.from_product(
+        [list("abcdef"), ["one", "two", "three"], range(16)], names=["class", "layer", "tile"]
+    )
+    table = index.to_frame(index=False)
+    table["dist"] = 0.6 * rng.random(len(table))
+    table["lost"] = table["dist"] + 0.2 * rng.standard_normal(len(table))
+    return table
+
+
+def said(table: pd.DataFrame, distances: list[str], **options: list[str]) -> str:
+    return "\n".join(remarks(table, distances, ["lost"], BY, **options))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_what_is_written_is_read(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"table{suffix}"
+    write(published(), path)
+    pd.testing.assert_frame_equal(read(path), published(), rtol=1e-15)
+    renamed = read(path, cell="tile")
+    assert renamed["cell"].equals(published()["tile"].rename("cell"))
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_files_that_cant_be_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("")
+    (tmp_path / "a.parquet").write_text("no Parquet")
+    for name in ("a.csv", "a.parquet"):
+        with pytest.raises(StatsError, match=rf"table: .*{name} can't be read"):
+            read(tmp_path / name)
+    with pytest.raises(StatsError, match=r"ends with '.txt'; expected .csv or .parquet"):
+        read("a.txt")
+    with pytest.raises(OSError, match=r"none\.csv"):
+        read(tmp_path / "none.csv")
+    write(published(), tmp_path / "b.csv")
+    with pytest.raises(StatsError, match="cell: the table has no column 'patch'"):
+        read(tmp_path / "b.csv", cell="patch")
+
+
+def test_a_whole_table_needs_no_remark() -> None:
+    assert said(published(), ["dist"]) == ""
+
+
+def test_missing_cells_and_values_are_counted() -> None:
+    table = published().drop(index=[0, 1, 17])
+    table.loc[40, "dist"] = np.nan
+    found = said(table, ["dist"])
+    assert "2 of 18 groups have fewer than 16 cells, the least 14" in found
+    assert f"column 'dist' has no value in 1 of {len(table)} rows" in found
+
+
+def test_rows_that_are_there_twice_are_counted() -> None:
+    table = published()
+    assert "2 rows are the same as another" in said(pd.concat([table, table[:2]]), ["dist"])
+
+
+def test_groups_that_are_several_are_named() -> None:
+    table = published()
+    table["network"] = np.where(table["tile"] % 2, "vgg", "resnet")
+    assert "column 'network' differs within 18 of 18 groups" in said(table, ["dist"])
+    table["network"] = table["class"] + table["layer"]
+    assert said(table, ["dist"]) == ""
+
+
+def test_similarities_among_distances_are_seen() -> None:
+    table = published()
+    rng = np.random.default_rng(1)
+    for name in ("cka", "cca", "pwcca"):
+        table[name] = table["dist"] / 2 + 0.02 * rng.random(len(table))
+    names = ["dist", "cka", "cca", "pwcca"]
+    assert said(table, names) == ""
+    table["cca"] = 1 - table["cca"]
+    found = said(table, names)
+    assert "cca against dist, cka, pwcca: they run against each other" in found
+    assert "column 'cca' lies within 0 and 1, mostly above 1/2" in found
+    assert said(table, names, similarities=["cca"]) == ""
+
+
+def test_the_command_gives_the_correlations_of_a_table(tmp_path: Path) -> None:
+    table = published()
+    table["sim"] = 1 - table["dist"]
+    write(table, tmp_path / "tiles.csv")
+    out = tmp_path / "rho.csv"
+    words = ["stats", str(tmp_path / "tiles.csv"), "--distances", "dist,sim", "--changes", "lost"]
+    words += ["--by", "class,layer", "--cell", "tile", "--similarities", "sim", "--out", str(out)]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    found = read(out)
+    assert list(found.columns) == [*BY, "distance", "change", "spearman", "kendall", "n"]
+    assert len(found) == 36
+    for row in found.itertuples():
+        group = table[(table["class"] == row[1]) & (table["layer"] == row.layer)]
+        want = scipy.stats.spearmanr(group["dist"], group["lost"])[0]
+        assert row.spearman == pytest.approx(want, abs=1e-12)
+    mean = found["spearman"].mean()
+    of_classes = found[found["distance"] == "dist"].groupby("class")["spearman"].mean()
+    low, high = scipy.stats.t.interval(0.95, 5, of_classes.mean(), scipy.stats.sem(of_classes))
+    for line in (
+        line for line in result.output.splitlines() if line.split()[:1] in (["dist"], ["sim"])
+    ):
+        assert line.split()[1:5] == ["lost", f"{mean:.3f}", f"{low:.3f}", f"{high:.3f}"]
+    assert "18 groups by class, layer" in result.output
+    assert "warning" not in result.output
+
+
+def test_the_command_says_what_is_wrong_in_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "tiles.csv"
+    write(pd.concat([published(), published()[:1]]), path)
+    base = ["stats", str(path), "--distances", "dist", "--changes", "lost"]
+    result = CliRunner().invoke(app, [*base, "--cell", "tile"])
+    assert result.exit_code == 2
+    assert "1 rows are of a cell that another row is of" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    result = CliRunner().invoke(app, base)
+    assert result.exit_code == 0
+    assert "warning: 1 rows are the same as another in every column" in result.stderr
+    result = CliRunner().invoke(app, [*base, "--by", "colour"])
+    assert result.exit_code == 2
+    assert "by: the table has no column 'colour'" in result.stderr
