@@ -203,6 +203,40 @@ def mixed_model(
     return MixedModel(contrasts, bool(boundary), variance, len(means), len(y))
 
 
+def beyond(per_group: pd.DataFrame, change: str, cluster: str = "class") -> list[Contrast]:
+    """Whether each metric follows a change more than the energy that was removed does.
+
+    Parameters
+    ----------
+    per_group : DataFrame
+        What :func:`experiments.stats.correlations` returns, of one model and with the baseline
+        among its distances.
+    change : str
+        The function change.
+    cluster : str
+        The column of the unit that was sampled.
+
+    Returns
+    -------
+    list of Contrast
+        For each metric, whose name it has, its mean Fisher z less the baseline's, as
+        :func:`compare` gives it; p is Holm-adjusted over the metrics.
+
+    Raises
+    ------
+    StatsError
+        A column or the baseline is missing.
+    """
+    metrics = [name for name in per_group["distance"].unique() if name != BASELINE]
+    baseline = [BASELINE], [change]
+    tests = [
+        compare(per_group, versus(([name], [change]), baseline), name, cluster=cluster)
+        for name in metrics
+    ]
+    adjusted = holm([test.p for test in tests])
+    return [replace(test, p=float(p)) for test, p in zip(tests, adjusted, strict=True)]
+
+
 def claims(
     per_group: pd.DataFrame, performance: str, decodability: str, cluster: str = "class"
 ) -> list[Claim]:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,74 +13,26 @@ import jinja2
 import pandas as pd  # type: ignore[import-untyped]
 
 from . import figures as draw
-from .controls import corrected, partial_correlations, reliability
 from .figures import CHANGE_NAMES as CHANGE_NAMES
 from .figures import METRIC_NAMES as METRIC_NAMES
 from .figures import Drawing, Plate
 from .figures import ReportError as ReportError
-from .inference import Claim, claims, intervals
+from .findings import (
+    GROUP,
+    PERFORMANCE,
+    Model,
+    against_baseline,
+    fitted,
+    judged,
+    partial,
+    quality,
+    without_noise,
+)
 from .published import PUBLISHED, SOURCE
-from .stats import BASELINE, changes_of, correlations, distances_of, summary
+from .stats import BASELINE, summary
 from .store import load, replacing
 
 Run: TypeAlias = str | os.PathLike[str] | pd.DataFrame
-
-GROUP = ["class", "layer"]
-PERFORMANCE = "rank_deficit"
-DECODABILITY = ("decodability_paper", "decodability_refit")  # the first that a table has
-DRAWN = ("rank_deficit", "log_probability", "decodability_refit", "decodability_paper")
-
-
-@dataclass(frozen=True)
-class Model:
-    """A network of a run, under the name that it has on the page."""
-
-    name: str
-    own_name: str
-    run: str
-    table: pd.DataFrame
-    configuration: dict[str, Any]
-    about: dict[str, Any]
-
-    @cached_property
-    def distances(self) -> list[str]:
-        return distances_of(self.table)
-
-    @cached_property
-    def changes(self) -> list[str]:
-        return changes_of(self.table)
-
-    @cached_property
-    def drawn(self) -> list[str]:
-        """The changes that have figures: those of the claims, and what is close to them."""
-        return [name for name in DRAWN if name in self.changes] or self.changes[:4]
-
-    @cached_property
-    def decodability(self) -> str | None:
-        """The change that stands for decodability."""
-        return next((name for name in DECODABILITY if name in self.changes), None)
-
-    @property
-    def random(self) -> bool:
-        """Whether the cells are a control, drawn at random."""
-        return bool(self.configuration.get("cells") == "random")
-
-    @cached_property
-    def per_group(self) -> pd.DataFrame:
-        return correlations(self.table, self.distances, self.changes)
-
-    @cached_property
-    def estimates(self) -> pd.DataFrame:
-        return intervals(self.per_group)
-
-    @cached_property
-    def layers(self) -> list[str]:
-        known = self.configuration.get("layers")
-        return list(known or sorted(self.table["layer"].unique(), key=_natural))
-
-    @cached_property
-    def classes(self) -> list[str]:
-        return list(self.configuration.get("classes") or map(str, self.table["class"].unique()))
 
 
 def write_report(
@@ -163,11 +112,7 @@ def means(per_group: pd.DataFrame) -> pd.DataFrame:
 
 def _load(runs: Run | Sequence[Run]) -> list[dict[str, Any]]:
     """Each run's name, what it says of itself, and its models under names of their own."""
-    each: list[Any]
-    if isinstance(runs, (str, os.PathLike, pd.DataFrame)):
-        each = [runs]
-    else:
-        each = list(runs)
+    each: list[Any] = [runs] if isinstance(runs, (str, os.PathLike, pd.DataFrame)) else [*runs]
     if not each:
         raise ReportError("runs: is empty; expected a run's folder or a table")
     paths = [None if isinstance(run, pd.DataFrame) else Path(run).resolve() for run in each]
@@ -177,7 +122,7 @@ def _load(runs: Run | Sequence[Run]) -> list[dict[str, Any]]:
     short = len({path.name for path in folders}) == len(folders)
     loaded: list[dict[str, Any]] = []
     for number, (run, path) in enumerate(zip(each, paths, strict=True), 1):
-        table, study = (run, {}) if path is None else load(path)
+        table, study = (run, {}) if path is None else load(run)
         name = f"table {number}" if path is None else path.name if short else str(path)
         loaded.append({"name": name, "table": table, "study": study})
         configured = study.get("configuration", {}).get("models", {})
@@ -209,7 +154,7 @@ def _model(own_name: str, run: dict[str, Any], shared: bool) -> Model:
 def _facts(model: Model) -> dict[str, Any]:
     """What the template says of one model."""
     found = model.estimates.set_index(["distance", "change"])
-    fixed = _corrected(model)
+    fixed = without_noise(model)
     extremes = {}
     metrics = model.estimates[model.estimates["distance"] != BASELINE]
     for change, mine in metrics.groupby("change", sort=False):
@@ -231,91 +176,17 @@ def _facts(model: Model) -> dict[str, Any]:
         "groups": model.table.groupby(GROUP, observed=True).ngroups,
         "found": found.to_dict("index"),
         "extremes": extremes,
-        "claims": _claims(model),
+        "clusters": int(model.estimates["clusters"].max()),
+        "metrics": sum(name != BASELINE for name in model.distances),
+        "claims": judged(model),
+        "mixed": fitted(model),
+        "beyond": against_baseline(model),
         "published": PUBLISHED.get(model.own_name),
-        "partial": _partial(model),
+        "partial": partial(model),
         "corrected": fixed,
         "reliable": list(dict.fromkeys(change for _, change in fixed or ())),
-        "quality": _quality(model),
+        "quality": quality(model),
     }
-
-
-def _claims(model: Model) -> list[tuple[Claim, list[str]]] | None:
-    """The claims and what is said of each, metrics by the names that the page has for them."""
-    if PERFORMANCE not in model.changes or model.decodability is None:
-        return None
-    told = []
-    for claim in claims(model.per_group, PERFORMANCE, model.decodability):
-        parts = [detail.partition(": ") for detail in claim.details]
-        details = [f"{METRIC_NAMES.get(name, name)}{colon}{rest}" for name, colon, rest in parts]
-        # A lone line repeats the numbers of the claim, where it has any.
-        told.append(
-            (claim, [] if len(details) == 1 and not math.isnan(claim.estimate) else details)
-        )
-    return told
-
-
-def _partial(model: Model) -> dict[tuple[str, str], tuple[float, float]] | None:
-    """Mean correlations, and those given the cells' sizes and energies."""
-    metrics = [name for name in model.distances if name != BASELINE]
-    if not metrics or not {"size", BASELINE} <= set(model.table.columns):
-        return None
-    given = _means(partial_correlations(model.table, metrics, model.drawn))
-    plain = model.estimates.set_index(["distance", "change"])["estimate"]
-    return {key: (plain[key], value) for key, value in given.items()}
-
-
-def _means(per_group: pd.DataFrame) -> dict[tuple[str, str], float]:
-    """Mean correlation by distance and change, over the groups that have one."""
-    means = per_group.groupby(["distance", "change"], sort=False)["spearman"].mean()
-    return dict(means.items())
-
-
-def _corrected(model: Model) -> dict[tuple[str, str], tuple[float, float]] | None:
-    """Mean correlations, and those that a function change without noise would give."""
-    known = reliability(model.table, model.changes)
-    if known.empty:
-        return None
-    found = corrected(summary(model.per_group), known).dropna(subset=["reliability"])
-    keys = zip(found["distance"], found["change"], strict=True)
-    return dict(zip(keys, zip(found["spearman"], found["corrected"], strict=True), strict=True))
-
-
-def _quality(model: Model) -> dict[str, Any]:
-    """Groups without a correlation by reason, ties, reliability, cells that hold nothing."""
-    names = [*model.distances, *model.changes]
-    groups = model.table.groupby(GROUP, observed=True, dropna=False)
-    holed = model.table[names].isna().groupby([model.table[key] for key in GROUP]).any()
-    constant = (groups[names].nunique() <= 1) & ~holed
-    known = reliability(model.table, model.changes).set_index("change")
-    dead = (model.table[model.distances] == 0).any(axis=1)
-    return {
-        "changes": {
-            name: {
-                "constant": int(constant[name].sum()),
-                "nan": int(holed[name].sum()),
-                "tied": _tied(model.table, name),
-                "reliability": known["reliability"].get(name, math.nan),
-                "source": known["source"].get(name, ""),
-            }
-            for name in model.changes
-        },
-        "distances": {
-            METRIC_NAMES[name]: (int(constant[name].sum()), int(holed[name].sum()))
-            for name in model.distances
-            if constant[name].any() or holed[name].any()
-        },
-        "reliable": len(known) > 0,
-        "dead": int(dead.sum()),
-        "rows": len(model.table),
-    }
-
-
-def _tied(table: pd.DataFrame, change: str) -> float:
-    """The share of a change's values that another cell of the same class and layer has too."""
-    known = table[table[change].notna()]
-    same = known.groupby([*GROUP, change], observed=True)[change].transform("size")
-    return float((same > 1).mean())
 
 
 def _plates(models: Sequence[Model]) -> dict[str, list[Plate]]:
@@ -383,9 +254,3 @@ def _cells(model: Model) -> tuple[str, list[Drawing]] | None:
 
 def _any(models: Sequence[Model], column: str) -> bool:
     return any(column in model.distances + model.changes for model in models)
-
-
-def _natural(name: Any) -> list[tuple[int, str]]:
-    """Sort key that puts features.10 after features.4."""
-    parts = re.split(r"(\d+)", str(name))
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]

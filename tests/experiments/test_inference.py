@@ -11,7 +11,7 @@ import scipy.stats
 from _correlations import BOTH, METRICS, drawn, table
 from statsmodels.regression.mixed_linear_model import MixedLM
 
-from experiments.inference import claims, compare, mixed_model, versus
+from experiments.inference import beyond, claims, compare, holm, mixed_model, versus
 from experiments.stats import StatsError
 
 # Comparisons
@@ -57,6 +57,20 @@ def test_comparison_names_what_is_missing_or_twice():
         compare(per_group, {("rsa", "dec"): 1.0})
     with pytest.raises(StatsError, match="a pair twice in a group"):
         compare(pd.concat([per_group, per_group]), {("cka", "dec"): 1.0})
+
+
+def test_metrics_are_compared_with_the_energy_removed():
+    z = np.concatenate([drawn(seed=4), drawn(seed=5)[:, :, :1]], axis=2)
+    z[:, :, 0] = z[:, :, 5] + 0.3 + 0.05 * z[:, :, 1]
+    per_group = table(z, (*METRICS, "energy"))
+    found = beyond(per_group, "dec")
+    assert [test.name for test in found] == list(METRICS)
+    alone = [compare(per_group, {(m, "dec"): 1, ("energy", "dec"): -1}) for m in METRICS]
+    np.testing.assert_array_equal([t.estimate for t in found], [t.estimate for t in alone])
+    np.testing.assert_array_equal([t.p for t in found], holm([t.p for t in alone]))
+    assert found[0].low > 0.25
+    with pytest.raises(StatsError, match="no row of 'energy' against 'dec'"):
+        beyond(table(drawn()), "dec")
 
 
 # The mixed model

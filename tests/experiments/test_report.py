@@ -12,14 +12,14 @@ import pytest
 from _page import CHANGES, FIVE, drawn, page_of
 from _toy import toy_study
 
-from experiments import report
+from experiments import findings, report
 from experiments.controls import partial_correlations
 from experiments.figures import CHANGE_NAMES, METRIC_NAMES
-from experiments.inference import Claim, claims, intervals
+from experiments.inference import Claim, beyond, claims, intervals, mixed_model
 from experiments.published import PUBLISHED
 from experiments.report import Plate, ReportError, write_report
 from experiments.run import run, run_folder
-from experiments.stats import METRICS, PERFORMANCE, PROBES, correlations, summary
+from experiments.stats import BASELINE, METRICS, PERFORMANCE, PROBES, correlations, summary
 from experiments.store import StoreError
 
 
@@ -117,7 +117,7 @@ def test_names_are_text_wherever_they_stand(tmp_path: Path) -> None:
     assert not [of for _, of in page.elements if "onerror" in of]
     assert "49" not in page.tables  # expressions in names are not run
     captions = [caption for caption in page.tables if caption.startswith(evil)]
-    assert len(captions) == 2
+    assert len(captions) == 3
     labels = [of["aria-label"] for tag, of in page.elements if tag == "svg"]
     assert labels
     assert all(label and label.startswith(f"{evil}") for label in labels)
@@ -274,6 +274,7 @@ def test_the_least_table_of_somebody_else(tmp_path: Path) -> None:
     [
         (("decodability_refit",), "decodability_refit"),
         (("decodability_refit", "decodability_paper"), "decodability_paper"),
+        (("decodability_refit", "margin_refit"), "margin_refit"),
     ],
 )
 @pytest.mark.usefixtures("undrawn")
@@ -290,14 +291,14 @@ def test_claims_are_told_as_they_came_out(
             Claim(3, "C.", None, *[float("nan")] * 4, ["C: unknown"]),
         ]
 
-    monkeypatch.setattr(report, "claims", judged)
+    monkeypatch.setattr(findings, "claims", judged)
     page = page_of(drawn(changes=("rank_deficit", *probes)), tmp_path)
     assert asked == [({"net"}, "rank_deficit", second)]
     text = page.said()
     assert "Held A <i>. Of the metric that decides: difference 0.51 [0.25, 0.77], " in text
     assert "permutation p < 0.001. CKA: 1 & 2 none: 3" in text
     assert "Not held B. Difference -0.30 [-0.40, -0.20], permutation p = 0.031. Not dec" in text
-    assert f"Not decided C. C: unknown Decodability: {CHANGE_NAMES[second]}." in text
+    assert f"Not decided C. C: unknown Decodability here: {CHANGE_NAMES[second]}." in text
 
 
 def test_claims_are_those_of_the_statistics(tmp_path: Path) -> None:
@@ -312,6 +313,33 @@ def test_claims_are_those_of_the_statistics(tmp_path: Path) -> None:
         assert re.search(
             rf"{verdict} {re.escape(claim.text)} [^.]*{re.escape(numbers)}", text, re.I
         )
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_mixed_model_and_the_baseline_are_those_of_the_statistics(tmp_path: Path) -> None:
+    table = drawn(classes=8, seed=3)
+    table["energy"] = table["procrustes"].to_numpy()[::-1]
+    table["cka"] += 3 * table["rank_deficit"]
+    table["pwcca"] -= 3 * table["rank_deficit"]
+    page = page_of(table, tmp_path)
+    per_group = correlations(table, [*FIVE, BASELINE], CHANGES)
+    model = mixed_model(per_group, "rank_deficit", "decodability_refit")
+    (rows,) = (rows for title, rows in page.tables.items() if title.startswith("net, mixed model"))
+    assert [[cell.text for cell in row[:3]] for row in rows[1:]] == [
+        [test.name, f"{test.estimate:.2f}", f"[{test.low:.2f}, {test.high:.2f}]"]
+        for test in model.contrasts
+    ]
+    assert ("The fit is at its boundary" in page.said()) is model.boundary
+    tests = beyond(per_group, "rank_deficit")
+    more = ", ".join(METRIC_NAMES[test.name] for test in tests if test.low > 0)
+    less = ", ".join(METRIC_NAMES[test.name] for test in tests if test.high < 0)
+    assert "CKA" in more
+    assert "PWCCA" in less
+    told = (
+        f"the loss of {CHANGE_NAMES['rank_deficit']} is followed better by {more}; worse by {less}"
+    )
+    assert f"Against the mere energy removed, {told}" in page.said()
+    assert "8: 0.0078" in page.said()
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -1,0 +1,183 @@
+"""What a report says of a network: correlations, claims, controls and the quality of its data."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pandas as pd  # type: ignore[import-untyped]
+
+from .controls import corrected, partial_correlations, reliability
+from .figures import METRIC_NAMES
+from .inference import Claim, MixedModel, beyond, claims, intervals, mixed_model
+from .stats import BASELINE, StatsError, changes_of, correlations, distances_of, summary
+
+GROUP = ["class", "layer"]
+PERFORMANCE = "rank_deficit"
+# The first that a table has. Accuracies of held-out stimuli tie in most cells: the margin is what
+# can be told of the same probe.
+DECODABILITY = ("decodability_paper", "margin_refit", "decodability_refit")
+DRAWN = ("rank_deficit", "log_probability", *DECODABILITY)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network of a run, under the name that it has on the page."""
+
+    name: str
+    own_name: str
+    run: str
+    table: pd.DataFrame
+    configuration: dict[str, Any]
+    about: dict[str, Any]
+
+    @cached_property
+    def distances(self) -> list[str]:
+        return distances_of(self.table)
+
+    @cached_property
+    def changes(self) -> list[str]:
+        return changes_of(self.table)
+
+    @cached_property
+    def drawn(self) -> list[str]:
+        """The changes that have figures: those of the claims, and what is close to them."""
+        return [name for name in DRAWN if name in self.changes] or self.changes[:4]
+
+    @cached_property
+    def decodability(self) -> str | None:
+        """The change that stands for decodability."""
+        return next((name for name in DECODABILITY if name in self.changes), None)
+
+    @property
+    def random(self) -> bool:
+        """Whether the cells are a control, drawn at random."""
+        return bool(self.configuration.get("cells") == "random")
+
+    @cached_property
+    def per_group(self) -> pd.DataFrame:
+        return correlations(self.table, self.distances, self.changes)
+
+    @cached_property
+    def estimates(self) -> pd.DataFrame:
+        return intervals(self.per_group)
+
+    @cached_property
+    def layers(self) -> list[str]:
+        known = self.configuration.get("layers")
+        return list(known or sorted(self.table["layer"].unique(), key=_natural))
+
+    @cached_property
+    def classes(self) -> list[str]:
+        return list(self.configuration.get("classes") or map(str, self.table["class"].unique()))
+
+
+def judged(model: Model) -> list[tuple[Claim, list[str]]] | None:
+    """The claims and what is said of each, metrics by the names that the page has for them."""
+    if PERFORMANCE not in model.changes or model.decodability is None:
+        return None
+    told = []
+    for claim in claims(model.per_group, PERFORMANCE, model.decodability):
+        parts = [detail.partition(": ") for detail in claim.details]
+        details = [f"{METRIC_NAMES.get(name, name)}{colon}{rest}" for name, colon, rest in parts]
+        # A lone line repeats the numbers of the claim, where it has any.
+        told.append(
+            (claim, [] if len(details) == 1 and not math.isnan(claim.estimate) else details)
+        )
+    return told
+
+
+def fitted(model: Model) -> MixedModel | None:
+    """The paper's mixed model, where the table has what it needs."""
+    if PERFORMANCE not in model.changes or model.decodability is None:
+        return None
+    try:
+        return mixed_model(model.per_group, PERFORMANCE, model.decodability)
+    except StatsError:
+        return None
+
+
+def against_baseline(model: Model) -> dict[str, tuple[list[str], list[str]]]:
+    """By change, the metrics that follow it more than the energy removed does, and those less."""
+    if BASELINE not in model.distances:
+        return {}
+    found = {}
+    for change in filter(None, (PERFORMANCE, model.decodability)):
+        if change in model.changes:
+            tests = beyond(model.per_group, change)
+            more = [METRIC_NAMES[test.name] for test in tests if test.low > 0]
+            less = [METRIC_NAMES[test.name] for test in tests if test.high < 0]
+            found[change] = more, less
+    return found
+
+
+def partial(model: Model) -> dict[tuple[str, str], tuple[float, float]] | None:
+    """Mean correlations, and those given the cells' sizes and energies."""
+    metrics = [name for name in model.distances if name != BASELINE]
+    if not metrics or not {"size", BASELINE} <= set(model.table.columns):
+        return None
+    given = _means(partial_correlations(model.table, metrics, model.drawn))
+    plain = model.estimates.set_index(["distance", "change"])["estimate"]
+    return {key: (plain[key], value) for key, value in given.items()}
+
+
+def _means(per_group: pd.DataFrame) -> dict[tuple[str, str], float]:
+    """Mean correlation by distance and change, over the groups that have one."""
+    means = per_group.groupby(["distance", "change"], sort=False)["spearman"].mean()
+    return dict(means.items())
+
+
+def without_noise(model: Model) -> dict[tuple[str, str], tuple[float, float]] | None:
+    """Mean correlations, and those that a function change without noise would give."""
+    known = reliability(model.table, model.changes)
+    if known.empty:
+        return None
+    found = corrected(summary(model.per_group), known).dropna(subset=["reliability"])
+    keys = zip(found["distance"], found["change"], strict=True)
+    return dict(zip(keys, zip(found["spearman"], found["corrected"], strict=True), strict=True))
+
+
+def quality(model: Model) -> dict[str, Any]:
+    """Groups without a correlation by reason, ties, reliability, cells that hold nothing."""
+    names = [*model.distances, *model.changes]
+    groups = model.table.groupby(GROUP, observed=True, dropna=False)
+    holed = model.table[names].isna().groupby([model.table[key] for key in GROUP]).any()
+    constant = (groups[names].nunique() <= 1) & ~holed
+    known = reliability(model.table, model.changes).set_index("change")
+    dead = (model.table[model.distances] == 0).any(axis=1)
+    return {
+        "changes": {
+            name: {
+                "constant": int(constant[name].sum()),
+                "nan": int(holed[name].sum()),
+                "tied": _tied(model.table, name),
+                "reliability": known["reliability"].get(name, math.nan),
+                "source": known["source"].get(name, ""),
+            }
+            for name in model.changes
+        },
+        "distances": {
+            METRIC_NAMES[name]: (int(constant[name].sum()), int(holed[name].sum()))
+            for name in model.distances
+            if constant[name].any() or holed[name].any()
+        },
+        "reliable": len(known) > 0,
+        "dead": int(dead.sum()),
+        "rows": len(model.table),
+    }
+
+
+def _tied(table: pd.DataFrame, change: str) -> float:
+    """The share of a change's values that another cell of the same class and layer has too."""
+    known = table[table[change].notna()]
+    same = known.groupby([*GROUP, change], observed=True)[change].transform("size")
+    return float((same > 1).mean())
+
+
+def _natural(name: Any) -> list[tuple[int, str]]:
+    """Sort key that puts features.10 after features.4."""
+    parts = re.split(r"(\d+)", str(name))
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
