@@ -293,7 +293,10 @@ def stats(
         list[str] | None,
         typer.Option(help="Columns that name a group; of model, class, layer those there are."),
     ] = None,
-    cell: Annotated[str, typer.Option(help="Column that tells a group's cells apart.")] = "cell",
+    cell: Annotated[
+        list[str] | None,
+        typer.Option(help="Columns that tell a group's cells apart; cell by default."),
+    ] = None,
     similarities: Annotated[
         list[str] | None,
         typer.Option(help="Of the distances those that are similarities: negated."),
@@ -308,10 +311,12 @@ def stats(
     """Correlate any table's distances with its function changes, group by group."""
     with _one_line_errors():
         from .stats import changes_of, correlations, distances_of
-        from .tables import read, remarks, write
+        from .tables import check_suffix, read, remarks, write
         from .terminal import show_correlations
 
-        rows = read(table, cell)
+        if out is not None:
+            check_suffix("out", out)
+        rows = read(table, _split(cell) or ["cell"])
         sides = _split(distances) or distances_of(rows), _split(changes) or changes_of(rows)
         keys = _split(by) or [name for name in ("model", "class", "layer") if name in rows.columns]
         turned = _split(similarities) or []

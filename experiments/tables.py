@@ -16,43 +16,48 @@ _AGAINST = 0.2  # of a median correlation below 0: smaller ones are common among
 SUFFIXES = (".csv", ".parquet")
 
 
-def read(path: str | os.PathLike[str], cell: str = "cell") -> pd.DataFrame:
+def read(path: str | os.PathLike[str], cell: Sequence[str] = ("cell",)) -> pd.DataFrame:
     """Read a table, one row per cell.
 
     Parameters
     ----------
     path : path
         A CSV file with a line of column names, or a Parquet file.
-    cell : str
-        The column that tells a group's cells apart, if there is one; it is named ``cell`` then.
+    cell : sequence of str
+        The columns that tell a group's cells apart; one ``cell`` takes their place. By default
+        the column of that name, if there is one.
 
     Raises
     ------
     StatsError
-        The file is of another kind or can't be read as its own, or has no column ``cell`` though
-        it is named otherwise.
+        The file is of another kind or can't be read as its own, or lacks a column of ``cell``.
     OSError
         There is no such file.
     """
     path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise StatsError(f"table: {path} ends with {path.suffix!r}; expected .csv or .parquet")
+    check_suffix("table", path)
     reader = pd.read_csv if path.suffix == ".csv" else pd.read_parquet
     try:
         table = reader(path)
     except (ValueError, ImportError) as error:  # of pandas and of pyarrow
         reason = str(error).strip().splitlines()[0]
         raise StatsError(f"table: {path} can't be read ({reason})") from None
-    if cell == "cell":
+    if list(cell) == ["cell"]:
         return table
-    check_columns(table, cell=[cell])
-    return table.drop(columns="cell", errors="ignore").rename(columns={cell: "cell"})
+    check_columns(table, cell=cell)
+    number = table.groupby(list(cell), sort=True, dropna=False).ngroup()
+    return table.drop(columns=list(cell)).assign(cell=number)
+
+
+def check_suffix(argument: str, path: Path) -> None:
+    """Raise StatsError where a file's name says neither CSV nor Parquet."""
+    if path.suffix not in SUFFIXES:
+        raise StatsError(f"{argument}: {path} ends with {path.suffix!r}; expected .csv or .parquet")
 
 
 def write(table: pd.DataFrame, path: Path) -> None:
     """Write a table as what its name ends with."""
-    if path.suffix not in SUFFIXES:
-        raise StatsError(f"out: {path} ends with {path.suffix!r}; expected .csv or .parquet")
+    check_suffix("out", path)
     with replacing(path) as temporary:
         if path.suffix == ".csv":
             table.to_csv(temporary, index=False)

@@ -38,8 +38,12 @@ def test_what_is_written_is_read(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"table{suffix}"
     write(published(), path)
     pd.testing.assert_frame_equal(read(path), published(), rtol=1e-15)
-    renamed = read(path, cell="tile")
-    assert renamed["cell"].equals(published()["tile"].rename("cell"))
+    renamed = read(path, cell=["tile"])
+    assert renamed["cell"].tolist() == published()["tile"].tolist()
+    assert "tile" not in renamed
+    two = published().assign(row=lambda t: t["tile"] // 4, column=lambda t: t["tile"] % 4)
+    write(two, path)
+    assert read(path, cell=["row", "column"])["cell"].tolist() == two["tile"].tolist()
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
@@ -55,7 +59,7 @@ def test_files_that_cant_be_read_are_named(tmp_path: Path) -> None:
         read(tmp_path / "none.csv")
     write(published(), tmp_path / "b.csv")
     with pytest.raises(StatsError, match="cell: the table has no column 'patch'"):
-        read(tmp_path / "b.csv", cell="patch")
+        read(tmp_path / "b.csv", cell=["patch"])
 
 
 def test_a_whole_table_needs_no_remark() -> None:
