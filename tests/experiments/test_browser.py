@@ -67,7 +67,7 @@ def browse(url: str, folder: Path, *options: str) -> str:
     assert BROWSER is not None
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
     command += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000", *options]
-    done = subprocess.run([*command, url], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([*command, url], capture_output=True, text=True, timeout=300, check=True)
     return done.stdout
 
 
