@@ -14,6 +14,7 @@ from .stats import (
     correlate,
     correlations,
     grouped,
+    rows_of,
     summary,
 )
 
@@ -74,14 +75,7 @@ def partial_correlations(
         x, y, z = (centred_ranks(column[index]) for column in columns)
         found[groups] = correlate(_left(x, z), _left(y, z))
         size[groups] = index.shape[1]
-    pairs = len(distances) * len(changes)
-    table = keys.loc[keys.index.repeat(pairs)].reset_index(drop=True)
-    return table.assign(
-        distance=np.tile(np.repeat(distances, len(changes)), len(keys)),
-        change=np.tile(changes, len(keys) * len(distances)),
-        spearman=found.ravel(),
-        n=size.repeat(pairs),
-    )
+    return rows_of(keys, distances, changes, size, spearman=found)
 
 
 def _left(x: Floats, z: Floats) -> Floats:

@@ -94,15 +94,7 @@ def correlations(
         spearman[groups] = correlate(centred_ranks(x), centred_ranks(y))
         kendall[groups] = _taus(x, y)
         size[groups] = index.shape[1]
-    pairs = shape[1] * shape[2]
-    found = keys.loc[keys.index.repeat(pairs)].reset_index(drop=True)
-    return found.assign(
-        distance=np.tile(np.repeat(distances, shape[2]), shape[0]),
-        change=np.tile(changes, shape[0] * shape[1]),
-        spearman=spearman.ravel(),
-        kendall=kendall.ravel(),
-        n=size.repeat(pairs),
-    )
+    return rows_of(keys, distances, changes, size, spearman=spearman, kendall=kendall)
 
 
 def grouped(
@@ -121,6 +113,24 @@ def grouped(
                 yield some, order[first[some][:, None] + np.arange(n)]
 
     return groups.size().index.to_frame(index=False), blocks()
+
+
+def rows_of(
+    keys: pd.DataFrame,
+    distances: Sequence[str],
+    changes: Sequence[str],
+    size: NDArray[np.int64],
+    **values: Floats,
+) -> pd.DataFrame:
+    """A row for each group, distance and change, of values (groups, distances, changes)."""
+    pairs = len(distances) * len(changes)
+    found = keys.loc[keys.index.repeat(pairs)].reset_index(drop=True)
+    return found.assign(
+        distance=np.tile(np.repeat(distances, len(changes)), len(keys)),
+        change=np.tile(changes, len(keys) * len(distances)),
+        **{name: value.ravel() for name, value in values.items()},
+        n=size.repeat(pairs),
+    )
 
 
 def centred_ranks(values: Floats) -> Floats:
