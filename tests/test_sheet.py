@@ -290,10 +290,10 @@ def test_gpu_tests_that_hang_are_stopped(tmp_path, monkeypatch):
         "import time\n\nimport pytest\n\n\n@pytest.mark.gpu\ndef test_a():\n    assert True\n\n\n"
         "@pytest.mark.gpu\ndef test_b():\n    time.sleep(600)\n"
     )
-    found = sheet.gpu_tests(limit=40)
-    assert found["why"] == "stopped after 40 s"
+    found = sheet.gpu_tests(limit=5)
+    assert found["why"] == "stopped after 5 s"
     assert found["exit_code"] is None
-    assert found["seconds"] < 500
+    assert found["seconds"] < 60
     assert found["counts"].get("passed") == 1
 
 
