@@ -66,6 +66,10 @@ class Model:
         return intervals(self.per_group)
 
     @cached_property
+    def reliability(self) -> pd.DataFrame:
+        return reliability(self.table, self.changes)
+
+    @cached_property
     def layers(self) -> list[str]:
         known = self.configuration.get("layers")
         return list(known or sorted(self.table["layer"].unique(), key=_natural))
@@ -132,10 +136,9 @@ def _means(per_group: pd.DataFrame) -> dict[tuple[str, str], float]:
 
 def without_noise(model: Model) -> dict[tuple[str, str], tuple[float, float]] | None:
     """Mean correlations, and those that a function change without noise would give."""
-    known = reliability(model.table, model.changes)
-    if known.empty:
+    if model.reliability.empty:
         return None
-    found = corrected(summary(model.per_group), known).dropna(subset=["reliability"])
+    found = corrected(summary(model.per_group), model.reliability).dropna(subset=["reliability"])
     keys = zip(found["distance"], found["change"], strict=True)
     return dict(zip(keys, zip(found["spearman"], found["corrected"], strict=True), strict=True))
 
@@ -146,7 +149,7 @@ def quality(model: Model) -> dict[str, Any]:
     groups = model.table.groupby(GROUP, observed=True, dropna=False)
     holed = model.table[names].isna().groupby([model.table[key] for key in GROUP]).any()
     constant = (groups[names].nunique() <= 1) & ~holed
-    known = reliability(model.table, model.changes).set_index("change")
+    known = model.reliability.set_index("change")
     dead = (model.table[model.distances] == 0).any(axis=1)
     return {
         "changes": {
