@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +60,33 @@ class Job(NamedTuple):
 
     studies: list[Study]
     source: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How any process makes the studies of a run: what was asked for, and of what networks."""
+
+    asked: Asked
+    names: tuple[str, ...] = ()
+    preset: str | None = None
+    sampled: bool = False
+
+    @property
+    def small(self) -> bool:
+        """Whether all networks are the small ones that come with the package."""
+        return self.preset is None and all(name in SMALL for name in self.names)
+
+    def job(self) -> Job:
+        """Make them; raises JobError, DataError, ModelError, StudyError, LayerError."""
+        torch.set_flush_denormal(True)  # tiny activations are slow on a CPU otherwise
+        if self.preset is not None:
+            return of_preset(self.preset, self.asked)
+        return of_models(self.names, self.asked, self.sampled)
+
+    def __call__(self, device: str) -> list[Study]:
+        """The studies on a device."""
+        asked = replace(self.asked, study=self.asked.study | {"device": device})
+        return replace(self, asked=asked).job().studies
 
 
 def of_models(names: Sequence[str], asked: Asked, sampled: bool) -> Job:

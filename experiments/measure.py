@@ -63,7 +63,7 @@ def rows(study: Study, units: Sequence[Unit]) -> Iterator[pd.DataFrame]:
 
     Yields
     ------
-    DataFrame, one row per cell of the grid
+    DataFrame, one row per target class and cell of the grid
         For each unit, in their order.
 
     Raises
@@ -71,21 +71,23 @@ def rows(study: Study, units: Sequence[Unit]) -> Iterator[pd.DataFrame]:
     StudyError
         A layer's activations are not finite, or the memory is too little for a layer.
     """
-    labels = {str(study.class_name(label)): label for label in study.targets}
-    wanted: dict[str, list[int]] = {}
+    wanted: dict[str, list[list[int]]] = {}
     for unit in units:
-        wanted.setdefault(unit.layer, []).append(labels[unit.target])
+        wanted.setdefault(unit.layer, []).append(study.targets_of(unit))
     sizes = held(study)
     with torch.no_grad():
         # Groups of all layers, and the room beside a whole group, whatever is wanted of it: what
         # runs together decides the bits, and a resumed run is to have the same.
         for group in groups(study, study.layers):
             mine = [layer for layer in group if layer in wanted]
-            shown = _shown(study, mine, {label for layer in mine for label in wanted[layer]})
+            labels = {label for layer in mine for block in wanted[layer] for label in block}
+            shown = _shown(study, mine, labels)
             for layer in mine:
                 left = sum(sizes[name] for name in group[group.index(layer) :])
-                for label in wanted[layer]:
-                    yield _unit(study, layer, label, shown[layer], (study.memory - left) // 2)
+                room = (study.memory - left) // 2
+                for block in wanted[layer]:
+                    found = [_target(study, layer, label, shown[layer], room) for label in block]
+                    yield pd.concat(found, ignore_index=True)
                 del shown[layer]
 
 
@@ -176,7 +178,7 @@ class Represented(NamedTuple):
     decodability: dict[str, Any]
 
 
-def _unit(study: Study, layer: str, label: int, shown: Shown, room: int) -> pd.DataFrame:
+def _target(study: Study, layer: str, label: int, shown: Shown, room: int) -> pd.DataFrame:
     where = f"{study.name}, layer {layer}"
     forward, n_cells = study.forward, study.n_cells
     states = shown.states.pop(label)

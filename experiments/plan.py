@@ -45,9 +45,9 @@ class Plan:
     cells: int
     images: int  # of each target class, the mean
     stimuli: int
-    passes: int  # of all images, one for each group of layers
-    pass_flops: float  # of one of them
-    pass_seconds: float  # of all of them
+    passes: int  # of all images, one for each group of layers, or for each unit
+    pass_flops: float  # of all of them
+    pass_seconds: float
     held: int  # bytes of the group of layers that holds the most
     memory: int
 
@@ -58,10 +58,10 @@ class Plan:
     @property
     def flops(self) -> float:
         each = (line.forward_flops + line.metric_flops for line in self.layers)
-        return self.passes * self.pass_flops + sum(each)
+        return self.pass_flops + sum(each)
 
 
-def plan(study: Study, units: Sequence[Unit] | None = None) -> Plan:
+def plan(study: Study, units: Sequence[Unit] | None = None, apart: bool = False) -> Plan:
     """Count and estimate what a study takes, from a few passes and small metrics.
 
     Parameters
@@ -69,6 +69,8 @@ def plan(study: Study, units: Sequence[Unit] | None = None) -> Plan:
     study : Study
     units : sequence of Unit, optional
         Those that are to be measured, at least one; all by default.
+    apart : bool
+        Whether each unit makes a pass of its own, up to its layer, as where workers share them.
 
     Returns
     -------
@@ -93,13 +95,15 @@ def plan(study: Study, units: Sequence[Unit] | None = None) -> Plan:
     speed = whole_flops / per_image
     sizes = held(study)
     grouped = [group for group in groups(study, study.layers) if set(group) & set(names)]
+    heads = [(costs[unit.layer].head_flops, costs[unit.layer].head_seconds) for unit in units]
+    shown = heads if apart else [(whole_flops, per_image * len(images))] * len(grouped)
     fixed, by_neuron = _metric_seconds(study)
     by_fit = _fit_seconds(study) if "paper" in study.probes else 0.0
     n_cells = study.n_cells
     lines = []
     for name in names:
         cost, p = costs[name], study.sizes[name].neurons
-        targets = sum(unit.layer == name for unit in units)
+        targets = sum(len(study.targets_of(unit)) for unit in units if unit.layer == name)
         passes = targets * n_cells * own
         spectral = 1 + n_cells * ("pwcca" in study.metrics)
         fits = targets * (1 + n_cells) * study.draws.of(p) if "paper" in study.probes else 0
@@ -120,13 +124,13 @@ def plan(study: Study, units: Sequence[Unit] | None = None) -> Plan:
     return Plan(
         name=study.name,
         layers=lines,
-        targets=len({unit.target for unit in units}),
+        targets=len({label for unit in units for label in study.targets_of(unit)}),
         cells=n_cells,
         images=round(own),
         stimuli=study.stimuli,
-        passes=len(grouped),
-        pass_flops=whole_flops * len(study.labels),
-        pass_seconds=per_image * len(grouped) * len(study.labels),
+        passes=len(shown),
+        pass_flops=sum(flops for flops, _ in shown) * len(study.labels),
+        pass_seconds=sum(seconds for _, seconds in shown) * len(study.labels) / len(images),
         held=max(sum(sizes[name] for name in group if name in names) for group in grouped),
         memory=study.memory,
     )

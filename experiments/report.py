@@ -131,8 +131,9 @@ def _load(runs: Run | Sequence[Run]) -> list[dict[str, Any]]:
     for run in loaded:
         run["models"] = [_model(name, run, shared.count(name) > 1) for name in run["names"]]
         run["about"] = dict(run["study"].get("about", {}))
-        seconds = run["about"].pop("seconds", None)
-        run["took"] = None if seconds is None else timedelta(seconds=round(seconds))
+        seconds = run["study"].get("seconds", 0.0)
+        run["took"] = timedelta(seconds=round(seconds)) if seconds else None
+        run["missing"] = table.attrs.get("missing")
         run["versions"] = run["study"].get("configuration", {}).get("versions", {})
     return loaded
 

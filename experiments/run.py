@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
-import time
+import warnings
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd  # type: ignore[import-untyped]
 
-from .store import Store, Unit
+from .executors import Event, Executor, ExecutorError
+from .executors.worker import Serial, version_of
+from .lock import driving
+from .shard import Shard
+from .store import KEYS, Store, Unit, digest
 
 if TYPE_CHECKING:
     from .study import Study
 
-KEYS = ["model", "class", "layer", "cell"]
+TRIES = 3  # of a unit, before it is recorded as failed
 
 
 class RunError(ValueError):
@@ -23,19 +28,21 @@ class RunError(ValueError):
 
 
 class Step(NamedTuple):
-    """Where a run is: the unit that starts now (the last one, once ``done == total``)."""
+    """Where a run is, and what has just happened."""
 
-    unit: Unit
+    event: Event
     done: int
+    failed: int
     total: int
 
 
+Progress = Callable[[Step], object]
+
+
 def run(
-    studies: Sequence[Study],
-    store: Store | None = None,
-    progress: Callable[[Step], object] | None = None,
+    studies: Sequence[Study], store: Store | None = None, progress: Progress | None = None
 ) -> pd.DataFrame:
-    """Run some studies of different names as one.
+    """Run some studies of different names as one, in this process.
 
     Parameters
     ----------
@@ -44,7 +51,7 @@ def run(
         What `run_folder` gives. Each finished unit is stored there at once, those that are there
         already are not computed, and ``results.parquet`` is written at the end.
     progress : callable, optional
-        Called with a `Step` before each unit that is computed, and at the end.
+        Called with a `Step` when a unit starts, is done, or has failed.
 
     Returns
     -------
@@ -65,44 +72,109 @@ def run(
     RunError
         Two studies have one name.
     StudyError
-        A layer's activations are not finite.
+        A layer's activations are not finite, and there is no store. With one, the unit is tried
+        again where that may help, then recorded as failed, left out, and warned of.
     StoreError
-        A stored unit can't be read.
+        A unit can't be stored, another process works in the folder, or no unit could be measured.
     """
     _check_names(studies)
-    units = [unit for study in studies for unit in study.units]
-    left = set(units if store is None else store.left(units))
-    parts, done, start = [], len(units) - len(left), time.perf_counter()
-    try:
-        for study in studies:
-            todo = [unit for unit in study.units if unit in left]
-            measured = study.measure(todo)
-            for unit in todo:
-                if progress is not None:
-                    progress(Step(unit, done, len(units)))
-                part = next(measured)
-                parts.append(part)
-                if store is not None:
-                    store.put(unit, part)
-                done += 1
-    finally:
-        if store is not None and parts:
-            store.took(time.perf_counter() - start)
-    if progress is not None and units:
-        progress(Step(units[-1], done, len(units)))
-    table = pd.concat(parts, ignore_index=True) if store is None else store.read(units)
+    if store is not None:
+        failed = drive(store, Serial(studies, store), progress=progress)
+        if failed:
+            unit, error = next(iter(failed.items()))
+            warnings.warn(
+                f"{len(failed)} of {len(store.units)} units failed and are left out, such as "
+                f"{unit}: {error}",
+                stacklevel=2,
+            )
+        return store.compact()
+    total, parts = sum(len(study.units) for study in studies), []
+    for study in studies:
+        for unit, rows in zip(study.units, study.measure(study.units), strict=True):
+            parts.append(rows)
+            if progress is not None:
+                progress(Step(Event("done", unit, ""), len(parts), 0, total))
+    table = pd.concat(parts, ignore_index=True)
     table = table.sort_values(KEYS, kind="stable", ignore_index=True)
     notes = {study.name: study.note for study in studies if study.note is not None}
     table.attrs = {"notes": notes} if notes else {}
-    if store is not None:
-        store.finish(table)
     return table
 
 
+def drive(
+    store: Store,
+    executor: Executor,
+    shard: Shard = Shard(),  # noqa: B008  (it is immutable)
+    progress: Progress | None = None,
+) -> dict[Unit, str]:
+    """Have an executor measure what is left of a run.
+
+    A unit that fails is tried again after the others, `TRIES` times in all, where that may help.
+
+    Parameters
+    ----------
+    store : Store
+    executor : Executor
+    shard : Shard, optional
+        The part of the run's units that is to be measured.
+    progress : callable, optional
+        Called with a `Step` when a unit starts, is done, or has failed.
+
+    Returns
+    -------
+    dict
+        The units that failed, each with its error; they are also recorded in the folder.
+
+    Raises
+    ------
+    StoreError
+        A unit can't be stored, or another process works in the folder.
+    ExecutorError
+        No worker can start.
+    """
+    with driving(store.folder, shard, executor.workers):
+        units = shard.of(store.units)
+        store.tidy(units)
+        todo = deque(store.left(units))
+        done, tries, failed = len(units) - len(todo), Counter[Unit](), dict[Unit, str]()
+        if not todo:
+            return {}
+        with closing(executor.run(todo)) as events:  # type: ignore[type-var]
+            for event in events:
+                unit = event.unit
+                if event.what == "done":
+                    _check_stored(store, event)
+                    done += 1
+                elif event.what == "failed":
+                    tries[unit] += 1
+                    if event.again and tries[unit] < TRIES:
+                        todo.append(unit)
+                    else:
+                        failed[unit] = event.error
+                        store.fail(unit, event.error, details=event.details, worker=event.worker)
+                if progress is not None:
+                    progress(Step(event, done, len(failed), len(units)))
+    return failed
+
+
+def _check_stored(store: Store, event: Event) -> None:
+    if not store.path(event.unit).exists():
+        raise ExecutorError(
+            f"out: {event.worker} has stored {event.unit} where this process sees no part in "
+            f"{store.folder}; expected a folder that all machines share"
+        )
+
+
 def run_folder(
-    studies: Sequence[Study], out: str | os.PathLike[str], about: dict[str, Any] | None = None
+    studies: Sequence[Study],
+    out: str | os.PathLike[str],
+    about: dict[str, Any] | None = None,
+    workers: int = 1,
 ) -> Store:
     """Make a run's folder, or open one to go on with.
+
+    The memory of studies that were not given any is settled here, once for all that work on the
+    run: what runs together decides the last bits.
 
     Parameters
     ----------
@@ -112,6 +184,8 @@ def run_folder(
         A new or empty folder, or one of an earlier run of the same studies.
     about : dict, optional
         JSON-able things that the report is to say about the run.
+    workers : int
+        Processes of this machine that share what memory of it is free.
 
     Raises
     ------
@@ -123,24 +197,50 @@ def run_folder(
         ``out`` can't be written.
     """
     _check_names(studies)
-    configuration = {
+
+    def facts() -> dict[str, Any]:
+        for study in studies:
+            if not study.own_memory and study.device.type == "cpu":
+                study.memory //= workers
+        return {
+            "memory": {study.name: study.memory for study in studies},
+            "about": {**(about or {}), "models": {study.name: study.about() for study in studies}},
+        }
+
+    store = Store.create(out, _configuration(studies), facts)
+    _settle(studies, store)
+    return store
+
+
+def join(studies: Sequence[Study], store: Store) -> None:
+    """Take part in a run with studies that were made anew.
+
+    Raises
+    ------
+    RunError
+        They are not those of the run.
+    """
+    if digest(_configuration(studies)) != store.hash:
+        raise RunError(
+            f"studies: those made anew for {store.folder} are not the run's; expected the same "
+            "images, weights and versions as when it began"
+        )
+    _settle(studies, store)
+
+
+def _settle(studies: Sequence[Study], store: Store) -> None:
+    for study in studies:
+        if not study.own_memory:
+            study.memory = store.study["memory"][study.name]
+
+
+def _configuration(studies: Sequence[Study]) -> dict[str, Any]:
+    return {
         "models": {study.name: study.configuration() for study in studies},
-        "versions": {name: _version(name) for name in ("repsim-kernels", "torch")},
+        "versions": {name: version_of(name) for name in ("repsim-kernels", "torch")},
     }
-
-    def all_about() -> dict[str, Any]:
-        return {**(about or {}), "models": {study.name: study.about() for study in studies}}
-
-    return Store(out, configuration, all_about)
 
 
 def _check_names(studies: Sequence[Study]) -> None:
     if len({study.name for study in studies}) < len(studies):
         raise RunError("studies: two have the same name; expected distinct names")
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"

@@ -1,4 +1,4 @@
-"""A run's folder: its configuration, one part for each finished unit, the table at the end."""
+"""A run's folder: its configuration, a part for each finished unit, the table made of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import re
+import socket
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,104 +17,254 @@ import pandas as pd  # type: ignore[import-untyped]
 
 CONFIGURATION = "study.json"
 TABLE = "results.parquet"
+KEYS = ["model", "class", "layer", "cell"]
+_FACTS = b"repsim_kernels"  # the key of a part's facts in its metadata
 
 
 class StoreError(ValueError):
     """A run folder can't be used: another configuration's, somebody else's, or damaged."""
 
 
+class DamagedError(StoreError):
+    """A part can't be read: cut off, or its bytes are not those that were written."""
+
+
 class Unit(NamedTuple):
-    """The smallest piece of work that is stored by itself."""
+    """The smallest piece of work that is stored by itself: a layer, for some target classes."""
 
     model: str
     layer: str
-    target: str
+    block: int  # of target classes, counted from 1
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.layer} {self.block}"
+
+
+def units_of(model: str, layers: Iterable[str], classes: int, block: int) -> list[Unit]:
+    """The units of so many classes, in blocks of a size: layer by layer."""
+    blocks = range(1, -(-classes // block) + 1)
+    return [Unit(model, layer, number) for layer in layers for number in blocks]
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a file beside ``path`` that takes its place only when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Give a file beside ``path`` that takes its place, on the disk, when the block ends well."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         yield temporary
+        _sync(temporary)
         os.replace(temporary, path)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 class Store:
-    """The folder of one run, new or to be gone on with.
+    """The folder of one run, which `create` made.
 
     Parameters
     ----------
     folder : path
-        Made when it does not exist. One that exists must be empty or of the same configuration.
-    configuration : dict
-        Everything that decides the rows, JSON-able: two runs of equal configuration are the same.
-    about : callable, optional
-        Gives what else a reader wants to know, JSON-able; called once, for a new folder.
+
+    Attributes
+    ----------
+    hash : str
+        Of the configuration.
+    study : dict
+        What ``study.json`` holds.
+    units : list of Unit
+        All that the run is to measure, in the order of its table's making.
 
     Raises
     ------
     StoreError
-        The folder holds another configuration or other files, or its ``study.json`` is damaged.
-    OSError
-        The folder can't be made or written.
+        The folder is not that of a run, or its ``study.json`` is damaged.
     """
 
-    def __init__(
-        self,
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / CONFIGURATION).exists():
+            raise StoreError(
+                f"run: {self.folder} has no {CONFIGURATION}; expected the folder of a run"
+            )
+        self.study = _study(self.folder)
+        self.hash: str = self.study["hash"]
+        self.units = [
+            unit
+            for model, study in self.study["configuration"].get("models", {}).items()
+            for unit in units_of(model, study["layers"], len(study["classes"]), study["block"])
+        ]
+
+    @classmethod
+    def create(
+        cls,
         folder: str | os.PathLike[str],
         configuration: dict[str, Any],
-        about: Callable[[], dict[str, Any]] = dict,
-    ) -> None:
-        self.folder = Path(folder)
+        facts: Callable[[], dict[str, Any]] = dict,
+    ) -> Store:
+        """Make a run's folder, or open it where it is there already.
+
+        Parameters
+        ----------
+        folder : path
+            One that exists must be empty or of the same configuration.
+        configuration : dict
+            Everything that decides the rows, JSON-able: two runs of equal configuration are the
+            same.
+        facts : callable, optional
+            Gives what else ``study.json`` is to hold, JSON-able; called for a new folder alone.
+
+        Raises
+        ------
+        StoreError
+            The folder holds another configuration or other files, or its ``study.json`` is damaged.
+        OSError
+            The folder can't be made or written.
+        """
+        folder = Path(folder)
         wanted = json.loads(json.dumps(configuration))
-        check(self.folder, wanted)
-        if not (self.folder / CONFIGURATION).exists():
-            text = {"hash": digest(wanted), "configuration": wanted, "about": about()}
-            self._parts.mkdir(parents=True, exist_ok=True)
-            self._write(text)
-
-    def _write(self, study: dict[str, Any]) -> None:
-        with replacing(self.folder / CONFIGURATION) as path:
-            path.write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
-
-    @property
-    def _parts(self) -> Path:
-        return self.folder / "parts"
+        check(folder, wanted)
+        if not (folder / CONFIGURATION).exists():
+            study = {"hash": digest(wanted), "configuration": wanted, **facts()}
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(folder / CONFIGURATION) as path:
+                path.write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
+            check(folder, wanted)  # two runs may have begun at once
+        return cls(folder)
 
     def path(self, unit: Unit) -> Path:
         """Where a unit's rows are: a name that no other unit has."""
-        # "-" is escaped, so that "--" only ever stands between two names.
-        safe = (re.sub(r"[^\w. +]", lambda m: f"%{ord(m[0]):02X}", name) for name in unit)
-        return self._parts / ("--".join(safe) + ".parquet")
+        return self.folder / "parts" / f"{_name(unit)}.parquet"
 
-    def left(self, units: Iterable[Unit]) -> list[Unit]:
-        """The units that are not finished, in their order."""
-        return [unit for unit in units if not self.path(unit).exists()]
+    def put(self, unit: Unit, rows: pd.DataFrame, **facts: Any) -> None:
+        """Store a finished unit's rows and JSON-able facts of it, whole or not at all.
 
-    def put(self, unit: Unit, rows: pd.DataFrame) -> None:
-        """Store a finished unit's rows, whole or not at all."""
-        self._parts.mkdir(exist_ok=True)
-        with replacing(self.path(unit)) as path:
-            rows.to_parquet(path, index=False)
+        Raises
+        ------
+        StoreError
+            It can't be written: the disk is full, or not to be written to.
+        """
+        import pyarrow  # type: ignore[import-untyped]
+        import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 
-    def read(self, units: Iterable[Unit]) -> pd.DataFrame:
-        """The rows of these units, one part after the other."""
-        return pd.concat([_read(self.path(unit)) for unit in units], ignore_index=True)
+        table = pyarrow.Table.from_pandas(rows, preserve_index=False)
+        text = json.dumps({"hash": self.hash, "unit": list(unit), **facts})
+        table = table.replace_schema_metadata({**table.schema.metadata, _FACTS: text})
+        try:
+            self.path(unit).parent.mkdir(exist_ok=True)
+            with replacing(self.path(unit)) as path:
+                parquet.write_table(table, path, write_page_checksum=True)
+            self._failure(unit).unlink(missing_ok=True)
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error).splitlines()[0]
+            raise StoreError(f"out: {self.path(unit)} can't be written ({reason})") from error
 
-    def took(self, seconds: float) -> None:
-        """Add to the time that the run is said to have taken."""
-        study = _study(self.folder)
-        study["about"]["seconds"] = study["about"].get("seconds", 0.0) + seconds
-        self._write(study)
+    def facts(self, unit: Unit) -> dict[str, Any] | None:
+        """What is known of a finished unit; None where it is not finished.
 
-    def finish(self, table: pd.DataFrame) -> Path:
-        """Write the whole table and return its path."""
+        Raises
+        ------
+        DamagedError
+            The part can't be read.
+        StoreError
+            The part is not this run's, or another unit's.
+        """
+        import pyarrow.parquet as parquet
+
+        path = self.path(unit)
+        with _reading(path):
+            try:
+                metadata = parquet.read_metadata(path).metadata or {}
+            except FileNotFoundError:
+                return None
+        facts = json.loads(metadata.get(_FACTS, "{}"))
+        if facts.get("hash") != self.hash:
+            whose = f"configuration {facts['hash']}" if "hash" in facts else "no run"
+            raise StoreError(
+                f"out: {path} is of {whose}, and the run of {self.hash}; expected parts of this "
+                "run alone: move it away"
+            )
+        if facts["unit"] != list(unit):
+            raise StoreError(
+                f"out: {path} is a part of {Unit(*facts['unit'])}; expected its own name: "
+                "move it away"
+            )
+        return dict(facts)
+
+    def finished(self, units: Iterable[Unit] | None = None) -> dict[Unit, pd.DataFrame]:
+        """The rows of the finished ones of some units, all by default, in their order.
+
+        A part that is damaged is warned of, and its unit counts as not finished.
+
+        Raises
+        ------
+        StoreError
+            A part is not this run's, or another unit's.
+        """
+        found = {}
+        for unit in self.units if units is None else units:
+            try:
+                if self.facts(unit) is not None:
+                    found[unit] = _read(self.path(unit))
+            except DamagedError as error:
+                warnings.warn(f"{error}; {unit} is to be measured again", stacklevel=2)
+        return found
+
+    def left(self, units: Iterable[Unit] | None = None) -> list[Unit]:
+        """The units that are not finished, in their order; raises what `finished` does."""
+        units = self.units if units is None else list(units)
+        done = self.finished(units)
+        return [unit for unit in units if unit not in done]
+
+    def fail(self, unit: Unit, error: str, **facts: Any) -> None:
+        """Record that a unit can't be measured, and why."""
+        self._failure(unit).parent.mkdir(exist_ok=True)
+        with replacing(self._failure(unit)) as path:
+            text = json.dumps({"unit": list(unit), "error": error, **facts}, indent=1)
+            path.write_text(text + "\n", encoding="utf-8")
+
+    def failed(self) -> dict[Unit, str]:
+        """The units that failed and are not finished, each with its error."""
+        return {
+            unit: json.loads(self._failure(unit).read_text(encoding="utf-8"))["error"]
+            for unit in self.units
+            if self._failure(unit).exists() and not self.path(unit).exists()
+        }
+
+    def compact(self) -> pd.DataFrame:
+        """Write the table of all finished units, sorted by model, class, layer and cell.
+
+        ``attrs`` has the studies' notes, by model, and how many units are missing, if any.
+
+        Raises
+        ------
+        StoreError
+            No unit is finished, or a part is not this run's.
+        """
+        done = self.finished()
+        if not done:
+            raise StoreError(f"run: {self.folder} has no finished unit; expected one or more")
+        table = pd.concat(done.values(), ignore_index=True)
+        table = table.sort_values(KEYS, kind="stable", ignore_index=True)
+        models = self.study.get("about", {}).get("models", {})
+        notes = {name: about["note"] for name, about in models.items() if about.get("note")}
+        missing = len(self.units) - len(done)
+        table.attrs = ({"notes": notes} if notes else {}) | (
+            {"missing": f"{missing} of {len(self.units)}"} if missing else {}
+        )
         with replacing(self.folder / TABLE) as path:
             table.to_parquet(path, index=False)
-        return self.folder / TABLE
+        return table
+
+    def tidy(self, units: Iterable[Unit]) -> None:
+        """Delete what runs that were killed had half written of these units."""
+        for unit in units:
+            for path in (self.path(unit), self._failure(unit)):
+                for half in path.parent.glob(f".{path.name}.*.tmp"):
+                    half.unlink(missing_ok=True)
+
+    def _failure(self, unit: Unit) -> Path:
+        return self.folder / "failed" / f"{_name(unit)}.json"
 
 
 def check(folder: Path, configuration: dict[str, Any]) -> None:
@@ -127,7 +279,7 @@ def check(folder: Path, configuration: dict[str, Any]) -> None:
                 f"out: {folder} holds a run of another configuration ({'; '.join(changed[:3])}"
                 f"{'; …' if len(changed) > 3 else ''}); expected the same one or another folder"
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise StoreError(
             f"out: {folder} holds files but no {CONFIGURATION}; "
             "expected a new or empty folder, or one of an earlier run"
@@ -135,25 +287,36 @@ def check(folder: Path, configuration: dict[str, Any]) -> None:
 
 
 def load(folder: str | os.PathLike[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The table and the ``study.json`` of a finished run.
+    """The table and the ``study.json`` of a run, with the seconds that its units took.
 
     Raises
     ------
     StoreError
-        The folder is not that of a finished run, or is damaged.
+        The folder is not that of a run with a table, or is damaged.
     """
-    folder = Path(folder)
-    if not (folder / CONFIGURATION).exists():
-        raise StoreError(f"run: {folder} has no {CONFIGURATION}; expected the folder of a run")
-    if not (folder / TABLE).exists():
+    store = Store(folder)
+    path = store.folder / TABLE
+    if not path.exists():
         raise StoreError(f"run: {folder} has no {TABLE}; expected a run that came to its end")
-    return _read(folder / TABLE), _study(folder)
+    try:
+        table = _read(path)
+    except DamagedError as error:
+        raise StoreError(f"{error}; delete it, and compact the run to make it anew") from None
+    facts = filter(None, map(store.facts, store.units))
+    seconds = sum(each.get("seconds", 0.0) for each in facts)
+    return table, store.study | {"seconds": seconds}
 
 
 def digest(configuration: dict[str, Any]) -> str:
     """A short name of a configuration: the same whatever the order of its keys."""
     text = json.dumps(configuration, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _name(unit: Unit) -> str:
+    # "-" is escaped, so that "--" only ever stands between two names.
+    safe = (re.sub(r"[^\w. +]", lambda m: f"%{ord(m[0]):02X}", str(name)) for name in unit)
+    return "--".join(safe)
 
 
 def _study(folder: Path) -> dict[str, Any]:
@@ -167,16 +330,30 @@ def _study(folder: Path) -> dict[str, Any]:
     return dict(study)
 
 
-def _read(path: Path) -> pd.DataFrame:
-    import pyarrow  # type: ignore[import-untyped]
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    import pyarrow
 
     try:
-        return pd.read_parquet(path)
+        yield
     except (pyarrow.ArrowInvalid, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise StoreError(
-            f"out: {path} can't be read ({reason}); delete it and run again to make it anew"
-        ) from None
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # not the file's fault
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise DamagedError(f"out: {path} can't be read ({reason})") from None
+
+
+def _read(path: Path) -> pd.DataFrame:
+    with _reading(path):
+        return pd.read_parquet(path, page_checksum_verification=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _differences(there: Any, here: Any, name: str = "") -> list[str]:

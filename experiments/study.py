@@ -6,7 +6,7 @@ import copy
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -20,11 +20,12 @@ from repsim_kernels.errors import OptionError
 from repsim_kernels.forward import AblatedForward
 from repsim_kernels.forward.memory import budget
 
+from .arguments import device_of, distinct, tensor
 from .measure import BATCH, Layer, StudyError, groups, rows
 from .probes import Draws
 from .run import Step, run, run_folder
 from .stats import METRICS, PROBES
-from .store import Unit
+from .store import Unit, units_of
 
 
 class Study:
@@ -78,6 +79,9 @@ class Study:
         Bytes, or text such as "8GiB", for all that is held beside the model and its images:
         activations of as many layers at a time as it takes, and what runs. By default half of what
         is free on the device.
+    block : int
+        How many target classes are measured, and stored, at a time: as many as a prefix pass of
+        the images serves, and as a run that is killed loses at most.
     note : str, optional
         What the table and the report are to say of the study, such as that it is no evidence.
     device : str or torch.device, optional
@@ -114,24 +118,26 @@ class Study:
         draws: Draws | None = None,
         seed: int = 0,
         memory: int | str | None = None,
+        block: int = 10,
         note: str | None = None,
         device: str | torch.device | None = None,
     ) -> None:
         self.name = type(model).__name__ if name is None else name
-        self.device = _device(model, device)
+        self.device = device_of(model, device)
         self.model = copy.deepcopy(model).eval().to(self.device)
-        self.layers = _distinct("layers", layers)
-        self.metrics = _distinct("metrics", metrics)
-        self.probes, self.draws = _distinct("probes", probes), draws or Draws()
+        self.layers = distinct("layers", layers)
+        self.metrics = distinct("metrics", metrics)
+        self.probes, self.draws = distinct("probes", probes), draws or Draws()
         self.grid = (int(grid[0]), int(grid[1]))
         self.cells, self.edges, self.others = cells, edges, others
-        self.seed, self.note = seed, note
+        self.seed, self.note, self.block = seed, note, block
         self.classes = None if classes is None else tuple(classes)
-        self.images = _tensor("images", images)
-        self.labels = _tensor("labels", labels).cpu()
+        self.images = tensor("images", images)
+        self.labels = tensor("labels", labels).cpu()
         self.stimuli_per_class = stimuli_per_class
         self.options = {"ridge": ridge, "penalty": penalty, "probe_ridge": probe_ridge}
         self._check_options()
+        self.own_memory = memory is not None  # asked for, not what happened to be free
         try:
             self.memory = budget(memory, self.device)
         except OptionError as error:
@@ -140,14 +146,18 @@ class Study:
         self.labels = self.labels.long()
         present, counts = (a.tolist() for a in np.unique(self.labels.numpy(), return_counts=True))
         self.present: list[int] = present
-        self.targets = present if targets is None else _distinct("targets", map(int, targets))
+        self.targets = present if targets is None else distinct("targets", map(int, targets))
         self._check_classes(dict(zip(present, counts, strict=True)))
         self._check_model()
 
     @property
     def units(self) -> list[Unit]:
-        """Every (model, layer, class) of the study, layer by layer."""
-        return [Unit(self.name, layer, t) for layer in self.layers for t in self._targets]
+        """The study's pieces of work, layer by layer."""
+        return units_of(self.name, self.layers, len(self.targets), self.block)
+
+    def targets_of(self, unit: Unit) -> list[int]:
+        """The target classes of a unit."""
+        return self.targets[(unit.block - 1) * self.block : unit.block * self.block]
 
     @property
     def _targets(self) -> dict[str, int]:
@@ -224,6 +234,7 @@ class Study:
             "probes": self.probes,
             "draws": asdict(self.draws) if "paper" in self.probes else None,
             "stimuli_per_class": self.stimuli_per_class,
+            "block": self.block,
             "images": _hash(self.images, self.labels),
             "device": self.device.type,
         }
@@ -278,6 +289,8 @@ class Study:
             raise StudyError(f"edges: {self.edges!r}; expected 'equal' or 'inclusive'")
         if self.stimuli_per_class is not None and self.stimuli_per_class < 2:
             raise StudyError(f"stimuli_per_class: {self.stimuli_per_class}; expected 2 or more")
+        if self.block < 1:
+            raise StudyError(f"block: {self.block}; expected 1 or more")
 
     def _check_images(self) -> None:
         if self.labels.ndim != 1 or self.labels.is_floating_point() or self.labels.is_complex():
@@ -358,33 +371,6 @@ class Study:
             shape, reason = tuple(self.images.shape[1:]), str(error).splitlines()[0]
             message = f"images: {self.name} can't take one of shape {shape} ({reason})"
             raise StudyError(message) from error
-
-
-def _distinct(argument: str, values: Iterable[Any]) -> list[Any]:
-    listed = list(values)
-    if not listed or len(set(listed)) < len(listed):
-        raise StudyError(f"{argument}: {listed} is empty or repeats; expected distinct values")
-    return listed
-
-
-def _tensor(argument: str, values: Any) -> Tensor:
-    try:
-        return torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise StudyError(f"{argument}: expected an array of numbers ({reason})") from error
-
-
-def _device(model: nn.Module, device: str | torch.device | None) -> torch.device:
-    if device is None:
-        parameter = next(model.parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise StudyError(f"device: {device} can't be used here ({reason})") from error
-    return torch.device(device)
 
 
 def _hash(*parts: str | Tensor) -> str:

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd  # type: ignore[import-untyped]
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from .report import METRIC_NAMES, means, write_report
@@ -24,7 +16,6 @@ from .stats import changes_of, correlations, distances_of, summary
 
 if TYPE_CHECKING:
     from .plan import Plan
-    from .run import Step
     from .study import Study
 
 HEADS = {
@@ -128,8 +119,8 @@ def show_correlations(console: Console, groups: pd.DataFrame, cluster: str) -> N
         print(f"Intervals: jackknife-t over {cluster}. Groups without a correlation are left out.")
 
 
-def show_plans(console: Console, plans: Sequence[Plan]) -> None:
-    """What each network is going to take, layer by layer."""
+def show_plans(console: Console, plans: Sequence[Plan], workers: int = 1) -> None:
+    """What each network is going to take, layer by layer, and all of them by some workers."""
     for plan in plans:
         print(
             f"Plan, {plan.name}: {plan.targets} target classes x {plan.cells} cells x "
@@ -156,59 +147,30 @@ def show_plans(console: Console, plans: Sequence[Plan]) -> None:
                 f"{line.metric_flops / 1e12:.3g}",
                 f"{line.held / 2**30:.2f}",
                 *([f"{line.fits:,}"] if fits else []),
-                _duration(line.seconds),
+                duration(line.seconds),
             )
         _show(console, view)
         many = "pass" if plan.passes == 1 else "passes"
         print(
             f"  {plan.passes} {many} of all images for all layers, "
-            f"{plan.passes * plan.pass_flops / 1e12:.3g} TFLOP, {_duration(plan.pass_seconds)}; "
+            f"{plan.pass_flops / 1e12:.3g} TFLOP, {duration(plan.pass_seconds)}; "
             f"{plan.held / 2**30:.2f} GiB of activations at most, of "
             f"{plan.memory / 2**30:.2f} GiB of memory\n"
         )
     flops, seconds = (sum(getattr(plan, what) for plan in plans) for what in ("flops", "seconds"))
-    print(f"Plan: {flops / 1e12:.3g} TFLOP, about {_duration(seconds)} on this device.", flush=True)
+    who = "on this device" if workers == 1 else f"by {workers} workers like this one"
+    print(f"Plan: {flops / 1e12:.3g} TFLOP, about {duration(seconds / workers)} {who}.", flush=True)
 
 
-def took(seconds: float, plans: Sequence[Plan]) -> None:
+def took(seconds: float, plans: Sequence[Plan], workers: int = 1) -> None:
     """Hold what a run took against its plan."""
-    said = sum(plan.seconds for plan in plans)
-    print(f"Took {_duration(seconds)}; the plan said {_duration(said)}.")
+    said = sum(plan.seconds for plan in plans) / workers
+    print(f"Took {duration(seconds)}; the plan said {duration(said)}.")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     minutes, hours = seconds / 60, seconds / 3600
     return f"{minutes:.0f} min" if minutes < 100 else f"{hours:.1f} h"
-
-
-@contextmanager
-def progress_of(console: Console) -> Iterator[Callable[[Step], None]]:
-    """A bar in a terminal; elsewhere a line for each layer."""
-    if not console.is_terminal:
-        said: set[tuple[str, str]] = set()
-
-        def line(step: Step) -> None:
-            if step.done < step.total and step.unit[:2] not in said:
-                said.add(step.unit[:2])
-                print(f"{step.done}/{step.total} {step.unit.model} {step.unit.layer}", flush=True)
-
-        yield line
-        return
-
-    columns = (
-        BarColumn(20),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("left  {task.description}", markup=False),
-    )
-    with Progress(*columns, console=console, speed_estimate_period=120) as bar:
-        task = bar.add_task("", total=None)
-
-        def update(step: Step) -> None:
-            if bar.tasks[0].total is None:
-                bar.reset(task, total=step.total, completed=step.done)
-            bar.update(task, completed=step.done, description=" · ".join(step.unit))
-
-        yield update

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from _page import CHANGES, FIVE, drawn, page_of
-from _toy import toy_study
+from _toy import stop_after, toy_study
 
 from experiments import findings, report
 from experiments.controls import partial_correlations
@@ -32,8 +32,9 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_report_is_self_contained_and_holds_the_table(tmp_path: Path) -> None:
     study = toy_study(name="toy <b>")
-    store = run_folder([study], tmp_path, {"images": "some & others", "seconds": 3725.4})
+    store = run_folder([study], tmp_path, {"images": "some & others"})
     table = run([study], store)
+    store.put(store.units[0], store.finished()[store.units[0]], seconds=3725.4)
     page = page_of(tmp_path, tmp_path)
     html = page.html
     addresses = re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"')> ]+)", html)
@@ -49,7 +50,18 @@ def test_the_report_is_self_contained_and_holds_the_table(tmp_path: Path) -> Non
     assert html.count("<svg") == html.count('role="img" aria-label=') >= 10
     assert "#010203" not in html
     assert "15 of 3 classes, 3 x 8 x 8" in html
-    assert re.search(r"Took 1:02:\d\d \(hours:minutes:seconds\)", page.said())
+    assert re.search(r"units took 1:02:\d\d \(hours:minutes:seconds\)", page.said())
+
+
+def test_what_is_missing_is_said(tmp_path: Path, undrawn: None) -> None:
+    store = run_folder([toy_study(block=1, grid=(2, 3))], tmp_path / "cut")
+    with pytest.raises(KeyboardInterrupt):
+        run([toy_study(block=1, grid=(2, 3))], store, stop_after(5))
+    store.compact()
+    said = page_of(tmp_path / "cut", tmp_path).said()
+    assert "1 of 6 units of the run cut are missing" in said
+    run([toy_study(block=1, grid=(2, 3))], store)
+    assert "missing" not in page_of(tmp_path / "cut", tmp_path).said()
 
 
 def test_a_table_alone_makes_a_report(tmp_path: Path) -> None:

@@ -1,0 +1,200 @@
+"""A run from its studies to its table: who measures the units, and what is said of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import typer
+from rich.console import Console
+
+from .shard import Shard
+
+if TYPE_CHECKING:
+    from .executors import Executor
+    from .jobs import Job, Recipe
+    from .store import Store, Unit
+    from .study import Study
+
+
+class Kind(StrEnum):
+    pool = "pool"
+    ray = "ray"
+
+
+class How(NamedTuple):
+    """Who runs the units, and how it is shown."""
+
+    executor: Kind
+    workers: int | None
+    address: str | None
+    shard: Shard
+    shard_from: str  # the variable that names it
+    threads: int
+    quiet: bool
+    log_json: bool
+
+    @property
+    def silent(self) -> bool:
+        return self.quiet or self.log_json
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come."""
+
+
+def launch(recipe: Recipe, folder: Path, how: How, dry: bool) -> None:
+    """Run studies into a folder; with an estimate before it, or (dry) that alone.
+
+    Ends the command with exit code 3 where units failed, 130 or 143 where the run was stopped.
+
+    Raises
+    ------
+    JobError, DataError, ModelError, StudyError, LayerError, StoreError, ExecutorError, OSError
+    """
+    from .executors import ExecutorError
+    from .plan import plan
+    from .progress import progress_of
+    from .run import drive, run_folder
+    from .store import CONFIGURATION, StoreError
+    from .terminal import announce, show_plans, took
+
+    console = Console(highlight=False, markup=False)
+    apart = how.workers != 1 or how.executor is Kind.ray
+    count = how.workers or 1
+    job = recipe.job()
+    if dry and not (folder / CONFIGURATION).exists():
+        announce(job.source, job.studies, recipe.sampled)
+        units = how.shard.of([unit for study in job.studies for unit in study.units])
+        show_plans(console, [plan(*both, apart) for both in _of_each(job, units)], count)
+        return
+    store = run_folder(job.studies, folder, {"images": job.source}, _sharing(how))
+    units = how.shard.of(store.units)
+    if not how.silent:
+        announce(job.source, job.studies, recipe.sampled)
+        print(f"Into {folder}")
+        if how.shard.count > 1:
+            source = f" ({how.shard_from})" if how.shard_from else ""
+            print(f"Shard {how.shard}{source}: {len(units)} of {len(store.units)} units")
+    left = store.left(units)
+    if not left and not how.silent:
+        print(f"All {len(units)} units are done already.")
+    try:
+        plans = []
+        if left and (dry or (recipe.preset is not None and not how.silent)):
+            plans = [plan(*both, apart) for both in _of_each(job, left)]
+            show_plans(console, plans, count)
+        if dry:
+            return
+        start = time.perf_counter()
+        executor = _executor(recipe, job, store, how)
+        with progress_of(console, how.quiet, how.log_json) as progress:
+            failed = drive(store, executor, how.shard, progress)
+    except KeyboardInterrupt as stop:
+        kept = _kept(store, units, folder)
+        print(f"interrupted: {kept}", file=sys.stderr)
+        raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
+    except (StoreError, ExecutorError) as error:
+        raise type(error)(f"{error}; {_kept(store, units, folder)}") from error
+    _end(console, store, how, failed)
+    if plans:
+        took(time.perf_counter() - start, plans, count)
+    if failed:
+        raise typer.Exit(3)
+
+
+def _end(console: Console, store: Store, how: How, failed: dict[Unit, str]) -> None:
+    """Make the table once no unit is left but those that failed, and say what came of it."""
+    from .terminal import finish
+
+    for unit, error in failed.items():
+        print(f"failed: {unit}: {error}", file=sys.stderr)
+    if failed:
+        print(
+            f"{len(failed)} units failed and are left out; their tracebacks are in "
+            f"{store.folder / 'failed'}, the same command tries them again",
+            file=sys.stderr,
+        )
+    left = store.left()
+    if len(left) == len(store.units):
+        return
+    if set(left) <= set(store.failed()):
+        table = store.compact()
+        if not how.silent:
+            finish(console, table, store.folder)
+    elif not how.silent:
+        done = len(store.units) - len(left)
+        print(
+            f"{done} of the run's {len(store.units)} units are finished; the last shard to end "
+            f"makes its table, or: python -m experiments compact {store.folder}"
+        )
+
+
+def _kept(store: Store, units: Sequence[Unit], folder: Path) -> str:
+    done = sum(store.path(unit).exists() for unit in units)
+    return (
+        f"{done} of {len(units)} units are finished and kept in {folder}; "
+        "the same command goes on from there"
+    )
+
+
+def _of_each(job: Job, units: Sequence[Unit]) -> Iterator[tuple[Study, list[Unit]]]:
+    """The studies that have some of these units, and which."""
+    for study in job.studies:
+        mine = [unit for unit in units if unit.model == study.name]
+        if mine:
+            yield study, mine
+
+
+def _executor(recipe: Recipe, job: Job, store: Store, how: How) -> Executor:
+    from .executors import Task
+    from .executors.pool import Pool
+    from .executors.worker import Serial
+
+    task = Task(recipe, str(store.folder.resolve()), how.threads)
+    device = recipe.asked.study["device"]
+    if how.executor is Kind.ray:
+        from .executors.on_ray import RayActors
+
+        return RayActors(task, device, how.address, how.workers)
+    if how.workers == 1 or how.workers is None:
+        return Serial(job.studies, store)
+    gpus = device.startswith("cuda")
+    return Pool(task, [f"cuda:{i}" if gpus else device for i in range(how.workers)])
+
+
+def _sharing(how: How) -> int:
+    """How many workers share this machine's memory."""
+    if how.workers is None:
+        return max(1, cores() // how.threads)
+    return how.workers
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM stops a run as Ctrl-C does."""
+
+    def stop(*_: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

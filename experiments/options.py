@@ -1,0 +1,53 @@
+"""What the commands share: lists by commas, and errors and warnings of one line."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import typer
+
+from repsim_kernels import RepsimError
+
+OURS = ("experiments", "repsim_kernels", "__main__")
+
+
+class OptionsError(ValueError):
+    """Options of the command line that can't be read, or don't go together."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the command with one line and exit code 2 where what was asked for can't be done."""
+    try:
+        with plain_warnings():
+            yield
+    except (RepsimError, ValueError, OSError) as error:
+        # A ValueError from elsewhere is a bug, whose traceback is wanted.
+        package = type(error).__module__.partition(".")[0]
+        if package not in OURS and not isinstance(error, OSError):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Warnings as a line for the person who runs the command, without a place in the code."""
+
+    def show(message: Warning | str, *_: object) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("once", category=UserWarning)
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
+
+
+def split(values: Sequence[str] | None) -> list[str] | None:
+    """What was given repeatedly or by commas; None where nothing was."""
+    if not values:
+        return None
+    return [part.strip() for value in values for part in value.split(",") if part.strip()]
