@@ -1,4 +1,4 @@
-"""The command line: ``python -m bench model``, ``coverage`` and ``sheet``."""
+"""The command line: ``python -m bench model``, ``coverage``, ``scaling`` and ``sheet``."""
 
 from __future__ import annotations
 
@@ -39,6 +39,18 @@ def coverage(
 
     out.write_text(page(), encoding="utf-8")
     print(out)
+
+
+@app.command()
+def scaling(run: Annotated[Path, typer.Argument(help="Folder of a finished run.")]) -> None:
+    """Model how long a run takes by more workers, from what its units took; without start-up."""
+    from bench.scaling import table
+    from experiments.store import StoreError
+
+    try:
+        print(table(run))
+    except StoreError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 @app.command()

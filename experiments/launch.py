@@ -54,11 +54,12 @@ class Terminated(KeyboardInterrupt):
 def launch(recipe: Recipe, folder: Path, how: How, dry: bool) -> None:
     """Run studies into a folder; with an estimate before it, or (dry) that alone.
 
-    Ends the command with exit code 3 where units failed, 130 or 143 where the run was stopped.
-
     Raises
     ------
     JobError, DataError, ModelError, StudyError, LayerError, StoreError, ExecutorError, OSError
+        One line; a StoreError, an ExecutorError and a KeyboardInterrupt say what is kept.
+    typer.Exit
+        3, where units failed.
     """
     from .executors import ExecutorError
     from .plan import plan
@@ -98,12 +99,9 @@ def launch(recipe: Recipe, folder: Path, how: How, dry: bool) -> None:
         executor = _executor(recipe, job, store, how)
         with progress_of(console, how.quiet, how.log_json) as progress:
             failed = drive(store, executor, how.shard, progress)
-    except KeyboardInterrupt as stop:
-        kept = _kept(store, units, folder)
-        print(f"interrupted: {kept}", file=sys.stderr)
-        raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
-    except (StoreError, ExecutorError) as error:
-        raise type(error)(f"{error}; {_kept(store, units, folder)}") from error
+    except (KeyboardInterrupt, StoreError, ExecutorError) as error:
+        said = f"{error}; " if str(error) else ""
+        raise type(error)(said + _kept(store, units, folder)) from error
     _end(console, store, how, failed)
     if plans:
         took(time.perf_counter() - start, plans, count)
@@ -113,14 +111,16 @@ def launch(recipe: Recipe, folder: Path, how: How, dry: bool) -> None:
 
 def _end(console: Console, store: Store, how: How, failed: dict[Unit, str]) -> None:
     """Make the table once no unit is left but those that failed, and say what came of it."""
+    from .report import write_report
     from .terminal import finish
 
-    for unit, error in failed.items():
-        print(f"failed: {unit}: {error}", file=sys.stderr)
     if failed:
+        for unit, error in () if how.quiet else failed.items():  # quiet has said so
+            print(f"failed: {unit}: {error}", file=sys.stderr)
+        one = len(failed) == 1
         print(
-            f"{len(failed)} units failed and are left out; their tracebacks are in "
-            f"{store.folder / 'failed'}, the same command tries them again",
+            f"{len(failed)} {'unit' if one else 'units'} failed and {'is' if one else 'are'} left "
+            f"out; more in {store.folder / 'failed'}, and the same command tries again",
             file=sys.stderr,
         )
     left = store.left()
@@ -128,7 +128,9 @@ def _end(console: Console, store: Store, how: How, failed: dict[Unit, str]) -> N
         return
     if set(left) <= set(store.failed()):
         table = store.compact()
-        if not how.silent:
+        if how.silent:
+            write_report(store.folder, store.folder / "report.html")
+        else:
             finish(console, table, store.folder)
     elif not how.silent:
         done = len(store.units) - len(left)
@@ -185,16 +187,18 @@ def cores() -> int:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM stops a run as Ctrl-C does."""
+    """End the command with a line and exit code 130 by Ctrl-C, 143 by SIGTERM."""
 
     def stop(*_: object) -> None:
         raise Terminated
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if here else None
     try:
         yield
+    except KeyboardInterrupt as stopped:
+        print(f"interrupted: {str(stopped) or 'before a unit was begun'}", file=sys.stderr)
+        raise typer.Exit(143 if isinstance(stopped, Terminated) else 130) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if here:
+            signal.signal(signal.SIGTERM, before)

@@ -37,11 +37,15 @@ def one_line_errors() -> Iterator[None]:
 def plain_warnings() -> Iterator[None]:
     """Warnings as a line for the person who runs the command, without a place in the code."""
 
+    said = set[str]()
+
     def show(message: Warning | str, *_: object) -> None:
-        print(f"warning: {message}", file=sys.stderr)
+        if str(message) not in said:  # whoever finds it again, such as a second look at a folder
+            said.add(str(message))
+            print(f"warning: {message}", file=sys.stderr)
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("once", category=UserWarning)
+        warnings.filterwarnings("always", category=UserWarning)
         warnings.showwarning = show  # type: ignore[assignment]
         yield
 

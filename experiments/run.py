@@ -115,6 +115,7 @@ def drive(
     ----------
     store : Store
     executor : Executor
+        It is closed at the end.
     shard : Shard, optional
         The part of the run's units that is to be measured.
     progress : callable, optional
@@ -132,7 +133,7 @@ def drive(
     ExecutorError
         No worker can start.
     """
-    with driving(store.folder, shard, executor.workers):
+    with closing(executor), driving(store.folder, shard, executor.workers):
         units = shard.of(store.units)
         store.tidy(units)
         todo = deque(store.left(units))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -160,12 +161,13 @@ def sweep(
     same command. Exit code: 0, 2 for what can't be done, 3 where units failed, 130 and 143 for a
     run that Ctrl-C or SIGTERM stopped.
     """
-    with one_line_errors():
+    with one_line_errors(), stoppable():
         from .jobs import Asked, Recipe
         from .models import SMALL
 
+        own, source = _shard(shard)
         chosen = {
-            "device": device,
+            "device": _own_gpu(device, source),
             "grid": None if grid is None else _grid(grid),
             "cells": cells,
             "metrics": split(metrics),
@@ -197,15 +199,15 @@ def sweep(
             executor,
             _workers(workers, executor, device),
             address,
-            *_shard(shard),
+            own,
+            source,
             _set_up_threads(threads, workers, recipe.small),
             quiet,
             log_json,
         )
         if address is not None and executor is not Kind.ray:
             raise OptionsError("address: only with --executor ray")
-        with stoppable():
-            launch(recipe, folder, how, dry=plan)
+        launch(recipe, folder, how, dry=plan)
 
 
 def _workers(count: int | None, kind: Kind, device: str) -> int | None:
@@ -243,6 +245,13 @@ def _set_up_threads(threads: int | None, workers: int | None, small: bool) -> in
 
 def _shard(text: str | None) -> tuple[Shard, str]:
     return from_environment() if text is None else (parse(text), "")
+
+
+def _own_gpu(device: str, source: str) -> str:
+    """The GPU of one of torchrun's processes on a machine."""
+    if device == "cuda" and source == "RANK" and "LOCAL_RANK" in os.environ:
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return device
 
 
 def _grid(text: str) -> tuple[int, int]:

@@ -50,6 +50,10 @@ class Executor(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Let go of what it holds, if anything: a cluster. The end of `run` does so, too."""
+        ...
+
 
 @dataclass(frozen=True)
 class Task:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -32,6 +33,9 @@ class Pool:
     def __init__(self, task: Task, devices: Sequence[str]) -> None:
         self.task, self.devices = task, list(devices)
         self.workers = len(self.devices)
+
+    def close(self) -> None:
+        """It holds nothing but while it runs."""
 
     def run(self, units: deque[Unit]) -> Iterator[Event]:
         """See `Executor.run`."""
@@ -107,7 +111,10 @@ class _Seat:
             self.ready = True
             return None
         self.unit = None
-        return Event(*message)
+        event, said = message
+        for text in said:
+            warnings.warn(text, stacklevel=2)
+        return Event(*event)
 
     def _buried(self) -> Event | None:
         self.process.join()
@@ -135,13 +142,13 @@ def _work(
     """What a worker process does: build the studies, then measure what it is given."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run's own process decides
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    from .worker import measured
+
     try:
         serial = prepare(task, device, name, _cores(number, count, task.threads))
         connection.send(None)
         while True:
-            unit = connection.recv()
-            *_, last = serial.run(deque([unit]))
-            connection.send(tuple(last))
+            connection.send(measured(serial, connection.recv()))
     except (EOFError, BrokenPipeError):
         pass
     except Exception as error:

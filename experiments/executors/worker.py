@@ -7,6 +7,7 @@ import resource
 import socket
 import time
 import traceback
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -43,6 +44,9 @@ class Serial:
     def __init__(self, studies: Sequence[Study], store: Store, name: str = "this process") -> None:
         self.studies, self.store, self.name = studies, store, name
 
+    def close(self) -> None:
+        """It holds nothing."""
+
     def run(self, units: deque[Unit]) -> Iterator[Event]:
         """See `Executor.run`. One pass of the images serves as many layers as memory holds."""
         while units:
@@ -78,6 +82,13 @@ class Serial:
             took, memory = time.perf_counter() - start, _memory(study.device)
             self.store.put(unit, rows, seconds=took, memory=memory, **_facts(study))
             yield Event("done", unit, self.name, time.perf_counter() - start, memory)
+
+
+def measured(serial: Serial, unit: Unit) -> tuple[Event, list[str]]:
+    """Measure a unit for another process: the last event, and what was warned of meanwhile."""
+    with warnings.catch_warnings(record=True) as caught:
+        *_, last = serial.run(deque([unit]))
+    return last, [str(each.message) for each in caught]
 
 
 def _memory(device: torch.device) -> int:

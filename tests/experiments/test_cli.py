@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -13,6 +16,7 @@ from typer.testing import CliRunner
 
 from experiments import __main__ as cli
 from experiments import jobs, measure
+from experiments.measure import StudyError
 
 TOY = ["--model", "_toy:Toy", "--layers", "act1,act2", "--size", "8"]
 
@@ -44,35 +48,39 @@ def test_a_users_network_from_start_to_report(folder: Path) -> None:
     assert (code, err) == (0, "")
     run = Path("runs/_toy.Toy")
     assert out.splitlines()[-2:] == [str(run / "results.parquet"), str(run / "report.html")]
-    assert "0/6 _toy:Toy act1" in out
+    assert "0/2 _toy:Toy act1 1 started" in out
     assert "debiased" not in out
     table = pd.read_parquet(run / "results.parquet")
     assert list(table["class"].unique()) == ["ant", "bee", "wasp"]
     assert len(table) == 3 * 2 * 6
     code, out, _ = sweep(*TOY, "--images", folder, "--grid", "2x3", "--metrics", "cka,svcca")
     assert code == 0
-    assert "All 6 units are done already." in out
+    assert "All 2 units are done already." in out
     assert "SVCCA" in out
     code, _, err = sweep(*TOY, "--images", folder, "--grid", "2x2", "--metrics", "cka,svcca")
     assert code == 2
     assert "grid: [2, 3] there, [2, 2] here" in err
 
 
-def test_ctrl_c_keeps_what_is_finished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = (*TOY, "--images", folder, "--metrics", "cka", "--out", "whole")
-    assert sweep(*arguments)[0] == 0
-    unit = measure._unit
-    calls = []
+def fails_at(count: int, error: BaseException) -> Callable[..., pd.DataFrame]:
+    """`measure._target`, but that its count-th call raises."""
+    target, calls = measure._target, []
 
-    def interrupted(*arguments: object) -> pd.DataFrame:
+    def failing(*arguments: Any) -> pd.DataFrame:
         calls.append(arguments)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return unit(*arguments)  # type: ignore[arg-type]
+        if len(calls) == count:
+            raise error
+        return target(*arguments)
 
+    return failing
+
+
+def test_ctrl_c_keeps_what_is_finished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = (*TOY, "--images", folder, "--metrics", "cka", "--block", "1", "--out", "whole")
+    assert sweep(*arguments)[0] == 0
     arguments = (*arguments[:-1], "cut")
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "_unit", interrupted)
+        patch.setattr(measure, "_target", fails_at(3, KeyboardInterrupt()))
         code, _, err = sweep(*arguments)
     assert code == 130
     assert err == (
@@ -82,9 +90,72 @@ def test_ctrl_c_keeps_what_is_finished(folder: Path, monkeypatch: pytest.MonkeyP
     assert not Path("cut/results.parquet").exists()
     code, out, _ = sweep(*arguments)
     assert code == 0
-    assert "2/6 _toy:Toy act1" in out
+    assert "2/6 _toy:Toy act1 3 started" in out
     tables = [pd.read_parquet(Path(name, "results.parquet")) for name in ("whole", "cut")]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+def test_a_unit_that_fails_is_left_out_and_tried_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (*TOY, "--images", folder, "--metrics", "cka", "--block", "1", "--out", "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "_target", fails_at(2, RuntimeError("a fluke\nof the device")))
+        code, out, err = sweep(*arguments)
+    assert (code, err) == (0, "")
+    assert "again: _toy:Toy act1 2: RuntimeError: a fluke of the device" in out
+    whole = pd.read_parquet("run/results.parquet")
+
+    for quiet in ((), ("--quiet",)):
+        Path("run/parts/_toy%3AToy--act1--2.parquet").unlink(missing_ok=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(measure, "_target", fails_at(1, StudyError("it is not finite")))
+            code, out, err = sweep(*arguments, *quiet)
+        assert code == 3
+        assert err.count("failed: _toy:Toy act1 2: it is not finite\n") == 1
+        assert "1 unit failed and is left out" in err
+        assert (out == "") == bool(quiet)
+        table = pd.read_parquet("run/results.parquet")
+        assert table.attrs["missing"] == "1 of 6"
+        gone = (whole["layer"] == "act1") & (whole["class"] == "bee")
+        assert table.equals(whole[~gone].reset_index(drop=True))
+    result = CliRunner().invoke(cli.app, ["status", "run"])
+    assert result.exit_code == 0
+    assert "5 of 6 units done, 0 left, 1 failed" in result.stdout
+    result = CliRunner().invoke(cli.app, ["compact", "run"])
+    assert result.exit_code == 3
+    assert "1 of 6 units are missing" in result.stderr
+
+    assert sweep(*arguments)[0] == 0
+    assert pd.read_parquet("run/results.parquet").equals(whole)
+    assert not list(Path("run/failed").iterdir())
+
+
+def test_json_alone_is_logged(folder: Path) -> None:
+    code, out, err = sweep(*TOY, "--images", folder, "--metrics", "cka", "--log-json")
+    assert (code, err) == (0, "")
+    events = [json.loads(line) for line in out.splitlines()]
+    assert [(event["event"], event["layer"], event["done"]) for event in events] == [
+        ("started", "act1", 0),
+        ("done", "act1", 1),
+        ("started", "act2", 1),
+        ("done", "act2", 2),
+    ]
+    assert Path("runs/_toy.Toy/report.html").exists()
+
+
+def test_no_unit_is_finished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = (*TOY[:2], "--layers", "act1", *TOY[4:], "--images", folder, "--out", "run")
+    monkeypatch.setattr(measure, "_target", fails_at(1, StudyError("it is not finite")))
+    code, _, err = sweep(*arguments)
+    assert code == 3
+    assert err.startswith("failed: _toy:Toy act1 1: it is not finite\n")
+    assert not Path("run/results.parquet").exists()
+    result = CliRunner().invoke(cli.app, ["compact", "run"])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "run: run has no finished unit" in result.stderr
+    result = CliRunner().invoke(cli.app, ["status", "nowhere"])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +179,10 @@ def test_ctrl_c_keeps_what_is_finished(folder: Path, monkeypatch: pytest.MonkeyP
         (("--images", "images", "--out", "images"), "holds files but no study.json"),
         (("--images", "images", "--out", "images/ant/0.png"), "is a file; expected a folder"),
         (("--images", "images", "--out", "/proc/none/run"), "/proc/none"),
+        (("--images", "images", "--block", "0"), "block: 0; expected 1 or more"),
+        (("--images", "images", "--workers", "0"), "workers: 0; expected 1 or more"),
+        (("--images", "images", "--shard", "3/2"), "shard: '3/2'; expected I/N"),
+        (("--images", "images", "--address", "auto"), "address: only with --executor ray"),
     ],
 )
 def test_what_can_not_be_done_is_said_in_a_line(

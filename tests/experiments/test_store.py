@@ -1,39 +1,56 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
+from _parts import configuration, rows_of
 from _toy import Toy, stop_after, toy_study
 
-from experiments.run import RunError, run
-from experiments.store import Store, StoreError, Unit, load, replacing
+from experiments.run import RunError, run, run_folder
+from experiments.store import DamagedError, Store, StoreError, Unit, digest, load, replacing
 
 
 def names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
+def done(steps: list[Any]) -> list[int]:
+    return [step.done for step in steps if step.event.what == "done"]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store.create(tmp_path / "run", configuration())
+
+
 def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path) -> None:
-    undisturbed = toy_study(stimuli_per_class=3).run(tmp_path / "a")
+    given: dict[str, Any] = {"stimuli_per_class": 3, "block": 1}
+    undisturbed = toy_study(**given).run(tmp_path / "a")
     with pytest.raises(KeyboardInterrupt):
-        toy_study(stimuli_per_class=3).run(tmp_path / "b", stop_after(2))
-    parts = names(tmp_path / "b")
-    assert parts == {
+        toy_study(**given).run(tmp_path / "b", stop_after(2))
+    assert names(tmp_path / "b") == {
+        ".lock",
         "study.json",
-        "parts/toy--act1--ant%2Fqueen.parquet",
-        "parts/toy--act1--bee.parquet",
+        "parts/toy--act1--1.parquet",
+        "parts/toy--act1--2.parquet",
     }
-    steps: list[int] = []
-    resumed = toy_study(stimuli_per_class=3).run(
-        tmp_path / "b", lambda step: steps.append(step.done)
-    )
-    assert steps == [2, 3, 4, 5, 6]
+    steps: list[Any] = []
+    resumed = toy_study(**given).run(tmp_path / "b", steps.append)
+    assert [(step.event.what, step.done) for step in steps] == [
+        (what, n + (what == "done")) for n in (2, 3, 4, 5) for what in ("started", "done")
+    ]
+    assert [step.event.unit for step in steps[::2]] == toy_study(**given).units[2:]
+    assert {(step.failed, step.total) for step in steps} == {(0, 6)}
     pd.testing.assert_frame_equal(resumed, undisturbed, check_exact=True)
-    pd.testing.assert_frame_equal(resumed, toy_study(stimuli_per_class=3).run(), check_exact=True)
+    pd.testing.assert_frame_equal(resumed, toy_study(**given).run(), check_exact=True)
     stored, study = load(tmp_path / "b")
     pd.testing.assert_frame_equal(stored, resumed, check_exact=True)
     assert names(tmp_path / "a") == names(tmp_path / "b")
@@ -46,7 +63,7 @@ def test_a_finished_run_computes_nothing(tmp_path: Path) -> None:
     first = toy_study(metrics=["cka"]).run(tmp_path)
     steps: list[Any] = []
     again = toy_study(metrics=["cka"]).run(tmp_path, steps.append)
-    assert [step.done for step in steps] == [6]
+    assert steps == []
     assert again.equals(first)
 
 
@@ -57,6 +74,7 @@ def test_a_finished_run_computes_nothing(tmp_path: Path) -> None:
         ({"ridge": 0.5}, "models.toy.ridge: 0.1 there, 0.5 here"),
         ({"name": "other"}, "models.toy only there; models.other only here"),
         ({"layers": ["act1"]}, "models.toy.layers"),
+        ({"block": 2}, "models.toy.block: 1 there, 2 here"),
         ({"model": "other weights"}, "models.toy.weights"),
         ({"images": torch.zeros(15, 3, 8, 8)}, "models.toy.images"),
     ],
@@ -64,16 +82,16 @@ def test_a_finished_run_computes_nothing(tmp_path: Path) -> None:
 def test_another_configuration_is_refused(
     tmp_path: Path, changes: dict[str, object], difference: str
 ) -> None:
-    study = toy_study(metrics=["cka"])
+    given = {"metrics": ["cka"], "block": 1}
     with pytest.raises(KeyboardInterrupt):
-        study.run(tmp_path, stop_after(1))
+        toy_study(**given).run(tmp_path, stop_after(1))
     before = names(tmp_path)
     if "model" in changes:
         changes = {"model": Toy()}
         with torch.no_grad():
             changes["model"].fc.bias += 1  # type: ignore[attr-defined]
     with pytest.raises(StoreError, match=difference) as caught:
-        toy_study(**{"metrics": ["cka"], **changes}).run(tmp_path)
+        toy_study(**{**given, **changes}).run(tmp_path)
     assert "\n" not in str(caught.value)
     assert names(tmp_path) == before
 
@@ -88,14 +106,15 @@ def test_other_peoples_folders_and_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
-    study = toy_study(metrics=["cka"])
-    study.run(tmp_path)
-    part = tmp_path / "parts" / "toy--act1--bee.parquet"
+    study = toy_study(metrics=["cka"], block=1)
+    first = study.run(tmp_path)
+    part = tmp_path / "parts" / "toy--act1--2.parquet"
     part.write_bytes(part.read_bytes()[:100])
-    with pytest.raises(StoreError, match=r"toy--act1--bee\.parquet can't be read"):
-        study.run(tmp_path)
-    part.unlink()
-    study.run(tmp_path)
+    steps: list[Any] = []
+    with pytest.warns(UserWarning, match=r"toy--act1--2\.parquet can't be read.*measured again$"):
+        again = study.run(tmp_path, steps.append)
+    assert done(steps) == [6]
+    pd.testing.assert_frame_equal(again, first, check_exact=True)
     text = json.loads((tmp_path / "study.json").read_text())
     text["configuration"]["models"]["toy"]["ridge"] = 7
     (tmp_path / "study.json").write_text(json.dumps(text))
@@ -105,20 +124,22 @@ def test_damage_is_named(tmp_path: Path) -> None:
         load(tmp_path / "parts")
 
 
-def test_units_never_share_a_file(tmp_path: Path) -> None:
-    store = Store(tmp_path, {})
+def test_units_never_share_a_file(store: Store) -> None:
     units = [
-        Unit("a", "b", "c--d"),
-        Unit("a", "b--c", "d"),
-        Unit("a", "b", "c/d"),
-        Unit("a", "b", "c%2Fd"),
-        Unit("a", "b-", "-d"),
-        Unit("a", "b", "--d"),
-        Unit("a", "b", "../d"),
-        Unit("a", "b", "é"),
+        Unit("a", "b", 1),
+        Unit("a", "b", 11),
+        Unit("a", "b--1", 1),
+        Unit("a--b", "1", 1),
+        Unit("a", "b/1", 1),
+        Unit("a", "b%2F1", 1),
+        Unit("a-", "-b", 1),
+        Unit("a--", "b", 1),
+        Unit("a", "--b", 1),
+        Unit("a", "../b", 1),
+        Unit("a", "é", 1),
     ]
     assert len({store.path(unit) for unit in units}) == len(units)
-    assert {store.path(unit).parent for unit in units} == {tmp_path / "parts"}
+    assert {store.path(unit).parent for unit in units} == {store.folder / "parts"}
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -134,6 +155,214 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         broken()
     assert names(tmp_path) == {"file"}
     assert path.read_text() == "old"
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unit, calls = store.units[0], []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        calls.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    def replaced(old: Path, new: Path) -> None:
+        assert pq.read_table(old).num_rows == 4  # it is whole
+        calls.append(("replace", Path(old)))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    store.put(unit, rows_of(unit))
+    temporary = calls[0][1]
+    assert temporary != store.path(unit)
+    assert calls == [
+        ("fsync", temporary),
+        ("replace", temporary),
+        ("fsync", store.path(unit).parent),
+    ]
+
+
+def test_a_part_says_where_it_is_from_to_whoever_reads_it(tmp_path: Path) -> None:
+    store = run_folder([toy_study(metrics=["cka"], block=2)], tmp_path)
+    toy_study(metrics=["cka"], block=2).run(tmp_path)
+    part = pq.read_table(tmp_path / "parts" / "toy--act2--2.parquet")
+    facts = json.loads(part.schema.metadata[b"repsim_kernels"])
+    configured = json.loads((tmp_path / "study.json").read_text())["configuration"]
+    assert facts["hash"] == digest(configured) == store.hash
+    assert facts["unit"] == ["toy", "act2", 2]
+    assert facts["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert set(facts["versions"]) >= {"python", "repsim-kernels", "numpy"}
+    assert (facts["device"], facts["memory_budget"]) == ("CPU", store.study["memory"]["toy"])
+    assert facts["seconds"] > 0
+    assert facts == store.facts(Unit("toy", "act2", 2))
+    assert set(part["class"].to_pylist()) == {"wasp"}
+    assert load(tmp_path)[1]["seconds"] == sum(
+        (store.facts(unit) or {})["seconds"] for unit in store.units
+    )
+
+
+def test_a_part_of_another_run_or_unit_is_named_and_left(store: Store, tmp_path: Path) -> None:
+    first, second = store.units[:2]
+    other = Store.create(tmp_path / "other", configuration(versions={"torch": "2.12"}))
+    other.put(first, rows_of(first))
+    store.put(second, rows_of(second))
+    path = store.path(first)
+    for source, message in (
+        (other.path(first), f"is of configuration {other.hash}, and the run of {store.hash}"),
+        (store.path(second), f"is a part of {second}; expected its own name"),
+    ):
+        path.write_bytes(source.read_bytes())
+        for refused in (store.finished, store.left, store.compact, lambda: store.facts(first)):
+            with pytest.raises(StoreError, match=message) as caught:
+                refused()
+            assert str(caught.value).startswith(f"out: {path} ")
+            assert "\n" not in str(caught.value)
+            assert not isinstance(caught.value, DamagedError)
+        assert path.read_bytes() == source.read_bytes()
+    rows_of(first).to_parquet(path, index=False)
+    with pytest.raises(StoreError, match=f"is of no run, and the run of {store.hash}"):
+        store.left()
+
+
+def test_a_byte_that_was_flipped_is_found(store: Store) -> None:
+    unit = store.units[0]
+    store.put(unit, rows_of(unit), seconds=1.5)
+    path = store.path(unit)
+    good = path.read_bytes()
+    column = pq.read_metadata(path).row_group(0).column(5)  # of floats
+    middle = (column.dictionary_page_offset or column.data_page_offset) + 40
+    assert good.count(rows_of(unit)["cka"].dropna().iloc[0].tobytes(), 0, middle + 8) == 1
+    footer = len(good) - 8 - int.from_bytes(good[-8:-4], "little")
+    found: dict[str, list[int]] = {"damaged": [], "foreign": [], "the same": []}
+    for place in (middle, *range(footer, len(good), 9)):  # the footer has no checksum
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :])
+        try:
+            rows = store.finished([unit])
+        except UserWarning as warning:
+            assert str(warning).startswith(f"out: {path} can't be read (")
+            assert str(warning).endswith(f"); {unit} is to be measured again")
+            found["damaged"].append(place)
+        except StoreError as error:
+            assert str(error).endswith(": move it away")
+            found["foreign"].append(place)
+        else:
+            pd.testing.assert_frame_equal(rows[unit], rows_of(unit), check_exact=True)
+            found["the same"].append(place)
+    assert found["damaged"][0] == middle
+    assert all(len(places) > 5 for places in found.values())
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "Error writing bytes"), "No space left on device"),
+        (PermissionError(errno.EACCES, "no"), "Permission denied"),
+        (OSError("a line\nand another"), "a line"),
+    ],
+)
+def test_a_full_disk_is_said_in_a_line(
+    store: Store, monkeypatch: pytest.MonkeyPatch, error: OSError, reason: str
+) -> None:
+    unit = store.units[0]
+    before = names(store.folder)
+
+    def full(_table: Any, where: Path, **_: Any) -> None:
+        where.write_bytes(b"PAR1 half")
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(StoreError) as caught:
+        patch.setattr(pq, "write_table", full)
+        store.put(unit, rows_of(unit))
+    assert str(caught.value) == f"out: {store.path(unit)} can't be written ({reason})"
+    assert names(store.folder) == before
+    assert store.left() == store.units
+    store.put(unit, rows_of(unit))
+    assert store.left() == store.units[1:]
+
+
+def test_what_may_not_be_read_is_not_taken_for_damage(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unit = store.units[0]
+    store.put(unit, rows_of(unit))
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    for name in ("read_metadata", "read_table"):
+        with monkeypatch.context() as patch:
+            patch.setattr(pq, name, refused)
+            patch.setattr(pd, "read_parquet", refused)
+            with pytest.raises(PermissionError):
+                store.finished()
+    assert store.left() == store.units[1:]
+
+
+def test_a_failure_is_forgotten_once_the_unit_is_finished(store: Store) -> None:
+    first, second = store.units[:2]
+    for unit in (first, second):
+        store.fail(unit, f"no {unit}", details="Traceback …")
+    assert store.failed() == {first: f"no {first}", second: f"no {second}"}
+    store.put(first, rows_of(first))
+    assert store.failed() == {second: f"no {second}"}
+    assert [name for name in names(store.folder) if name.startswith("failed")] == [
+        "failed/net--a%2D%2Db--2.json"
+    ]
+    # One that is damaged and can't be measured again has failed.
+    store.path(first).write_bytes(b"")
+    store.fail(first, "again")
+    assert store.failed() == {first: "again", second: f"no {second}"}
+
+
+def test_half_written_files_of_dead_processes_are_deleted(store: Store) -> None:
+    store.put(store.units[0], rows_of(store.units[0]))
+    store.fail(store.units[1], "no")
+    before = names(store.folder)
+    for path in [store.path(unit) for unit in store.units]:
+        path.with_name(f".{path.name}.elsewhere-7.tmp").write_text("PAR1")
+    store.tidy(store.units[1:])
+    left = store.path(store.units[0])
+    assert names(store.folder) == before | {f"parts/.{left.name}.elsewhere-7.tmp"}
+    store.tidy(store.units)
+    assert names(store.folder) == before
+
+
+def create(folder: Path, memory: int, start: Any, found: Any) -> None:
+    start.wait()
+    store = Store.create(folder, configuration(), lambda: {"memory": memory})
+    found.put(store.study)
+
+
+def test_processes_that_create_a_folder_at_once_agree(tmp_path: Path) -> None:
+    context = get_context("fork")
+    for attempt in range(5):
+        folder, start, found = tmp_path / str(attempt), context.Barrier(4), context.Queue()
+        workers = [
+            context.Process(target=create, args=(folder, memory, start, found))
+            for memory in range(4)
+        ]
+        for worker in workers:
+            worker.start()
+        studies = [found.get(timeout=60) for _ in workers]
+        for worker in workers:
+            worker.join()
+        assert [worker.exitcode for worker in workers] == [0] * 4
+        # Also on the memory, which decides the last bits.
+        assert studies == [Store(folder).study] * 4
+        assert names(folder) == {"study.json"}
+
+
+def test_a_resumed_run_never_writes_its_configuration_again(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        toy_study(metrics=["cka"], block=1).run(tmp_path, stop_after(2))
+    path = tmp_path / "study.json"
+    os.utime(path, (1, 1))
+    before = path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ino
+    toy_study(metrics=["cka"], block=1).run(tmp_path)
+    run_folder([toy_study(metrics=["cka"], block=1)], tmp_path, {"images": "other"})
+    assert (path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ino) == before
 
 
 def test_two_studies_of_one_name_are_refused() -> None:

@@ -1,0 +1,44 @@
+"""A run's configuration and rows that are made by hand: no network is measured."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from experiments.store import Unit
+
+CLASSES = ["ant/queen", "bee", "wasp"]
+
+
+def configuration(**changes: Any) -> dict[str, Any]:
+    """Of two networks: layers "a--b" and "a" in three blocks each, and layer "a" in one."""
+    given = {"ridge": 0.1, "classes": CLASSES}
+    return {
+        "models": {
+            "net": {"layers": ["a--b", "a"], "block": 1, **given},
+            "net--a": {"layers": ["b"], "block": 3, **given},
+        },
+        "versions": {"torch": "2.11"},
+        **changes,
+    }
+
+
+def rows_of(unit: Unit, seed: int = 0) -> pd.DataFrame:
+    """Four cells of each class of a unit, with numbers that no two seeds share, and a NaN."""
+    classes = CLASSES if unit.model == "net--a" else [CLASSES[unit.block - 1]]
+    rng = np.random.default_rng([seed, *str(unit).encode()])
+    distances = rng.random(4 * len(classes))
+    distances[rng.integers(4)] = math.nan
+    return pd.DataFrame(
+        {
+            "model": unit.model,
+            "class": np.repeat(classes, 4),
+            "layer": unit.layer,
+            "cell": np.tile(np.arange(4), len(classes)),
+            "size": rng.integers(1, 99, 4 * len(classes)),
+            "cka": distances,
+        }
+    )

@@ -1,0 +1,263 @@
+"""Runs as a user starts them, and what kills, full disks and vanished files do to them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from _toy import image_folder
+
+from experiments.lock import driving
+from experiments.shard import Shard
+
+TESTS = Path(__file__).parents[1]
+TOY = ("--model", "_toy:Toy", "--layers", "act1,act2", "--size", "8", "--images", "images")
+SMALL = ("--model", "alexnet_small", "--stimuli", "10", "--metrics", "cka,procrustes")
+
+
+class Sweep:
+    """A sweep in a process of its own, killed with its workers when the test ends."""
+
+    def __init__(self, folder: Path, *options: str | Path) -> None:
+        path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "experiments", "sweep", "--block", "1", *map(str, options)],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": path},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def end(self, timeout: float = 240) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=timeout)
+        return self.process.returncode, out, err
+
+    def kill(self, number: int = signal.SIGKILL) -> tuple[int, str, str]:
+        self.process.send_signal(number)
+        return self.end()
+
+    def workers(self) -> list[int]:
+        """Its child processes, but for multiprocessing's own."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                parent = int(path.read_text().rpartition(")")[2].split()[1])
+                command = (path.parent / "cmdline").read_text()
+            except OSError:
+                continue  # it has ended
+            if parent == self.process.pid and "spawn_main" in command:
+                found.append(int(path.parent.name))
+        return found
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Iterator[Callable[..., Sweep]]:
+    started: list[Sweep] = []
+
+    def start(*options: str | Path) -> Sweep:
+        started.append(Sweep(tmp_path, *options))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.communicate()
+
+
+def until(what: Callable[[], object], seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it has not come"
+        time.sleep(0.02)
+
+
+def parts(run: Path) -> set[str]:
+    return {path.name for path in (run / "parts").glob("*.parquet")}
+
+
+def table(run: Path) -> pd.DataFrame:
+    return pd.read_parquet(run / "results.parquet")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+
+
+def test_a_signal_stops_a_run_which_goes_on_from_there(
+    tmp_path: Path, sweep: Callable[..., Sweep]
+) -> None:
+    run, options = tmp_path / "run", (*SMALL, "--layers", "features.4,features.7", "--out", "run")
+    first = sweep(*options)
+    until(lambda: len(parts(run)) >= 1)
+    code, _, err = first.kill(signal.SIGTERM)
+    kept = parts(run)
+    assert code == 143
+    assert err == (
+        f"interrupted: {len(kept)} of 14 units are finished and kept in run; "
+        "the same command goes on from there\n"
+    )
+    assert not (run / "results.parquet").exists()
+    before = {name: (run / "parts" / name).read_bytes() for name in kept}
+    code, _, err = sweep(*options, "--workers", "2").end()
+    assert (code, err) == (0, "")
+    assert {name: (run / "parts" / name).read_bytes() for name in kept} == before
+    assert len(parts(run)) == 14
+    assert len(table(run)) == 14 * 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_random_a_run_ends_as_an_undisturbed_one(
+    tmp_path: Path, sweep: Callable[..., Sweep], seed: int
+) -> None:
+    rng = random.Random(seed)
+    undisturbed = sweep(*SMALL, "--out", "whole", "--quiet")
+    assert undisturbed.end()[0] == 0
+    run, kills, runs = tmp_path / "run", 0, 0
+    while kills < 10:
+        kept = parts(run)
+        one = sweep(*SMALL, "--out", "run", "--workers", "2")
+        runs += 1
+        until(lambda known=kept, mine=one: parts(run) > known or mine.process.poll() is not None)
+        for _ in range(2):
+            time.sleep(rng.uniform(0, 1.5))
+            victims = [one.process.pid] if rng.random() < 0.5 else one.workers()
+            if victims and one.process.poll() is None:
+                os.kill(rng.choice(victims), signal.SIGKILL)
+                kills += 1
+        workers = one.workers()
+        if one.process.poll() is None:
+            one.process.kill()
+            kills += 1
+        one.end()
+        until(lambda pids=workers: not any(map(alive, pids)), 10)
+        if (run / "results.parquet").exists():  # it was quicker than the kills: again
+            shutil.rmtree(run)
+        else:
+            assert kept <= parts(run)
+    assert runs >= 4
+    code, _, err = sweep(*SMALL, "--out", "run", "--workers", "2").end()
+    assert (code, err) == (0, "")
+    pd.testing.assert_frame_equal(table(run), table(tmp_path / "whole"), check_exact=True)
+    left = {path.name for path in run.rglob("*") if path.is_file() and path.parent.name == "parts"}
+    assert left == parts(run)
+
+
+@pytest.mark.slow
+def test_a_full_disk_loses_nothing(tmp_path: Path, sweep: Callable[..., Sweep]) -> None:
+    image_folder(tmp_path / "images")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", disk], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no disk can be mounted here: {mounted.stderr.strip()}")
+    try:
+        options = (*TOY, "--out", disk / "run")
+        for more in ((), ("--workers", "2")):
+            code, _, err = sweep(*options, *more).end()
+            kept = parts(disk / "run")
+            assert code == 2
+            assert 1 <= len(kept) < 6
+            assert err.count("\n") == 1
+            assert "can't be written (No space left on device)" in err
+            assert f"{len(kept)} of 6 units are finished and kept in {disk / 'run'}" in err
+            assert all(not path.name.endswith(".tmp") for path in (disk / "run").rglob("*"))
+        subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
+        assert sweep(*options).end()[0] == 0
+        assert kept <= parts(disk / "run")
+        assert sweep(*TOY, "--out", "whole").end()[0] == 0
+        pd.testing.assert_frame_equal(
+            table(disk / "run"), table(tmp_path / "whole"), check_exact=True
+        )
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.slow
+def test_damaged_and_foreign_parts_and_a_second_run(
+    tmp_path: Path, sweep: Callable[..., Sweep]
+) -> None:
+    image_folder(tmp_path / "images")
+    run, options = tmp_path / "run", (*TOY, "--out", "run")
+    assert sweep(*options).end()[0] == 0
+    whole = table(run)
+    part = run / "parts" / "_toy%3AToy--act1--2.parquet"
+    part.write_bytes(part.read_bytes()[:1000])
+    code, out, err = sweep(*options).end()
+    assert code == 0
+    assert err.count("\n") == 1
+    assert f"run/parts/{part.name} can't be read" in err
+    assert "_toy:Toy act1 2 is to be measured again" in err
+    assert "1/6" not in out
+    pd.testing.assert_frame_equal(table(run), whole, check_exact=True)
+
+    assert sweep(*TOY, "--out", "other", "--ridge", "0.5").end()[0] == 0
+    shutil.copy(tmp_path / "other" / "parts" / part.name, part)
+    code, _, err = sweep(*options).end()
+    theirs, ours = (json.loads((f / "study.json").read_text()) for f in (tmp_path / "other", run))
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"run/parts/{part.name} is of configuration {theirs['hash']}" in err
+    assert ours["hash"] in err
+    part.unlink()
+
+    with driving(run, Shard(), 1):
+        code, _, err = sweep(*options).end()
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"out: process {os.getpid()} on " in err
+
+
+@pytest.mark.slow
+def test_an_image_that_vanishes_under_a_run(tmp_path: Path, sweep: Callable[..., Sweep]) -> None:
+    image_folder(tmp_path / "images")
+    run, options = tmp_path / "run", (*TOY, "--out", "run", "--workers", "1")
+    assert sweep(*options).end()[0] == 0
+    whole = table(run)
+    shutil.rmtree(run / "parts")
+    (run / "results.parquet").unlink()
+    image, hidden = tmp_path / "images" / "bee" / "2.png", tmp_path / "2.png"
+    one = sweep(*TOY, "--out", "run", "--workers", "2")
+    until(lambda: one.workers())
+    image.rename(hidden)  # the studies of the workers are not made yet
+    code, _, err = one.end()
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "those made anew for" in err
+    assert "expected the same images, weights and versions" in err
+    hidden.rename(image)
+    assert sweep(*options).end()[0] == 0
+    pd.testing.assert_frame_equal(table(run), whole, check_exact=True)
+
+
+@pytest.mark.slow
+def test_shards_in_any_order_equal_one_run(tmp_path: Path, sweep: Callable[..., Sweep]) -> None:
+    image_folder(tmp_path / "images")
+    assert sweep(*TOY, "--out", "whole").end()[0] == 0
+    both = [sweep(*TOY, "--out", "run", "--shard", f"{i}/3") for i in (3, 1)]
+    for one in both:
+        code, out, err = one.end()
+        assert (code, err) == (0, "")
+        assert "2 of 6 units" in out
+    assert not (tmp_path / "run" / "results.parquet").exists()
+    code, out, _ = sweep(*TOY, "--out", "run", "--shard", "2/3").end()
+    assert code == 0
+    assert "run/report.html" in out
+    pd.testing.assert_frame_equal(
+        table(tmp_path / "run"), table(tmp_path / "whole"), check_exact=True
+    )

@@ -1,0 +1,387 @@
+"""What is shown of a run while it goes on, by clocks that the tests set."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from experiments import progress
+from experiments.executors import Event
+from experiments.progress import pace, progress_of
+from experiments.run import Step, drive
+from experiments.store import Store, Unit
+
+GIB = 2**30
+ERASED = "\x1b[1A\x1b[2K"  # one line up, and clear it
+
+
+class Clocks:
+    """Stands for the module `time`: one clock that only goes on, and one that anybody sets."""
+
+    def __init__(self) -> None:
+        self.now, self.wall = 1000.0, 1_800_000_000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return self.wall
+
+
+@pytest.fixture
+def clocks(monkeypatch: pytest.MonkeyPatch) -> Clocks:
+    stand_in = Clocks()
+    monkeypatch.setattr(progress, "time", stand_in)
+    monkeypatch.setenv("TERM", "xterm")
+    return stand_in
+
+
+class File(io.StringIO):
+    """A file that knows what of it would be there if its process were killed."""
+
+    flushed = ""
+
+    def flush(self) -> None:
+        self.flushed = self.getvalue()
+
+
+class Run:
+    """Steps of a run, one after the other."""
+
+    def __init__(self, done: int, total: int) -> None:
+        self.done, self.failed, self.total = done, 0, total
+
+    def start(self, unit: Unit) -> Step:
+        return self._step(Event("started", unit, "worker 1"))
+
+    def end(self, unit: Unit, seconds: float, memory: int = 0) -> Step:
+        self.done += 1
+        return self._step(Event("done", unit, "worker 1", seconds, memory))
+
+    def fail(self, unit: Unit, error: str, recorded: bool) -> Step:
+        self.failed += recorded
+        return self._step(Event("failed", unit, "worker 1", 0.5, error=error))
+
+    def _step(self, event: Event) -> Step:
+        return Step(event, self.done, self.failed, self.total)
+
+
+def unit(number: int) -> Unit:
+    return Unit("resnet50", f"layer{number}.0", 1)
+
+
+def frames(text: str) -> list[str]:
+    """What was drawn in a terminal, line by line, without colours and movements of the cursor."""
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text))
+    return [line for line in lines if line]
+
+
+def strict(line: str) -> dict[str, Any]:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+@given(
+    gaps=st.lists(st.floats(0, 1e5), min_size=1, max_size=12),
+    before=st.integers(0, 1000),
+    after=st.integers(0, 1000),
+    jumps=st.lists(st.floats(-1e8, 1e8), min_size=12, max_size=12),
+)
+def test_rate_and_time_left_are_of_this_run_by_a_clock_that_nobody_sets(
+    gaps: list[float], before: int, after: int, jumps: list[float]
+) -> None:
+    outputs = []
+    for moves in (jumps, [0.0] * 12):
+        file, clocks = io.StringIO(), Clocks()
+        run = Run(before, before + len(gaps) + after)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(progress, "time", clocks)
+            with progress_of(Console(file=file), log_json=True) as show:
+                for i, (gap, move) in enumerate(zip(gaps, moves, strict=False)):
+                    show(run.start(unit(i)))
+                    clocks.now += gap
+                    clocks.wall += move
+                    show(run.end(unit(i), gap))
+        outputs.append([strict(line) for line in file.getvalue().splitlines()])
+    jumped, steady = outputs
+    assert [{**line, "time": 0} for line in jumped] == [{**line, "time": 0} for line in steady]
+    first, *others = jumped
+    assert (first["units_per_minute"], first["seconds_left"]) == (None, None)
+    ended = [line for line in others if line["event"] == "done"]
+    assert len(ended) == len(gaps)
+    for count, line in enumerate(ended, 1):
+        took = sum(gaps[:count])
+        left = len(gaps) - count + after
+        assert (line["done"], line["left"]) == (before + count, left)
+        if took > 1e-6:  # below, the sum with the clock's 1000 s rounds
+            assert line["units_per_minute"] == pytest.approx(60 * count / took, rel=1e-4)
+            assert line["seconds_left"] == pytest.approx(left * took / count, rel=1e-4)
+
+
+def test_json_says_all_that_happens_at_once(clocks: Clocks) -> None:
+    file, run = File(), Run(2, 5)
+    with progress_of(Console(file=file), quiet=True, log_json=True) as show:
+        show(run.start(unit(3)))
+        clocks.now += 4
+        clocks.wall -= 86400
+        show(run.end(unit(3), 3.5, 3 * GIB))
+        assert file.flushed == file.getvalue()
+        show(run.fail(unit(4), "no \x1b memory: 'é\"", recorded=False))
+        show(run.fail(unit(4), "none yet", recorded=True))
+    lines = [strict(line) for line in file.getvalue().splitlines()]
+    assert {tuple(line) for line in lines} == {tuple(lines[1])}  # which are below
+    assert [line["event"] for line in lines] == ["started", "done", "retry", "failed"]
+    assert lines[0]["time"] == "2027-01-15T08:00:00.000+00:00"
+    assert [lines[0][key] for key in ("seconds", "memory_bytes", "error")] == [None] * 3
+    assert {**lines[1], "time": ""} == {
+        "event": "done",
+        "time": "",
+        "model": "resnet50",
+        "layer": "layer3.0",
+        "block": 1,
+        "worker": "worker 1",
+        "seconds": 3.5,
+        "memory_bytes": 3 * GIB,
+        "error": None,
+        "done": 3,
+        "failed": 0,
+        "left": 2,
+        "total": 5,
+        "units_per_minute": 15.0,
+        "seconds_left": 8.0,
+    }
+    assert lines[1]["time"] == "2027-01-14T08:00:00.000+00:00"
+    assert (lines[2]["error"], lines[2]["left"]) == ("no \x1b memory: 'é\"", 2)
+    assert (lines[3]["failed"], lines[3]["left"], lines[3]["seconds_left"]) == (1, 1, 4.0)
+
+
+def test_a_log_has_a_line_for_each_unit(clocks: Clocks) -> None:
+    file, run = File(), Run(10, 155)
+    with progress_of(Console(file=file, width=20)) as show:
+        for number in (1, 2):
+            show(run.start(unit(number)))
+            assert file.flushed.endswith("started\n") == (number == 1)
+            clocks.now += 45
+            show(run.end(unit(number), 44.9, int(1.94 * GIB)))
+            assert file.flushed == file.getvalue()
+        clocks.now += 300
+        show(run.fail(unit(3), "RuntimeError: out of memory", recorded=False))
+        show(run.fail(unit(3), "RuntimeError: again", recorded=True))
+        clocks.now += 210
+        show(run.end(unit(4), 600))
+    assert file.getvalue().splitlines() == [
+        "10/155 resnet50 layer1.0 1 started",
+        "11/155 resnet50 layer1.0 1 done in 44.9 s, 1.3 units/min, 1.8 h left, 1.9 GiB",
+        "12/155 resnet50 layer2.0 1 done in 44.9 s, 1.3 units/min, 1.8 h left, 1.9 GiB",
+        "again: resnet50 layer3.0 1: RuntimeError: out of memory",
+        "failed: resnet50 layer3.0 1: RuntimeError: again",
+        "13/155 resnet50 layer4.0 1 done in 10 min, 200 s/unit, 7.8 h left",
+    ]
+
+
+def test_a_run_whose_units_only_end_has_a_rate(clocks: Clocks) -> None:
+    file = io.StringIO()
+    with progress_of(Console(file=file)) as show:
+        show(Run(0, 3).end(unit(1), 4))
+    assert file.getvalue() == ("1/3 resnet50 layer1.0 1 done in 4.0 s, 15 units/min, 8.0 s left\n")
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_log_of_short_units_has_a_line_a_second_and_the_last(
+    clocks: Clocks, stopped: bool
+) -> None:
+    file, run = io.StringIO(), Run(0, 1000)
+    with suppress(KeyboardInterrupt), progress_of(Console(file=file)) as show:
+        for number in range(1000):
+            show(run.start(unit(number)))
+            clocks.now += 0.0625
+            show(run.end(unit(number), 0.0625))
+            if number == 500:
+                show(run.fail(unit(2000), "no luck", recorded=False))
+            if stopped and run.done == 777:
+                raise KeyboardInterrupt
+    lines = file.getvalue().splitlines()
+    end = 777 if stopped else 1000
+    counts = [line.split("/")[0] for line in lines]
+    seconds = [str(count) for count in range(16, end, 16)]
+    at = [int(count) for count in seconds].index(512)
+    told = ["again: resnet50 layer2000.0 1: no luck"]
+    assert counts == ["0", *seconds[:at], told[0], *seconds[at:], str(end)]
+    assert "960 units/min" in lines[-1]
+
+
+def test_quiet_says_on_stderr_what_is_given_up(
+    clocks: Clocks, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(0, 3)
+    with progress_of(Console(force_terminal=True), quiet=True) as show:
+        show(run.start(unit(1)))
+        show(run.end(unit(1), 1))
+        show(run.fail(unit(2), "once", recorded=False))
+        show(run.fail(unit(2), "twice", recorded=True))
+    assert capsys.readouterr() == ("", "failed: resnet50 layer2.0 1: twice\n")
+
+
+def test_a_terminal_has_one_line_and_failures_above_it(clocks: Clocks) -> None:
+    file, run = io.StringIO(), Run(10, 155)
+    with progress_of(Console(file=file, force_terminal=True, width=80)) as show:
+        show(run.start(unit(1)))
+        clocks.now += 30
+        show(run.end(unit(1), 30, 2 * GIB))
+        show(run.start(unit(2)))
+        show(run.fail(unit(2), "no [bold] luck", recorded=False))
+        show(run.start(unit(3)))
+        show(run.end(unit(4), 1, GIB))
+        show(run.fail(unit(4), "at all", recorded=True))
+        clocks.now += 12
+    assert not file.getvalue().endswith(ERASED)
+    *_, last = drawn = frames(file.getvalue())
+    assert "again: resnet50 layer2.0 1: no [bold] luck" in drawn
+    assert "failed: resnet50 layer4.0 1: at all" in drawn
+    assert re.fullmatch("[━╸╺ ]{10}", last[:10])
+    # Two units in 30 s; 155 - 12 - 1 are left; the peak is the larger one.
+    assert last[10:] == "  12/155  1 failed  4.0/min  36 min left  2.0 GiB  resnet50 layer3.0 1"
+
+
+@given(data=st.data(), width=st.sampled_from([60, 80, 120]))
+def test_no_line_is_longer_than_its_terminal(data: st.DataObject, width: int) -> None:
+    names = st.text("abc.123_", min_size=1, max_size=60)
+    total = data.draw(st.integers(20, 99999))
+    run, file, clocks = Run(data.draw(st.integers(0, total - 20)), total), io.StringIO(), Clocks()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "time", clocks)
+        patch.setenv("TERM", "xterm")
+        with progress_of(Console(file=file, force_terminal=True, width=width)) as show:
+            for _ in range(data.draw(st.integers(1, 6))):
+                one = Unit(data.draw(names), data.draw(names), data.draw(st.integers(1, 100)))
+                show(run.start(one))
+                clocks.now += data.draw(st.floats(0, 1e5))
+                if data.draw(st.booleans()):
+                    show(run.end(one, 1, data.draw(st.integers(0, 80 * GIB))))
+                show(run.fail(one, "so many words, " * 9, recorded=data.draw(st.booleans())))
+    drawn = frames(file.getvalue())
+    assert max(map(len, drawn)) <= width
+    assert f"  {run.done}/{run.total}  " in drawn[-1]
+
+
+@pytest.mark.parametrize(
+    ("width", "workers", "end"),
+    [
+        (120, 1, "  mobilenet_v2 features.17.conv.3 1, 8.0 s"),
+        (120, 3, "  mobilenet_v2 features.17.conv.3 1 +2, 8.0 s"),
+        (80, 1, "  mobilenet_v2 features.17.conv.3 1, 8.0 s"),
+        (80, 3, "  mobilenet_v2 features.17.conv.3 1 +2"),
+        (78, 1, "  mobilenet_v2 features.17.conv.3 1, 8.0 s"),
+        (77, 1, "  mobilenet_v2 features.17.conv.3 1"),
+        (60, 1, "  …v2 features.17.conv.3 1"),
+        (60, 3, "  …features.17.conv.3 1 +2"),
+        (44, 1, "  ….conv.3 1"),
+        (40, 1, "  6 min left"),
+    ],
+)
+def test_the_end_of_a_long_name_is_kept(clocks: Clocks, width: int, workers: int, end: str) -> None:
+    file, run = io.StringIO(), Run(0, 20)
+    with progress_of(Console(file=file, force_terminal=True, width=width)) as show:
+        show(run.start(unit(0)))
+        clocks.now += 20
+        show(run.end(unit(0), 20))
+        for number in range(1, workers):
+            show(run.start(unit(number)))
+        show(run.start(Unit("mobilenet_v2", "features.17.conv.3", 1)))
+        clocks.now += 8
+    line = frames(file.getvalue())[-1]
+    assert line[width // 8 :].startswith("  1/20  3.0/min  6 min left")
+    assert line.endswith(end)
+
+
+def test_a_terminal_keeps_nothing_of_a_run_without_a_step(clocks: Clocks) -> None:
+    file = io.StringIO()
+    with progress_of(Console(file=file, force_terminal=True, width=80)):
+        pass
+    assert file.getvalue().endswith(ERASED)
+    assert frames(file.getvalue()) == ["starting"]
+
+
+def test_a_dumb_terminal_has_plain_lines(clocks: Clocks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    file, run = io.StringIO(), Run(0, 2)
+    with progress_of(Console(file=file, force_terminal=True, width=80)) as show:
+        show(run.start(unit(1)))
+    assert file.getvalue() == "0/2 resnet50 layer1.0 1 started\n"
+
+
+def test_stderr_that_is_a_file_keeps_its_warnings(
+    clocks: Clocks, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = io.StringIO()
+    with progress_of(Console(file=file, force_terminal=True, width=80)):
+        print("warning: warm", file=sys.stderr)
+        print("above the line")
+    assert capsys.readouterr().err == "warning: warm\n"
+    assert "above the line" in frames(file.getvalue())
+
+
+def test_a_unit_is_tried_again_before_it_failed(tmp_path: Path, clocks: Clocks) -> None:
+    study = {"layers": ["act1", "act2", "act3"], "classes": ["ant"], "block": 1}
+    store = Store.create(tmp_path, {"models": {"toy": study}})
+
+    class Unlucky:
+        workers = 1
+
+        def run(self, units: deque[Unit]) -> Iterator[Event]:
+            while units:
+                unit = units.popleft()
+                yield Event("started", unit, "one")
+                if unit.layer == "act1":
+                    store.put(unit, pd.DataFrame({"cell": [1]}))
+                    yield Event("done", unit, "one", 1.0)
+                else:
+                    again = unit.layer == "act2"
+                    yield Event("failed", unit, "one", 1.0, error="bad luck", again=again)
+
+        def close(self) -> None:
+            pass
+
+    file = io.StringIO()
+    with progress_of(Console(file=file), log_json=True) as show:
+        drive(store, Unlucky(), progress=show)
+    lines = [strict(line) for line in file.getvalue().splitlines()]
+    ends = [(line["layer"], line["event"]) for line in lines if line["event"] != "started"]
+    assert ends == [
+        ("act1", "done"),
+        ("act2", "retry"),
+        ("act3", "failed"),
+        ("act2", "retry"),
+        ("act2", "failed"),
+    ]
+    assert [lines[-1][key] for key in ("done", "failed", "left", "total")] == [1, 2, 0, 3]
+
+
+@pytest.mark.parametrize(
+    ("per_minute", "text"),
+    [
+        (1234.4, "1234 units/min"),
+        (18.4, "18 units/min"),
+        (3.44, "3.4 units/min"),
+        (1.0, "1.0 units/min"),
+        (0.8, "75 s/unit"),
+        (0.01, "6000 s/unit"),
+    ],
+)
+def test_pace(per_minute: float, text: str) -> None:
+    assert pace(per_minute) == text
