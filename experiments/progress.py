@@ -16,8 +16,6 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from .terminal import duration
-
 if TYPE_CHECKING:
     from .run import Step
     from .store import Unit
@@ -67,6 +65,14 @@ def progress_of(
             yield lines
         finally:
             lines.catch_up()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{minutes:.0f} min" if minutes < 100 else f"{hours:.1f} h"
 
 
 def pace(per_minute: float, units: str = " units") -> str:

@@ -14,9 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .lock import Driver, drivers
-from .progress import pace
+from .progress import duration, pace
 from .store import TABLE, DamagedError, Store, Unit
-from .terminal import duration
 
 _SHOWN = 5  # errors
 
@@ -138,7 +137,7 @@ def status(folder: str | os.PathLike[str]) -> Status:
         else:
             if facts is not None:
                 took[unit] = facts.get("seconds", 0.0)
-    failed = _failed(store)
+    failed = store.failed()
     return Status(
         store.folder,
         tuple(_shares(store.units, took, failed)),
@@ -147,14 +146,6 @@ def status(folder: str | os.PathLike[str]) -> Status:
         working,
         _units_in_table(store),
     )
-
-
-def _failed(store: Store) -> dict[Unit, str]:
-    while True:
-        try:
-            return store.failed()
-        except FileNotFoundError:  # this very moment one was finished after all
-            continue
 
 
 def _shares(units: list[Unit], took: dict[Unit, float], failed: dict[Unit, str]) -> Iterator[Share]:

@@ -226,11 +226,13 @@ class Store:
 
     def failed(self) -> dict[Unit, str]:
         """The units that failed and are not finished, each with its error."""
-        return {
-            unit: json.loads(self._failure(unit).read_text(encoding="utf-8"))["error"]
-            for unit in self.units
-            if self._failure(unit).exists() and not self.path(unit).exists()
-        }
+        found = {}
+        for unit in self.units:
+            with suppress(FileNotFoundError):  # another process may finish it this very moment
+                text = self._failure(unit).read_text(encoding="utf-8")
+                if not self.path(unit).exists():
+                    found[unit] = json.loads(text)["error"]
+        return found
 
     def compact(self) -> pd.DataFrame:
         """Write the table of all finished units, sorted by model, class, layer and cell.

@@ -11,6 +11,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from .progress import duration
 from .report import METRIC_NAMES, means, write_report
 from .stats import changes_of, correlations, distances_of, summary
 
@@ -166,11 +167,3 @@ def took(seconds: float, plans: Sequence[Plan], workers: int = 1) -> None:
     """Hold what a run took against its plan."""
     said = sum(plan.seconds for plan in plans) / workers
     print(f"Took {duration(seconds)}; the plan said {duration(said)}.")
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{minutes:.0f} min" if minutes < 100 else f"{hours:.1f} h"
