@@ -1,5 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# A worker for each core, of one thread: threads that share a core wait for each other. One that
+# has nothing left to do takes from the others, since a few tests take as long as hundreds.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: sweep train test lint check slow bench clean
 
@@ -10,8 +13,8 @@ train: .venv/experiments
 	$(BIN)/python -m experiments train
 
 test: .venv/dev
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -19,8 +22,8 @@ lint: .venv/dev
 	$(BIN)/mypy
 
 slow: .venv/dev .venv/triton-3.6
-	$(BIN)/python -m pytest -m slow
-	PYTHONPATH=.venv/triton-3.6 $(BIN)/python -m pytest tests/compile
+	$(PYTEST) -m slow
+	PYTHONPATH=.venv/triton-3.6 $(PYTEST) tests/compile
 
 check: test lint slow
 

@@ -52,7 +52,12 @@ def calls_of(model, images):
 
 
 @pytest.mark.parametrize(
-    ("name", "cuts"), [("alexnet_small", 24), ("mobilenet_v2_small", 213), ("resnet50_small", 135)]
+    ("name", "cuts"),
+    [
+        ("alexnet_small", 24),
+        pytest.param("mobilenet_v2_small", 213, marks=pytest.mark.slow),
+        ("resnet50_small", 135),
+    ],
 )
 def test_every_module_of_the_networks_is_bit_equal_to_a_hook(name, cuts):
     model, images = network(name), torch.randn(2, 3, 32, 32)
