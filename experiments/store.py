@@ -47,13 +47,16 @@ def units_of(model: str, layers: Iterable[str], classes: int, block: int) -> lis
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a file beside ``path`` that takes its place, on the disk, when the block ends well."""
+def replacing(path: Path, new: bool = False) -> Iterator[Path]:
+    """Give a file beside ``path`` that takes its place, on the disk, when the block ends well.
+
+    A ``new`` one takes nobody's place: FileExistsError.
+    """
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         yield temporary
         _sync(temporary)
-        os.replace(temporary, path)
+        (os.link if new else os.replace)(temporary, path)
         with suppress(OSError):  # some file systems sync no folders
             _sync(path.parent)
     finally:
@@ -128,9 +131,10 @@ class Store:
         if not (folder / CONFIGURATION).exists():
             study = {"hash": digest(wanted), "configuration": wanted, **facts()}
             folder.mkdir(parents=True, exist_ok=True)
-            with replacing(folder / CONFIGURATION) as path:
+            # Of two runs that begin at once the first is right: its memory decides the last bits.
+            with suppress(FileExistsError), replacing(folder / CONFIGURATION, new=True) as path:
                 path.write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
-            check(folder, wanted)  # two runs may have begun at once
+            check(folder, wanted)
         return cls(folder)
 
     def path(self, unit: Unit) -> Path:
@@ -149,7 +153,8 @@ class Store:
         import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 
         table = pyarrow.Table.from_pandas(rows, preserve_index=False)
-        text = json.dumps({"hash": self.hash, "unit": list(unit), **facts})
+        facts = {"hash": self.hash, "unit": list(unit), "rows": _fingerprint(rows), **facts}
+        text = json.dumps(facts)
         table = table.replace_schema_metadata({**table.schema.metadata, _FACTS: text})
         try:
             self.path(unit).parent.mkdir(exist_ok=True)
@@ -178,18 +183,16 @@ class Store:
                 metadata = parquet.read_metadata(path).metadata or {}
             except FileNotFoundError:
                 return None
-        facts = json.loads(metadata.get(_FACTS, "{}"))
-        if facts.get("hash") != self.hash:
-            whose = f"configuration {facts['hash']}" if "hash" in facts else "no run"
+            facts = json.loads(metadata.get(_FACTS, '{"hash": "", "unit": ["", "", 0]}'))
+            owner, of = facts["hash"], Unit(*facts["unit"])
+        if owner != self.hash:
+            whose = f"configuration {owner}" if owner else "no run"
             raise StoreError(
                 f"out: {path} is of {whose}, and the run of {self.hash}; expected parts of this "
                 "run alone: move it away"
             )
-        if facts["unit"] != list(unit):
-            raise StoreError(
-                f"out: {path} is a part of {Unit(*facts['unit'])}; expected its own name: "
-                "move it away"
-            )
+        if of != unit:
+            raise StoreError(f"out: {path} is a part of {of}; expected its own name: move it away")
         return dict(facts)
 
     def finished(self, units: Iterable[Unit] | None = None) -> dict[Unit, pd.DataFrame]:
@@ -205,8 +208,9 @@ class Store:
         found = {}
         for unit in self.units if units is None else units:
             try:
-                if self.facts(unit) is not None:
-                    found[unit] = _read(self.path(unit))
+                facts = self.facts(unit)
+                if facts is not None:
+                    found[unit] = _read(self.path(unit), facts["rows"])
             except DamagedError as error:
                 warnings.warn(f"{error}; {unit} is to be measured again", stacklevel=2)
         return found
@@ -218,7 +222,8 @@ class Store:
         return [unit for unit in units if unit not in done]
 
     def fail(self, unit: Unit, error: str, **facts: Any) -> None:
-        """Record that a unit can't be measured, and why."""
+        """Record that a unit can't be measured, and why; a damaged part of it goes."""
+        self.path(unit).unlink(missing_ok=True)
         self._failure(unit).parent.mkdir(exist_ok=True)
         with replacing(self._failure(unit)) as path:
             text = json.dumps({"unit": list(unit), "error": error, **facts}, indent=1)
@@ -339,16 +344,30 @@ def _reading(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowException, LookupError, OSError, TypeError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # not the file's fault
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = " ".join(str(error).splitlines()[:1]).rstrip(".")
         raise DamagedError(f"out: {path} can't be read ({reason})") from None
 
 
-def _read(path: Path) -> pd.DataFrame:
+def _read(path: Path, fingerprint: str | None = None) -> pd.DataFrame:
     with _reading(path):
-        return pd.read_parquet(path, page_checksum_verification=True)
+        table = pd.read_parquet(path, page_checksum_verification=True)
+        if fingerprint not in (None, _fingerprint(table)):
+            raise ValueError("its rows are not those that were written")
+    return table
+
+
+def _fingerprint(table: pd.DataFrame) -> str:
+    """Of names and values: Parquet has checksums of pages, and none of what they are called."""
+    found = hashlib.sha256()
+    for name, column in table.items():
+        values = column.to_numpy()
+        numbers = values.dtype.kind in "biuf"
+        found.update(f"{name} {values.dtype.kind} ".encode())
+        found.update(values.tobytes() if numbers else json.dumps(values.tolist()).encode())
+    return found.hexdigest()[:16]
 
 
 def _sync(path: Path) -> None:

@@ -192,7 +192,7 @@ class _Seat:
             return Event("failed", unit, self.name, took, error=why, details=str(error))
         if not self.up:
             raise ExecutorError(
-                f"workers: {self.name} was started {_RESTARTS + 1} times, and its process was ended "
+                f"workers: {self.name} was started {_RESTARTS + 1} times, and its process ended "
                 "each time before it had its studies; expected actors that can start"
             ) from error
         self._start()  # Ray has restarted it as often as it was to

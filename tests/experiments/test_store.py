@@ -238,20 +238,21 @@ def test_a_byte_that_was_flipped_is_found(store: Store) -> None:
     found: dict[str, list[int]] = {"damaged": [], "foreign": [], "the same": []}
     for place in (middle, *range(footer, len(good), 9)):  # the footer has no checksum
         path.write_bytes(good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :])
+        kind = "the same"
         try:
             rows = store.finished([unit])
-        except UserWarning as warning:
-            assert str(warning).startswith(f"out: {path} can't be read (")
-            assert str(warning).endswith(f"); {unit} is to be measured again")
-            found["damaged"].append(place)
-        except StoreError as error:
-            assert str(error).endswith(": move it away")
-            found["foreign"].append(place)
+        except (UserWarning, StoreError) as error:
+            kind, said = "foreign" if isinstance(error, StoreError) else "damaged", str(error)
+        if kind == "damaged":
+            assert said.startswith(f"out: {path} can't be read (")
+            assert said.endswith(f"); {unit} is to be measured again")
+        elif kind == "foreign":
+            assert said.endswith(": move it away")
         else:
             pd.testing.assert_frame_equal(rows[unit], rows_of(unit), check_exact=True)
-            found["the same"].append(place)
+        found[kind].append(place)
     assert found["damaged"][0] == middle
-    assert all(len(places) > 5 for places in found.values())
+    assert all(found.values()), {kind: len(places) for kind, places in found.items()}
 
 
 @pytest.mark.parametrize(
@@ -272,9 +273,10 @@ def test_a_full_disk_is_said_in_a_line(
         where.write_bytes(b"PAR1 half")
         raise error
 
-    with monkeypatch.context() as patch, pytest.raises(StoreError) as caught:
+    with monkeypatch.context() as patch:
         patch.setattr(pq, "write_table", full)
-        store.put(unit, rows_of(unit))
+        with pytest.raises(StoreError) as caught:
+            store.put(unit, rows_of(unit))
     assert str(caught.value) == f"out: {store.path(unit)} can't be written ({reason})"
     assert names(store.folder) == before
     assert store.left() == store.units

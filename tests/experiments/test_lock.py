@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from experiments.lock import Driver, drivers, driving
+from experiments.shard import Shard
+from experiments.store import StoreError
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import sys
+from pathlib import Path
+from experiments.lock import driving
+from experiments.shard import parse
+with driving(Path(sys.argv[1]), parse(sys.argv[2]), int(sys.argv[3])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def hold(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start a process that works in the folder until its input ends."""
+    started = []
+
+    def start(shard: str = "1/1", workers: int = 1) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(tmp_path), shard, str(workers)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def refused(folder: Path, shard: Shard) -> str:
+    with pytest.raises(StoreError) as caught, driving(folder, shard, 1):
+        pass
+    return str(caught.value)
+
+
+def test_a_folder_is_one_runs_until_its_process_is_gone(
+    tmp_path: Path, hold: Callable[..., subprocess.Popen[str]]
+) -> None:
+    other = hold(workers=3)
+    (driver,) = drivers(tmp_path)
+    assert (driver.pid, driver.workers, driver.shard) == (other.pid, 3, "1/1")
+    for shard in (Shard(), Shard(1, 2)):
+        said = refused(tmp_path, shard)
+        assert said == (
+            f"out: process {other.pid} on {driver.host} works in {tmp_path}; "
+            "expected one run at a time, or shards of one"
+        )
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    assert drivers(tmp_path) == []
+    with driving(tmp_path, Shard(), 1):
+        assert [driver.pid for driver in drivers(tmp_path)] == [os.getpid()]
+    assert drivers(tmp_path) == []
+
+
+def test_shards_work_side_by_side(
+    tmp_path: Path, hold: Callable[..., subprocess.Popen[str]]
+) -> None:
+    first = hold("1/2", 2)
+    with driving(tmp_path, Shard(2, 2), 1):
+        found = {driver.shard: driver for driver in drivers(tmp_path)}
+        assert {shard: driver.pid for shard, driver in found.items()} == {
+            "1/2": first.pid,
+            "2/2": os.getpid(),
+        }
+        assert f"process {first.pid} on " in refused(tmp_path, Shard(1, 2))
+        assert ", shard 1/2, works in" in refused(tmp_path, Shard(1, 2))
+        assert ", shard " in refused(tmp_path, Shard())
+    assert [driver.shard for driver in drivers(tmp_path)] == ["1/2"]
+
+
+def test_who_only_looks_keeps_nobody_out(tmp_path: Path) -> None:
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            drivers(tmp_path)
+
+    with driving(tmp_path, Shard(), 1):
+        pass
+    lookers = [threading.Thread(target=look) for _ in range(3)]
+    for looker in lookers:
+        looker.start()
+    try:
+        taken = 0
+        for _ in range(30):
+            with driving(tmp_path, Shard(), 1):
+                taken += 1
+    finally:
+        over.set()
+        for looker in lookers:
+            looker.join()
+    assert taken == 30
+
+
+def test_a_lock_that_is_being_signed_is_nobodys_yet(tmp_path: Path) -> None:
+    with (tmp_path / ".lock").open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert drivers(tmp_path) == []
+        assert "another process works in" in refused(tmp_path, Shard())
+        file.write('{"half')
+        file.flush()
+        assert drivers(tmp_path) == []
+
+
+def test_without_locks_a_run_goes_on_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with (
+        pytest.warns(UserWarning, match=r"\.lock can't be locked here \(No locks available\)"),
+        driving(tmp_path, Shard(), 2),
+    ):
+        assert (tmp_path / ".lock").read_text().startswith("{")
+
+
+def test_a_driver_as_it_is_said() -> None:
+    assert str(Driver("cluster-1", 17, 4, "1/1")) == "process 17 on cluster-1"

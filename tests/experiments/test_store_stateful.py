@@ -1,0 +1,208 @@
+"""Any order of writes, crashes, damage, resuming and compacting keeps the planned rows alone."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from _parts import configuration, rows_of
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from experiments.store import KEYS, TABLE, Store, StoreError, Unit
+
+UNITS = st.integers(0, 6)
+SEEDS = st.integers(0, 3)
+
+
+class Crash(BaseException):
+    """The process is gone: nothing that follows is run."""
+
+
+class Folder(RuleBasedStateMachine):
+    """A run's folder, beside a dictionary of what is in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = tempfile.TemporaryDirectory()
+        self.rows: dict[Unit, pd.DataFrame] = {}
+        self.damaged: set[Unit] = set()
+        self.foreign: set[Unit] = set()
+        self.failed: dict[Unit, str] = {}
+        self.crashes = 0
+
+    def teardown(self) -> None:
+        self.place.cleanup()
+
+    @initialize()
+    def create(self) -> None:
+        root = Path(self.place.name)
+        self.store = Store.create(root / "run", configuration())
+        self.other = Store.create(root / "other", configuration(versions={"torch": "2.12"}))
+        self.planned = self.store.units
+        assert len(self.planned) == 7
+
+    def holds(self, unit: Unit, rows: pd.DataFrame) -> None:
+        self.rows[unit] = rows
+        self.damaged.discard(unit)
+        self.foreign.discard(unit)
+
+    @rule(number=UNITS, seed=SEEDS)
+    def write(self, number: int, seed: int) -> None:
+        unit = self.planned[number]
+        self.store.put(unit, rows_of(unit, seed), seconds=1.0)
+        self.holds(unit, rows_of(unit, seed))
+        self.failed.pop(unit, None)
+
+    @rule(number=UNITS, seed=SEEDS, when=st.sampled_from(["write", "fsync", "replace", "after"]))
+    def crash(self, number: int, seed: int, when: str) -> None:
+        """Die in the middle of a write: whatever the process would have tidied stays."""
+        unit = self.planned[number]
+        replace, write = os.replace, pq.write_table
+
+        def die(*arguments: object, **options: object) -> None:
+            if when == "write":
+                write(*arguments, **options)
+                path = Path(str(arguments[1]))
+                path.write_bytes(path.read_bytes()[:99])
+            elif when == "after":
+                replace(*arguments)  # type: ignore[arg-type]
+            raise Crash
+
+        # An own number for each process that dies, whose half-written file keeps its name.
+        self.crashes += 1
+        target = {"write": (pq, "write_table"), "fsync": (os, "fsync")}.get(when, (os, "replace"))
+        with (
+            mock.patch.object(*target, die),
+            mock.patch.object(Path, "unlink"),
+            mock.patch.object(os, "getpid", return_value=self.crashes),
+            pytest.raises(Crash),
+        ):
+            self.store.put(unit, rows_of(unit, seed), seconds=1.0)
+        if when == "after":
+            self.holds(unit, rows_of(unit, seed))
+        self.resume()
+
+    @rule()
+    def resume(self) -> None:
+        self.store = Store.create(self.store.folder, configuration())
+        assert self.store.units == self.planned
+
+    @rule(number=UNITS)
+    def fail(self, number: int) -> None:
+        unit = self.planned[number]
+        if unit not in self.rows and unit not in self.foreign:
+            self.store.fail(unit, f"no {number}")
+            self.failed[unit] = f"no {number}"
+            self.damaged.discard(unit)
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data(), how=st.sampled_from(["cut", "flip", "empty", "delete"]))
+    def damage(self, data: st.DataObject, how: str) -> None:
+        unit = data.draw(st.sampled_from(sorted(self.rows)))
+        path = self.store.path(unit)
+        good = path.read_bytes()
+        if how == "delete":
+            path.unlink()
+        elif how == "flip":  # a byte of the distances, somewhere between the first and the last
+            column = pq.read_metadata(path).row_group(0).column(5)
+            start = column.dictionary_page_offset or column.data_page_offset
+            at = start + 40 + data.draw(st.integers(0, 7))
+            path.write_bytes(good[:at] + bytes([good[at] ^ 0x10]) + good[at + 1 :])
+        else:
+            path.write_bytes(good[: 0 if how == "empty" else len(good) * 2 // 3])
+        del self.rows[unit]
+        if how != "delete":
+            self.damaged.add(unit)
+
+    @rule(number=UNITS, own=st.booleans())
+    def bring_a_foreign_part(self, number: int, own: bool) -> None:
+        unit = self.planned[number]
+        if own:  # another unit's
+            source = self.store.path(self.planned[number - 1])
+            if self.planned[number - 1] not in self.rows:
+                return
+        else:
+            self.other.put(unit, rows_of(unit))
+            source = self.other.path(unit)
+        self.store.path(unit).parent.mkdir(exist_ok=True)
+        self.store.path(unit).write_bytes(source.read_bytes())
+        self.rows.pop(unit, None)
+        self.damaged.discard(unit)
+        self.foreign.add(unit)
+
+    @precondition(lambda self: self.foreign)
+    @rule()
+    def move_foreign_parts_away(self) -> None:
+        for unit in self.foreign:
+            self.store.path(unit).unlink()
+        self.foreign.clear()
+
+    @rule()
+    def tidy(self) -> None:
+        self.store.tidy(self.planned)
+        files = [path.name for path in self.store.folder.rglob("*") if path.is_file()]
+        assert not [name for name in files if name.endswith(".tmp") and "parquet" in name]
+
+    @precondition(lambda self: self.rows and not self.foreign)
+    @rule()
+    def compact(self) -> None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            self.store.compact()
+        assert len(caught) == len(self.damaged)
+        expected = pd.concat([self.rows[u] for u in self.planned if u in self.rows])
+        found = pd.read_parquet(self.store.folder / TABLE)
+        assert not found.duplicated(KEYS).any()
+        pd.testing.assert_frame_equal(
+            found, expected.sort_values(KEYS, ignore_index=True), check_exact=True
+        )
+        missing = len(self.planned) - len(self.rows)
+        assert found.attrs.get("missing") == (f"{missing} of 7" if missing else None)
+
+    @invariant()
+    def what_is_planned_is_finished_or_left(self) -> None:
+        if self.foreign:
+            before = {unit: self.store.path(unit).read_bytes() for unit in self.foreign}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with pytest.raises(StoreError, match=r"move it away$") as caught:
+                    self.store.left()
+            assert any(str(self.store.path(unit)) in str(caught.value) for unit in self.foreign)
+            assert before == {unit: self.store.path(unit).read_bytes() for unit in self.foreign}
+            return
+        with warnings.catch_warnings(record=True) as caught_warnings:
+            warnings.simplefilter("always")
+            finished = self.store.finished()
+            left = self.store.left()
+        said = {str(each.message) for each in caught_warnings}
+        assert len(said) == len(self.damaged)
+        assert all(any(str(self.store.path(u)) in text for text in said) for u in self.damaged)
+        assert left == [unit for unit in self.planned if unit not in self.rows]
+        assert list(finished) == [unit for unit in self.planned if unit in self.rows]
+        for unit, rows in finished.items():
+            pd.testing.assert_frame_equal(rows, self.rows[unit], check_exact=True)
+
+    @invariant()
+    def failures_are_those_of_unfinished_units(self) -> None:
+        present = {unit for unit in self.planned if self.store.path(unit).exists()}
+        assert self.store.failed() == {
+            unit: error for unit, error in self.failed.items() if unit not in present
+        }
+
+
+TestFolder = Folder.TestCase
+TestFolder.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
