@@ -279,7 +279,8 @@ def check(folder: Path, configuration: dict[str, Any]) -> None:
     """Raise StoreError where a run of this configuration can't use the folder; write nothing."""
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"out: {folder} is a file; expected a folder")
-    if (folder / CONFIGURATION).exists():
+    found = os.listdir(folder) if folder.exists() else []  # once: another may be making it
+    if CONFIGURATION in found:
         there = _study(folder)["configuration"]
         changed = _differences(there, configuration)
         if changed:
@@ -287,7 +288,7 @@ def check(folder: Path, configuration: dict[str, Any]) -> None:
                 f"out: {folder} holds a run of another configuration ({'; '.join(changed[:3])}"
                 f"{'; …' if len(changed) > 3 else ''}); expected the same one or another folder"
             )
-    elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+    elif any(not name.startswith(".") for name in found):
         raise StoreError(
             f"out: {folder} holds files but no {CONFIGURATION}; "
             "expected a new or empty folder, or one of an earlier run"

@@ -83,7 +83,8 @@ class Study:
         How many target classes are measured, and stored, at a time: as many as a prefix pass of
         the images serves, and as a run that is killed loses at most.
     note : str, optional
-        What the table and the report are to say of the study, such as that it is no evidence.
+        What the table and the report are to say of the study, such as that it is no evidence; a
+        run that is gone on with keeps its first.
     device : str or torch.device, optional
         Where to compute; where the model is by default.
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from experiments.store import Unit
+from experiments.store import Store, Unit
 
 CLASSES = ["ant/queen", "bee", "wasp"]
 
@@ -42,3 +44,12 @@ def rows_of(unit: Unit, seed: int = 0) -> pd.DataFrame:
             "cka": distances,
         }
     )
+
+
+def create_each(folders: Sequence[Path], memory: int, start: Any, found: Any) -> None:
+    """Make each folder at the same moment as other processes, and tell what they hold then."""
+    studies = []
+    for folder in folders:
+        start.wait(60)
+        studies.append(Store.create(folder, configuration(), lambda: {"memory": memory}).study)
+    found.put(studies)

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from experiments import __main__ as cli
 from experiments import jobs, measure
 from experiments.imagenet import outputs
-from experiments.jobs import SAMPLE, Asked, Job, of_models, of_preset, spaced
+from experiments.jobs import SAMPLE, Asked, of_models, of_preset, spaced
 from experiments.models import SMALL, study_layers
 from experiments.presets import FIFTY, PRESETS, TEN, Loaded, Network, Preset, load_network
 from experiments.report import write_report
@@ -158,22 +158,22 @@ def assert_noted(out: str, folder: Path, note: str | None) -> None:
 
 
 def test_a_random_run_from_start_to_report(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    unit, calls = measure._unit, []
+    target, calls = measure._target, []
 
     def interrupted(*arguments: Any) -> pd.DataFrame:
         calls.append(arguments)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return unit(*arguments)
+        return target(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "_unit", interrupted)
-        code, out, _ = sweep(*RANDOM, *CUT)
+        patch.setattr(measure, "_target", interrupted)
+        code, out, _ = sweep(*RANDOM, *CUT, "--block", "1")
     assert code == 130
     assert "Plan, mobilenet_v2_035: 3 target classes x 16 cells x 2 images, metrics over 6" in out
     assert "Took" not in out
 
-    code, out, err = sweep(*RANDOM, *CUT)
+    code, out, err = sweep(*RANDOM, *CUT, "--block", "1")
     assert (code, err) == (0, "")
     folder = Path("runs", NAME)
     assert f"Plan, {NAME}: 2 target classes x 16 cells x 2 images, metrics over 6 stimuli" in out
@@ -188,7 +188,7 @@ def test_a_random_run_from_start_to_report(here: Path, monkeypatch: pytest.Monke
     assert set(table["layer"]) == set(LATE)
     assert table[["cka", "cca"]].gt(0).any(axis=None)
 
-    code, out, _ = sweep(*RANDOM, *CUT)
+    code, out, _ = sweep(*RANDOM, *CUT, "--block", "1")
     assert code == 0
     assert "All 6 units are done already." in out
     assert "Plan" not in out
@@ -292,39 +292,6 @@ def test_options_replace_the_presets() -> None:
     assert (len(study.images), study.stimuli, study.layers) == (9, 6, list(LATE))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "folder", "sampled", "estimate"),
-    [
-        ([], "runs/demo", True, False),
-        (["--full"], "runs/demo-full", False, False),
-        (["--model", "alexnet_small"], "runs/alexnet_small", True, False),
-        (
-            ["--model", "_toy:Toy", "--images", "i", "--layers", "act1"],
-            "runs/_toy.Toy",
-            False,
-            False,
-        ),
-        (RANDOM, f"runs/{NAME}", False, True),
-        ([*RANDOM, "--out", "mine"], "mine", False, True),
-    ],
-)
-def test_where_a_run_goes_and_whether_it_is_a_sample(
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str],
-    folder: str,
-    sampled: bool,
-    estimate: bool,
-) -> None:
-    seen: list[Any] = []
-    empty = Job([], "")
-    monkeypatch.setattr(jobs, "of_models", lambda _names, _asked, of: seen.append(of) or empty)
-    monkeypatch.setattr(jobs, "of_preset", lambda _name, _asked: empty)
-    monkeypatch.setattr(cli, "_run", lambda *given, **named: seen.append((given, named)))
-    assert sweep(*arguments) == (0, "", "")
-    assert seen[-1] == ((empty, Path(folder), sampled), {"estimate": estimate, "dry": False})
-    assert seen[:-1] == ([] if estimate else [sampled])
-
-
 @pytest.mark.parametrize("sampled", [True, False])
 def test_the_demo_is_three_small_networks(sampled: bool) -> None:
     job = of_models(list(SMALL), Asked(), sampled)
@@ -336,7 +303,8 @@ def test_the_demo_is_three_small_networks(sampled: bool) -> None:
         assert study.stimuli_per_class == (20 if sampled else None)
         assert (study.edges, study.others, study.note) == ("equal", None, None)
         assert study.metrics == list(METRICS)
-    assert sum(len(study.units) for study in job.studies) == (161 if sampled else 1270)
+    assert {study.block for study in job.studies} == {10}
+    assert sum(len(study.units) for study in job.studies) == (23 if sampled else 127)
 
 
 def test_a_note_is_of_its_own_study() -> None:

@@ -107,12 +107,13 @@ def test_rows_with_inclusive_edges_equal_those_of_brute_force(layer: str, label:
 def test_rows_beside_drawn_classes_equal_those_of_brute_force(seed: int) -> None:
     images, labels = uneven()
     study = toy_study(
-        images=images, labels=labels, others=1, seed=seed, stimuli_per_class=4, penalty=5
+        images=images, labels=labels, others=1, seed=seed, stimuli_per_class=4, penalty=5, block=1
     )
     rows = study.run()
     for unit in study.units:
-        mine = rows[(rows["layer"] == unit.layer) & (rows["class"] == unit.target)]
-        label = ("ant/queen", "bee", "wasp").index(unit.target)
+        (label,) = study.targets_of(unit)
+        target = ("ant/queen", "bee", "wasp")[label]
+        mine = rows[(rows["layer"] == unit.layer) & (rows["class"] == target)]
         (other,) = study.others_of(label)
         assert_rows(mine, unit.layer, label, [label, other], 4, "equal")
 
@@ -166,7 +167,9 @@ def test_rows_do_not_depend_on_what_is_measured_together(memory: str) -> None:
 
 @cache
 def whole() -> tuple[Study, list[pd.DataFrame]]:
-    study = deep_study(memory="250KiB", others=1, stimuli_per_class=3, metrics=["cka", "pwcca"])
+    study = deep_study(
+        memory="250KiB", others=1, stimuli_per_class=3, metrics=["cka", "pwcca"], block=1
+    )
     return study, list(study.measure(study.units))
 
 
@@ -178,7 +181,7 @@ def test_rows_of_any_units_are_those_of_all(chosen: set[int]) -> None:
     assert len(found) == len(some)
     for i, rows in zip(some, found, strict=True):
         assert (rows["layer"] == study.units[i].layer).all()
-        assert (rows["class"] == study.units[i].target).all()
+        assert (rows["class"] == ("ant/queen", "bee", "wasp")[i % 3]).all()
         pd.testing.assert_frame_equal(rows, expected[i], check_exact=True)
 
 
@@ -204,16 +207,18 @@ def test_a_resumed_run_has_the_same_bits_where_memory_is_tight(
     labels = torch.arange(3).repeat_interleave(3)
     images = torch.randn(9, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     images += labels[:, None, None, None]
-    study = Study(Wide(), ["1", "3", "5"], images, labels, metrics=["cka"], memory="234KiB")
+    study = Study(
+        Wide(), ["1", "3", "5"], images, labels, metrics=["cka"], memory="234KiB", block=1
+    )
     assert len(groups(study, study.layers)) > 1
     rooms: dict[tuple[str, int], set[int]] = {}
-    unit = measure._unit
+    target = measure._target
 
     def noted(study: Study, layer: str, label: int, shown: Any, room: int) -> pd.DataFrame:
         rooms.setdefault((layer, label), set()).add(room)
-        return unit(study, layer, label, shown, room)
+        return target(study, layer, label, shown, room)
 
-    monkeypatch.setattr(measure, "_unit", noted)
+    monkeypatch.setattr(measure, "_target", noted)
     whole = list(study.measure(study.units))
     for start in range(len(whole)):
         for rows, expected in zip(study.measure(study.units[start:]), whole[start:], strict=True):
@@ -237,7 +242,7 @@ def test_a_resumed_run_has_the_same_bits_where_memory_is_tight(
 def test_images_pass_once_for_each_group(
     memory: str, per_class: int | None, units: slice, calls: int
 ) -> None:
-    study = deep_study(memory=memory, stimuli_per_class=per_class, metrics=["cka"])
+    study = deep_study(memory=memory, stimuli_per_class=per_class, metrics=["cka"], block=1)
     wanted, passed = study.units[units], []
     study.model.conv1.register_forward_pre_hook(lambda _m, given: passed.append(len(given[0])))
     assert len(list(study.measure(wanted))) == len(wanted)
@@ -324,9 +329,9 @@ def test_too_little_memory_names_a_layer_and_what_is_enough(layer: str, memory: 
 
 def test_a_run_may_go_on_with_another_memory_and_note(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        deep_study(memory="250KiB").run(tmp_path, stop_after(4))
-    resumed = deep_study(memory="1GiB", note="of no weight").run(tmp_path)
-    assert resumed.attrs == {"notes": {"toy": "of no weight"}}
+        deep_study(memory="250KiB", note="a", block=1).run(tmp_path, stop_after(4))
+    resumed = deep_study(memory="1GiB", note="of no weight", block=1).run(tmp_path)
+    assert resumed.attrs == {"notes": {"toy": "a"}}
     pd.testing.assert_frame_equal(resumed, deep_study().run(), check_exact=True)
 
 

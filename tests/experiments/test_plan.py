@@ -130,8 +130,8 @@ def test_the_metrics_are_timed_on_two_sizes(
 
 
 def test_only_units_that_are_left_are_counted() -> None:
-    study = toy_study(memory="150KiB", metrics=["cka"])
-    left = [Unit("toy", "act1", "wasp"), *study.units[3:5]]
+    study = toy_study(memory="150KiB", metrics=["cka"], block=1)
+    left = [Unit("toy", "act1", 3), *study.units[3:5]]
     found = plan(study, left)
     assert [line.layer for line in found.layers] == ["act1", "act2"]
     assert [line.forward_flops for line in found.layers] == [80 * TAIL["act1"], 160 * TAIL["act2"]]
@@ -141,6 +141,18 @@ def test_only_units_that_are_left_are_counted() -> None:
     assert [line.layer for line in last.layers] == ["act2"]
     assert (last.targets, last.passes, last.pass_flops) == (1, 1, 15 * WHOLE)
     assert last.flops < found.flops < plan(study).flops
+    blocks = toy_study(memory="150KiB", metrics=["cka"], block=2)
+    pair = plan(blocks, blocks.units[2:3])
+    assert (pair.targets, pair.passes, pair.layers[0].layer) == (2, 1, "act2")
+    assert pair.layers[0].forward_flops == 160 * TAIL["act2"]
+
+
+def test_workers_pass_the_images_for_each_unit_up_to_its_layer() -> None:
+    study = toy_study(memory="150KiB", metrics=["cka"], block=2)
+    found = plan(study, study.units[1:], apart=True)
+    assert found.passes == 3
+    heads = [WHOLE - TAIL[layer] for layer in ("act1", "act2", "act2")]
+    assert found.pass_flops == 15 * sum(heads)
 
 
 def test_what_is_held_is_that_of_the_largest_group() -> None:
@@ -187,7 +199,7 @@ def test_a_plan_runs_nothing_and_writes_nothing(
     def never(*_: object) -> None:
         raise AssertionError("a unit is measured")
 
-    monkeypatch.setattr(measure, "_unit", never)
+    monkeypatch.setattr(measure, "_target", never)
     monkeypatch.setattr(run, "Store", never)
     before = files()
     result = CliRunner().invoke(cli.app, [*TOY, "--images", str(folder), "--plan"])
@@ -214,7 +226,8 @@ def test_a_plan_runs_nothing_and_writes_nothing(
 def test_a_plan_of_an_interrupted_run_is_of_what_is_left(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command, calls, unit = [*TOY, "--images", str(folder), "--out", "cut"], [], measure._unit
+    command = [*TOY, "--images", str(folder), "--out", "cut", "--block", "1"]
+    calls, unit = [], measure._target
 
     def interrupted(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -222,7 +235,7 @@ def test_a_plan_of_an_interrupted_run_is_of_what_is_left(
             raise KeyboardInterrupt
         return unit(*arguments)
 
-    monkeypatch.setattr(measure, "_unit", interrupted)
+    monkeypatch.setattr(measure, "_target", interrupted)
     assert CliRunner().invoke(cli.app, command).exit_code == 130
     before = files()
     result = CliRunner().invoke(cli.app, [*command, "--plan"])

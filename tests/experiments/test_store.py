@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
-from _parts import configuration, rows_of
+from _parts import configuration, create_each, rows_of
 from _toy import Toy, stop_after, toy_study
 
 from experiments.run import RunError, run, run_folder
@@ -331,29 +331,23 @@ def test_half_written_files_of_dead_processes_are_deleted(store: Store) -> None:
     assert names(store.folder) == before
 
 
-def create(folder: Path, memory: int, start: Any, found: Any) -> None:
-    start.wait()
-    store = Store.create(folder, configuration(), lambda: {"memory": memory})
-    found.put(store.study)
-
-
 def test_processes_that_create_a_folder_at_once_agree(tmp_path: Path) -> None:
-    context = get_context("fork")
-    for attempt in range(5):
-        folder, start, found = tmp_path / str(attempt), context.Barrier(4), context.Queue()
-        workers = [
-            context.Process(target=create, args=(folder, memory, start, found))
-            for memory in range(4)
-        ]
-        for worker in workers:
-            worker.start()
-        studies = [found.get(timeout=60) for _ in workers]
-        for worker in workers:
-            worker.join()
-        assert [worker.exitcode for worker in workers] == [0] * 4
-        # Also on the memory, which decides the last bits.
-        assert studies == [Store(folder).study] * 4
-        assert names(folder) == {"study.json"}
+    context = get_context("spawn")
+    start, found = context.Barrier(3), context.Queue()
+    folders = [tmp_path / str(attempt) for attempt in range(8)]
+    workers = [
+        context.Process(target=create_each, args=(folders, memory, start, found))
+        for memory in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    studies = [found.get(timeout=100) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 3
+    # Also on the memory, which decides the last bits.
+    assert studies == [[Store(folder).study for folder in folders]] * 3
+    assert all(names(folder) == {"study.json"} for folder in folders)
 
 
 def test_a_resumed_run_never_writes_its_configuration_again(tmp_path: Path) -> None:

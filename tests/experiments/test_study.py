@@ -177,11 +177,14 @@ def test_the_model_is_left_as_it_is_and_numpy_is_taken() -> None:
 
 def test_progress_counts_the_units() -> None:
     steps: list[Any] = []
-    toy_study(metrics=["cka"]).run(progress=steps.append)
-    assert [step.done for step in steps] == list(range(7))
-    assert {step.total for step in steps} == {6}
-    assert steps[0].unit == ("toy", "act1", "ant/queen")
-    assert steps[3].unit == ("toy", "act2", "ant/queen")
+    toy_study(metrics=["cka"], block=2).run(progress=steps.append)
+    assert [(step.done, step.failed, step.total) for step in steps] == [
+        (done, 0, 4) for done in range(1, 5)
+    ]
+    assert [step.event.what for step in steps] == ["done"] * 4
+    assert [step.event.unit for step in steps] == [
+        ("toy", layer, block) for layer in ("act1", "act2") for block in (1, 2)
+    ]
 
 
 @pytest.mark.parametrize(
