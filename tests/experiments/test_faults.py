@@ -8,58 +8,17 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from _sweep import SMALL, TOY, Sweep, alive, parts, table, until
 from _toy import image_folder
 
 from experiments.lock import driving
 from experiments.shard import Shard
-
-TESTS = Path(__file__).parents[1]
-TOY = ("--model", "_toy:Toy", "--layers", "act1,act2", "--size", "8", "--images", "images")
-SMALL = ("--model", "alexnet_small", "--stimuli", "10", "--metrics", "cka,procrustes")
-
-
-class Sweep:
-    """A sweep in a process of its own, killed with its workers when the test ends."""
-
-    def __init__(self, folder: Path, *options: str | Path) -> None:
-        path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "experiments", "sweep", "--block", "1", *map(str, options)],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": path},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-
-    def end(self, timeout: float = 240) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=timeout)
-        return self.process.returncode, out, err
-
-    def kill(self, number: int = signal.SIGKILL) -> tuple[int, str, str]:
-        self.process.send_signal(number)
-        return self.end()
-
-    def workers(self) -> list[int]:
-        """Its child processes, but for multiprocessing's own."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                parent = int(path.read_text().rpartition(")")[2].split()[1])
-                command = (path.parent / "cmdline").read_text()
-            except OSError:
-                continue  # it has ended
-            if parent == self.process.pid and "spawn_main" in command:
-                found.append(int(path.parent.name))
-        return found
 
 
 @pytest.fixture
@@ -74,28 +33,6 @@ def sweep(tmp_path: Path) -> Iterator[Callable[..., Sweep]]:
     for one in started:
         one.process.kill()
         one.process.communicate()
-
-
-def until(what: Callable[[], object], seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it has not come"
-        time.sleep(0.02)
-
-
-def parts(run: Path) -> set[str]:
-    return {path.name for path in (run / "parts").glob("*.parquet")}
-
-
-def table(run: Path) -> pd.DataFrame:
-    return pd.read_parquet(run / "results.parquet")
-
-
-def alive(pid: int) -> bool:
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
 
 
 def test_a_signal_stops_a_run_which_goes_on_from_there(

@@ -1,0 +1,107 @@
+"""A Ray cluster of this machine, as a user starts it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from _sweep import SMALL, TOY, Sweep, alive, command, descendants, parts, table, until
+from _toy import image_folder
+
+from experiments.executors import ExecutorError, Task, on_ray
+from experiments.executors.on_ray import RayActors
+
+RAY = ("--executor", "ray", "--workers", "2")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A home and a folder for temporary files that are this test's alone."""
+    pytest.importorskip("ray")
+    (tmp_path / "home").mkdir()
+    short = tempfile.mkdtemp(prefix="r", dir="/tmp")  # sockets' paths are to be short
+    yield {"HOME": str(tmp_path / "home"), "TMPDIR": short}
+    shutil.rmtree(short)
+
+
+def actors(sweep: Sweep, doing: str) -> list[int]:
+    return [pid for pid in descendants(sweep.process.pid) if f"_Actor.{doing}" in command(pid)]
+
+
+def assert_nothing_is_left(pids: list[int], place: dict[str, str]) -> None:
+    until(lambda: not any(map(alive, pids)), 20)
+    everybody = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    until(lambda: not any(place["TMPDIR"] in command(pid) for pid in everybody), 20)
+    assert not Path(place["HOME"], ".ray").exists()
+    assert [name for name in os.listdir(place["TMPDIR"]) if name.startswith("ray")] == []
+
+
+@pytest.mark.slow
+def test_an_actor_that_is_killed_in_mid_unit(tmp_path: Path, place: dict[str, str]) -> None:
+    one = Sweep(tmp_path, *SMALL, *RAY, "--out", "ray", **place)
+    until(lambda: len(parts(tmp_path / "ray")) >= 3)
+    until(lambda: actors(one, "measure"))
+    everything = descendants(one.process.pid)
+    assert any("raylet" in command(pid) for pid in everything)
+    os.kill(actors(one, "measure")[0], signal.SIGKILL)
+    code, out, err = one.end()
+    assert (code, err) == (0, "")
+    assert "again: alexnet_small " in out
+    assert "died: its process was ended, or its machine was lost" in out
+    assert_nothing_is_left(everything, place)
+    assert Sweep(tmp_path, *SMALL, "--out", "whole", "--quiet").end()[0] == 0
+    pd.testing.assert_frame_equal(
+        table(tmp_path / "ray"), table(tmp_path / "whole"), check_exact=True
+    )
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_cluster_too(tmp_path: Path, place: dict[str, str]) -> None:
+    one = Sweep(tmp_path, *SMALL, *RAY, "--out", "run", **place)
+    until(lambda: len(parts(tmp_path / "run")) >= 1)
+    everything = descendants(one.process.pid)
+    code, _, err = one.kill(signal.SIGTERM)
+    kept = len(parts(tmp_path / "run"))
+    assert code == 143
+    assert f"interrupted: {kept} of 49 units are finished and kept in run; the same" in err
+    assert err.count("\n") == 1
+    assert_nothing_is_left(everything, place)
+
+
+@pytest.mark.slow
+def test_what_the_cluster_can_not_do_is_said_in_a_line(
+    tmp_path: Path, place: dict[str, str]
+) -> None:
+    image_folder(tmp_path / "images")
+    many = Sweep(tmp_path, *TOY, *RAY[:2], "--workers", "99", "--out", "run", **place)
+    until(lambda: any("raylet" in command(pid) for pid in descendants(many.process.pid)))
+    everything = descendants(many.process.pid)
+    code, _, err = many.end()
+    assert code == 2
+    assert err.startswith("error: workers: 99 of 1 core each for a cluster of 1 machine with ")
+    assert err.count("\n") == 1
+    assert_nothing_is_left(everything, place)
+
+    one = Sweep(tmp_path, *TOY, *RAY, "--out", "run", **place)
+    until(lambda: any("raylet" in command(pid) for pid in descendants(one.process.pid)))
+    (tmp_path / "images" / "bee" / "2.png").unlink()  # the actors' studies are not made yet
+    everything = descendants(one.process.pid)
+    code, _, err = one.end()
+    assert (code, err.count("\n")) == (2, 1)
+    assert "error: studies: those made anew for " in err
+    assert_nothing_is_left(everything, place)
+
+
+def test_without_ray_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_ray, "find_spec", lambda _name: None)
+    with pytest.raises(ExecutorError, match=r"^executor: ray is not installed; expected `pip"):
+        RayActors(Task(lambda _device: [], "nowhere"))
+    monkeypatch.undo()
+    assert on_ray.find_spec is importlib.util.find_spec
