@@ -1,0 +1,55 @@
+"""Studies as another process makes them: what a worker is to go wrong by is asked for by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pandas as pd
+from _toy import toy_study
+
+from experiments.measure import StudyError
+from experiments.store import Unit
+from experiments.study import Study
+
+BAD = Unit("toy", "act1", 2)
+
+
+def toy(device: str, fault: str = "", folder: str = "", block: int = 1) -> list[Study]:
+    """A study whose unit `BAD` goes wrong; how often it was tried is the size of a file."""
+    study = toy_study(metrics=["cka", "procrustes"], block=block, device=device)
+    measure = study.measure
+
+    def faulty(units: Sequence[Unit]) -> Iterator[pd.DataFrame]:
+        for unit, rows in zip(units, measure(units), strict=True):
+            if unit == BAD:
+                tried = Path(folder, "tries")
+                with tried.open("a") as file:
+                    file.write("x")
+                _go_wrong(fault, tried.stat().st_size)
+            yield rows
+
+    if fault:
+        study.measure = faulty  # type: ignore[method-assign]
+    return [study]
+
+
+def _go_wrong(fault: str, tried: int) -> None:
+    if fault == "always" or (fault == "twice" and tried <= 2):
+        raise RuntimeError(f"attempt {tried}\nfailed")
+    if fault == "study":
+        raise StudyError("activations are not finite")
+    if fault == "killed" and tried == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def none(device: str) -> list[Study]:
+    """There is nothing to make studies of."""
+    raise FileNotFoundError(f"images: none for\n{device}")
+
+
+def dying(device: str) -> list[Study]:
+    """The process dies before it has its studies."""
+    os._exit(7)

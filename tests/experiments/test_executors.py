@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections import deque
+from functools import partial
+from pathlib import Path
+
+import _recipes
+import pandas as pd
+import pytest
+from _recipes import BAD
+from _toy import toy_study
+
+from experiments import run as runs
+from experiments.executors import Event, ExecutorError, Task
+from experiments.executors.pool import Pool, _cores
+from experiments.executors.worker import Serial
+from experiments.run import RunError, Step, drive, join, run, run_folder
+from experiments.shard import Shard
+from experiments.store import Store
+
+
+@pytest.fixture(scope="module")
+def expected() -> pd.DataFrame:
+    return run(_recipes.toy("cpu"))
+
+
+def begin(folder: Path, fault: str = "", block: int = 1) -> tuple[Store, Serial]:
+    studies = _recipes.toy("cpu", fault, str(folder), block)
+    store = run_folder(studies, folder / "run")
+    return store, Serial(studies, store)
+
+
+def pool(store: Store, recipe: object, workers: int = 2) -> Pool:
+    return Pool(Task(recipe, str(store.folder)), ["cpu"] * workers)  # type: ignore[arg-type]
+
+
+def tries(folder: Path) -> int:
+    return (folder / "tries").stat().st_size
+
+
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_neither_blocks_nor_shards_change_the_rows(
+    tmp_path: Path, expected: pd.DataFrame, block: int
+) -> None:
+    store, serial = begin(tmp_path, block=block)
+    assert len(store.units) == 2 * -(-3 // block)
+    for index in (3, 1, 2):
+        assert drive(store, serial, Shard(index, 3)) == {}
+    pd.testing.assert_frame_equal(store.compact(), expected, check_exact=True)
+
+
+def test_a_unit_is_tried_again_after_the_others(tmp_path: Path, expected: pd.DataFrame) -> None:
+    store, serial = begin(tmp_path, "twice")
+    steps: list[Step] = []
+    assert drive(store, serial, progress=steps.append) == {}
+    assert tries(tmp_path) == 3
+    failed = [step for step in steps if step.event.what == "failed"]
+    assert [step.event.unit for step in failed] == [BAD, BAD]
+    assert failed[0].event.error == "RuntimeError: attempt 1 failed"
+    assert {step.failed for step in steps} == {0}
+    assert steps[-1].event.unit == BAD
+    assert (steps[-1].done, steps[-1].total) == (6, 6)
+    assert len({step.event.unit for step in steps[:-4]}) == 6
+    assert store.failed() == {}
+    pd.testing.assert_frame_equal(store.compact(), expected, check_exact=True)
+
+
+@pytest.mark.parametrize(("fault", "count"), [("always", runs.TRIES), ("study", 1)])
+def test_a_unit_that_fails_is_recorded_and_left_out(
+    tmp_path: Path, expected: pd.DataFrame, fault: str, count: int
+) -> None:
+    store, _ = begin(tmp_path, fault)
+    with pytest.warns(
+        UserWarning, match=r"^1 of 6 units failed and are left out, such as toy act1"
+    ):
+        table = run(_recipes.toy("cpu", fault, str(tmp_path)), store)
+    assert tries(tmp_path) == count
+    (record,) = (json.loads(path.read_text()) for path in (store.folder / "failed").iterdir())
+    assert record["unit"] == list(BAD)
+    assert store.failed() == {BAD: record["error"]}
+    assert "_go_wrong" in record["details"]
+    there = (expected["layer"] != "act1") | (expected["class"] != "bee")
+    pd.testing.assert_frame_equal(
+        table, expected[there].reset_index(drop=True), check_exact=True, check_like=False
+    )
+    assert table.attrs == {"missing": "1 of 6"}
+    healed = run(_recipes.toy("cpu"), store)
+    assert store.failed() == {}
+    pd.testing.assert_frame_equal(healed, expected, check_exact=True)
+
+
+def test_studies_made_of_something_else_may_not_take_part(tmp_path: Path) -> None:
+    store, _ = begin(tmp_path)
+    join(_recipes.toy("cpu"), store)
+    other = toy_study(metrics=["cka", "procrustes"], block=1)
+    other.images = other.images + 1
+    with pytest.raises(RunError, match=r"^studies: those made anew for .* are not the run's"):
+        join([other], store)
+
+
+def test_the_memory_of_a_run_is_settled_once(tmp_path: Path) -> None:
+    store = run_folder([toy_study()], tmp_path / "run", workers=4)
+    alone = run_folder([toy_study()], tmp_path / "alone")
+    settled = store.study["memory"]["toy"]
+    assert 0.2 < settled / alone.study["memory"]["toy"] < 0.3
+    again, own = toy_study(), toy_study(memory="1GiB")
+    join([again], store)
+    join([own], store)
+    assert (again.memory, own.memory) == (settled, 2**30)
+
+
+def test_workers_have_cores_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3, 5, 7, 8, 9, 10, 11})
+    assert [_cores(number, 3, 2) for number in range(3)] == [[1, 3], [5, 7], [8, 9]]
+    assert [_cores(number, 2, 1) for number in range(2)] == [[1, 3, 5, 7], [8, 9, 10, 11]]
+    assert _cores(3, 4, 4) == [8, 9, 10, 11]  # more threads than cores: they are shared
+    assert {core for number in range(9) for core in _cores(number, 9, 1)} <= {
+        *(1, 3, 5, 7, 8, 9, 10, 11)
+    }
+
+
+def test_a_worker_that_is_killed_in_a_unit(tmp_path: Path, expected: pd.DataFrame) -> None:
+    store, _ = begin(tmp_path, "killed")
+    steps: list[Step] = []
+    recipe = partial(_recipes.toy, fault="killed", folder=str(tmp_path))
+    assert drive(store, pool(store, recipe), progress=steps.append) == {}
+    assert tries(tmp_path) == 2
+    (failed,) = [step.event for step in steps if step.event.what == "failed"]
+    assert (failed.unit, failed.error) == (BAD, f"{failed.worker} was ended by SIGKILL")
+    pd.testing.assert_frame_equal(store.compact(), expected, check_exact=True)
+    assert multiprocessing.active_children() == []
+    facts = [store.facts(unit) or {} for unit in store.units]
+    assert {each["threads"] for each in facts} == {1}
+
+
+def test_a_pool_that_can_not_begin_says_why_in_a_line(tmp_path: Path) -> None:
+    store, _ = begin(tmp_path)
+    with pytest.raises(ExecutorError) as caught:
+        drive(store, pool(store, _recipes.none))
+    assert str(caught.value) == "images: none for cpu"
+    assert store.left() == store.units
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+def test_workers_that_die_at_their_start(tmp_path: Path) -> None:
+    store, _ = begin(tmp_path)
+    with pytest.raises(ExecutorError, match=r"^workers: 3 in a row died .* by exit code 7; exp"):
+        drive(store, pool(store, _recipes.dying))
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+def test_closing_it_leaves_no_process(tmp_path: Path) -> None:
+    store, _ = begin(tmp_path)
+    units = deque(store.units)
+    events = pool(store, _recipes.toy).run(units)
+    first = next(events)
+    assert first == Event("started", store.units[0], first.worker)
+    assert len(multiprocessing.active_children()) >= 1
+    events.close()  # type: ignore[attr-defined]
+    assert multiprocessing.active_children() == []
