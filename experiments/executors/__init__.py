@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
-from ..store import Unit
+from ..store import StoreError, Unit
 
 if TYPE_CHECKING:
     from ..study import Study
@@ -15,6 +15,14 @@ if TYPE_CHECKING:
 
 class ExecutorError(ValueError):
     """Units can't be measured this way; the message is one line."""
+
+
+def told(error: Exception) -> StoreError | ExecutorError:
+    """An error that ends a run, as one line and as what any process can unpickle."""
+    plain = isinstance(error, (ValueError, OSError))
+    text = str(error) if plain else f"{type(error).__name__}: {error}"
+    kind = StoreError if isinstance(error, StoreError) else ExecutorError
+    return kind(" ".join(text.split()))
 
 
 class Event(NamedTuple):

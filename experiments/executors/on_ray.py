@@ -18,9 +18,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..store import StoreError, Unit
-from . import Event, ExecutorError, Task
-from .pool import _few_threads, prepare
+from ..store import Unit
+from . import Event, ExecutorError, Task, told
+from .pool import few_threads, prepare
 
 _RESTARTS = 3  # of an actor, by Ray
 _PATIENCE = 30.0  # seconds until it is said that the cluster lets actors wait
@@ -212,7 +212,7 @@ class _Actor:
             sys.path += [entry for entry in path if entry not in sys.path and os.path.exists(entry)]
             self.serial = prepare(pickle.loads(task), device, name, ())
         except Exception as error:  # told when it is asked for: a constructor's own are no one line
-            self.error = _told(error)
+            self.error = told(error)
 
     def ready(self) -> Exception | None:
         """Why the studies can't be made, if they can't."""
@@ -225,15 +225,8 @@ class _Actor:
         try:
             last, said = measured(self.serial, unit)
         except Exception as error:
-            return _told(error)
+            return told(error)
         return tuple(last), said
-
-
-def _told(error: Exception) -> Exception:
-    """An error as one line, and one that any process can unpickle."""
-    ours = isinstance(error, (ValueError, OSError))
-    kind = StoreError if isinstance(error, StoreError) else ExecutorError
-    return kind(" ".join((str(error) if ours else f"{type(error).__name__}: {error}").split()))
 
 
 def _connect(stack: ExitStack, address: str | None, gpu: bool, threads: int) -> None:
@@ -248,7 +241,7 @@ def _connect(stack: ExitStack, address: str | None, gpu: bool, threads: int) -> 
     stack.callback(ray.shutdown)
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        with _few_threads(threads), _undisturbed(address is None):
+        with few_threads(threads), _undisturbed(address is None):
             ray.init(
                 address or "local",
                 job_config=JobConfig(code_search_path=[_CHECKOUT]),

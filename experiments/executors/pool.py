@@ -14,8 +14,8 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from ..store import Store, StoreError, Unit
-from . import Event, ExecutorError, Task
+from ..store import Store, Unit
+from . import Event, ExecutorError, Task, told
 
 _STARTS = 3  # workers in a row that die before they are ready, and no more are tried
 
@@ -89,7 +89,7 @@ class _Seat:
         self.process = context.Process(
             target=_work, args=(theirs, self.name, *self.arguments), daemon=True
         )
-        with _few_threads(self.arguments[0].threads):
+        with few_threads(self.arguments[0].threads):
             self.process.start()
         theirs.close()  # so that the pipe ends when the process does
 
@@ -152,12 +152,9 @@ def _work(
     except (EOFError, BrokenPipeError):
         pass
     except Exception as error:
-        ours = isinstance(error, (ValueError, OSError))
-        kind = StoreError if isinstance(error, StoreError) else ExecutorError
-        reason = str(error) if ours else f"{type(error).__name__}: {error}"
-        connection.send(kind(f"{' '.join(reason.split())}"))
-        if not ours:
-            raise
+        connection.send(told(error))
+        if not isinstance(error, (ValueError, OSError)):
+            raise  # a bug, whose traceback is wanted
 
 
 def prepare(task: Task, device: str, name: str, cores: Sequence[int]) -> Any:
@@ -177,7 +174,7 @@ def prepare(task: Task, device: str, name: str, cores: Sequence[int]) -> Any:
 
 
 @contextmanager
-def _few_threads(count: int) -> Iterator[None]:
+def few_threads(count: int) -> Iterator[None]:
     """For processes that start now: libraries make their threads when they are loaded."""
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}
