@@ -62,6 +62,7 @@ def launch(recipe: Recipe, folder: Path, how: How, dry: bool) -> None:
         3, where units failed.
     """
     from .executors import ExecutorError
+    from .executors.worker import Serial
     from .plan import plan
     from .progress import progress_of
     from .run import drive, run_folder
@@ -96,13 +97,13 @@ def launch(recipe: Recipe, folder: Path, how: How, dry: bool) -> None:
         if dry:
             return
         start = time.perf_counter()
-        executor = _executor(recipe, job, store, how)
+        executor = _executor(recipe, job, store, how) if left else Serial(job.studies, store)
         with progress_of(console, how.quiet, how.log_json) as progress:
             failed = drive(store, executor, how.shard, progress)
+        _end(console, store, how, failed)
     except (KeyboardInterrupt, StoreError, ExecutorError) as error:
         said = f"{error}; " if str(error) else ""
         raise type(error)(said + _kept(store, units, folder)) from error
-    _end(console, store, how, failed)
     if plans:
         took(time.perf_counter() - start, plans, count)
     if failed:
