@@ -53,6 +53,12 @@ def driving(folder: Path, shard: Shard, workers: int) -> Iterator[None]:
             own = stack.enter_context(path.open("a+", encoding="utf-8"))
             _take(own, fcntl.LOCK_EX, folder)
             _sign(own, me)
+            # Their units overlap: one would delete what the other is writing.
+            if others := [d for d in drivers(folder) if not d.shard.endswith(f"/{shard.count}")]:
+                raise StoreError(
+                    f"out: {others[0]}, shard {others[0].shard}, works in {folder}; expected "
+                    f"shards of {shard.count} beside {shard}"
+                )
         yield
 
 

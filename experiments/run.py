@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd  # type: ignore[import-untyped]
 
+from .configuration import digest
 from .executors import Event, Executor, ExecutorError
 from .executors.worker import Serial, version_of
 from .lock import driving
 from .shard import Shard
-from .store import KEYS, Store, Unit, digest
+from .store import KEYS, Store, Unit
 
 if TYPE_CHECKING:
     from .study import Study
@@ -133,11 +134,11 @@ def drive(
     ExecutorError
         No worker can start.
     """
-    with closing(executor), driving(store.folder, shard, executor.workers):
-        units = shard.of(store.units)
-        store.tidy(units)
+    units, tries, failed = shard.of(store.units), Counter[Unit](), dict[Unit, str]()
+    lock = driving(store.folder, shard, executor.workers)
+    with closing(executor), lock, _tidied(store, units):
         todo = deque(store.left(units))
-        done, tries, failed = len(units) - len(todo), Counter[Unit](), dict[Unit, str]()
+        done = len(units) - len(todo)
         if not todo:
             return {}
         with closing(executor.run(todo)) as events:  # type: ignore[type-var]
@@ -156,6 +157,16 @@ def drive(
                 if progress is not None:
                     progress(Step(event, done, len(failed), len(units)))
     return failed
+
+
+@contextmanager
+def _tidied(store: Store, units: Sequence[Unit]) -> Iterator[None]:
+    """Leave nothing half written behind, of this run or of one that was killed before."""
+    store.tidy(units)
+    try:
+        yield
+    finally:
+        store.tidy(units)
 
 
 def _check_stored(store: Store, event: Event) -> None:

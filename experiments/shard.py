@@ -67,6 +67,8 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> tuple[Shard
             first = int(environment.get(start, 0))
             step = int(environment.get(f"SLURM_ARRAY_TASK{by}", 1)) if by else 1
             index, odd = divmod(value - first, step)
+            last = first + (count - 1) * step  # of a list, such as 0,1,5, no task is of a shard
+            odd |= by != "" and int(environment.get("SLURM_ARRAY_TASK_MAX", last)) != last
         except (ValueError, ZeroDivisionError):
             value, index, odd, count = -1, 0, 1, 0
         if odd or not 0 <= index < count:

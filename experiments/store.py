@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd  # type: ignore[import-untyped]
 
+from .configuration import differences, digest
+
 CONFIGURATION = "study.json"
 TABLE = "results.parquet"
 KEYS = ["model", "class", "layer", "cell"]
@@ -63,6 +65,18 @@ def replacing(path: Path, new: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """`replacing`, where a folder may have to be made and a full disk ends the run in a line."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as temporary:
+            yield temporary
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error).splitlines()[0]
+        raise StoreError(f"out: {path} can't be written ({reason})") from error
+
+
 class Store:
     """The folder of one run, which `create` made.
 
@@ -93,9 +107,15 @@ class Store:
             )
         self.study = _study(self.folder)
         self.hash: str = self.study["hash"]
+        models = self.study["configuration"].get("models", {})
+        if old := [name for name, study in models.items() if "block" not in study]:
+            raise StoreError(
+                f"run: {self.folder} is of an earlier version, whose {old[0]} has no blocks of "
+                "classes; expected a run of this one"
+            )
         self.units = [
             unit
-            for model, study in self.study["configuration"].get("models", {}).items()
+            for model, study in models.items()
             for unit in units_of(model, study["layers"], len(study["classes"]), study["block"])
         ]
 
@@ -156,14 +176,9 @@ class Store:
         facts = {"hash": self.hash, "unit": list(unit), "rows": _fingerprint(rows), **facts}
         text = json.dumps(facts)
         table = table.replace_schema_metadata({**table.schema.metadata, _FACTS: text})
-        try:
-            self.path(unit).parent.mkdir(exist_ok=True)
-            with replacing(self.path(unit)) as path:
-                parquet.write_table(table, path, write_page_checksum=True)
-            self._failure(unit).unlink(missing_ok=True)
-        except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error).splitlines()[0]
-            raise StoreError(f"out: {self.path(unit)} can't be written ({reason})") from error
+        with _writing(self.path(unit)) as path:
+            parquet.write_table(table, path, write_page_checksum=True)
+        self._failure(unit).unlink(missing_ok=True)
 
     def facts(self, unit: Unit) -> dict[str, Any] | None:
         """What is known of a finished unit; None where it is not finished.
@@ -210,7 +225,7 @@ class Store:
             try:
                 facts = self.facts(unit)
                 if facts is not None:
-                    found[unit] = _read(self.path(unit), facts["rows"])
+                    found[unit] = _read(self.path(unit), facts.get("rows", ""))
             except DamagedError as error:
                 warnings.warn(f"{error}; {unit} is to be measured again", stacklevel=2)
         return found
@@ -224,8 +239,7 @@ class Store:
     def fail(self, unit: Unit, error: str, **facts: Any) -> None:
         """Record that a unit can't be measured, and why; a damaged part of it goes."""
         self.path(unit).unlink(missing_ok=True)
-        self._failure(unit).parent.mkdir(exist_ok=True)
-        with replacing(self._failure(unit)) as path:
+        with _writing(self._failure(unit)) as path:
             text = json.dumps({"unit": list(unit), "error": error, **facts}, indent=1)
             path.write_text(text + "\n", encoding="utf-8")
 
@@ -260,7 +274,7 @@ class Store:
         table.attrs = ({"notes": notes} if notes else {}) | (
             {"missing": f"{missing} of {len(self.units)}"} if missing else {}
         )
-        with replacing(self.folder / TABLE) as path:
+        with _writing(self.folder / TABLE) as path:
             table.to_parquet(path, index=False)
         return table
 
@@ -282,7 +296,7 @@ def check(folder: Path, configuration: dict[str, Any]) -> None:
     found = os.listdir(folder) if folder.exists() else []  # once: another may be making it
     if CONFIGURATION in found:
         there = _study(folder)["configuration"]
-        changed = _differences(there, configuration)
+        changed = differences(there, configuration)
         if changed:
             raise StoreError(
                 f"out: {folder} holds a run of another configuration ({'; '.join(changed[:3])}"
@@ -311,15 +325,11 @@ def load(folder: str | os.PathLike[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
         table = _read(path)
     except DamagedError as error:
         raise StoreError(f"{error}; delete it, and compact the run to make it anew") from None
-    facts = filter(None, map(store.facts, store.units))
-    seconds = sum(each.get("seconds", 0.0) for each in facts)
+    seconds = 0.0
+    for unit in store.units:
+        with suppress(StoreError):  # the table is whole, whatever has become of a part
+            seconds += (store.facts(unit) or {}).get("seconds", 0.0)
     return table, store.study | {"seconds": seconds}
-
-
-def digest(configuration: dict[str, Any]) -> str:
-    """A short name of a configuration: the same whatever the order of its keys."""
-    text = json.dumps(configuration, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _name(unit: Unit) -> str:
@@ -377,24 +387,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _differences(there: Any, here: Any, name: str = "") -> list[str]:
-    """Name what differs between two configurations, deepest keys first met first."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        found = []
-        for key in (*there, *(key for key in here if key not in there)):
-            path = f"{name}.{key}" if name else key
-            if key not in there or key not in here:
-                found.append(f"{path} only {'here' if key in here else 'there'}")
-            else:
-                found += _differences(there[key], here[key], path)
-        return found
-    if there == here:
-        return []
-    return [f"{name}: {_brief(there)} there, {_brief(here)} here"]
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else text[:37] + "…"

@@ -210,7 +210,7 @@ class Study:
             A folder that keeps each finished unit, and ``results.parquet`` at the end; one that
             holds part of the same run is gone on with.
         progress : callable, optional
-            Called with a `Step` before each unit that is computed, and at the end.
+            Called with a `Step` when a unit starts, is done, or has failed.
         """
         return run([self], None if out is None else run_folder([self], out), progress)
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import secrets
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -24,6 +25,7 @@ from .pool import few_threads, prepare
 
 _RESTARTS = 3  # of an actor, by Ray
 _PATIENCE = 30.0  # seconds until it is said that the cluster lets actors wait
+_KNOCK = 10.0  # seconds for a cluster's port to answer
 _ROOM = 28  # bytes of a folder that Ray's sockets still fit below: AF_UNIX takes paths of 107
 _CHECKOUT = str(Path(__file__).parents[2])
 
@@ -65,7 +67,8 @@ class RayActors:
             )
         self.task, self.gpu = task, device.startswith("cuda")
         with ExitStack() as stack:
-            _connect(stack, address or os.environ.get("RAY_ADDRESS"), self.gpu, task.threads)
+            given = address or os.environ.get("RAY_ADDRESS")
+            _connect(stack, None if given == "local" else given, self.gpu, task.threads)
             self.workers = self._room(workers)
             self._open = stack.pop_all()
 
@@ -234,6 +237,8 @@ def _connect(stack: ExitStack, address: str | None, gpu: bool, threads: int) -> 
     options: dict[str, Any] = {}
     if address is None:
         options = _of_our_own(stack, gpu)
+    else:
+        _knock(address)
     import ray
     from ray.exceptions import RayError
     from ray.job_config import JobConfig
@@ -258,6 +263,19 @@ def _connect(stack: ExitStack, address: str | None, gpu: bool, threads: int) -> 
         signal.signal(signal.SIGTERM, handler)  # Ray has put its own there
     # Nothing public keeps Ray from printing a page about each process that dies.
     ray._private.worker._worker_logs_enabled = False
+
+
+def _knock(address: str) -> None:
+    """Say at once that nothing listens at HOST:PORT: Ray tries again for a quarter of an hour."""
+    host, _, port = address.rpartition(":")
+    if "/" in host or not port.isdecimal():
+        return  # "auto", or a Ray client's
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _KNOCK).close()
+    except (OSError, OverflowError) as error:
+        raise ExecutorError(
+            f"address: nothing answers at {address} ({error}); expected a Ray cluster"
+        ) from error
 
 
 def _of_our_own(stack: ExitStack, gpu: bool) -> dict[str, Any]:

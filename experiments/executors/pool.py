@@ -10,7 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -53,8 +53,9 @@ class Pool:
                 living = {seat.connection: seat for seat in seats if seat.process is not None}
                 for connection in wait(list(living)):
                     seat = living[connection]  # type: ignore[index]
+                    began = seat.ready
                     event = seat.receive()
-                    died = 0 if seat.ready else died + (seat.process is None)
+                    died = 0 if seat.ready else died + (not began)
                     if died == _STARTS:
                         raise ExecutorError(
                             f"workers: {died} in a row died before they began, the last by "
@@ -72,7 +73,8 @@ class _Seat:
 
     def __init__(self, pool: Pool, number: int) -> None:
         self.arguments = pool.task, pool.devices[number], number, pool.workers
-        self.name = f"worker {number + 1}"
+        device = pool.devices[number]
+        self.name = f"worker {number + 1}" + (f" ({device})" if device != "cpu" else "")
         self.process: Any = None
         self.connection: Connection
         self.unit: Unit | None = None
@@ -89,8 +91,14 @@ class _Seat:
         self.process = context.Process(
             target=_work, args=(theirs, self.name, *self.arguments), daemon=True
         )
-        with few_threads(self.arguments[0].threads):
-            self.process.start()
+        # Ctrl-C is kept from it from its birth on: its imports take seconds, and it would tell.
+        resource_tracker.ensure_running()  # which would unblock it
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            with few_threads(self.arguments[0].threads):
+                self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()  # so that the pipe ends when the process does
 
     def give(self, unit: Unit) -> Event:
@@ -170,7 +178,7 @@ def prepare(task: Task, device: str, name: str, cores: Sequence[int]) -> Any:
     store = Store(task.folder)
     studies = task.studies(device)
     join(studies, store)
-    return Serial(studies, store, f"{name} ({device})" if device != "cpu" else name)
+    return Serial(studies, store, name)
 
 
 @contextmanager

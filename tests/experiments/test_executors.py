@@ -146,6 +146,17 @@ def test_a_pool_that_can_not_begin_says_why_in_a_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_workers_that_die_together_in_their_units_are_replaced(
+    tmp_path: Path, expected: pd.DataFrame
+) -> None:
+    store, _ = begin(tmp_path)
+    recipe = partial(_recipes.toy, fault="all killed", folder=str(tmp_path))
+    assert drive(store, pool(store, recipe, 3)) == {}
+    assert tries(tmp_path) == 3 + 6
+    pd.testing.assert_frame_equal(store.compact(), expected, check_exact=True)
+
+
+@pytest.mark.slow
 def test_workers_that_die_at_their_start(tmp_path: Path) -> None:
     store, _ = begin(tmp_path)
     with pytest.raises(ExecutorError, match=r"^workers: 3 in a row died .* by exit code 7; exp"):
@@ -163,3 +174,15 @@ def test_closing_it_leaves_no_process(tmp_path: Path) -> None:
     assert len(multiprocessing.active_children()) >= 1
     events.close()  # type: ignore[attr-defined]
     assert multiprocessing.active_children() == []
+
+
+def test_two_studies_of_one_name_are_refused() -> None:
+    study = toy_study()
+    with pytest.raises(RunError, match="two have the same name"):
+        run([study, study])
+
+
+def test_several_studies_are_one_run() -> None:
+    one, two = toy_study(name="one", metrics=["cka"]), toy_study(name="two", metrics=["cka"])
+    both = run([two, one])
+    assert both.equals(pd.concat([one.run(), two.run()], ignore_index=True))

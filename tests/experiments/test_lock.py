@@ -91,6 +91,10 @@ def test_shards_work_side_by_side(
         assert f"process {first.pid} on " in refused(tmp_path, Shard(1, 2))
         assert ", shard 1/2, works in" in refused(tmp_path, Shard(1, 2))
         assert ", shard " in refused(tmp_path, Shard())
+        # Its units would be some of theirs.
+        assert refused(tmp_path, Shard(2, 3)).endswith(
+            f", shard 1/2, works in {tmp_path}; expected shards of 3 beside 2/3"
+        )
     assert [driver.shard for driver in drivers(tmp_path)] == ["1/2"]
 
 

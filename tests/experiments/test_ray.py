@@ -99,6 +99,13 @@ def test_what_the_cluster_can_not_do_is_said_in_a_line(
     assert_nothing_is_left(everything, place)
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "[::1]:1", "127.0.0.1:99999"])
+def test_an_address_where_nobody_listens_is_said_at_once(address: str) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(ExecutorError, match=r"^address: nothing answers at .*; expected a Ray cl"):
+        RayActors(Task(lambda _device: [], "nowhere"), address=address)
+
+
 def test_without_ray_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(on_ray, "find_spec", lambda _name: None)
     with pytest.raises(ExecutorError, match=r"^executor: ray is not installed; expected `pip"):

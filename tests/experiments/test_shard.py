@@ -68,6 +68,8 @@ def test_an_arrays_tasks_are_all_of_it(count: int, first: int, step: int) -> Non
     [
         slurm(3, 2, 1),  # --array=1,3
         slurm(2, 3, 1, 2),
+        {**slurm(1, 3), "SLURM_ARRAY_TASK_MAX": "5"},  # --array=0,1,5
+        {**slurm(3, 2, 3), "SLURM_ARRAY_TASK_MAX": "5"},  # --array=3,5
         {"RANK": "4", "WORLD_SIZE": "4"},
         {"RANK": "-1", "WORLD_SIZE": "4"},
         {"RANK": "one", "WORLD_SIZE": "4"},

@@ -14,8 +14,9 @@ import torch
 from _parts import configuration, create_each, rows_of
 from _toy import Toy, stop_after, toy_study
 
-from experiments.run import RunError, run, run_folder
-from experiments.store import DamagedError, Store, StoreError, Unit, digest, load, replacing
+from experiments.configuration import digest
+from experiments.run import run_folder
+from experiments.store import DamagedError, Store, StoreError, Unit, load, replacing
 
 
 def names(folder: Path) -> set[str]:
@@ -284,6 +285,38 @@ def test_a_full_disk_is_said_in_a_line(
     assert store.left() == store.units[1:]
 
 
+def test_a_failure_on_a_full_disk_is_said_in_a_line(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(StoreError, match=r"failed/.* can't be written \(No space left on dev"):
+            store.fail(store.units[0], "no")
+    assert store.failed() == {}
+
+
+def test_a_run_of_an_earlier_version_is_named(tmp_path: Path) -> None:
+    configured = configuration()
+    del configured["models"]["net"]["block"]
+    text = {"hash": digest(configured), "configuration": configured}
+    (tmp_path / "study.json").write_text(json.dumps(text))
+    with pytest.raises(StoreError, match=r"is of an earlier version, whose net has no blocks"):
+        Store(tmp_path)
+
+
+def test_a_table_is_read_beside_a_damaged_part(store: Store) -> None:
+    for unit in store.units:
+        store.put(unit, rows_of(unit), seconds=1.0)
+    table = store.compact()
+    store.path(store.units[0]).write_bytes(b"PAR1")
+    stored, study = load(store.folder)
+    pd.testing.assert_frame_equal(stored, table, check_exact=True)
+    assert study["seconds"] == len(store.units) - 1
+
+
 def test_what_may_not_be_read_is_not_taken_for_damage(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,15 +392,3 @@ def test_a_resumed_run_never_writes_its_configuration_again(tmp_path: Path) -> N
     toy_study(metrics=["cka"], block=1).run(tmp_path)
     run_folder([toy_study(metrics=["cka"], block=1)], tmp_path, {"images": "other"})
     assert (path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ino) == before
-
-
-def test_two_studies_of_one_name_are_refused() -> None:
-    study = toy_study()
-    with pytest.raises(RunError, match="two have the same name"):
-        run([study, study])
-
-
-def test_several_studies_are_one_run() -> None:
-    one, two = toy_study(name="one", metrics=["cka"]), toy_study(name="two", metrics=["cka"])
-    both = run([two, one])
-    assert both.equals(pd.concat([one.run(), two.run()], ignore_index=True))

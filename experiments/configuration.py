@@ -1,0 +1,34 @@
+"""What decides a run's rows: its short name, and what tells two of them apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+
+def digest(configuration: dict[str, Any]) -> str:
+    """A short name of a configuration: the same whatever the order of its keys."""
+    text = json.dumps(configuration, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(there: Any, here: Any, name: str = "") -> list[str]:
+    """Name what differs between two configurations, deepest keys first met first."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        found = []
+        for key in (*there, *(key for key in here if key not in there)):
+            path = f"{name}.{key}" if name else key
+            if key not in there or key not in here:
+                found.append(f"{path} only {'here' if key in here else 'there'}")
+            else:
+                found += differences(there[key], here[key], path)
+        return found
+    if there == here:
+        return []
+    return [f"{name}: {_brief(there)} there, {_brief(here)} here"]
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:37] + "…"
