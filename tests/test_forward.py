@@ -56,7 +56,7 @@ def calls_of(model, images):
     [
         ("alexnet_small", 24),
         pytest.param("mobilenet_v2_small", 213, marks=pytest.mark.slow),
-        ("resnet50_small", 135),
+        pytest.param("resnet50_small", 135, marks=pytest.mark.slow),
     ],
 )
 def test_every_module_of_the_networks_is_bit_equal_to_a_hook(name, cuts):

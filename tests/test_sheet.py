@@ -97,7 +97,9 @@ def measured(**changes):
     return row
 
 
-@pytest.mark.parametrize("interpret", ["0", pytest.param("1", marks=needs_triton)])
+@pytest.mark.parametrize(
+    "interpret", ["0", pytest.param("1", marks=[needs_triton, pytest.mark.slow])]
+)
 def test_rehearsal(tmp_path, interpret):
     out = tmp_path / "sheet.json"
     code = "import pathlib, sys, bench.sheet as b; b.sheet(pathlib.Path(sys.argv[1]), 'cpu', True)"

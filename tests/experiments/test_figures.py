@@ -14,7 +14,14 @@ from experiments.figures import Drawing
 from experiments.report import ReportError, write_report
 
 
-@pytest.mark.parametrize("kind", ["svg", "pdf", "png"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "svg",
+        pytest.param("pdf", marks=pytest.mark.slow),
+        pytest.param("png", marks=pytest.mark.slow),
+    ],
+)
 def test_figures_as_files(tmp_path: Path, kind: str) -> None:
     page = page_of(drawn(model="net/50"), tmp_path, figures=kind)
     files = sorted((tmp_path / "page_figures").iterdir())
