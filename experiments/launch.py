@@ -47,10 +47,6 @@ class How(NamedTuple):
         return self.quiet or self.log_json
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM has come."""
-
-
 def launch(recipe: Recipe, folder: Path, how: How, dry: bool) -> None:
     """Run studies into a folder; with an estimate before it, or (dry) that alone.
 
@@ -190,8 +186,11 @@ def cores() -> int:
 def stoppable() -> Iterator[None]:
     """End the command with a line and exit code 130 by Ctrl-C, 143 by SIGTERM."""
 
+    terminated = threading.Event()  # a library may put a KeyboardInterrupt of its own in its place
+
     def stop(*_: object) -> None:
-        raise Terminated
+        terminated.set()
+        raise KeyboardInterrupt
 
     here = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, stop) if here else None
@@ -199,7 +198,7 @@ def stoppable() -> Iterator[None]:
         yield
     except KeyboardInterrupt as stopped:
         print(f"interrupted: {str(stopped) or 'before a unit was begun'}", file=sys.stderr)
-        raise typer.Exit(143 if isinstance(stopped, Terminated) else 130) from None
+        raise typer.Exit(143 if terminated.is_set() else 130) from None
     finally:
         if here:
             signal.signal(signal.SIGTERM, before)
