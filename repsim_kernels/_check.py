@@ -53,8 +53,10 @@ def wide(a: Array) -> Array:
 
 def _finite(a: Array, name: str, limit: float = _LARGEST) -> None:
     # The order of the elements does not matter here, and reductions are fastest over dense memory.
-    dense = a if _arrays.kind(a) != "torch" or a.is_contiguous() else a.mT
-    low, high = (float(v) for v in (dense.min(), dense.max()))
+    if _arrays.kind(a) == "torch":
+        low, high = map(float, (a if a.is_contiguous() else a.mT).aminmax())
+    else:
+        low, high = float(a.min()), float(a.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         flat = _arrays.to_numpy(a)
         bad = int((~np.isfinite(flat)).sum())

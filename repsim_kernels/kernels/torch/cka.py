@@ -15,8 +15,8 @@ def cka(x: Tensor, y: Tensor, *, debiased: bool, kernel: str, sigma: float | Non
         a, b = gram.centre(x), gram.centre(y)
         xy, xx, yy = (feature_product(*pair, debiased) for pair in ((a, b), (a, a), (b, b)))
     else:
-        a, b = (vector_kernel(z, debiased, kernel, sigma) for z in (x, y))
-        xy, xx, yy = ((u * v).sum((-2, -1)) for u, v in ((a, b), (a, a), (b, b)))
+        a, b = (vector(z, debiased, kernel, sigma) for z in (x, y))
+        xy, xx, yy = ((u * v).sum(-1) for u, v in ((a, b), (a, a), (b, b)))
     return cosine(xy, xx, yy)
 
 
@@ -28,11 +28,11 @@ def cosine(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
 def on_features(p: list[int], q: list[int], n: int) -> bool:
     """Whether products over features cost less than Gram matrices, for all pairs of p and q.
 
-    Operations by n: Σ p_i q_j and the squares of each side, against n Σ p_i for the Grams and n for
-    the product of each pair.
+    Operations by n: Σ p_i q_j and half of the squares of each side, against n Σ p_i / 2 for the
+    Grams and n for the product of each pair.
     """
-    features = sum(p) * sum(q) + sum(k * k for k in p) + sum(k * k for k in q)
-    return features < n * (sum(p) + sum(q)) + n * len(p) * len(q)
+    features = sum(p) * sum(q) + (sum(k * k for k in p) + sum(k * k for k in q)) / 2
+    return features < n * (sum(p) + sum(q)) / 2 + n * len(p) * len(q)
 
 
 def feature_product(a: Tensor, b: Tensor, debiased: bool) -> Tensor:
@@ -40,7 +40,12 @@ def feature_product(a: Tensor, b: Tensor, debiased: bool) -> Tensor:
 
     Debiased, it is that of the U-centred Grams, n(n - 3) HSIC₁; the rows of the Grams sum to zero.
     """
-    product = (a.mT @ b).square().sum((-2, -1))
+    if a is b:
+        square = a.new_zeros(*a.shape[:-2], a.shape[-1], a.shape[-1])
+        gram.add_product(square, a.mT)
+        product = gram.square_sum(square)
+    else:
+        product = (a.mT @ b).square().sum((-2, -1))
     if not debiased:
         return product
     n = a.shape[-2]
@@ -49,24 +54,31 @@ def feature_product(a: Tensor, b: Tensor, debiased: bool) -> Tensor:
     return _beyond(left, n * _EPS * product) if a is b else left
 
 
-def vector_kernel(x: Tensor, debiased: bool, kernel: str, sigma: float | None) -> Tensor:
-    """The kernel matrix (…, n, n) whose Frobenius cosines are CKA."""
-    if kernel == "linear":
-        k = gram.linear(x)
-    else:
+def vector(x: Tensor, debiased: bool, kernel: str, sigma: float | None) -> Tensor:
+    """Of the kernel matrix of x (…, n, p) a vector (…, m), such that cosines of them are CKA."""
+    if kernel == "rbf":
         assert sigma is not None
         k = gram.rbf(x, sigma)
-        k = k if debiased else gram.double_centre(k)
-    if not debiased:
-        return k
-    u = gram.u_centre(k)
-    size = _beyond(u.square().sum((-2, -1)), rounding(k))
-    return u + 0 * size[..., None, None]
+        if not debiased:
+            return gram.packed(gram.double_centre(k))
+        floor, k = rounding(k), gram.u_centre(k)
+    else:
+        k = gram.lower(x)
+        if not debiased:
+            return gram.packed(k)
+        floor = _rounding(gram.square_sum(k), x.shape[-2])
+        gram.u_centre_panels(k)
+    u = gram.packed(k)
+    return u.mul_(_beyond(torch.ones_like(floor), floor / u.square().sum(-1))[..., None])
 
 
 def rounding(k: Tensor) -> Tensor:
     """What rounding may leave of ‖U-centred K‖² where all stimuli are equally far apart."""
-    return (k.shape[-1] * _EPS) ** 2 * k.square().sum((-2, -1))
+    return _rounding(k.square().sum((-2, -1)), k.shape[-1])
+
+
+def _rounding(square: Tensor, n: int) -> Tensor:
+    return (n * _EPS) ** 2 * square
 
 
 def _beyond(value: Tensor, floor: Tensor) -> Tensor:

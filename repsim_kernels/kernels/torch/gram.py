@@ -13,6 +13,9 @@ from torch import Tensor
 _BLOCK = 2**19
 # Elements of a batch of Grams that passes through the cache together, and of one on a GPU.
 _BATCH, _LARGE_BATCH = 2**17, 2**24
+# Rows of a panel of a symmetric matrix, at least, and how many panels there are at most: more would
+# save little beyond nearly half of a product, and fewer rows multiply more slowly.
+_PANEL, _PANELS = 96, 8
 # Columns of a cell in one product, and of a strip that is copied at once.
 _COLUMNS = 512
 _STRIP = 4096
@@ -27,10 +30,10 @@ def centre(x: Tensor) -> Tensor:
 
 def _centre_(c: Tensor) -> Tensor:
     """Centre c (…, n, p) in place; returns the means (…, 1, p)."""
-    low = c.amin(-2, keepdim=True)
-    rest = c.sub_(low).mean(-2, keepdim=True)
+    first = c[..., :1, :].clone()
+    rest = c.sub_(first).mean(-2, keepdim=True)
     c.sub_(rest)
-    return low + rest
+    return first + rest
 
 
 def blocks(p: int, rows: int) -> Iterator[slice]:
@@ -48,12 +51,57 @@ def batches(items: list[int], gram: Tensor) -> Iterator[list[int]]:
 
 def linear(x: Tensor) -> Tensor:
     """The Gram matrix of the centred x: (…, n, p) to (…, n, n), float64."""
+    g = lower(x)
+    for own in panels(g.shape[-1]):
+        g[..., : own.start, own] = g[..., own, : own.start].mT
+        block = g[..., own, own]
+        block.copy_(block.tril() + block.tril(-1).mT)
+    return g
+
+
+def lower(x: Tensor) -> Tensor:
+    """The panels of `linear`; what is right of them is zero."""
     n, p = x.shape[-2:]
     g = torch.zeros(*x.shape[:-1], n, dtype=torch.float64, device=x.device)
     for block in blocks(p, math.prod(x.shape[:-1])):
-        c = centre(x[..., block])
-        g += c @ c.mT
+        add_product(g, centre(x[..., block]))
     return g
+
+
+def panels(n: int) -> Iterator[slice]:
+    """Runs of the rows of a symmetric matrix (n, n), which hold it up to their last column."""
+    height = max(_PANEL, -(-n // _PANELS))
+    return (slice(start, min(start + height, n)) for start in range(0, n, height))
+
+
+def add_product(g: Tensor, c: Tensor) -> None:
+    """Add c cᵀ of c (…, n, k) to the panels of g (…, n, n)."""
+    n, k = c.shape[-2:]
+    g, c = g.view(-1, n, n), c.reshape(-1, n, k)
+    for own in panels(n):
+        rows, before = c[:, own], c[:, : own.stop].mT
+        if len(g) == 1:
+            g[0, own, : own.stop].addmm_(rows[0], before[0])
+        else:
+            g[:, own, : own.stop].baddbmm_(rows, before)
+
+
+def square_sum(g: Tensor) -> Tensor:
+    """The squared Frobenius norm (…) of symmetric matrices (…, n, n), from their panels."""
+    total = torch.zeros(g.shape[:-2], dtype=g.dtype, device=g.device)
+    for own in panels(g.shape[-1]):
+        for part, times in ((g[..., own, : own.start], 2), (g[..., own, own], 1)):
+            total += times * torch.linalg.vector_norm(part, dim=(-2, -1)).square()
+    return total
+
+
+def packed(g: Tensor) -> Tensor:
+    """The panels of symmetric matrices (…, n, n) as vectors (…, m) of the same inner products."""
+    parts = []
+    for own in panels(g.shape[-1]):
+        before = g[..., own, : own.start] * math.sqrt(2)
+        parts += [before.flatten(-2), g[..., own, own].flatten(-2)]
+    return torch.cat(parts, -1)
 
 
 def squared_distances(g: Tensor) -> Tensor:
@@ -107,6 +155,17 @@ def u_centre(k: Tensor) -> Tensor:
     k.sub_(rows).sub_(rows.mT).add_(total)
     diagonal.zero_()
     return k
+
+
+def u_centre_panels(g: Tensor) -> None:
+    """U-centre, in place, the panels of Grams of centred stimuli, whose rows sum to zero."""
+    n = g.shape[-1]
+    diagonal = g.diagonal(dim1=-2, dim2=-1)
+    rows = diagonal / (n - 2)
+    others = rows - rows.sum(-1, keepdim=True) / (n - 1)
+    for own in panels(n):
+        g[..., own, : own.stop] += rows[..., own, None] + others[..., None, : own.stop]
+    diagonal.zero_()
 
 
 def centered_gram(x: Tensor, *, kernel: str, sigma: float | None) -> Tensor:

@@ -69,21 +69,22 @@ def _cka(
     if kernel == "linear" and cka.on_features(p, q, n):
         left = [gram.centre(x) for x in xs]
         right = left if ys is None else [gram.centre(y) for y in ys]
-        products = torch.stack(
-            [torch.stack([cka.feature_product(a, b, debiased) for b in right]) for a in left]
-        )
-        own = [products.diagonal()] * 2
-        if ys is not None:
-            own = [
-                torch.stack([cka.feature_product(a, a, debiased) for a in zs])
-                for zs in (left, right)
-            ]
-        return cka.cosine(products, own[0][:, None], own[1])
+        xx = torch.stack([cka.feature_product(a, a, debiased) for a in left])
+        yy = torch.stack([cka.feature_product(b, b, debiased) for b in right]) if ys else xx
+        products = xx.new_zeros(len(left), len(right))
+        for i, a in enumerate(left):
+            for j in range(len(right) if ys else i):
+                products[i, j] = cka.feature_product(a, right[j], debiased)
+        if not ys:
+            products = products + products.mT + xx.diag()
+        return cka.cosine(products, xx[:, None], yy)
 
     def unit(zs: list[Tensor]) -> Tensor:
-        vectors = torch.empty(len(zs), n * n, dtype=torch.float64, device=zs[0].device)
-        for vector, z in zip(vectors, zs, strict=True):
-            vector.copy_(cka.vector_kernel(z, debiased, kernel, sigma).flatten())
+        first = cka.vector(zs[0], debiased, kernel, sigma)
+        vectors = first.new_empty(len(zs), len(first))
+        vectors[0] = first
+        for own, z in zip(vectors[1:], zs[1:], strict=True):
+            own.copy_(cka.vector(z, debiased, kernel, sigma))
         return vectors.div_(torch.linalg.vector_norm(vectors, dim=1, keepdim=True))
 
     a = unit(xs)
