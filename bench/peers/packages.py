@@ -1,0 +1,250 @@
+"""Other packages by one interface: what each offers, how it goes about it, where it differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import repsim_kernels as rk
+from bench.peers import calls
+from bench.peers.calls import Pair, Pairs
+
+
+@dataclass(frozen=True)
+class Package:
+    """One package's way to a metric.
+
+    ``pair`` takes two representations (n, p), ``all_pairs`` a list of them, ``ablations`` one and
+    the cells of its neurons (p,); without the last two, users write a loop over pairs.
+    """
+
+    name: str
+    metric: str  # by this package's names: what the numbers are held against
+    distribution: str  # on PyPI; "" for what needs nothing beside this package
+    kind: str  # of arrays: "torch", "numpy", "cupy"
+    centres: bool  # the features, before anything else
+    note: str  # how it goes about it, and what it leaves out
+    pair: Pair | None
+    all_pairs: Pairs | None = None
+    ablations: Callable[[Any, np.ndarray], Any] | None = None
+    tolerance: float = 1e-4  # of its numbers' relative error: they are float32's
+    differs: str = ""  # why its numbers are others than the definition's, where they are
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}: {self.metric}"
+
+
+def _ours(metric: str, note: str, ablated: str | None = None, **options: Any) -> Package:
+    name = metric if metric in ("rsa", "procrustes", "cca") else "cka"
+
+    def ablations(x: Any, cells: np.ndarray) -> Any:
+        assert ablated is not None
+        return rk.ablation_distances(x, cells, metrics=[ablated])[ablated]
+
+    return Package(
+        name="repsim_kernels",
+        metric=metric,
+        distribution="",
+        kind="torch",
+        centres=True,
+        note=note,
+        pair=lambda x, y: getattr(rk, name)(x, y, **options),
+        all_pairs=lambda xs: rk.pairwise(xs, metric=name, **options),
+        ablations=ablations if ablated else None,
+        tolerance=1e-9,
+    )
+
+
+FLOAT64 = "centres the features, float64"
+PACKAGES = (
+    _ours("cka", FLOAT64, "cka"),
+    Package(
+        "plain torch",
+        "cka",
+        "",
+        "torch",
+        True,
+        "float32; Grams, or products of features where p < n",
+        calls.plain_cka,
+    ),
+    Package(
+        "plain CuPy",
+        "cka",
+        "",
+        "cupy",
+        True,
+        "float32; Grams",
+        calls.cupy_cka,
+    ),
+    Package(
+        "ckatorch",
+        "cka",
+        "ckatorch",
+        "torch",
+        False,
+        "float64; centres the Grams, by products with n x n matrices",
+        calls.ckatorch,
+    ),
+    Package(
+        "repsim",
+        "cka",
+        "repsim",
+        "numpy",
+        False,
+        "float64, C++ on one core; centres the Grams, by products with n x n matrices",
+        calls.repsim("gretton"),
+        calls.repsim_pairs("gretton"),
+    ),
+    Package(
+        "shesha-geometry",
+        "cka",
+        "shesha-geometry",
+        "numpy",
+        True,
+        "p x p products, whatever n is",
+        calls.shesha("cka_linear"),
+    ),
+    Package(
+        "scikit-learn",
+        "cka",
+        "scikit-learn",
+        "numpy",
+        False,
+        "float32; linear_kernel and KernelCenterer",
+        calls.sklearn_cka,
+    ),
+    Package(
+        "rsatoolbox",
+        "cka",
+        "rsatoolbox",
+        "numpy",
+        False,
+        "its whitened cosine of squared distances",
+        calls.rsatoolbox("cosine_cov"),
+        calls.rsatoolbox_pairs("cosine_cov"),
+    ),
+    _ours("cka_debiased", FLOAT64, "cka_debiased", debiased=True),
+    Package(
+        "plain torch",
+        "cka_debiased",
+        "",
+        "torch",
+        True,
+        "float32; Grams",
+        calls.plain_cka_debiased,
+    ),
+    Package(
+        "pytorch-cka",
+        "cka_debiased",
+        "pytorch-cka",
+        "torch",
+        False,
+        "float32; features are not centred; cka_from_features makes the Grams of both sides",
+        calls.pytorch_cka,
+        lambda xs: calls.pytorch_cka(xs, xs),
+    ),
+    Package(
+        "pytorch-cka, hooks",
+        "cka_debiased",
+        "pytorch-cka",
+        "torch",
+        False,
+        "compute_cka of a network that only holds the features: float32, not centred; a Gram each",
+        None,
+        calls.pytorch_cka_hooks,
+    ),
+    Package(
+        "ckatorch",
+        "cka_debiased",
+        "ckatorch",
+        "torch",
+        False,
+        "float64; features are not centred; products of n x n Grams",
+        calls.ckatorch_debiased,
+    ),
+    Package(
+        "torch-cka",
+        "cka_debiased",
+        "torch-cka",
+        "torch",
+        False,
+        "float32; features are not centred; a product of n x n Grams for each HSIC",
+        calls.torch_cka,
+        calls.torch_cka_pairs,
+    ),
+    Package(
+        "repsim",
+        "cka_debiased",
+        "repsim",
+        "numpy",
+        False,
+        "float64, C++ on one core; features are not centred",
+        calls.repsim("song"),
+        calls.repsim_pairs("song"),
+        differs="divides Song's estimator of HSIC by Gretton's",
+    ),
+    Package(
+        "shesha-geometry",
+        "cka_debiased",
+        "shesha-geometry",
+        "numpy",
+        True,
+        "Grams",
+        calls.shesha("cka_debiased"),
+        differs="keeps the diagonal in the main term, so that it is neither biased nor debiased",
+    ),
+    _ours("procrustes", FLOAT64),
+    Package(
+        "plain torch",
+        "procrustes",
+        "",
+        "torch",
+        True,
+        "float32; svdvals of p x p",
+        calls.plain_procrustes,
+    ),
+    Package(
+        "rsatoolbox",
+        "procrustes",
+        "rsatoolbox",
+        "numpy",
+        False,
+        "its Bures similarity of squared distances",
+        calls.rsatoolbox("bures"),
+    ),
+    Package(
+        "shesha-geometry",
+        "procrustes",
+        "shesha-geometry",
+        "numpy",
+        True,
+        "SVD of p x p",
+        calls.shesha("procrustes_similarity"),
+    ),
+    _ours("rsa", FLOAT64, distance="sqeuclidean", compare="pearson"),
+    Package(
+        "rsatoolbox",
+        "rsa",
+        "rsatoolbox",
+        "numpy",
+        False,
+        "squared distances, float32",
+        calls.rsatoolbox("corr"),
+        calls.rsatoolbox_pairs("corr"),
+    ),
+    _ours("cca", FLOAT64),
+    Package(
+        "scikit-learn",
+        "cca",
+        "scikit-learn",
+        "numpy",
+        True,
+        "NIPALS: one component after the other",
+        calls.sklearn_cca,
+    ),
+)
+"""Every package and metric that is compared, ours before its peers."""

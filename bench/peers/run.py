@@ -1,0 +1,230 @@
+"""Every package at every job, one process each, in turns: one JSON as it goes."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench._machine import Json, environment, number, save
+from bench.peers import jobs
+from bench.peers.jobs import Case
+from bench.peers.packages import PACKAGES, Package
+from bench.peers.worker import serve
+
+_ROUNDS = 7  # at most; two at least
+# Seconds of one answer, and of all rounds of a package; quick or not.
+_LIMITS = {True: (30.0, 0.2), False: (240.0, 6.0)}
+# A loop is timed whole, however long, by who is at most so many times slower than the fastest peer.
+_NEAR = 1.5
+
+
+class Failed(RuntimeError):
+    """A package could not do a job: what it raised, how its process ended, or how long it took."""
+
+
+class Served:
+    """A package's process, started anew where it died."""
+
+    def __init__(self, package: Package, device: str) -> None:
+        self.package, self.device = package, device
+        self.process: Any = None
+
+    def ask(self, limit: float, name: str, *arguments: Any) -> Any:
+        """What the worker answers within so many seconds."""
+        if self.process is None:
+            context = multiprocessing.get_context("spawn")
+            self.connection: Connection
+            self.connection, theirs = context.Pipe()
+            self.process = context.Process(
+                target=serve, args=(self.package.key, self.device, theirs), daemon=True
+            )
+            self.process.start()
+            theirs.close()
+        try:
+            self.connection.send((name, arguments))
+            if not self.connection.poll(limit):
+                self.stop()
+                raise Failed(f"took over {limit:.0f} s")
+            ok, answer = self.connection.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self.process.join(10)
+            code = self.process.exitcode
+            self.stop()
+            raise Failed(f"its process ended with exit code {code}") from None
+        if not ok:
+            raise Failed(answer)
+        return answer
+
+    def stop(self) -> None:
+        """End the process: it does so itself, unless it is busy."""
+        if self.process is not None:
+            self.connection.close()
+            self.process.join(1)
+            self.process.kill()
+            self.process.join()
+            self.process = None
+
+
+def peers(out: Path | None, device: str = "cpu", quick: bool = False) -> Json:
+    """Compare the packages; ``out`` is written as it goes, and the record given back."""
+    distributions = sorted({package.distribution for package in PACKAGES} - {""})
+    record: Json = {
+        "finished": False,
+        "quick": quick,
+        "environment": environment(device, tuple(distributions)),
+        "packages": {package.key: package.note for package in PACKAGES},
+        "rows": [],
+    }
+    served = {package.key: Served(package, device) for package in PACKAGES}
+    shared = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    try:
+        for case in jobs.cases(quick):
+            with tempfile.TemporaryDirectory(dir=shared, prefix="repsim-") as folder:
+                for row in _case(case, Path(folder), served, device, quick):
+                    record["rows"].append(row)
+                    print(line(row), flush=True)
+            if out:
+                save(out, record)
+    finally:
+        for each in served.values():
+            each.stop()
+    record["finished"] = True
+    if out:
+        save(out, record)
+    return record
+
+
+def _case(
+    case: Case, folder: Path, served: dict[str, Served], device: str, quick: bool
+) -> Iterator[Json]:
+    """The rows of a case: all answer once, then those that are right are timed in turns."""
+    limit, budget = _LIMITS[quick]
+    paths = jobs.write_inputs(case, folder)
+    some = [served[package.key] for package in PACKAGES if _takes_part(package, case, device)]
+    xs = [np.load(path, mmap_mode="r") for path in paths]
+    # The definitions take as long as a slow package: of many comparisons a few are checked.
+    checked = jobs.sample(case, min(case.of, 3))
+    wanted = {metric: jobs.wanted(case, xs, metric, checked) for metric in case.metrics}
+    rows: list[tuple[Served, Json]] = []
+    for each in some:
+        package = each.package
+        row: Json = {
+            **case.facts(),
+            "package": package.name,
+            "metric": package.metric,
+            "device": device if package.kind != "numpy" else "cpu",
+            "centres": package.centres,
+            "status": "ok",
+        }
+        rows.append((each, row))
+        try:
+            answer = each.ask(limit, "first", case, paths)
+        except Failed as failure:
+            row.update(status="failed", why=str(failure))
+            continue
+        row.update(_agreement(case, package, answer, wanted[package.metric], checked))
+        row["memory_bytes"] = max(0, answer["memory"])
+        row["once"] = answer["seconds"] / answer["calls"] * case.of
+        row["calls"] = case.of if answer["calls"] == case.of else 0  # 0: not decided yet
+    _plan(case, rows, budget, quick)
+    _in_turns([(s, row) for s, row in rows if row["status"] != "failed"], limit, budget)
+    for _, row in rows:
+        row.pop("once", None)
+        yield row
+
+
+def _takes_part(package: Package, case: Case, device: str) -> bool:
+    if package.metric not in case.metrics or (package.kind == "cupy" and device != "cuda"):
+        return False
+    return package.pair is not None or (case.job == "pairs" and package.all_pairs is not None)
+
+
+def _agreement(
+    case: Case, package: Package, answer: Json, wanted: np.ndarray, checked: list[int]
+) -> Json:
+    """How far the numbers are from the definition's: of similarities, and of distances."""
+    values = answer["values"]
+    if len(values) == case.of:
+        got, want = values[checked], wanted
+    else:  # a loop's first two comparisons are the sample's of two
+        own = jobs.sample(case, len(values))
+        common = [k for k in own if k in checked]
+        got = np.array([values[own.index(k)] for k in common])
+        want = np.array([wanted[checked.index(k)] for k in common])
+    off = float(np.max(np.abs(got - want) / np.abs(want)))
+    apart = float(np.max(np.abs(got - want) / np.maximum(np.abs(1 - want), 1e-300)))
+    found: Json = {"error": number(off)}
+    if case.job == "ablations":
+        found["distance_error"] = number(apart)
+    if not off <= package.tolerance:
+        found["status"] = "differs" if package.differs else "wrong"
+        found["why"] = package.differs or f"off by {off:.1e}"
+    return found
+
+
+def _plan(case: Case, rows: list[tuple[Served, Json]], budget: float, quick: bool) -> None:
+    """Decide who makes all comparisons of a loop, and who a sample of them."""
+    loops = [row for _, row in rows if row.get("calls") == 0]
+    peer = min((row["once"] for row in loops), default=0.0)
+    for row in loops:
+        whole = row["once"] <= budget or (not quick and row["once"] <= _NEAR * peer <= 600)
+        row["calls"] = (
+            case.of if whole else max(2, min(case.of, int(budget / row["once"] * case.of)))
+        )
+
+
+def _in_turns(rows: list[tuple[Served, Json]], limit: float, budget: float) -> None:
+    """Time all, one after the other, again and again: what slows the machine slows all."""
+    spent = dict.fromkeys(range(len(rows)), 0.0)
+    for _, row in rows:
+        row["seconds"] = []
+    for turn in range(_ROUNDS):
+        for k in range(len(rows)):
+            i = (k + turn) % len(rows)
+            each, row = rows[i]
+            again = 0.0 if turn == 0 else spent[i] / turn
+            if row["status"] == "failed" or (turn > 1 and spent[i] + again > budget):
+                continue
+            if turn == 1 and row["once"] > 10 * budget:
+                continue
+            start = time.perf_counter()
+            try:
+                row["seconds"].append(each.ask(limit, "time", row["calls"]))
+            except Failed as failure:
+                row.update(status="failed", why=str(failure))
+            spent[i] += time.perf_counter() - start
+
+
+def median(row: Json) -> float | None:
+    """Seconds of the whole job; None where it was not done."""
+    if not row.get("seconds"):
+        return None
+    return statistics.median(row["seconds"]) / row["calls"] * row["of"]
+
+
+def line(row: Json) -> str:
+    """A row in words, as it is printed."""
+    shape = f"n={row['n']:,} p={row['p']:,}"
+    if row["job"] == "pairs":
+        shape += f" L={row['layers']}"
+    if row["job"] == "ablations":
+        shape += f" C={row['cells']:,}"
+    text = f"{row['job']:9} {shape:28} {row['metric']:12} {row['package']:20}"
+    seconds = median(row)
+    if seconds is not None:
+        text += f" {1e3 * seconds:11,.2f} ms {row['memory_bytes'] / 2**20:9,.1f} MiB"
+        text += f" {row['error'] if isinstance(row['error'], str) else format(row['error'], '.1e')}"
+        if row["calls"] < row["of"]:
+            text += f" ({row['calls']} of {row['of']:,} timed)"
+    with contextlib.suppress(KeyError):
+        text += f" {row['status']}: {row['why']}"
+    return text
