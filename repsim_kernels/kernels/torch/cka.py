@@ -41,9 +41,9 @@ def feature_product(a: Tensor, b: Tensor, debiased: bool) -> Tensor:
     Debiased, it is that of the U-centred Grams, n(n - 3) HSIC₁; the rows of the Grams sum to zero.
     """
     if a is b:
-        square = a.new_zeros(*a.shape[:-2], a.shape[-1], a.shape[-1])
-        gram.add_product(square, a.mT)
-        product = gram.square_sum(square)
+        square = gram.new_panels(a, a.shape[-1])
+        gram.add_product(square, a.mT, first=True)
+        product = gram.square_sum(square, a.shape[-1])
     else:
         product = (a.mT @ b).square().sum((-2, -1))
     if not debiased:
@@ -54,22 +54,27 @@ def feature_product(a: Tensor, b: Tensor, debiased: bool) -> Tensor:
     return _beyond(left, n * _EPS * product) if a is b else left
 
 
-def vector(x: Tensor, debiased: bool, kernel: str, sigma: float | None) -> Tensor:
+def vector(
+    x: Tensor, debiased: bool, kernel: str, sigma: float | None, out: Tensor | None = None
+) -> Tensor:
     """Of the kernel matrix of x (…, n, p) a vector (…, m), such that cosines of them are CKA."""
-    if kernel == "rbf":
-        assert sigma is not None
-        k = gram.rbf(x, sigma)
-        if not debiased:
-            return gram.packed(gram.double_centre(k))
-        floor, k = rounding(k), gram.u_centre(k)
+    n = x.shape[-2]
+    v = gram.new_panels(x, n) if out is None else out
+    if kernel == "linear":
+        gram.half(x, v)
     else:
-        k = gram.lower(x)
-        if not debiased:
-            return gram.packed(k)
-        floor = _rounding(gram.square_sum(k), x.shape[-2])
-        gram.u_centre_panels(k)
-    u = gram.packed(k)
-    return u.mul_(_beyond(torch.ones_like(floor), floor / u.square().sum(-1))[..., None])
+        assert sigma is not None
+        k = gram.double_centre(gram.rbf(x, sigma))
+        for own, panel in gram.panels(v, n):
+            panel.copy_(k[..., own, : own.stop])
+    if not debiased:
+        gram.weigh_panels(v, n)
+        return v
+    floor = _rounding(gram.square_sum(v, n), n)
+    gram.u_centre_panels(v, n)
+    gram.weigh_panels(v, n)
+    square = torch.linalg.vector_norm(v, dim=-1).square()
+    return v.mul_(_beyond(square, floor)[..., None].sign())
 
 
 def rounding(k: Tensor) -> Tensor:

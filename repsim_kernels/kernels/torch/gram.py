@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Elements of a float64 block of neurons: 4 MiB, which stays in a last-level cache.
-_BLOCK = 2**19
+# Elements of a float64 block of neurons: 8 MiB, which stays in a last-level cache.
+_BLOCK = 2**20
 # Elements of a batch of Grams that passes through the cache together, and of one on a GPU.
 _BATCH, _LARGE_BATCH = 2**17, 2**24
 # Rows of a panel of a symmetric matrix, at least, and how many panels there are at most: more would
 # save little beyond nearly half of a product, and fewer rows multiply more slowly.
-_PANEL, _PANELS = 96, 8
+_PANEL, _PANELS = 64, 8
 # Columns of a cell in one product, and of a strip that is copied at once.
 _COLUMNS = 512
 _STRIP = 4096
@@ -51,57 +51,78 @@ def batches(items: list[int], gram: Tensor) -> Iterator[list[int]]:
 
 def linear(x: Tensor) -> Tensor:
     """The Gram matrix of the centred x: (…, n, p) to (…, n, n), float64."""
-    g = lower(x)
-    for own in panels(g.shape[-1]):
-        g[..., : own.start, own] = g[..., own, : own.start].mT
-        block = g[..., own, own]
-        block.copy_(block.tril() + block.tril(-1).mT)
+    n = x.shape[-2]
+    g = torch.empty(*x.shape[:-1], n, dtype=torch.float64, device=x.device)
+    for own, panel in panels(half(x, new_panels(x, n)), n):
+        before, block = panel[..., : own.start], panel[..., own]
+        g[..., own, : own.start] = before
+        g[..., : own.start, own] = before.mT
+        g[..., own, own] = block.tril() + block.tril(-1).mT
     return g
 
 
-def lower(x: Tensor) -> Tensor:
-    """The panels of `linear`; what is right of them is zero."""
-    n, p = x.shape[-2:]
-    g = torch.zeros(*x.shape[:-1], n, dtype=torch.float64, device=x.device)
-    for block in blocks(p, math.prod(x.shape[:-1])):
-        add_product(g, centre(x[..., block]))
-    return g
+def half(x: Tensor, v: Tensor) -> Tensor:
+    """Put the panels of the Gram matrix of the centred x (…, n, p) into v (…, m)."""
+    for i, block in enumerate(blocks(x.shape[-1], math.prod(x.shape[:-1]))):
+        add_product(v, centre(x[..., block]), first=i == 0)
+    return v
 
 
-def panels(n: int) -> Iterator[slice]:
-    """Runs of the rows of a symmetric matrix (n, n), which hold it up to their last column."""
+def add_product(v: Tensor, c: Tensor, first: bool) -> None:
+    """Add c cᵀ of c (…, n, k) to its panels (…, m), or put it there if it is the first."""
+    n, k = c.shape[-2:]
+    beta = 0 if first else 1
+    c = c.reshape(-1, n, k)
+    for own, panel in panels(v.view(len(c), -1), n):
+        rows, before = c[:, own], c[:, : own.stop].mT
+        if len(c) == 1:
+            panel[0].addmm_(rows[0], before[0], beta=beta)
+        else:
+            panel.baddbmm_(rows, before, beta=beta)
+
+
+def new_panels(x: Tensor, n: int, *more: int) -> Tensor:
+    """Room for the panels (…, m) of an n x n matrix for each of x (…, :, :), and for more."""
+    m = sum((own.stop - own.start) * own.stop for own in _runs_of_rows(n))
+    return torch.empty(*more, *x.shape[:-2], m, dtype=torch.float64, device=x.device)
+
+
+def panels(v: Tensor, n: int) -> Iterator[tuple[slice, Tensor]]:
+    """Views of v (…, m): rows of symmetric matrices (…, n, n) up to their last one's diagonal."""
+    start = 0
+    for own in _runs_of_rows(n):
+        rows = own.stop - own.start
+        yield own, v[..., start : start + rows * own.stop].unflatten(-1, (rows, own.stop))
+        start += rows * own.stop
+
+
+def _runs_of_rows(n: int) -> Iterator[slice]:
     height = max(_PANEL, -(-n // _PANELS))
     return (slice(start, min(start + height, n)) for start in range(0, n, height))
 
 
-def add_product(g: Tensor, c: Tensor) -> None:
-    """Add c cᵀ of c (…, n, k) to the panels of g (…, n, n)."""
-    n, k = c.shape[-2:]
-    g, c = g.view(-1, n, n), c.reshape(-1, n, k)
-    for own in panels(n):
-        rows, before = c[:, own], c[:, : own.stop].mT
-        if len(g) == 1:
-            g[0, own, : own.stop].addmm_(rows[0], before[0])
-        else:
-            g[:, own, : own.stop].baddbmm_(rows, before)
-
-
-def square_sum(g: Tensor) -> Tensor:
-    """The squared Frobenius norm (…) of symmetric matrices (…, n, n), from their panels."""
-    total = torch.zeros(g.shape[:-2], dtype=g.dtype, device=g.device)
-    for own in panels(g.shape[-1]):
-        for part, times in ((g[..., own, : own.start], 2), (g[..., own, own], 1)):
+def square_sum(v: Tensor, n: int) -> Tensor:
+    """The squared Frobenius norm (…) of symmetric matrices, from their panels (…, m)."""
+    total = torch.zeros(v.shape[:-1], dtype=v.dtype, device=v.device)
+    for own, panel in panels(v, n):
+        for part, times in ((panel[..., : own.start], 2), (panel[..., own], 1)):
             total += times * torch.linalg.vector_norm(part, dim=(-2, -1)).square()
     return total
 
 
-def packed(g: Tensor) -> Tensor:
-    """The panels of symmetric matrices (…, n, n) as vectors (…, m) of the same inner products."""
-    parts = []
-    for own in panels(g.shape[-1]):
-        before = g[..., own, : own.start] * math.sqrt(2)
-        parts += [before.flatten(-2), g[..., own, own].flatten(-2)]
-    return torch.cat(parts, -1)
+def weigh_panels(v: Tensor, n: int) -> None:
+    """Scale panels (…, m) in place such that their inner products are those of the matrices."""
+    for own, panel in panels(v, n):
+        panel[..., : own.start] *= math.sqrt(2)
+
+
+def u_centre_panels(v: Tensor, n: int) -> None:
+    """As `u_centre`, in place, of panels (…, m)."""
+    diagonals = [panel[..., own].diagonal(dim1=-2, dim2=-1) for own, panel in panels(v, n)]
+    rows, columns = _u_shifts(torch.cat(diagonals, -1))
+    for (own, panel), diagonal in zip(panels(v, n), diagonals, strict=True):
+        panel += rows[..., own, None] + columns[..., None, : own.stop]
+        diagonal.zero_()
 
 
 def squared_distances(g: Tensor) -> Tensor:
@@ -141,31 +162,24 @@ def centre_relative(g: Tensor) -> Tensor:
     return g - (mean[..., :, None] + mean[..., None, :] - mean.mean(-1)[..., None, None])
 
 
-def u_centre(k: Tensor) -> Tensor:
-    """The U-centred kernel matrix: its Frobenius products are n(n - 3) times HSIC₁.
+def u_centre(g: Tensor) -> Tensor:
+    """U-centred Grams (…, n, n) of centred stimuli, whose rows sum to zero.
 
+    Their Frobenius products are n(n - 3) times HSIC₁.
     Source: Székely & Rizzo 2014 for the centring, Song et al. 2012 for HSIC₁.
     """
-    n = k.shape[-1]
-    k = k.clone()
-    diagonal = k.diagonal(dim1=-2, dim2=-1)
-    diagonal.zero_()
-    rows = k.sum(-1, keepdim=True) / (n - 2)
-    total = rows.sum(-2, keepdim=True) / (n - 1)
-    k.sub_(rows).sub_(rows.mT).add_(total)
-    diagonal.zero_()
-    return k
+    rows, columns = _u_shifts(g.diagonal(dim1=-2, dim2=-1))
+    u = g + rows[..., None]
+    u += columns[..., None, :]
+    u.diagonal(dim1=-2, dim2=-1).zero_()
+    return u
 
 
-def u_centre_panels(g: Tensor) -> None:
-    """U-centre, in place, the panels of Grams of centred stimuli, whose rows sum to zero."""
-    n = g.shape[-1]
-    diagonal = g.diagonal(dim1=-2, dim2=-1)
+def _u_shifts(diagonal: Tensor) -> tuple[Tensor, Tensor]:
+    """What U-centring adds to each row and to each column of such a Gram."""
+    n = diagonal.shape[-1]
     rows = diagonal / (n - 2)
-    others = rows - rows.sum(-1, keepdim=True) / (n - 1)
-    for own in panels(n):
-        g[..., own, : own.stop] += rows[..., own, None] + others[..., None, : own.stop]
-    diagonal.zero_()
+    return rows, rows - rows.sum(-1, keepdim=True) / (n - 1)
 
 
 def centered_gram(x: Tensor, *, kernel: str, sigma: float | None) -> Tensor:
@@ -214,9 +228,11 @@ def cell_sums(
     live = torch.zeros(n_cells, dtype=torch.int64, device=x.device)
     shift = torch.zeros(n_cells, n, 1, dtype=torch.float64, device=x.device)
     # Many columns of each cell at once, in buffers that do not grow with p.
-    room = max(_BLOCK // n, n_cells * max(n, _COLUMNS))
-    width = min(p, room)
-    rows, raw = x.new_zeros(width + 1, n), x.new_empty(room, n)
+    width = min(p, max(_BLOCK // n, n_cells * max(n, _COLUMNS)))
+    largest = cells.sum(-1).max() if cells.ndim == 2 else np.bincount(cells + 1)[1:].max(initial=0)
+    room = max(1, _BLOCK // n, min(width, int(largest)))
+    rows, raw = _scratch(x, width + 1, n), _scratch(x, room, n)
+    rows[width] = 0
     centred = torch.empty(n * room, dtype=torch.float64, device=x.device)
     for start in range(0, p, width):
         span = slice(start, min(start + width, p))
@@ -236,6 +252,14 @@ def cell_sums(
             if shifts:
                 shift[run].baddbmm_(parts, means)
     return g, live, shift[..., 0]
+
+
+def _scratch(x: Tensor, *shape: int) -> Tensor:
+    """Unwritten memory of x's dtype; NumPy's comes faster, in huge pages."""
+    if x.device.type != "cpu":
+        return x.new_empty(shape)
+    memory = np.empty(math.prod(shape) * x.itemsize, np.uint8)
+    return torch.from_numpy(memory).view(x.dtype).view(shape)
 
 
 def _copy(target: Tensor, source: Tensor) -> None:

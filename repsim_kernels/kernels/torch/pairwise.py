@@ -79,14 +79,15 @@ def _cka(
             products = products + products.mT + xx.diag()
         return cka.cosine(products, xx[:, None], yy)
 
-    def unit(zs: list[Tensor]) -> Tensor:
-        first = cka.vector(zs[0], debiased, kernel, sigma)
-        vectors = first.new_empty(len(zs), len(first))
-        vectors[0] = first
-        for own, z in zip(vectors[1:], zs[1:], strict=True):
-            own.copy_(cka.vector(z, debiased, kernel, sigma))
-        return vectors.div_(torch.linalg.vector_norm(vectors, dim=1, keepdim=True))
+    def vectors(zs: list[Tensor]) -> Tensor:
+        out = gram.new_panels(zs[0], n, len(zs))
+        for own, z in zip(out, zs, strict=True):
+            cka.vector(z, debiased, kernel, sigma, own)
+        return out
 
-    a = unit(xs)
-    b = a if ys is None else unit(ys)
-    return a @ b.mT
+    a = vectors(xs)
+    b = a if ys is None else vectors(ys)
+    products = a @ b.mT
+    own = (products.diagonal(),) * 2 if ys is None else (z.square().sum(1) for z in (a, b))
+    xx, yy = own
+    return cka.cosine(products, xx[:, None], yy)
