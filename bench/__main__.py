@@ -59,13 +59,91 @@ def sheet(
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     quick: Annotated[bool, typer.Option(help="Tiny shapes; a rehearsal.")] = False,
 ) -> None:
-    """Measure a card: ceilings, GPU tests, each kernel's error and time (under 8 minutes)."""
+    """Measure a card in 8 minutes: ceilings, kernels, GPU tests, the study, compute-sanitizer."""
     from bench.sheet import sheet as run
 
     try:
         run(out, device, quick)
     except RuntimeError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+@app.command()
+def peers(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    quick: Annotated[
+        bool, typer.Option(help="Small jobs, in a minute; writes no results.")
+    ] = False,
+) -> None:
+    """Compare other packages with this one at three jobs: time, memory, and what comes out."""
+    from bench import _machine
+    from bench.peers.run import peers as run
+
+    out = None if quick else _machine.RESULTS / f"peers-{_machine.slug(device)}.json"
+    record = run(out, device, quick)
+    if unexpected := [row for row in record["rows"] if row["status"] in ("wrong", "failed")]:
+        typer.echo(f"{len(unexpected)} rows are wrong or failed", err=True)
+        raise typer.Exit(1 if quick else 0)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="Results of a run, JSON.")],
+    b: Annotated[Path, typer.Argument(help="Those of another.")],
+) -> None:
+    """Print the ratio of B's times to A's with their spread, largest change first."""
+    from bench.compare import BadRecord
+    from bench.compare import compare as page
+
+    try:
+        print(page(a, b))
+    except BadRecord as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def accuracy(
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cpu",
+    quick: Annotated[bool, typer.Option(help="Few and small cases; a rehearsal.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="The JSON; the figure is put beside it as PNG.")
+    ] = None,
+) -> None:
+    """Measure how right the numbers of each package are, and the order of many ablations."""
+    from bench import _machine
+    from bench._accuracy_figure import figure
+    from bench.accuracy import accuracy as run
+    from bench.accuracy import summary
+
+    try:
+        record = run(device, quick)
+    except RuntimeError as error:
+        raise typer.BadParameter(str(error)) from None
+    out = out or _machine.RESULTS / f"accuracy-{_machine.slug(device)}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _machine.save(out, record)
+    figure(record, out.with_suffix(".png"))
+    for row in summary(record):
+        print(" | ".join(row))
+    print(out, out.with_suffix(".png"), sep="\n")
+
+
+@app.command()
+def roofline(
+    sheet: Annotated[
+        Path | None, typer.Option(help="A sheet's or a benchmark run's JSON; all sheets if none.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The figure, PNG.")] = None,
+) -> None:
+    """Draw what the kernels can reach on a device beside what was measured; needs no GPU."""
+    from bench.roofline import roofline as drawn
+
+    try:
+        written = drawn(sheet, out)
+    except RuntimeError as error:
+        raise typer.BadParameter(str(error)) from None
+    print(*written, sep="\n")
 
 
 if __name__ == "__main__":

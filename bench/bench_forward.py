@@ -1,21 +1,22 @@
 """Ablated forward passes: a network cut at a layer against a hook, once for each cell.
 
-The hook is what captum's LayerFeatureAblation and the study's published code come to. Run all, in
-one process, with ``make bench``; the ratios within a group are the result. Logits are compared
-before anything is timed. A pass of the whole network, one of what comes before the layer and one of
-what follows it are timed alone as well: cells one after the other can't be faster than the hook by
-more than C · whole / (prefix + C · suffix), the bound that is printed.
+The hook is what captum's LayerFeatureAblation and the study's published code come to. A pass of the
+whole network, one of what comes before the layer and one of what follows it are timed alone as
+well: cells one after the other can't be faster than the hook by more than
+C · whole / (prefix + C · suffix), the bound among the findings. No operations are given: what a
+network needs is what is found out here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
+from bench._inputs import DEVICE
 from experiments.presets import PRESETS, load_network
 from repsim_kernels.forward import AblatedForward, passes
 
@@ -27,18 +28,20 @@ CUTS = (  # and how many of the cells are dead
     ("alexnet", "classifier.2", 0),
     ("mobilenet_v2", "features.7", 0),
 )
+HOOK = "a forward hook, once a cell"
 
 
 @dataclass
 class Cut:
     model: nn.Module
     layer: str
+    forward: AblatedForward
     images: Tensor
     labels: Tensor  # (p,) cells
     dead: int  # cells of units that are zero for all images
-    least: dict[str, float] = field(default_factory=dict)  # seconds
+    want: Tensor | None = None  # logits under the hook
 
-    def hooked(self) -> Tensor:
+    def hooked(self, images: Tensor) -> Tensor:
         """The whole network once a cell, under a forward hook that masks the layer's output."""
         logits = []
         for cell in range(CELLS):
@@ -48,74 +51,103 @@ class Cut:
 
             handle = self.model.get_submodule(self.layer).register_forward_hook(mask)
             with torch.no_grad():
-                logits.append(self.model(self.images))
+                logits.append(self.model(images))
             handle.remove()
         return torch.stack(logits)
 
-    def ours(self, forward: AblatedForward) -> Tensor:
-        return forward.logits(forward.prefix(self.images), self.labels, CELLS)
+    def ours(self, images: Tensor) -> Tensor:
+        """Prefix and all cells."""
+        return self.forward.logits(self.forward.prefix(images), self.labels, CELLS)
+
+    def measured(self) -> dict[str, object]:
+        """What benchmarks of the cut have in common; inputs are the same images each time."""
+        dead = f", {self.dead} cells dead" if self.dead else ""
+        return {
+            "make": lambda g: (self.images.clone(),),
+            "check": near,
+            "what": f"{type(self.model).__name__} {self.layer}{dead}",
+            "shape": {"images": IMAGES, "C": CELLS},
+        }
+
+
+def near(got: Tensor, want: Tensor) -> None:
+    """On CUDA cuDNN's convolutions are TF32 by default, the kernels as accurate as float32."""
+    tol = 1e-4 if DEVICE == "cpu" else 1e-2
+    torch.testing.assert_close(got, want, rtol=tol, atol=tol)
 
 
 @pytest.fixture(params=CUTS, scope="module", ids=str)
-def cut(request, findings) -> Iterator[Cut]:
+def cut(request, record) -> Iterator[Cut]:
     name, layer, dead = request.param
-    model = load_network(PRESETS[name].networks[0], "random").model
-    images = torch.randn(IMAGES, 3, 224, 224, generator=torch.Generator().manual_seed(1))
-    act = AblatedForward(model, layer).prefix(images).activation
+    model = load_network(PRESETS[name].networks[0], "random").model.to(DEVICE)
+    images = torch.randn(IMAGES, 3, 224, 224, generator=Generator().manual_seed(1)).to(DEVICE)
+    forward = AblatedForward(model, layer)
+    act = forward.prefix(images).activation  # and the trial of the cut, which isn't timed
     # Cells of units that no image drives, where the layer has enough; the rest at random.
-    silent = (act == 0).all(0).flatten()
-    labels = torch.randint(dead, CELLS, silent.shape, generator=torch.Generator().manual_seed(2))
+    silent = (act == 0).all(0).flatten().cpu()
+    labels = torch.randint(dead, CELLS, silent.shape, generator=Generator().manual_seed(2))
     if dead:
         assert int(silent.sum()) >= dead
         labels[silent] = torch.arange(int(silent.sum())) % dead
-    made = Cut(model, layer, images, labels, dead)
+    made = Cut(model, layer, forward, images, labels.to(DEVICE), dead)
     yield made
-    findings.append(summary(made))
+    what = str(made.measured()["what"])
+    for group in {r["group"] for r in record.benchmarks if f", {what}, " in r["group"]}:
+        least = record.least(group)
+        if {"repsim_kernels", HOOK} <= set(least):
+            record.findings[group] = compared(least)
 
 
-def title(cut: Cut) -> str:
-    dead = f", {cut.dead} of them dead" if cut.dead else ""
-    return f"{type(cut.model).__name__} {cut.layer}, {CELLS} cells{dead} x {IMAGES} images"
+def compared(least: dict[str, float]) -> dict[str, float]:
+    """The ratio to the hook, and the bound of cells one after the other."""
+    found = {"ratio": least[HOOK] / least["repsim_kernels"]}
+    if {"whole", "prefix", "suffix"} <= set(least):
+        alone = least["prefix"] + CELLS * least["suffix"]
+        found["bound"] = CELLS * least["whole"] / alone
+        found["of_bound"] = found["ratio"] / found["bound"]
+    return found
 
 
-def summary(cut: Cut) -> str:
-    t = cut.least
-    line = f"{title(cut)}: {t['hooked'] / t['ours']:.2f} times as fast as the hook"
-    if "suffix" in t:
-        bound = CELLS * t["whole"] / (t["prefix"] + CELLS * t["suffix"])
-        share = t["hooked"] / t["ours"] / bound
-        line += f"; one cell after the other the bound is {bound:.2f} ({share:.0%} of it)"
-    return line
+def test_hooked(timed, cut):
+    cut.want = timed(
+        "AblatedForward",
+        cut.hooked,
+        oracle=cut.ours,
+        name=HOOK,
+        **cut.measured(),
+    )
 
 
-def time(benchmark, cut: Cut, name: str, run: Callable[[], object], rounds: int) -> None:
-    benchmark.group = title(cut)
-    benchmark.pedantic(run, rounds=rounds, warmup_rounds=1)
-    cut.least[name] = benchmark.stats.stats.min
+def test_forward(timed, cut):
+    timed(
+        "AblatedForward",
+        cut.ours,
+        oracle=lambda images: cut.hooked(images) if cut.want is None else cut.want,
+        **cut.measured(),
+    )
 
 
-def test_forward(benchmark, cut):
-    """Prefix and all cells; the trial of the cut was before."""
-    forward = AblatedForward(cut.model, cut.layer)
-    torch.testing.assert_close(cut.ours(forward), cut.hooked(), rtol=1e-4, atol=1e-4)
-    time(benchmark, cut, "ours", lambda: cut.ours(forward), rounds=5)
-
-
-def test_hooked(benchmark, cut):
-    time(benchmark, cut, "hooked", cut.hooked, rounds=3)
-
-
+@pytest.mark.parametrize("cut", [c for c in CUTS if not c[2]], indirect=True, ids=str)
 @pytest.mark.parametrize("part", ["whole", "prefix", "suffix"])
-def test_alone(benchmark, cut, part):
+def test_alone(timed, cut, part):
     """What the bound is made of."""
-    if cut.dead:
-        pytest.skip("the same as without dead cells")
-    forward = AblatedForward(cut.model, cut.layer)
+    forward = cut.forward
+    kept: list[Tensor] = []
+
+    def seen(images: Tensor) -> Tensor:
+        """What the layer gives, as a hook sees it."""
+        module = cut.model.get_submodule(cut.layer)
+        handle = module.register_forward_hook(lambda _m, _i, out: kept.append(out.clone()))
+        cut.model(images)
+        handle.remove()
+        return kept.pop()
+
     state = forward.prefix(cut.images)
-    runs: dict[str, Callable[[], object]] = {
-        "whole": lambda: cut.model(cut.images),
-        "prefix": lambda: forward.prefix(cut.images),
-        "suffix": lambda: passes.tail(state),
+    calls = {
+        "whole": (cut.model, lambda images: passes.tail(forward.prefix(images))),
+        "prefix": (lambda images: forward.prefix(images).activation, seen),
+        "suffix": (lambda images: passes.tail(state), cut.model),
     }
+    call, oracle = calls[part]
     with torch.no_grad():
-        time(benchmark, cut, part, runs[part], rounds=5)
+        timed("AblatedForward", call, oracle=oracle, name=part, **cut.measured())

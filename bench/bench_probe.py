@@ -1,101 +1,141 @@
-"""Linear probes: many logistic regressions against scikit-learn's loop, and ridge from the Grams.
+"""What linear readers make of each ablation: ridge and logistic regression, and the study's probe.
 
-Run all, in one process, with ``make bench``; the ratios within a group are the result. Answers are
-compared with scikit-learn's before anything is timed.
+No operations are given where fits iterate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
+from _tol import as_numpy
+from torch import Tensor
 
 import repsim_kernels as rk
+from bench._inputs import as_distances, reference
+from bench.bench_logistic import TARGET, N, P, of_classes
 
-FITS, N, D, P = 2000, 500, 100, 100_352
-TARGET = (np.arange(N) % 10 == 0).astype(np.int64)
-
-
-def activations(apart: float) -> torch.Tensor:
-    """Rectified activations (n, p) in float32, neuron by neuron, of ten classes some way apart."""
-    rng = np.random.default_rng(0)
-    means = apart * rng.standard_normal((P, 10), dtype=np.float32)
-    x = means[:, np.arange(N) % 10] + rng.standard_normal((P, N), dtype=np.float32)
-    return torch.from_numpy(np.maximum(x, 0, out=x)).mT
+CELLS, FEW = 16, 1600  # of few neurons the Grams cost next to nothing
+LABELS = np.arange(N) % 10
+SCORES = ("balanced_accuracy", "margin")
 
 
-@pytest.fixture(scope="module", params=[0.0, 0.7], ids=["classes alike", "classes apart"])
-def drawn(request, findings):
-    which = "classes apart" if request.param else "classes alike"
-    x = activations(request.param)
-    rng = np.random.default_rng(1)
-    columns = np.stack([rng.choice(P, D, replace=False) for _ in range(FITS)])
-    times: dict[str, float] = {}
-    yield x, columns, times, f"{FITS:,} fits, n = {N}, d = {D}, {which}"
-    one, loop = times["ours"] / FITS * 1e3, times["loop"] / FITS * 1e3
-    findings.append(f"{which}: {one:.2f} ms a fit, {loop / one:.1f} times as fast as the loop")
+def few(g: torch.Generator) -> tuple[Tensor, ...]:
+    return (of_classes(g, 0.2, FEW),)
 
 
-def time(benchmark, drawn, name: str, run: Callable[[], object], rounds: int) -> None:
-    *_, times, group = drawn
-    benchmark.group = group
-    benchmark.pedantic(run, rounds=rounds, warmup_rounds=1 if rounds > 3 else 0)
-    times[name] = benchmark.stats.stats.min
+def left_out(x: Tensor, reads: Tensor, y: Tensor, ridge: float = 1.0) -> Tensor:
+    """Outputs (r, n, k) for stimuli ``reads`` (r, n, p), each by a fit to x without the stimulus.
+
+    Every fit is made, from the Gram of those that are left.
+    """
+    gram, cross = x @ x.mT, reads @ x.mT
+    n = len(x)
+    kappa = ridge * (gram.trace() - gram.mean() * n) / n
+    found = []
+    for i in range(n):
+        rest = torch.arange(n, device=x.device) != i
+        k = gram[rest][:, rest]
+        mean = k.mean(0)
+        centred = k - mean - mean[:, None] + mean.mean()
+        centred.diagonal().add_(kappa)
+        weights = torch.linalg.solve(centred, y[rest] - y[rest].mean(0))
+        f = cross[:, i, rest]
+        f = f - f.mean(-1, keepdim=True) - mean + mean.mean()
+        found.append(y[rest].mean(0) + f @ weights)
+    return torch.stack(found, 1)
 
 
-def test_logistic_fits(benchmark, drawn):
-    x, columns, *_ = drawn
-    got = rk.logistic_fits(x, TARGET, columns)
-    assert got["converged"].all()
-    for i in range(5):
-        values = x[:, columns[i]].double().numpy()
-        model = LogisticRegression(solver="newton-cholesky", tol=1e-12).fit(values, TARGET)
-        np.testing.assert_allclose(
-            got["coef"][i], model.coef_[0], atol=1e-4 * np.abs(model.coef_).max()
-        )
-        assert got["errors"][i] == (model.predict(values) != TARGET).sum()
-    time(benchmark, drawn, "ours", lambda: rk.logistic_fits(x, TARGET, columns), rounds=5)
+def scored(outputs: Tensor, target: np.ndarray) -> dict[str, Tensor]:
+    """Of outputs (r, n) of the target less those of the rest: means over both classes, (r,)."""
+    right = torch.where(torch.from_numpy(target).to(outputs.device), outputs, -outputs)
+    accuracy = (right > 0).double()
+    return {
+        name: sum(values[:, own].mean(1) for own in (target, ~target)) / 2
+        for name, values in (("balanced_accuracy", accuracy), ("margin", right))
+    }
 
 
-def test_loop(benchmark, drawn):
-    """scikit-learn's defaults, as the study's code has them, on columns gathered at no cost."""
-    x, columns, *_ = drawn
-    values = [x[:, own].numpy() for own in columns]
-
-    def loop() -> None:
-        for v in values:
-            LogisticRegression().fit(v, TARGET)
-
-    time(benchmark, drawn, "loop", loop, rounds=2)
-
-
-@pytest.mark.benchmark(group="the study's probe, 16 cells, 200 draws, p = 100,352")
-@pytest.mark.parametrize("paired", [True, False])
-def test_probe_paper(benchmark, findings, paired):
-    x = activations(0.2)
-    cells = np.random.default_rng(2).integers(0, 16, P)
-    got = []
-
-    def run() -> None:
-        got.append(rk.probe_paper(x, cells, TARGET, 1, paired=paired))
-
-    benchmark.pedantic(run, rounds=3)
-    error = float(got[0]["standard_error"].mean())
-    how = "paired" if paired else "independent"
-    findings.append(f"probe_paper, {how} draws: standard error of a change {error:.4f}")
-
-
-@pytest.mark.benchmark(group="leave-one-out ridge, 16 cells, n = 500, without the Grams' pass")
 @pytest.mark.parametrize("targets", [1, 10])
-def test_leave_one_out(benchmark, targets):
-    """From few neurons, so that the Grams cost next to nothing."""
-    x = activations(0.2)[:, :1600]
-    cells, labels = np.arange(1600) % 16, np.arange(N) % 10
+def test_leave_one_out(timed, targets):
+    labels, some = np.arange(FEW) % CELLS, [5]
 
-    def run():
-        return rk.ablation_decodability(x, cells, labels, target=list(range(targets)))
+    def every_fit(x: Tensor) -> dict[str, dict[str, Tensor]]:
+        x = x.double()
+        masks = torch.from_numpy(labels != np.arange(CELLS)[:, None]).to(x.device)
+        y = torch.from_numpy(np.eye(10)[LABELS][:, :targets]).to(x.device)
+        frozen = left_out(x, torch.cat([x[None], x * masks[:, None]]), y)
+        refit = torch.cat([left_out(x * masks[c], (x * masks[c])[None], y) for c in some])
+        # One-hot columns of target and rest sum to 1, and so do their outputs.
+        f, r = (
+            [scored(2 * outputs[..., t] - 1, t == LABELS) for t in range(targets)]
+            for outputs in (frozen, refit)
+        )
+        want: dict[str, dict[str, Tensor]] = {}
+        for name in SCORES:
+            made = torch.full((targets, CELLS), torch.nan, dtype=x.dtype, device=x.device)
+            made[:, some] = torch.stack([one[name] for one in r])
+            both = torch.stack([one[name] for one in f])
+            want[name] = {"intact": both[:, 0], "frozen": both[:, 1:], "refit": made}
+        return want
 
-    benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+    def check(got: Tensor, want: Tensor) -> None:
+        as_distances(torch.float32)(got[~want.isnan()], want[~want.isnan()])
+
+    timed(
+        "ablation_decodability",
+        lambda x: rk.ablation_decodability(x, labels, LABELS, target=range(targets), score=SCORES),
+        few,
+        oracle=every_fit,
+        check=check,
+        what="leave-one-out ridge",
+        shape={"n": N, "p": FEW, "C": CELLS, "targets": targets},
+    )
+
+
+@pytest.mark.parametrize(("probe", "n"), [("ridge", 500), ("logistic", 100)])
+def test_folds(timed, probe, n):
+    """Of fewer stimuli where the definition's fits are logistic: each is made."""
+    labels, options = np.arange(FEW) % CELLS, {"folds": 5, "probe": probe, "score": SCORES}
+    arguments = {"cells": labels, "labels": LABELS[:n], "target": 1, **options}
+    timed(
+        "ablation_decodability",
+        lambda x: rk.ablation_decodability(x, **arguments),
+        lambda g: (few(g)[0][:n],),
+        oracle=reference("ablation_decodability", **arguments),
+        check=as_distances(torch.float32),
+        what=f"{probe}, 5 folds",
+        shape={"n": n, "p": FEW, "C": CELLS, "targets": 1},
+    )
+
+
+@pytest.mark.parametrize("paired", [True, False], ids=["paired", "independent"])
+def test_probe_paper(timed, record, paired):
+    """A few draws are held to the definition one by one, 200 to those few by their noise."""
+    cells, draws, few_draws = np.random.default_rng(2).integers(0, CELLS, P), 200, 4
+
+    def probe(x: Tensor, draws: int, **options: object) -> dict[str, object]:
+        return rk.probe_paper(x, cells, TARGET, 1, draws=draws, paired=paired, **options)
+
+    def definition(x: Tensor) -> tuple[dict[str, object], dict[str, object]]:
+        exact = probe(x.double().cpu().numpy(), few_draws, backend="reference")
+        return probe(x, few_draws), exact
+
+    def check(got: dict[str, object], want: tuple[dict[str, object], dict[str, object]]) -> None:
+        ours, exact = want
+        for name, value in exact.items():
+            as_distances(torch.float32)(ours[name], value)
+        noise = np.hypot(as_numpy(got["standard_error"]), exact["standard_error"])
+        assert (np.abs(as_numpy(got["change"]) - exact["change"]) <= 6 * noise).all()
+
+    got = timed(
+        "probe_paper",
+        lambda x: rk.probe_paper(x, cells, TARGET, 1, draws=draws, paired=paired),
+        lambda g: (of_classes(g, 0.2),),
+        oracle=definition,
+        check=check,
+        what="paired draws" if paired else "independent draws",
+        shape={"n": N, "p": P, "C": CELLS, "draws": draws, "d": 100},
+    )
+    error = float(as_numpy(got["standard_error"]).mean())
+    record.findings[timed.benchmark.group] = {"standard_error": error}

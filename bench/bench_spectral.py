@@ -1,20 +1,22 @@
-"""From Grams to distances: Riccati iterations and Cholesky solves against an eigh and SVDs each.
+"""The n x n stage alone: from Grams to distances, and spectra of many matrices.
 
-Both start from the Gram of a whole and those of its parts, and end before PWCCA's pass over the
-neurons, with its canonical variates. Run all, in one process, with ``make bench``; the ratios
-within a group are the result. Answers are compared before anything is timed.
+``gram_ablation_distances`` is what users call. The stage within ``ablation_distances`` ends before
+PWCCA's pass over the neurons, with its canonical variates; it is timed beside an eigh and SVDs for
+each ablated Gram.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, partial
 
 import pytest
 import torch
-from torch import Tensor
+from _tol import SAME, Tol, assert_close
+from torch import Generator, Tensor
 
 import repsim_kernels as rk
-from bench.bench_ablation import activations, cells
+from bench._inputs import DEVICE, activations, as_distances, cells
 from repsim_kernels.kernels.torch import cka, gram, spectrum
 from repsim_kernels.kernels.torch.ablated import Ablated, Original
 
@@ -24,13 +26,30 @@ METRICS = {
     "Procrustes": ("procrustes",),
     "ridge CCA": ("cca", "cca_squared"),
 }
+GRAMS = ((500, 16), (50, 100))  # stimuli and cells
+MATRICES = ((50, 100), (200, 16))  # sides and how many
 
 
-def grams(n: int, p: int, n_cells: int) -> tuple[Tensor, Tensor]:
+@cache
+def grams(n: int, n_cells: int) -> tuple[Tensor, Tensor]:
     """The Gram of rectified activations and those of their cells, float64."""
-    x = activations(n, p)
-    parts = rk.cell_grams(x, cells(p, n_cells))
+    x = activations(Generator(DEVICE).manual_seed(0), n, 20_000)
+    parts = rk.cell_grams(x, cells(20_000, n_cells))
     return parts.sum(0), parts
+
+
+def made(n: int, n_cells: int) -> Callable[[Generator], tuple[Tensor, ...]]:
+    """The same numbers each time, in memory of their own."""
+    return lambda g: tuple(t.clone() for t in grams(n, n_cells))
+
+
+def unweighted(h: Tensor) -> Tensor:
+    """What stands in the place of PWCCA's weights where there are no neurons."""
+    return h.abs().sum(-1)
+
+
+def pwcca(weights: Tensor, rho: Tensor) -> Tensor:
+    return 1 - (weights * rho).sum(-1) / weights.sum(-1)
 
 
 def ours(whole: Tensor, parts: Tensor, metrics: tuple[str, ...]) -> dict[str, Tensor]:
@@ -46,15 +65,23 @@ def ours(whole: Tensor, parts: Tensor, metrics: tuple[str, ...]) -> dict[str, Te
             found["procrustes"].append(ablated.procrustes()[0])
         if "pwcca" in metrics:
             h, rho = ablated.variates()
-            found["pwcca"].append((h.abs().sum(-1) * rho).sum(-1))
+            found["pwcca"].append(pwcca(unweighted(h), rho))
         if "cca" in metrics:
             found["cca"].append(ablated.cca("pwcca" in metrics)[0])
             found["cca_squared"].append(ablated.cca_squared()[0])
     return {name: torch.cat(values) for name, values in found.items()}
 
 
-def by_svd(whole: Tensor, parts: Tensor, metrics: tuple[str, ...]) -> dict[str, Tensor]:
-    """What the definitions say: the spectrum of each ablated Gram, and the SVDs of products."""
+def by_svd(
+    whole: Tensor,
+    parts: Tensor,
+    metrics: tuple[str, ...],
+    weigh: Callable[[Tensor], Tensor] = unweighted,
+) -> dict[str, Tensor]:
+    """What the definitions say: the spectrum of each ablated Gram, and the SVDs of products.
+
+    ``weigh`` takes canonical variates (..., k, n) and gives PWCCA's weights (..., k).
+    """
     n = len(whole)
     basis, v = spectrum.of_gram(whole)
     found: dict[str, list[Tensor]] = {name: [] for name in metrics}
@@ -76,7 +103,7 @@ def by_svd(whole: Tensor, parts: Tensor, metrics: tuple[str, ...]) -> dict[str, 
             if "pwcca" in metrics:
                 directions, rho, _ = torch.linalg.svd(matrix)
                 h = directions.mT @ spectrum.from_complement(root * basis).mT
-                found["pwcca"].append((h.abs().sum(-1) * rho).sum(-1))
+                found["pwcca"].append(pwcca(weigh(h), rho))
             else:
                 rho = torch.linalg.svdvals(matrix)
             found["cca"].append(1 - rho.sum(-1) / (n - 1))
@@ -84,22 +111,98 @@ def by_svd(whole: Tensor, parts: Tensor, metrics: tuple[str, ...]) -> dict[str, 
     return {name: torch.cat(values) for name, values in found.items()}
 
 
-@pytest.fixture(scope="module", params=[(500, 20_000, 16), (50, 20_000, 100)], ids=["500", "50"])
-def problem(request: pytest.FixtureRequest) -> tuple[Tensor, Tensor]:
-    return grams(*request.param)
-
-
+@pytest.mark.parametrize(("n", "n_cells"), GRAMS)
 @pytest.mark.parametrize("metrics", METRICS)
-@pytest.mark.parametrize("route", [ours, by_svd], ids=["ours", "eigh + SVD"])
-def test_spectral(
-    benchmark,
-    problem: tuple[Tensor, Tensor],
-    route: Callable[..., dict[str, Tensor]],
-    metrics: str,
-) -> None:
-    whole, parts = problem
-    benchmark.group = f"{metrics}: {len(parts)} Grams of {len(whole)} x {len(whole)}"
-    got, want = (f(whole, parts, METRICS[metrics]) for f in (ours, by_svd))
-    for name, value in want.items():
-        torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-12)
-    benchmark.pedantic(route, (whole, parts, METRICS[metrics]), rounds=7, warmup_rounds=1)
+@pytest.mark.parametrize(
+    ("name", "route", "other"),
+    [("repsim_kernels", ours, by_svd), ("an eigh and SVDs for each", by_svd, ours)],
+    ids=["ours", "by_svd"],
+)
+def test_stage(timed, n, n_cells, metrics, name, route, other):
+    timed(
+        "from Grams to distances",
+        lambda *some: route(*some, METRICS[metrics]),
+        made(n, n_cells),
+        oracle=lambda *some: other(*some, METRICS[metrics]),
+        check=as_distances(torch.float64),
+        what=metrics,
+        name=name,
+        shape={"n": n, "C": n_cells},
+        dtype=torch.float64,
+    )
+
+
+@pytest.mark.parametrize(("n", "n_cells"), GRAMS)
+def test_gram_ablation_distances(timed, n, n_cells):
+    names = ("cka", "procrustes", "cca", "cca_squared")
+    timed(
+        "gram_ablation_distances",
+        lambda *some: rk.gram_ablation_distances(*some, metrics=names),
+        made(n, n_cells),
+        oracle=lambda *some: by_svd(*some, names),
+        check=as_distances(torch.float64),
+        what="CKA, Procrustes, mean and mean squared CCA",
+        shape={"n": n, "C": n_cells},
+        dtype=torch.float64,
+    )
+
+
+by_matrices = pytest.mark.parametrize(("side", "count"), MATRICES)
+by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+def values(dtype: torch.dtype) -> Callable[[object, object], None]:
+    """Right to the rounding of the largest, which is 1 here."""
+    return partial(assert_close, tol=Tol(0, 1e-5) if dtype == torch.float32 else SAME)
+
+
+def square(g: Generator, side: int, count: int, dtype: torch.dtype) -> Tensor:
+    a = torch.randn(count, side, side, generator=g, device=g.device, dtype=torch.float64)
+    return (a / torch.linalg.matrix_norm(a, 2, keepdim=True)).to(dtype)
+
+
+@by_dtype
+@by_matrices
+def test_eigh(timed, side, count, dtype):
+    """Held to LAPACK's values in float64, and to the matrices that the vectors make again."""
+
+    def symmetric(g: Generator) -> tuple[Tensor, ...]:
+        a = square(g, side, count, torch.float64)
+        return ((a @ a.mT).to(dtype),)
+
+    def check(got: tuple[Tensor, Tensor], want: Tensor) -> None:
+        w, v = (t.double() for t in got)
+        values(dtype)(w, torch.linalg.eigvalsh(want))
+        values(dtype)(v * w[:, None] @ v.mT, want)
+        values(dtype)(v.mT @ v, torch.eye(side).expand(count, -1, -1))
+
+    timed(
+        "eigh",
+        lambda a: rk.eigh(a),
+        symmetric,
+        oracle=lambda a: a.double(),
+        check=check,
+        shape={"n": side, "matrices": count},
+        dtype=dtype,
+    )
+
+
+@by_dtype
+@by_matrices
+def test_svd(timed, side, count, dtype):
+    def check(got: tuple[Tensor, Tensor, Tensor], want: Tensor) -> None:
+        u, s, vh = (t.double() for t in got)
+        values(dtype)(s, torch.linalg.svdvals(want))
+        values(dtype)(u * s[:, None] @ vh, want)
+        for q in (u, vh.mT):
+            values(dtype)(q.mT @ q, torch.eye(side).expand(count, -1, -1))
+
+    timed(
+        "svd",
+        lambda a: rk.svd(a),
+        lambda g: (square(g, side, count, dtype),),
+        oracle=lambda a: a.double(),
+        check=check,
+        shape={"m": side, "n": side, "matrices": count},
+        dtype=dtype,
+    )

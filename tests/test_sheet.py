@@ -1,4 +1,4 @@
-"""The sheet of a card: rehearsed on a CPU, and robust to whatever a first run on a GPU meets."""
+"""The sheet's rows: rehearsed on a CPU, and robust to whatever a first run on a GPU meets."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
+from _cupy import FakeCupy
 
-from bench import _cases, sheet
-from bench._case import Case
+from bench._machine import ROOT, save
+from bench.sheet import cases, rows, run, small, spectral_cases, supervise
+from bench.sheet.case import Case
+from bench.sheet.plain_cupy import PlainCupy
 
 RATES = {"copy": 1e9, "ieee": 1e9, "tf32": 1e9, "tf32x3": 1e9, "bfloat16": 1e9}
 needs_triton = pytest.mark.skipif(
@@ -86,14 +90,13 @@ def interpreted(monkeypatch):
 
 def begun(out, make):
     """A record whose rows wait."""
-    rows = [sheet._blank(case) for case in make(True)]
-    sheet.save(out, {"ceilings": RATES, "rows": rows})
+    save(out, {"ceilings": RATES, "rows": [rows.blank(case) for case in make(True)]})
 
 
 def measured(**changes):
     case = dataclasses.replace(rows_of(True)[0], **changes)
-    row = sheet._blank(case)
-    sheet.measure(row, case, "cpu", True, RATES, lambda: None)
+    row = rows.blank(case)
+    rows.measure(row, case, "cpu", True, RATES, lambda: None)
     return row
 
 
@@ -105,7 +108,7 @@ def test_rehearsal(tmp_path, interpret):
     code = "import pathlib, sys, bench.sheet as b; b.sheet(pathlib.Path(sys.argv[1]), 'cpu', True)"
     done = subprocess.run(
         [sys.executable, "-c", code, str(out)],
-        cwd=sheet.ROOT,
+        cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -113,11 +116,17 @@ def test_rehearsal(tmp_path, interpret):
     assert done.returncode == 0, done.stderr
     record = json.loads(out.read_text())
     assert record["finished"]
+    verdict = done.stdout.splitlines()[-1]
+    assert verdict == f"verdict: {record['verdict']}"
+    assert ("kernels NOT RUN" if interpret == "0" else "on no GPU") in verdict
+    assert "tests not run: there is no GPU" in verdict
+    assert record["study"]["seconds"] > 0
     assert torch.__version__.startswith(record["environment"]["torch"].partition("+")[0])
     assert min(record["ceilings"].values()) > 0
-    assert len(record["rows"]) == len(_cases.cases(True)) > 15
+    assert len(record["rows"]) == len(cases.cases(True)) > 15
     for row in record["rows"]:
         assert row["name"] in done.stdout.rpartition("floor ms")[0]
+        assert row["routes"].get("cupy", {"why": "no such route"})["why"]
         assert row["torch_ms"] > 0
         assert row["floor_ms"] > 0
         if interpret == "0":
@@ -131,20 +140,98 @@ def test_rehearsal(tmp_path, interpret):
 
 
 def test_the_rows_of_a_gpu():
-    rows = _cases.cases(False)
-    assert len({(r.name, r.shape, r.dtype, r.precision) for r in rows}) == len(rows) > 30
-    assert {r.precision for r in rows} <= set(RATES)
-    assert all(r.bytes > 1e7 and r.routes for r in rows)
+    found = cases.cases(False)
+    assert len({(r.name, r.shape, r.dtype, r.precision) for r in found}) == len(found) > 30
+    assert {r.precision for r in found} <= set(RATES)
+    assert all(r.bytes > 1e7 and r.routes for r in found)
 
 
-def test_no_gpu_or_an_interpreter_is_said_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RuntimeError, match="--device cpu --quick"):
-        sheet.sheet(tmp_path / "sheet.json", "cuda")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(RuntimeError, match="would not run on the GPU"):
-        sheet.sheet(tmp_path / "sheet.json", "cuda")
+@pytest.mark.parametrize(
+    "case",
+    [c for c in cases.cases(True) + spectral_cases.native(True) if "cupy" in c.routes],
+    ids=lambda c: f"{c.name} {c.shape} {c.dtype}",
+)
+def test_the_routes_of_cupy_give_the_rows_numbers(case):
+    """NumPy stands in for CuPy, float32 for bfloat16, which NumPy has not."""
+    route = case.routes["cupy"]
+    assert isinstance(route, PlainCupy)
+    inputs = case.inputs(torch.Generator().manual_seed(0))
+    inputs = [t.float() if t.dtype == torch.bfloat16 else t for t in inputs]
+    beside = route.beside(torch.device("cpu"))
+    got = route.compute(np, *(t.numpy() for t in (*inputs, *beside)))
+    want = case.reference(*inputs)
+    assert rows.relative_error(torch.from_numpy(got), want, case.parts) < 1e-5
+
+
+def test_cupy_works_on_torchs_stream(monkeypatch):
+    """NumPy's arrays, and a CuPy that takes notes of its device and stream."""
+    cupy = FakeCupy()
+    cupy.from_dlpack = np.from_dlpack
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+    seen = []
+
+    def compute(xp, x, y):
+        seen.extend(cupy.events)
+        return xp is cupy and 2 * x + y
+
+    x, y = torch.arange(6.0).view(2, 3), torch.ones(3)
+    got = PlainCupy(compute, lambda device: [y.to(device)])(x.mT.contiguous().mT)
+    assert torch.equal(got, 2 * x + 1)
+    scopes = [("device", None), ("stream", "the stream of cpu")]
+    assert seen == [(*scope, "enter") for scope in scopes]
+    assert cupy.events[2:] == [(*scope, "exit") for scope in reversed(scopes)]
+
+
+def test_rows_that_plain_cupy_can_do_have_its_route():
+    found = cases.cases(False)
+    natural = {c.name for c in found if "cupy" in c.routes}
+    assert natural == {
+        *("centered_gram", "cell_grams", "class_means", "neuron_major", "variate_weights"),
+        *("ablate, ReLU", "eigh", "svd", "cell_grams, CUDA C++"),
+    }
+    assert all("cupy" in c.routes for c in found if c.name in natural)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_cupy_that_is_not_there_costs_nothing():
+    row = measured(routes={"plain": double, "cupy": PlainCupy(lambda xp, x: 2 * x)})
+    assert row["status"] == "ok"
+    assert row["routes"]["cupy"]["why"]
+    assert row["torch_route"] == "plain"
+    assert "cupy_ratio" not in row
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_the_ratio_to_cupy_stands_beside_that_to_torch(monkeypatch):
+    monkeypatch.setattr(rows.module, "unsupported", lambda *_: None)
+    monkeypatch.setattr(rows.plain_cupy, "forget", lambda: None)
+
+    def slow(x):
+        time.sleep(0.01)
+        return 2 * x
+
+    row = measured(routes={"plain": double, "cupy": slow})
+    assert row["cupy_ms"] == row["routes"]["cupy"]["ms"] > 10
+    assert row["cupy_ratio"] == row["cupy_ms"] / row["call"]["ms"]
+    assert row["torch_ms"] == row["routes"]["plain"]["ms"]
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_wrong_route_is_not_timed():
+    row = measured(routes={"plain": lambda x: 3 * x, "backend": double})
+    assert "ms" not in row["routes"]["plain"]
+    assert row["routes"]["plain"]["error"] == pytest.approx(0.5)
+    assert row["torch_route"] == "backend"
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_without_ceilings_there_is_no_floor():
+    row = rows.blank(rows_of(True)[0])
+    rows.measure(row, rows_of(True)[0], "cpu", True, {"why": "failed"}, lambda: None)
+    assert row["status"] == "ok"
+    assert row["ratio"] > 0
+    assert not {"floor_ms", "of_floor"} & set(row)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -181,8 +268,8 @@ def test_a_wrong_kernel_is_not_timed(kernel, error):
 def test_a_small_wrong_part_does_not_hide():
     want = torch.tensor([[1e6, 1e6], [1.0, 1.0]])
     got = want + torch.tensor([[0.0, 0.0], [1e-3, 1e-3]])
-    assert sheet.relative_error(got, want) < 1e-8
-    assert sheet.relative_error(got, want, parts=2) == pytest.approx(1e-3, rel=1e-2)
+    assert rows.relative_error(got, want) < 1e-8
+    assert rows.relative_error(got, want, parts=2) == pytest.approx(1e-3, rel=1e-2)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -210,98 +297,67 @@ def test_a_run_that_is_cut_off_keeps_what_it_has(tmp_path, end):
 
     begun(out, make)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        sheet.work(out, "cpu", True, make, time.time() + sheet.WHOLE)
-    rows = json.loads(out.read_text())["rows"]
-    assert [row["status"] for row in rows] == ["ok", "running", "waiting"]
-    assert rows[0]["ms"] > 0
+        supervise.work(out, "cpu", True, make, time.time() + run.WHOLE)
+    found = json.loads(out.read_text())["rows"]
+    assert [row["status"] for row in found] == ["ok", "running", "waiting"]
+    assert found[0]["ms"] > 0
     assert not out.with_name("sheet.json.tmp").exists()
 
 
-@pytest.mark.parametrize("run", [sheet.work, sheet._supervise])
-def test_rows_after_the_deadline_are_skipped(tmp_path, run):
+def statuses(out):
+    return [(row["status"], row.get("why")) for row in json.loads(out.read_text())["rows"]]
+
+
+def test_rows_wait_for_their_last_turn_and_are_then_skipped(tmp_path):
     out = tmp_path / "sheet.json"
     begun(out, rows_of)
-    run(out, "cpu", True, rows_of, time.time())
-    rows = json.loads(out.read_text())["rows"]
-    assert {(row["status"], row["why"]) for row in rows} == {("skipped", "no time was left")}
+    supervise.work(out, "cpu", True, rows_of, time.time())
+    supervise.measure_rows(out, "cpu", True, rows_of, time.time(), last=False)
+    assert statuses(out) == [("waiting", None)] * 3
+    supervise.measure_rows(out, "cpu", True, rows_of, time.time())
+    assert statuses(out) == [("skipped", "no time was left")] * 3
 
 
 @pytest.mark.usefixtures("interpreted")
 def test_a_row_that_kills_its_process_costs_itself_alone(tmp_path):
     out = tmp_path / "sheet.json"
     begun(out, rows_that_die)
-    sheet._supervise(out, "cpu", True, rows_that_die, time.time() + sheet.WHOLE)
-    rows = json.loads(out.read_text())["rows"]
-    assert [row["status"] for row in rows] == ["ok", "error", "ok"]
-    assert rows[1]["why"] == "its process ended with exit code 7"
+    supervise.measure_rows(out, "cpu", True, rows_that_die, time.time() + run.WHOLE)
+    found = json.loads(out.read_text())["rows"]
+    assert [row["status"] for row in found] == ["ok", "error", "ok"]
+    assert found[1]["why"] == "its process ended with exit code 7"
 
 
 def test_workers_that_cannot_start_end_the_run(tmp_path):
     out = tmp_path / "sheet.json"
     begun(out, rows_of)
-    sheet._supervise(out, "cpu", True, dies_at_once, time.time() + sheet.WHOLE)
-    rows = json.loads(out.read_text())["rows"]
-    assert {row["why"] for row in rows} == {"its process ended with exit code 9"}
+    supervise.measure_rows(out, "cpu", True, dies_at_once, time.time() + run.WHOLE)
+    found = json.loads(out.read_text())["rows"]
+    assert {row["why"] for row in found} == {"its process ended with exit code 9"}
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
 def test_a_row_that_hangs_is_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(sheet, "ROW", 15.0)
+    monkeypatch.setattr(supervise, "ROW", 15.0)
     out = tmp_path / "sheet.json"
     begun(out, rows_that_hang)
-    sheet._supervise(out, "cpu", True, rows_that_hang, time.time() + sheet.WHOLE)
-    rows = json.loads(out.read_text())["rows"]
-    assert [row["status"] for row in rows] == ["ok", "error", "ok"]
-    assert rows[1]["why"] == "stopped: it took too long"
-
-
-@pytest.mark.parametrize(
-    ("last", "want"),
-    [
-        ("3 passed, 1 skipped, 90 deselected in 1.20s", {"passed": 3, "skipped": 1}),
-        ("= 1 failed, 2 passed, 2 errors in 61.02s (0:01:01) =", {"failed": 1, "error": 2}),
-        ("no tests ran in 0.01s", {}),
-        ("Killed", {}),
-    ],
-)
-def test_counts_of_pytest(last, want):
-    found = sheet.counts(f"....F\nFAILED test_x.py - assert 3 passed\n{last}\n")
-    assert found.items() >= want.items()
-    assert bool(found) == bool(want)
-
-
-def test_gpu_tests_run_beside_files_that_cannot_be_imported(tmp_path, monkeypatch):
-    monkeypatch.setattr(sheet, "ROOT", tmp_path)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
-    (tmp_path / "test_broken.py").write_text("import no_such_module")
-    (tmp_path / "test_some.py").write_text(
-        "import pytest\n\n\n@pytest.mark.gpu\ndef test_a():\n    assert True\n\n\n"
-        "@pytest.mark.gpu\ndef test_b():\n    assert False\n"
-    )
-    found = sheet.gpu_tests()
-    assert found["counts"] == {"failed": 1, "passed": 1, "error": 1}
-    assert found["exit_code"] == 1
-    assert any("no_such_module" in text for text in found["tail"])
-
-
-@pytest.mark.slow
-def test_gpu_tests_that_hang_are_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(sheet, "ROOT", tmp_path)
-    (tmp_path / "test_some.py").write_text(
-        "import time\n\nimport pytest\n\n\n@pytest.mark.gpu\ndef test_a():\n    assert True\n\n\n"
-        "@pytest.mark.gpu\ndef test_b():\n    time.sleep(600)\n"
-    )
-    found = sheet.gpu_tests(limit=5)
-    assert found["why"] == "stopped after 5 s"
-    assert found["exit_code"] is None
-    assert found["seconds"] < 60
-    assert found["counts"].get("passed") == 1
+    supervise.measure_rows(out, "cpu", True, rows_that_hang, time.time() + run.WHOLE)
+    found = json.loads(out.read_text())["rows"]
+    assert [row["status"] for row in found] == ["ok", "error", "ok"]
+    assert found[1]["why"] == "stopped: it took too long"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu(tmp_path):
-    record = sheet.sheet(tmp_path / "sheet.json", "cuda", quick=True)
+    record = run.sheet(tmp_path / "sheet.json", "cuda", quick=True)
     assert all(row["status"] == "ok" for row in record["rows"])
     assert all(row["kernel"]["how"].startswith(("graph", "profiler")) for row in record["rows"])
+    assert record["study"]["seconds"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_what_is_sanitized_is_right():
+    assert small.main() == 0

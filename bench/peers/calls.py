@@ -43,7 +43,7 @@ def plain_cka_debiased(x: Tensor, y: Tensor) -> Tensor:
         sums = a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (a.sum(0) @ b.sum(0))
         return (a * b).sum() + sums
 
-    return hsic(k, h) / (hsic(k, k) * hsic(h, h)).sqrt()
+    return hsic(k, h) / (hsic(k, k).sqrt() * hsic(h, h).sqrt())
 
 
 def cupy_cka(x: Any, y: Any) -> Any:

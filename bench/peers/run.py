@@ -22,7 +22,7 @@ from bench.peers.worker import serve
 
 _ROUNDS = 7  # at most; two at least
 # Seconds of one answer, and of all rounds of a package; quick or not.
-_LIMITS = {True: (30.0, 0.2), False: (240.0, 6.0)}
+_LIMITS = {True: (30.0, 0.2), False: (60.0, 4.0)}
 # A loop is timed whole, however long, by who is at most so many times slower than the fastest peer.
 _NEAR = 1.5
 
@@ -176,7 +176,7 @@ def _plan(case: Case, rows: list[tuple[Served, Json]], budget: float, quick: boo
     loops = [row for _, row in rows if row.get("calls") == 0]
     peer = min((row["once"] for row in loops), default=0.0)
     for row in loops:
-        whole = row["once"] <= budget or (not quick and row["once"] <= _NEAR * peer <= 600)
+        whole = row["once"] <= budget or (not quick and row["once"] <= _NEAR * peer)
         row["calls"] = (
             case.of if whole else max(2, min(case.of, int(budget / row["once"] * case.of)))
         )
@@ -198,7 +198,7 @@ def _in_turns(rows: list[tuple[Served, Json]], limit: float, budget: float) -> N
                 continue
             start = time.perf_counter()
             try:
-                row["seconds"].append(each.ask(limit, "time", row["calls"]))
+                row["seconds"].append(each.ask(max(limit, 3 * row["once"]), "time", row["calls"]))
             except Failed as failure:
                 row.update(status="failed", why=str(failure))
             spent[i] += time.perf_counter() - start

@@ -19,8 +19,9 @@ import torch
 from bench.peers.jobs import Case, pairs_of, sample
 from bench.peers.packages import PACKAGES, Package
 
-_SHORT = 2e-3  # seconds: what takes less is repeated within one timing
-_SHARE = 0.6  # of the machine's memory that a package may take before it is said to fail
+# Seconds: what takes less is repeated within one timing, and what takes more needs no warm-up.
+_SHORT, _LONG = 5e-3, 1.0
+_SHARE = 0.8  # of the machine's memory that a package may take before it is said to fail
 
 
 def serve(key: str, device: str, connection: Connection) -> None:
@@ -80,11 +81,14 @@ class Worker:
         return {"values": values, "calls": calls, "seconds": seconds, "memory": memory}
 
     def time(self, calls: int) -> float:
-        """Seconds of so many of the job's comparisons."""
+        """Seconds of so many of the job's comparisons; short ones after one that is not counted.
+
+        While the other packages have their turns, the system takes caches and pages away.
+        """
         once = self._timed(1, calls)
-        if once > _SHORT:
+        if once > _LONG:
             return once
-        number = math.ceil(_SHORT / once)
+        number = math.ceil(_SHORT / min(once, _SHORT))
         return self._timed(number, calls) / number
 
     def _timed(self, number: int, calls: int) -> float:

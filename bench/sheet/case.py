@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -38,7 +39,8 @@ class Case:
     inputs: Inputs
     kernel: Call
     reference: Call
-    routes: dict[str, Call]  # "backend": what the package does without kernels; "plain": float32
+    # "backend": what the package does without kernels; "plain": PyTorch's float32; "cupy": CuPy's.
+    routes: dict[str, Call]
     parts: int = 1  # of the result, whose errors are told apart so that a small one can't hide
 
 
@@ -70,3 +72,10 @@ def function(path: str) -> Call:
 
 def labelled(s: Shape, partition: int = 0) -> np.ndarray:
     return np.random.default_rng(partition).permutation(np.arange(s.p) % s.cells)
+
+
+@cache
+def members(s: Shape, partition: int, device: torch.device) -> list[Tensor]:
+    """The neurons of each cell, on the device beforehand: plain routes pay nothing for them."""
+    labels = labelled(s, partition)
+    return [torch.from_numpy(np.flatnonzero(labels == c)).to(device) for c in range(s.cells)]

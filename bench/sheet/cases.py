@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from functools import cache
-from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import repsim_kernels as rk
-from bench import _probe_cases, _spectral_cases
-from bench._case import DISTANCES, EXACT, MEANS, PRODUCTS, Case, Shape, function, labelled
+from bench.sheet import linear_cases, probe_cases, spectral_cases
+from bench.sheet.case import (
+    DISTANCES,
+    EXACT,
+    MEANS,
+    PRODUCTS,
+    Case,
+    Shape,
+    function,
+    labelled,
+    members,
+)
+from bench.sheet.plain_cupy import PlainCupy, cell_grams, centred
 
 PAPER = ("cka", "procrustes", "pwcca", "cca", "cca_squared")
 # Channels and pixels of AlexNet's first layer, ResNet50's last, and of the rehearsal.
@@ -20,11 +30,11 @@ _NEURONS = 8192  # of a block, where products with all neurons would fill the me
 
 
 def cases(quick: bool) -> list[Case]:
-    """All rows, those of the study's default precision and shapes first."""
+    """All rows: every kernel once at the study's shapes first, in case there is no more time."""
     shapes = [(12, 50, 4)] if quick else [(50, 193_600, 16), (500, 100_352, 16)]
-    default = [Shape(*s, d) for d, s in product((torch.float32, torch.bfloat16), shapes)]
-    rows = [row(s) for s in default for row in _KERNELS]
-    rows += [_distances(s, metrics) for s in default for metrics in (("cka",), PAPER)]
+    rows = _of(torch.float32, shapes)
+    rows += linear_cases.cases(quick) + spectral_cases.cases(quick) + probe_cases.cases(quick)
+    rows += _of(torch.bfloat16, shapes)
     n, p, c = shapes[0]
     rows += [] if quick else [_cells(Shape(n, p, 100, torch.float32))]
     rows += [_cells(Shape(n, p, c, torch.float32), partitions=2 if quick else 4)]
@@ -32,14 +42,13 @@ def cases(quick: bool) -> list[Case]:
     for precision in ("tf32",) if quick else ("tf32", "ieee"):
         s = Shape(n, p, c, torch.float32, precision)
         rows += [_whole(s), _cells(s), _weights(s)]
-    return rows + _spectral_cases.cases(quick) + _probe_cases.cases(quick)
+    return rows
 
 
-@cache
-def _members(s: Shape, partition: int, device: torch.device) -> list[Tensor]:
-    """The neurons of each cell, on the device beforehand: the plain route pays nothing for them."""
-    labels = labelled(s, partition)
-    return [torch.from_numpy(np.flatnonzero(labels == c)).to(device) for c in range(s.cells)]
+def _of(dtype: torch.dtype, shapes: list[tuple[int, int, int]]) -> list[Case]:
+    default = [Shape(*s, dtype) for s in shapes]
+    rows = [row(s) for s in default for row in _KERNELS]
+    return rows + [_distances(s, metrics) for s in default for metrics in (("cka",), PAPER)]
 
 
 def _centred(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -51,6 +60,10 @@ def _whole(s: Shape) -> Case:
     def product(x: Tensor, dtype: torch.dtype) -> Tensor:
         c = _centred(x, dtype)
         return c @ c.mT
+
+    def by_cupy(xp: Any, x: Any) -> Any:
+        c = centred(x)
+        return c @ c.T
 
     options = {"kernel": "linear", "sigma": None}
     return Case(
@@ -67,6 +80,7 @@ def _whole(s: Shape) -> Case:
         routes={
             "backend": lambda x: function("torch.gram:centered_gram")(x, **options),
             "plain": lambda x: product(x, torch.float32),
+            "cupy": PlainCupy(by_cupy),
         },
     )
 
@@ -81,9 +95,16 @@ def _cells(s: Shape, partitions: int = 0) -> Case:
         rows = _centred(x, dtype).mT
         grams = []
         for t in range(len(tables)):
-            own = (rows[i] for i in _members(s, t, x.device))
+            own = (rows[i] for i in members(s, t, x.device))
             grams.append(torch.stack([b.mT @ b for b in own]))
         return torch.stack(grams) if partitions else grams[0]
+
+    def by_cupy(xp: Any, x: Any, *own: Any) -> Any:
+        grams = cell_grams(xp, x, *own)
+        return grams.reshape(len(tables), s.cells, s.n, s.n) if partitions else grams
+
+    def beside(device: torch.device) -> list[Tensor]:
+        return [i for t in range(len(tables)) for i in members(s, t, device)]
 
     def backend(x: Tensor) -> Tensor:
         grams = [function("torch.gram:cell_grams")(x, cells=t, n_cells=s.cells) for t in tables]
@@ -103,7 +124,11 @@ def _cells(s: Shape, partitions: int = 0) -> Case:
             x, cells=labels, n_cells=s.cells, precision=s.precision
         ),
         reference=lambda x: products(x, torch.float64),
-        routes={"backend": backend, "plain": lambda x: products(x, torch.float32)},
+        routes={
+            "backend": backend,
+            "plain": lambda x: products(x, torch.float32),
+            "cupy": PlainCupy(by_cupy, beside),
+        },
         parts=count,
     )
 
@@ -116,6 +141,10 @@ def _means(s: Shape) -> Case:
     def means(x: Tensor, dtype: torch.dtype) -> Tensor:
         member = torch.from_numpy(labels == np.arange(k)[:, None]).to(x.device, dtype)
         return (member / member.sum(1, keepdim=True)) @ x.to(dtype)
+
+    def by_cupy(xp: Any, x: Any) -> Any:
+        # Labels go round, so that a class is every k-th stimulus.
+        return xp.stack([x[i::k].astype("float32").mean(0) for i in range(k)])
 
     return Case(
         "class_means",
@@ -131,6 +160,7 @@ def _means(s: Shape) -> Case:
         routes={
             "backend": lambda x: function("torch.cells:class_means")(x, **options),
             "plain": lambda x: means(x, torch.float32),
+            "cupy": PlainCupy(by_cupy),
         },
     )
 
@@ -153,7 +183,10 @@ def _neuron_major(s: Shape) -> Case:
         inputs=inputs,
         kernel=lambda x: function("triton.neuron_major:neuron_major")(x),
         reference=plain,
-        routes={"plain": plain},
+        routes={
+            "plain": plain,
+            "cupy": PlainCupy(lambda xp, x: xp.ascontiguousarray(x.T)),
+        },
     )
 
 
@@ -170,6 +203,11 @@ def _ablate(s: Shape) -> Case:
         masks = (labels == ids[:, None]).view(-1, 1, *units)
         return torch.where(masks, 0, x).relu_().flatten(0, 1)
 
+    def by_cupy(xp: Any, x: Any, labels: Any, ids: Any) -> Any:
+        masks = (labels == ids[:, None]).reshape(-1, 1, *units)
+        copies = xp.where(masks, x.dtype.type(0), x)
+        return xp.maximum(copies, 0, out=copies).reshape(-1, *units)
+
     def kernel(x: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
         epilogue = function("triton.ablate:Epilogue")(activate="relu")
         return function("triton.ablate:ablate")(x, labels, ids, epilogue=epilogue)
@@ -185,7 +223,7 @@ def _ablate(s: Shape) -> Case:
         inputs=inputs,
         kernel=kernel,
         reference=plain,
-        routes={"plain": plain},
+        routes={"plain": plain, "cupy": PlainCupy(by_cupy)},
     )
 
 
@@ -247,6 +285,12 @@ def _weights(s: Shape) -> Case:
         parts = (h @ _centred(b, dtype) for b in x.split(_NEURONS, 1))
         return torch.stack([b.abs_().sum(1) for b in parts]).sum(0)
 
+    def by_cupy(xp: Any, h: Any, x: Any) -> Any:
+        h, total = h.astype("float32"), xp.zeros(len(h), "float32")
+        for start in range(0, s.p, _NEURONS):
+            total += abs(h @ centred(x[:, start : start + _NEURONS])).sum(1)
+        return total
+
     return Case(
         "variate_weights",
         f"n={s.n} p={s.p:,} k={k:,}",
@@ -261,6 +305,7 @@ def _weights(s: Shape) -> Case:
         routes={
             "backend": lambda h, x: function("torch.cca:variate_weights")(h, x),
             "plain": lambda h, x: weights(h, x, torch.float32),
+            "cupy": PlainCupy(by_cupy),
         },
         parts=k,
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from bench._case import PRODUCTS, Case, Shape, function, labelled
+from bench.sheet.case import PRODUCTS, Case, Shape, function, labelled, members
+from bench.sheet.plain_cupy import PlainCupy, cell_grams
 
 _DEFICITS = 1e-9  # what the end of the iterations promises
 _STEPS = 8  # that these parts take, in fours
@@ -13,12 +16,18 @@ _LAYERS = ((50, 193_600), (500, 100_352))
 
 
 def cases(quick: bool) -> list[Case]:
-    if quick:
+    if quick:  # CUDA C++ is started by CuPy, which has no rehearsal without a GPU
         return [_riccati(4, 11)]
-    # CUDA C++ is started by CuPy, which has no rehearsal without a GPU.
+    return [_riccati(16, 499), _riccati(100, 49), *native(quick)]
+
+
+def native(quick: bool) -> list[Case]:
+    """Rows of the CUDA C++ kernels."""
+    if quick:
+        return [_eigh(4, 11), _svd(4, 12, 11), _cell_grams(Shape(12, 50, 4, torch.float32, "ieee"))]
     eigh = [_eigh(*s) for s in ((1000, 49), (100, 127), (16, 499))]
-    native = [_cell_grams(Shape(n, p, 16, torch.float32, "ieee")) for n, p in _LAYERS]
-    return [_riccati(16, 499), _riccati(100, 49), *eigh, *native]
+    grams = [_cell_grams(Shape(n, p, 16, torch.float32, "ieee")) for n, p in _LAYERS]
+    return [*eigh, _svd(1000, 50, 49), *grams]
 
 
 def _eigh(batch: int, m: int) -> Case:
@@ -32,6 +41,10 @@ def _eigh(batch: int, m: int) -> Case:
         w, v = found["values"], found["vectors"]
         return (v * w[..., None, :]) @ v.mT
 
+    def by_cupy(xp: Any, a: Any) -> Any:
+        w, v = xp.linalg.eigh(a)
+        return (v * w[..., None, :]) @ v.swapaxes(1, 2)
+
     return Case(
         "eigh",
         f"n={m} C={batch}",
@@ -43,7 +56,42 @@ def _eigh(batch: int, m: int) -> Case:
         inputs=inputs,
         kernel=lambda a: restored(function("cupy.spectral:eigh")(a, vectors=True)),
         reference=lambda a: a,
-        routes={"backend": lambda a: restored(function("torch.spectral:eigh")(a, vectors=True))},
+        routes={
+            "backend": lambda a: restored(function("torch.spectral:eigh")(a, vectors=True)),
+            "cupy": PlainCupy(by_cupy),
+        },
+        parts=batch,
+    )
+
+
+def _svd(batch: int, rows: int, n: int) -> Case:
+    """Singular values and vectors of tall matrices."""
+
+    def inputs(g: torch.Generator) -> tuple[Tensor, ...]:
+        return (torch.randn(batch, rows, n, generator=g, dtype=torch.float64, device=g.device),)
+
+    def restored(found: dict[str, Tensor]) -> Tensor:
+        return (found["left"] * found["values"][..., None, :]) @ found["right"]
+
+    def by_cupy(xp: Any, a: Any) -> Any:
+        u, s, vh = xp.linalg.svd(a, full_matrices=False)
+        return (u * s[..., None, :]) @ vh
+
+    return Case(
+        "svd",
+        f"n={rows} m={n} C={batch}",
+        torch.float64,
+        "ieee",
+        1e-13 * rows,
+        bytes=batch * (2 * rows * n + n * n + n) * 8,
+        operations=0,  # they depend on the sweeps
+        inputs=inputs,
+        kernel=lambda a: restored(function("cupy.spectral:svd")(a, vectors=True)),
+        reference=lambda a: a,
+        routes={
+            "backend": lambda a: restored(function("torch.spectral:svd")(a, vectors=True)),
+            "cupy": PlainCupy(by_cupy),
+        },
         parts=batch,
     )
 
@@ -65,7 +113,10 @@ def _cell_grams(s: Shape) -> Case:
         inputs=s.activations,
         kernel=lambda x: grams(x, "cupy"),
         reference=lambda x: grams(x.double(), "torch"),
-        routes={"backend": lambda x: grams(x, "torch")},
+        routes={
+            "backend": lambda x: grams(x, "torch"),
+            "cupy": PlainCupy(cell_grams, lambda device: members(s, 0, device)),
+        },
         parts=s.cells,
     )
 

@@ -1,0 +1,117 @@
+"""The metrics in NumPy's long double, from their definitions: what accuracy is measured against.
+
+Nothing here is shared with the package. On x86 a long double has 19 digits; on some machines it is
+a float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+REAL = np.longdouble
+
+
+def centred(x: Array) -> Array:
+    """The features less their means, as long doubles; of numbers that are exact as they stand."""
+    z = np.asarray(x).astype(REAL)
+    return z - z.mean(0)
+
+
+def gram(x: Array) -> Array:
+    z = centred(x)
+    return z @ z.T
+
+
+def similarities(x: Array, y: Array) -> dict[str, float]:
+    """Of two representations (n, p) and (n, q)."""
+    k, m = gram(x), gram(y)
+    return {
+        "cka": float(cka(k, m)),
+        "cka_debiased": float(cka_debiased(k, m)),
+        "procrustes": procrustes(x, y),
+        "rsa": float(rsa(k, m)),
+    }
+
+
+def distances(x: Array, cells: Array) -> dict[str, Array]:
+    """From x (n, p) to x without each of its cells (p,): 1 - similarity, Procrustes 2 - 2 of it.
+
+    n - 1 neurons and more must be left of x.
+    """
+    z = centred(x)
+    whole = z @ z.T
+    parts = [z[:, cells == c] for c in range(cells.max() + 1)]
+    left = [whole - part @ part.T for part in parts]  # long doubles lose none of the digits needed
+    return {
+        "cka": np.array([float(1 - cka(whole, k)) for k in left]),
+        "cka_debiased": np.array([float(1 - cka_debiased(whole, k)) for k in left]),
+        "procrustes": _procrustes_distances(whole, left),
+    }
+
+
+def cka(k: Array, m: Array) -> Any:
+    return (k * m).sum() / np.sqrt((k * k).sum() * (m * m).sum())
+
+
+def cka_debiased(k: Array, m: Array) -> Any:
+    n, off = len(k), 1 - np.eye(len(k), dtype=REAL)
+    k, m = k * off, m * off
+
+    def hsic(a: Array, b: Array) -> Any:
+        grand, cross = a.sum() * b.sum(), a.sum(0) @ b.sum(0)
+        return (a * b).sum() + grand / ((n - 1) * (n - 2)) - 2 * cross / (n - 2)
+
+    return hsic(k, m) / np.sqrt(hsic(k, k) * hsic(m, m))
+
+
+def rsa(k: Array, m: Array) -> Any:
+    """Pearson's correlation of squared Euclidean distances."""
+    pairs = np.triu_indices(len(k), 1)
+    a, b = (np.add.outer(g.diagonal(), g.diagonal())[pairs] - 2 * g[pairs] for g in (k, m))
+    a, b = a - a.mean(), b - b.mean()
+    return (a @ b) / np.sqrt((a @ a) * (b @ b))
+
+
+def procrustes(x: Array, y: Array) -> float:
+    """By LAPACK, so that its last digit or two are float64's."""
+    a, b = (z.astype(np.float64) for z in map(centred, (x, y)))
+    a, b = a / np.linalg.norm(a), b / np.linalg.norm(b)
+    return float(np.linalg.svd(a.T @ b, compute_uv=False).sum())
+
+
+def _procrustes_distances(whole: Array, left: list[Array]) -> Array:
+    basis = _complement(len(whole))
+    factor = _cholesky(basis.T @ whole @ basis)
+    found = []
+    for k in left:
+        total = _trace_of_root(factor.T @ (basis.T @ k @ basis) @ factor)
+        found.append(float(2 - 2 * total / np.sqrt(np.trace(whole) * np.trace(k))))
+    return np.array(found)
+
+
+def _complement(n: int) -> Array:
+    """An orthonormal basis (n, n - 1) of what is orthogonal to the ones (Helmert's)."""
+    j = np.arange(1, n, dtype=REAL)
+    rows = np.arange(n)[:, None]
+    return (np.where(rows < j, REAL(1), 0) - np.where(rows == j, j, 0)) / np.sqrt(j * (j + 1))
+
+
+def _cholesky(a: Array) -> Array:
+    a, out = a.copy(), np.zeros_like(a)
+    for j in range(len(a)):
+        out[j:, j] = a[j:, j] / np.sqrt(a[j, j])
+        a[j:, j:] -= np.outer(out[j:, j], out[j:, j])
+    return out
+
+
+def _trace_of_root(m: Array) -> Any:
+    """Of the square root of a positive definite matrix: float64's, and two of Newton's steps."""
+    w, u = np.linalg.eigh(m.astype(np.float64))
+    root, s = (u * np.sqrt(w)).astype(REAL) @ u.T.astype(REAL), np.sqrt(w)
+    for _ in range(2):
+        off = (m - root @ root).astype(np.float64)
+        root = root + u @ ((u.T @ off @ u) / np.add.outer(s, s)) @ u.T
+    return np.trace(root)

@@ -1,0 +1,79 @@
+"""What benchmarks are run on, and what their results are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from _tol import DISTANCE, GRAM, assert_close, assert_gram_close
+from torch import Generator, Tensor
+
+import repsim_kernels as rk
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# AlexNet's first layer and a class's images, ResNet50's last stage and those of ten.
+SHAPES = ((50, 193_600), (500, 100_352))
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+Make = Callable[[Generator], tuple[Tensor, ...]]
+
+
+def activations(g: Generator, n: int, p: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rectified activations of n stimuli with 10 directions in common, (n, p)."""
+    shared, neurons = (
+        torch.randn(shape, generator=g, device=g.device) for shape in ((n, 10), (10, p))
+    )
+    x = torch.randn(n, p, generator=g, device=g.device)
+    return x.addmm_(shared, neurons, alpha=1 / 3).relu_().to(dtype)
+
+
+def one(n: int, p: int, dtype: torch.dtype) -> Make:
+    return lambda g: (activations(g, n, p, dtype),)
+
+
+def pair(n: int, p: int, dtype: torch.dtype) -> Make:
+    """Two layers with half of their variance in common."""
+
+    def make(g: Generator) -> tuple[Tensor, ...]:
+        x = activations(g, n, p)
+        return x.to(dtype), (x.roll(1, 1) + activations(g, n, p)).to(dtype)
+
+    return make
+
+
+def cells(p: int, n_cells: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(np.arange(p) % n_cells)
+
+
+def size(n: int, p: int, dtype: torch.dtype) -> int:
+    return n * p * dtype.itemsize
+
+
+def products(dtype: torch.dtype) -> str:
+    """How Grams are multiplied by default: the name of a ceiling."""
+    return "float64" if DEVICE == "cpu" or dtype == torch.float64 else "tf32x3"
+
+
+def _rounding(dtype: torch.dtype) -> str:
+    return "float64" if products(dtype) == "float64" else "float32"
+
+
+def as_grams(dtype: torch.dtype) -> Callable[[Any, Any], None]:
+    return partial(assert_gram_close, tol=GRAM[products(dtype)])
+
+
+def as_distances(dtype: torch.dtype) -> Callable[[Any, Any], None]:
+    return partial(assert_close, tol=DISTANCE[_rounding(dtype)])
+
+
+def reference(operation: str, **options: Any) -> Callable[..., Any]:
+    """The definition in NumPy float64, of the same rounded arrays."""
+
+    def call(*arrays: Tensor) -> Any:
+        exact = (a.double().cpu().numpy() for a in arrays)
+        return getattr(rk, operation)(*exact, **options, backend="reference")
+
+    return call

@@ -1,0 +1,354 @@
+"""How right each package's numbers are: errors by input, and the order of many ablations."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import repsim_kernels as rk
+from bench import _exact
+from bench._machine import Json, environment, number
+from bench.peers.packages import PACKAGES, Package
+
+OURS = "repsim_kernels"
+METRICS = ("cka", "cka_debiased", "procrustes", "rsa")
+ABLATED = METRICS[:3]
+WRONG = 1e-2  # a relative error above it is a wrong answer, however it came about
+APART = 1e-6  # relative difference of two true distances, above which their order should be right
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the features are like: of the base case all but one thing.
+
+    ``mean`` is in units of the features' spread, ``condition`` that of the centred features.
+    """
+
+    mean: float = 0.0
+    scale: float = 1.0
+    condition: float = 10.0
+    dtype: str = "float32"
+
+
+SWEEPS: dict[str, tuple[Any, ...]] = {
+    "mean": (0.0, 1.0, 10.0, 100.0, 1e3, 1e4),
+    "scale": (1e-6, 1e-4, 1e-2, 1.0, 1e2, 1e4, 1e6),
+    "condition": (1.0, 10.0, 1e2, 1e4, 1e6, 1e8),
+    "dtype": ("float64", "float32", "float16", "bfloat16"),
+}
+QUICK: dict[str, tuple[Any, ...]] = {
+    "mean": (0.0, 100.0, 1e3),
+    "scale": (1e-6, 1.0),
+    "condition": (10.0, 1e4),
+    "dtype": ("float64", "float32", "bfloat16"),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured."""
+
+    n: int = 200
+    p: int = 400
+    directions: int = 100  # that the features have in common
+    seeds: int = 3
+    stimuli: int = 64  # of what is ablated
+    neurons: int = 300
+    cells: int = 100
+    ablated_seeds: int = 2
+    ablated_means: tuple[float, ...] = (0.0, 10.0)
+
+
+SMALL = Size(40, 60, 20, 2, 16, 60, 20, 1)
+
+
+def accuracy(
+    device: str = "cpu", quick: bool = False, packages: Sequence[Package] = PACKAGES
+) -> Json:
+    """Measure all of it; give the record back."""
+    if device not in ("cpu", "cuda"):
+        raise RuntimeError(f"--device {device}: expected cuda or cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("no CUDA device")
+    size, sweeps = (SMALL, QUICK) if quick else (Size(), SWEEPS)
+    present, absent = _present(packages, device)
+    if device == "cuda":
+        present += _triton()
+    names = tuple(sorted({p.distribution for p in present} - {""}))
+    return {
+        "environment": environment(device, names),
+        "settings": {
+            "device": device,
+            "quick": quick,
+            "base": asdict(Case()),
+            "sizes": asdict(size),
+            "wrong": WRONG,
+            "apart": APART,
+            "oracle": f"NumPy long double, {np.finfo(np.longdouble).precision} digits",
+        },
+        "packages": [_about(package) for package in present],
+        "absent": absent,
+        "points": _points(present, sweeps, size, device),
+        "order": _orders(present, size, device),
+    }
+
+
+def _present(packages: Sequence[Package], device: str) -> tuple[list[Package], Json]:
+    """The packages that can be called here, and why not those that can't."""
+    present, absent = [], {}
+    for package in packages:
+        if package.pair is None or package.metric not in METRICS:
+            continue
+        try:
+            if package.distribution:
+                importlib.metadata.version(package.distribution)
+        except importlib.metadata.PackageNotFoundError:
+            absent[package.key] = "not installed"
+            continue
+        if package.kind == "cupy" and device == "cpu":
+            absent[package.key] = "it needs a CUDA device"
+            continue
+        present.append(package)
+    return present, absent
+
+
+def _triton() -> list[Package]:
+    """CKA of the Grams that the Triton kernels make; ``cka`` itself goes to PyTorch in float64."""
+
+    def pair(x: Tensor, y: Tensor, precision: str) -> Tensor:
+        k, m = (rk.centered_gram(z, precision=precision, backend="triton") for z in (x, y))
+        return (k * m).sum() / (torch.linalg.norm(k) * torch.linalg.norm(m))
+
+    ours = next(p for p in PACKAGES if p.name == OURS)
+    return [
+        replace(
+            ours, name=f"{OURS}, {precision}", note=f"Triton, {precision}",
+            pair=partial(pair, precision=precision), ablations=None,
+        )
+        for precision in ("tf32x3", "tf32")
+    ]  # fmt: skip
+
+
+def _about(package: Package) -> Json:
+    fields = ("name", "metric", "distribution", "kind", "centres", "note", "differs")
+    return {field: getattr(package, field) for field in fields}
+
+
+def features(case: Case, size: Size, seed: int) -> tuple[Tensor, Tensor]:
+    """Two representations (n, p) of a case, which have some directions in common."""
+    rng = np.random.default_rng(seed)
+    n, k = size.n, size.directions
+    a = _orthonormal(rng.standard_normal((n, k)))
+    b = _orthonormal(np.sqrt(n) * a + rng.standard_normal((n, k)))
+    spectrum = np.geomspace(1, 1 / case.condition, k)
+    made = []
+    for side in (a, b):
+        x = (side * spectrum) @ np.linalg.qr(rng.standard_normal((size.p, k)))[0].T
+        x = case.scale * (x / x.std() + case.mean)
+        made.append(torch.from_numpy(x).to(getattr(torch, case.dtype)))
+    return made[0], made[1]
+
+
+def _orthonormal(x: np.ndarray) -> np.ndarray:
+    return np.linalg.qr(x - x.mean(0))[0]
+
+
+def ablatable(size: Size, mean: float, seed: int, dtype: str = "float32") -> tuple[Tensor, Any]:
+    """A representation (n, p) and its cells (p,), whose distances spread over eight decades."""
+    rng = np.random.default_rng(seed)
+    n, p = size.stimuli, size.neurons
+    cells = rng.permutation(np.arange(p) % size.cells)
+    x = rng.standard_normal((n, p)) + rng.standard_normal((n, 5)) @ rng.standard_normal((5, p)) / 3
+    x = x * np.geomspace(3, 0.05, size.cells)[cells] + mean
+    return torch.from_numpy(x).to(getattr(torch, dtype)), cells
+
+
+def _points(
+    packages: Sequence[Package], sweeps: dict[str, tuple[Any, ...]], size: Size, device: str
+) -> list[Json]:
+    """Errors of every package in every case; the base case is in each sweep."""
+    known: dict[Case, list[Json]] = {}
+    found = []
+    for vary, values in sweeps.items():
+        for value in values:
+            case = replace(Case(), **{vary: value})
+            if case not in known:
+                known[case] = _errors(packages, case, size, device)
+            found += [{"vary": vary, "value": value, **point} for point in known[case]]
+    return found
+
+
+def _errors(packages: Sequence[Package], case: Case, size: Size, device: str) -> list[Json]:
+    """A point for each package: its errors over the seeds, or why there are none."""
+    errors: list[list[float]] = [[] for _ in packages]
+    why = [""] * len(packages)
+    for seed in range(size.seeds):
+        x, y = features(case, size, seed)
+        want = _exact.similarities(x.double().numpy(), y.double().numpy())
+        for i, package in enumerate(packages):
+            try:
+                got = _call(package, device, x, y)
+            except Exception as error:  # of any kind: they are other people's
+                why[i] = f"{type(error).__name__}: {error}"[:300]
+            else:
+                errors[i].append(abs(got - want[package.metric]) / abs(want[package.metric]))
+    usual = case.dtype == Case().dtype
+    return [
+        {
+            "package": package.name,
+            "metric": package.metric,
+            **_summarized(errors[i], why[i], "failed" if usual else "refused"),
+        }
+        for i, package in enumerate(packages)
+    ]
+
+
+def _summarized(errors: list[float], why: str, without: str) -> Json:
+    finite = [error for error in errors if np.isfinite(error)]
+    worst = max(finite, default=None)
+    found: Json = {
+        "median": statistics.median(finite) if finite else None,
+        "worst": worst,
+        "errors": [number(error) for error in errors],
+    }
+    if why:
+        return {"status": without, "why": why, **found}
+    if worst is None or len(finite) < len(errors):
+        return {"status": "nan", **found}
+    return {"status": "wrong" if worst > WRONG else "ok", **found}
+
+
+def _call(package: Package, device: str, x: Tensor, y: Tensor) -> float:
+    """A package's similarity of two tensors of the CPU, given as the arrays that it takes."""
+    assert package.pair is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return float(package.pair(*(_as(package.kind, device, z) for z in (x, y))))
+
+
+def _as(kind: str, device: str, x: Tensor) -> Any:
+    if kind == "torch":
+        return x.to(device)
+    if kind == "cupy":
+        return importlib.import_module("cupy").asarray(x.to(device))
+    if x.dtype == torch.bfloat16:
+        raise TypeError("NumPy has no bfloat16")
+    return x.numpy()
+
+
+Distances = Callable[[Tensor, Any], Any]
+
+
+def _orders(packages: Sequence[Package], size: Size, device: str) -> list[Json]:
+    """For each feature mean and package: errors of the distances of all ablations, and their order.
+
+    Ours are those of ``ablation_distances``; a peer's 1 - similarity of a copy each.
+    """
+    ways: list[tuple[str, str, Distances]] = [
+        (package.name, package.metric, partial(_loop, package, device))
+        for package in packages
+        if package.metric in ABLATED and not package.name.startswith(OURS)
+    ]
+    precisions = {OURS: "tf32x3"} | ({f"{OURS}, tf32": "tf32"} if device == "cuda" else {})
+    ways = [
+        (name, metric, partial(_ours, metric, precision, device))
+        for name, precision in precisions.items()
+        for metric in ABLATED
+    ] + ways
+    found = []
+    for mean in size.ablated_means:
+        made = [ablatable(size, mean, seed) for seed in range(size.ablated_seeds)]
+        wants = [_exact.distances(x.double().numpy(), cells) for x, cells in made]
+        for name, metric, way in ways:
+            row: Json = {"package": name, "metric": metric, "mean": mean, "dtype": "float32"}
+            try:
+                gots = [way(x, cells) for x, cells in made]
+            except Exception as error:
+                row |= {"status": "failed", "why": f"{type(error).__name__}: {error}"[:300]}
+            else:
+                row |= _order(gots, [want[metric] for want in wants])
+            found.append(row)
+    return found
+
+
+def _ours(metric: str, precision: str, device: str, x: Tensor, cells: Any) -> Any:
+    call = partial(rk.ablation_distances, metrics=[metric], precision=precision)
+    return call(x.to(device), cells)[metric].cpu().numpy()
+
+
+def _loop(package: Package, device: str, x: Tensor, cells: Any) -> Any:
+    scale = 2 if package.metric == "procrustes" else 1
+    copies = (x.masked_fill(torch.from_numpy(cells == c), 0) for c in range(cells.max() + 1))
+    return np.array([scale * (1 - _call(package, device, x, y)) for y in copies])
+
+
+def _order(gots: list[Any], wants: list[Any]) -> Json:
+    """Over all seeds: pairs out of order, Kendall's tau, and the errors by decades of distance."""
+    from scipy.stats import kendalltau
+
+    counts = [out_of_order(got, want) for got, want in zip(gots, wants, strict=True)]
+    wrong, pairs = map(sum, zip(*counts, strict=True))
+    got, want = np.concatenate(gots), np.concatenate(wants)
+    errors, decades = np.abs(got - want) / want, np.floor(np.log10(want)).astype(int)
+    known = all(np.isfinite(g).all() for g in gots)
+    taus = [kendalltau(g, w).statistic for g, w in zip(gots, wants, strict=True)] if known else []
+    return {
+        "status": "ok" if known else "nan",
+        "tau": number(min(taus)) if taus else None,
+        "pairs": pairs,
+        "out_of_order": wrong,
+        "share": wrong / pairs,
+        "decades": [
+            {
+                "distance": f"1e{decade}",
+                "cells": int((decades == decade).sum()),
+                "median": number(float(np.median(errors[decades == decade]))),
+                "worst": number(float(errors[decades == decade].max())),
+            }
+            for decade in sorted(set(decades.tolist()))
+        ],
+    }
+
+
+def out_of_order(got: Any, want: Any) -> tuple[int, int]:
+    """Of the pairs of cells that are truly apart, how many have the other order, or none."""
+    apart = want[:, None] - want > APART * want[:, None]
+    right = got[:, None] > got  # false where one is NaN
+    return int((apart & ~right).sum()), int(apart.sum())
+
+
+def summary(record: Json) -> list[tuple[str, ...]]:
+    """Rows for a page, the head first: worst errors of float32 input, and cells out of order."""
+    means = sorted({row["mean"] for row in record["order"]})
+    head = ("package", "metric", "error at mean 0", "error at mean 100")
+    rows = [(*head, *(f"out of order, mean {mean:g}" for mean in means))]
+    for package in record["packages"]:
+        key = (package["name"], package["metric"])
+        points = [p for p in record["points"] if key == (p["package"], p["metric"])]
+        at = {p["value"]: p for p in points if p["vary"] == "mean"}
+        orders = {o["mean"]: o for o in record["order"] if key == (o["package"], o["metric"])}
+        shares = [_share(orders[mean]) if mean in orders else "" for mean in means]
+        rows.append((*key, _error(at[0.0]), _error(at[100.0]), *shares))
+    return rows
+
+
+def _error(point: Json) -> str:
+    if point["status"] in ("ok", "wrong"):
+        return f"{point['worst']:.0e}"
+    return str(point["status"])
+
+
+def _share(order: Json) -> str:
+    if order["status"] != "ok":
+        return str(order["status"])
+    share = order["share"]
+    return "none" if share == 0 else f"{share:.2%}" if share < 0.1 else f"{share:.0%}"

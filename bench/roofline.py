@@ -1,0 +1,321 @@
+"""The roofline: what each kernel can reach on a device, and what it was measured to reach."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
+
+from bench._machine import RESULTS, Json
+
+PREDICTED = "predictions only: nothing measured on a GPU yet"
+UNMEASURED = "predictions only: this file has no measured row"
+OURS = "repsim_kernels"
+_PRODUCTS = ("tf32", "tf32x3", "ieee", "bfloat16", "float64")  # ceilings of operations
+# Paul Tol's colours; an operation has one, whatever its shapes and dtypes are.
+_COLOURS = (
+    "#332288", "#cc3311", "#117733", "#0077bb", "#aa4499", "#999933", "#ee7733", "#44aa99",
+    "#882255", "#666666", "#ddaa33", "#000000", "#6699cc", "#994455",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Point:
+    """A call: the least that it moves and computes, and its seconds where it was measured."""
+
+    group: str
+    name: str
+    bytes: int
+    operations: dict[str, int]  # by the ceiling that they have
+    seconds: float | None = None
+
+    @property
+    def total(self) -> int:
+        return sum(self.operations.values())
+
+    @property
+    def intensity(self) -> float:
+        """Operations per byte."""
+        return self.total / self.bytes
+
+    @property
+    def attained(self) -> float | None:
+        """Operations a second."""
+        return None if self.seconds is None else self.total / self.seconds
+
+
+@dataclass(frozen=True)
+class Roof:
+    """A device's ceilings: bytes a second, and operations a second by their kind."""
+
+    bytes: float
+    operations: dict[str, float]
+
+    def floor(self, point: Point) -> float:
+        """The least seconds of a point."""
+        computing = sum(count / self.operations[kind] for kind, count in point.operations.items())
+        return max(point.bytes / self.bytes, computing)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What is drawn."""
+
+    device: str
+    ceilings: str  # "assumed" or "measured"
+    roof: Roof
+    points: tuple[Point, ...]
+    note: str = ""
+
+
+def predictions() -> Chart:
+    """Every case of the kernels on the H100 of MODEL.md."""
+    from bench import _compile, model
+
+    points = [
+        Point(
+            module,
+            case.name,
+            case.floor.bytes,
+            _counted(case.floor.precision, case.floor.operations),
+        )
+        for module, case in _compile.cases()
+    ]
+    roof = Roof(model.BYTES, model.OPERATIONS)
+    return Chart("H100", "assumed", roof, _merged(points), PREDICTED)
+
+
+def chart(record: Any) -> Chart:
+    """What a sheet or a file of benchmarks has measured; RuntimeError if it is neither."""
+    rows = record.get("rows", record.get("benchmarks")) if isinstance(record, dict) else None
+    if not isinstance(rows, list) or not isinstance(record.get("environment"), dict):
+        raise RuntimeError("it is neither a sheet nor a file of benchmarks")
+    rates = record.get("ceilings") or {}
+    if "copy" not in rates:
+        raise RuntimeError("it has no ceilings")
+    timed = not record.get("interpreted")  # an interpreter's times say nothing
+    roof = Roof(rates["copy"], {kind: rates[kind] for kind in _PRODUCTS if kind in rates})
+    try:
+        points = (
+            [_of_sheet(row, timed) for row in rows] if "rows" in record else [*_of_benchmarks(rows)]
+        )
+        known = [p for p in points if p.bytes and set(p.operations) <= set(roof.operations)]
+        device = record["environment"]["device"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RuntimeError(f"a row of it is not one of ours: {error!r}") from None
+    note = "" if any(p.seconds for p in known) else UNMEASURED
+    return Chart(device, "measured", roof, _merged(known), note)
+
+
+def read(path: Path) -> Chart:
+    """The chart of a file."""
+    try:
+        return chart(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RuntimeError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def roofline(sheet: Path | None, out: Path | None) -> list[Path]:
+    """Draw a file, or all sheets among the results, or the predictions where there are none."""
+    files = [sheet] if sheet else sorted(RESULTS.glob("sheet-*.json"))
+    charts = [read(path) for path in files]
+    if sheet is None:
+        charts = [c for c in charts if not c.note] or [predictions()]
+    if out is not None and len(charts) > 1:
+        raise RuntimeError(f"--out is for one of {len(charts)} sheets: name it by --sheet")
+    written = []
+    for each in charts:
+        name = "h100-predicted" if each.note == PREDICTED else _slug(each.device)
+        written.append(out or RESULTS / f"roofline-{name}.png")
+        written[-1].parent.mkdir(parents=True, exist_ok=True)
+        draw(each).savefig(written[-1], dpi=170)
+    return written
+
+
+def _slug(device: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def _counted(kind: str, operations: int) -> dict[str, int]:
+    return {kind: operations} if operations else {}
+
+
+def _of_sheet(row: Json, timed: bool) -> Point:
+    name = f"{row['shape']}, {row['dtype']}, {row['precision']}"
+    timed = timed and row["status"] == "ok" and "ms" in row
+    seconds = 1e-3 * row["ms"] if timed else None
+    operations = _counted(row["precision"], row["operations"] or 0)
+    return Point(row["name"], name, row["bytes"], operations, seconds)
+
+
+def _of_benchmarks(rows: Iterable[Json]) -> Iterable[Point]:
+    """Our own rows: what other ways move and compute is not known."""
+    for row in rows:
+        info = row["extra_info"]
+        if row["name"] != OURS or not info.get("bytes"):
+            continue
+        on_device = info.get("on_device", {}).get("ms", info.get("events", {}).get("ms"))
+        seconds = row["median_s"] if on_device is None else 1e-3 * on_device
+        group, _, name = row["group"].partition(", ")
+        yield Point(group, name, info["bytes"], info.get("operations", {}), seconds)
+
+
+def _merged(points: Sequence[Point]) -> tuple[Point, ...]:
+    """Points at the same place as one, its name what theirs have in common and what differs."""
+    places: dict[Any, list[Point]] = {}
+    for i, p in enumerate(points):
+        one_of_a_kind = i if p.seconds else None
+        place = (p.group, p.bytes, tuple(p.operations.items()), one_of_a_kind)
+        places.setdefault(place, []).append(p)
+    found = []
+    for same in places.values():
+        parts = zip(*(p.name.split(", ") for p in same), strict=False)
+        name = ", ".join(" | ".join(dict.fromkeys(part)) for part in parts)
+        p = same[0]
+        found.append(Point(p.group, name, p.bytes, p.operations, p.seconds))
+    return tuple(found)
+
+
+def draw(chart: Chart) -> Figure:
+    """The roofs, a number for each point, and what the numbers stand for."""
+    points = sorted(chart.points, key=lambda p: p.group)
+    lines = -(-len(points) // 2)
+    height = 5.9 + 0.155 * lines
+    figure = Figure(figsize=(11, height))
+    ax = figure.add_axes((0.075, 1 - 5.0 / height, 0.9, 4.5 / height))
+    groups = list(dict.fromkeys(p.group for p in points))
+    colours = {g: _COLOURS[i % len(_COLOURS)] for i, g in enumerate(groups)}
+    placed = {i: p for i, p in enumerate(points, 1) if p.total}
+    _roofs(ax, chart, list(placed.values()))
+    taken: list[Bbox] = []
+    for p in placed.values():
+        taken += _mark(ax, chart.roof, p, colours[p.group])
+    for number, p in placed.items():
+        _label(ax, chart.roof, number, p, colours[p.group], taken)
+    title = f"Roofline, {chart.device}: ceilings {chart.ceilings}"
+    ax.set_title(title, loc="left", weight="bold", size=11)
+    if chart.note:
+        ax.text(
+            0.012, 0.965, chart.note, transform=ax.transAxes, va="top", size=12, color="#cc3311"
+        )
+    marks = "hollow: what the ceilings allow"
+    heads = "least time"
+    if any(p.seconds for p in points):
+        marks += "; filled: measured"
+        heads = "time, share of it that the ceilings need"
+    if any(not p.total for p in points):
+        marks += "; - in the list: moves bytes and computes nothing"
+    ax.text(0.012, 0.90, marks, transform=ax.transAxes, va="top", size=8, color="0.35")
+    figure.text(0.988, 1 - 5.55 / height, heads, size=7, color="0.35", ha="right")
+    _legend(figure, chart, points, colours, 1 - 5.75 / height, 0.155 / height)
+    return figure
+
+
+def _roofs(ax: Axes, chart: Chart, placed: Sequence[Point]) -> None:
+    """The slope of the bytes, and a level for each kind of operations that is used."""
+    roof = chart.roof
+    kinds = [k for k in roof.operations if any(k in p.operations for p in placed)]
+    lows = [p.intensity for p in placed] or [1.0]
+    low, high = min(lows) / 3, max([*lows, *(roof.operations[k] / roof.bytes for k in kinds)]) * 12
+    top = max([roof.operations[k] for k in kinds] or [high * roof.bytes])
+    ax.set(xscale="log", yscale="log", xlim=(low, high), xlabel="operations per byte")
+    reached = [p.attained for p in placed if p.attained]
+    bottom = min([low * roof.bytes, *reached]) / 2
+    ax.set(ylim=(bottom / 1e12, 3 * top / 1e12), ylabel="TFLOP/s")
+    ridge = top / roof.bytes
+    slope = [low, ridge]
+    ax.plot(slope, [x * roof.bytes / 1e12 for x in slope], color="0.25", linewidth=1.6)
+    middle = (low * ridge) ** 0.5
+    ax.annotate(
+        f"{roof.bytes / 1e12:.3g} TB/s" if roof.bytes >= 1e12 else f"{roof.bytes / 1e9:.3g} GB/s",
+        (middle, middle * roof.bytes / 1e12),
+        xytext=(-14, 12),
+        textcoords="offset points",
+        ha="right",
+        color="0.25",
+    )
+    for kind in kinds:
+        level = roof.operations[kind]
+        ax.plot([level / roof.bytes, high], [level / 1e12] * 2, color="0.25", linewidth=1.6)
+        text = f"{kind}, {level / 1e12:.3g} TFLOP/s"
+        ax.text(
+            high / 1.05, 1.06 * level / 1e12, text, ha="right", va="bottom", color="0.25", size=9
+        )
+    ax.grid(color="0.92", linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def place(roof: Roof, point: Point) -> tuple[float, float]:
+    """Where a point would be in its least time: operations per byte, and operations a second."""
+    return point.intensity, point.total / roof.floor(point)
+
+
+def _mark(ax: Axes, roof: Roof, point: Point, colour: str) -> list[Bbox]:
+    """A point's marks, and where they are: no number may hide them."""
+    x, best = place(roof, point)
+    ax.plot(x, best / 1e12, "o", markerfacecolor="white", color=colour, markersize=6, zorder=3)
+    if point.attained is not None:
+        found = point.attained / 1e12
+        ax.plot([x, x], [best / 1e12, found], color=colour, linewidth=0.9, zorder=2)
+        ax.plot(x, found, "o", color=colour, markersize=6, zorder=4)
+    centres = [ax.transData.transform((x, y / 1e12)) for y in (best, point.attained or best)]
+    return [Bbox.from_bounds(a - 5, b - 5, 10, 10) for a, b in centres]
+
+
+def _label(ax: Axes, roof: Roof, number: int, point: Point, colour: str, taken: list[Bbox]) -> None:
+    """The number beside its mark, where no other number stands."""
+    x, y = place(roof, point)
+    x, y = ax.transData.transform((x, (point.attained or y) / 1e12))
+    width, height = 6.0 * len(str(number)) + 2, 11.0
+    for distance in range(12, 160, 4):
+        for dx, dy in ((-0.7, 1), (0.7, -1), (-1, 0.2), (1, -0.3), (0.1, 1), (0, -1.1)):
+            a, b = x + distance * dx, y + distance * dy
+            box = Bbox.from_bounds(a - width / 2, b - height / 2, width, height)
+            if not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkB": 3}
+                at = ax.transData.inverted().transform([(x, y), (a, b)])
+                ax.annotate(
+                    str(number), at[0], xytext=at[1], color=colour, size=8, ha="center",
+                    va="center", arrowprops={**arrow, "shrinkA": 0} if distance > 16 else None,
+                )  # fmt: skip
+                return
+
+
+def _legend(
+    figure: Figure,
+    chart: Chart,
+    points: Sequence[Point],
+    colours: dict[str, str],
+    top: float,
+    line: float,
+) -> None:
+    half = -(-len(points) // 2)
+    for i, p in enumerate(points):
+        column, row = divmod(i, half)
+        x, y = 0.02 + 0.49 * column, top - line * row
+        said = f"{p.group}: {p.name}"
+        said = said if len(said) <= 94 else said[:93] + "…"
+        colour = colours[p.group]
+        figure.text(x + 0.018, y, f"{i + 1}" if p.total else "-", size=7, color=colour, ha="right")
+        figure.text(x + 0.024, y, said, size=7, color=colour)
+        figure.text(x + 0.478, y, _time(chart.roof, p), size=7, color=colour, ha="right")
+
+
+def _time(roof: Roof, p: Point) -> str:
+    """What a point takes at least, or what it took and the share of that which it had to."""
+    least = roof.floor(p)
+    if p.seconds is None:
+        return _seconds(least)
+    return f"{_seconds(p.seconds)}, {least / p.seconds:.0%}"
+
+
+def _seconds(s: float) -> str:
+    return f"{1e6 * s:.3g} µs" if s < 1e-3 else f"{1e3 * s:.3g} ms" if s < 1 else f"{s:.3g} s"

@@ -1,0 +1,159 @@
+"""The benchmarks: that each operation has one, and that none is timed that is wrong."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import repsim_kernels as rk
+from bench.conftest import agree, amounts
+
+ROOT = Path(__file__).parent.parent
+TINY = """
+import pytest
+import torch
+from functools import partial
+from _tol import SAME, assert_close
+
+@pytest.fixture(scope="session")
+def ceilings():
+    return {"copy": 1e9, "float64": 2e9}
+
+def product(x):
+    return x @ x.mT
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_product(timed, record, factor):
+    got = timed(
+        "product",
+        lambda x: factor * product(x),
+        lambda g: (torch.randn(8, 4, generator=g, dtype=torch.float64),),
+        oracle=lambda x: torch.from_numpy(x.numpy() @ x.numpy().T),
+        check=partial(assert_close, tol=SAME),
+        shape={"n": 8, "p": 4000},
+        dtype=torch.float64,
+        name=f"times {factor}",
+        bytes=768,
+        operations={"float64": 512},
+        device="cpu",
+    )
+    record.findings["product"] = {"trace": float(got.trace())}
+"""
+
+
+def calls() -> Iterator[tuple[str, set[str]]]:
+    """Of each use of ``timed`` the operation that it names, and those of rk that are timed."""
+    for path in (ROOT / "bench").glob("bench_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "timed":
+                name, call = node.args[0], node.args[1]
+                assert isinstance(name, ast.Constant), f"{path}:{node.lineno}"
+                called = {
+                    inner.attr
+                    for inner in ast.walk(call)
+                    if isinstance(inner, ast.Attribute) and getattr(inner.value, "id", "") == "rk"
+                }
+                yield str(name.value), called
+
+
+def test_every_operation_is_timed() -> None:
+    """Every public function but show_config, by a benchmark of its name that calls it."""
+    public = {name for name in rk.__all__ if not isinstance(getattr(rk, name), type)}
+    timed = {name for name, called in calls() if name in called}
+    assert timed == public - {"show_config"}
+
+
+def run(tmp_path: Path, factors: list[int], **environment: str) -> tuple[str, int, Path]:
+    """The benchmark above in a process of its own: what it says, its exit code and its results."""
+    tiny, out = tmp_path / "bench_tiny.py", tmp_path / "results.json"
+    tiny.write_text(TINY.replace("FACTORS", repr(factors)))
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    own = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": path}
+    command = (sys.executable, "-m", "pytest", "-p", "bench.conftest", "-p", "no:cacheprovider")
+    options = ("-c", ROOT / "pyproject.toml", "--benchmark-only", "--results", out, tiny)
+    done = subprocess.run(
+        [*command, *options], env=own | environment, capture_output=True, text=True, cwd=tmp_path
+    )
+    return done.stdout + done.stderr, done.returncode, out
+
+
+def test_results(tmp_path: Path) -> None:
+    said, code, out = run(tmp_path, [1])
+    assert code == 0, said
+    record = json.loads(out.read_text())
+    assert set(record) == {"environment", "ceilings", "benchmarks", "findings"}
+    assert record["ceilings"] == {"copy": 1e9, "float64": 2e9}
+    assert {"device", "threads", "torch", "numpy", "repsim-kernels"} <= set(record["environment"])
+    (row,) = record["benchmarks"]
+    assert row["group"] == "product, n=8 p=4,000, float64"
+    assert row["name"] == "times 1"
+    assert 0 < row["min_s"] <= row["median_s"] <= row["max_s"]
+    assert 0 <= row["iqr_s"] <= row["max_s"] - row["min_s"]
+    assert row["rounds"] >= 3
+    info, median = row["extra_info"], row["median_s"]
+    assert info["gb_s"] == pytest.approx(768e-9 / median)
+    assert info["tflop_s"] == pytest.approx(512e-12 / median)
+    assert info["bound"] == "copy"  # 768 ns, and 256 ns of products
+    assert info["of_ceiling"] == pytest.approx(768e-9 / median)
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert record["findings"]["product"]["trace"] == pytest.approx(float(x.square().sum()))
+
+
+def test_a_wrong_result_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    """Nor of those that are right, which pass."""
+    said, code, out = run(tmp_path, [1, 2])
+    assert code == 1
+    assert "1 failed, 1 passed" in said
+    assert "times the tolerance" in said
+    assert f"{out}: not written; not all passed" in said
+    assert not out.exists()
+
+
+def test_the_interpreter_is_refused(tmp_path: Path) -> None:
+    said, code, out = run(tmp_path, [1], TRITON_INTERPRET="1")
+    assert code == pytest.ExitCode.USAGE_ERROR
+    assert "TRITON_INTERPRET=1" in said
+    assert not out.exists()
+
+
+def test_amounts() -> None:
+    rates = {"copy": 100.0, "ieee": 50.0, "float64": 10.0}
+    assert amounts(2.0, rates, 0, {}) == {}
+    assert amounts(2.0, rates, 40, {}) == {
+        "bytes": 40,
+        "gb_s": 20e-9,
+        "bound": "copy",
+        "of_ceiling": 0.2,
+    }
+    # 50 / 50 and 10 / 10 seconds of products, one after the other.
+    both = amounts(4.0, rates, 100, {"ieee": 50, "float64": 10})
+    assert both["bound"] == "products"
+    assert both["of_ceiling"] == 0.5
+    assert both["tflop_s"] == pytest.approx(15e-12)
+
+
+def test_agreement_is_of_every_value() -> None:
+    seen = []
+
+    def check(got: float, want: float) -> None:
+        seen.append(want)
+        assert got == want
+
+    agree({"a": 1.0, "b": {"c": 2.0}}, {"a": 1.0, "b": {"c": 2.0}}, check)
+    assert seen == [1.0, 2.0]
+    with pytest.raises(AssertionError):
+        agree({"a": 1.0, "b": {"c": 2.0}}, {"b": {"c": 3.0}}, check)
+    with pytest.raises(KeyError):
+        agree({"a": 1.0}, {"b": 1.0}, check)
+    for nan in (np.nan, np.array([0, np.nan]), torch.tensor(torch.nan), (1.0, np.nan)):
+        with pytest.raises(AssertionError, match="NaN"):
+            agree({"a": 1.0, "b": nan}, {"a": 1.0}, check)

@@ -1,0 +1,187 @@
+"""`python -m bench compare` on records that are made up, so that every ratio is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from bench.__main__ import app
+from bench.compare import BadRecord, Change, Time, compare
+
+HERE = {
+    "device": "a processor, 2 cores",
+    "torch": "2.14.1",
+    "threads": 2,
+    "date": "1",
+    "commit": "a",
+}
+
+
+def benchmark(name: str, median: float, iqr: float, rounds: int = 9) -> dict[str, Any]:
+    spread = {"min_s": median - iqr, "max_s": median + 3 * iqr, "iqr_s": iqr, "rounds": rounds}
+    return {"group": "cka, n=50", "name": name, "median_s": median, **spread, "extra_info": {}}
+
+
+def sheet_row(ms: float, kernel: dict[str, Any] | None) -> dict[str, Any]:
+    call = {"ms": ms, "min_ms": 0.9 * ms, "max_ms": 2 * ms, "iqr_ms": 0.2 * ms, "repeats": 20}
+    named = {"name": "cell_grams", "shape": "n=50", "dtype": "float32", "precision": "tf32"}
+    return named | {"call": call} | ({"kernel": kernel} if kernel else {})
+
+
+def peer(package: str, seconds: list[float], **other: Any) -> dict[str, Any]:
+    sizes = {"job": "ablations", "n": 500, "p": 64, "layers": None, "cells": 100, "calls": 10}
+    kind = {"dtype": "float32", "metric": "cka", "status": "ok", "of": 100, "memory_bytes": 1}
+    return sizes | kind | {"package": package, "seconds": seconds} | other
+
+
+def saved(path: Path, record: dict[str, Any], **environment: Any) -> Path:
+    path.write_text(json.dumps({"environment": HERE | environment} | record))
+    return path
+
+
+def lines(page: str, what: str) -> list[list[str]]:
+    """The words behind a name, of each line of the table that begins with it."""
+    return [line.removeprefix(what).split() for line in page.splitlines() if line.startswith(what)]
+
+
+def test_benchmarks(tmp_path: Path) -> None:
+    a = [benchmark("same", 1, 0.2), benchmark("slow", 1, 0.2), benchmark("gone", 1, 0)]
+    b = [benchmark("same", 1.1, 0.2), benchmark("slow", 2, 0.2), benchmark("new", 1, 0)]
+    page = compare(
+        saved(tmp_path / "a.json", {"benchmarks": a}, date="1"),
+        saved(tmp_path / "b.json", {"benchmarks": b}, date="2", commit="b"),
+    )
+    # 1.9 to 2.1 over 0.9 to 1.1; 1.0 to 1.2 over the same.
+    assert lines(page, "cka, n=50: slow") == [
+        ["1", "s", "2", "s", "2.00", "1.73", "to", "2.33", "slower"]
+    ]
+    assert lines(page, "cka, n=50: same") == [["1", "s", "1.1", "s", "1.10", "0.91", "to", "1.33"]]
+    assert page.index("cka, n=50: slow") < page.index("cka, n=50: same")
+    assert "WARNING" not in page
+    assert page.endswith(
+        f"timed in {tmp_path}/a.json alone:\n  cka, n=50: gone\n\n"
+        f"timed in {tmp_path}/b.json alone:\n  cka, n=50: new"
+    )
+
+
+def test_the_largest_change_is_first_whichever_way(tmp_path: Path) -> None:
+    a = [benchmark("doubled", 1, 0), benchmark("tenth", 1, 0), benchmark("same", 1, 0)]
+    b = [benchmark("doubled", 2, 0), benchmark("tenth", 0.1, 0), benchmark("same", 1, 0)]
+    page = compare(
+        saved(tmp_path / "a.json", {"benchmarks": a}), saved(tmp_path / "b.json", {"benchmarks": b})
+    )
+    names = [line.split()[2] for line in page.splitlines() if line.startswith("cka")]
+    assert names == ["tenth", "doubled", "same"]
+    assert lines(page, "cka, n=50: tenth") == [
+        ["1", "s", "100", "ms", "0.10", "0.10", "to", "0.10", "faster"]
+    ]
+
+
+def test_few_rounds_spread_from_the_fastest_to_the_slowest() -> None:
+    few = Time.of(benchmark("", 1, 0.25, rounds=3), "s")
+    assert (few.low, few.high) == (0.75, 1.75)
+    assert Time.of_rounds([3, 1, 2]) == Time(2, 1, 3)
+    assert Time.of_rounds([1, 2, 3, 4, 5]) == Time(3, 2, 4)
+
+
+def test_a_single_round_is_never_marked() -> None:
+    change = Change("", Time.of_rounds([1.0]), Time.of_rounds([9.0, 9.0]))
+    assert change.ratio == 9
+    assert change.interval is None
+    assert change.mark == ""
+
+
+def test_sheets(tmp_path: Path) -> None:
+    """The call has a spread, the profiler's sum of a kernel has none."""
+    a = saved(tmp_path / "a.json", {"rows": [sheet_row(1, {"ms": 0.5, "how": "profiler"})]})
+    b = saved(tmp_path / "b.json", {"rows": [sheet_row(3, {"ms": 0.25, "how": "profiler"})]})
+    page = compare(a, b)
+    what = "cell_grams n=50 float32 tf32, "
+    assert lines(page, what + "call") == [
+        ["1", "ms", "3", "ms", "3.00", "2.45", "to", "3.67", "slower"]
+    ]
+    assert lines(page, what + "kernel") == [["500", "µs", "250", "µs", "0.50"]]
+
+
+def test_sheets_with_rows_that_were_not_measured(tmp_path: Path) -> None:
+    waiting = sheet_row(1, None)
+    del waiting["call"]
+    a = saved(tmp_path / "a.json", {"rows": [waiting]})
+    b = saved(tmp_path / "b.json", {"rows": [sheet_row(1, {"how": "events; no profiler"})]})
+    assert compare(a, b) == f"\ntimed in {b} alone:\n  cell_grams n=50 float32 tf32, call"
+
+
+def test_peers(tmp_path: Path) -> None:
+    """A time is that of all calls, of which some were made; a row that failed has none."""
+    failed = peer("other", [], status="out of memory")
+    first = [peer("ours", [1.0, 1.2, 1.1]), peer("loop", [1.0, 1.0, 1.0]), peer("other", [1.0])]
+    second = [peer("ours", [2.0, 2.4, 2.2], calls=20), peer("loop", [3.0, 4.0, 5.0]), failed]
+    a = saved(tmp_path / "a.json", {"rows": first})
+    b = saved(tmp_path / "b.json", {"rows": second})
+    page = compare(a, b)
+    what = "ablations n=500 p=64 cells=100 float32 "
+    assert lines(page, what + "loop cka") == [
+        ["10", "s", "40", "s", "4.00", "3.00", "to", "5.00", "slower"]
+    ]
+    assert lines(page, what + "ours cka") == [["11", "s", "11", "s", "1.00", "0.83", "to", "1.20"]]
+    assert page.endswith(f"timed in {a} alone:\n  {what}other cka")
+
+
+def test_what_differs_is_warned_of_first(tmp_path: Path) -> None:
+    a = saved(tmp_path / "a.json", {"benchmarks": [benchmark("x", 1, 0)]}, triton="3.6")
+    b = saved(
+        tmp_path / "b.json", {"benchmarks": [benchmark("x", 1, 0)]}, device="a GPU", torch="2.15"
+    )
+    assert compare(a, b).splitlines()[:5] == [
+        "WARNING: not measured under the same conditions (A | B):",
+        "  device: a processor, 2 cores | a GPU",
+        "  torch: 2.14.1 | 2.15",
+        "  triton: 3.6 | None",
+        "",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (None, "No such file or directory"),
+        ("{", "not JSON"),
+        ("[]", "another kind of record"),
+        ('{"environment": {}, "rows": []}', "another kind of record"),
+        ('{"environment": {}, "rows": [{"package": 1, "seconds": [1]}]}', "peers; expected bench"),
+        ('{"environment": {}, "benchmarks": [{}]}', "KeyError"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str | None, why: str) -> None:
+    good = saved(tmp_path / "good.json", {"benchmarks": [benchmark("x", 1, 0)]})
+    bad = tmp_path / "bad.json"
+    if text is not None:
+        bad.write_text(text)
+    done = CliRunner().invoke(app, ["compare", str(good), str(bad)])
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert str(bad) in line
+    assert why in line
+    assert "expected" in line
+
+
+def test_two_of_a_name_are_refused(tmp_path: Path) -> None:
+    """One would hide the other."""
+    twice = saved(tmp_path / "a.json", {"benchmarks": [benchmark("x", 1, 0)] * 2})
+    with pytest.raises(BadRecord, match="two of cka, n=50: x"):
+        compare(twice, twice)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """What has become slower is said, and no failure."""
+    a = saved(tmp_path / "a.json", {"benchmarks": [benchmark("x", 1, 0.1)]})
+    b = saved(tmp_path / "b.json", {"benchmarks": [benchmark("x", 9, 0.1)]})
+    done = CliRunner().invoke(app, ["compare", str(a), str(b)])
+    assert done.exit_code == 0
+    assert "9.00" in done.stdout
+    assert "slower" in done.stdout

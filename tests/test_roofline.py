@@ -1,0 +1,183 @@
+"""The roofline: where points lie, and what is drawn of a file."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.colors import to_rgba
+
+from bench import model, roofline
+from bench.roofline import Point, Roof
+
+RATES = {"copy": 3e12, "tf32": 4e14, "tf32x3": 1e14, "ieee": 6e13, "float64": 6e13}
+COUNTS = st.integers(1, 10**13)
+
+
+def sheet(*rows, **changes):
+    return {
+        "environment": {"device": "Some GPU"},
+        "ceilings": RATES,
+        "rows": list(rows),
+        **changes,
+    }
+
+
+def row(name="centered_gram", **changes):
+    return {
+        "name": name,
+        "shape": "n = 500",
+        "dtype": "float32",
+        "precision": "tf32x3",
+        "bytes": 10**8,
+        "operations": 10**11,
+        "status": "ok",
+        "ms": 4.0,
+        **changes,
+    }
+
+
+def benchmark(name="repsim_kernels", **info):
+    return {
+        "group": "cka, linear, n=500 p=10,000, float32",
+        "name": name,
+        "median_s": 0.5,
+        "extra_info": {"bytes": 10**9, "operations": {"float64": 10**13}, **info},
+    }
+
+
+def run(*rows):
+    return {"environment": {"device": "A CPU"}, "ceilings": RATES, "benchmarks": list(rows)}
+
+
+def texts(figure):
+    (ax,) = figure.axes
+    return {t.get_text() for t in [*figure.texts, *ax.texts]}
+
+
+def marks(figure):
+    """Where the filled marks are."""
+    (ax,) = figure.axes
+    lines = [line for line in ax.lines if line.get_marker() == "o"]
+    filled = [line for line in lines if to_rgba(line.get_markerfacecolor()) != (1, 1, 1, 1)]
+    return [(line.get_xdata()[0], line.get_ydata()[0]) for line in filled]
+
+
+@given(COUNTS, COUNTS, st.floats(1e6, 1e13), st.floats(1e6, 1e15))
+def test_a_call_that_takes_its_least_time_lies_on_the_roof(size, operations, bandwidth, rate):
+    roof = Roof(bandwidth, {"ieee": rate})
+    point = Point("gram", "", size, {"ieee": operations})
+    point = Point("gram", "", size, {"ieee": operations}, roof.floor(point))
+    intensity, height = roofline.place(roof, point)
+    assert intensity == operations / size
+    assert height == pytest.approx(min(intensity * bandwidth, rate), rel=1e-12)
+    assert point.attained == pytest.approx(height, rel=1e-12)
+
+
+@given(COUNTS, COUNTS, st.floats(1, 1000))
+def test_what_takes_longer_lies_below_by_as_much(size, operations, times):
+    roof = Roof(1e9, {"ieee": 1e12})
+    least = roof.floor(Point("gram", "", size, {"ieee": operations}))
+    slow = Point("gram", "", size, {"ieee": operations}, least * times)
+    assert slow.attained == operations / (least * times)
+    assert roofline.place(roof, slow)[1] / slow.attained == pytest.approx(times, rel=1e-12)
+
+
+def test_two_kinds_of_products_have_the_time_of_both():
+    point = Point("gram", "", 1, {"tf32": 4 * 10**14, "ieee": 6 * 10**13})
+    assert Roof(3e12, RATES).floor(point) == pytest.approx(2)
+
+
+def test_predictions_are_those_of_the_page():
+    chart = roofline.predictions()
+    floors = {chart.roof.floor(p) for p in chart.points}
+    assert {model.predicted(case.floor)[0] for _, case in model.cases()} == floors
+    assert {p.group for p in chart.points} == {module for module, _ in model.cases()}
+    assert not any(p.seconds for p in chart.points)
+    figure = roofline.draw(chart)
+    assert roofline.PREDICTED in texts(figure)
+    assert marks(figure) == []
+    assert {str(i) for i, p in enumerate(chart.points, 1) if p.total} <= texts(figure)
+
+
+def test_rows_of_a_sheet_are_where_they_were_measured():
+    chart = roofline.chart(sheet(row(), row("riccati", ms=1.0, operations=10**9)))
+    figure = roofline.draw(chart)
+    assert chart.note == ""
+    assert np.allclose(marks(figure), [(1000, 25), (10, 1)])
+    assert {"1", "2", "4 ms, 25%", "1 ms, 3%"} <= texts(figure)
+    assert any(t.startswith("riccati: n = 500") for t in texts(figure))
+    assert not {roofline.PREDICTED, roofline.UNMEASURED} & texts(figure)
+
+
+def test_a_row_without_a_time_is_predicted():
+    waiting = row(status="not run", why="there is no GPU")
+    del waiting["ms"]
+    chart = roofline.chart(sheet(waiting, row(status="WRONG")))
+    assert [p.attained for p in chart.points] == [None]  # at one place, so one number
+    figure = roofline.draw(chart)
+    assert roofline.UNMEASURED in texts(figure)
+    assert marks(figure) == []
+
+
+def test_times_of_the_interpreter_are_no_measurement():
+    assert roofline.chart(sheet(row(), interpreted=True)).note == roofline.UNMEASURED
+
+
+def test_a_row_that_moves_bytes_alone_is_listed():
+    figure = roofline.draw(roofline.chart(sheet(row(), row("ablate", operations=0, ms=1 / 15))))
+    assert len(marks(figure)) == 1
+    assert {"-", "66.7 µs, 50%"} <= texts(figure)
+
+
+def test_benchmarks_of_a_cpu_by_their_median_and_of_a_gpu_by_its_own_time():
+    chart = roofline.chart(run(benchmark(), benchmark("loop over copies"), benchmark(bytes=0)))
+    assert [(p.group, p.attained) for p in chart.points] == [("cka", 2e13)]
+    gpu = benchmark(events={"ms": 300.0}, on_device={"ms": 200.0})
+    assert roofline.chart(run(gpu)).points[0].attained == 5e13
+    unprofiled = benchmark(events={"ms": 400.0}, on_device={"how": "events; no profiler"})
+    assert roofline.chart(run(unprofiled)).points[0].attained == 2.5e13
+    assert len(marks(roofline.draw(chart))) == 1
+
+
+BAD = {
+    "not JSON": "{",
+    "a list": "[]",
+    "something else": '{"environment": {}}',
+    "no ceilings": json.dumps(sheet(row(), ceilings={"why": "RuntimeError: it\nfailed"})),
+    "a row of another kind": json.dumps(sheet({"name": "gram"})),
+    "a row that is none": json.dumps(sheet(3)),
+}
+
+
+@pytest.mark.parametrize("text", BAD.values(), ids=BAD)
+def test_a_bad_file_is_said_in_a_line(tmp_path, text):
+    file = tmp_path / "sheet.json"
+    file.write_text(text)
+    with pytest.raises(RuntimeError, match=r"sheet\.json: ") as caught:
+        roofline.roofline(file, tmp_path / "out.png")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(RuntimeError, match="No such file"):
+        roofline.roofline(tmp_path / "none.json", None)
+
+
+def test_which_files_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(roofline, "RESULTS", tmp_path)
+    assert roofline.roofline(None, None) == [tmp_path / "roofline-h100-predicted.png"]
+    rehearsal = sheet(row(status="not run"), environment={"device": "A CPU"})
+    (tmp_path / "sheet-a-cpu.json").write_text(json.dumps(rehearsal))
+    assert roofline.roofline(None, None) == [tmp_path / "roofline-h100-predicted.png"]
+    (tmp_path / "sheet-some-gpu.json").write_text(json.dumps(sheet(row())))
+    assert roofline.roofline(None, None) == [tmp_path / "roofline-some-gpu.png"]
+    assert (tmp_path / "roofline-some-gpu.png").read_bytes().startswith(b"\x89PNG")
+    other = sheet(row(), environment={"device": "Another"})
+    (tmp_path / "sheet-another.json").write_text(json.dumps(other))
+    with pytest.raises(RuntimeError, match="2 sheets"):
+        roofline.roofline(None, tmp_path / "out.png")
