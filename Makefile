@@ -28,7 +28,8 @@ slow: .venv/dev .venv/triton-3.6
 check: test lint slow
 
 bench: .venv/dev
-	$(BIN)/python -m pytest bench --benchmark-only -m "" --override-ini="python_files=bench_*.py" --override-ini="filterwarnings=default"
+	mkdir -p bench/results
+	$(BIN)/python -m pytest bench --benchmark-only --results bench/results -m "" --override-ini="python_files=bench_*.py" --override-ini="filterwarnings=default"
 
 clean:
 	rm -rf .venv runs

@@ -63,6 +63,8 @@ def linear(x: Tensor) -> Tensor:
 
 def half(x: Tensor, v: Tensor) -> Tensor:
     """Put the panels of the Gram matrix of the centred x (…, n, p) into v (…, m)."""
+    if not x.shape[-1]:
+        v.zero_()
     for i, block in enumerate(blocks(x.shape[-1], math.prod(x.shape[:-1]))):
         add_product(v, centre(x[..., block]), first=i == 0)
     return v
