@@ -1,4 +1,4 @@
-"""The command line: ``python -m bench model``, ``coverage``, ``scaling`` and ``sheet``."""
+"""The command line, ``python -m bench``: bench/README.md says what each command is for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ app = typer.Typer(
 
 @app.callback()
 def bench() -> None:
-    """What the kernels cost."""
+    """What the kernels cost, how right they are, and beside what."""
 
 
 @app.command()
@@ -84,6 +84,18 @@ def peers(
     if unexpected := [row for row in record["rows"] if row["status"] in ("wrong", "failed")]:
         typer.echo(f"{len(unexpected)} rows are wrong or failed", err=True)
         raise typer.Exit(1 if quick else 0)
+
+
+@app.command()
+def page() -> None:
+    """Make the figures and tables of README.md and bench/README.md of the committed results."""
+    from bench.page import draw, pages
+
+    for path in draw():
+        print(path)
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+        print(path)
 
 
 @app.command()

@@ -18,10 +18,26 @@ from torch import Tensor, nn
 
 Pair = Callable[[Any, Any], Any]
 Pairs = Callable[[list[Any]], Any]
+Ablations = Callable[[Any, np.ndarray], Any]
 
 
 def _centred(x: Tensor) -> Tensor:
     return x - x.mean(0)
+
+
+def _cosine(k: Tensor, h: Tensor) -> Tensor:
+    return (k * h).sum() / (torch.linalg.norm(k) * torch.linalg.norm(h))
+
+
+def _debiased_cosine(k: Tensor, h: Tensor) -> Tensor:
+    n = len(k)
+    k, h = (z - z.diagonal().diag() for z in (k, h))
+
+    def hsic(a: Tensor, b: Tensor) -> Tensor:
+        sums = a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (a.sum(0) @ b.sum(0))
+        return (a * b).sum() + sums
+
+    return hsic(k, h) / (hsic(k, k).sqrt() * hsic(h, h).sqrt())
 
 
 def plain_cka(x: Tensor, y: Tensor) -> Tensor:
@@ -29,21 +45,30 @@ def plain_cka(x: Tensor, y: Tensor) -> Tensor:
     if x.shape[1] + y.shape[1] < 2 * len(x):
         xy, xx, yy = (torch.linalg.norm(a.T @ b) for a, b in ((x, y), (x, x), (y, y)))
         return xy**2 / (xx * yy)
-    k, h = x @ x.T, y @ y.T
-    return (k * h).sum() / (torch.linalg.norm(k) * torch.linalg.norm(h))
+    return _cosine(x @ x.T, y @ y.T)
 
 
 def plain_cka_debiased(x: Tensor, y: Tensor) -> Tensor:
-    n = len(x)
-    k, h = (z @ z.T for z in (_centred(x), _centred(y)))
-    k.fill_diagonal_(0)
-    h.fill_diagonal_(0)
+    x, y = _centred(x), _centred(y)
+    return _debiased_cosine(x @ x.T, y @ y.T)
 
-    def hsic(a: Tensor, b: Tensor) -> Tensor:
-        sums = a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (a.sum(0) @ b.sum(0))
-        return (a * b).sum() + sums
 
-    return hsic(k, h) / (hsic(k, k).sqrt() * hsic(h, h).sqrt())
+def _plain_ablations(similarity: Pair) -> Ablations:
+    """The original's Gram once, and a masked copy and its Gram for each cell."""
+
+    def ablations(x: Tensor, cells: np.ndarray) -> Tensor:
+        c = _centred(x)
+        k, found = c @ c.T, []
+        for cell in range(cells.max() + 1):
+            rest = c * torch.from_numpy(cells != cell).to(c.device)
+            found.append(1 - similarity(k, rest @ rest.T))
+        return torch.stack(found)
+
+    return ablations
+
+
+plain_cka_ablations = _plain_ablations(_cosine)
+plain_cka_debiased_ablations = _plain_ablations(_debiased_cosine)
 
 
 def cupy_cka(x: Any, y: Any) -> Any:

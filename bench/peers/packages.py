@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 
 import repsim_kernels as rk
 from bench.peers import calls
-from bench.peers.calls import Pair, Pairs
+from bench.peers.calls import Ablations, Pair, Pairs
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Package:
     note: str  # how it goes about it, and what it leaves out
     pair: Pair | None
     all_pairs: Pairs | None = None
-    ablations: Callable[[Any, np.ndarray], Any] | None = None
+    ablations: Ablations | None = None
     tolerance: float = 1e-4  # of its numbers' relative error: they are float32's
     differs: str = ""  # why its numbers are others than the definition's, where they are
 
@@ -68,8 +67,9 @@ PACKAGES = (
         "",
         "torch",
         True,
-        "float32; Grams, or products of features where p < n",
+        "float32; Grams, the original's once, or products of features where p < n",
         calls.plain_cka,
+        ablations=calls.plain_cka_ablations,
     ),
     Package(
         "plain CuPy",
@@ -134,8 +134,9 @@ PACKAGES = (
         "",
         "torch",
         True,
-        "float32; Grams",
+        "float32; Grams, the original's once",
         calls.plain_cka_debiased,
+        ablations=calls.plain_cka_debiased_ablations,
     ),
     Package(
         "pytorch-cka",
