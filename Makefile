@@ -23,6 +23,8 @@ lint: .venv/dev
 
 slow: .venv/dev .venv/triton-3.6
 	$(PYTEST) -m slow
+	$(BIN)/python -m bench peers --quick
+	$(BIN)/python -m bench sheet --device cpu --quick --out .venv/sheet.json
 	PYTHONPATH=.venv/triton-3.6 $(PYTEST) tests/compile
 
 check: test lint slow
