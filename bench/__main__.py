@@ -80,7 +80,10 @@ def peers(
     from bench.peers.run import peers as run
 
     out = None if quick else _machine.RESULTS / f"peers-{_machine.slug(device)}.json"
-    record = run(out, device, quick)
+    try:
+        record = run(out, device, quick, job)
+    except RuntimeError as error:
+        raise typer.BadParameter(str(error)) from None
     if unexpected := [row for row in record["rows"] if row["status"] in ("wrong", "failed")]:
         typer.echo(f"{len(unexpected)} rows are wrong or failed", err=True)
         raise typer.Exit(1 if quick else 0)

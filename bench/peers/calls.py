@@ -67,6 +67,25 @@ def _plain_ablations(similarity: Pair) -> Ablations:
     return ablations
 
 
+def _plain_pairs(centred: Callable[[Tensor], Tensor]) -> Pairs:
+    """Each layer's Gram once, and the products of all of them in one."""
+
+    def pairs(xs: list[Tensor]) -> Tensor:
+        grams = torch.stack([centred(c @ c.T).flatten() for c in map(_centred, xs)])
+        grams /= torch.linalg.norm(grams, dim=1, keepdim=True)
+        return grams @ grams.T
+
+    return pairs
+
+
+def _u_centred(k: Tensor) -> Tensor:
+    n = len(k)
+    k.fill_diagonal_(0)
+    rows = k.sum(1) / (n - 2)
+    return (k - rows - rows[:, None] + rows.sum() / (n - 1)).fill_diagonal_(0)
+
+
+plain_cka_pairs, plain_cka_debiased_pairs = map(_plain_pairs, (lambda k: k, _u_centred))
 plain_cka_ablations = _plain_ablations(_cosine)
 plain_cka_debiased_ablations = _plain_ablations(_debiased_cosine)
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+JOBS = ("ablations", "pairs", "pair")
 CKA = ("cka", "cka_debiased")
 _PAIRS = {  # n: p
     256: (64, 1024, 16_384, 131_072, 1_000_000),
@@ -26,7 +27,7 @@ _PAIRS = {  # n: p
 class Case:
     """One job at one size: ``layers`` representations of n stimuli and p neurons, in float32."""
 
-    job: str  # "pair", "pairs" or "ablations"
+    job: str  # of JOBS
     n: int
     p: int
     metrics: tuple[str, ...] = CKA

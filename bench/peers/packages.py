@@ -67,8 +67,9 @@ PACKAGES = (
         "",
         "torch",
         True,
-        "float32; Grams, the original's once, or products of features where p < n",
+        "float32; each Gram once; for a pair products of features where p < n",
         calls.plain_cka,
+        calls.plain_cka_pairs,
         ablations=calls.plain_cka_ablations,
     ),
     Package(
@@ -134,8 +135,9 @@ PACKAGES = (
         "",
         "torch",
         True,
-        "float32; Grams, the original's once",
+        "float32; each Gram once",
         calls.plain_cka_debiased,
+        calls.plain_cka_debiased_pairs,
         ablations=calls.plain_cka_debiased_ablations,
     ),
     Package(
@@ -233,9 +235,10 @@ PACKAGES = (
         "rsatoolbox",
         "numpy",
         False,
-        "squared distances, float32",
+        "squared distances of features that are not centred, float32",
         calls.rsatoolbox("corr"),
         calls.rsatoolbox_pairs("corr"),
+        tolerance=1e-3,
     ),
     _ours("cca", FLOAT64),
     Package(

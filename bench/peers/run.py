@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bench._machine import Json, environment, number, save
+from bench._machine import Json, environment, load, number, save
 from bench.peers import jobs
 from bench.peers.jobs import Case
 from bench.peers.packages import PACKAGES, Package
@@ -74,8 +74,15 @@ class Served:
             self.process = None
 
 
-def peers(out: Path | None, device: str = "cpu", quick: bool = False) -> Json:
-    """Compare the packages; ``out`` is written as it goes, and the record given back."""
+def peers(
+    out: Path | None, device: str = "cpu", quick: bool = False, job: str | None = None
+) -> Json:
+    """Compare the packages; ``out`` is written as it goes, and the record given back.
+
+    Of one job alone the rows are made anew, and those of the others stay as ``out`` has them.
+    """
+    if job is not None and job not in jobs.JOBS:
+        raise RuntimeError(f"--job {job}: expected one of {', '.join(jobs.JOBS)}")
     distributions = sorted({package.distribution for package in PACKAGES} - {""})
     record: Json = {
         "finished": False,
@@ -84,10 +91,14 @@ def peers(out: Path | None, device: str = "cpu", quick: bool = False) -> Json:
         "packages": {package.key: package.note for package in PACKAGES},
         "rows": [],
     }
+    if job and out and out.exists():
+        record["rows"] = [row for row in load(out)["rows"] if row["job"] != job]
     served = {package.key: Served(package, device) for package in PACKAGES}
     shared = "/dev/shm" if Path("/dev/shm").is_dir() else None
     try:
         for case in jobs.cases(quick):
+            if job not in (None, case.job):
+                continue
             with tempfile.TemporaryDirectory(dir=shared, prefix="repsim-") as folder:
                 for row in _case(case, Path(folder), served, device, quick):
                     record["rows"].append(row)

@@ -21,6 +21,7 @@ from bench.peers.packages import PACKAGES, Package
 
 # Seconds: what takes less is repeated within one timing, and what takes more needs no warm-up.
 _SHORT, _LONG = 5e-3, 1.0
+_WARM = 0.05  # seconds
 _SHARE = 0.8  # of the machine's memory that a package may take before it is said to fail
 
 
@@ -81,13 +82,16 @@ class Worker:
         return {"values": values, "calls": calls, "seconds": seconds, "memory": memory}
 
     def time(self, calls: int) -> float:
-        """Seconds of so many of the job's comparisons; short ones after one that is not counted.
+        """Seconds of so many of the job's comparisons; short ones after some that don't count.
 
         While the other packages have their turns, the system takes caches and pages away.
         """
+        start = time.perf_counter()
         once = self._timed(1, calls)
         if once > _LONG:
             return once
+        while time.perf_counter() - start < _WARM:
+            once = self._timed(1, calls)
         number = math.ceil(_SHORT / min(once, _SHORT))
         return self._timed(number, calls) / number
 
