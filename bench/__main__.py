@@ -74,6 +74,7 @@ def peers(
     quick: Annotated[
         bool, typer.Option(help="Small jobs, in a minute; writes no results.")
     ] = False,
+    job: Annotated[str | None, typer.Option(help="ablations, pairs or pair; all if none.")] = None,
 ) -> None:
     """Compare other packages with this one at three jobs: time, memory, and what comes out."""
     from bench import _machine
