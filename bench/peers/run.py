@@ -20,9 +20,9 @@ from bench.peers.jobs import Case
 from bench.peers.packages import PACKAGES, Package
 from bench.peers.worker import serve
 
-_ROUNDS = 7  # at most; two at least
+_ROUNDS = 5  # at most; two at least
 # Seconds of one answer, and of all rounds of a package; quick or not.
-_LIMITS = {True: (30.0, 0.2), False: (60.0, 4.0)}
+_LIMITS = {True: (30.0, 0.2), False: (30.0, 2.5)}
 # A loop is timed whole, however long, by who is at most so many times slower than the fastest peer.
 _NEAR = 1.5
 

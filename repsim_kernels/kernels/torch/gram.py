@@ -63,10 +63,17 @@ def linear(x: Tensor) -> Tensor:
 
 def half(x: Tensor, v: Tensor) -> Tensor:
     """Put the panels of the Gram matrix of the centred x (…, n, p) into v (…, m)."""
-    if not x.shape[-1]:
+    p = x.shape[-1]
+    if not p:
         v.zero_()
-    for i, block in enumerate(blocks(x.shape[-1], math.prod(x.shape[:-1]))):
-        add_product(v, centre(x[..., block]), first=i == 0)
+    slices = list(blocks(p, math.prod(x.shape[:-1])))
+    # One buffer for all blocks: fresh memory would take as long as centring.
+    room = [*x.shape[:-1], slices[0].stop if slices else 0]
+    buffer = torch.empty(room, dtype=torch.float64, device=x.device)
+    for block in slices:
+        c = buffer[..., : block.stop - block.start].copy_(x[..., block])
+        _centre_(c)
+        add_product(v, c, first=block.start == 0)
     return v
 
 
