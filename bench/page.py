@@ -91,7 +91,7 @@ def peers(results: Path) -> str:
                 f"(bench/results/{path.with_suffix('.png').name})",
                 f"**Every ablation of one layer**, debiased CKA, n = {cells['n']}, "
                 f"p = {cells['p']:,} (AlexNet's first layer). Others loop over ablated copies; "
-                "\\*: estimated from some of them. The error is that of the distances:",
+                "\\*: estimated from some of them. The error is that of the distances, relative:",
                 tables.ablations(record, "cka_debiased"),
                 f"**All pairs of {pairs['layers']} layers**, debiased CKA, n = {pairs['n']:,}, "
                 f"p = {pairs['p']:,}:",

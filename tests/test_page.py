@@ -35,7 +35,7 @@ def test_results_name_their_device_versions_and_commit():
 
 
 def test_another_result_makes_another_page(tmp_path):
-    """The tables' numbers are the records': all medians of one twice as large, and so is the page."""
+    """The numbers of the tables are those of the records."""
     (source,) = RESULTS.glob("bench-*.json")
     record = load(source)
     text = "<!-- operations: made by `python -m bench page` -->\n<!-- end -->"

@@ -108,7 +108,8 @@ def everything(record: Json) -> str:
     for row in record["rows"]:
         times = sorted(s / row["calls"] * row["of"] for s in row.get("seconds", []))
         spread = f"{seconds(times[0])} to {seconds(times[-1])}" if times else ""
-        sampled = f"{row['calls']} of {row['of']:,}" if row.get("calls", 0) < row["of"] else ""
+        calls = row.get("calls", row["of"])
+        sampled = f"{calls} of {row['of']:,}" if calls < row["of"] else ""
         facts = [row["job"], _shape(row), row["metric"], row["package"]]
         table.append([*facts, _time(row, row), spread, sampled, _memory(row), _error(row)])
     head = ["job", "size", "metric", "package", "median", "all rounds", "timed", "memory", "error"]
