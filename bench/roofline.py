@@ -302,7 +302,7 @@ def _legend(
         column, row = divmod(i, half)
         x, y = 0.02 + 0.49 * column, top - line * row
         said = f"{p.group}: {p.name}"
-        said = said if len(said) <= 94 else said[:93] + "…"
+        said = said if len(said) <= 78 else said[:77] + "…"
         colour = colours[p.group]
         figure.text(x + 0.018, y, f"{i + 1}" if p.total else "-", size=7, color=colour, ha="right")
         figure.text(x + 0.024, y, said, size=7, color=colour)

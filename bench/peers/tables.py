@@ -188,7 +188,7 @@ def _curves(axes: Any, rows: list[Json], x_of: Callable[[Json], int]) -> None:
         ends.append([y[-1], name, colour])
     axes.set(xscale="log", yscale="log")
     right = max(map(x_of, rows))
-    axes.set_xlim(right=right * (right / min(map(x_of, rows))) ** 0.55)
+    axes.set_xlim(right=right * (right / min(map(x_of, rows))) ** 0.4)
     low, high = axes.get_ylim()
     gap = (high / low) ** 0.055
     last = 0.0
@@ -196,5 +196,6 @@ def _curves(axes: Any, rows: list[Json], x_of: Callable[[Json], int]) -> None:
         last = max(y, last * gap)
         weight = "bold" if name == OURS else "normal"
         axes.text(right * 1.25, last, name, color=colour, fontsize=8, weight=weight, va="center")
+    axes.set_ylim(low, max(high, last * gap))
     axes.grid(alpha=0.25, which="major")
     axes.spines[["top", "right"]].set_visible(False)
