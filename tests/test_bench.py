@@ -72,12 +72,16 @@ def test_every_operation_is_timed() -> None:
     assert timed == public - {"show_config"}
 
 
+# An interpreter is refused, and a worker of xdist's times nothing.
+_NOT_OURS = {"TRITON_INTERPRET", "PYTEST_XDIST_WORKER"}
+
+
 def run(tmp_path: Path, factors: list[int], **environment: str) -> tuple[str, int, Path]:
     """The benchmark above in a process of its own: what it says, its exit code and its results."""
     tiny, out = tmp_path / "bench_tiny.py", tmp_path / "results.json"
     tiny.write_text(TINY.replace("FACTORS", repr(factors)))
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    own = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": path}
+    own = {k: v for k, v in os.environ.items() if k not in _NOT_OURS} | {"PYTHONPATH": path}
     command = (sys.executable, "-m", "pytest", "-p", "bench.conftest", "-p", "no:cacheprovider")
     options = ("-c", ROOT / "pyproject.toml", "--benchmark-only", "--results", out, tiny)
     done = subprocess.run(

@@ -30,6 +30,15 @@ DEEP = ("conv1", "act1", "conv2", "act2")
 ACTIVATION, SKIP, SORTING = 1024, 1024, 190 * 256
 
 
+def assert_same_rows(got: pd.DataFrame, want: pd.DataFrame) -> None:
+    """Bit for bit, but for probabilities: of a batch of another size some CPUs round otherwise."""
+    rounded = [name for name in want if "probability" in name]
+    pd.testing.assert_frame_equal(
+        got.drop(columns=rounded), want.drop(columns=rounded), check_exact=True
+    )
+    pd.testing.assert_frame_equal(got[rounded], want[rounded], rtol=1e-3, atol=1e-5)
+
+
 def deep_study(**changes: Any) -> Study:
     images, labels = toy_images(7)
     return toy_study(**{"layers": DEEP, "images": images, "labels": labels} | changes)
@@ -162,7 +171,7 @@ def test_rows_do_not_depend_on_what_is_measured_together(memory: str) -> None:
     together = study.run()
     alone = pd.concat([deep_study(layers=[layer]).run() for layer in DEEP])
     alone = alone.sort_values(["class", "layer", "cell"], ignore_index=True)
-    pd.testing.assert_frame_equal(together, alone, check_exact=True)
+    assert_same_rows(together, alone)
 
 
 @cache
@@ -332,7 +341,7 @@ def test_a_run_may_go_on_with_another_memory_and_note(tmp_path: Path) -> None:
         deep_study(memory="250KiB", note="a", block=1).run(tmp_path, stop_after(4))
     resumed = deep_study(memory="1GiB", note="of no weight", block=1).run(tmp_path)
     assert resumed.attrs == {"notes": {"toy": "a"}}
-    pd.testing.assert_frame_equal(resumed, deep_study().run(), check_exact=True)
+    assert_same_rows(resumed, deep_study().run())
 
 
 @pytest.mark.parametrize(
