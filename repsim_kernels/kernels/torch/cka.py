@@ -15,8 +15,9 @@ def cka(x: Tensor, y: Tensor, *, debiased: bool, kernel: str, sigma: float | Non
         a, b = gram.centre(x), gram.centre(y)
         xy, xx, yy = (feature_product(*pair, debiased) for pair in ((a, b), (a, a), (b, b)))
     else:
-        a, b = (vector(z, debiased, kernel, sigma) for z in (x, y))
-        xy, xx, yy = ((u * v).sum(-1) for u, v in ((a, b), (a, a), (b, b)))
+        room = gram.block_room(x, y)
+        a, b = (vector(z, debiased, kernel, sigma, room) for z in (x, y))
+        xy, xx, yy = (torch.linalg.vecdot(u, v) for u, v in ((a, b), (a, a), (b, b)))
     return cosine(xy, xx, yy)
 
 
@@ -41,9 +42,11 @@ def feature_product(a: Tensor, b: Tensor, debiased: bool) -> Tensor:
     Debiased, it is that of the U-centred Grams, n(n - 3) HSIC₁; the rows of the Grams sum to zero.
     """
     if a is b:
-        square = gram.new_panels(a, a.shape[-1])
-        gram.add_product(square, a.mT, first=True)
-        product = gram.square_sum(square, a.shape[-1])
+        v = gram.new_half(a, a.shape[-1])
+        rows = gram.panels(v, a.shape[-1])
+        gram.add_product(rows, a.mT, first=True)
+        gram.weigh(rows)
+        product = 2 * _square(v)
     else:
         product = (a.mT @ b).square().sum((-2, -1))
     if not debiased:
@@ -55,26 +58,38 @@ def feature_product(a: Tensor, b: Tensor, debiased: bool) -> Tensor:
 
 
 def vector(
-    x: Tensor, debiased: bool, kernel: str, sigma: float | None, out: Tensor | None = None
+    x: Tensor,
+    debiased: bool,
+    kernel: str,
+    sigma: float | None,
+    room: Tensor,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Of the kernel matrix of x (…, n, p) a vector (…, m), such that cosines of them are CKA."""
+    """Of the kernel matrix of x (…, n, p) a vector (…, m), such that cosines of them are CKA.
+
+    `room` is that of `gram.block_room`, to be used again.
+    """
     n = x.shape[-2]
-    v = gram.new_panels(x, n) if out is None else out
+    v = gram.new_half(x, n) if out is None else out
+    rows = gram.panels(v, n)
     if kernel == "linear":
-        gram.half(x, v)
+        gram.fill(rows, x, room)
     else:
         assert sigma is not None
         k = gram.double_centre(gram.rbf(x, sigma))
-        for own, panel in gram.panels(v, n):
+        for own, panel in rows:
             panel.copy_(k[..., own, : own.stop])
     if not debiased:
-        gram.weigh_panels(v, n)
+        gram.weigh(rows)
         return v
-    floor = _rounding(gram.square_sum(v, n), n)
-    gram.u_centre_panels(v, n)
-    gram.weigh_panels(v, n)
-    square = torch.linalg.vector_norm(v, dim=-1).square()
-    return v.mul_(_beyond(square, floor)[..., None].sign())
+    floor = _rounding(_square(v), n)
+    gram.u_centre_panels(rows)
+    gram.weigh(rows)
+    return v.mul_(_beyond(_square(v), floor)[..., None].sign())
+
+
+def _square(v: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(v, dim=-1).square()
 
 
 def rounding(k: Tensor) -> Tensor:

@@ -19,6 +19,11 @@ _PANEL, _PANELS = 64, 8
 # Columns of a cell in one product, and of a strip that is copied at once.
 _COLUMNS = 512
 _STRIP = 4096
+# Weight of the entries of a half of a matrix that stand for one, beside those that stand for two.
+_ONCE = math.sqrt(0.5)
+
+Panels = list[tuple[slice, Tensor]]
+"""A half of symmetric matrices: rows, and what they hold up to the diagonal (…, rows, columns)."""
 
 
 def centre(x: Tensor) -> Tensor:
@@ -30,8 +35,14 @@ def centre(x: Tensor) -> Tensor:
 
 def _centre_(c: Tensor) -> Tensor:
     """Centre c (…, n, p) in place; returns the means (…, 1, p)."""
+    n = c.shape[-2]
     first = c[..., :1, :].clone()
-    rest = c.sub_(first).mean(-2, keepdim=True)
+    c.sub_(first)
+    if c.stride(-1) < c.stride(-2):
+        # In halves: two cores keep to their own rows. Of an odd number the first is zero by now.
+        rest = c[..., n % 2 :, :].unflatten(-2, (2, n // 2)).sum(-2).sum(-2, keepdim=True).div_(n)
+    else:
+        rest = c.mean(-2, keepdim=True)
     c.sub_(rest)
     return first + rest
 
@@ -53,7 +64,9 @@ def linear(x: Tensor) -> Tensor:
     """The Gram matrix of the centred x: (…, n, p) to (…, n, n), float64."""
     n = x.shape[-2]
     g = torch.empty(*x.shape[:-1], n, dtype=torch.float64, device=x.device)
-    for own, panel in panels(half(x, new_panels(x, n)), n):
+    rows = panels(new_half(x, n), n)
+    fill(rows, x, block_room(x))
+    for own, panel in rows:
         before, block = panel[..., : own.start], panel[..., own]
         g[..., own, : own.start] = before
         g[..., : own.start, own] = before.mT
@@ -61,48 +74,21 @@ def linear(x: Tensor) -> Tensor:
     return g
 
 
-def half(x: Tensor, v: Tensor) -> Tensor:
-    """Put the panels of the Gram matrix of the centred x (…, n, p) into v (…, m)."""
-    p = x.shape[-1]
-    if not p:
-        v.zero_()
-    slices = list(blocks(p, math.prod(x.shape[:-1])))
-    # One buffer for all blocks: fresh memory would take as long as centring.
-    room = [*x.shape[:-1], slices[0].stop if slices else 0]
-    buffer = torch.empty(room, dtype=torch.float64, device=x.device)
-    for block in slices:
-        c = buffer[..., : block.stop - block.start].copy_(x[..., block])
-        _centre_(c)
-        add_product(v, c, first=block.start == 0)
-    return v
-
-
-def add_product(v: Tensor, c: Tensor, first: bool) -> None:
-    """Add c cᵀ of c (…, n, k) to its panels (…, m), or put it there if it is the first."""
-    n, k = c.shape[-2:]
-    beta = 0 if first else 1
-    c = c.reshape(-1, n, k)
-    for own, panel in panels(v.view(len(c), -1), n):
-        rows, before = c[:, own], c[:, : own.stop].mT
-        if len(c) == 1:
-            panel[0].addmm_(rows[0], before[0], beta=beta)
-        else:
-            panel.baddbmm_(rows, before, beta=beta)
-
-
-def new_panels(x: Tensor, n: int, *more: int) -> Tensor:
-    """Room for the panels (…, m) of an n x n matrix for each of x (…, :, :), and for more."""
+def new_half(x: Tensor, n: int, *more: int) -> Tensor:
+    """Room for half of an n x n matrix (…, m) for each of x (…, :, :), and for more."""
     m = sum((own.stop - own.start) * own.stop for own in _runs_of_rows(n))
     return torch.empty(*more, *x.shape[:-2], m, dtype=torch.float64, device=x.device)
 
 
-def panels(v: Tensor, n: int) -> Iterator[tuple[slice, Tensor]]:
-    """Views of v (…, m): rows of symmetric matrices (…, n, n) up to their last one's diagonal."""
-    start = 0
+def panels(v: Tensor, n: int) -> Panels:
+    """The panels of symmetric matrices (…, n, n), as views of their halves v (…, m)."""
+    found, start = [], 0
     for own in _runs_of_rows(n):
         rows = own.stop - own.start
-        yield own, v[..., start : start + rows * own.stop].unflatten(-1, (rows, own.stop))
+        panel = v[..., start : start + rows * own.stop].unflatten(-1, (rows, own.stop))
+        found.append((own, panel))
         start += rows * own.stop
+    return found
 
 
 def _runs_of_rows(n: int) -> Iterator[slice]:
@@ -110,27 +96,52 @@ def _runs_of_rows(n: int) -> Iterator[slice]:
     return (slice(start, min(start + height, n)) for start in range(0, n, height))
 
 
-def square_sum(v: Tensor, n: int) -> Tensor:
-    """The squared Frobenius norm (…) of symmetric matrices, from their panels (…, m)."""
-    total = torch.zeros(v.shape[:-1], dtype=v.dtype, device=v.device)
-    for own, panel in panels(v, n):
-        for part, times in ((panel[..., : own.start], 2), (panel[..., own], 1)):
-            total += times * torch.linalg.vector_norm(part, dim=(-2, -1)).square()
-    return total
+def fill(rows: Panels, x: Tensor, room: Tensor) -> None:
+    """Put the Gram matrix of the centred x (…, n, p) into its panels, by way of `block_room`."""
+    p = x.shape[-1]
+    if not p:
+        for _, panel in rows:
+            panel.zero_()
+    for block in blocks(p, math.prod(x.shape[:-1])):
+        shape = [*x.shape[:-1], block.stop - block.start]
+        c = room[: math.prod(shape)].view(shape).copy_(x[..., block])
+        _centre_(c)
+        add_product(rows, c, first=block.start == 0)
 
 
-def weigh_panels(v: Tensor, n: int) -> None:
-    """Scale panels (…, m) in place such that their inner products are those of the matrices."""
-    for own, panel in panels(v, n):
-        panel[..., : own.start] *= math.sqrt(2)
+def block_room(*xs: Tensor) -> Tensor:
+    """Memory for a float64 block of any of the xs (…, n, p): fresh it costs what centring does."""
+    size = max(min(x.numel(), max(_BLOCK, math.prod(x.shape[:-1]))) for x in xs)
+    return torch.empty(size, dtype=torch.float64, device=xs[0].device)
 
 
-def u_centre_panels(v: Tensor, n: int) -> None:
-    """As `u_centre`, in place, of panels (…, m)."""
-    diagonals = [panel[..., own].diagonal(dim1=-2, dim2=-1) for own, panel in panels(v, n)]
-    rows, columns = _u_shifts(torch.cat(diagonals, -1))
-    for (own, panel), diagonal in zip(panels(v, n), diagonals, strict=True):
-        panel += rows[..., own, None] + columns[..., None, : own.stop]
+def add_product(rows: Panels, c: Tensor, first: bool) -> None:
+    """Add c cᵀ of c (…, n, k) to its panels, or put it there if it is the first."""
+    n, k = c.shape[-2:]
+    beta = 0 if first else 1
+    if c.numel() == n * k:
+        c = c.reshape(n, k)
+        for own, panel in rows:
+            panel.view(panel.shape[-2:]).addmm_(c[own], c[: own.stop].mT, beta=beta)
+    else:
+        c = c.reshape(-1, n, k)
+        for own, panel in rows:
+            panel.flatten(0, -3).baddbmm_(c[:, own], c[:, : own.stop].mT, beta=beta)
+
+
+def weigh(rows: Panels) -> None:
+    """Scale panels in place such that inner products of halves are half of the matrices'."""
+    for own, panel in rows:
+        panel[..., own].mul_(_ONCE)
+
+
+def u_centre_panels(rows: Panels) -> None:
+    """As `u_centre`, in place."""
+    diagonals = [panel[..., own].diagonal(dim1=-2, dim2=-1) for own, panel in rows]
+    shifts, columns = _u_shifts(torch.cat(diagonals, -1))
+    for (own, panel), diagonal in zip(rows, diagonals, strict=True):
+        panel += shifts[..., own, None]
+        panel += columns[..., None, : own.stop]
         diagonal.zero_()
 
 

@@ -80,9 +80,9 @@ def _cka(
         return cka.cosine(products, xx[:, None], yy)
 
     def vectors(zs: list[Tensor]) -> Tensor:
-        out = gram.new_panels(zs[0], n, len(zs))
+        out, room = gram.new_half(zs[0], n, len(zs)), gram.block_room(*zs)
         for own, z in zip(out, zs, strict=True):
-            cka.vector(z, debiased, kernel, sigma, own)
+            cka.vector(z, debiased, kernel, sigma, room, own)
         return out
 
     a = vectors(xs)
