@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -163,4 +165,6 @@ def roofline(
 
 
 if __name__ == "__main__":
+    # By the usual way out, which removes shared memory and ends the processes that were started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     app()

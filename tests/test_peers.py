@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -146,6 +150,27 @@ def serve_fakes(key, device, connection):
     """The worker's process, which looks its package up among these."""
     worker.PACKAGES = tuple(FAKES.values())
     worker.serve(key, device, connection)
+
+
+def test_a_stopped_comparison_leaves_nothing_in_shared_memory():
+    command = [sys.executable, "-m", "bench", "peers", "--quick", "--job", "pairs"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    place = Path("/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir())
+
+    def folders():
+        return list(place.glob(f"repsim-{process.pid}-*"))
+
+    try:
+        for _ in range(600):
+            if folders() or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        assert folders()
+        process.terminate()
+        assert process.wait(60) == 143
+    finally:
+        process.kill()
+    assert not folders()
 
 
 def test_an_explained_difference_is_no_error():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -44,10 +45,11 @@ class Served:
             context = multiprocessing.get_context("spawn")
             self.connection: Connection
             self.connection, theirs = context.Pipe()
-            self.process = context.Process(
+            process = context.Process(
                 target=serve, args=(self.package.key, self.device, theirs), daemon=True
             )
-            self.process.start()
+            process.start()
+            self.process = process
             theirs.close()
         try:
             self.connection.send((name, arguments))
@@ -99,7 +101,7 @@ def peers(
         for case in jobs.cases(quick):
             if job not in (None, case.job):
                 continue
-            with tempfile.TemporaryDirectory(dir=shared, prefix="repsim-") as folder:
+            with tempfile.TemporaryDirectory(dir=shared, prefix=f"repsim-{os.getpid()}-") as folder:
                 for row in _case(case, Path(folder), served, device, quick):
                     record["rows"].append(row)
                     print(line(row), flush=True)
