@@ -22,8 +22,10 @@ from bench.peers.packages import PACKAGES, Package
 from bench.peers.worker import serve
 
 _ROUNDS = 5  # at most; two at least
-# Seconds of one answer, and of all rounds of a package; quick or not.
+# Seconds of one answer at most, and of the sample of a long loop; quick or not.
 _LIMITS = {True: (30.0, 0.2), False: (30.0, 2.5)}
+# A turn takes at least so many of the latter, and all turns of a package at most.
+_TURN, _TURNS = 0.1, 4
 # A loop is timed whole, however long, by who is at most so many times slower than the fastest peer.
 _NEAR = 1.5
 
@@ -205,13 +207,16 @@ def _in_turns(rows: list[tuple[Served, Json]], limit: float, budget: float) -> N
             i = (k + turn) % len(rows)
             each, row = rows[i]
             again = 0.0 if turn == 0 else spent[i] / turn
-            if row["status"] == "failed" or (turn > 1 and spent[i] + again > budget):
+            if row["status"] == "failed" or (turn > 1 and spent[i] + again > _TURNS * budget):
                 continue
             if turn == 1 and row["once"] > 10 * budget:
                 continue
             start = time.perf_counter()
             try:
-                row["seconds"].append(each.ask(max(limit, 3 * row["once"]), "time", row["calls"]))
+                seconds = each.ask(
+                    max(limit, 3 * row["once"]), "time", row["calls"], _TURN * budget
+                )
+                row["seconds"].append(seconds)
             except Failed as failure:
                 row.update(status="failed", why=str(failure))
             spent[i] += time.perf_counter() - start

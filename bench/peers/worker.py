@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import math
 import os
 import resource
+import statistics
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -19,9 +19,6 @@ import torch
 from bench.peers.jobs import Case, pairs_of, sample
 from bench.peers.packages import PACKAGES, Package
 
-# Seconds: what takes less is repeated within one timing, and what takes more needs no warm-up.
-_SHORT, _LONG = 5e-3, 1.0
-_WARM = 0.05  # seconds
 _SHARE = 0.8  # of the machine's memory that a package may take before it is said to fail
 
 
@@ -81,26 +78,19 @@ class Worker:
         memory = self._peak_memory() - before
         return {"values": values, "calls": calls, "seconds": seconds, "memory": memory}
 
-    def time(self, calls: int) -> float:
-        """Seconds of so many of the job's comparisons; short ones after some that don't count.
+    def time(self, calls: int, least: float) -> float:
+        """Seconds of so many of the job's comparisons: the median of as many as `least` s allow.
 
-        While the other packages have their turns, the system takes caches and pages away.
+        The first find caches and pages that others had, and any may share a core with the system.
         """
-        start = time.perf_counter()
-        once = self._timed(1, calls)
-        if once > _LONG:
-            return once
-        while time.perf_counter() - start < _WARM:
-            once = self._timed(1, calls)
-        number = math.ceil(_SHORT / min(once, _SHORT))
-        return self._timed(number, calls) / number
-
-    def _timed(self, number: int, calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(number):
+        found: list[float] = []
+        end = time.perf_counter() + least
+        while not found or time.perf_counter() < end:
+            start = time.perf_counter()
             self._compute(calls)
-        self._synchronize()
-        return time.perf_counter() - start
+            self._synchronize()
+            found.append(time.perf_counter() - start)
+        return statistics.median(found)
 
     def _whole(self) -> Callable[[], Any] | None:
         """The package's own way to the whole job; None where users write a loop."""

@@ -43,9 +43,9 @@ def feature_product(a: Tensor, b: Tensor, debiased: bool) -> Tensor:
     """
     if a is b:
         v = gram.new_half(a, a.shape[-1])
-        rows = gram.panels(v, a.shape[-1])
-        gram.add_product(rows, a.mT, first=True)
-        gram.weigh(rows)
+        columns = gram.panels(v, a.shape[-1])
+        gram.add_product(columns, a.mT, first=True)
+        gram.weigh(columns)
         product = 2 * _square(v)
     else:
         product = (a.mT @ b).square().sum((-2, -1))
@@ -71,20 +71,20 @@ def vector(
     """
     n = x.shape[-2]
     v = gram.new_half(x, n) if out is None else out
-    rows = gram.panels(v, n)
+    columns = gram.panels(v, n)
     if kernel == "linear":
-        gram.fill(rows, x, room)
+        gram.fill(columns, x, room)
     else:
         assert sigma is not None
         k = gram.double_centre(gram.rbf(x, sigma))
-        for own, panel in rows:
-            panel.copy_(k[..., own, : own.stop])
+        for own, panel in columns:
+            panel.copy_(k[..., own.start :, own])
     if not debiased:
-        gram.weigh(rows)
+        gram.weigh(columns)
         return v
     floor = _rounding(_square(v), n)
-    gram.u_centre_panels(rows)
-    gram.weigh(rows)
+    gram.u_centre_panels(columns)
+    gram.weigh(columns)
     return v.mul_(_beyond(_square(v), floor)[..., None].sign())
 
 

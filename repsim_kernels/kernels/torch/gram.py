@@ -13,9 +13,10 @@ from torch import Tensor
 _BLOCK = 2**20
 # Elements of a batch of Grams that passes through the cache together, and of one on a GPU.
 _BATCH, _LARGE_BATCH = 2**17, 2**24
-# Rows of a panel of a symmetric matrix, at least, and how many panels there are at most: more would
-# save little beyond nearly half of a product, and fewer rows multiply more slowly.
-_PANEL, _PANELS = 64, 8
+# Columns of a panel of a symmetric matrix, at least, and how many panels there are at most: more
+# would save little beyond nearly half of a product, and fewer columns multiply more slowly. More
+# than that are a multiple of what the BLAS takes at once.
+_PANEL, _PANELS, _TILE = 64, 8, 24
 # Columns of a cell in one product, and of a strip that is copied at once.
 _COLUMNS = 512
 _STRIP = 4096
@@ -23,7 +24,7 @@ _STRIP = 4096
 _ONCE = math.sqrt(0.5)
 
 Panels = list[tuple[slice, Tensor]]
-"""A half of symmetric matrices: rows, and what they hold up to the diagonal (…, rows, columns)."""
+"""A half of symmetric matrices: columns, and what they hold from the diagonal down."""
 
 
 def centre(x: Tensor) -> Tensor:
@@ -64,49 +65,50 @@ def linear(x: Tensor) -> Tensor:
     """The Gram matrix of the centred x: (…, n, p) to (…, n, n), float64."""
     n = x.shape[-2]
     g = torch.empty(*x.shape[:-1], n, dtype=torch.float64, device=x.device)
-    rows = panels(new_half(x, n), n)
-    fill(rows, x, block_room(x))
-    for own, panel in rows:
-        before, block = panel[..., : own.start], panel[..., own]
-        g[..., own, : own.start] = before
-        g[..., : own.start, own] = before.mT
+    columns = panels(new_half(x, n), n)
+    fill(columns, x, block_room(x))
+    for own, panel in columns:
+        width = panel.shape[-1]
+        block, below = panel[..., :width, :], panel[..., width:, :]
         g[..., own, own] = block.tril() + block.tril(-1).mT
+        g[..., own.stop :, own] = below
+        g[..., own, own.stop :] = below.mT
     return g
 
 
 def new_half(x: Tensor, n: int, *more: int) -> Tensor:
     """Room for half of an n x n matrix (…, m) for each of x (…, :, :), and for more."""
-    m = sum((own.stop - own.start) * own.stop for own in _runs_of_rows(n))
+    m = sum((n - own.start) * (own.stop - own.start) for own in _spans(n))
     return torch.empty(*more, *x.shape[:-2], m, dtype=torch.float64, device=x.device)
 
 
 def panels(v: Tensor, n: int) -> Panels:
     """The panels of symmetric matrices (…, n, n), as views of their halves v (…, m)."""
     found, start = [], 0
-    for own in _runs_of_rows(n):
-        rows = own.stop - own.start
-        panel = v[..., start : start + rows * own.stop].unflatten(-1, (rows, own.stop))
-        found.append((own, panel))
-        start += rows * own.stop
+    for own in _spans(n):
+        shape = n - own.start, own.stop - own.start
+        found.append((own, v[..., start : start + math.prod(shape)].unflatten(-1, shape)))
+        start += math.prod(shape)
     return found
 
 
-def _runs_of_rows(n: int) -> Iterator[slice]:
-    height = max(_PANEL, -(-n // _PANELS))
-    return (slice(start, min(start + height, n)) for start in range(0, n, height))
+def _spans(n: int) -> Iterator[slice]:
+    """The columns of each panel."""
+    width = max(_PANEL, -(-n // (_PANELS * _TILE)) * _TILE)
+    return (slice(start, min(start + width, n)) for start in range(0, n, width))
 
 
-def fill(rows: Panels, x: Tensor, room: Tensor) -> None:
+def fill(columns: Panels, x: Tensor, room: Tensor) -> None:
     """Put the Gram matrix of the centred x (…, n, p) into its panels, by way of `block_room`."""
     p = x.shape[-1]
     if not p:
-        for _, panel in rows:
+        for _, panel in columns:
             panel.zero_()
     for block in blocks(p, math.prod(x.shape[:-1])):
         shape = [*x.shape[:-1], block.stop - block.start]
         c = room[: math.prod(shape)].view(shape).copy_(x[..., block])
         _centre_(c)
-        add_product(rows, c, first=block.start == 0)
+        add_product(columns, c, first=block.start == 0)
 
 
 def block_room(*xs: Tensor) -> Tensor:
@@ -115,33 +117,33 @@ def block_room(*xs: Tensor) -> Tensor:
     return torch.empty(size, dtype=torch.float64, device=xs[0].device)
 
 
-def add_product(rows: Panels, c: Tensor, first: bool) -> None:
+def add_product(columns: Panels, c: Tensor, first: bool) -> None:
     """Add c cᵀ of c (…, n, k) to its panels, or put it there if it is the first."""
     n, k = c.shape[-2:]
     beta = 0 if first else 1
     if c.numel() == n * k:
         c = c.reshape(n, k)
-        for own, panel in rows:
-            panel.view(panel.shape[-2:]).addmm_(c[own], c[: own.stop].mT, beta=beta)
+        for own, panel in columns:
+            panel.view(panel.shape[-2:]).addmm_(c[own.start :], c[own].mT, beta=beta)
     else:
         c = c.reshape(-1, n, k)
-        for own, panel in rows:
-            panel.flatten(0, -3).baddbmm_(c[:, own], c[:, : own.stop].mT, beta=beta)
+        for own, panel in columns:
+            panel.flatten(0, -3).baddbmm_(c[:, own.start :], c[:, own].mT, beta=beta)
 
 
-def weigh(rows: Panels) -> None:
+def weigh(columns: Panels) -> None:
     """Scale panels in place such that inner products of halves are half of the matrices'."""
-    for own, panel in rows:
-        panel[..., own].mul_(_ONCE)
+    for _, panel in columns:
+        panel[..., : panel.shape[-1], :].mul_(_ONCE)
 
 
-def u_centre_panels(rows: Panels) -> None:
+def u_centre_panels(columns: Panels) -> None:
     """As `u_centre`, in place."""
-    diagonals = [panel[..., own].diagonal(dim1=-2, dim2=-1) for own, panel in rows]
-    shifts, columns = _u_shifts(torch.cat(diagonals, -1))
-    for (own, panel), diagonal in zip(rows, diagonals, strict=True):
-        panel += shifts[..., own, None]
-        panel += columns[..., None, : own.stop]
+    diagonals = [panel.diagonal(dim1=-2, dim2=-1) for _, panel in columns]
+    below, beside = _u_shifts(torch.cat(diagonals, -1))
+    for (own, panel), diagonal in zip(columns, diagonals, strict=True):
+        panel += below[..., own.start :, None]
+        panel += beside[..., None, own]
         diagonal.zero_()
 
 
