@@ -114,9 +114,10 @@ def cosine_distance(m: Tensor, whole: Tensor, complement: bool, floor: Tensor) -
     NaN where the squared norm of what is left of the whole is not above `floor`.
     Source: METRICS, "CKA without cancellation".
     """
-    ll = whole.square().sum()
-    gamma = (m * whole).sum((-2, -1)) / ll
+    parts, full = m.flatten(1), whole.flatten()
+    ll = full @ full
+    gamma = parts @ full / ll
     left = gamma if complement else 1 - gamma
-    rr = (m - gamma[:, None, None] * whole).square().sum((-2, -1))
+    rr = torch.addr(parts, gamma, full, alpha=-1).square_().sum(1)
     kk = _beyond(left.square() * ll + rr, floor)
     return (rr / kk) / (1 + left * torch.sqrt(ll / kk))
