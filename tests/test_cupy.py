@@ -123,7 +123,7 @@ def _method(name: str) -> Callable[..., Array]:
 
 for _name in ("min", "max", "all", "any", "sum", "astype", "swapaxes"):
     setattr(Array, _name, _method(_name))
-for _name in ("abs", "sub", "mul", "and", "rand", "eq", "ne", "gt"):
+for _name in ("abs", "sub", "mul", "or", "ror", "eq", "ne", "gt"):
     setattr(Array, f"__{_name}__", _method(f"__{_name}__"))
 
 
