@@ -53,8 +53,15 @@ def wide(a: Array) -> Array:
 
 def _finite(a: Array, name: str, limit: float = _LARGEST) -> None:
     # The order of the elements does not matter here, and reductions are fastest over dense memory.
+    turn = _arrays.kind(a) == "torch" and a.ndim > 1 and not a.is_contiguous()
+    dense = a.mT if turn else a
+    if _dtype(a) != "float64":
+        # All finite numbers are within the limit, and one that is not leaves no finite sum.
+        with np.errstate(over="ignore", invalid="ignore"):
+            if math.isfinite(float(dense.sum())):
+                return
     if _arrays.kind(a) == "torch":
-        low, high = map(float, (a if a.is_contiguous() else a.mT).aminmax())
+        low, high = map(float, dense.aminmax())
     else:
         low, high = float(a.min()), float(a.max())
     if not (math.isfinite(low) and math.isfinite(high)):
@@ -74,23 +81,36 @@ def _finite(a: Array, name: str, limit: float = _LARGEST) -> None:
 
 
 def _constant(x: Array) -> bool:
-    """Whether any matrix of x (…, n, p) has all rows equal; it seldom reads many columns."""
-    p = x.shape[-1]
+    """Whether any matrix of x (…, n, p) has all rows equal; it seldom reads more than a corner."""
+    n, p = x.shape[-2:]
     varies = False
-    start, width = 0, 16
+    start, rows, width = 0, min(n, 16), 16
     while start < p:
-        block = x[..., start : start + width]
+        block = x[..., :rows, start : start + width]
         varies = varies | (block != block[..., :1, :]).any((-2, -1))
         if bool(varies.all()):
             return False
-        start, width = start + width, width * 4
+        if rows < n:
+            rows = n
+        else:
+            start, width = start + width, width * 4
     return True
 
 
 def representation(
-    x: Any, name: str = "x", *, least: int = 2, constant: bool = False, batch: bool = True
+    x: Any,
+    name: str = "x",
+    *,
+    least: int = 2,
+    constant: bool = False,
+    batch: bool = True,
+    later: bool = False,
 ) -> Array:
-    """Check one representation (…, n, p): n >= `least`, p >= 1, real, finite, not constant."""
+    """Check one representation (…, n, p): n >= `least`, p >= 1, real, finite, not constant.
+
+    later: whether the result is NaN if any number is not finite, and goes through `defined`; then
+    this reads few of them, or none.
+    """
     x = _arrays.asarray(x, name)
     if x.ndim < 2 or (x.ndim > 2 and not batch):
         expected = "(…, n, p)" if batch else "(n, p)"
@@ -105,8 +125,11 @@ def representation(
     if 0 in x.shape:
         raise ShapeError(f"{name}: an empty batch, shape {tuple(x.shape)}; expected at least 1")
     x = _real(x, name)
-    _finite(x, name)
+    later = later and _dtype(x) != "float64"  # which has finite numbers beyond the limit
+    if not later:
+        _finite(x, name)
     if not constant and _constant(x):
+        _finite(x, name)
         raise ConstantError(
             f"{name}: the representation is the same for every stimulus; expected at least two "
             "different rows, since a zero Gram matrix has no similarity"
@@ -171,10 +194,10 @@ def _same_place(a: Array, b: Array, name_a: str, name_b: str) -> None:
         )
 
 
-def pair(x: Any, y: Any, *, least: int = 2) -> tuple[Array, Array]:
+def pair(x: Any, y: Any, *, least: int = 2, later: bool = False) -> tuple[Array, Array]:
     """Check two representations of the same stimuli, (…, n, p) and (…, n, q)."""
-    x = representation(x, "x", least=least)
-    y = representation(y, "y", least=least)
+    x = representation(x, "x", least=least, later=later)
+    y = representation(y, "y", least=least, later=later)
     _same_place(x, y, "x", "y")
     _same_stimuli(x, y, "x", "y")
     try:
@@ -196,7 +219,7 @@ def _same_stimuli(a: Array, b: Array, name_a: str, name_b: str) -> None:
 
 
 def representations(
-    xs: Any, name: str, *, least: int = 2, like: Array | None = None
+    xs: Any, name: str, *, least: int = 2, like: Array | None = None, later: bool = False
 ) -> list[Array]:
     """Check a sequence of representations (n, p_i) of the same stimuli (those of `like`)."""
     try:
@@ -207,7 +230,10 @@ def representations(
         ) from None
     if not items:
         raise ShapeError(f"{name}: an empty list; expected at least one array (n, p)")
-    out = [representation(x, f"{name}[{i}]", least=least, batch=False) for i, x in enumerate(items)]
+    out = [
+        representation(x, f"{name}[{i}]", least=least, batch=False, later=later)
+        for i, x in enumerate(items)
+    ]
     first, first_name = (out[0], f"{name}[0]") if like is None else (like, "xs[0]")
     for i, x in enumerate(out):
         _same_place(first, x, first_name, f"{name}[{i}]")
@@ -328,8 +354,13 @@ NO_RSA = (
 )
 
 
-def defined(value: Array, why: str) -> Array:
-    """Give a result back, or raise ConstantError where it is not defined."""
+def defined(value: Array, why: str, **arguments: Array) -> Array:
+    """Give a result back, or raise where it is not defined.
+
+    NonFiniteError, for one of the arguments that were to be checked `later`, or ConstantError.
+    """
     if bool((value != value).any()):
+        for name, argument in arguments.items():
+            _finite(argument, name)
         raise ConstantError(why)
     return value

@@ -123,6 +123,26 @@ def test_empty_dead_and_whole_cells(options, backend):
         assert got["pwcca"][0] == pytest.approx(1 - rk.pwcca(x, x, **options), rel=1e-12)
 
 
+@pytest.mark.parametrize("turn", [False, True])
+def test_a_neuron_whose_mean_is_its_first_value_is_not_dead(turn):
+    rng = np.random.default_rng(4)
+    x = rng.integers(-9, 9, (7, 12)).astype(float)
+    x[0, :6] = x[1:, :6].sum(0)
+    x[1:, :6] *= 6
+    x[:, 6] = 3
+    cells = np.arange(12) // 2
+    got = distances(x.T.copy().T if turn else x, cells)
+    assert_agree(got, distances(x, cells, "reference"), FLOAT64)
+
+
+def test_equally_far_apart_stimuli_have_no_debiased_distance():
+    rng = np.random.default_rng(5)
+    x = np.concatenate([np.linalg.qr(rng.standard_normal((6, 6)))[0], np.full((6, 1), 0.1)], 1)
+    for backend in ("torch", "reference"):
+        got = distances(x, np.array([0, 0, 1, 1, 1, 2, 3]), backend, metrics=["cka_debiased"])
+        np.testing.assert_array_equal(got["cka_debiased"], [np.nan, np.nan, np.nan, 0])
+
+
 def test_cells_in_no_cell_count_for_the_original():
     rng = np.random.default_rng(2)
     x = rng.standard_normal((10, 30))

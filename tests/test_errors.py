@@ -33,6 +33,8 @@ def single(x):
 BAD = [
     (NAN, rk.NonFiniteError, r"x: 1 of 24 values are NaN or infinite .*index \(2, 3\)"),
     (INF, rk.NonFiniteError, r"x: 1 of 24 values .*\(1, 0\)"),
+    (NAN.astype(np.float32), rk.NonFiniteError, r"x: 1 of 24 values .*\(2, 3\)"),
+    (INF.bfloat16(), rk.NonFiniteError, r"x: 1 of 24 values .*\(1, 0\)"),
     (X[0], rk.ShapeError, r"x: shape \(4,\); expected \(…, n, p\)"),
     (X[:, :0], rk.ShapeError, "x: no neurons"),
     (X[None][:0], rk.ShapeError, "x: an empty batch"),
@@ -52,13 +54,19 @@ def test_representations(x, error, match):
     for call in single(x):
         with pytest.raises(error, match=match):
             call()
+    like = torch.from_numpy if isinstance(x, torch.Tensor) else np.asarray
     for name in PAIRS:
         with pytest.raises(error, match=match):
-            getattr(rk, name)(x, Y)
+            getattr(rk, name)(x, like(Y))
         with pytest.raises(error, match=match.replace("x: ", "y: ", 1)):
-            getattr(rk, name)(Y if not isinstance(x, torch.Tensor) else torch.from_numpy(Y), x)
-    with pytest.raises(error, match=r"xs\[1\]: "):
-        rk.pairwise([X, x])
+            getattr(rk, name)(like(Y), x)
+    for options in ({}, {"debiased": True}, {"kernel": "rbf"}):
+        with pytest.raises(error, match=match):
+            rk.cka(x, like(Y), **options)
+        with pytest.raises(error, match=r"xs\[1\]: "):
+            rk.pairwise([like(X), x], **options)
+        with pytest.raises(error, match=r"ys\[0\]: "):
+            rk.pairwise([like(X), like(Y)], [x], **options)
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -78,6 +86,24 @@ def test_pairs(name):
         metric(X, Y, backend="numpy")
     with pytest.raises(rk.BackendUnavailable, match=f"'triton' can't serve {name}: "):
         metric(X, Y, backend="triton")
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_numbers_whose_sum_overflows_are_finite(kind):
+    big = (X / np.abs(X).max() * 3e38).astype(np.float32)
+    rk.cka(kind(np.abs(big)), kind(big))
+    both = np.concatenate([np.full((1, 4), np.inf), np.full((1, 4), -np.inf), X[2:]])
+    with pytest.raises(rk.NonFiniteError, match="x: 8 of 24 values"):
+        rk.cka(kind(both.astype(np.float32)), kind(big))
+
+
+@pytest.mark.parametrize(("stimulus", "neuron"), [(1, 0), (20, 3), (20, 39)])
+def test_one_number_that_differs_is_found(stimulus, neuron):
+    x = np.full((21, 40), 0.1)
+    with pytest.raises(rk.ConstantError, match="x: "):
+        rk.cka(x, x)
+    x[stimulus, neuron] = 0.2
+    assert rk.cka(x, x) == pytest.approx(1)
 
 
 def test_one_constant_item_of_a_batch_is_found():

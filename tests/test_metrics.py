@@ -102,6 +102,30 @@ def test_each_side_of_the_cost(name, options, p, q):
     assert_as_reference(name, options, x, y, x, y, tolerance(name, options))
 
 
+@pytest.mark.parametrize("cores", [1, 2, 3])
+@pytest.mark.parametrize("n", [20, 150])
+def test_long_sums_are_shared_out(monkeypatch, n, cores):
+    """Few stimuli and many neurons, in parts that do not divide them."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    rng = np.random.default_rng(n)
+    x = rng.standard_normal((n, 6200))
+    y = x[:, :5000] + rng.standard_normal((n, 5000))
+    for options in ({}, {"debiased": True}):
+        assert_as_reference("cka", options, x, y, x, y, tolerance("cka", options))
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3])
+def test_many_stimuli_are_shared_out(monkeypatch, cores):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((6200, 3)) + 5
+    y = x @ rng.standard_normal((3, 4)) + rng.standard_normal((6200, 4))
+    a, b = (z - z.mean(0) for z in (x, y))
+    xy, xx, yy = (np.linalg.norm(u.T @ v) for u, v in ((a, b), (a, a), (b, b)))
+    assert_close(rk.cka(x, y), xy**2 / (xx * yy), Tol(1e-12))
+    assert_close(rk.pairwise([x, y]), [[1, rk.cka(x, y)], [rk.cka(x, y), 1]], Tol(1e-12))
+
+
 @EACH
 def test_batches_broadcast(name, options):
     rng = np.random.default_rng(0)

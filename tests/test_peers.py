@@ -6,9 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,10 +153,9 @@ def serve_fakes(key, device, connection):
 def test_a_stopped_comparison_leaves_nothing_in_shared_memory():
     command = [sys.executable, "-m", "bench", "peers", "--quick", "--job", "pairs"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    place = Path("/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir())
 
     def folders():
-        return list(place.glob(f"repsim-{process.pid}-*"))
+        return list(run.SHARED.glob(f"repsim-{process.pid}-*"))
 
     try:
         for _ in range(600):

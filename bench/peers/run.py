@@ -28,6 +28,8 @@ _LIMITS = {True: (30.0, 0.2), False: (30.0, 2.5)}
 _TURN, _TURNS = 0.1, 4
 # A loop is timed whole, however long, by who is at most so many times slower than the fastest peer.
 _NEAR = 1.5
+# Where the inputs lie, in memory if it can be.
+SHARED = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
 
 
 class Failed(RuntimeError):
@@ -98,12 +100,11 @@ def peers(
     if job and out and out.exists():
         record["rows"] = [row for row in load(out)["rows"] if row["job"] != job]
     served = {package.key: Served(package, device) for package in PACKAGES}
-    shared = "/dev/shm" if Path("/dev/shm").is_dir() else None
     try:
         for case in jobs.cases(quick):
             if job not in (None, case.job):
                 continue
-            with tempfile.TemporaryDirectory(dir=shared, prefix=f"repsim-{os.getpid()}-") as folder:
+            with tempfile.TemporaryDirectory(dir=SHARED, prefix=f"repsim-{os.getpid()}-") as folder:
                 for row in _case(case, Path(folder), served, device, quick):
                     record["rows"].append(row)
                     print(line(row), flush=True)

@@ -53,6 +53,6 @@ def cka(
     """
     debiased = _options.flag(debiased, "debiased")
     sigma = _options.bandwidth(kernel, sigma)
-    x, y = _check.pair(x, y, least=4 if debiased else 2)
+    x, y = _check.pair(x, y, least=4 if debiased else 2, later=True)
     value = _dispatch.call("cka", backend, x, y, debiased=debiased, kernel=kernel, sigma=sigma)
-    return _check.defined(value, _check.NO_CKA)
+    return _check.defined(value, _check.NO_CKA, x=x, y=y)

@@ -64,15 +64,17 @@ def pairwise(
         raise OptionError(f"{min(unknown)}: not an option of metric {metric!r}; it has {known}")
     options = _DEFAULTS[metric] | options
     least = _checked(metric, options)
-    xs = _check.representations(xs, "xs", least=least)
+    later = metric == "cka"
+    xs = _check.representations(xs, "xs", least=least, later=later)
     if ys is not None:
-        ys = _check.representations(ys, "ys", least=least, like=xs[0])
+        ys = _check.representations(ys, "ys", least=least, like=xs[0], later=later)
     if "ridge" in options:
         p, q = (max(x.shape[1] for x in zs) for zs in (xs, xs if ys is None else ys))
         _options.warn_if_degenerate(metric, len(xs[0]), p, q, options["ridge"], options["penalty"])
     values = _dispatch.call_lists("pairwise", backend, xs, ys, metric=metric, **options)
     undefined = {"cka": _check.NO_CKA, "rsa": _check.NO_RSA}
-    return _check.defined(values, undefined.get(metric, ""))
+    named = {f"{k}[{i}]": z for k, zs in (("xs", xs), ("ys", ys)) for i, z in enumerate(zs or ())}
+    return _check.defined(values, undefined.get(metric, ""), **named)
 
 
 def _checked(metric: str, options: dict[str, Any]) -> int:

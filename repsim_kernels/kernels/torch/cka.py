@@ -12,12 +12,13 @@ _EPS = torch.finfo(torch.float64).eps
 
 def cka(x: Tensor, y: Tensor, *, debiased: bool, kernel: str, sigma: float | None) -> Tensor:
     if kernel == "linear" and on_features([x.shape[-1]], [y.shape[-1]], x.shape[-2]):
-        a, b = gram.centre(x), gram.centre(y)
+        a, b = gram.centre_all([x, y])
         xy, xx, yy = (feature_product(*pair, debiased) for pair in ((a, b), (a, a), (b, b)))
     else:
         room = gram.block_room(x, y)
-        a, b = (vector(z, debiased, kernel, sigma, room) for z in (x, y))
+        (a, floor_x), (b, floor_y) = (vector(z, debiased, kernel, sigma, room) for z in (x, y))
         xy, xx, yy = (torch.linalg.vecdot(u, v) for u, v in ((a, b), (a, a), (b, b)))
+        xx, yy = beyond(xx, floor_x), beyond(yy, floor_y)
     return cosine(xy, xx, yy)
 
 
@@ -48,13 +49,13 @@ def feature_product(a: Tensor, b: Tensor, debiased: bool) -> Tensor:
         gram.weigh(columns)
         product = 2 * _square(v)
     else:
-        product = (a.mT @ b).square().sum((-2, -1))
+        product = gram.product(a.mT, b.mT).square().sum((-2, -1))
     if not debiased:
         return product
     n = a.shape[-2]
-    d, e = a.square().sum(-1), b.square().sum(-1)
+    d, e = _square(a), _square(b)
     left = product - (d * e).sum(-1) * n / (n - 2) + d.sum(-1) * e.sum(-1) / ((n - 1) * (n - 2))
-    return _beyond(left, n * _EPS * product) if a is b else left
+    return beyond(left, n * _EPS * product) if a is b else left
 
 
 def vector(
@@ -64,10 +65,11 @@ def vector(
     sigma: float | None,
     room: Tensor,
     out: Tensor | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Of the kernel matrix of x (…, n, p) a vector (…, m), such that cosines of them are CKA.
 
-    `room` is that of `gram.block_room`, to be used again.
+    And a floor (…): a square that is not beyond it is mere rounding. `room` is that of
+    `gram.block_room`, to be used again.
     """
     n = x.shape[-2]
     v = gram.new_half(x, n) if out is None else out
@@ -79,13 +81,9 @@ def vector(
         k = gram.double_centre(gram.rbf(x, sigma))
         for own, panel in columns:
             panel.copy_(k[..., own.start :, own])
-    if not debiased:
-        gram.weigh(columns)
-        return v
-    floor = _rounding(_square(v), n)
-    gram.u_centre_panels(columns)
+    trace = gram.u_centre_panels(columns) if debiased else v.new_zeros(v.shape[:-1])
     gram.weigh(columns)
-    return v.mul_(_beyond(_square(v), floor)[..., None].sign())
+    return v, _rounding(trace, n) / 2
 
 
 def _square(v: Tensor) -> Tensor:
@@ -93,15 +91,18 @@ def _square(v: Tensor) -> Tensor:
 
 
 def rounding(k: Tensor) -> Tensor:
-    """What rounding may leave of ‖U-centred K‖² where all stimuli are equally far apart."""
-    return _rounding(k.square().sum((-2, -1)), k.shape[-1])
+    """What rounding may leave of ‖U-centred K‖² where all stimuli are equally far apart.
+
+    There the n - 1 eigenvalues are equal, and (tr K)² / (n - 1) is ‖K‖², which else is more.
+    """
+    return _rounding(k.diagonal(dim1=-2, dim2=-1).sum(-1), k.shape[-1])
 
 
-def _rounding(square: Tensor, n: int) -> Tensor:
-    return (n * _EPS) ** 2 * square
+def _rounding(trace: Tensor, n: int) -> Tensor:
+    return (n * _EPS * trace).square() / (n - 1)
 
 
-def _beyond(value: Tensor, floor: Tensor) -> Tensor:
+def beyond(value: Tensor, floor: Tensor) -> Tensor:
     """NaN where a value is mere rounding: nothing is left to compare."""
     return torch.where(value > floor, value, torch.nan)
 
@@ -118,6 +119,6 @@ def cosine_distance(m: Tensor, whole: Tensor, complement: bool, floor: Tensor) -
     ll = full @ full
     gamma = parts @ full / ll
     left = gamma if complement else 1 - gamma
-    rr = torch.addr(parts, gamma, full, alpha=-1).square_().sum(1)
-    kk = _beyond(left.square() * ll + rr, floor)
+    rr = _square(torch.addr(parts, gamma, full, alpha=-1))
+    kk = beyond(left.square() * ll + rr, floor)
     return (rr / kk) / (1 + left * torch.sqrt(ll / kk))

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# Elements of a float64 block of neurons: 8 MiB, which stays in a last-level cache.
-_BLOCK = 2**20
+# Elements of a float64 block of neurons: 16 MiB, which stays in a last-level cache.
+_BLOCK = 2**21
 # Elements of a batch of Grams that passes through the cache together, and of one on a GPU.
 _BATCH, _LARGE_BATCH = 2**17, 2**24
 # Columns of a panel of a symmetric matrix, at least, and how many panels there are at most: more
 # would save little beyond nearly half of a product, and fewer columns multiply more slowly. More
 # than that are a multiple of what the BLAS takes at once.
 _PANEL, _PANELS, _TILE = 64, 8, 24
+# Rows that are few, and columns that are many for a core, where the columns are shared out.
+_FEW, _LONG = 128, 2048
 # Columns of a cell in one product, and of a strip that is copied at once.
 _COLUMNS = 512
 _STRIP = 4096
@@ -29,13 +31,24 @@ Panels = list[tuple[slice, Tensor]]
 
 def centre(x: Tensor) -> Tensor:
     """x (…, n, p) in float64 less its mean over stimuli; constant columns become exactly zero."""
-    c = x.to(torch.float64, copy=True)
-    _centre_(c)
-    return c
+    return centre_all([x])[0]
 
 
-def _centre_(c: Tensor) -> Tensor:
-    """Centre c (…, n, p) in place; returns the means (…, 1, p)."""
+def centre_all(xs: Sequence[Tensor]) -> list[Tensor]:
+    """As `centre`, in one memory: of several, malloc gives the system back what is freed."""
+    sizes = [x.numel() for x in xs]
+    room = torch.empty(sum(sizes), dtype=torch.float64, device=xs[0].device)
+    found = [c.view(x.shape).copy_(x) for x, c in zip(xs, room.split(sizes), strict=True)]
+    for c in found:
+        _centre_(c)
+    return found
+
+
+def _centre_(c: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre c (…, n, p) in place; returns (…, 1, p) the first stimulus and the rest of the means.
+
+    A column whose mean has no rest is constant, or its first value is its mean.
+    """
     n = c.shape[-2]
     first = c[..., :1, :].clone()
     c.sub_(first)
@@ -45,7 +58,7 @@ def _centre_(c: Tensor) -> Tensor:
     else:
         rest = c.mean(-2, keepdim=True)
     c.sub_(rest)
-    return first + rest
+    return first, rest
 
 
 def blocks(p: int, rows: int) -> Iterator[slice]:
@@ -79,7 +92,7 @@ def linear(x: Tensor) -> Tensor:
 def new_half(x: Tensor, n: int, *more: int) -> Tensor:
     """Room for half of an n x n matrix (…, m) for each of x (…, :, :), and for more."""
     m = sum((n - own.start) * (own.stop - own.start) for own in _spans(n))
-    return torch.empty(*more, *x.shape[:-2], m, dtype=torch.float64, device=x.device)
+    return _scratch(x, *more, *x.shape[:-2], m, dtype=torch.float64)
 
 
 def panels(v: Tensor, n: int) -> Panels:
@@ -121,14 +134,31 @@ def add_product(columns: Panels, c: Tensor, first: bool) -> None:
     """Add c cᵀ of c (…, n, k) to its panels, or put it there if it is the first."""
     n, k = c.shape[-2:]
     beta = 0 if first else 1
-    if c.numel() == n * k:
-        c = c.reshape(n, k)
-        for own, panel in columns:
-            panel.view(panel.shape[-2:]).addmm_(c[own.start :], c[own].mT, beta=beta)
-    else:
+    if c.numel() > n * k:
         c = c.reshape(-1, n, k)
         for own, panel in columns:
             panel.flatten(0, -3).baddbmm_(c[:, own.start :], c[:, own].mT, beta=beta)
+        return
+    c = c.reshape(n, k)
+    for own, panel in columns:
+        out, a, b = panel.view(panel.shape[-2:]), c[own.start :], c[own]
+        if n > _FEW:
+            out.addmm_(a, b.mT, beta=beta)
+        elif first:
+            out.copy_(product(a, b))
+        else:
+            out.add_(product(a, b))
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a bᵀ of a (…, n, k) and b (…, m, k). Of few rows that are long each core sums a part."""
+    k = a.shape[-1]
+    parts = 1 if a.is_cuda or a.ndim > 2 else min(torch.get_num_threads(), k // _LONG)
+    if parts < 2 or max(len(a), len(b)) > _FEW:
+        return a @ b.mT
+    end = k - k % parts
+    u, v = (z[:, :end].unflatten(1, (parts, -1)).transpose(0, 1) for z in (a, b))
+    return (u @ v.mT).sum(0).addmm_(a[:, end:], b[:, end:].mT)
 
 
 def weigh(columns: Panels) -> None:
@@ -137,14 +167,16 @@ def weigh(columns: Panels) -> None:
         panel[..., : panel.shape[-1], :].mul_(_ONCE)
 
 
-def u_centre_panels(columns: Panels) -> None:
-    """As `u_centre`, in place."""
+def u_centre_panels(columns: Panels) -> Tensor:
+    """As `u_centre`, in place; returns the traces that there were."""
     diagonals = [panel.diagonal(dim1=-2, dim2=-1) for _, panel in columns]
-    below, beside = _u_shifts(torch.cat(diagonals, -1))
-    for (own, panel), diagonal in zip(columns, diagonals, strict=True):
+    diagonal = torch.cat(diagonals, -1)
+    below, beside = _u_shifts(diagonal)
+    for (own, panel), zero in zip(columns, diagonals, strict=True):
         panel += below[..., own.start :, None]
         panel += beside[..., None, own]
-        diagonal.zero_()
+        zero.zero_()
+    return diagonal.sum(-1)
 
 
 def squared_distances(g: Tensor) -> Tensor:
@@ -266,22 +298,31 @@ def cell_sums(
             places[places >= offsets[1:][run, None]] = len(order) - 1
             columns = torch.from_numpy(order[places.ravel()]).to(x.device)
             torch.index_select(rows, 0, columns, out=raw[: places.size])
-            c = centred[: n * places.size].view(places.size, n).copy_(raw[: places.size]).mT
-            means = _centre_(c).view(*places.shape, 1)
-            live[run] += (c.amax(0) > 0).view(places.shape).sum(1)
-            parts = c.unflatten(1, places.shape).transpose(0, 1)
-            g[run].baddbmm_(parts, parts.mT)
+            c = centred[: n * places.size].view(places.size, n).copy_(raw[: places.size])
+            first, rest = _centre_(c.mT)
+            live[run] += _alive(c, rest[0]).view(places.shape).sum(1)
+            parts = c.view(*places.shape, n)
+            g[run].baddbmm_(parts.mT, parts)
             if shifts:
-                shift[run].baddbmm_(parts, means)
+                shift[run].baddbmm_(parts.mT, (first + rest).view(*places.shape, 1))
     return g, live, shift[..., 0]
 
 
-def _scratch(x: Tensor, *shape: int) -> Tensor:
-    """Unwritten memory of x's dtype; NumPy's comes faster, in huge pages."""
+def _alive(c: Tensor, rest: Tensor) -> Tensor:
+    """Which rows of c (k, n) are not zero, given the rest (k,) of their means by `_centre_`."""
+    alive = rest != 0
+    still = (~alive).nonzero()[:, 0]
+    alive[still] = (c[still] != 0).any(1)
+    return alive
+
+
+def _scratch(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Unwritten memory of x's dtype or another; NumPy's comes faster, in huge pages."""
+    dtype = dtype or x.dtype
     if x.device.type != "cpu":
-        return x.new_empty(shape)
-    memory = np.empty(math.prod(shape) * x.itemsize, np.uint8)
-    return torch.from_numpy(memory).view(x.dtype).view(shape)
+        return x.new_empty(shape, dtype=dtype)
+    memory = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(shape)
 
 
 def _copy(target: Tensor, source: Tensor) -> None:

@@ -67,8 +67,8 @@ def _cka(
     n = xs[0].shape[0]
     p, q = ([x.shape[1] for x in zs] for zs in (xs, xs if ys is None else ys))
     if kernel == "linear" and cka.on_features(p, q, n):
-        left = [gram.centre(x) for x in xs]
-        right = left if ys is None else [gram.centre(y) for y in ys]
+        left = gram.centre_all(xs)
+        right = left if ys is None else gram.centre_all(ys)
         xx = torch.stack([cka.feature_product(a, a, debiased) for a in left])
         yy = torch.stack([cka.feature_product(b, b, debiased) for b in right]) if ys else xx
         products = xx.new_zeros(len(left), len(right))
@@ -79,15 +79,17 @@ def _cka(
             products = products + products.mT + xx.diag()
         return cka.cosine(products, xx[:, None], yy)
 
-    def vectors(zs: list[Tensor]) -> Tensor:
+    def vectors(zs: list[Tensor]) -> tuple[Tensor, Tensor]:
         out, room = gram.new_half(zs[0], n, len(zs)), gram.block_room(*zs)
-        for own, z in zip(out, zs, strict=True):
-            cka.vector(z, debiased, kernel, sigma, room, own)
-        return out
+        floors = [
+            cka.vector(z, debiased, kernel, sigma, room, own)[1]
+            for own, z in zip(out, zs, strict=True)
+        ]
+        return out, torch.stack(floors)
 
-    a = vectors(xs)
-    b = a if ys is None else vectors(ys)
-    products = a @ b.mT
+    a, floor_x = vectors(xs)
+    b, floor_y = (a, floor_x) if ys is None else vectors(ys)
+    products = gram.product(a, b)
     own = (products.diagonal(),) * 2 if ys is None else (z.square().sum(1) for z in (a, b))
-    xx, yy = own
+    xx, yy = (cka.beyond(*pair) for pair in zip(own, (floor_x, floor_y), strict=True))
     return cka.cosine(products, xx[:, None], yy)
