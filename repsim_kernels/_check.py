@@ -286,7 +286,7 @@ def cells(
         raise CellError(
             f"cells: boolean labels ({p},); expected integers, or a membership (C, {p})"
         )
-    labels = values.astype(np.int64)
+    labels = values.astype(np.int64, copy=False)
     low, high = int(labels.min()), int(labels.max())
     if n_cells is None:
         n_cells = max(high + 1, 0)

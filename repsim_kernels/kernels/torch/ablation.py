@@ -73,7 +73,7 @@ class Cells(Parts):
         self.x, self.cells, self.passes = x, cells, passes
         if cells.ndim == 1:
             # The neurons in no cell make one more, so that one pass gives the whole as well.
-            labels = np.where(cells < 0, n_cells, cells)
+            labels = gram.labelled(cells, n_cells)
             g, live, shift = passes.cell_sums(x, labels, n_cells + 1, shifts)
             whole, alive = g.sum(0), live.sum()
         else:

@@ -81,9 +81,11 @@ def vector(
         k = gram.double_centre(gram.rbf(x, sigma))
         for own, panel in columns:
             panel.copy_(k[..., own.start :, own])
-    trace = gram.u_centre_panels(columns) if debiased else v.new_zeros(v.shape[:-1])
+    floor = v.new_zeros(v.shape[:-1])
+    if debiased:
+        floor = _rounding(gram.u_centre_panels(columns), n) / 2
     gram.weigh(columns)
-    return v, _rounding(trace, n) / 2
+    return v, floor
 
 
 def _square(v: Tensor) -> Tensor:

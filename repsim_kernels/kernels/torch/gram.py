@@ -22,6 +22,8 @@ _FEW, _LONG = 128, 2048
 # Columns of a cell in one product, and of a strip that is copied at once.
 _COLUMNS = 512
 _STRIP = 4096
+# Bytes that malloc, when they are freed, keeps for who asks next; of more it keeps none.
+_KEPT = 32 * 2**20
 # Weight of the entries of a half of a matrix that stand for one, beside those that stand for two.
 _ONCE = math.sqrt(0.5)
 
@@ -37,7 +39,7 @@ def centre(x: Tensor) -> Tensor:
 def centre_all(xs: Sequence[Tensor]) -> list[Tensor]:
     """As `centre`, in one memory: of several, malloc gives the system back what is freed."""
     sizes = [x.numel() for x in xs]
-    room = torch.empty(sum(sizes), dtype=torch.float64, device=xs[0].device)
+    room = _scratch(xs[0], sum(sizes), dtype=torch.float64)
     found = [c.view(x.shape).copy_(x) for x, c in zip(xs, room.split(sizes), strict=True)]
     for c in found:
         _centre_(c)
@@ -77,7 +79,7 @@ def batches(items: list[int], gram: Tensor) -> Iterator[list[int]]:
 def linear(x: Tensor) -> Tensor:
     """The Gram matrix of the centred x: (…, n, p) to (…, n, n), float64."""
     n = x.shape[-2]
-    g = torch.empty(*x.shape[:-1], n, dtype=torch.float64, device=x.device)
+    g = _scratch(x, *x.shape[:-1], n, dtype=torch.float64)
     columns = panels(new_half(x, n), n)
     fill(columns, x, block_room(x))
     for own, panel in columns:
@@ -127,7 +129,7 @@ def fill(columns: Panels, x: Tensor, room: Tensor) -> None:
 def block_room(*xs: Tensor) -> Tensor:
     """Memory for a float64 block of any of the xs (…, n, p): fresh it costs what centring does."""
     size = max(min(x.numel(), max(_BLOCK, math.prod(x.shape[:-1]))) for x in xs)
-    return torch.empty(size, dtype=torch.float64, device=xs[0].device)
+    return _scratch(xs[0], size, dtype=torch.float64)
 
 
 def add_product(columns: Panels, c: Tensor, first: bool) -> None:
@@ -243,12 +245,17 @@ def centered_gram(x: Tensor, *, kernel: str, sigma: float | None) -> Tensor:
     return double_centre(rbf(x, sigma))
 
 
+def labelled(cells: np.ndarray, n_cells: int) -> np.ndarray:
+    """Labels (p,) with those of no cell, -1, as one more."""
+    return cells if cells.min(initial=0) >= 0 else np.where(cells < 0, n_cells, cells)
+
+
 def members(cells: np.ndarray, n_cells: int) -> tuple[np.ndarray, np.ndarray]:
     """The neurons of all cells, one cell after the other, and where each cell starts: (C + 1,)."""
     if cells.ndim == 2:
         order, sizes = np.nonzero(cells)[1], cells.sum(1)
     else:
-        labels = np.where(cells < 0, n_cells, cells)
+        labels = labelled(cells, n_cells)
         # NumPy sorts 16 bits by radix, 64 by comparison.
         order = np.argsort(labels.astype(np.uint16 if n_cells < 2**16 else np.int64), kind="stable")
         sizes = np.bincount(labels, minlength=n_cells + 1)[:n_cells]
@@ -277,49 +284,77 @@ def cell_sums(
     Returns ``g`` (C, n, n); ``live`` (C,), how many columns of a cell are not constant; ``shift``
     (C, n), B_c μ_c with B_c the centred columns of a cell and μ_c their means, or zeros.
     """
-    n, p = x.shape
-    g = torch.zeros(n_cells, n, n, dtype=torch.float64, device=x.device)
+    n = len(x)
+    g = _scratch(x, n_cells, n, n, dtype=torch.float64).zero_()
     live = torch.zeros(n_cells, dtype=torch.int64, device=x.device)
     shift = torch.zeros(n_cells, n, 1, dtype=torch.float64, device=x.device)
-    # Many columns of each cell at once, in buffers that do not grow with p.
-    width = min(p, max(_BLOCK // n, n_cells * max(n, _COLUMNS)))
-    largest = cells.sum(-1).max() if cells.ndim == 2 else np.bincount(cells + 1)[1:].max(initial=0)
-    room = max(1, _BLOCK // n, min(width, int(largest)))
-    rows, raw = _scratch(x, width + 1, n), _scratch(x, room, n)
-    rows[width] = 0
-    centred = torch.empty(n * room, dtype=torch.float64, device=x.device)
-    for start in range(0, p, width):
-        span = slice(start, min(start + width, p))
-        _copy(rows[: span.stop - start].mT, x[:, span])
-        order, offsets = members(cells[..., span], n_cells)
-        order = np.append(order, width)  # the row of zeros
-        for run, size in _runs(np.diff(offsets).tolist(), n):
-            places = offsets[run, None] + np.arange(size)
-            places[places >= offsets[1:][run, None]] = len(order) - 1
-            columns = torch.from_numpy(order[places.ravel()]).to(x.device)
-            torch.index_select(rows, 0, columns, out=raw[: places.size])
-            c = centred[: n * places.size].view(places.size, n).copy_(raw[: places.size])
-            first, rest = _centre_(c.mT)
-            live[run] += _alive(c, rest[0]).view(places.shape).sum(1)
-            parts = c.view(*places.shape, n)
-            g[run].baddbmm_(parts.mT, parts)
-            if shifts:
-                shift[run].baddbmm_(parts.mT, (first + rest).view(*places.shape, 1))
+    for run, shape, c in _runs_of_cells(x, cells, n_cells):
+        first, rest = _centre_(c)
+        live[run] += _alive(c, rest[0]).view(shape).sum(1)
+        parts = c.unflatten(1, shape).transpose(0, 1)
+        g[run].baddbmm_(parts, parts.mT)
+        if shifts:
+            shift[run].baddbmm_(parts, (first + rest).view(*shape, 1))
     return g, live, shift[..., 0]
 
 
 def _alive(c: Tensor, rest: Tensor) -> Tensor:
-    """Which rows of c (k, n) are not zero, given the rest (k,) of their means by `_centre_`."""
+    """Which columns of c (n, k) are not zero, given the rest (k,) of their means by `_centre_`."""
     alive = rest != 0
     still = (~alive).nonzero()[:, 0]
-    alive[still] = (c[still] != 0).any(1)
+    alive[still] = (c[:, still] != 0).any(0)
     return alive
 
 
+def _runs_of_cells(
+    x: Tensor, cells: np.ndarray, n_cells: int
+) -> Iterator[tuple[slice, tuple[int, int], Tensor]]:
+    """Cells in a row, how many of how many columns, and these (n, k) in float64.
+
+    Cells that have fewer columns are filled up with zeros.
+    """
+    n, p = x.shape
+    # Many columns of each cell at once, in buffers that do not grow with p.
+    width = min(p, max(_BLOCK // n, n_cells * max(n, _COLUMNS)))
+    # They come from a copy that is turned in memory. One that malloc does not keep is paged in at
+    # each call, which can take longer than all else: then x is read itself, if not many times.
+    straight = n * width * x.itemsize > _KEPT and x.numel() < 8 * _BLOCK
+    if straight := straight and x.stride(0) > x.stride(1) and not x.is_cuda:
+        width = p
+    block = (_BLOCK // 2 if straight else _BLOCK) // n
+    sizes = cells.sum(-1) if cells.ndim == 2 else np.bincount(labelled(cells, n_cells))[:n_cells]
+    room = n * max(1, block, min(width, int(sizes.max(initial=0))))
+    raw, centred = _scratch(x, room), _scratch(x, room, dtype=torch.float64)
+    turned = _scratch(x, 0 if straight else width + 1, n)
+    turned[width:] = 0
+    for start in range(0, p, width):
+        span = slice(start, min(start + width, p))
+        if not straight:
+            _copy(turned[: span.stop - start].mT, x[:, span])
+        order, offsets = members(cells[..., span], n_cells)
+        for run, size in _runs(np.diff(offsets).tolist(), block):
+            places = offsets[run, None] + np.arange(size)
+            beyond = places >= offsets[1:][run, None]
+            places[beyond] = 0
+            columns, k = order[places], places.size
+            if not straight:
+                columns[beyond] = width  # the row of zeros
+            index = torch.from_numpy(columns.ravel()).to(x.device)
+            if straight:
+                shape = n, k
+                torch.gather(x, 1, index.expand(shape), out=raw[: n * k].view(shape))
+                c = centred[: n * k].view(shape).copy_(raw[: n * k].view(shape))
+                c[:, torch.from_numpy(np.flatnonzero(beyond))] = 0
+            else:
+                torch.index_select(turned, 0, index, out=raw[: n * k].view(k, n))
+                c = centred[: n * k].copy_(raw[: n * k]).view(k, n).mT
+            yield run, columns.shape, c
+
+
 def _scratch(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Unwritten memory of x's dtype or another; NumPy's comes faster, in huge pages."""
+    """Unwritten memory of x's dtype or another; NumPy's comes in huge pages, ten times as fast."""
     dtype = dtype or x.dtype
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or 0 in shape:
         return x.new_empty(shape, dtype=dtype)
     memory = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
     return torch.from_numpy(memory).view(dtype).view(shape)
@@ -331,14 +366,14 @@ def _copy(target: Tensor, source: Tensor) -> None:
         a.copy_(b)
 
 
-def _runs(sizes: list[int], n: int) -> Iterator[tuple[slice, int]]:
-    """Runs of cells in a row, with their largest size: alike, and a block's worth at most."""
+def _runs(sizes: list[int], most: int) -> Iterator[tuple[slice, int]]:
+    """Runs of cells in a row, with their largest size: alike, and so many columns at most."""
     start = 0
     while start < len(sizes):
         stop, largest, total = start + 1, sizes[start], sizes[start]
         for size in sizes[stop:]:
             padded = (stop + 1 - start) * max(largest, size)
-            if padded > 1.25 * (total + size) or padded * n > _BLOCK:
+            if padded > 1.25 * (total + size) or padded > most:
                 break
             stop, largest, total = stop + 1, max(largest, size), total + size
         if largest:
