@@ -22,8 +22,8 @@ _FEW, _LONG = 128, 2048
 # Columns of a cell in one product, and of a strip that is copied at once.
 _COLUMNS = 512
 _STRIP = 4096
-# Bytes that malloc, when they are freed, keeps for who asks next; of more it keeps none.
-_KEPT = 32 * 2**20
+# Elements of x up to which the columns of cells are taken from x itself.
+_STRAIGHT = 10 * 2**20
 # Weight of the entries of a half of a matrix that stand for one, beside those that stand for two.
 _ONCE = math.sqrt(0.5)
 
@@ -314,17 +314,12 @@ def _runs_of_cells(
     Cells that have fewer columns are filled up with zeros.
     """
     n, p = x.shape
-    # Many columns of each cell at once, in buffers that do not grow with p.
-    width = min(p, max(_BLOCK // n, n_cells * max(n, _COLUMNS)))
-    # They come from a copy that is turned in memory. One that malloc does not keep is paged in at
-    # each call, which can take longer than all else: then x is read itself, if not many times.
-    straight = n * width * x.itemsize > _KEPT and x.numel() < 8 * _BLOCK
-    if straight := straight and x.stride(0) > x.stride(1) and not x.is_cuda:
-        width = p
-    block = (_BLOCK // 2 if straight else _BLOCK) // n
-    sizes = cells.sum(-1) if cells.ndim == 2 else np.bincount(labelled(cells, n_cells))[:n_cells]
-    room = n * max(1, block, min(width, int(sizes.max(initial=0))))
-    raw, centred = _scratch(x, room), _scratch(x, room, dtype=torch.float64)
+    # Columns are gathered from x, or from a copy of many of them that is turned in memory: it takes
+    # new pages at each call, and x is read once; x itself is read for each run of cells.
+    straight = x.numel() <= _STRAIGHT and x.stride(0) > x.stride(1) and not x.is_cuda
+    width = p if straight else min(p, max(_BLOCK // n, n_cells * max(n, _COLUMNS)))
+    most = max(1, (_BLOCK // 2 if straight else _BLOCK) // n)
+    raw, centred = _scratch(x, n * most), _scratch(x, n * most, dtype=torch.float64)
     turned = _scratch(x, 0 if straight else width + 1, n)
     turned[width:] = 0
     for start in range(0, p, width):
@@ -332,8 +327,8 @@ def _runs_of_cells(
         if not straight:
             _copy(turned[: span.stop - start].mT, x[:, span])
         order, offsets = members(cells[..., span], n_cells)
-        for run, size in _runs(np.diff(offsets).tolist(), block):
-            places = offsets[run, None] + np.arange(size)
+        for run, begin, end in _runs(np.diff(offsets).tolist(), most):
+            places = offsets[run, None] + np.arange(begin, end)
             beyond = places >= offsets[1:][run, None]
             places[beyond] = 0
             columns, k = order[places], places.size
@@ -366,8 +361,11 @@ def _copy(target: Tensor, source: Tensor) -> None:
         a.copy_(b)
 
 
-def _runs(sizes: list[int], most: int) -> Iterator[tuple[slice, int]]:
-    """Runs of cells in a row, with their largest size: alike, and so many columns at most."""
+def _runs(sizes: list[int], most: int) -> Iterator[tuple[slice, int, int]]:
+    """Runs of cells in a row that are alike, and which of each cell's columns.
+
+    As many columns as `most` in all: a cell that has more comes several times, alone.
+    """
     start = 0
     while start < len(sizes):
         stop, largest, total = start + 1, sizes[start], sizes[start]
@@ -376,6 +374,6 @@ def _runs(sizes: list[int], most: int) -> Iterator[tuple[slice, int]]:
             if padded > 1.25 * (total + size) or padded > most:
                 break
             stop, largest, total = stop + 1, max(largest, size), total + size
-        if largest:
-            yield slice(start, stop), largest
+        for begin in range(0, largest, most):
+            yield slice(start, stop), begin, min(begin + most, largest)
         start = stop
