@@ -18,11 +18,11 @@ _BATCH, _LARGE_BATCH = 2**17, 2**24
 # than that are a multiple of what the BLAS takes at once.
 _PANEL, _PANELS, _TILE = 64, 8, 24
 # Rows that are few, and columns that are many for a core, where the columns are shared out.
-_FEW, _LONG = 128, 2048
+_FEW, _LONG = 64, 2048
 # Columns of a cell in one product, and of a strip that is copied at once.
 _COLUMNS = 512
 _STRIP = 4096
-# Elements of x up to which the columns of cells are taken from x itself.
+# Elements of x up to which the columns of many cells are taken from x itself.
 _STRAIGHT = 10 * 2**20
 # Weight of the entries of a half of a matrix that stand for one, beside those that stand for two.
 _ONCE = math.sqrt(0.5)
@@ -314,10 +314,14 @@ def _runs_of_cells(
     Cells that have fewer columns are filled up with zeros.
     """
     n, p = x.shape
-    # Columns are gathered from x, or from a copy of many of them that is turned in memory: it takes
-    # new pages at each call, and x is read once; x itself is read for each run of cells.
-    straight = x.numel() <= _STRAIGHT and x.stride(0) > x.stride(1) and not x.is_cuda
-    width = p if straight else min(p, max(_BLOCK // n, n_cells * max(n, _COLUMNS)))
+    # Columns are gathered from a copy of many of them that is turned in memory. Of many cells it is
+    # large, and takes new pages at each call: then from x, if that is not read too many times.
+    few, many = _BLOCK // n, n_cells * max(n, _COLUMNS)
+    straight = many > few and x.numel() <= _STRAIGHT
+    if straight := straight and x.stride(0) > x.stride(1) and not x.is_cuda:
+        width = p
+    else:
+        width = min(p, max(few, many))
     most = max(1, (_BLOCK // 2 if straight else _BLOCK) // n)
     raw, centred = _scratch(x, n * most), _scratch(x, n * most, dtype=torch.float64)
     turned = _scratch(x, 0 if straight else width + 1, n)
