@@ -43,11 +43,10 @@ class Parts:
         """The parts that change the whole and leave something of it."""
         return [c for c in range(len(self.grams)) if self.left[c] and not self.dead[c]]
 
-    def batches(self, chosen: list[int]) -> Iterator[tuple[list[int], Tensor]]:
-        """Chosen parts, in order, as many at a time as `gram.batches` says, and their Grams."""
-        for cells in gram.batches(chosen, self.whole):
-            first, end = cells[0], cells[-1] + 1
-            yield cells, self.grams[first:end] if end - first == len(cells) else self.grams[cells]
+    def some(self, parts: list[int]) -> Tensor:
+        """The Grams of some parts, in order; a view where they follow each other."""
+        first, end = parts[0], parts[-1] + 1
+        return self.grams[first:end] if end - first == len(parts) else self.grams[parts]
 
     def rest(self, c: int) -> Tensor:
         """K_c, the Gram of what is left without a part."""
@@ -180,11 +179,11 @@ def _cka_distances(parts: Parts, metric: str, found: Found) -> None:
         return gram.u_centre(k) if metric == "cka_debiased" else k
 
     whole, floor = prepared(parts.whole), cka.rounding(parts.whole)
-    whole = whole * cka.beyond(whole.square().sum(), floor).sign()
+    whole = whole * cka.beyond(cka.squared_norm(whole.flatten()), floor).sign()
     light = [c for c in parts.active if not parts.heavy[c]]
     distances = [
-        cka.cosine_distance(prepared(grams), whole, False, floor)
-        for _, grams in parts.batches(light)
+        cka.cosine_distance(prepared(parts.some(batch)), whole, False, floor)
+        for batch in gram.batches(light, parts.whole)
     ]
     if light:
         found.put(metric, light, torch.cat(distances), Route.SUMS)
@@ -227,13 +226,13 @@ def _ablated(parts: Parts, original: Original) -> Iterator[tuple[list[int], Abla
         yield [c], Ablated(original, features=parts.factor(c, basis))
     for heavy in (False, True):
         rest = [c for c in parts.active if c not in few and parts.heavy[c] == heavy]
-        for batch, grams in parts.batches(rest):
+        for batch in gram.batches(rest, parts.whole):
             factors = [functools.partial(parts.factor, c, basis) for c in batch]
             if heavy:
                 rests = torch.stack([parts.rest(c) for c in batch])
                 yield batch, Ablated(original, rest=rests, factors=factors)
             else:
-                yield batch, Ablated(original, cell=grams, factors=factors)
+                yield batch, Ablated(original, cell=parts.some(batch), factors=factors)
 
 
 class _Waiting:

@@ -47,13 +47,13 @@ def feature_product(a: Tensor, b: Tensor, debiased: bool) -> Tensor:
         columns = gram.panels(v, a.shape[-1])
         gram.add_product(columns, a.mT, first=True)
         gram.weigh(columns)
-        product = 2 * _square(v)
+        product = 2 * squared_norm(v)
     else:
         product = gram.product(a.mT, b.mT).square().sum((-2, -1))
     if not debiased:
         return product
     n = a.shape[-2]
-    d, e = _square(a), _square(b)
+    d, e = squared_norm(a), squared_norm(b)
     left = product - (d * e).sum(-1) * n / (n - 2) + d.sum(-1) * e.sum(-1) / ((n - 1) * (n - 2))
     return beyond(left, n * _EPS * product) if a is b else left
 
@@ -88,7 +88,8 @@ def vector(
     return v, floor
 
 
-def _square(v: Tensor) -> Tensor:
+def squared_norm(v: Tensor) -> Tensor:
+    """Of each vector v (…, m), without a temporary of their size."""
     return torch.linalg.vector_norm(v, dim=-1).square()
 
 
@@ -121,6 +122,6 @@ def cosine_distance(m: Tensor, whole: Tensor, complement: bool, floor: Tensor) -
     ll = full @ full
     gamma = parts @ full / ll
     left = gamma if complement else 1 - gamma
-    rr = _square(torch.addr(parts, gamma, full, alpha=-1))
+    rr = squared_norm(torch.addr(parts, gamma, full, alpha=-1))
     kk = beyond(left.square() * ll + rr, floor)
     return (rr / kk) / (1 + left * torch.sqrt(ll / kk))

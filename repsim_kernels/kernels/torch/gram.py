@@ -317,11 +317,9 @@ def _runs_of_cells(
     # Columns are gathered from a copy of many of them that is turned in memory. Of many cells it is
     # large, and takes new pages at each call: then from x, if that is not read too many times.
     few, many = _BLOCK // n, n_cells * max(n, _COLUMNS)
-    straight = many > few and x.numel() <= _STRAIGHT
-    if straight := straight and x.stride(0) > x.stride(1) and not x.is_cuda:
-        width = p
-    else:
-        width = min(p, max(few, many))
+    by_rows = x.stride(0) > x.stride(1) and not x.is_cuda
+    straight = by_rows and many > few and x.numel() <= _STRAIGHT
+    width = p if straight else min(p, max(few, many))
     most = max(1, (_BLOCK // 2 if straight else _BLOCK) // n)
     raw, centred = _scratch(x, n * most), _scratch(x, n * most, dtype=torch.float64)
     turned = _scratch(x, 0 if straight else width + 1, n)
@@ -333,20 +331,19 @@ def _runs_of_cells(
         order, offsets = members(cells[..., span], n_cells)
         for run, begin, end in _runs(np.diff(offsets).tolist(), most):
             places = offsets[run, None] + np.arange(begin, end)
-            beyond = places >= offsets[1:][run, None]
-            places[beyond] = 0
+            absent = places >= offsets[1:][run, None]
+            places[absent] = 0
             columns, k = order[places], places.size
-            if not straight:
-                columns[beyond] = width  # the row of zeros
+            columns[absent] = 0 if straight else width  # the row of zeros
             index = torch.from_numpy(columns.ravel()).to(x.device)
+            taken, c = raw[: n * k], centred[: n * k]
             if straight:
-                shape = n, k
-                torch.gather(x, 1, index.expand(shape), out=raw[: n * k].view(shape))
-                c = centred[: n * k].view(shape).copy_(raw[: n * k].view(shape))
-                c[:, torch.from_numpy(np.flatnonzero(beyond))] = 0
+                torch.gather(x, 1, index.expand(n, k), out=taken.view(n, k))
+                c = c.copy_(taken).view(n, k)
+                c[:, torch.from_numpy(np.flatnonzero(absent))] = 0  # a mask would be a pass over c
             else:
-                torch.index_select(turned, 0, index, out=raw[: n * k].view(k, n))
-                c = centred[: n * k].copy_(raw[: n * k]).view(k, n).mT
+                torch.index_select(turned, 0, index, out=taken.view(k, n))
+                c = c.copy_(taken).view(k, n).mT
             yield run, columns.shape, c
 
 

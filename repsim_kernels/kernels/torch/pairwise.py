@@ -90,6 +90,6 @@ def _cka(
     a, floor_x = vectors(xs)
     b, floor_y = (a, floor_x) if ys is None else vectors(ys)
     products = gram.product(a, b)
-    own = (products.diagonal(),) * 2 if ys is None else (z.square().sum(1) for z in (a, b))
+    own = (products.diagonal(),) * 2 if ys is None else map(cka.squared_norm, (a, b))
     xx, yy = (cka.beyond(*pair) for pair in zip(own, (floor_x, floor_y), strict=True))
     return cka.cosine(products, xx[:, None], yy)
