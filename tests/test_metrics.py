@@ -114,6 +114,25 @@ def test_long_sums_are_shared_out(monkeypatch, n, cores):
         assert_as_reference("cka", options, x, y, x, y, tolerance("cka", options))
 
 
+@pytest.mark.parametrize("options", [{}, {"debiased": True}, {"kernel": "rbf"}])
+@pytest.mark.parametrize("cores", [1, 2, 3])
+def test_those_of_a_shape_are_multiplied_together(monkeypatch, cores, options):
+    """In runs that end where the shape changes, whatever the dtypes, and batches of them."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    rng = np.random.default_rng(cores)
+    shared = rng.standard_normal((150, 3))
+    xs = [
+        (shared @ rng.standard_normal((3, p)) + rng.standard_normal((150, p))).astype(dtype)
+        for p, dtype in ((160, "f8"), (160, "f4"), (160, "f8"), (170, "f8"), (170, "f8"))
+    ]
+    tol = tolerance("cka", options)
+    for ys in (None, xs[3:]):
+        want = rk.pairwise(xs, ys, backend="reference", **options)
+        assert_close(rk.pairwise(xs, ys, **options), want, tol)
+    x, y = np.stack(xs[:2]), np.stack(xs[1:3])
+    assert_close(rk.cka(x, y, **options), rk.cka(x, y, backend="reference", **options), tol)
+
+
 @pytest.mark.parametrize("cores", [1, 2, 3])
 def test_many_stimuli_are_shared_out(monkeypatch, cores):
     monkeypatch.setattr(torch, "get_num_threads", lambda: cores)

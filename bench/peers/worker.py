@@ -81,8 +81,10 @@ class Worker:
     def time(self, calls: int, least: float) -> float:
         """Seconds of so many of the job's comparisons: the median of as many as `least` s allow.
 
-        The first find caches and pages that others had, and any may share a core with the system.
+        One before does not count: it finds caches and pages that others had.
         """
+        self._compute(1)
+        self._synchronize()
         found: list[float] = []
         end = time.perf_counter() + least
         while not found or time.perf_counter() < end:

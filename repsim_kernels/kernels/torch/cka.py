@@ -15,9 +15,13 @@ def cka(x: Tensor, y: Tensor, *, debiased: bool, kernel: str, sigma: float | Non
         a, b = gram.centre_all([x, y])
         xy, xx, yy = (feature_product(*pair, debiased) for pair in ((a, b), (a, a), (b, b)))
     else:
-        room = gram.block_room(x, y)
-        (a, floor_x), (b, floor_y) = (vector(z, debiased, kernel, sigma, room) for z in (x, y))
-        xy, xx, yy = (torch.linalg.vecdot(u, v) for u, v in ((a, b), (a, a), (b, b)))
+        alike = [[x, y]] if x.shape[:-2] == y.shape[:-2] else [[x], [y]]
+        (h, floor_x), (k, floor_y) = (
+            (gram.some(found, i), floor)
+            for found, floors in (halves(xs, debiased, kernel, sigma) for xs in alike)
+            for i, floor in enumerate(floors)
+        )
+        xy, xx, yy = (gram.inner(u, v) for u, v in ((h, k), (h, h), (k, k)))
         xx, yy = beyond(xx, floor_x), beyond(yy, floor_y)
     return cosine(xy, xx, yy)
 
@@ -43,11 +47,10 @@ def feature_product(a: Tensor, b: Tensor, debiased: bool) -> Tensor:
     Debiased, it is that of the U-centred Grams, n(n - 3) HSIC₁; the rows of the Grams sum to zero.
     """
     if a is b:
-        v = gram.new_half(a, a.shape[-1])
-        columns = gram.panels(v, a.shape[-1])
-        gram.add_product(columns, a.mT, first=True)
-        gram.weigh(columns)
-        product = 2 * squared_norm(v)
+        half = gram.new_half(a, a.shape[-1], *a.shape[:-2])
+        gram.add_product(half, a.mT, first=True)
+        gram.weigh(half)
+        product = 2 * gram.inner(half, half)
     else:
         product = gram.product(a.mT, b.mT).square().sum((-2, -1))
     if not debiased:
@@ -58,34 +61,30 @@ def feature_product(a: Tensor, b: Tensor, debiased: bool) -> Tensor:
     return beyond(left, n * _EPS * product) if a is b else left
 
 
-def vector(
-    x: Tensor,
-    debiased: bool,
-    kernel: str,
-    sigma: float | None,
-    room: Tensor,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Of the kernel matrix of x (…, n, p) a vector (…, m), such that cosines of them are CKA.
+def halves(
+    xs: list[Tensor], debiased: bool, kernel: str, sigma: float | None
+) -> tuple[gram.Half, Tensor]:
+    """Of the kernel matrices of xs, each (…, n, p), halves whose cosines are CKA: (L, …, n, n).
 
-    And a floor (…): a square that is not beyond it is mere rounding. `room` is that of
-    `gram.block_room`, to be used again.
+    And floors (L, …): an inner product with itself that is not beyond it is mere rounding.
     """
-    n = x.shape[-2]
-    v = gram.new_half(x, n) if out is None else out
-    columns = gram.panels(v, n)
-    if kernel == "linear":
-        gram.fill(columns, x, room)
-    else:
-        assert sigma is not None
-        k = gram.double_centre(gram.rbf(x, sigma))
-        for own, panel in columns:
-            panel.copy_(k[..., own.start :, own])
-    floor = v.new_zeros(v.shape[:-1])
-    if debiased:
-        floor = _rounding(gram.u_centre_panels(columns), n) / 2
-    gram.weigh(columns)
-    return v, floor
+    batch, n = xs[0].shape[:-2], xs[0].shape[-2]
+    found = gram.new_half(xs[0], n, len(xs), *batch)
+    floors = xs[0].new_zeros(len(xs), *batch, dtype=torch.float64)
+    room = gram.block_room(xs) if kernel == "linear" else None
+    for run in gram.together(xs):
+        half = gram.some(found, run)
+        if room is not None:
+            gram.fill(half, xs[run], room)
+        else:
+            assert sigma is not None
+            k = torch.stack([gram.double_centre(gram.rbf(x, sigma)) for x in xs[run]])
+            for own, panel in half:
+                panel.copy_(k[..., own.start :, own])
+        if debiased:
+            floors[run] = _rounding(gram.u_centre_half(half), n) / 2
+        gram.weigh(half)
+    return found, floors
 
 
 def squared_norm(v: Tensor) -> Tensor:

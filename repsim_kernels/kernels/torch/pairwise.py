@@ -79,17 +79,9 @@ def _cka(
             products = products + products.mT + xx.diag()
         return cka.cosine(products, xx[:, None], yy)
 
-    def vectors(zs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        out, room = gram.new_half(zs[0], n, len(zs)), gram.block_room(*zs)
-        floors = [
-            cka.vector(z, debiased, kernel, sigma, room, own)[1]
-            for own, z in zip(out, zs, strict=True)
-        ]
-        return out, torch.stack(floors)
-
-    a, floor_x = vectors(xs)
-    b, floor_y = (a, floor_x) if ys is None else vectors(ys)
-    products = gram.product(a, b)
-    own = (products.diagonal(),) * 2 if ys is None else map(cka.squared_norm, (a, b))
-    xx, yy = (cka.beyond(*pair) for pair in zip(own, (floor_x, floor_y), strict=True))
-    return cka.cosine(products, xx[:, None], yy)
+    sides = [cka.halves(zs, debiased, kernel, sigma) for zs in ((xs,) if ys is None else (xs, ys))]
+    (rows, floor_x), (columns, floor_y) = sides[0], sides[-1]
+    products = gram.inner_of_all(rows, columns)
+    xx = products.diagonal() if ys is None else gram.inner(rows, rows)
+    yy = xx if ys is None else gram.inner(columns, columns)
+    return cka.cosine(products, cka.beyond(xx, floor_x)[:, None], cka.beyond(yy, floor_y))
