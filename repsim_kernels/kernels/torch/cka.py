@@ -12,8 +12,10 @@ _EPS = torch.finfo(torch.float64).eps
 
 def cka(x: Tensor, y: Tensor, *, debiased: bool, kernel: str, sigma: float | None) -> Tensor:
     if kernel == "linear" and on_features([x.shape[-1]], [y.shape[-1]], x.shape[-2]):
-        a, b = gram.centre_all([x, y])
-        xy, xx, yy = (feature_product(*pair, debiased) for pair in ((a, b), (a, a), (b, b)))
+        runs = gram.centre_all([x, y])
+        a, b = (c for run in runs for c in run)
+        xy = feature_product(a, b, debiased)
+        xx, yy = (norm for run in runs for norm in feature_norm(run, debiased))
     else:
         alike = [[x, y]] if x.shape[:-2] == y.shape[:-2] else [[x], [y]]
         (h, floor_x), (k, floor_y) = (
@@ -46,19 +48,26 @@ def feature_product(a: Tensor, b: Tensor, debiased: bool) -> Tensor:
 
     Debiased, it is that of the U-centred Grams, n(n - 3) HSIC₁; the rows of the Grams sum to zero.
     """
-    if a is b:
-        half = gram.new_half(a, a.shape[-1], *a.shape[:-2])
-        gram.add_product(half, a.mT, first=True)
-        gram.weigh(half)
-        product = 2 * gram.inner(half, half)
-    else:
-        product = gram.product(a.mT, b.mT).square().sum((-2, -1))
+    product = gram.product(a.mT, b.mT).square().sum((-2, -1))
+    return product - _u_centring(a, b) if debiased else product
+
+
+def feature_norm(a: Tensor, debiased: bool) -> Tensor:
+    """`feature_product` of a (…, n, p) with itself, NaN where that is mere rounding."""
+    half = gram.new_half(a, a.shape[-1], *a.shape[:-2])
+    gram.add_product(half, a.mT, first=True)
+    gram.weigh(half)
+    product = 2 * gram.inner(half, half)
     if not debiased:
         return product
+    return beyond(product - _u_centring(a, a), a.shape[-2] * _EPS * product)
+
+
+def _u_centring(a: Tensor, b: Tensor) -> Tensor:
+    """What U-centring takes from the inner product of two Grams."""
     n = a.shape[-2]
     d, e = squared_norm(a), squared_norm(b)
-    left = product - (d * e).sum(-1) * n / (n - 2) + d.sum(-1) * e.sum(-1) / ((n - 1) * (n - 2))
-    return beyond(left, n * _EPS * product) if a is b else left
+    return (d * e).sum(-1) * n / (n - 2) - d.sum(-1) * e.sum(-1) / ((n - 1) * (n - 2))
 
 
 def halves(

@@ -33,14 +33,20 @@ Half = list[tuple[slice, Tensor]]
 
 def centre(x: Tensor) -> Tensor:
     """x (…, n, p) in float64 less its mean over stimuli; constant columns become exactly zero."""
-    return centre_all([x])[0]
+    return centre_all([x])[0][0]
 
 
 def centre_all(xs: Sequence[Tensor]) -> list[Tensor]:
-    """As `centre`, in one memory: of several, malloc gives the system back what is freed."""
-    sizes = [x.numel() for x in xs]
-    room = _scratch(xs[0], sum(sizes), dtype=torch.float64)
-    found = [c.view(x.shape).copy_(x) for x, c in zip(xs, room.split(sizes), strict=True)]
+    """As `centre`, those `alike` in one tensor, (length, …, n, p).
+
+    All in one memory: of several, malloc gives the system back what is freed.
+    """
+    shapes = [(run.stop - run.start, *xs[run.start].shape) for run in alike(xs, _cores(xs[0]))]
+    sizes = [math.prod(shape) for shape in shapes]
+    room = _scratch(xs[0], sum(sizes), dtype=torch.float64).split(sizes)
+    found = [c.view(shape) for c, shape in zip(room, shapes, strict=True)]
+    for x, own in zip(xs, (own for c in found for own in c), strict=True):
+        own.copy_(x)
     for c in found:
         _centre_(c)
     return found
@@ -106,10 +112,18 @@ def some(half: Half, which: int | slice) -> Half:
     return [(own, panel[which]) for own, panel in half]
 
 
+def _cores(x: Tensor) -> int:
+    return 1 if x.is_cuda else torch.get_num_threads()
+
+
 def together(xs: Sequence[Tensor]) -> Iterator[slice]:
-    """Runs of xs (…, n, p) that are of one shape: where cores are few, one for each core."""
-    cores = 1 if xs[0].is_cuda else torch.get_num_threads()
-    most = cores if cores * math.prod(xs[0].shape[:-1]) * _COLUMNS <= _BLOCK else 1
+    """Those `alike` whose blocks are made together: if cores are few, as many as these."""
+    cores = _cores(xs[0])
+    return alike(xs, cores if cores * math.prod(xs[0].shape[:-1]) * _COLUMNS <= _BLOCK else 1)
+
+
+def alike(xs: Sequence[Tensor], most: int) -> Iterator[slice]:
+    """Runs of xs that are of one shape, of a length up to `most`."""
     start = 0
     while start < len(xs):
         stop = start + 1

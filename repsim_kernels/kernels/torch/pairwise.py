@@ -67,10 +67,10 @@ def _cka(
     n = xs[0].shape[0]
     p, q = ([x.shape[1] for x in zs] for zs in (xs, xs if ys is None else ys))
     if kernel == "linear" and cka.on_features(p, q, n):
-        left = gram.centre_all(xs)
-        right = left if ys is None else gram.centre_all(ys)
-        xx = torch.stack([cka.feature_product(a, a, debiased) for a in left])
-        yy = torch.stack([cka.feature_product(b, b, debiased) for b in right]) if ys else xx
+        runs = [gram.centre_all(zs) for zs in ((xs,) if ys is None else (xs, ys))]
+        norms = [torch.cat([cka.feature_norm(c, debiased) for c in side]) for side in runs]
+        left, right = ([c for run in side for c in run] for side in (runs[0], runs[-1]))
+        xx, yy = norms[0], norms[-1]
         products = xx.new_zeros(len(left), len(right))
         for i, a in enumerate(left):
             for j in range(len(right) if ys else i):
