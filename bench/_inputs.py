@@ -12,6 +12,7 @@ from _tol import DISTANCE, GRAM, assert_close, assert_gram_close
 from torch import Generator, Tensor
 
 import repsim_kernels as rk
+from repsim_kernels._dispatch import TABLE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # AlexNet's first layer and a class's images, ResNet50's last stage and those of ten.
@@ -52,21 +53,19 @@ def size(n: int, p: int, dtype: torch.dtype) -> int:
     return n * p * dtype.itemsize
 
 
-def products(dtype: torch.dtype) -> str:
-    """How Grams are multiplied by default: the name of a ceiling."""
-    return "float64" if DEVICE == "cpu" or dtype == torch.float64 else "tf32x3"
+def products(operation: str, dtype: torch.dtype) -> str:
+    """How an operation multiplies Grams by default: the name of a ceiling."""
+    kernels = DEVICE == "cuda" and dtype != torch.float64 and (operation, "triton") in TABLE
+    return "tf32x3" if kernels else "float64"
 
 
-def _rounding(dtype: torch.dtype) -> str:
-    return "float64" if products(dtype) == "float64" else "float32"
+def as_grams(operation: str, dtype: torch.dtype) -> Callable[[Any, Any], None]:
+    return partial(assert_gram_close, tol=GRAM[products(operation, dtype)])
 
 
-def as_grams(dtype: torch.dtype) -> Callable[[Any, Any], None]:
-    return partial(assert_gram_close, tol=GRAM[products(dtype)])
-
-
-def as_distances(dtype: torch.dtype) -> Callable[[Any, Any], None]:
-    return partial(assert_close, tol=DISTANCE[_rounding(dtype)])
+def as_distances(operation: str, dtype: torch.dtype) -> Callable[[Any, Any], None]:
+    exact = products(operation, dtype) == "float64"
+    return partial(assert_close, tol=DISTANCE["float64" if exact else "float32"])
 
 
 def reference(operation: str, **options: Any) -> Callable[..., Any]:

@@ -45,24 +45,30 @@ def _cpuinfo() -> dict[str, str]:
 
 def slug(device: str) -> str:
     """The device's name as part of a file's."""
-    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return file_part(device_name(device))
+
+
+def file_part(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def environment(device: str, packages: tuple[str, ...] = ()) -> Json:
     """Device, versions and commit; ``packages`` are named beside those that compute."""
+    edits = _output("git", "status", "--porcelain", "--untracked-files=no")
     found: Json = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "commit": _output("git", "rev-parse", "HEAD"),
-        "changed": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
+        "changed": None if edits is None else edits != "",
         "repsim-kernels": repsim_kernels.__version__,
     }
     for name in ("numpy", "torch", "triton", "cupy-cuda12x", "cupy-cuda13x", *packages):
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     if device == "cuda":
+        found["host"] = device_name("cpu")
         properties = torch.cuda.get_device_properties(0)
         found["capability"] = f"{properties.major}.{properties.minor}"
         found["multiprocessors"] = properties.multi_processor_count
@@ -94,6 +100,14 @@ def save(out: Path, record: Json) -> None:
 def load(out: Path) -> Json:
     record: Json = json.loads(out.read_text())
     return record
+
+
+def seconds(value: float) -> str:
+    """Three digits and a unit."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if value >= size:
+            return f"{float(f'{value / size:.3g}'):,g} {unit}"
+    return f"{value / 1e-6:.3g} µs"
 
 
 def number(value: float) -> float | str:

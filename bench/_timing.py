@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -74,21 +75,26 @@ def measure(call: Call, inputs: Sequence[Inputs], limit: float) -> dict[str, Any
 
 
 def on_device(call: Call, inputs: Sequence[Inputs], call_ms: float, limit: float) -> dict[str, Any]:
-    """Milliseconds of a call's work on the GPU: a replayed graph, or else the profiler's sum.
+    """Milliseconds of a call's work on the GPU: a replayed graph, or else the profiler's sums.
 
     ``how`` says which it was, and why no graph; ``spoiled``, that a capture failed, after which
     this process should measure nothing more.
     """
     why = "the call takes long" if call_ms > _CAPTURED else _not_capturable(call, inputs[0])
     if why is None:
-        times = _replays(call, inputs, limit)
-        if isinstance(times, list):
-            return {**_summary(times), "how": "graph"}
-        return {"how": f"events; no graph: {times}", "spoiled": True}
+        want = call(*inputs[-1]).clone()
+        try:
+            graph, got = _captured(call, inputs)
+        except RuntimeError as error:
+            return {"how": f"events; no graph: {_first_line(error)}", "spoiled": True}
+        if torch.equal(got, want):
+            return {**_summary(_replays(graph, len(inputs), limit)), "how": "graph"}
+        # Last bits may differ, as those of cuBLAS with another workspace.
+        why = "a replay gives other numbers"
     profiled = _profiled(call, inputs)
     if profiled is None:
         return {"how": f"events; no profiler; no graph: {why}"}
-    return {"ms": profiled, "how": f"profiler; no graph: {why}"}
+    return {**profiled, "how": f"profiler; no graph: {why}"}
 
 
 def _summary(times: list[float]) -> dict[str, Any]:
@@ -152,27 +158,29 @@ def _not_capturable(call: Call, some: Inputs) -> str | None:
     return None
 
 
-def _replays(call: Call, inputs: Sequence[Inputs], limit: float) -> list[float] | str:
-    """Times of a call, from replays of a graph that calls on each of the inputs; or why not."""
-    want = call(*inputs[-1]).clone()
+def _captured(call: Call, inputs: Sequence[Inputs]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A graph that calls on each of the inputs, and the last result of its first replay."""
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            for some in inputs:
-                got = call(*some)
-        graph.replay()
-        torch.cuda.synchronize()
-    except RuntimeError as error:
-        return _first_line(error)
-    if not torch.equal(got, want):
-        return "a replay gives other numbers"
+    with torch.cuda.graph(graph):
+        for some in inputs:
+            got = call(*some)
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph, got
+
+
+def _replays(graph: torch.cuda.CUDAGraph, calls: int, limit: float) -> list[float]:
+    """Times of a call, from replays of a graph of several."""
     once = _events(graph.replay, [()] * 3)[-1]
     repeats = max(20, min(_MOST, int(1e3 * limit / max(once, 1e-3))))
-    return [t / len(inputs) for t in _events(graph.replay, [()] * repeats)]
+    return [t / calls for t in _events(graph.replay, [()] * repeats)]
 
 
-def _profiled(call: Call, inputs: Sequence[Inputs]) -> float | None:
-    """Mean of what kernels and copies of a call take together; None without a profiler."""
+def _profiled(call: Call, inputs: Sequence[Inputs]) -> dict[str, Any] | None:
+    """What kernels and copies of a call take together; None without a profiler.
+
+    The mean alone where it can't be told which of them belong to which call.
+    """
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -186,7 +194,22 @@ def _profiled(call: Call, inputs: Sequence[Inputs]) -> float | None:
         total = sum(float(e.self_device_time_total) for e in found if not e.is_user_annotation)
     except Exception:  # a GPU without it, or without the right to it
         return None
-    return 1e-3 * total / len(turns) or None
+    if not total:
+        return None
+    with suppress(Exception):  # what the profiler says of one event may change with its version
+        events = [e for e in profiler.events() if e.device_type == DeviceType.CUDA]
+        return _summary(_by_turn([e for e in events if not e.is_user_annotation], len(turns)))
+    return {"ms": 1e-3 * total / len(turns)}
+
+
+def _by_turn(events: Sequence[Any], turns: int) -> list[float]:
+    """Milliseconds of each turn's events, which have to be the same in all."""
+    ordered = sorted(events, key=lambda e: e.time_range.start)
+    size, rest = divmod(len(ordered), turns)
+    runs = [ordered[i * size : (i + 1) * size] for i in range(turns)]
+    if rest or len({tuple(e.name for e in run) for run in runs}) > 1:
+        raise ValueError("turns differ")
+    return [1e-3 * sum(float(e.time_range.elapsed_us()) for e in run) for run in runs]
 
 
 def _first_line(error: Exception) -> str:

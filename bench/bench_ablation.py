@@ -26,7 +26,7 @@ def test_debiased_cka(timed, n_cells):
         return [1 - cka(x, x * torch.from_numpy(labels != c).to(x.device)) for c in some]
 
     def check(got: Tensor, want: list[float]) -> None:
-        as_distances(torch.float32)(got[some], want)
+        as_distances("ablation_distances", torch.float32)(got[some], want)
 
     timed(
         "ablation_distances",
@@ -37,7 +37,7 @@ def test_debiased_cka(timed, n_cells):
         what="debiased CKA",
         shape={"n": n, "p": p, "C": n_cells},
         bytes=size(n, p, torch.float32),
-        operations={products(torch.float32): n * (n + 1) * p},
+        operations={products("ablation_distances", torch.float32): n * (n + 1) * p},
     )
 
 
@@ -46,7 +46,9 @@ def paper_metrics(timed, n, p, dtype):
     n_cells, cell = 16, 3
     labels = cells(p, n_cells)
     # On a CPU the Gram is float64, and the second pass float32 unless the activations aren't.
-    weighing = "ieee" if DEVICE == "cpu" and dtype != torch.float64 else products(dtype)
+    reading = products("ablation_distances", dtype)
+    weighing = "ieee" if DEVICE == "cpu" and dtype != torch.float64 else reading
+    close = as_distances("ablation_distances", dtype)
 
     def definition(x: Tensor) -> dict[str, Tensor]:
         whole, part = plain(x), plain(x[:, torch.from_numpy(labels == cell).to(x.device)])
@@ -55,14 +57,14 @@ def paper_metrics(timed, n, p, dtype):
         return by_svd(whole, part[None], PAPER, lambda h: (h @ rows).abs().sum(-1))
 
     gram, weights = n * (n + 1) * p, 2 * n_cells * (n - 1) * n * p
-    operations = {products(dtype): gram}
+    operations = {reading: gram}
     operations[weighing] = operations.get(weighing, 0) + weights
     timed(
         "ablation_distances",
         lambda x: rk.ablation_distances(x, labels, metrics=PAPER),
         one(n, p, dtype),
         oracle=definition,
-        check=lambda got, want: as_distances(dtype)(got[cell : cell + 1], want),
+        check=lambda got, want: close(got[cell : cell + 1], want),
         what=FIVE,
         shape={"n": n, "p": p, "C": n_cells},
         dtype=dtype,

@@ -25,7 +25,7 @@ def test_cca(timed, squared, dtype):
         lambda x, y: rk.cca(x, y, ridge=0.1, squared=squared),
         pair(N, P, dtype),
         oracle=reference("cca", ridge=0.1, squared=squared),
-        check=as_distances(dtype),
+        check=as_distances("cca", dtype),
         what=f"{'mean squared' if squared else 'mean'}, ridge 0.1",
         **sizes(dtype, 2),
     )
@@ -38,7 +38,7 @@ def test_svcca(timed, dtype):
         rk.svcca,
         pair(N, P, dtype),
         oracle=reference("svcca"),
-        check=as_distances(dtype),
+        check=as_distances("svcca", dtype),
         **sizes(dtype, 2),
     )
 
@@ -51,7 +51,7 @@ def test_pwcca(timed, dtype):
         lambda x, y: rk.pwcca(x, y, ridge=0.1),
         pair(N, P, dtype),
         oracle=reference("pwcca", ridge=0.1),
-        check=as_distances(dtype),
+        check=as_distances("pwcca", dtype),
         what="ridge 0.1",
         **sizes(dtype, 3),
     )

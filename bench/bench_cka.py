@@ -17,12 +17,12 @@ def cka(timed, n, dtype, what, **options):
         lambda x, y: rk.cka(x, y, **options),
         pair(n, P, dtype),
         oracle=reference("cka", **options),
-        check=as_distances(dtype),
+        check=as_distances("cka", dtype),
         what=what,
         shape={"n": n, "p": P},
         dtype=dtype,
         bytes=2 * size(n, P, dtype),
-        operations={products(dtype): 2 * n * (n + 1) * P},
+        operations={products("cka", dtype): 2 * n * (n + 1) * P},
     )
 
 

@@ -18,7 +18,7 @@ from torch import Generator, Tensor, nn
 
 from bench._inputs import DEVICE
 from experiments.presets import PRESETS, load_network
-from repsim_kernels.forward import AblatedForward, passes
+from repsim_kernels.forward import AblatedForward, State, passes
 
 CELLS, IMAGES = 16, 10
 CUTS = (  # and how many of the cells are dead
@@ -142,12 +142,23 @@ def test_alone(timed, cut, part):
         handle.remove()
         return kept.pop()
 
-    state = forward.prefix(cut.images)
+    states: dict[int, State] = {}  # by where their activations are
+
+    def apart(_: Generator) -> tuple[Tensor, ...]:
+        """The activation of a state of its own."""
+        state = forward.prefix(cut.images)
+        states[state.activation.data_ptr()] = state
+        return (state.activation,)
+
     calls = {
         "whole": (cut.model, lambda images: passes.tail(forward.prefix(images))),
         "prefix": (lambda images: forward.prefix(images).activation, seen),
-        "suffix": (lambda images: passes.tail(state), cut.model),
+        "suffix": (
+            lambda act: passes.tail(states[act.data_ptr()]),
+            lambda _: cut.model(cut.images),
+        ),
     }
     call, oracle = calls[part]
+    measured = cut.measured() | ({"make": apart} if part == "suffix" else {})
     with torch.no_grad():
-        timed("AblatedForward", call, oracle=oracle, name=part, **cut.measured())
+        timed("AblatedForward", call, oracle=oracle, name=part, **measured)

@@ -33,11 +33,12 @@ def test_centered_gram(timed, n, p, dtype):
         rk.centered_gram,
         one(n, p, dtype),
         oracle=plain,
-        check=as_grams(dtype),
+        check=as_grams("centered_gram", dtype),
         shape={"n": n, "p": p},
         dtype=dtype,
         bytes=size(n, p, dtype) + 8 * n**2,
-        operations={products(dtype): n * (n + 1) * p},  # one of two symmetric elements
+        # One of two symmetric elements.
+        operations={products("centered_gram", dtype): n * (n + 1) * p},
     )
 
 
@@ -48,12 +49,12 @@ def test_rbf(timed):
         lambda x: rk.centered_gram(x, kernel="rbf"),
         one(n, p, dtype),
         oracle=reference("centered_gram", kernel="rbf"),
-        check=as_grams(dtype),
+        check=as_grams("centered_gram", dtype),
         what="RBF",
         shape={"n": n, "p": p},
         dtype=dtype,
         bytes=size(n, p, dtype) + 8 * n**2,
-        operations={products(dtype): n * (n + 1) * p},
+        operations={products("centered_gram", dtype): n * (n + 1) * p},
     )
 
 
@@ -65,11 +66,11 @@ def cell_grams(timed, n, p, dtype, n_cells, partitions=1):
         lambda x: rk.cell_grams(x, labels),
         one(n, p, dtype),
         oracle=lambda x: plain_cells(x, labels),
-        check=as_grams(dtype),
+        check=as_grams("cell_grams", dtype),
         shape={"n": n, "p": p, "C": n_cells} | ({"T": partitions} if partitions > 1 else {}),
         dtype=dtype,
         bytes=size(n, p, dtype) + 8 * partitions * n_cells * n**2,
-        operations={products(dtype): partitions * n * (n + 1) * p},
+        operations={products("cell_grams", dtype): partitions * n * (n + 1) * p},
     )
 
 

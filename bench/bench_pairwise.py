@@ -32,6 +32,7 @@ def layers(g: Generator) -> tuple[Tensor, ...]:
 def test_pairwise(timed, metric):
     """The definitions, of some pairs: PWCCA is not symmetric."""
     some = [(0, 0), (0, 1), (1, 0), (2, LAYERS - 1)]
+    grams = {products("pairwise", torch.float32): LAYERS * N * (N + 1) * P}
 
     def definition(*xs: Tensor) -> list[float]:
         exact = [x.double().cpu().numpy() for x in xs]
@@ -39,7 +40,7 @@ def test_pairwise(timed, metric):
         return [function(exact[i], exact[j], **options, backend="reference") for i, j in some]
 
     def check(got: Tensor, want: list[float]) -> None:
-        as_distances(torch.float32)(torch.stack([got[i, j] for i, j in some]), want)
+        as_distances("pairwise", torch.float32)(torch.stack([got[i, j] for i, j in some]), want)
 
     timed(
         "pairwise",
@@ -50,5 +51,5 @@ def test_pairwise(timed, metric):
         what=metric,
         shape={"L": LAYERS, "n": N, "p": P},
         bytes=LAYERS * size(N, P, torch.float32),
-        operations={products(torch.float32): LAYERS * N * (N + 1) * P} if metric == "cka" else {},
+        operations=grams if metric == "cka" else {},
     )

@@ -80,7 +80,8 @@ def test_leave_one_out(timed, targets):
         return want
 
     def check(got: Tensor, want: Tensor) -> None:
-        as_distances(torch.float32)(got[~want.isnan()], want[~want.isnan()])
+        made = ~want.isnan()
+        as_distances("ablation_decodability", torch.float32)(got[made], want[made])
 
     timed(
         "ablation_decodability",
@@ -103,7 +104,7 @@ def test_folds(timed, probe, n):
         lambda x: rk.ablation_decodability(x, **arguments),
         lambda g: (few(g)[0][:n],),
         oracle=reference("ablation_decodability", **arguments),
-        check=as_distances(torch.float32),
+        check=as_distances("ablation_decodability", torch.float32),
         what=f"{probe}, 5 folds",
         shape={"n": n, "p": FEW, "C": CELLS, "targets": 1},
     )
@@ -124,7 +125,7 @@ def test_probe_paper(timed, record, paired):
     def check(got: dict[str, object], want: tuple[dict[str, object], dict[str, object]]) -> None:
         ours, exact = want
         for name, value in exact.items():
-            as_distances(torch.float32)(ours[name], value)
+            as_distances("logistic_fits", torch.float32)(ours[name], value)
         noise = np.hypot(as_numpy(got["standard_error"]), exact["standard_error"])
         assert (np.abs(as_numpy(got["change"]) - exact["change"]) <= 6 * noise).all()
 

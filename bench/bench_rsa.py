@@ -20,7 +20,7 @@ def test_rsa(timed, distance, compare, dtype):
         lambda x, y: rk.rsa(x, y, distance=distance, compare=compare),
         pair(N, P, dtype),
         oracle=reference("rsa", distance=distance, compare=compare),
-        check=as_distances(dtype),
+        check=as_distances("rsa", dtype),
         what=f"{distance}, {compare}",
         shape={"n": N, "p": P},
         dtype=dtype,

@@ -20,6 +20,11 @@ from bench._inputs import DEVICE, activations, as_distances, cells
 from repsim_kernels.kernels.torch import cka, gram, spectrum
 from repsim_kernels.kernels.torch.ablated import Ablated, Original
 
+if DEVICE == "cuda":
+    from repsim_kernels.kernels.triton.spectral import SOLVERS
+else:
+    from repsim_kernels.kernels.torch.ablated import SOLVERS
+
 RIDGE = 0.1
 METRICS = {
     "five metrics": ("cka", "procrustes", "cca", "cca_squared", "pwcca"),
@@ -55,7 +60,7 @@ def pwcca(weights: Tensor, rho: Tensor) -> Tensor:
 def ours(whole: Tensor, parts: Tensor, metrics: tuple[str, ...]) -> dict[str, Tensor]:
     """The package's stage, with the sums of PWCCA's variates in the place of its weights."""
     n = len(whole)
-    original = Original(spectrum.of_gram(whole), n, n - 1, RIDGE, 0.0)
+    original = Original(spectrum.of_gram(whole), n, n - 1, RIDGE, 0.0, SOLVERS)
     found: dict[str, list[Tensor]] = {name: [] for name in metrics}
     for batch in gram.batches(list(range(len(parts))), whole):
         ablated = Ablated(original, cell=parts[batch])
@@ -124,7 +129,7 @@ def test_stage(timed, n, n_cells, metrics, name, route, other):
         lambda *some: route(*some, METRICS[metrics]),
         made(n, n_cells),
         oracle=lambda *some: other(*some, METRICS[metrics]),
-        check=as_distances(torch.float64),
+        check=as_distances("gram_ablation_distances", torch.float64),
         what=metrics,
         name=name,
         shape={"n": n, "C": n_cells},
@@ -140,7 +145,7 @@ def test_gram_ablation_distances(timed, n, n_cells):
         lambda *some: rk.gram_ablation_distances(*some, metrics=names),
         made(n, n_cells),
         oracle=lambda *some: by_svd(*some, names),
-        check=as_distances(torch.float64),
+        check=as_distances("gram_ablation_distances", torch.float64),
         what="CKA, Procrustes, mean and mean squared CCA",
         shape={"n": n, "C": n_cells},
         dtype=torch.float64,

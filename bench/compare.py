@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench._machine import Json, load
+from bench._machine import Json, load, seconds
 
 KINDS = "the results of `make bench`, of `bench sheet` or of `bench peers`"
 # They differ between any two runs and change no time by themselves.
@@ -175,7 +175,7 @@ def table(changes: list[Change]) -> list[str]:
     for c in changes:
         between = "{:.2f} to {:.2f}".format(*c.interval) if c.interval else ""
         rows.append(
-            (c.what, _shown(c.a.median), _shown(c.b.median), f"{c.ratio:.2f}", between, c.mark)
+            (c.what, seconds(c.a.median), seconds(c.b.median), f"{c.ratio:.2f}", between, c.mark)
         )
     width = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = []
@@ -183,10 +183,3 @@ def table(changes: list[Change]) -> list[str]:
         cells = (v.rjust(w) for v, w in zip(values, width[1:-1], strict=True))
         lines.append("  ".join([what.ljust(width[0]), *cells, mark]).rstrip())
     return lines
-
-
-def _shown(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} µs"

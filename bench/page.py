@@ -6,10 +6,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench._machine import RESULTS, ROOT, Json, load
+from bench import roofline
+from bench._accuracy_figure import figure
+from bench._machine import RESULTS, ROOT, Json, load, seconds
 from bench.accuracy import summary
 from bench.peers import tables
-from bench.peers.tables import markdown, seconds
+from bench.peers.tables import OURS, markdown
 
 PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md")
 _PART = r"(<!-- {}: made by `python -m bench page` -->\n).*?(<!-- end -->)"
@@ -54,11 +56,15 @@ def filled(text: str, results: Path) -> str:
 
 
 def draw(results: Path = RESULTS) -> list[Path]:
-    """The figures of the comparison with peers."""
+    """The figures of peers and of accuracy, and the rooflines of the benchmarks."""
     written = []
-    for path in sorted(results.glob("peers-*.json")):
-        written.append(path.with_suffix(".png"))
-        tables.figure(load(path), written[-1])
+    for kind, drawn in (("peers", tables.figure), ("accuracy", figure)):
+        for path in sorted(results.glob(f"{kind}-*.json")):
+            written.append(path.with_suffix(".png"))
+            drawn(load(path), written[-1])
+    for path in sorted(results.glob("bench-*.json")):
+        name = path.stem.replace("bench", "roofline", 1)
+        written += roofline.roofline(path, results / f"{name}.png")
     return written
 
 
@@ -76,7 +82,29 @@ def _each(results: Path, kind: str, part: Callable[[Path, Json], str]) -> str:
 
 def _on(record: Json) -> str:
     found = record["environment"]
-    return f"{found['device']}, torch {found['torch']}, {found['date'][:10]}"
+    host = f", host {found['host']}" if "host" in found else ""
+    return f"{found['device']}{host}, torch {found['torch']}, {_dates(record)}"
+
+
+def _rows(record: Json) -> list[Json]:
+    """The rows that have commits of their own, newest first: a comparison's, run job by job."""
+    own = [row for row in record.get("rows", []) if "commit" in row]
+    return sorted(own, key=lambda row: row["date"], reverse=True)
+
+
+def _dates(record: Json) -> str:
+    days = [row["date"][:10] for row in _rows(record) or [record["environment"]]]
+    return days[0] if days[0] == days[-1] else f"{days[-1]} to {days[0]}"
+
+
+def _commits(record: Json) -> str:
+    """What was measured, newest first."""
+    found = record["environment"]
+    names = []
+    for commit in dict.fromkeys(row["commit"] for row in _rows(record) or [found]):
+        changed = bool(found["changed"]) and commit == found["commit"]
+        names.append((commit[:7] if commit else "not known") + " + changes" * changed)
+    return ", ".join(names)
 
 
 def peers(results: Path) -> str:
@@ -86,12 +114,14 @@ def peers(results: Path) -> str:
         cells, pairs = (tables.find(record, job=job)[0] for job in ("ablations", "pairs"))
         return "\n\n".join(
             [
-                f"On {_on(record)}. Medians; in brackets, how many times as long as this package.",
+                f"On {_on(record)}. Medians; in brackets, how many times as long as this package. "
+                "> 30 s: no answer by then; of a loop, not to its first two comparisons.",
                 f"![Time against the number of neurons, and of ablations]"
                 f"(bench/results/{path.with_suffix('.png').name})",
                 f"**Every ablation of one layer**, debiased CKA, n = {cells['n']}, "
-                f"p = {cells['p']:,} (AlexNet's first layer). Others loop over ablated copies; "
-                "\\*: estimated from some of them. The error is that of the distances, relative:",
+                f"p = {cells['p']:,} (AlexNet's first layer). Most others loop over ablated "
+                "copies; \\*: estimated from some of them. The error is that of the distances, "
+                "relative:",
                 tables.ablations(record, "cka_debiased"),
                 f"**All pairs of {pairs['layers']} layers**, debiased CKA, n = {pairs['n']:,}, "
                 f"p = {pairs['p']:,}:",
@@ -117,7 +147,7 @@ def peers_whole(results: Path) -> str:
                 f"On {_on(record)}; {', '.join(versions)}.",
                 "What each does, and what it leaves out:",
                 markdown(["package: metric", "how"], notes),
-                "What failed, or gives other numbers than the definition:",
+                "What failed or was not run, or gives other numbers than the definition:",
                 tables.failures(record),
                 "Everything:",
                 tables.everything(record),
@@ -156,7 +186,7 @@ def speed(results: Path) -> str:
                 _beside(record, _STAGES, "from Grams to the distances, all cells",
                         "an eigh and SVDs for each"),
                 _beside(record, _CUTS, "ablated passes at 224 x 224, 16 cells x 10 images",
-                        "a forward hook, once a cell", "bound"),
+                        "a forward hook, once a cell", _bound),
                 _fits(record),
             ]
         )  # fmt: skip
@@ -165,19 +195,32 @@ def speed(results: Path) -> str:
 
 
 def _beside(
-    record: Json, labels: dict[str, str], title: str, other: str, finding: str | None = None
+    record: Json,
+    labels: dict[str, str],
+    title: str,
+    other: str,
+    bound: Callable[[Json, str], str] | None = None,
 ) -> str:
-    head = [title, "this package", other, "ratio", *([finding] if finding else [])]
+    head = [title, "this package", other, "ratio", *(["bound"] if bound else [])]
     rows = []
     for label, start in labels.items():
-        ours, theirs = (_row(record, start, name) for name in ("repsim_kernels", other))
+        ours, theirs = (_row(record, start, name) for name in (OURS, other))
         line = [label, seconds(ours["median_s"]), seconds(theirs["median_s"])]
         line.append(f"{theirs['median_s'] / ours['median_s']:.1f}")
-        if finding:
-            value = record["findings"].get(ours["group"], {}).get(finding)
-            line.append("" if value is None else f"{value:.1f}")
+        if bound:
+            line.append(bound(record, ours["group"]))
         rows.append(line)
     return markdown(head, rows)
+
+
+def _bound(record: Json, group: str) -> str:
+    """How much faster than the hook cells can be, one after the other: bench_forward.py."""
+    some = [row for row in record["benchmarks"] if row["group"] == group]
+    alone = {row["name"]: row["median_s"] for row in some}
+    cells = some[0]["extra_info"]["shape"]["C"]
+    if "whole" not in alone:
+        return ""
+    return f"{cells * alone['whole'] / (alone['prefix'] + cells * alone['suffix']):.1f}"
 
 
 def _row(record: Json, start: str, name: str) -> Json:
@@ -192,21 +235,30 @@ def _row(record: Json, start: str, name: str) -> Json:
 def _fits(record: Json) -> str:
     rows = []
     for label, which in _FITS.items():
-        (found,) = (
-            values
-            for group, values in record["findings"].items()
-            if group.startswith(f"logistic_fits, {which}") and "ratio" in values
-        )
-        times = (seconds(found[key] / 1e3) for key in ("ms_a_fit", "loop_ms_a_fit"))
-        rows.append([label, *times, f"{found['ratio']:.1f}"])
-    for label, start in (
-        ("`probe_paper`, 16 cells, 200 draws: 3,400 regressions", "probe_paper, paired"),
-        ("leave-one-out ridge after 16 ablations, from their Grams", "ablation_decodability, leav"),
+        loop = _first(record, f"logistic_fits, {which}, ", "a loop over scikit-learn, ")
+        ours = _row(record, loop["group"], OURS)
+        one = ours["median_s"] / ours["extra_info"]["shape"]["fits"]
+        other = loop["median_s"] / int(loop["name"].split()[-4])  # "… 200 of the fits"
+        rows.append([label, seconds(one), seconds(other), f"{other / one:.1f}"])
+    paper = _first(record, "probe_paper, paired")
+    ridge = _first(record, "ablation_decodability, leave-one-out ridge")
+    shape = ridge["extra_info"]["shape"]
+    for label, found in (
+        ("`probe_paper`, 16 cells, 200 draws: 3,400 regressions", paper),
+        (
+            f"leave-one-out ridge after {shape['C']} ablations, n = {shape['n']}, all of "
+            f"p = {shape['p']:,}, its Grams included",
+            ridge,
+        ),
     ):
-        found = next(row for row in record["benchmarks"] if row["group"].startswith(start))
         rows.append([label, seconds(found["median_s"]), "not run", ""])
-    title = "linear probes, n = 500, d = 100 of p = 100,352 neurons"
+    title = "linear probes, n = 500, d = 100 of p = 100,352 neurons where not said"
     return markdown([title, "this package", "a loop over scikit-learn", "ratio"], rows)
+
+
+def _first(record: Json, start: str, name: str = OURS) -> Json:
+    rows = record["benchmarks"]
+    return next(r for r in rows if r["group"].startswith(start) and r["name"].startswith(name))
 
 
 def operations(results: Path) -> str:
@@ -261,10 +313,10 @@ def runs(results: Path) -> str:
     """What was run on what."""
     rows = []
     for path in sorted(results.glob("*.json")):
-        found = load(path)["environment"]
-        kind = path.name.partition("-")[0]
-        name = f"[`{kind}`](results/{path.name})"
-        rows.append([name, found["device"], found["date"][:10], (found["commit"] or "")[:7]])
+        record = load(path)
+        name = f"[`{path.name.partition('-')[0]}`](results/{path.name})"
+        device = record["environment"]["device"]
+        rows.append([name, device, _dates(record), _commits(record)])
     return markdown(["record", "device", "date", "commit"], rows)
 
 

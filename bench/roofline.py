@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from bench._machine import RESULTS, Json
+from bench._machine import RESULTS, Json, file_part, seconds
 
 PREDICTED = "predictions only: nothing measured on a GPU yet"
 UNMEASURED = "predictions only: this file has no measured row"
@@ -132,15 +131,11 @@ def roofline(sheet: Path | None, out: Path | None) -> list[Path]:
         raise RuntimeError(f"--out is for one of {len(charts)} sheets: name it by --sheet")
     written = []
     for each in charts:
-        name = "h100-predicted" if each.note == PREDICTED else _slug(each.device)
+        name = "h100-predicted" if each.note == PREDICTED else file_part(each.device)
         written.append(out or RESULTS / f"roofline-{name}.png")
         written[-1].parent.mkdir(parents=True, exist_ok=True)
         draw(each).savefig(written[-1], dpi=170)
     return written
-
-
-def _slug(device: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def _counted(kind: str, operations: int) -> dict[str, int]:
@@ -313,9 +308,5 @@ def _time(roof: Roof, p: Point) -> str:
     """What a point takes at least, or what it took and the share of that which it had to."""
     least = roof.floor(p)
     if p.seconds is None:
-        return _seconds(least)
-    return f"{_seconds(p.seconds)}, {least / p.seconds:.0%}"
-
-
-def _seconds(s: float) -> str:
-    return f"{1e6 * s:.3g} µs" if s < 1e-3 else f"{1e3 * s:.3g} ms" if s < 1 else f"{s:.3g} s"
+        return seconds(least)
+    return f"{seconds(p.seconds)}, {least / p.seconds:.0%}"

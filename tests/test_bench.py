@@ -9,13 +9,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import repsim_kernels as rk
-from bench.conftest import agree, amounts
+from bench import _inputs, _timing, conftest
+from bench.conftest import Record, Timed, agree, amounts
 
 ROOT = Path(__file__).parent.parent
 TINY = """
@@ -143,6 +145,92 @@ def test_amounts() -> None:
     assert both["bound"] == "products"
     assert both["of_ceiling"] == 0.5
     assert both["tflop_s"] == pytest.approx(15e-12)
+
+
+class Clock:
+    """A clock that calls move on."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class Benchmark:
+    """What pytest-benchmark's fixture does, by the clock."""
+
+    enabled = True
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.extra_info = clock, dict[str, object]()
+
+    def pedantic(self, run, *, setup, rounds) -> None:
+        data = []
+        for _ in range(rounds):
+            start = self.clock.now
+            run(*setup()[0])
+            data.append(self.clock.now - start)
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=data))
+
+
+@pytest.mark.parametrize(("device", "rounds"), [("cuda", 10), ("cpu", 3)])
+def test_rounds_are_not_of_the_call_that_compiles(monkeypatch, device, rounds) -> None:
+    """A GPU's first call of 4 s and others of 0.1 s: ten rounds in a second.
+
+    A call ends where the GPU is waited for. On a CPU, where nothing is compiled, the first call's
+    time stands.
+    """
+    clock, waiting = Clock(), [4.0]
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        clock.now += waiting[0] if device == "cpu" else 0
+        return x
+
+    def synchronize() -> None:
+        clock.now += waiting[0]
+        waiting[0] = 0.1
+
+    monkeypatch.setattr(conftest, "time", clock)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(conftest, "_environment", dict)
+    monkeypatch.setattr(_timing, "rotating", lambda make, device: [(torch.ones(3),)] * 2)
+    monkeypatch.setattr(_timing, "measure", lambda *_: {"ms": 100.0})
+    monkeypatch.setattr(_timing, "on_device", lambda *_: {"ms": 90.0})
+    record, request = Record(), SimpleNamespace(getfixturevalue=lambda _: {"copy": 1e9})
+    Timed(Benchmark(clock), record, request)(
+        "double",
+        call,
+        lambda g: (torch.ones(3),),
+        oracle=lambda x: x,
+        check=lambda got, want: None,
+        shape={"n": 3},
+        device=device,
+    )
+    assert record.benchmarks[0]["rounds"] == rounds
+    assert record.benchmarks[0]["median_s"] == pytest.approx(waiting[0])
+
+
+@pytest.mark.parametrize(
+    ("operation", "dtype", "want"),
+    [
+        ("cell_grams", torch.float32, "tf32x3"),
+        ("ablation_distances", torch.bfloat16, "tf32x3"),
+        ("cell_grams", torch.float64, "float64"),
+        ("cka", torch.float32, "float64"),
+        ("pairwise", torch.float32, "float64"),
+    ],
+)
+def test_what_has_no_kernel_is_float64_on_a_gpu_too(monkeypatch, operation, dtype, want) -> None:
+    monkeypatch.setattr(_inputs, "DEVICE", "cuda")
+    assert _inputs.products(operation, dtype) == want
+    near, far = torch.tensor(1.0 + 1e-7), torch.tensor(1.0 + 1e-5)
+    check = _inputs.as_distances(operation, dtype)
+    check(near, 1.0)
+    if want == "float64":
+        with pytest.raises(AssertionError):
+            check(far, 1.0)
+    else:
+        check(far, 1.0)
 
 
 def test_agreement_is_of_every_value() -> None:

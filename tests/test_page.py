@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from bench import page
+from bench import _machine, page
 from bench._machine import RESULTS, load, save
 
 
@@ -34,26 +34,98 @@ def test_results_name_their_device_versions_and_commit():
             assert found[key], (path, key)
 
 
+def part(name, folder):
+    return page.filled(f"<!-- {name}: made by `python -m bench page` -->\n<!-- end -->", folder)
+
+
 def test_another_result_makes_another_page(tmp_path):
     """The numbers of the tables are those of the records."""
     (source,) = RESULTS.glob("bench-*.json")
     record = load(source)
-    text = "<!-- operations: made by `python -m bench page` -->\n<!-- end -->"
     for row in record["benchmarks"]:
         row["median_s"] = 1.0
     save(tmp_path / source.name, record)
-    got = page.filled(text, tmp_path)
+    got = part("operations", tmp_path)
     rows = [line for line in got.splitlines() if "| repsim_kernels |" in line]
     assert len(rows) == sum(row["name"] == "repsim_kernels" for row in record["benchmarks"])
     assert all("| repsim_kernels | 1 s |" in row for row in rows)
     assert page.filled(got, tmp_path) == got
 
 
+def test_speed_is_of_medians(tmp_path):
+    """Neither of the fastest rounds nor of what was found by them."""
+    (source,) = RESULTS.glob("bench-*.json")
+    record = load(source)
+    for row in record["benchmarks"]:
+        row.update(median_s=1.0, min_s=0.1)
+        if row["name"] == "suffix":
+            row["median_s"] = 0.5
+    save(tmp_path / source.name, record)
+    lines = part("speed", tmp_path).splitlines()
+    assert "| ResNet50, layer3.0 | 1 s | 1 s | 1.0 | 1.8 |" in lines  # 16 / (1 + 16 / 2)
+    assert "| the same, 6 of the cells dead | 1 s | 1 s | 1.0 |  |" in lines
+    assert "| the same, classes apart | 500 µs | 5 ms | 10.0 |" in lines  # of 2,000 and 200
+    (ridge,) = (line for line in lines if "leave-one-out" in line)
+    assert "16 ablations, n = 500, all of p = 1,600, its Grams included | 1 s |" in ridge
+
+
+RUN = {"device": "a GPU", "date": "2026-11-27T02:00:00+0000", "commit": "b" * 40, "torch": "2"}
+
+
+def run(commit, date):
+    return {"commit": commit and commit * 40, "date": f"{date}T01:00:00+0000"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "changed", "dates", "commits"),
+    [
+        ({}, False, "2026-11-27", "bbbbbbb"),
+        ({}, None, "2026-11-27", "bbbbbbb"),
+        ({"rows": [{"precision": "tf32"}]}, True, "2026-11-27", "bbbbbbb + changes"),
+        (
+            {"rows": [run("a", "2026-11-25"), run("b", "2026-11-27"), run("a", "2026-11-26")]},
+            True,
+            "2026-11-25 to 2026-11-27",
+            "bbbbbbb + changes, aaaaaaa",
+        ),
+        ({"rows": [run(None, "2026-11-26")]}, None, "2026-11-26", "not known"),
+    ],
+)
+def test_runs_say_what_was_measured_when(tmp_path, rows, changed, dates, commits):
+    save(tmp_path / "peers-a-gpu.json", {"environment": RUN | {"changed": changed}, **rows})
+    line = part("runs", tmp_path).splitlines()[-2]
+    assert line == f"| [`peers`](results/peers-a-gpu.json) | a GPU | {dates} | {commits} |"
+
+
+def test_a_record_of_a_gpu_names_its_host_too():
+    assert page._on({"environment": RUN | {"host": "a CPU"}}) == (
+        "a GPU, host a CPU, torch 2, 2026-11-27"
+    )
+    assert page._on({"environment": RUN}) == "a GPU, torch 2, 2026-11-27"
+
+
+def test_an_environment_without_git_knows_no_changes(monkeypatch):
+    found = _machine.environment("cpu")
+    assert "host" not in found
+    for output, changed in ((None, None), ("", False), (" M README.md", True)):
+        monkeypatch.setattr(_machine, "_output", lambda *_, output=output: output)
+        assert _machine.environment("cpu")["changed"] is changed
+
+
+def test_every_figure_of_the_results_is_drawn_anew(tmp_path):
+    for path in RESULTS.glob("*.json"):
+        save(tmp_path / path.name, load(path))
+    written = page.draw(tmp_path)
+    assert sorted(tmp_path.glob("*.png")) == sorted(written)
+    there = {path.name for path in RESULTS.glob("*.png")}
+    assert {path.name for path in written} == there - {"roofline-h100-predicted.png"}
+
+
 def test_parts_that_cannot_be_made_are_said(tmp_path):
     with pytest.raises(RuntimeError, match="part nonsense: unknown; expected one of peers"):
         page.filled("<!-- nonsense: made by -->", tmp_path)
     with pytest.raises(RuntimeError, match=r"no bench-\*\.json in it"):
-        page.filled("<!-- speed: made by `python -m bench page` -->\n<!-- end -->", tmp_path)
+        part("speed", tmp_path)
     (tmp_path / "x").mkdir()
     with pytest.raises(RuntimeError, match="part runs: 0 times with an end"):
         page.filled("<!-- runs: made by `python -m bench page` -->\n", tmp_path / "x")

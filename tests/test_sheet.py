@@ -20,7 +20,7 @@ from bench.sheet import cases, rows, run, small, spectral_cases, supervise
 from bench.sheet.case import Case
 from bench.sheet.plain_cupy import PlainCupy
 
-RATES = {"copy": 1e9, "ieee": 1e9, "tf32": 1e9, "tf32x3": 1e9, "bfloat16": 1e9}
+RATES = dict.fromkeys(("copy", "ieee", "tf32", "tf32x3", "bfloat16", "float64"), 1e9)
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
@@ -144,6 +144,7 @@ def test_the_rows_of_a_gpu():
     assert len({(r.name, r.shape, r.dtype, r.precision) for r in found}) == len(found) > 30
     assert {r.precision for r in found} <= set(RATES)
     assert all(r.bytes > 1e7 and r.routes for r in found)
+    assert {r.precision for r in found if r.name == "riccati"} == {"float64"}
 
 
 @pytest.mark.parametrize(
@@ -215,6 +216,16 @@ def test_the_ratio_to_cupy_stands_beside_that_to_torch(monkeypatch):
     assert row["cupy_ms"] == row["routes"]["cupy"]["ms"] > 10
     assert row["cupy_ratio"] == row["cupy_ms"] / row["call"]["ms"]
     assert row["torch_ms"] == row["routes"]["plain"]["ms"]
+
+
+@pytest.mark.parametrize("route", [double, lambda x: 3 * x, lambda x: 1 / 0])
+def test_cupys_memory_is_given_back_however_its_route_ends(monkeypatch, route):
+    given_back = []
+    monkeypatch.setattr(rows.module, "unsupported", lambda *_: None)
+    monkeypatch.setattr(rows.plain_cupy, "forget", lambda: given_back.append(1) or 1 / 0)
+    row = measured(routes={"cupy": route, "plain": double})
+    assert given_back == [1]
+    assert row["torch_ms"] > 0
 
 
 @pytest.mark.usefixtures("interpreted")

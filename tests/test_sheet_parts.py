@@ -113,13 +113,13 @@ test "$PYTORCH_NO_CUDA_MEMORY_CACHING" = 1
 def fake(tmp_path, monkeypatch):
     """A compute-sanitizer that counts what it is told to, over a script that does nothing."""
 
-    def install(memory=0, script="pass"):
+    def install(memory=0, script="pass", limit=60.0):
         binary = tmp_path / "compute-sanitizer"
         binary.write_text(FAKE.format(memory=memory))
         binary.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
         monkeypatch.setattr(sanitizer, "_SCRIPT", (sys.executable, "-c", script))
-        return sanitizer.sanitize(60)
+        return sanitizer.sanitize(limit)
 
     return install
 
@@ -137,6 +137,25 @@ def test_a_script_that_fails_alone_is_not_sanitized(fake):
     assert [tool["tool"] for tool in found["tools"]] == ["alone"]
     assert found["tools"][0]["tail"] == ["WRONG"]
     assert "fails even alone" in found["why"]
+
+
+def test_a_script_that_takes_long_alone_does_not_fail(fake, monkeypatch):
+    monkeypatch.setattr(sanitizer, "_SHORT", 6.0)
+    found = fake(script="import time; time.sleep(60)", limit=6.0)
+    assert [tool["tool"] for tool in found["tools"]] == ["alone", "memcheck", "racecheck"]
+    assert found["tools"][0]["why"] == "stopped after 3 s"
+    assert [tool["errors"] for tool in found["tools"]] == [None, 0, 0]
+    assert "why" not in found
+
+
+def test_short_of_time_memcheck_is_first_and_has_all_of_it(fake, monkeypatch):
+    given, checked = [], sanitizer._checked
+    monkeypatch.setattr(sanitizer, "_checked", lambda *a: given.append(a[::2]) or checked(*a))
+    found = fake(memory=3, script="raise SystemExit(1)", limit=29.0)
+    assert [tool["tool"] for tool in found["tools"]] == ["memcheck", "racecheck"]
+    assert found["tools"][0]["errors"] == 3
+    assert given[0] == ("memcheck", 29.0)
+    assert 20 < given[1][1] < 29
 
 
 def test_no_sanitizer_is_said(monkeypatch):
@@ -301,7 +320,8 @@ def test_parts_keep_to_their_shares(tmp_path, monkeypatch, greedy):
     times = {name: seconds for name, _, seconds in reversed(given)}
     assert times["tests"] == run.TESTS - 10
     assert times["study"] == run.STUDY - 10
-    assert times["sanitizer"] == run.SANITIZER - 10
+    left = run.WHOLE - next(start for name, start, _ in given if name == "sanitizer")
+    assert times["sanitizer"] == (run.SANITIZER if greedy else left / 2) - 10
     assert times["rows"] >= 150
     assert given[-1][1] + given[-1][2] == run.WHOLE < 480
     if not greedy:

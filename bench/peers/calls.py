@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 Pair = Callable[[Any, Any], Any]
 Pairs = Callable[[list[Any]], Any]
-Ablations = Callable[[Any, np.ndarray], Any]
+Ablations = Callable[[Any, Any], Any]
 
 
 def _centred(x: Tensor) -> Tensor:
@@ -56,12 +56,26 @@ def plain_cka_debiased(x: Tensor, y: Tensor) -> Tensor:
 def _plain_ablations(similarity: Pair) -> Ablations:
     """The original's Gram once, and a masked copy and its Gram for each cell."""
 
-    def ablations(x: Tensor, cells: np.ndarray) -> Tensor:
+    def ablations(x: Tensor, cells: Tensor) -> Tensor:
         c = _centred(x)
         k, found = c @ c.T, []
-        for cell in range(cells.max() + 1):
-            rest = c * torch.from_numpy(cells != cell).to(c.device)
+        for cell in range(int(cells.max()) + 1):
+            rest = c * (cells != cell)
             found.append(1 - similarity(k, rest @ rest.T))
+        return torch.stack(found)
+
+    return ablations
+
+
+def _plain_by_parts(similarity: Pair) -> Ablations:
+    """The original's Gram once, and for each cell that less the Gram of its columns."""
+
+    def ablations(x: Tensor, cells: Tensor) -> Tensor:
+        c = _centred(x)
+        k, found = c @ c.T, []
+        for cell in range(int(cells.max()) + 1):
+            part = c[:, cells == cell]
+            found.append(1 - similarity(k, k - part @ part.T))
         return torch.stack(found)
 
     return ablations
@@ -88,6 +102,8 @@ def _u_centred(k: Tensor) -> Tensor:
 plain_cka_pairs, plain_cka_debiased_pairs = map(_plain_pairs, (lambda k: k, _u_centred))
 plain_cka_ablations = _plain_ablations(_cosine)
 plain_cka_debiased_ablations = _plain_ablations(_debiased_cosine)
+plain_cka_by_parts = _plain_by_parts(_cosine)
+plain_cka_debiased_by_parts = _plain_by_parts(_debiased_cosine)
 
 
 def cupy_cka(x: Any, y: Any) -> Any:
@@ -100,6 +116,12 @@ def pytorch_cka(x: Any, y: Any) -> Tensor:
     from cka import cka_from_features
 
     return cka_from_features(x, y)
+
+
+def pytorch_cka_ablations(x: Tensor, cells: Tensor) -> Tensor:
+    """Copies one after the other, as all would not fit in memory: it goes over them once."""
+    copies: Any = (x * (cells != cell) for cell in range(int(cells.max()) + 1))
+    return 1 - pytorch_cka(x, copies)[0]
 
 
 class _Layers(nn.Module):

@@ -36,6 +36,10 @@ class Package:
     def key(self) -> str:
         return f"{self.name}: {self.metric}"
 
+    def whole(self, job: str) -> Pairs | Ablations | None:
+        """Its own way to all comparisons of a job; None where users write a loop."""
+        return {"pairs": self.all_pairs, "ablations": self.ablations}.get(job)
+
 
 def _ours(metric: str, note: str, ablated: str | None = None, **options: Any) -> Package:
     name = metric if metric in ("rsa", "procrustes", "cca") else "cka"
@@ -58,6 +62,13 @@ def _ours(metric: str, note: str, ablated: str | None = None, **options: Any) ->
     )
 
 
+def _by_parts(metric: str, ablations: Ablations) -> Package:
+    note = "this package's idea alone: float32, the original's Gram less each cell's"
+    return Package(
+        "plain torch, by parts", metric, "", "torch", True, note, None, ablations=ablations
+    )
+
+
 FLOAT64 = "centres the features, float64"
 PACKAGES = (
     _ours("cka", FLOAT64, "cka"),
@@ -72,6 +83,7 @@ PACKAGES = (
         calls.plain_cka_pairs,
         ablations=calls.plain_cka_ablations,
     ),
+    _by_parts("cka", calls.plain_cka_by_parts),
     Package(
         "plain CuPy",
         "cka",
@@ -140,6 +152,7 @@ PACKAGES = (
         calls.plain_cka_debiased_pairs,
         ablations=calls.plain_cka_debiased_ablations,
     ),
+    _by_parts("cka_debiased", calls.plain_cka_debiased_by_parts),
     Package(
         "pytorch-cka",
         "cka_debiased",
@@ -149,6 +162,7 @@ PACKAGES = (
         "float32; features are not centred; cka_from_features makes the Grams of both sides",
         calls.pytorch_cka,
         lambda xs: calls.pytorch_cka(xs, xs),
+        calls.pytorch_cka_ablations,
     ),
     Package(
         "pytorch-cka, hooks",

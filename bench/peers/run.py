@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -69,6 +69,12 @@ class Served:
             raise Failed(answer)
         return answer
 
+    def forget(self, limit: float) -> None:
+        """Let a process that lives have no inputs."""
+        if self.process is not None:
+            with contextlib.suppress(Failed):
+                self.ask(limit, "forget")
+
     def stop(self) -> None:
         """End the process: it does so itself, unless it is busy."""
         if self.process is not None:
@@ -89,10 +95,11 @@ def peers(
     if job is not None and job not in jobs.JOBS:
         raise RuntimeError(f"--job {job}: expected one of {', '.join(jobs.JOBS)}")
     distributions = sorted({package.distribution for package in PACKAGES} - {""})
+    here = environment(device, tuple(distributions))
     record: Json = {
         "finished": False,
         "quick": quick,
-        "environment": environment(device, tuple(distributions)),
+        "environment": here,
         "packages": {package.key: package.note for package in PACKAGES},
         "rows": [],
     }
@@ -105,6 +112,7 @@ def peers(
                 continue
             with tempfile.TemporaryDirectory(dir=SHARED, prefix=f"repsim-{os.getpid()}-") as folder:
                 for row in _case(case, Path(folder), served, device, quick):
+                    row.update(commit=here["commit"], date=here["date"])
                     record["rows"].append(row)
                     print(line(row), flush=True)
             if out:
@@ -124,10 +132,10 @@ def _case(
     """The rows of a case: all answer once, then those that are right are timed in turns."""
     limit, budget = _LIMITS[quick]
     paths = jobs.write_inputs(case, folder)
-    some = [served[package.key] for package in PACKAGES if _takes_part(package, case, device)]
+    some = [served[package.key] for package in PACKAGES if _takes_part(package, case)]
     xs = [np.load(path, mmap_mode="r") for path in paths]
     # The definitions take as long as a slow package: of many comparisons a few are checked.
-    checked = jobs.sample(case, min(case.of, 3))
+    checked = jobs.sample(case, min(case.of, 4))
     wanted = {metric: jobs.wanted(case, xs, metric, checked) for metric in case.metrics}
     rows: list[tuple[Served, Json]] = []
     for each in some:
@@ -141,26 +149,42 @@ def _case(
             "status": "ok",
         }
         rows.append((each, row))
+        if package.kind == "cupy" and device != "cuda":
+            row.update(status="not run", why="needs a CUDA device")
+            continue
         try:
-            answer = each.ask(limit, "first", case, paths)
+            answer = _first(each, case, paths, limit)
         except Failed as failure:
             row.update(status="failed", why=str(failure))
             continue
+        row.update(answer.pop("how", {}))
         row.update(_agreement(case, package, answer, wanted[package.metric], checked))
         row["memory_bytes"] = max(0, answer["memory"])
         row["once"] = answer["seconds"] / answer["calls"] * case.of
         row["calls"] = case.of if answer["calls"] == case.of else 0  # 0: not decided yet
     _plan(case, rows, budget, quick)
-    _in_turns([(s, row) for s, row in rows if row["status"] != "failed"], limit, budget)
-    for _, row in rows:
+    _in_turns([(s, row) for s, row in rows if "once" in row], limit, budget)
+    for each, row in rows:
         row.pop("once", None)
+        each.forget(limit)
         yield row
 
 
-def _takes_part(package: Package, case: Case, device: str) -> bool:
-    if package.metric not in case.metrics or (package.kind == "cupy" and device != "cuda"):
+def _takes_part(package: Package, case: Case) -> bool:
+    if package.metric not in case.metrics:
         return False
-    return package.pair is not None or (case.job == "pairs" and package.all_pairs is not None)
+    return package.pair is not None or package.whole(case.job) is not None
+
+
+def _first(each: Served, case: Case, paths: list[Path], limit: float) -> Json:
+    """A package's first answer; where its own function for the whole job fails, by a loop."""
+    try:
+        return cast(Json, each.ask(limit, "first", case, paths))
+    except Failed as failure:
+        if each.package.pair is None or each.package.whole(case.job) is None:
+            raise
+        answer: Json = each.ask(limit, "first", case, paths, True)
+        return answer | {"how": {"why": f"a loop: its function for the whole job {failure}"}}
 
 
 def _agreement(

@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench._machine import Json
+from bench._machine import Json, seconds
 from bench.peers.run import median
 
 OURS = "repsim_kernels"
+_LATE = "took over "
 _COLOURS = {
     OURS: "#c1272d",
     "plain torch": "#0072b2",
+    "plain torch, by parts": "#d179a6",
     "pytorch-cka": "#009e73",
     "torch-cka": "#56b4e9",
     "ckatorch": "#e69f00",
@@ -26,14 +28,6 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table, its first column to the left."""
     rule = ["---", *["--:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
-
-
-def seconds(value: float) -> str:
-    """Three digits and a unit."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if value >= size or unit == "µs":
-            return f"{float(f'{value / size:.3g}'):,.4g} {unit}"
-    raise AssertionError
 
 
 def memory(count: float) -> str:
@@ -56,7 +50,7 @@ def ablations(record: Json, metric: str) -> str:
         own = [one for c in counts for one in rows if (one["package"], one["cells"]) == (name, c)]
         ours = [one for one in rows if one["package"] == OURS]
         times = [_time(row, base) for row, base in zip(own, ours, strict=True)]
-        table.append([name, *times, _memory(own[-1]), _error(own[-1], "distance_error")])
+        table.append([_name(record, own[-1]), *times, _memory(own[-1]), _error(own[-1])])
     head = ["", *(f"C = {c:,}" for c in counts), f"memory, C = {counts[-1]:,}", "error"]
     return markdown(head, table)
 
@@ -66,37 +60,43 @@ def pairs(record: Json, metric: str) -> str:
     rows = find(record, job="pairs", metric=metric)
     (ours,) = (row for row in rows if row["package"] == OURS)
     table = [
-        [row["package"], _time(row, ours), _memory(row), _error(row), _how(record, row)]
+        [_name(record, row), _time(row, ours), _memory(row), _error(row), _how(record, row)]
         for row in rows
     ]
     return markdown(["", "time", "memory", "error", "how"], table)
 
 
 def one_pair(record: Json, metric: str) -> str:
-    """One pair: ours, the fastest peer that centres its features, and the fastest of all."""
+    """One pair: ours, the fastest peer that centres its features, and the fastest of all.
+
+    Wrong answers count, and are said to be; those of another definition don't.
+    """
     table = []
     for row in find(record, job="pair", metric=metric, package=OURS):
         others = [
             other
             for other in find(record, job="pair", metric=metric, n=row["n"], p=row["p"])
-            if other["package"] != OURS and other["status"] == "ok" and median(other)
+            if other["package"] != OURS and other["status"] in ("ok", "wrong") and _taken(other)
         ]
-        right = sorted(others, key=lambda other: median(other) or 0.0)
-        centred = [other for other in right if other["centres"]]
+        others.sort(key=lambda other: _taken(other) or 0.0)
+        fastest = [
+            cell
+            for some in ([other for other in others if other["centres"]], others)
+            for cell in _fastest(record, row, some)
+        ]
         shape = f"{row['n']:,} x {row['p']:,}"
-        table.append(
-            [shape, _time(row, row), *_other(row, centred), *_other(row, right), _memory(row)]
-        )
+        table.append([shape, _time(row, row), *fastest, _memory(row)])
     head = ["n x p", "ours", "fastest that centres", "ratio", "fastest of all", "ratio", "memory"]
     return markdown(head, table)
 
 
 def failures(record: Json) -> str:
-    """What could not be done, or gave other numbers, and why."""
+    """What could not be done, was done otherwise or gave other numbers, and why."""
     table: dict[tuple[str, str, str], list[str]] = {}
     for row in record["rows"]:
-        if row["status"] != "ok":
-            key = (row["package"], row["metric"], f"{row['status']}: {row['why']}")
+        if "why" in row:
+            status = "" if row["status"] == "ok" else f"{row['status']}: "
+            key = (row["package"], row["metric"], f"{status}{row['why']}")
             table.setdefault(key, []).append(_shape(row))
     rows = [[*key, "; ".join(shapes)] for key, shapes in table.items()]
     return markdown(["package", "metric", "what", "where"], rows)
@@ -107,11 +107,11 @@ def everything(record: Json) -> str:
     table = []
     for row in record["rows"]:
         times = sorted(s / row["calls"] * row["of"] for s in row.get("seconds", []))
-        spread = f"{seconds(times[0])} to {seconds(times[-1])}" if times else ""
+        spread = f"{seconds(times[0])} to {seconds(times[-1])}" if times[1:] else "once"
         calls = row.get("calls", row["of"])
         sampled = f"{calls} of {row['of']:,}" if calls < row["of"] else ""
-        facts = [row["job"], _shape(row), row["metric"], row["package"]]
-        table.append([*facts, _time(row, row), spread, sampled, _memory(row), _error(row)])
+        facts = [row["job"], _shape(row), row["metric"], _name(record, row), _time(row, row)]
+        table.append([*facts, spread if times else "", sampled, _memory(row), _error(row)])
     head = ["job", "size", "metric", "package", "median", "all rounds", "timed", "memory", "error"]
     return markdown(head, table)
 
@@ -121,10 +121,22 @@ def _shape(row: Json) -> str:
     return f"{row['n']:,} x {row['p']:,}{more.get(row['job'], '')}"
 
 
+def _name(record: Json, row: Json) -> str:
+    """The package, and where it alone ran on the CPU."""
+    elsewhere = row["device"] == "cpu" and any(r["device"] != "cpu" for r in record["rows"])
+    return str(row["package"]) + " (CPU)" * elsewhere
+
+
+def _taken(row: Json) -> float | None:
+    """Seconds of the whole job; none of a package that failed at it, in its last round or first."""
+    return None if row["status"] == "failed" else median(row)
+
+
 def _time(row: Json, ours: Json) -> str:
-    taken, base = median(row), median(ours)
+    taken, base = _taken(row), _taken(ours)
     if taken is None:
-        return str(row["status"])
+        why = str(row["why"])
+        return why.replace(_LATE, "> ", 1) if why.startswith(_LATE) else str(row["status"])
     text = seconds(taken) + ("" if row["calls"] == row["of"] else " *")
     return text if row is ours or base is None else f"{text} ({_ratio(taken / base)})"
 
@@ -133,26 +145,30 @@ def _ratio(value: float) -> str:
     return f"{value:,.0f} x" if value >= 10 else f"{value:.2g} x"
 
 
-def _other(row: Json, others: list[Json]) -> tuple[str, str]:
-    ours = median(row)
+def _fastest(record: Json, row: Json, others: list[Json]) -> tuple[str, str]:
+    """The first of the others and its time, and the ratio to that of ours."""
+    ours = _taken(row)
     if not others or ours is None:
         return "none", ""
-    taken = median(others[0]) or 0.0
-    return f"{others[0]['package']}, {seconds(taken)}", f"{ours / taken:.2f}"
+    first, taken = others[0], _taken(others[0]) or 0.0
+    wrong = f" ({first['why']})" if first["status"] == "wrong" else ""
+    return f"{_name(record, first)}, {seconds(taken)}{wrong}", f"{ours / taken:.2f}"
 
 
 def _memory(row: Json) -> str:
     return memory(row["memory_bytes"]) if "memory_bytes" in row else ""
 
 
-def _error(row: Json, which: str = "error") -> str:
-    value = row.get(which, "")
+def _error(row: Json) -> str:
+    """Of similarities; of ablations, of their distances."""
+    value = row.get("distance_error" if row["job"] == "ablations" else "error", "")
     text = value if isinstance(value, str) else f"{value:.0e}"
-    return f"{text}, {row['status']}" if row["status"] not in ("ok", "failed") else text
+    return f"{text}, {row['status']}" if row["status"] in ("wrong", "differs") else text
 
 
 def _how(record: Json, row: Json) -> str:
-    return str(record["packages"].get(f"{row['package']}: {row['metric']}", ""))
+    note = str(record["packages"].get(f"{row['package']}: {row['metric']}", ""))
+    return f"{note}; {row['why']}" if "why" in row and row["status"] in ("ok", "not run") else note
 
 
 def figure(record: Json, out: Path, metric: str = "cka_debiased", n: int = 256) -> None:
@@ -164,38 +180,61 @@ def figure(record: Json, out: Path, metric: str = "cka_debiased", n: int = 256) 
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     some = find(record, job="pair", metric=metric, n=n)
-    _curves(axes[0], some, lambda row: row["p"])
+    _curves(axes[0], record, some, lambda row: row["p"])
     axes[0].set(title=f"One pair, {n} stimuli", xlabel="neurons p", ylabel="seconds")
     some = find(record, job="ablations", metric=metric)
-    _curves(axes[1], some, lambda row: row["cells"])
+    _curves(axes[1], record, some, lambda row: row["cells"])
     shape = f"{some[0]['n']} stimuli, {some[0]['p']:,} neurons"
     axes[1].set(title=f"Every ablation, {shape}", xlabel="ablations C")
     figure.suptitle(f"Debiased CKA on {record['environment']['device']}", fontsize=10)
+    said = "hollow: estimated from a sample, or another number than the definition's"
+    figure.supxlabel(f"{said}; x: failed or took too long", fontsize=8, color="#555555")
     figure.savefig(out, dpi=130)
     plt.close(figure)
 
 
-def _curves(axes: Any, rows: list[Json], x_of: Callable[[Json], int]) -> None:
-    """A line for each package, named at its right end."""
-    ends = []
+def _curves(axes: Any, record: Json, rows: list[Json], x_of: Callable[[Json], int]) -> None:
+    """A line for each package, named at its right end, and a cross at the top where it failed."""
+    ends: list[tuple[float, str, str]] = []
+    crosses: list[tuple[int, str, str]] = []
+    right = max(map(x_of, rows))
+    text: Any = {"textcoords": "offset points", "va": "center"}
     for name in dict.fromkeys(row["package"] for row in rows):
-        points = [(x_of(row), t) for row in rows if row["package"] == name and (t := median(row))]
+        own = [row for row in rows if row["package"] == name]
+        points = [(x_of(row), t, row) for row in own if (t := _taken(row))]
+        named, colour = _name(record, own[0]), _COLOURS.get(name, "#555555")
+        crosses += [(x_of(row), named, colour) for row in own if row["status"] == "failed"]
         if not points:
             continue
-        x, y = zip(*points, strict=True)
-        colour = _COLOURS.get(name, "#555555")
-        axes.plot(x, y, "o-", color=colour, lw=2.6 if name == OURS else 1.3, ms=4)
-        ends.append([y[-1], name, colour])
+        x, y, _ = zip(*points, strict=True)
+        axes.plot(x, y, color=colour, lw=2.6 if name == OURS else 1.3)
+        for at, taken, row in points:
+            hollow = row["status"] != "ok" or row["calls"] < row["of"]
+            face = "white" if hollow else colour
+            axes.plot(at, taken, "o", color=colour, markerfacecolor=face, ms=5)
+        if x[-1] == right:
+            ends.append((y[-1], named, colour))
+        else:
+            ha = "center" if x[1:] else "left"
+            above = text | {"xytext": (0, 10), "ha": ha, "fontsize": 8, "color": colour}
+            axes.annotate(named, (x[-1], y[-1]), **above)
     axes.set(xscale="log", yscale="log")
-    right = max(map(x_of, rows))
     axes.set_xlim(right=right * (right / min(map(x_of, rows))) ** 0.4)
     low, high = axes.get_ylim()
     gap = (high / low) ** 0.055
     last = 0.0
-    for y, name, colour in sorted(ends):
-        last = max(y, last * gap)
+    for end, name, colour in sorted(ends):
+        last = max(end, last * gap)
         weight = "bold" if name == OURS else "normal"
         axes.text(right * 1.25, last, name, color=colour, fontsize=8, weight=weight, va="center")
-    axes.set_ylim(low, max(high, last * gap))
+    high = max(high, last * gap)
+    top = high
+    for i, (at, name, colour) in enumerate(crosses):
+        height = high * gap ** sum(at == other for other, _, _ in crosses[: i + 1])
+        top = max(top, height * gap)
+        axes.plot(at, height, "x", color=colour, ms=6, mew=1.6)
+        beside = text | {"xytext": (-6, 0), "ha": "right", "fontsize": 7}
+        axes.annotate(name, (at, height), color=colour, **beside)
+    axes.set_ylim(low, top)
     axes.grid(alpha=0.25, which="major")
     axes.spines[["top", "right"]].set_visible(False)

@@ -25,7 +25,7 @@ _SHARE = 0.8  # of the machine's memory that a package may take before it is sai
 def serve(key: str, device: str, connection: Connection) -> None:
     """Answer requests until there are no more: (name, arguments) in, (ok, result) out."""
     package = next(package for package in PACKAGES if package.key == key)
-    if device == "cpu":
+    if device == "cpu" or package.kind == "numpy":
         _bound_memory()
     worker = None
     while True:
@@ -58,18 +58,25 @@ class Worker:
         if self.package.all_pairs:
             self.package.all_pairs([x, y])
         if self.package.ablations:
-            self.package.ablations(x, np.arange(4) % 2)
+            self.package.ablations(x, self._on_device(np.arange(4) % 2))
 
-    def first(self, case: Case, paths: list[Path]) -> dict[str, Any]:
-        """Load the inputs and make the job's first comparisons: values, seconds, memory."""
-        self.case = case
+    def forget(self) -> None:
+        """Let go of the inputs, so that others have the memory."""
         self.xs: list[Any] = []
+        self.labels = self.whole = None
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+    def first(self, case: Case, paths: list[Path], by_loop: bool = False) -> dict[str, Any]:
+        """Load the inputs and make the job's first comparisons: values, seconds, memory."""
+        self.forget()
+        self.case = case
         # Mapped, not read: the processes share the memory, and what they take is beside it.
         self.xs = [self._on_device(np.load(path, mmap_mode="c")) for path in paths]
         for x in self.xs:
             x.max()
-        self.labels = case.labels()
-        self.whole = self._whole()
+        self.labels = self._on_device(case.labels())
+        self.whole = None if by_loop else self._whole()
         calls = case.of if self.whole else min(case.of, 2)
         before = self._start_memory()
         start = time.perf_counter()
@@ -96,12 +103,9 @@ class Worker:
 
     def _whole(self) -> Callable[[], Any] | None:
         """The package's own way to the whole job; None where users write a loop."""
-        package = self.package
-        if self.case.job == "pairs" and package.all_pairs:
-            return lambda: package.all_pairs(self.xs)  # type: ignore[misc]
-        if self.case.job == "ablations" and package.ablations:
-            return lambda: package.ablations(self.xs[0], self.labels)  # type: ignore[misc]
-        return None
+        function: Any = self.package.whole(self.case.job)
+        arguments = [self.xs] if self.case.job == "pairs" else [self.xs[0], self.labels]
+        return function and (lambda: function(*arguments))
 
     def _compute(self, calls: int) -> list[Any]:
         if self.whole:
@@ -115,7 +119,7 @@ class Worker:
             pairs = pairs_of(self.case)
             return [pair(self.xs[i], self.xs[j]) for i, j in (pairs[k] for k in which)]
         x = self.xs[0]
-        return [pair(x, x * self._on_device(self.labels != k)) for k in which]
+        return [pair(x, x * (self.labels != k)) for k in which]
 
     def _values(self, calls: int) -> np.ndarray:
         """Similarities, of all comparisons or of those in the sample."""
@@ -141,6 +145,8 @@ class Worker:
         """Bytes in use now, from which the peak is counted."""
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
+            if self.package.kind == "cupy":
+                importlib.import_module("cupy").get_default_memory_pool().free_all_blocks()
             return torch.cuda.memory_allocated() + _cupy_bytes(self.package)
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")

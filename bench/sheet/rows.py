@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -70,7 +71,6 @@ def measure(
         row["torch_ms"] = ours[row["torch_route"]]
     if cupy_ms is not None:
         row["cupy_ms"] = cupy_ms
-        plain_cupy.forget()
     if why := no_kernels(device, quick):
         row.update(status="not run", why=why)
         return
@@ -115,6 +115,10 @@ def _route(
         return {"error": number(off), **_timing.measure(route, inputs, limit(quick))}
     except Exception as error:
         return {"why": said(error)}
+    finally:
+        if name == "cupy":
+            with suppress(Exception):  # of a device that is lost
+                plain_cupy.forget()
 
 
 def relative_error(got: Tensor, want: Tensor, parts: int = 1) -> float:

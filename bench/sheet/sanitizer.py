@@ -10,6 +10,7 @@ from bench._machine import Json
 from bench.sheet import processes
 
 TOOLS = ("memcheck", "racecheck")
+_SHORT = 30.0  # seconds that are not shared out: memcheck has them
 _HOMES = "/usr/local/cuda/bin"
 _SCRIPT = (sys.executable, "-m", "bench.sheet.small")
 # What torch's cache holds would hide reads behind the end of a tensor.
@@ -19,22 +20,28 @@ _OPTIONS = ("--target-processes", "application-only", "--report-api-errors", "no
 
 
 def sanitize(limit: float) -> Json:
-    """Run the script alone, which compiles the kernels, and then under each tool."""
+    """Run the script alone, which compiles the kernels, and then under each tool.
+
+    Where time is short, or the script alone takes too long, the first tool compiles what is left.
+    """
     binary = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=_HOMES)
     if binary is None:
         return {"why": "not there: no compute-sanitizer"}
-    alone = _checked("alone", _SCRIPT, limit / 2)
-    found: Json = {"tools": [alone]}
-    left = limit - alone["seconds"]
+    found: Json = {"tools": []}
+    left = limit
+    if left >= _SHORT:
+        alone = _checked("alone", _SCRIPT, left / 2)
+        found["tools"].append(alone)
+        left -= alone["seconds"]
+        if alone["exit_code"]:
+            return {**found, "why": "without a result: its script fails even alone"}
     for i, tool in enumerate(TOOLS):
-        if alone["exit_code"] != 0:
-            found["why"] = "without a result: its script fails even alone"
-            break
         if left < 1:
             found["why"] = "no time was left"
             break
         command = (binary, "--tool", tool, *_OPTIONS, *_SCRIPT)
-        found["tools"].append(_checked(tool, command, left / (len(TOOLS) - i)))
+        share = left if left < _SHORT else left / (len(TOOLS) - i)
+        found["tools"].append(_checked(tool, command, share))
         left -= found["tools"][-1]["seconds"]
     return found
 

@@ -141,7 +141,7 @@ def _riccati(batch: int, m: int) -> Case:
         "riccati",
         f"n={m + 1} C={batch}",
         torch.float64,
-        "ieee",
+        "float64",  # on a GPU; a rehearsal's steps are float32
         _DEFICITS,
         bytes=_STEPS * 24 * batch * m**2,
         operations=_STEPS * 2 * batch * m**3,
