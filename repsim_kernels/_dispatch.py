@@ -144,7 +144,7 @@ def _own_settings(backend: str) -> Iterator[None]:
         if backend != "reference":
             import torch
 
-            for kind in ("cpu", "cuda"):
+            for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 

@@ -61,8 +61,7 @@ def _centre_(c: Tensor) -> tuple[Tensor, Tensor]:
     first = c[..., :1, :].clone()
     c.sub_(first)
     if c.stride(-1) < c.stride(-2):
-        # In halves: two cores keep to their own rows. Of an odd number the first is zero by now.
-        rest = c[..., n % 2 :, :].unflatten(-2, (2, n // 2)).sum(-2).sum(-2, keepdim=True).div_(n)
+        rest = (c.new_ones(1, n) @ c).div_(n)
     else:
         rest = c.mean(-2, keepdim=True)
     c.sub_(rest)
