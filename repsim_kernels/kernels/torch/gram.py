@@ -12,7 +12,7 @@ from torch import Tensor
 # Elements of a float64 block of neurons: 16 MiB, which stays in a last-level cache.
 _BLOCK = 2**21
 # Elements of a batch of Grams that passes through the cache together, and of one on a GPU.
-_BATCH, _LARGE_BATCH = 2**17, 2**24
+_BATCH, _LARGE_BATCH = 2**18, 2**24
 # Columns of a panel of a symmetric matrix, at least, and how many panels there are at most: more
 # would save little beyond nearly half of a product, and fewer columns multiply more slowly. More
 # than that are a multiple of what the BLAS takes at once.
@@ -153,8 +153,8 @@ def fill(half: Half, xs: Sequence[Tensor], room: Tensor) -> None:
 def block_room(xs: Sequence[Tensor]) -> Tensor:
     """Memory for a float64 block of what is `together`: fresh it costs what centring does."""
     size = max(
-        min(some[0].numel() * len(some), max(_BLOCK, math.prod(some[0].shape[:-1])))
-        for some in (xs[run] for run in together(xs))
+        min(run[0].numel() * len(run), max(_BLOCK, math.prod(run[0].shape[:-1])))
+        for run in (xs[which] for which in together(xs))
     )
     return _scratch(xs[0], size, dtype=torch.float64)
 
@@ -295,8 +295,8 @@ def members(cells: np.ndarray, n_cells: int) -> tuple[np.ndarray, np.ndarray]:
         order, sizes = np.nonzero(cells)[1], cells.sum(1)
     else:
         labels = labelled(cells, n_cells)
-        # NumPy sorts 16 bits by radix, 64 by comparison.
-        order = np.argsort(labels.astype(np.uint16 if n_cells < 2**16 else np.int64), kind="stable")
+        short = torch.from_numpy(labels.astype(np.int16 if n_cells < 2**15 else np.int64))
+        order = short.sort(stable=True).indices.numpy()
         sizes = np.bincount(labels, minlength=n_cells + 1)[:n_cells]
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     return order[: offsets[-1]], offsets
