@@ -54,7 +54,9 @@ def file_part(name: str) -> str:
 
 def environment(device: str, packages: tuple[str, ...] = ()) -> Json:
     """Device, versions and commit; ``packages`` are named beside those that compute."""
-    edits = _output("git", "status", "--porcelain", "--untracked-files=no")
+    # Records and what is made of them are no code: one may follow the other.
+    made = (":!bench/results", ":!*.md")
+    edits = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", *made)
     found: Json = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "device": device_name(device),
