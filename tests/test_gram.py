@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import repsim_kernels as rk
-from repsim_kernels.kernels.torch import gram as kernel
+from repsim_kernels.kernels.torch import columns, memory
 
 
 @given(drawn(dtypes=NUMPY_DTYPES, layouts=NUMPY_LAYOUTS))
@@ -101,9 +101,9 @@ def test_blocks_do_not_change_the_result(monkeypatch, block, straight, sizes):
         rk.cell_grams(x, c, n_cells=k, backend="reference")
         for c, k in ((cells, n_cells), (membership, 4))
     ]
-    monkeypatch.setattr(kernel, "_BLOCK", block)
-    monkeypatch.setattr(kernel, "_COLUMNS", 1)
-    monkeypatch.setattr(kernel, "_STRAIGHT", straight)
+    monkeypatch.setattr(memory, "BLOCK", block)
+    monkeypatch.setattr(columns, "_COLUMNS", 1)
+    monkeypatch.setattr(columns, "_STRAIGHT", straight)
     np.testing.assert_allclose(rk.cell_grams(x, cells, n_cells=n_cells), wants[0], atol=1e-12)
     np.testing.assert_allclose(rk.cell_grams(x, membership), wants[1], atol=1e-12)
     np.testing.assert_allclose(rk.centered_gram(x), (x - x.mean(0)) @ (x - x.mean(0)).T, atol=1e-12)

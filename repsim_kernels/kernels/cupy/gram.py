@@ -18,6 +18,7 @@ from torch import Tensor
 
 from repsim_kernels.kernels.cupy import module
 from repsim_kernels.kernels.torch import gram
+from repsim_kernels.kernels.torch.columns import members
 from repsim_kernels.kernels.triton._launch import scale
 
 # What the source has, too.
@@ -57,7 +58,7 @@ def cell_grams(
     if x.stride(1) < x.stride(0):
         # Neurons of a cell are scattered: rows of them, which are then read whole.
         x = x.mT.contiguous().mT
-    order, offsets = gram.members(cells, n_cells)
+    order, offsets = members(cells, n_cells)
     chunk = (launch or choose(n, len(order))).chunk
     counts = -(-np.diff(offsets) // chunk)
     slots = np.concatenate([[0], np.cumsum(counts)])

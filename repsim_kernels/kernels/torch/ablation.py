@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repsim_kernels.kernels.torch import cka, gram
+from repsim_kernels.kernels.torch import cka, columns, gram
 from repsim_kernels.kernels.torch.ablated import SOLVERS, Ablated, Original, Route, Solvers
 from repsim_kernels.kernels.torch.cca import variate_weights
 from repsim_kernels.kernels.torch.spectrum import Representation
@@ -72,7 +72,7 @@ class Cells(Parts):
         self.x, self.cells, self.passes = x, cells, passes
         if cells.ndim == 1:
             # The neurons in no cell make one more, so that one pass gives the whole as well.
-            labels = gram.labelled(cells, n_cells)
+            labels = columns.labelled(cells, n_cells)
             g, live, shift = passes.cell_sums(x, labels, n_cells + 1, shifts)
             whole, alive = g.sum(0), live.sum()
         else:
@@ -85,7 +85,7 @@ class Cells(Parts):
     def outside(self, c: int) -> Tensor:
         """The columns of x that are not in a cell."""
         inside = self.cells == c if self.cells.ndim == 1 else self.cells[c]
-        return gram.take(self.x, torch.from_numpy(np.flatnonzero(~inside)).to(self.x.device))
+        return columns.take(self.x, torch.from_numpy(np.flatnonzero(~inside)).to(self.x.device))
 
     def rest(self, c: int) -> Tensor:
         """K_c; where a cell holds most of the energy, by a pass: the difference would cancel."""

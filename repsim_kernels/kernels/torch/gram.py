@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Elements of a float64 block of neurons: 16 MiB, which stays in a last-level cache.
-_BLOCK = 2**21
+from repsim_kernels.kernels.torch import columns, memory
+
 # Elements of a batch of Grams that passes through the cache together, and of one on a GPU.
 _BATCH, _LARGE_BATCH = 2**18, 2**24
 # Columns of a panel of a symmetric matrix, at least, and how many panels there are at most: more
@@ -19,11 +19,8 @@ _BATCH, _LARGE_BATCH = 2**18, 2**24
 _PANEL, _PANELS, _TILE = 64, 10, 24
 # Rows that are few, and columns that are many for a core, where the columns are shared out.
 _FEW, _LONG = 64, 2048
-# Columns of a cell in one product, and of a strip that is copied at once.
+# Columns of a block at least, where each core has one matrix, and features at most.
 _COLUMNS = 512
-_STRIP = 4096
-# Elements of x up to which the columns of many cells are taken from x itself.
-_STRAIGHT = 10 * 2**20
 # Weight of the entries of a half of a matrix that stand for one, beside those that stand for two.
 _ONCE = math.sqrt(0.5)
 
@@ -45,7 +42,7 @@ def centre_all(xs: Sequence[Tensor]) -> list[Tensor]:
     most = _cores(xs[0]) if max(x.shape[-1] for x in xs) <= _COLUMNS else 1
     shapes = [(run.stop - run.start, *xs[run.start].shape) for run in alike(xs, most)]
     sizes = [math.prod(shape) for shape in shapes]
-    room = _scratch(xs[0], sum(sizes), dtype=torch.float64).split(sizes)
+    room = memory.scratch(xs[0], sum(sizes), dtype=torch.float64).split(sizes)
     found = [c.view(shape) for c, shape in zip(room, shapes, strict=True)]
     for x, own in zip(xs, (own for c in found for own in c), strict=True):
         own.copy_(x)
@@ -71,8 +68,8 @@ def _centre_(c: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def blocks(p: int, rows: int) -> Iterator[slice]:
-    """Slices of p neurons that make float64 blocks of `_BLOCK` elements with `rows` rows each."""
-    width = max(1, _BLOCK // rows)
+    """Slices of p neurons that make float64 blocks of `BLOCK` elements with `rows` rows each."""
+    width = max(1, memory.BLOCK // rows)
     return (slice(start, min(start + width, p)) for start in range(0, p, width))
 
 
@@ -86,7 +83,7 @@ def batches(items: list[int], gram: Tensor) -> Iterator[list[int]]:
 def linear(x: Tensor) -> Tensor:
     """The Gram matrix of the centred x: (…, n, p) to (…, n, n), float64."""
     n = x.shape[-2]
-    g = _scratch(x, *x.shape[:-1], n, dtype=torch.float64)
+    g = memory.scratch(x, *x.shape[:-1], n, dtype=torch.float64)
     half = new_half(x, n, *x.shape[:-2])
     fill(half, [x], block_room([x]))
     for own, panel in half:
@@ -104,7 +101,7 @@ def new_half(x: Tensor, n: int, *batch: int) -> Half:
     spans = [slice(start, min(start + width, n)) for start in range(0, n, width)]
     shapes = [(*batch, n - own.start, own.stop - own.start) for own in spans]
     sizes = [math.prod(shape) for shape in shapes]
-    room = _scratch(x, sum(sizes), dtype=torch.float64).split(sizes)
+    room = memory.scratch(x, sum(sizes), dtype=torch.float64).split(sizes)
     return [(own, part.view(shape)) for own, part, shape in zip(spans, room, shapes, strict=True)]
 
 
@@ -120,7 +117,7 @@ def _cores(x: Tensor) -> int:
 def together(xs: Sequence[Tensor]) -> Iterator[slice]:
     """Those `alike` whose blocks are made together: if cores are few, as many as these."""
     cores = _cores(xs[0])
-    return alike(xs, cores if cores * math.prod(xs[0].shape[:-1]) * _COLUMNS <= _BLOCK else 1)
+    return alike(xs, cores if cores * math.prod(xs[0].shape[:-1]) * _COLUMNS <= memory.BLOCK else 1)
 
 
 def alike(xs: Sequence[Tensor], most: int) -> Iterator[slice]:
@@ -155,10 +152,10 @@ def fill(half: Half, xs: Sequence[Tensor], room: Tensor) -> None:
 def block_room(xs: Sequence[Tensor]) -> Tensor:
     """Memory for a float64 block of what is `together`: fresh it costs what centring does."""
     size = max(
-        min(run[0].numel() * len(run), max(_BLOCK, math.prod(run[0].shape[:-1])))
+        min(run[0].numel() * len(run), max(memory.BLOCK, math.prod(run[0].shape[:-1])))
         for run in (xs[which] for which in together(xs))
     )
-    return _scratch(xs[0], size, dtype=torch.float64)
+    return memory.scratch(xs[0], size, dtype=torch.float64)
 
 
 def add_product(half: Half, c: Tensor, first: bool) -> None:
@@ -184,7 +181,7 @@ def add_product(half: Half, c: Tensor, first: bool) -> None:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a bᵀ of a (…, n, k) and b (…, m, k). Of few rows that are long each core sums a part."""
     k = a.shape[-1]
-    parts = 1 if a.is_cuda or a.ndim > 2 else min(torch.get_num_threads(), k // _LONG)
+    parts = 1 if a.ndim > 2 else min(_cores(a), k // _LONG)
     if parts < 2 or max(len(a), len(b)) > _FEW:
         return a @ b.mT
     end = k - k % parts
@@ -286,31 +283,6 @@ def centered_gram(x: Tensor, *, kernel: str, sigma: float | None) -> Tensor:
     return double_centre(rbf(x, sigma))
 
 
-def labelled(cells: np.ndarray, n_cells: int) -> np.ndarray:
-    """Labels (p,) with those of no cell, -1, as one more."""
-    return cells if cells.min(initial=0) >= 0 else np.where(cells < 0, n_cells, cells)
-
-
-def members(cells: np.ndarray, n_cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """The neurons of all cells, one cell after the other, and where each cell starts: (C + 1,)."""
-    if cells.ndim == 2:
-        order, sizes = np.nonzero(cells)[1], cells.sum(1)
-    else:
-        labels = labelled(cells, n_cells)
-        short = torch.from_numpy(labels.astype(np.int16 if n_cells < 2**15 else np.int64))
-        order = short.sort(stable=True).indices.numpy()
-        sizes = np.bincount(labels, minlength=n_cells + 1)[:n_cells]
-    offsets = np.concatenate([[0], np.cumsum(sizes)])
-    return order[: offsets[-1]], offsets
-
-
-def take(x: Tensor, columns: Tensor) -> Tensor:
-    """The named columns of x (n, p), gathered along the memory that is contiguous."""
-    if x.stride(0) < x.stride(1):
-        return x.mT.index_select(0, columns).mT
-    return x.gather(1, columns.expand(len(x), -1))
-
-
 def cell_grams(x: Tensor, *, cells: np.ndarray, n_cells: int) -> Tensor:
     if cells.ndim == 2 and cells.dtype != np.bool_:
         return torch.stack([cell_sums(x, labels, n_cells)[0] for labels in cells])
@@ -326,10 +298,10 @@ def cell_sums(
     (C, n), B_c μ_c with B_c the centred columns of a cell and μ_c their means, or zeros.
     """
     n = len(x)
-    g = _scratch(x, n_cells, n, n, dtype=torch.float64).zero_()
+    g = memory.scratch(x, n_cells, n, n, dtype=torch.float64).zero_()
     live = torch.zeros(n_cells, dtype=torch.int64, device=x.device)
     shift = torch.zeros(n_cells, n, 1, dtype=torch.float64, device=x.device)
-    for run, shape, c in _runs_of_cells(x, cells, n_cells):
+    for run, shape, c in columns.of_cells(x, cells, n_cells):
         first, rest = _centre_(c)
         live[run] += _alive(c, rest[0]).view(shape).sum(1)
         parts = c.unflatten(1, shape).transpose(0, 1)
@@ -345,77 +317,3 @@ def _alive(c: Tensor, rest: Tensor) -> Tensor:
     still = (~alive).nonzero()[:, 0]
     alive[still] = (c[:, still] != 0).any(0)
     return alive
-
-
-def _runs_of_cells(
-    x: Tensor, cells: np.ndarray, n_cells: int
-) -> Iterator[tuple[slice, tuple[int, int], Tensor]]:
-    """Cells in a row, how many of how many columns, and these (n, k) in float64.
-
-    Cells that have fewer columns are filled up with zeros.
-    """
-    n, p = x.shape
-    # Columns are gathered from a copy of many of them that is turned in memory. Of many cells it is
-    # large, and takes new pages at each call: then from x, if that is not read too many times.
-    few, many = _BLOCK // n, n_cells * max(n, _COLUMNS)
-    by_rows = x.stride(0) > x.stride(1) and not x.is_cuda
-    straight = by_rows and many > few and x.numel() <= _STRAIGHT
-    width = p if straight else min(p, max(few, many))
-    most = max(1, (_BLOCK // 2 if straight else _BLOCK) // n)
-    raw, centred = _scratch(x, n * most), _scratch(x, n * most, dtype=torch.float64)
-    turned = _scratch(x, 0 if straight else width + 1, n)
-    turned[width:] = 0
-    for start in range(0, p, width):
-        span = slice(start, min(start + width, p))
-        if not straight:
-            _copy(turned[: span.stop - start].mT, x[:, span])
-        order, offsets = members(cells[..., span], n_cells)
-        for run, begin, end in _runs(np.diff(offsets).tolist(), most):
-            places = offsets[run, None] + np.arange(begin, end)
-            absent = places >= offsets[1:][run, None]
-            places[absent] = 0
-            columns, k = order[places], places.size
-            columns[absent] = 0 if straight else width  # the row of zeros
-            index = torch.from_numpy(columns.ravel()).to(x.device)
-            taken, c = raw[: n * k], centred[: n * k]
-            if straight:
-                torch.gather(x, 1, index.expand(n, k), out=taken.view(n, k))
-                c = c.copy_(taken).view(n, k)
-                c[:, torch.from_numpy(np.flatnonzero(absent))] = 0  # a mask would be a pass over c
-            else:
-                torch.index_select(turned, 0, index, out=taken.view(k, n))
-                c = c.copy_(taken).view(k, n).mT
-            yield run, columns.shape, c
-
-
-def _scratch(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Unwritten memory of x's dtype or another; NumPy's comes in huge pages, ten times as fast."""
-    dtype = dtype or x.dtype
-    if x.device.type != "cpu" or 0 in shape:
-        return x.new_empty(shape, dtype=dtype)
-    memory = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
-    return torch.from_numpy(memory).view(dtype).view(shape)
-
-
-def _copy(target: Tensor, source: Tensor) -> None:
-    """Copy (n, p), turned in memory or not, in strips of columns that fit a cache."""
-    for a, b in zip(target.split(_STRIP, 1), source.split(_STRIP, 1), strict=True):
-        a.copy_(b)
-
-
-def _runs(sizes: list[int], most: int) -> Iterator[tuple[slice, int, int]]:
-    """Runs of cells in a row that are alike, and which of each cell's columns.
-
-    As many columns as `most` in all: a cell that has more comes several times, alone.
-    """
-    start = 0
-    while start < len(sizes):
-        stop, largest, total = start + 1, sizes[start], sizes[start]
-        for size in sizes[stop:]:
-            padded = (stop + 1 - start) * max(largest, size)
-            if padded > 1.25 * (total + size) or padded > most:
-                break
-            stop, largest, total = stop + 1, max(largest, size), total + size
-        for begin in range(0, largest, most):
-            yield slice(start, stop), begin, min(begin + most, largest)
-        start = stop

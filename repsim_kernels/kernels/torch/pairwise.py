@@ -64,10 +64,10 @@ _COMPARE: dict[str, tuple[Callable[..., Tensor], bool]] = {
 def _cka(
     xs: list[Tensor], ys: list[Tensor] | None, debiased: bool, kernel: str, sigma: float | None
 ) -> Tensor:
-    n = xs[0].shape[0]
-    p, q = ([x.shape[1] for x in zs] for zs in (xs, xs if ys is None else ys))
+    n, sides = xs[0].shape[0], [xs] if ys is None else [xs, ys]
+    p, q = ([x.shape[1] for x in side] for side in (sides[0], sides[-1]))
     if kernel == "linear" and cka.on_features(p, q, n):
-        runs = [gram.centre_all(zs) for zs in ((xs,) if ys is None else (xs, ys))]
+        runs = [gram.centre_all(side) for side in sides]
         norms = [torch.cat([cka.feature_norm(c, debiased) for c in side]) for side in runs]
         left, right = ([c for run in side for c in run] for side in (runs[0], runs[-1]))
         xx, yy = norms[0], norms[-1]
@@ -79,8 +79,8 @@ def _cka(
             products = products + products.mT + xx.diag()
         return cka.cosine(products, xx[:, None], yy)
 
-    sides = [cka.halves(zs, debiased, kernel, sigma) for zs in ((xs,) if ys is None else (xs, ys))]
-    (rows, floor_x), (columns, floor_y) = sides[0], sides[-1]
+    found = [cka.halves(side, debiased, kernel, sigma) for side in sides]
+    (rows, floor_x), (columns, floor_y) = found[0], found[-1]
     products = gram.inner_of_all(rows, columns)
     xx = products.diagonal() if ys is None else gram.inner(rows, rows)
     yy = xx if ys is None else gram.inner(columns, columns)

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from repsim_kernels.kernels.torch import gram as torch_gram
+from repsim_kernels.kernels.torch.columns import members
 from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton.neuron_major import neuron_major
 
@@ -256,7 +257,7 @@ def cell_sums(
     for start in range(0, p, width):
         span = slice(start, min(start + width, p))
         for t, table in enumerate(tables):
-            order, offsets = torch_gram.members(table[..., span], n_cells)
+            order, offsets = members(table[..., span], n_cells)
             orders.append(order + start)
             bounds.append(np.stack([offsets[:-1], offsets[1:]], 1) + done)
             owners.append(np.arange(n_cells) + t * n_cells)
