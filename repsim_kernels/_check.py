@@ -364,3 +364,13 @@ def defined(value: Array, why: str, **arguments: Array) -> Array:
             _finite(argument, name)
         raise ConstantError(why)
     return value
+
+
+def reached(distances: Array, **arguments: Array) -> None:
+    """Check arguments that were to be checked `later`, where no distance shows them finite.
+
+    A distance (…, C) is NaN or 0 where an argument has a number that is not.
+    """
+    if not bool((distances > 0).any(-1).all()):
+        for name, argument in arguments.items():
+            _finite(argument, name)

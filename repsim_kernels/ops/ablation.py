@@ -94,7 +94,9 @@ def ablation_distances(
     )
     memory = None if memory is None else int(_options.number(memory, "memory", low=1))
     info = _options.flag(info, "info")
-    x = _check.representation(x, least=4 if "cka_debiased" in names else 2)
+    # CKA is NaN of every ablation if x has a number that is not finite; eigenvectors are not found.
+    later = set(names) <= {"cka", "cka_debiased"}
+    x = _check.representation(x, least=4 if "cka_debiased" in names else 2, later=later)
     cells, n_cells = _check.cells(cells, x.shape[-1])
     _options.warn_without_ridge(names, ridge, penalty)
     found = _dispatch.call(
@@ -110,4 +112,6 @@ def ablation_distances(
         info=info,
         precision=_options.precision(precision),
     )
+    if later:
+        _check.reached(found[names[0]], x=x)
     return _routes.split(found, names) if info else found

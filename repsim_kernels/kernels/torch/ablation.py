@@ -22,7 +22,7 @@ _MEMORY = 2**30
 class Passes:
     """What reads all of x: the Grams of its cells, and the weights of directions."""
 
-    cell_sums: Callable[[Tensor, np.ndarray, int, bool], tuple[Tensor, Tensor, Tensor]]
+    cell_sums: Callable[[Tensor, np.ndarray, int, bool], tuple[gram.Half, Tensor, Tensor]]
     variate_weights: Callable[[Tensor, Tensor], Tensor]
 
 
@@ -32,25 +32,25 @@ PASSES = Passes(gram.cell_sums, variate_weights)
 class Parts:
     """The Gram of a whole, those of its parts, and of what is left without each."""
 
-    def __init__(self, whole: Tensor, grams: Tensor, dead: list[bool], left: list[int]) -> None:
+    def __init__(self, whole: Tensor, grams: gram.Half, dead: list[bool], left: list[int]) -> None:
         """Grams (n, n) and (C, n, n); which parts are nothing, and how many neurons they leave."""
         self.whole, self.grams, self.dead, self.left = whole, grams, dead, left
-        energy = grams.diagonal(dim1=1, dim2=2).sum(1)
+        energy = gram.traces(grams)
         self.heavy = (energy / whole.diagonal().sum() > 0.5).tolist()
 
     @property
     def active(self) -> list[int]:
         """The parts that change the whole and leave something of it."""
-        return [c for c in range(len(self.grams)) if self.left[c] and not self.dead[c]]
+        return [c for c in range(len(self.left)) if self.left[c] and not self.dead[c]]
 
-    def some(self, parts: list[int]) -> Tensor:
+    def some(self, parts: list[int]) -> gram.Half:
         """The Grams of some parts, in order; a view where they follow each other."""
         first, end = parts[0], parts[-1] + 1
-        return self.grams[first:end] if end - first == len(parts) else self.grams[parts]
+        return gram.some(self.grams, slice(first, end) if end - first == len(parts) else parts)
 
     def rest(self, c: int) -> Tensor:
         """K_c, the Gram of what is left without a part."""
-        return self.whole - self.grams[c]
+        return self.whole - gram.full(gram.some(self.grams, c))
 
     def factor(self, c: int, basis: Tensor) -> Tensor | None:
         """T (m, r) with T Tᵀ = basisᵀ K_c basis, where there is better than K_c to make it from."""
@@ -74,13 +74,14 @@ class Cells(Parts):
             # The neurons in no cell make one more, so that one pass gives the whole as well.
             labels = columns.labelled(cells, n_cells)
             g, live, shift = passes.cell_sums(x, labels, n_cells + 1, shifts)
-            whole, alive = g.sum(0), live.sum()
+            whole, alive = gram.full([(own, panel.sum(0)) for own, panel in g]), live.sum()
         else:
             g, live, shift = passes.cell_sums(x, cells, n_cells, shifts)
             everything = np.zeros(x.shape[1], dtype=np.int64)
-            (whole,), (alive,), _ = passes.cell_sums(x, everything, 1, False)
-        live, self.shift = live[:n_cells], shift[:n_cells]
-        super().__init__(whole, g[:n_cells], (live == 0).tolist(), (alive - live).tolist())
+            one, (alive,), _ = passes.cell_sums(x, everything, 1, False)
+            (whole,) = gram.full(one)
+        live, self.shift, g = live[:n_cells], shift[:n_cells], gram.some(g, slice(n_cells))
+        super().__init__(whole, g, (live == 0).tolist(), (alive - live).tolist())
 
     def outside(self, c: int) -> Tensor:
         """The columns of x that are not in a cell."""
@@ -125,9 +126,10 @@ class Found:
         route: Tensor | int = Route.NOTHING,
         steps: Tensor | int = 0,
     ) -> None:
-        self.distances[metric][cells] = values
-        self.info[f"{metric} route"][cells] = route
-        self.info[f"{metric} steps"][cells] = steps
+        own = torch.tensor(cells, dtype=torch.int64, device=self.distances[metric].device)
+        self.distances[metric][own] = values
+        self.info[f"{metric} route"][own] = route
+        self.info[f"{metric} steps"][own] = steps
 
     def result(self, info: bool) -> dict[str, Tensor]:
         """The distances, and with `info` "<metric> route" and "<metric> steps" of each."""
@@ -162,7 +164,7 @@ def distances(
     parts: Parts, original: Callable[[], Original], metrics: tuple[str, ...], memory: int = 0
 ) -> Found:
     """The distances of the whole from what is left of it without each part."""
-    found = Found(metrics, len(parts.grams), parts.grams.device)
+    found = Found(metrics, len(parts.left), parts.whole.device)
     for name in ("cka", "cka_debiased"):
         if name in metrics:
             _cka_distances(parts, name, found)
@@ -175,23 +177,24 @@ def distances(
 
 
 def _cka_distances(parts: Parts, metric: str, found: Found) -> None:
-    def prepared(k: Tensor) -> Tensor:
-        return gram.u_centre(k) if metric == "cka_debiased" else k
-
-    whole, floor = prepared(parts.whole), cka.rounding(parts.whole)
-    whole = whole * cka.beyond(cka.squared_norm(whole.flatten()), floor).sign()
+    flat = functools.partial(gram.flat, u_centred=metric == "cka_debiased")
+    # Of halves of matrices inner products are half, and so are what rounding may leave of them.
+    (whole,), floor = flat(gram.half_of(parts.whole[None])), cka.rounding(parts.whole) / 2
+    whole = whole * cka.beyond(cka.squared_norm(whole), floor).sign()
     light = [c for c in parts.active if not parts.heavy[c]]
+    batches = list(gram.batches(light, whole))
+    room = torch.stack([whole] * len(batches[0])) if batches else None
     distances = [
-        cka.cosine_distance(prepared(parts.some(batch)), whole, False, floor)
-        for batch in gram.batches(light, parts.whole)
+        cka.cosine_distance(flat(parts.some(batch), room=room), whole, False, floor)
+        for batch in batches
     ]
     if light:
         found.put(metric, light, torch.cat(distances), Route.SUMS)
     for c in parts.active:
         if parts.heavy[c]:
             rest = parts.rest(c)
-            distance = cka.cosine_distance(prepared(rest)[None], whole, True, cka.rounding(rest))
-            found.put(metric, [c], distance, Route.SUMS)
+            m, least = flat(gram.half_of(rest[None])), cka.rounding(rest) / 2
+            found.put(metric, [c], cka.cosine_distance(m, whole, True, least), Route.SUMS)
 
 
 def _spectral_distances(parts: Parts, original: Original, found: Found, memory: int) -> None:
@@ -232,7 +235,7 @@ def _ablated(parts: Parts, original: Original) -> Iterator[tuple[list[int], Abla
                 rests = torch.stack([parts.rest(c) for c in batch])
                 yield batch, Ablated(original, rest=rests, factors=factors)
             else:
-                yield batch, Ablated(original, cell=parts.some(batch), factors=factors)
+                yield batch, Ablated(original, cell=gram.full(parts.some(batch)), factors=factors)
 
 
 class _Waiting:

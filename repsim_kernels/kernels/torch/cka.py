@@ -12,7 +12,7 @@ _EPS = torch.finfo(torch.float64).eps
 
 def cka(x: Tensor, y: Tensor, *, debiased: bool, kernel: str, sigma: float | None) -> Tensor:
     if kernel == "linear" and on_features([x.shape[-1]], [y.shape[-1]], x.shape[-2]):
-        runs = gram.centre_all([x, y])
+        runs = gram.centre_all([x, y], for_products=not debiased)
         a, b = (c for run in runs for c in run)
         xy = feature_product(a, b, debiased)
         xx, yy = (norm for run in runs for norm in feature_norm(run, debiased))
@@ -91,7 +91,7 @@ def halves(
             for own, panel in half:
                 panel.copy_(k[..., own.start :, own])
         if debiased:
-            floors[run] = _rounding(gram.u_centre_half(half), n) / 2
+            floors[run] = _rounding(gram.u_centre(half, out=half), n) / 2
         gram.weigh(half)
     return found, floors
 
@@ -121,9 +121,10 @@ def beyond(value: Tensor, floor: Tensor) -> Tensor:
 def cosine_distance(m: Tensor, whole: Tensor, complement: bool, floor: Tensor) -> Tensor:
     """1 - CKA of the kernel matrices `whole` and `whole` less a part, without cancellation.
 
-    m (C, n, n) is the part, or what is left of the whole without it (`complement`): the smaller
-    of the two, so that what the whole does not explain of it keeps its digits. Exactly 0 for m = 0;
-    NaN where the squared norm of what is left of the whole is not above `floor`.
+    Matrices (…), or vectors with their inner products, (m,): m (C, …) is the part, or what is left
+    of the whole without it (`complement`): the smaller of the two, so that what the whole does not
+    explain of it keeps its digits. Exactly 0 for m = 0; NaN where the squared norm of what is left
+    of the whole is not above `floor`.
     Source: METRICS, "CKA without cancellation".
     """
     parts, full = m.flatten(1), whole.flatten()

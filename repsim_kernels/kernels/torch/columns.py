@@ -25,15 +25,12 @@ def labelled(cells: np.ndarray, n_cells: int) -> np.ndarray:
 def members(cells: np.ndarray, n_cells: int) -> tuple[np.ndarray, np.ndarray]:
     """The neurons of all cells, one cell after the other, and where each cell starts: (C + 1,)."""
     if cells.ndim == 2:
-        order, sizes = np.nonzero(cells)[1], cells.sum(1)
-    else:
-        labels = labelled(cells, n_cells)
-        # 16 bits are sorted by radix.
-        short = torch.from_numpy(labels.astype(np.int16 if n_cells < 2**15 else np.int64))
-        order = short.sort(stable=True).indices.numpy()
-        sizes = np.bincount(labels, minlength=n_cells + 1)[:n_cells]
-    offsets = np.concatenate([[0], np.cumsum(sizes)])
-    return order[: offsets[-1]], offsets
+        return np.nonzero(cells)[1], np.concatenate([[0], np.cumsum(cells.sum(1))])
+    # 16 bits are sorted by radix.
+    dtype = np.int16 if n_cells < 2**15 else np.int64
+    labels, order = torch.from_numpy(labelled(cells, n_cells).astype(dtype)).sort(stable=True)
+    offsets = np.searchsorted(labels.numpy(), np.arange(n_cells + 1, dtype=dtype))
+    return order.numpy()[: offsets[-1]], offsets
 
 
 def take(x: Tensor, columns: Tensor) -> Tensor:
@@ -66,22 +63,26 @@ def of_cells(
         if not straight:
             _copy(turned[: span.stop - start].mT, x[:, span])
         order, offsets = members(cells[..., span], n_cells)
-        for run, begin, end in _runs(np.diff(offsets).tolist(), most):
-            places = offsets[run, None] + np.arange(begin, end)
-            absent = places >= offsets[1:][run, None]
-            places[absent] = 0
-            columns, k = order[places], places.size
-            columns[absent] = 0 if straight else width  # the row of zeros
-            index = torch.from_numpy(columns.ravel()).to(x.device)
+        sizes = np.diff(offsets)
+        for run, begin, end in _runs(sizes.tolist(), most):
+            present = np.arange(begin, end) < sizes[run, None]
+            k, first = present.size, offsets[run.start] + begin
+            if present.all():
+                columns = order[first : first + k]
+            else:
+                columns = np.full(k, 0 if straight else width)  # the row of zeros
+                columns[present.ravel()] = order[first : offsets[run.stop]]
+            index = torch.from_numpy(columns).to(x.device)
             taken, c = raw[: n * k], centred[: n * k]
             if straight:
                 torch.gather(x, 1, index.expand(n, k), out=taken.view(n, k))
                 c = c.copy_(taken).view(n, k)
-                c[:, torch.from_numpy(np.flatnonzero(absent))] = 0  # a mask would be a pass over c
+                absent = torch.from_numpy(np.flatnonzero(~present))
+                c[:, absent] = 0  # a mask would be a pass over c
             else:
                 torch.index_select(turned, 0, index, out=taken.view(k, n))
                 c = c.copy_(taken).view(k, n).mT
-            yield run, columns.shape, c
+            yield run, present.shape, c
 
 
 def _copy(target: Tensor, source: Tensor) -> None:
@@ -99,10 +100,11 @@ def _runs(sizes: list[int], most: int) -> Iterator[tuple[slice, int, int]]:
     while start < len(sizes):
         stop, largest, total = start + 1, sizes[start], sizes[start]
         for size in sizes[stop:]:
-            padded = (stop + 1 - start) * max(largest, size)
+            larger = size if size > largest else largest
+            padded = (stop + 1 - start) * larger
             if padded > 1.25 * (total + size) or padded > most:
                 break
-            stop, largest, total = stop + 1, max(largest, size), total + size
+            stop, largest, total = stop + 1, larger, total + size
         for begin in range(0, largest, most):
             yield slice(start, stop), begin, min(begin + most, largest)
         start = stop

@@ -33,10 +33,11 @@ def centre(x: Tensor) -> Tensor:
     return centre_all([x])[0][0]
 
 
-def centre_all(xs: Sequence[Tensor]) -> list[Tensor]:
+def centre_all(xs: Sequence[Tensor], for_products: bool = False) -> list[Tensor]:
     """As `centre`, those `alike` in one tensor, (length, …, n, p).
 
-    All in one memory: of several, malloc gives the system back what is freed.
+    All in one memory: of several, malloc gives the system back what is freed. For what may be
+    `for_products` see `_centre_`.
     """
     # Of many features, the products of one by all cores are faster.
     most = _cores(xs[0]) if max(x.shape[-1] for x in xs) <= _COLUMNS else 1
@@ -47,24 +48,27 @@ def centre_all(xs: Sequence[Tensor]) -> list[Tensor]:
     for x, own in zip(xs, (own for c in found for own in c), strict=True):
         own.copy_(x)
     for c in found:
-        _centre_(c)
+        _centre_(c, for_products and all(x.dtype != torch.float64 for x in xs))
     return found
 
 
-def _centre_(c: Tensor) -> tuple[Tensor, Tensor]:
-    """Centre c (…, n, p) in place; returns (…, 1, p) the first stimulus and the rest of the means.
+def _centre_(c: Tensor, short: bool) -> Tensor:
+    """Centre c (…, n, p) in place; returns its means (…, 1, p).
 
-    A column whose mean has no rest is constant, or its first value is its mean.
+    short: whether c holds numbers of 24 bits or fewer, and is for inner products of centred
+    matrices. Those of a constant column then add up to n of them exactly, and elsewhere what
+    rounding leaves of a mean, 1e-16 of it, changes the products by its square. Else means are taken
+    of the differences from the first stimulus, in one more pass.
     """
     n = c.shape[-2]
-    first = c[..., :1, :].clone()
-    c.sub_(first)
-    if c.stride(-1) < c.stride(-2):
-        rest = (c.new_ones(1, n) @ c).div_(n)
-    else:
-        rest = c.mean(-2, keepdim=True)
-    c.sub_(rest)
-    return first, rest
+    first = None if short else c[..., :1, :].clone()
+    if first is not None:
+        c.sub_(first)
+    by_rows = c.stride(-1) < c.stride(-2)
+    mean = c.new_ones(1, n) @ c if by_rows else c.sum(-2, keepdim=True)
+    mean.div_(mean.new_full((), n))  # by a number CUDA multiplies by its inverse
+    c.sub_(mean)
+    return mean if first is None else mean.add_(first)
 
 
 def blocks(p: int, rows: int) -> Iterator[slice]:
@@ -82,10 +86,15 @@ def batches(items: list[int], gram: Tensor) -> Iterator[list[int]]:
 
 def linear(x: Tensor) -> Tensor:
     """The Gram matrix of the centred x: (…, n, p) to (…, n, n), float64."""
-    n = x.shape[-2]
-    g = memory.scratch(x, *x.shape[:-1], n, dtype=torch.float64)
-    half = new_half(x, n, *x.shape[:-2])
+    half = new_half(x, x.shape[-2], *x.shape[:-2])
     fill(half, [x], block_room([x]))
+    return full(half)
+
+
+def full(half: Half) -> Tensor:
+    """The matrices (…, n, n), symmetric to the bit."""
+    first = half[0][1]
+    g = memory.scratch(first, *first.shape[:-1], first.shape[-2], dtype=torch.float64)
     for own, panel in half:
         width = panel.shape[-1]
         block, below = panel[..., :width, :], panel[..., width:, :]
@@ -95,17 +104,29 @@ def linear(x: Tensor) -> Tensor:
     return g
 
 
-def new_half(x: Tensor, n: int, *batch: int) -> Half:
-    """Room for halves of n x n matrices (*batch, n, n), on x's device; a panel is contiguous."""
-    width = max(_PANEL, -(-n // (_PANELS * _TILE)) * _TILE)
-    spans = [slice(start, min(start + width, n)) for start in range(0, n, width)]
+def half_of(g: Tensor) -> Half:
+    """A half of symmetric matrices (…, n, n), without a copy."""
+    return [(own, g[..., own.start :, own]) for own in _spans(g.shape[-1], _TILE)]
+
+
+def _spans(n: int, least: int) -> list[slice]:
+    width = max(least, -(-n // (_PANELS * _TILE)) * _TILE)
+    return [slice(start, min(start + width, n)) for start in range(0, n, width)]
+
+
+def new_half(x: Tensor, n: int, *batch: int, least: int = _PANEL) -> Half:
+    """Room for halves of n x n matrices (*batch, n, n), on x's device; a panel is contiguous.
+
+    A panel has `least` columns or more.
+    """
+    spans = _spans(n, least)
     shapes = [(*batch, n - own.start, own.stop - own.start) for own in spans]
     sizes = [math.prod(shape) for shape in shapes]
     room = memory.scratch(x, sum(sizes), dtype=torch.float64).split(sizes)
     return [(own, part.view(shape)) for own, part, shape in zip(spans, room, shapes, strict=True)]
 
 
-def some(half: Half, which: int | slice) -> Half:
+def some(half: Half, which: int | slice | list[int]) -> Half:
     """The halves of some of the matrices."""
     return [(own, panel[which]) for own, panel in half]
 
@@ -145,7 +166,7 @@ def fill(half: Half, xs: Sequence[Tensor], room: Tensor) -> None:
         c = room[: math.prod(shape)].view(shape)
         for x, own in zip(xs, c, strict=True):
             own.copy_(x[..., block])
-        _centre_(c)
+        _centre_(c, xs[0].dtype != torch.float64)
         add_product(half, c, first=block.start == 0)
 
 
@@ -189,6 +210,26 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return (u @ v.mT).sum(0).addmm_(a[:, end:], b[:, end:].mT)
 
 
+def flat(half: Half, u_centred: bool, room: Tensor | None = None) -> Tensor:
+    """Vectors (B, m) whose inner products are half of those of the matrices (B, n, n) of a half.
+
+    Or of them `u_centred`; in the first rows of a room (…, m), or in new memory.
+    """
+    sizes = [math.prod(panel.shape[-2:]) for _, panel in half]
+    b = len(half[0][1])
+    if room is None:
+        room = memory.scratch(half[0][1], b, sum(sizes), dtype=torch.float64)
+    parts = zip(half, room[:b].split(sizes, 1), strict=True)
+    own = [(which, part.view(panel.shape)) for (which, panel), part in parts]
+    if u_centred:
+        u_centre(half, out=own)
+    else:
+        for (_, panel), (_, part) in zip(half, own, strict=True):
+            part.copy_(panel)
+    weigh(own)
+    return room[:b]
+
+
 def weigh(half: Half) -> None:
     """Scale in place such that `inner` products are half of the matrices'."""
     for _, panel in half:
@@ -207,16 +248,31 @@ def inner_of_all(a: Half, b: Half) -> Tensor:
     return torch.stack([product(u, v) for u, v in pairs]).sum(0)
 
 
-def u_centre_half(half: Half) -> Tensor:
-    """As `u_centre`, in place; returns the traces that there were."""
-    diagonals = [panel.diagonal(dim1=-2, dim2=-1) for _, panel in half]
-    diagonal = torch.cat(diagonals, -1)
-    below, beside = _u_shifts(diagonal)
-    for (own, panel), zero in zip(half, diagonals, strict=True):
-        panel += below[..., own.start :, None]
-        panel += beside[..., None, own]
-        zero.zero_()
-    return diagonal.sum(-1)
+def traces(half: Half) -> Tensor:
+    """Of each of the matrices, (…)."""
+    return _diagonal(half).sum(-1)
+
+
+def _diagonal(half: Half) -> Tensor:
+    return torch.cat([panel.diagonal(dim1=-2, dim2=-1) for _, panel in half], -1)
+
+
+def u_centre(half: Half, out: Half) -> Tensor:
+    """U-centre Grams of centred stimuli, whose rows sum to zero, into a half; gives their traces.
+
+    Frobenius products of what is left are n(n - 3) times HSIC₁.
+    Source: Székely & Rizzo 2014 for the centring, Song et al. 2012 for HSIC₁.
+    """
+    diagonal = _diagonal(half)
+    n = diagonal.shape[-1]
+    trace = diagonal.sum(-1)
+    below = diagonal / (n - 2)
+    beside = below - trace[..., None] / ((n - 2) * (n - 1))
+    for (own, panel), (_, to) in zip(half, out, strict=True):
+        torch.add(panel, below[..., own.start :, None], out=to)
+        to += beside[..., None, own]
+        to.diagonal(dim1=-2, dim2=-1).zero_()
+    return trace
 
 
 def squared_distances(g: Tensor) -> Tensor:
@@ -256,26 +312,6 @@ def centre_relative(g: Tensor) -> Tensor:
     return g - (mean[..., :, None] + mean[..., None, :] - mean.mean(-1)[..., None, None])
 
 
-def u_centre(g: Tensor) -> Tensor:
-    """U-centred Grams (…, n, n) of centred stimuli, whose rows sum to zero.
-
-    Their Frobenius products are n(n - 3) times HSIC₁.
-    Source: Székely & Rizzo 2014 for the centring, Song et al. 2012 for HSIC₁.
-    """
-    rows, columns = _u_shifts(g.diagonal(dim1=-2, dim2=-1))
-    u = g + rows[..., None]
-    u += columns[..., None, :]
-    u.diagonal(dim1=-2, dim2=-1).zero_()
-    return u
-
-
-def _u_shifts(diagonal: Tensor) -> tuple[Tensor, Tensor]:
-    """What U-centring adds to each row and to each column of such a Gram."""
-    n = diagonal.shape[-1]
-    rows = diagonal / (n - 2)
-    return rows, rows - rows.sum(-1, keepdim=True) / (n - 1)
-
-
 def centered_gram(x: Tensor, *, kernel: str, sigma: float | None) -> Tensor:
     if kernel == "linear":
         return linear(x)
@@ -285,35 +321,42 @@ def centered_gram(x: Tensor, *, kernel: str, sigma: float | None) -> Tensor:
 
 def cell_grams(x: Tensor, *, cells: np.ndarray, n_cells: int) -> Tensor:
     if cells.ndim == 2 and cells.dtype != np.bool_:
-        return torch.stack([cell_sums(x, labels, n_cells)[0] for labels in cells])
-    return cell_sums(x, cells, n_cells)[0]
+        return torch.stack([full(cell_sums(x, labels, n_cells)[0]) for labels in cells])
+    return full(cell_sums(x, cells, n_cells)[0])
 
 
 def cell_sums(
     x: Tensor, cells: np.ndarray, n_cells: int, shifts: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Half, Tensor, Tensor]:
     """One pass over x (n, p): the cells' Grams, live neurons and, if asked for, shifts.
 
-    Returns ``g`` (C, n, n); ``live`` (C,), how many columns of a cell are not constant; ``shift``
-    (C, n), B_c μ_c with B_c the centred columns of a cell and μ_c their means, or zeros.
+    Returns ``g``, a half of (C, n, n); ``live`` (C,), how many columns of a cell are not constant;
+    ``shift`` (C, n), B_c μ_c with B_c the centred columns of a cell and μ_c their means, or zeros.
     """
     n = len(x)
-    g = memory.scratch(x, n_cells, n, n, dtype=torch.float64).zero_()
+    g = new_half(x, n, n_cells, least=_TILE)
+    empty = np.ones(n_cells, dtype=np.bool_)
     live = torch.zeros(n_cells, dtype=torch.int64, device=x.device)
     shift = torch.zeros(n_cells, n, 1, dtype=torch.float64, device=x.device)
     for run, shape, c in columns.of_cells(x, cells, n_cells):
-        first, rest = _centre_(c)
-        live[run] += _alive(c, rest[0]).view(shape).sum(1)
+        mean = _centre_(c, x.dtype != torch.float64)
+        dead = (c[0] == 0).nonzero()[:, 0]
+        dead = dead[(c[:, dead] == 0).all(0)]
+        live[run] += shape[1] - torch.bincount(dead // shape[1], minlength=shape[0])
         parts = c.unflatten(1, shape).transpose(0, 1)
-        g[run].baddbmm_(parts, parts.mT)
+        own, first = some(g, run), bool(empty[run].all())
+        if not first:
+            _clear(own, empty[run])
+        add_product(own, parts, first)
+        empty[run] = False
         if shifts:
-            shift[run].baddbmm_(parts, (first + rest).view(*shape, 1))
+            shift[run].baddbmm_(parts, mean.view(*shape, 1))
+    _clear(g, empty)
     return g, live, shift[..., 0]
 
 
-def _alive(c: Tensor, rest: Tensor) -> Tensor:
-    """Which columns of c (n, k) are not zero, given the rest (k,) of their means by `_centre_`."""
-    alive = rest != 0
-    still = (~alive).nonzero()[:, 0]
-    alive[still] = (c[:, still] != 0).any(0)
-    return alive
+def _clear(half: Half, which: np.ndarray) -> None:
+    """Set some of the matrices to zero."""
+    if which.any():
+        for _, panel in half:
+            panel[torch.from_numpy(np.flatnonzero(which)).to(panel.device)] = 0

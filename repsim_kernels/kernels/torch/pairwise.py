@@ -67,7 +67,7 @@ def _cka(
     n, sides = xs[0].shape[0], [xs] if ys is None else [xs, ys]
     p, q = ([x.shape[1] for x in side] for side in (sides[0], sides[-1]))
     if kernel == "linear" and cka.on_features(p, q, n):
-        runs = [gram.centre_all(side) for side in sides]
+        runs = [gram.centre_all(side, for_products=not debiased) for side in sides]
         norms = [torch.cat([cka.feature_norm(c, debiased) for c in side]) for side in runs]
         left, right = ([c for run in side for c in run] for side in (runs[0], runs[-1]))
         xx, yy = norms[0], norms[-1]

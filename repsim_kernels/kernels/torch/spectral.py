@@ -32,7 +32,8 @@ def gram_ablation_distances(
         return Original(spectrum.of_gram(whole), n, count, ridge, penalty, solvers)
 
     remains = torch.where(left > n * _EPS * energy, n, 0)
-    pieces = Parts(whole, grams, (grams == 0).all(-1).all(-1).tolist(), remains.tolist())
+    dead = (grams == 0).all(-1).all(-1).tolist()
+    pieces = Parts(whole, gram.half_of(grams), dead, remains.tolist())
     return distances(pieces, original, metrics).result(info)
 
 

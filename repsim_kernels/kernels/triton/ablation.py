@@ -28,11 +28,11 @@ def passes(precision: str) -> ablation.Passes:
 
     def sums(
         x: Tensor, cells: np.ndarray, n_cells: int, shifts: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[torch_gram.Half, Tensor, Tensor]:
         if x.shape[1] >= x.shape[0]:
-            found = cell_sums(x, cells, n_cells, shifts, precision=precision)
-            if int(found[1].sum()) >= x.shape[0]:
-                return found
+            g, live, shift = cell_sums(x, cells, n_cells, shifts, precision=precision)
+            if int(live.sum()) >= x.shape[0]:
+                return torch_gram.half_of(g), live, shift
         # With fewer live neurons than stimuli the Gram is singular, which rounding would hide.
         return torch_gram.cell_sums(x, cells, n_cells, shifts)
 
