@@ -35,6 +35,8 @@ def assert_agree(got, want, tol, nan=True):
             raise AssertionError(f"{name}: {error}") from None
 
 
+# Few stimuli, and so many that a matrix has several panels.
+STIMULI = st.one_of(st.integers(4, 12), st.integers(25, 60))
 # The oracle's own distances are 1 minus a similarity: at 1e-14 that is all it has.
 FLOAT64 = Tol(1e-9, 1e-13)
 
@@ -50,14 +52,14 @@ def test_partitions(regular, data):
 
 @given(st.data())
 def test_memberships(data):
-    x = data.draw(drawn(n=st.integers(4, 12), kinds=("gaussian", "constant columns")))
+    x = data.draw(drawn(n=STIMULI, kinds=("gaussian", "constant columns")))
     cells = data.draw(memberships(x.p))
     assert_agree(distances(x.values(), cells), distances(x.values(), cells, "reference"), FLOAT64)
 
 
 @given(st.data())
 def test_float32(data):
-    x = data.draw(drawn(n=st.integers(4, 12), kinds=("gaussian", "relu"), dtypes=("float32",)))
+    x = data.draw(drawn(n=STIMULI, kinds=("gaussian", "relu"), dtypes=("float32",)))
     cells, _ = data.draw(labels(x.p))
     assert_agree(
         distances(x.numpy(), cells),

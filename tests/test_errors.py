@@ -222,3 +222,16 @@ def test_the_kind_of_error_is_a_python_one_too():
         rk.cka(X, Y[:3])
     with pytest.raises(TypeError, match="dtype"):
         rk.cka(X, Y + 1j)
+
+
+@pytest.mark.parametrize("cells", [[0, 1, 2, 0], [-1] * 4, [1, 1, 0, 1]], ids=str)
+@pytest.mark.parametrize("metrics", [["cka"], ["cka_debiased", "cka"], ["cka", "svcca"]], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_number_that_is_not_finite_is_found_whatever_the_cells(cells, metrics, backend, bad):
+    """CKA's distances tell of it, and of those that are 0 anyway nothing tells."""
+    x = X.astype(np.float32)
+    x[:, 3] = x[0, 3]
+    x[2, 2] = bad
+    with pytest.raises(rk.NonFiniteError, match=r"x: 1 of 24 .*\(2, 2\)"):
+        rk.ablation_distances(x, cells, metrics=metrics, backend=backend)

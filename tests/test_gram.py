@@ -87,13 +87,14 @@ def test_cell_grams_of_partitions(backend):
 @pytest.mark.parametrize("straight", [0, 115])
 @pytest.mark.parametrize("block", [1, 7, 40])
 @pytest.mark.parametrize("sizes", [(9, 0, 1, 8, 5), (4, 4, 5, 5, 5), (23,)])
-def test_blocks_do_not_change_the_result(monkeypatch, block, straight, sizes):
+@pytest.mark.parametrize(("n", "dtype"), [(5, "float64"), (50, "float32")])
+def test_blocks_do_not_change_the_result(monkeypatch, block, straight, sizes, n, dtype):
     """Passes over some of the neurons, and runs of cells that are alike or not, empty or not.
 
     Neurons from a turned copy, or from x itself.
     """
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((5, 23)) + 3
+    x = (rng.standard_normal((n, 23)) + 3).astype(dtype).astype(np.float64)
     cells = rng.permutation(np.repeat(np.arange(len(sizes)), sizes)) - 1
     n_cells = len(sizes)
     membership = rng.random((4, 23)) < 0.4
@@ -104,16 +105,25 @@ def test_blocks_do_not_change_the_result(monkeypatch, block, straight, sizes):
     monkeypatch.setattr(memory, "BLOCK", block)
     monkeypatch.setattr(columns, "_COLUMNS", 1)
     monkeypatch.setattr(columns, "_STRAIGHT", straight)
-    np.testing.assert_allclose(rk.cell_grams(x, cells, n_cells=n_cells), wants[0], atol=1e-12)
-    np.testing.assert_allclose(rk.cell_grams(x, membership), wants[1], atol=1e-12)
-    np.testing.assert_allclose(rk.centered_gram(x), (x - x.mean(0)) @ (x - x.mean(0)).T, atol=1e-12)
+    z = x.astype(dtype)
+    np.testing.assert_allclose(rk.cell_grams(z, cells, n_cells=n_cells), wants[0], atol=1e-12)
+    np.testing.assert_allclose(rk.cell_grams(z, membership), wants[1], atol=1e-12)
+    np.testing.assert_allclose(rk.centered_gram(z), (x - x.mean(0)) @ (x - x.mean(0)).T, atol=1e-12)
 
 
-@pytest.mark.parametrize("mean", [0, 10, 1000, 1e6])
-def test_a_feature_mean_costs_no_digits(mean):
-    """Shifts by powers of two and short decimals are exact in float64, so the Gram stays."""
-    x = np.random.default_rng(2).integers(-(2**20), 2**20, (9, 50)) / 2**20
-    np.testing.assert_allclose(rk.centered_gram(x + mean), rk.centered_gram(x), rtol=1e-9)
+@pytest.mark.parametrize(
+    ("mean", "dtype"), [(10, "float64"), (1e6, "float64"), (10, "float32"), (1e4, "float32")]
+)
+def test_a_feature_mean_costs_no_digits(mean, dtype):
+    """Shifts of few bits are exact, so the Gram stays."""
+    bits = 20 if dtype == "float64" else 8
+    x = np.random.default_rng(2).integers(-(2**bits), 2**bits, (9, 50)) / 2**bits
+    shifted = (x + mean).astype(dtype)
+    assert (shifted - mean == x).all()
+    np.testing.assert_allclose(rk.centered_gram(shifted), rk.centered_gram(x), rtol=1e-9)
+    cells = np.arange(50) % 7
+    got, want = (rk.cell_grams(z, cells) for z in (shifted, x))
+    np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-9)
 
 
 def test_constant_columns_are_exactly_nothing():

@@ -207,6 +207,17 @@ def test_rsa_keeps_the_ties_of_integers(n, p, seed):
     np.testing.assert_allclose(rk.rsa(x, y), want, atol=1e-12)
 
 
+@pytest.mark.parametrize("distance", ["euclidean", "correlation"])
+def test_rsa_keeps_the_ties_of_duplicates(distance):
+    """Their distances from others come from products in other places."""
+    rng = np.random.default_rng(8)
+    x, y = (rng.standard_normal((200, 300)).astype(np.float32) for _ in "xy")
+    for z in (x, y):
+        z[:100] = z[100:]
+    want = rk.rsa(x, y, distance=distance, backend="reference")
+    assert rk.rsa(x, y, distance=distance) == pytest.approx(float(want), rel=1e-13)
+
+
 def test_rsa_distances_of_near_duplicates_come_from_the_features():
     rng = np.random.default_rng(3)
     x = rng.standard_normal((6, 40)) + 1000
@@ -217,7 +228,7 @@ def test_rsa_distances_of_near_duplicates_come_from_the_features():
     assert want == pytest.approx(1)
     from repsim_kernels.kernels.torch.rsa import pair_distances
 
-    got = pair_distances(torch.from_numpy(x), "euclidean").numpy()
+    got = pair_distances(torch.from_numpy(x), "euclidean", ranked=False).numpy()
     np.testing.assert_allclose(got, a, rtol=1e-9)
     assert np.isfinite(rk.rsa(x, y))
 

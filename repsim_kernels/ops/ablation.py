@@ -45,7 +45,8 @@ def ablation_distances(
         Absolute ridge κ of the same, on both sides, in x's units squared.
     memory : int, optional
         Bytes for the canonical variates that wait for a pass over x, 1 GiB unless given: with less
-        there are more passes for "pwcca". Beside it stand the Grams, 8 C n² bytes.
+        there are more passes for "pwcca". Beside it stand the Grams, 8 C n² bytes at most: the
+        torch backend keeps halves.
     info : bool
         Whether to tell as well how each distance was found.
     precision : {"tf32x3", "tf32", "ieee"}
@@ -80,9 +81,9 @@ def ablation_distances(
 
     Notes
     -----
-    One pass over x gives the Grams of all cells, 2 n² p operations whatever C is; CKA costs n² a
-    cell, the other metrics a few times n³; "pwcca" 2 C n² p more, in x's precision. No ablated copy
-    of x is made. Distances do not come from 1 minus a similarity near 1, and keep their digits
+    One pass over x gives the Grams of all cells, 2 n² p operations at most whatever C is; CKA costs
+    n² a cell, the other metrics a few times n³; "pwcca" 2 C n² p more, in x's precision. No ablated
+    copy of x is made. Distances do not come from 1 minus a similarity near 1, and keep their digits
     where they are small: from float64 input, "cka", "procrustes" and what "cca" and "cca_squared"
     have above the self-distance are right to 1e-6 relative or 1e-14 absolute; of the latter two for
     a ridge of 1e-3 or more, since rounding grows as the ridge falls.

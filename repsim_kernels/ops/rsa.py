@@ -45,8 +45,8 @@ def rsa(
 
     Notes
     -----
-    Distances come from one Gram matrix, 2 n² p operations; those of nearly identical stimuli from
-    their features. Source: Kriegeskorte et al. 2008.
+    Distances come from one Gram matrix, 2 n² p operations at most; those of nearly identical
+    stimuli from their features. Source: Kriegeskorte et al. 2008.
     """
     distance, compare = _options.rsa_options(distance, compare)
     x, y = _check.pair(x, y, least=3)

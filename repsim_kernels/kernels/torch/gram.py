@@ -250,10 +250,11 @@ def inner_of_all(a: Half, b: Half) -> Tensor:
 
 def traces(half: Half) -> Tensor:
     """Of each of the matrices, (…)."""
-    return _diagonal(half).sum(-1)
+    return diagonal(half).sum(-1)
 
 
-def _diagonal(half: Half) -> Tensor:
+def diagonal(half: Half) -> Tensor:
+    """The diagonals (…, n)."""
     return torch.cat([panel.diagonal(dim1=-2, dim2=-1) for _, panel in half], -1)
 
 
@@ -263,10 +264,10 @@ def u_centre(half: Half, out: Half) -> Tensor:
     Frobenius products of what is left are n(n - 3) times HSIC₁.
     Source: Székely & Rizzo 2014 for the centring, Song et al. 2012 for HSIC₁.
     """
-    diagonal = _diagonal(half)
-    n = diagonal.shape[-1]
-    trace = diagonal.sum(-1)
-    below = diagonal / (n - 2)
+    d = diagonal(half)
+    n = d.shape[-1]
+    trace = d.sum(-1)
+    below = d / (n - 2)
     beside = below - trace[..., None] / ((n - 2) * (n - 1))
     for (own, panel), (_, to) in zip(half, out, strict=True):
         torch.add(panel, below[..., own.start :, None], out=to)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ def dissimilarities(x: Tensor, distance: str, compare: str) -> Tensor:
 
     NaN where the distances have no correlation with anything: all equal, or all zero.
     """
-    d = pair_distances(x, distance)
+    d = pair_distances(x, distance, ranked=compare == "spearman")
     if compare != "cosine":
         equal = d.amax() - d.amin() <= 1e-13 * d.amax()
         d = average_ranks(d) if compare == "spearman" else d
@@ -25,8 +26,11 @@ def dissimilarities(x: Tensor, distance: str, compare: str) -> Tensor:
     return d / torch.linalg.vector_norm(d)
 
 
-def pair_distances(x: Tensor, distance: str) -> Tensor:
-    """The distances between the rows of x (n, p), in the order of SciPy's pdist."""
+def pair_distances(x: Tensor, distance: str, ranked: bool) -> Tensor:
+    """The distances between the rows of x (n, p), in the order of SciPy's pdist.
+
+    ranked: whether those that are equal must be so to the bit, as in one product they are.
+    """
     n, p = x.shape
     if distance == "correlation":
         # By way of the first neuron, so that a constant row has a length of exactly zero.
@@ -38,30 +42,46 @@ def pair_distances(x: Tensor, distance: str) -> Tensor:
     else:
         # The first row: it leaves these distances alone, and integers stay integers.
         shift = None
-    g = torch.zeros(n, n, dtype=torch.float64, device=x.device)
+    half = gram.new_half(x, n, least=n) if ranked else gram.new_half(x, n)
+    room = gram.block_room([x])
     for block in gram.blocks(p, n):
-        z = x[:, block].to(torch.float64)
-        z = z - (z[:1] if shift is None else shift)
-        g += z @ z.mT
-    row, column = torch.triu_indices(n, n, 1, device=x.device)
-    d = g.diagonal()
-    if shift is not None:
-        angular = 1 - g[row, column] / (d[row] * d[column]).sqrt()
-        # Rows of one direction are at distance 0; rounding must not order them.
-        return torch.where(angular.abs() < 16 * torch.finfo(torch.float64).eps, 0.0, angular)
-    squared = d[row] + d[column] - 2 * g[row, column]
-    # Where two stimuli are close the Gram has lost their distance: take it from the features.
-    close = torch.nonzero(squared <= 1e-6 * (d[row] + d[column])).flatten()
-    for some in torch.split(close, max(1, 2**20 // p)):
-        difference = x[row[some]].to(torch.float64) - x[column[some]].to(torch.float64)
-        squared[some] = difference.square().sum(1)
-    return squared if distance == "sqeuclidean" else squared.sqrt()
+        width = block.stop - block.start
+        z = room[: n * width].view(n, width).copy_(x[:, block])
+        z.sub_(z[:1].clone() if shift is None else shift)
+        gram.add_product(half, z, first=block.start == 0)
+    d = gram.diagonal(half)
+    parts = []
+    for own, g in half:
+        # A column from below the diagonal down is a row of the upper triangle.
+        g, one, other = g.mT, d[own, None], d[None, own.start :]
+        if shift is not None:
+            part = 1 - g / (one * other).sqrt()
+            # Rows of one direction are at distance 0; rounding must not order them.
+            part[part.abs() < 16 * torch.finfo(torch.float64).eps] = 0
+        else:
+            both = one + other
+            part = both - 2 * g
+            # Where two stimuli are close the Gram has lost their distance: take it from features.
+            close = torch.nonzero((part <= 1e-6 * both).triu_(1))
+            for row, column in (some.T for some in close.split(max(1, 2**20 // p))):
+                pair = (x[own.start + i].to(torch.float64) for i in (row, column))
+                part[row, column] = torch.sub(*pair).square().sum(1)
+        parts.append(part[torch.ones_like(part, dtype=torch.bool).triu_(1)])
+    found = torch.cat(parts)
+    return found.sqrt_() if distance == "euclidean" else found
 
 
 def average_ranks(d: Tensor) -> Tensor:
     """Ranks from 1 of a vector, ties at the mean of theirs; all NaN if one is."""
     if d.isnan().any():
         return torch.full_like(d, torch.nan)
-    _, inverse, counts = torch.unique(d, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).to(torch.float64)
-    return (last - (counts - 1) / 2)[inverse]
+    # NumPy sorts by vector instructions.
+    order = d.argsort() if d.is_cuda else torch.from_numpy(np.argsort(d.numpy()))
+    values = d[order]
+    edges = (values[1:] != values[:-1]).nonzero()[:, 0] + 1
+    bounds = torch.cat([edges.new_zeros(1), edges, edges.new_full((1,), len(d))])
+    counts = bounds.diff()
+    ranks = bounds[1:].to(torch.float64) - (counts - 1) / 2
+    out = torch.empty_like(d)
+    out[order] = ranks.repeat_interleave(counts)
+    return out
