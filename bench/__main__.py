@@ -44,13 +44,24 @@ def coverage(
 
 
 @app.command()
-def scaling(run: Annotated[Path, typer.Argument(help="Folder of a finished run.")]) -> None:
+def scaling(
+    run: Annotated[
+        Path | None, typer.Argument(help="Folder of a finished run; the demo, run here, if none.")
+    ] = None,
+) -> None:
     """Model how long a run takes by more workers, from what its units took; without start-up."""
-    from bench.scaling import table
+    from bench import _machine
+    from bench.scaling import demo, table, unit_seconds
     from experiments.store import StoreError
 
+    if run is None:
+        record = demo()
+        out = _machine.RESULTS / f"scaling-{_machine.slug('cpu')}.json"
+        _machine.save(out, record)
+        print(table(record["runs"][-1]["units"]), out, sep="\n")
+        return
     try:
-        print(table(run))
+        print(table(unit_seconds(run)))
     except StoreError as error:
         raise typer.BadParameter(str(error)) from None
 

@@ -1,14 +1,20 @@
-"""How long a run takes by more workers, from what its units took: a model, without start-up."""
+"""How long a run takes by more workers: the demo, measured, and a model from what units took."""
 
 from __future__ import annotations
 
 import heapq
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench._machine import ROOT, Json, environment
 from experiments.store import Store
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
+_MEASURED = (1, 2)
 
 
 def makespan(seconds: Sequence[float], workers: int) -> float:
@@ -19,11 +25,15 @@ def makespan(seconds: Sequence[float], workers: int) -> float:
     return max(free)
 
 
-def table(folder: Path) -> str:
-    """Wall time and efficiency by the number of workers, for a finished run's recorded units."""
+def unit_seconds(folder: Path) -> list[float]:
+    """What each unit of a run took, in their order."""
     store = Store(folder)
     found = [facts for facts in map(store.facts, store.units) if facts is not None]
-    seconds = [facts["seconds"] for facts in found]
+    return [facts["seconds"] for facts in found]
+
+
+def table(seconds: Sequence[float]) -> str:
+    """Wall time and efficiency by the number of workers, start-up aside."""
     total = sum(seconds)
     lines = [f"{len(seconds)} units, {total:.1f} s of work, the longest {max(seconds):.1f} s", ""]
     lines += ["workers  seconds  efficiency"]
@@ -31,3 +41,18 @@ def table(folder: Path) -> str:
         wall = makespan(seconds, workers)
         lines.append(f"{workers:7}  {wall:7.1f}  {total / workers / wall:9.0%}")
     return "\n".join(lines)
+
+
+def demo() -> Json:
+    """Run the demo's study in one process and by two workers, which share the cores."""
+    record: Json = {"environment": environment("cpu"), "runs": []}
+    for workers in _MEASURED:
+        with tempfile.TemporaryDirectory() as folder:
+            run = Path(folder) / "run"
+            options = ["--quiet", "--out", str(run), "--workers", str(workers)]
+            command = [sys.executable, "-m", "experiments", "sweep", *options]
+            start = time.perf_counter()
+            subprocess.run(command, cwd=ROOT, check=True)
+            took = time.perf_counter() - start
+            record["runs"].append({"workers": workers, "seconds": took, "units": unit_seconds(run)})
+    return record
