@@ -129,3 +129,16 @@ def test_parts_that_cannot_be_made_are_said(tmp_path):
     (tmp_path / "x").mkdir()
     with pytest.raises(RuntimeError, match="part runs: 0 times with an end"):
         page.filled("<!-- runs: made by `python -m bench page` -->\n", tmp_path / "x")
+
+
+def test_more_workers_are_modelled_from_the_units_of_two(tmp_path):
+    (source,) = RESULTS.glob("scaling-*.json")
+    record = load(source)
+    record["runs"][0].update(units=[7.0, 2.0], seconds=12.0)
+    record["runs"][1].update(units=[3.0, 4.0, 5.0], seconds=10.0)
+    save(tmp_path / source.name, record)
+    got = part("scaling", tmp_path)
+    assert "demo's 3 units took 9 s in one process, with start-up and report 12 s" in got
+    assert "the whole command took 10 s" in got
+    assert "| seconds for the demo's units | 12 | 8 | 5 | 5 | 5 |" in got
+    assert "| efficiency | 100% | 75% | 60% | 30% | 15% |" in got

@@ -19,6 +19,7 @@ def test_no_schedule_is_shorter_and_none_wastes_more_than_the_last_unit(
     seconds: list[int], workers: int
 ) -> None:
     found = makespan(seconds, workers)
-    least = max(max(seconds), sum(seconds) / workers)
-    assert least <= found <= sum(seconds) / workers + max(seconds) * (1 - 1 / workers)
+    assert found >= max(seconds)
+    # In whole numbers, which know no rounding.
+    assert sum(seconds) <= found * workers <= sum(seconds) + max(seconds) * (workers - 1)
     assert makespan(seconds, 1) == sum(seconds)
