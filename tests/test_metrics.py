@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import repsim_kernels as rk
+from repsim_kernels.kernels.torch import gram
 
 METRICS = [
     ("cka", {}),
@@ -205,6 +206,19 @@ def test_rsa_keeps_the_ties_of_integers(n, p, seed):
         return
     want = scipy.stats.spearmanr(a, scipy.spatial.distance.pdist(y)).statistic
     np.testing.assert_allclose(rk.rsa(x, y), want, atol=1e-12)
+
+
+def test_constant_float64_features_are_nothing_beside_float32_ones(monkeypatch):
+    """Both are centred together where there is a core for each."""
+    monkeypatch.setattr(gram, "_cores", lambda x: 2)
+    rng = np.random.default_rng(5)
+    x, y = rng.standard_normal((2, 30, 60))
+    large = y.copy()
+    large[:, 0], y[:, 0] = 1e17 / 3, 0
+    x = x.astype(np.float32)
+    want = rk.cka(x, y)
+    assert rk.cka(x, large) == pytest.approx(float(want), rel=1e-12)
+    assert rk.pairwise([x, large])[0, 1] == pytest.approx(float(want), rel=1e-12)
 
 
 @pytest.mark.parametrize("distance", ["euclidean", "correlation"])

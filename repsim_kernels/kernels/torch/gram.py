@@ -48,7 +48,7 @@ def centre_all(xs: Sequence[Tensor], for_products: bool = False) -> list[Tensor]
     for x, own in zip(xs, (own for c in found for own in c), strict=True):
         own.copy_(x)
     for c in found:
-        _centre_(c, for_products and all(x.dtype != torch.float64 for x in xs))
+        _centre_(c, for_products and _short(xs))
     return found
 
 
@@ -69,6 +69,10 @@ def _centre_(c: Tensor, short: bool) -> Tensor:
     mean.div_(mean.new_full((), n))  # by a number CUDA multiplies by its inverse
     c.sub_(mean)
     return mean if first is None else mean.add_(first)
+
+
+def _short(xs: Sequence[Tensor]) -> bool:
+    return all(x.dtype != torch.float64 for x in xs)
 
 
 def blocks(p: int, rows: int) -> Iterator[slice]:
@@ -166,7 +170,7 @@ def fill(half: Half, xs: Sequence[Tensor], room: Tensor) -> None:
         c = room[: math.prod(shape)].view(shape)
         for x, own in zip(xs, c, strict=True):
             own.copy_(x[..., block])
-        _centre_(c, xs[0].dtype != torch.float64)
+        _centre_(c, _short(xs))
         add_product(half, c, first=block.start == 0)
 
 
@@ -340,7 +344,7 @@ def cell_sums(
     live = torch.zeros(n_cells, dtype=torch.int64, device=x.device)
     shift = torch.zeros(n_cells, n, 1, dtype=torch.float64, device=x.device)
     for run, shape, c in columns.of_cells(x, cells, n_cells):
-        mean = _centre_(c, x.dtype != torch.float64)
+        mean = _centre_(c, _short([x]))
         dead = (c[0] == 0).nonzero()[:, 0]
         dead = dead[(c[:, dead] == 0).all(0)]
         live[run] += shape[1] - torch.bincount(dead // shape[1], minlength=shape[0])
