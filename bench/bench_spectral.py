@@ -62,10 +62,12 @@ def ours(whole: Tensor, parts: Tensor, metrics: tuple[str, ...]) -> dict[str, Te
     n = len(whole)
     original = Original(spectrum.of_gram(whole), n, n - 1, RIDGE, 0.0, SOLVERS)
     found: dict[str, list[Tensor]] = {name: [] for name in metrics}
+    (flat,) = gram.flat(gram.half_of(whole[None]), u_centred=False)
     for batch in gram.batches(list(range(len(parts))), whole):
         ablated = Ablated(original, cell=parts[batch])
         if "cka" in metrics:
-            found["cka"].append(cka.cosine_distance(parts[batch], whole, False, torch.zeros(())))
+            m = gram.flat(gram.half_of(parts[batch]), u_centred=False)
+            found["cka"].append(cka.cosine_distance(m, flat, False, torch.zeros(())))
         if "procrustes" in metrics:
             found["procrustes"].append(ablated.procrustes()[0])
         if "pwcca" in metrics:

@@ -12,7 +12,7 @@ from bench._machine import RESULTS, ROOT, Json, load, seconds
 from bench.accuracy import summary
 from bench.peers import tables
 from bench.peers.tables import OURS, markdown
-from bench.scaling import makespan
+from bench.scaling import modelled
 
 PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md")
 _PART = r"(<!-- {}: made by `python -m bench page` -->\n).*?(<!-- end -->)"
@@ -315,21 +315,21 @@ def scaling(results: Path) -> str:
 
     def part(path: Path, record: Json) -> str:
         one, two = record["runs"]
-        units, most = two["units"], (1, 2, 4, 8, 16)
-        walls = [makespan(units, workers) for workers in most]
-        rows = [
-            ["seconds for the demo's units", *(f"{wall:.0f}" for wall in walls)],
+        units = two["units"]
+        rows = [row for row in modelled(units) if row[0] <= 16]
+        table = markdown(
+            ["workers", *(str(workers) for workers, _, _ in rows)],
             [
-                "efficiency",
-                *(f"{walls[0] / w / wall:.0%}" for w, wall in zip(most, walls, strict=True)),
+                ["seconds for the demo's units", *(f"{wall:.0f}" for _, wall, _ in rows)],
+                ["efficiency", *(f"{share:.0%}" for _, _, share in rows)],
             ],
-        ]
+        )
         return (
             f"On {_on(record)}: the demo's {len(units)} units took {sum(one['units']):.0f} s in "
             f"one process, with start-up and report {one['seconds']:.0f} s; by two workers the "
             f"whole command took {two['seconds']:.0f} s. Beyond two it is a model, not measured: "
             "units of the seconds that they took there, handed out in their order, start-up "
-            f"aside:\n\n{markdown(['workers', *map(str, most)], rows)}\n\n"
+            f"aside:\n\n{table}\n\n"
             f"The longest unit bounds it, here {max(units):.0f} s."
         )
 

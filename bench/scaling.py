@@ -14,7 +14,6 @@ from bench._machine import ROOT, Json, environment
 from experiments.store import Store
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
-_MEASURED = (1, 2)
 
 
 def makespan(seconds: Sequence[float], workers: int) -> float:
@@ -32,21 +31,25 @@ def unit_seconds(folder: Path) -> list[float]:
     return [facts["seconds"] for facts in found]
 
 
+def modelled(seconds: Sequence[float]) -> list[tuple[int, float, float]]:
+    """Workers, wall time and efficiency, start-up aside."""
+    walls = [(workers, makespan(seconds, workers)) for workers in WORKERS]
+    return [(workers, wall, sum(seconds) / workers / wall) for workers, wall in walls]
+
+
 def table(seconds: Sequence[float]) -> str:
-    """Wall time and efficiency by the number of workers, start-up aside."""
+    """What is `modelled`, for a terminal."""
     total = sum(seconds)
     lines = [f"{len(seconds)} units, {total:.1f} s of work, the longest {max(seconds):.1f} s", ""]
     lines += ["workers  seconds  efficiency"]
-    for workers in WORKERS:
-        wall = makespan(seconds, workers)
-        lines.append(f"{workers:7}  {wall:7.1f}  {total / workers / wall:9.0%}")
+    lines += [f"{n:7}  {wall:7.1f}  {share:9.0%}" for n, wall, share in modelled(seconds)]
     return "\n".join(lines)
 
 
 def demo() -> Json:
     """Run the demo's study in one process and by two workers, which share the cores."""
     record: Json = {"environment": environment("cpu"), "runs": []}
-    for workers in _MEASURED:
+    for workers in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder) / "run"
             options = ["--quiet", "--out", str(run), "--workers", str(workers)]

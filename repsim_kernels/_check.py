@@ -366,11 +366,10 @@ def defined(value: Array, why: str, **arguments: Array) -> Array:
     return value
 
 
-def reached(distances: Array, **arguments: Array) -> None:
-    """Check arguments that were to be checked `later`, where no distance shows them finite.
+def reached(distances: Array, a: Array, name: str) -> None:
+    """Check an argument that was to be checked `later`, where no distance shows it finite.
 
-    A distance (…, C) is NaN or 0 where an argument has a number that is not.
+    Distances (…, C) are NaN or 0 where it has a number that is not.
     """
     if not bool((distances > 0).any(-1).all()):
-        for name, argument in arguments.items():
-            _finite(argument, name)
+        _finite(a, name)

@@ -112,7 +112,8 @@ def test_blocks_do_not_change_the_result(monkeypatch, block, straight, sizes, n,
 
 
 @pytest.mark.parametrize(
-    ("mean", "dtype"), [(10, "float64"), (1e6, "float64"), (10, "float32"), (1e4, "float32")]
+    ("mean", "dtype"),
+    [*((m, "float64") for m in (0, 10, 1000, 1e6)), *((m, "float32") for m in (10, 1e4))],
 )
 def test_a_feature_mean_costs_no_digits(mean, dtype):
     """Shifts of few bits are exact, so the Gram stays."""

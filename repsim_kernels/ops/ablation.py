@@ -114,5 +114,5 @@ def ablation_distances(
         precision=_options.precision(precision),
     )
     if later:
-        _check.reached(found[names[0]], x=x)
+        _check.reached(found[names[0]], x, "x")
     return _routes.split(found, names) if info else found

@@ -35,7 +35,7 @@ class Parts:
     def __init__(self, whole: Tensor, grams: gram.Half, dead: list[bool], left: list[int]) -> None:
         """Grams (n, n) and (C, n, n); which parts are nothing, and how many neurons they leave."""
         self.whole, self.grams, self.dead, self.left = whole, grams, dead, left
-        energy = gram.traces(grams)
+        energy = gram.diagonal(grams).sum(1)
         self.heavy = (energy / whole.diagonal().sum() > 0.5).tolist()
 
     @property
@@ -183,7 +183,7 @@ def _cka_distances(parts: Parts, metric: str, found: Found) -> None:
     whole = whole * cka.beyond(cka.squared_norm(whole), floor).sign()
     light = [c for c in parts.active if not parts.heavy[c]]
     batches = list(gram.batches(light, whole))
-    room = torch.stack([whole] * len(batches[0])) if batches else None
+    room = whole.new_empty(len(batches[0]), len(whole)) if batches else None
     distances = [
         cka.cosine_distance(flat(parts.some(batch), room=room), whole, False, floor)
         for batch in batches

@@ -121,16 +121,15 @@ def beyond(value: Tensor, floor: Tensor) -> Tensor:
 def cosine_distance(m: Tensor, whole: Tensor, complement: bool, floor: Tensor) -> Tensor:
     """1 - CKA of the kernel matrices `whole` and `whole` less a part, without cancellation.
 
-    Matrices (…), or vectors with their inner products, (m,): m (C, …) is the part, or what is left
-    of the whole without it (`complement`): the smaller of the two, so that what the whole does not
-    explain of it keeps its digits. Exactly 0 for m = 0; NaN where the squared norm of what is left
-    of the whole is not above `floor`.
+    Matrices are vectors here, by `gram.flat`. m (C, k) is the part, or what is left of the whole
+    (k,) without it (`complement`): the smaller of the two, so that what the whole does not explain
+    of it keeps its digits. Exactly 0 for m = 0; NaN where the squared norm of what is left of the
+    whole is not above `floor`.
     Source: METRICS, "CKA without cancellation".
     """
-    parts, full = m.flatten(1), whole.flatten()
-    ll = full @ full
-    gamma = parts @ full / ll
+    ll = whole @ whole
+    gamma = m @ whole / ll
     left = gamma if complement else 1 - gamma
-    rr = squared_norm(torch.addr(parts, gamma, full, alpha=-1))
+    rr = squared_norm(torch.addr(m, gamma, whole, alpha=-1))
     kk = beyond(left.square() * ll + rr, floor)
     return (rr / kk) / (1 + left * torch.sqrt(ll / kk))

@@ -109,7 +109,7 @@ def full(half: Half) -> Tensor:
 
 
 def half_of(g: Tensor) -> Half:
-    """A half of symmetric matrices (…, n, n), without a copy."""
+    """A half of symmetric matrices (…, n, n), without a copy, in the panels of `cell_sums`."""
     return [(own, g[..., own.start :, own]) for own in _spans(g.shape[-1], _TILE)]
 
 
@@ -250,11 +250,6 @@ def inner_of_all(a: Half, b: Half) -> Tensor:
     """As `inner`, of each matrix (L, n, n) of a half with all (M, n, n) of another: (L, M)."""
     pairs = ((u.flatten(1), v.flatten(1)) for (_, u), (_, v) in zip(a, b, strict=True))
     return torch.stack([product(u, v) for u, v in pairs]).sum(0)
-
-
-def traces(half: Half) -> Tensor:
-    """Of each of the matrices, (…)."""
-    return diagonal(half).sum(-1)
 
 
 def diagonal(half: Half) -> Tensor:
