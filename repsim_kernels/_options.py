@@ -86,6 +86,30 @@ def warn_if_degenerate(metric: str, n: int, p: int, q: int, ridge: float, penalt
     )
 
 
+_CHANCE = 0.5  # a similarity that noise reaches on average, from which on it says little
+_warned: set[str] = set()  # what this process has been warned of
+
+
+def chance_wanted(n: int, p: int, q: int, debiased: bool) -> bool:
+    """Whether CKA of p and q neurons may be above `_CHANCE` by chance, and no warning said so."""
+    ranks = min(p, n - 1) * min(q, n - 1)  # of which the mean over permutations is at most the root
+    return not debiased and "chance" not in _warned and ranks > (_CHANCE * (n - 1)) ** 2
+
+
+def warn_of_chance(chance: float) -> None:
+    """Warn, once in a process, where plain CKA is large whatever the representations hold."""
+    if chance <= _CHANCE or "chance" in _warned:
+        return
+    _warned.add("chance")
+    warnings.warn(
+        f"cka: {chance:.3f} is the mean of this similarity when the stimuli of one side are "
+        "permuted, since the representations have many neurons for so few stimuli; pass "
+        "debiased=True, whose mean is 0 (Murphy et al. 2024). This warning is shown once",
+        DegenerateWarning,
+        stacklevel=3,
+    )
+
+
 def warn_without_ridge(metrics: Iterable[str], ridge: float, penalty: float) -> None:
     """Warn where CCA between a representation and its ablations is asked for without a ridge."""
     if not ridge and not penalty and {"cca", "cca_squared", "pwcca"} & set(metrics):

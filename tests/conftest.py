@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from repsim_kernels import _options
+
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
@@ -21,3 +23,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_warning_of_chance() -> None:
+    """Drawn representations are noise of many neurons, for which CKA warns once in a process."""
+    _options._warned.add("chance")

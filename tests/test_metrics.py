@@ -6,8 +6,6 @@ import warnings
 
 import numpy as np
 import pytest
-import scipy.spatial.distance
-import scipy.stats
 import torch
 from _draw import NUMPY_LAYOUTS, TORCH_DTYPES, TORCH_LAYOUTS, pairs
 from _draw import representations as drawn
@@ -182,32 +180,6 @@ def test_pairwise_on_features_is_pairwise_on_grams():
         np.testing.assert_allclose(rk.pairwise(xs, xs[:1], debiased=debiased)[:, 0], got[:, 0])
 
 
-@pytest.mark.parametrize("compare", ["spearman", "pearson"])
-@pytest.mark.parametrize("distance", ["euclidean", "sqeuclidean", "correlation", "cosine"])
-@given(pairs(n=st.integers(4, 12), p=st.integers(3, 30), kinds=("gaussian", "large mean")))
-def test_rsa_is_scipys(distance, compare, drawn_pair):
-    x, y = (z.values() for z in drawn_pair)
-    a, b = (scipy.spatial.distance.pdist(z, distance) for z in (x, y))
-    oracle = {"spearman": scipy.stats.spearmanr, "pearson": scipy.stats.pearsonr}[compare]
-    # Correlation distances of rows with a mean of 1000 have lost 6 digits to it, in SciPy as here.
-    np.testing.assert_allclose(
-        rk.rsa(x, y, distance=distance, compare=compare), oracle(a, b).statistic, atol=1e-7
-    )
-
-
-@given(st.integers(3, 10), st.integers(1, 6), st.integers(0, 2**16))
-def test_rsa_keeps_the_ties_of_integers(n, p, seed):
-    rng = np.random.default_rng(seed)
-    x, y = rng.integers(0, 3, (n, p)), rng.standard_normal((n, 4))
-    a = scipy.spatial.distance.pdist(x)
-    if np.ptp(a) == 0:
-        with pytest.raises(rk.ConstantError):
-            rk.rsa(x, y)
-        return
-    want = scipy.stats.spearmanr(a, scipy.spatial.distance.pdist(y)).statistic
-    np.testing.assert_allclose(rk.rsa(x, y), want, atol=1e-12)
-
-
 def test_constant_float64_features_are_nothing_beside_float32_ones(monkeypatch):
     """Both are centred together where there is a core for each."""
     monkeypatch.setattr(gram, "_cores", lambda x: 2)
@@ -219,32 +191,6 @@ def test_constant_float64_features_are_nothing_beside_float32_ones(monkeypatch):
     want = rk.cka(x, y)
     assert rk.cka(x, large) == pytest.approx(float(want), rel=1e-12)
     assert rk.pairwise([x, large])[0, 1] == pytest.approx(float(want), rel=1e-12)
-
-
-@pytest.mark.parametrize("distance", ["euclidean", "correlation"])
-def test_rsa_keeps_the_ties_of_duplicates(distance):
-    """Their distances from others come from products in other places."""
-    rng = np.random.default_rng(8)
-    x, y = (rng.standard_normal((200, 300)).astype(np.float32) for _ in "xy")
-    for z in (x, y):
-        z[:100] = z[100:]
-    want = rk.rsa(x, y, distance=distance, backend="reference")
-    assert rk.rsa(x, y, distance=distance) == pytest.approx(float(want), rel=1e-13)
-
-
-def test_rsa_distances_of_near_duplicates_come_from_the_features():
-    rng = np.random.default_rng(3)
-    x = rng.standard_normal((6, 40)) + 1000
-    x[1] = x[0] + 1e-7 * rng.standard_normal(40)
-    x[3] = x[2]
-    a, y = scipy.spatial.distance.pdist(x), rng.standard_normal((6, 4))
-    want = scipy.stats.pearsonr(np.log(a + 1), np.log(a + 1)).statistic
-    assert want == pytest.approx(1)
-    from repsim_kernels.kernels.torch.rsa import pair_distances
-
-    got = pair_distances(torch.from_numpy(x), "euclidean", ranked=False).numpy()
-    np.testing.assert_allclose(got, a, rtol=1e-9)
-    assert np.isfinite(rk.rsa(x, y))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])

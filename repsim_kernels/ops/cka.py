@@ -45,6 +45,13 @@ def cka(
     ShapeError, DtypeError, NonFiniteError, ConstantError, DeviceError, OptionError,
     BackendUnavailable
 
+    Warns
+    -----
+    DegenerateWarning
+        Not debiased, and more than 0.5 on average when the stimuli of one side are permuted:
+        tr K tr L / ((n - 1) ‖K‖ ‖L‖), which nears 1 as neurons outnumber stimuli (Murphy et al.
+        2024). Once in a process, with that number.
+
     Notes
     -----
     Works on features where that is cheaper than the n x n Grams. Invariant to rotation, isotropic
@@ -54,5 +61,11 @@ def cka(
     debiased = _options.flag(debiased, "debiased")
     sigma = _options.bandwidth(kernel, sigma)
     x, y = _check.pair(x, y, least=4 if debiased else 2, later=True)
-    value = _dispatch.call("cka", backend, x, y, debiased=debiased, kernel=kernel, sigma=sigma)
-    return _check.defined(value, _check.NO_CKA, x=x, y=y)
+    options = {"debiased": debiased, "kernel": kernel, "sigma": sigma}
+    if not _options.chance_wanted(x.shape[-2], x.shape[-1], y.shape[-1], debiased):
+        value = _dispatch.call("cka", backend, x, y, **options)
+        return _check.defined(value, _check.NO_CKA, x=x, y=y)
+    found = _dispatch.call("cka", backend, x, y, **options, chance=True)
+    value = _check.defined(found["similarity"], _check.NO_CKA, x=x, y=y)
+    _options.warn_of_chance(float(found["chance"].max()))
+    return value

@@ -71,10 +71,25 @@ def pairwise(
     if "ridge" in options:
         p, q = (max(x.shape[1] for x in zs) for zs in (xs, xs if ys is None else ys))
         _options.warn_if_degenerate(metric, len(xs[0]), p, q, options["ridge"], options["penalty"])
-    values = _dispatch.call_lists("pairwise", backend, xs, ys, metric=metric, **options)
+    n, chance = len(xs[0]), False
+    if metric == "cka":
+        p, q = (max(x.shape[1] for x in zs) for zs in (xs, xs if ys is None else ys))
+        chance = _options.chance_wanted(n, p, q, options["debiased"])
+    more = {"chance": True} if chance else {}
+    found = _dispatch.call_lists("pairwise", backend, xs, ys, metric=metric, **options, **more)
+    values = found["similarity"] if chance else found
     undefined = {"cka": _check.NO_CKA, "rsa": _check.NO_RSA}
     named = {f"{k}[{i}]": z for k, zs in (("xs", xs), ("ys", ys)) for i, z in enumerate(zs or ())}
-    return _check.defined(values, undefined.get(metric, ""), **named)
+    values = _check.defined(values, undefined.get(metric, ""), **named)
+    itself = range(len(xs))
+    if ys is None and not options.get("ridge") and not options.get("penalty"):
+        values[itself, itself] = 0.0 if metric == "procrustes_distance" else 1.0
+    if chance:
+        others = found["chance"]
+        if ys is None:
+            others[itself, itself] = 0.0
+        _options.warn_of_chance(float(others.max()))
+    return values
 
 
 def _checked(metric: str, options: dict[str, Any]) -> int:

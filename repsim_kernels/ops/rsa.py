@@ -27,7 +27,8 @@ def rsa(
         Between the rows of x as they are given, as SciPy's ``pdist``. "correlation" and "cosine"
         depend on where zero is: subtract ``x.mean(0)`` first for those of the centred patterns.
     compare : {"spearman", "pearson", "cosine"}
-        How the n(n - 1)/2 distances of both sides are compared; ties have their mean rank.
+        How the n(n - 1)/2 distances of both sides are compared; ties (see Notes) get their mean
+        rank.
     backend : {"reference", "torch"}, optional
         What computes it; by default chosen by the kind and the device of x.
 
@@ -40,13 +41,24 @@ def rsa(
     ------
     ShapeError, DtypeError, NonFiniteError, DeviceError, OptionError, BackendUnavailable
     ConstantError
-        A constant representation, distances that are all equal (they correlate with nothing), or
-        for "correlation" and "cosine" a row that is constant or zero.
+        A constant representation, distances that are equal up to rounding (they correlate with
+        nothing), or for "correlation" and "cosine" a row that is constant or zero.
 
     Notes
     -----
-    Distances come from one Gram matrix, 2 n² p operations at most; those of nearly identical
-    stimuli from their features. Source: Kriegeskorte et al. 2008.
+    Distances come from one Gram matrix, n² p operations; those of nearly identical stimuli from
+    their features.
+
+    Which distances tie (for "spearman") does not depend on the machine, or on the order of stimuli
+    and neurons. Stimuli whose rows are equal count as one when distances are computed, so that
+    repeats tie exactly. Other distances are equal if rounding alone can part them: the tolerance
+    of a distance is twice what float64 arithmetic and half an ulp of each input entry may change it
+    by. In order of size, distances form groups that are more than 4 tolerances apart. The members
+    of a group, m different numbers, tie if they lie within the tolerance of the first, and the next
+    distances on either side are more than 256 / (m - 1) tolerances away: with 2,000 stimuli,
+    float32's rounding is as wide as the gaps between distances, and pairs that come close by chance
+    must not tie. The rule is also applied with the tolerance of float64 arithmetic alone.
+    Source: Kriegeskorte et al. 2008.
     """
     distance, compare = _options.rsa_options(distance, compare)
     x, y = _check.pair(x, y, least=3)

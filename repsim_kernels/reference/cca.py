@@ -69,4 +69,4 @@ def pwcca(x: Real, y: Real, *, ridge: float = 0.0, penalty: float = 0.0) -> np.f
     kept = min(rank_x, rank_y)
     variates = a @ left[:, :kept]
     weights = np.abs(variates.T @ (contrasts(len(x)).T @ shifted(x))).sum(axis=1)
-    return np.float64(weights @ np.minimum(rho[:kept], 1) / weights.sum())
+    return np.float64(min(weights @ rho[:kept] / weights.sum(), 1.0))

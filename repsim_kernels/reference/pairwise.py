@@ -13,7 +13,7 @@ from repsim_kernels.reference.gram import Array, Real
 from repsim_kernels.reference.procrustes import procrustes, procrustes_distance
 from repsim_kernels.reference.rsa import rsa
 
-METRICS: dict[str, Callable[..., np.float64]] = {
+METRICS: dict[str, Callable[..., Any]] = {
     "cka": cka,
     "cca": cca,
     "svcca": svcca,
@@ -26,8 +26,11 @@ METRICS: dict[str, Callable[..., np.float64]] = {
 
 def pairwise(
     xs: Sequence[Real], ys: Sequence[Real] | None = None, *, metric: str = "cka", **options: Any
-) -> Array:
+) -> Array | dict[str, Array]:
     """The metric of every x (n, p_i) with every y (n, q_j), the xs again by default, (L, M)."""
     function = METRICS[metric]
     ys = xs if ys is None else ys
-    return np.array([[function(x, y, **options) for y in ys] for x in xs])
+    values = [[function(x, y, **options) for y in ys] for x in xs]
+    if not isinstance(values[0][0], dict):
+        return np.array(values)
+    return {key: np.array([[v[key] for v in row] for row in values]) for key in values[0][0]}

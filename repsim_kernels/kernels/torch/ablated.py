@@ -163,7 +163,7 @@ class Ablated:
         u = u[:, : int(k), : int(m.max())]
         u = u * (torch.arange(u.shape[-1], device=u.device) < m[:, None])[:, None, :]
         similarity = self.solvers.svdvals(u).sum(-1) / torch.minimum(k, m)
-        return (1 - similarity).clamp(min=0), *self._all(Route.EIGENVECTORS)
+        return 1 - similarity, *self._all(Route.EIGENVECTORS)
 
     @property
     def kappa(self) -> Tensor:

@@ -133,7 +133,9 @@ class Found:
 
     def result(self, info: bool) -> dict[str, Tensor]:
         """The distances, and with `info` "<metric> route" and "<metric> steps" of each."""
-        return self.distances | self.info if info else self.distances
+        # Rounding must not make one negative.
+        distances = {name: values.clamp(min=0) for name, values in self.distances.items()}
+        return distances | self.info if info else distances
 
 
 def ablation_distances(

@@ -45,7 +45,7 @@ def mean_cca(
     total = m.square().sum((-2, -1)) if squared else torch.linalg.svdvals(m).sum(-1)
     if ridge or penalty:
         return total / min(a.n - 1, a.p, b.p)
-    return total / torch.minimum(a.rank, b.rank)
+    return (total / torch.minimum(a.rank, b.rank)).clamp(max=1)
 
 
 def leading(w: Tensor, variance: float) -> Tensor:
@@ -62,7 +62,7 @@ def mean_svcca(a: Representation, b: Representation, variance: float) -> Tensor:
     u = u * (torch.arange(w.shape[-1], device=w.device) < k[..., None])[..., None, :]
     v = v * (torch.arange(z.shape[-1], device=z.device) < m[..., None])[..., None, :]
     u, v = u[..., : int(k.max())], v[..., : int(m.max())]
-    return torch.linalg.svdvals(u.mT @ v).sum(-1) / torch.minimum(k, m)
+    return (torch.linalg.svdvals(u.mT @ v).sum(-1) / torch.minimum(k, m)).clamp(max=1)
 
 
 def weighted_cca(a: Representation, b: Representation, ridge: float, penalty: float) -> Tensor:
@@ -71,7 +71,7 @@ def weighted_cca(a: Representation, b: Representation, ridge: float, penalty: fl
     count = torch.minimum(a.rank, b.rank)[..., None]
     kept = torch.arange(rho.shape[-1], device=rho.device) < count
     alpha = variate_weights(from_complement(directions).mT, a.x) * kept
-    return (alpha * rho).sum(-1) / alpha.sum(-1)
+    return ((alpha * rho).sum(-1) / alpha.sum(-1)).clamp(max=1)
 
 
 def variate_weights(h: Tensor, x: Tensor) -> Tensor:

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from repsim_kernels.kernels.torch import gram
+from repsim_kernels.kernels.torch import distances, gram
 
 _EPS = torch.finfo(torch.float64).eps
 
 
-def cka(x: Tensor, y: Tensor, *, debiased: bool, kernel: str, sigma: float | None) -> Tensor:
+def cka(
+    x: Tensor,
+    y: Tensor,
+    *,
+    debiased: bool,
+    kernel: str,
+    sigma: float | None,
+    chance: bool = False,
+) -> Tensor | dict[str, Tensor]:
+    """The similarity and, for ``chance``, what it is on average when stimuli are permuted."""
     if kernel == "linear" and on_features([x.shape[-1]], [y.shape[-1]], x.shape[-2]):
         runs = gram.centre_all([x, y], for_products=not debiased)
         a, b = (c for run in runs for c in run)
         xy = feature_product(a, b, debiased)
         xx, yy = (norm for run in runs for norm in feature_norm(run, debiased))
+        traces = [feature_trace(c) for c in (a, b)] if chance else []
     else:
         alike = [[x, y]] if x.shape[:-2] == y.shape[:-2] else [[x], [y]]
         (h, floor_x), (k, floor_y) = (
@@ -25,12 +37,18 @@ def cka(x: Tensor, y: Tensor, *, debiased: bool, kernel: str, sigma: float | Non
         )
         xy, xx, yy = (gram.inner(u, v) for u, v in ((h, k), (h, h), (k, k)))
         xx, yy = beyond(xx, floor_x), beyond(yy, floor_y)
-    return cosine(xy, xx, yy)
+        # Both weighed by √½, as xx and yy are by a half.
+        traces = [gram.diagonal(half).sum(-1) for half in (h, k)] if chance else []
+    value = cosine(xy, xx, yy)
+    if not chance:
+        return value
+    shares = (trace / norm.sqrt() for trace, norm in zip(traces, (xx, yy), strict=True))
+    return {"similarity": value, "chance": math.prod(shares) / (x.shape[-2] - 1)}
 
 
 def cosine(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
-    """xy / √(xx yy), of numbers whose products neither overflow nor vanish: exactly 1 of equals."""
-    return xy.sign() * ((xy / xx) * (xy / yy)).sqrt()
+    """xy / √(xx yy) without overflow or underflow: at most 1, and exactly 1 for equal numbers."""
+    return (xy.sign() * ((xy / xx) * (xy / yy)).sqrt()).clamp(-1, 1)
 
 
 def on_features(p: list[int], q: list[int], n: int) -> bool:
@@ -63,6 +81,11 @@ def feature_norm(a: Tensor, debiased: bool) -> Tensor:
     return beyond(product - _u_centring(a, a), a.shape[-2] * _EPS * product)
 
 
+def feature_trace(a: Tensor) -> Tensor:
+    """The trace of the Gram of centred features a (…, n, p)."""
+    return squared_norm(a.flatten(-2))
+
+
 def _u_centring(a: Tensor, b: Tensor) -> Tensor:
     """What U-centring takes from the inner product of two Grams."""
     n = a.shape[-2]
@@ -87,7 +110,7 @@ def halves(
             gram.fill(half, xs[run], room)
         else:
             assert sigma is not None
-            k = torch.stack([gram.double_centre(gram.rbf(x, sigma)) for x in xs[run]])
+            k = torch.stack([gram.double_centre(distances.rbf(x, sigma)) for x in xs[run]])
             for own, panel in half:
                 panel.copy_(k[..., own.start :, own])
         if debiased:

@@ -275,31 +275,6 @@ def u_centre(half: Half, out: Half) -> Tensor:
     return trace
 
 
-def squared_distances(g: Tensor) -> Tensor:
-    """Squared Euclidean distances between stimuli from a Gram matrix, (…, n, n)."""
-    d = g.diagonal(dim1=-2, dim2=-1)
-    out = (d[..., :, None] + d[..., None, :] - 2 * g).clamp_(min=0)
-    out.diagonal(dim1=-2, dim2=-1).zero_()
-    return out
-
-
-def rbf(x: Tensor, sigma: float) -> Tensor:
-    """The RBF kernel of x (…, n, p): (…, n, n)."""
-    return rbf_kernel(linear(x), sigma)
-
-
-def rbf_kernel(g: Tensor, sigma: float) -> Tensor:
-    """The RBF kernel from a Gram matrix, centred or not: (…, n, n).
-
-    The squared bandwidth is sigma² times the median of all n² squared distances, zeros included.
-    """
-    d = squared_distances(g)
-    values = d.flatten(-2)
-    middle = values.shape[-1]
-    low, high = (values.kthvalue(k, dim=-1).values for k in ((middle + 1) // 2, middle // 2 + 1))
-    return torch.exp(-d / ((low + high)[..., None, None] * sigma**2))
-
-
 def double_centre(k: Tensor) -> Tensor:
     """A kernel matrix (…, n, n) with the means of its rows and columns taken out."""
     k = k - k.mean(-1, keepdim=True)
@@ -313,10 +288,12 @@ def centre_relative(g: Tensor) -> Tensor:
 
 
 def centered_gram(x: Tensor, *, kernel: str, sigma: float | None) -> Tensor:
+    from repsim_kernels.kernels.torch import distances  # which is made of halves of Grams
+
     if kernel == "linear":
         return linear(x)
     assert sigma is not None
-    return double_centre(rbf(x, sigma))
+    return double_centre(distances.rbf(x, sigma))
 
 
 def cell_grams(x: Tensor, *, cells: np.ndarray, n_cells: int) -> Tensor:

@@ -12,11 +12,13 @@ from repsim_kernels.kernels.torch import cca, cka, gram, procrustes, rsa
 from repsim_kernels.kernels.torch.spectrum import Representation
 
 
-def pairwise(xs: list[Tensor], ys: list[Tensor] | None, *, metric: str, **options: Any) -> Tensor:
+def pairwise(
+    xs: list[Tensor], ys: list[Tensor] | None, *, metric: str, **options: Any
+) -> Tensor | dict[str, Tensor]:
     if metric == "rsa":
         u = torch.stack([rsa.dissimilarities(x, **options) for x in xs])
         v = u if ys is None else torch.stack([rsa.dissimilarities(y, **options) for y in ys])
-        return u @ v.mT
+        return (u @ v.mT).clamp(-1, 1)
     if metric == "cka":
         return _cka(xs, ys, **options)
     left = [Representation(x) for x in xs]
@@ -62,8 +64,13 @@ _COMPARE: dict[str, tuple[Callable[..., Tensor], bool]] = {
 
 
 def _cka(
-    xs: list[Tensor], ys: list[Tensor] | None, debiased: bool, kernel: str, sigma: float | None
-) -> Tensor:
+    xs: list[Tensor],
+    ys: list[Tensor] | None,
+    debiased: bool,
+    kernel: str,
+    sigma: float | None,
+    chance: bool = False,
+) -> Tensor | dict[str, Tensor]:
     n, sides = xs[0].shape[0], [xs] if ys is None else [xs, ys]
     p, q = ([x.shape[1] for x in side] for side in (sides[0], sides[-1]))
     if kernel == "linear" and cka.on_features(p, q, n):
@@ -77,11 +84,18 @@ def _cka(
                 products[i, j] = cka.feature_product(a, right[j], debiased)
         if not ys:
             products = products + products.mT + xx.diag()
-        return cka.cosine(products, xx[:, None], yy)
-
-    found = [cka.halves(side, debiased, kernel, sigma) for side in sides]
-    (rows, floor_x), (columns, floor_y) = found[0], found[-1]
-    products = gram.inner_of_all(rows, columns)
-    xx = products.diagonal() if ys is None else gram.inner(rows, rows)
-    yy = xx if ys is None else gram.inner(columns, columns)
-    return cka.cosine(products, cka.beyond(xx, floor_x)[:, None], cka.beyond(yy, floor_y))
+        traces = [torch.cat([cka.feature_trace(c) for c in side]) for side in runs if chance]
+    else:
+        found = [cka.halves(side, debiased, kernel, sigma) for side in sides]
+        (rows, floor_x), (columns, floor_y) = found[0], found[-1]
+        products = gram.inner_of_all(rows, columns)
+        xx = products.diagonal() if ys is None else gram.inner(rows, rows)
+        yy = xx if ys is None else gram.inner(columns, columns)
+        xx, yy = cka.beyond(xx, floor_x), cka.beyond(yy, floor_y)
+        # Both weighed by √½, as xx and yy are by a half.
+        traces = [gram.diagonal(half).sum(-1) for half, _ in found if chance]
+    values = cka.cosine(products, xx[:, None], yy)
+    if not chance:
+        return values
+    left, right = traces[0] / xx.sqrt(), traces[-1] / yy.sqrt()
+    return {"similarity": values, "chance": left[:, None] * right / (n - 1)}

@@ -25,7 +25,7 @@ def _energy(a: Representation) -> Tensor:
 
 
 def similarity(a: Representation, b: Representation) -> Tensor:
-    return _nuclear(a, b) / (_energy(a) * _energy(b)).sqrt()
+    return (_nuclear(a, b) / (_energy(a) * _energy(b)).sqrt()).clamp(max=1)
 
 
 def distance(a: Representation, b: Representation, form: str) -> Tensor:

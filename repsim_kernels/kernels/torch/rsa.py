@@ -6,11 +6,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repsim_kernels.kernels.torch import gram
+from repsim_kernels.kernels.torch.distances import Distances, pair_distances
+
+# Tolerances from a group of equal distances to the next distance: at least so many, and for a
+# group of m different numbers, which is less likely by chance the larger it is, at least
+# _PAIR / (m - 1).
+_APART, _PAIR = 4, 256
 
 
 def rsa(x: Tensor, y: Tensor, *, distance: str, compare: str) -> Tensor:
-    return (dissimilarities(x, distance, compare) * dissimilarities(y, distance, compare)).sum()
+    u, v = (dissimilarities(z, distance, compare) for z in (x, y))
+    return (u * v).sum().clamp(-1, 1)
 
 
 def dissimilarities(x: Tensor, distance: str, compare: str) -> Tensor:
@@ -18,70 +24,83 @@ def dissimilarities(x: Tensor, distance: str, compare: str) -> Tensor:
 
     NaN where the distances have no correlation with anything: all equal, or all zero.
     """
-    d = pair_distances(x, distance, ranked=compare == "spearman")
-    if compare != "cosine":
-        equal = d.amax() - d.amin() <= 1e-13 * d.amax()
-        d = average_ranks(d) if compare == "spearman" else d
-        d = torch.where(equal, torch.nan, d - d.mean())
+    found = pair_distances(x, distance)
+    if compare == "spearman":
+        d = _centre(average_ranks(found))
+    else:
+        d2 = found.squared
+        least, most = d2.argmin(), d2.argmax()
+        away = d2[most] - (0 if compare == "cosine" else d2[least])
+        at = most if compare == "cosine" else least
+        undefined = away <= found.tolerance(at[None], exact_input=False)
+        d = d2.sqrt() if distance == "euclidean" else d2
+        d = torch.where(undefined, torch.nan, d if compare == "cosine" else _centre(d))
     return d / torch.linalg.vector_norm(d)
 
 
-def pair_distances(x: Tensor, distance: str, ranked: bool) -> Tensor:
-    """The distances between the rows of x (n, p), in the order of SciPy's pdist.
+def _centre(d: Tensor) -> Tensor:
+    return d - d.mean()
 
-    ranked: whether those that are equal must be so to the bit, as in one product they are.
+
+def average_ranks(found: Distances) -> Tensor:
+    """Ranks of distances from 1, those that tie at the mean of theirs; all NaN if one is.
+
+    In order of size, groups are more than `_APART` tolerances apart. A group is one value if all
+    its members are within the tolerance of the first, and it stands apart from the other groups as
+    its size demands; otherwise only those of its members tie that are equal to the bit. The rule
+    is applied by the tolerance of float64 arithmetic, so that numbers that the input has exactly
+    tie however close other distances are, and by that of the input's own rounding.
     """
-    n, p = x.shape
-    if distance == "correlation":
-        # By way of the first neuron, so that a constant row has a length of exactly zero.
-        first = x[:, :1].to(torch.float64)
-        parts = [(x[:, block] - first).sum(1, keepdim=True) for block in gram.blocks(p, n)]
-        shift = first + torch.stack(parts).sum(0) / p
-    elif distance == "cosine":
-        shift = torch.zeros(1, 1, dtype=torch.float64, device=x.device)
-    else:
-        # The first row: it leaves these distances alone, and integers stay integers.
-        shift = None
-    half = gram.new_half(x, n, least=n) if ranked else gram.new_half(x, n)
-    room = gram.block_room([x])
-    for block in gram.blocks(p, n):
-        width = block.stop - block.start
-        z = room[: n * width].view(n, width).copy_(x[:, block])
-        z.sub_(z[:1].clone() if shift is None else shift)
-        gram.add_product(half, z, first=block.start == 0)
-    d = gram.diagonal(half)
-    parts = []
-    for own, g in half:
-        # A column from below the diagonal down is a row of the upper triangle.
-        g, one, other = g.mT, d[own, None], d[None, own.start :]
-        if shift is not None:
-            part = 1 - g / (one * other).sqrt()
-            # Rows of one direction are at distance 0; rounding must not order them.
-            part[part.abs() < 16 * torch.finfo(torch.float64).eps] = 0
-        else:
-            both = one + other
-            part = both - 2 * g
-            # Where two stimuli are close the Gram has lost their distance: take it from features.
-            close = torch.nonzero((part <= 1e-6 * both).triu_(1))
-            for row, column in (some.T for some in close.split(max(1, 2**20 // p))):
-                pair = (x[own.start + i].to(torch.float64) for i in (row, column))
-                part[row, column] = torch.sub(*pair).square().sum(1)
-        parts.append(part[torch.ones_like(part, dtype=torch.bool).triu_(1)])
-    found = torch.cat(parts)
-    return found.sqrt_() if distance == "euclidean" else found
-
-
-def average_ranks(d: Tensor) -> Tensor:
-    """Ranks from 1 of a vector, ties at the mean of theirs; all NaN if one is."""
-    if d.isnan().any():
-        return torch.full_like(d, torch.nan)
+    d2 = found.squared
     # NumPy sorts by vector instructions.
-    order = d.argsort() if d.is_cuda else torch.from_numpy(np.argsort(d.numpy()))
-    values = d[order]
-    edges = (values[1:] != values[:-1]).nonzero()[:, 0] + 1
-    bounds = torch.cat([edges.new_zeros(1), edges, edges.new_full((1,), len(d))])
-    counts = bounds.diff()
-    ranks = bounds[1:].to(torch.float64) - (counts - 1) / 2
-    out = torch.empty_like(d)
-    out[order] = ranks.repeat_interleave(counts)
+    order = d2.argsort() if d2.is_cuda else torch.from_numpy(np.argsort(d2.numpy()))
+    values = d2[order]
+    if bool(values[-1].isnan()):
+        return torch.full_like(d2, torch.nan)
+    gap = values.diff()
+    tied = gap == 0
+    for exact_input in (True, False):
+        first, last = _groups(found, order, values, gap, exact_input)
+        tied[_ranges(first, last)] = True
+    ranks = torch.arange(1, len(d2) + 1, dtype=torch.float64, device=d2.device)
+    first, last = _runs(tied)
+    members = _ranges(first, last + 1)
+    ranks[members] = ((first + last).double() / 2 + 1).repeat_interleave(last - first + 1)
+    out = torch.empty_like(d2)
+    out[order] = ranks
     return out
+
+
+def _groups(
+    found: Distances, order: Tensor, values: Tensor, gap: Tensor, exact_input: bool
+) -> tuple[Tensor, Tensor]:
+    """The first and the last member of every group that is one value, in order of size."""
+    low, high = found.tolerance_bounds(values[1:], exact_input)
+    wide = gap > _APART * low
+    unsure = (wide & (gap <= _APART * high)).nonzero()[:, 0]
+    around = torch.stack([order[unsure], order[unsure + 1]])
+    wide[unsure] = gap[unsure] > _APART * found.tolerance(around, exact_input).amax(0)
+    first, last = _runs(~wide)
+    tolerance = found.tolerance(order[first], exact_input)
+    beyond = torch.nn.functional.pad(gap, (1, 1), value=torch.inf)
+    apart = torch.minimum(beyond[first], beyond[last + 1])
+    rises = torch.nn.functional.pad((gap > 0).cumsum(0), (1, 0))
+    others = (rises[last] - rises[first]).clamp(min=1)
+    one = values[last] - values[first] <= tolerance
+    one &= apart > tolerance * _PAIR / others
+    return first[one], last[one]
+
+
+def _runs(joined: Tensor) -> tuple[Tensor, Tensor]:
+    """The first and the last member of each run whose neighbours are joined."""
+    edge = joined.new_zeros(1)
+    joined = torch.cat([edge, joined, edge])
+    starts, stops = joined[1:] & ~joined[:-1], joined[:-1] & ~joined[1:]
+    return starts.nonzero()[:, 0], stops.nonzero()[:, 0]
+
+
+def _ranges(first: Tensor, stop: Tensor) -> Tensor:
+    """All numbers of the ranges [first, stop)."""
+    lengths = stop - first
+    starts = (first - lengths.cumsum(0) + lengths).repeat_interleave(lengths)
+    return starts + torch.arange(len(starts), device=first.device)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from repsim_kernels.kernels.torch import distances
 from repsim_kernels.kernels.torch import gram as torch_gram
 from repsim_kernels.kernels.torch.columns import members
 from repsim_kernels.kernels.triton import _launch
@@ -217,7 +218,7 @@ def centered_gram(
     if kernel == "linear":
         return torch_gram.centre_relative(g)
     assert sigma is not None
-    return torch_gram.double_centre(torch_gram.rbf_kernel(g, sigma))
+    return torch_gram.double_centre(distances.rbf_of_gram(g, x, sigma))
 
 
 def cell_grams(

@@ -1,0 +1,222 @@
+"""Distances between the stimuli of a representation, and how far rounding may have moved each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from repsim_kernels.kernels.torch import gram
+
+_EPS = torch.finfo(torch.float64).eps
+# Below this share of the squared norms that cancel in it, a distance is taken from the features;
+# and the same where products are of float32.
+_CLOSE, _CLOSE_FLOAT32 = 1e-6, 1e-2
+_GATHERED = 2**20  # elements of features gathered at a time
+_SAMPLE = 16  # neurons that tell most different stimuli apart
+_SUMMED = 512  # products that a BLAS adds to one sum in a row, at most
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Squared distances of all pairs of n stimuli, in the order of SciPy's ``pdist``.
+
+    For "correlation" and "cosine", between rows of unit length: twice SciPy's distances.
+    """
+
+    squared: Tensor  # (n(n - 1)/2,)
+    energy: Tensor  # (n,) squared norms of the rows that were multiplied
+    half_ulps: Tensor  # (n,) how far half an ulp of each input entry moves a row, at most
+    rounding: float  # relative error of a product of two rows
+    scaled: float  # how far rounding moved each row when it was scaled to unit length
+
+    def tolerance(self, pairs: Tensor, exact_input: bool) -> Tensor:
+        """How far apart the squared distances of pairs may be computed that are equal in truth.
+
+        Twice the error of one distance: that of float64 arithmetic, and unless the input is taken
+        to be exact, what half an ulp of each of its entries changes.
+        """
+        n, d2 = len(self.energy), self.squared[pairs]
+        ends = torch.arange(n - 1, -1, -1, device=pairs.device).cumsum(0)  # rows of the triangle
+        i = torch.searchsorted(ends, pairs, right=True)
+        j = pairs - ends[i] + n
+        both = self.energy[i] + self.energy[j]
+        error = self.rounding * torch.where(d2 <= _CLOSE * both, d2, both)
+        moved = 2 * self.scaled + (0 if exact_input else self.half_ulps[i] + self.half_ulps[j])
+        return 2 * (error + (2 * d2.sqrt() + moved) * moved)
+
+    def tolerance_bounds(self, d2: Tensor, exact_input: bool) -> tuple[Tensor, Tensor]:
+        """Lower and upper bounds of the tolerances of any pairs with these squared distances."""
+        least, most = (self.half_ulps * (not exact_input)).aminmax()
+        root, moved = d2.sqrt(), 2 * (self.scaled + most)
+        error = 2 * self.rounding * self.energy.amax()
+        return 8 * least * root, 2 * (error + (2 * root + moved) * moved)
+
+
+def pair_distances(x: Tensor, distance: str) -> Distances:
+    """The squared distances between the rows of x (n, p).
+
+    Rows that are equal count as one, so that their distances from the others are equal to the bit.
+    """
+    first, index = equal_rows(x)
+    if first is None or index is None:
+        return _pair_distances(x, distance)
+    found = _pair_distances(x[first], distance)
+    square = x.new_zeros(len(first), len(first), dtype=torch.float64)
+    square[_upper(square)] = found.squared
+    square = (square + square.mT)[index[:, None], index]
+    return replace(
+        found,
+        squared=square[_upper(square)],
+        energy=found.energy[index],
+        half_ulps=found.half_ulps[index],
+    )
+
+
+def _upper(square: Tensor) -> Tensor:
+    return torch.ones_like(square, dtype=torch.bool).triu_(1)
+
+
+def _pair_distances(x: Tensor, distance: str) -> Distances:
+    p, unit = x.shape[1], distance in ("correlation", "cosine")
+    if distance == "correlation":
+        origin = _row_means(x)
+        half, energy, length = squared_distances(x, origin, unit)
+        norm = (length.square() + p * origin[:, 0].square()).sqrt() / length
+    elif distance == "cosine":
+        half, energy, length = squared_distances(x, None, unit)
+        norm = length / length
+    else:
+        norm = row_norms(x)
+        half, energy, _ = squared_distances(x, central_row(x, norm))
+    return Distances(
+        # A column from below the diagonal down is a row of the upper triangle.
+        torch.cat([panel.mT[_upper(panel.mT)] for _, panel in half]),
+        energy,
+        torch.finfo(x.dtype).eps / 2 * norm.double(),
+        (8 + (min(p, _SUMMED) + p / _SUMMED) / 4) * _EPS,
+        8 * _EPS if unit else 0.0,
+    )
+
+
+def squared_distances(
+    x: Tensor, origin: Tensor | None, unit: bool = False
+) -> tuple[gram.Half, Tensor, Tensor]:
+    """Squared distances between the rows of x (n, p), as a half of (n, n).
+
+    The rows are taken relative to an origin (1, p), or each to its own (n, 1); for `unit` they are
+    then scaled to unit length, which gives NaN for a row without a direction. Also returns their
+    squared norms after that, and their lengths before, (n,) each.
+    """
+    n, p = x.shape
+    half, room = gram.new_half(x, n), gram.block_room([x])
+    for block in gram.blocks(p, n):
+        width = block.stop - block.start
+        z = room[: n * width].view(n, width).copy_(x[:, block])
+        if origin is not None:
+            z.sub_(origin if origin.shape[1] == 1 else origin[:, block])
+        gram.add_product(half, z, first=block.start == 0)
+    energy = gram.diagonal(half)
+    length = energy.sqrt()
+    if unit:
+        energy = energy / energy
+    for own, panel in half:
+        both = energy[own.start :, None] + energy[own]
+        if unit:
+            panel.div_(length[own.start :, None]).div_(length[own])
+        torch.sub(both, panel, alpha=2, out=panel)
+        for some in _close(panel <= _CLOSE * both, p):
+            i, j = (own.start + k for k in some)
+            a, b = x[i].to(torch.float64), x[j].to(torch.float64)
+            for z, k in ((a, i), (b, j)) if unit else ():
+                z.sub_(0 if origin is None else origin[k]).div_(length[k, None])
+            panel[some] = a.sub_(b).square_().sum(1)
+    return half, energy, length
+
+
+def _close(close: Tensor, p: int) -> Iterator[tuple[Tensor, ...]]:
+    """Indices of the true entries below the diagonals, as many at a time as fit with p neurons."""
+    for some in close.tril(-1).nonzero().split(max(1, _GATHERED // p)):
+        yield some.unbind(1)
+
+
+def rbf(x: Tensor, sigma: float) -> Tensor:
+    """The RBF kernel of x (…, n, p): (…, n, n)."""
+    if x.ndim > 2:
+        return torch.stack([rbf(item, sigma) for item in x])
+    half = squared_distances(x, central_row(x, row_norms(x)))[0]
+    return _rbf(gram.full(half), sigma)
+
+
+def rbf_of_gram(g: Tensor, x: Tensor, sigma: float) -> Tensor:
+    """The RBF kernel of x (…, n, p) from its Gram matrix, of float32 products: (…, n, n)."""
+    energy = g.diagonal(dim1=-2, dim2=-1)
+    both = energy[..., :, None] + energy[..., None, :]
+    d2 = (both - 2 * g).tril_(-1)
+    for some in _close(d2 <= _CLOSE_FLOAT32 * both, x.shape[-1]):
+        *lead, i, j = some
+        a, b = (x[*lead, k].to(torch.float64) for k in (i, j))
+        d2[some] = a.sub_(b).square_().sum(1)
+    return _rbf(d2 + d2.mT, sigma)
+
+
+def _rbf(d2: Tensor, sigma: float) -> Tensor:
+    """The squared bandwidth is sigma² times the median of all n² squared distances, zeros too."""
+    values = d2.flatten(-2)
+    middle = values.shape[-1]
+    low, high = (values.kthvalue(k, dim=-1).values for k in ((middle + 1) // 2, middle // 2 + 1))
+    return torch.exp(-d2 / ((low + high)[..., None, None] * sigma**2))
+
+
+def row_norms(x: Tensor) -> Tensor:
+    """The norm of each row of x (n, p), at the speed of its dtype."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    norm = torch.linalg.vector_norm(x, dim=1, dtype=dtype)
+    if not bool(norm.isfinite().all()):  # squares that float32 does not hold
+        norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+    return norm
+
+
+def central_row(x: Tensor, norm: Tensor) -> Tensor:
+    """The row of x with the median norm (1, p), float64: no outlier, and integers stay integers."""
+    return x[norm.median(0).indices][None].to(torch.float64)
+
+
+def _row_means(x: Tensor) -> Tensor:
+    """The mean of each row of x (n, p): (n, 1), exact where the row is constant."""
+    n, p = x.shape
+    first = x[:, :1].to(torch.float64)
+    parts = [(x[:, block] - first).sum(1, keepdim=True) for block in gram.blocks(p, n)]
+    return first + torch.stack(parts).sum(0) / p
+
+
+def equal_rows(x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The first of each set of equal rows of x (n, p), and for every row the set it is in.
+
+    None twice where all rows differ, which a few neurons show most of the time.
+    """
+    n, p = x.shape
+    columns = torch.arange(_SAMPLE, device=x.device) * p // _SAMPLE
+    _, group, counts = _hash(x[:, columns]).unique(return_inverse=True, return_counts=True)
+    if len(counts) == n:
+        return None, None
+    repeated = (counts[group] > 1).nonzero()[:, 0]
+    rows = x[repeated]
+    _, group = _hash(rows).unique(return_inverse=True)
+    leader = torch.full_like(repeated, n).scatter_reduce(0, group, repeated, "amin")[group]
+    same = (rows == x[leader]).all(1)  # equal hashes are no proof
+    equals = torch.arange(n, device=x.device)
+    equals[repeated[same]] = leader[same]
+    first, index = equals.unique(return_inverse=True)
+    return (first, index) if len(first) < n else (None, None)
+
+
+def _hash(rows: Tensor) -> Tensor:
+    """A number for each row (m, k), from sums of integers: the same wherever the row stands."""
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
+    bits = (rows + 0).view(words).to(torch.int64)  # -0 + 0 is 0
+    weights = torch.arange(1, 2 * rows.shape[1], 2, device=rows.device) * -7046029254386353131
+    bits = (bits ^ (bits >> 29)) * weights
+    return (bits ^ (bits >> 32)).sum(1)

@@ -1,0 +1,249 @@
+"""RSA against SciPy, and which distances tie: whatever the machine and the order of summation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.spatial.distance
+import scipy.stats
+import torch
+from _draw import pairs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import repsim_kernels as rk
+from repsim_kernels.kernels.torch.distances import equal_rows, pair_distances
+from repsim_kernels.kernels.torch.rsa import average_ranks
+
+DISTANCES = ("euclidean", "sqeuclidean", "correlation", "cosine")
+EACH_BACKEND = pytest.mark.parametrize("backend", ["torch", "reference"])
+seeds = st.integers(0, 2**32 - 1)
+
+
+def spread(d: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Distances of stimuli that repeat others, from those (condensed) of the others."""
+    i, j = np.triu_indices(len(index), 1)
+    return scipy.spatial.distance.squareform(d)[index[i], index[j]]
+
+
+def repeats(rng: np.random.Generator, n: int, k: int) -> np.ndarray:
+    """Which of k stimuli each of n is, all of them at least once."""
+    return rng.permutation(np.concatenate([np.arange(k), rng.integers(0, k, n - k)]))
+
+
+@pytest.mark.parametrize("compare", ["spearman", "pearson"])
+@pytest.mark.parametrize("distance", ["euclidean", "sqeuclidean", "correlation", "cosine"])
+@given(pairs(n=st.integers(4, 12), p=st.integers(3, 30), kinds=("gaussian", "large mean")))
+def test_rsa_is_scipys(distance, compare, drawn_pair):
+    x, y = (z.values() for z in drawn_pair)
+    a, b = (scipy.spatial.distance.pdist(z, distance) for z in (x, y))
+    oracle = {"spearman": scipy.stats.spearmanr, "pearson": scipy.stats.pearsonr}[compare]
+    # Correlation distances of rows with a mean of 1000 have lost 6 digits to it, in SciPy as here.
+    np.testing.assert_allclose(
+        rk.rsa(x, y, distance=distance, compare=compare), oracle(a, b).statistic, atol=1e-7
+    )
+
+
+@given(st.integers(3, 10), st.integers(1, 6), st.integers(0, 2**16))
+def test_rsa_keeps_the_ties_of_integers(n, p, seed):
+    rng = np.random.default_rng(seed)
+    x, y = rng.integers(0, 3, (n, p)), rng.standard_normal((n, 4))
+    a = scipy.spatial.distance.pdist(x)
+    if np.ptp(a) == 0:
+        with pytest.raises(rk.ConstantError):
+            rk.rsa(x, y)
+        return
+    want = scipy.stats.spearmanr(a, scipy.spatial.distance.pdist(y)).statistic
+    np.testing.assert_allclose(rk.rsa(x, y), want, atol=1e-12)
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "correlation"])
+def test_rsa_keeps_the_ties_of_duplicates(distance):
+    """Their distances from others come from products in other places."""
+    rng = np.random.default_rng(8)
+    x, y = (rng.standard_normal((200, 300)).astype(np.float32) for _ in "xy")
+    for z in (x, y):
+        z[:100] = z[100:]
+    want = rk.rsa(x, y, distance=distance, backend="reference")
+    assert rk.rsa(x, y, distance=distance) == pytest.approx(float(want), rel=1e-13)
+
+
+def test_rsa_distances_of_near_duplicates_come_from_the_features():
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((6, 40)) + 1000
+    x[1] = x[0] + 1e-7 * rng.standard_normal(40)
+    x[3] = x[2]
+    a, y = scipy.spatial.distance.pdist(x), rng.standard_normal((6, 4))
+    want = scipy.stats.pearsonr(np.log(a + 1), np.log(a + 1)).statistic
+    assert want == pytest.approx(1)
+    from repsim_kernels.kernels.torch.distances import pair_distances
+
+    got = pair_distances(torch.from_numpy(x), "euclidean").squared.sqrt().numpy()
+    np.testing.assert_allclose(got, a, rtol=1e-9)
+    assert np.isfinite(rk.rsa(x, y))
+
+
+@EACH_BACKEND
+@pytest.mark.parametrize("distance", DISTANCES)
+@settings(max_examples=15)
+@given(st.integers(5, 80), st.integers(1, 700), st.sampled_from(["float32", "float64"]), seeds)
+def test_repeated_stimuli_tie(backend, distance, n, p, dtype, seed):
+    rng = np.random.default_rng(seed)
+    # Of many stimuli in float32 some distances differ by no more than rounding.
+    k = int(rng.integers(3, max(4, n // 2 if dtype == "float64" else min(n, 8))))
+    index = repeats(rng, n, k)
+    base = rng.standard_normal((k, p + 2)).astype(dtype)
+    y = rng.standard_normal((n, 10))
+    want = scipy.stats.spearmanr(
+        spread(scipy.spatial.distance.pdist(base.astype(float), distance), index),
+        scipy.spatial.distance.pdist(y, distance),
+    ).statistic
+    got = rk.rsa(base[index], y, distance=distance, backend=backend)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-9)
+
+
+def smoothed(rng: np.random.Generator, k: int) -> np.ndarray:
+    share = rng.uniform(0.5, 0.99)
+    return np.full((k, k), (1 - share) / (k - 1)) + np.eye(k) * (share - (1 - share) / (k - 1))
+
+
+def log_softmax(rng: np.random.Generator, k: int) -> np.ndarray:
+    logits = np.eye(k) * rng.uniform(1, 9)
+    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
+def orthonormal(rng: np.random.Generator, k: int) -> np.ndarray:
+    q = np.linalg.qr(rng.standard_normal((k + int(rng.integers(0, 300)), k)))[0].T
+    return q * 10 ** rng.uniform(-3, 3)
+
+
+@EACH_BACKEND
+@pytest.mark.parametrize("classes", [smoothed, log_softmax, orthonormal])
+@settings(max_examples=15)
+@given(st.integers(3, 25), st.integers(2, 50), st.sampled_from(["float32", "float64"]), seeds)
+def test_models_of_categories_tie(backend, classes, k, more, dtype, seed):
+    """Two distances, within a class and between classes, in an input that was rounded."""
+    rng = np.random.default_rng(seed)
+    index = repeats(rng, k + more, k)
+    x = classes(rng, k)[index].astype(dtype)
+    y = rng.standard_normal((len(x), 10))
+    apart = spread(scipy.spatial.distance.squareform(1 - np.eye(k)), index)
+    for distance in DISTANCES:
+        if classes is orthonormal and distance == "correlation":
+            continue  # the means of the vectors differ
+        want = scipy.stats.spearmanr(apart, scipy.spatial.distance.pdist(y, distance)).statistic
+        got = rk.rsa(x, y, distance=distance, backend=backend)
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-9)
+
+
+@EACH_BACKEND
+@pytest.mark.parametrize("seed", range(5))
+def test_scaled_copies_tie_under_cosine(backend, seed):
+    rng = np.random.default_rng(seed)
+    index = repeats(rng, 50, 5)
+    base, y = rng.standard_normal((5, 40)), rng.standard_normal((50, 10))
+    x = base[index] * rng.lognormal(size=(50, 1))
+    a, b = (scipy.spatial.distance.pdist(z, "cosine") for z in (base, y))
+    want = scipy.stats.spearmanr(spread(a, index), b).statistic
+    for z in (x, x.astype(np.float32)):
+        got = rk.rsa(z, y, distance="cosine", backend=backend)
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("compare", ["spearman", "pearson", "cosine"])
+@pytest.mark.parametrize("distance", ["euclidean", "correlation", "cosine"])
+@settings(max_examples=10)
+@given(
+    st.integers(10, 90), st.integers(3, 1500), st.sampled_from(["float16", "float32", "float64"]),
+    st.sampled_from([0, 3, 100]), seeds,
+)  # fmt: skip
+def test_order_of_stimuli_and_neurons_is_nothing(distance, compare, n, p, dtype, mean, seed):
+    """Another order of summation, as another BLAS has."""
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((int(rng.integers(3, n)), p)) + mean).astype(dtype)
+    x = x[repeats(rng, n, len(x))]
+    y = x.astype(float) + rng.standard_normal((n, p))
+    y[n // 2 :] = y[: n - n // 2]
+    options = {"distance": distance, "compare": compare}
+    stimuli = rng.permutation(n)
+    turned = (z[stimuli][:, rng.permutation(p)] for z in (x, y))
+    assert abs(rk.rsa(x, y, **options) - rk.rsa(*turned, **options)) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+@pytest.mark.parametrize("kind", ["gaussian", "log-normal", "mean of 10"])
+def test_generic_distances_do_not_tie(kind, distance, dtype):
+    """2,000 stimuli, whose distances are as close as float32's rounding."""
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((2000, 12))
+    x = {"gaussian": x, "log-normal": np.exp(1.5 * x), "mean of 10": x + 10}[kind].astype(dtype)
+    exact = x.astype(np.longdouble)
+    if distance == "cosine":
+        exact /= np.sqrt((exact**2).sum(1, keepdims=True))
+    d2 = np.concatenate([((exact[i + 1 :] - row) ** 2).sum(1) for i, row in enumerate(exact)])
+    ranks = average_ranks(pair_distances(torch.from_numpy(x), distance)).numpy()
+    _, first, counts = np.unique(ranks, return_index=True, return_counts=True)
+    assert len(ranks) - len(first[counts == 1]) < 1e-4 * len(ranks)
+    want = np.empty(len(d2))
+    want[np.argsort(d2, kind="stable")] = np.arange(len(d2))
+    assert np.corrcoef(ranks, want)[0, 1] > 1 - 1e-9
+
+
+@EACH_BACKEND
+def test_what_the_input_has_exactly_ties_among_close_distances(backend):
+    """The distances of 40 one-hot rows, beside 150 of stimuli as dense as float32's rounding."""
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((190, 60)).astype(np.float32)
+    x[:40] = 0
+    x[np.arange(40), np.arange(40)] = 10
+    x, y = x[rng.permutation(190)], rng.standard_normal((190, 8))
+    a, b = (scipy.spatial.distance.pdist(z, "sqeuclidean") for z in (x.astype(float), y))
+    assert (a == 200).sum() == 780
+    want = scipy.stats.spearmanr(a, b).statistic
+    # A pair of the others that ties by chance moves the correlation by 1e-8, these 780 by 1e-4.
+    np.testing.assert_allclose(rk.rsa(x, y, backend=backend), want, rtol=0, atol=1e-7)
+
+
+@EACH_BACKEND
+@pytest.mark.parametrize("compare", ["spearman", "pearson"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_distances_that_differ_by_rounding_alone_have_no_correlation(backend, compare, dtype):
+    rng = np.random.default_rng(4)
+    x, y = orthonormal(rng, 12).astype(dtype), rng.standard_normal((12, 5))
+    for distance in ("euclidean", "cosine"):
+        assert scipy.spatial.distance.pdist(x.astype(float), distance).std() > 0
+        with pytest.raises(rk.ConstantError, match="distances are all equal"):
+            rk.rsa(x, y, distance=distance, compare=compare, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "far"), [("float32", 1e3), ("float64", 1e3), ("float64", 1e6), ("float64", 1e9)]
+)
+@pytest.mark.parametrize("which", [0, 7])
+def test_one_far_stimulus_does_not_blur_the_others(which, dtype, far):
+    rng = np.random.default_rng(5)
+    x, y = rng.standard_normal((30, 20)), rng.standard_normal((30, 20))
+    x[which] *= far
+    x = x.astype(dtype)
+    for distance in ("euclidean", "sqeuclidean"):
+        a, b = (scipy.spatial.distance.pdist(z.astype(np.longdouble), distance) for z in (x, y))
+        want = scipy.stats.spearmanr(a, b).statistic
+        np.testing.assert_allclose(rk.rsa(x, y, distance=distance), want, rtol=0, atol=1e-12)
+
+
+@settings(max_examples=50)
+@given(
+    st.integers(2, 40), st.integers(1, 40), seeds,
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+)  # fmt: skip
+def test_equal_rows(n, p, seed, dtype):
+    rng = np.random.default_rng(seed)
+    x = torch.from_numpy(rng.integers(-1, 2, (n, p)) * rng.choice([-1.0, 1.0], (n, p))).to(dtype)
+    _, want = np.unique(x.double().numpy() + 0.0, axis=0, return_inverse=True)
+    first, index = equal_rows(x)
+    if first is None:
+        assert want.max() + 1 == n
+        return
+    assert torch.equal(x[first][index], x)
+    assert len(first) == want.max() + 1 < n
