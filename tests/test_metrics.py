@@ -6,11 +6,12 @@ import warnings
 
 import numpy as np
 import pytest
+import scipy.spatial.distance
 import torch
 from _draw import NUMPY_LAYOUTS, TORCH_DTYPES, TORCH_LAYOUTS, pairs
 from _draw import representations as drawn
 from _tol import DISTANCE, SAME, Tol, assert_close
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import repsim_kernels as rk
@@ -302,3 +303,44 @@ def test_the_largest_and_the_smallest_numbers(name, options, backend, scale):
             warnings.simplefilter("ignore", rk.DegenerateWarning)
             pair = rk.pairwise([scale * a, scale * b], metric=name, backend=backend, **options)
         assert_close(pair[0, 1], want, tolerance(name, options))
+
+
+EXACT = (
+    *("cka", "svcca", "procrustes", "rsa", "cca", "pwcca"),
+    *({"form": form} for form in ("squared", "angular", "size-and-shape")),
+)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("metric", EXACT, ids=str)
+@settings(max_examples=15)
+@given(st.integers(4, 30), st.integers(2, 40), st.integers(0, 2**16))
+def test_no_similarity_is_above_1_and_none_with_itself_below(backend, metric, n, p, seed):
+    """SciPy's squareform refuses a diagonal that is not exactly 0."""
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((n, p)) * rng.lognormal()).astype(rng.choice(["f4", "f8"]))
+    turned = x @ np.linalg.qr(rng.standard_normal((p, p)))[0].astype(x.dtype) * 3
+    layers = [x, turned, x * 2 + 1, x[:, ::-1].copy(), rng.standard_normal((n, p))]
+    name, options = (metric, {}) if isinstance(metric, str) else ("procrustes_distance", metric)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rk.DegenerateWarning)
+        values = rk.pairwise(layers, metric=name, backend=backend, **options)
+        pairs = [getattr(rk, name)(x, z, backend=backend, **options) for z in layers]
+    distances = values if options else 1 - values
+    assert (distances >= 0).all()
+    assert (distances.diagonal() == 0).all()
+    assert all(value >= 0 if options else value <= 1 for value in pairs)
+    if name != "pwcca":
+        scipy.spatial.distance.squareform(distances, checks=True)
+
+
+@settings(max_examples=30)
+@given(st.integers(4, 12), st.integers(2, 30), st.sampled_from([0.0, 0.1]), st.integers(0, 2**16))
+def test_no_distance_of_an_ablation_is_negative(n, p, ridge, seed):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((n, p)) * 10.0 ** rng.uniform(-12, 3, p)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rk.DegenerateWarning)
+        found = rk.ablation_distances(x, rng.integers(-1, 4, p), ridge=ridge)
+    for name, values in found.items():
+        assert not (values < 0).any(), name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from repsim_kernels.reference.gram import Array, Real, centered_gram
@@ -15,7 +17,7 @@ def cka(
     kernel: str = "linear",
     sigma: float | None = None,
     chance: bool = False,
-) -> np.float64 | dict[str, np.float64]:
+) -> Any:
     """CKA of x (n, p) and y (n, q): the cosine of their Grams (Kornblith et al. 2019).
 
     Debiased: HSIC₁ of Song et al. (2012) in all three places, as the inner product of

@@ -38,7 +38,7 @@ def contrasts(n: int) -> Array:
 
 def squared_distances(x: Real) -> Array:
     """Squared Euclidean distances of the rows, (n, n)."""
-    a = shifted(x)
+    a = np.asarray(x, dtype=np.float64)
     return np.array([((a - row) ** 2).sum(axis=1) for row in a])
 
 

@@ -97,5 +97,5 @@ def _cka(
     values = cka.cosine(products, xx[:, None], yy)
     if not chance:
         return values
-    left, right = traces[0] / xx.sqrt(), traces[-1] / yy.sqrt()
-    return {"similarity": values, "chance": left[:, None] * right / (n - 1)}
+    shares = traces[0] / xx.sqrt(), traces[-1] / yy.sqrt()
+    return {"similarity": values, "chance": torch.outer(*shares) / (n - 1)}

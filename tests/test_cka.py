@@ -1,0 +1,108 @@
+"""What CKA reaches by chance, and the RBF kernel beside a far stimulus."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+
+import numpy as np
+import pytest
+
+import repsim_kernels as rk
+from repsim_kernels import _dispatch, _options
+
+EACH_BACKEND = pytest.mark.parametrize("backend", ["torch", "reference"])
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """A process that has warned of nothing yet."""
+    monkeypatch.setattr(_options, "_warned", set())
+
+
+def with_chance(x, y, backend, **options):
+    """The similarity, and its mean over permutations by the formula."""
+    options = {"debiased": False, "kernel": "linear", "sigma": None} | options
+    found = _dispatch.call("cka", backend, x, y, **options, chance=True)
+    return float(found["similarity"]), float(found["chance"])
+
+
+@EACH_BACKEND
+@pytest.mark.parametrize("options", [{}, {"kernel": "rbf", "sigma": 0.7}], ids=["linear", "rbf"])
+@pytest.mark.parametrize(("p", "q"), [(2, 2), (3, 40), (40, 60)])
+def test_chance_is_the_mean_over_all_permutations(p, q, options, backend):
+    rng = np.random.default_rng(p)
+    x, y = rng.standard_normal((6, p)), rng.standard_normal((6, q)) ** 2
+    want = np.mean(
+        [rk.cka(x, y[list(order)], **options) for order in itertools.permutations(range(6))]
+    )
+    similarity, chance = with_chance(x, y, backend, **options)
+    assert similarity == pytest.approx(float(rk.cka(x, y, **options)), rel=1e-12)
+    assert chance == pytest.approx(want, rel=1e-10)
+    xs = {"xs": [x, y], "ys": [y, x[:, :1]]}
+    for ys in (None, xs["ys"]):
+        found = _dispatch.call_lists(
+            "pairwise", backend, xs["xs"], ys, metric="cka", chance=True,
+            **({"debiased": False, "kernel": "linear", "sigma": None} | options),
+        )  # fmt: skip
+        for i, a in enumerate(xs["xs"]):
+            for j, b in enumerate(ys or xs["xs"]):
+                each = with_chance(a, b, "reference", **options)
+                assert found["similarity"][i, j] == pytest.approx(each[0], rel=1e-10)
+                assert found["chance"][i, j] == pytest.approx(each[1], rel=1e-10)
+
+
+@EACH_BACKEND
+def test_noise_of_many_neurons_warns_once_in_a_process(fresh, backend):
+    rng = np.random.default_rng(1)
+    x, y = rng.standard_normal((2, 50, 5000))
+    with pytest.warns(rk.DegenerateWarning, match=r"0\.990 is the mean .*debiased=True") as seen:
+        value = rk.cka(x, y, backend=backend)
+    assert seen[0].filename == __file__
+    assert value == pytest.approx(0.990, abs=1e-3)
+    assert rk.cka(x, y, backend=backend) == value  # where a warning is an error
+
+
+@EACH_BACKEND
+def test_pairwise_warns_of_the_worst_pair(fresh, backend):
+    rng = np.random.default_rng(2)
+    x, y = rng.standard_normal((2, 30, 900))
+    with pytest.warns(rk.DegenerateWarning, match=r"0\.969 is the mean"):
+        rk.pairwise([x[:, :3], x, y], backend=backend)
+
+
+def test_what_is_not_chance_does_not_warn(fresh):
+    rng = np.random.default_rng(3)
+    x, y = rng.standard_normal((2, 30, 900))
+    few = x @ rng.standard_normal((900, 2)) @ rng.standard_normal((2, 900))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rk.cka(x, y, debiased=True)
+        rk.pairwise([x, y], debiased=True)
+        rk.cka(few, few + 0.01 * y)  # as many neurons, of two dimensions
+        rk.pairwise([x])  # a representation and itself
+        rk.ablation_distances(x, np.arange(900) % 3, metrics=["cka"])
+        assert not _options._warned
+
+
+@EACH_BACKEND
+@pytest.mark.parametrize("far", [1e3, 1e6, 1e7, 1e9, 1e12])
+@pytest.mark.parametrize("which", [0, 11])
+def test_rbf_beside_a_far_stimulus(which, far, backend):
+    """Beside differences in long double."""
+
+    def kernel(x):
+        d2 = ((x[:, None] - x[None]) ** 2).sum(-1)
+        k = np.exp(-d2 / (2 * np.median(d2)))
+        return k - k.mean(0) - k.mean(1)[:, None] + k.mean()
+
+    rng = np.random.default_rng(4)
+    x, y = rng.standard_normal((20, 5)), rng.standard_normal((20, 6))
+    x[which] += far
+    k, m = (kernel(z.astype(np.longdouble)) for z in (x, y))
+    want = float((k * m).sum() / np.sqrt((k * k).sum() * (m * m).sum()))
+    assert rk.cka(x, y, kernel="rbf", backend=backend) == pytest.approx(want, abs=1e-9)
+    pair = rk.pairwise([x, y], kernel="rbf", backend=backend)
+    assert pair[0, 1] == pytest.approx(want, abs=1e-9)
+    gram = rk.centered_gram(x, kernel="rbf", backend=backend)
+    np.testing.assert_allclose(gram, k.astype(float), rtol=0, atol=1e-9)
