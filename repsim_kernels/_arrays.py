@@ -6,24 +6,35 @@ that the caller has not imported already.
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from repsim_kernels._options import shown
 from repsim_kernels.errors import DtypeError
 
 Array = Any
 """A NumPy array, a torch tensor or a CuPy array."""
 
+_NUMBERS = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)|bfloat16")
+
 
 def kind(a: Any) -> str | None:
     """``"numpy"``, ``"torch"`` or ``"cupy"``; None for anything else."""
     for cls in type(a).__mro__:
-        root = cls.__module__.partition(".")[0]
-        if root in ("torch", "cupy") or (root == "numpy" and cls is np.ndarray):
+        root, name = cls.__module__.partition(".")[0], cls.__name__
+        # Modules of torch are no arrays, nor is a torch.Size.
+        if root == "cupy" or (root, name) in (("torch", "Tensor"), ("numpy", "ndarray")):
             return root
     return None
+
+
+def dtype_name(a: Array) -> str:
+    """The name of an array's dtype: ``"bfloat16"`` for torch's as for NumPy's."""
+    return str(a.dtype).removeprefix("torch.")
 
 
 def device(a: Array) -> str:
@@ -37,24 +48,157 @@ def device(a: Array) -> str:
 
 
 def asarray(a: Any, name: str) -> Array:
-    """Give arrays back as they are (torch tensors detached), anything else as a NumPy array.
+    """Return tensors, CuPy and NumPy arrays of real numbers; make NumPy arrays of the rest.
 
-    NumPy's of foreign byte order come back in the machine's own, the only one that torch knows.
+    Every argument that holds numbers comes through here. Nothing is copied but what torch could not
+    take: foreign byte orders, ml_dtypes' bfloat16 (widened to float32), and torch's lazy negation.
+
+    Raises
+    ------
+    DtypeError
+        For anything but an array of real numbers with all of its values. The message names the
+        argument, what it is, and where there is one a way to convert it.
     """
     match kind(a):
         case "torch":
-            if str(a.layout) != "torch.strided":
-                raise DtypeError(f"{name}: got a tensor of layout {a.layout}; expected a dense one")
-            return a.detach()
+            a = _plain_tensor(a, name)
         case "cupy":
-            return a
+            pass
+        case _:
+            a = _as_numpy(a, name)
+    if not _NUMBERS.fullmatch(dtype_name(a)):
+        raise DtypeError(
+            f"{name}: dtype {dtype_name(a)}; expected real numbers (float16, bfloat16, float32, "
+            "float64, integers)"
+        )
+    return a
+
+
+def _plain_tensor(a: Any, name: str) -> Any:
+    """Check that a tensor is dense, has values and takes part in no derivative."""
+    if a.is_nested:
+        what, expected = "a nested tensor", f"one dense tensor, such as {name}[0]"
+    elif str(a.layout) != "torch.strided":
+        what, expected = f"a tensor of layout {a.layout}", f"a dense one: pass {name}.to_dense()"
+    elif a.is_quantized:
+        what, expected = "a quantized tensor", f"real numbers: pass {name}.dequantize()"
+    elif a.is_meta or type(a).__name__ == "FakeTensor":
+        what = f"a {'meta tensor' if a.is_meta else 'FakeTensor'}, which holds no values"
+        expected = "a tensor with values"
+    elif type(a).__name__ == "MaskedTensor":
+        what, expected = "a MaskedTensor", "a plain tensor, without masked entries"
+    elif a.requires_grad or _has_tangent(a):
+        # Detached silently, a loss made of the result would not train.
+        what = "a tensor that requires grad"
+        expected = f"one that doesn't, since gradients are not computed: pass {name}.detach()"
+    else:
+        return a.detach().resolve_conj().resolve_neg()
+    raise DtypeError(f"{name}: {what}; expected {expected}")
+
+
+def _has_tangent(a: Any) -> bool:
+    """Whether forward-mode differentiation goes through a tensor."""
+    from torch.autograd.forward_ad import unpack_dual
+
+    return unpack_dual(a).tangent is not None
+
+
+def _as_numpy(a: Any, name: str) -> np.ndarray[Any, Any]:
+    """Make a NumPy array of what is neither a tensor nor CuPy's, of any dtype but object."""
+    if a is None or isinstance(a, (str, bytes)):
+        raise DtypeError(f"{name}: {shown(a)}; expected an array of numbers")
+    if isinstance(a, Mapping):
+        raise DtypeError(
+            f"{name}: a {type(a).__name__}; expected one array: pass one of its values, or "
+            f"list({name}.values()) to pairwise"
+        )
+    if hasattr(a, "nnz"):
+        dense = "toarray" if hasattr(a, "toarray") else "todense"
+        raise DtypeError(
+            f"{name}: a sparse {type(a).__name__}; expected a dense array: pass {name}.{dense}()"
+        )
     if isinstance(a, np.ma.MaskedArray) and np.ma.is_masked(a):
-        raise DtypeError(f"{name}: got a masked array with masked entries; expected a plain array")
+        raise DtypeError(f"{name}: a masked array with masked entries; expected a plain array")
+    dtype = None
+    if type(a).__module__.partition(".")[0] == "pandas" and hasattr(a, "isna"):
+        dtype = _pandas_dtype(a, name)
+    listed = isinstance(a, (list, tuple))
+    if listed:
+        a = _without_arrays(a, name)
+    by_dlpack = not hasattr(a, "__array__") and hasattr(a, "__dlpack__")
     try:
-        a = np.asarray(a)
-    except (ValueError, TypeError) as error:
-        raise DtypeError(f"{name}: not an array of numbers ({error})") from None
-    return a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
+        values = np.from_dlpack(a) if by_dlpack else np.asarray(a, dtype)
+    except (ValueError, TypeError, RuntimeError, BufferError) as error:
+        if listed and isinstance(error, ValueError):
+            raise DtypeError(
+                f"{name}: not an array of numbers: its items have different shapes; expected one "
+                "array"
+            ) from None
+        line = " ".join(str(error).split())
+        raise DtypeError(f"{name}: not an array of numbers ({line})") from None
+    if values.dtype.kind == "O":
+        raise _object_error(values, name)
+    if values.dtype.name == "bfloat16":  # of ml_dtypes, as JAX has it; torch takes none from NumPy
+        values = values.astype(np.float32)
+    return values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))
+
+
+def _without_arrays(a: Iterable[Any], name: str) -> list[Any]:
+    """The items of a list, with NumPy's in place of the arrays and tensors among them."""
+    items: list[Any] = []
+    for i, item in enumerate(a):
+        where = f"{name}[{i}]"
+        if isinstance(item, (list, tuple)):
+            item = _without_arrays(item, where)
+        elif not isinstance(item, np.generic) and (
+            hasattr(item, "__array__") or hasattr(item, "__dlpack__")
+        ):
+            item = asarray(item, where)
+            if device(item) != "cpu":
+                raise DtypeError(
+                    f"{name}: not an array of numbers ({where} is on {device(item)}); expected one "
+                    "array: stack the items first"
+                )
+            item = to_numpy(item)
+        items.append(item)
+    return items
+
+
+def _pandas_dtype(a: Any, name: str) -> Any:
+    """The NumPy dtype that holds a pandas object, or None where NumPy finds it on its own."""
+    columns = list(a.dtypes.items()) if a.ndim == 2 else [(None, a.dtype)]
+    found = [getattr(d, "numpy_dtype", getattr(d, "subtype", d)) for _, d in columns]
+    if a.ndim == 2:
+        for (column, dtype), plain in zip(columns, found, strict=True):
+            if not isinstance(plain, np.dtype) or plain.kind not in "biuf":
+                raise DtypeError(
+                    f"{name}: column {column!r} has dtype {dtype}; expected real numbers"
+                )
+    if not any(hasattr(dtype, "numpy_dtype") for _, dtype in columns):
+        return None
+    missing = int(np.asarray(a.isna()).sum())
+    if missing:
+        raise DtypeError(
+            f"{name}: {missing} missing values (NA) in a {type(a).__name__}; expected none: fill "
+            "or drop them"
+        )
+    return np.result_type(*found)
+
+
+def _object_error(a: np.ndarray[Any, Any], name: str) -> DtypeError:
+    """Say what an array of objects holds that is no number."""
+    if a.ndim == 0:
+        return DtypeError(f"{name}: {type(a.item()).__name__}; expected an array of numbers")
+    numbers = (bool, int, float, np.number)
+    odd = next(((i, v) for i, v in np.ndenumerate(a) if not isinstance(v, numbers)), None)
+    if odd is None:
+        return DtypeError(
+            f"{name}: dtype object; expected real numbers, such as {name}.astype(float)"
+        )
+    what = type(odd[1]).__name__
+    if what == "NAType":
+        what = "a missing value (pd.NA)"
+    return DtypeError(f"{name}: dtype object, with {what} at index {odd[0]}; expected real numbers")
 
 
 def to_numpy(a: Array) -> np.ndarray[Any, Any]:

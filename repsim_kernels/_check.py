@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from repsim_kernels import _arrays
-from repsim_kernels._arrays import Array
+from repsim_kernels import _arrays, _options
+from repsim_kernels._arrays import Array, dtype_name
 from repsim_kernels.errors import (
     CellError,
     ConstantError,
@@ -21,25 +21,13 @@ from repsim_kernels.errors import (
     ShapeError,
 )
 
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
 _LARGEST = 1e70
 _ASYMMETRY = 1e-5  # what float32 products leave
 
 
-def _dtype(a: Array) -> str:
-    return str(a.dtype).removeprefix("torch.")
-
-
-def _real(a: Array, name: str) -> Array:
-    """Check that an array holds real numbers; integers and booleans become float64."""
-    dtype = _dtype(a)
-    if dtype in _FLOATS:
-        return a
-    if dtype == "bool" or re.fullmatch(r"u?int\d+", dtype):
-        return _float64(a)
-    raise DtypeError(
-        f"{name}: dtype {dtype}; expected real numbers ({', '.join(_FLOATS)}, integers)"
-    )
+def _real(a: Array) -> Array:
+    """Give floating-point numbers back as they are, integers and booleans as float64."""
+    return a if "float" in dtype_name(a) else _float64(a)
 
 
 def _float64(a: Array) -> Array:
@@ -48,14 +36,14 @@ def _float64(a: Array) -> Array:
 
 def wide(a: Array) -> Array:
     """Real numbers as they are, float16 and bfloat16 as float64."""
-    return a if _dtype(a) in ("float32", "float64") else _float64(a)
+    return a if dtype_name(a) in ("float32", "float64") else _float64(a)
 
 
 def _finite(a: Array, name: str, limit: float = _LARGEST) -> None:
     # The order of the elements does not matter here, and reductions are fastest over dense memory.
     turn = _arrays.kind(a) == "torch" and a.ndim > 1 and not a.is_contiguous()
     dense = a.mT if turn else a
-    if _dtype(a) != "float64":
+    if dtype_name(a) != "float64":
         # All finite numbers are within the limit, and one that is not leaves no finite sum.
         with np.errstate(over="ignore", invalid="ignore"):
             if math.isfinite(float(dense.sum())):
@@ -104,17 +92,28 @@ def representation(
     least: int = 2,
     constant: bool = False,
     batch: bool = True,
+    batched: Any = False,
     later: bool = False,
 ) -> Array:
-    """Check one representation (…, n, p): n >= `least`, p >= 1, real, finite, not constant.
+    """Check one representation (n, p): n >= `least`, p >= 1, real, finite, not constant.
 
+    batch: whether the operation takes batches (…, n, p).
+    batched: whether the caller asks for one; without, more than two dimensions are refused, since
+    they are nearly always activations (n, c, h, w) or (n, t, d) that have not been flattened.
     later: whether the result is NaN if any number is not finite, and goes through `defined`; then
     this reads few of them, or none.
     """
+    batched = _options.flag(batched, "batched")
     x = _arrays.asarray(x, name)
-    if x.ndim < 2 or (x.ndim > 2 and not batch):
-        expected = "(…, n, p)" if batch else "(n, p)"
-        raise ShapeError(f"{name}: shape {tuple(x.shape)}; expected {expected}: stimuli x neurons")
+    if x.ndim < 2 or (x.ndim > 2 and not batched):
+        expected = "(…, n, p)" if batched else "(n, p)"
+        ways = ""
+        if x.ndim > 2:
+            ways = f"; pass {name}.flatten(1) (in NumPy {name}.reshape(len({name}), -1))"
+            ways += ", or batched=True for a batch of (n, p)" if batch else ""
+        raise ShapeError(
+            f"{name}: shape {tuple(x.shape)}; expected {expected}: stimuli x neurons{ways}"
+        )
     n, p = x.shape[-2:]
     if n < least:
         raise ShapeError(
@@ -124,8 +123,8 @@ def representation(
         raise ShapeError(f"{name}: no neurons in shape {tuple(x.shape)}; expected at least 1")
     if 0 in x.shape:
         raise ShapeError(f"{name}: an empty batch, shape {tuple(x.shape)}; expected at least 1")
-    x = _real(x, name)
-    later = later and _dtype(x) != "float64"  # which has finite numbers beyond the limit
+    x = _real(x)
+    later = later and dtype_name(x) != "float64"  # which has finite numbers beyond the limit
     if not later:
         _finite(x, name)
     if not constant and _constant(x):
@@ -144,7 +143,7 @@ def matrices(a: Any, name: str, *, symmetric: bool, limit: float = _LARGEST) -> 
     if a.ndim < 2 or 0 in a.shape or (symmetric and not square):
         expected = "(…, n, n)" if symmetric else "(…, m, n)"
         raise ShapeError(f"{name}: shape {tuple(a.shape)}; expected {expected}, none of them empty")
-    a = _real(a, name)
+    a = _real(a)
     _finite(a, name, limit)
     if symmetric:
         apart, size = (_largest(t) for t in (a - a.swapaxes(-1, -2), a))
@@ -194,10 +193,12 @@ def _same_place(a: Array, b: Array, name_a: str, name_b: str) -> None:
         )
 
 
-def pair(x: Any, y: Any, *, least: int = 2, later: bool = False) -> tuple[Array, Array]:
-    """Check two representations of the same stimuli, (…, n, p) and (…, n, q)."""
-    x = representation(x, "x", least=least, later=later)
-    y = representation(y, "y", least=least, later=later)
+def pair(
+    x: Any, y: Any, *, least: int = 2, batched: Any = False, later: bool = False
+) -> tuple[Array, Array]:
+    """Check two representations of the same stimuli, (n, p) and (n, q); batches if `batched`."""
+    x = representation(x, "x", least=least, batched=batched, later=later)
+    y = representation(y, "y", least=least, batched=batched, later=later)
     _same_place(x, y, "x", "y")
     _same_stimuli(x, y, "x", "y")
     try:
@@ -222,6 +223,11 @@ def representations(
     xs: Any, name: str, *, least: int = 2, like: Array | None = None, later: bool = False
 ) -> list[Array]:
     """Check a sequence of representations (n, p_i) of the same stimuli (those of `like`)."""
+    if isinstance(xs, Mapping):
+        raise ShapeError(
+            f"{name}: a {type(xs).__name__}; expected a list of arrays (n, p_i): pass "
+            f"list({name}.values())"
+        )
     try:
         items = list(xs)
     except TypeError:
@@ -243,17 +249,18 @@ def representations(
 
 def numbers(a: Any, name: str) -> Array:
     """Check an array of finite real numbers."""
-    a = _real(_arrays.asarray(a, name), name)
+    a = _real(_arrays.asarray(a, name))
     if 0 not in a.shape:
         _finite(a, name)
     return a
 
 
 def integers(a: Any, name: str, error: type[RepsimError]) -> np.ndarray[Any, Any]:
-    """Check an array of integers or booleans, as NumPy's."""
-    values = _arrays.to_numpy(_arrays.asarray(a, name))
+    """Check an array of integers or booleans, as NumPy's; floats are refused, even whole ones."""
+    a = _arrays.asarray(a, name)
+    values = _arrays.to_numpy(a)
     if values.dtype.kind not in "iub" and values.size:
-        raise DtypeError(f"{name}: dtype {values.dtype}; expected integers")
+        raise DtypeError(f"{name}: dtype {dtype_name(a)}; expected integers")
     if values.dtype.kind == "u" and values.size and values.max() > np.iinfo(np.int64).max:
         raise error(f"{name}: {values.max()} does not fit a signed 64-bit integer")
     return values

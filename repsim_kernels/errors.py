@@ -12,7 +12,7 @@ class ShapeError(RepsimError, ValueError):
 
 
 class DtypeError(RepsimError, TypeError):
-    """An array's element type has no meaning for the operation (complex, object, text)."""
+    """An argument is no dense array of real numbers (complex, text, sparse), or requires grad."""
 
 
 class NonFiniteError(RepsimError, ValueError):

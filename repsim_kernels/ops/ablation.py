@@ -19,6 +19,7 @@ def ablation_distances(
     penalty: float = 0.0,
     memory: int | None = None,
     info: bool = False,
+    batched: bool = False,
     precision: str = "tf32x3",
     backend: str | None = None,
 ) -> Any:
@@ -29,7 +30,7 @@ def ablation_distances(
 
     Parameters
     ----------
-    x : array, (…, n, p), float16 | bfloat16 | float32 | float64
+    x : array, (n, p), float16 | bfloat16 | float32 | float64
         Activations: n >= 2 stimuli (n >= 4 for "cka_debiased"), p >= 1 neurons, any strides.
         Integers are taken as float64.
     cells : integer array, (p,), or boolean array, (C, p)
@@ -49,6 +50,9 @@ def ablation_distances(
         torch backend keeps halves.
     info : bool
         Whether to tell as well how each distance was found.
+    batched : bool
+        Whether x is a batch, (…, n, p), whose leading dimensions are those of the result. Without
+        it more than two dimensions are refused: flatten activations (n, c, h, w) first.
     precision : {"tf32x3", "tf32", "ieee"}
         Of the float32 products of the Triton kernels: as accurate as float32 on tensor cores,
         10 bits on tensor cores, or float32 without them. Other backends compute in float64.
@@ -97,7 +101,9 @@ def ablation_distances(
     info = _options.flag(info, "info")
     # CKA is NaN of every ablation if x has a number that is not finite; eigenvectors are not found.
     later = set(names) <= {"cka", "cka_debiased"}
-    x = _check.representation(x, least=4 if "cka_debiased" in names else 2, later=later)
+    x = _check.representation(
+        x, batched=batched, least=4 if "cka_debiased" in names else 2, later=later
+    )
     cells, n_cells = _check.cells(cells, x.shape[-1])
     _options.warn_without_ridge(names, ridge, penalty)
     found = _dispatch.call(

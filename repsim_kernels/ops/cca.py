@@ -15,15 +15,15 @@ def cca(
     squared: bool = False,
     ridge: float = 0.0,
     penalty: float = 0.0,
+    batched: bool = False,
     backend: str | None = None,
 ) -> Array:
     """Mean canonical correlation, a similarity.
 
     Parameters
     ----------
-    x, y : array, (…, n, p) and (…, n, q), float16 | bfloat16 | float32 | float64
-        Activations of the same n >= 2 stimuli; leading dimensions broadcast. Integers are taken as
-        float64.
+    x, y : array, (n, p) and (n, q), float16 | bfloat16 | float32 | float64
+        Activations of the same n >= 2 stimuli. Integers are taken as float64.
     squared : bool
         The mean of ρ² (R²CCA) in the place of that of ρ.
     ridge : float
@@ -31,6 +31,10 @@ def cca(
     penalty : float
         Absolute ridge on both sides: κ, in x's units squared, added to the scatter matrix xcᵀxc.
         At most one of the two.
+    batched : bool
+        Whether x and y are batches, (…, n, p) and (…, n, q). Their leading dimensions broadcast,
+        and are those of the result. Without it more than two dimensions are refused: flatten
+        activations (n, c, h, w) first.
     backend : {"reference", "torch"}, optional
         What computes it; by default chosen by the kind and the device of x.
 
@@ -57,12 +61,14 @@ def cca(
     """
     squared = _options.flag(squared, "squared")
     ridge, penalty = _options.shrinkage(ridge, penalty)
-    x, y = _check.pair(x, y)
+    x, y = _check.pair(x, y, batched=batched)
     _options.warn_if_degenerate("cca", x.shape[-2], x.shape[-1], y.shape[-1], ridge, penalty)
     return _dispatch.call("cca", backend, x, y, squared=squared, ridge=ridge, penalty=penalty)
 
 
-def svcca(x: Any, y: Any, *, variance: float = 0.99, backend: str | None = None) -> Array:
+def svcca(
+    x: Any, y: Any, *, variance: float = 0.99, batched: bool = False, backend: str | None = None
+) -> Array:
     """Singular-vector canonical correlation, a similarity.
 
     The mean canonical correlation of the fewest leading principal components that explain a share
@@ -70,11 +76,14 @@ def svcca(x: Any, y: Any, *, variance: float = 0.99, backend: str | None = None)
 
     Parameters
     ----------
-    x, y : array, (…, n, p) and (…, n, q), float16 | bfloat16 | float32 | float64
-        Activations of the same n >= 2 stimuli; leading dimensions broadcast. Integers are taken as
-        float64.
+    x, y : array, (n, p) and (n, q), float16 | bfloat16 | float32 | float64
+        Activations of the same n >= 2 stimuli. Integers are taken as float64.
     variance : float
         Share of the variance to keep, in (0, 1].
+    batched : bool
+        Whether x and y are batches, (…, n, p) and (…, n, q). Their leading dimensions broadcast,
+        and are those of the result. Without it more than two dimensions are refused: flatten
+        activations (n, c, h, w) first.
     backend : {"reference", "torch"}, optional
         What computes it; by default chosen by the kind and the device of x.
 
@@ -93,7 +102,7 @@ def svcca(x: Any, y: Any, *, variance: float = 0.99, backend: str | None = None)
     Source: Raghu et al. 2017.
     """
     variance = _options.number(variance, "variance", low=0, high=1, above=True)
-    x, y = _check.pair(x, y)
+    x, y = _check.pair(x, y, batched=batched)
     return _dispatch.call("svcca", backend, x, y, variance=variance)
 
 
@@ -103,6 +112,7 @@ def pwcca(
     *,
     ridge: float = 0.0,
     penalty: float = 0.0,
+    batched: bool = False,
     backend: str | None = None,
 ) -> Array:
     """Projection-weighted canonical correlation, a similarity; **not symmetric**.
@@ -112,14 +122,18 @@ def pwcca(
 
     Parameters
     ----------
-    x, y : array, (…, n, p) and (…, n, q), float16 | bfloat16 | float32 | float64
-        Activations of the same n >= 2 stimuli; leading dimensions broadcast. Integers are taken as
-        float64. x gives the weights.
+    x, y : array, (n, p) and (n, q), float16 | bfloat16 | float32 | float64
+        Activations of the same n >= 2 stimuli. Integers are taken as float64. x gives the
+        weights.
     ridge : float
         Relative ridge on both sides: κ = ridge · tr(K) / n, each side by its own Gram K.
     penalty : float
         Absolute ridge on both sides: κ, in x's units squared, added to the scatter matrix xcᵀxc.
         At most one of the two.
+    batched : bool
+        Whether x and y are batches, (…, n, p) and (…, n, q). Their leading dimensions broadcast,
+        and are those of the result. Without it more than two dimensions are refused: flatten
+        activations (n, c, h, w) first.
     backend : {"reference", "torch"}, optional
         What computes it; by default chosen by the kind and the device of x.
 
@@ -147,6 +161,6 @@ def pwcca(
     Source: Morcos et al. 2018.
     """
     ridge, penalty = _options.shrinkage(ridge, penalty)
-    x, y = _check.pair(x, y)
+    x, y = _check.pair(x, y, batched=batched)
     _options.warn_if_degenerate("pwcca", x.shape[-2], x.shape[-1], y.shape[-1], ridge, penalty)
     return _dispatch.call("pwcca", backend, x, y, ridge=ridge, penalty=penalty)

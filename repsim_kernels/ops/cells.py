@@ -9,18 +9,26 @@ from repsim_kernels._arrays import Array
 
 
 def class_means(
-    x: Any, labels: Any, *, n_classes: int | None = None, backend: str | None = None
+    x: Any,
+    labels: Any,
+    *,
+    n_classes: int | None = None,
+    batched: bool = False,
+    backend: str | None = None,
 ) -> Array:
     """Mean activation of every neuron over the stimuli of each class.
 
     Parameters
     ----------
-    x : array, (…, n, p), float16 | bfloat16 | float32 | float64
+    x : array, (n, p), float16 | bfloat16 | float32 | float64
         Activations: n >= 1 stimuli, p >= 1 neurons, any strides. Integers are taken as float64.
     labels : integer array, (n,)
         Class of each stimulus, 0 … n_classes - 1.
     n_classes : int, optional
         Number of classes k; by default the largest label and one.
+    batched : bool
+        Whether x is a batch, (…, n, p), whose leading dimensions are those of the result. Without
+        it more than two dimensions are refused: flatten activations (n, c, h, w) first.
     backend : {"reference", "torch", "triton"}, optional
         What computes it; by default chosen by the kind and the device of x.
 
@@ -39,7 +47,7 @@ def class_means(
     -----
     Reads x once. Source: Morcos et al. 2018, the numerators of the selectivity index.
     """
-    x = _check.representation(x, constant=True, least=1)
+    x = _check.representation(x, batched=batched, constant=True, least=1)
     labels, n_classes = _check.classes(labels, x.shape[-2], n_classes)
     return _dispatch.call("class_means", backend, x, labels=labels, n_classes=n_classes)
 
@@ -51,6 +59,7 @@ def selectivity_grid(
     *,
     grid: tuple[int, int] = (4, 4),
     edges: str = "equal",
+    batched: bool = False,
     backend: str | None = None,
 ) -> Array:
     """Cells of neurons by how selective for a class, and how active, they are.
@@ -61,7 +70,7 @@ def selectivity_grid(
 
     Parameters
     ----------
-    x : array, (…, n, p), float16 | bfloat16 | float32 | float64
+    x : array, (n, p), float16 | bfloat16 | float32 | float64
         Activations: n >= 2 stimuli, p >= 1 neurons, any strides. Integers are taken as float64.
     labels : integer array, (n,)
         Class of each stimulus; at least two classes.
@@ -74,6 +83,9 @@ def selectivity_grid(
         its edges, as in the code that Hayne et al. published. The edges of k strips are
         ``sorted(selectivity)[i * p // k]``, i from 0, and the largest; those of a strip's parts
         are found likewise among the magnitudes of the neurons strictly inside the strip.
+    batched : bool
+        Whether x is a batch, (…, n, p), whose leading dimensions are those of the result. Without
+        it more than two dimensions are refused: flatten activations (n, c, h, w) first.
     backend : {"reference", "torch", "triton"}, optional
         What computes it; by default chosen by the kind and the device of x.
 
@@ -102,7 +114,7 @@ def selectivity_grid(
     """
     grid = _options.grid(grid)
     edges = _options.option(edges, "edges", ("equal", "inclusive"))
-    x = _check.representation(x, constant=True)
+    x = _check.representation(x, batched=batched, constant=True)
     labels = _check.labels(labels, x.shape[-2], target)
     return _dispatch.call(
         "selectivity_grid",

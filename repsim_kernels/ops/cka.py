@@ -15,6 +15,7 @@ def cka(
     debiased: bool = False,
     kernel: str = "linear",
     sigma: float | None = None,
+    batched: bool = False,
     backend: str | None = None,
 ) -> Array:
     """Centred kernel alignment, a similarity.
@@ -24,14 +25,18 @@ def cka(
 
     Parameters
     ----------
-    x, y : array, (…, n, p) and (…, n, q), float16 | bfloat16 | float32 | float64
-        Activations of the same n stimuli (n >= 2, debiased n >= 4); leading dimensions broadcast.
-        Integers are taken as float64.
+    x, y : array, (n, p) and (n, q), float16 | bfloat16 | float32 | float64
+        Activations of the same n stimuli (n >= 2, debiased n >= 4). Integers are taken as
+        float64.
     debiased : bool
         Use the unbiased estimator of HSIC: it does not grow with p, and may be negative.
     kernel : {"linear", "rbf"}
     sigma : float, optional
         Bandwidth of the RBF kernel, as a fraction of the median distance; 1 unless given.
+    batched : bool
+        Whether x and y are batches, (…, n, p) and (…, n, q). Their leading dimensions broadcast,
+        and are those of the result. Without it more than two dimensions are refused: flatten
+        activations (n, c, h, w) first.
     backend : {"reference", "torch"}, optional
         What computes it; by default chosen by the kind and the device of x.
 
@@ -60,7 +65,7 @@ def cka(
     """
     debiased = _options.flag(debiased, "debiased")
     sigma = _options.bandwidth(kernel, sigma)
-    x, y = _check.pair(x, y, least=4 if debiased else 2, later=True)
+    x, y = _check.pair(x, y, least=4 if debiased else 2, later=True, batched=batched)
     options: dict[str, Any] = {"debiased": debiased, "kernel": kernel, "sigma": sigma}
     if not _options.chance_wanted(x.shape[-2], x.shape[-1], y.shape[-1], debiased):
         value = _dispatch.call("cka", backend, x, y, **options)

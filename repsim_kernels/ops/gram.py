@@ -13,6 +13,7 @@ def centered_gram(
     *,
     kernel: str = "linear",
     sigma: float | None = None,
+    batched: bool = False,
     precision: str = "tf32x3",
     backend: str | None = None,
 ) -> Array:
@@ -23,11 +24,14 @@ def centered_gram(
 
     Parameters
     ----------
-    x : array, (…, n, p), float16 | bfloat16 | float32 | float64
+    x : array, (n, p), float16 | bfloat16 | float32 | float64
         Activations: n >= 2 stimuli, p >= 1 neurons, any strides. Integers are taken as float64.
     kernel : {"linear", "rbf"}
     sigma : float, optional
         Bandwidth of the RBF kernel, as a fraction of the median distance; 1 unless given.
+    batched : bool
+        Whether x is a batch, (…, n, p), whose leading dimensions are those of the result. Without
+        it more than two dimensions are refused: flatten activations (n, c, h, w) first.
     precision : {"tf32x3", "tf32", "ieee"}
         Of the float32 products of the Triton kernels: as accurate as float32 on tensor cores,
         10 bits on tensor cores, or float32 without them. Other backends compute in float64.
@@ -53,7 +57,7 @@ def centered_gram(
     result. Source: Kornblith et al. 2019, section 3.
     """
     sigma = _options.bandwidth(kernel, sigma)
-    x = _check.representation(x, constant=kernel == "linear")
+    x = _check.representation(x, batched=batched, constant=kernel == "linear")
     precision = _options.precision(precision)
     g = _dispatch.call("centered_gram", backend, x, kernel=kernel, sigma=sigma, precision=precision)
     return _check.defined(g, "the median distance between stimuli is 0, so 'rbf' has no bandwidth")
@@ -64,6 +68,7 @@ def cell_grams(
     cells: Any,
     *,
     n_cells: int | None = None,
+    batched: bool = False,
     precision: str = "tf32x3",
     backend: str | None = None,
 ) -> Array:
@@ -74,13 +79,16 @@ def cell_grams(
 
     Parameters
     ----------
-    x : array, (…, n, p), float16 | bfloat16 | float32 | float64
+    x : array, (n, p), float16 | bfloat16 | float32 | float64
         Activations: n >= 2 stimuli, p >= 1 neurons, any strides. Integers are taken as float64.
     cells : integer array, (p,) or (T, p), or boolean array, (C, p)
         Cell of each neuron, 0 … n_cells - 1, or -1 for a neuron in none; T such partitions, as of
         several target classes; or the membership of cells that may overlap.
     n_cells : int, optional
         Number of cells C; by default the largest label and one.
+    batched : bool
+        Whether x is a batch, (…, n, p), whose leading dimensions are those of the result. Without
+        it more than two dimensions are refused: flatten activations (n, c, h, w) first.
     precision : {"tf32x3", "tf32", "ieee"}
         Of the float32 products of the Triton kernels: as accurate as float32 on tensor cores,
         10 bits on tensor cores, or float32 without them. "cupy" multiplies float32 in float32,
@@ -102,7 +110,7 @@ def cell_grams(
     Reads x once; 2 n² p operations for all cells of a partition together.
     Source: METRICS, "One original, many ablations".
     """
-    x = _check.representation(x, constant=True)
+    x = _check.representation(x, batched=batched, constant=True)
     cells, n_cells = _check.cells(cells, x.shape[-1], n_cells, partitions=True)
     precision = _options.precision(precision)
     return _dispatch.call(

@@ -116,10 +116,10 @@ def _columns(columns: Any, p: int) -> np.ndarray[Any, Any]:
 
 
 def _start(start: Any, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    try:
-        coef, intercept = (_check.numbers(a, "start") for a in start)
-    except (TypeError, ValueError):
-        raise OptionError("start: not a pair; expected (coefficients, intercepts)") from None
+    both = _options.items(start) or ()
+    if len(both) != 2:
+        raise OptionError("start: not a pair; expected (coefficients, intercepts)")
+    coef, intercept = (_check.numbers(a, f"start[{i}]") for i, a in enumerate(both))
     if tuple(coef.shape) != shape or tuple(intercept.shape) != shape[:-1]:
         raise ShapeError(
             f"start: shapes {tuple(coef.shape)} and {tuple(intercept.shape)}; expected {shape} and "

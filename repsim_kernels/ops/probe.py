@@ -23,6 +23,7 @@ def ablation_decodability(
     folds: Any = None,
     score: str | Sequence[str] | None = None,
     probe: str = "ridge",
+    batched: bool = False,
     precision: str = "tf32x3",
     backend: str | None = None,
 ) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def ablation_decodability(
 
     Parameters
     ----------
-    x : array, (…, n, p), float16 | bfloat16 | float32 | float64
+    x : array, (n, p), float16 | bfloat16 | float32 | float64
         Activations: n >= 2 stimuli, p >= 1 neurons, any strides. Integers are taken as float64.
     cells : integer array, (p,), or boolean array, (C, p)
         Cell of each neuron, 0 … C - 1, or -1 for a neuron that is never ablated; or the membership
@@ -61,6 +62,9 @@ def ablation_decodability(
         The reader. The outputs of "logistic" are its decision values, that of the rest minus the
         target's. A class that a fold has all stimuli of can't be learnt without it: its output for
         that fold is what "ridge" makes of zeros, and -inf for "logistic".
+    batched : bool
+        Whether x is a batch, (…, n, p), whose leading dimensions are those of the result. Without
+        it more than two dimensions are refused: flatten activations (n, c, h, w) first.
     precision : {"tf32x3", "tf32", "ieee"}
         Of the float32 products of the Triton kernels: as accurate as float32 on tensor cores,
         10 bits on tensor cores, or float32 without them. Other backends compute in float64.
@@ -95,7 +99,7 @@ def ablation_decodability(
     probe = _options.option(probe, "probe", ("ridge", "logistic"))
     ridge = _relative(ridge, probe)
     names = _scores(score, target, probe)
-    x = _check.representation(x)
+    x = _check.representation(x, batched=batched)
     cells, n_cells = _check.cells(cells, x.shape[-1])
     labels, targets = _targets(target, labels, x.shape[-2])
     result = _dispatch.call(
@@ -160,7 +164,7 @@ def _scores(score: Any, target: Any, probe: str) -> tuple[str, ...]:
 def _targets(target: Any, labels: Any, n: int) -> tuple[Any, int | tuple[int, ...] | None]:
     """Check labels (n,) and the target or targets."""
     if _arrays.kind(target):
-        target = _arrays.to_numpy(target)
+        target = _arrays.to_numpy(_arrays.asarray(target, "target"))
     several = None if isinstance(target, str) else _options.items(target)
     if several is None:
         return _check.labels(labels, n, target), None if target is None else int(target)

@@ -14,21 +14,25 @@ def rsa(
     *,
     distance: str = "euclidean",
     compare: str = "spearman",
+    batched: bool = False,
     backend: str | None = None,
 ) -> Array:
     """Representational similarity analysis: the correlation of two vectors of distances.
 
     Parameters
     ----------
-    x, y : array, (…, n, p) and (…, n, q), float16 | bfloat16 | float32 | float64
-        Activations of the same n >= 3 stimuli; leading dimensions broadcast. Integers are taken as
-        float64.
+    x, y : array, (n, p) and (n, q), float16 | bfloat16 | float32 | float64
+        Activations of the same n >= 3 stimuli. Integers are taken as float64.
     distance : {"euclidean", "sqeuclidean", "correlation", "cosine"}
         Between the rows of x as they are given, as SciPy's ``pdist``. "correlation" and "cosine"
         depend on where zero is: subtract ``x.mean(0)`` first for those of the centred patterns.
     compare : {"spearman", "pearson", "cosine"}
         How the n(n - 1)/2 distances of both sides are compared; ties (see Notes) get their mean
         rank.
+    batched : bool
+        Whether x and y are batches, (…, n, p) and (…, n, q). Their leading dimensions broadcast,
+        and are those of the result. Without it more than two dimensions are refused: flatten
+        activations (n, c, h, w) first.
     backend : {"reference", "torch"}, optional
         What computes it; by default chosen by the kind and the device of x.
 
@@ -61,6 +65,6 @@ def rsa(
     Source: Kriegeskorte et al. 2008.
     """
     distance, compare = _options.rsa_options(distance, compare)
-    x, y = _check.pair(x, y, least=3)
+    x, y = _check.pair(x, y, least=3, batched=batched)
     value = _dispatch.call("rsa", backend, x, y, distance=distance, compare=compare)
     return _check.defined(value, _check.NO_RSA)
