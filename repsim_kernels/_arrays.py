@@ -19,6 +19,7 @@ from repsim_kernels.errors import DtypeError
 Array = Any
 """A NumPy array, a torch tensor or a CuPy array."""
 
+REAL = "real numbers (float16, bfloat16, float32, float64, integers)"
 _NUMBERS = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)|bfloat16")
 
 
@@ -47,11 +48,12 @@ def device(a: Array) -> str:
     return "cpu"
 
 
-def asarray(a: Any, name: str) -> Array:
+def asarray(a: Any, name: str, expected: str = REAL) -> Array:
     """Return tensors, CuPy and NumPy arrays of real numbers; make NumPy arrays of the rest.
 
     Every argument that holds numbers comes through here. Nothing is copied but what torch could not
     take: foreign byte orders, ml_dtypes' bfloat16 (widened to float32), and torch's lazy negation.
+    `expected` is what the message of an error asks for.
 
     Raises
     ------
@@ -65,12 +67,9 @@ def asarray(a: Any, name: str) -> Array:
         case "cupy":
             pass
         case _:
-            a = _as_numpy(a, name)
+            a = _as_numpy(a, name, expected)
     if not _NUMBERS.fullmatch(dtype_name(a)):
-        raise DtypeError(
-            f"{name}: dtype {dtype_name(a)}; expected real numbers (float16, bfloat16, float32, "
-            "float64, integers)"
-        )
+        raise DtypeError(f"{name}: dtype {dtype_name(a)}; expected {expected}")
     return a
 
 
@@ -103,10 +102,10 @@ def _has_tangent(a: Any) -> bool:
     return unpack_dual(a).tangent is not None
 
 
-def _as_numpy(a: Any, name: str) -> np.ndarray[Any, Any]:
+def _as_numpy(a: Any, name: str, expected: str) -> np.ndarray[Any, Any]:
     """Make a NumPy array of what is neither a tensor nor CuPy's, of any dtype but object."""
     if a is None or isinstance(a, (str, bytes)):
-        raise DtypeError(f"{name}: {shown(a)}; expected an array of numbers")
+        raise DtypeError(f"{name}: {shown(a)}; expected an array of {expected}")
     if isinstance(a, Mapping):
         raise DtypeError(
             f"{name}: a {type(a).__name__}; expected one array: pass one of its values, or "
@@ -121,10 +120,10 @@ def _as_numpy(a: Any, name: str) -> np.ndarray[Any, Any]:
         raise DtypeError(f"{name}: a masked array with masked entries; expected a plain array")
     dtype = None
     if type(a).__module__.partition(".")[0] == "pandas" and hasattr(a, "isna"):
-        dtype = _pandas_dtype(a, name)
+        dtype = _pandas_dtype(a, name, expected)
     listed = isinstance(a, (list, tuple))
     if listed:
-        a = _without_arrays(a, name)
+        a = _without_arrays(a, name, expected)
     by_dlpack = not hasattr(a, "__array__") and hasattr(a, "__dlpack__")
     try:
         values = np.from_dlpack(a) if by_dlpack else np.asarray(a, dtype)
@@ -137,23 +136,23 @@ def _as_numpy(a: Any, name: str) -> np.ndarray[Any, Any]:
         line = " ".join(str(error).split())
         raise DtypeError(f"{name}: not an array of numbers ({line})") from None
     if values.dtype.kind == "O":
-        raise _object_error(values, name)
+        raise _object_error(values, name, expected)
     if values.dtype.name == "bfloat16":  # of ml_dtypes, as JAX has it; torch takes none from NumPy
         values = values.astype(np.float32)
     return values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))
 
 
-def _without_arrays(a: Iterable[Any], name: str) -> list[Any]:
+def _without_arrays(a: Iterable[Any], name: str, expected: str) -> list[Any]:
     """The items of a list, with NumPy's in place of the arrays and tensors among them."""
     items: list[Any] = []
     for i, item in enumerate(a):
         where = f"{name}[{i}]"
         if isinstance(item, (list, tuple)):
-            item = _without_arrays(item, where)
+            item = _without_arrays(item, where, expected)
         elif not isinstance(item, np.generic) and (
             hasattr(item, "__array__") or hasattr(item, "__dlpack__")
         ):
-            item = asarray(item, where)
+            item = asarray(item, where, expected)
             if device(item) != "cpu":
                 raise DtypeError(
                     f"{name}: not an array of numbers ({where} is on {device(item)}); expected one "
@@ -164,7 +163,7 @@ def _without_arrays(a: Iterable[Any], name: str) -> list[Any]:
     return items
 
 
-def _pandas_dtype(a: Any, name: str) -> Any:
+def _pandas_dtype(a: Any, name: str, expected: str) -> Any:
     """The NumPy dtype that holds a pandas object, or None where NumPy finds it on its own."""
     columns = list(a.dtypes.items()) if a.ndim == 2 else [(None, a.dtype)]
     found = [getattr(d, "numpy_dtype", getattr(d, "subtype", d)) for _, d in columns]
@@ -172,7 +171,7 @@ def _pandas_dtype(a: Any, name: str) -> Any:
         for (column, dtype), plain in zip(columns, found, strict=True):
             if not isinstance(plain, np.dtype) or plain.kind not in "biuf":
                 raise DtypeError(
-                    f"{name}: column {column!r} has dtype {dtype}; expected real numbers"
+                    f"{name}: column {column!r} has dtype {dtype}; expected {expected}"
                 )
     if not any(hasattr(dtype, "numpy_dtype") for _, dtype in columns):
         return None
@@ -185,20 +184,18 @@ def _pandas_dtype(a: Any, name: str) -> Any:
     return np.result_type(*found)
 
 
-def _object_error(a: np.ndarray[Any, Any], name: str) -> DtypeError:
+def _object_error(a: np.ndarray[Any, Any], name: str, expected: str) -> DtypeError:
     """Say what an array of objects holds that is no number."""
     if a.ndim == 0:
-        return DtypeError(f"{name}: {type(a.item()).__name__}; expected an array of numbers")
+        return DtypeError(f"{name}: {type(a.item()).__name__}; expected an array of {expected}")
     numbers = (bool, int, float, np.number)
     odd = next(((i, v) for i, v in np.ndenumerate(a) if not isinstance(v, numbers)), None)
     if odd is None:
-        return DtypeError(
-            f"{name}: dtype object; expected real numbers, such as {name}.astype(float)"
-        )
+        return DtypeError(f"{name}: dtype object, though all are numbers; expected {expected}")
     what = type(odd[1]).__name__
     if what == "NAType":
         what = "a missing value (pd.NA)"
-    return DtypeError(f"{name}: dtype object, with {what} at index {odd[0]}; expected real numbers")
+    return DtypeError(f"{name}: dtype object, with {what} at index {odd[0]}; expected {expected}")
 
 
 def to_numpy(a: Array) -> np.ndarray[Any, Any]:

@@ -257,7 +257,7 @@ def numbers(a: Any, name: str) -> Array:
 
 def integers(a: Any, name: str, error: type[RepsimError]) -> np.ndarray[Any, Any]:
     """Check an array of integers or booleans, as NumPy's; floats are refused, even whole ones."""
-    a = _arrays.asarray(a, name)
+    a = _arrays.asarray(a, name, "integers (of 8 to 64 bits)")
     values = _arrays.to_numpy(a)
     if values.dtype.kind not in "iub" and values.size:
         raise DtypeError(f"{name}: dtype {dtype_name(a)}; expected integers")

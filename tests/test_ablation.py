@@ -214,8 +214,10 @@ def test_what_is_told_of_the_routes():
 def test_kinds_dtypes_and_batches():
     rng = np.random.default_rng(6)
     x, cells = rng.standard_normal((2, 6, 14)), rng.integers(0, 3, 14)
-    got = rk.ablation_distances(x, cells.tolist())
-    tensors = rk.ablation_distances(torch.from_numpy(x), torch.from_numpy(cells.astype(np.uint8)))
+    got = rk.ablation_distances(x, cells.tolist(), batched=True)
+    tensors = rk.ablation_distances(
+        torch.from_numpy(x), torch.from_numpy(cells.astype(np.uint8)), batched=True
+    )
     for name in METRICS:
         assert isinstance(got[name], np.ndarray)
         assert isinstance(tensors[name], torch.Tensor)

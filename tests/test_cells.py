@@ -59,12 +59,12 @@ def test_ties_are_the_same_in_every_memory_order():
 def test_labels_of_any_kind_and_batches():
     x = np.random.default_rng(0).standard_normal((2, 6, 9)).astype(np.float32)
     labels = [0, 1, 1, 0, 2, 2]
-    want = rk.class_means(x, labels)
+    want = rk.class_means(x, labels, batched=True)
     for other in (np.array(labels, np.uint8), torch.tensor(labels)):
-        np.testing.assert_array_equal(rk.class_means(x, other), want)
+        np.testing.assert_array_equal(rk.class_means(x, other, batched=True), want)
     np.testing.assert_array_equal(want[1], rk.class_means(x[1], labels))
     np.testing.assert_array_equal(
-        rk.selectivity_grid(x, labels, 2)[1], rk.selectivity_grid(x[1], labels, 2)
+        rk.selectivity_grid(x, labels, 2, batched=True)[1], rk.selectivity_grid(x[1], labels, 2)
     )
 
 
@@ -140,7 +140,7 @@ def test_inclusive_edges_of_batches():
     options = {"grid": (2, 2), "edges": "inclusive"}
     labels = [0, 1, 1, 0, 2, 2]
     for backend in ("torch", "reference"):
-        got = rk.selectivity_grid(x, labels, 2, **options, backend=backend)
+        got = rk.selectivity_grid(x, labels, 2, **options, batched=True, backend=backend)
         assert got.dtype == bool
         want = [[rk.selectivity_grid(z, labels, 2, **options) for z in y] for y in x]
         np.testing.assert_array_equal(got, want)

@@ -35,16 +35,15 @@ BAD = [
     (INF, rk.NonFiniteError, r"x: 1 of 24 values .*\(1, 0\)"),
     (NAN.astype(np.float32), rk.NonFiniteError, r"x: 1 of 24 values .*\(2, 3\)"),
     (INF.bfloat16(), rk.NonFiniteError, r"x: 1 of 24 values .*\(1, 0\)"),
-    (X[0], rk.ShapeError, r"x: shape \(4,\); expected \(…, n, p\)"),
+    (X[0], rk.ShapeError, r"x: shape \(4,\); expected \(n, p\)"),
     (X[:, :0], rk.ShapeError, "x: no neurons"),
-    (X[None][:0], rk.ShapeError, "x: an empty batch"),
-    (X + 1j, rk.DtypeError, "x: dtype complex128; expected real"),
+    (X + 1j, rk.DtypeError, "x: dtype complex128; expected real numbers"),
     (torch.zeros(6, 4, dtype=torch.complex64), rk.DtypeError, "x: dtype complex64"),
     (X.astype(object), rk.DtypeError, "x: dtype object"),
     (np.full((6, 4), "a"), rk.DtypeError, "x: dtype <U1"),
     ([[1, 2], [3]], rk.DtypeError, "x: not an array of numbers"),
-    (np.ma.masked_less(X, 0), rk.DtypeError, "x: got a masked array"),
-    (torch.eye(6).to_sparse(), rk.DtypeError, "x: got a tensor of layout torch.sparse_coo"),
+    (np.ma.masked_less(X, 0), rk.DtypeError, "x: a masked array with masked entries"),
+    (torch.eye(6).to_sparse(), rk.DtypeError, "x: a tensor of layout torch.sparse_coo"),
     (X * 1e200, rk.NonFiniteError, r"x: the largest magnitude is .*e\+200"),
 ]
 
@@ -79,7 +78,7 @@ def test_pairs(name):
     with pytest.raises(rk.ConstantError, match="y: the representation is the same for every"):
         metric(X, np.full((6, 3), 0.1))
     with pytest.raises(rk.ShapeError, match=r"y: batch dimensions \(3,\), but x has \(2,\)"):
-        metric(np.stack([X] * 2), np.stack([Y] * 3))
+        metric(np.stack([X] * 2), np.stack([Y] * 3), batched=True)
     with pytest.raises(rk.DeviceError, match="y: a torch array on cpu, but x is a numpy array"):
         metric(X, torch.from_numpy(Y))
     with pytest.raises(rk.OptionError, match="backend: 'numpy'; expected one of 'reference'"):
@@ -109,9 +108,9 @@ def test_one_number_that_differs_is_found(stimulus, neuron):
 def test_one_constant_item_of_a_batch_is_found():
     x = np.stack([X, X * 0 + 0.1])
     with pytest.raises(rk.ConstantError, match="x: "):
-        rk.cka(x, Y)
+        rk.cka(x, Y, batched=True)
     with pytest.raises(rk.ConstantError, match="x: "):
-        rk.ablation_distances(x, CELLS)
+        rk.ablation_distances(x, CELLS, batched=True)
 
 
 OPTIONS = [

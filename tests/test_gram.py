@@ -74,14 +74,14 @@ def test_cell_grams_of_a_membership(data):
 def test_cell_grams_of_partitions(backend):
     rng = np.random.default_rng(6)
     x, cells = rng.standard_normal((2, 6, 20)), rng.integers(-1, 3, (4, 20))
-    got = rk.cell_grams(x, cells, backend=backend)
+    got = rk.cell_grams(x, cells, batched=True, backend=backend)
     assert got.shape == (2, 4, 3, 6, 6)
     want = rk.cell_grams(x[1], cells[2], n_cells=3, backend="reference")
     np.testing.assert_allclose(got[1, 2], want, atol=1e-12)
     with pytest.raises(rk.CellError, match=r"shape \(4, 19\).* or partitions as integers"):
-        rk.cell_grams(x, cells[:, 1:])
+        rk.cell_grams(x, cells[:, 1:], batched=True)
     with pytest.raises(rk.CellError, match=r"shape \(4, 20\)"):
-        rk.ablation_distances(x, cells)
+        rk.ablation_distances(x, cells, batched=True)
 
 
 @pytest.mark.parametrize("straight", [0, 115])
@@ -138,8 +138,11 @@ def test_batches():
     x = np.random.default_rng(4).standard_normal((2, 3, 5, 7))
     cells = [0, 1, 1, 0, 2, 2, -1]
     for got, want in (
-        (rk.centered_gram(x), [[rk.centered_gram(b) for b in a] for a in x]),
-        (rk.cell_grams(x, cells), [[rk.cell_grams(b, cells) for b in a] for a in x]),
-        (rk.cell_grams(x, cells, backend="reference"), rk.cell_grams(x, cells)),
+        (rk.centered_gram(x, batched=True), [[rk.centered_gram(b) for b in a] for a in x]),
+        (rk.cell_grams(x, cells, batched=True), [[rk.cell_grams(b, cells) for b in a] for a in x]),
+        (
+            rk.cell_grams(x, cells, batched=True, backend="reference"),
+            rk.cell_grams(x, cells, batched=True),
+        ),
     ):
         np.testing.assert_allclose(got, np.array(want), atol=1e-12)

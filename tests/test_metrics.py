@@ -130,7 +130,8 @@ def test_those_of_a_shape_are_multiplied_together(monkeypatch, cores, options):
         want = rk.pairwise(xs, ys, backend="reference", **options)
         assert_close(rk.pairwise(xs, ys, **options), want, tol)
     x, y = np.stack(xs[:2]), np.stack(xs[1:3])
-    assert_close(rk.cka(x, y, **options), rk.cka(x, y, backend="reference", **options), tol)
+    want = rk.cka(x, y, batched=True, backend="reference", **options)
+    assert_close(rk.cka(x, y, batched=True, **options), want, tol)
 
 
 @pytest.mark.parametrize("cores", [1, 2, 3])
@@ -149,11 +150,14 @@ def test_many_stimuli_are_shared_out(monkeypatch, cores):
 def test_batches_broadcast(name, options):
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((3, 1, 8, 5)), rng.standard_normal((2, 8, 11))
-    got = run(name, x, y, **options)
+    got = run(name, x, y, batched=True, **options)
     want = [[run(name, a[0], b, **options) for b in y] for a in x]
     tol = tolerance(name, options)
     assert_close(got, want, tol)
-    assert_close(run(name, x, y, "reference", **options), want, tol)
+    assert_close(run(name, x, y, "reference", batched=True, **options), want, tol)
+    # One of two dimensions goes with each item of the other.
+    mixed = run(name, x[:, 0], y[0], batched=True, **options)
+    assert_close(mixed, [row[0] for row in want], tol)
 
 
 @EACH

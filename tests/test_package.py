@@ -128,10 +128,10 @@ def test_either_byte_order(backend, dtype, order):
     x = np.random.default_rng(0).integers(0, 9, (2, 6, 5)).astype(dtype)
     cells, labels = np.arange(5) % 2, np.arange(6) % 2
     swapped = x.astype(order + dtype).swapaxes(1, 2).copy().swapaxes(1, 2)
-    got = rk.cell_grams(swapped, cells.astype(order + "i4"), backend=backend)
-    np.testing.assert_array_equal(got, rk.cell_grams(x, cells, backend=backend))
-    got = rk.class_means(swapped, labels.astype(order + "i8"), backend=backend)
-    np.testing.assert_array_equal(got, rk.class_means(x, labels, backend=backend))
+    got = rk.cell_grams(swapped, cells.astype(order + "i4"), batched=True, backend=backend)
+    np.testing.assert_array_equal(got, rk.cell_grams(x, cells, batched=True, backend=backend))
+    got = rk.class_means(swapped, labels.astype(order + "i8"), batched=True, backend=backend)
+    np.testing.assert_array_equal(got, rk.class_means(x, labels, batched=True, backend=backend))
     assert got.dtype.isnative
     got = rk.pairwise(swapped, x.astype(order + dtype), backend=backend)
     np.testing.assert_array_equal(got, rk.pairwise(x, x, backend=backend))
@@ -145,11 +145,9 @@ def test_autocast_of_the_caller_changes_nothing():
         assert torch.is_autocast_enabled("cpu")
 
 
-def test_subclasses_and_gradients():
-    x = torch.randn(8, 3, requires_grad=True)
-    assert not rk.cka(x, x).requires_grad
-    parameter = torch.nn.Parameter(torch.randn(8, 2))
-    assert isinstance(rk.cka(x, parameter), torch.Tensor)
+def test_subclasses():
+    frozen = torch.nn.Parameter(torch.randn(8, 2), requires_grad=False)
+    assert type(rk.cka(frozen, frozen)) is torch.Tensor
 
     class Named(np.ndarray):
         pass

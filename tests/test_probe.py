@@ -81,7 +81,7 @@ def test_extreme_cells_and_batches():
     x, y = rng.standard_normal((2, 9, 6)), np.arange(9) % 3
     cells = np.zeros((3, 6), bool)
     cells[1] = True
-    got = rk.ablation_decodability(x, cells, y)
+    got = rk.ablation_decodability(x, cells, y, batched=True)
     assert got["refit"].shape == (2, 3)
     assert got["intact"].shape == (2,)
     np.testing.assert_array_equal(got["refit"][:, 0], got["intact"])
@@ -159,7 +159,8 @@ def test_generalised_cross_validation_ends_where_the_grid_does():
     noise = rng.standard_normal((20, 5))
     nothing = noise - np.stack([noise[y == k].mean(0) for k in (0, 1)])[y]
     clear = np.column_stack([y * 1e3, rng.standard_normal((20, 30)) * 1e-4])
-    got = rk.ablation_decodability(np.stack([clear, clear * 7]), [0] * 31, y, ridge="gcv")
+    both = np.stack([clear, clear * 7])
+    got = rk.ablation_decodability(both, [0] * 31, y, ridge="gcv", batched=True)
     np.testing.assert_allclose(got["ridge"], 1e-6, rtol=1e-6)
     got = rk.ablation_decodability(nothing, [0] * 5, y, ridge="gcv")
     assert got["ridge"] == pytest.approx(1e6, rel=1e-6)

@@ -197,7 +197,7 @@ def test_batches_and_kinds(probe):
     x = np.stack([stimuli(9, seed=s)[0] for s in range(3)]).reshape(3, 1, 24, 9)
     _, cells, y = stimuli(9)
     options = {"target": [2, 0], "folds": 4, "probe": probe, "score": ["margin", "accuracy"]}
-    got = rk.ablation_decodability(torch.from_numpy(x), cells, y, **options)
+    got = rk.ablation_decodability(torch.from_numpy(x), cells, y, batched=True, **options)
     assert set(got) == {"margin", "accuracy"}
     for b in range(3):
         alone = rk.ablation_decodability(x[b, 0], cells, y, **options)

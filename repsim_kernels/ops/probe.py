@@ -199,7 +199,8 @@ def _folds(folds: Any, labels: Any, probe: str) -> Any:
         for k, count in enumerate(counts):
             fold[classes == k] = np.arange(count) % folds
         return fold
-    values = _arrays.to_numpy(_arrays.asarray(folds, "folds"))
+    text = isinstance(folds, str)  # no array, where a number of folds would do as well
+    values = np.asarray(folds) if text else _arrays.to_numpy(_arrays.asarray(folds, "folds"))
     if values.dtype.kind not in "iu" or values.shape != labels.shape:
         raise OptionError(
             f"folds: {_options.shown(folds)}; expected a whole number of at least 2, or integers "

@@ -45,8 +45,8 @@ def test_centered_gram(device, x):
 @pytest.mark.parametrize("shape", [(2, 3, 5, 70), (1, 20, 1), (2, 65, 33)])
 def test_batches_in_every_precision(device, shape, precision):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 5
-    got = rk.centered_gram(x.to(device), precision=precision, backend="triton")
-    want = rk.centered_gram(x.double(), backend="reference")
+    got = rk.centered_gram(x.to(device), batched=True, precision=precision, backend="triton")
+    want = rk.centered_gram(x.double(), batched=True, backend="reference")
     assert got.device.type == device.type
     assert_gram_close(got, want, GRAM[precision])
 
