@@ -173,15 +173,14 @@ def _pandas_dtype(a: Any, name: str, expected: str) -> Any:
                 raise DtypeError(
                     f"{name}: column {column!r} has dtype {dtype}; expected {expected}"
                 )
-    if not any(hasattr(dtype, "numpy_dtype") for _, dtype in columns):
-        return None
-    missing = int(np.asarray(a.isna()).sum())
+    nullable = any(hasattr(dtype, "numpy_dtype") for _, dtype in columns)
+    missing = int(np.asarray(a.isna()).sum()) if nullable else 0
     if missing:
         raise DtypeError(
-            f"{name}: {missing} missing values (NA) in a {type(a).__name__}; expected none: fill "
-            "or drop them"
+            f"{name}: missing values (NA), {missing} of {a.size}; expected none: fill or drop them"
         )
-    return np.result_type(*found)
+    # NumPy makes objects of columns of booleans and of numbers, and of nullable ones.
+    return np.result_type(*found) if nullable or (a.ndim == 2 and found) else None
 
 
 def _object_error(a: np.ndarray[Any, Any], name: str, expected: str) -> DtypeError:

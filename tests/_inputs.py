@@ -1,0 +1,73 @@
+"""Every place where activations or other numbers go into the library."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import repsim_kernels as rk
+
+RNG = np.random.default_rng(0)
+X, Y = RNG.standard_normal((6, 4)), RNG.standard_normal((6, 3))
+T = torch.from_numpy(X)
+CELLS, LABELS = [0, 0, 1, 1], [0, 0, 1, 1, 2, 2]
+
+PAIRS = {
+    "cka": {},
+    "cca": {"ridge": 0.1},
+    "svcca": {},
+    "pwcca": {"ridge": 0.1},
+    "procrustes": {},
+    "procrustes_distance": {},
+    "rsa": {},
+}
+SINGLES = {
+    "centered_gram": (),
+    "cell_grams": (CELLS,),
+    "class_means": (LABELS,),
+    "selectivity_grid": (LABELS, 1),
+    "ablation_distances": (CELLS,),
+    "ablation_decodability": (CELLS, LABELS),
+}
+UNBATCHED = {"logistic_fits": (LABELS, [[0, 1]]), "probe_paper": (CELLS, LABELS, 1)}
+
+
+def like(values, x):
+    """The values as x's kind of array."""
+    return torch.from_numpy(values) if isinstance(x, torch.Tensor) else values
+
+
+def calls_with(x):
+    """Every place where an array x (6, 4) of numbers goes in, by the name that an error has."""
+    y = like(Y, x)
+    calls = [("x", lambda f=f, a=a: getattr(rk, f)(x, *a)) for f, a in SINGLES.items()]
+    calls += [("x", lambda f=f, a=a: getattr(rk, f)(x, *a)) for f, a in UNBATCHED.items()]
+    for f, options in PAIRS.items():
+        metric = getattr(rk, f)
+        calls.append(("x", lambda metric=metric, o=options: metric(x, y, **o)))
+        calls.append(("y", lambda metric=metric, o=options: metric(y, x, **o)))
+    gram = like(X @ X.T, x)
+    return [
+        *calls,
+        ("xs[1]", lambda: rk.pairwise([y, x])),
+        ("ys[0]", lambda: rk.pairwise([y], [x])),
+        ("gram", lambda: rk.gram_ablation_distances(x, x)),
+        ("parts", lambda: rk.gram_ablation_distances(gram, x)),
+        ("a", lambda: rk.eigh(x)),
+        ("a", lambda: rk.svd(x)),
+        ("start[0]", lambda: rk.logistic_fits(y, LABELS, [[0, 1]], start=(x, [0]))),
+        ("start[1]", lambda: rk.logistic_fits(y, LABELS, [[0, 1]], start=([[0]], x))),
+    ]
+
+
+def assert_refused(x, match):
+    """Every function refuses x, by the argument's name and in one line."""
+    for name, call in calls_with(x):
+        with pytest.raises(rk.DtypeError) as caught:
+            call()
+        line = str(caught.value)
+        assert line.startswith(name), line
+        assert match in line
+        assert "; expected" in line
+        assert len(line.splitlines()) == 1
