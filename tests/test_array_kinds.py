@@ -13,7 +13,7 @@ import scipy.sparse
 import torch
 from _draw import NUMPY_LAYOUTS, TORCH_LAYOUTS, representations
 from _inputs import CELLS, LABELS, T, X, Y, assert_refused
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -182,6 +182,7 @@ ACCEPTED = {
 
 
 @pytest.mark.parametrize(("make", "dtype"), ACCEPTED.values(), ids=ACCEPTED)
+@settings(max_examples=20)
 @given(representations(kinds=("gaussian", "relu", "low rank"), layouts=NUMPY_LAYOUTS))
 def test_what_is_an_array_of_numbers_is_taken(make, dtype, x):
     """With the very values: class means of single stimuli are what was given."""
@@ -242,6 +243,7 @@ INTEGERS = {
 
 
 @pytest.mark.parametrize("make", INTEGERS.values(), ids=INTEGERS)
+@settings(max_examples=15)
 @given(st.lists(st.integers(0, 100), min_size=2, max_size=9))
 def test_integers_of_any_kind_are_taken_in_their_order(make, values):
     values = [0, 1, *values]  # of two classes at least

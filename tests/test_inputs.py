@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from _inputs import CELLS, LABELS, PAIRS, SINGLES, T, X, Y, assert_refused
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import repsim_kernels as rk
@@ -15,6 +15,7 @@ from repsim_kernels import forward
 # More than two dimensions
 
 
+@settings(max_examples=20)
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=3), st.booleans())
 def test_more_than_two_dimensions_are_refused(maps, tensor):
     x = np.random.default_rng(0).standard_normal((6, *maps))
