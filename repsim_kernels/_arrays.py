@@ -111,7 +111,7 @@ def _as_numpy(a: Any, name: str, expected: str) -> np.ndarray[Any, Any]:
             f"{name}: a {type(a).__name__}; expected one array: pass one of its values, or "
             f"list({name}.values()) to pairwise"
         )
-    if hasattr(a, "nnz"):
+    if hasattr(type(a), "nnz"):  # of the type: a DataFrame may have a column of any name
         dense = "toarray" if hasattr(a, "toarray") else "todense"
         raise DtypeError(
             f"{name}: a sparse {type(a).__name__}; expected a dense array: pass {name}.{dense}()"
@@ -119,7 +119,7 @@ def _as_numpy(a: Any, name: str, expected: str) -> np.ndarray[Any, Any]:
     if isinstance(a, np.ma.MaskedArray) and np.ma.is_masked(a):
         raise DtypeError(f"{name}: a masked array with masked entries; expected a plain array")
     dtype = None
-    if type(a).__module__.partition(".")[0] == "pandas" and hasattr(a, "isna"):
+    if hasattr(type(a), "isna"):  # pandas, and what is derived from it
         dtype = _pandas_dtype(a, name, expected)
     listed = isinstance(a, (list, tuple))
     if listed:

@@ -217,7 +217,17 @@ def test_what_fails_to_convert_is_refused_with_the_reason():
 def test_columns_of_several_nullable_dtypes_are_taken():
     frame = pd.DataFrame({"a": [1, 2, 3], "b": [0.5, 0.25, 0], "c": [True, False, True]})
     want = frame.to_numpy(dtype=float)
-    for given_frame in (frame, frame.convert_dtypes(), frame.astype({"a": "Int8", "c": "boolean"})):
+
+    class Derived(pd.DataFrame):
+        __module__ = "geography"
+
+    for given_frame in (
+        frame,
+        frame.convert_dtypes(),
+        frame.astype({"a": "Int8", "c": "boolean"}),
+        Derived(frame.convert_dtypes()),
+        frame.set_axis(["nnz", "isna", "nnz"], axis=1),
+    ):
         np.testing.assert_array_equal(rk.class_means(given_frame, [0, 1, 2]), want)
 
 
