@@ -88,7 +88,7 @@ def ranks(found: Distances) -> Array:
     gaps = np.diff(values)
     tied = gaps == 0
     for tolerances in (found.rounding[order], found.tolerances[order]):
-        wide = gaps > _APART * np.maximum(tolerances[1:], tolerances[:-1])
+        wide = gaps > _APART * tolerances[:-1]
         around = np.concatenate([[np.inf], gaps, [np.inf]])
         for group in np.split(np.arange(len(values)), np.flatnonzero(wide) + 1):
             first, last, tolerance = group[0], group[-1], tolerances[group[0]]

@@ -15,6 +15,7 @@ _EPS = torch.finfo(torch.float64).eps
 # and the same where products are of float32.
 _CLOSE, _CLOSE_FLOAT32 = 1e-6, 1e-2
 _GATHERED = 2**20  # elements of features gathered at a time
+_ROWS = 256  # of a triangle that are made at a time
 _SAMPLE = 16  # neurons that tell most different stimuli apart
 _SUMMED = 512  # products that a BLAS adds to one sum in a row, at most
 
@@ -31,28 +32,45 @@ class Distances:
     half_ulps: Tensor  # (n,) how far half an ulp of each input entry moves a row, at most
     rounding: float  # relative error of a product of two rows
     scaled: float  # how far rounding moved each row when it was scaled to unit length
+    input_is_float64: bool
 
-    def tolerance(self, pairs: Tensor, exact_input: bool) -> Tensor:
-        """How far apart the squared distances of pairs may be computed that are equal in truth.
+    def tolerance(self, pairs: Tensor) -> Tensor:
+        """How far apart float64 arithmetic may leave squared distances that are equal in truth.
 
-        Twice the error of one distance: that of float64 arithmetic, and unless the input is taken
-        to be exact, what half an ulp of each of its entries changes.
+        For some of the pairs: twice the error of one distance. Includes half an ulp of each input
+        entry where that is of float64 as well.
         """
+        return self._tolerance(pairs, with_input=self.input_is_float64)
+
+    def full_tolerance(self, pairs: Tensor) -> Tensor:
+        """The same, always with half an ulp of each input entry."""
+        return self._tolerance(pairs, with_input=True)
+
+    def _tolerance(self, pairs: Tensor, with_input: bool) -> Tensor:
         n, d2 = len(self.energy), self.squared[pairs]
         ends = torch.arange(n - 1, -1, -1, device=pairs.device).cumsum(0)  # rows of the triangle
         i = torch.searchsorted(ends, pairs, right=True)
         j = pairs - ends[i] + n
         both = self.energy[i] + self.energy[j]
         error = self.rounding * torch.where(d2 <= _CLOSE * both, d2, both)
-        moved = 2 * self.scaled + (0 if exact_input else self.half_ulps[i] + self.half_ulps[j])
+        moved = 2 * self.scaled + (self.half_ulps[i] + self.half_ulps[j] if with_input else 0)
         return 2 * (error + (2 * d2.sqrt() + moved) * moved)
 
-    def tolerance_bounds(self, d2: Tensor, exact_input: bool) -> tuple[Tensor, Tensor]:
-        """Lower and upper bounds of the tolerances of any pairs with these squared distances."""
-        least, most = (self.half_ulps * (not exact_input)).aminmax()
-        root, moved = d2.sqrt(), 2 * (self.scaled + most)
+    def largest_tolerance(self, largest: Tensor) -> Tensor:
+        """An upper bound of every `tolerance`, given the largest squared distance."""
+        moved = 2 * (self.scaled + self.half_ulps.amax() * self.input_is_float64)
         error = 2 * self.rounding * self.energy.amax()
-        return 8 * least * root, 2 * (error + (2 * root + moved) * moved)
+        return 2 * (error + (2 * largest.sqrt() + moved) * moved)
+
+    def moved(self) -> Tensor:
+        """How far half an ulp of each input entry moves the rows of each pair (n(n - 1)/2,)."""
+        h, n = self.half_ulps, len(self.half_ulps)
+        parts = []
+        for start in range(0, n, _ROWS):
+            own = slice(start, min(start + _ROWS, n))
+            part = h[own, None] + h[start:]
+            parts.append(part[_upper(part)])
+        return torch.cat(parts)
 
 
 def pair_distances(x: Tensor, distance: str) -> Distances:
@@ -98,6 +116,7 @@ def _pair_distances(x: Tensor, distance: str) -> Distances:
         torch.finfo(x.dtype).eps / 2 * norm.double(),
         (8 + (min(p, _SUMMED) + p / _SUMMED) / 4) * _EPS,
         8 * _EPS if unit else 0.0,
+        x.dtype == torch.float64,
     )
 
 
@@ -174,7 +193,7 @@ def row_norms(x: Tensor) -> Tensor:
     """The norm of each row of x (n, p), at the speed of its dtype."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     norm = torch.linalg.vector_norm(x, dim=1, dtype=dtype)
-    if not bool(norm.isfinite().all()):  # squares that float32 does not hold
+    if not bool(norm.sum().isfinite()):  # squares that float32 does not hold
         norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
     return norm
 
@@ -199,9 +218,10 @@ def equal_rows(x: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """
     n, p = x.shape
     columns = torch.arange(_SAMPLE, device=x.device) * p // _SAMPLE
-    _, group, counts = _hash(x[:, columns]).unique(return_inverse=True, return_counts=True)
-    if len(counts) == n:
+    keys = _hash(x[:, columns])
+    if not bool((keys.sort().values.diff() == 0).any()):
         return None, None
+    _, group, counts = keys.unique(return_inverse=True, return_counts=True)
     repeated = (counts[group] > 1).nonzero()[:, 0]
     rows = x[repeated]
     _, group = _hash(rows).unique(return_inverse=True)

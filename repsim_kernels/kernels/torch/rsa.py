@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ def dissimilarities(x: Tensor, distance: str, compare: str) -> Tensor:
         least, most = d2.argmin(), d2.argmax()
         away = d2[most] - (0 if compare == "cosine" else d2[least])
         at = most if compare == "cosine" else least
-        undefined = away <= found.tolerance(at[None], exact_input=False)
+        undefined = away <= found.full_tolerance(at[None])
         d = d2.sqrt() if distance == "euclidean" else d2
         d = torch.where(undefined, torch.nan, d if compare == "cosine" else _centre(d))
     return d / torch.linalg.vector_norm(d)
@@ -45,11 +47,12 @@ def _centre(d: Tensor) -> Tensor:
 def average_ranks(found: Distances) -> Tensor:
     """Ranks of distances from 1, those that tie at the mean of theirs; all NaN if one is.
 
-    In order of size, groups are more than `_APART` tolerances apart. A group is one value if all
-    its members are within the tolerance of the first, and it stands apart from the other groups as
-    its size demands; otherwise only those of its members tie that are equal to the bit. The rule
-    is applied by the tolerance of float64 arithmetic, so that numbers that the input has exactly
-    tie however close other distances are, and by that of the input's own rounding.
+    In order of size, a group ends where the next distance is more than `_APART` tolerances away. A
+    group is one value if all its members are within the tolerance of the first, and it stands apart
+    from the other groups as its size demands; otherwise only those of its members tie that are
+    equal to the bit. The rule is applied by the tolerance of float64 arithmetic, so that numbers
+    that the input has exactly tie however close other distances are, and by that of the input's own
+    rounding.
     """
     d2 = found.squared
     # NumPy sorts by vector instructions.
@@ -59,48 +62,70 @@ def average_ranks(found: Distances) -> Tensor:
         return torch.full_like(d2, torch.nan)
     gap = values.diff()
     tied = gap == 0
-    for exact_input in (True, False):
-        first, last = _groups(found, order, values, gap, exact_input)
-        tied[_ranges(first, last)] = True
+
+    near = (gap <= _APART * found.largest_tolerance(values[-1])).nonzero()[:, 0]
+    if len(near):
+        near = near[gap[near] <= _APART * found.tolerance(order[near])]
+        _join(tied, near, values, gap, lambda first: found.tolerance(order[first]))
+    if not found.input_is_float64:
+        # Roots of the distances move by no more than the rows do.
+        root, moved = values.sqrt(), found.moved()[order].mul_(2)
+        gap = root.diff()
+        near = (gap <= _APART * moved[:-1]).nonzero()[:, 0]
+        _join(tied, near, root, gap, moved.__getitem__)
+
     ranks = torch.arange(1, len(d2) + 1, dtype=torch.float64, device=d2.device)
-    first, last = _runs(tied)
-    members = _ranges(first, last + 1)
-    ranks[members] = ((first + last).double() / 2 + 1).repeat_interleave(last - first + 1)
+    ties = tied.nonzero()[:, 0]
+    if len(ties):
+        first, last, _, _ = _runs(ties)
+        size = last - first + 1
+        ranks[_ranges(first, size)] = ((first + last).double() / 2 + 1).repeat_interleave(size)
     out = torch.empty_like(d2)
     out[order] = ranks
     return out
 
 
-def _groups(
-    found: Distances, order: Tensor, values: Tensor, gap: Tensor, exact_input: bool
-) -> tuple[Tensor, Tensor]:
-    """The first and the last member of every group that is one value, in order of size."""
-    low, high = found.tolerance_bounds(values[1:], exact_input)
-    wide = gap > _APART * low
-    unsure = (wide & (gap <= _APART * high)).nonzero()[:, 0]
-    around = torch.stack([order[unsure], order[unsure + 1]])
-    wide[unsure] = gap[unsure] > _APART * found.tolerance(around, exact_input).amax(0)
-    first, last = _runs(~wide)
-    tolerance = found.tolerance(order[first], exact_input)
-    beyond = torch.nn.functional.pad(gap, (1, 1), value=torch.inf)
-    apart = torch.minimum(beyond[first], beyond[last + 1])
-    rises = torch.nn.functional.pad((gap > 0).cumsum(0), (1, 0))
-    others = (rises[last] - rises[first]).clamp(min=1)
-    one = values[last] - values[first] <= tolerance
-    one &= apart > tolerance * _PAIR / others
-    return first[one], last[one]
+def _join(
+    tied: Tensor,
+    near: Tensor,
+    values: Tensor,
+    gap: Tensor,
+    tolerance: Callable[[Tensor], Tensor],
+) -> None:
+    """Set ``tied`` (N - 1,) between the members of groups of values (N,) that are one value.
+
+    near: which of the gaps between neighbours are within groups.
+    """
+    if not len(near):
+        return
+    first, last, start, stop = _runs(near)
+    t = tolerance(first)
+    around = torch.nn.functional.pad(gap, (1, 1), value=torch.inf)
+    apart = torch.minimum(around[first], around[last + 1])
+    # A group has no more different numbers than members.
+    one = (values[last] - values[first] <= t) & (apart * (last - first) > _PAIR * t)
+    if not bool(one.any()):
+        return
+    rises = (gap[near] > 0).cumsum(0)
+    others = (rises[stop] - rises[start]).add_(gap[first] > 0).clamp_(min=1)
+    one &= apart * others > _PAIR * t
+    first, last = first[one], last[one]
+    tied[_ranges(first, last - first)] = True
 
 
-def _runs(joined: Tensor) -> tuple[Tensor, Tensor]:
-    """The first and the last member of each run whose neighbours are joined."""
-    edge = joined.new_zeros(1)
-    joined = torch.cat([edge, joined, edge])
-    starts, stops = joined[1:] & ~joined[:-1], joined[:-1] & ~joined[1:]
-    return starts.nonzero()[:, 0], stops.nonzero()[:, 0]
+def _runs(gaps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Runs of consecutive numbers among ascending ones, which stand for gaps between neighbours.
+
+    The first and the last member that the gaps of each run join, and where the run starts and
+    stops in ``gaps``.
+    """
+    ends = (gaps.diff() > 1).nonzero()[:, 0]
+    edge = gaps.new_zeros(min(1, len(gaps)))
+    start, stop = torch.cat([edge, ends + 1]), torch.cat([ends, edge + len(gaps) - 1])
+    return gaps[start], gaps[stop] + 1, start, stop
 
 
-def _ranges(first: Tensor, stop: Tensor) -> Tensor:
-    """All numbers of the ranges [first, stop)."""
-    lengths = stop - first
-    starts = (first - lengths.cumsum(0) + lengths).repeat_interleave(lengths)
+def _ranges(first: Tensor, size: Tensor) -> Tensor:
+    """The numbers of ranges, from the first of each."""
+    starts = (first - size.cumsum(0) + size).repeat_interleave(size)
     return starts + torch.arange(len(starts), device=first.device)
