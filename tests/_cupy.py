@@ -1,4 +1,4 @@
-"""A CuPy that only takes notes, tensors for it, and an editable install for its loader."""
+"""A CuPy that takes notes and solves by NumPy, tensors for it, and an editable install."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import torch
 
 
@@ -29,7 +30,11 @@ def on_cuda(*values: float, index: int = 1) -> torch.Tensor:
 
 
 class FakeCupy(ModuleType):
-    """What the loader uses of CuPy; `events` is what happened to the device, in order."""
+    """What the kernels use of CuPy; `events` is what happened to the device, in order.
+
+    `spoil`, if set, is called with the values and the vectors (None without them) of a batch, and
+    changes them in place: what a solver gets wrong without reporting it.
+    """
 
     def __init__(self) -> None:
         super().__init__("cupy")
@@ -39,12 +44,27 @@ class FakeCupy(ModuleType):
         self.loaded: list[dict[str, object]] = []
         self.driver = 13_000
         self.RawModule = self.raw_module
+        self.spoil: Callable[[np.ndarray, np.ndarray | None], None] | None = None
+        self.from_dlpack = np.from_dlpack
+        self.linalg = SimpleNamespace(eigh=self.eigh, eigvalsh=self.eigvalsh)
         self.cuda = SimpleNamespace(
             Device=self.device,
             Stream=SimpleNamespace(from_external=lambda stream: self.scope("stream", stream)),
             is_available=lambda: True,
             runtime=SimpleNamespace(driverGetVersion=lambda: self.driver),
         )
+
+    def eigh(self, a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        w, v = np.linalg.eigh(a)
+        if self.spoil is not None:
+            self.spoil(w, v)
+        return w, v
+
+    def eigvalsh(self, a: np.ndarray) -> np.ndarray:
+        w = np.linalg.eigvalsh(a)
+        if self.spoil is not None:
+            self.spoil(w, None)
+        return w
 
     def scope(self, kind: str, what: object) -> SimpleNamespace:
         return Scope(lambda step: self.events.append((kind, what, step)))

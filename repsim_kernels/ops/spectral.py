@@ -111,7 +111,8 @@ def eigh(a: Any, *, vectors: bool = True, backend: str | None = None) -> Any:
         Whether eigenvectors are wanted.
     backend : {"reference", "torch", "cupy"}, optional
         What computes it; by default chosen by the kind and the device of a. "cupy": Jacobi
-        rotations in shared memory for n <= 128, all matrices at once; cuSOLVER's batches above.
+        rotations in shared memory for n <= 128, all matrices at once; cuSOLVER's batches above,
+        whose results are checked: a wrong matrix is solved again on its own by PyTorch.
 
     Returns
     -------

@@ -90,8 +90,7 @@ def native(monkeypatch):
         failed = a[..., 0, 0] < 0
         for t in results.values():
             t[failed] = torch.nan
-        # Where cuSOLVER serves, nobody says.
-        return results | ({"failed": failed} if bool(failed.any()) else {})
+        return results | {"failed": failed}
 
     def eigh(a, *, vectors):
         values, vectors = torch.linalg.eigh(a)
@@ -99,7 +98,9 @@ def native(monkeypatch):
 
     def svd(a, *, vectors):
         assert not vectors
-        return solved("svd", a, values=torch.linalg.svdvals(a))
+        found = solved("svd", a, values=torch.linalg.svdvals(a))
+        # PyTorch, which serves large matrices, raises an error instead.
+        return found if bool(found["failed"].any()) else {"values": found["values"]}
 
     monkeypatch.setattr(module, "unsupported", lambda *tensors: None)
     monkeypatch.setattr(module, "eigh", eigh)
@@ -120,6 +121,18 @@ def test_what_does_not_converge_is_done_again(device, native, failed):
     one = spectral.SOLVERS.svdvals(a[0])  # a matrix alone
     assert torch.equal(one, s[0])
     assert native == ["eigh", "svd", "svd"]
+
+
+def test_what_no_solver_can_do_is_raised(device, native, monkeypatch):
+    def fail(a):
+        raise torch.linalg.LinAlgError("linalg.eigh: the algorithm failed to converge")
+
+    a = -torch.eye(4, device=device, dtype=torch.float64).expand(3, 4, 4).clone()
+    a[1, 0, 0] = 1
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda a: eigh(a) if a.ndim > 2 else fail(a))
+    with pytest.raises(torch.linalg.LinAlgError, match="eigh: 2 matrices did not converge"):
+        spectral.SOLVERS.eigh(a)
 
 
 def test_without_native_solvers(device, monkeypatch):

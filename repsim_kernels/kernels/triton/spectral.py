@@ -20,14 +20,17 @@ def unsupported(*tensors: Tensor) -> str | None:
 
 
 def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
-    """As `torch.linalg.eigh`, by native kernels where they serve, for all matrices at once."""
+    """As `torch.linalg.eigh`, by native kernels where they serve, for all matrices at once.
+
+    Raises torch.linalg.LinAlgError where PyTorch can't solve what they failed on either.
+    """
     if native.unsupported(a) is not None:
         return torch.linalg.eigh(a)
     found = native.eigh(a, vectors=True)
-    w, v = found["values"], found["vectors"]
-    if "failed" in found and bool((failed := found["failed"]).any()):
-        w[failed], v[failed] = torch.linalg.eigh(a[failed])
-    return w, v
+    native.retry_eigh(a, found)
+    if failed := int(found["failed"].sum()):
+        raise torch.linalg.LinAlgError(f"eigh: {failed} matrices did not converge")
+    return found["values"], found["vectors"]
 
 
 def svdvals(a: Tensor) -> Tensor:
