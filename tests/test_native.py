@@ -174,6 +174,13 @@ def test_an_empty_grid_starts_nothing(cupy, installed):
     assert cupy.events == []
 
 
+@pytest.mark.parametrize("grid", [(2**31,), (1, 65_536), (1, 1, 65_536)])
+def test_a_grid_that_no_device_takes_is_refused(cupy, installed, grid):
+    with pytest.raises(ValueError, match=r"double_it: \d+ blocks along [xyz]; expected 0 to \d+"):
+        module.launch("toy", "double_it", grid, (32,), on_cuda(1))
+    assert cupy.events == []
+
+
 @pytest.mark.parametrize("value", [7, 0.5, True, None, [1], np.ones(1)])
 def test_arguments_without_a_type_of_c(cupy, installed, value):
     with pytest.raises(TypeError, match="expected a tensor or a NumPy scalar"):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import repsim_kernels
+from repsim_kernels.kernels.triton._launch import check_grid
 
 # CuPy adds -ftz=true and the device's architecture: what CMakeLists.txt gives nvcc.
 NVRTC_OPTIONS = ("-std=c++17",)
@@ -55,9 +56,12 @@ def launch(
     """Start a kernel of cuda/<source>.cu on the device of its tensors, on torch's current stream.
 
     Tensors are passed as pointers, NumPy scalars as what they are: np.int32 is C's int. ``shared``
-    counts the bytes of dynamic shared memory, up to what the device gives to a block.
+    counts the bytes of dynamic shared memory, up to what the device gives to a block. A grid beyond
+    CUDA's limits raises ValueError.
     """
     import cupy
+
+    check_grid(name, grid)
 
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     values = tuple(map(_argument, arguments))

@@ -12,6 +12,9 @@ from torch import Tensor
 
 PRECISIONS = ("tf32x3", "tf32", "ieee")
 
+# The most blocks that CUDA takes along each axis of a grid, on every device since sm_30.
+GRID_LIMITS = {"x": 2**31 - 1, "y": 65_535, "z": 65_535}
+
 
 @dataclass(frozen=True)
 class Floor:
@@ -61,8 +64,22 @@ def capability(device: torch.device) -> tuple[int, int]:
     return (9, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
 
 
+def check_grid(kernel: str, grid: tuple[int, ...]) -> None:
+    """Raise ValueError for a grid that no CUDA device takes; one with no blocks is left alone."""
+    for (axis, most), blocks in zip(GRID_LIMITS.items(), grid, strict=False):
+        if not 0 <= blocks <= most:
+            raise ValueError(f"{kernel}: {blocks} blocks along {axis}; expected 0 to {most}")
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Start a kernel on the device of its first tensor; the tests of the compiler replace this."""
+    """Start a kernel on the device of its first tensor; the tests of the compiler replace this.
+
+    A grid beyond CUDA's limits raises ValueError, in the interpreter too, which has none itself.
+    A grid with no blocks starts nothing.
+    """
+    check_grid(kernel.fn.__name__, grid)
+    if 0 in grid:
+        return
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     if device.type == "cuda":
         with torch.cuda.device(device):

@@ -91,13 +91,14 @@ def _gram_kernel(
     INNER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    item = tl.program_id(0).to(tl.int64)
-    pair = tl.program_id(1)
+    # The tiles of a piece run side by side: all but the first find its neurons in the L2 cache.
+    pairs = _pairs(n, BLOCK_N)
+    item = (tl.program_id(0) // pairs).to(tl.int64)
+    pair = tl.program_id(0) % pairs
     i, j = _tile(pair)
     base = tl.load(items_ptr + 4 * item)
     first = tl.load(items_ptr + 4 * item + 1)
     last = tl.load(items_ptr + 4 * item + 2)
-    slot = tl.load(items_ptr + 4 * item + 3)
     scale = tl.load(scale_ptr)
 
     rows = i * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -128,9 +129,16 @@ def _gram_kernel(
                     tl.store(live_ptr + i.to(tl.int64) * length + at, alive, mask=inside)
         total += part
 
-    pairs = tl.num_programs(1)
     square = tl.arange(0, BLOCK_N)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    slot = tl.load(items_ptr + 4 * item + 3)  # here, since it would spill through the loop on 8.0
     tl.store(partial_ptr + (slot * pairs + pair) * (BLOCK_N * BLOCK_N) + square, total)
+
+
+@triton.jit
+def _pairs(n, BLOCK_N: tl.constexpr):
+    """Tiles on and under the diagonal, of n stimuli."""
+    tiles = tl.cdiv(n, BLOCK_N)
+    return tiles * (tiles + 1) // 2
 
 
 @triton.jit
@@ -146,11 +154,13 @@ def _tile(pair):
 def _sum_kernel(
     partial_ptr, slots_ptr, scale_ptr, g_ptr, n, BLOCK_N: tl.constexpr, STRIP: tl.constexpr
 ):
-    cell = tl.program_id(0).to(tl.int64)
-    pair = tl.program_id(1)
-    strip = tl.program_id(2)
+    pairs = _pairs(n, BLOCK_N)
+    cell = (tl.program_id(0) // pairs).to(tl.int64)
+    pair = tl.program_id(0) % pairs
+    strip = tl.program_id(1)
     i, j = _tile(pair)
-    pairs = tl.num_programs(1)
+    # A power of two, so that products by it are exact; divisions would spill.
+    unit = 1.0 / tl.load(scale_ptr).to(tl.float64)
     within = strip * STRIP + tl.arange(0, STRIP)
     square = within[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     total = tl.zeros((STRIP, BLOCK_N), dtype=tl.float64)
@@ -158,8 +168,7 @@ def _sum_kernel(
         total += tl.load(partial_ptr + (slot * pairs + pair) * (BLOCK_N * BLOCK_N) + square).to(
             tl.float64
         )
-    scale = tl.load(scale_ptr).to(tl.float64)
-    total = total / scale / scale
+    total = total * unit * unit
     rows = (i * BLOCK_N + within)[:, None]
     others = (j * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     # Each element under the diagonal is written twice, and so the result is symmetric.
@@ -322,7 +331,7 @@ def _grams(
         tensors = x, scale, columns, items, partial, live
         _launch.launch(
             _gram_kernel,
-            (len(items), pairs),
+            (len(items) * pairs,),  # along y CUDA takes 65,535 pairs, those of 23,104 stimuli
             *(*tensors, n, length, *strides),
             GATHER=columns is not None,
             BLOCK_N=launch.block_n,
@@ -334,7 +343,7 @@ def _grams(
         )
     _launch.launch(
         _sum_kernel,
-        (n_grams, pairs, launch.block_n // 16),
+        (n_grams * pairs, launch.block_n // 16),
         *(partial, torch.from_numpy(slots).to(device), scale, g, n),
         BLOCK_N=launch.block_n,
         STRIP=16,

@@ -1,0 +1,142 @@
+"""Grids: within CUDA's limits for every launcher, and refused beyond them by the one launch."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from repsim_kernels.kernels.triton import (
+    _launch,
+    ablate,
+    cca,
+    cells,
+    gram,
+    linear_cells,
+    logistic,
+    masked_pointwise,
+    neuron_major,
+    riccati,
+)
+
+META = torch.device("meta")
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+def integers(size: int) -> torch.Tensor:
+    return empty(size, dtype=torch.int64)
+
+
+def labels(p: int, n_cells: int) -> np.ndarray:
+    return np.arange(p) % n_cells
+
+
+def fit(n: int, fits: int, targets: int) -> None:
+    columns = np.zeros((fits, 2), dtype=np.int64)
+    signs = np.arange(n) % 2 == np.arange(targets)[:, None] % 2
+    logistic.logistic_fits(empty(8, n).mT, targets=signs, columns=columns, C=1, tol=1, max_iter=1)
+
+
+def mask_linear(n: int, p: int, outs: int, n_cells: int) -> None:
+    layer = empty(outs, p)
+    masked_pointwise.masked_pointwise(empty(n, p), integers(p), integers(n_cells), layer)
+
+
+def step(batch: int, m: int) -> None:
+    p, f, o = (empty(batch, m, m, dtype=torch.float64) for _ in range(3))
+    v = empty(m, dtype=torch.float64)
+    diagonal, d = (empty(batch, m, dtype=torch.float64) for _ in range(2))
+    riccati.step(p, f, diagonal, v, o, d)
+
+
+MANY = 100_000
+LARGE = {
+    "gram of the fewest stimuli that fail along y": lambda: gram.centered_gram(
+        empty(23_105, 4), kernel="linear", sigma=None
+    ),
+    "gram of 50,000 stimuli": lambda: gram.centered_gram(
+        empty(50_000, 1_200_000), kernel="linear", sigma=None
+    ),
+    "grams of 70,000 matrices": lambda: gram.centered_gram(
+        empty(70_000, 100, 3), kernel="linear", sigma=None
+    ),
+    "cells of 50,000 stimuli": lambda: gram.cell_sums(
+        empty(50_000, 300), labels(300, 3), 3, shifts=True
+    ),
+    "100,000 cells": lambda: gram.cell_sums(
+        empty(500, 1_200_000), labels(1_200_000, MANY), MANY, shifts=True
+    ),
+    "class means of 100,000 classes": lambda: cells.class_means(
+        empty(1_200_000, MANY).mT, labels=labels(MANY, MANY), n_classes=MANY
+    ),
+    "class means by stimuli": lambda: cells.class_means(
+        empty(MANY, 1_200_000), labels=labels(MANY, MANY), n_classes=MANY
+    ),
+    "directions": lambda: cca.variate_weights(empty(MANY * 499, 500), empty(500, 1_200_000)),
+    "neuron-major rows of two": lambda: neuron_major.neuron_major(
+        empty(50_000, 600_000, 4)[..., :2]
+    ),
+    "masked copies": lambda: ablate.ablate(
+        empty(50_000, 1_200_000),
+        integers(1_200_000),
+        integers(MANY),
+    ),
+    "masked copies of one stimulus": lambda: ablate.ablate(
+        empty(1, 3), integers(3), integers(MANY)
+    ),
+    "masked linear layer": lambda: mask_linear(50, 9216, 4096, MANY),
+    "linear layer of cells": lambda: linear_cells.linear_cells(
+        empty(50_000, 1_200_000), labels(1_200_000, MANY), empty(4096, 1_200_000), None, range(MANY)
+    ),
+    "Riccati steps": lambda: step(70_000, 500),
+    "logistic fits": lambda: fit(52, 1_000, 70_000),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_grids_of_large_shapes(monkeypatch, name):
+    """The launchers run on tensors without memory; the grids they ask for are what counts."""
+    grids = []
+
+    def launch(kernel, grid, *arguments, **options):
+        _launch.check_grid(kernel.fn.__name__, grid)
+        grids.append(grid)
+
+    monkeypatch.setattr(_launch, "launch", launch)
+    monkeypatch.setattr(_launch, "capability", lambda device: (9, 0))
+    LARGE[name]()
+    assert grids
+    assert all(min(grid) > 0 for grid in grids)
+
+
+class Kernel(SimpleNamespace):
+    """A kernel that notes the grids it is started with."""
+
+    def __init__(self) -> None:
+        super().__init__(fn=SimpleNamespace(__name__="_stub_kernel"), started=[])
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.started.append(grid)
+
+
+@pytest.mark.parametrize(
+    "grid", [(2**31,), (1, 65_536), (1, 1, 65_536), (2**31 - 1, 65_536, 1), (-1, 1)]
+)
+def test_a_grid_that_no_device_takes_is_refused(device, grid):
+    kernel = Kernel()
+    with pytest.raises(ValueError, match=r"_stub_kernel: -?\d+ blocks along [xyz]; expected 0 to"):
+        _launch.launch(kernel, grid, torch.zeros(1, device=device))
+    assert kernel.started == []
+
+
+def test_the_largest_grid_starts_and_an_empty_one_does_nothing(device):
+    kernel, x = Kernel(), torch.zeros(1, device=device)
+    largest = (2**31 - 1, 65_535, 65_535)
+    _launch.launch(kernel, largest, x)
+    _launch.launch(kernel, (4, 0), x)
+    assert kernel.started == [largest]
