@@ -58,9 +58,13 @@ def unavailable(backend: str) -> str | None:
         from repsim_kernels.kernels.cupy import module
 
         return module.unsupported()
-    if backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+    if backend == "triton":
         import torch
 
+        from repsim_kernels.kernels.triton import _launch
+
+        if _launch.interpreted():
+            return _launch.interpreter_unsupported()
         return None if torch.cuda.is_available() else "there is no CUDA device"
     return None
 

@@ -2,6 +2,7 @@
 
 ``TRITON_INTERPRET=1 pytest tests/triton`` runs every kernel on CPU tensors; it has to be a process
 of its own, since the mode is fixed when a kernel is imported. Without it these are the `gpu` tests.
+All are skipped, with the reason, where the interpreter doesn't work with the installed NumPy.
 """
 
 from __future__ import annotations
@@ -23,11 +24,16 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if Path(item.path).parent == Path(__file__).parent and not INTERPRETED:
+        if Path(item.path).parent != Path(__file__).parent:
+            continue
+        if INTERPRETED:
+            reason = _launch.interpreter_unsupported()
+        else:
             item.add_marker(pytest.mark.gpu)
             item.add_marker(pytest.mark.filterwarnings("ignore:.*deterministic"))
-            if not torch.cuda.is_available():
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+            reason = None if torch.cuda.is_available() else "no CUDA device"
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

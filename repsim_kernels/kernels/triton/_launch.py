@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,8 +46,29 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def interpreter_unsupported() -> str | None:
+    """Why Triton's interpreter can't run the kernels, given the installed versions; None if it can.
+
+    Before 3.7 it converts arrays of one element to Python's integers, for the bounds of a loop,
+    which NumPy refuses since 2.4.
+    """
+    import triton
+
+    def release(version: str) -> tuple[int, ...]:
+        return tuple(map(int, version.split(".")[:2]))
+
+    if release(triton.__version__) >= (3, 7) or release(np.__version__) < (2, 4):
+        return None
+    return (
+        f"Triton {triton.__version__}'s interpreter fails with NumPy {np.__version__}; "
+        "expected Triton >= 3.7 or NumPy < 2.4"
+    )
+
+
 def unsupported(*tensors: Tensor) -> str | None:
     """Why no kernel can serve these tensors; None if it can."""
+    if interpreted() and (reason := interpreter_unsupported()) is not None:
+        return reason
     for t in tensors:
         if t.device.type == "cpu" and not interpreted():
             return "it needs CUDA tensors (or TRITON_INTERPRET=1, which is for tests)"
