@@ -3,6 +3,9 @@ BIN := .venv/bin
 # A worker for each core, of one thread: threads that share a core wait for each other. One that
 # has nothing left to do takes from the others, since a few tests take as long as hundreds.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+# Tests of values, which `make slow` repeats with other code paths of both BLAS libraries, PyTorch's
+# MKL and the OpenBLAS of NumPy and SciPy: they round differently, as on another machine.
+VALUES := $(patsubst %,tests/test_%.py,values metrics reference reference_properties ablation spectral probe)
 
 .PHONY: sweep train test lint check slow bench clean
 
@@ -26,6 +29,10 @@ slow: .venv/dev .venv/triton-3.6
 	$(BIN)/python -m bench peers --quick
 	$(BIN)/python -m bench sheet --device cpu --quick --out .venv/sheet.json
 	PYTHONPATH=.venv/triton-3.6 $(PYTEST) tests/compile
+	MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Prescott $(PYTEST) $(VALUES)
+	MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Sandybridge $(PYTEST) $(VALUES)
+	MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(VALUES)
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(VALUES)
 
 check: test lint slow
 

@@ -1,7 +1,11 @@
-"""One CPU thread: these matrices are tiny, and threads that wait for each other cost seconds."""
+"""One CPU thread: these matrices are tiny, and threads that wait for each other cost seconds.
+
+OMP_NUM_THREADS asks for another number: sums are then split, and rounded, in another way.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -18,9 +22,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
+def set_threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
     yield
     torch.set_num_threads(before)
 
