@@ -156,7 +156,7 @@ def retry_eigh(a: Tensor, result: dict[str, Tensor]) -> None:
         one = a[at]
         try:
             solved = torch.linalg.eigh(one) if "vectors" in result else [torch.linalg.eigvalsh(one)]
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
         again = _named(solved)
         for name, value in again.items():

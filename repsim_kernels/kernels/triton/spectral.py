@@ -29,7 +29,8 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
     found = native.eigh(a, vectors=True)
     native.retry_eigh(a, found)
     if failed := int(found["failed"].sum()):
-        raise torch.linalg.LinAlgError(f"eigh: {failed} matrices did not converge")
+        message = f"eigh: {failed} matrices did not converge"
+        raise torch.linalg.LinAlgError(message)  # type: ignore[attr-defined]
     return found["values"], found["vectors"]
 
 
