@@ -1,41 +1,127 @@
-"""Arguments of a study, each taken to one form or refused by name."""
+"""The arguments of a study, checked by the library's own checks; its errors become StudyErrors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from repsim_kernels import _arrays, _check, _options
+from repsim_kernels.errors import DtypeError, LabelError, LayerError, RepsimError
+
 from .measure import StudyError
+from .probes import Draws
 
 
-def distinct(argument: str, values: Iterable[Any]) -> list[Any]:
-    """The values as a list, at least one and none twice."""
-    listed = list(values)
-    if not listed or len(set(listed)) < len(listed):
-        raise StudyError(f"{argument}: {listed} is empty or repeats; expected distinct values")
-    return listed
+@contextmanager
+def study_errors() -> Iterator[None]:
+    """Raise the library's errors about arguments as StudyErrors of the same line.
 
-
-def tensor(argument: str, values: Any) -> Tensor:
-    """The values as a tensor."""
+    A LayerError stays what it is: it is about the network.
+    """
     try:
-        return torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise StudyError(f"{argument}: expected an array of numbers ({reason})") from error
+        yield
+    except LayerError:
+        raise
+    except RepsimError as error:
+        raise StudyError(" ".join(str(error).split())) from error
 
 
-def device_of(model: nn.Module, device: str | torch.device | None) -> torch.device:
-    """A device that can be used: the one that was asked for, or the model\'s."""
+def check_text(value: Any, argument: str) -> str:
+    """Check that an argument is a text."""
+    if not isinstance(value, str):
+        raise StudyError(f"{argument}: {_options.shown(value)}; expected a text")
+    return value
+
+
+def check_names(values: Any, argument: str, known: Sequence[str] | None = None) -> list[str]:
+    """Check a sequence of names, of which each is known, if it is given what is known."""
+    names = None if isinstance(values, str) else _options.items(values)
+    if names is None or not all(isinstance(name, str) for name in names):
+        raise StudyError(f"{argument}: {_options.shown(values)}; expected a sequence of names")
+    if known is not None:
+        for name in names:
+            _options.option(name, argument, known)
+    return [str(name) for name in names]
+
+
+def check_distinct(values: list[Any], argument: str) -> list[Any]:
+    """Check that there is a value, and none twice."""
+    if not values or len(set(values)) < len(values):
+        raise StudyError(
+            f"{argument}: {_options.shown(values)} is empty or repeats; expected distinct values"
+        )
+    return values
+
+
+def check_targets(values: Any) -> list[int]:
+    """Check a sequence of distinct integer labels."""
+    labels = None if isinstance(values, str) else _options.items(values)
+    found = None
+    if labels is not None and not any(isinstance(label, str) for label in labels):
+        # Sets and iterators are taken as well, and an array as it is.
+        array = values if hasattr(values, "dtype") else labels
+        found = _check.integers(array, "targets", LabelError)
+    if found is None or found.ndim != 1 or found.dtype.kind == "b":
+        raise StudyError(
+            f"targets: {_options.shown(values)}; expected a sequence of integer labels"
+        )
+    return check_distinct(found.tolist(), "targets")
+
+
+def check_images(values: Any) -> Tensor:
+    """Check an array of any numbers, as a tensor that shares its memory where it can."""
+    array = _arrays.asarray(values, "images")
+    try:
+        images: Tensor = _arrays.to_torch(array)
+    except TypeError:
+        raise DtypeError(f"images: dtype {array.dtype}; expected numbers") from None
+    return images
+
+
+def check_labels(values: Any) -> Tensor:
+    """Check an array of integers, as a tensor of its own on the CPU."""
+    labels = _check.integers(values, "labels", LabelError)
+    return torch.tensor(labels, dtype=torch.long)
+
+
+def check_draws(value: Any) -> Draws:
+    """Check how often the paper's probe draws; None is for the default."""
+    if value is None:
+        return Draws()
+    if not isinstance(value, Draws):
+        raise StudyError(f"draws: {_options.shown(value)}; expected an experiments.probes.Draws")
+    every = None if value.every is None else _options.count(value.every, "draws.every")
+    least = _options.count(value.least, "draws.least")
+    return Draws(least, every, _options.flag(value.paired, "draws.paired"))
+
+
+def check_progress(value: Any) -> Callable[[Any], object] | None:
+    """Check that progress can be called."""
+    if value is not None and not callable(value):
+        raise StudyError(f"progress: {_options.shown(value)}; expected a function of a Step")
+    return value  # type: ignore[no-any-return]
+
+
+def check_model(value: Any) -> nn.Module:
+    """Check that a network is a module of PyTorch's."""
+    if not isinstance(value, nn.Module):
+        raise StudyError(f"model: {_options.shown(value)}; expected a torch.nn.Module")
+    return value
+
+
+def check_device(model: nn.Module, device: Any) -> torch.device:
+    """A device that can be used: the one that was asked for, or the model's."""
     if device is None:
         parameter = next(model.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        probe = torch.empty(1, device=device)
+        probe.cpu()  # "meta" has no values to give
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise StudyError(f"device: {device} can't be used here ({reason})") from error
-    return torch.device(device)
+    return probe.device  # with its number

@@ -20,7 +20,13 @@ def differences(there: Any, here: Any, name: str = "") -> list[str]:
         for key in (*there, *(key for key in here if key not in there)):
             path = f"{name}.{key}" if name else key
             if key not in there or key not in here:
-                found.append(f"{path} only {'here' if key in here else 'there'}")
+                has, lacks = ("here", "there") if key in here else ("there", "here")
+                value = here[key] if key in here else there[key]
+                found.append(
+                    f"{path} only {has}"
+                    if isinstance(value, dict)
+                    else f"{path}: {_brief(value)} {has}, not recorded {lacks}"
+                )
             else:
                 found += differences(there[key], here[key], path)
         return found

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import repsim_kernels as rk
-from repsim_kernels.forward import Cost, State
+from repsim_kernels.forward import State
 
 from . import probes as linear
 from .controls import HALVES, half
@@ -69,45 +69,51 @@ def rows(study: Study, units: Sequence[Unit]) -> Iterator[pd.DataFrame]:
     Raises
     ------
     StudyError
-        A layer's activations are not finite, or the memory is too little for a layer.
+        A layer's activations are not finite, the memory is too little for a layer, or the
+        network's weights have changed.
     """
+    measured = _rows(study, units)
+    while True:
+        # Between units the caller has the network as it was.
+        with study.hold_network(), torch.no_grad():
+            table = next(measured, None)
+        if table is None:
+            return
+        yield table
+
+
+def _rows(study: Study, units: Sequence[Unit]) -> Iterator[pd.DataFrame]:
     wanted: dict[str, list[list[int]]] = {}
     for unit in units:
         wanted.setdefault(unit.layer, []).append(study.targets_of(unit))
     sizes = held(study)
-    with torch.no_grad():
-        # Groups of all layers, and the room beside a whole group, whatever is wanted of it: what
-        # runs together decides the bits, and a resumed run is to have the same.
-        for group in groups(study, study.layers):
-            mine = [layer for layer in group if layer in wanted]
-            labels = {label for layer in mine for block in wanted[layer] for label in block}
-            shown = _shown(study, mine, labels)
-            for layer in mine:
-                left = sum(sizes[name] for name in group[group.index(layer) :])
-                room = (study.memory - left) // 2
-                for block in wanted[layer]:
-                    found = [_target(study, layer, label, shown[layer], room) for label in block]
-                    yield pd.concat(found, ignore_index=True)
-                del shown[layer]
+    # Groups of all layers, and the room beside a whole group, whatever is wanted of it: what
+    # runs together decides the bits, and a resumed run is to have the same.
+    for group in groups(study, study.layers):
+        mine = [layer for layer in group if layer in wanted]
+        labels = {label for layer in mine for block in wanted[layer] for label in block}
+        shown = _shown(study, mine, labels)
+        for layer in mine:
+            left = sum(sizes[name] for name in group[group.index(layer) :])
+            room = (study.memory - left) // 2
+            for block in wanted[layer]:
+                found = [_target(study, layer, label, shown[layer], room) for label in block]
+                yield pd.concat(found, ignore_index=True)
+            del shown[layer]
 
 
 def batch_size(study: Study) -> int:
     """Images that go through the network together."""
     room = (1 - _HELD) / 2 * study.memory  # products have workspaces of their tensors' size
-    return max(1, min(BATCH, int(room // _costs(study)[study.layers[0]].pass_bytes)))
-
-
-def _costs(study: Study) -> dict[str, Cost]:
-    return study.forward.costs(study.images[:2].to(study.device), timed=False)
+    return max(1, min(BATCH, int(room // study.costs[study.layers[0]].pass_bytes)))
 
 
 def held(study: Study) -> dict[str, int]:
     """Bytes that each layer's activations, and what its ablated passes start from, take."""
-    costs = _costs(study)
     targets = sum(int((study.labels == label).sum()) for label in study.targets)
     found = {}
     for name, layer in study.sizes.items():
-        beside = costs[name].held_bytes - layer.bytes  # the activation is in x
+        beside = study.costs[name].held_bytes - layer.bytes  # the activation is in x
         copies = 0 if study.others is None else study.stimuli * layer.bytes
         if "paper" in study.probes:  # its copy, neuron by neuron
             copies += study.stimuli * layer.bytes

@@ -81,14 +81,17 @@ def plan(study: Study, units: Sequence[Unit] | None = None, apart: bool = False)
     Raises
     ------
     StudyError
-        The memory is too little for a layer.
+        The memory is too little for a layer, or the network's weights have changed.
     """
     units = study.units if units is None else units
     names = list(dict.fromkeys(unit.layer for unit in units))
     own = sum(int((study.labels == label).sum()) for label in study.targets) / len(study.targets)
     n = min(batch_size(study), round(own))
-    images = study.images[study.labels == study.targets[0]][:n].to(study.device)
-    costs = study.forward.costs(images, names)
+    with study.hold_network():
+        images = study.images[study.labels == study.targets[0]][:n].to(study.device)
+        costs = study.forward.costs(images, names)
+        fixed, by_neuron = _metric_seconds(study)
+        by_fit = _fit_seconds(study) if "paper" in study.probes else 0.0
     any_cost = costs[names[0]]  # head and tail make a whole pass at every layer
     whole_flops = any_cost.head_flops + any_cost.tail_flops
     per_image = (any_cost.head_seconds + any_cost.tail_seconds) / len(images)
@@ -97,8 +100,6 @@ def plan(study: Study, units: Sequence[Unit] | None = None, apart: bool = False)
     grouped = [group for group in groups(study, study.layers) if set(group) & set(names)]
     heads = [(costs[unit.layer].head_flops, costs[unit.layer].head_seconds) for unit in units]
     shown = heads if apart else [(whole_flops, per_image * len(images))] * len(grouped)
-    fixed, by_neuron = _metric_seconds(study)
-    by_fit = _fit_seconds(study) if "paper" in study.probes else 0.0
     n_cells = study.n_cells
     lines = []
     for name in names:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd  # type: ignore[import-untyped]
 
+from .arguments import check_progress
 from .configuration import digest
 from .executors import Event, Executor, ExecutorError
 from .executors.worker import Serial, version_of
@@ -73,12 +74,14 @@ def run(
     RunError
         Two studies have one name.
     StudyError
-        A layer's activations are not finite, and there is no store. With one, the unit is tried
-        again where that may help, then recorded as failed, left out, and warned of.
+        ``progress`` can't be called. Or, where there is no store: a layer's activations are not
+        finite, or a network's weights have changed. With a store, such a unit is tried again where
+        that may help, then recorded as failed, left out, and warned of.
     StoreError
         A unit can't be stored, another process works in the folder, or no unit could be measured.
     """
     _check_names(studies)
+    check_progress(progress)
     if store is not None:
         failed = drive(store, Serial(studies, store), progress=progress)
         if failed:
@@ -203,6 +206,8 @@ def run_folder(
     ------
     RunError
         Two studies have one name.
+    StudyError
+        A network's weights have changed since its study was made.
     StoreError
         ``out`` holds another run or other files.
     OSError

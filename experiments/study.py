@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,16 +16,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from repsim_kernels.errors import OptionError
-from repsim_kernels.forward import AblatedForward
+from repsim_kernels import _options
+from repsim_kernels.forward import AblatedForward, Cost
 from repsim_kernels.forward.memory import budget
 
-from .arguments import device_of, distinct, tensor
-from .measure import BATCH, Layer, StudyError, groups, rows
+from . import arguments as check
+from .measure import BATCH, StudyError, groups, rows
+from .network import fingerprint, hash_of, prepare, show_image
+from .precision import set_tf32
 from .probes import Draws
 from .run import Step, run, run_folder
 from .stats import METRICS, PROBES
 from .store import Unit, units_of
+
+# PyTorch's switches belong to the process, and a network may belong to several studies: one study
+# computes at a time.
+_TURN = threading.RLock()
 
 
 class Study:
@@ -34,12 +40,13 @@ class Study:
     Parameters
     ----------
     model : nn.Module
-        Maps images to logits (n, k), and can be traced by torch.fx. A copy of it is used, in
-        evaluation mode and on ``device``; the model itself is left as it is.
+        Maps images to logits (n, k), and can be traced by torch.fx. It is not
+        copied: it is in evaluation mode and on ``device`` while the study computes, and as it was
+        between units and afterwards. Its parameters and buffers must stay those that it has now.
     layers : sequence of str
         Names of modules of ``model``.
     images : tensor or array, (n, ...)
-        As the model takes them.
+        As the model takes them. They are not copied: don't write to them before the run ends.
     labels : integer tensor, array or sequence, (n,)
         The model's output for each image's class; two classes or more of two images or more.
     targets : sequence of int, optional
@@ -87,11 +94,15 @@ class Study:
         run that is gone on with keeps its first.
     device : str or torch.device, optional
         Where to compute; where the model is by default.
+    tf32 : bool
+        Whether CUDA may round float32 products and convolutions to TF32 while the study computes,
+        whatever PyTorch's switches say otherwise.
 
     Raises
     ------
     StudyError
-        An argument is wrong; the message names it and says what is expected.
+        An argument is wrong, or an array that the library refuses (masked, sparse); the message
+        names it and says what is expected.
     LayerError
         A layer is not in the model, or the network can't be cut there.
     """
@@ -122,34 +133,48 @@ class Study:
         block: int = 10,
         note: str | None = None,
         device: str | torch.device | None = None,
+        tf32: bool = False,
     ) -> None:
-        self.name = type(model).__name__ if name is None else name
-        self.device = device_of(model, device)
-        self.model = copy.deepcopy(model).eval().to(self.device)
-        self.layers = distinct("layers", layers)
-        self.metrics = distinct("metrics", metrics)
-        self.probes, self.draws = distinct("probes", probes), draws or Draws()
-        self.grid = (int(grid[0]), int(grid[1]))
-        self.cells, self.edges, self.others = cells, edges, others
-        self.seed, self.note, self.block = seed, note, block
-        self.classes = None if classes is None else tuple(classes)
-        self.images = tensor("images", images)
-        self.labels = tensor("labels", labels).cpu()
-        self.stimuli_per_class = stimuli_per_class
-        self.options = {"ridge": ridge, "penalty": penalty, "probe_ridge": probe_ridge}
-        self._check_options()
-        self.own_memory = memory is not None  # asked for, not what happened to be free
-        try:
+        self.model = check.check_model(model)
+        self._fingerprint = fingerprint(model)
+        self.device = check.check_device(model, device)
+        with check.study_errors():
+            self.name = check.check_text(type(model).__name__ if name is None else name, "name")
+            self.note = None if note is None else check.check_text(note, "note")
+            self.layers = check.check_distinct(check.check_names(layers, "layers"), "layers")
+            metrics = check.check_names(metrics, "metrics", METRICS)
+            self.metrics = check.check_distinct(metrics, "metrics")
+            probes = check.check_names(probes, "probes", tuple(PROBES))
+            self.probes = check.check_distinct(probes, "probes")
+            self.draws = check.check_draws(draws)
+            self.grid = _options.grid(grid)
+            self.cells = _options.option(cells, "cells", ("selectivity", "random"))
+            self.edges = _options.option(edges, "edges", ("equal", "inclusive"))
+            self.others = None if others is None else _options.count(others, "others")
+            self.seed = _options.count(seed, "seed", 0)
+            self.block = _options.count(block, "block")
+            self.tf32 = _options.flag(tf32, "tf32")
+            self.options = {
+                "ridge": _options.number(ridge, "ridge", low=0),
+                "penalty": _options.number(penalty, "penalty", low=0),
+                "probe_ridge": _options.number(probe_ridge, "probe_ridge", low=0, above=True),
+            }
+            self.stimuli_per_class = stimuli_per_class
+            if stimuli_per_class is not None:
+                self.stimuli_per_class = _options.count(stimuli_per_class, "stimuli_per_class", 2)
+            self.classes = None if classes is None else check.check_names(classes, "classes")
+            self.images, self.labels = check.check_images(images), check.check_labels(labels)
+            self.own_memory = memory is not None  # asked for, not what happened to be free
             self.memory = budget(memory, self.device)
-        except OptionError as error:
-            raise StudyError(str(error)) from None
-        self._check_images()
-        self.labels = self.labels.long()
-        present, counts = (a.tolist() for a in np.unique(self.labels.numpy(), return_counts=True))
-        self.present: list[int] = present
-        self.targets = present if targets is None else distinct("targets", map(int, targets))
-        self._check_classes(dict(zip(present, counts, strict=True)))
-        self._check_model()
+            self._check_images()
+            present, counts = (
+                a.tolist() for a in np.unique(self.labels.numpy(), return_counts=True)
+            )
+            self.present: list[int] = present
+            self.targets = present if targets is None else check.check_targets(targets)
+            self._check_classes(dict(zip(present, counts, strict=True)))
+        with self.hold_network():
+            self._check_model()
 
     @property
     def units(self) -> list[Unit]:
@@ -212,17 +237,46 @@ class Study:
         progress : callable, optional
             Called with a `Step` when a unit starts, is done, or has failed.
         """
+        check.check_progress(progress)
         return run([self], None if out is None else run_folder([self], out), progress)
 
     def measure(self, units: Sequence[Unit]) -> Iterator[pd.DataFrame]:
         """Rows of some of the study's units, in their order: see `measure.rows`."""
         return rows(self, units)
 
+    @contextmanager
+    def hold_network(self) -> Iterator[None]:
+        """Have the network in evaluation mode on the study's device, and TF32 on or off.
+
+        At the end the network, and PyTorch's switches, are as they were before.
+
+        Raises
+        ------
+        StudyError
+            The network's weights are not those that the study was made with.
+        """
+        with _TURN:
+            self._check_weights()
+            with prepare(self.model, self.device), set_tf32(self.tf32):
+                yield
+
+    @cached_property
+    def costs(self) -> dict[str, Cost]:
+        """What the network takes before and after each layer, counted for two images."""
+        with self.hold_network():
+            return self.forward.costs(self.images[:2].to(self.device), timed=False)
+
     def configuration(self) -> dict[str, Any]:
-        """Everything that decides the rows, as JSON-able values."""
-        state = sorted(self.model.state_dict().items())
+        """Everything that decides the rows, as JSON-able values.
+
+        Raises
+        ------
+        StudyError
+            The network's weights are not those that the study was made with.
+        """
+        self._check_weights()
         return {
-            "weights": _hash(*(part for name, value in state for part in (name, value))),
+            "weights": self._fingerprint,
             "layers": self.layers,
             "classes": list(self._targets),
             "grid": list(self.grid),
@@ -236,8 +290,9 @@ class Study:
             "draws": asdict(self.draws) if "paper" in self.probes else None,
             "stimuli_per_class": self.stimuli_per_class,
             "block": self.block,
-            "images": _hash(self.images, self.labels),
+            "images": hash_of(self.images, self.labels),
             "device": self.device.type,
+            "tf32": self.tf32,
         }
 
     def about(self) -> dict[str, Any]:
@@ -246,11 +301,11 @@ class Study:
         Raises
         ------
         StudyError
-            The memory is too little for a layer.
+            The memory is too little for a layer, or the network's weights have changed.
         """
         groups(self, self.layers)
         correct = torch.zeros(len(self.labels), dtype=torch.bool)
-        with torch.no_grad():
+        with self.hold_network(), torch.no_grad():
             for index in torch.split(torch.arange(len(self.labels)), BATCH):
                 logits = self.model(self.images[index].to(self.device))
                 correct[index] = logits.argmax(1).cpu() == self.labels[index]
@@ -267,37 +322,17 @@ class Study:
             "device": torch.cuda.get_device_name(self.device) if gpu else "CPU",
         }
 
-    def _check_options(self) -> None:
-        if unknown := [name for name in self.metrics if name not in METRICS]:
+    def _check_weights(self) -> None:
+        if fingerprint(self.model) != self._fingerprint:
             raise StudyError(
-                f"metrics: {unknown[0]!r} is unknown; expected some of {', '.join(METRICS)}"
+                f"model: the weights or buffers of {self.name} have changed since the study was "
+                "made; expected the same ones, or a new Study"
             )
-        if unknown := [name for name in self.probes if name not in PROBES]:
-            raise StudyError(
-                f"probes: {unknown[0]!r} is unknown; expected some of {', '.join(PROBES)}"
-            )
-        if self.draws.least < 1 or (self.draws.every is not None and self.draws.every < 1):
-            raise StudyError(f"draws: {self.draws}; expected whole numbers of 1 or more")
-        if min(self.grid) < 1:
-            raise StudyError(f"grid: {self.grid} is empty; expected 1 or more by 1 or more")
-        for name, value in self.options.items():
-            if not 0 <= value < math.inf or (name == "probe_ridge" and value == 0):
-                least = "above 0" if name == "probe_ridge" else "0 or more"
-                raise StudyError(f"{name}: {value}; expected a finite number, {least}")
-        if self.cells not in ("selectivity", "random"):
-            raise StudyError(f"cells: {self.cells!r}; expected 'selectivity' or 'random'")
-        if self.edges not in ("equal", "inclusive"):
-            raise StudyError(f"edges: {self.edges!r}; expected 'equal' or 'inclusive'")
-        if self.stimuli_per_class is not None and self.stimuli_per_class < 2:
-            raise StudyError(f"stimuli_per_class: {self.stimuli_per_class}; expected 2 or more")
-        if self.block < 1:
-            raise StudyError(f"block: {self.block}; expected 1 or more")
 
     def _check_images(self) -> None:
-        if self.labels.ndim != 1 or self.labels.is_floating_point() or self.labels.is_complex():
+        if self.labels.ndim != 1:
             raise StudyError(
-                f"labels: {self.labels.dtype} of shape {tuple(self.labels.shape)}; "
-                "expected integers of shape (n,)"
+                f"labels: shape {tuple(self.labels.shape)}; expected integers of shape (n,)"
             )
         if self.images.ndim < 2 or len(self.images) != len(self.labels):
             raise StudyError(
@@ -321,7 +356,7 @@ class Study:
             raise StudyError(
                 f"images: class {self.class_name(alone[0])!r} has one image; expected 2 or more"
             )
-        if self.others is not None and not 1 <= self.others < len(counts):
+        if self.others is not None and self.others >= len(counts):
             raise StudyError(
                 f"others: {self.others} beside a target, of {len(counts)} classes; expected 1 or "
                 "more of the other ones"
@@ -332,21 +367,16 @@ class Study:
     def _check_model(self) -> None:
         """Show the model one image: its outputs fit the labels, its layers hold the grid."""
         self.forward = AblatedForward(self.model, self.layers)
-        modules = dict(self.model.named_modules(remove_duplicate=False))
-        self.sizes: dict[str, Layer] = {}
-
-        def note(layer: str, output: Any) -> None:
-            if isinstance(output, Tensor):
-                size = output.nbytes // len(output)
-                self.sizes[layer] = Layer(output.numel(), size)
-
-        handles = [
-            modules[layer].register_forward_hook(lambda _m, _i, out, name=layer: note(name, out))
-            for layer in self.layers
-        ]
-        logits = self._one_image()
-        for handle in handles:
-            handle.remove()
+        try:
+            logits, self.sizes = show_image(
+                self.model, self.layers, self.images[:1].to(self.device)
+            )
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            shape, dtype = tuple(self.images.shape[1:]), str(self.images.dtype)
+            raise StudyError(
+                f"images: {self.name} can't take one of shape {shape}, dtype "
+                f"{dtype.removeprefix('torch.')} ({str(error).partition(chr(10))[0]})"
+            ) from error
         for layer in self.layers:
             neurons = self.sizes[layer].neurons if layer in self.sizes else 0
             if neurons < self.n_cells:
@@ -363,23 +393,3 @@ class Study:
                 f"labels: go up to {max(self.present)}, but {self.name} has "
                 f"{logits.shape[1]} outputs; expected a label below that"
             )
-
-    def _one_image(self) -> Any:
-        try:
-            with torch.no_grad():
-                return self.model(self.images[:1].to(self.device))
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            shape, reason = tuple(self.images.shape[1:]), str(error).splitlines()[0]
-            message = f"images: {self.name} can't take one of shape {shape} ({reason})"
-            raise StudyError(message) from error
-
-
-def _hash(*parts: str | Tensor) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, str):
-            digest.update(part.encode())
-        else:
-            digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
-            digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -97,6 +97,13 @@ def sweep(
         bool, typer.Option("--skip-bad-images", help="Go on without images that can't be read.")
     ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    tf32: Annotated[
+        bool,
+        typer.Option(
+            "--tf32",
+            help="Let a GPU round float32 products and convolutions to TF32: faster, less exact.",
+        ),
+    ] = False,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -176,6 +183,7 @@ def sweep(
             "penalty": penalty,
             "memory": memory,
             "block": block,
+            "tf32": tf32 or None,
         }
         asked = Asked(
             weights=weights,

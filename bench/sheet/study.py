@@ -70,8 +70,9 @@ def work(out: Path, device: str, quick: bool, end: float) -> None:
     for i, (network, make) in enumerate(zip(study["networks"], chosen.values(), strict=True)):
         share = (end - time.time()) / (len(chosen) - i)
         try:
-            with torch.no_grad():
-                _network(network, make(), quick, time.time() + share, keep)
+            subject = make()
+            with subject.study.hold_network(), torch.no_grad():
+                _network(network, subject, quick, time.time() + share, keep)
         except Exception as error:
             network["failed"].append(said(error))
         keep()
@@ -84,7 +85,7 @@ def _network(network: Json, subject: Subject, quick: bool, end: float, keep: Kee
     study = subject.study
     sizes, target = held(study), study.targets[0]
     grouped = groups(study, study.layers)
-    costs = study.forward.costs(study.images[:2].to(study.device), timed=False)
+    costs = study.costs
     network |= {
         "layers": [
             {

@@ -1,0 +1,138 @@
+"""A user's network in the hands of a study: made ready for a while, then exactly as it was."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from .measure import Layer, StudyError
+
+
+@contextmanager
+def prepare(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Put a network in evaluation mode on a device, and put everything back at the end.
+
+    Training flags, attributes, buffers, and the memory of parameters and gradients are those of
+    before, also after an error. What the network keeps in lists or dicts of its own is not undone.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Its parameters may be on several devices.
+    device : torch.device
+    """
+    modules = list(model.modules())
+    modes = [(module, module.training) for module in modules]
+    attributes = [(vars(module), dict(vars(module))) for module in modules]
+    buffers = [(buffer, buffer.clone(), _version(buffer)) for buffer in model.buffers()]
+    try:
+        for module in modules:
+            module.training = False  # eval() may be overridden, as by LoRA, which merges weights
+        with _moved(model, device):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for now, before in attributes:  # a pass may store what it made
+            now.update(before)
+            for name in now.keys() - before.keys():
+                del now[name]
+        with torch.no_grad():
+            for buffer, value, version in buffers:
+                if _version(buffer) != version:
+                    buffer.copy_(value)
+
+
+@contextmanager
+def _moved(model: nn.Module, device: torch.device) -> Iterator[None]:
+    if all(t.device == device for t in (*model.parameters(), *model.buffers())):
+        yield
+        return
+    parameters = [(p, p.data, p.grad) for p in model.parameters()]
+    tables = [table for m in model.modules() for table in (m._parameters, m._buffers)]
+    before = [dict(table) for table in tables]
+    try:
+        for parameter, _, _ in parameters:
+            parameter.grad = None  # gradients stay where they are
+        model.to(device)
+        yield
+    finally:
+        for table, entries in zip(tables, before, strict=True):
+            table.update(entries)
+        for parameter, data, grad in parameters:
+            parameter.data, parameter.grad = data, grad
+
+
+def show_image(
+    model: nn.Module, layers: Sequence[str], image: Tensor
+) -> tuple[Any, dict[str, Layer]]:
+    """Run a network on a batch of one image.
+
+    Returns
+    -------
+    output : Any
+        What the network gives.
+    sizes : dict of str to Layer
+        By layer; without those that don't run or give no tensor.
+    """
+    sizes: dict[str, Layer] = {}
+
+    def note(layer: str, output: Any) -> None:
+        if isinstance(output, Tensor):
+            sizes[layer] = Layer(output.numel(), output.nbytes // len(output))
+
+    handles = [
+        model.get_submodule(layer).register_forward_hook(
+            lambda _module, _inputs, output, name=layer: note(name, output)
+        )
+        for layer in layers
+    ]
+    try:
+        with torch.no_grad():
+            return model(image), sizes
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a network's parameters and buffers, the same on whatever device they are.
+
+    Raises
+    ------
+    StudyError
+        One of them has no values yet.
+    """
+    named = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    for name, tensor in named:
+        if is_lazy(tensor) or tensor.is_meta:
+            raise StudyError(f"model: {name!r} has no values yet; expected an initialised network")
+    in_order = sorted(named, key=lambda pair: pair[0])
+    return hash_of(*(part for name, tensor in in_order for part in (name, tensor.detach())))
+
+
+def hash_of(*parts: str | Tensor) -> str:
+    """A hash of texts, and of tensors with their dtypes and shapes."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, str):
+            digest.update(part.encode())
+        else:
+            digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            part = part if part.layout == torch.strided else part.to_dense()
+            digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _version(t: Tensor) -> int:
+    """How often a tensor has been written to."""
+    return 0 if t.is_inference() else t._version
