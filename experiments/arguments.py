@@ -79,13 +79,15 @@ def check_images(values: Any) -> Tensor:
         images: Tensor = _arrays.to_torch(array)
     except TypeError:
         raise DtypeError(f"images: dtype {array.dtype}; expected numbers") from None
-    return images
+    # Python's numbers have no precision of their own: they get PyTorch's.
+    python = isinstance(values, list | tuple) and images.dtype == torch.float64
+    return images.to(torch.get_default_dtype()) if python else images
 
 
 def check_labels(values: Any) -> Tensor:
     """Check an array of integers, as a tensor of its own on the CPU."""
     labels = _check.integers(values, "labels", LabelError)
-    return torch.tensor(labels, dtype=torch.long)
+    return torch.from_numpy(labels.astype("int64"))
 
 
 def check_draws(value: Any) -> Draws:

@@ -29,7 +29,8 @@ def prepare(model: nn.Module, device: torch.device) -> Iterator[None]:
     """
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
-    attributes = [(vars(module), dict(vars(module))) for module in modules]
+    tables = [table for module in modules for table in _tables(module)]
+    entries = [dict(table) for table in tables]
     buffers = [(buffer, buffer.clone(), _version(buffer)) for buffer in model.buffers()]
     try:
         for module in modules:
@@ -37,34 +38,38 @@ def prepare(model: nn.Module, device: torch.device) -> Iterator[None]:
         with _moved(model, device):
             yield
     finally:
+        for table, before in zip(tables, entries, strict=True):  # a pass may store what it made
+            table.update(before)
+            for name in table.keys() - before.keys():
+                del table[name]
         for module, training in modes:
             module.training = training
-        for now, before in attributes:  # a pass may store what it made
-            now.update(before)
-            for name in now.keys() - before.keys():
-                del now[name]
         with torch.no_grad():
             for buffer, value, version in buffers:
                 if _version(buffer) != version:
                     buffer.copy_(value)
 
 
+def _tables(module: nn.Module) -> list[dict[str, Any]]:
+    """A module's attributes, and the parameters, buffers and modules that PyTorch keeps apart."""
+    own = vars(module)
+    apart = (own.get(name) for name in ("_parameters", "_buffers", "_modules"))
+    return [own, *(table for table in apart if isinstance(table, dict))]
+
+
 @contextmanager
 def _moved(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Move a network to a device; its tables are the caller's care."""
     if all(t.device == device for t in (*model.parameters(), *model.buffers())):
         yield
         return
     parameters = [(p, p.data, p.grad) for p in model.parameters()]
-    tables = [table for m in model.modules() for table in (m._parameters, m._buffers)]
-    before = [dict(table) for table in tables]
     try:
         for parameter, _, _ in parameters:
             parameter.grad = None  # gradients stay where they are
         model.to(device)
         yield
     finally:
-        for table, entries in zip(tables, before, strict=True):
-            table.update(entries)
         for parameter, data, grad in parameters:
             parameter.data, parameter.grad = data, grad
 

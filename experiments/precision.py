@@ -11,8 +11,9 @@ import torch
 _backends: Any = torch.backends
 _CUDA = (_backends.cuda.matmul, _backends.cudnn.conv, _backends.cudnn.rnn)
 _CPU = (_backends.mkldnn.matmul, _backends.mkldnn.conv, _backends.mkldnn.rnn)
-# Parents first: a switch at "none" reads as its parent's value. `cudnn` is that of all of CUDA.
-_SWITCHES = (_backends, _backends.cudnn, _backends.mkldnn, *_CUDA, *_CPU)
+# Parents first: a switch at "none" reads as its parent's value. `cudnn` is that of all of CUDA;
+# the one of `mkldnn` is left out, since setting it sets the first of all (PyTorch 2.11 to 2.14).
+_SWITCHES = (_backends, _backends.cudnn, *_CUDA, *_CPU)
 
 
 @contextmanager

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
-from _toy import toy_study
+import torch
+from _toy import Toy, toy_study
 
 from experiments.measure import StudyError
 from experiments.store import Unit
@@ -34,6 +37,21 @@ def toy(device: str, fault: str = "", folder: str = "", block: int = 1) -> list[
     if fault:
         study.measure = faulty  # type: ignore[method-assign]
     return [study]
+
+
+def watched(device: str, log: str, tf32: bool) -> list[Study]:
+    """A study whose network writes PyTorch's TF32 switches to a file whenever it runs."""
+    backends: Any = torch.backends
+    cuda, cudnn, cpu = backends.cuda, backends.cudnn, backends.mkldnn
+    switches = (cuda.matmul, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv, cpu.rnn)
+
+    def note(*_: object) -> None:
+        with Path(log).open("a") as file:
+            file.write(json.dumps([switch.fp32_precision for switch in switches]) + "\n")
+
+    model = Toy()
+    model.conv1.register_forward_pre_hook(note)
+    return [toy_study(model=model, metrics=["cka"], device=device, tf32=tf32)]
 
 
 def _go_wrong(fault: str, tried: int) -> None:

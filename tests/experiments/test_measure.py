@@ -150,14 +150,21 @@ def test_the_stimuli_are_those_of_the_target_and_its_others() -> None:
         assert study.stimuli == 4 + {0: 4, 1: 3}[study.others_of(2)[0]]
 
 
-@pytest.mark.parametrize("others", [0, 3, -1])
-def test_others_out_of_range_are_named(others: int) -> None:
-    with pytest.raises(StudyError, match=f"^others: {others} beside a target, of 3 classes; exp"):
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        (0, "0; expected a whole number of at least 1"),
+        (-1, "-1; expected a whole number of at least 1"),
+        (3, "3 beside a target, of 3 classes; expected 1 or more of the other ones"),
+    ],
+)
+def test_others_out_of_range_are_named(others: int, message: str) -> None:
+    with pytest.raises(StudyError, match=f"^others: {message}$"):
         toy_study(others=others)
 
 
 def test_unknown_edges_are_named() -> None:
-    with pytest.raises(StudyError, match=r"^edges: 'open'; expected 'equal' or 'inclusive'$"):
+    with pytest.raises(StudyError, match=r"^edges: 'open'; expected one of 'equal', 'inclusive'$"):
         toy_study(edges="open")
 
 

@@ -184,10 +184,10 @@ def test_a_plan_counts_and_times_the_fits() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"probes": ["svm"]}, "probes: 'svm' is unknown; expected some of ridge, paper"),
+        ({"probes": ["svm"]}, "probes: 'svm'; expected one of 'ridge', 'paper'"),
         ({"probes": []}, r"probes: \[\] is empty or repeats"),
-        ({"draws": Draws(least=0)}, "draws: .*least=0.*; expected whole numbers of 1 or more"),
-        ({"draws": Draws(every=0)}, "draws: .*every=0.*; expected whole numbers of 1 or more"),
+        ({"draws": Draws(least=0)}, "draws.least: 0; expected a whole number of at least 1"),
+        ({"draws": Draws(every=0)}, "draws.every: 0; expected a whole number of at least 1"),
     ],
 )
 def test_what_is_no_probe(changes: dict[str, Any], message: str) -> None:

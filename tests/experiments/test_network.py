@@ -1,0 +1,313 @@
+"""A study computes with the user's own network, and leaves it as it was."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from _toy import LAYERS, Toy, toy_images, toy_study
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+
+from experiments.network import prepare
+from experiments.plan import plan
+from experiments.study import StudyError
+from repsim_kernels import LayerError
+
+
+class Keeping(Toy):
+    """Keeps what it made, and has a lock, which can't be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Tensor | None = None
+        self.lock = threading.Lock()
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen = self.conv1(images)
+        self.fresh = self.seen + 1
+        x = self.act1(self.seen)
+        logits: Tensor = self.fc((x + self.act2(self.conv2(x))).flatten(1))
+        return logits
+
+
+def with_weight_norm() -> nn.Module:
+    model = Toy()
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        weight_norm(model.conv2)
+    return model
+
+
+def with_spectral_norm() -> nn.Module:
+    model = Toy()
+    spectral_norm(model.conv2)
+    model(toy_images()[0])
+    return model
+
+
+def with_parametrization() -> nn.Module:
+    model = Toy()
+    parametrizations.weight_norm(model.conv2)
+    return model
+
+
+def pruned() -> nn.Module:
+    model = Toy()
+    prune.l1_unstructured(model.conv2, "weight", 0.5)  # type: ignore[no-untyped-call]
+    return model
+
+
+def keeping() -> nn.Module:
+    model = Keeping()
+    model(toy_images()[0])
+    return model
+
+
+KINDS = [with_weight_norm, with_spectral_norm, with_parametrization, pruned, keeping]
+
+
+def mixed(model: nn.Module) -> nn.Module:
+    """In training mode here and there, some of it frozen, with gradients."""
+    for i, module in enumerate(model.modules()):
+        module.training = i % 3 > 0
+    for i, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(i % 2 > 0)
+        if parameter.requires_grad:
+            parameter.grad = torch.full_like(parameter, i)
+    return model
+
+
+def described(model: nn.Module) -> list[Any]:
+    """All that a user could find changed; what is not compared by value is by identity."""
+    found: list[Any] = []
+    for name, module in model.named_modules():
+        kept = {key: id(value) for key, value in vars(module).items()}
+        hooks = [list(table) for key, table in vars(module).items() if "hooks" in key and table]
+        found.append((name, module.training, kept, hooks, list(module._modules)))
+    named = [*model.named_parameters(), *model.named_buffers()]
+    for name, t in named:
+        values = t.detach().numpy().tobytes()
+        grad = None if t.grad is None else (id(t.grad), t.grad.numpy().tobytes())
+        found.append((name, id(t), t.data_ptr(), t.device, t.requires_grad, values, grad))
+    return found
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_networks_that_cannot_be_copied_have_the_rows_of_plain_ones(
+    make: Callable[[], nn.Module],
+) -> None:
+    model = mixed(make())
+    plain = Toy()
+    model.conv1.training = model.conv2.training = False  # spectral_norm's weights move otherwise
+    with torch.no_grad():
+        model(toy_images()[0][:1])
+    weights = {name: getattr(model, name).weight.detach() for name in ("conv1", "conv2", "fc")}
+    with torch.no_grad():
+        for name, weight in weights.items():
+            plain.get_submodule(name).weight.copy_(weight)
+    before = described(model)
+    made = toy_study(model=model, metrics=["cka"])
+    assert made.model is model
+    assert described(model) == before
+    rows = made.run()
+    made.about()
+    assert described(model) == before
+    pd.testing.assert_frame_equal(rows, toy_study(model=plain, metrics=["cka"]).run())
+
+
+def test_a_network_is_as_it_was_between_units() -> None:
+    model = mixed(Toy())
+    before, seen = described(model), []
+    made = toy_study(model=model, metrics=["cka"], block=1)
+    made.run(
+        progress=lambda _step: seen.append((described(model) == before, torch.is_grad_enabled()))
+    )
+    assert seen == [(True, True)] * 6
+
+
+class Failing(Toy):
+    """Is stopped, or fails, where it runs for the nth time."""
+
+    error: BaseException | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.error is not None and isinstance(images, Tensor):
+            raise self.error
+        return super().forward(images)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("broken")])
+def test_a_network_is_left_as_it_was_by_what_goes_wrong(error: BaseException) -> None:
+    model = Failing()
+    mixed(model)
+    made = toy_study(model=model, metrics=["cka"])
+    model.error = error
+    before = described(model)
+    for call in (made.run, made.about, lambda: toy_study(model=model)):
+        with pytest.raises((StudyError, type(error))):
+            call()
+        assert described(model) == before
+
+
+class Counting(Toy):
+    """Counts its images in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("images", torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.images.add_(1)
+        return super().forward(images)
+
+
+def test_a_network_that_writes_to_a_buffer_is_refused_and_left_as_it_was() -> None:
+    model = mixed(Counting())
+    before = described(model)
+    with pytest.raises(LayerError, match="buffers"):
+        toy_study(model=model)
+    assert described(model) == before
+
+
+class Merging(Toy):
+    """Merges weights for inference where it is told so by eval(), as LoRA's layers do."""
+
+    def train(self, mode: bool = True) -> Merging:
+        self.conv1.weight.data.mul_(1 if mode == self.training else 2 if mode else 0.5)
+        return super().train(mode)  # type: ignore[return-value]
+
+
+def test_what_a_network_does_on_a_change_of_mode_is_not_done() -> None:
+    model = Merging()
+    before = described(model)
+    expected = toy_study(metrics=["cka"]).run()
+    assert toy_study(model=model, metrics=["cka"]).run().equals(expected)
+    assert described(model) == before
+
+
+def test_a_network_on_another_device_is_moved_and_moved_back() -> None:
+    """PyTorch takes "cpu:0" for another device than "cpu", and copies what is moved there."""
+    here = torch.device("cpu:0")
+    model = mixed(nn.Sequential(Toy(), nn.BatchNorm1d(3)))
+    layers = [f"0.{name}" for name in LAYERS]
+    expected = toy_study(model=model, layers=layers, metrics=["cka"]).run()
+    before, pointers = described(model), {t.data_ptr() for t in model.state_dict().values()}
+    with suppress(KeyboardInterrupt), prepare(model, here):
+        assert pointers.isdisjoint(t.data_ptr() for t in model.state_dict().values())
+        assert all(parameter.grad is None for parameter in model.parameters())
+        raise KeyboardInterrupt
+    assert described(model) == before
+    made = toy_study(model=model, layers=layers, metrics=["cka"])
+    made.device = here
+    configuration = made.configuration()
+    assert made.run().equals(expected)
+    assert described(model) == before
+    assert made.configuration() == configuration
+
+
+def trained(model: nn.Module) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    model(toy_images()[0]).sum().backward()
+    optimizer.step()
+
+
+def written(model: nn.Module) -> None:
+    model.fc.weight.data[0, 0] += 1e-6  # type: ignore[operator,union-attr]
+
+
+def loaded(model: nn.Module) -> None:
+    model.load_state_dict({name: t + 1 for name, t in model.state_dict().items()})
+
+
+def buffered(model: nn.Module) -> None:
+    model.scale.add_(1)  # type: ignore[operator]
+
+
+def rounded(model: nn.Module) -> None:
+    model.half()
+
+
+@pytest.mark.parametrize("change", [trained, written, loaded, buffered, rounded])
+@pytest.mark.parametrize("use", ["run", "store", "measure", "about", "plan"])
+def test_weights_that_have_changed_are_refused(
+    change: Callable[[nn.Module], None], use: str, tmp_path: Path
+) -> None:
+    model = Toy()
+    model.register_buffer("scale", torch.ones(3), persistent=False)
+    made = toy_study(model=model, metrics=["cka"])
+    old = {name: t.clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    calls: dict[str, Callable[[], Any]] = {
+        "run": made.run,
+        "store": lambda: made.run(tmp_path / "run"),
+        "measure": lambda: next(made.measure(made.units)),
+        "about": made.about,
+        "plan": lambda: plan(made),
+    }
+    change(model)
+    with pytest.raises(StudyError, match=r"^model: the weights or buffers of toy have changed sin"):
+        calls[use]()
+    assert not (tmp_path / "run").exists()
+    model.float()
+    with torch.no_grad():
+        for name, t in (*model.named_parameters(), *model.named_buffers()):
+            t.copy_(old[name])
+    calls[use]()
+
+
+def test_weights_that_change_during_a_run_are_refused() -> None:
+    model = Toy()
+    made = toy_study(model=model, metrics=["cka"], block=1)
+    steps = []
+
+    def progress(step: Any) -> None:
+        steps.append(step)
+        written(model)
+
+    with pytest.raises(StudyError, match=r"^model: the weights"):
+        made.run(progress=progress)
+    assert len(steps) == 1
+
+
+def test_two_studies_share_a_network() -> None:
+    model = mixed(Toy())
+    before = described(model)
+    a, b = (toy_study(model=model, metrics=[name], block=1) for name in ("cka", "cca"))
+    expected = [toy_study(metrics=[name]).run() for name in ("cka", "cca")]
+    pairs = list(zip(a.measure(a.units), b.measure(b.units), strict=True))
+    for rows, want in zip(zip(*pairs, strict=True), expected, strict=True):
+        table = pd.concat(rows).sort_values(["class", "layer", "cell"], ignore_index=True)
+        pd.testing.assert_frame_equal(table, want)
+    tables: dict[str, pd.DataFrame] = {}
+    made = {"a": a, "b": b}
+    threads = [
+        threading.Thread(target=lambda key=key: tables.update({key: made[key].run()}))
+        for key in made
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for key, want in zip(made, expected, strict=True):
+        pd.testing.assert_frame_equal(tables[key], want)
+    assert described(model) == before
+
+
+@pytest.mark.parametrize("make", [nn.LazyLinear, lambda n: nn.Linear(192, n, device="meta")])
+def test_a_network_without_values_is_named(make: Callable[[int], nn.Module]) -> None:
+    model = nn.Sequential(nn.Flatten(), make(3))
+    with pytest.raises(StudyError, match=r"^model: '1\.weight' has no values yet; expected an in"):
+        toy_study(model=model, layers=["1"])
+
+
+def test_a_run_in_a_folder_is_as_exact(tmp_path: Path) -> None:
+    model = mixed(keeping())
+    before = described(model)
+    rows = toy_study(model=model, metrics=["cka"]).run(tmp_path)
+    assert rows.equals(toy_study(metrics=["cka"]).run())
+    assert described(model) == before

@@ -1,0 +1,187 @@
+"""TF32 is off in a study unless it is asked for, and PyTorch's switches are left as they were.
+
+What a GPU makes of the switches is not tested here: only that they have their values where the
+network runs, that the kernels of the forward engine read them, and that a run records them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _recipes import watched
+from _toy import Toy, stop_after, toy_study
+
+from experiments.configuration import digest
+from experiments.executors import Task
+from experiments.executors.pool import Pool
+from experiments.plan import plan
+from experiments.precision import set_tf32
+from experiments.run import run_folder
+from experiments.store import StoreError
+from repsim_kernels.forward import fusion
+
+BACKENDS: Any = torch.backends
+CUDA = [BACKENDS.cuda.matmul, BACKENDS.cudnn.conv, BACKENDS.cudnn.rnn]
+CPU = [BACKENDS.mkldnn.matmul, BACKENDS.mkldnn.conv, BACKENDS.mkldnn.rnn]
+PARENTS = [BACKENDS, BACKENDS.cudnn]
+OFF, ON = ["ieee"] * 6, ["tf32"] * 3 + ["ieee"] * 3
+
+
+def values() -> list[str]:
+    return [switch.fp32_precision for switch in (*CUDA, *CPU)]
+
+
+def behaviour() -> list[list[str]]:
+    """What the switches come to, their own values, and what they come to under others' values."""
+    found, own = [values()], []
+    for parent in PARENTS:
+        own.append(parent.fp32_precision)  # read as its parent's, were that not at "none" by now
+        parent.fp32_precision = "none"
+    for parent in PARENTS:
+        for value in ("ieee", "tf32", "none"):
+            parent.fp32_precision = value
+            found.append(values())
+    for parent, value in zip(PARENTS, own, strict=True):
+        parent.fp32_precision = value
+    return [*found, own]
+
+
+def legacy() -> list[Any]:
+    """The old names of the switches, or that PyTorch refuses to read them."""
+    found: list[Any] = []
+    for read in (
+        lambda: torch.backends.cudnn.allow_tf32,
+        lambda: torch.backends.cuda.matmul.allow_tf32,
+        torch.get_float32_matmul_precision,
+    ):
+        try:
+            found.append(read())
+        except RuntimeError:
+            found.append("refused")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def switches() -> Iterator[None]:
+    """PyTorch's defaults, before and after."""
+
+    def reset() -> None:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = True
+        for switch in (*PARENTS, BACKENDS.cuda.matmul, *CPU):
+            switch.fp32_precision = "none"
+
+    reset()
+    yield
+    reset()
+
+
+class Watched(Toy):
+    """Notes the switches whenever it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[list[str]] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen.append(values())
+        return super().forward(images)
+
+
+@pytest.mark.parametrize(("tf32", "wanted"), [(False, OFF), (True, ON)])
+def test_the_network_runs_with_the_switches_of_the_study(tf32: bool, wanted: list[str]) -> None:
+    model, before = Watched(), behaviour()
+    study = toy_study(model=model, metrics=["cka"], tf32=tf32)
+    during: list[Any] = []
+    conv1 = model.conv1
+    conv1.register_forward_pre_hook(lambda *_: during.append((values(), legacy())))
+    study.run(progress=lambda _step: during.append(behaviour() == before))
+    study.about()
+    plan(study)
+    old = [tf32, tf32, "high" if tf32 else "highest"]  # no name disagrees with another
+    assert (wanted, old) in during
+    assert all(each in ((wanted, old), True) for each in during)
+    assert len(model.seen) > 3
+    assert all(each == wanted for each in model.seen)
+    assert behaviour() == before
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_switches_are_left_as_they_were(seed: int) -> None:
+    draw = random.Random(seed)
+    torch.set_float32_matmul_precision(draw.choice(["highest", "high", "medium"]))
+    torch.backends.cudnn.allow_tf32 = draw.random() < 0.5
+    for switch in draw.sample([*PARENTS, *CUDA, *CPU], draw.randrange(7)):
+        switch.fp32_precision = draw.choice(["none", "ieee", "tf32"])
+    before, old = behaviour(), legacy()
+    for allowed, wanted in ((False, OFF), (True, ON)):
+        with suppress(KeyboardInterrupt), set_tf32(allowed):
+            assert values() == wanted
+            with set_tf32(not allowed):
+                assert values() != wanted
+            assert values() == wanted
+            raise KeyboardInterrupt
+        assert (behaviour(), legacy()) == (before, old)
+
+
+@pytest.mark.parametrize("weight", [torch.ones(2, 2), torch.ones(2, 2, 1, 1)])
+def test_the_kernels_behind_a_cut_follow_the_study(weight: torch.Tensor) -> None:
+    for tf32, precision in ((False, "tf32x3"), (True, "tf32")):
+        with toy_study(tf32=tf32).hold_network():
+            assert fusion._precision(weight) == precision
+
+
+class Branching(Toy):
+    """torch.fx can't trace it, so torch.export does, which reads the switches by old names."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images if images.shape[1] == 3 else images[:, :3])
+
+
+def test_a_network_that_is_exported_has_the_same_rows() -> None:
+    expected = toy_study(metrics=["cka"]).run()
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # type: ignore[attr-defined]
+    study = toy_study(model=Branching(), metrics=["cka"])
+    assert study.forward._trace is None
+    assert study.run().equals(expected)
+
+
+def test_a_worker_process_sets_the_switches(tmp_path: Path) -> None:
+    for tf32, wanted in ((False, OFF), (True, ON)):
+        out, log = tmp_path / f"run {tf32}", tmp_path / f"log {tf32}"
+        make = partial(watched, log=str(log), tf32=tf32)
+        store = run_folder(make("cpu"), out)
+        log.unlink()
+        units = deque(store.units[:1])
+        events = list(Pool(Task(make, str(out)), ["cpu"]).run(units))
+        assert [event.what for event in events] == ["started", "done"]
+        assert {tuple(json.loads(line)) for line in log.read_text().splitlines()} == {tuple(wanted)}
+
+
+def test_a_run_does_not_go_on_with_another_precision(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        toy_study(metrics=["cka"]).run(tmp_path, stop_after(1))
+    with pytest.raises(StoreError, match=r"models\.toy\.tf32: false there, true here"):
+        toy_study(metrics=["cka"], tf32=True).run(tmp_path)
+    assert len(toy_study(metrics=["cka"]).run(tmp_path)) == 2 * 3 * 16
+
+
+def test_a_run_that_recorded_no_precision_is_not_gone_on_with(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        toy_study(metrics=["cka"]).run(tmp_path, stop_after(1))
+    path = tmp_path / "study.json"
+    study = json.loads(path.read_text())
+    del study["configuration"]["models"]["toy"]["tf32"]
+    study["hash"] = digest(study["configuration"])
+    path.write_text(json.dumps(study))
+    with pytest.raises(StoreError, match=r"\(models\.toy\.tf32: false here, not recorded there\)"):
+        toy_study(metrics=["cka"]).run(tmp_path)
