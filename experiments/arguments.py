@@ -105,7 +105,7 @@ def check_progress(value: Any) -> Callable[[Any], object] | None:
     """Check that progress can be called."""
     if value is not None and not callable(value):
         raise StudyError(f"progress: {_options.shown(value)}; expected a function of a Step")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def check_model(value: Any) -> nn.Module:

@@ -66,6 +66,15 @@ def test_where_a_run_goes_and_whether_it_is_a_sample(
     assert calls == [(NAME, asked) if preset else (recipe.names, asked, sampled)]
 
 
+def test_tf32_is_passed_on_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(sweeping, "launch", lambda *given, **_named: seen.append(given))
+    assert sweep() == sweep("--tf32") == (0, "", "")
+    (plain, *_), (asked, *_) = seen
+    assert asked.asked.study == plain.asked.study | {"tf32": True}
+    assert "tf32" not in plain.asked.study
+
+
 @pytest.mark.parametrize(
     ("options", "environment", "shard", "device"),
     [
