@@ -306,7 +306,7 @@ def test_a_network_without_values_is_named(make: Callable[[int], nn.Module]) -> 
 
 
 def test_a_run_in_a_folder_is_as_exact(tmp_path: Path) -> None:
-    model = mixed(keeping())
+    model = mixed(Keeping())  # which has kept nothing yet
     before = described(model)
     rows = toy_study(model=model, metrics=["cka"]).run(tmp_path)
     assert rows.equals(toy_study(metrics=["cka"]).run())
