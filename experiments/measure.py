@@ -190,7 +190,9 @@ def _target(study: Study, layer: str, label: int, shown: Shown, room: int) -> pd
     states = shown.states.pop(label)
     try:
         found = represent(study, study.probes, layer, label, *_stimuli(study, label, shown), room)
-        intact = torch.cat([forward.intact(state) for state in states])
+        # Ablated and intact logits by the same pass, so that an empty cell changes exactly nothing.
+        none = torch.full(found.cells.shape[-1:], -1)
+        intact = torch.cat([forward.logits(state, none, 1, memory=room)[0] for state in states])
         parts = [forward.logits(state, found.cells, n_cells, memory=room) for state in states]
     except rk.RepsimError as error:
         raise StudyError(f"{where}, class {study.class_name(label)}: {error}") from error
