@@ -1,8 +1,10 @@
 """What a cut network is held against: whole passes under a forward hook."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from repsim_kernels.errors import LayerError
 from repsim_kernels.forward import AblatedForward
 
 HUGE = 10**12
@@ -66,6 +68,18 @@ def check(model: nn.Module, layer, images, n_cells=3):
     assert torch.equal(images, given)
     assert all(map(torch.equal, contents(state), before))
     return forward
+
+
+def refused(match, model, layer="cut", images=None):
+    """The one-line reason for which a network isn't cut."""
+    with pytest.raises(LayerError, match=match) as caught:
+        AblatedForward(model, layer).prefix(torch.randn(3, 6) if images is None else images)
+    assert "\n" not in str(caught.value)
+
+
+def by_fx(forward):
+    """Whether no network had to be exported."""
+    return not forward._cuts._exports
 
 
 class Net(nn.Module):

@@ -40,7 +40,9 @@ def test_layers_that_cannot_be_cut():
         return m.out(m.cut(m.a(x)))
 
     no_layer(r"'relu' is called 2 times \(on a; on add\); expected one call", Net(twice), "relu")
-    no_layer("'b' is never called; expected one call", Net(twice), "b")
+    no_layer(
+        "'b' is never called, as torch.fx traces the model; expected one call", Net(twice), "b"
+    )
     no_layer("'cut' is never called", Net(by_forward))
     no_layer("no module 'cuts'; expected one of cut", Net(once), "cuts")
     no_layer(r"no module '123'; expected one of model.named_modules\(\)", Net(once), "123")
@@ -84,12 +86,12 @@ def test_models_that_cannot_be_cut():
     both = r"torch.fx can't trace it: symbolically traced .*; torch.export can't either: "
     no_layer(both, Net(branching))
     no_layer(r"it gives dict; expected a tensor \(n, …\)", Net(a_dict))
-    no_layer("cut at 'cut' it differs from a whole pass", Net(random))
-    no_layer("cut at 'cut' it differs from a whole pass", Net(counting))
+    no_layer("two passes of the same images differ; expected one without random", Net(random))
+    no_layer("two passes of the same images differ", Net(counting))
     no_layer("a pass writes to its 'place'; expected none", Net(writes_a_buffer))
     no_layer("a pass writes to its 'constant'; expected none", Net(writes_a_constant))
     no_layer(
-        "cut at 'cut' it differs from a whole pass",
+        "a clone in place of the output of 'cut' changes what it gives; expected one which uses",
         Net(reads_the_layers_memory, nn.ReLU(inplace=True)),
     )
 

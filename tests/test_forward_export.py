@@ -143,14 +143,14 @@ def test_images_of_any_number_and_layout_are_exported_for():
         ablated = forward.logits(state, labels, batch=1)
         assert torch.equal(forward.intact(state), plain(model, images))
         torch.testing.assert_close(ablated[1], hooked(model, "cut.0", images, labels == 1))
-    assert len(forward._exported) == 5
+    assert len(forward._cuts._exports) == 5
 
 
 def test_cells_run_together_where_they_may():
     model, rows = Net(a_length), []
     forward = AblatedForward(model, "cut")
     state = forward.prefix(torch.randn(4, 6))  # 4 stimuli, of which fewer would take the branch
-    run = forward._traced(torch.randn(4, 6)).run
+    run = forward._cuts.find("cut", torch.randn(4, 6)).trace.run
     want = forward.logits(state, [0, 1, 2, 3], batch=1)
     state._trace.run = lambda node, values: rows.append(len(out := run(node, values))) or out
     each = 2 * 4 * 4
@@ -166,7 +166,7 @@ def test_a_size_that_is_fixed_keeps_cells_apart():
         return m.out(m.cut(m.a(x)).view(len(x), 2, 2).mean(1).repeat(1, 2))
 
     forward = check(untraceable(Net(run)), "cut", torch.randn(3, 6))
-    assert not forward._cut("cut", torch.randn(3, 6))[1].batchable
+    assert not forward._cuts.find("cut", torch.randn(3, 6)).split.batchable
 
 
 def test_new_weights_count():
@@ -202,7 +202,7 @@ def test_several_sites():
     forward, exported = AblatedForward(model, layers), images.clone()
     states = forward.prefixes(images)
     assert list(states) == layers
-    assert len(forward._exported) == 1
+    assert len(forward._cuts._exports) == 1
     for name in (*layers, *reversed(layers)):
         state = states[name]
         labels = labels_for(state, 2)
@@ -244,7 +244,7 @@ def test_layers_that_cannot_be_cut():
     refused(r"'cut' is called 2 times \(on linear.*; on linear.*\); expected one", Net(twice))
     refused("'cut' is never called; expected one call in a pass", Net(in_another_branch))
     pair = Lambda(lambda h: (h * 2, h + 1))
-    refused(r"'cut' gives 2 tensors of its own; expected a tensor \(n, …\)", Net(a_pair, pair))
+    refused(r"'cut' gives tuple; expected a tensor \(n, …\)", Net(a_pair, pair))
     # An exported network has one name for a value and what is written over it.
     refused("cut at 'cut' it differs from a whole", Net(shares_memory, nn.ReLU(inplace=True)))
 
@@ -284,7 +284,7 @@ def test_models_that_cannot_be_cut():
     both = r"^model: torch.fx can't trace it: symbolically traced variables.*; torch.export can't"
     refused(f"{both} either: ", Net(branching))
     refused(r"it gives (dict|tuple); expected a tensor \(n, …\)", Net(a_dict))
-    refused("cut at 'cut' it differs from a whole pass", Net(random))
+    refused("two passes of the same images differ; expected one without random", Net(random))
     refused("a pass writes to its 'place'; expected none", Net(writes_a_buffer))
     refused("a pass writes to its 'constant'; expected none", Net(writes_a_constant))
     refused(r"it gives a tensor \(2,\) for 3 images", Net(a_number_of_stimuli))

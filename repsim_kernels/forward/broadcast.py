@@ -36,7 +36,8 @@ def run(trace: Trace, node: fx.Node, values: Values, once: set[fx.Node], cells: 
             if isinstance(rows, Tensor) and rows.ndim == shared.ndim:
                 split = rows.unflatten(0, (cells, -1))
                 if split.shape[1:] == shared.shape:
-                    result: Tensor = node.target(split, shared)  # type: ignore[operator]
+                    with trace.apply_switches(node):
+                        result: Tensor = node.target(split, shared)  # type: ignore[operator]
                     return result.flatten(0, 1)
     for x in node.all_input_nodes:
         if x in once:

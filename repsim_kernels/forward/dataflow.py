@@ -8,11 +8,11 @@ the others. Both keep the network's order and its in-place operations.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from repsim_kernels.errors import LayerError
@@ -39,6 +39,7 @@ class Split:
     copy_activation: bool  # another value shares its memory
     apart: bool  # no two of `changed` share memory
     batchable: bool  # cells may run together
+    plain: bool  # a hook that changes nothing has the bits of no hook
     held: int  # bytes a stimulus of a state: the activation and what varies
     peak: int  # bytes a stimulus, the most that the tail holds at once
     whole_peak: int  # and that a whole pass holds
@@ -54,9 +55,8 @@ def split(trace: Trace, layer: str, images: Tensor) -> Split:
     Raises LayerError where the layer or the model gives no tensor (n, …), or a pass writes to the
     model's own tensors.
     """
-    cut = trace.cuts[layer]
-    own = [*trace.model.named_parameters(), *trace.model.named_buffers()]
-    before = [version(t) for _, t in own]
+    cut = trace.cut(layer)
+    written_since = watch_writes(trace.model)
     values: Values = {}
     facts: dict[fx.Node, _Facts] = {}
     seen: list[tuple[Tensor, int]] = []
@@ -80,10 +80,8 @@ def split(trace: Trace, layer: str, images: Tensor) -> Split:
         )
     check_batch(values[trace.output], images, "model: it")
     written = _union(fact.writes for fact in facts.values())
-    changed = [name for (name, t), old in zip(own, before, strict=True) if version(t) != old]
-    changed += [label(x) for x in facts if x.op == "get_attr" and written & _gives(facts, x)]
-    if changed:
-        raise LayerError(f"model: a pass writes to its {changed[0]!r}; expected none to")
+    own = (label(x) for x in facts if x.op == "get_attr" and written & _gives(facts, x))
+    check_unwritten([*written_since(), *own])
     return _split(facts, layer, cut, _memory(raw), len(images))
 
 
@@ -132,6 +130,7 @@ def _split(facts: dict[fx.Node, _Facts], layer: str, cut: fx.Node, raw: int, n: 
         ),
         apart=len(set(copied)) == len(copied),
         batchable=len(set(copied)) == len(copied) and all(facts[x].batched for x in varying),
+        plain=True,
         held=_bytes(facts, [cut, *varying]) // n,
         peak=-(-_most(facts, steps, {cut, *varying}) // n),
         whole_peak=-(-_most(facts, schedule(nodes, {nodes[-1]}), {images}) // n),
@@ -203,6 +202,18 @@ def _gives(facts: dict[fx.Node, _Facts], node: fx.Node) -> set[int]:
 
 def _union(sets: Iterable[set[int]]) -> set[int]:
     return set().union(*sets)
+
+
+def watch_writes(model: nn.Module) -> Callable[[], list[str]]:
+    """Give a function that names the model's parameters and buffers written to since."""
+    own = [(n, t, version(t)) for n, t in [*model.named_parameters(), *model.named_buffers()]]
+    return lambda: [name for name, t, old in own if version(t) != old]
+
+
+def check_unwritten(written: list[str]) -> None:
+    """Check that a pass wrote to none of the model's own tensors."""
+    if written:
+        raise LayerError(f"model: a pass writes to its {written[0]!r}; expected none to")
 
 
 def check_batch(value: Any, images: Tensor, what: str) -> Tensor:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from repsim_kernels import _arrays, _check, _options
 from repsim_kernels.errors import (
@@ -18,13 +18,14 @@ from repsim_kernels.errors import (
     OptionError,
     ShapeError,
 )
-from repsim_kernels.forward import cost, fusion, passes
+from repsim_kernels.forward import contexts, cost, fusion, passes
 from repsim_kernels.forward.cost import Cost
-from repsim_kernels.forward.dataflow import Split, split
+from repsim_kernels.forward.cuts import Cuts
+from repsim_kernels.forward.dataflow import Split
 from repsim_kernels.forward.fusion import Cells
 from repsim_kernels.forward.memory import Batch, budget, for_a_batch
 from repsim_kernels.forward.passes import State, copied
-from repsim_kernels.forward.trace import Trace, Untraceable
+from repsim_kernels.forward.trace import Trace
 
 
 class AblatedForward:
@@ -34,7 +35,8 @@ class AblatedForward:
     ----------
     model : nn.Module
         Takes images (n, …) and gives a tensor (n, …); in eval mode, and traceable by ``torch.fx``
-        or ``torch.export``. It is neither changed nor copied.
+        or ``torch.export``. It is neither changed nor copied. What ``torch.compile`` compiled runs
+        without the compiler, and all that is said of ``model(images)`` is of that.
     layer : str or sequence of str
         A name from ``model.named_modules()``, of a module or a container that runs once in a pass
         and gives a tensor (n, …); or several, which then share one trace and `prefixes`.
@@ -42,14 +44,24 @@ class AblatedForward:
     Raises
     ------
     LayerError
-        The layer is missing, never called or called more than once; or the model is in training
-        mode.
+        The layer is missing, never called, called more than once or in TorchScript; or the model is
+        in training mode, has lazy parameters that no batch has given a shape yet, is on the meta
+        device, or is a ``DataParallel`` over several devices.
 
     Notes
     -----
-    Where a prefix meets a new shape, layout or dtype of images, the cut is first tried on two of
-    them against whole passes, which finds randomness and hidden state; of a model that is exported
-    on all of them. No method tracks gradients. TF32 is as PyTorch's switches say.
+    Where a prefix meets a new shape, layout or dtype of images, the cut is first compared on two of
+    them with whole passes under a forward hook, which finds randomness and hidden state. A trace by
+    ``torch.fx`` that differs from them, because ``forward`` asks for a type for example, is
+    replaced by one of ``torch.export``, which is compared on all the images, once for each shape.
+    Autocast, the backends of attention and the default dtype are what ``forward`` sets them to. No
+    method tracks gradients. TF32 is as PyTorch's switches say.
+
+    PyTorch's transformer encoder layers run as one fused operation unless a module inside has a
+    hook, and the two ways differ by rounding. `logits` has the bits of the hook, so a layer inside
+    an encoder layer takes that one off its fast path, and no other. Cells without effect have these
+    bits too; `intact` has those of the model without a hook. An exported network takes all of its
+    encoder layers and attention off the fast path, and agrees with the hook up to rounding.
 
     On CUDA, unless ``REPSIM_BACKEND=torch``, Triton kernels make the masked copies together with a
     ReLU or ReLU6 behind the layer; for several cells at once also with an eval-mode batch norm, or
@@ -60,21 +72,19 @@ class AblatedForward:
         self.layers = (layer,) if isinstance(layer, str) else tuple(dict.fromkeys(layer))
         if not self.layers:
             raise LayerError("layer: none is given; expected a name, or several")
-        self._modules = dict(model.named_modules(remove_duplicate=False))
+        modules = dict(model.named_modules(remove_duplicate=False))
         for name in self.layers:
-            if name not in self._modules:
-                near = ", ".join(difflib.get_close_matches(name, self._modules))
+            if name not in modules:
+                inside = [known for known in modules if known.endswith(f".{name}")]
+                near = ", ".join(inside[:3] or difflib.get_close_matches(name, modules))
                 near = f"one of {near or 'model.named_modules()'}"
                 raise LayerError(f"layer: the model has no module {name!r}; expected {near}")
+            _check_scripted(modules, name)
         _check_eval(model)
+        _check_tensors(model)
         self.model = model
-        self._splits: dict[object, Split] = {}
-        self._exported: dict[object, Trace] = {}
-        self._trace: Trace | None = None
-        try:
-            self._trace = Trace(model, self.layers)
-        except Untraceable as error:
-            self._untraceable = error  # torch.export is tried where there are images
+        with contexts.run_eagerly():
+            self._cuts = Cuts(model, self.layers)
 
     def prefix(self, images: Tensor) -> State:
         """Run the network up to the layer, and all else that does not depend on the layer.
@@ -94,17 +104,19 @@ class AblatedForward:
         DtypeError, ShapeError, DeviceError
             Images that are no tensor, have no stimuli, or are on another device than the model.
         LayerError
-            The model can't be traced; the layer or the model gives no tensor (n, …); the model
-            writes to its own parameters or buffers, differs from a whole pass when cut here, or is
-            in training mode.
+            The model itself can't take the images; it can't be traced; the layer or the model gives
+            no tensor (n, …); the model is random or writes to its own parameters or buffers,
+            differs from a whole pass when cut here, or is in training mode.
         OptionError
             There are several layers: `prefixes` is for them.
         """
         if len(self.layers) > 1:
             raise OptionError(f"layer: {len(self.layers)} of them; expected one, or prefixes()")
         self._check(images)
-        with _without_grad():
-            return self._mine(passes.head(*self._cut(self.layers[0], images), images))
+        with contexts.run_eagerly():
+            (layer,) = self.layers
+            state = passes.head(*self._cuts.find(layer, images), images)
+            return self._mine({layer: state}, images)[layer]
 
     def prefixes(self, images: Tensor, layers: Sequence[str] | None = None) -> dict[str, State]:
         """Run the network once, and keep what the passes after each of several layers need.
@@ -131,17 +143,21 @@ class AblatedForward:
         """
         wanted = self._wanted(layers)
         self._check(images)
-        with _without_grad():
-            cuts = {name: self._cut(name, images) for name in wanted}
-            alone = {name: cut for name, cut in cuts.items() if not cut[1].apart}
-            shared = {name: part for name, (_, part) in cuts.items() if part.apart}
-            states = {name: passes.head(*cut, images) for name, cut in alone.items()}
-            if shared:
-                states |= passes.heads(cuts[next(iter(shared))][0], shared, images)
-            return {name: self._mine(states[name]) for name in wanted}
+        with contexts.run_eagerly():
+            cuts = {name: self._cuts.find(name, images) for name in wanted}
+            states: dict[str, State] = {}
+            shared: dict[Trace, dict[str, Split]] = {}
+            for name, (trace, part) in cuts.items():
+                if part.apart:
+                    shared.setdefault(trace, {})[name] = part
+                else:
+                    states[name] = passes.head(trace, part, images)
+            for trace, parts in shared.items():
+                states |= passes.heads(trace, parts, images)
+            return self._mine({name: states[name] for name in wanted}, images)
 
     def intact(self, state: State, *, memory: int | str | None = None) -> Tensor:
-        """The network's output with nothing ablated; computed once a state.
+        """The network's output with nothing ablated and no hook; computed once a state.
 
         Parameters
         ----------
@@ -153,7 +169,8 @@ class AblatedForward:
         Returns
         -------
         logits : tensor, (n, k)
-            Bit for bit ``model(images)``.
+            Bit for bit ``model(images)``. What a hook gives that changes nothing, which can differ
+            by rounding, is the result of `logits` for a cell without units.
 
         Raises
         ------
@@ -164,10 +181,10 @@ class AblatedForward:
         """
         self._own(state)
         room = for_a_batch(budget(memory, state._kept.device), state._kept.device)
-        with _without_grad():
-            if state._intact is None:
-                (state._intact,) = passes.in_batches(state, None, _all(state, [0]), 1, room)
-            return state._intact.clone()
+        with contexts.run_eagerly():
+            return (
+                self._run_unmasked(state, room) if state._plain is None else state._plain
+            ).clone()
 
     def logits(
         self,
@@ -204,7 +221,8 @@ class AblatedForward:
         logits : tensor, (C, n, k)
             With ``batch=1`` and memory for it, bit for bit the output under a forward hook that
             returns a masked clone; else the same to rounding. Cells without units, or whose units
-            are zero for all the images, don't run and have exactly the intact logits.
+            are zero for all the images, don't run: all have the same bits, of a hook that returns
+            a clone.
 
         Raises
         ------
@@ -234,14 +252,14 @@ class AblatedForward:
         room = for_a_batch(budget(memory, act.device), act.device)
         checked, n_cells = _check.cells(cells, act[0].numel(), n_cells)
         table = _arrays.to_torch(checked, str(act.device))  # (p,) labels or (C, p) membership
-        intact = self.intact(state, memory=room)
-        with _without_grad():
+        with contexts.run_eagerly():
+            unmasked = self._run_unmasked(state, room)
             alive = (act != 0).any(0).reshape(-1)  # (p,)
             if table.dtype == torch.bool:
                 runs = (table & alive).any(1)
             else:
                 runs = torch.bincount(table[alive & (table >= 0)], minlength=n_cells) > 0
-            out = intact.expand(n_cells, *intact.shape).clone()
+            out = unmasked.expand(n_cells, *unmasked.shape).clone()
             ids = runs.nonzero()[:, 0].tolist()
             if ids:
                 masks = Cells(checked, table, torch.arange(n_cells, device=act.device))
@@ -276,10 +294,14 @@ class AblatedForward:
         """
         wanted = self._wanted(layers)
         self._check(images)
-        with _without_grad():
-            cuts = {name: self._cut(name, images)[1] for name in wanted}
-            times = cost.seconds(self._traced(images), copied(images)) if timed else None
-            return {name: cost.cost(part, times, len(images)) for name, part in cuts.items()}
+        with contexts.run_eagerly():
+            cuts = {name: self._cuts.find(name, images) for name in wanted}
+            traces = {trace for trace, _ in cuts.values()} if timed else set()
+            times = {trace: cost.seconds(trace, copied(images)) for trace in traces}
+            return {
+                name: cost.cost(part, times.get(trace), len(images))
+                for name, (trace, part) in cuts.items()
+            }
 
     def _wanted(self, layers: Sequence[str] | None) -> tuple[str, ...]:
         names = self.layers if layers is None else layers
@@ -293,6 +315,8 @@ class AblatedForward:
         home = next((p.device for p in self.model.parameters()), images.device)
         if images.device != home:
             raise DeviceError(f"images: on {images.device}; expected the model's device, {home}")
+        if images.is_meta:
+            raise DeviceError("images: on meta, which holds no values; expected another device")
         _check_eval(self.model)
 
     def _own(self, state: State) -> None:
@@ -300,34 +324,21 @@ class AblatedForward:
             raise OptionError("state: made by another AblatedForward; expected one of this one")
         _check_eval(self.model)
 
-    def _few(self, images: Tensor) -> Tensor:
-        """What a trace is tried on: two images, or as many as it was exported for."""
-        return images if self._trace is None else images[:2]
+    def _mine(self, states: dict[str, State], images: Tensor) -> dict[str, State]:
+        """Own states of these images; with the intact logits, where a cut hasn't their bits."""
+        plain = None
+        for state in states.values():
+            state._owner = self
+            if not state._split.plain:
+                plain = self.model(copied(images)).detach() if plain is None else plain
+                state._plain = plain
+        return states
 
-    def _traced(self, images: Tensor) -> Trace:
-        if self._trace is not None:
-            return self._trace
-        key = _kind(images)
-        if key not in self._exported:
-            try:
-                self._exported[key] = Trace(self.model, self.layers, like=copied(images))
-            except Untraceable as error:
-                raise LayerError(f"{self._untraceable}; {error}") from error
-        return self._exported[key]
-
-    def _cut(self, layer: str, images: Tensor) -> tuple[Trace, Split]:
-        """The network cut at a layer for such images; tried out where they are new."""
-        trace, few = self._traced(images), copied(self._few(images))
-        key = layer, _kind(few)
-        if key not in self._splits:
-            found = split(trace, layer, copied(few))
-            found.batchable &= passes.prove(trace, found, self._modules[layer], few)
-            self._splits[key] = found
-        return trace, self._splits[key]
-
-    def _mine(self, state: State) -> State:
-        state._owner = self
-        return state
+    def _run_unmasked(self, state: State, room: int) -> Tensor:
+        """What a hook gives that changes nothing."""
+        if state._same is None:
+            (state._same,) = passes.in_batches(state, None, _all(state, [0]), 1, room)
+        return state._same
 
     def _together(self, state: State, cells: Cells, count: int) -> int:
         """How many cells run together, of those that run."""
@@ -338,18 +349,8 @@ class AblatedForward:
         return cost.together(part, len(state))
 
 
-@contextmanager
-def _without_grad() -> Iterator[None]:
-    with torch.inference_mode(False), torch.no_grad():  # inference tensors don't count writes
-        yield
-
-
 def _all(state: State, cells: list[int]) -> Batch:
     return Batch(cells, 0, len(state))
-
-
-def _kind(images: Tensor) -> tuple[object, ...]:
-    return images.shape, images.stride(), images.dtype, images.device
 
 
 def _check_eval(model: nn.Module) -> None:
@@ -357,3 +358,29 @@ def _check_eval(model: nn.Module) -> None:
         if module.training:
             what = f"{name!r} is" if name else "it is"
             raise LayerError(f"model: {what} in training mode; expected model.eval()")
+
+
+def _check_scripted(modules: dict[str, nn.Module], layer: str) -> None:
+    for name, module in modules.items():
+        inside = f"{layer}.".startswith(f"{name}." if name else "")
+        if inside and isinstance(module, torch.jit.ScriptModule):
+            what = f"module {name!r}" if name else "the model"
+            raise LayerError(
+                f"layer: {layer!r} is TorchScript, as {what} was scripted or traced, which hides "
+                "its layers; pass the nn.Module that it was made from"
+            )
+
+
+def _check_tensors(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            what = repr(name) if name else "it"
+            raise LayerError(
+                f"model: {what} is split over {len(module.device_ids)} devices by DataParallel; "
+                "pass its .module"
+            )
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(t):
+            raise LayerError(f"model: {name!r} has no shape yet; run the model once on a batch")
+        if t.is_meta:
+            raise LayerError(f"model: {name!r} is on meta, which holds no values; load weights")

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from repsim_kernels.forward.dataflow import Split, Step
-from repsim_kernels.forward.trace import Trace, Values
+from repsim_kernels.forward.trace import Trace, Values, sets_switches
 
 
 @dataclass(frozen=True)
@@ -277,6 +277,8 @@ def _precision(weight: Tensor) -> str:
 
 def _operation(trace: Trace, split: Split, values: Values, node: fx.Node) -> _Operation:
     """What a node does to its first argument, if that is known, and the same for all stimuli."""
+    if sets_switches(node):
+        return None
     if node.op == "call_module":
         return _module(trace.module(node)) if len(node.args) == 1 and not node.kwargs else None
     function = (_METHODS if node.op == "call_method" else _FUNCTIONS).get(node.target)

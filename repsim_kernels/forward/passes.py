@@ -1,17 +1,16 @@
-"""What is run of a network that is cut at a layer: before it, after it, and to try the cut."""
+"""What is run of a network that is cut at a layer: before it, and after it."""
 
 from __future__ import annotations
 
 import copy
 import warnings
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from repsim_kernels.errors import LayerError, OutOfMemoryWarning
 from repsim_kernels.forward import broadcast, fusion
-from repsim_kernels.forward.dataflow import Split, check_batch, schedule, tensors, version
+from repsim_kernels.forward.dataflow import Split, schedule, tensors, version
 from repsim_kernels.forward.fusion import Cells
 from repsim_kernels.forward.memory import Batch, fit
 from repsim_kernels.forward.trace import Trace, Values
@@ -30,7 +29,8 @@ class State:
         self.layer = part.layer
         self._kept, self._strides = activation, activation.stride()
         self._values, self._trace, self._split = values, trace, part
-        self._intact: Tensor | None = None
+        self._same: Tensor | None = None  # what a hook gives that changes nothing
+        self._plain: Tensor | None = None  # and the model without a hook, where that differs
         self._owner: object = None
         self._note()
 
@@ -111,7 +111,7 @@ def heads(trace: Trace, parts: dict[str, Split], images: Tensor) -> dict[str, St
     for name, part in parts.items():
         mine = values | kept[name]
         states[name] = State(mine[part.cut], {x: mine[x] for x in part.inputs}, trace, part)
-        states[name]._intact = values[trace.output].clone()
+        states[name]._same = values[trace.output].clone()
     return states
 
 
@@ -135,7 +135,7 @@ def tail(state: State, cells: Cells | None = None, batch: Batch | None = None) -
             steps = behind.run(values)
         else:
             masks = cells.masks().view(-1, *values[part.cut].shape[1:])
-            values[part.cut] = _masked(values[part.cut], masks)
+            values[part.cut] = masked(values[part.cut], masks)
     once = set(part.varying) if several > 1 else set()  # what has a row a stimulus, not a cell
     for step in steps:
         values[step.node] = broadcast.run(trace, step.node, values, once, several)
@@ -181,36 +181,6 @@ def in_batches(state: State, cells: Cells | None, whole: Batch, together: int, r
     return out
 
 
-def prove(trace: Trace, part: Split, module: nn.Module, images: Tensor) -> bool:
-    """Hold the cut network against the whole one; say whether cells may run together."""
-    state = head(trace, part, images)
-    act = state.activation
-    labels = -(np.arange(act[0].numel()) % 2)  # cell 0 is every second unit, cell 1 is empty
-    table, ids = torch.from_numpy(labels).to(act.device), torch.arange(2, device=act.device)
-    one, two = Cells(labels, table, ids[:1]), Cells(labels, table, ids)
-    mask = one.masks().view(1, *act.shape[1:])
-    half, intact = tail(state, one), tail(state)
-
-    def masked(_module: nn.Module, _inputs: object, out: object) -> Tensor:
-        return _masked(check_batch(out, images, f"layer: {part.layer!r}"), mask)
-
-    handle = module.register_forward_hook(masked)
-    try:
-        whole = trace.model(copied(images))
-    finally:
-        handle.remove()
-    if not (_close(half, whole) and _close(intact, trace.model(copied(images)))):
-        raise LayerError(
-            f"model: cut at {part.layer!r} it differs from a whole pass; expected one without "
-            "randomness or hidden state, which uses the layer's output only as a value"
-        )
-    try:
-        both = tail(state, two)
-    except Exception:  # whatever comes of a batch size that is fixed somewhere
-        return False
-    return _close(both, torch.cat([half, intact]), least=1e-2)  # TF32 differs by 1e-3
-
-
 def copied(t: Tensor) -> Tensor:
     """A copy with the same strides, which clone() only keeps where there are no gaps."""
     t = t.detach()
@@ -218,17 +188,8 @@ def copied(t: Tensor) -> Tensor:
     return clone if clone.stride() == t.stride() else copy.deepcopy(t)
 
 
-def _masked(t: Tensor, masks: Tensor) -> Tensor:
+def masked(t: Tensor, masks: Tensor) -> Tensor:
     """(C n, …): the tensor once for each mask (C, …) of one stimulus, zero where it is true."""
     out = t.clone() if len(masks) == 1 else broadcast.tiled(t, len(masks))
     out.view(len(masks), *t.shape).masked_fill_(masks[:, None], 0)
     return out
-
-
-def _close(got: Tensor, want: Tensor, least: float = 0.0) -> bool:
-    """Equal up to rounding, at the scale of the largest value."""
-    if got.shape != want.shape or not want.is_floating_point() or not want.numel():
-        return torch.equal(got, want)
-    slack = max(least, torch.finfo(want.dtype).eps ** 0.5)
-    scale = float(want.abs().nan_to_num(0, 0).max())
-    return torch.allclose(got, want, rtol=0, atol=slack * scale, equal_nan=True)

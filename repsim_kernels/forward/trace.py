@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import operator
-import warnings
-from collections.abc import Collection
-from functools import partialmethod
-from typing import Any
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial, partialmethod
+from typing import Any, TypeGuard
 
-import torch
 from torch import Tensor, fx, nn
 
 from repsim_kernels.errors import LayerError
+from repsim_kernels.forward import contexts, exported
 
 Values = dict[fx.Node, Any]
+Calls = Callable[[str], list[fx.Node]]  # the operations that give a layer's output
+
+# PyTorch runs these as one operation, where no module inside an encoder layer has a hook.
+FUSED = nn.TransformerEncoderLayer, nn.MultiheadAttention
 
 
 class Untraceable(LayerError):
@@ -24,28 +28,50 @@ class Trace:
     """The operations of a model in their order, and the one whose value is a layer's output.
 
     By `torch.fx`, for images of any shape; where that can't trace the model, by `torch.export`, for
-    images like those given. Raises Untraceable where it can't either, LayerError where a layer
-    isn't called once.
+    images like those given. Raises Untraceable where it can't either.
     """
 
     def __init__(
         self, model: nn.Module, layers: Collection[str], like: Tensor | None = None
     ) -> None:
         """like: images to export the model for; without them fx traces it."""
-        self.model = model
+        self.model, self.exported = model, like is not None
         if like is None:
-            root, graph, calls = _symbolic(model, layers)
+            root, graph, self._calls = _symbolic(model, layers)
         else:
-            root, graph, calls = _exported(model, layers, like)
+            root, graph, self._calls = _exported(model, like)
         self._interpreter = fx.Interpreter(root, graph=graph)
         self.input = next(x for x in graph.nodes if x.op == "placeholder")
         self.nodes: list[fx.Node] = [self.input, *(x for x in graph.nodes if x is not self.input)]
         self.output = self.nodes[-1]
-        self.cuts = {layer: _once(layer, calls[layer]) for layer in layers}
+
+    def cut(self, layer: str) -> fx.Node:
+        """The operation that gives a layer's output; LayerError where the layer isn't called once.
+
+        What a trace by fx says of a layer holds for the trace alone: ``isinstance(x, Tensor)`` is
+        false in it.
+        """
+        calls = self._calls(layer)
+        if len(calls) == 1:
+            return calls[0]
+        times = f"called {len(calls)} times" if calls else "never called"
+        sites = "; ".join(f"on {', '.join(map(label, _arguments(x)))}" for x in calls)
+        how = "" if self.exported else ", as torch.fx traces the model"
+        raise LayerError(
+            f"layer: {layer!r} is {times}{f' ({sites})' if sites else how}; "
+            "expected one call in a pass"
+        )
 
     def run(self, node: fx.Node, values: Values) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-        return getattr(self._interpreter, node.op)(node.target, args, kwargs)
+        with self.apply_switches(node):
+            return getattr(self._interpreter, node.op)(node.target, args, kwargs)
+
+    def apply_switches(self, node: fx.Node) -> AbstractContextManager[None]:
+        """The switches that an operation runs under, where the model sets any."""
+        return (
+            contexts.set_switches(node.meta["switches"]) if sets_switches(node) else nullcontext()
+        )
 
     def module(self, node: fx.Node) -> nn.Module:
         module: nn.Module = self._interpreter.fetch_attr(str(node.target))
@@ -67,12 +93,9 @@ def label(node: fx.Node) -> str:
     return "the images" if node.op == "placeholder" else node.name
 
 
-def _once(layer: str, calls: list[fx.Node]) -> fx.Node:
-    if len(calls) != 1:
-        sites = "; ".join(f"on {', '.join(map(label, _arguments(x)))}" for x in calls)
-        times = f"called {len(calls)} times ({sites})" if calls else "never called"
-        raise LayerError(f"layer: {layer!r} is {times}; expected one call in a pass")
-    return calls[0]
+def sets_switches(node: fx.Node) -> bool:
+    """Whether the model runs an operation under autocast or another switch of its own."""
+    return "switches" in node.meta
 
 
 def _arguments(call: fx.Node) -> list[fx.Node]:
@@ -116,6 +139,7 @@ class _Tracer(fx.Tracer):
     def __init__(self, layers: dict[nn.Module, list[fx.Node]], buffers: bool, whole: bool) -> None:
         super().__init__()
         self._calls, self._whole, self.proxy_buffer_attributes = layers, whole, buffers
+        self._switches = contexts.read_switches()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         inside = (x for x in m.modules() if x is not m)
@@ -123,9 +147,21 @@ class _Tracer(fx.Tracer):
             return False
         if m in self._calls and self._whole:
             return True
+        if isinstance(m, FUSED):
+            # Run as it is, it takes its fast path; traced into, the slow one, as under a hook.
+            return not (m in self._calls and isinstance(m, nn.TransformerEncoderLayer))
         return super().is_leaf_module(m, module_qualified_name)
 
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        switches = contexts.read_switches()
+        if switches != self._switches:
+            node.meta["switches"] = switches
+        return node
+
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if _stacks_layers(m) and len(args) == 1 and not kwargs:
+            forward = partial(_run_encoder, m)
         out = super().call_module(m, forward, args, kwargs)
         if m in self._calls:
             if not self.is_leaf_module(m, self.path_of_module(m)):
@@ -141,15 +177,25 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
 
+def _stacks_layers(m: nn.Module) -> TypeGuard[nn.TransformerEncoder]:
+    """Whether a module is PyTorch's encoder, with nothing of someone else's around it."""
+    return type(m) is nn.TransformerEncoder and not (m._forward_hooks or m._forward_pre_hooks)
+
+
+def _run_encoder(encoder: nn.TransformerEncoder, x: Any) -> Any:
+    """``encoder(x)``, without its questions about shapes, which fx can't answer."""
+    for layer in encoder.layers:
+        x = layer(x, src_mask=None, is_causal=False, src_key_padding_mask=None)
+    return x if encoder.norm is None else encoder.norm(x)
+
+
 def _collect(found: list[fx.Proxy], value: Any) -> Any:
     if isinstance(value, fx.Proxy):
         found.append(value)
     return value
 
 
-def _symbolic(
-    model: nn.Module, layers: Collection[str]
-) -> tuple[nn.Module, fx.Graph, dict[str, list[fx.Node]]]:
+def _symbolic(model: nn.Module, layers: Collection[str]) -> tuple[nn.Module, fx.Graph, Calls]:
     root, modules = _Root(model), dict(model.named_modules(remove_duplicate=False))
     kept = [(vars(m), dict(vars(m))) for m in root.modules()]  # a pass may store what it made
     first: Exception | None = None
@@ -158,56 +204,31 @@ def _symbolic(
     for whole, buffers in ((False, True), (True, True), (True, False)):
         calls: dict[nn.Module, list[fx.Node]] = {modules[layer]: [] for layer in layers}
         try:
-            graph = _Tracer(calls, buffers, whole).trace(root)
-            return root, graph, {layer: calls[modules[layer]] for layer in layers}
+            with contexts.allow_tracing():
+                graph = _Tracer(calls, buffers, whole).trace(root)
+            return root, graph, partial(_calls_of, calls, modules)
         except Exception as e:
             first = first or e
         finally:
             for attributes, old in kept[1:]:  # the root's are the trace's own
                 attributes.clear()
                 attributes.update(old)
-    raise Untraceable(f"model: torch.fx can't trace it: {_line(first)}") from first
+    raise Untraceable(f"model: torch.fx can't trace it: {first_line(first)}") from first
 
 
-def _exported(
-    model: nn.Module, layers: Collection[str], images: Tensor
-) -> tuple[nn.Module, fx.Graph, dict[str, list[fx.Node]]]:
+def _calls_of(
+    calls: dict[nn.Module, list[fx.Node]], modules: dict[str, nn.Module], layer: str
+) -> list[fx.Node]:
+    return calls[modules[layer]]
+
+
+def _exported(model: nn.Module, images: Tensor) -> tuple[nn.Module, fx.Graph, Calls]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporter's own deprecations
-            program = torch.export.export(_Root(model), (images,), strict=False)
-            root = program.module()
+        root, graph = exported.export(_Root(model), images)
     except Exception as e:
-        raise Untraceable(f"torch.export can't either: {_line(e)}") from e
-    graph = root.graph
-    for x in [x for x in graph.nodes if x.op == "call_module"]:
-        graph.erase_node(x)  # of the program's check of its input: everything else is operators
-    output = next(iter(reversed(graph.nodes)))
-    results = output.args[0]
-    if program.call_spec.out_spec.is_leaf():
-        output.args = (results[0],)
-    return root, graph, {layer: _calls(graph, layer) for layer in layers}
+        raise Untraceable(first_line(e)) from e
+    return root, graph, partial(exported.find_calls, graph)
 
 
-def _calls(graph: fx.Graph, layer: str) -> list[fx.Node]:
-    """The operations of a layer whose values others use, of every call of it."""
-    path = f"model.{layer}" if layer else "model"
-    calls: dict[str, list[fx.Node]] = {}
-    for x in graph.nodes:
-        for key, (name, _) in (x.meta.get("nn_module_stack") or {}).items():
-            if name == path:
-                calls.setdefault(key, []).append(x)
-    found = []
-    for inside in calls.values():
-        own = set(inside)
-        given = [x for x in inside if not own.issuperset(x.users)]
-        if len(given) != 1:
-            raise LayerError(
-                f"layer: {layer!r} gives {len(given)} tensors of its own; expected a tensor (n, …)"
-            )
-        found += given
-    return found
-
-
-def _line(error: Exception | None) -> str:
+def first_line(error: Exception | None) -> str:
     return (str(error) or type(error).__name__).strip().splitlines()[0]

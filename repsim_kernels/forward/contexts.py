@@ -1,0 +1,92 @@
+"""PyTorch's switches: those that a network may set for a part of its forward pass, and our own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+_DEVICES = ("cpu", "cuda")
+_ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
+
+
+class Switches(NamedTuple):
+    """Switches that decide what an operation computes.
+
+    A trace has the operations of a forward pass without its ``with`` blocks: each operation carries
+    the switches that it ran under.
+    """
+
+    autocast: tuple[tuple[bool, torch.dtype], ...]  # for each of _DEVICES
+    attention: tuple[bool, ...]  # which of _ATTENTION scaled_dot_product_attention may use
+    dtype: torch.dtype  # of new tensors
+
+    def with_autocast(self, device: str, dtype: torch.dtype | None, enabled: bool) -> Switches:
+        states = dict(zip(_DEVICES, self.autocast, strict=True))
+        if device in states:
+            states[device] = enabled, dtype or states[device][1]
+        return self._replace(autocast=tuple(states.values()))
+
+
+def read_switches() -> Switches:
+    """The switches as they are now."""
+    return Switches(
+        autocast=tuple(
+            (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _DEVICES
+        ),
+        attention=tuple(_cuda(f"{name}_sdp_enabled")() for name in _ATTENTION),
+        dtype=torch.get_default_dtype(),
+    )
+
+
+@contextmanager
+def set_switches(wanted: Switches) -> Iterator[None]:
+    """Set the switches that differ, and set them back."""
+    now = read_switches()
+    with ExitStack() as stack:
+        for device, new, old in zip(_DEVICES, wanted.autocast, now.autocast, strict=True):
+            if new != old:
+                enabled, dtype = new
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+        for name, use, used in zip(_ATTENTION, wanted.attention, now.attention, strict=True):
+            if use != used:
+                stack.callback(_cuda(f"enable_{name}_sdp"), used)
+                _cuda(f"enable_{name}_sdp")(use)
+        if wanted.dtype != now.dtype:
+            stack.callback(torch.set_default_dtype, now.dtype)
+            torch.set_default_dtype(wanted.dtype)
+        yield
+
+
+@contextmanager
+def run_eagerly() -> Iterator[None]:
+    """Passes without gradients and compilers, whose writes to tensors are counted."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))  # inference tensors don't count writes
+        stack.enter_context(torch.no_grad())
+        if "torch._dynamo" in sys.modules:  # nothing is compiled without it, and it loads slowly
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextmanager
+def allow_tracing() -> Iterator[None]:
+    """Let torch.fx trace into compiled modules and into PyTorch's transformer layers.
+
+    It refuses the former by default, and can't answer what the latter ask before a fast path.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        torch.backends.mha.set_fastpath_enabled(False)
+        if "torch._dynamo" in sys.modules:
+            config: Any = sys.modules["torch._dynamo"].config
+            stack.enter_context(config.patch(error_on_nested_fx_trace=False))
+        yield
+
+
+def _cuda(name: str) -> Any:
+    return getattr(torch.backends.cuda, name)

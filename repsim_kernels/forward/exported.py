@@ -1,0 +1,101 @@
+"""A network's operations as ``torch.export`` gives them, in one graph."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from repsim_kernels.errors import LayerError
+from repsim_kernels.forward import contexts
+from repsim_kernels.forward.contexts import Switches
+
+_AUTOCAST = torch.ops.higher_order.wrap_with_autocast
+_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
+
+
+def export(root: nn.Module, images: Tensor) -> tuple[nn.Module, fx.Graph]:
+    """Export a module for images like these; give a module with its tensors, and the graph."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter's own deprecations
+        program = torch.export.export(root, (images,), strict=False)
+        module = program.module()
+    graph = _inline_regions(module)
+    output = next(iter(reversed(graph.nodes)))
+    if program.call_spec.out_spec.is_leaf():
+        output.args = (output.args[0][0],)
+    return module, graph
+
+
+def find_calls(graph: fx.Graph, layer: str) -> list[fx.Node]:
+    """The operations of a layer whose values others use, of every call of it."""
+    path = f"model.{layer}" if layer else "model"
+    inside: dict[str, list[fx.Node]] = {}
+    for x in graph.nodes:
+        for key, (name, _) in (x.meta.get("nn_module_stack") or {}).items():
+            if name == path:
+                inside.setdefault(key, []).append(x)
+    found = []
+    for own in inside.values():
+        given = [x for x in own if not set(own).issuperset(x.users)]
+        if len(given) != 1:
+            raise LayerError(
+                f"layer: {layer!r} gives {len(given)} tensors of its own; expected a tensor (n, …)"
+            )
+        found += given
+    return found
+
+
+def _inline_regions(module: nn.Module) -> fx.Graph:
+    """A program's graph, with what it keeps in graphs of their own in its place.
+
+    The exporter makes a function of each region under autocast, or under a gradient mode. A layer
+    in a region is cut like any other, so its operations are moved out, with the region's switches.
+    """
+    flat = fx.Graph()
+
+    def move(owner: Any, inputs: Sequence[fx.Node] | None, switches: Switches) -> Any:
+        """Copy a graph's operations, and give its result; `inputs` are those of a region."""
+        values: dict[fx.Node, Any] = {}
+        regions: set[Any] = set()
+        given = iter(inputs or ())
+        for x in owner.graph.nodes:
+            if x.op == "placeholder" and inputs is not None:
+                values[x] = next(given)
+            elif x.op == "output" and inputs is not None:
+                return fx.node.map_arg(x.args[0], values.__getitem__)
+            elif x.target in (_AUTOCAST, _GRAD):
+                values[x] = region(owner, x, values, switches)  # a tuple
+                regions.add(x)
+            elif x.target is operator.getitem and x.args[0] in regions:
+                values[x] = values[x.args[0]][x.args[1]]
+            elif x.op == "call_module":
+                continue  # the program's check of its input: everything else is operators
+            elif not _names_region(owner, x):
+                values[x] = copied = flat.node_copy(x, values.__getitem__)
+                if switches != outside:
+                    copied.meta["switches"] = switches
+        return None
+
+    def region(owner: Any, call: fx.Node, values: dict[fx.Node, Any], switches: Switches) -> Any:
+        arguments: Any = call.args
+        if call.target is _AUTOCAST:
+            device, dtype, enabled, _, graph, *inputs = arguments
+            switches = switches.with_autocast(device, dtype, enabled)
+        else:  # no pass tracks gradients
+            _, graph, *inputs = arguments
+        return move(getattr(owner, graph.target), [values[x] for x in inputs], switches)
+
+    outside = contexts.read_switches()
+    move(module, None, outside)
+    return flat
+
+
+def _names_region(owner: nn.Module, x: fx.Node) -> bool:
+    """Whether a node only gives regions their graph."""
+    graph = isinstance(getattr(owner, str(x.target), None), fx.GraphModule)
+    return x.op == "get_attr" and graph and all(y.target in (_AUTOCAST, _GRAD) for y in x.users)

@@ -1,0 +1,337 @@
+"""Networks that PyTorch runs in ways of its own: cut with the bits of a hook, or refused."""
+
+import contextlib
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from _hook import HUGE, Lambda, Net, by_fx, check, hooked, labels_for, plain, refused
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrizations
+
+from repsim_kernels.errors import DeviceError, LayerError
+from repsim_kernels.forward import AblatedForward
+
+
+def bfloat16():
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    old = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(old)
+
+
+def around_the_layer(context):
+    def run(m, x):
+        with context():
+            h = m.relu(m.cut(m.a(x)))
+        return m.out(h.float())
+
+    return run
+
+
+def autocast(m, x):
+    with bfloat16():
+        h = m.cut(m.a(x))
+    return m.out(m.relu(h.float()))
+
+
+def nested_autocast(m, x):
+    with bfloat16():
+        h = m.a(x)
+        with torch.autocast("cpu", enabled=False):
+            h = m.cut(h.float())
+        return m.out(m.relu(h)).float()
+
+
+def autocast_behind_the_layer(m, x):
+    h = m.cut(m.a(x))
+    with bfloat16():
+        h = h @ m.weight + h
+    return m.out(h.float())
+
+
+def gradients_within_autocast(m, x):
+    with bfloat16(), torch.enable_grad():
+        h = m.cut(m.a(x))
+    return m.out(h.float())
+
+
+def attention(m, x):
+    h = m.cut(m.a(x)).view(-1, 2, 2, 1)
+    with sdpa_kernel(SDPBackend.MATH):
+        h = F.scaled_dot_product_attention(h, h * 2, h + 1)
+    return m.out(h.reshape(-1, 4))
+
+
+def new_tensors(m, x):
+    with default_dtype(torch.float64):
+        h = m.cut(m.a(x)) + (torch.arange(x.shape[1] / 10, 9)[:4] + 1e6 - 1e6)  # to 0.06 in float32
+    return m.out(h.float())
+
+
+CONTEXTS = [
+    autocast,
+    nested_autocast,
+    autocast_behind_the_layer,
+    gradients_within_autocast,
+    attention,
+    new_tensors,
+    *map(around_the_layer, (torch.no_grad, torch.inference_mode, torch.enable_grad)),
+]
+
+
+@pytest.mark.parametrize("run", CONTEXTS)
+@pytest.mark.parametrize("layer", ["a", "cut", "out"])
+def test_contexts_in_forward(run, layer):
+    images = torch.randn(4, 6)
+    forward = check(Net(run), layer, images)
+    assert by_fx(forward)
+    assert torch.equal(forward.intact(forward.prefix(images[:3])), plain(forward.model, images[:3]))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [autocast, nested_autocast, autocast_behind_the_layer, gradients_within_autocast],
+)
+@pytest.mark.parametrize("layer", ["a", "cut", "out"])
+def test_contexts_of_exported_networks(run, layer):
+    def untraceable(m, x):
+        assert isinstance(x, torch.Tensor)
+        return run(m, x)
+
+    assert not by_fx(check(Net(untraceable), layer, torch.randn(4, 6)))
+
+
+def test_a_layer_in_a_context_has_its_dtype():
+    state = AblatedForward(Net(autocast), "cut").prefix(torch.randn(3, 6))
+    assert state.activation.dtype == torch.bfloat16
+
+
+def test_the_callers_own_autocast():
+    model, images = Net(nested_autocast), torch.randn(4, 6)
+    forward = AblatedForward(model, "cut")
+    for outside in (contextlib.nullcontext(), bfloat16(), contextlib.nullcontext()):
+        with outside:
+            state = forward.prefix(images)
+            labels = labels_for(state, 2)
+            ablated = forward.logits(state, labels, batch=1)
+            assert torch.equal(ablated[1], hooked(model, "cut", images, labels == 1))
+            assert torch.equal(forward.intact(state), plain(model, images))
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [
+        lambda x: isinstance(x, torch.Tensor),
+        torch.is_tensor,
+        lambda x: x.dtype is torch.float32,
+    ],
+)
+def test_questions_that_fx_answers_wrongly(asks):
+    def run(m, x):
+        h = m.cut(m.a(x))
+        return m.out(h * 2 if asks(x) else h)
+
+    assert not by_fx(check(Net(run), "cut", torch.randn(4, 6)))
+
+
+def test_layers_that_fx_sees_called_otherwise():
+    def twice(m, x):
+        h = m.a(x)
+        return m.out(m.cut(m.cut(h)) if isinstance(x, torch.Tensor) else m.cut(h))
+
+    def once(m, x):
+        return m.out(m.cut(m.a(x)) if isinstance(x, torch.Tensor) else m.a(x))
+
+    refused(r"'cut' is called 2 times \(on linear.*\); expected one call", Net(twice))
+    refused("'cut' is never called, as torch.fx traces the model", Net(once))
+
+
+def sequential():
+    torch.manual_seed(6)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+
+
+def decorated():
+    class Decorated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = sequential()
+
+        @torch.compile(backend="eager")
+        def forward(self, x):
+            return self.net(x)
+
+    return Decorated().eval(), "net.1"
+
+
+def wrapped():
+    return torch.compile(sequential(), backend="eager"), "_orig_mod.1"
+
+
+def compiled_in_place():
+    model = sequential()
+    model.compile(backend="eager")
+    return model, "1"
+
+
+def compiled_part():
+    model = sequential()
+    model[0] = torch.compile(model[0], backend="eager")
+    model[2].compile(backend="eager")
+    return model, "1"
+
+
+@pytest.mark.parametrize("build", [decorated, wrapped, compiled_in_place, compiled_part])
+@pytest.mark.parametrize("called", [False, True])
+def test_compiled_networks(build, called):
+    torch.compiler.reset()
+    (model, layer), eager, images = build(), sequential(), torch.randn(4, 6)
+    if called:  # from then on compiled code ignores hooks
+        plain(model, images)
+    forward = AblatedForward(model, layer)
+    state = forward.prefix(images)
+    labels = labels_for(state, 3)
+    ablated = forward.logits(state, labels, 3, batch=1)
+    for c in range(3):
+        assert torch.equal(ablated[c], hooked(eager, "1", images, labels == c))
+    assert torch.equal(forward.intact(state), plain(eager, images))
+    assert torch.equal(plain(model, images), plain(eager, images))
+
+
+def test_a_name_from_before_the_network_was_wrapped():
+    with pytest.raises(LayerError, match=r"no module '1'; expected one of _orig_mod\.1$"):
+        AblatedForward(wrapped()[0], "1")
+
+
+@pytest.mark.parametrize("kind", ["script", "trace"])
+def test_torchscript(kind):
+    def compiled(module, *images):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript is deprecated
+            return torch.jit.script(module) if kind == "script" else torch.jit.trace(module, images)
+
+    images, model = torch.randn(3, 6), sequential()
+    match = r"'{}' is TorchScript, as {} was scripted or traced, .*; pass the nn.Module"
+    refused(match.format("1", "the model"), compiled(model, images), "1")
+    refused(match.format("", "the model"), compiled(model, images), "")
+    inner = nn.Sequential(compiled(model, images), nn.Linear(3, 3)).eval()
+    refused(match.format("0.1", "module '0'"), inner, "0.1")
+    refused(match.format("0", "module '0'"), inner, "0")
+    check(inner, "1", images)
+
+
+def test_images_that_the_network_cannot_take():
+    own = r"it can't take these images, {}, with parameters of {}: mat1 and mat2 .*"
+    images = torch.randn(4, 6)
+    for model, given, shape, dtype in [
+        (sequential().double(), images, r"float32 of shape \(4, 6\)", "float64"),
+        (sequential(), images.double(), r"float64 of shape \(4, 6\)", "float32"),
+        (sequential(), images.int(), r"int32 of shape \(4, 6\)", "float32"),
+        (sequential().half(), images[:1], r"float32 of shape \(1, 6\)", "float16"),
+        (sequential(), images[:, 1:], r"float32 of shape \(4, 5\)", "float32"),
+    ]:
+        refused(own.format(shape, dtype), model, "1", given)
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        forward = AblatedForward(sequential().to(dtype), "1")
+        state = forward.prefix(images.to(dtype))
+        want = hooked(forward.model, "1", images.to(dtype), torch.arange(8) % 2 == 0)
+        assert torch.equal(forward.logits(state, [0, -1] * 4, batch=1)[0], want)
+
+
+def test_a_network_of_one_number_of_images():
+    def fixed(m, x):
+        return m.out(m.cut(m.a(x)).view(5, 4))
+
+    check(Net(fixed), "cut", torch.randn(5, 6))
+    refused("can't take these images, float32 of shape", Net(fixed), images=torch.randn(4, 6))
+
+
+def test_parameters_without_values():
+    lazy = nn.Sequential(nn.LazyLinear(4), nn.ReLU()).eval()
+    refused("'0.weight' has no shape yet; run the model once on a batch", lazy, "1")
+    assert isinstance(lazy[0].weight, nn.parameter.UninitializedParameter)
+    plain(lazy, torch.randn(3, 6))
+    check(lazy, "0", torch.randn(3, 6))
+    refused("'0.weight' is on meta, which holds no values", sequential().to("meta"), "1")
+    with pytest.raises(DeviceError, match="images: on meta, which holds no values"):
+        AblatedForward(nn.Sequential(nn.ReLU()).eval(), "0").prefix(torch.ones(2, device="meta"))
+
+
+def test_data_parallel():
+    model = nn.DataParallel(sequential()).eval()
+    check(model, "module.1", torch.randn(4, 6))
+    model.device_ids = [0, 1]
+    refused("it is split over 2 devices by DataParallel; pass its .module", model, "module.1")
+    inner = nn.Sequential(model).eval()
+    refused("'0' is split over 2 devices by DataParallel", inner, "0.module.1")
+
+
+def test_dynamic_quantization_keeps_cells_apart():
+    """An activation is rounded by its range over the batch: another batch has other numbers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is deprecated
+        model = torch.ao.quantization.quantize_dynamic(sequential(), {nn.Linear}).eval()
+    images = torch.randn(6, 6) * torch.logspace(-1, 1, 6)[:, None]
+    for layer in "012":
+        forward = check(model, layer, images)
+        state = forward.prefix(images)
+        labels = labels_for(state, 3)
+        apart = forward.logits(state, labels, 3, batch=1)
+        assert torch.equal(forward.logits(state, labels, 3, batch=HUGE), apart)
+        assert torch.equal(forward.logits(state, labels, 3, memory=1), apart)
+
+
+def parametrized(model):
+    parametrizations.weight_norm(model[0])
+    parametrizations.orthogonal(model[2])
+
+
+def hooks_of_the_user(model):
+    model.register_forward_hook(lambda _m, _i, out: out * 3)
+    model[0].register_forward_hook(lambda _m, _i, out: out + 1)
+    model[1].register_forward_pre_hook(lambda _m, given: (given[0] * 2,))
+    model[2].register_forward_hook(lambda _m, _i, out: torch.from_numpy(out.numpy() + 1))
+
+
+def gradient_hooks(model):
+    model.register_full_backward_hook(lambda *_: None)
+    model[0].register_full_backward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize("change", [parametrized, hooks_of_the_user, gradient_hooks])
+@pytest.mark.parametrize("layer", ["", "0", "1", "2"])
+def test_networks_that_were_changed(change, layer):
+    model = sequential()
+    change(model)
+    model.eval()
+    check(model, layer, torch.randn(4, 6))
+
+
+def test_what_a_pass_gives_and_does():
+    def of_the_data(m, x):
+        return m.out(m.cut(m.a(x)) * float(x.mean()))
+
+    def in_numpy(m, x):
+        return m.out(m.cut(m.a(x)) + float(x.numpy().mean()))
+
+    both = "torch.fx can't trace it: .*; torch.export can't either: "
+    refused(both, Net(of_the_data))
+    refused(both, Net(in_numpy))
+
+    def neither(m, x):
+        h = m.cut(m.a(x))
+        return m.out(h * 2 if isinstance(x, torch.Tensor) and float(x.sum()) < 9e9 else h)
+
+    refused("differs from a whole pass where torch.fx traces it; torch.export can't", Net(neither))
+    pair = Net(lambda m, x: m.out(m.cut(m.a(x))[0]), Lambda(lambda h: [h, h]))
+    refused("'cut' gives list; expected a tensor", pair)
