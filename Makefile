@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 # Tests of values, which `make slow` repeats with other code paths of both BLAS libraries, PyTorch's
 # MKL and the OpenBLAS of NumPy and SciPy: they round differently, as on another machine.
-VALUES := $(patsubst %,tests/test_%.py,values metrics reference reference_properties ablation spectral probe)
+VALUES := $(patsubst %,tests/test_%.py,values metrics cka rsa reference reference_properties ablation spectral probe)
 
 .PHONY: sweep train test lint check slow bench clean
 
