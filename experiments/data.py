@@ -2,17 +2,28 @@
 
 import gzip
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torchvision import transforms
-from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from .folders import (
+    IMAGE_SUFFIXES,
+    ClassFiles,
+    describe_skipped,
+    image_files,
+    is_image,
+    list_folder,
+)
+from .folders import DataError as DataError
+from .pixels import Transform, decode, describe_size, image_sizes
 
 DEMO_FILE = Path(__file__).parent / "assets" / "fashion_mnist_500.npz"
 FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
@@ -31,11 +42,7 @@ CLASSES = (
 MEAN, STD = 0.286, 0.353  # of Fashion-MNIST's training pixels, of 0 to 1
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-Transform = Callable[[Image.Image], torch.Tensor]
-
-
-class DataError(ValueError):
-    """Images that can't be had; the message is one line."""
+IMAGENET_NORMALISATION = "ImageNet normalisation"
 
 
 @dataclass(frozen=True)
@@ -51,13 +58,19 @@ class Stimuli:
     classes : tuple of str
         Name by output.
     source : str
-        What the images are, in a line.
+        What the images are, and what of their folder was skipped, in a line.
+    normalisation : str
+        What the pixels are normalised by, for people.
+    enlarged : str
+        How many of the images are shown larger than their files; empty if none are.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     classes: tuple[str, ...]
     source: str
+    normalisation: str = IMAGENET_NORMALISATION
+    enlarged: str = ""
 
 
 def demo() -> Stimuli:
@@ -79,6 +92,7 @@ def demo() -> Stimuli:
         torch.from_numpy(labels).long(),
         CLASSES,
         "Fashion-MNIST test set, the first 50 images of each of 10 classes",
+        "Fashion-MNIST normalisation",
     )
 
 
@@ -152,7 +166,7 @@ def write_demo(dataset: str | Path = FASHION_MNIST, out: str | Path = DEMO_FILE)
 def image_folder(
     path: str | Path,
     classes: Sequence[str] | None = None,
-    size: int = 224,
+    size: int | None = 224,
     skip_bad: bool = False,
 ) -> Stimuli:
     """Images of a directory with a sub-directory for each class, for an ImageNet network.
@@ -162,12 +176,14 @@ def image_folder(
     path : path
         If all sub-directories are named by integers, these are the network's outputs. Otherwise
         the sub-directories, sorted by name, are outputs 0, 1, …: all the network's classes are
-        to be there, though only those of `classes` need images.
+        to be there, though only those of `classes` need images. Links to folders are followed;
+        hidden files and folders, and those that other programs leave behind, are skipped.
     classes : sequence of str, optional
         Names of the sub-directories to take; all by default.
-    size : int
+    size : int or None
         Height and width in pixels. The shorter side is resized to 256/224 of it, bilinearly,
-        and the centre is cut out; RGB, normalised by ImageNet's mean and deviation.
+        and the centre is cut out; RGB, normalised by ImageNet's mean and deviation. None leaves
+        the images as they are, which must all be of one size.
     skip_bad : bool
         Whether to leave out, with a warning, what can't be decoded.
 
@@ -180,66 +196,74 @@ def image_folder(
     ------
     DataError
         If the directory, a class or its images are missing, a class has fewer than two images,
-        or one can't be decoded.
+        one can't be decoded, a link is broken, or images differ in size where ``size`` is None.
     """
     root = Path(path)
-    if size < 1:
+    if size is not None and size < 1:
         raise DataError(f"size: {size} is not a number of pixels; expected 1 or more")
-    outputs = _outputs(root)
+    skipped = Counter[str]()
+    outputs = _outputs(root, skipped)
     chosen = list(outputs if classes is None else classes)
     if not chosen:
         raise DataError("classes: none are given; expected names of sub-directories, or None")
     if unknown := [name for name in chosen if name not in outputs]:
         raise DataError(f"classes: {unknown[0]!r} is unknown; expected a sub-directory of {root}")
     kept = sorted((outputs[name], name) for name in set(chosen))
+    found = []
+    for output, name in kept:
+        own = Counter[str]()
+        found.append(ClassFiles(output, name, image_files(root / name, own), own))
+        skipped += own
+    cut: list[Any] = [transforms.CenterCrop(_common_size(found))] if size is None else []
+    if size is not None:
+        cut = [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)]
     transform = transforms.Compose(
-        [
-            transforms.Resize(round(size * 256 / 224)),
-            transforms.CenterCrop(size),
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
+        [*cut, _to_tensor, transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
     )
-    found = [(output, name, image_files(root / name)) for output, name in kept]
-    images, labels = read_classes(root, found, transform, skip_bad)
+    images, labels, enlarged = read_classes(root, found, transform, skip_bad)
     names = {output: name for name, output in outputs.items()}
     return Stimuli(
         images,
         labels,
         tuple(names.get(output, str(output)) for output in range(max(names) + 1)),
-        f"{len(images)} images of {len(kept)} classes in {root}",
+        f"{len(images)} images of {len(kept)} classes in {root}{describe_skipped(skipped)}",
+        enlarged=enlarged,
     )
 
 
-def image_files(directory: Path) -> list[Path]:
-    """The image files in a directory and below it, sorted; told by their suffixes.
+def _to_tensor(pixels: Image.Image | torch.Tensor) -> torch.Tensor:
+    if isinstance(pixels, torch.Tensor):
+        return pixels
+    tensor: torch.Tensor = transforms.functional.to_tensor(pixels)
+    return tensor
 
-    Parameters
-    ----------
-    directory : Path
 
-    Returns
-    -------
-    files : list of Path
-    """
-    files = sorted(directory.rglob("*"))
-    return [file for file in files if file.suffix.lower() in IMG_EXTENSIONS and file.is_file()]
+def _common_size(found: Sequence[ClassFiles]) -> tuple[int, int]:
+    """The height and width that all images share."""
+    files = [file for one in found for file in one.files]
+    first: dict[tuple[int, int], Path] = {}
+    for file, size in zip(files, image_sizes(files), strict=True):
+        if size is not None:  # what can't be read is named, or left out, when it is decoded
+            first.setdefault(size, file)
+    if len(first) > 1:
+        (one, here), (other, there) = list(first.items())[:2]
+        raise DataError(
+            f"size: {here} has {one[0]} x {one[1]} pixels (height x width), {there} {other[0]} x "
+            f"{other[1]}; expected images of one size, or --size"
+        )
+    return next(iter(first), (1, 1))
 
 
 def read_classes(
-    root: Path,
-    found: Sequence[tuple[int, str, Sequence[Path]]],
-    transform: Transform,
-    skip_bad: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    root: Path, found: Sequence[ClassFiles], transform: Transform, skip_bad: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, str]:
     """The images of some classes and their labels.
 
     Parameters
     ----------
     root : Path
         Where they are, for messages.
-    found : sequence of (int, str, sequence of Path)
-        Of each class the network's output, the name and the files.
+    found : sequence of ClassFiles
     transform : callable
         As in `decode`.
     skip_bad : bool
@@ -249,6 +273,8 @@ def read_classes(
     -------
     images : torch.Tensor, (n, 3, H, W), float32
     labels : torch.Tensor, (n,), int64
+    enlarged : str
+        As in `Stimuli`.
 
     Raises
     ------
@@ -256,90 +282,48 @@ def read_classes(
         If a class has fewer than two images, or one can't be decoded.
     """
 
-    def expect_two(count: int, name: str, left: str = "") -> None:
+    def expect_two(count: int, one: ClassFiles, left: str = "") -> None:
         if count < 2:
             raise DataError(
-                f"images: class {name!r} of {root} has {count} images{left}; expected 2 or more"
+                f"images: class {one.name!r} of {root} has {count} images{left}"
+                f"{describe_skipped(one.skipped)}; expected 2 or more"
+                f"{f' of {IMAGE_SUFFIXES}' if one.skipped else ''}"
             )
 
-    for _, name, files in found:
-        expect_two(len(files), name)
-    files = [file for _, _, files in found for file in files]
-    labels = torch.tensor([output for output, _, files in found for _ in files])
+    for one in found:
+        expect_two(len(one.files), one)
+    files = [file for one in found for file in one.files]
+    labels = torch.tensor([one.output for one in found for _ in one.files])
     images, good = decode(files, transform, skip_bad)
     if len(good) < len(files):
         labels = labels[good]
-        for output, name, _ in found:
-            expect_two(int((labels == output).sum()), name, " that can be decoded")
+        for one in found:
+            expect_two(int((labels == one.output).sum()), one, " that can be decoded")
         bad = ", ".join(str(files[i]) for i in sorted(set(range(len(files))) - set(good)))
         warnings.warn(f"left out, can't be decoded: {bad}", stacklevel=3)
-    return images, labels
+    return images, labels, _enlarged([files[i] for i in good], images.shape[2:])
 
 
-def decode(
-    files: Sequence[Path], transform: Transform, skip_bad: bool = False
-) -> tuple[torch.Tensor, list[int]]:
-    """Image files as a network takes them, decoded in threads.
-
-    Parameters
-    ----------
-    files : sequence of Path
-    transform : callable
-        Takes a PIL image, RGB, and gives a tensor of one size for all, float32. It is called in
-        several threads at once.
-    skip_bad : bool
-        Whether to leave out what can't be decoded.
-
-    Returns
-    -------
-    images : torch.Tensor, (n, 3, H, W), float32
-        In the order of the files.
-    good : list of int
-        Indices of the files that the images are of.
-
-    Raises
-    ------
-    DataError
-        If an image can't be decoded: the first of `files` that can't. The rest is left unread.
-    """
-    shape = transform(Image.new("RGB", (256, 256))).shape
-    # A list, stacked, would take the memory twice.
-    images = torch.empty(len(files), *shape, dtype=torch.float32)
-
-    def read(i: int) -> Exception | None:
-        try:
-            with Image.open(files[i]) as image:
-                pixels = transform(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return error
-        if pixels.shape != shape:
-            raise DataError(
-                f"transform: gives {tuple(pixels.shape)} for {files[i]}; expected {tuple(shape)}"
-            )
-        images[i] = pixels
-        return None
-
-    good: list[int] = []
-    pool = ThreadPoolExecutor()  # Pillow frees the interpreter's lock while it decodes
-    try:
-        for i, error in enumerate(pool.map(read, range(len(files)))):
-            if error is None:
-                if len(good) < i:  # closes the gap that a bad file left
-                    images[len(good)] = images[i]
-                good.append(i)
-            elif not skip_bad:
-                reason = " ".join(str(error).split())
-                raise DataError(f"images: {files[i]} can't be decoded: {reason}") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return images[: len(good)], good
+def _enlarged(files: Sequence[Path], shown: Sequence[int]) -> str:
+    """How many files have a side that is shorter than the images that are shown."""
+    sizes = [size for size in image_sizes(files) if size is not None]
+    small = [size for size in sizes if min(size) < min(shown)]
+    if not small:
+        return ""
+    return (
+        f"{len(small)} of {len(files)} images are enlarged to {describe_size(shown)} pixels, the "
+        f"smallest from {describe_size(min(small, key=min))}"
+    )
 
 
-def _outputs(root: Path) -> dict[str, int]:
+def _outputs(root: Path, skipped: Counter[str]) -> dict[str, int]:
     """The network's output for each sub-directory."""
     if not root.is_dir():
         raise DataError(f"images: there is no directory {root}")
-    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders, files = list_folder(root, skipped)
+    if outside := sum(map(is_image, files)):
+        skipped["outside the classes' folders"] += outside
+    names = [folder.name for folder in folders]
     if not names:
         raise DataError(f"images: {root} has no sub-directories; expected one for each class")
     if not all(name.isascii() and name.isdigit() for name in names):

@@ -11,15 +11,9 @@ import torch
 from scipy.io import loadmat  # type: ignore[import-untyped]
 from torchvision.models import AlexNet_Weights
 
-from .data import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    DataError,
-    Stimuli,
-    Transform,
-    image_files,
-    read_classes,
-)
+from .data import IMAGENET_MEAN, IMAGENET_STD, Stimuli, read_classes
+from .folders import ClassFiles, DataError, describe_skipped, image_files, is_image, list_folder
+from .pixels import Transform
 
 WNIDS_FILE = Path(__file__).parent / "assets" / "imagenet_wnids.txt"
 LABELS_FILES = ("val.txt", "LOC_val_solution.csv", "ILSVRC2012_validation_ground_truth.txt")
@@ -103,7 +97,8 @@ def validation(
     path : path
         Either a directory with a sub-directory for each class, named by wnid, class name or
         output; those of other classes may be missing and are not read. Or ILSVRC2012's flat
-        directory of ILSVRC2012_val_00000001.JPEG and so on.
+        directory of ILSVRC2012_val_00000001.JPEG and so on. What is skipped is as for
+        `image_folder`.
     classes : sequence of int
         Outputs, as `outputs` gives them.
     transform : callable
@@ -128,7 +123,7 @@ def validation(
     ------
     DataError
         If the directory, a class or the labels are missing, the labels are damaged, a class has
-        fewer than two images, or one can't be decoded.
+        fewer than two images, one can't be decoded, or a link is broken.
 
     Notes
     -----
@@ -141,19 +136,28 @@ def validation(
         raise DataError(f"per_class: {per_class} is too few; expected 2 or more")
     if not root.is_dir():
         raise DataError(f"images: there is no directory {root}")
-    flat = sorted(file for file in root.iterdir() if _FLAT_NAME.fullmatch(file.name))
+    skipped = Counter[str]()
+    folders, plain = list_folder(root, skipped)
+    flat = [file for file in plain if _FLAT_NAME.fullmatch(file.name)]
+    if others := sum(map(is_image, plain)) - len(flat):
+        skipped["of another name" if flat else "outside the classes' folders"] += others
     if flat:
         files = _files_by_label(root, flat, None if labels is None else Path(labels))
+        found = [ClassFiles(o, categories()[o], files[o][:per_class], Counter()) for o in chosen]
     elif labels is not None:
         raise DataError(
             f"labels: {labels} is of no use, {root} has no ILSVRC2012_val_00000001.JPEG and so on"
         )
     else:
-        files = _files_by_directory(root, chosen)
-    found = [(output, categories()[output], files[output][:per_class]) for output in chosen]
-    images, targets = read_classes(root, found, transform, skip_bad)
-    source = f"{len(images)} images of {len(chosen)} classes in {root}"
-    return Stimuli(images, targets, categories(), source)
+        found = []
+        for output, folder in zip(chosen, _folders_of(root, folders, chosen), strict=True):
+            own = Counter[str]()
+            read = image_files(folder, own)[:per_class]
+            found.append(ClassFiles(output, categories()[output], read, own))
+            skipped += own
+    images, targets, enlarged = read_classes(root, found, transform, skip_bad)
+    source = f"{len(images)} images of {len(chosen)} classes in {root}{describe_skipped(skipped)}"
+    return Stimuli(images, targets, categories(), source, enlarged=enlarged)
 
 
 def noise(classes: Sequence[int], per_class: int, size: int = 224, seed: int = 0) -> Stimuli:
@@ -249,11 +253,11 @@ def _chosen(classes: Sequence[int]) -> list[int]:
     return chosen
 
 
-def _files_by_directory(root: Path, chosen: Sequence[int]) -> dict[int, list[Path]]:
-    """The image files of each chosen class's sub-directory."""
+def _folders_of(root: Path, folders: Sequence[Path], chosen: Sequence[int]) -> list[Path]:
+    """Each chosen class's sub-directory."""
     found: dict[int, Path] = {}
-    for directory in sorted(root.iterdir()):
-        if directory.is_dir() and set(_meant(directory.name)).intersection(chosen):
+    for directory in folders:
+        if set(_meant(directory.name)).intersection(chosen):
             output = _output(directory.name, "images")
             if output in found:
                 raise DataError(
@@ -267,7 +271,7 @@ def _files_by_directory(root: Path, chosen: Sequence[int]) -> dict[int, list[Pat
             f"images: {root} has no sub-directory for {named}{more}; "
             "expected wnids, class names or outputs, or ILSVRC2012_val_00000001.JPEG and so on"
         )
-    return {output: image_files(directory) for output, directory in found.items()}
+    return [found[output] for output in chosen]
 
 
 def _files_by_label(
