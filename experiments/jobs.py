@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from . import data, imagenet
 from .data import Stimuli
@@ -60,6 +61,8 @@ class Job(NamedTuple):
 
     studies: list[Study]
     source: str
+    normalisations: tuple[str, ...] = ()  # of each study's images
+    remarks: tuple[str, ...] = ()  # lines on weights and images that a person should see
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,12 @@ def of_models(names: Sequence[str], asked: Asked, sampled: bool) -> Job:
     if asked.labels is not None or asked.per_class is not None:
         option = "labels" if asked.labels is not None else "per-class"
         raise JobError(f"{option}: only with --preset")
-    small = all(name in SMALL for name in names)
     if asked.images is not None:
-        side = asked.size or (32 if small else 224)
+        side = _default_size(names) if asked.size is None else asked.size
         shown = data.image_folder(asked.images, asked.classes, side, asked.skip_bad)
-    elif not small:
+    elif asked.size is not None:
+        raise JobError(f"size: {asked.size} without images; expected a folder, --images")
+    elif not all(name in SMALL for name in names):
         other = next(name for name in names if name not in SMALL)
         raise JobError(f"images: {other!r} needs some; expected a folder, --images")
     else:
@@ -113,17 +117,37 @@ def of_models(names: Sequence[str], asked: Asked, sampled: bool) -> Job:
         raise JobError(
             f"weights: {len(given)} for {len(names)} models; expected one for each --model"
         )
-    studies = [
-        _of_model(name, path, shown, SAMPLE.get(name) if sampled else None, asked)
-        for name, path in zip(names, given, strict=True)
-    ]
-    return Job(studies, shown.source)
+    remarks: list[str] = []
+    studies = []
+    for name, path in zip(names, given, strict=True):
+        network = load(name, path, log=remarks.append)
+        sample = SAMPLE.get(name) if sampled else None
+        studies.append(_of_model(name, network, shown, sample, asked))
+    return Job(
+        studies,
+        shown.source,
+        (shown.normalisation,) * len(studies),
+        (*remarks, *_warnings([shown])),
+    )
+
+
+def _default_size(names: Sequence[str]) -> int | None:
+    """The side of a folder's images: 224 for torchvision's networks, 32 for the small ones.
+
+    None, the files' own size, for a user's own network.
+    """
+    if any(":" not in name and name not in SMALL for name in names):
+        return 224
+    return 32 if any(name in SMALL for name in names) else None
+
+
+def _warnings(shown: Sequence[Stimuli]) -> list[str]:
+    return [f"Warning: {text}" for text in dict.fromkeys(s.enlarged for s in shown) if text]
 
 
 def _of_model(
-    name: str, weights: str | None, shown: Stimuli, sample: Sample | None, asked: Asked
+    name: str, network: nn.Module, shown: Stimuli, sample: Sample | None, asked: Asked
 ) -> Study:
-    network = load(name, weights)
     if unknown := [c for c in asked.classes or () if c not in shown.classes]:
         known = ", ".join(shown.classes)
         raise StudyError(f"classes: {unknown[0]!r} is unknown; expected some of {known}")
@@ -172,17 +196,23 @@ def of_preset(name: str, asked: Asked) -> Job:
     given = weights_for(preset, asked.weights)
     # All weights before any images, which take minutes: what is missing is said at once.
     loaded = [load_network(network, given[network.name]) for network in preset.networks]
-    studies, sources = [], []
-    for network, ready in zip(preset.networks, loaded, strict=True):
-        study, source = _of_network(preset, network, ready, asked)
-        studies.append(study)
-        sources.append(source)
-    return Job(studies, "; ".join(dict.fromkeys(sources)))
+    both = [
+        _of_network(preset, network, ready, asked)
+        for network, ready in zip(preset.networks, loaded, strict=True)
+    ]
+    shown = [stimuli for _, stimuli in both]
+    weights = [f"weights: {ready.note}" for ready in loaded if ready.note != RANDOM]
+    return Job(
+        [study for study, _ in both],
+        "; ".join(dict.fromkeys(stimuli.source for stimuli in shown)),
+        tuple(stimuli.normalisation for stimuli in shown),
+        (*weights, *_warnings(shown)),
+    )
 
 
 def _of_network(
     preset: Preset, network: Network, loaded: Loaded, asked: Asked
-) -> tuple[Study, str]:
+) -> tuple[Study, Stimuli]:
     targets = imagenet.outputs(network.classes if asked.classes is None else asked.classes)
     per_class = network.images if asked.per_class is None else asked.per_class
     if asked.images == "random":
@@ -226,7 +256,7 @@ def _of_network(
         note=f"not evidence: {', '.join(drawn)}" if drawn else None,
         **options | asked.study,
     )
-    return study, shown.source
+    return study, shown
 
 
 def spaced(values: list[Any], count: int) -> list[Any]:

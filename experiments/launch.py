@@ -63,7 +63,7 @@ def launch(recipe: Recipe, folder: Path, how: How, dry: bool) -> None:
     from .progress import progress_of
     from .run import drive, run_folder
     from .store import CONFIGURATION, StoreError
-    from .terminal import announce, show_plans, took
+    from .terminal import announce, announce_inputs, show_plans, took
 
     console = Console(highlight=False, markup=False)
     apart = how.workers != 1 or how.executor is Kind.ray
@@ -71,6 +71,7 @@ def launch(recipe: Recipe, folder: Path, how: How, dry: bool) -> None:
     job = recipe.job()
     if dry and not (folder / CONFIGURATION).exists():
         announce(job.source, job.studies, recipe.sampled)
+        announce_inputs(job, {})
         units = how.shard.of([unit for study in job.studies for unit in study.units])
         show_plans(console, [plan(*both, apart) for both in _of_each(job, units)], count)
         return
@@ -78,6 +79,7 @@ def launch(recipe: Recipe, folder: Path, how: How, dry: bool) -> None:
     units = how.shard.of(store.units)
     if not how.silent:
         announce(job.source, job.studies, recipe.sampled)
+        announce_inputs(job, store.study.get("about", {}).get("models", {}))
         print(f"Into {folder}")
         if how.shard.count > 1:
             source = f" ({how.shard_from})" if how.shard_from else ""

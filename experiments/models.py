@@ -1,10 +1,12 @@
 """The networks of the study: three that are shipped, torchvision's, or a user's own."""
 
+import argparse
 import importlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PosixPath
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torchvision.models as zoo
 from safetensors import SafetensorError
@@ -13,6 +15,20 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 ASSETS = Path(__file__).parent / "assets"
+CONTAINERS = ("state_dict", "model", "model_state_dict")  # entries that hold a state dict
+# Of DistributedDataParallel, torch.compile, and Lightning modules or wrappers alike.
+PREFIXES = ("module.", "_orig_mod.", "model.")
+_SCALAR = np.float64(0).__reduce__()[0]
+# What training scripts store beside the weights. These types only hold values; loading one runs
+# no code of the file's.
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    PosixPath,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    (_SCALAR, "numpy.core.multiarray.scalar"),  # of NumPy 1
+]
 
 
 class ModelError(ValueError):
@@ -118,7 +134,12 @@ def build(name: str, num_classes: int = 10) -> nn.Module:
     return _BUILDERS[name](num_classes)
 
 
-def load(name: str, weights: str | Path | None = None, num_classes: int | None = None) -> nn.Module:
+def load(
+    name: str,
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    log: Callable[[str], object] = lambda _: None,
+) -> nn.Module:
     """A network with its weights, ready for inference.
 
     Parameters
@@ -128,12 +149,14 @@ def load(name: str, weights: str | Path | None = None, num_classes: int | None =
         "package.module:callable", which returns an nn.Module when called without arguments
         (or is one).
     weights : path, optional
-        A state dict: ``.safetensors``, or what ``torch.load(weights_only=True)`` accepts. The
-        default is the shipped checkpoint for `SMALL` and the network as it is returned for a
-        callable; torchvision's builders need a file. Nothing is downloaded or unpickled.
+        A file as `read_checkpoint` takes it. The default is the shipped checkpoint for `SMALL`
+        and the network as it is returned for a callable; torchvision's builders need a file.
+        Nothing is downloaded or unpickled.
     num_classes : int, optional
         Number of outputs; by default 10 for `SMALL` and what the checkpoint has for
         torchvision's builders. A callable decides for itself.
+    log : callable, optional
+        Called with a line that says how the file was read, if ``weights`` is given.
 
     Returns
     -------
@@ -149,25 +172,29 @@ def load(name: str, weights: str | Path | None = None, num_classes: int | None =
     if ":" in name:
         if num_classes is not None:
             raise ModelError(f"num_classes: {name!r} decides for itself; expected None")
-        model, state = _call(name), None if weights is None else read_state(Path(weights))
+        model = _call(name)
+        checkpoint = None if weights is None else read_checkpoint(weights, model)
     elif name in SMALL:
         path = ASSETS / f"{name}.safetensors" if weights is None else Path(weights)
-        model, state = build(name, 10 if num_classes is None else num_classes), read_state(path)
+        model = build(name, 10 if num_classes is None else num_classes)
+        checkpoint = read_checkpoint(path, model)
     elif name in zoo.list_models(module=zoo):
         if weights is None:
             raise ModelError(f"weights: {name!r} needs a checkpoint file; nothing is downloaded")
-        state = read_state(Path(weights))
         with torch.device("meta"):
             stock = zoo.get_model(name, weights=None)
-        outputs = num_classes or count_outputs(stock, state)
+        checkpoint = read_checkpoint(weights, stock)
+        outputs = num_classes or count_outputs(stock, checkpoint.state)
         model = zoo.get_model(name, weights=None, num_classes=outputs)
     else:
         raise ModelError(
             f"model: {name!r} is unknown; expected one of {', '.join(SMALL)}, a classification "
             "builder of torchvision.models, or 'package.module:callable'"
         )
-    if state is not None:
-        fill(model, state, name, weights or f"{name}.safetensors")
+    if checkpoint is not None:
+        fill(model, checkpoint.state, name, weights or f"{name}.safetensors")
+        if weights is not None:
+            log(f"weights: {checkpoint.note}")
     return model.eval().requires_grad_(False)
 
 
@@ -222,31 +249,73 @@ def _call(name: str) -> nn.Module:
     return model
 
 
-def read_state(path: Path) -> Mapping[str, torch.Tensor]:
-    """A state dict from a file; nothing is unpickled.
+class Checkpoint(NamedTuple):
+    """A state dict, and how it was found in its file."""
+
+    state: Mapping[str, torch.Tensor]
+    note: str
+
+
+def read_checkpoint(path: str | Path, model: nn.Module) -> Checkpoint:
+    """A state dict from a file, under the model's names; nothing is unpickled.
 
     Parameters
     ----------
-    path : Path
-        ``.safetensors``, or what ``torch.load(weights_only=True)`` accepts.
+    path : path
+        ``.safetensors``, or what ``torch.load(weights_only=True)`` accepts. A state dict, or a
+        training checkpoint that holds one as "state_dict", "model" or "model_state_dict".
+    model : nn.Module
+        Of the checkpoint's architecture, with any number of outputs.
 
     Returns
     -------
-    state : mapping of str to tensor
+    Checkpoint
+        ``state``: without prefixes that all its names have ("module.", "_orig_mod.", "model.",
+        or several of them) where that makes more of them the model's. ``note``: the file, then
+        the entry and the prefix, for example "a.pt, read from 'model', prefix 'module.' removed".
 
     Raises
     ------
     ModelError
-        If there is no such file, it can't be read or it holds something else.
+        If there is no such file, it can't be read, or it holds no state dict or several.
     """
+    held = _load(Path(path))
+    if not isinstance(held, Mapping) or not held:
+        raise ModelError(f"weights: {path} holds no state dict; expected names and tensors")
+    state, note = held, str(path)
+    inside = [entry for entry in CONTAINERS if _is_state(held.get(entry))]
+    if len(inside) > 1:
+        raise ModelError(
+            f"weights: {path} holds several state dicts, {' and '.join(map(repr, inside))}; "
+            "expected one"
+        )
+    if inside:
+        state, note = held[inside[0]], f"{note}, read from {inside[0]!r}"
+    for key, value in state.items():
+        if not isinstance(key, str):
+            raise ModelError(f"weights: {path} is no state dict: {key!r} is no name")
+        if not isinstance(value, torch.Tensor):
+            raise ModelError(
+                f"weights: {path} is no state dict: {key!r} is {type(value).__name__}; expected "
+                f"a tensor, or a state dict as {', '.join(map(repr, CONTAINERS))}"
+            )
+    own = model.state_dict().keys()
+    prefix = max(_shared_prefixes(state), key=lambda p: sum(p + name in state for name in own))
+    if prefix:
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+        note = f"{note}, prefix {prefix!r} removed"
+    return Checkpoint(state, note)
+
+
+def _load(path: Path) -> Any:
+    """What a file holds, of tensors and plain values."""
     if not path.is_file():
         raise ModelError(f"weights: there is no file {path}; expected a state dict")
-    state: Any
     try:
         if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"weights: {path} can't be read: {error}") from error
     except Exception as error:  # whatever torch.load meets in a file that isn't its own
@@ -254,15 +323,26 @@ def read_state(path: Path) -> Mapping[str, torch.Tensor]:
             f"weights: {path} can't be read; expected tensors in .safetensors or torch.save's "
             "format (a pickle of anything else is refused)"
         ) from error
-    if not isinstance(state, Mapping) or not state:
-        raise ModelError(f"weights: {path} holds no state dict; expected names and tensors")
-    for key, value in state.items():
-        if not isinstance(value, torch.Tensor):
-            raise ModelError(
-                f"weights: {path} is no state dict: {key!r} is {type(value).__name__}; "
-                "expected a tensor"
-            )
-    return state
+
+
+def _is_state(held: Any) -> bool:
+    return (
+        isinstance(held, Mapping)
+        and len(held) > 0
+        and all(isinstance(value, torch.Tensor) for value in held.values())
+    )
+
+
+def _shared_prefixes(state: Mapping[str, Any]) -> list[str]:
+    """Strings of `PREFIXES` that all names begin with, the empty one first."""
+    shared = [""]
+    while longer := [
+        shared[-1] + part
+        for part in PREFIXES
+        if all(name.startswith(shared[-1] + part) for name in state)
+    ]:
+        shared += longer
+    return shared
 
 
 def count_outputs(model: nn.Module, state: Mapping[str, torch.Tensor]) -> int:

@@ -14,7 +14,7 @@ import torch
 import torchvision.models as zoo
 from torch import nn
 
-from .models import ModelError, count_outputs, fill, read_state
+from .models import ModelError, count_outputs, fill, read_checkpoint
 
 TEN = (  # schooner, brain coral, junco, snail, grey whale, Siberian husky, electric fan, bookcase,
     # fountain pen, toaster
@@ -134,7 +134,7 @@ class Loaded(NamedTuple):
 
     model: nn.Module
     transform: Callable[[Any], torch.Tensor]
-    note: str  # where the weights are from
+    note: str  # where the weights are from, and how they were found in a file
 
 
 def load_network(network: Network, weights: str | Path | None = None) -> Loaded:
@@ -144,7 +144,7 @@ def load_network(network: Network, weights: str | Path | None = None) -> Loaded:
     ----------
     network : Network
     weights : path or "random", optional
-        A state dict, as `load` takes it, of 1,000 outputs; or random weights, always the same,
+        A file as `load` takes it, of 1,000 outputs; or random weights, always the same,
         with which every layer is alive and logits differ between images. By default torchvision's
         best weights, from torch.hub's cache, where they are fetched to if they are not there.
 
@@ -166,7 +166,7 @@ def load_network(network: Network, weights: str | Path | None = None) -> Loaded:
         model, note = _random(network), RANDOM
     else:
         if weights is not None:
-            path, note = Path(weights), str(weights)
+            path, note = Path(weights), ""
             member = next((m for m in members if Path(m.url).name == path.name), member)
         elif network.width == 1:
             path, note = _cached(member), str(member)
@@ -175,7 +175,8 @@ def load_network(network: Network, weights: str | Path | None = None) -> Loaded:
                 f"weights: torchvision has none for {network.name!r} (of width {network.width}; "
                 "the study's authors had their own); expected --weights FILE, or random"
             )
-        model = _filled(network, path)
+        model, found = _filled(network, path)
+        note = note or found
     return Loaded(model.eval().requires_grad_(False), member.transforms(), note)
 
 
@@ -230,17 +231,17 @@ def _full_size(network: Network) -> nn.Module:
     return model
 
 
-def _filled(network: Network, path: Path) -> nn.Module:
-    state = read_state(path)
+def _filled(network: Network, path: Path) -> tuple[nn.Module, str]:
     with torch.device("meta"):  # AlexNet's random weights, to be replaced, take a second
         model = _full_size(network)
+    state, note = read_checkpoint(path, model)
     if (outputs := count_outputs(model, state)) != 1000:
         raise ModelError(f"weights: {path} has {outputs} outputs; expected ImageNet's 1000")
     model.to_empty(device="cpu")
     for buffer in model.buffers():
         buffer.zero_()  # old checkpoints lack counters, and a run's identity hashes them
     fill(model, state, network.name, path)
-    return model
+    return model, note
 
 
 def _random(network: Network) -> nn.Module:

@@ -32,15 +32,17 @@ def sweep(
     weights: Annotated[
         list[str] | None,
         typer.Option(
-            help="Checkpoint of each --model, in their order: .safetensors, or a state dict. Of a "
-            "preset NAME=FILE as well, or random; torchvision's by default."
+            help="Checkpoint of each --model, in their order: .safetensors, or a state dict, "
+            "alone or in a training checkpoint. Of a preset NAME=FILE as well, or random; "
+            "torchvision's by default."
         ),
     ] = None,
     images: Annotated[
         str | None,
         typer.Option(
-            help="Folder with a sub-folder of images for each class; of a preset ImageNet's "
-            "validation images, in sub-folders or flat, or random."
+            help="Folder with a sub-folder of images for each class (hidden files and what other "
+            "programs leave there are skipped); of a preset ImageNet's validation images, in "
+            "sub-folders or flat, or random."
         ),
     ] = None,
     labels: Annotated[
@@ -91,7 +93,10 @@ def sweep(
     ] = None,
     size: Annotated[
         int | None,
-        typer.Option(help="Side of the images in pixels; 32 for small networks, else 224."),
+        typer.Option(
+            help="Side of the images of --images in pixels; by default 32 for small networks, 224 "
+            "for torchvision's, and for your own the files' size, which must be one."
+        ),
     ] = None,
     skip_bad_images: Annotated[
         bool, typer.Option("--skip-bad-images", help="Go on without images that can't be read.")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd  # type: ignore[import-untyped]
 from rich.box import SIMPLE
@@ -16,6 +16,7 @@ from .report import METRIC_NAMES, means, write_report
 from .stats import changes_of, correlations, distances_of, summary
 
 if TYPE_CHECKING:
+    from .jobs import Job
     from .plan import Plan
     from .study import Study
 
@@ -40,6 +41,29 @@ def announce(source: str, studies: Sequence[Study], sampled: bool) -> None:
         print(_extent(study))
     if sampled:
         print("A sample, to be quick; --full runs all layers, classes and stimuli.")
+
+
+def announce_inputs(job: Job, about: Mapping[str, Mapping[str, Any]]) -> None:
+    """Say how weights were read, and what size, normalisation and accuracy the images have.
+
+    Parameters
+    ----------
+    job : Job
+    about : mapping
+        What the run's folder says of each study, by name (see `Study.about`); no accuracy is
+        printed of studies that are not in it.
+    """
+    from .pixels import describe_size
+
+    for remark in job.remarks:
+        print(remark)
+    for study, normalisation in zip(job.studies, job.normalisations, strict=True):
+        size = describe_size(study.images.shape[2:])
+        line = f"{study.name}: {size} pixels, {normalisation}"
+        facts = about.get(study.name, {})
+        if "accuracy" in facts:
+            line += f", {100 * facts['accuracy']:.1f} % right of {facts['images']} images"
+        print(line)
 
 
 def _extent(study: Study) -> str:
