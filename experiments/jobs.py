@@ -105,11 +105,11 @@ def of_models(names: Sequence[str], asked: Asked, sampled: bool) -> Job:
     if asked.images is not None:
         side = _default_size(names) if asked.size is None else asked.size
         shown = data.image_folder(asked.images, asked.classes, side, asked.skip_bad)
-    elif asked.size is not None:
-        raise JobError(f"size: {asked.size} without images; expected a folder, --images")
     elif not all(name in SMALL for name in names):
         other = next(name for name in names if name not in SMALL)
         raise JobError(f"images: {other!r} needs some; expected a folder, --images")
+    elif asked.size is not None:
+        raise JobError(f"size: {asked.size} without images; expected a folder, --images")
     else:
         shown = data.demo()
     given = [None] * len(names) if asked.weights is None else asked.weights

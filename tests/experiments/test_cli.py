@@ -11,11 +11,15 @@ import pandas as pd
 import pytest
 import torch
 from _toy import Toy, image_folder
+from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 from typer.testing import CliRunner
 
 from experiments import __main__ as cli
-from experiments import jobs, measure
+from experiments import data, jobs, measure
+from experiments.data import DataError
+from experiments.jobs import Asked
 from experiments.measure import StudyError
 
 TOY = ["--model", "_toy:Toy", "--layers", "act1,act2", "--size", "8"]
@@ -170,6 +174,9 @@ def test_no_unit_is_finished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (("--images", "images", "--grid", "4by4"), "grid: '4by4'; expected two numbers"),
         (("--images", "images", "--grid", "40x40"), "grid: 40 x 40 cells for the 256 neurons"),
         (("--images", "images", "--ridge", "-1"), "ridge: -1.0; expected"),
+        (("--images", "images", "--size", "0"), "size: 0 is not a number of pixels"),
+        (("--images", "images", "--size", "-8"), "size: -8 is not a number of pixels"),
+        (("--size", "32", "--model", "alexnet_small"), "size: 32 without images; expected a fol"),
         (("--images", "images", "--size", "9"), "can't take one of shape (3, 9, 9)"),
         (("--images", "images", "--device", "cuda:99"), "device: cuda:99 can't be used"),
         (("--images", "images", "--weights", "none.safetensors"), "none.safetensors"),
@@ -214,6 +221,87 @@ def test_a_checkpoint_is_used(folder: Path) -> None:
         tables.append(pd.read_parquet(Path(out, "results.parquet")))
     assert tables[0]["cka"].equals(tables[1]["cka"])
     assert not tables[0]["log_probability"].equals(tables[1]["log_probability"])
+
+
+def test_what_the_network_is_shown_is_printed_before_the_first_unit(folder: Path) -> None:
+    torch.manual_seed(0)
+    model = Toy()
+    nn.init.normal_(model.fc.weight)
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3}, "toy.pt")
+    (folder / "@eaDir").mkdir()
+    arguments = (*TOY[:4], "--images", folder, "--weights", "toy.pt", "--metrics", "cka")
+    stimuli = data.image_folder(folder, size=None)
+    right = (model.eval()(stimuli.images).argmax(1) == stimuli.labels).double().mean().item()
+    assert 0 < right < 1
+    lines = [
+        f"Images: 12 images of 3 classes in {folder} (skipped: 1 @eaDir)",
+        "weights: toy.pt, read from 'state_dict', prefix 'module.' removed",
+        "_toy:Toy: 8 x 8 pixels, ImageNet normalisation",
+    ]
+    code, out, err = sweep(*arguments, "--plan")
+    assert (code, err) == (0, "")
+    assert [line for line in out.splitlines() if line in lines] == lines
+    lines[2] += f", {100 * right:.1f} % right of 12 images"
+    for last in ("0/2 _toy:Toy act1 1 started", "All 2 units are done already."):
+        code, out, err = sweep(*arguments)
+        assert (code, err) == (0, "")
+        before = out[: out.index(last)].splitlines()
+        assert [line for line in before if line in lines] == lines
+
+
+def test_images_of_one_size_are_left_as_they_are(folder: Path) -> None:
+    asked = Asked(images=str(folder), layers=["act1"])
+    (study,) = jobs.of_models(["_toy:Toy"], asked, False).studies
+    assert torch.equal(study.images, data.image_folder(folder, size=None).images)
+    for file in folder.rglob("*.png"):
+        Image.new("RGB", (12, 8)).save(file)
+    code, _, err = sweep(*TOY[:4], "--images", folder)
+    assert_refused(code, err, "can't take one of shape (3, 8, 12)")
+
+
+@pytest.mark.parametrize(
+    ("names", "size"),
+    [
+        (["_toy:Toy"], None),
+        (["alexnet_small", "resnet50_small"], 32),
+        (["alexnet_small", "_toy:Toy"], 32),
+        (["resnet18"], 224),
+        (["_toy:Toy", "alexnet_small", "resnet18"], 224),
+    ],
+)
+def test_the_size_of_images_without_an_option(
+    monkeypatch: pytest.MonkeyPatch, names: list[str], size: int | None
+) -> None:
+    def seen(path: str, classes: object, side: int | None, skip_bad: bool) -> None:
+        assert side == size
+        raise DataError("seen")
+
+    monkeypatch.setattr(data, "image_folder", seen)
+    with pytest.raises(DataError, match="seen"):
+        jobs.of_models(names, Asked(images="images"), False)
+
+
+def test_images_of_several_sizes_need_a_size(folder: Path) -> None:
+    Image.new("RGB", (9, 8)).save(folder / "bee" / "2.png")
+    code, _, err = sweep(*TOY[:4], "--images", folder)
+    assert_refused(code, err, "ant/0.png has 8 x 8 pixels (height x width), ")
+    assert "bee/2.png 8 x 9; expected images of one size, or --size" in err
+    code, out, err = sweep(*TOY, "--images", folder, "--plan")
+    assert (code, err) == (0, "")
+    assert "are enlarged" not in out
+
+
+def test_enlarged_images_are_warned_of(folder: Path) -> None:
+    for file in folder.rglob("*.png"):
+        Image.new("RGB", (5, 4)).save(file)
+    code, out, err = sweep(*TOY, "--images", folder, "--plan")
+    assert (code, err) == (0, "")
+    assert out.count("are enlarged") == 1
+    assert (
+        "Warning: 12 of 12 images are enlarged to 8 x 8 pixels, "
+        "the smallest from 4 x 5 (height x width)\n"
+    ) in out
 
 
 def test_a_class_of_one_image(folder: Path) -> None:

@@ -197,6 +197,37 @@ def test_decode_passes_on_other_errors(numbered):
         decode(numbered, lambda image: torch.zeros(2 if image.width == 2 else 1))
 
 
+def test_the_files_own_size(folder):
+    for i, file in enumerate(sorted(folder.rglob("*.png"))):
+        rng = np.random.default_rng(i)
+        Image.fromarray(rng.integers(0, 256, (40, 300, 3), dtype=np.uint8)).save(file)
+    stimuli = image_folder(folder, size=None)
+    assert stimuli.images.shape == (6, 3, 40, 300)
+    assert stimuli.enlarged == ""
+    with Image.open(folder / "bee" / "1.png") as image:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).double() / 255
+    mean, std = torch.tensor([data.IMAGENET_MEAN, data.IMAGENET_STD])[..., None, None].double()
+    expected = ((pixels - mean) / std).float()
+    torch.testing.assert_close(stimuli.images[3], expected, rtol=1e-5, atol=1e-5)
+    (folder / "bee" / "2.png").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match="left out, .*2.png"):
+        assert image_folder(folder, size=None, skip_bad=True).images.shape == (6, 3, 40, 300)
+    (folder / "bee" / "2.png").unlink()
+    Image.new("RGB", (40, 300)).save(folder / "cat" / "0.png")
+    with pytest.raises(DataError, match=r"size: .*ape/0\.png has 40 x 300 pixels .*cat/0\.png 300"):
+        image_folder(folder, size=None)
+    assert image_folder(folder, ["ape", "bee"], None).images.shape == (4, 3, 40, 300)
+
+
+def test_enlarged_images_are_counted(folder):
+    assert image_folder(folder, size=40).enlarged == ""
+    Image.new("RGB", (20, 30)).save(folder / "ape" / "0.png")
+    assert image_folder(folder, size=40).enlarged == (
+        "1 of 6 images are enlarged to 40 x 40 pixels, the smallest from 30 x 20 (height x width)"
+    )
+    assert image_folder(folder, size=64).enlarged.startswith("6 of 6 images are enlarged to 64 x")
+
+
 def test_what_a_folder_may_lack(folder, tmp_path):
     with pytest.raises(DataError, match=r"there is no directory .*none"):
         image_folder(tmp_path / "none")

@@ -1,5 +1,6 @@
 """The shipped networks, loading of others, the study's layers, and training."""
 
+import argparse
 import gzip
 import json
 from pathlib import Path
@@ -150,6 +151,79 @@ def test_pickle_is_refused(tmp_path):
     with pytest.raises(ModelError, match=r"whole.pth can't be read; .* is refused") as error:
         load(f"{__name__}:Outside", tmp_path / "whole.pth")
     one_line(error)
+
+
+class Wrapped(nn.Module):
+    """A user's network whose own names begin as wrappers' do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x)
+
+
+PREFIXES = ["", "module.", "_orig_mod.", "model.", "module._orig_mod.", "_orig_mod.module.model."]
+EXTRAS = {
+    "epoch": 3,
+    "arch": "resnet",
+    "best": np.float64(76.1),
+    "args": argparse.Namespace(lr=0.1, out=Path("out")),
+    "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1}]},
+}
+
+
+@pytest.mark.parametrize("network", ["Outside", "Wrapped"])
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("entry", [None, "flat", "state_dict", "model", "model_state_dict"])
+def test_prefixes_and_containers(tmp_path, network, prefix, entry):
+    torch.manual_seed(len(prefix))
+    model = globals()[network]()
+    state = {prefix + name: value for name, value in model.state_dict().items()}
+    average = {name: value + 1 for name, value in state.items()}
+    path = tmp_path / ("a.safetensors" if entry is None else "a.pt")
+    if entry is None:
+        save_file(state, path)
+    elif entry == "flat":
+        torch.save(state, path)
+    else:
+        beside = {"model_ema": average, "state_dict_ema": average, "ema": average}
+        torch.save(EXTRAS | beside | {entry: state}, path)
+    lines: list[str] = []
+    loaded = load(f"{__name__}:{network}", path, log=lines.append)
+    x = torch.randn(2, 3, 2, 2)
+    assert torch.equal(loaded(x), model(x))
+    read = "" if entry in (None, "flat") else f", read from {entry!r}"
+    removed = f", prefix {prefix!r} removed" if prefix else ""
+    assert lines == [f"weights: {path}{read}{removed}"]
+
+
+def test_outputs_of_a_training_checkpoint_are_counted(tmp_path):
+    model = zoo.squeezenet1_1(weights=None, num_classes=3)
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 1}, tmp_path / "a.pth")
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(load("squeezenet1_1", tmp_path / "a.pth")(x), model.eval()(x))
+
+
+def test_checkpoints_that_are_not_taken_apart(tmp_path):
+    state = Outside().state_dict()
+    module = {f"module.{name}": value for name, value in state.items()}
+    for file, held, message in [
+        ("two.pt", {"model": state, "state_dict": module}, "several state dicts, 'state_dict' and"),
+        ("ema.pt", {"state_dict_ema": state}, "'state_dict_ema' is OrderedDict; expected a"),
+        ("some.pt", state | {"module.1.weight": state["1.weight"]}, "'module.1.weight' is unexp"),
+        ("extra.pt", module | {"module.more": torch.zeros(2)}, "'more' is unexpected"),
+        ("loss.pt", module | {"criterion.weight": torch.zeros(2)}, "'1.weight' is missing"),
+        ("net.pt", {"net." + k: v for k, v in state.items()}, "'1.weight' is missing"),
+        ("numbers.pt", {0: torch.zeros(2)}, "no state dict: 0 is no name"),
+        ("empty.pt", {"state_dict": {}, "epoch": 3}, "'state_dict' is dict; expected a tensor"),
+    ]:
+        torch.save({**held}, tmp_path / file)
+        with pytest.raises(ModelError, match=message) as error:
+            load(f"{__name__}:Outside", tmp_path / file)
+        assert file in one_line(error)
 
 
 @pytest.fixture

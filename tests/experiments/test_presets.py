@@ -159,6 +159,15 @@ def test_weights_of_a_file(suffix, narrow, tmp_path):
     assert all(counter == 0 for counter in counters)
 
 
+def test_weights_of_a_training_checkpoint(narrow, tmp_path):
+    state = {f"module.{name}": value for name, value in narrow.state_dict().items()}
+    torch.save({"model": state, "epoch": 3}, tmp_path / "a.pth")
+    model, _, note = load_network(NARROW, tmp_path / "a.pth")
+    x = photographs(2)
+    assert torch.equal(model(x), narrow(x))
+    assert note == f"{tmp_path / 'a.pth'}, read from 'model', prefix 'module.' removed"
+
+
 def test_half_precision_is_widened(narrow, tmp_path):
     half = {k: v.half() if v.is_floating_point() else v for k, v in narrow.state_dict().items()}
     save_file(half, tmp_path / "half.safetensors")
