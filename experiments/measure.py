@@ -19,7 +19,7 @@ from repsim_kernels.forward import State
 from . import probes as linear
 from .controls import HALVES, half
 from .performance import performance
-from .stats import BASELINE
+from .stats import BASELINE, NAN_IMAGES
 from .store import Unit
 
 if TYPE_CHECKING:
@@ -197,6 +197,7 @@ def _target(study: Study, layer: str, label: int, shown: Shown, room: int) -> pd
     except rk.RepsimError as error:
         raise StudyError(f"{where}, class {study.class_name(label)}: {error}") from error
     changes = performance(intact, torch.cat(parts, dim=1), label)
+    nan_images = changes.pop(NAN_IMAGES).long()
     numbers = found.distances | changes | found.decodability
     halves = tuple(half("", which) for which in HALVES)
     names = sorted(numbers, key=lambda name: name.endswith(halves))  # these last
@@ -206,6 +207,7 @@ def _target(study: Study, layer: str, label: int, shown: Shown, room: int) -> pd
         "layer": layer,
         "cell": np.arange(n_cells),
         "size": found.sizes.cpu().numpy(),
+        NAN_IMAGES: nan_images.cpu().numpy(),
     }
     return pd.DataFrame(columns | {name: numbers[name].double().cpu().numpy() for name in names})
 

@@ -59,8 +59,10 @@ def run(
     -------
     DataFrame
         One row per model, class, layer and cell, sorted by these columns; then ``size`` (neurons
-        of the cell), a column per metric (distance of the ablated from the original
-        representation), and one per function change, positive where function is lost:
+        of the cell), ``nan_images`` (images for which the network's output, intact or ablated, is
+        NaN; where there are any, so are the cell's changes of performance), a column per metric
+        (distance of the ablated from the original representation), and one per function change,
+        positive where function is lost:
         ``rank_deficit``, ``log_probability``, ``probability``, ``top1``, ``top5`` (see
         `experiments.performance`), ``decodability_refit`` and ``decodability_frozen`` (balanced
         accuracy of the class against the rest, intact minus ablated), ``margin_refit`` and

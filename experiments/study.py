@@ -308,7 +308,8 @@ class Study:
         with self.hold_network(), torch.no_grad():
             for index in torch.split(torch.arange(len(self.labels)), BATCH):
                 logits = self.model(self.images[index].to(self.device))
-                correct[index] = logits.argmax(1).cpu() == self.labels[index]
+                right = logits.argmax(1).cpu() == self.labels[index]
+                correct[index] = right & ~logits.isnan().any(1).cpu()  # argmax takes NaN for most
         gpu = self.device.type == "cuda"
         return {
             "network": type(self.model).__name__,
@@ -317,6 +318,7 @@ class Study:
             "images": len(self.labels),
             "image_shape": list(self.images.shape[1:]),
             "image_classes": len(self.present),
+            "outputs": logits.shape[1],
             "stimuli": self.stimuli,
             "note": self.note,
             "device": torch.cuda.get_device_name(self.device) if gpu else "CPU",

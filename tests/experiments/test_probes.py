@@ -42,7 +42,8 @@ def test_columns(probes: list[str]) -> None:
     table = toy_study(probes=probes, layers=["act1"], draws=Draws(least=3)).run()
     want = [name for probe in probes for name in PROBES[probe]]
     want += [ERROR] if "paper" in probes else []
-    keys = ["model", "class", "layer", "cell", "size", *METRICS, BASELINE, *PERFORMANCE]
+    keys = ["model", "class", "layer", "cell", "size", "nan_images"]
+    keys += [*METRICS, BASELINE, *PERFORMANCE]
     # Every other image has its own changes; the paper's probe has an error instead.
     twice = [*PERFORMANCE, *(PROBES["ridge"] if "ridge" in probes else ())]
     halves = {half(name, which) for name in twice for which in HALVES}

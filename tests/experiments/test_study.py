@@ -11,7 +11,6 @@ from torch import nn
 
 from experiments import Study
 from experiments.controls import HALVES, half
-from experiments.performance import performance
 from experiments.stats import BASELINE, METRICS, PERFORMANCE, PROBES
 from experiments.study import StudyError
 from repsim_kernels import LayerError
@@ -45,13 +44,15 @@ def test_the_table_has_a_row_for_each_cell_in_order(table: pd.DataFrame) -> None
     changes = [*PERFORMANCE, *PROBES["ridge"]]
     halves = [half(name, which) for which in HALVES for name in changes]
     whole = [*METRICS, BASELINE, *changes]
-    assert list(table.columns[: len(keys) + 1 + len(whole)]) == [*keys, "size", *whole]
-    assert set(table.columns) == {*keys, "size", *whole, *halves}
+    counts = ["size", "nan_images"]
+    assert list(table.columns[: len(keys) + 2 + len(whole)]) == [*keys, *counts, *whole]
+    assert set(table.columns) == {*keys, *counts, *whole, *halves}
     assert table[keys].equals(table.sort_values(keys, ignore_index=True)[keys])
     expected = pd.MultiIndex.from_product([["toy"], sorted(CLASSES), LAYERS, range(16)])
     assert list(table[keys].itertuples(index=False, name=None)) == list(expected)
-    assert table["cell"].dtype == table["size"].dtype == np.int64
+    assert (table[["cell", *counts]].dtypes == np.int64).all()
     assert (table["size"] == 16).all()
+    assert (table["nan_images"] == 0).all()
     assert table[[*whole, *halves]].notna().all(axis=None)
 
 
@@ -101,28 +102,6 @@ def test_rows_equal_those_of_brute_force(table: pd.DataFrame, layer: str, label:
         }
         for name, value in expected.items():
             assert rows.loc[cell, name] == pytest.approx(value, abs=1e-5), (cell, name)
-
-
-def test_performance_by_hand() -> None:
-    intact = torch.tensor(
-        [[3.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], [0.0, 2.0, 5.0, 1.0, 1.0, 1.0, 1.0]]
-    )
-    worse = torch.tensor([[0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0], [0.0, 2.0, 5.0, 1.0, 1.0, 1.0, 1.0]])
-    better = torch.tensor(
-        [[3.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], [9.0, 2.0, 5.0, 1.0, 1.0, 1.0, 1.0]]
-    )
-    tied = torch.zeros(2, 7)
-    change = performance(intact, torch.stack([intact, worse, better, tied]), 0)
-    # Ranks of output 0: intact 0 and 6; worse 5 and 6; better 0 and 0; tied 0 and 0.
-    assert change["rank_deficit"].tolist() == [0.0, 2.5, 0.0, 0.0]
-    assert change["top1"].tolist() == [0.0, 0.5, -0.5, -0.5]
-    assert change["top5"].tolist() == [0.0, 0.5, -0.5, -0.5]
-    assert change["log_probability"][0] == change["probability"][0] == 0
-    assert change["probability"][1] > 0 > change["probability"][2]
-    assert change["rank_deficit_odd"].tolist() == [0.0, 5.0, 0.0, 0.0]
-    assert change["rank_deficit_even"].tolist() == [0.0, 0.0, 0.0, 0.0]
-    assert change["top1_even"].tolist() == [0.0, 0.0, -1.0, -1.0]
-    assert all(value.dtype == torch.float64 for value in change.values())
 
 
 def test_random_cells_are_drawn_and_have_the_grids_sizes() -> None:
