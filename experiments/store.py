@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 
 from .configuration import differences, digest
@@ -371,11 +372,16 @@ def _read(path: Path, fingerprint: str | None = None) -> pd.DataFrame:
 
 
 def _fingerprint(table: pd.DataFrame) -> str:
-    """Of names and values: Parquet has checksums of pages, and none of what they are called."""
+    """Of names and values: Parquet has checksums of pages, and none of what they are called.
+
+    All NaNs are one value: Arrow stores a missing number, and not the bits of the NaN.
+    """
     found = hashlib.sha256()
     for name, column in table.items():
         values = column.to_numpy()
         numbers = values.dtype.kind in "biuf"
+        if values.dtype.kind == "f":
+            values = np.where(np.isnan(values), values.dtype.type(np.nan), values)
         found.update(f"{name} {values.dtype.kind} ".encode())
         found.update(values.tobytes() if numbers else json.dumps(values.tolist()).encode())
     return found.hexdigest()[:16]
