@@ -53,7 +53,7 @@ def compact(run: Annotated[Path, RUN] = Path("runs/demo")) -> None:
 
         store = Store(run)
         table = store.compact()
-        finish(Console(highlight=False, markup=False), table, run)
+        finish(Console(highlight=False, markup=False), table, store)
         if "missing" in table.attrs:
             print(f"{table.attrs['missing']} units are missing", file=sys.stderr)
             raise typer.Exit(3)

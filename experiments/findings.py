@@ -9,17 +9,28 @@ from functools import cached_property
 from typing import Any
 
 import pandas as pd  # type: ignore[import-untyped]
+import scipy.stats  # type: ignore[import-untyped]
 
 from .controls import corrected, partial_correlations, reliability
 from .figures import METRIC_NAMES
 from .inference import Claim, MixedModel, beyond, claims, intervals, mixed_model
-from .stats import BASELINE, StatsError, changes_of, correlations, distances_of, summary
+from .stats import (
+    BASELINE,
+    NAN_IMAGES,
+    StatsError,
+    changes_of,
+    correlations,
+    distances_of,
+    summary,
+)
 
 GROUP = ["class", "layer"]
 PERFORMANCE = "rank_deficit"
 # The first that a table has. Accuracies of held-out stimuli tie in most cells: the margin is what
 # can be told of the same probe.
 DECODABILITY = ("decodability_paper", "margin_refit", "decodability_refit")
+_REJECTED = 0.01  # chance, by the binomial test
+_FEW_POINTS = 0.1  # of accuracy above chance, for networks of few outputs
 DRAWN = ("rank_deficit", "log_probability", *DECODABILITY)
 
 
@@ -58,6 +69,11 @@ class Model:
         return bool(self.configuration.get("cells") == "random")
 
     @cached_property
+    def near_chance(self) -> str | None:
+        """How it does, where that is near chance: nothing is claimed of it then."""
+        return near_chance(self.about)
+
+    @cached_property
     def per_group(self) -> pd.DataFrame:
         return correlations(self.table, self.distances, self.changes)
 
@@ -79,9 +95,57 @@ class Model:
         return list(self.configuration.get("classes") or map(str, self.table["class"].unique()))
 
 
+def near_chance(about: dict[str, Any]) -> str | None:
+    """How a network does that can hardly tell its classes apart; None for any other.
+
+    Parameters
+    ----------
+    about : dict
+        What ``study.json`` says of the network: ``accuracy``, ``images`` and ``outputs``, or
+        ``image_classes`` in a run that does not record its outputs yet.
+
+    Returns
+    -------
+    str or None
+        Its accuracy beside that of a guess. None as well where the accuracy is not recorded.
+
+    Notes
+    -----
+    Of a network with k outputs, a guess is right 1/k of the time. It is near chance where the exact
+    one-sided binomial test doesn't reject that at 1 %; and where its accuracy is below twice
+    chance, or below chance and ten points if that is less, however many images show it to be
+    better than a guess.
+    """
+    if "accuracy" not in about:
+        return None
+    accuracy, images = about["accuracy"], about["images"]
+    outputs = about.get("outputs", about["image_classes"])
+    chance = 1 / outputs
+    right = round(accuracy * images)
+    p = scipy.stats.binomtest(right, images, chance, alternative="greater").pvalue
+    if p <= _REJECTED and accuracy >= chance + min(chance, _FEW_POINTS):
+        return None
+    return (
+        f"{100 * accuracy:.1f} % of its answers to {images} images are right, and "
+        f"{100 * chance:.2g} % of guesses among {outputs} outputs would be"
+    )
+
+
+def count_nan_images(table: pd.DataFrame) -> str | None:
+    """How many images a network gave NaN for; None where there are none, or nobody counted."""
+    if NAN_IMAGES not in table or not (table[NAN_IMAGES] > 0).any():
+        return None
+    counts = table[NAN_IMAGES][table[NAN_IMAGES] > 0]
+    return (
+        f"the output is NaN for images in {len(counts):,} of {len(table):,} cells, up to "
+        f"{int(counts.max())} in one and {int(counts.sum()):,} in all; the loss of performance "
+        "of these cells is not known"
+    )
+
+
 def judged(model: Model) -> list[tuple[Claim, list[str]]] | None:
     """The claims and what is said of each, metrics by the names that the page has for them."""
-    if PERFORMANCE not in model.changes or model.decodability is None:
+    if model.near_chance or PERFORMANCE not in model.changes or model.decodability is None:
         return None
     told = []
     for claim in claims(model.per_group, PERFORMANCE, model.decodability):
@@ -96,7 +160,7 @@ def judged(model: Model) -> list[tuple[Claim, list[str]]] | None:
 
 def fitted(model: Model) -> MixedModel | None:
     """The paper's mixed model, where the table has what it needs."""
-    if PERFORMANCE not in model.changes or model.decodability is None:
+    if model.near_chance or PERFORMANCE not in model.changes or model.decodability is None:
         return None
     try:
         return mixed_model(model.per_group, PERFORMANCE, model.decodability)
@@ -106,7 +170,7 @@ def fitted(model: Model) -> MixedModel | None:
 
 def against_baseline(model: Model) -> dict[str, tuple[list[str], list[str]]]:
     """By change, the metrics that follow it more than the energy removed does, and those less."""
-    if BASELINE not in model.distances:
+    if model.near_chance or BASELINE not in model.distances:
         return {}
     found = {}
     for change in filter(None, (PERFORMANCE, model.decodability)):

@@ -55,7 +55,7 @@ def launch(recipe: Recipe, folder: Path, how: How, dry: bool) -> None:
     JobError, DataError, ModelError, StudyError, LayerError, StoreError, ExecutorError, OSError
         One line; a StoreError, an ExecutorError and a KeyboardInterrupt say what is kept.
     typer.Exit
-        3, where units failed.
+        3, where units are missing: they failed, or can't be read again.
     """
     from .executors import ExecutorError
     from .executors.worker import Serial
@@ -63,7 +63,7 @@ def launch(recipe: Recipe, folder: Path, how: How, dry: bool) -> None:
     from .progress import progress_of
     from .run import drive, run_folder
     from .store import CONFIGURATION, StoreError
-    from .terminal import announce, announce_inputs, show_plans, took
+    from .terminal import announce, announce_inputs, show_plans, took, warn_of_chance
 
     console = Console(highlight=False, markup=False)
     apart = how.workers != 1 or how.executor is Kind.ray
@@ -84,6 +84,7 @@ def launch(recipe: Recipe, folder: Path, how: How, dry: bool) -> None:
         if how.shard.count > 1:
             source = f" ({how.shard_from})" if how.shard_from else ""
             print(f"Shard {how.shard}{source}: {len(units)} of {len(store.units)} units")
+        warn_of_chance(store)
     left = store.left(units)
     if not left and not how.silent:
         print(f"All {len(units)} units are done already.")
@@ -98,18 +99,22 @@ def launch(recipe: Recipe, folder: Path, how: How, dry: bool) -> None:
         executor = _executor(recipe, job, store, how) if left else Serial(job.studies, store)
         with progress_of(console, how.quiet, how.log_json) as progress:
             failed = drive(store, executor, how.shard, progress)
-        _end(console, store, how, failed)
+        whole = _end(console, store, how, failed)
     except (KeyboardInterrupt, StoreError, ExecutorError) as error:
         said = f"{error}; " if str(error) else ""
         raise type(error)(said + _kept(store, units, folder)) from error
     if plans:
         took(time.perf_counter() - start, plans, count)
-    if failed:
+    if not whole:
         raise typer.Exit(3)
 
 
-def _end(console: Console, store: Store, how: How, failed: dict[Unit, str]) -> None:
-    """Make the table once no unit is left but those that failed, and say what came of it."""
+def _end(console: Console, store: Store, how: How, failed: dict[Unit, str]) -> bool:
+    """Make the table once no unit is left but those that failed, and say what came of it.
+
+    Returns whether nothing is missing: of the table, or of the shard's own units while other
+    shards still have theirs to measure.
+    """
     from .report import write_report
     from .terminal import finish
 
@@ -123,20 +128,34 @@ def _end(console: Console, store: Store, how: How, failed: dict[Unit, str]) -> N
             file=sys.stderr,
         )
     left = store.left()
-    if len(left) == len(store.units):
-        return
-    if set(left) <= set(store.failed()):
-        table = store.compact()
-        if how.silent:
-            write_report(store.folder, store.folder / "report.html")
-        else:
-            finish(console, table, store.folder)
-    elif not how.silent:
-        done = len(store.units) - len(left)
+    unfinished = set(left) - set(store.failed())
+    if lost := [unit for unit in how.shard.of(store.units) if unit in unfinished]:
         print(
-            f"{done} of the run's {len(store.units)} units are finished; the last shard to end "
-            f"makes its table, or: python -m experiments compact {store.folder}"
+            f"no table: {len(lost)} of {len(store.units)} units are missing though they were "
+            f"measured, such as {lost[0]}; the same command measures them again",
+            file=sys.stderr,
         )
+        return False
+    if unfinished:  # by other shards
+        if not how.silent:
+            done = len(store.units) - len(left)
+            print(
+                f"{done} of the run's {len(store.units)} units are finished; the last shard to end "
+                f"makes its table, or: python -m experiments compact {store.folder}"
+            )
+        return not failed
+    if len(left) == len(store.units):
+        print(f"no table: all {len(left)} units failed", file=sys.stderr)
+        return False
+    table = store.compact()
+    if how.silent:
+        write_report(store.folder, store.folder / "report.html")
+    else:
+        finish(console, table, store)
+    missing = table.attrs.get("missing")
+    if missing and not failed:  # another shard's, or damaged this very moment
+        print(f"{missing} units are missing from the table", file=sys.stderr)
+    return not missing
 
 
 def _kept(store: Store, units: Sequence[Unit], folder: Path) -> str:

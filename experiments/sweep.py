@@ -170,8 +170,8 @@ def sweep(
 
     Without options: three small networks on the images that come with them, a sample of layers,
     classes and stimuli, into runs/demo. A run that was stopped, by whatever, is gone on with by the
-    same command. Exit code: 0, 2 for what can't be done, 3 where units failed, 130 and 143 for a
-    run that Ctrl-C or SIGTERM stopped.
+    same command. Exit code: 0, 2 for what can't be done, 3 where units failed or the table lacks
+    some, 130 and 143 for a run that Ctrl-C or SIGTERM stopped.
     """
     with one_line_errors(), stoppable():
         from .jobs import Asked, Recipe

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd  # type: ignore[import-untyped]
@@ -11,6 +10,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from .findings import count_nan_images, near_chance
 from .progress import duration
 from .report import METRIC_NAMES, means, write_report
 from .stats import changes_of, correlations, distances_of, summary
@@ -18,6 +18,7 @@ from .stats import changes_of, correlations, distances_of, summary
 if TYPE_CHECKING:
     from .jobs import Job
     from .plan import Plan
+    from .store import Store
     from .study import Study
 
 HEADS = {
@@ -84,9 +85,19 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(shown)
 
 
-def finish(console: Console, table: pd.DataFrame, folder: Path) -> None:
+def warn_of_chance(store: Store) -> None:
+    """Say which of a run's networks are near chance, if any."""
+    for name, about in store.study.get("about", {}).get("models", {}).items():
+        if how := near_chance(about):
+            print(
+                f"{name} is near chance: {how}. What it shows is no evidence; no claim is judged."
+            )
+
+
+def finish(console: Console, table: pd.DataFrame, store: Store) -> None:
     """Print the mean correlations, write the report, say where things are."""
-    changes = changes_of(table)
+    warn_of_chance(store)
+    changes, folder = changes_of(table), store.folder
     wide = means(correlations(table, distances_of(table), changes))
     notes = table.attrs.get("notes", {})
     for model in table["model"].unique():
@@ -100,6 +111,8 @@ def finish(console: Console, table: pd.DataFrame, folder: Path) -> None:
             numbers = ("-" if value != value else f"{value:.2f}" for value in row)
             view.add_row(METRIC_NAMES[metric], *numbers)
         _show(console, view)
+        if count := count_nan_images(table[table["model"] == model]):
+            print(f"{model}: {count}.")
     print(folder / "results.parquet")
     print(write_report(folder, folder / "report.html"))
 

@@ -1,0 +1,194 @@
+"""Networks that guess: said first, and not judged."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from _page import CHANGES, FIVE, drawn, page_of
+from _toy import CLASSES, Toy, image_folder, toy_images, toy_study
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from typer.testing import CliRunner
+
+from experiments import __main__ as cli
+from experiments import report
+from experiments.findings import near_chance
+from experiments.run import run, run_folder
+from experiments.store import Store
+from experiments.terminal import finish, warn_of_chance
+
+
+def about(right: int, images: int, classes: int, **more: Any) -> dict[str, Any]:
+    return {"accuracy": right / images, "images": images, "image_classes": classes, **more}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(2, 40), st.integers(1, 120), st.data())
+def test_chance_is_told_by_the_exact_test_and_the_margin(
+    outputs: int, images: int, data: st.DataObject
+) -> None:
+    right = data.draw(st.integers(0, images))
+    p = Fraction(1, outputs)
+    tail = sum(comb(images, r) * p**r * (1 - p) ** (images - r) for r in range(right, images + 1))
+    least = p + min(p, Fraction(1, 10))
+    guesses = tail > Fraction(1, 100) or Fraction(right, images) < least
+    assert (near_chance(about(right, images, outputs)) is not None) == guesses
+
+
+@pytest.mark.parametrize(
+    ("right", "images", "outputs", "guesses"),
+    [
+        (109, 1000, 10, True),
+        (1090, 10_000, 10, True),  # better than a guess beyond doubt, and of no use
+        (250, 1000, 10, False),
+        (50, 500, 1000, False),  # 10 % where a guess has 0.1 %
+        (2, 500, 1000, True),
+        (550, 1000, 2, True),
+        (650, 1000, 2, False),
+        (0, 20, 10, True),
+        (20, 20, 2, False),
+        (5, 6, 2, True),  # too few images to tell
+    ],
+)
+def test_networks_that_guess_and_others(
+    right: int, images: int, outputs: int, guesses: bool
+) -> None:
+    text = near_chance(about(right, images, outputs))
+    assert (text is not None) == guesses
+    # Ten classes are shown to a network of as many outputs, unless more are recorded.
+    assert near_chance(about(right, images, 10, outputs=outputs)) == text
+    if text is not None:
+        assert text.startswith(f"{100 * right / images:.1f} % of its answers to {images} images")
+
+
+def test_what_is_not_recorded_is_not_near_chance() -> None:
+    assert near_chance({"note": None}) is None
+
+
+def stored(folder: Path, right: int) -> Path:
+    """A finished run whose ten-class network has so many of 1,000 images right."""
+    table = drawn(classes=8, seed=3)
+    table["decodability_refit"] += 3 * table["cka"] + 3 * table["procrustes"]
+    configured = {
+        "models": {
+            "net": {
+                "weights": "0" * 64,
+                "images": "0" * 64,
+                "layers": [f"l.{i}" for i in range(4)],
+                "classes": sorted(table["class"].unique()),
+                "block": 8,
+                "grid": [4, 4],
+                "stimuli_per_class": None,
+                "penalty": 0.0,
+                "ridge": 0.1,
+                "probe_ridge": 1.0,
+            }
+        }
+    }
+    facts = {
+        "network": "Net",
+        "parameters": 7,
+        "image_shape": [3, 8, 8],
+        "stimuli": 1000,
+        "note": None,
+        "device": "CPU",
+        **about(right, 1000, 10),
+    }
+    store = Store.create(folder, configured, lambda: {"about": {"models": {"net": facts}}})
+    for unit in store.units:
+        store.put(unit, table[table["layer"] == unit.layer])
+    store.compact()
+    return folder
+
+
+def test_a_report_says_so_first_and_judges_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    none: dict[str, list[report.Plate]] = {"classes": [], "layers": [], "grid": [], "cells": []}
+    monkeypatch.setattr(report, "_plates", lambda _models: none)
+    guessing = page_of(stored(tmp_path / "guessing", 109), tmp_path)
+    text = guessing.said()
+    first = "net is near chance: 10.9 % of its answers to 1000 images are right"
+    assert text.index(first) < text.index("Neurons of a network were ablated")
+    assert "The claims are not judged: the network is near chance. 10.9 %" in text
+    assert "exact one-sided binomial test" in text
+    for said in ("Not held", "Not decided", "is followed better by"):
+        assert said not in text
+    assert "claims" not in [of.get("class") for _, of in guessing.elements]
+    assert not [title for title in guessing.tables if title.startswith("net, mixed model")]
+    able = page_of(stored(tmp_path / "able", 300), tmp_path)
+    assert "near chance" not in able.said()
+    assert "claims" in [of.get("class") for _, of in able.elements]
+    assert [title for title in able.tables if title.startswith("net, mixed model")]
+    correlations = "net (32 groups: 4 layers x 8 classes)"
+    assert guessing.tables[correlations] == able.tables[correlations]
+
+
+def test_the_terminal_says_so_before_the_first_unit_and_before_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    image_folder(tmp_path / "images")
+    words = ["sweep", "--model", "_toy:Toy", "--layers", "act1", "--size", "8", "--metrics", "cka"]
+    words += ["--images", "images", "--out", "run"]
+    result = CliRunner().invoke(cli.app, words)
+    assert (result.exit_code, result.stderr) == (0, "")
+    facts = json.loads(Path("run", "study.json").read_text())["about"]["models"]["_toy:Toy"]
+    assert facts["outputs"] == 3
+    said = f"_toy:Toy is near chance: {near_chance(facts)}."
+    lines = result.stdout.splitlines()
+    places = [number for number, line in enumerate(lines) if line.startswith(said)]
+    (started,) = (number for number, line in enumerate(lines) if line.endswith("1 started"))
+    (table,) = (number for number, line in enumerate(lines) if line.startswith("Mean Spearman"))
+    assert len(places) == 2
+    assert places[0] < started < places[1] < table
+    again = CliRunner().invoke(cli.app, ["compact", "run"])
+    assert again.stdout.startswith(said)
+
+
+def test_an_able_network_is_not_called_one_that_guesses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, _ = toy_images(10)
+    labels = Toy().eval()(images).argmax(1)
+    keep = labels.bincount(minlength=3) > 1
+    images, labels = images[keep[labels]], labels[keep[labels]]
+    study = toy_study(images=images, labels=labels, classes=CLASSES, metrics=["cka"])
+    store = run_folder([study], tmp_path)
+    run([study], store)
+    assert store.study["about"]["models"]["toy"]["accuracy"] == 1
+    warn_of_chance(store)
+    assert capsys.readouterr().out == ""
+
+
+def test_nan_images_are_told_in_the_report_and_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    none = drawn().assign(nan_images=0)
+    assert "the output is NaN" not in page_of(none, tmp_path).said()
+    table = drawn(changes=(*CHANGES, "log_probability"), distances=(*FIVE, "energy"))
+    table["nan_images"] = np.where(table.index % 24 == 3, 2, 0) + (table.index == 27)
+    bad = table["nan_images"] > 0
+    table.loc[bad, ["rank_deficit", "top1", "log_probability"]] = np.nan
+    table.loc[table.index % 7 == 1, "log_probability"] = np.inf  # a probability that fell to 0
+    said = (
+        f"net: the output is NaN for images in {bad.sum()} of 192 cells, up to 3 in one and "
+        f"{2 * bad.sum() + 1} in all; the loss of performance of these cells is not known."
+    )
+    assert said in page_of(table, tmp_path).said()
+    store = Store.create(
+        tmp_path / "run", {"models": {"net": {"layers": ["l"], "classes": ["c"], "block": 1}}}
+    )
+    store.put(store.units[0], table)
+    finish(Console(highlight=False, markup=False), store.compact(), store)
+    assert said in capsys.readouterr().out.splitlines()
+    older = pd.concat([table.drop(columns="nan_images"), none.assign(model="b")])
+    assert "the output is NaN" not in page_of(older, tmp_path).said()
