@@ -139,9 +139,10 @@ def stats(
 
         if out is not None:
             check_suffix("out", out)
-        rows = read(table, split(cell) or ["cell"])
+        names = split(by) or ["model", "class", "layer"]
+        rows = read(table, split(cell) or ["cell"], names)
         sides = split(distances) or distances_of(rows), split(changes) or changes_of(rows)
-        keys = split(by) or [name for name in ("model", "class", "layer") if name in rows.columns]
+        keys = names if by else [name for name in names if name in rows.columns]
         turned = split(similarities) or []
         groups = correlations(rows, *sides, keys, similarities=turned)
         for remark in remarks(rows, *sides, keys, turned):

@@ -11,9 +11,11 @@ from .stats import (
     Floats,
     centred_ranks,
     check_columns,
+    check_names,
     correlate,
     correlations,
     grouped,
+    numbers_of,
     rows_of,
     summary,
 )
@@ -58,7 +60,8 @@ def partial_correlations(
     Raises
     ------
     StatsError
-        A column is missing, or there are no rows.
+        A column is missing, is there twice, doesn't hold numbers (those of ``by``: names), or there
+        are no rows.
 
     Notes
     -----
@@ -67,8 +70,9 @@ def partial_correlations(
     """
     by, distances, changes, given = list(by), list(distances), list(changes), list(given)
     check_columns(table, by=by, distances=distances, changes=changes, given=given)
+    check_names(table, by=by)
+    columns = [numbers_of(table, names) for names in (distances, changes, given)]
     keys, blocks = grouped(table, by)
-    columns = [np.asarray(table[names], dtype=np.float64) for names in (distances, changes, given)]
     found = np.empty((len(keys), len(distances), len(changes)))
     size = np.empty(len(keys), dtype=np.int64)
     for groups, index in blocks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -70,12 +71,13 @@ def correlations(
         One row per group, distance and change: the columns of ``by``, then ``distance``,
         ``change``, ``spearman`` and ``kendall`` (τ-b), in [-1, 1], and ``n``, the number of cells.
         Tied values share their mean rank. Both are NaN where either side is constant or holds a
-        NaN, and where a group has one cell.
+        missing value, and where a group has one cell. An infinite value is larger than all others.
 
     Raises
     ------
     StatsError
-        A column is missing or not numeric, there are no rows, or a group has a cell twice.
+        A column is missing, is there twice, doesn't hold numbers (those of ``by``: names), there
+        are no rows, or a group has a cell twice.
 
     Notes
     -----
@@ -86,7 +88,7 @@ def correlations(
     by, distances, changes = list(by), list(distances), list(changes)
     _check(table, by, distances, changes, similarities)
     keys, rows = grouped(table, by)
-    sides = [np.asarray(table[names], dtype=np.float64) for names in (distances, changes)]
+    sides = [numbers_of(table, names) for names in (distances, changes)]
     sides[0] = sides[0] * [-1.0 if name in similarities else 1.0 for name in distances]
     shape = len(keys), len(distances), len(changes)
     spearman, kendall = np.empty(shape), np.empty(shape)
@@ -211,13 +213,12 @@ def _check(
     similarities: Sequence[str],
 ) -> None:
     check_columns(table, by=by, distances=distances, changes=changes)
+    check_names(table, by=by)
     for name in similarities:
         if name not in distances:
             raise StatsError(f"similarities: {name!r} is not among distances {list(distances)}")
-    for name in (*distances, *changes):
-        if not pd.api.types.is_numeric_dtype(table[name]):
-            raise StatsError(f"table: column {name!r} is {table[name].dtype}; expected numbers")
     if "cell" in table.columns and "cell" not in by:
+        check_names(table, cell=["cell"])
         twice = table.duplicated([*by, "cell"])
         if twice.any():
             row = table.iloc[int(twice.to_numpy().argmax())][[*by, "cell"]]
@@ -229,15 +230,62 @@ def _check(
 
 
 def check_columns(table: pd.DataFrame, **arguments: Sequence[str]) -> None:
-    """Raise StatsError where an argument names no column or a missing one, or there are no rows."""
+    """Raise StatsError where an argument doesn't name columns, once each, or there are no rows."""
+    columns = ", ".join(map(str, table.columns))
     for argument, names in arguments.items():
         if not names:
-            raise StatsError(f"{argument}: is empty; expected at least one column")
-        missing = [name for name in names if name not in table.columns]
-        if missing:
-            raise StatsError(
-                f"{argument}: the table has no column {missing[0]!r}; "
-                f"expected some of {', '.join(map(str, table.columns))}"
-            )
+            raise StatsError(f"{argument}: is empty; expected some of {columns}")
+        for name in names:
+            count = list(table.columns).count(name)
+            if not count:
+                raise StatsError(
+                    f"{argument}: the table has no column {name!r}; expected some of {columns}"
+                )
+            if count > 1:
+                raise StatsError(
+                    f"{argument}: the table has {count} columns {name!r}; expected one"
+                )
     if table.empty:
         raise StatsError("table: has no rows; expected one per cell")
+
+
+def check_names(table: pd.DataFrame, **arguments: Sequence[str]) -> None:
+    """Raise StatsError where a column holds lists, which can't name a group or a cell."""
+    for argument, names in arguments.items():
+        for name in names:
+            if not comparable(table[name]):
+                raise StatsError(
+                    f"{argument}: column {name!r} holds lists or the like; expected names"
+                )
+
+
+def comparable(column: pd.Series) -> bool:
+    """Whether the values of a column are equal or not, which can't be asked of lists."""
+    return pd.api.types.is_numeric_dtype(column) or all(map(pd.api.types.is_hashable, column))
+
+
+def numbers_of(table: pd.DataFrame, names: Sequence[str]) -> Floats:
+    """Columns as numbers, (rows, columns); a missing value is NaN.
+
+    Raises
+    ------
+    StatsError
+        One holds anything but real numbers.
+    """
+    for name in names:
+        dtype = table[name].dtype
+        real = pd.api.types.is_numeric_dtype(dtype) and not pd.api.types.is_complex_dtype(dtype)
+        if not real:
+            raise StatsError(
+                f"table: column {name!r} is {dtype}{_example(table[name])}; expected numbers"
+            )
+    numbers: Floats = table[list(names)].to_numpy(dtype=np.float64, na_value=np.nan)
+    return numbers
+
+
+def _example(column: pd.Series) -> str:
+    """The first value that is no number, if there is one."""
+    for value in column:
+        if not pd.api.types.is_number(value):
+            return f", such as {' '.join(reprlib.repr(value).split())}"
+    return ""

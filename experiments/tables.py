@@ -9,23 +9,42 @@ from pathlib import Path
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 
-from .stats import StatsError, check_columns, correlations
+from .stats import (
+    StatsError,
+    check_columns,
+    check_names,
+    comparable,
+    correlations,
+    numbers_of,
+)
 from .store import replacing
 
 _AGAINST = 0.2  # of a median correlation below 0: smaller ones are common among changes
 SUFFIXES = (".csv", ".parquet")
 
 
-def read(path: str | os.PathLike[str], cell: Sequence[str] = ("cell",)) -> pd.DataFrame:
+def read(
+    path: str | os.PathLike[str],
+    cell: Sequence[str] = ("cell",),
+    by: Sequence[str] = ("model", "class", "layer"),
+) -> pd.DataFrame:
     """Read a table, one row per cell.
 
     Parameters
     ----------
     path : path
-        A CSV file with a line of column names, or a Parquet file.
+        A CSV file with commas and a line of column names, or a Parquet file.
     cell : sequence of str
         The columns that tell a group's cells apart; one ``cell`` takes their place. By default
         the column of that name, if there is one.
+    by : sequence of str
+        The columns that name a group, those of them that there are.
+
+    Returns
+    -------
+    DataFrame
+        From CSV, the columns of ``cell`` and ``by`` are text as it is written: "NA" and "01" are
+        names. From Parquet, the named levels of an index are columns.
 
     Raises
     ------
@@ -36,17 +55,47 @@ def read(path: str | os.PathLike[str], cell: Sequence[str] = ("cell",)) -> pd.Da
     """
     path = Path(path)
     check_suffix("table", path)
-    reader = pd.read_csv if path.suffix == ".csv" else pd.read_parquet
     try:
-        table = reader(path)
-    except (ValueError, ImportError) as error:  # of pandas and of pyarrow
-        reason = str(error).strip().splitlines()[0]
+        table = _read_csv(path, {*cell, *by}) if path.suffix == ".csv" else _read_parquet(path)
+    except (StatsError, FileNotFoundError):
+        raise
+    except (ValueError, TypeError, LookupError, ImportError, NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # not the file's fault
+        reason = " ".join(str(error).split("\n", 1)[0].split())
         raise StatsError(f"table: {path} can't be read ({reason})") from None
     if list(cell) == ["cell"]:
         return table
     check_columns(table, cell=cell)
-    number = table.groupby(list(cell), sort=True, dropna=False).ngroup()
+    check_names(table, cell=cell)
+    number = table.groupby(list(cell), sort=False, observed=True, dropna=False).ngroup()
     return table.drop(columns=list(cell)).assign(cell=number)
+
+
+def _read_csv(path: Path, names: set[str]) -> pd.DataFrame:
+    """Read a table whose columns of ``names`` are text, whatever it says."""
+    line = pd.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False)
+    header = list(line.iloc[0])
+    for mark, separator in ((";", "semicolons"), ("\t", "tabs")):
+        if sum(name.count(mark) for name in header) >= len(header):
+            raise StatsError(
+                f"table: the columns of {path} are separated by {separator}; expected commas, and "
+                "points in numbers"
+            )
+    table = pd.read_csv(path, low_memory=False)
+    if not isinstance(table.index, pd.RangeIndex):  # what pandas makes of the values without a name
+        raise StatsError(f"table: rows of {path} have more values than its first line has names")
+    own = [name for name in table.columns if name in names]
+    table[own] = pd.read_csv(path, usecols=own, dtype=str, na_filter=False)
+    table.columns = pd.Index(header)  # pandas would rename the second of two that are the same
+    return table
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    """Read a table with the named levels of its index as columns."""
+    table = pd.read_parquet(path)
+    levels = [name for name in table.index.names if name is not None and name not in table.columns]
+    return (table.reset_index(levels) if levels else table).reset_index(drop=True)
 
 
 def check_suffix(argument: str, path: Path) -> None:
@@ -83,9 +132,12 @@ def remarks(
     -------
     list of str
         Groups with fewer cells than others; rows that are there twice; names that differ within a
-        group, which may be several groups taken as one; missing values; and columns that run
-        against each other, or distances that look like similarities.
+        group, which may be several groups taken as one; missing and infinite values; and columns
+        that run against each other, or distances that look like similarities.
     """
+    # Of two columns of one name neither is asked for, and lists can't be told apart.
+    single = table.columns[~table.columns.duplicated(keep=False)]
+    told = [name for name in single if comparable(table[name])]
     groups = table.groupby(list(by), sort=True, observed=True, dropna=False)
     size, found = groups.size(), []
     if (size < size.max()).any():
@@ -94,10 +146,10 @@ def remarks(
             f"{short} of {len(size)} groups have fewer than {size.max()} cells, "
             f"the least {size.min()}"
         )
-    if "cell" not in table.columns and (twice := int(table.duplicated().sum())):
+    if "cell" not in table.columns and (twice := int(table.duplicated(told).sum())):
         found.append(f"{twice} rows are the same as another in every column")
     taken = {*by, *distances, *changes, "cell"}
-    for name in (name for name in table.columns if name not in taken):
+    for name in (name for name in told if name not in taken):
         if pd.api.types.is_numeric_dtype(table[name]):
             continue
         mixed = int((groups[name].nunique(dropna=False) > 1).sum())
@@ -107,10 +159,16 @@ def remarks(
                 "where it tells groups apart, it belongs to by"
             )
     for name in (*distances, *changes):
-        if missing := int(table[name].isna().sum()):
+        values = numbers_of(table, [name])
+        if missing := int(np.isnan(values).sum()):
             found.append(f"column {name!r} has no value in {missing} of {len(table)} rows")
+        if infinite := int(np.isinf(values).sum()):
+            found.append(
+                f"column {name!r} is infinite in {infinite} of {len(table)} rows, "
+                "which are ranked beyond all others"
+            )
     for name in distances:
-        values = table[name].dropna()
+        values = pd.Series(numbers_of(table, [name])[:, 0]).dropna()
         if name not in similarities and values.between(0, 1).all() and values.median() > 0.5:
             found.append(
                 f"column {name!r} lies within 0 and 1, mostly above 1/2: "

@@ -1,4 +1,4 @@
-"""How a run ends: with its table, or with what is missing said and an exit code that says so too."""
+"""How a run ends: with its table, or with a line and an exit code that say what is missing."""
 
 from __future__ import annotations
 

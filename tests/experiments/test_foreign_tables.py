@@ -1,0 +1,262 @@
+"""Tables as other programs write them: names stay names, and faults are said in a line."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+from typer.testing import CliRunner
+
+from experiments.__main__ import app
+from experiments.controls import partial_correlations
+from experiments.stats import StatsError, correlations
+from experiments.tables import read, remarks
+
+KEYS = ["model", "class", "layer"]
+# Names that are missing values or numbers to pandas.
+NAMES = ["NA", "null", "nan", "None", "", "01", "1", "1.0", "1.10", "1.1", "True", "1e3", " x"]
+
+
+def drawn(models: list[str], cells: int = 8, seed: int = 0) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    index = pd.MultiIndex.from_product(
+        [models, list("xyz"), list("ab"), range(cells)], names=[*KEYS, "cell"]
+    )
+    table = index.to_frame(index=False)
+    return table.assign(cka=rng.random(len(table)) / 2, top1=rng.random(len(table)))
+
+
+def stats(path: Path, *options: str) -> tuple[int, str, list[str]]:
+    words = ["stats", str(path), "--distances", "cka", "--changes", "top1", *options]
+    result = CliRunner().invoke(app, words)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr.splitlines()
+
+
+def assert_scipys(found: pd.DataFrame, table: pd.DataFrame) -> None:
+    """The correlations of every group of the table, and of no other."""
+    groups = {key: mine for key, mine in table.groupby(KEYS, dropna=False)}
+    assert set(zip(*(found[key] for key in KEYS), strict=True)) == set(groups)
+    assert len(found) == len(groups)
+    for row in found.itertuples(index=False):
+        mine = groups[tuple(row)[:3]]
+        want = scipy.stats.spearmanr(mine["cka"], mine["top1"])[0]
+        assert row.spearman == pytest.approx(want, abs=1e-12, nan_ok=True)
+        assert row.n == len(mine)
+
+
+@pytest.mark.parametrize(("start", "newline"), [("", "\n"), ("\ufeff", "\r\n")])
+@pytest.mark.parametrize("key", ["model", "class", "layer", "cell"])
+def test_names_in_csv_are_text(tmp_path: Path, key: str, start: str, newline: str) -> None:
+    table = drawn(["net"], cells=len(NAMES)).sample(frac=1, random_state=3)
+    if key == "cell":
+        table["cell"] = [NAMES[i] for i in table["cell"]]
+    else:
+        table = pd.concat([table.assign(**{key: name}) for name in NAMES])
+        table = table.drop_duplicates([*KEYS, "cell"])
+    table["top1"] = table["top1"].where(table["top1"] < 0.9)
+    path = tmp_path / "t.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        file.write(start)
+        writer = csv.writer(file, lineterminator=newline)
+        writer.writerow(table.columns)
+        missing = table.assign(top1=table["top1"].astype(object).where(table["top1"].notna(), "NA"))
+        writer.writerows(missing.itertuples(index=False, name=None))
+    code, out, err = stats(path, "--out", str(tmp_path / "rho.csv"))
+    assert (code, [line for line in err if "no value in" not in line]) == (0, [])
+    assert f"{len(table.groupby(KEYS))} groups by model, class, layer" in out
+    got = read(path)
+    for name in (*KEYS, "cell"):
+        assert got[name].tolist() == table[name].astype(str).tolist()
+    np.testing.assert_array_equal(got["top1"], table["top1"])
+    table["cell"] = table["cell"].astype(str)
+    assert_scipys(correlations(got, ["cka"], ["top1"]), table)
+    assert_scipys(read(tmp_path / "rho.csv"), table)
+
+
+def test_columns_that_are_asked_for_by_another_name_are_text_too(tmp_path: Path) -> None:
+    table = drawn(["01", "1"]).rename(columns={"model": "net", "cell": "tile"})
+    table["tile"] = [["NA", "null", "7", "07", "", "x", "y", "z"][i] for i in table["tile"]]
+    table.to_csv(tmp_path / "t.csv", index=False)
+    words = ("--by", "net,class,layer", "--cell", "tile")
+    code, out, err = stats(tmp_path / "t.csv", *words)
+    assert (code, err) == (0, [])
+    assert "12 groups by net, class, layer" in out
+    got = read(tmp_path / "t.csv", ["tile"], ["net", "class", "layer"])
+    assert got["cell"].nunique() == 8
+    assert got["net"].tolist() == table["net"].tolist()
+
+
+@pytest.mark.parametrize("levels", [[*KEYS, "cell"], ["layer"], ["cell", "class"]])
+@pytest.mark.parametrize("kept", [False, True])
+def test_names_kept_as_an_index_count(tmp_path: Path, levels: list[str], kept: bool) -> None:
+    table = drawn(["m", "n"])
+    path = tmp_path / "t.parquet"
+    if kept:  # as columns as well
+        table.set_index(levels, drop=False).to_parquet(path)
+    else:
+        table.set_index(levels).to_parquet(path)
+    assert_scipys(correlations(read(path), ["cka"], ["top1"]), table)
+    code, out, err = stats(path)
+    assert (code, err) == (0, [])
+    assert "12 groups by model, class, layer" in out
+    table.drop(columns="cell").set_index([*KEYS]).to_parquet(path)
+    assert "12 groups by model, class, layer" in stats(path)[1]
+
+
+def test_an_index_without_a_name_does_not_count(tmp_path: Path) -> None:
+    table = drawn(["m"])
+    table.index = pd.Index([f"row {i}" for i in table.index])
+    table.to_parquet(tmp_path / "t.parquet")
+    assert list(read(tmp_path / "t.parquet").columns) == list(table.columns)
+
+
+@pytest.mark.parametrize("dtype", ["boolean", "Int64", "Float64", "float64"])
+def test_missing_values_of_any_kind_are_missing(tmp_path: Path, dtype: str) -> None:
+    table = drawn(["m", "n"])
+    table["top1"] = (4 * table["top1"]).round()
+    if dtype == "boolean":
+        table["top1"] = table["top1"] > 2
+    given = table.assign(top1=table["top1"].astype(dtype))
+    given.loc[[2, 30], "top1"] = pd.NA if dtype != "float64" else np.nan
+    wanted = table.assign(top1=table["top1"].astype("float64"))
+    wanted.loc[[2, 30], "top1"] = np.nan
+    given.to_parquet(tmp_path / "t.parquet")
+    assert_scipys(correlations(given, ["cka"], ["top1"]), wanted)
+    assert_scipys(correlations(read(tmp_path / "t.parquet"), ["cka"], ["top1"]), wanted)
+    code, _, err = stats(tmp_path / "t.parquet")
+    assert (code, err) == (0, ["warning: column 'top1' has no value in 2 of 96 rows"])
+    sizes = np.arange(len(table))
+    pd.testing.assert_frame_equal(
+        partial_correlations(given.assign(size=sizes), ["cka"], ["top1"], ["size"]),
+        partial_correlations(wanted.assign(size=sizes), ["cka"], ["top1"], ["size"]),
+    )
+
+
+@pytest.mark.parametrize("cell", [True, False])
+def test_lists_that_are_not_asked_for_do_not_matter(tmp_path: Path, cell: bool) -> None:
+    table = drawn(["m", "n"])
+    table = table if cell else table.drop(columns="cell")
+    more = table.assign(units=[[i, 2] for i in range(len(table))], maps=[{"a": 1}] * len(table))
+    more.to_parquet(tmp_path / "t.parquet")
+    assert stats(tmp_path / "t.parquet") == (0, stats_of(table, tmp_path), [])
+    twice = pd.concat([more, more[:1]], ignore_index=True)
+    found = remarks(twice.drop(columns="cell", errors="ignore"), ["cka"], ["top1"], KEYS)
+    assert "1 rows are the same as another in every column" in found
+
+
+def stats_of(table: pd.DataFrame, folder: Path) -> str:
+    table.to_csv(folder / "plain.csv", index=False)
+    return stats(folder / "plain.csv")[1]
+
+
+@pytest.mark.parametrize(
+    ("column", "options", "message"),
+    [
+        ("cka", (), "table: column 'cka' is object, such as array([1, 2]); expected numbers"),
+        ("layer", (), "by: column 'layer' holds lists or the like; expected names"),
+        ("cell", (), "cell: column 'cell' holds lists or the like; expected names"),
+        ("place", ("--cell", "place"), "cell: column 'place' holds lists or the like; expected"),
+        ("place", ("--by", "place"), "by: column 'place' holds lists or the like; expected names"),
+    ],
+)
+def test_lists_that_are_asked_for_are_named(
+    tmp_path: Path, column: str, options: tuple[str, ...], message: str
+) -> None:
+    table = drawn(["m"])
+    table.assign(**{column: [[1, 2]] * len(table)}).to_parquet(tmp_path / "t.parquet")
+    code, _, (line,) = stats(tmp_path / "t.parquet", *options)
+    assert code == 2
+    assert line.startswith(f"error: {message}")
+
+
+def as_csv(**changes: Any) -> str:
+    return drawn(["m"]).assign(**changes).to_csv(index=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (drawn(["m"]).to_csv(sep=";", decimal=",", index=False), "separated by semicolons; expec"),
+        (drawn(["m"]).to_csv(sep=";", index=False), "separated by semicolons; expected commas"),
+        (drawn(["m"]).to_csv(sep="\t", index=False), "separated by tabs; expected commas"),
+        ("", "t.csv can't be read (No columns to parse from file)"),
+        ("\n\n", "t.csv can't be read (No columns to parse from file)"),
+        (drawn(["m"])[:0].to_csv(index=False), "table: has no rows; expected one per cell"),
+        ("a,b\n1,2\n", "by: is empty; expected some of a, b"),
+        (as_csv(top1="n/d"), "table: column 'top1' is str, such as 'n/d'; expected numbers"),
+        (as_csv(cka='"0,5"'), "table: column 'cka' is str, such as '\"0,5\"'; expected numbers"),
+        (as_csv(top1="1+2j"), "such as '1+2j'; expected numbers"),
+        (drawn(["m"]).assign(top2=0).to_csv(index=False).replace("top2", "cka"), "2 columns 'cka'"),
+        (as_csv().replace(",top1\n", "\n"), "have more values than its first line has names"),
+        (as_csv() + "m,x,a,99,1,2,3,4\n", "t.csv can't be read (Error tokenizing data."),
+        (as_csv() + 'm,"x,a,99,1,2', "t.csv can't be read (Error tokenizing data."),
+        (as_csv(top1="").replace("top1", "top\0"), "changes: the table has no column 'top1'"),
+    ],
+)
+def test_what_is_no_table_of_numbers_is_said_in_a_line(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(text, encoding="utf-8")
+    code, out, err = stats(path)
+    assert (code, out, len(err)) == (2, "", 1), (out, err)
+    assert err[0].startswith("error: ")
+    assert message in err[0]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_what_is_no_file_of_its_kind_is_said_in_a_line(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"t{suffix}"
+    for data in (gzip.compress(as_csv().encode()), "naïve,ü\n".encode("latin-1")):
+        path.write_bytes(data)
+        code, _, err = stats(path)
+        assert (code, len(err)) == (2, 1), err
+        assert f"t{suffix} can't be read (" in err[0]
+    path.unlink()
+    path.mkdir()
+    code, _, err = stats(path)
+    assert (code, len(err)) == (2, 1), err
+    for name in ("t.csv.gz", "t"):
+        code, _, err = stats(tmp_path / name)
+        assert (code, len(err)) == (2, 1)
+        assert "expected .csv or .parquet" in err[0]
+
+
+def test_columns_of_one_name_matter_only_where_they_are_asked_for(tmp_path: Path) -> None:
+    table = drawn(["m", "n"])
+    notes = table.assign(note="a", text="b")
+    notes.to_csv(tmp_path / "t.csv", index=False, header=[*table.columns, "note", "note"])
+    assert stats(tmp_path / "t.csv") == (0, stats_of(table, tmp_path), [])
+    two = pd.concat([table, table[["cka"]]], axis=1)
+    with pytest.raises(StatsError, match=r"^distances: the table has 2 columns 'cka'; expected o"):
+        correlations(two, ["cka"], ["top1"])
+    with pytest.raises(StatsError, match=r"^given: the table has 2 columns 'cka'; expected one$"):
+        partial_correlations(two, ["top1"], ["top1"], ["cka"])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_infinite_values_are_beyond_all_others(tmp_path: Path, sign: int) -> None:
+    table = drawn(["m", "n"])
+    table.loc[[1, 5, 40], "cka"] = sign * np.inf
+    table.to_csv(tmp_path / "t.csv", index=False)
+    found = correlations(read(tmp_path / "t.csv"), ["cka"], ["top1"])
+    assert_scipys(found, table.replace(sign * np.inf, sign * 1e300))
+    assert found["kendall"].notna().all()
+    code, _, err = stats(tmp_path / "t.csv")
+    assert code == 0
+    said = "column 'cka' is infinite in 3 of 96 rows, which are ranked beyond all others"
+    assert err == [f"warning: {said}"]
+
+
+def test_complex_numbers_are_refused() -> None:
+    table = drawn(["m"]).assign(cka=1j)
+    with pytest.raises(StatsError, match=r"^table: column 'cka' is complex128; expected numbers$"):
+        correlations(table, ["cka"], ["top1"])
