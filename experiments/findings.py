@@ -29,9 +29,9 @@ PERFORMANCE = "rank_deficit"
 # The first that a table has. Accuracies of held-out stimuli tie in most cells: the margin is what
 # can be told of the same probe.
 DECODABILITY = ("decodability_paper", "margin_refit", "decodability_refit")
-_REJECTED = 0.01  # chance, by the binomial test
-_FEW_POINTS = 0.1  # of accuracy above chance, for networks of few outputs
 DRAWN = ("rank_deficit", "log_probability", *DECODABILITY)
+_LEVEL = 0.01  # of the test against chance
+_MARGIN = 0.1  # of accuracy above chance that is enough for networks of few outputs
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,10 @@ def near_chance(about: dict[str, Any]) -> str | None:
 
     Notes
     -----
-    Of a network with k outputs, a guess is right 1/k of the time. It is near chance where the exact
-    one-sided binomial test doesn't reject that at 1 %; and where its accuracy is below twice
-    chance, or below chance and ten points if that is less, however many images show it to be
-    better than a guess.
+    A guess among k outputs is right 1/k of the time. A network is near chance if the exact
+    one-sided binomial test does not reject that accuracy at 1 %. It is near chance as well if its
+    accuracy is below twice chance, or below chance plus ten points where that is less, however
+    many images show that it does better than a guess.
     """
     if "accuracy" not in about:
         return None
@@ -123,7 +123,7 @@ def near_chance(about: dict[str, Any]) -> str | None:
     chance = 1 / outputs
     right = round(accuracy * images)
     p = scipy.stats.binomtest(right, images, chance, alternative="greater").pvalue
-    if p <= _REJECTED and accuracy >= chance + min(chance, _FEW_POINTS):
+    if p <= _LEVEL and accuracy >= chance + min(chance, _MARGIN):
         return None
     return (
         f"{100 * accuracy:.1f} % of its answers to {images} images are right, and "

@@ -62,7 +62,7 @@ def read(
     except (ValueError, TypeError, LookupError, ImportError, NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # not the file's fault
-        reason = " ".join(str(error).split("\n", 1)[0].split())
+        reason = " ".join(str(error).strip().splitlines()[:1])
         raise StatsError(f"table: {path} can't be read ({reason})") from None
     if list(cell) == ["cell"]:
         return table
