@@ -48,14 +48,14 @@ def newton(
     origin = x.mean(axis=0)
     a = np.column_stack([x - origin, np.ones(len(x))])
     shrunk, flip = np.append(np.ones(x.shape[1]), 0), np.where(y, -1, 1)
-    if v is None:
-        v = np.append(np.zeros(x.shape[1]), np.log(y.mean() / (1 - y.mean())))
-    else:
-        v = np.append(v[:-1], v[-1] + origin @ v[:-1])
 
     def value(v: Array) -> float:
         return float(C * np.sum(np.logaddexp(0, flip * (a @ v))) + np.sum(shrunk * v**2) / 2)
 
+    cold = np.append(np.zeros(x.shape[1]), np.log(y.mean() / (1 - y.mean())))
+    v = cold if v is None else np.append(v[:-1], v[-1] + origin @ v[:-1])
+    # Where a start has no weights left, the Hessian is singular and a step may be of any size.
+    v = v if value(v) < value(cold) else cold
     converged, steps = False, 0
     while steps < max_iter and not converged:
         wrong = 1 / (1 + np.exp(np.clip(-flip * (a @ v), -500, 500)))  # its probability
