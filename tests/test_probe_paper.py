@@ -87,6 +87,19 @@ def test_scores_of_the_draws(monkeypatch, paired):
         assert got["standard_error"][c] == pytest.approx(np.sqrt(max(variance, 0)), abs=1e-9)
 
 
+@pytest.mark.parametrize("paired", [True, False])
+def test_float32_with_outliers(paired):
+    """Scores are those of the same numbers in float64, which scikit-learn's fits have."""
+    x = X.astype(np.float32)
+    x[7, ::3] *= 1e5
+    x[11, 4] = 1e7
+    options = {"draws": 30, "size": 10, "paired": paired}
+    got = rk.probe_paper(x, LABELS, Y, 1, **options)
+    exact = rk.probe_paper(x.astype(np.float64), LABELS, Y, 1, **options, backend="reference")
+    for name in got:
+        np.testing.assert_allclose(got[name], exact[name], rtol=1e-6, atol=1e-9)
+
+
 def test_pairing_takes_noise_and_no_more():
     """Over seeds: the mean change is the same with less spread, and both know their spread."""
     found = {}

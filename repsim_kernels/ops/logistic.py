@@ -71,9 +71,16 @@ def logistic_fits(
 
     Notes
     -----
-    Coefficients are those of scikit-learn's "newton-cholesky" to 1e-4 of the largest in float32,
-    and to 1e-9 in float64: the gradient decides, and where float32 can't tell them, as for a
-    duplicated neuron that the penalty hardly holds, float64 does, though not in the Triton kernel.
+    Where ``converged`` is true, coefficients match those of scikit-learn's "newton-cholesky", on
+    the same numbers in float64, to 1e-4 of the largest in float32 and to 1e-9 in float64. Each fit
+    estimates how far its own rounding may have moved the optimum, from the curvature, the residuals
+    and the magnitudes of the activations. If float32 may have moved it by more than 3e-5 of the
+    largest coefficient, or failed, the fit resumes in float64 from the original activations. This
+    happens with an outlier 1,000 times as large as the other activations, with a duplicated neuron
+    that the penalty hardly holds, or with classes that heavy-tailed neurons separate. If the
+    float64 fit fails the same test, ``converged`` is false: for example, where one outlier of 1e9
+    occurs in both classes. A tol above 3e-5 replaces 3e-5 in the test.
+
     On a CPU a fit takes 2 n d² operations for each of two or three Hessians, d³ / 3 for its factor,
     and 4 n d for each of 10 to 25 gradients; problems are batched, and each thread takes some.
 

@@ -83,7 +83,8 @@ def probe_paper(
     -----
     (1 + C) · draws fits, each as in `logistic_fits`; an ablated one that is paired starts from the
     intact one. A copy of x is made unless it lies neuron by neuron. The study's classifier stops
-    early (scikit-learn's lbfgs, 100 iterations); this one converges.
+    early (scikit-learn's lbfgs, 100 iterations); this one converges, with outliers in float64, as
+    `logistic_fits` describes.
 
     Source: Hayne, Jung & Carter, *Does Representation Similarity Capture Function Similarity?*,
     TMLR 2024, and its published code; scikit-learn >= 1.5, log_loss.
