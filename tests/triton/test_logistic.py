@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import triton
-import triton.language as tl
 from _draw import KINDS, SEEDS, representations
 from _guard import far_apart, guarded
 from hypothesis import given, settings
@@ -17,7 +16,6 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from repsim_kernels.kernels.triton import _launch, logistic
-from repsim_kernels.kernels.triton._newton import tf32
 
 SMALL = logistic.Launch(block_d=16, block_n=16, rows=4, num_warps=4, num_stages=2)
 OPTIONS = {"C": 1.0, "tol": 1e-5, "max_iter": 100}
@@ -197,6 +195,39 @@ def test_nearly_collinear_neurons(device):
     assert int(got["n_iter"].max()) <= 15
 
 
+@pytest.mark.parametrize("place", ["one number", "one stimulus", "several", "one neuron"])
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e6])
+def test_outliers(device, place, size):
+    """Where float32 can't tell the optimum, the fit resumes in float64 and converges there."""
+    rng = np.random.default_rng(16)
+    x = gaussian(16, 40, 6)
+    at = {"one number": (7, 2), "one stimulus": 7, "several": ([1, 7, 9], [2, 2, 5])}
+    x[at.get(place, np.s_[:, 2])] *= np.float32(size)
+    targets, columns = drawn_targets(rng, 40, 2, 0.4), drawn_columns(rng, 6, 2, 5)
+    got = fit(x, targets, columns, device)
+    assert bool(got["converged"].all())
+    assert worst(got, x.astype(np.float64), targets, columns) <= 1
+
+
+def test_ordinary_fits_stay_in_the_kernel(device, monkeypatch):
+    rng = np.random.default_rng(17)
+    resumed = []
+
+    def refit(own, y, C, fits, tol, max_iter):
+        resumed.append(len(own))
+        return fits
+
+    monkeypatch.setattr(logistic, "refit", refit)
+    targets, columns = drawn_targets(rng, 60, 2, 0.4), drawn_columns(rng, 30, 2, 12)
+    g = gaussian(17, 60, 30)
+    for x in (g, np.maximum(g, 0), 30 * np.maximum(g, 0), g + 100):
+        assert bool(fit(x, targets, columns, device)["converged"].all())
+    assert not resumed
+    g[3] *= 1e6
+    assert not fit(g, targets, columns, device)["converged"].any()
+    assert resumed == [2, 2]
+
+
 def test_nothing_to_find(device):
     """Stimuli that cancel leave coefficients that are all rounding: the steps stop, and say so."""
     half = gaussian(6, 30, 8)
@@ -277,23 +308,6 @@ def test_every_precision_gives_the_same_answer(device, precision, d):
     assert bool(got["converged"].all())
     exact = fit(x, targets, columns, device, precision="ieee")
     assert int((got["n_iter"] - exact["n_iter"]).abs().max()) <= 1
-
-
-@triton.jit
-def _tf32_kernel(x_ptr, y_ptr, N: tl.constexpr):
-    i = tl.arange(0, N)
-    tl.store(y_ptr + i, tf32(tl.load(x_ptr + i)))
-
-
-def test_tf32_is_the_nearest(device):
-    rng = np.random.default_rng(15)
-    x = (rng.normal(size=256) * 10.0 ** rng.integers(-30, 30, 256)).astype(np.float32)
-    x[:4] = 0, -1, 1 + 2**-11 + 2**-23, 1 + 2**-11 - 2**-23
-    y = torch.empty(256, device=device)
-    _tf32_kernel[(1,)](torch.from_numpy(x).to(device), y, N=256)
-    fraction, exponent = np.frexp(x.astype(np.float64))
-    wanted = np.ldexp(np.round(fraction * 2**11), exponent - 11)
-    np.testing.assert_array_equal(y.cpu().numpy(), wanted)
 
 
 def test_old_compilers(monkeypatch):

@@ -70,20 +70,38 @@ def tf32(x):
 def solve(a, diagonal, b, penalty, MOST: tl.constexpr):
     """(A + penalty) x = b to a hundredth of b: conjugate gradients, preconditioned by the diagonal.
 
-    A thousandth saves one Newton step at most, and takes a third to a half more steps here.
+    A thousandth saves one Newton step at most, and takes a third to a half more steps here. Also
+    returns the longest step, whose inverse is the least pivot of A + penalty that the directions
+    searched have, as a share of the diagonal.
     """
     x = tl.zeros_like(b)
     p = b / diagonal
     rho = tl.sum(b * p, 0)
     enough = 1e-4 * rho
+    longest = tl.full((), 1.0, dtype=tl.float32)
     step = 0
     while (step < MOST) & (rho > enough):
         q = tl.sum(a * p[None, :], 1) + penalty * p
         alpha = rho / tl.sum(p * q, 0)
+        longest = tl.maximum(longest, tl.abs(alpha))
         x += alpha * p
         b -= alpha * q
         before = rho
         rho = tl.sum(b * b / diagonal, 0)
         p = b / diagonal + rho / before * p
         step += 1
-    return x
+    return x, longest
+
+
+@triton.jit
+def noise(raw, diagonal, u, longest):
+    """How far the rounding of float32 may move the optimum; an estimate, as in the torch kernel.
+
+    raw, diagonal: of the Hessian before and after the intercept is eliminated, the latter infinite
+    where a neuron has no variance. longest: as `solve` returns it.
+    """
+    # A residual's square is at most its weight where the margin is right, and not far above it
+    # where it is wrong.
+    pull = 2 * tl.max(tl.sqrt(raw / diagonal), 0) * longest
+    pull += tl.sqrt(tl.sum(u * u * raw, 0) * longest)
+    return 1.2e-7 * pull / tl.sqrt(tl.min(diagonal, 0))

@@ -19,13 +19,16 @@ thousand cycles, 1.4 µs a fit over all multiprocessors: 40 million take 55 s, o
 gradients have 10 s (tf32: 244 thousand, 1.1 µs, 44 s); where nothing overlaps, 436 thousand cycles
 and 78 s. All by arithmetic. Registers allow one program of 8 warps a multiprocessor, and spare
 none: what a step leaves to the next is in memory.
+
+A fit that rounding may have moved too far is not called converged. The least curvature that this
+estimate needs comes from the steps of conjugate gradients. The launcher hands such fits to the
+torch kernel, which resumes them in float64.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,8 +36,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from repsim_kernels.kernels.torch.logistic import NOISE, Fits, batches, refit
 from repsim_kernels.kernels.triton import _launch
-from repsim_kernels.kernels.triton._newton import centred, moments, products, solve, tf32
+from repsim_kernels.kernels.triton._newton import centred, moments, noise, products, solve, tf32
 
 # Triton 3.6 fails on this kernel's products in tensor memory, which GPUs of 10.x and 11.x have.
 _OLD = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
@@ -103,6 +107,7 @@ def _logistic_fits_kernel(
     root,
     ratio,
     tol,
+    limit,
     max_iter,
     D: tl.constexpr,
     N: tl.constexpr,
@@ -119,11 +124,12 @@ def _logistic_fits_kernel(
     signs_ptr += fit % t * n
     coef_ptr += fit * d
     # By way of these the threads tell each other what some have and all need.
-    u_ptr = scratch_ptr + fit * (3 * D + 2 * N)
+    u_ptr = scratch_ptr + fit * (3 * D + 2 * N + 4)
     du_ptr = u_ptr + D
     mean_ptr = du_ptr + D
     residual_ptr = mean_ptr + D
     weight_ptr = residual_ptr + N
+    longest_ptr = weight_ptr + N  # step of conjugate gradients so far
     i = tl.arange(0, D)
     k = tl.arange(0, N)
 
@@ -145,6 +151,7 @@ def _logistic_fits_kernel(
     tl.store(u_ptr + i, u)
     tl.store(du_ptr + i, u)
     dc = c - tl.log(share / (1 - share))
+    tl.store(longest_ptr, 1.0)
     steps = 0
     left = 30  # halvings of a step that may still come: 0 ends it, and -1 once it has converged
     while (left > 0) & (steps < max_iter):
@@ -200,7 +207,8 @@ def _logistic_fits_kernel(
             b = cross * (slope / total) - (gradient + penalty * u).to(tl.float32)
             hessian -= cross[:, None] * (cross / total)[None, :]
             diagonal = tl.maximum(diagonal - cross / total * cross, 0) + penalty
-            du = solve(hessian, diagonal, b, penalty, D)
+            du, steep = solve(hessian, diagonal, b, penalty, D)
+            steep = tl.maximum(tl.load(longest_ptr), steep)
             dc = -(slope + tl.sum(cross * du, 0)) / total
             u = tl.load(u_ptr + i) + du
             c += dc
@@ -208,7 +216,16 @@ def _logistic_fits_kernel(
             small = small & (tl.abs(dc) <= tol * tl.maximum(tl.abs(c), 1))
             # A second step that gains less than rounding does is made of it, and so are the next.
             gains = (tl.sum(b * du, 0) > 1e-14 * least) | (steps == 1)
-            left = tl.where(small, -1, tl.where(gains, 30, 0))
+            left = tl.where(gains, 30, 0)
+            tl.debug_barrier()
+            tl.store(longest_ptr, steep)
+            if small:
+                # What registers can't hold through the solve is made again.
+                raw = diagonal - penalty + cross / total * cross
+                varies = tl.load(mean_ptr + i) < float("inf")
+                moved = noise(raw, tl.where(varies, diagonal, float("inf")), u, steep)
+                sound = (moved <= limit * tl.max(tl.abs(u), 0)) & (scale >= 1e-15 * root)
+                left = tl.where(sound, -1, 0)
         else:
             left -= 1
             du = tl.load(du_ptr + i) / 2
@@ -247,15 +264,41 @@ def logistic_fits(
 ) -> dict[str, Tensor]:
     """Fit targets (t, n) on columns (b, d) of x (n, p): coef (b, t, d), the others (b, t).
 
-    Neurons may reach up to 10¹⁵ √C from their means: with a weaker penalty float32 has no place
-    for the weights of stimuli that are told apart.
+    Fits that the kernel does not call converged resume in float64, in the torch kernel.
     """
-    n, device = len(x), x.device
-    numbers = torch.as_tensor(columns, device=device)
+    rows, numbers = _neuron_major(x, torch.as_tensor(columns, device=x.device))
+    fits = _launch_fits(rows, numbers, len(x), targets, C, tol, max_iter, start, precision, launch)
+    again = ~fits["converged"] & (fits["n_iter"] < max_iter)
+    d, n = numbers.shape[1], len(x)
+    for j in again.any(0).nonzero()[:, 0].tolist():
+        y = torch.as_tensor(targets[j], device=x.device)
+        at = again[:, j].nonzero()[:, 0]
+        for some in batches(len(at), 8 * d * n, x.device):
+            begun = Fits(**{name: value[at[some], j] for name, value in fits.items()})
+            own = rows[numbers[at[some]], :n].double()
+            ended = refit(own, y, C, begun, tol, max_iter)
+            for name, value in fits.items():
+                value[at[some], j] = getattr(ended, name).to(value.dtype)
+    return fits
+
+
+def _launch_fits(
+    rows: Tensor,
+    numbers: Tensor,
+    n: int,
+    targets: np.ndarray,
+    C: float,
+    tol: float,
+    max_iter: int,
+    start: tuple[Tensor, Tensor] | None,
+    precision: str,
+    launch: Launch | None,
+) -> dict[str, Tensor]:
+    """The kernel's fits on neurons `numbers` (b, d) of rows (u, n or more)."""
+    device = rows.device
     signs = torch.as_tensor(targets, device=device).to(torch.int8) * 2 - 1
     (b, d), t = numbers.shape, len(signs)
-    launch = launch or choose(n, d, x.dtype, precision, _launch.capability(device))
-    rows, numbers = _neuron_major(x, numbers)
+    launch = launch or choose(n, d, rows.dtype, precision, _launch.capability(device))
     if start is None:
         share = (signs > 0).double().mean(1)
         coef = torch.zeros(b, t, d, device=device)
@@ -267,7 +310,7 @@ def logistic_fits(
     errors = torch.empty_like(steps)
     whole = max(launch.block_n, triton.next_power_of_2(n))
     count = max(1, _FITS // t)
-    scratch = torch.empty(min(b, count) * t, 3 * launch.block_d + 2 * whole, device=device)
+    scratch = torch.empty(min(b, count) * t, 3 * launch.block_d + 2 * whole + 4, device=device)
     # A scale above √C would make the penalty more than 1, and then nothing is left to scale.
     root = 2.0 ** min(max(math.frexp(C)[1] // 2, -60), 60)
     for first in range(0, b, count):
@@ -281,7 +324,8 @@ def logistic_fits(
             _logistic_fits_kernel,
             (len(numbers[some]) * t,),
             *(rows, *tensors, scratch),
-            *(n, d, t, rows.shape[1], rows.stride(0), root, root * root / C, tol, max_iter),
+            *(n, d, t, rows.shape[1], rows.stride(0)),
+            *(root, root * root / C, tol, max(tol, NOISE), max_iter),
             D=launch.block_d,
             N=whole,
             ROWS=launch.rows,
@@ -316,8 +360,8 @@ def _case(
         x = torch.empty(p, n, dtype=dtype, device=device).mT
         columns = np.arange(fits * d).reshape(fits, d) % p
         targets = np.arange(n)[None] % 10 == 0
-        options: dict[str, Any] = {"targets": targets, "columns": columns, "precision": precision}
-        logistic_fits(x, C=1.0, tol=1e-5, max_iter=100, **options)
+        rows, numbers = _neuron_major(x, torch.from_numpy(columns).to(device))
+        _launch_fits(rows, numbers, n, targets, 1.0, 1e-5, 100, None, precision, None)
 
     return _launch.Case(
         f"{fits:,} fits, n = {n}, d = {d}, p = {p:,}, {str(dtype)[6:]}, {precision}, by neurons",
