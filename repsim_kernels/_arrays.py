@@ -190,7 +190,7 @@ def _object_error(a: np.ndarray[Any, Any], name: str, expected: str) -> DtypeErr
     numbers = (bool, int, float, np.number)
     odd = next(((i, v) for i, v in np.ndenumerate(a) if not isinstance(v, numbers)), None)
     if odd is None:
-        return DtypeError(f"{name}: dtype object, though all are numbers; expected {expected}")
+        return DtypeError(f"{name}: dtype object; expected {expected}: pass {name}.astype(float)")
     what = type(odd[1]).__name__
     if what == "NAType":
         what = "a missing value (pd.NA)"

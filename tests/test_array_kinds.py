@@ -72,7 +72,7 @@ REFUSED = {
     "text": (lambda: np.full((6, 4), "a"), "dtype <U1"),
     "a string": (lambda: "a string", "'a string'"),
     "None": (lambda: None, "None"),
-    "objects": (lambda: X.astype(object), "dtype object, though all are numbers"),
+    "objects": (lambda: X.astype(object), "dtype object; expected real numbers"),
     "Nones": (lambda: [[1.0, None]] * 6, "dtype object, with NoneType at index (0, 1)"),
     "an object": (lambda: np.array(object()), "object; expected an array"),
     "sparse object": (lambda: np.asarray(scipy.sparse.csr_array(X)), "csr_array"),

@@ -94,6 +94,9 @@ class Array:
     def __getitem__(self, index: Any) -> Array:
         return Array(self.values[index], self.device.id)
 
+    def __setitem__(self, index: Any, value: float) -> None:
+        self.values[index] = value
+
     def get(self) -> np.ndarray:
         return np.array(self.values)
 
@@ -123,7 +126,7 @@ def _method(name: str) -> Callable[..., Array]:
 
 for _name in ("min", "max", "all", "any", "sum", "astype", "swapaxes"):
     setattr(Array, _name, _method(_name))
-for _name in ("abs", "sub", "mul", "or", "ror", "eq", "ne", "gt"):
+for _name in ("abs", "add", "sub", "mul", "truediv", "or", "ror", "eq", "ne", "gt"):
     setattr(Array, f"__{_name}__", _method(f"__{_name}__"))
 
 

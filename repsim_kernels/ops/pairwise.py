@@ -81,9 +81,9 @@ def pairwise(
     undefined = {"cka": _check.NO_CKA, "rsa": _check.NO_RSA}
     named = {f"{k}[{i}]": z for k, zs in (("xs", xs), ("ys", ys)) for i, z in enumerate(zs or ())}
     values = _check.defined(values, undefined.get(metric, ""), **named)
-    itself = range(len(xs))
+    itself = list(range(len(xs)))
     if ys is None and metric != "pwcca":
-        values = (values + values.T) / 2  # to the bit
+        values = (values + values.swapaxes(0, 1)) / 2  # to the bit
     if ys is None and not options.get("ridge") and not options.get("penalty"):
         values[itself, itself] = 0.0 if metric == "procrustes_distance" else 1.0
     if chance:

@@ -47,7 +47,7 @@ def gram_ablation_distances(
         if np.sum(left**2) <= n * EPS * np.sum(x**2):
             return np.float64(np.nan)
         value = distance[name](left)
-        return 1 - share * (1 - value) if ridged else value
+        return max(1 - share * (1 - value), np.float64(0)) if ridged else value
 
     found = {name: np.array([one(name, part) for part in parts]) for name in metrics}
     return found | (routes(metrics, len(parts)) if info else {})
