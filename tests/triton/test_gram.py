@@ -167,3 +167,16 @@ def test_what_has_no_kernel_says_why(device):
         rk.cell_grams(x, [0] * 6, backend="triton")
     with pytest.raises(rk.BackendUnavailable, match="cka: it has no kernel for this operation"):
         rk.cka(x, x, backend="triton")
+
+
+@pytest.mark.parametrize("far", [1e3, 1e6, 1e9])
+@pytest.mark.parametrize("which", [0, 4])
+def test_rbf_beside_a_far_stimulus(device, which, far):
+    rng = np.random.default_rng(6)
+    x = rng.standard_normal((12, 40)).astype(np.float32)
+    x[which] += np.float32(far)
+    got = rk.centered_gram(
+        torch.from_numpy(x).to(device), kernel="rbf", backend="triton", precision="ieee"
+    )
+    want = rk.centered_gram(x, kernel="rbf", backend="reference")
+    np.testing.assert_allclose(got.cpu(), want, rtol=0, atol=1e-5)
