@@ -108,7 +108,7 @@ def _as_numpy(a: Any, name: str, expected: str) -> np.ndarray[Any, Any]:
         raise DtypeError(f"{name}: {shown(a)}; expected an array of {expected}")
     if isinstance(a, Mapping):
         raise DtypeError(
-            f"{name}: a {type(a).__name__}; expected one array: pass one of its values, or "
+            f"{name}: {type(a).__name__}; expected one array: pass one of its values, or "
             f"list({name}.values()) to pairwise"
         )
     if hasattr(type(a), "nnz"):  # of the type: a DataFrame may have a column of any name

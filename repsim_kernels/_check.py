@@ -225,7 +225,7 @@ def representations(
     """Check a sequence of representations (n, p_i) of the same stimuli (those of `like`)."""
     if isinstance(xs, Mapping):
         raise ShapeError(
-            f"{name}: a {type(xs).__name__}; expected a list of arrays (n, p_i): pass "
+            f"{name}: {type(xs).__name__}; expected a list of arrays (n, p_i): pass "
             f"list({name}.values())"
         )
     try:

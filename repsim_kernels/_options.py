@@ -90,9 +90,11 @@ _CHANCE = 0.5  # a similarity that noise reaches on average, from which on it sa
 _warned: set[str] = set()  # what this process has been warned of
 
 
-def chance_wanted(n: int, p: int, q: int, debiased: bool) -> bool:
+def chance_wanted(n: int, p: int, q: int, debiased: bool, kernel: str) -> bool:
     """Whether CKA of p and q neurons may be above `_CHANCE` by chance, and no warning said so."""
-    ranks = min(p, n - 1) * min(q, n - 1)  # of which the mean over permutations is at most the root
+    if kernel == "rbf":
+        p = q = n - 1  # its Gram has full rank, however few neurons there are
+    ranks = min(p, n - 1) * min(q, n - 1)  # the mean over permutations is at most √ranks / (n - 1)
     return not debiased and "chance" not in _warned and ranks > (_CHANCE * (n - 1)) ** 2
 
 
@@ -103,7 +105,7 @@ def warn_of_chance(chance: float) -> None:
     _warned.add("chance")
     warnings.warn(
         f"cka: {chance:.3f} is the mean of this similarity when the stimuli of one side are "
-        "permuted, since the representations have many neurons for so few stimuli; pass "
+        "permuted: high-dimensional Gram matrices of few stimuli are alike; pass "
         "debiased=True, whose mean is 0 (Murphy et al. 2024). This warning is shown once",
         DegenerateWarning,
         stacklevel=3,

@@ -12,7 +12,7 @@ class ShapeError(RepsimError, ValueError):
 
 
 class DtypeError(RepsimError, TypeError):
-    """An argument is no dense array of real numbers (complex, text, sparse), or requires grad."""
+    """An argument isn't a dense array of real numbers (complex, text, sparse), or requires grad."""
 
 
 class NonFiniteError(RepsimError, ValueError):

@@ -78,8 +78,8 @@ REFUSED = {
     "sparse object": (lambda: np.asarray(scipy.sparse.csr_array(X)), "csr_array"),
     "module": (lambda: torch.nn.Linear(2, 2), "Linear; expected an array"),
     "generator": (lambda: (v for v in X), "generator; expected an array"),
-    "dict": (lambda: {"layer": X}, "a dict; expected one array: pass one of its values"),
-    "ordered": (lambda: OrderedDict(layer=X), "a OrderedDict; expected one array"),
+    "dict": (lambda: {"layer": X}, "dict; expected one array: pass one of its values"),
+    "ordered": (lambda: OrderedDict(layer=X), "OrderedDict; expected one array"),
     "masked": (lambda: np.ma.masked_less(X, 0), "a masked array with masked entries"),
     "list of masked": (lambda: list(np.ma.masked_less(X, 0)), "a masked array with masked entries"),
     "lengths": (lambda: [X[0], X[1, :2]], "not an array of numbers: its items have different"),
@@ -122,9 +122,9 @@ def test_what_is_no_array_of_numbers_is_refused(make, match):
 
 def test_a_dict_of_layers_is_refused_by_pairwise():
     layers = {"conv1": X, "conv2": Y}
-    with pytest.raises(rk.ShapeError, match=r"xs: a dict; .*pass list\(xs\.values\(\)\)"):
+    with pytest.raises(rk.ShapeError, match=r"xs: dict; .*pass list\(xs\.values\(\)\)"):
         rk.pairwise(layers)
-    with pytest.raises(rk.ShapeError, match=r"ys: a dict; .*pass list\(ys\.values\(\)\)"):
+    with pytest.raises(rk.ShapeError, match=r"ys: dict; .*pass list\(ys\.values\(\)\)"):
         rk.pairwise([X], layers)
     np.testing.assert_array_equal(rk.pairwise(layers.values()), rk.pairwise([X, Y]))
 

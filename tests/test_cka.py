@@ -71,6 +71,15 @@ def test_pairwise_warns_of_the_worst_pair(fresh, backend):
         rk.pairwise([x[:, :3], x, y], backend=backend)
 
 
+@EACH_BACKEND
+def test_narrow_rbf_kernels_of_few_neurons_warn(fresh, backend):
+    """Their Grams are nearly the identity."""
+    x, y = np.random.default_rng(4).standard_normal((2, 40, 3))
+    options = {"kernel": "rbf", "sigma": 0.05, "backend": backend}
+    with pytest.warns(rk.DegenerateWarning, match=r"(0\.9|1\.0)\d\d is the mean"):
+        rk.cka(x, y, **options)
+
+
 def test_what_is_not_chance_does_not_warn(fresh):
     rng = np.random.default_rng(3)
     x, y = rng.standard_normal((2, 30, 900))

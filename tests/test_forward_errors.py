@@ -1,11 +1,13 @@
 """What a cut network refuses, and how it says so."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from _hook import Lambda, Net
-from torch import nn
+from _hook import Lambda, Net, by_fx, check, hooked, labels_for, plain
+from torch import Tensor, nn
 
 from repsim_kernels.errors import (
     CellError,
@@ -94,6 +96,109 @@ def test_models_that_cannot_be_cut():
         "a clone in place of the output of 'cut' changes what it gives; expected one which uses",
         Net(reads_the_layers_memory, nn.ReLU(inplace=True)),
     )
+
+
+def by_shape(m, x):
+    """What torch.fx can't trace, and torch.export can."""
+    return skip(m, x) if len(x) > 1 else m.b(x)
+
+
+MACHINE = [MemoryError, torch.OutOfMemoryError, torch.AcceleratorError]
+
+
+@pytest.mark.parametrize("error", MACHINE)
+@pytest.mark.parametrize(("run", "runs"), [(skip, 4), (by_shape, 7)])
+def test_errors_of_the_machine_are_not_the_models(error, run, runs):
+    """Whichever run of forward meets one, traces included: it is raised, and forgotten."""
+    images = torch.randn(3, 6)
+
+    def prefix_of(forward):
+        state = forward.prefix(images)
+        assert by_fx(forward) == (run is skip)
+        labels = labels_for(state, 2)
+        logits = forward.logits(state, labels, 2, batch=1)
+        assert torch.equal(logits[0], hooked(forward.model, "cut", images, labels == 0))
+        assert torch.equal(forward.intact(state), plain(forward.model, images))
+
+    for nth in range(runs):
+        calls = itertools.count()
+
+        def failing(m, x, nth=nth, calls=calls):
+            if next(calls) == nth:
+                raise error("broken")
+            return run(m, x)
+
+        model = Net(failing)
+        try:
+            forward = AblatedForward(model, "cut")
+        except error:
+            prefix_of(AblatedForward(model, "cut"))
+            continue
+        with pytest.raises(error, match="broken"):
+            forward.prefix(images)
+        prefix_of(forward)
+
+
+def tables(model):
+    """What is assigned to the modules of a model, by identity."""
+    return [
+        {key: id(value) for key, value in table.items()}
+        for m in model.modules()
+        for table in (vars(m), m._parameters, m._buffers, m._modules)
+    ]
+
+
+def test_a_network_that_assigns_to_its_buffers_keeps_them():
+    def counts(m, x):
+        m.place = m.place + 1
+        return skip(m, x) + m.place[:, :3]
+
+    def adds(m, x):
+        m.place += 1
+        return skip(m, x) + m.place[:, :3]
+
+    def branches(m, x):
+        m.place = m.place * 2
+        y = skip(m, x)
+        return y if y.sum() > 0 else -y
+
+    both = r"torch.fx can't trace it: symbolically traced .*; torch.export can't either: "
+    for run, reason in (
+        (counts, "two passes of the same images differ; expected one without random"),
+        (adds, "a pass writes to its 'place'; expected none"),
+        (branches, both),
+    ):
+        model = Net(run)
+        before = tables(model)
+        forward = AblatedForward(model, "cut")
+        assert tables(model) == before
+        with pytest.raises(LayerError, match=reason):
+            forward.prefix(torch.randn(3, 6))
+        assert tables(model) == before
+
+
+def test_what_a_network_stores_in_its_tables_is_put_back():
+    def keeps(m, x):
+        m.place = m.cut(m.a(x))
+        return m.out(m.place)
+
+    def registers(m, x):
+        m.register_buffer("seen", m.b(x))
+        return m.out(m.cut(m.a(x)) + m.seen)
+
+    def adds_a_module(m, x):
+        m.late = nn.ReLU().eval()
+        return m.out(m.late(m.cut(m.a(x))))
+
+    for run in (keeps, registers, adds_a_module, lambda m, x: keeps(m, x) if len(x) > 1 else x):
+        model = Net(run)
+        before = tables(model)
+        forward = AblatedForward(model, "cut")
+        assert tables(model) == before
+        forward.prefix(torch.randn(3, 6))
+        assert tables(model) == before
+        check(model, "cut", torch.randn(3, 6))
+        assert all(isinstance(t, Tensor) for t in model.buffers())
 
 
 def test_training_mode():

@@ -68,13 +68,12 @@ def pairwise(
     xs = _check.representations(xs, "xs", least=least, later=later)
     if ys is not None:
         ys = _check.representations(ys, "ys", least=least, like=xs[0], later=later)
-    if "ridge" in options:
-        p, q = (max(x.shape[1] for x in zs) for zs in (xs, xs if ys is None else ys))
-        _options.warn_if_degenerate(metric, len(xs[0]), p, q, options["ridge"], options["penalty"])
     n, chance = len(xs[0]), False
+    p, q = (max(x.shape[1] for x in zs) for zs in (xs, xs if ys is None else ys))
+    if "ridge" in options:
+        _options.warn_if_degenerate(metric, n, p, q, options["ridge"], options["penalty"])
     if metric == "cka":
-        p, q = (max(x.shape[1] for x in zs) for zs in (xs, xs if ys is None else ys))
-        chance = _options.chance_wanted(n, p, q, options["debiased"])
+        chance = _options.chance_wanted(n, p, q, options["debiased"], options["kernel"])
     more = {"chance": True} if chance else {}
     found = _dispatch.call_lists("pairwise", backend, xs, ys, metric=metric, **options, **more)
     values = found["similarity"] if chance else found

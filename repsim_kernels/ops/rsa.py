@@ -61,7 +61,8 @@ def rsa(
     of a group, m different numbers, tie if they lie within the tolerance of the first, and the next
     distances on either side are more than 256 / (m - 1) tolerances away: with 2,000 stimuli,
     float32's rounding is as wide as the gaps between distances, and pairs that come close by chance
-    must not tie. The rule is also applied with the tolerance of float64 arithmetic alone.
+    must not tie. The rule is also applied with the tolerance of float64 arithmetic alone. NumPy's
+    arrays of bfloat16, and all with ``backend="reference"``, count as float32.
     Source: Kriegeskorte et al. 2008.
     """
     distance, compare = _options.rsa_options(distance, compare)

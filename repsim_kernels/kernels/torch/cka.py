@@ -37,7 +37,7 @@ def cka(
         )
         xy, xx, yy = (gram.inner(u, v) for u, v in ((h, k), (h, h), (k, k)))
         xx, yy = beyond(xx, floor_x), beyond(yy, floor_y)
-        # Both weighed by √½, as xx and yy are by a half.
+        # Diagonals are scaled by √½, as xx and yy are by ½.
         traces = [gram.diagonal(half).sum(-1) for half in (h, k)] if chance else []
     value = cosine(xy, xx, yy)
     if not chance:

@@ -92,7 +92,7 @@ def _cka(
         xx = products.diagonal() if ys is None else gram.inner(rows, rows)
         yy = xx if ys is None else gram.inner(columns, columns)
         xx, yy = cka.beyond(xx, floor_x), cka.beyond(yy, floor_y)
-        # Both weighed by √½, as xx and yy are by a half.
+        # Diagonals are scaled by √½, as xx and yy are by ½.
         traces = [gram.diagonal(half).sum(-1) for half, _ in found if chance]
     values = cka.cosine(products, xx[:, None], yy)
     if not chance:

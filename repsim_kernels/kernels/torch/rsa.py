@@ -120,7 +120,7 @@ def _runs(gaps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     stops in ``gaps``.
     """
     ends = (gaps.diff() > 1).nonzero()[:, 0]
-    edge = gaps.new_zeros(min(1, len(gaps)))
+    edge = gaps.new_zeros(1)
     start, stop = torch.cat([edge, ends + 1]), torch.cat([ends, edge + len(gaps) - 1])
     return gaps[start], gaps[stop] + 1, start, stop
 

@@ -46,6 +46,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def release(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    return tuple(map(int, version.split(".")[:2]))
+
+
 def interpreter_unsupported() -> str | None:
     """Why Triton's interpreter can't run the kernels, given the installed versions; None if it can.
 
@@ -53,9 +58,6 @@ def interpreter_unsupported() -> str | None:
     which NumPy refuses since 2.4.
     """
     import triton
-
-    def release(version: str) -> tuple[int, ...]:
-        return tuple(map(int, version.split(".")[:2]))
 
     if release(triton.__version__) >= (3, 7) or release(np.__version__) < (2, 4):
         return None
