@@ -63,7 +63,7 @@ def set_switches(wanted: Switches) -> Iterator[None]:
 
 @contextmanager
 def run_eagerly() -> Iterator[None]:
-    """Passes without gradients and compilers, whose writes to tensors are counted."""
+    """Run without gradients or compilers, with PyTorch counting writes to tensors."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))  # inference tensors don't count writes
         stack.enter_context(torch.no_grad())

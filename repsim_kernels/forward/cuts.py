@@ -1,4 +1,4 @@
-"""The cuts of a network at its layers: traced, and held against the network where they are new."""
+"""The cuts of a network at its layers: traced, and compared with the network on first use."""
 
 from __future__ import annotations
 
@@ -9,13 +9,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from repsim_kernels._arrays import dtype_name
 from repsim_kernels.errors import LayerError
 from repsim_kernels.forward import contexts, verify
 from repsim_kernels.forward.dataflow import Split, check_unwritten, split, watch_writes
 from repsim_kernels.forward.passes import copied
-from repsim_kernels.forward.trace import FUSED, Trace, Untraceable, first_line
+from repsim_kernels.forward.trace import (
+    FUSED,
+    TRANSIENT,
+    Trace,
+    Untraceable,
+    first_line,
+    is_within,
+    keep_attributes,
+)
 
-_OWN = LayerError, torch.OutOfMemoryError  # with a message of their own
+_OWN = LayerError, *TRANSIENT  # with a message of their own, or not about the cut
 
 
 class Cut(NamedTuple):
@@ -34,8 +43,8 @@ class _Attempt:
 class Cuts:
     """A model's cuts at its layers, for images of any kind.
 
-    One by torch.fx serves any number of images. Where it hasn't the bits of a hook, or fx can't
-    trace the model, one by torch.export is made for each shape.
+    One trace by torch.fx serves any number of images. Where its result isn't bit-identical to a
+    hook's, or fx can't trace the model, torch.export makes one for each shape.
     """
 
     def __init__(self, model: nn.Module, layers: Collection[str]) -> None:
@@ -55,13 +64,15 @@ class Cuts:
         few = images[:2]
         key = layer, _key_of(few)
         if key not in self._symbolic:
-            self._symbolic[key] = self._cut_by_fx(layer, few)
+            with keep_attributes(self._model):
+                self._symbolic[key] = self._cut_by_fx(layer, few)
         attempt = self._symbolic[key]
         if attempt.cut is not None and attempt.settled:
             return attempt.cut
         key = layer, _key_of(images)
         if key not in self._exported:
-            cut = self._cut_by_export(layer, images, attempt)
+            with keep_attributes(self._model):
+                cut = self._cut_by_export(layer, images, attempt)
             if cut is attempt.cut:
                 attempt.settled = True
                 return cut
@@ -167,9 +178,9 @@ class Cuts:
             )
 
     def _describe_misfit(self, images: Tensor, error: Exception) -> str:
-        kinds = dict.fromkeys(p.dtype for p in self._model.parameters() if p.is_floating_point())
-        weights = "".join(f", with parameters of {_dtype_name(dtype)}" for dtype in [*kinds][:1])
-        what = f"{_dtype_name(images.dtype)} of shape {tuple(images.shape)}"
+        floating = [p for p in self._model.parameters() if p.is_floating_point()]
+        weights = "".join(f", with parameters of {dtype_name(p)}" for p in floating[:1])
+        what = f"{dtype_name(images)} of shape {tuple(images.shape)}"
         return f"model: it can't take these images, {what}{weights}: {first_line(error)}"
 
     def _symbolic_trace(self, layer: str) -> Trace | Untraceable:
@@ -198,8 +209,7 @@ class Cuts:
         return tuple(
             name
             for name, module in self._modules.items()
-            if isinstance(module, nn.TransformerEncoderLayer)
-            and f"{layer}.".startswith(f"{name}." if name else "")
+            if isinstance(module, nn.TransformerEncoderLayer) and is_within(layer, name)
         )
 
     def _quantizes_batches(self) -> bool:
@@ -214,7 +224,3 @@ class Cuts:
 def _key_of(images: Tensor) -> tuple[object, ...]:
     switches = contexts.read_switches()
     return images.shape, images.stride(), images.dtype, images.device, switches
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -39,7 +39,7 @@ class Split:
     copy_activation: bool  # another value shares its memory
     apart: bool  # no two of `changed` share memory
     batchable: bool  # cells may run together
-    plain: bool  # a hook that changes nothing has the bits of no hook
+    plain: bool  # a hook that changes nothing leaves the output bit-identical
     held: int  # bytes a stimulus of a state: the activation and what varies
     peak: int  # bytes a stimulus, the most that the tail holds at once
     whole_peak: int  # and that a whole pass holds

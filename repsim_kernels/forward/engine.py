@@ -18,14 +18,14 @@ from repsim_kernels.errors import (
     OptionError,
     ShapeError,
 )
-from repsim_kernels.forward import contexts, cost, fusion, passes
+from repsim_kernels.forward import contexts, cost, fusion, passes, verify
 from repsim_kernels.forward.cost import Cost
 from repsim_kernels.forward.cuts import Cuts
 from repsim_kernels.forward.dataflow import Split
 from repsim_kernels.forward.fusion import Cells
 from repsim_kernels.forward.memory import Batch, budget, for_a_batch
 from repsim_kernels.forward.passes import State, copied
-from repsim_kernels.forward.trace import Trace
+from repsim_kernels.forward.trace import Trace, is_within, keep_attributes
 
 
 class AblatedForward:
@@ -35,8 +35,8 @@ class AblatedForward:
     ----------
     model : nn.Module
         Takes images (n, …) and gives a tensor (n, …); in eval mode, and traceable by ``torch.fx``
-        or ``torch.export``. It is neither changed nor copied. What ``torch.compile`` compiled runs
-        without the compiler, and all that is said of ``model(images)`` is of that.
+        or ``torch.export``. It is neither changed nor copied. A model compiled by ``torch.compile``
+        runs uncompiled, and ``model(images)`` below means that.
     layer : str or sequence of str
         A name from ``model.named_modules()``, of a module or a container that runs once in a pass
         and gives a tensor (n, …); or several, which then share one trace and `prefixes`.
@@ -330,7 +330,9 @@ class AblatedForward:
         for state in states.values():
             state._owner = self
             if not state._split.plain:
-                plain = self.model(copied(images)).detach() if plain is None else plain
+                if plain is None:
+                    with keep_attributes(self.model):
+                        plain = verify.run_plain(self.model, images)
                 state._plain = plain
         return states
 
@@ -362,8 +364,7 @@ def _check_eval(model: nn.Module) -> None:
 
 def _check_scripted(modules: dict[str, nn.Module], layer: str) -> None:
     for name, module in modules.items():
-        inside = f"{layer}.".startswith(f"{name}." if name else "")
-        if inside and isinstance(module, torch.jit.ScriptModule):
+        if is_within(layer, name) and isinstance(module, torch.jit.ScriptModule):
             what = f"module {name!r}" if name else "the model"
             raise LayerError(
                 f"layer: {layer!r} is TorchScript, as {what} was scripted or traced, which hides "

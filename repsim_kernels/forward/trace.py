@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, partialmethod
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, fx, nn
 
 from repsim_kernels.errors import LayerError
@@ -18,6 +19,9 @@ Calls = Callable[[str], list[fx.Node]]  # the operations that give a layer's out
 
 # PyTorch runs these as one operation, where no module inside an encoder layer has a hook.
 FUSED = nn.TransformerEncoderLayer, nn.MultiheadAttention
+
+# Errors of the machine: they say nothing of a model, and may not come again.
+TRANSIENT = MemoryError, torch.OutOfMemoryError, torch.AcceleratorError
 
 
 class Untraceable(LayerError):
@@ -197,22 +201,19 @@ def _collect(found: list[fx.Proxy], value: Any) -> Any:
 
 def _symbolic(model: nn.Module, layers: Collection[str]) -> tuple[nn.Module, fx.Graph, Calls]:
     root, modules = _Root(model), dict(model.named_modules(remove_duplicate=False))
-    kept = [(vars(m), dict(vars(m))) for m in root.modules()]  # a pass may store what it made
     first: Exception | None = None
     # Inside a layer there may be what can't be traced; sizes and branches may hang on buffers,
     # which are constants then.
     for whole, buffers in ((False, True), (True, True), (True, False)):
         calls: dict[nn.Module, list[fx.Node]] = {modules[layer]: [] for layer in layers}
         try:
-            with contexts.allow_tracing():
+            with contexts.allow_tracing(), keep_attributes(model):
                 graph = _Tracer(calls, buffers, whole).trace(root)
             return root, graph, partial(_calls_of, calls, modules)
+        except TRANSIENT:
+            raise
         except Exception as e:
             first = first or e
-        finally:
-            for attributes, old in kept[1:]:  # the root's are the trace's own
-                attributes.clear()
-                attributes.update(old)
     raise Untraceable(f"model: torch.fx can't trace it: {first_line(first)}") from first
 
 
@@ -225,9 +226,36 @@ def _calls_of(
 def _exported(model: nn.Module, images: Tensor) -> tuple[nn.Module, fx.Graph, Calls]:
     try:
         root, graph = exported.export(_Root(model), images)
+    except TRANSIENT:
+        raise
     except Exception as e:
         raise Untraceable(first_line(e)) from e
     return root, graph, partial(exported.find_calls, graph)
+
+
+@contextmanager
+def keep_attributes(model: nn.Module) -> Iterator[None]:
+    """Put back what passes of a model assign to its modules: attributes, buffers, submodules."""
+    kept = [(table, dict(table)) for m in model.modules() for table in _tables(m)]
+    try:
+        yield
+    finally:
+        for table, old in kept:
+            same = all(map(operator.is_, table.values(), old.values()))
+            if not same or [*table] != [*old]:  # else other threads may be reading it
+                table.clear()
+                table.update(old)
+
+
+def _tables(module: nn.Module) -> list[dict[str, Any]]:
+    own = vars(module)
+    tables = (own.get(name) for name in ("_parameters", "_buffers", "_modules"))
+    return [own, *(table for table in tables if isinstance(table, dict))]  # not TorchScript's
+
+
+def is_within(layer: str, module: str) -> bool:
+    """Whether a layer is a module or inside it, by name."""
+    return f"{layer}.".startswith(f"{module}." if module else "")
 
 
 def first_line(error: Exception | None) -> str:

@@ -40,7 +40,7 @@ class Agreement:
 
     exact: bool  # bit for bit, under both hooks
     close: bool  # up to rounding
-    plain: bool  # a hook that changes nothing has the bits of no hook
+    plain: bool  # a hook that changes nothing leaves the output bit-identical
     together: bool  # cells may run together
 
 
