@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from repsim_kernels import _arrays, _check, _options
-from repsim_kernels.errors import DtypeError, LabelError, LayerError, RepsimError
+from repsim_kernels.errors import LabelError, LayerError, RepsimError
+from repsim_kernels.forward.trace import first_line
 
 from .measure import StudyError
 from .probes import Draws
@@ -73,12 +74,8 @@ def check_targets(values: Any) -> list[int]:
 
 
 def check_images(values: Any) -> Tensor:
-    """Check an array of any numbers, as a tensor that shares its memory where it can."""
-    array = _arrays.asarray(values, "images")
-    try:
-        images: Tensor = _arrays.to_torch(array)
-    except TypeError:
-        raise DtypeError(f"images: dtype {array.dtype}; expected numbers") from None
+    """Check an array of real numbers, as a tensor that shares its memory where it can."""
+    images: Tensor = _arrays.to_torch(_arrays.asarray(values, "images"))
     # Python's numbers have no precision of their own: they get PyTorch's.
     python = isinstance(values, list | tuple) and images.dtype == torch.float64
     return images.to(torch.get_default_dtype()) if python else images
@@ -124,6 +121,5 @@ def check_device(model: nn.Module, device: Any) -> torch.device:
         probe = torch.empty(1, device=device)
         probe.cpu()  # "meta" has no values to give
     except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise StudyError(f"device: {device} can't be used here ({reason})") from error
+        raise StudyError(f"device: {device} can't be used here ({first_line(error)})") from error
     return probe.device  # with its number

@@ -62,7 +62,7 @@ class Stimuli:
     normalisation : str
         What the pixels are normalised by, for people.
     enlarged : str
-        How many of the images are shown larger than their files; empty if none are.
+        How many of the files are smaller than the images that are shown; empty if none are.
     """
 
     images: torch.Tensor
@@ -311,8 +311,8 @@ def _enlarged(files: Sequence[Path], shown: Sequence[int]) -> str:
     if not small:
         return ""
     return (
-        f"{len(small)} of {len(files)} images are enlarged to {describe_size(shown)} pixels, the "
-        f"smallest from {describe_size(min(small, key=min))}"
+        f"{len(small)} of {len(files)} images are smaller than the {describe_size(shown)} pixels "
+        f"shown, the smallest {describe_size(min(small, key=min))}"
     )
 
 

@@ -70,7 +70,7 @@ class Model:
 
     @cached_property
     def near_chance(self) -> str | None:
-        """How it does, where that is near chance: nothing is claimed of it then."""
+        """Its accuracy compared with a guess, if it is near chance; no claim is then judged."""
         return near_chance(self.about)
 
     @cached_property
@@ -96,7 +96,7 @@ class Model:
 
 
 def near_chance(about: dict[str, Any]) -> str | None:
-    """How a network does that can hardly tell its classes apart; None for any other.
+    """Describe the accuracy of a network near chance; None for any other.
 
     Parameters
     ----------
@@ -132,14 +132,14 @@ def near_chance(about: dict[str, Any]) -> str | None:
 
 
 def count_nan_images(table: pd.DataFrame) -> str | None:
-    """How many images a network gave NaN for; None where there are none, or nobody counted."""
+    """Count the images that a network gave no answer for; None if there are none, or no counts."""
     if NAN_IMAGES not in table or not (table[NAN_IMAGES] > 0).any():
         return None
     counts = table[NAN_IMAGES][table[NAN_IMAGES] > 0]
     return (
-        f"the output is NaN for images in {len(counts):,} of {len(table):,} cells, up to "
-        f"{int(counts.max())} in one and {int(counts.sum()):,} in all; the loss of performance "
-        "of these cells is not known"
+        f"the network gives no answer (NaN, or all -inf) for images in {len(counts):,} of "
+        f"{len(table):,} cells, up to {int(counts.max())} in one and {int(counts.sum()):,} in all; "
+        "the loss of performance of these cells is not known"
     )
 
 

@@ -23,7 +23,8 @@ _SCALAR = np.float64(0).__reduce__()[0]
 # no code of the file's.
 _HARMLESS: list[Any] = [
     argparse.Namespace,
-    PosixPath,
+    (PosixPath, "pathlib.PosixPath"),
+    (PosixPath, "pathlib._local.PosixPath"),  # of Python 3.13
     np.dtype,
     *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)),
     (_SCALAR, "numpy._core.multiarray.scalar"),

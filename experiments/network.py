@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from repsim_kernels.forward.dataflow import version
+
 from .measure import Layer, StudyError
 
 
@@ -31,7 +33,7 @@ def prepare(model: nn.Module, device: torch.device) -> Iterator[None]:
     modes = [(module, module.training) for module in modules]
     tables = [table for module in modules for table in _tables(module)]
     entries = [dict(table) for table in tables]
-    buffers = [(buffer, buffer.clone(), _version(buffer)) for buffer in model.buffers()]
+    buffers = [(buffer, buffer.clone(), version(buffer)) for buffer in model.buffers()]
     try:
         for module in modules:
             module.training = False  # eval() may be overridden, as by LoRA, which merges weights
@@ -45,8 +47,8 @@ def prepare(model: nn.Module, device: torch.device) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         with torch.no_grad():
-            for buffer, value, version in buffers:
-                if _version(buffer) != version:
+            for buffer, value, writes in buffers:
+                if version(buffer) != writes:
                     buffer.copy_(value)
 
 
@@ -136,8 +138,3 @@ def hash_of(*parts: str | Tensor) -> str:
             part = part if part.layout == torch.strided else part.to_dense()
             digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _version(t: Tensor) -> int:
-    """How often a tensor has been written to."""
-    return 0 if t.is_inference() else t._version

@@ -59,8 +59,9 @@ def run(
     -------
     DataFrame
         One row per model, class, layer and cell, sorted by these columns; then ``size`` (neurons
-        of the cell), ``nan_images`` (images for which the network's output, intact or ablated, is
-        NaN; where there are any, so are the cell's changes of performance), a column per metric
+        of the cell), ``nan_images`` (images for which the network, intact or ablated, gives no
+        answer: logits with a NaN, or all -inf; where there are any, the cell's changes of
+        performance are NaN), a column per metric
         (distance of the ablated from the original representation), and one per function change,
         positive where function is lost:
         ``rank_deficit``, ``log_probability``, ``probability``, ``top1``, ``top5`` (see

@@ -14,7 +14,7 @@ from repsim_kernels.ops.ablation import METRICS as METRICS
 
 #: What a cell holds of the representation's energy: a distance that knows nothing of directions.
 BASELINE = "energy"
-#: How many of the images a cell's performance is measured on have no answer: their logits are NaN.
+#: How many of the images have no answer: logits with a NaN, or all -inf.
 NAN_IMAGES = "nan_images"
 #: Changes of network performance, and of linear decodability by probe; of a table those it has.
 PERFORMANCE = ("rank_deficit", "log_probability", "probability", "top1", "top5")

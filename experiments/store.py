@@ -74,7 +74,7 @@ def _writing(path: Path) -> Iterator[Path]:
         with replacing(path) as temporary:
             yield temporary
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error).splitlines()[0]
+        reason = os.strerror(error.errno) if error.errno else str(error).partition("\n")[0]
         raise StoreError(f"out: {path} can't be written ({reason})") from error
 
 

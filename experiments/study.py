@@ -16,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from repsim_kernels import _options
+from repsim_kernels import _arrays, _options
 from repsim_kernels.forward import AblatedForward, Cost
 from repsim_kernels.forward.memory import budget
+from repsim_kernels.forward.trace import first_line
 
 from . import arguments as check
 from .measure import BATCH, StudyError, groups, rows
@@ -40,9 +41,9 @@ class Study:
     Parameters
     ----------
     model : nn.Module
-        Maps images to logits (n, k), and can be traced by torch.fx. It is not
-        copied: it is in evaluation mode and on ``device`` while the study computes, and as it was
-        between units and afterwards. Its parameters and buffers must stay those that it has now.
+        Maps images to logits (n, k), and can be traced by torch.fx or torch.export. It is not
+        copied: while the study computes it is in evaluation mode and on ``device``; between units
+        and afterwards it is as it was. Its parameters and buffers must not change.
     layers : sequence of str
         Names of modules of ``model``.
     images : tensor or array, (n, ...)
@@ -159,9 +160,11 @@ class Study:
                 "penalty": _options.number(penalty, "penalty", low=0),
                 "probe_ridge": _options.number(probe_ridge, "probe_ridge", low=0, above=True),
             }
-            self.stimuli_per_class = stimuli_per_class
-            if stimuli_per_class is not None:
-                self.stimuli_per_class = _options.count(stimuli_per_class, "stimuli_per_class", 2)
+            self.stimuli_per_class = (
+                None
+                if stimuli_per_class is None
+                else _options.count(stimuli_per_class, "stimuli_per_class", 2)
+            )
             self.classes = None if classes is None else check.check_names(classes, "classes")
             self.images, self.labels = check.check_images(images), check.check_labels(labels)
             self.own_memory = memory is not None  # asked for, not what happened to be free
@@ -308,8 +311,8 @@ class Study:
         with self.hold_network(), torch.no_grad():
             for index in torch.split(torch.arange(len(self.labels)), BATCH):
                 logits = self.model(self.images[index].to(self.device))
-                right = logits.argmax(1).cpu() == self.labels[index]
-                correct[index] = right & ~logits.isnan().any(1).cpu()  # argmax takes NaN for most
+                correct[index] = logits.argmax(1).cpu() == self.labels[index]
+                correct[index] &= logits.amax(1).cpu() > -torch.inf  # no NaN, not all -inf
         gpu = self.device.type == "cuda"
         return {
             "network": type(self.model).__name__,
@@ -374,10 +377,9 @@ class Study:
                 self.model, self.layers, self.images[:1].to(self.device)
             )
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            shape, dtype = tuple(self.images.shape[1:]), str(self.images.dtype)
+            form = f"shape {tuple(self.images.shape[1:])}, dtype {_arrays.dtype_name(self.images)}"
             raise StudyError(
-                f"images: {self.name} can't take one of shape {shape}, dtype "
-                f"{dtype.removeprefix('torch.')} ({str(error).partition(chr(10))[0]})"
+                f"images: {self.name} can't take one of {form} ({first_line(error)})"
             ) from error
         for layer in self.layers:
             neurons = self.sizes[layer].neurons if layer in self.sizes else 0

@@ -95,7 +95,8 @@ def sweep(
         int | None,
         typer.Option(
             help="Side of the images of --images in pixels; by default 32 for small networks, 224 "
-            "for torchvision's, and for your own the files' size, which must be one."
+            "for torchvision's, and for your own the files' own size, which must be the same for "
+            "all."
         ),
     ] = None,
     skip_bad_images: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,8 +63,9 @@ def read(
     except (ValueError, TypeError, LookupError, ImportError, NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # not the file's fault
-        reason = " ".join(str(error).strip().splitlines()[:1])
-        raise StatsError(f"table: {path} can't be read ({reason})") from None
+        from repsim_kernels.forward.trace import first_line  # imports torch: only here
+
+        raise StatsError(f"table: {path} can't be read ({first_line(error)})") from None
     if list(cell) == ["cell"]:
         return table
     check_columns(table, cell=cell)
@@ -82,11 +84,17 @@ def _read_csv(path: Path, names: set[str]) -> pd.DataFrame:
                 f"table: the columns of {path} are separated by {separator}; expected commas, and "
                 "points in numbers"
             )
-    table = pd.read_csv(path, low_memory=False)
-    if not isinstance(table.index, pd.RangeIndex):  # what pandas makes of the values without a name
-        raise StatsError(f"table: rows of {path} have more values than its first line has names")
+    # By default pandas takes values without a name for an index, and shifts the others.
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            table = pd.read_csv(path, index_col=False, low_memory=False)
+    except pd.errors.ParserWarning:
+        raise StatsError(
+            f"table: rows of {path} have more values than its first line has names"
+        ) from None
     own = [name for name in table.columns if name in names]
-    table[own] = pd.read_csv(path, usecols=own, dtype=str, na_filter=False)
+    table[own] = pd.read_csv(path, index_col=False, usecols=own, dtype=str, na_filter=False)
     table.columns = pd.Index(header)  # pandas would rename the second of two that are the same
     return table
 

@@ -259,4 +259,4 @@ def is_within(layer: str, module: str) -> bool:
 
 
 def first_line(error: Exception | None) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

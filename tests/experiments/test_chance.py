@@ -173,15 +173,16 @@ def test_nan_images_are_told_in_the_report_and_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     none = drawn().assign(nan_images=0)
-    assert "the output is NaN" not in page_of(none, tmp_path).said()
+    assert "gives no answer (" not in page_of(none, tmp_path).said()
     table = drawn(changes=(*CHANGES, "log_probability"), distances=(*FIVE, "energy"))
     table["nan_images"] = np.where(table.index % 24 == 3, 2, 0) + (table.index == 27)
     bad = table["nan_images"] > 0
     table.loc[bad, ["rank_deficit", "top1", "log_probability"]] = np.nan
     table.loc[table.index % 7 == 1, "log_probability"] = np.inf  # a probability that fell to 0
     said = (
-        f"net: the output is NaN for images in {bad.sum()} of 192 cells, up to 3 in one and "
-        f"{2 * bad.sum() + 1} in all; the loss of performance of these cells is not known."
+        f"net: the network gives no answer (NaN, or all -inf) for images in {bad.sum()} of 192 "
+        f"cells, up to 3 in one and {2 * bad.sum() + 1} in all; the loss of performance of "
+        "these cells is not known."
     )
     assert said in page_of(table, tmp_path).said()
     store = Store.create(
@@ -191,4 +192,4 @@ def test_nan_images_are_told_in_the_report_and_the_terminal(
     finish(Console(highlight=False, markup=False), store.compact(), store)
     assert said in capsys.readouterr().out.splitlines()
     older = pd.concat([table.drop(columns="nan_images"), none.assign(model="b")])
-    assert "the output is NaN" not in page_of(older, tmp_path).said()
+    assert "gives no answer (" not in page_of(older, tmp_path).said()

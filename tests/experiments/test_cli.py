@@ -289,18 +289,18 @@ def test_images_of_several_sizes_need_a_size(folder: Path) -> None:
     assert "bee/2.png 8 x 9; expected images of one size, or --size" in err
     code, out, err = sweep(*TOY, "--images", folder, "--plan")
     assert (code, err) == (0, "")
-    assert "are enlarged" not in out
+    assert "are smaller" not in out
 
 
-def test_enlarged_images_are_warned_of(folder: Path) -> None:
+def test_small_images_are_warned_of(folder: Path) -> None:
     for file in folder.rglob("*.png"):
         Image.new("RGB", (5, 4)).save(file)
     code, out, err = sweep(*TOY, "--images", folder, "--plan")
     assert (code, err) == (0, "")
-    assert out.count("are enlarged") == 1
+    assert out.count("are smaller") == 1
     assert (
-        "Warning: 12 of 12 images are enlarged to 8 x 8 pixels, "
-        "the smallest from 4 x 5 (height x width)\n"
+        "Warning: 12 of 12 images are smaller than the 8 x 8 pixels shown, "
+        "the smallest 4 x 5 (height x width)\n"
     ) in out
 
 

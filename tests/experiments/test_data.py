@@ -219,13 +219,14 @@ def test_the_files_own_size(folder):
     assert image_folder(folder, ["ape", "bee"], None).images.shape == (4, 3, 40, 300)
 
 
-def test_enlarged_images_are_counted(folder):
+def test_small_images_are_counted(folder):
     assert image_folder(folder, size=40).enlarged == ""
     Image.new("RGB", (20, 30)).save(folder / "ape" / "0.png")
     assert image_folder(folder, size=40).enlarged == (
-        "1 of 6 images are enlarged to 40 x 40 pixels, the smallest from 30 x 20 (height x width)"
+        "1 of 6 images are smaller than the 40 x 40 pixels shown, "
+        "the smallest 30 x 20 (height x width)"
     )
-    assert image_folder(folder, size=64).enlarged.startswith("6 of 6 images are enlarged to 64 x")
+    assert "6 of 6 images are smaller than the 64 x 64" in image_folder(folder, size=64).enlarged
 
 
 def test_what_a_folder_may_lack(folder, tmp_path):

@@ -196,6 +196,9 @@ def as_csv(**changes: Any) -> str:
         (as_csv(top1="1+2j"), "such as '1+2j'; expected numbers"),
         (drawn(["m"]).assign(top2=0).to_csv(index=False).replace("top2", "cka"), "2 columns 'cka'"),
         (as_csv().replace(",top1\n", "\n"), "have more values than its first line has names"),
+        ("cell,x\n1,2,3\n4,5,6\n", "have more values than its first line has names"),
+        ("cell,x\n1,2,3\n2,5,6\n1,8,9\n", "have more values than its first line has names"),
+        ("cell,x\n1,2,3\n4,5\n", "have more values than its first line has names"),
         (as_csv() + "m,x,a,99,1,2,3,4\n", "t.csv can't be read (Error tokenizing data."),
         (as_csv() + 'm,"x,a,99,1,2', "t.csv can't be read (Error tokenizing data."),
         (as_csv(top1="").replace("top1", "top\0"), "changes: the table has no column 'top1'"),
@@ -210,6 +213,16 @@ def test_what_is_no_table_of_numbers_is_said_in_a_line(
     assert (code, out, len(err)) == (2, "", 1), (out, err)
     assert err[0].startswith("error: ")
     assert message in err[0]
+
+
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_commas_at_the_ends_of_rows_shift_nothing(tmp_path: Path, every: int) -> None:
+    table = drawn(["m"])
+    header, *lines = table.to_csv(index=False).splitlines()
+    rows = [line + "," * (i % every == 0) for i, line in enumerate(lines)]
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join([header, *rows]), encoding="utf-8")
+    assert stats(path) == (0, stats_of(table, tmp_path), [])
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])

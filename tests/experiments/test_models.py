@@ -3,7 +3,10 @@
 import argparse
 import gzip
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -205,6 +208,20 @@ def test_outputs_of_a_training_checkpoint_are_counted(tmp_path):
     torch.save({"state_dict": state, "epoch": 1}, tmp_path / "a.pth")
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(load("squeezenet1_1", tmp_path / "a.pth")(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])  # before Python 3.13, and in it
+def test_paths_of_every_python_are_read(tmp_path, monkeypatch, module):
+    def reduce(self: Any) -> tuple[Any, ...]:
+        return type(self), ("out", "run")
+
+    path = type("PosixPath", (), {"__module__": module, "__reduce__": reduce})
+    model = Outside()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, module, SimpleNamespace(PosixPath=path))
+        torch.save({"state_dict": model.state_dict(), "out": path()}, tmp_path / "a.pt")
+    x = torch.randn(2, 3, 2, 2)
+    assert torch.equal(load(f"{__name__}:Outside", tmp_path / "a.pt")(x), model(x))
 
 
 def test_checkpoints_that_are_not_taken_apart(tmp_path):
