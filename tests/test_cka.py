@@ -94,6 +94,29 @@ def test_what_is_not_chance_does_not_warn(fresh):
         assert not _options._warned
 
 
+@pytest.mark.parametrize("far", [1e2, 1e4, 1e6, 1e8])
+@pytest.mark.parametrize(("n", "p"), [(40, 3), (150, 20)])
+def test_debiased_beside_a_far_stimulus(n, p, far):
+    """Beside U-centred Grams in long double."""
+
+    def u_centred(x):
+        k = x @ x.T
+        np.fill_diagonal(k, 0)
+        u = k - (k.sum(0) + k.sum(1)[:, None]) / (n - 2) + k.sum() / ((n - 1) * (n - 2))
+        np.fill_diagonal(u, 0)
+        return u
+
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((n, p))
+    y = x[:, ::-1] + rng.standard_normal((n, p))
+    x[3] += far
+    u, v = (u_centred((z - z.mean(0)).astype(np.longdouble)) for z in (x, y))
+    want = float((u * v).sum() / np.sqrt((u * u).sum() * (v * v).sum()))
+    tolerance = {"rel": 1e-9 * max(1, far / 1e4), "abs": 1e-12}
+    assert rk.cka(x, y, debiased=True) == pytest.approx(want, **tolerance)
+    assert rk.pairwise([x, y], debiased=True)[0, 1] == pytest.approx(want, **tolerance)
+
+
 @EACH_BACKEND
 @pytest.mark.parametrize("far", [1e3, 1e6, 1e7, 1e9, 1e12])
 @pytest.mark.parametrize("which", [0, 11])

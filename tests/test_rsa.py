@@ -166,6 +166,38 @@ def test_order_of_stimuli_and_neurons_is_nothing(distance, compare, n, p, dtype,
     assert abs(rk.rsa(x, y, **options) - rk.rsa(*turned, **options)) < 1e-12
 
 
+@EACH_BACKEND
+@pytest.mark.parametrize("distance", DISTANCES)
+@settings(max_examples=30)
+@given(
+    st.integers(4, 40), st.integers(2, 6), st.sampled_from(["float16", "float32", "float64"]),
+    st.sampled_from([1, 3, 10]), st.sampled_from([0, 2]), seeds,
+)  # fmt: skip
+def test_order_is_nothing_to_points_of_a_lattice(backend, distance, n, p, dtype, step, mean, seed):
+    """Many distances are equal, of pairs whose rows have different lengths and roundings."""
+    rng = np.random.default_rng(seed)
+    x = (np.round(rng.standard_normal((n, p)) * 2) / step + mean + 0.1).astype(dtype)
+    y, order = rng.standard_normal((n, 3)), rng.permutation(n)
+    options = {"distance": distance, "backend": backend}
+    try:
+        value = rk.rsa(x, y, **options)
+    except rk.ConstantError:
+        return
+    turned = x[order][:, rng.permutation(p)]
+    assert abs(rk.rsa(turned, y[order], **options) - value) < 1e-12
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-22, 1e-15, 1e15, 1e22])
+def test_ties_do_not_depend_on_the_scale(scale):
+    rng = np.random.default_rng(6)
+    index = repeats(rng, 50, 10)
+    x, y = orthonormal(rng, 10)[index], rng.standard_normal((50, 6))
+    x /= np.linalg.norm(x[0])
+    apart = spread(scipy.spatial.distance.squareform(1 - np.eye(10)), index)
+    want = scipy.stats.spearmanr(apart, scipy.spatial.distance.pdist(y)).statistic
+    np.testing.assert_allclose(rk.rsa((x * scale).astype(np.float32), y), want, atol=1e-9)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 @pytest.mark.parametrize("kind", ["gaussian", "log-normal", "mean of 10"])

@@ -100,7 +100,7 @@ def ablation_distances(
     memory = None if memory is None else int(_options.number(memory, "memory", low=1))
     info = _options.flag(info, "info")
     # CKA is NaN of every ablation if x has a number that is not finite; eigenvectors are not found.
-    later = set(names) <= {"cka", "cka_debiased"}
+    later = bool(names) and set(names) <= {"cka", "cka_debiased"}
     x = _check.representation(
         x, batched=batched, least=4 if "cka_debiased" in names else 2, later=later
     )

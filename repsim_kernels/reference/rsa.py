@@ -76,8 +76,9 @@ def ranks(found: Distances) -> Array:
 
     In order of size, a group ends where the next distance is more than 4 tolerances away. The
     distances of a group, m different numbers, are equal if none is further from the first than the
-    first's tolerance, and the next ones on either side are more than 256 / (m - 1) of them away:
-    pairs come as close by chance as rounding brings them, but large groups don't. The tolerance is
+    first's tolerance (of numbers that are equal already, the largest), and the next ones on either
+    side are more than 256 / (m - 1) of them away: pairs come as close by chance as rounding brings
+    them, but large groups don't. The tolerance is
     once what float64 arithmetic may change, so that ties of what the input has exactly hold among
     distances however dense, and once that and what half an ulp of each input entry may change.
     """
@@ -88,13 +89,15 @@ def ranks(found: Distances) -> Array:
     gaps = np.diff(values)
     tied = gaps == 0
     for tolerances in (found.rounding[order], found.tolerances[order]):
+        for group in np.split(np.arange(len(values)), np.flatnonzero(~tied) + 1):
+            tolerances[group] = tolerances[group].max()  # equal distances come in any order
         wide = gaps > _APART * tolerances[:-1]
         around = np.concatenate([[np.inf], gaps, [np.inf]])
         for group in np.split(np.arange(len(values)), np.flatnonzero(wide) + 1):
             first, last, tolerance = group[0], group[-1], tolerances[group[0]]
             apart = min(around[first], around[last + 1])
             within = values[last] - values[first] <= tolerance
-            others = max(1, np.count_nonzero(gaps[first:last]))
+            others = max(1, np.count_nonzero(~tied[first:last]))
             if within and apart * others > _PAIR * tolerance:
                 tied[first:last] = True
     out = np.empty_like(values)

@@ -44,7 +44,7 @@ def mean_cca(
     m = _correlation(a, b, ridge, penalty)
     total = m.square().sum((-2, -1)) if squared else torch.linalg.svdvals(m).sum(-1)
     if ridge or penalty:
-        return total / min(a.n - 1, a.p, b.p)
+        return (total / min(a.n - 1, a.p, b.p)).clamp(max=1)
     return (total / torch.minimum(a.rank, b.rank)).clamp(max=1)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from repsim_kernels.kernels.torch import distances, gram
 
 _EPS = torch.finfo(torch.float64).eps
+_LOST = 1e-4  # share of a product over features that U-centring leaves, at least
 
 
 def cka(
@@ -22,13 +23,15 @@ def cka(
     chance: bool = False,
 ) -> Tensor | dict[str, Tensor]:
     """The similarity and, for ``chance``, what it is on average when stimuli are permuted."""
-    if kernel == "linear" and on_features([x.shape[-1]], [y.shape[-1]], x.shape[-2]):
+    features = kernel == "linear" and on_features([x.shape[-1]], [y.shape[-1]], x.shape[-2])
+    if features:
         runs = gram.centre_all([x, y], for_products=not debiased)
         a, b = (c for run in runs for c in run)
         xy = feature_product(a, b, debiased)
         xx, yy = (norm for run in runs for norm in feature_norm(run, debiased))
         traces = [feature_trace(c) for c in (a, b)] if chance else []
-    else:
+        features = not debiased or not bool((xx.isnan() | yy.isnan()).any())
+    if not features:
         alike = [[x, y]] if x.shape[:-2] == y.shape[:-2] else [[x], [y]]
         (h, floor_x), (k, floor_y) = (
             (gram.some(found, i), floor)
@@ -71,14 +74,17 @@ def feature_product(a: Tensor, b: Tensor, debiased: bool) -> Tensor:
 
 
 def feature_norm(a: Tensor, debiased: bool) -> Tensor:
-    """`feature_product` of a (…, n, p) with itself, NaN where that is mere rounding."""
+    """`feature_product` of a (…, n, p) with itself.
+
+    NaN where U-centring takes nearly all of it, as with one far stimulus: Grams keep more digits.
+    """
     half = gram.new_half(a, a.shape[-1], *a.shape[:-2])
     gram.add_product(half, a.mT, first=True)
     gram.weigh(half)
     product = 2 * gram.inner(half, half)
     if not debiased:
         return product
-    return beyond(product - _u_centring(a, a), a.shape[-2] * _EPS * product)
+    return beyond(product - _u_centring(a, a), _LOST * product)
 
 
 def feature_trace(a: Tensor) -> Tensor:

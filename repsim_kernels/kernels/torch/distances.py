@@ -15,6 +15,7 @@ _EPS = torch.finfo(torch.float64).eps
 # and the same where products are of float32.
 _CLOSE, _CLOSE_FLOAT32 = 1e-6, 1e-2
 _GATHERED = 2**20  # elements of features gathered at a time
+_SMALL = 1e-15  # of a norm whose squares float32 holds with most of their digits
 _ROWS = 256  # of a triangle that are made at a time
 _SAMPLE = 16  # neurons that tell most different stimuli apart
 _SUMMED = 512  # products that a BLAS adds to one sum in a row, at most
@@ -46,14 +47,22 @@ class Distances:
         """The same, always with half an ulp of each input entry."""
         return self._tolerance(pairs, with_input=True)
 
+    def tolerances(self) -> Tensor:
+        """The `tolerance` of all pairs (n(n - 1)/2,)."""
+        moved = self.moved() if self.input_is_float64 else torch.zeros_like(self.squared)
+        return self._twice_error(self.squared, self._sums(self.energy), moved)
+
     def _tolerance(self, pairs: Tensor, with_input: bool) -> Tensor:
         n, d2 = len(self.energy), self.squared[pairs]
         ends = torch.arange(n - 1, -1, -1, device=pairs.device).cumsum(0)  # rows of the triangle
         i = torch.searchsorted(ends, pairs, right=True)
         j = pairs - ends[i] + n
-        both = self.energy[i] + self.energy[j]
+        moved = self.half_ulps[i] + self.half_ulps[j] if with_input else torch.zeros_like(d2)
+        return self._twice_error(d2, self.energy[i] + self.energy[j], moved)
+
+    def _twice_error(self, d2: Tensor, both: Tensor, moved: Tensor) -> Tensor:
         error = self.rounding * torch.where(d2 <= _CLOSE * both, d2, both)
-        moved = 2 * self.scaled + (self.half_ulps[i] + self.half_ulps[j] if with_input else 0)
+        moved = moved + 2 * self.scaled
         return 2 * (error + (2 * d2.sqrt() + moved) * moved)
 
     def largest_tolerance(self, largest: Tensor) -> Tensor:
@@ -64,11 +73,13 @@ class Distances:
 
     def moved(self) -> Tensor:
         """How far half an ulp of each input entry moves the rows of each pair (n(n - 1)/2,)."""
-        h, n = self.half_ulps, len(self.half_ulps)
+        return self._sums(self.half_ulps)
+
+    def _sums(self, values: Tensor) -> Tensor:
+        """The sums of values (n,) for all pairs."""
         parts = []
-        for start in range(0, n, _ROWS):
-            own = slice(start, min(start + _ROWS, n))
-            part = h[own, None] + h[start:]
+        for start in range(0, len(values), _ROWS):
+            part = values[start : start + _ROWS, None] + values[start:]
             parts.append(part[_upper(part)])
         return torch.cat(parts)
 
@@ -193,8 +204,11 @@ def row_norms(x: Tensor) -> Tensor:
     """The norm of each row of x (n, p), at the speed of its dtype."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     norm = torch.linalg.vector_norm(x, dim=1, dtype=dtype)
-    if not bool(norm.sum().isfinite()):  # squares that float32 does not hold
-        norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+    # Squares that float32 does not hold.
+    lost = (~(norm > _SMALL) | norm.isinf()).nonzero()[:, 0] if dtype == torch.float32 else []
+    if len(lost):
+        norm = norm.double()
+        norm[lost] = torch.linalg.vector_norm(x[lost], dim=1, dtype=torch.float64)
     return norm
 
 

@@ -73,16 +73,19 @@ def _cka(
 ) -> Tensor | dict[str, Tensor]:
     n, sides = xs[0].shape[0], [xs] if ys is None else [xs, ys]
     p, q = ([x.shape[1] for x in side] for side in (sides[0], sides[-1]))
-    if kernel == "linear" and cka.on_features(p, q, n):
+    features = kernel == "linear" and cka.on_features(p, q, n)
+    if features:
         runs = [gram.centre_all(side, for_products=not debiased) for side in sides]
         norms = [torch.cat([cka.feature_norm(c, debiased) for c in side]) for side in runs]
+        features = not debiased or not any(bool(norm.isnan().any()) for norm in norms)
+    if features:
         left, right = ([c for run in side for c in run] for side in (runs[0], runs[-1]))
         xx, yy = norms[0], norms[-1]
         products = xx.new_zeros(len(left), len(right))
         for i, a in enumerate(left):
-            for j in range(len(right) if ys else i):
+            for j in range(len(right) if ys is not None else i):
                 products[i, j] = cka.feature_product(a, right[j], debiased)
-        if not ys:
+        if ys is None:
             products = products + products.mT + xx.diag()
         traces = [torch.cat([cka.feature_trace(c) for c in side]) for side in runs if chance]
     else:

@@ -11,7 +11,7 @@ from torch import Tensor
 from repsim_kernels.kernels.torch.distances import Distances, pair_distances
 
 # Tolerances from a group of equal distances to the next distance: at least so many, and for a
-# group of m different numbers, which is less likely by chance the larger it is, at least
+# group of m different numbers, which is less likely by chance the larger m is, at least
 # _PAIR / (m - 1).
 _APART, _PAIR = 4, 256
 
@@ -65,11 +65,14 @@ def average_ranks(found: Distances) -> Tensor:
 
     near = (gap <= _APART * found.largest_tolerance(values[-1])).nonzero()[:, 0]
     if len(near):
-        near = near[gap[near] <= _APART * found.tolerance(order[near])]
-        _join(tied, near, values, gap, lambda first: found.tolerance(order[first]))
+        tolerance: Callable[[Tensor], Tensor] = lambda at: found.tolerance(order[at])  # noqa: E731
+        if bool(tied.any()):
+            tolerance = _largest_of_tied(tied, found.tolerances()[order]).__getitem__
+        near = near[gap[near] <= _APART * tolerance(near)]
+        _join(tied, near, values, gap, tolerance)
     if not found.input_is_float64:
         # Roots of the distances move by no more than the rows do.
-        root, moved = values.sqrt(), found.moved()[order].mul_(2)
+        root, moved = values.sqrt(), _largest_of_tied(tied, found.moved()[order].mul_(2))
         gap = root.diff()
         near = (gap <= _APART * moved[:-1]).nonzero()[:, 0]
         _join(tied, near, root, gap, moved.__getitem__)
@@ -83,6 +86,18 @@ def average_ranks(found: Distances) -> Tensor:
     out = torch.empty_like(d2)
     out[order] = ranks
     return out
+
+
+def _largest_of_tied(tied: Tensor, tolerance: Tensor) -> Tensor:
+    """The largest tolerance (N,) of neighbours that are tied, in the place of each of them.
+
+    Pairs whose distances are equal have rows of other lengths, and come in any order.
+    """
+    which = torch.nn.functional.pad((~tied).cumsum(0), (1, 0))
+    if int(which[-1]) == len(tied):
+        return tolerance
+    most = tolerance.new_zeros(int(which[-1]) + 1)
+    return most.scatter_reduce_(0, which, tolerance, "amax")[which]
 
 
 def _join(
@@ -102,12 +117,12 @@ def _join(
     t = tolerance(first)
     around = torch.nn.functional.pad(gap, (1, 1), value=torch.inf)
     apart = torch.minimum(around[first], around[last + 1])
-    # A group has no more different numbers than members.
+    # A group of members has fewer gaps, some of them of numbers that are tied already.
     one = (values[last] - values[first] <= t) & (apart * (last - first) > _PAIR * t)
     if not bool(one.any()):
         return
-    rises = (gap[near] > 0).cumsum(0)
-    others = (rises[stop] - rises[start]).add_(gap[first] > 0).clamp_(min=1)
+    rises = (~tied[near]).cumsum(0)
+    others = (rises[stop] - rises[start]).add_(~tied[first]).clamp_(min=1)
     one &= apart * others > _PAIR * t
     first, last = first[one], last[one]
     tied[_ranges(first, last - first)] = True
