@@ -335,3 +335,39 @@ def test_what_a_pass_gives_and_does():
     refused("differs from a whole pass where torch.fx traces it; torch.export can't", Net(neither))
     pair = Net(lambda m, x: m.out(m.cut(m.a(x))[0]), Lambda(lambda h: [h, h]))
     refused("'cut' gives list; expected a tensor", pair)
+
+
+class Fused(nn.Module):
+    """A transformer layer, one fused operation, under autocast."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.a, self.out = nn.Linear(16, 16), nn.Linear(16, 4)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            h = self.layer(self.a(x))
+        return self.out(h.float().mean(1))
+
+
+@pytest.mark.parametrize("layer", ["a", "out"])
+def test_a_fused_layer_under_autocast(layer):
+    check(Fused().eval(), layer, torch.randn(4, 6, 16))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda x: torch.vmap(torch.sin)(x),
+        lambda x: torch.func.jvp(torch.sin, (x,), (x,))[1],
+        lambda x: torch.func.grad(lambda t: t.sin().sum())(x),
+    ],
+    ids=["vmap", "jvp", "grad"],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # which PyTorch's own jvp uses
+def test_transforms_of_functions_are_refused_and_leave_nothing_open(transform):
+    model = Net(lambda net, x: net.out(transform(net.cut(net.a(x))))).eval()
+    refused(r"torch\.func|vmap", model)
+    torch.ones(2).requires_grad_()  # refused inside a transform

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from repsim_kernels.errors import LayerError
-from repsim_kernels.forward.trace import Trace, Values, label
+from repsim_kernels.forward.trace import TRANSIENT, Trace, Values, label
 
 
 @dataclass
@@ -61,8 +61,7 @@ def split(trace: Trace, layer: str, images: Tensor) -> Split:
     facts: dict[fx.Node, _Facts] = {}
     seen: list[tuple[Tensor, int]] = []
     for x in trace.nodes:
-        with FlopCounterMode(display=False) as counter:
-            value = images if x is trace.input else trace.run(x, values)
+        value, flops = (images, 0) if x is trace.input else _run_counted(trace, x, values)
         writes = {_memory(t) for t, old in seen if version(t) != old}
         if x is cut:
             check_batch(value, images, f"layer: {layer!r}")
@@ -75,7 +74,7 @@ def split(trace: Trace, layer: str, images: Tensor) -> Split:
             gives={_memory(t): t.untyped_storage().nbytes() for t in tensors(value)},
             writes=writes,
             batched=isinstance(value, Tensor) and value.shape[:1] == images.shape[:1],
-            flops=counter.get_total_flops(),
+            flops=flops,
             weights=sum(t.nbytes for t in trace.weights(x)),
         )
     check_batch(values[trace.output], images, "model: it")
@@ -83,6 +82,21 @@ def split(trace: Trace, layer: str, images: Tensor) -> Split:
     own = (label(x) for x in facts if x.op == "get_attr" and written & _gives(facts, x))
     check_unwritten([*written_since(), *own])
     return _split(facts, layer, cut, _memory(raw), len(images))
+
+
+def _run_counted(trace: Trace, node: fx.Node, values: Values) -> tuple[Any, int]:
+    """What an operation gives, and how many operations of floating point it takes.
+
+    The counter takes fused operations apart, which autocast refuses: they then count for nothing.
+    """
+    try:
+        with FlopCounterMode(display=False) as counter:
+            value = trace.run(node, values)
+    except TRANSIENT:
+        raise
+    except Exception:
+        return trace.run(node, values), 0
+    return value, counter.get_total_flops()
 
 
 @dataclass
