@@ -230,7 +230,7 @@ def representations(
         )
     try:
         items = list(xs)
-    except TypeError:
+    except (TypeError, RuntimeError):  # RuntimeError of tensors that have no rows
         raise ShapeError(
             f"{name}: {type(xs).__name__}; expected a list of arrays (n, p_i)"
         ) from None
@@ -307,7 +307,10 @@ def cells(
     return labels, int(n_cells)
 
 
-def labels(labels: Any, n: int, target: Any = None) -> np.ndarray[Any, Any]:
+_ABSENT: Any = object()
+
+
+def labels(labels: Any, n: int, target: Any = _ABSENT) -> np.ndarray[Any, Any]:
     """Check class labels (n,), and that `target`, if given, is one class of at least two."""
     values = integers(labels, "labels", LabelError)
     if values.shape != (n,):
@@ -316,7 +319,7 @@ def labels(labels: Any, n: int, target: Any = None) -> np.ndarray[Any, Any]:
         )
     values = values.astype(np.int64)
     present = np.unique(values)
-    if target is not None:
+    if target is not _ABSENT:
         if isinstance(target, (bool, np.bool_)) or not isinstance(target, (int, np.integer)):
             raise LabelError(f"target: {target!r}; expected an integer label")
         if target not in present:

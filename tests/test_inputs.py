@@ -135,3 +135,18 @@ def test_the_activations_of_a_trainable_model_are_taken():
     got = rk.centered_gram(state.activation.flatten(1))
     want = rk.centered_gram(model[:2](images).detach().flatten(1))
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_what_is_no_list_of_arrays_is_refused():
+    nested = torch.nested.nested_tensor([torch.ones(3, 2), torch.ones(3, 4)])
+    for xs in (3, None, nested):
+        with pytest.raises(rk.ShapeError, match=r"xs: .*; expected a list of arrays"):
+            rk.pairwise(xs)
+
+
+def test_no_target_and_no_metrics():
+    x = np.random.default_rng(0).standard_normal((6, 4))
+    with pytest.raises(rk.LabelError, match="target: None; expected an integer label"):
+        rk.selectivity_grid(x, [0, 1] * 3, None)
+    assert rk.ablation_distances(x, [0, 0, 1, 1], metrics=[]) == {}

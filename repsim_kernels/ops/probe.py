@@ -165,9 +165,11 @@ def _targets(target: Any, labels: Any, n: int) -> tuple[Any, int | tuple[int, ..
     """Check labels (n,) and the target or targets."""
     if _arrays.kind(target):
         target = _arrays.to_numpy(_arrays.asarray(target, "target"))
+    if target is None:
+        return _check.labels(labels, n), None
     several = None if isinstance(target, str) else _options.items(target)
     if several is None:
-        return _check.labels(labels, n, target), None if target is None else int(target)
+        return _check.labels(labels, n, target), int(target)
     labels = _check.labels(labels, n)
     for one in several:
         _check.labels(labels, n, one)
