@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -16,8 +17,7 @@ _EPS = torch.finfo(torch.float64).eps
 _CLOSE, _CLOSE_FLOAT32 = 1e-6, 1e-2
 _GATHERED = 2**20  # elements of features gathered at a time
 _SMALL = 1e-15  # of a norm whose squares float32 holds with most of their digits
-_ROWS = 256  # of a triangle that are made at a time
-_SAMPLE = 16  # neurons that tell most different stimuli apart
+_SAMPLE = 8  # neurons that tell most different stimuli apart
 _SUMMED = 512  # products that a BLAS adds to one sum in a row, at most
 
 
@@ -65,11 +65,12 @@ class Distances:
         moved = moved + 2 * self.scaled
         return 2 * (error + (2 * d2.sqrt() + moved) * moved)
 
-    def largest_tolerance(self, largest: Tensor) -> Tensor:
+    def largest_tolerance(self, largest: float) -> float:
         """An upper bound of every `tolerance`, given the largest squared distance."""
-        moved = 2 * (self.scaled + self.half_ulps.amax() * self.input_is_float64)
-        error = 2 * self.rounding * self.energy.amax()
-        return 2 * (error + (2 * largest.sqrt() + moved) * moved)
+        half_ulp = float(self.half_ulps.amax()) if self.input_is_float64 else 0.0
+        moved = 2 * (self.scaled + half_ulp)
+        error = 2 * self.rounding * float(self.energy.amax())
+        return 2 * (error + (2 * math.sqrt(largest) + moved) * moved)
 
     def moved(self) -> Tensor:
         """How far half an ulp of each input entry moves the rows of each pair (n(n - 1)/2,)."""
@@ -77,22 +78,20 @@ class Distances:
 
     def _sums(self, values: Tensor) -> Tensor:
         """The sums of values (n,) for all pairs."""
-        parts = []
-        for start in range(0, len(values), _ROWS):
-            part = values[start : start + _ROWS, None] + values[start:]
-            parts.append(part[_upper(part)])
-        return torch.cat(parts)
+        i, j = torch.triu_indices(len(values), len(values), 1, device=values.device)
+        return values[i].add_(values[j])
 
 
-def pair_distances(x: Tensor, distance: str) -> Distances:
-    """The squared distances between the rows of x (n, p).
+def pair_distances(x: Tensor, distance: str, room: Tensor | None = None) -> Distances:
+    """The squared distances between the rows of x (n, p), by way of `gram.block_room`.
 
     Rows that are equal count as one, so that their distances from the others are equal to the bit.
     """
-    first, index = equal_rows(x)
-    if first is None or index is None:
-        return _pair_distances(x, distance)
-    found = _pair_distances(x[first], distance)
+    try:
+        return _pair_distances(x, distance, room, distinct=False)
+    except _EqualRows as equal:
+        first, index = equal.args
+    found = _pair_distances(x[first], distance, room, distinct=True)
     square = x.new_zeros(len(first), len(first), dtype=torch.float64)
     square[_upper(square)] = found.squared
     square = (square + square.mT)[index[:, None], index]
@@ -104,22 +103,26 @@ def pair_distances(x: Tensor, distance: str) -> Distances:
     )
 
 
+class _EqualRows(Exception):
+    """Some rows are equal: the first of each set, and the set of every row."""
+
+
 def _upper(square: Tensor) -> Tensor:
     return torch.ones_like(square, dtype=torch.bool).triu_(1)
 
 
-def _pair_distances(x: Tensor, distance: str) -> Distances:
+def _pair_distances(x: Tensor, distance: str, room: Tensor | None, distinct: bool) -> Distances:
     p, unit = x.shape[1], distance in ("correlation", "cosine")
     if distance == "correlation":
         origin = _row_means(x)
-        half, energy, length = squared_distances(x, origin, unit)
+        half, energy, length = squared_distances(x, origin, unit, room, distinct)
         norm = (length.square() + p * origin[:, 0].square()).sqrt() / length
     elif distance == "cosine":
-        half, energy, length = squared_distances(x, None, unit)
+        half, energy, length = squared_distances(x, None, unit, room, distinct)
         norm = length / length
     else:
         norm = row_norms(x)
-        half, energy, _ = squared_distances(x, central_row(x, norm))
+        half, energy, _ = squared_distances(x, central_row(x, norm), False, room, distinct)
     return Distances(
         # A column from below the diagonal down is a row of the upper triangle.
         torch.cat([panel.mT[_upper(panel.mT)] for _, panel in half]),
@@ -132,16 +135,22 @@ def _pair_distances(x: Tensor, distance: str) -> Distances:
 
 
 def squared_distances(
-    x: Tensor, origin: Tensor | None, unit: bool = False
+    x: Tensor,
+    origin: Tensor | None,
+    unit: bool = False,
+    room: Tensor | None = None,
+    distinct: bool = True,
 ) -> tuple[gram.Half, Tensor, Tensor]:
     """Squared distances between the rows of x (n, p), as a half of (n, n).
 
     The rows are taken relative to an origin (1, p), or each to its own (n, 1); for `unit` they are
     then scaled to unit length, which gives NaN for a row without a direction. Also returns their
     squared norms after that, and their lengths before, (n,) each.
+
+    Raises _EqualRows if some rows are equal, unless they are taken as ``distinct``.
     """
     n, p = x.shape
-    half, room = gram.new_half(x, n), gram.block_room([x])
+    half, room = gram.new_half(x, n), gram.block_room([x]) if room is None else room
     for block in gram.blocks(p, n):
         width = block.stop - block.start
         z = room[: n * width].view(n, width).copy_(x[:, block])
@@ -158,6 +167,9 @@ def squared_distances(
             panel.div_(length[own.start :, None]).div_(length[own])
         torch.sub(both, panel, alpha=2, out=panel)
         for some in _close(panel <= _CLOSE * both, p):
+            if not distinct:  # only rows that are close may be equal
+                check_distinct(x)
+                distinct = True
             i, j = (own.start + k for k in some)
             a, b = x[i].to(torch.float64), x[j].to(torch.float64)
             for z, k in ((a, i), (b, j)) if unit else ():
@@ -168,7 +180,8 @@ def squared_distances(
 
 def _close(close: Tensor, p: int) -> Iterator[tuple[Tensor, ...]]:
     """Indices of the true entries below the diagonals, as many at a time as fit with p neurons."""
-    for some in close.tril(-1).nonzero().split(max(1, _GATHERED // p)):
+    found = close.tril(-1).nonzero()
+    for some in found.split(max(1, _GATHERED // p)) if len(found) else ():
         yield some.unbind(1)
 
 
@@ -225,16 +238,11 @@ def _row_means(x: Tensor) -> Tensor:
     return first + torch.stack(parts).sum(0) / p
 
 
-def equal_rows(x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The first of each set of equal rows of x (n, p), and for every row the set it is in.
-
-    None twice where all rows differ, which a few neurons show most of the time.
-    """
+def check_distinct(x: Tensor) -> None:
+    """Raise _EqualRows if some rows of x (n, p) are equal; a few neurons tell most rows apart."""
     n, p = x.shape
     columns = torch.arange(_SAMPLE, device=x.device) * p // _SAMPLE
-    keys = _hash(x[:, columns])
-    if not bool((keys.sort().values.diff() == 0).any()):
-        return None, None
+    keys = _hash(x[:, columns], mixed=False)
     _, group, counts = keys.unique(return_inverse=True, return_counts=True)
     repeated = (counts[group] > 1).nonzero()[:, 0]
     rows = x[repeated]
@@ -244,13 +252,19 @@ def equal_rows(x: Tensor) -> tuple[Tensor | None, Tensor | None]:
     equals = torch.arange(n, device=x.device)
     equals[repeated[same]] = leader[same]
     first, index = equals.unique(return_inverse=True)
-    return (first, index) if len(first) < n else (None, None)
+    if len(first) < n:
+        raise _EqualRows(first, index)
 
 
-def _hash(rows: Tensor) -> Tensor:
-    """A number for each row (m, k), from sums of integers: the same wherever the row stands."""
+def _hash(rows: Tensor, mixed: bool = True) -> Tensor:
+    """A number for each row (m, k), from sums of integers: the same wherever the row stands.
+
+    Mixed, different rows have different numbers but by an unlikely accident.
+    """
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
     bits = (rows + 0).view(words).to(torch.int64)  # -0 + 0 is 0
     weights = torch.arange(1, 2 * rows.shape[1], 2, device=rows.device) * -7046029254386353131
-    bits = (bits ^ (bits >> 29)) * weights
-    return (bits ^ (bits >> 32)).sum(1)
+    if mixed:
+        bits = bits ^ (bits >> 29)
+    bits = bits * weights
+    return (bits ^ (bits >> 32) if mixed else bits).sum(1)

@@ -16,8 +16,8 @@ def pairwise(
     xs: list[Tensor], ys: list[Tensor] | None, *, metric: str, **options: Any
 ) -> Tensor | dict[str, Tensor]:
     if metric == "rsa":
-        u = torch.stack([rsa.dissimilarities(x, **options) for x in xs])
-        v = u if ys is None else torch.stack([rsa.dissimilarities(y, **options) for y in ys])
+        u = torch.stack(rsa.all_dissimilarities(xs, **options))
+        v = u if ys is None else torch.stack(rsa.all_dissimilarities(ys, **options))
         return (u @ v.mT).clamp(-1, 1)
     if metric == "cka":
         return _cka(xs, ys, **options)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from repsim_kernels.kernels.torch import gram
 from repsim_kernels.kernels.torch.distances import Distances, pair_distances
 
 # Tolerances from a group of equal distances to the next distance: at least so many, and for a
@@ -17,16 +19,21 @@ _APART, _PAIR = 4, 256
 
 
 def rsa(x: Tensor, y: Tensor, *, distance: str, compare: str) -> Tensor:
-    u, v = (dissimilarities(z, distance, compare) for z in (x, y))
+    u, v = all_dissimilarities([x, y], distance, compare)
     return (u * v).sum().clamp(-1, 1)
 
 
-def dissimilarities(x: Tensor, distance: str, compare: str) -> Tensor:
-    """The vector (n(n - 1)/2,) of x (n, p) whose products are the comparison: unit norm.
+def all_dissimilarities(xs: list[Tensor], distance: str, compare: str) -> list[Tensor]:
+    """The vectors (n(n - 1)/2,) of xs, each (n, p), whose products are the comparison: unit norm.
 
     NaN where the distances have no correlation with anything: all equal, or all zero.
     """
-    found = pair_distances(x, distance)
+    room = gram.block_room(xs)  # fresh memory for each would cost as much as what is done in it
+    return [_dissimilarities(x, distance, compare, room) for x in xs]
+
+
+def _dissimilarities(x: Tensor, distance: str, compare: str, room: Tensor) -> Tensor:
+    found = pair_distances(x, distance, room)
     if compare == "spearman":
         d = _centre(average_ranks(found))
     else:
@@ -58,12 +65,13 @@ def average_ranks(found: Distances) -> Tensor:
     # NumPy sorts by vector instructions.
     order = d2.argsort() if d2.is_cuda else torch.from_numpy(np.argsort(d2.numpy()))
     values = d2[order]
-    if bool(values[-1].isnan()):
+    largest = float(values[-1])
+    if math.isnan(largest):
         return torch.full_like(d2, torch.nan)
     gap = values.diff()
     tied = gap == 0
 
-    near = (gap <= _APART * found.largest_tolerance(values[-1])).nonzero()[:, 0]
+    near = (gap <= _APART * found.largest_tolerance(largest)).nonzero()[:, 0]
     if len(near):
         tolerance: Callable[[Tensor], Tensor] = lambda at: found.tolerance(order[at])  # noqa: E731
         if bool(tied.any()):
@@ -93,9 +101,9 @@ def _largest_of_tied(tied: Tensor, tolerance: Tensor) -> Tensor:
 
     Pairs whose distances are equal have rows of other lengths, and come in any order.
     """
-    which = torch.nn.functional.pad((~tied).cumsum(0), (1, 0))
-    if int(which[-1]) == len(tied):
+    if not bool(tied.any()):
         return tolerance
+    which = torch.nn.functional.pad((~tied).cumsum(0), (1, 0))
     most = tolerance.new_zeros(int(which[-1]) + 1)
     return most.scatter_reduce_(0, which, tolerance, "amax")[which]
 
@@ -117,13 +125,13 @@ def _join(
     t = tolerance(first)
     around = torch.nn.functional.pad(gap, (1, 1), value=torch.inf)
     apart = torch.minimum(around[first], around[last + 1])
-    # A group of members has fewer gaps, some of them of numbers that are tied already.
-    one = (values[last] - values[first] <= t) & (apart * (last - first) > _PAIR * t)
+    # Few groups stand apart, even by the number of all gaps, some of which are tied already.
+    one = apart * (last - first) > _PAIR * t
     if not bool(one.any()):
         return
     rises = (~tied[near]).cumsum(0)
     others = (rises[stop] - rises[start]).add_(~tied[first]).clamp_(min=1)
-    one &= apart * others > _PAIR * t
+    one &= (values[last] - values[first] <= t) & (apart * others > _PAIR * t)
     first, last = first[one], last[one]
     tied[_ranges(first, last - first)] = True
 
