@@ -107,7 +107,7 @@ def near_chance(about: dict[str, Any]) -> str | None:
     Returns
     -------
     str or None
-        Its accuracy beside that of a guess. None as well where the accuracy is not recorded.
+        Its accuracy compared with a guess. Also None where the accuracy is not recorded.
 
     Notes
     -----

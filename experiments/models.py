@@ -19,7 +19,7 @@ CONTAINERS = ("state_dict", "model", "model_state_dict")  # entries that hold a 
 # Of DistributedDataParallel, torch.compile, and Lightning modules or wrappers alike.
 PREFIXES = ("module.", "_orig_mod.", "model.")
 _SCALAR = np.float64(0).__reduce__()[0]
-# What training scripts store beside the weights. These types only hold values; loading one runs
+# What training scripts store with the weights. These types only hold values; loading one runs
 # no code of the file's.
 _HARMLESS: list[Any] = [
     argparse.Namespace,

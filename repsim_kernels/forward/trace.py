@@ -20,7 +20,7 @@ Calls = Callable[[str], list[fx.Node]]  # the operations that give a layer's out
 # PyTorch runs these as one operation, where no module inside an encoder layer has a hook.
 FUSED = nn.TransformerEncoderLayer, nn.MultiheadAttention
 
-# Errors of the machine: they say nothing of a model, and may not come again.
+# Errors of the machine, not of the model: the next attempt may succeed.
 TRANSIENT = MemoryError, torch.OutOfMemoryError, torch.AcceleratorError
 
 

@@ -28,7 +28,7 @@ from repsim_kernels.kernels.torch._bfgs import STEPS, Inverse
 _HALVINGS = 40
 _SINGLE = 1e-5  # the tolerance that float32 is trusted with
 NOISE = 3e-5  # of the largest coefficient: what rounding may move a converged fit by
-_ROUGH = 3 * STEPS  # after so many steps in float32, float64 takes over where rounding shows
+_ROUGH = 3 * STEPS  # steps in float32 after which float64 takes over where rounding shows
 _FAR = 700.0  # the margin from which on a residual is 0 or 1 in float64
 _STALE = 16.0  # times the curvature that is left; for ordinary activations it is 6 at most
 # Bytes of activations that go through a CPU's cache together, of each thread, and on a GPU.

@@ -12,9 +12,8 @@ from torch import Tensor
 from repsim_kernels.kernels.torch import gram
 from repsim_kernels.kernels.torch.distances import Distances, pair_distances
 
-# Tolerances from a group of equal distances to the next distance: at least so many, and for a
-# group of m different numbers, which is less likely by chance the larger m is, at least
-# _PAIR / (m - 1).
+# The least number of tolerances from a group of equal distances to the next distance: _APART, and
+# for a group of m different numbers, _PAIR / (m - 1): chance makes large groups less often.
 _APART, _PAIR = 4, 256
 
 
