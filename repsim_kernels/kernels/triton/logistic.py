@@ -62,9 +62,9 @@ def choose(
     return Launch(
         block_d=block_d,
         block_n=16,
-        # 16 elements a thread, whose loads are all under way at once. Without tensor cores the
-        # Hessian's operands leave no registers for that.
-        rows=1 if precision == "ieee" else max(1, 4096 // triton.next_power_of_2(n)),
+        # Up to 16 elements a thread, whose loads are all under way at once; 64 neurons at once
+        # spill. Without tensor cores the Hessian's operands leave no registers for that.
+        rows=1 if precision == "ieee" else min(32, max(1, 4096 // triton.next_power_of_2(n))),
         # The Hessian is 64 registers of each thread at 128 neurons, and at most 32 below.
         num_warps=8 if block_d == 128 else 4,
         # A second one spills otherwise.
@@ -124,10 +124,12 @@ def _logistic_fits_kernel(
     signs_ptr += fit % t * n
     coef_ptr += fit * d
     # By way of these the threads tell each other what some have and all need.
-    u_ptr = scratch_ptr + fit * (3 * D + 2 * N + 4)
+    u_ptr = scratch_ptr + fit * (5 * D + 2 * N + 4)
     du_ptr = u_ptr + D
     mean_ptr = du_ptr + D
-    residual_ptr = mean_ptr + D
+    raw_ptr = mean_ptr + D  # the Hessian's diagonal, before and after the intercept is eliminated
+    diagonal_ptr = raw_ptr + D
+    residual_ptr = diagonal_ptr + D
     weight_ptr = residual_ptr + N
     longest_ptr = weight_ptr + N  # step of conjugate gradients so far
     i = tl.arange(0, D)
@@ -206,8 +208,10 @@ def _logistic_fits_kernel(
             u = tl.load(u_ptr + i)
             b = cross * (slope / total) - (gradient + penalty * u).to(tl.float32)
             hessian -= cross[:, None] * (cross / total)[None, :]
+            tl.store(raw_ptr + i, diagonal)
             diagonal = tl.maximum(diagonal - cross / total * cross, 0) + penalty
-            du, steep = solve(hessian, diagonal, b, penalty, D)
+            tl.store(diagonal_ptr + i, diagonal)
+            du, gain, steep = solve(hessian, diagonal, b, penalty, D)
             steep = tl.maximum(tl.load(longest_ptr), steep)
             dc = -(slope + tl.sum(cross * du, 0)) / total
             u = tl.load(u_ptr + i) + du
@@ -215,17 +219,10 @@ def _logistic_fits_kernel(
             small = tl.max(tl.abs(du), 0) <= tol * tl.max(tl.abs(u), 0)
             small = small & (tl.abs(dc) <= tol * tl.maximum(tl.abs(c), 1))
             # A second step that gains less than rounding does is made of it, and so are the next.
-            gains = (tl.sum(b * du, 0) > 1e-14 * least) | (steps == 1)
-            left = tl.where(gains, 30, 0)
+            gains = (gain > 1e-14 * least) | (steps == 1)
+            left = tl.where(small, -1, tl.where(gains, 30, 0))
             tl.debug_barrier()
             tl.store(longest_ptr, steep)
-            if small:
-                # What registers can't hold through the solve is made again.
-                raw = diagonal - penalty + cross / total * cross
-                varies = tl.load(mean_ptr + i) < float("inf")
-                moved = noise(raw, tl.where(varies, diagonal, float("inf")), u, steep)
-                sound = (moved <= limit * tl.max(tl.abs(u), 0)) & (scale >= 1e-15 * root)
-                left = tl.where(sound, -1, 0)
         else:
             left -= 1
             du = tl.load(du_ptr + i) / 2
@@ -243,11 +240,16 @@ def _logistic_fits_kernel(
     tl.store(errors_ptr + fit, tl.sum(((k < n) & wrong).to(tl.int32), 0))
     u = tl.load(u_ptr + i)
     mean = tl.load(mean_ptr + i)
-    mean = tl.where(mean < float("inf"), mean, 0)
+    varies = mean < float("inf")
+    mean = tl.where(varies, mean, 0)
     tl.store(intercept_ptr + fit, (c - tl.sum(mean.to(tl.float64) * u, 0)).to(tl.float32))
     tl.store(coef_ptr + i, u * scale, mask=i < d)
     tl.store(steps_ptr + fit, steps)
-    tl.store(converged_ptr + fit, left < 0)
+    # Here, since registers can't hold through the loop what this needs.
+    diagonal = tl.where(varies, tl.load(diagonal_ptr + i), float("inf"))
+    moved = noise(tl.load(raw_ptr + i), diagonal, u, tl.load(longest_ptr))
+    sound = (moved <= limit * tl.max(tl.abs(u), 0)) & (scale >= 1e-15 * root)
+    tl.store(converged_ptr + fit, (left < 0) & sound)
 
 
 def logistic_fits(
@@ -310,7 +312,7 @@ def _launch_fits(
     errors = torch.empty_like(steps)
     whole = max(launch.block_n, triton.next_power_of_2(n))
     count = max(1, _FITS // t)
-    scratch = torch.empty(min(b, count) * t, 3 * launch.block_d + 2 * whole + 4, device=device)
+    scratch = torch.empty(min(b, count) * t, 5 * launch.block_d + 2 * whole + 4, device=device)
     # A scale above √C would make the penalty more than 1, and then nothing is left to scale.
     root = 2.0 ** min(max(math.frexp(C)[1] // 2, -60), 60)
     for first in range(0, b, count):
