@@ -278,3 +278,24 @@ def test_equal_rows(n, p, seed, dtype):
         return
     assert torch.equal(x[first][index], x)
     assert len(first) == want.max() + 1 < n
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@given(
+    st.integers(2, 40), st.integers(1, 40), seeds,
+    st.sampled_from(["gaussian", "integers", "repeats", "orthonormal"]),
+    st.sampled_from([torch.float32, torch.float64]),
+)  # fmt: skip
+def test_ranks_of_tensors_are_those_of_arrays(distance, n, p, seed, kind, dtype):
+    rng = np.random.default_rng(seed)
+    x = {
+        "gaussian": lambda: rng.standard_normal((n, p)),
+        "integers": lambda: rng.integers(-2, 3, (n, p)),
+        "repeats": lambda: rng.standard_normal((n, p))[rng.integers(0, n, n)],
+        "orthonormal": lambda: np.linalg.qr(rng.standard_normal((n, n)))[0],
+    }[kind]()
+    found = pair_distances(torch.from_numpy(x).to(dtype), distance)
+    want = average_ranks(found)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("repsim_kernels.kernels.torch.rsa.np", torch)  # as for tensors on a GPU
+        assert torch.equal(average_ranks(found).nan_to_num(nan=0), want.nan_to_num(nan=0))

@@ -35,11 +35,11 @@ class Distances:
     scaled: float  # how far rounding moved each row when it was scaled to unit length
     input_is_float64: bool
 
-    def tolerance(self, pairs: Tensor) -> Tensor:
+    def tolerance(self, pairs: Tensor | None = None) -> Tensor:
         """How far apart float64 arithmetic may leave squared distances that are equal in truth.
 
-        For some of the pairs: twice the error of one distance. Includes half an ulp of each input
-        entry where that is of float64 as well.
+        For some of the pairs, or all: twice the error of one distance. Includes half an ulp of each
+        input entry where that is of float64 as well.
         """
         return self._tolerance(pairs, with_input=self.input_is_float64)
 
@@ -47,23 +47,29 @@ class Distances:
         """The same, always with half an ulp of each input entry."""
         return self._tolerance(pairs, with_input=True)
 
-    def tolerances(self) -> Tensor:
-        """The `tolerance` of all pairs (n(n - 1)/2,)."""
-        moved = self.moved() if self.input_is_float64 else torch.zeros_like(self.squared)
-        return self._twice_error(self.squared, self._sums(self.energy), moved)
-
-    def _tolerance(self, pairs: Tensor, with_input: bool) -> Tensor:
-        n, d2 = len(self.energy), self.squared[pairs]
-        ends = torch.arange(n - 1, -1, -1, device=pairs.device).cumsum(0)  # rows of the triangle
-        i = torch.searchsorted(ends, pairs, right=True)
-        j = pairs - ends[i] + n
-        moved = self.half_ulps[i] + self.half_ulps[j] if with_input else torch.zeros_like(d2)
-        return self._twice_error(d2, self.energy[i] + self.energy[j], moved)
-
-    def _twice_error(self, d2: Tensor, both: Tensor, moved: Tensor) -> Tensor:
+    def _tolerance(self, pairs: Tensor | None, with_input: bool) -> Tensor:
+        i, j = self._rows(pairs)
+        d2 = self.squared if pairs is None else self.squared[pairs]
+        both = self.energy[i] + self.energy[j]
         error = self.rounding * torch.where(d2 <= _CLOSE * both, d2, both)
-        moved = moved + 2 * self.scaled
+        moved = self.half_ulps[i] + self.half_ulps[j] if with_input else torch.zeros_like(d2)
+        moved += 2 * self.scaled
         return 2 * (error + (2 * d2.sqrt() + moved) * moved)
+
+    def twice_moved(self, pairs: Tensor | None = None) -> Tensor:
+        """Twice what half an ulp of each input entry moves the rows of some pairs, or of all."""
+        i, j = self._rows(pairs)
+        return 2 * (self.half_ulps[i] + self.half_ulps[j])
+
+    def _rows(self, pairs: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The rows of some pairs, or of all."""
+        n, device = len(self.energy), self.energy.device
+        if pairs is None:
+            i, j = torch.triu_indices(n, n, 1, device=device)
+            return i, j
+        ends = torch.arange(n - 1, -1, -1, device=device).cumsum(0)  # rows of the triangle
+        i = torch.searchsorted(ends, pairs, right=True)
+        return i, pairs - ends[i] + n
 
     def largest_tolerance(self, largest: float) -> float:
         """An upper bound of every `tolerance`, given the largest squared distance."""
@@ -71,15 +77,6 @@ class Distances:
         moved = 2 * (self.scaled + half_ulp)
         error = 2 * self.rounding * float(self.energy.amax())
         return 2 * (error + (2 * math.sqrt(largest) + moved) * moved)
-
-    def moved(self) -> Tensor:
-        """How far half an ulp of each input entry moves the rows of each pair (n(n - 1)/2,)."""
-        return self._sums(self.half_ulps)
-
-    def _sums(self, values: Tensor) -> Tensor:
-        """The sums of values (n,) for all pairs."""
-        i, j = torch.triu_indices(len(values), len(values), 1, device=values.device)
-        return values[i].add_(values[j])
 
 
 def pair_distances(x: Tensor, distance: str, room: Tensor | None = None) -> Distances:

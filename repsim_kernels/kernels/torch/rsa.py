@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from repsim_kernels.kernels.torch.distances import Distances, pair_distances
 # The least number of tolerances from a group of equal distances to the next distance: _APART, and
 # for a group of m different numbers, _PAIR / (m - 1): chance makes large groups less often.
 _APART, _PAIR = 4, 256
+
+Array = Any  # a tensor on a GPU, a NumPy array on a CPU
 
 
 def rsa(x: Tensor, y: Tensor, *, distance: str, compare: str) -> Tensor:
@@ -60,94 +62,108 @@ def average_ranks(found: Distances) -> Tensor:
     that the input has exactly tie however close other distances are, and by that of the input's own
     rounding.
     """
-    d2 = found.squared
-    # NumPy sorts by vector instructions.
-    order = d2.argsort() if d2.is_cuda else torch.from_numpy(np.argsort(d2.numpy()))
+    # NumPy sorts by vector instructions, and of small arrays it has less overhead.
+    xp: Any = torch if found.squared.is_cuda else np
+    d2: Array = xp.asarray(found.squared)
+    order = d2.argsort()
     values = d2[order]
-    largest = float(values[-1])
-    if math.isnan(largest):
-        return torch.full_like(d2, torch.nan)
-    gap = values.diff()
-    tied = gap == 0
-
-    near = (gap <= _APART * found.largest_tolerance(largest)).nonzero()[:, 0]
-    if len(near):
-        tolerance: Callable[[Tensor], Tensor] = lambda at: found.tolerance(order[at])  # noqa: E731
-        if bool(tied.any()):
-            tolerance = _largest_of_tied(tied, found.tolerances()[order]).__getitem__
-        near = near[gap[near] <= _APART * tolerance(near)]
-        _join(tied, near, values, gap, tolerance)
+    if bool(xp.isnan(values[-1])):
+        return torch.full_like(found.squared, torch.nan)
+    gaps = _gaps(xp, values)
+    tied = gaps == 0
+    bounds = 0.0, found.largest_tolerance(float(values[-1]))
+    _join(xp, tied, values, gaps, _in_order(found.tolerance, order, tied), *bounds)
     if not found.input_is_float64:
         # Roots of the distances move by no more than the rows do.
-        root, moved = values.sqrt(), _largest_of_tied(tied, found.moved()[order].mul_(2))
-        gap = root.diff()
-        near = (gap <= _APART * moved[:-1]).nonzero()[:, 0]
-        _join(tied, near, root, gap, moved.__getitem__)
+        values = xp.sqrt(values)
+        bounds = 4 * float(found.half_ulps.amin()), 4 * float(found.half_ulps.amax())
+        tolerance = _in_order(found.twice_moved, order, tied)
+        _join(xp, tied, values, _gaps(xp, values), tolerance, *bounds)
 
-    ranks = torch.arange(1, len(d2) + 1, dtype=torch.float64, device=d2.device)
-    ties = tied.nonzero()[:, 0]
-    if len(ties):
-        first, last, _, _ = _runs(ties)
-        size = last - first + 1
-        ranks[_ranges(first, size)] = ((first + last).double() / 2 + 1).repeat_interleave(size)
-    out = torch.empty_like(d2)
-    out[order] = ranks
-    return out
+    first, last = _groups(xp, tied)
+    ranks = xp.empty_like(d2)
+    middle = xp.asarray(first + last, dtype=xp.float64) / 2
+    ranks[order] = middle[(~tied[:-1]).cumsum(0) - 1] + 1
+    return torch.as_tensor(ranks)
 
 
-def _largest_of_tied(tied: Tensor, tolerance: Tensor) -> Tensor:
-    """The largest tolerance (N,) of neighbours that are tied, in the place of each of them.
+def _gaps(xp: Any, values: Array) -> Array:
+    """Gaps (N + 1,) around ascending values (N,): the one at k is before the k-th."""
+    gaps = xp.full((len(values) + 1,), np.inf, dtype=values.dtype, device=values.device)
+    gaps[1:-1] = values[1:] - values[:-1]
+    return gaps
+
+
+def _groups(xp: Any, inside: Array) -> tuple[Array, Array]:
+    """The first and the last member of groups, by which gaps (N + 1,) are inside of them."""
+    edges = xp.where(~inside)[0]
+    return edges[:-1], edges[1:] - 1
+
+
+def _inside(xp: Any, inside: Array, first: Array, last: Array) -> Array:
+    """Which gaps are inside of groups; the inverse of `_groups`, for some of them."""
+    step = xp.zeros_like(inside, dtype=xp.int8)
+    step[first + 1] = 1
+    step[last + 1] = -1
+    return step.cumsum(0) > 0
+
+
+def _in_order(given: Callable[..., Tensor], order: Array, tied: Array) -> Callable[[Array], Array]:
+    """What is given of pairs, by their places in the order; the largest of those that are tied.
 
     Pairs whose distances are equal have rows of other lengths, and come in any order.
     """
-    if not bool(tied.any()):
-        return tolerance
-    which = torch.nn.functional.pad((~tied).cumsum(0), (1, 0))
-    most = tolerance.new_zeros(int(which[-1]) + 1)
-    return most.scatter_reduce_(0, which, tolerance, "amax")[which]
+
+    def find(at: Array) -> Array:
+        if not bool(tied.any()):
+            return _like(order, given(torch.as_tensor(order[at])))
+        values = given()[torch.as_tensor(order)]
+        group = torch.as_tensor((~tied[:-1]).cumsum(0) - 1)
+        most = torch.zeros_like(values).scatter_reduce_(0, group, values, "amax")
+        return _like(order, most[group])[at]
+
+    return find
+
+
+def _like(array: Array, tensor: Tensor) -> Array:
+    return tensor if isinstance(array, Tensor) else tensor.numpy()
 
 
 def _join(
-    tied: Tensor,
-    near: Tensor,
-    values: Tensor,
-    gap: Tensor,
-    tolerance: Callable[[Tensor], Tensor],
+    xp: Any,
+    tied: Array,
+    values: Array,
+    gaps: Array,
+    tolerance: Callable[[Array], Array],
+    least: float,
+    most: float,
 ) -> None:
-    """Set ``tied`` (N - 1,) between the members of groups of values (N,) that are one value.
+    """Set ``tied`` (N + 1,) between the members of groups of values (N,) that are one value.
 
-    near: which of the gaps between neighbours are within groups.
+    tolerance: of the values in some places, from ``least`` to ``most``.
     """
-    if not len(near):
+    # A group lies within one of those that the largest tolerance makes. It is all of that one, or
+    # the next value is within _APART of the largest tolerances, and then it has many members.
+    near = gaps <= _APART * most
+    if not bool(near.any()):
         return
-    first, last, start, stop = _runs(near)
-    t = tolerance(first)
-    around = torch.nn.functional.pad(gap, (1, 1), value=torch.inf)
-    apart = torch.minimum(around[first], around[last + 1])
-    # Few groups stand apart, even by the number of all gaps, some of which are tied already.
-    one = apart * (last - first) > _PAIR * t
-    if not bool(one.any()):
+    first, last = _groups(xp, near)
+    apart, size = xp.minimum(gaps[first], gaps[last + 1]), last - first
+    some = (apart * size > _PAIR * least) & (values[last] - values[first] <= most)
+    some = (some | (_APART * most * size > _PAIR * least)) & (size > 0)
+    if not bool(some.any()):
         return
-    rises = (~tied[near]).cumsum(0)
-    others = (rises[stop] - rises[start]).add_(~tied[first]).clamp_(min=1)
-    one &= (values[last] - values[first] <= t) & (apart * others > _PAIR * t)
-    first, last = first[one], last[one]
-    tied[_ranges(first, last - first)] = True
+    near = xp.where(_inside(xp, tied, first[some], last[some]))[0]
+    reach = xp.full_like(gaps, -1)
+    reach[near] = tolerance(near - 1)
+    first, last = _groups(xp, gaps <= _APART * reach)
+    some = first < last
+    first, last = first[some], last[some]
 
-
-def _runs(gaps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Runs of consecutive numbers among ascending ones, which stand for gaps between neighbours.
-
-    The first and the last member that the gaps of each run join, and where the run starts and
-    stops in ``gaps``.
-    """
-    ends = (gaps.diff() > 1).nonzero()[:, 0]
-    edge = gaps.new_zeros(1)
-    start, stop = torch.cat([edge, ends + 1]), torch.cat([ends, edge + len(gaps) - 1])
-    return gaps[start], gaps[stop] + 1, start, stop
-
-
-def _ranges(first: Tensor, size: Tensor) -> Tensor:
-    """The numbers of ranges, from the first of each."""
-    starts = (first - size.cumsum(0) + size).repeat_interleave(size)
-    return starts + torch.arange(len(starts), device=first.device)
+    t = reach[first + 1]
+    apart = xp.minimum(gaps[first], gaps[last + 1])
+    different = (~tied).cumsum(0)
+    others = different[last] - different[first]
+    others += others == 0
+    one = (values[last] - values[first] <= t) & (apart * others > _PAIR * t)
+    tied |= _inside(xp, tied, first[one], last[one])
