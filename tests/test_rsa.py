@@ -163,7 +163,9 @@ def test_order_of_stimuli_and_neurons_is_nothing(distance, compare, n, p, dtype,
     options = {"distance": distance, "compare": compare}
     stimuli = rng.permutation(n)
     turned = (z[stimuli][:, rng.permutation(p)] for z in (x, y))
-    assert abs(rk.rsa(x, y, **options) - rk.rsa(*turned, **options)) < 1e-12
+    # Rows with a mean of 100 have cosine distances of about 1e-4, from products that are near 1.
+    bound = 1e-10 if (distance, mean) == ("cosine", 100) else 1e-12
+    assert abs(rk.rsa(x, y, **options) - rk.rsa(*turned, **options)) < bound
 
 
 @EACH_BACKEND
