@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from repsim_kernels._options import shown
+from repsim_kernels._options import one_line, shown
 from repsim_kernels.errors import DtypeError
 
 Array = Any
@@ -90,6 +90,9 @@ def _plain_tensor(a: Any, name: str) -> Any:
         # Detached silently, a loss made of the result would not train.
         what = "a tensor that requires grad"
         expected = f"one that doesn't, since gradients are not computed: pass {name}.detach()"
+    elif _is_transformed(a):
+        what = "a tensor inside torch.func (vmap, grad, jvp), which shows no values"
+        expected = "a plain tensor: write a loop in place of vmap"
     else:
         return a.detach().resolve_conj().resolve_neg()
     raise DtypeError(f"{name}: {what}; expected {expected}")
@@ -100,6 +103,13 @@ def _has_tangent(a: Any) -> bool:
     from torch.autograd.forward_ad import unpack_dual
 
     return unpack_dual(a).tangent is not None
+
+
+def _is_transformed(a: Any) -> bool:
+    """Whether a transform of torch.func, such as vmap, goes through a tensor."""
+    from torch._C import _functorch
+
+    return bool(_functorch.is_functorch_wrapped_tensor(a))
 
 
 def _as_numpy(a: Any, name: str, expected: str) -> np.ndarray[Any, Any]:
@@ -122,19 +132,23 @@ def _as_numpy(a: Any, name: str, expected: str) -> np.ndarray[Any, Any]:
     if hasattr(type(a), "isna"):  # pandas, and what is derived from it
         dtype = _pandas_dtype(a, name, expected)
     listed = isinstance(a, (list, tuple))
-    if listed:
-        a = _without_arrays(a, name, expected)
     by_dlpack = not hasattr(a, "__array__") and hasattr(a, "__dlpack__")
     try:
+        if listed:
+            a = _without_arrays(a, name, expected)
         values = np.from_dlpack(a) if by_dlpack else np.asarray(a, dtype)
-    except (ValueError, TypeError, RuntimeError, BufferError) as error:
+    except (DtypeError, MemoryError):
+        raise
+    except Exception as error:  # a class of the caller's may raise anything
         if listed and isinstance(error, ValueError):
             raise DtypeError(
                 f"{name}: not an array of numbers: its items have different shapes; expected one "
                 "array"
             ) from None
-        line = " ".join(str(error).split())
-        raise DtypeError(f"{name}: not an array of numbers ({line})") from None
+        if listed and isinstance(error, RecursionError):
+            raise DtypeError(f"{name}: a list that contains itself; expected one array") from None
+        line = one_line(str(error) or type(error).__name__, 200)
+        raise DtypeError(f"{name}: not an array of numbers ({line}); expected {expected}") from None
     if values.dtype.kind == "O":
         raise _object_error(values, name, expected)
     if values.dtype.name == "bfloat16":  # of ml_dtypes, as JAX has it; torch takes none from NumPy
@@ -189,6 +203,9 @@ def _object_error(a: np.ndarray[Any, Any], name: str, expected: str) -> DtypeErr
         return DtypeError(f"{name}: {type(a.item()).__name__}; expected an array of {expected}")
     numbers = (bool, int, float, np.number)
     odd = next(((i, v) for i, v in np.ndenumerate(a) if not isinstance(v, numbers)), None)
+    wide = next((v for v in a.flat if isinstance(v, int) and not -(2**63) <= v < 2**64), None)
+    if odd is None and wide is not None:
+        return DtypeError(f"{name}: {shown(wide)} does not fit 64 bits; expected {expected}")
     if odd is None:
         return DtypeError(f"{name}: dtype object; expected {expected}: pass {name}.astype(float)")
     what = type(odd[1]).__name__

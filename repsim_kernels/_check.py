@@ -22,6 +22,8 @@ from repsim_kernels.errors import (
 )
 
 _LARGEST = 1e70
+# No layer has as many units, and the Gram matrices of so many cells fit no memory.
+_MOST_CELLS = 2**24
 _ASYMMETRY = 1e-5  # what float32 products leave
 
 
@@ -230,7 +232,7 @@ def representations(
         )
     try:
         items = list(xs)
-    except (TypeError, RuntimeError):  # RuntimeError of tensors that have no rows
+    except Exception:  # RuntimeError of tensors that have no rows, or a class of the caller's
         raise ShapeError(
             f"{name}: {type(xs).__name__}; expected a list of arrays (n, p_i)"
         ) from None
@@ -274,6 +276,8 @@ def cells(
     ``partitions``: labels (T, p) as well.
     """
     values = integers(cells, "cells", CellError)
+    if n_cells is not None:
+        n_cells = _options.count(n_cells, "n_cells", 0, _MOST_CELLS, CellError)
     if values.dtype.kind == "b" and values.ndim == 2:
         if values.shape[1] != p:
             raise CellError(
@@ -295,16 +299,12 @@ def cells(
         )
     labels = values.astype(np.int64, copy=False)
     low, high = int(labels.min()), int(labels.max())
-    if n_cells is None:
-        n_cells = max(high + 1, 0)
-    elif not isinstance(n_cells, (int, np.integer)) or n_cells < 0:
-        raise CellError(f"n_cells: {n_cells!r}; expected a whole number of at least 0")
-    if low < -1 or high >= n_cells:
+    most = _MOST_CELLS if n_cells is None else n_cells
+    if low < -1 or high >= most:
         wrong = low if low < -1 else high
-        raise CellError(
-            f"cells: label {wrong} is out of range; expected 0 … {n_cells - 1}, or -1 for no cell"
-        )
-    return labels, int(n_cells)
+        expected = f"0 … {most - 1}, or -1 for no cell" if most else "-1 alone, as n_cells is 0"
+        raise CellError(f"cells: label {wrong} is out of range; expected {expected}")
+    return labels, max(high + 1, 0) if n_cells is None else n_cells
 
 
 _ABSENT: Any = object()
@@ -321,10 +321,12 @@ def labels(labels: Any, n: int, target: Any = _ABSENT) -> np.ndarray[Any, Any]:
     present = np.unique(values)
     if target is not _ABSENT:
         if isinstance(target, (bool, np.bool_)) or not isinstance(target, (int, np.integer)):
-            raise LabelError(f"target: {target!r}; expected an integer label")
+            raise LabelError(f"target: {_options.shown(target)}; expected an integer label")
         if target not in present:
             some = ", ".join(str(v) for v in present[:10])
-            raise LabelError(f"target: no stimulus has label {target}; labels has {some}")
+            raise LabelError(
+                f"target: no stimulus has label {_options.shown(target)}; labels has {some}"
+            )
     if len(present) < 2:
         raise LabelError(f"labels: only class {present[0]}; expected at least two classes")
     return values
@@ -340,18 +342,19 @@ def classes(
             f"{name}: shape {values.shape}; expected ({n},), one for each stimulus of x"
         )
     values = values.astype(np.int64)
-    k = int(values.max()) + 1 if n_classes is None else n_classes
-    if not isinstance(k, (int, np.integer)) or values.min() < 0 or values.max() >= k:
+    k = int(values.max()) + 1
+    if n_classes is not None:
+        k = _options.count(n_classes, "n_classes", error=LabelError)
+    if values.min() < 0 or values.max() >= k:
         found = f"{name}: values {values.min()} … {values.max()}"
         if n_classes is None:
             raise LabelError(f"{found}; expected integers from 0 on")
-        raise LabelError(f"{found}, n_classes {k!r}; expected them in 0 … n_classes - 1")
-    empty = np.flatnonzero(np.bincount(values, minlength=k) == 0)
-    if len(empty):
-        raise LabelError(
-            f"{name}: class {empty[0]} has no stimulus; expected every class 0 … {k - 1}"
-        )
-    return values, int(k)
+        raise LabelError(f"{found}, n_classes {k}; expected them in 0 … n_classes - 1")
+    present = np.unique(values)  # a count of each class up to the largest may fit no memory
+    if len(present) < k:
+        empty = int(np.append(present != np.arange(len(present)), True).argmax())
+        raise LabelError(f"{name}: class {empty} has no stimulus; expected every class 0 … {k - 1}")
+    return values, k
 
 
 NO_CKA = (

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from repsim_kernels import OPERATIONS, _arrays
+from repsim_kernels import OPERATIONS, _arrays, _options
 from repsim_kernels._arrays import Array
-from repsim_kernels.errors import BackendUnavailable, OptionError
+from repsim_kernels.errors import BackendUnavailable
 
 BACKENDS = ("reference", "torch", "triton", "cupy")
 
@@ -74,16 +74,15 @@ def choose(operation: str, backend: str | None, *xs: Array) -> str:
 
     Where neither names one, kernels that take arrays on a GPU, else torch.
     """
-    named = backend or os.environ.get("REPSIM_BACKEND") or None
+    source = "REPSIM_BACKEND" if backend is None else "backend"
+    named = os.environ.get("REPSIM_BACKEND") or None if backend is None else backend
     if named is None:
         if all(_arrays.device(x).startswith("cuda") for x in xs):
             for candidate in _ON_GPU[str(_arrays.kind(xs[0]))]:
                 if _why_not(operation, candidate, *xs) is None:
                     return candidate
         return "torch"
-    if named not in BACKENDS:
-        source = "backend" if backend else "REPSIM_BACKEND"
-        raise OptionError(f"{source}: {named!r}; expected one of {', '.join(map(repr, BACKENDS))}")
+    named = _options.option(named, source, BACKENDS)
     why = _why_not(operation, named, *xs)
     if why is not None:
         raise BackendUnavailable(f"backend {named!r} can't serve {operation}: {why}")

@@ -9,16 +9,22 @@ from typing import Any
 
 import numpy as np
 
-from repsim_kernels.errors import DegenerateWarning, OptionError
+from repsim_kernels.errors import DegenerateWarning, OptionError, RepsimError
 
 
 def shown(value: Any) -> str:
     """What an error shows of a value: one line, however long the value is."""
     try:
-        line = " ".join(repr(value).split())
-    except ValueError:  # Python writes no integer of more than 4,300 digits
-        line = type(value).__name__
-    return line if len(line) <= 80 else f"{line[:79]}…"
+        text = repr(value)
+    except Exception:  # Python prints no integer above 4,300 digits, and a class may do anything
+        text = type(value).__name__
+    return one_line(text)
+
+
+def one_line(text: str, most: int = 80) -> str:
+    """Join the lines of a text, and cut it off after `most` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"
 
 
 def option(value: Any, name: str, known: Iterable[str]) -> str:
@@ -46,11 +52,18 @@ def number(
     return found
 
 
-def count(value: Any, name: str, least: int = 1) -> int:
-    """Check that an option is a whole number of at least `least`."""
+def count(
+    value: Any,
+    name: str,
+    least: int = 1,
+    most: int | None = None,
+    error: type[RepsimError] = OptionError,
+) -> int:
+    """Check that an option is a whole number of at least `least`, and at most `most`."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole or value < least:
-        raise OptionError(f"{name}: {shown(value)}; expected a whole number of at least {least}")
+    if not whole or value < least or (most is not None and value > most):
+        upper = "" if most is None else f" and at most {most}"
+        raise error(f"{name}: {shown(value)}; expected a whole number of at least {least}{upper}")
     return int(value)
 
 
@@ -147,7 +160,7 @@ def items(values: Any) -> tuple[Any, ...] | None:
     """The items of a sequence, or None for what is none, as an array without dimensions."""
     try:
         return tuple(values)
-    except TypeError:
+    except Exception:  # TypeError, or whatever a class of the caller's raises
         return None
 
 

@@ -47,7 +47,7 @@ def logistic_fits(
         largest, nor the intercept by more than tol, or tol times itself; by default 1e-5, and
         1e-10 if x is float64.
     max_iter : int
-        Steps, at most.
+        Steps, at most; below 2^31.
     start : (array, array), optional
         Coefficients and intercepts to begin from, shaped as the result's; by default zero, and the
         log-odds of the class.
@@ -101,7 +101,7 @@ def logistic_fits(
         backend,
         C=_options.number(C, "C", low=0, above=True),
         tol=_tolerance(tol, x),
-        max_iter=_options.count(max_iter, "max_iter"),
+        max_iter=_options.count(max_iter, "max_iter", most=2**31 - 1),
         precision=_options.precision(precision),
     )
     return {

@@ -16,6 +16,7 @@ from repsim_kernels.ops.logistic import MOST, _fits, _tolerance
 _KEYED, _KEYS = 2**13, 2**22
 # scikit-learn's log-loss keeps predictions from 0 and 1 by the rounding of a float64.
 _EPS = float(np.finfo(np.float64).eps)
+_MOST_DRAWS = 10**6
 _WRONG, _RIGHT = -math.log(_EPS), -math.log1p(-_EPS)
 
 
@@ -51,8 +52,8 @@ def probe_paper(
     target : int
         The class that is told from the rest.
     draws : int
-        The study took 200 for AlexNet, p / 100 but at least 200 for MobileNetV2, and p / 50 for
-        ResNet50.
+        At most 1,000,000. The study took 200 for AlexNet, p / 100 but at least 200 for
+        MobileNetV2, and p / 50 for ResNet50.
     size : int
         Neurons of a draw, at most 128; all that are left, if they are fewer.
     paired : bool
@@ -95,7 +96,7 @@ def probe_paper(
     if target is None:
         raise LabelError("target: None; expected an integer label")
     y = _check.labels(labels, n, target) == target
-    draws, size = _options.count(draws, "draws"), _options.count(size, "size")
+    draws, size = _options.count(draws, "draws", most=_MOST_DRAWS), _options.count(size, "size")
     if size > MOST:
         raise OptionError(f"size: {size}; expected at most {MOST} neurons")
     paired, seed = _options.flag(paired, "paired"), _options.count(seed, "seed", least=0)
