@@ -50,6 +50,10 @@ def test_layers():
     for path in files("kernels"):
         upward = {m for m in imported(path) if m.startswith("repsim_kernels.")}
         assert all(m.startswith("repsim_kernels.kernels") for m in upward), path
+    for folder, others in (("torch", ("triton", "cupy")), ("cupy", ("triton",))):
+        for path in files(f"kernels/{folder}"):
+            backends = {m.split(".")[2] for m in imported(path) if m.count(".") > 1}
+            assert backends.isdisjoint(others), path
     for path in files("reference"):
         roots = {m.partition(".")[0] for m in imported(path)}
         assert roots <= {"__future__", "numpy", "repsim_kernels", "collections", "typing"}, path

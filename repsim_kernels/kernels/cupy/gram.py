@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repsim_kernels.kernels._cuda import scale
 from repsim_kernels.kernels.cupy import module
 from repsim_kernels.kernels.torch import gram
 from repsim_kernels.kernels.torch.columns import members
-from repsim_kernels.kernels.triton._launch import scale
 
 # What the source has, too.
 _TILE, _THREADS = 64, 128

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import repsim_kernels
-from repsim_kernels.kernels.triton._launch import check_grid
+from repsim_kernels.kernels._cuda import check_grid
 
 # CuPy adds -ftz=true and the device's architecture: what CMakeLists.txt gives nvcc.
 NVRTC_OPTIONS = ("-std=c++17",)

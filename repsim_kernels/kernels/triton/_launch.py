@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PRECISIONS = ("tf32x3", "tf32", "ieee")
+from repsim_kernels.kernels._cuda import check_grid as check_grid
+from repsim_kernels.kernels._cuda import scale as scale
 
-# The most blocks that CUDA takes along each axis of a grid, on every device since sm_30.
-GRID_LIMITS = {"x": 2**31 - 1, "y": 65_535, "z": 65_535}
+PRECISIONS = ("tf32x3", "tf32", "ieee")
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,6 @@ def capability(device: torch.device) -> tuple[int, int]:
     return (9, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
 
 
-def check_grid(kernel: str, grid: tuple[int, ...]) -> None:
-    """Raise ValueError for a grid that no CUDA device takes; one with no blocks is left alone."""
-    for (axis, most), blocks in zip(GRID_LIMITS.items(), grid, strict=False):
-        if not 0 <= blocks <= most:
-            raise ValueError(f"{kernel}: {blocks} blocks along {axis}; expected 0 to {most}")
-
-
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Start a kernel on the device of its first tensor; the tests of the compiler replace this.
 
@@ -110,13 +103,3 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
             kernel[grid](*arguments, **options)
     else:
         kernel[grid](*arguments, **options)
-
-
-def scale(x: Tensor) -> Tensor:
-    """A power of two (float32, 0-d, on x's device) that brings x to a magnitude of about 1.
-
-    Squares and sums of float32 products then neither overflow nor vanish, and no digit is lost.
-    """
-    low, high = torch.aminmax(x)
-    exponent = torch.frexp(torch.maximum(-low, high).to(torch.float32)).exponent
-    return torch.exp2(-exponent.clamp(-126, 126).to(torch.float64)).to(torch.float32)
