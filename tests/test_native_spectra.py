@@ -213,8 +213,10 @@ def test_a_matrix_that_pytorch_solves_wrongly_too_is_an_error(cusolver, vectors)
         with pytest.raises(rk.ConvergenceError, match=r"a: 2 matrices of shape \(4, 5, 5\)"):
             rk.eigh(a, vectors=vectors, backend="cupy")
         if vectors:
+            cusolver.alone.clear()
             with pytest.raises(torch.linalg.LinAlgError, match="2 matrices did not converge"):
                 solvers.eigh(a)
+            assert len(cusolver.alone) == 2  # each once
 
 
 def test_the_batch_runs_on_torchs_stream(cusolver):

@@ -112,7 +112,7 @@ def eigh(a: Any, *, vectors: bool = True, backend: str | None = None) -> Any:
     backend : {"reference", "torch", "cupy"}, optional
         What computes it; by default chosen by the kind and the device of a. "cupy": Jacobi
         rotations in shared memory for n <= 128, all matrices at once; cuSOLVER's batches above,
-        whose results are checked: a wrong matrix is solved again on its own by PyTorch.
+        whose results are checked. A matrix that either fails on is solved again by PyTorch.
 
     Returns
     -------
@@ -176,8 +176,9 @@ def _decompose(
     found: dict[str, Array] = _dispatch.call(operation, backend, a, vectors=vectors)
     failed = int(found["failed"].sum()) if "failed" in found else 0
     if failed:
+        another = " (backend='torch' has another method)" if operation == "svd" else ""
         raise ConvergenceError(
             f"a: {failed} matrices of shape {tuple(a.shape)} did not converge; "
-            "expected Jacobi rotations to end (backend='torch' has another method)"
+            f"expected matrices that the solvers finish{another}"
         )
     return found

@@ -106,9 +106,9 @@ def few_threads(monkeypatch: pytest.MonkeyPatch, threads: int = 4) -> None:
 def test_eigh(monkeypatch, n, kind, dtype):
     few_threads(monkeypatch)
     a = tensor(np.stack([symmetric(kind, n, seed) for seed in range(2)]), dtype)
-    found = spectral.eigh(a, vectors=True)
+    found = spectral.solve_batch(a, vectors=True)
     assert_eigh(a, found)
-    values = spectral.eigh(a, vectors=False)
+    values = spectral.solve_batch(a, vectors=False)
     assert set(values) == {"values", "failed"}
     assert torch.equal(values["values"], found["values"])
 
@@ -120,7 +120,7 @@ def test_the_largest(monkeypatch, n, kind):
     few_threads(monkeypatch)
     a = tensor(symmetric(kind, n))
     assert spectral.choose("eigh", n, n, 8, True, 163 * 1024).kept == 2
-    assert_eigh(a, spectral.eigh(a, vectors=True))
+    assert_eigh(a, spectral.solve_batch(a, vectors=True))
     assert_svd(a, spectral.svd(a, vectors=True))
 
 
@@ -128,13 +128,13 @@ def test_the_largest(monkeypatch, n, kind):
 @given(st.integers(1, 24), st.sampled_from(SPECTRA), st.sampled_from(list(EPS)), SEEDS)
 def test_eigh_of_drawn_sizes(n, kind, dtype, seed):
     a = tensor(symmetric(kind, n, seed), dtype)
-    assert_eigh(a, spectral.eigh(a, vectors=True))
+    assert_eigh(a, spectral.solve_batch(a, vectors=True))
 
 
 @pytest.mark.parametrize("n", [50, 64])
 def test_the_threads_of_a_gpu(n):
     a = tensor(symmetric("random", n))
-    assert_eigh(a, spectral.eigh(a, vectors=True))
+    assert_eigh(a, spectral.solve_batch(a, vectors=True))
     assert_svd(a, spectral.svd(a, vectors=True))
 
 
@@ -176,7 +176,7 @@ def test_svd_of_columns_whose_squares_underflow(monkeypatch, decades, dtype):
 def test_any_scale(scale):
     a = tensor(symmetric("random", 9)) * scale
     for found, one in (
-        (spectral.eigh(a, vectors=True), spectral.eigh(a / scale, vectors=True)),
+        (spectral.solve_batch(a, vectors=True), spectral.solve_batch(a / scale, vectors=True)),
         (spectral.svd(a, vectors=True), spectral.svd(a / scale, vectors=True)),
     ):
         torch.testing.assert_close(found["values"] / scale, one["values"], rtol=1e-13, atol=1e-13)
@@ -185,7 +185,9 @@ def test_any_scale(scale):
 
 def sweeps(a: torch.Tensor) -> int:
     """How many sweeps are enough."""
-    return next(k for k in range(40) if not spectral.eigh(a, vectors=True, sweeps=k)["failed"])
+    return next(
+        k for k in range(40) if not spectral.solve_batch(a, vectors=True, sweeps=k)["failed"]
+    )
 
 
 def test_nearly_diagonal_matrices_need_few_sweeps(monkeypatch):
@@ -200,10 +202,10 @@ def test_nearly_diagonal_matrices_need_few_sweeps(monkeypatch):
 
 def test_what_does_not_converge_is_told():
     a = tensor(np.stack([symmetric("random", 8), np.eye(8)]))
-    assert spectral.eigh(a, vectors=True, sweeps=1)["failed"].tolist() == [True, False]
+    assert spectral.solve_batch(a, vectors=True, sweeps=1)["failed"].tolist() == [True, False]
     assert spectral.svd(a, vectors=True, sweeps=1)["failed"].tolist() == [True, False]
     a[1, 3, 2] = torch.nan
-    assert spectral.eigh(a, vectors=True)["failed"].tolist() == [False, True]
+    assert spectral.solve_batch(a, vectors=True)["failed"].tolist() == [False, True]
     assert spectral.svd(a, vectors=True)["failed"].tolist() == [False, True]
 
 
@@ -213,7 +215,7 @@ def test_the_same_bits_whatever_the_threads(monkeypatch):
     for threads in (1, 5, 32):
         with monkeypatch.context() as patch:
             few_threads(patch, threads)
-            results.append((spectral.eigh(a, vectors=True), spectral.svd(a, vectors=True)))
+            results.append((spectral.solve_batch(a, vectors=True), spectral.svd(a, vectors=True)))
     for eigh, svd in results[1:]:
         for found, first in zip((eigh, svd), results[0], strict=True):
             for name, value in first.items():
@@ -229,7 +231,7 @@ def test_under_sanitizers(monkeypatch, native, sanitizer, rows, n):
     a = tensor(np.random.default_rng(2).standard_normal((2, rows, n)))
     for vectors in (True, False):
         assert_svd(a, spectral.svd(a, vectors=vectors))
-        assert_eigh(a @ a.mT, spectral.eigh(a @ a.mT, vectors=vectors))
+        assert_eigh(a @ a.mT, spectral.solve_batch(a @ a.mT, vectors=vectors))
     for operation, function, check, matrices, sizes in (
         ("svd", spectral.svd, assert_svd, a, (rows, n)),
         ("eigh", spectral.eigh, assert_eigh, a @ a.mT, (rows, rows)),

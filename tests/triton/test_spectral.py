@@ -103,7 +103,7 @@ def native(monkeypatch):
         return found if bool(found["failed"].any()) else {"values": found["values"]}
 
     monkeypatch.setattr(module, "unsupported", lambda *tensors: None)
-    monkeypatch.setattr(module, "eigh", eigh)
+    monkeypatch.setattr(module, "solve_batch", eigh)
     monkeypatch.setattr(module, "svd", svd)
     return calls
 

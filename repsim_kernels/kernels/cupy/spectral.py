@@ -59,8 +59,18 @@ def unsupported(a: Tensor) -> str | None:
     return module.unsupported(a)
 
 
-def eigh(a: Tensor, *, vectors: bool, sweeps: int = _SWEEPS) -> dict[str, Tensor]:
-    """Ascending ``values``, their ``vectors`` as columns, and which matrices ``failed``."""
+def eigh(a: Tensor, *, vectors: bool) -> dict[str, Tensor]:
+    """Ascending ``values``, their ``vectors`` as columns, and which matrices ``failed``.
+
+    A matrix that the batch fails on is solved again on its own by PyTorch.
+    """
+    result = solve_batch(a, vectors=vectors)
+    _retry(a, result)
+    return result
+
+
+def solve_batch(a: Tensor, *, vectors: bool, sweeps: int = _SWEEPS) -> dict[str, Tensor]:
+    """As `eigh`, without a second attempt: by Jacobi rotations, or cuSOLVER for larger matrices."""
     n = a.shape[-1]
     launch = choose("eigh", n, n, a.element_size(), vectors, _room(a.device))
     if launch is None:
@@ -127,7 +137,7 @@ def _by_cusolver(a: Tensor, vectors: bool) -> dict[str, Tensor]:
     """As `eigh`, by one call of cuSOLVER for the batch, whose results are checked.
 
     CuPy ignores what cuSOLVER reports of each matrix, and cuSOLVER has returned wrong results
-    without a report (CuPy's issue 4847). A matrix that fails the check is solved again on its own.
+    without a report (CuPy's issue 4847). Matrices that fail the check count as failed.
     """
     # PyTorch takes one matrix after the other beyond 32 rows (its issues 174674 and 175585: 914 ms
     # for 500 matrices of 100 x 100, where CuPy's call of cuSOLVER for the batch takes 8.4 ms).
@@ -143,11 +153,10 @@ def _by_cusolver(a: Tensor, vectors: bool) -> dict[str, Tensor]:
         solved = cupy.linalg.eigh(matrices) if vectors else [cupy.linalg.eigvalsh(matrices)]
         result = _named(list(map(torch.utils.dlpack.from_dlpack, solved)))
     result["failed"] = _is_wrong(a, result)
-    retry_eigh(a, result)
     return result
 
 
-def retry_eigh(a: Tensor, result: dict[str, Tensor]) -> None:
+def _retry(a: Tensor, result: dict[str, Tensor]) -> None:
     """Solve the matrices that failed again, each on its own by PyTorch; update `result` in place.
 
     Those that PyTorch fails on, or solves wrongly, stay marked as failed.

@@ -27,7 +27,6 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
     if native.unsupported(a) is not None:
         return torch.linalg.eigh(a)
     found = native.eigh(a, vectors=True)
-    native.retry_eigh(a, found)
     if failed := int(found["failed"].sum()):
         message = f"eigh: {failed} matrices did not converge"
         raise torch.linalg.LinAlgError(message)  # type: ignore[attr-defined]
