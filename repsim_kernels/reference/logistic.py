@@ -42,7 +42,8 @@ def newton(
     """Minimise w·w / 2 + C Σᵢ log(1 + exp(-sᵢ (xᵢ·w + c))), sᵢ = 1 where y, else -1.
 
     Gives (w, c), the steps taken, and whether the last one was at most tol of the largest
-    coefficient. A step is halved until the sum falls, or stands still as far as rounding shows.
+    coefficient. It ends early, without convergence, where the Hessian is singular. A step is
+    halved until the sum falls, or stands still as far as rounding shows.
     """
     # Where all weights vanish, far out, centred columns keep the Hessian's scale apart from x's.
     origin = x.mean(axis=0)
@@ -61,7 +62,11 @@ def newton(
         wrong = 1 / (1 + np.exp(np.clip(-flip * (a @ v), -500, 500)))  # its probability
         gradient = C * a.T @ (flip * wrong) + shrunk * v
         hessian = C * (a.T * (wrong * (1 - wrong))) @ a + np.diag(shrunk)
-        step, before, size = -np.linalg.solve(hessian, gradient), value(v), 1.0
+        try:
+            step = -np.linalg.solve(hessian, gradient)
+        except np.linalg.LinAlgError:  # rounding hides the penalty beside so large a C
+            break
+        before, size = value(v), 1.0
         while value(v + size * step) > before + 1e-12 * abs(before) and size > 1e-12:
             size /= 2
         v = v + size * step
