@@ -75,11 +75,8 @@ def asarray(a: Any, name: str, expected: str = REAL) -> Array:
 
 def _plain_tensor(a: Any, name: str) -> Any:
     """Check that a tensor is dense, has values and takes part in no derivative."""
-    if a.is_nested:
-        what, expected = "a nested tensor", f"one dense tensor, such as {name}[0]"
-    elif str(a.layout) != "torch.strided":
-        what, expected = f"a tensor of layout {a.layout}", f"a dense one: pass {name}.to_dense()"
-    elif a.is_quantized:
+    check_dense(a, name)
+    if a.is_quantized:
         what, expected = "a quantized tensor", f"real numbers: pass {name}.dequantize()"
     elif a.is_meta or type(a).__name__ == "FakeTensor":
         what = f"a {'meta tensor' if a.is_meta else 'FakeTensor'}, which holds no values"
@@ -90,11 +87,20 @@ def _plain_tensor(a: Any, name: str) -> Any:
         # Detached silently, a loss made of the result would not train.
         what = "a tensor that requires grad"
         expected = f"one that doesn't, since gradients are not computed: pass {name}.detach()"
-    elif _is_transformed(a):
-        what = "a tensor inside torch.func (vmap, grad, jvp), which shows no values"
-        expected = "a plain tensor: write a loop in place of vmap"
     else:
+        check_untransformed(a, name)
         return a.detach().resolve_conj().resolve_neg()
+    raise DtypeError(f"{name}: {what}; expected {expected}")
+
+
+def check_dense(a: Any, name: str) -> None:
+    """Check that a tensor is neither nested nor sparse, nor in another library's layout."""
+    if a.is_nested:
+        what, expected = "a nested tensor", f"one dense tensor, such as {name}[0]"
+    elif str(a.layout) != "torch.strided":
+        what, expected = f"a tensor of layout {a.layout}", f"a dense one: pass {name}.to_dense()"
+    else:
+        return
     raise DtypeError(f"{name}: {what}; expected {expected}")
 
 
@@ -105,11 +111,15 @@ def _has_tangent(a: Any) -> bool:
     return unpack_dual(a).tangent is not None
 
 
-def _is_transformed(a: Any) -> bool:
-    """Whether a transform of torch.func, such as vmap, goes through a tensor."""
+def check_untransformed(a: Any, name: str) -> None:
+    """Check that no transform of torch.func, such as vmap, goes through a tensor."""
     from torch._C import _functorch
 
-    return bool(_functorch.is_functorch_wrapped_tensor(a))
+    if _functorch.is_functorch_wrapped_tensor(a):
+        raise DtypeError(
+            f"{name}: a tensor inside torch.func (vmap, grad, jvp), which shows no values; "
+            "expected a plain tensor: write a loop in place of vmap"
+        )
 
 
 def _as_numpy(a: Any, name: str, expected: str) -> np.ndarray[Any, Any]:

@@ -48,7 +48,8 @@ def labels_for(state, n_cells):
 def contents(state):
     """Every tensor that a state holds."""
     values = (v if isinstance(v, tuple) else (v,) for v in state._values.values())
-    return [state.activation, *(t for v in values for t in v if isinstance(t, Tensor))]
+    found = (t for v in values for t in v if isinstance(t, Tensor))
+    return [state.activation, *(t.to_dense() if t.is_sparse else t for t in found)]
 
 
 def check(model: nn.Module, layer, images, n_cells=3):

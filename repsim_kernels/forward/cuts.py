@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from repsim_kernels._arrays import dtype_name
 from repsim_kernels.errors import LayerError
 from repsim_kernels.forward import contexts, verify
-from repsim_kernels.forward.dataflow import Split, check_unwritten, split, watch_writes
+from repsim_kernels.forward.dataflow import (
+    NOT_NESTED,
+    Split,
+    check_unwritten,
+    split,
+    watch_writes,
+)
 from repsim_kernels.forward.passes import copied
 from repsim_kernels.forward.trace import (
     FUSED,
@@ -38,6 +44,7 @@ class _Attempt:
 
     cut: Cut | None = None  # one that gives what a hook gives, at least up to rounding
     settled: bool = False  # there is no better one
+    error: Exception | None = None  # what the cut raised where the network itself doesn't
 
 
 class Cuts:
@@ -115,8 +122,8 @@ class Cuts:
             if isinstance(reason, Untraceable):
                 raise LayerError(f"{reason}; torch.export can't either: {trace}") from trace
             raise LayerError(
-                f"model: cut at {layer!r} it differs from a whole pass where torch.fx traces it; "
-                f"torch.export can't trace it: {trace}"
+                f"model: cut at {layer!r} it {self._describe_failure(by_fx)} where torch.fx traces "
+                f"it; torch.export can't trace it: {trace}"
             ) from trace
         try:
             attempt = self._try_trace(trace, layer, images, wanted)
@@ -128,8 +135,9 @@ class Cuts:
         if cut is None:
             self._check_repeats(images, plain)
             raise LayerError(
-                f"model: cut at {layer!r} it differs from a whole pass; expected one which uses "
-                "the layer's output only as a value, and nothing that a trace can't see"
+                f"model: cut at {layer!r} it {self._describe_failure(attempt)}; expected one which "
+                "uses the layer's output only as a value, and nothing that a trace can't see"
+                f"{self._describe_nested()}"
             )
         return cut
 
@@ -142,8 +150,8 @@ class Cuts:
             agreement = verify.compare(trace, part, images, wanted)
         except _OWN:
             raise
-        except Exception:  # a trace that lost what an operation needs, such as autocast
-            return _Attempt()
+        except Exception as error:  # a trace that lost what an operation needs, such as autocast
+            return _Attempt(error=error)
         if not agreement.close:
             return _Attempt()
         fused = self._slowed_by(layer) or (trace.exported and self._has_fused())
@@ -177,9 +185,20 @@ class Cuts:
                 "expected one without randomness or hidden state"
             )
 
+    def _describe_failure(self, attempt: _Attempt) -> str:
+        if attempt.error is None:
+            return "differs from a whole pass"
+        return f"raises what a whole pass doesn't ({first_line(attempt.error)})"
+
+    def _describe_nested(self) -> str:
+        """A hint, where an encoder may drop the padding that a traced one computes."""
+        encoders = (m for m in self._modules.values() if isinstance(m, nn.TransformerEncoder))
+        return NOT_NESTED if any(m.enable_nested_tensor for m in encoders) else ""
+
     def _describe_misfit(self, images: Tensor, error: Exception) -> str:
-        floating = [p for p in self._model.parameters() if p.is_floating_point()]
-        weights = "".join(f", with parameters of {dtype_name(p)}" for p in floating[:1])
+        floating = (p for p in self._model.parameters() if p.is_floating_point())
+        dtypes = " and ".join(dict.fromkeys(map(dtype_name, floating)))
+        weights = f", with parameters of {dtypes}" if dtypes else ""
         what = f"{dtype_name(images)} of shape {tuple(images.shape)}"
         return f"model: it can't take these images, {what}{weights}: {first_line(error)}"
 

@@ -12,11 +12,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from repsim_kernels.errors import LayerError
 from repsim_kernels.forward.trace import TRANSIENT, Trace, Values, label
+
+# Of padded stimuli the encoder drops what the padding would give, on its fast path alone.
+NOT_NESTED = ", as of nn.TransformerEncoder with enable_nested_tensor=False"
 
 
 @dataclass
@@ -62,26 +66,27 @@ def split(trace: Trace, layer: str, images: Tensor) -> Split:
     seen: list[tuple[Tensor, int]] = []
     for x in trace.nodes:
         value, flops = (images, 0) if x is trace.input else _run_counted(trace, x, values)
-        writes = {_memory(t) for t, old in seen if version(t) != old}
+        writes = _union(_memory(t).keys() for t, old in seen if version(t) != old)
         if x is cut:
-            check_batch(value, images, f"layer: {layer!r}")
+            check_units(value, images, layer)
             raw, value = value, value.clone()  # both kept, so that no address comes back
         values[x] = value
         seen = [(t, version(t)) for t, _ in seen] if writes else seen
         seen += [(t, version(t)) for t in tensors(value)]
         facts[x] = _Facts(
-            reads={_memory(t) for y in x.all_input_nodes for t in tensors(values[y])},
-            gives={_memory(t): t.untyped_storage().nbytes() for t in tensors(value)},
+            reads=_union(_memory(t).keys() for y in x.all_input_nodes for t in tensors(values[y])),
+            gives=_memory(*tensors(value)),
             writes=writes,
-            batched=isinstance(value, Tensor) and value.shape[:1] == images.shape[:1],
+            batched=_is_batch(value, images),
             flops=flops,
-            weights=sum(t.nbytes for t in trace.weights(x)),
+            weights=sum(_memory(*trace.weights(x)).values()),
         )
     check_batch(values[trace.output], images, "model: it")
     written = _union(fact.writes for fact in facts.values())
     own = (label(x) for x in facts if x.op == "get_attr" and written & _gives(facts, x))
     check_unwritten([*written_since(), *own])
-    return _split(facts, layer, cut, _memory(raw), len(images))
+    (place,) = _memory(raw)
+    return _split(facts, layer, cut, place, len(images))
 
 
 def _run_counted(trace: Trace, node: fx.Node, values: Values) -> tuple[Any, int]:
@@ -206,15 +211,38 @@ def tensors(value: Any) -> list[Tensor]:
     return found
 
 
-def _memory(t: Tensor) -> int:
-    return t.untyped_storage().data_ptr()
+def _memory(*given: Tensor) -> dict[int, int]:
+    """The bytes of the memory that tensors take, by address.
+
+    A layout of another library (MKL-DNN's) has no address to ask for, and no views; it is known by
+    its tensor, which a pass keeps alive.
+    """
+    found: dict[int, int] = {}
+    for t in given:
+        if t.layout == torch.sparse_coo:
+            found |= _memory(t._indices(), t._values())
+        elif t.layout in (torch.sparse_csr, torch.sparse_bsr):
+            found |= _memory(t.crow_indices(), t.col_indices(), t.values())
+        elif t.layout in (torch.sparse_csc, torch.sparse_bsc):
+            found |= _memory(t.ccol_indices(), t.row_indices(), t.values())
+        elif t.layout == torch.strided:
+            found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        else:
+            found[id(t)] = t.numel() * t.element_size()
+    return found
+
+
+def _is_batch(value: Any, images: Tensor) -> bool:
+    """Whether a value is a tensor (n, …) whose rows can be taken and repeated."""
+    dense = isinstance(value, Tensor) and value.layout == torch.strided
+    return dense and value.shape[:1] == images.shape[:1]
 
 
 def _gives(facts: dict[fx.Node, _Facts], node: fx.Node) -> set[int]:
     return set(facts[node].gives)
 
 
-def _union(sets: Iterable[set[int]]) -> set[int]:
+def _union(sets: Iterable[Iterable[int]]) -> set[int]:
     return set().union(*sets)
 
 
@@ -235,7 +263,21 @@ def check_batch(value: Any, images: Tensor, what: str) -> Tensor:
     if not isinstance(value, Tensor):
         kind = type(value).__name__.removeprefix("immutable_")
         raise LayerError(f"{what} gives {kind}; expected a tensor (n, …)")
+    if value.is_nested:
+        raise LayerError(f"{what} gives a nested tensor; expected a dense one (n, …){NOT_NESTED}")
+    if value.layout != torch.strided:
+        raise LayerError(
+            f"{what} gives a tensor of layout {value.layout}; expected a dense one (n, …)"
+        )
     if value.shape[:1] != images.shape[:1]:
         shape, n = tuple(value.shape), len(images)
         raise LayerError(f"{what} gives a tensor {shape} for {n} images; expected (n, …)")
     return value
+
+
+def check_units(value: Any, images: Tensor, layer: str) -> Tensor:
+    """Check that a layer's output is a tensor (n, …) with at least one unit."""
+    out = check_batch(value, images, f"layer: {layer!r}")
+    if not out.numel():
+        raise LayerError(f"layer: {layer!r} has no units, shape {tuple(out.shape)}; expected some")
+    return out

@@ -102,11 +102,13 @@ class AblatedForward:
         Raises
         ------
         DtypeError, ShapeError, DeviceError
-            Images that are no tensor, have no stimuli, or are on another device than the model.
+            Images that are no dense tensor, have no stimuli, or are on another device than the
+            model.
         LayerError
             The model itself can't take the images; it can't be traced; the layer or the model gives
-            no tensor (n, …); the model is random or writes to its own parameters or buffers,
-            differs from a whole pass when cut here, or is in training mode.
+            no dense tensor (n, …), or the layer one without units; the model is random or writes to
+            its own parameters or buffers, differs from a whole pass when cut here, or is in
+            training mode.
         OptionError
             There are several layers: `prefixes` is for them.
         """
@@ -310,6 +312,8 @@ class AblatedForward:
     def _check(self, images: Tensor) -> None:
         if not isinstance(images, Tensor):
             raise DtypeError(f"images: {type(images).__name__}; expected a torch tensor")
+        _arrays.check_dense(images, "images")
+        _arrays.check_untransformed(images, "images")
         if images.ndim == 0 or len(images) == 0:
             raise ShapeError(f"images: shape {tuple(images.shape)}; expected (n, …) with n >= 1")
         home = next((p.device for p in self.model.parameters()), images.device)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from repsim_kernels.forward.dataflow import Split, check_batch
+from repsim_kernels.forward.dataflow import Split, check_batch, check_units
 from repsim_kernels.forward.fusion import Cells
 from repsim_kernels.forward.passes import copied, head, masked, tail
 from repsim_kernels.forward.trace import Trace
@@ -116,7 +116,7 @@ def _run_under_hook(
     change: Callable[[Tensor], Tensor],
 ) -> Tensor:
     def hook(_module: nn.Module, _inputs: object, out: object) -> Tensor:
-        return change(check_batch(out, images, f"layer: {layer!r}"))
+        return change(check_units(out, images, layer))
 
     handle = module.register_forward_hook(hook)
     try:

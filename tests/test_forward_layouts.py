@@ -1,0 +1,178 @@
+"""Networks with tensors that aren't dense, layers without units, and mixed precisions."""
+
+import itertools
+
+import pytest
+import torch
+from _hook import Lambda, Net, check
+from torch import nn
+from torch.utils import mkldnn
+
+import repsim_kernels as rk
+from repsim_kernels.errors import LayerError
+from repsim_kernels.forward import AblatedForward
+
+
+def by_mkldnn(m, x):
+    return m.out(m.inner(m.cut(m.a(x)).to_mkldnn()).to_dense())
+
+
+def by_coo(m, x):
+    return torch.sparse.mm(m.cut(m.a(x)).relu().to_sparse(), m.out.weight.mT)
+
+
+def by_csr(m, x):
+    return m.cut(m.a(x)).relu().to_sparse_csr() @ m.out.weight.mT
+
+
+def and_back(m, x):
+    return m.out(m.cut(m.a(x)).relu().to_sparse().to_dense())
+
+
+def in_the_head(m, x):
+    return m.out(m.cut(m.a(x.relu().to_sparse().to_dense())))
+
+
+def across(m, x):
+    """A sparse value that the tail takes from the head."""
+    side = m.b(x).relu().to_sparse()
+    return m.out(m.cut(m.a(x)) + side.to_dense())
+
+
+def by_buffer(m, x):
+    return m.out(torch.sparse.mm(m.table, m.cut(m.a(x)).mT).mT)
+
+
+def network(run, cut=None):
+    torch.manual_seed(0)
+    model = Net(run, cut)
+    if run is by_mkldnn:
+        model.inner = mkldnn.to_mkldnn(nn.Linear(4, 4).eval())
+    model.register_buffer("table", torch.randn(4, 4).relu().to_sparse())
+    return model.eval()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # by to_mkldnn
+@pytest.mark.parametrize(
+    "run", [by_mkldnn, by_coo, by_csr, and_back, in_the_head, across, by_buffer]
+)
+def test_layouts_on_the_way(run):
+    check(network(run), "cut", torch.randn(5, 6))
+
+
+@pytest.mark.parametrize(
+    ("run", "cut", "match"),
+    [
+        (
+            lambda m, x: m.out(m.cut(m.a(x)).to_dense()),
+            lambda h: h.to_sparse(),
+            r"layer: 'cut' gives a tensor of layout torch\.sparse_coo; expected a dense one",
+        ),
+        (
+            lambda m, x: m.out(m.cut(m.a(x)).to_dense()),
+            lambda h: h.to_mkldnn(),
+            r"layer: 'cut' gives a tensor of layout torch\._mkldnn; expected a dense one",
+        ),
+        (
+            lambda m, x: m.cut(m.a(x)).to_sparse(),
+            lambda h: h,
+            r"model: it gives a tensor of layout torch\.sparse_coo; expected a dense one",
+        ),
+    ],
+    ids=["sparse layer", "MKL-DNN layer", "sparse output"],
+)
+def test_what_is_cut_or_given_is_dense(run, cut, match):
+    with pytest.raises(LayerError, match=match) as caught:
+        AblatedForward(network(run, Lambda(cut)), "cut").prefix(torch.randn(5, 6))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_images_are_dense():
+    forward = AblatedForward(network(and_back), "cut")
+    nested = torch.nested.nested_tensor([torch.randn(6)] * 3)
+    for images, match in (
+        (torch.randn(5, 6).to_sparse(), r"images: a tensor of layout torch\.sparse_coo; expected"),
+        (nested, "images: a nested tensor; expected one dense tensor"),
+    ):
+        with pytest.raises(rk.DtypeError, match=match):
+            forward.prefix(images)
+    with pytest.raises(rk.DtypeError, match=r"images: a tensor inside torch\.func"):
+        torch.vmap(lambda x: forward.prefix(x).activation)(torch.randn(2, 5, 6))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_without_units():
+    for sizes, layer in (((6, 0, 3), "0"), ((6, 4, 0), "1")):
+        parts = [nn.Linear(p, q) for p, q in itertools.pairwise(sizes)]
+        model = nn.Sequential(*parts).eval()
+        with pytest.raises(LayerError, match=f"layer: '{layer}' has no units, shape"):
+            AblatedForward(model, layer).prefix(torch.randn(5, 6))
+
+
+def test_networks_of_two_precisions():
+    torch.manual_seed(0)
+    model = Net(lambda m, x: m.out(m.cut(m.a(x)).double())).eval()
+    model.out.double()
+    check(model, "cut", torch.randn(5, 6))
+    broken = Net(lambda m, x: m.out(m.cut(m.a(x)))).eval()
+    broken.out.double()
+    match = "float32 of shape .*, with parameters of float32 and float64: "
+    with pytest.raises(LayerError, match=match):
+        AblatedForward(broken, "cut").prefix(torch.randn(5, 6))
+
+
+class Padded(nn.Module):
+    """An encoder whose last two tokens are padding, which fx can trace or only export can."""
+
+    def __init__(self, nested, by_fx):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
+        self.out, self.by_fx = nn.Linear(8, 3), by_fx
+        self.register_buffer("padding", torch.arange(5)[None] > 2)
+
+    def forward(self, x):
+        n = x.shape[0] if self.by_fx else len(x)
+        mask = self.padding.expand(n, -1)
+        return self.out(self.encoder(x, src_key_padding_mask=mask).mean(1))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("by_fx", [True, False])
+@pytest.mark.parametrize("layer", ["encoder", "encoder.layers.0", "encoder.layers.1.linear1"])
+@pytest.mark.parametrize("nested", [True, False])
+def test_encoders_with_padding(nested, layer, by_fx):
+    torch.manual_seed(0)
+    model, images = Padded(nested, by_fx).eval(), torch.randn(4, 5, 8)
+    forward = AblatedForward(model, layer)
+    if nested and not (by_fx and layer == "encoder"):
+        match = "differs from a whole pass" if layer == "encoder" else "gives a nested tensor"
+        with pytest.raises(LayerError, match=f"{match}; .* with enable_nested_tensor=False$"):
+            forward.prefix(images)
+        return
+    state = forward.prefix(images)
+    cells = torch.arange(state.activation[0].numel()) % 3
+    got = forward.logits(state, cells)
+    for c in range(3):
+        handle = model.get_submodule(layer).register_forward_hook(
+            lambda _m, _i, out, c=c: out.clone().masked_fill_((cells == c).view(out[0].shape), 0)
+        )
+        with torch.no_grad():
+            torch.testing.assert_close(got[c], model(images))
+        handle.remove()
+
+
+def test_a_cut_that_raises_is_not_said_to_differ():
+    class Shifty(nn.Module):
+        def forward(self, x):
+            if isinstance(x, torch.fx.Proxy) or torch.compiler.is_exporting():
+                return torch.ops.aten.view.default(x, [-1, 7])
+            return x
+
+    model = Net(lambda m, x: m.out(m.inner(m.cut(m.a(x)))))
+    model.inner = Shifty()
+    match = r"model: cut at 'cut' it raises what a whole pass doesn't \(.*\) where torch\.fx traces"
+    with pytest.raises(LayerError, match=match):
+        AblatedForward(model.eval(), "cut").prefix(torch.randn(5, 6))
