@@ -14,7 +14,7 @@ import numpy as np
 
 from repsim_kernels import OPERATIONS, _arrays, _options
 from repsim_kernels._arrays import Array
-from repsim_kernels.errors import BackendUnavailable
+from repsim_kernels.errors import BackendUnavailable, ConvergenceError
 
 BACKENDS = ("reference", "torch", "triton", "cupy")
 
@@ -118,7 +118,7 @@ def call(
     function = _load(operation, chosen)
     convert = _arrays.to_numpy if chosen == "reference" else _arrays.to_torch
     arrays = [convert(x) for x in xs]
-    with _own_settings(chosen):
+    with _own_settings(chosen), _own_errors(operation, options):
         if (operation, chosen) in _TAKES_BATCHES:
             result = function(*arrays, **options)
         else:
@@ -134,7 +134,7 @@ def call_lists(
     convert = _arrays.to_numpy if chosen == "reference" else _arrays.to_torch
     arrays = [None if xs is None else [convert(x) for x in xs] for xs in lists]
     assert lists[0] is not None
-    with _own_settings(chosen):
+    with _own_settings(chosen), _own_errors(operation, options):
         result = _load(operation, chosen)(*arrays, **options)
     return _arrays.like(result, lists[0][0])
 
@@ -150,6 +150,24 @@ def _own_settings(backend: str) -> Iterator[None]:
             for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+@contextlib.contextmanager
+def _own_errors(operation: str, options: dict[str, Any]) -> Iterator[None]:
+    """Turn the LinAlgError of NumPy or PyTorch into the package's own."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__name__.endswith("LinAlgError"):
+            raise
+        given = (k for k in ("penalty", "ridge") if isinstance(options.get(k), float))
+        name = next((k for k in given if options[k] > 0), None)
+        if name is None or "converge" in str(error):
+            line = _options.one_line(str(error), 200)
+            raise ConvergenceError(f"{operation}: {line}") from error
+        raise ConvergenceError(
+            f"{name}: {options[name]:g} leaves a matrix singular to rounding; expected a larger one"
+        ) from error
 
 
 def _over_batches(function: Callable[..., Any], arrays: list[Any], options: dict[str, Any]) -> Any:

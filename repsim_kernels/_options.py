@@ -74,9 +74,21 @@ def flag(value: Any, name: str) -> bool:
     return bool(value)
 
 
+MOST_RIDGE = 1e10  # relative: nothing but the penalty counts far below this
+_MOST_PENALTY = 1e150  # its products with the largest Gram matrices fit float64
+
+
+def ridges(ridge: Any, penalty: Any) -> tuple[float, float]:
+    """Check a relative and an absolute ridge."""
+    return (
+        number(ridge, "ridge", low=0, high=MOST_RIDGE),
+        number(penalty, "penalty", low=0, high=_MOST_PENALTY),
+    )
+
+
 def shrinkage(ridge: Any, penalty: Any) -> tuple[float, float]:
     """Check `ridge` and `penalty`, of which at most one may be set."""
-    ridge, penalty = number(ridge, "ridge", low=0), number(penalty, "penalty", low=0)
+    ridge, penalty = ridges(ridge, penalty)
     if ridge and penalty:
         raise OptionError(f"ridge: {ridge:g} beside penalty={penalty:g}; expected one or the other")
     return ridge, penalty
@@ -145,7 +157,8 @@ def bandwidth(kernel: Any, sigma: Any) -> float | None:
                 f"sigma: {shown(sigma)} with kernel='linear'; expected None, or kernel='rbf'"
             )
         return None
-    return 1.0 if sigma is None else number(sigma, "sigma", low=0, above=True)
+    # A wide kernel is 1 everywhere but for 1 / sigma², which rounding hides from about 1e5 on.
+    return 1.0 if sigma is None else number(sigma, "sigma", low=1e-10, high=1e5)
 
 
 def options(values: Any, name: str, known: tuple[str, ...]) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ class LayerError(RepsimError, ValueError):
 
 
 class ConvergenceError(RepsimError, ArithmeticError):
-    """A decomposition did not converge; the message says of how many matrices."""
+    """A decomposition did not converge, or a ridge is too small for one to exist in float64."""
 
 
 class BackendUnavailable(RepsimError, RuntimeError):

@@ -169,8 +169,8 @@ def test_generalised_cross_validation_ends_where_the_grid_does():
 
 X, Y = np.random.default_rng(0).standard_normal((6, 4)), [0, 0, 1, 1, 2, 2]
 ERRORS = [
-    ({"ridge": "cv"}, rk.OptionError, "ridge: 'cv'; expected a finite number above 0, or 'gcv'"),
-    ({"ridge": -1}, rk.OptionError, "ridge: -1; expected a finite number above 0"),
+    ({"ridge": "cv"}, rk.OptionError, r"ridge: 'cv'; expected a number from 1e-06 to .*, or 'gcv'"),
+    ({"ridge": -1}, rk.OptionError, "ridge: -1; expected a finite number of at least 1e-06"),
     ({"probe": "svm"}, rk.OptionError, "probe: 'svm'; expected one of 'ridge', 'logistic'"),
     ({"probe": "logistic"}, rk.OptionError, "folds: None with probe='logistic'; .* closed form"),
     (

@@ -41,9 +41,9 @@ def ablation_distances(
         "cca_squared" and "svcca" (99 % of the variance).
     ridge : float
         Relative ridge of cca, cca_squared and pwcca: κ = ridge · tr(K) / n on each side; ignored
-        where `penalty` > 0.
+        where `penalty` > 0. At most 1e10.
     penalty : float
-        Absolute ridge κ of the same, on both sides, in x's units squared.
+        Absolute ridge κ of the same, on both sides, in x's units squared. At most 1e150.
     memory : int, optional
         Bytes for the canonical variates that wait for a pass over x, 1 GiB unless given: with less
         there are more passes for "pwcca". Beside it stand the Grams, 8 C n² bytes at most: the
@@ -76,6 +76,8 @@ def ablation_distances(
     ------
     ShapeError, DtypeError, NonFiniteError, ConstantError, CellError, OptionError,
     BackendUnavailable
+    ConvergenceError
+        For "cca", "cca_squared" and "pwcca", a ridge below 1e-10 but not 0, or as small a penalty.
 
     Warns
     -----
@@ -94,9 +96,7 @@ def ablation_distances(
     Source: METRICS, "One original, many ablations".
     """
     names = _options.options(metrics, "metrics", METRICS)
-    ridge, penalty = (
-        _options.number(v, k, low=0) for v, k in ((ridge, "ridge"), (penalty, "penalty"))
-    )
+    ridge, penalty = _options.ridges(ridge, penalty)
     memory = None if memory is None else int(_options.number(memory, "memory", low=1))
     info = _options.flag(info, "info")
     # CKA is NaN of every ablation if x has a number that is not finite; eigenvectors are not found.

@@ -28,9 +28,10 @@ def cca(
         The mean of ρ² (R²CCA) in the place of that of ρ.
     ridge : float
         Relative ridge on both sides: κ = ridge · tr(K) / n, each side by its own Gram K.
+        At most 1e10.
     penalty : float
         Absolute ridge on both sides: κ, in x's units squared, added to the scatter matrix xcᵀxc.
-        At most one of the two.
+        At most 1e150, and at most one of the two.
     batched : bool
         Whether x and y are batches, (…, n, p) and (…, n, q). Their leading dimensions broadcast,
         and are those of the result. Without it more than two dimensions are refused: flatten
@@ -127,9 +128,10 @@ def pwcca(
         weights.
     ridge : float
         Relative ridge on both sides: κ = ridge · tr(K) / n, each side by its own Gram K.
+        At most 1e10.
     penalty : float
         Absolute ridge on both sides: κ, in x's units squared, added to the scatter matrix xcᵀxc.
-        At most one of the two.
+        At most 1e150, and at most one of the two.
     batched : bool
         Whether x and y are batches, (…, n, p) and (…, n, q). Their leading dimensions broadcast,
         and are those of the result. Without it more than two dimensions are refused: flatten

@@ -32,7 +32,8 @@ def cka(
         Use the unbiased estimator of HSIC: it does not grow with p, and may be negative.
     kernel : {"linear", "rbf"}
     sigma : float, optional
-        Bandwidth of the RBF kernel, as a fraction of the median distance; 1 unless given.
+        Bandwidth of the RBF kernel, as a fraction of the median distance: 1e-10 … 1e5, 1 unless
+        given.
     batched : bool
         Whether x and y are batches, (…, n, p) and (…, n, q). Their leading dimensions broadcast,
         and are those of the result. Without it more than two dimensions are refused: flatten

@@ -28,7 +28,8 @@ def centered_gram(
         Activations: n >= 2 stimuli, p >= 1 neurons, any strides. Integers are taken as float64.
     kernel : {"linear", "rbf"}
     sigma : float, optional
-        Bandwidth of the RBF kernel, as a fraction of the median distance; 1 unless given.
+        Bandwidth of the RBF kernel, as a fraction of the median distance: 1e-10 … 1e5, 1 unless
+        given.
     batched : bool
         Whether x is a batch, (…, n, p), whose leading dimensions are those of the result. Without
         it more than two dimensions are refused: flatten activations (n, c, h, w) first.

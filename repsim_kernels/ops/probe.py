@@ -44,10 +44,10 @@ def ablation_decodability(
     target : int or sequence of T different ints, optional
         Read this class against the rest, or each of these; by default tell all classes apart.
     ridge : float, or "gcv"
-        Above 0. Relative: the penalty is κ/2 ‖w‖² beside half the squared errors, or the log loss,
-        with κ = ridge · tr(K) / n, K the Gram of all stimuli of the side that the reader is fitted
-        on. "gcv", of probe="ridge": between 1e-6 and 1e6, where generalised cross-validation of
-        the intact representation is least, one for all targets.
+        1e-6 … 1e10. Relative: the penalty is κ/2 ‖w‖² beside half the squared errors, or the log
+        loss, with κ = ridge · tr(K) / n, K the Gram of all stimuli of the side that the reader is
+        fitted on. "gcv", of probe="ridge": between 1e-6 and 1e6, where generalised
+        cross-validation of the intact representation is least, one for all targets.
     folds : int, or integer array, (n,), optional
         Which stimuli are held out together: those of k folds, where the i-th stimulus of each class
         of `labels` is in fold i mod k, or of the folds given, at least 2. By default each stimulus
@@ -130,10 +130,11 @@ def ablation_decodability(
 def _relative(ridge: Any, probe: str) -> float | str:
     """Check the ridge of a probe."""
     if not isinstance(ridge, str):
-        return _options.number(ridge, "ridge", low=0, above=True)
+        # Below, what rounding leaves of a held-out residual outweighs the residual.
+        return _options.number(ridge, "ridge", low=1e-6, high=_options.MOST_RIDGE)
     if ridge != "gcv":
         raise OptionError(
-            f"ridge: {_options.shown(ridge)}; expected a finite number above 0, or 'gcv'"
+            f"ridge: {_options.shown(ridge)}; expected a number from 1e-06 to 1e+10, or 'gcv'"
         )
     if probe == "logistic":
         raise OptionError(

@@ -43,9 +43,9 @@ def gram_ablation_distances(
         "svcca" (99 % of the variance). "pwcca" needs the activations.
     ridge : float
         Relative ridge of cca and cca_squared: κ = ridge · tr(K) / n on each side; ignored where
-        `penalty` > 0.
+        `penalty` > 0. At most 1e10.
     penalty : float
-        Absolute ridge κ of the same, on both sides, in gram's units.
+        Absolute ridge κ of the same, on both sides, in gram's units. At most 1e150.
     neurons : int, optional
         How many there are: ridge CCA averages over min(n - 1, neurons). By default n - 1 or more.
     info : bool
@@ -65,6 +65,8 @@ def gram_ablation_distances(
     ------
     ShapeError, DtypeError, NonFiniteError, ConstantError, DeviceError, OptionError,
     BackendUnavailable
+    ConvergenceError
+        For "cca" and "cca_squared", a ridge below 1e-10 but not 0, or as small a penalty.
 
     Warns
     -----
@@ -78,9 +80,7 @@ def gram_ablation_distances(
     Source: METRICS, "One original, many ablations".
     """
     names = _options.options(metrics, "metrics", GRAM_METRICS)
-    ridge, penalty = (
-        _options.number(v, k, low=0) for v, k in ((ridge, "ridge"), (penalty, "penalty"))
-    )
+    ridge, penalty = _options.ridges(ridge, penalty)
     if neurons is not None:
         neurons = _options.count(neurons, "neurons")
     info = _options.flag(info, "info")

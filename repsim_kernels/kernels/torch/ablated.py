@@ -20,6 +20,8 @@ from repsim_kernels.kernels.torch.cca import leading
 from repsim_kernels.kernels.torch.spectrum import from_complement, positive
 
 _EPS = torch.finfo(torch.float64).eps
+# A relative ridge below which solves with L + κI lose more than about 1e-6 of a correlation.
+_LEAST_RIDGE = 1e-10
 
 
 class Route(enum.IntEnum):
@@ -66,6 +68,12 @@ class Original:
     def shrinkage(self, trace: Tensor) -> Tensor:
         """κ of a side whose Gram has this trace."""
         return self.penalty + (0.0 if self.penalty else self.ridge) * trace / self.n
+
+    def check_ridge(self) -> None:
+        """Raise LinAlgError for a ridge above 0 that rounding hides."""
+        if bool((self.kappa > 0) & (self.kappa < _LEAST_RIDGE * self.v.sum() / self.n)):
+            message = "singular to rounding"
+            raise torch.linalg.LinAlgError(message)  # type: ignore[attr-defined]
 
     def self_distance(self, metric: str) -> float:
         if metric not in ("cca", "cca_squared"):
@@ -172,6 +180,7 @@ class Ablated:
     @cached_property
     def loss(self) -> Tensor:
         """ΔP = P_L - P_K, P_L = L(L + κI)⁻¹ = diag(shrunk); (B, m, m)."""
+        self.original.check_ridge()
         kappa, other = self.original.kappa, self.kappa[:, None]
         regular = self.rest.clone()
         regular.diagonal(dim1=1, dim2=2).add_(other)
