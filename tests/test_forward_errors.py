@@ -15,6 +15,7 @@ from repsim_kernels.errors import (
     DtypeError,
     LayerError,
     OptionError,
+    RepsimError,
     ShapeError,
 )
 from repsim_kernels.forward import AblatedForward
@@ -258,10 +259,49 @@ def test_bad_arguments():
             call(torch.randn(3, 6), ["b"])
         with pytest.raises(DtypeError, match="images: ndarray"):
             call(np.zeros((3, 6)))
-    with pytest.raises(LayerError, match="layer: none is given; expected a name"):
+    with pytest.raises(LayerError, match=r"layer: .*; expected a name, or several"):
         AblatedForward(forward.model, [])
     with pytest.raises(OptionError, match="state: made by another"):
         AblatedForward(forward.model, "cut").intact(state)
+
+
+ODD = [
+    np.arange(10**4),
+    torch.rand(5, 5),
+    np.eye(2),
+    {3: np.eye(9)},
+    [[0]],
+    1.5,
+    True,
+    "x\n" * 10**4,
+]
+
+
+def test_odd_arguments_are_refused_in_one_line():
+    model, images = Net(skip), torch.randn(3, 6)
+    forward = AblatedForward(model, ["a", "cut"])
+    state = forward.prefixes(images)["cut"]
+    cells = [0, 0, 1, 1]
+    for name, call in {
+        "model": lambda value: AblatedForward(value, "cut"),
+        "layer": lambda value: AblatedForward(model, value),
+        "layers": lambda value: forward.prefixes(images, value),
+        "timed": lambda value: forward.costs(images, timed=1.0 if value is True else value),
+        "state": lambda value: forward.logits(value, cells),
+        "cells": lambda value: forward.logits(state, value),
+        "n_cells": lambda value: forward.logits(state, cells, value),
+        "batch": lambda value: forward.logits(state, cells, batch=value),
+        "memory": lambda value: forward.intact(state, memory="" if value is ODD[5] else value),
+    }.items():
+        for value in ODD:
+            with pytest.raises(RepsimError) as caught:
+                call(value)
+            line = str(caught.value)
+            assert line.startswith(f"{name}: "), line
+            assert len(line.splitlines()) == 1
+            assert len(line) < 300
+    with pytest.raises(OptionError, match="layers: 'cut'; expected a sequence of names"):
+        forward.prefixes(images, "cut")
 
 
 def test_a_state_that_was_written_to_is_refused():

@@ -224,9 +224,10 @@ def test_layers_that_cannot_be_cut_together():
     with pytest.raises(LayerError, match="no module 'outs'; expected one of out"):
         AblatedForward(model, ["a", "outs"])
     forward = AblatedForward(model, ["a", "cut"])
-    for layers in (["cut", "out"], "cut"):
-        with pytest.raises(OptionError, match=r"layers: '(out|c)'; expected one of 'a', 'cut'"):
-            forward.prefixes(images, layers)
+    with pytest.raises(OptionError, match="layers: 'out'; expected one of 'a', 'cut'"):
+        forward.prefixes(images, ["cut", "out"])
+    with pytest.raises(OptionError, match="layers: 'cut'; expected a sequence of names"):
+        forward.prefixes(images, "cut")
     with pytest.raises(OptionError, match="state: made by another"):
         AblatedForward(model, ["a", "cut"]).intact(forward.prefixes(images)["cut"])
 

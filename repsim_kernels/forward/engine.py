@@ -44,9 +44,9 @@ class AblatedForward:
     Raises
     ------
     LayerError
-        The layer is missing, never called, called more than once or in TorchScript; or the model is
-        in training mode, has lazy parameters that no batch has given a shape yet, is on the meta
-        device, or is a ``DataParallel`` over several devices.
+        The layer is no name, is missing, never called, called more than once or in TorchScript; or
+        the model is no module, is in training mode, has lazy parameters that no batch has given a
+        shape yet, is on the meta device, or is a ``DataParallel`` over several devices.
 
     Notes
     -----
@@ -69,16 +69,20 @@ class AblatedForward:
     """
 
     def __init__(self, model: nn.Module, layer: str | Sequence[str]) -> None:
-        self.layers = (layer,) if isinstance(layer, str) else tuple(dict.fromkeys(layer))
-        if not self.layers:
-            raise LayerError("layer: none is given; expected a name, or several")
+        if not isinstance(model, nn.Module):
+            raise LayerError(f"model: {_options.shown(model)}; expected a torch.nn.Module")
+        names = (layer,) if isinstance(layer, str) else _options.items(layer)
+        if not names or not all(isinstance(name, str) for name in names):
+            raise LayerError(f"layer: {_options.shown(layer)}; expected a name, or several")
+        self.layers = tuple(dict.fromkeys(names))
         modules = dict(model.named_modules(remove_duplicate=False))
         for name in self.layers:
             if name not in modules:
                 inside = [known for known in modules if known.endswith(f".{name}")]
                 near = ", ".join(inside[:3] or difflib.get_close_matches(name, modules))
                 near = f"one of {near or 'model.named_modules()'}"
-                raise LayerError(f"layer: the model has no module {name!r}; expected {near}")
+                what = f"the model has no module {_options.shown(name)}"
+                raise LayerError(f"layer: {what}; expected {near}")
             _check_scripted(modules, name)
         _check_eval(model)
         _check_tensors(model)
@@ -294,7 +298,7 @@ class AblatedForward:
         OptionError
             A layer that is not this object's.
         """
-        wanted = self._wanted(layers)
+        wanted, timed = self._wanted(layers), _options.flag(timed, "timed")
         self._check(images)
         with contexts.run_eagerly():
             cuts = {name: self._cuts.find(name, images) for name in wanted}
@@ -306,8 +310,7 @@ class AblatedForward:
             }
 
     def _wanted(self, layers: Sequence[str] | None) -> tuple[str, ...]:
-        names = self.layers if layers is None else layers
-        return tuple(_options.option(name, "layers", self.layers) for name in dict.fromkeys(names))
+        return self.layers if layers is None else _options.options(layers, "layers", self.layers)
 
     def _check(self, images: Tensor) -> None:
         if not isinstance(images, Tensor):
@@ -324,6 +327,8 @@ class AblatedForward:
         _check_eval(self.model)
 
     def _own(self, state: State) -> None:
+        if not isinstance(state, State):
+            raise OptionError(f"state: {_options.shown(state)}; expected one that prefix() gave")
         if state._owner is not self:
             raise OptionError("state: made by another AblatedForward; expected one of this one")
         _check_eval(self.model)

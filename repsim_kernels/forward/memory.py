@@ -36,7 +36,9 @@ def size(value: Any, name: str = "memory") -> int:
     unit = None if found is None else _UNITS.get(found[2] or "B")
     count = 0.0 if found is None or unit is None else float(found[1]) * unit
     if not 1 <= count < math.inf:
-        raise OptionError(f"{name}: {value!r}; expected bytes, or a size such as '8GiB' or '500MB'")
+        raise OptionError(
+            f"{name}: {_options.shown(value)}; expected bytes, or a size such as '8GiB' or '500MB'"
+        )
     return int(count)
 
 
