@@ -87,6 +87,19 @@ def check_labels(values: Any) -> Tensor:
     return torch.from_numpy(labels.astype("int64"))
 
 
+def check_pairs(images: Tensor, labels: Tensor) -> None:
+    """Check that there are images, and a label for each."""
+    if labels.ndim != 1:
+        raise StudyError(f"labels: shape {tuple(labels.shape)}; expected integers of shape (n,)")
+    if images.ndim < 2 or len(images) != len(labels):
+        raise StudyError(
+            f"images: shape {tuple(images.shape)} for {len(labels)} labels; "
+            "expected (n, ...), an image for each label"
+        )
+    if not len(images):
+        raise StudyError("images: there are none; expected two or more of each class")
+
+
 def check_draws(value: Any) -> Draws:
     """Check how often the paper's probe draws; None is for the default."""
     if value is None:

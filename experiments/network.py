@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from repsim_kernels.forward import contexts
 from repsim_kernels.forward.dataflow import version
+from repsim_kernels.forward.trace import Trace, Untraceable
 
+from .configuration import differences
 from .measure import Layer, StudyError
+
+# What a description must not depend on: where an object lies, and on which device.
+_PLACES = re.compile(r" at 0x[0-9a-f]+|,? ?device='[^']*'|(?<=cuda):\d+")
 
 
 @contextmanager
@@ -106,6 +113,90 @@ def show_image(
     finally:
         for handle in handles:
             handle.remove()
+
+
+class Identity:
+    """What a network is known by: its parameters and buffers, and its modules.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Raises
+    ------
+    StudyError
+        One of its tensors has no values yet.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.weights, self.modules = fingerprint(model), describe_modules(model)
+
+    def check(self, model: nn.Module, name: str) -> None:
+        """Raise StudyError where a network, which messages call `name`, is not this one."""
+        if changed := differences(self.modules, describe_modules(model)):
+            raise StudyError(
+                f"model: the modules of {name} have changed since the study was made "
+                f"({changed[0]}); expected the same ones, or a new Study"
+            )
+        if fingerprint(model) != self.weights:
+            raise StudyError(
+                f"model: the weights or buffers of {name} have changed since the study was made; "
+                "expected the same ones, or a new Study"
+            )
+
+
+def describe_modules(model: nn.Module) -> dict[str, str]:
+    """Describe each module of a network: its class and its options.
+
+    Returns
+    -------
+    dict of str to str
+        By name; the network itself is "model". The same on any device and in any process.
+    """
+    return {
+        name or "model": _describe_module(module)
+        for name, module in model.named_modules(remove_duplicate=False)
+    }
+
+
+def _describe_module(module: nn.Module) -> str:
+    kind = type(module)
+    label = kind.__qualname__
+    if getattr(nn, label, None) is kind:
+        label = f"nn.{label}"
+    elif kind.__module__.startswith("torch."):
+        label = f"{kind.__module__}.{label}"
+    # A user's own module may be imported under one name in a script and another in its workers.
+    if isinstance(module, nn.ParameterList | nn.ParameterDict):
+        return label  # they list the devices of their parameters, which `fingerprint` hashes
+    options = module.extra_repr()
+    return _PLACES.sub("", f"{label}({options})" if options else label)
+
+
+def hash_operations(model: nn.Module, layers: Sequence[str], images: Tensor) -> str:
+    """Hash the operations of a forward pass, without any computed value.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In evaluation mode.
+    layers : sequence of str
+        The layers that it is cut at.
+    images : tensor, (n, ...)
+        Images that the network takes, on its device.
+
+    Returns
+    -------
+    str
+        The same on any machine that has the same version of PyTorch, unlike a hash of logits.
+    """
+    with contexts.run_eagerly():
+        try:
+            trace = Trace(model, layers)
+        except Untraceable:
+            trace = Trace(model, layers, like=images)
+    lines = (f"{x.format_node()} {x.meta.get('switches', '')}" for x in trace.nodes)
+    return hash_of(*(_PLACES.sub("", line) for line in lines))
 
 
 def fingerprint(model: nn.Module) -> str:

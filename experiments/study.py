@@ -23,7 +23,7 @@ from repsim_kernels.forward.trace import first_line
 
 from . import arguments as check
 from .measure import BATCH, StudyError, groups, rows
-from .network import fingerprint, hash_of, prepare, show_image
+from .network import Identity, hash_of, hash_operations, prepare, show_image
 from .precision import set_tf32
 from .probes import Draws
 from .run import Step, run, run_folder
@@ -43,7 +43,8 @@ class Study:
     model : nn.Module
         Maps images to logits (n, k), and can be traced by torch.fx or torch.export. It is not
         copied: while the study computes it is in evaluation mode and on ``device``; between units
-        and afterwards it is as it was. Its parameters and buffers must not change.
+        and afterwards it is as it was. Its parameters, buffers and
+        modules must not change.
     layers : sequence of str
         Names of modules of ``model``.
     images : tensor or array, (n, ...)
@@ -137,7 +138,7 @@ class Study:
         tf32: bool = False,
     ) -> None:
         self.model = check.check_model(model)
-        self._fingerprint = fingerprint(model)
+        self._identity = Identity(model)
         self.device = check.check_device(model, device)
         with check.study_errors():
             self.name = check.check_text(type(model).__name__ if name is None else name, "name")
@@ -169,7 +170,7 @@ class Study:
             self.images, self.labels = check.check_images(images), check.check_labels(labels)
             self.own_memory = memory is not None  # asked for, not what happened to be free
             self.memory = budget(memory, self.device)
-            self._check_images()
+            check.check_pairs(self.images, self.labels)
             present, counts = (
                 a.tolist() for a in np.unique(self.labels.numpy(), return_counts=True)
             )
@@ -256,10 +257,10 @@ class Study:
         Raises
         ------
         StudyError
-            The network's weights are not those that the study was made with.
+            The network's weights or modules are not those that the study was made with.
         """
         with _TURN:
-            self._check_weights()
+            self._identity.check(self.model, self.name)
             with prepare(self.model, self.device), set_tf32(self.tf32):
                 yield
 
@@ -269,17 +270,25 @@ class Study:
         with self.hold_network():
             return self.forward.costs(self.images[:2].to(self.device), timed=False)
 
+    @cached_property
+    def _operations(self) -> str:
+        with self.hold_network():
+            images = self.images[:2].to(self.device)
+            return hash_operations(self.model, self.layers, images)
+
     def configuration(self) -> dict[str, Any]:
         """Everything that decides the rows, as JSON-able values.
 
         Raises
         ------
         StudyError
-            The network's weights are not those that the study was made with.
+            The network's weights or modules are not those that the study was made with.
         """
-        self._check_weights()
+        self._identity.check(self.model, self.name)
         return {
-            "weights": self._fingerprint,
+            "weights": self._identity.weights,
+            "modules": self._identity.modules,
+            "operations": self._operations,
             "layers": self.layers,
             "classes": list(self._targets),
             "grid": list(self.grid),
@@ -326,24 +335,6 @@ class Study:
             "note": self.note,
             "device": torch.cuda.get_device_name(self.device) if gpu else "CPU",
         }
-
-    def _check_weights(self) -> None:
-        if fingerprint(self.model) != self._fingerprint:
-            raise StudyError(
-                f"model: the weights or buffers of {self.name} have changed since the study was "
-                "made; expected the same ones, or a new Study"
-            )
-
-    def _check_images(self) -> None:
-        if self.labels.ndim != 1:
-            raise StudyError(
-                f"labels: shape {tuple(self.labels.shape)}; expected integers of shape (n,)"
-            )
-        if self.images.ndim < 2 or len(self.images) != len(self.labels):
-            raise StudyError(
-                f"images: shape {tuple(self.images.shape)} for {len(self.labels)} labels; "
-                "expected (n, ...), an image for each label"
-            )
 
     def _check_classes(self, counts: dict[int, int]) -> None:
         if missing := [label for label in self.targets if label not in counts]:

@@ -1,0 +1,137 @@
+"""A study knows its network again: by its weights, its modules, and what its forward pass does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _toy import Toy, toy_images, toy_study
+from torch import Tensor, nn
+
+from experiments.network import describe_modules, hash_operations
+from experiments.plan import plan
+from experiments.store import StoreError
+from experiments.study import StudyError
+
+
+class Scaled(Toy):
+    """Computes with an attribute and without modules of its own."""
+
+    def __init__(self, scale: float = 2.0, function: Callable[[Tensor], Tensor] = torch.relu):
+        super().__init__()
+        self.scale, self.function = scale, function
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(self.function(self.scale * images))
+
+
+class Branching(Scaled):
+    """Needs torch.export: torch.fx can't trace a branch on a value."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) if len(images) else images
+
+
+def with_module(name: str, module: nn.Module) -> Toy:
+    model = Toy()
+    old = model.get_submodule(name)
+    if isinstance(module, nn.Conv2d):
+        module.load_state_dict(old.state_dict())
+    setattr(model, name, module)
+    return model
+
+
+CHANGED = {
+    "activation": (Toy, lambda: with_module("act1", nn.Tanh()), "modules.act1"),
+    "option": (
+        Toy,
+        lambda: with_module("conv1", nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")),
+        "modules.conv1",
+    ),
+    "constant": (Scaled, lambda: Scaled(3.0), "operations"),
+    "function": (Scaled, lambda: Scaled(function=torch.tanh), "operations"),
+    "exported constant": (Branching, lambda: Branching(3.0), "operations"),
+    "exported function": (Branching, lambda: Branching(function=torch.tanh), "operations"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+def test_a_run_is_not_resumed_by_a_network_that_computes_something_else(
+    kind: str, tmp_path: Path
+) -> None:
+    make, change, where = CHANGED[kind]
+    rows = toy_study(model=make(), metrics=["cka"]).run(tmp_path)
+    again = toy_study(model=make(), metrics=["cka"]).run(tmp_path, progress=pytest.fail)
+    assert again.equals(rows)
+    other = toy_study(model=change(), metrics=["cka"])
+    assert other.configuration()["weights"] == toy_study(model=make()).configuration()["weights"]
+    with pytest.raises(StoreError, match=rf"another configuration \(models\.toy\.{where}: "):
+        other.run(tmp_path)
+
+
+@pytest.mark.parametrize("use", ["run", "store", "measure", "about", "plan"])
+def test_modules_that_have_changed_are_refused(use: str, tmp_path: Path) -> None:
+    model = Toy()
+    made = toy_study(model=model, metrics=["cka"])
+    calls: dict[str, Callable[[], Any]] = {
+        "run": made.run,
+        "store": lambda: made.run(tmp_path / "run"),
+        "measure": lambda: next(made.measure(made.units)),
+        "about": made.about,
+        "plan": lambda: plan(made),
+    }
+    old, model.act1 = model.act1, nn.Tanh()  # type: ignore[assignment]
+    changed = (
+        r"^model: the modules of toy have changed since the study was made \(act1: "
+        r'"nn.ReLU\(inplace=True\)" there, "nn.Tanh" here\); expected the same ones, '
+        r"or a new Study$"
+    )
+    with pytest.raises(StudyError, match=changed):
+        calls[use]()
+    assert not (tmp_path / "run").exists()
+    model.act1 = old
+    calls[use]()
+
+
+class Listed(nn.Module):
+    """Tells of itself what differs between processes and devices."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.place = place
+        self.weights = nn.ParameterList([nn.Parameter(torch.ones(2))])
+
+    def extra_repr(self) -> str:
+        return f"3, hook=<function f at {id(self):#x}>, at=tensor(1, device='{self.place}'), p=.1"
+
+
+def test_a_description_names_no_place() -> None:
+    described = [describe_modules(Listed(place)) for place in ("cuda:0", "cuda:1")]
+    assert described[0] == described[1]
+    assert described[0]["model"] == "Listed(3, hook=<function f>, at=tensor(1), p=.1)"
+    assert described[0]["weights"] == "nn.ParameterList"
+
+
+class Sending(Toy):
+    """Asks for a device in its forward pass, as a copy on each GPU does."""
+
+    device = torch.device("cuda:0")
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images.to(self.device))
+
+
+class SendingToAnother(Sending):
+    device = torch.device("cuda:1")
+
+
+def test_operations_are_the_same_on_every_gpu() -> None:
+    images, _ = toy_images()
+    of = [
+        hash_operations(kind().eval(), ["act1"], images)
+        for kind in (Sending, SendingToAnother, Toy)
+    ]
+    assert of[0] == of[1] != of[2]
