@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from repsim_kernels.forward import contexts
-from repsim_kernels.forward.dataflow import version
 from repsim_kernels.forward.trace import Trace, Untraceable
 
 from .configuration import differences
@@ -27,8 +26,9 @@ _PLACES = re.compile(r" at 0x[0-9a-f]+|,? ?device='[^']*'|(?<=cuda):\d+")
 def prepare(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Put a network in evaluation mode on a device, and put everything back at the end.
 
-    Training flags, attributes, buffers, and the memory of parameters and gradients are those of
-    before, also after an error. What the network keeps in lists or dicts of its own is not undone.
+    Training flags, attributes, and the values and memory of parameters, buffers and gradients are
+    those of before, also after an error and where a pass writes to them. What the network keeps in
+    lists or dicts of its own is not undone.
 
     Parameters
     ----------
@@ -40,11 +40,10 @@ def prepare(model: nn.Module, device: torch.device) -> Iterator[None]:
     modes = [(module, module.training) for module in modules]
     tables = [table for module in modules for table in _tables(module)]
     entries = [dict(table) for table in tables]
-    buffers = [(buffer, buffer.clone(), version(buffer)) for buffer in model.buffers()]
     try:
         for module in modules:
             module.training = False  # eval() may be overridden, as by LoRA, which merges weights
-        with _moved(model, device):
+        with _keep_values(model, device), _moved(model, device):
             yield
     finally:
         for table, before in zip(tables, entries, strict=True):  # a pass may store what it made
@@ -53,10 +52,6 @@ def prepare(model: nn.Module, device: torch.device) -> Iterator[None]:
                 del table[name]
         for module, training in modes:
             module.training = training
-        with torch.no_grad():
-            for buffer, value, writes in buffers:
-                if version(buffer) != writes:
-                    buffer.copy_(value)
 
 
 def _tables(module: nn.Module) -> list[dict[str, Any]]:
@@ -64,6 +59,20 @@ def _tables(module: nn.Module) -> list[dict[str, Any]]:
     own = vars(module)
     apart = (own.get(name) for name in ("_parameters", "_buffers", "_modules"))
     return [own, *(table for table in apart if isinstance(table, dict))]
+
+
+@contextmanager
+def _keep_values(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Put back the values of the parameters and buffers that passes on a device have written to."""
+    own = [t for t in (*model.parameters(), *model.buffers()) if t.device == device]
+    kept = [(t, t.detach().clone()) for t in own]  # what is elsewhere is copied to the device
+    try:
+        yield
+    finally:
+        for t, value in kept:
+            # PyTorch doesn't count writes through .data, nor those of F.batch_norm.
+            if not torch.equal(_bytes_of(t.detach()), _bytes_of(value)):
+                t.data.copy_(value)
 
 
 @contextmanager
@@ -226,6 +235,10 @@ def hash_of(*parts: str | Tensor) -> str:
             digest.update(part.encode())
         else:
             digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
-            part = part if part.layout == torch.strided else part.to_dense()
-            digest.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(_bytes_of(part.cpu()).numpy().data)
     return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    dense = tensor if tensor.layout == torch.strided else tensor.to_dense()
+    return dense.contiguous().reshape(-1).view(torch.uint8)

@@ -41,10 +41,10 @@ class Study:
     Parameters
     ----------
     model : nn.Module
-        Maps images to logits (n, k), and can be traced by torch.fx or torch.export. It is not
-        copied: while the study computes it is in evaluation mode and on ``device``; between units
-        and afterwards it is as it was. Its parameters, buffers and
-        modules must not change.
+        Maps images to logits (n, k), and can be traced by torch.fx or torch.export. The study uses
+        the model itself: while it computes the model is in evaluation mode and on ``device``;
+        between units and afterwards it is as it was, also where a pass writes to its parameters or
+        buffers. Otherwise its parameters, buffers and modules must not change.
     layers : sequence of str
         Names of modules of ``model``.
     images : tensor or array, (n, ...)
