@@ -31,7 +31,7 @@ PERFORMANCE = "rank_deficit"
 DECODABILITY = ("decodability_paper", "margin_refit", "decodability_refit")
 DRAWN = ("rank_deficit", "log_probability", *DECODABILITY)
 _LEVEL = 0.01  # of the test against chance
-_MARGIN = 0.1  # of accuracy above chance that is enough for networks of few outputs
+_MARGIN = 0.1  # of accuracy above chance that is enough where classes are few
 
 
 @dataclass(frozen=True)
@@ -101,33 +101,36 @@ def near_chance(about: dict[str, Any]) -> str | None:
     Parameters
     ----------
     about : dict
-        What ``study.json`` says of the network: ``accuracy``, ``images`` and ``outputs``, or
-        ``image_classes`` in a run that does not record its outputs yet.
+        What ``study.json`` says of the network: ``accuracy``, ``images`` and ``largest_class``
+        (images of the class that has most), or ``image_classes`` in a run that does not record
+        the largest yet, whose classes are then taken to be equal.
 
     Returns
     -------
     str or None
-        Its accuracy compared with a guess. Also None where the accuracy is not recorded.
+        Its accuracy compared with chance. Also None where the accuracy is not recorded.
 
     Notes
     -----
-    A guess among k outputs is right 1/k of the time. A network is near chance if the exact
-    one-sided binomial test does not reject that accuracy at 1 %. It is near chance as well if its
-    accuracy is below twice chance, or below chance plus ten points where that is less, however
-    many images show that it does better than a guess.
+    Chance is the accuracy of a network that answers every image with the largest class; guesses
+    among the outputs are never better. A network is near chance if the exact one-sided binomial
+    test does not reject that accuracy at 1 %. However many images show that it does better, it is
+    near chance as well if its accuracy is below twice chance, below chance plus ten points, or
+    below halfway from chance to 100 %, whichever is least.
     """
     if "accuracy" not in about:
         return None
     accuracy, images = about["accuracy"], about["images"]
-    outputs = about.get("outputs", about["image_classes"])
-    chance = 1 / outputs
+    largest = about.get("largest_class", images / about["image_classes"])
+    chance = largest / images
     right = round(accuracy * images)
     p = scipy.stats.binomtest(right, images, chance, alternative="greater").pvalue
-    if p <= _LEVEL and accuracy >= chance + min(chance, _MARGIN):
+    enough = chance + min(chance, _MARGIN, (1 - chance) / 2)
+    if p <= _LEVEL and accuracy > enough - 1e-9:  # as much is enough, also after rounding
         return None
     return (
         f"{100 * accuracy:.1f} % of its answers to {images} images are right, and "
-        f"{100 * chance:.2g} % of guesses among {outputs} outputs would be"
+        f"{100 * chance:.3g} % would be if all named the largest class"
     )
 
 

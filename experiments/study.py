@@ -330,6 +330,7 @@ class Study:
             "images": len(self.labels),
             "image_shape": list(self.images.shape[1:]),
             "image_classes": len(self.present),
+            "largest_class": int(self.labels.bincount().max()),
             "outputs": logits.shape[1],
             "stimuli": self.stimuli,
             "note": self.note,

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from _page import CHANGES, FIVE, drawn, page_of
 from _toy import CLASSES, Toy, image_folder, toy_images, toy_study
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from experiments import __main__ as cli
@@ -31,42 +33,70 @@ def about(right: int, images: int, classes: int, **more: Any) -> dict[str, Any]:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(2, 40), st.integers(1, 120), st.data())
+@given(st.lists(st.integers(2, 30), min_size=2, max_size=12), st.data())
 def test_chance_is_told_by_the_exact_test_and_the_margin(
-    outputs: int, images: int, data: st.DataObject
+    counts: list[int], data: st.DataObject
 ) -> None:
+    images = sum(counts)
     right = data.draw(st.integers(0, images))
-    p = Fraction(1, outputs)
+    p = Fraction(max(counts), images)
     tail = sum(comb(images, r) * p**r * (1 - p) ** (images - r) for r in range(right, images + 1))
-    least = p + min(p, Fraction(1, 10))
-    guesses = tail > Fraction(1, 100) or Fraction(right, images) < least
-    assert (near_chance(about(right, images, outputs)) is not None) == guesses
+    least = min(2 * p, p + Fraction(1, 10), (p + 1) / 2)
+    near = tail > Fraction(1, 100) or Fraction(right, images) < least
+    more = {"outputs": data.draw(st.integers(len(counts), 1000)), "largest_class": max(counts)}
+    assert (near_chance(about(right, images, len(counts), **more)) is not None) == near
 
 
 @pytest.mark.parametrize(
-    ("right", "images", "outputs", "guesses"),
+    ("right", "images", "classes", "largest", "near"),
     [
-        (109, 1000, 10, True),
-        (1090, 10_000, 10, True),  # better than a guess beyond doubt, and of no use
-        (250, 1000, 10, False),
-        (50, 500, 1000, False),  # 10 % where a guess has 0.1 %
-        (2, 500, 1000, True),
-        (550, 1000, 2, True),
-        (650, 1000, 2, False),
-        (0, 20, 10, True),
-        (20, 20, 2, False),
-        (5, 6, 2, True),  # too few images to tell
+        (109, 1000, 10, 100, True),
+        (1090, 10_000, 10, 1000, True),  # better than chance beyond doubt, and of no use
+        (250, 1000, 10, 100, False),
+        (50, 500, 10, 50, True),  # one answer to all images, whatever the number of outputs
+        (550, 1000, 2, 500, True),
+        (650, 1000, 2, 500, False),
+        (600, 1000, 3, 600, True),  # one answer again, of unequal classes
+        (680, 1000, 3, 600, True),
+        (700, 1000, 3, 600, False),
+        (960, 1000, 2, 950, True),
+        (990, 1000, 2, 950, False),
+        (0, 20, 10, 2, True),
+        (20, 20, 2, 10, False),
+        (5, 6, 2, 3, True),  # too few images to tell
     ],
 )
-def test_networks_that_guess_and_others(
-    right: int, images: int, outputs: int, guesses: bool
+def test_networks_near_chance_and_others(
+    right: int, images: int, classes: int, largest: int, near: bool
 ) -> None:
-    text = near_chance(about(right, images, outputs))
-    assert (text is not None) == guesses
-    # Ten classes are shown to a network of as many outputs, unless more are recorded.
-    assert near_chance(about(right, images, 10, outputs=outputs)) == text
+    text = near_chance(about(right, images, classes, largest_class=largest, outputs=1000))
+    assert (text is not None) == near
     if text is not None:
-        assert text.startswith(f"{100 * right / images:.1f} % of its answers to {images} images")
+        assert text == (
+            f"{100 * right / images:.1f} % of its answers to {images} images are right, and "
+            f"{100 * largest / images:g} % would be if all named the largest class"
+        )
+    if largest * classes == images:  # as a run is taken that does not record the largest class
+        assert near_chance(about(right, images, classes)) == text
+
+
+class Constant(nn.Module):
+    """Has one answer for all images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU()
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.act(images).flatten(1)[:, :3]
+        return x * 1e-6 + torch.tensor([0.0, 1.0, 0.0])
+
+
+def test_one_answer_to_unequal_classes_is_near_chance() -> None:
+    labels = [0] * 3 + [1] * 9 + [2] * 3
+    study = toy_study(model=Constant(), layers=["act"], labels=labels, metrics=["cka"])
+    said = "60.0 % of its answers to 15 images are right, and 60 % would be if all named the"
+    assert str(near_chance(study.about())).startswith(said)
 
 
 def test_what_is_not_recorded_is_not_near_chance() -> None:
