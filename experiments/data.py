@@ -3,10 +3,10 @@
 import gzip
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,10 +17,10 @@ from torchvision import transforms
 from .folders import (
     IMAGE_SUFFIXES,
     ClassFiles,
+    class_outputs,
     describe_skipped,
+    escape_name,
     image_files,
-    is_image,
-    list_folder,
 )
 from .folders import DataError as DataError
 from .pixels import Transform, decode, describe_size, image_sizes
@@ -45,6 +45,21 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET_NORMALISATION = "ImageNet normalisation"
 
 
+class Resizing(NamedTuple):
+    """What a transform does to the size of an image file.
+
+    Attributes
+    ----------
+    side : int
+        The shorter side in pixels to which files are resized.
+    kept : tuple of int, optional
+        Height and width of the files that are not resized.
+    """
+
+    side: int
+    kept: tuple[int, int] | None = None
+
+
 @dataclass(frozen=True)
 class Stimuli:
     """Images that a network is shown.
@@ -62,7 +77,7 @@ class Stimuli:
     normalisation : str
         What the pixels are normalised by, for people.
     enlarged : str
-        How many of the files are smaller than the images that are shown; empty if none are.
+        How many of the files are enlarged to be shown; empty if none are.
     """
 
     images: torch.Tensor
@@ -174,16 +189,18 @@ def image_folder(
     Parameters
     ----------
     path : path
-        If all sub-directories are named by integers, these are the network's outputs. Otherwise
-        the sub-directories, sorted by name, are outputs 0, 1, …: all the network's classes are
-        to be there, though only those of `classes` need images. Links to folders are followed;
+        If all sub-directories are named by integers, these are the network's outputs; if more than
+        half of them are, the others are refused. Otherwise the sub-directories, sorted by name, are
+        outputs 0, 1, …: all the network's classes are to be there, though only those of `classes`
+        need images. Links to folders are followed;
         hidden files and folders, and those that other programs leave behind, are skipped.
     classes : sequence of str, optional
         Names of the sub-directories to take; all by default.
     size : int or None
         Height and width in pixels. The shorter side is resized to 256/224 of it, bilinearly,
-        and the centre is cut out; RGB, normalised by ImageNet's mean and deviation. None leaves
-        the images as they are, which must all be of one size.
+        and the centre is cut out; files that have this size are taken as they are. RGB, normalised
+        by ImageNet's mean and deviation. None leaves the images as they are, which must all be of
+        one size.
     skip_bad : bool
         Whether to leave out, with a warning, what can't be decoded.
 
@@ -196,13 +213,14 @@ def image_folder(
     ------
     DataError
         If the directory, a class or its images are missing, a class has fewer than two images,
-        one can't be decoded, a link is broken, or images differ in size where ``size`` is None.
+        one can't be decoded, a link is broken, images differ in size where ``size`` is None, or
+        a sub-directory is named neither as the others are nor in UTF-8, or beyond all outputs.
     """
     root = Path(path)
     if size is not None and size < 1:
         raise DataError(f"size: {size} is not a number of pixels; expected 1 or more")
     skipped = Counter[str]()
-    outputs = _outputs(root, skipped)
+    outputs = class_outputs(root, skipped)
     chosen = list(outputs if classes is None else classes)
     if not chosen:
         raise DataError("classes: none are given; expected names of sub-directories, or None")
@@ -214,21 +232,36 @@ def image_folder(
         own = Counter[str]()
         found.append(ClassFiles(output, name, image_files(root / name, own), own))
         skipped += own
-    cut: list[Any] = [transforms.CenterCrop(_common_size(found))] if size is None else []
-    if size is not None:
-        cut = [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)]
+    if size is None:
+        cut, resizing = transforms.CenterCrop(_common_size(found)), None
+    else:
+        resizing = Resizing(round(size * 256 / 224), kept=(size, size))
+        cut = _cut_to(size, resizing.side)
     transform = transforms.Compose(
-        [*cut, _to_tensor, transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+        [cut, _to_tensor, transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
     )
-    images, labels, enlarged = read_classes(root, found, transform, skip_bad)
+    images, labels, enlarged = read_classes(root, found, transform, skip_bad, resizing)
     names = {output: name for name, output in outputs.items()}
     return Stimuli(
         images,
         labels,
         tuple(names.get(output, str(output)) for output in range(max(names) + 1)),
-        f"{len(images)} images of {len(kept)} classes in {root}{describe_skipped(skipped)}",
+        escape_name(
+            f"{len(images)} images of {len(kept)} classes in {root}{describe_skipped(skipped)}"
+        ),
         enlarged=enlarged,
     )
+
+
+def _cut_to(size: int, side: int) -> Callable[[Any], Any]:
+    """Resize an image's shorter side and cut out the centre, unless it has the size already."""
+    resized = transforms.Compose([transforms.Resize(side), transforms.CenterCrop(size)])
+
+    def cut(pixels: Image.Image | torch.Tensor) -> Any:
+        exact = transforms.functional.get_dimensions(pixels)[1:] == [size, size]
+        return pixels if exact else resized(pixels)
+
+    return cut
 
 
 def _to_tensor(pixels: Image.Image | torch.Tensor) -> torch.Tensor:
@@ -255,7 +288,11 @@ def _common_size(found: Sequence[ClassFiles]) -> tuple[int, int]:
 
 
 def read_classes(
-    root: Path, found: Sequence[ClassFiles], transform: Transform, skip_bad: bool = False
+    root: Path,
+    found: Sequence[ClassFiles],
+    transform: Transform,
+    skip_bad: bool = False,
+    resizing: Resizing | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, str]:
     """The images of some classes and their labels.
 
@@ -268,6 +305,8 @@ def read_classes(
         As in `decode`.
     skip_bad : bool
         Whether to leave out, with a warning, what can't be decoded.
+    resizing : Resizing, optional
+        What the transform does to the size of a file; by default it leaves it.
 
     Returns
     -------
@@ -301,36 +340,20 @@ def read_classes(
             expect_two(int((labels == one.output).sum()), one, " that can be decoded")
         bad = ", ".join(str(files[i]) for i in sorted(set(range(len(files))) - set(good)))
         warnings.warn(f"left out, can't be decoded: {bad}", stacklevel=3)
-    return images, labels, _enlarged([files[i] for i in good], images.shape[2:])
+    enlarged = "" if resizing is None else _count_enlarged([files[i] for i in good], resizing)
+    return images, labels, enlarged
 
 
-def _enlarged(files: Sequence[Path], shown: Sequence[int]) -> str:
-    """How many files have a side that is shorter than the images that are shown."""
-    sizes = [size for size in image_sizes(files) if size is not None]
-    small = [size for size in sizes if min(size) < min(shown)]
+def _count_enlarged(files: Sequence[Path], resizing: Resizing) -> str:
+    """Say how many files are enlarged when they are resized."""
+    sizes = [size for size in image_sizes(files) if size not in (None, resizing.kept)]
+    small = [size for size in sizes if size is not None and min(size) < resizing.side]
     if not small:
         return ""
     return (
-        f"{len(small)} of {len(files)} images are smaller than the {describe_size(shown)} pixels "
-        f"shown, the smallest {describe_size(min(small, key=min))}"
+        f"{len(small)} of {len(files)} images are enlarged, to a shorter side of {resizing.side} "
+        f"pixels; the smallest has {describe_size(min(small, key=min))}"
     )
-
-
-def _outputs(root: Path, skipped: Counter[str]) -> dict[str, int]:
-    """The network's output for each sub-directory."""
-    if not root.is_dir():
-        raise DataError(f"images: there is no directory {root}")
-    folders, files = list_folder(root, skipped)
-    if outside := sum(map(is_image, files)):
-        skipped["outside the classes' folders"] += outside
-    names = [folder.name for folder in folders]
-    if not names:
-        raise DataError(f"images: {root} has no sub-directories; expected one for each class")
-    if not all(name.isascii() and name.isdigit() for name in names):
-        return {name: output for output, name in enumerate(names)}
-    if len({int(name) for name in names}) < len(names):
-        raise DataError(f"images: {root} names an output twice, as in 7 and 07")
-    return {name: int(name) for name in names}
 
 
 def _idx(path: Path, ndim: int) -> NDArray[np.uint8]:

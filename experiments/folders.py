@@ -28,6 +28,7 @@ LEFT_BY_OTHERS = frozenset(
     }
 )
 _REASONS = 8  # at most, in a line
+_OUTPUTS = 10**6  # of a network, at most: more than any has, and each gets a name
 
 
 class DataError(ValueError):
@@ -56,6 +57,11 @@ class ClassFiles(NamedTuple):
 def is_image(path: Path) -> bool:
     """Whether a file's suffix is one of an image format that is read."""
     return path.suffix.lower() in IMG_EXTENSIONS
+
+
+def escape_name(name: str) -> str:
+    """Write the bytes of a file's name that are not UTF-8 as escapes, as in "caf\\xe9"."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def list_folder(folder: Path, skipped: Counter[str]) -> tuple[list[Path], list[Path]]:
@@ -98,6 +104,59 @@ def list_folder(folder: Path, skipped: Counter[str]) -> tuple[list[Path], list[P
         else:
             skipped["not regular files"] += 1
     return folders, files
+
+
+def class_outputs(root: Path, skipped: Counter[str]) -> dict[str, int]:
+    """Find the network's output for each class's sub-directory.
+
+    Parameters
+    ----------
+    root : Path
+    skipped : Counter
+        What is left out is added here by reason.
+
+    Returns
+    -------
+    dict of str to int
+        By name: the number that is the name, or the position among the sorted names.
+
+    Raises
+    ------
+    DataError
+        If there are no sub-directories, one is not named in UTF-8, or most are named by outputs and
+        one by something else, by an output that another one has, or by a number beyond all outputs.
+    """
+    if not root.is_dir():
+        raise DataError(f"images: there is no directory {root}")
+    folders, files = list_folder(root, skipped)
+    if outside := sum(map(is_image, files)):
+        skipped["outside the classes' folders"] += outside
+    names = [folder.name for folder in folders]
+    if not names:
+        raise DataError(f"images: {root} has no sub-directories; expected one for each class")
+    if garbled := [name for name in names if name != escape_name(name)]:
+        where = escape_name(str(root / garbled[0]))
+        raise DataError(
+            f"images: the name of {where} is not UTF-8; expected one that is: rename it"
+        )
+    strays = [name for name in names if not (name.isascii() and name.isdigit())]
+    if 2 * len(strays) >= len(names):
+        return {name: output for output, name in enumerate(names)}
+    if strays:
+        raise DataError(
+            f"images: {root} has {len(names) - len(strays)} folders named by outputs, and "
+            f"{strays[0]!r}; expected outputs alone: move it away"
+        )
+    numbers = {name: int(name) for name in names}
+    if len(set(numbers.values())) < len(names):
+        raise DataError(f"images: {root} names an output twice, as in 7 and 07")
+    largest = max(names, key=int)
+    if numbers[largest] >= _OUTPUTS:
+        raise DataError(
+            f"images: {root / largest} is named by a number beyond the outputs of any network; "
+            "expected the network's outputs, 0, 1, …"
+        )
+    return numbers
 
 
 def image_files(folder: Path, skipped: Counter[str]) -> list[Path]:

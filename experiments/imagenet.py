@@ -11,8 +11,16 @@ import torch
 from scipy.io import loadmat  # type: ignore[import-untyped]
 from torchvision.models import AlexNet_Weights
 
-from .data import IMAGENET_MEAN, IMAGENET_STD, Stimuli, read_classes
-from .folders import ClassFiles, DataError, describe_skipped, image_files, is_image, list_folder
+from .data import IMAGENET_MEAN, IMAGENET_STD, Resizing, Stimuli, read_classes
+from .folders import (
+    ClassFiles,
+    DataError,
+    describe_skipped,
+    escape_name,
+    image_files,
+    is_image,
+    list_folder,
+)
 from .pixels import Transform
 
 WNIDS_FILE = Path(__file__).parent / "assets" / "imagenet_wnids.txt"
@@ -155,9 +163,12 @@ def validation(
             read = image_files(folder, own)[:per_class]
             found.append(ClassFiles(output, categories()[output], read, own))
             skipped += own
-    images, targets, enlarged = read_classes(root, found, transform, skip_bad)
+    # torchvision's transforms know the side that they resize to; of others it isn't known.
+    side = getattr(transform, "resize_size", None)
+    resizing = None if side is None else Resizing(side[0])
+    images, targets, enlarged = read_classes(root, found, transform, skip_bad, resizing)
     source = f"{len(images)} images of {len(chosen)} classes in {root}{describe_skipped(skipped)}"
-    return Stimuli(images, targets, categories(), source, enlarged=enlarged)
+    return Stimuli(images, targets, categories(), escape_name(source), enlarged=enlarged)
 
 
 def noise(classes: Sequence[int], per_class: int, size: int = 224, seed: int = 0) -> Stimuli:

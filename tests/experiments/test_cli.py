@@ -289,7 +289,7 @@ def test_images_of_several_sizes_need_a_size(folder: Path) -> None:
     assert "bee/2.png 8 x 9; expected images of one size, or --size" in err
     code, out, err = sweep(*TOY, "--images", folder, "--plan")
     assert (code, err) == (0, "")
-    assert "are smaller" not in out
+    assert "Warning: 1 of 12 images are enlarged, to a shorter side of 9 pixels; " in out
 
 
 def test_small_images_are_warned_of(folder: Path) -> None:
@@ -297,10 +297,10 @@ def test_small_images_are_warned_of(folder: Path) -> None:
         Image.new("RGB", (5, 4)).save(file)
     code, out, err = sweep(*TOY, "--images", folder, "--plan")
     assert (code, err) == (0, "")
-    assert out.count("are smaller") == 1
+    assert out.count("Warning") == 1
     assert (
-        "Warning: 12 of 12 images are smaller than the 8 x 8 pixels shown, "
-        "the smallest 4 x 5 (height x width)\n"
+        "Warning: 12 of 12 images are enlarged, to a shorter side of 9 pixels; "
+        "the smallest has 4 x 5 (height x width)\n"
     ) in out
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
 from experiments import data
 from experiments.data import DataError, decode, demo, image_folder
@@ -219,14 +220,42 @@ def test_the_files_own_size(folder):
     assert image_folder(folder, ["ape", "bee"], None).images.shape == (4, 3, 40, 300)
 
 
-def test_small_images_are_counted(folder):
-    assert image_folder(folder, size=40).enlarged == ""
-    Image.new("RGB", (20, 30)).save(folder / "ape" / "0.png")
-    assert image_folder(folder, size=40).enlarged == (
-        "1 of 6 images are smaller than the 40 x 40 pixels shown, "
-        "the smallest 30 x 20 (height x width)"
+@pytest.mark.parametrize("size", [8, 40, 224])
+def test_files_of_the_size_are_shown_as_they_are(folder, size):
+    """Others are resized and cropped, in the same folder as well."""
+    rng = np.random.default_rng(size)
+    for name, shape in (("ape", (size, size)), ("bee", (size + 1, size)), ("cat", (size, size))):
+        Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(
+            folder / name / "0.png"
+        )
+    deep = rng.integers(0, 2**16, (size, size)).astype(np.uint16)
+    Image.fromarray(deep).save(folder / "cat" / "0.png")
+    stimuli = image_folder(folder, size=size)
+    mean, std = torch.tensor([data.IMAGENET_MEAN, data.IMAGENET_STD])[..., None, None].double()
+    with Image.open(folder / "ape" / "0.png") as image:
+        shallow = torch.from_numpy(np.array(image)).permute(2, 0, 1).double() / 255
+    grey = torch.from_numpy(deep / (2**16 - 1)).repeat(3, 1, 1)
+    for shown, pixels in ((stimuli.images[0], shallow), (stimuli.images[4], grey)):
+        torch.testing.assert_close(shown, ((pixels - mean) / std).float(), rtol=1e-5, atol=1e-5)
+    with Image.open(folder / "bee" / "0.png") as image:
+        resized = transforms.Resize(round(size * 256 / 224))(image)
+        cropped = transforms.functional.to_tensor(transforms.CenterCrop(size)(resized))
+    expected = ((cropped.double() - mean) / std).float()
+    torch.testing.assert_close(stimuli.images[2], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_enlarged_images_are_counted(folder):
+    assert image_folder(folder, size=35).enlarged == ""  # 40 pixels, before they are cropped
+    assert image_folder(folder, size=36).enlarged == (
+        "6 of 6 images are enlarged, to a shorter side of 41 pixels; "
+        "the smallest has 40 x 60 (height x width)"
     )
-    assert "6 of 6 images are smaller than the 64 x 64" in image_folder(folder, size=64).enlarged
+    Image.new("RGB", (20, 30)).save(folder / "ape" / "0.png")
+    Image.new("RGB", (35, 35)).save(folder / "bee" / "0.png")
+    assert image_folder(folder, size=35).enlarged == (
+        "1 of 6 images are enlarged, to a shorter side of 40 pixels; "
+        "the smallest has 30 x 20 (height x width)"
+    )
 
 
 def test_what_a_folder_may_lack(folder, tmp_path):

@@ -64,6 +64,49 @@ def test_what_other_programs_leave_is_no_stimulus(folder, names):
     assert image_folder(folder, [names[1]], size=8).labels.tolist() == [clean.labels[2]] * 2
 
 
+@pytest.mark.parametrize("stray", ["notes", "10 old", "-1", "1.5", "٣"])
+def test_a_stray_folder_beside_outputs_does_not_renumber_them(folder, stray):
+    for old, new in zip(CLASSES, ("0", "1", "10"), strict=True):
+        (folder / old).rename(folder / new)
+    assert image_folder(folder, size=8).labels.tolist() == [0, 0, 1, 1, 10, 10]
+    (folder / stray).mkdir()
+    message = rf"has 3 folders named by outputs, and {stray!r}; expected outputs alone: move it aw"
+    for classes in (None, ["0", "1"]):
+        with pytest.raises(DataError, match=message):
+            image_folder(folder, classes, size=8)
+
+
+def test_names_of_which_one_is_a_number_are_names(folder):
+    (folder / "bee").rename(folder / "747")
+    assert image_folder(folder, size=8).classes == ("747", "ape", "cat")
+
+
+@pytest.mark.parametrize("number", ["1000000", "20240101", "1000000000", "9" * 20, "9" * 200])
+def test_numbers_beyond_all_outputs(folder, number):
+    for old, new in zip(CLASSES, ("0", "1", number), strict=True):
+        (folder / old).rename(folder / new)
+    message = rf"^images: .*/{number} is named by a number beyond the outputs of any network; exp"
+    with pytest.raises(DataError, match=message):
+        image_folder(folder, size=8)
+    (folder / number).rename(folder / "999999")
+    stimuli = image_folder(folder, size=8)
+    assert stimuli.labels.tolist() == [0, 0, 1, 1, 999999, 999999]
+    assert len(stimuli.classes) == 10**6
+
+
+def test_names_that_are_not_utf_8(folder):
+    garbled = os.fsdecode(b"caf\xe9")
+    (folder / "ape" / f"{garbled}.png{garbled}").touch()
+    root = folder.rename(folder.with_name(garbled))
+    source = image_folder(root, size=8).source
+    assert source.endswith(r"/caf\xe9 (skipped: 1 *.pngcaf\xe9)")
+    (root / "bee").rename(root / garbled)
+    message = r"^images: the name of .*/caf\\xe9/caf\\xe9 is not UTF-8; expected one that is: rena"
+    with pytest.raises(DataError, match=message) as caught:
+        image_folder(root, size=8)
+    str(caught.value).encode()
+
+
 def test_files_that_are_not_read_are_counted(folder):
     Image.new("L", (5, 5)).save(folder / "bee" / "a.GIF")
     (folder / "bee" / "notes").touch()

@@ -131,6 +131,18 @@ def test_a_directory_for_each_class(tmp_path, directories):
     )
 
 
+@pytest.mark.parametrize(("side", "count"), [(8, 2), (9, 2), (10, 0)])
+def test_images_that_are_enlarged_are_counted(tmp_path, side, count):
+    """The network's own transform resizes to 10 pixels also what has the 8 that are shown."""
+    for i, size in enumerate([(side, side), (40, side)]):
+        (tmp_path / "13").mkdir(exist_ok=True)
+        Image.new("RGB", size).save(tmp_path / "13" / f"{i}.png")
+    said = f"2 of 2 images are enlarged, to a shorter side of 10 pixels; the smallest has {side} "
+    enlarged = validation(tmp_path, [JUNCO], TRANSFORM).enlarged
+    assert enlarged.startswith(said) if count else enlarged == ""
+    assert validation(tmp_path, [JUNCO], lambda image: TRANSFORM(image)).enlarged == ""
+
+
 def test_what_directories_may_lack(tmp_path):
     for i in range(2):
         draw(tmp_path / "snail" / f"{i}.png", i)
