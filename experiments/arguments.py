@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,6 +117,14 @@ def check_progress(value: Any) -> Callable[[Any], object] | None:
     if value is not None and not callable(value):
         raise StudyError(f"progress: {_options.shown(value)}; expected a function of a Step")
     return value
+
+
+def check_folder(value: Any) -> Path:
+    """Check that a folder is a path."""
+    try:
+        return Path(value)
+    except TypeError:
+        raise StudyError(f"out: {_options.shown(value)}; expected the path of a folder") from None
 
 
 def check_model(value: Any) -> nn.Module:

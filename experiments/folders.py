@@ -136,9 +136,7 @@ def class_outputs(root: Path, skipped: Counter[str]) -> dict[str, int]:
         raise DataError(f"images: {root} has no sub-directories; expected one for each class")
     if garbled := [name for name in names if name != escape_name(name)]:
         where = escape_name(str(root / garbled[0]))
-        raise DataError(
-            f"images: the name of {where} is not UTF-8; expected one that is: rename it"
-        )
+        raise DataError(f"images: the name of {where} is not UTF-8; expected one that is")
     strays = [name for name in names if not (name.isascii() and name.isdigit())]
     if 2 * len(strays) >= len(names):
         return {name: output for output, name in enumerate(names)}

@@ -31,6 +31,9 @@ def one_line_errors() -> Iterator[None]:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise typer.Exit(2) from None
+    except SystemExit as error:  # of a network's own code: it would pass for a run that is done
+        print(f"error: something in the network called sys.exit({error.code!r})", file=sys.stderr)
+        raise typer.Exit(2) from None
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 import torchvision.models as zoo
 from torch import nn
 
-from .models import ModelError, count_outputs, fill, read_checkpoint
+from .checkpoints import ModelError, count_outputs, fill, read_checkpoint
 
 TEN = (  # schooner, brain coral, junco, snail, grey whale, Siberian husky, electric fan, bookcase,
     # fountain pen, toaster

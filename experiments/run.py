@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd  # type: ignore[import-untyped]
 
-from .arguments import check_progress
+from .arguments import check_folder, check_progress
 from .configuration import digest
 from .executors import Event, Executor, ExecutorError
 from .executors.worker import Serial, version_of
@@ -210,13 +210,14 @@ def run_folder(
     RunError
         Two studies have one name.
     StudyError
-        A network's weights have changed since its study was made.
+        ``out`` is no path, or a network has changed since its study was made.
     StoreError
         ``out`` holds another run or other files.
     OSError
         ``out`` can't be written.
     """
     _check_names(studies)
+    folder = check_folder(out)
 
     def facts() -> dict[str, Any]:
         for study in studies:
@@ -227,7 +228,7 @@ def run_folder(
             "about": {**(about or {}), "models": {study.name: study.about() for study in studies}},
         }
 
-    store = Store.create(out, _configuration(studies), facts)
+    store = Store.create(folder, _configuration(studies), facts)
     _settle(studies, store)
     return store
 

@@ -185,7 +185,9 @@ def precision(value: Any) -> str:
 def grid(value: Any) -> tuple[int, int]:
     """Check a grid of cells: two whole numbers of at least 1."""
     sides = items(value) or ()
-    whole = all(isinstance(k, (int, np.integer)) and k >= 1 for k in sides)
+    whole = all(
+        isinstance(k, (int, np.integer)) and not isinstance(k, bool) and k >= 1 for k in sides
+    )
     if len(sides) != 2 or not whole:
         raise OptionError(
             f"grid: {shown(value)}; expected two whole numbers of at least 1, as (4, 4)"

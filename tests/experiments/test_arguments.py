@@ -103,6 +103,7 @@ FRACTION = np.where(LABELS == 1, 0.5, LABELS)
         ({"images": MASKED}, "images: .*masked"),
         ({"labels": np.ma.masked_equal(LABELS, 2)}, "labels: .*masked"),
         ({"targets": np.ma.masked_equal([0, 1, 2], 2)}, "targets: .*masked"),
+        ({"images": IMAGES[:0], "labels": LABELS[:0]}, "images: there are none; expected two or m"),
         ({"images": IMAGES.astype(object)}, "images: dtype object; expected real numbers"),
         ({"images": [["a"] * P] * N}, "images: dtype <U1; expected real numbers"),
         ({"images": torch.eye(N).to_sparse()}, "images: .*dense"),
@@ -119,6 +120,7 @@ FRACTION = np.where(LABELS == 1, 0.5, LABELS)
         ({"targets": [[0, 1]]}, r"targets: \[\[0, 1\]\]; expected a sequence of integer labels"),
         ({"targets": [1, 1]}, r"targets: \[1, 1\] is empty or repeats"),
         ({"grid": (2.9, 2)}, r"grid: \(2.9, 2\); expected two whole numbers"),
+        ({"grid": (True, 2)}, r"grid: \(True, 2\); expected two whole numbers"),
         ({"grid": (2, 2, 2)}, r"grid: \(2, 2, 2\); expected two whole numbers"),
         ({"grid": "4x4"}, "grid: '4x4'; expected two whole numbers"),
         ({"grid": 4}, "grid: 4; expected two whole numbers"),
@@ -170,6 +172,12 @@ def test_progress_that_is_no_function_is_named_before_anything_is_made(tmp_path:
         with pytest.raises(StudyError, match=r"^progress: .*; expected a function of a Step$"):
             call()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("out", [3, b"run", ["run"]])
+def test_a_folder_that_is_no_path_is_named(out: Any) -> None:
+    with pytest.raises(StudyError, match=r"^out: .*; expected the path of a folder$"):
+        toy_study(metrics=["cka"]).run(out)
 
 
 def test_options_of_numpy_are_written_as_json(tmp_path: Path) -> None:

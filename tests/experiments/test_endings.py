@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-from _toy import image_folder
+from _toy import Toy, image_folder
+from torch import Tensor
 from typer.testing import CliRunner
 
 from experiments import __main__ as cli
@@ -124,3 +126,20 @@ def test_where_all_failed_there_is_no_table(monkeypatch: pytest.MonkeyPatch) -> 
         assert err.splitlines()[-1] == "no table: all 6 units failed"
         assert err.count("failed: _toy:Toy") == own
         assert not TABLE.exists()
+
+
+class Exiting(Toy):
+    """Ends the program where it is shown many images: when the study is made it runs with few."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if isinstance(images, Tensor) and len(images) > 2:
+            sys.exit(0)
+        return super().forward(images)
+
+
+@pytest.mark.parametrize("options", [(), ("--quiet",)])
+def test_a_network_that_ends_the_program_does_not_end_it_well(options: tuple[str, ...]) -> None:
+    code, _, err = sweep("--model", f"{__name__}:Exiting", *options)
+    assert code == 2
+    assert err.splitlines()[-1] == "error: something in the network called sys.exit(0)"
+    assert not TABLE.exists()

@@ -121,6 +121,97 @@ def test_unknown_names(name, message):
         build(name)
 
 
+NETS = """
+import sys
+from torch import nn
+def need(width, *rest, depth, scale=1.0, **more): return nn.Linear(width, depth)
+class Need(nn.Module):
+    def __init__(self, width): super().__init__()
+def fail(): raise RuntimeError("no \\n GPU")
+def stop(): sys.exit(0)
+def make(*rest, scale=1.0, **more): return nn.Linear(2, 2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("own_nets:need", r"needs arguments \(width, depth\); expected a callable without any"),
+        ("own_nets:Need", r"needs arguments \(width\); expected a callable without any"),
+        ("own_nets:fail", r"fails: RuntimeError: no GPU \(.*own_nets\.py, line 7\)"),
+        ("own_nets:stop", r"fails: SystemExit: 0 \(.*own_nets\.py, line 8\)"),
+        ("own_stops:make", r"can't be imported: SystemExit: 0 \(.*own_stops\.py, line 2\)"),
+        ("own_fails:make", r"can't be imported: KeyError: 'here' \(.*own_fails\.py, line 1\)"),
+        ("own_typo:make", r"can't be imported: SyntaxError: .* \(own_typo\.py, line 1\)"),
+        ("./own_nets:make", "is a path; expected 'package.module:callable', a name that Python"),
+        ("own_nets.py:make", "is a path; expected 'package.module:callable', a name that Python"),
+        (".own_nets:make", "is a path; expected 'package.module:callable', a name that Python"),
+    ],
+)
+def test_what_goes_wrong_in_a_users_module_is_one_line(name, message, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_nets.py").write_text(NETS)
+    (tmp_path / "own_stops.py").write_text("import sys\nsys.exit(0)\n")
+    (tmp_path / "own_fails.py").write_text("{}['here']\n")
+    (tmp_path / "own_typo.py").write_text("def (\n")
+    with pytest.raises(ModelError, match=f"^model: {name!r} {message}") as caught:
+        load(name)
+    one_line(caught)
+    assert isinstance(load("own_nets:make"), nn.Linear)
+    monkeypatch.delitem(sys.modules, "own_nets")
+
+
+UNUSUAL = {
+    "sparse (torch.sparse_coo)": torch.Tensor.to_sparse,
+    "sparse (torch.sparse_csr)": torch.Tensor.to_sparse_csr,
+    "quantised (torch.qint8)": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+    "on the meta device, without values": lambda t: t.to("meta"),
+    "nested": lambda t: torch.nested.nested_tensor([t, t]),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch's, of these kinds of tensor
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_tensors_that_are_not_dense_are_refused(kind, tmp_path):
+    state = Outside().state_dict()
+    state["1.weight"] = UNUSUAL[kind](state["1.weight"])
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(ModelError) as caught:
+        load(f"{__name__}:Outside", tmp_path / "a.pt")
+    expected = f"weights: '1.weight' of {tmp_path / 'a.pt'} is {kind}; expected a dense tensor"
+    assert str(caught.value) == expected
+
+
+class Counting(Outside):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.tensor(3))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "held"),
+    [
+        ("1.bias", torch.ones(4, dtype=torch.complex64), False),
+        ("1.bias", torch.ones(4, dtype=torch.float64) / 3, True),
+        ("1.bias", torch.ones(4, dtype=torch.bfloat16), True),
+        ("1.bias", torch.ones(4, dtype=torch.int64), True),
+        ("count", torch.tensor(3.0), True),
+        ("count", torch.tensor(2.5), False),
+        ("count", torch.tensor(3 + 1j), False),
+    ],
+)
+def test_values_that_a_dtype_cannot_hold_are_refused(key, value, held, tmp_path):
+    state = Counting().state_dict() | {key: value}
+    torch.save(state, tmp_path / "a.pt")
+    if held:
+        model = load(f"{__name__}:Counting", tmp_path / "a.pt")
+        assert torch.equal(model.state_dict()[key], value.to(model.state_dict()[key].dtype))
+        return
+    with pytest.raises(ModelError, match=rf"{key!r} is {value.dtype}; expected torch\.") as caught:
+        load(f"{__name__}:Counting", tmp_path / "a.pt")
+    one_line(caught)
+
+
 def test_checkpoint_of_another_architecture(tmp_path):
     state = build("alexnet_small").state_dict()
     save_file(state, tmp_path / "a.safetensors")
