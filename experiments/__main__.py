@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .options import one_line_errors, split
+from .options import OptionsError, one_line_errors, split
 from .sweep import sweep
 
 # PyTorch, pandas and matplotlib are imported by the commands that need them: --help is quick.
@@ -125,8 +125,12 @@ def stats(
         typer.Option(help="Of the distances those that are similarities: negated."),
     ] = None,
     cluster: Annotated[
-        str, typer.Option(help="Column that intervals leave one out of at a time.")
-    ] = "class",
+        str | None,
+        typer.Option(
+            help="Of the columns that name a group, the one that intervals leave one out of at a "
+            "time; class by default."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The correlations of every group: .csv or .parquet.")
     ] = None,
@@ -145,9 +149,11 @@ def stats(
         keys = names if by else [name for name in names if name in rows.columns]
         turned = split(similarities) or []
         groups = correlations(rows, *sides, keys, similarities=turned)
+        if cluster is not None and cluster not in keys:
+            raise OptionsError(f"cluster: {cluster!r} names no group; expected {' or '.join(keys)}")
         for remark in remarks(rows, *sides, keys, turned):
             print(f"warning: {remark}", file=sys.stderr)
-        show_correlations(Console(highlight=False, markup=False), groups, cluster)
+        show_correlations(Console(highlight=False, markup=False), groups, cluster or "class")
         if out is not None:
             write(groups, out)
             print(out)

@@ -16,14 +16,12 @@ from .resampling import fisher_z as fisher_z
 from .resampling import holm as holm
 from .resampling import intervals as intervals
 from .resampling import jackknife, sign_flips
-from .stats import BASELINE, StatsError, check_columns
+from .stats import BASELINE, RESULTS, StatsError, check_columns
 
 AHEAD = ("cka", "procrustes")
 BEHIND = ("pwcca", "cca", "cca_squared")
 _ROUNDING = 1e-12  # of a sum's terms: what is no more is 0
 _BOUNDARY = 1e-4  # of the residual's variance: an optimiser comes no nearer to 0
-# Columns that are not part of a group's name.
-_VALUES = ("distance", "change", "spearman", "kendall", "n")
 
 Weights = Mapping[tuple[str, str], float]
 
@@ -161,7 +159,7 @@ def mixed_model(
     """
     from statsmodels.regression import mixed_linear_model  # type: ignore[import-untyped]
 
-    check_columns(per_group, per_group=_VALUES[:3], cluster=[cluster])
+    check_columns(per_group, per_group=RESULTS[:3], cluster=[cluster])
     ahead, behind = (_present(per_group, side) for side in (AHEAD, BEHIND))
     for side, found in ((AHEAD, ahead), (BEHIND, behind)):
         if not found:
@@ -267,7 +265,7 @@ def claims(
     StatsError
         A column is missing, or there are rows of more than one model.
     """
-    check_columns(per_group, per_group=_VALUES[:3], cluster=[cluster])
+    check_columns(per_group, per_group=RESULTS[:3], cluster=[cluster])
     if "model" in per_group and per_group["model"].nunique() > 1:
         raise StatsError("per_group: has rows of more than one model; expected those of one")
     metrics = [name for name in per_group["distance"].unique() if name != BASELINE]
@@ -357,12 +355,12 @@ def _present(per_group: pd.DataFrame, distances: Sequence[str]) -> list[str]:
 
 def _wide(per_group: pd.DataFrame, cluster: str, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
     """Fisher z of each group, a row, and pair, a column."""
-    check_columns(per_group, per_group=_VALUES[:3], cluster=[cluster])
+    check_columns(per_group, per_group=RESULTS[:3], cluster=[cluster])
     have = pd.MultiIndex.from_frame(per_group[["distance", "change"]])
     for distance, change in pairs:
         if (distance, change) not in have:
             raise StatsError(f"per_group: has no row of {distance!r} against {change!r}")
-    by = [name for name in per_group.columns if name not in _VALUES]
+    by = [name for name in per_group.columns if name not in RESULTS]
     rows = per_group.loc[have.isin(list(pairs))]
     if rows.duplicated([*by, "distance", "change"]).any():
         raise StatsError(f"per_group: has a pair twice in a group; expected groups by {by}")

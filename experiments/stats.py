@@ -22,6 +22,8 @@ PROBES = {
     "ridge": ("decodability_refit", "decodability_frozen", "margin_refit", "margin_frozen"),
     "paper": ("decodability_paper",),
 }
+#: What `correlations` says of a group, behind the columns that name it.
+RESULTS = ("distance", "change", "spearman", "kendall", "n")
 CHANGES = (*PERFORMANCE, *(name for names in PROBES.values() for name in names))
 _SIGNS = 2**25  # that are held at a time
 _LARGE = 2048  # cells of a group, from where on sorting takes less than comparing all with all
@@ -76,8 +78,9 @@ def correlations(
     Raises
     ------
     StatsError
-        A column is missing, is there twice, doesn't hold numbers (those of ``by``: names), there
-        are no rows, or a group has a cell twice.
+        A column is missing, is there or named twice, doesn't hold numbers (those of ``by``: names),
+        one of ``by`` has the name of a column of the result, there are no rows, or a group has a
+        cell twice.
 
     Notes
     -----
@@ -214,6 +217,10 @@ def _check(
 ) -> None:
     check_columns(table, by=by, distances=distances, changes=changes)
     check_names(table, by=by)
+    if taken := [name for name in by if name in RESULTS]:
+        raise StatsError(
+            f"by: {taken[0]!r} is the name of a column of the result; expected another: rename it"
+        )
     for name in similarities:
         if name not in distances:
             raise StatsError(f"similarities: {name!r} is not among distances {list(distances)}")
@@ -235,6 +242,8 @@ def check_columns(table: pd.DataFrame, **arguments: Sequence[str]) -> None:
     for argument, names in arguments.items():
         if not names:
             raise StatsError(f"{argument}: is empty; expected some of {columns}")
+        if twice := [name for name in names if list(names).count(name) > 1]:
+            raise StatsError(f"{argument}: {twice[0]!r} is named twice; expected it once")
         for name in names:
             count = list(table.columns).count(name)
             if not count:
@@ -284,8 +293,21 @@ def numbers_of(table: pd.DataFrame, names: Sequence[str]) -> Floats:
 
 
 def _example(column: pd.Series) -> str:
-    """The first value that is no number, if there is one."""
-    for value in column:
-        if not pd.api.types.is_number(value):
-            return f", such as {' '.join(reprlib.repr(value).split())}"
-    return ""
+    """The first value that can't be read as a number, or else the first that isn't one."""
+    others = [
+        (row, value)
+        for row, value in enumerate(column, 1)
+        if not (pd.api.types.is_number(value) or (pd.api.types.is_scalar(value) and pd.isna(value)))
+    ]
+    if not others:
+        return ""
+    row, value = next((pair for pair in others if not _is_readable(pair[1])), others[0])
+    return f", such as {' '.join(reprlib.repr(value).split())} in row {row}"
+
+
+def _is_readable(value: object) -> bool:
+    """Whether a text is one of a number; Python alone reads "1_000" as one."""
+    try:
+        return isinstance(value, str) and "_" not in value and float(value) is not None
+    except ValueError:
+        return False

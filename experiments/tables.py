@@ -45,20 +45,24 @@ def read(
     -------
     DataFrame
         From CSV, the columns of ``cell`` and ``by`` are text as it is written: "NA" and "01" are
-        names. From Parquet, the named levels of an index are columns.
+        names. Blanks around the names of columns don't count. From Parquet, the named levels of an
+        index are columns.
 
     Raises
     ------
     StatsError
-        The file is of another kind or can't be read as its own, or lacks a column of ``cell``.
+        There is no such file, it is of another kind or can't be read as its own, or it lacks a
+        column of ``cell``.
     OSError
-        There is no such file.
+        The file may not be read, or is a folder.
     """
     path = Path(path)
     check_suffix("table", path)
+    if not path.exists():
+        raise StatsError(f"table: there is no file {path}")
     try:
         table = _read_csv(path, {*cell, *by}) if path.suffix == ".csv" else _read_parquet(path)
-    except (StatsError, FileNotFoundError):
+    except StatsError:
         raise
     except (ValueError, TypeError, LookupError, ImportError, NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
@@ -77,7 +81,7 @@ def read(
 def _read_csv(path: Path, names: set[str]) -> pd.DataFrame:
     """Read a table whose columns of ``names`` are text, whatever it says."""
     line = pd.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False)
-    header = list(line.iloc[0])
+    header = [name.strip() for name in line.iloc[0]]  # of "a, b"
     for mark, separator in ((";", "semicolons"), ("\t", "tabs")):
         if sum(name.count(mark) for name in header) >= len(header):
             raise StatsError(
@@ -93,8 +97,11 @@ def _read_csv(path: Path, names: set[str]) -> pd.DataFrame:
         raise StatsError(
             f"table: rows of {path} have more values than its first line has names"
         ) from None
-    own = [name for name in table.columns if name in names]
-    table[own] = pd.read_csv(path, index_col=False, usecols=own, dtype=str, na_filter=False)
+    table.columns = pd.RangeIndex(len(header))
+    own = [column for column, name in enumerate(header) if name in names]
+    text = pd.read_csv(path, index_col=False, usecols=own, dtype=str, na_filter=False)
+    for column, name in zip(own, text.columns, strict=True):
+        table[column] = text[name]
     table.columns = pd.Index(header)  # pandas would rename the second of two that are the same
     return table
 

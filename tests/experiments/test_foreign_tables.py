@@ -160,7 +160,7 @@ def stats_of(table: pd.DataFrame, folder: Path) -> str:
 @pytest.mark.parametrize(
     ("column", "options", "message"),
     [
-        ("cka", (), "table: column 'cka' is object, such as array([1, 2]); expected numbers"),
+        ("cka", (), "table: column 'cka' is object, such as array([1, 2]) in row 1; expected "),
         ("layer", (), "by: column 'layer' holds lists or the like; expected names"),
         ("cell", (), "cell: column 'cell' holds lists or the like; expected names"),
         ("place", ("--cell", "place"), "cell: column 'place' holds lists or the like; expected"),
@@ -191,9 +191,9 @@ def as_csv(**changes: Any) -> str:
         ("\n\n", "t.csv can't be read (No columns to parse from file)"),
         (drawn(["m"])[:0].to_csv(index=False), "table: has no rows; expected one per cell"),
         ("a,b\n1,2\n", "by: is empty; expected some of a, b"),
-        (as_csv(top1="n/d"), "table: column 'top1' is str, such as 'n/d'; expected numbers"),
-        (as_csv(cka='"0,5"'), "table: column 'cka' is str, such as '\"0,5\"'; expected numbers"),
-        (as_csv(top1="1+2j"), "such as '1+2j'; expected numbers"),
+        (as_csv(top1="n/d"), "table: column 'top1' is str, such as 'n/d' in row 1; expected"),
+        (as_csv(cka='"0,5"'), "table: column 'cka' is str, such as '\"0,5\"' in row 1; expe"),
+        (as_csv(top1="1+2j"), "such as '1+2j' in row 1; expected numbers"),
         (drawn(["m"]).assign(top2=0).to_csv(index=False).replace("top2", "cka"), "2 columns 'cka'"),
         (as_csv().replace(",top1\n", "\n"), "have more values than its first line has names"),
         ("cell,x\n1,2,3\n4,5,6\n", "have more values than its first line has names"),
@@ -213,6 +213,73 @@ def test_what_is_no_table_of_numbers_is_said_in_a_line(
     assert (code, out, len(err)) == (2, "", 1), (out, err)
     assert err[0].startswith("error: ")
     assert message in err[0]
+
+
+@pytest.mark.parametrize("bad", ["oops", "1_000", "0,5", "--"])
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_the_value_that_is_no_number_is_named_with_its_row(
+    tmp_path: Path, bad: str, suffix: str
+) -> None:
+    table = drawn(["m"])
+    table["top1"] = table["top1"].map(repr).astype(object)
+    table.loc[3, "top1"] = None  # is missing, and no fault
+    table.loc[5, "top1"] = "1e-3"
+    table.loc[11, "top1"] = bad
+    path = tmp_path / f"t{suffix}"
+    if suffix == ".csv":
+        table.to_csv(path, index=False)
+    else:
+        table.to_parquet(path)
+    code, _, err = stats(path)
+    (line,) = (line for line in err if line.startswith("error: "))
+    assert code == 2
+    assert line.endswith(f"such as {bad!r} in row 12; expected numbers")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--distances", "cka"), "distances: 'cka' is named twice; expected it once"),
+        (("--changes", "energy,top1"), "changes: 'top1' is named twice; expected"),
+        (("--by", "layer,layer"), "by: 'layer' is named twice; expected it once"),
+        (("--cell", "cell,cell"), "cell: 'cell' is named twice; expected it once"),
+        (("--by", "distance,layer"), "by: 'distance' is the name of a column of the result; exp"),
+        (("--by", "layer,n"), "by: 'n' is the name of a column of the result; expected another"),
+        (("--cluster", "nope"), "cluster: 'nope' names no group; expected model or class or layer"),
+        (("--by", "class,layer", "--cluster", "model"), "cluster: 'model' names no group; expec"),
+    ],
+)
+def test_columns_that_do_not_go_together_are_refused(
+    tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    drawn(["m"]).assign(distance=1, n=2).to_csv(tmp_path / "t.csv", index=False)
+    code, out, (line,) = stats(tmp_path / "t.csv", *options)  # beside one distance and one change
+    assert (code, out) == (2, "")
+    assert line.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize("cluster", ["model", "class", "layer"])
+def test_intervals_leave_out_the_cluster_that_is_asked_for(tmp_path: Path, cluster: str) -> None:
+    drawn(["m", "n"]).to_csv(tmp_path / "t.csv", index=False)
+    code, out, err = stats(tmp_path / "t.csv", "--cluster", cluster)
+    assert (code, err) == (0, [])
+    assert f"Intervals: jackknife-t over {cluster}." in out
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_file_that_is_missing_is_said_to_be(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"missing{suffix}"
+    assert stats(path) == (2, "", [f"error: table: there is no file {path}"])
+
+
+def test_blanks_around_the_names_of_columns_do_not_count(tmp_path: Path) -> None:
+    table = drawn(["01", "1"])
+    header, rest = table.to_csv(index=False).split("\n", 1)
+    (tmp_path / "t.csv").write_text(f"{header.replace(',', ' , ')} \n{rest}")
+    assert stats(tmp_path / "t.csv") == (0, stats_of(table, tmp_path), [])
+    got = read(tmp_path / "t.csv")
+    assert list(got.columns) == list(table.columns)
+    assert got["model"].tolist() == table["model"].tolist()
 
 
 @pytest.mark.parametrize("every", [1, 2, 5])
