@@ -179,10 +179,56 @@ def against_baseline(model: Model) -> dict[str, tuple[list[str], list[str]]]:
     for change in filter(None, (PERFORMANCE, model.decodability)):
         if change in model.changes:
             tests = beyond(model.per_group, change)
+            if all(math.isnan(test.estimate) for test in tests):
+                continue  # nothing is lost, or the same in all cells
             more = [METRIC_NAMES[test.name] for test in tests if test.low > 0]
             less = [METRIC_NAMES[test.name] for test in tests if test.high < 0]
             found[change] = more, less
     return found
+
+
+def describe_following(model: Model) -> dict[str, str]:
+    """By change that has figures, say which metrics follow it most and least.
+
+    Correlations count as equal where they are at the page's two decimals.
+    """
+    found = {}
+    metrics = model.estimates[model.estimates["distance"] != BASELINE]
+    for change, mine in metrics.groupby("change", sort=False):
+        rho = mine.set_index("distance")["estimate"].dropna().round(2) + 0.0  # no -0.00
+        if change not in model.drawn or rho.empty:
+            continue
+
+        def named(value: float, rho: pd.Series = rho) -> str:
+            names = [METRIC_NAMES[name] for name in rho.index[rho == value]]
+            return f"{' and '.join(names)} ({value:.2f})"
+
+        if len(rho) == 1:
+            why = "measured" if len(mine) == 1 else "that has a correlation"
+            found[change] = f"by {named(rho.max())}, the only metric {why}"
+        elif rho.nunique() == 1:
+            which = "" if len(rho) == len(mine) else " that have a correlation"
+            found[change] = f"equally by all metrics{which} ({rho.max():.2f})"
+        else:
+            found[change] = f"most by {named(rho.max())}, least by {named(rho.min())}"
+    return found
+
+
+def costliest_layer(table: pd.DataFrame, change: str) -> tuple[str, str]:
+    """The layer where ablation costs most on average, and what to say of it.
+
+    Of layers that cost the same it is the first by name.
+    """
+    costs = table.groupby("layer", observed=True)[change].mean().dropna()
+    most = int((costs == costs.max()).sum())
+    if len(costs) == 1:
+        said = "the only one with a value"
+    elif most == len(costs):
+        said = "ablation costs the same in all layers"
+    else:
+        one = "the one" if most == 1 else f"one of {most}"
+        said = f"of those that ran, {one} where ablation costs most"
+    return costs.idxmax(), said
 
 
 def partial(model: Model) -> dict[tuple[str, str], tuple[float, float]] | None:

@@ -22,7 +22,9 @@ from .findings import (
     PERFORMANCE,
     Model,
     against_baseline,
+    costliest_layer,
     count_nan_images,
+    describe_following,
     fitted,
     judged,
     partial,
@@ -157,13 +159,6 @@ def _facts(model: Model) -> dict[str, Any]:
     """What the template says of one model."""
     found = model.estimates.set_index(["distance", "change"])
     fixed = without_noise(model)
-    extremes = {}
-    metrics = model.estimates[model.estimates["distance"] != BASELINE]
-    for change, mine in metrics.groupby("change", sort=False):
-        rho = mine.set_index("distance")["estimate"].dropna()
-        if change in model.drawn and len(rho):
-            best, least = rho.idxmax(), rho.idxmin()
-            extremes[change] = (METRIC_NAMES[best], rho[best], METRIC_NAMES[least], rho[least])
     return {
         "name": model.name,
         "configuration": model.configuration,
@@ -177,7 +172,7 @@ def _facts(model: Model) -> dict[str, Any]:
         "decodability": model.decodability,
         "groups": model.table.groupby(GROUP, observed=True).ngroups,
         "found": found.to_dict("index"),
-        "extremes": extremes,
+        "following": describe_following(model),
         "clusters": int(model.estimates["clusters"].max()),
         "metrics": sum(name != BASELINE for name in model.distances),
         "near_chance": model.near_chance,
@@ -221,7 +216,7 @@ def _grid(model: Model) -> tuple[str, list[Drawing]] | None:
     shown = [n for n in dict.fromkeys(wanted) if n in model.table and model.table[n].notna().any()]
     if not shown or shown[0] not in model.drawn or model.random:
         return None
-    layer = model.table.groupby("layer", observed=True)[shown[0]].mean().idxmax()
+    layer, said = costliest_layer(model.table, shown[0])
     mine = model.table[model.table["layer"] == layer]
     cells = int(mine["cell"].max()) + 1
     side = math.isqrt(cells)
@@ -229,8 +224,8 @@ def _grid(model: Model) -> tuple[str, list[Drawing]] | None:
     if shape[0] * shape[1] != cells or mine["cell"].nunique() != cells:
         return None
     caption = (
-        f"{model.name}, layer {layer}: of those that ran, the one where ablation costs most "
-        f"({CHANGE_NAMES[shown[0]]}). Means over {mine['class'].nunique()} target classes."
+        f"{model.name}, layer {layer}: {said} ({CHANGE_NAMES[shown[0]]}). Means over "
+        f"{mine['class'].nunique()} target classes."
     )
     return caption, draw.grid(model.name, layer, mine, (shape[0], shape[1]), shown)
 
