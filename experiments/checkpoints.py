@@ -10,7 +10,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 CONTAINERS = ("state_dict", "model", "model_state_dict")  # entries that hold a state dict
 # Of DistributedDataParallel, torch.compile, and Lightning modules or wrappers alike.
@@ -114,7 +113,7 @@ def _load(path: Path) -> Any:
 
 def _unusual_kind(tensor: torch.Tensor) -> str:
     """Say what a tensor is where it isn't dense with values of its own; "" where it is."""
-    if tensor.is_meta or is_lazy(tensor):
+    if tensor.is_meta:
         return "on the meta device, without values"
     if tensor.is_quantized:
         return f"quantised ({tensor.dtype})"

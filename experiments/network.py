@@ -6,6 +6,8 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
+from math import isfinite
 from typing import Any
 
 import torch
@@ -154,13 +156,14 @@ class Identity:
             )
 
 
-def describe_modules(model: nn.Module) -> dict[str, str]:
+def describe_modules(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Describe each module of a network: its class and its options.
 
     Returns
     -------
-    dict of str to str
-        By name; the network itself is "model". The same on any device and in any process.
+    dict of str to dict
+        JSON-able, by name; the network itself is "model". The same on any device and in any
+        process.
     """
     return {
         name or "model": _describe_module(module)
@@ -168,18 +171,32 @@ def describe_modules(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _describe_module(module: nn.Module) -> str:
+def _describe_module(module: nn.Module) -> dict[str, Any]:
     kind = type(module)
     label = kind.__qualname__
-    if getattr(nn, label, None) is kind:
-        label = f"nn.{label}"
-    elif kind.__module__.startswith("torch."):
-        label = f"{kind.__module__}.{label}"
+    if kind.__module__.startswith("torch.nn."):
+        # Their extra_repr leaves options out, such as the heads of an attention. Other attributes
+        # may be a user's, who may change them at will.
+        options = (*signature(kind).parameters, *getattr(kind, "__constants__", ()), "forward")
+        own = vars(module)
+        label = f"nn.{label}" if getattr(nn, label, None) is kind else f"{kind.__module__}.{label}"
+        return {"class": label, **{name: _plain(own[name]) for name in options if name in own}}
     # A user's own module may be imported under one name in a script and another in its workers.
-    if isinstance(module, nn.ParameterList | nn.ParameterDict):
-        return label  # they list the devices of their parameters, which `fingerprint` hashes
-    options = module.extra_repr()
-    return _PLACES.sub("", f"{label}({options})" if options else label)
+    if kind.__module__.startswith("torch."):
+        label = f"{kind.__module__}.{label}"
+    text = _PLACES.sub("", module.extra_repr())
+    return {"class": label, "options": text} if text else {"class": label}
+
+
+def _plain(value: Any) -> Any:
+    """An option as JSON has it; of what isn't plain, its name."""
+    if isinstance(value, tuple | list):
+        return [_plain(each) for each in value]
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if isfinite(value) else str(value)
+    return getattr(value, "__qualname__", type(value).__name__)
 
 
 def hash_operations(model: nn.Module, layers: Sequence[str], images: Tensor) -> str:

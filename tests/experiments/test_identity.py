@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from _toy import Toy, toy_images, toy_study
 from torch import Tensor, nn
 
+from experiments.configuration import differences
 from experiments.network import describe_modules, hash_operations
 from experiments.plan import plan
 from experiments.store import StoreError
@@ -45,16 +48,20 @@ def with_module(name: str, module: nn.Module) -> Toy:
 
 
 CHANGED = {
-    "activation": (Toy, lambda: with_module("act1", nn.Tanh()), "modules.act1"),
+    "activation": (
+        Toy,
+        lambda: with_module("act1", nn.Tanh()),
+        r"modules\.act1\.class: \"nn.ReLU\" there, \"nn.Tanh\" here",
+    ),
     "option": (
         Toy,
         lambda: with_module("conv1", nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")),
-        "modules.conv1",
+        r'modules\.conv1\.padding_mode: "zeros" there, "circular" here',
     ),
-    "constant": (Scaled, lambda: Scaled(3.0), "operations"),
-    "function": (Scaled, lambda: Scaled(function=torch.tanh), "operations"),
-    "exported constant": (Branching, lambda: Branching(3.0), "operations"),
-    "exported function": (Branching, lambda: Branching(function=torch.tanh), "operations"),
+    "constant": (Scaled, lambda: Scaled(3.0), "operations: "),
+    "function": (Scaled, lambda: Scaled(function=torch.tanh), "operations: "),
+    "exported constant": (Branching, lambda: Branching(3.0), "operations: "),
+    "exported function": (Branching, lambda: Branching(function=torch.tanh), "operations: "),
 }
 
 
@@ -68,7 +75,7 @@ def test_a_run_is_not_resumed_by_a_network_that_computes_something_else(
     assert again.equals(rows)
     other = toy_study(model=change(), metrics=["cka"])
     assert other.configuration()["weights"] == toy_study(model=make()).configuration()["weights"]
-    with pytest.raises(StoreError, match=rf"another configuration \(models\.toy\.{where}: "):
+    with pytest.raises(StoreError, match=rf"another configuration \(models\.toy\.{where}"):
         other.run(tmp_path)
 
 
@@ -85,8 +92,8 @@ def test_modules_that_have_changed_are_refused(use: str, tmp_path: Path) -> None
     }
     old, model.act1 = model.act1, nn.Tanh()  # type: ignore[assignment]
     changed = (
-        r"^model: the modules of toy have changed since the study was made \(act1: "
-        r'"nn.ReLU\(inplace=True\)" there, "nn.Tanh" here\); expected the same ones, '
+        r"^model: the modules of toy have changed since the study was made \(act1\.class: "
+        r'"nn.ReLU" there, "nn.Tanh" here\); expected the same ones, '
         r"or a new Study$"
     )
     with pytest.raises(StudyError, match=changed):
@@ -111,8 +118,53 @@ class Listed(nn.Module):
 def test_a_description_names_no_place() -> None:
     described = [describe_modules(Listed(place)) for place in ("cuda:0", "cuda:1")]
     assert described[0] == described[1]
-    assert described[0]["model"] == "Listed(3, hook=<function f>, at=tensor(1), p=.1)"
-    assert described[0]["weights"] == "nn.ParameterList"
+    assert described[0] == {
+        "model": {"class": "Listed", "options": "3, hook=<function f>, at=tensor(1), p=.1"},
+        "weights": {"class": "nn.ParameterList"},
+    }
+
+
+def attention(heads: int = 2, function: str = "relu", **options: Any) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(8, heads, 8, activation=function, **options)
+    return nn.Sequential(nn.Flatten(2), nn.Unflatten(2, (8, 8)), nn.Flatten(1, 2), layer)
+
+
+OPTIONS = {  # most are no part of what these modules print of themselves
+    "heads": (attention(), attention(heads=4), "3.self_attn.num_heads"),
+    "function": (attention(), attention(function="gelu"), "3.activation"),
+    "order": (attention(), attention(norm_first=True), "3.norm_first"),
+    "pool": (
+        nn.AvgPool2d(3, padding=1),
+        nn.AvgPool2d(3, padding=1, count_include_pad=False),
+        "model.count_include_pad",
+    ),
+    "corners": (
+        nn.Upsample(8, mode="bilinear"),
+        nn.Upsample(8, mode="bilinear", align_corners=True),
+        "model.align_corners",
+    ),
+    "infinite": (nn.Hardtanh(0, 1), nn.Hardtanh(0, float("inf")), "model.max_val"),
+    "recurrent": (nn.LSTM(3, 3), nn.LSTM(3, 3, batch_first=True), "model.batch_first"),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_options_are_described_whether_a_module_prints_them_or_not(kind: str) -> None:
+    one, other, option = OPTIONS[kind]
+    there, here = describe_modules(one), describe_modules(other)
+    assert json.loads(json.dumps(there)) == there
+    (changed, *_) = differences(there, here)
+    assert changed.startswith(f"{option}: ")
+    assert describe_modules(copy.deepcopy(one)) == there
+
+
+def test_what_a_user_keeps_on_a_module_is_no_option() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    before = describe_modules(model)
+    model[0].calls = 3  # type: ignore[assignment]
+    assert describe_modules(model) == before
+    model[0].forward = torch.relu  # type: ignore[assignment]
+    assert describe_modules(model) != before
 
 
 class Sending(Toy):
