@@ -101,13 +101,18 @@ def check_pairs(images: Tensor, labels: Tensor) -> None:
         raise StudyError("images: there are none; expected two or more of each class")
 
 
+def check_optional_count(value: Any, argument: str, least: int = 1) -> int | None:
+    """Check a whole number of at least `least`, or None."""
+    return None if value is None else _options.count(value, argument, least)
+
+
 def check_draws(value: Any) -> Draws:
     """Check how often the paper's probe draws; None is for the default."""
     if value is None:
         return Draws()
     if not isinstance(value, Draws):
         raise StudyError(f"draws: {_options.shown(value)}; expected an experiments.probes.Draws")
-    every = None if value.every is None else _options.count(value.every, "draws.every")
+    every = check_optional_count(value.every, "draws.every")
     least = _options.count(value.least, "draws.least")
     return Draws(least, every, _options.flag(value.paired, "draws.paired"))
 

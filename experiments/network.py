@@ -67,11 +67,14 @@ def _tables(module: nn.Module) -> list[dict[str, Any]]:
 def _keep_values(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Put back the values of the parameters and buffers that passes on a device have written to."""
     own = [t for t in (*model.parameters(), *model.buffers()) if t.device == device]
-    kept = [(t, t.detach().clone()) for t in own]  # what is elsewhere is copied to the device
+    # What is elsewhere is copied to the device, and not written to.
+    kept = [(t, t.data, t.detach().clone()) for t in own]
     try:
         yield
     finally:
-        for t, value in kept:
+        for t, data, value in kept:
+            if t.data_ptr() != data.data_ptr():
+                t.data = data
             # PyTorch doesn't count writes through .data, nor those of F.batch_norm.
             if not torch.equal(_bytes_of(t.detach()), _bytes_of(value)):
                 t.data.copy_(value)

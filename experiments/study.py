@@ -23,7 +23,7 @@ from repsim_kernels.forward.trace import first_line
 
 from . import arguments as check
 from .measure import BATCH, StudyError, groups, rows
-from .network import Identity, hash_of, hash_operations, prepare, show_image
+from .network import Identity, fingerprint, hash_of, hash_operations, prepare, show_image
 from .precision import set_tf32
 from .probes import Draws
 from .run import Step, run, run_folder
@@ -152,7 +152,7 @@ class Study:
             self.grid = _options.grid(grid)
             self.cells = _options.option(cells, "cells", ("selectivity", "random"))
             self.edges = _options.option(edges, "edges", ("equal", "inclusive"))
-            self.others = None if others is None else _options.count(others, "others")
+            self.others = check.check_optional_count(others, "others")
             self.seed = _options.count(seed, "seed", 0)
             self.block = _options.count(block, "block")
             self.tf32 = _options.flag(tf32, "tf32")
@@ -161,10 +161,8 @@ class Study:
                 "penalty": _options.number(penalty, "penalty", low=0),
                 "probe_ridge": _options.number(probe_ridge, "probe_ridge", low=0, above=True),
             }
-            self.stimuli_per_class = (
-                None
-                if stimuli_per_class is None
-                else _options.count(stimuli_per_class, "stimuli_per_class", 2)
+            self.stimuli_per_class = check.check_optional_count(
+                stimuli_per_class, "stimuli_per_class", 2
             )
             self.classes = None if classes is None else check.check_names(classes, "classes")
             self.images, self.labels = check.check_images(images), check.check_labels(labels)
@@ -177,6 +175,7 @@ class Study:
             self.present: list[int] = present
             self.targets = present if targets is None else check.check_targets(targets)
             self._check_classes(dict(zip(present, counts, strict=True)))
+        self._held = self._changes_itself = False
         with self.hold_network():
             self._check_model()
 
@@ -260,9 +259,18 @@ class Study:
             The network's weights or modules are not those that the study was made with.
         """
         with _TURN:
+            if self._held:  # by this thread, further up
+                yield
+                return
             self._identity.check(self.model, self.name)
             with prepare(self.model, self.device), set_tf32(self.tf32):
-                yield
+                self._held = True
+                try:
+                    if self._changes_itself:  # a trace may lack it, and must find it done
+                        show_image(self.model, (), self.images[:1].to(self.device))
+                    yield
+                finally:
+                    self._held = False
 
     @cached_property
     def costs(self) -> dict[str, Cost]:
@@ -273,8 +281,7 @@ class Study:
     @cached_property
     def _operations(self) -> str:
         with self.hold_network():
-            images = self.images[:2].to(self.device)
-            return hash_operations(self.model, self.layers, images)
+            return hash_operations(self.model, self.layers, self.images[:2].to(self.device))
 
     def configuration(self) -> dict[str, Any]:
         """Everything that decides the rows, as JSON-able values.
@@ -373,6 +380,7 @@ class Study:
             raise StudyError(
                 f"images: {self.name} can't take one of {form} ({first_line(error)})"
             ) from error
+        self._changes_itself = fingerprint(self.model) != self._identity.weights
         for layer in self.layers:
             neurons = self.sizes[layer].neurons if layer in self.sizes else 0
             if neurons < self.n_cells:

@@ -1,0 +1,34 @@
+"""Networks in mixed modes, and all that a user could find changed about them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def mixed(model: nn.Module) -> nn.Module:
+    """In training mode here and there, some of it frozen, with gradients."""
+    for i, module in enumerate(model.modules()):
+        module.training = i % 3 > 0
+    for i, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(i % 2 > 0)
+        if parameter.requires_grad:
+            parameter.grad = torch.full_like(parameter, i)
+    return model
+
+
+def described(model: nn.Module) -> list[Any]:
+    """All that a user could find changed; what is not compared by value is by identity."""
+    found: list[Any] = []
+    for name, module in model.named_modules():
+        kept = {key: id(value) for key, value in vars(module).items()}
+        hooks = [list(table) for key, table in vars(module).items() if "hooks" in key and table]
+        found.append((name, module.training, kept, hooks, list(module._modules)))
+    named = [*model.named_parameters(), *model.named_buffers()]
+    for name, t in named:
+        values = t.detach().numpy().tobytes()
+        grad = None if t.grad is None else (id(t.grad), t.grad.numpy().tobytes())
+        found.append((name, id(t), t.data_ptr(), t.device, t.requires_grad, values, grad))
+    return found
