@@ -125,11 +125,15 @@ def check_progress(value: Any) -> Callable[[Any], object] | None:
 
 
 def check_folder(value: Any) -> Path:
-    """Check that a folder is a path."""
+    """Check that a folder is a path, whose name is UTF-8: Parquet's library has no others."""
     try:
-        return Path(value)
-    except TypeError:
-        raise StudyError(f"out: {_options.shown(value)}; expected the path of a folder") from None
+        path = Path(value)
+        path.as_posix().encode()
+    except (TypeError, UnicodeEncodeError):
+        raise StudyError(
+            f"out: {_options.shown(value)}; expected the path of a folder, in UTF-8"
+        ) from None
+    return path
 
 
 def check_model(value: Any) -> nn.Module:

@@ -174,10 +174,13 @@ def test_progress_that_is_no_function_is_named_before_anything_is_made(tmp_path:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("out", [3, b"run", ["run"]])
+@pytest.mark.parametrize("out", [3, b"run", ["run"], "caf\udce9"])
 def test_a_folder_that_is_no_path_is_named(out: Any) -> None:
-    with pytest.raises(StudyError, match=r"^out: .*; expected the path of a folder$"):
+    with pytest.raises(
+        StudyError, match=r"^out: .*; expected the path of a folder, in UTF-8$"
+    ) as error:
         toy_study(metrics=["cka"]).run(out)
+    str(error.value).encode()
 
 
 def test_options_of_numpy_are_written_as_json(tmp_path: Path) -> None:
