@@ -244,7 +244,7 @@ def join(studies: Sequence[Study], store: Store) -> None:
     if digest(_configuration(studies)) != store.hash:
         raise RunError(
             f"studies: those made anew for {store.folder} are not the run's; expected the same "
-            "images, weights and versions as when it began"
+            "images, network and versions as when it began"
         )
     _settle(studies, store)
 

@@ -176,7 +176,7 @@ def test_an_image_that_vanishes_under_a_run(tmp_path: Path, sweep: Callable[...,
     assert code == 2
     assert err.count("\n") == 1
     assert "those made anew for" in err
-    assert "expected the same images, weights and versions" in err
+    assert "expected the same images, network and versions" in err
     hidden.rename(image)
     assert sweep(*options).end()[0] == 0
     pd.testing.assert_frame_equal(table(run), whole, check_exact=True)
