@@ -177,7 +177,7 @@ def squared_distances(
 
 def _close(close: Tensor, p: int) -> Iterator[tuple[Tensor, ...]]:
     """Indices of the true entries below the diagonals, as many at a time as fit with p neurons."""
-    found = close.tril(-1).nonzero()
+    found = close.tril_(-1).nonzero()
     for some in found.split(max(1, _GATHERED // p)) if len(found) else ():
         yield some.unbind(1)
 

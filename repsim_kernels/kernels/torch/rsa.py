@@ -80,11 +80,13 @@ def average_ranks(found: Distances) -> Tensor:
         tolerance = _in_order(found.twice_moved, order, tied)
         _join(xp, tied, values, _gaps(xp, values), tolerance, *bounds)
 
+    ranks = xp.arange(1, len(d2) + 1, dtype=d2.dtype, device=d2.device)
     first, last = _groups(xp, tied)
-    ranks = xp.empty_like(d2)
-    middle = xp.asarray(first + last, dtype=xp.float64) / 2
-    ranks[order] = middle[(~tied[:-1]).cumsum(0) - 1] + 1
-    return torch.as_tensor(ranks)
+    size = last - first + 1
+    ranks[_ranges(xp, first, size)] = _repeat(xp, (ranks[first] + ranks[last]) / 2, size)
+    out = xp.empty_like(d2)
+    out[order] = ranks
+    return torch.as_tensor(out)
 
 
 def _gaps(xp: Any, values: Array) -> Array:
@@ -95,17 +97,20 @@ def _gaps(xp: Any, values: Array) -> Array:
 
 
 def _groups(xp: Any, inside: Array) -> tuple[Array, Array]:
-    """The first and the last member of groups, by which gaps (N + 1,) are inside of them."""
+    """The first and the last of groups of several members; gaps (N + 1,) are inside, or between."""
     edges = xp.where(~inside)[0]
-    return edges[:-1], edges[1:] - 1
+    several = edges[1:] - edges[:-1] > 1
+    return edges[:-1][several], edges[1:][several] - 1
 
 
-def _inside(xp: Any, inside: Array, first: Array, last: Array) -> Array:
-    """Which gaps are inside of groups; the inverse of `_groups`, for some of them."""
-    step = xp.zeros_like(inside, dtype=xp.int8)
-    step[first + 1] = 1
-    step[last + 1] = -1
-    return step.cumsum(0) > 0
+def _ranges(xp: Any, first: Array, size: Array) -> Array:
+    """The numbers of ranges, from the first of each."""
+    starts = _repeat(xp, first - size.cumsum(0) + size, size)
+    return starts + xp.arange(len(starts), device=starts.device)
+
+
+def _repeat(xp: Any, values: Array, times: Array) -> Array:
+    return values.repeat_interleave(times) if xp is torch else values.repeat(times)
 
 
 def _in_order(given: Callable[..., Tensor], order: Array, tied: Array) -> Callable[[Array], Array]:
@@ -150,20 +155,19 @@ def _join(
     first, last = _groups(xp, near)
     apart, size = xp.minimum(gaps[first], gaps[last + 1]), last - first
     some = (apart * size > _PAIR * least) & (values[last] - values[first] <= most)
-    some = (some | (_APART * most * size > _PAIR * least)) & (size > 0)
+    some |= _APART * most * size > _PAIR * least
     if not bool(some.any()):
         return
-    near = xp.where(_inside(xp, tied, first[some], last[some]))[0]
+    near = _ranges(xp, first[some] + 1, size[some])
     reach = xp.full_like(gaps, -1)
     reach[near] = tolerance(near - 1)
     first, last = _groups(xp, gaps <= _APART * reach)
-    some = first < last
-    first, last = first[some], last[some]
-
     t = reach[first + 1]
     apart = xp.minimum(gaps[first], gaps[last + 1])
-    different = (~tied).cumsum(0)
-    others = different[last] - different[first]
-    others += others == 0
+    others = last - first  # different numbers
+    if bool(tied.any()):
+        before = tied.cumsum(0)
+        others = others - (before[last] - before[first])
+        others += others == 0
     one = (values[last] - values[first] <= t) & (apart * others > _PAIR * t)
-    tied |= _inside(xp, tied, first[one], last[one])
+    tied[_ranges(xp, first[one] + 1, (last - first)[one])] = True
