@@ -156,11 +156,9 @@ class Study:
             self.seed = _options.count(seed, "seed", 0)
             self.block = _options.count(block, "block")
             self.tf32 = _options.flag(tf32, "tf32")
-            self.options = {
-                "ridge": _options.number(ridge, "ridge", low=0),
-                "penalty": _options.number(penalty, "penalty", low=0),
-                "probe_ridge": _options.number(probe_ridge, "probe_ridge", low=0, above=True),
-            }
+            ridge, penalty = _options.ridges(ridge, penalty)
+            probe_ridge = _options.probe_ridge(probe_ridge, "probe_ridge")
+            self.options = {"ridge": ridge, "penalty": penalty, "probe_ridge": probe_ridge}
             self.stimuli_per_class = check.check_optional_count(
                 stimuli_per_class, "stimuli_per_class", 2
             )

@@ -74,16 +74,22 @@ def flag(value: Any, name: str) -> bool:
     return bool(value)
 
 
-MOST_RIDGE = 1e10  # relative: nothing but the penalty counts far below this
+_MOST_RIDGE = 1e10  # relative: nothing but the penalty counts far below this
 _MOST_PENALTY = 1e150  # its products with the largest Gram matrices fit float64
 
 
 def ridges(ridge: Any, penalty: Any) -> tuple[float, float]:
     """Check a relative and an absolute ridge."""
     return (
-        number(ridge, "ridge", low=0, high=MOST_RIDGE),
+        number(ridge, "ridge", low=0, high=_MOST_RIDGE),
         number(penalty, "penalty", low=0, high=_MOST_PENALTY),
     )
+
+
+def probe_ridge(value: Any, name: str) -> float:
+    """Check the relative ridge of a probe."""
+    # Below, what rounding leaves of a held-out residual outweighs the residual.
+    return number(value, name, low=1e-6, high=_MOST_RIDGE)
 
 
 def shrinkage(ridge: Any, penalty: Any) -> tuple[float, float]:

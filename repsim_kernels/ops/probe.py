@@ -130,8 +130,7 @@ def ablation_decodability(
 def _relative(ridge: Any, probe: str) -> float | str:
     """Check the ridge of a probe."""
     if not isinstance(ridge, str):
-        # Below, what rounding leaves of a held-out residual outweighs the residual.
-        return _options.number(ridge, "ridge", low=1e-6, high=_options.MOST_RIDGE)
+        return _options.probe_ridge(ridge, "ridge")
     if ridge != "gcv":
         raise OptionError(
             f"ridge: {_options.shown(ridge)}; expected a number from 1e-06 to 1e+10, or 'gcv'"

@@ -195,7 +195,8 @@ def test_progress_counts_the_units() -> None:
             {"model": nn.Sequential(nn.Tanh()), "layers": ["0"]},
             "model: .*; expected logits",
         ),
-        ({"probe_ridge": 0.0}, "probe_ridge: 0.0; expected a finite number above 0"),
+        ({"probe_ridge": 0.0}, "probe_ridge: 0.0; expected a finite number of at least 1e-06"),
+        ({"ridge": 1e20}, r"ridge: 1e\+20; expected .* at most 1e\+10"),
         ({"device": "cuda:99"}, "device: cuda:99 can't be used here"),
     ],
 )
