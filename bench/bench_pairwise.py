@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 import repsim_kernels as rk
-from bench._inputs import activations, as_distances, products, size
+from bench._inputs import activations, as_distances, exact, products, size
 
 LAYERS, N, P = 12, 100, 5_000
 METRICS = {
@@ -35,9 +35,10 @@ def test_pairwise(timed, metric):
     grams = {products("pairwise", torch.float32): LAYERS * N * (N + 1) * P}
 
     def definition(*xs: Tensor) -> list[float]:
-        exact = [x.double().cpu().numpy() for x in xs]
+        given = [exact(metric, x) for x in xs]
         function, options = getattr(rk, metric), METRICS[metric]
-        return [function(exact[i], exact[j], **options, backend="reference") for i, j in some]
+        found = [function(given[i], given[j], **options, backend="reference") for i, j in some]
+        return [float(value) for value in found]
 
     def check(got: Tensor, want: list[float]) -> None:
         as_distances("pairwise", torch.float32)(torch.stack([got[i, j] for i, j in some]), want)
