@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .options import OptionsError, one_line_errors, split
+from .errors import OptionsError
+from .options import one_line_errors, split
 from .sweep import sweep
 
 # PyTorch, pandas and matplotlib are imported by the commands that need them: --help is quick.

@@ -14,7 +14,7 @@ from repsim_kernels import _arrays, _check, _options
 from repsim_kernels.errors import LabelError, LayerError, RepsimError
 from repsim_kernels.forward.trace import first_line
 
-from .measure import StudyError
+from .errors import StudyError
 from .probes import Draws
 
 

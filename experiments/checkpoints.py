@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from .errors import ModelError
+
 CONTAINERS = ("state_dict", "model", "model_state_dict")  # entries that hold a state dict
 # Of DistributedDataParallel, torch.compile, and Lightning modules or wrappers alike.
 PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -26,10 +28,6 @@ _HARMLESS: list[Any] = [
     (_SCALAR, "numpy._core.multiarray.scalar"),
     (_SCALAR, "numpy.core.multiarray.scalar"),  # of NumPy 1
 ]
-
-
-class ModelError(ValueError):
-    """A network that can't be built or loaded; the message is one line."""
 
 
 class Checkpoint(NamedTuple):

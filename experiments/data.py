@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision import transforms
 
+from .errors import DataError
 from .folders import (
     IMAGE_SUFFIXES,
     ClassFiles,
@@ -22,7 +23,6 @@ from .folders import (
     escape_name,
     image_files,
 )
-from .folders import DataError as DataError
 from .pixels import Transform, decode, describe_size, image_sizes
 
 DEMO_FILE = Path(__file__).parent / "assets" / "fashion_mnist_500.npz"

@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .errors import ReportError
 from .stats import BASELINE, METRICS
 
 METRIC_NAMES = {
@@ -59,10 +60,6 @@ STYLES = {
 }
 LONG = 24  # characters of a layer's name that a figure has room for
 FORMATS = ("svg", "pdf", "png")
-
-
-class ReportError(ValueError):
-    """A report can't be made of these runs, or its figures can't be put where they belong."""
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,10 @@ import pandas as pd  # type: ignore[import-untyped]
 import scipy.stats  # type: ignore[import-untyped]
 
 from .controls import corrected, partial_correlations, reliability
+from .errors import StatsError
 from .figures import METRIC_NAMES
 from .inference import Claim, MixedModel, beyond, claims, intervals, mixed_model
-from .stats import (
-    BASELINE,
-    NAN_IMAGES,
-    StatsError,
-    changes_of,
-    correlations,
-    distances_of,
-    summary,
-)
+from .stats import BASELINE, NAN_IMAGES, changes_of, correlations, distances_of, summary
 
 GROUP = ["class", "layer"]
 PERFORMANCE = "rank_deficit"

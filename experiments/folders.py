@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from .errors import DataError
+
 IMAGE_SUFFIXES = ", ".join(IMG_EXTENSIONS)
 # Folders and files that operating systems, storage boxes and archivers leave among the images. A
 # name with a leading dot is skipped as well: .ipynb_checkpoints, .DS_Store, macOS's ._0.png.
@@ -29,10 +31,6 @@ LEFT_BY_OTHERS = frozenset(
 )
 _REASONS = 8  # at most, in a line
 _OUTPUTS = 10**6  # of a network, at most: more than any has, and each gets a name
-
-
-class DataError(ValueError):
-    """Images that can't be had; the message is one line."""
 
 
 class ClassFiles(NamedTuple):

@@ -12,15 +12,8 @@ from scipy.io import loadmat  # type: ignore[import-untyped]
 from torchvision.models import AlexNet_Weights
 
 from .data import IMAGENET_MEAN, IMAGENET_STD, Resizing, Stimuli, read_classes
-from .folders import (
-    ClassFiles,
-    DataError,
-    describe_skipped,
-    escape_name,
-    image_files,
-    is_image,
-    list_folder,
-)
+from .errors import DataError
+from .folders import ClassFiles, describe_skipped, escape_name, image_files, is_image, list_folder
 from .pixels import Transform
 
 WNIDS_FILE = Path(__file__).parent / "assets" / "imagenet_wnids.txt"

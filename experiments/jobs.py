@@ -12,16 +12,12 @@ from torch import nn
 
 from . import data, imagenet
 from .data import Stimuli
-from .measure import StudyError
+from .errors import JobError, StudyError
 from .models import SMALL, load, study_layers
 from .presets import PRESETS, RANDOM, Loaded, Network, Preset, load_network, weights_for
 from .probes import Draws
 from .stats import METRICS
 from .study import Study
-
-
-class JobError(ValueError):
-    """Options that don't go together; the message is one line."""
 
 
 class Sample(NamedTuple):

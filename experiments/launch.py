@@ -57,12 +57,12 @@ def launch(recipe: Recipe, folder: Path, how: How, dry: bool) -> None:
     typer.Exit
         3, where units are missing: they failed, or can't be read again.
     """
-    from .executors import ExecutorError
+    from .errors import ExecutorError, StoreError
     from .executors.worker import Serial
     from .plan import plan
     from .progress import progress_of
     from .run import drive, run_folder
-    from .store import CONFIGURATION, StoreError
+    from .store import CONFIGURATION
     from .terminal import announce, announce_inputs, show_plans, took, warn_of_chance
 
     console = Console(highlight=False, markup=False)

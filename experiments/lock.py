@@ -13,8 +13,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from .errors import StoreError
 from .shard import Shard
-from .store import StoreError
 
 _WHOLE = ".lock"  # held alone by a run of all units, together by shards
 _PATIENCE = 1.0  # seconds: another process may only be looking whether the lock is held

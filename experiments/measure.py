@@ -18,6 +18,7 @@ from repsim_kernels.forward import State
 
 from . import probes as linear
 from .controls import HALVES, half
+from .errors import StudyError
 from .performance import performance
 from .stats import BASELINE, NAN_IMAGES
 from .store import Unit
@@ -30,10 +31,6 @@ _HELD = 0.7  # of the memory, for activations; the rest is for what runs
 _GRID = 190  # bytes a neuron that it takes to sort them into cells, measured
 _COLUMNS = 2**12  # neurons whose variance is taken at a time
 _VARIATES = 2**30  # bytes, at most, for the canonical variates that wait for a pass: PWCCA
-
-
-class StudyError(ValueError):
-    """A study can't be made of what was given; the message is one line."""
 
 
 class Layer(NamedTuple):

@@ -13,8 +13,8 @@ import torchvision.models as zoo
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from .checkpoints import ModelError as ModelError
 from .checkpoints import count_outputs, fill, read_checkpoint
+from .errors import ModelError
 
 ASSETS = Path(__file__).parent / "assets"
 

@@ -18,7 +18,8 @@ from repsim_kernels.forward import contexts
 from repsim_kernels.forward.trace import Trace, Untraceable
 
 from .configuration import differences
-from .measure import Layer, StudyError
+from .errors import StudyError
+from .measure import Layer
 
 # What a description must not depend on: where an object lies, and on which device.
 _PLACES = re.compile(r" at 0x[0-9a-f]+|,? ?device='[^']*'|(?<=cuda):\d+")

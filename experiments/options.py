@@ -14,10 +14,6 @@ from repsim_kernels import RepsimError
 OURS = ("experiments", "repsim_kernels", "__main__")
 
 
-class OptionsError(ValueError):
-    """Options of the command line that can't be read, or don't go together."""
-
-
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """End the command with one line and exit code 2 where what was asked for can't be done."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .folders import DataError
+from .errors import DataError
 
 Transform = Callable[[Any], torch.Tensor]
 

@@ -14,7 +14,8 @@ import torch
 import torchvision.models as zoo
 from torch import nn
 
-from .checkpoints import ModelError, count_outputs, fill, read_checkpoint
+from .checkpoints import count_outputs, fill, read_checkpoint
+from .errors import ModelError
 
 TEN = (  # schooner, brain coral, junco, snail, grey whale, Siberian husky, electric fan, bookcase,
     # fountain pen, toaster

@@ -13,10 +13,10 @@ import jinja2
 import pandas as pd  # type: ignore[import-untyped]
 
 from . import figures as draw
+from .errors import ReportError
 from .figures import CHANGE_NAMES as CHANGE_NAMES
 from .figures import METRIC_NAMES as METRIC_NAMES
 from .figures import Drawing, Plate
-from .figures import ReportError as ReportError
 from .findings import (
     GROUP,
     PERFORMANCE,

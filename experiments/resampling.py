@@ -10,7 +10,8 @@ import pandas as pd  # type: ignore[import-untyped]
 import scipy.stats  # type: ignore[import-untyped]
 from numpy.typing import ArrayLike
 
-from .stats import Floats, StatsError, check_columns
+from .errors import StatsError
+from .stats import Floats, check_columns
 
 _EXACT = 13  # classes, up to which all flips of sign are taken
 _DRAWS = 10_000  # of flips, beyond

@@ -13,7 +13,8 @@ import pandas as pd  # type: ignore[import-untyped]
 
 from .arguments import check_folder, check_progress
 from .configuration import digest
-from .executors import Event, Executor, ExecutorError
+from .errors import ExecutorError, RunError
+from .executors import Event, Executor
 from .executors.worker import Serial, version_of
 from .lock import driving
 from .shard import Shard
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
     from .study import Study
 
 TRIES = 3  # of a unit, before it is recorded as failed
-
-
-class RunError(ValueError):
-    """Studies can't be run together."""
 
 
 class Step(NamedTuple):

@@ -8,11 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from .errors import ShardError
+
 T = TypeVar("T")
-
-
-class ShardError(ValueError):
-    """What is said of a shard makes no sense."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from repsim_kernels.ops.ablation import METRICS as METRICS
 
+from .errors import StatsError
+
 #: What a cell holds of the representation's energy: a distance that knows nothing of directions.
 BASELINE = "energy"
 #: How many of the images have no answer: logits with a NaN, or all -inf.
@@ -29,10 +31,6 @@ _SIGNS = 2**25  # that are held at a time
 _LARGE = 2048  # cells of a group, from where on sorting takes less than comparing all with all
 
 Floats = NDArray[np.float64]
-
-
-class StatsError(ValueError):
-    """A table lacks a column, has a row twice, or holds nothing to correlate."""
 
 
 def distances_of(table: pd.DataFrame) -> list[str]:

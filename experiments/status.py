@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .errors import DamagedError
 from .lock import Driver, drivers
 from .progress import duration, pace
-from .store import TABLE, DamagedError, Store, Unit
+from .store import TABLE, Store, Unit
 
 _SHOWN = 5  # errors
 

@@ -17,19 +17,12 @@ import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 
 from .configuration import differences, digest
+from .errors import DamagedError, StoreError
 
 CONFIGURATION = "study.json"
 TABLE = "results.parquet"
 KEYS = ["model", "class", "layer", "cell"]
 _FACTS = b"repsim_kernels"  # the key of a part's facts in its metadata
-
-
-class StoreError(ValueError):
-    """A run folder can't be used: another configuration's, somebody else's, or damaged."""
-
-
-class DamagedError(StoreError):
-    """A part can't be read: cut off, or its bytes are not those that were written."""
 
 
 class Unit(NamedTuple):

@@ -22,7 +22,8 @@ from repsim_kernels.forward.memory import budget
 from repsim_kernels.forward.trace import first_line
 
 from . import arguments as check
-from .measure import BATCH, StudyError, groups, rows
+from .errors import StudyError
+from .measure import BATCH, groups, rows
 from .network import Identity, fingerprint, hash_of, hash_operations, prepare, show_image
 from .precision import set_tf32
 from .probes import Draws

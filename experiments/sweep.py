@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
+from .errors import OptionsError
 from .launch import How, Kind, cores, launch, stoppable
-from .options import OptionsError, one_line_errors, split
+from .options import one_line_errors, split
 from .shard import Shard, from_environment, parse
 
 

@@ -10,14 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 
-from .stats import (
-    StatsError,
-    check_columns,
-    check_names,
-    comparable,
-    correlations,
-    numbers_of,
-)
+from .errors import StatsError
+from .stats import check_columns, check_names, comparable, correlations, numbers_of
 from .store import replacing
 
 _AGAINST = 0.2  # of a median correlation below 0: smaller ones are common among changes

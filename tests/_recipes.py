@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from _toy import Toy, toy_study
 
-from experiments.measure import StudyError
+from experiments.errors import StudyError
 from experiments.store import Unit
 from experiments.study import Study
 

@@ -7,14 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
-from ..store import StoreError, Unit
+from ..errors import ExecutorError, StoreError
+from ..store import Unit
 
 if TYPE_CHECKING:
     from ..study import Study
-
-
-class ExecutorError(ValueError):
-    """Units can't be measured this way; the message is one line."""
 
 
 def told(error: Exception) -> StoreError | ExecutorError:

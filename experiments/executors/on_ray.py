@@ -19,8 +19,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..errors import ExecutorError
 from ..store import Unit
-from . import Event, ExecutorError, Task, told
+from . import Event, Task, told
 from .pool import few_threads, prepare
 
 _RESTARTS = 3  # of an actor, by Ray

@@ -14,8 +14,9 @@ from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from ..errors import ExecutorError
 from ..store import Store, Unit
-from . import Event, ExecutorError, Task, told
+from . import Event, Task, told
 
 _STARTS = 3  # workers in a row that die before they are ready, and no more are tried
 

@@ -17,7 +17,7 @@ import torch
 
 from repsim_kernels import RepsimError
 
-from ..measure import StudyError
+from ..errors import StudyError
 from ..store import Store, Unit
 from . import Event
 

@@ -14,9 +14,9 @@ from _toy import toy_study
 from torch import nn
 
 from experiments import Study
+from experiments.errors import StudyError
 from experiments.probes import Draws
 from experiments.run import run
-from experiments.study import StudyError
 
 N, P = 12, 6
 RNG = np.random.default_rng(0)

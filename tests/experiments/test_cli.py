@@ -18,9 +18,8 @@ from typer.testing import CliRunner
 
 from experiments import __main__ as cli
 from experiments import data, jobs, measure
-from experiments.data import DataError
+from experiments.errors import DataError, StudyError
 from experiments.jobs import Asked
-from experiments.measure import StudyError
 
 TOY = ["--model", "_toy:Toy", "--layers", "act1,act2", "--size", "8"]
 

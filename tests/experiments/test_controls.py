@@ -8,7 +8,8 @@ import pytest
 import scipy.stats
 
 from experiments.controls import corrected, partial_correlations, reliability
-from experiments.stats import StatsError, correlations, summary
+from experiments.errors import StatsError
+from experiments.stats import correlations, summary
 
 KEYS = ["model", "class", "layer"]
 

@@ -12,7 +12,8 @@ from PIL import Image
 from torchvision import transforms
 
 from experiments import data
-from experiments.data import DataError, decode, demo, image_folder
+from experiments.data import decode, demo, image_folder
+from experiments.errors import DataError
 
 COLOURS = {"ape": (255, 0, 0), "bee": (0, 255, 0), "cat": (0, 0, 255)}
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from experiments import __main__ as cli
 from experiments import measure
-from experiments.measure import StudyError
+from experiments.errors import StudyError
 from experiments.store import Store, Unit
 
 TOY = ["--model", "_toy:Toy", "--layers", "act1,act2", "--size", "8", "--metrics", "cka"]

@@ -14,10 +14,11 @@ from _recipes import BAD
 from _toy import toy_study
 
 from experiments import run as runs
-from experiments.executors import Event, ExecutorError, Task
+from experiments.errors import ExecutorError, RunError
+from experiments.executors import Event, Task
 from experiments.executors.pool import Pool, _cores
 from experiments.executors.worker import Serial
-from experiments.run import RunError, Step, drive, join, run, run_folder
+from experiments.run import Step, drive, join, run, run_folder
 from experiments.shard import Shard
 from experiments.store import Store
 

@@ -10,8 +10,9 @@ import pytest
 from _page import drawn, page_of
 from PIL import Image
 
+from experiments.errors import ReportError
 from experiments.figures import Drawing
-from experiments.report import ReportError, write_report
+from experiments.report import write_report
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from experiments.data import image_folder
-from experiments.folders import DataError
+from experiments.errors import DataError
 from experiments.imagenet import validation, wnids
 
 CLASSES = ("ape", "bee", "cat")

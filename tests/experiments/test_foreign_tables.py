@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from experiments.__main__ import app
 from experiments.controls import partial_correlations
-from experiments.stats import StatsError, correlations
+from experiments.errors import StatsError
+from experiments.stats import correlations
 from experiments.tables import read, remarks
 
 KEYS = ["model", "class", "layer"]

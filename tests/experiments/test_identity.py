@@ -14,10 +14,9 @@ from _toy import Toy, toy_images, toy_study
 from torch import Tensor, nn
 
 from experiments.configuration import differences
+from experiments.errors import StoreError, StudyError
 from experiments.network import describe_modules, hash_operations
 from experiments.plan import plan
-from experiments.store import StoreError
-from experiments.study import StudyError
 
 
 class Scaled(Toy):

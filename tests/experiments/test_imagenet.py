@@ -16,7 +16,7 @@ from torchvision.models import ResNet50_Weights
 from torchvision.transforms._presets import ImageClassification
 
 from experiments import data
-from experiments.data import DataError
+from experiments.errors import DataError
 from experiments.imagenet import categories, noise, outputs, validation, wnids
 
 TRANSFORM = ImageClassification(crop_size=8, resize_size=10)

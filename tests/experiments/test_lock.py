@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from experiments.errors import StoreError
 from experiments.lock import Driver, drivers, driving
 from experiments.shard import Shard
-from experiments.store import StoreError
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from experiments import data, models
-from experiments.models import ASSETS, SMALL, ModelError, build, load, study_layers
+from experiments.errors import DataError, ModelError
+from experiments.models import ASSETS, SMALL, build, load, study_layers
 from experiments.train import train
 
 
@@ -365,7 +366,7 @@ def test_training(dataset, tmp_path):
 
 
 def test_training_without_the_data_set(tmp_path):
-    with pytest.raises(data.DataError, match="Debian package dataset-fashion-mnist"):
+    with pytest.raises(DataError, match="Debian package dataset-fashion-mnist"):
         train(["alexnet_small"], dataset=tmp_path, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ModelError, match="'lenet' is unknown"):

@@ -16,9 +16,9 @@ from _toy import LAYERS, Toy, toy_images, toy_study
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
+from experiments.errors import StudyError
 from experiments.network import prepare
 from experiments.plan import plan
-from experiments.study import StudyError
 from repsim_kernels import LayerError
 
 

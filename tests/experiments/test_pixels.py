@@ -11,7 +11,8 @@ from PIL import Image
 from torchvision.transforms._presets import ImageClassification
 
 from experiments import data
-from experiments.data import DataError, image_folder
+from experiments.data import image_folder
+from experiments.errors import DataError
 from experiments.imagenet import validation
 
 WHITE, DEEP = 262, 258  # TIFF's tags for whether 0 is white, and for bits

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from experiments import Study, measure, run
 from experiments import __main__ as cli
 from experiments import plan as plans
-from experiments.measure import StudyError, held
+from experiments.errors import StudyError
+from experiments.measure import held
 from experiments.plan import Plan, plan
 from experiments.store import Unit
 from experiments.terminal import took

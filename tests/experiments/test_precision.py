@@ -21,12 +21,12 @@ from _recipes import watched
 from _toy import Toy, stop_after, toy_study
 
 from experiments.configuration import digest
+from experiments.errors import StoreError
 from experiments.executors import Task
 from experiments.executors.pool import Pool
 from experiments.plan import plan
 from experiments.precision import set_tf32
 from experiments.run import run_folder
-from experiments.store import StoreError
 from repsim_kernels.forward import fusion
 
 BACKENDS: Any = torch.backends

@@ -11,7 +11,8 @@ import torchvision.models as zoo
 from safetensors.torch import save_file
 from torch import nn
 
-from experiments.models import ModelError, study_layers
+from experiments.errors import ModelError
+from experiments.models import study_layers
 from experiments.presets import PRESETS, Loaded, Network, load_network, weights_for
 from experiments.stats import METRICS
 

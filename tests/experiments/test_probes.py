@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from experiments import __main__ as cli
 from experiments.controls import HALVES, half
-from experiments.measure import StudyError, held
+from experiments.errors import StudyError
+from experiments.measure import held
 from experiments.plan import plan
 from experiments.presets import PRESETS
 from experiments.probes import ERROR, Draws, columns

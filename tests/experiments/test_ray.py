@@ -15,7 +15,8 @@ import pytest
 from _sweep import SMALL, TOY, Sweep, alive, command, descendants, parts, table, until
 from _toy import image_folder
 
-from experiments.executors import ExecutorError, Task, on_ray
+from experiments.errors import ExecutorError
+from experiments.executors import Task, on_ray
 from experiments.executors.on_ray import RayActors
 
 RAY = ("--executor", "ray", "--workers", "2")

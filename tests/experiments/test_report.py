@@ -14,13 +14,13 @@ from _toy import stop_after, toy_study
 
 from experiments import findings, report
 from experiments.controls import partial_correlations
+from experiments.errors import ReportError, StoreError
 from experiments.figures import CHANGE_NAMES, METRIC_NAMES
 from experiments.inference import Claim, beyond, claims, intervals, mixed_model
 from experiments.published import PUBLISHED
-from experiments.report import Plate, ReportError, write_report
+from experiments.report import Plate, write_report
 from experiments.run import run, run_folder
 from experiments.stats import BASELINE, METRICS, PERFORMANCE, PROBES, correlations, summary
-from experiments.store import StoreError
 
 
 @pytest.fixture

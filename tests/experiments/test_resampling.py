@@ -12,9 +12,10 @@ from _correlations import drawn, table
 from statsmodels.stats.multitest import multipletests
 
 from bench import coverage
+from experiments.errors import StatsError
 from experiments.inference import fisher_z, holm, intervals
 from experiments.resampling import bootstrap, jackknife, sign_flips
-from experiments.stats import StatsError, summary
+from experiments.stats import summary
 
 ENDS = ["low", "high"]
 

@@ -6,8 +6,9 @@ import pytest
 import scipy.stats
 
 from experiments import stats
+from experiments.errors import StatsError
 from experiments.report import means
-from experiments.stats import StatsError, correlations, summary
+from experiments.stats import correlations, summary
 
 
 def random_table(groups: int, cells: int = 16, seed: int = 0) -> pd.DataFrame:

@@ -21,11 +21,12 @@ import pytest
 from _toy import stop_after, toy_study
 from rich.console import Console
 
+from experiments.errors import StoreError
 from experiments.lock import driving
 from experiments.run import run, run_folder
 from experiments.shard import Shard
 from experiments.status import show_status, status
-from experiments.store import Store, StoreError, Unit
+from experiments.store import Store, Unit
 
 ROOT = Path(__file__).parents[2]
 ROWS = pd.DataFrame({"model": ["a"], "class": ["b"], "layer": ["c"], "cell": [0]})

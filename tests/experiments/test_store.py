@@ -15,8 +15,9 @@ from _parts import configuration, create_each, rows_of
 from _toy import Toy, stop_after, toy_study
 
 from experiments.configuration import digest
+from experiments.errors import DamagedError, StoreError
 from experiments.run import run_folder
-from experiments.store import DamagedError, Store, StoreError, Unit, load, replacing
+from experiments.store import Store, Unit, load, replacing
 
 
 def names(folder: Path) -> set[str]:

@@ -22,7 +22,8 @@ from hypothesis.stateful import (
     rule,
 )
 
-from experiments.store import KEYS, TABLE, Store, StoreError, Unit
+from experiments.errors import StoreError
+from experiments.store import KEYS, TABLE, Store, Unit
 
 UNITS = st.integers(0, 6)
 SEEDS = st.integers(0, 3)

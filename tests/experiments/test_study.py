@@ -11,8 +11,8 @@ from torch import nn
 
 from experiments import Study
 from experiments.controls import HALVES, half
+from experiments.errors import StudyError
 from experiments.stats import BASELINE, METRICS, PERFORMANCE, PROBES
-from experiments.study import StudyError
 from repsim_kernels import LayerError
 from repsim_kernels.reference.ablation import ablation_distances
 from repsim_kernels.reference.cells import selectivity_grid

@@ -11,7 +11,7 @@ import scipy.stats
 from typer.testing import CliRunner
 
 from experiments.__main__ import app
-from experiments.stats import StatsError
+from experiments.errors import StatsError
 from experiments.tables import read, remarks, write
 
 BY = ["class", "layer"]
