@@ -14,7 +14,7 @@ from repsim_kernels import _arrays, _check, _options
 from repsim_kernels.errors import LabelError, LayerError, RepsimError
 from repsim_kernels.forward.trace import first_line
 
-from .errors import StudyError
+from .errors import StudyError, one_line
 from .probes import Draws
 
 
@@ -29,7 +29,7 @@ def study_errors() -> Iterator[None]:
     except LayerError:
         raise
     except RepsimError as error:
-        raise StudyError(" ".join(str(error).split())) from error
+        raise StudyError(one_line(error)) from error
 
 
 def check_text(value: Any, argument: str) -> str:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line."""
+    return " ".join(str(error).split())
+
+
 class ExperimentError(ValueError):
     """What was asked for can't be done; the message is one line."""
 

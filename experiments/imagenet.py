@@ -12,7 +12,7 @@ from scipy.io import loadmat  # type: ignore[import-untyped]
 from torchvision.models import AlexNet_Weights
 
 from .data import IMAGENET_MEAN, IMAGENET_STD, Resizing, Stimuli, read_classes
-from .errors import DataError
+from .errors import DataError, one_line
 from .folders import ClassFiles, describe_skipped, escape_name, image_files, is_image, list_folder
 from .pixels import Transform
 
@@ -340,7 +340,7 @@ def _output_of_id(labels: Path) -> dict[str, int]:
         pairs = zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)
         wnid_of = {int(number): str(wnid) for number, wnid in pairs}
     except Exception as error:  # loadmat's and zlib's have no nearer class in common
-        raise DataError(f"labels: {meta} can't be read: {' '.join(str(error).split())}") from error
+        raise DataError(f"labels: {meta} can't be read: {one_line(error)}") from error
     leaves = {number: wnid for number, wnid in wnid_of.items() if number <= len(wnids())}
     if sorted(leaves.values()) != list(wnids()):
         raise DataError(

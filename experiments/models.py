@@ -14,7 +14,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from .checkpoints import count_outputs, fill, read_checkpoint
-from .errors import ModelError
+from .errors import ModelError, one_line
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -259,7 +259,7 @@ def _own_errors(name: str, what: str) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:  # sys.exit() would end the run as if it were done
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if not isinstance(error, ImportError | AttributeError):
             reason = f"{type(error).__name__}: {reason}".rstrip(": ")
         *_, last = traceback.extract_tb(error.__traceback__)

@@ -11,7 +11,7 @@ import typer
 
 from repsim_kernels import RepsimError
 
-OURS = ("experiments", "repsim_kernels", "__main__")
+from .errors import ExperimentError, one_line
 
 
 @contextmanager
@@ -20,12 +20,8 @@ def one_line_errors() -> Iterator[None]:
     try:
         with plain_warnings():
             yield
-    except (RepsimError, ValueError, OSError) as error:
-        # A ValueError from elsewhere is a bug, whose traceback is wanted.
-        package = type(error).__module__.partition(".")[0]
-        if package not in OURS and not isinstance(error, OSError):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (RepsimError, ExperimentError, OSError) as error:  # any other is a bug
+        print(f"error: {one_line(error)}", file=sys.stderr)
         raise typer.Exit(2) from None
     except SystemExit as error:  # of a network's own code: it would pass for a run that is done
         print(f"error: something in the network called sys.exit({error.code!r})", file=sys.stderr)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .errors import DataError
+from .errors import DataError, one_line
 
 Transform = Callable[[Any], torch.Tensor]
 
@@ -71,7 +71,7 @@ def decode(
                     images[len(good)] = images[i]
                 good.append(i)
             elif not skip_bad:
-                reason = " ".join(str(error).split())
+                reason = one_line(error)
                 if files[i].is_symlink() and not files[i].exists():
                     reason = f"it is a broken link, to {files[i].readlink()}; {reason}"
                 raise DataError(f"images: {files[i]} can't be decoded: {reason}") from error

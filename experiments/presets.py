@@ -15,7 +15,7 @@ import torchvision.models as zoo
 from torch import nn
 
 from .checkpoints import count_outputs, fill, read_checkpoint
-from .errors import ModelError
+from .errors import ModelError, one_line
 
 TEN = (  # schooner, brain coral, junco, snail, grey whale, Siberian husky, electric fan, bookcase,
     # fountain pen, toaster
@@ -285,9 +285,8 @@ def _cached(member: zoo.WeightsEnum) -> Path:
             terminal = sys.stderr.isatty()
             torch.hub.download_url_to_file(member.url, str(path), digest, progress=terminal)
         except (OSError, HTTPException, RuntimeError) as error:  # the last: it is damaged
-            reason = " ".join(str(error).split())
             raise ModelError(
-                f"weights: {path.name} can't be fetched ({reason}); expected {member.url} "
+                f"weights: {path.name} can't be fetched ({one_line(error)}); expected {member.url} "
                 f"as {path}, or --weights FILE"
             ) from error
     with path.open("rb") as file:

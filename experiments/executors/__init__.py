@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
-from ..errors import ExecutorError, StoreError
+from ..errors import ExecutorError, StoreError, one_line
 from ..store import Unit
 
 if TYPE_CHECKING:
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def told(error: Exception) -> StoreError | ExecutorError:
     """An error that ends a run, as one line and as what any process can unpickle."""
     plain = isinstance(error, (ValueError, OSError))
-    text = str(error) if plain else f"{type(error).__name__}: {error}"
+    text = one_line(error) if plain else f"{type(error).__name__}: {one_line(error)}"
     kind = StoreError if isinstance(error, StoreError) else ExecutorError
-    return kind(" ".join(text.split()))
+    return kind(text)
 
 
 class Event(NamedTuple):

@@ -17,7 +17,7 @@ import torch
 
 from repsim_kernels import RepsimError
 
-from ..errors import StudyError
+from ..errors import StudyError, one_line
 from ..store import Store, Unit
 from . import Event
 
@@ -98,7 +98,7 @@ def _memory(device: torch.device) -> int:
 
 
 def _line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or "no message"
+    text = one_line(error) or "no message"
     ours = isinstance(error, (StudyError, RepsimError))
     return text if ours else f"{type(error).__name__}: {text}"
 
