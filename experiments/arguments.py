@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,30 @@ from repsim_kernels.errors import LabelError, LayerError, RepsimError
 from repsim_kernels.forward.trace import first_line
 
 from .errors import StudyError, one_line
-from .probes import Draws
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How often the paper's probe draws neurons of a layer, and how.
+
+    Parameters
+    ----------
+    least : int
+        As often at least.
+    every : int, optional
+        Once for so many of the layer's neurons, where that is more.
+    paired : bool
+        Whether an ablated fit keeps the neurons of the intact one as far as they survive; the
+        paper draws all anew.
+    """
+
+    least: int = 200
+    every: int | None = None
+    paired: bool = True
+
+    def of(self, neurons: int) -> int:
+        """Draws for a layer of so many neurons."""
+        return self.least if self.every is None else max(self.least, neurons // self.every)
 
 
 @contextmanager
@@ -111,7 +135,7 @@ def check_draws(value: Any) -> Draws:
     if value is None:
         return Draws()
     if not isinstance(value, Draws):
-        raise StudyError(f"draws: {_options.shown(value)}; expected an experiments.probes.Draws")
+        raise StudyError(f"draws: {_options.shown(value)}; expected an experiments.arguments.Draws")
     every = check_optional_count(value.every, "draws.every")
     least = _options.count(value.least, "draws.least")
     return Draws(least, every, _options.flag(value.paired, "draws.paired"))

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from . import data, imagenet
+from .arguments import Draws
 from .data import Stimuli
 from .errors import JobError, StudyError
 from .models import SMALL, load, study_layers
 from .presets import PRESETS, RANDOM, Loaded, Network, Preset, load_network, weights_for
-from .probes import Draws
 from .stats import METRICS
 from .study import Study
 

@@ -33,13 +33,6 @@ _COLUMNS = 2**12  # neurons whose variance is taken at a time
 _VARIATES = 2**30  # bytes, at most, for the canonical variates that wait for a pass: PWCCA
 
 
-class Layer(NamedTuple):
-    """What a layer gives for an image."""
-
-    neurons: int
-    bytes: int
-
-
 @dataclass
 class Shown:
     """A layer's activations, (n, p) and sorted by class, and the states of the targets' images."""
@@ -77,6 +70,37 @@ def rows(study: Study, units: Sequence[Unit]) -> Iterator[pd.DataFrame]:
         if table is None:
             return
         yield table
+
+
+def describe(study: Study) -> dict[str, Any]:
+    """What a reader of the results wants to know beside the configuration.
+
+    Raises
+    ------
+    StudyError
+        The memory is too little for a layer, or the network's weights have changed.
+    """
+    groups(study, study.layers)
+    correct = torch.zeros(len(study.labels), dtype=torch.bool)
+    with study.hold_network(), torch.no_grad():
+        for index in torch.split(torch.arange(len(study.labels)), BATCH):
+            logits = study.model(study.images[index].to(study.device))
+            correct[index] = logits.argmax(1).cpu() == study.labels[index]
+            correct[index] &= logits.amax(1).cpu() > -torch.inf  # no NaN, not all -inf
+    gpu = study.device.type == "cuda"
+    return {
+        "network": type(study.model).__name__,
+        "parameters": sum(p.numel() for p in study.model.parameters()),
+        "accuracy": float(correct.double().mean()),
+        "images": len(study.labels),
+        "image_shape": list(study.images.shape[1:]),
+        "image_classes": len(study.present),
+        "largest_class": int(study.labels.bincount().max()),
+        "outputs": logits.shape[1],
+        "stimuli": study.stimuli,
+        "note": study.note,
+        "device": torch.cuda.get_device_name(study.device) if gpu else "CPU",
+    }
 
 
 def _rows(study: Study, units: Sequence[Unit]) -> Iterator[pd.DataFrame]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from math import isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from repsim_kernels.forward.trace import Trace, Untraceable
 
 from .configuration import differences
 from .errors import StudyError
-from .measure import Layer
 
 # What a description must not depend on: where an object lies, and on which device.
 _PLACES = re.compile(r" at 0x[0-9a-f]+|,? ?device='[^']*'|(?<=cuda):\d+")
@@ -96,6 +95,13 @@ def _moved(model: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         for parameter, data, grad in parameters:
             parameter.data, parameter.grad = data, grad
+
+
+class Layer(NamedTuple):
+    """What a layer gives for an image."""
+
+    neurons: int
+    bytes: int
 
 
 def show_image(

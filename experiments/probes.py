@@ -6,7 +6,6 @@ import math
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,30 +22,6 @@ if TYPE_CHECKING:
 
 SIZE = 100  # neurons of a draw, the paper's
 ERROR = "decodability_paper_error"
-
-
-@dataclass(frozen=True)
-class Draws:
-    """How often the paper's probe draws neurons of a layer, and how.
-
-    Parameters
-    ----------
-    least : int
-        As often at least.
-    every : int, optional
-        Once for so many of the layer's neurons, where that is more.
-    paired : bool
-        Whether an ablated fit keeps the neurons of the intact one as far as they survive; the
-        paper draws all anew.
-    """
-
-    least: int = 200
-    every: int | None = None
-    paired: bool = True
-
-    def of(self, neurons: int) -> int:
-        """Draws for a layer of so many neurons."""
-        return self.least if self.every is None else max(self.least, neurons // self.every)
 
 
 def columns(probes: Sequence[str]) -> list[str]:

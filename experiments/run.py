@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd  # type: ignore[import-untyped]
 
+from . import measure
 from .arguments import check_folder, check_progress
 from .configuration import digest
 from .errors import ExecutorError, RunError
@@ -94,7 +95,7 @@ def run(
         return store.compact()
     total, parts = sum(len(study.units) for study in studies), []
     for study in studies:
-        for unit, rows in zip(study.units, study.measure(study.units), strict=True):
+        for unit, rows in zip(study.units, measure.rows(study, study.units), strict=True):
             parts.append(rows)
             if progress is not None:
                 progress(Step(Event("done", unit, ""), len(parts), 0, total))
@@ -222,7 +223,7 @@ def run_folder(
                 study.memory //= workers
         return {
             "memory": {study.name: study.memory for study in studies},
-            "about": {**(about or {}), "models": {study.name: study.about() for study in studies}},
+            "about": {**(about or {}), "models": {s.name: measure.describe(s) for s in studies}},
         }
 
     store = Store.create(folder, _configuration(studies), facts)

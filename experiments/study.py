@@ -23,11 +23,8 @@ from repsim_kernels.forward.trace import first_line
 
 from . import arguments as check
 from .errors import StudyError
-from .measure import BATCH, groups, rows
 from .network import Identity, fingerprint, hash_of, hash_operations, prepare, show_image
 from .precision import set_tf32
-from .probes import Draws
-from .run import Step, run, run_folder
 from .stats import METRICS, PROBES
 from .store import Unit, units_of
 
@@ -81,7 +78,7 @@ class Study:
         Of linear decodability. "ridge": leave-one-out ridge regression, refitted and frozen, its
         balanced accuracy and its margin. "paper": the published study's logistic regressions on
         neurons drawn at random, and the standard error of what they give.
-    draws : experiments.probes.Draws, optional
+    draws : experiments.arguments.Draws, optional
         How often "paper" draws: 200 times by default.
     seed : int
         Of the others, of random cells, and of the neurons that are drawn.
@@ -130,7 +127,7 @@ class Study:
         probe_ridge: float = 1.0,
         stimuli_per_class: int | None = None,
         probes: Sequence[str] = ("ridge",),
-        draws: Draws | None = None,
+        draws: check.Draws | None = None,
         seed: int = 0,
         memory: int | str | None = None,
         block: int = 10,
@@ -227,7 +224,7 @@ class Study:
     def run(
         self,
         out: str | os.PathLike[str] | None = None,
-        progress: Callable[[Step], object] | None = None,
+        progress: Callable[[Any], object] | None = None,
     ) -> pd.DataFrame:
         """Ablate every cell and measure; gives and raises what `run` and `run_folder` do.
 
@@ -239,12 +236,10 @@ class Study:
         progress : callable, optional
             Called with a `Step` when a unit starts, is done, or has failed.
         """
+        from .run import run, run_folder  # which measures studies
+
         check.check_progress(progress)
         return run([self], None if out is None else run_folder([self], out), progress)
-
-    def measure(self, units: Sequence[Unit]) -> Iterator[pd.DataFrame]:
-        """Rows of some of the study's units, in their order: see `measure.rows`."""
-        return rows(self, units)
 
     @contextmanager
     def hold_network(self) -> Iterator[None]:
@@ -311,36 +306,6 @@ class Study:
             "images": hash_of(self.images, self.labels),
             "device": self.device.type,
             "tf32": self.tf32,
-        }
-
-    def about(self) -> dict[str, Any]:
-        """What a reader of the results wants to know beside the configuration.
-
-        Raises
-        ------
-        StudyError
-            The memory is too little for a layer, or the network's weights have changed.
-        """
-        groups(self, self.layers)
-        correct = torch.zeros(len(self.labels), dtype=torch.bool)
-        with self.hold_network(), torch.no_grad():
-            for index in torch.split(torch.arange(len(self.labels)), BATCH):
-                logits = self.model(self.images[index].to(self.device))
-                correct[index] = logits.argmax(1).cpu() == self.labels[index]
-                correct[index] &= logits.amax(1).cpu() > -torch.inf  # no NaN, not all -inf
-        gpu = self.device.type == "cuda"
-        return {
-            "network": type(self.model).__name__,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "accuracy": float(correct.double().mean()),
-            "images": len(self.labels),
-            "image_shape": list(self.images.shape[1:]),
-            "image_classes": len(self.present),
-            "largest_class": int(self.labels.bincount().max()),
-            "outputs": logits.shape[1],
-            "stimuli": self.stimuli,
-            "note": self.note,
-            "device": torch.cuda.get_device_name(self.device) if gpu else "CPU",
         }
 
     def _check_classes(self, counts: dict[int, int]) -> None:

@@ -51,7 +51,7 @@ def announce_inputs(job: Job, about: Mapping[str, Mapping[str, Any]]) -> None:
     ----------
     job : Job
     about : mapping
-        What the run's folder says of each study, by name (see `Study.about`); no accuracy is
+        What the run's folder says of each study, by name (see `measure.describe`); no accuracy is
         printed of studies that are not in it.
     """
     from .pixels import describe_size

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from experiments import data, imagenet
+from experiments.arguments import Draws
 from experiments.models import load, study_layers
 from experiments.presets import PRESETS, Network, load_network
-from experiments.probes import Draws
 from experiments.study import Study
 
 _PRESET = PRESETS["hayne2024"]

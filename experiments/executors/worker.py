@@ -17,6 +17,7 @@ import torch
 
 from repsim_kernels import RepsimError
 
+from .. import measure
 from ..errors import StudyError, one_line
 from ..store import Store, Unit
 from . import Event
@@ -57,7 +58,7 @@ class Serial:
 
     def _measure(self, study: Study, mine: list[Unit], units: deque[Unit]) -> Iterator[Event]:
         """Measure one study's units up to the first that fails, and take them off both lists."""
-        measured = study.measure(mine.copy())
+        measured = measure.rows(study, mine.copy())
         while mine:
             unit = mine.pop(0)
             units.remove(unit)

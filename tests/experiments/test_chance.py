@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from experiments import __main__ as cli
 from experiments import report
 from experiments.findings import near_chance
+from experiments.measure import describe
 from experiments.run import run, run_folder
 from experiments.store import Store
 from experiments.terminal import finish, warn_of_chance
@@ -96,7 +97,7 @@ def test_one_answer_to_unequal_classes_is_near_chance() -> None:
     labels = [0] * 3 + [1] * 9 + [2] * 3
     study = toy_study(model=Constant(), layers=["act"], labels=labels, metrics=["cka"])
     said = "60.0 % of its answers to 15 images are right, and 60 % would be if all named the"
-    assert str(near_chance(study.about())).startswith(said)
+    assert str(near_chance(describe(study))).startswith(said)
 
 
 def test_what_is_not_recorded_is_not_near_chance() -> None:

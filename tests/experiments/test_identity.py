@@ -13,6 +13,7 @@ import torch
 from _toy import Toy, toy_images, toy_study
 from torch import Tensor, nn
 
+from experiments import measure
 from experiments.configuration import differences
 from experiments.errors import StoreError, StudyError
 from experiments.network import describe_modules, hash_operations
@@ -85,8 +86,8 @@ def test_modules_that_have_changed_are_refused(use: str, tmp_path: Path) -> None
     calls: dict[str, Callable[[], Any]] = {
         "run": made.run,
         "store": lambda: made.run(tmp_path / "run"),
-        "measure": lambda: next(made.measure(made.units)),
-        "about": made.about,
+        "measure": lambda: next(measure.rows(made, made.units)),
+        "about": lambda: measure.describe(made),
         "plan": lambda: plan(made),
     }
     old, model.act1 = model.act1, nn.Tanh()  # type: ignore[assignment]

@@ -186,14 +186,14 @@ def whole() -> tuple[Study, list[pd.DataFrame]]:
     study = deep_study(
         memory="250KiB", others=1, stimuli_per_class=3, metrics=["cka", "pwcca"], block=1
     )
-    return study, list(study.measure(study.units))
+    return study, list(measure.rows(study, study.units))
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.sets(st.sampled_from(range(12)), min_size=1))
 def test_rows_of_any_units_are_those_of_all(chosen: set[int]) -> None:
     (study, expected), some = whole(), sorted(chosen)
-    found = list(study.measure([study.units[i] for i in some]))
+    found = list(measure.rows(study, [study.units[i] for i in some]))
     assert len(found) == len(some)
     for i, rows in zip(some, found, strict=True):
         assert (rows["layer"] == study.units[i].layer).all()
@@ -235,9 +235,11 @@ def test_a_resumed_run_has_the_same_bits_where_memory_is_tight(
         return target(study, layer, label, shown, room)
 
     monkeypatch.setattr(measure, "_target", noted)
-    whole = list(study.measure(study.units))
+    whole = list(measure.rows(study, study.units))
     for start in range(len(whole)):
-        for rows, expected in zip(study.measure(study.units[start:]), whole[start:], strict=True):
+        for rows, expected in zip(
+            measure.rows(study, study.units[start:]), whole[start:], strict=True
+        ):
             pd.testing.assert_frame_equal(rows, expected, check_exact=True)
     # What runs together, and with it the rounding, hangs on the room that is left for it.
     assert {len(seen) for seen in rooms.values()} == {1}
@@ -261,7 +263,7 @@ def test_images_pass_once_for_each_group(
     study = deep_study(memory=memory, stimuli_per_class=per_class, metrics=["cka"], block=1)
     wanted, passed = study.units[units], []
     study.model.conv1.register_forward_pre_hook(lambda _m, given: passed.append(len(given[0])))
-    assert len(list(study.measure(wanted))) == len(wanted)
+    assert len(list(measure.rows(study, wanted))) == len(wanted)
     assert len([n for n in passed if n > 2]) == calls  # cuts are tried on two images
 
 

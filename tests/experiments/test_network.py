@@ -16,7 +16,9 @@ from _toy import LAYERS, Toy, toy_images, toy_study
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
+from experiments import measure
 from experiments.errors import StudyError
+from experiments.measure import describe
 from experiments.network import prepare
 from experiments.plan import plan
 from repsim_kernels import LayerError
@@ -91,7 +93,7 @@ def test_networks_that_cannot_be_copied_have_the_rows_of_plain_ones(
     assert made.model is model
     assert described(model) == before
     rows = made.run()
-    made.about()
+    describe(made)
     assert described(model) == before
     pd.testing.assert_frame_equal(rows, toy_study(model=plain, metrics=["cka"]).run())
 
@@ -124,7 +126,7 @@ def test_a_network_is_left_as_it_was_by_what_goes_wrong(error: BaseException) ->
     made = toy_study(model=model, metrics=["cka"])
     model.error = error
     before = described(model)
-    for call in (made.run, made.about, lambda: toy_study(model=model)):
+    for call in (made.run, lambda: describe(made), lambda: toy_study(model=model)):
         with pytest.raises((StudyError, LayerError, type(error))):
             call()
         assert described(model) == before
@@ -220,8 +222,8 @@ def test_weights_that_have_changed_are_refused(
     calls: dict[str, Callable[[], Any]] = {
         "run": made.run,
         "store": lambda: made.run(tmp_path / "run"),
-        "measure": lambda: next(made.measure(made.units)),
-        "about": made.about,
+        "measure": lambda: next(measure.rows(made, made.units)),
+        "about": lambda: measure.describe(made),
         "plan": lambda: plan(made),
     }
     change(model)
@@ -254,7 +256,7 @@ def test_two_studies_share_a_network() -> None:
     before = described(model)
     a, b = (toy_study(model=model, metrics=[name], block=1) for name in ("cka", "cca"))
     expected = [toy_study(metrics=[name]).run() for name in ("cka", "cca")]
-    pairs = list(zip(a.measure(a.units), b.measure(b.units), strict=True))
+    pairs = list(zip(measure.rows(a, a.units), measure.rows(b, b.units), strict=True))
     for rows, want in zip(zip(*pairs, strict=True), expected, strict=True):
         table = pd.concat(rows).sort_values(["class", "layer", "cell"], ignore_index=True)
         pd.testing.assert_frame_equal(table, want)

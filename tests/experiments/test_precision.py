@@ -24,6 +24,7 @@ from experiments.configuration import digest
 from experiments.errors import StoreError
 from experiments.executors import Task
 from experiments.executors.pool import Pool
+from experiments.measure import describe
 from experiments.plan import plan
 from experiments.precision import set_tf32
 from experiments.run import run_folder
@@ -105,7 +106,7 @@ def test_the_network_runs_with_the_switches_of_the_study(tf32: bool, wanted: lis
     conv1 = model.conv1
     conv1.register_forward_pre_hook(lambda *_: during.append((values(), legacy())))
     study.run(progress=lambda _step: during.append(behaviour() == before))
-    study.about()
+    describe(study)
     plan(study)
     old = [tf32, tf32, "high" if tf32 else "highest"]  # no name disagrees with another
     assert (wanted, old) in during

@@ -13,6 +13,7 @@ from _toy import LAYERS, Toy, toy_study
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from experiments.measure import describe
 from repsim_kernels import LayerError
 
 
@@ -85,7 +86,7 @@ def test_values_that_a_pass_changes_are_put_back(
     seen = []
     rows = made.run(progress=lambda _step: seen.append(described(model) == before))
     assert seen == [True] * 3 * len(layers)
-    made.about()
+    describe(made)
     assert described(model) == before
     assert made.run().equals(rows)
     if same is not None:  # the values that every pass computes with
