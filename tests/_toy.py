@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from experiments import Study
+from experiments import Study, measure
+from experiments.plan import plan
 
 LAYERS = ("act1", "act2")
 CLASSES = ("ant/queen", "bee", "wasp")
@@ -57,6 +58,17 @@ def toy_study(**changes: Any) -> Study:
         "classes": CLASSES,
     }
     return Study(**arguments | changes)
+
+
+def uses_of(study: Study, folder: Path) -> dict[str, Callable[[], Any]]:
+    """Everything that computes with a study's network; "store" writes to the folder."""
+    return {
+        "run": study.run,
+        "store": lambda: study.run(folder),
+        "measure": lambda: next(measure.rows(study, study.units)),
+        "about": lambda: measure.describe(study),
+        "plan": lambda: plan(study),
+    }
 
 
 def image_folder(root: Path, per_class: int = 4) -> Path:

@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from _toy import Toy, toy_images, toy_study
+from _toy import Toy, toy_images, toy_study, uses_of
 from torch import Tensor, nn
 
-from experiments import measure
 from experiments.configuration import differences
 from experiments.errors import StoreError, StudyError
 from experiments.network import describe_modules, hash_operations
-from experiments.plan import plan
 
 
 class Scaled(Toy):
@@ -83,13 +81,7 @@ def test_a_run_is_not_resumed_by_a_network_that_computes_something_else(
 def test_modules_that_have_changed_are_refused(use: str, tmp_path: Path) -> None:
     model = Toy()
     made = toy_study(model=model, metrics=["cka"])
-    calls: dict[str, Callable[[], Any]] = {
-        "run": made.run,
-        "store": lambda: made.run(tmp_path / "run"),
-        "measure": lambda: next(measure.rows(made, made.units)),
-        "about": lambda: measure.describe(made),
-        "plan": lambda: plan(made),
-    }
+    calls = uses_of(made, tmp_path / "run")
     old, model.act1 = model.act1, nn.Tanh()  # type: ignore[assignment]
     changed = (
         r"^model: the modules of toy have changed since the study was made \(act1\.class: "

@@ -12,15 +12,13 @@ import pandas as pd
 import pytest
 import torch
 from _networks import described, mixed
-from _toy import LAYERS, Toy, toy_images, toy_study
+from _toy import LAYERS, Toy, toy_images, toy_study, uses_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from experiments import measure
 from experiments.errors import StudyError
-from experiments.measure import describe
 from experiments.network import prepare
-from experiments.plan import plan
 from repsim_kernels import LayerError
 
 
@@ -93,7 +91,7 @@ def test_networks_that_cannot_be_copied_have_the_rows_of_plain_ones(
     assert made.model is model
     assert described(model) == before
     rows = made.run()
-    describe(made)
+    measure.describe(made)
     assert described(model) == before
     pd.testing.assert_frame_equal(rows, toy_study(model=plain, metrics=["cka"]).run())
 
@@ -126,7 +124,7 @@ def test_a_network_is_left_as_it_was_by_what_goes_wrong(error: BaseException) ->
     made = toy_study(model=model, metrics=["cka"])
     model.error = error
     before = described(model)
-    for call in (made.run, lambda: describe(made), lambda: toy_study(model=model)):
+    for call in (made.run, lambda: measure.describe(made), lambda: toy_study(model=model)):
         with pytest.raises((StudyError, LayerError, type(error))):
             call()
         assert described(model) == before
@@ -219,13 +217,7 @@ def test_weights_that_have_changed_are_refused(
     model.register_buffer("scale", torch.ones(3), persistent=False)
     made = toy_study(model=model, metrics=["cka"])
     old = {name: t.clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
-    calls: dict[str, Callable[[], Any]] = {
-        "run": made.run,
-        "store": lambda: made.run(tmp_path / "run"),
-        "measure": lambda: next(measure.rows(made, made.units)),
-        "about": lambda: measure.describe(made),
-        "plan": lambda: plan(made),
-    }
+    calls = uses_of(made, tmp_path / "run")
     change(model)
     with pytest.raises(StudyError, match=r"^model: the weights or buffers of toy have changed sin"):
         calls[use]()
