@@ -72,12 +72,12 @@ def average_ranks(found: Distances) -> Tensor:
     gaps = _gaps(xp, values)
     tied = gaps == 0
     bounds = 0.0, found.largest_tolerance(float(values[-1]))
-    _join(xp, tied, values, gaps, _in_order(found.tolerance, order, tied), *bounds)
+    _join(xp, tied, values, gaps, _in_order(xp, found.tolerance, order, tied), *bounds)
     if not found.input_is_float64:
         # Roots of the distances move by no more than the rows do.
         values = xp.sqrt(values)
         bounds = 4 * float(found.half_ulps.amin()), 4 * float(found.half_ulps.amax())
-        tolerance = _in_order(found.twice_moved, order, tied)
+        tolerance = _in_order(xp, found.twice_moved, order, tied)
         _join(xp, tied, values, _gaps(xp, values), tolerance, *bounds)
 
     ranks = xp.arange(1, len(d2) + 1, dtype=d2.dtype, device=d2.device)
@@ -113,7 +113,9 @@ def _repeat(xp: Any, values: Array, times: Array) -> Array:
     return values.repeat_interleave(times) if xp is torch else values.repeat(times)
 
 
-def _in_order(given: Callable[..., Tensor], order: Array, tied: Array) -> Callable[[Array], Array]:
+def _in_order(
+    xp: Any, given: Callable[..., Tensor], order: Array, tied: Array
+) -> Callable[[Array], Array]:
     """What is given of pairs, by their places in the order; the largest of those that are tied.
 
     Pairs whose distances are equal have rows of other lengths, and come in any order.
@@ -121,17 +123,13 @@ def _in_order(given: Callable[..., Tensor], order: Array, tied: Array) -> Callab
 
     def find(at: Array) -> Array:
         if not bool(tied.any()):
-            return _like(order, given(torch.as_tensor(order[at])))
+            return xp.asarray(given(torch.as_tensor(order[at])))
         values = given()[torch.as_tensor(order)]
         group = torch.as_tensor((~tied[:-1]).cumsum(0) - 1)
         most = torch.zeros_like(values).scatter_reduce_(0, group, values, "amax")
-        return _like(order, most[group])[at]
+        return xp.asarray(most[group])[at]
 
     return find
-
-
-def _like(array: Array, tensor: Tensor) -> Array:
-    return tensor if isinstance(array, Tensor) else tensor.numpy()
 
 
 def _join(
