@@ -27,7 +27,7 @@ class Draws:
     least : int
         As often at least.
     every : int, optional
-        Once for so many of the layer's neurons, where that is more.
+        Neurons of the layer per draw, where that gives more draws than `least`.
     paired : bool
         Whether an ablated fit keeps the neurons of the intact one as far as they survive; the
         paper draws all anew.
@@ -38,7 +38,7 @@ class Draws:
     paired: bool = True
 
     def of(self, neurons: int) -> int:
-        """Draws for a layer of so many neurons."""
+        """How many draws a layer of that many neurons gets."""
         return self.least if self.every is None else max(self.least, neurons // self.every)
 
 

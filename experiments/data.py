@@ -191,9 +191,9 @@ def image_folder(
     path : path
         If all sub-directories are named by integers, these are the network's outputs; if more than
         half of them are, the others are refused. Otherwise the sub-directories, sorted by name, are
-        outputs 0, 1, …: all the network's classes are to be there, though only those of `classes`
-        need images. Links to folders are followed;
-        hidden files and folders, and those that other programs leave behind, are skipped.
+        outputs 0, 1, …: all the network's classes must be there, though only those of `classes`
+        need images. Links to folders are followed; hidden files and folders, and those that other
+        programs leave behind, are skipped.
     classes : sequence of str, optional
         Names of the sub-directories to take; all by default.
     size : int or None

@@ -73,7 +73,7 @@ def rows(study: Study, units: Sequence[Unit]) -> Iterator[pd.DataFrame]:
 
 
 def describe(study: Study) -> dict[str, Any]:
-    """What a reader of the results wants to know beside the configuration.
+    """What a reader of the results wants to know in addition to the configuration.
 
     Raises
     ------

@@ -22,7 +22,7 @@ from repsim_kernels.errors import (
 )
 
 _LARGEST = 1e70
-# No layer has as many units, and the Gram matrices of so many cells fit no memory.
+# More units than any layer has; the Gram matrices of that many cells fit no memory.
 _MOST_CELLS = 2**24
 _ASYMMETRY = 1e-5  # what float32 products leave
 

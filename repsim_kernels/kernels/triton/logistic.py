@@ -42,7 +42,7 @@ from repsim_kernels.kernels.triton._newton import centred, moments, noise, produ
 
 # Triton 3.6 fails on this kernel's products in tensor memory, which GPUs of 10.x and 11.x have.
 _OLD = _launch.release(triton.__version__) < (3, 8)
-_FITS = 2**14  # of a launch, whose scratch is 84 MB for 500 stimuli; its tail is 1 % of it
+_FITS = 2**14  # of a launch, whose scratch is 109 MB for 500 stimuli; its tail is 1 % of it
 _STEPS = 8  # of a cold start: 4 to 12 on four kinds of activations of a magnitude of 1
 
 
