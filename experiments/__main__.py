@@ -39,8 +39,8 @@ RUN = typer.Argument(help="Folder of a run; runs/demo by default.")
 def status(run: Annotated[Path, RUN] = Path("runs/demo")) -> None:
     """Say what of a run is done, left and failed, who works on it, and how long it will take."""
     with one_line_errors():
-        from .status import show_status
         from .status import status as status_of
+        from .terminal import show_status
 
         show_status(Console(highlight=False, markup=False), status_of(run))
 

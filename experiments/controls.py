@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 
+from .columns import HALVES, half
 from .stats import (
     Floats,
     centred_ranks,
@@ -20,13 +21,7 @@ from .stats import (
     summary,
 )
 
-HALVES = ("odd", "even")
 _EXPLAINED = 1e-9  # of a column's length: what rounding leaves of ranks that the controls explain
-
-
-def half(change: str, which: str) -> str:
-    """The column of a function change measured on every other image."""
-    return f"{change}_{which}"
 
 
 def partial_correlations(

@@ -19,31 +19,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .columns import BASELINE, CHANGE_NAMES, METRIC_NAMES, METRICS
 from .errors import ReportError
-from .stats import BASELINE, METRICS
 
-METRIC_NAMES = {
-    "cka": "CKA",
-    "procrustes": "Procrustes",
-    "pwcca": "PWCCA",
-    "cca": "mean CCA",
-    "cca_squared": "mean squared CCA",
-    "svcca": "SVCCA",
-    "cka_debiased": "debiased CKA",
-    BASELINE: "energy removed",
-}
-CHANGE_NAMES = {
-    "rank_deficit": "rank of the true class",
-    "log_probability": "log-probability",
-    "probability": "probability",
-    "top1": "top-1 accuracy",
-    "top5": "top-5 accuracy",
-    "decodability_refit": "decodability, refitted",
-    "decodability_frozen": "decodability, frozen",
-    "margin_refit": "linear margin, refitted",
-    "margin_frozen": "linear margin, frozen",
-    "decodability_paper": "decodability, the paper's",
-}
 INK = "#010203"  # becomes the page's own text colour, light or dark
 # Okabe & Ito's colours, told apart by most colour-blind readers, without those that are lost on
 # white or black; and a marker each, for everybody else. Debiased CKA's is wide, to be seen under

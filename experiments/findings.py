@@ -11,14 +11,14 @@ from typing import Any
 import pandas as pd  # type: ignore[import-untyped]
 import scipy.stats  # type: ignore[import-untyped]
 
+from .columns import BASELINE, METRIC_NAMES, NAN_IMAGES
 from .controls import corrected, partial_correlations, reliability
 from .errors import StatsError
-from .figures import METRIC_NAMES
 from .inference import Claim, MixedModel, beyond, claims, intervals, mixed_model
-from .stats import BASELINE, NAN_IMAGES, changes_of, correlations, distances_of, summary
+from .stats import changes_of, correlations, distances_of, summary
 
 GROUP = ["class", "layer"]
-PERFORMANCE = "rank_deficit"
+RANK_DEFICIT = "rank_deficit"
 # The first that a table has. Accuracies of held-out stimuli tie in most cells: the margin is what
 # can be told of the same probe.
 DECODABILITY = ("decodability_paper", "margin_refit", "decodability_refit")
@@ -141,10 +141,10 @@ def count_nan_images(table: pd.DataFrame) -> str | None:
 
 def judged(model: Model) -> list[tuple[Claim, list[str]]] | None:
     """The claims and what is said of each, metrics by the names that the page has for them."""
-    if model.near_chance or PERFORMANCE not in model.changes or model.decodability is None:
+    if model.near_chance or RANK_DEFICIT not in model.changes or model.decodability is None:
         return None
     told = []
-    for claim in claims(model.per_group, PERFORMANCE, model.decodability):
+    for claim in claims(model.per_group, RANK_DEFICIT, model.decodability):
         parts = [detail.partition(": ") for detail in claim.details]
         details = [f"{METRIC_NAMES.get(name, name)}{colon}{rest}" for name, colon, rest in parts]
         # A lone line repeats the numbers of the claim, where it has any.
@@ -156,10 +156,10 @@ def judged(model: Model) -> list[tuple[Claim, list[str]]] | None:
 
 def fitted(model: Model) -> MixedModel | None:
     """The paper's mixed model, where the table has what it needs."""
-    if model.near_chance or PERFORMANCE not in model.changes or model.decodability is None:
+    if model.near_chance or RANK_DEFICIT not in model.changes or model.decodability is None:
         return None
     try:
-        return mixed_model(model.per_group, PERFORMANCE, model.decodability)
+        return mixed_model(model.per_group, RANK_DEFICIT, model.decodability)
     except StatsError:
         return None
 
@@ -169,7 +169,7 @@ def against_baseline(model: Model) -> dict[str, tuple[list[str], list[str]]]:
     if model.near_chance or BASELINE not in model.distances:
         return {}
     found = {}
-    for change in filter(None, (PERFORMANCE, model.decodability)):
+    for change in filter(None, (RANK_DEFICIT, model.decodability)):
         if change in model.changes:
             tests = beyond(model.per_group, change)
             if all(math.isnan(test.estimate) for test in tests):

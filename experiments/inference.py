@@ -12,12 +12,13 @@ import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import scipy.stats  # type: ignore[import-untyped]
 
+from .columns import BASELINE
 from .errors import StatsError
 from .resampling import fisher_z as fisher_z
 from .resampling import holm as holm
 from .resampling import intervals as intervals
 from .resampling import jackknife, sign_flips
-from .stats import BASELINE, RESULTS, check_columns
+from .stats import RESULTS, check_columns
 
 AHEAD = ("cka", "procrustes")
 BEHIND = ("pwcca", "cca", "cca_squared")

@@ -12,11 +12,11 @@ from torch import nn
 
 from . import data, imagenet
 from .arguments import Draws
+from .columns import METRICS
 from .data import Stimuli
 from .errors import JobError, StudyError
 from .models import SMALL, load, study_layers
 from .presets import PRESETS, RANDOM, Loaded, Network, Preset, load_network, weights_for
-from .stats import METRICS
 from .study import Study
 
 

@@ -21,8 +21,9 @@ from .shard import Shard
 if TYPE_CHECKING:
     from .executors import Executor
     from .jobs import Job, Recipe
-    from .store import Store, Unit
+    from .store import Store
     from .study import Study
+    from .units import Unit
 
 
 class Kind(StrEnum):
@@ -59,9 +60,10 @@ def launch(recipe: Recipe, folder: Path, how: How, dry: bool) -> None:
     """
     from .errors import ExecutorError, StoreError
     from .executors.worker import Serial
+    from .membership import open_run
     from .plan import plan
     from .progress import progress_of
-    from .run import drive, run_folder
+    from .run import drive
     from .store import CONFIGURATION
     from .terminal import announce, announce_inputs, show_plans, took, warn_of_chance
 
@@ -75,7 +77,7 @@ def launch(recipe: Recipe, folder: Path, how: How, dry: bool) -> None:
         units = how.shard.of([unit for study in job.studies for unit in study.units])
         show_plans(console, [plan(*both, apart) for both in _of_each(job, units)], count)
         return
-    store = run_folder(job.studies, folder, {"images": job.source}, _sharing(how))
+    store = open_run(job.studies, folder, {"images": job.source}, _sharing(how))
     units = how.shard.of(store.units)
     if not how.silent:
         announce(job.source, job.studies, recipe.sampled)

@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .controls import HALVES, half
-from .stats import NAN_IMAGES
+from .columns import HALVES, NAN_IMAGES, half
 
 
 def performance(intact: Tensor, ablated: Tensor, label: int) -> dict[str, Tensor]:

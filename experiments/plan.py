@@ -11,10 +11,11 @@ from torch import Tensor
 
 from repsim_kernels.forward import Cost
 
-from .measure import batch_size, groups, held, represent
+from .measure import represent
+from .memory import batch_size, groups, held
 from .probes import paper
-from .store import Unit
 from .study import Study
+from .units import Unit
 
 # Neurons, at least, of the smaller of two timings of the metrics: what a clock can tell apart.
 _FEW = 2000

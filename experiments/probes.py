@@ -14,8 +14,7 @@ from torch import Tensor
 
 import repsim_kernels as rk
 
-from .controls import HALVES, half
-from .stats import PROBES
+from .columns import HALVES, PROBES, half
 
 if TYPE_CHECKING:
     from .study import Study

@@ -18,7 +18,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from .run import Step
-    from .store import Unit
+    from .units import Unit
 
 _TOLD = {"failed": "failed", "retry": "again"}  # what gets a line of its own everywhere
 _GAP, _TOO_SHORT = 2, 6  # characters between two facts; of a name

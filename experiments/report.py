@@ -13,13 +13,13 @@ import jinja2
 import pandas as pd  # type: ignore[import-untyped]
 
 from . import figures as draw
+from .columns import BASELINE, CHANGE_NAMES, METRIC_NAMES
 from .errors import ReportError
-from .figures import CHANGE_NAMES as CHANGE_NAMES
-from .figures import METRIC_NAMES as METRIC_NAMES
 from .figures import Drawing, Plate
+from .files import replacing
 from .findings import (
     GROUP,
-    PERFORMANCE,
+    RANK_DEFICIT,
     Model,
     against_baseline,
     costliest_layer,
@@ -32,8 +32,7 @@ from .findings import (
     without_noise,
 )
 from .published import PUBLISHED, SOURCE
-from .stats import BASELINE, summary
-from .store import load, replacing
+from .store import load
 
 Run: TypeAlias = str | os.PathLike[str] | pd.DataFrame
 
@@ -91,7 +90,7 @@ def write_report(
         metric_names=METRIC_NAMES,
         change_names=CHANGE_NAMES,
         changes=[name for name in CHANGE_NAMES if _any(models, name)],
-        performance=PERFORMANCE,
+        performance=RANK_DEFICIT,
         cells=" or ".join(str(n) for n in sorted({m.table["cell"].nunique() for m in models})),
         baseline=BASELINE,
         source=SOURCE,
@@ -102,15 +101,6 @@ def write_report(
         if figures is not None:
             draw.save([plate for each in plates.values() for plate in each], folder, figures)
     return path
-
-
-def means(per_group: pd.DataFrame) -> pd.DataFrame:
-    """Mean correlations with a row per model and metric, a column per function change."""
-    table = summary(per_group)
-    order = {key: list(table[key].unique()) for key in ("model", "distance", "change")}
-    wide = table.pivot(index=["model", "distance"], columns="change", values="spearman")
-    rows = pd.MultiIndex.from_product([order["model"], order["distance"]])
-    return wide.reindex(index=rows, columns=order["change"])
 
 
 def _load(runs: Run | Sequence[Run]) -> list[dict[str, Any]]:
@@ -233,7 +223,7 @@ def _grid(model: Model) -> tuple[str, list[Drawing]] | None:
 def _cells(model: Model) -> tuple[str, list[Drawing]] | None:
     """For each of the two functions, the class and layer where the cells differ most in it."""
     drawings, places = [], []
-    functions = [name for name in (PERFORMANCE, model.decodability) if name in model.changes]
+    functions = [name for name in (RANK_DEFICIT, model.decodability) if name in model.changes]
     for change in functions or model.drawn[:1]:
         spread = model.table.groupby(GROUP, observed=True)[change].std()
         if not spread.max() > 0:

@@ -7,22 +7,22 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd  # type: ignore[import-untyped]
 
 from . import measure
-from .arguments import check_folder, check_progress
-from .configuration import digest
-from .errors import ExecutorError, RunError
+from .arguments import check_progress
+from .columns import KEYS
+from .errors import ExecutorError
 from .executors import Event, Executor
-from .executors.worker import Serial, version_of
+from .executors.worker import Serial
 from .lock import driving
+from .membership import check_names, open_run
 from .shard import Shard
-from .store import KEYS, Store, Unit
-
-if TYPE_CHECKING:
-    from .study import Study
+from .store import Store
+from .study import Study
+from .units import Unit
 
 TRIES = 3  # of a unit, before it is recorded as failed
 
@@ -40,16 +40,19 @@ Progress = Callable[[Step], object]
 
 
 def run(
-    studies: Sequence[Study], store: Store | None = None, progress: Progress | None = None
+    studies: Study | Sequence[Study],
+    out: str | os.PathLike[str] | Store | None = None,
+    progress: Progress | None = None,
 ) -> pd.DataFrame:
-    """Run some studies of different names as one, in this process.
+    """Run a study, or several of different names as one, in this process.
 
     Parameters
     ----------
-    studies : sequence of Study
-    store : Store, optional
-        What `run_folder` gives. Each finished unit is stored there at once, those that are there
-        already are not computed, and ``results.parquet`` is written at the end.
+    studies : Study or sequence of Study
+    out : path or Store, optional
+        A folder, or what `open_run` returned. Each finished unit is stored there at once, units
+        that are stored already are not computed again, and ``results.parquet`` is written at the
+        end.
     progress : callable, optional
         Called with a `Step` when a unit starts, is done, or has failed.
 
@@ -75,15 +78,18 @@ def run(
     RunError
         Two studies have one name.
     StudyError
-        ``progress`` can't be called. Or, where there is no store: a layer's activations are not
-        finite, or a network's weights have changed. With a store, such a unit is tried again where
-        that may help, then recorded as failed, left out, and warned of.
+        ``progress`` can't be called, or ``out`` is no path. Or, without ``out``: a layer's
+        activations are not finite, or a network's weights have changed. With it, such a unit is
+        tried again where that may help, then recorded as failed, left out, and warned of.
     StoreError
-        A unit can't be stored, another process works in the folder, or no unit could be measured.
+        ``out`` holds another run or other files, a unit can't be stored, another process works in
+        the folder, or no unit could be measured.
     """
-    _check_names(studies)
+    studies = [studies] if isinstance(studies, Study) else studies
+    check_names(studies)
     check_progress(progress)
-    if store is not None:
+    if out is not None:
+        store = out if isinstance(out, Store) else open_run(studies, out)
         failed = drive(store, Serial(studies, store), progress=progress)
         if failed:
             unit, error = next(iter(failed.items()))
@@ -179,87 +185,3 @@ def _check_stored(store: Store, event: Event) -> None:
             f"out: {event.worker} has stored {event.unit} where this process sees no part in "
             f"{store.folder}; expected a folder that all machines share"
         )
-
-
-def run_folder(
-    studies: Sequence[Study],
-    out: str | os.PathLike[str],
-    about: dict[str, Any] | None = None,
-    workers: int = 1,
-) -> Store:
-    """Make a run's folder, or open one to go on with.
-
-    The memory of studies that were not given any is settled here, once for all that work on the
-    run: what runs together decides the last bits.
-
-    Parameters
-    ----------
-    studies : sequence of Study
-        Of different names.
-    out : path
-        A new or empty folder, or one of an earlier run of the same studies.
-    about : dict, optional
-        JSON-able things that the report is to say about the run.
-    workers : int
-        Processes of this machine that share what memory of it is free.
-
-    Raises
-    ------
-    RunError
-        Two studies have one name.
-    StudyError
-        ``out`` is no path, or a network has changed since its study was made.
-    StoreError
-        ``out`` holds another run or other files.
-    OSError
-        ``out`` can't be written.
-    """
-    _check_names(studies)
-    folder = check_folder(out)
-
-    def facts() -> dict[str, Any]:
-        for study in studies:
-            if not study.own_memory and study.device.type == "cpu":
-                study.memory //= workers
-        return {
-            "memory": {study.name: study.memory for study in studies},
-            "about": {**(about or {}), "models": {s.name: measure.describe(s) for s in studies}},
-        }
-
-    store = Store.create(folder, _configuration(studies), facts)
-    _settle(studies, store)
-    return store
-
-
-def join(studies: Sequence[Study], store: Store) -> None:
-    """Take part in a run with studies that were made anew.
-
-    Raises
-    ------
-    RunError
-        They are not those of the run.
-    """
-    if digest(_configuration(studies)) != store.hash:
-        raise RunError(
-            f"studies: those made anew for {store.folder} are not the run's; expected the same "
-            "images, network and versions as when it began"
-        )
-    _settle(studies, store)
-
-
-def _settle(studies: Sequence[Study], store: Store) -> None:
-    for study in studies:
-        if not study.own_memory:
-            study.memory = store.study["memory"][study.name]
-
-
-def _configuration(studies: Sequence[Study]) -> dict[str, Any]:
-    return {
-        "models": {study.name: study.configuration() for study in studies},
-        "versions": {name: version_of(name) for name in ("repsim-kernels", "torch")},
-    }
-
-
-def _check_names(studies: Sequence[Study]) -> None:
-    if len({study.name for study in studies}) < len(studies):
-        raise RunError("studies: two have the same name; expected distinct names")

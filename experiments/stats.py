@@ -10,23 +10,11 @@ import pandas as pd  # type: ignore[import-untyped]
 import scipy.stats  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from repsim_kernels.ops.ablation import METRICS as METRICS
-
+from .columns import BASELINE, CHANGES, METRICS
 from .errors import StatsError
 
-#: What a cell holds of the representation's energy: a distance that knows nothing of directions.
-BASELINE = "energy"
-#: How many of the images have no answer: logits with a NaN, or all -inf.
-NAN_IMAGES = "nan_images"
-#: Changes of network performance, and of linear decodability by probe; of a table those it has.
-PERFORMANCE = ("rank_deficit", "log_probability", "probability", "top1", "top5")
-PROBES = {
-    "ridge": ("decodability_refit", "decodability_frozen", "margin_refit", "margin_frozen"),
-    "paper": ("decodability_paper",),
-}
 #: What `correlations` says of a group, behind the columns that name it.
 RESULTS = ("distance", "change", "spearman", "kendall", "n")
-CHANGES = (*PERFORMANCE, *(name for names in PROBES.values() for name in names))
 _SIGNS = 2**25  # that are held at a time
 _LARGE = 2048  # cells of a group, from where on sorting takes less than comparing all with all
 
@@ -204,6 +192,15 @@ def summary(correlations: pd.DataFrame, by: Sequence[str] = ("model",)) -> pd.Da
     )
     table["nan_groups"] = table["groups"] - table.pop("known")
     return table
+
+
+def means(per_group: pd.DataFrame) -> pd.DataFrame:
+    """Mean correlations with a row per model and metric, a column per function change."""
+    table = summary(per_group)
+    order = {key: list(table[key].unique()) for key in ("model", "distance", "change")}
+    wide = table.pivot(index=["model", "distance"], columns="change", values="spearman")
+    rows = pd.MultiIndex.from_product([order["model"], order["distance"]])
+    return wide.reindex(index=rows, columns=order["change"])
 
 
 def _check(

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import os
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from .errors import DamagedError
 from .lock import Driver, drivers
-from .progress import duration, pace
-from .store import TABLE, Store, Unit
-
-_SHOWN = 5  # errors
+from .store import TABLE, Store
+from .units import Unit
 
 
 @dataclass(frozen=True)
@@ -173,73 +165,3 @@ def _units_in_table(store: Store) -> int | None:
         return None
     missing = pandas.get("attributes", {}).get("missing", "0 of all")
     return len(store.units) - int(missing.split()[0])
-
-
-def show_status(console: Console, status: Status) -> None:
-    """Print a run's status."""
-    counts = f"{status.done} of {status.total} units done, {status.left} left"
-    if status.failed:
-        counts += f", {len(status.failed)} failed"
-    _say(console, f"{status.folder}: {counts}")
-    view = Table(box=SIMPLE, padding=0)
-    view.add_column("model", overflow="fold")
-    for head in ("units", "done", "left", "failed"):
-        view.add_column(head, justify="right", no_wrap=True)
-    for share in status.shares:
-        numbers = share.total, share.done, share.left, share.failed
-        view.add_row(Text(share.model), *map(str, numbers))
-    console.print(view)
-    for lines in (_faults(status), _work(status), _outcome(status)):
-        for line in lines:
-            _say(console, line)
-
-
-def _say(console: Console, line: str) -> None:
-    # Wrapped between words alone: rich would break a path that is to be copied.
-    for part in textwrap.wrap(line, console.width, break_long_words=False, break_on_hyphens=False):
-        console.print(part, markup=False, highlight=False, soft_wrap=True)
-
-
-def _faults(status: Status) -> Iterator[str]:
-    told = [f"failed: {unit}: {error}" for unit, error in status.failed.items()]
-    yield from told[:_SHOWN]
-    if len(told) > _SHOWN:
-        yield f"failed: {len(told) - _SHOWN} more, see {status.folder / 'failed'}"
-    for unit, reason in status.damaged.items():
-        yield f"damaged: {unit} counts as left: {reason}"
-
-
-def _work(status: Status) -> Iterator[str]:
-    for driver in status.drivers:
-        shard = "" if driver.shard == "1/1" else f", shard {driver.shard}"
-        yield f"At work: {driver}, {_workers(driver.workers)}{shard}"
-    if not status.drivers and status.left + len(status.failed):
-        again = ", and tries again what failed" if status.failed else ""
-        yield f"Nobody works on it now; the command that began it goes on from here{again}."
-    if not status.left:
-        return
-    if status.seconds_left is None or status.per_minute is None:
-        yield "Rate and time left are not known until a unit is done."
-    else:
-        who = _workers(status.workers) if status.drivers else "one worker"
-        yield (
-            f"{duration(status.seconds_left)} left for {who}, {pace(status.per_minute)}, "
-            "by what finished units took"
-        )
-
-
-def _workers(count: int) -> str:
-    return f"{count} worker{'' if count == 1 else 's'}"
-
-
-def _outcome(status: Status) -> Iterator[str]:
-    if status.left or status.drivers or not status.done:
-        return
-    all_done = "All but the failed units are done" if status.failed else "All units are done"
-    path = status.folder / TABLE
-    if status.table == status.done:
-        yield f"{all_done}: {path}"
-    else:
-        lacks = "is missing" if status.table is None else f"has only {status.table} of them"
-        yield f"{all_done}, but {path} {lacks}:"
-        yield f"python -m experiments compact {status.folder}"

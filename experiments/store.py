@@ -6,57 +6,24 @@ import hashlib
 import json
 import os
 import re
-import socket
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 
+from .columns import KEYS
 from .configuration import differences, digest
 from .errors import DamagedError, StoreError
+from .files import replacing
+from .units import Unit, units_of
 
 CONFIGURATION = "study.json"
 TABLE = "results.parquet"
-KEYS = ["model", "class", "layer", "cell"]
 _FACTS = b"repsim_kernels"  # the key of a part's facts in its metadata
-
-
-class Unit(NamedTuple):
-    """The smallest piece of work that is stored by itself: a layer, for some target classes."""
-
-    model: str
-    layer: str
-    block: int  # of target classes, counted from 1
-
-    def __str__(self) -> str:
-        return f"{self.model} {self.layer} {self.block}"
-
-
-def units_of(model: str, layers: Iterable[str], classes: int, block: int) -> list[Unit]:
-    """The units of so many classes, in blocks of a size: layer by layer."""
-    blocks = range(1, -(-classes // block) + 1)
-    return [Unit(model, layer, number) for layer in layers for number in blocks]
-
-
-@contextmanager
-def replacing(path: Path, new: bool = False) -> Iterator[Path]:
-    """Give a file beside ``path`` that takes its place, on the disk, when the block ends well.
-
-    A ``new`` one takes nobody's place: FileExistsError.
-    """
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
-    try:
-        yield temporary
-        _sync(temporary)
-        (os.link if new else os.replace)(temporary, path)
-        with suppress(OSError):  # some file systems sync no folders
-            _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -378,11 +345,3 @@ def _fingerprint(table: pd.DataFrame) -> str:
         found.update(f"{name} {values.dtype.kind} ".encode())
         found.update(values.tobytes() if numbers else json.dumps(values.tolist()).encode())
     return found.hexdigest()[:16]
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,11 +22,11 @@ from repsim_kernels.forward.memory import budget
 from repsim_kernels.forward.trace import first_line
 
 from . import arguments as check
+from .columns import METRICS, PROBES
 from .errors import StudyError
 from .network import Identity, fingerprint, hash_of, hash_operations, prepare, show_image
 from .precision import set_tf32
-from .stats import METRICS, PROBES
-from .store import Unit, units_of
+from .units import Unit, units_of
 
 # PyTorch's switches belong to the process, and a network may belong to several studies: one study
 # computes at a time.
@@ -55,7 +55,7 @@ class Study:
     grid : (int, int)
         Strips by selectivity, and cells by magnitude in each strip.
     metrics : sequence of str
-        Distances to take, some of ``experiments.stats.METRICS``.
+        Distances to take, some of ``experiments.columns.METRICS``.
     name : str, optional
         What the column ``model`` says; the class of the model by default.
     classes : sequence of str, optional
@@ -226,20 +226,10 @@ class Study:
         out: str | os.PathLike[str] | None = None,
         progress: Callable[[Any], object] | None = None,
     ) -> pd.DataFrame:
-        """Ablate every cell and measure; gives and raises what `run` and `run_folder` do.
+        """Run the study; see `experiments.run`."""
+        from .run import run  # which measures studies
 
-        Parameters
-        ----------
-        out : path, optional
-            A folder that keeps each finished unit, and ``results.parquet`` at the end; one that
-            holds part of the same run is gone on with.
-        progress : callable, optional
-            Called with a `Step` when a unit starts, is done, or has failed.
-        """
-        from .run import run, run_folder  # which measures studies
-
-        check.check_progress(progress)
-        return run([self], None if out is None else run_folder([self], out), progress)
+        return run(self, out, progress)
 
     @contextmanager
     def hold_network(self) -> Iterator[None]:

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 
 from .errors import StatsError
+from .files import replacing
 from .stats import check_columns, check_names, comparable, correlations, numbers_of
-from .store import replacing
 
 _AGAINST = 0.2  # of a median correlation below 0: smaller ones are common among changes
 SUFFIXES = (".csv", ".parquet")

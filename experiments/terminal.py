@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd  # type: ignore[import-untyped]
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from .columns import METRIC_NAMES
 from .findings import count_nan_images, near_chance
-from .progress import duration
-from .report import METRIC_NAMES, means, write_report
-from .stats import changes_of, correlations, distances_of, summary
+from .progress import duration, pace
+from .report import write_report
+from .stats import changes_of, correlations, distances_of, means, summary
+from .store import TABLE
 
 if TYPE_CHECKING:
     from .jobs import Job
     from .plan import Plan
+    from .status import Status
     from .store import Store
     from .study import Study
 
@@ -204,3 +209,76 @@ def took(seconds: float, plans: Sequence[Plan], workers: int = 1) -> None:
     """Hold what a run took against its plan."""
     said = sum(plan.seconds for plan in plans) / workers
     print(f"Took {duration(seconds)}; the plan said {duration(said)}.")
+
+
+_SHOWN = 5  # errors
+
+
+def show_status(console: Console, status: Status) -> None:
+    """Print a run's status."""
+    counts = f"{status.done} of {status.total} units done, {status.left} left"
+    if status.failed:
+        counts += f", {len(status.failed)} failed"
+    _say(console, f"{status.folder}: {counts}")
+    view = Table(box=SIMPLE, padding=0)
+    view.add_column("model", overflow="fold")
+    for head in ("units", "done", "left", "failed"):
+        view.add_column(head, justify="right", no_wrap=True)
+    for share in status.shares:
+        numbers = share.total, share.done, share.left, share.failed
+        view.add_row(Text(share.model), *map(str, numbers))
+    console.print(view)
+    for lines in (_faults(status), _work(status), _outcome(status)):
+        for line in lines:
+            _say(console, line)
+
+
+def _say(console: Console, line: str) -> None:
+    # Wrapped between words alone: rich would break a path that is to be copied.
+    for part in textwrap.wrap(line, console.width, break_long_words=False, break_on_hyphens=False):
+        console.print(part, markup=False, highlight=False, soft_wrap=True)
+
+
+def _faults(status: Status) -> Iterator[str]:
+    told = [f"failed: {unit}: {error}" for unit, error in status.failed.items()]
+    yield from told[:_SHOWN]
+    if len(told) > _SHOWN:
+        yield f"failed: {len(told) - _SHOWN} more, see {status.folder / 'failed'}"
+    for unit, reason in status.damaged.items():
+        yield f"damaged: {unit} counts as left: {reason}"
+
+
+def _work(status: Status) -> Iterator[str]:
+    for driver in status.drivers:
+        shard = "" if driver.shard == "1/1" else f", shard {driver.shard}"
+        yield f"At work: {driver}, {_workers(driver.workers)}{shard}"
+    if not status.drivers and status.left + len(status.failed):
+        again = ", and tries again what failed" if status.failed else ""
+        yield f"Nobody works on it now; the command that began it goes on from here{again}."
+    if not status.left:
+        return
+    if status.seconds_left is None or status.per_minute is None:
+        yield "Rate and time left are not known until a unit is done."
+    else:
+        who = _workers(status.workers) if status.drivers else "one worker"
+        yield (
+            f"{duration(status.seconds_left)} left for {who}, {pace(status.per_minute)}, "
+            "by what finished units took"
+        )
+
+
+def _workers(count: int) -> str:
+    return f"{count} worker{'' if count == 1 else 's'}"
+
+
+def _outcome(status: Status) -> Iterator[str]:
+    if status.left or status.drivers or not status.done:
+        return
+    all_done = "All but the failed units are done" if status.failed else "All units are done"
+    path = status.folder / TABLE
+    if status.table == status.done:
+        yield f"{all_done}: {path}"
+    else:
+        lacks = "is missing" if status.table is None else f"has only {status.table} of them"
+        yield f"{all_done}, but {path} {lacks}:"
+        yield f"python -m experiments compact {status.folder}"

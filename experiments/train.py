@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from experiments.data import FASHION_MNIST, fashion_mnist, prepare
+from experiments.files import replacing
 from experiments.models import ASSETS, SMALL, build
-from experiments.store import replacing
 
 EPOCHS = {"alexnet_small": 6, "mobilenet_v2_small": 5, "resnet50_small": 5}
 PEAK_RATE = {"alexnet_small": 2e-3, "mobilenet_v2_small": 6e-3, "resnet50_small": 6e-3}

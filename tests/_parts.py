@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.store import Store, Unit
+from experiments.store import Store
+from experiments.units import Unit
 
 CLASSES = ["ant/queen", "bee", "wasp"]
 

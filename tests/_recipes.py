@@ -15,8 +15,8 @@ from _toy import Toy, toy_study
 
 from experiments import measure
 from experiments.errors import StudyError
-from experiments.store import Unit
 from experiments.study import Study
+from experiments.units import Unit
 
 BAD = Unit("toy", "act1", 2)
 _rows = measure.rows

@@ -80,7 +80,7 @@ def work(out: Path, device: str, quick: bool, end: float) -> None:
 
 
 def _network(network: Json, subject: Subject, quick: bool, end: float, keep: Keep) -> None:
-    from experiments.measure import groups, held
+    from experiments.memory import groups, held
 
     study = subject.study
     sizes, target = held(study), study.targets[0]
@@ -142,7 +142,7 @@ class _Shown:
 
     def prefix(self) -> Json:
         """Time the pass that gives all layers' activations, as the study makes it."""
-        from experiments.measure import batch_size
+        from experiments.memory import batch_size
 
         size = batch_size(self.study)
         first = self._clock(lambda: self._pass(self.classes[:1], size))

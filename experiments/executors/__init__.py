@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from ..errors import ExecutorError, StoreError, one_line
-from ..store import Unit
+from ..units import Unit
 
 if TYPE_CHECKING:
     from ..study import Study

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExecutorError
-from ..store import Unit
+from ..units import Unit
 from . import Event, Task, told
 from .pool import few_threads, prepare
 

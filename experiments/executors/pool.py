@@ -15,7 +15,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from ..errors import ExecutorError
-from ..store import Store, Unit
+from ..store import Store
+from ..units import Unit
 from . import Event, Task, told
 
 _STARTS = 3  # workers in a row that die before they are ready, and no more are tried
@@ -170,7 +171,7 @@ def prepare(task: Task, device: str, name: str, cores: Sequence[int]) -> Any:
     """Make the studies again, in a process that is to measure units on these cores alone."""
     import torch
 
-    from ..run import join
+    from ..membership import join
     from .worker import Serial
 
     if cores and hasattr(os, "sched_setaffinity"):

@@ -10,7 +10,6 @@ import traceback
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +17,10 @@ import torch
 from repsim_kernels import RepsimError
 
 from .. import measure
+from ..configuration import version_of
 from ..errors import StudyError, one_line
-from ..store import Store, Unit
+from ..store import Store
+from ..units import Unit
 from . import Event
 
 if TYPE_CHECKING:
@@ -114,10 +115,3 @@ def _facts(study: Study) -> dict[str, Any]:
         "memory_budget": study.memory,
         "versions": {"python": platform.python_version()} | {n: version_of(n) for n in _PACKAGES},
     }
-
-
-def version_of(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"

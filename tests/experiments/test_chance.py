@@ -24,7 +24,8 @@ from experiments import __main__ as cli
 from experiments import report
 from experiments.findings import near_chance
 from experiments.measure import describe
-from experiments.run import run, run_folder
+from experiments.membership import open_run
+from experiments.run import run
 from experiments.store import Store
 from experiments.terminal import finish, warn_of_chance
 
@@ -193,7 +194,7 @@ def test_an_able_network_is_not_called_one_that_guesses(
     keep = labels.bincount(minlength=3) > 1
     images, labels = images[keep[labels]], labels[keep[labels]]
     study = toy_study(images=images, labels=labels, classes=CLASSES, metrics=["cka"])
-    store = run_folder([study], tmp_path)
+    store = open_run([study], tmp_path)
     run([study], store)
     assert store.study["about"]["models"]["toy"]["accuracy"] == 1
     warn_of_chance(store)

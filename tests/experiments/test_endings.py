@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from experiments import __main__ as cli
 from experiments import measure
 from experiments.errors import StudyError
-from experiments.store import Store, Unit
+from experiments.store import Store
+from experiments.units import Unit
 
 TOY = ["--model", "_toy:Toy", "--layers", "act1,act2", "--size", "8", "--metrics", "cka"]
 TOY += ["--block", "1", "--images", "images", "--out", "run"]  # six units

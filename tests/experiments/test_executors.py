@@ -18,7 +18,8 @@ from experiments.errors import ExecutorError, RunError
 from experiments.executors import Event, Task
 from experiments.executors.pool import Pool, _cores
 from experiments.executors.worker import Serial
-from experiments.run import Step, drive, join, run, run_folder
+from experiments.membership import join, open_run
+from experiments.run import Step, drive, run
 from experiments.shard import Shard
 from experiments.store import Store
 
@@ -30,7 +31,7 @@ def expected() -> pd.DataFrame:
 
 def begin(folder: Path, fault: str = "", block: int = 1) -> tuple[Store, Serial]:
     studies = _recipes.toy("cpu", fault, str(folder), block)
-    store = run_folder(studies, folder / "run")
+    store = open_run(studies, folder / "run")
     return store, Serial(studies, store)
 
 
@@ -103,8 +104,8 @@ def test_studies_made_of_something_else_may_not_take_part(tmp_path: Path) -> Non
 
 
 def test_the_memory_of_a_run_is_settled_once(tmp_path: Path) -> None:
-    store = run_folder([toy_study()], tmp_path / "run", workers=4)
-    alone = run_folder([toy_study()], tmp_path / "alone")
+    store = open_run([toy_study()], tmp_path / "run", workers=4)
+    alone = open_run([toy_study()], tmp_path / "alone")
     settled = store.study["memory"]["toy"]
     assert 0.2 < settled / alone.study["memory"]["toy"] < 0.3
     again, own = toy_study(), toy_study(memory="1GiB")

@@ -20,13 +20,13 @@ from typer.testing import CliRunner
 
 from experiments import __main__ as cli
 from experiments import jobs, measure
+from experiments.columns import METRICS
 from experiments.imagenet import outputs
 from experiments.jobs import SAMPLE, Asked, of_models, of_preset, spaced
 from experiments.models import SMALL, study_layers
 from experiments.presets import FIFTY, PRESETS, TEN, Loaded, Network, Preset, load_network
 from experiments.report import write_report
 from experiments.run import run
-from experiments.stats import METRICS
 
 NAME = "mobilenet_v2_035"
 LATE = ("features.17.conv.3", "features.18.1")

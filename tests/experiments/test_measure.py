@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from experiments import Study, measure
+from experiments.columns import METRICS
 from experiments.errors import StoreError, StudyError
-from experiments.measure import batch_size, groups, held
-from experiments.stats import METRICS
+from experiments.memory import batch_size, groups, held
 from repsim_kernels.reference.ablation import ablation_distances
 from repsim_kernels.reference.cells import selectivity_grid
 from repsim_kernels.reference.probe import ablation_decodability

@@ -17,10 +17,10 @@ from experiments import Study, measure, run
 from experiments import __main__ as cli
 from experiments import plan as plans
 from experiments.errors import StudyError
-from experiments.measure import held
+from experiments.memory import held
 from experiments.plan import Plan, plan
-from experiments.store import Unit
 from experiments.terminal import took
+from experiments.units import Unit
 
 # Multiply-adds of the toy: 3 x 3 kernels at 8 x 8 places; 256 numbers into 3.
 CONV1, CONV2, FC = 4 * 3 * 9 * 64, 4 * 4 * 9 * 64, 256 * 3

@@ -25,9 +25,9 @@ from experiments.errors import StoreError
 from experiments.executors import Task
 from experiments.executors.pool import Pool
 from experiments.measure import describe
+from experiments.membership import open_run
 from experiments.plan import plan
 from experiments.precision import set_tf32
-from experiments.run import run_folder
 from repsim_kernels.forward import fusion
 
 BACKENDS: Any = torch.backends
@@ -164,7 +164,7 @@ def test_a_worker_process_sets_the_switches(tmp_path: Path) -> None:
     for tf32, wanted in ((False, OFF), (True, ON)):
         out, log = tmp_path / f"run {tf32}", tmp_path / f"log {tf32}"
         make = partial(watched, log=str(log), tf32=tf32)
-        store = run_folder(make("cpu"), out)
+        store = open_run(make("cpu"), out)
         log.unlink()
         units = deque(store.units[:1])
         events = list(Pool(Task(make, str(out)), ["cpu"]).run(units))

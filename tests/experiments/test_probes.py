@@ -16,13 +16,12 @@ from typer.testing import CliRunner
 
 from experiments import __main__ as cli
 from experiments.arguments import Draws
-from experiments.controls import HALVES, half
+from experiments.columns import BASELINE, HALVES, METRICS, PERFORMANCE, PROBES, half
 from experiments.errors import StudyError
-from experiments.measure import held
+from experiments.memory import held
 from experiments.plan import plan
 from experiments.presets import PRESETS
 from experiments.probes import ERROR, columns
-from experiments.stats import BASELINE, METRICS, PERFORMANCE, PROBES
 from repsim_kernels.reference.cells import selectivity_grid
 
 PAPER = ["decodability_paper", ERROR]

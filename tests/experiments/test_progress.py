@@ -22,7 +22,8 @@ from experiments import progress
 from experiments.executors import Event
 from experiments.progress import pace, progress_of
 from experiments.run import Step, drive
-from experiments.store import Store, Unit
+from experiments.store import Store
+from experiments.units import Unit
 
 GIB = 2**30
 ERASED = "\x1b[1A\x1b[2K"  # one line up, and clear it

@@ -13,14 +13,15 @@ from _page import CHANGES, FIVE, drawn, page_of
 from _toy import stop_after, toy_study
 
 from experiments import findings, report
+from experiments.columns import BASELINE, CHANGE_NAMES, METRIC_NAMES, METRICS, PERFORMANCE, PROBES
 from experiments.controls import partial_correlations
 from experiments.errors import ReportError, StoreError
-from experiments.figures import CHANGE_NAMES, METRIC_NAMES
 from experiments.inference import Claim, beyond, claims, intervals, mixed_model
+from experiments.membership import open_run
 from experiments.published import PUBLISHED
 from experiments.report import Plate, write_report
-from experiments.run import run, run_folder
-from experiments.stats import BASELINE, METRICS, PERFORMANCE, PROBES, correlations, summary
+from experiments.run import run
+from experiments.stats import correlations, summary
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_report_is_self_contained_and_holds_the_table(tmp_path: Path) -> None:
     study = toy_study(name="toy <b>")
-    store = run_folder([study], tmp_path, {"images": "some & others"})
+    store = open_run([study], tmp_path, {"images": "some & others"})
     table = run([study], store)
     store.put(store.units[0], store.finished()[store.units[0]], seconds=3725.4)
     page = page_of(tmp_path, tmp_path)
@@ -54,7 +55,7 @@ def test_the_report_is_self_contained_and_holds_the_table(tmp_path: Path) -> Non
 
 
 def test_what_is_missing_is_said(tmp_path: Path, undrawn: None) -> None:
-    store = run_folder([toy_study(block=1, grid=(2, 3))], tmp_path / "cut")
+    store = open_run([toy_study(block=1, grid=(2, 3))], tmp_path / "cut")
     with pytest.raises(KeyboardInterrupt):
         run([toy_study(block=1, grid=(2, 3))], store, stop_after(5))
     store.compact()
@@ -74,7 +75,7 @@ def test_a_table_alone_makes_a_report(tmp_path: Path) -> None:
 
 def test_random_cells_are_told_and_have_no_grid(tmp_path: Path) -> None:
     study = toy_study(metrics=["cka"], cells="random")
-    run([study], run_folder([study], tmp_path / "run"))
+    run([study], open_run([study], tmp_path / "run"))
     text = page_of(tmp_path / "run", tmp_path).said()
     assert "toy: its cells are a control, neurons drawn at random" in text
     assert "then as many neurons drawn at random into each" in text
@@ -152,7 +153,7 @@ def test_runs_stand_together_and_shared_names_tell_the_run(tmp_path: Path) -> No
     for name, seed in (("runA", 0), ("run <B>", 1)):
         shared = toy_study(name="both", metrics=["cka"], seed=seed, stimuli_per_class=5 - seed)
         own = toy_study(name=f"only {seed}", metrics=["cka"], layers=["act1"])
-        run([shared, own], run_folder([shared, own], tmp_path / name, {"images": f"set {seed}"}))
+        run([shared, own], open_run([shared, own], tmp_path / name, {"images": f"set {seed}"}))
     folders = [tmp_path / "runA", tmp_path / "run <B>"]
     page = page_of(folders, tmp_path)
     names = {

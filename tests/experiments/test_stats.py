@@ -7,8 +7,7 @@ import scipy.stats
 
 from experiments import stats
 from experiments.errors import StatsError
-from experiments.report import means
-from experiments.stats import correlations, summary
+from experiments.stats import correlations, means, summary
 
 
 def random_table(groups: int, cells: int = 16, seed: int = 0) -> pd.DataFrame:

@@ -23,10 +23,13 @@ from rich.console import Console
 
 from experiments.errors import StoreError
 from experiments.lock import driving
-from experiments.run import run, run_folder
+from experiments.membership import open_run
+from experiments.run import run
 from experiments.shard import Shard
-from experiments.status import show_status, status
-from experiments.store import Store, Unit
+from experiments.status import status
+from experiments.store import Store
+from experiments.terminal import show_status
+from experiments.units import Unit
 
 ROOT = Path(__file__).parents[2]
 ROWS = pd.DataFrame({"model": ["a"], "class": ["b"], "layer": ["c"], "cell": [0]})
@@ -130,7 +133,7 @@ def test_counts_rate_and_time_left(tmp_path: Path, seed: int) -> None:
 
 def test_a_run_that_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     studies = [toy_study(block=1, metrics=["cka"], name=name) for name in ("one", "two")]
-    store = run_folder(studies, tmp_path)
+    store = open_run(studies, tmp_path)
     assert shown(tmp_path)[-2:] == [
         "Nobody works on it now; the command that began it goes on from here.",
         "Rate and time left are not known until a unit is done.",

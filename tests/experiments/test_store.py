@@ -16,8 +16,10 @@ from _toy import Toy, stop_after, toy_study
 
 from experiments.configuration import digest
 from experiments.errors import DamagedError, StoreError
-from experiments.run import run_folder
-from experiments.store import Store, Unit, load, replacing
+from experiments.files import replacing
+from experiments.membership import open_run
+from experiments.store import Store, load
+from experiments.units import Unit
 
 
 def names(folder: Path) -> set[str]:
@@ -187,7 +189,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(
 
 
 def test_a_part_says_where_it_is_from_to_whoever_reads_it(tmp_path: Path) -> None:
-    store = run_folder([toy_study(metrics=["cka"], block=2)], tmp_path)
+    store = open_run([toy_study(metrics=["cka"], block=2)], tmp_path)
     toy_study(metrics=["cka"], block=2).run(tmp_path)
     part = pq.read_table(tmp_path / "parts" / "toy--act2--2.parquet")
     facts = json.loads(part.schema.metadata[b"repsim_kernels"])
@@ -391,5 +393,5 @@ def test_a_resumed_run_never_writes_its_configuration_again(tmp_path: Path) -> N
     os.utime(path, (1, 1))
     before = path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ino
     toy_study(metrics=["cka"], block=1).run(tmp_path)
-    run_folder([toy_study(metrics=["cka"], block=1)], tmp_path, {"images": "other"})
+    open_run([toy_study(metrics=["cka"], block=1)], tmp_path, {"images": "other"})
     assert (path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ino) == before

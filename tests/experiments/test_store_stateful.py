@@ -22,8 +22,10 @@ from hypothesis.stateful import (
     rule,
 )
 
+from experiments.columns import KEYS
 from experiments.errors import StoreError
-from experiments.store import KEYS, TABLE, Store, Unit
+from experiments.store import TABLE, Store
+from experiments.units import Unit
 
 UNITS = st.integers(0, 6)
 SEEDS = st.integers(0, 3)

@@ -10,9 +10,8 @@ from _toy import CLASSES, LAYERS, Toy, toy_images, toy_study
 from torch import nn
 
 from experiments import Study
-from experiments.controls import HALVES, half
+from experiments.columns import BASELINE, HALVES, METRICS, PERFORMANCE, PROBES, half
 from experiments.errors import StudyError
-from experiments.stats import BASELINE, METRICS, PERFORMANCE, PROBES
 from repsim_kernels import LayerError
 from repsim_kernels.reference.ablation import ablation_distances
 from repsim_kernels.reference.cells import selectivity_grid
