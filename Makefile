@@ -10,10 +10,10 @@ VALUES := $(patsubst %,tests/test_%.py,values metrics cka rsa reference referenc
 .PHONY: sweep train test lint check slow bench clean
 
 sweep: .venv/experiments
-	$(BIN)/python -m experiments sweep
+	$(BIN)/repsim sweep
 
 train: .venv/experiments
-	$(BIN)/python -m experiments train
+	$(BIN)/repsim train
 
 test: .venv/dev
 	$(PYTEST)

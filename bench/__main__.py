@@ -52,7 +52,7 @@ def scaling(
     """Model how long a run takes by more workers, from what its units took; without start-up."""
     from bench import _machine
     from bench.scaling import demo, table, unit_seconds
-    from experiments.errors import StoreError
+    from repsim_kernels.experiments.errors import StoreError
 
     if run is None:
         record = demo()

@@ -17,7 +17,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from bench._inputs import DEVICE
-from experiments.presets import PRESETS, load_network
+from repsim_kernels.experiments.inputs.presets import PRESETS, load_network
 from repsim_kernels.forward import AblatedForward, State, passes
 
 CELLS, IMAGES = 16, 10

@@ -6,8 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.resampling import bootstrap, fisher_z, jackknife, sign_flips
-from experiments.stats import centred_ranks, correlate
+from repsim_kernels.experiments.analysis.correlations import centred_ranks, correlate
+from repsim_kernels.experiments.analysis.resampling import (
+    bootstrap,
+    fisher_z,
+    jackknife,
+    sign_flips,
+)
 
 SEED = 20241124  # of the studies; the truth has the next
 STUDIES = 2_000

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench._machine import ROOT, Json, environment
-from experiments.store import Store
+from repsim_kernels.experiments.runs.store import Store
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -53,7 +53,7 @@ def demo() -> Json:
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder) / "run"
             options = ["--quiet", "--out", str(run), "--workers", str(workers)]
-            command = [sys.executable, "-m", "experiments", "sweep", *options]
+            command = [sys.executable, "-m", "repsim_kernels.experiments", "sweep", *options]
             start = time.perf_counter()
             subprocess.run(command, cwd=ROOT, check=True)
             took = time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""The command line: ``python -m experiments sweep | status | compact | …``."""
+"""The command line: ``repsim sweep | status | compact | …``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .errors import OptionsError
-from .options import one_line_errors, split
-from .sweep import sweep
+from repsim_kernels.experiments.cli.options import one_line_errors, split
+from repsim_kernels.experiments.cli.sweep import sweep
+from repsim_kernels.experiments.errors import OptionsError
 
 # PyTorch, pandas and matplotlib are imported by the commands that need them: --help is quick.
 
@@ -39,8 +39,8 @@ RUN = typer.Argument(help="Folder of a run; runs/demo by default.")
 def status(run: Annotated[Path, RUN] = Path("runs/demo")) -> None:
     """Say what of a run is done, left and failed, who works on it, and how long it will take."""
     with one_line_errors():
-        from .status import status as status_of
-        from .terminal import show_status
+        from repsim_kernels.experiments.cli.tables import show_status
+        from repsim_kernels.experiments.runs.status import status as status_of
 
         show_status(Console(highlight=False, markup=False), status_of(run))
 
@@ -49,8 +49,8 @@ def status(run: Annotated[Path, RUN] = Path("runs/demo")) -> None:
 def compact(run: Annotated[Path, RUN] = Path("runs/demo")) -> None:
     """Make a run's table and report of what is finished; exit code 3 where units are missing."""
     with one_line_errors():
-        from .store import Store
-        from .terminal import finish
+        from repsim_kernels.experiments.cli.tables import finish
+        from repsim_kernels.experiments.runs.store import Store
 
         store = Store(run)
         table = store.compact()
@@ -76,8 +76,8 @@ def train(
 ) -> None:
     """Train the small networks on Fashion-MNIST (Debian's dataset-fashion-mnist)."""
     with one_line_errors():
-        from .models import SMALL
-        from .train import train as run_training
+        from repsim_kernels.experiments.inputs.networks import SMALL
+        from repsim_kernels.experiments.inputs.train import train as run_training
 
         run_training(model or SMALL, dataset=dataset, out=out, epochs=epochs, seed=seed)
 
@@ -97,7 +97,7 @@ def report(
 ) -> None:
     """Write the report of a run again, or one of several runs."""
     with one_line_errors():
-        from .report import write_report
+        from repsim_kernels.experiments.report.page import write_report
 
         runs = run or [Path("runs/demo")]
         print(write_report(runs, out or runs[0] / "report.html", figures and figures.value))
@@ -138,9 +138,13 @@ def stats(
 ) -> None:
     """Correlate any table's distances with its function changes, group by group."""
     with one_line_errors():
-        from .stats import changes_of, correlations, distances_of
-        from .tables import check_suffix, read, remarks, write
-        from .terminal import show_correlations
+        from repsim_kernels.experiments.analysis.correlations import (
+            changes_of,
+            correlations,
+            distances_of,
+        )
+        from repsim_kernels.experiments.analysis.tables import check_suffix, read, remarks, write
+        from repsim_kernels.experiments.cli.tables import show_correlations
 
         if out is not None:
             check_suffix("out", out)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from experiments.report import write_report
+from repsim_kernels.experiments.report.page import write_report
 
 FIVE = ("cka", "procrustes", "pwcca", "cca", "cca_squared")
 CHANGES = ("rank_deficit", "top1", "decodability_refit")

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.store import Store
-from experiments.units import Unit
+from repsim_kernels.experiments.runs.store import Store
+from repsim_kernels.experiments.study.units import Unit
 
 CLASSES = ["ant/queen", "bee", "wasp"]
 

@@ -13,10 +13,10 @@ import pandas as pd
 import torch
 from _toy import Toy, toy_study
 
-from experiments import measure
-from experiments.errors import StudyError
-from experiments.study import Study
-from experiments.units import Unit
+from repsim_kernels.experiments.errors import StudyError
+from repsim_kernels.experiments.study import measure
+from repsim_kernels.experiments.study.study import Study
+from repsim_kernels.experiments.study.units import Unit
 
 BAD = Unit("toy", "act1", 2)
 _rows = measure.rows

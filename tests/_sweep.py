@@ -23,7 +23,15 @@ class Sweep:
     def __init__(self, folder: Path, *options: str | Path, **environment: str) -> None:
         path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "experiments", "sweep", "--block", "1", *map(str, options)],
+            [
+                sys.executable,
+                "-m",
+                "repsim_kernels.experiments",
+                "sweep",
+                "--block",
+                "1",
+                *map(str, options),
+            ],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": path, **environment},
             text=True,

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from experiments import Study, measure
-from experiments.plan import plan
+from repsim_kernels.experiments import Study
+from repsim_kernels.experiments.study import measure
+from repsim_kernels.experiments.study.estimate import plan
 
 LAYERS = ("act1", "act2")
 CLASSES = ("ant/queen", "bee", "wasp")

@@ -8,8 +8,8 @@ import torch
 from _hook import HUGE, Net, check, contents, hooked, labels_for, plain
 from torch import nn
 
-from experiments import models
 from repsim_kernels.errors import LayerError, OutOfMemoryWarning
+from repsim_kernels.experiments.inputs import networks as models
 from repsim_kernels.forward import AblatedForward, passes
 from repsim_kernels.forward.broadcast import tiled
 

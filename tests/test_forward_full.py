@@ -8,8 +8,8 @@ import torch
 from _hook import hooked, labels_for, plain
 from torch import nn
 
-from experiments.models import study_layers
-from experiments.presets import PRESETS, load_network
+from repsim_kernels.experiments.inputs.networks import study_layers
+from repsim_kernels.experiments.inputs.presets import PRESETS, load_network
 from repsim_kernels.forward import AblatedForward
 
 CUTS = {"alexnet": 10, "mobilenet_v2": 104, "resnet50": 122}

@@ -7,7 +7,7 @@ import torch
 from _hook import by_fx, check, hooked, labels_for, plain, refused
 from torch import nn
 
-from experiments import Study
+from repsim_kernels.experiments import Study
 from repsim_kernels.forward import AblatedForward
 
 

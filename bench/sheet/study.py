@@ -80,7 +80,7 @@ def work(out: Path, device: str, quick: bool, end: float) -> None:
 
 
 def _network(network: Json, subject: Subject, quick: bool, end: float, keep: Keep) -> None:
-    from experiments.memory import groups, held
+    from repsim_kernels.experiments.study.memory import groups, held
 
     study = subject.study
     sizes, target = held(study), study.targets[0]
@@ -142,7 +142,7 @@ class _Shown:
 
     def prefix(self) -> Json:
         """Time the pass that gives all layers' activations, as the study makes it."""
-        from experiments.memory import batch_size
+        from repsim_kernels.experiments.study.memory import batch_size
 
         size = batch_size(self.study)
         first = self._clock(lambda: self._pass(self.classes[:1], size))
@@ -202,7 +202,7 @@ def _stages(
     shown: _Shown, layer: Json, quick: bool, room: int, end: float, into: Json, keep: Keep
 ) -> None:
     """Time what the study does with a layer for a target; a stage that fails says why."""
-    from experiments import probes
+    from repsim_kernels.experiments.study import probes
 
     study, target, name = shown.study, shown.target, layer["layer"]
     x, y, found = shown.x.pop(name), shown.labels, _Found()

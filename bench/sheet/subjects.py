@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from experiments import data, imagenet
-from experiments.arguments import Draws
-from experiments.models import load, study_layers
-from experiments.presets import PRESETS, Network, load_network
-from experiments.study import Study
+from repsim_kernels.experiments.inputs import imagenet
+from repsim_kernels.experiments.inputs import images as data
+from repsim_kernels.experiments.inputs.networks import load, study_layers
+from repsim_kernels.experiments.inputs.presets import PRESETS, Network, load_network
+from repsim_kernels.experiments.study.checks import Draws
+from repsim_kernels.experiments.study.study import Study
 
 _PRESET = PRESETS["hayne2024"]
 _FEW, _CLASSES = 8, 4  # images of a class, and classes, of a rehearsal

@@ -13,10 +13,10 @@ import torch
 from _toy import toy_study
 from torch import nn
 
-from experiments import Study
-from experiments.arguments import Draws
-from experiments.errors import StudyError
-from experiments.run import run
+from repsim_kernels.experiments import Study
+from repsim_kernels.experiments.errors import StudyError
+from repsim_kernels.experiments.runs.driver import run
+from repsim_kernels.experiments.study.checks import Draws
 
 N, P = 12, 6
 RNG = np.random.default_rng(0)
@@ -143,7 +143,7 @@ FRACTION = np.where(LABELS == 1, 0.5, LABELS)
         ({"ridge": "0.1"}, "ridge: '0.1'; expected a finite number of at least 0"),
         ({"penalty": np.inf}, "penalty: inf; expected a finite number of at least 0"),
         ({"tf32": "no"}, "tf32: 'no'; expected True or False"),
-        ({"draws": 200}, "draws: 200; expected an experiments.arguments.Draws"),
+        ({"draws": 200}, "draws: 200; expected a repsim_kernels.experiments.Draws"),
         ({"draws": Draws(least=2.5)}, "draws.least: 2.5; expected a whole number"),  # type: ignore[arg-type]
         ({"draws": Draws(paired=1)}, "draws.paired: 1; expected True or False"),  # type: ignore[arg-type]
         ({"memory": [1]}, r"memory: \[1\]; expected a finite number"),

@@ -15,7 +15,7 @@ import pytest
 from _toy import toy_study
 from PIL import Image
 
-from experiments.report import write_report
+from repsim_kernels.experiments.report.page import write_report
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)

@@ -20,14 +20,14 @@ from rich.console import Console
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from experiments import __main__ as cli
-from experiments import report
-from experiments.findings import near_chance
-from experiments.measure import describe
-from experiments.membership import open_run
-from experiments.run import run
-from experiments.store import Store
-from experiments.terminal import finish, warn_of_chance
+from repsim_kernels.experiments import __main__ as cli
+from repsim_kernels.experiments.cli.tables import finish, warn_of_chance
+from repsim_kernels.experiments.report import page as report
+from repsim_kernels.experiments.report.findings import near_chance
+from repsim_kernels.experiments.runs.driver import run
+from repsim_kernels.experiments.runs.membership import open_run
+from repsim_kernels.experiments.runs.store import Store
+from repsim_kernels.experiments.study.measure import describe
 
 
 def about(right: int, images: int, classes: int, **more: Any) -> dict[str, Any]:

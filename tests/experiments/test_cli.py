@@ -16,10 +16,12 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from experiments import __main__ as cli
-from experiments import data, jobs, measure
-from experiments.errors import DataError, StudyError
-from experiments.jobs import Asked
+from repsim_kernels.experiments import __main__ as cli
+from repsim_kernels.experiments.cli import request as jobs
+from repsim_kernels.experiments.cli.request import Asked
+from repsim_kernels.experiments.errors import DataError, StudyError
+from repsim_kernels.experiments.inputs import images as data
+from repsim_kernels.experiments.study import measure
 
 TOY = ["--model", "_toy:Toy", "--layers", "act1,act2", "--size", "8"]
 
@@ -338,7 +340,7 @@ def test_a_process_of_its_own_ends_with_a_line_and_code_2(tmp_path: Path) -> Non
         [
             sys.executable,
             "-m",
-            "experiments",
+            "repsim_kernels.experiments",
             "sweep",
             "--images",
             "nowhere",

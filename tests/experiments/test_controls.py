@@ -7,9 +7,13 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from experiments.controls import corrected, partial_correlations, reliability
-from experiments.errors import StatsError
-from experiments.stats import correlations, summary
+from repsim_kernels.experiments.analysis.controls import (
+    corrected,
+    partial_correlations,
+    reliability,
+)
+from repsim_kernels.experiments.analysis.correlations import correlations, summary
+from repsim_kernels.experiments.errors import StatsError
 
 KEYS = ["model", "class", "layer"]
 

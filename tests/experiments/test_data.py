@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from experiments import data
-from experiments.data import decode, demo, image_folder
-from experiments.errors import DataError
+from repsim_kernels.experiments.errors import DataError
+from repsim_kernels.experiments.inputs import images as data
+from repsim_kernels.experiments.inputs.images import decode, demo, image_folder
 
 COLOURS = {"ape": (255, 0, 0), "bee": (0, 255, 0), "cat": (0, 0, 255)}
 

@@ -11,7 +11,14 @@ import pytest
 
 @pytest.mark.slow
 def test_the_demo_runs_and_a_second_run_says_that_all_is_done(tmp_path):
-    command = [sys.executable, "-m", "experiments", "sweep", "--out", str(tmp_path / "demo")]
+    command = [
+        sys.executable,
+        "-m",
+        "repsim_kernels.experiments",
+        "sweep",
+        "--out",
+        str(tmp_path / "demo"),
+    ]
     first = subprocess.run(command, capture_output=True, text=True, check=True)
     table = pd.read_parquet(tmp_path / "demo" / "results.parquet")
     assert set(table["model"]) == {"alexnet_small", "mobilenet_v2_small", "resnet50_small"}

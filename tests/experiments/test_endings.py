@@ -13,11 +13,11 @@ from _toy import Toy, image_folder
 from torch import Tensor
 from typer.testing import CliRunner
 
-from experiments import __main__ as cli
-from experiments import measure
-from experiments.errors import StudyError
-from experiments.store import Store
-from experiments.units import Unit
+from repsim_kernels.experiments import __main__ as cli
+from repsim_kernels.experiments.errors import StudyError
+from repsim_kernels.experiments.runs.store import Store
+from repsim_kernels.experiments.study import measure
+from repsim_kernels.experiments.study.units import Unit
 
 TOY = ["--model", "_toy:Toy", "--layers", "act1,act2", "--size", "8", "--metrics", "cka"]
 TOY += ["--block", "1", "--images", "images", "--out", "run"]  # six units

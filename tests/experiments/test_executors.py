@@ -13,15 +13,14 @@ import pytest
 from _recipes import BAD
 from _toy import toy_study
 
-from experiments import run as runs
-from experiments.errors import ExecutorError, RunError
-from experiments.executors import Event, Task
-from experiments.executors.pool import Pool, _cores
-from experiments.executors.worker import Serial
-from experiments.membership import join, open_run
-from experiments.run import Step, drive, run
-from experiments.shard import Shard
-from experiments.store import Store
+from repsim_kernels.experiments.errors import ExecutorError, RunError
+from repsim_kernels.experiments.runs.driver import TRIES, Step, drive, run
+from repsim_kernels.experiments.runs.executors import Event, Task
+from repsim_kernels.experiments.runs.executors.pool import Pool, _cores
+from repsim_kernels.experiments.runs.executors.worker import Serial
+from repsim_kernels.experiments.runs.membership import join, open_run
+from repsim_kernels.experiments.runs.shard import Shard
+from repsim_kernels.experiments.runs.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +69,7 @@ def test_a_unit_is_tried_again_after_the_others(tmp_path: Path, expected: pd.Dat
     pd.testing.assert_frame_equal(store.compact(), expected, check_exact=True)
 
 
-@pytest.mark.parametrize(("fault", "count"), [("always", runs.TRIES), ("study", 1)])
+@pytest.mark.parametrize(("fault", "count"), [("always", TRIES), ("study", 1)])
 def test_a_unit_that_fails_is_recorded_and_left_out(
     tmp_path: Path, expected: pd.DataFrame, fault: str, count: int
 ) -> None:

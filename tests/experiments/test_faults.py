@@ -17,8 +17,8 @@ import pytest
 from _sweep import SMALL, TOY, Sweep, alive, parts, table, until
 from _toy import image_folder
 
-from experiments.lock import driving
-from experiments.shard import Shard
+from repsim_kernels.experiments.runs.lock import driving
+from repsim_kernels.experiments.runs.shard import Shard
 
 
 @pytest.fixture

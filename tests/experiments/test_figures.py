@@ -10,9 +10,9 @@ import pytest
 from _page import drawn, page_of
 from PIL import Image
 
-from experiments.errors import ReportError
-from experiments.figures import Drawing
-from experiments.report import write_report
+from repsim_kernels.experiments.errors import ReportError
+from repsim_kernels.experiments.report.figures import Drawing
+from repsim_kernels.experiments.report.page import write_report
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.data import image_folder
-from experiments.errors import DataError
-from experiments.imagenet import validation, wnids
+from repsim_kernels.experiments.errors import DataError
+from repsim_kernels.experiments.inputs.imagenet import validation, wnids
+from repsim_kernels.experiments.inputs.images import image_folder
 
 CLASSES = ("ape", "bee", "cat")
 

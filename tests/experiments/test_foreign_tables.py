@@ -13,11 +13,11 @@ import pytest
 import scipy.stats
 from typer.testing import CliRunner
 
-from experiments.__main__ import app
-from experiments.controls import partial_correlations
-from experiments.errors import StatsError
-from experiments.stats import correlations
-from experiments.tables import read, remarks
+from repsim_kernels.experiments.__main__ import app
+from repsim_kernels.experiments.analysis.controls import partial_correlations
+from repsim_kernels.experiments.analysis.correlations import correlations
+from repsim_kernels.experiments.analysis.tables import read, remarks
+from repsim_kernels.experiments.errors import StatsError
 
 KEYS = ["model", "class", "layer"]
 # Names that are missing values or numbers to pandas.

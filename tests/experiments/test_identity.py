@@ -13,9 +13,9 @@ import torch
 from _toy import Toy, toy_images, toy_study, uses_of
 from torch import Tensor, nn
 
-from experiments.configuration import differences
-from experiments.errors import StoreError, StudyError
-from experiments.network import describe_modules, hash_operations
+from repsim_kernels.experiments.errors import StoreError, StudyError
+from repsim_kernels.experiments.study.configuration import differences
+from repsim_kernels.experiments.study.network import describe_modules, hash_operations
 
 
 class Scaled(Toy):

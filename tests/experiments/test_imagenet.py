@@ -15,9 +15,9 @@ from scipy.io import savemat
 from torchvision.models import ResNet50_Weights
 from torchvision.transforms._presets import ImageClassification
 
-from experiments import data
-from experiments.errors import DataError
-from experiments.imagenet import categories, noise, outputs, validation, wnids
+from repsim_kernels.experiments.errors import DataError
+from repsim_kernels.experiments.inputs import images as data
+from repsim_kernels.experiments.inputs.imagenet import categories, noise, outputs, validation, wnids
 
 TRANSFORM = ImageClassification(crop_size=8, resize_size=10)
 STUDY = {  # the ten classes of the study, and others whose outputs are widely known

@@ -11,8 +11,15 @@ import scipy.stats
 from _correlations import BOTH, METRICS, drawn, table
 from statsmodels.regression.mixed_linear_model import MixedLM
 
-from experiments.errors import StatsError
-from experiments.inference import beyond, claims, compare, holm, mixed_model, versus
+from repsim_kernels.experiments.analysis.inference import (
+    beyond,
+    claims,
+    compare,
+    holm,
+    mixed_model,
+    versus,
+)
+from repsim_kernels.experiments.errors import StatsError
 
 # Comparisons
 

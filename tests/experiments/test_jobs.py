@@ -18,15 +18,24 @@ from _toy import toy_study
 from PIL import Image
 from typer.testing import CliRunner
 
-from experiments import __main__ as cli
-from experiments import jobs, measure
-from experiments.columns import METRICS
-from experiments.imagenet import outputs
-from experiments.jobs import SAMPLE, Asked, of_models, of_preset, spaced
-from experiments.models import SMALL, study_layers
-from experiments.presets import FIFTY, PRESETS, TEN, Loaded, Network, Preset, load_network
-from experiments.report import write_report
-from experiments.run import run
+from repsim_kernels.experiments import __main__ as cli
+from repsim_kernels.experiments.cli import request as jobs
+from repsim_kernels.experiments.cli.request import SAMPLE, Asked, of_models, of_preset, spaced
+from repsim_kernels.experiments.columns import METRICS
+from repsim_kernels.experiments.inputs.imagenet import outputs
+from repsim_kernels.experiments.inputs.networks import SMALL, study_layers
+from repsim_kernels.experiments.inputs.presets import (
+    FIFTY,
+    PRESETS,
+    TEN,
+    Loaded,
+    Network,
+    Preset,
+    load_network,
+)
+from repsim_kernels.experiments.report.page import write_report
+from repsim_kernels.experiments.runs.driver import run
+from repsim_kernels.experiments.study import measure
 
 NAME = "mobilenet_v2_035"
 LATE = ("features.17.conv.3", "features.18.1")

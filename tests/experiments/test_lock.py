@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from experiments.errors import StoreError
-from experiments.lock import Driver, drivers, driving
-from experiments.shard import Shard
+from repsim_kernels.experiments.errors import StoreError
+from repsim_kernels.experiments.runs.lock import Driver, drivers, driving
+from repsim_kernels.experiments.runs.shard import Shard
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys
 from pathlib import Path
-from experiments.lock import driving
-from experiments.shard import parse
+from repsim_kernels.experiments.runs.lock import driving
+from repsim_kernels.experiments.runs.shard import parse
 with driving(Path(sys.argv[1]), parse(sys.argv[2]), int(sys.argv[3])):
     print("held", flush=True)
     sys.stdin.read()

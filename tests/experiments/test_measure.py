@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from experiments import Study, measure
-from experiments.columns import METRICS
-from experiments.errors import StoreError, StudyError
-from experiments.memory import batch_size, groups, held
+from repsim_kernels.experiments import Study
+from repsim_kernels.experiments.columns import METRICS
+from repsim_kernels.experiments.errors import StoreError, StudyError
+from repsim_kernels.experiments.study import measure, memory
+from repsim_kernels.experiments.study.memory import batch_size, groups, held
 from repsim_kernels.reference.ablation import ablation_distances
 from repsim_kernels.reference.cells import selectivity_grid
 from repsim_kernels.reference.probe import ablation_decodability
@@ -46,7 +47,7 @@ def deep_study(**changes: Any) -> Study:
 
 @pytest.fixture
 def batches_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "BATCH", 4)
+    monkeypatch.setattr(memory, "BATCH", 4)
 
 
 def uneven() -> tuple[Tensor, Tensor]:
@@ -292,7 +293,7 @@ def test_groups_hold_what_fits_in_order(sizes: list[int], slack: float) -> None:
     study = toy_study()
     study.memory = int(slack * max(sizes) / 0.7) + 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "held", lambda _study: by_name)
+        patch.setattr(memory, "held", lambda _study: by_name)
         found = groups(study, list(by_name))
     assert [name for group in found for name in group] == list(by_name)
     room = 0.7 * study.memory

@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 import torch
 from torch import nn
-from experiments import Study
-from experiments.measure import groups
+from repsim_kernels.experiments import Study
+from repsim_kernels.experiments.study.measure import groups
 
 def resident(what):
     lines = Path("/proc/self/status").read_text().splitlines()

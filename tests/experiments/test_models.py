@@ -16,10 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from experiments import data, models
-from experiments.errors import DataError, ModelError
-from experiments.models import ASSETS, SMALL, build, load, study_layers
-from experiments.train import train
+from repsim_kernels.experiments.errors import DataError, ModelError
+from repsim_kernels.experiments.inputs import images as data
+from repsim_kernels.experiments.inputs import networks as models
+from repsim_kernels.experiments.inputs.networks import ASSETS, SMALL, build, load, study_layers
+from repsim_kernels.experiments.inputs.train import train
 
 
 class Outside(nn.Sequential):

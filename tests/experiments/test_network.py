@@ -16,10 +16,10 @@ from _toy import LAYERS, Toy, toy_images, toy_study, uses_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from experiments import measure
-from experiments.errors import StudyError
-from experiments.network import prepare
 from repsim_kernels import LayerError
+from repsim_kernels.experiments.errors import StudyError
+from repsim_kernels.experiments.study import measure
+from repsim_kernels.experiments.study.network import prepare
 
 
 class Keeping(Toy):

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from experiments.columns import HALVES, PERFORMANCE, half
-from experiments.performance import performance
+from repsim_kernels.experiments.columns import HALVES, PERFORMANCE, half
+from repsim_kernels.experiments.study.performance import performance
 
 NAN, INF = math.nan, math.inf
 ANY = st.sampled_from([-2.0, -0.5, 0.0, 0.5, 3.0, INF, -INF, NAN])

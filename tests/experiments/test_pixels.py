@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torchvision.transforms._presets import ImageClassification
 
-from experiments import data
-from experiments.data import image_folder
-from experiments.errors import DataError
-from experiments.imagenet import validation
+from repsim_kernels.experiments.errors import DataError
+from repsim_kernels.experiments.inputs import images as data
+from repsim_kernels.experiments.inputs.imagenet import validation
+from repsim_kernels.experiments.inputs.images import image_folder
 
 WHITE, DEEP = 262, 258  # TIFF's tags for whether 0 is white, and for bits
 

@@ -13,14 +13,16 @@ import torch
 from _toy import image_folder, toy_images, toy_study
 from typer.testing import CliRunner
 
-from experiments import Study, measure, run
-from experiments import __main__ as cli
-from experiments import plan as plans
-from experiments.errors import StudyError
-from experiments.memory import held
-from experiments.plan import Plan, plan
-from experiments.terminal import took
-from experiments.units import Unit
+from repsim_kernels.experiments import Study
+from repsim_kernels.experiments import __main__ as cli
+from repsim_kernels.experiments.cli.tables import took
+from repsim_kernels.experiments.errors import StudyError
+from repsim_kernels.experiments.runs import membership
+from repsim_kernels.experiments.study import estimate as plans
+from repsim_kernels.experiments.study import measure
+from repsim_kernels.experiments.study.estimate import Plan, plan
+from repsim_kernels.experiments.study.memory import held
+from repsim_kernels.experiments.study.units import Unit
 
 # Multiply-adds of the toy: 3 x 3 kernels at 8 x 8 places; 256 numbers into 3.
 CONV1, CONV2, FC = 4 * 3 * 9 * 64, 4 * 4 * 9 * 64, 256 * 3
@@ -201,7 +203,7 @@ def test_a_plan_runs_nothing_and_writes_nothing(
         raise AssertionError("a unit is measured")
 
     monkeypatch.setattr(measure, "_target", never)
-    monkeypatch.setattr(run, "Store", never)
+    monkeypatch.setattr(membership, "Store", never)
     before = files()
     result = CliRunner().invoke(cli.app, [*TOY, "--images", str(folder), "--plan"])
     assert (result.exit_code, result.stderr) == (0, "")

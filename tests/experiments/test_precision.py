@@ -20,14 +20,14 @@ import torch
 from _recipes import watched
 from _toy import Toy, stop_after, toy_study
 
-from experiments.configuration import digest
-from experiments.errors import StoreError
-from experiments.executors import Task
-from experiments.executors.pool import Pool
-from experiments.measure import describe
-from experiments.membership import open_run
-from experiments.plan import plan
-from experiments.precision import set_tf32
+from repsim_kernels.experiments.errors import StoreError
+from repsim_kernels.experiments.runs.executors import Task
+from repsim_kernels.experiments.runs.executors.pool import Pool
+from repsim_kernels.experiments.runs.membership import open_run
+from repsim_kernels.experiments.study.configuration import digest
+from repsim_kernels.experiments.study.estimate import plan
+from repsim_kernels.experiments.study.measure import describe
+from repsim_kernels.experiments.study.precision import set_tf32
 from repsim_kernels.forward import fusion
 
 BACKENDS: Any = torch.backends

@@ -11,10 +11,16 @@ import torchvision.models as zoo
 from safetensors.torch import save_file
 from torch import nn
 
-from experiments.columns import METRICS
-from experiments.errors import ModelError
-from experiments.models import study_layers
-from experiments.presets import PRESETS, Loaded, Network, load_network, weights_for
+from repsim_kernels.experiments.columns import METRICS
+from repsim_kernels.experiments.errors import ModelError
+from repsim_kernels.experiments.inputs.networks import study_layers
+from repsim_kernels.experiments.inputs.presets import (
+    PRESETS,
+    Loaded,
+    Network,
+    load_network,
+    weights_for,
+)
 
 NETWORKS = {network.name: network for p in PRESETS.values() for network in p.networks}
 MOBILENET, NARROW = NETWORKS["mobilenet_v2"], NETWORKS["mobilenet_v2_035"]

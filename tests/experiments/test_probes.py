@@ -14,14 +14,14 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss
 from typer.testing import CliRunner
 
-from experiments import __main__ as cli
-from experiments.arguments import Draws
-from experiments.columns import BASELINE, HALVES, METRICS, PERFORMANCE, PROBES, half
-from experiments.errors import StudyError
-from experiments.memory import held
-from experiments.plan import plan
-from experiments.presets import PRESETS
-from experiments.probes import ERROR, columns
+from repsim_kernels.experiments import __main__ as cli
+from repsim_kernels.experiments.columns import BASELINE, HALVES, METRICS, PERFORMANCE, PROBES, half
+from repsim_kernels.experiments.errors import StudyError
+from repsim_kernels.experiments.inputs.presets import PRESETS
+from repsim_kernels.experiments.study.checks import Draws
+from repsim_kernels.experiments.study.estimate import plan
+from repsim_kernels.experiments.study.memory import held
+from repsim_kernels.experiments.study.probes import ERROR, columns
 from repsim_kernels.reference.cells import selectivity_grid
 
 PAPER = ["decodability_paper", ERROR]
@@ -81,7 +81,7 @@ def test_margins_equal_those_of_scikit_learn() -> None:
 
 def test_the_papers_probe_takes_what_scikit_learns_loop_takes(monkeypatch: Any) -> None:
     """Of all that is left: nothing is drawn, and the loss is that of one fit."""
-    monkeypatch.setattr("experiments.probes.SIZE", 128)
+    monkeypatch.setattr("repsim_kernels.experiments.study.probes.SIZE", 128)
     label, x, y = 0, activations("act2")[:, :128], np.repeat(np.arange(3), 5) == 0
     images, labels = toy_images()
 
@@ -113,7 +113,7 @@ def test_draws_are_the_same_again_and_others_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also of a run that was interrupted; a seed, a layer and a class each have their own."""
-    monkeypatch.setattr("experiments.probes.SIZE", 3)
+    monkeypatch.setattr("repsim_kernels.experiments.study.probes.SIZE", 3)
     options: dict[str, Any] = {"probes": ["paper"], "draws": Draws(least=4)}
     whole = toy_study(**options).run()
     with pytest.raises(KeyboardInterrupt):
@@ -128,7 +128,7 @@ def test_draws_are_the_same_again_and_others_elsewhere(
 
 
 def test_pairing_lowers_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experiments.probes.SIZE", 3)
+    monkeypatch.setattr("repsim_kernels.experiments.study.probes.SIZE", 3)
     errors = [
         toy_study(probes=["paper"], draws=Draws(least=20, paired=paired)).run()[ERROR].mean()
         for paired in (True, False)

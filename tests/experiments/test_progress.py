@@ -18,12 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from experiments import progress
-from experiments.executors import Event
-from experiments.progress import pace, progress_of
-from experiments.run import Step, drive
-from experiments.store import Store
-from experiments.units import Unit
+from repsim_kernels.experiments.cli import progress
+from repsim_kernels.experiments.cli.progress import pace, progress_of
+from repsim_kernels.experiments.runs.driver import Step, drive
+from repsim_kernels.experiments.runs.executors import Event
+from repsim_kernels.experiments.runs.store import Store
+from repsim_kernels.experiments.study.units import Unit
 
 GIB = 2**30
 ERASED = "\x1b[1A\x1b[2K"  # one line up, and clear it

@@ -15,9 +15,9 @@ import pytest
 from _sweep import SMALL, TOY, Sweep, alive, command, descendants, parts, table, until
 from _toy import image_folder
 
-from experiments.errors import ExecutorError
-from experiments.executors import Task, on_ray
-from experiments.executors.on_ray import RayActors
+from repsim_kernels.experiments.errors import ExecutorError
+from repsim_kernels.experiments.runs.executors import Task, on_ray
+from repsim_kernels.experiments.runs.executors.on_ray import RayActors
 
 RAY = ("--executor", "ray", "--workers", "2")
 

@@ -12,16 +12,30 @@ import pytest
 from _page import CHANGES, FIVE, drawn, page_of
 from _toy import stop_after, toy_study
 
-from experiments import findings, report
-from experiments.columns import BASELINE, CHANGE_NAMES, METRIC_NAMES, METRICS, PERFORMANCE, PROBES
-from experiments.controls import partial_correlations
-from experiments.errors import ReportError, StoreError
-from experiments.inference import Claim, beyond, claims, intervals, mixed_model
-from experiments.membership import open_run
-from experiments.published import PUBLISHED
-from experiments.report import Plate, write_report
-from experiments.run import run
-from experiments.stats import correlations, summary
+from repsim_kernels.experiments.analysis.controls import partial_correlations
+from repsim_kernels.experiments.analysis.correlations import correlations, summary
+from repsim_kernels.experiments.analysis.inference import (
+    Claim,
+    beyond,
+    claims,
+    intervals,
+    mixed_model,
+)
+from repsim_kernels.experiments.analysis.published import PUBLISHED
+from repsim_kernels.experiments.columns import (
+    BASELINE,
+    CHANGE_NAMES,
+    METRIC_NAMES,
+    METRICS,
+    PERFORMANCE,
+    PROBES,
+)
+from repsim_kernels.experiments.errors import ReportError, StoreError
+from repsim_kernels.experiments.report import findings
+from repsim_kernels.experiments.report import page as report
+from repsim_kernels.experiments.report.page import Plate, write_report
+from repsim_kernels.experiments.runs.driver import run
+from repsim_kernels.experiments.runs.membership import open_run
 
 
 @pytest.fixture

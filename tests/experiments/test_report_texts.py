@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from _page import FIVE, drawn, page_of
 
-from experiments.stats import correlations, summary
+from repsim_kernels.experiments.analysis.correlations import correlations, summary
 
 TWO = ("cka", "procrustes")
 

@@ -12,10 +12,10 @@ from _correlations import drawn, table
 from statsmodels.stats.multitest import multipletests
 
 from bench import coverage
-from experiments.errors import StatsError
-from experiments.inference import fisher_z, holm, intervals
-from experiments.resampling import bootstrap, jackknife, sign_flips
-from experiments.stats import summary
+from repsim_kernels.experiments.analysis.correlations import summary
+from repsim_kernels.experiments.analysis.inference import fisher_z, holm, intervals
+from repsim_kernels.experiments.analysis.resampling import bootstrap, jackknife, sign_flips
+from repsim_kernels.experiments.errors import StatsError
 
 ENDS = ["low", "high"]
 

@@ -13,8 +13,8 @@ from _toy import LAYERS, Toy, toy_study
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.measure import describe
 from repsim_kernels import LayerError
+from repsim_kernels.experiments.study.measure import describe
 
 
 def renorm(module: nn.Module, _inputs: Any) -> None:

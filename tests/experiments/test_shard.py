@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.errors import ShardError
-from experiments.shard import Shard, from_environment, parse
+from repsim_kernels.experiments.errors import ShardError
+from repsim_kernels.experiments.runs.shard import Shard, from_environment, parse
 
 
 @given(units=st.lists(st.integers(), max_size=40), count=st.integers(1, 12))

@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from experiments import stats
-from experiments.errors import StatsError
-from experiments.stats import correlations, means, summary
+from repsim_kernels.experiments.analysis import correlations as stats
+from repsim_kernels.experiments.analysis.correlations import correlations, means, summary
+from repsim_kernels.experiments.errors import StatsError
 
 
 def random_table(groups: int, cells: int = 16, seed: int = 0) -> pd.DataFrame:

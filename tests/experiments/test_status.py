@@ -21,23 +21,23 @@ import pytest
 from _toy import stop_after, toy_study
 from rich.console import Console
 
-from experiments.errors import StoreError
-from experiments.lock import driving
-from experiments.membership import open_run
-from experiments.run import run
-from experiments.shard import Shard
-from experiments.status import status
-from experiments.store import Store
-from experiments.terminal import show_status
-from experiments.units import Unit
+from repsim_kernels.experiments.cli.tables import show_status
+from repsim_kernels.experiments.errors import StoreError
+from repsim_kernels.experiments.runs.driver import run
+from repsim_kernels.experiments.runs.lock import driving
+from repsim_kernels.experiments.runs.membership import open_run
+from repsim_kernels.experiments.runs.shard import Shard
+from repsim_kernels.experiments.runs.status import status
+from repsim_kernels.experiments.runs.store import Store
+from repsim_kernels.experiments.study.units import Unit
 
 ROOT = Path(__file__).parents[2]
 ROWS = pd.DataFrame({"model": ["a"], "class": ["b"], "layer": ["c"], "cell": [0]})
 HOLD = """
 import sys
 from pathlib import Path
-from experiments.lock import driving
-from experiments.shard import Shard
+from repsim_kernels.experiments.runs.lock import driving
+from repsim_kernels.experiments.runs.shard import Shard
 with driving(Path(sys.argv[1]), Shard(int(sys.argv[2]), int(sys.argv[3])), int(sys.argv[4])):
     print("held", flush=True)
     sys.stdin.read()
@@ -252,7 +252,7 @@ def test_a_finished_run_says_where_its_table_is(
     assert "results.parquet" not in "".join(shown("runs/toy"))  # there is more to say first
     for unit in store.units[2:]:
         store.put(unit, ROWS, seconds=1.0)
-    compact = "python -m experiments compact runs/toy"
+    compact = "repsim compact runs/toy"
     has_only = "All units are done, but runs/toy/results.parquet has only 2 of them:"
     assert shown("runs/toy")[-2:] == [has_only, compact]
     (store.folder / "results.parquet").unlink()

@@ -14,12 +14,12 @@ import torch
 from _parts import configuration, create_each, rows_of
 from _toy import Toy, stop_after, toy_study
 
-from experiments.configuration import digest
-from experiments.errors import DamagedError, StoreError
-from experiments.files import replacing
-from experiments.membership import open_run
-from experiments.store import Store, load
-from experiments.units import Unit
+from repsim_kernels.experiments.errors import DamagedError, StoreError
+from repsim_kernels.experiments.files import replacing
+from repsim_kernels.experiments.runs.membership import open_run
+from repsim_kernels.experiments.runs.store import Store, load
+from repsim_kernels.experiments.study.configuration import digest
+from repsim_kernels.experiments.study.units import Unit
 
 
 def names(folder: Path) -> set[str]:

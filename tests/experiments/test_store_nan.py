@@ -11,7 +11,7 @@ import pytest
 import torch
 from _parts import configuration
 
-from experiments.store import Store
+from repsim_kernels.experiments.runs.store import Store
 
 
 @pytest.fixture

@@ -22,10 +22,10 @@ from hypothesis.stateful import (
     rule,
 )
 
-from experiments.columns import KEYS
-from experiments.errors import StoreError
-from experiments.store import TABLE, Store
-from experiments.units import Unit
+from repsim_kernels.experiments.columns import KEYS
+from repsim_kernels.experiments.errors import StoreError
+from repsim_kernels.experiments.runs.store import TABLE, Store
+from repsim_kernels.experiments.study.units import Unit
 
 UNITS = st.integers(0, 6)
 SEEDS = st.integers(0, 3)

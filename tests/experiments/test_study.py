@@ -9,10 +9,10 @@ import torch
 from _toy import CLASSES, LAYERS, Toy, toy_images, toy_study
 from torch import nn
 
-from experiments import Study
-from experiments.columns import BASELINE, HALVES, METRICS, PERFORMANCE, PROBES, half
-from experiments.errors import StudyError
 from repsim_kernels import LayerError
+from repsim_kernels.experiments import Study
+from repsim_kernels.experiments.columns import BASELINE, HALVES, METRICS, PERFORMANCE, PROBES, half
+from repsim_kernels.experiments.errors import StudyError
 from repsim_kernels.reference.ablation import ablation_distances
 from repsim_kernels.reference.cells import selectivity_grid
 from repsim_kernels.reference.probe import ablation_decodability

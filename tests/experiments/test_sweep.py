@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from experiments import __main__ as cli
-from experiments import jobs
-from experiments import sweep as sweeping
-from experiments.jobs import Job
-from experiments.shard import Shard
+from repsim_kernels.experiments import __main__ as cli
+from repsim_kernels.experiments.cli import request as jobs
+from repsim_kernels.experiments.cli import sweep as sweeping
+from repsim_kernels.experiments.cli.request import Job
+from repsim_kernels.experiments.runs.shard import Shard
 
 NAME = "mobilenet_v2_035"
 RANDOM = ["--preset", NAME, "--weights", "random", "--images", "random", "--per-class", "2"]

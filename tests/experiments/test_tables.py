@@ -10,9 +10,9 @@ import pytest
 import scipy.stats
 from typer.testing import CliRunner
 
-from experiments.__main__ import app
-from experiments.errors import StatsError
-from experiments.tables import read, remarks, write
+from repsim_kernels.experiments.__main__ import app
+from repsim_kernels.experiments.analysis.tables import read, remarks, write
+from repsim_kernels.experiments.errors import StatsError
 
 BY = ["class", "layer"]
 

@@ -6,7 +6,7 @@ import numpy as np
 from _tol import DISTANCE, assert_close
 from _toy import toy_study
 
-from experiments.columns import METRICS, PERFORMANCE, PROBES
+from repsim_kernels.experiments.columns import METRICS, PERFORMANCE, PROBES
 
 KEYS = ["model", "class", "layer", "cell", "size"]
 

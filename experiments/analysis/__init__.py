@@ -1,0 +1,1 @@
+"""Statistics of a run's table: correlations, intervals, tests and controls."""

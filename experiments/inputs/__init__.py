@@ -1,0 +1,1 @@
+"""What a study starts from: networks, their weights, images, and the published presets."""

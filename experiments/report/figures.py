@@ -1,0 +1,261 @@
+"""The report's figures: drawn once, as part of the page or as files beside it."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from repsim_kernels.experiments.columns import BASELINE, CHANGE_NAMES, METRIC_NAMES, METRICS
+from repsim_kernels.experiments.errors import ReportError
+
+INK = "#010203"  # becomes the page's own text colour, light or dark
+# Okabe & Ito's colours, told apart by most colour-blind readers, without those that are lost on
+# white or black; and a marker each, for everybody else. Debiased CKA's is wide, to be seen under
+# CKA.
+STYLES = {
+    "cka": ("#0072b2", "o", "●", 1.3),
+    "procrustes": ("#e69f00", "s", "■", 1.3),
+    "pwcca": ("#009e73", "^", "▲", 1.3),
+    "cca": ("#d55e00", "v", "▼", 1.3),
+    "cca_squared": ("#cc79a7", "D", "◆", 1.3),
+    "svcca": ("#56b4e9", "P", "✚", 1.3),
+    "cka_debiased": ("#888888", "X", "✖", 3.5),
+    BASELINE: (INK, "x", "✕", 0.8),
+}
+LONG = 24  # characters of a layer's name that a figure has room for
+FORMATS = ("svg", "pdf", "png")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure.
+
+    Parameters
+    ----------
+    name : str
+        What it shows of what, as part of a file's name.
+    alt : str
+        The same for those who can't see it.
+    figure : Figure
+    """
+
+    name: str
+    alt: str
+    figure: Figure
+
+    def svg(self) -> Markup:
+        """The figure as inline SVG that takes the page's colour and names no address."""
+        file = io.StringIO()
+        with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": self.alt}):
+            self.figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        text = file.getvalue()
+        text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+        text = re.sub(r'<g id="[^"]*"', "<g", text)  # the same in every figure; nothing names them
+        label = Markup('<svg role="img" aria-label="{}"').format(self.alt)
+        return Markup(text.replace("<svg", label, 1).replace(INK, "currentColor"))
+
+    def save(self, folder: Path, name: str, kind: str) -> None:
+        """Write it as a file that can be edited and printed."""
+        title = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}[kind]
+        path = folder / f"{name}.{kind}"
+        with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": self.alt, "pdf.fonttype": 42}):
+            self.figure.savefig(path, format=kind, dpi=200, metadata={"Title": self.alt, **title})
+
+
+@dataclass(frozen=True)
+class Plate:
+    """Drawings that stand together under one caption."""
+
+    number: int
+    model: str
+    caption: str
+    drawings: list[Drawing]
+
+
+def by_class(
+    model: str, per_group: pd.DataFrame, estimates: pd.DataFrame, changes: Sequence[str]
+) -> list[Drawing]:
+    """For each change: every metric's mean over the layers of each class, mean and interval."""
+    classes = per_group.groupby(["change", "distance", "class"], observed=True)["spearman"].mean()
+    known = estimates.set_index(["change", "distance"])
+    lowest = min(-0.25, _tenth(classes), _tenth(known["low"]))
+    drawings = []
+    for change in changes:
+        distances = list(per_group["distance"].unique())
+        figure, axes = _figure(4.6, 0.8 + 0.36 * len(distances))
+        axes.axvline(0, color=INK, linewidth=0.6)
+        for y, distance in enumerate(distances):
+            colour, marker, *_ = STYLES[distance]
+            values = classes[change, distance].to_numpy()
+            spread = 0.2 * (np.arange(len(values)) % 3 - 1) / 2 + 0.22
+            axes.plot(values, y + spread, ".", color=colour, markersize=4, alpha=0.6)
+            found = known.loc[(change, distance)]
+            axes.plot([found["low"], found["high"]], [y - 0.15, y - 0.15], color=colour, lw=2)
+            axes.plot(found["estimate"], y - 0.15, color=colour, marker=marker, markersize=6)
+        axes.set_yticks(range(len(distances)), [METRIC_NAMES[name] for name in distances])
+        axes.set(xlim=(lowest, 1.05), ylim=(len(distances) - 0.5, -0.6))
+        axes.set_xlabel("mean rank correlation")
+        axes.set_title(CHANGE_NAMES[change])
+        axes.grid(axis="x", color=INK, alpha=0.15)
+        alt = (
+            f"{model}: rank correlation of each metric with the loss of {CHANGE_NAMES[change]}: "
+            "the mean, its 95 % interval, and the mean of each class"
+        )
+        drawings.append(Drawing(f"by_class_{change}", alt, figure))
+    return drawings
+
+
+def by_layer(
+    model: str, per_group: pd.DataFrame, layers: Sequence[str], changes: Sequence[str]
+) -> list[Drawing]:
+    """For each change: the mean correlation at each layer, a line a metric."""
+    mean = per_group.groupby(["change", "distance", "layer"], observed=True)["spearman"].mean()
+    lowest = min(-0.25, _tenth(mean))
+    drawings = []
+    for change in changes:
+        figure, axes = _figure(4.6, 3.1)
+        axes.axhline(0, color=INK, linewidth=0.6)
+        for distance in reversed(per_group["distance"].unique()):
+            colour, marker, _, width = STYLES[distance]
+            values = mean[change, distance].reindex(layers).to_numpy()
+            axes.plot(values, color=colour, marker=marker, markersize=4, linewidth=width)
+        step = math.ceil(len(layers) / 16)
+        names = [name if len(name) <= LONG else f"…{name[-LONG:]}" for name in layers[::step]]
+        axes.set_xticks(range(0, len(layers), step), names, rotation=90, parse_math=False)
+        axes.set(ylim=(lowest, 1.05), ylabel="mean rank correlation")
+        axes.set_title(CHANGE_NAMES[change])
+        axes.grid(axis="y", color=INK, alpha=0.15)
+        alt = (
+            f"{model}: mean rank correlation of each metric with the loss of "
+            f"{CHANGE_NAMES[change]}, at each of {len(layers)} layers"
+        )
+        drawings.append(Drawing(f"by_layer_{change}", alt, figure))
+    return drawings
+
+
+def grid(
+    model: str, layer: str, mine: pd.DataFrame, shape: tuple[int, int], columns: Sequence[str]
+) -> list[Drawing]:
+    """Heat maps of the means of some columns over the cells of one layer."""
+    mean = mine.groupby("cell")[list(columns)].mean()
+    drawings = []
+    for name in columns:
+        figure, axes = _figure(3.4, 3.2)
+        values = mean[name].to_numpy().reshape(shape)
+        mesh = axes.pcolormesh(values, cmap="cividis")
+        for row, line in enumerate(values):
+            for column, value in enumerate(line):
+                ink = "#000000" if sum(mesh.to_rgba(value)[:3]) > 1.5 else "#ffffff"
+                text = axes.text(column + 0.5, row + 0.5, f"{value:.2g}", color=ink)
+                text.set(ha="center", va="center", fontsize=9)
+        axes.set(xticks=[], xlabel="magnitude, low to high")
+        axes.set(yticks=[], ylabel="selectivity, low to high")
+        what = _what(name)
+        axes.set_title(what)
+        alt = f"{model}, layer {layer}: {what}, for each of {shape[0]} x {shape[1]} cells"
+        drawings.append(Drawing(f"grid_{name}", alt, figure))
+    return drawings
+
+
+def scatter(
+    model: str, group: tuple[str, str], mine: pd.DataFrame, rho: pd.Series, change: str
+) -> Drawing:
+    """The cells of one class and layer: ranks of distance and change, a panel a metric."""
+    ranks = mine[[*rho.index, change]].rank()
+    rows = math.ceil(len(rho) / 2)
+    figure = Figure(figsize=(4.6, 0.5 + 1.5 * rows), layout="constrained")
+    panels = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes, (distance, value) in zip(panels, rho.items(), strict=False):
+        _inked(axes)
+        colour, marker, *_ = STYLES[distance]
+        axes.plot(ranks[distance], ranks[change], marker, color=colour, markersize=4, alpha=0.8)
+        said = "no correlation" if math.isnan(value) else f"ρ {value:.2f}"  # noqa: RUF001
+        axes.set_title(f"{METRIC_NAMES[distance]}, {said}", fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    for axes in panels[len(rho) :]:
+        axes.set_axis_off()
+    figure.supylabel(f"rank of {_what(change)}", color=INK, fontsize=10)
+    figure.supxlabel("rank of the metric's distance", color=INK, fontsize=10)
+    target, layer = group
+    alt = (
+        f"{model}, class {target}, layer {layer}: ranks of {_what(change)} against ranks of "
+        f"each metric's distance, a point for each of {len(mine)} cells"
+    )
+    return Drawing(f"cells_{change}", alt, figure)
+
+
+def check(kind: str, folder: Path) -> None:
+    """Raise ReportError where figures can't be written into the folder."""
+    if kind not in FORMATS:
+        raise ReportError(f"figures: {kind!r} is unknown; expected {', '.join(FORMATS)}")
+    if folder.is_dir():
+        endings = tuple(f".{name}" for name in FORMATS)
+        other = [
+            each.name
+            for each in sorted(folder.iterdir())
+            if not (each.name.startswith("figure") and each.name.endswith(endings))
+        ]
+        if other:
+            raise ReportError(
+                f"figures: {folder} holds {other[0]}; expected an earlier report's figures only"
+            )
+    elif folder.exists():
+        raise ReportError(f"figures: {folder} is a file; expected a folder or nothing")
+
+
+def save(plates: Sequence[Plate], folder: Path, kind: str) -> None:
+    """Write the figures into a folder that takes the place of an earlier report's when whole."""
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as made:
+        new, old = Path(made) / "new", Path(made) / "old"
+        new.mkdir()
+        for plate in plates:
+            for drawing in plate.drawings:
+                name = re.sub(r"\W+", "-", plate.model).strip("-")
+                drawing.save(new, f"figure{plate.number}_{name}_{drawing.name}", kind)
+        if folder.exists():
+            shutil.move(folder, old)
+        shutil.move(new, folder)
+
+
+def _what(column: str) -> str:
+    if column == BASELINE:
+        return METRIC_NAMES[column]
+    if column in METRICS:
+        return f"{METRIC_NAMES[column]} distance"
+    return f"loss: {CHANGE_NAMES[column]}"
+
+
+def _tenth(values: pd.Series) -> float:
+    """The tenth below the least value; nothing where there is none."""
+    return math.floor(10 * values.min()) / 10 if values.notna().any() else math.inf
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    _inked(axes)
+    return figure, axes
+
+
+def _inked(axes: Axes) -> None:
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.title.set(color=INK, fontsize=11)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(color=INK, fontsize=10)
+    for side, spine in axes.spines.items():
+        spine.set(color=INK, visible=side in ("left", "bottom"))

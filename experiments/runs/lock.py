@@ -1,0 +1,113 @@
+"""Who works in a run's folder: locks of the system, which go when their process does."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from repsim_kernels.experiments.errors import StoreError
+from repsim_kernels.experiments.runs.shard import Shard
+
+_WHOLE = ".lock"  # held alone by a run of all units, together by shards
+_PATIENCE = 1.0  # seconds: another process may only be looking whether the lock is held
+
+
+class Driver(NamedTuple):
+    """A process that works in the folder."""
+
+    host: str
+    pid: int
+    workers: int
+    shard: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+@contextmanager
+def driving(folder: Path, shard: Shard, workers: int) -> Iterator[None]:
+    """Keep other runs out of a folder, or out of one shard of it, while the block lasts.
+
+    Raises
+    ------
+    StoreError
+        A living process works there.
+    """
+    me = Driver(socket.gethostname(), os.getpid(), workers, str(shard))
+    with ExitStack() as stack:
+        whole = stack.enter_context((folder / _WHOLE).open("a+", encoding="utf-8"))
+        if shard.count == 1:
+            _take(whole, fcntl.LOCK_EX, folder)
+            _sign(whole, me)
+        else:
+            _take(whole, fcntl.LOCK_SH, folder)
+            path = folder / f"{_WHOLE}-{shard.index}-of-{shard.count}"
+            own = stack.enter_context(path.open("a+", encoding="utf-8"))
+            _take(own, fcntl.LOCK_EX, folder)
+            _sign(own, me)
+            # Their units overlap: one would delete what the other is writing.
+            if others := [d for d in drivers(folder) if not d.shard.endswith(f"/{shard.count}")]:
+                raise StoreError(
+                    f"out: {others[0]}, shard {others[0].shard}, works in {folder}; expected "
+                    f"shards of {shard.count} beside {shard}"
+                )
+        yield
+
+
+def drivers(folder: Path) -> list[Driver]:
+    """The processes that work in a folder now."""
+    found = []
+    for path in sorted(folder.glob(f"{_WHOLE}*")):
+        with path.open(encoding="utf-8") as file:
+            if not _try(file, fcntl.LOCK_SH):
+                found.append(_signed(file))
+    return [driver for driver in found if driver is not None]
+
+
+def _take(file: IO[str], kind: int, folder: Path) -> None:
+    end = time.monotonic() + _PATIENCE
+    while not _try(file, kind):
+        if time.monotonic() > end:
+            others = drivers(folder)
+            who = str(others[0]) if others else "another process"
+            what = f", shard {others[0].shard}," if others and others[0].shard != "1/1" else ""
+            raise StoreError(
+                f"out: {who}{what} works in {folder}; expected one run at a time, or shards of one"
+            )
+        time.sleep(0.05)
+
+
+def _try(file: IO[str], kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        warnings.warn(
+            f"{file.name} can't be locked here ({error.strerror}): nothing keeps a second run "
+            "out of the folder",
+            stacklevel=2,
+        )
+    return True
+
+
+def _sign(file: IO[str], driver: Driver) -> None:
+    file.truncate(0)
+    file.write(json.dumps(driver._asdict()) + "\n")
+    file.flush()
+
+
+def _signed(file: IO[str]) -> Driver | None:
+    """Who holds a lock; None while it is being signed."""
+    try:
+        return Driver(**json.loads(file.read()))
+    except (ValueError, TypeError):
+        return None

@@ -1,0 +1,1 @@
+"""A study: its checked arguments, and measuring its cells."""

@@ -1,0 +1,72 @@
+"""Imports within the experiment layer run one way."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+from repsim_kernels import experiments
+
+PACKAGE = "repsim_kernels.experiments"
+ROOT = Path(experiments.__file__).parent
+BASE = {"errors", "columns", "files"}
+#: What the files of each directory may import of the others.
+BELOW = {
+    "inputs": BASE,
+    "study": BASE,
+    "analysis": BASE,
+    "runs": BASE | {"study"},
+    "report": BASE | {"analysis", "runs"},
+    "cli": BASE | {"analysis", "inputs", "report", "runs", "study"},
+}
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {module_of(path): path for path in ROOT.rglob("*.py")}
+
+
+def imported(path: Path) -> set[str]:
+    """The package's modules that a file imports, also inside functions and for types only."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    inner = {name.removeprefix(f"{PACKAGE}.") for name in names if name.startswith(f"{PACKAGE}.")}
+    return inner & set(MODULES)
+
+
+def test_a_directory_imports_only_those_below_it():
+    assert {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()} == set(BELOW)
+    for name, path in MODULES.items():
+        directory = name.partition(".")[0]
+        others = {other.partition(".")[0] for other in imported(path)} - {directory}
+        if directory in BELOW:
+            assert others <= BELOW[directory], path
+        elif directory in BASE:
+            assert not others, path
+
+
+def test_no_two_modules_import_each_other():
+    graph = {name: imported(path) - {name, ""} for name, path in MODULES.items() if name}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(graph)
+
+
+def test_importing_the_experiments_or_printing_a_table_imports_no_more_than_it_needs():
+    heavy = ("torch", "pandas", "matplotlib")
+    for module, absent in (("", heavy), (".__main__", heavy), (".cli.tables", heavy[2:])):
+        code = (
+            f"import sys, {PACKAGE}{module};"
+            f"print([name for name in {heavy!r} if name in sys.modules])"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        assert not set(absent) & set(ast.literal_eval(done.stdout)), module
