@@ -8,22 +8,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from repsim_kernels._operations import OPERATIONS
+
 __version__ = "0.1.0"
 
-#: The operations by family: the same file name in ops, reference, kernels and tests.
-OPERATIONS = {
-    "gram": ("centered_gram", "cell_grams"),
-    "cells": ("class_means", "selectivity_grid"),
-    "cka": ("cka",),
-    "cca": ("cca", "svcca", "pwcca"),
-    "procrustes": ("procrustes", "procrustes_distance"),
-    "rsa": ("rsa",),
-    "pairwise": ("pairwise",),
-    "ablation": ("ablation_distances",),
-    "probe": ("ablation_decodability",),
-    "logistic": ("logistic_fits",),
-    "spectral": ("gram_ablation_distances", "eigh", "svd"),
-}
 _ERRORS = (
     "RepsimError",
     "ShapeError",
@@ -39,13 +27,8 @@ _ERRORS = (
     "BackendUnavailable",
 )
 _WHERE = {
-    **{
-        name: f"repsim_kernels.ops.{module}"
-        for module, names in OPERATIONS.items()
-        for name in names
-    },
+    **{op.name: f"repsim_kernels.ops.{op.family}" for op in OPERATIONS},
     **{name: "repsim_kernels.errors" for name in _ERRORS},
-    "probe_paper": "repsim_kernels.ops.probe_paper",
     "show_config": "repsim_kernels._dispatch",
     "DegenerateWarning": "repsim_kernels.errors",
     "OutOfMemoryWarning": "repsim_kernels.errors",

@@ -12,36 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from repsim_kernels import OPERATIONS, _arrays, _options
+from repsim_kernels import _arrays, _options
 from repsim_kernels._arrays import Array
+from repsim_kernels._operations import BACKENDS, OPERATIONS
 from repsim_kernels.errors import BackendUnavailable, ConvergenceError
 
-BACKENDS = ("reference", "torch", "triton", "cupy")
-
-_FAMILY = {op: family for family, ops in OPERATIONS.items() for op in ops}
 TABLE: dict[tuple[str, str], str] = {
-    **{(op, "reference"): f"repsim_kernels.reference.{f}:{op}" for op, f in _FAMILY.items()},
-    **{(op, "torch"): f"repsim_kernels.kernels.torch.{f}:{op}" for op, f in _FAMILY.items()},
-    **{
-        (op, "triton"): f"repsim_kernels.kernels.triton.{f}:{op}"
-        for op, f in _FAMILY.items()
-        if f in ("gram", "cells", "ablation", "probe", "logistic")
-    },
-    ("gram_ablation_distances", "triton"): (
-        "repsim_kernels.kernels.triton.spectral:gram_ablation_distances"
-    ),
-    ("cell_grams", "cupy"): "repsim_kernels.kernels.cupy.gram:cell_grams",
-    ("eigh", "cupy"): "repsim_kernels.kernels.cupy.spectral:eigh",
-    ("svd", "cupy"): "repsim_kernels.kernels.cupy.spectral:svd",
+    (op.name, backend): op.target(backend)
+    for op in OPERATIONS
+    if op.kernel is None
+    for backend in op.backends
 }
+_TAKES_BATCHES = {(op.name, backend) for op in OPERATIONS for backend in op.batched}
 # Where arrays on a GPU go, if there is a kernel that takes them; else to torch.
 _ON_GPU = {"cupy": ("cupy", "triton"), "torch": ("triton", "cupy")}
-
-_TAKES_BATCHES = {
-    (op, "torch")
-    for op in ("centered_gram", "cka", "cca", "svcca", "pwcca", "procrustes", "procrustes_distance")
-} | {("centered_gram", "triton")}
-_TAKES_BATCHES |= {(op, backend) for op in OPERATIONS["spectral"] for backend in BACKENDS}
 
 
 @functools.cache

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import repsim_kernels as rk
-from repsim_kernels import OPERATIONS, _arrays, _dispatch
+from repsim_kernels import _arrays, _dispatch
+from repsim_kernels._operations import OPERATIONS
 
 ROOT = Path(rk.__file__).parent
-OPS = [name for names in OPERATIONS.values() for name in names]
 
 
 def test_importing_the_package_imports_no_framework():
@@ -59,6 +59,8 @@ def test_layers():
         assert roots <= {"__future__", "numpy", "repsim_kernels", "collections", "typing"}, path
         inner = {m for m in imported(path) if m.startswith("repsim_kernels")}
         assert all(m.startswith("repsim_kernels.reference") for m in inner), path
+    roots = {m.partition(".")[0] for m in imported(ROOT / "_operations.py")}
+    assert roots <= sys.stdlib_module_names
     for path in files("ops"):
         inner = {m for m in imported(path) if m.startswith("repsim_kernels.")}
         assert not any(
@@ -67,17 +69,24 @@ def test_layers():
         assert "torch" not in imported(path)
 
 
-def test_one_operation_has_one_name_and_one_family():
-    for (op, backend), target in _dispatch.TABLE.items():
-        module, _, name = target.partition(":")
-        assert name == op
-        family = next(f for f, names in OPERATIONS.items() if op in names)
-        assert module.rpartition(".")[2] == family
+def test_every_registered_kernel_exists():
+    for operation in OPERATIONS:
+        assert set(operation.batched) <= set(operation.backends)
+        if operation.kernel is not None:
+            (runs,) = [op for op in OPERATIONS if op.name == operation.kernel]
+            assert (operation.backends, operation.batched) == (runs.backends, ())
+    for op, backend in _dispatch.TABLE:
         assert callable(_dispatch._load(op, backend))
-    assert set(OPS) <= set(rk.__all__)
 
 
-@pytest.mark.parametrize("name", OPS)
+def test_type_checkers_see_every_public_name():
+    """They can't follow the lazy loading, and read the imports of `TYPE_CHECKING` in its place."""
+    public = {name for name in rk.__all__ if getattr(rk, name).__module__ != rk.errors.__name__}
+    declared = imported(ROOT / "__init__.py")
+    assert {f"{getattr(rk, name).__module__}.{name}" for name in public} <= declared
+
+
+@pytest.mark.parametrize("name", [op.name for op in OPERATIONS])
 def test_docstrings_say_shapes_returns_errors_and_source(name):
     function = getattr(rk, name)
     doc = inspect.getdoc(function)
