@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from repsim_kernels._metrics import METRICS
 from repsim_kernels.errors import DegenerateWarning, OptionError, RepsimError
 
 
@@ -143,9 +144,9 @@ def warn_of_chance(chance: float) -> None:
     )
 
 
-def warn_without_ridge(metrics: Iterable[str], ridge: float, penalty: float) -> None:
+def warn_without_ridge(metrics: Sequence[str], ridge: float, penalty: float) -> None:
     """Warn where CCA between a representation and its ablations is asked for without a ridge."""
-    if not ridge and not penalty and {"cca", "cca_squared", "pwcca"} & set(metrics):
+    if not ridge and not penalty and any(m.cca_ridge for m in METRICS if m.name in metrics):
         warnings.warn(
             "without a ridge every canonical correlation between a representation and an ablation "
             "of it is 1; pass ridge= or penalty=, or use svcca",

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import repsim_kernels as rk
+from repsim_kernels import _metrics
 from repsim_kernels.kernels.torch import gram
 
 METRICS = [
@@ -74,6 +75,10 @@ def tolerance(name, options, dtype="float64"):
         return Tol(1e-7, 1e-7)  # near 0 their slope is infinite: half of the digits
     # PWCCA's products with the neurons are in the precision of the input.
     return DISTANCE["float32"] if name == "pwcca" and dtype != "float64" else SAME
+
+
+def test_each_metric_of_the_registry_is_here():
+    assert {name for name, _ in METRICS} == {m.name for m in _metrics.METRICS if m.pairwise}
 
 
 @EACH

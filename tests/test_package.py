@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ import torch
 
 import repsim_kernels as rk
 from repsim_kernels import _arrays, _dispatch
+from repsim_kernels._metrics import METRICS
 from repsim_kernels._operations import OPERATIONS
+from repsim_kernels.ops import ablation, spectral
 
 ROOT = Path(rk.__file__).parent
 
@@ -59,8 +62,9 @@ def test_layers():
         assert roots <= {"__future__", "numpy", "repsim_kernels", "collections", "typing"}, path
         inner = {m for m in imported(path) if m.startswith("repsim_kernels")}
         assert all(m.startswith("repsim_kernels.reference") for m in inner), path
-    roots = {m.partition(".")[0] for m in imported(ROOT / "_operations.py")}
-    assert roots <= sys.stdlib_module_names
+    for registry in ("_operations.py", "_metrics.py"):
+        roots = {m.partition(".")[0] for m in imported(ROOT / registry)}
+        assert roots <= sys.stdlib_module_names, registry
     for path in files("ops"):
         inner = {m for m in imported(path) if m.startswith("repsim_kernels.")}
         assert not any(
@@ -77,6 +81,21 @@ def test_every_registered_kernel_exists():
             assert (operation.backends, operation.batched) == (runs.backends, ())
     for op, backend in _dispatch.TABLE:
         assert callable(_dispatch._load(op, backend))
+
+
+@pytest.mark.parametrize(
+    ("function", "parameter", "names"),
+    [
+        (rk.pairwise, "metric", [m.name for m in METRICS if m.pairwise]),
+        (rk.ablation_distances, "metrics", ablation.METRICS),
+        (rk.gram_ablation_distances, "metrics", spectral.GRAM_METRICS),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_docstrings_name_the_metrics_of_the_registry(function, parameter, names):
+    doc = inspect.getdoc(function)
+    choice = re.search(rf"^{parameter} : (.*?)^\w+ : ", doc, re.M | re.S)[1].partition('. "')[0]
+    assert sorted(re.findall(r'"(\w+)"', choice)) == sorted(names)
 
 
 def test_type_checkers_see_every_public_name():

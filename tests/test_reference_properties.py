@@ -23,7 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_reference import LOOSE, RIDGE, two
 
-from repsim_kernels.reference.ablation import METRICS, ablation_distances
+from repsim_kernels.ops.ablation import METRICS
+from repsim_kernels.reference.ablation import ablation_distances
 from repsim_kernels.reference.cca import cca, pwcca, svcca
 from repsim_kernels.reference.cells import class_means, selectivity_grid
 from repsim_kernels.reference.cka import cka
@@ -259,7 +260,7 @@ def test_ablation_distances_are_those_of_what_is_left(data):
     members = data.draw(memberships(x.p))
     x = x.values()
     got = ablation_distances(x, members)
-    assert list(got) == list(METRICS)
+    assert set(got) == set(METRICS)
     for c, cell in enumerate(members):
         left = x[:, ~cell]
         if cell.all():

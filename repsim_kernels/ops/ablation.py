@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from repsim_kernels import _check, _dispatch, _options, _routes
+from repsim_kernels import _check, _dispatch, _metrics, _options, _routes
 
-METRICS = ("cka", "procrustes", "pwcca", "cca", "cca_squared", "svcca", "cka_debiased")
+METRICS = tuple(metric.name for metric in _metrics.METRICS if metric.ablation)
 
 
 def ablation_distances(

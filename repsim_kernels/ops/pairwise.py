@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import repsim_kernels
 from repsim_kernels import _check, _dispatch, _options
 from repsim_kernels._arrays import Array
+from repsim_kernels._metrics import METRICS
 from repsim_kernels.errors import OptionError
 
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "cka": {"debiased": False, "kernel": "linear", "sigma": None},
-    "cca": {"squared": False, "ridge": 0.0, "penalty": 0.0},
-    "svcca": {"variance": 0.99},
-    "pwcca": {"ridge": 0.0, "penalty": 0.0},
-    "procrustes": {},
-    "procrustes_distance": {"form": "squared"},
-    "rsa": {"distance": "euclidean", "compare": "spearman"},
-}
+_METRICS = {metric.name: metric for metric in METRICS if metric.pairwise}
 
 
 def pairwise(
@@ -30,7 +25,7 @@ def pairwise(
         Activations of the same n stimuli. Integers are taken as float64.
     ys : sequence of M arrays, (n, q_j), optional
         The other side; `xs` itself unless given.
-    metric : {"cka", "cca", "svcca", "pwcca", "procrustes", "procrustes_distance", "rsa"}
+    metric : {"cka", "procrustes", "pwcca", "cca", "svcca", "procrustes_distance", "rsa"}
     backend : {"reference", "torch"}, optional
         What computes it; by default chosen by the kind and the device of ``xs[0]``.
     **options
@@ -57,12 +52,13 @@ def pairwise(
     Each Gram and each spectrum is made once: L passes over activations, not L·M. They are held
     together, 8 n² bytes for each representation. Source: that of each metric.
     """
-    metric = _options.option(metric, "metric", _DEFAULTS)
-    unknown = set(options) - set(_DEFAULTS[metric])
+    metric = _options.option(metric, "metric", _METRICS)
+    defaults = _default_options(metric)
+    unknown = set(options) - set(defaults)
     if unknown:
-        known = ", ".join(_DEFAULTS[metric]) or "none"
+        known = ", ".join(defaults) or "none"
         raise OptionError(f"{min(unknown)}: not an option of metric {metric!r}; it has {known}")
-    options = _DEFAULTS[metric] | options
+    options = defaults | options
     least = _checked(metric, options)
     later = metric == "cka"
     xs = _check.representations(xs, "xs", least=least, later=later)
@@ -70,7 +66,7 @@ def pairwise(
         ys = _check.representations(ys, "ys", least=least, like=xs[0], later=later)
     n, chance = len(xs[0]), False
     p, q = (max(x.shape[1] for x in zs) for zs in (xs, xs if ys is None else ys))
-    if "ridge" in options:
+    if _METRICS[metric].cca_ridge:
         _options.warn_if_degenerate(metric, n, p, q, options["ridge"], options["penalty"])
     if metric == "cka":
         chance = _options.chance_wanted(n, p, q, options["debiased"], options["kernel"])
@@ -81,16 +77,26 @@ def pairwise(
     named = {f"{k}[{i}]": z for k, zs in (("xs", xs), ("ys", ys)) for i, z in enumerate(zs or ())}
     values = _check.defined(values, undefined.get(metric, ""), **named)
     itself = list(range(len(xs)))
-    if ys is None and metric != "pwcca":
+    if ys is None and _METRICS[metric].symmetric:
         values = (values + values.swapaxes(0, 1)) / 2  # to the bit
     if ys is None and not options.get("ridge") and not options.get("penalty"):
-        values[itself, itself] = 0.0 if metric == "procrustes_distance" else 1.0
+        values[itself, itself] = 1.0 if _METRICS[metric].kind == "similarity" else 0.0
     if chance:
         others = found["chance"]
         if ys is None:
             others[itself, itself] = 0.0
         _options.warn_of_chance(float(others.max()))
     return values
+
+
+def _default_options(metric: str) -> dict[str, Any]:
+    """The options of a metric's own function and their defaults."""
+    parameters = inspect.signature(getattr(repsim_kernels, metric)).parameters.values()
+    return {
+        parameter.name: parameter.default
+        for parameter in parameters
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in ("batched", "backend")
+    }
 
 
 def _checked(metric: str, options: dict[str, Any]) -> int:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from repsim_kernels import _check, _dispatch, _options, _routes
+from repsim_kernels import _check, _dispatch, _metrics, _options, _routes
 from repsim_kernels._arrays import Array
 from repsim_kernels.errors import ConvergenceError
-from repsim_kernels.ops.ablation import METRICS
 
-GRAM_METRICS = tuple(name for name in METRICS if name != "pwcca")
+GRAM_METRICS = tuple(m.name for m in _metrics.METRICS if m.ablation and m.from_gram)
 
 
 def gram_ablation_distances(

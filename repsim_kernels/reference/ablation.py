@@ -12,7 +12,6 @@ from repsim_kernels.reference.cka import cka
 from repsim_kernels.reference.gram import Array, Real, membership
 from repsim_kernels.reference.procrustes import procrustes_distance
 
-METRICS = ("cka", "procrustes", "pwcca", "cca", "cca_squared", "svcca", "cka_debiased")
 RIDGED = ("pwcca", "cca", "cca_squared")
 DEFINITION = 5  # the route that is neither of the kernels'
 
@@ -22,7 +21,7 @@ def ablation_distances(
     cells: Real,
     *,
     n_cells: int | None = None,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] | None = None,
     ridge: float = 0.1,
     penalty: float = 0.0,
     memory: int | None = None,
@@ -30,10 +29,10 @@ def ablation_distances(
 ) -> dict[str, Array]:
     """Distance of x (n, p) from x with a cell's columns set to zero, {metric: (C,)}.
 
-    1 - similarity, the original first; ``procrustes`` is the squared form. ``ridge``, or
-    ``penalty`` where that is not 0, serves the CCA family except svcca. The zeroed columns still
-    count among the min(n - 1, p) directions that ridge CCA averages over, so that cells of
-    different sizes are on one scale.
+    All metrics unless some are named. 1 - similarity, the original first; ``procrustes`` is the
+    squared form. ``ridge``, or ``penalty`` where that is not 0, serves the CCA family except svcca.
+    The zeroed columns still count among the min(n - 1, p) directions that ridge CCA averages over,
+    so that cells of different sizes are on one scale.
 
     A cell without a column that varies gives the distance of x from itself, one with all of
     them NaN. ``memory`` has no meaning here, where one copy exists at a time.
@@ -43,6 +42,7 @@ def ablation_distances(
     varies = (x != x[0]).any(axis=0)
     ridge = 0.0 if penalty else ridge
     distance = distances_from(x, ridge, penalty)
+    metrics = tuple(distance) if metrics is None else metrics
 
     def one(name: str, cell: NDArray[np.bool_]) -> np.float64:
         if not varies[cell].any():
