@@ -26,7 +26,7 @@ def model(
     out: Annotated[Path, typer.Option(help="The page.")] = Path(__file__).parent / "MODEL.md",
 ) -> None:
     """Write what the kernels should cost on an H100; needs no GPU."""
-    from bench.model import page
+    from bench.predict.model import page
 
     out.write_text(page(), encoding="utf-8")
     print(out)
@@ -50,14 +50,14 @@ def scaling(
     ] = None,
 ) -> None:
     """Model how long a run takes by more workers, from what its units took; without start-up."""
-    from bench import _machine
+    from bench.common import machine
     from bench.scaling import demo, table, unit_seconds
     from repsim_kernels.experiments.errors import StoreError
 
     if run is None:
         record = demo()
-        out = _machine.RESULTS / f"scaling-{_machine.slug('cpu')}.json"
-        _machine.save(out, record)
+        out = machine.RESULTS / f"scaling-{machine.slug('cpu')}.json"
+        machine.save(out, record)
         print(table(record["runs"][-1]["units"]), out, sep="\n")
         return
     try:
@@ -90,10 +90,10 @@ def peers(
     job: Annotated[str | None, typer.Option(help="ablations, pairs or pair; all if none.")] = None,
 ) -> None:
     """Compare other packages with this one at three jobs: time, memory, and what comes out."""
-    from bench import _machine
+    from bench.common import machine
     from bench.peers.run import peers as run
 
-    out = None if quick else _machine.RESULTS / f"peers-{_machine.slug(device)}.json"
+    out = None if quick else machine.RESULTS / f"peers-{machine.slug(device)}.json"
     try:
         record = run(out, device, quick, job)
     except RuntimeError as error:
@@ -104,9 +104,9 @@ def peers(
 
 
 @app.command()
-def page() -> None:
+def render_docs() -> None:
     """Make the figures and tables of README.md and bench/README.md of the committed results."""
-    from bench.page import draw, pages
+    from bench.render_docs import draw, pages
 
     for path in draw():
         print(path)
@@ -140,18 +140,18 @@ def accuracy(
     ] = None,
 ) -> None:
     """Measure how right the numbers of each package are, and the order of many ablations."""
-    from bench import _machine
     from bench._accuracy_figure import figure
     from bench.accuracy import accuracy as run
     from bench.accuracy import summary
+    from bench.common import machine
 
     try:
         record = run(device, quick)
     except RuntimeError as error:
         raise typer.BadParameter(str(error)) from None
-    out = out or _machine.RESULTS / f"accuracy-{_machine.slug(device)}.json"
+    out = out or machine.RESULTS / f"accuracy-{machine.slug(device)}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    _machine.save(out, record)
+    machine.save(out, record)
     figure(record, out.with_suffix(".png"))
     for row in summary(record):
         print(" | ".join(row))

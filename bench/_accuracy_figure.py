@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from bench._machine import Json
 from bench.accuracy import METRICS, OURS, WRONG
+from bench.common.machine import Json
 
 TITLES = {
     "cka": "CKA",

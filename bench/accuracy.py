@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import repsim_kernels as rk
-from bench import _exact
-from bench._machine import Json, environment, number
+from bench.common import longdouble
+from bench.common.machine import Json, environment, number
 from bench.peers.packages import PACKAGES, Package
 
 OURS = "repsim_kernels"
@@ -193,7 +193,7 @@ def _errors(packages: Sequence[Package], case: Case, size: Size, device: str) ->
     why = [""] * len(packages)
     for seed in range(size.seeds):
         x, y = features(case, size, seed)
-        want = _exact.similarities(x.double().numpy(), y.double().numpy())
+        want = longdouble.similarities(x.double().numpy(), y.double().numpy())
         for i, package in enumerate(packages):
             try:
                 got = _call(package, device, x, y)
@@ -267,7 +267,7 @@ def _orders(packages: Sequence[Package], size: Size, device: str) -> list[Json]:
     found = []
     for mean in size.ablated_means:
         made = [ablatable(size, mean, seed) for seed in range(size.ablated_seeds)]
-        wants = [_exact.distances(x.double().numpy(), cells) for x, cells in made]
+        wants = [longdouble.distances(x.double().numpy(), cells) for x, cells in made]
         for name, metric, way in ways:
             row: Json = {"package": name, "metric": metric, "mean": mean, "dtype": "float32"}
             try:

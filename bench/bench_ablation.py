@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 import repsim_kernels as rk
-from bench._inputs import DEVICE, DTYPES, as_distances, cells, one, products, reference, size
 from bench.bench_gram import plain
 from bench.bench_spectral import by_svd
+from bench.common.inputs import DEVICE, DTYPES, as_distances, cells, one, products, reference, size
 
 PAPER = ("cka", "procrustes", "pwcca", "cca", "cca_squared")
 FIVE = "CKA, Procrustes, PWCCA, mean and mean squared CCA"

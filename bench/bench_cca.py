@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import repsim_kernels as rk
-from bench._inputs import as_distances, pair, reference, size
+from bench.common.inputs import as_distances, pair, reference, size
 
 N, P = 500, 10_000
 by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -7,10 +7,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from _tol import SAME, assert_close
 
 import repsim_kernels as rk
-from bench._inputs import DTYPES, SHAPES, one, reference, size
+from bench.common.inputs import DTYPES, SHAPES, one, reference, size
+from bench.common.tolerances import SAME, assert_close
 
 CLASSES = 10
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import repsim_kernels as rk
-from bench._inputs import DTYPES, as_distances, pair, products, reference, size
+from bench.common.inputs import DTYPES, as_distances, pair, products, reference, size
 
 P = 10_000
 

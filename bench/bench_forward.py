@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from bench._inputs import DEVICE
+from bench.common.inputs import DEVICE
 from repsim_kernels.experiments.inputs.presets import PRESETS, load_network
 from repsim_kernels.forward import AblatedForward, State, passes
 

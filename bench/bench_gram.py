@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import repsim_kernels as rk
-from bench._inputs import DTYPES, SHAPES, as_grams, cells, one, products, reference, size
+from bench.common.inputs import DTYPES, SHAPES, as_grams, cells, one, products, reference, size
 
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

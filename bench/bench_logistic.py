@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from _tol import Tol, assert_close
 from sklearn.linear_model import LogisticRegression
 from torch import Generator, Tensor
 
 import repsim_kernels as rk
+from bench.common.tolerances import Tol, assert_close
 
 FITS, LOOPED, N, D, P = 2000, 200, 500, 100, 100_352
 TARGET = (np.arange(N) % 10 == 0).astype(np.int64)

@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 import repsim_kernels as rk
-from bench._inputs import activations, as_distances, exact, products, size
+from bench.common.inputs import activations, as_distances, exact, products, size
 
 LAYERS, N, P = 12, 100, 5_000
 METRICS = {

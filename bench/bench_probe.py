@@ -8,12 +8,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from _tol import as_numpy
 from torch import Tensor
 
 import repsim_kernels as rk
-from bench._inputs import as_distances, reference
 from bench.bench_logistic import TARGET, N, P, of_classes
+from bench.common.inputs import as_distances, reference
+from bench.common.tolerances import as_numpy
 
 CELLS, FEW = 16, 1600  # of few neurons the Grams cost next to nothing
 LABELS = np.arange(N) % 10

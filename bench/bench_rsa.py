@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import repsim_kernels as rk
-from bench._inputs import DTYPES, as_distances, pair, reference, size
+from bench.common.inputs import DTYPES, as_distances, pair, reference, size
 
 N, P = 200, 10_000  # the definition takes a pass over the neurons for each stimulus
 

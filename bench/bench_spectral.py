@@ -12,11 +12,11 @@ from functools import cache, partial
 
 import pytest
 import torch
-from _tol import SAME, Tol, assert_close
 from torch import Generator, Tensor
 
 import repsim_kernels as rk
-from bench._inputs import DEVICE, activations, as_distances, cells
+from bench.common.inputs import DEVICE, activations, as_distances, cells
+from bench.common.tolerances import SAME, Tol, assert_close
 from repsim_kernels.kernels.torch import cka, gram, spectrum
 from repsim_kernels.kernels.torch.ablated import Ablated, Original
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench._machine import Json, load, seconds
+from bench.common.machine import Json, load, seconds
 
 KINDS = "the results of `make bench`, of `bench sheet` or of `bench peers`"
 # They differ between any two runs and change no time by themselves.

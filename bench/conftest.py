@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _tol import as_numpy
 from torch import Tensor
 
-from bench import _machine, _timing
-from bench._inputs import DEVICE, Make
-from bench._machine import Json
+from bench.common import machine, timing
+from bench.common.inputs import DEVICE, Make
+from bench.common.machine import Json
+from bench.common.tolerances import as_numpy
 
 _SECONDS = 1.0  # of the rounds of a benchmark, unless fewer than the least would fit
 _LEAST, _MOST = 3, 50  # rounds
@@ -48,7 +48,7 @@ class Record:
 
 @cache
 def _environment() -> Json:
-    return _machine.environment(DEVICE, ("scikit-learn", "torchvision", "pytest-benchmark"))
+    return machine.environment(DEVICE, ("scikit-learn", "torchvision", "pytest-benchmark"))
 
 
 _RECORD = pytest.StashKey[Record]()
@@ -80,8 +80,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         record.line = f"{out}: not written; " + ("not all passed" if exitstatus else "none timed")
         return
     if out.is_dir():
-        out /= f"bench-{_machine.slug(DEVICE)}.json"
-    _machine.save(
+        out /= f"bench-{machine.slug(DEVICE)}.json"
+    machine.save(
         out,
         {
             "environment": _environment(),
@@ -110,7 +110,7 @@ def record(pytestconfig: pytest.Config) -> Record:
 @pytest.fixture(scope="session")
 def ceilings() -> dict[str, float]:
     """What this device reaches, measured once, in the same run."""
-    return _timing.ceilings(DEVICE, quick=False, limit=1.0)
+    return timing.ceilings(DEVICE, quick=False, limit=1.0)
 
 
 @dataclass
@@ -148,7 +148,7 @@ class Timed:
         short = str(dtype).removeprefix("torch.")
         self.benchmark.group = ", ".join(filter(None, (operation, what, sizes, short)))
         self.benchmark.name = name
-        inputs = _timing.rotating(make, device)
+        inputs = timing.rotating(make, device)
 
         def run(*some: Tensor) -> Any:
             result = call(*some)
@@ -177,7 +177,7 @@ class Timed:
         seconds = statistics.median(times)
         info: Json = {"operation": operation, "shape": dict(shape), "dtype": short}
         if device == "cuda":
-            info["events"] = _timing.measure(call, inputs, _SECONDS)
+            info["events"] = timing.measure(call, inputs, _SECONDS)
             info["on_device"] = self._on_device(call, inputs, info["events"]["ms"])
             seconds = 1e-3 * info["on_device"].get("ms", info["events"]["ms"])
         info |= amounts(seconds, rates, bytes, operations or {})
@@ -201,7 +201,7 @@ class Timed:
         def tensor(*some: Tensor) -> Tensor:
             return next(found for found in leaves(call(*some)) if isinstance(found, Tensor))
 
-        found = _timing.on_device(tensor, inputs, call_ms, _SECONDS)
+        found = timing.on_device(tensor, inputs, call_ms, _SECONDS)
         if found.pop("spoiled", False):
             pytest.exit(f"{self.benchmark.group}: {found['how']}; no later time would be right", 1)
         return found

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from bench._machine import RESULTS, Json, file_part, seconds
+from bench.common.machine import RESULTS, Json, file_part, seconds
 
 PREDICTED = "predictions only: nothing measured on a GPU yet"
 UNMEASURED = "predictions only: this file has no measured row"
@@ -76,7 +76,7 @@ class Chart:
 
 def predictions() -> Chart:
     """Every case of the kernels on the H100 of MODEL.md."""
-    from bench import _compile, model
+    from bench.predict import compile, model
 
     points = [
         Point(
@@ -85,7 +85,7 @@ def predictions() -> Chart:
             case.floor.bytes,
             _counted(case.floor.precision, case.floor.operations),
         )
-        for module, case in _compile.cases()
+        for module, case in compile.cases()
     ]
     roof = Roof(model.BYTES, model.OPERATIONS)
     return Chart("H100", "assumed", roof, _merged(points), PREDICTED)

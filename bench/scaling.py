@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench._machine import ROOT, Json, environment
+from bench.common.machine import ROOT, Json, environment
 from repsim_kernels.experiments.runs.store import Store
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)

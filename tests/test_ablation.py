@@ -9,11 +9,11 @@ import pytest
 import torch
 from _draw import TORCH_LAYOUTS, labels, memberships
 from _draw import representations as drawn
-from _tol import DISTANCE, Tol, assert_close, assert_rank_fidelity
 from hypothesis import given
 from hypothesis import strategies as st
 
 import repsim_kernels as rk
+from bench.common.tolerances import DISTANCE, Tol, assert_close, assert_rank_fidelity
 from repsim_kernels.kernels.torch import gram
 from repsim_kernels.ops.ablation import METRICS
 

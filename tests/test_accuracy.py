@@ -9,11 +9,11 @@ import _oracle
 import numpy as np
 import pytest
 from _draw import SEEDS
-from _tol import DISTANCE, Tol, assert_close, assert_rank_fidelity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import repsim_kernels as rk
+from bench.common.tolerances import DISTANCE, Tol, assert_close, assert_rank_fidelity
 
 PLAIN = ("cka", "procrustes")
 RIDGED = ("cca", "cca_squared")

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import repsim_kernels as rk
-from bench import _inputs, _timing, conftest
+from bench import conftest
+from bench.common import inputs, timing
 from bench.conftest import Record, Timed, agree, amounts
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +25,7 @@ TINY = """
 import pytest
 import torch
 from functools import partial
-from _tol import SAME, assert_close
+from bench.common.tolerances import SAME, assert_close
 
 @pytest.fixture(scope="session")
 def ceilings():
@@ -193,9 +194,9 @@ def test_rounds_are_not_of_the_call_that_compiles(monkeypatch, device, rounds) -
     monkeypatch.setattr(conftest, "time", clock)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(conftest, "_environment", dict)
-    monkeypatch.setattr(_timing, "rotating", lambda make, device: [(torch.ones(3),)] * 2)
-    monkeypatch.setattr(_timing, "measure", lambda *_: {"ms": 100.0})
-    monkeypatch.setattr(_timing, "on_device", lambda *_: {"ms": 90.0})
+    monkeypatch.setattr(timing, "rotating", lambda make, device: [(torch.ones(3),)] * 2)
+    monkeypatch.setattr(timing, "measure", lambda *_: {"ms": 100.0})
+    monkeypatch.setattr(timing, "on_device", lambda *_: {"ms": 90.0})
     record, request = Record(), SimpleNamespace(getfixturevalue=lambda _: {"copy": 1e9})
     Timed(Benchmark(clock), record, request)(
         "double",
@@ -221,10 +222,10 @@ def test_rounds_are_not_of_the_call_that_compiles(monkeypatch, device, rounds) -
     ],
 )
 def test_what_has_no_kernel_is_float64_on_a_gpu_too(monkeypatch, operation, dtype, want) -> None:
-    monkeypatch.setattr(_inputs, "DEVICE", "cuda")
-    assert _inputs.products(operation, dtype) == want
+    monkeypatch.setattr(inputs, "DEVICE", "cuda")
+    assert inputs.products(operation, dtype) == want
     near, far = torch.tensor(1.0 + 1e-7), torch.tensor(1.0 + 1e-5)
-    check = _inputs.as_distances(operation, dtype)
+    check = inputs.as_distances(operation, dtype)
     check(near, 1.0)
     if want == "float64":
         with pytest.raises(AssertionError):

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 from _draw import SEEDS
-from _tol import DISTANCE, SAME, Tol, assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from bench import _exact, accuracy
+from bench import accuracy
 from bench.__main__ import app
 from bench._accuracy_figure import STYLES
+from bench.common import longdouble
+from bench.common.tolerances import DISTANCE, SAME, Tol, assert_close
 from bench.peers.packages import PACKAGES, Package
 
 SIMILARITIES = ("cka", "cka_debiased", "procrustes")
@@ -28,7 +29,7 @@ def test_the_oracle_has_the_values_of_60_digits(n, p, mean, seed):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((n, p)) + mean
     y = x + rng.standard_normal((n, p)) - 2 * mean
-    got = _exact.similarities(x, y)
+    got = longdouble.similarities(x, y)
     for name in SIMILARITIES:
         assert_close(got[name], float(getattr(_oracle, name)(x, y)), Tol(1e-14, 1e-14))
 
@@ -39,7 +40,7 @@ def test_the_oracle_has_the_digits_of_small_distances(n, mean, seed):
     rng = np.random.default_rng(seed)
     cells = np.arange(24) % 3
     x = rng.standard_normal((n, 24)) * np.array([1, 1e-1, 1e-2])[cells] + mean
-    got = _exact.distances(x, cells)
+    got = longdouble.distances(x, cells)
     for c in range(3):
         y = np.where(cells == c, 0, x)
         for name in SIMILARITIES:
@@ -50,7 +51,7 @@ def test_the_oracle_has_the_digits_of_small_distances(n, mean, seed):
 def test_the_oracle_has_the_values_that_must_come_out():
     rng = np.random.RandomState(1337)
     x = rng.randn(100, 10)
-    got = _exact.similarities(x, rng.randn(100, 10) + x)
+    got = longdouble.similarities(x, rng.randn(100, 10) + x)
     want = {"cka": 0.55761, "cka_debiased": 0.51346, "procrustes": 0.73626}
     for name, value in want.items():
         assert_close(got[name], value, Tol(0, 5e-6))
@@ -62,7 +63,7 @@ def test_the_oracle_of_rsa_by_scipy():
     x, y = np.random.default_rng(0).standard_normal((2, 12, 30))
     y += x
     want = np.corrcoef(pdist(x, "sqeuclidean"), pdist(y, "sqeuclidean"))[0, 1]
-    assert_close(_exact.similarities(x, y)["rsa"], want, SAME)
+    assert_close(longdouble.similarities(x, y)["rsa"], want, SAME)
 
 
 def fake(name, pair, metric="cka"):

@@ -7,12 +7,12 @@ import pytest
 import torch
 from _draw import TORCH_DTYPES, TORCH_LAYOUTS, classes
 from _draw import representations as drawn
-from _tol import as_numpy
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import repsim_kernels as rk
+from bench.common.tolerances import as_numpy
 from repsim_kernels.forward import AblatedForward
 
 GRIDS = st.sampled_from([(4, 4), (1, 3), (5, 1), (2, 7)])

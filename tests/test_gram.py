@@ -7,11 +7,11 @@ import pytest
 import torch
 from _draw import NUMPY_DTYPES, NUMPY_LAYOUTS, TORCH_DTYPES, TORCH_LAYOUTS, labels, memberships
 from _draw import representations as drawn
-from _tol import GRAM, as_numpy, assert_gram_close
 from hypothesis import given
 from hypothesis import strategies as st
 
 import repsim_kernels as rk
+from bench.common.tolerances import GRAM, as_numpy, assert_gram_close
 from repsim_kernels.kernels.torch import columns, memory
 
 

@@ -10,11 +10,11 @@ import scipy.spatial.distance
 import torch
 from _draw import NUMPY_LAYOUTS, TORCH_DTYPES, TORCH_LAYOUTS, pairs
 from _draw import representations as drawn
-from _tol import DISTANCE, SAME, Tol, assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import repsim_kernels as rk
+from bench.common.tolerances import DISTANCE, SAME, Tol, assert_close
 from repsim_kernels import _metrics
 from repsim_kernels.kernels.torch import gram
 

@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 import repsim_kernels as rk
-from bench import _machine
+from bench.common import machine
 from bench.peers import jobs, run, tables, worker
 from bench.peers.jobs import Case
 from bench.peers.packages import PACKAGES, Package
@@ -307,7 +307,7 @@ def test_one_pair_names_the_fastest_and_the_fastest_that_centres():
     ],
 )
 def test_seconds(value, text):
-    assert _machine.seconds(value) == text
+    assert machine.seconds(value) == text
 
 
 def test_the_figure_is_drawn(tmp_path):

@@ -15,7 +15,13 @@ from _draw import (
     TORCH_LAYOUTS,
     representations,
 )
-from _tol import (
+from hypothesis import given
+from scipy.spatial.distance import pdist, squareform
+from scipy.stats import pearsonr, spearmanr
+from sklearn.linear_model import Ridge
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
+
+from bench.common.tolerances import (
     DISTANCE,
     SAME,
     SMALL_DISTANCE,
@@ -24,12 +30,6 @@ from _tol import (
     assert_gram_close,
     assert_rank_fidelity,
 )
-from hypothesis import given
-from scipy.spatial.distance import pdist, squareform
-from scipy.stats import pearsonr, spearmanr
-from sklearn.linear_model import Ridge
-from sklearn.metrics import accuracy_score, balanced_accuracy_score
-
 from repsim_kernels.reference.ablation import ablation_distances
 from repsim_kernels.reference.cca import cca, factors, pwcca, svcca
 from repsim_kernels.reference.cka import cka

@@ -13,16 +13,16 @@ from _draw import (
     pairs,
     representations,
 )
-from _tol import (
+from hypothesis import given
+from hypothesis import strategies as st
+from test_reference import LOOSE, RIDGE, two
+
+from bench.common.tolerances import (
     SAME,
     Tol,
     assert_close,
     assert_gram_close,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from test_reference import LOOSE, RIDGE, two
-
 from repsim_kernels.ops.ablation import METRICS
 from repsim_kernels.reference.ablation import ablation_distances
 from repsim_kernels.reference.cca import cca, pwcca, svcca

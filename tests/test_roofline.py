@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgba
 
-from bench import model, roofline
+from bench import roofline
+from bench.predict import model
 from bench.roofline import Point, Roof
 
 RATES = {"copy": 3e12, "tf32": 4e14, "tf32x3": 1e14, "ieee": 6e13, "float64": 6e13}

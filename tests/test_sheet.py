@@ -15,7 +15,7 @@ import pytest
 import torch
 from _cupy import FakeCupy
 
-from bench._machine import ROOT, save
+from bench.common.machine import ROOT, save
 from bench.sheet import cases, rows, run, small, spectral_cases, supervise
 from bench.sheet.case import Case
 from bench.sheet.plain_cupy import PlainCupy

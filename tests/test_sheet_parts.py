@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from bench.__main__ import app
-from bench._machine import ROOT
+from bench.common.machine import ROOT
 from bench.sheet import gpu_tests, processes, run, sanitizer, small, study, supervise
 from bench.sheet.verdict import verdict
 
@@ -262,7 +262,7 @@ def test_the_verdict(changes, want):
     ],
 )
 def test_what_cannot_be_done_is_said_at_once(tmp_path, monkeypatch, arguments, want):
-    monkeypatch.setattr(run._timing, "ceilings", lambda *_: pytest.fail("it has begun"))
+    monkeypatch.setattr(run.timing, "ceilings", lambda *_: pytest.fail("it has begun"))
     given = [text.format(tmp_path) for text in arguments]
     given += [] if "--out" in given else ["--out", str(tmp_path / "sheet.json")]
     done = CliRunner().invoke(app, ["sheet", *given], env={"COLUMNS": "300", "TERM": "dumb"})
@@ -304,7 +304,7 @@ def test_parts_keep_to_their_shares(tmp_path, monkeypatch, greedy):
         part("rows", end - clock.now)
 
     monkeypatch.setattr(run, "time", clock)
-    monkeypatch.setattr(run._timing, "ceilings", lambda *_: part("ceilings", 20.0))
+    monkeypatch.setattr(run.timing, "ceilings", lambda *_: part("ceilings", 20.0))
     monkeypatch.setattr(supervise, "measure_rows", turn)
     monkeypatch.setattr(run, "gpu_tests", lambda limit: part("tests", limit))
     monkeypatch.setattr(run, "sanitize", lambda limit: part("sanitizer", limit))
@@ -333,7 +333,7 @@ def test_a_part_that_fails_is_recorded_and_the_rest_goes_on(tmp_path, monkeypatc
     def fails(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(run._timing, "ceilings", fails)
+    monkeypatch.setattr(run.timing, "ceilings", fails)
     monkeypatch.setattr(study, "supervised", lambda *_: None)
     out = tmp_path / "sheet.json"
     found = run.sheet(out, "cpu", True, lambda quick: [])

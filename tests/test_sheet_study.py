@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import repsim_kernels as rk
-from bench._machine import load, save
+from bench.common.machine import load, save
 from bench.sheet import study
 from bench.sheet.extrapolate import RULES, extrapolate
 

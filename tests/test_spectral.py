@@ -9,11 +9,11 @@ import pytest
 import torch
 from _draw import SEEDS, labels
 from _draw import representations as drawn
-from _tol import DISTANCE, Tol, assert_close
 from hypothesis import given
 from hypothesis import strategies as st
 
 import repsim_kernels as rk
+from bench.common.tolerances import DISTANCE, Tol, assert_close
 from repsim_kernels.kernels.torch import ablated, gram, riccati
 from repsim_kernels.ops.spectral import GRAM_METRICS
 

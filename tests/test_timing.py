@@ -7,7 +7,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import EventList, FunctionEvent
 
-from bench import _timing
+from bench.common import timing
 
 INPUTS = [(torch.ones(3),)] * 4
 TURNS = 12  # of as many inputs
@@ -60,7 +60,7 @@ def profiled(monkeypatch):
                 return 1 / 0 if broken else self.found
 
         monkeypatch.setattr(torch.profiler, "profile", Profile)
-        return _timing._profiled(lambda x: x, INPUTS)
+        return timing._profiled(lambda x: x, INPUTS)
 
     return install
 
@@ -104,11 +104,11 @@ def replayed(monkeypatch):
                 raise replay
             return None, torch.tensor(replay)
 
-        monkeypatch.setattr(_timing, "_not_capturable", lambda *_: None)
-        monkeypatch.setattr(_timing, "_captured", captured)
-        monkeypatch.setattr(_timing, "_replays", lambda *_: [1.0, 2.0, 3.0])
-        monkeypatch.setattr(_timing, "_profiled", lambda *_: {"ms": 5.0})
-        return _timing.on_device(lambda x: x.sum(), INPUTS, 0.1, 1.0)
+        monkeypatch.setattr(timing, "_not_capturable", lambda *_: None)
+        monkeypatch.setattr(timing, "_captured", captured)
+        monkeypatch.setattr(timing, "_replays", lambda *_: [1.0, 2.0, 3.0])
+        monkeypatch.setattr(timing, "_profiled", lambda *_: {"ms": 5.0})
+        return timing.on_device(lambda x: x.sum(), INPUTS, 0.1, 1.0)
 
     return install
 

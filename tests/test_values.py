@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from _tol import SAME, Tol, assert_close
 
 import repsim_kernels as rk
+from bench.common.tolerances import SAME, Tol, assert_close
 
 BACKENDS = ["reference", "torch"]
 

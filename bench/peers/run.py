@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from bench._machine import Json, environment, load, number, save
+from bench.common.machine import Json, environment, load, number, save
 from bench.peers import jobs
 from bench.peers.jobs import Case
 from bench.peers.packages import PACKAGES, Package

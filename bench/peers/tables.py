@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench._machine import Json, seconds
+from bench.common.machine import Json, seconds
 from bench.peers.run import median
 
 OURS = "repsim_kernels"

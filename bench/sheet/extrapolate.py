@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from bench._machine import Json
+from bench.common.machine import Json
 
 # What a layer's seconds follow.
 BY = {

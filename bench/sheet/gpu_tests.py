@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 
-from bench._machine import Json
+from bench.common.machine import Json
 from bench.sheet import processes
 
 # Its own tests would run the sheet in the sheet.

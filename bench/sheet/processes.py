@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
-from bench._machine import ROOT
+from bench.common.machine import ROOT
 
 _GRACE = 10.0  # seconds to end in, after a signal
 

@@ -10,8 +10,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from bench import _timing
-from bench._machine import Json, number
+from bench.common import timing
+from bench.common.machine import Json, number
 from bench.sheet import plain_cupy
 from bench.sheet.case import Case
 from repsim_kernels.kernels.cupy import module
@@ -54,7 +54,7 @@ def measure(
         row["bound"] = max(bounds, key=lambda what: bounds[what])
         row["floor_ms"] = 1e3 * bounds[row["bound"]]
     try:
-        inputs = _timing.rotating(case.inputs, device)
+        inputs = timing.rotating(case.inputs, device)
         want = case.reference(*inputs[0])
         row["inputs"] = len(inputs)
     except Exception as error:
@@ -80,11 +80,11 @@ def measure(
         if not off <= case.tolerance:
             row.update(status="WRONG", why="its error is above its tolerance, so it is not timed")
             return
-        row["call"] = _timing.measure(case.kernel, inputs, limit(quick))
+        row["call"] = timing.measure(case.kernel, inputs, limit(quick))
         row["ms"] = row["call"]["ms"]
         keep()
         if device == "cuda":
-            row["kernel"] = _timing.on_device(case.kernel, inputs, row["ms"], limit(quick))
+            row["kernel"] = timing.on_device(case.kernel, inputs, row["ms"], limit(quick))
             row["ms"] = row["kernel"].get("ms", row["ms"])
         if "floor_ms" in row:
             row["of_floor"] = row["floor_ms"] / row["ms"]
@@ -112,7 +112,7 @@ def _route(
         off = relative_error(route(*inputs[0]), want, case.parts)
         if not off <= max(case.tolerance, PLAIN):
             return {"error": number(off), "why": "its numbers are others, so it is not timed"}
-        return {"error": number(off), **_timing.measure(route, inputs, limit(quick))}
+        return {"error": number(off), **timing.measure(route, inputs, limit(quick))}
     except Exception as error:
         return {"why": said(error)}
     finally:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from bench import _timing
-from bench._machine import Json, environment, load, save
+from bench.common import timing
+from bench.common.machine import Json, environment, load, save
 from bench.sheet import cases, rows, study, supervise, table
 from bench.sheet.gpu_tests import gpu_tests
 from bench.sheet.sanitizer import sanitize
@@ -50,7 +50,7 @@ def sheet(out: Path, device: str = "cuda", quick: bool = False, make: Make = cas
         save(out, record)
     except OSError as error:
         raise RuntimeError(f"--out {out} can't be written: {error}") from error
-    _part(out, "ceilings", lambda: _timing.ceilings(device, quick, rows.limit(quick)))
+    _part(out, "ceilings", lambda: timing.ceilings(device, quick, rows.limit(quick)))
     if device == "cuda":
         torch.cuda.empty_cache()
     first = end - TESTS - STUDY - SANITIZER

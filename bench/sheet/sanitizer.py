@@ -6,7 +6,7 @@ import re
 import shutil
 import sys
 
-from bench._machine import Json
+from bench.common.machine import Json
 from bench.sheet import processes
 
 TOOLS = ("memcheck", "racecheck")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import repsim_kernels as rk
-from bench._machine import Json, load, save
+from bench.common.machine import Json, load, save
 from bench.sheet import supervise
 from bench.sheet.extrapolate import RULES, extrapolate
 from bench.sheet.rows import said

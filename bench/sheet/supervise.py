@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench._machine import Json, load, save
+from bench.common.machine import Json, load, save
 from bench.sheet import rows, table
 from bench.sheet.case import Case
 

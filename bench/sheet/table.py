@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bench._machine import Json
+from bench.common.machine import Json
 
 _LEFT = ("kernel", "shape", "dtype", "products")
 _RIGHT = ("error", "call ms", "ms", "floor ms", "%", "torch ms", "vs torch", "vs CuPy")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench._machine import Json
+from bench.common.machine import Json
 
 
 def verdict(record: Json) -> str:

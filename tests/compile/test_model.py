@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bench import model
 from bench.__main__ import app
-from bench._compile import Built, build, cases
+from bench.predict import model
+from bench.predict.compile import Built, build, cases
 from repsim_kernels.kernels.triton._launch import Floor
 
 

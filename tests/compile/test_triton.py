@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.runtime.driver import driver
 
-from bench._compile import Built, build, cases
+from bench.predict.compile import Built, build, cases
 from repsim_kernels.kernels.triton import _launch
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block may have

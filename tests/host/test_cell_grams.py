@@ -7,11 +7,11 @@ import pytest
 import torch
 from _draw import KINDS, TORCH_LAYOUTS, labels, memberships, representations
 from _guard import guarded
-from _tol import GRAM, assert_gram_close
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import repsim_kernels as rk
+from bench.common.tolerances import GRAM, assert_gram_close
 from repsim_kernels.kernels.cupy import gram
 
 pytestmark = pytest.mark.usefixtures("native")

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from _draw import SEEDS, tables
 from _guard import guarded
-from _tol import OUTPUT, Tol, as_numpy, assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.common.tolerances import OUTPUT, Tol, as_numpy, assert_close
 from repsim_kernels.forward.passes import masked
 from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton.ablate import (

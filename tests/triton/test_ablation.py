@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 from _draw import labels, representations
-from _tol import DISTANCE, assert_close, assert_rank_fidelity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import repsim_kernels as rk
+from bench.common.tolerances import DISTANCE, assert_close, assert_rank_fidelity
 
 drawn = representations(
     st.integers(5, 14), st.integers(20, 60), ("gaussian", "relu", "large mean"), ("float32",)

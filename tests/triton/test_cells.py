@@ -9,10 +9,10 @@ import pytest
 import torch
 from _draw import SEEDS, TORCH_LAYOUTS, Representation, classes, representations
 from _guard import guarded
-from _tol import SAME, assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.common.tolerances import SAME, assert_close
 from repsim_kernels.kernels.torch import cells as by_torch
 from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton.cells import (

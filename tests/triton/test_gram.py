@@ -9,11 +9,11 @@ import pytest
 import torch
 from _draw import KINDS, TORCH_LAYOUTS, labels, memberships, representations
 from _guard import far_apart, guarded
-from _tol import GRAM, assert_gram_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import repsim_kernels as rk
+from bench.common.tolerances import GRAM, assert_gram_close
 from repsim_kernels.kernels.torch import gram as torch_gram
 from repsim_kernels.kernels.triton import gram
 from repsim_kernels.reference.gram import squared_distances

@@ -7,10 +7,10 @@ import pytest
 import torch
 from _draw import SEEDS, Representation, labels, representations
 from _guard import guarded
-from _tol import GRAM, OUTPUT, Tol, as_numpy, assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.common.tolerances import GRAM, OUTPUT, Tol, as_numpy, assert_close
 from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton.linear_cells import (
     AOT_CASES,

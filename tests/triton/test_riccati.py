@@ -10,10 +10,10 @@ import pytest
 import torch
 from _draw import SEEDS
 from _guard import far_apart, guarded
-from _tol import Tol, assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.common.tolerances import Tol, assert_close
 from repsim_kernels.kernels.torch import riccati as plain
 from repsim_kernels.kernels.triton import riccati
 

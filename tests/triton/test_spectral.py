@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from _draw import labels, representations
-from _tol import DISTANCE, Tol, assert_close, assert_rank_fidelity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import repsim_kernels as rk
+from bench.common.tolerances import DISTANCE, Tol, assert_close, assert_rank_fidelity
 from repsim_kernels import _dispatch
 from repsim_kernels.kernels.triton import riccati, spectral
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from _tol import DISTANCE, assert_close
 from _toy import toy_study
 
+from bench.common.tolerances import DISTANCE, assert_close
 from repsim_kernels.experiments.columns import METRICS, PERFORMANCE, PROBES
 
 KEYS = ["model", "class", "layer", "cell", "size"]

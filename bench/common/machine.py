@@ -20,8 +20,8 @@ import repsim_kernels
 
 Json = dict[str, Any]
 
-ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "bench" / "results"
 
 
 def device_name(device: str) -> str:

@@ -6,17 +6,18 @@ import re
 
 import pytest
 
-from bench import _machine, page
-from bench._machine import RESULTS, load, save
+from bench import render_docs
+from bench.common import machine
+from bench.common.machine import RESULTS, load, save
 
 
-@pytest.mark.parametrize("path", page.PAGES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", render_docs.PAGES, ids=lambda path: path.parent.name)
 def test_a_page_is_what_its_results_say(path):
-    """After `make bench` or another run: `python -m bench page`."""
-    assert path.read_text(encoding="utf-8") == page.pages()[path]
+    """After `make bench` or another run: `python -m bench render-docs`."""
+    assert path.read_text(encoding="utf-8") == render_docs.pages()[path]
 
 
-@pytest.mark.parametrize("path", page.PAGES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", render_docs.PAGES, ids=lambda path: path.parent.name)
 def test_what_a_page_shows_and_links_is_there(path):
     text = path.read_text(encoding="utf-8")
     targets = re.findall(r"\]\(([^)#:]+)\)", text)
@@ -35,7 +36,9 @@ def test_results_name_their_device_versions_and_commit():
 
 
 def part(name, folder):
-    return page.filled(f"<!-- {name}: made by `python -m bench page` -->\n<!-- end -->", folder)
+    return render_docs.filled(
+        f"<!-- {name}: made by `python -m bench render-docs` -->\n<!-- end -->", folder
+    )
 
 
 def test_another_result_makes_another_page(tmp_path):
@@ -49,7 +52,7 @@ def test_another_result_makes_another_page(tmp_path):
     rows = [line for line in got.splitlines() if "| repsim_kernels |" in line]
     assert len(rows) == sum(row["name"] == "repsim_kernels" for row in record["benchmarks"])
     assert all("| repsim_kernels | 1 s |" in row for row in rows)
-    assert page.filled(got, tmp_path) == got
+    assert render_docs.filled(got, tmp_path) == got
 
 
 def test_speed_is_of_medians(tmp_path):
@@ -98,24 +101,24 @@ def test_runs_say_what_was_measured_when(tmp_path, rows, changed, dates, commits
 
 
 def test_a_record_of_a_gpu_names_its_host_too():
-    assert page._on({"environment": RUN | {"host": "a CPU"}}) == (
+    assert render_docs._on({"environment": RUN | {"host": "a CPU"}}) == (
         "a GPU, host a CPU, torch 2, 2026-11-27"
     )
-    assert page._on({"environment": RUN}) == "a GPU, torch 2, 2026-11-27"
+    assert render_docs._on({"environment": RUN}) == "a GPU, torch 2, 2026-11-27"
 
 
 def test_an_environment_without_git_knows_no_changes(monkeypatch):
-    found = _machine.environment("cpu")
+    found = machine.environment("cpu")
     assert "host" not in found
     for output, changed in ((None, None), ("", False), (" M README.md", True)):
-        monkeypatch.setattr(_machine, "_output", lambda *_, output=output: output)
-        assert _machine.environment("cpu")["changed"] is changed
+        monkeypatch.setattr(machine, "_output", lambda *_, output=output: output)
+        assert machine.environment("cpu")["changed"] is changed
 
 
 def test_every_figure_of_the_results_is_drawn_anew(tmp_path):
     for path in RESULTS.glob("*.json"):
         save(tmp_path / path.name, load(path))
-    written = page.draw(tmp_path)
+    written = render_docs.draw(tmp_path)
     assert sorted(tmp_path.glob("*.png")) == sorted(written)
     there = {path.name for path in RESULTS.glob("*.png")}
     assert {path.name for path in written} == there - {"roofline-h100-predicted.png"}
@@ -123,12 +126,12 @@ def test_every_figure_of_the_results_is_drawn_anew(tmp_path):
 
 def test_parts_that_cannot_be_made_are_said(tmp_path):
     with pytest.raises(RuntimeError, match="part nonsense: unknown; expected one of peers"):
-        page.filled("<!-- nonsense: made by -->", tmp_path)
+        render_docs.filled("<!-- nonsense: made by -->", tmp_path)
     with pytest.raises(RuntimeError, match=r"no bench-\*\.json in it"):
         part("speed", tmp_path)
     (tmp_path / "x").mkdir()
     with pytest.raises(RuntimeError, match="part runs: 0 times with an end"):
-        page.filled("<!-- runs: made by `python -m bench page` -->\n", tmp_path / "x")
+        render_docs.filled("<!-- runs: made by `python -m bench render-docs` -->\n", tmp_path / "x")
 
 
 def test_more_workers_are_modelled_from_the_units_of_two(tmp_path):

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from bench import roofline
 from bench._accuracy_figure import figure
-from bench._machine import RESULTS, ROOT, Json, load, seconds
 from bench.accuracy import summary
+from bench.common.machine import RESULTS, ROOT, Json, load, seconds
 from bench.peers import tables
 from bench.peers.tables import OURS, markdown
 from bench.scaling import modelled
 
 PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md")
-_PART = r"(<!-- {}: made by `python -m bench page` -->\n).*?(<!-- end -->)"
+_PART = r"(<!-- {}: made by `python -m bench render-docs` -->\n).*?(<!-- end -->)"
 
 # Rows of tables with this package beside another way: what it is called, and its group's start.
 _STAGES = {

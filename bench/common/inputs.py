@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from _tol import DISTANCE, GRAM, assert_close, assert_gram_close
 from torch import Generator, Tensor
 
 import repsim_kernels as rk
+from bench.common.tolerances import DISTANCE, GRAM, assert_close, assert_gram_close
 from repsim_kernels._dispatch import TABLE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,8 +9,8 @@ from operator import itemgetter
 import torch
 import triton
 
-from bench import stage
-from bench._compile import Built, build, cases
+from bench.predict import device_estimates
+from bench.predict.compile import Built, build, cases
 from repsim_kernels.kernels.triton._launch import Case, Floor
 
 ARCH = 90
@@ -69,7 +69,7 @@ def page() -> str:
     for module, group in groupby(cases(), key=itemgetter(0)):
         rows = [("case", *titles), ("---", *alignments), *(_row(case) for _, case in group)]
         parts.append("\n".join([f"## {module}\n", *map(_line, rows)]) + "\n")
-    return "\n".join([*parts, stage.fits(), stage.section()])
+    return "\n".join([*parts, device_estimates.fits(), device_estimates.section()])
 
 
 def predicted(floor: Floor) -> tuple[float, str]:

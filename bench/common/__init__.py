@@ -1,0 +1,1 @@
+"""What all benchmarks share: inputs, timing, tolerances and facts of the machine."""
