@@ -67,7 +67,7 @@ def test_the_oracle_of_rsa_by_scipy():
 
 
 def fake(name, pair, metric="cka"):
-    return Package(name, metric, "", "torch", False, "", pair)
+    return Package(name, "", "torch", metric, False, "", pair)
 
 
 def uncentred(x, y):
@@ -88,7 +88,7 @@ FAKES = (
     fake("refusing", refusing),
     fake("nan", lambda x, y: float("nan")),
     fake("backwards", lambda x, y: -uncentred(x.double(), y.double())),
-    Package("missing", "cka", "no-such-distribution", "numpy", True, "", uncentred),
+    Package("missing", "no-such-distribution", "numpy", "cka", True, "", uncentred),
 )
 OURS = tuple(p for p in PACKAGES if p.name == accuracy.OURS)
 

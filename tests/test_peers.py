@@ -115,7 +115,7 @@ def nan(x, y):
 
 
 FAKES = {
-    f.__name__: Package(f.__name__, "cka", "", "torch", True, "", f)
+    f.__name__: Package(f.__name__, "", "torch", "cka", True, "", f)
     for f in (cka, dies, hangs, greedy, wrong, nan)
 }
 

@@ -53,32 +53,26 @@ def plain_cka_debiased(x: Tensor, y: Tensor) -> Tensor:
     return _debiased_cosine(x @ x.T, y @ y.T)
 
 
-def _plain_ablations(similarity: Pair) -> Ablations:
-    """The original's Gram once, and a masked copy and its Gram for each cell."""
+def _plain_ablations(similarity: Pair, rest: Callable[..., Tensor]) -> Ablations:
+    """The original's Gram once, and for each cell that of what is left."""
 
     def ablations(x: Tensor, cells: Tensor) -> Tensor:
         c = _centred(x)
-        k, found = c @ c.T, []
-        for cell in range(int(cells.max()) + 1):
-            rest = c * (cells != cell)
-            found.append(1 - similarity(k, rest @ rest.T))
-        return torch.stack(found)
+        k = c @ c.T
+        left = (rest(c, k, cells == cell) for cell in range(int(cells.max()) + 1))
+        return torch.stack([1 - similarity(k, h) for h in left])
 
     return ablations
 
 
-def _plain_by_parts(similarity: Pair) -> Ablations:
-    """The original's Gram once, and for each cell that less the Gram of its columns."""
+def _by_copy(c: Tensor, k: Tensor, cell: Tensor) -> Tensor:
+    kept = c * ~cell
+    return kept @ kept.T
 
-    def ablations(x: Tensor, cells: Tensor) -> Tensor:
-        c = _centred(x)
-        k, found = c @ c.T, []
-        for cell in range(int(cells.max()) + 1):
-            part = c[:, cells == cell]
-            found.append(1 - similarity(k, k - part @ part.T))
-        return torch.stack(found)
 
-    return ablations
+def _by_parts(c: Tensor, k: Tensor, cell: Tensor) -> Tensor:
+    part = c[:, cell]
+    return k - part @ part.T
 
 
 def _plain_pairs(centred: Callable[[Tensor], Tensor]) -> Pairs:
@@ -100,10 +94,10 @@ def _u_centred(k: Tensor) -> Tensor:
 
 
 plain_cka_pairs, plain_cka_debiased_pairs = map(_plain_pairs, (lambda k: k, _u_centred))
-plain_cka_ablations = _plain_ablations(_cosine)
-plain_cka_debiased_ablations = _plain_ablations(_debiased_cosine)
-plain_cka_by_parts = _plain_by_parts(_cosine)
-plain_cka_debiased_by_parts = _plain_by_parts(_debiased_cosine)
+plain_cka_ablations = _plain_ablations(_cosine, _by_copy)
+plain_cka_debiased_ablations = _plain_ablations(_debiased_cosine, _by_copy)
+plain_cka_by_parts = _plain_ablations(_cosine, _by_parts)
+plain_cka_debiased_by_parts = _plain_ablations(_debiased_cosine, _by_parts)
 
 
 def cupy_cka(x: Any, y: Any) -> Any:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.common import longdouble
+
 Array = NDArray[np.float64]
 
 JOBS = ("ablations", "pairs", "pair")
@@ -100,13 +102,11 @@ def pairs_of(case: Case) -> list[tuple[int, int]]:
 
 def wanted(case: Case, xs: Sequence[Any], metric: str, which: Sequence[int]) -> Array:
     """Similarities by the definitions, in float64; of ablations and pairs those named."""
-    if case.job == "pair":
-        return np.array([_similarity(metric, *map(_centred, xs))])
-    if case.job == "pairs":
-        pairs = [pairs_of(case)[k] for k in which]
-        return np.array([_similarity(metric, *(_centred(xs[i]) for i in pair)) for pair in pairs])
-    x, labels = _centred(xs[0]), case.labels()
-    return np.array([_similarity(metric, x, x * (labels != k)) for k in which])
+    if case.job == "ablations":
+        x = _centred(xs[0])
+        return np.array([_similarity(metric, x, x * (case.labels() != k)) for k in which])
+    pairs = [(0, 1)] if case.job == "pair" else [pairs_of(case)[k] for k in which]
+    return np.array([_similarity(metric, *(_centred(xs[i]) for i in pair)) for pair in pairs])
 
 
 def _centred(x: Any) -> Array:
@@ -115,32 +115,10 @@ def _centred(x: Any) -> Array:
 
 
 def _similarity(metric: str, x: Array, y: Array) -> float:
-    """Of centred representations; sources in METRICS of the package's own docstrings."""
-    n = len(x)
+    """Of centred representations."""
     if metric == "cca":
         u, v = (np.linalg.svd(z, full_matrices=False)[0] for z in (x, y))
         return float(np.linalg.svd(u.T @ v, compute_uv=False).mean())
-    k, h = (z @ z.T for z in (x, y))
-    if metric == "cka":
-        return float((k * h).sum() / (np.linalg.norm(k) * np.linalg.norm(h)))
     if metric == "procrustes":
-        a, b = (_factor(z) for z in (k, h))
-        return float(np.linalg.norm(a.T @ b, "nuc") / np.sqrt(np.trace(k) * np.trace(h)))
-    if metric == "rsa":
-        d, e = ((g := z.diagonal())[:, None] + g - 2 * z for z in (k, h))
-        upper = np.triu_indices(n, 1)
-        return float(np.corrcoef(d[upper], e[upper])[0, 1])
-    for z in (k, h):
-        np.fill_diagonal(z, 0)
-
-    def hsic(a: Array, b: Array) -> float:
-        sums = a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (a.sum(0) @ b.sum(0))
-        return float((a * b).sum() + sums)
-
-    return hsic(k, h) / np.sqrt(hsic(k, k) * hsic(h, h))
-
-
-def _factor(gram: Array) -> Array:
-    """F with F Fᵀ the Gram matrix."""
-    values, vectors = np.linalg.eigh(gram)
-    return vectors * np.sqrt(values.clip(min=0))
+        return longdouble.procrustes(x, y)
+    return float(getattr(longdouble, metric)(x @ x.T, y @ y.T))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,9 @@ class Package:
     """
 
     name: str
-    metric: str  # by this package's names: what the numbers are held against
     distribution: str  # on PyPI; "" for what needs nothing beside this package
     kind: str  # of arrays: "torch", "numpy", "cupy"
+    metric: str  # by this package's names: what the numbers are held against
     centres: bool  # the features, before anything else
     note: str  # how it goes about it, and what it leaves out
     pair: Pair | None
@@ -49,220 +50,100 @@ def _ours(metric: str, note: str, ablated: str | None = None, **options: Any) ->
         return rk.ablation_distances(x, cells, metrics=[ablated])[ablated]
 
     return Package(
-        name="repsim_kernels",
-        metric=metric,
-        distribution="",
-        kind="torch",
-        centres=True,
-        note=note,
-        pair=lambda x, y: getattr(rk, name)(x, y, **options),
-        all_pairs=lambda xs: rk.pairwise(xs, metric=name, **options),
-        ablations=ablations if ablated else None,
+        "repsim_kernels", "", "torch", metric, True, note,
+        lambda x, y: getattr(rk, name)(x, y, **options),
+        lambda xs: rk.pairwise(xs, metric=name, **options),
+        ablations if ablated else None,
         tolerance=1e-9,
-    )
+    )  # fmt: skip
 
 
 def _by_parts(metric: str, ablations: Ablations) -> Package:
     note = "this package's idea alone: float32, the original's Gram less each cell's"
-    return Package(
-        "plain torch, by parts", metric, "", "torch", True, note, None, ablations=ablations
-    )
+    name = "plain torch, by parts"
+    return Package(name, "", "torch", metric, True, note, None, ablations=ablations)
 
 
 FLOAT64 = "centres the features, float64"
+_plain_torch = partial(Package, "plain torch", "", "torch")
+_ckatorch = partial(Package, "ckatorch", "ckatorch", "torch")
+_repsim = partial(Package, "repsim", "repsim", "numpy")
+_shesha = partial(Package, "shesha-geometry", "shesha-geometry", "numpy")
+_sklearn = partial(Package, "scikit-learn", "scikit-learn", "numpy")
+_rsatoolbox = partial(Package, "rsatoolbox", "rsatoolbox", "numpy")
+_torch_cka = partial(Package, "torch-cka", "torch-cka", "torch")
+
 PACKAGES = (
     _ours("cka", FLOAT64, "cka"),
-    Package(
-        "plain torch",
-        "cka",
-        "",
-        "torch",
-        True,
-        "float32; each Gram once; for a pair products of features where p < n",
-        calls.plain_cka,
-        calls.plain_cka_pairs,
-        ablations=calls.plain_cka_ablations,
+    _plain_torch(
+        "cka", True, "float32; each Gram once; for a pair products of features where p < n",
+        calls.plain_cka, calls.plain_cka_pairs, calls.plain_cka_ablations,
     ),
     _by_parts("cka", calls.plain_cka_by_parts),
-    Package(
-        "plain CuPy",
-        "cka",
-        "",
-        "cupy",
-        True,
-        "float32; Grams",
-        calls.cupy_cka,
-    ),
-    Package(
-        "ckatorch",
-        "cka",
-        "ckatorch",
-        "torch",
-        False,
-        "float64; centres the Grams, by products with n x n matrices",
+    Package("plain CuPy", "", "cupy", "cka", True, "float32; Grams", calls.cupy_cka),
+    _ckatorch(
+        "cka", False, "float64; centres the Grams, by products with n x n matrices",
         calls.ckatorch,
     ),
-    Package(
-        "repsim",
-        "cka",
-        "repsim",
-        "numpy",
-        False,
+    _repsim(
+        "cka", False,
         "float64, C++ on one core; centres the Grams, by products with n x n matrices",
-        calls.repsim("gretton"),
-        calls.repsim_pairs("gretton"),
+        calls.repsim("gretton"), calls.repsim_pairs("gretton"),
     ),
-    Package(
-        "shesha-geometry",
-        "cka",
-        "shesha-geometry",
-        "numpy",
-        True,
-        "p x p products, whatever n is",
-        calls.shesha("cka_linear"),
-    ),
-    Package(
-        "scikit-learn",
-        "cka",
-        "scikit-learn",
-        "numpy",
-        False,
-        "float32; linear_kernel and KernelCenterer",
-        calls.sklearn_cka,
-    ),
-    Package(
-        "rsatoolbox",
-        "cka",
-        "rsatoolbox",
-        "numpy",
-        False,
-        "its whitened cosine of squared distances",
-        calls.rsatoolbox("cosine_cov"),
-        calls.rsatoolbox_pairs("cosine_cov"),
+    _shesha("cka", True, "p x p products, whatever n is", calls.shesha("cka_linear")),
+    _sklearn("cka", False, "float32; linear_kernel and KernelCenterer", calls.sklearn_cka),
+    _rsatoolbox(
+        "cka", False, "its whitened cosine of squared distances",
+        calls.rsatoolbox("cosine_cov"), calls.rsatoolbox_pairs("cosine_cov"),
     ),
     _ours("cka_debiased", FLOAT64, "cka_debiased", debiased=True),
-    Package(
-        "plain torch",
-        "cka_debiased",
-        "",
-        "torch",
-        True,
-        "float32; each Gram once",
-        calls.plain_cka_debiased,
-        calls.plain_cka_debiased_pairs,
-        ablations=calls.plain_cka_debiased_ablations,
+    _plain_torch(
+        "cka_debiased", True, "float32; each Gram once",
+        calls.plain_cka_debiased, calls.plain_cka_debiased_pairs,
+        calls.plain_cka_debiased_ablations,
     ),
     _by_parts("cka_debiased", calls.plain_cka_debiased_by_parts),
     Package(
-        "pytorch-cka",
-        "cka_debiased",
-        "pytorch-cka",
-        "torch",
-        False,
+        "pytorch-cka", "pytorch-cka", "torch", "cka_debiased", False,
         "float32; features are not centred; cka_from_features makes the Grams of both sides",
-        calls.pytorch_cka,
-        lambda xs: calls.pytorch_cka(xs, xs),
-        calls.pytorch_cka_ablations,
+        calls.pytorch_cka, lambda xs: calls.pytorch_cka(xs, xs), calls.pytorch_cka_ablations,
     ),
     Package(
-        "pytorch-cka, hooks",
-        "cka_debiased",
-        "pytorch-cka",
-        "torch",
-        False,
+        "pytorch-cka, hooks", "pytorch-cka", "torch", "cka_debiased", False,
         "compute_cka of a network that only holds the features: float32, not centred; a Gram each",
-        None,
-        calls.pytorch_cka_hooks,
+        None, calls.pytorch_cka_hooks,
     ),
-    Package(
-        "ckatorch",
-        "cka_debiased",
-        "ckatorch",
-        "torch",
-        False,
-        "float64; features are not centred; products of n x n Grams",
+    _ckatorch(
+        "cka_debiased", False, "float64; features are not centred; products of n x n Grams",
         calls.ckatorch_debiased,
     ),
-    Package(
-        "torch-cka",
-        "cka_debiased",
-        "torch-cka",
-        "torch",
-        False,
+    _torch_cka(
+        "cka_debiased", False,
         "float32; features are not centred; a product of n x n Grams for each HSIC",
-        calls.torch_cka,
-        calls.torch_cka_pairs,
+        calls.torch_cka, calls.torch_cka_pairs,
     ),
-    Package(
-        "repsim",
-        "cka_debiased",
-        "repsim",
-        "numpy",
-        False,
-        "float64, C++ on one core; features are not centred",
-        calls.repsim("song"),
-        calls.repsim_pairs("song"),
+    _repsim(
+        "cka_debiased", False, "float64, C++ on one core; features are not centred",
+        calls.repsim("song"), calls.repsim_pairs("song"),
         differs="divides Song's estimator of HSIC by Gretton's",
     ),
-    Package(
-        "shesha-geometry",
-        "cka_debiased",
-        "shesha-geometry",
-        "numpy",
-        True,
-        "Grams",
-        calls.shesha("cka_debiased"),
+    _shesha(
+        "cka_debiased", True, "Grams", calls.shesha("cka_debiased"),
         differs="keeps the diagonal in the main term, so that it is neither biased nor debiased",
     ),
     _ours("procrustes", FLOAT64),
-    Package(
-        "plain torch",
-        "procrustes",
-        "",
-        "torch",
-        True,
-        "float32; svdvals of p x p",
-        calls.plain_procrustes,
-    ),
-    Package(
-        "rsatoolbox",
-        "procrustes",
-        "rsatoolbox",
-        "numpy",
-        False,
-        "its Bures similarity of squared distances",
+    _plain_torch("procrustes", True, "float32; svdvals of p x p", calls.plain_procrustes),
+    _rsatoolbox(
+        "procrustes", False, "its Bures similarity of squared distances",
         calls.rsatoolbox("bures"),
     ),
-    Package(
-        "shesha-geometry",
-        "procrustes",
-        "shesha-geometry",
-        "numpy",
-        True,
-        "SVD of p x p",
-        calls.shesha("procrustes_similarity"),
-    ),
+    _shesha("procrustes", True, "SVD of p x p", calls.shesha("procrustes_similarity")),
     _ours("rsa", FLOAT64, distance="sqeuclidean", compare="pearson"),
-    Package(
-        "rsatoolbox",
-        "rsa",
-        "rsatoolbox",
-        "numpy",
-        False,
-        "squared distances of features that are not centred, float32",
-        calls.rsatoolbox("corr"),
-        calls.rsatoolbox_pairs("corr"),
-        tolerance=1e-3,
+    _rsatoolbox(
+        "rsa", False, "squared distances of features that are not centred, float32",
+        calls.rsatoolbox("corr"), calls.rsatoolbox_pairs("corr"), tolerance=1e-3,
     ),
     _ours("cca", FLOAT64),
-    Package(
-        "scikit-learn",
-        "cca",
-        "scikit-learn",
-        "numpy",
-        True,
-        "NIPALS: one component after the other",
-        calls.sklearn_cca,
-    ),
-)
+    _sklearn("cca", True, "NIPALS: one component after the other", calls.sklearn_cca),
+)  # fmt: skip
 """Every package and metric that is compared, ours before its peers."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import statistics
 import tempfile
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -15,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 
 from bench.common.machine import Json, environment, load, number, save
-from bench.peers import jobs
+from bench.peers import jobs, tables
 from bench.peers.jobs import Case
 from bench.peers.packages import PACKAGES, Package
 from bench.peers.worker import serve
@@ -114,7 +113,9 @@ def peers(
                 for row in _case(case, Path(folder), served, device, quick):
                     row.update(commit=here["commit"], date=here["date"])
                     record["rows"].append(row)
-                    print(line(row), flush=True)
+                    why = f"{row['status']}: {row['why']}" if "why" in row else ""
+                    entries = filter(None, [*tables.entries(record, row), why])
+                    print(" | ".join(entries), flush=True)
             if out:
                 save(out, record)
     finally:
@@ -216,9 +217,8 @@ def _plan(case: Case, rows: list[tuple[Served, Json]], budget: float, quick: boo
     peer = min((row["once"] for row in loops), default=0.0)
     for row in loops:
         whole = row["once"] <= budget or (not quick and row["once"] <= _NEAR * peer)
-        row["calls"] = (
-            case.of if whole else max(2, min(case.of, int(budget / row["once"] * case.of)))
-        )
+        sampled = max(2, min(case.of, int(budget / row["once"] * case.of)))
+        row["calls"] = case.of if whole else sampled
 
 
 def _in_turns(rows: list[tuple[Served, Json]], limit: float, budget: float) -> None:
@@ -243,29 +243,3 @@ def _in_turns(rows: list[tuple[Served, Json]], limit: float, budget: float) -> N
                 spent[i] += seconds
             except Failed as failure:
                 row.update(status="failed", why=str(failure))
-
-
-def median(row: Json) -> float | None:
-    """Seconds of the whole job; None where it was not done."""
-    if not row.get("seconds"):
-        return None
-    return statistics.median(row["seconds"]) / row["calls"] * row["of"]
-
-
-def line(row: Json) -> str:
-    """A row in words, as it is printed."""
-    shape = f"n={row['n']:,} p={row['p']:,}"
-    if row["job"] == "pairs":
-        shape += f" L={row['layers']}"
-    if row["job"] == "ablations":
-        shape += f" C={row['cells']:,}"
-    text = f"{row['job']:9} {shape:28} {row['metric']:12} {row['package']:20}"
-    seconds = median(row)
-    if seconds is not None:
-        text += f" {1e3 * seconds:11,.2f} ms {row['memory_bytes'] / 2**20:9,.1f} MiB"
-        text += f" {row['error'] if isinstance(row['error'], str) else format(row['error'], '.1e')}"
-        if row["calls"] < row["of"]:
-            text += f" ({row['calls']} of {row['of']:,} timed)"
-    with contextlib.suppress(KeyError):
-        text += f" {row['status']}: {row['why']}"
-    return text

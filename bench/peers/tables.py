@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.common.machine import Json, seconds
-from bench.peers.run import median
 
 OURS = "repsim_kernels"
 _LATE = "took over "
@@ -104,16 +104,18 @@ def failures(record: Json) -> str:
 
 def everything(record: Json) -> str:
     """Every row, for who wants to see for themselves."""
-    table = []
-    for row in record["rows"]:
-        times = sorted(s / row["calls"] * row["of"] for s in row.get("seconds", []))
-        spread = f"{seconds(times[0])} to {seconds(times[-1])}" if times[1:] else "once"
-        calls = row.get("calls", row["of"])
-        sampled = f"{calls} of {row['of']:,}" if calls < row["of"] else ""
-        facts = [row["job"], _shape(row), row["metric"], _name(record, row), _time(row, row)]
-        table.append([*facts, spread if times else "", sampled, _memory(row), _error(row)])
     head = ["job", "size", "metric", "package", "median", "all rounds", "timed", "memory", "error"]
-    return markdown(head, table)
+    return markdown(head, [entries(record, row) for row in record["rows"]])
+
+
+def entries(record: Json, row: Json) -> list[str]:
+    """What the table of everything says of a row."""
+    times = sorted(s / row["calls"] * row["of"] for s in row.get("seconds", []))
+    spread = f"{seconds(times[0])} to {seconds(times[-1])}" if times[1:] else "once"
+    calls = row.get("calls", row["of"])
+    sampled = f"{calls} of {row['of']:,}" if calls < row["of"] else ""
+    facts = [row["job"], _shape(row), row["metric"], _name(record, row), _time(row, row)]
+    return [*facts, spread if times else "", sampled, _memory(row), _error(row)]
 
 
 def _shape(row: Json) -> str:
@@ -129,7 +131,9 @@ def _name(record: Json, row: Json) -> str:
 
 def _taken(row: Json) -> float | None:
     """Seconds of the whole job; none of a package that failed at it, in its last round or first."""
-    return None if row["status"] == "failed" else median(row)
+    if row["status"] == "failed" or not row.get("seconds"):
+        return None
+    return statistics.median(row["seconds"]) / row["calls"] * row["of"]
 
 
 def _time(row: Json, ours: Json) -> str:
