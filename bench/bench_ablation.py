@@ -6,10 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-import repsim_kernels as rk
 from bench.bench_gram import plain
 from bench.bench_spectral import by_svd
-from bench.common.inputs import DEVICE, DTYPES, as_distances, cells, one, products, reference, size
+from bench.common.inputs import (
+    DEVICE,
+    DTYPES,
+    SHAPES,
+    as_distances,
+    cells,
+    one,
+    products,
+    reference,
+    size,
+)  # fmt: skip
 
 PAPER = ("cka", "procrustes", "pwcca", "cca", "cca_squared")
 FIVE = "CKA, Procrustes, PWCCA, mean and mean squared CCA"
@@ -18,20 +27,21 @@ FIVE = "CKA, Procrustes, PWCCA, mean and mean squared CCA"
 @pytest.mark.parametrize("n_cells", [100, 1000])
 def test_debiased_cka(timed, n_cells):
     """AlexNet's first layer at 224 pixels, the 50 images of a class."""
-    n, p = 50, 193_600
+    n, p = SHAPES[0]
     labels, some = cells(p, n_cells), [0, n_cells // 2]
+    cka = reference("cka", debiased=True)
 
-    def definition(x: Tensor) -> list[float]:
-        cka = reference("cka", debiased=True)
-        return [1 - cka(x, x * torch.from_numpy(labels != c).to(x.device)) for c in some]
+    def definition(x: Tensor) -> dict[str, list[float]]:
+        kept = [torch.from_numpy(labels != c).to(x.device) for c in some]
+        return {"cka_debiased": [1 - cka(x, x * mask) for mask in kept]}
 
     def check(got: Tensor, want: list[float]) -> None:
         as_distances("ablation_distances", torch.float32)(got[some], want)
 
     timed(
         "ablation_distances",
-        lambda x: rk.ablation_distances(x, labels, metrics=["cka_debiased"])["cka_debiased"],
         one(n, p, torch.float32),
+        options={"cells": labels, "metrics": ["cka_debiased"]},
         oracle=definition,
         check=check,
         what="debiased CKA",
@@ -41,7 +51,12 @@ def test_debiased_cka(timed, n_cells):
     )
 
 
-def paper_metrics(timed, n, p, dtype):
+@pytest.mark.parametrize(
+    ("n", "p", "dtype"),
+    [*((*SHAPES[0], dtype) for dtype in DTYPES), (*SHAPES[1], torch.float32)],
+    ids=str,
+)
+def test_paper_metrics(timed, n, p, dtype):
     """One Gram, and PWCCA's products of every cell's variates with the neurons."""
     n_cells, cell = 16, 3
     labels = cells(p, n_cells)
@@ -56,13 +71,12 @@ def paper_metrics(timed, n, p, dtype):
         rows -= rows.mean(0)
         return by_svd(whole, part[None], PAPER, lambda h: (h @ rows).abs().sum(-1))
 
-    gram, weights = n * (n + 1) * p, 2 * n_cells * (n - 1) * n * p
-    operations = {reading: gram}
-    operations[weighing] = operations.get(weighing, 0) + weights
+    operations = {reading: n * (n + 1) * p}
+    operations[weighing] = operations.get(weighing, 0) + 2 * n_cells * (n - 1) * n * p
     timed(
         "ablation_distances",
-        lambda x: rk.ablation_distances(x, labels, metrics=PAPER),
         one(n, p, dtype),
+        options={"cells": labels, "metrics": PAPER},
         oracle=definition,
         check=lambda got, want: close(got[cell : cell + 1], want),
         what=FIVE,
@@ -71,13 +85,3 @@ def paper_metrics(timed, n, p, dtype):
         bytes=2 * size(n, p, dtype),
         operations=operations,
     )
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_paper_metrics(timed, dtype):
-    paper_metrics(timed, 50, 193_600, dtype)
-
-
-def test_paper_metrics_of_many_stimuli(timed):
-    """ResNet50's last stage at 224 pixels."""
-    paper_metrics(timed, 500, 100_352, torch.float32)

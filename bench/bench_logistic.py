@@ -5,8 +5,6 @@ No operations are given: how many steps a fit takes isn't known beforehand.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -34,19 +32,6 @@ def drawn() -> np.ndarray:
     return np.stack([rng.choice(P, D, replace=False) for _ in range(FITS)])
 
 
-@pytest.fixture(scope="module", params=APART)
-def classes(request, record) -> Iterator[str]:
-    yield request.param
-    for group in {r["group"] for r in record.benchmarks if request.param in r["group"]}:
-        least, found = record.least(group), record.findings.setdefault(group, {})
-        if "repsim_kernels" in least:
-            found["ms_a_fit"] = 1e3 * least["repsim_kernels"] / FITS
-        if LOOP in least:
-            found["loop_ms_a_fit"] = 1e3 * least[LOOP] / LOOPED
-        if len(found) == 2:
-            found["ratio"] = found["loop_ms_a_fit"] / found["ms_a_fit"]
-
-
 def common(classes: str, dtype: torch.dtype) -> dict[str, object]:
     shape = {"n": N, "p": P, "d": D, "fits": FITS}
     return {"what": classes, "shape": shape, "dtype": dtype}
@@ -59,7 +44,6 @@ def fitted(x: Tensor, y: np.ndarray, **options: object) -> LogisticRegression:
 @pytest.mark.parametrize(
     ("classes", "dtype"),
     [*((which, torch.float32) for which in APART), ("classes apart", torch.float64)],
-    indirect=["classes"],
     ids=str,
 )
 def test_logistic_fits(timed, classes, dtype):
@@ -83,14 +67,15 @@ def test_logistic_fits(timed, classes, dtype):
 
     timed(
         "logistic_fits",
-        lambda x: rk.logistic_fits(x, TARGET, columns),
         lambda g: (of_classes(g, APART[classes], dtype=dtype),),
+        options={"y": TARGET, "columns": columns},
         oracle=exact,
         check=check,
         **common(classes, dtype),
     )
 
 
+@pytest.mark.parametrize("classes", APART)
 def test_loop(timed, classes):
     """scikit-learn's defaults, as the study's code has them, on columns gathered at no cost.
 
@@ -112,8 +97,8 @@ def test_loop(timed, classes):
 
     timed(
         "logistic_fits",
-        lambda *values: [fitted(v, TARGET) for v in values],
         gathered,
+        call=lambda *values: [fitted(v, TARGET) for v in values],
         oracle=lambda *values: (values, ours(*values)),
         check=lambda got, want: assert_close(wrong(want[0], got), want[1], Tol(0, 1e-3)),
         name=LOOP,

@@ -1,37 +1,48 @@
-"""CKA of a pair of layers."""
+"""Every metric of a pair of layers.
+
+Operations are given for CKA alone: spectra, nuclear norms and ranks have no such number.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-import repsim_kernels as rk
-from bench.common.inputs import DTYPES, as_distances, pair, products, reference, size
+from bench.common.inputs import DTYPES, pair, products, size
 
 P = 10_000
+FULL = (torch.float32, torch.float64)
+# RBF kernels and RSA have fewer stimuli: their definitions take a pass over the neurons for each.
+CASES = (  # operation, what, its options, stimuli, dtypes
+    ("cka", "linear", {"debiased": False}, 500, DTYPES),
+    ("cka", "debiased", {"debiased": True}, 500, DTYPES),
+    ("cka", "RBF", {"kernel": "rbf"}, 200, (torch.float32,)),
+    ("cca", "mean, ridge 0.1", {"ridge": 0.1}, 500, FULL),
+    ("cca", "mean squared, ridge 0.1", {"ridge": 0.1, "squared": True}, 500, FULL),
+    ("svcca", "", {}, 500, FULL),
+    ("pwcca", "ridge 0.1", {"ridge": 0.1}, 500, FULL),
+    ("procrustes", "", {}, 500, FULL),
+    ("procrustes_distance", "size-and-shape", {"form": "size-and-shape"}, 500, FULL),
+    ("rsa", "euclidean, spearman", {"distance": "euclidean", "compare": "spearman"}, 200, DTYPES),
+    ("rsa", "correlation, pearson", {"distance": "correlation", "compare": "pearson"}, 200, DTYPES),
+)
 
 
-def cka(timed, n, dtype, what, **options):
+@pytest.mark.parametrize(
+    ("operation", "what", "options", "n", "dtype"),
+    [(*case, dtype) for *case, dtypes in CASES for dtype in dtypes],
+    ids=str,
+)
+def test_metric(timed, operation, what, options, n, dtype):
+    reads = 3 if operation == "pwcca" else 2  # its weights take another pass over the first layer
+    grams = {products("cka", dtype): 2 * n * (n + 1) * P}
     timed(
-        "cka",
-        lambda x, y: rk.cka(x, y, **options),
+        operation,
         pair(n, P, dtype),
-        oracle=reference("cka", **options),
-        check=as_distances("cka", dtype),
+        options=options,
         what=what,
         shape={"n": n, "p": P},
         dtype=dtype,
-        bytes=2 * size(n, P, dtype),
-        operations={products("cka", dtype): 2 * n * (n + 1) * P},
+        bytes=reads * size(n, P, dtype),
+        operations=grams if operation == "cka" else None,
     )
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("debiased", [False, True], ids=["linear", "debiased"])
-def test_cka(timed, debiased, dtype):
-    cka(timed, 500, dtype, "debiased" if debiased else "linear", debiased=debiased)
-
-
-def test_rbf(timed):
-    """Fewer stimuli: the definition takes a pass over the neurons for each of them."""
-    cka(timed, 200, torch.float32, "RBF", kernel="rbf")

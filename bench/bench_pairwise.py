@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 import repsim_kernels as rk
-from bench.common.inputs import activations, as_distances, exact, products, size
+from bench.common.inputs import activations, as_distances, products, reference, size
 
 LAYERS, N, P = 12, 100, 5_000
 METRICS = {
@@ -33,24 +33,19 @@ def test_pairwise(timed, metric):
     """The definitions, of some pairs: PWCCA is not symmetric."""
     some = [(0, 0), (0, 1), (1, 0), (2, LAYERS - 1)]
     grams = {products("pairwise", torch.float32): LAYERS * N * (N + 1) * P}
-
-    def definition(*xs: Tensor) -> list[float]:
-        given = [exact(metric, x) for x in xs]
-        function, options = getattr(rk, metric), METRICS[metric]
-        found = [function(given[i], given[j], **options, backend="reference") for i, j in some]
-        return [float(value) for value in found]
+    definition = reference(metric, **METRICS[metric])
 
     def check(got: Tensor, want: list[float]) -> None:
         as_distances("pairwise", torch.float32)(torch.stack([got[i, j] for i, j in some]), want)
 
     timed(
         "pairwise",
-        lambda *xs: rk.pairwise(xs, metric=metric, **METRICS[metric]),
         layers,
-        oracle=definition,
+        call=lambda *xs: rk.pairwise(xs, metric=metric, **METRICS[metric]),
+        oracle=lambda *xs: [float(definition(xs[i], xs[j])) for i, j in some],
         check=check,
         what=metric,
         shape={"L": LAYERS, "n": N, "p": P},
         bytes=LAYERS * size(N, P, torch.float32),
-        operations=grams if metric == "cka" else {},
+        operations=grams if metric == "cka" else None,
     )

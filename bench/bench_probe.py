@@ -85,8 +85,8 @@ def test_leave_one_out(timed, targets):
 
     timed(
         "ablation_decodability",
-        lambda x: rk.ablation_decodability(x, labels, LABELS, target=range(targets), score=SCORES),
         few,
+        options={"cells": labels, "labels": LABELS, "target": range(targets), "score": SCORES},
         oracle=every_fit,
         check=check,
         what="leave-one-out ridge",
@@ -97,30 +97,25 @@ def test_leave_one_out(timed, targets):
 @pytest.mark.parametrize(("probe", "n"), [("ridge", 500), ("logistic", 100)])
 def test_folds(timed, probe, n):
     """Of fewer stimuli where the definition's fits are logistic: each is made."""
-    labels, options = np.arange(FEW) % CELLS, {"folds": 5, "probe": probe, "score": SCORES}
-    arguments = {"cells": labels, "labels": LABELS[:n], "target": 1, **options}
+    options = {"folds": 5, "probe": probe, "score": SCORES, "target": 1}
     timed(
         "ablation_decodability",
-        lambda x: rk.ablation_decodability(x, **arguments),
         lambda g: (few(g)[0][:n],),
-        oracle=reference("ablation_decodability", **arguments),
-        check=as_distances("ablation_decodability", torch.float32),
+        options={"cells": np.arange(FEW) % CELLS, "labels": LABELS[:n], **options},
         what=f"{probe}, 5 folds",
         shape={"n": n, "p": FEW, "C": CELLS, "targets": 1},
     )
 
 
 @pytest.mark.parametrize("paired", [True, False], ids=["paired", "independent"])
-def test_probe_paper(timed, record, paired):
+def test_probe_paper(timed, paired):
     """A few draws are held to the definition one by one, 200 to those few by their noise."""
-    cells, draws, few_draws = np.random.default_rng(2).integers(0, CELLS, P), 200, 4
-
-    def probe(x: Tensor, draws: int, **options: object) -> dict[str, object]:
-        return rk.probe_paper(x, cells, TARGET, 1, draws=draws, paired=paired, **options)
+    cells = np.random.default_rng(2).integers(0, CELLS, P)
+    arguments = {"cells": cells, "labels": TARGET, "target": 1, "paired": paired}
+    few_draws = arguments | {"draws": 4}
 
     def definition(x: Tensor) -> tuple[dict[str, object], dict[str, object]]:
-        exact = probe(x.double().cpu().numpy(), few_draws, backend="reference")
-        return probe(x, few_draws), exact
+        return rk.probe_paper(x, **few_draws), reference("probe_paper", **few_draws)(x)
 
     def check(got: dict[str, object], want: tuple[dict[str, object], dict[str, object]]) -> None:
         ours, exact = want
@@ -129,14 +124,12 @@ def test_probe_paper(timed, record, paired):
         noise = np.hypot(as_numpy(got["standard_error"]), exact["standard_error"])
         assert (np.abs(as_numpy(got["change"]) - exact["change"]) <= 6 * noise).all()
 
-    got = timed(
+    timed(
         "probe_paper",
-        lambda x: rk.probe_paper(x, cells, TARGET, 1, draws=draws, paired=paired),
         lambda g: (of_classes(g, 0.2),),
+        options=arguments | {"draws": 200},
         oracle=definition,
         check=check,
         what="paired draws" if paired else "independent draws",
-        shape={"n": N, "p": P, "C": CELLS, "draws": draws, "d": 100},
+        shape={"n": N, "p": P, "C": CELLS, "draws": 200, "d": 100},
     )
-    error = float(as_numpy(got["standard_error"]).mean())
-    record.findings[timed.benchmark.group] = {"standard_error": error}

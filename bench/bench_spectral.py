@@ -8,14 +8,14 @@ each ablated Gram.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 
 import pytest
 import torch
 from torch import Generator, Tensor
 
 import repsim_kernels as rk
-from bench.common.inputs import DEVICE, activations, as_distances, cells
+from bench.common.inputs import DEVICE, activations, cells
 from bench.common.tolerances import SAME, Tol, assert_close
 from repsim_kernels.kernels.torch import cka, gram, spectrum
 from repsim_kernels.kernels.torch.ablated import Ablated, Original
@@ -25,6 +25,7 @@ if DEVICE == "cuda":
 else:
     from repsim_kernels.kernels.torch.ablated import SOLVERS
 
+Pair = tuple[Tensor, Tensor]
 RIDGE = 0.1
 METRICS = {
     "five metrics": ("cka", "procrustes", "cca", "cca_squared", "pwcca"),
@@ -128,10 +129,9 @@ def by_svd(
 def test_stage(timed, n, n_cells, metrics, name, route, other):
     timed(
         "from Grams to distances",
-        lambda *some: route(*some, METRICS[metrics]),
         made(n, n_cells),
+        call=lambda *some: route(*some, METRICS[metrics]),
         oracle=lambda *some: other(*some, METRICS[metrics]),
-        check=as_distances("gram_ablation_distances", torch.float64),
         what=metrics,
         name=name,
         shape={"n": n, "C": n_cells},
@@ -144,10 +144,9 @@ def test_gram_ablation_distances(timed, n, n_cells):
     names = ("cka", "procrustes", "cca", "cca_squared")
     timed(
         "gram_ablation_distances",
-        lambda *some: rk.gram_ablation_distances(*some, metrics=names),
         made(n, n_cells),
+        options={"metrics": names},
         oracle=lambda *some: by_svd(*some, names),
-        check=as_distances("gram_ablation_distances", torch.float64),
         what="CKA, Procrustes, mean and mean squared CCA",
         shape={"n": n, "C": n_cells},
         dtype=torch.float64,
@@ -158,9 +157,15 @@ by_matrices = pytest.mark.parametrize(("side", "count"), MATRICES)
 by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
-def values(dtype: torch.dtype) -> Callable[[object, object], None]:
-    """Right to the rounding of the largest, which is 1 here."""
-    return partial(assert_close, tol=Tol(0, 1e-5) if dtype == torch.float32 else SAME)
+def held(dtype: torch.dtype, spectrum: Pair, product: Pair, *vectors: Tensor) -> None:
+    """Hold values and products to those wanted, and vectors to be orthonormal.
+
+    To the rounding of the largest value, which is 1 here.
+    """
+    tol = Tol(0, 1e-5) if dtype == torch.float32 else SAME
+    identity = torch.eye(vectors[0].shape[-1]).expand_as(vectors[0])
+    for got, want in (spectrum, product, *((q.mT @ q, identity) for q in vectors)):
+        assert_close(got, want, tol)
 
 
 def square(g: Generator, side: int, count: int, dtype: torch.dtype) -> Tensor:
@@ -179,19 +184,10 @@ def test_eigh(timed, side, count, dtype):
 
     def check(got: tuple[Tensor, Tensor], want: Tensor) -> None:
         w, v = (t.double() for t in got)
-        values(dtype)(w, torch.linalg.eigvalsh(want))
-        values(dtype)(v * w[:, None] @ v.mT, want)
-        values(dtype)(v.mT @ v, torch.eye(side).expand(count, -1, -1))
+        held(dtype, (w, torch.linalg.eigvalsh(want)), (v * w[:, None] @ v.mT, want), v)
 
-    timed(
-        "eigh",
-        lambda a: rk.eigh(a),
-        symmetric,
-        oracle=lambda a: a.double(),
-        check=check,
-        shape={"n": side, "matrices": count},
-        dtype=dtype,
-    )
+    shape = {"n": side, "matrices": count}
+    timed("eigh", symmetric, oracle=Tensor.double, check=check, shape=shape, dtype=dtype)
 
 
 @by_dtype
@@ -199,17 +195,11 @@ def test_eigh(timed, side, count, dtype):
 def test_svd(timed, side, count, dtype):
     def check(got: tuple[Tensor, Tensor, Tensor], want: Tensor) -> None:
         u, s, vh = (t.double() for t in got)
-        values(dtype)(s, torch.linalg.svdvals(want))
-        values(dtype)(u * s[:, None] @ vh, want)
-        for q in (u, vh.mT):
-            values(dtype)(q.mT @ q, torch.eye(side).expand(count, -1, -1))
+        spectrum, product = (s, torch.linalg.svdvals(want)), (u * s[:, None] @ vh, want)
+        held(dtype, spectrum, product, u, vh.mT)
 
-    timed(
-        "svd",
-        lambda a: rk.svd(a),
-        lambda g: (square(g, side, count, dtype),),
-        oracle=lambda a: a.double(),
-        check=check,
-        shape={"m": side, "n": side, "matrices": count},
-        dtype=dtype,
-    )
+    def make(g: Generator) -> tuple[Tensor, ...]:
+        return (square(g, side, count, dtype),)
+
+    shape = {"m": side, "n": side, "matrices": count}
+    timed("svd", make, oracle=Tensor.double, check=check, shape=shape, dtype=dtype)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -17,94 +16,61 @@ import pytest
 import torch
 from torch import Tensor
 
+import repsim_kernels as rk
 from bench.common import machine, timing
-from bench.common.inputs import DEVICE, Make
+from bench.common.inputs import DEVICE, Make, as_distances, reference
 from bench.common.machine import Json
 from bench.common.tolerances import as_numpy
 
 _SECONDS = 1.0  # of the rounds of a benchmark, unless fewer than the least would fit
 _LEAST, _MOST = 3, 50  # rounds
 _LONG = 5.0  # seconds of a call that is timed twice only
-
-
-@dataclass
-class Record:
-    """What a session has measured."""
-
-    ceilings: dict[str, float] = field(default_factory=dict)
-    benchmarks: list[Json] = field(default_factory=list)
-    findings: dict[str, dict[str, float]] = field(default_factory=dict)
-    line: str = ""
-
-    def add(self, row: Json) -> None:
-        known = {(r["group"], r["name"]) for r in self.benchmarks}
-        assert (row["group"], row["name"]) not in known, f"{row['group']}: two {row['name']}"
-        self.benchmarks.append(row)
-
-    def least(self, group: str) -> dict[str, float]:
-        """Seconds of the fastest round, by the name of a benchmark."""
-        return {r["name"]: r["min_s"] for r in self.benchmarks if r["group"] == group}
-
-
-@cache
-def _environment() -> Json:
-    return machine.environment(DEVICE, ("scikit-learn", "torchvision", "pytest-benchmark"))
-
-
-_RECORD = pytest.StashKey[Record]()
+_CEILINGS = pytest.StashKey[dict[str, float]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--results",
-        type=Path,
-        help="file for the results if all pass, or a folder for bench-<device>.json",
-    )
+    parser.addoption("--results", type=Path, help="folder for bench-<device>.json, if all pass")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise pytest.UsageError("TRITON_INTERPRET=1: an interpreter's times say nothing; unset it")
-    out = config.getoption("results")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise pytest.UsageError(f"--results {out}: no such folder")
-    config.stash[_RECORD] = Record()
+    folder = config.getoption("results")
+    if folder is not None and not folder.is_dir():
+        raise pytest.UsageError(f"--results {folder}: no such folder")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Write all or nothing: half of a file's numbers would pass for the whole."""
-    out, record = session.config.getoption("results"), session.config.stash[_RECORD]
-    if out is None:
+    folder = session.config.getoption("results")
+    if folder is None:
         return
-    if exitstatus or not record.benchmarks:
-        record.line = f"{out}: not written; " + ("not all passed" if exitstatus else "none timed")
-        return
-    if out.is_dir():
-        out /= f"bench-{machine.slug(DEVICE)}.json"
-    machine.save(
-        out,
-        {
-            "environment": _environment(),
-            "ceilings": record.ceilings,
-            "benchmarks": record.benchmarks,
-            "findings": record.findings,
-        },
-    )
-    record.line = str(out)
+    out = folder / f"bench-{machine.slug(DEVICE)}.json"
+    rows = [row(benchmark) for benchmark in session.config._benchmarksession.benchmarks]
+    if exitstatus or not rows:
+        outcome = f"{out}: not written; {'not all passed' if exitstatus else 'none timed'}"
+    else:
+        packages = ("scikit-learn", "torchvision", "pytest-benchmark")
+        environment = machine.environment(DEVICE, packages)
+        rates = session.config.stash[_CEILINGS]
+        machine.save(out, {"environment": environment, "ceilings": rates, "benchmarks": rows})
+        outcome = str(out)
+    session.config.get_terminal_writer().line(f"\n{outcome}")
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    record = config.stash[_RECORD]
-    for group, numbers in record.findings.items():
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-        terminalreporter.write_line(f"{group}: {shown}")
-    if record.line:
-        terminalreporter.write_line(record.line)
-
-
-@pytest.fixture(scope="session")
-def record(pytestconfig: pytest.Config) -> Record:
-    return pytestconfig.stash[_RECORD]
+def row(benchmark: Any) -> Json:
+    """One entry of the results, from the statistics of pytest-benchmark."""
+    stats = benchmark.stats
+    return {
+        "group": benchmark.group,
+        "name": benchmark.name,
+        "min_s": stats.min,
+        "median_s": stats.median,
+        "iqr_s": stats.iqr,
+        "max_s": stats.max,
+        "rounds": stats.rounds,
+        "extra_info": benchmark.extra_info,
+    }
 
 
 @pytest.fixture(scope="session")
@@ -115,21 +81,21 @@ def ceilings() -> dict[str, float]:
 
 @dataclass
 class Timed:
-    """Checks a call, times it, and keeps both times and what they amount to."""
+    """Checks a call, times it, and notes what the time amounts to."""
 
     benchmark: Any
-    record: Record
     request: pytest.FixtureRequest
 
     def __call__(
         self,
         operation: str,
-        call: Callable[..., Any],
         make: Make,
         *,
-        oracle: Callable[..., Any],
-        check: Callable[[Any, Any], None],
         shape: Mapping[str, int],
+        options: Mapping[str, Any] | None = None,
+        call: Callable[..., Any] | None = None,
+        oracle: Callable[..., Any] | None = None,
+        check: Callable[[Any, Any], None] | None = None,
         dtype: torch.dtype = torch.float32,
         what: str = "",
         name: str = "repsim_kernels",
@@ -140,14 +106,19 @@ class Timed:
         """Return the result that was checked.
 
         ``make`` gives the arguments of ``call`` and ``oracle``; ``check`` takes their results, or
-        each value that the oracle has of a dict. ``bytes`` are the least that go to and from
-        memory, ``operations`` the least, by the name of the ceiling that they have; left out where
-        an algorithm has no such number.
+        each value that the oracle has of a dict. Without them the operation itself is called with
+        ``options`` and held to its definition as a distance. ``bytes`` are the least that go to and
+        from memory, ``operations`` the least, by the name of the ceiling that they have; left out
+        where an algorithm has no such number.
         """
         sizes = " ".join(f"{key}={value:,}" for key, value in shape.items())
         short = str(dtype).removeprefix("torch.")
         self.benchmark.group = ", ".join(filter(None, (operation, what, sizes, short)))
         self.benchmark.name = name
+        options = options or {}
+        call = call or partial(getattr(rk, operation), **options)
+        oracle = oracle or reference(operation, **options)
+        check = check or as_distances(operation, dtype)
         inputs = timing.rotating(make, device)
 
         def run(*some: Tensor) -> Any:
@@ -164,7 +135,7 @@ class Timed:
             self.benchmark.pedantic(lambda: None)
             return got
         rates = self.request.getfixturevalue("ceilings")
-        self.record.ceilings = rates
+        self.request.config.stash[_CEILINGS] = rates
         if once < _SECONDS or device == "cuda":  # the first call also loads and compiles
             start = time.perf_counter()
             run(*inputs[1])
@@ -173,28 +144,14 @@ class Timed:
         least = _LEAST if once < _LONG else 2
         rounds = max(least, min(_MOST, int(_SECONDS / once)))
         self.benchmark.pedantic(run, setup=lambda: (next(turn), {}), rounds=rounds)
-        times = self.benchmark.stats.stats.data
-        seconds = statistics.median(times)
+        seconds = self.benchmark.stats.stats.median
         info: Json = {"operation": operation, "shape": dict(shape), "dtype": short}
         if device == "cuda":
             info["events"] = timing.measure(call, inputs, _SECONDS)
             info["on_device"] = self._on_device(call, inputs, info["events"]["ms"])
             seconds = 1e-3 * info["on_device"].get("ms", info["events"]["ms"])
         info |= amounts(seconds, rates, bytes, operations or {})
-        self.benchmark.extra_info |= _environment() | info
-        low, _, high = statistics.quantiles(times, n=4, method="inclusive")
-        self.record.add(
-            {
-                "group": self.benchmark.group,
-                "name": name,
-                "min_s": min(times),
-                "median_s": statistics.median(times),
-                "iqr_s": high - low,
-                "max_s": max(times),
-                "rounds": rounds,
-                "extra_info": info,
-            }
-        )
+        self.benchmark.extra_info.update(info)
         return got
 
     def _on_device(self, call: Callable[..., Any], inputs: Any, call_ms: float) -> Json:
@@ -208,9 +165,9 @@ class Timed:
 
 
 @pytest.fixture
-def timed(benchmark: Any, record: Record, request: pytest.FixtureRequest) -> Timed:
+def timed(benchmark: Any, request: pytest.FixtureRequest) -> Timed:
     """What every benchmark is made with."""
-    return Timed(benchmark, record, request)
+    return Timed(benchmark, request)
 
 
 def amounts(seconds: float, rates: Json, bytes: int, operations: Mapping[str, int]) -> Json:
