@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+import pandas as pd
 
 from bench.common.machine import Json, load, seconds
 
@@ -14,71 +14,14 @@ KINDS = "the results of `make bench`, of `bench sheet` or of `bench peers`"
 # They differ between any two runs and change no time by themselves.
 _EXPECTED = {"date", "commit", "changed"}
 _FEW = 5  # rounds, below which quartiles say little
+_NOTE = """\
+ratio: B's median over A's. Its interval: from B's lower end over A's upper to B's upper over A's
+lower, where the ends lie half of the interquartile range from the median or, of fewer than five
+rounds, are the fastest and slowest. Marked where it excludes 1; a single round has no interval."""
 
 
 class BadRecord(Exception):
     """A file that can't be compared, in one line."""
-
-
-@dataclass(frozen=True)
-class Time:
-    """Seconds: the median and, where there were several rounds, how low and high they spread."""
-
-    median: float
-    low: float | None = None
-    high: float | None = None
-
-    @classmethod
-    def of(cls, row: Json, unit: str) -> Time:
-        """From a row with medians, interquartile ranges and extremes in ``unit``.
-
-        Half of the interquartile range to either side; of few rounds, the fastest and slowest.
-        """
-        scale = {"s": 1.0, "ms": 1e-3}[unit]
-        median = float(row["ms"] if unit == "ms" else row["median_s"])
-        rounds = int(row.get("repeats", row.get("rounds", 1)))
-        low = high = None
-        if rounds >= _FEW:
-            half = row[f"iqr_{unit}"] / 2
-            low, high = median - half, median + half
-        elif rounds > 1:
-            low, high = row[f"min_{unit}"], row[f"max_{unit}"]
-        spread = None if low is None or high is None else (scale * low, scale * high)
-        return cls(scale * median, *(spread or ()))
-
-    @classmethod
-    def of_rounds(cls, seconds: list[float]) -> Time:
-        if len(seconds) == 1:
-            return cls(seconds[0])
-        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
-        row = {"median_s": statistics.median(seconds), "iqr_s": high - low, "rounds": len(seconds)}
-        return cls.of(row | {"min_s": min(seconds), "max_s": max(seconds)}, "s")
-
-
-@dataclass(frozen=True)
-class Change:
-    """One row of the table."""
-
-    what: str
-    a: Time
-    b: Time
-
-    @property
-    def ratio(self) -> float:
-        return self.b.median / self.a.median
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """The ratio of B's low to A's high, and of B's high to A's low."""
-        a, b = self.a, self.b
-        if a.low is None or a.high is None or b.low is None or b.high is None or a.low <= 0:
-            return None
-        return b.low / a.high, b.high / a.low
-
-    @property
-    def mark(self) -> str:
-        low, high = self.interval or (0.0, math.inf)
-        return "slower" if low > 1 else "faster" if high < 1 else ""
 
 
 def compare(a: Path, b: Path) -> str:
@@ -91,20 +34,13 @@ def compare(a: Path, b: Path) -> str:
         lines = different(first["environment"], second["environment"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadRecord(f"{a} or {b}: {error!r}; expected {KINDS}") from None
-    both = [Change(what, x[what], y[what]) for what in x if what in y]
-    both.sort(key=lambda c: -abs(math.log(c.ratio)))
-    if both:
-        lines += [*table(both), "", _NOTE]
-    for path, own, rest in ((a, x, y), (b, y, x)):
-        only = [what for what in own if what not in rest]
-        lines += ["", f"timed in {path} alone:", *(f"  {what}" for what in only)] if only else []
+    both = x.merge(y, left_index=True, right_index=True, suffixes=("_a", "_b"))
+    if len(both):
+        lines += [table(changes(both)), "", _NOTE]
+    for path, own, rest in ((a, x.index, y.index), (b, y.index, x.index)):
+        only = own[~own.isin(rest)]
+        lines += ["", f"timed in {path} alone:", *(f"  {what}" for what in only)] * bool(len(only))
     return "\n".join(lines)
-
-
-_NOTE = """\
-ratio: B's median over A's. Its interval: from B's lower end over A's upper to B's upper over A's
-lower, where the ends lie half of the interquartile range from the median or, of fewer than five
-rounds, are the fastest and slowest. Marked where it excludes 1; a single round has no interval."""
 
 
 def read(path: Path) -> tuple[str, Json]:
@@ -119,47 +55,64 @@ def read(path: Path) -> tuple[str, Json]:
             return "benchmarks", record
         rows = record.get("rows")
         if isinstance(rows, list) and rows and isinstance(rows[0], dict):
-            if "package" in rows[0]:
-                return "peers", record
-            if "precision" in rows[0]:
-                return "a sheet", record
+            for column, kind in (("package", "peers"), ("precision", "a sheet")):
+                if column in rows[0]:
+                    return kind, record
     raise BadRecord(f"{path}: another kind of record; expected {KINDS}")
 
 
-def times(kind: str, record: Json) -> dict[str, Time]:
-    """The time of everything that has one, by what it is."""
-    found: dict[str, Time] = {}
-    for what, time in {"benchmarks": _benchmarks, "peers": _peers, "a sheet": _sheet}[kind](record):
-        if what in found:
-            raise ValueError(f"two of {what}")
-        found[what] = time
-    return found
+def times(kind: str, record: Json) -> pd.DataFrame:
+    """Seconds of everything that has a time, by what it is: the median and both ends.
+
+    The ends are NaN of a single round.
+    """
+    rows = {"benchmarks": _benchmarks, "peers": _peers, "a sheet": _sheet}[kind](record)
+    frame = pd.DataFrame(rows, columns=["what", "median", "low", "high"])
+    if frame.what.duplicated().any():
+        raise ValueError(f"two of {frame.what[frame.what.duplicated()].iloc[0]}")
+    return frame.set_index("what").astype(float)
 
 
-def _benchmarks(record: Json) -> Iterator[tuple[str, Time]]:
+Row = tuple[str, float, float, float]
+
+
+def _benchmarks(record: Json) -> Iterator[Row]:
     for row in record["benchmarks"]:
-        yield f"{row['group']}: {row['name']}", Time.of(row, "s")
+        spread = [row[f"{name}_s"] for name in ("median", "iqr", "min", "max")]
+        yield f"{row['group']}: {row['name']}", *ends(*spread, row["rounds"])
 
 
-def _peers(record: Json) -> Iterator[tuple[str, Time]]:
+def _peers(record: Json) -> Iterator[Row]:
     """The time of all comparisons, of which some were made; none where a package failed."""
     identity = ("job", "n", "p", "layers", "cells", "dtype", "package", "metric")
     for row in record["rows"]:
         if row.get("seconds"):
             what = " ".join(_named(k, row[k]) for k in identity if row.get(k) is not None)
-            yield what, Time.of_rounds([s * row["of"] / row["calls"] for s in row["seconds"]])
+            rounds = np.array(row["seconds"]) * row["of"] / row["calls"]
+            low, median, high = np.quantile(rounds, (0.25, 0.5, 0.75))
+            yield what, *ends(median, high - low, rounds.min(), rounds.max(), len(rounds))
 
 
-def _sheet(record: Json) -> Iterator[tuple[str, Time]]:
+def _sheet(record: Json) -> Iterator[Row]:
     for row in record["rows"]:
         what = f"{row['name']} {row['shape']} {row['dtype']} {row['precision']}"
         for part in ("call", "kernel"):
-            if "ms" in row.get(part, {}):
-                yield f"{what}, {part}", Time.of(row[part], "ms")
+            if "ms" in (found := row.get(part, {})):
+                spread = [1e-3 * found.get(k, 0) for k in ("ms", "iqr_ms", "min_ms", "max_ms")]
+                yield f"{what}, {part}", *ends(*spread, found.get("repeats", 1))
 
 
 def _named(key: str, value: object) -> str:
     return f"{key}={value}" if key in ("n", "p", "layers", "cells") else str(value)
+
+
+def ends(
+    median: float, iqr: float, least: float, most: float, rounds: int
+) -> tuple[float, float, float]:
+    """The median, and what spreads around it: its quartiles' range or, of few rounds, all."""
+    if rounds >= _FEW:
+        return median, median - iqr / 2, median + iqr / 2
+    return (median, least, most) if rounds > 1 else (median, np.nan, np.nan)
 
 
 def different(a: Json, b: Json) -> list[str]:
@@ -169,17 +122,23 @@ def different(a: Json, b: Json) -> list[str]:
     return ["WARNING: not measured under the same conditions (A | B):", *found, ""] if found else []
 
 
-def table(changes: list[Change]) -> list[str]:
-    head = ("", "A", "B", "ratio", "interval", "")
-    rows = [head]
-    for c in changes:
-        between = "{:.2f} to {:.2f}".format(*c.interval) if c.interval else ""
-        rows.append(
-            (c.what, seconds(c.a.median), seconds(c.b.median), f"{c.ratio:.2f}", between, c.mark)
-        )
-    width = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = []
-    for what, *values, mark in rows:
-        cells = (v.rjust(w) for v, w in zip(values, width[1:-1], strict=True))
-        lines.append("  ".join([what.ljust(width[0]), *cells, mark]).rstrip())
-    return lines
+def changes(both: pd.DataFrame) -> pd.DataFrame:
+    """The ratio of two medians, its interval, and whether that excludes 1; largest change first."""
+    both["ratio"] = both.median_b / both.median_a
+    both["from"] = (both.low_b / both.high_a).where(both.low_a > 0)
+    both["to"] = (both.high_b / both.low_a).where(both.low_a > 0)
+    both["mark"] = np.select([both["from"] > 1, both["to"] < 1], ["slower", "faster"], "")
+    return both.sort_values("ratio", key=lambda ratio: -np.log(ratio).abs(), kind="stable")
+
+
+def table(changed: pd.DataFrame) -> str:
+    """What is in `changes`, for a terminal."""
+    interval = changed["from"].map("{:.2f} to ".format) + changed["to"].map("{:.2f}".format)
+    columns = {
+        "A": changed.median_a.map(seconds),
+        "B": changed.median_b.map(seconds),
+        "ratio": changed.ratio.map("{:.2f}".format),
+        "interval": interval.where(changed["from"].notna(), ""),
+        " ": changed["mark"],
+    }
+    return pd.DataFrame(columns).rename_axis(None).to_string()

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bench.__main__ import app
-from bench.compare import BadRecord, Change, Time, compare
+from bench.compare import BadRecord, compare, times
 
 HERE = {
     "device": "a processor, 2 cores",
@@ -82,17 +82,20 @@ def test_the_largest_change_is_first_whichever_way(tmp_path: Path) -> None:
 
 
 def test_few_rounds_spread_from_the_fastest_to_the_slowest() -> None:
-    few = Time.of(benchmark("", 1, 0.25, rounds=3), "s")
-    assert (few.low, few.high) == (0.75, 1.75)
-    assert Time.of_rounds([3, 1, 2]) == Time(2, 1, 3)
-    assert Time.of_rounds([1, 2, 3, 4, 5]) == Time(3, 2, 4)
+    record = {"benchmarks": [benchmark("few", 1, 0.25, rounds=3), benchmark("many", 1, 0.25)]}
+    frame = times("benchmarks", record)
+    assert frame.loc["cka, n=50: few"].tolist() == [1, 0.75, 1.75]
+    assert frame.loc["cka, n=50: many"].tolist() == [1, 0.875, 1.125]
+    rounds = {"few": [3, 1, 2], "many": [1, 2, 3, 4, 5]}
+    frame = times("peers", {"rows": [peer(k, v, calls=100) for k, v in rounds.items()]})
+    assert frame.to_numpy().tolist() == [[2, 1, 3], [3, 2, 4]]
 
 
-def test_a_single_round_is_never_marked() -> None:
-    change = Change("", Time.of_rounds([1.0]), Time.of_rounds([9.0, 9.0]))
-    assert change.ratio == 9
-    assert change.interval is None
-    assert change.mark == ""
+def test_a_single_round_is_never_marked(tmp_path: Path) -> None:
+    a = saved(tmp_path / "a.json", {"rows": [peer("ours", [1.0])]})
+    b = saved(tmp_path / "b.json", {"rows": [peer("ours", [9.0, 9.0])]})
+    what = "ablations n=500 p=64 cells=100 float32 ours cka"
+    assert lines(compare(a, b), what) == [["10", "s", "90", "s", "9.00"]]
 
 
 def test_sheets(tmp_path: Path) -> None:
