@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.metadata import distributions
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ OURS = "repsim_kernels"
 METRICS = ("cka", "cka_debiased", "procrustes", "rsa")
 ABLATED = METRICS[:3]
 WRONG = 1e-2  # a relative error above it is a wrong answer, however it came about
+_FACTS = ("name", "metric", "distribution", "kind", "centres", "note", "differs")
 APART = 1e-6  # relative difference of two true distances, above which their order should be right
 
 
@@ -95,7 +98,7 @@ def accuracy(
             "apart": APART,
             "oracle": f"NumPy long double, {np.finfo(np.longdouble).precision} digits",
         },
-        "packages": [_about(package) for package in present],
+        "packages": [{k: getattr(package, k) for k in _FACTS} for package in present],
         "absent": absent,
         "points": _points(present, sweeps, size, device),
         "order": _orders(present, size, device),
@@ -108,16 +111,12 @@ def _present(packages: Sequence[Package], device: str) -> tuple[list[Package], J
     for package in packages:
         if package.pair is None or package.metric not in METRICS:
             continue
-        try:
-            if package.distribution:
-                importlib.metadata.version(package.distribution)
-        except importlib.metadata.PackageNotFoundError:
+        if package.distribution and not any(distributions(name=package.distribution)):
             absent[package.key] = "not installed"
-            continue
-        if package.kind == "cupy" and device == "cpu":
+        elif package.kind == "cupy" and device == "cpu":
             absent[package.key] = "it needs a CUDA device"
-            continue
-        present.append(package)
+        else:
+            present.append(package)
     return present, absent
 
 
@@ -128,19 +127,13 @@ def _triton() -> list[Package]:
         k, m = (rk.centered_gram(z, precision=precision, backend="triton") for z in (x, y))
         return (k * m).sum() / (torch.linalg.norm(k) * torch.linalg.norm(m))
 
-    ours = next(p for p in PACKAGES if p.name == OURS)
     return [
-        replace(
-            ours, name=f"{OURS}, {precision}", note=f"Triton, {precision}",
-            pair=partial(pair, precision=precision), ablations=None,
+        Package(
+            f"{OURS}, {precision}", "", "torch", "cka", True, f"Triton, {precision}",
+            partial(pair, precision=precision),
         )
         for precision in ("tf32x3", "tf32")
     ]  # fmt: skip
-
-
-def _about(package: Package) -> Json:
-    fields = ("name", "metric", "distribution", "kind", "centres", "note", "differs")
-    return {field: getattr(package, field) for field in fields}
 
 
 def features(case: Case, size: Size, seed: int) -> tuple[Tensor, Tensor]:
@@ -189,42 +182,32 @@ def _points(
 
 def _errors(packages: Sequence[Package], case: Case, size: Size, device: str) -> list[Json]:
     """A point for each package: its errors over the seeds, or why there are none."""
-    errors: list[list[float]] = [[] for _ in packages]
-    why = [""] * len(packages)
-    for seed in range(size.seeds):
-        x, y = features(case, size, seed)
-        want = longdouble.similarities(x.double().numpy(), y.double().numpy())
-        for i, package in enumerate(packages):
+    inputs = [features(case, size, seed) for seed in range(size.seeds)]
+    wants = [longdouble.similarities(*(z.double().numpy() for z in pair)) for pair in inputs]
+    points = []
+    for package in packages:
+        point: Json = {"package": package.name, "metric": package.metric}
+        errors = []
+        for pair, want in zip(inputs, wants, strict=True):
             try:
-                got = _call(package, device, x, y)
+                got = _call(package, device, *pair)
             except Exception as error:  # of any kind: they are other people's
-                why[i] = f"{type(error).__name__}: {error}"[:300]
+                point["status"] = "failed" if case.dtype == Case().dtype else "refused"
+                point["why"] = _said(error)
             else:
-                errors[i].append(abs(got - want[package.metric]) / abs(want[package.metric]))
-    usual = case.dtype == Case().dtype
-    return [
-        {
-            "package": package.name,
-            "metric": package.metric,
-            **_summarized(errors[i], why[i], "failed" if usual else "refused"),
-        }
-        for i, package in enumerate(packages)
-    ]
+                errors.append(abs(got - want[package.metric]) / abs(want[package.metric]))
+        finite = [error for error in errors if np.isfinite(error)]
+        worst = max(finite, default=None)
+        if worst is None or len(finite) < len(errors):
+            point.setdefault("status", "nan")
+        point.setdefault("status", "wrong" if worst is not None and worst > WRONG else "ok")
+        point["median"] = statistics.median(finite) if finite else None
+        points.append(point | {"worst": worst, "errors": [number(error) for error in errors]})
+    return points
 
 
-def _summarized(errors: list[float], why: str, without: str) -> Json:
-    finite = [error for error in errors if np.isfinite(error)]
-    worst = max(finite, default=None)
-    found: Json = {
-        "median": statistics.median(finite) if finite else None,
-        "worst": worst,
-        "errors": [number(error) for error in errors],
-    }
-    if why:
-        return {"status": without, "why": why, **found}
-    if worst is None or len(finite) < len(errors):
-        return {"status": "nan", **found}
-    return {"status": "wrong" if worst > WRONG else "ok", **found}
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:300]
 
 
 def _call(package: Package, device: str, x: Tensor, y: Tensor) -> float:
@@ -245,26 +228,23 @@ def _as(kind: str, device: str, x: Tensor) -> Any:
     return x.numpy()
 
 
-Distances = Callable[[Tensor, Any], Any]
-
-
 def _orders(packages: Sequence[Package], size: Size, device: str) -> list[Json]:
     """For each feature mean and package: errors of the distances of all ablations, and their order.
 
     Ours are those of ``ablation_distances``; a peer's 1 - similarity of a copy each.
     """
-    ways: list[tuple[str, str, Distances]] = [
+    precisions = {OURS: "tf32x3"} | ({f"{OURS}, tf32": "tf32"} if device == "cuda" else {})
+    ways: list[tuple[str, str, Callable[[Tensor, Any], Any]]] = [
+        (name, metric, partial(_ours, metric, precision, device))
+        for name, precision in precisions.items()
+        for metric in ABLATED
+    ]
+    ways += [
         (package.name, package.metric, partial(_loop, package, device))
         for package in packages
         if package.metric in ABLATED and not package.name.startswith(OURS)
     ]
-    precisions = {OURS: "tf32x3"} | ({f"{OURS}, tf32": "tf32"} if device == "cuda" else {})
-    ways = [
-        (name, metric, partial(_ours, metric, precision, device))
-        for name, precision in precisions.items()
-        for metric in ABLATED
-    ] + ways
-    found = []
+    rows = []
     for mean in size.ablated_means:
         made = [ablatable(size, mean, seed) for seed in range(size.ablated_seeds)]
         wants = [longdouble.distances(x.double().numpy(), cells) for x, cells in made]
@@ -273,11 +253,11 @@ def _orders(packages: Sequence[Package], size: Size, device: str) -> list[Json]:
             try:
                 gots = [way(x, cells) for x, cells in made]
             except Exception as error:
-                row |= {"status": "failed", "why": f"{type(error).__name__}: {error}"[:300]}
+                row |= {"status": "failed", "why": _said(error)}
             else:
                 row |= _order(gots, [want[metric] for want in wants])
-            found.append(row)
-    return found
+            rows.append(row)
+    return rows
 
 
 def _ours(metric: str, precision: str, device: str, x: Tensor, cells: Any) -> Any:
@@ -292,29 +272,25 @@ def _loop(package: Package, device: str, x: Tensor, cells: Any) -> Any:
 
 
 def _order(gots: list[Any], wants: list[Any]) -> Json:
-    """Over all seeds: pairs out of order, Kendall's tau, and the errors by decades of distance."""
-    from scipy.stats import kendalltau
-
+    """Over all seeds: pairs out of order, and the errors by decades of distance."""
     counts = [out_of_order(got, want) for got, want in zip(gots, wants, strict=True)]
     wrong, pairs = map(sum, zip(*counts, strict=True))
     got, want = np.concatenate(gots), np.concatenate(wants)
-    errors, decades = np.abs(got - want) / want, np.floor(np.log10(want)).astype(int)
-    known = all(np.isfinite(g).all() for g in gots)
-    taus = [kendalltau(g, w).statistic for g, w in zip(gots, wants, strict=True)] if known else []
+    errors = pd.Series(np.abs(got - want) / want)
+    decades = errors.groupby(np.floor(np.log10(want)).astype(int))
     return {
-        "status": "ok" if known else "nan",
-        "tau": number(min(taus)) if taus else None,
+        "status": "ok" if np.isfinite(got).all() else "nan",
         "pairs": pairs,
         "out_of_order": wrong,
         "share": wrong / pairs,
         "decades": [
             {
                 "distance": f"1e{decade}",
-                "cells": int((decades == decade).sum()),
-                "median": number(float(np.median(errors[decades == decade]))),
-                "worst": number(float(errors[decades == decade].max())),
+                "cells": len(values),
+                "median": number(float(np.median(values))),
+                "worst": number(float(np.max(values.to_numpy()))),
             }
-            for decade in sorted(set(decades.tolist()))
+            for decade, values in decades
         ],
     }
 
@@ -329,26 +305,26 @@ def out_of_order(got: Any, want: Any) -> tuple[int, int]:
 def summary(record: Json) -> list[tuple[str, ...]]:
     """Rows for a page, the head first: worst errors of float32 input, and cells out of order."""
     means = sorted({row["mean"] for row in record["order"]})
+    points = {
+        (p["package"], p["metric"], p["value"]): p for p in record["points"] if p["vary"] == "mean"
+    }
+    orders = {(o["package"], o["metric"], o["mean"]): o for o in record["order"]}
     head = ("package", "metric", "error at mean 0", "error at mean 100")
     rows = [(*head, *(f"out of order, mean {mean:g}" for mean in means))]
     for package in record["packages"]:
         key = (package["name"], package["metric"])
-        points = [p for p in record["points"] if key == (p["package"], p["metric"])]
-        at = {p["value"]: p for p in points if p["vary"] == "mean"}
-        orders = {o["mean"]: o for o in record["order"] if key == (o["package"], o["metric"])}
-        shares = [_share(orders[mean]) if mean in orders else "" for mean in means]
-        rows.append((*key, _error(at[0.0]), _error(at[100.0]), *shares))
+        errors = [_error(points[*key, mean]) for mean in (0, 100)]
+        rows.append((*key, *errors, *(_share(orders.get((*key, mean))) for mean in means)))
     return rows
 
 
 def _error(point: Json) -> str:
-    if point["status"] in ("ok", "wrong"):
-        return f"{point['worst']:.0e}"
-    return str(point["status"])
+    known = point["status"] in ("ok", "wrong")
+    return f"{point['worst']:.0e}" if known else str(point["status"])
 
 
-def _share(order: Json) -> str:
-    if order["status"] != "ok":
-        return str(order["status"])
+def _share(order: Json | None) -> str:
+    if order is None or order["status"] != "ok":
+        return str(order["status"]) if order else ""
     share = order["share"]
     return "none" if share == 0 else f"{share:.2%}" if share < 0.1 else f"{share:.0%}"
