@@ -27,7 +27,7 @@ lint: .venv/dev
 slow: .venv/dev .venv/triton-3.6
 	$(PYTEST) -m slow
 	$(BIN)/python -m bench peers --quick
-	$(BIN)/python -m bench sheet --device cpu --quick --out .venv/sheet.json
+	$(BIN)/python -m bench gpu-report --device cpu --quick --out .venv/gpu_report.json
 	PYTHONPATH=.venv/triton-3.6 $(PYTEST) tests/compile
 	MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Prescott $(PYTEST) $(VALUES)
 	MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Sandybridge $(PYTEST) $(VALUES)

@@ -67,13 +67,13 @@ def scaling(
 
 
 @app.command()
-def sheet(
+def gpu_report(
     out: Annotated[Path, typer.Option(help="The JSON file.")],
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     quick: Annotated[bool, typer.Option(help="Tiny shapes; a rehearsal.")] = False,
 ) -> None:
     """Measure a card in 8 minutes: ceilings, kernels, GPU tests, the study, compute-sanitizer."""
-    from bench.sheet import sheet as run
+    from bench.gpu_report import gpu_report as run
 
     try:
         run(out, device, quick)

@@ -10,7 +10,7 @@ import pandas as pd
 
 from bench.common.machine import Json, load, seconds
 
-KINDS = "the results of `make bench`, of `bench sheet` or of `bench peers`"
+KINDS = "the results of `make bench`, of `bench gpu-report` or of `bench peers`"
 # They differ between any two runs and change no time by themselves.
 _EXPECTED = {"date", "commit", "changed"}
 _FEW = 5  # rounds, below which quartiles say little

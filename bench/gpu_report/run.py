@@ -16,11 +16,11 @@ import torch
 
 from bench.common import timing
 from bench.common.machine import Json, environment, load, save
-from bench.sheet import cases, rows, study, supervise, table
-from bench.sheet.gpu_tests import gpu_tests
-from bench.sheet.sanitizer import sanitize
-from bench.sheet.supervise import Make
-from bench.sheet.verdict import verdict
+from bench.gpu_report import cases, rows, study, supervise, table
+from bench.gpu_report.gpu_tests import gpu_tests
+from bench.gpu_report.sanitizer import sanitize
+from bench.gpu_report.supervise import Make
+from bench.gpu_report.verdict import verdict
 
 # Seconds. A whole run ends within 8 minutes; the rows have what the other parts leave, of
 # which compute-sanitizer may take half.
@@ -28,7 +28,9 @@ WHOLE, TESTS, STUDY, SANITIZER = 470.0, 150.0, 90.0, 60.0
 _STOPPING = 10.0  # of a part, to be told that it is late and to say what it has
 
 
-def sheet(out: Path, device: str = "cuda", quick: bool = False, make: Make = cases.cases) -> Json:
+def gpu_report(
+    out: Path, device: str = "cuda", quick: bool = False, make: Make = cases.cases
+) -> Json:
     """Measure a device, write ``out`` as it goes, print a table; give the record back.
 
     ``quick`` takes tiny shapes and leaves the GPU's tests out. ``make`` gives the rows.

@@ -16,9 +16,9 @@ import torch
 from _cupy import FakeCupy
 
 from bench.common.machine import ROOT, save
-from bench.sheet import cases, rows, run, small, spectral_cases, supervise
-from bench.sheet.case import Case
-from bench.sheet.plain_cupy import PlainCupy
+from bench.gpu_report import cases, rows, run, sanitizer_target, spectral_cases, supervise
+from bench.gpu_report.case import Case
+from bench.gpu_report.plain_cupy import PlainCupy
 
 RATES = dict.fromkeys(("copy", "ieee", "tf32", "tf32x3", "bfloat16", "float64"), 1e9)
 needs_triton = pytest.mark.skipif(
@@ -104,8 +104,11 @@ def measured(**changes):
     "interpret", ["0", pytest.param("1", marks=[needs_triton, pytest.mark.slow])]
 )
 def test_rehearsal(tmp_path, interpret):
-    out = tmp_path / "sheet.json"
-    code = "import pathlib, sys, bench.sheet as b; b.sheet(pathlib.Path(sys.argv[1]), 'cpu', True)"
+    out = tmp_path / "report.json"
+    code = (
+        "import pathlib, sys, bench.gpu_report as b;"
+        "b.gpu_report(pathlib.Path(sys.argv[1]), 'cpu', True)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, str(out)],
         cwd=ROOT,
@@ -301,7 +304,7 @@ def test_failures_keep_to_their_row():
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("end", [interrupts, stops])
 def test_a_run_that_is_cut_off_keeps_what_it_has(tmp_path, end):
-    out = tmp_path / "sheet.json"
+    out = tmp_path / "report.json"
 
     def make(quick):
         return spoiled(rows_of(quick), end)
@@ -312,7 +315,7 @@ def test_a_run_that_is_cut_off_keeps_what_it_has(tmp_path, end):
     found = json.loads(out.read_text())["rows"]
     assert [row["status"] for row in found] == ["ok", "running", "waiting"]
     assert found[0]["ms"] > 0
-    assert not out.with_name("sheet.json.tmp").exists()
+    assert not out.with_name("report.json.tmp").exists()
 
 
 def statuses(out):
@@ -320,7 +323,7 @@ def statuses(out):
 
 
 def test_rows_wait_for_their_last_turn_and_are_then_skipped(tmp_path):
-    out = tmp_path / "sheet.json"
+    out = tmp_path / "report.json"
     begun(out, rows_of)
     supervise.work(out, "cpu", True, rows_of, time.time())
     supervise.measure_rows(out, "cpu", True, rows_of, time.time(), last=False)
@@ -331,7 +334,7 @@ def test_rows_wait_for_their_last_turn_and_are_then_skipped(tmp_path):
 
 @pytest.mark.usefixtures("interpreted")
 def test_a_row_that_kills_its_process_costs_itself_alone(tmp_path):
-    out = tmp_path / "sheet.json"
+    out = tmp_path / "report.json"
     begun(out, rows_that_die)
     supervise.measure_rows(out, "cpu", True, rows_that_die, time.time() + run.WHOLE)
     found = json.loads(out.read_text())["rows"]
@@ -340,7 +343,7 @@ def test_a_row_that_kills_its_process_costs_itself_alone(tmp_path):
 
 
 def test_workers_that_cannot_start_end_the_run(tmp_path):
-    out = tmp_path / "sheet.json"
+    out = tmp_path / "report.json"
     begun(out, rows_of)
     supervise.measure_rows(out, "cpu", True, dies_at_once, time.time() + run.WHOLE)
     found = json.loads(out.read_text())["rows"]
@@ -351,7 +354,7 @@ def test_workers_that_cannot_start_end_the_run(tmp_path):
 @pytest.mark.usefixtures("interpreted")
 def test_a_row_that_hangs_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(supervise, "ROW", 15.0)
-    out = tmp_path / "sheet.json"
+    out = tmp_path / "report.json"
     begun(out, rows_that_hang)
     supervise.measure_rows(out, "cpu", True, rows_that_hang, time.time() + run.WHOLE)
     found = json.loads(out.read_text())["rows"]
@@ -362,7 +365,7 @@ def test_a_row_that_hangs_is_stopped(tmp_path, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu(tmp_path):
-    record = run.sheet(tmp_path / "sheet.json", "cuda", quick=True)
+    record = run.gpu_report(tmp_path / "report.json", "cuda", quick=True)
     assert all(row["status"] == "ok" for row in record["rows"])
     assert all(row["kernel"]["how"].startswith(("graph", "profiler")) for row in record["rows"])
     assert record["study"]["seconds"] > 0
@@ -371,4 +374,4 @@ def test_on_a_gpu(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_what_is_sanitized_is_right():
-    assert small.main() == 0
+    assert sanitizer_target.main() == 0

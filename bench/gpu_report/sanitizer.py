@@ -7,12 +7,12 @@ import shutil
 import sys
 
 from bench.common.machine import Json
-from bench.sheet import processes
+from bench.gpu_report import processes
 
 TOOLS = ("memcheck", "racecheck")
 _SHORT = 30.0  # seconds that are not shared out: memcheck has them
 _HOMES = "/usr/local/cuda/bin"
-_SCRIPT = (sys.executable, "-m", "bench.sheet.small")
+_SCRIPT = (sys.executable, "-m", "bench.gpu_report.sanitizer_target")
 # What torch's cache holds would hide reads behind the end of a tensor.
 _OWN_MEMORY = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 # ptxas, which Triton starts, has no kernels, and PyTorch makes calls that are meant to fail.

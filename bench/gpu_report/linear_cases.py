@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench.sheet.case import PRODUCTS, Case, Shape, function, labelled
+from bench.gpu_report.case import PRODUCTS, Case, Shape, function, labelled
 
 
 def cases(quick: bool) -> list[Case]:

@@ -1,4 +1,4 @@
-"""Every kernel once on tiny inputs, for compute-sanitizer: ``python -m bench.sheet.small``."""
+"""Every kernel once on tiny inputs, in a process that compute-sanitizer runs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import sys
 
 import torch
 
-from bench.sheet import cases, spectral_cases
-from bench.sheet.case import Case
-from bench.sheet.rows import relative_error
+from bench.gpu_report import cases, spectral_cases
+from bench.gpu_report.case import Case
+from bench.gpu_report.rows import relative_error
 from repsim_kernels.kernels.cupy import module
 
 

@@ -13,12 +13,12 @@ import torch
 
 import repsim_kernels as rk
 from bench.common.machine import Json, load, save
-from bench.sheet import supervise
-from bench.sheet.extrapolate import RULES, extrapolate
-from bench.sheet.rows import said
+from bench.gpu_report import supervise
+from bench.gpu_report.extrapolate import RULES, extrapolate
+from bench.gpu_report.rows import said
 
 if TYPE_CHECKING:
-    from bench.sheet.subjects import Subject
+    from bench.gpu_report.subjects import Subject
 
 _LATE = "no time was left"
 _STEADY = 0.3  # seconds of repetitions of a stage, at least one
@@ -55,7 +55,7 @@ def work(out: Path, device: str, quick: bool, end: float) -> None:
         save(out, record)
 
     try:
-        from bench.sheet.subjects import subjects
+        from bench.gpu_report.subjects import subjects
 
         torch.set_flush_denormal(True)  # as the study does
         if quick:  # too small to share; threads would wait for each other

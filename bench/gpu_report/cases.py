@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import repsim_kernels as rk
-from bench.sheet import linear_cases, probe_cases, spectral_cases
-from bench.sheet.case import (
+from bench.gpu_report import linear_cases, probe_cases, spectral_cases
+from bench.gpu_report.case import (
     DISTANCES,
     EXACT,
     MEANS,
@@ -21,7 +21,7 @@ from bench.sheet.case import (
     labelled,
     members,
 )
-from bench.sheet.plain_cupy import PlainCupy, cell_grams, centred
+from bench.gpu_report.plain_cupy import PlainCupy, cell_grams, centred
 
 PAPER = ("cka", "procrustes", "pwcca", "cca", "cca_squared")
 # Channels and pixels of AlexNet's first layer, ResNet50's last, and of the rehearsal.

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bench.common import timing
 from bench.common.machine import Json, number
-from bench.sheet import plain_cupy
-from bench.sheet.case import Case
+from bench.gpu_report import plain_cupy
+from bench.gpu_report.case import Case
 from repsim_kernels.kernels.cupy import module
 
 # A relative error, of plain float32, beyond which a route does something else and has no time.

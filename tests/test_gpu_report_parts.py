@@ -14,8 +14,16 @@ from typer.testing import CliRunner
 
 from bench.__main__ import app
 from bench.common.machine import ROOT
-from bench.sheet import gpu_tests, processes, run, sanitizer, small, study, supervise
-from bench.sheet.verdict import verdict
+from bench.gpu_report import (
+    gpu_tests,
+    processes,
+    run,
+    sanitizer,
+    sanitizer_target,
+    study,
+    supervise,
+)
+from bench.gpu_report.verdict import verdict
 
 
 @pytest.mark.parametrize(
@@ -56,7 +64,7 @@ def test_gpu_tests_that_hang_are_stopped_and_counted(tmp_path, ignored):
         "@pytest.mark.gpu\ndef test_b():\n    time.sleep(600)\n"
     )
     code = (
-        "import json, pathlib, sys; from bench.sheet import gpu_tests, processes\n"
+        "import json, pathlib, sys; from bench.gpu_report import gpu_tests, processes\n"
         "processes.ROOT = pathlib.Path(sys.argv[1])\n"
         "print(json.dumps(gpu_tests.gpu_tests(8)))"
     )
@@ -165,15 +173,15 @@ def test_no_sanitizer_is_said(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
 def test_what_is_sanitized_says_what_is_wrong(monkeypatch, capsys):
-    right, wrong = small.all_cases()[:2]
+    right, wrong = sanitizer_target.all_cases()[:2]
     routed = [
-        small.cases.cases(True)[i].__class__(**{**vars(case), "kernel": kernel})
+        sanitizer_target.cases.cases(True)[i].__class__(**{**vars(case), "kernel": kernel})
         for i, (case, kernel) in enumerate(
             [(right, right.reference), (wrong, lambda x: 2 * wrong.reference(x))]
         )
     ]
-    monkeypatch.setattr(small, "all_cases", lambda: routed)
-    assert small.main("cpu") == 1
+    monkeypatch.setattr(sanitizer_target, "all_cases", lambda: routed)
+    assert sanitizer_target.main("cpu") == 1
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith(f"right 0.0e+00 {right.name}")
     assert said[1].startswith(f"WRONG 1.0e+00 {wrong.name}")
@@ -257,15 +265,15 @@ def test_the_verdict(changes, want):
     ("arguments", "want"),
     [
         (["--device", "tpu"], "expected cuda or cpu"),
-        (["--device", "cpu", "--quick", "--out", "{}/none/sheet.json"], "there is no folder"),
+        (["--device", "cpu", "--quick", "--out", "{}/none/report.json"], "there is no folder"),
         (["--device", "cpu", "--quick", "--out", "{}"], "can't be written"),
     ],
 )
 def test_what_cannot_be_done_is_said_at_once(tmp_path, monkeypatch, arguments, want):
     monkeypatch.setattr(run.timing, "ceilings", lambda *_: pytest.fail("it has begun"))
     given = [text.format(tmp_path) for text in arguments]
-    given += [] if "--out" in given else ["--out", str(tmp_path / "sheet.json")]
-    done = CliRunner().invoke(app, ["sheet", *given], env={"COLUMNS": "300", "TERM": "dumb"})
+    given += [] if "--out" in given else ["--out", str(tmp_path / "report.json")]
+    done = CliRunner().invoke(app, ["gpu-report", *given], env={"COLUMNS": "300", "TERM": "dumb"})
     assert done.exit_code == 2
     assert want in done.output
 
@@ -273,11 +281,11 @@ def test_what_cannot_be_done_is_said_at_once(tmp_path, monkeypatch, arguments, w
 def test_no_gpu_or_an_interpreter_is_said_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="--device cpu --quick"):
-        run.sheet(tmp_path / "sheet.json", "cuda")
+        run.gpu_report(tmp_path / "report.json", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="would not run on the GPU"):
-        run.sheet(tmp_path / "sheet.json", "cuda")
+        run.gpu_report(tmp_path / "report.json", "cuda")
 
 
 class Clock:
@@ -312,8 +320,8 @@ def test_parts_keep_to_their_shares(tmp_path, monkeypatch, greedy):
     monkeypatch.setattr(run, "_check", lambda *_: None)
     monkeypatch.setattr(run, "environment", lambda _: {"device": "a stand-in"})
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    out = tmp_path / "sheet.json"
-    run.sheet(out, "cuda", False, lambda quick: [])
+    out = tmp_path / "report.json"
+    run.gpu_report(out, "cuda", False, lambda quick: [])
     assert [name for name, _, _ in given] == [
         *("ceilings", "rows", "tests", "study", "sanitizer", "rows")
     ]
@@ -335,7 +343,7 @@ def test_a_part_that_fails_is_recorded_and_the_rest_goes_on(tmp_path, monkeypatc
 
     monkeypatch.setattr(run.timing, "ceilings", fails)
     monkeypatch.setattr(study, "supervised", lambda *_: None)
-    out = tmp_path / "sheet.json"
-    found = run.sheet(out, "cpu", True, lambda quick: [])
+    out = tmp_path / "report.json"
+    found = run.gpu_report(out, "cpu", True, lambda quick: [])
     assert found["ceilings"] == {"why": "RuntimeError: out of memory"}
     assert found["finished"]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.sheet.case import Case, Shape, function
+from bench.gpu_report.case import Case, Shape, function
 
 _STEPS = 8  # of Newton's, from a cold start
 

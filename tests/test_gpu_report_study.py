@@ -13,8 +13,8 @@ import torch
 
 import repsim_kernels as rk
 from bench.common.machine import load, save
-from bench.sheet import study
-from bench.sheet.extrapolate import RULES, extrapolate
+from bench.gpu_report import study
+from bench.gpu_report.extrapolate import RULES, extrapolate
 
 STAGES = ("cells", "gram", "spectral", "pwcca", "metrics", "suffix", "paper", "ridge")
 TOGETHER = ("prefix", "cells", "metrics", "suffix", "paper")
@@ -53,7 +53,7 @@ def settings():
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
-    return rehearsed(tmp_path_factory.mktemp("study") / "sheet.json")
+    return rehearsed(tmp_path_factory.mktemp("study") / "report.json")
 
 
 def test_every_stage_is_timed(network):
@@ -144,7 +144,7 @@ def test_a_stage_that_fails_is_recorded_and_the_rest_goes_on(tmp_path, monkeypat
         raise RuntimeError("a broken kernel")
 
     monkeypatch.setattr(rk, "centered_gram", fails)
-    found = rehearsed(tmp_path / "sheet.json")
+    found = rehearsed(tmp_path / "report.json")
     stages = found["sample"][0]["stages"]
     assert stages["gram"] == {"why": "RuntimeError: a broken kernel"}
     assert "gram failed before" in stages["spectral"]["why"]
@@ -159,15 +159,15 @@ def test_a_stage_that_fails_is_recorded_and_the_rest_goes_on(tmp_path, monkeypat
 
 
 def test_a_study_that_cannot_be_made_says_why(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "bench.sheet.subjects", None)
-    out = tmp_path / "sheet.json"
+    monkeypatch.setitem(sys.modules, "bench.gpu_report.subjects", None)
+    out = tmp_path / "report.json"
     save(out, {"study": {}})
     study.work(out, "cpu", True, time.time() + 600)
-    assert "bench.sheet.subjects" in load(out)["study"]["why"]
+    assert "bench.gpu_report.subjects" in load(out)["study"]["why"]
 
 
 def test_a_study_that_is_late_begins_no_stage(tmp_path):
-    out = tmp_path / "sheet.json"
+    out = tmp_path / "report.json"
     save(out, {"study": {}})
     study.work(out, "cpu", True, time.time())
     (network,) = load(out)["study"]["networks"]
@@ -183,7 +183,7 @@ def dies(out, device, quick, end):
 
 
 def test_what_was_timed_before_a_crash_is_extrapolated(tmp_path, monkeypatch):
-    out = tmp_path / "sheet.json"
+    out = tmp_path / "report.json"
     save(out, {})
     monkeypatch.setattr(study, "work", dies)
     study.supervised(out, "cpu", True, time.time() + 600)

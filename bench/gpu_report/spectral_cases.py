@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.sheet.case import PRODUCTS, Case, Shape, function, labelled, members
-from bench.sheet.plain_cupy import PlainCupy, cell_grams
+from bench.gpu_report.case import PRODUCTS, Case, Shape, function, labelled, members
+from bench.gpu_report.plain_cupy import PlainCupy, cell_grams
 
 _DEFICITS = 1e-9  # what the end of the iterations promises
 _STEPS = 8  # that these parts take, in fours

@@ -1,5 +1,5 @@
 """The sheet of a card: its ceilings, the GPU's tests, every kernel's error and time, the study."""
 
-from bench.sheet.run import sheet
+from bench.gpu_report.run import gpu_report
 
-__all__ = ["sheet"]
+__all__ = ["gpu_report"]

@@ -6,10 +6,10 @@ import re
 import sys
 
 from bench.common.machine import Json
-from bench.sheet import processes
+from bench.gpu_report import processes
 
 # Its own tests would run the sheet in the sheet.
-_OPTIONS = ("--continue-on-collection-errors", "--ignore-glob=tests/test_sheet*.py")
+_OPTIONS = ("--continue-on-collection-errors", "--ignore-glob=tests/test_gpu_report*.py")
 _ARGUMENTS = ("-m", "gpu", "-q", *_OPTIONS)
 # A shell's background job ignores SIGINT, and so would pytest, which counts when it is interrupted.
 _PYTEST = """\

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from bench.common.machine import Json, load, save
-from bench.sheet import rows, table
-from bench.sheet.case import Case
+from bench.gpu_report import rows, table
+from bench.gpu_report.case import Case
 
 ROW = 90.0  # seconds; a row without news for so long hangs; compiling takes some of it
 LAST_START = 30.0  # seconds before the end, after which no row is begun
