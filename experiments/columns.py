@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from repsim_kernels.ops.ablation import METRICS as METRICS
+from repsim_kernels import _metrics
 
+#: The distances of a run's table, by name.
+METRICS = tuple(metric.name for metric in _metrics.METRICS if metric.ablation)
 KEYS = ["model", "class", "layer", "cell"]
 #: What a cell holds of the representation's energy: a distance that knows nothing of directions.
 BASELINE = "energy"
@@ -17,15 +19,8 @@ PROBES = {
 }
 CHANGES = (*PERFORMANCE, *(name for names in PROBES.values() for name in names))
 
-METRIC_NAMES = {
-    "cka": "CKA",
-    "procrustes": "Procrustes",
-    "pwcca": "PWCCA",
-    "cca": "mean CCA",
-    "cca_squared": "mean squared CCA",
-    "svcca": "SVCCA",
-    "cka_debiased": "debiased CKA",
-    BASELINE: "energy removed",
+METRIC_NAMES = {metric.name: metric.label for metric in _metrics.METRICS if metric.ablation} | {
+    BASELINE: "energy removed"
 }
 
 CHANGE_NAMES = {

@@ -8,9 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -50,11 +52,18 @@ def contents(folder: Path) -> dict[str, bytes]:
 def assert_only_the_package(files: dict[str, bytes]) -> None:
     roots = {name.split("/")[0] for name in files}
     assert {root for root in roots if not root.endswith(".dist-info")} == {"repsim_kernels"}
-    folder = ROOT / "repsim_kernels"
-    wanted = [p for p in folder.rglob("*") if p.suffix in (".py", ".cu", ".typed")]
-    assert len(wanted) > 50
-    for path in wanted:
-        assert files[str(path.relative_to(ROOT))] == path.read_bytes()
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "repsim_kernels", "experiments"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    wanted = [line for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
+    assert len(wanted) > 100
+    for name in wanted:
+        packed = f"repsim_kernels/{name}" if name.startswith("experiments/") else name
+        assert files[packed] == (ROOT / name).read_bytes()
     assert not any("__pycache__" in name for name in files)
 
 
@@ -94,3 +103,32 @@ def test_what_is_asked_for_but_cannot_be(tmp_path):
     assert code != 0
     assert "REPSIM_CUDA=YES: expected AUTO, ON or OFF" in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_of_an_installed_wheel(tmp_path):
+    """One unit of the demo, where neither the checkout nor an `experiments` in sight is used."""
+    code, said = build(tmp_path / "wheel", "OFF")
+    assert code == 0, said
+    (wheel,) = (tmp_path / "wheel").iterdir()
+    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
+    binaries = tmp_path / "venv" / "bin"
+    # What the package depends on is this environment's, behind the wheel on the path.
+    inherited = [entry for entry in sys.path if entry.endswith("site-packages")]
+    (packages,) = (tmp_path / "venv").rglob("site-packages")
+    (packages / "inherited.pth").write_text("\n".join(inherited) + "\n")
+    pip = [sys.executable, "-m", "pip", "--python", str(binaries / "python")]
+    subprocess.run(
+        [*pip, "install", "--quiet", "--no-deps", "--ignore-installed", str(wheel)], check=True
+    )
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "__init__.py").write_text("raise AssertionError\n")
+    options = ["--model", "alexnet_small", "--layers", "classifier.5", "--out"]
+    module = [binaries / "python", "-m", "repsim_kernels.experiments"]
+    for command, run in (([binaries / "repsim"], "first"), (module, "second")):
+        subprocess.run([*command, "sweep", *options, run], cwd=tmp_path, check=True)
+        table = pd.read_parquet(tmp_path / run / "results.parquet")
+        assert len(table) == 10 * 16
+        assert (tmp_path / run / "report.html").stat().st_size > 100_000
+    code = "import repsim_kernels.experiments as e, experiments; print(e.__file__)"
+    done = subprocess.run([*module[:1], "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "AssertionError" in done.stderr  # the folder's own package is what `experiments` means

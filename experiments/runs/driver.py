@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import pandas as pd  # type: ignore[import-untyped]
 
-from repsim_kernels.experiments.study import measure
-from repsim_kernels.experiments.study.checks import check_progress
 from repsim_kernels.experiments.columns import KEYS
 from repsim_kernels.experiments.errors import ExecutorError
 from repsim_kernels.experiments.runs.executors import Event, Executor
@@ -21,6 +19,8 @@ from repsim_kernels.experiments.runs.lock import driving
 from repsim_kernels.experiments.runs.membership import check_names, open_run
 from repsim_kernels.experiments.runs.shard import Shard
 from repsim_kernels.experiments.runs.store import Store
+from repsim_kernels.experiments.study import measure
+from repsim_kernels.experiments.study.checks import check_progress
 from repsim_kernels.experiments.study.study import Study
 from repsim_kernels.experiments.study.units import Unit
 
@@ -62,12 +62,11 @@ def run(
         One row per model, class, layer and cell, sorted by these columns; then ``size`` (neurons
         of the cell), ``nan_images`` (images for which the network, intact or ablated, gives no
         answer: logits with a NaN, or all -inf; where there are any, the cell's changes of
-        performance are NaN), a column per metric
-        (distance of the ablated from the original representation), and one per function change,
-        positive where function is lost:
+        performance are NaN), a column per metric (distance of the ablated from the original
+        representation), and one per function change, positive where function is lost:
         ``rank_deficit``, ``log_probability``, ``probability``, ``top1``, ``top5`` (see
-        `repsim_kernels.experiments.study.performance`), ``decodability_refit`` and ``decodability_frozen`` (balanced
-        accuracy of the class against the rest, intact minus ablated), ``margin_refit`` and
+        `study.performance`), ``decodability_refit`` and ``decodability_frozen`` (balanced accuracy
+        of the class against the rest, intact minus ablated), ``margin_refit`` and
         ``margin_frozen`` (what the probe's output loses on the right side); each of them again
         over every other image, ``_odd`` and ``_even``. ``energy`` is the share of the variance
         over stimuli that the cell's neurons have. The same run gives the same bits.

@@ -6,11 +6,11 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from repsim_kernels.experiments.errors import RunError
+from repsim_kernels.experiments.runs.store import Store
 from repsim_kernels.experiments.study import measure
 from repsim_kernels.experiments.study.checks import check_folder
 from repsim_kernels.experiments.study.configuration import digest, version_of
-from repsim_kernels.experiments.errors import RunError
-from repsim_kernels.experiments.runs.store import Store
 
 if TYPE_CHECKING:
     from repsim_kernels.experiments.study.study import Study

@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 
 from repsim_kernels.experiments.columns import KEYS
-from repsim_kernels.experiments.study.configuration import differences, digest
 from repsim_kernels.experiments.errors import DamagedError, StoreError
 from repsim_kernels.experiments.files import replacing
+from repsim_kernels.experiments.study.configuration import differences, digest
 from repsim_kernels.experiments.study.units import Unit, units_of
 
 CONFIGURATION = "study.json"

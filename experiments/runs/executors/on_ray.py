@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from repsim_kernels.experiments.errors import ExecutorError
-from repsim_kernels.experiments.study.units import Unit
 from repsim_kernels.experiments.runs.executors import Event, Task, told
 from repsim_kernels.experiments.runs.executors.pool import few_threads, prepare
+from repsim_kernels.experiments.study.units import Unit
 
 _RESTARTS = 3  # of an actor, by Ray
 _PATIENCE = 30.0  # seconds until it is said that the cluster lets actors wait

@@ -15,9 +15,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from repsim_kernels.experiments.errors import ExecutorError
+from repsim_kernels.experiments.runs.executors import Event, Task, told
 from repsim_kernels.experiments.runs.store import Store
 from repsim_kernels.experiments.study.units import Unit
-from repsim_kernels.experiments.runs.executors import Event, Task, told
 
 _STARTS = 3  # workers in a row that die before they are ready, and no more are tried
 
@@ -171,8 +171,8 @@ def prepare(task: Task, device: str, name: str, cores: Sequence[int]) -> Any:
     """Make the studies again, in a process that is to measure units on these cores alone."""
     import torch
 
-    from repsim_kernels.experiments.runs.membership import join
     from repsim_kernels.experiments.runs.executors.worker import Serial
+    from repsim_kernels.experiments.runs.membership import join
 
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)

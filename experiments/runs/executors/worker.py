@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from repsim_kernels import RepsimError
-
+from repsim_kernels.experiments.errors import StudyError, one_line
+from repsim_kernels.experiments.runs.executors import Event
+from repsim_kernels.experiments.runs.store import Store
 from repsim_kernels.experiments.study import measure
 from repsim_kernels.experiments.study.configuration import version_of
-from repsim_kernels.experiments.errors import StudyError, one_line
-from repsim_kernels.experiments.runs.store import Store
 from repsim_kernels.experiments.study.units import Unit
-from repsim_kernels.experiments.runs.executors import Event
 
 if TYPE_CHECKING:
     from repsim_kernels.experiments.study.study import Study

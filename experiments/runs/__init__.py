@@ -1,0 +1,1 @@
+"""Runs of studies: their folders, their units, and who measures them."""
