@@ -106,7 +106,7 @@ def test_what_is_asked_for_but_cannot_be(tmp_path):
 
 
 def test_the_command_of_an_installed_wheel(tmp_path):
-    """One unit of the demo, where neither the checkout nor an `experiments` in sight is used."""
+    """One unit of the demo, in a folder whose own `experiments` can't be imported."""
     code, said = build(tmp_path / "wheel", "OFF")
     assert code == 0, said
     (wheel,) = (tmp_path / "wheel").iterdir()
@@ -127,8 +127,6 @@ def test_the_command_of_an_installed_wheel(tmp_path):
     for command, run in (([binaries / "repsim"], "first"), (module, "second")):
         subprocess.run([*command, "sweep", *options, run], cwd=tmp_path, check=True)
         table = pd.read_parquet(tmp_path / run / "results.parquet")
-        assert len(table) == 10 * 16
-        assert (tmp_path / run / "report.html").stat().st_size > 100_000
-    code = "import repsim_kernels.experiments as e, experiments; print(e.__file__)"
-    done = subprocess.run([*module[:1], "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert "AssertionError" in done.stderr  # the folder's own package is what `experiments` means
+        assert list(table["layer"].unique()) == ["classifier.5"]
+        assert len(table) == 16 * table["class"].nunique() > 0
+        assert (tmp_path / run / "report.html").exists()
