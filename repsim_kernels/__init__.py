@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from repsim_kernels.ops.gram import centered_gram as centered_gram
     from repsim_kernels.ops.logistic import logistic_fits as logistic_fits
     from repsim_kernels.ops.pairwise import pairwise as pairwise
+    from repsim_kernels.ops.predictivity import linear_predictivity as linear_predictivity
     from repsim_kernels.ops.probe import ablation_decodability as ablation_decodability
     from repsim_kernels.ops.probe_paper import probe_paper as probe_paper
     from repsim_kernels.ops.procrustes import procrustes as procrustes

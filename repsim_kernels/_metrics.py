@@ -58,4 +58,5 @@ METRICS = (
     Metric("cka_debiased", "debiased CKA", ablation=True),
     Metric("procrustes_distance", "Procrustes distance", kind="distance", pairwise=True),
     Metric("rsa", "RSA", pairwise=True),
+    Metric("linear_predictivity", "linear predictivity", pairwise=True, symmetric=False),
 )

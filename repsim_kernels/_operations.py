@@ -56,6 +56,7 @@ OPERATIONS = (
     Operation("procrustes", "procrustes", _PLAIN, batched=("torch",)),
     Operation("procrustes_distance", "procrustes", _PLAIN, batched=("torch",)),
     Operation("rsa", "rsa", _PLAIN),
+    Operation("linear_predictivity", "predictivity", _PLAIN),
     Operation("pairwise", "pairwise", _PLAIN),
     Operation("ablation_distances", "ablation", _TRITON),
     Operation("ablation_decodability", "probe", _TRITON),

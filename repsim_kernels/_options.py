@@ -93,6 +93,21 @@ def probe_ridge(value: Any, name: str) -> float:
     return number(value, name, low=1e-6, high=_MOST_RIDGE)
 
 
+def ridge_or_gcv(value: Any) -> float | str:
+    """Check the relative ridge of a probe, or that it is to be chosen by "gcv"."""
+    if not isinstance(value, str):
+        return probe_ridge(value, "ridge")
+    if value != "gcv":
+        raise OptionError(f"ridge: {shown(value)}; expected a number from 1e-06 to 1e+10, or 'gcv'")
+    return value
+
+
+def contiguous_folds(value: Any, n: int) -> np.ndarray[Any, Any]:
+    """Check a number of folds and return the fold of each of n stimuli: runs, the first longer."""
+    k = count(value, "folds", least=2, most=n)
+    return np.repeat(np.arange(k), [n // k + (i < n % k) for i in range(k)])
+
+
 def shrinkage(ridge: Any, penalty: Any) -> tuple[float, float]:
     """Check `ridge` and `penalty`, of which at most one may be set."""
     ridge, penalty = ridges(ridge, penalty)

@@ -21,6 +21,7 @@ PAIRS = {
     "procrustes": {},
     "procrustes_distance": {},
     "rsa": {},
+    "linear_predictivity": {},
 }
 SINGLES = {
     "centered_gram": (),

@@ -8,13 +8,14 @@ import torch
 
 import repsim_kernels as rk
 from repsim_kernels import RepsimError
+from repsim_kernels._metrics import METRICS
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.standard_normal((6, 4)), RNG.standard_normal((6, 2))
 NAN, INF = X.copy(), torch.from_numpy(X.copy())
 NAN[2, 3] = np.nan
 INF[1, 0] = torch.inf
-PAIRS = ("cka", "cca", "svcca", "pwcca", "procrustes", "procrustes_distance", "rsa")
+PAIRS = tuple(metric.name for metric in METRICS if metric.pairwise)
 CELLS, LABELS = [0, 0, 1, 1], [0, 0, 1, 1, 2, 2]
 
 

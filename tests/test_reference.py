@@ -260,7 +260,7 @@ def test_decodability_is_sklearns_ridge(p, target, ridge):
     for name, value in want.items():
         assert_close(got[name], value, SAME)
     assert_close(
-        held_out(x, ablated[0], shown, ridge),
+        held_out(x, ablated[0], np.eye(shown.max() + 1)[shown], ridge),
         predictions(x, ablated[0])[:, : shown.max() + 1],
         LOOSE,
     )

@@ -25,7 +25,9 @@ def pairwise(
         Activations of the same n stimuli. Integers are taken as float64.
     ys : sequence of M arrays, (n, q_j), optional
         The other side; `xs` itself unless given.
-    metric : {"cka", "procrustes", "pwcca", "cca", "svcca", "procrustes_distance", "rsa"}
+    metric : str
+        "cka", "procrustes", "pwcca", "cca", "svcca", "procrustes_distance", "rsa" or
+        "linear_predictivity".
     backend : {"reference", "torch"}, optional
         What computes it; by default chosen by the kind and the device of ``xs[0]``.
     **options
@@ -65,6 +67,8 @@ def pairwise(
     if ys is not None:
         ys = _check.representations(ys, "ys", least=least, like=xs[0], later=later)
     n, chance = len(xs[0]), False
+    if "folds" in options:
+        options["folds"] = _options.contiguous_folds(options["folds"], n)
     p, q = (max(x.shape[1] for x in zs) for zs in (xs, xs if ys is None else ys))
     if _METRICS[metric].cca_ridge:
         _options.warn_if_degenerate(metric, n, p, q, options["ridge"], options["penalty"])
@@ -106,7 +110,9 @@ def _checked(metric: str, options: dict[str, Any]) -> int:
     if metric == "cka":
         options["sigma"] = _options.bandwidth(options["kernel"], options["sigma"])
         return 4 if options["debiased"] else 2
-    if "ridge" in options:
+    if metric == "linear_predictivity":
+        options["ridge"] = _options.ridge_or_gcv(options["ridge"])
+    elif "ridge" in options:
         options["ridge"], options["penalty"] = _options.shrinkage(
             options["ridge"], options["penalty"]
         )

@@ -129,18 +129,13 @@ def ablation_decodability(
 
 def _relative(ridge: Any, probe: str) -> float | str:
     """Check the ridge of a probe."""
-    if not isinstance(ridge, str):
-        return _options.probe_ridge(ridge, "ridge")
-    if ridge != "gcv":
-        raise OptionError(
-            f"ridge: {_options.shown(ridge)}; expected a number from 1e-06 to 1e+10, or 'gcv'"
-        )
-    if probe == "logistic":
+    ridge = _options.ridge_or_gcv(ridge)
+    if ridge == "gcv" and probe == "logistic":
         raise OptionError(
             "ridge: 'gcv' with probe='logistic'; expected a number, or probe='ridge', since "
             "generalised cross-validation is of least squares"
         )
-    return "gcv"
+    return ridge
 
 
 def _scores(score: Any, target: Any, probe: str) -> tuple[str, ...]:

@@ -49,14 +49,14 @@ def ablation_decodability(
     varies = (x != x[0]).any(axis=0)
 
     def outputs(task: Real) -> dict[str, list[Array]]:
-        refit, frozen = [], []
+        y, refit, frozen = one_hot(task), [], []
         for cell in membership(cells, n_cells):
             ablated = np.where(cell, 0, x)
             gone = varies.any() and cell[varies].all()
-            nothing = np.full((len(x), task.max() + 1), np.nan)
-            refit.append(nothing if gone else fit(ablated, ablated, task, ridge, folds))
-            frozen.append(fit(x, ablated, task, ridge, folds))
-        return {"refit": refit, "frozen": frozen, "intact": [fit(x, x, task, ridge, folds)]}
+            nothing = np.full(y.shape, np.nan)
+            refit.append(nothing if gone else fit(ablated, ablated, y, ridge, folds))
+            frozen.append(fit(x, ablated, y, ridge, folds))
+        return {"refit": refit, "frozen": frozen, "intact": [fit(x, x, y, ridge, folds)]}
 
     each = [(outputs(task), task) for task in tasks]
     for name in names:
@@ -120,13 +120,10 @@ def _parts(n: int, folds: Real | None) -> list[Real]:
     return [fold == k for k in np.unique(fold)]
 
 
-def held_out(
-    x: Array, read: Array, classes: Real, ridge: float, folds: Real | None = None
-) -> Array:
-    """Prediction for each row of ``read`` (n, p) by the fit to x without the row's fold, (n, k)."""
+def held_out(x: Array, read: Array, y: Array, ridge: float, folds: Real | None = None) -> Array:
+    """Prediction of y (n, k) for each row of ``read`` (n, p) by the fit without the row's fold."""
     n = len(x)
     kappa = ridge * np.sum(centered(x) ** 2) / n
-    y = one_hot(classes)
     scores = np.empty_like(y)
     for held in _parts(n, folds):
         a, mean = centered(x[~held]), x[~held].mean(axis=0)
@@ -136,12 +133,11 @@ def held_out(
 
 
 def held_out_logistic(
-    x: Array, read: Array, classes: Real, ridge: float, folds: Real | None = None
+    x: Array, read: Array, y: Array, ridge: float, folds: Real | None = None
 ) -> Array:
-    """Decision value for each row of ``read`` (n, p) and class, fitted without the row's fold."""
+    """Decision values of one-hot y (n, k) for ``read`` (n, p), fitted without the row's fold."""
     n = len(x)
     kappa = ridge * np.sum(centered(x) ** 2) / n
-    y = one_hot(classes)
     scores = np.empty_like(y)
     for held in _parts(n, folds):
         a, mean = centered(x[~held]), x[~held].mean(axis=0)

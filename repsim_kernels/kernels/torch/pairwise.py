@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repsim_kernels.kernels.torch import cca, cka, gram, procrustes, rsa
+from repsim_kernels.kernels.torch import cca, cka, gram, predictivity, procrustes, rsa
 from repsim_kernels.kernels.torch.spectrum import Representation
 
 
@@ -19,6 +19,8 @@ def pairwise(
         u = torch.stack(rsa.all_dissimilarities(xs, **options))
         v = u if ys is None else torch.stack(rsa.all_dissimilarities(ys, **options))
         return (u @ v.mT).clamp(-1, 1)
+    if metric == "linear_predictivity":
+        return predictivity.all_pairs(xs, ys, **options)
     if metric == "cka":
         return _cka(xs, ys, **options)
     left = [Representation(x) for x in xs]

@@ -32,8 +32,10 @@ def ablation_decodability(
 ) -> dict[str, Any]:
     parts = Cells(x, cells, n_cells, shifts=True, passes=passes)
     task = _Task(labels, target, x.device, rest=1 if probe == "ridge" else 0)
-    relative = _best_ridge(parts.whole, task.y) if isinstance(ridge, str) else ridge
-    held = _groups(folds, len(x), x.device)
+    relative = (
+        best_ridges(parts.whole, [to_complement(task.y)])[0] if isinstance(ridge, str) else ridge
+    )
+    held = fold_groups(np.arange(len(x)) if folds is None else folds, x.device)
 
     def fitted(k: Tensor) -> _Ridge | _Logistic:
         kappa = relative * k.trace() / len(k)
@@ -92,21 +94,27 @@ class _Task:
         return sums.sum(1) / value.shape[1]
 
 
-def _groups(folds: np.ndarray | None, n: int, device: torch.device) -> list[Tensor]:
-    """The stimuli of each fold, of one size of fold at a time: (folds, size) each."""
-    fold = np.arange(n) if folds is None else folds
-    sizes = np.bincount(fold)
-    members = np.split(np.argsort(fold, kind="stable"), sizes.cumsum()[:-1])
+def fold_groups(folds: np.ndarray, device: torch.device) -> list[Tensor]:
+    """The stimuli of each fold (n,), of one size of fold at a time: (folds, size) each."""
+    sizes = np.bincount(folds)
+    members = np.split(np.argsort(folds, kind="stable"), sizes.cumsum()[:-1])
     return [
         torch.from_numpy(np.stack([m for m in members if len(m) == size])).to(device)
         for size in np.unique(sizes)
     ]
 
 
-def _best_ridge(k: Tensor, y: Tensor) -> Tensor:
-    """The relative ridge of the least n ‖(I - H)Y‖² / tr(I - H)², from one eigendecomposition."""
+def best_ridges(k: Tensor, ys: list[Tensor]) -> list[Tensor]:
+    """The relative ridge of the least n ‖(I - H)Y‖² / tr(I - H)² for each Y, given as QᵀY.
+
+    Q is the basis of `to_complement`; any factor of QᵀYYᵀQ gives the same.
+    """
     w, u = torch.linalg.eigh(to_complement(to_complement(k).mT))
-    w, energy = w.clamp(min=0), (u.mT @ to_complement(y)).square().sum(1)
+    return [_best_ridge(k, w.clamp(min=0), (u.mT @ y).square().sum(1)) for y in ys]
+
+
+def _best_ridge(k: Tensor, w: Tensor, energy: Tensor) -> Tensor:
+    """Search along w (n - 1,), the eigenvalues of K, and the energy of Y in each eigenvector."""
     exponents = torch.linspace(-6, 6, 121, dtype=k.dtype, device=k.device)
     for _ in range(7):  # to 1e-7, where the criterion no longer changes
         kappa = 10 ** exponents[:, None] * k.trace() / len(k)
@@ -118,6 +126,17 @@ def _best_ridge(k: Tensor, y: Tensor) -> Tensor:
     return answer
 
 
+def hold_out(residual: Tensor, missed: Tensor, held: list[Tensor]) -> Tensor:
+    """Turn residuals of the fit to all stimuli into those of the fits without each one's fold.
+
+    In place: missed (n, m) holds them, residual (n, n) is the matrix that makes them from targets.
+    """
+    for i in held:
+        block = residual[i[:, :, None], i[:, None, :]]
+        missed[i] = torch.linalg.solve(block, missed[i])
+    return missed
+
+
 class _Ridge:
     """Ridge regressions on a Gram K (n, n), each without one fold."""
 
@@ -127,10 +146,7 @@ class _Ridge:
         self.weights = torch.cholesky_inverse(torch.linalg.cholesky(regular))
         self.y, self.held = y, held
         residual = kappa * self.weights - 1 / n
-        self.missed = residual @ y
-        for i in held:
-            block = residual[i[:, :, None], i[:, None, :]]
-            self.missed[i] = torch.linalg.solve(block, self.missed[i])
+        self.missed = hold_out(residual, residual @ y, held)
         self.held_out = y - self.missed
 
     def read(self, rest: Tensor, shift: Tensor) -> Tensor:
