@@ -1,17 +1,20 @@
-"""Which library, device and dtype an array is; conversion without copies; the same kind out as in.
+"""Arrays enter as torch tensors, and results leave as the kind of array that was passed.
 
-Frameworks are recognised by the module that defines an array's type, so that nothing is imported
-that the caller has not imported already.
+`convert` is the one way in; what comes after it, checks and kernels, sees tensors only.
 """
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.autograd.forward_ad import unpack_dual
+from torch.utils.dlpack import from_dlpack
 
 from repsim_kernels._options import one_line, shown
 from repsim_kernels.errors import DtypeError
@@ -20,17 +23,19 @@ Array = Any
 """A NumPy array, a torch tensor or a CuPy array."""
 
 REAL = "real numbers (float16, bfloat16, float32, float64, integers)"
-_NUMBERS = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)|bfloat16")
+_NUMBERS = {"bool", "float16", "bfloat16", "float32", "float64"}
+_NUMBERS |= {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 
 
 def kind(a: Any) -> str | None:
-    """``"numpy"``, ``"torch"`` or ``"cupy"``; None for anything else."""
-    for cls in type(a).__mro__:
-        root, name = cls.__module__.partition(".")[0], cls.__name__
-        # Modules of torch are no arrays, nor is a torch.Size.
-        if root == "cupy" or (root, name) in (("torch", "Tensor"), ("numpy", "ndarray")):
-            return root
-    return None
+    """Return ``"numpy"``, ``"torch"`` or ``"cupy"``; None for anything else."""
+    if isinstance(a, Tensor):
+        return "torch"
+    if isinstance(a, np.ndarray):
+        return "numpy"
+    # CuPy is recognised by name, so that it is imported only by callers who use it.
+    cupy = any(cls.__module__.partition(".")[0] == "cupy" for cls in type(a).__mro__)
+    return "cupy" if cupy else None
 
 
 def dtype_name(a: Array) -> str:
@@ -38,22 +43,38 @@ def dtype_name(a: Array) -> str:
     return str(a.dtype).removeprefix("torch.")
 
 
-def device(a: Array) -> str:
-    """``"cpu"`` or ``"cuda:<index>"`` (torch's other devices by their own names)."""
-    match kind(a):
-        case "torch":
-            return str(a.device)
-        case "cupy":
-            return f"cuda:{a.device.id}"
-    return "cpu"
+class Source(NamedTuple):
+    """Where an argument came from, which is where the results go."""
+
+    kind: str  # "numpy" (also for lists, data frames and all other arrays), "torch" or "cupy"
+    device: str  # "cpu" or "cuda:<index>", torch's other devices by their own names
+
+    def restore(self, result: Any) -> Any:
+        """Convert a tensor, a NumPy array or a dict of them to this library and device.
+
+        For NumPy, results without dimensions become scalars. Whatever is no array is left alone.
+        """
+        if isinstance(result, dict):
+            return {key: self.restore(value) for key, value in result.items()}
+        if not isinstance(result, (Tensor, np.ndarray, np.generic)):
+            return result
+        if self.kind == "torch":
+            return torch.as_tensor(result, device=self.device)
+        if self.kind == "cupy":
+            import cupy  # type: ignore[import-not-found]
+
+            with cupy.cuda.Device(int(self.device.removeprefix("cuda:"))):
+                tensor = isinstance(result, Tensor)
+                return cupy.from_dlpack(result) if tensor else cupy.asarray(result)
+        return to_numpy(result)[()]
 
 
-def asarray(a: Any, name: str, expected: str = REAL) -> Array:
-    """Return tensors, CuPy and NumPy arrays of real numbers; make NumPy arrays of the rest.
+def convert(a: Any, name: str, expected: str = REAL) -> tuple[Tensor, Source]:
+    """Convert an argument that holds real numbers to a tensor on its device.
 
-    Every argument that holds numbers comes through here. Nothing is copied but what torch could not
-    take: foreign byte orders, ml_dtypes' bfloat16 (widened to float32), and torch's lazy negation.
-    `expected` is what the message of an error asks for.
+    Every such argument comes through here. Nothing is copied but what torch can't take as it is:
+    negative strides, foreign byte orders, bfloat16 of ml_dtypes (widened to float32), and torch's
+    lazy negation. `expected` is what the message of an error asks for.
 
     Raises
     ------
@@ -63,17 +84,54 @@ def asarray(a: Any, name: str, expected: str = REAL) -> Array:
     """
     match kind(a):
         case "torch":
-            a = _plain_tensor(a, name)
+            a, source = _plain_tensor(a, name), Source("torch", str(a.device))
         case "cupy":
-            pass
+            source = Source("cupy", f"cuda:{a.device.id}")
         case _:
-            a = _as_numpy(a, name, expected)
-    if not _NUMBERS.fullmatch(dtype_name(a)):
+            a, source = _as_numpy(a, name, expected), Source("numpy", "cpu")
+    if dtype_name(a) not in _NUMBERS:
         raise DtypeError(f"{name}: dtype {dtype_name(a)}; expected {expected}")
-    return a
+    return a if source.kind == "torch" else _share(a), source
 
 
-def _plain_tensor(a: Any, name: str) -> Any:
+def _share(a: Array) -> Tensor:
+    """Return a NumPy or CuPy array as a tensor on its memory, or on a copy if torch refuses it."""
+    strange = any(stride < 0 or stride % a.dtype.itemsize for stride in a.strides)
+    if not isinstance(a, np.ndarray):
+        # The protocol makes torch's current stream wait for what CuPy's still has to do: CuPy
+        # takes that of the current device, and copies to there.
+        with a.device:
+            return from_dlpack(a.copy() if strange else a)
+    if strange:
+        a = a.copy()
+    if a.flags.writeable:
+        return torch.from_numpy(a)
+    with warnings.catch_warnings():
+        # Read-only arrays are welcome: no kernel writes into its inputs.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(a)
+
+
+def to_tensor(a: Any, device: Any) -> Tensor:
+    """Return a NumPy array or a tensor as a tensor on a device, without a copy if it is there."""
+    return torch.as_tensor(a, device=device)
+
+
+def to_numpy(value: Any) -> Any:
+    """Return tensors and CuPy arrays, also those in lists and tuples, as NumPy arrays.
+
+    Without a copy where the memory allows it; bfloat16 becomes float32, and what is no array is
+    returned as it is.
+    """
+    if isinstance(value, Tensor):
+        value = value.cpu()
+        return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(to_numpy, value))
+    return value.get() if kind(value) == "cupy" else value
+
+
+def _plain_tensor(a: Tensor, name: str) -> Tensor:
     """Check that a tensor is dense, has values and takes part in no derivative."""
     check_dense(a, name)
     if a.is_quantized:
@@ -83,38 +141,29 @@ def _plain_tensor(a: Any, name: str) -> Any:
         expected = "a tensor with values"
     elif type(a).__name__ == "MaskedTensor":
         what, expected = "a MaskedTensor", "a plain tensor, without masked entries"
-    elif a.requires_grad or _has_tangent(a):
+    elif a.requires_grad or unpack_dual(a).tangent is not None:  # in reverse or forward mode
         # Detached silently, a loss made of the result would not train.
         what = "a tensor that requires grad"
         expected = f"one that doesn't, since gradients are not computed: pass {name}.detach()"
     else:
         check_untransformed(a, name)
-        return a.detach().resolve_conj().resolve_neg()
+        return a.detach().resolve_neg()
     raise DtypeError(f"{name}: {what}; expected {expected}")
 
 
-def check_dense(a: Any, name: str) -> None:
+def check_dense(a: Tensor, name: str) -> None:
     """Check that a tensor is neither nested nor sparse, nor in another library's layout."""
     if a.is_nested:
         what, expected = "a nested tensor", f"one dense tensor, such as {name}[0]"
-    elif str(a.layout) != "torch.strided":
+    elif a.layout != torch.strided:
         what, expected = f"a tensor of layout {a.layout}", f"a dense one: pass {name}.to_dense()"
     else:
         return
     raise DtypeError(f"{name}: {what}; expected {expected}")
 
 
-def _has_tangent(a: Any) -> bool:
-    """Whether forward-mode differentiation goes through a tensor."""
-    from torch.autograd.forward_ad import unpack_dual
-
-    return unpack_dual(a).tangent is not None
-
-
-def check_untransformed(a: Any, name: str) -> None:
+def check_untransformed(a: Tensor, name: str) -> None:
     """Check that no transform of torch.func, such as vmap, goes through a tensor."""
-    from torch._C import _functorch
-
     if _functorch.is_functorch_wrapped_tensor(a):
         raise DtypeError(
             f"{name}: a tensor inside torch.func (vmap, grad, jvp), which shows no values; "
@@ -176,13 +225,13 @@ def _without_arrays(a: Iterable[Any], name: str, expected: str) -> list[Any]:
         elif not isinstance(item, np.generic) and (
             hasattr(item, "__array__") or hasattr(item, "__dlpack__")
         ):
-            item = asarray(item, where, expected)
-            if device(item) != "cpu":
+            tensor, source = convert(item, where, expected)
+            if source.device != "cpu":
                 raise DtypeError(
-                    f"{name}: not an array of numbers ({where} is on {device(item)}); expected one "
-                    "array: stack the items first"
+                    f"{name}: not an array of numbers ({where} is on {source.device}); expected "
+                    "one array: stack the items first"
                 )
-            item = to_numpy(item)
+            item = to_numpy(tensor)
         items.append(item)
     return items
 
@@ -222,57 +271,3 @@ def _object_error(a: np.ndarray[Any, Any], name: str, expected: str) -> DtypeErr
     if what == "NAType":
         what = "a missing value (pd.NA)"
     return DtypeError(f"{name}: dtype object, with {what} at index {odd[0]}; expected {expected}")
-
-
-def to_numpy(a: Array) -> np.ndarray[Any, Any]:
-    """The array's values as a NumPy array, without a copy where the memory allows it."""
-    match kind(a):
-        case "torch":
-            a = a.cpu()
-            return a.float().numpy() if str(a.dtype) == "torch.bfloat16" else a.numpy()
-        case "cupy":
-            return a.get()
-    return np.asarray(a)
-
-
-def to_torch(a: Array, where: str | None = None) -> Any:
-    """The array as a torch tensor, without a copy where torch can take its strides."""
-    import torch
-
-    match kind(a):
-        case "torch":
-            t = a
-        case "cupy":
-            # The protocol makes torch's current stream wait for what CuPy's still has to do: CuPy
-            # takes that of the current device, and copies to there.
-            with a.device:
-                flipped = any(stride < 0 for stride in a.strides)
-                t = torch.utils.dlpack.from_dlpack(a.copy() if flipped else a)
-        case _:
-            if any(stride < 0 for stride in a.strides):
-                a = a.copy()
-            with warnings.catch_warnings():
-                # Read-only arrays are welcome: no kernel writes into its inputs.
-                warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-                t = torch.from_numpy(a)
-    return t if where is None else t.to(where)
-
-
-def like(result: Any, example: Array) -> Any:
-    """A torch or NumPy result (or a dict of them) as the kind, and on the device, of `example`."""
-    if isinstance(result, dict):
-        return {key: like(value, example) for key, value in result.items()}
-    if kind(result) is None and not isinstance(result, np.generic):
-        return result
-    match kind(example):
-        case "torch":
-            import torch
-
-            return torch.as_tensor(result, device=example.device)
-        case "cupy":
-            import cupy  # type: ignore[import-not-found]
-
-            with example.device:
-                return cupy.from_dlpack(result) if kind(result) == "torch" else cupy.asarray(result)
-    out = to_numpy(result)
-    return out[()] if out.ndim == 0 else out

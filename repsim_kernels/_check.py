@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from repsim_kernels import _arrays, _options
-from repsim_kernels._arrays import Array, dtype_name
+from repsim_kernels._arrays import Array, Source
 from repsim_kernels.errors import (
     CellError,
     ConstantError,
@@ -27,40 +29,28 @@ _MOST_CELLS = 2**24
 _ASYMMETRY = 1e-5  # what float32 products leave
 
 
-def _real(a: Array) -> Array:
-    """Give floating-point numbers back as they are, integers and booleans as float64."""
-    return a if "float" in dtype_name(a) else _float64(a)
+def _real(a: Tensor) -> Tensor:
+    """Return floating-point numbers as they are, integers and booleans as float64."""
+    return a if a.is_floating_point() else a.double()
 
 
-def _float64(a: Array) -> Array:
-    return a.double() if _arrays.kind(a) == "torch" else a.astype("float64")
+def wide(a: Tensor) -> Tensor:
+    """Return float32 and float64 as they are, other dtypes as float64."""
+    return a if a.dtype in (torch.float32, torch.float64) else a.double()
 
 
-def wide(a: Array) -> Array:
-    """Real numbers as they are, float16 and bfloat16 as float64."""
-    return a if dtype_name(a) in ("float32", "float64") else _float64(a)
-
-
-def _finite(a: Array, name: str, limit: float = _LARGEST) -> None:
+def _finite(a: Tensor, name: str, limit: float = _LARGEST) -> None:
     # The order of the elements does not matter here, and reductions are fastest over dense memory.
-    turn = _arrays.kind(a) == "torch" and a.ndim > 1 and not a.is_contiguous()
-    dense = a.mT if turn else a
-    if dtype_name(a) != "float64":
-        # All finite numbers are within the limit, and one that is not leaves no finite sum.
-        with np.errstate(over="ignore", invalid="ignore"):
-            if math.isfinite(float(dense.sum())):
-                return
-    if _arrays.kind(a) == "torch":
-        low, high = map(float, dense.aminmax())
-    else:
-        low, high = float(a.min()), float(a.max())
+    dense = a.mT if a.ndim > 1 and not a.is_contiguous() else a
+    # Below float64 all finite numbers are within the limit, and any other leaves no finite sum.
+    if a.dtype != torch.float64 and math.isfinite(float(dense.sum())):
+        return
+    low, high = map(float, dense.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
-        flat = _arrays.to_numpy(a)
-        bad = int((~np.isfinite(flat)).sum())
-        where = tuple(int(i) for i in np.argwhere(~np.isfinite(flat))[0])
+        bad = (~a.isfinite()).nonzero()
         raise NonFiniteError(
-            f"{name}: {bad} of {flat.size} values are NaN or infinite (the first at index "
-            f"{where}); expected finite numbers"
+            f"{name}: {len(bad)} of {a.numel()} values are NaN or infinite (the first at index "
+            f"{tuple(bad[0].tolist())}); expected finite numbers"
         )
     largest = max(-low, high)
     if largest > limit or 0 < largest < 1 / limit:
@@ -70,10 +60,10 @@ def _finite(a: Array, name: str, limit: float = _LARGEST) -> None:
         )
 
 
-def _constant(x: Array) -> bool:
+def _constant(x: Tensor) -> bool:
     """Whether any matrix of x (…, n, p) has all rows equal; it seldom reads more than a corner."""
     n, p = x.shape[-2:]
-    varies = False
+    varies: Any = False
     start, rows, width = 0, min(n, 16), 16
     while start < p:
         block = x[..., :rows, start : start + width]
@@ -96,7 +86,7 @@ def representation(
     batch: bool = True,
     batched: Any = False,
     later: bool = False,
-) -> Array:
+) -> tuple[Tensor, Source]:
     """Check one representation (n, p): n >= `least`, p >= 1, real, finite, not constant.
 
     batch: whether the operation takes batches (…, n, p).
@@ -106,7 +96,7 @@ def representation(
     this reads few of them, or none.
     """
     batched = _options.flag(batched, "batched")
-    x = _arrays.asarray(x, name)
+    x, source = _arrays.convert(x, name)
     if x.ndim < 2 or (x.ndim > 2 and not batched):
         expected = "(…, n, p)" if batched else "(n, p)"
         ways = ""
@@ -126,7 +116,7 @@ def representation(
     if 0 in x.shape:
         raise ShapeError(f"{name}: an empty batch, shape {tuple(x.shape)}; expected at least 1")
     x = _real(x)
-    later = later and dtype_name(x) != "float64"  # which has finite numbers beyond the limit
+    later = later and x.dtype != torch.float64  # which has finite numbers beyond the limit
     if not later:
         _finite(x, name)
     if not constant and _constant(x):
@@ -135,12 +125,18 @@ def representation(
             f"{name}: the representation is the same for every stimulus; expected at least two "
             "different rows, since a zero Gram matrix has no similarity"
         )
-    return x
+    return x, source
 
 
-def matrices(a: Any, name: str, *, symmetric: bool, limit: float = _LARGEST) -> Array:
+def matrices(
+    a: Any, name: str, *, symmetric: bool, limit: float = _LARGEST
+) -> tuple[Tensor, Source]:
     """Check finite real matrices (…, m, n); `symmetric`: square, and equal to their transposes."""
-    a = _arrays.asarray(a, name)
+    a, source = _arrays.convert(a, name)
+    return _matrices(a, name, symmetric, limit), source
+
+
+def _matrices(a: Tensor, name: str, symmetric: bool, limit: float) -> Tensor:
     square = a.ndim >= 2 and a.shape[-2] == a.shape[-1]
     if a.ndim < 2 or 0 in a.shape or (symmetric and not square):
         expected = "(…, n, n)" if symmetric else "(…, m, n)"
@@ -148,7 +144,7 @@ def matrices(a: Any, name: str, *, symmetric: bool, limit: float = _LARGEST) -> 
     a = _real(a)
     _finite(a, name, limit)
     if symmetric:
-        apart, size = (_largest(t) for t in (a - a.swapaxes(-1, -2), a))
+        apart, size = (t.abs().amax((-2, -1)) for t in (a - a.mT, a))
         wrong = apart > size * _ASYMMETRY
         if bool(wrong.any()):
             raise ShapeError(
@@ -158,50 +154,43 @@ def matrices(a: Any, name: str, *, symmetric: bool, limit: float = _LARGEST) -> 
     return a
 
 
-def _largest(a: Array) -> Array:
-    """The largest magnitude of each matrix of a (…, m, n)."""
-    return abs(a).amax((-2, -1)) if _arrays.kind(a) == "torch" else abs(a).max((-2, -1))
-
-
-def gram_and_parts(gram: Any, parts: Any, *, least: int) -> tuple[Array, Array]:
+def gram_and_parts(gram: Any, parts: Any, *, least: int) -> tuple[Tensor, Tensor, Source]:
     """Check a Gram matrix (n, n), n >= `least`, and those of its parts (C, n, n)."""
-    gram = matrices(gram, "gram", symmetric=True, limit=_LARGEST**2)
+    gram, source = matrices(gram, "gram", symmetric=True, limit=_LARGEST**2)
     n = gram.shape[-1]
     if gram.ndim != 2 or n < least:
         raise ShapeError(
             f"gram: shape {tuple(gram.shape)}; expected (n, n) with at least {least} stimuli"
         )
-    parts = _arrays.asarray(parts, "parts")
+    parts, parts_source = _arrays.convert(parts, "parts")
     if parts.ndim != 3 or tuple(parts.shape[1:]) != (n, n):
         raise ShapeError(f"parts: shape {tuple(parts.shape)}; expected (C, {n}, {n}), like gram")
-    _same_place(gram, parts, "gram", "parts")
+    _same_place(source, parts_source, "gram", "parts")
     if len(parts):
-        parts = matrices(parts, "parts", symmetric=True, limit=_LARGEST**2)
+        parts = _matrices(parts, "parts", symmetric=True, limit=_LARGEST**2)
     if _constant(gram):
         raise ConstantError(
             "gram: the same for every stimulus; expected a Gram matrix that is not constant, "
             "since centred it has no similarity to anything"
         )
-    return gram, parts
+    return gram, parts, source
 
 
-def _same_place(a: Array, b: Array, name_a: str, name_b: str) -> None:
-    here = (_arrays.kind(a), _arrays.device(a))
-    there = (_arrays.kind(b), _arrays.device(b))
-    if here != there:
+def _same_place(a: Source, b: Source, name_a: str, name_b: str) -> None:
+    if a != b:
         raise DeviceError(
-            f"{name_b}: a {there[0]} array on {there[1]}, but {name_a} is a {here[0]} array on "
-            f"{here[1]}; expected both of one library on one device"
+            f"{name_b}: a {b.kind} array on {b.device}, but {name_a} is a {a.kind} array on "
+            f"{a.device}; expected both of one library on one device"
         )
 
 
 def pair(
     x: Any, y: Any, *, least: int = 2, batched: Any = False, later: bool = False
-) -> tuple[Array, Array]:
+) -> tuple[Tensor, Tensor, Source]:
     """Check two representations of the same stimuli, (n, p) and (n, q); batches if `batched`."""
-    x = representation(x, "x", least=least, batched=batched, later=later)
-    y = representation(y, "y", least=least, batched=batched, later=later)
-    _same_place(x, y, "x", "y")
+    x, source = representation(x, "x", least=least, batched=batched, later=later)
+    y, y_source = representation(y, "y", least=least, batched=batched, later=later)
+    _same_place(source, y_source, "x", "y")
     _same_stimuli(x, y, "x", "y")
     try:
         np.broadcast_shapes(x.shape[:-2], y.shape[:-2])
@@ -210,10 +199,10 @@ def pair(
             f"y: batch dimensions {tuple(y.shape[:-2])}, but x has {tuple(x.shape[:-2])}; expected "
             "shapes that broadcast"
         ) from None
-    return x, y
+    return x, y, source
 
 
-def _same_stimuli(a: Array, b: Array, name_a: str, name_b: str) -> None:
+def _same_stimuli(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:
     if a.shape[-2] != b.shape[-2]:
         raise ShapeError(
             f"{name_b}: {b.shape[-2]} stimuli, but {name_a} has {a.shape[-2]}; expected the same "
@@ -222,8 +211,13 @@ def _same_stimuli(a: Array, b: Array, name_a: str, name_b: str) -> None:
 
 
 def representations(
-    xs: Any, name: str, *, least: int = 2, like: Array | None = None, later: bool = False
-) -> list[Array]:
+    xs: Any,
+    name: str,
+    *,
+    least: int = 2,
+    like: tuple[Tensor, Source] | None = None,
+    later: bool = False,
+) -> tuple[list[Tensor], Source]:
     """Check a sequence of representations (n, p_i) of the same stimuli (those of `like`)."""
     if isinstance(xs, Mapping):
         raise ShapeError(
@@ -238,31 +232,31 @@ def representations(
         ) from None
     if not items:
         raise ShapeError(f"{name}: an empty list; expected at least one array (n, p)")
-    out = [
+    checked = [
         representation(x, f"{name}[{i}]", least=least, batch=False, later=later)
         for i, x in enumerate(items)
     ]
-    first, first_name = (out[0], f"{name}[0]") if like is None else (like, "xs[0]")
-    for i, x in enumerate(out):
-        _same_place(first, x, first_name, f"{name}[{i}]")
+    (first, source), first_name = (checked[0], f"{name}[0]") if like is None else (like, "xs[0]")
+    for i, (x, x_source) in enumerate(checked):
+        _same_place(source, x_source, first_name, f"{name}[{i}]")
         _same_stimuli(first, x, first_name, f"{name}[{i}]")
-    return out
+    return [x for x, _ in checked], source
 
 
-def numbers(a: Any, name: str) -> Array:
+def numbers(a: Any, name: str) -> Tensor:
     """Check an array of finite real numbers."""
-    a = _real(_arrays.asarray(a, name))
-    if 0 not in a.shape:
-        _finite(a, name)
-    return a
+    found = _real(_arrays.convert(a, name)[0])
+    if found.numel():
+        _finite(found, name)
+    return found
 
 
 def integers(a: Any, name: str, error: type[RepsimError]) -> np.ndarray[Any, Any]:
     """Check an array of integers or booleans, as NumPy's; floats are refused, even whole ones."""
-    a = _arrays.asarray(a, name, "integers (of 8 to 64 bits)")
-    values = _arrays.to_numpy(a)
+    tensor, _ = _arrays.convert(a, name, "integers (of 8 to 64 bits)")
+    values: np.ndarray[Any, Any] = _arrays.to_numpy(tensor)
     if values.dtype.kind not in "iub" and values.size:
-        raise DtypeError(f"{name}: dtype {dtype_name(a)}; expected integers")
+        raise DtypeError(f"{name}: dtype {_arrays.dtype_name(tensor)}; expected integers")
     if values.dtype.kind == "u" and values.size and values.max() > np.iinfo(np.int64).max:
         raise error(f"{name}: {values.max()} does not fit a signed 64-bit integer")
     return values
@@ -307,17 +301,21 @@ def cells(
     return labels, max(high + 1, 0) if n_cells is None else n_cells
 
 
+def _one_per_stimulus(labels: Any, n: int, name: str) -> np.ndarray[Any, Any]:
+    values = integers(labels, name, LabelError)
+    if values.shape != (n,):
+        raise LabelError(
+            f"{name}: shape {values.shape}; expected ({n},), one for each stimulus of x"
+        )
+    return values.astype(np.int64)
+
+
 _ABSENT: Any = object()
 
 
 def labels(labels: Any, n: int, target: Any = _ABSENT) -> np.ndarray[Any, Any]:
     """Check class labels (n,), and that `target`, if given, is one class of at least two."""
-    values = integers(labels, "labels", LabelError)
-    if values.shape != (n,):
-        raise LabelError(
-            f"labels: shape {values.shape}; expected ({n},), one for each stimulus of x"
-        )
-    values = values.astype(np.int64)
+    values = _one_per_stimulus(labels, n, "labels")
     present = np.unique(values)
     if target is not _ABSENT:
         if isinstance(target, (bool, np.bool_)) or not isinstance(target, (int, np.integer)):
@@ -336,12 +334,7 @@ def classes(
     labels: Any, n: int, n_classes: int | None, name: str = "labels"
 ) -> tuple[np.ndarray[Any, Any], int]:
     """Check class labels 0 … k - 1 (n,), each class with a stimulus."""
-    values = integers(labels, name, LabelError)
-    if values.shape != (n,):
-        raise LabelError(
-            f"{name}: shape {values.shape}; expected ({n},), one for each stimulus of x"
-        )
-    values = values.astype(np.int64)
+    values = _one_per_stimulus(labels, n, name)
     k = int(values.max()) + 1
     if n_classes is not None:
         k = _options.count(n_classes, "n_classes", error=LabelError)
@@ -367,7 +360,7 @@ NO_RSA = (
 )
 
 
-def defined(value: Array, why: str, **arguments: Array) -> Array:
+def defined(value: Array, why: str, **arguments: Tensor) -> Array:
     """Give a result back, or raise where it is not defined.
 
     NonFiniteError, for one of the arguments that were to be checked `later`, or ConstantError.
@@ -379,7 +372,7 @@ def defined(value: Array, why: str, **arguments: Array) -> Array:
     return value
 
 
-def reached(distances: Array, a: Array, name: str) -> None:
+def reached(distances: Array, a: Tensor, name: str) -> None:
     """Check an argument that was to be checked `later`, where no distance shows it finite.
 
     Distances (…, C) are NaN or 0 where it has a number that is not.

@@ -7,13 +7,15 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from repsim_kernels import _arrays, _options
-from repsim_kernels._arrays import Array
+from repsim_kernels._arrays import Source
 from repsim_kernels._operations import BACKENDS, OPERATIONS
 from repsim_kernels.errors import BackendUnavailable, ConvergenceError
 
@@ -31,7 +33,19 @@ _ON_GPU = {"cupy": ("cupy", "triton"), "torch": ("triton", "cupy")}
 @functools.cache
 def _load(operation: str, backend: str) -> Callable[..., Any]:
     module, _, name = TABLE[operation, backend].partition(":")
-    return getattr(importlib.import_module(module), name)
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return _on_numpy(function) if backend == "reference" else function
+
+
+def _on_numpy(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function of NumPy arrays take tensors."""
+
+    @functools.wraps(function)
+    def run(*xs: Any, **options: Any) -> Any:
+        options = {name: _arrays.to_numpy(value) for name, value in options.items()}
+        return function(*map(_arrays.to_numpy, xs), **options)
+
+    return run
 
 
 def unavailable(backend: str) -> str | None:
@@ -53,86 +67,71 @@ def unavailable(backend: str) -> str | None:
     return None
 
 
-def choose(operation: str, backend: str | None, *xs: Array) -> str:
-    """The backend that serves an operation on arrays: `backend`, else REPSIM_BACKEND.
+def choose(operation: str, backend: str | None, source: Source, *xs: Any) -> str:
+    """The backend that serves an operation on tensors: `backend`, else REPSIM_BACKEND.
 
-    Where neither names one, kernels that take arrays on a GPU, else torch.
+    Where neither names one, kernels that take arrays on the source's GPU, else torch.
     """
-    source = "REPSIM_BACKEND" if backend is None else "backend"
+    variable = "REPSIM_BACKEND" if backend is None else "backend"
     named = os.environ.get("REPSIM_BACKEND") or None if backend is None else backend
     if named is None:
-        if all(_arrays.device(x).startswith("cuda") for x in xs):
-            for candidate in _ON_GPU[str(_arrays.kind(xs[0]))]:
+        if source.device.startswith("cuda"):
+            for candidate in _ON_GPU[source.kind]:
                 if _why_not(operation, candidate, *xs) is None:
                     return candidate
         return "torch"
-    named = _options.option(named, source, BACKENDS)
+    named = _options.option(named, variable, BACKENDS)
     why = _why_not(operation, named, *xs)
     if why is not None:
         raise BackendUnavailable(f"backend {named!r} can't serve {operation}: {why}")
     return named
 
 
-def _why_not(operation: str, backend: str, *xs: Array) -> str | None:
-    """Why a backend can't serve an operation on these arrays; None if it can."""
+def _why_not(operation: str, backend: str, *xs: Any) -> str | None:
+    """Why a backend can't serve an operation on these tensors; None if it can."""
     if (operation, backend) not in TABLE:
         return "it has no kernel for this operation"
-    if backend == "reference":
+    if backend in ("reference", "torch"):
         return None
     if importlib.util.find_spec("torch" if backend == "cupy" else backend) is None:
         return f"{backend} is not installed"
-    if backend == "torch":
-        return None
     module = TABLE[operation, backend].partition(":")[0]
-    reason: str | None = importlib.import_module(module).unsupported(*map(_arrays.to_torch, xs))
+    reason: str | None = importlib.import_module(module).unsupported(*xs)
     return reason
 
 
 def call(
-    operation: str, backend: str | None, *xs: Array, precision: str | None = None, **options: Any
+    operation: str,
+    backend: str | None,
+    source: Source,
+    *xs: Any,
+    precision: str | None = None,
+    **options: Any,
 ) -> Any:
-    """Run an operation on representations `xs` (…, n, p); the result is of their kind.
+    """Run an operation on checked arguments; the result is of the kind and device of `source`.
 
+    Each of `xs` is a tensor (…, n, p), or a list of them (n, p_i) or None for operations on lists.
     Where the kernel takes no batches, the leading dimensions are looped over and the results
     stacked. `options` go to the kernel as they are; `precision` only where it can be chosen.
     """
-    chosen = choose(operation, backend, *xs)
+    chosen = choose(operation, backend, source, *xs)
     if precision is not None and chosen == "triton":
         options["precision"] = precision
     function = _load(operation, chosen)
-    convert = _arrays.to_numpy if chosen == "reference" else _arrays.to_torch
-    arrays = [convert(x) for x in xs]
-    with _own_settings(chosen), _own_errors(operation, options):
-        if (operation, chosen) in _TAKES_BATCHES:
-            result = function(*arrays, **options)
-        else:
-            result = _over_batches(function, arrays, options)
-    return _arrays.like(result, xs[0])
-
-
-def call_lists(
-    operation: str, backend: str | None, *lists: Sequence[Array] | None, **options: Any
-) -> Any:
-    """Run an operation on lists of representations; the result is of their kind."""
-    chosen = choose(operation, backend, *(x for xs in lists for x in xs or ()))
-    convert = _arrays.to_numpy if chosen == "reference" else _arrays.to_torch
-    arrays = [None if xs is None else [convert(x) for x in xs] for xs in lists]
-    assert lists[0] is not None
-    with _own_settings(chosen), _own_errors(operation, options):
-        result = _load(operation, chosen)(*arrays, **options)
-    return _arrays.like(result, lists[0][0])
+    if (operation, chosen) not in _TAKES_BATCHES:
+        function = functools.partial(_over_batches, function)
+    with _own_settings(), _own_errors(operation, options):
+        result = function(*xs, **options)
+    return source.restore(result)
 
 
 @contextlib.contextmanager
-def _own_settings(backend: str) -> Iterator[None]:
+def _own_settings() -> Iterator[None]:
     """Without the caller's autocast, and without warnings of NaN, which says "not defined"."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(np.errstate(divide="ignore", invalid="ignore"))
-        if backend != "reference":
-            import torch
-
-            for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+        for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+            stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 
@@ -154,34 +153,26 @@ def _own_errors(operation: str, options: dict[str, Any]) -> Iterator[None]:
         ) from error
 
 
-def _over_batches(function: Callable[..., Any], arrays: list[Any], options: dict[str, Any]) -> Any:
-    lead = np.broadcast_shapes(*(a.shape[:-2] for a in arrays))
-    if not lead:
-        return function(*arrays, **options)
-    whole = [
-        a.expand(lead + a.shape[-2:])
-        if _arrays.kind(a) == "torch"
-        else np.broadcast_to(a, lead + a.shape[-2:])
-        for a in arrays
-    ]
-    results = [function(*(a[i] for a in whole), **options) for i in np.ndindex(*lead)]
+def _over_batches(function: Callable[..., Any], *xs: Any, **options: Any) -> Any:
+    """Run a function of single representations, or of lists of them, on each item of a batch."""
+    if all(not isinstance(x, Tensor) or x.ndim == 2 for x in xs):
+        return function(*xs, **options)
+    lead = np.broadcast_shapes(*(x.shape[:-2] for x in xs))
+    whole = [x.expand(lead + x.shape[-2:]) for x in xs]
+    results = [function(*(x[i] for x in whole), **options) for i in np.ndindex(*lead)]
     return _stack(results, lead)
 
 
 def _stack(results: list[Any], lead: tuple[int, ...]) -> Any:
-    if isinstance(results[0], dict):
-        return {key: _stack([r[key] for r in results], lead) for key in results[0]}
-    if _arrays.kind(results[0]) == "torch":
-        import torch
-
-        return torch.stack(results).reshape(lead + results[0].shape)
-    return np.stack(results).reshape(lead + np.shape(results[0]))
+    first = results[0]
+    if isinstance(first, dict):
+        return {key: _stack([r[key] for r in results], lead) for key in first}
+    stacked = torch.stack(results) if isinstance(first, Tensor) else np.stack(results)
+    return stacked.reshape(lead + np.shape(first))
 
 
 def show_config() -> None:
     """Print the versions, the devices and which backends are usable, or why they are not."""
-    import torch
-
     import repsim_kernels
 
     versions = {"repsim_kernels": repsim_kernels, "numpy": np, "torch": torch}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import repsim_kernels as rk
-from repsim_kernels import _dispatch, _options
+from repsim_kernels import _check, _dispatch, _options
 
 EACH_BACKEND = pytest.mark.parametrize("backend", ["torch", "reference"])
 
@@ -23,7 +23,8 @@ def fresh(monkeypatch):
 def with_chance(x, y, backend, **options):
     """The similarity, and its mean over permutations by the formula."""
     options = {"debiased": False, "kernel": "linear", "sigma": None} | options
-    found = _dispatch.call("cka", backend, x, y, **options, chance=True)
+    x, y, source = _check.pair(x, y)
+    found = _dispatch.call("cka", backend, source, x, y, **options, chance=True)
     return float(found["similarity"]), float(found["chance"])
 
 
@@ -39,14 +40,14 @@ def test_chance_is_the_mean_over_all_permutations(p, q, options, backend):
     similarity, chance = with_chance(x, y, backend, **options)
     assert similarity == pytest.approx(float(rk.cka(x, y, **options)), rel=1e-12)
     assert chance == pytest.approx(want, rel=1e-10)
-    xs = {"xs": [x, y], "ys": [y, x[:, :1]]}
-    for ys in (None, xs["ys"]):
-        found = _dispatch.call_lists(
-            "pairwise", backend, xs["xs"], ys, metric="cka", chance=True,
+    xs, source = _check.representations([x, y], "xs")
+    for ys in (None, _check.representations([y, x[:, :1]], "ys")[0]):
+        found = _dispatch.call(
+            "pairwise", backend, source, xs, ys, metric="cka", chance=True,
             **({"debiased": False, "kernel": "linear", "sigma": None} | options),
         )  # fmt: skip
-        for i, a in enumerate(xs["xs"]):
-            for j, b in enumerate(ys or xs["xs"]):
+        for i, a in enumerate(xs):
+            for j, b in enumerate(ys or xs):
                 each = with_chance(a, b, "reference", **options)
                 assert found["similarity"][i, j] == pytest.approx(each[0], rel=1e-10)
                 assert found["chance"][i, j] == pytest.approx(each[1], rel=1e-10)

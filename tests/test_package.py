@@ -145,12 +145,23 @@ def test_the_environment_chooses_a_backend_and_the_argument_wins(monkeypatch):
 
 def test_arrays_are_shared_not_copied():
     a = np.arange(12.0).reshape(3, 4)[:, ::2]
-    t = _arrays.to_torch(a)
+    t, source = _arrays.convert(a, "a")
     a[0, 0] = 7
     assert t[0, 0] == 7
+    assert np.shares_memory(source.restore(t), a)
+    assert np.shares_memory(_arrays.to_numpy(t), a)
     a.flags.writeable = False
-    assert _arrays.to_torch(a)[0, 0] == 7
-    assert _arrays.to_torch(np.arange(4.0)[::-1]).tolist() == [3, 2, 1, 0]
+    t, _ = _arrays.convert(a, "a")
+    assert t.data_ptr() == a.ctypes.data
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_strides_that_torch_has_no_tensors_of(backend):
+    fields = np.zeros((5, 4), [("flag", "u1"), ("value", "f8")])
+    fields["value"] = np.random.default_rng(0).standard_normal((5, 4))
+    for x in (fields["value"], fields["value"][::-1], np.ones((4, 3))[:, ::-1]):
+        labels = np.arange(len(x))
+        np.testing.assert_array_equal(rk.class_means(x, labels, backend=backend), x)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

@@ -46,9 +46,9 @@ def recorded(monkeypatch, **options) -> tuple[dict, list[np.ndarray]]:
     calls = []
     true = probe_paper._fits
 
-    def fits(x, targets, columns, start, backend, **rest):
+    def fits(source, x, targets, columns, start, backend, **rest):
         calls.append(np.asarray(torch.as_tensor(columns)))
-        return true(x, targets, columns, start, backend, **rest)
+        return true(source, x, targets, columns, start, backend, **rest)
 
     monkeypatch.setattr(probe_paper, "_fits", fits)
     return rk.probe_paper(X, LABELS, Y, 1, draws=50, size=10, **options), calls

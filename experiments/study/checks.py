@@ -99,7 +99,7 @@ def check_targets(values: Any) -> list[int]:
 
 def check_images(values: Any) -> Tensor:
     """Check an array of real numbers, as a tensor that shares its memory where it can."""
-    images: Tensor = _arrays.to_torch(_arrays.asarray(values, "images"))
+    images, _ = _arrays.convert(values, "images")
     # Python's numbers have no precision of their own: they get PyTorch's.
     python = isinstance(values, list | tuple) and images.dtype == torch.float64
     return images.to(torch.get_default_dtype()) if python else images

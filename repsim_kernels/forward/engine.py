@@ -257,7 +257,7 @@ class AblatedForward:
         act = state._kept
         room = for_a_batch(budget(memory, act.device), act.device)
         checked, n_cells = _check.cells(cells, act[0].numel(), n_cells)
-        table = _arrays.to_torch(checked, str(act.device))  # (p,) labels or (C, p) membership
+        table = torch.as_tensor(checked, device=act.device)  # (p,) labels or (C, p) membership
         with contexts.run_eagerly():
             unmasked = self._run_unmasked(state, room)
             alive = (act != 0).any(0).reshape(-1)  # (p,)

@@ -101,7 +101,7 @@ def ablation_distances(
     info = _options.flag(info, "info")
     # CKA is NaN of every ablation if x has a number that is not finite; eigenvectors are not found.
     later = bool(names) and set(names) <= {"cka", "cka_debiased"}
-    x = _check.representation(
+    x, source = _check.representation(
         x, batched=batched, least=4 if "cka_debiased" in names else 2, later=later
     )
     cells, n_cells = _check.cells(cells, x.shape[-1])
@@ -109,6 +109,7 @@ def ablation_distances(
     found = _dispatch.call(
         "ablation_distances",
         backend,
+        source,
         x,
         cells=cells,
         n_cells=n_cells,

@@ -62,9 +62,11 @@ def cca(
     """
     squared = _options.flag(squared, "squared")
     ridge, penalty = _options.shrinkage(ridge, penalty)
-    x, y = _check.pair(x, y, batched=batched)
+    x, y, source = _check.pair(x, y, batched=batched)
     _options.warn_if_degenerate("cca", x.shape[-2], x.shape[-1], y.shape[-1], ridge, penalty)
-    return _dispatch.call("cca", backend, x, y, squared=squared, ridge=ridge, penalty=penalty)
+    return _dispatch.call(
+        "cca", backend, source, x, y, squared=squared, ridge=ridge, penalty=penalty
+    )
 
 
 def svcca(
@@ -103,8 +105,8 @@ def svcca(
     Source: Raghu et al. 2017.
     """
     variance = _options.number(variance, "variance", low=0, high=1, above=True)
-    x, y = _check.pair(x, y, batched=batched)
-    return _dispatch.call("svcca", backend, x, y, variance=variance)
+    x, y, source = _check.pair(x, y, batched=batched)
+    return _dispatch.call("svcca", backend, source, x, y, variance=variance)
 
 
 def pwcca(
@@ -163,6 +165,6 @@ def pwcca(
     Source: Morcos et al. 2018.
     """
     ridge, penalty = _options.shrinkage(ridge, penalty)
-    x, y = _check.pair(x, y, batched=batched)
+    x, y, source = _check.pair(x, y, batched=batched)
     _options.warn_if_degenerate("pwcca", x.shape[-2], x.shape[-1], y.shape[-1], ridge, penalty)
-    return _dispatch.call("pwcca", backend, x, y, ridge=ridge, penalty=penalty)
+    return _dispatch.call("pwcca", backend, source, x, y, ridge=ridge, penalty=penalty)

@@ -47,9 +47,9 @@ def class_means(
     -----
     Reads x once. Source: Morcos et al. 2018, the numerators of the selectivity index.
     """
-    x = _check.representation(x, batched=batched, constant=True, least=1)
+    x, source = _check.representation(x, batched=batched, constant=True, least=1)
     labels, n_classes = _check.classes(labels, x.shape[-2], n_classes)
-    return _dispatch.call("class_means", backend, x, labels=labels, n_classes=n_classes)
+    return _dispatch.call("class_means", backend, source, x, labels=labels, n_classes=n_classes)
 
 
 def selectivity_grid(
@@ -114,11 +114,12 @@ def selectivity_grid(
     """
     grid = _options.grid(grid)
     edges = _options.option(edges, "edges", ("equal", "inclusive"))
-    x = _check.representation(x, batched=batched, constant=True)
+    x, source = _check.representation(x, batched=batched, constant=True)
     labels = _check.labels(labels, x.shape[-2], target)
     return _dispatch.call(
         "selectivity_grid",
         backend,
+        source,
         x,
         labels=labels,
         target=int(target),

@@ -66,12 +66,12 @@ def cka(
     """
     debiased = _options.flag(debiased, "debiased")
     sigma = _options.bandwidth(kernel, sigma)
-    x, y = _check.pair(x, y, least=4 if debiased else 2, later=True, batched=batched)
+    x, y, source = _check.pair(x, y, least=4 if debiased else 2, later=True, batched=batched)
     options: dict[str, Any] = {"debiased": debiased, "kernel": kernel, "sigma": sigma}
     if not _options.chance_wanted(x.shape[-2], x.shape[-1], y.shape[-1], debiased, kernel):
-        value = _dispatch.call("cka", backend, x, y, **options)
+        value = _dispatch.call("cka", backend, source, x, y, **options)
         return _check.defined(value, _check.NO_CKA, x=x, y=y)
-    found = _dispatch.call("cka", backend, x, y, **options, chance=True)
+    found = _dispatch.call("cka", backend, source, x, y, **options, chance=True)
     value = _check.defined(found["similarity"], _check.NO_CKA, x=x, y=y)
     _options.warn_of_chance(float(found["chance"].max()))
     return value

@@ -58,9 +58,11 @@ def centered_gram(
     result. Source: Kornblith et al. 2019, section 3.
     """
     sigma = _options.bandwidth(kernel, sigma)
-    x = _check.representation(x, batched=batched, constant=kernel == "linear")
+    x, source = _check.representation(x, batched=batched, constant=kernel == "linear")
     precision = _options.precision(precision)
-    g = _dispatch.call("centered_gram", backend, x, kernel=kernel, sigma=sigma, precision=precision)
+    g = _dispatch.call(
+        "centered_gram", backend, source, x, kernel=kernel, sigma=sigma, precision=precision
+    )
     return _check.defined(g, "the median distance between stimuli is 0, so 'rbf' has no bandwidth")
 
 
@@ -111,9 +113,9 @@ def cell_grams(
     Reads x once; 2 n² p operations for all cells of a partition together.
     Source: METRICS, "One original, many ablations".
     """
-    x = _check.representation(x, batched=batched, constant=True)
+    x, source = _check.representation(x, batched=batched, constant=True)
     cells, n_cells = _check.cells(cells, x.shape[-1], n_cells, partitions=True)
     precision = _options.precision(precision)
     return _dispatch.call(
-        "cell_grams", backend, x, cells=cells, n_cells=n_cells, precision=precision
+        "cell_grams", backend, source, x, cells=cells, n_cells=n_cells, precision=precision
     )

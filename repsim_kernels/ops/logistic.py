@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from repsim_kernels import _arrays, _check, _dispatch, _options
-from repsim_kernels._arrays import Array
+from repsim_kernels._arrays import Array, Source
 from repsim_kernels.errors import LabelError, OptionError, ShapeError
 
 MOST = 128  # neurons of a fit
@@ -86,7 +86,7 @@ def logistic_fits(
 
     Source: the objective of scikit-learn's LogisticRegression with an L2 penalty.
     """
-    x = _check.representation(x, constant=True, batch=False)
+    x, source = _check.representation(x, constant=True, batch=False)
     y, k = _check.classes(y, x.shape[0], None, "y")
     if k < 2:
         raise LabelError("y: one class, 0; expected at least two")
@@ -94,6 +94,7 @@ def logistic_fits(
     shape = (len(numbers), k) if k > 2 else (len(numbers),)
     begin = None if start is None else _start(start, (*shape, numbers.shape[1]))
     found = _fits(
+        source,
         x,
         np.arange(k)[:, None] == y if k > 2 else y[None] == 1,
         numbers,
@@ -142,6 +143,7 @@ def _tolerance(tol: Any, x: Array) -> float:
 
 
 def _fits(
+    source: Source,
     x: Array,
     targets: np.ndarray[Any, Any],
     columns: Any,
@@ -150,18 +152,13 @@ def _fits(
     **options: Any,
 ) -> dict[str, Array]:
     """What the kernels give; columns and start may lie anywhere."""
-    reference = _dispatch.choose("logistic_fits", backend, x) == "reference"
-    where = None if reference else _arrays.to_torch(x).device
-
-    def placed(a: Array) -> Array:
-        return _arrays.to_numpy(a) if where is None else _arrays.to_torch(a, where)
-
     return _dispatch.call(
         "logistic_fits",
         backend,
+        source,
         x,
         targets=targets,
-        columns=placed(columns),
-        start=None if start is None else (placed(start[0]), placed(start[1])),
+        columns=_arrays.to_tensor(columns, x.device),
+        start=None if start is None else tuple(_arrays.to_tensor(a, x.device) for a in start),
         **options,
     )

@@ -63,9 +63,10 @@ def pairwise(
     options = defaults | options
     least = _checked(metric, options)
     later = metric == "cka"
-    xs = _check.representations(xs, "xs", least=least, later=later)
+    xs, source = _check.representations(xs, "xs", least=least, later=later)
     if ys is not None:
-        ys = _check.representations(ys, "ys", least=least, like=xs[0], later=later)
+        first = xs[0], source
+        ys, _ = _check.representations(ys, "ys", least=least, like=first, later=later)
     n, chance = len(xs[0]), False
     if "folds" in options:
         options["folds"] = _options.contiguous_folds(options["folds"], n)
@@ -74,8 +75,9 @@ def pairwise(
         _options.warn_if_degenerate(metric, n, p, q, options["ridge"], options["penalty"])
     if metric == "cka":
         chance = _options.chance_wanted(n, p, q, options["debiased"], options["kernel"])
-    more = {"chance": True} if chance else {}
-    found = _dispatch.call_lists("pairwise", backend, xs, ys, metric=metric, **options, **more)
+    if chance:
+        options["chance"] = True
+    found = _dispatch.call("pairwise", backend, source, xs, ys, metric=metric, **options)
     values = found["similarity"] if chance else found
     undefined = {"cka": _check.NO_CKA, "rsa": _check.NO_RSA}
     named = {f"{k}[{i}]": z for k, zs in (("xs", xs), ("ys", ys)) for i, z in enumerate(zs or ())}

@@ -61,6 +61,6 @@ def linear_predictivity(
     partial least squares; Hoerl & Kennard 1970 for the ridge; Golub, Heath & Wahba 1979 for "gcv".
     """
     ridge = _options.ridge_or_gcv(ridge)
-    x, y = _check.pair(x, y, batched=batched)
+    x, y, source = _check.pair(x, y, batched=batched)
     labels = _options.contiguous_folds(folds, x.shape[-2])
-    return _dispatch.call("linear_predictivity", backend, x, y, ridge=ridge, folds=labels)
+    return _dispatch.call("linear_predictivity", backend, source, x, y, ridge=ridge, folds=labels)

@@ -99,12 +99,13 @@ def ablation_decodability(
     probe = _options.option(probe, "probe", ("ridge", "logistic"))
     ridge = _relative(ridge, probe)
     names = _scores(score, target, probe)
-    x = _check.representation(x, batched=batched)
+    x, source = _check.representation(x, batched=batched)
     cells, n_cells = _check.cells(cells, x.shape[-1])
     labels, targets = _targets(target, labels, x.shape[-2])
     result = _dispatch.call(
         "ablation_decodability",
         backend,
+        source,
         x,
         cells=cells,
         n_cells=n_cells,
@@ -159,7 +160,7 @@ def _scores(score: Any, target: Any, probe: str) -> tuple[str, ...]:
 def _targets(target: Any, labels: Any, n: int) -> tuple[Any, int | tuple[int, ...] | None]:
     """Check labels (n,) and the target or targets."""
     if _arrays.kind(target):
-        target = _arrays.to_numpy(_arrays.asarray(target, "target"))
+        target = _arrays.to_numpy(_arrays.convert(target, "target")[0])
     if target is None:
         return _check.labels(labels, n), None
     several = None if isinstance(target, str) else _options.items(target)
@@ -197,7 +198,7 @@ def _folds(folds: Any, labels: Any, probe: str) -> Any:
             fold[classes == k] = np.arange(count) % folds
         return fold
     text = isinstance(folds, str)  # no array, where a number of folds would do as well
-    values = np.asarray(folds) if text else _arrays.to_numpy(_arrays.asarray(folds, "folds"))
+    values = np.asarray(folds) if text else _arrays.to_numpy(_arrays.convert(folds, "folds")[0])
     if values.dtype.kind not in "iu" or values.shape != labels.shape:
         raise OptionError(
             f"folds: {_options.shown(folds)}; expected a whole number of at least 2, or integers "

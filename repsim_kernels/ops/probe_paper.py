@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from repsim_kernels import _arrays, _check, _options
-from repsim_kernels._arrays import Array
+from repsim_kernels._arrays import Array, Source
 from repsim_kernels.errors import LabelError, OptionError
 from repsim_kernels.ops.logistic import MOST, _fits, _tolerance
 
@@ -90,7 +90,7 @@ def probe_paper(
     Source: Hayne, Jung & Carter, *Does Representation Similarity Capture Function Similarity?*,
     TMLR 2024, and its published code; scikit-learn >= 1.5, log_loss.
     """
-    x = _check.representation(x, batch=False)
+    x, source = _check.representation(x, batch=False)
     n, p = x.shape
     cells, n_cells = _check.cells(cells, p)
     if target is None:
@@ -106,7 +106,9 @@ def probe_paper(
         "max_iter": 200,
         "precision": _options.precision(precision),
     }
-    return _Probe(x, y, draws, size, options, backend).scores(cells, n_cells, paired, seed)
+    probe = _Probe(x, y, draws, size, options, backend)
+    found = probe.scores(cells, n_cells, paired, seed)
+    return {name: source.restore(value) for name, value in found.items()}
 
 
 class _Probe:
@@ -121,9 +123,10 @@ class _Probe:
         options: dict[str, Any],
         backend: str | None,
     ) -> None:
-        self.given, self.y, self.draws, self.size = x, y, draws, size
+        self.y, self.draws, self.size = y, draws, size
         self.options, self.backend = options, backend
-        self.x = _arrays.to_torch(x).mT.contiguous().mT
+        self.x = x.mT.contiguous().mT
+        self.source = Source("torch", str(x.device))  # of the fits, which are used as tensors here
         self.means = self.x.mean(0)
         self.known = np.empty((0, 0), dtype=np.int64)  # the longest orderings so far of all neurons
 
@@ -156,8 +159,8 @@ class _Probe:
                 parts = (intact * before, p), (after[c] * losses, left)
                 # Where all neurons are taken, there is one way to draw them.
                 errors[c] = math.hypot(*(_deviation(v) for v, m in parts if m > self.size), 0)
-        found = {"ablated": after, "change": intact - after, "standard_error": errors}
-        return {"intact": intact} | {k: _arrays.like(v, self.given) for k, v in found.items()}
+        change = intact - after
+        return {"intact": intact, "ablated": after, "change": change, "standard_error": errors}
 
     def _order(self, source: np.random.SeedSequence, p: int, length: int) -> np.ndarray[Any, Any]:
         """Beginnings of random orderings of p neurons, for each draw; one if all are drawn."""
@@ -169,7 +172,8 @@ class _Probe:
         self, columns: np.ndarray[Any, Any] | Array, start: tuple[Array, Array] | None = None
     ) -> tuple[dict[str, Array], np.ndarray[Any, Any]]:
         """Fits, and the log-loss of each one's hard predictions, as scikit-learn has it."""
-        found = _fits(self.x, self.y[None], columns, start, self.backend, **self.options)
+        y = self.y[None]
+        found = _fits(self.source, self.x, y, columns, start, self.backend, **self.options)
         share = _arrays.to_numpy(found["errors"])[:, 0] / len(self.y)
         return found, share * _WRONG + (1 - share) * _RIGHT
 
@@ -182,13 +186,13 @@ class _Probe:
     ) -> np.ndarray[Any, Any]:
         """The losses by the first neurons of each ordering that are not inside a cell."""
         device, size = self.x.device, self.size
-        gone = _arrays.to_torch(inside, device)
+        gone = _arrays.to_tensor(inside, device)
         length = size + 16
         while True:
             length = min(len(inside), length + length // 4)
             if self.known.shape[1] < length:
                 self.known = self._order(source, len(inside), length)
-            order = _arrays.to_torch(self.known, device)
+            order = _arrays.to_tensor(self.known, device)
             alive = ~gone[order]
             if int(alive.sum(1).min()) >= size:
                 break

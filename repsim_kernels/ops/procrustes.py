@@ -37,8 +37,8 @@ def procrustes(x: Any, y: Any, *, batched: bool = False, backend: str | None = N
     A p x q matrix is made only where both are smaller than n. Invariant to rotation, isotropic
     scale and shift of either side. Source: Williams et al. 2021; Ding et al. 2021.
     """
-    x, y = _check.pair(x, y, batched=batched)
-    return _dispatch.call("procrustes", backend, x, y)
+    x, y, source = _check.pair(x, y, batched=batched)
+    return _dispatch.call("procrustes", backend, source, x, y)
 
 
 def procrustes_distance(
@@ -75,5 +75,5 @@ def procrustes_distance(
     Source: Ding et al. 2021 ("squared"); Williams et al. 2021 ("angular", "size-and-shape").
     """
     form = _options.option(form, "form", ("squared", "angular", "size-and-shape"))
-    x, y = _check.pair(x, y, batched=batched)
-    return _dispatch.call("procrustes_distance", backend, x, y, form=form)
+    x, y, source = _check.pair(x, y, batched=batched)
+    return _dispatch.call("procrustes_distance", backend, source, x, y, form=form)

@@ -66,6 +66,6 @@ def rsa(
     Source: Kriegeskorte et al. 2008.
     """
     distance, compare = _options.rsa_options(distance, compare)
-    x, y = _check.pair(x, y, least=3, batched=batched)
-    value = _dispatch.call("rsa", backend, x, y, distance=distance, compare=compare)
+    x, y, source = _check.pair(x, y, least=3, batched=batched)
+    value = _dispatch.call("rsa", backend, source, x, y, distance=distance, compare=compare)
     return _check.defined(value, _check.NO_RSA)

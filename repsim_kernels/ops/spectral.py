@@ -83,11 +83,13 @@ def gram_ablation_distances(
     if neurons is not None:
         neurons = _options.count(neurons, "neurons")
     info = _options.flag(info, "info")
-    gram, parts = _check.gram_and_parts(gram, parts, least=4 if "cka_debiased" in names else 2)
+    least = 4 if "cka_debiased" in names else 2
+    gram, parts, source = _check.gram_and_parts(gram, parts, least=least)
     _options.warn_without_ridge(names, ridge, penalty)
     found = _dispatch.call(
         "gram_ablation_distances",
         backend,
+        source,
         gram,
         parts,
         metrics=names,
@@ -171,8 +173,10 @@ def _decompose(
     operation: str, a: Any, vectors: bool, backend: str | None, *, symmetric: bool
 ) -> dict[str, Array]:
     vectors = _options.flag(vectors, "vectors")
-    a = _check.wide(_check.matrices(a, "a", symmetric=symmetric))
-    found: dict[str, Array] = _dispatch.call(operation, backend, a, vectors=vectors)
+    a, source = _check.matrices(a, "a", symmetric=symmetric)
+    found: dict[str, Array] = _dispatch.call(
+        operation, backend, source, _check.wide(a), vectors=vectors
+    )
     failed = int(found["failed"].sum()) if "failed" in found else 0
     if failed:
         another = " (backend='torch' has another method)" if operation == "svd" else ""

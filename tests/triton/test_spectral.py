@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import repsim_kernels as rk
 from bench.common.tolerances import DISTANCE, Tol, assert_close, assert_rank_fidelity
 from repsim_kernels import _dispatch
+from repsim_kernels._arrays import Source
 from repsim_kernels.kernels.triton import riccati, spectral
 
 
@@ -61,10 +62,11 @@ def test_the_kernel_serves_both_operations(device, launches):
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 def test_every_dtype_is_served(device, dtype):
     a = torch.eye(4, dtype=getattr(torch, dtype), device=device)
+    source = Source("torch", str(a.device))
     assert spectral.unsupported(a, a[None]) is None
-    assert _dispatch.choose("gram_ablation_distances", "triton", a, a[None]) == "triton"
+    assert _dispatch.choose("gram_ablation_distances", "triton", source, a, a[None]) == "triton"
     default = "triton" if device.type == "cuda" else "torch"
-    assert _dispatch.choose("gram_ablation_distances", None, a, a[None]) == default
+    assert _dispatch.choose("gram_ablation_distances", None, source, a, a[None]) == default
 
 
 def test_what_is_not_served_says_why(device):
