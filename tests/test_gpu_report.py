@@ -1,4 +1,4 @@
-"""The sheet's rows: rehearsed on a CPU, and robust to whatever a first run on a GPU meets."""
+"""The GPU report's rows: rehearsed on a CPU, and robust to whatever a first run on a GPU meets."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from _cupy import FakeCupy
 
-from bench.common.machine import ROOT, save
-from bench.gpu_report import cases, rows, run, sanitizer_target, spectral_cases, supervise
-from bench.gpu_report.case import Case
-from bench.gpu_report.plain_cupy import PlainCupy
+from bench.common.machine import ROOT
+from bench.gpu_report import rows, run, sanitizer_target
+from bench.gpu_report.case import Case, PlainCupy
+from bench.gpu_report.cases import cases, native
+from repsim_kernels.kernels import cupy as cuda_kernels
+from repsim_kernels.kernels import triton as triton_kernels
 
 RATES = dict.fromkeys(("copy", "ieee", "tf32", "tf32x3", "bfloat16", "float64"), 1e9)
 needs_triton = pytest.mark.skipif(
@@ -88,9 +92,15 @@ def interpreted(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
-def begun(out, make):
-    """A record whose rows wait."""
-    save(out, {"ceilings": RATES, "rows": [rows.blank(case) for case in make(True)]})
+def measured_rows(make, end, **options):
+    """Three rows after a turn, and what was kept of them is the same."""
+    record = {"ceilings": RATES, "rows": [rows.blank(case) for case in rows_of(True)]}
+    kept = [json.dumps(record)]
+    rows.measure_rows(
+        record, lambda: kept.append(json.dumps(record)), "cpu", True, make, end, **options
+    )
+    assert json.loads(kept[-1]) == record
+    return record["rows"]
 
 
 def measured(**changes):
@@ -126,7 +136,7 @@ def test_rehearsal(tmp_path, interpret):
     assert record["study"]["seconds"] > 0
     assert torch.__version__.startswith(record["environment"]["torch"].partition("+")[0])
     assert min(record["ceilings"].values()) > 0
-    assert len(record["rows"]) == len(cases.cases(True)) > 15
+    assert len(record["rows"]) == len(cases(True)) > 15
     for row in record["rows"]:
         assert row["name"] in done.stdout.rpartition("floor ms")[0]
         assert row["routes"].get("cupy", {"why": "no such route"})["why"]
@@ -143,26 +153,37 @@ def test_rehearsal(tmp_path, interpret):
 
 
 def test_the_rows_of_a_gpu():
-    found = cases.cases(False)
+    found = cases(False)
     assert len({(r.name, r.shape, r.dtype, r.precision) for r in found}) == len(found) > 30
     assert {r.precision for r in found} <= set(RATES)
     assert all(r.bytes > 1e7 and r.routes for r in found)
     assert {r.precision for r in found if r.name == "riccati"} == {"float64"}
 
 
+def test_every_kernel_has_a_row():
+    """A module with launch settings of its own, `choose`, has a kernel."""
+    folder = ROOT / "bench" / "gpu_report"
+    text = (folder / "cases.py").read_text() + (folder / "solver_cases.py").read_text()
+    kernels = {
+        f"{path.parent.name}.{path.stem}:"
+        for package in (triton_kernels, cuda_kernels)
+        for path in Path(package.__file__).parent.glob("[!_]*.py")
+        if "def choose(" in path.read_text()
+    }
+    assert len(kernels) > 9
+    assert {name for name in kernels if name not in text} == set()
+
+
 @pytest.mark.parametrize(
     "case",
-    [c for c in cases.cases(True) + spectral_cases.native(True) if "cupy" in c.routes],
+    [c for c in cases(True) + native(True) if "cupy" in c.routes],
     ids=lambda c: f"{c.name} {c.shape} {c.dtype}",
 )
 def test_the_routes_of_cupy_give_the_rows_numbers(case):
     """NumPy stands in for CuPy, float32 for bfloat16, which NumPy has not."""
-    route = case.routes["cupy"]
-    assert isinstance(route, PlainCupy)
     inputs = case.inputs(torch.Generator().manual_seed(0))
     inputs = [t.float() if t.dtype == torch.bfloat16 else t for t in inputs]
-    beside = route.beside(torch.device("cpu"))
-    got = route.compute(np, *(t.numpy() for t in (*inputs, *beside)))
+    got = case.routes["cupy"].formula(np, "float32", *(t.numpy() for t in inputs))
     want = case.reference(*inputs)
     assert rows.relative_error(torch.from_numpy(got), want, case.parts) < 1e-5
 
@@ -175,12 +196,12 @@ def test_cupy_works_on_torchs_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
     seen = []
 
-    def compute(xp, x, y):
+    def formula(xp, dtype, x, y):
         seen.extend(cupy.events)
-        return xp is cupy and 2 * x + y
+        return (xp, dtype) == (cupy, "float32") and 2 * x + y
 
     x, y = torch.arange(6.0).view(2, 3), torch.ones(3)
-    got = PlainCupy(compute, lambda device: [y.to(device)])(x.mT.contiguous().mT)
+    got = PlainCupy(formula)(x.mT.contiguous().mT, y)
     assert torch.equal(got, 2 * x + 1)
     scopes = [("device", None), ("stream", "the stream of cpu")]
     assert seen == [(*scope, "enter") for scope in scopes]
@@ -188,7 +209,7 @@ def test_cupy_works_on_torchs_stream(monkeypatch):
 
 
 def test_rows_that_plain_cupy_can_do_have_its_route():
-    found = cases.cases(False)
+    found = cases(False)
     natural = {c.name for c in found if "cupy" in c.routes}
     assert natural == {
         *("centered_gram", "cell_grams", "class_means", "neuron_major", "variate_weights"),
@@ -199,7 +220,7 @@ def test_rows_that_plain_cupy_can_do_have_its_route():
 
 @pytest.mark.usefixtures("interpreted")
 def test_cupy_that_is_not_there_costs_nothing():
-    row = measured(routes={"plain": double, "cupy": PlainCupy(lambda xp, x: 2 * x)})
+    row = measured(routes={"plain": double, "cupy": PlainCupy(lambda xp, dtype, x: 2 * x)})
     assert row["status"] == "ok"
     assert row["routes"]["cupy"]["why"]
     assert row["torch_route"] == "plain"
@@ -209,7 +230,7 @@ def test_cupy_that_is_not_there_costs_nothing():
 @pytest.mark.usefixtures("interpreted")
 def test_the_ratio_to_cupy_stands_beside_that_to_torch(monkeypatch):
     monkeypatch.setattr(rows.module, "unsupported", lambda *_: None)
-    monkeypatch.setattr(rows.plain_cupy, "forget", lambda: None)
+    monkeypatch.setattr(rows, "_free_cupy", lambda: None)
 
     def slow(x):
         time.sleep(0.01)
@@ -225,7 +246,7 @@ def test_the_ratio_to_cupy_stands_beside_that_to_torch(monkeypatch):
 def test_cupys_memory_is_given_back_however_its_route_ends(monkeypatch, route):
     given_back = []
     monkeypatch.setattr(rows.module, "unsupported", lambda *_: None)
-    monkeypatch.setattr(rows.plain_cupy, "forget", lambda: given_back.append(1) or 1 / 0)
+    monkeypatch.setattr(rows, "_free_cupy", lambda: given_back.append(1) or 1 / 0)
     row = measured(routes={"cupy": route, "plain": double})
     assert given_back == [1]
     assert row["torch_ms"] > 0
@@ -303,61 +324,60 @@ def test_failures_keep_to_their_row():
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("end", [interrupts, stops])
-def test_a_run_that_is_cut_off_keeps_what_it_has(tmp_path, end):
-    out = tmp_path / "report.json"
+def test_a_run_that_is_cut_off_has_sent_what_it_has(end):
+    sent = {}
 
-    def make(quick):
-        return spoiled(rows_of(quick), end)
+    def send(news):
+        index, row = news
+        sent[index] = json.loads(json.dumps(row))
 
-    begun(out, make)
+    late = time.time() + run.WHOLE
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        supervise.work(out, "cpu", True, make, time.time() + run.WHOLE)
-    found = json.loads(out.read_text())["rows"]
-    assert [row["status"] for row in found] == ["ok", "running", "waiting"]
-    assert found[0]["ms"] > 0
-    assert not out.with_name("report.json.tmp").exists()
+        rows.measure_cases(
+            send, "cpu", True, lambda quick: spoiled(rows_of(quick), end), RATES, [0, 1, 2], late
+        )
+    assert [row["status"] for row in sent.values()] == ["ok", "running"]
+    assert sent[0]["ms"] > 0
 
 
-def statuses(out):
-    return [(row["status"], row.get("why")) for row in json.loads(out.read_text())["rows"]]
+def test_rows_wait_for_their_last_turn_and_are_then_skipped():
+    waiting = measured_rows(rows_of, time.time(), last=False)
+    assert [row["status"] for row in waiting] == ["waiting"] * 3
+    skipped = measured_rows(rows_of, time.time())
+    assert {(row["status"], row["why"]) for row in skipped} == {("skipped", "no time was left")}
 
 
-def test_rows_wait_for_their_last_turn_and_are_then_skipped(tmp_path):
-    out = tmp_path / "report.json"
-    begun(out, rows_of)
-    supervise.work(out, "cpu", True, rows_of, time.time())
-    supervise.measure_rows(out, "cpu", True, rows_of, time.time(), last=False)
-    assert statuses(out) == [("waiting", None)] * 3
-    supervise.measure_rows(out, "cpu", True, rows_of, time.time())
-    assert statuses(out) == [("skipped", "no time was left")] * 3
+def test_a_row_that_is_cut_off_by_the_first_turns_end_waits_again(monkeypatch):
+    clock = SimpleNamespace(time=lambda: clock.now, now=1000.0)
+
+    def watch(work, *arguments, end, silence):
+        yield 0, {**rows.blank(rows_of(True)[0]), "status": "running"}
+        clock.now = end
+        raise RuntimeError("stopped: it took too long")
+
+    monkeypatch.setattr(rows, "watch", watch)
+    monkeypatch.setattr(rows, "time", clock)
+    found = measured_rows(rows_of, 1600.0, last=False)
+    assert [row["status"] for row in found] == ["waiting"] * 3
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_a_row_that_kills_its_process_costs_itself_alone(tmp_path):
-    out = tmp_path / "report.json"
-    begun(out, rows_that_die)
-    supervise.measure_rows(out, "cpu", True, rows_that_die, time.time() + run.WHOLE)
-    found = json.loads(out.read_text())["rows"]
+def test_a_row_that_kills_its_process_costs_itself_alone():
+    found = measured_rows(rows_that_die, time.time() + run.WHOLE)
     assert [row["status"] for row in found] == ["ok", "error", "ok"]
     assert found[1]["why"] == "its process ended with exit code 7"
 
 
-def test_workers_that_cannot_start_end_the_run(tmp_path):
-    out = tmp_path / "report.json"
-    begun(out, rows_of)
-    supervise.measure_rows(out, "cpu", True, dies_at_once, time.time() + run.WHOLE)
-    found = json.loads(out.read_text())["rows"]
+def test_workers_that_cannot_start_end_the_run():
+    found = measured_rows(dies_at_once, time.time() + run.WHOLE)
     assert {row["why"] for row in found} == {"its process ended with exit code 9"}
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
-def test_a_row_that_hangs_is_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(supervise, "ROW", 15.0)
-    out = tmp_path / "report.json"
-    begun(out, rows_that_hang)
-    supervise.measure_rows(out, "cpu", True, rows_that_hang, time.time() + run.WHOLE)
-    found = json.loads(out.read_text())["rows"]
+def test_a_row_that_hangs_is_stopped(monkeypatch):
+    monkeypatch.setattr(rows, "SILENCE", 15.0)
+    found = measured_rows(rows_that_hang, time.time() + run.WHOLE)
     assert [row["status"] for row in found] == ["ok", "error", "ok"]
     assert found[1]["why"] == "stopped: it took too long"
 

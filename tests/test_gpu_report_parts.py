@@ -1,4 +1,4 @@
-"""The sheet's parts beside its rows: their shares of time, the GPU's tests, sanitizer, verdict."""
+"""The GPU report's parts but its rows: shares of time, the GPU's tests, sanitizer, verdict."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,16 +15,8 @@ from typer.testing import CliRunner
 
 from bench.__main__ import app
 from bench.common.machine import ROOT
-from bench.gpu_report import (
-    gpu_tests,
-    processes,
-    run,
-    sanitizer,
-    sanitizer_target,
-    study,
-    supervise,
-)
-from bench.gpu_report.verdict import verdict
+from bench.gpu_report import checks, processes, run, sanitizer_target, study
+from bench.gpu_report.report import verdict
 
 
 @pytest.mark.parametrize(
@@ -36,7 +29,7 @@ from bench.gpu_report.verdict import verdict
     ],
 )
 def test_counts_of_pytest(last, want):
-    found = gpu_tests.counts(f"....F\nFAILED test_x.py - assert 3 passed\n{last}\n")
+    found = checks.count_tests(f"....F\nFAILED test_x.py - assert 3 passed\n{last}\n")
     assert found.items() >= want.items()
     assert bool(found) == bool(want)
 
@@ -49,7 +42,7 @@ def test_gpu_tests_run_beside_files_that_cannot_be_imported(tmp_path, monkeypatc
         "import pytest\n\n\n@pytest.mark.gpu\ndef test_a():\n    assert True\n\n\n"
         "@pytest.mark.gpu\ndef test_b():\n    assert False\n"
     )
-    found = gpu_tests.gpu_tests(120)
+    found = checks.run_gpu_tests(120)
     assert found["counts"] == {"failed": 1, "passed": 1, "error": 1}
     assert found["exit_code"] == 1
     assert any("no_such_module" in text for text in found["tail"])
@@ -58,15 +51,15 @@ def test_gpu_tests_run_beside_files_that_cannot_be_imported(tmp_path, monkeypatc
 @pytest.mark.slow
 @pytest.mark.parametrize("ignored", [False, True], ids=["", "SIGINT ignored"])
 def test_gpu_tests_that_hang_are_stopped_and_counted(tmp_path, ignored):
-    """Also where the sheet runs in a shell's background, whose jobs ignore SIGINT."""
+    """Also where the report is made in a shell's background, whose jobs ignore SIGINT."""
     (tmp_path / "test_some.py").write_text(
         "import time\n\nimport pytest\n\n\n@pytest.mark.gpu\ndef test_a():\n    assert True\n\n\n"
         "@pytest.mark.gpu\ndef test_b():\n    time.sleep(600)\n"
     )
     code = (
-        "import json, pathlib, sys; from bench.gpu_report import gpu_tests, processes\n"
+        "import json, pathlib, sys; from bench.gpu_report import checks, processes\n"
         "processes.ROOT = pathlib.Path(sys.argv[1])\n"
-        "print(json.dumps(gpu_tests.gpu_tests(8)))"
+        "print(json.dumps(checks.run_gpu_tests(8)))"
     )
     before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
     try:
@@ -82,10 +75,11 @@ def test_gpu_tests_that_hang_are_stopped_and_counted(tmp_path, ignored):
 
 def test_a_command_that_ignores_the_interrupt_is_killed(monkeypatch):
     monkeypatch.setattr(processes, "_GRACE", 0.3)
-    ended = processes.run(["bash", "-c", "trap '' INT; echo said; while :; do sleep 1; done"], 0.3)
-    assert ended.exit_code is None
-    assert ended.output == "said\n"
-    assert ended.seconds < 20
+    script = "trap '' INT; echo said; while :; do sleep 1; done"
+    ended = processes.run_command(["bash", "-c", script], 0.3)
+    assert ended["exit_code"] is None
+    assert ended["output"] == "said\n"
+    assert ended["why"] == "stopped after 0 s"
 
 
 @pytest.mark.parametrize(
@@ -105,7 +99,7 @@ def test_a_command_that_ignores_the_interrupt_is_killed(monkeypatch):
     ],
 )
 def test_the_sanitizers_count(output, want):
-    assert sanitizer.errors(output) == want
+    assert checks.count_errors(output) == want
 
 
 FAKE = """#!/bin/sh
@@ -126,8 +120,8 @@ def fake(tmp_path, monkeypatch):
         binary.write_text(FAKE.format(memory=memory))
         binary.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-        monkeypatch.setattr(sanitizer, "_SCRIPT", (sys.executable, "-c", script))
-        return sanitizer.sanitize(limit)
+        monkeypatch.setattr(checks, "_TARGET", (sys.executable, "-c", script))
+        return checks.sanitize(limit)
 
     return install
 
@@ -148,7 +142,7 @@ def test_a_script_that_fails_alone_is_not_sanitized(fake):
 
 
 def test_a_script_that_takes_long_alone_does_not_fail(fake, monkeypatch):
-    monkeypatch.setattr(sanitizer, "_SHORT", 6.0)
+    monkeypatch.setattr(checks, "_SHORT", 6.0)
     found = fake(script="import time; time.sleep(60)", limit=6.0)
     assert [tool["tool"] for tool in found["tools"]] == ["alone", "memcheck", "racecheck"]
     assert found["tools"][0]["why"] == "stopped after 3 s"
@@ -157,8 +151,8 @@ def test_a_script_that_takes_long_alone_does_not_fail(fake, monkeypatch):
 
 
 def test_short_of_time_memcheck_is_first_and_has_all_of_it(fake, monkeypatch):
-    given, checked = [], sanitizer._checked
-    monkeypatch.setattr(sanitizer, "_checked", lambda *a: given.append(a[::2]) or checked(*a))
+    given, checked = [], checks._check
+    monkeypatch.setattr(checks, "_check", lambda *a: given.append(a[::2]) or checked(*a))
     found = fake(memory=3, script="raise SystemExit(1)", limit=29.0)
     assert [tool["tool"] for tool in found["tools"]] == ["memcheck", "racecheck"]
     assert found["tools"][0]["errors"] == 3
@@ -167,19 +161,16 @@ def test_short_of_time_memcheck_is_first_and_has_all_of_it(fake, monkeypatch):
 
 
 def test_no_sanitizer_is_said(monkeypatch):
-    monkeypatch.setattr(sanitizer.shutil, "which", lambda *_, **__: None)
-    assert sanitizer.sanitize(60) == {"why": "not there: no compute-sanitizer"}
+    monkeypatch.setattr(checks.shutil, "which", lambda *_, **__: None)
+    assert checks.sanitize(60) == {"why": "not there: no compute-sanitizer"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
 def test_what_is_sanitized_says_what_is_wrong(monkeypatch, capsys):
-    right, wrong = sanitizer_target.all_cases()[:2]
-    routed = [
-        sanitizer_target.cases.cases(True)[i].__class__(**{**vars(case), "kernel": kernel})
-        for i, (case, kernel) in enumerate(
-            [(right, right.reference), (wrong, lambda x: 2 * wrong.reference(x))]
-        )
-    ]
+    right, wrong = (
+        replace(case, kernel=case.reference) for case in sanitizer_target.all_cases()[:2]
+    )
+    routed = [right, replace(wrong, kernel=lambda x, *_: 2 * wrong.reference(x, *_))]
     monkeypatch.setattr(sanitizer_target, "all_cases", lambda: routed)
     assert sanitizer_target.main("cpu") == 1
     said = capsys.readouterr().out.splitlines()
@@ -308,15 +299,15 @@ def test_parts_keep_to_their_shares(tmp_path, monkeypatch, greedy):
         clock.now += seconds if greedy else min(seconds, 1)
         return {"why": "a stand-in"}
 
-    def turn(out, device, quick, make, end, last=True):
+    def turn(record, keep, device, quick, make, end, last=True):
         part("rows", end - clock.now)
 
     monkeypatch.setattr(run, "time", clock)
-    monkeypatch.setattr(run.timing, "ceilings", lambda *_: part("ceilings", 20.0))
-    monkeypatch.setattr(supervise, "measure_rows", turn)
-    monkeypatch.setattr(run, "gpu_tests", lambda limit: part("tests", limit))
+    monkeypatch.setattr(run._timing, "ceilings", lambda *_: part("ceilings", 20.0))
+    monkeypatch.setattr(run, "measure_rows", turn)
+    monkeypatch.setattr(run, "run_gpu_tests", lambda limit: part("tests", limit))
     monkeypatch.setattr(run, "sanitize", lambda limit: part("sanitizer", limit))
-    monkeypatch.setattr(study, "supervised", lambda *a: part("study", a[-1] - clock.now))
+    monkeypatch.setattr(study, "measure_study", lambda *a: part("study", a[-1] - clock.now))
     monkeypatch.setattr(run, "_check", lambda *_: None)
     monkeypatch.setattr(run, "environment", lambda _: {"device": "a stand-in"})
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -341,9 +332,9 @@ def test_a_part_that_fails_is_recorded_and_the_rest_goes_on(tmp_path, monkeypatc
     def fails(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(run.timing, "ceilings", fails)
-    monkeypatch.setattr(study, "supervised", lambda *_: None)
+    monkeypatch.setattr(run._timing, "ceilings", fails)
+    monkeypatch.setattr(study, "measure_study", fails)
     out = tmp_path / "report.json"
     found = run.gpu_report(out, "cpu", True, lambda quick: [])
-    assert found["ceilings"] == {"why": "RuntimeError: out of memory"}
+    assert found["ceilings"] == found["study"] == {"why": "RuntimeError: out of memory"}
     assert found["finished"]

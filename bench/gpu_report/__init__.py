@@ -1,4 +1,4 @@
-"""The sheet of a card: its ceilings, the GPU's tests, every kernel's error and time, the study."""
+"""What one wants to know of a GPU: ceilings, tests, every kernel's error and time, the study."""
 
 from bench.gpu_report.run import gpu_report
 

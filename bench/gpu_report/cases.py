@@ -1,325 +1,289 @@
-"""What the sheet measures: every kernel at the study's shapes, and what it is held against."""
+"""The rows of the report: every kernel at the study's shapes, and the formula that it computes."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 import repsim_kernels as rk
-from bench.gpu_report import linear_cases, probe_cases, spectral_cases
-from bench.gpu_report.case import (
-    DISTANCES,
-    EXACT,
-    MEANS,
-    PRODUCTS,
-    Case,
-    Shape,
-    function,
-    labelled,
-    members,
-)
-from bench.gpu_report.plain_cupy import PlainCupy, cell_grams, centred
+from bench.gpu_report.case import Call, Case, Shape, case, cast, load
+from bench.gpu_report.solver_cases import eigh, fits, riccati, svd
 
 PAPER = ("cka", "procrustes", "pwcca", "cca", "cca_squared")
 # Channels and pixels of AlexNet's first layer, ResNet50's last, and of the rehearsal.
 _UNITS = {193_600: (64, 55, 55), 100_352: (2048, 7, 7), 50: (2, 5, 5)}
+_EXACT = {"precision": "ieee", "tolerance": 0.0}  # copies and masks round nothing
 _NEURONS = 8192  # of a block, where products with all neurons would fill the memory
 
 
 def cases(quick: bool) -> list[Case]:
     """All rows: every kernel once at the study's shapes first, in case there is no more time."""
-    shapes = [(12, 50, 4)] if quick else [(50, 193_600, 16), (500, 100_352, 16)]
-    rows = _of(torch.float32, shapes)
-    rows += linear_cases.cases(quick) + spectral_cases.cases(quick) + probe_cases.cases(quick)
-    rows += _of(torch.bfloat16, shapes)
-    n, p, c = shapes[0]
-    rows += [] if quick else [_cells(Shape(n, p, 100, torch.float32))]
-    rows += [_cells(Shape(n, p, c, torch.float32), partitions=2 if quick else 4)]
-    n, p, c = shapes[-1]
-    for precision in ("tf32",) if quick else ("tf32", "ieee"):
-        s = Shape(n, p, c, torch.float32, precision)
-        rows += [_whole(s), _cells(s), _weights(s)]
-    return rows
+    layers = [(12, 50, 4)] if quick else [(50, 193_600, 16), (500, 100_352, 16)]
+    float32, bfloat16 = (
+        [Shape(*layer, dtype) for layer in layers] for dtype in (torch.float32, torch.bfloat16)
+    )
+    few, many = float32[0], float32[-1]
+    tf32, ieee = (replace(many, precision=precision) for precision in ("tf32", "ieee"))
+    if quick:  # CuPy starts the CUDA C++, which has no rehearsal without a GPU
+        once = [_linear(few, 16), riccati(4, 11), fits(few, 4, 8)]
+        return [
+            *(_layers(float32) + once + _layers(bfloat16)),
+            *(_cells(few, partitions=2), *_products(tf32)),
+        ]
+    return [
+        *_layers(float32),
+        _linear(Shape(50, 4096, 16), 4096),  # a class's images in AlexNet's classifier
+        *(riccati(16, 499), riccati(100, 49)),
+        *native(quick),
+        *(fits(s, 4096, 100) for s in (many, bfloat16[-1], tf32)),
+        *_layers(bfloat16),
+        *(_cells(replace(few, cells=100)), _cells(few, partitions=4)),
+        *(_products(tf32) + _products(ieee)),
+    ]
 
 
-def _of(dtype: torch.dtype, shapes: list[tuple[int, int, int]]) -> list[Case]:
-    default = [Shape(*s, dtype) for s in shapes]
-    rows = [row(s) for s in default for row in _KERNELS]
-    return rows + [_distances(s, metrics) for s in default for metrics in (("cka",), PAPER)]
+def native(quick: bool) -> list[Case]:
+    """The rows of the CUDA C++ kernels."""
+    if quick:
+        return [eigh(4, 11), svd(4, 12, 11), _native_cells(12, 50, 4)]
+    matrices = [eigh(1000, 49), eigh(100, 127), eigh(16, 499), svd(1000, 50, 49)]
+    return [*matrices, _native_cells(50, 193_600, 16), _native_cells(500, 100_352, 16)]
 
 
-def _centred(x: Tensor, dtype: torch.dtype) -> Tensor:
-    c = x.to(dtype)
+def _layers(shapes: list[Shape]) -> list[Case]:
+    makers = (_whole, _cells, _means, _neuron_major, _weights, _ablate, _pointwise)
+    rows = [make(s) for s in shapes for make in makers]
+    return rows + [_distances(s, metrics) for s in shapes for metrics in (("cka",), PAPER)]
+
+
+def _products(s: Shape) -> list[Case]:
+    return [_whole(s), _cells(s), _weights(s)]
+
+
+def _centred(xp: Any, dtype: str, x: Any) -> Any:
+    (c,) = cast(xp, dtype, x)
     return c - c.mean(0)
 
 
-def _whole(s: Shape) -> Case:
-    def product(x: Tensor, dtype: torch.dtype) -> Tensor:
-        c = _centred(x, dtype)
-        return c @ c.mT
+def _of_x(call: Call) -> Call:
+    """A call on the first input alone: the others are the formula's."""
+    return lambda x, *_: call(x)
 
-    def by_cupy(xp: Any, x: Any) -> Any:
-        c = centred(x)
+
+def _whole(s: Shape) -> Case:
+    def formula(xp: Any, dtype: str, x: Any) -> Any:
+        c = _centred(xp, dtype, x)
         return c @ c.T
 
     options = {"kernel": "linear", "sigma": None}
-    return Case(
-        "centered_gram",
-        f"n={s.n} p={s.p:,}",
-        s.dtype,
-        s.precision,
-        PRODUCTS[s.precision],
-        bytes=s.size + 8 * s.n**2,
-        operations=s.n * (s.n + 1) * s.p,  # one of two symmetric elements
-        inputs=s.activations,
-        kernel=lambda x: function("triton.gram:centered_gram")(x, **options, precision=s.precision),
-        reference=lambda x: product(x, torch.float64),
-        routes={
-            "backend": lambda x: function("torch.gram:centered_gram")(x, **options),
-            "plain": lambda x: product(x, torch.float32),
-            "cupy": PlainCupy(by_cupy),
-        },
+    kernel = load("triton.gram:centered_gram", **options, precision=s.precision)
+    backend = load("torch.gram:centered_gram", **options)
+    cost = s.size + 8 * s.n**2, s.n * (s.n + 1) * s.p  # one of two symmetric elements
+    return case("centered_gram", s, formula, cost, kernel, backend)
+
+
+def _cells(
+    s: Shape, partitions: int = 0, name: str = "cell_grams", kernel: Call | None = None
+) -> Case:
+    """The Grams of all cells, of one partition or of several."""
+    tables = [s.labels(t) for t in range(max(partitions, 1))]
+    count = len(tables) * s.cells
+    kernel = partial(
+        kernel or load("triton.gram:cell_grams", precision=s.precision),
+        cells=np.stack(tables) if partitions else tables[0],
+        n_cells=s.cells,
     )
 
+    def inputs(g: Generator) -> tuple[Tensor, ...]:
+        """The neurons of each cell as well: plain routes pay nothing for them."""
+        own = (np.flatnonzero(t == c) for t in tables for c in range(s.cells))
+        return (*s.activations(g), *(torch.from_numpy(i).to(g.device) for i in own))
 
-def _cells(s: Shape, partitions: int = 0) -> Case:
-    """The Grams of all cells, of one partition or of several."""
-    tables = [labelled(s, t) for t in range(max(partitions, 1))]
-    labels = np.stack(tables) if partitions else tables[0]
-    detail = f" T={partitions}" if partitions else ""
-
-    def products(x: Tensor, dtype: torch.dtype) -> Tensor:
-        rows = _centred(x, dtype).mT
-        grams = []
-        for t in range(len(tables)):
-            own = (rows[i] for i in members(s, t, x.device))
-            grams.append(torch.stack([b.mT @ b for b in own]))
-        return torch.stack(grams) if partitions else grams[0]
-
-    def by_cupy(xp: Any, x: Any, *own: Any) -> Any:
-        grams = cell_grams(xp, x, *own)
+    def formula(xp: Any, dtype: str, x: Any, *members: Any) -> Any:
+        rows = _centred(xp, dtype, x).T
+        grams = xp.stack([b.T @ b for b in (rows[i] for i in members)])
         return grams.reshape(len(tables), s.cells, s.n, s.n) if partitions else grams
 
-    def beside(device: torch.device) -> list[Tensor]:
-        return [i for t in range(len(tables)) for i in members(s, t, device)]
-
     def backend(x: Tensor) -> Tensor:
-        grams = [function("torch.gram:cell_grams")(x, cells=t, n_cells=s.cells) for t in tables]
+        grams = [load("torch.gram:cell_grams")(x, cells=t, n_cells=s.cells) for t in tables]
         return torch.stack(grams) if partitions else grams[0]
 
-    count = len(tables) * s.cells
-    return Case(
-        "cell_grams",
-        f"n={s.n} p={s.p:,} C={s.cells}{detail}",
-        s.dtype,
-        s.precision,
-        PRODUCTS[s.precision],
-        bytes=s.size + 8 * count * s.n**2,
-        operations=len(tables) * s.n * (s.n + 1) * s.p,
-        inputs=s.activations,
-        kernel=lambda x: function("triton.gram:cell_grams")(
-            x, cells=labels, n_cells=s.cells, precision=s.precision
-        ),
-        reference=lambda x: products(x, torch.float64),
-        routes={
-            "backend": backend,
-            "plain": lambda x: products(x, torch.float32),
-            "cupy": PlainCupy(by_cupy, beside),
-        },
-        parts=count,
-    )
+    cost = s.size + 8 * count * s.n**2, len(tables) * s.n * (s.n + 1) * s.p
+    facts = {
+        "detail": f" C={s.cells}" + (f" T={partitions}" if partitions else ""),
+        "inputs": inputs,
+        "parts": count,
+    }
+    return case(name, s, formula, cost, _of_x(kernel), _of_x(backend), **facts)
+
+
+def _native_cells(n: int, p: int, cells: int) -> Case:
+    s = Shape(n, p, cells, precision="ieee")
+    return _cells(s, name="cell_grams, CUDA C++", kernel=load("cupy.gram:cell_grams"))
 
 
 def _means(s: Shape) -> Case:
     k = 10
     labels = np.arange(s.n) % k
+
+    def inputs(g: Generator) -> tuple[Tensor, ...]:
+        member = torch.from_numpy(labels == np.arange(k)[:, None]).to(g.device, torch.float64)
+        return *s.activations(g), member / member.sum(1, keepdim=True)
+
+    def formula(xp: Any, dtype: str, x: Any, averages: Any) -> Any:
+        x, averages = cast(xp, dtype, x, averages)
+        return averages @ x
+
     options = {"labels": labels, "n_classes": k}
-
-    def means(x: Tensor, dtype: torch.dtype) -> Tensor:
-        member = torch.from_numpy(labels == np.arange(k)[:, None]).to(x.device, dtype)
-        return (member / member.sum(1, keepdim=True)) @ x.to(dtype)
-
-    def by_cupy(xp: Any, x: Any) -> Any:
-        # Labels go round, so that a class is every k-th stimulus.
-        return xp.stack([x[i::k].astype("float32").mean(0) for i in range(k)])
-
-    return Case(
-        "class_means",
-        f"n={s.n} p={s.p:,} k={k}",
-        s.dtype,
-        "ieee",
-        MEANS,
-        bytes=s.size + 8 * k * s.p,
-        operations=s.n * s.p,
-        inputs=s.activations,
-        kernel=lambda x: function("triton.cells:class_means")(x, **options),
-        reference=lambda x: means(x, torch.float64),
-        routes={
-            "backend": lambda x: function("torch.cells:class_means")(x, **options),
-            "plain": lambda x: means(x, torch.float32),
-            "cupy": PlainCupy(by_cupy),
-        },
-    )
+    kernel = _of_x(load("triton.cells:class_means", **options))
+    backend = _of_x(load("torch.cells:class_means", **options))
+    cost = s.size + 8 * k * s.p, s.n * s.p
+    facts = {"precision": "ieee", "tolerance": 1e-12, "inputs": inputs}  # sums in float64
+    return case("class_means", s, formula, cost, kernel, backend, f" k={k}", **facts)
 
 
 def _neuron_major(s: Shape) -> Case:
-    def inputs(g: torch.Generator) -> tuple[Tensor, ...]:
+    def formula(xp: Any, dtype: str, x: Any) -> Any:
+        return x.T.reshape(-1).reshape(s.p, s.n)  # flat, so that it is copied
+
+    def inputs(g: Generator) -> tuple[Tensor, ...]:
         return (s.activations(g)[0].contiguous(),)
 
-    def plain(x: Tensor) -> Tensor:
-        return x.mT.contiguous()
+    kernel = load("triton.neuron_major:neuron_major")
+    return case("neuron_major", s, formula, (2 * s.size, 0), kernel, **_EXACT, inputs=inputs)
 
-    return Case(
-        "neuron_major",
-        f"n={s.n} p={s.p:,}",
-        s.dtype,
-        "ieee",
-        EXACT,
-        bytes=2 * s.size,
-        operations=0,
-        inputs=inputs,
-        kernel=lambda x: function("triton.neuron_major:neuron_major")(x),
-        reference=plain,
-        routes={
-            "plain": plain,
-            "cupy": PlainCupy(lambda xp, x: xp.ascontiguousarray(x.T)),
-        },
-    )
+
+def _masked_inputs(s: Shape, cells: int, units: tuple[int, ...], outs: int = 0) -> Any:
+    """Activations (n, *units), cells, those to mask, and a layer's weights and bias."""
+
+    def inputs(g: Generator) -> tuple[Tensor, ...]:
+        x = s.activations(g)[0].contiguous().view(s.n, *units)
+        masks = torch.from_numpy(s.labels()).to(g.device), torch.arange(cells, device=g.device)
+        if not outs:
+            return x, *masks
+        size = outs, units[0], *(1 for _ in units[1:])
+        weight = torch.randn(size, generator=g, device=g.device) / units[0] ** 0.5
+        bias = torch.randn(outs, generator=g, device=g.device)
+        return x, *masks, weight.to(s.dtype), bias.to(s.dtype)
+
+    return inputs
+
+
+def _masked(xp: Any, x: Any, labels: Any, ids: Any) -> Any:
+    """(C, n, p): the activations with the units of one cell after the other at zero."""
+    x = x.reshape(x.shape[0], -1)
+    return xp.where((labels == ids[:, None])[:, None], _zero(xp, x), x)
+
+
+def _relu(xp: Any, x: Any) -> Any:
+    return xp.maximum(x, _zero(xp, x), out=x)
+
+
+def _zero(xp: Any, x: Any) -> Any:
+    """An array of x's dtype, which Python's 0 would not have in every library."""
+    return xp.zeros_like(x.reshape(-1)[:1])
 
 
 def _ablate(s: Shape) -> Case:
     """Copies with one cell of units masked and the ReLU behind the layer done."""
-    units = _UNITS[s.p]
-    cells = s.cells // 2
+    units, cells = _UNITS[s.p], s.cells // 2
 
-    def inputs(g: torch.Generator) -> tuple[Tensor, ...]:
-        x = s.activations(g)[0].contiguous().view(s.n, *units)
-        return x, torch.from_numpy(labelled(s)).to(g.device), torch.arange(cells, device=g.device)
+    def formula(xp: Any, dtype: str, x: Any, labels: Any, ids: Any) -> Any:
+        return _relu(xp, _masked(xp, x, labels, ids)).reshape(-1, *units)
 
-    def plain(x: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
-        masks = (labels == ids[:, None]).view(-1, 1, *units)
-        return torch.where(masks, 0, x).relu_().flatten(0, 1)
+    def kernel(*inputs: Tensor) -> Tensor:
+        epilogue = load("triton.ablate:Epilogue")(activate="relu")
+        return load("triton.ablate:ablate")(*inputs, epilogue=epilogue)
 
-    def by_cupy(xp: Any, x: Any, labels: Any, ids: Any) -> Any:
-        masks = (labels == ids[:, None]).reshape(-1, 1, *units)
-        copies = xp.where(masks, x.dtype.type(0), x)
-        return xp.maximum(copies, 0, out=copies).reshape(-1, *units)
-
-    def kernel(x: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
-        epilogue = function("triton.ablate:Epilogue")(activate="relu")
-        return function("triton.ablate:ablate")(x, labels, ids, epilogue=epilogue)
-
-    return Case(
-        "ablate, ReLU",
-        f"n={s.n} p={s.p:,} C={cells}",
-        s.dtype,
-        "ieee",
-        EXACT,
-        bytes=(1 + cells) * s.size,
-        operations=0,
-        inputs=inputs,
-        kernel=kernel,
-        reference=plain,
-        routes={"plain": plain, "cupy": PlainCupy(by_cupy)},
-    )
+    facts = {**_EXACT, "detail": f" C={cells}", "inputs": _masked_inputs(s, cells, units)}
+    return case("ablate, ReLU", s, formula, ((1 + cells) * s.size, 0), kernel, **facts)
 
 
 def _pointwise(s: Shape) -> Case:
     """A 1x1 convolution with bias and ReLU, for one cell of units masked after the other."""
     channels, *sizes = _UNITS[s.p]
-    pixels, cells, outs = s.p // channels, s.cells // 2, max(channels // 4, 16)
-    # Products of bfloat16 are exact in float32, and only the result is rounded.
-    wide = s.dtype == torch.float32
-    precision = s.precision if wide else "bfloat16"
+    cells, outs = s.cells // 2, max(channels // 4, 16)
 
-    def inputs(g: torch.Generator) -> tuple[Tensor, ...]:
-        x = s.activations(g)[0].contiguous().view(s.n, channels, *sizes)
-        weight = torch.randn(outs, channels, 1, 1, generator=g, device=g.device) / channels**0.5
-        bias = torch.randn(outs, generator=g, device=g.device)
-        labels = torch.from_numpy(labelled(s)).to(g.device)
-        ids = torch.arange(cells, device=g.device)
-        return x, labels, ids, weight.to(s.dtype), bias.to(s.dtype)
+    def formula(xp: Any, dtype: str, x: Any, labels: Any, ids: Any, *layer: Any) -> Any:
+        x, weight, bias = cast(xp, dtype, x, *layer)
+        masked = _masked(xp, x, labels, ids).reshape(cells * s.n, channels, -1)
+        out = weight.reshape(outs, channels) @ masked + bias[:, None]
+        return _relu(xp, out).reshape(-1, outs, *sizes)
 
-    def one(x: Tensor, mask: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        masked = torch.where(mask, 0, x.flatten(1)).view(-1, channels, pixels)
-        return (weight.flatten(1) @ masked + bias[:, None]).relu_().view(-1, outs, *sizes)
+    facts = {
+        "detail": f" C={cells} {channels}→{outs}",
+        "inputs": _masked_inputs(s, cells, (channels, *sizes), outs),
+        "plain": str(s.dtype).removeprefix("torch."),
+        "cupy": False,
+    }
+    if s.dtype == torch.bfloat16:
+        # Products of bfloat16 are exact in float32, and only the result is rounded.
+        facts |= {"precision": "bfloat16", "tolerance": 2.0**-8}
+    path = "triton.masked_pointwise:masked_pointwise"
+    kernel = load(path, activate="relu", precision=s.precision)
+    cost = s.size * (channels + cells * outs) // channels, 2 * cells * s.n * s.p * outs
+    return case("masked_pointwise, ReLU", s, formula, cost, kernel, **facts)
 
-    def reference(x: Tensor, labels: Tensor, ids: Tensor, *layer: Tensor) -> Tensor:
-        weight, bias = (t.double() for t in layer)
-        return torch.cat([one(x.double(), labels == i, weight, bias) for i in ids])
 
-    def plain(x: Tensor, labels: Tensor, ids: Tensor, *layer: Tensor) -> Tensor:
-        return one(x, labels == ids[:, None, None], *layer)
+def _linear(s: Shape, outs: int) -> Case:
+    """A linear layer with ReLU, for one cell of its inputs masked after the other."""
+    cells = s.labels()
+    layer_of = load("triton.linear_cells:linear_cells", activate="relu", precision=s.precision)
 
-    return Case(
-        "masked_pointwise, ReLU",
-        f"n={s.n} p={s.p:,} C={cells} {channels}→{outs}",
-        s.dtype,
-        precision,
-        PRODUCTS[s.precision] if wide else 2.0**-8,
-        bytes=s.size * (channels + cells * outs) // channels,
-        operations=2 * cells * s.n * s.p * outs,
-        inputs=inputs,
-        kernel=lambda x, labels, ids, *layer: function("triton.masked_pointwise:masked_pointwise")(
-            x, labels, ids, *layer, activate="relu", precision=s.precision
-        ),
-        reference=reference,
-        routes={"plain": plain},
-    )
+    def formula(xp: Any, dtype: str, x: Any, labels: Any, ids: Any, *layer: Any) -> Any:
+        x, weight, bias = cast(xp, dtype, x, *layer)
+        return _relu(xp, _masked(xp, x, labels, ids).reshape(-1, s.p) @ weight.T + bias)
+
+    def kernel(x: Tensor, labels: Tensor, ids: Tensor, *layer: Tensor) -> Tensor:
+        return layer_of(x, cells, *layer, range(s.cells))
+
+    numbers = s.n * s.p + s.p * outs + s.cells * s.n * outs
+    cost = numbers * s.dtype.itemsize, 2 * s.n * s.p * outs
+    facts = {
+        "detail": f" C={s.cells} →{outs:,}",
+        "inputs": _masked_inputs(s, s.cells, (s.p,), outs),
+        "parts": s.cells,
+        "cupy": False,
+    }
+    return case("linear_cells, ReLU", s, formula, cost, kernel, **facts)
 
 
 def _weights(s: Shape) -> Case:
     """PWCCA's weights of all ablations at once."""
     k = s.cells * (s.n - 1)
 
-    def inputs(g: torch.Generator) -> tuple[Tensor, ...]:
+    def inputs(g: Generator) -> tuple[Tensor, ...]:
         h = torch.randn(k, s.n, generator=g, device=g.device, dtype=torch.float64)
         h -= h.mean(1, keepdim=True)  # as canonical variates are
         return (h, *s.activations(g))
 
-    def weights(h: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        h = h.to(dtype)
-        parts = (h @ _centred(b, dtype) for b in x.split(_NEURONS, 1))
-        return torch.stack([b.abs_().sum(1) for b in parts]).sum(0)
+    def formula(xp: Any, dtype: str, h: Any, x: Any) -> Any:
+        (h,) = cast(xp, dtype, h)
+        blocks = (x[:, start : start + _NEURONS] for start in range(0, s.p, _NEURONS))
+        return sum(abs(h @ _centred(xp, dtype, block)).sum(1) for block in blocks)
 
-    def by_cupy(xp: Any, h: Any, x: Any) -> Any:
-        h, total = h.astype("float32"), xp.zeros(len(h), "float32")
-        for start in range(0, s.p, _NEURONS):
-            total += abs(h @ centred(x[:, start : start + _NEURONS])).sum(1)
-        return total
-
-    return Case(
-        "variate_weights",
-        f"n={s.n} p={s.p:,} k={k:,}",
-        s.dtype,
-        s.precision,
-        PRODUCTS[s.precision],
-        bytes=s.size + 8 * k * (s.n + 1),
-        operations=2 * k * s.n * s.p,
-        inputs=inputs,
-        kernel=lambda h, x: function("triton.cca:variate_weights")(h, x, precision=s.precision),
-        reference=lambda h, x: weights(h, x, torch.float64),
-        routes={
-            "backend": lambda h, x: function("torch.cca:variate_weights")(h, x),
-            "plain": lambda h, x: weights(h, x, torch.float32),
-            "cupy": PlainCupy(by_cupy),
-        },
-        parts=k,
-    )
+    kernel = load("triton.cca:variate_weights", precision=s.precision)
+    backend = load("torch.cca:variate_weights")
+    cost = s.size + 8 * k * (s.n + 1), 2 * k * s.n * s.p
+    facts = {"detail": f" k={k:,}", "inputs": inputs, "parts": k}
+    return case("variate_weights", s, formula, cost, kernel, backend, **facts)
 
 
 def _distances(s: Shape, metrics: tuple[str, ...]) -> Case:
     """The operation that users call, checks and small matrices included."""
-    labels = labelled(s)
+
+    labels = s.labels()
 
     def distances(x: Tensor, backend: str) -> Tensor:
-        found = rk.ablation_distances(
+        table = rk.ablation_distances(
             x, labels, metrics=metrics, precision=s.precision, backend=backend
         )
-        return torch.stack([found[m] for m in metrics])
+        return torch.stack([table[m] for m in metrics])
 
     products = s.n + 1 + (2 * s.cells * s.n if "pwcca" in metrics else 0)
     return Case(
@@ -327,15 +291,12 @@ def _distances(s: Shape, metrics: tuple[str, ...]) -> Case:
         f"n={s.n} p={s.p:,} C={s.cells}",
         s.dtype,
         s.precision,
-        DISTANCES,
+        1e-4,  # what the rounding of the Grams does to a distance
         bytes=s.size,
         operations=products * s.n * s.p,
         inputs=s.activations,
-        kernel=lambda x: distances(x, "triton"),
+        kernel=partial(distances, backend="triton"),
         reference=lambda x: distances(x.double(), "torch"),
-        routes={"backend": lambda x: distances(x, "torch")},
+        routes={"backend": partial(distances, backend="torch")},
         parts=len(metrics) * s.cells,
     )
-
-
-_KERNELS = (_whole, _cells, _means, _neuron_major, _weights, _ablate, _pointwise)

@@ -1,4 +1,4 @@
-"""The order of the sheet's parts, and the time that each may take.
+"""The order of the report's parts, and the time that each may take.
 
 The file is valid JSON at any moment: a run that is cut off keeps what it has. What is worth most
 comes first: the ceilings, the rows of the study's default shapes, the GPU's tests, the study,
@@ -10,17 +10,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from bench.common import timing
-from bench.common.machine import Json, environment, load, save
-from bench.gpu_report import cases, rows, study, supervise, table
-from bench.gpu_report.gpu_tests import gpu_tests
-from bench.gpu_report.sanitizer import sanitize
-from bench.gpu_report.supervise import Make
-from bench.gpu_report.verdict import verdict
+from bench.common.machine import Json, environment, save
+from bench.gpu_report import report
+from bench.gpu_report.cases import cases
+from bench.gpu_report.checks import run_gpu_tests, sanitize
+from bench.gpu_report.rows import Make, blank, describe, interpreted, limit_repeats, measure_rows
 
 # Seconds. A whole run ends within 8 minutes; the rows have what the other parts leave, of
 # which compute-sanitizer may take half.
@@ -28,9 +28,7 @@ WHOLE, TESTS, STUDY, SANITIZER = 470.0, 150.0, 90.0, 60.0
 _STOPPING = 10.0  # of a part, to be told that it is late and to say what it has
 
 
-def gpu_report(
-    out: Path, device: str = "cuda", quick: bool = False, make: Make = cases.cases
-) -> Json:
+def gpu_report(out: Path, device: str = "cuda", quick: bool = False, make: Make = cases) -> Json:
     """Measure a device, write ``out`` as it goes, print a table; give the record back.
 
     ``quick`` takes tiny shapes and leaves the GPU's tests out. ``make`` gives the rows.
@@ -40,34 +38,49 @@ def gpu_report(
     record: Json = {
         "finished": False,
         "environment": environment(device),
-        "interpreted": rows.interpreted(),
+        "interpreted": interpreted(),
         "ceilings": None,
-        "rows": [rows.blank(case) for case in make(quick)],
+        "rows": [blank(case) for case in make(quick)],
         "tests": None,
         "study": None,
         "sanitizer": None,
         "verdict": None,
     }
+    keep = partial(save, out, record)
     try:
-        save(out, record)
+        keep()
     except OSError as error:
         raise RuntimeError(f"--out {out} can't be written: {error}") from error
-    _part(out, "ceilings", lambda: timing.ceilings(device, quick, rows.limit(quick)))
+
+    def part(name: str, call: Callable[[], Json]) -> None:
+        """Put a part in the record, or why it failed."""
+        try:
+            record[name] = call()
+        except Exception as error:
+            record[name] = (record[name] or {}) | {"why": describe(error)}
+        keep()
+
+    def study(limit: float) -> Json:
+        from bench.gpu_report.study import measure_study  # which needs what may not be there
+
+        record["study"] = {}
+        return measure_study(record["study"], keep, device, quick, time.time() + limit)
+
+    part("ceilings", lambda: timing.ceilings(device, quick, limit_repeats(quick)))
     if device == "cuda":
         torch.cuda.empty_cache()
     first = end - TESTS - STUDY - SANITIZER
-    supervise.measure_rows(out, device, quick, make, first, last=False)
+    measure_rows(record, keep, device, quick, make, first, last=False)
     why = "there is no GPU" if device == "cpu" else "quick" if quick else None
-    _part(out, "tests", lambda: _unless(why, gpu_tests, _share(TESTS, end - STUDY - SANITIZER)))
-    study.supervised(out, device, quick, time.time() + _share(STUDY, end - SANITIZER))
+    part("tests", lambda: _unless(why, run_gpu_tests, _share(TESTS, end - STUDY - SANITIZER)))
+    part("study", lambda: study(_share(STUDY, end - SANITIZER)))
     most = max(SANITIZER, (end - time.time()) / 2)
-    _part(out, "sanitizer", lambda: _unless(why, sanitize, _share(most, end)))
-    supervise.measure_rows(out, device, quick, make, end)
-    record = load(out)
-    record["verdict"] = verdict(record)
+    part("sanitizer", lambda: _unless(why, sanitize, _share(most, end)))
+    measure_rows(record, keep, device, quick, make, end)
+    record["verdict"] = report.verdict(record)
     record["finished"] = True
-    save(out, record)
-    table.show(record)
+    keep()
+    report.show(record)
     return record
 
 
@@ -76,21 +89,11 @@ def _check(out: Path, device: str) -> None:
     if device not in ("cuda", "cpu"):
         raise RuntimeError(f"--device {device}: expected cuda or cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("no CUDA device; --device cpu --quick rehearses the sheet without one")
+        raise RuntimeError("no CUDA device; --device cpu --quick rehearses the report without one")
     if device == "cuda" and os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 is set: the kernels would not run on the GPU")
     if not out.parent.is_dir():
         raise RuntimeError(f"--out {out}: there is no folder {out.parent}")
-
-
-def _part(out: Path, name: str, measured: Callable[[], Json]) -> None:
-    """Put a part in the record, or why it failed."""
-    record = load(out)
-    try:
-        record[name] = measured()
-    except Exception as error:
-        record[name] = {"why": rows.said(error)}
-    save(out, record)
 
 
 def _unless(why: str | None, part: Callable[[float], Json], limit: float) -> Json:

@@ -6,15 +6,15 @@ import sys
 
 import torch
 
-from bench.gpu_report import cases, spectral_cases
 from bench.gpu_report.case import Case
+from bench.gpu_report.cases import cases, native
 from bench.gpu_report.rows import relative_error
 from repsim_kernels.kernels.cupy import module
 
 
 def all_cases() -> list[Case]:
     """The rehearsal's, and the CUDA C++ kernels where CuPy can start them."""
-    return cases.cases(True) + ([] if module.unsupported() else spectral_cases.native(True))
+    return cases(True) + ([] if module.unsupported() else native(True))
 
 
 def main(device: str = "cuda") -> int:

@@ -1,249 +1,267 @@
-"""The study at the paper's scale, with random weights: timed stage by stage on a sample."""
+"""The study at the paper's scale, with random weights: timed stage by stage on a sample of it."""
 
 from __future__ import annotations
 
-import math
-import statistics
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial, wraps
+from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
 import repsim_kernels as rk
-from bench.common.machine import Json, load, save
-from bench.gpu_report import supervise
-from bench.gpu_report.extrapolate import RULES, extrapolate
-from bench.gpu_report.rows import said
+from bench.common.machine import Json
+from bench.gpu_report.processes import watch
+from bench.gpu_report.rows import describe
+from repsim_kernels.experiments.inputs import imagenet
+from repsim_kernels.experiments.inputs import images as data
+from repsim_kernels.experiments.inputs.networks import load, study_layers
+from repsim_kernels.experiments.inputs.presets import PRESETS, Network, load_network
+from repsim_kernels.experiments.study import measure
+from repsim_kernels.experiments.study.checks import Draws
+from repsim_kernels.experiments.study.study import Study
 
-if TYPE_CHECKING:
-    from bench.gpu_report.subjects import Subject
+_PRESET = PRESETS["hayne2024"]
+_DRAWS = {"cuda": 256, "cpu": 8}  # of the paper's probe that are timed
 
-_LATE = "no time was left"
-_STEADY = 0.3  # seconds of repetitions of a stage, at least one
-_DRAWS = {"cuda": 256, "cpu": 16}  # of the paper's probe that are timed
+# What a layer's seconds follow.
+STAGES = {
+    "cells": "neurons",
+    "metrics": "neurons",
+    "suffix": "tail_flops",
+    "paper": "neurons",
+    "ridge": "neurons",
+}
+RULES = {
+    "prefix": "prefix: the pass of all images that gives activations, times the passes.",
+    "layers": (
+        "cells, metrics, ridge: straight lines between the sampled layers, by neurons;\n"
+        "  under the smallest as for it, above the largest in proportion; times the classes."
+    ),
+    "suffix": "suffix: the same by the FLOPs that follow a layer.",
+    "paper": "paper: the same of the seconds of one draw, times each layer's draws.",
+    "together": (
+        "together: prefix, cells, metrics, suffix, paper; ridge, this package's own probe, is "
+        "extra; no start-up, no files."
+    ),
+}
 
-Keep = Callable[[], None]
+
+class StageClock:
+    """Seconds of each stage of a study, by what the study calls for it."""
+
+    def __init__(self, study: Study) -> None:
+        self.seconds: Counter[str] = Counter()
+        self.running: str | None = None
+        self.cuda = study.device.type == "cuda"
+        self.calls: tuple[tuple[Any, str, str], ...] = (
+            (measure, "_shown", "prefix"),
+            (rk, "selectivity_grid", "cells"),
+            (rk, "ablation_distances", "metrics"),
+            (rk, "ablation_decodability", "ridge"),
+            (rk, "probe_paper", "paper"),
+            (study.forward, "logits", "suffix"),
+        )
+
+    @contextmanager
+    def wrapped(self) -> Iterator[None]:
+        """Time what is called in the meantime."""
+        with ExitStack() as stack:
+            for owner, name, stage in self.calls:
+                timed = self._timed(getattr(owner, name), stage)
+                stack.enter_context(patch.object(owner, name, timed))
+            yield
+
+    def _timed(self, call: Callable[..., Any], stage: str) -> Callable[..., Any]:
+        @wraps(call)
+        def timed(*arguments: Any, **options: Any) -> Any:
+            self.running = stage
+            self._synchronize()
+            start = time.perf_counter()
+            result = call(*arguments, **options)
+            self._synchronize()
+            self.seconds[stage] += time.perf_counter() - start
+            self.running = None
+            return result
+
+        return timed
+
+    def _synchronize(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
 
 
-def supervised(out: Path, device: str, quick: bool, end: float) -> None:
+def measure_study(
+    study: Json, keep: Callable[[], None], device: str, quick: bool, end: float
+) -> Json:
     """Have it timed in a process of its own, and extrapolate from what there is at the end."""
-    record = load(out)
-    record["study"] = {}
-    save(out, record)
-    why = supervise.in_a_process(work, out, end, device, quick, row=math.inf)
-    record = load(out)
-    study = record["study"]
-    if why is not None:
-        study.setdefault("why", why)
-    study["rules"] = RULES
-    for network in study.get("networks", []):
-        network |= extrapolate(network)
-    parts = [network.get("seconds") for network in study.get("networks", [])]
-    if parts and None not in parts:
-        study["seconds"] = sum(parts)
-    save(out, record)
-
-
-def work(out: Path, device: str, quick: bool, end: float) -> None:
-    """Time a sample of layers of each network; each has an equal share of the time that is left."""
-    record = load(out)
-    study = record["study"]
-
-    def keep() -> None:
-        save(out, record)
-
+    study |= {"preset": None if quick else "hayne2024", "networks": [], "rules": RULES}
     try:
-        from bench.gpu_report.subjects import subjects
+        for networks in watch(time_networks, device, quick, end, end=end):
+            study["networks"] = networks
+            keep()
+    except RuntimeError as error:
+        study["why"] = str(error)
+    for network in study["networks"]:
+        network |= extrapolate(network)
+    seconds = [network.get("seconds") for network in study["networks"]]
+    if seconds and None not in seconds:
+        study["seconds"] = sum(seconds)
+    return study
 
-        torch.set_flush_denormal(True)  # as the study does
-        if quick:  # too small to share; threads would wait for each other
-            torch.set_num_threads(1)
-        chosen = subjects(device, quick)
-    except Exception as error:
-        study["why"] = said(error)
-        return keep()
-    study["preset"] = None if quick else "hayne2024"
-    study["networks"] = [{"name": name, "failed": []} for name in chosen]
+
+def time_networks(send: Callable[[list[Json]], None], device: str, quick: bool, end: float) -> None:
+    """Time a sample of layers of each network; each has an equal share of the time that is left."""
+    torch.set_flush_denormal(True)  # as the study does
+    if quick:  # too small to share; threads would wait for each other
+        torch.set_num_threads(1)
+    makers = {n.name: partial(_of_paper, n, device) for n in _PRESET.networks}
+    if quick:
+        makers = {"alexnet_small": partial(_small, device)}
+    networks: list[Json] = [{"name": name, "failed": []} for name in makers]
+    keep = partial(send, networks)
     keep()
-    for i, (network, make) in enumerate(zip(study["networks"], chosen.values(), strict=True)):
-        share = (end - time.time()) / (len(chosen) - i)
+    for i, (network, make) in enumerate(zip(networks, makers.values(), strict=True)):
+        late = time.time() + (end - time.time()) / (len(networks) - i)
         try:
-            subject = make()
-            with subject.study.hold_network(), torch.no_grad():
-                _network(network, subject, quick, time.time() + share, keep)
+            study, draws = make()
+            with study.hold_network():
+                _time_network(network, study, draws, quick, late, keep)
         except Exception as error:
-            network["failed"].append(said(error))
+            network["failed"].append(describe(error))
         keep()
-    return None
 
 
-def _network(network: Json, subject: Subject, quick: bool, end: float, keep: Keep) -> None:
-    from repsim_kernels.experiments.study.memory import groups, held
-
-    study = subject.study
-    sizes, target = held(study), study.targets[0]
-    grouped = groups(study, study.layers)
-    costs = study.costs
+def _time_network(
+    network: Json, study: Study, draws: Draws, quick: bool, late: float, keep: Callable[[], None]
+) -> None:
+    layers = [
+        {
+            "layer": name,
+            "neurons": study.sizes[name].neurons,
+            "tail_flops": study.costs[name].tail_flops,
+            "draws": draws.of(study.sizes[name].neurons),
+        }
+        for name in study.layers
+    ]
+    ordered = sorted(layers, key=lambda layer: layer["neurons"])
+    middle = ordered[len(ordered) // 2]
+    # The last one, so that the pass goes through the whole network.
+    chosen = [middle, layers[-1]] if quick else [ordered[0], middle, ordered[-1], layers[-1]]
     network |= {
-        "layers": [
-            {
-                "layer": name,
-                "neurons": study.sizes[name].neurons,
-                "tail_flops": costs[name].tail_flops,
-                "draws": study.draws.of(study.sizes[name].neurons),
-            }
-            for name in study.layers
-        ],
+        "layers": layers,
         "targets": len(study.targets),
         "images": len(study.labels),
         "stimuli": study.stimuli,
         "cells": study.n_cells,
-        "passes": len(grouped),
-        "sample": [],
+        "passes": len(measure.groups(study, study.layers)),
+        "draws": study.draws.least,
+        "prefix": {},
+        "sample": [layer | {"stages": {}} for layer in layers if layer in chosen],
     }
-    ordered = sorted(network["layers"], key=lambda layer: layer["neurons"])
-    middle = ordered[len(ordered) // 2]
-    sample = [middle] if quick else [ordered[0], middle, ordered[-1]]
-    classes = study.present if study.others is None else sorted([target, *study.others_of(target)])
-    kept = max(sum(sizes[name] for name in group) for group in grouped)
-    shown = _Shown(subject, target, classes, [layer["layer"] for layer in sample])
-    if time.time() > end:
-        raise TimeoutError(_LATE)
-    network["prefix"] = shown.prefix()
-    keep()
-    for layer in sample:
-        network["sample"].append(layer | {"stages": {}})
-        into = network["sample"][-1]["stages"]
-        _stages(shown, layer, quick, max(1, (study.memory - kept) // 2), end, into, keep)
-        network["failed"] += [
-            f"{layer['layer']}, {stage}: {found['why']}"
-            for stage, found in into.items()
-            if "why" in found
-        ]
-        keep()
+    units = {unit.layer: unit for unit in study.units if unit.block == 1}
+    failed: list[Json] = []
+    for which in ("first_seconds", "seconds"):  # the first time kernels are compiled
+        left = [layer for layer in network["sample"] if layer not in failed]
+        clock, rows = StageClock(study), None
+        while left:
+            if time.time() > late:
+                raise TimeoutError("no time was left")
+            rows = rows or measure.rows(study, [units[layer["layer"]] for layer in left])
+            layer = left.pop(0)
+            try:
+                with clock.wrapped():
+                    next(rows)
+            except Exception as error:
+                rows = None  # those of the layers that are left
+                failed.append(layer)
+                why = f"{layer['layer']}, {clock.running or 'rows'}: {describe(error)}"
+                network["failed"].append(why)
+            _record(network, layer, clock, which)
+            keep()
 
 
-class _Shown:
-    """A network that is shown a target's stimuli, and what some of its layers gave."""
-
-    def __init__(
-        self, subject: Subject, target: int, classes: Sequence[int], layers: Sequence[str]
-    ) -> None:
-        self.study, self.target, self.classes = subject.study, target, classes
-        self.images = subject.images(classes)
-        per_class = len(self.images) // len(classes)
-        self.labels = torch.tensor(classes).repeat_interleave(per_class)
-        device, n = self.study.device, len(self.images)
-        neurons = {name: self.study.sizes[name].neurons for name in layers}
-        self.x = {name: torch.empty(n, p, device=device) for name, p in neurons.items()}
-        self.states: dict[str, list[Any]] = {}
-
-    def prefix(self) -> Json:
-        """Time the pass that gives all layers' activations, as the study makes it."""
-        from repsim_kernels.experiments.study.memory import batch_size
-
-        size = batch_size(self.study)
-        first = self._clock(lambda: self._pass(self.classes[:1], size))
-        seconds = self._clock(lambda: self._pass(self.classes, size))
-        return {"first_seconds": first, "seconds": seconds, "images": len(self.images)}
-
-    def _pass(self, classes: Sequence[int], size: int) -> None:
-        study, row = self.study, 0
-        most = max(layer.neurons for layer in study.sizes.values())
-        scratch = torch.empty(size * most, device=study.device)
-        self.states = {name: [] for name in self.x}
-        for label in classes:
-            for batch in torch.split(self.images[self.labels == label], size):
-                n = len(batch)
-                found = study.forward.prefixes(batch.to(study.device), study.layers)
-                for name, state in found.items():
-                    if name in self.x:
-                        state.move(self.x[name][row : row + n])
-                        if label == self.target:
-                            self.states[name].append(state)
-                    else:
-                        p = study.sizes[name].neurons
-                        state.move(scratch[: n * p].view(n, p))
-                row += n
-
-    def timed(self, call: Callable[[], Any]) -> Json:
-        """The first call, which may compile, and the median of further ones."""
-        first = self._clock(call)
-        # On a CPU nothing is compiled, and a second call of what takes long tells nothing.
-        once = first > 10 * _STEADY and self.study.device.type == "cpu"
-        times = [first if once else self._clock(call)]
-        while sum(times) < _STEADY:
-            times.append(self._clock(call))
-        seconds = statistics.median(times)
-        return {"first_seconds": first, "seconds": seconds, "repeats": len(times)}
-
-    def _clock(self, call: Callable[[], Any]) -> float:
-        self._synchronize()
-        start = time.perf_counter()
-        call()
-        self._synchronize()
-        return time.perf_counter() - start
-
-    def _synchronize(self) -> None:
-        if self.study.device.type == "cuda":
-            torch.cuda.synchronize()
+def _record(network: Json, layer: Json, clock: StageClock, which: str) -> None:
+    """Move what the clock has to the network's record."""
+    prefix = clock.seconds.pop("prefix", 0.0)  # of several groups of layers the longest pass
+    network["prefix"][which] = max(prefix, network["prefix"].get(which, 0.0))
+    for stage, seconds in clock.seconds.items():
+        layer["stages"].setdefault(stage, {})[which] = seconds
+    clock.seconds.clear()
 
 
-class _Found(dict[str, Any]):
-    """What stages leave for those after them."""
+def extrapolate(network: Json) -> Json:
+    """``extrapolated``: the seconds of each stage, None where one was not timed; their sum."""
+    prefix = _seconds(network.get("prefix", {}))
+    stages: dict[str, float | None] = {
+        "prefix": None if prefix is None else network["passes"] * prefix,
+        **{stage: _all_layers(network, stage, key) for stage, key in STAGES.items()},
+    }
+    parts = [seconds for stage, seconds in stages.items() if stage != "ridge"]
+    return {"extrapolated": stages} | ({} if None in parts else {"seconds": sum(parts)})
 
-    def __missing__(self, stage: str) -> Any:
-        raise RuntimeError(f"{stage} failed before")
+
+def _seconds(timed: Json) -> float | None:
+    """Those of a later call, without compiling, if there was one."""
+    return timed.get("seconds", timed.get("first_seconds"))
 
 
-def _stages(
-    shown: _Shown, layer: Json, quick: bool, room: int, end: float, into: Json, keep: Keep
-) -> None:
-    """Time what the study does with a layer for a target; a stage that fails says why."""
-    from repsim_kernels.experiments.study import probes
+def _all_layers(network: Json, stage: str, key: str) -> float | None:
+    """Of all layers and classes, from the sample's layers and one class."""
+    points: dict[float, list[float]] = {}
+    for layer in network.get("sample", []):
+        seconds = _seconds(layer["stages"].get(stage, {}))
+        if seconds is not None:
+            points.setdefault(layer[key], []).append(seconds)
+    if not points:
+        return None
+    at = sorted(points)
+    layers = np.array([layer[key] for layer in network["layers"]], dtype=float)
+    each = np.interp(layers, at, [np.mean(points[size]) for size in at])
+    each *= np.maximum(1, layers / at[-1])
+    if stage == "paper":
+        each *= np.array([layer["draws"] for layer in network["layers"]]) / network["draws"]
+    return float(network["targets"] * each.sum())
 
-    study, target, name = shown.study, shown.target, layer["layer"]
-    x, y, found = shown.x.pop(name), shown.labels, _Found()
-    states = shown.states.pop(name)
-    most = 8 if quick else _DRAWS[study.device.type]
-    draws = min(most, layer["draws"])
-    options: dict[str, Any] = {key: study.options[key] for key in ("ridge", "penalty")}
-    by_gram = [metric for metric in study.metrics if metric != "pwcca"]
 
-    def cells() -> None:
-        found["cells"] = rk.selectivity_grid(x, y, target, grid=study.grid, edges=study.edges)
+def _of_paper(network: Network, device: str) -> tuple[Study, Draws]:
+    """The preset's study of noise with random weights, and how often it draws."""
+    model = load_network(network, "random").model
+    if device == "cpu":  # as the study has them there
+        model = model.to(memory_format=torch.channels_last)
+    shown = imagenet.noise(imagenet.outputs(network.classes), network.images)
+    options = {"name": network.name, "others": network.others, "ridge": _PRESET.ridge}
+    draws = Draws(network.draws, network.neurons_per_draw, _PRESET.paired)
+    return _study(model, shown.images, shown.labels, device, **options), draws
 
-    def gram() -> None:
-        grams = rk.cell_grams(x, found["cells"], n_cells=study.n_cells)
-        found["gram"] = rk.centered_gram(x), grams
 
-    def spectral() -> None:
-        rk.gram_ablation_distances(*found["gram"], metrics=by_gram, neurons=x.shape[1], **options)
+def _small(device: str) -> tuple[Study, Draws]:
+    """A rehearsal: a few images for a network that comes with the package."""
+    shown = data.demo()
+    few = torch.cat([(shown.labels == c).nonzero()[:8, 0] for c in range(4)])
+    model = load("alexnet_small")
+    draws = Draws(200, None, _PRESET.paired)
+    return _study(model, shown.images[few], shown.labels[few], device, name="alexnet_small"), draws
 
-    def pwcca() -> None:
-        rk.ablation_distances(x, found["cells"], metrics=("pwcca",), memory=room, **options)
 
-    def metrics() -> None:
-        rk.ablation_distances(x, found["cells"], metrics=study.metrics, memory=room, **options)
-
-    def suffix() -> None:
-        for state in states:
-            study.forward.logits(state, found["cells"], study.n_cells, memory=room)
-
-    def ridge() -> None:
-        probes.decodability(study, ("ridge",), name, target, x, y, found["cells"])
-
-    def paper() -> None:
-        probes.paper(study, name, target, x, y, found["cells"], draws)
-
-    for stage in (cells, gram, spectral, pwcca, metrics, suffix, ridge, paper):
-        try:
-            late = time.time() > end
-            into[stage.__name__] = {"why": _LATE} if late else shown.timed(stage)
-        except Exception as error:
-            into[stage.__name__] = {"why": said(error)}
-        keep()
-    if "seconds" in into["paper"]:
-        into["paper"]["draws"] = draws
+def _study(model: nn.Module, images: Tensor, labels: Tensor, device: str, **options: Any) -> Study:
+    return Study(
+        model,
+        study_layers(model),
+        images,
+        labels,
+        grid=_PRESET.grid,
+        metrics=_PRESET.metrics or (),
+        edges=_PRESET.edges,
+        penalty=_PRESET.penalty,
+        probes=(*_PRESET.probes, "ridge"),
+        draws=Draws(_DRAWS[device], None, _PRESET.paired),
+        block=1,
+        device=device,
+        **options,
+    )

@@ -1,0 +1,156 @@
+"""What is printed of a report: the table of its rows, its other parts, and the verdict."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from bench.common.machine import Json
+
+_LEFT = ("kernel", "shape", "dtype", "products")
+_RIGHT = ("error", "call ms", "ms", "floor ms", "%", "torch ms", "vs torch", "vs CuPy")
+_NOTE = """\
+call ms: with what the host adds; ms: on the device; floor ms: what the ceilings allow; %: of it;
+vs torch, vs CuPy: a call of the faster torch route, and of plain CuPy, to one of this."""
+
+
+def number(value: Any, form: str = ".4g") -> str:
+    return "" if value is None else value if isinstance(value, str) else format(value, form)
+
+
+def line(row: Json) -> tuple[str, ...]:
+    """A row of the table."""
+    share, error = row.get("of_floor"), number(row.get("error"), ".1e")
+    return (
+        *(row["name"], row["shape"], row["dtype"], row["precision"]),
+        error if row["status"] == "ok" else f"{row['status']} {error}".strip(),
+        *map(number, (row.get("call", {}).get("ms"), row.get("ms"), row.get("floor_ms"))),
+        number(None if share is None else 100 * share, ".0f"),
+        number(row.get("torch_ms")),
+        *(number(row.get(ratio), ".2f") for ratio in ("ratio", "cupy_ratio")),
+    )
+
+
+def show(record: Json) -> None:
+    """Print the ceilings, the rows and the study; the verdict, of the other parts too, is last."""
+    rates, device = record["ceilings"] or {}, record["environment"]["device"]
+    if "copy" in rates:
+        names = {"tf32": "TF32", "ieee": "FP32", "bfloat16": "BF16", "float64": "FP64"}
+        products = ", ".join(f"{name} {rates[key] / 1e12:.4g}" for key, name in names.items())
+        print(f"\n{device}: copy {rates['copy'] / 1e9:.4g} GB/s; TFLOP/s: {products}\n")
+    else:
+        print(f"\n{device}: no ceilings: {rates.get('why')}\n")
+    _show_columns([(*_LEFT, *_RIGHT), *map(line, record["rows"])], len(_LEFT))
+    for why, names in _by(record["rows"], "why").items():
+        print(names[0], f"and {len(names) - 1} more:" if len(names) > 1 else ":", why)
+    routes = [row.get("routes", {}).get("cupy", {}) for row in record["rows"]]
+    for why, count in Counter(route["why"] for route in routes if "why" in route).items():
+        print(f"CuPy's route, of {count} rows:", why)
+    print(_NOTE)
+    _show_study(record["study"] or {})
+    print(f"\nverdict: {record['verdict']}")
+
+
+def _show_study(study: Json) -> None:
+    preset = study.get("preset")
+    what = f"study ({preset}, random weights)" if preset else "rehearsed study, of a small network"
+    print(f"\nThe {what}: seconds on this device, from a sample")
+    networks = study.get("networks", [])
+    stages = [*networks[0].get("extrapolated", {})] if networks else []
+    table = [("network", "layers", "classes", *stages, "together")]
+    for network in networks:
+        seconds = [network.get("extrapolated", {}).get(stage) for stage in stages]
+        facts = network["name"], str(len(network.get("layers", []))), str(network.get("targets"))
+        parts = (number(part, ".3g") or "—" for part in seconds)
+        table.append((*facts, *parts, number(network.get("seconds"), ".4g") or "—"))
+    _show_columns(table, 1)
+    for network in networks:
+        sample = (
+            f"{one['layer']} ({one['neurons']:,} neurons)" for one in network.get("sample", [])
+        )
+        print(f"{network['name']}: timed for one class and", ", ".join(sample) or "nothing")
+        print(*(f"  not timed: {why}\n" for why in network.get("failed", [])), sep="", end="")
+    print(*study.get("rules", {}).values(), *_given("why: ", study), sep="\n")
+
+
+def _show_columns(table: Sequence[Sequence[str]], left: int) -> None:
+    """Print a table whose first columns are aligned to the left."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for texts in table:
+        padded = zip(texts, widths, strict=True)
+        aligned = [t.ljust(w) if i < left else t.rjust(w) for i, (t, w) in enumerate(padded)]
+        print("  ".join(aligned).rstrip())
+
+
+def _by(rows: Sequence[Json], key: str) -> dict[str, list[str]]:
+    """The names of the rows for each value of a key, of the rows that have one."""
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        if key in row:
+            groups.setdefault(row[key], []).append(f"{row['name']} {row['shape']}")
+    return groups
+
+
+def _given(before: str, part: Json) -> list[str]:
+    """Why a part has no result, if that is known."""
+    return [f"{before}{part['why']}"] if "why" in part else []
+
+
+def verdict(record: Json) -> str:
+    """What of the record is right, wrong and not known, in one line."""
+    parts = (
+        _of_kernels(record["rows"], record["interpreted"]),
+        _of_tests(record["tests"] or {}),
+        _of_sanitizer(record["sanitizer"] or {}),
+        _of_study(record["study"] or {}),
+    )
+    return "; ".join(parts)
+
+
+def _of_kernels(rows: list[Json], interpreted: bool) -> str:
+    names = _by(rows, "status")
+    if not rows:
+        return "no kernels"
+    if [*names] == ["not run"]:
+        return f"kernels NOT RUN: {rows[0]['why']}"
+    text = f"{len(names.get('ok', []))} of {len(rows)} kernels right"
+    text += " in Triton's interpreter, on no GPU" if interpreted else ""
+    for status in ("WRONG", "error", "skipped", "not run", "waiting", "running"):
+        if own := names.get(status):
+            some = ", ".join(dict.fromkeys(own[:4])) + (", …" if len(own) > 4 else "")
+            text += f", {len(own)} {status} ({some})"
+    return text
+
+
+def _of_tests(tests: Json) -> str:
+    counts, why = tests.get("counts"), tests.get("why", "no counts")
+    if not counts:
+        return f"tests {why}" if why.startswith("not run") else f"tests FAILED: {why}"
+    text = f"{counts.get('passed', 0)} tests passed, {counts.get('failed', 0)} failed"
+    for what, name in (("error", "in error"), ("skipped", "skipped")):
+        text += f", {counts[what]} {name}" if what in counts else ""
+    return ", ".join([text, *_given("", tests)])
+
+
+def _of_sanitizer(sanitizer: Json) -> str:
+    tools = [tool for tool in sanitizer.get("tools", []) if tool["tool"] != "alone"]
+    text = [f"{tool['tool']} {tool['errors']} ERRORS" for tool in tools if tool["errors"]]
+    for tool in tools:
+        if not tool["errors"] and (tool["exit_code"] != 0 or tool["errors"] is None):
+            text.append(f"{tool['tool']} {tool.get('why') or 'without a count'}")
+    text += _given("", sanitizer) or ([] if sanitizer.get("tools") else ["no record"])
+    return f"sanitizer {', '.join(text) or 'clean'}"
+
+
+def _of_study(study: Json) -> str:
+    networks = study.get("networks", [])
+    if "seconds" in study:
+        failed = sum(len(network.get("failed", [])) for network in networks)
+        what = "study" if study.get("preset") else "rehearsed study"
+        missing = f", {failed} of its stages NOT TIMED" if failed else ""
+        return f"{what} {study['seconds']:.3g} s extrapolated{missing}"
+    whole = [n for n in networks if "seconds" in n]
+    text = f"study of {len(whole)} of {len(networks)} networks" if networks else "study FAILED"
+    times = [f"{network['name']} {network['seconds']:.3g} s" for network in whole]
+    return f"{text} ({', '.join([*times, *_given('', study)])})"
