@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Call = Callable[..., Tensor]
+Inputs = Callable[[torch.Generator], tuple[Tensor, ...]]
 # formula(xp, dtype, *arrays) computes in a dtype, by its name, with the functions that torch, NumPy
 # and CuPy share: one text is the reference, plain PyTorch and plain CuPy.
 Formula = Callable[..., Any]
@@ -36,7 +37,7 @@ class Case:
     tolerance: float
     bytes: int  # the least that goes to and from memory
     operations: int
-    inputs: Callable[[torch.Generator], tuple[Tensor, ...]]
+    inputs: Inputs
     kernel: Call
     reference: Call
     # "backend": what the package does without kernels; "plain": PyTorch's float32; "cupy": CuPy's.

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 import repsim_kernels as rk
-from bench.gpu_report.case import Call, Case, Shape, case, cast, load
+from bench.gpu_report.case import Call, Case, Inputs, Shape, case, cast, load
 from bench.gpu_report.solver_cases import eigh, fits, riccati, svd
 
 PAPER = ("cka", "procrustes", "pwcca", "cca", "cca_squared")
@@ -158,7 +158,7 @@ def _neuron_major(s: Shape) -> Case:
     return case("neuron_major", s, formula, (2 * s.size, 0), kernel, **_EXACT, inputs=inputs)
 
 
-def _masked_inputs(s: Shape, cells: int, units: tuple[int, ...], outs: int = 0) -> Any:
+def _masked_inputs(s: Shape, cells: int, units: tuple[int, ...], outs: int = 0) -> Inputs:
     """Activations (n, *units), cells, those to mask, and a layer's weights and bias."""
 
     def inputs(g: Generator) -> tuple[Tensor, ...]:
@@ -177,16 +177,12 @@ def _masked_inputs(s: Shape, cells: int, units: tuple[int, ...], outs: int = 0) 
 def _masked(xp: Any, x: Any, labels: Any, ids: Any) -> Any:
     """(C, n, p): the activations with the units of one cell after the other at zero."""
     x = x.reshape(x.shape[0], -1)
-    return xp.where((labels == ids[:, None])[:, None], _zero(xp, x), x)
+    zero = xp.zeros_like(x[:1, :1])  # Python's would not have x's dtype in every library
+    return xp.where((labels == ids[:, None])[:, None], zero, x)
 
 
 def _relu(xp: Any, x: Any) -> Any:
-    return xp.maximum(x, _zero(xp, x), out=x)
-
-
-def _zero(xp: Any, x: Any) -> Any:
-    """An array of x's dtype, which Python's 0 would not have in every library."""
-    return xp.zeros_like(x.reshape(-1)[:1])
+    return xp.clip(x, 0, None, out=x)
 
 
 def _ablate(s: Shape) -> Case:

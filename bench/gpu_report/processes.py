@@ -30,7 +30,7 @@ def watch(
     """
     context = multiprocessing.get_context("spawn")
     news, sender = context.Pipe(duplex=False)
-    worker = context.Process(target=work, args=(sender.send, *arguments))
+    worker = context.Process(target=work, args=(sender.send, *arguments), daemon=True)
     worker.start()
     sender.close()  # the worker's own is then the last one: its death ends the news
     try:

@@ -71,7 +71,7 @@ def _show_study(study: Json) -> None:
         )
         print(f"{network['name']}: timed for one class and", ", ".join(sample) or "nothing")
         print(*(f"  not timed: {why}\n" for why in network.get("failed", [])), sep="", end="")
-    print(*study.get("rules", {}).values(), *_given("why: ", study), sep="\n")
+    print(*filter(None, [study.get("rules"), *_given("why: ", study)]), sep="\n")
 
 
 def _show_columns(table: Sequence[Sequence[str]], left: int) -> None:

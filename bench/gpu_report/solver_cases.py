@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from bench.gpu_report.case import Call, Case, Formula, PlainCupy, Shape, case, cast, load
+from bench.gpu_report.case import Call, Case, Formula, Inputs, PlainCupy, Shape, case, cast, load
 
 _STEPS = 8  # that Riccati iterations, in fours, and Newton's from a cold start take
 
@@ -65,15 +64,11 @@ def eigh(batch: int, m: int) -> Case:
 
     def formula(xp: Any, dtype: str, a: Any) -> Any:
         w, v = xp.linalg.eigh(a)
-        return _product(v, w, v.swapaxes(1, 2))
-
-    def restored(call: Call, a: Tensor) -> Tensor:
-        parts = call(a)
-        return _product(parts["vectors"], parts["values"], parts["vectors"].mT)
+        return (v * w[..., None, :]) @ v.swapaxes(1, 2)
 
     paths = "cupy.spectral:solve_batch", "torch.spectral:eigh"
-    shape, count = f"n={m} C={batch}", 2 * m * m + m
-    return _spectrum("eigh", shape, batch, m, count, inputs, restored, paths, formula)
+    size = m, batch * (2 * m * m + m) * 8
+    return _spectrum("eigh", f"n={m} C={batch}", inputs, paths, formula, batch, size)
 
 
 def svd(batch: int, rows: int, n: int) -> Case:
@@ -83,42 +78,36 @@ def svd(batch: int, rows: int, n: int) -> Case:
         return (torch.randn(batch, rows, n, generator=g, dtype=torch.float64, device=g.device),)
 
     def formula(xp: Any, dtype: str, a: Any) -> Any:
-        return _product(*xp.linalg.svd(a, full_matrices=False))
-
-    def restored(call: Call, a: Tensor) -> Tensor:
-        parts = call(a)
-        return _product(parts["left"], parts["values"], parts["right"])
+        u, s, vh = xp.linalg.svd(a, full_matrices=False)
+        return (u * s[..., None, :]) @ vh
 
     paths = "cupy.spectral:svd", "torch.spectral:svd"
-    shape, count = f"n={rows} m={n} C={batch}", 2 * rows * n + n * n + n
-    return _spectrum("svd", shape, batch, rows, count, inputs, restored, paths, formula)
-
-
-def _product(left: Any, values: Any, right: Any) -> Any:
-    """The matrices that spectra and vectors were taken from."""
-    return (left * values[..., None, :]) @ right
+    size = rows, batch * (2 * rows * n + n * n + n) * 8
+    return _spectrum("svd", f"n={rows} m={n} C={batch}", inputs, paths, formula, batch, size)
 
 
 def _spectrum(
     name: str,
     shape: str,
-    batch: int,
-    rows: int,
-    count: int,
-    inputs: Any,
-    restored: Callable[[Call, Tensor], Tensor],
+    inputs: Inputs,
     paths: tuple[str, str],
     formula: Formula,
+    batch: int,
+    size: tuple[int, int],
 ) -> Case:
-    """``restored`` makes the matrices again from what a kernel gives; ``count`` numbers each."""
+    """The matrices, made again of their spectra; ``size``: rows, and bytes that are moved."""
+
+    def restored(call: Call, a: Tensor) -> Tensor:
+        parts = call(a)
+        left = parts["left"] if name == "svd" else parts["vectors"]
+        right = parts["right"] if name == "svd" else left.mT
+        return (left * parts["values"][..., None, :]) @ right
+
     kernel, backend = (partial(restored, load(path, vectors=True)) for path in paths)
+    rows, moved = size
     return Case(
-        name,
-        shape,
-        torch.float64,
-        "ieee",
-        1e-13 * rows,
-        bytes=batch * count * 8,
+        *(name, shape, torch.float64, "ieee", 1e-13 * rows),
+        bytes=moved,
         operations=0,  # they depend on the sweeps
         inputs=inputs,
         kernel=kernel,

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -37,29 +37,24 @@ STAGES = {
     "paper": "neurons",
     "ridge": "neurons",
 }
-RULES = {
-    "prefix": "prefix: the pass of all images that gives activations, times the passes.",
-    "layers": (
-        "cells, metrics, ridge: straight lines between the sampled layers, by neurons;\n"
-        "  under the smallest as for it, above the largest in proportion; times the classes."
-    ),
-    "suffix": "suffix: the same by the FLOPs that follow a layer.",
-    "paper": "paper: the same of the seconds of one draw, times each layer's draws.",
-    "together": (
-        "together: prefix, cells, metrics, suffix, paper; ridge, this package's own probe, is "
-        "extra; no start-up, no files."
-    ),
-}
+RULES = """\
+prefix: the pass of all images that gives activations, times the passes.
+cells, metrics, ridge: straight lines between the sampled layers, by neurons;
+  under the smallest as for it, above the largest in proportion; times the classes.
+suffix: the same by the FLOPs that follow a layer.
+paper: the same of the seconds of one draw, times each layer's draws.
+together: prefix, cells, metrics, suffix, paper; ridge, this package's own probe, is extra;
+  no start-up, no files."""
 
 
 class StageClock:
-    """Seconds of each stage of a study, by what the study calls for it."""
+    """Seconds of each stage of a study, by the functions that the study calls for it."""
 
     def __init__(self, study: Study) -> None:
         self.seconds: Counter[str] = Counter()
-        self.running: str | None = None
-        self.cuda = study.device.type == "cuda"
-        self.calls: tuple[tuple[Any, str, str], ...] = (
+        self.running = ""  # the stage that an error is of
+        self._wait = torch.cuda.synchronize if study.device.type == "cuda" else lambda: None
+        self._calls: tuple[tuple[Any, str, str], ...] = (
             (measure, "_shown", "prefix"),
             (rk, "selectivity_grid", "cells"),
             (rk, "ablation_distances", "metrics"),
@@ -69,31 +64,24 @@ class StageClock:
         )
 
     @contextmanager
-    def wrapped(self) -> Iterator[None]:
+    def timing(self) -> Iterator[None]:
         """Time what is called in the meantime."""
+        self.running = "rows"
         with ExitStack() as stack:
-            for owner, name, stage in self.calls:
-                timed = self._timed(getattr(owner, name), stage)
+            for owner, name, stage in self._calls:
+                timed = partial(self._timed, getattr(owner, name), stage)
                 stack.enter_context(patch.object(owner, name, timed))
             yield
 
-    def _timed(self, call: Callable[..., Any], stage: str) -> Callable[..., Any]:
-        @wraps(call)
-        def timed(*arguments: Any, **options: Any) -> Any:
-            self.running = stage
-            self._synchronize()
-            start = time.perf_counter()
-            result = call(*arguments, **options)
-            self._synchronize()
-            self.seconds[stage] += time.perf_counter() - start
-            self.running = None
-            return result
-
-        return timed
-
-    def _synchronize(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
+    def _timed(self, call: Callable[..., Any], stage: str, *arguments: Any, **options: Any) -> Any:
+        self.running = stage
+        self._wait()
+        start = time.perf_counter()
+        result = call(*arguments, **options)
+        self._wait()
+        self.seconds[stage] += time.perf_counter() - start
+        self.running = "rows"
+        return result
 
 
 def measure_study(
@@ -175,21 +163,21 @@ def _time_network(
             rows = rows or measure.rows(study, [units[layer["layer"]] for layer in left])
             layer = left.pop(0)
             try:
-                with clock.wrapped():
+                with clock.timing():
                     next(rows)
             except Exception as error:
-                rows = None  # those of the layers that are left
+                rows = None  # next, those of the layers that are left
                 failed.append(layer)
-                why = f"{layer['layer']}, {clock.running or 'rows'}: {describe(error)}"
-                network["failed"].append(why)
+                network["failed"].append(f"{layer['layer']}, {clock.running}: {describe(error)}")
             _record(network, layer, clock, which)
             keep()
 
 
 def _record(network: Json, layer: Json, clock: StageClock, which: str) -> None:
     """Move what the clock has to the network's record."""
-    prefix = clock.seconds.pop("prefix", 0.0)  # of several groups of layers the longest pass
-    network["prefix"][which] = max(prefix, network["prefix"].get(which, 0.0))
+    if "prefix" in clock.seconds:  # of several groups of layers the longest pass
+        prefix = clock.seconds.pop("prefix"), network["prefix"].get(which, 0.0)
+        network["prefix"][which] = max(prefix)
     for stage, seconds in clock.seconds.items():
         layer["stages"].setdefault(stage, {})[which] = seconds
     clock.seconds.clear()
