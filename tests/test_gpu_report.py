@@ -21,7 +21,7 @@ from _cupy import FakeCupy
 from bench.common.machine import ROOT
 from bench.gpu_report import rows, run, sanitizer_target
 from bench.gpu_report.case import Case, PlainCupy
-from bench.gpu_report.cases import cases, native
+from bench.gpu_report.cases import list_cases, list_native_cases
 from repsim_kernels.kernels import cupy as cuda_kernels
 from repsim_kernels.kernels import triton as triton_kernels
 
@@ -88,7 +88,7 @@ def interpreted(monkeypatch):
 
 def measured_rows(make, end, **options):
     """Three rows after a turn, and what was kept of them is the same."""
-    record = {"ceilings": RATES, "rows": [rows.blank(case) for case in rows_of(True)]}
+    record = {"ceilings": RATES, "rows": [rows.new_row(case) for case in rows_of(True)]}
     kept = [json.dumps(record)]
     rows.measure_rows(
         record, lambda: kept.append(json.dumps(record)), "cpu", True, make, end, **options
@@ -99,7 +99,7 @@ def measured_rows(make, end, **options):
 
 def measured(rates=RATES, **changes):
     case = dataclasses.replace(rows_of(True)[0], **changes)
-    row = rows.blank(case)
+    row = rows.new_row(case)
     rows.measure(row, case, "cpu", True, rates, lambda: None)
     return row
 
@@ -130,7 +130,7 @@ def test_rehearsal(tmp_path, interpret):
     assert record["study"]["seconds"] > 0
     assert torch.__version__.startswith(record["environment"]["torch"].partition("+")[0])
     assert min(record["ceilings"].values()) > 0
-    assert len(record["rows"]) == len(cases(True)) > 15
+    assert len(record["rows"]) == len(list_cases(True)) > 15
     for row in record["rows"]:
         assert row["name"] in done.stdout.rpartition("floor ms")[0]
         assert row["routes"].get("cupy", {"why": "no such route"})["why"]
@@ -147,7 +147,7 @@ def test_rehearsal(tmp_path, interpret):
 
 
 def test_the_rows_of_a_gpu():
-    found = cases(False)
+    found = list_cases(False)
     assert len({(r.name, r.shape, r.dtype, r.precision) for r in found}) == len(found) > 30
     assert {r.precision for r in found} <= set(RATES)
     assert all(r.bytes > 1e7 and r.routes for r in found)
@@ -169,7 +169,9 @@ def test_every_kernel_has_a_row():
 
 
 @pytest.mark.parametrize(
-    "case", cases(True) + native(True), ids=lambda c: f"{c.name} {c.shape} {c.dtype}"
+    "case",
+    list_cases(True) + list_native_cases(True),
+    ids=lambda c: f"{c.name} {c.shape} {c.dtype}",
 )
 def test_every_route_gives_the_rows_numbers(case):
     """NumPy stands in for CuPy, float32 for bfloat16, which NumPy has not."""
@@ -207,7 +209,7 @@ def test_cupy_works_on_torchs_stream(monkeypatch):
 
 
 def test_rows_that_plain_cupy_can_do_have_its_route():
-    found = cases(False)
+    found = list_cases(False)
     natural = {c.name for c in found if "cupy" in c.routes}
     assert natural == {
         *("centered_gram", "cell_grams", "class_means", "neuron_major", "variate_weights"),
@@ -346,7 +348,7 @@ def test_a_row_that_is_cut_off_by_the_first_turns_end_waits_again(monkeypatch):
     clock = SimpleNamespace(time=lambda: clock.now, now=1000.0)
 
     def watch(work, *arguments, end, silence):
-        yield 0, {**rows.blank(rows_of(True)[0]), "status": "running"}
+        yield 0, {**rows.new_row(rows_of(True)[0]), "status": "running"}
         clock.now = end
         raise RuntimeError("stopped: it took too long")
 

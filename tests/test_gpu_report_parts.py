@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from bench.__main__ import app
 from bench.common.machine import ROOT
 from bench.gpu_report import checks, processes, run, sanitizer_target, study
-from bench.gpu_report.report import verdict
+from bench.gpu_report.report import judge
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def tool(name, errors, exit_code=0, **more):
     ],
 )
 def test_the_verdict(changes, want):
-    said = verdict(record(**changes))
+    said = judge(record(**changes))
     assert want in said
     assert len(said.splitlines()) == 1
 

@@ -89,7 +89,7 @@ class PlainCupy:
             return torch.from_dlpack(self.formula(cupy, "float32", *arrays))
 
 
-def case(
+def make_case(
     name: str,
     s: Shape,
     formula: Formula,

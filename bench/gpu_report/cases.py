@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 import repsim_kernels as rk
-from bench.gpu_report.case import Call, Case, Inputs, Shape, case, cast, load
+from bench.gpu_report.case import Call, Case, Inputs, Shape, cast, load, make_case
 from bench.gpu_report.solver_cases import eigh, fits, riccati, svd
 
 PAPER = ("cka", "procrustes", "pwcca", "cca", "cca_squared")
@@ -21,7 +21,7 @@ _EXACT = {"precision": "ieee", "tolerance": 0.0}  # copies and masks round nothi
 _NEURONS = 8192  # of a block, where products with all neurons would fill the memory
 
 
-def cases(quick: bool) -> list[Case]:
+def list_cases(quick: bool) -> list[Case]:
     """All rows: every kernel once at the study's shapes first, in case there is no more time."""
     layers = [(12, 50, 4)] if quick else [(50, 193_600, 16), (500, 100_352, 16)]
     float32, bfloat16 = (
@@ -39,7 +39,7 @@ def cases(quick: bool) -> list[Case]:
         *_layers(float32),
         _linear(Shape(50, 4096, 16), 4096),  # a class's images in AlexNet's classifier
         *(riccati(16, 499), riccati(100, 49)),
-        *native(quick),
+        *list_native_cases(quick),
         *(fits(s, 4096, 100) for s in (many, bfloat16[-1], tf32)),
         *_layers(bfloat16),
         *(_cells(replace(few, cells=100)), _cells(few, partitions=4)),
@@ -47,7 +47,7 @@ def cases(quick: bool) -> list[Case]:
     ]
 
 
-def native(quick: bool) -> list[Case]:
+def list_native_cases(quick: bool) -> list[Case]:
     """The rows of the CUDA C++ kernels."""
     if quick:
         return [eigh(4, 11), svd(4, 12, 11), _native_cells(12, 50, 4)]
@@ -84,7 +84,7 @@ def _whole(s: Shape) -> Case:
     kernel = load("triton.gram:centered_gram", **options, precision=s.precision)
     backend = load("torch.gram:centered_gram", **options)
     cost = s.size + 8 * s.n**2, s.n * (s.n + 1) * s.p  # one of two symmetric elements
-    return case("centered_gram", s, formula, cost, kernel, backend)
+    return make_case("centered_gram", s, formula, cost, kernel, backend)
 
 
 def _cells(
@@ -119,7 +119,7 @@ def _cells(
         "inputs": inputs,
         "parts": count,
     }
-    return case(name, s, formula, cost, _of_x(kernel), _of_x(backend), **facts)
+    return make_case(name, s, formula, cost, _of_x(kernel), _of_x(backend), **facts)
 
 
 def _native_cells(n: int, p: int, cells: int) -> Case:
@@ -144,7 +144,7 @@ def _means(s: Shape) -> Case:
     backend = _of_x(load("torch.cells:class_means", **options))
     cost = s.size + 8 * k * s.p, s.n * s.p
     facts = {"precision": "ieee", "tolerance": 1e-12, "inputs": inputs}  # sums in float64
-    return case("class_means", s, formula, cost, kernel, backend, f" k={k}", **facts)
+    return make_case("class_means", s, formula, cost, kernel, backend, f" k={k}", **facts)
 
 
 def _neuron_major(s: Shape) -> Case:
@@ -155,7 +155,7 @@ def _neuron_major(s: Shape) -> Case:
         return (s.activations(g)[0].contiguous(),)
 
     kernel = load("triton.neuron_major:neuron_major")
-    return case("neuron_major", s, formula, (2 * s.size, 0), kernel, **_EXACT, inputs=inputs)
+    return make_case("neuron_major", s, formula, (2 * s.size, 0), kernel, **_EXACT, inputs=inputs)
 
 
 def _masked_inputs(s: Shape, cells: int, units: tuple[int, ...], outs: int = 0) -> Inputs:
@@ -197,7 +197,7 @@ def _ablate(s: Shape) -> Case:
         return load("triton.ablate:ablate")(*inputs, epilogue=epilogue)
 
     facts = {**_EXACT, "detail": f" C={cells}", "inputs": _masked_inputs(s, cells, units)}
-    return case("ablate, ReLU", s, formula, ((1 + cells) * s.size, 0), kernel, **facts)
+    return make_case("ablate, ReLU", s, formula, ((1 + cells) * s.size, 0), kernel, **facts)
 
 
 def _pointwise(s: Shape) -> Case:
@@ -223,7 +223,7 @@ def _pointwise(s: Shape) -> Case:
     path = "triton.masked_pointwise:masked_pointwise"
     kernel = load(path, activate="relu", precision=s.precision)
     cost = s.size * (channels + cells * outs) // channels, 2 * cells * s.n * s.p * outs
-    return case("masked_pointwise, ReLU", s, formula, cost, kernel, **facts)
+    return make_case("masked_pointwise, ReLU", s, formula, cost, kernel, **facts)
 
 
 def _linear(s: Shape, outs: int) -> Case:
@@ -246,7 +246,7 @@ def _linear(s: Shape, outs: int) -> Case:
         "parts": s.cells,
         "cupy": False,
     }
-    return case("linear_cells, ReLU", s, formula, cost, kernel, **facts)
+    return make_case("linear_cells, ReLU", s, formula, cost, kernel, **facts)
 
 
 def _weights(s: Shape) -> Case:
@@ -267,7 +267,7 @@ def _weights(s: Shape) -> Case:
     backend = load("torch.cca:variate_weights")
     cost = s.size + 8 * k * (s.n + 1), 2 * k * s.n * s.p
     facts = {"detail": f" k={k:,}", "inputs": inputs, "parts": k}
-    return case("variate_weights", s, formula, cost, kernel, backend, **facts)
+    return make_case("variate_weights", s, formula, cost, kernel, backend, **facts)
 
 
 def _distances(s: Shape, metrics: tuple[str, ...]) -> Case:

@@ -15,24 +15,24 @@ call ms: with what the host adds; ms: on the device; floor ms: what the ceilings
 vs torch, vs CuPy: a call of the faster torch route, and of plain CuPy, to one of this."""
 
 
-def number(value: Any, form: str = ".4g") -> str:
+def format_number(value: Any, form: str = ".4g") -> str:
     return "" if value is None else value if isinstance(value, str) else format(value, form)
 
 
-def line(row: Json) -> tuple[str, ...]:
+def format_row(row: Json) -> tuple[str, ...]:
     """A row of the table."""
-    share, error = row.get("of_floor"), number(row.get("error"), ".1e")
+    share, error = row.get("of_floor"), format_number(row.get("error"), ".1e")
     return (
         *(row["name"], row["shape"], row["dtype"], row["precision"]),
         error if row["status"] == "ok" else f"{row['status']} {error}".strip(),
-        *map(number, (row.get("call", {}).get("ms"), row.get("ms"), row.get("floor_ms"))),
-        number(None if share is None else 100 * share, ".0f"),
-        number(row.get("torch_ms")),
-        *(number(row.get(ratio), ".2f") for ratio in ("ratio", "cupy_ratio")),
+        *map(format_number, (row.get("call", {}).get("ms"), row.get("ms"), row.get("floor_ms"))),
+        format_number(None if share is None else 100 * share, ".0f"),
+        format_number(row.get("torch_ms")),
+        *(format_number(row.get(ratio), ".2f") for ratio in ("ratio", "cupy_ratio")),
     )
 
 
-def show(record: Json) -> None:
+def print_report(record: Json) -> None:
     """Print the ceilings, the rows and the study; the verdict, of the other parts too, is last."""
     rates, device = record["ceilings"] or {}, record["environment"]["device"]
     if "copy" in rates:
@@ -41,18 +41,18 @@ def show(record: Json) -> None:
         print(f"\n{device}: copy {rates['copy'] / 1e9:.4g} GB/s; TFLOP/s: {products}\n")
     else:
         print(f"\n{device}: no ceilings: {rates.get('why')}\n")
-    _show_columns([(*_LEFT, *_RIGHT), *map(line, record["rows"])], len(_LEFT))
-    for why, names in _by(record["rows"], "why").items():
+    _print_columns([(*_LEFT, *_RIGHT), *map(format_row, record["rows"])], len(_LEFT))
+    for why, names in _names_by(record["rows"], "why").items():
         print(names[0], f"and {len(names) - 1} more:" if len(names) > 1 else ":", why)
     routes = [row.get("routes", {}).get("cupy", {}) for row in record["rows"]]
     for why, count in Counter(route["why"] for route in routes if "why" in route).items():
         print(f"CuPy's route, of {count} rows:", why)
     print(_NOTE)
-    _show_study(record["study"] or {})
+    _print_study(record["study"] or {})
     print(f"\nverdict: {record['verdict']}")
 
 
-def _show_study(study: Json) -> None:
+def _print_study(study: Json) -> None:
     preset = study.get("preset")
     what = f"study ({preset}, random weights)" if preset else "rehearsed study, of a small network"
     print(f"\nThe {what}: seconds on this device, from a sample")
@@ -62,9 +62,9 @@ def _show_study(study: Json) -> None:
     for network in networks:
         seconds = [network.get("extrapolated", {}).get(stage) for stage in stages]
         facts = network["name"], str(len(network.get("layers", []))), str(network.get("targets"))
-        parts = (number(part, ".3g") or "—" for part in seconds)
-        table.append((*facts, *parts, number(network.get("seconds"), ".4g") or "—"))
-    _show_columns(table, 1)
+        parts = (format_number(part, ".3g") or "—" for part in seconds)
+        table.append((*facts, *parts, format_number(network.get("seconds"), ".4g") or "—"))
+    _print_columns(table, 1)
     for network in networks:
         sample = (
             f"{one['layer']} ({one['neurons']:,} neurons)" for one in network.get("sample", [])
@@ -74,7 +74,7 @@ def _show_study(study: Json) -> None:
     print(*filter(None, [study.get("rules"), *_given("why: ", study)]), sep="\n")
 
 
-def _show_columns(table: Sequence[Sequence[str]], left: int) -> None:
+def _print_columns(table: Sequence[Sequence[str]], left: int) -> None:
     """Print a table whose first columns are aligned to the left."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for texts in table:
@@ -83,7 +83,7 @@ def _show_columns(table: Sequence[Sequence[str]], left: int) -> None:
         print("  ".join(aligned).rstrip())
 
 
-def _by(rows: Sequence[Json], key: str) -> dict[str, list[str]]:
+def _names_by(rows: Sequence[Json], key: str) -> dict[str, list[str]]:
     """The names of the rows for each value of a key, of the rows that have one."""
     groups: dict[str, list[str]] = {}
     for row in rows:
@@ -97,19 +97,19 @@ def _given(before: str, part: Json) -> list[str]:
     return [f"{before}{part['why']}"] if "why" in part else []
 
 
-def verdict(record: Json) -> str:
+def judge(record: Json) -> str:
     """What of the record is right, wrong and not known, in one line."""
     parts = (
-        _of_kernels(record["rows"], record["interpreted"]),
-        _of_tests(record["tests"] or {}),
-        _of_sanitizer(record["sanitizer"] or {}),
-        _of_study(record["study"] or {}),
+        _judge_kernels(record["rows"], record["interpreted"]),
+        _judge_tests(record["tests"] or {}),
+        _judge_sanitizer(record["sanitizer"] or {}),
+        _judge_study(record["study"] or {}),
     )
     return "; ".join(parts)
 
 
-def _of_kernels(rows: list[Json], interpreted: bool) -> str:
-    names = _by(rows, "status")
+def _judge_kernels(rows: list[Json], interpreted: bool) -> str:
+    names = _names_by(rows, "status")
     if not rows:
         return "no kernels"
     if [*names] == ["not run"]:
@@ -123,7 +123,7 @@ def _of_kernels(rows: list[Json], interpreted: bool) -> str:
     return text
 
 
-def _of_tests(tests: Json) -> str:
+def _judge_tests(tests: Json) -> str:
     counts, why = tests.get("counts"), tests.get("why", "no counts")
     if not counts:
         return f"tests {why}" if why.startswith("not run") else f"tests FAILED: {why}"
@@ -133,7 +133,7 @@ def _of_tests(tests: Json) -> str:
     return ", ".join([text, *_given("", tests)])
 
 
-def _of_sanitizer(sanitizer: Json) -> str:
+def _judge_sanitizer(sanitizer: Json) -> str:
     tools = [tool for tool in sanitizer.get("tools", []) if tool["tool"] != "alone"]
     text = [f"{tool['tool']} {tool['errors']} ERRORS" for tool in tools if tool["errors"]]
     for tool in tools:
@@ -143,7 +143,7 @@ def _of_sanitizer(sanitizer: Json) -> str:
     return f"sanitizer {', '.join(text) or 'clean'}"
 
 
-def _of_study(study: Json) -> str:
+def _judge_study(study: Json) -> str:
     networks = study.get("networks", [])
     if "seconds" in study:
         failed = sum(len(network.get("failed", [])) for network in networks)

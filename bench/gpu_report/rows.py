@@ -16,7 +16,7 @@ from bench.common import timing
 from bench.common.machine import Json, number
 from bench.gpu_report.case import Case
 from bench.gpu_report.processes import watch
-from bench.gpu_report.report import line
+from bench.gpu_report.report import format_row
 from repsim_kernels.kernels.cupy import module
 
 # A relative error, of plain float32, beyond which a route does something else and has no time.
@@ -36,7 +36,7 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:1000]
 
 
-def blank(case: Case) -> Json:
+def new_row(case: Case) -> Json:
     """A row that waits."""
     row = {name: getattr(case, name) for name in ("name", "shape", "dtype", "precision")}
     costs = {name: getattr(case, name) for name in ("bytes", "operations", "tolerance")}
@@ -66,7 +66,7 @@ def measure_rows(
                 keep()
                 if row["status"] != "running":
                     reason = "" if row["status"] == "not run" else row.get("why", "")
-                    print(*filter(None, (*line(row), reason)), flush=True)
+                    print(*filter(None, (*format_row(row), reason)), flush=True)
         except RuntimeError as error:
             why = str(error)
         is_late = time.time() > late
@@ -103,7 +103,7 @@ def measure_cases(
             continue
         if time.time() > late:
             return
-        row = {**blank(case), "status": "running"}
+        row = {**new_row(case), "status": "running"}
         keep = partial(send, (index, row))
         keep()
         measure(row, case, device, quick, rates, keep)
@@ -149,7 +149,7 @@ def measure(
         row["torch_ms"] = ours[row["torch_route"]]
     if cupy_ms is not None:
         row["cupy_ms"] = cupy_ms
-    if why := no_kernels(device, quick):
+    if why := why_no_kernels(device, quick):
         row.update(status="not run", why=why)
         return
     try:
@@ -228,14 +228,14 @@ def _free_cupy() -> None:
     cupy.get_default_memory_pool().free_all_blocks()
 
 
-def interpreted() -> bool:
+def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def no_kernels(device: str, quick: bool) -> str | None:
+def why_no_kernels(device: str, quick: bool) -> str | None:
     """Why no kernel can run; None if they can."""
     if device == "cuda":
         return None
-    if not interpreted():
+    if not is_interpreted():
         return "kernels need a CUDA device, or TRITON_INTERPRET=1 for a rehearsal"
     return None if quick else "the interpreter is for tiny shapes: add --quick"

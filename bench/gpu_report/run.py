@@ -18,9 +18,16 @@ import torch
 from bench.common import timing
 from bench.common.machine import Json, environment, save
 from bench.gpu_report import report
-from bench.gpu_report.cases import cases
+from bench.gpu_report.cases import list_cases
 from bench.gpu_report.checks import run_gpu_tests, sanitize
-from bench.gpu_report.rows import Make, blank, describe, interpreted, limit_repeats, measure_rows
+from bench.gpu_report.rows import (
+    Make,
+    describe,
+    is_interpreted,
+    limit_repeats,
+    measure_rows,
+    new_row,
+)
 
 # Seconds. A whole run ends within 8 minutes; the rows have what the other parts leave, of
 # which compute-sanitizer may take half.
@@ -28,7 +35,9 @@ WHOLE, TESTS, STUDY, SANITIZER = 470.0, 150.0, 90.0, 60.0
 _STOPPING = 10.0  # of a part, to be told that it is late and to say what it has
 
 
-def gpu_report(out: Path, device: str = "cuda", quick: bool = False, make: Make = cases) -> Json:
+def gpu_report(
+    out: Path, device: str = "cuda", quick: bool = False, make: Make = list_cases
+) -> Json:
     """Measure a device, write ``out`` as it goes, print a table; give the record back.
 
     ``quick`` takes tiny shapes and leaves the GPU's tests out. ``make`` gives the rows.
@@ -38,9 +47,9 @@ def gpu_report(out: Path, device: str = "cuda", quick: bool = False, make: Make 
     record: Json = {
         "finished": False,
         "environment": environment(device),
-        "interpreted": interpreted(),
+        "interpreted": is_interpreted(),
         "ceilings": None,
-        "rows": [blank(case) for case in make(quick)],
+        "rows": [new_row(case) for case in make(quick)],
         "tests": None,
         "study": None,
         "sanitizer": None,
@@ -77,10 +86,10 @@ def gpu_report(out: Path, device: str = "cuda", quick: bool = False, make: Make 
     most = max(SANITIZER, (end - time.time()) / 2)
     part("sanitizer", lambda: _unless(why, sanitize, _share(most, end)))
     measure_rows(record, keep, device, quick, make, end)
-    record["verdict"] = report.verdict(record)
+    record["verdict"] = report.judge(record)
     record["finished"] = True
     keep()
-    report.show(record)
+    report.print_report(record)
     return record
 
 

@@ -7,14 +7,14 @@ import sys
 import torch
 
 from bench.gpu_report.case import Case
-from bench.gpu_report.cases import cases, native
+from bench.gpu_report.cases import list_cases, list_native_cases
 from bench.gpu_report.rows import relative_error
 from repsim_kernels.kernels.cupy import module
 
 
 def all_cases() -> list[Case]:
     """The rehearsal's, and the CUDA C++ kernels where CuPy can start them."""
-    return cases(True) + ([] if module.unsupported() else native(True))
+    return list_cases(True) + ([] if module.unsupported() else list_native_cases(True))
 
 
 def main(device: str = "cuda") -> int:

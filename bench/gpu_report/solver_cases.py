@@ -9,7 +9,17 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from bench.gpu_report.case import Call, Case, Formula, Inputs, PlainCupy, Shape, case, cast, load
+from bench.gpu_report.case import (
+    Call,
+    Case,
+    Formula,
+    Inputs,
+    PlainCupy,
+    Shape,
+    cast,
+    load,
+    make_case,
+)
 
 _STEPS = 8  # that Riccati iterations, in fours, and Newton's from a cold start take
 
@@ -38,7 +48,7 @@ def fits(s: Shape, count: int, d: int) -> Case:
     detail = f" d={d} b={count:,}"
     # The promise is of the largest coefficient.
     facts = {"tolerance": 1e-4, "parts": count, "cupy": False}
-    return case("logistic_fits", s, formula, cost, kernel, backend, detail, **facts)
+    return make_case("logistic_fits", s, formula, cost, kernel, backend, detail, **facts)
 
 
 def _newton(x: Tensor, y: Tensor) -> Tensor:

@@ -108,9 +108,9 @@ def time_networks(send: Callable[[list[Json]], None], device: str, quick: bool, 
     torch.set_flush_denormal(True)  # as the study does
     if quick:  # too small to share; threads would wait for each other
         torch.set_num_threads(1)
-    makers = {n.name: partial(_of_paper, n, device) for n in _PRESET.networks}
+    makers = {n.name: partial(_make_full_study, n, device) for n in _PRESET.networks}
     if quick:
-        makers = {"alexnet_small": partial(_small, device)}
+        makers = {"alexnet_small": partial(_make_small_study, device)}
     networks: list[Json] = [{"name": name, "failed": []} for name in makers]
     keep = partial(send, networks)
     keep()
@@ -185,25 +185,25 @@ def _record(network: Json, layer: Json, clock: StageClock, which: str) -> None:
 
 def extrapolate(network: Json) -> Json:
     """``extrapolated``: the seconds of each stage, None where one was not timed; their sum."""
-    prefix = _seconds(network.get("prefix", {}))
+    prefix = _pick_seconds(network.get("prefix", {}))
     stages: dict[str, float | None] = {
         "prefix": None if prefix is None else network["passes"] * prefix,
-        **{stage: _all_layers(network, stage, key) for stage, key in STAGES.items()},
+        **{stage: _extrapolate_stage(network, stage, key) for stage, key in STAGES.items()},
     }
     parts = [seconds for stage, seconds in stages.items() if stage != "ridge"]
     return {"extrapolated": stages} | ({} if None in parts else {"seconds": sum(parts)})
 
 
-def _seconds(timed: Json) -> float | None:
+def _pick_seconds(timed: Json) -> float | None:
     """Those of a later call, without compiling, if there was one."""
     return timed.get("seconds", timed.get("first_seconds"))
 
 
-def _all_layers(network: Json, stage: str, key: str) -> float | None:
+def _extrapolate_stage(network: Json, stage: str, key: str) -> float | None:
     """Of all layers and classes, from the sample's layers and one class."""
     points: dict[float, list[float]] = {}
     for layer in network.get("sample", []):
-        seconds = _seconds(layer["stages"].get(stage, {}))
+        seconds = _pick_seconds(layer["stages"].get(stage, {}))
         if seconds is not None:
             points.setdefault(layer[key], []).append(seconds)
     if not points:
@@ -217,7 +217,7 @@ def _all_layers(network: Json, stage: str, key: str) -> float | None:
     return float(network["targets"] * each.sum())
 
 
-def _of_paper(network: Network, device: str) -> tuple[Study, Draws]:
+def _make_full_study(network: Network, device: str) -> tuple[Study, Draws]:
     """The preset's study of noise with random weights, and how often it draws."""
     model = load_network(network, "random").model
     if device == "cpu":  # as the study has them there
@@ -225,19 +225,23 @@ def _of_paper(network: Network, device: str) -> tuple[Study, Draws]:
     shown = imagenet.noise(imagenet.outputs(network.classes), network.images)
     options = {"name": network.name, "others": network.others, "ridge": _PRESET.ridge}
     draws = Draws(network.draws, network.neurons_per_draw, _PRESET.paired)
-    return _study(model, shown.images, shown.labels, device, **options), draws
+    return _make_study(model, shown.images, shown.labels, device, **options), draws
 
 
-def _small(device: str) -> tuple[Study, Draws]:
+def _make_small_study(device: str) -> tuple[Study, Draws]:
     """A rehearsal: a few images for a network that comes with the package."""
     shown = data.demo()
     few = torch.cat([(shown.labels == c).nonzero()[:8, 0] for c in range(4)])
     model = load("alexnet_small")
     draws = Draws(200, None, _PRESET.paired)
-    return _study(model, shown.images[few], shown.labels[few], device, name="alexnet_small"), draws
+    return _make_study(
+        model, shown.images[few], shown.labels[few], device, name="alexnet_small"
+    ), draws
 
 
-def _study(model: nn.Module, images: Tensor, labels: Tensor, device: str, **options: Any) -> Study:
+def _make_study(
+    model: nn.Module, images: Tensor, labels: Tensor, device: str, **options: Any
+) -> Study:
     return Study(
         model,
         study_layers(model),
