@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Call = Callable[..., Tensor]
+Facts = dict[str, Any]
 Inputs = Callable[[torch.Generator], tuple[Tensor, ...]]
 # formula(xp, dtype, *arrays) computes in a dtype, by its name, with the functions that torch, NumPy
 # and CuPy share: one text is the reference, plain PyTorch and plain CuPy.
@@ -86,7 +87,7 @@ class PlainCupy:
             cupy.cuda.Stream.from_external(torch.cuda.current_stream(device)),
         ):
             arrays = map(cupy.from_dlpack, inputs)
-            return torch.from_dlpack(self.formula(cupy, "float32", *arrays))
+            return torch.utils.dlpack.from_dlpack(self.formula(cupy, "float32", *arrays))
 
 
 def make_case(
@@ -105,7 +106,7 @@ def make_case(
 
     ``cost``: bytes and operations. ``facts``: other fields of the Case than those that s decides.
     """
-    defaults = {
+    defaults: Facts = {
         "precision": s.precision,
         "tolerance": PRODUCTS[s.precision],
         "inputs": s.activations,
@@ -124,7 +125,7 @@ def cast(xp: Any, dtype: str, *arrays: Any) -> list[Any]:
     return [xp.asarray(a, dtype=getattr(xp, dtype)) for a in arrays]
 
 
-def load(path: str, **options: Any) -> Call:
+def load(path: str, **options: Any) -> Callable[..., Any]:
     """A function of repsim_kernels.kernels, "module:name", imported when a row calls it."""
     module, _, name = path.partition(":")
 

@@ -11,13 +11,13 @@ import torch
 from torch import Generator, Tensor
 
 import repsim_kernels as rk
-from bench.gpu_report.case import Call, Case, Inputs, Shape, cast, load, make_case
+from bench.gpu_report.case import Call, Case, Facts, Inputs, Shape, cast, load, make_case
 from bench.gpu_report.solver_cases import eigh, fits, riccati, svd
 
 PAPER = ("cka", "procrustes", "pwcca", "cca", "cca_squared")
 # Channels and pixels of AlexNet's first layer, ResNet50's last, and of the rehearsal.
 _UNITS = {193_600: (64, 55, 55), 100_352: (2048, 7, 7), 50: (2, 5, 5)}
-_EXACT = {"precision": "ieee", "tolerance": 0.0}  # copies and masks round nothing
+_EXACT: Facts = {"precision": "ieee", "tolerance": 0.0}  # copies and masks round nothing
 _NEURONS = 8192  # of a block, where products with all neurons would fill the memory
 
 
@@ -80,7 +80,7 @@ def _whole(s: Shape) -> Case:
         c = _centred(xp, dtype, x)
         return c @ c.T
 
-    options = {"kernel": "linear", "sigma": None}
+    options: Facts = {"kernel": "linear", "sigma": None}
     kernel = load("triton.gram:centered_gram", **options, precision=s.precision)
     backend = load("torch.gram:centered_gram", **options)
     cost = s.size + 8 * s.n**2, s.n * (s.n + 1) * s.p  # one of two symmetric elements
@@ -114,7 +114,7 @@ def _cells(
         return torch.stack(grams) if partitions else grams[0]
 
     cost = s.size + 8 * count * s.n**2, len(tables) * s.n * (s.n + 1) * s.p
-    facts = {
+    facts: Facts = {
         "detail": f" C={s.cells}" + (f" T={partitions}" if partitions else ""),
         "inputs": inputs,
         "parts": count,
@@ -139,11 +139,15 @@ def _means(s: Shape) -> Case:
         x, averages = cast(xp, dtype, x, averages)
         return averages @ x
 
-    options = {"labels": labels, "n_classes": k}
+    options: Facts = {"labels": labels, "n_classes": k}
     kernel = _of_x(load("triton.cells:class_means", **options))
     backend = _of_x(load("torch.cells:class_means", **options))
     cost = s.size + 8 * k * s.p, s.n * s.p
-    facts = {"precision": "ieee", "tolerance": 1e-12, "inputs": inputs}  # sums in float64
+    facts: Facts = {
+        "precision": "ieee",
+        "tolerance": 1e-12,
+        "inputs": inputs,
+    }  # sums in float64
     return make_case("class_means", s, formula, cost, kernel, backend, f" k={k}", **facts)
 
 
@@ -196,7 +200,11 @@ def _ablate(s: Shape) -> Case:
         epilogue = load("triton.ablate:Epilogue")(activate="relu")
         return load("triton.ablate:ablate")(*inputs, epilogue=epilogue)
 
-    facts = {**_EXACT, "detail": f" C={cells}", "inputs": _masked_inputs(s, cells, units)}
+    facts: Facts = {
+        **_EXACT,
+        "detail": f" C={cells}",
+        "inputs": _masked_inputs(s, cells, units),
+    }
     return make_case("ablate, ReLU", s, formula, ((1 + cells) * s.size, 0), kernel, **facts)
 
 
@@ -211,7 +219,7 @@ def _pointwise(s: Shape) -> Case:
         out = weight.reshape(outs, channels) @ masked + bias[:, None]
         return _relu(xp, out).reshape(-1, outs, *sizes)
 
-    facts = {
+    facts: Facts = {
         "detail": f" C={cells} {channels}→{outs}",
         "inputs": _masked_inputs(s, cells, (channels, *sizes), outs),
         "plain": str(s.dtype).removeprefix("torch."),
@@ -240,7 +248,7 @@ def _linear(s: Shape, outs: int) -> Case:
 
     numbers = s.n * s.p + s.p * outs + s.cells * s.n * outs
     cost = numbers * s.dtype.itemsize, 2 * s.n * s.p * outs
-    facts = {
+    facts: Facts = {
         "detail": f" C={s.cells} →{outs:,}",
         "inputs": _masked_inputs(s, s.cells, (s.p,), outs),
         "parts": s.cells,
@@ -266,7 +274,7 @@ def _weights(s: Shape) -> Case:
     kernel = load("triton.cca:variate_weights", precision=s.precision)
     backend = load("torch.cca:variate_weights")
     cost = s.size + 8 * k * (s.n + 1), 2 * k * s.n * s.p
-    facts = {"detail": f" k={k:,}", "inputs": inputs, "parts": k}
+    facts: Facts = {"detail": f" k={k:,}", "inputs": inputs, "parts": k}
     return make_case("variate_weights", s, formula, cost, kernel, backend, **facts)
 
 

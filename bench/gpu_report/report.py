@@ -36,8 +36,8 @@ def print_report(record: Json) -> None:
     """Print the ceilings, the rows and the study; the verdict, of the other parts too, is last."""
     rates, device = record["ceilings"] or {}, record["environment"]["device"]
     if "copy" in rates:
-        names = {"tf32": "TF32", "ieee": "FP32", "bfloat16": "BF16", "float64": "FP64"}
-        products = ", ".join(f"{name} {rates[key] / 1e12:.4g}" for key, name in names.items())
+        kinds = {"tf32": "TF32", "ieee": "FP32", "bfloat16": "BF16", "float64": "FP64"}
+        products = ", ".join(f"{name} {rates[key] / 1e12:.4g}" for key, name in kinds.items())
         print(f"\n{device}: copy {rates['copy'] / 1e9:.4g} GB/s; TFLOP/s: {products}\n")
     else:
         print(f"\n{device}: no ceilings: {rates.get('why')}\n")

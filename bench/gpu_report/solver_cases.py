@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Generator, Tensor
 from bench.gpu_report.case import (
     Call,
     Case,
+    Facts,
     Formula,
     Inputs,
     PlainCupy,
@@ -38,7 +40,8 @@ def fits(s: Shape, count: int, d: int) -> Case:
     def formula(xp: Any, dtype: str, x: Tensor) -> Tensor:
         (y,) = cast(xp, dtype, torch.from_numpy(target).to(x.device))
         own = torch.from_numpy(columns).to(x.device).split(256)
-        return torch.cat([_newton(*cast(xp, dtype, x.mT[some]), y) for some in own])
+        parts = (cast(xp, dtype, x.mT[some])[0] for some in own)
+        return torch.cat([_newton(part, y) for part in parts])
 
     kernel = coefficients("triton.logistic:logistic_fits", precision=s.precision)
     backend = coefficients("torch.logistic:logistic_fits")
@@ -47,7 +50,7 @@ def fits(s: Shape, count: int, d: int) -> Case:
     cost = moved, count * _STEPS * s.n * d * (d + 1)
     detail = f" d={d} b={count:,}"
     # The promise is of the largest coefficient.
-    facts = {"tolerance": 1e-4, "parts": count, "cupy": False}
+    facts: Facts = {"tolerance": 1e-4, "parts": count, "cupy": False}
     return make_case("logistic_fits", s, formula, cost, kernel, backend, detail, **facts)
 
 
@@ -107,7 +110,7 @@ def _spectrum(
 ) -> Case:
     """The matrices, made again of their spectra; ``size``: rows, and bytes that are moved."""
 
-    def restored(call: Call, a: Tensor) -> Tensor:
+    def restored(call: Callable[..., Any], a: Tensor) -> Tensor:
         parts = call(a)
         left = parts["left"] if name == "svd" else parts["vectors"]
         right = parts["right"] if name == "svd" else left.mT

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -51,9 +51,9 @@ class StageClock:
     """Seconds of each stage of a study, by the functions that the study calls for it."""
 
     def __init__(self, study: Study) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         self.running = ""  # the stage that an error is of
-        self._wait = torch.cuda.synchronize if study.device.type == "cuda" else lambda: None
+        self._cuda = study.device.type == "cuda"
         self._calls: tuple[tuple[Any, str, str], ...] = (
             (measure, "_shown", "prefix"),
             (rk, "selectivity_grid", "cells"),
@@ -75,13 +75,16 @@ class StageClock:
 
     def _timed(self, call: Callable[..., Any], stage: str, *arguments: Any, **options: Any) -> Any:
         self.running = stage
-        self._wait()
-        start = time.perf_counter()
+        start = self._now()
         result = call(*arguments, **options)
-        self._wait()
-        self.seconds[stage] += time.perf_counter() - start
+        self.seconds[stage] += self._now() - start
         self.running = "rows"
         return result
+
+    def _now(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 def measure_study(
@@ -191,7 +194,8 @@ def extrapolate(network: Json) -> Json:
         **{stage: _extrapolate_stage(network, stage, key) for stage, key in STAGES.items()},
     }
     parts = [seconds for stage, seconds in stages.items() if stage != "ridge"]
-    return {"extrapolated": stages} | ({} if None in parts else {"seconds": sum(parts)})
+    known = [seconds for seconds in parts if seconds is not None]
+    return {"extrapolated": stages} | ({"seconds": sum(known)} if known == parts else {})
 
 
 def _pick_seconds(timed: Json) -> float | None:
