@@ -22,7 +22,7 @@ from repsim_kernels.experiments.inputs import imagenet
 from repsim_kernels.experiments.inputs import images as data
 from repsim_kernels.experiments.inputs.networks import load, study_layers
 from repsim_kernels.experiments.inputs.presets import PRESETS, Network, load_network
-from repsim_kernels.experiments.study import measure
+from repsim_kernels.experiments.study import measure, memory
 from repsim_kernels.experiments.study.checks import Draws
 from repsim_kernels.experiments.study.study import Study
 
@@ -150,7 +150,7 @@ def _time_network(
         "images": len(study.labels),
         "stimuli": study.stimuli,
         "cells": study.n_cells,
-        "passes": len(measure.groups(study, study.layers)),
+        "passes": len(memory.groups(study, study.layers)),
         "draws": study.draws.least,
         "prefix": {},
         "sample": [layer | {"stages": {}} for layer in layers if layer in chosen],
