@@ -303,7 +303,7 @@ def test_parts_keep_to_their_shares(tmp_path, monkeypatch, greedy):
         part("rows", end - clock.now)
 
     monkeypatch.setattr(run, "time", clock)
-    monkeypatch.setattr(run._timing, "ceilings", lambda *_: part("ceilings", 20.0))
+    monkeypatch.setattr(run.timing, "ceilings", lambda *_: part("ceilings", 20.0))
     monkeypatch.setattr(run, "measure_rows", turn)
     monkeypatch.setattr(run, "run_gpu_tests", lambda limit: part("tests", limit))
     monkeypatch.setattr(run, "sanitize", lambda limit: part("sanitizer", limit))
@@ -332,7 +332,7 @@ def test_a_part_that_fails_is_recorded_and_the_rest_goes_on(tmp_path, monkeypatc
     def fails(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(run._timing, "ceilings", fails)
+    monkeypatch.setattr(run.timing, "ceilings", fails)
     monkeypatch.setattr(study, "measure_study", fails)
     out = tmp_path / "report.json"
     found = run.gpu_report(out, "cpu", True, lambda quick: [])
