@@ -50,12 +50,14 @@ class Source(NamedTuple):
     device: str  # "cpu" or "cuda:<index>", torch's other devices by their own names
 
     def restore(self, result: Any) -> Any:
-        """Convert a tensor, a NumPy array or a dict of them to this library and device.
+        """Convert tensors and NumPy arrays, also in a dict or a named tuple, to how they came.
 
         For NumPy, results without dimensions become scalars. Whatever is no array is left alone.
         """
         if isinstance(result, dict):
             return {key: self.restore(value) for key, value in result.items()}
+        if isinstance(result, tuple):
+            return type(result)(*map(self.restore, result))
         if not isinstance(result, (Tensor, np.ndarray, np.generic)):
             return result
         if self.kind == "torch":

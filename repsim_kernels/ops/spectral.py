@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from repsim_kernels import _check, _dispatch, _metrics, _options, _routes
+from repsim_kernels import _check, _dispatch, _metrics, _options
 from repsim_kernels._arrays import Array
 from repsim_kernels.errors import ConvergenceError
+from repsim_kernels.ops.ablation import public_result
 
 GRAM_METRICS = tuple(m.name for m in _metrics.METRICS if m.ablation and m.from_gram)
 
@@ -96,9 +97,8 @@ def gram_ablation_distances(
         ridge=ridge,
         penalty=penalty,
         neurons=neurons,
-        info=info,
     )
-    return _routes.split(found, names) if info else found
+    return public_result(found, info)
 
 
 def eigh(a: Any, *, vectors: bool = True, backend: str | None = None) -> Any:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from repsim_kernels._routes import Distances, Route
 from repsim_kernels.reference.cca import cca, pwcca, svcca
 from repsim_kernels.reference.cka import cka
 from repsim_kernels.reference.gram import Array, Real, membership
 from repsim_kernels.reference.procrustes import procrustes_distance
 
 RIDGED = ("pwcca", "cca", "cca_squared")
-DEFINITION = 5  # the route that is neither of the kernels'
 
 
 def ablation_distances(
@@ -25,9 +25,8 @@ def ablation_distances(
     ridge: float = 0.1,
     penalty: float = 0.0,
     memory: int | None = None,
-    info: bool = False,
-) -> dict[str, Array]:
-    """Distance of x (n, p) from x with a cell's columns set to zero, {metric: (C,)}.
+) -> dict[str, Distances]:
+    """Distances of x (n, p) from x with a cell's columns set to zero, by metric, (C,) each.
 
     All metrics unless some are named. 1 - similarity, the original first; ``procrustes`` is the
     squared form. ``ridge``, or ``penalty`` where that is not 0, serves the CCA family except svcca.
@@ -52,8 +51,7 @@ def ablation_distances(
             return np.float64(np.nan)
         return distance[name](np.where(cell, 0, x))
 
-    found = {name: np.array([one(name, cell) for cell in members]) for name in metrics}
-    return found | (routes(metrics, len(members)) if info else {})
+    return {name: by_definition([one(name, cell) for cell in members]) for name in metrics}
 
 
 def distances_from(
@@ -71,7 +69,7 @@ def distances_from(
     }
 
 
-def routes(metrics: Sequence[str], n_cells: int) -> dict[str, Array]:
-    """What is told of how distances were found: by definition, in no steps."""
-    told = (("route", DEFINITION), ("steps", 0))
-    return {f"{name} {what}": np.full(n_cells, value) for name in metrics for what, value in told}
+def by_definition(values: Sequence[np.float64]) -> Distances:
+    """Distances that took no steps, since the metric itself gave them."""
+    n = len(values)
+    return Distances(np.array(values), np.full(n, Route.DEFINITION), np.zeros(n, int))

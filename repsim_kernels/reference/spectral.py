@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from repsim_kernels.reference.ablation import RIDGED, distances_from, routes
+from repsim_kernels._routes import Distances
+from repsim_kernels.reference.ablation import RIDGED, by_definition, distances_from
 from repsim_kernels.reference.cca import EPS
 from repsim_kernels.reference.gram import Array, Real, contrasts
 
@@ -26,11 +27,10 @@ def gram_ablation_distances(
     ridge: float = 0.1,
     penalty: float = 0.0,
     neurons: int | None = None,
-    info: bool = False,
-) -> dict[str, Array]:
-    """Distance of what has the Gram matrix (n, n) from what is left of it without a part.
+) -> dict[str, Distances]:
+    """Distances of what has the Gram matrix (n, n) from what is left of it without a part.
 
-    {metric: (C,)} as of ``ablation_distances``, by representations of n - 1 neurons that have
+    By metric, as of ``ablation_distances``, by representations of n - 1 neurons that have
     these Gram matrices (C, n, n). Ridge CCA averages over min(n - 1, neurons) directions.
     """
     gram, parts = (np.asarray(a, dtype=np.float64) for a in (gram, parts))
@@ -49,8 +49,7 @@ def gram_ablation_distances(
         value = distance[name](left)
         return max(1 - share * (1 - value), np.float64(0)) if ridged else value
 
-    found = {name: np.array([one(name, part) for part in parts]) for name in metrics}
-    return found | (routes(metrics, len(parts)) if info else {})
+    return {name: by_definition([one(name, part) for part in parts]) for name in metrics}
 
 
 def eigh(a: Real, *, vectors: bool) -> dict[str, Array]:

@@ -89,7 +89,9 @@ def assert_rows(
     assert rows["size"].tolist() == member.sum(1).tolist()
     distances = ablation_distances(x, cells, n_cells=16, penalty=5.0)
     for name in METRICS:
-        np.testing.assert_allclose(rows[name], distances[name], rtol=1e-4, atol=1e-9, err_msg=name)
+        np.testing.assert_allclose(
+            rows[name], distances[name].values, rtol=1e-4, atol=1e-9, err_msg=name
+        )
     probe = ablation_decodability(x, cells, y, n_cells=16, target=target)
     for kind in ("refit", "frozen"):
         change = float(probe["intact"]) - np.asarray(probe[kind])

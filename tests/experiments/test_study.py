@@ -69,7 +69,7 @@ def test_rows_equal_those_of_brute_force(table: pd.DataFrame, layer: str, label:
     distances = ablation_distances(x, cells)
     probe = ablation_decodability(x, cells, y, target=label)
     for name in METRICS:
-        np.testing.assert_allclose(rows[name], distances[name], rtol=1e-4, atol=1e-10)
+        np.testing.assert_allclose(rows[name], distances[name].values, rtol=1e-4, atol=1e-10)
     for kind in ("refit", "frozen"):
         change = float(probe["intact"]) - np.asarray(probe[kind])
         np.testing.assert_allclose(rows[f"decodability_{kind}"], change, atol=1e-9)

@@ -7,7 +7,6 @@ diagonal; which route an ablation takes is told beside its distance.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from repsim_kernels._routes import Distances, Route
 from repsim_kernels.kernels.torch import riccati
 from repsim_kernels.kernels.torch.cca import leading
 from repsim_kernels.kernels.torch.spectrum import from_complement, positive
@@ -22,16 +22,6 @@ from repsim_kernels.kernels.torch.spectrum import from_complement, positive
 _EPS = torch.finfo(torch.float64).eps
 # A relative ridge below which solves with L + κI lose more than about 1e-6 of a correlation.
 _LEAST_RIDGE = 1e-10
-
-
-class Route(enum.IntEnum):
-    """How a distance was found."""
-
-    NOTHING = 0  # nothing was removed, or nothing is left
-    SUMS = 1  # over elements, or over those that linear equations give
-    ITERATIONS = 2  # Riccati iterations
-    FACTORS = 3  # singular values of the product of what is left and the original
-    EIGENVECTORS = 4  # of an ablated matrix
 
 
 @dataclass(frozen=True)
@@ -142,8 +132,8 @@ class Ablated:
         keep = positive(w, self.original.n)
         return w * keep, u * keep[:, None, :]
 
-    def procrustes(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Squared distances (B,) of both scaled to unit norm, the routes and the steps.
+    def procrustes(self) -> Distances:
+        """Squared distances (B,) of both scaled to unit norm.
 
         With y = tr G / tr L, x = tr D / tr L and r = √(1 - y) it is 2 (x - y/(1 + r)) / r.
         """
@@ -163,15 +153,15 @@ class Ablated:
                 factor, route[i] = u * w.sqrt(), Route.EIGENVECTORS
             nuclear = self.solvers.svdvals(root[:, None] * factor).sum()
             out[i] = 2 - 2 * nuclear / (total * factor.square().sum()).sqrt()
-        return out, route, steps
+        return Distances(out, route, steps)
 
-    def svcca(self, variance: float = 0.99) -> tuple[Tensor, Tensor, Tensor]:
+    def svcca(self, variance: float = 0.99) -> Distances:
         w, u = self.spectrum
         k, m = leading(self.v, variance), leading(w, variance)
         u = u[:, : int(k), : int(m.max())]
         u = u * (torch.arange(u.shape[-1], device=u.device) < m[:, None])[:, None, :]
         similarity = self.solvers.svdvals(u).sum(-1) / torch.minimum(k, m)
-        return 1 - similarity, *self._all(Route.EIGENVECTORS)
+        return Distances(1 - similarity, *self._all(Route.EIGENVECTORS))
 
     @property
     def kappa(self) -> Tensor:
@@ -220,7 +210,7 @@ class Ablated:
             rho[i] *= torch.arange(rho.shape[1], device=rho.device) < (w > 0).sum()
         return rho, u
 
-    def cca(self, vectors: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def cca(self, vectors: bool) -> Distances:
         """1 - mean correlation: the self-distance and what the ablation adds to it.
 
         With D = P_L - (P_L² - F)^½, P_L D + D P_L = F + D², its trace is what the sum of the
@@ -239,11 +229,11 @@ class Ablated:
             solved = self.balanced_loss @ u
             solved.div_(self.original.shrunk[:, None] + rho[:, None, :]).mul_(u)
             lost = torch.where(missing, solved.sum((-2, -1)), lost)
-        return self._excess("cca", lost), route, steps
+        return Distances(self._excess("cca", lost), route, steps)
 
-    def cca_squared(self) -> tuple[Tensor, Tensor, Tensor]:
+    def cca_squared(self) -> Distances:
         lost = (self.original.shrunk * self.loss.diagonal(dim1=1, dim2=2)).sum(-1)
-        return self._excess("cca_squared", lost), *self._all(Route.SUMS)
+        return Distances(self._excess("cca_squared", lost), *self._all(Route.SUMS))
 
     def _excess(self, metric: str, lost: Tensor) -> Tensor:
         return self.original.self_distance(metric) + lost / self.original.correlations

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repsim_kernels._routes import Distances, Route
 from repsim_kernels.kernels.torch import cka, columns, gram
-from repsim_kernels.kernels.torch.ablated import SOLVERS, Ablated, Original, Route, Solvers
+from repsim_kernels.kernels.torch.ablated import SOLVERS, Ablated, Original, Solvers
 from repsim_kernels.kernels.torch.cca import variate_weights
 from repsim_kernels.kernels.torch.spectrum import Representation
 
@@ -105,20 +106,17 @@ class Cells(Parts):
         return triangle.mT
 
 
-class Found:
-    """Distances (C,) by metric, and how they were found."""
+class DistanceTable:
+    """Distances (C,) by metric, and how they were computed; zeros until they are recorded."""
 
     def __init__(self, metrics: tuple[str, ...], n_cells: int, device: torch.device) -> None:
-        self.distances = {
-            name: torch.zeros(n_cells, dtype=torch.float64, device=device) for name in metrics
-        }
-        self.info = {
-            f"{name} {what}": torch.zeros(n_cells, dtype=torch.int64, device=device)
+        dtypes = (torch.float64, torch.int64, torch.int64)
+        self.columns = {
+            name: Distances(*(torch.zeros(n_cells, dtype=d, device=device) for d in dtypes))
             for name in metrics
-            for what in ("route", "steps")
         }
 
-    def put(
+    def record(
         self,
         metric: str,
         cells: list[int],
@@ -126,16 +124,16 @@ class Found:
         route: Tensor | int = Route.NOTHING,
         steps: Tensor | int = 0,
     ) -> None:
-        own = torch.tensor(cells, dtype=torch.int64, device=self.distances[metric].device)
-        self.distances[metric][own] = values
-        self.info[f"{metric} route"][own] = route
-        self.info[f"{metric} steps"][own] = steps
+        column = self.columns[metric]
+        own = torch.tensor(cells, dtype=torch.int64, device=column.values.device)
+        column.values[own], column.route[own], column.steps[own] = values, route, steps
 
-    def result(self, info: bool) -> dict[str, Tensor]:
-        """The distances, and with `info` "<metric> route" and "<metric> steps" of each."""
+    def result(self) -> dict[str, Distances]:
         # Rounding must not make one negative.
-        distances = {name: values.clamp(min=0) for name, values in self.distances.items()}
-        return distances | self.info if info else distances
+        return {
+            name: column._replace(values=column.values.clamp(min=0))
+            for name, column in self.columns.items()
+        }
 
 
 def ablation_distances(
@@ -147,10 +145,9 @@ def ablation_distances(
     ridge: float,
     penalty: float,
     memory: int | None,
-    info: bool,
     passes: Passes = PASSES,
     solvers: Solvers = SOLVERS,
-) -> dict[str, Tensor]:
+) -> dict[str, Distances]:
     parts = Cells(x, cells, n_cells, passes=passes)
     whole = Representation(x)
     whole.gram = parts.whole
@@ -158,15 +155,14 @@ def ablation_distances(
     def original() -> Original:
         return Original(whole.spectrum, whole.n, whole.p, ridge, penalty, solvers)
 
-    found = distances(parts, original, metrics, memory or _MEMORY)
-    return found.result(info)
+    return distances(parts, original, metrics, memory or _MEMORY)
 
 
 def distances(
     parts: Parts, original: Callable[[], Original], metrics: tuple[str, ...], memory: int = 0
-) -> Found:
+) -> dict[str, Distances]:
     """The distances of the whole from what is left of it without each part."""
-    found = Found(metrics, len(parts.left), parts.whole.device)
+    found = DistanceTable(metrics, len(parts.left), parts.whole.device)
     for name in ("cka", "cka_debiased"):
         if name in metrics:
             _cka_distances(parts, name, found)
@@ -174,11 +170,11 @@ def distances(
         _spectral_distances(parts, original(), found, memory)
     nothing = [c for c, count in enumerate(parts.left) if not count]
     for name in metrics:
-        found.put(name, nothing, torch.nan)
-    return found
+        found.record(name, nothing, torch.nan)
+    return found.result()
 
 
-def _cka_distances(parts: Parts, metric: str, found: Found) -> None:
+def _cka_distances(parts: Parts, metric: str, found: DistanceTable) -> None:
     flat = functools.partial(gram.flat, u_centred=metric == "cka_debiased")
     # Of halves of matrices inner products are half, and so are what rounding may leave of them.
     (whole,), floor = flat(gram.half_of(parts.whole[None])), cka.rounding(parts.whole) / 2
@@ -191,34 +187,36 @@ def _cka_distances(parts: Parts, metric: str, found: Found) -> None:
         for batch in batches
     ]
     if light:
-        found.put(metric, light, torch.cat(distances), Route.SUMS)
+        found.record(metric, light, torch.cat(distances), Route.SUMS)
     for c in parts.active:
         if parts.heavy[c]:
             rest = parts.rest(c)
             m, least = flat(gram.half_of(rest[None])), cka.rounding(rest) / 2
-            found.put(metric, [c], cka.cosine_distance(m, whole, True, least), Route.SUMS)
+            found.record(metric, [c], cka.cosine_distance(m, whole, True, least), Route.SUMS)
 
 
-def _spectral_distances(parts: Parts, original: Original, found: Found, memory: int) -> None:
-    names = set(found.distances) & {"procrustes", "svcca"}
+def _spectral_distances(
+    parts: Parts, original: Original, found: DistanceTable, memory: int
+) -> None:
+    names = set(found.columns) & {"procrustes", "svcca"}
     if original.kappa > 0:
         # Without a ridge the rest of the neurons is a part of the original's span: distance 0.
-        names |= set(found.distances) & {"cca", "cca_squared", "pwcca"}
+        names |= set(found.columns) & {"cca", "cca_squared", "pwcca"}
     waiting = _Waiting(parts, found, memory)
     dead = [c for c, nothing in enumerate(parts.dead) if nothing]
     for name in names - {"pwcca"}:
-        found.put(name, dead, original.self_distance(name))
+        found.record(name, dead, original.self_distance(name))
     if dead and "pwcca" in names:
         waiting.add(dead, original.variates[None], original.shrunk[None], Route.NOTHING)
     for cells, ablated in _ablated(parts, original):
         if "procrustes" in names:
-            found.put("procrustes", cells, *ablated.procrustes())
+            found.record("procrustes", cells, *ablated.procrustes())
         if "svcca" in names:
-            found.put("svcca", cells, *ablated.svcca())
+            found.record("svcca", cells, *ablated.svcca())
         if "cca" in names:
-            found.put("cca", cells, *ablated.cca(vectors="pwcca" in names))
+            found.record("cca", cells, *ablated.cca(vectors="pwcca" in names))
         if "cca_squared" in names:
-            found.put("cca_squared", cells, *ablated.cca_squared())
+            found.record("cca_squared", cells, *ablated.cca_squared())
         if "pwcca" in names:
             waiting.add(cells, *ablated.variates(), Route.EIGENVECTORS)
     waiting.weigh()
@@ -243,7 +241,7 @@ def _ablated(parts: Parts, original: Original) -> Iterator[tuple[list[int], Abla
 class _Waiting:
     """Canonical variates that wait for a pass over x, which weighs them: PWCCA."""
 
-    def __init__(self, parts: Parts, found: Found, memory: int) -> None:
+    def __init__(self, parts: Parts, found: DistanceTable, memory: int) -> None:
         self.parts, self.found, self.memory = parts, found, memory
         self.batches: list[tuple[list[int], Tensor, Tensor, Route]] = []
 
@@ -262,5 +260,5 @@ class _Waiting:
         sizes = [len(h) for h in rows]
         for (cells, _, rho, route), part in zip(self.batches, weights.split(sizes), strict=True):
             alpha = part.view(rho.shape)
-            self.found.put("pwcca", cells, 1 - (alpha * rho).sum(-1) / alpha.sum(-1), route)
+            self.found.record("pwcca", cells, 1 - (alpha * rho).sum(-1) / alpha.sum(-1), route)
         self.batches.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from repsim_kernels._routes import Distances
 from repsim_kernels.kernels.torch import gram, spectrum
 from repsim_kernels.kernels.torch.ablated import SOLVERS, Original, Solvers
 from repsim_kernels.kernels.torch.ablation import Parts, distances
@@ -20,9 +21,8 @@ def gram_ablation_distances(
     ridge: float,
     penalty: float,
     neurons: int | None,
-    info: bool,
     solvers: Solvers = SOLVERS,
-) -> dict[str, Tensor]:
+) -> dict[str, Distances]:
     whole, grams = (gram.double_centre(t.to(torch.float64)) for t in (k, parts))
     n, energy = len(whole), whole.trace()
     left = energy - grams.diagonal(dim1=1, dim2=2).sum(1)
@@ -34,7 +34,7 @@ def gram_ablation_distances(
     remains = torch.where(left > n * _EPS * energy, n, 0)
     dead = (grams == 0).all(-1).all(-1).tolist()
     pieces = Parts(whole, gram.half_of(grams), dead, remains.tolist())
-    return distances(pieces, original, metrics).result(info)
+    return distances(pieces, original, metrics)
 
 
 def eigh(a: Tensor, *, vectors: bool) -> dict[str, Tensor]:

@@ -179,7 +179,13 @@ def empty_copies(t: Tensor, cells: int, order: list[int]) -> Tensor:
 
 
 def _case(
-    name: str, units: tuple[int, ...], dtype: torch.dtype, epilogue: str, overlap: bool = False
+    name: str,
+    units: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    norm: bool = False,
+    activate: str = "none",
+    overlap: bool = False,
 ) -> _launch.Case:
     n, cells, p = 50, 16, prod(units)
 
@@ -190,26 +196,24 @@ def _case(
             torch.empty(n, *units, dtype=dtype, device=device),
             torch.zeros(cells, p, dtype=torch.bool, device=device) if overlap else labels,
             torch.zeros(cells, dtype=torch.int64, device=device),
-            epilogue=Epilogue(
-                (channel, channel) if "norm" in epilogue else None,
-                epilogue.split()[-1] if "relu" in epilogue else "none",
-            ),
+            epilogue=Epilogue((channel, channel) if norm else None, activate),
         )
 
-    label = f"{name}, {str(dtype)[6:]}, {epilogue or 'mask alone'}{', overlapping' * overlap}"
+    epilogue = " ".join(["norm"] * norm + [activate] * (activate != "none")) or "mask alone"
+    label = f"{name}, {str(dtype)[6:]}, {epilogue}{', overlapping' * overlap}"
     return _launch.Case(label, call, floor(n, p, cells, dtype))
 
 
 AOT_CASES: tuple[_launch.Case, ...] = (
     *(
-        _case(name, units, dtype, epilogue)
-        for name, units, epilogue in (
-            ("alexnet", (64, 55, 55), "relu"),
-            ("mobilenet", (96, 112, 112), ""),
-            ("mobilenet", (96, 112, 112), "norm relu6"),
-            ("resnet", (2048, 7, 7), "norm"),
+        _case(name, units, dtype, norm=norm, activate=activate)
+        for name, units, norm, activate in (
+            ("alexnet", (64, 55, 55), False, "relu"),
+            ("mobilenet", (96, 112, 112), False, "none"),
+            ("mobilenet", (96, 112, 112), True, "relu6"),
+            ("resnet", (2048, 7, 7), True, "none"),
         )
         for dtype in (torch.float32, torch.bfloat16)
     ),
-    _case("resnet", (2048, 7, 7), torch.float32, "", overlap=True),
+    _case("resnet", (2048, 7, 7), torch.float32, overlap=True),
 )

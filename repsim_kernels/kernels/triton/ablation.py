@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from repsim_kernels._routes import Distances
 from repsim_kernels.kernels.torch import ablation
 from repsim_kernels.kernels.torch import gram as torch_gram
 from repsim_kernels.kernels.triton import _launch
@@ -41,5 +42,5 @@ def passes(precision: str) -> ablation.Passes:
 
 def ablation_distances(
     x: Tensor, *, precision: str = "tf32x3", **options: Any
-) -> dict[str, Tensor]:
+) -> dict[str, Distances]:
     return ablation.ablation_distances(x, passes=passes(precision), solvers=SOLVERS, **options)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from repsim_kernels._routes import Distances
 from repsim_kernels.kernels.cupy import spectral as native
 from repsim_kernels.kernels.torch import spectral
 from repsim_kernels.kernels.torch.ablated import Solvers
@@ -47,5 +48,5 @@ def svdvals(a: Tensor) -> Tensor:
 SOLVERS = Solvers(riccati.advance, eigh, svdvals)
 
 
-def gram_ablation_distances(k: Tensor, parts: Tensor, **options: Any) -> dict[str, Tensor]:
+def gram_ablation_distances(k: Tensor, parts: Tensor, **options: Any) -> dict[str, Distances]:
     return spectral.gram_ablation_distances(k, parts, solvers=SOLVERS, **options)
