@@ -70,7 +70,7 @@ class Cells(Parts):
         passes: Passes = PASSES,
     ) -> None:
         """shifts: whether ``shift`` (C, n) is wanted, B_c μ_c for each cell."""
-        self.x, self.cells, self.passes = x, cells, passes
+        self.x, self.cells = x, cells
         if cells.ndim == 1:
             # The neurons in no cell make one more, so that one pass gives the whole as well.
             labels = columns.labelled(cells, n_cells)
@@ -149,25 +149,35 @@ def ablation_distances(
     solvers: Solvers = SOLVERS,
 ) -> dict[str, Distances]:
     parts = Cells(x, cells, n_cells, passes=passes)
-    whole = Representation(x)
-    whole.gram = parts.whole
 
     def original() -> Original:
+        whole = Representation(x, parts.whole)
         return Original(whole.spectrum, whole.n, whole.p, ridge, penalty, solvers)
 
-    return distances(parts, original, metrics, memory or _MEMORY)
+    def weigh(directions: Tensor) -> Tensor:
+        return passes.variate_weights(directions, x)
+
+    return distances(parts, original, metrics, weigh, memory or _MEMORY)
 
 
 def distances(
-    parts: Parts, original: Callable[[], Original], metrics: tuple[str, ...], memory: int = 0
+    parts: Parts,
+    original: Callable[[], Original],
+    metrics: tuple[str, ...],
+    weigh: Callable[[Tensor], Tensor] | None = None,
+    memory: int = 0,
 ) -> dict[str, Distances]:
-    """The distances of the whole from what is left of it without each part."""
+    """The distances of the whole from what is left of it without each part.
+
+    "pwcca" needs ``weigh``, which takes directions (k, n) and returns their weights (k,), and holds
+    as many bytes of directions as ``memory``.
+    """
     found = DistanceTable(metrics, len(parts.left), parts.whole.device)
     for name in ("cka", "cka_debiased"):
         if name in metrics:
             _cka_distances(parts, name, found)
     if set(metrics) - {"cka", "cka_debiased"}:
-        _spectral_distances(parts, original(), found, memory)
+        _spectral_distances(parts, original(), found, weigh, memory)
     nothing = [c for c, count in enumerate(parts.left) if not count]
     for name in metrics:
         found.record(name, nothing, torch.nan)
@@ -196,30 +206,35 @@ def _cka_distances(parts: Parts, metric: str, found: DistanceTable) -> None:
 
 
 def _spectral_distances(
-    parts: Parts, original: Original, found: DistanceTable, memory: int
+    parts: Parts,
+    original: Original,
+    found: DistanceTable,
+    weigh: Callable[[Tensor], Tensor] | None,
+    memory: int,
 ) -> None:
     names = set(found.columns) & {"procrustes", "svcca"}
     if original.kappa > 0:
         # Without a ridge the rest of the neurons is a part of the original's span: distance 0.
         names |= set(found.columns) & {"cca", "cca_squared", "pwcca"}
-    waiting = _Waiting(parts, found, memory)
+    queue = _PwccaQueue(weigh, found, memory) if weigh and "pwcca" in names else None
     dead = [c for c, nothing in enumerate(parts.dead) if nothing]
     for name in names - {"pwcca"}:
         found.record(name, dead, original.self_distance(name))
-    if dead and "pwcca" in names:
-        waiting.add(dead, original.variates[None], original.shrunk[None], Route.NOTHING)
+    if dead and queue:
+        queue.add(dead, original.variates[None], original.shrunk[None], Route.NOTHING)
     for cells, ablated in _ablated(parts, original):
         if "procrustes" in names:
             found.record("procrustes", cells, *ablated.procrustes())
         if "svcca" in names:
             found.record("svcca", cells, *ablated.svcca())
         if "cca" in names:
-            found.record("cca", cells, *ablated.cca(vectors="pwcca" in names))
+            found.record("cca", cells, *ablated.cca(vectors=queue is not None))
         if "cca_squared" in names:
             found.record("cca_squared", cells, *ablated.cca_squared())
-        if "pwcca" in names:
-            waiting.add(cells, *ablated.variates(), Route.EIGENVECTORS)
-    waiting.weigh()
+        if queue:
+            queue.add(cells, *ablated.variates(), Route.EIGENVECTORS)
+    if queue:
+        queue.flush()
 
 
 def _ablated(parts: Parts, original: Original) -> Iterator[tuple[list[int], Ablated]]:
@@ -238,25 +253,26 @@ def _ablated(parts: Parts, original: Original) -> Iterator[tuple[list[int], Abla
                 yield batch, Ablated(original, cell=gram.full(parts.some(batch)), factors=factors)
 
 
-class _Waiting:
-    """Canonical variates that wait for a pass over x, which weighs them: PWCCA."""
+class _PwccaQueue:
+    """Canonical variates that wait for a pass over x, which weighs them."""
 
-    def __init__(self, parts: Parts, found: DistanceTable, memory: int) -> None:
-        self.parts, self.found, self.memory = parts, found, memory
+    def __init__(
+        self, weigh: Callable[[Tensor], Tensor], found: DistanceTable, memory: int
+    ) -> None:
+        self.weigh, self.found, self.memory = weigh, found, memory
         self.batches: list[tuple[list[int], Tensor, Tensor, Route]] = []
 
     def add(self, cells: list[int], h: Tensor, rho: Tensor, route: Route) -> None:
         """Variates h (B, k, n) and correlations rho (B, k) of B cells, or of one for all."""
         self.batches.append((cells, h, rho, route))
         if sum(h.numel() for _, h, _, _ in self.batches) * 16 > self.memory:
-            self.weigh()
+            self.flush()
 
-    def weigh(self) -> None:
+    def flush(self) -> None:
         if not self.batches:
             return
-        assert isinstance(self.parts, Cells)  # it takes the neurons themselves
         rows = [h.flatten(0, 1) for _, h, _, _ in self.batches]
-        weights = self.parts.passes.variate_weights(torch.cat(rows), self.parts.x)
+        weights = self.weigh(torch.cat(rows))
         sizes = [len(h) for h in rows]
         for (cells, _, rho, route), part in zip(self.batches, weights.split(sizes), strict=True):
             alpha = part.view(rho.shape)

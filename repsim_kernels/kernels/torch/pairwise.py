@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def pairwise(
     for i, a in enumerate(left):
         wanted = range(i if ys is None and symmetric else 0, len(right))
         for js in _alike(wanted, right):
-            out[i, js] = function(a, _stack([right[j] for j in js]), **options)
+            out[i, js] = function(a, _Stack([right[j] for j in js]), **options)
         if ys is None and symmetric:
             out[i:, i] = out[i, i:].clone()
     return out
@@ -45,15 +46,21 @@ def _alike(wanted: range, rs: list[Representation]) -> Iterator[list[int]]:
         yield from gram.batches(js, rs[js[0]].factor)
 
 
-def _stack(rs: list[Representation]) -> Representation:
+class _Stack(Representation):
     """Several as one batch, to be the second of a pair: of x its sizes alone count there."""
-    out = Representation(rs[0].x)
-    out.spectrum = (
-        torch.stack([r.spectrum[0] for r in rs]),
-        torch.stack([r.spectrum[1] for r in rs]),
-    )
-    out.factor = torch.stack([r.factor for r in rs])
-    return out
+
+    def __init__(self, members: list[Representation]) -> None:
+        super().__init__(members[0].x)
+        self._members = members
+
+    @cached_property
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        vectors, values = zip(*(r.spectrum for r in self._members), strict=True)
+        return torch.stack(vectors), torch.stack(values)
+
+    @cached_property
+    def factor(self) -> Tensor:
+        return torch.stack([r.factor for r in self._members])
 
 
 _COMPARE: dict[str, tuple[Callable[..., Tensor], bool]] = {

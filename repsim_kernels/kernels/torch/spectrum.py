@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -43,14 +42,15 @@ def _of_rank(u: Tensor, w: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return u * keep[..., None, :], w * keep
 
 
-@dataclass
 class Representation:
     """x (…, n, p) and what the metrics need of it, each made once.
 
     Everything but `x` and `gram` lives in the n - 1 dimensions beside the vector of ones.
     """
 
-    x: Tensor
+    def __init__(self, x: Tensor, gram: Tensor | None = None) -> None:
+        """gram: that of x, where it has been computed already."""
+        self.x, self._gram = x, gram
 
     @property
     def n(self) -> int:
@@ -66,7 +66,7 @@ class Representation:
 
     @cached_property
     def gram(self) -> Tensor:
-        return gram.linear(self.x)
+        return gram.linear(self.x) if self._gram is None else self._gram
 
     @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor]:
