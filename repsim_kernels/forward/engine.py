@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from repsim_kernels import _arrays, _check, _options
-from repsim_kernels.errors import (
-    DeviceError,
-    DtypeError,
-    LayerError,
-    OptionError,
-    ShapeError,
-)
-from repsim_kernels.forward import contexts, cost, fusion, passes, verify
+from repsim_kernels.errors import OptionError
+from repsim_kernels.forward import checks, contexts, cost, passes, verify
 from repsim_kernels.forward.cost import Cost
 from repsim_kernels.forward.cuts import Cuts
 from repsim_kernels.forward.dataflow import Split
 from repsim_kernels.forward.fusion import Cells
-from repsim_kernels.forward.memory import Batch, budget, for_a_batch
+from repsim_kernels.forward.memory import budget, for_a_batch
 from repsim_kernels.forward.passes import State, copied
-from repsim_kernels.forward.trace import Trace, is_within, keep_attributes
+from repsim_kernels.forward.trace import Trace, keep_attributes
 
 
 class AblatedForward:
@@ -69,23 +61,9 @@ class AblatedForward:
     """
 
     def __init__(self, model: nn.Module, layer: str | Sequence[str]) -> None:
-        if not isinstance(model, nn.Module):
-            raise LayerError(f"model: {_options.shown(model)}; expected a torch.nn.Module")
-        names = (layer,) if isinstance(layer, str) else _options.items(layer)
-        if not names or not all(isinstance(name, str) for name in names):
-            raise LayerError(f"layer: {_options.shown(layer)}; expected a name, or several")
-        self.layers = tuple(dict.fromkeys(names))
-        modules = dict(model.named_modules(remove_duplicate=False))
-        for name in self.layers:
-            if name not in modules:
-                inside = [known for known in modules if known.endswith(f".{name}")]
-                near = ", ".join(inside[:3] or difflib.get_close_matches(name, modules))
-                near = f"one of {near or 'model.named_modules()'}"
-                what = f"the model has no module {_options.shown(name)}"
-                raise LayerError(f"layer: {what}; expected {near}")
-            _check_scripted(modules, name)
-        _check_eval(model)
-        _check_tensors(model)
+        self.layers = checks.layer_names(model, layer)
+        checks.check_eval(model)
+        checks.check_tensors(model)
         self.model = model
         with contexts.run_eagerly():
             self._cuts = Cuts(model, self.layers)
@@ -118,11 +96,11 @@ class AblatedForward:
         """
         if len(self.layers) > 1:
             raise OptionError(f"layer: {len(self.layers)} of them; expected one, or prefixes()")
-        self._check(images)
+        checks.check_images(self.model, images)
         with contexts.run_eagerly():
             (layer,) = self.layers
             state = passes.head(*self._cuts.find(layer, images), images)
-            return self._mine({layer: state}, images)[layer]
+            return self._claim({layer: state}, images)[layer]
 
     def prefixes(self, images: Tensor, layers: Sequence[str] | None = None) -> dict[str, State]:
         """Run the network once, and keep what the passes after each of several layers need.
@@ -148,7 +126,7 @@ class AblatedForward:
             A layer that is not this object's.
         """
         wanted = self._wanted(layers)
-        self._check(images)
+        checks.check_images(self.model, images)
         with contexts.run_eagerly():
             cuts = {name: self._cuts.find(name, images) for name in wanted}
             states: dict[str, State] = {}
@@ -160,7 +138,7 @@ class AblatedForward:
                     states[name] = passes.head(trace, part, images)
             for trace, parts in shared.items():
                 states |= passes.heads(trace, parts, images)
-            return self._mine({name: states[name] for name in wanted}, images)
+            return self._claim({name: states[name] for name in wanted}, images)
 
     def intact(self, state: State, *, memory: int | str | None = None) -> Tensor:
         """The network's output with nothing ablated and no hook; computed once a state.
@@ -188,9 +166,7 @@ class AblatedForward:
         self._own(state)
         room = for_a_batch(budget(memory, state._kept.device), state._kept.device)
         with contexts.run_eagerly():
-            return (
-                self._run_unmasked(state, room) if state._plain is None else state._plain
-            ).clone()
+            return passes.run_intact(state, room).clone()
 
     def logits(
         self,
@@ -259,7 +235,7 @@ class AblatedForward:
         checked, n_cells = _check.cells(cells, act[0].numel(), n_cells)
         table = torch.as_tensor(checked, device=act.device)  # (p,) labels or (C, p) membership
         with contexts.run_eagerly():
-            unmasked = self._run_unmasked(state, room)
+            unmasked = passes.run_unmasked(state, room)
             alive = (act != 0).any(0).reshape(-1)  # (p,)
             if table.dtype == torch.bool:
                 runs = (table & alive).any(1)
@@ -269,8 +245,8 @@ class AblatedForward:
             ids = runs.nonzero()[:, 0].tolist()
             if ids:
                 masks = Cells(checked, table, torch.arange(n_cells, device=act.device))
-                together = self._together(state, masks, len(ids)) if batch is None else batch
-                out[ids] = passes.in_batches(state, masks, _all(state, ids), together, room)
+                together = batch or passes.choose_together(state, masks, len(ids))
+                out[ids] = passes.in_batches(state, masks, ids, together, room)
             return out
 
     def costs(
@@ -299,7 +275,7 @@ class AblatedForward:
             A layer that is not this object's.
         """
         wanted, timed = self._wanted(layers), _options.flag(timed, "timed")
-        self._check(images)
+        checks.check_images(self.model, images)
         with contexts.run_eagerly():
             cuts = {name: self._cuts.find(name, images) for name in wanted}
             traces = {trace for trace, _ in cuts.values()} if timed else set()
@@ -312,85 +288,19 @@ class AblatedForward:
     def _wanted(self, layers: Sequence[str] | None) -> tuple[str, ...]:
         return self.layers if layers is None else _options.options(layers, "layers", self.layers)
 
-    def _check(self, images: Tensor) -> None:
-        if not isinstance(images, Tensor):
-            raise DtypeError(f"images: {type(images).__name__}; expected a torch tensor")
-        _arrays.check_dense(images, "images")
-        _arrays.check_untransformed(images, "images")
-        if images.ndim == 0 or len(images) == 0:
-            raise ShapeError(f"images: shape {tuple(images.shape)}; expected (n, …) with n >= 1")
-        home = next((p.device for p in self.model.parameters()), images.device)
-        if images.device != home:
-            raise DeviceError(f"images: on {images.device}; expected the model's device, {home}")
-        if images.is_meta:
-            raise DeviceError("images: on meta, which holds no values; expected another device")
-        _check_eval(self.model)
-
     def _own(self, state: State) -> None:
         if not isinstance(state, State):
             raise OptionError(f"state: {_options.shown(state)}; expected one that prefix() gave")
         if state._owner is not self:
             raise OptionError("state: made by another AblatedForward; expected one of this one")
-        _check_eval(self.model)
+        checks.check_eval(self.model)
 
-    def _mine(self, states: dict[str, State], images: Tensor) -> dict[str, State]:
-        """Own states of these images; with the intact logits, where a cut hasn't their bits."""
+    def _claim(self, states: dict[str, State], images: Tensor) -> dict[str, State]:
+        """Take ownership of states of these images, with the model's own logits where needed."""
         plain = None
+        if any(state.needs_plain for state in states.values()):
+            with keep_attributes(self.model):
+                plain = verify.run_plain(self.model, images)
         for state in states.values():
-            state._owner = self
-            if not state._split.plain:
-                if plain is None:
-                    with keep_attributes(self.model):
-                        plain = verify.run_plain(self.model, images)
-                state._plain = plain
+            state.claim(self, plain)
         return states
-
-    def _run_unmasked(self, state: State, room: int) -> Tensor:
-        """What a hook gives that changes nothing."""
-        if state._same is None:
-            (state._same,) = passes.in_batches(state, None, _all(state, [0]), 1, room)
-        return state._same
-
-    def _together(self, state: State, cells: Cells, count: int) -> int:
-        """How many cells run together, of those that run."""
-        act, part, trace = state._kept, state._split, state._trace
-        values = {part.cut: act, **state._values}
-        if act.device.type != "cpu" or fusion.linear(trace, part, values, cells, count):
-            return count
-        return cost.together(part, len(state))
-
-
-def _all(state: State, cells: list[int]) -> Batch:
-    return Batch(cells, 0, len(state))
-
-
-def _check_eval(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if module.training:
-            what = f"{name!r} is" if name else "it is"
-            raise LayerError(f"model: {what} in training mode; expected model.eval()")
-
-
-def _check_scripted(modules: dict[str, nn.Module], layer: str) -> None:
-    for name, module in modules.items():
-        if is_within(layer, name) and isinstance(module, torch.jit.ScriptModule):
-            what = f"module {name!r}" if name else "the model"
-            raise LayerError(
-                f"layer: {layer!r} is TorchScript, as {what} was scripted or traced, which hides "
-                "its layers; pass the nn.Module that it was made from"
-            )
-
-
-def _check_tensors(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
-            what = repr(name) if name else "it"
-            raise LayerError(
-                f"model: {what} is split over {len(module.device_ids)} devices by DataParallel; "
-                "pass its .module"
-            )
-    for name, t in [*model.named_parameters(), *model.named_buffers()]:
-        if is_lazy(t):
-            raise LayerError(f"model: {name!r} has no shape yet; run the model once on a batch")
-        if t.is_meta:
-            raise LayerError(f"model: {name!r} is on meta, which holds no values; load weights")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from repsim_kernels.errors import LayerError, OutOfMemoryWarning
-from repsim_kernels.forward import broadcast, fusion
+from repsim_kernels.forward import broadcast, cost, fusion
 from repsim_kernels.forward.dataflow import Split, schedule, tensors, version
 from repsim_kernels.forward.fusion import Cells
 from repsim_kernels.forward.memory import Batch, fit
@@ -25,12 +25,20 @@ class State:
         The layer that it is cut at.
     """
 
-    def __init__(self, activation: Tensor, values: Values, trace: Trace, part: Split) -> None:
+    def __init__(
+        self,
+        activation: Tensor,
+        values: Values,
+        trace: Trace,
+        part: Split,
+        same: Tensor | None = None,
+    ) -> None:
+        """same: what a hook gives that changes nothing, where it is known already."""
         self.layer = part.layer
         self._kept, self._strides = activation, activation.stride()
         self._values, self._trace, self._split = values, trace, part
-        self._same: Tensor | None = None  # what a hook gives that changes nothing
-        self._plain: Tensor | None = None  # and the model without a hook, where that differs
+        self._same = same
+        self._plain: Tensor | None = None  # what the model gives without a hook, where that differs
         self._owner: object = None
         self._note()
 
@@ -42,6 +50,16 @@ class State:
     def activation(self) -> Tensor:
         """The layer's output, (n, …), with its own strides; writing to it spoils the state."""
         return self._laid_out(self._kept)
+
+    @property
+    def needs_plain(self) -> bool:
+        """Whether the model without a hook has other bits than under one that changes nothing."""
+        return not self._split.plain
+
+    def claim(self, owner: object, plain: Tensor | None) -> None:
+        """Set what made this state, and the output of the model itself, kept where it is needed."""
+        self._owner = owner
+        self._plain = plain if self.needs_plain else None
 
     def move(self, rows: Tensor) -> None:
         """Copy the activation into memory of the caller's, and keep it there alone.
@@ -110,8 +128,8 @@ def heads(trace: Trace, parts: dict[str, Split], images: Tensor) -> dict[str, St
     states = {}
     for name, part in parts.items():
         mine = values | kept[name]
-        states[name] = State(mine[part.cut], {x: mine[x] for x in part.inputs}, trace, part)
-        states[name]._same = values[trace.output].clone()
+        inputs, same = {x: mine[x] for x in part.inputs}, values[trace.output].clone()
+        states[name] = State(mine[part.cut], inputs, trace, part, same)
     return states
 
 
@@ -147,14 +165,37 @@ def tail(state: State, cells: Cells | None = None, batch: Batch | None = None) -
     return out
 
 
-def in_batches(state: State, cells: Cells | None, whole: Batch, together: int, room: int) -> Tensor:
-    """(C, n, k), in batches that fit the budget; in half as large ones where memory runs out."""
+def run_intact(state: State, room: int) -> Tensor:
+    """(n, k): what the model gives without a hook."""
+    return run_unmasked(state, room) if state._plain is None else state._plain
+
+
+def run_unmasked(state: State, room: int) -> Tensor:
+    """(n, k): what a hook gives that changes nothing; computed once a state."""
+    if state._same is None:
+        (state._same,) = in_batches(state, None, [0], 1, room)
+    return state._same
+
+
+def choose_together(state: State, cells: Cells, count: int) -> int:
+    """How many of `count` cells run together, where the caller doesn't say."""
+    act, part, trace = state._kept, state._split, state._trace
+    values = {part.cut: act, **state._values}
+    if act.device.type != "cpu" or fusion.linear(trace, part, values, cells, count):
+        return count
+    return cost.together(part, len(state))
+
+
+def in_batches(
+    state: State, cells: Cells | None, ids: list[int], together: int, room: int
+) -> Tensor:
+    """(C, n, k) of the cells `ids`, in batches that fit the budget; half as large out of memory."""
     part = state._split
     rows = max(1, min(room // max(1, part.peak), part.most or room))
     if not part.batchable:
         rows, together = len(state), 1
-    todo = fit(whole, rows, together)
-    places, out = {c: i for i, c in enumerate(whole.cells)}, None
+    todo = fit(Batch(ids, 0, len(state)), rows, together)
+    places, out = {c: i for i, c in enumerate(ids)}, None
     while todo:
         batch = todo.pop(0)
         try:
@@ -175,7 +216,7 @@ def in_batches(state: State, cells: Cells | None, whole: Batch, together: int, r
             continue
         found = found.unflatten(0, (len(batch.cells), -1))
         if out is None:
-            out = found.new_empty(len(whole.cells), len(state), *found.shape[2:])
+            out = found.new_empty(len(ids), len(state), *found.shape[2:])
         out[[places[c] for c in batch.cells], batch.start : batch.stop] = found
     assert out is not None
     return out

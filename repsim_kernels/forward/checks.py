@@ -1,0 +1,83 @@
+"""What a network and its images must be before a layer of it can be ablated."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from repsim_kernels import _arrays, _options
+from repsim_kernels.errors import DeviceError, DtypeError, LayerError, ShapeError
+from repsim_kernels.forward.trace import is_within
+
+
+def layer_names(model: nn.Module, layer: str | Sequence[str]) -> tuple[str, ...]:
+    """The names of one or several layers, each once; LayerError for what the model hasn't."""
+    if not isinstance(model, nn.Module):
+        raise LayerError(f"model: {_options.shown(model)}; expected a torch.nn.Module")
+    names = (layer,) if isinstance(layer, str) else _options.items(layer)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise LayerError(f"layer: {_options.shown(layer)}; expected a name, or several")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in names:
+        if name not in modules:
+            inside = [known for known in modules if known.endswith(f".{name}")]
+            near = ", ".join(inside[:3] or difflib.get_close_matches(name, modules))
+            near = f"one of {near or 'model.named_modules()'}"
+            what = f"the model has no module {_options.shown(name)}"
+            raise LayerError(f"layer: {what}; expected {near}")
+        _check_scripted(modules, name)
+    return tuple(dict.fromkeys(names))
+
+
+def check_images(model: nn.Module, images: Tensor) -> None:
+    """Check that images are a dense tensor (n, …) on the model's device, and the model in eval."""
+    if not isinstance(images, Tensor):
+        raise DtypeError(f"images: {type(images).__name__}; expected a torch tensor")
+    _arrays.check_dense(images, "images")
+    _arrays.check_untransformed(images, "images")
+    if images.ndim == 0 or len(images) == 0:
+        raise ShapeError(f"images: shape {tuple(images.shape)}; expected (n, …) with n >= 1")
+    home = next((p.device for p in model.parameters()), images.device)
+    if images.device != home:
+        raise DeviceError(f"images: on {images.device}; expected the model's device, {home}")
+    if images.is_meta:
+        raise DeviceError("images: on meta, which holds no values; expected another device")
+    check_eval(model)
+
+
+def check_eval(model: nn.Module) -> None:
+    """Check that every module is in eval mode."""
+    for name, module in model.named_modules():
+        if module.training:
+            what = f"{name!r} is" if name else "it is"
+            raise LayerError(f"model: {what} in training mode; expected model.eval()")
+
+
+def _check_scripted(modules: dict[str, nn.Module], layer: str) -> None:
+    for name, module in modules.items():
+        if is_within(layer, name) and isinstance(module, torch.jit.ScriptModule):
+            what = f"module {name!r}" if name else "the model"
+            raise LayerError(
+                f"layer: {layer!r} is TorchScript, as {what} was scripted or traced, which hides "
+                "its layers; pass the nn.Module that it was made from"
+            )
+
+
+def check_tensors(model: nn.Module) -> None:
+    """Check that parameters and buffers have shapes and values, on one device."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            what = repr(name) if name else "it"
+            raise LayerError(
+                f"model: {what} is split over {len(module.device_ids)} devices by DataParallel; "
+                "pass its .module"
+            )
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(t):
+            raise LayerError(f"model: {name!r} has no shape yet; run the model once on a batch")
+        if t.is_meta:
+            raise LayerError(f"model: {name!r} is on meta, which holds no values; load weights")
