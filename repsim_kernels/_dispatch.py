@@ -26,13 +26,23 @@ TABLE: dict[tuple[str, str], str] = {
     for backend in op.backends
 }
 _TAKES_BATCHES = {(op.name, backend) for op in OPERATIONS for backend in op.batched}
+# Kernels that `forward` runs in place of a network's own operations: no functions of the package.
+_FUSED = {
+    (op, "triton"): f"repsim_kernels.kernels.triton.{op}:{op}"
+    for op in ("ablate", "masked_pointwise", "linear_cells")
+}
 # Where arrays on a GPU go, if there is a kernel that takes them; else to torch.
 _ON_GPU = {"cupy": ("cupy", "triton"), "torch": ("triton", "cupy")}
 
 
+def _target(operation: str, backend: str) -> str | None:
+    """The "module:function" of an operation on a backend; None where there is none."""
+    return TABLE.get((operation, backend)) or _FUSED.get((operation, backend))
+
+
 @functools.cache
 def _load(operation: str, backend: str) -> Callable[..., Any]:
-    module, _, name = TABLE[operation, backend].partition(":")
+    module, _, name = str(_target(operation, backend)).partition(":")
     function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return _on_numpy(function) if backend == "reference" else function
 
@@ -89,15 +99,33 @@ def choose(operation: str, backend: str | None, source: Source, *xs: Any) -> str
 
 def _why_not(operation: str, backend: str, *xs: Any) -> str | None:
     """Why a backend can't serve an operation on these tensors; None if it can."""
-    if (operation, backend) not in TABLE:
+    target = _target(operation, backend)
+    if target is None:
         return "it has no kernel for this operation"
     if backend in ("reference", "torch"):
         return None
     if importlib.util.find_spec("torch" if backend == "cupy" else backend) is None:
         return f"{backend} is not installed"
-    module = TABLE[operation, backend].partition(":")[0]
-    reason: str | None = importlib.import_module(module).unsupported(*xs)
+    module = importlib.import_module(target.partition(":")[0])
+    reason: str | None = module.unsupported(*xs)
     return reason
+
+
+def uses_triton(operation: str, *tensors: Any) -> bool:
+    """Whether `choose` picks Triton for an operation of `forward` on tensors.
+
+    Where a backend is named that can't serve it, PyTorch does: the network runs either way.
+    """
+    try:
+        source = Source("torch", str(tensors[0].device))
+        return choose(operation, None, source, *tensors) == "triton"
+    except BackendUnavailable:
+        return False
+
+
+def triton_kernel(operation: str) -> Callable[..., Any]:
+    """The launcher of an operation that `uses_triton`."""
+    return _load(operation, "triton")
 
 
 def call(

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,7 +52,10 @@ RESULTS = "repsim_kernels._routes"  # what every backend returns; imports nothin
 
 
 def test_layers():
-    """kernels and reference know nothing above them; ops reach them through the dispatcher only."""
+    """kernels and reference know nothing above them.
+
+    ops and forward reach them through the dispatcher only, so that one rule chooses backends.
+    """
     assert len(files("ops", "kernels", "reference")) > 20
     roots = {m.partition(".")[0] for m in imported(ROOT / "_routes.py")}
     assert roots == {"__future__", "enum", "typing"}
@@ -70,12 +74,11 @@ def test_layers():
     for registry in ("_operations.py", "_metrics.py"):
         roots = {m.partition(".")[0] for m in imported(ROOT / registry)}
         assert roots <= sys.stdlib_module_names, registry
-    for path in files("ops"):
-        inner = {m for m in imported(path) if m.startswith("repsim_kernels.")}
-        assert not any(
-            m.startswith(("repsim_kernels.kernels", "repsim_kernels.ref")) for m in inner
-        )
-        assert "torch" not in imported(path)
+    for path in files("ops", "forward"):
+        others = {"ops", "forward", "kernels", "reference"} - {path.parent.name}
+        rooms = {m.split(".")[1] for m in imported(path) if m.startswith("repsim_kernels.")}
+        assert rooms.isdisjoint(others), path
+        assert path.parent.name == "forward" or "torch" not in imported(path), path
 
 
 def test_every_registered_kernel_exists():
@@ -146,6 +149,26 @@ def test_the_environment_chooses_a_backend_and_the_argument_wins(monkeypatch):
     monkeypatch.setenv("REPSIM_BACKEND", "numpy")
     with pytest.raises(rk.OptionError, match="REPSIM_BACKEND: 'numpy'"):
         rk.cka(x, y)
+
+
+def test_forward_follows_the_same_rule(monkeypatch):
+    """But a backend that is named and can't serve leaves the network to PyTorch."""
+    ablate = pytest.importorskip("repsim_kernels.kernels.triton.ablate")
+    x = torch.ones(2, 3)
+
+    def chosen(named):
+        monkeypatch.setenv("REPSIM_BACKEND", named)
+        return _dispatch.uses_triton("ablate", x)
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert not any(map(chosen, ("", *_dispatch.BACKENDS)))
+    x = SimpleNamespace(device="cuda:0")
+    monkeypatch.setattr(ablate, "unsupported", lambda t: None)
+    assert list(filter(chosen, ("", *_dispatch.BACKENDS))) == ["", "triton"]
+    monkeypatch.setattr(ablate, "unsupported", lambda t: "it takes float32")
+    assert not any(map(chosen, ("", *_dispatch.BACKENDS)))
+    with pytest.raises(rk.OptionError, match="REPSIM_BACKEND: 'numpy'"):
+        chosen("numpy")
 
 
 def test_arrays_are_shared_not_copied():

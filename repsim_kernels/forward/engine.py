@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repsim_kernels import _arrays, _check, _options
+from repsim_kernels import _check, _options
 from repsim_kernels.errors import OptionError
 from repsim_kernels.forward import checks, contexts, cost, passes, verify
 from repsim_kernels.forward.cost import Cost

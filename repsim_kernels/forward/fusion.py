@@ -7,8 +7,6 @@ ReLU keep; several cells together are the same to rounding.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from repsim_kernels import _dispatch
 from repsim_kernels.forward.dataflow import Split, Step
 from repsim_kernels.forward.trace import Trace, Values, sets_switches
 
@@ -40,22 +39,9 @@ class Cells:
         return self.table == self.ids[:, None]
 
 
-def serves(activation: Tensor) -> bool:
-    """Whether the Triton kernels take this activation.
-
-    On CUDA unless REPSIM_BACKEND names another backend; on a CPU, in Triton's interpreter, if it
-    is on and REPSIM_BACKEND names Triton.
-    """
-    named = os.environ.get("REPSIM_BACKEND") or None
-    if activation.device.type == "cuda":
-        wanted = named in (None, "triton")
-    else:
-        wanted = named == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if not wanted or importlib.util.find_spec("triton") is None:
-        return False
-    from repsim_kernels.kernels.triton import ablate
-
-    return ablate.unsupported(activation) is None
+def uses_triton(activation: Tensor) -> bool:
+    """Whether kernels mask this activation; else PyTorch's operations do."""
+    return _dispatch.uses_triton("ablate", activation)
 
 
 def run(trace: Trace, split: Split, values: Values, cells: Cells) -> list[Step]:
@@ -64,8 +50,13 @@ def run(trace: Trace, split: Split, values: Values, cells: Cells) -> list[Step]:
     Leaves in ``values`` what the rest of the tail needs, and gives its steps.
     """
     plan = _plan(trace, split, values, several=len(cells.ids) > 1)
-    done, rest = split.tail[: plan.steps], split.tail[plan.steps :]
-    values[done[-1].node if done else split.cut] = _start(values[split.cut], cells, plan)
+    return _skip(split, plan.steps, values, _start(values[split.cut], cells, plan))
+
+
+def _skip(split: Split, count: int, values: Values, result: Tensor) -> list[Step]:
+    """Put the result of a tail's first steps into ``values``, and give the steps that are left."""
+    done, rest = split.tail[:count], split.tail[count:]
+    values[done[-1].node if done else split.cut] = result
     for step in done:
         for x in step.dropped:
             values.pop(x, None)
@@ -100,12 +91,7 @@ class Linear:
             pieces = weights.index_select(1, order).split(sizes, 1)
             for cell, x, w in zip(part, columns, pieces, strict=True):
                 cell.addmm_(x, w.mT, alpha=-1)
-        done, rest = self.split.tail[: self.steps], self.split.tail[self.steps :]
-        values[done[-1].node] = out.flatten(0, 1)
-        for step in done:
-            for x in step.dropped:
-                values.pop(x, None)
-        return rest
+        return _skip(self.split, self.steps, values, out.flatten(0, 1))
 
 
 _GATHERED = 2**23  # bytes of weights at a time
@@ -169,11 +155,10 @@ class _Product:
 
     def fits(self, x: Tensor, flat: bool) -> bool:
         """Whether the kernels can do it behind the mask of an activation."""
-        from repsim_kernels.kernels.triton.masked_pointwise import unsupported
-
         if torch.is_autocast_enabled(x.device.type) or (flat and self.weight.ndim > 2):
             return False
-        return unsupported(x, self.weight, self.bias) is None
+        parameters = [self.weight] if self.bias is None else [self.weight, self.bias]
+        return _dispatch.uses_triton("masked_pointwise", x, *parameters)
 
 
 _Operation = _Norm | _Product | Literal["relu", "relu6", "flatten", "nothing"] | None
@@ -243,29 +228,19 @@ def _plan(trace: Trace, split: Split, values: Values, several: bool) -> _Plan:
 def _start(activation: Tensor, cells: Cells, plan: _Plan) -> Tensor:
     """(C n, …): the activation masked for each cell, and what the plan says behind it."""
     if plan.product is None:
-        from repsim_kernels.kernels.triton.ablate import Epilogue, ablate
-
-        epilogue = Epilogue(plan.norm, plan.activate)
-        return ablate(activation, cells.table, cells.ids, epilogue=epilogue)
+        ablate = _dispatch.triton_kernel("ablate")
+        return ablate(activation, cells.table, cells.ids, epilogue=(plan.norm, plan.activate))
     x = activation.flatten(1) if plan.flat else activation
     weight, bias, scale = plan.product.weight, plan.product.bias, None
     if plan.norm is not None:
         scale, shift = plan.norm
         bias = shift if bias is None else (bias.double() * scale + shift).float()
+    options = {"scale": scale, "activate": plan.activate, "precision": _precision(weight)}
     if x.ndim == 2 and cells.labels.ndim == 1:
-        from repsim_kernels.kernels.triton.linear_cells import linear_cells
-
-        ids = cells.ids.tolist()
-        return linear_cells(
-            x, cells.labels, weight, bias, ids,
-            scale=scale, activate=plan.activate, precision=_precision(weight),
-        )  # fmt: skip
-    from repsim_kernels.kernels.triton.masked_pointwise import masked_pointwise
-
-    return masked_pointwise(
-        x, cells.table, cells.ids, weight, bias,
-        scale=scale, activate=plan.activate, precision=_precision(weight),
-    )  # fmt: skip
+        linear_cells = _dispatch.triton_kernel("linear_cells")
+        return linear_cells(x, cells.labels, weight, bias, cells.ids.tolist(), **options)
+    masked_pointwise = _dispatch.triton_kernel("masked_pointwise")
+    return masked_pointwise(x, cells.table, cells.ids, weight, bias, **options)
 
 
 def _precision(weight: Tensor) -> str:

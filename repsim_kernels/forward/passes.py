@@ -147,7 +147,7 @@ def tail(state: State, cells: Cells | None = None, batch: Batch | None = None) -
     values.update(zip(changed, fresh, strict=True))
     steps, several = part.tail, 1 if cells is None else len(cells.ids)
     if cells is not None:
-        if fusion.serves(values[part.cut]):
+        if fusion.uses_triton(values[part.cut]):
             steps = fusion.run(trace, part, values, cells)
         elif behind := fusion.linear(trace, part, values, cells, several):
             steps = behind.run(values)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,8 +18,7 @@ from torch import Tensor
 from repsim_kernels.kernels.triton import _launch
 
 
-@dataclass(frozen=True)
-class Epilogue:
+class Epilogue(NamedTuple):
     """What is done to every element after the mask: ``activate(x * scale + shift)`` in float32."""
 
     norm: tuple[Tensor, Tensor] | None = None  # scale and shift (channels,), of dimension 1
@@ -120,7 +120,7 @@ def ablate(
     cells: Tensor,
     ids: Tensor,
     *,
-    epilogue: Epilogue = Epilogue(),
+    epilogue: Epilogue | tuple[tuple[Tensor, Tensor] | None, str] = (None, "none"),
     launch: Launch | None = None,
 ) -> Tensor:
     """(len(ids) n, …): the activation (n, …) once for each cell, zero there, then the epilogue.
@@ -147,7 +147,8 @@ def ablate(
         return prod(activation.shape[e] for e in order[order.index(d) + 1 :] if e != 0)
 
     inner = extent(0)
-    scale, shift = epilogue.norm or (None, None)
+    norm, activate = epilogue
+    scale, shift = norm or (None, None)
     conf = launch or choose(n, p, n_ids, activation.dtype, _launch.capability(activation.device))
     blocks = -(-p // conf.block)
     outermost = inner == p
@@ -156,8 +157,8 @@ def ablate(
         (n * blocks if outermost else -(-n * p // conf.block), -(-n_ids // conf.cells)),
         activation, rows, ids, scale, shift, out,
         p, blocks, inner, n * inner, n_ids,
-        *((activation.shape[1], extent(1)) if epilogue.norm else (1, 1)), conf.cells,
-        OVERLAP=overlap, OUTERMOST=outermost, ACTIVATE=epilogue.activate, BLOCK=conf.block,
+        *((activation.shape[1], extent(1)) if norm else (1, 1)), conf.cells,
+        OVERLAP=overlap, OUTERMOST=outermost, ACTIVATE=activate, BLOCK=conf.block,
         num_warps=conf.num_warps,
     )  # fmt: skip
     return out
