@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 import repsim_kernels as rk
 from bench.common.inputs import DEVICE, activations, cells
 from bench.common.tolerances import SAME, Tol, assert_close
-from repsim_kernels.kernels.torch import cka, gram, spectrum
+from repsim_kernels.kernels.torch import cka, gram, panels, spectrum
 from repsim_kernels.kernels.torch.ablated import Ablated, Original
 
 if DEVICE == "cuda":
@@ -63,11 +63,11 @@ def ours(whole: Tensor, parts: Tensor, metrics: tuple[str, ...]) -> dict[str, Te
     n = len(whole)
     original = Original(spectrum.of_gram(whole), n, n - 1, RIDGE, 0.0, SOLVERS)
     found: dict[str, list[Tensor]] = {name: [] for name in metrics}
-    (flat,) = gram.flat(gram.half_of(whole[None]), u_centred=False)
+    (flat,) = gram.flat(panels.half_of(whole[None]), u_centred=False)
     for batch in gram.batches(list(range(len(parts))), whole):
         ablated = Ablated(original, cell=parts[batch])
         if "cka" in metrics:
-            m = gram.flat(gram.half_of(parts[batch]), u_centred=False)
+            m = gram.flat(panels.half_of(parts[batch]), u_centred=False)
             found["cka"].append(cka.cosine_distance(m, flat, False, torch.zeros(())))
         if "procrustes" in metrics:
             found["procrustes"].append(ablated.procrustes()[0])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import repsim_kernels as rk
 from bench.common.tolerances import DISTANCE, SAME, Tol, assert_close
 from repsim_kernels import _metrics
-from repsim_kernels.kernels.torch import gram
+from repsim_kernels.kernels.torch import panels
 
 METRICS = [
     ("cka", {}),
@@ -196,7 +196,7 @@ def test_pairwise_on_features_is_pairwise_on_grams():
 
 def test_constant_float64_features_are_nothing_beside_float32_ones(monkeypatch):
     """Both are centred together where there is a core for each."""
-    monkeypatch.setattr(gram, "_cores", lambda x: 2)
+    monkeypatch.setattr(panels, "count_cores", lambda x: 2)
     rng = np.random.default_rng(5)
     x, y = rng.standard_normal((2, 30, 60))
     large = y.copy()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from repsim_kernels._routes import Distances, Route
-from repsim_kernels.kernels.torch import cka, columns, gram
+from repsim_kernels.kernels.torch import cka, columns, gram, panels
 from repsim_kernels.kernels.torch.ablated import SOLVERS, Ablated, Original, Solvers
 from repsim_kernels.kernels.torch.cca import variate_weights
 from repsim_kernels.kernels.torch.spectrum import Representation
@@ -23,7 +23,7 @@ _MEMORY = 2**30
 class Passes:
     """What reads all of x: the Grams of its cells, and the weights of directions."""
 
-    cell_sums: Callable[[Tensor, np.ndarray, int, bool], tuple[gram.Half, Tensor, Tensor]]
+    cell_sums: Callable[[Tensor, np.ndarray, int, bool], tuple[panels.Half, Tensor, Tensor]]
     variate_weights: Callable[[Tensor, Tensor], Tensor]
 
 
@@ -33,10 +33,12 @@ PASSES = Passes(gram.cell_sums, variate_weights)
 class Parts:
     """The Gram of a whole, those of its parts, and of what is left without each."""
 
-    def __init__(self, whole: Tensor, grams: gram.Half, dead: list[bool], left: list[int]) -> None:
+    def __init__(
+        self, whole: Tensor, grams: panels.Half, dead: list[bool], left: list[int]
+    ) -> None:
         """Grams (n, n) and (C, n, n); which parts are nothing, and how many neurons they leave."""
         self.whole, self.grams, self.dead, self.left = whole, grams, dead, left
-        energy = gram.diagonal(grams).sum(1)
+        energy = panels.diagonal(grams).sum(1)
         self.heavy = (energy / whole.diagonal().sum() > 0.5).tolist()
 
     @property
@@ -44,14 +46,14 @@ class Parts:
         """The parts that change the whole and leave something of it."""
         return [c for c in range(len(self.left)) if self.left[c] and not self.dead[c]]
 
-    def some(self, parts: list[int]) -> gram.Half:
+    def some(self, parts: list[int]) -> panels.Half:
         """The Grams of some parts, in order; a view where they follow each other."""
         first, end = parts[0], parts[-1] + 1
-        return gram.some(self.grams, slice(first, end) if end - first == len(parts) else parts)
+        return panels.some(self.grams, slice(first, end) if end - first == len(parts) else parts)
 
     def rest(self, c: int) -> Tensor:
         """K_c, the Gram of what is left without a part."""
-        return self.whole - gram.full(gram.some(self.grams, c))
+        return self.whole - panels.full(panels.some(self.grams, c))
 
     def factor(self, c: int, basis: Tensor) -> Tensor | None:
         """T (m, r) with T Tᵀ = basisᵀ K_c basis, where there is better than K_c to make it from."""
@@ -75,13 +77,13 @@ class Cells(Parts):
             # The neurons in no cell make one more, so that one pass gives the whole as well.
             labels = columns.labelled(cells, n_cells)
             g, live, shift = passes.cell_sums(x, labels, n_cells + 1, shifts)
-            whole, alive = gram.full([(own, panel.sum(0)) for own, panel in g]), live.sum()
+            whole, alive = panels.full([(own, panel.sum(0)) for own, panel in g]), live.sum()
         else:
             g, live, shift = passes.cell_sums(x, cells, n_cells, shifts)
             everything = np.zeros(x.shape[1], dtype=np.int64)
             one, (alive,), _ = passes.cell_sums(x, everything, 1, False)
-            (whole,) = gram.full(one)
-        live, self.shift, g = live[:n_cells], shift[:n_cells], gram.some(g, slice(n_cells))
+            (whole,) = panels.full(one)
+        live, self.shift, g = live[:n_cells], shift[:n_cells], panels.some(g, slice(n_cells))
         super().__init__(whole, g, (live == 0).tolist(), (alive - live).tolist())
 
     def outside(self, c: int) -> Tensor:
@@ -100,7 +102,7 @@ class Cells(Parts):
         if count <= basis.shape[1]:
             return basis.mT @ gram.centre(outside)
         triangle = basis.new_zeros(0, basis.shape[1])
-        for block in gram.blocks(count, n):
+        for block in panels.blocks(count, n):
             rows = gram.centre(outside[:, block]).mT @ basis
             triangle = torch.linalg.qr(torch.cat([triangle, rows]), mode="r").R
         return triangle.mT
@@ -187,7 +189,7 @@ def distances(
 def _cka_distances(parts: Parts, metric: str, found: DistanceTable) -> None:
     flat = functools.partial(gram.flat, u_centred=metric == "cka_debiased")
     # Of halves of matrices inner products are half, and so are what rounding may leave of them.
-    (whole,), floor = flat(gram.half_of(parts.whole[None])), cka.rounding(parts.whole) / 2
+    (whole,), floor = flat(panels.half_of(parts.whole[None])), cka.rounding(parts.whole) / 2
     whole = whole * cka.beyond(cka.squared_norm(whole), floor).sign()
     light = [c for c in parts.active if not parts.heavy[c]]
     batches = list(gram.batches(light, whole))
@@ -201,7 +203,7 @@ def _cka_distances(parts: Parts, metric: str, found: DistanceTable) -> None:
     for c in parts.active:
         if parts.heavy[c]:
             rest = parts.rest(c)
-            m, least = flat(gram.half_of(rest[None])), cka.rounding(rest) / 2
+            m, least = flat(panels.half_of(rest[None])), cka.rounding(rest) / 2
             found.record(metric, [c], cka.cosine_distance(m, whole, True, least), Route.SUMS)
 
 
@@ -250,7 +252,7 @@ def _ablated(parts: Parts, original: Original) -> Iterator[tuple[list[int], Abla
                 rests = torch.stack([parts.rest(c) for c in batch])
                 yield batch, Ablated(original, rest=rests, factors=factors)
             else:
-                yield batch, Ablated(original, cell=gram.full(parts.some(batch)), factors=factors)
+                yield batch, Ablated(original, cell=panels.full(parts.some(batch)), factors=factors)
 
 
 class _PwccaQueue:

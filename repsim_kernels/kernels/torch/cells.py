@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repsim_kernels.kernels.torch import gram
+from repsim_kernels.kernels.torch import panels
 
 
 def class_sums(x: Tensor, labels: np.ndarray, n_classes: int) -> Tensor:
@@ -17,7 +17,7 @@ def class_sums(x: Tensor, labels: np.ndarray, n_classes: int) -> Tensor:
     member = torch.zeros(n_classes, n, dtype=torch.float64, device=x.device)
     member[torch.from_numpy(labels).to(x.device), torch.arange(n, device=x.device)] = 1
     out = torch.empty(n_classes, p, dtype=torch.float64, device=x.device)
-    for block in gram.blocks(p, n):
+    for block in panels.blocks(p, n):
         out[:, block] = member @ x[:, block].to(torch.float64)
     return out
 

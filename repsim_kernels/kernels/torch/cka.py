@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from repsim_kernels.kernels.torch import distances, gram
+from repsim_kernels.kernels.torch import distances, gram, panels
 
 _EPS = torch.finfo(torch.float64).eps
 _LOST = 1e-4  # share of a product over features that U-centring leaves, at least
@@ -34,14 +34,14 @@ def cka(
     if not features:
         alike = [[x, y]] if x.shape[:-2] == y.shape[:-2] else [[x], [y]]
         (h, floor_x), (k, floor_y) = (
-            (gram.some(found, i), floor)
+            (panels.some(found, i), floor)
             for found, floors in (halves(xs, debiased, kernel, sigma) for xs in alike)
             for i, floor in enumerate(floors)
         )
-        xy, xx, yy = (gram.inner(u, v) for u, v in ((h, k), (h, h), (k, k)))
+        xy, xx, yy = (panels.inner(u, v) for u, v in ((h, k), (h, h), (k, k)))
         xx, yy = beyond(xx, floor_x), beyond(yy, floor_y)
         # Diagonals are scaled by √½, as xx and yy are by ½.
-        traces = [gram.diagonal(half).sum(-1) for half in (h, k)] if chance else []
+        traces = [panels.diagonal(half).sum(-1) for half in (h, k)] if chance else []
     value = cosine(xy, xx, yy)
     if not chance:
         return value
@@ -69,7 +69,7 @@ def feature_product(a: Tensor, b: Tensor, debiased: bool) -> Tensor:
 
     Debiased, it is that of the U-centred Grams, n(n - 3) HSIC₁; the rows of the Grams sum to zero.
     """
-    product = gram.product(a.mT, b.mT).square().sum((-2, -1))
+    product = panels.product(a.mT, b.mT).square().sum((-2, -1))
     return product - _u_centring(a, b) if debiased else product
 
 
@@ -78,10 +78,10 @@ def feature_norm(a: Tensor, debiased: bool) -> Tensor:
 
     NaN where U-centring takes nearly all of it, as with one far stimulus: Grams keep more digits.
     """
-    half = gram.new_half(a, a.shape[-1], *a.shape[:-2])
-    gram.add_product(half, a.mT, first=True)
-    gram.weigh(half)
-    product = 2 * gram.inner(half, half)
+    half = panels.new_half(a, a.shape[-1], *a.shape[:-2])
+    panels.add_product(half, a.mT, first=True)
+    panels.weigh(half)
+    product = 2 * panels.inner(half, half)
     if not debiased:
         return product
     return beyond(product - _u_centring(a, a), _LOST * product)
@@ -101,17 +101,17 @@ def _u_centring(a: Tensor, b: Tensor) -> Tensor:
 
 def halves(
     xs: list[Tensor], debiased: bool, kernel: str, sigma: float | None
-) -> tuple[gram.Half, Tensor]:
+) -> tuple[panels.Half, Tensor]:
     """Of the kernel matrices of xs, each (…, n, p), halves whose cosines are CKA: (L, …, n, n).
 
     And floors (L, …): an inner product with itself that is not beyond it is mere rounding.
     """
     batch, n = xs[0].shape[:-2], xs[0].shape[-2]
-    found = gram.new_half(xs[0], n, len(xs), *batch)
+    found = panels.new_half(xs[0], n, len(xs), *batch)
     floors = xs[0].new_zeros(len(xs), *batch, dtype=torch.float64)
-    room = gram.block_room(xs) if kernel == "linear" else None
-    for run in gram.together(xs):
-        half = gram.some(found, run)
+    room = panels.block_room(xs) if kernel == "linear" else None
+    for run in panels.together(xs):
+        half = panels.some(found, run)
         if room is not None:
             gram.fill(half, xs[run], room)
         else:
@@ -121,7 +121,7 @@ def halves(
                 panel.copy_(k[..., own.start :, own])
         if debiased:
             floors[run] = _rounding(gram.u_centre(half, out=half), n) / 2
-        gram.weigh(half)
+        panels.weigh(half)
     return found, floors
 
 

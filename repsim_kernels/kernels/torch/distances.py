@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from repsim_kernels.kernels.torch import gram
+from repsim_kernels.kernels.torch import panels
 
 _EPS = torch.finfo(torch.float64).eps
 # Below this share of the squared norms that cancel in it, a distance is taken from the features;
@@ -80,7 +80,7 @@ class Distances:
 
 
 def pair_distances(x: Tensor, distance: str, room: Tensor | None = None) -> Distances:
-    """The squared distances between the rows of x (n, p), by way of `gram.block_room`.
+    """The squared distances between the rows of x (n, p), by way of `panels.block_room`.
 
     Rows that are equal count as one, so that their distances from the others are equal to the bit.
     """
@@ -137,7 +137,7 @@ def squared_distances(
     unit: bool = False,
     room: Tensor | None = None,
     distinct: bool = True,
-) -> tuple[gram.Half, Tensor, Tensor]:
+) -> tuple[panels.Half, Tensor, Tensor]:
     """Squared distances between the rows of x (n, p), as a half of (n, n).
 
     The rows are taken relative to an origin (1, p), or each to its own (n, 1); for `unit` they are
@@ -147,14 +147,14 @@ def squared_distances(
     Raises _EqualRows if some rows are equal, unless they are taken as ``distinct``.
     """
     n, p = x.shape
-    half, room = gram.new_half(x, n), gram.block_room([x]) if room is None else room
-    for block in gram.blocks(p, n):
+    half, room = panels.new_half(x, n), panels.block_room([x]) if room is None else room
+    for block in panels.blocks(p, n):
         width = block.stop - block.start
         z = room[: n * width].view(n, width).copy_(x[:, block])
         if origin is not None:
             z.sub_(origin if origin.shape[1] == 1 else origin[:, block])
-        gram.add_product(half, z, first=block.start == 0)
-    energy = gram.diagonal(half)
+        panels.add_product(half, z, first=block.start == 0)
+    energy = panels.diagonal(half)
     length = energy.sqrt()
     if unit:
         energy = energy / energy
@@ -187,7 +187,7 @@ def rbf(x: Tensor, sigma: float) -> Tensor:
     if x.ndim > 2:
         return torch.stack([rbf(item, sigma) for item in x])
     half = squared_distances(x, central_row(x, row_norms(x)))[0]
-    return _rbf(gram.full(half), sigma)
+    return _rbf(panels.full(half), sigma)
 
 
 def rbf_of_gram(g: Tensor, x: Tensor, sigma: float) -> Tensor:
@@ -231,7 +231,7 @@ def _row_means(x: Tensor) -> Tensor:
     """The mean of each row of x (n, p): (n, 1), exact where the row is constant."""
     n, p = x.shape
     first = x[:, :1].to(torch.float64)
-    parts = [(x[:, block] - first).sum(1, keepdim=True) for block in gram.blocks(p, n)]
+    parts = [(x[:, block] - first).sum(1, keepdim=True) for block in panels.blocks(p, n)]
     return first + torch.stack(parts).sum(0) / p
 
 

@@ -9,23 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repsim_kernels.kernels.torch import columns, memory
+from repsim_kernels.kernels.torch import columns, distances, memory, panels
 
 # Elements of a batch of Grams that passes through the cache together, and of one on a GPU.
 _BATCH, _LARGE_BATCH = 2**18, 2**24
-# Columns of a panel of a symmetric matrix, at least, and how many panels there are at most: more
-# would save little beyond nearly half of a product, and fewer columns multiply more slowly. More
-# than that are a multiple of what the BLAS takes at once.
-_PANEL, _PANELS, _TILE = 64, 10, 24
-# Rows that are few, and columns that are many for a core, where the columns are shared out.
-_FEW, _LONG = 64, 2048
-# Columns of a block at least, where each core has one matrix, and features at most.
-_COLUMNS = 512
-# Weight of the entries of a half of a matrix that stand for one, beside those that stand for two.
-_ONCE = math.sqrt(0.5)
-
-Half = list[tuple[slice, Tensor]]
-"""A half of symmetric matrices, in panels: columns, and what these hold from the diagonal down."""
 
 
 def centre(x: Tensor) -> Tensor:
@@ -40,8 +27,8 @@ def centre_all(xs: Sequence[Tensor], for_products: bool = False) -> list[Tensor]
     `for_products` see `_centre_`.
     """
     # Of many features, the products of one by all cores are faster.
-    most = _cores(xs[0]) if max(x.shape[-1] for x in xs) <= _COLUMNS else 1
-    shapes = [(run.stop - run.start, *xs[run.start].shape) for run in alike(xs, most)]
+    most = panels.count_cores(xs[0]) if max(x.shape[-1] for x in xs) <= panels.COLUMNS else 1
+    shapes = [(run.stop - run.start, *xs[run.start].shape) for run in panels.alike(xs, most)]
     sizes = [math.prod(shape) for shape in shapes]
     room = memory.scratch(xs[0], sum(sizes), dtype=torch.float64).split(sizes)
     found = [c.view(shape) for c, shape in zip(room, shapes, strict=True)]
@@ -75,12 +62,6 @@ def _short(xs: Sequence[Tensor]) -> bool:
     return all(x.dtype != torch.float64 for x in xs)
 
 
-def blocks(p: int, rows: int) -> Iterator[slice]:
-    """Slices of p neurons that make float64 blocks of `BLOCK` elements with `rows` rows each."""
-    width = max(1, memory.BLOCK // rows)
-    return (slice(start, min(start + width, p)) for start in range(0, p, width))
-
-
 def batches(items: list[int], gram: Tensor) -> Iterator[list[int]]:
     """As many items at a time, each of a Gram's size, as a cache holds or a GPU is busy with."""
     size = max(1, (_BATCH if gram.device.type == "cpu" else _LARGE_BATCH) // gram.numel())
@@ -90,73 +71,12 @@ def batches(items: list[int], gram: Tensor) -> Iterator[list[int]]:
 
 def linear(x: Tensor) -> Tensor:
     """The Gram matrix of the centred x: (…, n, p) to (…, n, n), float64."""
-    half = new_half(x, x.shape[-2], *x.shape[:-2])
-    fill(half, [x], block_room([x]))
-    return full(half)
+    half = panels.new_half(x, x.shape[-2], *x.shape[:-2])
+    fill(half, [x], panels.block_room([x]))
+    return panels.full(half)
 
 
-def full(half: Half) -> Tensor:
-    """The matrices (…, n, n), symmetric to the bit."""
-    first = half[0][1]
-    g = memory.scratch(first, *first.shape[:-1], first.shape[-2], dtype=torch.float64)
-    for own, panel in half:
-        width = panel.shape[-1]
-        block, below = panel[..., :width, :], panel[..., width:, :]
-        g[..., own, own] = block.tril() + block.tril(-1).mT
-        g[..., own.stop :, own] = below
-        g[..., own, own.stop :] = below.mT
-    return g
-
-
-def half_of(g: Tensor) -> Half:
-    """A half of symmetric matrices (…, n, n), without a copy, in the panels of `cell_sums`."""
-    return [(own, g[..., own.start :, own]) for own in _spans(g.shape[-1], _TILE)]
-
-
-def _spans(n: int, least: int) -> list[slice]:
-    width = max(least, -(-n // (_PANELS * _TILE)) * _TILE)
-    return [slice(start, min(start + width, n)) for start in range(0, n, width)]
-
-
-def new_half(x: Tensor, n: int, *batch: int, least: int = _PANEL) -> Half:
-    """Room for halves of n x n matrices (*batch, n, n), on x's device; a panel is contiguous.
-
-    A panel has `least` columns or more.
-    """
-    spans = _spans(n, least)
-    shapes = [(*batch, n - own.start, own.stop - own.start) for own in spans]
-    sizes = [math.prod(shape) for shape in shapes]
-    room = memory.scratch(x, sum(sizes), dtype=torch.float64).split(sizes)
-    return [(own, part.view(shape)) for own, part, shape in zip(spans, room, shapes, strict=True)]
-
-
-def some(half: Half, which: int | slice | list[int]) -> Half:
-    """The halves of some of the matrices."""
-    return [(own, panel[which]) for own, panel in half]
-
-
-def _cores(x: Tensor) -> int:
-    return 1 if x.is_cuda else torch.get_num_threads()
-
-
-def together(xs: Sequence[Tensor]) -> Iterator[slice]:
-    """Those `alike` whose blocks are made together: if cores are few, as many as these."""
-    cores = _cores(xs[0])
-    return alike(xs, cores if cores * math.prod(xs[0].shape[:-1]) * _COLUMNS <= memory.BLOCK else 1)
-
-
-def alike(xs: Sequence[Tensor], most: int) -> Iterator[slice]:
-    """Runs of xs that are of one shape, of a length up to `most`."""
-    start = 0
-    while start < len(xs):
-        stop = start + 1
-        while stop < min(start + most, len(xs)) and xs[stop].shape == xs[start].shape:
-            stop += 1
-        yield slice(start, stop)
-        start = stop
-
-
-def fill(half: Half, xs: Sequence[Tensor], room: Tensor) -> None:
+def fill(half: panels.Half, xs: Sequence[Tensor], room: Tensor) -> None:
     """Put the Gram matrices of the centred xs, all (…, n, p), into a half, by way of `block_room`.
 
     A product of one matrix by each core takes a tenth less than all cores' of one.
@@ -165,56 +85,16 @@ def fill(half: Half, xs: Sequence[Tensor], room: Tensor) -> None:
     if not p:
         for _, panel in half:
             panel.zero_()
-    for block in blocks(p, math.prod(lead)):
+    for block in panels.blocks(p, math.prod(lead)):
         shape = (*lead, block.stop - block.start)
         c = room[: math.prod(shape)].view(shape)
         for x, own in zip(xs, c, strict=True):
             own.copy_(x[..., block])
         _centre_(c, _short(xs))
-        add_product(half, c, first=block.start == 0)
+        panels.add_product(half, c, first=block.start == 0)
 
 
-def block_room(xs: Sequence[Tensor]) -> Tensor:
-    """Memory for a float64 block of what is `together`: fresh it costs what centring does."""
-    size = max(
-        min(run[0].numel() * len(run), max(memory.BLOCK, math.prod(run[0].shape[:-1])))
-        for run in (xs[which] for which in together(xs))
-    )
-    return memory.scratch(xs[0], size, dtype=torch.float64)
-
-
-def add_product(half: Half, c: Tensor, first: bool) -> None:
-    """Add c cᵀ of c (…, n, k) to its half, or put it there if it is the first."""
-    n, k = c.shape[-2:]
-    beta = 0 if first else 1
-    if c.numel() > n * k:
-        c = c.reshape(-1, n, k)
-        for own, panel in half:
-            panel.flatten(0, -3).baddbmm_(c[:, own.start :], c[:, own].mT, beta=beta)
-        return
-    c = c.reshape(n, k)
-    for own, panel in half:
-        out, a, b = panel.view(panel.shape[-2:]), c[own.start :], c[own]
-        if n > _FEW:
-            out.addmm_(a, b.mT, beta=beta)
-        elif first:
-            out.copy_(product(a, b))
-        else:
-            out.add_(product(a, b))
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a bᵀ of a (…, n, k) and b (…, m, k). Of few rows that are long each core sums a part."""
-    k = a.shape[-1]
-    parts = 1 if a.ndim > 2 else min(_cores(a), k // _LONG)
-    if parts < 2 or max(len(a), len(b)) > _FEW:
-        return a @ b.mT
-    end = k - k % parts
-    u, v = (z[:, :end].unflatten(1, (parts, -1)).transpose(0, 1) for z in (a, b))
-    return (u @ v.mT).sum(0).addmm_(a[:, end:], b[:, end:].mT)
-
-
-def flat(half: Half, u_centred: bool, room: Tensor | None = None) -> Tensor:
+def flat(half: panels.Half, u_centred: bool, room: Tensor | None = None) -> Tensor:
     """Vectors (B, m) whose inner products are half of those of the matrices (B, n, n) of a half.
 
     Or of them `u_centred`; in the first rows of a room (…, m), or in new memory.
@@ -230,40 +110,17 @@ def flat(half: Half, u_centred: bool, room: Tensor | None = None) -> Tensor:
     else:
         for (_, panel), (_, part) in zip(half, own, strict=True):
             part.copy_(panel)
-    weigh(own)
+    panels.weigh(own)
     return room[:b]
 
 
-def weigh(half: Half) -> None:
-    """Scale in place such that `inner` products are half of the matrices'."""
-    for _, panel in half:
-        panel[..., : panel.shape[-1], :].mul_(_ONCE)
-
-
-def inner(a: Half, b: Half) -> Tensor:
-    """The inner product of each matrix (…, n, n) of a half with the one of another, (…)."""
-    pairs = ((u.flatten(-2), v.flatten(-2)) for (_, u), (_, v) in zip(a, b, strict=True))
-    return torch.stack([torch.linalg.vecdot(u, v) for u, v in pairs]).sum(0)
-
-
-def inner_of_all(a: Half, b: Half) -> Tensor:
-    """As `inner`, of each matrix (L, n, n) of a half with all (M, n, n) of another: (L, M)."""
-    pairs = ((u.flatten(1), v.flatten(1)) for (_, u), (_, v) in zip(a, b, strict=True))
-    return torch.stack([product(u, v) for u, v in pairs]).sum(0)
-
-
-def diagonal(half: Half) -> Tensor:
-    """The diagonals (…, n)."""
-    return torch.cat([panel.diagonal(dim1=-2, dim2=-1) for _, panel in half], -1)
-
-
-def u_centre(half: Half, out: Half) -> Tensor:
+def u_centre(half: panels.Half, out: panels.Half) -> Tensor:
     """U-centre Grams of centred stimuli, whose rows sum to zero, into a half; gives their traces.
 
     Frobenius products of what is left are n(n - 3) times HSIC₁.
     Source: Székely & Rizzo 2014 for the centring, Song et al. 2012 for HSIC₁.
     """
-    d = diagonal(half)
+    d = panels.diagonal(half)
     n = d.shape[-1]
     trace = d.sum(-1)
     below = d / (n - 2)
@@ -288,8 +145,6 @@ def centre_relative(g: Tensor) -> Tensor:
 
 
 def centered_gram(x: Tensor, *, kernel: str, sigma: float | None) -> Tensor:
-    from repsim_kernels.kernels.torch import distances  # which is made of halves of Grams
-
     if kernel == "linear":
         return linear(x)
     assert sigma is not None
@@ -298,20 +153,20 @@ def centered_gram(x: Tensor, *, kernel: str, sigma: float | None) -> Tensor:
 
 def cell_grams(x: Tensor, *, cells: np.ndarray, n_cells: int) -> Tensor:
     if cells.ndim == 2 and cells.dtype != np.bool_:
-        return torch.stack([full(cell_sums(x, labels, n_cells)[0]) for labels in cells])
-    return full(cell_sums(x, cells, n_cells)[0])
+        return torch.stack([panels.full(cell_sums(x, labels, n_cells)[0]) for labels in cells])
+    return panels.full(cell_sums(x, cells, n_cells)[0])
 
 
 def cell_sums(
     x: Tensor, cells: np.ndarray, n_cells: int, shifts: bool = False
-) -> tuple[Half, Tensor, Tensor]:
+) -> tuple[panels.Half, Tensor, Tensor]:
     """One pass over x (n, p): the cells' Grams, live neurons and, if asked for, shifts.
 
     Returns ``g``, a half of (C, n, n); ``live`` (C,), how many columns of a cell are not constant;
     ``shift`` (C, n), B_c μ_c with B_c the centred columns of a cell and μ_c their means, or zeros.
     """
     n = len(x)
-    g = new_half(x, n, n_cells, least=_TILE)
+    g = panels.new_half(x, n, n_cells, least=panels.TILE)
     empty = np.ones(n_cells, dtype=np.bool_)
     live = torch.zeros(n_cells, dtype=torch.int64, device=x.device)
     shift = torch.zeros(n_cells, n, 1, dtype=torch.float64, device=x.device)
@@ -321,10 +176,10 @@ def cell_sums(
         dead = dead[(c[:, dead] == 0).all(0)]
         live[run] += shape[1] - torch.bincount(dead // shape[1], minlength=shape[0])
         parts = c.unflatten(1, shape).transpose(0, 1)
-        own, first = some(g, run), bool(empty[run].all())
+        own, first = panels.some(g, run), bool(empty[run].all())
         if not first:
             _clear(own, empty[run])
-        add_product(own, parts, first)
+        panels.add_product(own, parts, first)
         empty[run] = False
         if shifts:
             shift[run].baddbmm_(parts, mean.view(*shape, 1))
@@ -332,7 +187,7 @@ def cell_sums(
     return g, live, shift[..., 0]
 
 
-def _clear(half: Half, which: np.ndarray) -> None:
+def _clear(half: panels.Half, which: np.ndarray) -> None:
     """Set some of the matrices to zero."""
     if which.any():
         for _, panel in half:

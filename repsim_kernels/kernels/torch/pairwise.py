@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repsim_kernels.kernels.torch import cca, cka, gram, predictivity, procrustes, rsa
+from repsim_kernels.kernels.torch import cca, cka, gram, panels, predictivity, procrustes, rsa
 from repsim_kernels.kernels.torch.spectrum import Representation
 
 
@@ -100,12 +100,12 @@ def _cka(
     else:
         found = [cka.halves(side, debiased, kernel, sigma) for side in sides]
         (rows, floor_x), (columns, floor_y) = found[0], found[-1]
-        products = gram.inner_of_all(rows, columns)
-        xx = products.diagonal() if ys is None else gram.inner(rows, rows)
-        yy = xx if ys is None else gram.inner(columns, columns)
+        products = panels.inner_of_all(rows, columns)
+        xx = products.diagonal() if ys is None else panels.inner(rows, rows)
+        yy = xx if ys is None else panels.inner(columns, columns)
         xx, yy = cka.beyond(xx, floor_x), cka.beyond(yy, floor_y)
         # Diagonals are scaled by √½, as xx and yy are by ½.
-        traces = [gram.diagonal(half).sum(-1) for half, _ in found if chance]
+        traces = [panels.diagonal(half).sum(-1) for half, _ in found if chance]
     values = cka.cosine(products, xx[:, None], yy)
     if not chance:
         return values

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repsim_kernels.kernels.torch import gram
+from repsim_kernels.kernels.torch import panels
 from repsim_kernels.kernels.torch.distances import Distances, pair_distances
 
 # The least number of tolerances from a group of equal distances to the next distance: _APART, and
@@ -29,7 +29,7 @@ def all_dissimilarities(xs: list[Tensor], distance: str, compare: str) -> list[T
 
     NaN where the distances have no correlation with anything: all equal, or all zero.
     """
-    room = gram.block_room(xs)  # fresh memory for each would cost as much as what is done in it
+    room = panels.block_room(xs)  # fresh memory for each would cost as much as what is done in it
     return [_dissimilarities(x, distance, compare, room) for x in xs]
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from repsim_kernels._routes import Distances
-from repsim_kernels.kernels.torch import gram, spectrum
+from repsim_kernels.kernels.torch import gram, panels, spectrum
 from repsim_kernels.kernels.torch.ablated import SOLVERS, Original, Solvers
 from repsim_kernels.kernels.torch.ablation import Parts, distances
 
@@ -33,7 +33,7 @@ def gram_ablation_distances(
 
     remains = torch.where(left > n * _EPS * energy, n, 0)
     dead = (grams == 0).all(-1).all(-1).tolist()
-    pieces = Parts(whole, gram.half_of(grams), dead, remains.tolist())
+    pieces = Parts(whole, panels.half_of(grams), dead, remains.tolist())
     return distances(pieces, original, metrics)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from repsim_kernels._routes import Distances
-from repsim_kernels.kernels.torch import ablation
+from repsim_kernels.kernels.torch import ablation, panels
 from repsim_kernels.kernels.torch import gram as torch_gram
 from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton.cca import variate_weights
@@ -29,11 +29,11 @@ def passes(precision: str) -> ablation.Passes:
 
     def sums(
         x: Tensor, cells: np.ndarray, n_cells: int, shifts: bool
-    ) -> tuple[torch_gram.Half, Tensor, Tensor]:
+    ) -> tuple[panels.Half, Tensor, Tensor]:
         if x.shape[1] >= x.shape[0]:
             g, live, shift = cell_sums(x, cells, n_cells, shifts, precision=precision)
             if int(live.sum()) >= x.shape[0]:
-                return torch_gram.half_of(g), live, shift
+                return panels.half_of(g), live, shift
         # With fewer live neurons than stimuli the Gram is singular, which rounding would hide.
         return torch_gram.cell_sums(x, cells, n_cells, shifts)
 
