@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,8 +44,7 @@ class _Frame:
     scale: Tensor  # (B,)
 
 
-@dataclass(frozen=True)
-class Fits:
+class Fits(NamedTuple):
     """How the fits of a batch ended, on the original activations."""
 
     coef: Tensor  # (B, d) float64
@@ -59,9 +59,6 @@ class Fits:
     def resumed(self, at: Tensor, more: Fits) -> Fits:
         """These fits, where those `at` have gone on to `more`."""
         return Fits(*(a.index_copy(0, at, b) for a, b in zip(self, more, strict=True)))
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (getattr(self, f.name) for f in fields(self))
 
 
 def logistic_fits(
@@ -206,7 +203,7 @@ def _resume(
 ) -> Fits:
     start, most = (fits.coef.double(), fits.intercept.double()), max_iter - fits.n_iter
     more = _Descent(x, y, frame, C, start, tol, most, damp).run(spare)
-    return replace(more, n_iter=fits.n_iter + more.n_iter)
+    return more._replace(n_iter=fits.n_iter + more.n_iter)
 
 
 class _Descent:
