@@ -19,7 +19,6 @@ from repsim_kernels.kernels.triton.linear_cells import (
     choose,
     floor,
     linear_cells,
-    unsupported,
 )
 
 # Triton's interpreter cuts bfloat16 off where a GPU rounds.
@@ -158,14 +157,6 @@ def test_settings():
     assert floor(50, 96, 24, 16, torch.float16, "tf32") == _launch.Floor(
         2 * (50 * 96 + 96 * 24 + 16 * 50 * 24), 2 * 50 * 96 * 24, "tf32"
     )
-
-
-def test_what_it_takes(device):
-    x, weight = torch.zeros(2, 3, device=device), torch.zeros(5, 3, device=device)
-    assert unsupported(x, weight) is None
-    assert "dtype" in unsupported(x, weight.half())
-    assert "(n, p)" in unsupported(x[None], weight)
-    assert "not float64" in unsupported(x.double(), weight.double())
 
 
 def test_the_shapes_of_the_study_are_among_the_cases():

@@ -12,7 +12,6 @@ from _guard import far_apart, guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton import neuron_major as module
 from repsim_kernels.kernels.triton.neuron_major import Launch, neuron_major
 
@@ -116,9 +115,3 @@ def test_a_tile_is_no_larger_than_it_must_be():
             assert launch.block_p * launch.block_n <= 4096
             for block, size in ((launch.block_p, inner), (launch.block_n, n)):
                 assert block < 2 * size
-
-
-def test_what_it_takes():
-    assert module.unsupported(torch.zeros(2, 3, dtype=torch.float64)) is not None
-    if _launch.interpreted():
-        assert module.unsupported(torch.zeros(2, 3)) is None

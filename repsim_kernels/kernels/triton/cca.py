@@ -48,10 +48,6 @@ def floor(k: int, n: int, p: int, itemsize: int, precision: str) -> _launch.Floo
     return _launch.Floor(n * p * itemsize + 4 * k * n, 2 * k * n * p, precision)
 
 
-def unsupported(x: Tensor) -> str | None:
-    return _launch.unsupported(x)
-
-
 @triton.jit
 def _variate_weights_kernel(
     h_ptr,

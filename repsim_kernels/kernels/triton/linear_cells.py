@@ -55,16 +55,6 @@ def floor(
     return _launch.Floor(numbers * dtype.itemsize, 2 * n * p * outs, precision)
 
 
-def unsupported(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
-    """Why the kernel can't serve this layer; None if it can."""
-    parameters = [weight] if bias is None else [weight, bias]
-    if any(t.dtype != x.dtype for t in parameters):
-        return "it takes weights of the activations' dtype alone"
-    if x.ndim != 2:
-        return "it takes activations (n, p)"
-    return _launch.unsupported(x, *parameters)
-
-
 @triton.jit
 def _parts_kernel(
     x_ptr, weight_ptr, order_ptr, items_ptr, parts_ptr, n, p, outs, x_row, x_column,

@@ -38,11 +38,6 @@ def floor(n: int, p: int, dtype: torch.dtype) -> _launch.Floor:
     return _launch.Floor(bytes=2 * n * p * dtype.itemsize, operations=0)
 
 
-def unsupported(activation: Tensor) -> str | None:
-    """Why this kernel can't serve the activation; None if it can."""
-    return _launch.unsupported(activation)
-
-
 class _Axis(NamedTuple):
     """Neurons that lie evenly in memory: every `stride` elements, every `step` rows of output."""
 
