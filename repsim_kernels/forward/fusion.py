@@ -7,7 +7,7 @@ ReLU keep; several cells together are the same to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -101,14 +101,10 @@ _GATHER = 300
 
 def linear(trace: Trace, split: Split, values: Values, cells: Cells, count: int) -> Linear | None:
     """The linear layer behind the masks, where one product for `count` cells is the cheaper."""
-    x, node, flat = values[split.cut], split.cut, False
+    x, flat = values[split.cut], False
     if count < 2 or cells.labels.ndim > 1 or (count - 1) * len(x) <= _GATHER:
         return None
-    for steps, step in enumerate(split.tail, 1):
-        if set(node.users) != {step.node}:
-            return None
-        node = step.node
-        operation = _operation(trace, split, values, node)
+    for steps, operation in _chain(trace, split, values):
         if isinstance(operation, _Product) and operation.weight.ndim == 2:
             x = x.flatten(1) if flat else x
             weight = operation.weight
@@ -151,7 +147,7 @@ class _Product:
     """A linear layer, or a 1x1 convolution."""
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Tensor | None = None
 
     def fits(self, x: Tensor, flat: bool) -> bool:
         """Whether the kernels can do it behind the mask of an activation."""
@@ -209,13 +205,8 @@ class _Plan:
 
 
 def _plan(trace: Trace, split: Split, values: Values, several: bool) -> _Plan:
-    node = split.cut
-    plan = _Plan(values[node], several)
-    for count, step in enumerate(split.tail, 1):
-        if set(node.users) != {step.node}:
-            break
-        node = step.node
-        operation = _operation(trace, split, values, node)
+    plan = _Plan(values[split.cut], several)
+    for count, operation in _chain(trace, split, values):
         if operation == "nothing":
             continue
         if not plan.takes(operation):
@@ -248,6 +239,16 @@ def _precision(weight: Tensor) -> str:
     backends: Any = torch.backends
     backend = backends.cuda.matmul if weight.ndim == 2 else backends.cudnn.conv
     return "tf32" if backend.fp32_precision == "tf32" else "tf32x3"
+
+
+def _chain(trace: Trace, split: Split, values: Values) -> Iterator[tuple[int, _Operation]]:
+    """The operations behind the cut, numbered from 1, while nothing else uses what they take."""
+    node = split.cut
+    for count, step in enumerate(split.tail, 1):
+        if set(node.users) != {step.node}:
+            return
+        node = step.node
+        yield count, _operation(trace, split, values, node)
 
 
 def _operation(trace: Trace, split: Split, values: Values, node: fx.Node) -> _Operation:
@@ -319,10 +320,6 @@ def _conv(
     return _Product(weight, bias) if pointwise and groups == 1 else None
 
 
-def _linear(weight: Tensor, bias: Tensor | None = None) -> _Operation:
-    return _Product(weight, bias)
-
-
 def _flatten(start_dim: int = 0, end_dim: int = -1) -> _Operation:
     return "flatten" if (start_dim, end_dim) == (1, -1) else None
 
@@ -351,7 +348,7 @@ _FUNCTIONS: dict[Any, Callable[..., _Operation]] = {
     F.relu6: _relu6,
     F.dropout: _dropout,
     F.batch_norm: _batch_norm,
-    F.linear: _linear,
+    F.linear: _Product,
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _conv),
     torch.flatten: _flatten,
 }
