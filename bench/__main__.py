@@ -140,9 +140,9 @@ def accuracy(
     ] = None,
 ) -> None:
     """Measure how right the numbers of each package are, and the order of many ablations."""
-    from bench._accuracy_figure import figure
     from bench.accuracy import accuracy as run
     from bench.accuracy import summary
+    from bench.accuracy_figure import figure
     from bench.common import machine
 
     try:

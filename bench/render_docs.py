@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import roofline
-from bench._accuracy_figure import figure
 from bench.accuracy import summary
+from bench.accuracy_figure import figure
 from bench.common.machine import RESULTS, ROOT, Json, load, seconds
 from bench.peers import tables
 from bench.peers.tables import OURS, markdown

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +78,10 @@ def predictions() -> Chart:
     """Every case of the kernels on the H100 of MODEL.md."""
     from bench.predict import compile, model
 
+    floors = [(module, case.name, case.floor) for module, case in compile.cases()]
     points = [
-        Point(
-            module,
-            case.name,
-            case.floor.bytes,
-            _counted(case.floor.precision, case.floor.operations),
-        )
-        for module, case in compile.cases()
+        Point(module, name, floor.bytes, _counted(floor.precision, floor.operations))
+        for module, name, floor in floors
     ]
     roof = Roof(model.BYTES, model.OPERATIONS)
     return Chart("H100", "assumed", roof, _merged(points), PREDICTED)
@@ -102,13 +98,11 @@ def chart(record: Any) -> Chart:
     timed = not record.get("interpreted")  # an interpreter's times say nothing
     roof = Roof(rates["copy"], {kind: rates[kind] for kind in _PRODUCTS if kind in rates})
     try:
-        points = (
-            [_of_sheet(row, timed) for row in rows] if "rows" in record else [*_of_benchmarks(rows)]
-        )
-        known = [p for p in points if p.bytes and set(p.operations) <= set(roof.operations)]
+        made = [_of_sheet(r, timed) if "rows" in record else _of_benchmark(r) for r in rows]
         device = record["environment"]["device"]
     except (KeyError, TypeError, AttributeError) as error:
         raise RuntimeError(f"a row of it is not one of ours: {error!r}") from None
+    known = [p for p in made if p and p.bytes and set(p.operations) <= set(roof.operations)]
     note = "" if any(p.seconds for p in known) else UNMEASURED
     return Chart(device, "measured", roof, _merged(known), note)
 
@@ -150,45 +144,41 @@ def _of_sheet(row: Json, timed: bool) -> Point:
     return Point(row["name"], name, row["bytes"], operations, seconds)
 
 
-def _of_benchmarks(rows: Iterable[Json]) -> Iterable[Point]:
-    """Our own rows: what other ways move and compute is not known."""
-    for row in rows:
-        info = row["extra_info"]
-        if row["name"] != OURS or not info.get("bytes"):
-            continue
-        on_device = info.get("on_device", {}).get("ms", info.get("events", {}).get("ms"))
-        seconds = row["median_s"] if on_device is None else 1e-3 * on_device
-        group, _, name = row["group"].partition(", ")
-        yield Point(group, name, info["bytes"], info.get("operations", {}), seconds)
+def _of_benchmark(row: Json) -> Point | None:
+    """A row of our own: what other ways move and compute is not known."""
+    info = row["extra_info"]
+    if row["name"] != OURS or not info.get("bytes"):
+        return None
+    on_device = info.get("on_device", {}).get("ms", info.get("events", {}).get("ms"))
+    seconds = row["median_s"] if on_device is None else 1e-3 * on_device
+    group, _, name = row["group"].partition(", ")
+    return Point(group, name, info["bytes"], info.get("operations", {}), seconds)
 
 
 def _merged(points: Sequence[Point]) -> tuple[Point, ...]:
     """Points at the same place as one, its name what theirs have in common and what differs."""
     places: dict[Any, list[Point]] = {}
     for i, p in enumerate(points):
-        one_of_a_kind = i if p.seconds else None
-        place = (p.group, p.bytes, tuple(p.operations.items()), one_of_a_kind)
+        place = (p.group, p.bytes, tuple(p.operations.items()), i if p.seconds else None)
         places.setdefault(place, []).append(p)
-    found = []
+    merged = []
     for same in places.values():
         parts = zip(*(p.name.split(", ") for p in same), strict=False)
         name = ", ".join(" | ".join(dict.fromkeys(part)) for part in parts)
-        p = same[0]
-        found.append(Point(p.group, name, p.bytes, p.operations, p.seconds))
-    return tuple(found)
+        merged.append(replace(same[0], name=name))
+    return tuple(merged)
 
 
 def draw(chart: Chart) -> Figure:
     """The roofs, a number for each point, and what the numbers stand for."""
     points = sorted(chart.points, key=lambda p: p.group)
-    lines = -(-len(points) // 2)
-    height = 5.9 + 0.155 * lines
+    height = 5.9 + 0.155 * -(-len(points) // 2)
     figure = Figure(figsize=(11, height))
     ax = figure.add_axes((0.075, 1 - 5.0 / height, 0.9, 4.5 / height))
     groups = list(dict.fromkeys(p.group for p in points))
     colours = {g: _COLOURS[i % len(_COLOURS)] for i, g in enumerate(groups)}
     placed = {i: p for i, p in enumerate(points, 1) if p.total}
-    _roofs(ax, chart, list(placed.values()))
+    _roofs(ax, chart.roof, list(placed.values()))
     taken: list[Bbox] = []
     for p in placed.values():
         taken += _mark(ax, chart.roof, p, colours[p.group])
@@ -196,53 +186,42 @@ def draw(chart: Chart) -> Figure:
         _label(ax, chart.roof, number, p, colours[p.group], taken)
     title = f"Roofline, {chart.device}: ceilings {chart.ceilings}"
     ax.set_title(title, loc="left", weight="bold", size=11)
+    inside: Any = {"transform": ax.transAxes, "va": "top"}
     if chart.note:
-        ax.text(
-            0.012, 0.965, chart.note, transform=ax.transAxes, va="top", size=12, color="#cc3311"
-        )
-    marks = "hollow: what the ceilings allow"
-    heads = "least time"
-    if any(p.seconds for p in points):
-        marks += "; filled: measured"
-        heads = "time, share of it that the ceilings need"
-    if any(not p.total for p in points):
+        ax.text(0.012, 0.965, chart.note, size=12, color="#cc3311", **inside)
+    measured = any(p.seconds for p in points)
+    marks = "hollow: what the ceilings allow" + "; filled: measured" * measured
+    if len(placed) < len(points):
         marks += "; - in the list: moves bytes and computes nothing"
-    ax.text(0.012, 0.90, marks, transform=ax.transAxes, va="top", size=8, color="0.35")
+    ax.text(0.012, 0.90, marks, size=8, color="0.35", **inside)
+    heads = "time, share of it that the ceilings need" if measured else "least time"
     figure.text(0.988, 1 - 5.55 / height, heads, size=7, color="0.35", ha="right")
-    _legend(figure, chart, points, colours, 1 - 5.75 / height, 0.155 / height)
+    _legend(figure, chart.roof, points, colours, 1 - 5.75 / height, 0.155 / height)
     return figure
 
 
-def _roofs(ax: Axes, chart: Chart, placed: Sequence[Point]) -> None:
+def _roofs(ax: Axes, roof: Roof, placed: Sequence[Point]) -> None:
     """The slope of the bytes, and a level for each kind of operations that is used."""
-    roof = chart.roof
-    kinds = [k for k in roof.operations if any(k in p.operations for p in placed)]
+    levels = {k: v for k, v in roof.operations.items() if any(k in p.operations for p in placed)}
     lows = [p.intensity for p in placed] or [1.0]
-    low, high = min(lows) / 3, max([*lows, *(roof.operations[k] / roof.bytes for k in kinds)]) * 12
-    top = max([roof.operations[k] for k in kinds] or [high * roof.bytes])
-    ax.set(xscale="log", yscale="log", xlim=(low, high), xlabel="operations per byte")
-    reached = [p.attained for p in placed if p.attained]
-    bottom = min([low * roof.bytes, *reached]) / 2
-    ax.set(ylim=(bottom / 1e12, 3 * top / 1e12), ylabel="TFLOP/s")
-    ridge = top / roof.bytes
-    slope = [low, ridge]
-    ax.plot(slope, [x * roof.bytes / 1e12 for x in slope], color="0.25", linewidth=1.6)
-    middle = (low * ridge) ** 0.5
+    low, high = min(lows) / 3, max([*lows, *(v / roof.bytes for v in levels.values())]) * 12
+    top = max(levels.values(), default=high * roof.bytes)
+    bottom = min([low * roof.bytes, *(p.attained for p in placed if p.attained)]) / 2
+    ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(bottom / 1e12, 3 * top / 1e12))
+    ax.set(xlabel="operations per byte", ylabel="TFLOP/s")
+    slope = [low, top / roof.bytes]
+    line: Any = {"color": "0.25", "linewidth": 1.6}
+    ax.plot(slope, [x * roof.bytes / 1e12 for x in slope], **line)
+    middle = (slope[0] * slope[1]) ** 0.5
+    size, unit = (1e12, "TB/s") if roof.bytes >= 1e12 else (1e9, "GB/s")
     ax.annotate(
-        f"{roof.bytes / 1e12:.3g} TB/s" if roof.bytes >= 1e12 else f"{roof.bytes / 1e9:.3g} GB/s",
-        (middle, middle * roof.bytes / 1e12),
-        xytext=(-14, 12),
-        textcoords="offset points",
-        ha="right",
-        color="0.25",
-    )
-    for kind in kinds:
-        level = roof.operations[kind]
-        ax.plot([level / roof.bytes, high], [level / 1e12] * 2, color="0.25", linewidth=1.6)
-        text = f"{kind}, {level / 1e12:.3g} TFLOP/s"
-        ax.text(
-            high / 1.05, 1.06 * level / 1e12, text, ha="right", va="bottom", color="0.25", size=9
-        )
+        f"{roof.bytes / size:.3g} {unit}", (middle, middle * roof.bytes / 1e12),
+        xytext=(-14, 12), textcoords="offset points", ha="right", color="0.25",
+    )  # fmt: skip
+    for kind, level in levels.items():
+        ax.plot([level / roof.bytes, high], [level / 1e12] * 2, **line)
+        text: Any = {"ha": "right", "va": "bottom", "color": "0.25", "size": 9}
+        ax.text(high / 1.05, 1.06 * level / 1e12, f"{kind}, {level / 1e12:.3g} TFLOP/s", **text)
     ax.grid(color="0.92", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
 
@@ -285,28 +264,20 @@ def _label(ax: Axes, roof: Roof, number: int, point: Point, colour: str, taken: 
 
 
 def _legend(
-    figure: Figure,
-    chart: Chart,
-    points: Sequence[Point],
-    colours: dict[str, str],
-    top: float,
-    line: float,
-) -> None:
+    figure: Figure, roof: Roof, points: Sequence[Point], colours: dict[str, str],
+    top: float, line: float,
+) -> None:  # fmt: skip
     half = -(-len(points) // 2)
     for i, p in enumerate(points):
-        column, row = divmod(i, half)
-        x, y = 0.02 + 0.49 * column, top - line * row
-        said = f"{p.group}: {p.name}"
-        said = said if len(said) <= 78 else said[:77] + "…"
-        colour = colours[p.group]
-        figure.text(x + 0.018, y, f"{i + 1}" if p.total else "-", size=7, color=colour, ha="right")
-        figure.text(x + 0.024, y, said, size=7, color=colour)
-        figure.text(x + 0.478, y, _time(chart.roof, p), size=7, color=colour, ha="right")
+        x, y = 0.02 + 0.49 * (i // half), top - line * (i % half)
+        name = f"{p.group}: {p.name}"
+        style: Any = {"size": 7, "color": colours[p.group]}
+        figure.text(x + 0.018, y, f"{i + 1}" if p.total else "-", ha="right", **style)
+        figure.text(x + 0.024, y, name if len(name) <= 78 else name[:77] + "…", **style)
+        figure.text(x + 0.478, y, _time(roof, p), ha="right", **style)
 
 
 def _time(roof: Roof, p: Point) -> str:
     """What a point takes at least, or what it took and the share of that which it had to."""
     least = roof.floor(p)
-    if p.seconds is None:
-        return seconds(least)
-    return f"{seconds(p.seconds)}, {least / p.seconds:.0%}"
+    return f"{seconds(p.seconds)}, {least / p.seconds:.0%}" if p.seconds else seconds(least)

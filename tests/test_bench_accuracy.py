@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from bench import accuracy
 from bench.__main__ import app
-from bench._accuracy_figure import STYLES
+from bench.accuracy_figure import STYLES
 from bench.common import longdouble
 from bench.common.tolerances import DISTANCE, SAME, Tol, assert_close
 from bench.peers.packages import PACKAGES, Package

@@ -46,10 +46,14 @@ _SHORT = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf1
 
 def figure(record: Json, out: Path) -> None:
     """Write the figure of a record as PNG, to be read at a width of 900 pixels."""
-    others = _others(record)
+    # Wrong where nothing is difficult: the metric is another one.
+    others = {
+        (p["package"], p["metric"])
+        for p in record["points"]
+        if p["vary"] == "mean" and p["value"] == 0 and p["status"] == "wrong"
+    }
     drawing = Figure(figsize=(10, 12.6), layout="constrained")
-    parts: Any = drawing.subfigures(2, 1, height_ratios=[3.35, 1])
-    above, below = parts
+    above, below = drawing.subfigures(2, 1, height_ratios=[3.35, 1])
     axes = above.subplots(len(METRICS), len(SWEPT), sharey=True, sharex="col")
     for row, metric in zip(axes, METRICS, strict=True):
         for ax, vary in zip(row, SWEPT, strict=True):
@@ -58,33 +62,18 @@ def figure(record: Json, out: Path) -> None:
         row[0].text(0.03, 0.76, "wrong", size=8, color="#d55e00", transform=row[0].transAxes)
     for ax, label in zip(axes[-1], SWEPT.values(), strict=True):
         ax.set_xlabel(label)
-    names = [name for name in STYLES if name in _names(record)]
-    handles = [Line2D([], [], label=name, **_line(name)) for name in names]
-    handles += [
-        Line2D([], [], color="0.3", marker="$✕$", linestyle="", label="NaN, an error or refused")
-    ]
+    present = {row["package"] for row in [*record["points"], *record["order"]]}
+    handles = [Line2D([], [], label=name, **_line(name)) for name in STYLES if name in present]
+    cross = {"color": "0.3", "marker": "$✕$", "linestyle": ""}
+    handles.append(Line2D([], [], label="NaN, an error or refused", **cross))
     above.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False)
     _ablations(below, record, others)
-    kind = record["environment"]["device"]
-    title = f"Relative error, the worst of the seeds; {kind}"
+    title = f"Relative error, the worst of the seeds; {record['environment']['device']}"
     drawing.suptitle(title, x=0.02, ha="left", weight="bold")
     if others:
         said = ", ".join(f"{name} ({TITLES[metric]})" for name, metric in sorted(others))
         drawing.supxlabel(f"Not drawn, their numbers are others by definition: {said}", size=8)
     drawing.savefig(out, dpi=180)
-
-
-def _others(record: Json) -> set[tuple[str, str]]:
-    """Packages whose metric is another one: wrong where nothing is difficult."""
-    return {
-        (p["package"], p["metric"])
-        for p in record["points"]
-        if p["vary"] == "mean" and p["value"] == 0 and p["status"] == "wrong"
-    }
-
-
-def _names(record: Json) -> set[str]:
-    return {row["package"] for row in [*record["points"], *record["order"]]}
 
 
 def _line(name: str) -> dict[str, Any]:
@@ -100,19 +89,17 @@ def _line(name: str) -> dict[str, Any]:
 
 
 def _sweep(ax: Axes, record: Json, metric: str, vary: str, others: set[tuple[str, str]]) -> None:
-    found = [p for p in record["points"] if p["metric"] == metric and p["vary"] == vary]
-    found = [p for p in found if (p["package"], metric) not in others]
-    values = list(dict.fromkeys(p["value"] for p in record["points"] if p["vary"] == vary))
+    swept = [p for p in record["points"] if p["vary"] == vary]
+    values = list(dict.fromkeys(p["value"] for p in swept))
     for name in STYLES:
-        points = {p["value"]: p for p in found if p["package"] == name}
-        if points:
-            heights = [_height(points[v]["status"], points[v]["worst"]) for v in values]
+        points = {p["value"]: p for p in swept if (p["package"], p["metric"]) == (name, metric)}
+        if points and (name, metric) not in others:
+            numbers = [points[v]["status"] in ("ok", "wrong") for v in values]
+            heights = [
+                points[v]["worst"] if n else None for v, n in zip(values, numbers, strict=True)
+            ]
             _draw(ax, name, heights, apart=vary == "dtype")
     _axes(ax, values)
-
-
-def _height(status: str, error: float | None) -> float | None:
-    return None if status not in ("ok", "wrong") or error is None else error
 
 
 def _draw(ax: Axes, name: str, heights: list[float | None], apart: bool = False) -> None:
@@ -137,9 +124,8 @@ def _axes(ax: Axes, values: list[Any]) -> None:
     ax.axhspan(WRONG, HIGHEST * 40, color="#d55e00", alpha=0.09, linewidth=0)
     ax.grid(axis="y", color="0.88", linewidth=0.7)
     ax.spines[["top", "right"]].set_visible(False)
-    every = 2 if len(values) > 6 else 1
     ax.set_xticks(range(len(values)), [_tick(v) for v in values])
-    for tick in ax.get_xticklabels()[1::every] if every > 1 else []:
+    for tick in ax.get_xticklabels()[1::2] if len(values) > 6 else []:
         tick.set_visible(False)
     ax.margins(x=0.08)
 
@@ -162,16 +148,13 @@ def _ablations(below: Any, record: Json, others: set[tuple[str, str]]) -> None:
         rows = [r for r in rows if r["status"] == "ok" and (r["package"], "cka") not in others]
         decades = [d["distance"] for d in rows[0]["decades"]]
         for row in rows:
-            _draw(ax, row["package"], [_number(d["median"]) for d in row["decades"]])
+            medians = [d["median"] for d in row["decades"]]
+            _draw(ax, row["package"], [None if isinstance(m, str) else m for m in medians])
         _axes(ax, [float(d) for d in decades])
         ax.set_title(f"CKA distance of an ablation, mean {mean:g}", size=9)
         ax.set_xlabel("true distance")
     axes[0].set_ylabel("median relative error")
     _bars(axes[-1], record, others, means)
-
-
-def _number(value: float | str) -> float | None:
-    return None if isinstance(value, str) else value
 
 
 def _bars(ax: Axes, record: Json, others: set[tuple[str, str]], means: list[float]) -> None:
