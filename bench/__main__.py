@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+from bench.common import machine
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+BENCH = Path(__file__).parent
+Out = Annotated[Path, typer.Option(help="The page.")]
 
 
 @app.callback()
@@ -21,26 +23,34 @@ def bench() -> None:
     """What the kernels cost, how right they are, and beside what."""
 
 
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Let what is wrong with the arguments be said in a line."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def write(out: Path, page: str) -> None:
+    out.write_text(page, encoding="utf-8")
+    print(out)
+
+
 @app.command()
-def model(
-    out: Annotated[Path, typer.Option(help="The page.")] = Path(__file__).parent / "MODEL.md",
-) -> None:
+def model(out: Out = BENCH / "MODEL.md") -> None:
     """Write what the kernels should cost on an H100; needs no GPU."""
     from bench.predict.model import page
 
-    out.write_text(page(), encoding="utf-8")
-    print(out)
+    write(out, page())
 
 
 @app.command()
-def coverage(
-    out: Annotated[Path, typer.Option(help="The page.")] = Path(__file__).parent / "COVERAGE.md",
-) -> None:
+def coverage(out: Out = BENCH / "COVERAGE.md") -> None:
     """Write how often the study's intervals hold the truth, by simulation; needs no GPU."""
     from bench.coverage import page
 
-    out.write_text(page(), encoding="utf-8")
-    print(out)
+    write(out, page())
 
 
 @app.command()
@@ -50,7 +60,6 @@ def scaling(
     ] = None,
 ) -> None:
     """Model how long a run takes by more workers, from what its units took; without start-up."""
-    from bench.common import machine
     from bench.scaling import demo, table, unit_seconds
     from repsim_kernels.experiments.errors import StoreError
 
@@ -73,12 +82,10 @@ def gpu_report(
     quick: Annotated[bool, typer.Option(help="Tiny shapes; a rehearsal.")] = False,
 ) -> None:
     """Measure a card in 8 minutes: ceilings, kernels, GPU tests, the study, compute-sanitizer."""
-    from bench.gpu_report import gpu_report as run
+    from bench.gpu_report import gpu_report as measure
 
-    try:
-        run(out, device, quick)
-    except RuntimeError as error:
-        raise typer.BadParameter(str(error)) from None
+    with usage_errors():
+        measure(out, device, quick)
 
 
 @app.command()
@@ -90,14 +97,11 @@ def peers(
     job: Annotated[str | None, typer.Option(help="ablations, pairs or pair; all if none.")] = None,
 ) -> None:
     """Compare other packages with this one at three jobs: time, memory, and what comes out."""
-    from bench.common import machine
-    from bench.peers.run import peers as run
+    from bench.peers.run import peers as measure
 
     out = None if quick else machine.RESULTS / f"peers-{machine.slug(device)}.json"
-    try:
-        record = run(out, device, quick, job)
-    except RuntimeError as error:
-        raise typer.BadParameter(str(error)) from None
+    with usage_errors():
+        record = measure(out, device, quick, job)
     if unexpected := [row for row in record["rows"] if row["status"] in ("wrong", "failed")]:
         typer.echo(f"{len(unexpected)} rows are wrong or failed", err=True)
         raise typer.Exit(1 if quick else 0)
@@ -108,11 +112,9 @@ def render_docs() -> None:
     """Make the figures and tables of README.md and bench/README.md of the committed results."""
     from bench.render_docs import draw, pages
 
-    for path in draw():
-        print(path)
+    print(*draw(), sep="\n")
     for path, text in pages().items():
-        path.write_text(text, encoding="utf-8")
-        print(path)
+        write(path, text)
 
 
 @app.command()
@@ -140,15 +142,12 @@ def accuracy(
     ] = None,
 ) -> None:
     """Measure how right the numbers of each package are, and the order of many ablations."""
-    from bench.accuracy import accuracy as run
+    from bench.accuracy import accuracy as measure
     from bench.accuracy import summary
     from bench.accuracy_figure import figure
-    from bench.common import machine
 
-    try:
-        record = run(device, quick)
-    except RuntimeError as error:
-        raise typer.BadParameter(str(error)) from None
+    with usage_errors():
+        record = measure(device, quick)
     out = out or machine.RESULTS / f"accuracy-{machine.slug(device)}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     machine.save(out, record)
@@ -166,13 +165,10 @@ def roofline(
     out: Annotated[Path | None, typer.Option(help="The figure, PNG.")] = None,
 ) -> None:
     """Draw what the kernels can reach on a device beside what was measured; needs no GPU."""
-    from bench.roofline import roofline as drawn
+    from bench.roofline import roofline as draw
 
-    try:
-        written = drawn(sheet, out)
-    except RuntimeError as error:
-        raise typer.BadParameter(str(error)) from None
-    print(*written, sep="\n")
+    with usage_errors():
+        print(*draw(sheet, out), sep="\n")
 
 
 if __name__ == "__main__":

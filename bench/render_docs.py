@@ -44,16 +44,26 @@ def pages(results: Path = RESULTS) -> dict[Path, str]:
 
 def filled(text: str, results: Path) -> str:
     """A page with its parts made anew; a part that is not known is an error."""
-    names = re.findall(r"<!-- (\S+): made by", text)
-    for name in names:
+    for name in re.findall(r"<!-- (\S+): made by", text):
         pattern = re.compile(_PART.format(re.escape(name)), re.DOTALL)
         if name not in PARTS:
             raise RuntimeError(f"part {name}: unknown; expected one of {', '.join(PARTS)}")
-        part = PARTS[name](results)
+        part = _made(name, results)
         text, count = pattern.subn(lambda m, part=part: f"{m[1]}{part}\n{m[2]}", text)
         if count != 1:
             raise RuntimeError(f"part {name}: {count} times with an end; expected once")
     return text
+
+
+def _made(name: str, results: Path) -> str:
+    """A part, once for each device that there is a record of."""
+    kind, part = PARTS[name]
+    if kind == "*":
+        return part(results)
+    records = [(path, load(path)) for path in sorted(results.glob(f"{kind}-*.json"))]
+    if not records:
+        raise RuntimeError(f"{results}: no {kind}-*.json in it; make one first")
+    return "\n\n".join(part(path, record) for path, record in records)
 
 
 def draw(results: Path = RESULTS) -> list[Path]:
@@ -69,149 +79,112 @@ def draw(results: Path = RESULTS) -> list[Path]:
     return written
 
 
-def _records(results: Path, kind: str) -> list[tuple[Path, Json]]:
-    found = [(path, load(path)) for path in sorted(results.glob(f"{kind}-*.json"))]
-    if not found:
-        raise RuntimeError(f"{results}: no {kind}-*.json in it; make one first")
-    return found
-
-
-def _each(results: Path, kind: str, part: Callable[[Path, Json], str]) -> str:
-    """A part for each device that there is a record of."""
-    return "\n\n".join(part(path, record) for path, record in _records(results, kind))
-
-
 def _on(record: Json) -> str:
     found = record["environment"]
     host = f", host {found['host']}" if "host" in found else ""
     return f"{found['device']}{host}, torch {found['torch']}, {_dates(record)}"
 
 
-def _rows(record: Json) -> list[Json]:
-    """The rows that have commits of their own, newest first: a comparison's, run job by job."""
-    own = [row for row in record.get("rows", []) if "commit" in row]
-    return sorted(own, key=lambda row: row["date"], reverse=True)
+def _measured(record: Json) -> list[tuple[str, str | None]]:
+    """Days and commits, newest first: of rows that have their own, as a comparison's, or of all."""
+    own = [row for row in record.get("rows", []) if "commit" in row] or [record["environment"]]
+    own.sort(key=lambda row: row["date"], reverse=True)
+    return [(row["date"][:10], row["commit"]) for row in own]
 
 
 def _dates(record: Json) -> str:
-    days = [row["date"][:10] for row in _rows(record) or [record["environment"]]]
+    days = [day for day, _ in _measured(record)]
     return days[0] if days[0] == days[-1] else f"{days[-1]} to {days[0]}"
 
 
 def _commits(record: Json) -> str:
     """What was measured, newest first."""
     found = record["environment"]
-    names = []
-    for commit in dict.fromkeys(row["commit"] for row in _rows(record) or [found]):
-        changed = bool(found["changed"]) and commit == found["commit"]
-        names.append((commit[:7] if commit else "not known") + " + changes" * changed)
-    return ", ".join(names)
+    changed = {found["commit"]: " + changes"} if found["changed"] else {}
+    commits = dict.fromkeys(commit for _, commit in _measured(record))
+    return ", ".join((c[:7] if c else "not known") + changed.get(c, "") for c in commits)
 
 
-def peers(results: Path) -> str:
+def peers(path: Path, record: Json) -> str:
     """The three jobs, for the README."""
+    cells, pairs = (tables.find(record, job=job)[0] for job in ("ablations", "pairs"))
+    return f"""\
+On {_on(record)}. Medians; in brackets, how many times as long as this package. > 30 s: no answer \
+by then; of a loop, not to its first two comparisons.
 
-    def part(path: Path, record: Json) -> str:
-        cells, pairs = (tables.find(record, job=job)[0] for job in ("ablations", "pairs"))
-        return "\n\n".join(
-            [
-                f"On {_on(record)}. Medians; in brackets, how many times as long as this package. "
-                "> 30 s: no answer by then; of a loop, not to its first two comparisons.",
-                f"![Time against the number of neurons, and of ablations]"
-                f"(bench/results/{path.with_suffix('.png').name})",
-                f"**Every ablation of one layer**, debiased CKA, n = {cells['n']}, "
-                f"p = {cells['p']:,} (AlexNet's first layer). Most others loop over ablated "
-                "copies; \\*: estimated from some of them. The error is that of the distances, "
-                "relative:",
-                tables.ablations(record, "cka_debiased"),
-                f"**All pairs of {pairs['layers']} layers**, debiased CKA, n = {pairs['n']:,}, "
-                f"p = {pairs['p']:,}:",
-                tables.pairs(record, "cka_debiased"),
-                "**One pair**, CKA. This package is in float64 throughout, the others mostly in "
-                "float32; ratio: of its time to theirs:",
-                tables.one_pair(record, "cka"),
-            ]
-        )
+![Time against the number of neurons, and of ablations](bench/results/{path.stem}.png)
 
-    return _each(results, "peers", part)
+**Every ablation of one layer**, debiased CKA, n = {cells["n"]}, p = {cells["p"]:,} (AlexNet's \
+first layer). Most others loop over ablated copies; \\*: estimated from some of them. The error is \
+that of the distances, relative:
+
+{tables.ablations(record, "cka_debiased")}
+
+**All pairs of {pairs["layers"]} layers**, debiased CKA, n = {pairs["n"]:,}, p = {pairs["p"]:,}:
+
+{tables.pairs(record, "cka_debiased")}
+
+**One pair**, CKA. This package is in float64 throughout, the others mostly in float32; ratio: of \
+its time to theirs:
+
+{tables.one_pair(record, "cka")}"""
 
 
-def peers_whole(results: Path) -> str:
+def peers_whole(_path: Path, record: Json) -> str:
     """Everything that the comparison recorded."""
+    names = [name for name in record["environment"] if _is_package(name)]
+    return f"""\
+On {_on(record)}; {", ".join(f"{name} {record['environment'][name]}" for name in names)}.
 
-    def part(path: Path, record: Json) -> str:
-        found = record["environment"]
-        versions = [f"{k} {v}" for k, v in found.items() if _is_package(k)]
-        notes = [[name, note] for name, note in record["packages"].items()]
-        return "\n\n".join(
-            [
-                f"On {_on(record)}; {', '.join(versions)}.",
-                "What each does, and what it leaves out:",
-                markdown(["package: metric", "how"], notes),
-                "What failed or was not run, or gives other numbers than the definition:",
-                tables.failures(record),
-                "Everything:",
-                tables.everything(record),
-            ]
-        )
+What each does, and what it leaves out:
 
-    return _each(results, "peers", part)
+{markdown(["package: metric", "how"], record["packages"].items())}
+
+What failed or was not run, or gives other numbers than the definition:
+
+{tables.failures(record)}
+
+Everything:
+
+{tables.everything(record)}"""
 
 
 def _is_package(name: str) -> bool:
     return name in ("numpy", "scikit-learn", "repsim") or "cka" in name or "tool" in name
 
 
-def speed(results: Path) -> str:
+def speed(_path: Path, record: Json) -> str:
     """What this package takes by itself, for the README."""
+    five = _row(record, "ablation_distances, CKA, Procrustes", OURS, "p=100,352")
+    done = sum(five["extra_info"]["operations"].values())
+    rates = {kind: f"{rate / 1e9:.0f}" for kind, rate in record["ceilings"].items()}
+    hooked = "ablated passes at 224 x 224, 16 cells x 10 images"
+    return f"""\
+On {_on(record)}, {record["environment"]["threads"]} threads; medians:
 
-    def part(path: Path, record: Json) -> str:
-        found = record["environment"]
-        (five,) = (
-            row
-            for row in record["benchmarks"]
-            if row["group"].startswith("ablation_distances, CKA, Procrustes")
-            and "p=100,352" in row["group"]
-        )
-        done = sum(five["extra_info"]["operations"].values())
-        rate = done / five["median_s"] / 1e9
-        shape = "16 ablations, n = 500, p = 100,352 (ResNet50's last stage)"
-        return "\n\n".join(
-            [
-                f"On {_on(record)}, {found['threads']} threads; medians:",
-                f"CKA, Procrustes, PWCCA, mean and mean squared CCA of {shape}: "
-                f"{seconds(five['median_s'])}, {done / 1e12:.2g} · 10¹² operations at "
-                f"{rate:.0f} GFLOP/s, most of them PWCCA's weights. This machine's matrix products "
-                f"reach {record['ceilings']['ieee'] / 1e9:.0f} GFLOP/s in float32 and "
-                f"{record['ceilings']['float64'] / 1e9:.0f} in float64.",
-                _beside(record, _STAGES, "from Grams to the distances, all cells",
-                        "an eigh and SVDs for each"),
-                _beside(record, _CUTS, "ablated passes at 224 x 224, 16 cells x 10 images",
-                        "a forward hook, once a cell", _bound),
-                _fits(record),
-            ]
-        )  # fmt: skip
+CKA, Procrustes, PWCCA, mean and mean squared CCA of 16 ablations, n = 500, p = 100,352 \
+(ResNet50's last stage): {seconds(five["median_s"])}, {done / 1e12:.2g} · 10¹² operations at \
+{done / five["median_s"] / 1e9:.0f} GFLOP/s, most of them PWCCA's weights. This machine's matrix \
+products reach {rates["ieee"]} GFLOP/s in float32 and {rates["float64"]} in float64.
 
-    return _each(results, "bench", part)
+{_beside(record, _STAGES, "from Grams to the distances, all cells", "an eigh and SVDs for each")}
+
+{_beside(record, _CUTS, hooked, "a forward hook, once a cell", _bound)}
+
+{_fits(record)}"""
 
 
 def _beside(
-    record: Json,
-    labels: dict[str, str],
-    title: str,
-    other: str,
+    record: Json, labels: dict[str, str], title: str, other: str,
     bound: Callable[[Json, str], str] | None = None,
-) -> str:
-    head = [title, "this package", other, "ratio", *(["bound"] if bound else [])]
+) -> str:  # fmt: skip
     rows = []
     for label, start in labels.items():
         ours, theirs = (_row(record, start, name) for name in (OURS, other))
-        line = [label, seconds(ours["median_s"]), seconds(theirs["median_s"])]
-        line.append(f"{theirs['median_s'] / ours['median_s']:.1f}")
-        if bound:
-            line.append(bound(record, ours["group"]))
-        rows.append(line)
-    return markdown(head, rows)
+        ratio = f"{theirs['median_s'] / ours['median_s']:.1f}"
+        rows.append([label, seconds(ours["median_s"]), seconds(theirs["median_s"]), ratio])
+        rows[-1] += [bound(record, ours["group"])] if bound else []
+    return markdown([title, "this package", other, "ratio", *(["bound"] if bound else [])], rows)
 
 
 def _bound(record: Json, group: str) -> str:
@@ -224,11 +197,12 @@ def _bound(record: Json, group: str) -> str:
     return f"{cells * alone['whole'] / (alone['prefix'] + cells * alone['suffix']):.1f}"
 
 
-def _row(record: Json, start: str, name: str) -> Json:
+def _row(record: Json, start: str, name: str = OURS, part: str = "") -> Json:
+    """The one benchmark of a name whose group begins so and has this part."""
     (found,) = (
         row
         for row in record["benchmarks"]
-        if row["group"].startswith(start) and row["name"] == name
+        if row["group"].startswith(start) and part in row["group"] and row["name"].startswith(name)
     )
     return found
 
@@ -236,104 +210,71 @@ def _row(record: Json, start: str, name: str) -> Json:
 def _fits(record: Json) -> str:
     rows = []
     for label, which in _FITS.items():
-        loop = _first(record, f"logistic_fits, {which}, ", "a loop over scikit-learn, ")
-        ours = _row(record, loop["group"], OURS)
+        loop = _row(record, f"logistic_fits, {which}, ", "a loop over scikit-learn, ")
+        ours = _row(record, loop["group"])
         one = ours["median_s"] / ours["extra_info"]["shape"]["fits"]
         other = loop["median_s"] / int(loop["name"].split()[-4])  # "… 200 of the fits"
         rows.append([label, seconds(one), seconds(other), f"{other / one:.1f}"])
-    paper = _first(record, "probe_paper, paired")
-    ridge = _first(record, "ablation_decodability, leave-one-out ridge")
+    paper = _row(record, "probe_paper, paired")
+    ridge = _row(record, "ablation_decodability, leave-one-out ridge", part="targets=1,")
     shape = ridge["extra_info"]["shape"]
-    for label, found in (
-        ("`probe_paper`, 16 cells, 200 draws: 3,400 regressions", paper),
-        (
-            f"leave-one-out ridge after {shape['C']} ablations, n = {shape['n']}, all of "
-            f"p = {shape['p']:,}, its Grams included",
-            ridge,
-        ),
-    ):
+    ridge_label = (
+        f"leave-one-out ridge after {shape['C']} ablations, n = {shape['n']}, all of "
+        f"p = {shape['p']:,}, its Grams included"
+    )
+    paper_label = "`probe_paper`, 16 cells, 200 draws: 3,400 regressions"
+    for label, found in ((paper_label, paper), (ridge_label, ridge)):
         rows.append([label, seconds(found["median_s"]), "not run", ""])
     title = "linear probes, n = 500, d = 100 of p = 100,352 neurons where not said"
     return markdown([title, "this package", "a loop over scikit-learn", "ratio"], rows)
 
 
-def _first(record: Json, start: str, name: str = OURS) -> Json:
-    rows = record["benchmarks"]
-    return next(r for r in rows if r["group"].startswith(start) and r["name"].startswith(name))
-
-
-def operations(results: Path) -> str:
+def operations(_path: Path, record: Json) -> str:
     """Every benchmark of this package's operations."""
+    rates = {kind: f"{rate / 1e9:.0f}" for kind, rate in record["ceilings"].items()}
+    rows = []
+    for row in record["benchmarks"]:
+        more = row["extra_info"]
+        times = [seconds(row["median_s"]), seconds(row["iqr_s"]), str(row["rounds"])]
+        reached = [f"{more[k]:.3g}" if k in more else "" for k in ("gb_s", "tflop_s")]
+        share = f"{more['of_ceiling']:.0%}" if "of_ceiling" in more else ""
+        rows.append([row["group"], row["name"], *times, *reached, share])
+    head = ["what", "by", "median", "spread", "rounds", "GB/s", "TFLOP/s", "of the ceiling"]
+    return f"""\
+On {_on(record)}. Ceilings: a copy {rates["copy"]} GB/s, products {rates["ieee"]} GFLOP/s in \
+float32, {rates["float64"]} in float64.
 
-    def part(path: Path, record: Json) -> str:
-        rates = {k: v for k, v in record["ceilings"].items() if k in ("copy", "ieee", "float64")}
-        rows = []
-        for row in record["benchmarks"]:
-            more = row["extra_info"]
-            rows.append(
-                [
-                    row["group"],
-                    row["name"],
-                    seconds(row["median_s"]),
-                    seconds(row["iqr_s"]),
-                    str(row["rounds"]),
-                    *(f"{more[k]:.3g}" if k in more else "" for k in ("gb_s", "tflop_s")),
-                    f"{more['of_ceiling']:.0%}" if "of_ceiling" in more else "",
-                ]
-            )
-        text = (
-            f"On {_on(record)}. Ceilings: a copy {rates['copy'] / 1e9:.0f} GB/s, products "
-            f"{rates['ieee'] / 1e9:.0f} GFLOP/s in float32, {rates['float64'] / 1e9:.0f} in "
-            "float64."
-        )
-        head = ["what", "by", "median", "spread", "rounds", "GB/s", "TFLOP/s", "of the ceiling"]
-        return f"{text}\n\n{markdown(head, rows)}"
-
-    return _each(results, "bench", part)
+{markdown(head, rows)}"""
 
 
-def accuracy(results: Path) -> str:
+def accuracy(_path: Path, record: Json) -> str:
     """Errors of all packages."""
+    head, *rows = summary(record)
+    size = record["settings"]["sizes"]
+    return f"""\
+On {_on(record)}; float32 input, n = {size["n"]}, p = {size["p"]}, the worst of {size["seeds"]} \
+draws; order: of {size["cells"]} ablations, how many pairs are out of order among those whose true \
+distances differ.
 
-    def part(path: Path, record: Json) -> str:
-        head, *rows = summary(record)
-        size = record["settings"]["sizes"]
-        return "\n\n".join(
-            [
-                f"On {_on(record)}; float32 input, n = {size['n']}, p = {size['p']}, the worst of "
-                f"{size['seeds']} draws; order: of {size['cells']} ablations, how many pairs are "
-                "out of order among those whose true distances differ.",
-                markdown(head, rows),
-            ]
-        )
-
-    return _each(results, "accuracy", part)
+{markdown(head, rows)}"""
 
 
-def scaling(results: Path) -> str:
+def scaling(_path: Path, record: Json) -> str:
     """How long the demo takes by more workers, for the README."""
+    one, two = record["runs"]
+    units = two["units"]
+    rows = [row for row in modelled(units) if row[0] <= 16]
+    walls = ["seconds for the demo's units", *(f"{wall:.0f}" for _, wall, _ in rows)]
+    shares = ["efficiency", *(f"{share:.0%}" for _, _, share in rows)]
+    return f"""\
+On {_on(record)}: the demo's {len(units)} units took {sum(one["units"]):.0f} s in one process, \
+with start-up and report {one["seconds"]:.0f} s; by two workers the whole command took \
+{two["seconds"]:.0f} s. Beyond two it is a model, not measured: units of the seconds that they \
+took there, handed out in their order, start-up aside:
 
-    def part(path: Path, record: Json) -> str:
-        one, two = record["runs"]
-        units = two["units"]
-        rows = [row for row in modelled(units) if row[0] <= 16]
-        table = markdown(
-            ["workers", *(str(workers) for workers, _, _ in rows)],
-            [
-                ["seconds for the demo's units", *(f"{wall:.0f}" for _, wall, _ in rows)],
-                ["efficiency", *(f"{share:.0%}" for _, _, share in rows)],
-            ],
-        )
-        return (
-            f"On {_on(record)}: the demo's {len(units)} units took {sum(one['units']):.0f} s in "
-            f"one process, with start-up and report {one['seconds']:.0f} s; by two workers the "
-            f"whole command took {two['seconds']:.0f} s. Beyond two it is a model, not measured: "
-            "units of the seconds that they took there, handed out in their order, start-up "
-            f"aside:\n\n{table}\n\n"
-            f"The longest unit bounds it, here {max(units):.0f} s."
-        )
+{markdown(["workers", *(str(workers) for workers, _, _ in rows)], [walls, shares])}
 
-    return _each(results, "scaling", part)
+The longest unit bounds it, here {max(units):.0f} s."""
 
 
 def runs(results: Path) -> str:
@@ -347,12 +288,12 @@ def runs(results: Path) -> str:
     return markdown(["record", "device", "date", "commit"], rows)
 
 
-PARTS: dict[str, Callable[[Path], str]] = {
-    "peers": peers,
-    "peers-whole": peers_whole,
-    "speed": speed,
-    "operations": operations,
-    "accuracy": accuracy,
-    "scaling": scaling,
-    "runs": runs,
+PARTS: dict[str, tuple[str, Callable[..., str]]] = {  # and the records that they are made of
+    "peers": ("peers", peers),
+    "peers-whole": ("peers", peers_whole),
+    "speed": ("bench", speed),
+    "operations": ("bench", operations),
+    "accuracy": ("accuracy", accuracy),
+    "scaling": ("scaling", scaling),
+    "runs": ("*", runs),
 }
