@@ -27,40 +27,6 @@ SHARED = 0.5  # of the metrics' variance that is not the function's
 MISSING = 0.05
 EFFECT = 0.2
 
-_HEAD = """\
-# How often the intervals hold the truth
-
-Simulated studies, of which the truth is known. To make the page again, in half a minute:
-
-```
-.venv/bin/python -m bench coverage
-```
-
-{studies:,} studies of {classes} classes, {layers} layers and {cells} cells, seed {seed}, fixed in
-advance. In each, a function change F is drawn per cell from a normal distribution, and two metrics
-that are correlated with it; what they have beside F is half shared. Of class c, layer l and metric
-m the latent correlation is tanh z, with
-
-z = {mean} + layer l (a ramp from -{ramp} to {ramp}) + class c (sd {class_sd}) +
-metric m of class c (sd {metric_sd}) + class c, layer l (sd {noise_sd}).
-
-Layers are the same in every study: a network has those that it has; the interval is for other
-classes. Of the groups {missing:.0%} have no correlation, at random. Spearman's correlations,
-intervals and tests are those of `experiments`.
-
-* **truth**: the mean correlation of {truth_studies:,} studies with seed {truth_seed}: {truth:.4f}.
-* **coverage**: share of the studies whose 95 % interval holds it. Wanted of the jackknife-t: 93 to
-  97 %. The difference is that of the metrics' z, whose truth is 0. Percentiles of the
-  bootstrap are too narrow for {classes} classes, and are shown beside it.
-* **size**, **power**: share of the studies in which the paired permutation test has p < 0.05, if
-  the metrics differ only by chance, and if one has {effect} more z. An exact test of {classes}
-  classes has p in steps of 2/{flips:,}.
-* **standard error**: what the simulation leaves uncertain.
-
-| | share, % | standard error, % | mean width |
-|---|---|---|---|
-"""
-
 
 @dataclass(frozen=True)
 class Row:
@@ -144,27 +110,42 @@ def rows(studies: int, expected: float) -> list[Row]:
 def page(studies: int = STUDIES) -> str:
     """The page in Markdown."""
     expected = truth()
-    head = _HEAD.format(
-        studies=studies,
-        classes=CLASSES,
-        layers=LAYERS,
-        cells=CELLS,
-        seed=SEED,
-        mean=MEAN,
-        ramp=RAMP,
-        class_sd=CLASS,
-        metric_sd=METRIC,
-        noise_sd=NOISE,
-        missing=MISSING,
-        truth_studies=_TRUTH,
-        truth_seed=SEED + 1,
-        truth=expected,
-        effect=EFFECT,
-        flips=2**CLASSES,
-    )
-    lines = [
+    lines = "\n".join(
         f"| {row.name} | {100 * row.share:.1f} | {100 * row.error:.1f} | "
         f"{'' if row.width is None else f'{row.width:.3f}'} |"
         for row in rows(studies, expected)
-    ]
-    return head + "\n".join(lines) + "\n"
+    )
+    return f"""\
+# How often the intervals hold the truth
+
+Simulated studies, of which the truth is known. To make the page again, in half a minute:
+
+```
+.venv/bin/python -m bench coverage
+```
+
+{studies:,} studies of {CLASSES} classes, {LAYERS} layers and {CELLS} cells, seed {SEED}, fixed in
+advance. In each, a function change F is drawn per cell from a normal distribution, and two metrics
+that are correlated with it; what they have beside F is half shared. Of class c, layer l and metric
+m the latent correlation is tanh z, with
+
+z = {MEAN} + layer l (a ramp from -{RAMP} to {RAMP}) + class c (sd {CLASS}) +
+metric m of class c (sd {METRIC}) + class c, layer l (sd {NOISE}).
+
+Layers are the same in every study: a network has those that it has; the interval is for other
+classes. Of the groups {MISSING:.0%} have no correlation, at random. Spearman's correlations,
+intervals and tests are those of `experiments`.
+
+* **truth**: the mean correlation of {_TRUTH:,} studies with seed {SEED + 1}: {expected:.4f}.
+* **coverage**: share of the studies whose 95 % interval holds it. Wanted of the jackknife-t: 93 to
+  97 %. The difference is that of the metrics' z, whose truth is 0. Percentiles of the
+  bootstrap are too narrow for {CLASSES} classes, and are shown beside it.
+* **size**, **power**: share of the studies in which the paired permutation test has p < 0.05, if
+  the metrics differ only by chance, and if one has {EFFECT} more z. An exact test of {CLASSES}
+  classes has p in steps of 2/{2**CLASSES:,}.
+* **standard error**: what the simulation leaves uncertain.
+
+| | share, % | standard error, % | mean width |
+|---|---|---|---|
+{lines}
+"""

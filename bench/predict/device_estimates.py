@@ -17,40 +17,6 @@ ENDS = 20  # thousand cycles of a fit, as those of a step: its moments, and its 
 DRAWN = 10e-6  # seconds of the host a fit
 CLOCK = 132 * 1.7e9  # cycles of all multiprocessors a second
 
-_FITS = """\
-## The study's logistic regressions
-
-{count:.0f} million fits, all that the paper's networks, layers and classes come to, of 500 stimuli
-and 100 neurons. A step of `logistic_fits` takes {cycles} thousand cycles of a multiprocessor:
-{parts}
-(kernels/triton/logistic.py has the reasons). With {newton} steps a fit, and {ends} thousand cycles
-around them, all take {low:.0f} s where reading hides behind the rest, and {high:.0f} s where
-nothing overlaps; 40 million take {goal:.0f} s and {slow:.0f} s. Of paired draws the ablated fits
-start from the intact ones: with 3 steps each, {warm:.0f} s instead of {low:.0f}.
-
-Which neurons are drawn is decided on the host, and takes 10 µs a fit there, by measurement on a
-core of a shared CPU: {host:.0f} minutes, more than the fits.
-"""
-
-_TEXT = """\
-## The n x n stage of the whole study
-
-{count:,} ablations of 500 stimuli: CKA, Procrustes, ridge CCA and PWCCA, in float64 matrices of
-499 x 499. A product is 2 n³ operations, at 67 TFLOP/s. Arithmetic, like everything here.
-
-| part of an ablation | products | s, all |
-| --- | --: | --: |
-{rows}
-
-With {moved:.1f} s for what the steps read and write behind their products. The eigenproblem of
-PWCCA is solved by cuSOLVER for a batch, through CuPy; what it takes is not known. If the products
-reach half of their peak, it may take {left:.1f} ms a matrix for all to end in a minute.
-
-The same number of eigenproblems of 50 stimuli by Jacobi rotations in shared memory: {sweeps} sweeps
-make {accesses:.1f} million accesses of 8 bytes a matrix, {jacobi:.0f} ms for all at 128 bytes a
-clock of each of 132 multiprocessors.
-"""
-
 
 def fits() -> str:
     """The section of MODEL.md on logistic regressions."""
@@ -60,19 +26,24 @@ def fits() -> str:
 
     most = sum(CYCLES.values())
     hidden = most - CYCLES["reading"]
-    return _FITS.format(
-        count=FITS / 1e6,
-        cycles=most,
-        parts=", ".join(f"{name} {cycles}" for name, cycles in CYCLES.items()),
-        newton=NEWTON,
-        ends=ENDS,
-        low=seconds(FITS, hidden),
-        high=seconds(FITS, most),
-        goal=seconds(40e6, hidden),
-        slow=seconds(40e6, most),
-        host=FITS * DRAWN / 60,
-        warm=seconds(FITS, hidden, (NEWTON + 16 * 3) / 17),
-    )
+    low, high = seconds(FITS, hidden), seconds(FITS, most)
+    goal, slow = seconds(40e6, hidden), seconds(40e6, most)
+    warm = seconds(FITS, hidden, (NEWTON + 16 * 3) / 17)
+    return f"""\
+## The study's logistic regressions
+
+{FITS / 1e6:.0f} million fits, all that the paper's networks, layers and classes come to, of 500 \
+stimuli
+and 100 neurons. A step of `logistic_fits` takes {most} thousand cycles of a multiprocessor:
+{", ".join(f"{name} {cycles}" for name, cycles in CYCLES.items())}
+(kernels/triton/logistic.py has the reasons). With {NEWTON} steps a fit, and {ENDS} thousand cycles
+around them, all take {low:.0f} s where reading hides behind the rest, and {high:.0f} s where
+nothing overlaps; 40 million take {goal:.0f} s and {slow:.0f} s. Of paired draws the ablated fits
+start from the intact ones: with 3 steps each, {warm:.0f} s instead of {low:.0f}.
+
+Which neurons are drawn is decided on the host, and takes 10 µs a fit there, by measurement on a
+core of a shared CPU: {FITS * DRAWN / 60:.0f} minutes, more than the fits.
+"""
 
 
 def section() -> str:
@@ -88,15 +59,29 @@ def section() -> str:
     }
     parts["together"] = sum(parts.values())
     rows = [f"| {part} | {k:.3g} | {k * product:.2f} |" for part, k in parts.items()]
-    return _TEXT.format(
-        count=COUNT,
-        rows="\n".join(rows),
-        moved=24 * n * n * STEPS * COUNT / BYTES,
-        left=1e3 * (60 - 2 * parts["together"] * product) / COUNT,
-        sweeps=SWEEPS,
-        accesses=_accesses(49) / 1e6,
-        jacobi=1e3 * 8 * _accesses(49) * COUNT / SHARED,
-    )
+    moved = 24 * n * n * STEPS * COUNT / BYTES
+    left = 1e3 * (60 - 2 * parts["together"] * product) / COUNT
+    accesses = _accesses(49)
+    jacobi = 1e3 * 8 * accesses * COUNT / SHARED
+    table = "\n".join(rows)
+    return f"""\
+## The n x n stage of the whole study
+
+{COUNT:,} ablations of 500 stimuli: CKA, Procrustes, ridge CCA and PWCCA, in float64 matrices of
+499 x 499. A product is 2 n³ operations, at 67 TFLOP/s. Arithmetic, like everything here.
+
+| part of an ablation | products | s, all |
+| --- | --: | --: |
+{table}
+
+With {moved:.1f} s for what the steps read and write behind their products. The eigenproblem of
+PWCCA is solved by cuSOLVER for a batch, through CuPy; what it takes is not known. If the products
+reach half of their peak, it may take {left:.1f} ms a matrix for all to end in a minute.
+
+The same number of eigenproblems of 50 stimuli by Jacobi rotations in shared memory: {SWEEPS} sweeps
+make {accesses / 1e6:.1f} million accesses of 8 bytes a matrix, {jacobi:.0f} ms for all at 128 bytes a
+clock of each of 132 multiprocessors.
+"""
 
 
 def _accesses(n: int) -> int:
