@@ -61,8 +61,8 @@ def section() -> str:
     rows = [f"| {part} | {k:.3g} | {k * product:.2f} |" for part, k in parts.items()]
     moved = 24 * n * n * STEPS * COUNT / BYTES
     left = 1e3 * (60 - 2 * parts["together"] * product) / COUNT
-    accesses = _accesses(49)
-    jacobi = 1e3 * 8 * accesses * COUNT / SHARED
+    accesses = _accesses(49) / 1e6
+    jacobi = 1e3 * 8e6 * accesses * COUNT / SHARED
     table = "\n".join(rows)
     return f"""\
 ## The n x n stage of the whole study
@@ -79,7 +79,7 @@ PWCCA is solved by cuSOLVER for a batch, through CuPy; what it takes is not know
 reach half of their peak, it may take {left:.1f} ms a matrix for all to end in a minute.
 
 The same number of eigenproblems of 50 stimuli by Jacobi rotations in shared memory: {SWEEPS} sweeps
-make {accesses / 1e6:.1f} million accesses of 8 bytes a matrix, {jacobi:.0f} ms for all at 128 bytes a
+make {accesses:.1f} million accesses of 8 bytes a matrix, {jacobi:.0f} ms for all at 128 bytes a
 clock of each of 132 multiprocessors.
 """
 
