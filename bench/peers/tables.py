@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from bench.common.machine import Json, seconds
 
 OURS = "repsim_kernels"
@@ -30,11 +32,6 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 
 
-def memory(count: float) -> str:
-    """Bytes as MB or GB."""
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
-
-
 def find(record: Json, **facts: Any) -> list[Json]:
     """The rows of a record that have these facts."""
     return [row for row in record["rows"] if all(row.get(k) == v for k, v in facts.items())]
@@ -44,11 +41,10 @@ def ablations(record: Json, metric: str) -> str:
     """All ablations of one layer: a column for each count of cells."""
     rows = find(record, job="ablations", metric=metric)
     counts = sorted({row["cells"] for row in rows})
-    names = list(dict.fromkeys(row["package"] for row in rows))
+    ours = find(record, job="ablations", metric=metric, package=OURS)
     table = []
-    for name in names:
-        own = [one for c in counts for one in rows if (one["package"], one["cells"]) == (name, c)]
-        ours = [one for one in rows if one["package"] == OURS]
+    for name in dict.fromkeys(row["package"] for row in rows):
+        own = [row for row in rows if row["package"] == name]
         times = [_time(row, base) for row, base in zip(own, ours, strict=True)]
         table.append([_name(record, own[-1]), *times, _memory(own[-1]), _error(own[-1])])
     head = ["", *(f"C = {c:,}" for c in counts), f"memory, C = {counts[-1]:,}", "error"]
@@ -79,13 +75,9 @@ def one_pair(record: Json, metric: str) -> str:
             if other["package"] != OURS and other["status"] in ("ok", "wrong") and _taken(other)
         ]
         others.sort(key=lambda other: _taken(other) or 0.0)
-        fastest = [
-            cell
-            for some in ([other for other in others if other["centres"]], others)
-            for cell in _fastest(record, row, some)
-        ]
-        shape = f"{row['n']:,} x {row['p']:,}"
-        table.append([shape, _time(row, row), *fastest, _memory(row)])
+        centring = [other for other in others if other["centres"]]
+        fastest = [*_fastest(record, row, centring), *_fastest(record, row, others)]
+        table.append([_shape(row), _time(row, row), *fastest, _memory(row)])
     head = ["n x p", "ours", "fastest that centres", "ratio", "fastest of all", "ratio", "memory"]
     return markdown(head, table)
 
@@ -160,7 +152,11 @@ def _fastest(record: Json, row: Json, others: list[Json]) -> tuple[str, str]:
 
 
 def _memory(row: Json) -> str:
-    return memory(row["memory_bytes"]) if "memory_bytes" in row else ""
+    """As MB or GB."""
+    count = row.get("memory_bytes")
+    if count is None:
+        return ""
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 def _error(row: Json) -> str:
@@ -177,12 +173,8 @@ def _how(record: Json, row: Json) -> str:
 
 def figure(record: Json, out: Path, metric: str = "cka_debiased", n: int = 256) -> None:
     """Time against neurons of a pair, and against the number of ablations."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2)
     some = find(record, job="pair", metric=metric, n=n)
     _curves(axes[0], record, some, lambda row: row["p"])
     axes[0].set(title=f"One pair, {n} stimuli", xlabel="neurons p", ylabel="seconds")
@@ -194,7 +186,6 @@ def figure(record: Json, out: Path, metric: str = "cka_debiased", n: int = 256) 
     said = "hollow: estimated from a sample, or another number than the definition's"
     figure.supxlabel(f"{said}; x: failed or took too long", fontsize=8, color="#555555")
     figure.savefig(out, dpi=130)
-    plt.close(figure)
 
 
 def _curves(axes: Any, record: Json, rows: list[Json], x_of: Callable[[Json], int]) -> None:
