@@ -61,16 +61,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def row(benchmark: Any) -> Json:
     """One entry of the results, from the statistics of pytest-benchmark."""
     stats = benchmark.stats
-    return {
-        "group": benchmark.group,
-        "name": benchmark.name,
-        "min_s": stats.min,
-        "median_s": stats.median,
-        "iqr_s": stats.iqr,
-        "max_s": stats.max,
-        "rounds": stats.rounds,
-        "extra_info": benchmark.extra_info,
-    }
+    times = {f"{name}_s": getattr(stats, name) for name in ("min", "median", "iqr", "max")}
+    info = {"rounds": stats.rounds, "extra_info": benchmark.extra_info}
+    return {"group": benchmark.group, "name": benchmark.name, **times, **info}
 
 
 @pytest.fixture(scope="session")
@@ -127,22 +120,23 @@ class Timed:
                 torch.cuda.synchronize()
             return result
 
-        start = time.perf_counter()
-        got = run(*inputs[0])
-        once = time.perf_counter() - start
+        def once(some: tuple[Tensor, ...]) -> tuple[float, Any]:
+            start = time.perf_counter()
+            result = run(*some)
+            return time.perf_counter() - start, result
+
+        seconds, got = once(inputs[0])
         agree(got, oracle(*inputs[0]), check)
         if not self.benchmark.enabled:
             self.benchmark.pedantic(lambda: None)
             return got
         rates = self.request.getfixturevalue("ceilings")
         self.request.config.stash[_CEILINGS] = rates
-        if once < _SECONDS or device == "cuda":  # the first call also loads and compiles
-            start = time.perf_counter()
-            run(*inputs[1])
-            once = time.perf_counter() - start
+        if seconds < _SECONDS or device == "cuda":  # the first call also loads and compiles
+            seconds, _ = once(inputs[1])
         turn = cycle(inputs)
-        least = _LEAST if once < _LONG else 2
-        rounds = max(least, min(_MOST, int(_SECONDS / once)))
+        least = _LEAST if seconds < _LONG else 2
+        rounds = max(least, min(_MOST, int(_SECONDS / seconds)))
         self.benchmark.pedantic(run, setup=lambda: (next(turn), {}), rounds=rounds)
         seconds = self.benchmark.stats.stats.median
         info: Json = {"operation": operation, "shape": dict(shape), "dtype": short}
