@@ -159,8 +159,9 @@ def accuracy(
 
 @app.command()
 def roofline(
-    sheet: Annotated[
-        Path | None, typer.Option(help="A sheet's or a benchmark run's JSON; all sheets if none.")
+    report: Annotated[
+        Path | None,
+        typer.Option(help="JSON of a GPU report or a benchmark run; all GPU reports by default."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The figure, PNG.")] = None,
 ) -> None:
@@ -168,7 +169,7 @@ def roofline(
     from bench.roofline import roofline as draw
 
     with usage_errors():
-        print(*draw(sheet, out), sep="\n")
+        print(*draw(report, out), sep="\n")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def read(path: Path) -> tuple[str, Json]:
             return "benchmarks", record
         rows = record.get("rows")
         if isinstance(rows, list) and rows and isinstance(rows[0], dict):
-            for column, kind in (("package", "peers"), ("precision", "a sheet")):
+            for column, kind in (("package", "peers"), ("precision", "a GPU report")):
                 if column in rows[0]:
                     return kind, record
     raise BadRecord(f"{path}: another kind of record; expected {KINDS}")
@@ -66,7 +66,7 @@ def times(kind: str, record: Json) -> pd.DataFrame:
 
     The ends are NaN of a single round.
     """
-    rows = {"benchmarks": _benchmarks, "peers": _peers, "a sheet": _sheet}[kind](record)
+    rows = {"benchmarks": _benchmarks, "peers": _peers, "a GPU report": _gpu_report}[kind](record)
     frame = pd.DataFrame(rows, columns=["what", "median", "low", "high"])
     if frame.what.duplicated().any():
         raise ValueError(f"two of {frame.what[frame.what.duplicated()].iloc[0]}")
@@ -93,7 +93,7 @@ def _peers(record: Json) -> Iterator[Row]:
             yield what, *ends(median, high - low, rounds.min(), rounds.max(), len(rounds))
 
 
-def _sheet(record: Json) -> Iterator[Row]:
+def _gpu_report(record: Json) -> Iterator[Row]:
     for row in record["rows"]:
         what = f"{row['name']} {row['shape']} {row['dtype']} {row['precision']}"
         for part in ("call", "kernel"):

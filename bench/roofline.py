@@ -88,17 +88,17 @@ def predictions() -> Chart:
 
 
 def chart(record: Any) -> Chart:
-    """What a sheet or a file of benchmarks has measured; RuntimeError if it is neither."""
+    """What a GPU report or a file of benchmarks has measured; RuntimeError if it is neither."""
     rows = record.get("rows", record.get("benchmarks")) if isinstance(record, dict) else None
     if not isinstance(rows, list) or not isinstance(record.get("environment"), dict):
-        raise RuntimeError("it is neither a sheet nor a file of benchmarks")
+        raise RuntimeError("it is neither a GPU report nor a file of benchmarks")
     rates = record.get("ceilings") or {}
     if "copy" not in rates:
         raise RuntimeError("it has no ceilings")
     timed = not record.get("interpreted")  # an interpreter's times say nothing
     roof = Roof(rates["copy"], {kind: rates[kind] for kind in _PRODUCTS if kind in rates})
     try:
-        made = [_of_sheet(r, timed) if "rows" in record else _of_benchmark(r) for r in rows]
+        made = [_of_report(r, timed) if "rows" in record else _of_benchmark(r) for r in rows]
         device = record["environment"]["device"]
     except (KeyError, TypeError, AttributeError) as error:
         raise RuntimeError(f"a row of it is not one of ours: {error!r}") from None
@@ -115,14 +115,14 @@ def read(path: Path) -> Chart:
         raise RuntimeError(f"{path}: {' '.join(str(error).split())}") from None
 
 
-def roofline(sheet: Path | None, out: Path | None) -> list[Path]:
-    """Draw a file, or all sheets among the results, or the predictions where there are none."""
-    files = [sheet] if sheet else sorted(RESULTS.glob("sheet-*.json"))
+def roofline(report: Path | None, out: Path | None) -> list[Path]:
+    """Draw a file, or all GPU reports among the results, or the predictions if there are none."""
+    files = [report] if report else sorted(RESULTS.glob("gpu_report-*.json"))
     charts = [read(path) for path in files]
-    if sheet is None:
+    if report is None:
         charts = [c for c in charts if not c.note] or [predictions()]
     if out is not None and len(charts) > 1:
-        raise RuntimeError(f"--out is for one of {len(charts)} sheets: name it by --sheet")
+        raise RuntimeError(f"--out is for one of {len(charts)} reports: name it by --report")
     written = []
     for each in charts:
         name = "h100-predicted" if each.note == PREDICTED else file_part(each.device)
@@ -136,7 +136,7 @@ def _counted(kind: str, operations: int) -> dict[str, int]:
     return {kind: operations} if operations else {}
 
 
-def _of_sheet(row: Json, timed: bool) -> Point:
+def _of_report(row: Json, timed: bool) -> Point:
     name = f"{row['shape']}, {row['dtype']}, {row['precision']}"
     timed = timed and row["status"] == "ok" and "ms" in row
     seconds = 1e-3 * row["ms"] if timed else None

@@ -26,7 +26,7 @@ def benchmark(name: str, median: float, iqr: float, rounds: int = 9) -> dict[str
     return {"group": "cka, n=50", "name": name, "median_s": median, **spread, "extra_info": {}}
 
 
-def sheet_row(ms: float, kernel: dict[str, Any] | None) -> dict[str, Any]:
+def report_row(ms: float, kernel: dict[str, Any] | None) -> dict[str, Any]:
     call = {"ms": ms, "min_ms": 0.9 * ms, "max_ms": 2 * ms, "iqr_ms": 0.2 * ms, "repeats": 20}
     named = {"name": "cell_grams", "shape": "n=50", "dtype": "float32", "precision": "tf32"}
     return named | {"call": call} | ({"kernel": kernel} if kernel else {})
@@ -98,10 +98,10 @@ def test_a_single_round_is_never_marked(tmp_path: Path) -> None:
     assert lines(compare(a, b), what) == [["10", "s", "90", "s", "9.00"]]
 
 
-def test_sheets(tmp_path: Path) -> None:
+def test_gpu_reports(tmp_path: Path) -> None:
     """The call has a spread, the profiler's sum of a kernel has none."""
-    a = saved(tmp_path / "a.json", {"rows": [sheet_row(1, {"ms": 0.5, "how": "profiler"})]})
-    b = saved(tmp_path / "b.json", {"rows": [sheet_row(3, {"ms": 0.25, "how": "profiler"})]})
+    a = saved(tmp_path / "a.json", {"rows": [report_row(1, {"ms": 0.5, "how": "profiler"})]})
+    b = saved(tmp_path / "b.json", {"rows": [report_row(3, {"ms": 0.25, "how": "profiler"})]})
     page = compare(a, b)
     what = "cell_grams n=50 float32 tf32, "
     assert lines(page, what + "call") == [
@@ -110,11 +110,11 @@ def test_sheets(tmp_path: Path) -> None:
     assert lines(page, what + "kernel") == [["500", "µs", "250", "µs", "0.50"]]
 
 
-def test_sheets_with_rows_that_were_not_measured(tmp_path: Path) -> None:
-    waiting = sheet_row(1, None)
+def test_gpu_reports_with_rows_that_were_not_measured(tmp_path: Path) -> None:
+    waiting = report_row(1, None)
     del waiting["call"]
     a = saved(tmp_path / "a.json", {"rows": [waiting]})
-    b = saved(tmp_path / "b.json", {"rows": [sheet_row(1, {"how": "events; no profiler"})]})
+    b = saved(tmp_path / "b.json", {"rows": [report_row(1, {"how": "events; no profiler"})]})
     assert compare(a, b) == f"\ntimed in {b} alone:\n  cell_grams n=50 float32 tf32, call"
 
 

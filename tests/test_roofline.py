@@ -18,7 +18,7 @@ RATES = {"copy": 3e12, "tf32": 4e14, "tf32x3": 1e14, "ieee": 6e13, "float64": 6e
 COUNTS = st.integers(1, 10**13)
 
 
-def sheet(*rows, **changes):
+def gpu_report(*rows, **changes):
     return {
         "environment": {"device": "Some GPU"},
         "ceilings": RATES,
@@ -104,8 +104,8 @@ def test_predictions_are_those_of_the_page():
     assert {str(i) for i, p in enumerate(chart.points, 1) if p.total} <= texts(figure)
 
 
-def test_rows_of_a_sheet_are_where_they_were_measured():
-    chart = roofline.chart(sheet(row(), row("riccati", ms=1.0, operations=10**9)))
+def test_rows_of_a_gpu_report_are_where_they_were_measured():
+    chart = roofline.chart(gpu_report(row(), row("riccati", ms=1.0, operations=10**9)))
     figure = roofline.draw(chart)
     assert chart.note == ""
     assert np.allclose(marks(figure), [(1000, 25), (10, 1)])
@@ -117,7 +117,7 @@ def test_rows_of_a_sheet_are_where_they_were_measured():
 def test_a_row_without_a_time_is_predicted():
     waiting = row(status="not run", why="there is no GPU")
     del waiting["ms"]
-    chart = roofline.chart(sheet(waiting, row(status="WRONG")))
+    chart = roofline.chart(gpu_report(waiting, row(status="WRONG")))
     assert [p.attained for p in chart.points] == [None]  # at one place, so one number
     figure = roofline.draw(chart)
     assert roofline.UNMEASURED in texts(figure)
@@ -125,11 +125,13 @@ def test_a_row_without_a_time_is_predicted():
 
 
 def test_times_of_the_interpreter_are_no_measurement():
-    assert roofline.chart(sheet(row(), interpreted=True)).note == roofline.UNMEASURED
+    assert roofline.chart(gpu_report(row(), interpreted=True)).note == roofline.UNMEASURED
 
 
 def test_a_row_that_moves_bytes_alone_is_listed():
-    figure = roofline.draw(roofline.chart(sheet(row(), row("ablate", operations=0, ms=1 / 15))))
+    figure = roofline.draw(
+        roofline.chart(gpu_report(row(), row("ablate", operations=0, ms=1 / 15)))
+    )
     assert len(marks(figure)) == 1
     assert {"-", "66.7 µs, 50%"} <= texts(figure)
 
@@ -148,17 +150,17 @@ BAD = {
     "not JSON": "{",
     "a list": "[]",
     "something else": '{"environment": {}}',
-    "no ceilings": json.dumps(sheet(row(), ceilings={"why": "RuntimeError: it\nfailed"})),
-    "a row of another kind": json.dumps(sheet({"name": "gram"})),
-    "a row that is none": json.dumps(sheet(3)),
+    "no ceilings": json.dumps(gpu_report(row(), ceilings={"why": "RuntimeError: it\nfailed"})),
+    "a row of another kind": json.dumps(gpu_report({"name": "gram"})),
+    "a row that is none": json.dumps(gpu_report(3)),
 }
 
 
 @pytest.mark.parametrize("text", BAD.values(), ids=BAD)
 def test_a_bad_file_is_said_in_a_line(tmp_path, text):
-    file = tmp_path / "sheet.json"
+    file = tmp_path / "report.json"
     file.write_text(text)
-    with pytest.raises(RuntimeError, match=r"sheet\.json: ") as caught:
+    with pytest.raises(RuntimeError, match=r"report\.json: ") as caught:
         roofline.roofline(file, tmp_path / "out.png")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out.png").exists()
@@ -172,13 +174,13 @@ def test_a_missing_file(tmp_path):
 def test_which_files_are_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(roofline, "RESULTS", tmp_path)
     assert roofline.roofline(None, None) == [tmp_path / "roofline-h100-predicted.png"]
-    rehearsal = sheet(row(status="not run"), environment={"device": "A CPU"})
-    (tmp_path / "sheet-a-cpu.json").write_text(json.dumps(rehearsal))
+    rehearsal = gpu_report(row(status="not run"), environment={"device": "A CPU"})
+    (tmp_path / "gpu_report-a-cpu.json").write_text(json.dumps(rehearsal))
     assert roofline.roofline(None, None) == [tmp_path / "roofline-h100-predicted.png"]
-    (tmp_path / "sheet-some-gpu.json").write_text(json.dumps(sheet(row())))
+    (tmp_path / "gpu_report-some-gpu.json").write_text(json.dumps(gpu_report(row())))
     assert roofline.roofline(None, None) == [tmp_path / "roofline-some-gpu.png"]
     assert (tmp_path / "roofline-some-gpu.png").read_bytes().startswith(b"\x89PNG")
-    other = sheet(row(), environment={"device": "Another"})
-    (tmp_path / "sheet-another.json").write_text(json.dumps(other))
-    with pytest.raises(RuntimeError, match="2 sheets"):
+    other = gpu_report(row(), environment={"device": "Another"})
+    (tmp_path / "gpu_report-another.json").write_text(json.dumps(other))
+    with pytest.raises(RuntimeError, match="2 reports"):
         roofline.roofline(None, tmp_path / "out.png")
