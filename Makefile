@@ -3,6 +3,8 @@ BIN := .venv/bin
 # A worker for each core, of one thread: threads that share a core wait for each other. One that
 # has nothing left to do takes from the others, since a few tests take as long as hundreds.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+# What `make test` leaves out, and the tests that draw their inputs, with more of them.
+DEEP := -m "slow or hypothesis" --hypothesis-profile deep
 # Tests of values, which `make slow` repeats with other code paths of both BLAS libraries, PyTorch's
 # MKL and the OpenBLAS of NumPy and SciPy: they round differently, as on another machine.
 VALUES := $(patsubst %,tests/test_%.py,values metrics cka rsa reference reference_properties ablation spectral probe)
@@ -25,10 +27,11 @@ lint: .venv/dev
 	$(BIN)/mypy
 
 slow: .venv/dev .venv/triton-3.6
-	$(PYTEST) -m slow
+	$(PYTEST) $(DEEP)
+	TRITON_INTERPRET=1 $(PYTEST) $(DEEP) tests/triton
 	$(BIN)/python -m bench peers --quick
 	$(BIN)/python -m bench gpu-report --device cpu --quick --out .venv/gpu_report.json
-	PYTHONPATH=.venv/triton-3.6 $(PYTEST) tests/compile
+	PYTHONPATH=.venv/triton-3.6 $(PYTEST) -m "" tests/compile
 	MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Prescott $(PYTEST) $(VALUES)
 	MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Sandybridge $(PYTEST) $(VALUES)
 	MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(VALUES)

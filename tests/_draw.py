@@ -10,12 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from hypothesis import settings
 from hypothesis import strategies as st
-
-# No deadline: tests share two cores. Derandomized: a run that is green stays green.
-settings.register_profile("repsim", deadline=None, max_examples=60, derandomize=True)
-settings.load_profile("repsim")
 
 KINDS = ("gaussian", "relu", "low rank", "large mean", "constant columns", "duplicate rows")
 NUMPY_DTYPES = ("float64", "float32", "float16")

@@ -10,8 +10,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from repsim_kernels import _options
+
+# No deadline: tests share two cores. Derandomized: a run that is green stays green.
+settings.register_profile("repsim", deadline=None, max_examples=25, derandomize=True)
+settings.register_profile("deep", settings.get_profile("repsim"), max_examples=100)  # `make slow`
+settings.load_profile("repsim")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from _draw import SEEDS, TORCH_LAYOUTS
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
@@ -83,7 +83,6 @@ def same(got, i: tuple[int, ...], x: np.ndarray, w: np.ndarray, c: float, tolera
 
 
 @given(problems, st.sampled_from([0.1, 1.0, 100.0]), st.sampled_from(["torch", "reference"]))
-@settings(max_examples=120)
 def test_against_scikit_learn(problem, C, backend):
     x, y, columns = problem.make()
     got = rk.logistic_fits(x, y, columns, C=C, backend=backend)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from _draw import SEEDS
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
@@ -84,7 +84,6 @@ def off(got: dict, x: np.ndarray, y: np.ndarray, C: float = 1.0) -> tuple[float,
 @example(Outliers("first stimulus", 1e7), 1.0, "float32")
 @example(Outliers("one stimulus", 1e7), 1.0, "float32")
 @example(Outliers("one number", 1e6), 1.0, "bfloat16")
-@settings(max_examples=150)
 def test_outliers_against_scikit_learn(problem, C, dtype):
     x, y = problem.make()
     if dtype == "float16":

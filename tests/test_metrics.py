@@ -347,7 +347,6 @@ def test_no_similarity_is_above_1_and_none_with_itself_below(backend, metric, n,
         scipy.spatial.distance.squareform(distances, checks=True)
 
 
-@settings(max_examples=30)
 @given(st.integers(4, 12), st.integers(2, 30), st.sampled_from([0.0, 0.1]), st.integers(0, 2**16))
 def test_no_distance_of_an_ablation_is_negative(n, p, ridge, seed):
     rng = np.random.default_rng(seed)
