@@ -33,9 +33,9 @@ def with_chance(x, y, backend, **options):
 @pytest.mark.parametrize(("p", "q"), [(2, 2), (3, 40), (40, 60)])
 def test_chance_is_the_mean_over_all_permutations(p, q, options, backend):
     rng = np.random.default_rng(p)
-    x, y = rng.standard_normal((6, p)), rng.standard_normal((6, q)) ** 2
+    x, y = rng.standard_normal((5, p)), rng.standard_normal((5, q)) ** 2
     want = np.mean(
-        [rk.cka(x, y[list(order)], **options) for order in itertools.permutations(range(6))]
+        [rk.cka(x, y[list(order)], **options) for order in itertools.permutations(range(5))]
     )
     similarity, chance = with_chance(x, y, backend, **options)
     assert similarity == pytest.approx(float(rk.cka(x, y, **options)), rel=1e-12)

@@ -47,10 +47,10 @@ def check_cuts(name, layers, memory_format=torch.contiguous_format):
     ("name", "count", "memory_format"),
     [
         ("alexnet", 2, torch.contiguous_format),
-        ("mobilenet_v2", 12, torch.contiguous_format),
-        ("resnet50", 10, torch.contiguous_format),
-        ("alexnet", 2, torch.channels_last),
-        ("mobilenet_v2", 3, torch.channels_last),
+        ("mobilenet_v2", 4, torch.contiguous_format),
+        ("resnet50", 4, torch.contiguous_format),
+        pytest.param("alexnet", 2, torch.channels_last, marks=pytest.mark.slow),
+        ("mobilenet_v2", 2, torch.channels_last),
     ],
 )
 def test_a_sample_of_cuts_is_bit_equal_to_a_hook(name, count, memory_format):

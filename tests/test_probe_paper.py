@@ -100,6 +100,7 @@ def test_float32_with_outliers(paired):
         np.testing.assert_allclose(got[name], exact[name], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_pairing_takes_noise_and_no_more():
     """Over seeds: the mean change is the same with less spread, and both know their spread."""
     found = {}

@@ -170,7 +170,6 @@ def test_order_of_stimuli_and_neurons_is_nothing(distance, compare, n, p, dtype,
 
 @EACH_BACKEND
 @pytest.mark.parametrize("distance", DISTANCES)
-@settings(max_examples=30)
 @given(
     st.integers(4, 40), st.integers(2, 6), st.sampled_from(["float16", "float32", "float64"]),
     st.sampled_from([1, 3, 10]), st.sampled_from([0, 2]), seeds,
@@ -200,9 +199,23 @@ def test_ties_do_not_depend_on_the_scale(scale):
     np.testing.assert_allclose(rk.rsa((x * scale).astype(np.float32), y), want, atol=1e-9)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
-@pytest.mark.parametrize("kind", ["gaussian", "log-normal", "mean of 10"])
+@pytest.mark.parametrize(
+    ("kind", "distance", "dtype"),
+    [
+        ("gaussian", "euclidean", "float32"),
+        ("log-normal", "cosine", "float32"),
+        ("mean of 10", "euclidean", "float64"),
+        ("mean of 10", "cosine", "float32"),
+        pytest.param("gaussian", "euclidean", "float64", marks=pytest.mark.slow),
+        pytest.param("gaussian", "cosine", "float32", marks=pytest.mark.slow),
+        pytest.param("gaussian", "cosine", "float64", marks=pytest.mark.slow),
+        pytest.param("log-normal", "euclidean", "float32", marks=pytest.mark.slow),
+        pytest.param("log-normal", "euclidean", "float64", marks=pytest.mark.slow),
+        pytest.param("log-normal", "cosine", "float64", marks=pytest.mark.slow),
+        pytest.param("mean of 10", "euclidean", "float32", marks=pytest.mark.slow),
+        pytest.param("mean of 10", "cosine", "float64", marks=pytest.mark.slow),
+    ],
+)
 def test_generic_distances_do_not_tie(kind, distance, dtype):
     """2,000 stimuli, whose distances are as close as float32's rounding."""
     rng = np.random.default_rng(2)
@@ -262,7 +275,6 @@ def test_one_far_stimulus_does_not_blur_the_others(which, dtype, far):
         np.testing.assert_allclose(rk.rsa(x, y, distance=distance), want, rtol=0, atol=1e-12)
 
 
-@settings(max_examples=50)
 @given(
     st.integers(2, 40), st.integers(1, 40), seeds,
     st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
