@@ -19,7 +19,10 @@ from repsim_kernels.experiments.report.page import write_report
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium to open a page in")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None, reason="no Chromium to open a page in"),
+]
 
 # Runs after the page's own script, in a frame that is 400 pixels wide.
 PROBE = """<script>

@@ -14,7 +14,7 @@ import pytest
 import torch
 from _page import CHANGES, FIVE, drawn, page_of
 from _toy import CLASSES, Toy, image_folder, toy_images, toy_study
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from typer.testing import CliRunner
 
 from repsim_kernels.experiments import __main__ as cli
 from repsim_kernels.experiments.cli.tables import finish, warn_of_chance
-from repsim_kernels.experiments.report import page as report
 from repsim_kernels.experiments.report.findings import near_chance
 from repsim_kernels.experiments.runs.driver import run
 from repsim_kernels.experiments.runs.membership import open_run
@@ -34,7 +33,6 @@ def about(right: int, images: int, classes: int, **more: Any) -> dict[str, Any]:
     return {"accuracy": right / images, "images": images, "image_classes": classes, **more}
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(2, 30), min_size=2, max_size=12), st.data())
 def test_chance_is_told_by_the_exact_test_and_the_margin(
     counts: list[int], data: st.DataObject
@@ -141,11 +139,8 @@ def stored(folder: Path, right: int) -> Path:
     return folder
 
 
-def test_a_report_says_so_first_and_judges_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    none: dict[str, list[report.Plate]] = {"classes": [], "layers": [], "grid": [], "cells": []}
-    monkeypatch.setattr(report, "_plates", lambda _models: none)
+@pytest.mark.usefixtures("undrawn")
+def test_a_report_says_so_first_and_judges_nothing(tmp_path: Path) -> None:
     guessing = page_of(stored(tmp_path / "guessing", 109), tmp_path)
     text = guessing.said()
     first = "net is near chance: 10.9 % of its answers to 1000 images are right"
@@ -164,6 +159,7 @@ def test_a_report_says_so_first_and_judges_nothing(
     assert guessing.tables[correlations] == able.tables[correlations]
 
 
+@pytest.mark.usefixtures("blank_reports")
 def test_the_terminal_says_so_before_the_first_unit_and_before_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +197,7 @@ def test_an_able_network_is_not_called_one_that_guesses(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_nan_images_are_told_in_the_report_and_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

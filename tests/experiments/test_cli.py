@@ -80,6 +80,7 @@ def fails_at(count: int, error: BaseException) -> Callable[..., pd.DataFrame]:
     return failing
 
 
+@pytest.mark.usefixtures("blank_reports")
 def test_ctrl_c_keeps_what_is_finished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (*TOY, "--images", folder, "--metrics", "cka", "--block", "1", "--out", "whole")
     assert sweep(*arguments)[0] == 0
@@ -100,6 +101,7 @@ def test_ctrl_c_keeps_what_is_finished(folder: Path, monkeypatch: pytest.MonkeyP
     pd.testing.assert_frame_equal(*tables, check_exact=True)
 
 
+@pytest.mark.usefixtures("blank_reports")
 def test_a_unit_that_fails_is_left_out_and_tried_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,6 +138,7 @@ def test_a_unit_that_fails_is_left_out_and_tried_again(
     assert not list(Path("run/failed").iterdir())
 
 
+@pytest.mark.usefixtures("blank_reports")
 def test_json_alone_is_logged(folder: Path) -> None:
     code, out, err = sweep(*TOY, "--images", folder, "--metrics", "cka", "--log-json")
     assert (code, err) == (0, "")
@@ -210,6 +213,7 @@ def test_a_checkpoint_of_another_architecture(folder: Path) -> None:
     assert_refused(code, err, "conv2")
 
 
+@pytest.mark.usefixtures("blank_reports")
 def test_a_checkpoint_is_used(folder: Path) -> None:
     model = Toy()
     with torch.no_grad():
@@ -224,6 +228,7 @@ def test_a_checkpoint_is_used(folder: Path) -> None:
     assert not tables[0]["log_probability"].equals(tables[1]["log_probability"])
 
 
+@pytest.mark.usefixtures("blank_reports")
 def test_what_the_network_is_shown_is_printed_before_the_first_unit(folder: Path) -> None:
     torch.manual_seed(0)
     model = Toy()
@@ -312,6 +317,7 @@ def test_a_class_of_one_image(folder: Path) -> None:
     assert_refused(code, err, "'bee'")
 
 
+@pytest.mark.usefixtures("blank_reports")
 def test_a_bad_image_is_named_and_left_out_only_when_asked(folder: Path) -> None:
     (folder / "bee" / "2.png").write_bytes(b"no image")
     code, _, err = sweep(*TOY, "--images", folder)

@@ -25,7 +25,7 @@ TABLE = Path("run", "results.parquet")
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blank_reports: None) -> None:
     monkeypatch.chdir(tmp_path)
     image_folder(tmp_path / "images")
 

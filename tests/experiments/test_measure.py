@@ -285,7 +285,6 @@ def test_what_is_held_by_hand() -> None:
     assert held(some)["act2"] == 6 * ACTIVATION + 4 * SKIP + 6 * ACTIVATION + SORTING
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.integers(1, 1000), min_size=1, max_size=12),
     st.floats(1.0, 4.0),

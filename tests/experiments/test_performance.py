@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from _toy import Toy, toy_images, toy_study
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -68,7 +68,6 @@ def change(before: dict[str, float], after: dict[str, float], name: str) -> floa
     return 0.0 if before[name] == after[name] else before[name] - after[name]
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.data(), st.integers(2, 7), st.integers(1, 4))
 def test_any_logits_give_the_limits_of_finite_ones(data: st.DataObject, k: int, n: int) -> None:
     logits = st.lists(st.lists(ANY, min_size=k, max_size=k), min_size=n, max_size=n)

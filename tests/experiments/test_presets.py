@@ -26,7 +26,13 @@ NETWORKS = {network.name: network for p in PRESETS.values() for network in p.net
 MOBILENET, NARROW = NETWORKS["mobilenet_v2"], NETWORKS["mobilenet_v2_035"]
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+# Seconds each, but for the narrow one.
+EACH = [
+    pytest.param(name, marks=() if name == NARROW.name else pytest.mark.slow) for name in NETWORKS
+]
+
+
+@pytest.fixture(scope="module", params=EACH)
 def network(request: pytest.FixtureRequest) -> tuple[Network, Loaded]:
     """Each network, with random weights."""
     return NETWORKS[request.param], load_network(NETWORKS[request.param], "random")

@@ -197,23 +197,36 @@ def test_what_is_no_probe(changes: dict[str, Any], message: str) -> None:
         toy_study(**changes)
 
 
-def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tables have the probes that were asked for, in 80 characters."""
+@pytest.fixture
+def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A sweep of the toy in an empty folder, but for its probes."""
     monkeypatch.chdir(tmp_path)
     images = image_folder(tmp_path / "images")
-    options = ["--model", "_toy:Toy", "--layers", "act1", "--size", "8", "--images", str(images)]
-    result = CliRunner().invoke(cli.app, ["sweep", *options, "--probes", "paper"])
+    study = ["--model", "_toy:Toy", "--layers", "act1", "--size", "8", "--images", str(images)]
+    return ["sweep", *study, "--out", "run", "--probes"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_is_written_has_the_probes_that_were_asked_for(options: list[str]) -> None:
+    result = CliRunner().invoke(cli.app, [*options, "paper"])
     assert result.exit_code == 0, result.stderr
     assert "paper" in result.stdout
     assert "refit" not in result.stdout
-    report = Path("runs/_toy.Toy/report.html").read_text()
+    report = Path("run/report.html").read_text()
     assert "logistic regressions on neurons drawn at random" in report
     assert "refitted" not in report
-    result = CliRunner().invoke(
-        cli.app, ["sweep", *options, "--out", "b", "--probes", "ridge,paper"]
-    )
+
+
+@pytest.mark.usefixtures("blank_reports")
+def test_both_probes_fit_a_line(options: list[str]) -> None:
+    result = CliRunner().invoke(cli.app, [*options, "ridge,paper"])
+    assert result.exit_code == 0, result.stderr
     assert "…" not in result.stdout
-    result = CliRunner().invoke(cli.app, ["sweep", *options, "--out", "r", "--probes", "ridge"])
+
+
+@pytest.mark.usefixtures("blank_reports")
+def test_a_probe_takes_80_characters(options: list[str]) -> None:
+    result = CliRunner().invoke(cli.app, [*options, "ridge"])
     lines = result.stdout.splitlines()
     (head,) = (line for line in lines if line.split()[:2] == ["metric", "deficit"])
     assert head.split()[-4:] == ["refit", "frozen", "refit", "frozen"]

@@ -32,17 +32,9 @@ from repsim_kernels.experiments.columns import (
 )
 from repsim_kernels.experiments.errors import ReportError, StoreError
 from repsim_kernels.experiments.report import findings
-from repsim_kernels.experiments.report import page as report
-from repsim_kernels.experiments.report.page import Plate, write_report
+from repsim_kernels.experiments.report.page import write_report
 from repsim_kernels.experiments.runs.driver import run
 from repsim_kernels.experiments.runs.membership import open_run
-
-
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No figures, which take most of a report's time, where a test is of numbers."""
-    none: dict[str, list[Plate]] = {"classes": [], "layers": [], "grid": [], "cells": []}
-    monkeypatch.setattr(report, "_plates", lambda _models: none)
 
 
 def test_the_report_is_self_contained_and_holds_the_table(tmp_path: Path) -> None:
@@ -273,6 +265,7 @@ def test_the_quality_of_the_data_is_counted(tmp_path: Path) -> None:
     assert "energy removed is constant" not in page.said()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_model_without_any_correlation(tmp_path: Path) -> None:
     table = pd.concat([drawn(), drawn(model="still").assign(**dict.fromkeys(CHANGES, 0.0))])
     page = page_of(table, tmp_path)
@@ -328,6 +321,7 @@ def test_claims_are_told_as_they_came_out(
     assert f"Not decided C. C: unknown Decodability here: {CHANGE_NAMES[second]}." in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_claims_are_those_of_the_statistics(tmp_path: Path) -> None:
     table = drawn(classes=8, seed=3)
     table["decodability_refit"] += 3 * table["cka"] + 3 * table["procrustes"]
@@ -387,6 +381,7 @@ def test_published_numbers_stand_beside_their_network_only(tmp_path: Path) -> No
     assert "for orientation" not in page.said()
 
 
+@pytest.mark.slow
 def test_three_networks_one_of_104_layers_stay_light(tmp_path: Path) -> None:
     table = pd.concat(
         [

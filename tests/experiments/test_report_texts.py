@@ -23,6 +23,7 @@ def followed(table: pd.DataFrame, folder: Path) -> str:
     return str(*found) if found else ""
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_metrics_that_follow_most_and_least_are_those_of_the_statistics(tmp_path: Path) -> None:
     table = drawn(seed=4)
     rho = summary(correlations(table, FIVE, ["rank_deficit"])).set_index("distance")["spearman"]
@@ -50,6 +51,7 @@ def lossless(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(rank_deficit=0.0)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("change", "pattern"),
     [
@@ -66,6 +68,7 @@ def test_no_metric_follows_most_where_none_is_behind(
     assert re.fullmatch(pattern, said), said
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_metrics_that_tie_at_an_end_are_all_named(tmp_path: Path) -> None:
     table = alike(drawn(distances=(*TWO, "pwcca"), seed=2))
     table["pwcca"] = -table["cka"]
@@ -108,6 +111,7 @@ def test_where_nothing_costs_anything_nothing_is_said_to(tmp_path: Path) -> None
         assert claim not in page.said()
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("metrics", "said"),
     [(TWO, "neither better nor worse by any metric (i"), (("cka",), "neither better nor worse by")],
