@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from _draw import SEEDS, tables
 from _guard import guarded
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.common.tolerances import OUTPUT, Tol, as_numpy, assert_close
@@ -64,7 +64,6 @@ def strides_of(t):
     return [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]
 
 
-@settings(max_examples=40)
 @given(st.data())
 def test_copies_have_the_very_bits_and_the_order_in_memory(device, data):
     x = data.draw(activations()).to(device)
@@ -84,7 +83,6 @@ def test_copies_have_the_very_bits_and_the_order_in_memory(device, data):
         assert got.stride() == want.stride()  # the next layer chooses its algorithm by them
 
 
-@settings(max_examples=30)
 @given(st.data(), st.sampled_from(["relu", "relu6"]))
 def test_relu_is_exact_and_takes_nan_as_torch_does(device, data, activate):
     x = data.draw(activations()).to(device)
@@ -108,7 +106,6 @@ def assert_same(got, want):
     np.testing.assert_array_equal(as_numpy(got), as_numpy(want))
 
 
-@settings(max_examples=30)
 @given(st.data(), st.sampled_from(["none", "relu", "relu6"]))
 def test_batch_norm(device, data, activate):
     x = data.draw(activations(special=False).filter(lambda t: t.ndim > 1)).to(device)

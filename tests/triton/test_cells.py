@@ -57,7 +57,6 @@ def parts(values: np.ndarray, neurons: np.ndarray, count: int) -> list[np.ndarra
     return [order[part == k] for k in range(count)]
 
 
-@settings(max_examples=25)
 @given(data=st.data())
 def test_class_means(data, device):
     x = data.draw(drawn())
@@ -70,7 +69,6 @@ def test_class_means(data, device):
     assert_close(got, [x.values()[labels == c].mean(0) for c in range(k)], SAME)
 
 
-@settings(max_examples=25)
 @given(data=st.data())
 def test_sums_are_exact_where_float64_can_hold_them(data, device):
     x = data.draw(drawn(kinds=("low rank", "duplicate rows")))
@@ -84,7 +82,6 @@ def test_sums_are_exact_where_float64_can_hold_them(data, device):
     np.testing.assert_array_equal(got.cpu().numpy(), want)
 
 
-@settings(max_examples=30)
 @given(data=st.data())
 def test_selectivity_grid(data, device):
     x = data.draw(drawn())
@@ -99,7 +96,6 @@ def test_selectivity_grid(data, device):
     np.testing.assert_array_equal(got.cpu().numpy(), want)
 
 
-@settings(max_examples=40)
 @given(data=st.data())
 def test_inclusive_edges(data, device):
     """Of whole numbers under a ReLU, whose sums are exact: many neurons are dead, or tie."""

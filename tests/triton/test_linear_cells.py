@@ -7,7 +7,7 @@ import pytest
 import torch
 from _draw import SEEDS, Representation, labels, representations
 from _guard import guarded
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.common.tolerances import GRAM, OUTPUT, Tol, as_numpy, assert_close
@@ -74,7 +74,6 @@ def layers(draw):
     )
 
 
-@settings(max_examples=40)
 @given(layers(), st.sampled_from(["none", "relu", "relu6"]), st.sampled_from(LAUNCHES))
 def test_layers(device, layer, activate, launch):
     tensors, bias, scale, cells, ids = layer

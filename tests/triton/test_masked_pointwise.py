@@ -7,7 +7,7 @@ import pytest
 import torch
 from _draw import SEEDS, tables
 from _guard import guarded
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.common.tolerances import GRAM, OUTPUT, Tol, as_numpy, assert_close
@@ -90,7 +90,6 @@ def on(device, *tensors):
     return [None if t is None else guarded(t.to(device)) for t in tensors]
 
 
-@settings(max_examples=60)
 @given(st.data(), st.sampled_from(["none", "relu", "relu6"]), st.sampled_from(LAUNCHES))
 def test_layers_of_any_layout(device, data, activate, launch):
     x, weight, bias, scale = on(device, *data.draw(layers()))
