@@ -48,7 +48,6 @@ def check_cuts(name, layers, memory_format=torch.contiguous_format):
     [
         ("alexnet", 2, torch.contiguous_format),
         ("mobilenet_v2", 4, torch.contiguous_format),
-        ("resnet50", 4, torch.contiguous_format),
         pytest.param("alexnet", 2, torch.channels_last, marks=pytest.mark.slow),
         ("mobilenet_v2", 2, torch.channels_last),
     ],
@@ -66,4 +65,6 @@ def test_a_sample_of_cuts_is_bit_equal_to_a_hook(name, count, memory_format):
     [(name, start) for name, count in CUTS.items() for start in range(0, count, 31)],
 )
 def test_every_cut_is_bit_equal_to_a_hook(name, start):
-    check_cuts(name, sites(name)[start : start + 31])
+    every = sites(name)
+    assert len(every) == CUTS[name]
+    check_cuts(name, every[start : start + 31])

@@ -37,6 +37,7 @@ from repsim_kernels.experiments.report.page import write_report
 from repsim_kernels.experiments.runs.driver import run
 from repsim_kernels.experiments.study import measure
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 NAME = "mobilenet_v2_035"
 LATE = ("features.17.conv.3", "features.18.1")
 CUT = ["--classes", "junco,n01944390,859", "--layers", ",".join(LATE), "--metrics", "cka,cca"]
@@ -243,6 +244,7 @@ def test_random_images_beside_real_weights_are_noted(here: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_published_study_has_its_papers_choices() -> None:
     classes = list(FIFTY[:12])
     job = of_preset("hayne2024", some(layers=None, classes=classes))

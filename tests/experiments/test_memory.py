@@ -43,14 +43,15 @@ print(len(rows), len(groups(real, real.layers)), real.memory, resident("VmHWM") 
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CLEAR.exists(), reason="the kernel keeps no count of the memory in use")
 @pytest.mark.parametrize(
     ("memory", "layout", "passes"),
     [
         ("230MiB", "contiguous_format", 3),
-        pytest.param("230MiB", "channels_last", 3, marks=pytest.mark.slow),
-        pytest.param("430MiB", "contiguous_format", 2, marks=pytest.mark.slow),
-        pytest.param("2GiB", "contiguous_format", 1, marks=pytest.mark.slow),
+        ("230MiB", "channels_last", 3),
+        ("430MiB", "contiguous_format", 2),
+        ("2GiB", "contiguous_format", 1),
     ],
 )
 def test_a_study_keeps_to_its_memory(memory: str, layout: str, passes: int) -> None:
