@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from repsim_kernels.experiments.cli import tables as terminal
 from repsim_kernels.experiments.report import page as report
 
 
@@ -34,5 +33,4 @@ def blank_reports(monkeypatch: pytest.MonkeyPatch) -> None:
         path.write_text("", encoding="utf-8")
         return path
 
-    for module in (report, terminal):
-        monkeypatch.setattr(module, "write_report", write)
+    monkeypatch.setattr(report, "write_report", write)
