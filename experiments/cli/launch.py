@@ -68,7 +68,7 @@ def launch(recipe: Recipe, folder: Path, how: How, dry: bool) -> None:
     )
     from repsim_kernels.experiments.errors import ExecutorError, StoreError
     from repsim_kernels.experiments.runs.driver import drive
-    from repsim_kernels.experiments.runs.executors.worker import Serial
+    from repsim_kernels.experiments.runs.executors.serial import Serial
     from repsim_kernels.experiments.runs.membership import open_run
     from repsim_kernels.experiments.runs.store import CONFIGURATION
     from repsim_kernels.experiments.study.estimate import plan
@@ -185,14 +185,14 @@ def _of_each(job: Job, units: Sequence[Unit]) -> Iterator[tuple[Study, list[Unit
 def _executor(recipe: Recipe, job: Job, store: Store, how: How) -> Executor:
     from repsim_kernels.experiments.runs.executors import Task
     from repsim_kernels.experiments.runs.executors.pool import Pool
-    from repsim_kernels.experiments.runs.executors.worker import Serial
+    from repsim_kernels.experiments.runs.executors.serial import Serial
 
     task = Task(recipe, str(store.folder.resolve()), how.threads)
     device = recipe.asked.study["device"]
     if how.executor is Kind.ray:
-        from repsim_kernels.experiments.runs.executors.on_ray import RayActors
+        from repsim_kernels.experiments.runs.executors.cluster import RayExecutor
 
-        return RayActors(task, device, how.address, how.workers)
+        return RayExecutor(task, device, how.address, how.workers)
     if how.workers == 1 or how.workers is None:
         return Serial(job.studies, store)
     gpus = device.startswith("cuda")

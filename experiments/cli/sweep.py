@@ -140,7 +140,7 @@ def sweep(
         ),
     ] = None,
     executor: Annotated[
-        Kind, typer.Option(help="pool: processes of this machine; ray: actors of a cluster.")
+        Kind, typer.Option(help="pool: processes of this machine; ray: tasks of a cluster.")
     ] = Kind.pool,
     address: Annotated[
         str | None,

@@ -14,7 +14,7 @@ import pandas as pd  # type: ignore[import-untyped]
 from repsim_kernels.experiments.columns import KEYS
 from repsim_kernels.experiments.errors import ExecutorError
 from repsim_kernels.experiments.runs.executors import Event, Executor
-from repsim_kernels.experiments.runs.executors.worker import Serial
+from repsim_kernels.experiments.runs.executors.serial import Serial
 from repsim_kernels.experiments.runs.lock import driving
 from repsim_kernels.experiments.runs.membership import check_names, open_run
 from repsim_kernels.experiments.runs.shard import Shard

@@ -17,7 +17,7 @@ from repsim_kernels.experiments.errors import ExecutorError, RunError
 from repsim_kernels.experiments.runs.driver import TRIES, Step, drive, run
 from repsim_kernels.experiments.runs.executors import Event, Task
 from repsim_kernels.experiments.runs.executors.pool import Pool, _cores
-from repsim_kernels.experiments.runs.executors.worker import Serial
+from repsim_kernels.experiments.runs.executors.serial import Serial
 from repsim_kernels.experiments.runs.membership import join, open_run
 from repsim_kernels.experiments.runs.shard import Shard
 from repsim_kernels.experiments.runs.store import Store

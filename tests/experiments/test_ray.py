@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +16,8 @@ from _sweep import SMALL, TOY, Sweep, alive, command, descendants, parts, table,
 from _toy import image_folder
 
 from repsim_kernels.experiments.errors import ExecutorError
-from repsim_kernels.experiments.runs.executors import Task, on_ray
-from repsim_kernels.experiments.runs.executors.on_ray import RayActors
+from repsim_kernels.experiments.runs.executors import Task
+from repsim_kernels.experiments.runs.executors.cluster import RayExecutor
 
 RAY = ("--executor", "ray", "--workers", "2")
 
@@ -32,8 +32,9 @@ def place(tmp_path: Path) -> Iterator[dict[str, str]]:
     shutil.rmtree(short)
 
 
-def actors(sweep: Sweep, doing: str) -> list[int]:
-    return [pid for pid in descendants(sweep.process.pid) if f"_Actor.{doing}" in command(pid)]
+def workers(sweep: Sweep) -> list[int]:
+    """Processes that run a task; Ray names them after its function."""
+    return [pid for pid in descendants(sweep.process.pid) if "ray::_work" in command(pid)]
 
 
 def assert_nothing_is_left(pids: list[int], place: dict[str, str]) -> None:
@@ -45,13 +46,13 @@ def assert_nothing_is_left(pids: list[int], place: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
-def test_an_actor_that_is_killed_in_mid_unit(tmp_path: Path, place: dict[str, str]) -> None:
+def test_a_worker_that_is_killed_in_mid_unit(tmp_path: Path, place: dict[str, str]) -> None:
     one = Sweep(tmp_path, *SMALL, *RAY, "--out", "ray", **place)
     until(lambda: len(parts(tmp_path / "ray")) >= 3)
-    until(lambda: actors(one, "measure"))
+    until(lambda: workers(one))
     everything = descendants(one.process.pid)
     assert any("raylet" in command(pid) for pid in everything)
-    os.kill(actors(one, "measure")[0], signal.SIGKILL)
+    os.kill(workers(one)[0], signal.SIGKILL)
     code, out, err = one.end()
     assert (code, err) == (0, "")
     assert "again: alexnet_small " in out
@@ -92,7 +93,7 @@ def test_what_the_cluster_can_not_do_is_said_in_a_line(
 
     one = Sweep(tmp_path, *TOY, *RAY, "--out", "run", **place)
     until(lambda: any("raylet" in command(pid) for pid in descendants(one.process.pid)))
-    (tmp_path / "images" / "bee" / "2.png").unlink()  # the actors' studies are not made yet
+    (tmp_path / "images" / "bee" / "2.png").unlink()  # the workers' studies are not made yet
     everything = descendants(one.process.pid)
     code, _, err = one.end()
     assert (code, err.count("\n")) == (2, 1)
@@ -104,12 +105,10 @@ def test_what_the_cluster_can_not_do_is_said_in_a_line(
 def test_an_address_where_nobody_listens_is_said_at_once(address: str) -> None:
     pytest.importorskip("ray")
     with pytest.raises(ExecutorError, match=r"^address: nothing answers at .*; expected a Ray cl"):
-        RayActors(Task(lambda _device: [], "nowhere"), address=address)
+        RayExecutor(Task(lambda _device: [], "nowhere"), address=address)
 
 
 def test_without_ray_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_ray, "find_spec", lambda _name: None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ExecutorError, match=r"^executor: ray is not installed; expected `pip"):
-        RayActors(Task(lambda _device: [], "nowhere"))
-    monkeypatch.undo()
-    assert on_ray.find_spec is importlib.util.find_spec
+        RayExecutor(Task(lambda _device: [], "nowhere"))

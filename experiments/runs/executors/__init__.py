@@ -7,19 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
-from repsim_kernels.experiments.errors import ExecutorError, StoreError, one_line
 from repsim_kernels.experiments.study.units import Unit
 
 if TYPE_CHECKING:
     from repsim_kernels.experiments.study.study import Study
-
-
-def told(error: Exception) -> StoreError | ExecutorError:
-    """An error that ends a run, as one line and as what any process can unpickle."""
-    plain = isinstance(error, (ValueError, OSError))
-    text = one_line(error) if plain else f"{type(error).__name__}: {one_line(error)}"
-    kind = StoreError if isinstance(error, StoreError) else ExecutorError
-    return kind(text)
 
 
 class Event(NamedTuple):
@@ -29,7 +20,7 @@ class Event(NamedTuple):
     unit: Unit
     worker: str
     seconds: float = 0.0  # from its start to its being stored
-    memory: int = 0  # bytes at most of the device, or of the process on a CPU
+    memory: int = 0  # peak bytes of the device, or of the process on a CPU
     error: str = ""  # one line
     details: str = ""  # its traceback
     again: bool = True  # whether another try may help
@@ -38,13 +29,16 @@ class Event(NamedTuple):
 class Executor(Protocol):
     """Measures units and stores each as it is finished."""
 
-    workers: int
+    @property
+    def workers(self) -> int:
+        """How many units it measures at a time."""
+        ...
 
     def run(self, units: deque[Unit]) -> Iterator[Event]:
-        """Take units off the left, until none is there and none is in hand.
+        """Take units off the left until none is left or being measured.
 
-        Units may be put back, or added, while the events are read. Each unit that is taken starts,
-        and then it is done, and stored, or has failed. Closing the iterator stops all work.
+        Units may be put back or added while the events are read. Each unit that is taken starts,
+        and then either is done and stored, or has failed. Closing the iterator stops all work.
 
         Raises
         ------
@@ -56,23 +50,23 @@ class Executor(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of what it holds, if anything: a cluster. The end of `run` does so, too."""
+        """Stop all work and release what it holds, such as a cluster; the end of `run` does too."""
         ...
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a process needs to know to measure units of a run.
+    """What a worker process needs to know to measure units of a run.
 
     Attributes
     ----------
     studies : callable
-        The run's studies on a device that is named, made anew; picklable, such as a
+        Makes the run's studies on a device, given by name; picklable, such as a
         `functools.partial` of a function that can be imported.
     folder : str
-        The run's, an absolute path.
+        Absolute path of the run's folder.
     threads : int
-        Of the CPU, for each worker.
+        CPU threads of each worker.
     """
 
     studies: Callable[[str], Sequence[Study]]

@@ -1,7 +1,8 @@
-"""Measuring in this process: the serial executor, and what every other one's processes do."""
+"""Measuring in this process: the serial executor, and what every worker process runs."""
 
 from __future__ import annotations
 
+import gc
 import platform
 import resource
 import socket
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from repsim_kernels import RepsimError
-from repsim_kernels.experiments.errors import StudyError, one_line
-from repsim_kernels.experiments.runs.executors import Event
+from repsim_kernels.experiments.errors import ExecutorError, StoreError, StudyError, one_line
+from repsim_kernels.experiments.runs.executors import Event, Task
+from repsim_kernels.experiments.runs.membership import join
 from repsim_kernels.experiments.runs.store import Store
 from repsim_kernels.experiments.study import measure
 from repsim_kernels.experiments.study.configuration import version_of
@@ -36,17 +38,15 @@ class Serial:
     studies : sequence of Study
     store : Store
         Of their run.
-    name : str
-        What events call this worker.
     """
 
     workers = 1
 
-    def __init__(self, studies: Sequence[Study], store: Store, name: str = "this process") -> None:
-        self.studies, self.store, self.name = studies, store, name
+    def __init__(self, studies: Sequence[Study], store: Store) -> None:
+        self.studies, self.store = studies, store
 
     def close(self) -> None:
-        """It holds nothing."""
+        """Do nothing: it holds nothing."""
 
     def run(self, units: deque[Unit]) -> Iterator[Event]:
         """See `Executor.run`. One pass of the images serves as many layers as memory holds."""
@@ -62,34 +62,68 @@ class Serial:
         while mine:
             unit = mine.pop(0)
             units.remove(unit)
-            yield Event("started", unit, self.name)
+            started = Event("started", unit, "this process")
+            yield started
             start = time.perf_counter()
             if study.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(study.device)
             try:
                 rows = next(measured)
             except Exception as error:
-                yield Event(
-                    "failed",
-                    unit,
-                    self.name,
-                    time.perf_counter() - start,
-                    _memory(study.device),
-                    _line(error),
-                    traceback.format_exc(),
-                    not isinstance(error, (StudyError, RepsimError)),
+                yield started._replace(
+                    what="failed",
+                    seconds=time.perf_counter() - start,
+                    memory=_memory(study.device),
+                    error=_line(error),
+                    details=traceback.format_exc(),
+                    again=not isinstance(error, (StudyError, RepsimError)),
                 )
                 return
             took, memory = time.perf_counter() - start, _memory(study.device)
             self.store.put(unit, rows, seconds=took, memory=memory, **_facts(study))
-            yield Event("done", unit, self.name, time.perf_counter() - start, memory)
+            seconds = time.perf_counter() - start
+            yield started._replace(what="done", seconds=seconds, memory=memory)
 
 
-def measured(serial: Serial, unit: Unit) -> tuple[Event, list[str]]:
-    """Measure a unit for another process: the last event, and what was warned of meanwhile."""
-    with warnings.catch_warnings(record=True) as caught:
-        *_, last = serial.run(deque([unit]))
+#: What a worker process returns: a unit's last event and the warnings meanwhile, or the error
+#: that ends the run. Errors are returned: raised, Ray would wrap them in pages of its own.
+Answer = tuple[Event | None, list[str]] | StoreError | ExecutorError
+_made: dict[tuple[str, str], Serial] = {}  # at most one, by the run's folder and the device
+
+
+def work(task: Task, device: str, unit: Unit | None) -> Answer:
+    """Measure and store a unit in a worker process; without a unit, only make the studies.
+
+    The studies are kept for the process's next call, until one is for another run or device.
+    """
+    try:
+        serial = _serial(task, device)
+        if unit is None:
+            return None, []
+        with warnings.catch_warnings(record=True) as caught:
+            *_, last = serial.run(deque([unit]))
+    except Exception as error:
+        plain = isinstance(error, (ValueError, OSError))
+        if not plain:
+            traceback.print_exc()  # a bug
+        text = one_line(error) if plain else f"{type(error).__name__}: {one_line(error)}"
+        # Any process can unpickle these two, which can't be said of what a network raises.
+        return StoreError(text) if isinstance(error, StoreError) else ExecutorError(text)
     return last, [str(each.message) for each in caught]
+
+
+def _serial(task: Task, device: str) -> Serial:
+    key = task.folder, device
+    if key not in _made:
+        if _made:
+            _made.clear()
+            gc.collect()
+            torch.cuda.empty_cache()  # Ray may lend the GPU to another process now
+        torch.set_num_threads(task.threads)
+        store, studies = Store(task.folder), task.studies(device)
+        join(studies, store)
+        _made[key] = Serial(studies, store)
+    return _made[key]
 
 
 def _memory(device: torch.device) -> int:
