@@ -9,7 +9,7 @@ import socket
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -42,23 +42,23 @@ def driving(folder: Path, shard: Shard, workers: int) -> Iterator[None]:
         A living process works there.
     """
     me = Driver(socket.gethostname(), os.getpid(), workers, str(shard))
+    alone = shard.count == 1
     with ExitStack() as stack:
-        whole = stack.enter_context((folder / _WHOLE).open("a+", encoding="utf-8"))
-        if shard.count == 1:
-            _take(whole, fcntl.LOCK_EX, folder)
-            _sign(whole, me)
-        else:
-            _take(whole, fcntl.LOCK_SH, folder)
+        own = stack.enter_context((folder / _WHOLE).open("a+", encoding="utf-8"))
+        _take(own, fcntl.LOCK_EX if alone else fcntl.LOCK_SH, folder)
+        if not alone:
             path = folder / f"{_WHOLE}-{shard.index}-of-{shard.count}"
             own = stack.enter_context(path.open("a+", encoding="utf-8"))
             _take(own, fcntl.LOCK_EX, folder)
-            _sign(own, me)
-            # Their units overlap: one would delete what the other is writing.
-            if others := [d for d in drivers(folder) if not d.shard.endswith(f"/{shard.count}")]:
-                raise StoreError(
-                    f"out: {others[0]}, shard {others[0].shard}, works in {folder}; expected "
-                    f"shards of {shard.count} beside {shard}"
-                )
+        own.truncate(0)
+        own.write(json.dumps(me._asdict()) + "\n")
+        own.flush()
+        # Units of shards of another count overlap: one would delete what the other is writing.
+        if others := [d for d in drivers(folder) if not d.shard.endswith(f"/{shard.count}")]:
+            raise StoreError(
+                f"out: {others[0]}, shard {others[0].shard}, works in {folder}; expected "
+                f"shards of {shard.count} beside {shard}"
+            )
         yield
 
 
@@ -68,8 +68,9 @@ def drivers(folder: Path) -> list[Driver]:
     for path in sorted(folder.glob(f"{_WHOLE}*")):
         with path.open(encoding="utf-8") as file:
             if not _try(file, fcntl.LOCK_SH):
-                found.append(_signed(file))
-    return [driver for driver in found if driver is not None]
+                with suppress(ValueError, TypeError):  # it is being signed
+                    found.append(Driver(**json.loads(file.read())))
+    return found
 
 
 def _take(file: IO[str], kind: int, folder: Path) -> None:
@@ -97,17 +98,3 @@ def _try(file: IO[str], kind: int) -> bool:
             stacklevel=2,
         )
     return True
-
-
-def _sign(file: IO[str], driver: Driver) -> None:
-    file.truncate(0)
-    file.write(json.dumps(driver._asdict()) + "\n")
-    file.flush()
-
-
-def _signed(file: IO[str]) -> Driver | None:
-    """Who holds a lock; None while it is being signed."""
-    try:
-        return Driver(**json.loads(file.read()))
-    except (ValueError, TypeError):
-        return None

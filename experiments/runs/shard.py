@@ -54,25 +54,25 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> tuple[Shard
     ShardError
         The variables are no numbers, or the task is not one of so many.
     """
-    for name, counted, start, by in (
-        ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN", "_STEP"),
-        ("RANK", "WORLD_SIZE", "", ""),
+    for name, counted in (
+        ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
+        ("RANK", "WORLD_SIZE"),
     ):
         if name not in environment or counted not in environment:
             continue
         try:
-            value, count = int(environment[name]), int(environment[counted])
-            first = int(environment.get(start, 0))
-            step = int(environment.get(f"SLURM_ARRAY_TASK{by}", 1)) if by else 1
-            index, odd = divmod(value - first, step)
-            last = first + (count - 1) * step  # of a list, such as 0,1,5, no task is of a shard
-            odd |= by != "" and int(environment.get("SLURM_ARRAY_TASK_MAX", last)) != last
-        except (ValueError, ZeroDivisionError):
-            value, index, odd, count = -1, 0, 1, 0
-        if odd or not 0 <= index < count:
+            count = int(environment[counted])
+            first = int(environment.get("SLURM_ARRAY_TASK_MIN", 0))
+            step = int(environment.get("SLURM_ARRAY_TASK_STEP", 1))
+            last = int(environment.get("SLURM_ARRAY_TASK_MAX", first + (count - 1) * step))
+            tasks = range(first, last + 1, step)
+            index = tasks.index(int(environment[name]))
+            if len(tasks) != count:  # a list, such as 0,1,5: no task is of a shard
+                raise ValueError
+        except ValueError:
             raise ShardError(
                 f"shard: {name}={environment[name]} of {counted}={environment[counted]} is no "
                 "task of an evenly numbered array; expected one such as 0-7, or --shard I/N"
-            )
+            ) from None
         return Shard(index + 1, count), name
     return Shard(), ""
