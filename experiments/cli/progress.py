@@ -11,25 +11,22 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 if TYPE_CHECKING:
     from repsim_kernels.experiments.runs.driver import Step
     from repsim_kernels.experiments.study.units import Unit
 
-_TOLD = {"failed": "failed", "retry": "again"}  # what gets a line of its own everywhere
-_GAP, _TOO_SHORT = 2, 6  # characters between two facts; of a name
-_OFTEN = 1.0  # seconds between two lines of a log
+_FAILURES = {"failed": "failed", "retry": "again"}  # how a failure's own line begins
+_LOG_INTERVAL = 1.0  # seconds between two lines of a log
 
 
 @contextmanager
 def progress_of(
     console: Console, quiet: bool = False, log_json: bool = False
 ) -> Iterator[Callable[[Step], None]]:
-    """Show a run's steps: a line that changes in a terminal, lines one after the other elsewhere.
+    """Show a run's steps: a bar in a terminal, lines one after the other elsewhere.
 
     Rate and time left are those of the units that were finished while the block lasts, by a clock
     that nobody sets; they are not known before the first.
@@ -54,17 +51,17 @@ def progress_of(
     if log_json:
         yield _Json(console)
     elif quiet:
-        yield _Failures()
+        yield _Failures(console)
     elif console.is_terminal and not console.is_dumb_terminal:
-        line = _Line(console)
-        with line.live:
-            yield line
+        bar = _Bar(console)
+        with bar.progress:
+            yield bar
     else:
         lines = _Lines(console)
         try:
             yield lines
         finally:
-            lines.catch_up()
+            lines.print_held()
 
 
 def duration(seconds: float) -> str:
@@ -82,186 +79,142 @@ def pace(per_minute: float, units: str = " units") -> str:
     return f"{per_minute:.{0 if per_minute >= 10 else 1}f}{units}/min"
 
 
-class _Tally:
-    """What the steps so far come to."""
+class _Display:
+    """Follows a run's rate; each kind of display shows its steps in its own way."""
 
-    def __init__(self) -> None:
-        self.now: float
+    def __init__(self, console: Console) -> None:
+        self.console = console
         self.began: float | None = None
-        self.finished = 0  # in this run; `done` also has those of the runs before it
-        self.rate: float | None = None  # units a second, until the last was finished
-        self.done = self.failed = self.total = 0
-        self.memory = 0
-        self.in_hand: dict[Unit, float] = {}  # since when
+        self.finished = self.failed = self.left = 0  # finished in this run; earlier ones are not
+        self.per_minute: float | None = None  # until the last unit was finished
 
-    def take(self, step: Step) -> str:
-        """Count a step, and say what it is: started, done, failed or retry."""
+    def __call__(self, step: Step) -> None:
         event, self.now = step.event, time.monotonic()
-        what = "retry" if event.what == "failed" and step.failed == self.failed else event.what
-        self.done, self.failed, self.total = step.done, step.failed, step.total
-        self.memory = max(self.memory, event.memory)
+        retry = event.what == "failed" and step.failed == self.failed
+        self.failed, self.left = step.failed, step.total - step.done - step.failed
         if self.began is None:
             self.began = self.now - event.seconds
-        if what == "started":
-            self.in_hand[event.unit] = self.now
-        else:
-            self.in_hand.pop(event.unit, None)
-        if what == "done":
+        if event.what == "done":
             self.finished += 1
             if self.now > self.began:
-                self.rate = self.finished / (self.now - self.began)
-        return what
+                self.per_minute = 60 * self.finished / (self.now - self.began)
+        self.show("retry" if retry else event.what, step)
 
-    @property
-    def left(self) -> int:
-        return self.total - self.done - self.failed
-
-    @property
-    def per_minute(self) -> float | None:
-        return None if self.rate is None else 60 * self.rate
+    def show(self, what: str, step: Step) -> None:
+        """Show a step that is started, done, failed or retry."""
+        raise NotImplementedError
 
     @property
     def seconds_left(self) -> float | None:
-        return None if self.rate is None else self.left / self.rate
+        return None if self.per_minute is None else 60 * self.left / self.per_minute
+
+    def figures(self, memory: int, units: str = " units") -> Iterator[str]:
+        """Rate, time left and memory, as far as they are known."""
+        if self.per_minute is not None and self.seconds_left is not None:
+            yield pace(self.per_minute, units)
+            if self.left:
+                yield f"{duration(self.seconds_left)} left"
+        if memory:
+            yield f"{memory / 2**30:.1f} GiB"
 
 
-class _Json:
-    def __init__(self, console: Console) -> None:
-        self.console, self.tally = console, _Tally()
-
-    def __call__(self, step: Step) -> None:
-        event, tally = step.event, self.tally
-        said = {
-            "event": tally.take(step),
+class _Json(_Display):
+    def show(self, what: str, step: Step) -> None:
+        event = step.event
+        fields = {
+            "event": what,
             "time": datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds"),
             **event.unit._asdict(),
             "worker": event.worker or None,
             "seconds": event.seconds or None,
             "memory_bytes": event.memory or None,
             "error": event.error or None,
-            "done": tally.done,
-            "failed": tally.failed,
-            "left": tally.left,
-            "total": tally.total,
-            "units_per_minute": tally.per_minute,
-            "seconds_left": tally.seconds_left,
+            "done": step.done,
+            "failed": step.failed,
+            "left": self.left,
+            "total": step.total,
+            "units_per_minute": self.per_minute,
+            "seconds_left": self.seconds_left,
         }
-        print(json.dumps(said), file=self.console.file, flush=True)
+        print(json.dumps(fields), file=self.console.file, flush=True)
 
 
-class _Failures:
-    def __init__(self) -> None:
-        self.tally = _Tally()
-
-    def __call__(self, step: Step) -> None:
-        if self.tally.take(step) == "failed":
-            print(_told("failed", step), file=sys.stderr, flush=True)
+class _Failures(_Display):
+    def show(self, what: str, step: Step) -> None:
+        if what == "failed":
+            print(_describe_failure(what, step), file=sys.stderr, flush=True)
 
 
-class _Lines:
+class _Lines(_Display):
     """For a file: a line for each finished unit, at most one a second, and the last in any case."""
 
-    def __init__(self, console: Console) -> None:
-        self.console, self.tally = console, _Tally()
-        self.said: float | None = None  # when
-        self.held: str | None = None
+    printed: float | None = None  # when
+    held = ""
 
-    def __call__(self, step: Step) -> None:
-        what, tally = self.tally.take(step), self.tally
+    def show(self, what: str, step: Step) -> None:
         where = f"{step.done}/{step.total} {step.event.unit}"
-        if what in _TOLD:
-            self._say(_told(what, step))
+        due = self.printed is None or self.now - self.printed >= _LOG_INTERVAL
+        if what in _FAILURES:
+            self._print(_describe_failure(what, step))
         elif what == "done":
-            self.held = ", ".join(
-                [f"{where} done in {duration(step.event.seconds)}", *_figures(tally, step)]
-            )
-            if self.said is None or tally.now - self.said >= _OFTEN:
-                self.said = tally.now
-                self.catch_up()
-        elif self.said is None:  # a run of long units is not to be mute
-            self.said = tally.now
-            self._say(f"{where} started")
+            took = f"{where} done in {duration(step.event.seconds)}"
+            self.held = ", ".join([took, *self.figures(step.event.memory)])
+            if due:
+                self.printed = self.now
+                self.print_held()
+        elif self.printed is None:  # a run of long units must not be mute
+            self.printed = self.now
+            self._print(f"{where} started")
 
-    def catch_up(self) -> None:
-        if self.held is not None:
-            self._say(self.held)
-            self.held = None
+    def print_held(self) -> None:
+        if self.held:
+            self._print(self.held)
+            self.held = ""
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         print(line, file=self.console.file, flush=True)  # rich would break it in two
 
 
-def _figures(tally: _Tally, step: Step) -> Iterator[str]:
-    if tally.per_minute is not None and tally.seconds_left is not None:
-        yield pace(tally.per_minute)
-        if tally.left:
-            yield f"{duration(tally.seconds_left)} left"
-    if step.event.memory:
-        yield _gib(step.event.memory)
-
-
-class _Line:
+class _Bar(_Display):
     """For a terminal: one line that changes, below what is said of units that fail."""
 
     def __init__(self, console: Console) -> None:
-        self.console, self.tally = console, _Tally()
-        self.live = Live(
+        super().__init__(console)
+        self.memory = 0
+        self.in_hand: dict[Unit, None] = {}
+        rest = Column(ratio=1, no_wrap=True)  # its end is cut off where a terminal is narrow
+        self.progress = Progress(
+            BarColumn(bar_width=10),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False, table_column=rest),
             console=console,
-            get_renderable=self._render,
+            expand=True,
             transient=True,  # nothing is left of a run without a step
             redirect_stderr=sys.stderr.isatty(),  # a file that it goes to is to have it
         )
+        self.task = self.progress.add_task("starting", total=None)
 
-    def __call__(self, step: Step) -> None:
-        what = self.tally.take(step)
-        self.live.transient = False
-        if what in _TOLD:
-            self.console.print(_told(what, step), markup=False, highlight=False)
-
-    def _render(self) -> Table | Text:
-        tally, width = self.tally, self.console.width
-        if not tally.total:
-            return Text("starting", no_wrap=True, overflow="crop")
-        facts, bar = "  ".join(_facts(tally)), width // 8
-        hand = _in_hand(tally, width - bar - len(facts) - 2 * _GAP)
-        line = Table.grid(padding=(0, _GAP), collapse_padding=True, pad_edge=False)
-        line.add_column(width=bar)
-        line.add_column(no_wrap=True, overflow="crop")
-        text = Text(f"{facts}  {hand}".rstrip(), no_wrap=True, overflow="crop")
-        line.add_row(ProgressBar(tally.total, tally.done + tally.failed, width=bar), text)
-        return line
-
-
-def _facts(tally: _Tally) -> Iterator[str]:
-    yield f"{tally.done}/{tally.total}"
-    if tally.failed:
-        yield f"{tally.failed} failed"
-    yield "-/min" if tally.per_minute is None else pace(tally.per_minute, "")
-    if tally.left:
-        yield f"{'-' if tally.seconds_left is None else duration(tally.seconds_left)} left"
-    if tally.memory:
-        yield _gib(tally.memory)
+    def show(self, what: str, step: Step) -> None:
+        unit = step.event.unit
+        self.progress.live.transient = False
+        self.memory = max(self.memory, step.event.memory)
+        if what == "started":
+            self.in_hand[unit] = None
+        else:
+            self.in_hand.pop(unit, None)
+        if what in _FAILURES:
+            self.console.print(_describe_failure(what, step), markup=False, highlight=False)
+        facts = [f"{step.failed} failed"] if step.failed else []
+        facts += self.figures(self.memory, "")
+        if self.in_hand:
+            *others, last = self.in_hand
+            more = f" +{len(others)}" if others else ""
+            facts.append(f"{last.layer} {last.block}{more}, {last.model}")
+        self.progress.update(
+            self.task, total=step.total, completed=step.done, description=", ".join(facts)
+        )
 
 
-def _in_hand(tally: _Tally, room: int) -> str:
-    """The unit that started last, how many are under way beside it, since when; what fits."""
-    units = list(tally.in_hand.items())  # once: a thread of its own draws the line
-    if not units:
-        return ""
-    unit, since = units[-1]
-    name, more = str(unit), f" +{len(units) - 1}" if len(units) > 1 else ""
-    whole = f"{name}{more}, {duration(time.monotonic() - since)}"
-    if len(whole) <= room:
-        return whole
-    cut = len(name) + len(more) - room  # the end of a layer's name says more than its beginning
-    if cut <= 0:
-        return name + more
-    return f"…{name[cut + 1 :]}{more}" if len(name) - cut > _TOO_SHORT else ""
-
-
-def _told(what: str, step: Step) -> str:
-    return f"{_TOLD[what]}: {step.event.unit}: {step.event.error}"
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
+def _describe_failure(what: str, step: Step) -> str:
+    return f"{_FAILURES[what]}: {step.event.unit}: {step.event.error}"
