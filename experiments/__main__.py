@@ -145,10 +145,11 @@ def stats(
         )
         from repsim_kernels.experiments.analysis.tables import check_suffix, read, remarks, write
         from repsim_kernels.experiments.cli.tables import show_correlations
+        from repsim_kernels.experiments.columns import GROUP_KEYS
 
         if out is not None:
             check_suffix("out", out)
-        names = split(by) or ["model", "class", "layer"]
+        names = split(by) or GROUP_KEYS
         rows = read(table, split(cell) or ["cell"], names)
         sides = split(distances) or distances_of(rows), split(changes) or changes_of(rows)
         keys = names if by else [name for name in names if name in rows.columns]

@@ -6,7 +6,8 @@ from repsim_kernels import _metrics
 
 #: The distances of a run's table, by name.
 METRICS = tuple(metric.name for metric in _metrics.METRICS if metric.ablation)
-KEYS = ["model", "class", "layer", "cell"]
+GROUP_KEYS = ["model", "class", "layer"]  # cells of one group are compared with each other
+KEYS = [*GROUP_KEYS, "cell"]
 #: What a cell holds of the representation's energy: a distance that knows nothing of directions.
 BASELINE = "energy"
 #: How many of the images have no answer: logits with a NaN, or all -inf.

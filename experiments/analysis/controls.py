@@ -19,7 +19,7 @@ from repsim_kernels.experiments.analysis.correlations import (
     rows_of,
     summary,
 )
-from repsim_kernels.experiments.columns import HALVES, half
+from repsim_kernels.experiments.columns import GROUP_KEYS, HALVES, half
 
 _EXPLAINED = 1e-9  # of a column's length: what rounding leaves of ranks that the controls explain
 
@@ -29,7 +29,6 @@ def partial_correlations(
     distances: Sequence[str],
     changes: Sequence[str],
     given: Sequence[str] = ("size", "energy"),
-    by: Sequence[str] = ("model", "class", "layer"),
 ) -> pd.DataFrame:
     """Spearman's correlation of each distance with each change once others are held fixed.
 
@@ -42,32 +41,29 @@ def partial_correlations(
     given : sequence of str
         Numeric columns that are held fixed: by default how many neurons a cell has, and its share
         of the representation's energy.
-    by : sequence of str
-        Columns whose values together name a group.
 
     Returns
     -------
     DataFrame
-        One row per group, distance and change: the columns of ``by``, then ``distance``,
+        One row per group, distance and change: ``model``, ``class``, ``layer``, ``distance``,
         ``change``, ``spearman`` and ``n``. NaN where one of the columns holds a NaN, and where
         the ranks of either side are constant or a linear function of those of ``given``.
 
     Raises
     ------
     StatsError
-        A column is missing, is there twice, doesn't hold numbers (those of ``by``: names), or there
-        are no rows.
+        A column is missing, is there twice, doesn't hold numbers (``model``, ``class``, ``layer``:
+        names), or there are no rows.
 
     Notes
     -----
     The correlation of what is left of either side's ranks after least squares on the ranks of
     ``given``. Source: Kendall, Biometrika, 1942.
     """
-    by, distances, changes, given = list(by), list(distances), list(changes), list(given)
-    check_columns(table, by=by, distances=distances, changes=changes, given=given)
-    check_names(table, by=by)
+    check_columns(table, by=GROUP_KEYS, distances=distances, changes=changes, given=given)
+    check_names(table, by=GROUP_KEYS)
     columns = [numbers_of(table, names) for names in (distances, changes, given)]
-    keys, blocks = grouped(table, by)
+    keys, blocks = grouped(table, GROUP_KEYS)
     found = np.empty((len(keys), len(distances), len(changes)))
     size = np.empty(len(keys), dtype=np.int64)
     for groups, index in blocks:
@@ -88,12 +84,7 @@ def _left(x: Floats, z: Floats) -> Floats:
     return np.where(unknown, np.nan, left)
 
 
-def reliability(
-    table: pd.DataFrame,
-    changes: Sequence[str],
-    by: Sequence[str] = ("model",),
-    within: Sequence[str] = ("model", "class", "layer"),
-) -> pd.DataFrame:
+def reliability(table: pd.DataFrame, changes: Sequence[str]) -> pd.DataFrame:
     """How far each function change agrees with itself: measured on other images, or drawn anew.
 
     Parameters
@@ -104,16 +95,12 @@ def reliability(
         error is compared with the change. A change that has neither has no reliability.
     changes : sequence of str
         Numeric columns.
-    by : sequence of str
-        Columns to keep apart.
-    within : sequence of str
-        Columns whose values together name a group.
 
     Returns
     -------
     DataFrame
-        The columns of ``by``, then ``change``, ``reliability`` (1 is without noise; NaN where
-        nothing is known), ``source`` ("halves" or "draws") and ``groups``, of which it is known.
+        ``model``, ``change``, ``reliability`` (1 is without noise; NaN where nothing is known),
+        ``source`` ("halves" or "draws") and ``groups``, of which it is known.
 
     Notes
     -----
@@ -125,40 +112,32 @@ def reliability(
     parts = []
     for change in changes:
         if all(half(change, which) in table.columns for which in HALVES):
-            parts.append(_of_halves(table, change, by, within))
+            found, source = _of_halves(table, change), "halves"
         elif f"{change}_error" in table.columns:
-            parts.append(_of_draws(table, change, by, within))
-    if not parts:
-        return pd.DataFrame(columns=[*by, "change", "reliability", "source", "groups"])
-    return pd.concat(parts, ignore_index=True)
+            found, source = _of_draws(table, change), "draws"
+        else:
+            continue
+        parts.append(found.assign(change=change, source=source))
+    names = ["model", "change", "reliability", "source", "groups"]
+    return pd.concat(parts, ignore_index=True)[names] if parts else pd.DataFrame(columns=names)
 
 
-def _of_halves(
-    table: pd.DataFrame, change: str, by: Sequence[str], within: Sequence[str]
-) -> pd.DataFrame:
+def _of_halves(table: pd.DataFrame, change: str) -> pd.DataFrame:
     odd, even = (half(change, which) for which in HALVES)
-    found = summary(correlations(table, [odd], [even], within), by)
+    found = summary(correlations(table, [odd], [even]))
     r = found["spearman"]
-    return found[[*by]].assign(
-        change=change,
-        reliability=2 * r / (1 + r),
-        source="halves",
-        groups=found["groups"] - found["nan_groups"],
+    return found[["model"]].assign(
+        reliability=2 * r / (1 + r), groups=found["groups"] - found["nan_groups"]
     )
 
 
-def _of_draws(
-    table: pd.DataFrame, change: str, by: Sequence[str], within: Sequence[str]
-) -> pd.DataFrame:
+def _of_draws(table: pd.DataFrame, change: str) -> pd.DataFrame:
     squared = table.assign(squared=table[f"{change}_error"] ** 2)
-    groups = squared.groupby([*within], sort=True, observed=True, dropna=False)
+    groups = squared.groupby(GROUP_KEYS, sort=True, observed=True, dropna=False)
     variance = groups[change].var()
     share = 1 - groups["squared"].mean() / variance.where(variance > 0)
-    by_kind = share.groupby([*by], sort=False, observed=True, dropna=False)
-    found = by_kind.agg(reliability="mean", groups="count").reset_index()
-    return found[[*by]].assign(
-        change=change, reliability=found["reliability"], source="draws", groups=found["groups"]
-    )
+    by_model = share.groupby("model", sort=False, observed=True, dropna=False)
+    return by_model.agg(reliability="mean", groups="count").reset_index()
 
 
 def corrected(means: pd.DataFrame, reliabilities: pd.DataFrame) -> pd.DataFrame:
@@ -169,7 +148,7 @@ def corrected(means: pd.DataFrame, reliabilities: pd.DataFrame) -> pd.DataFrame:
     means : DataFrame
         What :func:`summary` returns.
     reliabilities : DataFrame
-        What :func:`reliability` returns, for the same columns ``by``.
+        What :func:`reliability` returns.
 
     Returns
     -------
@@ -183,7 +162,7 @@ def corrected(means: pd.DataFrame, reliabilities: pd.DataFrame) -> pd.DataFrame:
     Distances have no noise of their own to correct for. Source: Spearman, American Journal of
     Psychology, 1904.
     """
-    keys = [name for name in reliabilities.columns if name in means.columns and name != "groups"]
+    keys = ["model", "change"]
     table = means.merge(reliabilities[[*keys, "reliability"]], on=keys, how="left")
     known = table["reliability"].astype(np.float64)
     return table.assign(

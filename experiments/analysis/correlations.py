@@ -10,7 +10,7 @@ import pandas as pd  # type: ignore[import-untyped]
 import scipy.stats  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from repsim_kernels.experiments.columns import BASELINE, CHANGES, METRICS
+from repsim_kernels.experiments.columns import BASELINE, CHANGES, GROUP_KEYS, METRICS
 from repsim_kernels.experiments.errors import StatsError
 
 #: What `correlations` says of a group, behind the columns that name it.
@@ -35,7 +35,7 @@ def correlations(
     table: pd.DataFrame,
     distances: Sequence[str],
     changes: Sequence[str],
-    by: Sequence[str] = ("model", "class", "layer"),
+    by: Sequence[str] = GROUP_KEYS,
     *,
     similarities: Sequence[str] = (),
 ) -> pd.DataFrame:

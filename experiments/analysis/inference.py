@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,7 +25,7 @@ BEHIND = ("pwcca", "cca", "cca_squared")
 _ROUNDING = 1e-12  # of a sum's terms: what is no more is 0
 _BOUNDARY = 1e-4  # of the residual's variance: an optimiser comes no nearer to 0
 
-Weights = Mapping[tuple[str, str], float]
+CLUSTER = "class"  # what was sampled: intervals and tests are over it
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,7 @@ def versus(
 
 
 def compare(
-    per_group: pd.DataFrame,
-    weights: Weights,
-    name: str = "",
-    *,
-    cluster: str = "class",
-    level: float = 0.95,
-    seed: int = 0,
+    per_group: pd.DataFrame, weights: Mapping[tuple[str, str], float], name: str = ""
 ) -> Contrast:
     """Paired test of whether a weighted sum of mean Fisher z is 0.
 
@@ -95,38 +89,29 @@ def compare(
         The sum; that of a difference of means is :func:`versus`.
     name : str
         Of the contrast.
-    cluster : str
-        The column of the unit that was sampled.
-    level : float
-        Coverage of the interval.
-    seed : int
-        Of the flips, for more than 13 clusters.
 
     Returns
     -------
     Contrast
-        A cluster's value is the mean of the sum over its groups in which all pairs are known. The
-        estimate is the mean over the clusters that have one, with its jackknife-t interval; p is
-        that of :func:`sign_flips`. NaN for fewer than two clusters.
+        A class's value is the mean of the sum over its groups in which all pairs are known. The
+        estimate is the mean over the classes that have one, with its jackknife-t interval; p is
+        that of :func:`sign_flips`. NaN for fewer than two classes.
 
     Raises
     ------
     StatsError
         A column or a pair is missing, there are no rows, or a group has two rows of a pair.
     """
-    z = _wide(per_group, cluster, list(weights))
+    z = _wide(per_group, list(weights))
     terms = z * np.array(list(weights.values()))
     total, size = (t.sum(axis=1, skipna=False).dropna() for t in (terms, terms.abs()))
     total = total.where(total.abs() > _ROUNDING * size, 0.0)
-    values = total.groupby(level=cluster, observed=True).mean().to_numpy()
-    estimate, low, high = jackknife(values, np.ones(len(values)), level)
-    p = float(sign_flips(values, seed))
-    return Contrast(name, float(estimate), float(low), float(high), p, len(values))
+    values = total.groupby(level=CLUSTER, observed=True).mean().to_numpy()
+    estimate, low, high = map(float, jackknife(values, np.ones(len(values))))
+    return Contrast(name, estimate, low, high, float(sign_flips(values)), len(values))
 
 
-def mixed_model(
-    per_group: pd.DataFrame, performance: str, decodability: str, cluster: str = "class"
-) -> MixedModel:
+def mixed_model(per_group: pd.DataFrame, performance: str, decodability: str) -> MixedModel:
     """The study's mixed model, ``z ~ function * metric + (1 | class)``, and its three contrasts.
 
     Parameters
@@ -135,8 +120,6 @@ def mixed_model(
         What :func:`correlations` returns, of one model.
     performance, decodability : str
         The two changes that are the function.
-    cluster : str
-        The column of the random intercept.
 
     Returns
     -------
@@ -161,25 +144,25 @@ def mixed_model(
     """
     from statsmodels.regression import mixed_linear_model  # type: ignore[import-untyped]
 
-    check_columns(per_group, per_group=RESULTS[:3], cluster=[cluster])
+    check_columns(per_group, per_group=RESULTS[:3], cluster=[CLUSTER])
     ahead, behind = (_present(per_group, side) for side in (AHEAD, BEHIND))
     for side, found in ((AHEAD, ahead), (BEHIND, behind)):
         if not found:
             raise StatsError(f"per_group: has no distance of {', '.join(side)}; expected one")
     pairs = list(itertools.product([*ahead, *behind], (performance, decodability)))
-    means = _wide(per_group, cluster, pairs).groupby(level=cluster, observed=True).mean()
+    means = _wide(per_group, pairs).groupby(level=CLUSTER, observed=True).mean()
     means = means.loc[means.notna().any(axis=1)]
     for pair in pairs:
         if means[pair].isna().all():
             raise StatsError(f"per_group: {pair[0]} against {pair[1]} is nowhere known")
     if len(means) < 2:
-        raise StatsError(f"per_group: has {len(means)} {cluster} with values; expected at least 2")
+        raise StatsError(f"per_group: has {len(means)} {CLUSTER} with values; expected at least 2")
     row, column = np.nonzero(means.notna().to_numpy())
     y, design = means.to_numpy()[row, column], np.eye(len(pairs))[column]
     additive = np.hstack([design, np.eye(len(means))[row]])
     left = y - additive @ np.linalg.lstsq(additive, y, rcond=None)[0]
     if left @ left <= (_ROUNDING**2) * (y @ y):
-        raise StatsError(f"per_group: {cluster}, metric and change leave no residual; expected one")
+        raise StatsError(f"per_group: {CLUSTER}, metric and change leave no residual; expected one")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # statsmodels' is of a variance below 0.01, in any unit
         try:
@@ -203,7 +186,7 @@ def mixed_model(
     return MixedModel(contrasts, bool(boundary), variance, len(means), len(y))
 
 
-def beyond(per_group: pd.DataFrame, change: str, cluster: str = "class") -> list[Contrast]:
+def beyond(per_group: pd.DataFrame, change: str) -> list[Contrast]:
     """Whether each metric follows a change more than the energy that was removed does.
 
     Parameters
@@ -213,8 +196,6 @@ def beyond(per_group: pd.DataFrame, change: str, cluster: str = "class") -> list
         among its distances.
     change : str
         The function change.
-    cluster : str
-        The column of the unit that was sampled.
 
     Returns
     -------
@@ -227,19 +208,13 @@ def beyond(per_group: pd.DataFrame, change: str, cluster: str = "class") -> list
     StatsError
         A column or the baseline is missing.
     """
-    metrics = [name for name in per_group["distance"].unique() if name != BASELINE]
-    baseline = [BASELINE], [change]
-    tests = [
-        compare(per_group, versus(([name], [change]), baseline), name, cluster=cluster)
-        for name in metrics
-    ]
-    adjusted = holm([test.p for test in tests])
-    return [replace(test, p=float(p)) for test, p in zip(tests, adjusted, strict=True)]
+    return _adjust(
+        compare(per_group, {(name, change): 1, (BASELINE, change): -1}, name)
+        for name in _metrics(per_group)
+    )
 
 
-def claims(
-    per_group: pd.DataFrame, performance: str, decodability: str, cluster: str = "class"
-) -> list[Claim]:
+def claims(per_group: pd.DataFrame, performance: str, decodability: str) -> list[Claim]:
     """The three claims of the study, for one model: held, not held, or not decided.
 
     Parameters
@@ -248,8 +223,6 @@ def claims(
         What :func:`correlations` returns, of one model.
     performance, decodability : str
         The two changes that are the function.
-    cluster : str
-        The column of the unit that was sampled.
 
     Returns
     -------
@@ -267,10 +240,10 @@ def claims(
     StatsError
         A column is missing, or there are rows of more than one model.
     """
-    check_columns(per_group, per_group=RESULTS[:3], cluster=[cluster])
+    check_columns(per_group, per_group=RESULTS[:3], cluster=[CLUSTER])
     if "model" in per_group and per_group["model"].nunique() > 1:
         raise StatsError("per_group: has rows of more than one model; expected those of one")
-    metrics = [name for name in per_group["distance"].unique() if name != BASELINE]
+    metrics = _metrics(per_group)
     ahead, behind = (_present(per_group, side) for side in (AHEAD, BEHIND))
     _, lead, shrinks = _contrasts(ahead, behind, performance, decodability).items()
     lacking = [c for c in (performance, decodability) if c not in set(per_group["change"])]
@@ -297,15 +270,11 @@ def claims(
             sides,
         ),
     )
-    tests = [
-        [compare(per_group, w, name, cluster=cluster) for name, w in named.items() if not missing]
-        for _, named, missing in asked
-    ]
-    adjusted = iter(holm([test.p for some in tests for test in some]))
-    tests = [[replace(test, p=float(next(adjusted))) for test in some] for some in tests]
+    contrasts = [{} if missing else named for _, named, missing in asked]
+    tests = iter(_adjust(compare(per_group, w, m) for own in contrasts for m, w in own.items()))
     return [
-        _claim(number, text, some, missing)
-        for number, ((text, _, missing), some) in enumerate(zip(asked, tests, strict=True), 1)
+        _claim(number, text, list(itertools.islice(tests, len(own))), missing)
+        for number, ((text, _, missing), own) in enumerate(zip(asked, contrasts, strict=True), 1)
     ]
 
 
@@ -351,13 +320,24 @@ def _contrasts(
     }
 
 
+def _adjust(tests: Iterable[Contrast]) -> list[Contrast]:
+    """Contrasts with their p values Holm-adjusted over all of them."""
+    tests = list(tests)
+    adjusted = holm([test.p for test in tests])
+    return [replace(test, p=float(p)) for test, p in zip(tests, adjusted, strict=True)]
+
+
+def _metrics(per_group: pd.DataFrame) -> list[str]:
+    return [name for name in per_group["distance"].unique() if name != BASELINE]
+
+
 def _present(per_group: pd.DataFrame, distances: Sequence[str]) -> list[str]:
     return [name for name in distances if (per_group["distance"] == name).any()]
 
 
-def _wide(per_group: pd.DataFrame, cluster: str, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
+def _wide(per_group: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
     """Fisher z of each group, a row, and pair, a column."""
-    check_columns(per_group, per_group=RESULTS[:3], cluster=[cluster])
+    check_columns(per_group, per_group=RESULTS[:3], cluster=[CLUSTER])
     have = pd.MultiIndex.from_frame(per_group[["distance", "change"]])
     for distance, change in pairs:
         if (distance, change) not in have:

@@ -1,4 +1,4 @@
-"""Intervals and tests over clusters: jackknife, bootstrap and flips of sign."""
+"""Intervals and tests over clusters: jackknife and flips of sign."""
 
 from __future__ import annotations
 
@@ -72,29 +72,7 @@ def jackknife(sums: Floats, counts: Floats, level: float = 0.95) -> tuple[Floats
     return estimate, estimate - reach, estimate + reach
 
 
-def bootstrap(
-    sums: Floats, counts: Floats, level: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> tuple[Floats, Floats, Floats]:
-    """As :func:`jackknife`, with the percentile interval of resampled clusters: (rows, k).
-
-    Rows that have the same clusters are resampled together, by how often each is drawn.
-    """
-    estimate = _ratio(sums.sum(-1), counts.sum(-1))
-    ends = np.full((2, len(sums)), np.nan)
-    patterns, row_pattern = np.unique(counts > 0, axis=0, return_inverse=True)
-    for i, known in enumerate(patterns):
-        k = int(known.sum())
-        if k < 2:
-            continue
-        (rows,) = np.nonzero(row_pattern == i)
-        rng = np.random.default_rng(seed)
-        times = rng.multinomial(k, np.full(k, 1 / k), size=resamples).T.astype(np.float64)
-        means = (sums[np.ix_(rows, known)] @ times) / (counts[np.ix_(rows, known)] @ times)
-        ends[:, rows] = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=1)
-    return estimate, ends[0], ends[1]
-
-
-def sign_flips(values: Floats, seed: int = 0) -> Floats:
+def sign_flips(values: Floats) -> Floats:
     """Two-sided p of a mean of 0 by flipping signs: (..., k) to (...); NaN for k < 2.
 
     All 2^k flips for at most 13 values, and (1 + extremes) / (1 + draws) of 10,000 drawn flips
@@ -106,7 +84,7 @@ def sign_flips(values: Floats, seed: int = 0) -> Floats:
     if k <= _EXACT:
         signs = np.array(list(itertools.product((1.0, -1.0), repeat=k)))
     else:
-        signs = np.random.default_rng(seed).choice((1.0, -1.0), (_DRAWS, k))
+        signs = np.random.default_rng(0).choice((1.0, -1.0), (_DRAWS, k))
     least = np.abs(values.sum(-1)) - _TIE * np.abs(values).sum(-1)
     extreme = (np.abs(values @ signs.T) >= least[..., None]).sum(-1)
     return extreme / len(signs) if k <= _EXACT else (1 + extreme) / (1 + _DRAWS)
@@ -117,11 +95,11 @@ def holm(p: ArrayLike) -> Floats:
 
     Source: Holm, Scandinavian Journal of Statistics, 1979.
     """
-    p = np.asarray(p, dtype=np.float64)
-    adjusted = np.full(p.shape, np.nan)
-    order = np.argsort(p)[: np.count_nonzero(~np.isnan(p))]
-    steps = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1))
-    adjusted[order] = np.minimum(steps, 1)
+    from statsmodels.stats.multitest import multipletests  # type: ignore[import-untyped]
+
+    adjusted = np.array(p, dtype=np.float64)
+    if (known := ~np.isnan(adjusted)).any():
+        adjusted[known] = multipletests(adjusted[known], method="holm")[1]
     return adjusted
 
 
@@ -129,13 +107,8 @@ def intervals(
     per_group: pd.DataFrame,
     by: Sequence[str] = ("model",),
     cluster: str = "class",
-    method: str = "jackknife",
-    level: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
-    column: str = "spearman",
 ) -> pd.DataFrame:
-    """Mean correlation over groups, with an interval over the classes.
+    """Mean Spearman correlation over groups, with its 95 % jackknife-t interval over the classes.
 
     Parameters
     ----------
@@ -145,15 +118,6 @@ def intervals(
         Columns to keep apart.
     cluster : str
         The column of the unit that was sampled; groups of one are not independent.
-    method : {"jackknife", "bootstrap"}
-        Jackknife-t, or the percentiles of resampled clusters. These are too narrow for few
-        clusters.
-    level : float
-        Coverage that is asked for, between 0 and 1.
-    resamples, seed : int
-        Of the bootstrap.
-    column : str
-        The correlation.
 
     Returns
     -------
@@ -165,20 +129,16 @@ def intervals(
     Raises
     ------
     StatsError
-        A column is missing, there are no rows, or an argument is out of its range.
+        A column is missing, is to be kept apart and the cluster at once, or there are no rows.
     """
     keys = [*by, "distance", "change"]
-    check_columns(per_group, per_group=keys, cluster=[cluster], column=[column])
+    check_columns(per_group, per_group=[*keys, "spearman"], cluster=[cluster])
     if cluster in keys:
         raise StatsError(f"cluster: {cluster!r} is kept apart; expected a column not in {keys}")
-    if method not in ("jackknife", "bootstrap"):
-        raise StatsError(f"method: {method!r} is unknown; expected 'jackknife' or 'bootstrap'")
-    if not 0 < level < 1:
-        raise StatsError(f"level: is {level}; expected between 0 and 1")
     groups = per_group.groupby(keys, sort=False, observed=True, dropna=False)
     code, size = groups.ngroup().to_numpy(), groups.size()
     unit, units = pd.factorize(per_group[cluster], use_na_sentinel=False)
-    value = per_group[column].to_numpy(dtype=np.float64)
+    value = per_group["spearman"].to_numpy(dtype=np.float64)
     known = ~np.isnan(value)
     shape = len(size), len(units)
     at = (code * shape[1] + unit)[known]
@@ -187,10 +147,7 @@ def intervals(
         np.bincount(at, weights, cells).reshape(shape).astype(np.float64)
         for weights in (None, value[known])
     )
-    if method == "jackknife":
-        estimate, low, high = jackknife(sums, counts, level)
-    else:
-        estimate, low, high = bootstrap(sums, counts, level, resamples, seed)
+    estimate, low, high = jackknife(sums, counts)
     return size.index.to_frame(index=False).assign(
         estimate=estimate,
         low=np.clip(low, -1, 1),

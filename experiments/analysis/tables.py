@@ -17,6 +17,7 @@ from repsim_kernels.experiments.analysis.correlations import (
     correlations,
     numbers_of,
 )
+from repsim_kernels.experiments.columns import GROUP_KEYS
 from repsim_kernels.experiments.errors import StatsError
 from repsim_kernels.experiments.files import replacing
 
@@ -27,7 +28,7 @@ SUFFIXES = (".csv", ".parquet")
 def read(
     path: str | os.PathLike[str],
     cell: Sequence[str] = ("cell",),
-    by: Sequence[str] = ("model", "class", "layer"),
+    by: Sequence[str] = GROUP_KEYS,
 ) -> pd.DataFrame:
     """Read a table, one row per cell.
 
