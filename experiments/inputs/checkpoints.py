@@ -141,32 +141,17 @@ def _shared_prefixes(state: Mapping[str, Any]) -> list[str]:
 
 
 def count_outputs(model: nn.Module, state: Mapping[str, torch.Tensor]) -> int:
-    """Number of outputs in a checkpoint: the length of the parameter that is defined last.
+    """Number of outputs in a checkpoint: the length of the parameter that a model defines last.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Of the checkpoint's architecture, with any number of outputs.
-    state : mapping of str to tensor
-
-    Returns
-    -------
-    outputs : int
-        The model's own number where the checkpoint lacks that parameter.
+    The model is of the checkpoint's architecture, with any number of outputs: its own number counts
+    where the checkpoint lacks that parameter.
     """
     last, default = [*model.named_parameters()][-1]
     return len(state[last]) if last in state and state[last].ndim else len(default)
 
 
 def fill(model: nn.Module, state: Mapping[str, torch.Tensor], name: str, path: str | Path) -> None:
-    """Copy a state dict into a model, in the model's dtypes.
-
-    Parameters
-    ----------
-    model : nn.Module
-    state : mapping of str to tensor
-    name, path : str
-        Of the model and the file, for the error.
+    """Copy a state dict into a model, in the model's dtypes; errors call them `name` and `path`.
 
     Raises
     ------

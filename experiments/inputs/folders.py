@@ -63,19 +63,11 @@ def escape_name(name: str) -> str:
 
 
 def list_folder(folder: Path, skipped: Counter[str]) -> tuple[list[Path], list[Path]]:
-    """List the folders and the files directly in a folder.
+    """List the folders and the files directly in a folder, sorted by name.
 
-    Parameters
-    ----------
-    folder : Path
-    skipped : Counter
-        Each hidden entry, and each that another program left behind, is added here by reason.
-
-    Returns
-    -------
-    folders, files : list of Path
-        Sorted by name. Links count as what they point to; a broken link that has an image's
-        suffix is among the files, where decoding reports it.
+    Each hidden entry, and each that another program left behind, is added to ``skipped`` by reason.
+    Links count as what they point to; a broken link that has an image's suffix is among the files,
+    where decoding reports it.
 
     Raises
     ------
@@ -105,18 +97,10 @@ def list_folder(folder: Path, skipped: Counter[str]) -> tuple[list[Path], list[P
 
 
 def class_outputs(root: Path, skipped: Counter[str]) -> dict[str, int]:
-    """Find the network's output for each class's sub-directory.
+    """Find the network's output for each class's sub-directory, by its name.
 
-    Parameters
-    ----------
-    root : Path
-    skipped : Counter
-        What is left out is added here by reason.
-
-    Returns
-    -------
-    dict of str to int
-        By name: the number that is the name, or the position among the sorted names.
+    It is the number that is the name, or the position among the sorted names. What is left out is
+    added to ``skipped`` by reason.
 
     Raises
     ------
@@ -156,19 +140,10 @@ def class_outputs(root: Path, skipped: Counter[str]) -> dict[str, int]:
 
 
 def image_files(folder: Path, skipped: Counter[str]) -> list[Path]:
-    """List the image files in a folder and below it, through links to folders as well.
+    """List the image files in a folder and below it, through links to folders too, by path.
 
-    Parameters
-    ----------
-    folder : Path
-    skipped : Counter
-        What is left out is added here by reason.
-
-    Returns
-    -------
-    files : list of Path
-        Sorted by path. A folder that can be reached twice is read once, by its own path rather
-        than by a link to it; links to a folder above are not followed.
+    A folder that can be reached twice is read once, by its own path rather than by a link to it;
+    links to a folder above are not followed. What is left out is added to ``skipped`` by reason.
 
     Raises
     ------

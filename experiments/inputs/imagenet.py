@@ -39,25 +39,13 @@ _NOISE_GRID = 8  # cells a side: coarse enough to outlast the pooling of the fir
 
 @cache
 def wnids() -> tuple[str, ...]:
-    """WordNet id by output.
-
-    Returns
-    -------
-    wnids : tuple of 1,000 str
-        Sorted, as the outputs of networks trained on ILSVRC2012 are.
-    """
+    """WordNet id by output: 1,000, sorted, as the outputs of networks trained on ILSVRC2012 are."""
     return tuple(WNIDS_FILE.read_text(encoding="ascii").split())
 
 
 @cache
 def categories() -> tuple[str, ...]:
-    """Class name by output.
-
-    Returns
-    -------
-    categories : tuple of 1,000 str
-        torchvision's, with the wnid behind those that differ from another in case only.
-    """
+    """Class name by output: torchvision's, with the wnid behind those that differ in case only."""
     names: list[str] = AlexNet_Weights.IMAGENET1K_V1.meta["categories"]
     count = Counter(_key(name) for name in names)
     return tuple(
@@ -67,17 +55,9 @@ def categories() -> tuple[str, ...]:
 
 
 def outputs(names: Iterable[str | int]) -> list[int]:
-    """The networks' outputs for some classes.
+    """The networks' outputs for some classes, in the order of the names.
 
-    Parameters
-    ----------
-    names : iterable of str or int
-        Class names, in any case and with spaces or underscores; wnids; or outputs.
-
-    Returns
-    -------
-    outputs : list of int
-        In the order of the names.
+    These are class names, in any case and with spaces or underscores; wnids; or outputs.
 
     Raises
     ------
@@ -86,7 +66,7 @@ def outputs(names: Iterable[str | int]) -> list[int]:
     """
     found: dict[int, str | int] = {}
     for name in names:
-        output = _output(str(name), "classes")
+        output = _output(str(name))
         if output in found:
             raise DataError(
                 f"classes: {found[output]!r} and {name!r} are one class; expected each once"
@@ -145,9 +125,7 @@ def validation(
     wnids); torchvision.datasets.ImageNet (the structure of meta.mat).
     """
     root = Path(path)
-    chosen = _chosen(classes)
-    if per_class is not None and per_class < 2:
-        raise DataError(f"per_class: {per_class} is too few; expected 2 or more")
+    chosen = _chosen(classes, per_class)
     if not root.is_dir():
         raise DataError(f"images: there is no directory {root}")
     skipped = Counter[str]()
@@ -177,39 +155,23 @@ def validation(
     return Stimuli(images, targets, categories(), escape_name(source), enlarged=enlarged)
 
 
-def noise(classes: Sequence[int], per_class: int, size: int = 224, seed: int = 0) -> Stimuli:
-    """Random images in ImageNet's place, to see how long a study takes.
+def noise(classes: Sequence[int], per_class: int, size: int = 224) -> Stimuli:
+    """Random images of ``size`` x ``size`` in ImageNet's place, to see how long a study takes.
 
-    Parameters
-    ----------
-    classes : sequence of int
-        Outputs, as `outputs` gives them.
-    per_class : int
-        Number of images of each class.
-    size : int
-        Height and width in pixels.
-    seed : int
-        A class's images depend on it and on the class's output only.
-
-    Returns
-    -------
-    stimuli : Stimuli
-        Sorted by output. Pixels of 8 bits, coarse noise mixed half and half with a colour of the
-        class, normalised by ImageNet's mean and deviation.
+    Sorted by output. Pixels of 8 bits, coarse noise mixed half and half with a colour of the class,
+    normalised by ImageNet's mean and deviation. A class's images depend on its output and on
+    ``size`` alone.
 
     Raises
     ------
     DataError
-        If there are no classes, one is unknown or named twice, or a number is too small.
+        If there are no classes, one is unknown or named twice, or `per_class` is too small.
     """
-    chosen = _chosen(classes)
-    for name, value, least in (("per_class", per_class, 2), ("size", size, 1)):
-        if value < least:
-            raise DataError(f"{name}: {value} is too few; expected {least} or more")
+    chosen = _chosen(classes, per_class)
     images = torch.empty(len(chosen) * per_class, 3, size, size, dtype=torch.float32)
     mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD])[..., None, None]
     for i, output in enumerate(chosen):
-        generator = torch.Generator().manual_seed(len(wnids()) * seed + output)
+        generator = torch.Generator().manual_seed(output)
         colour = torch.randint(256, (3, 1, 1), generator=generator)
         for image in images[i * per_class : (i + 1) * per_class]:
             grid = torch.randint(256, (1, 3, _NOISE_GRID, _NOISE_GRID), generator=generator)
@@ -220,7 +182,7 @@ def noise(classes: Sequence[int], per_class: int, size: int = 224, seed: int = 0
         images,
         torch.tensor(chosen).repeat_interleave(per_class),
         categories(),
-        f"random images, seed {seed}: not evidence",
+        "random images, seed 0: not evidence",
     )
 
 
@@ -247,7 +209,7 @@ def _meant(name: str) -> list[int]:
     return _known().get(key, [])
 
 
-def _output(name: str, argument: str) -> int:
+def _output(name: str, argument: str = "classes") -> int:
     """The output that a class name, wnid or number means."""
     meant = _meant(name)
     if len(meant) == 1:
@@ -263,10 +225,12 @@ def _output(name: str, argument: str) -> int:
     )
 
 
-def _chosen(classes: Sequence[int]) -> list[int]:
+def _chosen(classes: Sequence[int], per_class: int | None) -> list[int]:
     chosen = sorted(outputs(classes))
     if not chosen:
         raise DataError("classes: none are given; expected one or more")
+    if per_class is not None and per_class < 2:
+        raise DataError(f"per_class: {per_class} is too few; expected 2 or more")
     return chosen
 
 

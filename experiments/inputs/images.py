@@ -112,16 +112,10 @@ def demo() -> Stimuli:
 
 
 def prepare(images: torch.Tensor) -> torch.Tensor:
-    """Fashion-MNIST images as the shipped networks take them.
+    """Fashion-MNIST images, (n, 28, 28) of uint8, as the shipped networks take them.
 
-    Parameters
-    ----------
-    images : torch.Tensor, (n, 28, 28), uint8
-
-    Returns
-    -------
-    images : torch.Tensor, (n, 3, 32, 32), float32
-        Two pixels of black on each side, three equal channels, normalised by `MEAN` and `STD`.
+    That is (n, 3, 32, 32) of float32: two pixels of black on each side, three equal channels,
+    normalised by `MEAN` and `STD`.
     """
     padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
     return padded.float().div_(255).sub_(MEAN).div_(STD).unsqueeze(1).repeat(1, 3, 1, 1)
@@ -154,28 +148,6 @@ def fashion_mnist(
     if len(images) != len(labels):
         raise DataError(f"dataset: {dataset} has {len(images)} images, {len(labels)} labels")
     return images, labels
-
-
-def write_demo(dataset: str | Path = FASHION_MNIST, out: str | Path = DEMO_FILE) -> None:
-    """Make the file that `demo` reads: the first 50 test images of each class.
-
-    Parameters
-    ----------
-    dataset : path
-        Directory of Fashion-MNIST's gzipped idx files.
-    out : path
-        The .npz to write.
-
-    Raises
-    ------
-    DataError
-        If a file of the data set is missing or damaged.
-    """
-    images, labels = fashion_mnist("t10k", dataset)
-    index = np.concatenate([np.flatnonzero(labels == c)[:50] for c in range(len(CLASSES))])
-    np.savez_compressed(
-        out, images=images[index], labels=labels[index], index=index.astype(np.int16)
-    )
 
 
 def image_folder(
@@ -294,26 +266,10 @@ def read_classes(
     skip_bad: bool = False,
     resizing: Resizing | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """The images of some classes and their labels.
+    """The images of some classes in `root`, their labels, and how many of them are enlarged.
 
-    Parameters
-    ----------
-    root : Path
-        Where they are, for messages.
-    found : sequence of ClassFiles
-    transform : callable
-        As in `decode`.
-    skip_bad : bool
-        Whether to leave out, with a warning, what can't be decoded.
-    resizing : Resizing, optional
-        What the transform does to the size of a file; by default it leaves it.
-
-    Returns
-    -------
-    images : torch.Tensor, (n, 3, H, W), float32
-    labels : torch.Tensor, (n,), int64
-    enlarged : str
-        As in `Stimuli`.
+    Each is as in `Stimuli`, `transform` as in `decode`, and `resizing` what it does to the size of
+    a file: by default it leaves it. ``skip_bad`` leaves out, with a warning, what can't be decoded.
 
     Raises
     ------

@@ -17,11 +17,12 @@ from repsim_kernels.experiments.errors import ModelError, one_line
 from repsim_kernels.experiments.inputs.checkpoints import count_outputs, fill, read_checkpoint
 
 ASSETS = Path(__file__).parents[1] / "assets"
+_OUTPUTS = 10  # of the shipped networks: Fashion-MNIST's classes
 
 
-def _alexnet(num_classes: int) -> zoo.AlexNet:
+def _alexnet() -> zoo.AlexNet:
     with torch.device("meta"):  # 60 million weights that are replaced below
-        model = zoo.AlexNet(num_classes)
+        model = zoo.AlexNet(_OUTPUTS)
     model.features = nn.Sequential(
         nn.Conv2d(3, 16, kernel_size=3, padding=1),  # stock: 11 x 11, stride 4
         nn.ReLU(inplace=True),
@@ -45,12 +46,12 @@ def _alexnet(num_classes: int) -> zoo.AlexNet:
         nn.Dropout(0.2),
         nn.Linear(256, 256),
         nn.ReLU(inplace=True),
-        nn.Linear(256, num_classes),
+        nn.Linear(256, _OUTPUTS),
     )
     return model
 
 
-def _mobilenet_v2(num_classes: int) -> zoo.MobileNetV2:
+def _mobilenet_v2() -> zoo.MobileNetV2:
     stages = [  # expansion, channels, blocks, stride; stock but for the fourth stride, 2 there
         [1, 16, 1, 1],
         [6, 24, 2, 2],
@@ -60,12 +61,12 @@ def _mobilenet_v2(num_classes: int) -> zoo.MobileNetV2:
         [6, 160, 3, 2],
         [6, 320, 1, 1],
     ]
-    return zoo.MobileNetV2(num_classes, width_mult=0.35, inverted_residual_setting=stages)
+    return zoo.MobileNetV2(_OUTPUTS, width_mult=0.35, inverted_residual_setting=stages)
 
 
-def _resnet50(num_classes: int) -> zoo.ResNet:
+def _resnet50() -> zoo.ResNet:
     with torch.device("meta"):
-        model = zoo.ResNet(Bottleneck, [3, 4, 6, 3], num_classes)
+        model = zoo.ResNet(Bottleneck, [3, 4, 6, 3], _OUTPUTS)
     # The constructor's widths are fixed (`width_per_group` leaves the outputs of blocks wide).
     model.conv1 = nn.Conv2d(3, 8, kernel_size=3, padding=1, bias=False)  # stock: 7 x 7, stride 2
     model.bn1 = nn.BatchNorm2d(8)
@@ -74,11 +75,11 @@ def _resnet50(num_classes: int) -> zoo.ResNet:
     model.layer2 = model._make_layer(Bottleneck, 16, 4, stride=2)
     model.layer3 = model._make_layer(Bottleneck, 32, 6, stride=2)
     model.layer4 = model._make_layer(Bottleneck, 64, 3, stride=2)
-    model.fc = nn.Linear(256, num_classes)
+    model.fc = nn.Linear(256, _OUTPUTS)
     return model
 
 
-_BUILDERS: dict[str, Callable[[int], nn.Module]] = {
+_BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "alexnet_small": _alexnet,
     "mobilenet_v2_small": _mobilenet_v2,
     "resnet50_small": _resnet50,
@@ -86,22 +87,11 @@ _BUILDERS: dict[str, Callable[[int], nn.Module]] = {
 SMALL: tuple[str, ...] = tuple(_BUILDERS)
 
 
-def build(name: str, num_classes: int = 10) -> nn.Module:
+def build(name: str) -> nn.Module:
     """One of the study's networks with random weights, for images of 32 x 32.
 
-    Each is torchvision's own class, so that modules keep torchvision's names.
-
-    Parameters
-    ----------
-    name : str
-        One of `SMALL`.
-    num_classes : int
-        Number of outputs.
-
-    Returns
-    -------
-    model : nn.Module
-        Maps images (n, 3, 32, 32) to logits (n, num_classes); in training mode.
+    Each is torchvision's own class, so that modules keep torchvision's names. It maps images
+    (n, 3, 32, 32) to logits (n, 10), and is in training mode.
 
     Raises
     ------
@@ -115,13 +105,12 @@ def build(name: str, num_classes: int = 10) -> nn.Module:
     """
     if name not in _BUILDERS:
         raise ModelError(f"model: {name!r} is unknown; expected one of {', '.join(SMALL)}")
-    return _BUILDERS[name](num_classes)
+    return _BUILDERS[name]()
 
 
 def load(
     name: str,
     weights: str | Path | None = None,
-    num_classes: int | None = None,
     log: Callable[[str], object] = lambda _: None,
 ) -> nn.Module:
     """A network with its weights, ready for inference.
@@ -134,11 +123,8 @@ def load(
         (or is one).
     weights : path, optional
         A file as `read_checkpoint` takes it. The default is the shipped checkpoint for `SMALL`
-        and the network as it is returned for a callable; torchvision's builders need a file.
-        Nothing is downloaded or unpickled.
-    num_classes : int, optional
-        Number of outputs; by default 10 for `SMALL` and what the checkpoint has for
-        torchvision's builders. A callable decides for itself.
+        and the network as it is returned for a callable; torchvision's builders need a file,
+        and have as many outputs as it has. Nothing is downloaded or unpickled.
     log : callable, optional
         Called with a line that says how the file was read, if ``weights`` is given.
 
@@ -155,21 +141,18 @@ def load(
         program, the file can't be read, or it belongs to another architecture.
     """
     if ":" in name:
-        if num_classes is not None:
-            raise ModelError(f"num_classes: {name!r} decides for itself; expected None")
         model = _call(name)
         checkpoint = None if weights is None else read_checkpoint(weights, model)
     elif name in SMALL:
-        path = ASSETS / f"{name}.safetensors" if weights is None else Path(weights)
-        model = build(name, 10 if num_classes is None else num_classes)
-        checkpoint = read_checkpoint(path, model)
+        model = build(name)
+        checkpoint = read_checkpoint(weights or ASSETS / f"{name}.safetensors", model)
     elif name in zoo.list_models(module=zoo):
         if weights is None:
             raise ModelError(f"weights: {name!r} needs a checkpoint file; nothing is downloaded")
         with torch.device("meta"):
             stock = zoo.get_model(name, weights=None)
         checkpoint = read_checkpoint(weights, stock)
-        outputs = num_classes or count_outputs(stock, checkpoint.state)
+        outputs = count_outputs(stock, checkpoint.state)
         model = zoo.get_model(name, weights=None, num_classes=outputs)
     else:
         raise ModelError(
@@ -184,19 +167,10 @@ def load(
 
 
 def study_layers(model: nn.Module) -> list[str]:
-    """The layers that the study looks at, in the order of the network's definition.
+    """The names of the layers that the study looks at, in the order of the network's definition.
 
     AlexNet: after each ReLU; MobileNetV2: every convolution and every batch norm, before the
     ReLU6; ResNet: the output of each block. Source: Hayne, Jung & Carter, TMLR 2024.
-
-    Parameters
-    ----------
-    model : nn.Module
-
-    Returns
-    -------
-    layers : list of str
-        Names as in ``model.named_modules()``.
 
     Raises
     ------

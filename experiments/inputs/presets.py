@@ -182,7 +182,7 @@ def load_network(network: Network, weights: str | Path | None = None) -> Loaded:
 
 
 def weights_for(preset: Preset, given: Sequence[str] | None) -> dict[str, str | None]:
-    """Which weights each network of a preset gets, for `load_network`.
+    """Which weights each network of a preset gets, by its name, for `load_network`.
 
     Parameters
     ----------
@@ -191,34 +191,28 @@ def weights_for(preset: Preset, given: Sequence[str] | None) -> dict[str, str | 
         "random" alone, for all networks; "NAME=FILE", for the networks that are named; or a file
         for each network, in order. A file may be "random".
 
-    Returns
-    -------
-    dict of str to str or None
-        For each network's name.
-
     Raises
     ------
     ModelError
         If it is something else.
     """
-    names = [network.name for network in preset.networks]
-    if not given:
-        return dict.fromkeys(names)
-    if list(given) == ["random"]:
-        return dict.fromkeys(names, "random")
+    names, given = [network.name for network in preset.networks], list(given or ())
+    if given == ["random"]:
+        given *= len(names)
+    parts = [entry.partition("=") for entry in given]
+    named = [(name, file) for name, equals, file in parts if equals and "/" not in name]
+    if not named and len(given) == len(names):
+        return dict(zip(names, given, strict=True))
     found: dict[str, str | None] = {}
-    for entry in given:
-        name, equals, file = entry.partition("=")
-        if not equals or "/" in name:
-            continue  # a plain file
+    for name, file in named:
         if name not in names:
             raise ModelError(f"weights: {name!r} is unknown; expected one of {', '.join(names)}")
         if name in found or not file:
-            raise ModelError(f"weights: {entry!r} is empty or repeated; expected one {name}=FILE")
+            raise ModelError(
+                f"weights: '{name}={file}' is empty or repeated; expected one {name}=FILE"
+            )
         found[name] = file
-    if not found and len(given) == len(names):
-        return dict(zip(names, given, strict=True))
-    if len(found) < len(given):
+    if len(named) < len(given):
         raise ModelError(
             f"weights: {', '.join(given)} for {len(names)} networks; expected 'random', NAME=FILE "
             f"for some, or a file for each, in the order {', '.join(names)}"

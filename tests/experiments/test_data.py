@@ -35,14 +35,13 @@ def test_demo():
 
 
 @pytest.mark.skipif(not Path(data.FASHION_MNIST).is_dir(), reason="needs dataset-fashion-mnist")
-def test_demo_is_held_out(tmp_path):
-    data.write_demo(out=tmp_path / "again.npz")
-    test_images, test_labels = data.fashion_mnist("t10k")
-    with np.load(data.DEMO_FILE) as shipped, np.load(tmp_path / "again.npz") as again:
-        for key in ("images", "labels", "index"):
-            np.testing.assert_array_equal(shipped[key], again[key])
-        np.testing.assert_array_equal(shipped["images"], test_images[shipped["index"]])
-        np.testing.assert_array_equal(shipped["labels"], test_labels[shipped["index"]])
+def test_demo_is_held_out():
+    images, labels = data.fashion_mnist("t10k")
+    first = np.concatenate([np.flatnonzero(labels == c)[:50] for c in range(10)])
+    with np.load(data.DEMO_FILE) as shipped:
+        np.testing.assert_array_equal(shipped["index"], first)
+        np.testing.assert_array_equal(shipped["images"], images[first])
+        np.testing.assert_array_equal(shipped["labels"], labels[first])
 
 
 @pytest.mark.parametrize(

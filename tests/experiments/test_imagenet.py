@@ -343,11 +343,11 @@ def test_bad_image(flat):
 
 
 def test_noise():
-    shown = noise([SCHOONER, JUNCO], per_class=5, size=64, seed=3)
+    shown = noise([SCHOONER, JUNCO], per_class=5, size=64)
     assert shown.labels.tolist() == [JUNCO] * 5 + [SCHOONER] * 5
     assert shown.images.dtype == torch.float32
     assert shown.classes == categories()
-    assert shown.source == "random images, seed 3: not evidence"
+    assert shown.source == "random images, seed 0: not evidence"
     mean, std = torch.tensor([data.IMAGENET_MEAN, data.IMAGENET_STD])[..., None, None]
     pixels = (shown.images * std + mean) * 255
     torch.testing.assert_close(pixels, pixels.round().clamp(0, 255), rtol=0, atol=1e-3)
@@ -359,16 +359,14 @@ def test_noise():
     assert (colours[0].mean(0) - colours[1].mean(0)).norm() > 3 * colours.std(1).max()
 
 
-def test_noise_depends_on_seed_and_class_only():
+def test_noise_depends_on_the_class_only():
     shown = noise([SCHOONER, JUNCO], per_class=5, size=16)
     fewer = noise([SCHOONER], per_class=2, size=16)
     assert torch.equal(fewer.images, shown.images[5:7])
-    assert not torch.equal(noise([SCHOONER], 2, 16, seed=1).images, fewer.images)
     for arguments, message in [
         (([], 2, 16), "classes: none"),
         (([1000], 2, 16), "classes: '1000' is unknown"),
         (([5], 1, 16), "per_class: 1 is too few; expected 2 or more"),
-        (([5], 2, 0), "size: 0 is too few; expected 1 or more"),
     ]:
         with pytest.raises(DataError, match=message):
             noise(*arguments)

@@ -63,7 +63,6 @@ def test_classes_and_names_are_torchvisions():
         assert type(model) is type(expected)
         assert list(dict(model.named_modules())) == list(dict(expected.named_modules()))
         assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
-        assert build(name, 7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
 
 
 def test_study_layers():
@@ -87,8 +86,6 @@ def test_load_of_torchvisions_builder(tmp_path):
     rounded = load("squeezenet1_1", tmp_path / "a.safetensors")(x)
     assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, expected, rtol=1e-2, atol=1e-2)
-    with pytest.raises(ModelError, match=r"another arch.*\(3, 512, 1, 1\); expected \(4, 512"):
-        load("squeezenet1_1", tmp_path / "a.pth", num_classes=4)
     with pytest.raises(ModelError, match="needs a checkpoint file"):
         load("squeezenet1_1")
 
@@ -100,8 +97,6 @@ def test_load_of_a_callable(tmp_path):
     torch.save(model.state_dict(), tmp_path / "a.pt")
     x = torch.randn(2, 3, 2, 2)
     assert torch.equal(load(name, tmp_path / "a.pt")(x), model(x))
-    with pytest.raises(ModelError, match=r"num_classes: .* decides for itself"):
-        load(name, num_classes=3)
 
 
 @pytest.mark.parametrize(
