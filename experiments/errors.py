@@ -17,19 +17,15 @@ class OptionsError(ExperimentError):
 
 
 class DataError(ExperimentError):
-    """Images that can't be had; the message is one line."""
+    """Images that can't be had."""
 
 
 class ModelError(ExperimentError):
-    """A network that can't be built or loaded; the message is one line."""
+    """A network that can't be built or loaded."""
 
 
 class StudyError(ExperimentError):
-    """A study can't be made of what was given; the message is one line."""
-
-
-class JobError(ExperimentError):
-    """Options that don't go together; the message is one line."""
+    """A study can't be made of what was given."""
 
 
 class RunError(ExperimentError):
@@ -37,7 +33,7 @@ class RunError(ExperimentError):
 
 
 class ExecutorError(ExperimentError):
-    """Units can't be measured this way; the message is one line."""
+    """Units can't be measured this way."""
 
 
 class ShardError(ExperimentError):

@@ -53,7 +53,7 @@ def launch(recipe: Recipe, folder: Path, how: How, dry: bool) -> None:
 
     Raises
     ------
-    JobError, DataError, ModelError, StudyError, LayerError, StoreError, ExecutorError, OSError
+    OptionsError, DataError, ModelError, StudyError, LayerError, StoreError, ExecutorError, OSError
         One line; a StoreError, an ExecutorError and a KeyboardInterrupt say what is kept.
     typer.Exit
         3, where units are missing: they failed, or can't be read again.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from repsim_kernels.experiments.columns import METRICS
-from repsim_kernels.experiments.errors import JobError, StudyError
+from repsim_kernels.experiments.errors import OptionsError, StudyError
 from repsim_kernels.experiments.inputs import imagenet
 from repsim_kernels.experiments.inputs import images as data
 from repsim_kernels.experiments.inputs.images import Stimuli
@@ -85,7 +85,7 @@ class Recipe:
         return self.preset is None and all(name in SMALL for name in self.names)
 
     def job(self) -> Job:
-        """Make them; raises JobError, DataError, ModelError, StudyError, LayerError."""
+        """Make them; raises OptionsError, DataError, ModelError, StudyError, LayerError."""
         torch.set_flush_denormal(True)  # tiny activations are slow on a CPU otherwise
         if self.preset is not None:
             return of_preset(self.preset, self.asked)
@@ -102,24 +102,24 @@ def of_models(names: Sequence[str], asked: Asked, sampled: bool) -> Job:
 
     Raises
     ------
-    JobError, DataError, ModelError, StudyError, LayerError
+    OptionsError, DataError, ModelError, StudyError, LayerError
     """
     if asked.labels is not None or asked.per_class is not None:
         option = "labels" if asked.labels is not None else "per-class"
-        raise JobError(f"{option}: only with --preset")
+        raise OptionsError(f"{option}: only with --preset")
     if asked.images is not None:
         side = _default_size(names) if asked.size is None else asked.size
         shown = data.image_folder(asked.images, asked.classes, side, asked.skip_bad)
     elif not all(name in SMALL for name in names):
         other = next(name for name in names if name not in SMALL)
-        raise JobError(f"images: {other!r} needs some; expected a folder, --images")
+        raise OptionsError(f"images: {other!r} needs some; expected a folder, --images")
     elif asked.size is not None:
-        raise JobError(f"size: {asked.size} without images; expected a folder, --images")
+        raise OptionsError(f"size: {asked.size} without images; expected a folder, --images")
     else:
         shown = data.demo()
     given = [None] * len(names) if asked.weights is None else asked.weights
     if len(given) != len(names):
-        raise JobError(
+        raise OptionsError(
             f"weights: {len(given)} for {len(names)} models; expected one for each --model"
         )
     remarks: list[str] = []
@@ -185,19 +185,23 @@ def of_preset(name: str, asked: Asked) -> Job:
 
     Raises
     ------
-    JobError, DataError, ModelError, StudyError, LayerError
+    OptionsError, DataError, ModelError, StudyError, LayerError
     """
     if name not in PRESETS:
-        raise JobError(f"preset: {name!r} is unknown; expected one of {', '.join(PRESETS)}")
+        raise OptionsError(f"preset: {name!r} is unknown; expected one of {', '.join(PRESETS)}")
     preset = PRESETS[name]
     if asked.images is None:
-        raise JobError("images: a preset needs ImageNet's; expected a folder, or random, --images")
+        raise OptionsError(
+            "images: a preset needs ImageNet's; expected a folder, or random, --images"
+        )
     if asked.size is not None:
-        raise JobError("size: a preset's images have the size that its weights were trained with")
+        raise OptionsError(
+            "size: a preset's images have the size that its weights were trained with"
+        )
     if asked.labels is not None and asked.images == "random":
-        raise JobError("labels: of no use to random images; expected a folder, --images")
+        raise OptionsError("labels: of no use to random images; expected a folder, --images")
     if asked.layers is not None and len(preset.networks) > 1:
-        raise JobError(f"layers: {name!r} is of several networks; expected a preset of one")
+        raise OptionsError(f"layers: {name!r} is of several networks; expected a preset of one")
     given = weights_for(preset, asked.weights)
     # All weights before any images, which take minutes: what is missing is said at once.
     loaded = [load_network(network, given[network.name]) for network in preset.networks]

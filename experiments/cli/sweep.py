@@ -12,7 +12,7 @@ import typer
 from repsim_kernels.experiments.cli.launch import How, Kind, cores, launch, stoppable
 from repsim_kernels.experiments.cli.options import one_line_errors, split
 from repsim_kernels.experiments.errors import OptionsError
-from repsim_kernels.experiments.runs.shard import Shard, from_environment, parse
+from repsim_kernels.experiments.runs.shard import from_environment, parse
 
 
 def sweep(
@@ -179,7 +179,7 @@ def sweep(
         from repsim_kernels.experiments.cli.request import Asked, Recipe
         from repsim_kernels.experiments.inputs.networks import SMALL
 
-        own, source = _shard(shard)
+        own, source = from_environment() if shard is None else (parse(shard), "")
         chosen = {
             "device": _own_gpu(device, source),
             "grid": None if grid is None else _grid(grid),
@@ -256,10 +256,6 @@ def _set_up_threads(threads: int | None, workers: int | None, small: bool) -> in
     if threads is not None:
         torch.set_num_threads(threads)
     return torch.get_num_threads()
-
-
-def _shard(text: str | None) -> tuple[Shard, str]:
-    return from_environment() if text is None else (parse(text), "")
 
 
 def _own_gpu(device: str, source: str) -> str:

@@ -115,10 +115,7 @@ def finish(console: Console, table: pd.DataFrame, store: Store) -> None:
     for model in table["model"].unique():
         note = f" ({notes[model]})" if model in notes else ""
         print(f"Mean Spearman correlation, {model}{note}")
-        view = Table(box=SIMPLE, padding=0)  # of one probe within 80 characters
-        view.add_column("metric", no_wrap=True)
-        for change in changes:
-            view.add_column(HEADS[change], justify="right", no_wrap=True)
+        view = _table(["metric"], [HEADS[change] for change in changes])
         for metric, row in wide.loc[model].iterrows():
             numbers = ("-" if value != value else f"{value:.2f}" for value in row)
             view.add_row(METRIC_NAMES[metric], *numbers)
@@ -127,6 +124,16 @@ def finish(console: Console, table: pd.DataFrame, store: Store) -> None:
             print(f"{model}: {count}.")
     print(folder / "results.parquet")
     print(write_report(folder, folder / "report.html"))
+
+
+def _table(names: Sequence[str], numbers: Sequence[str], padding: int = 0) -> Table:
+    """A table of some columns of text, and then of numbers."""
+    view = Table(box=SIMPLE, padding=(0, padding))
+    for head in names:
+        view.add_column(head, no_wrap=True)
+    for head in numbers:
+        view.add_column(head, justify="right", no_wrap=True)
+    return view
 
 
 def _show(console: Console, view: Table) -> None:
@@ -156,11 +163,7 @@ def show_correlations(console: Console, groups: pd.DataFrame, cluster: str) -> N
         "nan_groups": "without",
     }
     shown = [name for name in heads if name in rows.columns]
-    view = Table(box=SIMPLE, padding=0)
-    for name in keys:
-        view.add_column(name, no_wrap=True)
-    for name in shown:
-        view.add_column(heads[name], justify="right", no_wrap=True)
+    view = _table(keys, [heads[name] for name in shown])
     for row in rows[[*keys, *shown]].itertuples(index=False):
         view.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row))
     print(f"{len(groups.drop_duplicates(by))} groups by {', '.join(by)}")
@@ -176,18 +179,9 @@ def show_plans(console: Console, plans: Sequence[Plan], workers: int = 1) -> Non
             f"Plan, {plan.name}: {plan.targets} target classes x {plan.cells} cells x "
             f"{plan.images} images, metrics over {plan.stimuli} stimuli"
         )
-        view = Table(box=SIMPLE)
-        heads = (
-            "layer",
-            "neurons",
-            "cells\ntogether",
-            "TFLOP\nforward",
-            "TFLOP\nmetrics",
-            "GiB\nheld",
-        )
+        heads = ["neurons", "cells\ntogether", "TFLOP\nforward", "TFLOP\nmetrics", "GiB\nheld"]
         fits = any(line.fits for line in plan.layers)
-        for head in (*heads, *(["logistic\nfits"] if fits else []), "time"):
-            view.add_column(head, justify="left" if head == "layer" else "right", no_wrap=True)
+        view = _table(["layer"], [*heads, *(["logistic\nfits"] if fits else []), "time"], 1)
         for line in plan.layers:
             view.add_row(
                 line.layer,

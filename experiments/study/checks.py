@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,11 +142,10 @@ def check_draws(value: Any) -> Draws:
     return Draws(least, every, _options.flag(value.paired, "draws.paired"))
 
 
-def check_progress(value: Any) -> Callable[[Any], object] | None:
+def check_progress(value: Any) -> None:
     """Check that progress can be called."""
     if value is not None and not callable(value):
         raise StudyError(f"progress: {_options.shown(value)}; expected a function of a Step")
-    return value
 
 
 def check_folder(value: Any) -> Path:

@@ -29,13 +29,7 @@ def prepare(model: nn.Module, device: torch.device) -> Iterator[None]:
 
     Training flags, attributes, and the values and memory of parameters, buffers and gradients are
     those of before, also after an error and where a pass writes to them. What the network keeps in
-    lists or dicts of its own is not undone.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Its parameters may be on several devices.
-    device : torch.device
+    lists or dicts of its own is not undone. Its parameters may be on several devices.
     """
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
@@ -106,14 +100,9 @@ class Layer(NamedTuple):
 def show_image(
     model: nn.Module, layers: Sequence[str], image: Tensor
 ) -> tuple[Any, dict[str, Layer]]:
-    """Run a network on a batch of one image.
+    """What a network gives for a batch of one image, and the sizes of those layers that run.
 
-    Returns
-    -------
-    output : Any
-        What the network gives.
-    sizes : dict of str to Layer
-        By layer; without those that don't run or give no tensor.
+    A layer that gives no tensor is left out as well.
     """
     sizes: dict[str, Layer] = {}
 
@@ -166,13 +155,9 @@ class Identity:
 
 
 def describe_modules(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Describe each module of a network: its class and its options.
+    """Describe each module of a network, by name: its class and its options, as JSON has them.
 
-    Returns
-    -------
-    dict of str to dict
-        JSON-able, by name; the network itself is "model". The same on any device and in any
-        process.
+    The network itself is "model". The same on any device and in any process.
     """
     return {
         name or "model": _describe_module(module)
@@ -211,19 +196,9 @@ def _plain(value: Any) -> Any:
 def hash_operations(model: nn.Module, layers: Sequence[str], images: Tensor) -> str:
     """Hash the operations of a forward pass, without any computed value.
 
-    Parameters
-    ----------
-    model : nn.Module
-        In evaluation mode.
-    layers : sequence of str
-        The layers that it is cut at.
-    images : tensor, (n, ...)
-        Images that the network takes, on its device.
-
-    Returns
-    -------
-    str
-        The same on any machine that has the same version of PyTorch, unlike a hash of logits.
+    The hash is the same on any machine that has the same version of PyTorch, unlike one of logits.
+    The network is in evaluation mode, the layers are those that it is cut at, and the images,
+    (n, ...), are on its device.
     """
     with contexts.run_eagerly():
         try:
