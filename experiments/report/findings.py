@@ -30,6 +30,7 @@ from repsim_kernels.experiments.analysis.inference import (
     intervals,
     mixed_model,
 )
+from repsim_kernels.experiments.analysis.published import PUBLISHED
 from repsim_kernels.experiments.columns import BASELINE, METRIC_NAMES, NAN_IMAGES
 from repsim_kernels.experiments.errors import StatsError
 
@@ -58,6 +59,11 @@ class Model:
     def distances(self) -> list[str]:
         return distances_of(self.table)
 
+    @property
+    def metrics(self) -> list[str]:
+        """The distances but for the baseline."""
+        return [name for name in self.distances if name != BASELINE]
+
     @cached_property
     def changes(self) -> list[str]:
         return changes_of(self.table)
@@ -82,6 +88,13 @@ class Model:
         """Its accuracy compared with a guess, if it is near chance; no claim is then judged."""
         return near_chance(self.about)
 
+    @property
+    def functions(self) -> tuple[str, str] | None:
+        """The two changes that claims are about; None where no claim can be judged."""
+        if self.near_chance or RANK_DEFICIT not in self.changes or self.decodability is None:
+            return None
+        return RANK_DEFICIT, self.decodability
+
     @cached_property
     def per_group(self) -> pd.DataFrame:
         return correlations(self.table, self.distances, self.changes)
@@ -102,6 +115,152 @@ class Model:
     @cached_property
     def classes(self) -> list[str]:
         return list(self.configuration.get("classes") or map(str, self.table["class"].unique()))
+
+    @property
+    def groups(self) -> int:
+        return int(self.table.groupby(GROUP, observed=True).ngroups)
+
+    @cached_property
+    def found(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """Estimates and intervals, by distance and change."""
+        return dict(self.estimates.set_index(["distance", "change"]).to_dict("index"))
+
+    @property
+    def clusters(self) -> int:
+        return int(self.estimates["clusters"].max())
+
+    @property
+    def nan_images(self) -> str | None:
+        return count_nan_images(self.table)
+
+    @property
+    def published(self) -> dict[str, tuple[float, float]] | None:
+        return PUBLISHED.get(self.own_name)
+
+    @property
+    def reliable(self) -> list[str]:
+        """The changes whose correlations are corrected for noise."""
+        return list(dict.fromkeys(change for _, change in self.corrected or ()))
+
+    @cached_property
+    def claims(self) -> list[tuple[Claim, list[str]]] | None:
+        """The claims and what is said of each, metrics by the names that the page has for them."""
+        if self.functions is None:
+            return None
+        told = []
+        for claim in claims(self.per_group, *self.functions):
+            parts = [detail.partition(": ") for detail in claim.details]
+            details = [
+                f"{METRIC_NAMES.get(name, name)}{colon}{rest}" for name, colon, rest in parts
+            ]
+            # A lone line repeats the numbers of the claim, where it has any.
+            told.append(
+                (claim, [] if len(details) == 1 and not math.isnan(claim.estimate) else details)
+            )
+        return told
+
+    @cached_property
+    def mixed(self) -> MixedModel | None:
+        """The paper's mixed model, where the table has what it needs."""
+        if self.functions is None:
+            return None
+        try:
+            return mixed_model(self.per_group, *self.functions)
+        except StatsError:
+            return None
+
+    @cached_property
+    def beyond(self) -> dict[str, tuple[list[str], list[str]]]:
+        """By change, the metrics that follow it more than the removed energy does, and less."""
+        if self.near_chance or BASELINE not in self.distances:
+            return {}
+        found = {}
+        for change in filter(None, (RANK_DEFICIT, self.decodability)):
+            if change in self.changes:
+                tests = beyond(self.per_group, change)
+                if all(math.isnan(test.estimate) for test in tests):
+                    continue  # nothing is lost, or the same in all cells
+                more = [METRIC_NAMES[test.name] for test in tests if test.low > 0]
+                less = [METRIC_NAMES[test.name] for test in tests if test.high < 0]
+                found[change] = more, less
+        return found
+
+    @cached_property
+    def following(self) -> dict[str, str]:
+        """By change that has figures, say which metrics follow it most and least.
+
+        Correlations count as equal where they are at the page's two decimals.
+        """
+        found = {}
+        metrics = self.estimates[self.estimates["distance"] != BASELINE]
+        for change, mine in metrics.groupby("change", sort=False):
+            rho = mine.set_index("distance")["estimate"].dropna().round(2) + 0.0  # no -0.00
+            if change not in self.drawn or rho.empty:
+                continue
+
+            def named(value: float, rho: pd.Series = rho) -> str:
+                names = [METRIC_NAMES[name] for name in rho.index[rho == value]]
+                return f"{' and '.join(names)} ({value:.2f})"
+
+            if len(rho) == 1:
+                why = "measured" if len(mine) == 1 else "that has a correlation"
+                found[change] = f"by {named(rho.max())}, the only metric {why}"
+            elif rho.nunique() == 1:
+                which = "" if len(rho) == len(mine) else " that have a correlation"
+                found[change] = f"equally by all metrics{which} ({rho.max():.2f})"
+            else:
+                found[change] = f"most by {named(rho.max())}, least by {named(rho.min())}"
+        return found
+
+    @cached_property
+    def partial(self) -> dict[tuple[str, str], tuple[float, float]] | None:
+        """Mean correlations, and those given the cells' sizes and energies."""
+        metrics = self.metrics
+        if not metrics or not {"size", BASELINE} <= set(self.table.columns):
+            return None
+        given = partial_correlations(self.table, metrics, self.drawn)
+        means = given.groupby(["distance", "change"], sort=False)["spearman"].mean()
+        plain = self.estimates.set_index(["distance", "change"])["estimate"]
+        return {key: (plain[key], value) for key, value in means.items()}
+
+    @cached_property
+    def corrected(self) -> dict[tuple[str, str], tuple[float, float]] | None:
+        """Mean correlations, and those that a function change without noise would give."""
+        if self.reliability.empty:
+            return None
+        found = corrected(summary(self.per_group), self.reliability).dropna(subset=["reliability"])
+        keys = zip(found["distance"], found["change"], strict=True)
+        return dict(zip(keys, zip(found["spearman"], found["corrected"], strict=True), strict=True))
+
+    @cached_property
+    def quality(self) -> dict[str, Any]:
+        """Groups without a correlation by reason, ties, reliability, cells that hold nothing."""
+        names = [*self.distances, *self.changes]
+        groups = self.table.groupby(GROUP, observed=True, dropna=False)
+        holed = self.table[names].isna().groupby([self.table[key] for key in GROUP]).any()
+        constant = (groups[names].nunique() <= 1) & ~holed
+        known = self.reliability.set_index("change")
+        dead = (self.table[self.distances] == 0).any(axis=1)
+        return {
+            "changes": {
+                name: {
+                    "constant": int(constant[name].sum()),
+                    "nan": int(holed[name].sum()),
+                    "tied": _tied(self.table, name),
+                    "reliability": known["reliability"].get(name, math.nan),
+                    "source": known["source"].get(name, ""),
+                }
+                for name in self.changes
+            },
+            "distances": {
+                METRIC_NAMES[name]: (int(constant[name].sum()), int(holed[name].sum()))
+                for name in self.distances
+                if constant[name].any() or holed[name].any()
+            },
+            "reliable": len(known) > 0,
+            "dead": int(dead.sum()),
+            "rows": len(self.table),
+        }
 
 
 def near_chance(about: dict[str, Any]) -> str | None:
@@ -155,74 +314,6 @@ def count_nan_images(table: pd.DataFrame) -> str | None:
     )
 
 
-def judged(model: Model) -> list[tuple[Claim, list[str]]] | None:
-    """The claims and what is said of each, metrics by the names that the page has for them."""
-    if model.near_chance or RANK_DEFICIT not in model.changes or model.decodability is None:
-        return None
-    told = []
-    for claim in claims(model.per_group, RANK_DEFICIT, model.decodability):
-        parts = [detail.partition(": ") for detail in claim.details]
-        details = [f"{METRIC_NAMES.get(name, name)}{colon}{rest}" for name, colon, rest in parts]
-        # A lone line repeats the numbers of the claim, where it has any.
-        told.append(
-            (claim, [] if len(details) == 1 and not math.isnan(claim.estimate) else details)
-        )
-    return told
-
-
-def fitted(model: Model) -> MixedModel | None:
-    """The paper's mixed model, where the table has what it needs."""
-    if model.near_chance or RANK_DEFICIT not in model.changes or model.decodability is None:
-        return None
-    try:
-        return mixed_model(model.per_group, RANK_DEFICIT, model.decodability)
-    except StatsError:
-        return None
-
-
-def against_baseline(model: Model) -> dict[str, tuple[list[str], list[str]]]:
-    """By change, the metrics that follow it more than the energy removed does, and those less."""
-    if model.near_chance or BASELINE not in model.distances:
-        return {}
-    found = {}
-    for change in filter(None, (RANK_DEFICIT, model.decodability)):
-        if change in model.changes:
-            tests = beyond(model.per_group, change)
-            if all(math.isnan(test.estimate) for test in tests):
-                continue  # nothing is lost, or the same in all cells
-            more = [METRIC_NAMES[test.name] for test in tests if test.low > 0]
-            less = [METRIC_NAMES[test.name] for test in tests if test.high < 0]
-            found[change] = more, less
-    return found
-
-
-def describe_following(model: Model) -> dict[str, str]:
-    """By change that has figures, say which metrics follow it most and least.
-
-    Correlations count as equal where they are at the page's two decimals.
-    """
-    found = {}
-    metrics = model.estimates[model.estimates["distance"] != BASELINE]
-    for change, mine in metrics.groupby("change", sort=False):
-        rho = mine.set_index("distance")["estimate"].dropna().round(2) + 0.0  # no -0.00
-        if change not in model.drawn or rho.empty:
-            continue
-
-        def named(value: float, rho: pd.Series = rho) -> str:
-            names = [METRIC_NAMES[name] for name in rho.index[rho == value]]
-            return f"{' and '.join(names)} ({value:.2f})"
-
-        if len(rho) == 1:
-            why = "measured" if len(mine) == 1 else "that has a correlation"
-            found[change] = f"by {named(rho.max())}, the only metric {why}"
-        elif rho.nunique() == 1:
-            which = "" if len(rho) == len(mine) else " that have a correlation"
-            found[change] = f"equally by all metrics{which} ({rho.max():.2f})"
-        else:
-            found[change] = f"most by {named(rho.max())}, least by {named(rho.min())}"
-    return found
-
-
 def costliest_layer(table: pd.DataFrame, change: str) -> tuple[str, str]:
     """The layer where ablation costs most on average, and what to say of it.
 
@@ -238,61 +329,6 @@ def costliest_layer(table: pd.DataFrame, change: str) -> tuple[str, str]:
         one = "the one" if most == 1 else f"one of {most}"
         said = f"of those that ran, {one} where ablation costs most"
     return costs.idxmax(), said
-
-
-def partial(model: Model) -> dict[tuple[str, str], tuple[float, float]] | None:
-    """Mean correlations, and those given the cells' sizes and energies."""
-    metrics = [name for name in model.distances if name != BASELINE]
-    if not metrics or not {"size", BASELINE} <= set(model.table.columns):
-        return None
-    given = _means(partial_correlations(model.table, metrics, model.drawn))
-    plain = model.estimates.set_index(["distance", "change"])["estimate"]
-    return {key: (plain[key], value) for key, value in given.items()}
-
-
-def _means(per_group: pd.DataFrame) -> dict[tuple[str, str], float]:
-    """Mean correlation by distance and change, over the groups that have one."""
-    means = per_group.groupby(["distance", "change"], sort=False)["spearman"].mean()
-    return dict(means.items())
-
-
-def without_noise(model: Model) -> dict[tuple[str, str], tuple[float, float]] | None:
-    """Mean correlations, and those that a function change without noise would give."""
-    if model.reliability.empty:
-        return None
-    found = corrected(summary(model.per_group), model.reliability).dropna(subset=["reliability"])
-    keys = zip(found["distance"], found["change"], strict=True)
-    return dict(zip(keys, zip(found["spearman"], found["corrected"], strict=True), strict=True))
-
-
-def quality(model: Model) -> dict[str, Any]:
-    """Groups without a correlation by reason, ties, reliability, cells that hold nothing."""
-    names = [*model.distances, *model.changes]
-    groups = model.table.groupby(GROUP, observed=True, dropna=False)
-    holed = model.table[names].isna().groupby([model.table[key] for key in GROUP]).any()
-    constant = (groups[names].nunique() <= 1) & ~holed
-    known = model.reliability.set_index("change")
-    dead = (model.table[model.distances] == 0).any(axis=1)
-    return {
-        "changes": {
-            name: {
-                "constant": int(constant[name].sum()),
-                "nan": int(holed[name].sum()),
-                "tied": _tied(model.table, name),
-                "reliability": known["reliability"].get(name, math.nan),
-                "source": known["source"].get(name, ""),
-            }
-            for name in model.changes
-        },
-        "distances": {
-            METRIC_NAMES[name]: (int(constant[name].sum()), int(holed[name].sum()))
-            for name in model.distances
-            if constant[name].any() or holed[name].any()
-        },
-        "reliable": len(known) > 0,
-        "dead": int(dead.sum()),
-        "rows": len(model.table),
-    }
 
 
 def _tied(table: pd.DataFrame, change: str) -> float:

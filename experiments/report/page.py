@@ -22,15 +22,7 @@ from repsim_kernels.experiments.report.findings import (
     GROUP,
     RANK_DEFICIT,
     Model,
-    against_baseline,
     costliest_layer,
-    count_nan_images,
-    describe_following,
-    fitted,
-    judged,
-    partial,
-    quality,
-    without_noise,
 )
 from repsim_kernels.experiments.runs.store import load
 
@@ -83,7 +75,7 @@ def write_report(
         lstrip_blocks=True,
     )
     html = environment.get_template("report.html.j2").render(
-        models=[_facts(model) for model in models],
+        models=models,
         runs=loaded,
         plates=plates,
         styles={key: style for key, style in draw.STYLES.items() if _any(models, key)},
@@ -143,39 +135,6 @@ def _model(own_name: str, run: dict[str, Any], shared: bool) -> Model:
         configuration=study.get("configuration", {}).get("models", {}).get(own_name, {}),
         about=about or {"note": table.attrs.get("notes", {}).get(own_name)},
     )
-
-
-def _facts(model: Model) -> dict[str, Any]:
-    """What the template says of one model."""
-    found = model.estimates.set_index(["distance", "change"])
-    fixed = without_noise(model)
-    return {
-        "name": model.name,
-        "configuration": model.configuration,
-        "random": model.random,
-        "about": model.about,
-        "layers": model.layers,
-        "classes": model.classes,
-        "changes": model.changes,
-        "distances": model.distances,
-        "drawn": model.drawn,
-        "decodability": model.decodability,
-        "groups": model.table.groupby(GROUP, observed=True).ngroups,
-        "found": found.to_dict("index"),
-        "following": describe_following(model),
-        "clusters": int(model.estimates["clusters"].max()),
-        "metrics": sum(name != BASELINE for name in model.distances),
-        "near_chance": model.near_chance,
-        "nan_images": count_nan_images(model.table),
-        "claims": judged(model),
-        "mixed": fitted(model),
-        "beyond": against_baseline(model),
-        "published": PUBLISHED.get(model.own_name),
-        "partial": partial(model),
-        "corrected": fixed,
-        "reliable": list(dict.fromkeys(change for _, change in fixed or ())),
-        "quality": quality(model),
-    }
 
 
 def _plates(models: Sequence[Model]) -> dict[str, list[Plate]]:
