@@ -219,10 +219,8 @@ def claims(per_group: pd.DataFrame, performance: str, decodability: str) -> list
 
     Parameters
     ----------
-    per_group : DataFrame
-        What :func:`correlations` returns, of one model.
-    performance, decodability : str
-        The two changes that are the function.
+    per_group, performance, decodability
+        As :func:`mixed_model` takes them.
 
     Returns
     -------
