@@ -51,7 +51,7 @@ def progress_of(
     if log_json:
         yield _Json(console)
     elif quiet:
-        yield _Failures(console)
+        yield _Display(console)
     elif console.is_terminal and not console.is_dumb_terminal:
         bar = _Bar(console)
         with bar.progress:
@@ -80,7 +80,7 @@ def pace(per_minute: float, units: str = " units") -> str:
 
 
 class _Display:
-    """Follows a run's rate; each kind of display shows its steps in its own way."""
+    """Follows a run's rate, and says on stderr which units are given up."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -102,7 +102,8 @@ class _Display:
 
     def show(self, what: str, step: Step) -> None:
         """Show a step that is started, done, failed or retry."""
-        raise NotImplementedError
+        if what == "failed":
+            print(_describe_failure(what, step), file=sys.stderr, flush=True)
 
     @property
     def seconds_left(self) -> float | None:
@@ -137,12 +138,6 @@ class _Json(_Display):
             "seconds_left": self.seconds_left,
         }
         print(json.dumps(fields), file=self.console.file, flush=True)
-
-
-class _Failures(_Display):
-    def show(self, what: str, step: Step) -> None:
-        if what == "failed":
-            print(_describe_failure(what, step), file=sys.stderr, flush=True)
 
 
 class _Lines(_Display):

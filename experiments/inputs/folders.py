@@ -139,11 +139,11 @@ def class_outputs(root: Path, skipped: Counter[str]) -> dict[str, int]:
     return numbers
 
 
-def image_files(folder: Path, skipped: Counter[str]) -> list[Path]:
-    """List the image files in a folder and below it, through links to folders too, by path.
+def image_files(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """List the image files in a folder and below it, by path, and count by reason what is skipped.
 
-    A folder that can be reached twice is read once, by its own path rather than by a link to it;
-    links to a folder above are not followed. What is left out is added to ``skipped`` by reason.
+    Links to folders are followed, but not to one above. A folder that can be reached twice is read
+    once, by its own path rather than by a link to it.
 
     Raises
     ------
@@ -154,7 +154,7 @@ def image_files(folder: Path, skipped: Counter[str]) -> list[Path]:
     """
     here, above = folder.resolve(), folder.absolute().parent.resolve()
     read = {*here.parents, above, *above.parents}
-    images: list[Path] = []
+    images, skipped = list[Path](), Counter[str]()
     todo = deque([folder])
     while todo:
         current = todo.pop()
@@ -171,7 +171,7 @@ def image_files(folder: Path, skipped: Counter[str]) -> list[Path]:
         # Links wait until all other folders are read.
         todo.extend(path for path in folders if not path.is_symlink())
         todo.extendleft(path for path in folders if path.is_symlink())
-    return sorted(images)
+    return sorted(images), skipped
 
 
 def describe_skipped(skipped: Counter[str]) -> str:

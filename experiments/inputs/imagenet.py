@@ -14,8 +14,6 @@ from torchvision.models import AlexNet_Weights
 from repsim_kernels.experiments.errors import DataError, one_line
 from repsim_kernels.experiments.inputs.folders import (
     ClassFiles,
-    describe_skipped,
-    escape_name,
     image_files,
     is_image,
     list_folder,
@@ -143,16 +141,12 @@ def validation(
     else:
         found = []
         for output, folder in zip(chosen, _folders_of(root, folders, chosen), strict=True):
-            own = Counter[str]()
-            read = image_files(folder, own)[:per_class]
-            found.append(ClassFiles(output, categories()[output], read, own))
-            skipped += own
+            read, own = image_files(folder)
+            found.append(ClassFiles(output, categories()[output], read[:per_class], own))
     # torchvision's transforms know the side that they resize to; of others it isn't known.
     side = getattr(transform, "resize_size", None)
     resizing = None if side is None else Resizing(side[0])
-    images, targets, enlarged = read_classes(root, found, transform, skip_bad, resizing)
-    source = f"{len(images)} images of {len(chosen)} classes in {root}{describe_skipped(skipped)}"
-    return Stimuli(images, targets, categories(), escape_name(source), enlarged=enlarged)
+    return read_classes(root, found, categories(), transform, skipped, skip_bad, resizing)
 
 
 def noise(classes: Sequence[int], per_class: int, size: int = 224) -> Stimuli:

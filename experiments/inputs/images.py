@@ -199,11 +199,7 @@ def image_folder(
     if unknown := [name for name in chosen if name not in outputs]:
         raise DataError(f"classes: {unknown[0]!r} is unknown; expected a sub-directory of {root}")
     kept = sorted((outputs[name], name) for name in set(chosen))
-    found = []
-    for output, name in kept:
-        own = Counter[str]()
-        found.append(ClassFiles(output, name, image_files(root / name, own), own))
-        skipped += own
+    found = [ClassFiles(output, name, *image_files(root / name)) for output, name in kept]
     if size is None:
         cut, resizing = transforms.CenterCrop(_common_size(found)), None
     else:
@@ -212,17 +208,9 @@ def image_folder(
     transform = transforms.Compose(
         [cut, _to_tensor, transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
     )
-    images, labels, enlarged = read_classes(root, found, transform, skip_bad, resizing)
     names = {output: name for name, output in outputs.items()}
-    return Stimuli(
-        images,
-        labels,
-        tuple(names.get(output, str(output)) for output in range(max(names) + 1)),
-        escape_name(
-            f"{len(images)} images of {len(kept)} classes in {root}{describe_skipped(skipped)}"
-        ),
-        enlarged=enlarged,
-    )
+    known = tuple(names.get(output, str(output)) for output in range(max(names) + 1))
+    return read_classes(root, found, known, transform, skipped, skip_bad, resizing)
 
 
 def _cut_to(size: int, side: int) -> Callable[[Any], Any]:
@@ -262,14 +250,28 @@ def _common_size(found: Sequence[ClassFiles]) -> tuple[int, int]:
 def read_classes(
     root: Path,
     found: Sequence[ClassFiles],
+    classes: tuple[str, ...],
     transform: Transform,
-    skip_bad: bool = False,
-    resizing: Resizing | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """The images of some classes in `root`, their labels, and how many of them are enlarged.
+    skipped: Counter[str],
+    skip_bad: bool,
+    resizing: Resizing | None,
+) -> Stimuli:
+    """The images of some classes in `root`, normalised as ImageNet's.
 
-    Each is as in `Stimuli`, `transform` as in `decode`, and `resizing` what it does to the size of
-    a file: by default it leaves it. ``skip_bad`` leaves out, with a warning, what can't be decoded.
+    Parameters
+    ----------
+    root : Path
+    found : sequence of ClassFiles
+    classes : tuple of str
+        Name by output.
+    transform : callable
+        As in `decode`.
+    skipped : Counter
+        What was skipped outside the classes' folders, by reason.
+    skip_bad : bool
+        Whether to leave out, with a warning, what can't be decoded.
+    resizing : Resizing, optional
+        What the transform does to the size of a file; None where it leaves it, or isn't known.
 
     Raises
     ------
@@ -297,7 +299,9 @@ def read_classes(
         bad = ", ".join(str(files[i]) for i in sorted(set(range(len(files))) - set(good)))
         warnings.warn(f"left out, can't be decoded: {bad}", stacklevel=3)
     enlarged = "" if resizing is None else _count_enlarged([files[i] for i in good], resizing)
-    return images, labels, enlarged
+    whole = sum((one.skipped for one in found), skipped)
+    source = f"{len(images)} images of {len(found)} classes in {root}{describe_skipped(whole)}"
+    return Stimuli(images, labels, classes, escape_name(source), enlarged=enlarged)
 
 
 def _count_enlarged(files: Sequence[Path], resizing: Resizing) -> str:
