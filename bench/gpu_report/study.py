@@ -227,7 +227,7 @@ def _make_full_study(network: Network, device: str) -> tuple[Study, Draws]:
     if device == "cpu":  # as the study has them there
         model = model.to(memory_format=torch.channels_last)
     shown = imagenet.noise(imagenet.outputs(network.classes), network.images)
-    options = {"name": network.name, "others": network.others, "ridge": _PRESET.ridge}
+    options = {"name": network.name, "others": network.others}
     draws = Draws(network.draws, network.neurons_per_draw, _PRESET.paired)
     return _make_study(model, shown.images, shown.labels, device, **options), draws
 
@@ -251,13 +251,9 @@ def _make_study(
         study_layers(model),
         images,
         labels,
-        grid=_PRESET.grid,
-        metrics=_PRESET.metrics or (),
-        edges=_PRESET.edges,
-        penalty=_PRESET.penalty,
-        probes=(*_PRESET.probes, "ridge"),
         draws=Draws(_DRAWS[device], None, _PRESET.paired),
         block=1,
         device=device,
+        **_PRESET.options | {"probes": (*_PRESET.options["probes"], "ridge")},
         **options,
     )

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from repsim_kernels.experiments.columns import METRICS
 from repsim_kernels.experiments.errors import OptionsError, StudyError
 from repsim_kernels.experiments.inputs import imagenet
 from repsim_kernels.experiments.inputs import images as data
@@ -176,7 +175,7 @@ def _of_model(
         name=name,
         classes=shown.classes,
         stimuli_per_class=stimuli,
-        **{"metrics": METRICS} | asked.study,
+        **asked.study,
     )
 
 
@@ -239,15 +238,9 @@ def _of_network(
     drawn = [loaded.note] if loaded.note == RANDOM else []
     drawn += ["random images"] if asked.images == "random" else []
     others = network.others if network.others and network.others < len(targets) - 1 else None
-    options: dict[str, Any] = {
-        "grid": preset.grid,
-        "edges": preset.edges,
-        "ridge": preset.ridge,
-        "penalty": 0.0 if "ridge" in asked.study else preset.penalty,
-        "metrics": preset.metrics or METRICS,
-        "probes": preset.probes,
-        "draws": Draws(network.draws, network.neurons_per_draw, preset.paired),
-    }
+    options = preset.options | asked.study
+    if "ridge" in asked.study and "penalty" not in asked.study:
+        options["penalty"] = 0.0
     model = loaded.model
     if asked.study.get("device", "cpu").startswith("cpu"):
         # Half as fast again on a CPU, by measurement; nothing of it has been measured on a GPU.
@@ -261,9 +254,10 @@ def _of_network(
         name=network.name,
         classes=shown.classes,
         others=others,
+        draws=Draws(network.draws, network.neurons_per_draw, preset.paired),
         stimuli_per_class=asked.stimuli,
         note=f"not evidence: {', '.join(drawn)}" if drawn else None,
-        **options | asked.study,
+        **options,
     )
     return study, shown
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torchvision.models as zoo
@@ -74,33 +74,19 @@ class Network:
 
 @dataclass(frozen=True)
 class Preset:
-    """Networks to run, and how. The defaults are this package's.
+    """Networks to run, and how.
 
     Parameters
     ----------
     networks : tuple of Network
-    grid : (int, int)
-        Strips by selectivity, and cells by magnitude in each strip.
-    edges : {"equal", "inclusive"}
-        Cells that part the neurons in equal counts, or the authors', whose edge neurons are in two
-        cells or in none.
-    ridge, penalty : float
-        Of CCA and PWCCA; a penalty above 0 is taken instead of the ridge.
-    metrics : tuple of str, optional
-        Distances to take; all by default.
-    probes : tuple of str
-        Of linear decodability, as for `Study`.
+    options : dict
+        Arguments of `Study` that differ from its defaults.
     paired : bool
         Whether the paper's probe keeps, of the neurons it draws, those that survive an ablation.
     """
 
     networks: tuple[Network, ...]
-    grid: tuple[int, int] = (4, 4)
-    edges: Literal["equal", "inclusive"] = "equal"
-    ridge: float = 0.1
-    penalty: float = 0.0
-    metrics: tuple[str, ...] | None = None
-    probes: tuple[str, ...] = ("ridge",)
+    options: dict[str, Any] = field(default_factory=dict)
     paired: bool = True
 
 
@@ -116,10 +102,12 @@ PRESETS: dict[str, Preset] = {
     "resnet50": Preset((_RESNET50,)),
     "hayne2024": Preset(
         (_ALEXNET, _MOBILENET_V2_035, _RESNET50),
-        edges="inclusive",
-        penalty=1e3,
-        metrics=("cka", "procrustes", "pwcca", "cca", "cca_squared"),
-        probes=("paper",),
+        {
+            "edges": "inclusive",  # the authors': their neurons are in two cells or in none
+            "penalty": 1e3,
+            "metrics": ("cka", "procrustes", "pwcca", "cca", "cca_squared"),
+            "probes": ("paper",),
+        },
         paired=False,
     ),
 }

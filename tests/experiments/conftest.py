@@ -1,4 +1,4 @@
-"""What the command line sets for its process, taken back for the tests that follow; reports."""
+"""What the command line sets for its process, taken back; where it runs; lighter reports."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from _toy import image_folder
 
-from repsim_kernels.experiments.report import page as report
+from repsim_kernels.experiments.report import page
+from repsim_kernels.experiments.report.figures import Plate
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -19,10 +21,17 @@ def subnormal_numbers() -> Iterator[None]:
 
 
 @pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a command runs: nothing but a folder of images."""
+    monkeypatch.chdir(tmp_path)
+    return image_folder(tmp_path / "images")
+
+
+@pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports have no figures, which take half of their time, where a test is of numbers."""
-    none: dict[str, list[report.Plate]] = {"classes": [], "layers": [], "grid": [], "cells": []}
-    monkeypatch.setattr(report, "_plates", lambda _models: none)
+    none: dict[str, list[Plate]] = {"classes": [], "layers": [], "grid": [], "cells": []}
+    monkeypatch.setattr(page, "_plates", lambda _models: none)
 
 
 @pytest.fixture
@@ -33,4 +42,4 @@ def blank_reports(monkeypatch: pytest.MonkeyPatch) -> None:
         path.write_text("", encoding="utf-8")
         return path
 
-    monkeypatch.setattr(report, "write_report", write)
+    monkeypatch.setattr(page, "write_report", write)

@@ -12,15 +12,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from _cli import invoke
 from _page import CHANGES, FIVE, drawn, page_of
-from _toy import CLASSES, Toy, image_folder, toy_images, toy_study
+from _toy import CLASSES, Toy, toy_images, toy_study
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
-from repsim_kernels.experiments import __main__ as cli
 from repsim_kernels.experiments.cli.tables import finish, warn_of_chance
 from repsim_kernels.experiments.report.findings import near_chance
 from repsim_kernels.experiments.runs.driver import run
@@ -160,26 +159,20 @@ def test_a_report_says_so_first_and_judges_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("blank_reports")
-def test_the_terminal_says_so_before_the_first_unit_and_before_the_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    image_folder(tmp_path / "images")
-    words = ["sweep", "--model", "_toy:Toy", "--layers", "act1", "--size", "8", "--metrics", "cka"]
-    words += ["--images", "images", "--out", "run"]
-    result = CliRunner().invoke(cli.app, words)
-    assert (result.exit_code, result.stderr) == (0, "")
+def test_the_terminal_says_so_before_the_first_unit_and_before_the_table(folder: Path) -> None:
+    words = ["--model", "_toy:Toy", "--layers", "act1", "--size", "8", "--metrics", "cka"]
+    code, out, err = invoke("sweep", *words, "--images", folder, "--out", "run")
+    assert (code, err) == (0, "")
     facts = json.loads(Path("run", "study.json").read_text())["about"]["models"]["_toy:Toy"]
     assert facts["outputs"] == 3
     said = f"_toy:Toy is near chance: {near_chance(facts)}."
-    lines = result.stdout.splitlines()
+    lines = out.splitlines()
     places = [number for number, line in enumerate(lines) if line.startswith(said)]
     (started,) = (number for number, line in enumerate(lines) if line.endswith("1 started"))
     (table,) = (number for number, line in enumerate(lines) if line.startswith("Mean Spearman"))
     assert len(places) == 2
     assert places[0] < started < places[1] < table
-    again = CliRunner().invoke(cli.app, ["compact", "run"])
-    assert again.stdout.startswith(said)
+    assert invoke("compact", "run")[1].startswith(said)
 
 
 def test_an_able_network_is_not_called_one_that_guesses(

@@ -3,18 +3,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-from _toy import Toy, image_folder
+from _cli import fails_at, invoke
+from _toy import Toy
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
-from typer.testing import CliRunner
 
 from repsim_kernels.experiments import __main__ as cli
 from repsim_kernels.experiments.cli import request as jobs
@@ -26,18 +24,8 @@ from repsim_kernels.experiments.study import measure
 TOY = ["--model", "_toy:Toy", "--layers", "act1,act2", "--size", "8"]
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the command runs: nothing but a folder of images."""
-    monkeypatch.chdir(tmp_path)
-    return image_folder(tmp_path / "images")
-
-
 def sweep(*arguments: str | Path) -> tuple[int, str, str]:
-    result = CliRunner().invoke(cli.app, ["sweep", *map(str, arguments)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
+    return invoke("sweep", *arguments)
 
 
 def assert_refused(code: int, stderr: str, message: str) -> None:
@@ -65,19 +53,6 @@ def test_a_users_network_from_start_to_report(folder: Path) -> None:
     code, _, err = sweep(*TOY, "--images", folder, "--grid", "2x2", "--metrics", "cka,svcca")
     assert code == 2
     assert "grid: [2, 3] there, [2, 2] here" in err
-
-
-def fails_at(count: int, error: BaseException) -> Callable[..., pd.DataFrame]:
-    """`measure._target`, but that its count-th call raises."""
-    target, calls = measure._target, []
-
-    def failing(*arguments: Any) -> pd.DataFrame:
-        calls.append(arguments)
-        if len(calls) == count:
-            raise error
-        return target(*arguments)
-
-    return failing
 
 
 @pytest.mark.usefixtures("blank_reports")
@@ -126,12 +101,12 @@ def test_a_unit_that_fails_is_left_out_and_tried_again(
         assert table.attrs["missing"] == "1 of 6"
         gone = (whole["layer"] == "act1") & (whole["class"] == "bee")
         assert table.equals(whole[~gone].reset_index(drop=True))
-    result = CliRunner().invoke(cli.app, ["status", "run"])
-    assert result.exit_code == 0
-    assert "5 of 6 units done, 0 left, 1 failed" in result.stdout
-    result = CliRunner().invoke(cli.app, ["compact", "run"])
-    assert result.exit_code == 3
-    assert "1 of 6 units are missing" in result.stderr
+    code, out, _ = invoke("status", "run")
+    assert code == 0
+    assert "5 of 6 units done, 0 left, 1 failed" in out
+    code, _, err = invoke("compact", "run")
+    assert code == 3
+    assert "1 of 6 units are missing" in err
 
     assert sweep(*arguments)[0] == 0
     assert pd.read_parquet("run/results.parquet").equals(whole)
@@ -159,11 +134,11 @@ def test_no_unit_is_finished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert code == 3
     assert err.startswith("failed: _toy:Toy act1 1: it is not finite\n")
     assert not Path("run/results.parquet").exists()
-    result = CliRunner().invoke(cli.app, ["compact", "run"])
-    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
-    assert "run: run has no finished unit" in result.stderr
-    result = CliRunner().invoke(cli.app, ["status", "nowhere"])
-    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    code, _, err = invoke("compact", "run")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "run: run has no finished unit" in err
+    code, _, err = invoke("status", "nowhere")
+    assert (code, err.count("\n")) == (2, 1)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +166,12 @@ def test_no_unit_is_finished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (("--images", "images", "--out", "images/ant/0.png"), "is a file; expected a folder"),
         (("--images", "images", "--out", "/proc/none/run"), "/proc/none"),
         (("--images", "images", "--block", "0"), "block: 0; expected a whole number of at least 1"),
+        (("--images", "images", "--threads", "0"), "threads: 0; expected 1 or more"),
+        (("--images", "images", "--memory", "much"), "memory: 'much'; expected bytes, or a size"),
+        (("--images", "images", "--stimuli", "1"), "stimuli_per_class: 1; expected a whole"),
+        (("--images", "images", "--labels", "val.txt"), "labels: only with --preset"),
+        (("--images", "images", "--per-class", "3"), "per-class: only with --preset"),
+        (("--images", "random"), "random"),
         (("--images", "images", "--workers", "0"), "workers: 0; expected 1 or more"),
         (("--images", "images", "--shard", "3/2"), "shard: '3/2'; expected I/N"),
         (("--images", "images", "--address", "auto"), "address: only with --executor ray"),
@@ -332,31 +313,18 @@ def test_a_bad_image_is_named_and_left_out_only_when_asked(folder: Path) -> None
 def test_the_report_command(folder: Path) -> None:
     assert sweep(*TOY, "--images", folder, "--metrics", "cka", "--out", "run")[0] == 0
     Path("run/report.html").unlink()
-    result = CliRunner().invoke(cli.app, ["report", "run"])
-    assert (result.exit_code, result.stdout) == (0, "run/report.html\n")
+    assert invoke("report", "run")[:2] == (0, "run/report.html\n")
     assert Path("run/report.html").exists()
-    result = CliRunner().invoke(cli.app, ["report", "images"])
-    assert result.exit_code == 2
-    assert result.stderr.startswith("error: run: images has no study.json")
+    code, _, err = invoke("report", "images")
+    assert code == 2
+    assert err.startswith("error: run: images has no study.json")
 
 
 def test_a_process_of_its_own_ends_with_a_line_and_code_2(tmp_path: Path) -> None:
     root = Path(cli.__file__).parents[1]
+    words = ["repsim_kernels.experiments", "sweep", "--images", "nowhere", "--out", tmp_path / "x"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "repsim_kernels.experiments",
-            "sweep",
-            "--images",
-            "nowhere",
-            "--out",
-            tmp_path / "x",
-        ],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-m", *words], cwd=root, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")

@@ -11,9 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
-from typer.testing import CliRunner
+from _cli import invoke
 
-from repsim_kernels.experiments.__main__ import app
 from repsim_kernels.experiments.analysis.controls import partial_correlations
 from repsim_kernels.experiments.analysis.correlations import correlations
 from repsim_kernels.experiments.analysis.tables import read, remarks
@@ -34,11 +33,9 @@ def drawn(models: list[str], cells: int = 8, seed: int = 0) -> pd.DataFrame:
 
 
 def stats(path: Path, *options: str) -> tuple[int, str, list[str]]:
-    words = ["stats", str(path), "--distances", "cka", "--changes", "top1", *options]
-    result = CliRunner().invoke(app, words)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr.splitlines()
+    words = ["stats", path, "--distances", "cka", "--changes", "top1", *options]
+    code, out, err = invoke(*words)
+    return code, out, err.splitlines()
 
 
 def assert_scipys(found: pd.DataFrame, table: pd.DataFrame) -> None:

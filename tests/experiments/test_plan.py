@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from _toy import image_folder, toy_images, toy_study
-from typer.testing import CliRunner
+from _cli import fails_at, invoke
+from _toy import toy_images, toy_study
 
 from repsim_kernels.experiments import Study
-from repsim_kernels.experiments import __main__ as cli
 from repsim_kernels.experiments.cli.tables import took
 from repsim_kernels.experiments.errors import StudyError
 from repsim_kernels.experiments.runs import membership
@@ -186,12 +185,6 @@ def test_a_target_may_have_more_images_than_another() -> None:
 TOY = ["sweep", "--model", "_toy:Toy", "--layers", "act1,act2", "--size", "8", "--metrics", "cka"]
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return image_folder(tmp_path / "images")
-
-
 def files() -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
@@ -205,15 +198,15 @@ def test_a_plan_runs_nothing_and_writes_nothing(
     monkeypatch.setattr(measure, "_target", never)
     monkeypatch.setattr(membership, "Store", never)
     before = files()
-    result = CliRunner().invoke(cli.app, [*TOY, "--images", str(folder), "--plan"])
-    assert (result.exit_code, result.stderr) == (0, "")
+    code, out, err = invoke(*TOY, "--images", folder, "--plan")
+    assert (code, err) == (0, "")
     assert files() == before
     assert [path.name for path in Path().iterdir()] == ["images"]
-    lines = result.stdout.splitlines()
+    lines = out.splitlines()
     assert "  layers (2): act1, act2" in lines
     assert "  target classes (3 of 3): ant, bee, wasp" in lines
     assert "Plan, _toy:Toy: 3 target classes x 16 cells x 4 images, metrics over 12 stimuli" in (
-        " ".join(result.stdout.split())
+        " ".join(out.split())
     )
     rows = {line.split()[0]: line.split() for line in lines if line.startswith("  act")}
     # neurons, cells together, TFLOP forward and of metrics: 2 x 12 x 12 x 256, three times
@@ -229,26 +222,16 @@ def test_a_plan_runs_nothing_and_writes_nothing(
 def test_a_plan_of_an_interrupted_run_is_of_what_is_left(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = [*TOY, "--images", str(folder), "--out", "cut", "--block", "1"]
-    calls, unit = [], measure._target
-
-    def interrupted(*arguments: Any) -> Any:
-        calls.append(arguments)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return unit(*arguments)
-
-    monkeypatch.setattr(measure, "_target", interrupted)
-    assert CliRunner().invoke(cli.app, command).exit_code == 130
+    command = [*TOY, "--images", folder, "--out", "cut", "--block", "1"]
+    monkeypatch.setattr(measure, "_target", fails_at(5, KeyboardInterrupt()))
+    assert invoke(*command)[0] == 130
     before = files()
-    result = CliRunner().invoke(cli.app, [*command, "--plan"])
-    assert result.exit_code == 0
+    code, out, _ = invoke(*command, "--plan")
+    assert code == 0
     assert files() == before
     # Four units are done: all of act1, and one class of act2.
-    assert "2 target classes x 16 cells" in " ".join(result.stdout.split())
-    assert [line.split()[0] for line in result.stdout.splitlines() if line.startswith("  act")] == [
-        "act2"
-    ]
+    assert "2 target classes x 16 cells" in " ".join(out.split())
+    assert [line.split()[0] for line in out.splitlines() if line.startswith("  act")] == ["act2"]
 
 
 def some_plan(seconds: float) -> Plan:

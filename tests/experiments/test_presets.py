@@ -98,14 +98,12 @@ def test_classes_are_the_papers():
 def test_choices_are_the_papers_or_ours():
     paper = PRESETS["hayne2024"]
     assert [n.name for n in paper.networks] == ["alexnet", "mobilenet_v2_035", "resnet50"]
-    assert (paper.grid, paper.edges, paper.penalty) == ((4, 4), "inclusive", 1000)
-    assert paper.metrics is not None
-    assert set(METRICS) - set(paper.metrics) == {"svcca", "cka_debiased"}
+    assert (paper.options["edges"], paper.options["penalty"]) == ("inclusive", 1000)
+    assert set(METRICS) - set(paper.options["metrics"]) == {"svcca", "cka_debiased"}
     for name in list(PRESETS)[:4]:
         ours = PRESETS[name]
         assert [n.name for n in ours.networks] == [name]
-        assert (ours.grid, ours.edges, ours.ridge, ours.penalty) == ((4, 4), "equal", 0.1, 0)
-        assert ours.metrics is None
+        assert (ours.options, ours.paired) == ({}, True)
 
 
 LAYERS = {  # count, millions of activations in all, most of one: the paper's networks

@@ -9,12 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from _cli import invoke
 from _toy import CLASSES, LAYERS, Toy, image_folder, stop_after, toy_images, toy_study
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss
-from typer.testing import CliRunner
 
-from repsim_kernels.experiments import __main__ as cli
 from repsim_kernels.experiments.columns import BASELINE, HALVES, METRICS, PERFORMANCE, PROBES, half
 from repsim_kernels.experiments.errors import StudyError
 from repsim_kernels.experiments.inputs.presets import PRESETS
@@ -152,14 +151,13 @@ def test_counts_of_draws(draws: Draws, neurons: int, count: int) -> None:
 
 def test_presets_have_the_papers_counts() -> None:
     paper = PRESETS["hayne2024"]
-    assert (paper.probes, paper.paired) == (("paper",), False)
+    assert (paper.options["probes"], paper.paired) == (("paper",), False)
     drawn = [(n.name, n.draws, n.neurons_per_draw) for n in paper.networks]
     assert drawn == [
         ("alexnet", 200, None),
         ("mobilenet_v2_035", 200, 100),
         ("resnet50", 1, 50),
     ]
-    assert all(p.probes == ("ridge",) for name, p in PRESETS.items() if name != "hayne2024")
 
 
 def test_a_dead_layer_has_no_decodability() -> None:
@@ -202,16 +200,15 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A sweep of the toy in an empty folder, but for its probes."""
     monkeypatch.chdir(tmp_path)
     images = image_folder(tmp_path / "images")
-    study = ["--model", "_toy:Toy", "--layers", "act1", "--size", "8", "--images", str(images)]
-    return ["sweep", *study, "--out", "run", "--probes"]
+    return ["--model", "_toy:Toy", "--layers", "act1", "--size", "8", "--images", str(images)]
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_what_is_written_has_the_probes_that_were_asked_for(options: list[str]) -> None:
-    result = CliRunner().invoke(cli.app, [*options, "paper"])
-    assert result.exit_code == 0, result.stderr
-    assert "paper" in result.stdout
-    assert "refit" not in result.stdout
+    code, out, err = invoke("sweep", *options, "--out", "run", "--probes", "paper")
+    assert code == 0, err
+    assert "paper" in out
+    assert "refit" not in out
     report = Path("run/report.html").read_text()
     assert "logistic regressions on neurons drawn at random" in report
     assert "refitted" not in report
@@ -219,15 +216,14 @@ def test_what_is_written_has_the_probes_that_were_asked_for(options: list[str]) 
 
 @pytest.mark.usefixtures("blank_reports")
 def test_both_probes_fit_a_line(options: list[str]) -> None:
-    result = CliRunner().invoke(cli.app, [*options, "ridge,paper"])
-    assert result.exit_code == 0, result.stderr
-    assert "…" not in result.stdout
+    code, out, err = invoke("sweep", *options, "--out", "run", "--probes", "ridge,paper")
+    assert code == 0, err
+    assert "…" not in out
 
 
 @pytest.mark.usefixtures("blank_reports")
 def test_a_probe_takes_80_characters(options: list[str]) -> None:
-    result = CliRunner().invoke(cli.app, [*options, "ridge"])
-    lines = result.stdout.splitlines()
+    lines = invoke("sweep", *options, "--out", "run", "--probes", "ridge")[1].splitlines()
     (head,) = (line for line in lines if line.split()[:2] == ["metric", "deficit"])
     assert head.split()[-4:] == ["refit", "frozen", "refit", "frozen"]
     assert max(len(line) for line in lines if "CKA" in line or "deficit" in line) <= 80

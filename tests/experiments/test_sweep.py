@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from _cli import invoke
 
-from repsim_kernels.experiments import __main__ as cli
 from repsim_kernels.experiments.cli import request as jobs
 from repsim_kernels.experiments.cli import sweep as sweeping
 from repsim_kernels.experiments.cli.request import Job
@@ -21,8 +20,7 @@ RANDOM = ["--preset", NAME, "--weights", "random", "--images", "random", "--per-
 
 
 def sweep(*arguments: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(cli.app, ["sweep", *arguments])
-    return result.exit_code, result.stdout, result.stderr
+    return invoke("sweep", *arguments)
 
 
 @pytest.mark.parametrize(

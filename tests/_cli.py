@@ -1,0 +1,33 @@
+"""The command line in this process, and units that fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+from typer.testing import CliRunner
+
+from repsim_kernels.experiments.__main__ import app
+from repsim_kernels.experiments.study import measure
+
+
+def invoke(*arguments: object) -> tuple[int, str, str]:
+    """Run a command: its exit code, and what it wrote to stdout and stderr."""
+    result = CliRunner().invoke(app, [*map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def fails_at(count: int, error: BaseException) -> Callable[..., pd.DataFrame]:
+    """`measure._target`, but that its count-th call raises."""
+    target, calls = measure._target, []
+
+    def failing(*arguments: Any) -> pd.DataFrame:
+        calls.append(arguments)
+        if len(calls) == count:
+            raise error
+        return target(*arguments)
+
+    return failing
