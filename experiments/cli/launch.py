@@ -59,13 +59,7 @@ def launch(recipe: Recipe, folder: Path, how: How, dry: bool) -> None:
         3, where units are missing: they failed, or can't be read again.
     """
     from repsim_kernels.experiments.cli.progress import progress_of
-    from repsim_kernels.experiments.cli.tables import (
-        announce,
-        announce_inputs,
-        show_plans,
-        took,
-        warn_of_chance,
-    )
+    from repsim_kernels.experiments.cli.tables import announce, show_plans, took, warn_of_chance
     from repsim_kernels.experiments.errors import ExecutorError, StoreError
     from repsim_kernels.experiments.runs.driver import drive
     from repsim_kernels.experiments.runs.executors.serial import Serial
@@ -78,16 +72,14 @@ def launch(recipe: Recipe, folder: Path, how: How, dry: bool) -> None:
     count = how.workers or 1
     job = recipe.job()
     if dry and not (folder / CONFIGURATION).exists():
-        announce(job.source, job.studies, recipe.sampled)
-        announce_inputs(job, {})
+        announce(job, recipe.sampled, {})
         units = how.shard.of([unit for study in job.studies for unit in study.units])
         show_plans(console, [plan(*both, apart) for both in _of_each(job, units)], count)
         return
     store = open_run(job.studies, folder, {"images": job.source}, _sharing(how))
     units = how.shard.of(store.units)
     if not how.silent:
-        announce(job.source, job.studies, recipe.sampled)
-        announce_inputs(job, store.study.get("about", {}).get("models", {}))
+        announce(job, recipe.sampled, store.study.get("about", {}).get("models", {}))
         print(f"Into {folder}")
         if how.shard.count > 1:
             source = f" ({how.shard_from})" if how.shard_from else ""

@@ -45,27 +45,25 @@ HEADS = {
 }
 
 
-def announce(source: str, studies: Sequence[Study], sampled: bool) -> None:
-    """Say what is going to run, before it does."""
-    print(f"Images: {source}")
-    for study in studies:
-        print(_extent(study))
-    if sampled:
-        print("A sample, to be quick; --full runs all layers, classes and stimuli.")
-
-
-def announce_inputs(job: Job, about: Mapping[str, Mapping[str, Any]]) -> None:
-    """Say how weights were read, and what size, normalisation and accuracy the images have.
+def announce(job: Job, sampled: bool, about: Mapping[str, Mapping[str, Any]]) -> None:
+    """Say what is going to run, how its weights were read, and what its images are.
 
     Parameters
     ----------
     job : Job
+    sampled : bool
+        Whether it is a part of the demo.
     about : mapping
         What the run's folder says of each study, by name (see `measure.describe`); no accuracy is
         printed of studies that are not in it.
     """
     from repsim_kernels.experiments.inputs.pixels import describe_size
 
+    print(f"Images: {job.source}")
+    for study in job.studies:
+        print(_extent(study))
+    if sampled:
+        print("A sample, to be quick; --full runs all layers, classes and stimuli.")
     for remark in job.remarks:
         print(remark)
     for study, normalisation in zip(job.studies, job.normalisations, strict=True):
