@@ -19,10 +19,14 @@ def one_line_errors() -> Iterator[None]:
     try:
         with plain_warnings():
             yield
+    except BrokenPipeError:  # what reads the output, such as `head`, has enough
+        raise
     except (RepsimError, ExperimentError, OSError) as error:  # any other is a bug
         print(f"error: {one_line(error)}", file=sys.stderr)
         raise typer.Exit(2) from None
     except SystemExit as error:  # of a network's own code: it would pass for a run that is done
+        if isinstance(error.__context__, BrokenPipeError):  # rich's way of ending
+            raise
         print(f"error: something in the network called sys.exit({error.code!r})", file=sys.stderr)
         raise typer.Exit(2) from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -144,3 +145,21 @@ def test_a_network_that_ends_the_program_does_not_end_it_well(options: tuple[str
     assert code == 2
     assert err.splitlines()[-1] == "error: something in the network called sys.exit(0)"
     assert not TABLE.exists()
+
+
+def test_a_reader_that_stops_reading_ends_a_command_without_a_line() -> None:
+    """As `repsim status | head -1` does; rich raises SystemExit where it can't write."""
+    script = (
+        "import sys\n"
+        "from rich.console import Console\n"
+        "from repsim_kernels.experiments.cli.options import one_line_errors\n"
+        "with one_line_errors():\n"
+        "    for _ in range(10_000):\n"
+        "        Console().print('x' * 70)\n"
+    )
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        _, error = process.communicate()
+    assert (process.returncode, error) == (1, b"")
