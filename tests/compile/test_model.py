@@ -13,6 +13,7 @@ from bench.predict.compile import Built, build, cases
 from repsim_kernels.kernels.triton._launch import Floor
 
 
+@pytest.mark.slow
 def test_the_page_has_a_row_for_every_case(tmp_path: Path) -> None:
     out = tmp_path / "MODEL.md"
     result = CliRunner().invoke(app, ["model", "--out", str(out)])
