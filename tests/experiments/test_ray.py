@@ -7,8 +7,12 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -57,6 +61,7 @@ def test_a_worker_that_is_killed_in_mid_unit(tmp_path: Path, place: dict[str, st
     assert (code, err) == (0, "")
     assert "again: alexnet_small " in out
     assert "died: its process was ended, or its machine was lost" in out
+    assert "raylet" not in out  # Ray's own page about it
     assert_nothing_is_left(everything, place)
     assert Sweep(tmp_path, *SMALL, "--out", "whole", "--quiet").end()[0] == 0
     pd.testing.assert_frame_equal(
@@ -112,3 +117,13 @@ def test_without_ray_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ExecutorError, match=r"^executor: ray is not installed; expected `pip"):
         RayExecutor(Task(lambda _device: [], "nowhere"))
+
+
+def test_it_is_said_once_that_the_cluster_lets_workers_wait() -> None:
+    executor = RayExecutor.__new__(RayExecutor)  # without a cluster
+    vars(executor).update(workers=2, _each="1 core", _warn_at=time.monotonic())
+    call: Future[Any] = Future()
+    with pytest.warns(UserWarning, match=r"^waiting for the cluster: 1 of 2 workers are not up"):
+        assert executor.wait([call], starting=1) == set()
+    threading.Timer(0.1, call.set_result, [None]).start()
+    assert executor.wait([call], starting=1) == {call}

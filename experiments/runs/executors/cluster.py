@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import secrets
 import signal
@@ -89,7 +88,7 @@ class RayExecutor(WorkerExecutor):
             self._work, self._arguments = remote(_work), (ray.put(task), os.getcwd(), gpu)
             self._open = stack.pop_all()
         super().__init__([f"worker {number}" for number in range(1, count + 1)])
-        self._warn_at = time.monotonic() + _PATIENCE
+        self._warn_at: float | None = time.monotonic() + _PATIENCE
 
     def close(self) -> None:
         """Leave the cluster, which ends this run's tasks, or end it where it was started here."""
@@ -109,10 +108,11 @@ class RayExecutor(WorkerExecutor):
         return "died: its process was ended, or its machine was lost"
 
     def wait(self, calls: Collection[Future[Answer]], starting: int) -> set[Future[Answer]]:
-        patience = max(0.0, self._warn_at - time.monotonic())
-        done = wait(calls, patience if starting else None, FIRST_COMPLETED).done
-        if starting and time.monotonic() >= self._warn_at:
-            self._warn_at = math.inf
+        if self._warn_at is None or not starting:
+            return super().wait(calls, starting)
+        done = wait(calls, max(0.0, self._warn_at - time.monotonic()), FIRST_COMPLETED).done
+        if time.monotonic() >= self._warn_at:
+            self._warn_at = None
             warnings.warn(
                 f"waiting for the cluster: {starting} of {self.workers} workers are not up; each "
                 f"needs {self._each} that nobody holds, and makes its studies first",
