@@ -1,6 +1,6 @@
 """Arrays enter as torch tensors, and results leave as the kind of array that was passed.
 
-`convert` is the one way in; what comes after it, checks and kernels, sees tensors only.
+`convert` is the one way in: checks and kernels see activations as tensors only.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Source(NamedTuple):
         if isinstance(result, dict):
             return {key: self.restore(value) for key, value in result.items()}
         if isinstance(result, tuple):
-            return type(result)(*map(self.restore, result))
+            return rebuild(result, map(self.restore, result))
         if not isinstance(result, (Tensor, np.ndarray, np.generic)):
             return result
         if self.kind == "torch":
@@ -119,6 +119,11 @@ def to_tensor(a: Any, device: Any) -> Tensor:
     return torch.as_tensor(a, device=device)
 
 
+def rebuild(example: Any, items: Iterable[Any]) -> Any:
+    """Make a list, a tuple or a named tuple like another of other items."""
+    return example._make(items) if hasattr(example, "_fields") else type(example)(items)
+
+
 def to_numpy(value: Any) -> Any:
     """Return tensors and CuPy arrays, also those in lists and tuples, as NumPy arrays.
 
@@ -129,7 +134,7 @@ def to_numpy(value: Any) -> Any:
         value = value.cpu()
         return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
     if isinstance(value, (list, tuple)):
-        return type(value)(map(to_numpy, value))
+        return rebuild(value, map(to_numpy, value))
     return value.get() if kind(value) == "cupy" else value
 
 

@@ -47,10 +47,11 @@ def _finite(a: Tensor, name: str, limit: float = _LARGEST) -> None:
         return
     low, high = map(float, dense.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
-        bad = (~a.isfinite()).nonzero()
+        bad = ~a.isfinite()
+        first = np.unravel_index(int(bad.flatten().byte().argmax()), a.shape)
         raise NonFiniteError(
-            f"{name}: {len(bad)} of {a.numel()} values are NaN or infinite (the first at index "
-            f"{tuple(bad[0].tolist())}); expected finite numbers"
+            f"{name}: {int(bad.sum())} of {a.numel()} values are NaN or infinite (the first at "
+            f"index {tuple(map(int, first))}); expected finite numbers"
         )
     largest = max(-low, high)
     if largest > limit or 0 < largest < 1 / limit:

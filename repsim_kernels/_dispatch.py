@@ -26,8 +26,9 @@ TABLE: dict[tuple[str, str], str] = {
     for backend in op.backends
 }
 _TAKES_BATCHES = {(op.name, backend) for op in OPERATIONS for backend in op.batched}
-# Kernels that `forward` runs in place of a network's own operations: no functions of the package.
-_FUSED = {
+# With the kernels that `forward` runs in place of a network's own operations, which are no
+# functions of the package. Where `masked_pointwise` can run, `linear_cells` can.
+_TARGETS = TABLE | {
     (op, "triton"): f"repsim_kernels.kernels.triton.{op}:{op}"
     for op in ("ablate", "masked_pointwise", "linear_cells")
 }
@@ -35,14 +36,9 @@ _FUSED = {
 _ON_GPU = {"cupy": ("cupy", "triton"), "torch": ("triton", "cupy")}
 
 
-def _target(operation: str, backend: str) -> str | None:
-    """The "module:function" of an operation on a backend; None where there is none."""
-    return TABLE.get((operation, backend)) or _FUSED.get((operation, backend))
-
-
 @functools.cache
 def _load(operation: str, backend: str) -> Callable[..., Any]:
-    module, _, name = str(_target(operation, backend)).partition(":")
+    module, _, name = _TARGETS[operation, backend].partition(":")
     function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return _on_numpy(function) if backend == "reference" else function
 
@@ -60,15 +56,13 @@ def _on_numpy(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def unavailable(backend: str) -> str | None:
     """Why a backend can't serve anything on this machine; None if it can."""
-    if backend in ("torch", "triton") and importlib.util.find_spec(backend) is None:
-        return f"{backend} is not installed"
     if backend == "cupy":
         from repsim_kernels.kernels.cupy import module
 
         return module.unsupported()
     if backend == "triton":
-        import torch
-
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
         from repsim_kernels.kernels.triton import _launch
 
         if _launch.interpreted():
@@ -77,20 +71,26 @@ def unavailable(backend: str) -> str | None:
     return None
 
 
+def named_backend(backend: str | None = None) -> str | None:
+    """The backend that an argument names, else REPSIM_BACKEND; None where neither names one."""
+    if backend is not None:
+        return _options.option(backend, "backend", BACKENDS)
+    named = os.environ.get("REPSIM_BACKEND")
+    return _options.option(named, "REPSIM_BACKEND", BACKENDS) if named else None
+
+
 def choose(operation: str, backend: str | None, source: Source, *xs: Any) -> str:
     """The backend that serves an operation on tensors: `backend`, else REPSIM_BACKEND.
 
     Where neither names one, kernels that take arrays on the source's GPU, else torch.
     """
-    variable = "REPSIM_BACKEND" if backend is None else "backend"
-    named = os.environ.get("REPSIM_BACKEND") or None if backend is None else backend
+    named = named_backend(backend)
     if named is None:
         if source.device.startswith("cuda"):
             for candidate in _ON_GPU[source.kind]:
                 if _why_not(operation, candidate, *xs) is None:
                     return candidate
         return "torch"
-    named = _options.option(named, variable, BACKENDS)
     why = _why_not(operation, named, *xs)
     if why is not None:
         raise BackendUnavailable(f"backend {named!r} can't serve {operation}: {why}")
@@ -99,13 +99,13 @@ def choose(operation: str, backend: str | None, source: Source, *xs: Any) -> str
 
 def _why_not(operation: str, backend: str, *xs: Any) -> str | None:
     """Why a backend can't serve an operation on these tensors; None if it can."""
-    target = _target(operation, backend)
+    target = _TARGETS.get((operation, backend))
     if target is None:
         return "it has no kernel for this operation"
     if backend in ("reference", "torch"):
         return None
-    if importlib.util.find_spec("torch" if backend == "cupy" else backend) is None:
-        return f"{backend} is not installed"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
     module = importlib.import_module(target.partition(":")[0])
     reason: str | None = module.unsupported(*xs)
     return reason
@@ -195,8 +195,8 @@ def _stack(results: list[Any], lead: tuple[int, ...]) -> Any:
     first = results[0]
     if isinstance(first, dict):
         return {key: _stack([r[key] for r in results], lead) for key in first}
-    if isinstance(first, tuple):  # a named tuple of arrays
-        return type(first)(*(_stack(list(r), lead) for r in zip(*results, strict=True)))
+    if isinstance(first, tuple):
+        return _arrays.rebuild(first, (_stack(list(r), lead) for r in zip(*results, strict=True)))
     stacked = torch.stack(results) if isinstance(first, Tensor) else np.stack(results)
     return stacked.reshape(lead + np.shape(first))
 

@@ -25,7 +25,7 @@ class Metric:
     symmetric : bool
         Whether the two representations may change places.
     from_gram : bool
-        Whether Gram matrices are enough to compute it.
+        Of those that `ablation_distances` offers: whether Gram matrices are enough to compute it.
     cca_ridge : bool
         Whether it needs a ridge or a penalty unless neurons are fewer than stimuli, as CCA does.
     """

@@ -17,9 +17,9 @@ class Operation:
     Attributes
     ----------
     name : str
-        Name of the public function, and of its kernel on each backend.
+        Name of the public function, and of its kernel on each backend if it has its own.
     family : str
-        File that holds it in ops, reference and kernels.
+        File that holds it in ops, and its own kernels in reference and kernels.
     backends : tuple of str
         Backends that serve it.
     batched : tuple of str

@@ -18,6 +18,7 @@ import repsim_kernels as rk
 from repsim_kernels import _arrays, _dispatch
 from repsim_kernels._metrics import METRICS
 from repsim_kernels._operations import OPERATIONS
+from repsim_kernels.forward import AblatedForward
 from repsim_kernels.ops import ablation, spectral
 
 ROOT = Path(rk.__file__).parent
@@ -169,6 +170,8 @@ def test_forward_follows_the_same_rule(monkeypatch):
     assert not any(map(chosen, ("", *_dispatch.BACKENDS)))
     with pytest.raises(rk.OptionError, match="REPSIM_BACKEND: 'numpy'"):
         chosen("numpy")
+    with pytest.raises(rk.OptionError, match="REPSIM_BACKEND: 'numpy'"):
+        AblatedForward(torch.nn.Sequential(torch.nn.Linear(3, 3)).eval(), "0")
 
 
 def test_arrays_are_shared_not_copied():

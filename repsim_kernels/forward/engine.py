@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repsim_kernels import _check, _options
+from repsim_kernels import _check, _dispatch, _options
 from repsim_kernels.errors import OptionError
 from repsim_kernels.forward import checks, contexts, cost, passes, verify
 from repsim_kernels.forward.cost import Cost
@@ -39,6 +39,8 @@ class AblatedForward:
         The layer is no name, is missing, never called, called more than once or in TorchScript; or
         the model is no module, is in training mode, has lazy parameters that no batch has given a
         shape yet, is on the meta device, or is a ``DataParallel`` over several devices.
+    OptionError
+        REPSIM_BACKEND names no backend.
 
     Notes
     -----
@@ -64,6 +66,7 @@ class AblatedForward:
         self.layers = checks.layer_names(model, layer)
         checks.check_eval(model)
         checks.check_tensors(model)
+        _dispatch.named_backend()  # a wrong REPSIM_BACKEND would look like the model's in a pass
         self.model = model
         with contexts.run_eagerly():
             self._cuts = Cuts(model, self.layers)

@@ -55,8 +55,9 @@ def linear_predictivity(
 
     Notes
     -----
-    Costs one Gram of x, 2 n² p operations at most, the same for y if q > n, one n x n factorisation
-    for all folds, n³, and a product of 2 n² min(q, n); "gcv" adds eigendecompositions.
+    Costs one Gram of x, 2 n² p operations at most, the same for y if q >= n, one n x n
+    factorisation for all folds, n³, solves of 2 n³ / folds, and a product of 2 n² min(q, n); "gcv"
+    adds an eigendecomposition of x, and one of y if q >= n.
     Source: Yamins et al. 2014 and Schrimpf et al. 2018 for linear predictivity, which they fit by
     partial least squares; Hoerl & Kennard 1970 for the ridge; Golub, Heath & Wahba 1979 for "gcv".
     """
