@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,6 +21,12 @@ _MODULES = {
     "write_report": "report.page",
 }
 
+#: What the extra `experiments` installs, by the names of imports.
+_EXTRA = {
+    *("jinja2", "matplotlib", "pandas", "pyarrow", "rich", "safetensors", "scipy", "sklearn"),
+    *("statsmodels", "torchvision", "typer"),
+}
+
 __all__ = ["Draws", "Study", "open_run", "run", "write_report"]
 
 
@@ -28,3 +35,18 @@ def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def main() -> None:
+    """Run `repsim`; where the extra is not installed, say so in one line."""
+    try:
+        from repsim_kernels.experiments.__main__ import app
+
+        app()
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _EXTRA:
+            raise
+        sys.exit(
+            f"error: {error.name} is not installed; expected `pip install "
+            "'repsim-kernels[experiments]'` to have been run"
+        )

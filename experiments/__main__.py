@@ -143,12 +143,12 @@ def stats(
             correlations,
             distances_of,
         )
-        from repsim_kernels.experiments.analysis.tables import check_suffix, read, remarks, write
+        from repsim_kernels.experiments.analysis.tables import check_output, read, remarks, write
         from repsim_kernels.experiments.cli.tables import show_correlations
         from repsim_kernels.experiments.columns import GROUP_KEYS
 
         if out is not None:
-            check_suffix("out", out)
+            check_output(out)
         names = split(by) or GROUP_KEYS
         rows = read(table, split(cell) or ["cell"], names)
         sides = split(distances) or distances_of(rows), split(changes) or changes_of(rows)

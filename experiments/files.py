@@ -9,6 +9,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
+def why_not_writable(path: Path) -> str | None:
+    """Why no file can be written at a path, and what is expected; None where one may be."""
+    if not path.name or path.is_dir():
+        return f"{path} is a folder; expected the name of a file"
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent} for {path.name}; expected one that exists"
+    return None
+
+
 @contextmanager
 def replacing(path: Path, new: bool = False) -> Iterator[Path]:
     """Give a file beside ``path`` that takes its place, on the disk, when the block ends well.

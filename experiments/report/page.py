@@ -15,7 +15,7 @@ import pandas as pd  # type: ignore[import-untyped]
 from repsim_kernels.experiments.analysis.published import PUBLISHED, SOURCE
 from repsim_kernels.experiments.columns import BASELINE, CHANGE_NAMES, METRIC_NAMES
 from repsim_kernels.experiments.errors import ReportError
-from repsim_kernels.experiments.files import replacing
+from repsim_kernels.experiments.files import replacing, why_not_writable
 from repsim_kernels.experiments.report import figures as draw
 from repsim_kernels.experiments.report.figures import Drawing, Plate
 from repsim_kernels.experiments.report.findings import (
@@ -53,14 +53,16 @@ def write_report(
     Raises
     ------
     ReportError
-        ``figures`` is none of these, the folder for them holds other files, there are no runs, or
-        one is named twice.
+        ``path`` is a folder or in none, ``figures`` is none of these, the folder for them holds
+        other files, there are no runs, or one is named twice.
     StoreError
         A folder is not that of a finished run.
     StatsError
         A table lacks a column.
     """
     path = Path(path)
+    if why := why_not_writable(path):
+        raise ReportError(f"out: {why}")
     folder = path.with_name(f"{path.stem}_figures")
     if figures is not None:
         draw.check(figures, folder)

@@ -70,3 +70,16 @@ def test_importing_the_experiments_or_printing_a_table_imports_no_more_than_it_n
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
         )
         assert not set(absent) & set(ast.literal_eval(done.stdout)), module
+
+
+def test_the_command_names_the_extra_that_is_missing():
+    code = (
+        f"import sys; sys.modules['typer'] = None; from {PACKAGE} import main;"
+        "sys.argv = ['repsim', 'status']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: typer is not installed; expected `pip install 'repsim-kernels[experiments]'` to "
+        "have been run\n"
+    )

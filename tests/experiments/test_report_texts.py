@@ -12,6 +12,8 @@ import pytest
 from _page import FIVE, drawn, page_of
 
 from repsim_kernels.experiments.analysis.correlations import correlations, summary
+from repsim_kernels.experiments.errors import ReportError
+from repsim_kernels.experiments.report.page import write_report
 
 TWO = ("cka", "procrustes")
 
@@ -125,3 +127,13 @@ def test_no_others_are_left_where_no_metric_is_told_from_the_energy(
     start = "Against the mere energy removed, the loss of rank of the true class is followed "
     assert f"{start}{said}" in text
     assert "the others can" not in text
+
+
+def test_a_page_is_a_file_in_a_folder_that_exists(tmp_path: Path) -> None:
+    for path, said in (
+        (tmp_path, "is a folder; expected the name of a file"),
+        (Path("/"), "is a folder"),
+        (tmp_path / "none" / "page.html", "there is no folder .*none for page.html; expected one"),
+    ):
+        with pytest.raises(ReportError, match=f"^out: .*{said}"):
+            write_report([], path)
