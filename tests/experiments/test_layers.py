@@ -44,6 +44,7 @@ def imported(path: Path) -> set[str]:
 
 
 def test_a_directory_imports_only_those_below_it():
+    """`Study.run` calls `experiments.run` through the package, which imports it when asked."""
     assert {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()} == set(BELOW)
     for name, path in MODULES.items():
         directory = name.partition(".")[0]
