@@ -32,8 +32,8 @@ slow: .venv/dev .venv/triton-3.6
 	$(BIN)/python -m bench peers --quick
 	$(BIN)/python -m bench gpu-report --device cpu --quick --out .venv/gpu_report.json
 	PYTHONPATH=.venv/triton-3.6 $(PYTEST) -m "" tests/compile
-	MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Prescott $(PYTEST) $(VALUES)
-	MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Sandybridge $(PYTEST) $(VALUES)
+	MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Prescott $(PYTEST) --hypothesis-profile deep $(VALUES)
+	MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Sandybridge $(PYTEST) --hypothesis-profile deep $(VALUES)
 	MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(VALUES)
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(VALUES)
 
