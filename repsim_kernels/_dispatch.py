@@ -54,6 +54,10 @@ def _on_numpy(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _triton_missing() -> str | None:
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
 def unavailable(backend: str) -> str | None:
     """Why a backend can't serve anything on this machine; None if it can."""
     if backend == "cupy":
@@ -61,8 +65,8 @@ def unavailable(backend: str) -> str | None:
 
         return module.unsupported()
     if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed"
+        if why := _triton_missing():
+            return why
         from repsim_kernels.kernels.triton import _launch
 
         if _launch.interpreted():
@@ -104,8 +108,8 @@ def _why_not(operation: str, backend: str, *xs: Any) -> str | None:
         return "it has no kernel for this operation"
     if backend in ("reference", "torch"):
         return None
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+    if backend == "triton" and (why := _triton_missing()):
+        return why
     module = importlib.import_module(target.partition(":")[0])
     reason: str | None = module.unsupported(*xs)
     return reason

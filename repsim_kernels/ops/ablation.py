@@ -128,7 +128,19 @@ def ablation_distances(
 
 
 def public_result(found: dict[str, Distances], info: bool) -> Any:
-    """The distances by metric; with `info` also how they were computed."""
+    """Return what a public function of ablations promises, from what a backend gave.
+
+    Parameters
+    ----------
+    found : dict of str to Distances
+        By metric; arrays (…, C) of the caller's kind.
+    info : bool
+        Whether to tell how each distance was computed.
+
+    Returns
+    -------
+    dict of str to array, or (dict of str to array, dict of str to Info) with `info`
+    """
     distances = {name: one.values for name, one in found.items()}
     if not info:
         return distances
