@@ -1,12 +1,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
-# A worker for each core, of one thread: threads that share a core wait for each other. One that
-# has nothing left to do takes from the others, since a few tests take as long as hundreds.
+# One single-threaded worker per core, since threads that share a core wait for each other. Idle
+# workers steal tests from busy ones, because a few tests take as long as hundreds of others.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
-# What `make test` leaves out, and the tests that draw their inputs, with more of them.
+# What `make test` leaves out, plus the property tests with more examples.
 DEEP := -m "slow or hypothesis" --hypothesis-profile deep
-# Tests of values, which `make slow` repeats with other code paths of both BLAS libraries, PyTorch's
-# MKL and the OpenBLAS of NumPy and SciPy: they round differently, as on another machine.
+# Tests of values. `make slow` repeats them with other code paths of PyTorch's MKL and of NumPy's and
+# SciPy's OpenBLAS, which round differently, as another machine would.
 VALUES := $(patsubst %,tests/test_%.py,values metrics cka rsa reference reference_properties ablation spectral probe)
 
 .PHONY: sweep train test lint check slow bench clean
