@@ -139,29 +139,34 @@ def stats(
     """Correlate any table's distances with its function changes, group by group."""
     with one_line_errors():
         from repsim_kernels.experiments.analysis.correlations import (
-            changes_of,
+            change_columns,
             correlations,
-            distances_of,
+            distance_columns,
         )
-        from repsim_kernels.experiments.analysis.tables import check_output, read, remarks, write
+        from repsim_kernels.experiments.analysis.tables import (
+            check_output,
+            find_problems,
+            read_table,
+            write_table,
+        )
         from repsim_kernels.experiments.cli.tables import show_correlations
         from repsim_kernels.experiments.columns import GROUP_KEYS
 
         if out is not None:
             check_output(out)
         names = split(by) or GROUP_KEYS
-        rows = read(table, split(cell) or ["cell"], names)
-        sides = split(distances) or distances_of(rows), split(changes) or changes_of(rows)
+        rows = read_table(table, split(cell) or ["cell"], names)
+        sides = split(distances) or distance_columns(rows), split(changes) or change_columns(rows)
         keys = names if by else [name for name in names if name in rows.columns]
         turned = split(similarities) or []
         groups = correlations(rows, *sides, keys, similarities=turned)
         if cluster is not None and cluster not in keys:
             raise OptionsError(f"cluster: {cluster!r} names no group; expected {' or '.join(keys)}")
-        for remark in remarks(rows, *sides, keys, turned):
+        for remark in find_problems(rows, *sides, keys, turned):
             print(f"warning: {remark}", file=sys.stderr)
         show_correlations(Console(highlight=False, markup=False), groups, cluster or "class")
         if out is not None:
-            write(groups, out)
+            write_table(groups, out)
             print(out)
 
 

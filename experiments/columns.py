@@ -40,6 +40,6 @@ CHANGE_NAMES = {
 HALVES = ("odd", "even")
 
 
-def half(change: str, which: str) -> str:
+def half_column(change: str, which: str) -> str:
     """The column of a function change measured on every other image."""
     return f"{change}_{which}"

@@ -19,7 +19,7 @@ from repsim_kernels.experiments.analysis.correlations import (
     rows_of,
     summary,
 )
-from repsim_kernels.experiments.columns import GROUP_KEYS, HALVES, half
+from repsim_kernels.experiments.columns import GROUP_KEYS, HALVES, half_column
 
 _EXPLAINED = 1e-9  # of a column's length: what rounding leaves of ranks that the controls explain
 
@@ -111,7 +111,7 @@ def reliability(table: pd.DataFrame, changes: Sequence[str]) -> pd.DataFrame:
     """
     parts = []
     for change in changes:
-        if all(half(change, which) in table.columns for which in HALVES):
+        if all(half_column(change, which) in table.columns for which in HALVES):
             found, source = _of_halves(table, change), "halves"
         elif f"{change}_error" in table.columns:
             found, source = _of_draws(table, change), "draws"
@@ -123,7 +123,7 @@ def reliability(table: pd.DataFrame, changes: Sequence[str]) -> pd.DataFrame:
 
 
 def _of_halves(table: pd.DataFrame, change: str) -> pd.DataFrame:
-    odd, even = (half(change, which) for which in HALVES)
+    odd, even = (half_column(change, which) for which in HALVES)
     found = summary(correlations(table, [odd], [even]))
     r = found["spearman"]
     return found[["model"]].assign(

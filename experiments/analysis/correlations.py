@@ -21,12 +21,12 @@ _LARGE = 2048  # cells of a group, from where on sorting takes less than compari
 Floats = NDArray[np.float64]
 
 
-def distances_of(table: pd.DataFrame) -> list[str]:
+def distance_columns(table: pd.DataFrame) -> list[str]:
     """The distances that a run's table has: its metrics, and the baseline behind them."""
     return [name for name in (*METRICS, BASELINE) if name in table.columns]
 
 
-def changes_of(table: pd.DataFrame) -> list[str]:
+def change_columns(table: pd.DataFrame) -> list[str]:
     """The function changes that a run's table has."""
     return [name for name in CHANGES if name in table.columns]
 

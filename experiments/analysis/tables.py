@@ -25,7 +25,7 @@ _AGAINST = 0.2  # of a median correlation below 0: smaller ones are common among
 SUFFIXES = (".csv", ".parquet")
 
 
-def read(
+def read_table(
     path: str | os.PathLike[str],
     cell: Sequence[str] = ("cell",),
     by: Sequence[str] = GROUP_KEYS,
@@ -121,13 +121,13 @@ def check_suffix(argument: str, path: Path) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Raise StatsError where `write` can't write to a path."""
+    """Raise StatsError where `write_table` can't write to a path."""
     check_suffix("out", path)
     if why := why_not_writable(path):
         raise StatsError(f"out: {why}")
 
 
-def write(table: pd.DataFrame, path: Path) -> None:
+def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write a table as what its name ends with."""
     check_output(path)
     with replacing(path) as temporary:
@@ -137,7 +137,7 @@ def write(table: pd.DataFrame, path: Path) -> None:
             table.to_parquet(temporary, index=False)
 
 
-def remarks(
+def find_problems(
     table: pd.DataFrame,
     distances: Sequence[str],
     changes: Sequence[str],

@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from repsim_kernels.experiments.analysis.correlations import (
-    changes_of,
+    change_columns,
     correlations,
-    distances_of,
+    distance_columns,
     means,
     summary,
 )
@@ -107,8 +107,8 @@ def finish(console: Console, table: pd.DataFrame, store: Store) -> None:
     from repsim_kernels.experiments.report.page import write_report  # imports matplotlib
 
     warn_of_chance(store)
-    changes, folder = changes_of(table), store.folder
-    wide = means(correlations(table, distances_of(table), changes))
+    changes, folder = change_columns(table), store.folder
+    wide = means(correlations(table, distance_columns(table), changes))
     notes = table.attrs.get("notes", {})
     for model in table["model"].unique():
         note = f" ({notes[model]})" if model in notes else ""

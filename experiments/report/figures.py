@@ -77,7 +77,7 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Plate:
+class FigureGroup:
     """Drawings that stand together under one caption."""
 
     number: int
@@ -218,7 +218,7 @@ def check(kind: str, folder: Path) -> None:
         raise ReportError(f"figures: {folder} is a file; expected a folder or nothing")
 
 
-def save(plates: Sequence[Plate], folder: Path, kind: str) -> None:
+def save(plates: Sequence[FigureGroup], folder: Path, kind: str) -> None:
     """Write the figures into a folder that takes the place of an earlier report's when whole."""
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as made:
         new, old = Path(made) / "new", Path(made) / "old"

@@ -17,9 +17,9 @@ from repsim_kernels.experiments.analysis.controls import (
     reliability,
 )
 from repsim_kernels.experiments.analysis.correlations import (
-    changes_of,
+    change_columns,
     correlations,
-    distances_of,
+    distance_columns,
     summary,
 )
 from repsim_kernels.experiments.analysis.inference import (
@@ -57,7 +57,7 @@ class Model:
 
     @cached_property
     def distances(self) -> list[str]:
-        return distances_of(self.table)
+        return distance_columns(self.table)
 
     @property
     def metrics(self) -> list[str]:
@@ -66,7 +66,7 @@ class Model:
 
     @cached_property
     def changes(self) -> list[str]:
-        return changes_of(self.table)
+        return change_columns(self.table)
 
     @cached_property
     def drawn(self) -> list[str]:

@@ -17,7 +17,7 @@ from repsim_kernels.experiments.columns import BASELINE, CHANGE_NAMES, METRIC_NA
 from repsim_kernels.experiments.errors import ReportError
 from repsim_kernels.experiments.files import replacing, why_not_writable
 from repsim_kernels.experiments.report import figures as draw
-from repsim_kernels.experiments.report.figures import Drawing, Plate
+from repsim_kernels.experiments.report.figures import Drawing, FigureGroup
 from repsim_kernels.experiments.report.findings import (
     GROUP,
     RANK_DEFICIT,
@@ -68,7 +68,7 @@ def write_report(
         draw.check(figures, folder)
     loaded = _load(runs)
     models = [model for run in loaded for model in run["models"]]
-    plates = _plates(models)
+    plates = _make_figures(models)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -139,15 +139,15 @@ def _model(own_name: str, run: dict[str, Any], shared: bool) -> Model:
     )
 
 
-def _plates(models: Sequence[Model]) -> dict[str, list[Plate]]:
+def _make_figures(models: Sequence[Model]) -> dict[str, list[FigureGroup]]:
     """All figures, in the order in which they are numbered."""
-    plates: dict[str, list[Plate]] = {"classes": [], "layers": [], "grid": [], "cells": []}
+    plates: dict[str, list[FigureGroup]] = {"classes": [], "layers": [], "grid": [], "cells": []}
     number = 0
     for kind, make in zip(plates, (_classes, _layers, _grid, _cells), strict=True):
         for model in models:
             if (made := make(model)) is not None:
                 number += 1
-                plates[kind].append(Plate(number, model.name, *made))
+                plates[kind].append(FigureGroup(number, model.name, *made))
     return plates
 
 

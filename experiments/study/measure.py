@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import repsim_kernels as rk
-from repsim_kernels.experiments.columns import BASELINE, HALVES, NAN_IMAGES, half
+from repsim_kernels.experiments.columns import BASELINE, HALVES, NAN_IMAGES, half_column
 from repsim_kernels.experiments.errors import StudyError
 from repsim_kernels.experiments.study import probes as linear
 from repsim_kernels.experiments.study.memory import BATCH, batch_size, groups, held
@@ -176,7 +176,7 @@ def _target(study: Study, layer: str, label: int, shown: Shown, room: int) -> pd
     changes = performance(intact, torch.cat(parts, dim=1), label)
     nan_images = changes.pop(NAN_IMAGES).long()
     numbers = found.distances | changes | found.decodability
-    halves = tuple(half("", which) for which in HALVES)
+    halves = tuple(half_column("", which) for which in HALVES)
     names = sorted(numbers, key=lambda name: name.endswith(halves))  # these last
     columns = {
         "model": study.name,

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from repsim_kernels.experiments.columns import HALVES, NAN_IMAGES, half
+from repsim_kernels.experiments.columns import HALVES, NAN_IMAGES, half_column
 
 
 def performance(intact: Tensor, ablated: Tensor, label: int) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ def performance(intact: Tensor, ablated: Tensor, label: int) -> dict[str, Tensor
     found = {name: change.mean(-1) for name, change in per_image.items()}
     for first, which in enumerate(HALVES):
         for name, change in per_image.items():
-            found[half(name, which)] = change[..., first::2].mean(-1)
+            found[half_column(name, which)] = change[..., first::2].mean(-1)
     found[NAN_IMAGES] = (rank_before.isnan() | rank_after.isnan()).double().sum(-1)
     return found
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import repsim_kernels as rk
-from repsim_kernels.experiments.columns import HALVES, PROBES, half
+from repsim_kernels.experiments.columns import HALVES, PROBES, half_column
 
 if TYPE_CHECKING:
     from repsim_kernels.experiments.study.study import Study
@@ -26,7 +26,7 @@ def columns(probes: Sequence[str]) -> list[str]:
     """The table's columns of some probes."""
     found = [name for probe in probes for name in PROBES[probe]]
     if "ridge" in probes:
-        found += [half(name, which) for which in HALVES for name in PROBES["ridge"]]
+        found += [half_column(name, which) for which in HALVES for name in PROBES["ridge"]]
     return [*found, ERROR] if "paper" in probes else found
 
 
@@ -75,7 +75,7 @@ def _halves(study: Study, label: int, x: Tensor, y: Tensor, cells: Tensor) -> di
         if min(int(own.sum()), int((~own).sum())) > 1:
             with suppress(rk.ConstantError):
                 changes = _ridge(study, label, x[first::2], y[first::2], cells)
-        found |= {half(name, which): changes[name] for name in PROBES["ridge"]}
+        found |= {half_column(name, which): changes[name] for name in PROBES["ridge"]}
     return found
 
 

@@ -11,7 +11,7 @@ import torch
 from _toy import image_folder
 
 from repsim_kernels.experiments.report import page
-from repsim_kernels.experiments.report.figures import Plate
+from repsim_kernels.experiments.report.figures import FigureGroup
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,8 +30,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports have no figures, which take half of their time, where a test is of numbers."""
-    none: dict[str, list[Plate]] = {"classes": [], "layers": [], "grid": [], "cells": []}
-    monkeypatch.setattr(page, "_plates", lambda _models: none)
+    none: dict[str, list[FigureGroup]] = {"classes": [], "layers": [], "grid": [], "cells": []}
+    monkeypatch.setattr(page, "_make_figures", lambda _models: none)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from _cli import invoke
 
 from repsim_kernels.experiments.analysis.controls import partial_correlations
 from repsim_kernels.experiments.analysis.correlations import correlations
-from repsim_kernels.experiments.analysis.tables import read, remarks
+from repsim_kernels.experiments.analysis.tables import find_problems, read_table
 from repsim_kernels.experiments.errors import StatsError
 
 KEYS = ["model", "class", "layer"]
@@ -70,13 +70,13 @@ def test_names_in_csv_are_text(tmp_path: Path, key: str, start: str, newline: st
     code, out, err = stats(path, "--out", str(tmp_path / "rho.csv"))
     assert (code, [line for line in err if "no value in" not in line]) == (0, [])
     assert f"{len(table.groupby(KEYS))} groups by model, class, layer" in out
-    got = read(path)
+    got = read_table(path)
     for name in (*KEYS, "cell"):
         assert got[name].tolist() == table[name].astype(str).tolist()
     np.testing.assert_array_equal(got["top1"], table["top1"])
     table["cell"] = table["cell"].astype(str)
     assert_scipys(correlations(got, ["cka"], ["top1"]), table)
-    assert_scipys(read(tmp_path / "rho.csv"), table)
+    assert_scipys(read_table(tmp_path / "rho.csv"), table)
 
 
 def test_columns_that_are_asked_for_by_another_name_are_text_too(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_columns_that_are_asked_for_by_another_name_are_text_too(tmp_path: Path)
     code, out, err = stats(tmp_path / "t.csv", *words)
     assert (code, err) == (0, [])
     assert "12 groups by net, class, layer" in out
-    got = read(tmp_path / "t.csv", ["tile"], ["net", "class", "layer"])
+    got = read_table(tmp_path / "t.csv", ["tile"], ["net", "class", "layer"])
     assert got["cell"].nunique() == 8
     assert got["net"].tolist() == table["net"].tolist()
 
@@ -101,7 +101,7 @@ def test_names_kept_as_an_index_count(tmp_path: Path, levels: list[str], kept: b
         table.set_index(levels, drop=False).to_parquet(path)
     else:
         table.set_index(levels).to_parquet(path)
-    assert_scipys(correlations(read(path), ["cka"], ["top1"]), table)
+    assert_scipys(correlations(read_table(path), ["cka"], ["top1"]), table)
     code, out, err = stats(path)
     assert (code, err) == (0, [])
     assert "12 groups by model, class, layer" in out
@@ -113,7 +113,7 @@ def test_an_index_without_a_name_does_not_count(tmp_path: Path) -> None:
     table = drawn(["m"])
     table.index = pd.Index([f"row {i}" for i in table.index])
     table.to_parquet(tmp_path / "t.parquet")
-    assert list(read(tmp_path / "t.parquet").columns) == list(table.columns)
+    assert list(read_table(tmp_path / "t.parquet").columns) == list(table.columns)
 
 
 @pytest.mark.parametrize("dtype", ["boolean", "Int64", "Float64", "float64"])
@@ -128,7 +128,7 @@ def test_missing_values_of_any_kind_are_missing(tmp_path: Path, dtype: str) -> N
     wanted.loc[[2, 30], "top1"] = np.nan
     given.to_parquet(tmp_path / "t.parquet")
     assert_scipys(correlations(given, ["cka"], ["top1"]), wanted)
-    assert_scipys(correlations(read(tmp_path / "t.parquet"), ["cka"], ["top1"]), wanted)
+    assert_scipys(correlations(read_table(tmp_path / "t.parquet"), ["cka"], ["top1"]), wanted)
     code, _, err = stats(tmp_path / "t.parquet")
     assert (code, err) == (0, ["warning: column 'top1' has no value in 2 of 96 rows"])
     sizes = np.arange(len(table))
@@ -146,7 +146,7 @@ def test_lists_that_are_not_asked_for_do_not_matter(tmp_path: Path, cell: bool) 
     more.to_parquet(tmp_path / "t.parquet")
     assert stats(tmp_path / "t.parquet") == (0, stats_of(table, tmp_path), [])
     twice = pd.concat([more, more[:1]], ignore_index=True)
-    found = remarks(twice.drop(columns="cell", errors="ignore"), ["cka"], ["top1"], KEYS)
+    found = find_problems(twice.drop(columns="cell", errors="ignore"), ["cka"], ["top1"], KEYS)
     assert "1 rows are the same as another in every column" in found
 
 
@@ -275,7 +275,7 @@ def test_blanks_around_the_names_of_columns_do_not_count(tmp_path: Path) -> None
     header, rest = table.to_csv(index=False).split("\n", 1)
     (tmp_path / "t.csv").write_text(f"{header.replace(',', ' , ')} \n{rest}")
     assert stats(tmp_path / "t.csv") == (0, stats_of(table, tmp_path), [])
-    got = read(tmp_path / "t.csv")
+    got = read_table(tmp_path / "t.csv")
     assert list(got.columns) == list(table.columns)
     assert got["model"].tolist() == table["model"].tolist()
 
@@ -325,7 +325,7 @@ def test_infinite_values_are_beyond_all_others(tmp_path: Path, sign: int) -> Non
     table = drawn(["m", "n"])
     table.loc[[1, 5, 40], "cka"] = sign * np.inf
     table.to_csv(tmp_path / "t.csv", index=False)
-    found = correlations(read(tmp_path / "t.csv"), ["cka"], ["top1"])
+    found = correlations(read_table(tmp_path / "t.csv"), ["cka"], ["top1"])
     assert_scipys(found, table.replace(sign * np.inf, sign * 1e300))
     assert found["kendall"].notna().all()
     code, _, err = stats(tmp_path / "t.csv")

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from repsim_kernels.experiments.columns import HALVES, PERFORMANCE, half
+from repsim_kernels.experiments.columns import HALVES, PERFORMANCE, half_column
 from repsim_kernels.experiments.study.performance import performance
 
 NAN, INF = math.nan, math.inf
@@ -80,7 +80,7 @@ def test_any_logits_give_the_limits_of_finite_ones(data: st.DataObject, k: int, 
             lost = [change(*pair, name) for pair in zip(before, each, strict=True)]
             for column, some in (
                 (name, lost),
-                *((half(name, which), lost[first::2]) for first, which in enumerate(HALVES)),
+                *((half_column(name, which), lost[first::2]) for first, which in enumerate(HALVES)),
             ):
                 want = math.fsum(some) / len(some) if some and INF not in map(abs, some) else None
                 if want is None:  # of an infinite loss, or of no image
@@ -135,7 +135,7 @@ def test_images_without_an_answer_are_counted_and_are_not_right(tmp_path: Any) -
     names = list(PERFORMANCE)
     assert table.loc[bee, names].isna().all(axis=None)
     assert table.loc[~bee, names].notna().all(axis=None)
-    odd = [half(name, "odd") for name in names]  # the first, the third and the fifth image
+    odd = [half_column(name, "odd") for name in names]  # the first, the third and the fifth image
     assert table.loc[bee, odd].isna().all(axis=None)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "results.parquet"), table)
     answers = Toy().eval()(images).argmax(1)

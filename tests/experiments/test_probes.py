@@ -14,7 +14,14 @@ from _toy import CLASSES, LAYERS, Toy, image_folder, stop_after, toy_images, toy
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss
 
-from repsim_kernels.experiments.columns import BASELINE, HALVES, METRICS, PERFORMANCE, PROBES, half
+from repsim_kernels.experiments.columns import (
+    BASELINE,
+    HALVES,
+    METRICS,
+    PERFORMANCE,
+    PROBES,
+    half_column,
+)
 from repsim_kernels.experiments.errors import StudyError
 from repsim_kernels.experiments.inputs.presets import PRESETS
 from repsim_kernels.experiments.study.checks import Draws
@@ -46,7 +53,7 @@ def test_columns(probes: list[str]) -> None:
     keys += [*METRICS, BASELINE, *PERFORMANCE]
     # Every other image has its own changes; the paper's probe has an error instead.
     twice = [*PERFORMANCE, *(PROBES["ridge"] if "ridge" in probes else ())]
-    halves = {half(name, which) for name in twice for which in HALVES}
+    halves = {half_column(name, which) for name in twice for which in HALVES}
     assert list(table.columns[: len(keys) + len(want)]) == [*keys, *want]
     assert set(table.columns) == {*keys, *want, *halves}
     assert [name for name in columns(probes) if name not in halves] == want

@@ -11,7 +11,14 @@ from torch import nn
 
 from repsim_kernels import LayerError
 from repsim_kernels.experiments import Study
-from repsim_kernels.experiments.columns import BASELINE, HALVES, METRICS, PERFORMANCE, PROBES, half
+from repsim_kernels.experiments.columns import (
+    BASELINE,
+    HALVES,
+    METRICS,
+    PERFORMANCE,
+    PROBES,
+    half_column,
+)
 from repsim_kernels.experiments.errors import StudyError
 from repsim_kernels.reference.ablation import ablation_distances
 from repsim_kernels.reference.cells import selectivity_grid
@@ -41,7 +48,7 @@ def hooked(model: nn.Module, layer: str, images: torch.Tensor, mask: torch.Tenso
 def test_the_table_has_a_row_for_each_cell_in_order(table: pd.DataFrame) -> None:
     keys = ["model", "class", "layer", "cell"]
     changes = [*PERFORMANCE, *PROBES["ridge"]]
-    halves = [half(name, which) for which in HALVES for name in changes]
+    halves = [half_column(name, which) for which in HALVES for name in changes]
     whole = [*METRICS, BASELINE, *changes]
     counts = ["size", "nan_images"]
     assert list(table.columns[: len(keys) + 2 + len(whole)]) == [*keys, *counts, *whole]
@@ -80,7 +87,7 @@ def test_rows_equal_those_of_brute_force(table: pd.DataFrame, layer: str, label:
         probe = ablation_decodability(x[some], cells, y[some], target=label)
         for kind in ("refit", "frozen"):
             change = float(probe["intact"]) - np.asarray(probe[kind])
-            found = rows[half(f"decodability_{kind}", which)]
+            found = rows[half_column(f"decodability_{kind}", which)]
             np.testing.assert_allclose(found, change, atol=1e-9)
 
     mine = images[labels == label]
@@ -127,7 +134,7 @@ def test_halves_too_small_to_be_told_apart_are_nan() -> None:
     # Of nine stimuli the second class's are in the fourth to sixth place, of which one is odd.
     few = np.where(table["class"] == CLASSES[1], "odd", "even")
     for which in HALVES:
-        assert (table[half("margin_refit", which)].isna() == (few == which)).all()
+        assert (table[half_column("margin_refit", which)].isna() == (few == which)).all()
     assert table["margin_refit"].notna().all()
 
 

@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 from _cli import invoke
 
-from repsim_kernels.experiments.analysis.tables import read, remarks, write
+from repsim_kernels.experiments.analysis.tables import find_problems, read_table, write_table
 from repsim_kernels.experiments.errors import StatsError
 
 BY = ["class", "layer"]
@@ -29,20 +29,20 @@ def published(seed: int = 0) -> pd.DataFrame:
 
 
 def said(table: pd.DataFrame, distances: list[str], **options: list[str]) -> str:
-    return "\n".join(remarks(table, distances, ["lost"], BY, **options))
+    return "\n".join(find_problems(table, distances, ["lost"], BY, **options))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_what_is_written_is_read(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"table{suffix}"
-    write(published(), path)
-    pd.testing.assert_frame_equal(read(path), published(), rtol=1e-15)
-    renamed = read(path, cell=["tile"])
+    write_table(published(), path)
+    pd.testing.assert_frame_equal(read_table(path), published(), rtol=1e-15)
+    renamed = read_table(path, cell=["tile"])
     assert renamed["cell"].tolist() == published()["tile"].tolist()
     assert "tile" not in renamed
     two = published().assign(row=lambda t: t["tile"] // 4, column=lambda t: t["tile"] % 4)
-    write(two, path)
-    assert read(path, cell=["row", "column"])["cell"].tolist() == two["tile"].tolist()
+    write_table(two, path)
+    assert read_table(path, cell=["row", "column"])["cell"].tolist() == two["tile"].tolist()
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
@@ -51,14 +51,14 @@ def test_files_that_cant_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_text("no Parquet")
     for name in ("a.csv", "a.parquet"):
         with pytest.raises(StatsError, match=rf"table: .*{name} can't be read"):
-            read(tmp_path / name)
+            read_table(tmp_path / name)
     with pytest.raises(StatsError, match=r"ends with '.txt'; expected .csv or .parquet"):
-        read("a.txt")
+        read_table("a.txt")
     with pytest.raises(StatsError, match=r"^table: there is no file .*none\.csv$"):
-        read(tmp_path / "none.csv")
-    write(published(), tmp_path / "b.csv")
+        read_table(tmp_path / "none.csv")
+    write_table(published(), tmp_path / "b.csv")
     with pytest.raises(StatsError, match="cell: the table has no column 'patch'"):
-        read(tmp_path / "b.csv", cell=["patch"])
+        read_table(tmp_path / "b.csv", cell=["patch"])
 
 
 def test_a_whole_table_needs_no_remark() -> None:
@@ -103,13 +103,13 @@ def test_similarities_among_distances_are_seen() -> None:
 def test_the_command_gives_the_correlations_of_a_table(tmp_path: Path) -> None:
     table = published()
     table["sim"] = 1 - table["dist"]
-    write(table, tmp_path / "tiles.csv")
+    write_table(table, tmp_path / "tiles.csv")
     out = tmp_path / "rho.csv"
     words = ["stats", str(tmp_path / "tiles.csv"), "--distances", "dist,sim", "--changes", "lost"]
     words += ["--by", "class,layer", "--cell", "tile", "--similarities", "sim", "--out", str(out)]
     code, output, err = invoke(*words)
     assert (code, err) == (0, "")
-    found = read(out)
+    found = read_table(out)
     assert list(found.columns) == [*BY, "distance", "change", "spearman", "kendall", "n"]
     assert len(found) == 36
     for row in found.itertuples():
@@ -126,7 +126,7 @@ def test_the_command_gives_the_correlations_of_a_table(tmp_path: Path) -> None:
 
 def test_the_command_says_what_is_wrong_in_a_line(tmp_path: Path) -> None:
     path = tmp_path / "tiles.csv"
-    write(pd.concat([published(), published()[:1]]), path)
+    write_table(pd.concat([published(), published()[:1]]), path)
     base = ["stats", str(path), "--distances", "dist", "--changes", "lost"]
     code, _, err = invoke(*base, "--cell", "tile")
     assert (code, err.count("\n")) == (2, 1)
