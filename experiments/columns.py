@@ -1,4 +1,4 @@
-"""The columns of a run's table: their names, and what people call them."""
+"""The columns of a run's table: names, and labels for tables and figures."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from repsim_kernels import _metrics
 
 #: The distances of a run's table, by name.
 METRICS = tuple(metric.name for metric in _metrics.METRICS if metric.ablation)
-GROUP_KEYS = ["model", "class", "layer"]  # cells of one group are compared with each other
+GROUP_KEYS = ["model", "class", "layer"]  # correlations are over the cells of one group
 KEYS = [*GROUP_KEYS, "cell"]
-#: What a cell holds of the representation's energy: a distance that knows nothing of directions.
+#: The cell's share of the representation's energy: a distance that ignores directions.
 BASELINE = "energy"
-#: How many of the images have no answer: logits with a NaN, or all -inf.
+#: The number of images without an answer: logits with a NaN, or all -inf.
 NAN_IMAGES = "nan_images"
-#: Changes of network performance, and of linear decodability by probe; of a table those it has.
+#: Changes of network performance and, by probe, of linear decodability. A table has some of them.
 PERFORMANCE = ("rank_deficit", "log_probability", "probability", "top1", "top5")
 PROBES = {
     "ridge": ("decodability_refit", "decodability_frozen", "margin_refit", "margin_frozen"),
@@ -34,12 +34,12 @@ CHANGE_NAMES = {
     "decodability_frozen": "decodability, frozen",
     "margin_refit": "linear margin, refitted",
     "margin_frozen": "linear margin, frozen",
-    "decodability_paper": "decodability, the paper's",
+    "decodability_paper": "decodability, paper's probe",
 }
 
-HALVES = ("odd", "even")
+HALVES = ("odd", "even")  # every other image, from the first and from the second on
 
 
-def half_column(change: str, which: str) -> str:
-    """The column of a function change measured on every other image."""
-    return f"{change}_{which}"
+def half_column(change: str, half: str) -> str:
+    """The column of a function change that is measured on one half of the images."""
+    return f"{change}_{half}"

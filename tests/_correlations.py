@@ -1,4 +1,4 @@
-"""Tables of correlations with what was built into them."""
+"""Random tables of correlations with known effects."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ METRICS = ("cka", "procrustes", "pwcca", "cca", "cca_squared")
 BOTH = ("perf", "dec")
 
 
-def table(z, metrics=METRICS, changes=BOTH, n=16):
-    """A table of correlations from Fisher z (class, layer, metric, change)."""
+def make_table(z, metrics=METRICS, changes=BOTH, n=16):
+    """Make a table of correlations from Fisher z, (class, layer, metric, change)."""
     index = pd.MultiIndex.from_product(
         [range(z.shape[0]), range(z.shape[1]), metrics, changes],
         names=["class", "layer", "distance", "change"],
@@ -19,8 +19,11 @@ def table(z, metrics=METRICS, changes=BOTH, n=16):
     return index.to_frame(index=False).assign(model="net", spearman=rho, kendall=rho / 2, n=n)
 
 
-def drawn(classes=10, layers=4, seed=0, spread=0.2, noise=0.1, dec=0.0, lead=0.0, shrink=0.0):
-    """Fisher z with what decodability gains, CKA and Procrustes lead by, and how it shrinks."""
+def random_z(classes=10, layers=4, seed=0, spread=0.2, noise=0.1, dec=0.0, lead=0.0, shrink=0.0):
+    """Random Fisher z in which decodability is higher by ``dec``, CKA and Procrustes by ``lead``.
+
+    ``shrink`` is how much smaller that lead is for performance than for decodability.
+    """
     rng = np.random.default_rng(seed)
     z = 0.3 + spread * rng.standard_normal((classes, 1, 1, 1))
     z = z + noise * rng.standard_normal((classes, layers, 5, 2))

@@ -1,4 +1,4 @@
-"""Tables to report on, and the page read back."""
+"""Random tables of a run, and a parser for the report's page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Cell(NamedTuple):
 
 
 class Page(HTMLParser):
-    """The elements of a page, and its tables by caption."""
+    """A parsed page: its elements, its text, and its tables by caption."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -56,11 +56,11 @@ class Page(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag, tag
         if tag in ("td", "th") and self._cell is not None:
-            self._rows[-1].append(Cell(_plain(self._cell[0]), self._cell[1]))
+            self._rows[-1].append(Cell(_collapse_whitespace(self._cell[0]), self._cell[1]))
             self._cell = None
         elif tag == "table":
             assert self._caption not in self.tables
-            self.tables[_plain(self._caption)] = self._rows
+            self.tables[_collapse_whitespace(self._caption)] = self._rows
 
     def handle_data(self, data: str) -> None:
         if self._cell is not None:
@@ -73,16 +73,16 @@ class Page(HTMLParser):
     def tags(self, *names: str) -> list[str]:
         return [tag for tag, _ in self.elements if tag in names]
 
-    def said(self) -> str:
-        """The text a reader sees, blanks as one."""
-        return _plain(self.text)
+    def visible_text(self) -> str:
+        """The text that a reader sees, with runs of whitespace as one space."""
+        return _collapse_whitespace(self.text)
 
 
-def _plain(text: str) -> str:
+def _collapse_whitespace(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-def drawn(
+def random_table(
     model: str = "net",
     classes: int = 3,
     layers: int = 4,
@@ -91,7 +91,7 @@ def drawn(
     cells: int = 16,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """A run's table: distances that share something with changes, of which top-1 has many ties."""
+    """Make a run's table: distances correlate with changes, and top-1 has many ties."""
     rng = np.random.default_rng(seed)
     index = pd.MultiIndex.from_product(
         [
@@ -114,5 +114,5 @@ def drawn(
     return table
 
 
-def page_of(runs: Any, folder: Path, **options: Any) -> Page:
+def write_page(runs: Any, folder: Path, **options: Any) -> Page:
     return Page(write_report(runs, folder / "page.html", **options))

@@ -1,4 +1,4 @@
-"""What the published study lacks: controls for how much was removed, and for noise in function."""
+"""Controls that the published study lacks: for the amount removed, and for noise in function."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from repsim_kernels.experiments.analysis.correlations import (
     check_names,
     correlate,
     correlations,
-    grouped,
-    numbers_of,
-    rows_of,
+    group_rows,
+    make_rows,
     summary,
+    to_numbers,
 )
 from repsim_kernels.experiments.columns import GROUP_KEYS, HALVES, half_column
 
-_EXPLAINED = 1e-9  # of a column's length: what rounding leaves of ranks that the controls explain
+# A residual below this share of a column's length is rounding: the controls explain the column.
+_EXPLAINED = 1e-9
 
 
 def partial_correlations(
     table: pd.DataFrame,
     distances: Sequence[str],
     changes: Sequence[str],
-    given: Sequence[str] = ("size", "energy"),
+    controls: Sequence[str] = ("size", "energy"),
 ) -> pd.DataFrame:
-    """Spearman's correlation of each distance with each change once others are held fixed.
+    """Partial Spearman correlation of each distance with each change, given control columns.
 
     Parameters
     ----------
@@ -38,100 +39,100 @@ def partial_correlations(
         One row per cell.
     distances, changes : sequence of str
         Numeric columns.
-    given : sequence of str
-        Numeric columns that are held fixed: by default how many neurons a cell has, and its share
-        of the representation's energy.
+    controls : sequence of str
+        Numeric columns that are held fixed; by default the number of neurons of a cell and its
+        share of the representation's energy.
 
     Returns
     -------
     DataFrame
         One row per group, distance and change: ``model``, ``class``, ``layer``, ``distance``,
-        ``change``, ``spearman`` and ``n``. NaN where one of the columns holds a NaN, and where
-        the ranks of either side are constant or a linear function of those of ``given``.
+        ``change``, ``spearman`` and ``n``. NaN if one of the columns holds a NaN, or if the ranks
+        of either side are constant or a linear function of the ranks of ``controls``.
 
     Raises
     ------
     StatsError
-        A column is missing, is there twice, doesn't hold numbers (``model``, ``class``, ``layer``:
-        names), or there are no rows.
+        A column is missing, duplicated or of the wrong kind (``model``, ``class`` and ``layer``
+        hold names, all others numbers), or the table has no rows.
 
     Notes
     -----
-    The correlation of what is left of either side's ranks after least squares on the ranks of
-    ``given``. Source: Kendall, Biometrika, 1942.
+    The correlation between the residuals of both sides' ranks, after a least-squares fit to the
+    ranks of ``controls``. Source: Kendall, Biometrika, 1942.
     """
-    check_columns(table, by=GROUP_KEYS, distances=distances, changes=changes, given=given)
+    check_columns(table, by=GROUP_KEYS, distances=distances, changes=changes, controls=controls)
     check_names(table, by=GROUP_KEYS)
-    columns = [numbers_of(table, names) for names in (distances, changes, given)]
-    keys, blocks = grouped(table, GROUP_KEYS)
-    found = np.empty((len(keys), len(distances), len(changes)))
+    columns = [to_numbers(table, names) for names in (distances, changes, controls)]
+    keys, blocks = group_rows(table, GROUP_KEYS)
+    rho = np.empty((len(keys), len(distances), len(changes)))
     size = np.empty(len(keys), dtype=np.int64)
     for groups, index in blocks:
         x, y, z = (centred_ranks(column[index]) for column in columns)
-        found[groups] = correlate(_left(x, z), _left(y, z))
+        rho[groups] = correlate(_residuals(x, z), _residuals(y, z))
         size[groups] = index.shape[1]
-    return rows_of(keys, distances, changes, size, spearman=found)
+    return make_rows(keys, distances, changes, size, spearman=rho)
 
 
-def _left(x: Floats, z: Floats) -> Floats:
-    """What the columns of z (g, n, q) leave of those of x (g, n, a); 0 where that is rounding."""
+def _residuals(x: Floats, z: Floats) -> Floats:
+    """Residuals of x (g, n, a) after regression on z (g, n, q); 0 for those that are rounding."""
     unknown = np.isnan(z).any(axis=(1, 2), keepdims=True)
     u, s, _ = np.linalg.svd(np.where(unknown, 0, z), full_matrices=False)
     u = u * (s > _EXPLAINED * s[:, :1])[:, None, :]
-    left = x - u @ (u.mT @ x)
-    length, whole = (np.linalg.norm(side, axis=1, keepdims=True) for side in (left, x))
-    left = np.where(length <= _EXPLAINED * whole, 0, left)
-    return np.where(unknown, np.nan, left)
+    residuals = x - u @ (u.mT @ x)
+    length, total = (np.linalg.norm(side, axis=1, keepdims=True) for side in (residuals, x))
+    residuals = np.where(length <= _EXPLAINED * total, 0, residuals)
+    return np.where(unknown, np.nan, residuals)
 
 
 def reliability(table: pd.DataFrame, changes: Sequence[str]) -> pd.DataFrame:
-    """How far each function change agrees with itself: measured on other images, or drawn anew.
+    """Reliability of each function change: from two halves of the images, or from its error.
 
     Parameters
     ----------
     table : DataFrame
-        One row per cell. Of a change ``c`` that has columns ``c_odd`` and ``c_even``, measured on
-        every other image, these are compared; of one that has a standard error, ``c_error``, the
-        error is compared with the change. A change that has neither has no reliability.
+        One row per cell. For a change ``c`` with columns ``c_odd`` and ``c_even``, measured on
+        every other image, these are compared. For one with a standard error, ``c_error``, the
+        error is compared with the change. A change with neither gets no row.
     changes : sequence of str
         Numeric columns.
 
     Returns
     -------
     DataFrame
-        ``model``, ``change``, ``reliability`` (1 is without noise; NaN where nothing is known),
-        ``source`` ("halves" or "draws") and ``groups``, of which it is known.
+        ``model``, ``change``, ``reliability`` (1: no noise; NaN: unknown), ``source`` ("halves" or
+        "draws") and ``groups``, the number of groups that it is averaged over.
 
     Notes
     -----
-    Halves: Spearman's correlation between them, averaged over groups, r, and stepped up to all
+    Halves: Spearman's correlation r between them, averaged over groups and stepped up to all
     images, 2 r / (1 + r). Source: Spearman, and Brown, British Journal of Psychology, 1910.
-    Draws: 1 less the mean squared error over the variance of the change, averaged over groups;
-    images are the same, so that this is an upper bound.
+    Draws: 1 minus the mean squared error divided by the variance of the change, averaged over
+    groups; an upper bound, because all draws use the same images.
     """
     parts = []
     for change in changes:
-        if all(half_column(change, which) in table.columns for which in HALVES):
-            found, source = _of_halves(table, change), "halves"
+        if all(half_column(change, half) in table.columns for half in HALVES):
+            rows, source = _split_half_reliability(table, change), "halves"
         elif f"{change}_error" in table.columns:
-            found, source = _of_draws(table, change), "draws"
+            rows, source = _draw_reliability(table, change), "draws"
         else:
             continue
-        parts.append(found.assign(change=change, source=source))
+        parts.append(rows.assign(change=change, source=source))
     names = ["model", "change", "reliability", "source", "groups"]
     return pd.concat(parts, ignore_index=True)[names] if parts else pd.DataFrame(columns=names)
 
 
-def _of_halves(table: pd.DataFrame, change: str) -> pd.DataFrame:
-    odd, even = (half_column(change, which) for which in HALVES)
-    found = summary(correlations(table, [odd], [even]))
-    r = found["spearman"]
-    return found[["model"]].assign(
-        reliability=2 * r / (1 + r), groups=found["groups"] - found["nan_groups"]
+def _split_half_reliability(table: pd.DataFrame, change: str) -> pd.DataFrame:
+    odd, even = (half_column(change, half) for half in HALVES)
+    means = summary(correlations(table, [odd], [even]))
+    r = means["spearman"]
+    return means[["model"]].assign(
+        reliability=2 * r / (1 + r), groups=means["groups"] - means["nan_groups"]
     )
 
 
-def _of_draws(table: pd.DataFrame, change: str) -> pd.DataFrame:
+def _draw_reliability(table: pd.DataFrame, change: str) -> pd.DataFrame:
     squared = table.assign(squared=table[f"{change}_error"] ** 2)
     groups = squared.groupby(GROUP_KEYS, sort=True, observed=True, dropna=False)
     variance = groups[change].var()
@@ -140,31 +141,32 @@ def _of_draws(table: pd.DataFrame, change: str) -> pd.DataFrame:
     return by_model.agg(reliability="mean", groups="count").reset_index()
 
 
-def corrected(means: pd.DataFrame, reliabilities: pd.DataFrame) -> pd.DataFrame:
-    """Mean correlations as they would be if the function change were measured without noise.
+def correct_for_noise(means: pd.DataFrame, reliabilities: pd.DataFrame) -> pd.DataFrame:
+    """Add to mean correlations what a noise-free measurement of the function change would give.
 
     Parameters
     ----------
     means : DataFrame
-        What :func:`summary` returns.
+        The result of :func:`summary`.
     reliabilities : DataFrame
-        What :func:`reliability` returns.
+        The result of :func:`reliability`.
 
     Returns
     -------
     DataFrame
-        ``means`` with the columns ``reliability`` and ``corrected``: ``spearman`` over the root
-        of the reliability. NaN where that is not above 0 or not known. It can leave [-1, 1],
-        where the reliability is too low to correct for.
+        ``means`` with the columns ``reliability`` and ``corrected``: ``spearman`` divided by the
+        square root of the reliability; NaN if the reliability is unknown or not above 0. It can
+        leave [-1, 1] if the reliability is too low for a correction.
 
     Notes
     -----
-    Distances have no noise of their own to correct for. Source: Spearman, American Journal of
-    Psychology, 1904.
+    The distances have no noise, so only one side is corrected. Source: Spearman, American Journal
+    of Psychology, 1904.
     """
     keys = ["model", "change"]
     table = means.merge(reliabilities[[*keys, "reliability"]], on=keys, how="left")
-    known = table["reliability"].astype(np.float64)
+    reliability = table["reliability"].astype(np.float64)
     return table.assign(
-        reliability=known, corrected=table["spearman"] / np.sqrt(known.where(known > 0))
+        reliability=reliability,
+        corrected=table["spearman"] / np.sqrt(reliability.where(reliability > 0)),
     )

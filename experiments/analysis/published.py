@@ -1,15 +1,15 @@
-"""Mean rank correlations as the authors of the study published them, to lay a run beside."""
+"""Mean rank correlations published by the authors of the study, to compare a run with."""
 
 from __future__ import annotations
 
 SOURCE = (
     "Hayne, Jung & Carter, Does Representation Similarity Capture Function Similarity?, TMLR 2024: "
-    "means over class x layer of the Spearman correlations in the results that the authors "
-    "published (CCA similarities with their sign changed)"
+    "Spearman correlations from the authors' published results, averaged over class x layer "
+    "(with the sign of CCA similarities changed)"
 )
 
-#: By the preset's name of the network and the metric: with the loss of network performance (rank
-#: of the true class), and with that of linear decodability (the paper's logistic regressions).
+#: For each network (by its preset's name) and metric: the correlations with the loss of network
+#: performance (rank of the true class) and of linear decodability (the paper's probe).
 PUBLISHED: dict[str, dict[str, tuple[float, float]]] = {
     "alexnet": {
         "cka": (0.158, 0.474),

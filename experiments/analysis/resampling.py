@@ -1,4 +1,4 @@
-"""Intervals and tests over clusters: jackknife and flips of sign."""
+"""Jackknife intervals and sign-flip tests over clusters."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from numpy.typing import ArrayLike
 from repsim_kernels.experiments.analysis.correlations import Floats, check_columns
 from repsim_kernels.experiments.errors import StatsError
 
-_EXACT = 13  # classes, up to which all flips of sign are taken
-_DRAWS = 10_000  # of flips, beyond
-_TIE = 1e-12  # of the largest sum: two sums that differ by rounding are equal
+_EXACT = 13  # up to this number of values, all sign flips are computed
+_DRAWS = 10_000  # random sign flips for more values
+_TIE = 1e-12  # share of the largest sum; sums that differ by less are equal up to rounding
 
 
 def fisher_z(rho: ArrayLike, n: ArrayLike) -> Floats:
-    """Fisher's z of Spearman correlations, arctanh ρ, finite at ±1.
+    """Fisher's z of Spearman correlations, arctanh ρ, made finite at ±1.
 
     Parameters
     ----------
     rho : array
         Correlations of ranks; NaN stays NaN.
     n : array
-        How many ranks each is of, at least 2; broadcast against ``rho``.
+        Number of ranks behind each correlation, at least 2; broadcast against ``rho``.
 
     Returns
     -------
     array
-        Of n untied ranks, correlations lie 12 / (n (n² - 1)) apart. Values nearer to ±1 than half
-        a step are taken as that: ±(1 - 6 / (n (n² - 1))).
+        Correlations of n untied ranks are multiples of a step, 12 / (n (n² - 1)), apart. Values
+        within half a step of ±1 are clipped to half a step: ±(1 - 6 / (n (n² - 1))).
     """
     rho, n = np.asarray(rho, dtype=np.float64), np.asarray(n, dtype=np.float64)
     most = 1 - 6 / np.where(n > 1, n * (n * n - 1), np.nan)
@@ -40,24 +40,25 @@ def fisher_z(rho: ArrayLike, n: ArrayLike) -> Floats:
 
 
 def jackknife(sums: Floats, counts: Floats, level: float = 0.95) -> tuple[Floats, Floats, Floats]:
-    """Mean of all values, and its jackknife-t interval over clusters.
+    """Mean of all values, with its jackknife-t interval over clusters.
 
     Parameters
     ----------
     sums, counts : array, (..., k)
-        Per cluster the sum of its values, and how many it has. Those that have none don't count.
+        Sum and number of the values of each cluster. Clusters without values are ignored.
     level : float
-        Coverage that is asked for.
+        Nominal coverage.
 
     Returns
     -------
     estimate, low, high : array, (...)
-        low and high are NaN for fewer than two clusters, the estimate for none.
+        low and high are NaN for fewer than two clusters; the estimate is NaN for none.
 
     Notes
     -----
-    Pseudo-values k θ - (k - 1) θ without cluster i; their standard error times Student's t with
-    k - 1 degrees of freedom, about θ. Source: Tukey, Annals of Mathematical Statistics, 1958.
+    The pseudo-value of cluster i is k θ - (k - 1) θ₋ᵢ, with θ₋ᵢ the mean without that cluster. The
+    interval is θ ± the pseudo-values' standard error times Student's t with k - 1 degrees of
+    freedom. Source: Tukey, Annals of Mathematical Statistics, 1958.
     """
     known = counts > 0
     k = known.sum(-1)
@@ -73,10 +74,10 @@ def jackknife(sums: Floats, counts: Floats, level: float = 0.95) -> tuple[Floats
 
 
 def sign_flips(values: Floats) -> Floats:
-    """Two-sided p of a mean of 0 by flipping signs: (..., k) to (...); NaN for k < 2.
+    """Two-sided p that the mean of (..., k) values is 0, by sign flips: (...); NaN for k < 2.
 
-    All 2^k flips for at most 13 values, and (1 + extremes) / (1 + draws) of 10,000 drawn flips
-    for more.
+    Exact for at most 13 values, from all 2^k flips; otherwise (1 + extremes) / (1 + draws) with
+    10,000 random flips.
     """
     k = values.shape[-1]
     if k < 2:
@@ -91,7 +92,7 @@ def sign_flips(values: Floats) -> Floats:
 
 
 def holm(p: ArrayLike) -> Floats:
-    """Holm's step-down adjusted p values. NaN stays NaN, and does not count as a test.
+    """Holm's step-down adjusted p values. NaN stays NaN and does not count as a test.
 
     Source: Holm, Scandinavian Journal of Statistics, 1979.
     """
@@ -108,43 +109,44 @@ def intervals(
     by: Sequence[str] = ("model",),
     cluster: str = "class",
 ) -> pd.DataFrame:
-    """Mean Spearman correlation over groups, with its 95 % jackknife-t interval over the classes.
+    """Mean Spearman correlation over groups, with its 95 % jackknife-t interval over clusters.
 
     Parameters
     ----------
     per_group : DataFrame
-        What :func:`correlations` returns.
+        The result of :func:`correlations`.
     by : sequence of str
-        Columns to keep apart.
+        Columns whose values are summarised separately.
     cluster : str
-        The column of the unit that was sampled; groups of one are not independent.
+        The column of the sampled unit; the groups of one cluster are not independent.
 
     Returns
     -------
     DataFrame
         The columns of ``by``, then ``distance``, ``change``, ``estimate`` (mean over the groups
         that have a correlation), ``low`` and ``high`` (clipped to [-1, 1]; NaN for fewer than two
-        clusters), ``clusters`` (with such a group), ``groups`` and ``nan_groups``.
+        clusters), ``clusters`` (the number of those with such a group), ``groups`` and
+        ``nan_groups``.
 
     Raises
     ------
     StatsError
-        A column is missing, is to be kept apart and the cluster at once, or there are no rows.
+        A column is missing, ``cluster`` is among ``by``, or there are no rows.
     """
     keys = [*by, "distance", "change"]
     check_columns(per_group, per_group=[*keys, "spearman"], cluster=[cluster])
     if cluster in keys:
-        raise StatsError(f"cluster: {cluster!r} is kept apart; expected a column not in {keys}")
+        raise StatsError(f"cluster: {cluster!r} is in by; expected a column not in {keys}")
     groups = per_group.groupby(keys, sort=False, observed=True, dropna=False)
     code, size = groups.ngroup().to_numpy(), groups.size()
     unit, units = pd.factorize(per_group[cluster], use_na_sentinel=False)
     value = per_group["spearman"].to_numpy(dtype=np.float64)
     known = ~np.isnan(value)
     shape = len(size), len(units)
-    at = (code * shape[1] + unit)[known]
-    cells = shape[0] * shape[1]
+    index = (code * shape[1] + unit)[known]
+    length = shape[0] * shape[1]
     counts, sums = (
-        np.bincount(at, weights, cells).reshape(shape).astype(np.float64)
+        np.bincount(index, weights, length).reshape(shape).astype(np.float64)
         for weights in (None, value[known])
     )
     estimate, low, high = jackknife(sums, counts)
@@ -159,6 +161,6 @@ def intervals(
 
 
 def _ratio(a: Floats, b: ArrayLike) -> Floats:
-    """a / b, NaN where b is 0."""
+    """a / b, with NaN where b is 0."""
     b = np.asarray(b, dtype=np.float64)
     return a / np.where(b == 0, np.nan, b)

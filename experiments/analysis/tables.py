@@ -1,4 +1,4 @@
-"""Tables of cells from anywhere: read, and looked through for what would mislead."""
+"""Tables of cells from any source: reading, writing, and checks for misleading contents."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import pandas as pd  # type: ignore[import-untyped]
 from repsim_kernels.experiments.analysis.correlations import (
     check_columns,
     check_names,
-    comparable,
     correlations,
-    numbers_of,
+    is_comparable,
+    to_numbers,
 )
 from repsim_kernels.experiments.columns import GROUP_KEYS
 from repsim_kernels.experiments.errors import StatsError
 from repsim_kernels.experiments.files import replacing, why_not_writable
 
-_AGAINST = 0.2  # of a median correlation below 0: smaller ones are common among changes
+_OPPOSED = 0.2  # columns with a median correlation of -0.2 or less; weaker ones are common
 SUFFIXES = (".csv", ".parquet")
 
 
@@ -35,40 +35,40 @@ def read_table(
     Parameters
     ----------
     path : path
-        A CSV file with commas and a line of column names, or a Parquet file.
+        A CSV file, separated by commas and with a line of column names, or a Parquet file.
     cell : sequence of str
-        The columns that tell a group's cells apart; one ``cell`` takes their place. By default
-        the column of that name, if there is one.
+        The columns that together identify a cell of a group; a single column ``cell`` replaces
+        them. By default the column of that name, if there is one.
     by : sequence of str
-        The columns that name a group, those of them that there are.
+        The columns that name a group; missing ones are ignored.
 
     Returns
     -------
     DataFrame
-        From CSV, the columns of ``cell`` and ``by`` are text as it is written: "NA" and "01" are
-        names. Blanks around the names of columns don't count. From Parquet, the named levels of an
-        index are columns.
+        From CSV, the columns of ``cell`` and ``by`` are text exactly as written: "NA" and "01" are
+        names. Blanks around column names are ignored. From Parquet, the named levels of an index
+        become columns.
 
     Raises
     ------
     StatsError
-        There is no such file, it is of another kind or can't be read as its own, or it lacks a
-        column of ``cell``.
+        The file does not exist, has another suffix, can't be parsed, or lacks a column of
+        ``cell``.
     OSError
-        The file may not be read, or is a folder.
+        The file can't be opened, or is a folder.
     """
     path = Path(path)
     check_suffix("table", path)
     if not path.exists():
-        raise StatsError(f"table: there is no file {path}")
+        raise StatsError(f"table: {path} does not exist; expected a CSV or Parquet file")
     try:
         table = _read_csv(path, {*cell, *by}) if path.suffix == ".csv" else _read_parquet(path)
     except StatsError:
         raise
     except (ValueError, TypeError, LookupError, ImportError, NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # not the file's fault
-        from repsim_kernels.forward.trace import first_line  # imports torch: only here
+            raise  # the system refused; nothing is wrong with the file's content
+        from repsim_kernels.forward.trace import first_line  # here, since it imports torch
 
         raise StatsError(f"table: {path} can't be read ({first_line(error)})") from None
     if list(cell) == ["cell"]:
@@ -80,55 +80,55 @@ def read_table(
 
 
 def _read_csv(path: Path, names: set[str]) -> pd.DataFrame:
-    """Read a table whose columns of ``names`` are text, whatever it says."""
+    """Read a CSV file, with the columns among ``names`` as text."""
     line = pd.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False)
-    header = [name.strip() for name in line.iloc[0]]  # of "a, b"
+    header = [name.strip() for name in line.iloc[0]]  # also of "a, b"
     for mark, separator in ((";", "semicolons"), ("\t", "tabs")):
         if sum(name.count(mark) for name in header) >= len(header):
             raise StatsError(
                 f"table: the columns of {path} are separated by {separator}; expected commas, and "
                 "points in numbers"
             )
-    # By default pandas takes values without a name for an index, and shifts the others.
+    # By default pandas uses values without a name as an index, and shifts the others.
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
             table = pd.read_csv(path, index_col=False, low_memory=False)
     except pd.errors.ParserWarning:
         raise StatsError(
-            f"table: rows of {path} have more values than its first line has names"
+            f"table: rows of {path} have more values than the first line has names"
         ) from None
     table.columns = pd.RangeIndex(len(header))
-    own = [column for column, name in enumerate(header) if name in names]
-    text = pd.read_csv(path, index_col=False, usecols=own, dtype=str, na_filter=False)
-    for column, name in zip(own, text.columns, strict=True):
+    text_columns = [column for column, name in enumerate(header) if name in names]
+    text = pd.read_csv(path, index_col=False, usecols=text_columns, dtype=str, na_filter=False)
+    for column, name in zip(text_columns, text.columns, strict=True):
         table[column] = text[name]
-    table.columns = pd.Index(header)  # pandas would rename the second of two that are the same
+    table.columns = pd.Index(header)  # pandas renames the second of two equal names
     return table
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
-    """Read a table with the named levels of its index as columns."""
+    """Read a Parquet file, with the named levels of its index as columns."""
     table = pd.read_parquet(path)
     levels = [name for name in table.index.names if name is not None and name not in table.columns]
     return (table.reset_index(levels) if levels else table).reset_index(drop=True)
 
 
 def check_suffix(argument: str, path: Path) -> None:
-    """Raise StatsError where a file's name says neither CSV nor Parquet."""
+    """Raise StatsError unless a path ends with .csv or .parquet."""
     if path.suffix not in SUFFIXES:
         raise StatsError(f"{argument}: {path} ends with {path.suffix!r}; expected .csv or .parquet")
 
 
 def check_output(path: Path) -> None:
-    """Raise StatsError where `write_table` can't write to a path."""
+    """Raise StatsError if `write_table` can't write to a path."""
     check_suffix("out", path)
     if why := why_not_writable(path):
         raise StatsError(f"out: {why}")
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
-    """Write a table as what its name ends with."""
+    """Write a table as CSV or Parquet, by the suffix of its path."""
     check_output(path)
     with replacing(path) as temporary:
         if path.suffix == ".csv":
@@ -144,83 +144,87 @@ def find_problems(
     by: Sequence[str],
     similarities: Sequence[str] = (),
 ) -> list[str]:
-    """What a reader of the table's correlations should know, a line each.
+    """List what may make the correlations of a table misleading, one line per problem.
 
     Parameters
     ----------
     table, distances, changes, by, similarities
-        As :func:`correlations` takes them.
+        As for :func:`correlations`.
 
     Returns
     -------
     list of str
-        Groups with fewer cells than others; rows that are there twice; names that differ within a
-        group, which may be several groups taken as one; missing and infinite values; and columns
-        that run against each other, or distances that look like similarities.
+        Groups with fewer cells than others; duplicate rows; names that differ within a group, which
+        may then be several groups; missing and infinite values; distances that look like
+        similarities; and columns that run against each other.
     """
-    # Of two columns of one name neither is asked for, and lists can't be told apart.
-    single = table.columns[~table.columns.duplicated(keep=False)]
-    told = [name for name in single if comparable(table[name])]
+    # Columns with duplicate names are not among the arguments, and lists can't be compared.
+    unique = table.columns[~table.columns.duplicated(keep=False)]
+    compared = [name for name in unique if is_comparable(table[name])]
     groups = table.groupby(list(by), sort=True, observed=True, dropna=False)
-    size, found = groups.size(), []
+    size, problems = groups.size(), []
     if (size < size.max()).any():
-        short = int((size < size.max()).sum())
-        found.append(
-            f"{short} of {len(size)} groups have fewer than {size.max()} cells, "
-            f"the least {size.min()}"
+        n_small = int((size < size.max()).sum())
+        problems.append(
+            f"{n_small} of {len(size)} groups have fewer than {size.max()} cells, "
+            f"the smallest {size.min()}"
         )
-    if "cell" not in table.columns and (twice := int(table.duplicated(told).sum())):
-        found.append(f"{twice} rows are the same as another in every column")
-    taken = {*by, *distances, *changes, "cell"}
-    for name in (name for name in told if name not in taken):
+    if "cell" not in table.columns and (count := int(table.duplicated(compared).sum())):
+        problems.append(f"rows that equal an earlier row in every column: {count}")
+    used = {*by, *distances, *changes, "cell"}
+    for name in (name for name in compared if name not in used):
         if pd.api.types.is_numeric_dtype(table[name]):
             continue
         mixed = int((groups[name].nunique(dropna=False) > 1).sum())
         if mixed:
-            found.append(
+            problems.append(
                 f"column {name!r} differs within {mixed} of {len(size)} groups; "
-                "where it tells groups apart, it belongs to by"
+                "if it distinguishes groups, add it to by"
             )
     for name in (*distances, *changes):
-        values = numbers_of(table, [name])
+        values = to_numbers(table, [name])
         if missing := int(np.isnan(values).sum()):
-            found.append(f"column {name!r} has no value in {missing} of {len(table)} rows")
+            problems.append(f"column {name!r} has no value in {missing} of {len(table)} rows")
         if infinite := int(np.isinf(values).sum()):
-            found.append(
+            problems.append(
                 f"column {name!r} is infinite in {infinite} of {len(table)} rows, "
                 "which are ranked beyond all others"
             )
     for name in distances:
-        values = pd.Series(numbers_of(table, [name])[:, 0]).dropna()
+        values = pd.Series(to_numbers(table, [name])[:, 0]).dropna()
         if name not in similarities and values.between(0, 1).all() and values.median() > 0.5:
-            found.append(
-                f"column {name!r} lies within 0 and 1, mostly above 1/2: "
-                "if it is a similarity, name it in similarities"
+            problems.append(
+                f"column {name!r} is between 0 and 1, mostly above 1/2; "
+                "if it is a similarity, add it to similarities"
             )
     return [
-        *found,
-        *_against(table, distances, by, similarities),
-        *_against(table, changes, by, ()),
+        *problems,
+        *_find_opposed(table, distances, by, similarities),
+        *_find_opposed(table, changes, by, ()),
     ]
 
 
-def _against(
+def _find_opposed(
     table: pd.DataFrame, names: Sequence[str], by: Sequence[str], similarities: Sequence[str]
 ) -> list[str]:
-    """Columns that mostly fall within a group where most others rise."""
+    """List the columns that mostly fall within a group while the other columns rise."""
     rho = correlations(table, names, names, by)
-    middle = rho.groupby(["distance", "change"])["spearman"].median().unstack().fillna(0)
-    middle = middle.loc[list(names), list(names)].to_numpy()
-    turned = np.array([-1.0 if name in similarities else 1.0 for name in names])
-    middle = middle * turned[:, None] * turned
-    side = np.linalg.eigh(middle)[1][:, -1] > 0  # the two sides that agree best within
+    medians = rho.groupby(["distance", "change"])["spearman"].median().unstack().fillna(0)
+    medians = medians.loc[list(names), list(names)].to_numpy()
+    sign = np.array([-1.0 if name in similarities else 1.0 for name in names])
+    medians = medians * sign[:, None] * sign
+    # The split into two sides with the best agreement within each side.
+    side = np.linalg.eigh(medians)[1][:, -1] > 0
     if side.sum() > len(names) / 2:
         side = ~side
-    least = middle[side][:, ~side].min(initial=0)
-    if least > -_AGAINST:
+    lowest = medians[side][:, ~side].min(initial=0)
+    if lowest > -_OPPOSED:
         return []
-    these, those = ([n for n, mine in zip(names, of, strict=True) if mine] for of in (side, ~side))
+    minority, majority = (
+        [name for name, member in zip(names, members, strict=True) if member]
+        for members in (side, ~side)
+    )
     return [
-        f"{', '.join(these)} against {', '.join(those)}: they run against each other within "
-        f"groups (median correlation down to {least:.2f}); are some similarities, or a sign turned?"
+        f"{', '.join(minority)} against {', '.join(majority)}: opposite orders within groups "
+        f"(median correlation down to {lowest:.2f}); are some similarities, or is a sign wrong?"
     ]

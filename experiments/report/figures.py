@@ -1,4 +1,4 @@
-"""The report's figures: drawn once, as part of the page or as files beside it."""
+"""The report's figures, as inline SVG of the page or as files next to it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from repsim_kernels.experiments.columns import BASELINE, CHANGE_NAMES, METRIC_NA
 from repsim_kernels.experiments.errors import ReportError
 
 INK = "#010203"  # becomes the page's own text colour, light or dark
-# Okabe & Ito's colours, told apart by most colour-blind readers, without those that are lost on
-# white or black; and a marker each, for everybody else. Debiased CKA's is wide, to be seen under
-# CKA.
+# Colour, marker, the marker as text, and line width. The colours are Okabe & Ito's, which most
+# colour-blind readers can tell apart, except those that are hard to see on white or black; the
+# markers serve all other readers. Debiased CKA has a wide line, to be visible under CKA's.
 STYLES = {
     "cka": ("#0072b2", "o", "●", 1.3),
     "procrustes": ("#e69f00", "s", "■", 1.3),
@@ -36,7 +36,7 @@ STYLES = {
     "cka_debiased": ("#888888", "X", "✖", 3.5),
     BASELINE: (INK, "x", "✕", 0.8),
 }
-LONG = 24  # characters of a layer's name that a figure has room for
+MAX_NAME = 24  # characters of a layer's name that fit into a figure
 FORMATS = ("svg", "pdf", "png")
 
 
@@ -47,9 +47,9 @@ class Drawing:
     Parameters
     ----------
     name : str
-        What it shows of what, as part of a file's name.
+        What it shows, as part of a file's name.
     alt : str
-        The same for those who can't see it.
+        Text alternative, for readers who cannot see the figure.
     figure : Figure
     """
 
@@ -58,18 +58,20 @@ class Drawing:
     figure: Figure
 
     def svg(self) -> Markup:
-        """The figure as inline SVG that takes the page's colour and names no address."""
+        """The figure as inline SVG that uses the page's text colour and contains no address."""
         file = io.StringIO()
         with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": self.alt}):
             self.figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
         text = file.getvalue()
         text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-        text = re.sub(r'<g id="[^"]*"', "<g", text)  # the same in every figure; nothing names them
+        text = re.sub(
+            r'<g id="[^"]*"', "<g", text
+        )  # ids repeat in every figure and nothing refers to them
         label = Markup('<svg role="img" aria-label="{}"').format(self.alt)
         return Markup(text.replace("<svg", label, 1).replace(INK, "currentColor"))
 
     def save(self, folder: Path, name: str, kind: str) -> None:
-        """Write it as a file that can be edited and printed."""
+        """Write the figure as a file with editable text."""
         title = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}[kind]
         path = folder / f"{name}.{kind}"
         with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": self.alt, "pdf.fonttype": 42}):
@@ -78,7 +80,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class FigureGroup:
-    """Drawings that stand together under one caption."""
+    """Drawings under one numbered caption."""
 
     number: int
     model: str
@@ -86,13 +88,13 @@ class FigureGroup:
     drawings: list[Drawing]
 
 
-def by_class(
+def plot_by_class(
     model: str, per_group: pd.DataFrame, estimates: pd.DataFrame, changes: Sequence[str]
 ) -> list[Drawing]:
-    """For each change: every metric's mean over the layers of each class, mean and interval."""
+    """Plot, for each change, every metric's mean in each class, overall mean and interval."""
     classes = per_group.groupby(["change", "distance", "class"], observed=True)["spearman"].mean()
-    known = estimates.set_index(["change", "distance"])
-    lowest = min(-0.25, _tenth(classes), _tenth(known["low"]))
+    intervals = estimates.set_index(["change", "distance"])
+    lowest = min(-0.25, _floor_to_tenth(classes), _floor_to_tenth(intervals["low"]))
     drawings = []
     for change in changes:
         distances = list(per_group["distance"].unique())
@@ -103,9 +105,9 @@ def by_class(
             values = classes[change, distance].to_numpy()
             spread = 0.2 * (np.arange(len(values)) % 3 - 1) / 2 + 0.22
             axes.plot(values, y + spread, ".", color=colour, markersize=4, alpha=0.6)
-            found = known.loc[(change, distance)]
-            axes.plot([found["low"], found["high"]], [y - 0.15, y - 0.15], color=colour, lw=2)
-            axes.plot(found["estimate"], y - 0.15, color=colour, marker=marker, markersize=6)
+            row = intervals.loc[(change, distance)]
+            axes.plot([row["low"], row["high"]], [y - 0.15, y - 0.15], color=colour, lw=2)
+            axes.plot(row["estimate"], y - 0.15, color=colour, marker=marker, markersize=6)
         axes.set_yticks(range(len(distances)), [METRIC_NAMES[name] for name in distances])
         axes.set(xlim=(lowest, 1.05), ylim=(len(distances) - 0.5, -0.6))
         axes.set_xlabel("mean rank correlation")
@@ -119,12 +121,12 @@ def by_class(
     return drawings
 
 
-def by_layer(
+def plot_by_layer(
     model: str, per_group: pd.DataFrame, layers: Sequence[str], changes: Sequence[str]
 ) -> list[Drawing]:
-    """For each change: the mean correlation at each layer, a line a metric."""
+    """Plot, for each change, the mean correlation at each layer, with one line per metric."""
     mean = per_group.groupby(["change", "distance", "layer"], observed=True)["spearman"].mean()
-    lowest = min(-0.25, _tenth(mean))
+    lowest = min(-0.25, _floor_to_tenth(mean))
     drawings = []
     for change in changes:
         figure, axes = _figure(4.6, 3.1)
@@ -134,7 +136,9 @@ def by_layer(
             values = mean[change, distance].reindex(layers).to_numpy()
             axes.plot(values, color=colour, marker=marker, markersize=4, linewidth=width)
         step = math.ceil(len(layers) / 16)
-        names = [name if len(name) <= LONG else f"…{name[-LONG:]}" for name in layers[::step]]
+        names = [
+            name if len(name) <= MAX_NAME else f"…{name[-MAX_NAME:]}" for name in layers[::step]
+        ]
         axes.set_xticks(range(0, len(layers), step), names, rotation=90, parse_math=False)
         axes.set(ylim=(lowest, 1.05), ylabel="mean rank correlation")
         axes.set_title(CHANGE_NAMES[change])
@@ -147,10 +151,10 @@ def by_layer(
     return drawings
 
 
-def grid(
+def plot_grid(
     model: str, layer: str, mine: pd.DataFrame, shape: tuple[int, int], columns: Sequence[str]
 ) -> list[Drawing]:
-    """Heat maps of the means of some columns over the cells of one layer."""
+    """Plot heat maps of one layer's cells: the means of some columns over the classes."""
     mean = mine.groupby("cell")[list(columns)].mean()
     drawings = []
     for name in columns:
@@ -164,43 +168,43 @@ def grid(
                 text.set(ha="center", va="center", fontsize=9)
         axes.set(xticks=[], xlabel="magnitude, low to high")
         axes.set(yticks=[], ylabel="selectivity, low to high")
-        what = _what(name)
-        axes.set_title(what)
-        alt = f"{model}, layer {layer}: {what}, for each of {shape[0]} x {shape[1]} cells"
+        title = _column_title(name)
+        axes.set_title(title)
+        alt = f"{model}, layer {layer}: {title}, for each of {shape[0]} x {shape[1]} cells"
         drawings.append(Drawing(f"grid_{name}", alt, figure))
     return drawings
 
 
-def scatter(
+def plot_cells(
     model: str, group: tuple[str, str], mine: pd.DataFrame, rho: pd.Series, change: str
 ) -> Drawing:
-    """The cells of one class and layer: ranks of distance and change, a panel a metric."""
+    """Plot the cells of one class and layer: ranks of change against ranks of each distance."""
     ranks = mine[[*rho.index, change]].rank()
     rows = math.ceil(len(rho) / 2)
     figure = Figure(figsize=(4.6, 0.5 + 1.5 * rows), layout="constrained")
     panels = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, (distance, value) in zip(panels, rho.items(), strict=False):
-        _inked(axes)
+        _set_ink(axes)
         colour, marker, *_ = STYLES[distance]
         axes.plot(ranks[distance], ranks[change], marker, color=colour, markersize=4, alpha=0.8)
-        said = "no correlation" if math.isnan(value) else f"ρ {value:.2f}"  # noqa: RUF001
-        axes.set_title(f"{METRIC_NAMES[distance]}, {said}", fontsize=9)
+        label = "no correlation" if math.isnan(value) else f"ρ {value:.2f}"  # noqa: RUF001
+        axes.set_title(f"{METRIC_NAMES[distance]}, {label}", fontsize=9)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     for axes in panels[len(rho) :]:
         axes.set_axis_off()
-    figure.supylabel(f"rank of {_what(change)}", color=INK, fontsize=10)
+    figure.supylabel(f"rank of the {_column_title(change)}", color=INK, fontsize=10)
     figure.supxlabel("rank of the metric's distance", color=INK, fontsize=10)
     target, layer = group
     alt = (
-        f"{model}, class {target}, layer {layer}: ranks of {_what(change)} against ranks of "
-        f"each metric's distance, a point for each of {len(mine)} cells"
+        f"{model}, class {target}, layer {layer}: ranks of the {_column_title(change)} "
+        f"against ranks of each metric's distance, one point for each of {len(mine)} cells"
     )
     return Drawing(f"cells_{change}", alt, figure)
 
 
-def check(kind: str, folder: Path) -> None:
-    """Raise ReportError where figures can't be written into the folder."""
+def check_figure_folder(kind: str, folder: Path) -> None:
+    """Raise ReportError if figures of this kind can't be written into the folder."""
     if kind not in FORMATS:
         raise ReportError(f"figures: {kind!r} is unknown; expected {', '.join(FORMATS)}")
     if folder.is_dir():
@@ -212,47 +216,51 @@ def check(kind: str, folder: Path) -> None:
         ]
         if other:
             raise ReportError(
-                f"figures: {folder} holds {other[0]}; expected an earlier report's figures only"
+                f"figures: {folder} holds {other[0]}; expected only an earlier report's figures"
             )
     elif folder.exists():
-        raise ReportError(f"figures: {folder} is a file; expected a folder or nothing")
+        raise ReportError(
+            f"figures: {folder} is a file; expected a folder, or that it does not exist"
+        )
 
 
-def save(plates: Sequence[FigureGroup], folder: Path, kind: str) -> None:
-    """Write the figures into a folder that takes the place of an earlier report's when whole."""
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as made:
-        new, old = Path(made) / "new", Path(made) / "old"
+def save_figures(groups: Sequence[FigureGroup], folder: Path, kind: str) -> None:
+    """Write the figures to a new folder, which replaces an earlier report's once it is complete."""
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        new, old = Path(temporary) / "new", Path(temporary) / "old"
         new.mkdir()
-        for plate in plates:
-            for drawing in plate.drawings:
-                name = re.sub(r"\W+", "-", plate.model).strip("-")
-                drawing.save(new, f"figure{plate.number}_{name}_{drawing.name}", kind)
+        for group in groups:
+            for drawing in group.drawings:
+                name = re.sub(r"\W+", "-", group.model).strip("-")
+                drawing.save(new, f"figure{group.number}_{name}_{drawing.name}", kind)
         if folder.exists():
             shutil.move(folder, old)
         shutil.move(new, folder)
 
 
-def _what(column: str) -> str:
+def _column_title(column: str) -> str:
+    """What a column of the table shows, as a title."""
     if column == BASELINE:
         return METRIC_NAMES[column]
     if column in METRICS:
         return f"{METRIC_NAMES[column]} distance"
-    return f"loss: {CHANGE_NAMES[column]}"
+    return f"loss of {CHANGE_NAMES[column]}"
 
 
-def _tenth(values: pd.Series) -> float:
-    """The tenth below the least value; nothing where there is none."""
+def _floor_to_tenth(values: pd.Series) -> float:
+    """The smallest value, rounded down to a tenth; infinity if all are NaN."""
     return math.floor(10 * values.min()) / 10 if values.notna().any() else math.inf
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
-    _inked(axes)
+    _set_ink(axes)
     return figure, axes
 
 
-def _inked(axes: Axes) -> None:
+def _set_ink(axes: Axes) -> None:
+    """Draw ticks, labels and the left and bottom spines in the page's text colour."""
     axes.tick_params(colors=INK, labelsize=9)
     axes.title.set(color=INK, fontsize=11)
     for label in (axes.xaxis.label, axes.yaxis.label):

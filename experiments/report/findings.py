@@ -1,4 +1,4 @@
-"""What a report says of a network: correlations, claims, controls and the quality of its data."""
+"""What a report states about a network: correlations, claims, controls and data quality."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pandas as pd  # type: ignore[import-untyped]
 import scipy.stats  # type: ignore[import-untyped]
 
 from repsim_kernels.experiments.analysis.controls import (
-    corrected,
+    correct_for_noise,
     partial_correlations,
     reliability,
 )
@@ -25,8 +25,8 @@ from repsim_kernels.experiments.analysis.correlations import (
 from repsim_kernels.experiments.analysis.inference import (
     Claim,
     MixedModel,
-    beyond,
     claims,
+    compare_with_baseline,
     intervals,
     mixed_model,
 )
@@ -36,20 +36,34 @@ from repsim_kernels.experiments.errors import StatsError
 
 GROUP = ["class", "layer"]
 RANK_DEFICIT = "rank_deficit"
-# The first that a table has. Accuracies of held-out stimuli tie in most cells: the margin is what
-# can be told of the same probe.
+# A table's measure of decodability is the first of these that it has. The margin comes before the
+# accuracy of the same probe, because accuracies of held-out stimuli tie in most cells.
 DECODABILITY = ("decodability_paper", "margin_refit", "decodability_refit")
-DRAWN = ("rank_deficit", "log_probability", *DECODABILITY)
-_LEVEL = 0.01  # of the test against chance
-_MARGIN = 0.1  # of accuracy above chance that is enough where classes are few
+PLOTTED = ("rank_deficit", "log_probability", *DECODABILITY)
+_LEVEL = 0.01  # significance level of the test against chance
+_MARGIN = 0.1  # accuracy above chance that is sufficient for a network with few classes
 
 
 @dataclass(frozen=True)
-class Model:
-    """A network of a run, under the name that it has on the page."""
+class NetworkFindings:
+    """The table of one network of a run, and all statistics that the page shows of it.
+
+    Attributes
+    ----------
+    name : str
+        Name on the page.
+    name_in_run : str
+        Name in the run's table and configuration.
+    run : str
+        Name of the run.
+    table : DataFrame
+        One row per cell.
+    configuration, about : dict
+        What the run's ``study.json`` records about the network.
+    """
 
     name: str
-    own_name: str
+    name_in_run: str
     run: str
     table: pd.DataFrame
     configuration: dict[str, Any]
@@ -61,7 +75,7 @@ class Model:
 
     @property
     def metrics(self) -> list[str]:
-        """The distances but for the baseline."""
+        """The distances except the baseline."""
         return [name for name in self.distances if name != BASELINE]
 
     @cached_property
@@ -69,28 +83,28 @@ class Model:
         return change_columns(self.table)
 
     @cached_property
-    def drawn(self) -> list[str]:
-        """The changes that have figures: those of the claims, and what is close to them."""
-        return [name for name in DRAWN if name in self.changes] or self.changes[:4]
+    def plotted_changes(self) -> list[str]:
+        """The changes that have figures: those of the claims and the ones close to them."""
+        return [name for name in PLOTTED if name in self.changes] or self.changes[:4]
 
     @cached_property
     def decodability(self) -> str | None:
-        """The change that stands for decodability."""
+        """The change that measures decodability; None if the table has none."""
         return next((name for name in DECODABILITY if name in self.changes), None)
 
     @property
-    def random(self) -> bool:
+    def has_random_cells(self) -> bool:
         """Whether the cells are a control, drawn at random."""
         return bool(self.configuration.get("cells") == "random")
 
     @cached_property
     def near_chance(self) -> str | None:
-        """Its accuracy compared with a guess, if it is near chance; no claim is then judged."""
+        """The accuracy compared with chance, if it is near chance; no claim is judged then."""
         return near_chance(self.about)
 
     @property
     def functions(self) -> tuple[str, str] | None:
-        """The two changes that claims are about; None where no claim can be judged."""
+        """The performance and decodability of the claims; None if no claim can be judged."""
         if self.near_chance or RANK_DEFICIT not in self.changes or self.decodability is None:
             return None
         return RANK_DEFICIT, self.decodability
@@ -110,23 +124,24 @@ class Model:
     @cached_property
     def layers(self) -> list[str]:
         known = self.configuration.get("layers")
-        return list(known or sorted(self.table["layer"].unique(), key=_natural))
+        return list(known or sorted(self.table["layer"].unique(), key=_natural_key))
 
     @cached_property
     def classes(self) -> list[str]:
         return list(self.configuration.get("classes") or map(str, self.table["class"].unique()))
 
     @property
-    def groups(self) -> int:
+    def n_groups(self) -> int:
         return int(self.table.groupby(GROUP, observed=True).ngroups)
 
     @cached_property
-    def found(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """Estimates and intervals, by distance and change."""
+    def estimate_of(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """Estimates and intervals, by (distance, change)."""
         return dict(self.estimates.set_index(["distance", "change"]).to_dict("index"))
 
     @property
-    def clusters(self) -> int:
+    def n_classes(self) -> int:
+        """The number of classes that have a correlation."""
         return int(self.estimates["clusters"].max())
 
     @property
@@ -135,33 +150,32 @@ class Model:
 
     @property
     def published(self) -> dict[str, tuple[float, float]] | None:
-        return PUBLISHED.get(self.own_name)
+        return PUBLISHED.get(self.name_in_run)
 
     @property
-    def reliable(self) -> list[str]:
+    def reliable_changes(self) -> list[str]:
         """The changes whose correlations are corrected for noise."""
         return list(dict.fromkeys(change for _, change in self.corrected or ()))
 
     @cached_property
     def claims(self) -> list[tuple[Claim, list[str]]] | None:
-        """The claims and what is said of each, metrics by the names that the page has for them."""
+        """The claims and the detail lines of each, with metrics under their names on the page."""
         if self.functions is None:
             return None
-        told = []
+        judged = []
         for claim in claims(self.per_group, *self.functions):
             parts = [detail.partition(": ") for detail in claim.details]
             details = [
                 f"{METRIC_NAMES.get(name, name)}{colon}{rest}" for name, colon, rest in parts
             ]
-            # A lone line repeats the numbers of the claim, where it has any.
-            told.append(
-                (claim, [] if len(details) == 1 and not math.isnan(claim.estimate) else details)
-            )
-        return told
+            # A single line repeats the numbers of the claim, if it has numbers.
+            repeats = len(details) == 1 and not math.isnan(claim.estimate)
+            judged.append((claim, [] if repeats else details))
+        return judged
 
     @cached_property
     def mixed(self) -> MixedModel | None:
-        """The paper's mixed model, where the table has what it needs."""
+        """The paper's mixed model; None if the table lacks something that it needs."""
         if self.functions is None:
             return None
         try:
@@ -170,82 +184,83 @@ class Model:
             return None
 
     @cached_property
-    def beyond(self) -> dict[str, tuple[list[str], list[str]]]:
-        """By change, the metrics that follow it more than the removed energy does, and less."""
+    def against_baseline(self) -> dict[str, tuple[list[str], list[str]]]:
+        """For each change: the metrics that follow it better than the energy does, and worse."""
         if self.near_chance or BASELINE not in self.distances:
             return {}
-        found = {}
+        names = {}
         for change in filter(None, (RANK_DEFICIT, self.decodability)):
             if change in self.changes:
-                tests = beyond(self.per_group, change)
+                tests = compare_with_baseline(self.per_group, change)
                 if all(math.isnan(test.estimate) for test in tests):
-                    continue  # nothing is lost, or the same in all cells
-                more = [METRIC_NAMES[test.name] for test in tests if test.low > 0]
-                less = [METRIC_NAMES[test.name] for test in tests if test.high < 0]
-                found[change] = more, less
-        return found
+                    continue  # no cell loses anything, or all lose the same
+                better = [METRIC_NAMES[test.name] for test in tests if test.low > 0]
+                worse = [METRIC_NAMES[test.name] for test in tests if test.high < 0]
+                names[change] = better, worse
+        return names
 
     @cached_property
     def following(self) -> dict[str, str]:
-        """By change that has figures, say which metrics follow it most and least.
+        """For each plotted change: which metrics follow it most and least, in words.
 
-        Correlations count as equal where they are at the page's two decimals.
+        Correlations count as equal if they agree to the page's two decimals.
         """
-        found = {}
+        texts = {}
         metrics = self.estimates[self.estimates["distance"] != BASELINE]
         for change, mine in metrics.groupby("change", sort=False):
             rho = mine.set_index("distance")["estimate"].dropna().round(2) + 0.0  # no -0.00
-            if change not in self.drawn or rho.empty:
+            if change not in self.plotted_changes or rho.empty:
                 continue
 
-            def named(value: float, rho: pd.Series = rho) -> str:
+            def names_at(value: float, rho: pd.Series = rho) -> str:
                 names = [METRIC_NAMES[name] for name in rho.index[rho == value]]
                 return f"{' and '.join(names)} ({value:.2f})"
 
             if len(rho) == 1:
-                why = "measured" if len(mine) == 1 else "that has a correlation"
-                found[change] = f"by {named(rho.max())}, the only metric {why}"
+                which = "measured" if len(mine) == 1 else "that has a correlation"
+                texts[change] = f"by {names_at(rho.max())}, the only metric {which}"
             elif rho.nunique() == 1:
                 which = "" if len(rho) == len(mine) else " that have a correlation"
-                found[change] = f"equally by all metrics{which} ({rho.max():.2f})"
+                texts[change] = f"equally by all metrics{which} ({rho.max():.2f})"
             else:
-                found[change] = f"most by {named(rho.max())}, least by {named(rho.min())}"
-        return found
+                texts[change] = f"most by {names_at(rho.max())}, least by {names_at(rho.min())}"
+        return texts
 
     @cached_property
     def partial(self) -> dict[tuple[str, str], tuple[float, float]] | None:
-        """Mean correlations, and those given the cells' sizes and energies."""
+        """By (distance, change): the mean correlation, and the mean given size and energy."""
         metrics = self.metrics
         if not metrics or not {"size", BASELINE} <= set(self.table.columns):
             return None
-        given = partial_correlations(self.table, metrics, self.drawn)
-        means = given.groupby(["distance", "change"], sort=False)["spearman"].mean()
+        partial = partial_correlations(self.table, metrics, self.plotted_changes)
+        means = partial.groupby(["distance", "change"], sort=False)["spearman"].mean()
         plain = self.estimates.set_index(["distance", "change"])["estimate"]
         return {key: (plain[key], value) for key, value in means.items()}
 
     @cached_property
     def corrected(self) -> dict[tuple[str, str], tuple[float, float]] | None:
-        """Mean correlations, and those that a function change without noise would give."""
+        """By (distance, change): the mean correlation, and the same corrected for noise."""
         if self.reliability.empty:
             return None
-        found = corrected(summary(self.per_group), self.reliability).dropna(subset=["reliability"])
-        keys = zip(found["distance"], found["change"], strict=True)
-        return dict(zip(keys, zip(found["spearman"], found["corrected"], strict=True), strict=True))
+        means = correct_for_noise(summary(self.per_group), self.reliability)
+        means = means.dropna(subset=["reliability"])
+        keys = zip(means["distance"], means["change"], strict=True)
+        return dict(zip(keys, zip(means["spearman"], means["corrected"], strict=True), strict=True))
 
     @cached_property
     def quality(self) -> dict[str, Any]:
-        """Groups without a correlation by reason, ties, reliability, cells that hold nothing."""
+        """Groups without a correlation (by reason), ties, reliability and dead cells."""
         names = [*self.distances, *self.changes]
         groups = self.table.groupby(GROUP, observed=True, dropna=False)
-        holed = self.table[names].isna().groupby([self.table[key] for key in GROUP]).any()
-        constant = (groups[names].nunique() <= 1) & ~holed
+        has_nan = self.table[names].isna().groupby([self.table[key] for key in GROUP]).any()
+        constant = (groups[names].nunique() <= 1) & ~has_nan
         known = self.reliability.set_index("change")
         dead = (self.table[self.distances] == 0).any(axis=1)
         return {
             "changes": {
                 name: {
                     "constant": int(constant[name].sum()),
-                    "nan": int(holed[name].sum()),
+                    "nan": int(has_nan[name].sum()),
                     "tied": _tied(self.table, name),
                     "reliability": known["reliability"].get(name, math.nan),
                     "source": known["source"].get(name, ""),
@@ -253,9 +268,9 @@ class Model:
                 for name in self.changes
             },
             "distances": {
-                METRIC_NAMES[name]: (int(constant[name].sum()), int(holed[name].sum()))
+                METRIC_NAMES[name]: (int(constant[name].sum()), int(has_nan[name].sum()))
                 for name in self.distances
-                if constant[name].any() or holed[name].any()
+                if constant[name].any() or has_nan[name].any()
             },
             "reliable": len(known) > 0,
             "dead": int(dead.sum()),
@@ -269,22 +284,22 @@ def near_chance(about: dict[str, Any]) -> str | None:
     Parameters
     ----------
     about : dict
-        What ``study.json`` says of the network: ``accuracy``, ``images`` and ``largest_class``
-        (images of the class that has most), or ``image_classes`` in a run that does not record
-        the largest yet, whose classes are then taken to be equal.
+        What ``study.json`` records about the network: ``accuracy``, ``images`` and
+        ``largest_class``, the number of images of the most frequent class. Older runs record
+        ``image_classes`` in its place; their classes are assumed to be of equal size.
 
     Returns
     -------
     str or None
-        Its accuracy compared with chance. Also None where the accuracy is not recorded.
+        The accuracy compared with chance. None also if the accuracy is not recorded.
 
     Notes
     -----
-    Chance is the accuracy of a network that answers every image with the largest class; guesses
-    among the outputs are never better. A network is near chance if the exact one-sided binomial
-    test does not reject that accuracy at 1 %. However many images show that it does better, it is
-    near chance as well if its accuracy is below twice chance, below chance plus ten points, or
-    below halfway from chance to 100 %, whichever is least.
+    Chance is the accuracy of a network that answers every image with the most frequent class;
+    random guesses are never better. A network is near chance if an exact one-sided binomial test
+    at 1 % does not tell its accuracy from chance. It is also near chance, whatever the number of
+    images, if its accuracy is below the smallest of: twice chance, chance plus ten points, and
+    halfway from chance to 100 %.
     """
     if "accuracy" not in about:
         return None
@@ -294,7 +309,7 @@ def near_chance(about: dict[str, Any]) -> str | None:
     right = round(accuracy * images)
     p = scipy.stats.binomtest(right, images, chance, alternative="greater").pvalue
     enough = chance + min(chance, _MARGIN, (1 - chance) / 2)
-    if p <= _LEVEL and accuracy > enough - 1e-9:  # as much is enough, also after rounding
+    if p <= _LEVEL and accuracy > enough - 1e-9:  # equality is sufficient, despite rounding
         return None
     return (
         f"{100 * accuracy:.1f} % of its answers to {images} images are right, and "
@@ -303,7 +318,7 @@ def near_chance(about: dict[str, Any]) -> str | None:
 
 
 def count_nan_images(table: pd.DataFrame) -> str | None:
-    """Count the images that a network gave no answer for; None if there are none, or no counts."""
+    """Describe how many images got no answer; None if all did or the table has no counts."""
     if NAN_IMAGES not in table or not (table[NAN_IMAGES] > 0).any():
         return None
     counts = table[NAN_IMAGES][table[NAN_IMAGES] > 0]
@@ -315,30 +330,30 @@ def count_nan_images(table: pd.DataFrame) -> str | None:
 
 
 def costliest_layer(table: pd.DataFrame, change: str) -> tuple[str, str]:
-    """The layer where ablation costs most on average, and what to say of it.
+    """Find the layer where ablation costs most on average, and describe it for a caption.
 
-    Of layers that cost the same it is the first by name.
+    If several layers cost the same, the first by name is returned.
     """
     costs = table.groupby("layer", observed=True)[change].mean().dropna()
     most = int((costs == costs.max()).sum())
     if len(costs) == 1:
-        said = "the only one with a value"
+        text = "the only one with a value"
     elif most == len(costs):
-        said = "ablation costs the same in all layers"
+        text = "ablation costs the same in all layers"
     else:
         one = "the one" if most == 1 else f"one of {most}"
-        said = f"of those that ran, {one} where ablation costs most"
-    return costs.idxmax(), said
+        text = f"of those that ran, {one} where ablation costs most"
+    return costs.idxmax(), text
 
 
 def _tied(table: pd.DataFrame, change: str) -> float:
-    """The share of a change's values that another cell of the same class and layer has too."""
+    """The share of values that another cell of the same class and layer also has."""
     known = table[table[change].notna()]
     same = known.groupby([*GROUP, change], observed=True)[change].transform("size")
     return float((same > 1).mean())
 
 
-def _natural(name: Any) -> list[tuple[int, str]]:
+def _natural_key(name: Any) -> list[tuple[int, str]]:
     """Sort key that puts features.10 after features.4."""
     parts = re.split(r"(\d+)", str(name))
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about runs: what was found, the numbers, where they come from."""
+"""The report: one self-contained HTML page with the findings, numbers and origin of runs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from repsim_kernels.experiments.analysis.published import PUBLISHED, SOURCE
 from repsim_kernels.experiments.columns import BASELINE, CHANGE_NAMES, METRIC_NAMES
 from repsim_kernels.experiments.errors import ReportError
 from repsim_kernels.experiments.files import replacing, why_not_writable
-from repsim_kernels.experiments.report import figures as draw
+from repsim_kernels.experiments.report import figures as plots
 from repsim_kernels.experiments.report.figures import Drawing, FigureGroup
 from repsim_kernels.experiments.report.findings import (
     GROUP,
     RANK_DEFICIT,
-    Model,
+    NetworkFindings,
     costliest_layer,
 )
 from repsim_kernels.experiments.runs.store import load
@@ -37,13 +37,14 @@ def write_report(
     Parameters
     ----------
     runs : path, DataFrame, or a sequence of these
-        Folders of finished runs, or tables such as `Study.run` returns; a table
-        alone doesn't say what ran. A model's name that two runs have gets the folder's behind it.
+        Folders of finished runs, or tables as returned by `Study.run`; a table alone does not
+        record what ran. If two runs have a model of the same name, the run's name is appended.
     path : path
-        The HTML file; it is replaced only when the new one is whole.
+        The HTML file. An earlier one is replaced only when the new one is complete.
     figures : {"svg", "pdf", "png"}, optional
-        Write the figures as files too, into the folder ``PATH_figures`` beside the page, without
-        its suffix. An earlier report's are replaced, all of them or none.
+        Also write the figures as files, into the folder ``STEM_figures`` next to the page, where
+        STEM is the page's name without its suffix. The figures of an earlier report are replaced,
+        either all of them or none.
 
     Returns
     -------
@@ -53,10 +54,10 @@ def write_report(
     Raises
     ------
     ReportError
-        ``path`` is a folder or in none, ``figures`` is none of these, the folder for them holds
-        other files, there are no runs, or one is named twice.
+        ``path`` is a folder or its folder does not exist, ``figures`` is unknown, the folder of
+        the figures holds other files, there are no runs, or a run is repeated.
     StoreError
-        A folder is not that of a finished run.
+        A folder does not hold a finished run.
     StatsError
         A table lacks a column.
     """
@@ -65,10 +66,10 @@ def write_report(
         raise ReportError(f"out: {why}")
     folder = path.with_name(f"{path.stem}_figures")
     if figures is not None:
-        draw.check(figures, folder)
+        plots.check_figure_folder(figures, folder)
     loaded = _load(runs)
     models = [model for run in loaded for model in run["models"]]
-    plates = _make_figures(models)
+    groups = _make_figures(models)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -79,11 +80,11 @@ def write_report(
     html = environment.get_template("report.html.j2").render(
         models=models,
         runs=loaded,
-        plates=plates,
-        styles={key: style for key, style in draw.STYLES.items() if _any(models, key)},
+        figures=groups,
+        styles={key: style for key, style in plots.STYLES.items() if _has_column(models, key)},
         metric_names=METRIC_NAMES,
         change_names=CHANGE_NAMES,
-        changes=[name for name in CHANGE_NAMES if _any(models, name)],
+        changes=[name for name in CHANGE_NAMES if _has_column(models, name)],
         performance=RANK_DEFICIT,
         cells=" or ".join(str(n) for n in sorted({m.table["cell"].nunique() for m in models})),
         baseline=BASELINE,
@@ -93,30 +94,32 @@ def write_report(
     with replacing(path) as temporary:
         temporary.write_text(html, encoding="utf-8")
         if figures is not None:
-            draw.save([plate for each in plates.values() for plate in each], folder, figures)
+            plots.save_figures(
+                [group for part in groups.values() for group in part], folder, figures
+            )
     return path
 
 
 def _load(runs: Run | Sequence[Run]) -> list[dict[str, Any]]:
-    """Each run's name, what it says of itself, and its models under names of their own."""
+    """Load each run: its name, table, study.json and models, with distinct names of models."""
     each: list[Any] = [runs] if isinstance(runs, (str, os.PathLike, pd.DataFrame)) else [*runs]
     if not each:
-        raise ReportError("runs: is empty; expected a run's folder or a table")
+        raise ReportError("runs: empty; expected the folder of a run, or a table")
     paths = [None if isinstance(run, pd.DataFrame) else Path(run).resolve() for run in each]
     folders = [path for path in paths if path is not None]
-    if twice := [path for path in folders if folders.count(path) > 1]:
-        raise ReportError(f"runs: {twice[0]} is named twice; expected different runs")
-    short = len({path.name for path in folders}) == len(folders)
+    if repeated := [path for path in folders if folders.count(path) > 1]:
+        raise ReportError(f"runs: {repeated[0]} is repeated; expected different runs")
+    names_differ = len({path.name for path in folders}) == len(folders)
     loaded: list[dict[str, Any]] = []
     for number, (run, path) in enumerate(zip(each, paths, strict=True), 1):
         table, study = (run, {}) if path is None else load(run)
-        name = f"table {number}" if path is None else path.name if short else str(path)
+        name = f"table {number}" if path is None else path.name if names_differ else str(path)
         loaded.append({"name": name, "table": table, "study": study})
         configured = study.get("configuration", {}).get("models", {})
         loaded[-1]["names"] = list(configured or table["model"].unique())
-    shared = [name for run in loaded for name in run["names"]]
+    all_names = [name for run in loaded for name in run["names"]]
     for run in loaded:
-        run["models"] = [_model(name, run, shared.count(name) > 1) for name in run["names"]]
+        run["models"] = [_network(name, run, all_names.count(name) > 1) for name in run["names"]]
         run["about"] = dict(run["study"].get("about", {}))
         seconds = run["study"].get("seconds", 0.0)
         run["took"] = timedelta(seconds=round(seconds)) if seconds else None
@@ -125,49 +128,53 @@ def _load(runs: Run | Sequence[Run]) -> list[dict[str, Any]]:
     return loaded
 
 
-def _model(own_name: str, run: dict[str, Any], shared: bool) -> Model:
+def _network(name_in_run: str, run: dict[str, Any], shared: bool) -> NetworkFindings:
+    """The findings of one network of a run; a shared name gets the run's name appended."""
     table, study = run["table"], run["study"]
-    name = f"{own_name} ({run['name']})" if shared else str(own_name)
-    about = study.get("about", {}).get("models", {}).get(own_name)
-    return Model(
+    name = f"{name_in_run} ({run['name']})" if shared else str(name_in_run)
+    about = study.get("about", {}).get("models", {}).get(name_in_run)
+    return NetworkFindings(
         name=name,
-        own_name=own_name,
+        name_in_run=name_in_run,
         run=run["name"],
-        table=table[table["model"] == own_name].assign(model=name),
-        configuration=study.get("configuration", {}).get("models", {}).get(own_name, {}),
-        about=about or {"note": table.attrs.get("notes", {}).get(own_name)},
+        table=table[table["model"] == name_in_run].assign(model=name),
+        configuration=study.get("configuration", {}).get("models", {}).get(name_in_run, {}),
+        about=about or {"note": table.attrs.get("notes", {}).get(name_in_run)},
     )
 
 
-def _make_figures(models: Sequence[Model]) -> dict[str, list[FigureGroup]]:
-    """All figures, in the order in which they are numbered."""
-    plates: dict[str, list[FigureGroup]] = {"classes": [], "layers": [], "grid": [], "cells": []}
+def _make_figures(models: Sequence[NetworkFindings]) -> dict[str, list[FigureGroup]]:
+    """Draw all figures, in the order of their numbers."""
+    groups: dict[str, list[FigureGroup]] = {"classes": [], "layers": [], "grid": [], "cells": []}
     number = 0
-    for kind, make in zip(plates, (_classes, _layers, _grid, _cells), strict=True):
+    draw_each = _draw_classes, _draw_layers, _draw_grid, _draw_cells
+    for kind, draw in zip(groups, draw_each, strict=True):
         for model in models:
-            if (made := make(model)) is not None:
+            if (result := draw(model)) is not None:
                 number += 1
-                plates[kind].append(FigureGroup(number, model.name, *made))
-    return plates
+                groups[kind].append(FigureGroup(number, model.name, *result))
+    return groups
 
 
-def _classes(model: Model) -> tuple[str, list[Drawing]]:
-    drawings = draw.by_class(model.name, model.per_group, model.estimates, model.drawn)
+def _draw_classes(model: NetworkFindings) -> tuple[str, list[Drawing]]:
+    drawings = plots.plot_by_class(
+        model.name, model.per_group, model.estimates, model.plotted_changes
+    )
     return f"{model.name}: {len(model.classes)} classes.", drawings
 
 
-def _layers(model: Model) -> tuple[str, list[Drawing]]:
-    drawings = draw.by_layer(model.name, model.per_group, model.layers, model.drawn)
+def _draw_layers(model: NetworkFindings) -> tuple[str, list[Drawing]]:
+    drawings = plots.plot_by_layer(model.name, model.per_group, model.layers, model.plotted_changes)
     return f"{model.name}, from the input to the output.", drawings
 
 
-def _grid(model: Model) -> tuple[str, list[Drawing]] | None:
-    """The layer where ablation costs most, if its cells are a grid of known shape."""
-    wanted = (*model.drawn, "cka", "procrustes", BASELINE)
-    shown = [n for n in dict.fromkeys(wanted) if n in model.table and model.table[n].notna().any()]
-    if not shown or shown[0] not in model.drawn or model.random:
+def _draw_grid(model: NetworkFindings) -> tuple[str, list[Drawing]] | None:
+    """Draw the layer where ablation costs most, if its cells are a grid of known shape."""
+    candidates = dict.fromkeys((*model.plotted_changes, "cka", "procrustes", BASELINE))
+    columns = [n for n in candidates if n in model.table and model.table[n].notna().any()]
+    if not columns or columns[0] not in model.plotted_changes or model.has_random_cells:
         return None
-    layer, said = costliest_layer(model.table, shown[0])
+    layer, description = costliest_layer(model.table, columns[0])
     mine = model.table[model.table["layer"] == layer]
     cells = int(mine["cell"].max()) + 1
     side = math.isqrt(cells)
@@ -175,32 +182,33 @@ def _grid(model: Model) -> tuple[str, list[Drawing]] | None:
     if shape[0] * shape[1] != cells or mine["cell"].nunique() != cells:
         return None
     caption = (
-        f"{model.name}, layer {layer}: {said} ({CHANGE_NAMES[shown[0]]}). Means over "
+        f"{model.name}, layer {layer}: {description} ({CHANGE_NAMES[columns[0]]}). Means over "
         f"{mine['class'].nunique()} target classes."
     )
-    return caption, draw.grid(model.name, layer, mine, (shape[0], shape[1]), shown)
+    return caption, plots.plot_grid(model.name, layer, mine, (shape[0], shape[1]), columns)
 
 
-def _cells(model: Model) -> tuple[str, list[Drawing]] | None:
-    """For each of the two functions, the class and layer where the cells differ most in it."""
+def _draw_cells(model: NetworkFindings) -> tuple[str, list[Drawing]] | None:
+    """Draw, for each of the two functions, the class and layer where cells differ most in it."""
     drawings, places = [], []
     functions = [name for name in (RANK_DEFICIT, model.decodability) if name in model.changes]
-    for change in functions or model.drawn[:1]:
+    for change in functions or model.plotted_changes[:1]:
         spread = model.table.groupby(GROUP, observed=True)[change].std()
         if not spread.max() > 0:
             continue
         target, layer = spread.idxmax()
         mine = model.table[(model.table["class"] == target) & (model.table["layer"] == layer)]
-        found = model.per_group[
+        group = model.per_group[
             (model.per_group["class"] == target)
             & (model.per_group["layer"] == layer)
             & (model.per_group["change"] == change)
         ]
-        rho = found.set_index("distance")["spearman"]
-        drawings.append(draw.scatter(model.name, (target, layer), mine, rho, change))
+        rho = group.set_index("distance")["spearman"]
+        drawings.append(plots.plot_cells(model.name, (target, layer), mine, rho, change))
         places.append(f"{CHANGE_NAMES[change]}: class {target}, layer {layer}")
     return (f"{model.name}. {'; '.join(places)}.", drawings) if drawings else None
 
 
-def _any(models: Sequence[Model], column: str) -> bool:
+def _has_column(models: Sequence[NetworkFindings], column: str) -> bool:
+    """Whether a network has such a distance or function change."""
     return any(column in model.distances + model.changes for model in models)

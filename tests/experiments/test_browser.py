@@ -1,4 +1,4 @@
-"""The report in a browser: it sorts, asks for nothing, and fits a narrow screen."""
+"""The report in a browser: it sorts, makes no requests, and fits a narrow screen."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from PIL import Image
 from repsim_kernels.experiments.report.page import write_report
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)
+BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(BROWSER is None, reason="no Chromium to open a page in"),
+    pytest.mark.skipif(BROWSER is None, reason="needs Chromium"),
 ]
 
-# Runs after the page's own script, in a frame that is 400 pixels wide.
+# Runs after the page's script, in a frame of 400 pixels width.
 PROBE = """<script>
 const seen = {errors, width: innerWidth, scroll: document.documentElement.scrollWidth};
 const table = document.querySelector("table.sortable");
@@ -66,7 +66,7 @@ FRAME = """<!doctype html><iframe src="page.html" width="400" height="900"></ifr
 
 
 def browse(url: str, folder: Path, *options: str) -> str:
-    """What a browser without a window prints of a page."""
+    """Open a page in a headless browser and return what it prints."""
     assert BROWSER is not None
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
     command += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000", *options]
@@ -74,21 +74,21 @@ def browse(url: str, folder: Path, *options: str) -> str:
     return done.stdout
 
 
-def probed(path: Path, folder: Path) -> dict[str, Any]:
-    """What a script that stands in a copy of the page saw."""
+def probe_page(path: Path, folder: Path) -> dict[str, Any]:
+    """Run the probe script in a copy of the page and return what it observed."""
     page = path.read_text(encoding="utf-8")
     page = page.replace("<style>", ERRORS + "<style>", 1).replace("</body>", PROBE + "</body>")
     (folder / "page.html").write_text(page, encoding="utf-8")
     (folder / "frame.html").write_text(FRAME, encoding="utf-8")
     out = browse((folder / "frame.html").as_uri(), folder, "--dump-dom")
-    found = re.search(r"<pre>(\{.*\})</pre>", out, flags=re.DOTALL)
-    assert found, out[-500:]
-    return dict(json.loads(html.unescape(found[1])))
+    match = re.search(r"<pre>(\{.*\})</pre>", out, flags=re.DOTALL)
+    assert match, out[-500:]
+    return dict(json.loads(html.unescape(match[1])))
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two networks in one report; the first has a metric without any correlation."""
+    """A report of two networks; the first has a metric without any correlation."""
     table = toy_study().run()
     table.loc[table["cell"] == 3, "pwcca"] = float("nan")
     both = pd.concat([table, table.assign(model="an ≤ other, of a very long name " * 3)])
@@ -97,11 +97,11 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def seen(page: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return probed(page, tmp_path_factory.mktemp("probe"))
+    return probe_page(page, tmp_path_factory.mktemp("probe"))
 
 
-def test_a_click_sorts_and_another_turns_it_round(seen: dict[str, Any]) -> None:
-    (start, none), (down, first), (up, second), (names, third) = seen["steps"]
+def test_clicks_sort_a_table_and_reverse_the_order(seen: dict[str, Any]) -> None:
+    (start, unsorted), (down, first), (up, second), (names, third) = seen["steps"]
     known = sorted((row for row in start if row[1] is not None), key=lambda row: -row[1])
     (last,) = [row for row in start if row[1] is None]  # NaN in JSON
     assert last[0] == "PWCCA"
@@ -109,8 +109,8 @@ def test_a_click_sorts_and_another_turns_it_round(seen: dict[str, Any]) -> None:
     assert [row[1] for row in down] == [row[1] for row in [*known, last]]
     assert [row[1] for row in up] == [row[1] for row in [*known[::-1], last]]
     assert names == start
-    heads = len(none)
-    assert none == ["none"] * heads
+    heads = len(unsorted)
+    assert unsorted == ["none"] * heads
     assert first == ["none", "descending", *["none"] * (heads - 2)]
     assert second == ["none", "ascending", *["none"] * (heads - 2)]
     assert third == ["ascending", *["none"] * (heads - 1)]
@@ -118,17 +118,17 @@ def test_a_click_sorts_and_another_turns_it_round(seen: dict[str, Any]) -> None:
     assert seen["focused"]
 
 
-def test_the_baseline_stays_under_the_metrics(seen: dict[str, Any]) -> None:
+def test_baseline_stays_below_the_metrics(seen: dict[str, Any]) -> None:
     assert [text.split("\n")[0] for text in seen["tail"]] == ["energy removed"]
 
 
-def test_no_error_and_no_request(seen: dict[str, Any]) -> None:
+def test_page_has_no_errors_and_makes_no_requests(seen: dict[str, Any]) -> None:
     assert seen["errors"] == []
     assert seen["requests"] == []
-    assert seen["fetch"] == "refused"  # so the policy holds
+    assert seen["fetch"] == "refused"  # by the content security policy
 
 
-def test_a_narrow_screen_scrolls_tables_only(seen: dict[str, Any]) -> None:
+def test_only_tables_scroll_on_a_narrow_screen(seen: dict[str, Any]) -> None:
     assert seen["width"] == 400
     assert seen["scroll"] <= 400
     assert seen["wide"]
@@ -136,7 +136,9 @@ def test_a_narrow_screen_scrolls_tables_only(seen: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "dark"), [(0, True), (1, False)])
-def test_light_and_dark(page: Path, tmp_path: Path, scheme: int, dark: bool) -> None:
+def test_page_follows_the_colour_scheme(
+    page: Path, tmp_path: Path, scheme: int, dark: bool
+) -> None:
     shot = tmp_path / "shot.png"
     setting = f"--blink-settings=preferredColorScheme={scheme}"
     browse(page.as_uri(), tmp_path, setting, f"--screenshot={shot}", "--window-size=1200,4000")

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from _cli import invoke
-from _page import CHANGES, FIVE, drawn, page_of
+from _page import CHANGES, FIVE, random_table, write_page
 from _toy import CLASSES, Toy, toy_images, toy_study
 from hypothesis import given
 from hypothesis import strategies as st
@@ -104,7 +104,7 @@ def test_what_is_not_recorded_is_not_near_chance() -> None:
 
 def stored(folder: Path, right: int) -> Path:
     """A finished run whose ten-class network has so many of 1,000 images right."""
-    table = drawn(classes=8, seed=3)
+    table = random_table(classes=8, seed=3)
     table["decodability_refit"] += 3 * table["cka"] + 3 * table["procrustes"]
     configured = {
         "models": {
@@ -140,8 +140,8 @@ def stored(folder: Path, right: int) -> Path:
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_report_says_so_first_and_judges_nothing(tmp_path: Path) -> None:
-    guessing = page_of(stored(tmp_path / "guessing", 109), tmp_path)
-    text = guessing.said()
+    guessing = write_page(stored(tmp_path / "guessing", 109), tmp_path)
+    text = guessing.visible_text()
     first = "net is near chance: 10.9 % of its answers to 1000 images are right"
     assert text.index(first) < text.index("Neurons of a network were ablated")
     assert "The claims are not judged: the network is near chance. 10.9 %" in text
@@ -150,8 +150,8 @@ def test_a_report_says_so_first_and_judges_nothing(tmp_path: Path) -> None:
         assert said not in text
     assert "claims" not in [of.get("class") for _, of in guessing.elements]
     assert not [title for title in guessing.tables if title.startswith("net, mixed model")]
-    able = page_of(stored(tmp_path / "able", 300), tmp_path)
-    assert "near chance" not in able.said()
+    able = write_page(stored(tmp_path / "able", 300), tmp_path)
+    assert "near chance" not in able.visible_text()
     assert "claims" in [of.get("class") for _, of in able.elements]
     assert [title for title in able.tables if title.startswith("net, mixed model")]
     correlations = "net (32 groups: 4 layers x 8 classes)"
@@ -194,9 +194,9 @@ def test_an_able_network_is_not_called_one_that_guesses(
 def test_nan_images_are_told_in_the_report_and_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    none = drawn().assign(nan_images=0)
-    assert "gives no answer (" not in page_of(none, tmp_path).said()
-    table = drawn(changes=(*CHANGES, "log_probability"), distances=(*FIVE, "energy"))
+    none = random_table().assign(nan_images=0)
+    assert "gives no answer (" not in write_page(none, tmp_path).visible_text()
+    table = random_table(changes=(*CHANGES, "log_probability"), distances=(*FIVE, "energy"))
     table["nan_images"] = np.where(table.index % 24 == 3, 2, 0) + (table.index == 27)
     bad = table["nan_images"] > 0
     table.loc[bad, ["rank_deficit", "top1", "log_probability"]] = np.nan
@@ -206,7 +206,7 @@ def test_nan_images_are_told_in_the_report_and_the_terminal(
         f"cells, up to 3 in one and {2 * bad.sum() + 1} in all; the loss of performance of "
         "these cells is not known."
     )
-    assert said in page_of(table, tmp_path).said()
+    assert said in write_page(table, tmp_path).visible_text()
     store = Store.create(
         tmp_path / "run", {"models": {"net": {"layers": ["l"], "classes": ["c"], "block": 1}}}
     )
@@ -214,4 +214,4 @@ def test_nan_images_are_told_in_the_report_and_the_terminal(
     finish(Console(highlight=False, markup=False), store.compact(), store)
     assert said in capsys.readouterr().out.splitlines()
     older = pd.concat([table.drop(columns="nan_images"), none.assign(model="b")])
-    assert "gives no answer (" not in page_of(older, tmp_path).said()
+    assert "gives no answer (" not in write_page(older, tmp_path).visible_text()

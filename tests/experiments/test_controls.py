@@ -1,4 +1,4 @@
-"""Partial correlations and reliability, against the definitions and against what was built in."""
+"""Partial correlations and reliability, against definitions and known effects."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 
 from repsim_kernels.experiments.analysis.controls import (
-    corrected,
+    correct_for_noise,
     partial_correlations,
     reliability,
 )
@@ -18,7 +18,7 @@ from repsim_kernels.experiments.errors import StatsError
 KEYS = ["model", "class", "layer"]
 
 
-def drawn(groups: int, cells: int = 16, seed: int = 0) -> pd.DataFrame:
+def random_table(groups: int, cells: int = 16, seed: int = 0) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
     size = groups * cells
     energy = rng.random(size)
@@ -41,27 +41,31 @@ def drawn(groups: int, cells: int = 16, seed: int = 0) -> pd.DataFrame:
     return table
 
 
-def by_hand(group: pd.DataFrame, distance: str, change: str, given: list[str]) -> float:
+def residual_correlation(
+    group: pd.DataFrame, distance: str, change: str, controls: list[str]
+) -> float:
     """The correlation of the residuals of ranks on ranks, by least squares with an intercept."""
-    ranks = group[[distance, change, *given]].rank().to_numpy()
+    ranks = group[[distance, change, *controls]].rank().to_numpy()
     design = np.column_stack([np.ones(len(group)), ranks[:, 2:]])
     x, y = (v - design @ np.linalg.lstsq(design, v, rcond=None)[0] for v in ranks[:, :2].T)
     return float(x @ y / np.sqrt((x @ x) * (y @ y)))
 
 
-@pytest.mark.parametrize("given", [["energy"], ["size", "energy"]])
-def test_partial_correlations_are_those_of_residuals(given: list[str]) -> None:
-    table = drawn(12).sample(frac=0.9, random_state=1)
-    found = partial_correlations(table, ["near", "far"], ["lost"], given)
+@pytest.mark.parametrize("controls", [["energy"], ["size", "energy"]])
+def test_partial_correlations_equal_those_of_residuals(controls: list[str]) -> None:
+    table = random_table(12).sample(frac=0.9, random_state=1)
+    found = partial_correlations(table, ["near", "far"], ["lost"], controls)
     assert len(found) == 24
     for row in found.itertuples():
         group = table[table["layer"] == row.layer]
         assert row.n == len(group)
-        assert row.spearman == pytest.approx(by_hand(group, row.distance, "lost", given), abs=1e-9)
+        assert row.spearman == pytest.approx(
+            residual_correlation(group, row.distance, "lost", controls), abs=1e-9
+        )
 
 
-def test_the_textbook_formula_for_one_control() -> None:
-    table = drawn(1)
+def test_one_control_matches_the_textbook_formula() -> None:
+    table = random_table(1)
     ab, ac, bc = (
         scipy.stats.spearmanr(table[one], table[other])[0]
         for one, other in (("near", "lost"), ("near", "energy"), ("lost", "energy"))
@@ -71,8 +75,8 @@ def test_the_textbook_formula_for_one_control() -> None:
     assert got == pytest.approx(want, abs=1e-12)
 
 
-def test_what_the_controls_explain_has_no_partial_correlation() -> None:
-    table = drawn(3)
+def test_columns_explained_by_the_controls_have_no_partial_correlation() -> None:
+    table = random_table(3)
     table["same"] = 7 * table["energy"]
     table.loc[table["layer"] == 1, "size"] = 5  # constant: explains nothing
     table.loc[(table["layer"] == 2) & (table["cell"] == 3), "energy"] = np.nan
@@ -80,18 +84,18 @@ def test_what_the_controls_explain_has_no_partial_correlation() -> None:
     rho = found["spearman"]
     assert rho["same"].isna().all()
     assert rho["far"].isna().tolist() == [False, False, True]
-    alone = by_hand(table[table["layer"] == 1], "far", "lost", ["energy"])
-    assert rho["far", 1] == pytest.approx(alone, abs=1e-9)
-    with pytest.raises(StatsError, match="given: the table has no column 'colour'"):
+    expected = residual_correlation(table[table["layer"] == 1], "far", "lost", ["energy"])
+    assert rho["far", 1] == pytest.approx(expected, abs=1e-9)
+    with pytest.raises(StatsError, match="controls: the table has no column 'colour'"):
         partial_correlations(table, ["far"], ["lost"], ["colour"])
 
 
-def test_halves_give_the_reliability_that_was_built_in() -> None:
-    """Of normal scores with noise 0.8, over groups of many cells, where ranks lose little."""
-    table = drawn(40, cells=400)
+def test_halves_give_the_known_reliability() -> None:
+    """Normal scores with noise 0.8; with many cells per group, ranks lose little."""
+    table = random_table(40, cells=400)
     table["lost"] = (table["lost_odd"] + table["lost_even"]) / 2
     (row,) = reliability(table, ["lost"]).itertuples()
-    truth = 1 + 1 / 12  # the variance of what both halves share
+    truth = 1 + 1 / 12  # the variance that both halves share
     assert row.reliability == pytest.approx(truth / (truth + 0.8**2 / 2), abs=0.02)
     assert (row.source, row.groups) == ("halves", 40)
     rho = [
@@ -103,7 +107,7 @@ def test_halves_give_the_reliability_that_was_built_in() -> None:
 
 
 def test_a_standard_error_gives_the_reliability_of_draws() -> None:
-    table = drawn(10, cells=300).drop(columns=["lost_odd", "lost_even"])
+    table = random_table(10, cells=300).drop(columns=["lost_odd", "lost_even"])
     rng = np.random.default_rng(5)
     truth = table["lost"].to_numpy()
     table["lost_error"] = rng.uniform(0.4, 0.6, len(table))
@@ -113,25 +117,25 @@ def test_a_standard_error_gives_the_reliability_of_draws() -> None:
     noise = (table["lost_error"] ** 2).mean()
     assert row.reliability == pytest.approx(variance / (variance + noise), abs=0.03)
     assert (row.source, row.groups) == ("draws", 10)
-    # Neither halves nor an error, or a constant change: not known.
+    # Unknown for a change with neither halves nor an error, and for a constant change.
     assert reliability(table, ["far"]).empty
     table["lost"] = 1.0
     assert reliability(table, ["lost"])["reliability"].isna().all()
 
 
-def test_correlations_are_corrected_to_those_without_noise() -> None:
+def test_corrected_correlations_equal_those_without_noise() -> None:
     rng = np.random.default_rng(6)
-    table = drawn(30, cells=400, seed=6)
+    table = random_table(30, cells=400, seed=6)
     truth = table["lost"].to_numpy()
     table["near"] = truth + rng.standard_normal(len(table))
     clean = summary(correlations(table, ["near"], ["lost"]))["spearman"][0]
     table["lost"] = (table["lost_odd"] + table["lost_even"]) / 2
     means = summary(correlations(table, ["near"], ["lost"]))
-    (row,) = corrected(means, reliability(table, ["lost"])).itertuples()
+    (row,) = correct_for_noise(means, reliability(table, ["lost"])).itertuples()
     assert row.spearman < clean - 0.03
     assert row.corrected == pytest.approx(clean, abs=0.01)
     assert row.corrected == row.spearman / np.sqrt(row.reliability)
-    # Halves that disagree leave nothing to correct by.
+    # Halves with a negative correlation give no reliability to correct by.
     table["lost_even"] = -table["lost_odd"]
-    (row,) = corrected(means, reliability(table, ["lost"])).itertuples()
+    (row,) = correct_for_noise(means, reliability(table, ["lost"])).itertuples()
     assert np.isnan(row.corrected)

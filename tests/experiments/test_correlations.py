@@ -1,3 +1,5 @@
+"""Rank correlations within groups, against SciPy."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -11,7 +13,7 @@ from repsim_kernels.experiments.errors import StatsError
 
 
 def random_table(groups: int, cells: int = 16, seed: int = 0) -> pd.DataFrame:
-    """Distances and changes with many ties, some constant groups and some NaN."""
+    """Make distances and changes with many ties, a constant group and a NaN."""
     rng = np.random.default_rng(seed)
     size = groups * cells
     group = np.repeat(np.arange(groups), cells)
@@ -62,13 +64,13 @@ def test_groups_of_any_size_equal_scipys(monkeypatch: pytest.MonkeyPatch) -> Non
         a, b = group["far"], group["lost"]
         assert row.spearman == pytest.approx(scipy.stats.spearmanr(a, b)[0], abs=1e-12)
         assert row.kendall == pytest.approx(scipy.stats.kendalltau(a, b)[0], abs=1e-12)
-    for name, value in (("_LARGE", 4), ("_SIGNS", 1000)):  # sorted, and a few groups at a time
+    for name, value in (("_LARGE", 4), ("_SIGNS", 1000)):  # sorting, and blocks of a few groups
         monkeypatch.setattr(stats, name, value)
         again = correlations(table, ["far"], ["lost"], by=["layer"])
         pd.testing.assert_frame_equal(whole, again, rtol=1e-12)
 
 
-def test_similarities_are_turned() -> None:
+def test_similarities_are_negated() -> None:
     table = random_table(4)
     table["like"] = 1 - table["far"]
     both = correlations(table, ["far", "like"], ["held"], similarities=["like"])
@@ -79,16 +81,18 @@ def test_similarities_are_turned() -> None:
         correlations(table, ["far"], ["held"], similarities=["like"])
 
 
-def test_a_cell_that_is_there_twice_is_an_error() -> None:
+def test_duplicate_cells_are_refused() -> None:
     table = pd.concat([random_table(4), random_table(4).iloc[[17]]])
-    with pytest.raises(StatsError, match=r"1 rows .* first model a, class 0, layer 1, cell 1;"):
+    with pytest.raises(
+        StatsError, match=r"1 duplicate row; the first is model a, class 0, layer 1, cell 1;"
+    ):
         correlations(table, ["far"], ["lost"])
-    # Two models taken as one are cells twice, too.
+    # Grouping without the model makes the cells of two models duplicates.
     with pytest.raises(StatsError, match="expected one row per cell of a group by class"):
         correlations(random_table(4), ["far"], ["lost"], by=["class"])
 
 
-def test_equal_orders_give_exactly_one_and_lone_cells_nan() -> None:
+def test_equal_orders_give_exactly_1_and_single_cells_nan() -> None:
     table = pd.DataFrame(
         {"g": [0, 0, 0, 0, 1], "d": [1e-9, 2e-9, 2e-9, 7.0, 1.0], "c": [3.0, 4.0, 4.0, 5.0, 1.0]}
     )
@@ -98,7 +102,7 @@ def test_equal_orders_give_exactly_one_and_lone_cells_nan() -> None:
     assert found["n"].tolist() == [4, 1]
 
 
-def test_summary_leaves_nan_groups_out_and_counts_them() -> None:
+def test_summary_excludes_and_counts_nan_groups() -> None:
     found = correlations(random_table(40), ["near", "far"], ["lost"])
     table = summary(found).set_index(["model", "distance", "change"])
     odd = found[(found["model"] == "a") & (found["distance"] == "far")]["spearman"]
@@ -116,11 +120,13 @@ def test_summary_leaves_nan_groups_out_and_counts_them() -> None:
     ("distances", "changes", "message"),
     [
         (["nearly"], ["lost"], "distances: the table has no column 'nearly'"),
-        (["near"], [], "changes: is empty"),
+        (["near"], [], "changes: empty; expected some of"),
         (["near"], ["word"], "column 'word' is .*; expected numbers"),
     ],
 )
-def test_wrong_columns_are_named(distances: list[str], changes: list[str], message: str) -> None:
+def test_missing_and_non_numeric_columns_are_refused(
+    distances: list[str], changes: list[str], message: str
+) -> None:
     table = random_table(4).assign(word="x")
     with pytest.raises(StatsError, match=message):
         correlations(table, distances, changes)

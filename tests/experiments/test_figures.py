@@ -7,7 +7,7 @@ import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
-from _page import drawn, page_of
+from _page import random_table, write_page
 from PIL import Image
 
 from repsim_kernels.experiments.errors import ReportError
@@ -23,8 +23,8 @@ from repsim_kernels.experiments.report.page import write_report
         pytest.param("png", marks=pytest.mark.slow),
     ],
 )
-def test_figures_as_files(tmp_path: Path, kind: str) -> None:
-    page = page_of(drawn(model="net/50"), tmp_path, figures=kind)
+def test_figures_are_written_as_files(tmp_path: Path, kind: str) -> None:
+    page = write_page(random_table(model="net/50"), tmp_path, figures=kind)
     files = sorted((tmp_path / "page_figures").iterdir())
     assert len(files) == len(page.tags("svg"))
     assert f"figure1_net-50_by_class_rank_deficit.{kind}" in {path.name for path in files}
@@ -39,29 +39,31 @@ def test_figures_as_files(tmp_path: Path, kind: str) -> None:
         else:
             data = path.read_bytes()
             assert data.startswith(b"%PDF-")
-            assert b"/FontFile2" in data  # text that can be edited, not outlines
+            assert b"/FontFile2" in data  # editable text, not outlines
 
 
-def test_figures_replace_an_earlier_reports_and_nothing_else(tmp_path: Path) -> None:
+def test_figures_replace_only_those_of_an_earlier_report(tmp_path: Path) -> None:
     folder = tmp_path / "page_figures"
-    page_of(drawn(), tmp_path, figures="png")
-    page_of(drawn(changes=("top1",)), tmp_path, figures="svg")
+    write_page(random_table(), tmp_path, figures="png")
+    write_page(random_table(changes=("top1",)), tmp_path, figures="svg")
     assert {path.suffix for path in folder.iterdir()} == {".svg"}
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(ReportError, match=r"figures: .*page_figures holds notes\.txt; expected"):
-        write_report(drawn(), tmp_path / "page.html", "png")
+        write_report(random_table(), tmp_path / "page.html", "png")
     (folder / "notes.txt").unlink()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     with pytest.raises(ReportError, match="figures: 'gif' is unknown; expected svg, pdf, png"):
-        write_report(drawn(), tmp_path / "page.html", "gif")
+        write_report(random_table(), tmp_path / "page.html", "gif")
     (tmp_path / "other_figures").write_text("a file")
     with pytest.raises(ReportError, match="other_figures is a file; expected a folder"):
-        write_report(drawn(), tmp_path / "other.html", "svg")
+        write_report(random_table(), tmp_path / "other.html", "svg")
 
 
-def test_figures_come_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page_of(drawn(), tmp_path, figures="svg")
+def test_failed_figures_leave_the_earlier_report_untouched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_page(random_table(), tmp_path, figures="svg")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     save, saved = Drawing.save, []
 
@@ -73,7 +75,7 @@ def test_figures_come_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Drawing, "save", fail_late)
     with pytest.raises(OSError, match="no space left"):
-        write_report(drawn(seed=1), tmp_path / "page.html", "svg")
+        write_report(random_table(seed=1), tmp_path / "page.html", "svg")
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert len(saved) == 3
     assert after == before

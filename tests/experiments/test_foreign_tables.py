@@ -1,4 +1,4 @@
-"""Tables as other programs write them: names stay names, and faults are said in a line."""
+"""Tables written by other programs: names stay text, and errors are one line."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from repsim_kernels.experiments.analysis.tables import find_problems, read_table
 from repsim_kernels.experiments.errors import StatsError
 
 KEYS = ["model", "class", "layer"]
-# Names that are missing values or numbers to pandas.
+# Names that pandas reads as missing values or numbers.
 NAMES = ["NA", "null", "nan", "None", "", "01", "1", "1.0", "1.10", "1.1", "True", "1e3", " x"]
 
 
-def drawn(models: list[str], cells: int = 8, seed: int = 0) -> pd.DataFrame:
+def random_table(models: list[str], cells: int = 8, seed: int = 0) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
     index = pd.MultiIndex.from_product(
         [models, list("xyz"), list("ab"), range(cells)], names=[*KEYS, "cell"]
@@ -38,8 +38,8 @@ def stats(path: Path, *options: str) -> tuple[int, str, list[str]]:
     return code, out, err.splitlines()
 
 
-def assert_scipys(found: pd.DataFrame, table: pd.DataFrame) -> None:
-    """The correlations of every group of the table, and of no other."""
+def assert_equals_scipy(found: pd.DataFrame, table: pd.DataFrame) -> None:
+    """Check that the correlations are those of exactly the groups of the table."""
     groups = {key: mine for key, mine in table.groupby(KEYS, dropna=False)}
     assert set(zip(*(found[key] for key in KEYS), strict=True)) == set(groups)
     assert len(found) == len(groups)
@@ -53,7 +53,7 @@ def assert_scipys(found: pd.DataFrame, table: pd.DataFrame) -> None:
 @pytest.mark.parametrize(("start", "newline"), [("", "\n"), ("\ufeff", "\r\n")])
 @pytest.mark.parametrize("key", ["model", "class", "layer", "cell"])
 def test_names_in_csv_are_text(tmp_path: Path, key: str, start: str, newline: str) -> None:
-    table = drawn(["net"], cells=len(NAMES)).sample(frac=1, random_state=3)
+    table = random_table(["net"], cells=len(NAMES)).sample(frac=1, random_state=3)
     if key == "cell":
         table["cell"] = [NAMES[i] for i in table["cell"]]
     else:
@@ -75,12 +75,12 @@ def test_names_in_csv_are_text(tmp_path: Path, key: str, start: str, newline: st
         assert got[name].tolist() == table[name].astype(str).tolist()
     np.testing.assert_array_equal(got["top1"], table["top1"])
     table["cell"] = table["cell"].astype(str)
-    assert_scipys(correlations(got, ["cka"], ["top1"]), table)
-    assert_scipys(read_table(tmp_path / "rho.csv"), table)
+    assert_equals_scipy(correlations(got, ["cka"], ["top1"]), table)
+    assert_equals_scipy(read_table(tmp_path / "rho.csv"), table)
 
 
-def test_columns_that_are_asked_for_by_another_name_are_text_too(tmp_path: Path) -> None:
-    table = drawn(["01", "1"]).rename(columns={"model": "net", "cell": "tile"})
+def test_columns_named_by_options_are_text(tmp_path: Path) -> None:
+    table = random_table(["01", "1"]).rename(columns={"model": "net", "cell": "tile"})
     table["tile"] = [["NA", "null", "7", "07", "", "x", "y", "z"][i] for i in table["tile"]]
     table.to_csv(tmp_path / "t.csv", index=False)
     words = ("--by", "net,class,layer", "--cell", "tile")
@@ -94,14 +94,14 @@ def test_columns_that_are_asked_for_by_another_name_are_text_too(tmp_path: Path)
 
 @pytest.mark.parametrize("levels", [[*KEYS, "cell"], ["layer"], ["cell", "class"]])
 @pytest.mark.parametrize("kept", [False, True])
-def test_names_kept_as_an_index_count(tmp_path: Path, levels: list[str], kept: bool) -> None:
-    table = drawn(["m", "n"])
+def test_named_index_levels_become_columns(tmp_path: Path, levels: list[str], kept: bool) -> None:
+    table = random_table(["m", "n"])
     path = tmp_path / "t.parquet"
-    if kept:  # as columns as well
+    if kept:  # also as columns
         table.set_index(levels, drop=False).to_parquet(path)
     else:
         table.set_index(levels).to_parquet(path)
-    assert_scipys(correlations(read_table(path), ["cka"], ["top1"]), table)
+    assert_equals_scipy(correlations(read_table(path), ["cka"], ["top1"]), table)
     code, out, err = stats(path)
     assert (code, err) == (0, [])
     assert "12 groups by model, class, layer" in out
@@ -109,16 +109,16 @@ def test_names_kept_as_an_index_count(tmp_path: Path, levels: list[str], kept: b
     assert "12 groups by model, class, layer" in stats(path)[1]
 
 
-def test_an_index_without_a_name_does_not_count(tmp_path: Path) -> None:
-    table = drawn(["m"])
+def test_unnamed_index_is_ignored(tmp_path: Path) -> None:
+    table = random_table(["m"])
     table.index = pd.Index([f"row {i}" for i in table.index])
     table.to_parquet(tmp_path / "t.parquet")
     assert list(read_table(tmp_path / "t.parquet").columns) == list(table.columns)
 
 
 @pytest.mark.parametrize("dtype", ["boolean", "Int64", "Float64", "float64"])
-def test_missing_values_of_any_kind_are_missing(tmp_path: Path, dtype: str) -> None:
-    table = drawn(["m", "n"])
+def test_missing_values_of_every_dtype_are_missing(tmp_path: Path, dtype: str) -> None:
+    table = random_table(["m", "n"])
     table["top1"] = (4 * table["top1"]).round()
     if dtype == "boolean":
         table["top1"] = table["top1"] > 2
@@ -127,8 +127,8 @@ def test_missing_values_of_any_kind_are_missing(tmp_path: Path, dtype: str) -> N
     wanted = table.assign(top1=table["top1"].astype("float64"))
     wanted.loc[[2, 30], "top1"] = np.nan
     given.to_parquet(tmp_path / "t.parquet")
-    assert_scipys(correlations(given, ["cka"], ["top1"]), wanted)
-    assert_scipys(correlations(read_table(tmp_path / "t.parquet"), ["cka"], ["top1"]), wanted)
+    assert_equals_scipy(correlations(given, ["cka"], ["top1"]), wanted)
+    assert_equals_scipy(correlations(read_table(tmp_path / "t.parquet"), ["cka"], ["top1"]), wanted)
     code, _, err = stats(tmp_path / "t.parquet")
     assert (code, err) == (0, ["warning: column 'top1' has no value in 2 of 96 rows"])
     sizes = np.arange(len(table))
@@ -139,18 +139,18 @@ def test_missing_values_of_any_kind_are_missing(tmp_path: Path, dtype: str) -> N
 
 
 @pytest.mark.parametrize("cell", [True, False])
-def test_lists_that_are_not_asked_for_do_not_matter(tmp_path: Path, cell: bool) -> None:
-    table = drawn(["m", "n"])
+def test_lists_in_unused_columns_are_ignored(tmp_path: Path, cell: bool) -> None:
+    table = random_table(["m", "n"])
     table = table if cell else table.drop(columns="cell")
     more = table.assign(units=[[i, 2] for i in range(len(table))], maps=[{"a": 1}] * len(table))
     more.to_parquet(tmp_path / "t.parquet")
-    assert stats(tmp_path / "t.parquet") == (0, stats_of(table, tmp_path), [])
+    assert stats(tmp_path / "t.parquet") == (0, csv_stats(table, tmp_path), [])
     twice = pd.concat([more, more[:1]], ignore_index=True)
     found = find_problems(twice.drop(columns="cell", errors="ignore"), ["cka"], ["top1"], KEYS)
-    assert "1 rows are the same as another in every column" in found
+    assert "rows that equal an earlier row in every column: 1" in found
 
 
-def stats_of(table: pd.DataFrame, folder: Path) -> str:
+def csv_stats(table: pd.DataFrame, folder: Path) -> str:
     table.to_csv(folder / "plain.csv", index=False)
     return stats(folder / "plain.csv")[1]
 
@@ -159,16 +159,24 @@ def stats_of(table: pd.DataFrame, folder: Path) -> str:
     ("column", "options", "message"),
     [
         ("cka", (), "table: column 'cka' is object, such as array([1, 2]) in row 1; expected "),
-        ("layer", (), "by: column 'layer' holds lists or the like; expected names"),
-        ("cell", (), "cell: column 'cell' holds lists or the like; expected names"),
-        ("place", ("--cell", "place"), "cell: column 'place' holds lists or the like; expected"),
-        ("place", ("--by", "place"), "by: column 'place' holds lists or the like; expected names"),
+        ("layer", (), "by: column 'layer' holds lists or similar values; expected names"),
+        ("cell", (), "cell: column 'cell' holds lists or similar values; expected names"),
+        (
+            "place",
+            ("--cell", "place"),
+            "cell: column 'place' holds lists or similar values; expected",
+        ),
+        (
+            "place",
+            ("--by", "place"),
+            "by: column 'place' holds lists or similar values; expected names",
+        ),
     ],
 )
-def test_lists_that_are_asked_for_are_named(
+def test_lists_in_used_columns_are_refused(
     tmp_path: Path, column: str, options: tuple[str, ...], message: str
 ) -> None:
-    table = drawn(["m"])
+    table = random_table(["m"])
     table.assign(**{column: [[1, 2]] * len(table)}).to_parquet(tmp_path / "t.parquet")
     code, _, (line,) = stats(tmp_path / "t.parquet", *options)
     assert code == 2
@@ -176,33 +184,42 @@ def test_lists_that_are_asked_for_are_named(
 
 
 def as_csv(**changes: Any) -> str:
-    return drawn(["m"]).assign(**changes).to_csv(index=False)
+    return random_table(["m"]).assign(**changes).to_csv(index=False)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (drawn(["m"]).to_csv(sep=";", decimal=",", index=False), "separated by semicolons; expec"),
-        (drawn(["m"]).to_csv(sep=";", index=False), "separated by semicolons; expected commas"),
-        (drawn(["m"]).to_csv(sep="\t", index=False), "separated by tabs; expected commas"),
+        (
+            random_table(["m"]).to_csv(sep=";", decimal=",", index=False),
+            "separated by semicolons; expec",
+        ),
+        (
+            random_table(["m"]).to_csv(sep=";", index=False),
+            "separated by semicolons; expected commas",
+        ),
+        (random_table(["m"]).to_csv(sep="\t", index=False), "separated by tabs; expected commas"),
         ("", "t.csv can't be read (No columns to parse from file)"),
         ("\n\n", "t.csv can't be read (No columns to parse from file)"),
-        (drawn(["m"])[:0].to_csv(index=False), "table: has no rows; expected one per cell"),
-        ("a,b\n1,2\n", "by: is empty; expected some of a, b"),
+        (random_table(["m"])[:0].to_csv(index=False), "table: no rows; expected one per cell"),
+        ("a,b\n1,2\n", "by: empty; expected some of a, b"),
         (as_csv(top1="n/d"), "table: column 'top1' is str, such as 'n/d' in row 1; expected"),
         (as_csv(cka='"0,5"'), "table: column 'cka' is str, such as '\"0,5\"' in row 1; expe"),
         (as_csv(top1="1+2j"), "such as '1+2j' in row 1; expected numbers"),
-        (drawn(["m"]).assign(top2=0).to_csv(index=False).replace("top2", "cka"), "2 columns 'cka'"),
-        (as_csv().replace(",top1\n", "\n"), "have more values than its first line has names"),
-        ("cell,x\n1,2,3\n4,5,6\n", "have more values than its first line has names"),
-        ("cell,x\n1,2,3\n2,5,6\n1,8,9\n", "have more values than its first line has names"),
-        ("cell,x\n1,2,3\n4,5\n", "have more values than its first line has names"),
+        (
+            random_table(["m"]).assign(top2=0).to_csv(index=False).replace("top2", "cka"),
+            "2 columns 'cka'",
+        ),
+        (as_csv().replace(",top1\n", "\n"), "have more values than the first line has names"),
+        ("cell,x\n1,2,3\n4,5,6\n", "have more values than the first line has names"),
+        ("cell,x\n1,2,3\n2,5,6\n1,8,9\n", "have more values than the first line has names"),
+        ("cell,x\n1,2,3\n4,5\n", "have more values than the first line has names"),
         (as_csv() + "m,x,a,99,1,2,3,4\n", "t.csv can't be read (Error tokenizing data."),
         (as_csv() + 'm,"x,a,99,1,2', "t.csv can't be read (Error tokenizing data."),
         (as_csv(top1="").replace("top1", "top\0"), "changes: the table has no column 'top1'"),
     ],
 )
-def test_what_is_no_table_of_numbers_is_said_in_a_line(
+def test_unusable_csv_files_give_an_error_of_one_line(
     tmp_path: Path, text: str, message: str
 ) -> None:
     path = tmp_path / "t.csv"
@@ -215,12 +232,12 @@ def test_what_is_no_table_of_numbers_is_said_in_a_line(
 
 @pytest.mark.parametrize("bad", ["oops", "1_000", "0,5", "--"])
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_the_value_that_is_no_number_is_named_with_its_row(
+def test_error_names_the_first_non_number_and_its_row(
     tmp_path: Path, bad: str, suffix: str
 ) -> None:
-    table = drawn(["m"])
+    table = random_table(["m"])
     table["top1"] = table["top1"].map(repr).astype(object)
-    table.loc[3, "top1"] = None  # is missing, and no fault
+    table.loc[3, "top1"] = None  # missing, not an error
     table.loc[5, "top1"] = "1e-3"
     table.loc[11, "top1"] = bad
     path = tmp_path / f"t{suffix}"
@@ -237,61 +254,65 @@ def test_the_value_that_is_no_number_is_named_with_its_row(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--distances", "cka"), "distances: 'cka' is named twice; expected it once"),
-        (("--changes", "energy,top1"), "changes: 'top1' is named twice; expected"),
-        (("--by", "layer,layer"), "by: 'layer' is named twice; expected it once"),
-        (("--cell", "cell,cell"), "cell: 'cell' is named twice; expected it once"),
+        (("--distances", "cka"), "distances: 'cka' is repeated; expected distinct names"),
+        (("--changes", "energy,top1"), "changes: 'top1' is repeated; expected"),
+        (("--by", "layer,layer"), "by: 'layer' is repeated; expected distinct names"),
+        (("--cell", "cell,cell"), "cell: 'cell' is repeated; expected distinct names"),
         (("--by", "distance,layer"), "by: 'distance' is the name of a column of the result; exp"),
         (("--by", "layer,n"), "by: 'n' is the name of a column of the result; expected another"),
         (("--cluster", "nope"), "cluster: 'nope' names no group; expected model or class or layer"),
         (("--by", "class,layer", "--cluster", "model"), "cluster: 'model' names no group; expec"),
     ],
 )
-def test_columns_that_do_not_go_together_are_refused(
+def test_conflicting_options_are_refused(
     tmp_path: Path, options: tuple[str, ...], message: str
 ) -> None:
-    drawn(["m"]).assign(distance=1, n=2).to_csv(tmp_path / "t.csv", index=False)
-    code, out, (line,) = stats(tmp_path / "t.csv", *options)  # beside one distance and one change
+    random_table(["m"]).assign(distance=1, n=2).to_csv(tmp_path / "t.csv", index=False)
+    code, out, (line,) = stats(tmp_path / "t.csv", *options)
     assert (code, out) == (2, "")
     assert line.startswith(f"error: {message}")
 
 
 @pytest.mark.parametrize("cluster", ["model", "class", "layer"])
-def test_intervals_leave_out_the_cluster_that_is_asked_for(tmp_path: Path, cluster: str) -> None:
-    drawn(["m", "n"]).to_csv(tmp_path / "t.csv", index=False)
+def test_intervals_are_over_the_chosen_cluster(tmp_path: Path, cluster: str) -> None:
+    random_table(["m", "n"]).to_csv(tmp_path / "t.csv", index=False)
     code, out, err = stats(tmp_path / "t.csv", "--cluster", cluster)
     assert (code, err) == (0, [])
     assert f"Intervals: jackknife-t over {cluster}." in out
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_a_file_that_is_missing_is_said_to_be(tmp_path: Path, suffix: str) -> None:
+def test_missing_file_is_an_error_of_one_line(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"missing{suffix}"
-    assert stats(path) == (2, "", [f"error: table: there is no file {path}"])
+    assert stats(path) == (
+        2,
+        "",
+        [f"error: table: {path} does not exist; expected a CSV or Parquet file"],
+    )
 
 
-def test_blanks_around_the_names_of_columns_do_not_count(tmp_path: Path) -> None:
-    table = drawn(["01", "1"])
+def test_blanks_around_column_names_are_ignored(tmp_path: Path) -> None:
+    table = random_table(["01", "1"])
     header, rest = table.to_csv(index=False).split("\n", 1)
     (tmp_path / "t.csv").write_text(f"{header.replace(',', ' , ')} \n{rest}")
-    assert stats(tmp_path / "t.csv") == (0, stats_of(table, tmp_path), [])
+    assert stats(tmp_path / "t.csv") == (0, csv_stats(table, tmp_path), [])
     got = read_table(tmp_path / "t.csv")
     assert list(got.columns) == list(table.columns)
     assert got["model"].tolist() == table["model"].tolist()
 
 
 @pytest.mark.parametrize("every", [1, 2, 5])
-def test_commas_at_the_ends_of_rows_shift_nothing(tmp_path: Path, every: int) -> None:
-    table = drawn(["m"])
+def test_trailing_commas_do_not_shift_columns(tmp_path: Path, every: int) -> None:
+    table = random_table(["m"])
     header, *lines = table.to_csv(index=False).splitlines()
     rows = [line + "," * (i % every == 0) for i, line in enumerate(lines)]
     path = tmp_path / "t.csv"
     path.write_text("\n".join([header, *rows]), encoding="utf-8")
-    assert stats(path) == (0, stats_of(table, tmp_path), [])
+    assert stats(path) == (0, csv_stats(table, tmp_path), [])
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_what_is_no_file_of_its_kind_is_said_in_a_line(tmp_path: Path, suffix: str) -> None:
+def test_wrong_file_contents_give_an_error_of_one_line(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"t{suffix}"
     for data in (gzip.compress(as_csv().encode()), "naïve,ü\n".encode("latin-1")):
         path.write_bytes(data)
@@ -308,33 +329,35 @@ def test_what_is_no_file_of_its_kind_is_said_in_a_line(tmp_path: Path, suffix: s
         assert "expected .csv or .parquet" in err[0]
 
 
-def test_columns_of_one_name_matter_only_where_they_are_asked_for(tmp_path: Path) -> None:
-    table = drawn(["m", "n"])
+def test_duplicate_column_names_matter_only_if_used(tmp_path: Path) -> None:
+    table = random_table(["m", "n"])
     notes = table.assign(note="a", text="b")
     notes.to_csv(tmp_path / "t.csv", index=False, header=[*table.columns, "note", "note"])
-    assert stats(tmp_path / "t.csv") == (0, stats_of(table, tmp_path), [])
+    assert stats(tmp_path / "t.csv") == (0, csv_stats(table, tmp_path), [])
     two = pd.concat([table, table[["cka"]]], axis=1)
     with pytest.raises(StatsError, match=r"^distances: the table has 2 columns 'cka'; expected o"):
         correlations(two, ["cka"], ["top1"])
-    with pytest.raises(StatsError, match=r"^given: the table has 2 columns 'cka'; expected one$"):
+    with pytest.raises(
+        StatsError, match=r"^controls: the table has 2 columns 'cka'; expected one$"
+    ):
         partial_correlations(two, ["top1"], ["top1"], ["cka"])
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_infinite_values_are_beyond_all_others(tmp_path: Path, sign: int) -> None:
-    table = drawn(["m", "n"])
+def test_infinite_values_rank_beyond_all_others(tmp_path: Path, sign: int) -> None:
+    table = random_table(["m", "n"])
     table.loc[[1, 5, 40], "cka"] = sign * np.inf
     table.to_csv(tmp_path / "t.csv", index=False)
     found = correlations(read_table(tmp_path / "t.csv"), ["cka"], ["top1"])
-    assert_scipys(found, table.replace(sign * np.inf, sign * 1e300))
+    assert_equals_scipy(found, table.replace(sign * np.inf, sign * 1e300))
     assert found["kendall"].notna().all()
     code, _, err = stats(tmp_path / "t.csv")
     assert code == 0
-    said = "column 'cka' is infinite in 3 of 96 rows, which are ranked beyond all others"
-    assert err == [f"warning: {said}"]
+    text = "column 'cka' is infinite in 3 of 96 rows, which are ranked beyond all others"
+    assert err == [f"warning: {text}"]
 
 
 def test_complex_numbers_are_refused() -> None:
-    table = drawn(["m"]).assign(cka=1j)
+    table = random_table(["m"]).assign(cka=1j)
     with pytest.raises(StatsError, match=r"^table: column 'cka' is complex128; expected numbers$"):
         correlations(table, ["cka"], ["top1"])

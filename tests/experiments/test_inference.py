@@ -1,4 +1,4 @@
-"""Comparisons, the mixed model and claims, against SciPy, statsmodels and what was built in."""
+"""Contrasts, the mixed model and claims, against SciPy, statsmodels and known effects."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
-from _correlations import BOTH, METRICS, drawn, table
+from _correlations import BOTH, METRICS, make_table, random_z
 from statsmodels.regression.mixed_linear_model import MixedLM
 
 from repsim_kernels.experiments.analysis.inference import (
-    beyond,
     claims,
     compare,
+    compare_with_baseline,
+    difference_weights,
     holm,
     mixed_model,
-    versus,
 )
 from repsim_kernels.experiments.errors import StatsError
 
@@ -25,11 +25,11 @@ from repsim_kernels.experiments.errors import StatsError
 
 
 @pytest.mark.parametrize("classes", [2, 5, 10, 13])
-def test_comparison_is_scipys_permutation_test_and_t_interval(classes):
-    z = drawn(classes=classes, seed=classes, lead=0.05)
+def test_comparison_equals_scipys_permutation_test_and_t_interval(classes):
+    z = random_z(classes=classes, seed=classes, lead=0.05)
     z[0, 1, 0, 1] = np.nan
-    weights = versus((["cka", "procrustes"], ["dec"]), (["cca"], BOTH))
-    found = compare(table(z), weights, "name")
+    weights = difference_weights((["cka", "procrustes"], ["dec"]), (["cca"], BOTH))
+    found = compare(make_table(z), weights, "name")
     better, worse = z[:, :, :2, 1].mean(-1), z[:, :, 3].mean(-1)
     values = np.nanmean(better - worse, axis=1)
     theirs = scipy.stats.permutation_test(
@@ -47,45 +47,45 @@ def test_comparison_is_scipys_permutation_test_and_t_interval(classes):
     np.testing.assert_allclose([found.low, found.high], interval, rtol=1e-10)
 
 
-def test_comparison_is_of_groups_that_both_sides_have():
-    z = drawn(classes=4, layers=2)
+def test_comparison_uses_groups_that_both_sides_have():
+    z = random_z(classes=4, layers=2)
     z[0, 0, 0, 0] = 9.0
     z[0, 0, 2, 0] = np.nan
     z[3, :, 2, 0] = np.nan
-    found = compare(table(z), versus((["cka"], ["perf"]), (["pwcca"], ["perf"])))
+    found = compare(make_table(z), difference_weights((["cka"], ["perf"]), (["pwcca"], ["perf"])))
     gain = z[:3, :, 0, 0] - z[:3, :, 2, 0]
     assert found.clusters == 3
     np.testing.assert_allclose(found.estimate, np.nanmean(gain, axis=1).mean())
 
 
-def test_comparison_names_what_is_missing_or_twice():
-    per_group = table(drawn())
+def test_comparison_refuses_missing_and_duplicate_pairs():
+    per_group = make_table(random_z())
     with pytest.raises(StatsError, match="no row of 'rsa' against 'dec'"):
         compare(per_group, {("rsa", "dec"): 1.0})
-    with pytest.raises(StatsError, match="a pair twice in a group"):
+    with pytest.raises(StatsError, match="duplicate pairs in a group"):
         compare(pd.concat([per_group, per_group]), {("cka", "dec"): 1.0})
 
 
-def test_metrics_are_compared_with_the_energy_removed():
-    z = np.concatenate([drawn(seed=4), drawn(seed=5)[:, :, :1]], axis=2)
+def test_metrics_are_compared_with_the_baseline():
+    z = np.concatenate([random_z(seed=4), random_z(seed=5)[:, :, :1]], axis=2)
     z[:, :, 0] = z[:, :, 5] + 0.3 + 0.05 * z[:, :, 1]
-    per_group = table(z, (*METRICS, "energy"))
-    found = beyond(per_group, "dec")
+    per_group = make_table(z, (*METRICS, "energy"))
+    found = compare_with_baseline(per_group, "dec")
     assert [test.name for test in found] == list(METRICS)
     alone = [compare(per_group, {(m, "dec"): 1, ("energy", "dec"): -1}) for m in METRICS]
     np.testing.assert_array_equal([t.estimate for t in found], [t.estimate for t in alone])
     np.testing.assert_array_equal([t.p for t in found], holm([t.p for t in alone]))
     assert found[0].low > 0.25
     with pytest.raises(StatsError, match="no row of 'energy' against 'dec'"):
-        beyond(table(drawn()), "dec")
+        compare_with_baseline(make_table(random_z()), "dec")
 
 
 # The mixed model
 
 
-def test_balanced_mixed_model_is_the_anova_of_class_and_cell():
-    z = drawn(seed=9, dec=0.2, lead=0.1, shrink=0.1)
-    found = mixed_model(table(z), "perf", "dec")
+def test_balanced_mixed_model_equals_the_anova():
+    z = random_z(seed=9, dec=0.2, lead=0.1, shrink=0.1)
+    found = mixed_model(make_table(z), "perf", "dec")
     means = z.mean(1).reshape(10, 10)
     cells = means.mean(0).reshape(5, 2)
     left = means - means.mean(0) - means.mean(1, keepdims=True) + means.mean()
@@ -111,11 +111,11 @@ def test_balanced_mixed_model_is_the_anova_of_class_and_cell():
     assert (found.clusters, found.observations) == (10, 100)
 
 
-def test_unbalanced_mixed_model_is_that_of_the_formula():
-    z = drawn(classes=8, seed=10, dec=0.2, lead=0.1)
+def test_unbalanced_mixed_model_equals_that_of_the_formula():
+    z = random_z(classes=8, seed=10, dec=0.2, lead=0.1)
     z[0, :, 1, 0] = z[5, :, 3, 1] = z[6, :2, 0, 0] = np.nan
-    found = mixed_model(table(z), "perf", "dec")
-    rows = table(z).assign(z=z.ravel()).dropna()
+    found = mixed_model(make_table(z), "perf", "dec")
+    rows = make_table(z).assign(z=z.ravel()).dropna()
     rows = rows.groupby(["class", "distance", "change"], as_index=False).z.mean()
     fit = MixedLM.from_formula("z ~ change * distance", rows, groups="class").fit(method="powell")
     cells = pd.DataFrame(itertools.product(METRICS, BOTH), columns=["distance", "change"])
@@ -131,9 +131,9 @@ def test_unbalanced_mixed_model_is_that_of_the_formula():
 
 
 def test_mixed_model_without_variance_between_classes_is_at_the_boundary():
-    z = drawn(seed=11, spread=0.0, dec=0.2)
+    z = random_z(seed=11, spread=0.0, dec=0.2)
     z -= z.mean((1, 2, 3), keepdims=True)
-    found = mixed_model(table(z), "perf", "dec")
+    found = mixed_model(make_table(z), "perf", "dec")
     assert found.boundary
     assert found.variance < 1e-5
     means = z.mean(1).reshape(10, 10)
@@ -145,9 +145,9 @@ def test_mixed_model_without_variance_between_classes_is_at_the_boundary():
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_small_variance_is_that_of_the_anova_and_at_the_boundary_if_it_is_negative(seed):
-    z = drawn(seed=seed, spread=0.02)
-    found = mixed_model(table(z), "perf", "dec")
+def test_small_variance_equals_the_anovas_and_a_negative_one_is_at_the_boundary(seed):
+    z = random_z(seed=seed, spread=0.02)
+    found = mixed_model(make_table(z), "perf", "dec")
     means = z.mean(1).reshape(10, 10)
     left = means - means.mean(0) - means.mean(1, keepdims=True) + means.mean()
     residual = (left**2).sum() / (9 * 9)
@@ -156,29 +156,29 @@ def test_small_variance_is_that_of_the_anova_and_at_the_boundary_if_it_is_negati
     np.testing.assert_allclose(found.variance, max(variance, 0), atol=1e-3 * residual)
 
 
-def test_boundary_does_not_depend_on_the_size_of_z():
-    z = drawn(seed=17, dec=0.2)
-    whole, tenth = (mixed_model(table(scale * z), "perf", "dec") for scale in (1, 0.1))
+def test_boundary_does_not_depend_on_the_scale_of_z():
+    z = random_z(seed=17, dec=0.2)
+    whole, tenth = (mixed_model(make_table(scale * z), "perf", "dec") for scale in (1, 0.1))
     assert not whole.boundary
     assert not tenth.boundary
     assert whole.variance > 0.01 > tenth.variance > 0
     np.testing.assert_allclose(tenth.variance, whole.variance / 100, rtol=1e-2)
 
 
-def test_mixed_model_takes_the_metrics_that_there_are_and_names_a_missing_side():
-    per_group = table(drawn(dec=0.2))
+def test_mixed_model_uses_present_metrics_and_names_a_missing_side():
+    per_group = make_table(random_z(dec=0.2))
     few = per_group[per_group.distance.isin(["cka", "cca"])]
     assert mixed_model(few, "perf", "dec").observations == 40
-    with pytest.raises(StatsError, match="no distance of cka, procrustes"):
+    with pytest.raises(StatsError, match="no distance among cka, procrustes"):
         mixed_model(per_group[per_group.distance == "cca"], "perf", "dec")
-    with pytest.raises(StatsError, match="no distance of pwcca, cca, cca_squared"):
+    with pytest.raises(StatsError, match="no distance among pwcca, cca, cca_squared"):
         mixed_model(per_group[per_group.distance == "cka"], "perf", "dec")
     with pytest.raises(StatsError, match="no row of 'cka' against 'loss'"):
         mixed_model(few, "perf", "loss")
-    with pytest.raises(StatsError, match="has 1 class with values"):
+    with pytest.raises(StatsError, match="1 class with values; expected 2 or more"):
         mixed_model(few[few["class"] == 0], "perf", "dec")
     unknown = few.assign(spearman=few.spearman.where(few.distance != "cka"))
-    with pytest.raises(StatsError, match="cka against perf is nowhere known"):
+    with pytest.raises(StatsError, match="cka against perf is NaN in all groups"):
         mixed_model(unknown, "perf", "dec")
 
 
@@ -186,36 +186,36 @@ def test_mixed_model_takes_the_metrics_that_there_are_and_names_a_missing_side()
 
 
 @pytest.mark.parametrize(
-    ("built", "expected"),
+    ("effects", "expected"),
     [
         ({"dec": 0.4, "lead": 0.2, "shrink": 0.2}, [True, True, True]),
         ({"dec": -0.4, "lead": -0.2, "shrink": -0.2}, [False, False, False]),
         ({"dec": 0.4, "lead": 0.2, "shrink": -0.2}, [True, True, False]),
     ],
 )
-def test_claims_are_what_was_built_in(built, expected):
-    z = drawn(seed=12, noise=0.05, **built)
-    found = claims(table(z), "perf", "dec")
+def test_claims_match_the_known_effects(effects, expected):
+    z = random_z(seed=12, noise=0.05, **effects)
+    found = claims(make_table(z), "perf", "dec")
     assert [claim.number for claim in found] == [1, 2, 3]
     assert [claim.held for claim in found] == expected
     assert [len(claim.details) for claim in found] == [5, 1, 1]
     assert all(claim.p == pytest.approx(7 * 2 / 2**10) for claim in found)
-    second = compare(table(z), versus((METRICS[:2], BOTH), (METRICS[2:], BOTH)))
+    second = compare(make_table(z), difference_weights((METRICS[:2], BOTH), (METRICS[2:], BOTH)))
     assert (found[1].estimate, found[1].low) == (second.estimate, second.low)
 
 
-def test_claims_are_open_where_intervals_contain_zero():
-    z = drawn(seed=13, noise=0.05)
+def test_claims_are_not_decided_if_intervals_contain_zero():
+    z = random_z(seed=13, noise=0.05)
     means = z.mean((0, 1))
     z += means.mean() - means
-    found = claims(table(z), "perf", "dec")
+    found = claims(make_table(z), "perf", "dec")
     assert [claim.held for claim in found] == [None, None, None]
     assert all(claim.low < 0 < claim.high for claim in found)
     assert all(claim.p == 1 for claim in found)
 
 
-def test_differences_that_are_rounding_decide_nothing():
-    per_group = table(np.full((10, 3, 5, 2), 0.5))
+def test_differences_from_rounding_decide_nothing():
+    per_group = make_table(np.full((10, 3, 5, 2), 0.5))
     for claim in claims(per_group, "perf", "dec"):
         assert (claim.held, claim.estimate, claim.low, claim.high) == (None, 0, 0, 0)
         assert claim.p == 1
@@ -223,34 +223,34 @@ def test_differences_that_are_rounding_decide_nothing():
         mixed_model(per_group, "perf", "dec")
 
 
-def test_one_metric_decides_the_first_claim_and_the_baseline_does_not():
-    z = drawn(seed=14, noise=0.02, dec=0.4)
+def test_one_metric_refutes_the_first_claim_and_the_baseline_cannot():
+    z = random_z(seed=14, noise=0.02, dec=0.4)
     z[:, :, 3, 1] -= 0.8
-    per_group = table(z)
+    per_group = make_table(z)
     first = claims(per_group, "perf", "dec")[0]
-    gain = compare(per_group, versus((["cca"], ["dec"]), (["cca"], ["perf"])))
+    gain = compare(per_group, difference_weights((["cca"], ["dec"]), (["cca"], ["perf"])))
     assert first.held is False
     assert first.estimate == gain.estimate
     renamed = per_group.replace({"distance": {"cca": "energy"}})
     assert claims(renamed, "perf", "dec")[0].held is True
     z[:, :, 3, 1] = np.nan
-    first = claims(table(z), "perf", "dec")[0]
+    first = claims(make_table(z), "perf", "dec")[0]
     assert first.held is None
     assert "cca: 0 classes have values; at least 2 are needed" in first.details
 
 
-def test_first_claim_is_open_if_one_metric_is():
-    z = drawn(seed=18, noise=0.05, dec=0.4)
+def test_first_claim_is_not_decided_if_one_metric_is_not():
+    z = random_z(seed=18, noise=0.05, dec=0.4)
     z[:, :, 2, 1] += (z[:, :, 2, 0] - z[:, :, 2, 1]).mean()
-    first = claims(table(z), "perf", "dec")[0]
-    gain = compare(table(z), versus((["pwcca"], ["dec"]), (["pwcca"], ["perf"])))
+    first = claims(make_table(z), "perf", "dec")[0]
+    gain = compare(make_table(z), difference_weights((["pwcca"], ["dec"]), (["pwcca"], ["perf"])))
     assert first.held is None
     assert (first.estimate, first.low, first.high) == (gain.estimate, gain.low, gain.high)
     assert first.low < 0 < first.high
 
 
-def test_claims_without_their_metrics_changes_or_classes_say_so():
-    per_group = table(drawn(seed=15, dec=0.4, noise=0.02))
+def test_claims_list_missing_metrics_changes_and_classes():
+    per_group = make_table(random_z(seed=15, dec=0.4, noise=0.02))
     found = claims(per_group[per_group.distance == "cka"], "perf", "dec")
     assert [claim.held for claim in found] == [True, None, None]
     assert found[1].details == ["the table has none of pwcca, cca, cca_squared"]

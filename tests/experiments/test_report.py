@@ -1,4 +1,4 @@
-"""The report: its numbers, what it leaves out, and what it never holds."""
+"""The report: its numbers, the sections that depend on the data, and what it must not contain."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from _page import CHANGES, FIVE, drawn, page_of
+from _page import CHANGES, FIVE, random_table, write_page
 from _toy import stop_after, toy_study
 
 from repsim_kernels.experiments.analysis.controls import partial_correlations
 from repsim_kernels.experiments.analysis.correlations import correlations, summary
 from repsim_kernels.experiments.analysis.inference import (
     Claim,
-    beyond,
     claims,
+    compare_with_baseline,
     intervals,
     mixed_model,
 )
@@ -37,12 +37,12 @@ from repsim_kernels.experiments.runs.driver import run
 from repsim_kernels.experiments.runs.membership import open_run
 
 
-def test_the_report_is_self_contained_and_holds_the_table(tmp_path: Path) -> None:
+def test_report_is_self_contained_and_shows_the_table(tmp_path: Path) -> None:
     study = toy_study(name="toy <b>")
     store = open_run([study], tmp_path, {"images": "some & others"})
     table = run([study], store)
     store.put(store.units[0], store.finished()[store.units[0]], seconds=3725.4)
-    page = page_of(tmp_path, tmp_path)
+    page = write_page(tmp_path, tmp_path)
     html = page.html
     addresses = re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"')> ]+)", html)
     assert {address for address in addresses if not address.startswith("#")} == set()
@@ -57,21 +57,21 @@ def test_the_report_is_self_contained_and_holds_the_table(tmp_path: Path) -> Non
     assert html.count("<svg") == html.count('role="img" aria-label=') >= 10
     assert "#010203" not in html
     assert "15 of 3 classes, 3 x 8 x 8" in html
-    assert re.search(r"units took 1:02:\d\d \(hours:minutes:seconds\)", page.said())
+    assert re.search(r"units took 1:02:\d\d \(hours:minutes:seconds\)", page.visible_text())
 
 
-def test_what_is_missing_is_said(tmp_path: Path, undrawn: None) -> None:
+def test_missing_units_are_reported(tmp_path: Path, undrawn: None) -> None:
     store = open_run([toy_study(block=1, grid=(2, 3))], tmp_path / "cut")
     with pytest.raises(KeyboardInterrupt):
         run([toy_study(block=1, grid=(2, 3))], store, stop_after(5))
     store.compact()
-    said = page_of(tmp_path / "cut", tmp_path).said()
+    said = write_page(tmp_path / "cut", tmp_path).visible_text()
     assert "1 of 6 units of the run cut are missing" in said
     run([toy_study(block=1, grid=(2, 3))], store)
-    assert "missing" not in page_of(tmp_path / "cut", tmp_path).said()
+    assert "missing" not in write_page(tmp_path / "cut", tmp_path).visible_text()
 
 
-def test_a_table_alone_makes_a_report(tmp_path: Path) -> None:
+def test_table_without_a_run_can_be_reported(tmp_path: Path) -> None:
     table = toy_study(metrics=["procrustes"], grid=(2, 3)).run()
     html = write_report(table, tmp_path / "r.html").read_text(encoding="utf-8")
     assert "made from a table alone" in html
@@ -79,17 +79,17 @@ def test_a_table_alone_makes_a_report(tmp_path: Path) -> None:
     assert "The grid of one layer" not in html  # six cells: 2 x 3 or 3 x 2?
 
 
-def test_random_cells_are_told_and_have_no_grid(tmp_path: Path) -> None:
+def test_random_cells_are_reported_and_have_no_grid(tmp_path: Path) -> None:
     study = toy_study(metrics=["cka"], cells="random")
     run([study], open_run([study], tmp_path / "run"))
-    text = page_of(tmp_path / "run", tmp_path).said()
-    assert "toy: its cells are a control, neurons drawn at random" in text
-    assert "then as many neurons drawn at random into each" in text
+    text = write_page(tmp_path / "run", tmp_path).visible_text()
+    assert "toy: its cells are a control, with neurons drawn at random" in text
+    assert "then the same number of neurons drawn at random into each" in text
     assert "The grid of one layer" not in text
 
 
-def test_nothing_is_fetched_or_sent(tmp_path: Path) -> None:
-    page = page_of(drawn(), tmp_path)
+def test_page_makes_no_requests(tmp_path: Path) -> None:
+    page = write_page(random_table(), tmp_path)
     policies = [of for tag, of in page.elements if of.get("http-equiv")]
     assert [of["http-equiv"] for of in policies] == ["Content-Security-Policy"]
     rules = dict(rule.strip().split(" ", 1) for rule in (policies[0]["content"] or "").split(";"))
@@ -101,11 +101,11 @@ def test_nothing_is_fetched_or_sent(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_every_number_of_the_table_is_the_statistics(tmp_path: Path) -> None:
-    table = drawn(distances=(*FIVE, "energy"), classes=4)
+def test_table_shows_the_correlations_and_intervals(tmp_path: Path) -> None:
+    table = random_table(distances=(*FIVE, "energy"), classes=4)
     table.loc[table["class"] == "class 1", "top1"] = 0.25
     table.loc[(table["class"] == "class 2") & (table["cell"] == 3), "pwcca"] = np.nan
-    page = page_of(table, tmp_path)
+    page = write_page(table, tmp_path)
     head, *rows = page.tables["net (16 groups: 4 layers x 4 classes)"]
     assert [cell.text for cell in head] == ["metric", *(CHANGE_NAMES[name] for name in CHANGES)]
     assert [row[0].text for row in rows] == [METRIC_NAMES[name] for name in (*FIVE, "energy")]
@@ -125,13 +125,13 @@ def test_every_number_of_the_table_is_the_statistics(tmp_path: Path) -> None:
     assert missing == {0, 4, 8}
 
 
-def test_names_are_text_wherever_they_stand(tmp_path: Path) -> None:
+def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
     evil = "\"'><img src=x onerror=alert(1)><script>alert(2)</script>{{ 7 * 7 }}"
-    table = drawn(model=evil).replace({"layer": {"l.1": evil}, "class": {"class 1": evil}})
-    # Where the names of class and layer are told: the cells that differ most.
+    table = random_table(model=evil).replace({"layer": {"l.1": evil}, "class": {"class 1": evil}})
+    # The cells that differ most: their class and layer are named in a caption.
     table.loc[(table["layer"] == evil) & (table["class"] == evil), "rank_deficit"] *= 9
     table.attrs = {"notes": {evil: evil}}
-    page = page_of(table, tmp_path)
+    page = write_page(table, tmp_path)
     assert page.tags("script", "img") == ["script"]
     assert not [of for _, of in page.elements if "onerror" in of]
     assert "49" not in page.tables  # expressions in names are not run
@@ -142,8 +142,8 @@ def test_names_are_text_wherever_they_stand(tmp_path: Path) -> None:
     assert all(label and label.startswith(f"{evil}") for label in labels)
 
 
-def test_headings_are_in_order_and_cells_have_heads(tmp_path: Path) -> None:
-    page = page_of(drawn(distances=(*FIVE, "energy")), tmp_path)
+def test_headings_are_nested_and_tables_have_headers(tmp_path: Path) -> None:
+    page = write_page(random_table(distances=(*FIVE, "energy")), tmp_path)
     levels = [int(tag[1]) for tag in page.tags("h1", "h2", "h3", "h4")]
     assert levels[0] == 1
     assert levels.count(1) == 1
@@ -155,13 +155,13 @@ def test_headings_are_in_order_and_cells_have_heads(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_runs_stand_together_and_shared_names_tell_the_run(tmp_path: Path) -> None:
+def test_networks_of_several_runs_with_the_same_name_get_the_run_appended(tmp_path: Path) -> None:
     for name, seed in (("runA", 0), ("run <B>", 1)):
         shared = toy_study(name="both", metrics=["cka"], seed=seed, stimuli_per_class=5 - seed)
         own = toy_study(name=f"only {seed}", metrics=["cka"], layers=["act1"])
         run([shared, own], open_run([shared, own], tmp_path / name, {"images": f"set {seed}"}))
     folders = [tmp_path / "runA", tmp_path / "run <B>"]
-    page = page_of(folders, tmp_path)
+    page = write_page(folders, tmp_path)
     names = {
         "both (runA)": (0, "both"),
         "only 0": (0, "only 0"),
@@ -180,14 +180,14 @@ def test_runs_stand_together_and_shared_names_tell_the_run(tmp_path: Path) -> No
         per_group = correlations(mine, ["cka"], ["margin_refit"])
         column = [cell.text for cell in rows[0]].index(CHANGE_NAMES["margin_refit"])
         assert rows[1][column].value == pytest.approx(per_group["spearman"].mean(), abs=1e-12)
-    assert "Images: set 0" in page.said()
-    assert "Images: set 1" in page.said()
+    assert "Images: set 0" in page.visible_text()
+    assert "Images: set 1" in page.visible_text()
 
 
-def test_runs_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ReportError, match=r"runs: is empty; expected a run's folder or a table"):
+def test_empty_repeated_and_unfinished_runs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match=r"runs: empty; expected the folder of a run, or a table"):
         write_report([], tmp_path / "page.html")
-    with pytest.raises(ReportError, match=r"runs: .*/a is named twice; expected different runs"):
+    with pytest.raises(ReportError, match=r"runs: .*/a is repeated; expected different runs"):
         write_report([tmp_path / "a", tmp_path / "b" / ".." / "a"], tmp_path / "page.html")
     with pytest.raises(StoreError, match=r"run: .* has no study\.json"):
         write_report([tmp_path], tmp_path / "page.html")
@@ -195,46 +195,46 @@ def test_runs_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_sections_need_their_columns(tmp_path: Path) -> None:
-    plain = drawn()
+def test_sections_appear_only_with_their_columns(tmp_path: Path) -> None:
+    plain = random_table()
     halves = {f"top1_{half}": plain["top1"] for half in ("odd", "even")}
-    for table, given, noise in (
+    for table, has_energy, has_halves in (
         (plain, False, False),
         (plain.assign(energy=plain["cka"] ** 2 + plain["size"]), True, False),
         (plain.assign(**halves), False, True),
     ):
-        text = page_of(table, tmp_path).said()
-        assert ("More than how much was removed?" in text) == given
-        assert ("Energy removed is no metric" in text) == given
-        assert ("Corrected for noise" in text) == noise
-        assert ("Reliability: how well" in text) == noise
+        text = write_page(table, tmp_path).visible_text()
+        assert ("Beyond the amount removed" in text) == has_energy
+        assert ("Energy removed is not a metric" in text) == has_energy
+        assert ("Corrected for noise" in text) == has_halves
+        assert ("Reliability: how well" in text) == has_halves
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_partial_correlations_stand_beside_the_plain(tmp_path: Path) -> None:
-    table = drawn()
+def test_partial_correlations_are_shown_with_the_plain_ones(tmp_path: Path) -> None:
+    table = random_table()
     table["energy"] = table["cka"] + np.random.default_rng(1).exponential(size=len(table))
-    page = page_of(table, tmp_path)
+    page = write_page(table, tmp_path)
     rows = page.tables["net, correlations given size and energy"][1:]
     changes = ["rank_deficit", "decodability_refit"]
     keys = ["distance", "change"]
     plain = correlations(table, FIVE, changes).groupby(keys)["spearman"].mean()
-    given = partial_correlations(table, FIVE, changes).groupby(keys)["spearman"].mean()
+    partial = partial_correlations(table, FIVE, changes).groupby(keys)["spearman"].mean()
     assert [row[0].text for row in rows] == [METRIC_NAMES[name] for name in FIVE]
     for name, row in zip(FIVE, rows, strict=True):
-        wanted = [means[name, change] for change in changes for means in (plain, given)]
-        assert [cell.value for cell in row[1:]] == pytest.approx(wanted, abs=1e-12)
+        expected = [means[name, change] for change in changes for means in (plain, partial)]
+        assert [cell.value for cell in row[1:]] == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_noise_is_told_and_corrected_for(tmp_path: Path) -> None:
-    table, rng = drawn(), np.random.default_rng(2)
+def test_reliability_and_corrected_correlations_are_shown(tmp_path: Path) -> None:
+    table, rng = random_table(), np.random.default_rng(2)
     for half in ("odd", "even"):
         table[f"top1_{half}"] = table["top1"] + rng.normal(size=len(table))
     groups = [mine for _, mine in table.groupby(["class", "layer"])]
     r = np.mean([mine["top1_odd"].corr(mine["top1_even"], method="spearman") for mine in groups])
     reliability = 2 * r / (1 + r)
-    page = page_of(table, tmp_path)
+    page = write_page(table, tmp_path)
     head, *rows = page.tables["net (12 groups)"]
     assert [cell.text for cell in head][-2:] == ["reliability", "by"]
     by_name = {row[0].text: row for row in rows}
@@ -243,50 +243,52 @@ def test_noise_is_told_and_corrected_for(tmp_path: Path) -> None:
     assert by_name["rank of the true class"][4].text == "unknown"
     for row, name in zip(page.tables["net, corrected for noise"][1:], FIVE, strict=True):
         rho = np.mean([mine[name].corr(mine["top1"], method="spearman") for mine in groups])
-        wanted = [rho, rho / np.sqrt(reliability)]
-        assert [cell.value for cell in row[1:]] == pytest.approx(wanted, abs=1e-12)
+        expected = [rho, rho / np.sqrt(reliability)]
+        assert [cell.value for cell in row[1:]] == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_quality_of_the_data_is_counted(tmp_path: Path) -> None:
-    table = drawn(cells=8, distances=("cka", "energy"))
+def test_constant_nan_tied_and_dead_cells_are_counted(tmp_path: Path) -> None:
+    table = random_table(cells=8, distances=("cka", "energy"))
     table.loc[table["layer"] == "l.2", "top1"] = 1.0
     table.loc[table.index[[3, 90]], "rank_deficit"] = np.nan
     table.loc[table["class"] == "class 0", "cka"] = 0.25
     table.loc[table.index[[5, 6, 40]], "energy"] = 0.0
-    page = page_of(table, tmp_path)
+    page = write_page(table, tmp_path)
     rows = {row[0].text: row[1:] for row in page.tables["net (12 groups)"][1:]}
     groups = [mine for _, mine in table.groupby(["class", "layer"])]
     tied = np.mean([mine["top1"].duplicated(keep=False) for mine in groups])
     assert [cell.value for cell in rows["top-1 accuracy"]] == [3, 0, pytest.approx(tied)]
     assert [cell.value for cell in rows["rank of the true class"]] == [0, 2, 0]
-    assert "3 of 96 cells are dead" in page.said()
-    assert "CKA is constant in 4 groups." in page.said()
-    assert "energy removed is constant" not in page.said()
+    assert "3 of 96 cells are dead" in page.visible_text()
+    assert "CKA is constant in 4 groups." in page.visible_text()
+    assert "energy removed is constant" not in page.visible_text()
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_model_without_any_correlation(tmp_path: Path) -> None:
-    table = pd.concat([drawn(), drawn(model="still").assign(**dict.fromkeys(CHANGES, 0.0))])
-    page = page_of(table, tmp_path)
+def test_network_without_any_correlation(tmp_path: Path) -> None:
+    table = pd.concat(
+        [random_table(), random_table(model="still").assign(**dict.fromkeys(CHANGES, 0.0))]
+    )
+    page = write_page(table, tmp_path)
     cells = [
         cell
         for row in page.tables["still (12 groups: 4 layers x 3 classes)"][1:]
         for cell in row[1:]
     ]
     assert {cell.text for cell in cells} == {"none (12)"}
-    unknown = drawn(model="unknown").assign(**dict.fromkeys(CHANGES, np.nan))
-    rows = page_of(unknown, tmp_path).tables["unknown (12 groups)"][1:]
+    unknown = random_table(model="unknown").assign(**dict.fromkeys(CHANGES, np.nan))
+    rows = write_page(unknown, tmp_path).tables["unknown (12 groups)"][1:]
     assert [[cell.text for cell in row[1:]] for row in rows] == [["0", "12", "unknown"]] * 3
 
 
-def test_the_least_table_of_somebody_else(tmp_path: Path) -> None:
-    table = drawn(distances=("svcca",), changes=("probability",)).drop(columns="size")
-    page = page_of(table, tmp_path)
+def test_table_with_one_distance_and_one_change(tmp_path: Path) -> None:
+    table = random_table(distances=("svcca",), changes=("probability",)).drop(columns="size")
+    page = write_page(table, tmp_path)
     ((_, row),) = [rows for caption, rows in page.tables.items() if "layers x" in caption]
-    wanted = correlations(table, ["svcca"], ["probability"])["spearman"].mean()
-    assert row[1].value == pytest.approx(wanted, abs=1e-12)
-    assert "The claims are not judged: they need the rank of the true class" in page.said()
+    expected = correlations(table, ["svcca"], ["probability"])["spearman"].mean()
+    assert row[1].value == pytest.approx(expected, abs=1e-12)
+    assert "The claims are not judged: they need the rank of the true class" in page.visible_text()
 
 
 @pytest.mark.parametrize(
@@ -298,37 +300,37 @@ def test_the_least_table_of_somebody_else(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.usefixtures("undrawn")
-def test_claims_are_told_as_they_came_out(
+def test_verdicts_numbers_and_details_of_claims_are_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, probes: tuple[str, ...], second: str
 ) -> None:
-    asked = []
+    calls = []
 
-    def judged(per_group: pd.DataFrame, performance: str, decodability: str) -> list[Claim]:
-        asked.append((set(per_group["model"]), performance, decodability))
+    def fake_claims(per_group: pd.DataFrame, performance: str, decodability: str) -> list[Claim]:
+        calls.append((set(per_group["model"]), performance, decodability))
         return [
             Claim(1, "A <i>.", True, 0.512, 0.25, 0.77, 0.0004, ["cka: 1 & 2", "none: 3"]),
-            Claim(2, "B.", False, -0.3, -0.4, -0.2, 0.0312, ["B: said already"]),
+            Claim(2, "B.", False, -0.3, -0.4, -0.2, 0.0312, ["B: a repetition"]),
             Claim(3, "C.", None, *[float("nan")] * 4, ["C: unknown"]),
         ]
 
-    monkeypatch.setattr(findings, "claims", judged)
-    page = page_of(drawn(changes=("rank_deficit", *probes)), tmp_path)
-    assert asked == [({"net"}, "rank_deficit", second)]
-    text = page.said()
-    assert "Held A <i>. Of the metric that decides: difference 0.51 [0.25, 0.77], " in text
+    monkeypatch.setattr(findings, "claims", fake_claims)
+    page = write_page(random_table(changes=("rank_deficit", *probes)), tmp_path)
+    assert calls == [({"net"}, "rank_deficit", second)]
+    text = page.visible_text()
+    assert "Held A <i>. Weakest metric: difference 0.51 [0.25, 0.77], " in text
     assert "permutation p < 0.001. CKA: 1 & 2 none: 3" in text
     assert "Not held B. Difference -0.30 [-0.40, -0.20], permutation p = 0.031. Not dec" in text
     assert f"Not decided C. C: unknown Decodability here: {CHANGE_NAMES[second]}." in text
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_claims_are_those_of_the_statistics(tmp_path: Path) -> None:
-    table = drawn(classes=8, seed=3)
+def test_claims_match_the_statistics(tmp_path: Path) -> None:
+    table = random_table(classes=8, seed=3)
     table["decodability_refit"] += 3 * table["cka"] + 3 * table["procrustes"]
-    text = page_of(table, tmp_path).said()
-    found = claims(correlations(table, FIVE, CHANGES), "rank_deficit", "decodability_refit")
-    assert [claim.held for claim in found][1:] == [True, True]
-    for claim in found:
+    text = write_page(table, tmp_path).visible_text()
+    expected = claims(correlations(table, FIVE, CHANGES), "rank_deficit", "decodability_refit")
+    assert [claim.held for claim in expected][1:] == [True, True]
+    for claim in expected:
         verdict = {True: "Held", False: "Not held", None: "Not decided"}[claim.held]
         numbers = f"{claim.estimate:.2f} [{claim.low:.2f}, {claim.high:.2f}]"
         assert re.search(
@@ -337,12 +339,12 @@ def test_claims_are_those_of_the_statistics(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_mixed_model_and_the_baseline_are_those_of_the_statistics(tmp_path: Path) -> None:
-    table = drawn(classes=8, seed=3)
+def test_mixed_model_and_baseline_match_the_statistics(tmp_path: Path) -> None:
+    table = random_table(classes=8, seed=3)
     table["energy"] = table["procrustes"].to_numpy()[::-1]
     table["cka"] += 3 * table["rank_deficit"]
     table["pwcca"] -= 3 * table["rank_deficit"]
-    page = page_of(table, tmp_path)
+    page = write_page(table, tmp_path)
     per_group = correlations(table, [*FIVE, BASELINE], CHANGES)
     model = mixed_model(per_group, "rank_deficit", "decodability_refit")
     (rows,) = (rows for title, rows in page.tables.items() if title.startswith("net, mixed model"))
@@ -350,47 +352,46 @@ def test_the_mixed_model_and_the_baseline_are_those_of_the_statistics(tmp_path: 
         [test.name, f"{test.estimate:.2f}", f"[{test.low:.2f}, {test.high:.2f}]"]
         for test in model.contrasts
     ]
-    assert ("The fit is at its boundary" in page.said()) is model.boundary
-    tests = beyond(per_group, "rank_deficit")
-    more = ", ".join(METRIC_NAMES[test.name] for test in tests if test.low > 0)
-    less = ", ".join(METRIC_NAMES[test.name] for test in tests if test.high < 0)
-    assert "CKA" in more
-    assert "PWCCA" in less
-    told = (
-        f"the loss of {CHANGE_NAMES['rank_deficit']} is followed better by {more}; worse by {less}"
-    )
-    assert f"Against the mere energy removed, {told}" in page.said()
-    assert "8: 0.0078" in page.said()
+    assert ("The fit is at its boundary" in page.visible_text()) is model.boundary
+    tests = compare_with_baseline(per_group, "rank_deficit")
+    better = ", ".join(METRIC_NAMES[test.name] for test in tests if test.low > 0)
+    worse = ", ".join(METRIC_NAMES[test.name] for test in tests if test.high < 0)
+    assert "CKA" in better
+    assert "PWCCA" in worse
+    verdict = f"is followed better by {better}; worse by {worse}"
+    start = f"Compared with the energy removed, the loss of {CHANGE_NAMES['rank_deficit']}"
+    assert f"{start} {verdict}" in page.visible_text()
+    assert "k = 8: 0.0078" in page.visible_text()
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_published_numbers_stand_beside_their_network_only(tmp_path: Path) -> None:
-    page = page_of(pd.concat([drawn(), drawn(model="resnet50")]), tmp_path)
+def test_published_numbers_are_shown_only_with_their_own_network(tmp_path: Path) -> None:
+    page = write_page(pd.concat([random_table(), random_table(model="resnet50")]), tmp_path)
     head, *rows = page.tables["resnet50 (12 groups: 4 layers x 3 classes)"]
     assert [i for i, cell in enumerate(head) if cell.text == "published"] == [2, 5]
     assert [(row[2].value, row[5].value) for row in rows] == list(PUBLISHED["resnet50"].values())
     assert "published" not in [
         cell.text for cell in page.tables["net (12 groups: 4 layers x 3 classes)"][0]
     ]
-    assert "a difference from net says nothing about either" in page.said()
-    orientation = page.tables["As published"]
-    assert [cell.text for cell in orientation[1]] == [
+    assert "a difference from net says nothing about either" in page.visible_text()
+    published = page.tables["As published"]
+    assert [cell.text for cell in published[1]] == [
         "CKA", "0.158", "0.474", "0.169", "0.633", "0.404", "0.769",
     ]  # fmt: skip
-    page = page_of(drawn(model="alexnet"), tmp_path)
-    assert "for orientation" not in page.said()
+    page = write_page(random_table(model="alexnet"), tmp_path)
+    assert "for reference" not in page.visible_text()
 
 
 @pytest.mark.slow
-def test_three_networks_one_of_104_layers_stay_light(tmp_path: Path) -> None:
+def test_page_of_three_networks_and_104_layers_is_below_2_mb(tmp_path: Path) -> None:
     table = pd.concat(
         [
-            drawn("wide", classes=10, layers=7, distances=(*METRICS, "energy")),
-            drawn("deep", classes=10, layers=16, distances=(*METRICS, "energy")),
-            drawn("long", classes=4, layers=104, distances=(*METRICS, "energy")),
+            random_table("wide", classes=10, layers=7, distances=(*METRICS, "energy")),
+            random_table("deep", classes=10, layers=16, distances=(*METRICS, "energy")),
+            random_table("long", classes=4, layers=104, distances=(*METRICS, "energy")),
         ]
     )
-    page = page_of(table, tmp_path)
+    page = write_page(table, tmp_path)
     assert len(page.html.encode()) < 2e6
     ticks = re.findall(r">(l\.\d+)</text>", page.html)
     assert {"l.0", "l.7", "l.98"} <= set(ticks)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
-from _correlations import drawn, table
+from _correlations import make_table, random_z
 from statsmodels.stats.multitest import multipletests
 
 from bench import coverage
@@ -21,7 +21,7 @@ ENDS = ["low", "high"]
 
 
 def slow_jackknife(values, units):
-    """By the definition, one class after the other."""
+    """The jackknife by its definition, in a loop over classes."""
     values, units = values[~np.isnan(values)], units[~np.isnan(values)]
     names = np.unique(units)
     k, whole = len(names), values.mean()
@@ -34,8 +34,8 @@ def slow_jackknife(values, units):
 
 
 @pytest.mark.parametrize("n", [4, 7])
-def test_perfect_correlation_is_half_a_step_from_itself(n):
-    """All correlations that untied ranks can have, by permuting them."""
+def test_z_of_perfect_correlation_is_that_of_half_a_step_below(n):
+    """All possible correlations of untied ranks come from permutations."""
     ranks = np.arange(n)
     possible = np.unique(
         [np.round(np.corrcoef(ranks, p)[0, 1], 12) for p in itertools.permutations(ranks)]
@@ -58,8 +58,8 @@ def test_fisher_z_keeps_nan_and_order():
 # Intervals
 
 
-def test_balanced_jackknife_is_the_t_interval_of_class_means():
-    per_group = table(drawn(seed=1))
+def test_balanced_jackknife_equals_the_t_interval_of_class_means():
+    per_group = make_table(random_z(seed=1))
     found = intervals(per_group)
     assert len(found) == 10
     for row in found.itertuples():
@@ -69,9 +69,9 @@ def test_balanced_jackknife_is_the_t_interval_of_class_means():
         np.testing.assert_allclose([row.low, row.high], [low, high], rtol=1e-10)
 
 
-def test_unbalanced_jackknife_is_that_of_a_loop_and_the_estimate_that_of_the_summary():
+def test_unbalanced_jackknife_equals_a_loop_and_its_estimate_the_summary():
     rng = np.random.default_rng(2)
-    per_group = table(drawn(classes=6, layers=5, seed=2))
+    per_group = make_table(random_z(classes=6, layers=5, seed=2))
     per_group.loc[rng.random(len(per_group)) < 0.3, ["spearman", "kendall"]] = np.nan
     alone = (per_group["class"] == 3) & (per_group.distance == "cka")
     per_group.loc[alone, ["spearman", "kendall"]] = np.nan
@@ -94,10 +94,10 @@ def test_unbalanced_jackknife_is_that_of_a_loop_and_the_estimate_that_of_the_sum
 
 
 def test_one_class_has_no_interval_and_none_no_estimate():
-    z = drawn(classes=3)
+    z = random_z(classes=3)
     z[1:, :, 0] = np.nan
     z[:, :, 1] = np.nan
-    found = intervals(table(z)).set_index("distance")
+    found = intervals(make_table(z)).set_index("distance")
     assert found.loc[["cka", "procrustes"], ENDS].isna().all(axis=None)
     assert found.loc["cka", "estimate"].notna().all()
     assert found.loc["procrustes", "estimate"].isna().all()
@@ -106,14 +106,16 @@ def test_one_class_has_no_interval_and_none_no_estimate():
 
 
 def test_interval_of_a_correlation_stays_within_one():
-    per_group = table(np.arctanh(np.array([0.99, -0.2, 0.98]))[:, None, None, None], ["cka"], ["f"])
+    per_group = make_table(
+        np.arctanh(np.array([0.99, -0.2, 0.98]))[:, None, None, None], ["cka"], ["f"]
+    )
     (row,) = intervals(per_group).itertuples()
     assert row.high == 1
     assert -1 <= row.low < row.estimate
 
 
-def test_bootstrap_of_few_classes_is_the_exact_distribution_of_resamples():
-    """Of 4 classes all 256 resamples, with their different numbers of groups."""
+def test_bootstrap_of_few_classes_matches_all_resamples():
+    """4 classes with different numbers of groups have 256 resamples."""
     counts = np.array([2.0, 1.0, 3.0, 2.0])
     sums = np.array([0.3, 0.5, -0.6, 1.1])
     some = np.array(list(itertools.product(range(4), repeat=4)))
@@ -126,18 +128,18 @@ def test_bootstrap_of_few_classes_is_the_exact_distribution_of_resamples():
     ("arguments", "message"),
     [
         ({"cluster": "unit"}, "cluster: the table has no column 'unit'"),
-        ({"by": ["class"]}, "cluster: 'class' is kept apart"),
+        ({"by": ["class"]}, "cluster: 'class' is in by; expected"),
     ],
 )
-def test_wrong_arguments_of_intervals_are_named(arguments, message):
+def test_wrong_arguments_of_intervals_are_refused(arguments, message):
     with pytest.raises(StatsError, match=message):
-        intervals(table(drawn()), **arguments)
+        intervals(make_table(random_z()), **arguments)
 
 
 # Tests
 
 
-def test_drawn_flips_estimate_the_exact_p():
+def test_random_flips_estimate_the_exact_p():
     values = np.random.default_rng(5).standard_normal((4, 15)) + np.array([[0], [0.2], [0.4], [9]])
     signs = np.array(list(itertools.product((1, -1), repeat=15)))
     exact = (np.abs(values @ signs.T) >= np.abs(values.sum(1))[:, None] * (1 - 1e-12)).mean(1)
@@ -155,7 +157,7 @@ def test_flips_count_ties_and_differences_of_zero():
     assert np.isnan(sign_flips(np.ones(1)))
 
 
-def test_holm_is_that_of_statsmodels_and_leaves_nan_out():
+def test_holm_equals_statsmodels_and_ignores_nan():
     rng = np.random.default_rng(8)
     for size in (1, 2, 7):
         p = rng.random(size) ** 3
@@ -168,7 +170,7 @@ def test_holm_is_that_of_statsmodels_and_leaves_nan_out():
 # The simulation
 
 
-def test_simulated_studies_are_covered_and_tests_keep_their_size():
+def test_simulated_coverage_size_and_power_are_plausible():
     rows = {row.name: row for row in coverage.rows(200, coverage.truth(2_000))}
     assert 0.9 < rows["coverage, jackknife-t"].share < 0.99
     assert 0.8 < rows["coverage, bootstrap of classes"].share < 0.96
@@ -178,7 +180,7 @@ def test_simulated_studies_are_covered_and_tests_keep_their_size():
     assert (lone.share, lone.error) == (0.75, np.sqrt(0.75 * 0.25 / 4))
 
 
-def test_page_has_a_line_for_each_row_with_its_share(monkeypatch):
+def test_coverage_page_has_a_line_for_each_row(monkeypatch):
     monkeypatch.setattr(coverage, "truth", lambda: 0.3172)
     page = coverage.page(studies=40)
     assert "40 studies of 10 classes" in page

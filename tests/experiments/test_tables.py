@@ -1,4 +1,4 @@
-"""Tables from elsewhere: read whole, and with a word on what would mislead."""
+"""Tables from other sources: reading, writing, warnings, and `repsim stats`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from repsim_kernels.experiments.errors import StatsError
 BY = ["class", "layer"]
 
 
-def published(seed: int = 0) -> pd.DataFrame:
-    """Six classes, three layers, sixteen tiles: a distance, and what was lost, that go together."""
+def correlated_table(seed: int = 0) -> pd.DataFrame:
+    """Make a table of 6 classes, 3 layers and 16 tiles: a distance that correlates with a loss."""
     rng = np.random.default_rng(seed)
     index = pd.MultiIndex.from_product(
         [list("abcdef"), ["one", "two", "three"], range(16)], names=["class", "layer", "tile"]
@@ -28,25 +28,25 @@ def published(seed: int = 0) -> pd.DataFrame:
     return table
 
 
-def said(table: pd.DataFrame, distances: list[str], **options: list[str]) -> str:
+def problems_text(table: pd.DataFrame, distances: list[str], **options: list[str]) -> str:
     return "\n".join(find_problems(table, distances, ["lost"], BY, **options))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_what_is_written_is_read(tmp_path: Path, suffix: str) -> None:
+def test_written_tables_are_read_back(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"table{suffix}"
-    write_table(published(), path)
-    pd.testing.assert_frame_equal(read_table(path), published(), rtol=1e-15)
+    write_table(correlated_table(), path)
+    pd.testing.assert_frame_equal(read_table(path), correlated_table(), rtol=1e-15)
     renamed = read_table(path, cell=["tile"])
-    assert renamed["cell"].tolist() == published()["tile"].tolist()
+    assert renamed["cell"].tolist() == correlated_table()["tile"].tolist()
     assert "tile" not in renamed
-    two = published().assign(row=lambda t: t["tile"] // 4, column=lambda t: t["tile"] % 4)
+    two = correlated_table().assign(row=lambda t: t["tile"] // 4, column=lambda t: t["tile"] % 4)
     write_table(two, path)
     assert read_table(path, cell=["row", "column"])["cell"].tolist() == two["tile"].tolist()
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def test_files_that_cant_be_read_are_named(tmp_path: Path) -> None:
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("")
     (tmp_path / "a.parquet").write_text("no Parquet")
     for name in ("a.csv", "a.parquet"):
@@ -54,54 +54,57 @@ def test_files_that_cant_be_read_are_named(tmp_path: Path) -> None:
             read_table(tmp_path / name)
     with pytest.raises(StatsError, match=r"ends with '.txt'; expected .csv or .parquet"):
         read_table("a.txt")
-    with pytest.raises(StatsError, match=r"^table: there is no file .*none\.csv$"):
+    with pytest.raises(
+        StatsError, match=r"^table: .*none\.csv does not exist; expected a CSV or Parquet file$"
+    ):
         read_table(tmp_path / "none.csv")
-    write_table(published(), tmp_path / "b.csv")
+    write_table(correlated_table(), tmp_path / "b.csv")
     with pytest.raises(StatsError, match="cell: the table has no column 'patch'"):
         read_table(tmp_path / "b.csv", cell=["patch"])
 
 
-def test_a_whole_table_needs_no_remark() -> None:
-    assert said(published(), ["dist"]) == ""
+def test_complete_table_has_no_problems() -> None:
+    assert problems_text(correlated_table(), ["dist"]) == ""
 
 
 def test_missing_cells_and_values_are_counted() -> None:
-    table = published().drop(index=[0, 1, 17])
+    table = correlated_table().drop(index=[0, 1, 17])
     table.loc[40, "dist"] = np.nan
-    found = said(table, ["dist"])
-    assert "2 of 18 groups have fewer than 16 cells, the least 14" in found
+    found = problems_text(table, ["dist"])
+    assert "2 of 18 groups have fewer than 16 cells, the smallest 14" in found
     assert f"column 'dist' has no value in 1 of {len(table)} rows" in found
 
 
-def test_rows_that_are_there_twice_are_counted() -> None:
-    table = published()
-    assert "2 rows are the same as another" in said(pd.concat([table, table[:2]]), ["dist"])
+def test_duplicate_rows_are_counted() -> None:
+    table = correlated_table()
+    text = problems_text(pd.concat([table, table[:2]]), ["dist"])
+    assert "rows that equal an earlier row in every column: 2" in text
 
 
-def test_groups_that_are_several_are_named() -> None:
-    table = published()
+def test_columns_that_differ_within_groups_are_named() -> None:
+    table = correlated_table()
     table["network"] = np.where(table["tile"] % 2, "vgg", "resnet")
-    assert "column 'network' differs within 18 of 18 groups" in said(table, ["dist"])
+    assert "column 'network' differs within 18 of 18 groups" in problems_text(table, ["dist"])
     table["network"] = table["class"] + table["layer"]
-    assert said(table, ["dist"]) == ""
+    assert problems_text(table, ["dist"]) == ""
 
 
-def test_similarities_among_distances_are_seen() -> None:
-    table = published()
+def test_similarities_among_distances_are_noticed() -> None:
+    table = correlated_table()
     rng = np.random.default_rng(1)
     for name in ("cka", "cca", "pwcca"):
         table[name] = table["dist"] / 2 + 0.02 * rng.random(len(table))
     names = ["dist", "cka", "cca", "pwcca"]
-    assert said(table, names) == ""
+    assert problems_text(table, names) == ""
     table["cca"] = 1 - table["cca"]
-    found = said(table, names)
-    assert "cca against dist, cka, pwcca: they run against each other" in found
-    assert "column 'cca' lies within 0 and 1, mostly above 1/2" in found
-    assert said(table, names, similarities=["cca"]) == ""
+    found = problems_text(table, names)
+    assert "cca against dist, cka, pwcca: opposite orders within groups" in found
+    assert "column 'cca' is between 0 and 1, mostly above 1/2" in found
+    assert problems_text(table, names, similarities=["cca"]) == ""
 
 
-def test_the_command_gives_the_correlations_of_a_table(tmp_path: Path) -> None:
-    table = published()
+def test_command_writes_the_correlations_of_a_table(tmp_path: Path) -> None:
+    table = correlated_table()
     table["sim"] = 1 - table["dist"]
     write_table(table, tmp_path / "tiles.csv")
     out = tmp_path / "rho.csv"
@@ -124,16 +127,16 @@ def test_the_command_gives_the_correlations_of_a_table(tmp_path: Path) -> None:
     assert "18 groups by class, layer" in output
 
 
-def test_the_command_says_what_is_wrong_in_a_line(tmp_path: Path) -> None:
+def test_command_reports_errors_and_warnings_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "tiles.csv"
-    write_table(pd.concat([published(), published()[:1]]), path)
+    write_table(pd.concat([correlated_table(), correlated_table()[:1]]), path)
     base = ["stats", str(path), "--distances", "dist", "--changes", "lost"]
     code, _, err = invoke(*base, "--cell", "tile")
     assert (code, err.count("\n")) == (2, 1)
-    assert "1 rows are of a cell that another row is of" in err
+    assert "1 duplicate row; the first is class a, layer one, cell 0" in err
     code, _, err = invoke(*base)
     assert code == 0
-    assert "warning: 1 rows are the same as another in every column" in err
+    assert "warning: rows that equal an earlier row in every column: 1" in err
     code, _, err = invoke(*base, "--by", "colour")
     assert code == 2
     assert "by: the table has no column 'colour'" in err
