@@ -30,11 +30,11 @@ CHANGE_NAMES = {
     "probability": "probability",
     "top1": "top-1 accuracy",
     "top5": "top-5 accuracy",
-    "decodability_refit": "decodability, refitted",
-    "decodability_frozen": "decodability, frozen",
-    "margin_refit": "linear margin, refitted",
-    "margin_frozen": "linear margin, frozen",
-    "decodability_paper": "decodability, paper's probe",
+    "decodability_refit": "decodability (refitted)",
+    "decodability_frozen": "decodability (frozen)",
+    "margin_refit": "linear margin (refitted)",
+    "margin_frozen": "linear margin (frozen)",
+    "decodability_paper": "decodability (paper's probe)",
 }
 
 HALVES = ("odd", "even")  # every other image, from the first and from the second on

@@ -35,8 +35,8 @@ def fisher_z(rho: ArrayLike, n: ArrayLike) -> Floats:
         within half a step of ±1 are clipped to half a step: ±(1 - 6 / (n (n² - 1))).
     """
     rho, n = np.asarray(rho, dtype=np.float64), np.asarray(n, dtype=np.float64)
-    most = 1 - 6 / np.where(n > 1, n * (n * n - 1), np.nan)
-    return np.arctanh(np.clip(rho, -most, most))
+    limit = 1 - 6 / np.where(n > 1, n * (n * n - 1), np.nan)
+    return np.arctanh(np.clip(rho, -limit, limit))
 
 
 def jackknife(sums: Floats, counts: Floats, level: float = 0.95) -> tuple[Floats, Floats, Floats]:
@@ -86,9 +86,9 @@ def sign_flips(values: Floats) -> Floats:
         signs = np.array(list(itertools.product((1.0, -1.0), repeat=k)))
     else:
         signs = np.random.default_rng(0).choice((1.0, -1.0), (_DRAWS, k))
-    least = np.abs(values.sum(-1)) - _TIE * np.abs(values).sum(-1)
-    extreme = (np.abs(values @ signs.T) >= least[..., None]).sum(-1)
-    return extreme / len(signs) if k <= _EXACT else (1 + extreme) / (1 + _DRAWS)
+    threshold = np.abs(values.sum(-1)) - _TIE * np.abs(values).sum(-1)
+    n_extreme = (np.abs(values @ signs.T) >= threshold[..., None]).sum(-1)
+    return n_extreme / len(signs) if k <= _EXACT else (1 + n_extreme) / (1 + _DRAWS)
 
 
 def holm(p: ArrayLike) -> Floats:

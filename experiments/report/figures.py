@@ -152,10 +152,10 @@ def plot_by_layer(
 
 
 def plot_grid(
-    model: str, layer: str, mine: pd.DataFrame, shape: tuple[int, int], columns: Sequence[str]
+    model: str, layer: str, cells: pd.DataFrame, shape: tuple[int, int], columns: Sequence[str]
 ) -> list[Drawing]:
     """Plot heat maps of one layer's cells: the means of some columns over the classes."""
-    mean = mine.groupby("cell")[list(columns)].mean()
+    mean = cells.groupby("cell")[list(columns)].mean()
     drawings = []
     for name in columns:
         figure, axes = _figure(3.4, 3.2)
@@ -176,10 +176,10 @@ def plot_grid(
 
 
 def plot_cells(
-    model: str, group: tuple[str, str], mine: pd.DataFrame, rho: pd.Series, change: str
+    model: str, group: tuple[str, str], cells: pd.DataFrame, rho: pd.Series, change: str
 ) -> Drawing:
     """Plot the cells of one class and layer: ranks of change against ranks of each distance."""
-    ranks = mine[[*rho.index, change]].rank()
+    ranks = cells[[*rho.index, change]].rank()
     rows = math.ceil(len(rho) / 2)
     figure = Figure(figsize=(4.6, 0.5 + 1.5 * rows), layout="constrained")
     panels = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).ravel()
@@ -198,7 +198,7 @@ def plot_cells(
     target, layer = group
     alt = (
         f"{model}, class {target}, layer {layer}: ranks of the {_column_title(change)} "
-        f"against ranks of each metric's distance, one point for each of {len(mine)} cells"
+        f"against ranks of each metric's distance, one point for each of {len(cells)} cells"
     )
     return Drawing(f"cells_{change}", alt, figure)
 

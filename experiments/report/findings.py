@@ -207,8 +207,8 @@ class NetworkFindings:
         """
         texts = {}
         metrics = self.estimates[self.estimates["distance"] != BASELINE]
-        for change, mine in metrics.groupby("change", sort=False):
-            rho = mine.set_index("distance")["estimate"].dropna().round(2) + 0.0  # no -0.00
+        for change, rows in metrics.groupby("change", sort=False):
+            rho = rows.set_index("distance")["estimate"].dropna().round(2) + 0.0  # no -0.00
             if change not in self.plotted_changes or rho.empty:
                 continue
 
@@ -217,10 +217,10 @@ class NetworkFindings:
                 return f"{' and '.join(names)} ({value:.2f})"
 
             if len(rho) == 1:
-                which = "measured" if len(mine) == 1 else "that has a correlation"
+                which = "measured" if len(rows) == 1 else "that has a correlation"
                 texts[change] = f"by {names_at(rho.max())}, the only metric {which}"
             elif rho.nunique() == 1:
-                which = "" if len(rho) == len(mine) else " that have a correlation"
+                which = "" if len(rho) == len(rows) else " that have a correlation"
                 texts[change] = f"equally by all metrics{which} ({rho.max():.2f})"
             else:
                 texts[change] = f"most by {names_at(rho.max())}, least by {names_at(rho.min())}"
@@ -335,13 +335,13 @@ def costliest_layer(table: pd.DataFrame, change: str) -> tuple[str, str]:
     If several layers cost the same, the first by name is returned.
     """
     costs = table.groupby("layer", observed=True)[change].mean().dropna()
-    most = int((costs == costs.max()).sum())
+    n_costliest = int((costs == costs.max()).sum())
     if len(costs) == 1:
         text = "the only one with a value"
-    elif most == len(costs):
+    elif n_costliest == len(costs):
         text = "ablation costs the same in all layers"
     else:
-        one = "the one" if most == 1 else f"one of {most}"
+        one = "the one" if n_costliest == 1 else f"one of {n_costliest}"
         text = f"of those that ran, {one} where ablation costs most"
     return costs.idxmax(), text
 

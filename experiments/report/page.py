@@ -102,16 +102,16 @@ def write_report(
 
 def _load(runs: Run | Sequence[Run]) -> list[dict[str, Any]]:
     """Load each run: its name, table, study.json and models, with distinct names of models."""
-    each: list[Any] = [runs] if isinstance(runs, (str, os.PathLike, pd.DataFrame)) else [*runs]
-    if not each:
+    inputs: list[Any] = [runs] if isinstance(runs, (str, os.PathLike, pd.DataFrame)) else [*runs]
+    if not inputs:
         raise ReportError("runs: empty; expected the folder of a run, or a table")
-    paths = [None if isinstance(run, pd.DataFrame) else Path(run).resolve() for run in each]
+    paths = [None if isinstance(run, pd.DataFrame) else Path(run).resolve() for run in inputs]
     folders = [path for path in paths if path is not None]
     if repeated := [path for path in folders if folders.count(path) > 1]:
         raise ReportError(f"runs: {repeated[0]} is repeated; expected different runs")
     names_differ = len({path.name for path in folders}) == len(folders)
     loaded: list[dict[str, Any]] = []
-    for number, (run, path) in enumerate(zip(each, paths, strict=True), 1):
+    for number, (run, path) in enumerate(zip(inputs, paths, strict=True), 1):
         table, study = (run, {}) if path is None else load(run)
         name = f"table {number}" if path is None else path.name if names_differ else str(path)
         loaded.append({"name": name, "table": table, "study": study})
@@ -175,17 +175,17 @@ def _draw_grid(model: NetworkFindings) -> tuple[str, list[Drawing]] | None:
     if not columns or columns[0] not in model.plotted_changes or model.has_random_cells:
         return None
     layer, description = costliest_layer(model.table, columns[0])
-    mine = model.table[model.table["layer"] == layer]
-    cells = int(mine["cell"].max()) + 1
-    side = math.isqrt(cells)
+    rows = model.table[model.table["layer"] == layer]
+    n_cells = int(rows["cell"].max()) + 1
+    side = math.isqrt(n_cells)
     shape = tuple(model.configuration.get("grid", (side, side)))
-    if shape[0] * shape[1] != cells or mine["cell"].nunique() != cells:
+    if shape[0] * shape[1] != n_cells or rows["cell"].nunique() != n_cells:
         return None
     caption = (
         f"{model.name}, layer {layer}: {description} ({CHANGE_NAMES[columns[0]]}). Means over "
-        f"{mine['class'].nunique()} target classes."
+        f"{rows['class'].nunique()} target classes."
     )
-    return caption, plots.plot_grid(model.name, layer, mine, (shape[0], shape[1]), columns)
+    return caption, plots.plot_grid(model.name, layer, rows, (shape[0], shape[1]), columns)
 
 
 def _draw_cells(model: NetworkFindings) -> tuple[str, list[Drawing]] | None:
@@ -197,14 +197,14 @@ def _draw_cells(model: NetworkFindings) -> tuple[str, list[Drawing]] | None:
         if not spread.max() > 0:
             continue
         target, layer = spread.idxmax()
-        mine = model.table[(model.table["class"] == target) & (model.table["layer"] == layer)]
+        rows = model.table[(model.table["class"] == target) & (model.table["layer"] == layer)]
         group = model.per_group[
             (model.per_group["class"] == target)
             & (model.per_group["layer"] == layer)
             & (model.per_group["change"] == change)
         ]
         rho = group.set_index("distance")["spearman"]
-        drawings.append(plots.plot_cells(model.name, (target, layer), mine, rho, change))
+        drawings.append(plots.plot_cells(model.name, (target, layer), rows, rho, change))
         places.append(f"{CHANGE_NAMES[change]}: class {target}, layer {layer}")
     return (f"{model.name}. {'; '.join(places)}.", drawings) if drawings else None
 

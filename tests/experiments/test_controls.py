@@ -54,9 +54,9 @@ def residual_correlation(
 @pytest.mark.parametrize("controls", [["energy"], ["size", "energy"]])
 def test_partial_correlations_equal_those_of_residuals(controls: list[str]) -> None:
     table = random_table(12).sample(frac=0.9, random_state=1)
-    found = partial_correlations(table, ["near", "far"], ["lost"], controls)
-    assert len(found) == 24
-    for row in found.itertuples():
+    result = partial_correlations(table, ["near", "far"], ["lost"], controls)
+    assert len(result) == 24
+    for row in result.itertuples():
         group = table[table["layer"] == row.layer]
         assert row.n == len(group)
         assert row.spearman == pytest.approx(
@@ -70,9 +70,9 @@ def test_one_control_matches_the_textbook_formula() -> None:
         scipy.stats.spearmanr(table[one], table[other])[0]
         for one, other in (("near", "lost"), ("near", "energy"), ("lost", "energy"))
     )
-    want = (ab - ac * bc) / np.sqrt((1 - ac**2) * (1 - bc**2))
-    (got,) = partial_correlations(table, ["near"], ["lost"], ["energy"])["spearman"]
-    assert got == pytest.approx(want, abs=1e-12)
+    expected = (ab - ac * bc) / np.sqrt((1 - ac**2) * (1 - bc**2))
+    (result,) = partial_correlations(table, ["near"], ["lost"], ["energy"])["spearman"]
+    assert result == pytest.approx(expected, abs=1e-12)
 
 
 def test_columns_explained_by_the_controls_have_no_partial_correlation() -> None:
@@ -80,8 +80,8 @@ def test_columns_explained_by_the_controls_have_no_partial_correlation() -> None
     table["same"] = 7 * table["energy"]
     table.loc[table["layer"] == 1, "size"] = 5  # constant: explains nothing
     table.loc[(table["layer"] == 2) & (table["cell"] == 3), "energy"] = np.nan
-    found = partial_correlations(table, ["same", "far"], ["lost"]).set_index(["distance", "layer"])
-    rho = found["spearman"]
+    result = partial_correlations(table, ["same", "far"], ["lost"]).set_index(["distance", "layer"])
+    rho = result["spearman"]
     assert rho["same"].isna().all()
     assert rho["far"].isna().tolist() == [False, False, True]
     expected = residual_correlation(table[table["layer"] == 1], "far", "lost", ["energy"])

@@ -36,13 +36,13 @@ def random_table(groups: int, cells: int = 16, seed: int = 0) -> pd.DataFrame:
 
 def test_correlations_equal_scipys_with_ties_constants_and_nan() -> None:
     table = random_table(40).sample(frac=1, random_state=1)
-    found = correlations(table, ["near", "far"], ["lost", "held"])
-    assert list(found.columns) == [
+    result = correlations(table, ["near", "far"], ["lost", "held"])
+    assert list(result.columns) == [
         "model", "class", "layer", "distance", "change", "spearman", "kendall", "n",
     ]  # fmt: skip
-    assert len(found) == 40 * 4
-    assert (found["n"] == 16).all()
-    for row in found.itertuples():
+    assert len(result) == 40 * 4
+    assert (result["n"] == 16).all()
+    for row in result.itertuples():
         group = table[table["layer"] == row.layer]
         a, b = group[row.distance], group[row.change]
         if a.isna().any() or a.nunique() == 1 or b.nunique() == 1:
@@ -50,8 +50,8 @@ def test_correlations_equal_scipys_with_ties_constants_and_nan() -> None:
         else:
             assert row.spearman == pytest.approx(scipy.stats.spearmanr(a, b)[0], abs=1e-12)
             assert row.kendall == pytest.approx(scipy.stats.kendalltau(a, b)[0], abs=1e-12)
-    nan = found["spearman"].isna()
-    assert set(found[nan & (found["change"] == "lost")]["layer"]) == {3, 5}
+    nan = result["spearman"].isna()
+    assert set(result[nan & (result["change"] == "lost")]["layer"]) == {3, 5}
 
 
 def test_groups_of_any_size_equal_scipys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,24 +96,24 @@ def test_equal_orders_give_exactly_1_and_single_cells_nan() -> None:
     table = pd.DataFrame(
         {"g": [0, 0, 0, 0, 1], "d": [1e-9, 2e-9, 2e-9, 7.0, 1.0], "c": [3.0, 4.0, 4.0, 5.0, 1.0]}
     )
-    found = correlations(table, ["d"], ["c"], by=["g"])
-    assert found["spearman"].tolist()[0] == 1.0
-    assert np.isnan(found["spearman"][1])
-    assert found["n"].tolist() == [4, 1]
+    result = correlations(table, ["d"], ["c"], by=["g"])
+    assert result["spearman"].tolist()[0] == 1.0
+    assert np.isnan(result["spearman"][1])
+    assert result["n"].tolist() == [4, 1]
 
 
 def test_summary_excludes_and_counts_nan_groups() -> None:
-    found = correlations(random_table(40), ["near", "far"], ["lost"])
-    table = summary(found).set_index(["model", "distance", "change"])
-    odd = found[(found["model"] == "a") & (found["distance"] == "far")]["spearman"]
+    result = correlations(random_table(40), ["near", "far"], ["lost"])
+    table = summary(result).set_index(["model", "distance", "change"])
+    odd = result[(result["model"] == "a") & (result["distance"] == "far")]["spearman"]
     row = table.loc[("a", "far", "lost")]
     assert row["groups"] == 20
     assert row["nan_groups"] == 2
     assert row["spearman"] == pytest.approx(odd.dropna().mean())
-    kendall = found[(found["model"] == "a") & (found["distance"] == "far")]["kendall"]
+    kendall = result[(result["model"] == "a") & (result["distance"] == "far")]["kendall"]
     assert row["kendall"] == pytest.approx(kendall.dropna().mean())
     assert table.loc[("b", "far", "lost"), "nan_groups"] == 0
-    assert means(found).loc[("a", "far"), "lost"] == row["spearman"]
+    assert means(result).loc[("a", "far"), "lost"] == row["spearman"]
 
 
 @pytest.mark.parametrize(

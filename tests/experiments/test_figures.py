@@ -48,7 +48,7 @@ def test_figures_replace_only_those_of_an_earlier_report(tmp_path: Path) -> None
     write_page(random_table(changes=("top1",)), tmp_path, figures="svg")
     assert {path.suffix for path in folder.iterdir()} == {".svg"}
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    (folder / "notes.txt").write_text("mine")
+    (folder / "notes.txt").write_text("my notes")
     with pytest.raises(ReportError, match=r"figures: .*page_figures holds notes\.txt; expected"):
         write_report(random_table(), tmp_path / "page.html", "png")
     (folder / "notes.txt").unlink()

@@ -38,16 +38,16 @@ def stats(path: Path, *options: str) -> tuple[int, str, list[str]]:
     return code, out, err.splitlines()
 
 
-def assert_equals_scipy(found: pd.DataFrame, table: pd.DataFrame) -> None:
+def assert_equals_scipy(result: pd.DataFrame, table: pd.DataFrame) -> None:
     """Check that the correlations are those of exactly the groups of the table."""
-    groups = {key: mine for key, mine in table.groupby(KEYS, dropna=False)}
-    assert set(zip(*(found[key] for key in KEYS), strict=True)) == set(groups)
-    assert len(found) == len(groups)
-    for row in found.itertuples(index=False):
-        mine = groups[tuple(row)[:3]]
-        want = scipy.stats.spearmanr(mine["cka"], mine["top1"])[0]
-        assert row.spearman == pytest.approx(want, abs=1e-12, nan_ok=True)
-        assert row.n == len(mine)
+    groups = {key: group for key, group in table.groupby(KEYS, dropna=False)}
+    assert set(zip(*(result[key] for key in KEYS), strict=True)) == set(groups)
+    assert len(result) == len(groups)
+    for row in result.itertuples(index=False):
+        group = groups[tuple(row)[:3]]
+        expected = scipy.stats.spearmanr(group["cka"], group["top1"])[0]
+        assert row.spearman == pytest.approx(expected, abs=1e-12, nan_ok=True)
+        assert row.n == len(group)
 
 
 @pytest.mark.parametrize(("start", "newline"), [("", "\n"), ("\ufeff", "\r\n")])
@@ -70,12 +70,12 @@ def test_names_in_csv_are_text(tmp_path: Path, key: str, start: str, newline: st
     code, out, err = stats(path, "--out", str(tmp_path / "rho.csv"))
     assert (code, [line for line in err if "no value in" not in line]) == (0, [])
     assert f"{len(table.groupby(KEYS))} groups by model, class, layer" in out
-    got = read_table(path)
+    result = read_table(path)
     for name in (*KEYS, "cell"):
-        assert got[name].tolist() == table[name].astype(str).tolist()
-    np.testing.assert_array_equal(got["top1"], table["top1"])
+        assert result[name].tolist() == table[name].astype(str).tolist()
+    np.testing.assert_array_equal(result["top1"], table["top1"])
     table["cell"] = table["cell"].astype(str)
-    assert_equals_scipy(correlations(got, ["cka"], ["top1"]), table)
+    assert_equals_scipy(correlations(result, ["cka"], ["top1"]), table)
     assert_equals_scipy(read_table(tmp_path / "rho.csv"), table)
 
 
@@ -87,17 +87,19 @@ def test_columns_named_by_options_are_text(tmp_path: Path) -> None:
     code, out, err = stats(tmp_path / "t.csv", *words)
     assert (code, err) == (0, [])
     assert "12 groups by net, class, layer" in out
-    got = read_table(tmp_path / "t.csv", ["tile"], ["net", "class", "layer"])
-    assert got["cell"].nunique() == 8
-    assert got["net"].tolist() == table["net"].tolist()
+    result = read_table(tmp_path / "t.csv", ["tile"], ["net", "class", "layer"])
+    assert result["cell"].nunique() == 8
+    assert result["net"].tolist() == table["net"].tolist()
 
 
 @pytest.mark.parametrize("levels", [[*KEYS, "cell"], ["layer"], ["cell", "class"]])
-@pytest.mark.parametrize("kept", [False, True])
-def test_named_index_levels_become_columns(tmp_path: Path, levels: list[str], kept: bool) -> None:
+@pytest.mark.parametrize("as_columns", [False, True])
+def test_named_index_levels_become_columns(
+    tmp_path: Path, levels: list[str], as_columns: bool
+) -> None:
     table = random_table(["m", "n"])
     path = tmp_path / "t.parquet"
-    if kept:  # also as columns
+    if as_columns:  # as columns and as the index
         table.set_index(levels, drop=False).to_parquet(path)
     else:
         table.set_index(levels).to_parquet(path)
@@ -122,19 +124,21 @@ def test_missing_values_of_every_dtype_are_missing(tmp_path: Path, dtype: str) -
     table["top1"] = (4 * table["top1"]).round()
     if dtype == "boolean":
         table["top1"] = table["top1"] > 2
-    given = table.assign(top1=table["top1"].astype(dtype))
-    given.loc[[2, 30], "top1"] = pd.NA if dtype != "float64" else np.nan
-    wanted = table.assign(top1=table["top1"].astype("float64"))
-    wanted.loc[[2, 30], "top1"] = np.nan
-    given.to_parquet(tmp_path / "t.parquet")
-    assert_equals_scipy(correlations(given, ["cka"], ["top1"]), wanted)
-    assert_equals_scipy(correlations(read_table(tmp_path / "t.parquet"), ["cka"], ["top1"]), wanted)
+    nullable = table.assign(top1=table["top1"].astype(dtype))
+    nullable.loc[[2, 30], "top1"] = pd.NA if dtype != "float64" else np.nan
+    expected = table.assign(top1=table["top1"].astype("float64"))
+    expected.loc[[2, 30], "top1"] = np.nan
+    nullable.to_parquet(tmp_path / "t.parquet")
+    assert_equals_scipy(correlations(nullable, ["cka"], ["top1"]), expected)
+    assert_equals_scipy(
+        correlations(read_table(tmp_path / "t.parquet"), ["cka"], ["top1"]), expected
+    )
     code, _, err = stats(tmp_path / "t.parquet")
     assert (code, err) == (0, ["warning: column 'top1' has no value in 2 of 96 rows"])
     sizes = np.arange(len(table))
     pd.testing.assert_frame_equal(
-        partial_correlations(given.assign(size=sizes), ["cka"], ["top1"], ["size"]),
-        partial_correlations(wanted.assign(size=sizes), ["cka"], ["top1"], ["size"]),
+        partial_correlations(nullable.assign(size=sizes), ["cka"], ["top1"], ["size"]),
+        partial_correlations(expected.assign(size=sizes), ["cka"], ["top1"], ["size"]),
     )
 
 
@@ -146,8 +150,8 @@ def test_lists_in_unused_columns_are_ignored(tmp_path: Path, cell: bool) -> None
     more.to_parquet(tmp_path / "t.parquet")
     assert stats(tmp_path / "t.parquet") == (0, csv_stats(table, tmp_path), [])
     twice = pd.concat([more, more[:1]], ignore_index=True)
-    found = find_problems(twice.drop(columns="cell", errors="ignore"), ["cka"], ["top1"], KEYS)
-    assert "rows that equal an earlier row in every column: 1" in found
+    result = find_problems(twice.drop(columns="cell", errors="ignore"), ["cka"], ["top1"], KEYS)
+    assert "rows that equal an earlier row in every column: 1" in result
 
 
 def csv_stats(table: pd.DataFrame, folder: Path) -> str:
@@ -296,9 +300,9 @@ def test_blanks_around_column_names_are_ignored(tmp_path: Path) -> None:
     header, rest = table.to_csv(index=False).split("\n", 1)
     (tmp_path / "t.csv").write_text(f"{header.replace(',', ' , ')} \n{rest}")
     assert stats(tmp_path / "t.csv") == (0, csv_stats(table, tmp_path), [])
-    got = read_table(tmp_path / "t.csv")
-    assert list(got.columns) == list(table.columns)
-    assert got["model"].tolist() == table["model"].tolist()
+    result = read_table(tmp_path / "t.csv")
+    assert list(result.columns) == list(table.columns)
+    assert result["model"].tolist() == table["model"].tolist()
 
 
 @pytest.mark.parametrize("every", [1, 2, 5])
@@ -348,9 +352,9 @@ def test_infinite_values_rank_beyond_all_others(tmp_path: Path, sign: int) -> No
     table = random_table(["m", "n"])
     table.loc[[1, 5, 40], "cka"] = sign * np.inf
     table.to_csv(tmp_path / "t.csv", index=False)
-    found = correlations(read_table(tmp_path / "t.csv"), ["cka"], ["top1"])
-    assert_equals_scipy(found, table.replace(sign * np.inf, sign * 1e300))
-    assert found["kendall"].notna().all()
+    result = correlations(read_table(tmp_path / "t.csv"), ["cka"], ["top1"])
+    assert_equals_scipy(result, table.replace(sign * np.inf, sign * 1e300))
+    assert result["kendall"].notna().all()
     code, _, err = stats(tmp_path / "t.csv")
     assert code == 0
     text = "column 'cka' is infinite in 3 of 96 rows, which are ranked beyond all others"

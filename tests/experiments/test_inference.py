@@ -29,7 +29,7 @@ def test_comparison_equals_scipys_permutation_test_and_t_interval(classes):
     z = random_z(classes=classes, seed=classes, lead=0.05)
     z[0, 1, 0, 1] = np.nan
     weights = difference_weights((["cka", "procrustes"], ["dec"]), (["cca"], BOTH))
-    found = compare(make_table(z), weights, "name")
+    result = compare(make_table(z), weights, "name")
     better, worse = z[:, :, :2, 1].mean(-1), z[:, :, 3].mean(-1)
     values = np.nanmean(better - worse, axis=1)
     theirs = scipy.stats.permutation_test(
@@ -40,11 +40,11 @@ def test_comparison_equals_scipys_permutation_test_and_t_interval(classes):
         n_resamples=np.inf,
     )
     interval = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert found.name == "name"
-    assert found.clusters == classes
-    np.testing.assert_allclose(found.p, theirs.pvalue, rtol=1e-12)
-    np.testing.assert_allclose(found.estimate, values.mean(), rtol=1e-10)
-    np.testing.assert_allclose([found.low, found.high], interval, rtol=1e-10)
+    assert result.name == "name"
+    assert result.clusters == classes
+    np.testing.assert_allclose(result.p, theirs.pvalue, rtol=1e-12)
+    np.testing.assert_allclose(result.estimate, values.mean(), rtol=1e-10)
+    np.testing.assert_allclose([result.low, result.high], interval, rtol=1e-10)
 
 
 def test_comparison_uses_groups_that_both_sides_have():
@@ -52,10 +52,10 @@ def test_comparison_uses_groups_that_both_sides_have():
     z[0, 0, 0, 0] = 9.0
     z[0, 0, 2, 0] = np.nan
     z[3, :, 2, 0] = np.nan
-    found = compare(make_table(z), difference_weights((["cka"], ["perf"]), (["pwcca"], ["perf"])))
+    result = compare(make_table(z), difference_weights((["cka"], ["perf"]), (["pwcca"], ["perf"])))
     gain = z[:3, :, 0, 0] - z[:3, :, 2, 0]
-    assert found.clusters == 3
-    np.testing.assert_allclose(found.estimate, np.nanmean(gain, axis=1).mean())
+    assert result.clusters == 3
+    np.testing.assert_allclose(result.estimate, np.nanmean(gain, axis=1).mean())
 
 
 def test_comparison_refuses_missing_and_duplicate_pairs():
@@ -70,12 +70,12 @@ def test_metrics_are_compared_with_the_baseline():
     z = np.concatenate([random_z(seed=4), random_z(seed=5)[:, :, :1]], axis=2)
     z[:, :, 0] = z[:, :, 5] + 0.3 + 0.05 * z[:, :, 1]
     per_group = make_table(z, (*METRICS, "energy"))
-    found = compare_with_baseline(per_group, "dec")
-    assert [test.name for test in found] == list(METRICS)
-    alone = [compare(per_group, {(m, "dec"): 1, ("energy", "dec"): -1}) for m in METRICS]
-    np.testing.assert_array_equal([t.estimate for t in found], [t.estimate for t in alone])
-    np.testing.assert_array_equal([t.p for t in found], holm([t.p for t in alone]))
-    assert found[0].low > 0.25
+    result = compare_with_baseline(per_group, "dec")
+    assert [test.name for test in result] == list(METRICS)
+    separate = [compare(per_group, {(m, "dec"): 1, ("energy", "dec"): -1}) for m in METRICS]
+    np.testing.assert_array_equal([t.estimate for t in result], [t.estimate for t in separate])
+    np.testing.assert_array_equal([t.p for t in result], holm([t.p for t in separate]))
+    assert result[0].low > 0.25
     with pytest.raises(StatsError, match="no row of 'energy' against 'dec'"):
         compare_with_baseline(make_table(random_z()), "dec")
 
@@ -85,11 +85,11 @@ def test_metrics_are_compared_with_the_baseline():
 
 def test_balanced_mixed_model_equals_the_anova():
     z = random_z(seed=9, dec=0.2, lead=0.1, shrink=0.1)
-    found = mixed_model(make_table(z), "perf", "dec")
+    result = mixed_model(make_table(z), "perf", "dec")
     means = z.mean(1).reshape(10, 10)
     cells = means.mean(0).reshape(5, 2)
-    left = means - means.mean(0) - means.mean(1, keepdims=True) + means.mean()
-    residual = (left**2).sum() / (9 * 9)
+    deviations = means - means.mean(0) - means.mean(1, keepdims=True) + means.mean()
+    residual = (deviations**2).sum() / (9 * 9)
     between = 10 * means.mean(1).var(ddof=1)
     ahead, behind = cells[:2].mean(0), cells[2:].mean(0)
     estimates = [
@@ -99,46 +99,46 @@ def test_balanced_mixed_model_equals_the_anova():
     ]
     weights = [10 * 0.2**2, 4 * 0.25**2 + 6 / 6**2, 4 * 0.5**2 + 6 / 3**2]
     errors = np.sqrt(residual * np.array(weights) / 10)
-    got = found.contrasts
-    np.testing.assert_allclose([c.estimate for c in got], estimates, rtol=1e-8)
-    half = [(c.high - c.low) / 2 / scipy.stats.norm.ppf(0.975) for c in got]
+    contrasts = result.contrasts
+    np.testing.assert_allclose([c.estimate for c in contrasts], estimates, rtol=1e-8)
+    half = [(c.high - c.low) / 2 / scipy.stats.norm.ppf(0.975) for c in contrasts]
     np.testing.assert_allclose(half, errors, rtol=1e-4)
     np.testing.assert_allclose(
-        [c.p for c in got], 2 * scipy.stats.norm.sf(np.abs(estimates) / errors), rtol=0.02
+        [c.p for c in contrasts], 2 * scipy.stats.norm.sf(np.abs(estimates) / errors), rtol=0.02
     )
-    np.testing.assert_allclose(found.variance, (between - residual) / 10, rtol=1e-3)
-    assert not found.boundary
-    assert (found.clusters, found.observations) == (10, 100)
+    np.testing.assert_allclose(result.variance, (between - residual) / 10, rtol=1e-3)
+    assert not result.boundary
+    assert (result.clusters, result.observations) == (10, 100)
 
 
 def test_unbalanced_mixed_model_equals_that_of_the_formula():
     z = random_z(classes=8, seed=10, dec=0.2, lead=0.1)
     z[0, :, 1, 0] = z[5, :, 3, 1] = z[6, :2, 0, 0] = np.nan
-    found = mixed_model(make_table(z), "perf", "dec")
+    result = mixed_model(make_table(z), "perf", "dec")
     rows = make_table(z).assign(z=z.ravel()).dropna()
     rows = rows.groupby(["class", "distance", "change"], as_index=False).z.mean()
     fit = MixedLM.from_formula("z ~ change * distance", rows, groups="class").fit(method="powell")
     cells = pd.DataFrame(itertools.product(METRICS, BOTH), columns=["distance", "change"])
     new = np.asarray(fit.predict(cells)).reshape(5, 2)
-    assert found.observations == 78
+    assert result.observations == 78
     np.testing.assert_allclose(
-        found.contrasts[0].estimate, (new[:, 1] - new[:, 0]).mean(), rtol=1e-4
+        result.contrasts[0].estimate, (new[:, 1] - new[:, 0]).mean(), rtol=1e-4
     )
     lead = new[:2].mean(0) - new[2:].mean(0)
-    np.testing.assert_allclose(found.contrasts[1].estimate, lead.mean(), rtol=1e-4)
-    np.testing.assert_allclose(found.contrasts[2].estimate, lead[1] - lead[0], rtol=1e-4)
-    np.testing.assert_allclose(found.variance, float(fit.cov_re.iloc[0, 0]), rtol=1e-2)
+    np.testing.assert_allclose(result.contrasts[1].estimate, lead.mean(), rtol=1e-4)
+    np.testing.assert_allclose(result.contrasts[2].estimate, lead[1] - lead[0], rtol=1e-4)
+    np.testing.assert_allclose(result.variance, float(fit.cov_re.iloc[0, 0]), rtol=1e-2)
 
 
 def test_mixed_model_without_variance_between_classes_is_at_the_boundary():
     z = random_z(seed=11, spread=0.0, dec=0.2)
     z -= z.mean((1, 2, 3), keepdims=True)
-    found = mixed_model(make_table(z), "perf", "dec")
-    assert found.boundary
-    assert found.variance < 1e-5
+    result = mixed_model(make_table(z), "perf", "dec")
+    assert result.boundary
+    assert result.variance < 1e-5
     means = z.mean(1).reshape(10, 10)
     residual = ((means - means.mean(0)) ** 2).sum() / (100 - 10)
-    first = found.contrasts[0]
+    first = result.contrasts[0]
     np.testing.assert_allclose(first.estimate, (z[..., 1] - z[..., 0]).mean())
     width = 2 * scipy.stats.norm.ppf(0.975) * np.sqrt(residual * 10 * 0.2**2 / 10)
     np.testing.assert_allclose(first.high - first.low, width, rtol=1e-3)
@@ -147,13 +147,13 @@ def test_mixed_model_without_variance_between_classes_is_at_the_boundary():
 @pytest.mark.parametrize("seed", range(6))
 def test_small_variance_equals_the_anovas_and_a_negative_one_is_at_the_boundary(seed):
     z = random_z(seed=seed, spread=0.02)
-    found = mixed_model(make_table(z), "perf", "dec")
+    result = mixed_model(make_table(z), "perf", "dec")
     means = z.mean(1).reshape(10, 10)
-    left = means - means.mean(0) - means.mean(1, keepdims=True) + means.mean()
-    residual = (left**2).sum() / (9 * 9)
+    deviations = means - means.mean(0) - means.mean(1, keepdims=True) + means.mean()
+    residual = (deviations**2).sum() / (9 * 9)
     variance = means.mean(1).var(ddof=1) - residual / 10
-    assert found.boundary == (variance <= 0)
-    np.testing.assert_allclose(found.variance, max(variance, 0), atol=1e-3 * residual)
+    assert result.boundary == (variance <= 0)
+    np.testing.assert_allclose(result.variance, max(variance, 0), atol=1e-3 * residual)
 
 
 def test_boundary_does_not_depend_on_the_scale_of_z():
@@ -195,23 +195,23 @@ def test_mixed_model_uses_present_metrics_and_names_a_missing_side():
 )
 def test_claims_match_the_known_effects(effects, expected):
     z = random_z(seed=12, noise=0.05, **effects)
-    found = claims(make_table(z), "perf", "dec")
-    assert [claim.number for claim in found] == [1, 2, 3]
-    assert [claim.held for claim in found] == expected
-    assert [len(claim.details) for claim in found] == [5, 1, 1]
-    assert all(claim.p == pytest.approx(7 * 2 / 2**10) for claim in found)
+    result = claims(make_table(z), "perf", "dec")
+    assert [claim.number for claim in result] == [1, 2, 3]
+    assert [claim.held for claim in result] == expected
+    assert [len(claim.details) for claim in result] == [5, 1, 1]
+    assert all(claim.p == pytest.approx(7 * 2 / 2**10) for claim in result)
     second = compare(make_table(z), difference_weights((METRICS[:2], BOTH), (METRICS[2:], BOTH)))
-    assert (found[1].estimate, found[1].low) == (second.estimate, second.low)
+    assert (result[1].estimate, result[1].low) == (second.estimate, second.low)
 
 
 def test_claims_are_not_decided_if_intervals_contain_zero():
     z = random_z(seed=13, noise=0.05)
     means = z.mean((0, 1))
     z += means.mean() - means
-    found = claims(make_table(z), "perf", "dec")
-    assert [claim.held for claim in found] == [None, None, None]
-    assert all(claim.low < 0 < claim.high for claim in found)
-    assert all(claim.p == 1 for claim in found)
+    result = claims(make_table(z), "perf", "dec")
+    assert [claim.held for claim in result] == [None, None, None]
+    assert all(claim.low < 0 < claim.high for claim in result)
+    assert all(claim.p == 1 for claim in result)
 
 
 def test_differences_from_rounding_decide_nothing():
@@ -251,10 +251,10 @@ def test_first_claim_is_not_decided_if_one_metric_is_not():
 
 def test_claims_list_missing_metrics_changes_and_classes():
     per_group = make_table(random_z(seed=15, dec=0.4, noise=0.02))
-    found = claims(per_group[per_group.distance == "cka"], "perf", "dec")
-    assert [claim.held for claim in found] == [True, None, None]
-    assert found[1].details == ["the table has none of pwcca, cca, cca_squared"]
-    assert np.isnan(found[1].p)
+    result = claims(per_group[per_group.distance == "cka"], "perf", "dec")
+    assert [claim.held for claim in result] == [True, None, None]
+    assert result[1].details == ["the table has none of pwcca, cca, cca_squared"]
+    assert np.isnan(result[1].p)
     for claim in claims(per_group, "loss", "dec"):
         assert claim.held is None
         assert claim.details == ["the table has no change 'loss'"]

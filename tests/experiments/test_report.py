@@ -51,8 +51,8 @@ def test_report_is_self_contained_and_shows_the_table(tmp_path: Path) -> None:
     assert set(re.findall(r"https?://[^\s\"'<]+", html)) <= spaces
     assert "toy <b>" not in html
     assert "some &amp; others" in html
-    found = summary(correlations(table, METRICS, (*PERFORMANCE, *PROBES["ridge"])))
-    for value in found["spearman"].dropna():
+    result = summary(correlations(table, METRICS, (*PERFORMANCE, *PROBES["ridge"])))
+    for value in result["spearman"].dropna():
         assert f">{value:.2f}" in html
     assert html.count("<svg") == html.count('role="img" aria-label=') >= 10
     assert "#010203" not in html
@@ -65,8 +65,8 @@ def test_missing_units_are_reported(tmp_path: Path, undrawn: None) -> None:
     with pytest.raises(KeyboardInterrupt):
         run([toy_study(block=1, grid=(2, 3))], store, stop_after(5))
     store.compact()
-    said = write_page(tmp_path / "cut", tmp_path).visible_text()
-    assert "1 of 6 units of the run cut are missing" in said
+    text = write_page(tmp_path / "cut", tmp_path).visible_text()
+    assert "1 of 6 units of the run cut are missing" in text
     run([toy_study(block=1, grid=(2, 3))], store)
     assert "missing" not in write_page(tmp_path / "cut", tmp_path).visible_text()
 
@@ -112,11 +112,11 @@ def test_table_shows_the_correlations_and_intervals(tmp_path: Path) -> None:
     per_group = correlations(table, (*FIVE, "energy"), CHANGES)
     keys = ["distance", "change"]
     means = summary(per_group).set_index(keys)
-    found = intervals(per_group).set_index(keys)
+    result = intervals(per_group).set_index(keys)
     missing = set()
     for distance, row in zip((*FIVE, "energy"), rows, strict=True):
         for change, cell in zip(CHANGES, row[1:], strict=True):
-            mean, interval = means.loc[(distance, change)], found.loc[(distance, change)]
+            mean, interval = means.loc[(distance, change)], result.loc[(distance, change)]
             assert cell.value == pytest.approx(mean["spearman"], abs=1e-12)
             nan = f" ({mean['nan_groups']})" if mean["nan_groups"] else ""
             missing.add(mean["nan_groups"])
@@ -168,16 +168,16 @@ def test_networks_of_several_runs_with_the_same_name_get_the_run_appended(tmp_pa
         "both (run <B>)": (1, "both"),
         "only 1": (1, "only 1"),
     }
-    for name, (number, own_name) in names.items():
+    for name, (number, name_in_run) in names.items():
         table = pd.read_parquet(folders[number] / "results.parquet")
-        mine = table[table["model"] == own_name]
-        groups = f"{name} ({3 * mine['layer'].nunique()} groups: "
+        network = table[table["model"] == name_in_run]
+        groups = f"{name} ({3 * network['layer'].nunique()} groups: "
         (rows,) = (
             rows
             for caption, rows in page.tables.items()
             if caption.startswith(groups) and "layers" in caption
         )
-        per_group = correlations(mine, ["cka"], ["margin_refit"])
+        per_group = correlations(network, ["cka"], ["margin_refit"])
         column = [cell.text for cell in rows[0]].index(CHANGE_NAMES["margin_refit"])
         assert rows[1][column].value == pytest.approx(per_group["spearman"].mean(), abs=1e-12)
     assert "Images: set 0" in page.visible_text()
@@ -231,8 +231,8 @@ def test_reliability_and_corrected_correlations_are_shown(tmp_path: Path) -> Non
     table, rng = random_table(), np.random.default_rng(2)
     for half in ("odd", "even"):
         table[f"top1_{half}"] = table["top1"] + rng.normal(size=len(table))
-    groups = [mine for _, mine in table.groupby(["class", "layer"])]
-    r = np.mean([mine["top1_odd"].corr(mine["top1_even"], method="spearman") for mine in groups])
+    groups = [group for _, group in table.groupby(["class", "layer"])]
+    r = np.mean([group["top1_odd"].corr(group["top1_even"], method="spearman") for group in groups])
     reliability = 2 * r / (1 + r)
     page = write_page(table, tmp_path)
     head, *rows = page.tables["net (12 groups)"]
@@ -242,7 +242,7 @@ def test_reliability_and_corrected_correlations_are_shown(tmp_path: Path) -> Non
     assert by_name["top-1 accuracy"][5].text == "halves"
     assert by_name["rank of the true class"][4].text == "unknown"
     for row, name in zip(page.tables["net, corrected for noise"][1:], FIVE, strict=True):
-        rho = np.mean([mine[name].corr(mine["top1"], method="spearman") for mine in groups])
+        rho = np.mean([group[name].corr(group["top1"], method="spearman") for group in groups])
         expected = [rho, rho / np.sqrt(reliability)]
         assert [cell.value for cell in row[1:]] == pytest.approx(expected, abs=1e-12)
 
@@ -256,8 +256,8 @@ def test_constant_nan_tied_and_dead_cells_are_counted(tmp_path: Path) -> None:
     table.loc[table.index[[5, 6, 40]], "energy"] = 0.0
     page = write_page(table, tmp_path)
     rows = {row[0].text: row[1:] for row in page.tables["net (12 groups)"][1:]}
-    groups = [mine for _, mine in table.groupby(["class", "layer"])]
-    tied = np.mean([mine["top1"].duplicated(keep=False) for mine in groups])
+    groups = [group for _, group in table.groupby(["class", "layer"])]
+    tied = np.mean([group["top1"].duplicated(keep=False) for group in groups])
     assert [cell.value for cell in rows["top-1 accuracy"]] == [3, 0, pytest.approx(tied)]
     assert [cell.value for cell in rows["rank of the true class"]] == [0, 2, 0]
     assert "3 of 96 cells are dead" in page.visible_text()

@@ -60,11 +60,11 @@ def test_fisher_z_keeps_nan_and_order():
 
 def test_balanced_jackknife_equals_the_t_interval_of_class_means():
     per_group = make_table(random_z(seed=1))
-    found = intervals(per_group)
-    assert len(found) == 10
-    for row in found.itertuples():
-        mine = per_group[(per_group.distance == row.distance) & (per_group.change == row.change)]
-        means = mine.groupby("class").spearman.mean()
+    result = intervals(per_group)
+    assert len(result) == 10
+    for row in result.itertuples():
+        rows = per_group[(per_group.distance == row.distance) & (per_group.change == row.change)]
+        means = rows.groupby("class").spearman.mean()
         low, high = scipy.stats.t.interval(0.95, len(means) - 1, means.mean(), means.sem())
         np.testing.assert_allclose([row.low, row.high], [low, high], rtol=1e-10)
 
@@ -73,22 +73,22 @@ def test_unbalanced_jackknife_equals_a_loop_and_its_estimate_the_summary():
     rng = np.random.default_rng(2)
     per_group = make_table(random_z(classes=6, layers=5, seed=2))
     per_group.loc[rng.random(len(per_group)) < 0.3, ["spearman", "kendall"]] = np.nan
-    alone = (per_group["class"] == 3) & (per_group.distance == "cka")
-    per_group.loc[alone, ["spearman", "kendall"]] = np.nan
+    missing = (per_group["class"] == 3) & (per_group.distance == "cka")
+    per_group.loc[missing, ["spearman", "kendall"]] = np.nan
     other = per_group.assign(model="other", spearman=per_group.spearman / 2)
     both = pd.concat([per_group, other], ignore_index=True).sample(frac=1, random_state=0)
-    found, means = intervals(both), summary(both)
-    assert found[["model", "distance", "change"]].equals(means[["model", "distance", "change"]])
-    np.testing.assert_allclose(found.estimate, means.spearman, rtol=1e-12)
-    assert found.nan_groups.equals(means.nan_groups)
-    assert (found.groups == 30).all()
-    for row in found.itertuples():
-        mine = both[
+    result, means = intervals(both), summary(both)
+    assert result[["model", "distance", "change"]].equals(means[["model", "distance", "change"]])
+    np.testing.assert_allclose(result.estimate, means.spearman, rtol=1e-12)
+    assert result.nan_groups.equals(means.nan_groups)
+    assert (result.groups == 30).all()
+    for row in result.itertuples():
+        rows = both[
             (both.model == row.model)
             & (both.distance == row.distance)
             & (both.change == row.change)
         ]
-        expected = slow_jackknife(mine.spearman.to_numpy(), mine["class"].to_numpy())
+        expected = slow_jackknife(rows.spearman.to_numpy(), rows["class"].to_numpy())
         np.testing.assert_allclose([row.low, row.high], expected, rtol=1e-9)
         assert row.clusters == (5 if row.distance == "cka" else 6)
 
@@ -97,12 +97,12 @@ def test_one_class_has_no_interval_and_none_no_estimate():
     z = random_z(classes=3)
     z[1:, :, 0] = np.nan
     z[:, :, 1] = np.nan
-    found = intervals(make_table(z)).set_index("distance")
-    assert found.loc[["cka", "procrustes"], ENDS].isna().all(axis=None)
-    assert found.loc["cka", "estimate"].notna().all()
-    assert found.loc["procrustes", "estimate"].isna().all()
-    assert (found.clusters.to_numpy() == [1, 1, 0, 0, 3, 3, 3, 3, 3, 3]).all()
-    assert found.loc["cca", ENDS].notna().all(axis=None)
+    result = intervals(make_table(z)).set_index("distance")
+    assert result.loc[["cka", "procrustes"], ENDS].isna().all(axis=None)
+    assert result.loc["cka", "estimate"].notna().all()
+    assert result.loc["procrustes", "estimate"].isna().all()
+    assert (result.clusters.to_numpy() == [1, 1, 0, 0, 3, 3, 3, 3, 3, 3]).all()
+    assert result.loc["cca", ENDS].notna().all(axis=None)
 
 
 def test_interval_of_a_correlation_stays_within_one():
@@ -118,8 +118,8 @@ def test_bootstrap_of_few_classes_matches_all_resamples():
     """4 classes with different numbers of groups have 256 resamples."""
     counts = np.array([2.0, 1.0, 3.0, 2.0])
     sums = np.array([0.3, 0.5, -0.6, 1.1])
-    some = np.array(list(itertools.product(range(4), repeat=4)))
-    means = sums[some].sum(1) / counts[some].sum(1)
+    resamples = np.array(list(itertools.product(range(4), repeat=4)))
+    means = sums[resamples].sum(1) / counts[resamples].sum(1)
     _, low, high = coverage.bootstrap(sums[None], counts[None], 0, level=0.5, resamples=200_000)
     np.testing.assert_allclose([low[0], high[0]], np.quantile(means, [0.25, 0.75]), atol=0.01)
 
@@ -143,11 +143,11 @@ def test_random_flips_estimate_the_exact_p():
     values = np.random.default_rng(5).standard_normal((4, 15)) + np.array([[0], [0.2], [0.4], [9]])
     signs = np.array(list(itertools.product((1, -1), repeat=15)))
     exact = (np.abs(values @ signs.T) >= np.abs(values.sum(1))[:, None] * (1 - 1e-12)).mean(1)
-    found = sign_flips(values)
+    result = sign_flips(values)
     error = np.sqrt(exact * (1 - exact) / 10_000)
-    assert (np.abs(found - exact) < 4 * error + 2e-4).all()
-    assert found[3] >= 1 / 10_001
-    assert np.array_equal(found, sign_flips(values))
+    assert (np.abs(result - exact) < 4 * error + 2e-4).all()
+    assert result[3] >= 1 / 10_001
+    assert np.array_equal(result, sign_flips(values))
 
 
 def test_flips_count_ties_and_differences_of_zero():

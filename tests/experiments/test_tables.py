@@ -70,9 +70,9 @@ def test_complete_table_has_no_problems() -> None:
 def test_missing_cells_and_values_are_counted() -> None:
     table = correlated_table().drop(index=[0, 1, 17])
     table.loc[40, "dist"] = np.nan
-    found = problems_text(table, ["dist"])
-    assert "2 of 18 groups have fewer than 16 cells, the smallest 14" in found
-    assert f"column 'dist' has no value in 1 of {len(table)} rows" in found
+    result = problems_text(table, ["dist"])
+    assert "2 of 18 groups have fewer than 16 cells, the smallest 14" in result
+    assert f"column 'dist' has no value in 1 of {len(table)} rows" in result
 
 
 def test_duplicate_rows_are_counted() -> None:
@@ -97,9 +97,9 @@ def test_similarities_among_distances_are_noticed() -> None:
     names = ["dist", "cka", "cca", "pwcca"]
     assert problems_text(table, names) == ""
     table["cca"] = 1 - table["cca"]
-    found = problems_text(table, names)
-    assert "cca against dist, cka, pwcca: opposite orders within groups" in found
-    assert "column 'cca' is between 0 and 1, mostly above 1/2" in found
+    result = problems_text(table, names)
+    assert "cca against dist, cka, pwcca: opposite orders within groups" in result
+    assert "column 'cca' is between 0 and 1, mostly above 1/2" in result
     assert problems_text(table, names, similarities=["cca"]) == ""
 
 
@@ -112,15 +112,15 @@ def test_command_writes_the_correlations_of_a_table(tmp_path: Path) -> None:
     words += ["--by", "class,layer", "--cell", "tile", "--similarities", "sim", "--out", str(out)]
     code, output, err = invoke(*words)
     assert (code, err) == (0, "")
-    found = read_table(out)
-    assert list(found.columns) == [*BY, "distance", "change", "spearman", "kendall", "n"]
-    assert len(found) == 36
-    for row in found.itertuples():
+    result = read_table(out)
+    assert list(result.columns) == [*BY, "distance", "change", "spearman", "kendall", "n"]
+    assert len(result) == 36
+    for row in result.itertuples():
         group = table[(table["class"] == row[1]) & (table["layer"] == row.layer)]
-        want = scipy.stats.spearmanr(group["dist"], group["lost"])[0]
-        assert row.spearman == pytest.approx(want, abs=1e-12)
-    mean = found["spearman"].mean()
-    of_classes = found[found["distance"] == "dist"].groupby("class")["spearman"].mean()
+        expected = scipy.stats.spearmanr(group["dist"], group["lost"])[0]
+        assert row.spearman == pytest.approx(expected, abs=1e-12)
+    mean = result["spearman"].mean()
+    of_classes = result[result["distance"] == "dist"].groupby("class")["spearman"].mean()
     low, high = scipy.stats.t.interval(0.95, 5, of_classes.mean(), scipy.stats.sem(of_classes))
     for line in (line for line in output.splitlines() if line.split()[:1] in (["dist"], ["sim"])):
         assert line.split()[1:5] == ["lost", f"{mean:.3f}", f"{low:.3f}", f"{high:.3f}"]
