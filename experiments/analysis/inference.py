@@ -251,7 +251,7 @@ def claims(per_group: pd.DataFrame, performance: str, decodability: str) -> list
         for side, present in ((LEADERS, leaders), (CCA_METRICS, cca_metrics))
         if not present
     ]
-    specifications = (  # of a claim: its text, its contrasts, and what it lacks
+    specifications = (  # for each claim: its text, its contrasts, and what is missing for it
         (
             "Every metric follows decodability more than network performance.",
             {m: difference_weights(([m], [decodability]), ([m], [performance])) for m in metrics},

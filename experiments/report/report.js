@@ -1,4 +1,4 @@
-// Sort a table by a click on a header: numbers by data-value, rows without one last.
+// Sort a table when a header is clicked: by data-value, with rows that have none at the end.
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, column) => {
