@@ -64,9 +64,8 @@ class Drawing:
             self.figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
         text = file.getvalue()
         text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-        text = re.sub(
-            r'<g id="[^"]*"', "<g", text
-        )  # ids repeat in every figure and nothing refers to them
+        # Ids repeat in every figure, and nothing refers to them.
+        text = re.sub(r'<g id="[^"]*"', "<g", text)
         label = Markup('<svg role="img" aria-label="{}"').format(self.alt)
         return Markup(text.replace("<svg", label, 1).replace(INK, "currentColor"))
 
