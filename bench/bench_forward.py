@@ -122,10 +122,10 @@ def test_alone(timed, cut, part):
         return (state.activation,)
 
     calls = {
-        "whole": (cut.model, lambda images: passes.tail(forward.prefix(images))),
+        "whole": (cut.model, lambda images: passes.run_tail(forward.prefix(images))),
         "prefix": (lambda images: forward.prefix(images).activation, seen),
         "suffix": (
-            lambda act: passes.tail(states[act.data_ptr()]),
+            lambda act: passes.run_tail(states[act.data_ptr()]),
             lambda _: cut.model(cut.images),
         ),
     }

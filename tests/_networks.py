@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 
-def mixed(model: nn.Module) -> nn.Module:
+def mix_modes(model: nn.Module) -> nn.Module:
     """In training mode here and there, some of it frozen, with gradients."""
     for i, module in enumerate(model.modules()):
         module.training = i % 3 > 0
@@ -19,7 +19,7 @@ def mixed(model: nn.Module) -> nn.Module:
     return model
 
 
-def described(model: nn.Module) -> list[Any]:
+def snapshot(model: nn.Module) -> list[Any]:
     """All that a user could find changed; what is not compared by value is by identity."""
     found: list[Any] = []
     for name, module in model.named_modules():

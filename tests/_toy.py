@@ -61,7 +61,7 @@ def toy_study(**changes: Any) -> Study:
     return Study(**arguments | changes)
 
 
-def uses_of(study: Study, folder: Path) -> dict[str, Callable[[], Any]]:
+def list_study_calls(study: Study, folder: Path) -> dict[str, Callable[[], Any]]:
     """Everything that computes with a study's network; "store" writes to the folder."""
     return {
         "run": study.run,
@@ -72,7 +72,7 @@ def uses_of(study: Study, folder: Path) -> dict[str, Callable[[], Any]]:
     }
 
 
-def image_folder(root: Path, per_class: int = 4) -> Path:
+def write_image_folder(root: Path, per_class: int = 4) -> Path:
     """An ImageFolder of three classes of tiny images."""
     rng = np.random.default_rng(0)
     for name in ("ant", "bee", "wasp"):

@@ -309,14 +309,14 @@ def test_half_as_much_runs_together_where_memory_runs_out(counted, monkeypatch):
     forward, state, rows = counted
     cells = [i // 2 for i in range(20)]
     want = forward.logits(state, cells, batch=1)
-    whole = passes.tail
+    whole = passes.run_tail
 
     def limited(state, cells=None, batch=None):
         if cells is not None and len(cells.ids) * (batch.stop - batch.start) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(state, cells, batch)
 
-    monkeypatch.setattr(passes, "tail", limited)
+    monkeypatch.setattr(passes, "run_tail", limited)
     rows.clear()
     with pytest.warns(OutOfMemoryWarning, match="with 18 cells x images together"):
         got = forward.logits(state, cells, batch=HUGE)
@@ -332,7 +332,7 @@ def test_memory_that_is_never_enough(counted, monkeypatch):
 
     forward, state, _ = counted
     forward.intact(state)
-    monkeypatch.setattr(passes, "tail", never)
+    monkeypatch.setattr(passes, "run_tail", never)
     with (
         pytest.warns(OutOfMemoryWarning, match="with 3 cells x images"),
         pytest.raises(torch.OutOfMemoryError),

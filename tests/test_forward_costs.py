@@ -37,8 +37,8 @@ CPU = torch.device("cpu")
 )
 def test_sizes(value, want):
     assert memory.size(value) == want
-    assert memory.budget(value, CPU) == want
-    assert memory.budget(value, torch.device("cuda")) == want
+    assert memory.resolve_budget(value, CPU) == want
+    assert memory.resolve_budget(value, torch.device("cuda")) == want
 
 
 NO_SIZES = "", "GiB", "8 gib", "8KB", "1e9", "-1", "+1", ".5GB", "0", "0.4B", "1 2", "8\nX"
@@ -100,7 +100,7 @@ def test_what_is_free_on_a_cpu(tmp_path, monkeypatch):
     assert memory.free(CPU) == 3_072_000
     (group / "memory.max").write_text("1500000\n")
     assert memory.free(CPU) == 1_000_000  # pages of files that nobody uses can be had
-    assert memory.budget(None, CPU) == 500_000
+    assert memory.resolve_budget(None, CPU) == 500_000
     (group / "memory.max").write_text("400000\n")
     assert memory.free(CPU) == 1
     (group / "memory.stat").write_text("anon 1\n")
@@ -113,15 +113,15 @@ def test_what_is_free_on_a_gpu(monkeypatch):
     for name, value in given.items():
         monkeypatch.setattr(torch.cuda, name, {device: value}.__getitem__)
     assert memory.free(device) == 2**33 + 2**34 - 2**32
-    assert memory.budget(None, device) == (2**33 + 2**34 - 2**32) // 2
+    assert memory.resolve_budget(None, device) == (2**33 + 2**34 - 2**32) // 2
     assert memory.for_a_batch(2**40, device) == 2**33  # more makes no GPU busier
     assert memory.for_a_batch(2**20, device) == 2**20
     assert memory.for_a_batch(2**40, CPU) == 2**40
     monkeypatch.setattr(memory, "free", lambda device: 5000)
-    assert memory.budget(None, device) == 2500
+    assert memory.resolve_budget(None, device) == 2500
     monkeypatch.setattr(memory, "free", lambda device: 2**40)
-    assert memory.budget(None, CPU) == 2**39
-    assert memory.budget("1TiB", device) == 2**40
+    assert memory.resolve_budget(None, CPU) == 2**39
+    assert memory.resolve_budget("1TiB", device) == 2**40
 
 
 class Residual(Net):

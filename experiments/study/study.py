@@ -31,7 +31,7 @@ from repsim_kernels.experiments.study.network import (
 from repsim_kernels.experiments.study.precision import set_tf32
 from repsim_kernels.experiments.study.units import Unit, units_of
 from repsim_kernels.forward import AblatedForward, Cost
-from repsim_kernels.forward.memory import budget
+from repsim_kernels.forward.memory import resolve_budget
 from repsim_kernels.forward.trace import first_line
 
 # PyTorch's switches belong to the process, and a network may belong to several studies: one study
@@ -169,7 +169,7 @@ class Study:
             self.classes = None if classes is None else check.check_names(classes, "classes")
             self.images, self.labels = check.check_images(images), check.check_labels(labels)
             self.own_memory = memory is not None  # asked for, not what happened to be free
-            self.memory = budget(memory, self.device)
+            self.memory = resolve_budget(memory, self.device)
             check.check_pairs(self.images, self.labels)
             present, counts = (
                 a.tolist() for a in np.unique(self.labels.numpy(), return_counts=True)

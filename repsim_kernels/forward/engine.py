@@ -15,7 +15,7 @@ from repsim_kernels.forward.cost import Cost
 from repsim_kernels.forward.cuts import Cuts
 from repsim_kernels.forward.dataflow import Split
 from repsim_kernels.forward.fusion import Cells
-from repsim_kernels.forward.memory import budget, for_a_batch
+from repsim_kernels.forward.memory import for_a_batch, resolve_budget
 from repsim_kernels.forward.passes import State, copied
 from repsim_kernels.forward.trace import Trace, keep_attributes
 
@@ -102,7 +102,7 @@ class AblatedForward:
         checks.check_images(self.model, images)
         with contexts.run_eagerly():
             (layer,) = self.layers
-            state = passes.head(*self._cuts.find(layer, images), images)
+            state = passes.run_head(*self._cuts.find(layer, images), images)
             return self._claim({layer: state}, images)[layer]
 
     def prefixes(self, images: Tensor, layers: Sequence[str] | None = None) -> dict[str, State]:
@@ -138,9 +138,9 @@ class AblatedForward:
                 if part.apart:
                     shared.setdefault(trace, {})[name] = part
                 else:
-                    states[name] = passes.head(trace, part, images)
+                    states[name] = passes.run_head(trace, part, images)
             for trace, parts in shared.items():
-                states |= passes.heads(trace, parts, images)
+                states |= passes.run_heads(trace, parts, images)
             return self._claim({name: states[name] for name in wanted}, images)
 
     def intact(self, state: State, *, memory: int | str | None = None) -> Tensor:
@@ -167,7 +167,7 @@ class AblatedForward:
             The state's tensors were written to, or the model is in training mode.
         """
         self._own(state)
-        room = for_a_batch(budget(memory, state._kept.device), state._kept.device)
+        room = for_a_batch(resolve_budget(memory, state._kept.device), state._kept.device)
         with contexts.run_eagerly():
             return passes.run_intact(state, room).clone()
 
@@ -234,7 +234,7 @@ class AblatedForward:
         batch = None if batch is None else _options.count(batch, "batch")
         self._own(state)
         act = state._kept
-        room = for_a_batch(budget(memory, act.device), act.device)
+        room = for_a_batch(resolve_budget(memory, act.device), act.device)
         checked, n_cells = _check.cells(cells, act[0].numel(), n_cells)
         table = torch.as_tensor(checked, device=act.device)  # (p,) labels or (C, p) membership
         with contexts.run_eagerly():

@@ -226,7 +226,7 @@ def _start(activation: Tensor, cells: Cells, plan: _Plan) -> Tensor:
     if plan.norm is not None:
         scale, shift = plan.norm
         bias = shift if bias is None else (bias.double() * scale + shift).float()
-    options = {"scale": scale, "activate": plan.activate, "precision": _precision(weight)}
+    options = {"scale": scale, "activate": plan.activate, "precision": _choose_precision(weight)}
     if x.ndim == 2 and cells.labels.ndim == 1:
         linear_cells = _dispatch.triton_kernel("linear_cells")
         return linear_cells(x, cells.labels, weight, bias, cells.ids.tolist(), **options)
@@ -234,7 +234,7 @@ def _start(activation: Tensor, cells: Cells, plan: _Plan) -> Tensor:
     return masked_pointwise(x, cells.table, cells.ids, weight, bias, **options)
 
 
-def _precision(weight: Tensor) -> str:
+def _choose_precision(weight: Tensor) -> str:
     """TF32 where PyTorch would take it for this layer: by default for convolutions alone."""
     backends: Any = torch.backends
     backend = backends.cuda.matmul if weight.ndim == 2 else backends.cudnn.conv

@@ -50,7 +50,7 @@ def free(device: torch.device) -> int:
     return min(filter(None, (_machine(), _group())))
 
 
-def budget(value: Any, device: torch.device) -> int:
+def resolve_budget(value: Any, device: torch.device) -> int:
     """The bytes that were asked for, or half of what is free."""
     return free(device) // 2 if value is None else size(value)
 

@@ -93,7 +93,7 @@ class State:
         self._versions = [(t, version(t)) for t in held]
 
 
-def head(trace: Trace, part: Split, images: Tensor) -> State:
+def run_head(trace: Trace, part: Split, images: Tensor) -> State:
     """Run what comes before the layer, and all else that does not depend on it."""
     values: Values = {trace.input: copied(images) if part.copy_images else images}
     for step in part.head:
@@ -105,7 +105,7 @@ def head(trace: Trace, part: Split, images: Tensor) -> State:
     return State(values[part.cut], {x: values[x] for x in part.inputs}, trace, part)
 
 
-def heads(trace: Trace, parts: dict[str, Split], images: Tensor) -> dict[str, State]:
+def run_heads(trace: Trace, parts: dict[str, Split], images: Tensor) -> dict[str, State]:
     """One pass for several layers, to the end; their states, with the intact logits."""
     writes_images = any(part.copy_images for part in parts.values())
     values: Values = {trace.input: copied(images) if writes_images else images}
@@ -133,7 +133,7 @@ def heads(trace: Trace, parts: dict[str, Split], images: Tensor) -> dict[str, St
     return states
 
 
-def tail(state: State, cells: Cells | None = None, batch: Batch | None = None) -> Tensor:
+def run_tail(state: State, cells: Cells | None = None, batch: Batch | None = None) -> Tensor:
     """(C m, k): what follows the layer of m stimuli, masked for C cells or not at all."""
     trace, part = state._trace, state._split
     values = dict(state._values)
@@ -153,7 +153,7 @@ def tail(state: State, cells: Cells | None = None, batch: Batch | None = None) -
             steps = behind.run(values)
         else:
             masks = cells.masks().view(-1, *values[part.cut].shape[1:])
-            values[part.cut] = masked(values[part.cut], masks)
+            values[part.cut] = mask_for_cells(values[part.cut], masks)
     once = set(part.varying) if several > 1 else set()  # what has a row a stimulus, not a cell
     for step in steps:
         values[step.node] = broadcast.run(trace, step.node, values, once, several)
@@ -199,7 +199,7 @@ def in_batches(
     while todo:
         batch = todo.pop(0)
         try:
-            found = tail(state, None if cells is None else cells.some(batch.cells), batch)
+            found = run_tail(state, None if cells is None else cells.some(batch.cells), batch)
         except torch.OutOfMemoryError:
             tried = len(batch.cells) * (batch.stop - batch.start)
             if tried == 1 or not part.batchable:
@@ -229,7 +229,7 @@ def copied(t: Tensor) -> Tensor:
     return clone if clone.stride() == t.stride() else copy.deepcopy(t)
 
 
-def masked(t: Tensor, masks: Tensor) -> Tensor:
+def mask_for_cells(t: Tensor, masks: Tensor) -> Tensor:
     """(C n, …): the tensor once for each mask (C, …) of one stimulus, zero where it is true."""
     out = t.clone() if len(masks) == 1 else broadcast.tiled(t, len(masks))
     out.view(len(masks), *t.shape).masked_fill_(masks[:, None], 0)

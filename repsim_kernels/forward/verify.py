@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from repsim_kernels.forward.dataflow import Split, check_batch, check_units
 from repsim_kernels.forward.fusion import Cells
-from repsim_kernels.forward.passes import copied, head, masked, tail
+from repsim_kernels.forward.passes import copied, mask_for_cells, run_head, run_tail
 from repsim_kernels.forward.trace import Trace
 
 
@@ -64,16 +64,16 @@ def run_half(model: nn.Module, layer: str, module: nn.Module, images: Tensor) ->
     """Run the network under a hook that sets every second unit of the layer to zero."""
 
     def mask(out: Tensor) -> Tensor:
-        return masked(out, _cells(out, 1).masks().view(1, *out.shape[1:]))
+        return mask_for_cells(out, _cells(out, 1).masks().view(1, *out.shape[1:]))
 
     return _run_under_hook(model, layer, module, images, mask)
 
 
 def compare(trace: Trace, part: Split, images: Tensor, wanted: Passes) -> Agreement:
     """Hold a cut network against passes of the network itself."""
-    state = head(trace, part, images)
+    state = run_head(trace, part, images)
     act = state.activation
-    ablated, same = tail(state, _cells(act, 1)), tail(state)
+    ablated, same = run_tail(state, _cells(act, 1)), run_tail(state)
     agreement = Agreement(
         exact=torch.equal(ablated, wanted.half) and torch.equal(same, wanted.same),
         close=is_close(ablated, wanted.half) and is_close(same, wanted.same),
@@ -81,7 +81,7 @@ def compare(trace: Trace, part: Split, images: Tensor, wanted: Passes) -> Agreem
         together=False,
     )
     try:
-        both = tail(state, _cells(act, 2))
+        both = run_tail(state, _cells(act, 2))
     except Exception:  # whatever comes of a batch size that is fixed somewhere
         return agreement
     # TF32 differs by 1e-3 from one batch size to another.

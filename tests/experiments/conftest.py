@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from _toy import image_folder
+from _toy import write_image_folder
 
 from repsim_kernels.experiments.report import page
 from repsim_kernels.experiments.report.figures import FigureGroup
@@ -24,7 +24,7 @@ def subnormal_numbers() -> Iterator[None]:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a command runs: nothing but a folder of images."""
     monkeypatch.chdir(tmp_path)
-    return image_folder(tmp_path / "images")
+    return write_image_folder(tmp_path / "images")
 
 
 @pytest.fixture

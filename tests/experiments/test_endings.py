@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from _toy import Toy, image_folder
+from _toy import Toy, write_image_folder
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -28,7 +28,7 @@ TABLE = Path("run", "results.parquet")
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blank_reports: None) -> None:
     monkeypatch.chdir(tmp_path)
-    image_folder(tmp_path / "images")
+    write_image_folder(tmp_path / "images")
 
 
 def sweep(*options: str) -> tuple[int, str, str]:

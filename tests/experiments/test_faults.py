@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from _sweep import SMALL, TOY, Sweep, alive, parts, table, until
-from _toy import image_folder
+from _toy import write_image_folder
 
 from repsim_kernels.experiments.runs.lock import driving
 from repsim_kernels.experiments.runs.shard import Shard
@@ -97,7 +97,7 @@ def test_killed_at_random_a_run_ends_as_an_undisturbed_one(
 
 @pytest.mark.slow
 def test_a_full_disk_loses_nothing(tmp_path: Path, sweep: Callable[..., Sweep]) -> None:
-    image_folder(tmp_path / "images")
+    write_image_folder(tmp_path / "images")
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -131,7 +131,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, sweep: Callable[..., Sweep]) 
 def test_damaged_and_foreign_parts_and_a_second_run(
     tmp_path: Path, sweep: Callable[..., Sweep]
 ) -> None:
-    image_folder(tmp_path / "images")
+    write_image_folder(tmp_path / "images")
     run, options = tmp_path / "run", (*TOY, "--out", "run")
     assert sweep(*options).end()[0] == 0
     whole = table(run)
@@ -162,7 +162,7 @@ def test_damaged_and_foreign_parts_and_a_second_run(
 
 @pytest.mark.slow
 def test_an_image_that_vanishes_under_a_run(tmp_path: Path, sweep: Callable[..., Sweep]) -> None:
-    image_folder(tmp_path / "images")
+    write_image_folder(tmp_path / "images")
     run, options = tmp_path / "run", (*TOY, "--out", "run", "--workers", "1")
     assert sweep(*options).end()[0] == 0
     whole = table(run)
@@ -184,7 +184,7 @@ def test_an_image_that_vanishes_under_a_run(tmp_path: Path, sweep: Callable[...,
 
 @pytest.mark.slow
 def test_shards_in_any_order_equal_one_run(tmp_path: Path, sweep: Callable[..., Sweep]) -> None:
-    image_folder(tmp_path / "images")
+    write_image_folder(tmp_path / "images")
     assert sweep(*TOY, "--out", "whole").end()[0] == 0
     both = [sweep(*TOY, "--out", "run", "--shard", f"{i}/3") for i in (3, 1)]
     for one in both:

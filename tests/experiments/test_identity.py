@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from _toy import Toy, toy_images, toy_study, uses_of
+from _toy import Toy, list_study_calls, toy_images, toy_study
 from torch import Tensor, nn
 
 from repsim_kernels.experiments.errors import StoreError, StudyError
@@ -81,7 +81,7 @@ def test_a_run_is_not_resumed_by_a_network_that_computes_something_else(
 def test_modules_that_have_changed_are_refused(use: str, tmp_path: Path) -> None:
     model = Toy()
     made = toy_study(model=model, metrics=["cka"])
-    calls = uses_of(made, tmp_path / "run")
+    calls = list_study_calls(made, tmp_path / "run")
     old, model.act1 = model.act1, nn.Tanh()  # type: ignore[assignment]
     changed = (
         r"^model: the modules of toy have changed since the study was made \(act1\.class: "

@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from _networks import described, mixed
-from _toy import LAYERS, Toy, toy_images, toy_study, uses_of
+from _networks import mix_modes, snapshot
+from _toy import LAYERS, Toy, list_study_calls, toy_images, toy_study
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
@@ -77,7 +77,7 @@ KINDS = [with_weight_norm, with_spectral_norm, with_parametrization, pruned, kee
 def test_networks_that_cannot_be_copied_have_the_rows_of_plain_ones(
     make: Callable[[], nn.Module],
 ) -> None:
-    model = mixed(make())
+    model = mix_modes(make())
     plain = Toy()
     model.conv1.training = model.conv2.training = False  # spectral_norm's weights move otherwise
     with torch.no_grad():
@@ -86,22 +86,22 @@ def test_networks_that_cannot_be_copied_have_the_rows_of_plain_ones(
     with torch.no_grad():
         for name, weight in weights.items():
             plain.get_submodule(name).weight.copy_(weight)
-    before = described(model)
+    before = snapshot(model)
     made = toy_study(model=model, metrics=["cka"])
     assert made.model is model
-    assert described(model) == before
+    assert snapshot(model) == before
     rows = made.run()
     measure.describe(made)
-    assert described(model) == before
+    assert snapshot(model) == before
     pd.testing.assert_frame_equal(rows, toy_study(model=plain, metrics=["cka"]).run())
 
 
 def test_a_network_is_as_it_was_between_units() -> None:
-    model = mixed(Toy())
-    before, seen = described(model), []
+    model = mix_modes(Toy())
+    before, seen = snapshot(model), []
     made = toy_study(model=model, metrics=["cka"], block=1)
     made.run(
-        progress=lambda _step: seen.append((described(model) == before, torch.is_grad_enabled()))
+        progress=lambda _step: seen.append((snapshot(model) == before, torch.is_grad_enabled()))
     )
     assert seen == [(True, True)] * 6
 
@@ -120,14 +120,14 @@ class Failing(Toy):
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("broken")])
 def test_a_network_is_left_as_it_was_by_what_goes_wrong(error: BaseException) -> None:
     model = Failing()
-    mixed(model)
+    mix_modes(model)
     made = toy_study(model=model, metrics=["cka"])
     model.error = error
-    before = described(model)
+    before = snapshot(model)
     for call in (made.run, lambda: measure.describe(made), lambda: toy_study(model=model)):
         with pytest.raises((StudyError, LayerError, type(error))):
             call()
-        assert described(model) == before
+        assert snapshot(model) == before
 
 
 class Counting(Toy):
@@ -143,11 +143,11 @@ class Counting(Toy):
 
 
 def test_a_network_that_writes_to_a_buffer_is_refused_and_left_as_it_was() -> None:
-    model = mixed(Counting())
-    before = described(model)
+    model = mix_modes(Counting())
+    before = snapshot(model)
     with pytest.raises(LayerError, match="a pass writes to its 'images'"):
         toy_study(model=model)
-    assert described(model) == before
+    assert snapshot(model) == before
 
 
 class Merging(Toy):
@@ -160,29 +160,29 @@ class Merging(Toy):
 
 def test_what_a_network_does_on_a_change_of_mode_is_not_done() -> None:
     model = Merging()
-    before = described(model)
+    before = snapshot(model)
     expected = toy_study(metrics=["cka"]).run()
     assert toy_study(model=model, metrics=["cka"]).run().equals(expected)
-    assert described(model) == before
+    assert snapshot(model) == before
 
 
 def test_a_network_on_another_device_is_moved_and_moved_back() -> None:
     """PyTorch takes "cpu:0" for another device than "cpu", and copies what is moved there."""
     here = torch.device("cpu:0")
-    model = mixed(nn.Sequential(Toy(), nn.BatchNorm1d(3)))
+    model = mix_modes(nn.Sequential(Toy(), nn.BatchNorm1d(3)))
     layers = [f"0.{name}" for name in LAYERS]
     expected = toy_study(model=model, layers=layers, metrics=["cka"]).run()
-    before, pointers = described(model), {t.data_ptr() for t in model.state_dict().values()}
+    before, pointers = snapshot(model), {t.data_ptr() for t in model.state_dict().values()}
     with suppress(KeyboardInterrupt), prepare(model, here):
         assert pointers.isdisjoint(t.data_ptr() for t in model.state_dict().values())
         assert all(parameter.grad is None for parameter in model.parameters())
         raise KeyboardInterrupt
-    assert described(model) == before
+    assert snapshot(model) == before
     made = toy_study(model=model, layers=layers, metrics=["cka"])
     made.device = here
     configuration = made.configuration()
     assert made.run().equals(expected)
-    assert described(model) == before
+    assert snapshot(model) == before
     assert made.configuration() == configuration
 
 
@@ -217,7 +217,7 @@ def test_weights_that_have_changed_are_refused(
     model.register_buffer("scale", torch.ones(3), persistent=False)
     made = toy_study(model=model, metrics=["cka"])
     old = {name: t.clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
-    calls = uses_of(made, tmp_path / "run")
+    calls = list_study_calls(made, tmp_path / "run")
     change(model)
     with pytest.raises(StudyError, match=r"^model: the weights or buffers of toy have changed sin"):
         calls[use]()
@@ -244,8 +244,8 @@ def test_weights_that_change_during_a_run_are_refused() -> None:
 
 
 def test_two_studies_share_a_network() -> None:
-    model = mixed(Toy())
-    before = described(model)
+    model = mix_modes(Toy())
+    before = snapshot(model)
     a, b = (toy_study(model=model, metrics=[name], block=1) for name in ("cka", "cca"))
     expected = [toy_study(metrics=[name]).run() for name in ("cka", "cca")]
     pairs = list(zip(measure.rows(a, a.units), measure.rows(b, b.units), strict=True))
@@ -264,7 +264,7 @@ def test_two_studies_share_a_network() -> None:
         thread.join()
     for key, want in zip(made, expected, strict=True):
         pd.testing.assert_frame_equal(tables[key], want)
-    assert described(model) == before
+    assert snapshot(model) == before
 
 
 @pytest.mark.parametrize("make", [nn.LazyLinear, lambda n: nn.Linear(192, n, device="meta")])
@@ -275,8 +275,8 @@ def test_a_network_without_values_is_named(make: Callable[[int], nn.Module]) -> 
 
 
 def test_a_run_in_a_folder_is_as_exact(tmp_path: Path) -> None:
-    model = mixed(Keeping())  # which has kept nothing yet
-    before = described(model)
+    model = mix_modes(Keeping())  # which has kept nothing yet
+    before = snapshot(model)
     rows = toy_study(model=model, metrics=["cka"]).run(tmp_path)
     assert rows.equals(toy_study(metrics=["cka"]).run())
-    assert described(model) == before
+    assert snapshot(model) == before

@@ -138,7 +138,7 @@ def test_the_switches_are_left_as_they_were(seed: int) -> None:
 def test_the_kernels_behind_a_cut_follow_the_study(weight: torch.Tensor) -> None:
     for tf32, precision in ((False, "tf32x3"), (True, "tf32")):
         with toy_study(tf32=tf32).hold_network():
-            assert fusion._precision(weight) == precision
+            assert fusion._choose_precision(weight) == precision
 
 
 class Branching(Toy):

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from _cli import invoke
-from _toy import CLASSES, LAYERS, Toy, image_folder, stop_after, toy_images, toy_study
+from _toy import CLASSES, LAYERS, Toy, stop_after, toy_images, toy_study, write_image_folder
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss
 
@@ -206,7 +206,7 @@ def test_what_is_no_probe(changes: dict[str, Any], message: str) -> None:
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A sweep of the toy in an empty folder, but for its probes."""
     monkeypatch.chdir(tmp_path)
-    images = image_folder(tmp_path / "images")
+    images = write_image_folder(tmp_path / "images")
     return ["--model", "_toy:Toy", "--layers", "act1", "--size", "8", "--images", str(images)]
 
 

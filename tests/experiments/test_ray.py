@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from _sweep import SMALL, TOY, Sweep, alive, command, descendants, parts, table, until
-from _toy import image_folder
+from _toy import write_image_folder
 
 from repsim_kernels.experiments.errors import ExecutorError
 from repsim_kernels.experiments.runs.executors import Task
@@ -86,7 +86,7 @@ def test_a_signal_ends_the_cluster_too(tmp_path: Path, place: dict[str, str]) ->
 def test_what_the_cluster_can_not_do_is_said_in_a_line(
     tmp_path: Path, place: dict[str, str]
 ) -> None:
-    image_folder(tmp_path / "images")
+    write_image_folder(tmp_path / "images")
     many = Sweep(tmp_path, *TOY, *RAY[:2], "--workers", "99", "--out", "run", **place)
     until(lambda: any("raylet" in command(pid) for pid in descendants(many.process.pid)))
     everything = descendants(many.process.pid)

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from _networks import described, mixed
+from _networks import mix_modes, snapshot
 from _toy import LAYERS, Toy, toy_study
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -79,15 +79,15 @@ class Tracking(Toy):
 def test_values_that_a_pass_changes_are_put_back(
     make: Callable[[], nn.Module], layers: Sequence[str], same: Callable[[Toy], None] | None
 ) -> None:
-    model = mixed(make())
-    before = described(model)
+    model = mix_modes(make())
+    before = snapshot(model)
     made = toy_study(model=model, layers=layers, metrics=["cka"], block=1)
-    assert described(model) == before
+    assert snapshot(model) == before
     seen = []
-    rows = made.run(progress=lambda _step: seen.append(described(model) == before))
+    rows = made.run(progress=lambda _step: seen.append(snapshot(model) == before))
     assert seen == [True] * 3 * len(layers)
     describe(made)
-    assert described(model) == before
+    assert snapshot(model) == before
     assert made.run().equals(rows)
     if same is not None:  # the values that every pass computes with
         plain = Toy()
@@ -97,13 +97,13 @@ def test_values_that_a_pass_changes_are_put_back(
 
 
 def test_a_network_that_drifts_is_refused_and_left_as_it_was() -> None:
-    model = mixed(Toy())
+    model = mix_modes(Toy())
 
     def drift(module: nn.Module, _inputs: Any) -> None:
         module.weight.data.mul_(1.01)  # type: ignore
 
     model.fc.register_forward_pre_hook(drift)
-    before = described(model)
+    before = snapshot(model)
     with pytest.raises(LayerError, match=r"^model: two passes of the same images differ; expec"):
         toy_study(model=model)
-    assert described(model) == before
+    assert snapshot(model) == before

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.common.tolerances import OUTPUT, Tol, as_numpy, assert_close
-from repsim_kernels.forward.passes import masked
+from repsim_kernels.forward.passes import mask_for_cells
 from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton.ablate import (
     AOT_CASES,
@@ -76,7 +76,7 @@ def test_copies_have_the_very_bits_and_the_order_in_memory(device, data):
     )
     assert len(got) == len(ids) * len(x)
     if len(ids):
-        want = masked(x, masks_of(table, ids, x.shape[1:]))
+        want = mask_for_cells(x, masks_of(table, ids, x.shape[1:]))
         assert torch.equal(bits(got), bits(want))
         assert strides_of(got) == strides_of(want)
     if len(ids) == 1:
@@ -95,7 +95,7 @@ def test_relu_is_exact_and_takes_nan_as_torch_does(device, data, activate):
         launch=data.draw(st.sampled_from(LAUNCHES)),
     )
     function = getattr(torch.nn.functional, activate)
-    want = function(masked(x, masks_of(table, ids, x.shape[1:]))) if len(ids) else x[:0]
+    want = function(mask_for_cells(x, masks_of(table, ids, x.shape[1:]))) if len(ids) else x[:0]
     assert_same(got, want)
 
 
