@@ -37,6 +37,7 @@ _WHERE = {
 __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
+    from repsim_kernels import forward as forward
     from repsim_kernels._dispatch import show_config as show_config
     from repsim_kernels.errors import *  # noqa: F403
     from repsim_kernels.ops.ablation import ablation_distances as ablation_distances
@@ -62,6 +63,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "forward":  # a subpackage, which needs PyTorch
+        return importlib.import_module("repsim_kernels.forward")
     try:
         module = _WHERE[name]
     except KeyError:
@@ -72,4 +75,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, "forward"]

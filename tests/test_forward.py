@@ -1,5 +1,7 @@
 """A network cut at a layer against whole passes under a hook that returns a masked clone."""
 
+import subprocess
+import sys
 import weakref
 
 import numpy as np
@@ -213,6 +215,20 @@ def test_copies_for_several_cells_keep_the_layout(order):
     copies = tiled(t, 3)
     assert torch.equal(copies, torch.cat([t, t, t]))
     assert sorted(range(4), key=copies.stride, reverse=True) == list(order)
+
+
+def test_forward_is_imported_on_first_use():
+    code = """
+import sys
+import repsim_kernels as rk
+
+assert "forward" in dir(rk)
+loaded = {"torch", "repsim_kernels.forward"} & sys.modules.keys()
+assert not loaded, loaded
+assert rk.forward.AblatedForward.__module__.startswith("repsim_kernels.forward")
+assert rk.forward is sys.modules["repsim_kernels.forward"]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.fixture
