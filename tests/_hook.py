@@ -1,4 +1,4 @@
-"""What a cut network is held against: whole passes under a forward hook."""
+"""The oracle of ablated forward passes: whole passes of a network under a forward hook."""
 
 import pytest
 import torch
@@ -10,81 +10,84 @@ from repsim_kernels.forward import AblatedForward
 HUGE = 10**12
 
 
-def hooked(model, layer, images, mask=None):
-    """Output where the units of a mask (p,) are zero in a clone of the layer's output."""
+def run_hooked(model, layer, images, mask=None):
+    """The model's output with the units of a mask (p,) zero in a clone of the layer's output."""
 
     def hook(_module, _inputs, out):
         return out.clone() if mask is None else out.clone().masked_fill_(mask.view(out[0].shape), 0)
 
     handle = model.get_submodule(layer).register_forward_hook(hook)
     try:
-        return plain(model, images)
+        return run_plain(model, images)
     finally:
         handle.remove()
 
 
-def strides_of(model, layer, images):
+def get_strides(model, layer, images):
+    """The strides of a layer's output."""
     strides = []
     handle = model.get_submodule(layer).register_forward_hook(
         lambda _m, _i, out: strides.append(out.stride())
     )
-    plain(model, images)
+    run_plain(model, images)
     handle.remove()
     return strides[0]
 
 
-def plain(model, images):
+def run_plain(model, images):
+    """The model's output, without gradients, for a copy of the images."""
     with torch.no_grad():
         return model(images.clone())
 
 
-def labels_for(state, n_cells):
+def make_labels(state, n_cells):
+    """Random labels of a state's units, -1 included."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(-1, n_cells, (state.activation[0].numel(),), generator=generator).to(
         state.activation.device
     )
 
 
-def contents(state):
+def get_tensors(state):
     """Every tensor that a state holds."""
     values = (v if isinstance(v, tuple) else (v,) for v in state._values.values())
-    found = (t for v in values for t in v if isinstance(t, Tensor))
-    return [state.activation, *(t.to_dense() if t.is_sparse else t for t in found)]
+    tensors = (t for v in values for t in v if isinstance(t, Tensor))
+    return [state.activation, *(t.to_dense() if t.is_sparse else t for t in tensors)]
 
 
-def check(model: nn.Module, layer, images, n_cells=3):
-    """Everything that a cut promises, in an order in which a call could spoil the next ones."""
-    forward, given = AblatedForward(model, layer), images.clone()
+def check_cut(model: nn.Module, layer, images, n_cells=3):
+    """Check all that a cut promises, in an order that shows whether a call spoils later ones."""
+    forward, original = AblatedForward(model, layer), images.clone()
     state = forward.prefix(images)
-    assert state.activation.stride() == strides_of(model, layer, images)
-    before = [t.clone() for t in contents(state)]
-    labels = labels_for(state, n_cells)
+    assert state.activation.stride() == get_strides(model, layer, images)
+    before = [t.clone() for t in get_tensors(state)]
+    labels = make_labels(state, n_cells)
     ablated = forward.logits(state, labels, n_cells, batch=1)
     together = forward.logits(state, labels, n_cells, batch=HUGE)
     for c in range(n_cells):
-        assert torch.equal(ablated[c], hooked(model, layer, images, labels == c))
-    assert torch.equal(forward.intact(state), plain(model, images))
+        assert torch.equal(ablated[c], run_hooked(model, layer, images, labels == c))
+    assert torch.equal(forward.intact(state), run_plain(model, images))
     torch.testing.assert_close(together, ablated, rtol=1e-4, atol=1e-5)
     assert torch.equal(forward.logits(state, labels, n_cells, batch=1), ablated)
-    assert torch.equal(images, given)
-    assert all(map(torch.equal, contents(state), before))
+    assert torch.equal(images, original)
+    assert all(map(torch.equal, get_tensors(state), before))
     return forward
 
 
-def refused(match, model, layer="cut", images=None):
-    """The one-line reason for which a network isn't cut."""
-    with pytest.raises(LayerError, match=match) as caught:
+def assert_refused(match, model, layer="cut", images=None):
+    """Check that a network is refused, with a message of one line."""
+    with pytest.raises(LayerError, match=match) as error:
         AblatedForward(model, layer).prefix(torch.randn(3, 6) if images is None else images)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
-def by_fx(forward):
-    """Whether no network had to be exported."""
+def is_traced_by_fx(forward):
+    """Whether no network was exported."""
     return not forward._cuts._exports
 
 
 class Net(nn.Module):
-    """Layers for a function that puts them together; "cut" is the one to cut at."""
+    """Layers that the function `run` puts together; "cut" is the layer to cut at."""
 
     def __init__(self, run, cut=None):
         super().__init__()
@@ -103,6 +106,8 @@ class Net(nn.Module):
 
 
 class Lambda(nn.Module):
+    """A module that calls a function."""
+
     def __init__(self, function):
         super().__init__()
         self.function = function

@@ -1,4 +1,4 @@
-"""Networks in mixed modes, and all that a user could find changed about them."""
+"""Networks in mixed modes, and snapshots of all that a user could see change in them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def mix_modes(model: nn.Module) -> nn.Module:
-    """In training mode here and there, some of it frozen, with gradients."""
+    """Put some modules in training mode, freeze some parameters, and give the others gradients."""
     for i, module in enumerate(model.modules()):
         module.training = i % 3 > 0
     for i, parameter in enumerate(model.parameters()):
@@ -20,15 +20,15 @@ def mix_modes(model: nn.Module) -> nn.Module:
 
 
 def snapshot(model: nn.Module) -> list[Any]:
-    """All that a user could find changed; what is not compared by value is by identity."""
-    found: list[Any] = []
+    """All that a user could see change in a model: tensors by value, other attributes by id."""
+    items: list[Any] = []
     for name, module in model.named_modules():
-        kept = {key: id(value) for key, value in vars(module).items()}
+        attributes = {key: id(value) for key, value in vars(module).items()}
         hooks = [list(table) for key, table in vars(module).items() if "hooks" in key and table]
-        found.append((name, module.training, kept, hooks, list(module._modules)))
+        items.append((name, module.training, attributes, hooks, list(module._modules)))
     named = [*model.named_parameters(), *model.named_buffers()]
     for name, t in named:
         values = t.detach().numpy().tobytes()
         grad = None if t.grad is None else (id(t.grad), t.grad.numpy().tobytes())
-        found.append((name, id(t), t.data_ptr(), t.device, t.requires_grad, values, grad))
-    return found
+        items.append((name, id(t), t.data_ptr(), t.device, t.requires_grad, values, grad))
+    return items

@@ -1,4 +1,4 @@
-"""A network and images that a study takes a second for."""
+"""A network and images small enough for a study of one second."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Toy(nn.Module):
 
 
 def toy_images(per_class: int = 5) -> tuple[Tensor, Tensor]:
-    """Images (3 · per_class, 3, 8, 8) in mixed order, each class with a bias of its own."""
+    """Images (3 · per_class, 3, 8, 8), classes interleaved, each with its own bias."""
     generator = torch.Generator().manual_seed(5)
     labels = torch.arange(3).repeat(per_class)
     images = torch.randn(len(labels), 3, 8, 8, generator=generator)
@@ -62,7 +62,7 @@ def toy_study(**changes: Any) -> Study:
 
 
 def list_study_calls(study: Study, folder: Path) -> dict[str, Callable[[], Any]]:
-    """Everything that computes with a study's network; "store" writes to the folder."""
+    """The calls that compute with a study's network, by name; "store" writes to the folder."""
     return {
         "run": study.run,
         "store": lambda: study.run(folder),
@@ -73,7 +73,7 @@ def list_study_calls(study: Study, folder: Path) -> dict[str, Callable[[], Any]]
 
 
 def write_image_folder(root: Path, per_class: int = 4) -> Path:
-    """An ImageFolder of three classes of tiny images."""
+    """Write an ImageFolder of three classes of tiny images, and give its path."""
     rng = np.random.default_rng(0)
     for name in ("ant", "bee", "wasp"):
         (root / name).mkdir(parents=True)
@@ -84,7 +84,7 @@ def write_image_folder(root: Path, per_class: int = 4) -> Path:
 
 
 def stop_after(units: int) -> Callable[[Any], None]:
-    """A progress callback that interrupts a run when some units are finished."""
+    """A progress callback that interrupts a run once this number of units is finished."""
 
     def progress(step: Any) -> None:
         if step.done == units:

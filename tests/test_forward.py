@@ -1,19 +1,17 @@
 """A network cut at a layer against whole passes under a hook that returns a masked clone."""
 
-import subprocess
-import sys
 import weakref
 
 import numpy as np
 import pytest
 import torch
-from _hook import HUGE, Net, check, contents, hooked, labels_for, plain
+from _hook import HUGE, Net, check_cut, get_tensors, make_labels, run_hooked, run_plain
 from torch import nn
 
 from repsim_kernels.errors import LayerError, OutOfMemoryWarning
 from repsim_kernels.experiments.inputs import networks as models
 from repsim_kernels.forward import AblatedForward, passes
-from repsim_kernels.forward.broadcast import tiled
+from repsim_kernels.forward.broadcast import repeat_for_cells
 
 
 def skip(m, x):
@@ -23,13 +21,13 @@ def skip(m, x):
     return m.out(y + h)
 
 
-def network(name):
-    """A network whose units are alive: normalised for noise, then put out of balance."""
+def build_network(name):
+    """A network with live units: batch norms fitted to noise, with random scales and shifts."""
     torch.manual_seed(0)
     model = models.build(name)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
-        norm.momentum = None  # the mean over passes, whatever the first
+        norm.momentum = None  # average over all passes
         nn.init.normal_(norm.weight, 1, 0.2)
         nn.init.normal_(norm.bias, 0, 0.2)
     with torch.no_grad():
@@ -37,7 +35,7 @@ def network(name):
     return model.eval()
 
 
-def calls_of(model, images):
+def count_calls(model, images):
     calls = dict.fromkeys(dict(model.named_modules()), 0)
 
     def count(name):
@@ -47,7 +45,7 @@ def calls_of(model, images):
         module.register_forward_hook(lambda _m, _i, _o, name=name: count(name))
         for name, module in model.named_modules()
     ]
-    plain(model, images)
+    run_plain(model, images)
     for handle in handles:
         handle.remove()
     return calls
@@ -61,9 +59,9 @@ def calls_of(model, images):
         pytest.param("resnet50_small", 135, marks=pytest.mark.slow),
     ],
 )
-def test_every_module_of_the_networks_is_bit_equal_to_a_hook(name, cuts):
-    model, images = network(name), torch.randn(2, 3, 32, 32)
-    calls, intact = calls_of(model, images), plain(model, images)
+def test_cut_at_every_module_is_bit_identical_to_a_hook(name, cuts):
+    model, images = build_network(name), torch.randn(2, 3, 32, 32)
+    calls, intact = count_calls(model, images), run_plain(model, images)
     for layer, times in calls.items():
         if times > 1:
             with pytest.raises(LayerError, match=f"{layer!r} is called {times} times"):
@@ -71,13 +69,13 @@ def test_every_module_of_the_networks_is_bit_equal_to_a_hook(name, cuts):
             continue
         forward = AblatedForward(model, layer)
         state = forward.prefix(images)
-        before = [t.clone() for t in contents(state)]
-        mask = labels_for(state, 2) == 0
+        before = [t.clone() for t in get_tensors(state)]
+        mask = make_labels(state, 2) == 0
         ablated = forward.logits(state, mask[None])
-        assert torch.equal(ablated[0], hooked(model, layer, images, mask)), layer
+        assert torch.equal(ablated[0], run_hooked(model, layer, images, mask)), layer
         assert torch.equal(forward.intact(state), intact), layer
         assert not torch.equal(ablated[0], intact), layer
-        assert all(map(torch.equal, contents(state), before)), layer
+        assert all(map(torch.equal, get_tensors(state), before)), layer
     assert list(calls.values()).count(1) == cuts
 
 
@@ -95,22 +93,22 @@ def test_every_module_of_the_networks_is_bit_equal_to_a_hook(name, cuts):
     ],
 )
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_layouts_and_batches_of_cells(name, layer, memory_format):
-    model = network(name).to(memory_format=memory_format)
+def test_memory_formats_and_batches_of_cells(name, layer, memory_format):
+    model = build_network(name).to(memory_format=memory_format)
     images = torch.randn(3, 3, 32, 32).to(memory_format=memory_format)
-    forward = check(model, layer, images)
+    forward = check_cut(model, layer, images)
     sizes = []
     last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
     last.register_forward_hook(lambda _m, _i, out: sizes.append(len(out)))
     state = forward.prefix(images)
     assert state.activation.is_contiguous(memory_format=memory_format) or state.activation.ndim == 2
     sizes.clear()
-    forward.logits(state, labels_for(state, 5), 5, batch=HUGE)
-    assert sizes == ([] if layer == "" else [3, 15])  # intact, then all cells at once
+    forward.logits(state, make_labels(state, 5), 5, batch=HUGE)
+    assert sizes == ([] if layer == "" else [3, 15])  # intact, then all cells in one pass
 
 
-def test_one_object_takes_images_of_any_layout_and_number():
-    model = network("resnet50_small")
+def test_images_of_any_layout_and_number():
+    model = build_network("resnet50_small")
     forward = AblatedForward(model, "layer1.0.conv3")
     for images in (
         torch.randn(2, 3, 32, 32),
@@ -120,15 +118,15 @@ def test_one_object_takes_images_of_any_layout_and_number():
         torch.randn(1, 3, 32, 32).expand(3, -1, -1, -1),
     ):
         state = forward.prefix(images)
-        labels = labels_for(state, 2)
+        labels = make_labels(state, 2)
         got = forward.logits(state, labels)
         with torch.no_grad():
             assert torch.equal(forward.intact(state), model(images))
-        want = hooked(model, "layer1.0.conv3", images, labels == 1)
+        want = run_hooked(model, "layer1.0.conv3", images, labels == 1)
         torch.testing.assert_close(got[1], want)  # clone() closes gaps between images
 
 
-def test_stimuli_that_influence_each_other_keep_cells_apart():
+def test_one_cell_per_pass_if_images_influence_each_other():
     def centred(m, x):
         y = m.cut(m.a(x))
         return m.out(y - y.mean(0))
@@ -137,49 +135,49 @@ def test_stimuli_that_influence_each_other_keep_cells_apart():
         n = x.shape[0]
         return m.out(m.cut(m.a(x)).view(n, 4))
 
-    def skip_without_stimuli(m, x):
+    def skip_without_images(m, x):
         h = m.a(x)
         return m.out(m.cut(h) + h.mean(0, keepdim=True))
 
-    for run in (centred, captured_size, skip_without_stimuli):
-        forward = check(Net(run), "cut", torch.randn(5, 6))
+    for run in (centred, captured_size, skip_without_images):
+        forward = check_cut(Net(run), "cut", torch.randn(5, 6))
         state = forward.prefix(torch.randn(5, 6))
         cells = [0, 1, 2, 0]
-        apart = forward.logits(state, cells)
-        assert torch.equal(forward.logits(state, cells, batch=HUGE), apart)
+        one_by_one = forward.logits(state, cells)
+        assert torch.equal(forward.logits(state, cells, batch=HUGE), one_by_one)
 
 
-def test_cells_run_together_beside_values_of_any_kind():
+def test_several_cells_per_pass_with_shared_values():
     def run(m, x):
-        scale = m.place.exp()  # (1, 4), whatever the images
+        scale = m.place.exp()  # (1, 4), the same for all images
         h = m.a(x)
-        y = m.cut(h)  # h itself, but for the mask
+        y = m.cut(h)  # without the mask, h itself
         z = y * h * scale
         return m.out(m.relu(y) + z)
 
     model, rows = Net(run, nn.Dropout().eval()), []
-    forward = check(model, "cut", torch.randn(3, 6))
+    forward = check_cut(model, "cut", torch.randn(3, 6))
     model.out.register_forward_hook(lambda _m, _i, out: rows.append(len(out)))
     forward.logits(forward.prefix(torch.randn(3, 6)), [0, 1, 2, 3], batch=HUGE)
     assert rows == [3, 12]
 
 
-def test_values_are_dropped_when_nothing_needs_them():
+def test_values_are_freed_after_their_last_use():
     model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(7))).eval()
-    forward, made, gone = AblatedForward(model, "3"), {}, {}
+    forward, outputs, freed = AblatedForward(model, "3"), {}, {}
     forward.prefix(torch.randn(3, 6))
 
-    def look(i, out):
-        made[i] = weakref.ref(out)
-        gone[i] = i < 2 or made[i - 2]() is None
+    def record(i, out):
+        outputs[i] = weakref.ref(out)
+        freed[i] = i < 2 or outputs[i - 2]() is None
 
     for i, module in enumerate(model):
-        module.register_forward_hook(lambda _m, _i, out, i=i: look(i, out))
+        module.register_forward_hook(lambda _m, _i, out, i=i: record(i, out))
     forward.logits(forward.prefix(torch.randn(3, 6)), [0] * 6)
-    assert gone == {0: True, 1: True, 2: True, 3: True, 4: True, 5: False, 6: True}
+    assert freed == {0: True, 1: True, 2: True, 3: True, 4: True, 5: False, 6: True}
 
 
-def test_the_model_stays_as_it_is_and_its_new_weights_count():
+def test_model_is_unchanged_and_new_weights_are_used():
     def stores(m, x):
         m.stored = y = m.cut(m.a(x))
         return m.out(y * m.place.exp()) + m.weight[0, :3] * 2
@@ -191,49 +189,35 @@ def test_the_model_stays_as_it_is_and_its_new_weights_count():
     with torch.no_grad():
         model.place.fill_(0.5)
         model.weight.fill_(2)
-    assert torch.equal(forward.intact(forward.prefix(images)), plain(model, images))
+    assert torch.equal(forward.intact(forward.prefix(images)), run_plain(model, images))
 
 
-def test_a_module_has_all_its_names():
+def test_module_with_two_names():
     model = Net(skip)
     model.other = model.cut
-    check(model, "other", torch.randn(3, 6))
+    check_cut(model, "other", torch.randn(3, 6))
 
 
-def test_branches_on_buffers():
+def test_branch_on_a_buffer():
     def signed(m, x):
         y = m.cut(m.a(x))
         return m.out(y if m.place.sum() > 100 else -y)
 
-    check(Net(signed), "cut", torch.randn(3, 6))
+    check_cut(Net(signed), "cut", torch.randn(3, 6))
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (3, 0, 1, 2)])
-def test_copies_for_several_cells_keep_the_layout(order):
+def test_repeated_tensor_keeps_its_memory_order(order):
     t = torch.randn(2, 3, 4, 5).permute(order).contiguous()
-    t = t.permute([order.index(d) for d in range(4)])  # in memory, `order` goes from slow to fast
-    copies = tiled(t, 3)
+    t = t.permute([order.index(d) for d in range(4)])  # `order` is slowest to fastest in memory
+    copies = repeat_for_cells(t, 3)
     assert torch.equal(copies, torch.cat([t, t, t]))
     assert sorted(range(4), key=copies.stride, reverse=True) == list(order)
 
 
-def test_forward_is_imported_on_first_use():
-    code = """
-import sys
-import repsim_kernels as rk
-
-assert "forward" in dir(rk)
-loaded = {"torch", "repsim_kernels.forward"} & sys.modules.keys()
-assert not loaded, loaded
-assert rk.forward.AblatedForward.__module__.startswith("repsim_kernels.forward")
-assert rk.forward is sys.modules["repsim_kernels.forward"]
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 @pytest.fixture
-def counted():
-    """A cut of 20 units, 8 of them dead, and the numbers of rows that its tail runs on."""
+def small_cut():
+    """A cut of 20 units, 8 of them dead, and the number of rows of each pass of its tail."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 10), nn.Tanh()).eval()
     with torch.no_grad():
@@ -245,8 +229,8 @@ def counted():
     return forward, state, rows
 
 
-def test_cells_without_live_units_do_not_run(counted):
-    forward, state, rows = counted
+def test_cells_without_effect_are_not_run(small_cut):
+    forward, state, rows = small_cut
     cells = np.r_[[0] * 8, [1] * 6, [3] * 5, -1]  # cell 0 is dead, cells 2 and 4 are empty
     logits = forward.logits(state, cells, 5, batch=1)
     assert logits.shape == (5, 3, 10)
@@ -260,21 +244,21 @@ def test_cells_without_live_units_do_not_run(counted):
     assert torch.equal(forward.intact(state), logits[0])
 
 
-def test_cells_may_overlap(counted):
-    forward, state, _ = counted
+def test_cells_may_overlap(small_cut):
+    forward, state, _ = small_cut
     members = np.zeros((3, 20), bool)
     members[0], members[1, 8:], members[2, 10:12] = True, True, True
     logits = forward.logits(state, members)
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], forward.model[2:](torch.zeros(3, 20)).detach())
-    one = forward.logits(state, [0 if 10 <= i < 12 else -1 for i in range(20)])
-    assert torch.equal(logits[2:], one)
+    single = forward.logits(state, [0 if 10 <= i < 12 else -1 for i in range(20)])
+    assert torch.equal(logits[2:], single)
     assert forward.logits(state, members[:0]).shape == (0, 3, 10)
     assert forward.logits(state, [-1] * 20).shape == (0, 3, 10)
 
 
-def test_labels_of_any_kind(counted):
-    forward, state, _ = counted
+def test_array_types_of_labels(small_cut):
+    forward, state, _ = small_cut
     labels = np.arange(20, dtype=np.uint8) // 10
     want = forward.logits(state, labels)
     labels.flags.writeable = False
@@ -288,22 +272,22 @@ def test_labels_of_any_kind(counted):
     assert torch.equal(forward.logits(state, labels[::-1]), want.flip(0))
 
 
-def test_cells_run_together_as_memory_allows(counted):
-    forward, state, rows = counted
+def test_batches_fit_the_memory(small_cut):
+    forward, state, rows = small_cut
     cells = [i // 2 for i in range(20)]  # cells 4 to 9 run
     forward.intact(state)
-    # the masked activation and the linear layer's output are alive together
+    # The masked activation and the linear layer's output are alive together.
     each = 3 * (20 + 10) * 4
     want = forward.logits(state, cells, batch=1)
     for batch, memory, expected in [
         (1, None, [3] * 6),
         (4, None, [12, 6]),
-        (None, None, [18]),  # weights that so few rows would wait for
+        (None, None, [18]),  # so few rows leave the weights underused
         (HUGE, 4 * each - 1, [9, 9]),
         (HUGE, 4 * each, [12, 6]),
         (None, f"{4 * each / 1024}KiB", [12, 6]),
         (4, 2 * each, [6, 6, 6]),
-        (None, each - 1, [1, 2] * 6),  # not even one cell with all stimuli
+        (None, each - 1, [1, 2] * 6),  # less than one cell with all images
         (1, each / 3, [1] * 18),
         (None, 1, [1] * 18),
     ]:
@@ -312,8 +296,8 @@ def test_cells_run_together_as_memory_allows(counted):
         assert rows == expected
 
 
-def test_the_intact_pass_keeps_to_the_memory(counted):
-    forward, state, rows = counted
+def test_intact_pass_fits_the_memory(small_cut):
+    forward, state, rows = small_cut
     each = (20 + 10) * 4
     torch.testing.assert_close(
         forward.intact(state, memory=2 * each), forward.model[2:](state.activation).detach()
@@ -321,34 +305,34 @@ def test_the_intact_pass_keeps_to_the_memory(counted):
     assert rows == [1, 2, 3]
 
 
-def test_half_as_much_runs_together_where_memory_runs_out(counted, monkeypatch):
-    forward, state, rows = counted
+def test_batches_are_halved_when_memory_runs_out(small_cut, monkeypatch):
+    forward, state, rows = small_cut
     cells = [i // 2 for i in range(20)]
     want = forward.logits(state, cells, batch=1)
-    whole = passes.run_tail
+    run_tail = passes.run_tail
 
     def limited(state, cells=None, batch=None):
         if cells is not None and len(cells.ids) * (batch.stop - batch.start) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(state, cells, batch)
+        return run_tail(state, cells, batch)
 
     monkeypatch.setattr(passes, "run_tail", limited)
     rows.clear()
-    with pytest.warns(OutOfMemoryWarning, match="with 18 cells x images together"):
+    with pytest.warns(OutOfMemoryWarning, match="with 18 cells x images in one pass"):
         got = forward.logits(state, cells, batch=HUGE)
     torch.testing.assert_close(got, want)
-    assert rows == [3] * 6  # of 18, 9 and 4 rows the last fits: one cell
-    assert torch.equal(forward.logits(state, cells, batch=HUGE), got)  # said once
+    assert rows == [3] * 6  # 18 and 9 rows fail; 4 rows fit one cell
+    assert torch.equal(forward.logits(state, cells, batch=HUGE), got)  # without a second warning
     assert rows == [3] * 12
 
 
-def test_memory_that_is_never_enough(counted, monkeypatch):
-    def never(*_):
+def test_raises_when_one_image_does_not_fit(small_cut, monkeypatch):
+    def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    forward, state, _ = counted
+    forward, state, _ = small_cut
     forward.intact(state)
-    monkeypatch.setattr(passes, "run_tail", never)
+    monkeypatch.setattr(passes, "run_tail", fail)
     with (
         pytest.warns(OutOfMemoryWarning, match="with 3 cells x images"),
         pytest.raises(torch.OutOfMemoryError),
@@ -357,7 +341,7 @@ def test_memory_that_is_never_enough(counted, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_precisions(dtype):
+def test_dtypes(dtype):
     model = Net(skip).to(dtype)
     forward = AblatedForward(model, "cut")
     images = torch.randn(3, 6, dtype=dtype)
@@ -365,7 +349,7 @@ def test_other_precisions(dtype):
     for memory in (None, HUGE):
         logits = forward.logits(state, [0, 0, 1, -1], memory=memory)
         assert logits.dtype == dtype
-        want = hooked(model, "cut", images, torch.tensor([False, False, True, False]))
+        want = run_hooked(model, "cut", images, torch.tensor([False, False, True, False]))
         torch.testing.assert_close(logits[1], want)
 
 
@@ -391,9 +375,9 @@ def test_inference_mode_and_gradients_of_the_caller():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("layer", ["features.1", "features.6", "classifier.2"])
 def test_on_a_gpu(layer):
-    model, images = network("alexnet_small").cuda(), torch.randn(4, 3, 32, 32).cuda()
-    forward = check(model, layer, images)
+    model, images = build_network("alexnet_small").cuda(), torch.randn(4, 3, 32, 32).cuda()
+    forward = check_cut(model, layer, images)
     state = forward.prefix(images)
-    labels = labels_for(state, 5)
-    apart = forward.logits(state, labels.cuda(), 5, batch=1)
-    torch.testing.assert_close(forward.logits(state, labels, 5), apart, rtol=1e-3, atol=1e-3)
+    labels = make_labels(state, 5)
+    one_by_one = forward.logits(state, labels.cuda(), 5, batch=1)
+    torch.testing.assert_close(forward.logits(state, labels, 5), one_by_one, rtol=1e-3, atol=1e-3)

@@ -1,4 +1,4 @@
-"""What a cut network refuses, and how it says so."""
+"""Errors of networks, layers and arguments that a forward pass refuses."""
 
 import itertools
 
@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from _hook import Lambda, Net, by_fx, check, hooked, labels_for, plain
+from _hook import (
+    Lambda,
+    Net,
+    assert_refused,
+    check_cut,
+    is_traced_by_fx,
+    make_labels,
+    run_hooked,
+    run_plain,
+)
 from torch import Tensor, nn
 
 from repsim_kernels.errors import (
@@ -25,43 +34,39 @@ def skip(m, x):
     return m.out(m.cut(m.a(x)) + m.b(x))
 
 
-def no_layer(match, model, layer="cut"):
-    with pytest.raises(LayerError, match=match) as caught:
-        AblatedForward(model, layer).prefix(torch.randn(3, 6))
-    assert "\n" not in str(caught.value)
-
-
-def test_layers_that_cannot_be_cut():
+def test_uncuttable_layers():
     def twice(m, x):
         h = m.relu(m.a(x))
         return m.out(m.relu(m.cut(h) + h))
 
-    def by_forward(m, x):
+    def calls_forward_directly(m, x):
         return m.out(m.cut.forward(m.a(x)))
 
     def once(m, x):
         return m.out(m.cut(m.a(x)))
 
-    no_layer(r"'relu' is called 2 times \(on a; on add\); expected one call", Net(twice), "relu")
-    no_layer(
-        "'b' is never called, as torch.fx traces the model; expected one call", Net(twice), "b"
+    assert_refused(
+        r"'relu' is called 2 times \(on a; on add\); expected one call", Net(twice), "relu"
     )
-    no_layer("'cut' is never called", Net(by_forward))
-    no_layer("no module 'cuts'; expected one of cut", Net(once), "cuts")
-    no_layer(r"no module '123'; expected one of model.named_modules\(\)", Net(once), "123")
+    assert_refused(
+        "'b' is never called in torch.fx's trace of the model; expected one call", Net(twice), "b"
+    )
+    assert_refused("'cut' is never called", Net(calls_forward_directly))
+    assert_refused("no module 'cuts'; expected one of cut", Net(once), "cuts")
+    assert_refused(r"no module '123'; expected one of model.named_modules\(\)", Net(once), "123")
     pair = Lambda(lambda h: (h, h))
     pairs = Net(lambda m, x: m.out(m.cut(m.a(x))[0]), pair)
-    no_layer(r"'cut' gives tuple; expected a tensor \(n, …\)", pairs)
+    assert_refused(r"'cut' gives tuple; expected a tensor \(n, …\)", pairs)
     mean = Net(lambda m, x: m.out(m.cut(m.a(x)) + m.b(x)), Lambda(lambda h: h.mean(0)))
-    no_layer(r"'cut' gives a tensor \(4,\) for 2 images; expected \(n, …\)", mean)
+    assert_refused(r"'cut' gives a tensor \(4,\) for 2 images; expected \(n, …\)", mean)
 
 
-def test_models_that_cannot_be_cut():
+def test_uncuttable_models():
     def branching(m, x):
         y = m.cut(m.a(x))
         return m.out(y if y.sum() > 0 else -y)
 
-    def a_dict(m, x):
+    def gives_a_dict(m, x):
         return {"logits": m.out(m.cut(m.a(x)))}
 
     def random(m, x):
@@ -80,46 +85,48 @@ def test_models_that_cannot_be_cut():
         m.constant[:, 0] = y[0, 0]
         return m.out(y + m.constant)
 
-    def reads_the_layers_memory(m, x):
+    def reads_the_memory_of_the_layer(m, x):
         h = m.a(x)
         y = m.cut(h)
         y.add_(1)
         return m.out(h)
 
     both = r"torch.fx can't trace it: symbolically traced .*; torch.export can't either: "
-    no_layer(both, Net(branching))
-    no_layer(r"it gives dict; expected a tensor \(n, …\)", Net(a_dict))
-    no_layer("two passes of the same images differ; expected one without random", Net(random))
-    no_layer("two passes of the same images differ", Net(counting))
-    no_layer("a pass writes to its 'place'; expected none", Net(writes_a_buffer))
-    no_layer("a pass writes to its 'constant'; expected none", Net(writes_a_constant))
-    no_layer(
-        "a clone in place of the output of 'cut' changes what it gives; expected one which uses",
-        Net(reads_the_layers_memory, nn.ReLU(inplace=True)),
+    assert_refused(both, Net(branching))
+    assert_refused(r"it gives dict; expected a tensor \(n, …\)", Net(gives_a_dict))
+    assert_refused(
+        "two passes of the same images differ; expected a model without random", Net(random)
+    )
+    assert_refused("two passes of the same images differ", Net(counting))
+    assert_refused("a pass writes to its 'place'; expected a pass that", Net(writes_a_buffer))
+    assert_refused("a pass writes to its 'constant'; expected a pass that", Net(writes_a_constant))
+    assert_refused(
+        "replacing the output of 'cut' by a clone changes the model's output; expected",
+        Net(reads_the_memory_of_the_layer, nn.ReLU(inplace=True)),
     )
 
 
-def by_shape(m, x):
-    """What torch.fx can't trace, and torch.export can."""
+def branches_on_the_shape(m, x):
+    """A network that torch.export can trace, but torch.fx can't."""
     return skip(m, x) if len(x) > 1 else m.b(x)
 
 
-MACHINE = [MemoryError, torch.OutOfMemoryError, torch.AcceleratorError]
+TRANSIENT_ERRORS = [MemoryError, torch.OutOfMemoryError, torch.AcceleratorError]
 
 
-@pytest.mark.parametrize("error", MACHINE)
-@pytest.mark.parametrize(("run", "runs"), [(skip, 4), (by_shape, 7)])
-def test_errors_of_the_machine_are_not_the_models(error, run, runs):
-    """Whichever run of forward meets one, traces included: it is raised, and forgotten."""
+@pytest.mark.parametrize("error", TRANSIENT_ERRORS)
+@pytest.mark.parametrize(("run", "runs"), [(skip, 4), (branches_on_the_shape, 7)])
+def test_transient_errors_pass_through_and_are_not_cached(error, run, runs):
+    """An error in any run of forward, traces included, is raised; the next call works."""
     images = torch.randn(3, 6)
 
-    def prefix_of(forward):
+    def check_prefix(forward):
         state = forward.prefix(images)
-        assert by_fx(forward) == (run is skip)
-        labels = labels_for(state, 2)
+        assert is_traced_by_fx(forward) == (run is skip)
+        labels = make_labels(state, 2)
         logits = forward.logits(state, labels, 2, batch=1)
-        assert torch.equal(logits[0], hooked(forward.model, "cut", images, labels == 0))
-        assert torch.equal(forward.intact(state), plain(forward.model, images))
+        assert torch.equal(logits[0], run_hooked(forward.model, "cut", images, labels == 0))
+        assert torch.equal(forward.intact(state), run_plain(forward.model, images))
 
     for nth in range(runs):
         calls = itertools.count()
@@ -133,15 +140,15 @@ def test_errors_of_the_machine_are_not_the_models(error, run, runs):
         try:
             forward = AblatedForward(model, "cut")
         except error:
-            prefix_of(AblatedForward(model, "cut"))
+            check_prefix(AblatedForward(model, "cut"))
             continue
         with pytest.raises(error, match="broken"):
             forward.prefix(images)
-        prefix_of(forward)
+        check_prefix(forward)
 
 
-def tables(model):
-    """What is assigned to the modules of a model, by identity."""
+def list_attributes(model):
+    """The ids of everything assigned to the modules of a model."""
     return [
         {key: id(value) for key, value in table.items()}
         for m in model.modules()
@@ -149,7 +156,7 @@ def tables(model):
     ]
 
 
-def test_a_network_that_assigns_to_its_buffers_keeps_them():
+def test_assigned_buffers_are_restored_after_a_refusal():
     def counts(m, x):
         m.place = m.place + 1
         return skip(m, x) + m.place[:, :3]
@@ -165,20 +172,20 @@ def test_a_network_that_assigns_to_its_buffers_keeps_them():
 
     both = r"torch.fx can't trace it: symbolically traced .*; torch.export can't either: "
     for run, reason in (
-        (counts, "two passes of the same images differ; expected one without random"),
-        (adds, "a pass writes to its 'place'; expected none"),
+        (counts, "two passes of the same images differ; expected a model without random"),
+        (adds, "a pass writes to its 'place'; expected a pass that"),
         (branches, both),
     ):
         model = Net(run)
-        before = tables(model)
+        before = list_attributes(model)
         forward = AblatedForward(model, "cut")
-        assert tables(model) == before
+        assert list_attributes(model) == before
         with pytest.raises(LayerError, match=reason):
             forward.prefix(torch.randn(3, 6))
-        assert tables(model) == before
+        assert list_attributes(model) == before
 
 
-def test_what_a_network_stores_in_its_tables_is_put_back():
+def test_assigned_attributes_are_restored():
     def keeps(m, x):
         m.place = m.cut(m.a(x))
         return m.out(m.place)
@@ -193,20 +200,20 @@ def test_what_a_network_stores_in_its_tables_is_put_back():
 
     for run in (keeps, registers, adds_a_module, lambda m, x: keeps(m, x) if len(x) > 1 else x):
         model = Net(run)
-        before = tables(model)
+        before = list_attributes(model)
         forward = AblatedForward(model, "cut")
-        assert tables(model) == before
+        assert list_attributes(model) == before
         forward.prefix(torch.randn(3, 6))
-        assert tables(model) == before
-        check(model, "cut", torch.randn(3, 6))
+        assert list_attributes(model) == before
+        check_cut(model, "cut", torch.randn(3, 6))
         assert all(isinstance(t, Tensor) for t in model.buffers())
 
 
 def test_training_mode():
     model = Net(skip)
     model.drop.train()
-    no_layer("'drop' is in training mode; expected model.eval()", model)
-    no_layer("it is in training mode", model.train())
+    assert_refused("'drop' is in training mode; expected model.eval()", model)
+    assert_refused("it is in training mode", model.train())
     forward = AblatedForward(model.eval(), "cut")
     state = forward.prefix(torch.randn(3, 6))
     model.train()
@@ -219,7 +226,7 @@ def test_training_mode():
             call()
 
 
-def test_bad_arguments():
+def test_invalid_arguments():
     forward = AblatedForward(Net(skip), "cut")
     with pytest.raises(DtypeError, match=r"images: ndarray; expected a torch tensor"):
         forward.prefix(np.zeros((3, 6)))
@@ -252,20 +259,20 @@ def test_bad_arguments():
         with pytest.raises(OptionError, match=r"memory: .*; expected"):
             forward.logits(state, [0, 1, 2, 3], memory=memory)
     several = AblatedForward(forward.model, ["cut", "a"])
-    with pytest.raises(OptionError, match=r"layer: 2 of them; expected one, or prefixes\(\)"):
+    with pytest.raises(OptionError, match="this object has 2 layers; expected one"):
         several.prefix(torch.randn(3, 6))
     for call in (several.prefixes, several.costs):
         with pytest.raises(OptionError, match="layers: 'b'; expected one of 'cut', 'a'"):
             call(torch.randn(3, 6), ["b"])
         with pytest.raises(DtypeError, match="images: ndarray"):
             call(np.zeros((3, 6)))
-    with pytest.raises(LayerError, match=r"layer: .*; expected a name, or several"):
+    with pytest.raises(LayerError, match=r"layer: .*; expected a name or a sequence of names"):
         AblatedForward(forward.model, [])
     with pytest.raises(OptionError, match="state: made by another"):
         AblatedForward(forward.model, "cut").intact(state)
 
 
-ODD = [
+INVALID = [
     np.arange(10**4),
     torch.rand(5, 5),
     np.eye(2),
@@ -277,7 +284,7 @@ ODD = [
 ]
 
 
-def test_odd_arguments_are_refused_in_one_line():
+def test_errors_of_invalid_arguments_are_one_line():
     model, images = Net(skip), torch.randn(3, 6)
     forward = AblatedForward(model, ["a", "cut"])
     state = forward.prefixes(images)["cut"]
@@ -291,12 +298,12 @@ def test_odd_arguments_are_refused_in_one_line():
         "cells": lambda value: forward.logits(state, value),
         "n_cells": lambda value: forward.logits(state, cells, value),
         "batch": lambda value: forward.logits(state, cells, batch=value),
-        "memory": lambda value: forward.intact(state, memory="" if value is ODD[5] else value),
+        "memory": lambda value: forward.intact(state, memory="" if value is INVALID[5] else value),
     }.items():
-        for value in ODD:
-            with pytest.raises(RepsimError) as caught:
+        for value in INVALID:
+            with pytest.raises(RepsimError) as error:
                 call(value)
-            line = str(caught.value)
+            line = str(error.value)
             assert line.startswith(f"{name}: "), line
             assert len(line.splitlines()) == 1
             assert len(line) < 300
@@ -304,7 +311,7 @@ def test_odd_arguments_are_refused_in_one_line():
         forward.prefixes(images, "cut")
 
 
-def test_a_state_that_was_written_to_is_refused():
+def test_state_that_was_written_to():
     forward = AblatedForward(Net(skip), "cut")
     state = forward.prefix(torch.randn(3, 6))
     state.activation.zero_()

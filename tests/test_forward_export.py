@@ -1,8 +1,8 @@
-"""Networks that torch.fx can't trace and torch.export can: those with Python in their way."""
+"""Networks that torch.export can trace but torch.fx can't, because of Python control flow."""
 
 import pytest
 import torch
-from _hook import HUGE, Lambda, Net, check, hooked, labels_for, plain
+from _hook import HUGE, Lambda, Net, check_cut, make_labels, run_hooked, run_plain
 from torch import nn
 
 from repsim_kernels.errors import LayerError, OptionError
@@ -10,37 +10,37 @@ from repsim_kernels.forward import AblatedForward
 from repsim_kernels.forward.trace import Trace, Untraceable
 
 
-def a_length(m, x):
+def branches_on_the_length(m, x):
     y = m.cut(m.a(x))
     return m.out(y) if len(x) > 2 else m.out(-y) * 2
 
 
-def a_loop_over_sizes(m, x):
+def loops_over_a_size(m, x):
     y = m.cut(m.a(x))
     for i in range(x.shape[1]):
         y = torch.tanh(y + i)
     return m.out(y)
 
 
-def a_type(m, x):
+def checks_the_type(m, x):
     if not isinstance(x, torch.Tensor):
         raise TypeError("expected images")
     return m.out(m.relu(m.cut(m.a(x))))
 
 
-def a_shape(m, x):
+def checks_the_shape(m, x):
     if x.shape[1:] != (6,):
         raise ValueError("expected 6 features")
     return m.out(m.cut(m.a(x)))
 
 
-def a_list_of_stimuli(m, x):
+def iterates_over_images(m, x):
     h = m.a(x)
     rows = [row * (i + 1) for i, row in enumerate(m.cut(h) + h)]
     return m.out(torch.stack(rows))
 
 
-def a_skip_that_is_written(m, x):
+def writes_a_skip(m, x):
     assert len(x) > 1
     h = m.relu(m.a(x))
     h += m.cut(h)
@@ -48,7 +48,7 @@ def a_skip_that_is_written(m, x):
     return m.out(h)
 
 
-def a_skip_that_is_written_later(m, x):
+def writes_a_skip_later(m, x):
     assert len(x) > 1
     h = m.a(x)
     y = m.cut(h) * h
@@ -56,12 +56,12 @@ def a_skip_that_is_written_later(m, x):
     return m.out(y) + m.out(h)
 
 
-def weights_and_constants(m, x):
+def reads_weights_and_constants(m, x):
     h = m.cut(m.a(x)) * m.place.exp() if len(x) else x
     return m.out(h + m.constant) @ m.weight[:3, :3] + m.place[:, :3]
 
 
-def images_that_are_written(m, x):
+def writes_the_images(m, x):
     assert len(x) > 1
     y = m.cut(m.a(x))
     x[:, :4].mul_(y)
@@ -78,10 +78,10 @@ def untraceable(model, layer="cut"):
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
-def test_python_that_fx_cannot_follow(run):
+def test_python_that_fx_cannot_trace(run):
     model = untraceable(Net(run))
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    check(model, "cut", torch.randn(4, 6))
+    check_cut(model, "cut", torch.randn(4, 6))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert {type(m) for m in model.children()} == {nn.Linear, nn.ReLU, nn.Dropout}
     assert not any(m._forward_hooks for m in model.modules())
@@ -107,20 +107,20 @@ def test_layers_of_any_kind(layer, cut):
             raise TypeError("expected images")
         return m.out(m.cut(m.a(x)).repeat(1, 2)[:, :4])
 
-    check(untraceable(Net(run, cut.eval()), layer), layer, torch.randn(3, 6))
+    check_cut(untraceable(Net(run, cut.eval()), layer), layer, torch.randn(3, 6))
 
 
-def test_the_network_itself():
-    model, images = untraceable(Net(a_length), ["", "cut"]), torch.randn(3, 6)
+def test_cut_at_the_whole_network():
+    model, images = untraceable(Net(branches_on_the_length), ["", "cut"]), torch.randn(3, 6)
     forward = AblatedForward(model, ["", "cut"])
     state = forward.prefixes(images)[""]
     logits = forward.logits(state, [0, -1, 1])
-    assert torch.equal(logits[0, :, 1:], plain(model, images)[:, 1:])
+    assert torch.equal(logits[0, :, 1:], run_plain(model, images)[:, 1:])
     assert torch.equal(logits[0, :, 0], torch.zeros(3))
-    assert torch.equal(logits[1], hooked(model, "", images, torch.tensor([False, False, True])))
+    assert torch.equal(logits[1], run_hooked(model, "", images, torch.tensor([False, False, True])))
 
 
-def test_images_of_any_number_and_layout_are_exported_for():
+def test_export_for_each_shape_and_layout():
     def run(m, x):
         y = m.pool(m.cut(x))
         return m.out(y.flatten(1)) * (2 if len(x) > 2 and x.shape[2] > 5 else 3)
@@ -139,17 +139,17 @@ def test_images_of_any_number_and_layout_are_exported_for():
     ):
         states.append((images, forward.prefix(images)))
     for images, state in states:
-        labels = labels_for(state, 2)
+        labels = make_labels(state, 2)
         ablated = forward.logits(state, labels, batch=1)
-        assert torch.equal(forward.intact(state), plain(model, images))
-        torch.testing.assert_close(ablated[1], hooked(model, "cut.0", images, labels == 1))
+        assert torch.equal(forward.intact(state), run_plain(model, images))
+        torch.testing.assert_close(ablated[1], run_hooked(model, "cut.0", images, labels == 1))
     assert len(forward._cuts._exports) == 5
 
 
-def test_cells_run_together_where_they_may():
-    model, rows = Net(a_length), []
+def test_several_cells_per_pass():
+    model, rows = Net(branches_on_the_length), []
     forward = AblatedForward(model, "cut")
-    state = forward.prefix(torch.randn(4, 6))  # 4 stimuli, of which fewer would take the branch
+    state = forward.prefix(torch.randn(4, 6))  # fewer images would take the other branch
     run = forward._cuts.find("cut", torch.randn(4, 6)).trace.run
     want = forward.logits(state, [0, 1, 2, 3], batch=1)
     state._trace.run = lambda node, values: rows.append(len(out := run(node, values))) or out
@@ -161,16 +161,16 @@ def test_cells_run_together_where_they_may():
         assert max(rows) == expected
 
 
-def test_a_size_that_is_fixed_keeps_cells_apart():
+def test_one_cell_per_pass_with_a_fixed_size():
     def run(m, x):
         return m.out(m.cut(m.a(x)).view(len(x), 2, 2).mean(1).repeat(1, 2))
 
-    forward = check(untraceable(Net(run)), "cut", torch.randn(3, 6))
+    forward = check_cut(untraceable(Net(run)), "cut", torch.randn(3, 6))
     assert not forward._cuts.find("cut", torch.randn(3, 6)).split.batchable
 
 
-def test_new_weights_count():
-    model, images = untraceable(Net(weights_and_constants)), torch.randn(3, 6)
+def test_new_weights_are_used():
+    model, images = untraceable(Net(reads_weights_and_constants)), torch.randn(3, 6)
     forward, labels = AblatedForward(model, "cut"), torch.tensor([0, 1, 0, 1])
     old = forward.intact(forward.prefix(images))
     with torch.no_grad():
@@ -179,19 +179,19 @@ def test_new_weights_count():
         model.place.fill_(0.5)
         model.constant.fill_(3)
     state = forward.prefix(images)
-    assert not torch.allclose(old, plain(model, images))
-    assert torch.equal(forward.intact(state), plain(model, images))
-    want = hooked(model, "cut", images, labels == 1)
+    assert not torch.allclose(old, run_plain(model, images))
+    assert torch.equal(forward.intact(state), run_plain(model, images))
+    want = run_hooked(model, "cut", images, labels == 1)
     assert torch.equal(forward.logits(state, labels, batch=1)[1], want)
     weights = {k: torch.randn_like(v) for k, v in model.state_dict().items()}
     model.load_state_dict(weights)
-    assert torch.equal(forward.intact(forward.prefix(images)), plain(model, images))
+    assert torch.equal(forward.intact(forward.prefix(images)), run_plain(model, images))
     model.double()
     images = images.double()
-    assert torch.equal(forward.intact(forward.prefix(images)), plain(model, images))
+    assert torch.equal(forward.intact(forward.prefix(images)), run_plain(model, images))
 
 
-def test_several_sites():
+def test_several_layers():
     def run(m, x):
         h = m.relu(m.a(x))
         return m.out(m.cut(h) + h) if len(x) > 2 else m.out(h)
@@ -199,41 +199,41 @@ def test_several_sites():
     cut = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))
     layers = ["", "out", "a", "cut", "cut.0", "relu"]
     model, images = untraceable(Net(run, cut), layers), torch.randn(3, 6)
-    forward, exported = AblatedForward(model, layers), images.clone()
+    forward, original = AblatedForward(model, layers), images.clone()
     states = forward.prefixes(images)
     assert list(states) == layers
     assert len(forward._cuts._exports) == 1
     for name in (*layers, *reversed(layers)):
         state = states[name]
-        labels = labels_for(state, 2)
+        labels = make_labels(state, 2)
         ablated = forward.logits(state, labels, batch=1)
-        assert torch.equal(ablated[1], hooked(model, name, images, labels == 1)), name
-        assert torch.equal(forward.intact(state), plain(model, images)), name
+        assert torch.equal(ablated[1], run_hooked(model, name, images, labels == 1)), name
+        assert torch.equal(forward.intact(state), run_plain(model, images)), name
         (alone,) = AblatedForward(model, [name]).prefixes(images).values()
         assert torch.equal(state.activation, alone.activation), name
-    assert torch.equal(images, exported)
+    assert torch.equal(images, original)
     with pytest.raises(LayerError, match="'cut' is never called"):
-        forward.prefixes(images[:2])  # by another branch
+        forward.prefixes(images[:2])  # these take the other branch
     assert list(forward.prefixes(images * 2, ["cut"])) == ["cut"]
     with pytest.raises(OptionError, match="layers: 'b'; expected one of"):
         forward.prefixes(images, ["b"])
 
 
-def refused(match, model, layer="cut"):
+def assert_export_refused(match, model, layer="cut"):
     forward = AblatedForward(untraceable(model, layer), layer)
-    with pytest.raises(LayerError, match=match) as caught:
+    with pytest.raises(LayerError, match=match) as error:
         forward.prefix(torch.randn(3, 6))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
-def test_layers_that_cannot_be_cut():
+def test_uncuttable_layers():
     def twice(m, x):
         return m.out(m.cut(m.cut(m.a(x)))) if len(x) else x
 
-    def in_another_branch(m, x):
+    def in_the_other_branch(m, x):
         return m.out(m.a(x) if len(x) < 9 else m.cut(m.a(x)))
 
-    def a_pair(m, x):
+    def gives_a_pair(m, x):
         left, right = m.cut(m.a(x))
         return m.out(left + right) if len(x) else x
 
@@ -241,28 +241,36 @@ def test_layers_that_cannot_be_cut():
         h = m.a(x) if len(x) else x
         return m.out(m.cut(h) + h)
 
-    refused(r"'cut' is called 2 times \(on linear.*; on linear.*\); expected one", Net(twice))
-    refused("'cut' is never called; expected one call in a pass", Net(in_another_branch))
+    assert_export_refused(
+        r"'cut' is called 2 times \(on linear.*; on linear.*\); expected one", Net(twice)
+    )
+    assert_export_refused(
+        "'cut' is never called; expected one call in a pass", Net(in_the_other_branch)
+    )
     pair = Lambda(lambda h: (h * 2, h + 1))
-    refused(r"'cut' gives tuple; expected a tensor \(n, …\)", Net(a_pair, pair))
-    # An exported network has one name for a value and what is written over it.
-    refused("cut at 'cut' it differs from a whole", Net(shares_memory, nn.ReLU(inplace=True)))
+    assert_export_refused(r"'cut' gives tuple; expected a tensor \(n, …\)", Net(gives_a_pair, pair))
+    # torch.export uses one name for a value and what is later written over it.
+    assert_export_refused(
+        "cut at 'cut', it differs from a whole", Net(shares_memory, nn.ReLU(inplace=True))
+    )
 
 
-def test_a_pair_of_which_one_is_used():
-    def one_of_a_pair(m, x):
+def test_layer_with_one_used_output():
+    def uses_one_of_a_pair(m, x):
         return m.out(m.cut(m.a(x))[0]) if len(x) else x
 
     pair = Lambda(lambda h: (h * 2, h + 1))
-    refused(r"'cut' gives .*; expected a tensor \(n, …\)", Net(one_of_a_pair, pair))
+    assert_export_refused(
+        r"'cut' gives .*; expected a tensor \(n, …\)", Net(uses_one_of_a_pair, pair)
+    )
 
 
-def test_models_that_cannot_be_cut():
+def test_uncuttable_models():
     def branching(m, x):
         y = m.cut(m.a(x))
         return m.out(y if y.sum() > 0 else -y)
 
-    def a_dict(m, x):
+    def gives_a_dict(m, x):
         return {"logits": m.out(m.cut(m.a(x)))} if len(x) else x
 
     def random(m, x):
@@ -278,20 +286,26 @@ def test_models_that_cannot_be_cut():
         m.constant[:, 0] = y[0, 0]
         return m.out(y + m.constant)
 
-    def a_number_of_stimuli(m, x):
+    def averages_images(m, x):
         return m.out(m.cut(m.a(x))).mean(0)[:2] if len(x) else x
 
     both = r"^model: torch.fx can't trace it: symbolically traced variables.*; torch.export can't"
-    refused(f"{both} either: ", Net(branching))
-    refused(r"it gives (dict|tuple); expected a tensor \(n, …\)", Net(a_dict))
-    refused("two passes of the same images differ; expected one without random", Net(random))
-    refused("a pass writes to its 'place'; expected none", Net(writes_a_buffer))
-    refused("a pass writes to its 'constant'; expected none", Net(writes_a_constant))
-    refused(r"it gives a tensor \(2,\) for 3 images", Net(a_number_of_stimuli))
+    assert_export_refused(f"{both} either: ", Net(branching))
+    assert_export_refused(r"it gives (dict|tuple); expected a tensor \(n, …\)", Net(gives_a_dict))
+    assert_export_refused(
+        "two passes of the same images differ; expected a model without random", Net(random)
+    )
+    assert_export_refused(
+        "a pass writes to its 'place'; expected a pass that", Net(writes_a_buffer)
+    )
+    assert_export_refused(
+        "a pass writes to its 'constant'; expected a pass that", Net(writes_a_constant)
+    )
+    assert_export_refused(r"it gives a tensor \(2,\) for 3 images", Net(averages_images))
 
 
 def test_training_mode():
-    model = untraceable(Net(a_length))
+    model = untraceable(Net(branches_on_the_length))
     model.drop.train()
     with pytest.raises(LayerError, match="'drop' is in training mode"):
         AblatedForward(model, "cut")

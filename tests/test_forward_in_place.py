@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from _hook import Lambda, Net, check, hooked, plain
+from _hook import Lambda, Net, check_cut, run_hooked, run_plain
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -135,7 +135,7 @@ def nothing_comes_of_it(m, x):
 def test_writes_in_place(run):
     model = Net(run)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    check(model, "cut", torch.randn(4, 6) * torch.tensor([1, 1, 1, 99])[:, None])
+    check_cut(model, "cut", torch.randn(4, 6) * torch.tensor([1, 1, 1, 99])[:, None])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert model.relu.inplace
     assert not any(m._forward_hooks for m in model.modules())
@@ -160,14 +160,14 @@ def test_layers_whose_output_is_laid_out_otherwise_or_shared(cut):
         h = m.a(x)
         return m.out(m.cut(h).repeat(1, 2)[:, :4]) * m.out(h)
 
-    check(Net(run, cut.eval()), "cut", torch.randn(3, 6))
+    check_cut(Net(run, cut.eval()), "cut", torch.randn(3, 6))
 
 
 @pytest.mark.parametrize("cut", [nn.Identity(), nn.ReLU(inplace=True)], ids=["identity", "relu_"])
 def test_a_cut_at_the_images(cut):
     images, cells = torch.randn(3, 6), [0, 0, 0, 1, 1, 1]
     model = nn.Sequential(cut, nn.ReLU(inplace=True), nn.Linear(6, 2)).eval()
-    forward = check(model, "0", images)
+    forward = check_cut(model, "0", images)
     state = forward.prefix(images)
     want = forward.logits(state, cells)
     images.zero_()  # they are the caller's
@@ -194,7 +194,7 @@ def test_memory_that_is_shared_in_one_layout_only():
         x = images.to(memory_format=layout)
         model.to(memory_format=layout)
         ablated = forward.logits(forward.prefix(x), [0, 1] * 6)
-        assert torch.equal(ablated[1], hooked(model, "cut", x, torch.tensor([False, True] * 6)))
+        assert torch.equal(ablated[1], run_hooked(model, "cut", x, torch.tensor([False, True] * 6)))
 
 
 def test_an_output_with_memory_of_its_own_is_not_copied():
@@ -280,8 +280,8 @@ cuts = st.sampled_from([nn.Linear(4, 4), nn.Identity(), nn.ReLU(inplace=True)])
 def test_random_programs(before, after, cut):
     torch.manual_seed(4)
     model, images = Program(before, after, cut), torch.randn(2, 4)
-    if torch.equal(plain(model, images), hooked(model, "cut", images)):
-        check(model, "cut", images, n_cells=2)
+    if torch.equal(run_plain(model, images), run_hooked(model, "cut", images)):
+        check_cut(model, "cut", images, n_cells=2)
     else:  # under a hook that returns a clone it is another network: others read that memory
-        with pytest.raises(LayerError, match="a clone in place of the output of 'cut' changes"):
+        with pytest.raises(LayerError, match="replacing the output of 'cut' by a clone changes"):
             AblatedForward(model, "cut").prefix(images)

@@ -1,10 +1,10 @@
-"""Networks with tensors that aren't dense, layers without units, and mixed precisions."""
+"""Networks with tensors that are not dense, layers without units, and mixed dtypes."""
 
 import itertools
 
 import pytest
 import torch
-from _hook import Lambda, Net, check
+from _hook import Lambda, Net, check_cut
 from torch import nn
 from torch.utils import mkldnn
 
@@ -13,40 +13,40 @@ from repsim_kernels.errors import LayerError
 from repsim_kernels.forward import AblatedForward
 
 
-def by_mkldnn(m, x):
+def through_mkldnn(m, x):
     return m.out(m.inner(m.cut(m.a(x)).to_mkldnn()).to_dense())
 
 
-def by_coo(m, x):
+def through_coo(m, x):
     return torch.sparse.mm(m.cut(m.a(x)).relu().to_sparse(), m.out.weight.mT)
 
 
-def by_csr(m, x):
+def through_csr(m, x):
     return m.cut(m.a(x)).relu().to_sparse_csr() @ m.out.weight.mT
 
 
-def and_back(m, x):
+def through_coo_and_back(m, x):
     return m.out(m.cut(m.a(x)).relu().to_sparse().to_dense())
 
 
-def in_the_head(m, x):
+def coo_in_the_head(m, x):
     return m.out(m.cut(m.a(x.relu().to_sparse().to_dense())))
 
 
-def across(m, x):
-    """A sparse value that the tail takes from the head."""
+def coo_from_head_to_tail(m, x):
+    """The tail reads a sparse value of the head."""
     side = m.b(x).relu().to_sparse()
     return m.out(m.cut(m.a(x)) + side.to_dense())
 
 
-def by_buffer(m, x):
+def coo_buffer(m, x):
     return m.out(torch.sparse.mm(m.table, m.cut(m.a(x)).mT).mT)
 
 
-def network(run, cut=None):
+def build_network(run, cut=None):
     torch.manual_seed(0)
     model = Net(run, cut)
-    if run is by_mkldnn:
+    if run is through_mkldnn:
         model.inner = mkldnn.to_mkldnn(nn.Linear(4, 4).eval())
     model.register_buffer("table", torch.randn(4, 4).relu().to_sparse())
     return model.eval()
@@ -55,10 +55,19 @@ def network(run, cut=None):
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # by to_mkldnn
 @pytest.mark.parametrize(
-    "run", [by_mkldnn, by_coo, by_csr, and_back, in_the_head, across, by_buffer]
+    "run",
+    [
+        through_mkldnn,
+        through_coo,
+        through_csr,
+        through_coo_and_back,
+        coo_in_the_head,
+        coo_from_head_to_tail,
+        coo_buffer,
+    ],
 )
-def test_layouts_on_the_way(run):
-    check(network(run), "cut", torch.randn(5, 6))
+def test_layouts_within_the_network(run):
+    check_cut(build_network(run), "cut", torch.randn(5, 6))
 
 
 @pytest.mark.parametrize(
@@ -82,15 +91,15 @@ def test_layouts_on_the_way(run):
     ],
     ids=["sparse layer", "MKL-DNN layer", "sparse output"],
 )
-def test_what_is_cut_or_given_is_dense(run, cut, match):
-    with pytest.raises(LayerError, match=match) as caught:
-        AblatedForward(network(run, Lambda(cut)), "cut").prefix(torch.randn(5, 6))
-    assert len(str(caught.value).splitlines()) == 1
+def test_layer_and_output_must_be_dense(run, cut, match):
+    with pytest.raises(LayerError, match=match) as error:
+        AblatedForward(build_network(run, Lambda(cut)), "cut").prefix(torch.randn(5, 6))
+    assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_images_are_dense():
-    forward = AblatedForward(network(and_back), "cut")
+def test_images_must_be_dense():
+    forward = AblatedForward(build_network(through_coo_and_back), "cut")
     nested = torch.nested.nested_tensor([torch.randn(6)] * 3)
     for images, match in (
         (torch.randn(5, 6).to_sparse(), r"images: a tensor of layout torch\.sparse_coo; expected"),
@@ -111,11 +120,11 @@ def test_layers_without_units():
             AblatedForward(model, layer).prefix(torch.randn(5, 6))
 
 
-def test_networks_of_two_precisions():
+def test_networks_with_two_dtypes():
     torch.manual_seed(0)
     model = Net(lambda m, x: m.out(m.cut(m.a(x)).double())).eval()
     model.out.double()
-    check(model, "cut", torch.randn(5, 6))
+    check_cut(model, "cut", torch.randn(5, 6))
     broken = Net(lambda m, x: m.out(m.cut(m.a(x)))).eval()
     broken.out.double()
     match = "float32 of shape .*, with parameters of float32 and float64: "
@@ -124,32 +133,32 @@ def test_networks_of_two_precisions():
 
 
 class Padded(nn.Module):
-    """An encoder whose last two tokens are padding, which fx can trace or only export can."""
+    """An encoder with two padding tokens; `traceable` is whether fx can trace it."""
 
-    def __init__(self, nested, by_fx):
+    def __init__(self, nested, traceable):
         super().__init__()
         layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
-        self.out, self.by_fx = nn.Linear(8, 3), by_fx
+        self.out, self.traceable = nn.Linear(8, 3), traceable
         self.register_buffer("padding", torch.arange(5)[None] > 2)
 
     def forward(self, x):
-        n = x.shape[0] if self.by_fx else len(x)
+        n = x.shape[0] if self.traceable else len(x)
         mask = self.padding.expand(n, -1)
         return self.out(self.encoder(x, src_key_padding_mask=mask).mean(1))
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-@pytest.mark.parametrize("by_fx", [True, False])
+@pytest.mark.parametrize("traceable", [True, False])
 @pytest.mark.parametrize("layer", ["encoder", "encoder.layers.0", "encoder.layers.1.linear1"])
 @pytest.mark.parametrize("nested", [True, False])
-def test_encoders_with_padding(nested, layer, by_fx):
+def test_encoders_with_padding(nested, layer, traceable):
     torch.manual_seed(0)
-    model, images = Padded(nested, by_fx).eval(), torch.randn(4, 5, 8)
+    model, images = Padded(nested, traceable).eval(), torch.randn(4, 5, 8)
     forward = AblatedForward(model, layer)
-    if nested and not (by_fx and layer == "encoder"):
+    if nested and not (traceable and layer == "encoder"):
         match = "differs from a whole pass" if layer == "encoder" else "gives a nested tensor"
-        with pytest.raises(LayerError, match=f"{match}; .* with enable_nested_tensor=False$"):
+        with pytest.raises(LayerError, match=f"{match}; .* pass enable_nested_tensor=False$"):
             forward.prefix(images)
         return
     state = forward.prefix(images)
@@ -164,7 +173,7 @@ def test_encoders_with_padding(nested, layer, by_fx):
         handle.remove()
 
 
-def test_a_cut_that_raises_is_not_said_to_differ():
+def test_message_when_the_trace_raises():
     class Shifty(nn.Module):
         def forward(self, x):
             if isinstance(x, torch.fx.Proxy) or torch.compiler.is_exporting():
@@ -173,6 +182,6 @@ def test_a_cut_that_raises_is_not_said_to_differ():
 
     model = Net(lambda m, x: m.out(m.inner(m.cut(m.a(x)))))
     model.inner = Shifty()
-    match = r"model: cut at 'cut' it raises what a whole pass doesn't \(.*\) where torch\.fx traces"
+    match = r"cut at 'cut', its torch\.fx trace raises an error that a whole pass doesn't \(.*\); "
     with pytest.raises(LayerError, match=match):
         AblatedForward(model.eval(), "cut").prefix(torch.randn(5, 6))

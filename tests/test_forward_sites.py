@@ -7,10 +7,10 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from _hook import HUGE, Lambda, Net, contents, hooked, labels_for, plain
+from _hook import HUGE, Lambda, Net, get_tensors, make_labels, run_hooked, run_plain
 from hypothesis import given
 from hypothesis import strategies as st
-from test_forward import calls_of, network
+from test_forward import build_network, count_calls
 from test_forward_in_place import Program, head_writes_after_the_cut, step
 from torch import nn
 
@@ -23,13 +23,13 @@ def outputs_of(model, layers, images):
     found = {}
 
     def keep(name, out):
-        found[name] = passes.copied(out)  # with its strides
+        found[name] = passes.copy_with_strides(out)  # with its strides
 
     handles = [
         model.get_submodule(name).register_forward_hook(lambda _m, _i, out, n=name: keep(n, out))
         for name in layers
     ]
-    plain(model, images)
+    run_plain(model, images)
     for handle in handles:
         handle.remove()
     return found
@@ -37,15 +37,15 @@ def outputs_of(model, layers, images):
 
 def check_states(model, states, images, order=None):
     """Each state against whole passes under a hook, in an order, and again."""
-    outputs, intact = outputs_of(model, states, images), plain(model, images)
+    outputs, intact = outputs_of(model, states, images), run_plain(model, images)
     for name in [*(order or states), *reversed(states)]:
         state = states[name]
         assert state.layer == name
         assert torch.equal(state.activation, outputs[name]), name
         assert state.activation.stride() == outputs[name].stride(), name
-        mask = labels_for(state, 2) == 0
+        mask = make_labels(state, 2) == 0
         ablated = state._owner.logits(state, mask[None], batch=1)
-        assert torch.equal(ablated[0], hooked(model, name, images, mask)), name
+        assert torch.equal(ablated[0], run_hooked(model, name, images, mask)), name
         assert torch.equal(state._owner.intact(state), intact), name
 
 
@@ -54,14 +54,14 @@ def check_prefixes(model, layers, images, order=None):
     forward, given = AblatedForward(model, layers), images.clone()
     states = forward.prefixes(images)
     assert list(states) == list(layers)
-    before = {name: [t.clone() for t in contents(state)] for name, state in states.items()}
+    before = {name: [t.clone() for t in get_tensors(state)] for name, state in states.items()}
     other = images * 3
     others = forward.prefixes(other, layers[::-1])  # a later pass leaves the first one's states
     check_states(model, states, images, order)
     check_states(model, others, other, order)
     assert torch.equal(images, given)
     for name, state in states.items():
-        assert all(map(torch.equal, contents(state), before[name])), name
+        assert all(map(torch.equal, get_tensors(state), before[name])), name
     return states
 
 
@@ -106,9 +106,10 @@ kinds = st.sampled_from(["linear", "relu_", "identity", "view"])
 def test_random_programs_cut_at_many_sites(parts, kinds, order):
     torch.manual_seed(4)
     model, images = Sites(parts, kinds), torch.randn(2, 4)
-    intact = plain(model, images)
-    # Elsewhere a hook that returns a clone makes another network, of which test_random_programs is.
-    sites = [x for x in SITES if torch.equal(hooked(model, x, images), intact)]
+    intact = run_plain(model, images)
+    # At the other sites a hook that returns a clone changes the network; test_random_programs
+    # covers those.
+    sites = [x for x in SITES if torch.equal(run_hooked(model, x, images), intact)]
     if sites:
         check_prefixes(model, sites, images, [x for x in order if x in sites])
 
@@ -143,15 +144,15 @@ def a_value_without_images(m, x):
 )
 def test_states_are_those_of_each_layer_alone(run):
     model, images = Net(run), torch.randn(3, 6)
-    layers = [name for name, times in calls_of(model, images).items() if times == 1]
+    layers = [name for name, times in count_calls(model, images).items() if times == 1]
     states = check_prefixes(model, layers, images)
     for name, state in states.items():
         forward = AblatedForward(model, name)
         alone = forward.prefix(images)
-        assert len(contents(alone)) == len(contents(state))
-        assert all(map(torch.equal, contents(alone), contents(state)))
-        assert [t.stride() for t in contents(alone)] == [t.stride() for t in contents(state)]
-        labels = labels_for(state, 3)
+        assert len(get_tensors(alone)) == len(get_tensors(state))
+        assert all(map(torch.equal, get_tensors(alone), get_tensors(state)))
+        assert [t.stride() for t in get_tensors(alone)] == [t.stride() for t in get_tensors(state)]
+        labels = make_labels(state, 3)
         want = forward.logits(alone, labels, 3, batch=1)
         assert torch.equal(state._owner.logits(state, labels, 3, batch=1), want)
         want = forward.logits(alone, labels, 3, batch=HUGE)
@@ -159,9 +160,9 @@ def test_states_are_those_of_each_layer_alone(run):
 
 
 def check_network(name, start, every, memory_format):
-    model = network(name).to(memory_format=memory_format)
+    model = build_network(name).to(memory_format=memory_format)
     images = torch.randn(2, 3, 32, 32).to(memory_format=memory_format)
-    sites = [layer for layer, times in calls_of(model, images).items() if times == 1]
+    sites = [layer for layer, times in count_calls(model, images).items() if times == 1]
     states = AblatedForward(model, sites[start::every]).prefixes(images)
     assert len(states) == len(range(start, len(sites), every))
     check_states(model, states, images)
@@ -205,7 +206,7 @@ def test_a_pass_for_many_layers_is_one():
     assert list(forward.prefixes(images, ["cut", "out", "cut"])) == ["cut", "out"]
     assert forward.prefixes(images, []) == {}
     calls.clear()
-    want = plain(model, images)
+    want = run_plain(model, images)
     calls.clear()
     assert all(torch.equal(forward.intact(state), want) for state in states.values())
     assert calls == []
@@ -242,7 +243,7 @@ def test_layers_beside_one_whose_cells_keep_apart():
 
     model, images = Net(shared), torch.randn(3, 6)
     states = check_prefixes(model, ["a", "cut"], images)
-    assert [state._split.apart for state in states.values()] == [True, False]
+    assert [state._split.no_shared_memory for state in states.values()] == [True, False]
 
 
 def convolutions(channels=5, side=6):
@@ -288,8 +289,8 @@ def test_a_moved_state_is_as_before(name):
     model, layer, images = layout(name)
     forward = AblatedForward(model, [layer])
     for state in (forward.prefix(images), *forward.prefixes(images).values()):
-        kept, rows = passes.copied(state.activation), buffer_for(state)
-        labels = labels_for(state, 3)
+        kept, rows = passes.copy_with_strides(state.activation), buffer_for(state)
+        labels = make_labels(state, 3)
         state.move(rows[:-1])
         assert torch.equal(rows[:-1], kept.flatten(1))
         assert rows[-1].isnan().all()
@@ -298,8 +299,8 @@ def test_a_moved_state_is_as_before(name):
             assert state.activation.stride() == kept.stride()
             ablated = forward.logits(state, labels, 3, batch=1)
             for c in range(3):
-                assert torch.equal(ablated[c], hooked(model, layer, images, labels == c))
-            assert torch.equal(forward.intact(state), plain(model, images))
+                assert torch.equal(ablated[c], run_hooked(model, layer, images, labels == c))
+            assert torch.equal(forward.intact(state), run_plain(model, images))
             for few in (1, HUGE):  # one stimulus at a time, and all
                 got = forward.logits(state, labels, 3, memory=few)
                 torch.testing.assert_close(got, ablated)
@@ -311,12 +312,12 @@ def test_a_state_that_moves_twice_keeps_its_layout(name):
     model, layer, images = layout(name)
     forward = AblatedForward(model, layer)
     state = forward.prefix(images)
-    kept, labels = passes.copied(state.activation), labels_for(state, 2)
+    kept, labels = passes.copy_with_strides(state.activation), make_labels(state, 2)
     for _ in range(2):
         state.move(buffer_for(state)[:-1])
     assert torch.equal(state.activation, kept)
     assert state.activation.stride() == kept.stride()
-    want = hooked(model, layer, images, labels == 1)
+    want = run_hooked(model, layer, images, labels == 1)
     assert torch.equal(forward.logits(state, labels, batch=1)[1], want)
 
 
@@ -333,7 +334,7 @@ def test_a_moved_state_lets_go_of_its_own_memory(name):
         assert old() is state.activation
     else:
         assert old() is None
-        assert state._kept.data_ptr() == rows.data_ptr()
+        assert state._data.data_ptr() == rows.data_ptr()
 
 
 @pytest.mark.parametrize("name", ["contiguous", "channels_last", "transposed"])
@@ -348,9 +349,9 @@ def test_states_of_several_batches_share_a_buffer(name):
         state.move(rows[row : row + len(state)])
         row += len(state)
         for moved, batch in zip(states[: i + 1], batches, strict=False):
-            mask = labels_for(moved, 2) == 0
+            mask = make_labels(moved, 2) == 0
             ablated = forward.logits(moved, mask[None], batch=1)
-            assert torch.equal(ablated[0], hooked(model, layer, batch, mask))
+            assert torch.equal(ablated[0], run_hooked(model, layer, batch, mask))
     assert torch.equal(rows[:-1], torch.cat(kept).flatten(1))
 
 
@@ -378,5 +379,5 @@ def test_an_activation_of_one_number_moves():
     kept, rows = copy.deepcopy(state.activation), torch.empty(3, 1)
     state.move(rows)
     assert torch.equal(rows[:, 0], kept)
-    want = hooked(model, "cut", images, torch.tensor([True]))
+    want = run_hooked(model, "cut", images, torch.tensor([True]))
     assert torch.equal(forward.logits(state, [0])[0], want)

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from _hook import by_fx, check, hooked, labels_for, plain, refused
+from _hook import assert_refused, check_cut, is_traced_by_fx, make_labels, run_hooked, run_plain
 from torch import nn
 
 from repsim_kernels.experiments import Study
@@ -69,9 +69,11 @@ ENCODERS = [
 def test_transformer_layers(build, path, place):
     layer = place if place[0] not in "01" else path.format(place)
     model, images = build(), torch.randn(5, 7, 6)
-    assert by_fx(check(model, layer, images))
+    assert is_traced_by_fx(check_cut(model, layer, images))
     # Otherwise the fast path had no part in this.
-    assert torch.equal(hooked(model, layer, images), plain(model, images)) == (place[0] not in "01")
+    assert torch.equal(run_hooked(model, layer, images), run_plain(model, images)) == (
+        place[0] not in "01"
+    )
 
 
 @pytest.mark.parametrize(("build", "path"), ENCODERS)
@@ -83,11 +85,11 @@ def test_transformer_layers_of_one_object(build, path):
     states = forward.prefixes(images)
     assert list(states) == layers
     for layer, state in states.items():
-        labels = labels_for(state, 2)
+        labels = make_labels(state, 2)
         ablated = forward.logits(state, labels, 2, batch=1)
         for c in range(2):
-            assert torch.equal(ablated[c], hooked(model, layer, images, labels == c)), layer
-        assert torch.equal(forward.intact(state), plain(model, images)), layer
+            assert torch.equal(ablated[c], run_hooked(model, layer, images, labels == c)), layer
+        assert torch.equal(forward.intact(state), run_plain(model, images)), layer
     assert forward.costs(images).keys() == states.keys()
 
 
@@ -95,7 +97,7 @@ def test_cells_without_effect_have_the_bits_of_a_hook():
     model, layer, images = Encoder(dead=8), "enc.layers.0.linear1", torch.randn(5, 7, 6)
     forward = AblatedForward(model, layer)
     state = forward.prefix(images)
-    same, fast = hooked(model, layer, images), plain(model, images)
+    same, fast = run_hooked(model, layer, images), run_plain(model, images)
     assert not torch.equal(same, fast)  # otherwise the next lines say nothing
     cells = torch.zeros(3, 7, 64, dtype=torch.bool)
     cells[1, :, :8] = True  # a dead cell, and two empty ones
@@ -127,5 +129,5 @@ def test_padding_that_makes_nested_tensors():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nested tensors are a prototype
         match = "layer: 'enc.layers.0.linear1' gives a nested tensor; .*enable_nested_tensor=False"
-        refused(match, Padded(), "enc.layers.0.linear1", images)
-        check(Padded(), "head", images)
+        assert_refused(match, Padded(), "enc.layers.0.linear1", images)
+        check_cut(Padded(), "head", images)

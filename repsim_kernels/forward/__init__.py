@@ -1,4 +1,4 @@
-"""The rest of a network after a layer, for many masks of that layer's activation."""
+"""Run a network with cells of a layer's units ablated, without rerunning it up to the layer."""
 
 from repsim_kernels.forward.cost import Cost
 from repsim_kernels.forward.engine import AblatedForward

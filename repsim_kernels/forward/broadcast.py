@@ -1,4 +1,4 @@
-"""Values that are the same for all cells, beside those of many cells that run together."""
+"""Operations on values of several cells, some of which are the same for all cells."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from repsim_kernels.forward.trace import Trace, Values
 
-# Element by element, of two operands; the first may be written to.
+# Element by element, with two operands; only the first may be written to.
 _ELEMENTWISE: frozenset[Any] = frozenset(
     {
         operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul,
@@ -21,36 +21,40 @@ _ELEMENTWISE: frozenset[Any] = frozenset(
 )  # fmt: skip
 
 
-def run(trace: Trace, node: fx.Node, values: Values, once: set[fx.Node], cells: int) -> Any:
-    """Run an operation for some cells; those of its arguments in `once` have no row for each.
+def run_for_cells(
+    trace: Trace, node: fx.Node, values: Values, shared: set[fx.Node], n_cells: int
+) -> Any:
+    """Run an operation for several cells at once.
 
-    A skip connection is added to the rows of every cell where it is; for another operation it is
-    copied for each, in `values`, and no longer in `once`.
+    Values have a row for each cell and image, (cells n, …), except those in `shared`, which have
+    one for each image, (n, …). An elementwise operation broadcasts a shared operand, such as a
+    skip connection. Any other operation needs it repeated for each cell: the repeated value goes
+    into `values`, and its node leaves `shared`.
     """
-    if once.isdisjoint(node.all_input_nodes):
+    if shared.isdisjoint(node.all_input_nodes):
         return trace.run(node, values)
     if node.op == "call_function" and node.target in _ELEMENTWISE and not node.kwargs:
         left, right = node.args
-        if isinstance(left, fx.Node) and isinstance(right, fx.Node) and left not in once:
-            rows, shared = values[left], values[right]
-            if isinstance(rows, Tensor) and rows.ndim == shared.ndim:
-                split = rows.unflatten(0, (cells, -1))
-                if split.shape[1:] == shared.shape:
+        if isinstance(left, fx.Node) and isinstance(right, fx.Node) and left not in shared:
+            rows, operand = values[left], values[right]
+            if isinstance(rows, Tensor) and rows.ndim == operand.ndim:
+                split = rows.unflatten(0, (n_cells, -1))
+                if split.shape[1:] == operand.shape:
                     with trace.apply_switches(node):
-                        result: Tensor = node.target(split, shared)  # type: ignore[operator]
+                        result: Tensor = node.target(split, operand)  # type: ignore[operator]
                     return result.flatten(0, 1)
     for x in node.all_input_nodes:
-        if x in once:
-            values[x] = tiled(values[x], cells)
-            once.discard(x)
+        if x in shared:
+            values[x] = repeat_for_cells(values[x], n_cells)
+            shared.discard(x)
     return trace.run(node, values)
 
 
-def tiled(t: Tensor, cells: int) -> Tensor:
-    """(cells n, …): the tensor once a cell, with its order of dimensions in memory."""
+def repeat_for_cells(t: Tensor, n_cells: int) -> Tensor:
+    """Copy a tensor (n, …) once for each cell: (cells n, …), in the same memory order."""
     strides = torch.empty_like(t, device="meta").stride()
     order = sorted(range(t.ndim), key=strides.__getitem__, reverse=True)
-    sizes = cells * len(t), *t.shape[1:]
+    sizes = n_cells * len(t), *t.shape[1:]
     out = t.new_empty([sizes[d] for d in order]).permute([order.index(d) for d in range(t.ndim)])
-    out.view(cells, *t.shape).copy_(t)
+    out.view(n_cells, *t.shape).copy_(t)
     return out

@@ -1,4 +1,4 @@
-"""What a network and its images must be before a layer of it can be ablated."""
+"""Checks of a network, its layers and its images."""
 
 from __future__ import annotations
 
@@ -14,36 +14,37 @@ from repsim_kernels.errors import DeviceError, DtypeError, LayerError, ShapeErro
 from repsim_kernels.forward.trace import is_within
 
 
-def layer_names(model: nn.Module, layer: str | Sequence[str]) -> tuple[str, ...]:
-    """The names of one or several layers, each once; LayerError for what the model hasn't."""
+def resolve_layers(model: nn.Module, layer: str | Sequence[str]) -> tuple[str, ...]:
+    """The names of one or several layers, without duplicates; LayerError if one is missing."""
     if not isinstance(model, nn.Module):
         raise LayerError(f"model: {_options.shown(model)}; expected a torch.nn.Module")
     names = (layer,) if isinstance(layer, str) else _options.items(layer)
     if not names or not all(isinstance(name, str) for name in names):
-        raise LayerError(f"layer: {_options.shown(layer)}; expected a name, or several")
+        raise LayerError(f"layer: {_options.shown(layer)}; expected a name or a sequence of names")
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in names:
         if name not in modules:
-            inside = [known for known in modules if known.endswith(f".{name}")]
-            near = ", ".join(inside[:3] or difflib.get_close_matches(name, modules))
-            near = f"one of {near or 'model.named_modules()'}"
-            what = f"the model has no module {_options.shown(name)}"
-            raise LayerError(f"layer: {what}; expected {near}")
-        _check_scripted(modules, name)
+            nested = [known for known in modules if known.endswith(f".{name}")]
+            similar = ", ".join(nested[:3] or difflib.get_close_matches(name, modules))
+            raise LayerError(
+                f"layer: the model has no module {_options.shown(name)}; "
+                f"expected one of {similar or 'model.named_modules()'}"
+            )
+        _check_not_scripted(modules, name)
     return tuple(dict.fromkeys(names))
 
 
 def check_images(model: nn.Module, images: Tensor) -> None:
-    """Check that images are a dense tensor (n, …) on the model's device, and the model in eval."""
+    """Check that images are a dense tensor (n, …) on the model's device, and `check_eval`."""
     if not isinstance(images, Tensor):
         raise DtypeError(f"images: {type(images).__name__}; expected a torch tensor")
     _arrays.check_dense(images, "images")
     _arrays.check_untransformed(images, "images")
     if images.ndim == 0 or len(images) == 0:
         raise ShapeError(f"images: shape {tuple(images.shape)}; expected (n, …) with n >= 1")
-    home = next((p.device for p in model.parameters()), images.device)
-    if images.device != home:
-        raise DeviceError(f"images: on {images.device}; expected the model's device, {home}")
+    device = next((p.device for p in model.parameters()), images.device)
+    if images.device != device:
+        raise DeviceError(f"images: on {images.device}; expected the model's device, {device}")
     if images.is_meta:
         raise DeviceError("images: on meta, which holds no values; expected another device")
     check_eval(model)
@@ -53,27 +54,27 @@ def check_eval(model: nn.Module) -> None:
     """Check that every module is in eval mode."""
     for name, module in model.named_modules():
         if module.training:
-            what = f"{name!r} is" if name else "it is"
-            raise LayerError(f"model: {what} in training mode; expected model.eval()")
+            module_name = repr(name) if name else "it"
+            raise LayerError(f"model: {module_name} is in training mode; expected model.eval()")
 
 
-def _check_scripted(modules: dict[str, nn.Module], layer: str) -> None:
+def _check_not_scripted(modules: dict[str, nn.Module], layer: str) -> None:
     for name, module in modules.items():
         if is_within(layer, name) and isinstance(module, torch.jit.ScriptModule):
-            what = f"module {name!r}" if name else "the model"
+            owner = f"module {name!r}" if name else "the model"
             raise LayerError(
-                f"layer: {layer!r} is TorchScript, as {what} was scripted or traced, which hides "
-                "its layers; pass the nn.Module that it was made from"
+                f"layer: {layer!r} is TorchScript, because {owner} was scripted or traced, which "
+                "hides its layers; pass the nn.Module that it was made from"
             )
 
 
 def check_tensors(model: nn.Module) -> None:
-    """Check that parameters and buffers have shapes and values, on one device."""
+    """Check that parameters and buffers have shapes and values, and are on one device."""
     for name, module in model.named_modules():
         if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
-            what = repr(name) if name else "it"
+            module_name, count = repr(name) if name else "it", len(module.device_ids)
             raise LayerError(
-                f"model: {what} is split over {len(module.device_ids)} devices by DataParallel; "
+                f"model: {module_name} is split over {count} devices by DataParallel; "
                 "pass its .module"
             )
     for name, t in [*model.named_parameters(), *model.named_buffers()]:

@@ -1,4 +1,4 @@
-"""PyTorch's switches: those that a network may set for a part of its forward pass, and our own."""
+"""PyTorch's switches: those a network sets in its forward pass, and those of this package."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
 class Switches(NamedTuple):
     """Switches that decide what an operation computes.
 
-    A trace has the operations of a forward pass without its ``with`` blocks: each operation carries
-    the switches that it ran under.
+    A trace has the operations of a forward pass without its ``with`` blocks, so each operation
+    carries the switches that it ran under.
     """
 
-    autocast: tuple[tuple[bool, torch.dtype], ...]  # for each of _DEVICES
-    attention: tuple[bool, ...]  # which of _ATTENTION scaled_dot_product_attention may use
-    dtype: torch.dtype  # of new tensors
+    autocast: tuple[tuple[bool, torch.dtype], ...]  # enabled and dtype, for each of _DEVICES
+    attention: tuple[bool, ...]  # whether scaled_dot_product_attention may use each of _ATTENTION
+    dtype: torch.dtype  # default dtype of new tensors
 
     def with_autocast(self, device: str, dtype: torch.dtype | None, enabled: bool) -> Switches:
         states = dict(zip(_DEVICES, self.autocast, strict=True))
@@ -32,32 +32,32 @@ class Switches(NamedTuple):
 
 
 def read_switches() -> Switches:
-    """The switches as they are now."""
+    """The current switches."""
     return Switches(
         autocast=tuple(
             (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _DEVICES
         ),
-        attention=tuple(_cuda(f"{name}_sdp_enabled")() for name in _ATTENTION),
+        attention=tuple(_get_cuda_function(f"{name}_sdp_enabled")() for name in _ATTENTION),
         dtype=torch.get_default_dtype(),
     )
 
 
 @contextmanager
-def set_switches(wanted: Switches) -> Iterator[None]:
-    """Set the switches that differ, and set them back."""
+def set_switches(switches: Switches) -> Iterator[None]:
+    """Set the switches that differ, and restore them on exit."""
     now = read_switches()
     with ExitStack() as stack:
-        for device, new, old in zip(_DEVICES, wanted.autocast, now.autocast, strict=True):
+        for device, new, old in zip(_DEVICES, switches.autocast, now.autocast, strict=True):
             if new != old:
                 enabled, dtype = new
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
-        for name, use, used in zip(_ATTENTION, wanted.attention, now.attention, strict=True):
+        for name, use, used in zip(_ATTENTION, switches.attention, now.attention, strict=True):
             if use != used:
-                stack.callback(_cuda(f"enable_{name}_sdp"), used)
-                _cuda(f"enable_{name}_sdp")(use)
-        if wanted.dtype != now.dtype:
+                stack.callback(_get_cuda_function(f"enable_{name}_sdp"), used)
+                _get_cuda_function(f"enable_{name}_sdp")(use)
+        if switches.dtype != now.dtype:
             stack.callback(torch.set_default_dtype, now.dtype)
-            torch.set_default_dtype(wanted.dtype)
+            torch.set_default_dtype(switches.dtype)
         yield
 
 
@@ -67,7 +67,7 @@ def run_eagerly() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))  # inference tensors don't count writes
         stack.enter_context(torch.no_grad())
-        if "torch._dynamo" in sys.modules:  # nothing is compiled without it, and it loads slowly
+        if "torch._dynamo" in sys.modules:  # it loads slowly; without it nothing is compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
@@ -76,11 +76,12 @@ def run_eagerly() -> Iterator[None]:
 def allow_tracing() -> Iterator[None]:
     """Let torch.fx trace into compiled modules and into PyTorch's transformer layers.
 
-    It refuses the former by default, and can't answer what the latter ask before a fast path.
+    By default torch.fx refuses compiled modules. Transformer layers check tensors before they take
+    their fast path, which torch.fx can't evaluate, so the fast path is switched off.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
+    enabled = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, enabled)
         torch.backends.mha.set_fastpath_enabled(False)
         if "torch._dynamo" in sys.modules:
             config: Any = sys.modules["torch._dynamo"].config
@@ -88,5 +89,5 @@ def allow_tracing() -> Iterator[None]:
         yield
 
 
-def _cuda(name: str) -> Any:
+def _get_cuda_function(name: str) -> Any:
     return getattr(torch.backends.cuda, name)

@@ -1,4 +1,4 @@
-"""What a network costs before and after a layer: counted, and timed."""
+"""What a network costs before and after a layer: counted operations and measured times."""
 
 from __future__ import annotations
 
@@ -13,25 +13,41 @@ from torch import Tensor, fx
 from repsim_kernels.forward.dataflow import Split, schedule
 from repsim_kernels.forward.trace import Trace, Values
 
-# A CPU's products are at their full speed where each byte of a weight serves so many operations.
+# Operations per byte of weights from which a CPU's matrix products run at full speed.
 _INTENSITY = 100
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a network takes before a layer (the head) and after it (the tail).
+    """What a network costs before a layer (the head) and after it (the tail).
 
     Attributes
     ----------
     head_flops, tail_flops : float
-        Floating-point operations an image: two for each multiply-add.
+        Floating-point operations per image; a multiply-add counts as two.
     head_seconds, tail_seconds : float
-        Of a pass of all the images that were given, nothing masked.
-    held_bytes, peak_bytes, pass_bytes : int
-        Bytes an image: of what a `State` holds, the most that the tail holds at once, and the most
-        that a whole pass holds.
+        Time for one pass of all the images passed to `AblatedForward.costs`, without masks; NaN
+        if not measured.
+    held_bytes : int
+        Bytes per image that a `State` holds.
+    peak_bytes : int
+        The most bytes per image that the tail holds at one moment.
+    pass_bytes : int
+        The most bytes per image that a whole pass holds at one moment.
     together : int
-        Cells that run together on a CPU by default, for so many images.
+        Cells per pass that `AblatedForward.logits` runs on a CPU by default, for this number of
+        images.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> import repsim_kernels as rk
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    >>> forward = rk.forward.AblatedForward(model, "1")
+    >>> cost = forward.costs(torch.ones(2, 4), timed=False)["1"]
+    >>> cost.head_flops, cost.tail_flops, cost.held_bytes
+    (64.0, 48.0, 32)
     """
 
     head_flops: float
@@ -44,12 +60,13 @@ class Cost:
     together: int
 
 
-def together(split: Split, n: int) -> int:
-    """Cells to run together on a CPU: one, unless its n stimuli alone leave the weights unused."""
-    return max(1, -(-_INTENSITY * split.weights // max(1, int(split.tail_flops * n))))
+def choose_cells_per_pass(split: Split, n: int) -> int:
+    """Cells to run in one pass on a CPU: one, unless n images are too few to use the weights."""
+    return max(1, -(-_INTENSITY * split.weight_bytes // max(1, int(split.tail_flops * n))))
 
 
-def cost(split: Split, times: dict[fx.Node, float] | None, n: int) -> Cost:
+def summarize(split: Split, times: dict[fx.Node, float] | None, n: int) -> Cost:
+    """The cost of a split network for n images, from the seconds of each operation."""
     head, tail = (
         math.nan if times is None else sum(times[step.node] for step in part)
         for part in (split.head, split.tail)
@@ -59,28 +76,28 @@ def cost(split: Split, times: dict[fx.Node, float] | None, n: int) -> Cost:
         tail_flops=split.tail_flops,
         head_seconds=head,
         tail_seconds=tail,
-        held_bytes=split.held,
-        peak_bytes=split.peak,
-        pass_bytes=split.whole_peak,
-        together=together(split, n),
+        held_bytes=split.state_bytes,
+        peak_bytes=split.tail_peak_bytes,
+        pass_bytes=split.pass_peak_bytes,
+        together=choose_cells_per_pass(split, n),
     )
 
 
-def seconds(trace: Trace, images: Tensor, passes: int = 3) -> dict[fx.Node, float]:
-    """The median time of each operation over some passes: what is to be expected, not the best."""
+def time_operations(trace: Trace, images: Tensor, passes: int = 3) -> dict[fx.Node, float]:
+    """The seconds of each operation: the median over some passes, for a typical time."""
 
     def now() -> float:
         if images.device.type == "cuda":
             torch.cuda.synchronize(images.device)
         return time.perf_counter()
 
-    taken: dict[fx.Node, list[float]] = {x: [] for x in trace.nodes[1:]}
+    seconds: dict[fx.Node, list[float]] = {x: [] for x in trace.nodes[1:]}
     for _ in range(passes):
         values: Values = {trace.input: images}
         for step in schedule(trace.nodes[1:], {trace.output}):
             start = now()
             values[step.node] = trace.run(step.node, values)
-            taken[step.node].append(now() - start)
-            for x in step.dropped:
+            seconds[step.node].append(now() - start)
+            for x in step.to_drop:
                 del values[x]
-    return {node: statistics.median(times) for node, times in taken.items()}
+    return {node: statistics.median(times) for node, times in seconds.items()}

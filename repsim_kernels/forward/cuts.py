@@ -1,4 +1,4 @@
-"""The cuts of a network at its layers: traced, and compared with the network on first use."""
+"""Cut a network at its layers: trace it, and verify each cut on first use."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from repsim_kernels._arrays import dtype_name
 from repsim_kernels.errors import LayerError
 from repsim_kernels.forward import contexts, verify
 from repsim_kernels.forward.dataflow import (
-    NOT_NESTED,
+    NESTED_HINT,
     Split,
     check_unwritten,
-    split,
+    split_at_layer,
     watch_writes,
 )
-from repsim_kernels.forward.passes import copied
+from repsim_kernels.forward.passes import copy_with_strides
 from repsim_kernels.forward.trace import (
     FUSED,
     TRANSIENT,
@@ -30,7 +30,8 @@ from repsim_kernels.forward.trace import (
     keep_attributes,
 )
 
-_OWN = LayerError, *TRANSIENT  # with a message of their own, or not about the cut
+# Raised unchanged: these have a message for the user already, or are not about the cut.
+_UNCHANGED = LayerError, *TRANSIENT
 
 
 class Cut(NamedTuple):
@@ -40,18 +41,18 @@ class Cut(NamedTuple):
 
 @dataclasses.dataclass
 class _Attempt:
-    """What came of a cut by one of the two tracers."""
+    """The result of cutting the network with one of the two tracers."""
 
-    cut: Cut | None = None  # one that gives what a hook gives, at least up to rounding
-    settled: bool = False  # there is no better one
-    error: Exception | None = None  # what the cut raised where the network itself doesn't
+    cut: Cut | None = None  # a cut that agrees with a hook, at least up to rounding
+    final: bool = False  # no other cut can agree better
+    error: Exception | None = None  # raised by the cut, although the network itself runs
 
 
 class Cuts:
     """A model's cuts at its layers, for images of any kind.
 
-    One trace by torch.fx serves any number of images. Where its result isn't bit-identical to a
-    hook's, or fx can't trace the model, torch.export makes one for each shape.
+    A trace by torch.fx works for any number of images. If it fails, or its result is not
+    bit-identical to a hook's, torch.export traces the model once for each shape of images.
     """
 
     def __init__(self, model: nn.Module, layers: Collection[str]) -> None:
@@ -64,150 +65,153 @@ class Cuts:
         for layer in layers:
             trace = self._symbolic_trace(layer)
             if isinstance(trace, Trace):
-                trace.cut(layer)
+                trace.find_cut(layer)
 
     def find(self, layer: str, images: Tensor) -> Cut:
-        """The network cut at a layer, for images like these; raises LayerError without one."""
-        few = images[:2]
-        key = layer, _key_of(few)
+        """The network cut at a layer, for images like these; LayerError if it can't be cut."""
+        sample = images[:2]
+        key = layer, _make_key(sample)
         if key not in self._symbolic:
             with keep_attributes(self._model):
-                self._symbolic[key] = self._cut_by_fx(layer, few)
+                self._symbolic[key] = self._cut_by_fx(layer, sample)
         attempt = self._symbolic[key]
-        if attempt.cut is not None and attempt.settled:
+        if attempt.cut is not None and attempt.final:
             return attempt.cut
-        key = layer, _key_of(images)
+        key = layer, _make_key(images)
         if key not in self._exported:
             with keep_attributes(self._model):
                 cut = self._cut_by_export(layer, images, attempt)
             if cut is attempt.cut:
-                attempt.settled = True
+                attempt.final = True
                 return cut
             self._exported[key] = cut
         return self._exported[key]
 
-    def _cut_by_fx(self, layer: str, few: Tensor) -> _Attempt:
+    def _cut_by_fx(self, layer: str, sample: Tensor) -> _Attempt:
         trace = self._symbolic_trace(layer)
         if isinstance(trace, Untraceable):
             return _Attempt()
         try:
-            plain = verify.run_plain(self._model, few)
-        except _OWN:
+            intact = verify.run_intact(self._model, sample)
+        except _UNCHANGED:
             raise
         except Exception:
-            return _Attempt()  # it may take another number of images
-        wanted = self._run_passes(layer, few, plain)
-        attempt = self._try_trace(trace, layer, few, wanted)
-        if attempt.cut is not None and not attempt.settled:
-            # Where the network's own bits vary, a cut's can't be the same.
-            again = verify.run_half(self._model, layer, self._modules[layer], few)
-            attempt.settled = not torch.equal(again, wanted.half)
+            return _Attempt()  # it may accept another number of images
+        expected = self._run_references(layer, sample, intact)
+        attempt = self._try_trace(trace, layer, sample, expected)
+        if attempt.cut is not None and not attempt.final:
+            # If the network's own bits vary between passes, no cut can be bit-identical.
+            again = verify.run_half_masked(self._model, layer, self._modules[layer], sample)
+            attempt.final = not torch.equal(again, expected.half_masked)
         return attempt
 
     def _cut_by_export(self, layer: str, images: Tensor, by_fx: _Attempt) -> Cut:
-        """The cut of the exported network; or that by fx, where it is as good."""
+        """The cut of the exported network; the cut by fx if the exported one is no better."""
         try:
-            plain = verify.run_plain(self._model, images)
-        except _OWN:
+            intact = verify.run_intact(self._model, images)
+        except _UNCHANGED:
             raise
         except Exception as error:
-            raise LayerError(self._describe_misfit(images, error)) from error
-        wanted = self._run_passes(layer, images, plain)
+            raise LayerError(self._describe_rejection(images, error)) from error
+        expected = self._run_references(layer, images, intact)
         trace = self._exported_trace(images)
         if isinstance(trace, Untraceable):
             if by_fx.cut is not None:
                 return by_fx.cut
-            self._check_repeats(images, plain)
+            self._check_deterministic(images, intact)
             reason = self._symbolic_trace(layer)
             if isinstance(reason, Untraceable):
                 raise LayerError(f"{reason}; torch.export can't either: {trace}") from trace
             raise LayerError(
-                f"model: cut at {layer!r} it {self._describe_failure(by_fx)} where torch.fx traces "
-                f"it; torch.export can't trace it: {trace}"
+                f"model: cut at {layer!r}, its torch.fx trace {self._describe_failure(by_fx)}; "
+                f"torch.export can't trace it: {trace}"
             ) from trace
         try:
-            attempt = self._try_trace(trace, layer, images, wanted)
+            attempt = self._try_trace(trace, layer, images, expected)
         except LayerError:
             if by_fx.cut is None:
                 raise
             return by_fx.cut
-        cut = attempt.cut if attempt.settled else by_fx.cut or attempt.cut
+        cut = attempt.cut if attempt.final else by_fx.cut or attempt.cut
         if cut is None:
-            self._check_repeats(images, plain)
+            self._check_deterministic(images, intact)
             raise LayerError(
-                f"model: cut at {layer!r} it {self._describe_failure(attempt)}; expected one which "
-                "uses the layer's output only as a value, and nothing that a trace can't see"
-                f"{self._describe_nested()}"
+                f"model: cut at {layer!r}, it {self._describe_failure(attempt)}; expected a model "
+                "that uses the layer's output only as a value, and nothing that a trace can't see"
+                f"{self._hint_at_nesting()}"
             )
         return cut
 
     def _try_trace(
-        self, trace: Trace, layer: str, images: Tensor, wanted: verify.Passes
+        self, trace: Trace, layer: str, images: Tensor, expected: verify.ReferenceOutputs
     ) -> _Attempt:
-        """Cut a traced network, and hold it against passes of the network itself."""
+        """Cut a traced network, and compare it with passes of the network itself."""
         try:
-            part = split(trace, layer, copied(images))
-            agreement = verify.compare(trace, part, images, wanted)
-        except _OWN:
+            split = split_at_layer(trace, layer, copy_with_strides(images))
+            agreement = verify.verify_cut(trace, split, images, expected)
+        except _UNCHANGED:
             raise
-        except Exception as error:  # a trace that lost what an operation needs, such as autocast
+        except Exception as error:  # the trace lacks something, such as autocast
             return _Attempt(error=error)
         if not agreement.close:
             return _Attempt()
         fused = self._slowed_by(layer) or (trace.exported and self._has_fused())
-        part.plain = agreement.plain and not fused
-        part.batchable &= agreement.together and not self._quantizes_batches()
-        return _Attempt(Cut(trace, part), agreement.exact)
+        split.hook_keeps_bits = agreement.hook_keeps_bits and not fused
+        split.batchable &= agreement.batchable and not self._quantizes_batches()
+        return _Attempt(Cut(trace, split), agreement.exact)
 
-    def _run_passes(self, layer: str, images: Tensor, plain: Tensor) -> verify.Passes:
+    def _run_references(
+        self, layer: str, images: Tensor, intact: Tensor
+    ) -> verify.ReferenceOutputs:
+        module = self._modules[layer]
         try:
-            wanted = verify.run_passes(self._model, layer, self._modules[layer], images, plain)
-        except _OWN:
+            outputs = verify.run_references(self._model, layer, module, images, intact)
+        except _UNCHANGED:
             raise
         except Exception as error:
             raise LayerError(
                 f"model: it raises under a forward hook on {layer!r}: {first_line(error)}"
             ) from error
-        if not verify.is_close(wanted.same, plain):
-            self._check_repeats(images, plain)
+        if not verify.is_close(outputs.unmasked, intact):
+            self._check_deterministic(images, intact)
             raise LayerError(
-                f"model: a clone in place of the output of {layer!r} changes what it gives; "
-                "expected one which uses the layer's output only as a value"
+                f"model: replacing the output of {layer!r} by a clone changes the model's output; "
+                "expected a model that uses the layer's output only as a value"
             )
-        return wanted
+        return outputs
 
-    def _check_repeats(self, images: Tensor, plain: Tensor) -> None:
-        written_since = watch_writes(self._model)
-        if not verify.is_close(verify.run_plain(self._model, images), plain):
-            check_unwritten(written_since())
+    def _check_deterministic(self, images: Tensor, intact: Tensor) -> None:
+        list_written = watch_writes(self._model)
+        if not verify.is_close(verify.run_intact(self._model, images), intact):
+            check_unwritten(list_written())
             raise LayerError(
                 "model: two passes of the same images differ; "
-                "expected one without randomness or hidden state"
+                "expected a model without randomness or hidden state"
             )
 
     def _describe_failure(self, attempt: _Attempt) -> str:
         if attempt.error is None:
             return "differs from a whole pass"
-        return f"raises what a whole pass doesn't ({first_line(attempt.error)})"
+        return f"raises an error that a whole pass doesn't ({first_line(attempt.error)})"
 
-    def _describe_nested(self) -> str:
-        """A hint, where an encoder may drop the padding that a traced one computes."""
+    def _hint_at_nesting(self) -> str:
+        """A hint for a model whose encoder may drop the padding that a traced one computes."""
         encoders = (m for m in self._modules.values() if isinstance(m, nn.TransformerEncoder))
-        return NOT_NESTED if any(m.enable_nested_tensor for m in encoders) else ""
+        return NESTED_HINT if any(m.enable_nested_tensor for m in encoders) else ""
 
-    def _describe_misfit(self, images: Tensor, error: Exception) -> str:
+    def _describe_rejection(self, images: Tensor, error: Exception) -> str:
         floating = (p for p in self._model.parameters() if p.is_floating_point())
         dtypes = " and ".join(dict.fromkeys(map(dtype_name, floating)))
         weights = f", with parameters of {dtypes}" if dtypes else ""
-        what = f"{dtype_name(images)} of shape {tuple(images.shape)}"
-        return f"model: it can't take these images, {what}{weights}: {first_line(error)}"
+        kind = f"{dtype_name(images)} of shape {tuple(images.shape)}"
+        return f"model: it can't take these images, {kind}{weights}: {first_line(error)}"
 
     def _symbolic_trace(self, layer: str) -> Trace | Untraceable:
-        """The trace by fx that a layer shares with those whose hooks have the same effect."""
-        around = self._slowed_by(layer)
-        key = around, contexts.read_switches()
+        """The trace by fx of a layer, shared by all layers with the same `_slowed_by`."""
+        slowed = self._slowed_by(layer)
+        key = slowed, contexts.read_switches()
         if key not in self._traces:
-            layers = [name for name in self._layers if self._slowed_by(name) == around]
+            layers = [name for name in self._layers if self._slowed_by(name) == slowed]
             try:
                 self._traces[key] = Trace(self._model, layers)
             except Untraceable as error:
@@ -215,16 +219,18 @@ class Cuts:
         return self._traces[key]
 
     def _exported_trace(self, images: Tensor) -> Trace | Untraceable:
-        key = _key_of(images)
+        key = _make_key(images)
         if key not in self._exports:
             try:
-                self._exports[key] = Trace(self._model, self._layers, like=copied(images))
+                self._exports[key] = Trace(
+                    self._model, self._layers, like=copy_with_strides(images)
+                )
             except Untraceable as error:
                 self._exports[key] = error
         return self._exports[key]
 
     def _slowed_by(self, layer: str) -> tuple[str, ...]:
-        """The encoder layers that a hook on this layer takes off PyTorch's fast path."""
+        """The encoder layers that a hook on this layer moves off PyTorch's fast path."""
         return tuple(
             name
             for name, module in self._modules.items()
@@ -232,7 +238,7 @@ class Cuts:
         )
 
     def _quantizes_batches(self) -> bool:
-        """Whether a module rounds each activation by the range of all the batch."""
+        """Whether a module rounds each activation by the range of the whole batch."""
         kinds = (type(module).__module__ for module in self._modules.values())
         return any(kind.startswith("torch.ao.nn.quantized.dynamic") for kind in kinds)
 
@@ -240,6 +246,6 @@ class Cuts:
         return any(isinstance(module, FUSED) for module in self._modules.values())
 
 
-def _key_of(images: Tensor) -> tuple[object, ...]:
+def _make_key(images: Tensor) -> tuple[object, ...]:
     switches = contexts.read_switches()
     return images.shape, images.stride(), images.dtype, images.device, switches

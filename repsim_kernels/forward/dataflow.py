@@ -1,9 +1,9 @@
-"""What the operations of a network read and write, and which of them depend on a layer.
+"""Which operations of a network depend on a layer, and which memory each one reads and writes.
 
-A pass over two stimuli shows whose memory each of them reads, gives and writes to: PyTorch counts
-the writes to every tensor, so that no list of in-place operations is needed. The *tail* is every
-operation that can see what the layer gave, through values or through shared memory; the *head* is
-the others. Both keep the network's order and its in-place operations.
+One pass over two images records the memory that every operation reads, returns and writes to.
+PyTorch counts the writes to each tensor, so no list of in-place operations is needed. The *tail* is
+every operation that can see the layer's output, through a value or through shared memory; the
+*head* is the rest. Both keep the network's order and its in-place operations.
 """
 
 from __future__ import annotations
@@ -17,82 +17,90 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from repsim_kernels.errors import LayerError
-from repsim_kernels.forward.trace import TRANSIENT, Trace, Values, label
+from repsim_kernels.forward.trace import TRANSIENT, Trace, Values, get_label
 
-# Of padded stimuli the encoder drops what the padding would give, on its fast path alone.
-NOT_NESTED = ", as of nn.TransformerEncoder with enable_nested_tensor=False"
+# On its fast path only, the encoder drops what it would compute at padded positions.
+NESTED_HINT = "; for nn.TransformerEncoder, pass enable_nested_tensor=False"
 
 
 @dataclass
 class Step:
     node: fx.Node
-    dropped: tuple[fx.Node, ...]  # what nothing after it needs
+    to_drop: tuple[fx.Node, ...]  # values that no later step needs
 
 
 @dataclass
 class Split:
+    """A traced network cut at one layer. Sizes and counts are per image."""
+
     layer: str
     cut: fx.Node
     head: list[Step]
     tail: list[Step]
-    inputs: list[fx.Node]  # what the tail takes from the head besides the activation
-    varying: list[fx.Node]  # those that depend on the images
-    changed: list[fx.Node]  # what the tail takes from the head and writes to
-    writes: dict[fx.Node, list[fx.Node]]  # by operation of the tail, those it is the first to write
-    copy_images: bool  # the head writes to them, or a state would hold them
-    copy_activation: bool  # another value shares its memory
-    apart: bool  # no two of `changed` share memory
-    batchable: bool  # cells may run together
-    plain: bool  # a hook that changes nothing leaves the output bit-identical
-    held: int  # bytes a stimulus of a state: the activation and what varies
-    peak: int  # bytes a stimulus, the most that the tail holds at once
-    whole_peak: int  # and that a whole pass holds
-    head_flops: float  # a stimulus
+    inputs: list[fx.Node]  # the head's values that the tail reads, without the activation
+    per_image_inputs: list[fx.Node]  # the inputs that depend on the images
+    mutated_inputs: list[fx.Node]  # the head's values that the tail writes to
+    first_writes: dict[fx.Node, list[fx.Node]]  # tail operation -> inputs it is the first to write
+    copy_images: bool  # the head writes to the images, or a state would hold them
+    copy_activation: bool  # another value shares the activation's memory
+    no_shared_memory: bool  # no two of `mutated_inputs` share memory
+    batchable: bool  # several cells may run in one pass
+    hook_keeps_bits: bool  # a hook that changes nothing leaves the output bit-identical
+    state_bytes: int  # what a state holds: the activation and `per_image_inputs`
+    tail_peak_bytes: int  # the most that the tail holds at one moment
+    pass_peak_bytes: int  # the most that a whole pass holds
+    head_flops: float
     tail_flops: float
-    weights: int  # bytes of parameters and buffers that the tail reads
-    most: int | None = None  # cells x stimuli that fit together, once memory ran out
+    weight_bytes: int  # parameters and buffers that the tail reads; not per image
+    oom_limit: int | None = None  # cells x images that fit in one pass, once memory has run out
 
 
-def split(trace: Trace, layer: str, images: Tensor) -> Split:
-    """Run the network as under a hook that returns a clone, and see who touches what.
+def split_at_layer(trace: Trace, layer: str, images: Tensor) -> Split:
+    """Run a network as under a hook that returns a clone, and split it into head and tail.
 
-    Raises LayerError where the layer or the model gives no tensor (n, …), or a pass writes to the
-    model's own tensors.
+    Raises LayerError if the layer or the model gives no tensor (n, …), or if a pass writes to the
+    model's parameters or buffers.
     """
-    cut = trace.cut(layer)
-    written_since = watch_writes(trace.model)
+    cut = trace.find_cut(layer)
+    list_written = watch_writes(trace.model)
     values: Values = {}
-    facts: dict[fx.Node, _Facts] = {}
+    effects: dict[fx.Node, _Effects] = {}
     seen: list[tuple[Tensor, int]] = []
     for x in trace.nodes:
         value, flops = (images, 0) if x is trace.input else _run_counted(trace, x, values)
-        writes = _union(_memory(t).keys() for t, old in seen if version(t) != old)
+        writes = _union(_measure_storage(t).keys() for t, old in seen if get_version(t) != old)
         if x is cut:
             check_units(value, images, layer)
-            raw, value = value, value.clone()  # both kept, so that no address comes back
+            original, value = value, value.clone()  # both stay alive, so no address is reused
         values[x] = value
-        seen = [(t, version(t)) for t, _ in seen] if writes else seen
-        seen += [(t, version(t)) for t in tensors(value)]
-        facts[x] = _Facts(
-            reads=_union(_memory(t).keys() for y in x.all_input_nodes for t in tensors(values[y])),
-            gives=_memory(*tensors(value)),
+        seen = [(t, get_version(t)) for t, _ in seen] if writes else seen
+        seen += [(t, get_version(t)) for t in collect_tensors(value)]
+        effects[x] = _Effects(
+            reads=_union(
+                _measure_storage(t).keys()
+                for y in x.all_input_nodes
+                for t in collect_tensors(values[y])
+            ),
+            outputs=_measure_storage(*collect_tensors(value)),
             writes=writes,
-            batched=_is_batch(value, images),
+            is_batch=_is_batch(value, images),
             flops=flops,
-            weights=sum(_memory(*trace.weights(x)).values()),
+            weight_bytes=sum(_measure_storage(*trace.get_weights(x)).values()),
         )
     check_batch(values[trace.output], images, "model: it")
-    written = _union(fact.writes for fact in facts.values())
-    own = (label(x) for x in facts if x.op == "get_attr" and written & _gives(facts, x))
-    check_unwritten([*written_since(), *own])
-    (place,) = _memory(raw)
-    return _split(facts, layer, cut, place, len(images))
+    written = _union(effect.writes for effect in effects.values())
+    constants = (
+        get_label(x) for x in effects if x.op == "get_attr" and written & set(effects[x].outputs)
+    )
+    check_unwritten([*list_written(), *constants])
+    (address,) = _measure_storage(original)
+    return _build_split(effects, layer, cut, address, len(images))
 
 
 def _run_counted(trace: Trace, node: fx.Node, values: Values) -> tuple[Any, int]:
-    """What an operation gives, and how many operations of floating point it takes.
+    """Run an operation; give its value and its number of floating-point operations.
 
-    The counter takes fused operations apart, which autocast refuses: they then count for nothing.
+    The counter decomposes fused operations, which autocast refuses; those count as 0.
     """
     try:
         with FlopCounterMode(display=False) as counter:
@@ -105,141 +113,144 @@ def _run_counted(trace: Trace, node: fx.Node, values: Values) -> tuple[Any, int]
 
 
 @dataclass
-class _Facts:
-    """The memory that an operation touches, by address; and the bytes, of what it gives."""
+class _Effects:
+    """The memory that an operation touches, by address; with sizes in bytes for its outputs."""
 
     reads: set[int]
-    gives: dict[int, int]
+    outputs: dict[int, int]
     writes: set[int]
-    batched: bool  # gives a tensor (n, …)
+    is_batch: bool  # the value is a tensor (n, …)
     flops: int
-    weights: int  # bytes of the model's own that it reads
+    weight_bytes: int  # parameters and buffers that it reads
 
 
-def _split(facts: dict[fx.Node, _Facts], layer: str, cut: fx.Node, raw: int, n: int) -> Split:
-    """Head and tail, from a pass over n stimuli; `raw` is the memory of the layer's output."""
-    images, *nodes = facts
-    after = _reach(facts, cut) - {cut} | {nodes[-1]}
+def _build_split(
+    effects: dict[fx.Node, _Effects], layer: str, cut: fx.Node, address: int, n: int
+) -> Split:
+    """Head and tail, from a pass over n images; `address` is the memory of the layer's output."""
+    images, *nodes = effects
+    after = _find_dependents(effects, cut) - {cut} | {nodes[-1]}
     head, tail = [x for x in nodes if x not in after], [x for x in nodes if x in after]
-    taken = [x for x in facts if x not in after and not after.isdisjoint(x.users)]
-    written = _union(facts[x].writes for x in tail)
-    changed = [x for x in taken if written & _gives(facts, x)]
-    copied = [key for x in changed for key in _gives(facts, x)]
-    writes: dict[fx.Node, list[fx.Node]] = {}
-    for x in changed:
-        first = next(y for y in tail if facts[y].writes & _gives(facts, x))
-        writes.setdefault(first, []).append(x)
-    kept = _union(_gives(facts, x) for x in taken) | _union(facts[x].writes for x in head)
-    imaged = _reach(facts, images)
-    inputs = [x for x in taken if x is not cut]
-    varying = [x for x in inputs if x in imaged]
+    crossing = [x for x in effects if x not in after and not after.isdisjoint(x.users)]
+    written = _union(effects[x].writes for x in tail)
+    mutated = [x for x in crossing if written & set(effects[x].outputs)]
+    addresses = [key for x in mutated for key in effects[x].outputs]
+    no_shared_memory = len(set(addresses)) == len(addresses)
+    first_writes: dict[fx.Node, list[fx.Node]] = {}
+    for x in mutated:
+        first = next(y for y in tail if effects[y].writes & set(effects[x].outputs))
+        first_writes.setdefault(first, []).append(x)
+    kept = _union(effects[x].outputs for x in crossing) | _union(effects[x].writes for x in head)
+    from_images = _find_dependents(effects, images)
+    inputs = [x for x in crossing if x is not cut]
+    per_image = [x for x in inputs if x in from_images]
     steps = schedule(tail, {nodes[-1]})
+    whole = schedule(nodes, {nodes[-1]})
     return Split(
         layer=layer,
         cut=cut,
         head=schedule(head, {*inputs, cut}),
         tail=steps,
         inputs=inputs,
-        varying=varying,
-        changed=changed,
-        writes=writes,
-        copy_images=bool(kept & _gives(facts, images)),
+        per_image_inputs=per_image,
+        mutated_inputs=mutated,
+        first_writes=first_writes,
+        copy_images=bool(kept & set(effects[images].outputs)),
         copy_activation=any(
-            raw in facts[x].gives for x in facts if x is images or set(x.users) != {cut}
+            address in effects[x].outputs for x in effects if x is images or set(x.users) != {cut}
         ),
-        apart=len(set(copied)) == len(copied),
-        batchable=len(set(copied)) == len(copied) and all(facts[x].batched for x in varying),
-        plain=True,
-        held=_bytes(facts, [cut, *varying]) // n,
-        peak=-(-_most(facts, steps, {cut, *varying}) // n),
-        whole_peak=-(-_most(facts, schedule(nodes, {nodes[-1]}), {images}) // n),
-        head_flops=sum(facts[x].flops for x in head) / n,
-        tail_flops=sum(facts[x].flops for x in tail) / n,
-        weights=sum(facts[x].weights for x in tail),
+        no_shared_memory=no_shared_memory,
+        batchable=no_shared_memory and all(effects[x].is_batch for x in per_image),
+        hook_keeps_bits=True,
+        state_bytes=_count_bytes(effects, [cut, *per_image]) // n,
+        tail_peak_bytes=-(-_find_peak_bytes(effects, steps, {cut, *per_image}) // n),
+        pass_peak_bytes=-(-_find_peak_bytes(effects, whole, {images}) // n),
+        head_flops=sum(effects[x].flops for x in head) / n,
+        tail_flops=sum(effects[x].flops for x in tail) / n,
+        weight_bytes=sum(effects[x].weight_bytes for x in tail),
     )
 
 
-def _reach(facts: dict[fx.Node, _Facts], source: fx.Node) -> set[fx.Node]:
-    """The operations to run again when `source` gives another value, and `source`.
+def _find_dependents(effects: dict[fx.Node, _Effects], source: fx.Node) -> set[fx.Node]:
+    """`source`, and the operations to rerun when its value changes.
 
-    One takes a value of one, or memory that one has written to; or it writes to memory that an
-    earlier one reads, which would else find the write already made.
+    An operation depends on `source` if it reads a dependent value or memory that a dependent
+    operation has written to. It also does if it writes to memory that an earlier dependent
+    operation reads, which on a rerun would find that write already made.
     """
-    found, written, read = {source}, set[int](), set[int]()
-    for x, fact in facts.items():
-        takes = not found.isdisjoint(x.all_input_nodes) or written & fact.reads
-        if x is not source and (takes or read & fact.writes):
-            found.add(x)
-            written |= fact.writes
-            read |= fact.reads
-    return found
+    dependents, written, read = {source}, set[int](), set[int]()
+    for x, effect in effects.items():
+        reads = not dependents.isdisjoint(x.all_input_nodes) or written & effect.reads
+        if x is not source and (reads or read & effect.writes):
+            dependents.add(x)
+            written |= effect.writes
+            read |= effect.reads
+    return dependents
 
 
 def schedule(nodes: list[fx.Node], keep: set[fx.Node]) -> list[Step]:
-    """The operations in their order, and what each is the last to need."""
+    """The operations in their order, each with the values that it is the last to need."""
     needed, steps = set(keep), []
     for x in reversed(nodes):
-        dropped = tuple(y for y in (x, *x.all_input_nodes) if y not in needed)
-        needed.update(dropped)
-        steps.append(Step(x, dropped))
+        to_drop = tuple(y for y in (x, *x.all_input_nodes) if y not in needed)
+        needed.update(to_drop)
+        steps.append(Step(x, to_drop))
     return steps[::-1]
 
 
-def _most(facts: dict[fx.Node, _Facts], steps: list[Step], alive: set[fx.Node]) -> int:
-    """The most bytes that are held at once."""
-    alive, most = set(alive), 0
+def _find_peak_bytes(
+    effects: dict[fx.Node, _Effects], steps: list[Step], alive: set[fx.Node]
+) -> int:
+    alive, peak = set(alive), 0
     for step in steps:
         alive.add(step.node)
-        most = max(most, _bytes(facts, alive))
-        alive.difference_update(step.dropped)
-    return most
+        peak = max(peak, _count_bytes(effects, alive))
+        alive.difference_update(step.to_drop)
+    return peak
 
 
-def _bytes(facts: dict[fx.Node, _Facts], nodes: Iterable[fx.Node]) -> int:
-    return sum({key: size for x in nodes for key, size in facts[x].gives.items()}.values())
+def _count_bytes(effects: dict[fx.Node, _Effects], nodes: Iterable[fx.Node]) -> int:
+    """The bytes of some operations' outputs; memory that several share counts once."""
+    return sum({key: size for x in nodes for key, size in effects[x].outputs.items()}.values())
 
 
-def version(t: Tensor) -> int:
-    """How often a tensor, or what shares its memory, has been written to."""
+def get_version(t: Tensor) -> int:
+    """The number of writes to a tensor, or to another that shares its memory."""
     return 0 if t.is_inference() else t._version
 
 
-def tensors(value: Any) -> list[Tensor]:
+def collect_tensors(value: Any) -> list[Tensor]:
     """The tensors in nested tuples, lists and dicts."""
-    found: list[Tensor] = []
-    fx.node.map_aggregate(value, lambda x: found.append(x) if isinstance(x, Tensor) else None)
-    return found
+    tensors: list[Tensor] = []
+    fx.node.map_aggregate(value, lambda x: tensors.append(x) if isinstance(x, Tensor) else None)
+    return tensors
 
 
-def _memory(*given: Tensor) -> dict[int, int]:
-    """The bytes of the memory that tensors take, by address.
+def _measure_storage(*tensors: Tensor) -> dict[int, int]:
+    """The bytes of the memory behind tensors, by address.
 
-    A layout of another library (MKL-DNN's) has no address to ask for, and no views; it is known by
-    its tensor, which a pass keeps alive.
+    MKL-DNN's layout has no readable address and no views. Its key is the id of the tensor, which
+    the pass keeps alive.
     """
-    found: dict[int, int] = {}
-    for t in given:
+    sizes: dict[int, int] = {}
+    for t in tensors:
         if t.layout == torch.sparse_coo:
-            found |= _memory(t._indices(), t._values())
+            sizes |= _measure_storage(t._indices(), t._values())
         elif t.layout in (torch.sparse_csr, torch.sparse_bsr):
-            found |= _memory(t.crow_indices(), t.col_indices(), t.values())
+            sizes |= _measure_storage(t.crow_indices(), t.col_indices(), t.values())
         elif t.layout in (torch.sparse_csc, torch.sparse_bsc):
-            found |= _memory(t.ccol_indices(), t.row_indices(), t.values())
+            sizes |= _measure_storage(t.ccol_indices(), t.row_indices(), t.values())
         elif t.layout == torch.strided:
-            found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         else:
-            found[id(t)] = t.numel() * t.element_size()
-    return found
+            sizes[id(t)] = t.numel() * t.element_size()
+    return sizes
 
 
 def _is_batch(value: Any, images: Tensor) -> bool:
-    """Whether a value is a tensor (n, …) whose rows can be taken and repeated."""
+    """Whether a value is a tensor (n, …) whose rows can be selected and repeated."""
     dense = isinstance(value, Tensor) and value.layout == torch.strided
     return dense and value.shape[:1] == images.shape[:1]
-
-
-def _gives(facts: dict[fx.Node, _Facts], node: fx.Node) -> set[int]:
-    return set(facts[node].gives)
 
 
 def _union(sets: Iterable[Iterable[int]]) -> set[int]:
@@ -247,24 +258,28 @@ def _union(sets: Iterable[Iterable[int]]) -> set[int]:
 
 
 def watch_writes(model: nn.Module) -> Callable[[], list[str]]:
-    """Give a function that names the model's parameters and buffers written to since."""
-    own = [(n, t, version(t)) for n, t in [*model.named_parameters(), *model.named_buffers()]]
-    return lambda: [name for name, t, old in own if version(t) != old]
+    """Return a function that lists the parameters and buffers written to since this call."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    versions = [(name, t, get_version(t)) for name, t in named]
+    return lambda: [name for name, t, old in versions if get_version(t) != old]
 
 
 def check_unwritten(written: list[str]) -> None:
-    """Check that a pass wrote to none of the model's own tensors."""
+    """Raise LayerError if a pass wrote to any of the model's tensors."""
     if written:
-        raise LayerError(f"model: a pass writes to its {written[0]!r}; expected none to")
+        raise LayerError(
+            f"model: a pass writes to its {written[0]!r}; expected a pass that writes to no "
+            "parameter or buffer"
+        )
 
 
 def check_batch(value: Any, images: Tensor, what: str) -> Tensor:
-    """Check that a value is a tensor with an entry for each image."""
+    """Check that a value is a dense tensor with one entry for each image."""
     if not isinstance(value, Tensor):
         kind = type(value).__name__.removeprefix("immutable_")
         raise LayerError(f"{what} gives {kind}; expected a tensor (n, …)")
     if value.is_nested:
-        raise LayerError(f"{what} gives a nested tensor; expected a dense one (n, …){NOT_NESTED}")
+        raise LayerError(f"{what} gives a nested tensor; expected a dense one (n, …){NESTED_HINT}")
     if value.layout != torch.strided:
         raise LayerError(
             f"{what} gives a tensor of layout {value.layout}; expected a dense one (n, …)"
@@ -279,5 +294,6 @@ def check_units(value: Any, images: Tensor, layer: str) -> Tensor:
     """Check that a layer's output is a tensor (n, …) with at least one unit."""
     out = check_batch(value, images, f"layer: {layer!r}")
     if not out.numel():
-        raise LayerError(f"layer: {layer!r} has no units, shape {tuple(out.shape)}; expected some")
+        shape = tuple(out.shape)
+        raise LayerError(f"layer: {layer!r} has no units, shape {shape}; expected at least one")
     return out

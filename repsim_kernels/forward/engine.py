@@ -1,4 +1,4 @@
-"""A network cut at its layers, and the passes of what follows them."""
+"""`AblatedForward`: the output of a network with cells of a layer's units set to zero."""
 
 from __future__ import annotations
 
@@ -14,162 +14,223 @@ from repsim_kernels.forward import checks, contexts, cost, passes, verify
 from repsim_kernels.forward.cost import Cost
 from repsim_kernels.forward.cuts import Cuts
 from repsim_kernels.forward.dataflow import Split
-from repsim_kernels.forward.fusion import Cells
-from repsim_kernels.forward.memory import for_a_batch, resolve_budget
-from repsim_kernels.forward.passes import State, copied
+from repsim_kernels.forward.fusion import CellMasks
+from repsim_kernels.forward.memory import cap_batch_bytes, resolve_budget
+from repsim_kernels.forward.passes import State, copy_with_strides
 from repsim_kernels.forward.trace import Trace, keep_attributes
+
+_SHOWN_LAYERS = 4  # in a repr
 
 
 class AblatedForward:
-    """The rest of a network after a layer, for a batch of cell masks.
+    """The output of a network with cells of a layer's units set to zero.
+
+    The network up to the layer runs once for all cells; only the rest runs for each cell.
 
     Parameters
     ----------
     model : nn.Module
-        Takes images (n, …) and gives a tensor (n, …); in eval mode, and traceable by ``torch.fx``
-        or ``torch.export``. It is neither changed nor copied. A model compiled by ``torch.compile``
-        runs uncompiled, and ``model(images)`` below means that.
+        Takes images (n, …) and gives a tensor (n, …). It must be in eval mode and traceable by
+        ``torch.fx`` or ``torch.export``. It is neither changed nor copied. A model compiled by
+        ``torch.compile`` runs uncompiled; ``model(images)`` below means that uncompiled pass.
     layer : str or sequence of str
-        A name from ``model.named_modules()``, of a module or a container that runs once in a pass
-        and gives a tensor (n, …); or several, which then share one trace and `prefixes`.
+        A name from ``model.named_modules()``: a module or container that runs once per pass and
+        gives a tensor (n, …). Several layers share one trace and the pass of `prefixes`.
 
     Raises
     ------
     LayerError
-        The layer is no name, is missing, never called, called more than once or in TorchScript; or
-        the model is no module, is in training mode, has lazy parameters that no batch has given a
-        shape yet, is on the meta device, or is a ``DataParallel`` over several devices.
+        The layer is not a name, is missing from the model, is never called or called more than
+        once, or is in TorchScript. Or the model is not a module, is in training mode, has lazy
+        parameters without a shape, is on the meta device, or is a ``DataParallel`` over several
+        devices.
     OptionError
-        REPSIM_BACKEND names no backend.
+        REPSIM_BACKEND does not name a backend.
 
     Notes
     -----
-    Where a prefix meets a new shape, layout or dtype of images, the cut is first compared on two of
-    them with whole passes under a forward hook, which finds randomness and hidden state. A trace by
-    ``torch.fx`` that differs from them, because ``forward`` asks for a type for example, is
-    replaced by one of ``torch.export``, which is compared on all the images, once for each shape.
-    Autocast, the backends of attention and the default dtype are what ``forward`` sets them to. No
-    method tracks gradients. TF32 is as PyTorch's switches say.
+    The first time it sees images of a new shape, layout or dtype, `prefix` compares the cut network
+    on two of them with whole passes under a forward hook, which also reveals randomness and hidden
+    state. If the trace by ``torch.fx`` differs from these passes, for example because ``forward``
+    checks a type, ``torch.export`` traces the model instead. That trace is compared on all the
+    images, once for each shape.
 
-    PyTorch's transformer encoder layers run as one fused operation unless a module inside has a
-    hook, and the two ways differ by rounding. `logits` has the bits of the hook, so a layer inside
-    an encoder layer takes that one off its fast path, and no other. Cells without effect have these
-    bits too; `intact` has those of the model without a hook. An exported network takes all of its
-    encoder layers and attention off the fast path, and agrees with the hook up to rounding.
+    Operations run under the autocast state, attention backends and default dtype that ``forward``
+    sets for them. TF32 follows PyTorch's switches. No method tracks gradients.
 
-    On CUDA, unless ``REPSIM_BACKEND=torch``, Triton kernels make the masked copies together with a
-    ReLU or ReLU6 behind the layer; for several cells at once also with an eval-mode batch norm, or
-    a 1x1 convolution or linear layer, which then need no copies.
+    PyTorch runs a transformer encoder layer as one fused operation unless a module inside it has a
+    hook; the two ways differ by rounding. `logits` matches the hook bit for bit, so a layer inside
+    an encoder layer moves that encoder layer, and no other, off its fast path. Cells without effect
+    match the hook too; `intact` matches the model without a hook. In an exported network all
+    encoder layers and attention are off the fast path, and the result agrees with the hook up to
+    rounding.
+
+    On CUDA, unless ``REPSIM_BACKEND=torch``, a Triton kernel masks the activation and applies a
+    ReLU or ReLU6 that follows the layer. With several cells per pass it also applies an eval-mode
+    batch norm, or a 1x1 convolution or linear layer, which then needs no masked copies.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> import repsim_kernels as rk
+    >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    >>> forward = rk.forward.AblatedForward(model, "1")
+    >>> forward
+    AblatedForward(Sequential, layers=['1'], device='cpu')
+    >>> state = forward.prefix(torch.ones(2, 4))
+    >>> forward.logits(state, [0, 0, 1, 1, 2, 2]).shape  # cells, images, outputs
+    torch.Size([3, 2, 3])
     """
 
     def __init__(self, model: nn.Module, layer: str | Sequence[str]) -> None:
-        self.layers = checks.layer_names(model, layer)
+        self.layers = checks.resolve_layers(model, layer)
         checks.check_eval(model)
         checks.check_tensors(model)
-        _dispatch.named_backend()  # a wrong REPSIM_BACKEND would look like the model's in a pass
+        _dispatch.named_backend()  # in a pass, a wrong REPSIM_BACKEND would look like the model's
         self.model = model
         with contexts.run_eagerly():
             self._cuts = Cuts(model, self.layers)
 
+    def __repr__(self) -> str:
+        names = ", ".join(map(repr, self.layers[:_SHOWN_LAYERS]))
+        more = f", … {len(self.layers)} in all" if len(self.layers) > _SHOWN_LAYERS else ""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        device = f", device={str(tensors[0].device)!r}" if tensors else ""
+        return f"AblatedForward({type(self.model).__name__}, layers=[{names}{more}]{device})"
+
     def prefix(self, images: Tensor) -> State:
-        """Run the network up to the layer, and all else that does not depend on the layer.
+        """Run the network up to the layer, with everything that does not depend on the layer.
 
         Parameters
         ----------
         images : tensor, (n, …)
-            On the model's device; not written to.
+            On the model's device. They are not changed.
 
         Returns
         -------
         state : State
-            ``state.activation``, (n, …), is the layer's output with its own strides.
+            What `logits` and `intact` need. ``state.activation``, (n, …), is the layer's output
+            with its own strides.
 
         Raises
         ------
         DtypeError, ShapeError, DeviceError
-            Images that are no dense tensor, have no stimuli, or are on another device than the
-            model.
+            The images are not a dense tensor, are none, or are not on the model's device.
         LayerError
-            The model itself can't take the images; it can't be traced; the layer or the model gives
-            no dense tensor (n, …), or the layer one without units; the model is random or writes to
-            its own parameters or buffers, differs from a whole pass when cut here, or is in
-            training mode.
+            The model raises an error for these images, can't be traced, is random, writes to its
+            own parameters or buffers, differs from a whole pass when cut at the layer, or is in
+            training mode. Or the model's or the layer's output is not a dense tensor (n, …), or
+            the layer has no units.
         OptionError
-            There are several layers: `prefixes` is for them.
+            This object has several layers; use `prefixes`.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from torch import nn
+        >>> import repsim_kernels as rk
+        >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+        >>> rk.forward.AblatedForward(model, "1").prefix(torch.ones(2, 4))
+        State(layer='1', images=2, activation=(2, 6), dtype='float32', device='cpu')
         """
         if len(self.layers) > 1:
-            raise OptionError(f"layer: {len(self.layers)} of them; expected one, or prefixes()")
+            raise OptionError(
+                f"layer: this object has {len(self.layers)} layers; expected one, or use prefixes()"
+            )
         checks.check_images(self.model, images)
         with contexts.run_eagerly():
             (layer,) = self.layers
             state = passes.run_head(*self._cuts.find(layer, images), images)
-            return self._claim({layer: state}, images)[layer]
+            return self._adopt({layer: state}, images)[layer]
 
     def prefixes(self, images: Tensor, layers: Sequence[str] | None = None) -> dict[str, State]:
-        """Run the network once, and keep what the passes after each of several layers need.
+        """Run the network once, and give a state for each of several layers.
 
         Parameters
         ----------
         images : tensor, (n, …)
-            On the model's device; not written to.
+            On the model's device. They are not changed.
         layers : sequence of str, optional
-            Some of this object's layers; all by default.
+            Some of this object's layers, in any order; by default all.
 
         Returns
         -------
         states : dict of str to State
-            By layer, in their order: those that `prefix` gives for each by itself. They hold the
-            intact logits as well.
+            For each layer, in the given order, the state that `prefix` would give. These states
+            also hold the output without ablation, so `intact` needs no further pass.
 
         Raises
         ------
         DtypeError, ShapeError, DeviceError, LayerError
-            As `prefix`.
+            As for `prefix`.
         OptionError
-            A layer that is not this object's.
+            A layer is not one of this object's.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from torch import nn
+        >>> import repsim_kernels as rk
+        >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+        >>> states = rk.forward.AblatedForward(model, ["0", "1"]).prefixes(torch.ones(2, 4))
+        >>> {name: tuple(state.activation.shape) for name, state in states.items()}
+        {'0': (2, 6), '1': (2, 6)}
         """
-        wanted = self._wanted(layers)
+        names = self._select_layers(layers)
         checks.check_images(self.model, images)
         with contexts.run_eagerly():
-            cuts = {name: self._cuts.find(name, images) for name in wanted}
+            cuts = {name: self._cuts.find(name, images) for name in names}
             states: dict[str, State] = {}
             shared: dict[Trace, dict[str, Split]] = {}
-            for name, (trace, part) in cuts.items():
-                if part.apart:
-                    shared.setdefault(trace, {})[name] = part
+            for name, (trace, split) in cuts.items():
+                if split.no_shared_memory:
+                    shared.setdefault(trace, {})[name] = split
                 else:
-                    states[name] = passes.run_head(trace, part, images)
-            for trace, parts in shared.items():
-                states |= passes.run_heads(trace, parts, images)
-            return self._claim({name: states[name] for name in wanted}, images)
+                    states[name] = passes.run_head(trace, split, images)
+            for trace, splits in shared.items():
+                states |= passes.run_heads(trace, splits, images)
+            return self._adopt({name: states[name] for name in names}, images)
 
     def intact(self, state: State, *, memory: int | str | None = None) -> Tensor:
-        """The network's output with nothing ablated and no hook; computed once a state.
+        """The network's output without ablation; computed once for each state.
 
         Parameters
         ----------
         state : State
-            From `prefix` of this object.
+            From `prefix` or `prefixes` of this object.
         memory : int or str, optional
             As in `logits`.
 
         Returns
         -------
         logits : tensor, (n, k)
-            Bit for bit ``model(images)``. What a hook gives that changes nothing, which can differ
-            by rounding, is the result of `logits` for a cell without units.
+            Bit-identical to ``model(images)``. A forward hook that changes nothing can still
+            change that by rounding; `logits` gives the output under such a hook for an empty cell.
 
         Raises
         ------
         OptionError
-            The state is of another object, or a memory that is no size.
+            The state belongs to another object, or `memory` is not a size.
         LayerError
             The state's tensors were written to, or the model is in training mode.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from torch import nn
+        >>> import repsim_kernels as rk
+        >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+        >>> forward = rk.forward.AblatedForward(model, "1")
+        >>> images = torch.ones(2, 4)
+        >>> torch.equal(forward.intact(forward.prefix(images)), model(images))
+        True
         """
-        self._own(state)
-        room = for_a_batch(resolve_budget(memory, state._kept.device), state._kept.device)
+        self._check_state(state)
+        device = state._data.device
+        budget = cap_batch_bytes(resolve_budget(memory, device), device)
         with contexts.run_eagerly():
-            return passes.run_intact(state, room).clone()
+            return passes.run_intact(state, budget).clone()
 
     def logits(
         self,
@@ -180,130 +241,159 @@ class AblatedForward:
         batch: int | None = None,
         memory: int | str | None = None,
     ) -> Tensor:
-        """The network's output with the layer's units of a cell set to zero, for every cell.
+        """The network's output with the units of one cell set to zero, for every cell.
 
         Parameters
         ----------
         state : State
-            From `prefix` of this object.
+            From `prefix` or `prefixes` of this object.
         cells : integer array or sequence, (p,), or boolean array, (C, p)
-            The cell of each unit, 0 … n_cells - 1 or -1 for none, or the units of each cell, which
-            may overlap. The p units are one stimulus of the activation flattened in C order.
+            Integers give each unit's cell, 0 … n_cells - 1, or -1 for no cell. Booleans give the
+            units of each cell, and cells may overlap. The p units are the activation of one image,
+            flattened in C order.
         n_cells : int, optional
             C; by default the largest label + 1.
         batch : int, optional
-            Cells that run together, at most. By default, on a CPU, one where its stimuli alone keep
-            the products busy, and more where they would wait for the weights; on CUDA as many as
-            `memory` takes.
+            The most cells to run in one pass. By default, on a CPU one, or more if the images of
+            one cell are too few to use the weights; on CUDA as many as fit in `memory`.
         memory : int or str, optional
-            Bytes for what runs together, or text such as "8GiB": fewer cells, or not all stimuli of
-            a cell, run at a time. By default half of what is free; on CUDA 8 GiB at most. An
-            estimate, from the tensors that are alive at once, without the workspaces of kernels.
-            Where a GPU runs out of memory all the same, half as much runs together from then on.
+            Bytes for one pass, or text such as "8GiB". It limits the cells, and if necessary the
+            images, of one pass. By default half of the free memory, on CUDA at most 8 GiB. Memory
+            use is estimated from the tensors alive at one moment, without the workspaces of
+            kernels. If a GPU still runs out of memory, passes are half as large from then on.
 
         Returns
         -------
         logits : tensor, (C, n, k)
-            With ``batch=1`` and memory for it, bit for bit the output under a forward hook that
-            returns a masked clone; else the same to rounding. Cells without units, or whose units
-            are zero for all the images, don't run: all have the same bits, of a hook that returns
-            a clone.
+            With ``batch=1`` and enough memory, bit-identical to the output under a forward hook
+            that returns a masked clone; otherwise equal up to rounding. Cells without units, and
+            cells whose units are zero for all images, are not run: they get the output under a
+            hook that returns a clone.
 
         Raises
         ------
         CellError, DtypeError
-            Cells of a wrong length, range or type.
+            The cells have a wrong length, range or dtype.
         OptionError
-            A batch that is no count, a memory that is no size, or a state of another object.
+            `batch` is not a count, `memory` is not a size, or the state belongs to another object.
         LayerError
             The state's tensors were written to, or the model is in training mode.
 
         Warns
         -----
         OutOfMemoryWarning
-            A GPU ran out of memory, and less runs together.
+            A GPU ran out of memory, and passes became smaller.
 
         Notes
         -----
-        Where stimuli influence each other, or the tail takes in what is no tensor (n, …), cells
-        run one at a time, with all stimuli.
+        If images influence each other, or the rest of the network reads a value that is not a
+        tensor (n, …), each pass has one cell and all images.
 
-        A linear layer directly behind the masks takes one product for all cells of a partition,
-        W(x ⊙ m_c) = W x - W(x ⊙ (1 - m_c)), where that is the cheaper.
+        A linear layer directly after the masks needs one product for all cells of a partition,
+        W(x ⊙ m_c) = W x - W(x ⊙ (1 - m_c)), where m_c is zero on cell c. It is used if cheaper.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from torch import nn
+        >>> import repsim_kernels as rk
+        >>> model = nn.Sequential(nn.Identity(), nn.Linear(3, 1, bias=False)).eval()
+        >>> _ = model[1].weight.data.fill_(1)
+        >>> forward = rk.forward.AblatedForward(model, "0")
+        >>> state = forward.prefix(torch.tensor([[1.0, 2.0, 4.0]]))
+        >>> forward.intact(state)
+        tensor([[7.]])
+        >>> forward.logits(state, [0, 1, 1])  # without unit 0; without units 1 and 2
+        tensor([[[6.]],
+        <BLANKLINE>
+                [[1.]]])
         """
         batch = None if batch is None else _options.count(batch, "batch")
-        self._own(state)
-        act = state._kept
-        room = for_a_batch(resolve_budget(memory, act.device), act.device)
+        self._check_state(state)
+        act = state._data
+        budget = cap_batch_bytes(resolve_budget(memory, act.device), act.device)
         checked, n_cells = _check.cells(cells, act[0].numel(), n_cells)
         table = torch.as_tensor(checked, device=act.device)  # (p,) labels or (C, p) membership
         with contexts.run_eagerly():
-            unmasked = passes.run_unmasked(state, room)
+            unmasked = passes.run_unmasked(state, budget)
             alive = (act != 0).any(0).reshape(-1)  # (p,)
             if table.dtype == torch.bool:
-                runs = (table & alive).any(1)
+                has_effect = (table & alive).any(1)
             else:
-                runs = torch.bincount(table[alive & (table >= 0)], minlength=n_cells) > 0
+                has_effect = torch.bincount(table[alive & (table >= 0)], minlength=n_cells) > 0
             out = unmasked.expand(n_cells, *unmasked.shape).clone()
-            ids = runs.nonzero()[:, 0].tolist()
+            ids = has_effect.nonzero()[:, 0].tolist()
             if ids:
-                masks = Cells(checked, table, torch.arange(n_cells, device=act.device))
-                together = batch or passes.choose_together(state, masks, len(ids))
-                out[ids] = passes.in_batches(state, masks, ids, together, room)
+                masks = CellMasks(checked, table, torch.arange(n_cells, device=act.device))
+                batch = batch or passes.choose_cells_per_pass(state, masks, len(ids))
+                out[ids] = passes.run_in_batches(state, masks, ids, batch, budget)
             return out
 
     def costs(
         self, images: Tensor, layers: Sequence[str] | None = None, *, timed: bool = True
     ) -> dict[str, Cost]:
-        """What the network takes before and after each layer, from a few passes.
+        """What the network costs before and after each layer, measured in a few passes.
 
         Parameters
         ----------
         images : tensor, (n, …)
-            As many as will run together.
+            As many as `prefix` will get.
         layers : sequence of str, optional
-            Some of this object's layers; all by default.
+            Some of this object's layers; by default all.
         timed : bool
-            Whether to time passes of all the images; without it seconds are NaN.
+            Whether to time passes of all the images. If not, the seconds are NaN.
 
         Returns
         -------
         costs : dict of str to Cost
+            The cost for each layer, in the given order.
 
         Raises
         ------
         DtypeError, ShapeError, DeviceError, LayerError
-            As `prefix`.
+            As for `prefix`.
         OptionError
-            A layer that is not this object's.
+            A layer is not one of this object's, or `timed` is not a boolean.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from torch import nn
+        >>> import repsim_kernels as rk
+        >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+        >>> costs = rk.forward.AblatedForward(model, "1").costs(torch.ones(2, 4), timed=False)
+        >>> costs["1"].head_flops, costs["1"].tail_flops
+        (48.0, 36.0)
         """
-        wanted, timed = self._wanted(layers), _options.flag(timed, "timed")
+        names, timed = self._select_layers(layers), _options.flag(timed, "timed")
         checks.check_images(self.model, images)
         with contexts.run_eagerly():
-            cuts = {name: self._cuts.find(name, images) for name in wanted}
+            cuts = {name: self._cuts.find(name, images) for name in names}
             traces = {trace for trace, _ in cuts.values()} if timed else set()
-            times = {trace: cost.seconds(trace, copied(images)) for trace in traces}
+            times = {
+                trace: cost.time_operations(trace, copy_with_strides(images)) for trace in traces
+            }
             return {
-                name: cost.cost(part, times.get(trace), len(images))
-                for name, (trace, part) in cuts.items()
+                name: cost.summarize(split, times.get(trace), len(images))
+                for name, (trace, split) in cuts.items()
             }
 
-    def _wanted(self, layers: Sequence[str] | None) -> tuple[str, ...]:
+    def _select_layers(self, layers: Sequence[str] | None) -> tuple[str, ...]:
         return self.layers if layers is None else _options.options(layers, "layers", self.layers)
 
-    def _own(self, state: State) -> None:
+    def _check_state(self, state: State) -> None:
         if not isinstance(state, State):
-            raise OptionError(f"state: {_options.shown(state)}; expected one that prefix() gave")
+            raise OptionError(f"state: {_options.shown(state)}; expected one from prefix()")
         if state._owner is not self:
-            raise OptionError("state: made by another AblatedForward; expected one of this one")
+            raise OptionError("state: made by another AblatedForward; expected one from this one")
         checks.check_eval(self.model)
 
-    def _claim(self, states: dict[str, State], images: Tensor) -> dict[str, State]:
-        """Take ownership of states of these images, with the model's own logits where needed."""
-        plain = None
-        if any(state.needs_plain for state in states.values()):
+    def _adopt(self, states: dict[str, State], images: Tensor) -> dict[str, State]:
+        """Become the owner of states, and add the model's own output to those that need it."""
+        intact = None
+        if any(state.needs_intact for state in states.values()):
             with keep_attributes(self.model):
-                plain = verify.run_plain(self.model, images)
+                intact = verify.run_intact(self.model, images)
         for state in states.values():
-            state.claim(self, plain)
+            state.set_owner(self, intact)
         return states

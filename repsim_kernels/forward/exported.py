@@ -1,4 +1,4 @@
-"""A network's operations as ``torch.export`` gives them, in one graph."""
+"""Trace a network by ``torch.export``, and flatten the result to one graph of operations."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 def export(root: nn.Module, images: Tensor) -> tuple[nn.Module, fx.Graph]:
     """Export a module for images like these; give a module with its tensors, and the graph."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own deprecations
+        warnings.simplefilter("ignore")  # deprecations inside the exporter
         program = torch.export.export(root, (images,), strict=False)
         module = program.module()
     graph = _inline_regions(module)
-    # Its operations open and close levels of PyTorch's state, which a pass that stops in between
-    # would leave open for the whole process.
+    # The operations of torch.func open and close levels of PyTorch's state. A pass that stops in
+    # between would leave a level open for the whole process.
     if any(str(getattr(x.target, "__module__", "")).startswith(_LEVELS) for x in graph.nodes):
         raise LayerError("the model uses torch.func (vmap, grad, jvp), which can't be cut")
     output = next(iter(reversed(graph.nodes)))
@@ -37,61 +37,64 @@ def export(root: nn.Module, images: Tensor) -> tuple[nn.Module, fx.Graph]:
 
 
 def find_calls(graph: fx.Graph, layer: str) -> list[fx.Node]:
-    """The operations of a layer whose values others use, of every call of it."""
+    """For every call of a layer, the operation whose value is used outside the layer."""
     path = f"model.{layer}" if layer else "model"
     inside: dict[str, list[fx.Node]] = {}
     for x in graph.nodes:
         for key, (name, _) in (x.meta.get("nn_module_stack") or {}).items():
             if name == path:
                 inside.setdefault(key, []).append(x)
-    found = []
-    for own in inside.values():
-        given = [x for x in own if not set(own).issuperset(x.users)]
-        if len(given) != 1:
+    calls = []
+    for operations in inside.values():
+        outputs = [x for x in operations if not set(operations).issuperset(x.users)]
+        if len(outputs) != 1:
             raise LayerError(
-                f"layer: {layer!r} gives {len(given)} tensors of its own; expected a tensor (n, …)"
+                f"layer: {layer!r} gives {len(outputs)} tensors; expected a tensor (n, …)"
             )
-        found += given
-    return found
+        calls += outputs
+    return calls
 
 
 def _inline_regions(module: nn.Module) -> fx.Graph:
-    """A program's graph, with what it keeps in graphs of their own in its place.
+    """A program's graph with its nested graphs inlined.
 
-    The exporter makes a function of each region under autocast, or under a gradient mode. A layer
-    in a region is cut like any other, so its operations are moved out, with the region's switches.
+    The exporter turns each region under autocast or a gradient mode into a function. A layer in a
+    region must be cut like any other, so the region's operations are moved out of the function and
+    keep its switches.
     """
     flat = fx.Graph()
 
     def move(owner: Any, inputs: Sequence[fx.Node] | None, switches: Switches) -> Any:
-        """Copy a graph's operations, and give its result; `inputs` are those of a region."""
+        """Copy a graph's operations and give its result; `inputs` is None for the outer graph."""
         values: dict[fx.Node, Any] = {}
         regions: set[Any] = set()
-        given = iter(inputs or ())
+        remaining = iter(inputs or ())
         for x in owner.graph.nodes:
             if x.op == "placeholder" and inputs is not None:
-                values[x] = next(given)
+                values[x] = next(remaining)
             elif x.op == "output" and inputs is not None:
                 return fx.node.map_arg(x.args[0], values.__getitem__)
             elif x.target in (_AUTOCAST, _GRAD):
-                values[x] = region(owner, x, values, switches)  # a tuple
+                values[x] = move_region(owner, x, values, switches)  # a tuple
                 regions.add(x)
             elif x.target is operator.getitem and x.args[0] in regions:
                 values[x] = values[x.args[0]][x.args[1]]
             elif x.op == "call_module":
-                continue  # the program's check of its input: everything else is operators
-            elif not _names_region(owner, x):
-                values[x] = copied = flat.node_copy(x, values.__getitem__)
+                continue  # the program's check of its input, its only call of a module
+            elif not _reads_region_graph(owner, x):
+                values[x] = copy = flat.node_copy(x, values.__getitem__)
                 if switches != outside:
-                    copied.meta["switches"] = switches
+                    copy.meta["switches"] = switches
         return None
 
-    def region(owner: Any, call: fx.Node, values: dict[fx.Node, Any], switches: Switches) -> Any:
+    def move_region(
+        owner: Any, call: fx.Node, values: dict[fx.Node, Any], switches: Switches
+    ) -> Any:
         arguments: Any = call.args
         if call.target is _AUTOCAST:
             device, dtype, enabled, _, graph, *inputs = arguments
             switches = switches.with_autocast(device, dtype, enabled)
-        else:  # no pass tracks gradients
+        else:  # a gradient mode, without effect: no pass tracks gradients
             _, graph, *inputs = arguments
         return move(getattr(owner, graph.target), [values[x] for x in inputs], switches)
 
@@ -100,7 +103,7 @@ def _inline_regions(module: nn.Module) -> fx.Graph:
     return flat
 
 
-def _names_region(owner: nn.Module, x: fx.Node) -> bool:
-    """Whether a node only gives regions their graph."""
+def _reads_region_graph(owner: nn.Module, x: fx.Node) -> bool:
+    """Whether a node only reads the graph of a region."""
     graph = isinstance(getattr(owner, str(x.target), None), fx.GraphModule)
     return x.op == "get_attr" and graph and all(y.target in (_AUTOCAST, _GRAD) for y in x.users)

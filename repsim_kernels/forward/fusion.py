@@ -1,8 +1,8 @@
-"""What follows a masked layer and is done by one kernel together with the mask.
+"""Fuse the mask with the first operations after the layer, so that one kernel does both.
 
-Kernels take over the first operations of a tail where nothing else uses what is between them. One
-cell at a time the result has to be a forward hook's, bit for bit, which of these only the mask and
-ReLU keep; several cells together are the same to rounding.
+A chain of operations can be fused if no other operation uses the values in between. With one cell
+per pass, the result must be bit-identical to a forward hook's, so only a ReLU or ReLU6 is fused
+with the mask. With several cells per pass, the result agrees up to rounding.
 """
 
 from __future__ import annotations
@@ -22,98 +22,104 @@ from repsim_kernels.forward.trace import Trace, Values, sets_switches
 
 
 @dataclass(frozen=True)
-class Cells:
-    """Some of the cells of a layer's units."""
+class CellMasks:
+    """The masks of some of the cells of a layer's units."""
 
     labels: np.ndarray[Any, Any]  # (p,), or memberships (C, p)
-    table: Tensor  # the same on the activation's device
-    ids: Tensor  # those that are wanted, on the activation's device
+    table: Tensor  # the labels on the activation's device
+    ids: Tensor  # the selected cells, on the activation's device
 
-    def some(self, ids: list[int]) -> Cells:
-        return Cells(self.labels, self.table, torch.tensor(ids, device=self.table.device))
+    def select(self, ids: list[int]) -> CellMasks:
+        return CellMasks(self.labels, self.table, torch.tensor(ids, device=self.table.device))
 
     def masks(self) -> Tensor:
-        """(len(ids), p): the units of each wanted cell."""
+        """(len(ids), p): whether each unit is in each selected cell."""
         if self.table.dtype == torch.bool:
             return self.table[self.ids]
         return self.table == self.ids[:, None]
 
 
 def uses_triton(activation: Tensor) -> bool:
-    """Whether kernels mask this activation; else PyTorch's operations do."""
+    """Whether Triton kernels mask this activation, rather than PyTorch's operations."""
     return _dispatch.uses_triton("ablate", activation)
 
 
-def run(trace: Trace, split: Split, values: Values, cells: Cells) -> list[Step]:
-    """Mask the cut's value for some cells, and do as much of the tail as one kernel can.
+def run_fused(trace: Trace, split: Split, values: Values, cells: CellMasks) -> list[Step]:
+    """Mask the activation in `values`, run what one kernel can fuse, and give the other steps.
 
-    Leaves in ``values`` what the rest of the tail needs, and gives its steps.
+    The values that those steps need are left in `values`.
     """
-    plan = _plan(trace, split, values, several=len(cells.ids) > 1)
-    return _skip(split, plan.steps, values, _start(values[split.cut], cells, plan))
+    plan = _plan_kernel(trace, split, values, several=len(cells.ids) > 1)
+    return _skip_steps(split, plan.steps, values, _run_kernel(values[split.cut], cells, plan))
 
 
-def _skip(split: Split, count: int, values: Values, result: Tensor) -> list[Step]:
-    """Put the result of a tail's first steps into ``values``, and give the steps that are left."""
-    done, rest = split.tail[:count], split.tail[count:]
+def _skip_steps(split: Split, count: int, values: Values, result: Tensor) -> list[Step]:
+    """Put the result of a tail's first `count` steps into `values`, and give the other steps."""
+    done, remaining = split.tail[:count], split.tail[count:]
     values[done[-1].node if done else split.cut] = result
     for step in done:
-        for x in step.dropped:
+        for x in step.to_drop:
             values.pop(x, None)
-    return rest
+    return remaining
 
 
 @dataclass(frozen=True)
-class Linear:
-    """A linear layer directly behind the masks, for all cells of a partition in one product.
+class PartitionedLinear:
+    """A linear layer directly after the masks, for all cells of a partition in one product.
 
-    W (x ⊙ m_c) = W x - W (x ⊙ (1 - m_c)), and each column of W is in one cell.
+    W (x ⊙ m_c) = W x - W (x ⊙ (1 - m_c)), where m_c is zero on the units of cell c. Each column of
+    W belongs to at most one cell, so all the second terms together cost one product.
     """
 
     split: Split
-    steps: int  # of the tail, with what does nothing before it
+    steps: int  # steps of the tail that this replaces
     x: Tensor  # (n, p)
-    cells: Cells
+    cells: CellMasks
     weight: Tensor
     bias: Tensor | None
 
     def run(self, values: Values) -> list[Step]:
-        """Leaves in ``values`` what the rest of the tail needs, and gives its steps."""
+        """Compute the layer's output for all cells, and give the steps of the tail after it.
+
+        The values that those steps need are left in `values`.
+        """
         whole = F.linear(self.x, self.weight, self.bias)  # (n, k)
         masks = self.cells.masks()
-        order = masks.nonzero()[:, 1]  # one cell after the other
+        order = masks.nonzero()[:, 1]  # units, sorted by cell
         sizes = masks.sum(1).tolist()
         columns = self.x.index_select(1, order).split(sizes, 1)
         out = whole.expand(len(sizes), *whole.shape).clone()  # (C, n, k)
-        # Some outputs at a time: the gathered weights stay in a cache, and need no copy of all.
-        rows = max(1, _GATHERED // (len(order) * self.weight.element_size()))
+        # In blocks of outputs: the gathered weights fit in a cache, and W is never copied whole.
+        rows = max(1, _BLOCK_BYTES // (len(order) * self.weight.element_size()))
         for weights, part in zip(self.weight.split(rows), out.split(rows, 2), strict=True):
             pieces = weights.index_select(1, order).split(sizes, 1)
             for cell, x, w in zip(part, columns, pieces, strict=True):
                 cell.addmm_(x, w.mT, alpha=-1)
-        return _skip(self.split, self.steps, values, out.flatten(0, 1))
+        return _skip_steps(self.split, self.steps, values, out.flatten(0, 1))
 
 
-_GATHERED = 2**23  # bytes of weights at a time
-# To gather a column of the weights costs as much as the products of so many rows.
-_GATHER = 300
+_BLOCK_BYTES = 2**23  # of weights gathered in one block
+# Gathering a column of the weights costs as much as its products with this number of rows.
+_GATHER_ROWS = 300
 
 
-def linear(trace: Trace, split: Split, values: Values, cells: Cells, count: int) -> Linear | None:
-    """The linear layer behind the masks, where one product for `count` cells is the cheaper."""
+def find_linear(
+    trace: Trace, split: Split, values: Values, cells: CellMasks, count: int
+) -> PartitionedLinear | None:
+    """The linear layer after the masks; None without one, or if a product per cell is cheaper."""
     x, flat = values[split.cut], False
-    if count < 2 or cells.labels.ndim > 1 or (count - 1) * len(x) <= _GATHER:
+    if count < 2 or cells.labels.ndim > 1 or (count - 1) * len(x) <= _GATHER_ROWS:
         return None
-    for steps, operation in _chain(trace, split, values):
+    for steps, operation in _iter_chain(trace, split, values):
         if isinstance(operation, _Product) and operation.weight.ndim == 2:
             x = x.flatten(1) if flat else x
             weight = operation.weight
             fits = x.ndim == 2 and x.dtype == weight.dtype in (torch.float32, torch.float64)
             if not fits or torch.is_autocast_enabled(x.device.type):
                 return None
-            if not torch.isfinite(x).all():  # a mask hides infinity, a difference doesn't
+            if not torch.isfinite(x).all():  # a mask hides infinity; a difference gives NaN
                 return None
-            return Linear(split, steps, x, cells, weight, operation.bias)
+            return PartitionedLinear(split, steps, x, cells, weight, operation.bias)
         if operation == "flatten":
             flat = True
         elif operation != "nothing":
@@ -131,8 +137,8 @@ class _Norm:
     bias: Tensor | None
     eps: float
 
-    def folded(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift, rounded to float32 once."""
+    def fold(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift, each rounded to float32 once."""
         scale = (self.var.double() + self.eps).rsqrt()
         if self.weight is not None:
             scale = scale * self.weight.double()
@@ -144,13 +150,13 @@ class _Norm:
 
 @dataclass(frozen=True)
 class _Product:
-    """A linear layer, or a 1x1 convolution."""
+    """A linear layer or a 1x1 convolution."""
 
     weight: Tensor
     bias: Tensor | None = None
 
-    def fits(self, x: Tensor, flat: bool) -> bool:
-        """Whether the kernels can do it behind the mask of an activation."""
+    def is_fusible(self, x: Tensor, flat: bool) -> bool:
+        """Whether a kernel can compute it together with the mask of an activation."""
         if torch.is_autocast_enabled(x.device.type) or (flat and self.weight.ndim > 2):
             return False
         parameters = [self.weight] if self.bias is None else [self.weight, self.bias]
@@ -161,25 +167,25 @@ _Operation = _Norm | _Product | Literal["relu", "relu6", "flatten", "nothing"] |
 
 
 @dataclass
-class _Plan:
-    """What one kernel does behind the mask, in this order."""
+class _KernelPlan:
+    """The operations that one kernel does after the mask: flatten, product, norm, activation."""
 
     x: Tensor  # the activation
-    several: bool  # whether there is more than one cell
-    steps: int = 0  # of the tail
+    several: bool  # more than one cell
+    steps: int = 0  # steps of the tail that the kernel replaces
     flat: bool = False
     product: _Product | None = None
     norm: tuple[Tensor, Tensor] | None = None  # scale and shift
     activate: str = "none"
 
-    def takes(self, operation: _Operation) -> bool:
-        """Add an operation, if a kernel does it together with those that are there."""
+    def try_add(self, operation: _Operation) -> bool:
+        """Add an operation if the kernel can do it after the earlier ones; give whether it can."""
         begun = self.product is not None or self.norm is not None
-        waiting = self.flat and self.product is None  # for the linear layer behind a flatten
+        needs_product = self.flat and self.product is None  # a flatten is fused only with one
         if operation is None or self.activate != "none":
             return False
         if operation == "relu" or operation == "relu6":
-            if waiting:
+            if needs_product:
                 return False
             self.activate = operation
         elif not self.several:
@@ -189,35 +195,35 @@ class _Plan:
                 return False
             self.flat = True
         elif isinstance(operation, _Product):
-            if begun or not operation.fits(self.x, self.flat):
+            if begun or not operation.is_fusible(self.x, self.flat):
                 return False
             self.product = operation
         elif isinstance(operation, _Norm):
-            if self.norm is not None or waiting or self._last_is_not_channels():
+            if self.norm is not None or needs_product or self._last_dim_is_not_channels():
                 return False
-            self.norm = operation.folded()
+            self.norm = operation.fold()
         return True
 
-    def _last_is_not_channels(self) -> bool:
-        """Whether a batch norm would take another dimension than the outputs of a linear layer."""
+    def _last_dim_is_not_channels(self) -> bool:
+        """Whether a batch norm would use a dimension other than the linear layer's outputs."""
         linear = self.product is not None and self.product.weight.ndim == 2
         return linear and self.x.ndim > 2 and not self.flat
 
 
-def _plan(trace: Trace, split: Split, values: Values, several: bool) -> _Plan:
-    plan = _Plan(values[split.cut], several)
-    for count, operation in _chain(trace, split, values):
+def _plan_kernel(trace: Trace, split: Split, values: Values, several: bool) -> _KernelPlan:
+    plan = _KernelPlan(values[split.cut], several)
+    for count, operation in _iter_chain(trace, split, values):
         if operation == "nothing":
             continue
-        if not plan.takes(operation):
+        if not plan.try_add(operation):
             break
         if operation != "flatten":
             plan.steps = count
     return plan
 
 
-def _start(activation: Tensor, cells: Cells, plan: _Plan) -> Tensor:
-    """(C n, …): the activation masked for each cell, and what the plan says behind it."""
+def _run_kernel(activation: Tensor, cells: CellMasks, plan: _KernelPlan) -> Tensor:
+    """(C n, …): mask the activation for each cell, and run the planned operations on it."""
     if plan.product is None:
         ablate = _dispatch.triton_kernel("ablate")
         return ablate(activation, cells.table, cells.ids, epilogue=(plan.norm, plan.activate))
@@ -235,39 +241,41 @@ def _start(activation: Tensor, cells: Cells, plan: _Plan) -> Tensor:
 
 
 def _choose_precision(weight: Tensor) -> str:
-    """TF32 where PyTorch would take it for this layer: by default for convolutions alone."""
+    """TF32 if PyTorch would use it for this layer; by default it does for convolutions only."""
     backends: Any = torch.backends
     backend = backends.cuda.matmul if weight.ndim == 2 else backends.cudnn.conv
     return "tf32" if backend.fp32_precision == "tf32" else "tf32x3"
 
 
-def _chain(trace: Trace, split: Split, values: Values) -> Iterator[tuple[int, _Operation]]:
-    """The operations behind the cut, numbered from 1, while nothing else uses what they take."""
+def _iter_chain(trace: Trace, split: Split, values: Values) -> Iterator[tuple[int, _Operation]]:
+    """Yield the operations after the cut, numbered from 1, while no other one uses their input."""
     node = split.cut
     for count, step in enumerate(split.tail, 1):
         if set(node.users) != {step.node}:
             return
         node = step.node
-        yield count, _operation(trace, split, values, node)
+        yield count, _classify(trace, split, values, node)
 
 
-def _operation(trace: Trace, split: Split, values: Values, node: fx.Node) -> _Operation:
-    """What a node does to its first argument, if that is known, and the same for all stimuli."""
+def _classify(trace: Trace, split: Split, values: Values, node: fx.Node) -> _Operation:
+    """What a node does to its first argument; None if unknown, or if it depends on the image."""
     if sets_switches(node):
         return None
     if node.op == "call_module":
-        return _module(trace.module(node)) if len(node.args) == 1 and not node.kwargs else None
-    function = (_METHODS if node.op == "call_method" else _FUNCTIONS).get(node.target)
-    rest: tuple[Any, ...] = (node.args[1:], node.kwargs)
+        has_options = len(node.args) > 1 or node.kwargs
+        return None if has_options else _classify_module(trace.get_module(node))
+    classify = (_METHODS if node.op == "call_method" else _FUNCTIONS).get(node.target)
+    options: tuple[Any, ...] = (node.args[1:], node.kwargs)
     operands: list[fx.Node] = []
-    fx.node.map_arg(rest, operands.append)
-    if function is None or any(x not in split.inputs or x in split.varying for x in operands):
+    fx.node.map_arg(options, operands.append)
+    per_image = split.per_image_inputs
+    if classify is None or any(x not in split.inputs or x in per_image for x in operands):
         return None
-    args, kwargs = fx.node.map_arg(rest, values.__getitem__)
-    return function(*args, **kwargs)
+    args, kwargs = fx.node.map_arg(options, values.__getitem__)
+    return classify(*args, **kwargs)
 
 
-def _module(module: nn.Module) -> _Operation:
+def _classify_module(module: nn.Module) -> _Operation:
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return None
     match module:
@@ -282,16 +290,18 @@ def _module(module: nn.Module) -> _Operation:
         case nn.Linear(weight=weight, bias=bias):
             operation = _Product(weight, bias)
         case nn.Conv1d() | nn.Conv2d() | nn.Conv3d() as c:
-            operation = _conv(c.weight, c.bias, c.stride, c.padding, groups=c.groups)
+            operation = _classify_conv(c.weight, c.bias, c.stride, c.padding, groups=c.groups)
         case nn.BatchNorm1d() | nn.BatchNorm2d() | nn.BatchNorm3d() as b:
-            operation = _batch_norm(b.running_mean, b.running_var, b.weight, b.bias, eps=b.eps)
+            operation = _classify_batch_norm(
+                b.running_mean, b.running_var, b.weight, b.bias, eps=b.eps
+            )
         case _:
             return None
-    # A class of someone's own may do more; PyTorch makes one where it parametrizes a module.
+    # A subclass from elsewhere may do more; PyTorch makes one when it parametrizes a module.
     return operation if type(module).__module__.startswith("torch.nn.modules.") else None
 
 
-def _batch_norm(
+def _classify_batch_norm(
     mean: Tensor | None,
     var: Tensor | None,
     weight: Tensor | None = None,
@@ -305,7 +315,7 @@ def _batch_norm(
     return _Norm(mean, var, weight, bias, eps)
 
 
-def _conv(
+def _classify_conv(
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Any = 1,
@@ -313,42 +323,44 @@ def _conv(
     dilation: Any = 1,
     groups: int = 1,
 ) -> _Operation:
-    def every(sizes: Any, wanted: int) -> bool:
-        return all(k == wanted for k in (sizes if isinstance(sizes, (tuple, list)) else [sizes]))
+    def all_equal(sizes: Any, value: int) -> bool:
+        return all(k == value for k in (sizes if isinstance(sizes, (tuple, list)) else [sizes]))
 
-    pointwise = every(tuple(weight.shape[2:]), 1) and every(stride, 1) and every(padding, 0)
+    pointwise = (
+        all_equal(tuple(weight.shape[2:]), 1) and all_equal(stride, 1) and all_equal(padding, 0)
+    )
     return _Product(weight, bias) if pointwise and groups == 1 else None
 
 
-def _flatten(start_dim: int = 0, end_dim: int = -1) -> _Operation:
+def _classify_flatten(start_dim: int = 0, end_dim: int = -1) -> _Operation:
     return "flatten" if (start_dim, end_dim) == (1, -1) else None
 
 
-def _relu(inplace: bool = False) -> _Operation:
+def _classify_relu(inplace: bool = False) -> _Operation:
     return "relu"
 
 
-def _relu6(inplace: bool = False) -> _Operation:
+def _classify_relu6(inplace: bool = False) -> _Operation:
     return "relu6"
 
 
-def _dropout(p: float = 0.5, training: bool = True, inplace: bool = False) -> _Operation:
+def _classify_dropout(p: float = 0.5, training: bool = True, inplace: bool = False) -> _Operation:
     return None if training else "nothing"
 
 
 _METHODS: dict[Any, Callable[..., _Operation]] = {
-    "relu": _relu,
-    "relu_": _relu,
-    "flatten": _flatten,
+    "relu": _classify_relu,
+    "relu_": _classify_relu,
+    "flatten": _classify_flatten,
 }
 _FUNCTIONS: dict[Any, Callable[..., _Operation]] = {
-    F.relu: _relu,
-    torch.relu: _relu,
-    torch.relu_: _relu,
-    F.relu6: _relu6,
-    F.dropout: _dropout,
-    F.batch_norm: _batch_norm,
+    F.relu: _classify_relu,
+    torch.relu: _classify_relu,
+    torch.relu_: _classify_relu,
+    F.relu6: _classify_relu6,
+    F.dropout: _classify_dropout,
+    F.batch_norm: _classify_batch_norm,
     F.linear: _Product,
-    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _conv),
-    torch.flatten: _flatten,
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _classify_conv),
+    torch.flatten: _classify_flatten,
 }

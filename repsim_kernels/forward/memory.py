@@ -1,4 +1,4 @@
-"""How much memory there is, and what fits into it."""
+"""How much memory is free, and how to split a batch to fit."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _UNITS = {
     **{f"{prefix}iB": 1024**k for k, prefix in enumerate("KMGT", 1)},
     **{f"{prefix}B": 1000**k for k, prefix in enumerate("kMGT", 1)},
 }
-_BUSY = 2**33  # bytes of a batch
+_GPU_BATCH_BYTES = 2**33
 
 
-def size(value: Any, name: str = "memory") -> int:
-    """Bytes: a number of them, or text such as "8GiB", "500 MB".
+def parse_size(value: Any, name: str = "memory") -> int:
+    """Convert a size to bytes: a number, or text such as "8GiB" or "500 MB".
 
     Raises
     ------
     OptionError
-        Anything else, or less than a byte.
+        The value is not a size, or is below one byte.
     """
     if not isinstance(value, str):
         return int(_options.number(value, name, low=1))
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-    unit = None if found is None else _UNITS.get(found[2] or "B")
-    count = 0.0 if found is None or unit is None else float(found[1]) * unit
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    unit = None if match is None else _UNITS.get(match[2] or "B")
+    count = 0.0 if match is None or unit is None else float(match[1]) * unit
     if not 1 <= count < math.inf:
         raise OptionError(
             f"{name}: {_options.shown(value)}; expected bytes, or a size such as '8GiB' or '500MB'"
@@ -42,36 +42,40 @@ def size(value: Any, name: str = "memory") -> int:
     return int(count)
 
 
-def free(device: torch.device) -> int:
-    """Bytes that can be had on a device: what is unused, and what PyTorch keeps for itself."""
+def get_free_bytes(device: torch.device) -> int:
+    """The bytes that can be allocated on a device, including PyTorch's own unused cache."""
     if device.type == "cuda":
         unused = torch.cuda.mem_get_info(device)[0]
         return unused + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(filter(None, (_machine(), _group())))
+    return min(filter(None, (_read_machine_bytes(), _read_cgroup_bytes())))
 
 
 def resolve_budget(value: Any, device: torch.device) -> int:
-    """The bytes that were asked for, or half of what is free."""
-    return free(device) // 2 if value is None else size(value)
+    """The requested bytes; half of what is free if the value is None."""
+    return get_free_bytes(device) // 2 if value is None else parse_size(value)
 
 
-def for_a_batch(room: int, device: torch.device) -> int:
-    """As much of a budget as runs together: what keeps a GPU busy, and is indexed by 32 bits."""
-    return min(room, _BUSY) if device.type == "cuda" else room
+def cap_batch_bytes(budget: int, device: torch.device) -> int:
+    """The bytes of one batch: on CUDA at most 8 GiB.
+
+    That keeps a GPU busy, and its tensors stay within 32-bit indexing.
+    """
+    return min(budget, _GPU_BATCH_BYTES) if device.type == "cuda" else budget
 
 
 class Batch(NamedTuple):
-    """Cells, and of the stimuli those from `start` to `stop`, that run together."""
+    """Cells that run in one pass, over the images from `start` to `stop`."""
 
     cells: list[int]
     start: int
     stop: int
 
 
-def fit(batch: Batch, rows: int, cells: int) -> list[Batch]:
-    """A batch in parts of so many rows, cells x stimuli, and so many cells, at most.
+def split_to_fit(batch: Batch, rows: int, cells: int) -> list[Batch]:
+    """Split a batch into parts of at most `rows` (cells x images) and at most `cells` cells.
 
-    Cells are kept whole where one fits; else the stimuli of one cell are cut in equal parts.
+    A cell keeps all its images together if they fit; otherwise its images are split into parts of
+    equal size.
     """
     n = batch.stop - batch.start
     count = max(1, min(cells, rows // n))
@@ -84,19 +88,19 @@ def fit(batch: Batch, rows: int, cells: int) -> list[Batch]:
     ]
 
 
-def _machine() -> int:
+def _read_machine_bytes() -> int:
     try:
         text = Path("/proc/meminfo").read_text()
-        found = re.search(r"MemAvailable:\s+(\d+) kB", text)
-        if found is not None:
-            return int(found[1]) * 1024
+        match = re.search(r"MemAvailable:\s+(\d+) kB", text)
+        if match is not None:
+            return int(match[1]) * 1024
     except OSError:
         pass
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _group() -> int | None:
-    """What the control group of this process leaves, if it has a limit."""
+def _read_cgroup_bytes() -> int | None:
+    """The bytes left below the limit of this process's control group; None without a limit."""
     root = Path("/sys/fs/cgroup")
     try:
         limit, used = (int((root / name).read_text()) for name in ("memory.max", "memory.current"))

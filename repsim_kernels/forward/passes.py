@@ -1,4 +1,4 @@
-"""What is run of a network that is cut at a layer: before it, and after it."""
+"""Passes of a network cut at a layer: its head, its tail, and batches of cells."""
 
 from __future__ import annotations
 
@@ -8,21 +8,39 @@ import warnings
 import torch
 from torch import Tensor
 
+from repsim_kernels._arrays import dtype_name
 from repsim_kernels.errors import LayerError, OutOfMemoryWarning
 from repsim_kernels.forward import broadcast, cost, fusion
-from repsim_kernels.forward.dataflow import Split, schedule, tensors, version
-from repsim_kernels.forward.fusion import Cells
-from repsim_kernels.forward.memory import Batch, fit
+from repsim_kernels.forward.dataflow import Split, collect_tensors, get_version, schedule
+from repsim_kernels.forward.fusion import CellMasks
+from repsim_kernels.forward.memory import Batch, split_to_fit
 from repsim_kernels.forward.trace import Trace, Values
 
 
 class State:
-    """What the head of a network gave for some images; made by `AblatedForward.prefix`.
+    """A layer's activation for some images, and what the rest of the network needs with it.
+
+    `AblatedForward.prefix` and `AblatedForward.prefixes` make states; `AblatedForward.logits` and
+    `AblatedForward.intact` take them. ``len(state)`` is the number of images.
 
     Attributes
     ----------
     layer : str
-        The layer that it is cut at.
+        Name of the layer.
+    activation : tensor, (n, …)
+        The layer's output for n images.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> import repsim_kernels as rk
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    >>> state = rk.forward.AblatedForward(model, "1").prefix(torch.ones(2, 4))
+    >>> state
+    State(layer='1', images=2, activation=(2, 8), dtype='float32', device='cpu')
+    >>> len(state), state.activation.shape
+    (2, torch.Size([2, 8]))
     """
 
     def __init__(
@@ -30,207 +48,236 @@ class State:
         activation: Tensor,
         values: Values,
         trace: Trace,
-        part: Split,
-        same: Tensor | None = None,
+        split: Split,
+        unmasked: Tensor | None = None,
     ) -> None:
-        """same: what a hook gives that changes nothing, where it is known already."""
-        self.layer = part.layer
-        self._kept, self._strides = activation, activation.stride()
-        self._values, self._trace, self._split = values, trace, part
-        self._same = same
-        self._plain: Tensor | None = None  # what the model gives without a hook, where that differs
+        """`unmasked` is the output under a hook that changes nothing, if it is known already."""
+        self.layer = split.layer
+        self._data, self._strides = activation, activation.stride()
+        self._values, self._trace, self._split = values, trace, split
+        self._unmasked = unmasked
+        self._intact: Tensor | None = None  # the output without a hook, if it differs
         self._owner: object = None
-        self._note()
+        self._record_versions()
 
     def __len__(self) -> int:
-        """The number of stimuli."""
-        return len(self._kept)
+        """The number of images."""
+        return len(self._data)
+
+    def __repr__(self) -> str:
+        data = self._data
+        return (
+            f"State(layer={self.layer!r}, images={len(data)}, activation={tuple(data.shape)}, "
+            f"dtype={dtype_name(data)!r}, device={str(data.device)!r})"
+        )
 
     @property
     def activation(self) -> Tensor:
-        """The layer's output, (n, …), with its own strides; writing to it spoils the state."""
-        return self._laid_out(self._kept)
+        """The layer's output, (n, …), with its own strides. Writing to it invalidates the state."""
+        return self._restore_strides(self._data)
 
     @property
-    def needs_plain(self) -> bool:
-        """Whether the model without a hook has other bits than under one that changes nothing."""
-        return not self._split.plain
+    def needs_intact(self) -> bool:
+        """Whether the model's output changes bits under a hook that changes nothing."""
+        return not self._split.hook_keeps_bits
 
-    def claim(self, owner: object, plain: Tensor | None) -> None:
-        """Set what made this state, and the output of the model itself, kept where it is needed."""
+    def set_owner(self, owner: object, intact: Tensor | None) -> None:
+        """Set the object that made this state, and the model's own output where it is needed."""
         self._owner = owner
-        self._plain = plain if self.needs_plain else None
+        self._intact = intact if self.needs_intact else None
 
     def move(self, rows: Tensor) -> None:
-        """Copy the activation into memory of the caller's, and keep it there alone.
+        """Copy the activation into the caller's memory, and keep it there instead of here.
 
         Parameters
         ----------
         rows : tensor, (n, p)
-            Of the activation's dtype and device; filled with the activation flattened in C order.
-            That it is not written to from then on is the caller's care. Where the activation has
-            gaps, or its stimuli are not one after the other, the state keeps its own as well.
+            On the activation's device, with its dtype. Filled with the activation flattened in C
+            order. The caller must not write to it while the state is in use. If the activation has
+            gaps, or does not store its images one after the other, the state keeps its own copy
+            too.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from torch import nn
+        >>> import repsim_kernels as rk
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).eval()
+        >>> state = rk.forward.AblatedForward(model, "0").prefix(torch.arange(8.0).view(2, 2, 2))
+        >>> rows = torch.empty(2, 4)
+        >>> state.move(rows)
+        >>> rows
+        tensor([[0., 1., 2., 3.],
+                [4., 5., 6., 7.]])
         """
-        kept = self._kept
-        rows.copy_(kept.reshape(len(kept), -1))
-        dense = torch.empty_like(kept, device="meta").stride() == kept.stride()
-        if dense and kept.stride(0) == rows.shape[1]:
-            # .data has a count of writes of its own: the rows of other states are still to come.
-            self._kept = rows.data.view(kept.shape)
-        self._note()
+        data = self._data
+        rows.copy_(data.reshape(len(data), -1))
+        is_dense = torch.empty_like(data, device="meta").stride() == data.stride()
+        if is_dense and data.stride(0) == rows.shape[1]:
+            # .data has its own count of writes: other states may still be moved into the same
+            # buffer.
+            self._data = rows.data.view(data.shape)
+        self._record_versions()
 
-    def _rows(self, batch: Batch) -> Tensor:
-        """The activation of some stimuli."""
-        return self._laid_out(self._kept[batch.start : batch.stop])
+    def _select_images(self, batch: Batch) -> Tensor:
+        """The activation of a batch's images."""
+        return self._restore_strides(self._data[batch.start : batch.stop])
 
-    def _laid_out(self, t: Tensor) -> Tensor:
+    def _restore_strides(self, t: Tensor) -> Tensor:
         if t.stride() == self._strides:
             return t
         return t.new_empty_strided(t.shape, self._strides).copy_(t)
 
-    def _note(self) -> None:
-        held = (self._kept, *tensors([*self._values.values()]))
-        self._versions = [(t, version(t)) for t in held]
+    def _record_versions(self) -> None:
+        tensors = (self._data, *collect_tensors([*self._values.values()]))
+        self._versions = [(t, get_version(t)) for t in tensors]
 
 
-def run_head(trace: Trace, part: Split, images: Tensor) -> State:
-    """Run what comes before the layer, and all else that does not depend on it."""
-    values: Values = {trace.input: copied(images) if part.copy_images else images}
-    for step in part.head:
+def run_head(trace: Trace, split: Split, images: Tensor) -> State:
+    """Run the operations that do not depend on the layer, and the layer."""
+    values: Values = {trace.input: copy_with_strides(images) if split.copy_images else images}
+    for step in split.head:
         values[step.node] = trace.run(step.node, values)
-        if step.node is part.cut and part.copy_activation:
-            values[step.node] = copied(values[step.node])
-        for x in step.dropped:
+        if step.node is split.cut and split.copy_activation:
+            values[step.node] = copy_with_strides(values[step.node])
+        for x in step.to_drop:
             del values[x]
-    return State(values[part.cut], {x: values[x] for x in part.inputs}, trace, part)
+    return State(values[split.cut], {x: values[x] for x in split.inputs}, trace, split)
 
 
-def run_heads(trace: Trace, parts: dict[str, Split], images: Tensor) -> dict[str, State]:
-    """One pass for several layers, to the end; their states, with the intact logits."""
-    writes_images = any(part.copy_images for part in parts.values())
-    values: Values = {trace.input: copied(images) if writes_images else images}
-    kept: dict[str, Values] = {name: {} for name in parts}
-    needed = {x for part in parts.values() for x in (part.cut, *part.inputs)}
+def run_heads(trace: Trace, splits: dict[str, Split], images: Tensor) -> dict[str, State]:
+    """Run one whole pass for several layers; give their states, which hold the unmasked output."""
+    copy_images = any(split.copy_images for split in splits.values())
+    values: Values = {trace.input: copy_with_strides(images) if copy_images else images}
+    own: dict[str, Values] = {name: {} for name in splits}
+    needed = {x for split in splits.values() for x in (split.cut, *split.inputs)}
     for step in schedule(trace.nodes[1:], needed | {trace.output}):
-        # What a layer's tail will write to is kept as it is before this pass does so.
-        fresh: Values = {}
-        for name, part in parts.items():
-            for x in part.writes.get(step.node, ()):
-                if x not in fresh:
-                    fresh[x] = copy.deepcopy(values[x])
-                kept[name][x] = fresh[x]
+        # Copy what a layer's tail writes to before this pass makes the same write.
+        copies: Values = {}
+        for name, split in splits.items():
+            for x in split.first_writes.get(step.node, ()):
+                if x not in copies:
+                    copies[x] = copy.deepcopy(values[x])
+                own[name][x] = copies[x]
         values[step.node] = trace.run(step.node, values)
-        for name, part in parts.items():
-            if step.node is part.cut and part.copy_activation:
-                kept[name][step.node] = copied(values[step.node])
-        for x in step.dropped:
+        for name, split in splits.items():
+            if step.node is split.cut and split.copy_activation:
+                own[name][step.node] = copy_with_strides(values[step.node])
+        for x in step.to_drop:
             del values[x]
     states = {}
-    for name, part in parts.items():
-        mine = values | kept[name]
-        inputs, same = {x: mine[x] for x in part.inputs}, values[trace.output].clone()
-        states[name] = State(mine[part.cut], inputs, trace, part, same)
+    for name, split in splits.items():
+        layer_values = values | own[name]
+        inputs, unmasked = {x: layer_values[x] for x in split.inputs}, values[trace.output].clone()
+        states[name] = State(layer_values[split.cut], inputs, trace, split, unmasked)
     return states
 
 
-def run_tail(state: State, cells: Cells | None = None, batch: Batch | None = None) -> Tensor:
-    """(C m, k): what follows the layer of m stimuli, masked for C cells or not at all."""
-    trace, part = state._trace, state._split
+def run_tail(state: State, cells: CellMasks | None = None, batch: Batch | None = None) -> Tensor:
+    """(C m, k): run the rest of the network for m images, masked for C cells or not at all."""
+    trace, split = state._trace, state._split
     values = dict(state._values)
     if batch is None or batch.stop - batch.start == len(state):
-        values[part.cut] = state.activation
+        values[split.cut] = state.activation
     else:
-        values[part.cut] = state._rows(batch)
-        values.update((x, values[x][batch.start : batch.stop]) for x in part.varying)
-    changed = [x for x in part.changed if cells is None or x is not part.cut]
-    fresh = copy.deepcopy([values[x] for x in changed])  # at once: views of one tensor stay so
-    values.update(zip(changed, fresh, strict=True))
-    steps, several = part.tail, 1 if cells is None else len(cells.ids)
+        values[split.cut] = state._select_images(batch)
+        values.update((x, values[x][batch.start : batch.stop]) for x in split.per_image_inputs)
+    mutated = [x for x in split.mutated_inputs if cells is None or x is not split.cut]
+    copies = copy.deepcopy([values[x] for x in mutated])  # in one call, so shared views stay shared
+    values.update(zip(mutated, copies, strict=True))
+    steps, n_cells = split.tail, 1 if cells is None else len(cells.ids)
     if cells is not None:
-        if fusion.uses_triton(values[part.cut]):
-            steps = fusion.run(trace, part, values, cells)
-        elif behind := fusion.linear(trace, part, values, cells, several):
-            steps = behind.run(values)
+        if fusion.uses_triton(values[split.cut]):
+            steps = fusion.run_fused(trace, split, values, cells)
+        elif linear := fusion.find_linear(trace, split, values, cells, n_cells):
+            steps = linear.run(values)
         else:
-            masks = cells.masks().view(-1, *values[part.cut].shape[1:])
-            values[part.cut] = mask_for_cells(values[part.cut], masks)
-    once = set(part.varying) if several > 1 else set()  # what has a row a stimulus, not a cell
+            masks = cells.masks().view(-1, *values[split.cut].shape[1:])
+            values[split.cut] = mask_for_cells(values[split.cut], masks)
+    shared = set(split.per_image_inputs) if n_cells > 1 else set()
     for step in steps:
-        values[step.node] = broadcast.run(trace, step.node, values, once, several)
-        for x in step.dropped:
+        values[step.node] = broadcast.run_for_cells(trace, step.node, values, shared, n_cells)
+        for x in step.to_drop:
             del values[x]
-    if any(version(t) != old for t, old in state._versions):
-        raise LayerError("state: its tensors were written to after prefix() gave them")
+    if any(get_version(t) != old for t, old in state._versions):
+        raise LayerError("state: its tensors were written to after prefix(); expected no writes")
     out: Tensor = values[trace.output]
     return out
 
 
-def run_intact(state: State, room: int) -> Tensor:
-    """(n, k): what the model gives without a hook."""
-    return run_unmasked(state, room) if state._plain is None else state._plain
+def run_intact(state: State, budget: int) -> Tensor:
+    """(n, k): the model's output without a hook."""
+    return run_unmasked(state, budget) if state._intact is None else state._intact
 
 
-def run_unmasked(state: State, room: int) -> Tensor:
-    """(n, k): what a hook gives that changes nothing; computed once a state."""
-    if state._same is None:
-        (state._same,) = in_batches(state, None, [0], 1, room)
-    return state._same
+def run_unmasked(state: State, budget: int) -> Tensor:
+    """(n, k): the output under a hook that changes nothing; computed once for each state."""
+    if state._unmasked is None:
+        (state._unmasked,) = run_in_batches(state, None, [0], 1, budget)
+    return state._unmasked
 
 
-def choose_together(state: State, cells: Cells, count: int) -> int:
-    """How many of `count` cells run together, where the caller doesn't say."""
-    act, part, trace = state._kept, state._split, state._trace
-    values = {part.cut: act, **state._values}
-    if act.device.type != "cpu" or fusion.linear(trace, part, values, cells, count):
+def choose_cells_per_pass(state: State, cells: CellMasks, count: int) -> int:
+    """How many of `count` cells to run in one pass by default."""
+    act, split, trace = state._data, state._split, state._trace
+    values = {split.cut: act, **state._values}
+    if act.device.type != "cpu" or fusion.find_linear(trace, split, values, cells, count):
         return count
-    return cost.together(part, len(state))
+    return cost.choose_cells_per_pass(split, len(state))
 
 
-def in_batches(
-    state: State, cells: Cells | None, ids: list[int], together: int, room: int
+def run_in_batches(
+    state: State, cells: CellMasks | None, ids: list[int], cells_per_pass: int, budget: int
 ) -> Tensor:
-    """(C, n, k) of the cells `ids`, in batches that fit the budget; half as large out of memory."""
-    part = state._split
-    rows = max(1, min(room // max(1, part.peak), part.most or room))
-    if not part.batchable:
-        rows, together = len(state), 1
-    todo = fit(Batch(ids, 0, len(state)), rows, together)
+    """(C, n, k): run the tail for the cells `ids`, in batches that fit the budget.
+
+    When a batch runs out of memory, this and later batches are half as large.
+    """
+    split = state._split
+    rows = max(1, min(budget // max(1, split.tail_peak_bytes), split.oom_limit or budget))
+    if not split.batchable:
+        rows, cells_per_pass = len(state), 1
+    pending = split_to_fit(Batch(ids, 0, len(state)), rows, cells_per_pass)
     places, out = {c: i for i, c in enumerate(ids)}, None
-    while todo:
-        batch = todo.pop(0)
+    while pending:
+        batch = pending.pop(0)
         try:
-            found = run_tail(state, None if cells is None else cells.some(batch.cells), batch)
+            logits = run_tail(state, None if cells is None else cells.select(batch.cells), batch)
         except torch.OutOfMemoryError:
             tried = len(batch.cells) * (batch.stop - batch.start)
-            if tried == 1 or not part.batchable:
+            if tried == 1 or not split.batchable:
                 raise
-            if part.most is None:
+            if split.oom_limit is None:
                 warnings.warn(
-                    f"layer {part.layer}: out of memory with {tried} cells x images together; "
-                    "going on with fewer",
+                    f"layer {split.layer}: out of memory with {tried} cells x images in one pass; "
+                    "continuing with fewer",
                     OutOfMemoryWarning,
                     stacklevel=4,
                 )
-            part.most = tried // 2
-            todo = [less for b in (batch, *todo) for less in fit(b, part.most, together)]
+            split.oom_limit = tried // 2
+            pending = [
+                part
+                for b in (batch, *pending)
+                for part in split_to_fit(b, split.oom_limit, cells_per_pass)
+            ]
             continue
-        found = found.unflatten(0, (len(batch.cells), -1))
+        logits = logits.unflatten(0, (len(batch.cells), -1))
         if out is None:
-            out = found.new_empty(len(ids), len(state), *found.shape[2:])
-        out[[places[c] for c in batch.cells], batch.start : batch.stop] = found
+            out = logits.new_empty(len(ids), len(state), *logits.shape[2:])
+        out[[places[c] for c in batch.cells], batch.start : batch.stop] = logits
     assert out is not None
     return out
 
 
-def copied(t: Tensor) -> Tensor:
-    """A copy with the same strides, which clone() only keeps where there are no gaps."""
+def copy_with_strides(t: Tensor) -> Tensor:
+    """Copy a tensor with its strides; clone() keeps them only for a tensor without gaps."""
     t = t.detach()
     clone = t.clone()
     return clone if clone.stride() == t.stride() else copy.deepcopy(t)
 
 
 def mask_for_cells(t: Tensor, masks: Tensor) -> Tensor:
-    """(C n, …): the tensor once for each mask (C, …) of one stimulus, zero where it is true."""
-    out = t.clone() if len(masks) == 1 else broadcast.tiled(t, len(masks))
+    """(C n, …): copy a tensor (n, …) once per mask, with zeros where the mask (C, …) is true."""
+    out = t.clone() if len(masks) == 1 else broadcast.repeat_for_cells(t, len(masks))
     out.view(len(masks), *t.shape).masked_fill_(masks[:, None], 0)
     return out

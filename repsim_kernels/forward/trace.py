@@ -1,4 +1,4 @@
-"""The operations of a network in their order, and which of them give its layers' outputs."""
+"""Trace a network to its operations in order, and find the ones that give its layers' outputs."""
 
 from __future__ import annotations
 
@@ -15,54 +15,54 @@ from repsim_kernels.errors import LayerError
 from repsim_kernels.forward import contexts, exported
 
 Values = dict[fx.Node, Any]
-Calls = Callable[[str], list[fx.Node]]  # the operations that give a layer's output
+FindCalls = Callable[[str], list[fx.Node]]  # layer name -> operations that give its output
 
-# PyTorch runs these as one operation, where no module inside an encoder layer has a hook.
+# PyTorch runs each of these as one operation, unless a module inside an encoder layer has a hook.
 FUSED = nn.TransformerEncoderLayer, nn.MultiheadAttention
 
-# Errors of the machine, not of the model: the next attempt may succeed.
+# Errors of the machine rather than the model: the next attempt may succeed.
 TRANSIENT = MemoryError, torch.OutOfMemoryError, torch.AcceleratorError
 
 
 class Untraceable(LayerError):
-    """A model that can't be traced this way."""
+    """A tracer can't trace the model."""
 
 
 class Trace:
-    """The operations of a model in their order, and the one whose value is a layer's output.
+    """The operations of a model in order, and the one that gives each layer's output.
 
-    By `torch.fx`, for images of any shape; where that can't trace the model, by `torch.export`, for
-    images like those given. Raises Untraceable where it can't either.
+    With `like`, images to export the model for, `torch.export` traces it for images of their
+    shape, layout and dtype; without, `torch.fx` traces it for images of any kind. Raises
+    Untraceable if the tracer fails.
     """
 
     def __init__(
         self, model: nn.Module, layers: Collection[str], like: Tensor | None = None
     ) -> None:
-        """like: images to export the model for; without them fx traces it."""
         self.model, self.exported = model, like is not None
         if like is None:
-            root, graph, self._calls = _symbolic(model, layers)
+            root, graph, self._find_calls = _trace_by_fx(model, layers)
         else:
-            root, graph, self._calls = _exported(model, like)
+            root, graph, self._find_calls = _trace_by_export(model, like)
         self._interpreter = fx.Interpreter(root, graph=graph)
         self.input = next(x for x in graph.nodes if x.op == "placeholder")
         self.nodes: list[fx.Node] = [self.input, *(x for x in graph.nodes if x is not self.input)]
         self.output = self.nodes[-1]
 
-    def cut(self, layer: str) -> fx.Node:
-        """The operation that gives a layer's output; LayerError where the layer isn't called once.
+    def find_cut(self, layer: str) -> fx.Node:
+        """The operation that gives a layer's output; LayerError unless the layer is called once.
 
-        What a trace by fx says of a layer holds for the trace alone: ``isinstance(x, Tensor)`` is
-        false in it.
+        With torch.fx, the calls are those of the trace. A pass may make others: for example,
+        ``isinstance(x, Tensor)`` is false in the trace.
         """
-        calls = self._calls(layer)
+        calls = self._find_calls(layer)
         if len(calls) == 1:
             return calls[0]
         times = f"called {len(calls)} times" if calls else "never called"
-        sites = "; ".join(f"on {', '.join(map(label, _arguments(x)))}" for x in calls)
-        how = "" if self.exported else ", as torch.fx traces the model"
+        sites = "; ".join(f"on {', '.join(map(get_label, _get_arguments(x)))}" for x in calls)
+        tracer = "" if self.exported else " in torch.fx's trace of the model"
         raise LayerError(
-            f"layer: {layer!r} is {times}{f' ({sites})' if sites else how}; "
+            f"layer: {layer!r} is {times}{f' ({sites})' if sites else tracer}; "
             "expected one call in a pass"
         )
 
@@ -72,42 +72,43 @@ class Trace:
             return getattr(self._interpreter, node.op)(node.target, args, kwargs)
 
     def apply_switches(self, node: fx.Node) -> AbstractContextManager[None]:
-        """The switches that an operation runs under, where the model sets any."""
+        """Set the switches that an operation runs under, if the model changes any."""
         return (
             contexts.set_switches(node.meta["switches"]) if sets_switches(node) else nullcontext()
         )
 
-    def module(self, node: fx.Node) -> nn.Module:
+    def get_module(self, node: fx.Node) -> nn.Module:
         module: nn.Module = self._interpreter.fetch_attr(str(node.target))
         return module
 
-    def weights(self, node: fx.Node) -> list[Tensor]:
+    def get_weights(self, node: fx.Node) -> list[Tensor]:
         """The parameters and buffers that an operation reads."""
         if node.op == "call_module":
-            module = self.module(node)
+            module = self.get_module(node)
             return [*module.parameters(), *module.buffers()]
-        given = [x for x in node.all_input_nodes if x.op == "get_attr"]
-        values = [self._interpreter.fetch_attr(str(x.target)) for x in given]
+        attributes = [x for x in node.all_input_nodes if x.op == "get_attr"]
+        values = [self._interpreter.fetch_attr(str(x.target)) for x in attributes]
         return [t for t in values if isinstance(t, Tensor)]
 
 
-def label(node: fx.Node) -> str:
+def get_label(node: fx.Node) -> str:
+    """A name of an operation's value for messages."""
     if node.op in ("call_module", "get_attr"):
         return str(node.target).removeprefix("model.")
     return "the images" if node.op == "placeholder" else node.name
 
 
 def sets_switches(node: fx.Node) -> bool:
-    """Whether the model runs an operation under autocast or another switch of its own."""
+    """Whether the model changes a switch, such as autocast, for an operation."""
     return "switches" in node.meta
 
 
-def _arguments(call: fx.Node) -> list[fx.Node]:
+def _get_arguments(call: fx.Node) -> list[fx.Node]:
     return call.meta.get("arguments", call.all_input_nodes)
 
 
 class _Root(nn.Module):
-    """Keeps what a trace stores off the model, and the defaults of its other arguments."""
+    """Wraps a model, to store a trace's constants outside it and to hide its other arguments."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -118,7 +119,7 @@ class _Root(nn.Module):
 
 
 class _Proxy(fx.Proxy):
-    """Records ``x[i] = y``, which fx refuses, and ``x += y``, which it takes for ``x = x + y``."""
+    """Records ``x[i] = y``, which fx refuses, and ``x += y``, which fx records as ``x = x + y``."""
 
     def _record(self, function: Any, *args: Any) -> Any:
         return self.tracer.create_proxy("call_function", function, (self, *args), {})
@@ -133,12 +134,12 @@ for _function in (
 
 
 def output_of(value: Any) -> Any:
-    """What a module that was traced into gave: an operation of its own, for the layer's users."""
+    """The identity: marks the output of a module that was traced into as one operation."""
     return value
 
 
 class _Tracer(fx.Tracer):
-    """Notes the calls of the layers; goes into them, or keeps them whole."""
+    """Traces into the layers, or keeps them whole, and records their calls."""
 
     def __init__(self, layers: dict[nn.Module, list[fx.Node]], buffers: bool, whole: bool) -> None:
         super().__init__()
@@ -152,7 +153,7 @@ class _Tracer(fx.Tracer):
         if m in self._calls and self._whole:
             return True
         if isinstance(m, FUSED):
-            # Run as it is, it takes its fast path; traced into, the slow one, as under a hook.
+            # As one operation it takes its fast path; traced into, the slow one, as under a hook.
             return not (m in self._calls and isinstance(m, nn.TransformerEncoderLayer))
         return super().is_leaf_module(m, module_qualified_name)
 
@@ -170,10 +171,10 @@ class _Tracer(fx.Tracer):
         if m in self._calls:
             if not self.is_leaf_module(m, self.path_of_module(m)):
                 out = self.create_proxy("call_function", output_of, (out,), {})
-            found: list[fx.Proxy] = []
-            fx.node.map_aggregate((args, kwargs), lambda a: _collect(found, a))
+            proxies: list[fx.Proxy] = []
+            fx.node.map_aggregate((args, kwargs), lambda a: _collect_proxy(proxies, a))
             if isinstance(out, fx.Proxy):
-                out.node.meta["arguments"] = [proxy.node for proxy in found]
+                out.node.meta["arguments"] = [proxy.node for proxy in proxies]
                 self._calls[m].append(out.node)
         return out
 
@@ -182,34 +183,36 @@ class _Tracer(fx.Tracer):
 
 
 def _stacks_layers(m: nn.Module) -> TypeGuard[nn.TransformerEncoder]:
-    """Whether a module is PyTorch's encoder, with nothing of someone else's around it."""
+    """Whether a module is exactly PyTorch's encoder, without hooks."""
     return type(m) is nn.TransformerEncoder and not (m._forward_hooks or m._forward_pre_hooks)
 
 
 def _run_encoder(encoder: nn.TransformerEncoder, x: Any) -> Any:
-    """``encoder(x)``, without its questions about shapes, which fx can't answer."""
+    """``encoder(x)``, without its checks of shapes, which fx can't evaluate."""
     for layer in encoder.layers:
         x = layer(x, src_mask=None, is_causal=False, src_key_padding_mask=None)
     return x if encoder.norm is None else encoder.norm(x)
 
 
-def _collect(found: list[fx.Proxy], value: Any) -> Any:
+def _collect_proxy(proxies: list[fx.Proxy], value: Any) -> Any:
     if isinstance(value, fx.Proxy):
-        found.append(value)
+        proxies.append(value)
     return value
 
 
-def _symbolic(model: nn.Module, layers: Collection[str]) -> tuple[nn.Module, fx.Graph, Calls]:
+def _trace_by_fx(
+    model: nn.Module, layers: Collection[str]
+) -> tuple[nn.Module, fx.Graph, FindCalls]:
     root, modules = _Root(model), dict(model.named_modules(remove_duplicate=False))
     first: Exception | None = None
-    # Inside a layer there may be what can't be traced; sizes and branches may hang on buffers,
-    # which are constants then.
+    # A layer may be untraceable inside, so the second attempt keeps it whole. Sizes and branches
+    # may depend on buffers, so the third attempt takes those as constants.
     for whole, buffers in ((False, True), (True, True), (True, False)):
         calls: dict[nn.Module, list[fx.Node]] = {modules[layer]: [] for layer in layers}
         try:
             with contexts.allow_tracing(), keep_attributes(model):
                 graph = _Tracer(calls, buffers, whole).trace(root)
-            return root, graph, partial(_calls_of, calls, modules)
+            return root, graph, partial(_get_calls, calls, modules)
         except TRANSIENT:
             raise
         except Exception as e:
@@ -217,13 +220,13 @@ def _symbolic(model: nn.Module, layers: Collection[str]) -> tuple[nn.Module, fx.
     raise Untraceable(f"model: torch.fx can't trace it: {first_line(first)}") from first
 
 
-def _calls_of(
+def _get_calls(
     calls: dict[nn.Module, list[fx.Node]], modules: dict[str, nn.Module], layer: str
 ) -> list[fx.Node]:
     return calls[modules[layer]]
 
 
-def _exported(model: nn.Module, images: Tensor) -> tuple[nn.Module, fx.Graph, Calls]:
+def _trace_by_export(model: nn.Module, images: Tensor) -> tuple[nn.Module, fx.Graph, FindCalls]:
     try:
         root, graph = exported.export(_Root(model), images)
     except TRANSIENT:
@@ -235,28 +238,30 @@ def _exported(model: nn.Module, images: Tensor) -> tuple[nn.Module, fx.Graph, Ca
 
 @contextmanager
 def keep_attributes(model: nn.Module) -> Iterator[None]:
-    """Put back what passes of a model assign to its modules: attributes, buffers, submodules."""
-    kept = [(table, dict(table)) for m in model.modules() for table in _tables(m)]
+    """Restore what passes of a model assign to its modules: attributes, buffers, submodules."""
+    saved = [(table, dict(table)) for m in model.modules() for table in _get_tables(m)]
     try:
         yield
     finally:
-        for table, old in kept:
+        for table, old in saved:
             same = all(map(operator.is_, table.values(), old.values()))
-            if not same or [*table] != [*old]:  # else other threads may be reading it
+            if not same or [*table] != [*old]:  # untouched tables may be in use by other threads
                 table.clear()
                 table.update(old)
 
 
-def _tables(module: nn.Module) -> list[dict[str, Any]]:
-    own = vars(module)
-    tables = (own.get(name) for name in ("_parameters", "_buffers", "_modules"))
-    return [own, *(table for table in tables if isinstance(table, dict))]  # not TorchScript's
+def _get_tables(module: nn.Module) -> list[dict[str, Any]]:
+    attributes = vars(module)
+    tables = (attributes.get(name) for name in ("_parameters", "_buffers", "_modules"))
+    # TorchScript modules have objects of other types in these places.
+    return [attributes, *(table for table in tables if isinstance(table, dict))]
 
 
 def is_within(layer: str, module: str) -> bool:
-    """Whether a layer is a module or inside it, by name."""
+    """Whether a layer is a module or a submodule of it, by name."""
     return f"{layer}.".startswith(f"{module}." if module else "")
 
 
 def first_line(error: Exception | None) -> str:
+    """The first line of an error's message; the name of its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

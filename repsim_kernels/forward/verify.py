@@ -1,4 +1,4 @@
-"""A cut network held against passes of the network itself, under a forward hook."""
+"""Verify a cut network against passes of the network itself under a forward hook."""
 
 from __future__ import annotations
 
@@ -10,102 +10,104 @@ import torch
 from torch import Tensor, nn
 
 from repsim_kernels.forward.dataflow import Split, check_batch, check_units
-from repsim_kernels.forward.fusion import Cells
-from repsim_kernels.forward.passes import copied, mask_for_cells, run_head, run_tail
+from repsim_kernels.forward.fusion import CellMasks
+from repsim_kernels.forward.passes import copy_with_strides, mask_for_cells, run_head, run_tail
 from repsim_kernels.forward.trace import Trace
 
 
 @dataclass
-class Passes:
-    """What the network itself gives for some images.
+class ReferenceOutputs:
+    """The network's own outputs for some images.
 
     Attributes
     ----------
-    plain : tensor, (n, …)
-        Without a hook. A hook can change it to rounding: PyTorch's fused transformer layers run
+    intact : tensor, (n, …)
+        Without a hook. A hook can change it by rounding: PyTorch's fused transformer layers run
         operation by operation under one.
-    same, half : tensor, (n, …)
-        Under a hook that returns a clone of the layer's output, and one that sets every second
-        unit of it to zero.
+    unmasked : tensor, (n, …)
+        Under a hook that returns a clone of the layer's output.
+    half_masked : tensor, (n, …)
+        Under a hook that sets every second unit of the layer to zero.
     """
 
-    plain: Tensor
-    same: Tensor
-    half: Tensor
+    intact: Tensor
+    unmasked: Tensor
+    half_masked: Tensor
 
 
 @dataclass
 class Agreement:
-    """How a cut network compares with `Passes`."""
+    """How a cut network compares with `ReferenceOutputs`."""
 
     exact: bool  # bit for bit, under both hooks
     close: bool  # up to rounding
-    plain: bool  # a hook that changes nothing leaves the output bit-identical
-    together: bool  # cells may run together
+    hook_keeps_bits: bool  # a hook that changes nothing leaves the output bit-identical
+    batchable: bool  # two cells in one pass give what each gives alone
 
 
-def run_plain(model: nn.Module, images: Tensor) -> Tensor:
-    """Run the network itself; raises LayerError where it gives no tensor (n, …)."""
-    return check_batch(model(copied(images)), images, "model: it").detach()
+def run_intact(model: nn.Module, images: Tensor) -> Tensor:
+    """Run the network without a hook; raises LayerError if it gives no tensor (n, …)."""
+    return check_batch(model(copy_with_strides(images)), images, "model: it").detach()
 
 
-def run_passes(
-    model: nn.Module, layer: str, module: nn.Module, images: Tensor, plain: Tensor
-) -> Passes:
+def run_references(
+    model: nn.Module, layer: str, module: nn.Module, images: Tensor, intact: Tensor
+) -> ReferenceOutputs:
     """Run the network under two hooks on a layer.
 
-    Raises LayerError where the layer gives no tensor (n, …).
+    Raises LayerError if the layer gives no tensor (n, …).
     """
-    same = _run_under_hook(model, layer, module, images, torch.clone)
-    return Passes(plain, same, run_half(model, layer, module, images))
+    unmasked = _run_under_hook(model, layer, module, images, torch.clone)
+    return ReferenceOutputs(intact, unmasked, run_half_masked(model, layer, module, images))
 
 
-def run_half(model: nn.Module, layer: str, module: nn.Module, images: Tensor) -> Tensor:
+def run_half_masked(model: nn.Module, layer: str, module: nn.Module, images: Tensor) -> Tensor:
     """Run the network under a hook that sets every second unit of the layer to zero."""
 
     def mask(out: Tensor) -> Tensor:
-        return mask_for_cells(out, _cells(out, 1).masks().view(1, *out.shape[1:]))
+        return mask_for_cells(out, _make_cells(out, 1).masks().view(1, *out.shape[1:]))
 
     return _run_under_hook(model, layer, module, images, mask)
 
 
-def compare(trace: Trace, part: Split, images: Tensor, wanted: Passes) -> Agreement:
-    """Hold a cut network against passes of the network itself."""
-    state = run_head(trace, part, images)
+def verify_cut(trace: Trace, split: Split, images: Tensor, expected: ReferenceOutputs) -> Agreement:
+    """Compare a cut network with the network's own outputs."""
+    state = run_head(trace, split, images)
     act = state.activation
-    ablated, same = run_tail(state, _cells(act, 1)), run_tail(state)
+    ablated, unmasked = run_tail(state, _make_cells(act, 1)), run_tail(state)
     agreement = Agreement(
-        exact=torch.equal(ablated, wanted.half) and torch.equal(same, wanted.same),
-        close=is_close(ablated, wanted.half) and is_close(same, wanted.same),
-        plain=torch.equal(same, wanted.plain),
-        together=False,
+        exact=torch.equal(ablated, expected.half_masked)
+        and torch.equal(unmasked, expected.unmasked),
+        close=is_close(ablated, expected.half_masked) and is_close(unmasked, expected.unmasked),
+        hook_keeps_bits=torch.equal(unmasked, expected.intact),
+        batchable=False,
     )
     try:
-        both = run_tail(state, _cells(act, 2))
-    except Exception:  # whatever comes of a batch size that is fixed somewhere
+        both = run_tail(state, _make_cells(act, 2))
+    except Exception:  # any error can follow from a batch size that is fixed in the model
         return agreement
-    # TF32 differs by 1e-3 from one batch size to another.
-    least = 1e-2 if act.device.type == "cuda" else 0.0
-    agreement.together = is_close(both, torch.cat([ablated, same]), least)
+    # TF32 differs by 1e-3 from one batch size to the next.
+    slack = 1e-2 if act.device.type == "cuda" else 0.0
+    agreement.batchable = is_close(both, torch.cat([ablated, unmasked]), slack)
     return agreement
 
 
-def is_close(got: Tensor, want: Tensor, least: float = 0.0) -> bool:
-    """Equal up to rounding, at the scale of the largest value."""
-    if got.shape != want.shape or got.dtype != want.dtype:
+def is_close(actual: Tensor, expected: Tensor, min_slack: float = 0.0) -> bool:
+    """Whether two tensors are equal up to rounding, relative to the largest value."""
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return False
-    if not want.is_floating_point() or not want.numel():
-        return torch.equal(got, want)
-    slack = max(least, torch.finfo(want.dtype).eps ** 0.5)
-    scale = float(want.abs().nan_to_num(0, 0).max())
-    return torch.allclose(got, want, rtol=0, atol=slack * scale, equal_nan=True)
+    if not expected.is_floating_point() or not expected.numel():
+        return torch.equal(actual, expected)
+    slack = max(min_slack, torch.finfo(expected.dtype).eps ** 0.5)
+    scale = float(expected.abs().nan_to_num(0, 0).max())
+    return torch.allclose(actual, expected, rtol=0, atol=slack * scale, equal_nan=True)
 
 
-def _cells(out: Tensor, count: int) -> Cells:
-    """The first `count` of two cells: every second unit, and no unit."""
+def _make_cells(out: Tensor, count: int) -> CellMasks:
+    """The first `count` of two cells: one of every second unit, and an empty one."""
     labels = -(np.arange(out[0].numel()) % 2)
     table = torch.from_numpy(labels).to(out.device)
-    return Cells(labels, table, torch.arange(count, device=out.device))
+    return CellMasks(labels, table, torch.arange(count, device=out.device))
 
 
 def _run_under_hook(
@@ -120,6 +122,6 @@ def _run_under_hook(
 
     handle = module.register_forward_hook(hook)
     try:
-        return run_plain(model, images)
+        return run_intact(model, images)
     finally:
         handle.remove()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from _hook import HUGE, Lambda, contents, hooked, labels_for, plain
+from _hook import HUGE, Lambda, get_tensors, make_labels, run_hooked, run_plain
 from torch import nn
 
 from repsim_kernels.forward import AblatedForward
@@ -246,14 +246,14 @@ def test_what_is_fused_and_that_it_gives_the_same(device, ran, monkeypatch, behi
     images = torch.randn(3, 3, 4, 4, device=device).to(memory_format=layout)
     forward = AblatedForward(model, "cut")
     state = forward.prefix(images)
-    assert torch.equal(forward.intact(state), plain(model, images))
-    before = [t.clone() for t in contents(state)]
-    labels = labels_for(state, 4)
+    assert torch.equal(forward.intact(state), run_plain(model, images))
+    before = [t.clone() for t in get_tensors(state)]
+    labels = make_labels(state, 4)
 
     ran.clear()
     apart = forward.logits(state, labels[None] == 2, batch=1)
     assert (ran.kernels, ran.epilogue, ran.left) == (ABLATE, one, left_of_one)
-    assert torch.equal(apart[0], hooked(model, "cut", images, labels == 2))
+    assert torch.equal(apart[0], run_hooked(model, "cut", images, labels == 2))
 
     ran.clear()
     together = forward.logits(state, labels, batch=HUGE)
@@ -264,7 +264,7 @@ def test_what_is_fused_and_that_it_gives_the_same(device, ran, monkeypatch, behi
     )
     assert ran.kernels == (POINTWISE if kernels == LINEAR else kernels)
     assert (ran.epilogue, ran.left) == (epilogue, left)
-    assert all(map(torch.equal, contents(state), before))
+    assert all(map(torch.equal, get_tensors(state), before))
 
     monkeypatch.setenv("REPSIM_BACKEND", "torch")
     ran.clear()
@@ -286,7 +286,7 @@ def test_tf32_is_as_pytorchs_switches_say(device, ran, behind, switch):
     before = backend.fp32_precision
     try:
         backend.fp32_precision = switch
-        forward.logits(state, labels_for(state, 4), batch=HUGE)
+        forward.logits(state, make_labels(state, 4), batch=HUGE)
     finally:
         backend.fp32_precision = before
     assert ran.precision == {"tf32": "tf32", "ieee": "tf32x3"}[switch]
@@ -299,7 +299,7 @@ def test_modules_that_do_more_run_themselves(device, ran):
     forward = AblatedForward(model, "cut")
     state = forward.prefix(torch.randn(3, 3, 4, 4, device=device))
     forward.intact(state)
-    labels = labels_for(state, 3)
+    labels = make_labels(state, 3)
     ran.clear()
     want = forward.logits(state, labels, batch=HUGE)
     assert (ran.epilogue, ran.left) == ("relu6", ["point"])
@@ -327,7 +327,7 @@ def test_new_weights_count(device):
     images = torch.randn(3, 3, 4, 4, device=device)
     forward = AblatedForward(model, "cut")
     state = forward.prefix(images)
-    labels = labels_for(state, 3)
+    labels = make_labels(state, 3)
     forward.logits(state, labels, batch=HUGE)
     with torch.no_grad():
         for parameter in (*model.point.parameters(), model.bn2.weight, model.bn2.running_mean):
@@ -335,7 +335,7 @@ def test_new_weights_count(device):
     state = forward.prefix(images)
     got = forward.logits(state, labels, batch=HUGE)
     for c in range(3):
-        want = hooked(model, "cut", images, labels == c)
+        want = run_hooked(model, "cut", images, labels == c)
         torch.testing.assert_close(got[c], want, rtol=1e-4, atol=1e-4)
 
 
@@ -345,12 +345,12 @@ def test_other_precisions(device, ran, dtype):
     images = torch.randn(3, 3, 4, 4, device=device, dtype=dtype)
     forward = AblatedForward(model, "cut")
     state = forward.prefix(images)
-    labels = labels_for(state, 3)
+    labels = make_labels(state, 3)
     ran.clear()
     apart = forward.logits(state, labels, batch=1)
     assert ran.kernels == ([] if dtype == torch.float64 else ABLATE * 3)
     for c in range(3):
-        assert torch.equal(apart[c], hooked(model, "cut", images, labels == c))
+        assert torch.equal(apart[c], run_hooked(model, "cut", images, labels == c))
 
 
 def test_autocast_keeps_its_dtypes(device, ran):
@@ -362,7 +362,7 @@ def test_autocast_keeps_its_dtypes(device, ran):
         state = forward.prefix(images)
         forward.intact(state)
         ran.clear()
-        forward.logits(state, labels_for(state, 3), batch=HUGE)
+        forward.logits(state, make_labels(state, 3), batch=HUGE)
     assert (ran.kernels, ran.left) == (ABLATE, ["point", "bn2", "relu6"])
 
 
@@ -374,4 +374,4 @@ def test_nothing_behind_the_layer(device, ran):
     ran.clear()
     got = forward.logits(state, [0, 1, -1], batch=HUGE)
     assert ran.kernels == ABLATE
-    assert torch.equal(got[1], plain(model, images) * torch.tensor([1, 0, 1], device=device))
+    assert torch.equal(got[1], run_plain(model, images) * torch.tensor([1, 0, 1], device=device))
