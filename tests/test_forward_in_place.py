@@ -1,4 +1,4 @@
-"""Networks that write in place, cut where they read and write what the cut has to keep."""
+"""Networks that write in place to values that a state must preserve."""
 
 import pytest
 import torch
@@ -82,12 +82,12 @@ def aliases(m, x):
 def branches(m, x):
     a, b = m.a(x), m.b(x)
     y = m.cut(a)
-    kept = torch.cat([y, b], 1)
+    before = torch.cat([y, b], 1)
     F.relu_(b)
-    return torch.cat([m.out(y), kept, b], 1)
+    return torch.cat([m.out(y), before, b], 1)
 
 
-def writes_that_show_for_later_images(m, x):
+def head_clamps_a_view(m, x):
     h = m.a(x)
     view = h.view(-1, 4)
     y = m.cut(h) * h
@@ -95,7 +95,7 @@ def writes_that_show_for_later_images(m, x):
     return m.out(y) + m.out(h)
 
 
-def written_in_turns(m, x):
+def tail_writes_alternately(m, x):
     h, b = m.a(x), m.b(x)
     y = m.cut(h)
     b.add_(y)
@@ -104,7 +104,7 @@ def written_in_turns(m, x):
     return m.out(b) + m.out(h)
 
 
-def weights_in_many_places(m, x):
+def weights_in_many_operations(m, x):
     h = F.linear(m.a(x), m.weight)
     y = F.gelu(F.linear(m.cut(h), m.weight) @ m.weight)
     return m.out(y + m.place * 2) @ m.out.weight + m.place.shape[1]
@@ -121,7 +121,7 @@ def nothing_after(m, x):
     return m.cut(m.a(x))
 
 
-def nothing_comes_of_it(m, x):
+def output_is_unused(m, x):
     h = m.a(x)
     m.cut(h)
     return m.out(h)
@@ -155,7 +155,7 @@ def test_writes_in_place(run):
     ],
     ids=["relu_", "identity", "dropout", "container", "transposed", "gaps", "expanded", "view"],
 )
-def test_layers_whose_output_is_laid_out_otherwise_or_shared(cut):
+def test_layers_with_strided_or_shared_output(cut):
     def run(m, x):
         h = m.a(x)
         return m.out(m.cut(h).repeat(1, 2)[:, :4]) * m.out(h)
@@ -164,17 +164,17 @@ def test_layers_whose_output_is_laid_out_otherwise_or_shared(cut):
 
 
 @pytest.mark.parametrize("cut", [nn.Identity(), nn.ReLU(inplace=True)], ids=["identity", "relu_"])
-def test_a_cut_at_the_images(cut):
+def test_cut_at_the_images(cut):
     images, cells = torch.randn(3, 6), [0, 0, 0, 1, 1, 1]
     model = nn.Sequential(cut, nn.ReLU(inplace=True), nn.Linear(6, 2)).eval()
     forward = check_cut(model, "0", images)
     state = forward.prefix(images)
     want = forward.logits(state, cells)
-    images.zero_()  # they are the caller's
+    images.zero_()  # the state must not depend on the caller's images
     assert torch.equal(forward.logits(state, cells), want)
 
 
-def test_memory_that_is_shared_in_one_layout_only():
+def test_memory_shared_in_one_memory_format_only():
     class Flat(nn.Module):
         def __init__(self):
             super().__init__()
@@ -182,7 +182,7 @@ def test_memory_that_is_shared_in_one_layout_only():
 
         def forward(self, x):
             h = self.a(x)
-            flat = h.permute(0, 2, 3, 1).reshape(-1, 12)  # a view if channels are last
+            flat = h.permute(0, 2, 3, 1).reshape(-1, 12)  # a view in channels_last only
             y = self.cut(h) * h
             flat.add_(1)
             return (y + h).flatten(1)
@@ -197,7 +197,7 @@ def test_memory_that_is_shared_in_one_layout_only():
         assert torch.equal(ablated[1], run_hooked(model, "cut", x, torch.tensor([False, True] * 6)))
 
 
-def test_an_output_with_memory_of_its_own_is_not_copied():
+def test_output_that_shares_no_memory_is_not_copied():
     images = torch.randn(3, 1000)
     model = nn.Sequential(*(nn.Linear(1000, 1000) for _ in range(7))).eval()
     for name, module in model.named_children():
@@ -209,7 +209,7 @@ def test_an_output_with_memory_of_its_own_is_not_copied():
         assert forward.prefix(images).activation.data_ptr() == outputs[-1]
 
 
-def test_what_does_not_depend_on_the_layer_runs_once():
+def test_operations_independent_of_the_layer_run_once():
     def run(m, x):
         h = m.relu(m.a(x))
         y = m.cut(h) * h
@@ -282,6 +282,6 @@ def test_random_programs(before, after, cut):
     model, images = Program(before, after, cut), torch.randn(2, 4)
     if torch.equal(run_plain(model, images), run_hooked(model, "cut", images)):
         check_cut(model, "cut", images, n_cells=2)
-    else:  # under a hook that returns a clone it is another network: others read that memory
+    else:  # other operations read the layer's memory, so a hook that clones it changes the network
         with pytest.raises(LayerError, match="replacing the output of 'cut' by a clone changes"):
             AblatedForward(model, "cut").prefix(images)

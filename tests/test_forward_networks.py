@@ -1,4 +1,4 @@
-"""Networks that PyTorch runs in ways of its own: cut with the bits of a hook, or refused."""
+"""Special features of PyTorch: cuts are bit-identical to a hook, or refused."""
 
 import contextlib
 import warnings
@@ -75,16 +75,17 @@ def gradients_within_autocast(m, x):
     return m.out(h.float())
 
 
-def attention(m, x):
+def sets_attention_backend(m, x):
     h = m.cut(m.a(x)).view(-1, 2, 2, 1)
     with sdpa_kernel(SDPBackend.MATH):
         h = F.scaled_dot_product_attention(h, h * 2, h + 1)
     return m.out(h.reshape(-1, 4))
 
 
-def new_tensors(m, x):
+def sets_default_dtype(m, x):
     with default_dtype(torch.float64):
-        h = m.cut(m.a(x)) + (torch.arange(x.shape[1] / 10, 9)[:4] + 1e6 - 1e6)  # to 0.06 in float32
+        # In float32, 1e6 is exact to 0.06 only.
+        h = m.cut(m.a(x)) + (torch.arange(x.shape[1] / 10, 9)[:4] + 1e6 - 1e6)
     return m.out(h.float())
 
 
@@ -93,8 +94,8 @@ CONTEXTS = [
     nested_autocast,
     autocast_behind_the_layer,
     gradients_within_autocast,
-    attention,
-    new_tensors,
+    sets_attention_backend,
+    sets_default_dtype,
     *map(around_the_layer, (torch.no_grad, torch.inference_mode, torch.enable_grad)),
 ]
 
@@ -123,12 +124,12 @@ def test_contexts_of_exported_networks(run, layer):
     assert not is_traced_by_fx(check_cut(Net(untraceable), layer, torch.randn(4, 6)))
 
 
-def test_a_layer_in_a_context_has_its_dtype():
+def test_activation_has_the_dtype_of_its_context():
     state = AblatedForward(Net(autocast), "cut").prefix(torch.randn(3, 6))
     assert state.activation.dtype == torch.bfloat16
 
 
-def test_the_callers_own_autocast():
+def test_autocast_of_the_caller():
     model, images = Net(nested_autocast), torch.randn(4, 6)
     forward = AblatedForward(model, "cut")
     for outside in (contextlib.nullcontext(), bfloat16(), contextlib.nullcontext()):
@@ -141,22 +142,22 @@ def test_the_callers_own_autocast():
 
 
 @pytest.mark.parametrize(
-    "asks",
+    "check_input",
     [
         lambda x: isinstance(x, torch.Tensor),
         torch.is_tensor,
         lambda x: x.dtype is torch.float32,
     ],
 )
-def test_questions_that_fx_answers_wrongly(asks):
+def test_checks_that_fx_evaluates_wrongly(check_input):
     def run(m, x):
         h = m.cut(m.a(x))
-        return m.out(h * 2 if asks(x) else h)
+        return m.out(h * 2 if check_input(x) else h)
 
     assert not is_traced_by_fx(check_cut(Net(run), "cut", torch.randn(4, 6)))
 
 
-def test_layers_that_fx_sees_called_otherwise():
+def test_layers_with_other_calls_under_fx():
     def twice(m, x):
         h = m.a(x)
         return m.out(m.cut(m.cut(h)) if isinstance(x, torch.Tensor) else m.cut(h))
@@ -208,7 +209,7 @@ def compiled_part():
 def test_compiled_networks(build, called):
     torch.compiler.reset()
     (model, layer), eager, images = build(), sequential(), torch.randn(4, 6)
-    if called:  # from then on compiled code ignores hooks
+    if called:  # after its first call, compiled code ignores hooks
         run_plain(model, images)
     forward = AblatedForward(model, layer)
     state = forward.prefix(images)
@@ -220,7 +221,7 @@ def test_compiled_networks(build, called):
     assert torch.equal(run_plain(model, images), run_plain(eager, images))
 
 
-def test_a_name_from_before_the_network_was_wrapped():
+def test_name_from_before_compilation():
     with pytest.raises(LayerError, match=r"no module '1'; expected one of _orig_mod\.1$"):
         AblatedForward(wrapped()[0], "1")
 
@@ -242,17 +243,17 @@ def test_torchscript(kind):
     check_cut(inner, "1", images)
 
 
-def test_images_that_the_network_cannot_take():
-    own = r"it can't take these images, {}, with parameters of {}: mat1 and mat2 .*"
+def test_images_that_the_network_rejects():
+    message = r"it can't take these images, {}, with parameters of {}: mat1 and mat2 .*"
     images = torch.randn(4, 6)
-    for model, given, shape, dtype in [
+    for model, batch, shape, dtype in [
         (sequential().double(), images, r"float32 of shape \(4, 6\)", "float64"),
         (sequential(), images.double(), r"float64 of shape \(4, 6\)", "float32"),
         (sequential(), images.int(), r"int32 of shape \(4, 6\)", "float32"),
         (sequential().half(), images[:1], r"float32 of shape \(1, 6\)", "float16"),
         (sequential(), images[:, 1:], r"float32 of shape \(4, 5\)", "float32"),
     ]:
-        assert_refused(own.format(shape, dtype), model, "1", given)
+        assert_refused(message.format(shape, dtype), model, "1", batch)
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
         forward = AblatedForward(sequential().to(dtype), "1")
         state = forward.prefix(images.to(dtype))
@@ -260,7 +261,7 @@ def test_images_that_the_network_cannot_take():
         assert torch.equal(forward.logits(state, [0, -1] * 4, batch=1)[0], want)
 
 
-def test_a_network_of_one_number_of_images():
+def test_network_with_a_fixed_number_of_images():
     def fixed(m, x):
         return m.out(m.cut(m.a(x)).view(5, 4))
 
@@ -292,8 +293,8 @@ def test_data_parallel():
     assert_refused("'0' is split over 2 devices by DataParallel", inner, "0.module.1")
 
 
-def test_dynamic_quantization_keeps_cells_apart():
-    """An activation is rounded by its range over the batch: another batch has other numbers."""
+def test_one_cell_per_pass_with_dynamic_quantization():
+    """Activations are rounded by their range over the batch, so results depend on the batch."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.ao is deprecated
         model = torch.ao.quantization.quantize_dynamic(sequential(), {nn.Linear}).eval()
@@ -302,9 +303,9 @@ def test_dynamic_quantization_keeps_cells_apart():
         forward = check_cut(model, layer, images)
         state = forward.prefix(images)
         labels = make_labels(state, 3)
-        apart = forward.logits(state, labels, 3, batch=1)
-        assert torch.equal(forward.logits(state, labels, 3, batch=HUGE), apart)
-        assert torch.equal(forward.logits(state, labels, 3, memory=1), apart)
+        one_by_one = forward.logits(state, labels, 3, batch=1)
+        assert torch.equal(forward.logits(state, labels, 3, batch=HUGE), one_by_one)
+        assert torch.equal(forward.logits(state, labels, 3, memory=1), one_by_one)
 
 
 def parametrized(model):
@@ -315,7 +316,7 @@ def parametrized(model):
 def hooks_of_the_user(model):
     model.register_forward_hook(lambda _m, _i, out: out * 3)
     model[0].register_forward_hook(lambda _m, _i, out: out + 1)
-    model[1].register_forward_pre_hook(lambda _m, given: (given[0] * 2,))
+    model[1].register_forward_pre_hook(lambda _m, inputs: (inputs[0] * 2,))
     model[2].register_forward_hook(lambda _m, _i, out: torch.from_numpy(out.numpy() + 1))
 
 
@@ -326,23 +327,23 @@ def gradient_hooks(model):
 
 @pytest.mark.parametrize("change", [parametrized, hooks_of_the_user, gradient_hooks])
 @pytest.mark.parametrize("layer", ["", "0", "1", "2"])
-def test_networks_that_were_changed(change, layer):
+def test_parametrizations_and_hooks_of_the_user(change, layer):
     model = sequential()
     change(model)
     model.eval()
     check_cut(model, layer, torch.randn(4, 6))
 
 
-def test_what_a_pass_gives_and_does():
-    def of_the_data(m, x):
+def test_data_dependent_networks():
+    def reads_a_value(m, x):
         return m.out(m.cut(m.a(x)) * float(x.mean()))
 
-    def in_numpy(m, x):
+    def uses_numpy(m, x):
         return m.out(m.cut(m.a(x)) + float(x.numpy().mean()))
 
     both = "torch.fx can't trace it: .*; torch.export can't either: "
-    assert_refused(both, Net(of_the_data))
-    assert_refused(both, Net(in_numpy))
+    assert_refused(both, Net(reads_a_value))
+    assert_refused(both, Net(uses_numpy))
 
     def neither(m, x):
         h = m.cut(m.a(x))
@@ -354,7 +355,7 @@ def test_what_a_pass_gives_and_does():
 
 
 class Fused(nn.Module):
-    """A transformer layer, one fused operation, under autocast."""
+    """A transformer layer, which runs as one fused operation, under autocast."""
 
     def __init__(self):
         super().__init__()
@@ -369,7 +370,7 @@ class Fused(nn.Module):
 
 
 @pytest.mark.parametrize("layer", ["a", "out"])
-def test_a_fused_layer_under_autocast(layer):
+def test_fused_layer_under_autocast(layer):
     check_cut(Fused().eval(), layer, torch.randn(4, 6, 16))
 
 
@@ -382,8 +383,8 @@ def test_a_fused_layer_under_autocast(layer):
     ],
     ids=["vmap", "jvp", "grad"],
 )
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # which PyTorch's own jvp uses
-def test_transforms_of_functions_are_refused_and_leave_nothing_open(transform):
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # used by PyTorch's jvp
+def test_torch_func_is_refused_and_leaves_no_level_open(transform):
     model = Net(lambda net, x: net.out(transform(net.cut(net.a(x))))).eval()
     assert_refused(r"torch\.func|vmap", model)
-    assert torch.ones(2).requires_grad_().requires_grad  # raises inside a transform
+    assert torch.ones(2).requires_grad_().requires_grad  # it would raise with a level open

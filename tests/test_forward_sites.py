@@ -1,4 +1,4 @@
-"""Several layers in one pass, and states whose activation moves to memory of the caller's."""
+"""Several layers in one pass, and activations that move into the caller's memory."""
 
 import copy
 import gc
@@ -18,12 +18,12 @@ from repsim_kernels.errors import LayerError, OptionError
 from repsim_kernels.forward import AblatedForward, passes
 
 
-def outputs_of(model, layers, images):
-    """What each layer gives in a whole pass, as it is before later operations write to it."""
-    found = {}
+def record_outputs(model, layers, images):
+    """Each layer's output in a whole pass, before later operations write to it."""
+    outputs = {}
 
     def keep(name, out):
-        found[name] = passes.copy_with_strides(out)  # with its strides
+        outputs[name] = passes.copy_with_strides(out)
 
     handles = [
         model.get_submodule(name).register_forward_hook(lambda _m, _i, out, n=name: keep(n, out))
@@ -32,12 +32,12 @@ def outputs_of(model, layers, images):
     run_plain(model, images)
     for handle in handles:
         handle.remove()
-    return found
+    return outputs
 
 
 def check_states(model, states, images, order=None):
-    """Each state against whole passes under a hook, in an order, and again."""
-    outputs, intact = outputs_of(model, states, images), run_plain(model, images)
+    """Compare each state with whole passes under a hook, in the given order, then in reverse."""
+    outputs, intact = record_outputs(model, states, images), run_plain(model, images)
     for name in [*(order or states), *reversed(states)]:
         state = states[name]
         assert state.layer == name
@@ -50,22 +50,22 @@ def check_states(model, states, images, order=None):
 
 
 def check_prefixes(model, layers, images, order=None):
-    """Everything that `prefixes` promises; the states of `prefix` for each layer alone are met."""
-    forward, given = AblatedForward(model, layers), images.clone()
+    """Check all that `prefixes` promises."""
+    forward, original = AblatedForward(model, layers), images.clone()
     states = forward.prefixes(images)
     assert list(states) == list(layers)
     before = {name: [t.clone() for t in get_tensors(state)] for name, state in states.items()}
     other = images * 3
-    others = forward.prefixes(other, layers[::-1])  # a later pass leaves the first one's states
+    others = forward.prefixes(other, layers[::-1])  # must not change the first states
     check_states(model, states, images, order)
     check_states(model, others, other, order)
-    assert torch.equal(images, given)
+    assert torch.equal(images, original)
     for name, state in states.items():
         assert all(map(torch.equal, get_tensors(state), before[name])), name
     return states
 
 
-def act(kind):
+def build_layer(kind):
     match kind:
         case "linear":
             return nn.Linear(4, 4)
@@ -78,13 +78,13 @@ def act(kind):
 
 
 class Sites(Program):
-    """Operations on values that share memory, between modules and what is inside one of them."""
+    """Modules, one with submodules, between operations on values that share memory."""
 
     def __init__(self, parts, kinds):
         super().__init__([], [], nn.Identity())
         self.parts = parts
-        self.first, self.last = act(kinds[0]), act(kinds[2])
-        self.block = nn.Sequential(act(kinds[1]), nn.BatchNorm1d(4), nn.ReLU(inplace=True))
+        self.first, self.last = build_layer(kinds[0]), build_layer(kinds[2])
+        self.block = nn.Sequential(build_layer(kinds[1]), nn.BatchNorm1d(4), nn.ReLU(inplace=True))
         nn.init.uniform_(self.block[1].bias)
         self.eval()
 
@@ -103,7 +103,7 @@ kinds = st.sampled_from(["linear", "relu_", "identity", "view"])
 
 
 @given(st.tuples(part, part, part), st.tuples(kinds, kinds, kinds), st.permutations(SITES))
-def test_random_programs_cut_at_many_sites(parts, kinds, order):
+def test_random_programs_cut_at_many_layers(parts, kinds, order):
     torch.manual_seed(4)
     model, images = Sites(parts, kinds), torch.randn(2, 4)
     intact = run_plain(model, images)
@@ -114,19 +114,19 @@ def test_random_programs_cut_at_many_sites(parts, kinds, order):
         check_prefixes(model, sites, images, [x for x in order if x in sites])
 
 
-def a_skip_that_a_tail_writes(m, x):
+def tail_writes_a_skip(m, x):
     h = m.a(x)
     h += m.cut(h)
     return m.out(m.relu(h))
 
 
-def images_that_are_written(m, x):
+def tail_writes_the_images(m, x):
     h = m.cut(m.a(x))
     x[:, :4].mul_(h)
     return m.out(h) + m.out(m.relu(x[:, 2:]))
 
 
-def a_value_without_images(m, x):
+def tail_writes_a_constant(m, x):
     place = m.place.exp()
     y = m.cut(m.a(x)) * place
     place += y[:1]
@@ -137,25 +137,25 @@ def a_value_without_images(m, x):
     "run",
     [
         head_writes_after_the_cut,
-        a_skip_that_a_tail_writes,
-        images_that_are_written,
-        a_value_without_images,
+        tail_writes_a_skip,
+        tail_writes_the_images,
+        tail_writes_a_constant,
     ],
 )
-def test_states_are_those_of_each_layer_alone(run):
+def test_states_equal_those_of_prefix(run):
     model, images = Net(run), torch.randn(3, 6)
     layers = [name for name, times in count_calls(model, images).items() if times == 1]
     states = check_prefixes(model, layers, images)
     for name, state in states.items():
         forward = AblatedForward(model, name)
-        alone = forward.prefix(images)
-        assert len(get_tensors(alone)) == len(get_tensors(state))
-        assert all(map(torch.equal, get_tensors(alone), get_tensors(state)))
-        assert [t.stride() for t in get_tensors(alone)] == [t.stride() for t in get_tensors(state)]
+        single = forward.prefix(images)
+        assert len(get_tensors(single)) == len(get_tensors(state))
+        assert all(map(torch.equal, get_tensors(single), get_tensors(state)))
+        assert [t.stride() for t in get_tensors(single)] == [t.stride() for t in get_tensors(state)]
         labels = make_labels(state, 3)
-        want = forward.logits(alone, labels, 3, batch=1)
+        want = forward.logits(single, labels, 3, batch=1)
         assert torch.equal(state._owner.logits(state, labels, 3, batch=1), want)
-        want = forward.logits(alone, labels, 3, batch=HUGE)
+        want = forward.logits(single, labels, 3, batch=HUGE)
         assert torch.equal(state._owner.logits(state, labels, 3, batch=HUGE), want)
 
 
@@ -178,17 +178,17 @@ def check_network(name, start, every, memory_format):
         ("resnet50_small", 23, torch.channels_last),
     ],
 )
-def test_the_networks_at_many_sites_at_once(name, every, memory_format):
+def test_networks_at_many_layers(name, every, memory_format):
     check_network(name, 0, every, memory_format)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobilenet_v2_small", "resnet50_small"])
-def test_the_networks_at_every_site_at_once(name):
+def test_networks_at_every_layer(name):
     check_network(name, 0, 1, torch.contiguous_format)
 
 
-def test_a_pass_for_many_layers_is_one():
+def test_prefixes_is_one_pass():
     def run(m, x):
         h = m.relu(m.a(x))
         return m.out(m.cut(h) + h)
@@ -212,7 +212,7 @@ def test_a_pass_for_many_layers_is_one():
     assert calls == []
 
 
-def test_layers_that_cannot_be_cut_together():
+def test_uncuttable_layers():
     def run(m, x):
         return m.out(m.relu(m.cut(m.relu(m.a(x)))))
 
@@ -232,8 +232,8 @@ def test_layers_that_cannot_be_cut_together():
         AblatedForward(model, ["a", "cut"]).intact(forward.prefixes(images)["cut"])
 
 
-def test_layers_beside_one_whose_cells_keep_apart():
-    def shared(m, x):  # both views of h are written to: their copies have to be made together
+def test_layer_with_views_that_must_be_copied_together():
+    def shared(m, x):  # the tail writes to both views of h, so they must be copied together
         h = m.a(x)
         left, right = h.chunk(2, 1)
         y = m.cut(h)
@@ -247,13 +247,13 @@ def test_layers_beside_one_whose_cells_keep_apart():
 
 
 def convolutions(channels=5, side=6):
-    """A cut at (n, channels, side, side)."""
+    """A network whose layer "0" gives (n, channels, side, side)."""
     first = nn.Sequential(nn.Conv2d(3, channels, 3), nn.AdaptiveAvgPool2d(side))
     rest = nn.ReLU(inplace=True), nn.Conv2d(channels, 37, 3, padding=1), nn.Flatten()
     return nn.Sequential(first, *rest, nn.Linear(37 * side**2, 3)).eval()
 
 
-def laid_out(function):
+def with_output(function):
     return Net(lambda m, x: m.out(torch.tanh(m.cut(m.a(x)))), Lambda(function).eval())
 
 
@@ -262,14 +262,14 @@ LAYOUTS = {
     "channels_last": (convolutions, "0", torch.channels_last),
     "one_channel": (lambda: convolutions(1), "0", torch.channels_last),
     "one_pixel": (lambda: convolutions(33, 1), "0", torch.channels_last),
-    "rows": (lambda: laid_out(torch.tanh), "cut", None),
-    "transposed": (lambda: laid_out(lambda h: h.t().contiguous().t()), "cut", None),
-    "gaps": (lambda: laid_out(lambda h: torch.cat([h, h], 1)[:, ::2]), "cut", None),
-    "expanded": (lambda: laid_out(lambda h: h[:, :1].expand(-1, 4)), "cut", None),
+    "rows": (lambda: with_output(torch.tanh), "cut", None),
+    "transposed": (lambda: with_output(lambda h: h.t().contiguous().t()), "cut", None),
+    "gaps": (lambda: with_output(lambda h: torch.cat([h, h], 1)[:, ::2]), "cut", None),
+    "expanded": (lambda: with_output(lambda h: h[:, :1].expand(-1, 4)), "cut", None),
 }
 
 
-def layout(name):
+def build_case(name):
     build, layer, memory_format = LAYOUTS[name]
     torch.manual_seed(7)
     if memory_format is None:
@@ -278,59 +278,59 @@ def layout(name):
     return build(), layer, images
 
 
-def buffer_for(*states):
-    """Rows for the activations, and one more that stays NaN."""
+def make_buffer(*states):
+    """NaN rows for the activations, and one more row."""
     n, p = sum(map(len, states)), states[0].activation[0].numel()
     return torch.full((n + 1, p), torch.nan)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_moved_state_is_as_before(name):
-    model, layer, images = layout(name)
+def test_moved_state_is_unchanged(name):
+    model, layer, images = build_case(name)
     forward = AblatedForward(model, [layer])
     for state in (forward.prefix(images), *forward.prefixes(images).values()):
-        kept, rows = passes.copy_with_strides(state.activation), buffer_for(state)
+        before, rows = passes.copy_with_strides(state.activation), make_buffer(state)
         labels = make_labels(state, 3)
         state.move(rows[:-1])
-        assert torch.equal(rows[:-1], kept.flatten(1))
+        assert torch.equal(rows[:-1], before.flatten(1))
         assert rows[-1].isnan().all()
         for _ in range(2):
-            assert torch.equal(state.activation, kept)
-            assert state.activation.stride() == kept.stride()
+            assert torch.equal(state.activation, before)
+            assert state.activation.stride() == before.stride()
             ablated = forward.logits(state, labels, 3, batch=1)
             for c in range(3):
                 assert torch.equal(ablated[c], run_hooked(model, layer, images, labels == c))
             assert torch.equal(forward.intact(state), run_plain(model, images))
-            for few in (1, HUGE):  # one stimulus at a time, and all
-                got = forward.logits(state, labels, 3, memory=few)
+            for memory in (1, HUGE):  # one image per pass, and all
+                got = forward.logits(state, labels, 3, memory=memory)
                 torch.testing.assert_close(got, ablated)
-        assert torch.equal(rows[:-1], kept.flatten(1))
+        assert torch.equal(rows[:-1], before.flatten(1))
 
 
 @pytest.mark.parametrize("name", ["contiguous", "channels_last"])
-def test_a_state_that_moves_twice_keeps_its_layout(name):
-    model, layer, images = layout(name)
+def test_state_can_move_twice(name):
+    model, layer, images = build_case(name)
     forward = AblatedForward(model, layer)
     state = forward.prefix(images)
-    kept, labels = passes.copy_with_strides(state.activation), make_labels(state, 2)
+    before, labels = passes.copy_with_strides(state.activation), make_labels(state, 2)
     for _ in range(2):
-        state.move(buffer_for(state)[:-1])
-    assert torch.equal(state.activation, kept)
-    assert state.activation.stride() == kept.stride()
+        state.move(make_buffer(state)[:-1])
+    assert torch.equal(state.activation, before)
+    assert state.activation.stride() == before.stride()
     want = run_hooked(model, layer, images, labels == 1)
     assert torch.equal(forward.logits(state, labels, batch=1)[1], want)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_moved_state_lets_go_of_its_own_memory(name):
-    model, layer, images = layout(name)
+def test_moved_state_frees_its_memory(name):
+    model, layer, images = build_case(name)
     state = AblatedForward(model, layer).prefix(images)
     old = weakref.ref(state.activation)
     assert old() is not None
-    rows = buffer_for(state)[:-1]
+    rows = make_buffer(state)[:-1]
     state.move(rows)
     gc.collect()
-    if name in ("transposed", "gaps", "expanded"):  # a view of the rows would have other strides
+    if name in ("transposed", "gaps", "expanded"):  # the rows can't have these strides
         assert old() is state.activation
     else:
         assert old() is None
@@ -339,12 +339,12 @@ def test_a_moved_state_lets_go_of_its_own_memory(name):
 
 @pytest.mark.parametrize("name", ["contiguous", "channels_last", "transposed"])
 def test_states_of_several_batches_share_a_buffer(name):
-    model, layer, images = layout(name)
+    model, layer, images = build_case(name)
     forward = AblatedForward(model, [layer])
     batches = images, images * 2, images[:2] * 3
     states = [forward.prefixes(batch)[layer] for batch in batches]
-    kept = [state.activation.clone() for state in states]
-    rows, row = buffer_for(*states), 0
+    before = [state.activation.clone() for state in states]
+    rows, row = make_buffer(*states), 0
     for i, state in enumerate(states):
         state.move(rows[row : row + len(state)])
         row += len(state)
@@ -352,32 +352,33 @@ def test_states_of_several_batches_share_a_buffer(name):
             mask = make_labels(moved, 2) == 0
             ablated = forward.logits(moved, mask[None], batch=1)
             assert torch.equal(ablated[0], run_hooked(model, layer, batch, mask))
-    assert torch.equal(rows[:-1], torch.cat(kept).flatten(1))
+    assert torch.equal(rows[:-1], torch.cat(before).flatten(1))
 
 
-def test_a_move_leaves_the_states_of_other_layers():
+def test_move_keeps_states_of_other_layers():
     def run(m, x):
         h = m.a(x)
         return m.out(m.relu(m.cut(h)) * h)
 
     model, images = Net(run), torch.randn(3, 6)
-    states = AblatedForward(model, ["a", "cut"]).prefixes(images)  # h is also the second's skip
+    # The output of "a" is also a skip connection of "cut".
+    states = AblatedForward(model, ["a", "cut"]).prefixes(images)
     rows = torch.empty(3, 4)
     states["a"].move(rows)
     check_states(model, states, images)
-    rows.zero_()  # the caller's, and no longer what the layer gave
+    rows.zero_()  # invalidates only the state of "a"
     check_states(model, {"cut": states["cut"]}, images)
 
 
-def test_an_activation_of_one_number_moves():
+def test_move_of_one_unit():
     def run(m, x):
         return F.softplus(m.cut(m.a(x)))[:, None]
 
     model, images = Net(run, Lambda(lambda h: h.sum(1)).eval()), torch.randn(3, 6)
     forward = AblatedForward(model, "cut")
     state = forward.prefix(images)
-    kept, rows = copy.deepcopy(state.activation), torch.empty(3, 1)
+    before, rows = copy.deepcopy(state.activation), torch.empty(3, 1)
     state.move(rows)
-    assert torch.equal(rows[:, 0], kept)
+    assert torch.equal(rows[:, 0], before)
     want = run_hooked(model, "cut", images, torch.tensor([True]))
     assert torch.equal(forward.logits(state, [0])[0], want)

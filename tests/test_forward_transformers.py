@@ -13,9 +13,9 @@ from repsim_kernels.forward import AblatedForward
 
 @pytest.fixture(autouse=True)
 def _fast_path(monkeypatch):
-    """Let the fast path differ by rounding from the operations that it stands for.
+    """Make the fast path differ by rounding from the operations that it replaces.
 
-    On some devices it does, on others it has the same bits.
+    On some devices it does; on others it is bit-identical.
     """
     run = torch._transformer_encoder_layer_fwd
 
@@ -26,7 +26,7 @@ def _fast_path(monkeypatch):
 
 
 class Encoder(nn.Module):
-    """A transformer encoder and what is around it; "dead" units of its first layer are zero."""
+    """An encoder between linear layers; the first `dead` units of its first linear1 are zero."""
 
     def __init__(self, layer=nn.TransformerEncoderLayer, stack=nn.TransformerEncoder, dead=0):
         super().__init__()
@@ -49,7 +49,7 @@ class Encoder(nn.Module):
         return self.head(self.enc(self.embed(x))).flatten(1)
 
 
-class OwnLayer(nn.TransformerEncoderLayer):
+class CustomLayer(nn.TransformerEncoderLayer):
     def forward(self, x, **options):
         return super().forward(x, **options)
 
@@ -57,7 +57,7 @@ class OwnLayer(nn.TransformerEncoderLayer):
 ENCODERS = [
     (Encoder, "enc.layers.{}"),
     (lambda: Encoder(stack=None), "enc.{}"),
-    (lambda: Encoder(OwnLayer, stack=None), "enc.{}"),
+    (lambda: Encoder(CustomLayer, stack=None), "enc.{}"),
 ]
 
 
@@ -70,15 +70,15 @@ def test_transformer_layers(build, path, place):
     layer = place if place[0] not in "01" else path.format(place)
     model, images = build(), torch.randn(5, 7, 6)
     assert is_traced_by_fx(check_cut(model, layer, images))
-    # Otherwise the fast path had no part in this.
+    # The hook changes bits inside an encoder layer only, so the fast path is in use.
     assert torch.equal(run_hooked(model, layer, images), run_plain(model, images)) == (
         place[0] not in "01"
     )
 
 
 @pytest.mark.parametrize(("build", "path"), ENCODERS)
-def test_transformer_layers_of_one_object(build, path):
-    """A hook takes one encoder layer off its fast path, and leaves the others there."""
+def test_several_transformer_layers(build, path):
+    """A hook moves one encoder layer off its fast path, and no other."""
     model, images = build(), torch.randn(5, 7, 6)
     layers = ["embed", path.format("0.linear1"), path.format("0.norm1"), path.format("1"), "head"]
     forward = AblatedForward(model, layers)
@@ -93,20 +93,20 @@ def test_transformer_layers_of_one_object(build, path):
     assert forward.costs(images).keys() == states.keys()
 
 
-def test_cells_without_effect_have_the_bits_of_a_hook():
+def test_cells_without_effect_match_a_hook():
     model, layer, images = Encoder(dead=8), "enc.layers.0.linear1", torch.randn(5, 7, 6)
     forward = AblatedForward(model, layer)
     state = forward.prefix(images)
     same, fast = run_hooked(model, layer, images), run_plain(model, images)
-    assert not torch.equal(same, fast)  # otherwise the next lines say nothing
+    assert not torch.equal(same, fast)  # otherwise the checks below show nothing
     cells = torch.zeros(3, 7, 64, dtype=torch.bool)
-    cells[1, :, :8] = True  # a dead cell, and two empty ones
+    cells[1, :, :8] = True  # one dead cell and two empty ones
     logits = forward.logits(state, cells.flatten(1))
     assert all(torch.equal(one, same) for one in logits)
     assert torch.equal(forward.intact(state), fast)
 
 
-def test_a_study_of_a_transformer_changes_nothing_by_dead_neurons():
+def test_study_finds_no_change_for_dead_units():
     generator = torch.Generator().manual_seed(8)
     images = torch.randn(10, 7, 6, generator=generator)
     model, layer = Encoder(dead=40), "enc.layers.0.linear1"
@@ -115,11 +115,11 @@ def test_a_study_of_a_transformer_changes_nothing_by_dead_neurons():
     changes = rows[[name for name in rows if "probability" in name or "rank" in name]]
     state = AblatedForward(model, layer).prefix(images)
     assert ((state.activation != 0).sum((0, 1)) > 0).sum() == 24
-    # Of 64 units 40 are zero, so that four of eight cells are, between those of either sign.
+    # 40 of 64 units are zero, so four of eight cells have only zeros.
     assert (changes == 0).all(axis=1).groupby(rows["class"]).sum().tolist() == [4, 4]
 
 
-def test_padding_that_makes_nested_tensors():
+def test_padding_with_nested_tensors():
     class Padded(Encoder):
         def forward(self, x):
             padding = torch.zeros(x.shape[:2], dtype=torch.bool)

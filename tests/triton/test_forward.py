@@ -1,4 +1,4 @@
-"""The rest of a network with the kernels against the plain path and against a forward hook."""
+"""Tails of a network with Triton kernels, against PyTorch operations and a forward hook."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def _backend(monkeypatch):
     monkeypatch.setenv("REPSIM_BACKEND", "triton")
 
 
-class Ran:
-    """The kernels that ran since it was cleared, and the network's own operations."""
+class LaunchLog:
+    """Records the kernels that are launched, and the network's operations that run unfused."""
 
     def __init__(self):
         self.clear()
@@ -33,7 +33,7 @@ class Ran:
     def clear(self):
         self.kernels, self.epilogue, self.steps, self.precision = [], "", [], None
 
-    def launched(self, kernel, arguments, options):
+    def record_launch(self, kernel, arguments, options):
         self.kernels.append(kernel.fn.__name__)
         self.precision = options.get("PRECISION", self.precision)
         if "ACTIVATE" in options:
@@ -41,30 +41,30 @@ class Ran:
             self.epilogue = " ".join(["norm"] * (scale is not None) + [options["ACTIVATE"]])
 
     @property
-    def left(self):
-        return self.steps[: self.steps.index("out") - 1]  # without the flatten before it
+    def unfused(self):
+        return self.steps[: self.steps.index("out") - 1]  # without the flatten before `out`
 
 
 @pytest.fixture
-def ran(monkeypatch):
-    seen = Ran()
+def log(monkeypatch):
+    log = LaunchLog()
     launch, run = _launch.launch, Trace.run
 
-    def launched(kernel, grid, *arguments, **options):
-        seen.launched(kernel, arguments, options)
+    def launch_and_record(kernel, grid, *arguments, **options):
+        log.record_launch(kernel, arguments, options)
         launch(kernel, grid, *arguments, **options)
 
-    def stepped(trace, node, values):
-        seen.steps.append(node.name.removeprefix("model_"))
+    def run_and_record(trace, node, values):
+        log.steps.append(node.name.removeprefix("model_"))
         return run(trace, node, values)
 
-    monkeypatch.setattr(_launch, "launch", launched)
-    monkeypatch.setattr(Trace, "run", stepped)
-    return seen
+    monkeypatch.setattr(_launch, "launch", launch_and_record)
+    monkeypatch.setattr(Trace, "run", run_and_record)
+    return log
 
 
-def lively(model):
-    """Batch norms out of balance, in eval mode."""
+def randomize_norms(model):
+    """Give batch norms random parameters, and set eval mode."""
     torch.manual_seed(2)
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
@@ -75,9 +75,9 @@ def lively(model):
 
 
 class Net(nn.Module):
-    """A convolution, the layer to cut at, and whatever a function does behind it."""
+    """A convolution, the layer to cut at, and the operations of a function after it."""
 
-    def __init__(self, behind, **modules):
+    def __init__(self, after_cut, **modules):
         super().__init__()
         torch.manual_seed(1)
         self.stem = nn.Conv2d(3, 4, 3, padding=1)
@@ -96,19 +96,19 @@ class Net(nn.Module):
         nn.init.normal_(self.fc.weight)
         for name, module in modules.items():
             setattr(self, name, module)
-        self.behind = behind
+        self.after_cut = after_cut
         self(torch.zeros(2, 3, 4, 4))
-        lively(self)
+        randomize_norms(self)
 
     def forward(self, x):
-        return self.out(self.behind(self, self.cut(self.stem(x))).flatten(1))
+        return self.out(self.after_cut(self, self.cut(self.stem(x))).flatten(1))
 
 
 def norm_relu(m, y):
     return m.wide(m.relu(m.bn(y)))
 
 
-def norm_alone(m, y):
+def norm_only(m, y):
     return m.bn(y).exp()
 
 
@@ -207,11 +207,11 @@ def by_name(m, y):
     return torch.relu(input=y)
 
 
-# Kernels, epilogue and the operations that are left, for several cells; the same for one, where
-# the kernel is ABLATE.
+# Several cells: kernels, epilogue and unfused operations; one cell: epilogue and unfused operations
+# (the kernel is ABLATE).
 CASES = {
     norm_relu: (ABLATE, "norm relu", ["wide"], "none", ["bn", "relu", "wide"]),
-    norm_alone: (ABLATE, "norm none", ["exp"], "none", ["bn", "exp"]),
+    norm_only: (ABLATE, "norm none", ["exp"], "none", ["bn", "exp"]),
     relu_in_place: (ABLATE, "relu", ["wide"], "relu", ["wide"]),
     relu6: (ABLATE, "relu6", ["wide"], "relu6", ["wide"]),
     functions: (ABLATE, "norm relu", ["add"], "none", ["batch_norm", "relu_", "add"]),
@@ -239,10 +239,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("behind", CASES, ids=lambda behind: behind.__name__)
-def test_what_is_fused_and_that_it_gives_the_same(device, ran, monkeypatch, behind, layout):
-    kernels, epilogue, left, one, left_of_one = CASES[behind]
-    model = Net(behind).to(device, memory_format=layout)
+@pytest.mark.parametrize("after_cut", CASES, ids=lambda after_cut: after_cut.__name__)
+def test_fused_operations_and_results(device, log, monkeypatch, after_cut, layout):
+    kernels, epilogue, unfused, one, unfused_of_one = CASES[after_cut]
+    model = Net(after_cut).to(device, memory_format=layout)
     images = torch.randn(3, 3, 4, 4, device=device).to(memory_format=layout)
     forward = AblatedForward(model, "cut")
     state = forward.prefix(images)
@@ -250,37 +250,37 @@ def test_what_is_fused_and_that_it_gives_the_same(device, ran, monkeypatch, behi
     before = [t.clone() for t in get_tensors(state)]
     labels = make_labels(state, 4)
 
-    ran.clear()
-    apart = forward.logits(state, labels[None] == 2, batch=1)
-    assert (ran.kernels, ran.epilogue, ran.left) == (ABLATE, one, left_of_one)
-    assert torch.equal(apart[0], run_hooked(model, "cut", images, labels == 2))
+    log.clear()
+    one_by_one = forward.logits(state, labels[None] == 2, batch=1)
+    assert (log.kernels, log.epilogue, log.unfused) == (ABLATE, one, unfused_of_one)
+    assert torch.equal(one_by_one[0], run_hooked(model, "cut", images, labels == 2))
 
-    ran.clear()
+    log.clear()
     together = forward.logits(state, labels, batch=HUGE)
-    assert (ran.kernels, ran.epilogue, ran.left) == (kernels, epilogue, left)
-    ran.clear()
+    assert (log.kernels, log.epilogue, log.unfused) == (kernels, epilogue, unfused)
+    log.clear()
     overlapping = forward.logits(
         state, labels == torch.arange(5, device=device)[:, None], batch=HUGE
     )
-    assert ran.kernels == (POINTWISE if kernels == LINEAR else kernels)
-    assert (ran.epilogue, ran.left) == (epilogue, left)
+    assert log.kernels == (POINTWISE if kernels == LINEAR else kernels)
+    assert (log.epilogue, log.unfused) == (epilogue, unfused)
     assert all(map(torch.equal, get_tensors(state), before))
 
     monkeypatch.setenv("REPSIM_BACKEND", "torch")
-    ran.clear()
+    log.clear()
     want = forward.logits(state, labels, batch=HUGE)
-    assert ran.kernels == []
+    assert log.kernels == []
     torch.testing.assert_close(together, want, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(overlapping[:4], want, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(want[0], want[1], rtol=1e-2)
 
 
 @pytest.mark.parametrize("switch", ["tf32", "ieee"])
-@pytest.mark.parametrize("behind", [pointwise, flat_linear])
-def test_tf32_is_as_pytorchs_switches_say(device, ran, behind, switch):
+@pytest.mark.parametrize("after_cut", [pointwise, flat_linear])
+def test_tf32_follows_pytorchs_switches(device, log, after_cut, switch):
     matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    backend = conv if behind is pointwise else matmul
-    model = Net(behind).to(device)
+    backend = conv if after_cut is pointwise else matmul
+    model = Net(after_cut).to(device)
     forward = AblatedForward(model, "cut")
     state = forward.prefix(torch.randn(3, 3, 4, 4, device=device))
     before = backend.fp32_precision
@@ -289,10 +289,10 @@ def test_tf32_is_as_pytorchs_switches_say(device, ran, behind, switch):
         forward.logits(state, make_labels(state, 4), batch=HUGE)
     finally:
         backend.fp32_precision = before
-    assert ran.precision == {"tf32": "tf32", "ieee": "tf32x3"}[switch]
+    assert log.precision == {"tf32": "tf32", "ieee": "tf32x3"}[switch]
 
 
-def test_modules_that_do_more_run_themselves(device, ran):
+def test_modules_with_hooks_or_parametrizations_are_not_fused(device, log):
     calls = []
     point = nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 5, 1))
     model = Net(lambda m, y: m.point(m.relu6(y)), point=point).to(device)
@@ -300,29 +300,29 @@ def test_modules_that_do_more_run_themselves(device, ran):
     state = forward.prefix(torch.randn(3, 3, 4, 4, device=device))
     forward.intact(state)
     labels = make_labels(state, 3)
-    ran.clear()
+    log.clear()
     want = forward.logits(state, labels, batch=HUGE)
-    assert (ran.epilogue, ran.left) == ("relu6", ["point"])
+    assert (log.epilogue, log.unfused) == ("relu6", ["point"])
     model.relu6.register_forward_hook(lambda _m, _i, out: calls.append(len(out)))
-    ran.clear()
+    log.clear()
     again = forward.logits(state, labels, batch=HUGE)
-    assert (ran.epilogue, ran.left) == ("none", ["relu6", "point"])
+    assert (log.epilogue, log.unfused) == ("none", ["relu6", "point"])
     assert calls == [9]
     torch.testing.assert_close(again, want)
     model.relu6._forward_hooks.clear()
     model.relu6.forward = F.relu6
-    ran.clear()
+    log.clear()
     again = forward.logits(state, labels, batch=HUGE)
-    assert (ran.epilogue, ran.left) == ("none", ["relu6", "point"])
+    assert (log.epilogue, log.unfused) == ("none", ["relu6", "point"])
     torch.testing.assert_close(again, want)
     forward = AblatedForward(Net(lambda m, y: m.point(y), point=point).to(device), "cut")
     state = forward.prefix(torch.randn(3, 3, 4, 4, device=device))
-    ran.clear()
+    log.clear()
     forward.logits(state, labels, batch=HUGE)
-    assert ran.kernels == ABLATE
+    assert log.kernels == ABLATE
 
 
-def test_new_weights_count(device):
+def test_new_weights_are_used(device):
     model = Net(pointwise).to(device)
     images = torch.randn(3, 3, 4, 4, device=device)
     forward = AblatedForward(model, "cut")
@@ -340,20 +340,20 @@ def test_new_weights_count(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_precisions(device, ran, dtype):
+def test_dtypes(device, log, dtype):
     model = Net(relu_in_place).to(device, dtype)
     images = torch.randn(3, 3, 4, 4, device=device, dtype=dtype)
     forward = AblatedForward(model, "cut")
     state = forward.prefix(images)
     labels = make_labels(state, 3)
-    ran.clear()
-    apart = forward.logits(state, labels, batch=1)
-    assert ran.kernels == ([] if dtype == torch.float64 else ABLATE * 3)
+    log.clear()
+    one_by_one = forward.logits(state, labels, batch=1)
+    assert log.kernels == ([] if dtype == torch.float64 else ABLATE * 3)
     for c in range(3):
-        assert torch.equal(apart[c], run_hooked(model, "cut", images, labels == c))
+        assert torch.equal(one_by_one[c], run_hooked(model, "cut", images, labels == c))
 
 
-def test_autocast_keeps_its_dtypes(device, ran):
+def test_no_fusion_under_autocast(device, log):
     cut = nn.Sequential(nn.Conv2d(4, 6, 1), Lambda(lambda y: y.float()))
     model = Net(pointwise, cut=cut).to(device)
     images = torch.randn(3, 3, 4, 4, device=device)
@@ -361,17 +361,17 @@ def test_autocast_keeps_its_dtypes(device, ran):
     with torch.autocast(device.type, torch.bfloat16):
         state = forward.prefix(images)
         forward.intact(state)
-        ran.clear()
+        log.clear()
         forward.logits(state, make_labels(state, 3), batch=HUGE)
-    assert (ran.kernels, ran.left) == (ABLATE, ["point", "bn2", "relu6"])
+    assert (log.kernels, log.unfused) == (ABLATE, ["point", "bn2", "relu6"])
 
 
-def test_nothing_behind_the_layer(device, ran):
+def test_nothing_after_the_layer(device, log):
     model = Net(lambda m, y: y).to(device)
     images = torch.randn(3, 3, 4, 4, device=device)
     forward = AblatedForward(model, "")
     state = forward.prefix(images)
-    ran.clear()
+    log.clear()
     got = forward.logits(state, [0, 1, -1], batch=HUGE)
-    assert ran.kernels == ABLATE
+    assert log.kernels == ABLATE
     assert torch.equal(got[1], run_plain(model, images) * torch.tensor([1, 0, 1], device=device))
