@@ -248,7 +248,9 @@ def test_uncuttable_layers():
         "'cut' is never called; expected one call in a pass", Net(in_the_other_branch)
     )
     pair = Lambda(lambda h: (h * 2, h + 1))
-    assert_export_refused(r"'cut' gives tuple; expected a tensor \(n, …\)", Net(gives_a_pair, pair))
+    assert_export_refused(
+        r"'cut' gives a value of type tuple; expected a tensor \(n, …\)", Net(gives_a_pair, pair)
+    )
     # torch.export uses one name for a value and what is later written over it.
     assert_export_refused(
         "cut at 'cut', it differs from a whole", Net(shares_memory, nn.ReLU(inplace=True))
@@ -291,7 +293,9 @@ def test_uncuttable_models():
 
     both = r"^model: torch.fx can't trace it: symbolically traced variables.*; torch.export can't"
     assert_export_refused(f"{both} either: ", Net(branching))
-    assert_export_refused(r"it gives (dict|tuple); expected a tensor \(n, …\)", Net(gives_a_dict))
+    assert_export_refused(
+        r"it gives a value of type (dict|tuple); expected a tensor \(n, …\)", Net(gives_a_dict)
+    )
     assert_export_refused(
         "two passes of the same images differ; expected a model without random", Net(random)
     )

@@ -110,9 +110,9 @@ def test_free_bytes_on_a_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, {device: value}.__getitem__)
     assert memory.get_free_bytes(device) == 2**33 + 2**34 - 2**32
     assert memory.resolve_budget(None, device) == (2**33 + 2**34 - 2**32) // 2
-    assert memory.cap_batch_bytes(2**40, device) == 2**33  # a GPU is busy enough with this
-    assert memory.cap_batch_bytes(2**20, device) == 2**20
-    assert memory.cap_batch_bytes(2**40, CPU) == 2**40
+    assert memory.resolve_batch_budget(2**40, device) == 2**33  # a GPU is busy enough with this
+    assert memory.resolve_batch_budget(2**20, device) == 2**20
+    assert memory.resolve_batch_budget(2**40, CPU) == 2**40
     monkeypatch.setattr(memory, "get_free_bytes", lambda device: 5000)
     assert memory.resolve_budget(None, device) == 2500
     monkeypatch.setattr(memory, "get_free_bytes", lambda device: 2**40)

@@ -58,12 +58,12 @@ class Cuts:
     def __init__(self, model: nn.Module, layers: Collection[str]) -> None:
         self._model, self._layers = model, layers
         self._modules = dict(model.named_modules(remove_duplicate=False))
-        self._traces: dict[object, Trace | Untraceable] = {}
+        self._fx_traces: dict[object, Trace | Untraceable] = {}
         self._exports: dict[object, Trace | Untraceable] = {}
-        self._symbolic: dict[object, _Attempt] = {}
-        self._exported: dict[object, Cut] = {}
+        self._fx_attempts: dict[object, _Attempt] = {}
+        self._export_cuts: dict[object, Cut] = {}
         for layer in layers:
-            trace = self._symbolic_trace(layer)
+            trace = self._get_fx_trace(layer)
             if isinstance(trace, Trace):
                 trace.find_cut(layer)
 
@@ -71,24 +71,24 @@ class Cuts:
         """The network cut at a layer, for images like these; LayerError if it can't be cut."""
         sample = images[:2]
         key = layer, _make_key(sample)
-        if key not in self._symbolic:
+        if key not in self._fx_attempts:
             with keep_attributes(self._model):
-                self._symbolic[key] = self._cut_by_fx(layer, sample)
-        attempt = self._symbolic[key]
+                self._fx_attempts[key] = self._cut_by_fx(layer, sample)
+        attempt = self._fx_attempts[key]
         if attempt.cut is not None and attempt.final:
             return attempt.cut
         key = layer, _make_key(images)
-        if key not in self._exported:
+        if key not in self._export_cuts:
             with keep_attributes(self._model):
                 cut = self._cut_by_export(layer, images, attempt)
             if cut is attempt.cut:
                 attempt.final = True
                 return cut
-            self._exported[key] = cut
-        return self._exported[key]
+            self._export_cuts[key] = cut
+        return self._export_cuts[key]
 
     def _cut_by_fx(self, layer: str, sample: Tensor) -> _Attempt:
-        trace = self._symbolic_trace(layer)
+        trace = self._get_fx_trace(layer)
         if isinstance(trace, Untraceable):
             return _Attempt()
         try:
@@ -114,12 +114,12 @@ class Cuts:
         except Exception as error:
             raise LayerError(self._describe_rejection(images, error)) from error
         expected = self._run_references(layer, images, intact)
-        trace = self._exported_trace(images)
+        trace = self._get_export(images)
         if isinstance(trace, Untraceable):
             if by_fx.cut is not None:
                 return by_fx.cut
             self._check_deterministic(images, intact)
-            reason = self._symbolic_trace(layer)
+            reason = self._get_fx_trace(layer)
             if isinstance(reason, Untraceable):
                 raise LayerError(f"{reason}; torch.export can't either: {trace}") from trace
             raise LayerError(
@@ -155,7 +155,7 @@ class Cuts:
             return _Attempt(error=error)
         if not agreement.close:
             return _Attempt()
-        fused = self._slowed_by(layer) or (trace.exported and self._has_fused())
+        fused = self._find_slowed_encoders(layer) or (trace.exported and self._has_fused())
         split.hook_keeps_bits = agreement.hook_keeps_bits and not fused
         split.batchable &= agreement.batchable and not self._quantizes_batches()
         return _Attempt(Cut(trace, split), agreement.exact)
@@ -170,7 +170,7 @@ class Cuts:
             raise
         except Exception as error:
             raise LayerError(
-                f"model: it raises under a forward hook on {layer!r}: {first_line(error)}"
+                f"model: it raises an error under a forward hook on {layer!r}: {first_line(error)}"
             ) from error
         if not verify.is_close(outputs.unmasked, intact):
             self._check_deterministic(images, intact)
@@ -206,19 +206,19 @@ class Cuts:
         kind = f"{dtype_name(images)} of shape {tuple(images.shape)}"
         return f"model: it can't take these images, {kind}{weights}: {first_line(error)}"
 
-    def _symbolic_trace(self, layer: str) -> Trace | Untraceable:
-        """The trace by fx of a layer, shared by all layers with the same `_slowed_by`."""
-        slowed = self._slowed_by(layer)
+    def _get_fx_trace(self, layer: str) -> Trace | Untraceable:
+        """The trace by fx for a layer, shared by layers whose hooks slow the same encoders."""
+        slowed = self._find_slowed_encoders(layer)
         key = slowed, contexts.read_switches()
-        if key not in self._traces:
-            layers = [name for name in self._layers if self._slowed_by(name) == slowed]
+        if key not in self._fx_traces:
+            layers = [name for name in self._layers if self._find_slowed_encoders(name) == slowed]
             try:
-                self._traces[key] = Trace(self._model, layers)
+                self._fx_traces[key] = Trace(self._model, layers)
             except Untraceable as error:
-                self._traces[key] = error
-        return self._traces[key]
+                self._fx_traces[key] = error
+        return self._fx_traces[key]
 
-    def _exported_trace(self, images: Tensor) -> Trace | Untraceable:
+    def _get_export(self, images: Tensor) -> Trace | Untraceable:
         key = _make_key(images)
         if key not in self._exports:
             try:
@@ -229,7 +229,7 @@ class Cuts:
                 self._exports[key] = error
         return self._exports[key]
 
-    def _slowed_by(self, layer: str) -> tuple[str, ...]:
+    def _find_slowed_encoders(self, layer: str) -> tuple[str, ...]:
         """The encoder layers that a hook on this layer moves off PyTorch's fast path."""
         return tuple(
             name

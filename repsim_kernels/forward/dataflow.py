@@ -277,7 +277,7 @@ def check_batch(value: Any, images: Tensor, what: str) -> Tensor:
     """Check that a value is a dense tensor with one entry for each image."""
     if not isinstance(value, Tensor):
         kind = type(value).__name__.removeprefix("immutable_")
-        raise LayerError(f"{what} gives {kind}; expected a tensor (n, …)")
+        raise LayerError(f"{what} gives a value of type {kind}; expected a tensor (n, …)")
     if value.is_nested:
         raise LayerError(f"{what} gives a nested tensor; expected a dense one (n, …){NESTED_HINT}")
     if value.layout != torch.strided:

@@ -15,11 +15,9 @@ from repsim_kernels.forward.cost import Cost
 from repsim_kernels.forward.cuts import Cuts
 from repsim_kernels.forward.dataflow import Split
 from repsim_kernels.forward.fusion import CellMasks
-from repsim_kernels.forward.memory import cap_batch_bytes, resolve_budget
+from repsim_kernels.forward.memory import resolve_batch_budget
 from repsim_kernels.forward.passes import State, copy_with_strides
 from repsim_kernels.forward.trace import Trace, keep_attributes
-
-_SHOWN_LAYERS = 4  # in a repr
 
 
 class AblatedForward:
@@ -37,13 +35,17 @@ class AblatedForward:
         A name from ``model.named_modules()``: a module or container that runs once per pass and
         gives a tensor (n, …). Several layers share one trace and the pass of `prefixes`.
 
+    Attributes
+    ----------
+    layers : tuple of str
+        The layers, without duplicates.
+
     Raises
     ------
     LayerError
-        The layer is not a name, is missing from the model, is never called or called more than
-        once, or is in TorchScript. Or the model is not a module, is in training mode, has lazy
-        parameters without a shape, is on the meta device, or is a ``DataParallel`` over several
-        devices.
+        The layer is missing from the model, is not called exactly once, or is in TorchScript. Or
+        the model is not a module, is in training mode, has parameters without shapes or values, or
+        is a ``DataParallel`` over several devices.
     OptionError
         REPSIM_BACKEND does not name a backend.
 
@@ -51,9 +53,8 @@ class AblatedForward:
     -----
     The first time it sees images of a new shape, layout or dtype, `prefix` compares the cut network
     on two of them with whole passes under a forward hook, which also reveals randomness and hidden
-    state. If the trace by ``torch.fx`` differs from these passes, for example because ``forward``
-    checks a type, ``torch.export`` traces the model instead. That trace is compared on all the
-    images, once for each shape.
+    state. If the ``torch.fx`` trace differs from these passes, for example because ``forward``
+    checks a type, a ``torch.export`` trace for each shape is compared on all the images instead.
 
     Operations run under the autocast state, attention backends and default dtype that ``forward``
     sets for them. TF32 follows PyTorch's switches. No method tracks gradients.
@@ -93,8 +94,9 @@ class AblatedForward:
             self._cuts = Cuts(model, self.layers)
 
     def __repr__(self) -> str:
-        names = ", ".join(map(repr, self.layers[:_SHOWN_LAYERS]))
-        more = f", … {len(self.layers)} in all" if len(self.layers) > _SHOWN_LAYERS else ""
+        shown = self.layers[:4]
+        names = ", ".join(map(repr, shown))
+        more = "" if shown == self.layers else f", … {len(self.layers)} in all"
         tensors = [*self.model.parameters(), *self.model.buffers()]
         device = f", device={str(tensors[0].device)!r}" if tensors else ""
         return f"AblatedForward({type(self.model).__name__}, layers=[{names}{more}]{device})"
@@ -116,12 +118,11 @@ class AblatedForward:
         Raises
         ------
         DtypeError, ShapeError, DeviceError
-            The images are not a dense tensor, are none, or are not on the model's device.
+            The images are not a dense tensor with n >= 1 on the model's device.
         LayerError
             The model raises an error for these images, can't be traced, is random, writes to its
-            own parameters or buffers, differs from a whole pass when cut at the layer, or is in
-            training mode. Or the model's or the layer's output is not a dense tensor (n, …), or
-            the layer has no units.
+            own parameters or buffers, differs from a whole pass when cut here, or is in training
+            mode. Or its output or the layer's is not a dense tensor (n, …), or has no units.
         OptionError
             This object has several layers; use `prefixes`.
 
@@ -227,8 +228,7 @@ class AblatedForward:
         True
         """
         self._check_state(state)
-        device = state._data.device
-        budget = cap_batch_bytes(resolve_budget(memory, device), device)
+        budget = resolve_batch_budget(memory, state._data.device)
         with contexts.run_eagerly():
             return passes.run_intact(state, budget).clone()
 
@@ -311,7 +311,7 @@ class AblatedForward:
         batch = None if batch is None else _options.count(batch, "batch")
         self._check_state(state)
         act = state._data
-        budget = cap_batch_bytes(resolve_budget(memory, act.device), act.device)
+        budget = resolve_batch_budget(memory, act.device)
         checked, n_cells = _check.cells(cells, act[0].numel(), n_cells)
         table = torch.as_tensor(checked, device=act.device)  # (p,) labels or (C, p) membership
         with contexts.run_eagerly():
@@ -391,9 +391,9 @@ class AblatedForward:
     def _adopt(self, states: dict[str, State], images: Tensor) -> dict[str, State]:
         """Become the owner of states, and add the model's own output to those that need it."""
         intact = None
-        if any(state.needs_intact for state in states.values()):
+        if any(state._needs_intact for state in states.values()):
             with keep_attributes(self.model):
                 intact = verify.run_intact(self.model, images)
         for state in states.values():
-            state.set_owner(self, intact)
+            state._set_owner(self, intact)
         return states

@@ -15,7 +15,7 @@ from repsim_kernels.forward import contexts
 from repsim_kernels.forward.contexts import Switches
 
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
-_LEVELS = ("torch._functorch", "torch._C._functorch")
+_TORCH_FUNC = ("torch._functorch", "torch._C._functorch")
 _GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 
 
@@ -28,7 +28,7 @@ def export(root: nn.Module, images: Tensor) -> tuple[nn.Module, fx.Graph]:
     graph = _inline_regions(module)
     # The operations of torch.func open and close levels of PyTorch's state. A pass that stops in
     # between would leave a level open for the whole process.
-    if any(str(getattr(x.target, "__module__", "")).startswith(_LEVELS) for x in graph.nodes):
+    if any(str(getattr(x.target, "__module__", "")).startswith(_TORCH_FUNC) for x in graph.nodes):
         raise LayerError("the model uses torch.func (vmap, grad, jvp), which can't be cut")
     output = next(iter(reversed(graph.nodes)))
     if program.call_spec.out_spec.is_leaf():

@@ -55,11 +55,12 @@ def resolve_budget(value: Any, device: torch.device) -> int:
     return get_free_bytes(device) // 2 if value is None else parse_size(value)
 
 
-def cap_batch_bytes(budget: int, device: torch.device) -> int:
-    """The bytes of one batch: on CUDA at most 8 GiB.
+def resolve_batch_budget(value: Any, device: torch.device) -> int:
+    """The bytes of one batch: as `resolve_budget`, but on CUDA at most 8 GiB.
 
     That keeps a GPU busy, and its tensors stay within 32-bit indexing.
     """
+    budget = resolve_budget(value, device)
     return min(budget, _GPU_BATCH_BYTES) if device.type == "cuda" else budget
 
 

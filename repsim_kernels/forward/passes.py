@@ -76,16 +76,6 @@ class State:
         """The layer's output, (n, …), with its own strides. Writing to it invalidates the state."""
         return self._restore_strides(self._data)
 
-    @property
-    def needs_intact(self) -> bool:
-        """Whether the model's output changes bits under a hook that changes nothing."""
-        return not self._split.hook_keeps_bits
-
-    def set_owner(self, owner: object, intact: Tensor | None) -> None:
-        """Set the object that made this state, and the model's own output where it is needed."""
-        self._owner = owner
-        self._intact = intact if self.needs_intact else None
-
     def move(self, rows: Tensor) -> None:
         """Copy the activation into the caller's memory, and keep it there instead of here.
 
@@ -118,6 +108,16 @@ class State:
             # buffer.
             self._data = rows.data.view(data.shape)
         self._record_versions()
+
+    @property
+    def _needs_intact(self) -> bool:
+        """Whether a hook that changes nothing may still change the output by rounding."""
+        return not self._split.hook_keeps_bits
+
+    def _set_owner(self, owner: object, intact: Tensor | None) -> None:
+        """Set the object that made this state, and the model's own output where it is needed."""
+        self._owner = owner
+        self._intact = intact if self._needs_intact else None
 
     def _select_images(self, batch: Batch) -> Tensor:
         """The activation of a batch's images."""

@@ -25,7 +25,7 @@ TRANSIENT = MemoryError, torch.OutOfMemoryError, torch.AcceleratorError
 
 
 class Untraceable(LayerError):
-    """A tracer can't trace the model."""
+    """The model can't be traced by the chosen tracer."""
 
 
 class Trace:
@@ -134,7 +134,10 @@ for _function in (
 
 
 def output_of(value: Any) -> Any:
-    """The identity: marks the output of a module that was traced into as one operation."""
+    """The identity: marks the output of a module that was traced into as one operation.
+
+    Its name is part of the hash of a network's operations, by which a study recognizes them.
+    """
     return value
 
 
