@@ -71,7 +71,7 @@ def writes_the_images(m, x):
 RUNS = [f for f in list(globals().values()) if getattr(f, "__module__", None) == __name__]
 
 
-def untraceable(model, layer="cut"):
+def assert_untraceable(model, layer="cut"):
     with pytest.raises(Untraceable, match=r"torch.fx can't trace it"):
         Trace(model, layer if isinstance(layer, list) else [layer])
     return model
@@ -79,7 +79,7 @@ def untraceable(model, layer="cut"):
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
 def test_python_that_fx_cannot_trace(run):
-    model = untraceable(Net(run))
+    model = assert_untraceable(Net(run))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     check_cut(model, "cut", torch.randn(4, 6))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -107,11 +107,11 @@ def test_layers_of_any_kind(layer, cut):
             raise TypeError("expected images")
         return m.out(m.cut(m.a(x)).repeat(1, 2)[:, :4])
 
-    check_cut(untraceable(Net(run, cut.eval()), layer), layer, torch.randn(3, 6))
+    check_cut(assert_untraceable(Net(run, cut.eval()), layer), layer, torch.randn(3, 6))
 
 
 def test_cut_at_the_whole_network():
-    model, images = untraceable(Net(branches_on_the_length), ["", "cut"]), torch.randn(3, 6)
+    model, images = assert_untraceable(Net(branches_on_the_length), ["", "cut"]), torch.randn(3, 6)
     forward = AblatedForward(model, ["", "cut"])
     state = forward.prefixes(images)[""]
     logits = forward.logits(state, [0, -1, 1])
@@ -127,7 +127,7 @@ def test_export_for_each_shape_and_layout():
 
     model = Net(run, nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True)))
     model.pool = nn.AdaptiveAvgPool2d(1).eval()
-    forward = AblatedForward(untraceable(model, "cut.0"), "cut.0")
+    forward = AblatedForward(assert_untraceable(model, "cut.0"), "cut.0")
     states = []
     for images in (
         torch.randn(4, 3, 6, 6),
@@ -165,12 +165,12 @@ def test_one_cell_per_pass_with_a_fixed_size():
     def run(m, x):
         return m.out(m.cut(m.a(x)).view(len(x), 2, 2).mean(1).repeat(1, 2))
 
-    forward = check_cut(untraceable(Net(run)), "cut", torch.randn(3, 6))
+    forward = check_cut(assert_untraceable(Net(run)), "cut", torch.randn(3, 6))
     assert not forward._cuts.find("cut", torch.randn(3, 6)).split.batchable
 
 
 def test_new_weights_are_used():
-    model, images = untraceable(Net(reads_weights_and_constants)), torch.randn(3, 6)
+    model, images = assert_untraceable(Net(reads_weights_and_constants)), torch.randn(3, 6)
     forward, labels = AblatedForward(model, "cut"), torch.tensor([0, 1, 0, 1])
     old = forward.intact(forward.prefix(images))
     with torch.no_grad():
@@ -198,7 +198,7 @@ def test_several_layers():
 
     cut = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))
     layers = ["", "out", "a", "cut", "cut.0", "relu"]
-    model, images = untraceable(Net(run, cut), layers), torch.randn(3, 6)
+    model, images = assert_untraceable(Net(run, cut), layers), torch.randn(3, 6)
     forward, original = AblatedForward(model, layers), images.clone()
     states = forward.prefixes(images)
     assert list(states) == layers
@@ -220,7 +220,7 @@ def test_several_layers():
 
 
 def assert_export_refused(match, model, layer="cut"):
-    forward = AblatedForward(untraceable(model, layer), layer)
+    forward = AblatedForward(assert_untraceable(model, layer), layer)
     with pytest.raises(LayerError, match=match) as error:
         forward.prefix(torch.randn(3, 6))
     assert "\n" not in str(error.value)
@@ -309,7 +309,7 @@ def test_uncuttable_models():
 
 
 def test_training_mode():
-    model = untraceable(Net(branches_on_the_length))
+    model = assert_untraceable(Net(branches_on_the_length))
     model.drop.train()
     with pytest.raises(LayerError, match="'drop' is in training mode"):
         AblatedForward(model, "cut")
