@@ -1,4 +1,4 @@
-"""Which function serves an operation on which backend: one table, and the way through it."""
+"""The dispatcher: chooses the backend of an operation, and runs its kernel."""
 
 from __future__ import annotations
 
@@ -19,32 +19,35 @@ from repsim_kernels._arrays import Source
 from repsim_kernels._operations import BACKENDS, OPERATIONS
 from repsim_kernels.errors import BackendUnavailable, ConvergenceError
 
-TABLE: dict[tuple[str, str], str] = {
+KERNELS: dict[tuple[str, str], str] = {
     (op.name, backend): op.target(backend)
     for op in OPERATIONS
     if op.kernel is None
     for backend in op.backends
 }
-_TAKES_BATCHES = {(op.name, backend) for op in OPERATIONS for backend in op.batched}
-# With the kernels that `forward` runs in place of a network's own operations, which are no
-# functions of the package. Where `masked_pointwise` can run, `linear_cells` can.
-_TARGETS = TABLE | {
+"""Where the kernel of each operation and backend is, as "module:function"."""
+
+_BATCHED = {(op.name, backend) for op in OPERATIONS for backend in op.batched}
+# `forward` also runs kernels that are not public operations, in place of a network's own layers.
+# `masked_pointwise` and `linear_cells` have the same requirements.
+_ALL_KERNELS = KERNELS | {
     (op, "triton"): f"repsim_kernels.kernels.triton.{op}:{op}"
     for op in ("ablate", "masked_pointwise", "linear_cells")
 }
-# Where arrays on a GPU go, if there is a kernel that takes them; else to torch.
-_ON_GPU = {"cupy": ("cupy", "triton"), "torch": ("triton", "cupy")}
+# Backends to try for arrays on a GPU, by library and in this order; torch serves the rest.
+_GPU_BACKENDS = {"cupy": ("cupy", "triton"), "torch": ("triton", "cupy")}
 
 
 @functools.cache
-def _load(operation: str, backend: str) -> Callable[..., Any]:
-    module, _, name = _TARGETS[operation, backend].partition(":")
+def _load_kernel(operation: str, backend: str) -> Callable[..., Any]:
+    """Import the function that serves an operation on a backend."""
+    module, _, name = _ALL_KERNELS[operation, backend].partition(":")
     function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    return _on_numpy(function) if backend == "reference" else function
+    return _accept_tensors(function) if backend == "reference" else function
 
 
-def _on_numpy(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a function of NumPy arrays take tensors."""
+def _accept_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function of NumPy arrays so that it accepts tensors."""
 
     @functools.wraps(function)
     def run(*xs: Any, **options: Any) -> Any:
@@ -54,19 +57,20 @@ def _on_numpy(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _triton_missing() -> str | None:
+def _why_no_triton() -> str | None:
+    """Return why Triton can't be imported; None if it can."""
     return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
-def unavailable(backend: str) -> str | None:
-    """Why a backend can't serve anything on this machine; None if it can."""
+def unavailable_reason(backend: str) -> str | None:
+    """Return why a backend can't be used on this machine; None if it can."""
     if backend == "cupy":
         from repsim_kernels.kernels.cupy import module
 
         return module.unsupported()
     if backend == "triton":
-        if why := _triton_missing():
-            return why
+        if reason := _why_no_triton():
+            return reason
         from repsim_kernels.kernels.triton import _launch
 
         if _launch.interpreted():
@@ -75,61 +79,64 @@ def unavailable(backend: str) -> str | None:
     return None
 
 
-def named_backend(backend: str | None = None) -> str | None:
-    """The backend that an argument names, else REPSIM_BACKEND; None where neither names one."""
+def requested_backend(backend: str | None = None) -> str | None:
+    """Return the backend named by the argument or else by REPSIM_BACKEND; None if by neither."""
     if backend is not None:
-        return _options.option(backend, "backend", BACKENDS)
-    named = os.environ.get("REPSIM_BACKEND")
-    return _options.option(named, "REPSIM_BACKEND", BACKENDS) if named else None
+        return _options.check_choice(backend, "backend", BACKENDS)
+    variable = os.environ.get("REPSIM_BACKEND")
+    return _options.check_choice(variable, "REPSIM_BACKEND", BACKENDS) if variable else None
 
 
-def choose(operation: str, backend: str | None, source: Source, *xs: Any) -> str:
-    """The backend that serves an operation on tensors: `backend`, else REPSIM_BACKEND.
+def choose_backend(operation: str, backend: str | None, source: Source, *xs: Any) -> str:
+    """Return the backend that serves an operation on the tensors `xs`.
 
-    Where neither names one, kernels that take arrays on the source's GPU, else torch.
+    That is the backend named by the argument or else by REPSIM_BACKEND; an error if it can't serve
+    the operation. If neither names one, it is the first backend with a kernel for arrays on the
+    source's GPU, otherwise torch.
     """
-    named = named_backend(backend)
-    if named is None:
+    requested = requested_backend(backend)
+    if requested is None:
         if source.device.startswith("cuda"):
-            for candidate in _ON_GPU[source.kind]:
-                if _why_not(operation, candidate, *xs) is None:
+            for candidate in _GPU_BACKENDS[source.library]:
+                if _why_unsupported(operation, candidate, *xs) is None:
                     return candidate
         return "torch"
-    why = _why_not(operation, named, *xs)
-    if why is not None:
-        raise BackendUnavailable(f"backend {named!r} can't serve {operation}: {why}")
-    return named
+    reason = _why_unsupported(operation, requested, *xs)
+    if reason is not None:
+        name = "REPSIM_BACKEND" if backend is None else "backend"
+        raise BackendUnavailable(f"{name}: {requested!r} can't serve {operation}: {reason}")
+    return requested
 
 
-def _why_not(operation: str, backend: str, *xs: Any) -> str | None:
-    """Why a backend can't serve an operation on these tensors; None if it can."""
-    target = _TARGETS.get((operation, backend))
+def _why_unsupported(operation: str, backend: str, *xs: Any) -> str | None:
+    """Return why a backend can't serve an operation on these tensors; None if it can."""
+    target = _ALL_KERNELS.get((operation, backend))
     if target is None:
         return "it has no kernel for this operation"
     if backend in ("reference", "torch"):
         return None
-    if backend == "triton" and (why := _triton_missing()):
-        return why
+    if backend == "triton" and (reason := _why_no_triton()):
+        return reason
     module = importlib.import_module(target.partition(":")[0])
-    reason: str | None = module.unsupported(*xs)
-    return reason
+    unsupported: str | None = module.unsupported(*xs)
+    return unsupported
 
 
 def uses_triton(operation: str, *tensors: Any) -> bool:
-    """Whether `choose` picks Triton for an operation of `forward` on tensors.
+    """Whether `choose_backend` picks Triton for an operation of `forward` on these tensors.
 
-    Where a backend is named that can't serve it, PyTorch does: the network runs either way.
+    False if REPSIM_BACKEND names a backend that can't serve it: PyTorch then runs the network.
     """
     try:
         source = Source("torch", str(tensors[0].device))
-        return choose(operation, None, source, *tensors) == "triton"
+        return choose_backend(operation, None, source, *tensors) == "triton"
     except BackendUnavailable:
         return False
 
 
-def triton_kernel(operation: str) -> Callable[..., Any]:
-    """The launcher of an operation that `uses_triton`."""
-    return _load(operation, "triton")
+def load_triton_kernel(operation: str) -> Callable[..., Any]:
+    """Return the launcher of a Triton kernel; call it only where `uses_triton` is true."""
+    return _load_kernel(operation, "triton")
 
 
 def call(
@@ -140,73 +147,92 @@ def call(
     precision: str | None = None,
     **options: Any,
 ) -> Any:
-    """Run an operation on checked arguments; the result is of the kind and device of `source`.
+    """Run an operation on checked arguments; return the result as arrays of `source`.
 
-    Each of `xs` is a tensor (…, n, p), or a list of them (n, p_i) or None for operations on lists.
-    Where the kernel takes no batches, the leading dimensions are looped over and the results
-    stacked. `options` go to the kernel as they are; `precision` only where it can be chosen.
+    Each of `xs` is a tensor (…, n, p); for operations on lists, a list of tensors (n, p_i) or None.
+    If the kernel doesn't accept batches, it runs on each item and the results are stacked.
+    `options` are passed to the kernel unchanged, `precision` only to Triton's.
     """
-    chosen = choose(operation, backend, source, *xs)
+    chosen = choose_backend(operation, backend, source, *xs)
     if precision is not None and chosen == "triton":
         options["precision"] = precision
-    function = _load(operation, chosen)
-    if (operation, chosen) not in _TAKES_BATCHES:
-        function = functools.partial(_over_batches, function)
-    with _own_settings(), _own_errors(operation, options):
+    function = _load_kernel(operation, chosen)
+    if (operation, chosen) not in _BATCHED:
+        function = functools.partial(_loop_over_batch, function)
+    with _isolate_settings(), _translate_errors(operation, options):
         result = function(*xs, **options)
     return source.restore(result)
 
 
 @contextlib.contextmanager
-def _own_settings() -> Iterator[None]:
-    """Without the caller's autocast, and without warnings of NaN, which says "not defined"."""
+def _isolate_settings() -> Iterator[None]:
+    """Disable the caller's autocast, and NumPy's warnings of NaN (it means "not defined" here)."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(np.errstate(divide="ignore", invalid="ignore"))
-        for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
-            stack.enter_context(torch.autocast(kind, enabled=False))
+        for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+            stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 
 @contextlib.contextmanager
-def _own_errors(operation: str, options: dict[str, Any]) -> Iterator[None]:
-    """Turn the LinAlgError of NumPy or PyTorch into the package's own."""
+def _translate_errors(operation: str, options: dict[str, Any]) -> Iterator[None]:
+    """Raise a ConvergenceError in place of the LinAlgError of NumPy or PyTorch."""
     try:
         yield
     except Exception as error:
         if not type(error).__name__.endswith("LinAlgError"):
             raise
-        given = (k for k in ("penalty", "ridge") if isinstance(options.get(k), float))
-        name = next((k for k in given if options[k] > 0), None)
+        # Too small a ridge makes a factorisation fail, not an eigensolver fail to converge.
+        ridges = {k: options[k] for k in ("penalty", "ridge") if isinstance(options.get(k), float)}
+        name = next((k for k, value in ridges.items() if value > 0), None)
         if name is None or "converge" in str(error):
-            line = _options.one_line(str(error), 200)
+            line = _options.to_one_line(str(error), 200)
             raise ConvergenceError(f"{operation}: {line}") from error
         raise ConvergenceError(
             f"{name}: {options[name]:g} leaves a matrix singular to rounding; expected a larger one"
         ) from error
 
 
-def _over_batches(function: Callable[..., Any], *xs: Any, **options: Any) -> Any:
-    """Run a function of single representations, or of lists of them, on each item of a batch."""
+def _loop_over_batch(function: Callable[..., Any], *xs: Any, **options: Any) -> Any:
+    """Run a function that accepts no batches on each item of a batch, and stack the results."""
     if all(not isinstance(x, Tensor) or x.ndim == 2 for x in xs):
         return function(*xs, **options)
     lead = np.broadcast_shapes(*(x.shape[:-2] for x in xs))
-    whole = [x.expand(lead + x.shape[-2:]) for x in xs]
-    results = [function(*(x[i] for x in whole), **options) for i in np.ndindex(*lead)]
+    expanded = [x.expand(lead + x.shape[-2:]) for x in xs]
+    results = [function(*(x[i] for x in expanded), **options) for i in np.ndindex(*lead)]
     return _stack(results, lead)
 
 
 def _stack(results: list[Any], lead: tuple[int, ...]) -> Any:
+    """Stack arrays, or dicts or tuples of arrays, along the leading dimensions `lead`."""
     first = results[0]
     if isinstance(first, dict):
         return {key: _stack([r[key] for r in results], lead) for key in first}
     if isinstance(first, tuple):
-        return _arrays.rebuild(first, (_stack(list(r), lead) for r in zip(*results, strict=True)))
+        items = (_stack(list(values), lead) for values in zip(*results, strict=True))
+        return _arrays.rebuild_sequence(first, items)
     stacked = torch.stack(results) if isinstance(first, Tensor) else np.stack(results)
     return stacked.reshape(lead + np.shape(first))
 
 
 def show_config() -> None:
-    """Print the versions, the devices and which backends are usable, or why they are not."""
+    """Print versions, devices, and which backends are usable, or why they are not.
+
+    Returns
+    -------
+    None
+
+    Examples
+    --------
+    >>> import repsim_kernels as rk
+    >>> rk.show_config()
+    repsim_kernels ..., numpy ..., torch ...
+    threads ..., CUDA device: ...
+      reference usable, ... operations
+      torch     usable, ... operations
+      triton    ...
+      cupy      ...
+    """
     import repsim_kernels
 
     versions = {"repsim_kernels": repsim_kernels, "numpy": np, "torch": torch}
@@ -214,11 +240,11 @@ def show_config() -> None:
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     print(f"threads {torch.get_num_threads()}, CUDA device: {cuda}")
     for backend in BACKENDS:
-        reason = unavailable(backend)
-        count = sum(b == backend for _, b in TABLE)
-        usable = f"usable, {count} operations"
+        reason = unavailable_reason(backend)
+        count = sum(b == backend for _, b in KERNELS)
+        status = f"usable, {count} operations" if reason is None else f"no: {reason}"
         if backend == "cupy" and reason is None:
             from repsim_kernels.kernels.cupy import module
 
-            usable += f"; {module.how()}"
-        print(f"  {backend:<10}" + (usable if reason is None else f"no: {reason}"))
+            status += f"; {module.how()}"
+        print(f"  {backend:<10}{status}")

@@ -134,8 +134,10 @@ def memberships(draw: st.DrawFn, p: int, max_cells: int = 5) -> np.ndarray:
 
 
 @st.composite
-def tables(draw: st.DrawFn, p: int, least: int = 1, most: int = 10) -> tuple[Any, Any]:
-    """Labels or memberships of up to 4 cells, and `least` to `most` of them in any order."""
+def cells_and_ids(
+    draw: st.DrawFn, p: int, min_size: int = 1, max_size: int = 10
+) -> tuple[Any, Any]:
+    """Labels or a membership of up to 4 cells, and a list of cells in any order, with repeats."""
     import torch
 
     if draw(st.booleans()):
@@ -143,7 +145,7 @@ def tables(draw: st.DrawFn, p: int, least: int = 1, most: int = 10) -> tuple[Any
         n_cells = len(table)
     else:
         table, n_cells = draw(labels(p, max_cells=4))
-    ids = draw(st.lists(st.integers(0, n_cells - 1), min_size=least, max_size=most))
+    ids = draw(st.lists(st.integers(0, n_cells - 1), min_size=min_size, max_size=max_size))
     return torch.from_numpy(table), torch.tensor(ids, dtype=torch.int64)
 
 

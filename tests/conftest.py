@@ -38,4 +38,4 @@ def set_threads() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def no_warning_of_chance() -> None:
     """Drawn representations are noise of many neurons, for which CKA warns once in a process."""
-    _options._warned.add("chance")
+    _options._warnings_shown.add("chance")

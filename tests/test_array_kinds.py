@@ -258,7 +258,7 @@ INTEGERS = {
 def test_integers_of_any_kind_are_taken_in_their_order(make, values):
     values = [0, 1, *values]  # of two classes at least
     given_values = make(np.array(values))
-    got = _check.integers(given_values, "labels", rk.LabelError)
+    got = _check.check_integers(given_values, "labels", rk.LabelError)
     assert isinstance(got, np.ndarray)
     assert got.dtype.isnative
     assert got.tolist() == values
@@ -281,11 +281,11 @@ def test_fractional_numbers_are_no_integers(values, dtype):
     tensor = torch.tensor(values, dtype=getattr(torch, dtype))
     for given_values in (tensor, tensor[:1] * 0 + 1):
         with pytest.raises(rk.DtypeError, match=f"targets: dtype {dtype}; expected integers"):
-            _check.integers(given_values, "targets", rk.LabelError)
+            _check.check_integers(given_values, "targets", rk.LabelError)
     array = np.array(values, dtype="float64")
     for given_values in (array, values, pd.Series(array), pd.Series(array, dtype="Float64")):
         with pytest.raises(rk.DtypeError, match="targets: dtype float64; expected integers"):
-            _check.integers(given_values, "targets", rk.LabelError)
+            _check.check_integers(given_values, "targets", rk.LabelError)
 
 
 def test_integers_that_are_missing_masked_or_too_many():

@@ -17,13 +17,13 @@ EACH_BACKEND = pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.fixture
 def fresh(monkeypatch):
     """A process that has warned of nothing yet."""
-    monkeypatch.setattr(_options, "_warned", set())
+    monkeypatch.setattr(_options, "_warnings_shown", set())
 
 
 def with_chance(x, y, backend, **options):
     """The similarity, and its mean over permutations by the formula."""
     options = {"debiased": False, "kernel": "linear", "sigma": None} | options
-    x, y, source = _check.pair(x, y)
+    x, y, source = _check.check_pair(x, y)
     found = _dispatch.call("cka", backend, source, x, y, **options, chance=True)
     return float(found["similarity"]), float(found["chance"])
 
@@ -40,8 +40,8 @@ def test_chance_is_the_mean_over_all_permutations(p, q, options, backend):
     similarity, chance = with_chance(x, y, backend, **options)
     assert similarity == pytest.approx(float(rk.cka(x, y, **options)), rel=1e-12)
     assert chance == pytest.approx(want, rel=1e-10)
-    xs, source = _check.representations([x, y], "xs")
-    for ys in (None, _check.representations([y, x[:, :1]], "ys")[0]):
+    xs, source = _check.check_representations([x, y], "xs")
+    for ys in (None, _check.check_representations([y, x[:, :1]], "ys")[0]):
         found = _dispatch.call(
             "pairwise", backend, source, xs, ys, metric="cka", chance=True,
             **({"debiased": False, "kernel": "linear", "sigma": None} | options),
@@ -92,7 +92,7 @@ def test_what_is_not_chance_does_not_warn(fresh):
         rk.cka(few, few + 0.01 * y)  # as many neurons, of two dimensions
         rk.pairwise([x])  # a representation and itself
         rk.ablation_distances(x, np.arange(900) % 3, metrics=["cka"])
-        assert not _options._warned
+        assert not _options._warnings_shown
 
 
 @pytest.mark.parametrize("far", [1e2, 1e4, 1e6, 1e8])

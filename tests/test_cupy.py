@@ -231,21 +231,21 @@ def test_where_arrays_on_a_gpu_go(cupy, monkeypatch):
     reasons: dict[str, str | None] = {"cupy": None, "triton": None}
 
     def why_not(operation: str, backend: str, *xs: Any) -> str | None:
-        return "none" if (operation, backend) not in _dispatch.TABLE else reasons[backend]
+        return "none" if (operation, backend) not in _dispatch.KERNELS else reasons[backend]
 
-    monkeypatch.setattr(_dispatch, "_why_not", why_not)
+    monkeypatch.setattr(_dispatch, "_why_unsupported", why_not)
     x, array = _arrays.convert(cupy(X, 1), "x")
     assert array == ("cupy", "cuda:1")
     tensor = _arrays.Source("torch", "cuda:0")
-    assert _dispatch.choose("cell_grams", None, array, x) == "cupy"
-    assert _dispatch.choose("centered_gram", None, array, x) == "triton"
-    assert _dispatch.choose("rsa", None, array, x, x) == "torch"
-    assert _dispatch.choose("cell_grams", None, tensor, x) == "triton"
-    assert _dispatch.choose("eigh", None, tensor, x) == "cupy"
+    assert _dispatch.choose_backend("cell_grams", None, array, x) == "cupy"
+    assert _dispatch.choose_backend("centered_gram", None, array, x) == "triton"
+    assert _dispatch.choose_backend("rsa", None, array, x, x) == "torch"
+    assert _dispatch.choose_backend("cell_grams", None, tensor, x) == "triton"
+    assert _dispatch.choose_backend("eigh", None, tensor, x) == "cupy"
     reasons["cupy"] = "it takes float32"
-    assert _dispatch.choose("cell_grams", None, array, x) == "triton"
+    assert _dispatch.choose_backend("cell_grams", None, array, x) == "triton"
     with pytest.raises(rk.BackendUnavailable, match="can't serve cell_grams: it takes float32"):
-        _dispatch.choose("cell_grams", "cupy", array, x)
+        _dispatch.choose_backend("cell_grams", "cupy", array, x)
 
 
 @pytest.mark.parametrize("backend", ["triton", "cupy"])

@@ -37,7 +37,7 @@ def test_versions_that_work_together(monkeypatch, triton_version, numpy_version,
     install(monkeypatch, triton_version, numpy_version)
     reason = _launch.interpreter_unsupported()
     assert (reason is None) == works
-    assert _dispatch.unavailable("triton") == reason
+    assert _dispatch.unavailable_reason("triton") == reason
     assert _launch.unsupported(torch.ones(2, 2)) == reason
     if not works:
         assert f"Triton {triton_version}'s interpreter fails with NumPy {numpy_version}" in reason
@@ -57,4 +57,4 @@ def test_compiled_kernels_need_no_interpreter(monkeypatch):
     install(monkeypatch, "3.6.0", "2.4.6")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert _dispatch.unavailable("triton") is None
+    assert _dispatch.unavailable_reason("triton") is None

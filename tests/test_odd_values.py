@@ -129,7 +129,7 @@ def test_labels_beyond_any_count_of_classes(make, data):
 def test_the_first_empty_class_is_named(labels, count):
     missing = sorted(set(range(count)) - set(labels))
     if max(labels) >= count:
-        expected = f"labels: values {min(labels)} … {max(labels)}, n_classes {count}; expected"
+        expected = f"labels: values {min(labels)} … {max(labels)} with n_classes={count}"
     elif missing:
         expected = f"labels: class {missing[0]} has no stimulus; expected every class 0 … "
     else:

@@ -88,8 +88,8 @@ def test_every_registered_kernel_exists():
         if operation.kernel is not None:
             (runs,) = [op for op in OPERATIONS if op.name == operation.kernel]
             assert (operation.backends, operation.batched) == (runs.backends, ())
-    for op, backend in _dispatch.TABLE:
-        assert callable(_dispatch._load(op, backend))
+    for op, backend in _dispatch.KERNELS:
+        assert callable(_dispatch._load_kernel(op, backend))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,8 @@ def test_show_config(capsys):
     assert f"torch {torch.__version__}" in out
     assert "reference" in out
     assert (
-        f"cupy      {'no: ' + why if (why := _dispatch.unavailable('cupy')) else 'usable'}" in out
+        f"cupy      {'no: ' + why if (why := _dispatch.unavailable_reason('cupy')) else 'usable'}"
+        in out
     )
 
 

@@ -169,7 +169,7 @@ def test_generalised_cross_validation_ends_where_the_grid_does():
 
 X, Y = np.random.default_rng(0).standard_normal((6, 4)), [0, 0, 1, 1, 2, 2]
 ERRORS = [
-    ({"ridge": "cv"}, rk.OptionError, r"ridge: 'cv'; expected a number from 1e-06 to .*, or 'gcv'"),
+    ({"ridge": "cv"}, rk.OptionError, r"ridge: 'cv'; expected a finite number .*, or 'gcv'"),
     ({"ridge": -1}, rk.OptionError, "ridge: -1; expected a finite number of at least 1e-06"),
     ({"probe": "svm"}, rk.OptionError, "probe: 'svm'; expected one of 'ridge', 'logistic'"),
     ({"probe": "logistic"}, rk.OptionError, "folds: None with probe='logistic'; .* closed form"),
@@ -199,7 +199,7 @@ ERRORS = [
     ({"folds": torch.ones(6)}, rk.OptionError, r"folds: tensor\(.*; expected a whole number"),
     ({"folds": "five"}, rk.OptionError, "folds: 'five'; expected a whole number"),
     ({"folds": [3] * 6}, rk.OptionError, "folds: only fold 3; expected at least two folds"),
-    ({"target": [0, 5]}, rk.LabelError, "target: no stimulus has label 5; labels has 0, 1, 2"),
+    ({"target": [0, 5]}, rk.LabelError, "target: no stimulus has label 5; expected one of 0, 1, 2"),
     ({"target": []}, rk.LabelError, r"target: \[\]; expected a label or a sequence of different"),
     ({"target": (1, 1)}, rk.LabelError, r"target: \(1, 1\); expected a label or a sequence"),
     ({"target": [0, True]}, rk.LabelError, "target: True; expected an integer label"),

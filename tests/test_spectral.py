@@ -225,7 +225,7 @@ def test_a_failure_to_converge_is_raised(monkeypatch):
     def fails(a, *, vectors):
         return {"values": a[..., 0], "failed": torch.tensor([True, False])}
 
-    monkeypatch.setattr(_dispatch, "_load", lambda operation, backend: fails)
+    monkeypatch.setattr(_dispatch, "_load_kernel", lambda operation, backend: fails)
     with pytest.raises(rk.ConvergenceError, match=r"a: 1 matrices of shape \(2, 3, 3\)"):
         rk.eigh(np.stack([np.eye(3)] * 2), vectors=False)
 

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 import repsim_kernels as rk
 from bench.common.tolerances import DISTANCE, GRAM, assert_close, assert_gram_close
-from repsim_kernels._dispatch import TABLE
+from repsim_kernels._dispatch import KERNELS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # AlexNet's first layer and a class's images, ResNet50's last stage and those of ten.
@@ -55,7 +55,7 @@ def size(n: int, p: int, dtype: torch.dtype) -> int:
 
 def products(operation: str, dtype: torch.dtype) -> str:
     """How an operation multiplies Grams by default: the name of a ceiling."""
-    kernels = DEVICE == "cuda" and dtype != torch.float64 and (operation, "triton") in TABLE
+    kernels = DEVICE == "cuda" and dtype != torch.float64 and (operation, "triton") in KERNELS
     return "tf32x3" if kernels else "float64"
 
 

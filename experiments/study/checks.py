@@ -58,18 +58,18 @@ def study_errors() -> Iterator[None]:
 def check_text(value: Any, argument: str) -> str:
     """Check that an argument is a text."""
     if not isinstance(value, str):
-        raise StudyError(f"{argument}: {_options.shown(value)}; expected a text")
+        raise StudyError(f"{argument}: {_options.short_repr(value)}; expected a text")
     return value
 
 
 def check_names(values: Any, argument: str, known: Sequence[str] | None = None) -> list[str]:
     """Check a sequence of names, of which each is known, if it is given what is known."""
-    names = None if isinstance(values, str) else _options.items(values)
+    names = None if isinstance(values, str) else _options.to_tuple(values)
     if names is None or not all(isinstance(name, str) for name in names):
-        raise StudyError(f"{argument}: {_options.shown(values)}; expected a sequence of names")
+        raise StudyError(f"{argument}: {_options.short_repr(values)}; expected a sequence of names")
     if known is not None:
         for name in names:
-            _options.option(name, argument, known)
+            _options.check_choice(name, argument, known)
     return [str(name) for name in names]
 
 
@@ -77,22 +77,23 @@ def check_distinct(values: list[Any], argument: str) -> list[Any]:
     """Check that there is a value, and none twice."""
     if not values or len(set(values)) < len(values):
         raise StudyError(
-            f"{argument}: {_options.shown(values)} is empty or repeats; expected distinct values"
+            f"{argument}: {_options.short_repr(values)} is empty or repeats; "
+            "expected distinct values"
         )
     return values
 
 
 def check_targets(values: Any) -> list[int]:
     """Check a sequence of distinct integer labels."""
-    labels = None if isinstance(values, str) else _options.items(values)
+    labels = None if isinstance(values, str) else _options.to_tuple(values)
     found = None
     if labels is not None and not any(isinstance(label, str) for label in labels):
         # Sets and iterators are taken as well, and an array as it is.
         array = values if hasattr(values, "dtype") else labels
-        found = _check.integers(array, "targets", LabelError)
+        found = _check.check_integers(array, "targets", LabelError)
     if found is None or found.ndim != 1 or found.dtype.kind == "b":
         raise StudyError(
-            f"targets: {_options.shown(values)}; expected a sequence of integer labels"
+            f"targets: {_options.short_repr(values)}; expected a sequence of integer labels"
         )
     return check_distinct(found.tolist(), "targets")
 
@@ -107,7 +108,7 @@ def check_images(values: Any) -> Tensor:
 
 def check_labels(values: Any) -> Tensor:
     """Check an array of integers, as a tensor of its own on the CPU."""
-    labels = _check.integers(values, "labels", LabelError)
+    labels = _check.check_integers(values, "labels", LabelError)
     return torch.from_numpy(labels.astype("int64"))
 
 
@@ -126,7 +127,7 @@ def check_pairs(images: Tensor, labels: Tensor) -> None:
 
 def check_optional_count(value: Any, argument: str, least: int = 1) -> int | None:
     """Check a whole number of at least `least`, or None."""
-    return None if value is None else _options.count(value, argument, least)
+    return None if value is None else _options.check_count(value, argument, least)
 
 
 def check_draws(value: Any) -> Draws:
@@ -135,17 +136,17 @@ def check_draws(value: Any) -> Draws:
         return Draws()
     if not isinstance(value, Draws):
         raise StudyError(
-            f"draws: {_options.shown(value)}; expected a repsim_kernels.experiments.Draws"
+            f"draws: {_options.short_repr(value)}; expected a repsim_kernels.experiments.Draws"
         )
     every = check_optional_count(value.every, "draws.every")
-    least = _options.count(value.least, "draws.least")
-    return Draws(least, every, _options.flag(value.paired, "draws.paired"))
+    least = _options.check_count(value.least, "draws.least")
+    return Draws(least, every, _options.check_flag(value.paired, "draws.paired"))
 
 
 def check_progress(value: Any) -> None:
     """Check that progress can be called."""
     if value is not None and not callable(value):
-        raise StudyError(f"progress: {_options.shown(value)}; expected a function of a Step")
+        raise StudyError(f"progress: {_options.short_repr(value)}; expected a function of a Step")
 
 
 def check_folder(value: Any) -> Path:
@@ -155,7 +156,7 @@ def check_folder(value: Any) -> Path:
         path.as_posix().encode()
     except (TypeError, UnicodeEncodeError):
         raise StudyError(
-            f"out: {_options.shown(value)}; expected the path of a folder, in UTF-8"
+            f"out: {_options.short_repr(value)}; expected the path of a folder, in UTF-8"
         ) from None
     return path
 
@@ -163,7 +164,7 @@ def check_folder(value: Any) -> Path:
 def check_model(value: Any) -> nn.Module:
     """Check that a network is a module of PyTorch's."""
     if not isinstance(value, nn.Module):
-        raise StudyError(f"model: {_options.shown(value)}; expected a torch.nn.Module")
+        raise StudyError(f"model: {_options.short_repr(value)}; expected a torch.nn.Module")
     return value
 
 

@@ -153,15 +153,15 @@ class Study:
             probes = check.check_names(probes, "probes", tuple(PROBES))
             self.probes = check.check_distinct(probes, "probes")
             self.draws = check.check_draws(draws)
-            self.grid = _options.grid(grid)
-            self.cells = _options.option(cells, "cells", ("selectivity", "random"))
-            self.edges = _options.option(edges, "edges", ("equal", "inclusive"))
+            self.grid = _options.check_grid(grid)
+            self.cells = _options.check_choice(cells, "cells", ("selectivity", "random"))
+            self.edges = _options.check_choice(edges, "edges", ("equal", "inclusive"))
             self.others = check.check_optional_count(others, "others")
-            self.seed = _options.count(seed, "seed", 0)
-            self.block = _options.count(block, "block")
-            self.tf32 = _options.flag(tf32, "tf32")
-            ridge, penalty = _options.ridges(ridge, penalty)
-            probe_ridge = _options.probe_ridge(probe_ridge, "probe_ridge")
+            self.seed = _options.check_count(seed, "seed", 0)
+            self.block = _options.check_count(block, "block")
+            self.tf32 = _options.check_flag(tf32, "tf32")
+            ridge, penalty = _options.check_ridge_and_penalty(ridge, penalty)
+            probe_ridge = _options.check_probe_ridge(probe_ridge, "probe_ridge")
             self.options = {"ridge": ridge, "penalty": penalty, "probe_ridge": probe_ridge}
             self.stimuli_per_class = check.check_optional_count(
                 stimuli_per_class, "stimuli_per_class", 2

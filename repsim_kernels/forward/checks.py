@@ -17,17 +17,19 @@ from repsim_kernels.forward.trace import is_within
 def resolve_layers(model: nn.Module, layer: str | Sequence[str]) -> tuple[str, ...]:
     """The names of one or several layers, without duplicates; LayerError if one is missing."""
     if not isinstance(model, nn.Module):
-        raise LayerError(f"model: {_options.shown(model)}; expected a torch.nn.Module")
-    names = (layer,) if isinstance(layer, str) else _options.items(layer)
+        raise LayerError(f"model: {_options.short_repr(model)}; expected a torch.nn.Module")
+    names = (layer,) if isinstance(layer, str) else _options.to_tuple(layer)
     if not names or not all(isinstance(name, str) for name in names):
-        raise LayerError(f"layer: {_options.shown(layer)}; expected a name or a sequence of names")
+        raise LayerError(
+            f"layer: {_options.short_repr(layer)}; expected a name or a sequence of names"
+        )
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in names:
         if name not in modules:
             nested = [known for known in modules if known.endswith(f".{name}")]
             similar = ", ".join(nested[:3] or difflib.get_close_matches(name, modules))
             raise LayerError(
-                f"layer: the model has no module {_options.shown(name)}; "
+                f"layer: the model has no module {_options.short_repr(name)}; "
                 f"expected one of {similar or 'model.named_modules()'}"
             )
         _check_not_scripted(modules, name)

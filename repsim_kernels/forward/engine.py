@@ -88,7 +88,7 @@ class AblatedForward:
         self.layers = checks.resolve_layers(model, layer)
         checks.check_eval(model)
         checks.check_tensors(model)
-        _dispatch.named_backend()  # in a pass, a wrong REPSIM_BACKEND would look like the model's
+        _dispatch.requested_backend()  # in a pass, a wrong REPSIM_BACKEND would look like the model's
         self.model = model
         with contexts.run_eagerly():
             self._cuts = Cuts(model, self.layers)
@@ -308,11 +308,11 @@ class AblatedForward:
         <BLANKLINE>
                 [[1.]]])
         """
-        batch = None if batch is None else _options.count(batch, "batch")
+        batch = None if batch is None else _options.check_count(batch, "batch")
         self._check_state(state)
         act = state._data
         budget = resolve_batch_budget(memory, act.device)
-        checked, n_cells = _check.cells(cells, act[0].numel(), n_cells)
+        checked, n_cells = _check.check_cells(cells, act[0].numel(), n_cells)
         table = torch.as_tensor(checked, device=act.device)  # (p,) labels or (C, p) membership
         with contexts.run_eagerly():
             unmasked = passes.run_unmasked(state, budget)
@@ -365,7 +365,7 @@ class AblatedForward:
         >>> costs["1"].head_flops, costs["1"].tail_flops
         (48.0, 36.0)
         """
-        names, timed = self._select_layers(layers), _options.flag(timed, "timed")
+        names, timed = self._select_layers(layers), _options.check_flag(timed, "timed")
         checks.check_images(self.model, images)
         with contexts.run_eagerly():
             cuts = {name: self._cuts.find(name, images) for name in names}
@@ -379,11 +379,13 @@ class AblatedForward:
             }
 
     def _select_layers(self, layers: Sequence[str] | None) -> tuple[str, ...]:
-        return self.layers if layers is None else _options.options(layers, "layers", self.layers)
+        return (
+            self.layers if layers is None else _options.check_choices(layers, "layers", self.layers)
+        )
 
     def _check_state(self, state: State) -> None:
         if not isinstance(state, State):
-            raise OptionError(f"state: {_options.shown(state)}; expected one from prefix()")
+            raise OptionError(f"state: {_options.short_repr(state)}; expected one from prefix()")
         if state._owner is not self:
             raise OptionError("state: made by another AblatedForward; expected one from this one")
         checks.check_eval(self.model)

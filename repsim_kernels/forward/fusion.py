@@ -225,7 +225,7 @@ def _plan_kernel(trace: Trace, split: Split, values: Values, several: bool) -> _
 def _run_kernel(activation: Tensor, cells: CellMasks, plan: _KernelPlan) -> Tensor:
     """(C n, …): mask the activation for each cell, and run the planned operations on it."""
     if plan.product is None:
-        ablate = _dispatch.triton_kernel("ablate")
+        ablate = _dispatch.load_triton_kernel("ablate")
         return ablate(activation, cells.table, cells.ids, epilogue=(plan.norm, plan.activate))
     x = activation.flatten(1) if plan.flat else activation
     weight, bias, scale = plan.product.weight, plan.product.bias, None
@@ -234,9 +234,9 @@ def _run_kernel(activation: Tensor, cells: CellMasks, plan: _KernelPlan) -> Tens
         bias = shift if bias is None else (bias.double() * scale + shift).float()
     options = {"scale": scale, "activate": plan.activate, "precision": _choose_precision(weight)}
     if x.ndim == 2 and cells.labels.ndim == 1:
-        linear_cells = _dispatch.triton_kernel("linear_cells")
+        linear_cells = _dispatch.load_triton_kernel("linear_cells")
         return linear_cells(x, cells.labels, weight, bias, cells.ids.tolist(), **options)
-    masked_pointwise = _dispatch.triton_kernel("masked_pointwise")
+    masked_pointwise = _dispatch.load_triton_kernel("masked_pointwise")
     return masked_pointwise(x, cells.table, cells.ids, weight, bias, **options)
 
 

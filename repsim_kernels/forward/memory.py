@@ -31,13 +31,13 @@ def parse_size(value: Any, name: str = "memory") -> int:
         The value is not a size, or is below one byte.
     """
     if not isinstance(value, str):
-        return int(_options.number(value, name, low=1))
+        return int(_options.check_number(value, name, low=1))
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
     unit = None if match is None else _UNITS.get(match[2] or "B")
     count = 0.0 if match is None or unit is None else float(match[1]) * unit
     if not 1 <= count < math.inf:
         raise OptionError(
-            f"{name}: {_options.shown(value)}; expected bytes, or a size such as '8GiB' or '500MB'"
+            f"{name}: {_options.short_repr(value)}; expected bytes, or a size such as '8GiB' or '500MB'"
         )
     return int(count)
 

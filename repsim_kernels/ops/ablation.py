@@ -98,16 +98,19 @@ def ablation_distances(
     a ridge of 1e-3 or more, since rounding grows as the ridge falls.
     Source: METRICS, "One original, many ablations".
     """
-    names = _options.options(metrics, "metrics", METRICS)
-    ridge, penalty = _options.ridges(ridge, penalty)
-    memory = None if memory is None else int(_options.number(memory, "memory", low=1))
-    info = _options.flag(info, "info")
+    names = _options.check_choices(metrics, "metrics", METRICS)
+    ridge, penalty = _options.check_ridge_and_penalty(ridge, penalty)
+    memory = None if memory is None else int(_options.check_number(memory, "memory", low=1))
+    info = _options.check_flag(info, "info")
     # CKA is NaN of every ablation if x has a number that is not finite; eigenvectors are not found.
-    later = bool(names) and set(names) <= {"cka", "cka_debiased"}
-    x, source = _check.representation(
-        x, batched=batched, least=4 if "cka_debiased" in names else 2, later=later
+    defer_finite = bool(names) and set(names) <= {"cka", "cka_debiased"}
+    x, source = _check.check_representation(
+        x,
+        batched=batched,
+        min_stimuli=4 if "cka_debiased" in names else 2,
+        defer_finite=defer_finite,
     )
-    cells, n_cells = _check.cells(cells, x.shape[-1])
+    cells, n_cells = _check.check_cells(cells, x.shape[-1])
     _options.warn_without_ridge(names, ridge, penalty)
     found = _dispatch.call(
         "ablation_distances",
@@ -120,10 +123,10 @@ def ablation_distances(
         ridge=ridge,
         penalty=penalty,
         memory=memory,
-        precision=_options.precision(precision),
+        precision=_options.check_precision(precision),
     )
-    if later:
-        _check.reached(found[names[0]].values, x, "x")
+    if defer_finite:
+        _check.finish_finite_check(found[names[0]].values, x, "x")
     return public_result(found, info)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from repsim_kernels import _check, _dispatch, _options
-from repsim_kernels._arrays import Array
+from repsim_kernels._typing import Array
 
 
 def cca(
@@ -60,9 +60,9 @@ def cca(
     Source: Hotelling 1936; Vinod 1976 and Tuzhilina et al. 2021 for the ridge (their λ is
     penalty / (n - 1)); Kornblith et al. 2019 for R²CCA.
     """
-    squared = _options.flag(squared, "squared")
-    ridge, penalty = _options.shrinkage(ridge, penalty)
-    x, y, source = _check.pair(x, y, batched=batched)
+    squared = _options.check_flag(squared, "squared")
+    ridge, penalty = _options.check_ridge_or_penalty(ridge, penalty)
+    x, y, source = _check.check_pair(x, y, batched=batched)
     _options.warn_if_degenerate("cca", x.shape[-2], x.shape[-1], y.shape[-1], ridge, penalty)
     return _dispatch.call(
         "cca", backend, source, x, y, squared=squared, ridge=ridge, penalty=penalty
@@ -104,8 +104,8 @@ def svcca(
     -----
     Source: Raghu et al. 2017.
     """
-    variance = _options.number(variance, "variance", low=0, high=1, above=True)
-    x, y, source = _check.pair(x, y, batched=batched)
+    variance = _options.check_number(variance, "variance", low=0, high=1, exclude_low=True)
+    x, y, source = _check.check_pair(x, y, batched=batched)
     return _dispatch.call("svcca", backend, source, x, y, variance=variance)
 
 
@@ -164,7 +164,7 @@ def pwcca(
     made a block at a time, in x's precision.
     Source: Morcos et al. 2018.
     """
-    ridge, penalty = _options.shrinkage(ridge, penalty)
-    x, y, source = _check.pair(x, y, batched=batched)
+    ridge, penalty = _options.check_ridge_or_penalty(ridge, penalty)
+    x, y, source = _check.check_pair(x, y, batched=batched)
     _options.warn_if_degenerate("pwcca", x.shape[-2], x.shape[-1], y.shape[-1], ridge, penalty)
     return _dispatch.call("pwcca", backend, source, x, y, ridge=ridge, penalty=penalty)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from repsim_kernels import _check, _dispatch, _options
-from repsim_kernels._arrays import Array
+from repsim_kernels._typing import Array
 
 
 def class_means(
@@ -47,8 +47,8 @@ def class_means(
     -----
     Reads x once. Source: Morcos et al. 2018, the numerators of the selectivity index.
     """
-    x, source = _check.representation(x, batched=batched, constant=True, least=1)
-    labels, n_classes = _check.classes(labels, x.shape[-2], n_classes)
+    x, source = _check.check_representation(x, batched=batched, allow_constant=True, min_stimuli=1)
+    labels, n_classes = _check.check_classes(labels, x.shape[-2], n_classes)
     return _dispatch.call("class_means", backend, source, x, labels=labels, n_classes=n_classes)
 
 
@@ -112,10 +112,10 @@ def selectivity_grid(
     that the cells of a batch are given one item at a time, each with its x.
     Source: Hayne, Jung & Carter 2024; "equal" has an exact partition in place of inclusive edges.
     """
-    grid = _options.grid(grid)
-    edges = _options.option(edges, "edges", ("equal", "inclusive"))
-    x, source = _check.representation(x, batched=batched, constant=True)
-    labels = _check.labels(labels, x.shape[-2], target)
+    grid = _options.check_grid(grid)
+    edges = _options.check_choice(edges, "edges", ("equal", "inclusive"))
+    x, source = _check.check_representation(x, batched=batched, allow_constant=True)
+    labels = _check.check_labels(labels, x.shape[-2], target)
     return _dispatch.call(
         "selectivity_grid",
         backend,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from repsim_kernels import _check, _dispatch, _options
-from repsim_kernels._arrays import Array
+from repsim_kernels._typing import Array
 
 
 def cka(
@@ -64,14 +64,16 @@ def cka(
     scale and shift of either side.
     Source: Kornblith et al. 2019; Song et al. 2012; Székely & Rizzo 2014 for the debiased form.
     """
-    debiased = _options.flag(debiased, "debiased")
-    sigma = _options.bandwidth(kernel, sigma)
-    x, y, source = _check.pair(x, y, least=4 if debiased else 2, later=True, batched=batched)
+    debiased = _options.check_flag(debiased, "debiased")
+    sigma = _options.check_bandwidth(kernel, sigma)
+    x, y, source = _check.check_pair(
+        x, y, min_stimuli=4 if debiased else 2, defer_finite=True, batched=batched
+    )
     options: dict[str, Any] = {"debiased": debiased, "kernel": kernel, "sigma": sigma}
-    if not _options.chance_wanted(x.shape[-2], x.shape[-1], y.shape[-1], debiased, kernel):
+    if not _options.may_be_high_by_chance(x.shape[-2], x.shape[-1], y.shape[-1], debiased, kernel):
         value = _dispatch.call("cka", backend, source, x, y, **options)
-        return _check.defined(value, _check.NO_CKA, x=x, y=y)
+        return _check.raise_if_nan(value, _check.UNDEFINED_CKA, x=x, y=y)
     found = _dispatch.call("cka", backend, source, x, y, **options, chance=True)
-    value = _check.defined(found["similarity"], _check.NO_CKA, x=x, y=y)
-    _options.warn_of_chance(float(found["chance"].max()))
+    value = _check.raise_if_nan(found["similarity"], _check.UNDEFINED_CKA, x=x, y=y)
+    _options.warn_if_high_by_chance(float(found["chance"].max()))
     return value

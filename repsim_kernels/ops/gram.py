@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from repsim_kernels import _check, _dispatch, _options
-from repsim_kernels._arrays import Array
+from repsim_kernels._typing import Array
 
 
 def centered_gram(
@@ -57,13 +57,15 @@ def centered_gram(
     are centred, not the Gram: at a feature mean of 100 the latter loses three digits of a float32
     result. Source: Kornblith et al. 2019, section 3.
     """
-    sigma = _options.bandwidth(kernel, sigma)
-    x, source = _check.representation(x, batched=batched, constant=kernel == "linear")
-    precision = _options.precision(precision)
+    sigma = _options.check_bandwidth(kernel, sigma)
+    x, source = _check.check_representation(x, batched=batched, allow_constant=kernel == "linear")
+    precision = _options.check_precision(precision)
     g = _dispatch.call(
         "centered_gram", backend, source, x, kernel=kernel, sigma=sigma, precision=precision
     )
-    return _check.defined(g, "the median distance between stimuli is 0, so 'rbf' has no bandwidth")
+    return _check.raise_if_nan(
+        g, "the median distance between stimuli is 0, so 'rbf' has no bandwidth"
+    )
 
 
 def cell_grams(
@@ -113,9 +115,9 @@ def cell_grams(
     Reads x once; 2 n² p operations for all cells of a partition together.
     Source: METRICS, "One original, many ablations".
     """
-    x, source = _check.representation(x, batched=batched, constant=True)
-    cells, n_cells = _check.cells(cells, x.shape[-1], n_cells, partitions=True)
-    precision = _options.precision(precision)
+    x, source = _check.check_representation(x, batched=batched, allow_constant=True)
+    cells, n_cells = _check.check_cells(cells, x.shape[-1], n_cells, allow_partitions=True)
+    precision = _options.check_precision(precision)
     return _dispatch.call(
         "cell_grams", backend, source, x, cells=cells, n_cells=n_cells, precision=precision
     )

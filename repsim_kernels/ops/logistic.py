@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from repsim_kernels import _arrays, _check, _dispatch, _options
-from repsim_kernels._arrays import Array, Source
+from repsim_kernels._arrays import Source
+from repsim_kernels._typing import Array
 from repsim_kernels.errors import LabelError, OptionError, ShapeError
 
 MOST = 128  # neurons of a fit
@@ -86,8 +87,8 @@ def logistic_fits(
 
     Source: the objective of scikit-learn's LogisticRegression with an L2 penalty.
     """
-    x, source = _check.representation(x, constant=True, batch=False)
-    y, k = _check.classes(y, x.shape[0], None, "y")
+    x, source = _check.check_representation(x, allow_constant=True, allow_batch=False)
+    y, k = _check.check_classes(y, x.shape[0], None, "y")
     if k < 2:
         raise LabelError("y: one class, 0; expected at least two")
     numbers = _columns(columns, x.shape[1])
@@ -100,10 +101,10 @@ def logistic_fits(
         numbers,
         begin,
         backend,
-        C=_options.number(C, "C", low=0, above=True),
+        C=_options.check_number(C, "C", low=0, exclude_low=True),
         tol=_tolerance(tol, x),
-        max_iter=_options.count(max_iter, "max_iter", most=2**31 - 1),
-        precision=_options.precision(precision),
+        max_iter=_options.check_count(max_iter, "max_iter", maximum=2**31 - 1),
+        precision=_options.check_precision(precision),
     )
     return {
         name: value.reshape(*shape, numbers.shape[1]) if name == "coef" else value.reshape(shape)
@@ -112,7 +113,7 @@ def logistic_fits(
 
 
 def _columns(columns: Any, p: int) -> np.ndarray[Any, Any]:
-    numbers = _check.integers(columns, "columns", OptionError)
+    numbers = _check.check_integers(columns, "columns", OptionError)
     if numbers.ndim != 2 or not numbers.shape[0] or not 1 <= numbers.shape[1] <= MOST:
         raise ShapeError(
             f"columns: shape {numbers.shape}; expected (b, d), of 1 … {MOST} neurons each"
@@ -124,10 +125,10 @@ def _columns(columns: Any, p: int) -> np.ndarray[Any, Any]:
 
 
 def _start(start: Any, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    both = _options.items(start) or ()
+    both = _options.to_tuple(start) or ()
     if len(both) != 2:
         raise OptionError("start: not a pair; expected (coefficients, intercepts)")
-    coef, intercept = (_check.numbers(a, f"start[{i}]") for i, a in enumerate(both))
+    coef, intercept = (_check.check_numbers(a, f"start[{i}]") for i, a in enumerate(both))
     if tuple(coef.shape) != shape or tuple(intercept.shape) != shape[:-1]:
         raise ShapeError(
             f"start: shapes {tuple(coef.shape)} and {tuple(intercept.shape)}; expected {shape} and "
@@ -139,7 +140,7 @@ def _start(start: Any, shape: tuple[int, ...]) -> tuple[Array, Array]:
 def _tolerance(tol: Any, x: Array) -> float:
     if tol is None:
         return 1e-10 if str(x.dtype).endswith("float64") else 1e-5
-    return _options.number(tol, "tol", low=0, above=True)
+    return _options.check_number(tol, "tol", low=0, exclude_low=True)
 
 
 def _fits(

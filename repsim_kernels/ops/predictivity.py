@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from repsim_kernels import _check, _dispatch, _options
-from repsim_kernels._arrays import Array
+from repsim_kernels._typing import Array
 
 
 def linear_predictivity(
@@ -61,7 +61,7 @@ def linear_predictivity(
     Source: Yamins et al. 2014 and Schrimpf et al. 2018 for linear predictivity, which they fit by
     partial least squares; Hoerl & Kennard 1970 for the ridge; Golub, Heath & Wahba 1979 for "gcv".
     """
-    ridge = _options.ridge_or_gcv(ridge)
-    x, y, source = _check.pair(x, y, batched=batched)
-    labels = _options.contiguous_folds(folds, x.shape[-2])
+    ridge = _options.check_ridge_or_gcv(ridge)
+    x, y, source = _check.check_pair(x, y, batched=batched)
+    labels = _options.make_contiguous_folds(folds, x.shape[-2])
     return _dispatch.call("linear_predictivity", backend, source, x, y, ridge=ridge, folds=labels)

@@ -96,11 +96,11 @@ def ablation_decodability(
     or more. Source: METRICS, "Linear decodability"; Golub, Heath & Wahba 1979 for "gcv";
     Rasmussen & Williams 2006, algorithm 3.1, for "logistic".
     """
-    probe = _options.option(probe, "probe", ("ridge", "logistic"))
+    probe = _options.check_choice(probe, "probe", ("ridge", "logistic"))
     ridge = _relative(ridge, probe)
     names = _scores(score, target, probe)
-    x, source = _check.representation(x, batched=batched)
-    cells, n_cells = _check.cells(cells, x.shape[-1])
+    x, source = _check.check_representation(x, batched=batched)
+    cells, n_cells = _check.check_cells(cells, x.shape[-1])
     labels, targets = _targets(target, labels, x.shape[-2])
     result = _dispatch.call(
         "ablation_decodability",
@@ -115,7 +115,7 @@ def ablation_decodability(
         folds=_folds(folds, labels, probe),
         score=names,
         probe=probe,
-        precision=_options.precision(precision),
+        precision=_options.check_precision(precision),
     )
     if x.ndim == 2:
         if ridge == "gcv":
@@ -130,7 +130,7 @@ def ablation_decodability(
 
 def _relative(ridge: Any, probe: str) -> float | str:
     """Check the ridge of a probe."""
-    ridge = _options.ridge_or_gcv(ridge)
+    ridge = _options.check_ridge_or_gcv(ridge)
     if ridge == "gcv" and probe == "logistic":
         raise OptionError(
             "ridge: 'gcv' with probe='logistic'; expected a number, or probe='ridge', since "
@@ -143,11 +143,11 @@ def _scores(score: Any, target: Any, probe: str) -> tuple[str, ...]:
     """Check the names of scores."""
     if score is None:
         return ("accuracy" if target is None else "balanced_accuracy",)
-    items = (score,) if isinstance(score, str) else _options.items(score)
-    names = tuple(_options.option(item, "score", SCORES) for item in items or ())
+    items = (score,) if isinstance(score, str) else _options.to_tuple(score)
+    names = tuple(_options.check_choice(item, "score", SCORES) for item in items or ())
     if not names or len(set(names)) < len(names):
         raise OptionError(
-            f"score: {_options.shown(score)}; expected a name or a sequence of different names"
+            f"score: {_options.short_repr(score)}; expected a name or a sequence of different names"
         )
     if probe == "logistic" and "r2" in names:
         raise OptionError(
@@ -159,20 +159,21 @@ def _scores(score: Any, target: Any, probe: str) -> tuple[str, ...]:
 
 def _targets(target: Any, labels: Any, n: int) -> tuple[Any, int | tuple[int, ...] | None]:
     """Check labels (n,) and the target or targets."""
-    if _arrays.kind(target):
+    if _arrays.detect_library(target):
         target = _arrays.to_numpy(_arrays.convert(target, "target")[0])
     if target is None:
-        return _check.labels(labels, n), None
-    several = None if isinstance(target, str) else _options.items(target)
+        return _check.check_labels(labels, n), None
+    several = None if isinstance(target, str) else _options.to_tuple(target)
     if several is None:
-        return _check.labels(labels, n, target), int(target)
-    labels = _check.labels(labels, n)
+        return _check.check_labels(labels, n, target), int(target)
+    labels = _check.check_labels(labels, n)
     for one in several:
-        _check.labels(labels, n, one)
+        _check.check_labels(labels, n, one)
     found = tuple(int(one) for one in several)
     if not found or len(set(found)) < len(found):
         raise LabelError(
-            f"target: {_options.shown(target)}; expected a label or a sequence of different ones"
+            f"target: {_options.short_repr(target)}; expected a label or a sequence of different "
+            "labels"
         )
     return labels, found
 
@@ -190,7 +191,7 @@ def _folds(folds: Any, labels: Any, probe: str) -> Any:
         _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
         if not 2 <= folds <= counts.max():
             raise OptionError(
-                f"folds: {_options.shown(folds)}; expected 2 or more, and at most "
+                f"folds: {_options.short_repr(folds)}; expected 2 or more, and at most "
                 f"{counts.max()}, the stimuli of the largest class"
             )
         fold = np.empty_like(labels)
@@ -201,8 +202,8 @@ def _folds(folds: Any, labels: Any, probe: str) -> Any:
     values = np.asarray(folds) if text else _arrays.to_numpy(_arrays.convert(folds, "folds")[0])
     if values.dtype.kind not in "iu" or values.shape != labels.shape:
         raise OptionError(
-            f"folds: {_options.shown(folds)}; expected a whole number of at least 2, or integers "
-            f"({len(labels)},), a fold for each stimulus"
+            f"folds: {_options.short_repr(folds)}; expected a whole number of at least 2, or "
+            f"integers ({len(labels)},), a fold for each stimulus"
         )
     present, fold = np.unique(values, return_inverse=True)
     if len(present) < 2:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from repsim_kernels import _arrays, _check, _options
-from repsim_kernels._arrays import Array, Source
+from repsim_kernels._arrays import Source
+from repsim_kernels._typing import Array
 from repsim_kernels.errors import LabelError, OptionError
 from repsim_kernels.ops.logistic import MOST, _fits, _tolerance
 
@@ -90,21 +91,27 @@ def probe_paper(
     Source: Hayne, Jung & Carter, *Does Representation Similarity Capture Function Similarity?*,
     TMLR 2024, and its published code; scikit-learn >= 1.5, log_loss.
     """
-    x, source = _check.representation(x, batch=False)
+    x, source = _check.check_representation(x, allow_batch=False)
     n, p = x.shape
-    cells, n_cells = _check.cells(cells, p)
+    cells, n_cells = _check.check_cells(cells, p)
     if target is None:
         raise LabelError("target: None; expected an integer label")
-    y = _check.labels(labels, n, target) == target
-    draws, size = _options.count(draws, "draws", most=_MOST_DRAWS), _options.count(size, "size")
+    y = _check.check_labels(labels, n, target) == target
+    draws, size = (
+        _options.check_count(draws, "draws", maximum=_MOST_DRAWS),
+        _options.check_count(size, "size"),
+    )
     if size > MOST:
         raise OptionError(f"size: {size}; expected at most {MOST} neurons")
-    paired, seed = _options.flag(paired, "paired"), _options.count(seed, "seed", least=0)
+    paired, seed = (
+        _options.check_flag(paired, "paired"),
+        _options.check_count(seed, "seed", minimum=0),
+    )
     options = {
-        "C": _options.number(C, "C", low=0, above=True),
+        "C": _options.check_number(C, "C", low=0, exclude_low=True),
         "tol": _tolerance(None, x),
         "max_iter": 200,
-        "precision": _options.precision(precision),
+        "precision": _options.check_precision(precision),
     }
     probe = _Probe(x, y, draws, size, options, backend)
     found = probe.scores(cells, n_cells, paired, seed)

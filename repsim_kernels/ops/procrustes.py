@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from repsim_kernels import _check, _dispatch, _options
-from repsim_kernels._arrays import Array
+from repsim_kernels._typing import Array
 
 
 def procrustes(x: Any, y: Any, *, batched: bool = False, backend: str | None = None) -> Array:
@@ -37,7 +37,7 @@ def procrustes(x: Any, y: Any, *, batched: bool = False, backend: str | None = N
     A p x q matrix is made only where both are smaller than n. Invariant to rotation, isotropic
     scale and shift of either side. Source: Williams et al. 2021; Ding et al. 2021.
     """
-    x, y, source = _check.pair(x, y, batched=batched)
+    x, y, source = _check.check_pair(x, y, batched=batched)
     return _dispatch.call("procrustes", backend, source, x, y)
 
 
@@ -74,6 +74,6 @@ def procrustes_distance(
     -----
     Source: Ding et al. 2021 ("squared"); Williams et al. 2021 ("angular", "size-and-shape").
     """
-    form = _options.option(form, "form", ("squared", "angular", "size-and-shape"))
-    x, y, source = _check.pair(x, y, batched=batched)
+    form = _options.check_choice(form, "form", ("squared", "angular", "size-and-shape"))
+    x, y, source = _check.check_pair(x, y, batched=batched)
     return _dispatch.call("procrustes_distance", backend, source, x, y, form=form)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from repsim_kernels import _check, _dispatch, _options
-from repsim_kernels._arrays import Array
+from repsim_kernels._typing import Array
 
 
 def rsa(
@@ -65,7 +65,7 @@ def rsa(
     arrays of bfloat16, and all with ``backend="reference"``, count as float32.
     Source: Kriegeskorte et al. 2008.
     """
-    distance, compare = _options.rsa_options(distance, compare)
-    x, y, source = _check.pair(x, y, least=3, batched=batched)
+    distance, compare = _options.check_rsa_options(distance, compare)
+    x, y, source = _check.check_pair(x, y, min_stimuli=3, batched=batched)
     value = _dispatch.call("rsa", backend, source, x, y, distance=distance, compare=compare)
-    return _check.defined(value, _check.NO_RSA)
+    return _check.raise_if_nan(value, _check.UNDEFINED_RSA)

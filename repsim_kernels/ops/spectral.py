@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from repsim_kernels import _check, _dispatch, _metrics, _options
-from repsim_kernels._arrays import Array
+from repsim_kernels._typing import Array
 from repsim_kernels.errors import ConvergenceError
 from repsim_kernels.ops.ablation import public_result
 
@@ -79,13 +79,13 @@ def gram_ablation_distances(
     Cholesky solves; an eigenproblem a part for "svcca" alone, and where iterations would crawl.
     Source: METRICS, "One original, many ablations".
     """
-    names = _options.options(metrics, "metrics", GRAM_METRICS)
-    ridge, penalty = _options.ridges(ridge, penalty)
+    names = _options.check_choices(metrics, "metrics", GRAM_METRICS)
+    ridge, penalty = _options.check_ridge_and_penalty(ridge, penalty)
     if neurons is not None:
-        neurons = _options.count(neurons, "neurons")
-    info = _options.flag(info, "info")
+        neurons = _options.check_count(neurons, "neurons")
+    info = _options.check_flag(info, "info")
     least = 4 if "cka_debiased" in names else 2
-    gram, parts, source = _check.gram_and_parts(gram, parts, least=least)
+    gram, parts, source = _check.check_gram_and_parts(gram, parts, min_stimuli=least)
     _options.warn_without_ridge(names, ridge, penalty)
     found = _dispatch.call(
         "gram_ablation_distances",
@@ -172,10 +172,10 @@ def svd(a: Any, *, vectors: bool = True, backend: str | None = None) -> Any:
 def _decompose(
     operation: str, a: Any, vectors: bool, backend: str | None, *, symmetric: bool
 ) -> dict[str, Array]:
-    vectors = _options.flag(vectors, "vectors")
-    a, source = _check.matrices(a, "a", symmetric=symmetric)
+    vectors = _options.check_flag(vectors, "vectors")
+    a, source = _check.check_matrices(a, "a", symmetric=symmetric)
     found: dict[str, Array] = _dispatch.call(
-        operation, backend, source, _check.wide(a), vectors=vectors
+        operation, backend, source, _check.at_least_float32(a), vectors=vectors
     )
     failed = int(found["failed"].sum()) if "failed" in found else 0
     if failed:

@@ -7,10 +7,10 @@ from collections import deque
 from functools import partial
 from pathlib import Path
 
-import _recipes
+import _study_factories
 import pandas as pd
 import pytest
-from _recipes import BAD
+from _study_factories import BAD
 from _toy import toy_study
 
 from repsim_kernels.experiments.errors import ExecutorError, RunError
@@ -25,11 +25,11 @@ from repsim_kernels.experiments.runs.store import Store
 
 @pytest.fixture(scope="module")
 def expected() -> pd.DataFrame:
-    return run(_recipes.toy("cpu"))
+    return run(_study_factories.make_toy_studies("cpu"))
 
 
 def begin(folder: Path, fault: str = "", block: int = 1) -> tuple[Store, Serial]:
-    studies = _recipes.toy("cpu", fault, str(folder), block)
+    studies = _study_factories.make_toy_studies("cpu", fault, str(folder), block)
     store = open_run(studies, folder / "run")
     return store, Serial(studies, store)
 
@@ -77,7 +77,7 @@ def test_a_unit_that_fails_is_recorded_and_left_out(
     with pytest.warns(
         UserWarning, match=r"^1 of 6 units failed and are left out, such as toy act1"
     ):
-        table = run(_recipes.toy("cpu", fault, str(tmp_path)), store)
+        table = run(_study_factories.make_toy_studies("cpu", fault, str(tmp_path)), store)
     assert tries(tmp_path) == count
     (record,) = (json.loads(path.read_text()) for path in (store.folder / "failed").iterdir())
     assert record["unit"] == list(BAD)
@@ -88,14 +88,14 @@ def test_a_unit_that_fails_is_recorded_and_left_out(
         table, expected[there].reset_index(drop=True), check_exact=True, check_like=False
     )
     assert table.attrs == {"missing": "1 of 6"}
-    healed = run(_recipes.toy("cpu"), store)
+    healed = run(_study_factories.make_toy_studies("cpu"), store)
     assert store.failed() == {}
     pd.testing.assert_frame_equal(healed, expected, check_exact=True)
 
 
 def test_studies_made_of_something_else_may_not_take_part(tmp_path: Path) -> None:
     store, _ = begin(tmp_path)
-    join(_recipes.toy("cpu"), store)
+    join(_study_factories.make_toy_studies("cpu"), store)
     other = toy_study(metrics=["cka", "procrustes"], block=1)
     other.images = other.images + 1
     with pytest.raises(RunError, match=r"^studies: those made anew for .* are not the run's"):
@@ -126,7 +126,7 @@ def test_workers_have_cores_of_their_own(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_worker_that_is_killed_in_a_unit(tmp_path: Path, expected: pd.DataFrame) -> None:
     store, _ = begin(tmp_path, "killed")
     steps: list[Step] = []
-    recipe = partial(_recipes.toy, fault="killed", folder=str(tmp_path))
+    recipe = partial(_study_factories.make_toy_studies, fault="killed", folder=str(tmp_path))
     assert drive(store, pool(store, recipe), progress=steps.append) == {}
     assert tries(tmp_path) == 2
     (failed,) = [step.event for step in steps if step.event.what == "failed"]
@@ -140,7 +140,7 @@ def test_a_worker_that_is_killed_in_a_unit(tmp_path: Path, expected: pd.DataFram
 def test_a_pool_that_can_not_begin_says_why_in_a_line(tmp_path: Path) -> None:
     store, _ = begin(tmp_path)
     with pytest.raises(ExecutorError) as caught:
-        drive(store, pool(store, _recipes.none))
+        drive(store, pool(store, _study_factories.fail_to_find_images))
     assert str(caught.value) == "images: none for cpu"
     assert store.left() == store.units
     assert multiprocessing.active_children() == []
@@ -151,7 +151,7 @@ def test_workers_that_die_together_in_their_units_are_replaced(
     tmp_path: Path, expected: pd.DataFrame
 ) -> None:
     store, _ = begin(tmp_path)
-    recipe = partial(_recipes.toy, fault="all killed", folder=str(tmp_path))
+    recipe = partial(_study_factories.make_toy_studies, fault="all killed", folder=str(tmp_path))
     assert drive(store, pool(store, recipe, 3)) == {}
     assert tries(tmp_path) == 3 + 6
     pd.testing.assert_frame_equal(store.compact(), expected, check_exact=True)
@@ -161,7 +161,7 @@ def test_workers_that_die_together_in_their_units_are_replaced(
 def test_workers_that_die_at_their_start(tmp_path: Path) -> None:
     store, _ = begin(tmp_path)
     with pytest.raises(ExecutorError, match=r"^workers: 3 in a row died .* by exit code 7; exp"):
-        drive(store, pool(store, _recipes.dying))
+        drive(store, pool(store, _study_factories.exit_process))
     assert multiprocessing.active_children() == []
 
 
@@ -169,7 +169,7 @@ def test_workers_that_die_at_their_start(tmp_path: Path) -> None:
 def test_closing_it_leaves_no_process(tmp_path: Path) -> None:
     store, _ = begin(tmp_path)
     units = deque(store.units)
-    events = pool(store, _recipes.toy).run(units)
+    events = pool(store, _study_factories.make_toy_studies).run(units)
     first = next(events)
     assert first == Event("started", store.units[0], first.worker)
     assert len(multiprocessing.active_children()) >= 1

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from _recipes import watched
+from _study_factories import make_recording_studies
 from _toy import Toy, stop_after, toy_study
 
 from repsim_kernels.experiments.errors import StoreError
@@ -163,7 +163,7 @@ def test_a_network_that_is_exported_has_the_same_rows(monkeypatch: pytest.Monkey
 def test_a_worker_process_sets_the_switches(tmp_path: Path) -> None:
     for tf32, wanted in ((False, OFF), (True, ON)):
         out, log = tmp_path / f"run {tf32}", tmp_path / f"log {tf32}"
-        make = partial(watched, log=str(log), tf32=tf32)
+        make = partial(make_recording_studies, log=str(log), tf32=tf32)
         store = open_run(make("cpu"), out)
         log.unlink()
         units = deque(store.units[:1])

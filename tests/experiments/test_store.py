@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
-from _parts import configuration, create_each, rows_of
+from _run_data import create_stores, make_configuration, make_rows
 from _toy import Toy, stop_after, toy_study
 
 from repsim_kernels.experiments.errors import DamagedError, StoreError
@@ -32,7 +32,7 @@ def done(steps: list[Any]) -> list[int]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return Store.create(tmp_path / "run", configuration())
+    return Store.create(tmp_path / "run", make_configuration())
 
 
 def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", replaced)
-    store.put(unit, rows_of(unit))
+    store.put(unit, make_rows(unit))
     temporary = calls[0][1]
     assert temporary != store.path(unit)
     assert calls == [
@@ -209,9 +209,9 @@ def test_a_part_says_where_it_is_from_to_whoever_reads_it(tmp_path: Path) -> Non
 
 def test_a_part_of_another_run_or_unit_is_named_and_left(store: Store, tmp_path: Path) -> None:
     first, second = store.units[:2]
-    other = Store.create(tmp_path / "other", configuration(versions={"torch": "2.12"}))
-    other.put(first, rows_of(first))
-    store.put(second, rows_of(second))
+    other = Store.create(tmp_path / "other", make_configuration(versions={"torch": "2.12"}))
+    other.put(first, make_rows(first))
+    store.put(second, make_rows(second))
     path = store.path(first)
     for source, message in (
         (other.path(first), f"is of configuration {other.hash}, and the run of {store.hash}"),
@@ -225,19 +225,19 @@ def test_a_part_of_another_run_or_unit_is_named_and_left(store: Store, tmp_path:
             assert "\n" not in str(caught.value)
             assert not isinstance(caught.value, DamagedError)
         assert path.read_bytes() == source.read_bytes()
-    rows_of(first).to_parquet(path, index=False)
+    make_rows(first).to_parquet(path, index=False)
     with pytest.raises(StoreError, match=f"is of no run, and the run of {store.hash}"):
         store.left()
 
 
 def test_a_byte_that_was_flipped_is_found(store: Store) -> None:
     unit = store.units[0]
-    store.put(unit, rows_of(unit), seconds=1.5)
+    store.put(unit, make_rows(unit), seconds=1.5)
     path = store.path(unit)
     good = path.read_bytes()
     column = pq.read_metadata(path).row_group(0).column(5)  # of floats
     middle = (column.dictionary_page_offset or column.data_page_offset) + 40
-    assert good.count(rows_of(unit)["cka"].dropna().iloc[0].tobytes(), 0, middle + 8) == 1
+    assert good.count(make_rows(unit)["cka"].dropna().iloc[0].tobytes(), 0, middle + 8) == 1
     footer = len(good) - 8 - int.from_bytes(good[-8:-4], "little")
     found: dict[str, list[int]] = {"damaged": [], "foreign": [], "the same": []}
     for place in (middle, *range(footer, len(good), 9)):  # the footer has no checksum
@@ -253,7 +253,7 @@ def test_a_byte_that_was_flipped_is_found(store: Store) -> None:
         elif kind == "foreign":
             assert said.endswith(": move it away")
         else:
-            pd.testing.assert_frame_equal(rows[unit], rows_of(unit), check_exact=True)
+            pd.testing.assert_frame_equal(rows[unit], make_rows(unit), check_exact=True)
         found[kind].append(place)
     assert found["damaged"][0] == middle
     assert all(found.values()), {kind: len(places) for kind, places in found.items()}
@@ -280,11 +280,11 @@ def test_a_full_disk_is_said_in_a_line(
     with monkeypatch.context() as patch:
         patch.setattr(pq, "write_table", full)
         with pytest.raises(StoreError) as caught:
-            store.put(unit, rows_of(unit))
+            store.put(unit, make_rows(unit))
     assert str(caught.value) == f"out: {store.path(unit)} can't be written ({reason})"
     assert names(store.folder) == before
     assert store.left() == store.units
-    store.put(unit, rows_of(unit))
+    store.put(unit, make_rows(unit))
     assert store.left() == store.units[1:]
 
 
@@ -302,7 +302,7 @@ def test_a_failure_on_a_full_disk_is_said_in_a_line(
 
 
 def test_a_run_of_an_earlier_version_is_named(tmp_path: Path) -> None:
-    configured = configuration()
+    configured = make_configuration()
     del configured["models"]["net"]["block"]
     text = {"hash": digest(configured), "configuration": configured}
     (tmp_path / "study.json").write_text(json.dumps(text))
@@ -312,7 +312,7 @@ def test_a_run_of_an_earlier_version_is_named(tmp_path: Path) -> None:
 
 def test_a_table_is_read_beside_a_damaged_part(store: Store) -> None:
     for unit in store.units:
-        store.put(unit, rows_of(unit), seconds=1.0)
+        store.put(unit, make_rows(unit), seconds=1.0)
     table = store.compact()
     store.path(store.units[0]).write_bytes(b"PAR1")
     stored, study = load(store.folder)
@@ -324,7 +324,7 @@ def test_what_may_not_be_read_is_not_taken_for_damage(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unit = store.units[0]
-    store.put(unit, rows_of(unit))
+    store.put(unit, make_rows(unit))
 
     def refused(*_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -343,7 +343,7 @@ def test_a_failure_is_forgotten_once_the_unit_is_finished(store: Store) -> None:
     for unit in (first, second):
         store.fail(unit, f"no {unit}", details="Traceback …")
     assert store.failed() == {first: f"no {first}", second: f"no {second}"}
-    store.put(first, rows_of(first))
+    store.put(first, make_rows(first))
     assert store.failed() == {second: f"no {second}"}
     assert [name for name in names(store.folder) if name.startswith("failed")] == [
         "failed/net--a%2D%2Db--2.json"
@@ -355,7 +355,7 @@ def test_a_failure_is_forgotten_once_the_unit_is_finished(store: Store) -> None:
 
 
 def test_half_written_files_of_dead_processes_are_deleted(store: Store) -> None:
-    store.put(store.units[0], rows_of(store.units[0]))
+    store.put(store.units[0], make_rows(store.units[0]))
     store.fail(store.units[1], "no")
     before = names(store.folder)
     for path in [store.path(unit) for unit in store.units]:
@@ -372,7 +372,7 @@ def test_processes_that_create_a_folder_at_once_agree(tmp_path: Path) -> None:
     start, found = context.Barrier(3), context.Queue()
     folders = [tmp_path / str(attempt) for attempt in range(8)]
     workers = [
-        context.Process(target=create_each, args=(folders, memory, start, found))
+        context.Process(target=create_stores, args=(folders, memory, start, found))
         for memory in range(3)
     ]
     for worker in workers:

@@ -9,14 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from _parts import configuration
+from _run_data import make_configuration
 
 from repsim_kernels.experiments.runs.store import Store
 
 
 @pytest.fixture
 def store(tmp_path: Any) -> Store:
-    return Store.create(tmp_path / "run", configuration())
+    return Store.create(tmp_path / "run", make_configuration())
 
 
 def nans(kind: str) -> np.ndarray[Any, Any]:

@@ -11,7 +11,7 @@ from unittest import mock
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from _parts import configuration, rows_of
+from _run_data import make_configuration, make_rows
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -53,8 +53,8 @@ class Folder(RuleBasedStateMachine):
     @initialize()
     def create(self) -> None:
         root = Path(self.place.name)
-        self.store = Store.create(root / "run", configuration())
-        self.other = Store.create(root / "other", configuration(versions={"torch": "2.12"}))
+        self.store = Store.create(root / "run", make_configuration())
+        self.other = Store.create(root / "other", make_configuration(versions={"torch": "2.12"}))
         self.planned = self.store.units
         assert len(self.planned) == 7
 
@@ -66,8 +66,8 @@ class Folder(RuleBasedStateMachine):
     @rule(number=UNITS, seed=SEEDS)
     def write(self, number: int, seed: int) -> None:
         unit = self.planned[number]
-        self.store.put(unit, rows_of(unit, seed), seconds=1.0)
-        self.holds(unit, rows_of(unit, seed))
+        self.store.put(unit, make_rows(unit, seed), seconds=1.0)
+        self.holds(unit, make_rows(unit, seed))
         self.failed.pop(unit, None)
 
     @rule(number=UNITS, seed=SEEDS, when=st.sampled_from(["write", "fsync", "replace", "after"]))
@@ -94,14 +94,14 @@ class Folder(RuleBasedStateMachine):
             mock.patch.object(os, "getpid", return_value=self.crashes),
             pytest.raises(Crash),
         ):
-            self.store.put(unit, rows_of(unit, seed), seconds=1.0)
+            self.store.put(unit, make_rows(unit, seed), seconds=1.0)
         if when == "after":
-            self.holds(unit, rows_of(unit, seed))
+            self.holds(unit, make_rows(unit, seed))
         self.resume()
 
     @rule()
     def resume(self) -> None:
-        self.store = Store.create(self.store.folder, configuration())
+        self.store = Store.create(self.store.folder, make_configuration())
         assert self.store.units == self.planned
 
     @rule(number=UNITS)
@@ -139,7 +139,7 @@ class Folder(RuleBasedStateMachine):
             if self.planned[number - 1] not in self.rows:
                 return
         else:
-            self.other.put(unit, rows_of(unit))
+            self.other.put(unit, make_rows(unit))
             source = self.other.path(unit)
         self.store.path(unit).parent.mkdir(exist_ok=True)
         self.store.path(unit).write_bytes(source.read_bytes())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from _draw import SEEDS, tables
+from _draw import SEEDS, cells_and_ids
 from _guard import guarded
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,7 +67,9 @@ def strides_of(t):
 @given(st.data())
 def test_copies_have_the_very_bits_and_the_order_in_memory(device, data):
     x = data.draw(activations()).to(device)
-    table, ids = (t.to(device) for t in data.draw(tables(x[0].numel(), least=0, most=5)))
+    table, ids = (
+        t.to(device) for t in data.draw(cells_and_ids(x[0].numel(), min_size=0, max_size=5))
+    )
     got = ablate(
         guarded(x) if 0 not in x.stride() else x,
         table,
@@ -86,7 +88,9 @@ def test_copies_have_the_very_bits_and_the_order_in_memory(device, data):
 @given(st.data(), st.sampled_from(["relu", "relu6"]))
 def test_relu_is_exact_and_takes_nan_as_torch_does(device, data, activate):
     x = data.draw(activations()).to(device)
-    table, ids = (t.to(device) for t in data.draw(tables(x[0].numel(), least=0, most=5)))
+    table, ids = (
+        t.to(device) for t in data.draw(cells_and_ids(x[0].numel(), min_size=0, max_size=5))
+    )
     got = ablate(
         x,
         table,
@@ -109,7 +113,9 @@ def assert_same(got, want):
 @given(st.data(), st.sampled_from(["none", "relu", "relu6"]))
 def test_batch_norm(device, data, activate):
     x = data.draw(activations(special=False).filter(lambda t: t.ndim > 1)).to(device)
-    table, ids = (t.to(device) for t in data.draw(tables(x[0].numel(), least=0, most=5)))
+    table, ids = (
+        t.to(device) for t in data.draw(cells_and_ids(x[0].numel(), min_size=0, max_size=5))
+    )
     rng = np.random.default_rng(data.draw(SEEDS))
     scale, shift = rng.standard_normal((2, x.shape[1])).astype(np.float32)
     got = ablate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from _draw import SEEDS, tables
+from _draw import SEEDS, cells_and_ids
 from _guard import guarded
 from hypothesis import given
 from hypothesis import strategies as st
@@ -93,7 +93,7 @@ def on(device, *tensors):
 @given(st.data(), st.sampled_from(["none", "relu", "relu6"]), st.sampled_from(LAUNCHES))
 def test_layers_of_any_layout(device, data, activate, launch):
     x, weight, bias, scale = on(device, *data.draw(layers()))
-    table, ids = (t.to(device) for t in data.draw(tables(x[0].numel())))
+    table, ids = (t.to(device) for t in data.draw(cells_and_ids(x[0].numel())))
     got = masked_pointwise(
         x, table, ids, weight, bias, scale=scale, activate=activate, launch=launch
     )

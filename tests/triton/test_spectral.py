@@ -64,9 +64,12 @@ def test_every_dtype_is_served(device, dtype):
     a = torch.eye(4, dtype=getattr(torch, dtype), device=device)
     source = Source("torch", str(a.device))
     assert spectral.unsupported(a, a[None]) is None
-    assert _dispatch.choose("gram_ablation_distances", "triton", source, a, a[None]) == "triton"
+    assert (
+        _dispatch.choose_backend("gram_ablation_distances", "triton", source, a, a[None])
+        == "triton"
+    )
     default = "triton" if device.type == "cuda" else "torch"
-    assert _dispatch.choose("gram_ablation_distances", None, source, a, a[None]) == default
+    assert _dispatch.choose_backend("gram_ablation_distances", None, source, a, a[None]) == default
 
 
 def test_what_is_not_served_says_why(device):

@@ -22,7 +22,7 @@ BAD = Unit("toy", "act1", 2)
 _rows = measure.rows
 
 
-def toy(device: str, fault: str = "", folder: str = "", block: int = 1) -> list[Study]:
+def make_toy_studies(device: str, fault: str = "", folder: str = "", block: int = 1) -> list[Study]:
     """A study whose unit `BAD` goes wrong; how often it was tried is the size of a file."""
     study = toy_study(metrics=["cka", "procrustes"], block=block, device=device)
 
@@ -40,7 +40,7 @@ def toy(device: str, fault: str = "", folder: str = "", block: int = 1) -> list[
     return [study]
 
 
-def watched(device: str, log: str, tf32: bool) -> list[Study]:
+def make_recording_studies(device: str, log: str, tf32: bool) -> list[Study]:
     """A study whose network writes PyTorch's TF32 switches to a file whenever it runs."""
     backends: Any = torch.backends
     cuda, cudnn, cpu = backends.cuda, backends.cudnn, backends.mkldnn
@@ -64,11 +64,11 @@ def _go_wrong(fault: str, tried: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def none(device: str) -> list[Study]:
+def fail_to_find_images(device: str) -> list[Study]:
     """There is nothing to make studies of."""
     raise FileNotFoundError(f"images: none for\n{device}")
 
 
-def dying(device: str) -> list[Study]:
+def exit_process(device: str) -> list[Study]:
     """The process dies before it has its studies."""
     os._exit(7)

@@ -16,7 +16,7 @@ from repsim_kernels.experiments.study.units import Unit
 CLASSES = ["ant/queen", "bee", "wasp"]
 
 
-def configuration(**changes: Any) -> dict[str, Any]:
+def make_configuration(**changes: Any) -> dict[str, Any]:
     """Of two networks: layers "a--b" and "a" in three blocks each, and layer "a" in one."""
     given = {"ridge": 0.1, "classes": CLASSES}
     return {
@@ -29,7 +29,7 @@ def configuration(**changes: Any) -> dict[str, Any]:
     }
 
 
-def rows_of(unit: Unit, seed: int = 0) -> pd.DataFrame:
+def make_rows(unit: Unit, seed: int = 0) -> pd.DataFrame:
     """Four cells of each class of a unit, with numbers that no two seeds share, and a NaN."""
     classes = CLASSES if unit.model == "net--a" else [CLASSES[unit.block - 1]]
     rng = np.random.default_rng([seed, *str(unit).encode()])
@@ -47,10 +47,10 @@ def rows_of(unit: Unit, seed: int = 0) -> pd.DataFrame:
     )
 
 
-def create_each(folders: Sequence[Path], memory: int, start: Any, found: Any) -> None:
+def create_stores(folders: Sequence[Path], memory: int, start: Any, found: Any) -> None:
     """Make each folder at the same moment as other processes, and tell what they hold then."""
     studies = []
     for folder in folders:
         start.wait(60)
-        studies.append(Store.create(folder, configuration(), lambda: {"memory": memory}).study)
+        studies.append(Store.create(folder, make_configuration(), lambda: {"memory": memory}).study)
     found.put(studies)
