@@ -1,6 +1,6 @@
-"""Kernels for comparing neural representations, and for every ablation of one at the cost of one.
+"""Metric kernels for comparing neural representations, and for ablations of a representation.
 
-The public names are loaded at first use: importing this package imports no framework.
+Public names are loaded at first use, so that importing this package imports no framework.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ERRORS = (
     "ConvergenceError",
     "BackendUnavailable",
 )
-_WHERE = {
+_MODULES = {
     **{op.name: f"repsim_kernels.ops.{op.family}" for op in OPERATIONS},
     **{name: "repsim_kernels.errors" for name in _ERRORS},
     "show_config": "repsim_kernels._dispatch",
@@ -34,7 +34,7 @@ _WHERE = {
     "OutOfMemoryWarning": "repsim_kernels.errors",
 }
 
-__all__ = sorted(_WHERE)
+__all__ = sorted(_MODULES)
 
 if TYPE_CHECKING:
     from repsim_kernels import forward as forward
@@ -63,10 +63,11 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    """Import a public name at its first use (PEP 562)."""
     if name == "forward":  # a subpackage, which needs PyTorch
         return importlib.import_module("repsim_kernels.forward")
     try:
-        module = _WHERE[name]
+        module = _MODULES[name]
     except KeyError:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
     value = getattr(importlib.import_module(module), name)

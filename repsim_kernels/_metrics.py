@@ -1,38 +1,48 @@
-"""The registry of metrics: what each is called, and which functions offer it.
+"""The registry of metrics: their names, the functions that offer them, and what those return.
 
 It imports nothing but the standard library.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A measure of how alike two representations are.
+    """A measure of how similar two representations are.
+
+    No value that `pairwise` returns by default, or `ablation_distances`, is a metric in the
+    mathematical sense; of `procrustes_distance`, the forms "angular" and "size-and-shape" are.
 
     Attributes
     ----------
     name : str
-        Name in arguments and results; that of the public function where `pairwise` offers it.
+        Name in arguments and results; also of the public function if `pairwise` offers it.
     label : str
         Name in tables and figures.
     kind : {"similarity", "distance"}
-        What the public function returns. `ablation_distances` returns distances of all metrics.
+        What `pairwise` returns. `ablation_distances` returns distances for all metrics.
+    bounds : (float, float)
+        Smallest and largest value of `pairwise` with the metric's default options.
+    ablation_bounds : (float, float)
+        Smallest and largest distance of `ablation_distances`.
     pairwise, ablation : bool
         Whether `pairwise` and `ablation_distances` offer it.
     symmetric : bool
-        Whether the two representations may change places.
+        Whether exchanging the two representations leaves the value unchanged.
     from_gram : bool
-        Of those that `ablation_distances` offers: whether Gram matrices are enough to compute it.
+        Whether `gram_ablation_distances` offers it too: Gram matrices are enough to compute it.
     cca_ridge : bool
-        Whether it needs a ridge or a penalty unless neurons are fewer than stimuli, as CCA does.
+        Whether it is degenerate without a ridge or penalty if neurons are as many as stimuli.
     """
 
     name: str
     label: str
     kind: str = "similarity"
+    bounds: tuple[float, float] = (0, 1)
+    ablation_bounds: tuple[float, float] = (0, 1)
     pairwise: bool = False
     ablation: bool = False
     symmetric: bool = True
@@ -42,7 +52,7 @@ class Metric:
 
 METRICS = (
     Metric("cka", "CKA", pairwise=True, ablation=True),
-    Metric("procrustes", "Procrustes", pairwise=True, ablation=True),
+    Metric("procrustes", "Procrustes", ablation_bounds=(0, 2), pairwise=True, ablation=True),
     Metric(
         "pwcca",
         "PWCCA",
@@ -55,8 +65,20 @@ METRICS = (
     Metric("cca", "mean CCA", pairwise=True, ablation=True, cca_ridge=True),
     Metric("cca_squared", "mean squared CCA", ablation=True, cca_ridge=True),
     Metric("svcca", "SVCCA", pairwise=True, ablation=True),
-    Metric("cka_debiased", "debiased CKA", ablation=True),
-    Metric("procrustes_distance", "Procrustes distance", kind="distance", pairwise=True),
-    Metric("rsa", "RSA", pairwise=True),
-    Metric("linear_predictivity", "linear predictivity", pairwise=True, symmetric=False),
+    Metric("cka_debiased", "debiased CKA", ablation_bounds=(0, 2), ablation=True),
+    Metric(
+        "procrustes_distance",
+        "Procrustes distance",
+        kind="distance",
+        bounds=(0, 2),
+        pairwise=True,
+    ),
+    Metric("rsa", "RSA", bounds=(-1, 1), pairwise=True),
+    Metric(
+        "linear_predictivity",
+        "linear predictivity",
+        bounds=(-math.inf, 1),
+        pairwise=True,
+        symmetric=False,
+    ),
 )

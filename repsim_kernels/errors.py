@@ -1,59 +1,198 @@
-"""The errors that this package raises on purpose."""
+"""The errors and warnings that this package raises."""
 
 from __future__ import annotations
 
 
 class RepsimError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base class of every error that this package raises on purpose.
+
+    Examples
+    --------
+    >>> import repsim_kernels as rk
+    >>> try:
+    ...     rk.cka([[1.0], [2.0]], [[1.0], [2.0], [3.0]])
+    ... except rk.RepsimError as error:
+    ...     print(error)
+    y: 3 stimuli, but x has 2; expected the same stimuli in the same order
+    """
 
 
 class ShapeError(RepsimError, ValueError):
-    """An array has the wrong number of dimensions, or sizes that do not fit each other."""
+    """An array has the wrong number of dimensions, or its shape does not match another's.
+
+    Examples
+    --------
+    >>> import repsim_kernels as rk
+    >>> rk.centered_gram([1.0, 2.0])
+    Traceback (most recent call last):
+        ...
+    repsim_kernels.errors.ShapeError: x: shape (2,); expected (n, p): stimuli x neurons
+    """
 
 
 class DtypeError(RepsimError, TypeError):
-    """An argument isn't a dense array of real numbers (complex, text, sparse), or requires grad."""
+    """An argument is not a dense array of real numbers, or it requires gradients.
+
+    Examples
+    --------
+    >>> import repsim_kernels as rk
+    >>> rk.centered_gram([[1j], [2.0]])
+    Traceback (most recent call last):
+        ...
+    repsim_kernels.errors.DtypeError: x: dtype complex128; expected real numbers (float16, ...)
+    """
 
 
 class NonFiniteError(RepsimError, ValueError):
-    """An array holds NaN or infinity, or values whose Gram overflows float64."""
+    """An array contains NaN or infinity, or values whose Gram matrix would overflow float64.
+
+    Examples
+    --------
+    >>> import repsim_kernels as rk
+    >>> rk.centered_gram([[1.0], [float("nan")]])
+    Traceback (most recent call last):
+        ...
+    repsim_kernels.errors.NonFiniteError: x: 1 of 2 values are NaN or infinite (the first at ...
+    """
 
 
 class ConstantError(RepsimError, ValueError):
-    """A representation is the same for every stimulus, so it has no similarity to anything."""
+    """A representation is the same for every stimulus, so that its similarity is not defined.
+
+    Examples
+    --------
+    >>> import repsim_kernels as rk
+    >>> rk.cka([[1.0], [1.0]], [[1.0], [2.0]])
+    Traceback (most recent call last):
+        ...
+    repsim_kernels.errors.ConstantError: x: the representation is the same for every stimulus; ...
+    """
 
 
 class CellError(RepsimError, ValueError):
-    """Cells of neurons are out of range, or have the wrong length."""
+    """Cells of neurons have the wrong shape, or labels that are out of range.
+
+    Examples
+    --------
+    >>> import repsim_kernels as rk
+    >>> rk.cell_grams([[1.0], [2.0]], [3], n_cells=2)
+    Traceback (most recent call last):
+        ...
+    repsim_kernels.errors.CellError: cells: label 3 is out of range; expected 0 … 1, or -1 ...
+    """
 
 
 class LabelError(RepsimError, ValueError):
-    """Class labels are out of range, name an empty class, or lack the target."""
+    """Class labels are out of range, leave a class empty, or do not contain the target.
+
+    Examples
+    --------
+    >>> import repsim_kernels as rk
+    >>> rk.class_means([[1.0], [2.0]], [0, 2])
+    Traceback (most recent call last):
+        ...
+    repsim_kernels.errors.LabelError: labels: class 1 has no stimulus; expected every class 0 … 2
+    """
 
 
 class OptionError(RepsimError, ValueError):
-    """An option has a value that the operation does not know."""
+    """An option has a value that the operation does not accept.
+
+    Examples
+    --------
+    >>> import repsim_kernels as rk
+    >>> rk.centered_gram([[1.0], [2.0]], kernel="poly")
+    Traceback (most recent call last):
+        ...
+    repsim_kernels.errors.OptionError: kernel: 'poly'; expected one of 'linear', 'rbf'
+    """
 
 
 class DeviceError(RepsimError, ValueError):
-    """Arrays of one call live in different libraries or on different devices."""
+    """Arrays of one call belong to different libraries or are on different devices.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import repsim_kernels as rk
+    >>> rk.cka(torch.eye(3), [[1.0], [2.0], [3.0]])
+    Traceback (most recent call last):
+        ...
+    repsim_kernels.errors.DeviceError: y: a numpy array on cpu, but x is a torch array on cpu; ...
+    """
 
 
 class LayerError(RepsimError, ValueError):
-    """A layer is missing from the model, or its output can't be cut there."""
+    """A model has no module of this name, or can't be cut at its output.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import repsim_kernels as rk
+    >>> from repsim_kernels.forward import AblatedForward
+    >>> AblatedForward(torch.nn.Sequential(torch.nn.ReLU()).eval(), "1")
+    Traceback (most recent call last):
+        ...
+    repsim_kernels.errors.LayerError: layer: ...
+    """
 
 
 class ConvergenceError(RepsimError, ArithmeticError):
-    """A decomposition did not converge, or a ridge is too small for one to exist in float64."""
+    """A decomposition did not converge, or a ridge is too small for float64.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import repsim_kernels as rk
+    >>> x = np.random.default_rng(0).standard_normal((8, 20))
+    >>> try:  # some BLAS libraries get through
+    ...     distances = rk.ablation_distances(x, np.arange(20) % 2, metrics=["cca"], ridge=1e-30)
+    ... except rk.ConvergenceError as error:
+    ...     distances = None
+    """
 
 
 class BackendUnavailable(RepsimError, RuntimeError):
-    """A backend was named that can't serve this call; the message says why."""
+    """The requested backend can't serve this call; the message gives the reason.
+
+    Examples
+    --------
+    >>> import repsim_kernels as rk
+    >>> rk.cka([[1.0], [2.0]], [[1.0], [2.0]], backend="triton")
+    Traceback (most recent call last):
+        ...
+    repsim_kernels.errors.BackendUnavailable: backend: 'triton' can't serve cka: it has ...
+    """
 
 
 class DegenerateWarning(UserWarning):
-    """A metric is asked for where it has the same value whatever the representations hold."""
+    """A metric hardly depends on the representations: it is degenerate, or high by chance.
+
+    Examples
+    --------
+    >>> import warnings
+    >>> import numpy as np
+    >>> import repsim_kernels as rk
+    >>> x, y = np.random.default_rng(0).standard_normal((2, 10, 50))
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("error", rk.DegenerateWarning)
+    ...     rk.cca(x, y)
+    Traceback (most recent call last):
+        ...
+    repsim_kernels.errors.DegenerateWarning: 50 and 50 neurons, 10 stimuli: without a ridge ...
+    """
 
 
 class OutOfMemoryWarning(UserWarning):
-    """A device ran out of memory, and the work goes on in smaller parts."""
+    """A device ran out of memory; the computation continues in smaller parts.
+
+    Examples
+    --------
+    Stop instead of continuing more slowly:
+
+    >>> import warnings
+    >>> import repsim_kernels as rk
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("error", rk.OutOfMemoryWarning)
+    ...     # run the model here
+    """

@@ -139,7 +139,7 @@ OPTIONS = [
     (lambda: rk.rsa(X, Y, compare="kendall"), "compare: 'kendall'; expected one of"),
     (lambda: rk.rsa(X[:2], Y[:2]), "x: 2 stimuli.*at least 3"),
     (lambda: rk.pairwise([X], metric="cka2"), "metric: 'cka2'; expected one of 'cka'"),
-    (lambda: rk.pairwise([X], ridge=1), "ridge: not an option of metric 'cka'; it has debiased"),
+    (lambda: rk.pairwise([X], ridge=1), "ridge: not an option of metric 'cka'; expected one of debiased"),
     (lambda: rk.pairwise([]), "xs: an empty list"),
     (lambda: rk.pairwise(3), "xs: int; expected a list"),
     (lambda: rk.pairwise([X], [Y, Y[:5]]), r"ys\[1\]: 5 stimuli, but xs\[0\] has 6"),

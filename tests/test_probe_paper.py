@@ -44,13 +44,13 @@ def test_where_all_that_is_left_is_taken(backend, paired):
 def recorded(monkeypatch, **options) -> tuple[dict, list[np.ndarray]]:
     """The result of a call, and the columns of each batch of fits."""
     calls = []
-    true = probe_paper._fits
+    true = probe_paper.fit_columns
 
     def fits(source, x, targets, columns, start, backend, **rest):
         calls.append(np.asarray(torch.as_tensor(columns)))
         return true(source, x, targets, columns, start, backend, **rest)
 
-    monkeypatch.setattr(probe_paper, "_fits", fits)
+    monkeypatch.setattr(probe_paper, "fit_columns", fits)
     return rk.probe_paper(X, LABELS, Y, 1, draws=50, size=10, **options), calls
 
 
@@ -127,19 +127,21 @@ def test_pairing_takes_noise_and_no_more():
 @settings(max_examples=20)
 def test_orderings(shape, draws, seed):
     (p, length), source = shape, np.random.SeedSequence(seed)
-    got = probe_paper._orderings(source, p, draws, length)
+    got = probe_paper._draw_orderings(source, p, draws, length)
     assert got.shape == (draws, length)
     assert got.min() >= 0
     assert got.max() < p
     assert all(len(set(row)) == length for row in got)
-    assert (probe_paper._orderings(source, p, draws, length // 2) == got[:, : length // 2]).all()
-    other = probe_paper._orderings(np.random.SeedSequence(seed + 1), p, draws, length)
+    assert (
+        probe_paper._draw_orderings(source, p, draws, length // 2) == got[:, : length // 2]
+    ).all()
+    other = probe_paper._draw_orderings(np.random.SeedSequence(seed + 1), p, draws, length)
     assert (other != got).any()
 
 
 @pytest.mark.parametrize(("p", "length"), [(12, 5), (8193, 2000)])
 def test_every_neuron_is_as_likely_at_every_place(p, length):
-    got = probe_paper._orderings(np.random.SeedSequence(3), p, 4000, length)
+    got = probe_paper._draw_orderings(np.random.SeedSequence(3), p, 4000, length)
     group = got * 12 // p
     for place in (0, 1, length // 2, length - 1):
         count = np.bincount(group[:, place], minlength=12)

@@ -88,7 +88,8 @@ class AblatedForward:
         self.layers = checks.resolve_layers(model, layer)
         checks.check_eval(model)
         checks.check_tensors(model)
-        _dispatch.requested_backend()  # in a pass, a wrong REPSIM_BACKEND would look like the model's
+        # In a pass, an unknown REPSIM_BACKEND would look like an error of the model.
+        _dispatch.requested_backend()
         self.model = model
         with contexts.run_eagerly():
             self._cuts = Cuts(model, self.layers)

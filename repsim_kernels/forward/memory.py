@@ -36,9 +36,8 @@ def parse_size(value: Any, name: str = "memory") -> int:
     unit = None if match is None else _UNITS.get(match[2] or "B")
     count = 0.0 if match is None or unit is None else float(match[1]) * unit
     if not 1 <= count < math.inf:
-        raise OptionError(
-            f"{name}: {_options.short_repr(value)}; expected bytes, or a size such as '8GiB' or '500MB'"
-        )
+        given = _options.short_repr(value)
+        raise OptionError(f"{name}: {given}; expected bytes, or a size such as '8GiB' or '500MB'")
     return int(count)
 
 

@@ -1,21 +1,54 @@
-"""Every metric between a representation and each of its ablations."""
+"""Distances between a representation and each of its ablations, for every metric."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal, overload
 
 import numpy as np
 
 from repsim_kernels import _arrays, _check, _dispatch, _metrics, _options
 from repsim_kernels._routes import Distances, Info, Route
+from repsim_kernels._typing import Array, ArrayLike
 
 METRICS = tuple(metric.name for metric in _metrics.METRICS if metric.ablation)
 
 
+@overload
 def ablation_distances(
-    x: Any,
-    cells: Any,
+    x: ArrayLike,
+    cells: ArrayLike,
+    *,
+    metrics: Sequence[str] = ...,
+    ridge: float = ...,
+    penalty: float = ...,
+    memory: int | None = ...,
+    info: Literal[False] = ...,
+    batched: bool = ...,
+    precision: str = ...,
+    backend: str | None = ...,
+) -> dict[str, Array]: ...
+
+
+@overload
+def ablation_distances(
+    x: ArrayLike,
+    cells: ArrayLike,
+    *,
+    metrics: Sequence[str] = ...,
+    ridge: float = ...,
+    penalty: float = ...,
+    memory: int | None = ...,
+    info: Literal[True],
+    batched: bool = ...,
+    precision: str = ...,
+    backend: str | None = ...,
+) -> tuple[dict[str, Array], dict[str, Info]]: ...
+
+
+def ablation_distances(
+    x: ArrayLike,
+    cells: ArrayLike,
     *,
     metrics: Sequence[str] = METRICS,
     ridge: float = 0.1,
@@ -25,84 +58,108 @@ def ablation_distances(
     batched: bool = False,
     precision: str = "tf32x3",
     backend: str | None = None,
-) -> Any:
-    """Distances between a representation and each of its ablations, by every metric.
+) -> dict[str, Array] | tuple[dict[str, Array], dict[str, Info]]:
+    """Distances between a representation and each of its ablations, for every metric.
 
-    The original x is the first argument of each metric; the second is x with the neurons of one
-    cell set to zero (or left out: the same to each metric here).
+    The first argument of each metric is the original x, the second is x with the neurons of one
+    cell set to zero. (Leaving them out gives the same distances, except for ridge CCA, which
+    averages over min(n - 1, p) correlations with p the number of neurons.)
 
     Parameters
     ----------
     x : array, (n, p), float16 | bfloat16 | float32 | float64
-        Activations: n >= 2 stimuli (n >= 4 for "cka_debiased"), p >= 1 neurons, any strides.
-        Integers are taken as float64.
+        Activations for n >= 2 stimuli (n >= 4 for "cka_debiased"), p >= 1 neurons, any strides.
+        Integers are converted to float64.
     cells : integer array, (p,), or boolean array, (C, p)
-        Cell of each neuron, 0 … C - 1, or -1 for a neuron that is never ablated; or the membership
-        of cells that may overlap.
+        Integers: the cell of each neuron, 0 … C - 1, or -1 for a neuron that is never ablated.
+        Booleans: the membership of cells that may overlap.
     metrics : sequence of str
-        Among "cka", "cka_debiased", "procrustes" (the squared form), "pwcca", "cca",
+        Any of "cka", "cka_debiased", "procrustes" (the squared form), "pwcca", "cca",
         "cca_squared" and "svcca" (99 % of the variance).
     ridge : float
-        Relative ridge of cca, cca_squared and pwcca: κ = ridge · tr(K) / n on each side; ignored
-        where `penalty` > 0. At most 1e10.
+        Relative ridge of "cca", "cca_squared" and "pwcca", at most 1e10: κ = ridge · tr(K) / n on
+        each side, with its own Gram matrix K. Ignored if `penalty` is nonzero.
     penalty : float
-        Absolute ridge κ of the same, on both sides, in x's units squared. At most 1e150.
+        Absolute ridge κ of the same metrics, on both sides, in x's units squared; at most 1e150.
     memory : int, optional
-        Bytes for the canonical variates that wait for a pass over x, 1 GiB unless given: with less
-        there are more passes for "pwcca". Beside it stand the Grams, 8 C n² bytes at most: the
-        torch backend keeps halves.
+        Bytes for the canonical variates that "pwcca" collects between passes over x, by default
+        1 GiB; with less memory it makes more passes. The Gram matrices need up to 8 C n² bytes in
+        addition (half of that in the torch backend, which stores one triangle).
     info : bool
-        Whether to tell as well how each distance was found.
+        Also return how each distance was computed.
     batched : bool
-        Whether x is a batch, (…, n, p), whose leading dimensions are those of the result. Without
-        it more than two dimensions are refused: flatten activations (n, c, h, w) first.
+        Whether x is a batch, (…, n, p), whose leading dimensions become those of the result.
+        Without it, more than two dimensions are an error: flatten activations (n, c, h, w) first.
     precision : {"tf32x3", "tf32", "ieee"}
-        Of the float32 products of the Triton kernels: as accurate as float32 on tensor cores,
-        10 bits on tensor cores, or float32 without them. Other backends compute in float64.
+        Float32 products in the Triton kernels: "tf32x3" is as accurate as float32 and runs on
+        tensor cores, "tf32" has 10 bits and runs on tensor cores, "ieee" is plain float32. Other
+        backends compute in float64.
     backend : {"reference", "torch", "triton"}, optional
-        What computes it; by default chosen by the kind and the device of x.
+        Backend to use; by default chosen by the library and device of x.
 
     Returns
     -------
     distances : dict of str to array like x, (…, C), float64
-        1 - similarity, "procrustes" 2 - 2·similarity. A cell that is empty or dead (constant on
-        these stimuli) has exactly the self-distance, which is 0 without a ridge; a cell of
-        everything leaves no representation, and has NaN.
-    info : dict of str to Info, only with ``info=True``
-        For each metric the ``route`` (…, C) to each distance, by name, and the ``steps`` (…, C) it
-        took; NumPy arrays. "nothing": nothing was removed or is left, or CCA without a ridge;
-        "sums": over elements; "iterations": of a Riccati equation; "factors": singular values of
-        the features that are left, where iterations would crawl; "eigenvectors": of an ablated
-        matrix, which PWCCA needs, and CCA uses beside it; "definition".
+        By metric: 1 - similarity, in [0, 1] ("cka_debiased": [0, 2]); "procrustes": 2 - 2 times the
+        similarity, in [0, 2]. Dimensionless. An empty cell, or one that is constant on these
+        stimuli, has exactly the distance of x to itself, which is 0 without a ridge. A cell of all
+        neurons leaves no representation, and has NaN.
+    info : dict of str to Info
+        Only with ``info=True``; by metric, NumPy arrays (…, C). ``steps`` is the number of
+        iterations, ``route`` the method. "nothing": nothing was removed, or nothing is left, or CCA
+        without a ridge. "sums": sums over elements. "iterations": of a Riccati equation. "factors":
+        singular values of products with the remaining features, where iterations would converge too
+        slowly. "eigenvectors": those of an ablated matrix, which PWCCA and SVCCA need, and CCA
+        shares if it is computed with PWCCA. "definition": the metric itself, from an ablated copy.
 
     Raises
     ------
     ShapeError, DtypeError, NonFiniteError, ConstantError, CellError, OptionError,
     BackendUnavailable
     ConvergenceError
-        For "cca", "cca_squared" and "pwcca", a ridge below 1e-10 but not 0, or as small a penalty.
+        For "cca", "cca_squared" and "pwcca", if the ridge is nonzero but below 1e-10, or the
+        penalty is as small.
 
     Warns
     -----
     DegenerateWarning
-        CCA without a ridge: the ablated neurons span a part of what the original's span, so that
+        For CCA without a ridge: the ablated neurons span a part of the original's space, so that
         every canonical correlation is 1 and every distance 0.
 
     Notes
     -----
-    One pass over x gives the Grams of all cells, 2 n² p operations at most whatever C is; CKA costs
-    n² a cell, the other metrics a few times n³; "pwcca" 2 C n² p more, in x's precision. No ablated
-    copy of x is made. Distances do not come from 1 minus a similarity near 1, and keep their digits
-    where they are small: from float64 input, "cka", "procrustes" and what "cca" and "cca_squared"
-    have above the self-distance are right to 1e-6 relative or 1e-14 absolute; of the latter two for
-    a ridge of 1e-3 or more, since rounding grows as the ridge falls.
-    Source: METRICS, "One original, many ablations".
+    One pass over x gives the Gram matrices of all cells, at most 2 n² p operations however many
+    cells there are. In addition, CKA costs n² operations per cell and the other metrics a few times
+    n³; "pwcca" costs 2 C n² p more, in x's precision. No ablated copy of x is made.
+
+    Distances are not computed as 1 minus a similarity near 1, and keep their digits where they are
+    small. From float64 input, "cka", "procrustes", and the excess of "cca" and "cca_squared" over
+    the self-distance are accurate to 1e-6 relative or 1e-14 absolute; the latter two for a ridge of
+    1e-3 or more, since rounding errors grow as the ridge falls. None of these distances is a metric
+    in the mathematical sense.
+
+    Source: docs/metrics.md, "One original, many ablations".
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import repsim_kernels as rk
+    >>> x = np.random.default_rng(0).standard_normal((50, 400))
+    >>> cells = np.repeat([0, 1, 2, -1], [10, 40, 150, 200])  # three cells of growing size
+    >>> distances = rk.ablation_distances(x, cells, metrics=["cka", "procrustes"])
+    >>> distances["cka"].round(3)
+    array([0.001, 0.006, 0.034])
+    >>> distances, info = rk.ablation_distances(x, cells, metrics=["procrustes"], info=True)
+    >>> info["procrustes"].route.tolist()
+    ['iterations', 'iterations', 'iterations']
     """
     names = _options.check_choices(metrics, "metrics", METRICS)
     ridge, penalty = _options.check_ridge_and_penalty(ridge, penalty)
-    memory = None if memory is None else int(_options.check_number(memory, "memory", low=1))
+    if memory is not None:
+        memory = int(_options.check_number(memory, "memory", low=1))
     info = _options.check_flag(info, "info")
-    # CKA is NaN of every ablation if x has a number that is not finite; eigenvectors are not found.
+    # If x has a value that is not finite, every CKA distance is NaN, which shows it afterwards. The
+    # other metrics compute eigenvectors, which fails.
     defer_finite = bool(names) and set(names) <= {"cka", "cka_debiased"}
     x, source = _check.check_representation(
         x,
@@ -112,7 +169,7 @@ def ablation_distances(
     )
     cells, n_cells = _check.check_cells(cells, x.shape[-1])
     _options.warn_without_ridge(names, ridge, penalty)
-    found = _dispatch.call(
+    results = _dispatch.call(
         "ablation_distances",
         backend,
         source,
@@ -126,29 +183,19 @@ def ablation_distances(
         precision=_options.check_precision(precision),
     )
     if defer_finite:
-        _check.finish_finite_check(found[names[0]].values, x, "x")
-    return public_result(found, info)
+        _check.finish_finite_check(results[names[0]].values, x, "x")
+    return to_public_result(results, info)
 
 
-def public_result(found: dict[str, Distances], info: bool) -> Any:
-    """Return what a public function of ablations promises, from what a backend gave.
-
-    Parameters
-    ----------
-    found : dict of str to Distances
-        By metric; arrays (…, C) of the caller's kind.
-    info : bool
-        Whether to tell how each distance was computed.
-
-    Returns
-    -------
-    dict of str to array, or (dict of str to array, dict of str to Info) with `info`
-    """
-    distances = {name: one.values for name, one in found.items()}
+def to_public_result(
+    results: dict[str, Distances], info: bool
+) -> dict[str, Array] | tuple[dict[str, Array], dict[str, Info]]:
+    """Convert a backend's results by metric to distances and, if `info`, how each was computed."""
+    distances = {name: result.values for name, result in results.items()}
     if not info:
         return distances
     routes = np.array([route.name.lower() for route in Route])
     return distances, {
-        name: Info(routes[_arrays.to_numpy(one.route)], _arrays.to_numpy(one.steps))
-        for name, one in found.items()
+        name: Info(routes[_arrays.to_numpy(result.route)], _arrays.to_numpy(result.steps))
+        for name, result in results.items()
     }

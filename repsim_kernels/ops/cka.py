@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from repsim_kernels import _check, _dispatch, _options
-from repsim_kernels._typing import Array
+from repsim_kernels._typing import Array, ArrayLike
 
 
 def cka(
-    x: Any,
-    y: Any,
+    x: ArrayLike,
+    y: ArrayLike,
     *,
     debiased: bool = False,
     kernel: str = "linear",
@@ -18,33 +18,33 @@ def cka(
     batched: bool = False,
     backend: str | None = None,
 ) -> Array:
-    """Centred kernel alignment, a similarity.
+    """Centred kernel alignment (CKA), a similarity.
 
-    ⟨K, L⟩ / (‖K‖ ‖L‖) for the centred Gram matrices K of x and L of y; debiased, HSIC₁ of
-    Song et al. in the place of all three products.
+    ⟨K, L⟩ / (‖K‖ ‖L‖) for the centred Gram matrices K of x and L of y. If debiased, HSIC₁ of
+    Song et al. replaces the inner product in all three places.
 
     Parameters
     ----------
     x, y : array, (n, p) and (n, q), float16 | bfloat16 | float32 | float64
-        Activations of the same n stimuli (n >= 2, debiased n >= 4). Integers are taken as
-        float64.
+        Activations for the same n stimuli (n >= 2, or n >= 4 if debiased). Integers are converted
+        to float64.
     debiased : bool
-        Use the unbiased estimator of HSIC: it does not grow with p, and may be negative.
+        Use the unbiased estimator of HSIC: the result does not grow with p, and may be negative.
     kernel : {"linear", "rbf"}
+        Kernel of both Gram matrices.
     sigma : float, optional
-        Bandwidth of the RBF kernel, as a fraction of the median distance: 1e-10 … 1e5, 1 unless
-        given.
+        Bandwidth of the RBF kernel as a fraction of the median distance, 1e-10 … 1e5; by default 1.
     batched : bool
-        Whether x and y are batches, (…, n, p) and (…, n, q). Their leading dimensions broadcast,
-        and are those of the result. Without it more than two dimensions are refused: flatten
+        Whether x and y are batches, (…, n, p) and (…, n, q). Their leading dimensions broadcast and
+        become those of the result. Without it, more than two dimensions are an error: flatten
         activations (n, c, h, w) first.
     backend : {"reference", "torch"}, optional
-        What computes it; by default chosen by the kind and the device of x.
+        Backend to use; by default chosen by the library and device of x.
 
     Returns
     -------
     similarity : array like x, (…), float64
-        In [0, 1]; debiased, in [-1, 1]. Has no unit.
+        In [0, 1]; if debiased, in [-1, 1]. Dimensionless.
 
     Raises
     ------
@@ -54,26 +54,45 @@ def cka(
     Warns
     -----
     DegenerateWarning
-        Not debiased, and more than 0.5 on average when the stimuli of one side are permuted:
-        tr K tr L / ((n - 1) ‖K‖ ‖L‖), which nears 1 as neurons outnumber stimuli (Murphy et al.
-        2024). Once in a process, with that number.
+        If not debiased, and the mean over permutations of one side's stimuli exceeds 0.5. That mean
+        is tr K tr L / ((n - 1) ‖K‖ ‖L‖), which approaches 1 as neurons outnumber stimuli (Murphy
+        et al. 2024). The message gives the number; shown once per process.
 
     Notes
     -----
-    Works on features where that is cheaper than the n x n Grams. Invariant to rotation, isotropic
-    scale and shift of either side.
-    Source: Kornblith et al. 2019; Song et al. 2012; Székely & Rizzo 2014 for the debiased form.
+    Computed from the features where that is cheaper than from the n x n Gram matrices. Invariant to
+    rotation, isotropic scaling and translation of either side. 1 - CKA is not a metric: it violates
+    the triangle inequality.
+    Source: Kornblith, Norouzi, Lee & Hinton 2019, "Similarity of Neural Network Representations
+    Revisited", ICML; for the debiased form Song, Smola, Gretton, Bedo & Borgwardt 2012, JMLR 13,
+    and Székely & Rizzo 2014, Annals of Statistics 42; Murphy, Zylberberg & Fyshe 2024, "Correcting
+    Biased Centered Kernel Alignment Measures", Re-Align workshop at ICLR, for the warning.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import repsim_kernels as rk
+    >>> rng = np.random.default_rng(0)
+    >>> x = rng.standard_normal((100, 10))  # 100 stimuli, 10 neurons
+    >>> y = x + rng.standard_normal((100, 10))  # another layer, the same stimuli
+    >>> round(float(rk.cka(x, y)), 3)
+    0.552
+    >>> round(float(rk.cka(x, y, debiased=True)), 3)
+    0.509
+    >>> round(float(rk.cka(x, y, kernel="rbf", sigma=0.5)), 3)
+    0.635
     """
     debiased = _options.check_flag(debiased, "debiased")
     sigma = _options.check_bandwidth(kernel, sigma)
     x, y, source = _check.check_pair(
         x, y, min_stimuli=4 if debiased else 2, defer_finite=True, batched=batched
     )
+    n, p, q = x.shape[-2], x.shape[-1], y.shape[-1]
     options: dict[str, Any] = {"debiased": debiased, "kernel": kernel, "sigma": sigma}
-    if not _options.may_be_high_by_chance(x.shape[-2], x.shape[-1], y.shape[-1], debiased, kernel):
-        value = _dispatch.call("cka", backend, source, x, y, **options)
-        return _check.raise_if_nan(value, _check.UNDEFINED_CKA, x=x, y=y)
-    found = _dispatch.call("cka", backend, source, x, y, **options, chance=True)
-    value = _check.raise_if_nan(found["similarity"], _check.UNDEFINED_CKA, x=x, y=y)
-    _options.warn_if_high_by_chance(float(found["chance"].max()))
-    return value
+    if not _options.may_be_high_by_chance(n, p, q, debiased, kernel):
+        similarity = _dispatch.call("cka", backend, source, x, y, **options)
+        return _check.raise_if_nan(similarity, _check.UNDEFINED_CKA, x=x, y=y)
+    result = _dispatch.call("cka", backend, source, x, y, **options, chance=True)
+    similarity = _check.raise_if_nan(result["similarity"], _check.UNDEFINED_CKA, x=x, y=y)
+    _options.warn_if_high_by_chance(float(result["chance"].max()))
+    return similarity

@@ -1,15 +1,18 @@
-"""Gram matrices of centred representations, whole and by cell of neurons."""
+"""Gram matrices of centred representations: of all neurons, and of each cell of neurons."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from repsim_kernels import _check, _dispatch, _options
-from repsim_kernels._typing import Array
+from repsim_kernels._typing import Array, ArrayLike
+
+_NO_BANDWIDTH = (
+    "x: the median distance between stimuli is 0, so that kernel='rbf' has no bandwidth; expected "
+    "fewer identical stimuli, or kernel='linear'"
+)
 
 
 def centered_gram(
-    x: Any,
+    x: ArrayLike,
     *,
     kernel: str = "linear",
     sigma: float | None = None,
@@ -17,94 +20,109 @@ def centered_gram(
     precision: str = "tf32x3",
     backend: str | None = None,
 ) -> Array:
-    """Gram matrix of the stimuli, centred.
+    """Centred Gram matrix of the stimuli.
 
-    ``xc @ xc.T`` with ``xc = x - x.mean(0)``; for ``kernel="rbf"`` the double-centred matrix
-    ``H exp(-d² / (2 b²)) H``, b² = sigma² · the median of all n² squared distances.
+    ``xc @ xc.T`` with ``xc = x - x.mean(0)``; with ``kernel="rbf"`` the double-centred matrix
+    ``H exp(-d² / (2 b²)) H``, where b² is sigma² times the median of all n² squared distances.
 
     Parameters
     ----------
     x : array, (n, p), float16 | bfloat16 | float32 | float64
-        Activations: n >= 2 stimuli, p >= 1 neurons, any strides. Integers are taken as float64.
+        Activations for n >= 2 stimuli, p >= 1 neurons, any strides. Integers are converted to
+        float64.
     kernel : {"linear", "rbf"}
+        Kernel of the Gram matrix.
     sigma : float, optional
-        Bandwidth of the RBF kernel, as a fraction of the median distance: 1e-10 … 1e5, 1 unless
-        given.
+        Bandwidth of the RBF kernel as a fraction of the median distance, 1e-10 … 1e5; by default 1.
     batched : bool
-        Whether x is a batch, (…, n, p), whose leading dimensions are those of the result. Without
-        it more than two dimensions are refused: flatten activations (n, c, h, w) first.
+        Whether x is a batch, (…, n, p), whose leading dimensions become those of the result.
+        Without it, more than two dimensions are an error: flatten activations (n, c, h, w) first.
     precision : {"tf32x3", "tf32", "ieee"}
-        Of the float32 products of the Triton kernels: as accurate as float32 on tensor cores,
-        10 bits on tensor cores, or float32 without them. Other backends compute in float64.
+        Float32 products in the Triton kernels: "tf32x3" is as accurate as float32 and runs on
+        tensor cores, "tf32" has 10 bits and runs on tensor cores, "ieee" is plain float32. Other
+        backends compute in float64.
     backend : {"reference", "torch", "triton"}, optional
-        What computes it; by default chosen by the kind and the device of x.
+        Backend to use; by default chosen by the library and device of x.
 
     Returns
     -------
-    g : array like x, (…, n, n), float64
-        Symmetric, positive semidefinite, its rows sum to zero; x's units squared ("rbf": none).
-        A constant x gives zeros.
+    gram : array like x, (…, n, n), float64
+        Symmetric and positive semidefinite, with rows that sum to zero; in x's units squared
+        ("rbf": dimensionless). Zeros if x is constant.
 
     Raises
     ------
     ShapeError, DtypeError, NonFiniteError, OptionError, BackendUnavailable
     ConstantError
-        "rbf", when most pairs of stimuli are identical: the median distance is 0.
+        For "rbf", if most pairs of stimuli are identical: the median distance is 0.
 
     Notes
     -----
-    Reads x once; 2 n² p operations, half of them where BLAS has a symmetric product. The features
-    are centred, not the Gram: at a feature mean of 100 the latter loses three digits of a float32
-    result. Source: Kornblith et al. 2019, section 3.
+    Reads x once; 2 n² p operations, or half of that where BLAS has a symmetric product. The
+    features are centred, not the Gram matrix, which at a feature mean of 100 would lose three
+    digits of a float32 result.
+    Source: Kornblith, Norouzi, Lee & Hinton 2019, "Similarity of Neural Network Representations
+    Revisited", ICML, section 3.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import repsim_kernels as rk
+    >>> x = np.array([[0.0, 1.0], [2.0, 1.0], [4.0, 4.0]])
+    >>> rk.centered_gram(x)
+    array([[ 5.,  1., -6.],
+           [ 1.,  1., -2.],
+           [-6., -2.,  8.]])
     """
     sigma = _options.check_bandwidth(kernel, sigma)
     x, source = _check.check_representation(x, batched=batched, allow_constant=kernel == "linear")
     precision = _options.check_precision(precision)
-    g = _dispatch.call(
+    gram = _dispatch.call(
         "centered_gram", backend, source, x, kernel=kernel, sigma=sigma, precision=precision
     )
-    return _check.raise_if_nan(
-        g, "the median distance between stimuli is 0, so 'rbf' has no bandwidth"
-    )
+    return _check.raise_if_nan(gram, _NO_BANDWIDTH)
 
 
 def cell_grams(
-    x: Any,
-    cells: Any,
+    x: ArrayLike,
+    cells: ArrayLike,
     *,
     n_cells: int | None = None,
     batched: bool = False,
     precision: str = "tf32x3",
     backend: str | None = None,
 ) -> Array:
-    """Gram matrices of the stimuli, one for each cell of neurons.
+    """Centred Gram matrices of the stimuli, one for each cell of neurons.
 
-    ``g[c] = xc[:, cells == c] @ xc[:, cells == c].T`` with ``xc = x - x.mean(0)``; their sum over a
-    partition is the Gram of x, and the sum without c the Gram of x with cell c ablated.
+    ``grams[c] = xc[:, cells == c] @ xc[:, cells == c].T`` with ``xc = x - x.mean(0)``. Over a
+    partition they sum to the Gram matrix of x; the sum without cell c is the Gram matrix of x with
+    cell c ablated.
 
     Parameters
     ----------
     x : array, (n, p), float16 | bfloat16 | float32 | float64
-        Activations: n >= 2 stimuli, p >= 1 neurons, any strides. Integers are taken as float64.
+        Activations for n >= 2 stimuli, p >= 1 neurons, any strides. Integers are converted to
+        float64.
     cells : integer array, (p,) or (T, p), or boolean array, (C, p)
-        Cell of each neuron, 0 … n_cells - 1, or -1 for a neuron in none; T such partitions, as of
-        several target classes; or the membership of cells that may overlap.
+        Integers: the cell of each neuron, 0 … n_cells - 1, or -1 for a neuron in no cell; or T such
+        partitions, for example for several target classes. Booleans: the membership of cells that
+        may overlap.
     n_cells : int, optional
-        Number of cells C; by default the largest label and one.
+        Number of cells C; by default the largest label plus 1.
     batched : bool
-        Whether x is a batch, (…, n, p), whose leading dimensions are those of the result. Without
-        it more than two dimensions are refused: flatten activations (n, c, h, w) first.
+        Whether x is a batch, (…, n, p), whose leading dimensions become those of the result.
+        Without it, more than two dimensions are an error: flatten activations (n, c, h, w) first.
     precision : {"tf32x3", "tf32", "ieee"}
-        Of the float32 products of the Triton kernels: as accurate as float32 on tensor cores,
-        10 bits on tensor cores, or float32 without them. "cupy" multiplies float32 in float32,
-        other backends compute in float64.
+        Float32 products in the Triton kernels: "tf32x3" is as accurate as float32 and runs on
+        tensor cores, "tf32" has 10 bits and runs on tensor cores, "ieee" is plain float32. "cupy"
+        multiplies float32 in float32, other backends compute in float64.
     backend : {"reference", "torch", "triton", "cupy"}, optional
-        What computes it; by default chosen by the kind and the device of x.
+        Backend to use; by default chosen by the library and device of x.
 
     Returns
     -------
-    g : array like x, (…, C, n, n) or (…, T, C, n, n), float64
-        Symmetric, positive semidefinite, in x's units squared; an empty cell gives zeros.
+    grams : array like x, (…, C, n, n) or (…, T, C, n, n), float64
+        Symmetric and positive semidefinite, in x's units squared. Zeros for an empty cell.
 
     Raises
     ------
@@ -113,7 +131,20 @@ def cell_grams(
     Notes
     -----
     Reads x once; 2 n² p operations for all cells of a partition together.
-    Source: METRICS, "One original, many ablations".
+    Source: docs/metrics.md, "One original, many ablations".
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import repsim_kernels as rk
+    >>> x = np.array([[0.0, 1.0], [2.0, 1.0], [4.0, 4.0]])
+    >>> grams = rk.cell_grams(x, [0, 1])  # one cell for each of the two neurons
+    >>> grams[1]
+    array([[ 1.,  1., -2.],
+           [ 1.,  1., -2.],
+           [-2., -2.,  4.]])
+    >>> np.allclose(grams.sum(0), rk.centered_gram(x))
+    True
     """
     x, source = _check.check_representation(x, batched=batched, allow_constant=True)
     cells, n_cells = _check.check_cells(cells, x.shape[-1], n_cells, allow_partitions=True)

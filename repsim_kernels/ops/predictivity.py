@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from repsim_kernels import _check, _dispatch, _options
-from repsim_kernels._typing import Array
+from repsim_kernels._typing import Array, ArrayLike
 
 
 def linear_predictivity(
-    x: Any,
-    y: Any,
+    x: ArrayLike,
+    y: ArrayLike,
     *,
     ridge: float | str = 1.0,
     folds: int = 5,
@@ -19,34 +17,35 @@ def linear_predictivity(
 ) -> Array:
     """Held-out R² of y predicted from x by ridge regression; **not symmetric**.
 
-    1 - Σ ‖yᵢ - ŷᵢ‖² / Σ ‖yᵢ - ȳ‖² over all stimuli i, where ŷᵢ is predicted by the fit without the
-    fold that holds i, and ȳ is the mean over all stimuli. A neuron of y counts by its variance.
+    1 - Σ ‖yᵢ - ŷᵢ‖² / Σ ‖yᵢ - ȳ‖² over all stimuli i. The prediction ŷᵢ comes from the fit without
+    the fold that contains i; ȳ is the mean over all stimuli. A neuron of y is weighted by its
+    variance.
 
     Parameters
     ----------
     x, y : array, (n, p) and (n, q), float16 | bfloat16 | float32 | float64
-        Activations of the same n >= 2 stimuli. Integers are taken as float64. x predicts y.
+        Activations for the same n >= 2 stimuli. Integers are converted to float64. x predicts y.
     ridge : float, or "gcv"
-        Relative ridge, 1e-6 … 1e10: the penalty κ ‖w‖² of every fold has κ = ridge · tr(K) / n,
-        with K the Gram of all stimuli of x; the intercept is not penalised. "gcv" chooses a ridge
-        between 1e-6 and 1e6 by generalised cross-validation on all stimuli of x and y. As in
-        `ablation_decodability`.
+        Relative ridge, 1e-6 … 1e10. The penalty of every fold is κ ‖w‖² with κ = ridge · tr(K) / n,
+        where K is the Gram matrix of x for all stimuli; the intercept is not penalised. "gcv"
+        chooses a ridge between 1e-6 and 1e6 by generalised cross-validation on all stimuli of x and
+        y. As in `ablation_decodability`.
     folds : int
-        Number of folds, 2 … n: contiguous runs of stimuli, the first n mod folds of them one
-        longer, as scikit-learn's KFold makes them without shuffling. Shuffle the stimuli of both
-        sides together if they are sorted, for example by class.
+        Number of folds, 2 … n. Folds are contiguous runs of stimuli, the first n mod folds of them
+        longer by one, like those of scikit-learn's KFold without shuffling. If the stimuli are
+        sorted, for example by class, shuffle both sides in the same way first.
     batched : bool
-        Whether x and y are batches, (…, n, p) and (…, n, q). Their leading dimensions broadcast,
-        and are those of the result. Without it more than two dimensions are refused: flatten
+        Whether x and y are batches, (…, n, p) and (…, n, q). Their leading dimensions broadcast and
+        become those of the result. Without it, more than two dimensions are an error: flatten
         activations (n, c, h, w) first.
     backend : {"reference", "torch"}, optional
-        What computes it; by default chosen by the kind and the device of x.
+        Backend to use; by default chosen by the library and device of x.
 
     Returns
     -------
     score : array like x, (…), float64
-        At most 1; 0 is what predicting the mean over all stimuli gives, and worse predictions are
-        negative. Less than 1 for x and itself, because of the ridge. Has no unit.
+        At most 1. Predicting the mean over all stimuli scores 0, and worse predictions are
+        negative. Less than 1 for x and itself, because of the ridge. Dimensionless.
 
     Raises
     ------
@@ -55,13 +54,28 @@ def linear_predictivity(
 
     Notes
     -----
-    Costs one Gram of x, 2 n² p operations at most, the same for y if q >= n, one n x n
-    factorisation for all folds, n³, solves of 2 n³ / folds, and a product of 2 n² min(q, n); "gcv"
+    Costs one Gram matrix of x, at most 2 n² p operations, and one of y if q >= n; one n x n
+    factorisation for all folds, n³; solves of 2 n³ / folds; and a product of 2 n² min(q, n). "gcv"
     adds an eigendecomposition of x, and one of y if q >= n.
-    Source: Yamins et al. 2014 and Schrimpf et al. 2018 for linear predictivity, which they fit by
-    partial least squares; Hoerl & Kennard 1970 for the ridge; Golub, Heath & Wahba 1979 for "gcv".
+    Source: for linear predictivity, which they fit by partial least squares, Yamins et al. 2014,
+    PNAS 111, and Schrimpf et al. 2018, "Brain-Score", bioRxiv 407007; Hoerl & Kennard 1970,
+    Technometrics 12, for the ridge; Golub, Heath & Wahba 1979, Technometrics 21, for "gcv".
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import repsim_kernels as rk
+    >>> rng = np.random.default_rng(0)
+    >>> x = rng.standard_normal((100, 10))
+    >>> y = x[:, :5] + 0.5 * rng.standard_normal((100, 5))
+    >>> round(float(rk.linear_predictivity(x, y, ridge=0.01)), 3)
+    0.74
+    >>> round(float(rk.linear_predictivity(y, x, ridge=0.01)), 3)  # y lacks half of x's neurons
+    0.357
     """
     ridge = _options.check_ridge_or_gcv(ridge)
     x, y, source = _check.check_pair(x, y, batched=batched)
-    labels = _options.make_contiguous_folds(folds, x.shape[-2])
-    return _dispatch.call("linear_predictivity", backend, source, x, y, ridge=ridge, folds=labels)
+    fold_of_stimulus = _options.make_contiguous_folds(folds, x.shape[-2])
+    return _dispatch.call(
+        "linear_predictivity", backend, source, x, y, ridge=ridge, folds=fold_of_stimulus
+    )

@@ -8,79 +8,86 @@ from typing import Any
 import numpy as np
 
 from repsim_kernels import _arrays, _check, _dispatch, _options
+from repsim_kernels._typing import ArrayLike
 from repsim_kernels.errors import LabelError, OptionError
 
 SCORES = ("accuracy", "balanced_accuracy", "margin", "r2")
 
 
 def ablation_decodability(
-    x: Any,
-    cells: Any,
-    labels: Any,
+    x: ArrayLike,
+    cells: ArrayLike,
+    labels: ArrayLike,
     *,
     target: int | Sequence[int] | None = None,
     ridge: float | str = 1.0,
-    folds: Any = None,
+    folds: int | ArrayLike | None = None,
     score: str | Sequence[str] | None = None,
     probe: str = "ridge",
     batched: bool = False,
     precision: str = "tf32x3",
     backend: str | None = None,
 ) -> dict[str, Any]:
-    """How well a linear reader tells held-out stimuli apart, for each ablation of a representation.
+    """How well a linear probe classifies held-out stimuli after each ablation of a representation.
 
-    The reader is ridge regression on one-hot classes or logistic regression of each class against
-    the rest, with an unpenalised intercept; the largest output is the answer.
+    The probe is ridge regression on one-hot classes, or logistic regression of each class against
+    the rest, with an unpenalised intercept. It predicts the class with the largest output.
 
     Parameters
     ----------
     x : array, (n, p), float16 | bfloat16 | float32 | float64
-        Activations: n >= 2 stimuli, p >= 1 neurons, any strides. Integers are taken as float64.
+        Activations for n >= 2 stimuli, p >= 1 neurons, any strides. Integers are converted to
+        float64.
     cells : integer array, (p,), or boolean array, (C, p)
-        Cell of each neuron, 0 … C - 1, or -1 for a neuron that is never ablated; or the membership
-        of cells that may overlap.
+        Integers: the cell of each neuron, 0 … C - 1, or -1 for a neuron that is never ablated.
+        Booleans: the membership of cells that may overlap.
     labels : integer array, (n,)
         Class of each stimulus; at least two classes.
     target : int or sequence of T different ints, optional
-        Read this class against the rest, or each of these; by default tell all classes apart.
+        Discriminate this class from the rest, or each of these; by default, all classes from each
+        other.
     ridge : float, or "gcv"
-        1e-6 … 1e10. Relative: the penalty is κ/2 ‖w‖² beside half the squared errors, or the log
-        loss, with κ = ridge · tr(K) / n, K the Gram of all stimuli of the side that the reader is
-        fitted on. "gcv", of probe="ridge": between 1e-6 and 1e6, where generalised
-        cross-validation of the intact representation is least, one for all targets.
+        Relative ridge, 1e-6 … 1e10: the penalty is κ/2 ‖w‖², added to half the squared errors or to
+        the log loss, with κ = ridge · tr(K) / n, where K is the Gram matrix, for all stimuli, of
+        the representation that the probe is fitted on. "gcv", only with probe="ridge", chooses the
+        ridge between 1e-6 and 1e6 that minimises the generalised cross-validation error of the
+        intact representation, one for all targets.
     folds : int, or integer array, (n,), optional
-        Which stimuli are held out together: those of k folds, where the i-th stimulus of each class
-        of `labels` is in fold i mod k, or of the folds given, at least 2. By default each stimulus
-        alone, which probe="logistic" can't.
+        Which stimuli are held out together. An int k: the i-th stimulus of each class of `labels`
+        is in fold i mod k. An array: the fold of each stimulus, at least two folds. By default
+        every stimulus is held out alone, which probe="logistic" doesn't support.
     score : str or sequence of different str, optional
-        "accuracy", the share of right answers; "balanced_accuracy", its mean over classes;
-        "margin", the output of the true class less the largest other one, averaged over stimuli,
-        or with a target over target and rest and then over both; "r2", of probe="ridge": 1 less
-        the squared errors of all outputs over those of the means. By default "accuracy", or
-        "balanced_accuracy" with a target.
+        "accuracy": the fraction of correct predictions. "balanced_accuracy": its mean over classes.
+        "margin": the output of the true class minus the largest other output, averaged over
+        stimuli; with a target, averaged within target and rest, and then over both. "r2", only with
+        probe="ridge": 1 minus the ratio of the squared errors of all outputs to those of the means.
+        By default "accuracy", or "balanced_accuracy" with a target.
     probe : {"ridge", "logistic"}
-        The reader. The outputs of "logistic" are its decision values, that of the rest minus the
-        target's. A class that a fold has all stimuli of can't be learnt without it: its output for
-        that fold is what "ridge" makes of zeros, and -inf for "logistic".
+        The probe. The outputs of "logistic" are its decision values; with a target, the value of
+        the rest is minus that of the target. If a fold contains all stimuli of a class, a probe
+        can't learn it from the others: its output for that fold is -inf for "logistic", and that of
+        a fit to zeros for "ridge".
     batched : bool
-        Whether x is a batch, (…, n, p), whose leading dimensions are those of the result. Without
-        it more than two dimensions are refused: flatten activations (n, c, h, w) first.
+        Whether x is a batch, (…, n, p), whose leading dimensions become those of the result.
+        Without it, more than two dimensions are an error: flatten activations (n, c, h, w) first.
     precision : {"tf32x3", "tf32", "ieee"}
-        Of the float32 products of the Triton kernels: as accurate as float32 on tensor cores,
-        10 bits on tensor cores, or float32 without them. Other backends compute in float64.
+        Float32 products in the Triton kernels: "tf32x3" is as accurate as float32 and runs on
+        tensor cores, "tf32" has 10 bits and runs on tensor cores, "ieee" is plain float32. Other
+        backends compute in float64.
     backend : {"reference", "torch", "triton"}, optional
-        What computes it; by default chosen by the kind and the device of x.
+        Backend to use; by default chosen by the library and device of x.
 
     Returns
     -------
-    score : dict
-        ``"refit"``, (…, C): the reader is fitted on the ablated representation (what information
-        is left), NaN where a cell of everything leaves none; ``"frozen"``, (…, C): fitted on the
-        original without a fold, applied to the ablated stimuli of that fold, their activations set
-        to zero (what a fixed reader loses); ``"intact"``, a float, or (…) for a batch. With a
-        sequence of targets (…, T, C) and, intact, (…, T). With a sequence of scores a dict of
-        these by name. With ridge="gcv" also ``"ridge"``, a float, or (…) for a batch. Accuracies
-        are in [0, 1], "r2" is at most 1.
+    score : dict of str to array like x, float64
+        ``"refit"``, (…, C): the probe is fitted on the ablated representation, which shows what
+        information remains; NaN for a cell of all neurons. ``"frozen"``, (…, C): the probe is
+        fitted on the original without a fold, and applied to the stimuli of that fold with the
+        cell's activations set to zero, which shows what a fixed reader loses. ``"intact"``: the
+        score without ablation, a float, or (…) for a batch. With ridge="gcv" also ``"ridge"``, a
+        float, or (…) for a batch. With a sequence of targets (…, T, C) and, for "intact", (…, T).
+        With a sequence of scores a dict of these by score. Accuracies are in [0, 1], "r2" is at
+        most 1; all are dimensionless.
 
     Raises
     ------
@@ -89,19 +96,35 @@ def ablation_decodability(
 
     Notes
     -----
-    From the Grams of one pass over x; no vector of p weights is made. "ridge": a factorisation and
-    an inverse a cell, n³ operations, however many targets; k folds add n³ / 3k² and 2 n³ / k,
-    "gcv" one eigendecomposition. "logistic": n³ / 3 for each cell, fold, class or target, and
-    Newton step, of which there are some 5 to 10; its outputs are right to 1e-10 for a ridge of 1e-4
-    or more. Source: METRICS, "Linear decodability"; Golub, Heath & Wahba 1979 for "gcv";
-    Rasmussen & Williams 2006, algorithm 3.1, for "logistic".
+    Computed from Gram matrices, with one pass over x; no vector of p weights is formed. "ridge":
+    one factorisation and one inverse per cell, n³ operations, for any number of targets; k folds
+    add n³ / 3k² and 2 n³ / k, "gcv" one eigendecomposition. "logistic": n³ / 3 for each cell, fold,
+    class or target, and Newton step, about 5 to 10 steps; its outputs are accurate to 1e-10 for a
+    ridge of 1e-4 or more.
+
+    Source: docs/metrics.md, "Linear decodability"; Golub, Heath & Wahba 1979, Technometrics 21, for
+    "gcv"; Rasmussen & Williams 2006, *Gaussian Processes for Machine Learning*, algorithm 3.1, for
+    "logistic".
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import repsim_kernels as rk
+    >>> rng = np.random.default_rng(0)
+    >>> labels = np.arange(60) % 3
+    >>> x = rng.standard_normal((60, 20))
+    >>> x[:, :10] += 2 * np.eye(3)[labels] @ rng.standard_normal((3, 10))
+    >>> cells = np.repeat([0, 1], 10)  # the classes differ in the neurons of cell 0 only
+    >>> scores = rk.ablation_decodability(x, cells, labels)
+    >>> round(scores["intact"], 2), scores["refit"].round(2), scores["frozen"].round(2)
+    (1.0, array([0.38, 1.  ]), array([0.33, 1.  ]))
     """
     probe = _options.check_choice(probe, "probe", ("ridge", "logistic"))
-    ridge = _relative(ridge, probe)
-    names = _scores(score, target, probe)
+    ridge = _check_ridge(ridge, probe)
+    names = _check_scores(score, target, probe)
     x, source = _check.check_representation(x, batched=batched)
     cells, n_cells = _check.check_cells(cells, x.shape[-1])
-    labels, targets = _targets(target, labels, x.shape[-2])
+    labels, targets = _check_targets(target, labels, x.shape[-2])
     result = _dispatch.call(
         "ablation_decodability",
         backend,
@@ -112,7 +135,7 @@ def ablation_decodability(
         labels=labels,
         target=targets,
         ridge=ridge,
-        folds=_folds(folds, labels, probe),
+        folds=_check_folds(folds, labels, probe),
         score=names,
         probe=probe,
         precision=_options.check_precision(precision),
@@ -128,23 +151,23 @@ def ablation_decodability(
     return result
 
 
-def _relative(ridge: Any, probe: str) -> float | str:
-    """Check the ridge of a probe."""
+def _check_ridge(ridge: Any, probe: str) -> float | str:
+    """Check the relative ridge of a probe."""
     ridge = _options.check_ridge_or_gcv(ridge)
     if ridge == "gcv" and probe == "logistic":
         raise OptionError(
             "ridge: 'gcv' with probe='logistic'; expected a number, or probe='ridge', since "
-            "generalised cross-validation is of least squares"
+            "generalised cross-validation is defined for least squares"
         )
     return ridge
 
 
-def _scores(score: Any, target: Any, probe: str) -> tuple[str, ...]:
-    """Check the names of scores."""
+def _check_scores(score: Any, target: Any, probe: str) -> tuple[str, ...]:
+    """Check the names of scores; None gives the default."""
     if score is None:
         return ("accuracy" if target is None else "balanced_accuracy",)
-    items = (score,) if isinstance(score, str) else _options.to_tuple(score)
-    names = tuple(_options.check_choice(item, "score", SCORES) for item in items or ())
+    scores = (score,) if isinstance(score, str) else _options.to_tuple(score)
+    names = tuple(_options.check_choice(name, "score", SCORES) for name in scores or ())
     if not names or len(set(names)) < len(names):
         raise OptionError(
             f"score: {_options.short_repr(score)}; expected a name or a sequence of different names"
@@ -157,8 +180,8 @@ def _scores(score: Any, target: Any, probe: str) -> tuple[str, ...]:
     return names
 
 
-def _targets(target: Any, labels: Any, n: int) -> tuple[Any, int | tuple[int, ...] | None]:
-    """Check labels (n,) and the target or targets."""
+def _check_targets(target: Any, labels: Any, n: int) -> tuple[Any, int | tuple[int, ...] | None]:
+    """Check labels (n,) and the target or targets; return both."""
     if _arrays.detect_library(target):
         target = _arrays.to_numpy(_arrays.convert(target, "target")[0])
     if target is None:
@@ -169,22 +192,22 @@ def _targets(target: Any, labels: Any, n: int) -> tuple[Any, int | tuple[int, ..
     labels = _check.check_labels(labels, n)
     for one in several:
         _check.check_labels(labels, n, one)
-    found = tuple(int(one) for one in several)
-    if not found or len(set(found)) < len(found):
+    targets = tuple(int(one) for one in several)
+    if not targets or len(set(targets)) < len(targets):
         raise LabelError(
             f"target: {_options.short_repr(target)}; expected a label or a sequence of different "
             "labels"
         )
-    return labels, found
+    return labels, targets
 
 
-def _folds(folds: Any, labels: Any, probe: str) -> Any:
-    """Check the folds, and make those of a number of them: (n,) from 0 on, none empty, or None."""
+def _check_folds(folds: Any, labels: Any, probe: str) -> np.ndarray[Any, Any] | None:
+    """Return the fold of each stimulus, from 0 on and none empty; None to hold out each alone."""
     if folds is None:
         if probe == "logistic":
             raise OptionError(
                 "folds: None with probe='logistic'; expected a number of folds or a fold for each "
-                "stimulus, since without one stimulus at a time it has no closed form"
+                "stimulus, since leave-one-out has no closed form for it"
             )
         return None
     if isinstance(folds, (int, np.integer)) and not isinstance(folds, bool):
@@ -192,14 +215,15 @@ def _folds(folds: Any, labels: Any, probe: str) -> Any:
         if not 2 <= folds <= counts.max():
             raise OptionError(
                 f"folds: {_options.short_repr(folds)}; expected 2 or more, and at most "
-                f"{counts.max()}, the stimuli of the largest class"
+                f"{counts.max()}, the size of the largest class"
             )
         fold = np.empty_like(labels)
         for k, count in enumerate(counts):
             fold[classes == k] = np.arange(count) % folds
         return fold
-    text = isinstance(folds, str)  # no array, where a number of folds would do as well
-    values = np.asarray(folds) if text else _arrays.to_numpy(_arrays.convert(folds, "folds")[0])
+    # A string gets the error below, which mentions a number of folds; `convert` has its own.
+    is_text = isinstance(folds, str)
+    values = np.asarray(folds) if is_text else _arrays.to_numpy(_arrays.convert(folds, "folds")[0])
     if values.dtype.kind not in "iu" or values.shape != labels.shape:
         raise OptionError(
             f"folds: {_options.short_repr(folds)}; expected a whole number of at least 2, or "

@@ -1,4 +1,4 @@
-"""The probe of the published study: logistic regressions on neurons that are drawn at random."""
+"""The probe of the published study: logistic regressions on randomly drawn neurons."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ import numpy as np
 
 from repsim_kernels import _arrays, _check, _options
 from repsim_kernels._arrays import Source
-from repsim_kernels._typing import Array
+from repsim_kernels._typing import Array, ArrayLike, Tensor
 from repsim_kernels.errors import LabelError, OptionError
-from repsim_kernels.ops.logistic import MOST, _fits, _tolerance
+from repsim_kernels.ops.logistic import MAX_NEURONS, check_tolerance, fit_columns
 
-# Up to so many neurons orderings come from sorted random keys, at most so many at a time.
-_KEYED, _KEYS = 2**13, 2**22
-# scikit-learn's log-loss keeps predictions from 0 and 1 by the rounding of a float64.
+# Up to this many neurons, orderings come from sorting random keys, this many keys at once.
+_MAX_SORTED_NEURONS, _MAX_KEYS = 2**13, 2**22
+_MAX_DRAWS = 10**6
+# scikit-learn's log_loss clips predictions to [eps, 1 - eps]: the losses of a wrong hard prediction
+# and of a correct one.
 _EPS = float(np.finfo(np.float64).eps)
-_MOST_DRAWS = 10**6
-_WRONG, _RIGHT = -math.log(_EPS), -math.log1p(-_EPS)
+_LOSS_IF_WRONG, _LOSS_IF_RIGHT = -math.log(_EPS), -math.log1p(-_EPS)
 
 
 def probe_paper(
-    x: Any,
-    cells: Any,
-    labels: Any,
+    x: ArrayLike,
+    cells: ArrayLike,
+    labels: ArrayLike,
     target: int,
     *,
     draws: int = 200,
@@ -35,46 +36,49 @@ def probe_paper(
     precision: str = "tf32x3",
     backend: str | None = None,
 ) -> dict[str, Array]:
-    """Linear decodability of a class, and what each ablation takes of it, by the study's own probe.
+    """Linear decodability of a class before and after each ablation, by the published probe.
 
-    ``draws`` times a logistic regression tells the class from the rest by ``size`` neurons that are
-    drawn without replacement from those that are left, and is scored on the stimuli that it was
-    fitted on: exp(-the mean over the draws of the log-loss of its hard predictions).
+    Each of `draws` logistic regressions discriminates the class from the rest by `size` neurons,
+    drawn without replacement from those that are not ablated, and is scored on the stimuli it was
+    fitted on. The result is exp(-mean log loss of the hard predictions) over the draws.
 
     Parameters
     ----------
     x : array, (n, p), float16 | bfloat16 | float32 | float64
-        Activations: n >= 2 stimuli, p >= 1 neurons, any strides. Integers are taken as float64.
+        Activations for n >= 2 stimuli, p >= 1 neurons, any strides. Integers are converted to
+        float64.
     cells : integer array, (p,), or boolean array, (C, p)
-        Cell of each neuron, 0 … C - 1, or -1 for a neuron that is never ablated; or the membership
-        of cells that may overlap.
+        Integers: the cell of each neuron, 0 … C - 1, or -1 for a neuron that is never ablated.
+        Booleans: the membership of cells that may overlap.
     labels : integer array, (n,)
         Class of each stimulus; at least two classes.
     target : int
-        The class that is told from the rest.
+        The class to discriminate from the rest.
     draws : int
-        At most 1,000,000. The study took 200 for AlexNet, p / 100 but at least 200 for
-        MobileNetV2, and p / 50 for ResNet50.
+        Number of draws, at most 1,000,000. The study used 200 for AlexNet, p / 100 but at least 200
+        for MobileNetV2, and p / 50 for ResNet50.
     size : int
-        Neurons of a draw, at most 128; all that are left, if they are fewer.
+        Neurons per draw, at most 128; all remaining neurons if they are fewer.
     paired : bool
-        Whether an ablated fit keeps the intact one's neurons as far as they survive, and draws only
-        the others' replacements. Each estimate has the same distribution as by itself, and their
-        difference less noise. False draws all anew, as the study did.
+        Whether the fits of an ablation keep the intact fits' neurons where these survive, and draw
+        only replacements for the others. Each estimate has the same distribution either way, but
+        their difference is less noisy. False draws all neurons anew, as the study did.
     seed : int
-        Of the draws, at least 0. They are the same on every backend.
+        Seed of the draws, at least 0. Draws are the same on every backend.
     C : float
-        Inverse of the penalty's strength, above 0.
-    precision, backend
+        Inverse strength of the penalty, above 0.
+    precision : {"tf32x3", "tf32", "ieee"}
+        As in `logistic_fits`.
+    backend : {"reference", "torch", "triton"}, optional
         As in `logistic_fits`.
 
     Returns
     -------
-    scores : dict
-        ``"intact"``, a float, and ``"ablated"``, (C,), in [0, 1]; ``"change"``, (C,), intact -
-        ablated; ``"standard_error"``, (C,), that of the change by Monte Carlo: what other draws
-        would change, 0 where there is only one way to draw, NaN for a single draw. NaN for a cell
-        of everything. float64.
+    scores : dict of str to array like x, float64
+        ``"intact"``, a float, and ``"ablated"``, (C,), in [0, 1]; ``"change"``, (C,), intact minus
+        ablated; ``"standard_error"``, (C,), the Monte Carlo error of the change: how much it varies
+        with the draws. It is 0 if there is only one way to draw, and NaN for a single draw. A cell
+        of all neurons has NaN. Dimensionless.
 
     Raises
     ------
@@ -83,13 +87,26 @@ def probe_paper(
 
     Notes
     -----
-    (1 + C) · draws fits, each as in `logistic_fits`; an ablated one that is paired starts from the
-    intact one. A copy of x is made unless it lies neuron by neuron. The study's classifier stops
-    early (scikit-learn's lbfgs, 100 iterations); this one converges, with outliers in float64, as
-    `logistic_fits` describes.
+    Costs (1 + C) · draws fits, where C is the number of cells, each as in `logistic_fits`; paired
+    fits start from the intact ones. x is copied unless its memory is ordered neuron by neuron. The
+    study's classifier stops early (scikit-learn's lbfgs after 100 iterations); this one converges,
+    with outliers in float64, as described in `logistic_fits`.
 
-    Source: Hayne, Jung & Carter, *Does Representation Similarity Capture Function Similarity?*,
-    TMLR 2024, and its published code; scikit-learn >= 1.5, log_loss.
+    Source: Hayne, Jung & Carter 2024, "Does Representation Similarity Capture Function
+    Similarity?", TMLR, and its published code; the log loss is scikit-learn's (>= 1.5) log_loss.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import repsim_kernels as rk
+    >>> rng = np.random.default_rng(0)
+    >>> labels = np.arange(60) % 3
+    >>> x = rng.standard_normal((60, 40))
+    >>> x[labels == 1, :20] += 2  # only the neurons of cell 0 respond to class 1
+    >>> cells = np.repeat([0, 1], 20)
+    >>> scores = rk.probe_paper(x, cells, labels, target=1, draws=20, size=10)
+    >>> round(scores["intact"], 2), scores["ablated"].round(2)
+    (0.97, array([0., 1.]))
     """
     x, source = _check.check_representation(x, allow_batch=False)
     n, p = x.shape
@@ -97,33 +114,29 @@ def probe_paper(
     if target is None:
         raise LabelError("target: None; expected an integer label")
     y = _check.check_labels(labels, n, target) == target
-    draws, size = (
-        _options.check_count(draws, "draws", maximum=_MOST_DRAWS),
-        _options.check_count(size, "size"),
-    )
-    if size > MOST:
-        raise OptionError(f"size: {size}; expected at most {MOST} neurons")
-    paired, seed = (
-        _options.check_flag(paired, "paired"),
-        _options.check_count(seed, "seed", minimum=0),
-    )
+    draws = _options.check_count(draws, "draws", maximum=_MAX_DRAWS)
+    size = _options.check_count(size, "size")
+    if size > MAX_NEURONS:
+        raise OptionError(f"size: {size}; expected at most {MAX_NEURONS} neurons")
+    paired = _options.check_flag(paired, "paired")
+    seed = _options.check_count(seed, "seed", minimum=0)
     options = {
         "C": _options.check_number(C, "C", low=0, exclude_low=True),
-        "tol": _tolerance(None, x),
+        "tol": check_tolerance(None, x),
         "max_iter": 200,
         "precision": _options.check_precision(precision),
     }
     probe = _Probe(x, y, draws, size, options, backend)
-    found = probe.scores(cells, n_cells, paired, seed)
-    return {name: source.restore(value) for name, value in found.items()}
+    scores = probe.score_cells(cells, n_cells, paired, seed)
+    return {name: source.restore(value) for name, value in scores.items()}
 
 
 class _Probe:
-    """The fits of `probe_paper`, on a copy of x (n, p) that lies neuron by neuron."""
+    """The fits of `probe_paper`, on a copy of x (n, p) that is contiguous for each neuron."""
 
     def __init__(
         self,
-        x: Array,
+        x: Tensor,
         y: np.ndarray[Any, Any],
         draws: int,
         size: int,
@@ -133,124 +146,130 @@ class _Probe:
         self.y, self.draws, self.size = y, draws, size
         self.options, self.backend = options, backend
         self.x = x.mT.contiguous().mT
-        self.source = Source("torch", str(x.device))  # of the fits, which are used as tensors here
+        self.source = Source("torch", str(x.device))  # the fits are needed as tensors
         self.means = self.x.mean(0)
-        self.known = np.empty((0, 0), dtype=np.int64)  # the longest orderings so far of all neurons
+        # Cache of the intact draws: the longest beginnings of random orderings so far.
+        self.orderings = np.empty((0, 0), dtype=np.int64)
 
-    def scores(
+    def score_cells(
         self, cells: np.ndarray[Any, Any], n_cells: int, paired: bool, seed: int
-    ) -> dict[str, Array]:
+    ) -> dict[str, Any]:
+        """Return the scores of the intact representation and of each ablation."""
         p = self.x.shape[1]
-        own, *sources = np.random.SeedSequence(seed).spawn(n_cells + 1)
-        order = self._order(own, p, self.size)
-        whole, before = self._fit(order)
-        intact = math.exp(-before.mean())
-        after, errors = np.full(n_cells, np.nan), np.full(n_cells, np.nan)
-        for c, source in enumerate(sources):
+        intact_seed, *cell_seeds = np.random.SeedSequence(seed).spawn(n_cells + 1)
+        intact_fits, intact_losses = self._fit(self._draw(intact_seed, p, self.size))
+        intact = math.exp(-intact_losses.mean())
+        ablated, errors = np.full(n_cells, np.nan), np.full(n_cells, np.nan)
+        for c, cell_seed in enumerate(cell_seeds):
             inside = cells == c if cells.ndim == 1 else cells[c]
-            left = p - int(inside.sum())
-            if left == 0:
+            n_remaining = p - int(inside.sum())
+            if n_remaining == 0:
                 continue
-            # Of few that are left hardly any were drawn before.
-            together = paired and left > self.size and left >= p / 8
-            if together:
-                losses = self._survivors(own, inside, whole, before)
+            # If few neurons remain, hardly any of the intact draws survive.
+            pair_draws = paired and n_remaining > self.size and n_remaining >= p / 8
+            if pair_draws:
+                losses = self._fit_survivors(intact_seed, inside, intact_fits, intact_losses)
             else:
-                outside = np.flatnonzero(~inside)
-                _, losses = self._fit(outside[self._order(source, left, self.size)])
-            after[c] = math.exp(-losses.mean())
-            # Of s = exp(-mean loss) to first order, d s = -s d (mean loss).
-            if together:
-                errors[c] = _deviation(intact * before - after[c] * losses)
+                remaining = np.flatnonzero(~inside)
+                _, losses = self._fit(remaining[self._draw(cell_seed, n_remaining, self.size)])
+            ablated[c] = math.exp(-losses.mean())
+            # A score is s = exp(-mean loss), so to first order ds = -s d(mean loss).
+            if pair_draws:
+                errors[c] = _standard_error(intact * intact_losses - ablated[c] * losses)
             else:
-                parts = (intact * before, p), (after[c] * losses, left)
-                # Where all neurons are taken, there is one way to draw them.
-                errors[c] = math.hypot(*(_deviation(v) for v, m in parts if m > self.size), 0)
-        change = intact - after
-        return {"intact": intact, "ablated": after, "change": change, "standard_error": errors}
+                terms = (intact * intact_losses, p), (ablated[c] * losses, n_remaining)
+                # A draw of all neurons has no sampling error.
+                errors[c] = math.hypot(*(_standard_error(v) for v, m in terms if m > self.size), 0)
+        change = intact - ablated
+        return {"intact": intact, "ablated": ablated, "change": change, "standard_error": errors}
 
-    def _order(self, source: np.random.SeedSequence, p: int, length: int) -> np.ndarray[Any, Any]:
-        """Beginnings of random orderings of p neurons, for each draw; one if all are drawn."""
+    def _draw(self, seed: np.random.SeedSequence, p: int, length: int) -> np.ndarray[Any, Any]:
+        """Return `length` of p neurons for each draw, or a single draw of all if p <= size."""
         if p <= self.size:
             return np.arange(p)[None]
-        return _orderings(source, p, self.draws, length)
+        return _draw_orderings(seed, p, self.draws, length)
 
     def _fit(
-        self, columns: np.ndarray[Any, Any] | Array, start: tuple[Array, Array] | None = None
-    ) -> tuple[dict[str, Array], np.ndarray[Any, Any]]:
-        """Fits, and the log-loss of each one's hard predictions, as scikit-learn has it."""
+        self, columns: np.ndarray[Any, Any] | Tensor, start: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[dict[str, Tensor], np.ndarray[Any, Any]]:
+        """Return fits, and the log loss of each fit's hard predictions."""
         y = self.y[None]
-        found = _fits(self.source, self.x, y, columns, start, self.backend, **self.options)
-        share = _arrays.to_numpy(found["errors"])[:, 0] / len(self.y)
-        return found, share * _WRONG + (1 - share) * _RIGHT
+        fits = fit_columns(self.source, self.x, y, columns, start, self.backend, **self.options)
+        wrong = _arrays.to_numpy(fits["errors"])[:, 0] / len(self.y)
+        return fits, wrong * _LOSS_IF_WRONG + (1 - wrong) * _LOSS_IF_RIGHT
 
-    def _survivors(
+    def _fit_survivors(
         self,
-        source: np.random.SeedSequence,
+        seed: np.random.SeedSequence,
         inside: np.ndarray[Any, Any],
-        whole: dict[str, Array],
-        before: np.ndarray[Any, Any],
+        intact_fits: dict[str, Tensor],
+        intact_losses: np.ndarray[Any, Any],
     ) -> np.ndarray[Any, Any]:
-        """The losses by the first neurons of each ordering that are not inside a cell."""
+        """Return the losses of fits to the first neurons of each ordering outside the cell.
+
+        Only draws that lost a neuron are fitted again, starting from their intact fit.
+        """
         device, size = self.x.device, self.size
-        gone = _arrays.to_tensor(inside, device)
+        is_ablated = _arrays.to_tensor(inside, device)
         length = size + 16
-        while True:
+        while True:  # until every ordering has `size` neurons outside the cell
             length = min(len(inside), length + length // 4)
-            if self.known.shape[1] < length:
-                self.known = self._order(source, len(inside), length)
-            order = _arrays.to_tensor(self.known, device)
-            alive = ~gone[order]
-            if int(alive.sum(1).min()) >= size:
+            if self.orderings.shape[1] < length:
+                self.orderings = self._draw(seed, len(inside), length)
+            order = _arrays.to_tensor(self.orderings, device)
+            survives = ~is_ablated[order]
+            if int(survives.sum(1).min()) >= size:
                 break
-        changed = (~alive[:, :size]).any(1).nonzero()[:, 0]
-        losses = before.copy()
+        changed = (~survives[:, :size]).any(1).nonzero()[:, 0]
+        losses = intact_losses.copy()
         if len(changed):
-            order, alive = order[changed], alive[changed]
-            chosen = alive & (alive.cumsum(1) <= size)
-            at = chosen.nonzero()[:, 1].view(-1, size)
-            old = whole["coef"][changed, 0]
-            coef = old.gather(1, at.clamp(max=size - 1)).where(at < size, 0)
-            # The fit goes on from margins of the same mean.
-            lost = (old * self.means[order[:, :size]]).sum(1)
-            columns = order.gather(1, at)
-            kept = (coef * self.means[columns]).sum(1)
-            intercept = whole["intercept"][changed, 0] + (lost - kept).to(coef.dtype)
+            order, survives = order[changed], survives[changed]
+            chosen = survives & (survives.cumsum(1) <= size)
+            positions = chosen.nonzero()[:, 1].view(-1, size)
+            columns = order.gather(1, positions)
+            intact_coef = intact_fits["coef"][changed, 0]
+            # Survivors keep their coefficients; replacements start at 0.
+            coef = intact_coef.gather(1, positions.clamp(max=size - 1)).where(positions < size, 0)
+            # The intercept is shifted so that the mean of the decision values stays the same.
+            intact_mean = (intact_coef * self.means[order[:, :size]]).sum(1)
+            new_mean = (coef * self.means[columns]).sum(1)
+            shift = (intact_mean - new_mean).to(coef.dtype)
+            intercept = intact_fits["intercept"][changed, 0] + shift
             start = coef[:, None], intercept[:, None]
             losses[_arrays.to_numpy(changed)] = self._fit(columns, start)[1]
         return losses
 
 
-def _orderings(
-    source: np.random.SeedSequence, p: int, draws: int, length: int
+def _draw_orderings(
+    seed: np.random.SeedSequence, p: int, draws: int, length: int
 ) -> np.ndarray[Any, Any]:
-    """The first `length` of p neurons in random order, `draws` times: (draws, length).
+    """Return the first `length` of p neurons in random order, for each draw: (draws, length).
 
-    A longer one of the same source begins with a shorter one.
+    For one seed, a longer result begins with each shorter one.
     """
-    rng = np.random.default_rng(source)
-    if p <= _KEYED:
-        step = max(1, _KEYS // p)
+    rng = np.random.default_rng(seed)
+    if p <= _MAX_SORTED_NEURONS:
+        step = max(1, _MAX_KEYS // p)
         counts = [min(step, draws - i) for i in range(0, draws, step)]
         return np.concatenate([rng.random((k, p)).argsort(1)[:, :length] for k in counts])
-    # Distinct numbers in the order in which they first come, of numbers with repeats.
+    # Draw with replacement and keep the first occurrence of each neuron.
     count = length + length // 2 + 8
     while True:
-        rng = np.random.default_rng(source)
+        rng = np.random.default_rng(seed)
         values = np.ascontiguousarray(rng.integers(p, size=(count, draws), dtype=np.int32).T)
-        found = values[:, :length].astype(np.int64)
-        ranked = np.sort(values[:, :length], axis=1)
-        some = np.flatnonzero((ranked[:, 1:] == ranked[:, :-1]).any(axis=1))
-        for row in some:
+        orderings = values[:, :length].astype(np.int64)
+        ordered = np.sort(values[:, :length], axis=1)
+        with_repeats = np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=1))
+        for row in with_repeats:
             _, first = np.unique(values[row], return_index=True)
             if len(first) < length:
                 break
-            found[row] = values[row, np.sort(first)[:length]]
+            orderings[row] = values[row, np.sort(first)[:length]]
         else:
-            return found
+            return orderings
         count *= 2
 
 
-def _deviation(values: np.ndarray[Any, Any]) -> float:
-    """Standard error of the mean; NaN of one value."""
+def _standard_error(values: np.ndarray[Any, Any]) -> float:
+    """Return the standard error of the mean; NaN for a single value."""
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan

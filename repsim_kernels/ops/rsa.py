@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from repsim_kernels import _check, _dispatch, _options
-from repsim_kernels._typing import Array
+from repsim_kernels._typing import Array, ArrayLike
 
 
 def rsa(
-    x: Any,
-    y: Any,
+    x: ArrayLike,
+    y: ArrayLike,
     *,
     distance: str = "euclidean",
     compare: str = "spearman",
@@ -22,50 +20,66 @@ def rsa(
     Parameters
     ----------
     x, y : array, (n, p) and (n, q), float16 | bfloat16 | float32 | float64
-        Activations of the same n >= 3 stimuli. Integers are taken as float64.
+        Activations for the same n >= 3 stimuli. Integers are converted to float64.
     distance : {"euclidean", "sqeuclidean", "correlation", "cosine"}
-        Between the rows of x as they are given, as SciPy's ``pdist``. "correlation" and "cosine"
-        depend on where zero is: subtract ``x.mean(0)`` first for those of the centred patterns.
+        Distance between the rows of x, and between those of y, as in SciPy's ``pdist``. The
+        activations are not centred first, on which "correlation" and "cosine" depend: subtract
+        ``x.mean(0)`` for the distances of centred patterns.
     compare : {"spearman", "pearson", "cosine"}
-        How the n(n - 1)/2 distances of both sides are compared; ties (see Notes) get their mean
-        rank.
+        How to compare the two vectors of n(n - 1)/2 distances. Tied distances (see Notes) get their
+        mean rank.
     batched : bool
-        Whether x and y are batches, (…, n, p) and (…, n, q). Their leading dimensions broadcast,
-        and are those of the result. Without it more than two dimensions are refused: flatten
+        Whether x and y are batches, (…, n, p) and (…, n, q). Their leading dimensions broadcast and
+        become those of the result. Without it, more than two dimensions are an error: flatten
         activations (n, c, h, w) first.
     backend : {"reference", "torch"}, optional
-        What computes it; by default chosen by the kind and the device of x.
+        Backend to use; by default chosen by the library and device of x.
 
     Returns
     -------
     similarity : array like x, (…), float64
-        In [-1, 1]; "cosine" in [0, 1]. Has no unit.
+        In [-1, 1]; with compare="cosine" in [0, 1]. Dimensionless.
 
     Raises
     ------
     ShapeError, DtypeError, NonFiniteError, DeviceError, OptionError, BackendUnavailable
     ConstantError
-        A constant representation, distances that are equal up to rounding (they correlate with
-        nothing), or for "correlation" and "cosine" a row that is constant or zero.
+        If a representation is constant, or all its distances are equal up to rounding (their
+        correlation is not defined), or, for "correlation" and "cosine", a row is constant or zero.
 
     Notes
     -----
-    Distances come from one Gram matrix, n² p operations; those of nearly identical stimuli from
-    their features.
+    Distances are computed from one Gram matrix, n² p operations; those between nearly identical
+    stimuli from their features.
 
-    Which distances tie (for "spearman") does not depend on the machine, or on the order of stimuli
-    and neurons. Stimuli whose rows are equal count as one when distances are computed, so that
-    repeats tie exactly. Other distances are equal if rounding alone can part them: the tolerance
-    of a distance is twice what float64 arithmetic and half an ulp of each input entry may change it
-    by. In order of size, distances form groups that are more than 4 tolerances apart. The members
-    of a group, m different numbers, tie if they lie within the tolerance of the first, and the next
-    distances on either side are more than 256 / (m - 1) tolerances away: with 2,000 stimuli,
-    float32's rounding is as wide as the gaps between distances, and pairs that come close by chance
-    must not tie. The rule is also applied with the tolerance of float64 arithmetic alone. NumPy's
-    arrays of bfloat16, and all with ``backend="reference"``, count as float32.
-    Source: Kriegeskorte et al. 2008.
+    Which distances tie (for "spearman") does not depend on the machine, or on the order of the
+    stimuli and neurons. Stimuli with equal rows count as one when distances are computed, so that
+    repeated stimuli tie exactly. Other distances are equal if rounding alone can explain their
+    difference: the tolerance of a distance is twice the error that float64 arithmetic and half an
+    ulp of each input entry can cause. Sorted by size, distances form groups that are more than 4
+    tolerances apart. The members of a group, m different numbers, tie if they lie within the
+    tolerance of the first, and the next distances on either side are more than 256 / (m - 1)
+    tolerances away: with 2,000 stimuli the rounding of float32 is as wide as the gaps between
+    distances, and pairs that are close by chance must not tie. The rule is also applied with the
+    tolerance of float64 arithmetic alone. NumPy arrays of bfloat16, and all arrays with
+    ``backend="reference"``, count as float32.
+
+    Source: Kriegeskorte, Mur & Bandettini 2008, "Representational similarity analysis: connecting
+    the branches of systems neuroscience", Frontiers in Systems Neuroscience 2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import repsim_kernels as rk
+    >>> rng = np.random.default_rng(0)
+    >>> x = rng.standard_normal((100, 10))
+    >>> y = x + rng.standard_normal((100, 10))
+    >>> round(float(rk.rsa(x, y)), 3)
+    0.457
+    >>> round(float(rk.rsa(x, y, distance="correlation", compare="pearson")), 3)
+    0.455
     """
     distance, compare = _options.check_rsa_options(distance, compare)
     x, y, source = _check.check_pair(x, y, min_stimuli=3, batched=batched)
-    value = _dispatch.call("rsa", backend, source, x, y, distance=distance, compare=compare)
-    return _check.raise_if_nan(value, _check.UNDEFINED_RSA)
+    similarity = _dispatch.call("rsa", backend, source, x, y, distance=distance, compare=compare)
+    return _check.raise_if_nan(similarity, _check.UNDEFINED_RSA)

@@ -1,21 +1,50 @@
-"""The n x n stage on its own: distances of ablations from Grams, and spectra of batches."""
+"""The n x n stage alone: distances of ablations from Gram matrices, and spectra of batches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 from repsim_kernels import _check, _dispatch, _metrics, _options
-from repsim_kernels._typing import Array
+from repsim_kernels._routes import Info
+from repsim_kernels._typing import Array, ArrayLike
 from repsim_kernels.errors import ConvergenceError
-from repsim_kernels.ops.ablation import public_result
+from repsim_kernels.ops.ablation import to_public_result
 
 GRAM_METRICS = tuple(m.name for m in _metrics.METRICS if m.ablation and m.from_gram)
 
 
+@overload
 def gram_ablation_distances(
-    gram: Any,
-    parts: Any,
+    gram: ArrayLike,
+    parts: ArrayLike,
+    *,
+    metrics: Sequence[str] = ...,
+    ridge: float = ...,
+    penalty: float = ...,
+    neurons: int | None = ...,
+    info: Literal[False] = ...,
+    backend: str | None = ...,
+) -> dict[str, Array]: ...
+
+
+@overload
+def gram_ablation_distances(
+    gram: ArrayLike,
+    parts: ArrayLike,
+    *,
+    metrics: Sequence[str] = ...,
+    ridge: float = ...,
+    penalty: float = ...,
+    neurons: int | None = ...,
+    info: Literal[True],
+    backend: str | None = ...,
+) -> tuple[dict[str, Array], dict[str, Info]]: ...
+
+
+def gram_ablation_distances(
+    gram: ArrayLike,
+    parts: ArrayLike,
     *,
     metrics: Sequence[str] = GRAM_METRICS,
     ridge: float = 0.1,
@@ -23,71 +52,86 @@ def gram_ablation_distances(
     neurons: int | None = None,
     info: bool = False,
     backend: str | None = None,
-) -> Any:
-    """Distances between a Gram matrix and what is left of it without each of its parts.
+) -> dict[str, Array] | tuple[dict[str, Array], dict[str, Info]]:
+    """Distances between a Gram matrix and the same matrix without each of its parts.
 
-    For whoever sums Grams elsewhere, over batches of neurons or over machines: with
+    For Gram matrices that are summed elsewhere, over batches of neurons or over machines. With
     ``gram = centered_gram(x)`` and ``parts = cell_grams(x, cells)`` these are the distances of
-    `ablation_distances`, which has the activations as well and keeps more digits where little is
-    left of a direction.
+    `ablation_distances`, which also has the activations and is more accurate where an ablation
+    leaves little of a direction.
 
     Parameters
     ----------
     gram : array, (n, n), float16 | bfloat16 | float32 | float64
-        Of all neurons: n >= 2 stimuli (n >= 4 for "cka_debiased"). Symmetric; centred here if it
-        isn't. float64 is what keeps the digits.
+        Gram matrix of all neurons, for n >= 2 stimuli (n >= 4 for "cka_debiased"). Symmetric; it is
+        centred first if necessary. Use float64 for accurate small distances.
     parts : array, (C, n, n), of the same library and device
-        What each ablation removes of it.
+        What each ablation removes from it.
     metrics : sequence of str
-        Among "cka", "cka_debiased", "procrustes" (the squared form), "cca", "cca_squared" and
+        Any of "cka", "cka_debiased", "procrustes" (the squared form), "cca", "cca_squared" and
         "svcca" (99 % of the variance). "pwcca" needs the activations.
     ridge : float
-        Relative ridge of cca and cca_squared: κ = ridge · tr(K) / n on each side; ignored where
-        `penalty` > 0. At most 1e10.
+        Relative ridge of "cca" and "cca_squared", at most 1e10: κ = ridge · tr(K) / n on each side,
+        with its own Gram matrix K. Ignored if `penalty` is nonzero.
     penalty : float
-        Absolute ridge κ of the same, on both sides, in gram's units. At most 1e150.
+        Absolute ridge κ of the same metrics, on both sides, in gram's units; at most 1e150.
     neurons : int, optional
-        How many there are: ridge CCA averages over min(n - 1, neurons). By default n - 1 or more.
+        Number of neurons: ridge CCA averages over min(n - 1, neurons) correlations. By default
+        n - 1 or more.
     info : bool
-        Whether to tell as well how each distance was found.
+        Also return how each distance was computed.
     backend : {"reference", "torch", "triton"}, optional
-        What computes it; by default chosen by the kind and the device of gram.
+        Backend to use; by default chosen by the library and device of gram.
 
     Returns
     -------
     distances : dict of str to array like gram, (C,), float64
-        1 - similarity, "procrustes" 2 - 2·similarity. A part of zeros has exactly the
-        self-distance; a part that leaves nothing has NaN.
-    info : dict of str to Info, only with ``info=True``
-        The ``route`` to each distance and the ``steps`` it took, as of `ablation_distances`.
+        By metric: 1 - similarity; "procrustes": 2 - 2 times the similarity. Dimensionless. A part
+        of zeros has exactly the distance of gram to itself; a part that leaves nothing has NaN.
+    info : dict of str to Info
+        Only with ``info=True``; by metric the ``route`` and the ``steps`` of each distance, as in
+        `ablation_distances`.
 
     Raises
     ------
     ShapeError, DtypeError, NonFiniteError, ConstantError, DeviceError, OptionError,
     BackendUnavailable
     ConvergenceError
-        For "cca" and "cca_squared", a ridge below 1e-10 but not 0, or as small a penalty.
+        For "cca" and "cca_squared", if the ridge is nonzero but below 1e-10, or the penalty is as
+        small.
 
     Warns
     -----
     DegenerateWarning
-        CCA without a ridge, as in `ablation_distances`.
+        For CCA without a ridge, as in `ablation_distances`.
 
     Notes
     -----
-    A few times n³ operations a part: products in the original's eigenbasis, Riccati iterations and
-    Cholesky solves; an eigenproblem a part for "svcca" alone, and where iterations would crawl.
-    Source: METRICS, "One original, many ablations".
+    A few times n³ operations per part: products in the original's eigenbasis, Riccati iterations
+    and Cholesky solves. An eigenproblem per part is solved only for "svcca", and where iterations
+    would converge too slowly.
+    Source: docs/metrics.md, "One original, many ablations".
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import repsim_kernels as rk
+    >>> x = np.random.default_rng(0).standard_normal((50, 400))
+    >>> cells = np.repeat([0, 1, 2, -1], [10, 40, 150, 200])
+    >>> gram, parts = rk.centered_gram(x), rk.cell_grams(x, cells)
+    >>> distances = rk.gram_ablation_distances(gram, parts, metrics=["cka", "procrustes"])
+    >>> distances["cka"].round(3)
+    array([0.001, 0.006, 0.034])
     """
     names = _options.check_choices(metrics, "metrics", GRAM_METRICS)
     ridge, penalty = _options.check_ridge_and_penalty(ridge, penalty)
     if neurons is not None:
         neurons = _options.check_count(neurons, "neurons")
     info = _options.check_flag(info, "info")
-    least = 4 if "cka_debiased" in names else 2
-    gram, parts, source = _check.check_gram_and_parts(gram, parts, min_stimuli=least)
+    min_stimuli = 4 if "cka_debiased" in names else 2
+    gram, parts, source = _check.check_gram_and_parts(gram, parts, min_stimuli=min_stimuli)
     _options.warn_without_ridge(names, ridge, penalty)
-    found = _dispatch.call(
+    results = _dispatch.call(
         "gram_ablation_distances",
         backend,
         source,
@@ -98,29 +142,41 @@ def gram_ablation_distances(
         penalty=penalty,
         neurons=neurons,
     )
-    return public_result(found, info)
+    return to_public_result(results, info)
 
 
-def eigh(a: Any, *, vectors: bool = True, backend: str | None = None) -> Any:
-    """Eigenvalues and eigenvectors of symmetric matrices, many at a time.
+@overload
+def eigh(
+    a: ArrayLike, *, vectors: Literal[True] = ..., backend: str | None = ...
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def eigh(a: ArrayLike, *, vectors: Literal[False], backend: str | None = ...) -> Array: ...
+
+
+def eigh(
+    a: ArrayLike, *, vectors: bool = True, backend: str | None = None
+) -> tuple[Array, Array] | Array:
+    """Eigenvalues and eigenvectors of a batch of symmetric matrices.
 
     Parameters
     ----------
     a : array, (…, n, n), float32 | float64
-        Symmetric; other dtypes are taken as float64.
+        Symmetric matrices; other dtypes are converted to float64.
     vectors : bool
-        Whether eigenvectors are wanted.
+        Whether to compute eigenvectors.
     backend : {"reference", "torch", "cupy"}, optional
-        What computes it; by default chosen by the kind and the device of a. "cupy": Jacobi
-        rotations in shared memory for n <= 128, all matrices at once; cuSOLVER's batches above,
-        whose results are checked. A matrix that either fails on is solved again by PyTorch.
+        Backend to use; by default chosen by the library and device of a. "cupy" solves all matrices
+        at once: for n <= 128 by Jacobi rotations in shared memory, above by cuSOLVER's batched
+        solver, whose results it checks. Matrices for which either fails are solved by PyTorch.
 
     Returns
     -------
     w : array like a, (…, n)
-        Eigenvalues, ascending, in a's units.
-    v : array like a, (…, n, n), only with ``vectors=True``
-        Orthonormal eigenvectors as columns, of free sign.
+        Eigenvalues in ascending order, in a's units. The only result with ``vectors=False``.
+    v : array like a, (…, n, n)
+        Orthonormal eigenvectors as columns, with arbitrary signs.
 
     Raises
     ------
@@ -128,33 +184,56 @@ def eigh(a: Any, *, vectors: bool = True, backend: str | None = None) -> Any:
 
     Notes
     -----
-    PyTorch and LAPACK take one matrix after the other where n > 32.
-    Source: Golub & Van Loan 2013, 8.5 (Jacobi methods).
+    PyTorch and LAPACK solve the matrices one after the other if n > 32.
+    Source: Golub & Van Loan 2013, *Matrix Computations*, 4th edition, section 8.5 (Jacobi methods).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import repsim_kernels as rk
+    >>> w, v = rk.eigh(np.array([[2.0, 1.0], [1.0, 2.0]]))
+    >>> w.round(6)
+    array([1., 3.])
+    >>> abs(v).round(3)
+    array([[0.707, 0.707],
+           [0.707, 0.707]])
     """
-    found = _decompose("eigh", a, vectors, backend, symmetric=True)
-    return (found["values"], found["vectors"]) if vectors else found["values"]
+    results = _decompose("eigh", a, vectors, backend, symmetric=True)
+    return (results["values"], results["vectors"]) if vectors else results["values"]
 
 
-def svd(a: Any, *, vectors: bool = True, backend: str | None = None) -> Any:
-    """Singular values and vectors of matrices, many at a time.
+@overload
+def svd(
+    a: ArrayLike, *, vectors: Literal[True] = ..., backend: str | None = ...
+) -> tuple[Array, Array, Array]: ...
+
+
+@overload
+def svd(a: ArrayLike, *, vectors: Literal[False], backend: str | None = ...) -> Array: ...
+
+
+def svd(
+    a: ArrayLike, *, vectors: bool = True, backend: str | None = None
+) -> tuple[Array, Array, Array] | Array:
+    """Singular values and vectors of a batch of matrices.
 
     Parameters
     ----------
     a : array, (…, m, n), float32 | float64
-        Other dtypes are taken as float64.
+        Matrices; other dtypes are converted to float64.
     vectors : bool
-        Whether singular vectors are wanted.
+        Whether to compute singular vectors.
     backend : {"reference", "torch", "cupy"}, optional
-        What computes it; by default chosen by the kind and the device of a. "cupy": one-sided
-        Jacobi rotations in shared memory where neither side is above 128, all matrices at once.
+        Backend to use; by default chosen by the library and device of a. "cupy" solves all matrices
+        at once by one-sided Jacobi rotations in shared memory, if neither side exceeds 128.
 
     Returns
     -------
-    u : array like a, (…, m, k), only with ``vectors=True``
+    u : array like a, (…, m, k)
         Left singular vectors as columns, k = min(m, n).
     s : array like a, (…, k)
-        Singular values, descending, in a's units. The only result with ``vectors=False``.
-    vh : array like a, (…, k, n), only with ``vectors=True``
+        Singular values in descending order, in a's units. The only result with ``vectors=False``.
+    vh : array like a, (…, k, n)
         Right singular vectors as rows.
 
     Raises
@@ -163,25 +242,40 @@ def svd(a: Any, *, vectors: bool = True, backend: str | None = None) -> Any:
 
     Notes
     -----
-    Source: Golub & Van Loan 2013, 8.6 (one-sided Jacobi, Hestenes).
+    Source: Golub & Van Loan 2013, *Matrix Computations*, 4th edition, section 8.6 (one-sided
+    Jacobi, Hestenes).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import repsim_kernels as rk
+    >>> a = np.array([[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+    >>> u, s, vh = rk.svd(a)
+    >>> u.shape, s.round(6), vh.shape
+    ((3, 2), array([3., 2.]), (2, 2))
+    >>> np.allclose(u * s @ vh, a)
+    True
     """
-    found = _decompose("svd", a, vectors, backend, symmetric=False)
-    return (found["left"], found["values"], found["right"]) if vectors else found["values"]
+    results = _decompose("svd", a, vectors, backend, symmetric=False)
+    if not vectors:
+        return results["values"]
+    return results["left"], results["values"], results["right"]
 
 
 def _decompose(
-    operation: str, a: Any, vectors: bool, backend: str | None, *, symmetric: bool
+    operation: str, a: Any, vectors: Any, backend: str | None, *, symmetric: bool
 ) -> dict[str, Array]:
+    """Check the matrices, decompose them, and raise a ConvergenceError if any has failed."""
     vectors = _options.check_flag(vectors, "vectors")
     a, source = _check.check_matrices(a, "a", symmetric=symmetric)
-    found: dict[str, Array] = _dispatch.call(
+    results: dict[str, Array] = _dispatch.call(
         operation, backend, source, _check.at_least_float32(a), vectors=vectors
     )
-    failed = int(found["failed"].sum()) if "failed" in found else 0
-    if failed:
-        another = " (backend='torch' has another method)" if operation == "svd" else ""
+    n_failed = int(results["failed"].sum()) if "failed" in results else 0
+    if n_failed:
+        hint = " (backend='torch' uses another method)" if operation == "svd" else ""
         raise ConvergenceError(
-            f"a: {failed} matrices of shape {tuple(a.shape)} did not converge; "
-            f"expected matrices that the solvers finish{another}"
+            f"a: {n_failed} matrices of shape {tuple(a.shape)} did not converge; "
+            f"expected matrices that the solvers finish{hint}"
         )
-    return found
+    return results
