@@ -1,6 +1,6 @@
-"""Hypothesis strategies: representations, cells and labels.
+"""Hypothesis strategies for representations, cells and labels.
 
-Hypothesis draws sizes, kinds and a seed; NumPy's Generator makes the numbers, so that a failing
+Hypothesis draws sizes, kinds and a seed, and NumPy's Generator the numbers, so that a failing
 example shrinks to small sizes and prints as one line.
 """
 
@@ -25,7 +25,7 @@ NEURONS = st.integers(1, 30)
 
 @dataclass(frozen=True)
 class Representation:
-    """A recipe of an (n, p) array that isn't constant; print it, and it can be made again."""
+    """Parameters of a reproducible (n, p) array that is not constant."""
 
     n: int
     p: int
@@ -35,12 +35,12 @@ class Representation:
     seed: int = 0
 
     def values(self) -> np.ndarray:
-        """The numbers as float64, already rounded to the dtype."""
+        """Return the numbers as float64, rounded to the dtype."""
         rng = np.random.default_rng(self.seed)
         x = rng.standard_normal((self.n, self.p))
         if self.kind == "relu":
             x = np.maximum(x, 0)
-        elif self.kind == "low rank":  # small integers: exactly of low rank in every dtype
+        elif self.kind == "low rank":  # small integers: the rank is exact in every dtype
             r = max(min(self.n - 1, self.p) // 2, 1)
             x = rng.integers(-3, 4, (self.n, r)) @ rng.integers(-3, 4, (r, self.p)) * 1.0
         elif self.kind == "large mean":
@@ -62,22 +62,22 @@ class Representation:
         return x.astype(self.dtype).astype(np.float64)
 
     def numpy(self) -> np.ndarray:
-        """As a NumPy array of its dtype and layout."""
-        return _laid_out(np.zeros, self.values().astype(self.dtype), self.layout)
+        """Return the array of its dtype and layout as a NumPy array."""
+        return _with_layout(np.zeros, self.values().astype(self.dtype), self.layout)
 
     def torch(self) -> Any:
-        """As a CPU tensor of its dtype and layout."""
+        """Return the array of its dtype and layout as a CPU tensor."""
         import torch
 
         def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
             return torch.zeros(shape, dtype=dtype)
 
         tensor = torch.from_numpy(self.values()).to(getattr(torch, self.dtype))
-        return _laid_out(zeros, tensor, self.layout)
+        return _with_layout(zeros, tensor, self.layout)
 
 
-def _laid_out(zeros: Any, x: Any, layout: str) -> Any:
-    """The same numbers in another memory order."""
+def _with_layout(zeros: Any, x: Any, layout: str) -> Any:
+    """Return a view with the same numbers and another memory layout."""
     n, p = x.shape
     if layout == "F":
         view = zeros((p, n), dtype=x.dtype).T
@@ -100,7 +100,7 @@ def representations(
     dtypes: tuple[str, ...] = ("float64",),
     layouts: tuple[str, ...] = ("C",),
 ) -> Representation:
-    """Sizes within the bounds, and one of each of the kinds, dtypes and layouts."""
+    """Draw a representation of the given sizes, kinds, dtypes and layouts."""
     return Representation(
         draw(n),
         draw(p),
@@ -113,21 +113,21 @@ def representations(
 
 @st.composite
 def pairs(draw: st.DrawFn, **options: Any) -> tuple[Representation, Representation]:
-    """Two representations of the same stimuli; options as for ``representations``."""
+    """Draw two representations of the same stimuli; options as for ``representations``."""
     x, y = draw(representations(**options)), draw(representations(**options))
     return x, replace(y, n=x.n)
 
 
 @st.composite
 def labels(draw: st.DrawFn, p: int, max_cells: int = 5) -> tuple[np.ndarray, int]:
-    """A cell for each of p neurons, -1 for none, and the number of cells, some of them empty."""
+    """Draw the cell of each of p neurons, -1 for none, and the number of cells; some are empty."""
     n_cells = draw(st.integers(1, max_cells))
     return np.random.default_rng(draw(SEEDS)).integers(-1, n_cells, p), n_cells
 
 
 @st.composite
 def memberships(draw: st.DrawFn, p: int, max_cells: int = 5) -> np.ndarray:
-    """Boolean (C, p): cells that overlap, some of them empty or of all neurons."""
+    """Draw a boolean (C, p): cells that overlap, some of them empty or of all neurons."""
     n_cells = draw(st.integers(1, max_cells))
     rng = np.random.default_rng(draw(SEEDS))
     return rng.random((n_cells, p)) < rng.choice([0, 0.2, 0.5, 1], (n_cells, 1))
@@ -137,20 +137,20 @@ def memberships(draw: st.DrawFn, p: int, max_cells: int = 5) -> np.ndarray:
 def cells_and_ids(
     draw: st.DrawFn, p: int, min_size: int = 1, max_size: int = 10
 ) -> tuple[Any, Any]:
-    """Labels or a membership of up to 4 cells, and a list of cells in any order, with repeats."""
+    """Draw labels or a membership of up to 4 cells, and a list of cells, in any order."""
     import torch
 
     if draw(st.booleans()):
-        table = draw(memberships(p, max_cells=4))
-        n_cells = len(table)
+        cells = draw(memberships(p, max_cells=4))
+        n_cells = len(cells)
     else:
-        table, n_cells = draw(labels(p, max_cells=4))
+        cells, n_cells = draw(labels(p, max_cells=4))
     ids = draw(st.lists(st.integers(0, n_cells - 1), min_size=min_size, max_size=max_size))
-    return torch.from_numpy(table), torch.tensor(ids, dtype=torch.int64)
+    return torch.from_numpy(cells), torch.tensor(ids, dtype=torch.int64)
 
 
 @st.composite
 def classes(draw: st.DrawFn, n: int, max_classes: int = 4) -> np.ndarray:
-    """A class for each of n stimuli, 0 to k - 1, k at least 2 and no class empty."""
+    """Draw the class of each of n stimuli, 0 to k - 1, with k at least 2 and no class empty."""
     k = draw(st.integers(2, min(max_classes, n)))
     return np.random.default_rng(draw(SEEDS)).permutation(np.arange(n) % k)

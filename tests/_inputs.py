@@ -1,4 +1,4 @@
-"""Every place where activations or other numbers go into the library."""
+"""Calls of every public function that takes activations or other real numbers."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ SINGLES = {
 UNBATCHED = {"logistic_fits": (LABELS, [[0, 1]]), "probe_paper": (CELLS, LABELS, 1)}
 
 
-def like(values, x):
-    """The values as x's kind of array."""
+def as_library_of(x, values):
+    """Return NumPy values as an array of x's library."""
     return torch.from_numpy(values) if isinstance(x, torch.Tensor) else values
 
 
 def calls_with(x):
-    """Every place where an array x (6, 4) of numbers goes in, by the name that an error has."""
-    y = like(Y, x)
+    """Return calls that pass x (6, 4) as each argument, each with the name that errors show."""
+    y = as_library_of(x, Y)
     calls = [("x", lambda f=f, a=a: getattr(rk, f)(x, *a)) for f, a in SINGLES.items()]
     calls += [("x", lambda f=f, a=a: getattr(rk, f)(x, *a)) for f, a in UNBATCHED.items()]
     for f, options in PAIRS.items():
         metric = getattr(rk, f)
         calls.append(("x", lambda metric=metric, o=options: metric(x, y, **o)))
         calls.append(("y", lambda metric=metric, o=options: metric(y, x, **o)))
-    gram = like(X @ X.T, x)
+    gram = as_library_of(x, X @ X.T)
     return [
         *calls,
         ("xs[1]", lambda: rk.pairwise([y, x])),
@@ -63,7 +63,7 @@ def calls_with(x):
 
 
 def assert_refused(x, match):
-    """Every function refuses x, by the argument's name and in one line."""
+    """Assert that every function refuses x with one line that names the argument."""
     for name, call in calls_with(x):
         with pytest.raises(rk.DtypeError) as caught:
             call()

@@ -1,4 +1,4 @@
-"""A run's configuration and rows that are made by hand: no network is measured."""
+"""Synthetic configurations and rows of a run, for which no network is measured."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ CLASSES = ["ant/queen", "bee", "wasp"]
 
 
 def make_configuration(**changes: Any) -> dict[str, Any]:
-    """Of two networks: layers "a--b" and "a" in three blocks each, and layer "a" in one."""
-    given = {"ridge": 0.1, "classes": CLASSES}
+    """Return the configuration of a run of two networks.
+
+    The first has layers "a--b" and "a" in three blocks each, the second a layer "b" in one.
+    """
+    options = {"ridge": 0.1, "classes": CLASSES}
     return {
         "models": {
-            "net": {"layers": ["a--b", "a"], "block": 1, **given},
-            "net--a": {"layers": ["b"], "block": 3, **given},
+            "net": {"layers": ["a--b", "a"], "block": 1, **options},
+            "net--a": {"layers": ["b"], "block": 3, **options},
         },
         "versions": {"torch": "2.11"},
         **changes,
@@ -30,7 +33,7 @@ def make_configuration(**changes: Any) -> dict[str, Any]:
 
 
 def make_rows(unit: Unit, seed: int = 0) -> pd.DataFrame:
-    """Four cells of each class of a unit, with numbers that no two seeds share, and a NaN."""
+    """Return a unit's rows: four cells per class, with random numbers and one NaN."""
     classes = CLASSES if unit.model == "net--a" else [CLASSES[unit.block - 1]]
     rng = np.random.default_rng([seed, *str(unit).encode()])
     distances = rng.random(4 * len(classes))
@@ -47,10 +50,10 @@ def make_rows(unit: Unit, seed: int = 0) -> pd.DataFrame:
     )
 
 
-def create_stores(folders: Sequence[Path], memory: int, start: Any, found: Any) -> None:
-    """Make each folder at the same moment as other processes, and tell what they hold then."""
+def create_stores(folders: Sequence[Path], memory: int, start: Any, results: Any) -> None:
+    """Create each folder at the same time as other processes, and queue what it then holds."""
     studies = []
     for folder in folders:
         start.wait(60)
         studies.append(Store.create(folder, make_configuration(), lambda: {"memory": memory}).study)
-    found.put(studies)
+    results.put(studies)

@@ -1,6 +1,7 @@
-"""One CPU thread: these matrices are tiny, and threads that wait for each other cost seconds.
+"""Fixtures and Hypothesis profiles of all tests.
 
-OMP_NUM_THREADS asks for another number: sums are then split, and rounded, in another way.
+Tests run on one CPU thread: their matrices are tiny, and threads that wait for each other cost
+seconds. OMP_NUM_THREADS sets another number, which splits and rounds sums differently.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from hypothesis import settings
 
 from repsim_kernels import _options
 
-# No deadline: tests share two cores. Derandomized: a run that is green stays green.
+# No deadline, since tests share cores. Derandomized, so that a passing test keeps passing.
 settings.register_profile("repsim", deadline=None, max_examples=25, derandomize=True)
 settings.register_profile("deep", settings.get_profile("repsim"), max_examples=100)  # `make slow`
 settings.load_profile("repsim")
@@ -36,6 +37,6 @@ def set_threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_warning_of_chance() -> None:
-    """Drawn representations are noise of many neurons, for which CKA warns once in a process."""
+def silence_chance_warning() -> None:
+    """Random representations of many neurons have a high CKA by chance, which would warn once."""
     _options._warnings_shown.add("chance")

@@ -1,4 +1,4 @@
-"""Every kind of array that comes in: taken with its own values, or refused by name."""
+"""Every kind of array is either accepted with its exact values, or refused by name."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from repsim_kernels import _check
 
 def quantized():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, and still to be met
+        warnings.simplefilter("ignore")  # deprecated, but still in use
         return torch.quantize_per_tensor(T.float(), 0.1, 0, torch.qint8)
 
 
 def nested(layout):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a prototype
+        warnings.simplefilter("ignore")  # a prototype feature
         return torch.nested.nested_tensor([T, T[:3]], layout=layout)
 
 
 def masked():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a prototype
+        warnings.simplefilter("ignore")  # a prototype feature
         return torch.masked.masked_tensor(T, T > 0)
 
 
 def compressed():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # in beta
+        warnings.simplefilter("ignore")  # a beta feature
         return T.to_sparse_csr()
 
 
@@ -103,7 +103,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("make", "match"), REFUSED.values(), ids=REFUSED)
-def test_what_is_no_array_of_numbers_is_refused(make, match):
+def test_anything_but_arrays_of_numbers_is_refused(make, match):
     assert_refused(make(), match)
     for f, name in (
         (lambda: rk.cell_grams(X, make()), "cells"),
@@ -116,7 +116,7 @@ def test_what_is_no_array_of_numbers_is_refused(make, match):
         with pytest.raises(rk.DtypeError) as caught:
             f()
         assert str(caught.value).startswith(name)
-        # An array of integers is asked for where x's may be of any real numbers.
+        # The part after "expected" differs: integers here, real numbers for x.
         assert match.split("; expected")[0] in str(caught.value)
 
 
@@ -130,7 +130,7 @@ def test_a_dict_of_layers_is_refused_by_pairwise():
 
 
 class Converts:
-    """What has no more than ``__array__``, as arrays of JAX do."""
+    """An object with only ``__array__``."""
 
     def __init__(self, values):
         self.values = values
@@ -140,7 +140,7 @@ class Converts:
 
 
 class Exchanges:
-    """What has no more than DLPack's protocol."""
+    """An object with only the DLPack protocol."""
 
     def __init__(self, values):
         self.values = values
@@ -153,7 +153,7 @@ class Exchanges:
 
 
 class Fails:
-    """What can't be converted, as a tracer of JAX."""
+    """An object that can't be converted, such as a tracer of JAX."""
 
     def __array__(self, dtype=None, copy=None):
         raise RuntimeError("traced:\nno values")
@@ -184,51 +184,51 @@ ACCEPTED = {
 @pytest.mark.parametrize(("make", "dtype"), ACCEPTED.values(), ids=ACCEPTED)
 @settings(max_examples=20)
 @given(representations(kinds=("gaussian", "relu", "low rank"), layouts=NUMPY_LAYOUTS))
-def test_what_is_an_array_of_numbers_is_taken(make, dtype, x):
-    """With the very values: class means of single stimuli are what was given."""
-    want = x.values()
+def test_arrays_of_numbers_are_accepted(make, dtype, x):
+    """The values are unchanged: class means of single stimuli are the stimuli."""
+    expected = x.values()
     if dtype == "bfloat16":
-        want = torch.from_numpy(want).bfloat16().double().numpy()
+        expected = torch.from_numpy(expected).bfloat16().double().numpy()
     for backend in ("torch", "reference"):
-        got = rk.class_means(make(x), np.arange(x.n), backend=backend)
-        assert isinstance(got, np.ndarray)
-        np.testing.assert_array_equal(got, want)
+        result = rk.class_means(make(x), np.arange(x.n), backend=backend)
+        assert isinstance(result, np.ndarray)
+        np.testing.assert_array_equal(result, expected)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @given(representations(kinds=("gaussian", "relu"), layouts=TORCH_LAYOUTS))
-def test_parts_of_complex_tensors_are_taken(backend, x):
-    """Those of a conjugate are negated lazily, which NumPy can't read; -0 becomes 0."""
+def test_parts_of_complex_tensors_are_accepted(backend, x):
+    """Those of a conjugate are negated lazily, which NumPy can't represent; -0 becomes 0."""
     parts = torch.complex(x.torch(), x.torch()).conj()
     assert parts.imag.is_neg()
     labels = np.arange(x.n)
-    for part, want in ((parts.real, x.values()), (parts.imag, 0 - x.values())):
-        got = rk.class_means(part, labels, backend=backend)
-        np.testing.assert_array_equal(got.numpy(), want)
+    for part, expected in ((parts.real, x.values()), (parts.imag, 0 - x.values())):
+        result = rk.class_means(part, labels, backend=backend)
+        np.testing.assert_array_equal(result.numpy(), expected)
         rows = rk.class_means(list(part), labels, backend=backend)
-        np.testing.assert_array_equal(rows, want)
+        np.testing.assert_array_equal(rows, expected)
 
 
-def test_what_fails_to_convert_is_refused_with_the_reason():
+def test_a_failed_conversion_is_refused_with_the_reason():
     with pytest.raises(rk.DtypeError, match=r"x: not an array of numbers \(traced: no values\)"):
         rk.cka(Fails(), X)
 
 
-def test_columns_of_several_nullable_dtypes_are_taken():
+def test_columns_of_several_nullable_dtypes_are_accepted():
     frame = pd.DataFrame({"a": [1, 2, 3], "b": [0.5, 0.25, 0], "c": [True, False, True]})
-    want = frame.to_numpy(dtype=float)
+    expected = frame.to_numpy(dtype=float)
 
     class Derived(pd.DataFrame):
         __module__ = "geography"
 
-    for given_frame in (
+    for variant in (
         frame,
         frame.convert_dtypes(),
         frame.astype({"a": "Int8", "c": "boolean"}),
         Derived(frame.convert_dtypes()),
         frame.set_axis(["nnz", "isna", "nnz"], axis=1),
     ):
-        np.testing.assert_array_equal(rk.class_means(given_frame, [0, 1, 2]), want)
+        np.testing.assert_array_equal(rk.class_means(variant, [0, 1, 2]), expected)
 
 
 # Labels, cells and other integers
@@ -255,41 +255,41 @@ INTEGERS = {
 @pytest.mark.parametrize("make", INTEGERS.values(), ids=INTEGERS)
 @settings(max_examples=15)
 @given(st.lists(st.integers(0, 100), min_size=2, max_size=9))
-def test_integers_of_any_kind_are_taken_in_their_order(make, values):
-    values = [0, 1, *values]  # of two classes at least
-    given_values = make(np.array(values))
-    got = _check.check_integers(given_values, "labels", rk.LabelError)
-    assert isinstance(got, np.ndarray)
-    assert got.dtype.isnative
-    assert got.tolist() == values
+def test_integers_of_any_kind_are_accepted_in_order(make, values):
+    values = [0, 1, *values]  # at least two classes
+    variant = make(np.array(values))
+    result = _check.check_integers(variant, "labels", rk.LabelError)
+    assert isinstance(result, np.ndarray)
+    assert result.dtype.isnative
+    assert result.tolist() == values
     x = np.random.default_rng(0).standard_normal((len(values), 3))
     for backend in ("torch", "reference"):
-        got = rk.selectivity_grid(x, given_values, 1, grid=(2, 1), backend=backend)
-        want = rk.selectivity_grid(x, values, 1, grid=(2, 1), backend=backend)
-        np.testing.assert_array_equal(got, want)
-        got = rk.cell_grams(x.T, given_values, n_cells=101, backend=backend)
-        want = rk.cell_grams(x.T, values, n_cells=101, backend=backend)
-        np.testing.assert_array_equal(got, want)
+        result = rk.selectivity_grid(x, variant, 1, grid=(2, 1), backend=backend)
+        expected = rk.selectivity_grid(x, values, 1, grid=(2, 1), backend=backend)
+        np.testing.assert_array_equal(result, expected)
+        result = rk.cell_grams(x.T, variant, n_cells=101, backend=backend)
+        expected = rk.cell_grams(x.T, values, n_cells=101, backend=backend)
+        np.testing.assert_array_equal(result, expected)
 
 
 @given(
     st.lists(st.floats(allow_nan=False, width=16), min_size=1, max_size=6),
     st.sampled_from(["float16", "float32", "float64", "bfloat16"]),
 )
-def test_fractional_numbers_are_no_integers(values, dtype):
-    """Nor are whole ones of a floating-point dtype."""
+def test_floats_are_not_integers(values, dtype):
+    """Not even whole numbers of a floating-point dtype."""
     tensor = torch.tensor(values, dtype=getattr(torch, dtype))
-    for given_values in (tensor, tensor[:1] * 0 + 1):
+    for variant in (tensor, tensor[:1] * 0 + 1):
         with pytest.raises(rk.DtypeError, match=f"targets: dtype {dtype}; expected integers"):
-            _check.check_integers(given_values, "targets", rk.LabelError)
+            _check.check_integers(variant, "targets", rk.LabelError)
     array = np.array(values, dtype="float64")
-    for given_values in (array, values, pd.Series(array), pd.Series(array, dtype="Float64")):
+    for variant in (array, values, pd.Series(array), pd.Series(array, dtype="Float64")):
         with pytest.raises(rk.DtypeError, match="targets: dtype float64; expected integers"):
-            _check.check_integers(given_values, "targets", rk.LabelError)
+            _check.check_integers(variant, "targets", rk.LabelError)
 
 
-def test_integers_that_are_missing_masked_or_too_many():
-    for given_values, error, match in (
+def test_missing_masked_and_malformed_integers_are_refused():
+    for variant, error, match in (
         (pd.Series([0, None, 1], dtype="Int64"), rk.DtypeError, "labels: missing values .*1 of 3"),
         (np.ma.masked_equal([0, 1, 2], 2), rk.DtypeError, "labels: a masked array with masked"),
         (pd.DataFrame({"label": [0, 1, 1]}), rk.LabelError, r"labels: shape \(3, 1\)"),
@@ -297,7 +297,7 @@ def test_integers_that_are_missing_masked_or_too_many():
         (torch.tensor([0.0, 1, 1], requires_grad=True), rk.DtypeError, "labels: .* requires grad"),
     ):
         with pytest.raises(error, match=match):
-            rk.class_means(np.eye(3), given_values)
+            rk.class_means(np.eye(3), variant)
     with pytest.raises(rk.DtypeError, match="target: a tensor that requires grad"):
         rk.ablation_decodability(X, CELLS, LABELS, target=torch.ones(1, requires_grad=True))
     with pytest.raises(rk.DtypeError, match="folds: a masked array"):

@@ -1,4 +1,4 @@
-"""Activations that are easily mistaken: of more than two dimensions, or part of a derivative."""
+"""Activations of more than two dimensions, and tensors that are part of a derivative."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ def test_more_than_two_dimensions_are_refused(maps, tensor):
     flat = Y
     if tensor:
         x, flat = torch.from_numpy(x), torch.from_numpy(Y)
-    ways = r"{0}: shape \(6, .*\); expected \(n, p\).*{0}\.flatten\(1\).*batched=True for a batch"
+    message = (
+        r"{0}: shape \(6, .*\); expected \(n, p\).*{0}\.flatten\(1\).*batched=True for a batch"
+    )
     for f, options in PAIRS.items():
         for a, b, name in ((x, flat, "x"), (flat, x, "y"), (x, x[..., :1], "x")):
-            with pytest.raises(rk.ShapeError, match=ways.format(name)):
+            with pytest.raises(rk.ShapeError, match=message.format(name)):
                 getattr(rk, f)(a, b, **options)
     for f, arguments in SINGLES.items():
-        with pytest.raises(rk.ShapeError, match=ways.format("x")):
+        with pytest.raises(rk.ShapeError, match=message.format("x")):
             getattr(rk, f)(x, *arguments)
     for name, call in (
         ("x", lambda: rk.logistic_fits(x, LABELS, [[0]])),
@@ -41,36 +43,36 @@ def test_more_than_two_dimensions_are_refused(maps, tensor):
         assert "batched" not in str(caught.value)
 
 
-def test_maps_of_unequal_sizes_are_refused_for_their_dimensions():
+def test_feature_maps_are_refused_until_they_are_flattened():
     x, y = torch.randn(6, 3, 8, 8), torch.randn(6, 5, 4, 4)
     for f, options in PAIRS.items():
         with pytest.raises(rk.ShapeError, match=r"x: shape .*x\.flatten\(1\).*batched=True"):
             getattr(rk, f)(x, y, **options)
-        got = getattr(rk, f)(x.flatten(1), y.flatten(1), **options)
-        assert got.shape == ()
+        result = getattr(rk, f)(x.flatten(1), y.flatten(1), **options)
+        assert result.shape == ()
 
 
 @pytest.mark.parametrize("f", [*SINGLES, *PAIRS])
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_a_batch_is_its_items(f, backend):
+def test_a_batch_gives_the_results_of_its_items(f, backend):
     rng = np.random.default_rng(1)
     x = rng.standard_normal((2, 6, 4))
     options = {"backend": backend} | PAIRS.get(f, {})
     arguments = SINGLES.get(f, (Y,))
-    got = getattr(rk, f)(x, *arguments, batched=True, **options)
-    want = [getattr(rk, f)(item, *arguments, **options) for item in x]
-    alone = getattr(rk, f)(x[0], *arguments, batched=True, **options)
-    for i, item in enumerate(want):
+    result = getattr(rk, f)(x, *arguments, batched=True, **options)
+    expected = [getattr(rk, f)(item, *arguments, **options) for item in x]
+    single = getattr(rk, f)(x[0], *arguments, batched=True, **options)
+    for i, item in enumerate(expected):
         if isinstance(item, dict):
             for name, values in item.items():
-                np.testing.assert_allclose(got[name][i], values, rtol=1e-12, atol=1e-13)
+                np.testing.assert_allclose(result[name][i], values, rtol=1e-12, atol=1e-13)
         else:
-            np.testing.assert_allclose(got[i], item, rtol=1e-12, atol=1e-13)
-    np.testing.assert_equal(alone, want[0])
+            np.testing.assert_allclose(result[i], item, rtol=1e-12, atol=1e-13)
+    np.testing.assert_equal(single, expected[0])
 
 
 @pytest.mark.parametrize("f", [*SINGLES, *PAIRS])
-def test_batches_are_checked(f):
+def test_bad_batches_are_refused(f):
     function, arguments = getattr(rk, f), SINGLES.get(f, (Y,))
     with pytest.raises(rk.OptionError, match="batched: 1; expected True or False"):
         function(X, *arguments, batched=1)
@@ -80,7 +82,7 @@ def test_batches_are_checked(f):
         function(X[:, 0], *arguments, batched=True)
 
 
-def test_pairwise_has_no_batches():
+def test_pairwise_has_no_option_batched():
     with pytest.raises(rk.OptionError, match="batched: not an option of metric 'cka'"):
         rk.pairwise([X], batched=True)
 
@@ -105,13 +107,13 @@ def test_tensors_that_require_grad_are_refused(x, mode):
     with mode():
         if isinstance(x, torch.Tensor):
             assert_refused(x, ".detach()")
-            x = [x]  # of which pairwise takes the items
+            x = [x]
         with pytest.raises(rk.DtypeError, match=r"x\[0\].* requires grad.*pass x\[.*\.detach\(\)"):
             rk.cka(x, Y)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch.func.jvp
-def test_derivatives_are_refused_whichever_way_they_go():
+def test_derivatives_are_refused_in_both_modes():
     for transform in (
         lambda f: torch.func.grad(f)(T),
         lambda f: torch.func.jvp(f, (T,), (T,)),
@@ -121,31 +123,31 @@ def test_derivatives_are_refused_whichever_way_they_go():
             transform(lambda x: rk.cka(x, torch.from_numpy(Y)))
 
 
-def test_detached_tensors_are_taken():
+def test_detached_tensors_are_accepted():
     x = T.clone().requires_grad_()
     assert rk.cka(x.detach(), torch.from_numpy(Y)) == rk.cka(T, torch.from_numpy(Y))
     with torch.inference_mode():
         assert rk.cka(T + 0, torch.from_numpy(Y)) == rk.cka(T, torch.from_numpy(Y))
 
 
-def test_the_activations_of_a_trainable_model_are_taken():
+def test_activations_of_a_trainable_model_are_accepted():
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.Flatten())
     images = torch.randn(6, 1, 5, 5, requires_grad=True)
     state = forward.AblatedForward(model.eval(), "1").prefix(images)
-    got = rk.centered_gram(state.activation.flatten(1))
-    want = rk.centered_gram(model[:2](images).detach().flatten(1))
-    torch.testing.assert_close(got, want)
+    result = rk.centered_gram(state.activation.flatten(1))
+    expected = rk.centered_gram(model[:2](images).detach().flatten(1))
+    torch.testing.assert_close(result, expected)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_what_is_no_list_of_arrays_is_refused():
+def test_pairwise_refuses_anything_but_lists_of_arrays():
     nested = torch.nested.nested_tensor([torch.ones(3, 2), torch.ones(3, 4)])
     for xs in (3, None, nested):
         with pytest.raises(rk.ShapeError, match=r"xs: .*; expected a list of arrays"):
             rk.pairwise(xs)
 
 
-def test_no_target_and_no_metrics():
+def test_a_target_of_none_is_refused_and_no_metrics_are_allowed():
     x = np.random.default_rng(0).standard_normal((6, 4))
     with pytest.raises(rk.LabelError, match="target: None; expected an integer label"):
         rk.selectivity_grid(x, [0, 1] * 3, None)

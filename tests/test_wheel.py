@@ -1,4 +1,4 @@
-"""What the wheel holds, with nvcc and without, and what its build says."""
+"""The contents of the wheel and the output of its build, with nvcc and without."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ pytestmark = pytest.mark.slow
 
 
 def build(folder: Path, cuda: str, **environment: str) -> tuple[int, str]:
-    """pip's exit code and output for a wheel of the checkout, with REPSIM_CUDA as asked."""
+    """Build a wheel of the checkout with REPSIM_CUDA set; return pip's exit code and output."""
     command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", str(folder)]
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, "-C", f"cmake.define.REPSIM_CUDA={cuda}", str(ROOT)],
         env=os.environ | environment,
         stdout=subprocess.PIPE,
@@ -32,24 +32,25 @@ def build(folder: Path, cuda: str, **environment: str) -> tuple[int, str]:
         text=True,
         check=False,
     )
-    return done.returncode, done.stdout
+    return process.returncode, process.stdout
 
 
 def without_nvcc() -> dict[str, str]:
+    """Return environment variables that hide nvcc."""
     folders = os.environ["PATH"].split(os.pathsep)
     path = os.pathsep.join(f for f in folders if not shutil.which("nvcc", path=f))
     return {"PATH": path, "CUDACXX": ""}
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """The files of the one wheel in a folder."""
+def read_wheel(folder: Path) -> dict[str, bytes]:
+    """Return the files of the only wheel in a folder."""
     (path,) = folder.iterdir()
     assert path.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(path) as wheel:
         return {name: wheel.read(name) for name in wheel.namelist()}
 
 
-def assert_only_the_package(files: dict[str, bytes]) -> None:
+def assert_contains_only_the_package(files: dict[str, bytes]) -> None:
     roots = {name.split("/")[0] for name in files}
     assert {root for root in roots if not root.endswith(".dist-info")} == {"repsim_kernels"}
     listed = subprocess.run(
@@ -59,21 +60,21 @@ def assert_only_the_package(files: dict[str, bytes]) -> None:
         text=True,
         check=True,
     )
-    wanted = [line for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
-    assert len(wanted) > 100
-    for name in wanted:
-        packed = f"repsim_kernels/{name}" if name.startswith("experiments/") else name
-        assert files[packed] == (ROOT / name).read_bytes()
+    expected = [line for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
+    assert len(expected) > 100
+    for name in expected:
+        path_in_wheel = f"repsim_kernels/{name}" if name.startswith("experiments/") else name
+        assert files[path_in_wheel] == (ROOT / name).read_bytes()
     assert not any("__pycache__" in name for name in files)
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
-def test_with_nvcc(tmp_path):
-    code, said = build(tmp_path, "AUTO")
-    assert code == 0, said
-    assert "REPSIM_CUDA=AUTO: fatbins for 80-real;90-real" in said
-    files = contents(tmp_path)
-    assert_only_the_package(files)
+def test_a_build_with_nvcc_has_fatbins(tmp_path):
+    code, output = build(tmp_path, "AUTO")
+    assert code == 0, output
+    assert "REPSIM_CUDA=AUTO: fatbins for 80-real;90-real" in output
+    files = read_wheel(tmp_path)
+    assert_contains_only_the_package(files)
     record = json.loads(files["repsim_kernels/cuda/fatbin.json"])
     assert record["architectures"][:2] == [80, 90]
     assert sorted(record["sha256"]) == SOURCES
@@ -86,33 +87,33 @@ def test_with_nvcc(tmp_path):
 
 
 @pytest.mark.parametrize("cuda", ["AUTO", "OFF"])
-def test_without_fatbins(tmp_path, cuda):
-    code, said = build(tmp_path, cuda, **(without_nvcc() if cuda == "AUTO" else {}))
-    assert code == 0, said
-    assert f"REPSIM_CUDA={cuda}: CUDA sources only, compiled by NVRTC" in said
-    files = contents(tmp_path)
-    assert_only_the_package(files)
+def test_a_build_without_nvcc_has_sources_only(tmp_path, cuda):
+    code, output = build(tmp_path, cuda, **(without_nvcc() if cuda == "AUTO" else {}))
+    assert code == 0, output
+    assert f"REPSIM_CUDA={cuda}: CUDA sources only, compiled by NVRTC" in output
+    files = read_wheel(tmp_path)
+    assert_contains_only_the_package(files)
     assert not any(name.endswith((".fatbin", ".json")) for name in files)
 
 
-def test_what_is_asked_for_but_cannot_be(tmp_path):
-    code, said = build(tmp_path, "ON", **without_nvcc())
+def test_options_that_cannot_be_met_fail(tmp_path):
+    code, output = build(tmp_path, "ON", **without_nvcc())
     assert code != 0
-    assert "REPSIM_CUDA=ON needs an nvcc that works" in said
-    code, said = build(tmp_path, "YES")
+    assert "REPSIM_CUDA=ON needs an nvcc that works" in output
+    code, output = build(tmp_path, "YES")
     assert code != 0
-    assert "REPSIM_CUDA=YES: expected AUTO, ON or OFF" in said
+    assert "REPSIM_CUDA=YES: expected AUTO, ON or OFF" in output
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_of_an_installed_wheel(tmp_path):
-    """One unit of the demo, in a folder whose own `experiments` can't be imported."""
-    code, said = build(tmp_path / "wheel", "OFF")
-    assert code == 0, said
+def test_an_installed_wheel_runs_a_study(tmp_path):
+    """One unit of the demo, in a folder with another `experiments`, which must not be imported."""
+    code, output = build(tmp_path / "wheel", "OFF")
+    assert code == 0, output
     (wheel,) = (tmp_path / "wheel").iterdir()
     venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
     binaries = tmp_path / "venv" / "bin"
-    # What the package depends on is this environment's, behind the wheel on the path.
+    # The dependencies are those of this environment, after the wheel on the path.
     inherited = [entry for entry in sys.path if entry.endswith("site-packages")]
     (packages,) = (tmp_path / "venv").rglob("site-packages")
     (packages / "inherited.pth").write_text("\n".join(inherited) + "\n")

@@ -82,7 +82,7 @@ def test_a_unit_that_fails_is_recorded_and_left_out(
     (record,) = (json.loads(path.read_text()) for path in (store.folder / "failed").iterdir())
     assert record["unit"] == list(BAD)
     assert store.failed() == {BAD: record["error"]}
-    assert "_go_wrong" in record["details"]
+    assert "_fail" in record["details"]
     there = (expected["layer"] != "act1") | (expected["class"] != "bee")
     pd.testing.assert_frame_equal(
         table, expected[there].reset_index(drop=True), check_exact=True, check_like=False
