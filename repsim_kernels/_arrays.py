@@ -26,7 +26,7 @@ _DTYPES |= {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
 
 
 def detect_library(a: Any) -> str | None:
-    """Return ``"numpy"``, ``"torch"`` or ``"cupy"``; None for anything else."""
+    """Return ``"numpy"``, ``"torch"`` or ``"cupy"``; None for other objects."""
     if isinstance(a, Tensor):
         return "torch"
     if isinstance(a, np.ndarray):
@@ -45,7 +45,7 @@ class Source(NamedTuple):
     """The library and device of an argument, to which the results are converted."""
 
     library: str  # "torch", "cupy", or "numpy" for NumPy arrays, lists, data frames and all others
-    device: str  # "cpu", "cuda:<index>", or the name of another torch device
+    device: str  # "cpu", "cuda:<index>", or torch's name of any other device
 
     def restore(self, result: Any) -> Any:
         """Convert the arrays of a result, also inside dicts and tuples, to this source.
@@ -71,7 +71,7 @@ class Source(NamedTuple):
 
 
 def convert(a: Any, name: str, expected: str = REAL_NUMBERS) -> tuple[Tensor, Source]:
-    """Convert an array of real numbers to a tensor on its own device.
+    """Convert an array of real numbers to a tensor on the same device.
 
     Memory is shared unless torch can't represent it: negative strides, foreign byte orders, the
     bfloat16 of ml_dtypes (widened to float32) and torch's lazy negation are copied.
@@ -164,7 +164,7 @@ def _check_tensor(a: Tensor, name: str) -> Tensor:
 
 
 def check_dense(a: Tensor, name: str) -> None:
-    """Check that a tensor is neither nested nor sparse, nor in a layout of another library."""
+    """Check that a tensor is dense: not nested, sparse or in oneDNN's layout."""
     if a.is_nested:
         what, expected = "a nested tensor", f"one dense tensor, such as {name}[0]"
     elif a.layout != torch.strided:
@@ -192,7 +192,7 @@ def _as_numpy(a: Any, name: str, expected: str) -> np.ndarray[Any, Any]:
             f"{name}: {type(a).__name__}; expected one array: pass one of its values, or "
             f"list({name}.values()) to pairwise"
         )
-    # SciPy's sparse arrays. The type is asked, as a DataFrame may have a column of this name.
+    # SciPy's sparse arrays. Checked on the type, since a DataFrame may have a column "nnz".
     if hasattr(type(a), "nnz"):
         dense = "toarray" if hasattr(a, "toarray") else "todense"
         raise DtypeError(
@@ -251,7 +251,7 @@ def _convert_items(a: Iterable[Any], name: str, expected: str) -> list[Any]:
 
 
 def _pandas_dtype(a: Any, name: str, expected: str) -> Any:
-    """Return the NumPy dtype for a pandas object, or None if NumPy's own choice is right."""
+    """Return the NumPy dtype for a pandas object, or None if NumPy's default is right."""
     columns = list(a.dtypes.items()) if a.ndim == 2 else [(None, a.dtype)]
     numpy_dtypes = [getattr(d, "numpy_dtype", getattr(d, "subtype", d)) for _, d in columns]
     if a.ndim == 2:

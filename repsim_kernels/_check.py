@@ -249,7 +249,7 @@ def check_representations(
 ) -> tuple[list[Tensor], Source]:
     """Check a sequence of representations (n, p_i) of the same stimuli.
 
-    `like` is the first of another sequence, ``xs[0]``, whose stimuli and source these must share.
+    `like` is ``xs[0]``, if these are `ys`, whose stimuli and source they must share.
     """
     if isinstance(xs, Mapping):
         raise ShapeError(

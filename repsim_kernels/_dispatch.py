@@ -29,7 +29,7 @@ KERNELS: dict[tuple[str, str], str] = {
 
 _BATCHED = {(op.name, backend) for op in OPERATIONS for backend in op.batched}
 # `forward` also runs kernels that are not public operations, in place of a network's own layers.
-# `masked_pointwise` and `linear_cells` have the same requirements.
+# Where `masked_pointwise` can run, so can `linear_cells`.
 _ALL_KERNELS = KERNELS | {
     (op, "triton"): f"repsim_kernels.kernels.triton.{op}:{op}"
     for op in ("ablate", "masked_pointwise", "linear_cells")
@@ -80,7 +80,7 @@ def unavailable_reason(backend: str) -> str | None:
 
 
 def requested_backend(backend: str | None = None) -> str | None:
-    """Return the backend named by the argument or else by REPSIM_BACKEND; None if by neither."""
+    """Return the backend that the argument or REPSIM_BACKEND names; None if neither does."""
     if backend is not None:
         return _options.check_choice(backend, "backend", BACKENDS)
     variable = os.environ.get("REPSIM_BACKEND")
@@ -90,9 +90,9 @@ def requested_backend(backend: str | None = None) -> str | None:
 def choose_backend(operation: str, backend: str | None, source: Source, *xs: Any) -> str:
     """Return the backend that serves an operation on the tensors `xs`.
 
-    That is the backend named by the argument or else by REPSIM_BACKEND; an error if it can't serve
-    the operation. If neither names one, it is the first backend with a kernel for arrays on the
-    source's GPU, otherwise torch.
+    That is the backend named by the argument, or otherwise by REPSIM_BACKEND; an error if it can't
+    serve the operation. If neither names one: for arrays on a GPU the first backend with a kernel
+    for them, otherwise torch.
     """
     requested = requested_backend(backend)
     if requested is None:

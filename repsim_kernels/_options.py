@@ -34,7 +34,7 @@ def to_one_line(text: str, max_length: int = 80) -> str:
 
 
 def check_choice(value: Any, name: str, choices: Iterable[str]) -> str:
-    """Check that an option is one of the given names."""
+    """Check that an option is one of the `choices`."""
     choices = tuple(choices)
     # A string first: an array of one name compares elementwise and would pass for that name.
     if not isinstance(value, str) or value not in choices:
@@ -100,7 +100,7 @@ def to_tuple(values: Any) -> tuple[Any, ...] | None:
         return None
 
 
-# Relative to tr(K) / n. At this size the penalty outweighs everything else in float64.
+# Relative to tr(K) / n. At this size the penalty outweighs the data in float64.
 _MAX_RIDGE = 1e10
 # Products of this penalty with the largest Gram matrices still fit float64.
 _MAX_PENALTY = 1e150

@@ -47,7 +47,7 @@ def logistic_fits(
     tol : float, optional
         Above 0; by default 1e-10 if x is float64, otherwise 1e-5. A fit has converged when a step
         changes no coefficient by more than tol times the largest coefficient, and the intercept by
-        no more than tol, or tol times its own size.
+        no more than tol, or tol times its size.
     max_iter : int
         Largest number of steps, below 2^31.
     start : (array, array), optional

@@ -60,7 +60,7 @@ def pairwise(
     -----
     Each Gram matrix and each spectrum is computed once: one pass over each representation instead
     of one per pair. They are held in memory together, 8 n² bytes per representation.
-    Source: see each metric's own function.
+    Source: the docstring of each metric's function.
 
     Examples
     --------

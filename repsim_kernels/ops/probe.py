@@ -221,7 +221,7 @@ def _check_folds(folds: Any, labels: Any, probe: str) -> np.ndarray[Any, Any] | 
         for k, count in enumerate(counts):
             fold[classes == k] = np.arange(count) % folds
         return fold
-    # A string gets the error below, which mentions a number of folds; `convert` has its own.
+    # A string gets the error below, which mentions a number of folds, not that of `convert`.
     is_text = isinstance(folds, str)
     values = np.asarray(folds) if is_text else _arrays.to_numpy(_arrays.convert(folds, "folds")[0])
     if values.dtype.kind not in "iu" or values.shape != labels.shape:
