@@ -1,7 +1,6 @@
 """Checks of the arrays that public functions take.
 
-Each check returns tensors on the arguments' device (or NumPy arrays, for integers), or raises an
-error that names the argument, what was wrong with it and what is expected.
+They return tensors on the arguments' device (NumPy arrays for integers), or raise an error.
 """
 
 from __future__ import annotations
@@ -29,10 +28,8 @@ from repsim_kernels.errors import (
 )
 
 _MAX_MAGNITUDE = 1e70  # squares of Gram matrices fit float64
-# More neurons than any layer has; the Gram matrices of this many cells would fit no memory.
-_MAX_CELLS = 2**24
-# Relative to the largest entry: float32 products leave smaller asymmetries.
-_MAX_ASYMMETRY = 1e-5
+_MAX_CELLS = 2**24  # more than the neurons of any layer, and than Gram matrices that fit a memory
+_MAX_ASYMMETRY = 1e-5  # relative to the largest entry; float32 products leave less
 
 
 def _to_float(a: Tensor) -> Tensor:
@@ -98,23 +95,11 @@ def check_representation(
 ) -> tuple[Tensor, Source]:
     """Check one representation (n, p): real, finite, not constant, with at least one neuron.
 
-    Parameters
-    ----------
-    x : array-like, (n, p), or (…, n, p) if `batched`
-    name : str
-        Name of the argument in errors.
-    min_stimuli : int
-        The smallest n allowed.
-    allow_constant : bool
-        Whether all rows may be equal.
-    allow_batch : bool
-        Whether the operation accepts batches, which its errors then suggest.
-    batched : bool
-        The caller's own argument. Without it more than two dimensions are an error, since they are
-        nearly always activations (n, c, h, w) or (n, t, d) that have not been flattened.
-    defer_finite : bool
-        Skip the scan for non-finite values, for dtypes below float64. The operation's result must
-        be NaN if any value is not finite, and the caller must pass it to `raise_if_nan`.
+    Errors suggest `batched` if `allow_batch`. Unless it is set, more than two dimensions are an
+    error: nearly always they are activations (n, c, h, w) or (n, t, d) that were not flattened.
+
+    `defer_finite` skips the scan for non-finite values in dtypes below float64. The operation's
+    result must be NaN if any value is not finite, and must be passed to `raise_if_nan`.
     """
     batched = _options.check_flag(batched, "batched")
     x, source = _arrays.convert(x, name)
@@ -174,9 +159,7 @@ def _check_matrices(a: Tensor, name: str, symmetric: bool, limit: float) -> Tens
     return a
 
 
-def check_gram_and_parts(
-    gram: Any, parts: Any, *, min_stimuli: int
-) -> tuple[Tensor, Tensor, Source]:
+def check_gram_and_parts(gram: Any, parts: Any, min_stimuli: int) -> tuple[Tensor, Tensor, Source]:
     """Check a Gram matrix (n, n) and those of its parts (C, n, n)."""
     gram, source = _arrays.convert(gram, "gram")
     gram = _check_matrices(gram, "gram", symmetric=True, limit=_MAX_MAGNITUDE**2)
@@ -212,12 +195,13 @@ def check_pair(
     x: Any, y: Any, *, min_stimuli: int = 2, batched: Any = False, defer_finite: bool = False
 ) -> tuple[Tensor, Tensor, Source]:
     """Check two representations of the same stimuli, as `check_representation` checks one."""
-    x, source = check_representation(
-        x, "x", min_stimuli=min_stimuli, batched=batched, defer_finite=defer_finite
-    )
-    y, y_source = check_representation(
-        y, "y", min_stimuli=min_stimuli, batched=batched, defer_finite=defer_finite
-    )
+    options: dict[str, Any] = {
+        "min_stimuli": min_stimuli,
+        "batched": batched,
+        "defer_finite": defer_finite,
+    }
+    x, source = check_representation(x, "x", **options)
+    y, y_source = check_representation(y, "y", **options)
     _check_same_source(source, y_source, "x", "y")
     _check_same_stimuli(x, y, "x", "y")
     try:
@@ -264,16 +248,12 @@ def check_representations(
         ) from None
     if not items:
         raise ShapeError(f"{name}: an empty list; expected at least one array (n, p)")
-    checked = [
-        check_representation(
-            x,
-            f"{name}[{i}]",
-            min_stimuli=min_stimuli,
-            allow_batch=False,
-            defer_finite=defer_finite,
-        )
-        for i, x in enumerate(items)
-    ]
+    options: dict[str, Any] = {
+        "min_stimuli": min_stimuli,
+        "allow_batch": False,
+        "defer_finite": defer_finite,
+    }
+    checked = [check_representation(x, f"{name}[{i}]", **options) for i, x in enumerate(items)]
     (first, source), first_name = (checked[0], f"{name}[0]") if like is None else (like, "xs[0]")
     for i, (x, x_source) in enumerate(checked):
         _check_same_source(source, x_source, first_name, f"{name}[{i}]")
@@ -350,9 +330,7 @@ def _check_one_per_stimulus(labels: Any, n: int, name: str) -> np.ndarray[Any, A
     """Check integers (n,) and return them as int64."""
     values = check_integers(labels, name, LabelError)
     if values.shape != (n,):
-        raise LabelError(
-            f"{name}: shape {values.shape}; expected ({n},), one for each stimulus of x"
-        )
+        raise LabelError(f"{name}: shape {values.shape}; expected ({n},), one per stimulus of x")
     return values.astype(np.int64)
 
 
@@ -396,16 +374,6 @@ def check_classes(
         empty = int(np.append(present != np.arange(len(present)), True).argmax())
         raise LabelError(f"{name}: class {empty} has no stimulus; expected every class 0 … {k - 1}")
     return values, k
-
-
-UNDEFINED_CKA = (
-    "x or y: its kernel matrix is zero after centring (all stimuli are equally far apart), or the "
-    "median distance is 0 and 'rbf' has no bandwidth; expected distances that differ"
-)
-UNDEFINED_RSA = (
-    "x or y: its distances are all equal, or (for 'correlation' and 'cosine') a stimulus is "
-    "constant or zero; expected distances that differ"
-)
 
 
 def raise_if_nan(result: Array, message: str, **arguments: Tensor) -> Array:

@@ -7,6 +7,11 @@ from typing import Any
 from repsim_kernels import _check, _dispatch, _options
 from repsim_kernels._typing import Array, ArrayLike
 
+UNDEFINED = (
+    "x or y: its kernel matrix is zero after centring (all stimuli are equally far apart), or the "
+    "median distance is 0 and 'rbf' has no bandwidth; expected distances that differ"
+)
+
 
 def cka(
     x: ArrayLike,
@@ -91,8 +96,8 @@ def cka(
     options: dict[str, Any] = {"debiased": debiased, "kernel": kernel, "sigma": sigma}
     if not _options.may_be_high_by_chance(n, p, q, debiased, kernel):
         similarity = _dispatch.call("cka", backend, source, x, y, **options)
-        return _check.raise_if_nan(similarity, _check.UNDEFINED_CKA, x=x, y=y)
+        return _check.raise_if_nan(similarity, UNDEFINED, x=x, y=y)
     result = _dispatch.call("cka", backend, source, x, y, **options, chance=True)
-    similarity = _check.raise_if_nan(result["similarity"], _check.UNDEFINED_CKA, x=x, y=y)
+    similarity = _check.raise_if_nan(result["similarity"], UNDEFINED, x=x, y=y)
     _options.warn_if_high_by_chance(float(result["chance"].max()))
     return similarity

@@ -11,6 +11,7 @@ from repsim_kernels import _check, _dispatch, _options
 from repsim_kernels._metrics import METRICS
 from repsim_kernels._typing import Array, ArrayLike
 from repsim_kernels.errors import OptionError
+from repsim_kernels.ops import cka, rsa
 
 _METRICS = {metric.name: metric for metric in METRICS if metric.pairwise}
 
@@ -116,7 +117,7 @@ def pairwise(
     values = result["similarity"] if chance else result
     names = {f"xs[{i}]": x for i, x in enumerate(checked_xs)}
     names |= {f"ys[{i}]": y for i, y in enumerate(checked_ys or ())}
-    undefined = {"cka": _check.UNDEFINED_CKA, "rsa": _check.UNDEFINED_RSA}
+    undefined = {"cka": cka.UNDEFINED, "rsa": rsa.UNDEFINED}
     values = _check.raise_if_nan(values, undefined.get(metric, ""), **names)
     diagonal = list(range(len(checked_xs)))
     if ys is None and _METRICS[metric].symmetric:

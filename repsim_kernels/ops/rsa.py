@@ -5,6 +5,11 @@ from __future__ import annotations
 from repsim_kernels import _check, _dispatch, _options
 from repsim_kernels._typing import Array, ArrayLike
 
+UNDEFINED = (
+    "x or y: its distances are all equal, or (for 'correlation' and 'cosine') a stimulus is "
+    "constant or zero; expected distances that differ"
+)
+
 
 def rsa(
     x: ArrayLike,
@@ -82,4 +87,4 @@ def rsa(
     distance, compare = _options.check_rsa_options(distance, compare)
     x, y, source = _check.check_pair(x, y, min_stimuli=3, batched=batched)
     similarity = _dispatch.call("rsa", backend, source, x, y, distance=distance, compare=compare)
-    return _check.raise_if_nan(similarity, _check.UNDEFINED_RSA)
+    return _check.raise_if_nan(similarity, UNDEFINED)

@@ -129,7 +129,7 @@ def gram_ablation_distances(
         neurons = _options.check_count(neurons, "neurons")
     info = _options.check_flag(info, "info")
     min_stimuli = 4 if "cka_debiased" in names else 2
-    gram, parts, source = _check.check_gram_and_parts(gram, parts, min_stimuli=min_stimuli)
+    gram, parts, source = _check.check_gram_and_parts(gram, parts, min_stimuli)
     _options.warn_without_ridge(names, ridge, penalty)
     results = _dispatch.call(
         "gram_ablation_distances",
