@@ -33,7 +33,7 @@ def test_importing_the_package_imports_no_framework():
     assert out.stdout.strip() == "[]"
 
 
-def imported(path: Path) -> set[str]:
+def find_imports(path: Path) -> set[str]:
     """Return the names of the modules that a file of the package imports."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -45,11 +45,12 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def files(*folders: str) -> list[Path]:
+def find_modules(*folders: str) -> list[Path]:
+    """Return the files of modules in folders of the package."""
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
-RESULTS = "repsim_kernels._routes"  # the types that every backend returns
+RESULT_TYPES = "repsim_kernels._routes"  # the types that every backend returns
 
 
 def test_layers_import_only_what_is_below():
@@ -57,37 +58,37 @@ def test_layers_import_only_what_is_below():
 
     `ops` and `forward` reach them only through the dispatcher, so that one rule chooses backends.
     """
-    assert len(files("ops", "kernels", "reference")) > 20
-    roots = {m.partition(".")[0] for m in imported(ROOT / "_routes.py")}
+    assert len(find_modules("ops", "kernels", "reference")) > 20
+    roots = {m.partition(".")[0] for m in find_imports(ROOT / "_routes.py")}
     assert roots == {"__future__", "enum", "typing"}
-    for path in files("kernels"):
-        upward = {m for m in imported(path) if m.startswith("repsim_kernels.")}
-        assert all(m.startswith(("repsim_kernels.kernels", RESULTS)) for m in upward), path
+    for path in find_modules("kernels"):
+        upward = {m for m in find_imports(path) if m.startswith("repsim_kernels.")}
+        assert all(m.startswith(("repsim_kernels.kernels", RESULT_TYPES)) for m in upward), path
     for folder, others in (("torch", ("triton", "cupy")), ("cupy", ("triton",))):
-        for path in files(f"kernels/{folder}"):
-            backends = {m.split(".")[2] for m in imported(path) if m.count(".") > 1}
+        for path in find_modules(f"kernels/{folder}"):
+            backends = {m.split(".")[2] for m in find_imports(path) if m.count(".") > 1}
             assert backends.isdisjoint(others), path
-    for path in files("reference"):
-        roots = {m.partition(".")[0] for m in imported(path)}
+    for path in find_modules("reference"):
+        roots = {m.partition(".")[0] for m in find_imports(path)}
         assert roots <= {"__future__", "numpy", "repsim_kernels", "collections", "typing"}, path
-        inner = {m for m in imported(path) if m.startswith("repsim_kernels")}
-        assert all(m.startswith(("repsim_kernels.reference", RESULTS)) for m in inner), path
+        inner = {m for m in find_imports(path) if m.startswith("repsim_kernels")}
+        assert all(m.startswith(("repsim_kernels.reference", RESULT_TYPES)) for m in inner), path
     for registry in ("_operations.py", "_metrics.py"):
-        roots = {m.partition(".")[0] for m in imported(ROOT / registry)}
+        roots = {m.partition(".")[0] for m in find_imports(ROOT / registry)}
         assert roots <= sys.stdlib_module_names, registry
-    for path in files("ops", "forward"):
+    for path in find_modules("ops", "forward"):
         others = {"ops", "forward", "kernels", "reference"} - {path.parent.name}
-        packages = {m.split(".")[1] for m in imported(path) if m.startswith("repsim_kernels.")}
+        packages = {m.split(".")[1] for m in find_imports(path) if m.startswith("repsim_kernels.")}
         assert packages.isdisjoint(others), path
-        assert path.parent.name == "forward" or "torch" not in imported(path), path
+        assert path.parent.name == "forward" or "torch" not in find_imports(path), path
 
 
 def test_every_registered_kernel_exists():
     for operation in OPERATIONS:
         assert set(operation.batched) <= set(operation.backends)
         if operation.kernel is not None:
-            (runs,) = [op for op in OPERATIONS if op.name == operation.kernel]
-            assert (operation.backends, operation.batched) == (runs.backends, ())
+            (kernel,) = [op for op in OPERATIONS if op.name == operation.kernel]
+            assert (operation.backends, operation.batched) == (kernel.backends, ())
     for op, backend in _dispatch.KERNELS:
         assert callable(_dispatch._load_kernel(op, backend))
 
@@ -110,7 +111,7 @@ def test_docstrings_name_the_metrics_of_the_registry(function, parameter, names)
 def test_type_checkers_see_every_public_name():
     """They can't follow lazy loading, and read the imports under `TYPE_CHECKING` instead."""
     names = {name for name in rk.__all__ if getattr(rk, name).__module__ != rk.errors.__name__}
-    declared = imported(ROOT / "__init__.py")
+    declared = find_imports(ROOT / "__init__.py")
     assert {f"{getattr(rk, name).__module__}.{name}" for name in names} <= declared
 
 
