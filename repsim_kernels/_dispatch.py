@@ -31,8 +31,12 @@ _BATCHED = {(op.name, backend) for op in OPERATIONS for backend in op.batched}
 # `forward` also runs kernels that are not public operations, in place of a network's own layers.
 # Where `masked_pointwise` can run, so can `linear_cells`.
 _ALL_KERNELS = KERNELS | {
-    (op, "triton"): f"repsim_kernels.kernels.triton.{op}:{op}"
-    for op in ("ablate", "masked_pointwise", "linear_cells")
+    (op, "triton"): f"repsim_kernels.kernels.triton.{module}:{op}"
+    for op, module in (
+        ("ablate", "masked_copies"),
+        ("masked_pointwise", "masked_pointwise"),
+        ("linear_cells", "linear_cells"),
+    )
 }
 # Backends to try for arrays on a GPU, by library and in this order; torch serves the rest.
 _GPU_BACKENDS = {"cupy": ("cupy", "triton"), "torch": ("triton", "cupy")}
@@ -246,5 +250,5 @@ def show_config() -> None:
         if backend == "cupy" and reason is None:
             from repsim_kernels.kernels.cupy import module
 
-            status += f"; {module.how()}"
+            status += f"; {module.describe_build()}"
         print(f"  {backend:<10}{status}")

@@ -55,13 +55,13 @@ def by_nvrtc(code: str) -> dict[str, object]:
 def test_the_fatbin_of_this_source_is_loaded(cupy, installed):
     installed.build()
     assert loaded(cupy) == {"path": str(installed.fatbin)}
-    assert module.how() == "fatbin for sm_80, sm_90, sm_100"
+    assert module.describe_build() == "fatbin for sm_80, sm_90, sm_100"
 
 
 def test_without_a_fatbin_nvrtc_compiles_the_source(cupy, installed):
     assert loaded(cupy) == by_nvrtc(CODE)
     installed.source.with_name("another.cu").write_text(CODE)
-    assert module.how() == (
+    assert module.describe_build() == (
         "NVRTC at first use: no fatbin was built (there was no nvcc, or REPSIM_CUDA=OFF)"
     )
 
@@ -71,7 +71,10 @@ def test_an_edited_source_is_compiled_by_nvrtc(cupy, installed):
     edited = CODE.replace("2", "3")
     installed.source.write_text(edited)
     assert loaded(cupy) == by_nvrtc(edited)
-    assert module.how() == "NVRTC at first use: toy.cu is not what the fatbin was built from"
+    assert (
+        module.describe_build()
+        == "NVRTC at first use: toy.cu is not what the fatbin was built from"
+    )
     installed.source.write_text(CODE)
     assert loaded(cupy) == {"path": str(installed.fatbin)}
 
@@ -82,7 +85,10 @@ def test_a_source_that_is_new_is_compiled_by_nvrtc(cupy, installed):
     new.write_text(CODE)
     module.launch("new", "double_it", (1,), (3,), on_cuda(1))
     assert cupy.loaded == [by_nvrtc(CODE)]
-    assert module.how() == "NVRTC at first use: new.cu is not what the fatbin was built from"
+    assert (
+        module.describe_build()
+        == "NVRTC at first use: new.cu is not what the fatbin was built from"
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,7 +108,9 @@ def test_a_device_the_fatbin_is_not_for(cupy, installed, monkeypatch, capability
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert loaded(cupy) == ({"path": str(installed.fatbin)} if runs else by_nvrtc(CODE))
     name = "sm_{}{}".format(*capability)
-    assert (f"NVRTC at first use: the fatbin has no code for {name}" == module.how()) != runs
+    assert (
+        f"NVRTC at first use: the fatbin has no code for {name}" == module.describe_build()
+    ) != runs
 
 
 @pytest.mark.parametrize("architectures", [(100,), (80, 100)])
@@ -126,13 +134,13 @@ def test_a_driver_older_than_nvcc(cupy, installed, driver, nvcc, runs):
     installed.build(nvcc=nvcc)
     cupy.driver = driver
     assert ("path" in loaded(cupy)) == runs
-    assert ("the driver is older than CUDA 1" in module.how()) != runs
+    assert ("the driver is older than CUDA 1" in module.describe_build()) != runs
 
 
 def test_how_asks_no_device_where_there_is_none(installed, monkeypatch):
     monkeypatch.setattr(module, "unsupported", lambda: "there is no CUDA device")
     installed.build()
-    assert module.how() == "fatbin for sm_80, sm_90, sm_100"
+    assert module.describe_build() == "fatbin for sm_80, sm_90, sm_100"
 
 
 def test_a_launch(cupy, installed):
@@ -279,7 +287,7 @@ def native(request, tmp_path, monkeypatch):
         said = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True)
         version = said.stdout.rpartition(", V")[2].split()[0]
         places.build(places.fatbin.read_bytes(), nvcc=version)
-    assert module.how().startswith(request.param)
+    assert module.describe_build().startswith(request.param)
     yield request.param
     module._kernel.cache_clear()
 

@@ -173,7 +173,7 @@ def test_the_environment_chooses_a_backend_unless_the_argument_does(monkeypatch)
 
 def test_forward_chooses_backends_by_the_same_rule(monkeypatch):
     """Except that PyTorch runs the network if the requested backend can't."""
-    ablate = pytest.importorskip("repsim_kernels.kernels.triton.ablate")
+    masked_copies = pytest.importorskip("repsim_kernels.kernels.triton.masked_copies")
     x = torch.ones(2, 3)
 
     def chosen(backend):
@@ -183,9 +183,9 @@ def test_forward_chooses_backends_by_the_same_rule(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert not any(map(chosen, ("", *_dispatch.BACKENDS)))
     x = SimpleNamespace(device="cuda:0")
-    monkeypatch.setattr(ablate, "unsupported", lambda t: None)
+    monkeypatch.setattr(masked_copies, "unsupported", lambda t: None)
     assert list(filter(chosen, ("", *_dispatch.BACKENDS))) == ["", "triton"]
-    monkeypatch.setattr(ablate, "unsupported", lambda t: "it takes float32")
+    monkeypatch.setattr(masked_copies, "unsupported", lambda t: "it takes float32")
     assert not any(map(chosen, ("", *_dispatch.BACKENDS)))
     with pytest.raises(rk.OptionError, match="REPSIM_BACKEND: 'numpy'"):
         chosen("numpy")

@@ -197,8 +197,8 @@ def _ablate(s: Shape) -> Case:
         return _relu(xp, _masked(xp, x, labels, ids)).reshape(-1, *units)
 
     def kernel(*inputs: Tensor) -> Tensor:
-        epilogue = load("triton.ablate:Epilogue")(activate="relu")
-        return load("triton.ablate:ablate")(*inputs, epilogue=epilogue)
+        epilogue = load("triton.masked_copies:Epilogue")(activate="relu")
+        return load("triton.masked_copies:ablate")(*inputs, epilogue=epilogue)
 
     facts: Facts = {
         **_EXACT,

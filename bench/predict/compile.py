@@ -23,7 +23,7 @@ from triton.runtime.driver import driver
 
 from repsim_kernels.kernels import triton as kernels
 from repsim_kernels.kernels.triton import _launch
-from repsim_kernels.kernels.triton._launch import Case
+from repsim_kernels.kernels.triton._launch import CompileCase
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Built:
     tensor_cores: str  # its instructions, such as HGMMA; DMMA is float64's; "" for none
 
 
-def cases() -> list[tuple[str, Case]]:
+def cases() -> list[tuple[str, CompileCase]]:
     """Every case of the kernels, with the name of its module."""
     names = [module.name for module in pkgutil.iter_modules(kernels.__path__)]
     return [
@@ -50,7 +50,7 @@ def cases() -> list[tuple[str, Case]]:
 
 
 @functools.cache
-def build(case: Case, arch: int) -> tuple[Built, ...]:
+def build(case: CompileCase, arch: int) -> tuple[Built, ...]:
     """The kernels that a case starts on a GPU such as sm_90 (``arch`` 90), each once."""
     if _launch.interpreted():
         raise RuntimeError("TRITON_INTERPRET=1 is set: the kernels can't be compiled")

@@ -11,7 +11,7 @@ import triton
 
 from bench.predict import device_estimates
 from bench.predict.compile import Built, build, cases
-from repsim_kernels.kernels.triton._launch import Case, Floor
+from repsim_kernels.kernels.triton._launch import CompileCase, Floor
 
 ARCH = 90
 BYTES = 3.0e12  # a second
@@ -89,7 +89,7 @@ def blocks(kernel: Built) -> int:
     )
 
 
-def _row(case: Case) -> tuple[str, ...]:
+def _row(case: CompileCase) -> tuple[str, ...]:
     kernels = build(case, ARCH)
     return (
         case.name,

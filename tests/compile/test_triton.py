@@ -47,7 +47,7 @@ def assert_products(kernels: tuple[Built, ...], wanted: bool) -> None:
 
 
 @pytest.mark.parametrize(("case", "arch"), CASES)
-def test_what_ships(case: _launch.Case, arch: int) -> None:
+def test_what_ships(case: _launch.CompileCase, arch: int) -> None:
     kernels = build(case, arch)
     assert kernels
     for kernel in kernels:
@@ -63,12 +63,12 @@ def _square_kernel(x_ptr, PRECISION: tl.constexpr):
     tl.store(places, tl.dot(x, x, input_precision=PRECISION))
 
 
-def square(precision: str, **options: int) -> _launch.Case:
+def square(precision: str, **options: int) -> _launch.CompileCase:
     def call(device: torch.device) -> None:
         x = torch.empty(64, 64, device=device)
         _launch.launch(_square_kernel, (1,), x, PRECISION=precision, **options)
 
-    return _launch.Case("square", call, _launch.Floor(0, 0), products=True)
+    return _launch.CompileCase("square", call, _launch.Floor(0, 0), products=True)
 
 
 @pytest.mark.parametrize("arch", TARGETS)
@@ -100,5 +100,5 @@ def test_what_is_patched_is_put_back() -> None:
 
     before = state()
     with pytest.raises(OSError, match="as it should"):
-        build(_launch.Case("fails", fail, _launch.Floor(0, 0)), 80)
+        build(_launch.CompileCase("fails", fail, _launch.Floor(0, 0)), 80)
     assert state() == before

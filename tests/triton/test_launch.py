@@ -10,12 +10,12 @@ import torch
 
 from repsim_kernels.kernels.triton import (
     _launch,
-    ablate,
     cca,
     cells,
     gram,
     linear_cells,
     logistic,
+    masked_copies,
     masked_pointwise,
     neuron_major,
     riccati,
@@ -81,12 +81,12 @@ LARGE = {
     "neuron-major rows of two": lambda: neuron_major.neuron_major(
         empty(50_000, 600_000, 4)[..., :2]
     ),
-    "masked copies": lambda: ablate.ablate(
+    "masked copies": lambda: masked_copies.ablate(
         empty(50_000, 1_200_000),
         integers(1_200_000),
         integers(MANY),
     ),
-    "masked copies of one stimulus": lambda: ablate.ablate(
+    "masked copies of one stimulus": lambda: masked_copies.ablate(
         empty(1, 3), integers(3), integers(MANY)
     ),
     "masked linear layer": lambda: mask_linear(50, 9216, 4096, MANY),

@@ -81,7 +81,7 @@ def shared_memory(device: torch.device) -> int:
     return int(cupy.cuda.Device(device.index).attributes["MaxSharedMemoryPerBlockOptin"])
 
 
-def how() -> str:
+def describe_build() -> str:
     """Where the kernels come from, on the current device if there is one, and why."""
     device = None if unsupported() else torch.cuda.current_device()
     reasons = [why for path in _files("*.cu") if (why := _why_nvrtc(path.stem, device))]

@@ -27,7 +27,7 @@ class Floor:
 
 
 @dataclass(frozen=True)
-class Case:
+class CompileCase:
     """A call of a launcher on tensors of the study's shapes, whose kernels tests/compile builds.
 
     ``call`` gets the device and may leave its tensors empty: nothing runs. ``products`` says

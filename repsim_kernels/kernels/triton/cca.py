@@ -120,7 +120,9 @@ def variate_weights(
     return out.sum(0) / scale.to(torch.float64)
 
 
-def _case(k: int, n: int, p: int, dtype: torch.dtype, precision: str, rows: bool) -> _launch.Case:
+def _case(
+    k: int, n: int, p: int, dtype: torch.dtype, precision: str, rows: bool
+) -> _launch.CompileCase:
     def call(device: torch.device) -> None:
         shape = (n, p) if rows else (p, n)
         x = torch.empty(shape, dtype=dtype, device=device)
@@ -128,7 +130,7 @@ def _case(k: int, n: int, p: int, dtype: torch.dtype, precision: str, rows: bool
         variate_weights(h, x if rows else x.mT, precision=precision)
 
     order = "stimuli" if rows else "neurons"
-    return _launch.Case(
+    return _launch.CompileCase(
         f"{k:,} directions, n = {n}, p = {p:,}, {str(dtype)[6:]}, {precision}, by {order}",
         call,
         floor(k, n, p, dtype.itemsize, precision),

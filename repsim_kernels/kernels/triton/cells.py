@@ -177,17 +177,19 @@ def selectivity_grid(
     return grid_of_sums(*sums, own=int(own.sum()), n=len(x), grid=grid, edges=edges)
 
 
-def _case(name: str, n: int, p: int, k: int, by_neuron: bool, dtype: torch.dtype) -> _launch.Case:
+def _case(
+    name: str, n: int, p: int, k: int, by_neuron: bool, dtype: torch.dtype
+) -> _launch.CompileCase:
     def call(device: torch.device) -> Tensor:
         x = torch.empty((p, n) if by_neuron else (n, p), dtype=dtype, device=device)
         return class_means(x.t() if by_neuron else x, labels=np.arange(n) % k, n_classes=k)
 
     order = "neuron by neuron" if by_neuron else "stimulus by stimulus"
     title = f"{name}, {k} classes, {order}, {str(dtype)[6:]}"
-    return _launch.Case(title, call, floor(n, p, k, dtype))
+    return _launch.CompileCase(title, call, floor(n, p, k, dtype))
 
 
-AOT_CASES: tuple[_launch.Case, ...] = tuple(
+AOT_CASES: tuple[_launch.CompileCase, ...] = tuple(
     _case(name, n, p, k, by_neuron, dtype)
     for name, n, p, k in (
         ("AlexNet's first layer", 50, 193_600, 10),

@@ -368,7 +368,7 @@ def _grams(
     return g, found, u[torch.from_numpy(index).to(device)].sum(1)
 
 
-def _case(n: int, p: int, cells: int, dtype: torch.dtype, precision: str) -> _launch.Case:
+def _case(n: int, p: int, cells: int, dtype: torch.dtype, precision: str) -> _launch.CompileCase:
     def call(device: torch.device) -> None:
         x = torch.empty(p, n, dtype=dtype, device=device).mT
         if cells:
@@ -378,7 +378,7 @@ def _case(n: int, p: int, cells: int, dtype: torch.dtype, precision: str) -> _la
             centered_gram(x, kernel="linear", sigma=None, precision=precision)
 
     what = f"{cells} cells" if cells else "whole"
-    return _launch.Case(
+    return _launch.CompileCase(
         f"{what}, n = {n}, p = {p:,}, {str(dtype)[6:]}, {precision}",
         call,
         floor(n, p, dtype.itemsize, max(cells, 1), precision),

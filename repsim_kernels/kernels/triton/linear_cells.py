@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from repsim_kernels.kernels.triton import _launch
-from repsim_kernels.kernels.triton.ablate import activated
+from repsim_kernels.kernels.triton.masked_copies import activated
 from repsim_kernels.kernels.triton.masked_pointwise import product_type
 
 
@@ -186,7 +186,7 @@ def _items(
     return order, items, np.stack([last - np.where(last > 0, pieces[at], 0), last], 1)
 
 
-def _case(n: int, p: int, outs: int, cells: int, dtype: torch.dtype) -> _launch.Case:
+def _case(n: int, p: int, outs: int, cells: int, dtype: torch.dtype) -> _launch.CompileCase:
     def call(device: torch.device) -> Tensor:
         return linear_cells(
             torch.empty(n, p, dtype=dtype, device=device),
@@ -198,9 +198,9 @@ def _case(n: int, p: int, outs: int, cells: int, dtype: torch.dtype) -> _launch.
         )
 
     name = f"{p} to {outs}, {str(dtype)[6:]}"
-    return _launch.Case(name, call, floor(n, p, outs, cells, dtype, "tf32x3"), products=True)
+    return _launch.CompileCase(name, call, floor(n, p, outs, cells, dtype, "tf32x3"), products=True)
 
 
-AOT_CASES: tuple[_launch.Case, ...] = tuple(
+AOT_CASES: tuple[_launch.CompileCase, ...] = tuple(
     _case(50, 9216, 4096, 16, dtype) for dtype in (torch.float32, torch.bfloat16)
 )

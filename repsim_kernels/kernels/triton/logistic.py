@@ -357,7 +357,7 @@ def _neuron_major(x: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
 
 def _case(
     n: int, d: int, p: int, dtype: torch.dtype, precision: str, fits: int = 1000
-) -> _launch.Case:
+) -> _launch.CompileCase:
     def call(device: torch.device) -> None:
         x = torch.empty(p, n, dtype=dtype, device=device).mT
         columns = np.arange(fits * d).reshape(fits, d) % p
@@ -365,7 +365,7 @@ def _case(
         rows, numbers = _neuron_major(x, torch.from_numpy(columns).to(device))
         _launch_fits(rows, numbers, n, targets, 1.0, 1e-5, 100, None, precision, None)
 
-    return _launch.Case(
+    return _launch.CompileCase(
         f"{fits:,} fits, n = {n}, d = {d}, p = {p:,}, {str(dtype)[6:]}, {precision}, by neurons",
         call,
         floor(n, d, fits, min(p, fits * d), dtype.itemsize, precision),
@@ -374,7 +374,7 @@ def _case(
     )
 
 
-AOT_CASES: tuple[_launch.Case, ...] = (
+AOT_CASES: tuple[_launch.CompileCase, ...] = (
     _case(500, 100, 100_352, torch.float32, "tf32x3"),
     _case(500, 100, 100_352, torch.float32, "tf32"),
     _case(500, 100, 100_352, torch.float32, "ieee"),

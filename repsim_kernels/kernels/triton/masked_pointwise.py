@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from repsim_kernels.kernels.triton import _launch
-from repsim_kernels.kernels.triton.ablate import activated
+from repsim_kernels.kernels.triton.masked_copies import activated
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def _bits(masks: Tensor) -> Tensor:
 
 def _case(
     name: str, units: tuple[int, ...], outs: int, dtype: torch.dtype, last: bool = False
-) -> _launch.Case:
+) -> _launch.CompileCase:
     n, cells = 50, 16
 
     def call(device: torch.device) -> Tensor:
@@ -231,10 +231,10 @@ def _case(
     rows = n * prod(units[1:])
     label = f"{name}, {str(dtype)[6:]}{', channels last' * last}"
     bound = floor(rows, units[0], outs, cells, dtype, "tf32x3")
-    return _launch.Case(label, call, bound, products=True)
+    return _launch.CompileCase(label, call, bound, products=True)
 
 
-AOT_CASES: tuple[_launch.Case, ...] = tuple(
+AOT_CASES: tuple[_launch.CompileCase, ...] = tuple(
     _case(name, units, outs, dtype, last)
     for name, units, outs, last in (
         ("mobilenet 96 to 24", (96, 112, 112), 24, False),

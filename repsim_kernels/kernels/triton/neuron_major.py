@@ -129,8 +129,8 @@ def neuron_major(activation: Tensor, *, launch: Launch | None = None) -> Tensor:
 
 def _case(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, order: torch.memory_format
-) -> _launch.Case:
-    return _launch.Case(
+) -> _launch.CompileCase:
+    return _launch.CompileCase(
         f"{name}, {str(order)[6:]}, {str(dtype)[6:]}",
         lambda device: neuron_major(
             torch.empty(shape, dtype=dtype, device=device, memory_format=order)
@@ -139,7 +139,7 @@ def _case(
     )
 
 
-AOT_CASES: tuple[_launch.Case, ...] = tuple(
+AOT_CASES: tuple[_launch.CompileCase, ...] = tuple(
     _case(name, shape, dtype, order)
     for name, shape in (
         ("AlexNet's first layer", (50, 64, 55, 55)),

@@ -215,7 +215,7 @@ def advance(
     return o, spare, d
 
 
-def _case(batch: int, m: int) -> _launch.Case:
+def _case(batch: int, m: int) -> _launch.CompileCase:
     def call(device: torch.device) -> None:
         p, f, o = (torch.empty(batch, m, m, dtype=torch.float64, device=device) for _ in range(3))
         diagonal, d = (p.new_empty(batch, m) for _ in range(2))
@@ -223,7 +223,7 @@ def _case(batch: int, m: int) -> _launch.Case:
 
     elements = batch * m * m
     floor = _launch.Floor(24 * elements + 16 * batch * m + 8 * m, 3 * elements)
-    return _launch.Case(f"{batch} matrices of {m} x {m}, float64", call, floor)
+    return _launch.CompileCase(f"{batch} matrices of {m} x {m}, float64", call, floor)
 
 
 AOT_CASES = (_case(16, 499), _case(64, 499), _case(100, 49))

@@ -187,7 +187,7 @@ def _case(
     norm: bool = False,
     activate: str = "none",
     overlap: bool = False,
-) -> _launch.Case:
+) -> _launch.CompileCase:
     n, cells, p = 50, 16, prod(units)
 
     def call(device: torch.device) -> Tensor:
@@ -202,10 +202,10 @@ def _case(
 
     epilogue = " ".join(["norm"] * norm + [activate] * (activate != "none")) or "mask alone"
     label = f"{name}, {str(dtype)[6:]}, {epilogue}{', overlapping' * overlap}"
-    return _launch.Case(label, call, floor(n, p, cells, dtype))
+    return _launch.CompileCase(label, call, floor(n, p, cells, dtype))
 
 
-AOT_CASES: tuple[_launch.Case, ...] = (
+AOT_CASES: tuple[_launch.CompileCase, ...] = (
     *(
         _case(name, units, dtype, norm=norm, activate=activate)
         for name, units, norm, activate in (
