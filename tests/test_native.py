@@ -367,7 +367,7 @@ def test_what_ships_loads():
     sources = [path.stem for path in module._files("*.cu")]
     assert sources
     for source in sources:
-        if module._why_nvrtc(source, device) is None:
+        if module._why_not_fatbin(source, device) is None:
             cupy.RawModule(path=str(module._files(f"{source}.fatbin")[0])).compile()
         code = module._files(f"{source}.cu")[0].read_text(encoding="utf-8")
         cupy.RawModule(code=code, options=module.NVRTC_OPTIONS).compile()

@@ -1,35 +1,36 @@
 // Gram matrices of the stimuli, one for each cell of neurons, from one read of the activations.
 //
-// A block makes a tile of 64 x 64 products for one piece of a cell's neurons, 4 x 8 of them in the
-// registers of each of 128 threads: a step over 32 multiplications takes 12 numbers from shared
-// memory. Tiles above the diagonal are not made. Pieces are summed by a second kernel in the order
-// of their places, so that the result does not depend on which block ends first.
+// A block computes a tile of 64 x 64 products for one chunk of a cell's neurons. Each of its 128
+// threads has 4 x 8 of them in registers, so it reads 12 numbers from shared memory for every 32
+// multiplications. Tiles above the diagonal are skipped. A second kernel sums the chunks in a fixed
+// order, so the result does not depend on which block finishes first.
 //
-// Stimuli are taken relative to the first one as they are loaded: a constant neuron gives exact
-// zeros, and a large mean costs no digits. The Gram of these differences is centred afterwards.
+// The first stimulus is subtracted from all others as they are loaded: a constant neuron gives
+// exact zeros, and a large mean costs no digits. The Gram of these differences is centred
+// afterwards.
 
 constexpr int TILE = 64;     // stimuli
-constexpr int DEPTH = 16;    // neurons of a step
-constexpr int RUN = 128;     // neurons summed in the products' own precision: within 128 / 2^24
+constexpr int DEPTH = 16;    // neurons per step
+constexpr int RUN = 128;     // neurons summed in T before float64: an error within 128 / 2^24
 constexpr int THREADS = 128; // 16 along the rows, 8 along the columns
-constexpr int ROWS = 4;      // of a thread, 16 apart: threads of a warp read the same ones
-constexpr int COLUMNS = 8;   // of a thread, 8 apart: without bank conflicts
+constexpr int ROWS = 4;      // per thread, 16 apart: a warp's threads read the same rows
+constexpr int COLUMNS = 8;   // per thread, 8 apart: no bank conflicts
 
-// Tiles on and under the diagonal.
-__device__ __forceinline__ int pairs(int n) {
+// Number of tiles on and below the diagonal.
+__device__ __forceinline__ int tile_count(int n) {
     const int tiles = (n + TILE - 1) / TILE;
     return tiles * (tiles + 1) / 2;
 }
 
-// Row and column of one of them.
-__device__ __forceinline__ void place(int pair, int *i, int *j) {
+// Row and column of such a tile.
+__device__ __forceinline__ void tile_position(int pair, int *i, int *j) {
     int row = 0;
     while ((row + 1) * (row + 2) / 2 <= pair) ++row;
     *i = row;
     *j = pair - row * (row + 1) / 2;
 }
 
-// 64 stimuli of 16 neurons, relative to the first stimulus and scaled; zeros beyond either end.
+// Load 64 stimuli of 16 neurons, scaled and relative to the first stimulus; zeros out of bounds.
 template <typename T>
 __device__ __forceinline__ void load(T (*to)[TILE], const T *x, const int *order, long long at,
                                      long long last, int first_row, int n, long long stride_n,
@@ -39,27 +40,27 @@ __device__ __forceinline__ void load(T (*to)[TILE], const T *x, const int *order
         T value = 0;
         if (at + k < last && row < n) {
             const T *neuron = x + order[at + k] * stride_p;
-            // Scaled first, by a power of two: the difference of the largest numbers overflows.
+            // Scale by the power of two first: the difference of two large numbers would overflow.
             value = neuron[row * stride_n] * scale - neuron[0] * scale;
         }
         to[k][e % TILE] = value;
     }
 }
 
-// Grid: pieces · tiles, those of a piece side by side, so that all but the first find its neurons
-// in the L2 cache. An item is the first and the last place in `order` of a piece, and the slot of
-// its tiles in `partial` (slots, tiles, 64, 64).
+// Grid: chunks · tiles. The tiles of one chunk are adjacent, so all but the first find its neurons
+// in the L2 cache. An item holds a chunk's bounds in `order` and the slot of its tiles in `partial`
+// (slots, tiles, 64, 64).
 template <typename T>
-__device__ void pieces(const T *x, const int *order, const long long *items, const T *scale_at,
-                       double *partial, int n, long long stride_n, long long stride_p) {
+__device__ void gram_tile(const T *x, const int *order, const long long *items, const T *scale_ptr,
+                          double *partial, int n, long long stride_n, long long stride_p) {
     __shared__ T a[DEPTH][TILE], b[DEPTH][TILE];
-    const int tiles = pairs(n), tile = blockIdx.x % tiles;
+    const int tiles = tile_count(n), tile = blockIdx.x % tiles;
     const long long *item = items + 3LL * (blockIdx.x / tiles);
     const long long first = item[0], last = item[1], slot = item[2];
-    const T scale = *scale_at;
+    const T scale = *scale_ptr;
     const int r = threadIdx.x / 8, c = threadIdx.x % 8;
     int i, j;
-    place(tile, &i, &j);
+    tile_position(tile, &i, &j);
     double total[ROWS][COLUMNS] = {};
     for (long long run = first; run < last; run += RUN) {
         T sum[ROWS][COLUMNS] = {};
@@ -89,22 +90,22 @@ __device__ void pieces(const T *x, const int *order, const long long *items, con
 extern "C" __global__ void __launch_bounds__(128, 2)
     cell_grams_f64(const double *x, const int *order, const long long *items, const double *scale,
                    double *partial, int n, long long stride_n, long long stride_p) {
-    pieces(x, order, items, scale, partial, n, stride_n, stride_p);
+    gram_tile(x, order, items, scale, partial, n, stride_n, stride_p);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2)
     cell_grams_f32(const float *x, const int *order, const long long *items, const float *scale,
                    double *partial, int n, long long stride_n, long long stride_p) {
-    pieces(x, order, items, scale, partial, n, stride_n, stride_p);
+    gram_tile(x, order, items, scale, partial, n, stride_n, stride_p);
 }
 
-// Grid: cells · tiles. Cell c has the slots from slots[c] to slots[c + 1]; g is (cells, n, n).
+// Grid: cells · tiles. Cell c owns the slots from slots[c] up to slots[c + 1]; g is (cells, n, n).
 extern "C" __global__ void __launch_bounds__(128, 2)
     cell_grams_sum(const double *partial, const long long *slots, const double *unit, double *g,
                    int n) {
-    const int tiles = pairs(n), tile = blockIdx.x % tiles, cell = blockIdx.x / tiles;
+    const int tiles = tile_count(n), tile = blockIdx.x % tiles, cell = blockIdx.x / tiles;
     int i, j;
-    place(tile, &i, &j);
+    tile_position(tile, &i, &j);
     const long long first = slots[cell], last = slots[cell + 1];
     g += static_cast<long long>(cell) * n * n;
     for (int e = threadIdx.x; e < TILE * TILE; e += blockDim.x) {

@@ -95,7 +95,7 @@ def few_threads(monkeypatch: pytest.MonkeyPatch, threads: int = 4) -> None:
 
     def fewer(*arguments):
         launch = choose(*arguments)
-        return spectral.Launch(threads, launch.kept, launch.shared)
+        return spectral.Launch(threads, launch.placement, launch.shared)
 
     monkeypatch.setattr(spectral, "choose", fewer)
 
@@ -119,7 +119,7 @@ def test_the_largest(monkeypatch, n, kind):
     """Vectors are in global memory there."""
     few_threads(monkeypatch)
     a = tensor(symmetric(kind, n))
-    assert spectral.choose("eigh", n, n, 8, True, 163 * 1024).kept == 2
+    assert spectral.choose("eigh", n, n, 8, True, 163 * 1024).placement == 2
     assert_eigh(a, spectral.solve_batch(a, vectors=True))
     assert_svd(a, spectral.svd(a, vectors=True))
 
@@ -238,7 +238,7 @@ def test_under_sanitizers(monkeypatch, native, sanitizer, rows, n):
     ):
         room = spectral.choose(operation, *sizes, 8, True, 2**20).shared - 1
         monkeypatch.setattr(spectral, "_SHARED", room)
-        assert spectral.choose(operation, *sizes, 8, True, room).kept == 2
+        assert spectral.choose(operation, *sizes, 8, True, room).placement == 2
         check(matrices, function(matrices, vectors=True))
 
 
@@ -273,7 +273,7 @@ def test_what_the_launchers_take(monkeypatch):
         assert launch.threads % 32 == 0
     assert spectral.choose("eigh", 129, 129, 8, False, 227 * 1024) is None
     assert spectral.choose("eigh", 128, 128, 8, False, 99 * 1024) is None
-    assert spectral.choose("eigh", 128, 128, 4, False, 99 * 1024).kept == 0
+    assert spectral.choose("eigh", 128, 128, 4, False, 99 * 1024).placement == 0
 
 
 @pytest.mark.parametrize("shape", [(2, 130, 7), (130, 131)])

@@ -15,7 +15,7 @@ from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton.linear_cells import (
     AOT_CASES,
     Launch,
-    _items,
+    _plan_items,
     choose,
     floor,
     linear_cells,
@@ -129,7 +129,7 @@ def test_one_pass_for_all_cells(device, launches):
 def test_pieces(data, chunk):
     cells, n_cells = data.draw(labels(data.draw(st.integers(1, 40))))
     ids = np.array(data.draw(st.lists(st.integers(0, n_cells + 1), min_size=1, unique=True)))
-    order, items, ranges = _items(cells, ids, chunk)
+    order, items, ranges = _plan_items(cells, ids, chunk)
     assert sorted(order) == list(range(len(cells)))
     assert items[0, 0] == 0
     assert items[-1, 1] == len(cells)

@@ -323,7 +323,7 @@ def test_old_compilers(monkeypatch):
         (True, (12, 0), None),
         (False, (10, 0), None),
     ):
-        monkeypatch.setattr(logistic, "_OLD", old)
+        monkeypatch.setattr(logistic, "_OLD_TRITON", old)
         monkeypatch.setattr(_launch, "capability", lambda device, least=capability: least)
         assert logistic.unsupported(x) == reason
 

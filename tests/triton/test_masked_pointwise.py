@@ -15,7 +15,7 @@ from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton.masked_pointwise import (
     AOT_CASES,
     Launch,
-    _bits,
+    _pack_bits,
     choose,
     floor,
     masked_pointwise,
@@ -149,7 +149,7 @@ def test_no_cells(device):
 
 def test_masks_in_the_bits_of_bytes():
     masks = torch.from_numpy(np.random.default_rng(0).random((11, 5)) < 0.5)
-    bits = np.unpackbits(_bits(masks).numpy()[:, None], axis=1, bitorder="little")
+    bits = np.unpackbits(_pack_bits(masks).numpy()[:, None], axis=1, bitorder="little")
     np.testing.assert_array_equal(bits.reshape(16, 5)[:11], masks)
     assert not bits.reshape(16, 5)[11:].any()
 

@@ -7,13 +7,13 @@ import torch
 import triton
 import triton.language as tl
 
-from repsim_kernels.kernels.triton._newton import tf32
+from repsim_kernels.kernels.triton._newton import round_to_tf32
 
 
 @triton.jit
 def _tf32_kernel(x_ptr, y_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
-    tl.store(y_ptr + i, tf32(tl.load(x_ptr + i)))
+    tl.store(y_ptr + i, round_to_tf32(tl.load(x_ptr + i)))
 
 
 def test_tf32_is_the_nearest(device):

@@ -18,7 +18,7 @@ from repsim_kernels.kernels.torch import riccati as plain
 from repsim_kernels.kernels.triton import riccati
 
 few = settings(max_examples=15)
-SMALL = riccati.Launch(block_m=16, block_n=16, num_warps=4, captured=True)
+SMALL = riccati.Launch(block_m=16, block_n=16, num_warps=4, use_graph=True)
 
 
 @pytest.fixture(autouse=True)
@@ -218,7 +218,7 @@ def log(device, monkeypatch):
     Recorded.alive.clear()
     if device.type == "cuda":
         return Recorded.log
-    steps = riccati._steps
+    steps = riccati._run_steps
 
     def run(*arguments):
         if Recorded.recording is not None:
@@ -227,7 +227,7 @@ def log(device, monkeypatch):
             Recorded.log.append("run")
             steps(*arguments)
 
-    monkeypatch.setattr(riccati, "_steps", run)
+    monkeypatch.setattr(riccati, "_run_steps", run)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
     monkeypatch.setattr(torch.cuda, "Stream", NoStream)
     monkeypatch.setattr(torch.cuda, "current_stream", NoStream)
@@ -243,7 +243,7 @@ SHARES = [0.001, 0.002, 0.003, 0.9, 0.97, 3.0]
 @pytest.mark.parametrize("m", [7, 24])
 def test_graphs_change_nothing(device, m):
     """Of two batches in a row, each with its buffers moved on the way."""
-    captured = riccati.Captured()
+    captured = riccati.StepGraph()
     for seed in range(2):
         v, f = parts_of(seed, m, SHARES, device)
         got = plain.deficit(v, f, captured)
@@ -264,7 +264,7 @@ def buffers(seed, device):
 
 @pytest.mark.usefixtures("log")
 def test_a_graph_serves_what_lies_at_its_addresses(device):
-    captured = riccati.Captured()
+    captured = riccati.StepGraph()
     places = buffers(0, device)
     for seed in range(3):
         for place, values in zip(places, buffers(seed, device), strict=True):
@@ -279,7 +279,7 @@ def test_a_graph_serves_what_lies_at_its_addresses(device):
 def test_the_second_call_of_the_same_buffers_captures(device, log):
     if device.type == "cuda":
         pytest.skip("the log is the interpreter's")
-    captured = riccati.Captured()
+    captured = riccati.StepGraph()
     first, second = buffers(0, device), buffers(1, device)
     for _ in range(4):
         captured(*first)
@@ -323,7 +323,7 @@ def test_small_matrices_are_replayed_on_a_gpu(device, launches):
 
 
 def test_what_is_captured():
-    assert riccati.choose(100, 49).captured
-    assert riccati.choose(400, 49).captured
-    assert not riccati.choose(16, 499).captured
+    assert riccati.choose(100, 49).use_graph
+    assert riccati.choose(400, 49).use_graph
+    assert not riccati.choose(16, 499).use_graph
     assert [riccati.choose(1, m).block_n for m in (1, 17, 64, 499)] == [16, 32, 64, 64]

@@ -1,1 +1,1 @@
-"""Launchers of the CUDA C++ kernels in repsim_kernels/cuda."""
+"""Launchers of the CUDA C++ kernels in repsim_kernels/cuda, through CuPy."""

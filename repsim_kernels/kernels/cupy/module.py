@@ -1,7 +1,7 @@
-"""The CUDA C++ of repsim_kernels/cuda, loaded and started through CuPy.
+"""Loading and launching the CUDA C++ kernels of repsim_kernels/cuda through CuPy.
 
-A fatbin that was built from the source as it stands is loaded. Else NVRTC compiles the source at
-its first use, and CuPy keeps the result on disk, by the hash of the source and the options.
+A fatbin is loaded if it was built from the current source. Otherwise NVRTC compiles the source at
+first use, and CuPy caches the result on disk by the hash of the source and the options.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 import repsim_kernels
 from repsim_kernels.kernels._cuda import check_grid
 
-# CuPy adds -ftz=true and the device's architecture: what CMakeLists.txt gives nvcc.
+# CuPy adds -ftz=true and the device's architecture, as CMakeLists.txt does for nvcc.
 NVRTC_OPTIONS = ("-std=c++17",)
 
 
 def unsupported(*tensors: Tensor) -> str | None:
-    """Why no native kernel can serve these tensors (without any: nothing); None if it can."""
+    """Return why no native kernel can take these tensors (or any tensor), or None if one can."""
     if importlib.util.find_spec("cupy") is None:
         return "CuPy is not installed"
     if not torch.cuda.is_available():
@@ -37,7 +37,7 @@ def unsupported(*tensors: Tensor) -> str | None:
         return "the tensors are on different devices"
     try:
         import cupy  # type: ignore[import-not-found]
-    except Exception as error:  # whatever a broken installation, or a cache it can't write, raises
+    except Exception as error:  # a broken installation or an unwritable cache may raise anything
         cause = error.__cause__ or error
         return f"CuPy can't be imported: {type(cause).__name__}: {' '.join(str(cause).split())}"
     if not hasattr(cupy.cuda.Stream, "from_external"):
@@ -55,17 +55,17 @@ def launch(
 ) -> None:
     """Start a kernel of cuda/<source>.cu on the device of its tensors, on torch's current stream.
 
-    Tensors are passed as pointers, NumPy scalars as what they are: np.int32 is C's int. ``shared``
-    counts the bytes of dynamic shared memory, up to what the device gives to a block. A grid beyond
-    CUDA's limits raises ValueError.
+    Tensors are passed as pointers, NumPy scalars by value in their own type: np.int32 is C's int.
+    ``shared`` is the dynamic shared memory in bytes, up to the device's limit per block. Raises
+    ValueError for a grid beyond CUDA's limits.
     """
     import cupy
 
     check_grid(name, grid)
 
     device = next(a.device for a in arguments if isinstance(a, Tensor))
-    values = tuple(map(_argument, arguments))
-    if 0 in grid:  # nothing to do, but CuPy would start one block
+    values = tuple(map(_kernel_argument, arguments))
+    if 0 in grid:  # CuPy would start one block
         return
     with (
         cupy.cuda.Device(device.index),
@@ -75,56 +75,57 @@ def launch(
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a block may have on a CUDA device."""
+    """Return the bytes of shared memory that a block may use on a CUDA device."""
     import cupy
 
     return int(cupy.cuda.Device(device.index).attributes["MaxSharedMemoryPerBlockOptin"])
 
 
 def describe_build() -> str:
-    """Where the kernels come from, on the current device if there is one, and why."""
+    """Describe where the kernels come from, for the current device if one exists, and why."""
     device = None if unsupported() else torch.cuda.current_device()
-    reasons = [why for path in _files("*.cu") if (why := _why_nvrtc(path.stem, device))]
+    reasons = [why for path in _files("*.cu") if (why := _why_not_fatbin(path.stem, device))]
     if reasons:
         return f"NVRTC at first use: {'; '.join(dict.fromkeys(reasons))}"
-    record = _record()
+    record = _build_record()
     assert record is not None
     return f"fatbin for {', '.join(f'sm_{a}' for a in record['architectures'])}"
 
 
-def _argument(value: object) -> np.generic:
+def _kernel_argument(value: object) -> np.generic:
+    """Convert a tensor to its address; NumPy scalars are passed through."""
     if isinstance(value, Tensor):
         return np.uint64(value.data_ptr())
     if isinstance(value, np.generic):
         return value
-    # CuPy would take a Python number for 64 bits, whatever the kernel reads.
+    # CuPy would pass a Python number as 64 bits, whatever type the kernel reads.
     raise TypeError(f"{value!r} has no C type: expected a tensor or a NumPy scalar")
 
 
 @functools.cache
 def _kernel(source: str, name: str, device: int) -> Any:
-    """The kernel, loaded for a device, which is the current one."""
+    """Load a kernel for a device, which must be the current one."""
     import cupy
 
-    if _why_nvrtc(source, device) is None:
+    if _why_not_fatbin(source, device) is None:
         module = cupy.RawModule(path=str(_files(f"{source}.fatbin")[0]))
     else:
         code = _files(f"{source}.cu")[0].read_text(encoding="utf-8")
         module = cupy.RawModule(code=code, backend="nvrtc", options=NVRTC_OPTIONS)
     kernel = module.get_function(name)
-    # Without it a block gets 48 KiB. Once for all launches, so that threads don't race for it.
-    most = shared_memory(torch.device("cuda", device))
-    kernel.max_dynamic_shared_size_bytes = most - kernel.shared_size_bytes
+    # The default limit is 48 KiB per block. Raised once, on loading, so that threads don't race.
+    limit = shared_memory(torch.device("cuda", device))
+    kernel.max_dynamic_shared_size_bytes = limit - kernel.shared_size_bytes
     return kernel
 
 
-def _why_nvrtc(source: str, device: int | None) -> str | None:
-    """Why a source's fatbin can't be used, on a device if one is given; None if it can."""
-    record = _record()
+def _why_not_fatbin(source: str, device: int | None) -> str | None:
+    """Return why a source's fatbin can't be used (on a device, if any), or None if it can."""
+    record = _build_record()
     if record is None:
         return "no fatbin was built (there was no nvcc, or REPSIM_CUDA=OFF)"
-    now = hashlib.sha256(_files(f"{source}.cu")[0].read_bytes()).hexdigest()
-    if record["sha256"].get(source) != now:
+    digest = hashlib.sha256(_files(f"{source}.cu")[0].read_bytes()).hexdigest()
+    if record["sha256"].get(source) != digest:
         return f"{source}.cu is not what the fatbin was built from"
     if device is None:
         return None
@@ -132,7 +133,7 @@ def _why_nvrtc(source: str, device: int | None) -> str | None:
 
     major, minor = torch.cuda.get_device_capability(device)
     built = [divmod(architecture, 10) for architecture in record["architectures"]]
-    # Code for one minor version runs on the later ones; there is PTX for all after the last.
+    # Code for a minor version runs on later ones; beyond the newest target there is PTX.
     if (major, minor) < max(built) and not any(a == major and b <= minor for a, b in built):
         return f"the fatbin has no code for sm_{major}{minor}"
     nvcc = tuple(map(int, record["nvcc"].split(".")[:2]))
@@ -142,14 +143,14 @@ def _why_nvrtc(source: str, device: int | None) -> str | None:
     return None
 
 
-def _record() -> dict[str, Any] | None:
-    """What the build wrote down: nvcc's version, the architectures, the hashes of the sources."""
-    found = _files("fatbin.json")
-    return json.loads(found[0].read_text(encoding="utf-8")) if found else None
+def _build_record() -> dict[str, Any] | None:
+    """Read the build's record: nvcc's version, the architectures, the hashes of the sources."""
+    paths = _files("fatbin.json")
+    return json.loads(paths[0].read_text(encoding="utf-8")) if paths else None
 
 
 def _files(pattern: str) -> list[Path]:
-    """The package's files in cuda/: an editable install has what was built in a second place."""
+    """List the package's files in cuda/; an editable install has built files in a second folder."""
     return [
         path
         for folder in repsim_kernels.__path__

@@ -1,1 +1,1 @@
-"""Fused Triton kernels: one read of the activations, whatever is asked of them."""
+"""Fused Triton kernels that read the activations once."""

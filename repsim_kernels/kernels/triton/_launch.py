@@ -1,4 +1,4 @@
-"""Where kernels meet a device: what can run there, how it is started, what it costs at least."""
+"""Launching kernels: which tensors a device supports, the launch itself, and lower bounds."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ PRECISIONS = ("tf32x3", "tf32", "ieee")
 
 @dataclass(frozen=True)
 class Floor:
-    """The least a kernel does: bytes to and from device memory, and operations of its kind."""
+    """Lower bound on a kernel's work: bytes to and from device memory, and operations."""
 
     bytes: int
     operations: int
-    precision: str = "ieee"  # of the products; "ieee" also where there are none
+    precision: str = "ieee"  # of the products; also "ieee" for a kernel without products
 
 
 @dataclass(frozen=True)
 class CompileCase:
-    """A call of a launcher on tensors of the study's shapes, whose kernels tests/compile builds.
+    """A launcher call at one of the study's shapes; tests/compile compiles the kernels it starts.
 
-    ``call`` gets the device and may leave its tensors empty: nothing runs. ``products`` says
-    whether the kernel must use the tensor cores, ``archs`` what it is built for, sm_90 as 90.
+    ``call`` receives the device and may leave its tensors uninitialised, since nothing runs.
+    ``products`` tells whether the kernel must use tensor cores; ``archs`` lists the targets, 90
+    for sm_90.
     """
 
     name: str
@@ -42,20 +43,20 @@ class CompileCase:
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors; fixed when they are imported."""
+    """Whether kernels run in Triton's interpreter on CPU tensors; fixed at their import."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def release(version: str) -> tuple[int, ...]:
-    """The first two numbers of a version."""
+    """Parse the first two numbers of a version string."""
     return tuple(map(int, version.split(".")[:2]))
 
 
 def interpreter_unsupported() -> str | None:
-    """Why Triton's interpreter can't run the kernels, given the installed versions; None if it can.
+    """Return why the installed Triton's interpreter can't run the kernels, or None if it can.
 
-    Before 3.7 it converts arrays of one element to Python's integers, for the bounds of a loop,
-    which NumPy refuses since 2.4.
+    For the bounds of a loop, Triton before 3.7 converts arrays of one element to Python integers,
+    which NumPy rejects since 2.4.
     """
     import triton
 
@@ -68,7 +69,7 @@ def interpreter_unsupported() -> str | None:
 
 
 def unsupported(*tensors: Tensor) -> str | None:
-    """Why no kernel can serve these tensors; None if it can."""
+    """Return why no kernel can take these tensors, or None if one can."""
     if interpreted() and (reason := interpreter_unsupported()) is not None:
         return reason
     for t in tensors:
@@ -84,15 +85,15 @@ def unsupported(*tensors: Tensor) -> str | None:
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability that launch configurations are chosen for."""
+    """Return the compute capability that launch settings are chosen for; 9.0 on a CPU."""
     return (9, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Start a kernel on the device of its first tensor; the tests of the compiler replace this.
+    """Start a kernel on the device of its first tensor; the compilation tests replace this.
 
-    A grid beyond CUDA's limits raises ValueError, in the interpreter too, which has none itself.
-    A grid with no blocks starts nothing.
+    Raises ValueError for a grid beyond CUDA's limits, also in the interpreter, which has none.
+    An empty grid starts nothing.
     """
     check_grid(kernel.fn.__name__, grid)
     if 0 in grid:

@@ -1,12 +1,15 @@
-"""What a program that fits a regression by Newton's method does to its neurons and its Hessian."""
+"""Device functions of the logistic kernel: loading neurons, and solving a Newton step."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def moments(x_ptrs, rows, n, width, D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which neurons vary, their means, and the largest distance from one, kept normal."""
+def neuron_moments(x_ptrs, rows, n, width, D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return which neurons vary, their means, and the largest deviation from a mean.
+
+    The deviation is clamped to float32's normal range.
+    """
     low = tl.full((D,), float("inf"), dtype=tl.float32)
     high = tl.full((D,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((D,), dtype=tl.float64)
@@ -17,7 +20,7 @@ def moments(x_ptrs, rows, n, width, D: tl.constexpr, BLOCK_N: tl.constexpr):
         inside = mask & (j < n)[None, :]
         low = tl.minimum(low, tl.min(tl.where(inside, x, float("inf")), 1))
         high = tl.maximum(high, tl.max(tl.where(inside, x, float("-inf")), 1))
-        total += tl.sum(x.to(tl.float64), 1)  # 0 behind the last stimulus
+        total += tl.sum(x.to(tl.float64), 1)  # 0 past the last stimulus
     varies = low < high
     mean = tl.where(varies, total / n, 0)
     reach = tl.maximum(high.to(tl.float64) - mean, mean - low.to(tl.float64))
@@ -26,7 +29,7 @@ def moments(x_ptrs, rows, n, width, D: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def products(
+def multiply_neurons(
     x_ptr,
     columns_ptr,
     u_ptr,
@@ -39,7 +42,7 @@ def products(
     N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The neurons times u: (N,)."""
+    """Multiply the neurons by their coefficients u and sum over neurons: (N,)."""
     k = tl.arange(0, N)
     z = tl.zeros((N,), dtype=tl.float32)
     for first in tl.range(0, d, ROWS, num_stages=STAGES):
@@ -47,45 +50,48 @@ def products(
         u = tl.load(u_ptr + i, mask=i < d, other=0)
         mean = tl.load(mean_ptr + i, mask=i < d, other=float("inf"))
         column = tl.load(columns_ptr + i, mask=i < d, other=0)
-        x = centred(x_ptr + column * stride_p, mean, scale, k, width)  # (ROWS, N)
+        x = load_centred(x_ptr + column * stride_p, mean, scale, k, width)  # (ROWS, N)
         z += tl.sum(x * u[:, None], 0)
     return z
 
 
 @triton.jit
-def centred(x_ptrs, mean, scale, j, width):
-    """Stimuli j of neurons, to a magnitude of 1; 0 behind the last, and without a variance."""
+def load_centred(x_ptrs, mean, scale, j, width):
+    """Load stimuli j of the neurons, centred and scaled; 0 past the end and for constant neurons.
+
+    A constant neuron is marked by an infinite mean.
+    """
     inside = (mean < float("inf"))[:, None] & (j < width)[None, :]
     x = tl.load(x_ptrs[:, None] + j[None, :], mask=inside, other=0).to(tl.float32)
     return tl.where(inside, x * scale - mean[:, None], 0)
 
 
 @triton.jit
-def tf32(x):
-    """The nearest numbers of TF32, 10 bits behind the first."""
+def round_to_tf32(x):
+    """Round to the nearest TF32 number, which has 10 bits after the leading one."""
     return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def solve(a, diagonal, b, penalty, MOST: tl.constexpr):
-    """(A + penalty) x = b to a hundredth of b: conjugate gradients, preconditioned by the diagonal.
+def solve_cg(a, diagonal, b, penalty, MAX_STEPS: tl.constexpr):
+    """Solve (A + penalty) x = b to 1 % of b by conjugate gradients, preconditioned by the diagonal.
 
-    A thousandth saves one Newton step at most, and takes a third to a half more steps here. Also
-    returns bᵀx, and the longest step, whose inverse is the least pivot of A + penalty that the
-    directions searched have, as a share of the diagonal.
+    A tolerance of 0.1 % saves one Newton step at most and needs a third to a half more steps here.
+    Also returns bᵀx and the longest step. The inverse of that step is the smallest pivot of
+    A + penalty among the directions searched, relative to the diagonal.
     """
     x = tl.zeros_like(b)
     p = b / diagonal
     rho = tl.sum(b * p, 0)
-    enough = 1e-4 * rho
+    target = 1e-4 * rho
     gain = tl.full((), 0.0, dtype=tl.float32)
     longest = tl.full((), 1.0, dtype=tl.float32)
     step = 0
-    while (step < MOST) & (rho > enough):
+    while (step < MAX_STEPS) & (rho > target):
         q = tl.sum(a * p[None, :], 1) + penalty * p
         alpha = rho / tl.sum(p * q, 0)
         longest = tl.maximum(longest, tl.abs(alpha))
-        gain += alpha * rho  # pᵀb is rho, since each p is orthogonal to what came before
+        gain += alpha * rho  # pᵀb is rho, because each p is orthogonal to the earlier ones
         x += alpha * p
         b -= alpha * q
         before = rho
@@ -96,14 +102,14 @@ def solve(a, diagonal, b, penalty, MOST: tl.constexpr):
 
 
 @triton.jit
-def noise(raw, diagonal, u, longest):
-    """How far the rounding of float32 may move the optimum; an estimate, as in the torch kernel.
+def rounding_error(raw, diagonal, u, longest):
+    """Estimate how far float32 rounding may move the optimum, as the torch kernel does.
 
-    raw, diagonal: of the Hessian before and after the intercept is eliminated, the latter infinite
-    where a neuron has no variance. longest: as `solve` returns it.
+    raw and diagonal are the Hessian's diagonal before and after eliminating the intercept, the
+    latter infinite for constant neurons. longest is the longest step that `solve_cg` returns.
     """
-    # A residual's square is at most its weight where the margin is right, and not far above it
-    # where it is wrong.
+    # A squared residual is at most its weight where the margin has the right sign, and not far
+    # above it where the sign is wrong.
     pull = 2 * tl.max(tl.sqrt(raw / diagonal), 0) * longest
     pull += tl.sqrt(tl.sum(u * u * raw, 0) * longest)
     return 1.2e-7 * pull / tl.sqrt(tl.min(diagonal, 0))

@@ -1,6 +1,7 @@
-"""Every metric between a representation and its ablations, where kernels read the activations.
+"""Distances between a representation and its ablations; Triton kernels read the activations.
 
-What follows the Grams is n x n, in float64: the torch backend's, by faster solvers.
+Everything after the Gram matrices is n x n, in float64, and shared with the torch backend, with
+faster solvers.
 """
 
 from __future__ import annotations
@@ -21,26 +22,28 @@ from repsim_kernels.kernels.triton.spectral import SOLVERS
 
 
 def unsupported(x: Tensor) -> str | None:
+    """Return why the kernels can't take x, or None if they can."""
     return _launch.unsupported(x)
 
 
-def passes(precision: str) -> ablation.Passes:
-    """The passes over x by kernels, for `ablation_distances` and `ablation_decodability`."""
+def make_passes(precision: str) -> ablation.Passes:
+    """Build the passes over x that `ablation_distances` and `ablation_decodability` make."""
 
-    def sums(
+    def sum_cells(
         x: Tensor, cells: np.ndarray, n_cells: int, shifts: bool
     ) -> tuple[panels.Half, Tensor, Tensor]:
         if x.shape[1] >= x.shape[0]:
             g, live, shift = cell_sums(x, cells, n_cells, shifts, precision=precision)
             if int(live.sum()) >= x.shape[0]:
                 return panels.half_of(g), live, shift
-        # With fewer live neurons than stimuli the Gram is singular, which rounding would hide.
+        # With fewer varying neurons than stimuli the Gram is singular, which rounding would hide.
         return torch_gram.cell_sums(x, cells, n_cells, shifts)
 
-    return ablation.Passes(sums, functools.partial(variate_weights, precision=precision))
+    return ablation.Passes(sum_cells, functools.partial(variate_weights, precision=precision))
 
 
 def ablation_distances(
     x: Tensor, *, precision: str = "tf32x3", **options: Any
 ) -> dict[str, Distances]:
-    return ablation.ablation_distances(x, passes=passes(precision), solvers=SOLVERS, **options)
+    """Compute the torch backend's result with passes and solvers for the GPU."""
+    return ablation.ablation_distances(x, passes=make_passes(precision), solvers=SOLVERS, **options)

@@ -1,4 +1,4 @@
-"""PWCCA's weights: a product, its absolute values and their sums, without the product in memory."""
+"""PWCCA's weights: sums of a product's absolute values, without storing the product."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from repsim_kernels.kernels.triton import _launch
 
 @dataclass(frozen=True)
 class Launch:
-    block_k: int  # directions of a tile
-    block_p: int  # neurons of a tile
-    block_n: int  # stimuli of a step
-    chunk: int  # neurons of a program
+    block_k: int  # directions per tile
+    block_p: int  # neurons per tile
+    block_n: int  # stimuli per step
+    chunk: int  # neurons per program
     num_warps: int
     num_stages: int
 
@@ -25,17 +25,19 @@ class Launch:
 def choose(
     k: int, p: int, dtype: torch.dtype, precision: str, capability: tuple[int, int]
 ) -> Launch:
-    # The product is the cost: the largest tile that does not spill. Operands lie in registers
-    # before 9.0, with "ieee", and while 16 bits become 32; on 10.0 "tf32" has 128 registers.
+    """Launch settings for k directions and p neurons."""
+    # The product is the cost, so take the largest tile that does not spill. Operands are in
+    # registers before 9.0, with "ieee", and while 16 bits are widened to 32; on 10.0 "tf32" has
+    # 128 registers.
     block_k = 64 if precision == "ieee" else 128
     wide = capability >= (9, 0) and (precision == "tf32x3" or capability < (10, 0))
     wide = wide and precision != "ieee" and dtype == torch.float32
-    # Four waves of 132 multiprocessors, of one tile at least.
+    # Four waves on 132 multiprocessors, of at least one tile each.
     chunk = p * -(-k // block_k) // (4 * 132) // 128 * 128
     return Launch(
         block_k=block_k,
         block_p=128 if wide else 64,
-        # Two steps of the tensor cores; each stage is 16 KiB.
+        # Two tensor-core steps; each stage is 16 KiB.
         block_n=16,
         chunk=min(max(chunk, 128), 4096),
         num_warps=8,
@@ -44,7 +46,7 @@ def choose(
 
 
 def floor(k: int, n: int, p: int, itemsize: int, precision: str) -> _launch.Floor:
-    """x and the directions read once; 2 k n p operations."""
+    """Lower bound: read x and the directions once; 2 k n p operations."""
     return _launch.Floor(n * p * itemsize + 4 * k * n, 2 * k * n * p, precision)
 
 
@@ -95,9 +97,9 @@ def _variate_weights_kernel(
 def variate_weights(
     h: Tensor, x: Tensor, *, precision: str = "tf32x3", launch: Launch | None = None
 ) -> Tensor:
-    """Σⱼ |hᵢ · xⱼ| over the centred columns of x (n, p), for directions h (k, n): (k,) float64.
+    """Return Σⱼ |hᵢ · xⱼ| over the centred columns of x (n, p) for directions h (k, n).
 
-    Centring the directions does what centring x would.
+    The result is (k,) float64. The directions are centred instead of x, which is equivalent.
     """
     (k, n), p = h.shape, x.shape[1]
     launch = launch or choose(k, p, x.dtype, precision, _launch.capability(x.device))
@@ -120,7 +122,7 @@ def variate_weights(
     return out.sum(0) / scale.to(torch.float64)
 
 
-def _case(
+def _make_case(
     k: int, n: int, p: int, dtype: torch.dtype, precision: str, rows: bool
 ) -> _launch.CompileCase:
     def call(device: torch.device) -> None:
@@ -139,10 +141,10 @@ def _case(
 
 
 AOT_CASES = (
-    _case(16 * 499, 500, 100_352, torch.float32, "tf32x3", False),
-    _case(16 * 499, 500, 100_352, torch.float32, "tf32x3", True),
-    _case(16 * 499, 500, 100_352, torch.float32, "tf32", False),
-    _case(16 * 499, 500, 100_352, torch.float32, "ieee", False),
-    _case(16 * 499, 500, 100_352, torch.bfloat16, "tf32x3", False),
-    _case(16 * 49, 50, 193_600, torch.float32, "tf32x3", False),
+    _make_case(16 * 499, 500, 100_352, torch.float32, "tf32x3", False),
+    _make_case(16 * 499, 500, 100_352, torch.float32, "tf32x3", True),
+    _make_case(16 * 499, 500, 100_352, torch.float32, "tf32", False),
+    _make_case(16 * 499, 500, 100_352, torch.float32, "ieee", False),
+    _make_case(16 * 499, 500, 100_352, torch.bfloat16, "tf32x3", False),
+    _make_case(16 * 49, 50, 193_600, torch.float32, "tf32x3", False),
 )

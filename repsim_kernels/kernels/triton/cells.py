@@ -1,4 +1,4 @@
-"""Class means and the selectivity grid, from one read of the activations in whichever order."""
+"""Class means and the selectivity grid, from one read of the activations in memory order."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ from repsim_kernels.kernels.triton import _launch
 
 @dataclass(frozen=True)
 class Launch:
-    """The classes, neurons and stimuli of a tile, and the warps that sum it."""
-
-    classes: int
-    block_p: int
-    block_n: int
+    classes: int  # per tile
+    block_p: int  # neurons per tile
+    block_n: int  # stimuli per tile
     num_warps: int
 
 
@@ -32,36 +30,37 @@ def choose(
     dtype: torch.dtype,
     capability: tuple[int, int],
 ) -> Launch:
-    """The tile for n stimuli in memory order: neuron by neuron, or stimulus by stimulus."""
+    """Launch settings for n stimuli; by_neuron: x is neuron-major in memory."""
     if by_neuron:
-        # A class's stimuli are scattered along memory, so a tile takes 16 classes (8 where that
-        # is all there are) as a one-hot product; up to that many, stimuli are read in order.
+        # A class's stimuli are scattered in memory, so a tile sums 16 classes (8 if there are no
+        # more) by a one-hot product; with a single group of classes, stimuli are read in order.
         classes = 8 if n_classes <= 8 else 16
-        # 64 x 32 float64 operands: 128 registers a thread, so four programs fit a multiprocessor.
-        # On 10.0 Triton 3.6 has no float64 product and spills what it unrolls: half of it there.
+        # 64 x 32 float64 operands: 128 registers per thread, so four programs fit on a
+        # multiprocessor. On 10.0 Triton 3.6 has no float64 product and the unrolled code spills,
+        # so the tile is half as large there.
         block_n = 16 if capability >= (10, 0) else 32
         return Launch(classes, block_p=64, block_n=block_n, num_warps=4)
-    # A class is a set of memory rows: one class a program, nothing multiplied. 32 values a
-    # thread: 128 registers, four programs, 32 KiB of halves a multiprocessor under way. Shorter
-    # tiles for small classes, which would leave most of a tall one empty.
+    # A class is a set of memory rows: one class per program, no product. 32 values per thread: 128
+    # registers, four programs, 32 KiB of 16-bit values in flight per multiprocessor. Small classes
+    # get shorter tiles, because a tall one would be mostly empty.
     block_n = min(16, triton.next_power_of_2(-(-n // n_classes)))
     return Launch(1, block_p=256, block_n=block_n, num_warps=min(4, block_n))
 
 
 def floor(n: int, p: int, n_classes: int, dtype: torch.dtype) -> _launch.Floor:
-    """One read of x, one write of the means, one float64 addition an element."""
+    """Lower bound: read x once, write the means once; one float64 addition per element."""
     size = n * p * dtype.itemsize + 8 * n_classes * p
     return _launch.Floor(bytes=size, operations=n * p)
 
 
 def unsupported(x: Tensor) -> str | None:
-    """Why this kernel can't serve x; None if it can."""
+    """Return why the kernel can't take x, or None if it can."""
     return _launch.unsupported(x)
 
 
 @triton.jit
 def _tile(x_ptr, order_ptr, slot, end, j, p, stride_n, stride_p, GATHER: tl.constexpr):
-    """The stimuli in some slots of the order (BLOCK_N,), at neurons j (BLOCK_P,); 0 outside."""
+    """Load neurons j (BLOCK_P,) of the stimuli in these slots (BLOCK_N,); 0 outside."""
     i = tl.load(order_ptr + slot, mask=slot < end, other=0) if GATHER else slot
     places = j[:, None] * stride_p + i.to(tl.int64)[None, :] * stride_n  # (BLOCK_P, BLOCK_N)
     inside = (j < p)[:, None] & (slot < end)[None, :]
@@ -72,10 +71,10 @@ def _tile(x_ptr, order_ptr, slot, end, j, p, stride_n, stride_p, GATHER: tl.cons
 def _class_means_kernel(
     x_ptr,  # (n, p)
     means_ptr,  # (n_classes, p) float64
-    start_ptr,  # (groups + 1,) first slot of each group
-    order_ptr,  # (n,) the stimulus in each slot
-    class_ptr,  # (n,) its class
-    count_ptr,  # (n_classes,) what each sum is divided by
+    start_ptr,  # (groups + 1,) first slot of each group of classes
+    order_ptr,  # (n,) stimulus in each slot
+    class_ptr,  # (n,) class of that stimulus
+    count_ptr,  # (n_classes,) divisor of each sum
     p,
     n_classes,
     groups,
@@ -86,7 +85,7 @@ def _class_means_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # The groups of the same neurons run side by side: what one leaves of a sector is in cache.
+    # Groups that read the same neurons run concurrently, so they share sectors through the cache.
     group = tl.program_id(0) % groups
     j = (tl.program_id(0) // groups).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = group * CLASSES + tl.arange(0, CLASSES)
@@ -97,8 +96,8 @@ def _class_means_kernel(
     tile = _tile(x_ptr, order_ptr, start + slots, end, j, p, stride_n, stride_p, GATHER)
     for first in range(start, end, BLOCK_N):
         x = tile.to(tl.float32).to(tl.float64)  # (BLOCK_P, BLOCK_N)
-        # The next tile is loaded before this one is summed. A float64 product of a 16-bit load
-        # would also not compile (Triton 3.8) without the turn of the loop between them.
+        # The next tile is loaded before this one is summed. Triton 3.8 also fails to compile a
+        # float64 product of a 16-bit load in the same iteration.
         slot = first + BLOCK_N + slots
         tile = _tile(x_ptr, order_ptr, slot, end, j, p, stride_n, stride_p, GATHER)
         if CLASSES == 1:
@@ -120,7 +119,7 @@ def _class_means_kernel(
 def _divided_sums(
     x: Tensor, labels: np.ndarray, counts: np.ndarray, launch: Launch | None
 ) -> Tensor:
-    """Sums over the stimuli of each class, (k, p), divided by the class's entry in counts (k,)."""
+    """Sum x over the stimuli of each class and divide by the class's entry of counts (k,)."""
     n, p = x.shape
     k = len(counts)
     by_neuron = x.stride(0) < x.stride(1)
@@ -130,7 +129,7 @@ def _divided_sums(
     group = labels // launch.classes
     order = np.argsort(group, kind="stable")
     starts = np.searchsorted(group[order], np.arange(groups + 1))
-    # Rows of one array, so that there is one copy to the device; of 16 bytes, for their alignment.
+    # One array for a single copy to the device; its rows are multiples of 16 bytes, for alignment.
     plan = np.zeros((4, -(-max(n, k, groups + 1) // 4) * 4), dtype=np.int32)
     for row, values in zip(plan, (starts, order, labels[order], counts), strict=True):
         row[: len(values)] = values
@@ -158,7 +157,7 @@ def _divided_sums(
 def class_means(
     x: Tensor, *, labels: np.ndarray, n_classes: int, launch: Launch | None = None
 ) -> Tensor:
-    """The mean of x (n, p) over the stimuli of each class: (n_classes, p), float64."""
+    """Average x (n, p) over the stimuli of each class: (n_classes, p), float64."""
     return _divided_sums(x, labels, np.bincount(labels, minlength=n_classes), launch)
 
 
@@ -171,13 +170,13 @@ def selectivity_grid(
     edges: str,
     launch: Launch | None = None,
 ) -> Tensor:
-    """The cell of each neuron of x (n, p), by selectivity and then magnitude: (p,) or (C, p)."""
-    own = labels == target
-    sums = _divided_sums(x, own.astype(np.int64), np.ones(2, np.int64), launch)
-    return grid_of_sums(*sums, own=int(own.sum()), n=len(x), grid=grid, edges=edges)
+    """Assign each neuron of x (n, p) to a cell by selectivity, then magnitude: (p,) or (C, p)."""
+    is_target = labels == target
+    sums = _divided_sums(x, is_target.astype(np.int64), np.ones(2, np.int64), launch)
+    return grid_of_sums(*sums, own=int(is_target.sum()), n=len(x), grid=grid, edges=edges)
 
 
-def _case(
+def _make_case(
     name: str, n: int, p: int, k: int, by_neuron: bool, dtype: torch.dtype
 ) -> _launch.CompileCase:
     def call(device: torch.device) -> Tensor:
@@ -190,12 +189,12 @@ def _case(
 
 
 AOT_CASES: tuple[_launch.CompileCase, ...] = tuple(
-    _case(name, n, p, k, by_neuron, dtype)
+    _make_case(name, n, p, k, by_neuron, dtype)
     for name, n, p, k in (
         ("AlexNet's first layer", 50, 193_600, 10),
         ("ResNet50's last block", 500, 100_352, 10),
-        ("ResNet50's last block", 500, 100_352, 2),  # as selectivity_grid asks
-        ("ResNet50's last block", 500, 100_352, 100),  # in groups
+        ("ResNet50's last block", 500, 100_352, 2),  # as selectivity_grid calls it
+        ("ResNet50's last block", 500, 100_352, 100),  # several groups
     )
     for by_neuron in (False, True)
     for dtype in (torch.float32, torch.bfloat16)

@@ -1,8 +1,8 @@
 """Gram matrices of centred representations, whole and by cell, from one read of the activations.
 
-Stimuli are taken relative to the first one while they are loaded; the mean over stimuli then comes
-out of the n x n result in float64. No centred copy and no pass for the means is needed, and a large
-feature mean costs no digits.
+The first stimulus is subtracted from all others as they are loaded; the mean over stimuli is then
+removed from the n x n result in float64. This needs no centred copy and no pass for the means, and
+a large feature mean costs no digits.
 """
 
 from __future__ import annotations
@@ -21,77 +21,70 @@ from repsim_kernels.kernels.torch.columns import members
 from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton.neuron_major import neuron_major
 
-# What partitions of the same activations read together should fit into half of an L2 cache.
+# Bytes of activations that several partitions read together: half of an H100's L2 cache of 50 MB
+# (an H200 has 60 MB).
 _L2 = 25 * 2**20
 
 
 @dataclass(frozen=True)
 class Launch:
-    block_n: int  # stimuli of a tile
-    block_p: int  # neurons of a step
-    inner: int  # neurons in one accumulator of the tensor cores, which truncate
-    chunk: int  # neurons of a program
+    block_n: int  # stimuli per tile
+    block_p: int  # neurons per step
+    inner: int  # neurons summed in one accumulator of the tensor cores, which truncate
+    chunk: int  # neurons per program
     num_warps: int
     num_stages: int
 
 
 def choose(n: int, columns: int, precision: str, capability: tuple[int, int]) -> Launch:
-    # One tile if the stimuli fit into 64. With the gather, tiles of 128 spill: two levels of sums,
-    # 64-bit addresses and the halves of tf32x3 do not fit into 255 registers.
+    """Launch settings for n stimuli and a number of columns, counted once per partition."""
+    # One tile for up to 64 stimuli. With the gather, tiles of 128 spill: two levels of sums, 64-bit
+    # addresses and the two parts of tf32x3's operands do not fit in 255 registers.
     block_n = max(16, triton.next_power_of_2(min(n, 64)))
-    # Four waves of programs on 132 multiprocessors; of 8192 neurons a program writes 1 %.
+    # Four waves of programs on 132 multiprocessors. With 8192 neurons, writing the tile is 1 % of
+    # a program's traffic.
     chunk = columns * _tiles(n, block_n) // (4 * 132) // 512 * 512
-    # 16 accumulators a thread in the tile of 64, twice for the two levels of sums, and then the
-    # compiler's choice of 128 registers is too few: on 10.0 for the halves of tf32x3, before 9.0
-    # for operands in registers.
+    # A tile of 64 has 16 accumulators per thread, twice for the two levels of sums. With 8 warps
+    # the compiler then limits itself to 128 registers, too few on 10.0 for the two parts of
+    # tf32x3's operands, and before 9.0 for operands in registers.
     crowded = {"tf32x3": capability >= (10, 0), "tf32": capability < (9, 0), "ieee": False}
     return Launch(
         block_n=block_n,
-        # Two steps of the tensor cores; 32 neurons spill on 8.0 and with "ieee".
+        # Two tensor-core steps; 32 neurons spill on 8.0 and with "ieee".
         block_p=16,
-        # 64 steps of 8: what truncation takes stays below 1e-5 of a diagonal element.
+        # 64 steps of 8 neurons: truncation stays below 1e-5 of a diagonal element.
         inner=512,
         chunk=min(max(chunk, 512), 8192),
         num_warps=4 if block_n < 64 or crowded[precision] else 8,
-        # 12 KiB a stage: three blocks of a multiprocessor hold all their stages; 4 spill on 10.0.
+        # 12 KiB per stage: three blocks on a multiprocessor hold all stages; 4 stages spill on
+        # 10.0.
         num_stages=3 if capability >= (10, 0) else 4,
     )
 
 
 def _tiles(n: int, block_n: int) -> int:
-    """Tiles on and under the diagonal."""
+    """Count the tiles on and below the diagonal."""
     tiles = -(-n // block_n)
     return tiles * (tiles + 1) // 2
 
 
 def floor(n: int, p: int, itemsize: int, grams: int, precision: str) -> _launch.Floor:
-    """x read once, the Grams written once; symmetric products, n (n + 1) p for all cells."""
+    """Lower bound: read x once, write the Grams once; n (n + 1) p operations for all cells."""
     return _launch.Floor(n * p * itemsize + grams * n * n * 8, n * (n + 1) * p, precision)
 
 
 def unsupported(x: Tensor) -> str | None:
+    """Return why the kernel can't take x, or None if it can."""
     return _launch.unsupported(x)
 
 
 @triton.jit
 def _gram_kernel(
-    x_ptr,
-    scale_ptr,
-    order_ptr,
-    items_ptr,
-    partial_ptr,
-    live_ptr,
-    n,
-    length,
-    stride_n,
-    stride_p,
-    GATHER: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    INNER: tl.constexpr,
+    x_ptr, scale_ptr, order_ptr, items_ptr, partial_ptr, live_ptr, n, length, stride_n, stride_p,
+    GATHER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, INNER: tl.constexpr,
     PRECISION: tl.constexpr,
-):
-    # The tiles of a piece run side by side: all but the first find its neurons in the L2 cache.
+):  # fmt: skip
+    # The tiles of one chunk run concurrently: all but the first find its neurons in the L2 cache.
     pairs = _pairs(n, BLOCK_N)
     item = (tl.program_id(0) // pairs).to(tl.int64)
     pair = tl.program_id(0) % pairs
@@ -123,27 +116,27 @@ def _gram_kernel(
             b = tl.load(source[:, None] + other_offset[None, :], mask=b_mask, other=0)
             b = tl.where(b_mask, b.to(tl.float32) * scale - origin[:, None], 0)
             part = tl.dot(a, b, part, input_precision=PRECISION)  # (BLOCK_N, BLOCK_N)
-            if GATHER:  # noqa: SIM102 (one is known to the compiler, the other is not)
+            if GATHER:  # noqa: SIM102 (a compile-time condition, then a run-time one)
                 if j == 0:
                     alive = tl.max(tl.abs(a), 0) > 0
                     tl.store(live_ptr + i.to(tl.int64) * length + at, alive, mask=inside)
         total += part
 
     square = tl.arange(0, BLOCK_N)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    slot = tl.load(items_ptr + 4 * item + 3)  # here, since it would spill through the loop on 8.0
+    slot = tl.load(items_ptr + 4 * item + 3)  # loaded late: across the loop it would spill on 8.0
     tl.store(partial_ptr + (slot * pairs + pair) * (BLOCK_N * BLOCK_N) + square, total)
 
 
 @triton.jit
 def _pairs(n, BLOCK_N: tl.constexpr):
-    """Tiles on and under the diagonal, of n stimuli."""
+    """Count the tiles on and below the diagonal for n stimuli."""
     tiles = tl.cdiv(n, BLOCK_N)
     return tiles * (tiles + 1) // 2
 
 
 @triton.jit
 def _tile(pair):
-    """Row and column of a tile on or under the diagonal."""
+    """Return the row and column of a tile on or below the diagonal."""
     i = ((tl.sqrt(8.0 * pair + 1.0) - 1.0) * 0.5).to(tl.int32)
     i += (i + 1) * (i + 2) // 2 <= pair
     i -= i * (i + 1) // 2 > pair
@@ -159,7 +152,7 @@ def _sum_kernel(
     pair = tl.program_id(0) % pairs
     strip = tl.program_id(1)
     i, j = _tile(pair)
-    # A power of two, so that products by it are exact; divisions would spill.
+    # Multiplying by a power of two is exact; dividing would spill.
     unit = 1.0 / tl.load(scale_ptr).to(tl.float64)
     within = strip * STRIP + tl.arange(0, STRIP)
     square = within[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -171,7 +164,7 @@ def _sum_kernel(
     total = total * unit * unit
     rows = (i * BLOCK_N + within)[:, None]
     others = (j * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    # Each element under the diagonal is written twice, and so the result is symmetric.
+    # Each element below the diagonal is written twice, so the result is exactly symmetric.
     lower = (rows < n) & (others <= rows)
     g_ptr += cell * n * n
     tl.store(g_ptr + rows.to(tl.int64) * n + others, total, mask=lower)
@@ -217,6 +210,7 @@ def centered_gram(
     precision: str = "tf32x3",
     launch: Launch | None = None,
 ) -> Tensor:
+    """Gram matrices (…, n, n) of x (…, n, p), centred; float64."""
     n, p = x.shape[-2:]
     batch = x.reshape(-1, n, p)
     bounds = np.tile([[0, p]], (len(batch), 1))
@@ -238,7 +232,10 @@ def cell_grams(
     precision: str = "tf32x3",
     launch: Launch | None = None,
 ) -> Tensor:
-    """The Grams of labels (p,) or a membership (C, p): (C, n, n); of partitions (T, p) T times."""
+    """Gram matrix of each cell, (C, n, n) float64, given labels (p,) or a membership (C, p).
+
+    Partitions (T, p) give (T, C, n, n).
+    """
     g = cell_sums(x, cells, n_cells, precision=precision, launch=launch)[0]
     if cells.ndim == 2 and cells.dtype != np.bool_:
         return g.view(len(cells), n_cells, *g.shape[1:])
@@ -254,24 +251,24 @@ def cell_sums(
     precision: str = "tf32x3",
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the torch backend's `cell_sums` gives, from one read of x; T partitions give T · C."""
+    """Compute the torch backend's `cell_sums` from one read of x; T partitions give T C cells."""
     n, p = x.shape
     if x.stride(1) < x.stride(0):
-        # Neurons of a cell are scattered: rows of them, which are then read whole.
+        # A cell's neurons are scattered along a row; neuron-major, each is read as a whole row.
         x = neuron_major(x).mT
-    several = cells.ndim == 2 and cells.dtype != np.bool_
-    tables = cells if several else [cells]
+    partitions = cells.ndim == 2 and cells.dtype != np.bool_
+    tables = cells if partitions else [cells]
     width = max(1, _L2 // (n * x.element_size())) if len(tables) > 1 else p
     orders, bounds, owners = [], [], []
-    done = 0
+    total = 0
     for start in range(0, p, width):
         span = slice(start, min(start + width, p))
         for t, table in enumerate(tables):
             order, offsets = members(table[..., span], n_cells)
             orders.append(order + start)
-            bounds.append(np.stack([offsets[:-1], offsets[1:]], 1) + done)
+            bounds.append(np.stack([offsets[:-1], offsets[1:]], 1) + total)
             owners.append(np.arange(n_cells) + t * n_cells)
-            done += len(order)
+            total += len(order)
     order = np.concatenate(orders)
     launch = launch or choose(n, len(order), precision, _launch.capability(x.device))
     columns = torch.from_numpy(order.astype(np.int32)).to(x.device)
@@ -287,23 +284,22 @@ def cell_sums(
 
 @dataclass(frozen=True)
 class _Segments:
-    """Neurons that belong together: from ``bounds[s, 0]`` to ``bounds[s, 1]`` for Gram owner[s]."""
+    """Runs of neurons: ``bounds[s, 0]`` up to ``bounds[s, 1]`` are summed into Gram owner[s]."""
 
-    base: np.ndarray  # (S,), where in memory the matrix of a segment starts
-    bounds: np.ndarray  # (S, 2)
+    base: np.ndarray  # (S,), offset in memory of the matrix that a segment reads
+    bounds: np.ndarray  # (S, 2), positions in columns
     owner: np.ndarray  # (S,)
     n_grams: int
-    columns: (
-        Tensor | None
-    )  # what the bounds count, int32 on the device; None: the neurons as they lie
+    columns: Tensor | None  # neuron at each position, int32 on the device; None: the position
 
 
 def _grams(
     x: Tensor, segments: _Segments, precision: str, launch: Launch, shifts: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Grams of D, the stimuli relative to the first one, x₀; how many neurons live; and D x₀.
+    """Return the Grams of D = x - x₀, the numbers of varying neurons, and D x₀.
 
-    The latter two for gathered columns, D x₀ if asked for.
+    x₀ is the first stimulus. The numbers are zero unless columns are gathered; D x₀ is None
+    without columns or without ``shifts``.
     """
     n, device, columns = x.shape[-2], x.device, segments.columns
     bounds, owner, n_grams = segments.bounds, segments.owner, segments.n_grams
@@ -312,7 +308,7 @@ def _grams(
     piece = np.arange(len(segment)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     first = bounds[segment, 0] + piece * launch.chunk
     last = np.minimum(first + launch.chunk, bounds[segment, 1])
-    # The pieces of a Gram lie side by side, in whatever order they are computed.
+    # The pieces of a Gram are adjacent in memory, whatever the order in which they are computed.
     slot = np.empty(len(segment), dtype=np.int64)
     slot[np.argsort(owner[segment], kind="stable")] = np.arange(len(segment))
     counts = np.bincount(owner[segment], minlength=n_grams)
@@ -331,7 +327,7 @@ def _grams(
         tensors = x, scale, columns, items, partial, live
         _launch.launch(
             _gram_kernel,
-            (len(items) * pairs,),  # along y CUDA takes 65,535 pairs, those of 23,104 stimuli
+            (len(items) * pairs,),  # y allows 65,535 blocks, the pairs of 23,104 stimuli
             *(*tensors, n, length, *strides),
             GATHER=columns is not None,
             BLOCK_N=launch.block_n,
@@ -348,27 +344,30 @@ def _grams(
         BLOCK_N=launch.block_n,
         STRIP=16,
     )
-    found = torch.zeros(n_grams, dtype=torch.int64, device=device)
+    n_live = torch.zeros(n_grams, dtype=torch.int64, device=device)
     if columns is None:
-        return g, found, None
-    seen = torch.cat([found.new_zeros(1), live.any(0).cumsum(0)])
+        return g, n_live, None
+    running = torch.cat([n_live.new_zeros(1), live.any(0).cumsum(0)])
     ends = torch.from_numpy(bounds).to(device)
-    found.index_add_(0, torch.from_numpy(owner).to(device), seen[ends[:, 1]] - seen[ends[:, 0]])
+    per_segment = running[ends[:, 1]] - running[ends[:, 0]]
+    n_live.index_add_(0, torch.from_numpy(owner).to(device), per_segment)
     if not shifts:
-        return g, found, None
+        return g, n_live, None
     u = torch.zeros(len(items) + 1, n, dtype=torch.float64, device=device)
     if len(items):
         sizes = {"BLOCK_N": launch.block_n, "BLOCK_P": launch.block_p}
         _launch.launch(
             _shift_kernel, (len(items), tiles), *(x, columns, items, u, n, *strides), **sizes
         )
-    # The pieces of each Gram, and for those with fewer than the most the row of zeros at the end.
+    # Pad the pieces of each Gram to the largest number with the row of zeros at the end.
     index = slots[:-1, None] + np.arange(max(1, counts.max(initial=0)))
     index[index >= slots[1:, None]] = len(items)
-    return g, found, u[torch.from_numpy(index).to(device)].sum(1)
+    return g, n_live, u[torch.from_numpy(index).to(device)].sum(1)
 
 
-def _case(n: int, p: int, cells: int, dtype: torch.dtype, precision: str) -> _launch.CompileCase:
+def _make_case(
+    n: int, p: int, cells: int, dtype: torch.dtype, precision: str
+) -> _launch.CompileCase:
     def call(device: torch.device) -> None:
         x = torch.empty(p, n, dtype=dtype, device=device).mT
         if cells:
@@ -377,9 +376,9 @@ def _case(n: int, p: int, cells: int, dtype: torch.dtype, precision: str) -> _la
         else:
             centered_gram(x, kernel="linear", sigma=None, precision=precision)
 
-    what = f"{cells} cells" if cells else "whole"
+    label = f"{cells} cells" if cells else "whole"
     return _launch.CompileCase(
-        f"{what}, n = {n}, p = {p:,}, {str(dtype)[6:]}, {precision}",
+        f"{label}, n = {n}, p = {p:,}, {str(dtype)[6:]}, {precision}",
         call,
         floor(n, p, dtype.itemsize, max(cells, 1), precision),
         products=precision != "ieee",
@@ -387,11 +386,11 @@ def _case(n: int, p: int, cells: int, dtype: torch.dtype, precision: str) -> _la
 
 
 AOT_CASES = (
-    _case(50, 193_600, 100, torch.float32, "tf32x3"),
-    _case(500, 100_352, 16, torch.float32, "tf32x3"),
-    _case(500, 100_352, 16, torch.float32, "tf32"),
-    _case(500, 100_352, 16, torch.float32, "ieee"),
-    _case(500, 100_352, 16, torch.bfloat16, "tf32x3"),
-    _case(500, 100_352, 0, torch.float32, "tf32x3"),
-    _case(12, 1_000, 0, torch.float16, "tf32x3"),
+    _make_case(50, 193_600, 100, torch.float32, "tf32x3"),
+    _make_case(500, 100_352, 16, torch.float32, "tf32x3"),
+    _make_case(500, 100_352, 16, torch.float32, "tf32"),
+    _make_case(500, 100_352, 16, torch.float32, "ieee"),
+    _make_case(500, 100_352, 16, torch.bfloat16, "tf32x3"),
+    _make_case(500, 100_352, 0, torch.float32, "tf32x3"),
+    _make_case(12, 1_000, 0, torch.float16, "tf32x3"),
 )

@@ -1,7 +1,7 @@
-"""A linear layer of activations with a cell of columns set to zero, for many cells in one pass.
+"""A linear layer of activations with the columns of one cell set to zero, for many cells at once.
 
-The cells partition the columns, so that the layer without a cell is the sum of what the others
-give: every column of the activations and the weights is read once, whatever the number of cells.
+The cells partition the columns, so the output without a cell is the sum of the other cells'
+outputs: every column of the activations and the weights is read once, for any number of cells.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ import triton.language as tl
 from torch import Tensor
 
 from repsim_kernels.kernels.triton import _launch
-from repsim_kernels.kernels.triton.masked_copies import activated
-from repsim_kernels.kernels.triton.masked_pointwise import product_type
+from repsim_kernels.kernels.triton.masked_copies import apply_activation
+from repsim_kernels.kernels.triton.masked_pointwise import product_dtype
 
 
 @dataclass(frozen=True)
 class Launch:
-    rows: int  # stimuli of a program
-    outs: int  # outputs of a program
-    depth: int  # columns of a step
-    chunk: int  # columns of a program, in one accumulator of the tensor cores, which truncate
-    block: int  # outputs of a program of the second kernel
+    rows: int  # stimuli per program
+    outs: int  # outputs per program
+    depth: int  # columns per step
+    chunk: int  # columns per program, in one accumulator of the tensor cores, which truncate
+    block: int  # outputs per program of the second kernel
     num_warps: int
     num_stages: int
 
 
 def choose(n: int, dtype: torch.dtype, precision: str, capability: tuple[int, int]) -> Launch:
-    """Settings for n stimuli."""
+    """Launch settings for n stimuli."""
     return Launch(
-        # The weights are gathered once for 64 stimuli.
+        # The weights are gathered once per 64 stimuli.
         rows=max(16, min(64, triton.next_power_of_2(n))),
         outs=64,
         depth=16 if dtype == torch.float32 else 32,
-        # 64 steps of 8: what truncation takes stays near float32's rounding.
+        # 64 steps of 8 columns: truncation stays near float32's rounding.
         chunk=512,
         block=256,
         num_warps=8,
@@ -50,7 +50,7 @@ def choose(n: int, dtype: torch.dtype, precision: str, capability: tuple[int, in
 def floor(
     n: int, p: int, outs: int, cells: int, dtype: torch.dtype, precision: str
 ) -> _launch.Floor:
-    """Read the activations and the weights once, write the outputs; one product for all cells."""
+    """Lower bound: read activations and weights once, write the outputs; one product in all."""
     numbers = n * p + p * outs + cells * n * outs
     return _launch.Floor(numbers * dtype.itemsize, 2 * n * p * outs, precision)
 
@@ -105,7 +105,7 @@ def _others_kernel(
             own += tl.load(source + e, mask=mask, other=0.0)
             source += size
         value = total - own
-        # What is NaN or infinite in the cell itself leaves NaN behind.
+        # A NaN or infinity in this cell makes the difference NaN; sum the other cells instead.
         if tl.max((value != value).to(tl.int32), 0) != 0:
             value = tl.zeros((BLOCK,), tl.float64)
             source = parts_ptr
@@ -117,7 +117,7 @@ def _others_kernel(
             value *= tl.load(scale_ptr + e % outs, mask=mask, other=0.0).to(tl.float32)
         if bias_ptr is not None:
             value += tl.load(bias_ptr + e % outs, mask=mask, other=0.0).to(tl.float32)
-        y = activated(value.to(tl.float32), ACTIVATE).to(out_ptr.dtype.element_ty)
+        y = apply_activation(value.to(tl.float32), ACTIVATE).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + e, y, mask=mask)
         out_ptr += size
 
@@ -134,59 +134,59 @@ def linear_cells(
     precision: str = "tf32x3",
     launch: Launch | None = None,
 ) -> Tensor:
-    """(len(ids) n, outs): ``activate(weight @ x * scale + bias)`` without the columns of a cell.
+    """Apply ``activate(weight @ x * scale + bias)`` without the columns of each cell in ids.
 
-    ``cells`` are labels (p,) of the columns of x (n, p), and ``ids`` those that are wanted, both on
-    the host.
+    ``cells`` are labels (p,) of the columns of x (n, p); they and ``ids`` are on the host. Returns
+    (len(ids) n, outs).
     """
     (n, p), outs, ids = x.shape, len(weight), np.asarray(list(ids), dtype=np.int64)
     out = x.new_empty(len(ids) * n, outs)
     if out.numel() == 0:
         return out
     conf = launch or choose(n, x.dtype, precision, _launch.capability(x.device))
-    order, items, ranges = _items(cells, ids, conf.chunk)
+    order, items, ranges = _plan_items(cells, ids, conf.chunk)
     weight = weight.contiguous()
     parts = torch.empty(len(items), n, outs, dtype=torch.float32, device=x.device)
 
-    def moved(a: np.ndarray[Any, Any]) -> Tensor:
+    def to_device(a: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(a.astype(np.int32)).to(x.device)
 
     _launch.launch(
         _parts_kernel, (len(items), -(-outs // conf.outs), -(-n // conf.rows)),
-        x, weight, moved(order), moved(items), parts, n, p, outs, *x.stride(),
-        PRODUCT=product_type(x.dtype), PRECISION=precision,
+        x, weight, to_device(order), to_device(items), parts, n, p, outs, *x.stride(),
+        PRODUCT=product_dtype(x.dtype), PRECISION=precision,
         ROWS=conf.rows, OUTS=conf.outs, DEPTH=conf.depth,
         num_warps=conf.num_warps, num_stages=conf.num_stages,
     )  # fmt: skip
     _launch.launch(
         _others_kernel, (-(-n * outs // conf.block),),
-        parts, moved(ranges), scale, bias, out, len(items), n * outs, outs, len(ids),
+        parts, to_device(ranges), scale, bias, out, len(items), n * outs, outs, len(ids),
         ACTIVATE=activate, BLOCK=conf.block, num_warps=4,
     )  # fmt: skip
     return out
 
 
-def _items(
+def _plan_items(
     cells: np.ndarray[Any, Any], ids: np.ndarray[Any, Any], chunk: int
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """The columns by cell, the pieces (items, 2) of them, and the items (ids, 2) of each cell.
+    """Return columns sorted by cell, bounds of the items (items, 2), and items of each id (ids, 2).
 
-    A piece is of one cell and of at most ``chunk`` columns; the cells that are not wanted are one.
+    An item has at most ``chunk`` columns of one cell; the cells outside ids are merged into one.
     """
     key = np.where(np.isin(cells, ids), cells, -1)
     order = np.argsort(key, kind="stable")
     groups, sizes = np.unique(key, return_counts=True)
     ends, pieces = np.cumsum(sizes), -(-sizes // chunk)
-    behind = np.cumsum(pieces)
-    rank = np.arange(pieces.sum()) - np.repeat(behind - pieces, pieces)  # in its cell
+    last_item = np.cumsum(pieces)
+    rank = np.arange(pieces.sum()) - np.repeat(last_item - pieces, pieces)  # within its cell
     first = np.repeat(ends - sizes, pieces) + chunk * rank
     items = np.stack([first, np.minimum(first + chunk, np.repeat(ends, pieces))], 1)
     at = np.minimum(np.searchsorted(groups, ids), len(groups) - 1)
-    last = np.where(groups[at] == ids, behind[at], 0)
+    last = np.where(groups[at] == ids, last_item[at], 0)
     return order, items, np.stack([last - np.where(last > 0, pieces[at], 0), last], 1)
 
 
-def _case(n: int, p: int, outs: int, cells: int, dtype: torch.dtype) -> _launch.CompileCase:
+def _make_case(n: int, p: int, outs: int, cells: int, dtype: torch.dtype) -> _launch.CompileCase:
     def call(device: torch.device) -> Tensor:
         return linear_cells(
             torch.empty(n, p, dtype=dtype, device=device),
@@ -202,5 +202,5 @@ def _case(n: int, p: int, outs: int, cells: int, dtype: torch.dtype) -> _launch.
 
 
 AOT_CASES: tuple[_launch.CompileCase, ...] = tuple(
-    _case(50, 9216, 4096, 16, dtype) for dtype in (torch.float32, torch.bfloat16)
+    _make_case(50, 9216, 4096, 16, dtype) for dtype in (torch.float32, torch.bfloat16)
 )

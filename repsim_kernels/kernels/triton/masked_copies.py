@@ -1,6 +1,6 @@
-"""Copies of an activation with a cell of units set to zero, one for each of several cells.
+"""Copies of an activation, each with the units of one cell set to zero.
 
-The activation is read once and each copy written once, with an elementwise operation that follows
+The activation is read once and each copy written once, with the elementwise operations that follow
 the layer (batch norm, ReLU, ReLU6) already applied.
 """
 
@@ -19,41 +19,41 @@ from repsim_kernels.kernels.triton import _launch
 
 
 class Epilogue(NamedTuple):
-    """What is done to every element after the mask: ``activate(x * scale + shift)`` in float32."""
+    """The operation on every element after the mask: ``activate(x * scale + shift)``, float32."""
 
-    norm: tuple[Tensor, Tensor] | None = None  # scale and shift (channels,), of dimension 1
+    norm: tuple[Tensor, Tensor] | None = None  # scale and shift (channels,), along dimension 1
     activate: str = "none"  # or "relu", "relu6"
 
 
 @dataclass(frozen=True)
 class Launch:
-    block: int  # units of a program, of one stimulus
-    cells: int  # copies that a program writes, one after the other
+    block: int  # units per program, of one stimulus
+    cells: int  # copies that a program writes, one after another
     num_warps: int
 
 
 def choose(n: int, p: int, cells: int, dtype: torch.dtype, capability: tuple[int, int]) -> Launch:
-    """Settings for n stimuli of p units and a number of cells."""
-    # Eight numbers a thread in 4 warps: stores of 16 bytes, few registers, many programs at once.
+    """Launch settings for n stimuli of p units and a number of cells."""
+    # 8 elements per thread in 4 warps: 16-byte stores, few registers, many resident programs.
     block = min(1024, max(16, triton.next_power_of_2(p)))
-    # Every copy from one read, unless that leaves fewer programs than a GPU runs at once.
+    # All copies from one read, unless that leaves fewer programs than a GPU runs concurrently.
     programs = n * -(-p // block)
     return Launch(block, min(cells, max(1, programs * cells // 1024)), num_warps=4)
 
 
 def floor(n: int, p: int, cells: int, dtype: torch.dtype) -> _launch.Floor:
-    """Read the activation (n, p) and the cells, write the copies."""
+    """Lower bound: read the activation (n, p) and the cells, write the copies."""
     return _launch.Floor((1 + cells) * n * p * dtype.itemsize + 8 * p, operations=0)
 
 
 def unsupported(activation: Tensor) -> str | None:
-    """Why the kernel can't serve this activation; None if it can."""
+    """Return why the kernel can't take this activation, or None if it can."""
     return _launch.unsupported(activation)
 
 
 @triton.jit
-def activated(x, ACTIVATE: tl.constexpr):
-    """ReLU or ReLU6 of a float32 tile, NaN where x is."""
+def apply_activation(x, ACTIVATE: tl.constexpr):
+    """Apply no activation, ReLU or ReLU6 to a float32 tile; NaN stays NaN."""
     if ACTIVATE != "none":
         x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if ACTIVATE == "relu6":
@@ -67,8 +67,8 @@ def _ablate_kernel(
     p, blocks, inner, copy, n_ids, channels, channel_stride, cells_a_program,
     OVERLAP: tl.constexpr, OUTERMOST: tl.constexpr, ACTIVATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # x is (p / inner, n, inner) in memory, out (p / inner, n_ids, n, inner); copy = n * inner.
-    # u are units in the order of memory.
+    # In memory x is (p / inner, n, inner) and out (p / inner, n_ids, n, inner); copy = n * inner.
+    # u indexes units in memory order.
     first = tl.program_id(1) * cells_a_program
     last = tl.minimum(first + cells_a_program, n_ids)
     block = tl.program_id(0)
@@ -93,8 +93,8 @@ def _ablate_kernel(
             scale = tl.load(scale_ptr + channel, mask=mask, other=0.0)
             zero = tl.load(shift_ptr + channel, mask=mask, other=0.0)
             x = x * scale + zero
-        x = activated(x, ACTIVATE)
-        zero = activated(zero, ACTIVATE)
+        x = apply_activation(x, ACTIVATE)
+        zero = apply_activation(zero, ACTIVATE)
     x = x.to(out_ptr.dtype.element_ty)
     zero = zero.to(out_ptr.dtype.element_ty)
 
@@ -123,11 +123,12 @@ def ablate(
     epilogue: Epilogue | tuple[tuple[Tensor, Tensor] | None, str] = (None, "none"),
     launch: Launch | None = None,
 ) -> Tensor:
-    """(len(ids) n, …): the activation (n, …) once for each cell, zero there, then the epilogue.
+    """Copy the activation (n, …) for each cell, zero its units and apply the epilogue.
 
-    ``cells`` are labels (p,), or memberships (C, p), of one stimulus's p units in C order, and
-    ``ids`` (int64) the cells that are wanted, all on the activation's device. The copies have the
-    activation's order of dimensions in memory; without an epilogue they have its very bits.
+    ``cells`` are labels (p,) or memberships (C, p) of one stimulus's p units in C order; ``ids``
+    (int64) selects cells. All are on the activation's device. Returns (len(ids) n, …) with the
+    activation's order of dimensions in memory; without an epilogue the copies are bit-identical
+    to the activation outside their cells.
     """
     order = memory_order(activation)
     if not activation.permute(order).is_contiguous():
@@ -139,11 +140,11 @@ def ablate(
         return out
     overlap = cells.dtype == torch.bool
     rows = cells[ids].view(torch.uint8) if overlap else cells
-    ranks = [d - 1 for d in order if d > 0]  # the units' dimensions, slow to fast in memory
+    ranks = [d - 1 for d in order if d > 0]  # the units' dimensions, slowest first
     rows = rows.reshape(-1, *units).permute(0, *(d + 1 for d in ranks)).contiguous()
 
     def extent(d: int) -> int:
-        """How far neighbours along d are apart within one stimulus's units, in memory order."""
+        """Distance between neighbours along d within one stimulus's units, in memory order."""
         return prod(activation.shape[e] for e in order[order.index(d) + 1 :] if e != 0)
 
     inner = extent(0)
@@ -165,13 +166,13 @@ def ablate(
 
 
 def memory_order(t: Tensor) -> list[int]:
-    """The dimensions from slow to fast in memory, as a copy of the tensor would have them."""
+    """List the dimensions from slowest to fastest in memory, as a copy of the tensor has them."""
     strides = torch.empty_like(t, device="meta").stride()
     return sorted(range(t.ndim), key=strides.__getitem__, reverse=True)
 
 
 def empty_copies(t: Tensor, cells: int, order: list[int]) -> Tensor:
-    """(cells n, …), with this order of dimensions in memory; for one cell with t's own strides."""
+    """Allocate (cells n, …) with this order of dimensions in memory; one cell keeps t's strides."""
     if cells == 1:
         return torch.empty_like(t)
     sizes = cells * len(t), *t.shape[1:]
@@ -179,7 +180,7 @@ def empty_copies(t: Tensor, cells: int, order: list[int]) -> Tensor:
     return out.permute([order.index(d) for d in range(t.ndim)])
 
 
-def _case(
+def _make_case(
     name: str,
     units: tuple[int, ...],
     dtype: torch.dtype,
@@ -207,7 +208,7 @@ def _case(
 
 AOT_CASES: tuple[_launch.CompileCase, ...] = (
     *(
-        _case(name, units, dtype, norm=norm, activate=activate)
+        _make_case(name, units, dtype, norm=norm, activate=activate)
         for name, units, norm, activate in (
             ("alexnet", (64, 55, 55), False, "relu"),
             ("mobilenet", (96, 112, 112), False, "none"),
@@ -216,5 +217,5 @@ AOT_CASES: tuple[_launch.CompileCase, ...] = (
         )
         for dtype in (torch.float32, torch.bfloat16)
     ),
-    _case("resnet", (2048, 7, 7), torch.float32, overlap=True),
+    _make_case("resnet", (2048, 7, 7), torch.float32, overlap=True),
 )

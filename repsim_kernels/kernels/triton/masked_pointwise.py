@@ -1,7 +1,7 @@
-"""1x1 convolutions and linear layers of an activation with a cell of units set to zero.
+"""1x1 convolutions and linear layers of an activation with the units of one cell set to zero.
 
-Each of several cells is masked while a tile of the activation goes into the product, so that the
-masked copies are never stored.
+Cells are masked while a tile of the activation enters the product, so the masked copies are never
+stored.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from repsim_kernels.kernels.triton import _launch
-from repsim_kernels.kernels.triton.masked_copies import activated
+from repsim_kernels.kernels.triton.masked_copies import apply_activation
 
 
 @dataclass(frozen=True)
 class Launch:
-    cells: int  # copies of a program, from one read of the activation; a power of 2 up to 8
-    rows: int  # pixels of a program
-    outs: int  # outputs of a program
-    depth: int  # channels of a step
-    inner: int  # channels in one accumulator of the tensor cores, which truncate
+    cells: int  # copies per program, from one read of the activation; a power of 2 up to 8
+    rows: int  # pixels per program
+    outs: int  # outputs per program
+    depth: int  # channels per step
+    inner: int  # channels summed in one accumulator of the tensor cores, which truncate
     num_warps: int
     num_stages: int
 
@@ -32,22 +32,23 @@ class Launch:
 def choose(
     outs: int, cells: int, dtype: torch.dtype, precision: str, capability: tuple[int, int]
 ) -> Launch:
-    """Settings for a number of outputs and cells."""
-    together = min(4, triton.next_power_of_2(cells))
+    """Launch settings for a number of outputs and cells."""
+    copies = min(4, triton.next_power_of_2(cells))
     ieee = dtype == torch.float32 and precision == "ieee"
     return Launch(
         # Four cells of 32 pixels: a quarter of the reads, still in segments of 128 bytes, and 128
-        # rows for the tensor cores. Without those a program of 8 warps may have 128 registers.
-        cells=together,
-        rows=(64 if ieee else 128) // together,
-        # Of 64 outputs for 24 most would be for nothing.
+        # rows for the tensor cores. Without tensor cores, 8 warps may use 128 registers per thread.
+        cells=copies,
+        rows=(64 if ieee else 128) // copies,
+        # A tile of 64 outputs would be mostly empty for layers of 24.
         outs=32 if ieee or outs <= 32 else 64,
-        # 64 bytes of a pixel. At 32 numbers the halves of tf32x3 spill on 8.0; on 10.0, where the
-        # sums have memory of their own, they do at 16, as the compiler then aims at 80 registers.
+        # 64 bytes per pixel. The two parts of tf32x3's operands spill at 32 channels on 8.0; on
+        # 10.0, which keeps sums in tensor memory, they spill at 16, where the compiler aims for
+        # 80 registers.
         depth=16 if dtype == torch.float32 and capability < (10, 0) else 32,
-        # 64 steps of 8: what truncation takes stays near float32's rounding.
+        # 64 steps of 8 channels: truncation stays near float32's rounding.
         inner=512,
-        # With 4 warps tf32x3 needs 200 registers and more.
+        # With 4 warps tf32x3 needs more than 200 registers per thread.
         num_warps=8,
         num_stages=3,
     )
@@ -56,16 +57,16 @@ def choose(
 def floor(
     rows: int, channels: int, outs: int, cells: int, dtype: torch.dtype, precision: str
 ) -> _launch.Floor:
-    """Read the activation and the weights, write the outputs; the products of every cell."""
+    """Lower bound: read activation and weights, write the outputs; one product per cell."""
     numbers = rows * channels + channels * outs + cells * rows * outs
     return _launch.Floor(numbers * dtype.itemsize, 2 * cells * rows * channels * outs, precision)
 
 
 def unsupported(activation: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
-    """Why the kernel can't serve this layer; None if it can."""
+    """Return why the kernel can't run this layer, or None if it can."""
     parameters = [weight] if bias is None else [weight, bias]
     if any(t.dtype != activation.dtype for t in parameters):
-        return "it takes weights of the activation's dtype alone"
+        return "it takes only weights of the activation's dtype"
     if weight.ndim != 2 and (weight.ndim != activation.ndim or prod(weight.shape[2:]) != 1):
         return "it takes linear layers and 1x1 convolutions"
     return _launch.unsupported(activation, *parameters)
@@ -81,7 +82,7 @@ def _masked_pointwise_kernel(
     PRECISION: tl.constexpr, CELLS: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr,
     DEPTH: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    # What reads the same pixels runs side by side: all outputs and cells of a tile of rows.
+    # Programs that read the same pixels run concurrently: all outputs and cells of a tile of rows.
     block = tl.program_id(0)
     o = block % out_tiles * OUTS + tl.arange(0, OUTS)  # (OUTS,)
     cell = block // out_tiles % cell_tiles * CELLS
@@ -101,7 +102,7 @@ def _masked_pointwise_kernel(
                 x_to = x_at[:, None] + k[None, :] * x_channel  # (ROWS, DEPTH)
                 bits_to = bits_at[:, None] + k[None, :] * bits_channel
                 mask = (r < rows)[:, None] & (k < channels)[None, :]
-            else:  # pixels along the lanes of a warp, as they are in memory
+            else:  # consecutive lanes read consecutive pixels, as in memory
                 x_to = k[:, None] * x_channel + x_at[None, :]  # (DEPTH, ROWS)
                 bits_to = k[:, None] * bits_channel + bits_at[None, :]
                 mask = (k < channels)[:, None] & (r < rows)[None, :]
@@ -122,7 +123,7 @@ def _masked_pointwise_kernel(
         total *= tl.load(scale_ptr + o, mask=o < outs, other=0.0).to(tl.float32)[None, :]
     if bias_ptr is not None:
         total += tl.load(bias_ptr + o, mask=o < outs, other=0.0).to(tl.float32)[None, :]
-    total = activated(total, ACTIVATE).to(out_ptr.dtype.element_ty)
+    total = apply_activation(total, ACTIVATE).to(out_ptr.dtype.element_ty)
     q = tl.arange(0, CELLS * ROWS)  # (CELLS * ROWS,)
     c = cell + q // ROWS
     r = row + q % ROWS
@@ -148,16 +149,16 @@ def masked_pointwise(
     precision: str = "tf32x3",
     launch: Launch | None = None,
 ) -> Tensor:
-    """(len(ids) n, outs, …): a layer of the activation (n, …) with each cell's units at zero.
+    """Apply ``activate(weight @ masked * scale + bias)`` to the activation masked for each cell.
 
-    ``activate(weight @ masked * scale + bias)``, over dimension 1 for the weight of a 1x1
-    convolution (outs, channels, 1, 1), over the last for one of a linear layer (outs, channels).
-    ``cells`` are labels (p,), or memberships (C, p), of one stimulus's p units in C order, and
-    ``ids`` (int64) the cells that are wanted, all on the activation's device. Channels are last in
-    memory where the activation's are.
+    The product runs over dimension 1 for the weight of a 1x1 convolution (outs, channels, 1, 1),
+    and over the last dimension for that of a linear layer (outs, channels). ``cells`` are labels
+    (p,) or memberships (C, p) of one stimulus's p units in C order; ``ids`` (int64) selects cells.
+    All are on the activation's device. Returns (len(ids) n, outs, …), channels-last in memory if
+    the activation is.
     """
     n, n_ids, (outs, channels) = len(activation), len(ids), weight.shape[:2]
-    table = _bits(cells[ids] if cells.dtype == torch.bool else cells == ids[:, None])
+    table = _pack_bits(cells[ids] if cells.dtype == torch.bool else cells == ids[:, None])
     convolution = weight.ndim > 2
     sizes = activation.shape[2:] if convolution else activation.shape[1:-1]
     pixels = prod(sizes)
@@ -190,28 +191,28 @@ def masked_pointwise(
         rows, pixels, channels, outs, n_ids, out_tiles, cell_tiles,
         *x.stride(), *table.stride()[1:], n * out.stride(0), *out.stride(),
         CHANNELS_LAST=last, ACTIVATE=activate,
-        PRODUCT=product_type(dtype), PRECISION=precision,
+        PRODUCT=product_dtype(dtype), PRECISION=precision,
         CELLS=conf.cells, ROWS=conf.rows, OUTS=conf.outs, DEPTH=conf.depth, INNER=conf.inner,
         num_warps=conf.num_warps, num_stages=conf.num_stages,
     )  # fmt: skip
     return result
 
 
-def product_type(dtype: torch.dtype) -> tl.dtype:
-    """The type in which tiles of a dtype are multiplied."""
-    if dtype == torch.bfloat16:  # which the interpreter multiplies wrongly
+def product_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Return the type in which tiles of a dtype are multiplied."""
+    if dtype == torch.bfloat16:  # the interpreter multiplies bfloat16 wrongly
         return tl.float32 if _launch.interpreted() else tl.bfloat16
     return tl.float16 if dtype == torch.float16 else tl.float32
 
 
-def _bits(masks: Tensor) -> Tensor:
-    """(cells / 8, p), uint8: eight of the masks (cells, p) in the bits of a byte."""
+def _pack_bits(masks: Tensor) -> Tensor:
+    """Pack masks (cells, p) into (cells / 8, p) uint8, eight masks per byte."""
     masks = torch.nn.functional.pad(masks, (0, 0, 0, -len(masks) % 8))
     place = torch.arange(8, dtype=torch.uint8, device=masks.device)[:, None]
     return (masks.view(-1, 8, masks.shape[1]).to(torch.uint8) << place).sum(1, dtype=torch.uint8)
 
 
-def _case(
+def _make_case(
     name: str, units: tuple[int, ...], outs: int, dtype: torch.dtype, last: bool = False
 ) -> _launch.CompileCase:
     n, cells = 50, 16
@@ -235,7 +236,7 @@ def _case(
 
 
 AOT_CASES: tuple[_launch.CompileCase, ...] = tuple(
-    _case(name, units, outs, dtype, last)
+    _make_case(name, units, outs, dtype, last)
     for name, units, outs, last in (
         ("mobilenet 96 to 24", (96, 112, 112), 24, False),
         ("mobilenet 96 to 24", (96, 112, 112), 24, True),

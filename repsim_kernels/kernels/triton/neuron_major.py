@@ -1,4 +1,4 @@
-"""Activations as a layer gives them, rewritten neuron by neuron: a tiled transposition."""
+"""Tiled transposition of a layer's activations to neuron-major order."""
 
 from __future__ import annotations
 
@@ -16,38 +16,36 @@ from repsim_kernels.kernels.triton import _launch
 
 @dataclass(frozen=True)
 class Launch:
-    """How many neurons and stimuli a tile has, and the warps that move it."""
-
-    block_p: int
-    block_n: int
+    block_p: int  # neurons per tile
+    block_n: int  # stimuli per tile
     num_warps: int = 4
 
 
 def choose(n: int, inner: int, dtype: torch.dtype, capability: tuple[int, int]) -> Launch:
-    """The tile for n stimuli and `inner` neurons that are neighbours in memory."""
-    # Lines of 256 bytes (128 for halves) are written; a row that is shorter is written whole.
+    """Launch settings for n stimuli and `inner` neurons that are adjacent in memory."""
+    # Writes lines of 256 bytes (128 for 16-bit values); a shorter row is written whole.
     block_n = min(64, triton.next_power_of_2(n))
-    # 4096 elements a tile, 32 a thread: all its loads are under way before the first store, and
-    # 64 registers at most let 8 programs share a multiprocessor (8192 halves took 178).
+    # 4096 elements per tile, 32 per thread: all loads are in flight before the first store, and at
+    # most 64 registers let 8 programs share a multiprocessor (8192 16-bit elements took 178).
     block_p = min(4096 // block_n, triton.next_power_of_2(inner))
     return Launch(block_p, block_n, num_warps=4)
 
 
 def floor(n: int, p: int, dtype: torch.dtype) -> _launch.Floor:
-    """One read and one write."""
+    """Lower bound: one read and one write."""
     return _launch.Floor(bytes=2 * n * p * dtype.itemsize, operations=0)
 
 
 class _Axis(NamedTuple):
-    """Neurons that lie evenly in memory: every `stride` elements, every `step` rows of output."""
+    """Evenly spaced neurons: `stride` elements apart in memory, `step` rows apart in the output."""
 
     size: int
     stride: int
     step: int
 
 
-def _axes(activation: Tensor) -> list[_Axis]:
-    """The dimensions but the first, nearest in memory first, joined where memory allows it."""
+def _merge_axes(activation: Tensor) -> list[_Axis]:
+    """List all dimensions but the first, smallest stride first, merged where strides allow it."""
     axes: list[_Axis] = []
     step = 1
     dimensions = zip(activation.shape[1:], activation.stride()[1:], strict=True)
@@ -75,7 +73,7 @@ def _neuron_major_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # Stimuli run fastest, so that neighbours in the output are written at the same time.
+    # Stimuli vary fastest, so adjacent outputs are written at the same time.
     n_blocks = tl.cdiv(n, BLOCK_N)
     p_blocks = tl.cdiv(inner, BLOCK_P)
     block = tl.program_id(0).to(tl.int64)
@@ -90,17 +88,17 @@ def _neuron_major_kernel(
 
 
 def neuron_major(activation: Tensor, *, launch: Launch | None = None) -> Tensor:
-    """The activation (n, …) as a contiguous (p, n), its neurons in C order of one stimulus.
+    """Return the activation (n, …) as contiguous (p, n), neurons in C order of one stimulus.
 
-    A view where it is laid out so already. Each of the dimensions behind the first is read along
-    memory, whether it is contiguous or channels_last; PyTorch copies what is left, a tensor with
-    more than two of them that don't join.
+    The result is a view if the activation already has that layout. The kernel reads contiguous and
+    channels_last tensors along memory; PyTorch copies tensors with more than two dimensions after
+    the first that can't be merged.
     """
     n, p = activation.shape[0], math.prod(activation.shape[1:])
     rows = activation.movedim(0, -1)
     if rows.is_contiguous():
         return rows.view(p, n)
-    axes = _axes(activation)
+    axes = _merge_axes(activation)
     if len(axes) > 2:
         return activation.reshape(n, p).t().contiguous()
     inner, outer = (*axes, _Axis(1, 0, 0), _Axis(1, 0, 0))[:2]
@@ -127,7 +125,7 @@ def neuron_major(activation: Tensor, *, launch: Launch | None = None) -> Tensor:
     return out
 
 
-def _case(
+def _make_case(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, order: torch.memory_format
 ) -> _launch.CompileCase:
     return _launch.CompileCase(
@@ -140,7 +138,7 @@ def _case(
 
 
 AOT_CASES: tuple[_launch.CompileCase, ...] = tuple(
-    _case(name, shape, dtype, order)
+    _make_case(name, shape, dtype, order)
     for name, shape in (
         ("AlexNet's first layer", (50, 64, 55, 55)),
         ("ResNet50's last block", (500, 2048, 7, 7)),

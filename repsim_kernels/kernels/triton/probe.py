@@ -1,4 +1,4 @@
-"""Linear decodability of a representation and its ablations, where kernels read the activations."""
+"""Linear decodability of a representation and its ablations; Triton reads the activations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from repsim_kernels.kernels.torch import probe
-from repsim_kernels.kernels.triton.ablation import passes, unsupported
+from repsim_kernels.kernels.triton.ablation import make_passes, unsupported
 
 __all__ = ["ablation_decodability", "unsupported"]
 
@@ -15,4 +15,5 @@ __all__ = ["ablation_decodability", "unsupported"]
 def ablation_decodability(
     x: Tensor, *, precision: str = "tf32x3", **options: Any
 ) -> dict[str, Tensor]:
-    return probe.ablation_decodability(x, passes=passes(precision), **options)
+    """Compute the torch backend's result with the kernels' passes over x."""
+    return probe.ablation_decodability(x, passes=make_passes(precision), **options)

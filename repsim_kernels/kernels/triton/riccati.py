@@ -1,19 +1,20 @@
-"""Riccati iterations on a GPU: a float64 product by cuBLAS and one kernel a step, several a call.
+"""Riccati iterations on a GPU: each step is a float64 product by cuBLAS and one kernel.
 
-A step of kernels/torch/riccati.py for B matrices of m x m is P = O O, 2 B m³ operations, and what
-the kernel does behind it: P and F read once, O written once, 24 B m² bytes. At 67 TFLOP/s of the
-float64 tensor cores and 3.0 TB/s an H100 needs at least, in µs,
+A step of kernels/torch/riccati.py for B matrices of m x m is P = O O, 2 B m³ operations, followed
+by the kernel, which reads P and F once and writes O once, 24 B m² bytes. At 67 TFLOP/s (the peak
+of the float64 tensor cores) and 4.3 TB/s, an H200 needs at least, in µs,
 
     B, m        product   kernel    step   4 steps
-    16, 499          59       32      91       365
-    64, 499         237      127     365     1,459
-    100, 49         0.4      1.9     2.3         9
+    16, 499          59       22      82       326
+    64, 499         237       89     326     1,305
+    100, 49         0.4      1.3     1.7         7
 
-by arithmetic. The host, at some 7 µs for a product and 13 µs for a kernel, starts 4 steps in 80 µs:
-of large matrices it is ahead of the GPU, for small ones the GPU would wait for it. Those are
-replayed as a graph: 10 µs of the host's and 2 or 3 of the GPU's for each of 8 kernels, so that a
-call of (100, 49) should take 25 µs instead of 80. What capturing costs, some 100 µs, two replays
-repay, and there are up to 6, or more where the next batch gets the same memory.
+These are predictions, not measurements. The host needs about 7 µs to start a product and 13 µs for
+a kernel, so 80 µs for 4 steps: it stays ahead of the GPU for large matrices, but the GPU would wait
+for it on small ones. Small ones are therefore replayed as a CUDA graph: 10 µs on the host, and 2 or
+3 µs on the GPU for each of 8 kernels, so a call for (100, 49) should take 25 µs instead of 80.
+Capturing costs about 100 µs, which two replays repay; there are up to 6, or more if the next batch
+is allocated at the same addresses.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from torch import Tensor
 
 from repsim_kernels.kernels.triton import _launch
 
-# A look at the traces stops the GPU until the host has seen them, which costs as much as a step or
-# two of small matrices; most ablations end in 8 to 24 steps.
+# Steps per call. Reading the traces on the host stalls the GPU for as long as one or two steps of
+# small matrices take; most ablations need 8 to 24 steps.
 STEPS = 4
 
 _Buffers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -37,22 +38,23 @@ _Buffers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Launch:
-    block_m: int  # rows of a tile
-    block_n: int  # columns
+    block_m: int  # rows per tile
+    block_n: int  # columns per tile
     num_warps: int
-    captured: bool  # whether the steps are replayed as a graph
+    use_graph: bool  # whether the steps are replayed as a CUDA graph
 
 
 def choose(batch: int, m: int) -> Launch:
+    """Launch settings for a batch of m x m matrices."""
     return Launch(
-        # Beside its elements a tile reads a sector for each of its places on the diagonal: 2.5 KB
-        # of 18.5. Small matrices are more programs than multiprocessors, 4 each for m = 49.
+        # A tile reads its elements and one sector per diagonal element it needs: 2.5 KB of 18.5.
+        # Small matrices have more programs than multiprocessors: 4 per matrix for m = 49.
         block_m=16,
         block_n=max(16, triton.next_power_of_2(min(m, 64))),
-        # 8 elements a thread, whose loads are all under way at once.
+        # 8 elements per thread, with all their loads in flight.
         num_warps=4,
-        # Bytes for 17 µs, where the host needs 20 for a step.
-        captured=batch * m * m < 2**21,
+        # Below 50 MB of traffic, or 12 µs of an H200, while the host needs 20 µs to start a step.
+        use_graph=batch * m * m < 2**21,
     )
 
 
@@ -101,7 +103,7 @@ def _riccati_step_kernel(
 
 @triton.jit
 def _mu(p_ptr, diagonal_ptr, v_ptr, at, m, step):
-    """μ, g and v at some places of the diagonal; μ is NaN where there is no root."""
+    """Return μ, g and v at the diagonal positions ``at``; μ is NaN where it has no real root."""
     inside = at < m
     v = tl.load(v_ptr + at, mask=inside, other=1)
     square = tl.load(p_ptr + at * step, mask=inside, other=0).to(tl.float64)
@@ -118,10 +120,10 @@ def step(
     d: Tensor,
     launch: Launch | None = None,
 ) -> None:
-    """What follows the product p = O O (B, m, m): the next O into o, and its diagonal into d.
+    """Finish a step from p = O O (B, m, m): write the next O into o and its diagonal into d.
 
-    o may not be p: programs still read p's diagonal when others write. diagonal (B, m), v (m,) and
-    d (B, m) are float64 and contiguous; p, f and o have any strides.
+    o must not be p, since some programs still read p's diagonal while others write. diagonal
+    (B, m), v (m,) and d (B, m) are float64 and contiguous; p, f and o may have any strides.
     """
     batch, m = d.shape
     launch = launch or choose(batch, m)
@@ -135,22 +137,23 @@ def step(
     )
 
 
-def _steps(o: Tensor, f: Tensor, diagonal: Tensor, v: Tensor, spare: Tensor, d: Tensor) -> None:
-    """STEPS steps, of which d (STEPS, B, m) keeps all diagonals.
+def _run_steps(o: Tensor, f: Tensor, diagonal: Tensor, v: Tensor, spare: Tensor, d: Tensor) -> None:
+    """Run STEPS steps and write their diagonals into d (STEPS, B, m).
 
-    The next O goes where the old one was, which nothing reads any more once its product is there.
+    Each step overwrites O, which nothing reads after its product.
     """
     for after in d:
         torch.bmm(o, o, out=spare)
         step(spare, f, diagonal, v, o, after)
 
 
-class Captured(threading.local):
-    """The steps as a CUDA graph, for one set of buffers at a time: as `advance`.
+class StepGraph(threading.local):
+    """The steps as a CUDA graph for the current set of buffers; called like `advance`.
 
-    Of another set, the first call runs them one by one, which is also the warm-up that a capture
-    wants, and the second captures them. A graph holds addresses and no memory, so that it serves
-    whatever comes to lie at the same ones. The d it returns is overwritten by the next call.
+    For a new set of buffers, the first call runs the steps without a graph, which is also the
+    warm-up that capturing requires; the second call captures them. A graph refers to addresses, not
+    tensors, so it also serves later tensors at the same addresses. The next call overwrites the d
+    that it returns.
     """
 
     def __init__(self) -> None:
@@ -165,24 +168,24 @@ class Captured(threading.local):
         buffers = o, f, diagonal, v, spare
         key = tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in buffers)
         if key != self.key:
-            # The old graph goes first: PyTorch frees cuBLAS's workspace on its stream with it.
+            # Drop the old graph first: PyTorch then frees cuBLAS's workspace on its stream.
             self.key, self.graph = (), None
             self.d = v.new_empty(STEPS, *diagonal.shape)
-            self._beside(buffers, None)
+            self._run_on_stream(buffers, None)
             self.key = key
             return o, spare, self.d
         if self.graph is None:
             graph = torch.cuda.CUDAGraph()
-            self._beside(buffers, graph)
+            self._run_on_stream(buffers, graph)
             self.graph = graph
         self.graph.replay()
         return o, spare, self.d
 
-    def _beside(self, buffers: _Buffers, graph: torch.cuda.CUDAGraph | None) -> None:
-        """Run or capture the steps on a stream of their own, always the same.
+    def _run_on_stream(self, buffers: _Buffers, graph: torch.cuda.CUDAGraph | None) -> None:
+        """Run the steps, or capture them into a graph, on this object's own stream.
 
-        Not by `torch.cuda.graph`, which waits for the GPU and empties PyTorch's cache, so that a
-        graph that allocates finds room; this one has its buffers.
+        `torch.cuda.graph` would wait for the GPU and empty PyTorch's cache to make space for
+        allocations during capture; these steps make none.
         """
         device = buffers[0].device
         if self.stream is None or self.stream.device != device:
@@ -191,31 +194,31 @@ class Captured(threading.local):
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             if graph is None:
-                _steps(*buffers, self.d)
+                _run_steps(*buffers, self.d)
             else:
                 graph.capture_begin(capture_error_mode="thread_local")
                 try:
-                    _steps(*buffers, self.d)
+                    _run_steps(*buffers, self.d)
                 finally:
                     graph.capture_end()
         current.wait_stream(self.stream)
 
 
-_captured = Captured()
+_step_graph = StepGraph()
 
 
 def advance(
     o: Tensor, f: Tensor, diagonal: Tensor, v: Tensor, spare: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """STEPS steps, as kernels/torch/riccati.py's; d may be overwritten by the next call."""
-    if o.is_cuda and choose(*diagonal.shape).captured:
-        return _captured(o, f, diagonal, v, spare)
+    """Run STEPS steps, as `kernels.torch.riccati.advance` does; the next call may overwrite d."""
+    if o.is_cuda and choose(*diagonal.shape).use_graph:
+        return _step_graph(o, f, diagonal, v, spare)
     d = v.new_empty(STEPS, *diagonal.shape)
-    _steps(o, f, diagonal, v, spare, d)
+    _run_steps(o, f, diagonal, v, spare, d)
     return o, spare, d
 
 
-def _case(batch: int, m: int) -> _launch.CompileCase:
+def _make_case(batch: int, m: int) -> _launch.CompileCase:
     def call(device: torch.device) -> None:
         p, f, o = (torch.empty(batch, m, m, dtype=torch.float64, device=device) for _ in range(3))
         diagonal, d = (p.new_empty(batch, m) for _ in range(2))
@@ -226,4 +229,4 @@ def _case(batch: int, m: int) -> _launch.CompileCase:
     return _launch.CompileCase(f"{batch} matrices of {m} x {m}, float64", call, floor)
 
 
-AOT_CASES = (_case(16, 499), _case(64, 499), _case(100, 49))
+AOT_CASES = (_make_case(16, 499), _make_case(64, 499), _make_case(100, 49))

@@ -1,4 +1,4 @@
-"""Distances of ablations from Grams on a GPU, all of it in float64."""
+"""Distances of ablations from Gram matrices on a GPU, in float64."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from repsim_kernels.kernels.triton import _launch, riccati
 
 
 def unsupported(*tensors: Tensor) -> str | None:
-    """Why they can't be served here; float64, which other kernels don't take, is welcome."""
+    """Return why these tensors can't be used, or None; unlike other kernels, float64 is allowed."""
     doubles = (t.new_empty(0, dtype=torch.float32) for t in tensors if t.dtype == torch.float64)
     return _launch.unsupported(*doubles, *(t for t in tensors if t.dtype != torch.float64))
 
 
 def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
-    """As `torch.linalg.eigh`, by native kernels where they serve, for all matrices at once.
+    """Compute `torch.linalg.eigh` for all matrices at once, by native kernels where possible.
 
-    Raises torch.linalg.LinAlgError where PyTorch can't solve what they failed on either.
+    Raises torch.linalg.LinAlgError if PyTorch can't solve a matrix that those failed on.
     """
     if native.unsupported(a) is not None:
         return torch.linalg.eigh(a)
-    found = native.eigh(a, vectors=True)
-    if failed := int(found["failed"].sum()):
+    result = native.eigh(a, vectors=True)
+    if failed := int(result["failed"].sum()):
         message = f"eigh: {failed} matrices did not converge"
         raise torch.linalg.LinAlgError(message)  # type: ignore[attr-defined]
-    return found["values"], found["vectors"]
+    return result["values"], result["vectors"]
 
 
 def svdvals(a: Tensor) -> Tensor:
-    """As `torch.linalg.svdvals`, by native kernels where they serve."""
+    """Compute `torch.linalg.svdvals`, by native kernels where possible."""
     if native.unsupported(a) is not None:
         return torch.linalg.svdvals(a)
-    found = native.svd(a, vectors=False)
-    s = found["values"]
-    if "failed" in found and bool((failed := found["failed"]).any()):
+    result = native.svd(a, vectors=False)
+    s = result["values"]
+    if "failed" in result and bool((failed := result["failed"]).any()):
         s[failed] = torch.linalg.svdvals(a[failed])
     return s
 
@@ -49,4 +49,5 @@ SOLVERS = Solvers(riccati.advance, eigh, svdvals)
 
 
 def gram_ablation_distances(k: Tensor, parts: Tensor, **options: Any) -> dict[str, Distances]:
+    """Compute the torch backend's result with solvers for the GPU."""
     return spectral.gram_ablation_distances(k, parts, solvers=SOLVERS, **options)
