@@ -1,4 +1,4 @@
-"""A CuPy that takes notes and solves by NumPy, tensors for it, and an editable install."""
+"""A fake CuPy that records calls and solves by NumPy, tensors for it, and a fake install."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 class CudaTensor(torch.Tensor):
-    """A tensor that says it is on a GPU."""
+    """A CPU tensor that claims to be on a GPU."""
 
     index = 1
 
@@ -30,10 +30,10 @@ def on_cuda(*values: float, index: int = 1) -> torch.Tensor:
 
 
 class FakeCupy(ModuleType):
-    """What the kernels use of CuPy; `events` is what happened to the device, in order.
+    """The parts of CuPy that the kernels use; `events` records operations on the device in order.
 
-    `spoil`, if set, is called with the values and the vectors (None without them) of a batch, and
-    changes them in place: what a solver gets wrong without reporting it.
+    `spoil`, if set, is called with the values and the vectors (or None) of a batch and changes
+    them in place, like a solver that fails without reporting it.
     """
 
     def __init__(self) -> None:
@@ -66,8 +66,8 @@ class FakeCupy(ModuleType):
             self.spoil(w, None)
         return w
 
-    def scope(self, kind: str, what: object) -> SimpleNamespace:
-        return Scope(lambda step: self.events.append((kind, what, step)))
+    def scope(self, kind: str, target: object) -> SimpleNamespace:
+        return Scope(lambda step: self.events.append((kind, target, step)))
 
     def device(self, index: int) -> SimpleNamespace:
         scope = self.scope("device", index)
@@ -102,12 +102,12 @@ class Kernel(SimpleNamespace):
         super().__init__(cupy=cupy, name=name)
 
     def __call__(self, grid, block, arguments, *, shared_mem):
-        most = self.max_dynamic_shared_size_bytes
-        self.cupy.events.append(("launch", self.name, grid, block, arguments, shared_mem, most))
+        limit = self.max_dynamic_shared_size_bytes
+        self.cupy.events.append(("launch", self.name, grid, block, arguments, shared_mem, limit))
 
 
-class Installed:
-    """An editable install: a source in the checkout, what was built from it in site-packages."""
+class EditableInstall:
+    """An editable install: a source in the checkout, and its build in site-packages."""
 
     def __init__(self, folder: Path, code: str) -> None:
         self.site, self.checkout = folder / "site-packages", folder / "checkout"

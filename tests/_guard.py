@@ -1,4 +1,4 @@
-"""Inputs that show wrong addresses: NaN for neighbours in memory, and places beyond 32 bits."""
+"""Inputs that reveal wrong addresses: surrounded by NaN, or with offsets beyond 32 bits."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 _MARGIN = 4096
 
 
-def guarded(x: Tensor) -> Tensor:
-    """The same numbers and strides in a larger piece of memory that is NaN everywhere else."""
+def pad_with_nan(x: Tensor) -> Tensor:
+    """Copy x, with its strides, into a larger allocation filled with NaN."""
     extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     memory = torch.full((extent + 2 * _MARGIN,), torch.nan, dtype=x.dtype, device=x.device)
     view = memory.as_strided(x.shape, x.stride(), _MARGIN)
@@ -17,8 +17,8 @@ def guarded(x: Tensor) -> Tensor:
     return view
 
 
-def far_apart(values: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """float16 values with strides of up to 2^30 elements, of which only their own are touched."""
+def spread_in_memory(values: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Copy values to float16 with strides of up to 2^30 elements; no other memory is touched."""
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:

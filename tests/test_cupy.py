@@ -139,20 +139,22 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> type[Array]:
     return Array
 
 
-def flat(result: Any) -> list[Any]:
+def flatten(result: Any) -> list[Any]:
     """The arrays of a result."""
     if isinstance(result, dict):
-        return [a for value in result.values() for a in flat(value)]
+        return [a for value in result.values() for a in flatten(value)]
     return (
-        [a for value in result for a in flat(value)] if type(result) in (list, tuple) else [result]
+        [a for value in result for a in flatten(value)]
+        if type(result) in (list, tuple)
+        else [result]
     )
 
 
 def assert_same(name: str, array: Callable[[Any], Any], kind: type, rtol: float) -> None:
     arguments, options = ARGUMENTS[name]
     function = getattr(rk, name)
-    got = flat(function(*map(array, arguments), **options))
-    want = flat(function(*arguments, **options))
+    got = flatten(function(*map(array, arguments), **options))
+    want = flatten(function(*arguments, **options))
     assert len(got) == len(want) > 0
     for a, b in zip(got, want, strict=True):
         assert isinstance(a, float if type(b) is float else kind)
@@ -172,7 +174,7 @@ def test_pairwise(cupy):
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_a_device_that_is_not_current(cupy, backend):
+def test_device_that_is_not_current(cupy, backend):
     for values in (X, X[::-1], X.T.copy().T, X[::2, 1::3]):
         cells = CELLS[: values.shape[1]]
         got = rk.cell_grams(cupy(values, 1), cupy(cells), backend=backend)
@@ -199,7 +201,7 @@ def test_dtypes(cupy, dtype):
     np.testing.assert_array_equal(got.get(), rk.centered_gram(x))
 
 
-def test_a_membership_comes_out_and_goes_in(cupy):
+def test_memberships(cupy):
     cells = rk.selectivity_grid(cupy(X), cupy(LABELS), 1, grid=(2, 2), edges="inclusive")
     assert isinstance(cells, Array)
     assert cells.dtype == bool
@@ -209,7 +211,7 @@ def test_a_membership_comes_out_and_goes_in(cupy):
     np.testing.assert_allclose(got.get(), rk.cell_grams(X, want), rtol=1e-13, atol=1e-13)
 
 
-def test_places_that_differ(cupy):
+def test_arrays_on_different_devices(cupy):
     other = cupy(Y, 1)
     with pytest.raises(rk.DeviceError, match="y: a cupy array on cuda:1, but x is a cupy array on"):
         rk.cka(cupy(X), other)
@@ -226,7 +228,7 @@ def test_errors_name_the_argument(cupy):
         rk.cell_grams(cupy(X), cupy(CELLS + 7), n_cells=8)
 
 
-def test_where_arrays_on_a_gpu_go(cupy, monkeypatch):
+def test_default_backends_on_a_gpu(cupy, monkeypatch):
     """CuPy's to native kernels, else the way of a CUDA tensor; tensors to Triton's first."""
     reasons: dict[str, str | None] = {"cupy": None, "triton": None}
 
@@ -249,7 +251,7 @@ def test_where_arrays_on_a_gpu_go(cupy, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["triton", "cupy"])
-def test_operations_without_a_kernel(backend):
+def test_operations_without_kernels(backend):
     with pytest.raises(rk.BackendUnavailable, match="rsa: it has no kernel for this operation"):
         rk.rsa(X, Y, backend=backend)
 
@@ -267,7 +269,7 @@ def real() -> Any:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", OPS)
-def test_every_function_of_real_arrays(real, name):
+def test_every_function_on_a_gpu(real, name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert_same(name, real.asarray, real.ndarray, 1e-9)

@@ -33,7 +33,7 @@ def install(monkeypatch, triton_version: str, numpy_version: str) -> None:
         ("4.0.0", "2.5.0", True),
     ],
 )
-def test_versions_that_work_together(monkeypatch, triton_version, numpy_version, works):
+def test_supported_versions(monkeypatch, triton_version, numpy_version, works):
     install(monkeypatch, triton_version, numpy_version)
     reason = _launch.interpreter_unsupported()
     assert (reason is None) == works
@@ -43,7 +43,7 @@ def test_versions_that_work_together(monkeypatch, triton_version, numpy_version,
         assert f"Triton {triton_version}'s interpreter fails with NumPy {numpy_version}" in reason
 
 
-def test_a_backend_that_is_named_gives_the_reason(monkeypatch, capsys):
+def test_explicit_backend_gives_the_reason(monkeypatch, capsys):
     install(monkeypatch, "3.6.0", "2.4.6")
     with pytest.raises(rk.BackendUnavailable, match=r"centered_gram: Triton 3.6.0's interpreter"):
         rk.centered_gram(torch.eye(3), backend="triton")

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels: which code is loaded, and how it is started."""
+"""Loading and launching the CUDA C++ kernels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from _cupy import FakeCupy, Installed, on_cuda
+from _cupy import FakeCupy, EditableInstall, on_cuda
 
 import repsim_kernels
 from repsim_kernels.kernels.cupy import module
@@ -20,7 +20,7 @@ CODE = 'extern "C" __global__ void double_it(float* x) { x[threadIdx.x] *= 2; }\
 
 @pytest.fixture
 def cupy(monkeypatch):
-    """A CuPy that only takes notes, beside a PyTorch that sees two GPUs."""
+    """A CuPy that only records calls, and a PyTorch that sees two GPUs."""
     fake = FakeCupy()
     monkeypatch.setitem(sys.modules, "cupy", fake)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -34,13 +34,13 @@ def cupy(monkeypatch):
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    places = Installed(tmp_path, CODE)
+    places = EditableInstall(tmp_path, CODE)
     monkeypatch.setattr(repsim_kernels, "__path__", [str(places.site), str(places.checkout)])
     return places
 
 
-def loaded(cupy: FakeCupy) -> dict[str, object]:
-    """What a launch on the second GPU makes CuPy load."""
+def load_options(cupy: FakeCupy) -> dict[str, object]:
+    """Return what CuPy loads for a launch on the second GPU."""
     module._kernel.cache_clear()
     cupy.loaded.clear()
     module.launch("toy", "double_it", (1,), (3,), on_cuda(1, 2, 3))
@@ -48,18 +48,18 @@ def loaded(cupy: FakeCupy) -> dict[str, object]:
     return options
 
 
-def by_nvrtc(code: str) -> dict[str, object]:
+def nvrtc_options(code: str) -> dict[str, object]:
     return {"code": code, "backend": "nvrtc", "options": ("-std=c++17",)}
 
 
-def test_the_fatbin_of_this_source_is_loaded(cupy, installed):
+def test_fatbin_of_the_current_source_is_loaded(cupy, installed):
     installed.build()
-    assert loaded(cupy) == {"path": str(installed.fatbin)}
+    assert load_options(cupy) == {"path": str(installed.fatbin)}
     assert module.describe_build() == "fatbin for sm_80, sm_90, sm_100"
 
 
 def test_without_a_fatbin_nvrtc_compiles_the_source(cupy, installed):
-    assert loaded(cupy) == by_nvrtc(CODE)
+    assert load_options(cupy) == nvrtc_options(CODE)
     installed.source.with_name("another.cu").write_text(CODE)
     assert module.describe_build() == (
         "NVRTC at first use: no fatbin was built (there was no nvcc, or REPSIM_CUDA=OFF)"
@@ -70,21 +70,21 @@ def test_an_edited_source_is_compiled_by_nvrtc(cupy, installed):
     installed.build()
     edited = CODE.replace("2", "3")
     installed.source.write_text(edited)
-    assert loaded(cupy) == by_nvrtc(edited)
+    assert load_options(cupy) == nvrtc_options(edited)
     assert (
         module.describe_build()
         == "NVRTC at first use: toy.cu is not what the fatbin was built from"
     )
     installed.source.write_text(CODE)
-    assert loaded(cupy) == {"path": str(installed.fatbin)}
+    assert load_options(cupy) == {"path": str(installed.fatbin)}
 
 
-def test_a_source_that_is_new_is_compiled_by_nvrtc(cupy, installed):
+def test_a_new_source_is_compiled_by_nvrtc(cupy, installed):
     installed.build()
     new = installed.source.with_name("new.cu")
     new.write_text(CODE)
     module.launch("new", "double_it", (1,), (3,), on_cuda(1))
-    assert cupy.loaded == [by_nvrtc(CODE)]
+    assert cupy.loaded == [nvrtc_options(CODE)]
     assert (
         module.describe_build()
         == "NVRTC at first use: new.cu is not what the fatbin was built from"
@@ -103,10 +103,10 @@ def test_a_source_that_is_new_is_compiled_by_nvrtc(cupy, installed):
         ((12, 0), True),  # from PTX
     ],
 )
-def test_a_device_the_fatbin_is_not_for(cupy, installed, monkeypatch, capability, runs):
+def test_devices_the_fatbin_covers(cupy, installed, monkeypatch, capability, runs):
     installed.build()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert loaded(cupy) == ({"path": str(installed.fatbin)} if runs else by_nvrtc(CODE))
+    assert load_options(cupy) == ({"path": str(installed.fatbin)} if runs else nvrtc_options(CODE))
     name = "sm_{}{}".format(*capability)
     assert (
         f"NVRTC at first use: the fatbin has no code for {name}" == module.describe_build()
@@ -114,9 +114,9 @@ def test_a_device_the_fatbin_is_not_for(cupy, installed, monkeypatch, capability
 
 
 @pytest.mark.parametrize("architectures", [(100,), (80, 100)])
-def test_a_device_between_or_before_what_was_built(cupy, installed, architectures):
+def test_a_device_older_than_the_fatbin_needs_nvrtc(cupy, installed, architectures):
     installed.build(architectures=architectures)
-    assert loaded(cupy) == by_nvrtc(CODE)
+    assert load_options(cupy) == nvrtc_options(CODE)
 
 
 @pytest.mark.parametrize(
@@ -130,20 +130,20 @@ def test_a_device_between_or_before_what_was_built(cupy, installed, architecture
         (13_000, "12.9.86", True),
     ],
 )
-def test_a_driver_older_than_nvcc(cupy, installed, driver, nvcc, runs):
+def test_driver_versions(cupy, installed, driver, nvcc, runs):
     installed.build(nvcc=nvcc)
     cupy.driver = driver
-    assert ("path" in loaded(cupy)) == runs
+    assert ("path" in load_options(cupy)) == runs
     assert ("the driver is older than CUDA 1" in module.describe_build()) != runs
 
 
-def test_how_asks_no_device_where_there_is_none(installed, monkeypatch):
+def test_description_without_a_device(installed, monkeypatch):
     monkeypatch.setattr(module, "unsupported", lambda: "there is no CUDA device")
     installed.build()
     assert module.describe_build() == "fatbin for sm_80, sm_90, sm_100"
 
 
-def test_a_launch(cupy, installed):
+def test_launch(cupy, installed):
     x, y = on_cuda(1, 2), on_cuda(3, 4)
     scalars = np.int32(-7), np.int64(2**40), np.float32(0.5), np.float64(0.25)
     module.launch("toy", "double_it", (3, 2), (128,), x, *scalars, y, shared=100_000)
@@ -157,15 +157,15 @@ def test_a_launch(cupy, installed):
         ("stream", "torch's on cuda:1", "exit"),
         ("device", 1, "exit"),
     ]
-    kind, name, grid, block, arguments, shared, most = launch
+    kind, name, grid, block, arguments, shared, limit = launch
     assert (kind, name, grid, block, shared) == ("launch", "double_it", (3, 2), (128,), 100_000)
     assert arguments == (x.data_ptr(), *scalars, y.data_ptr())
     types = [np.uint64, np.int32, np.int64, np.float32, np.float64, np.uint64]
     assert [type(value) for value in arguments] == types
-    assert most == 227 * 1024 - 448  # all that a block may have, less what the kernel has anyway
+    assert limit == 227 * 1024 - 448  # the limit per block, less the kernel's static memory
 
 
-def test_a_kernel_is_loaded_once_for_each_device(cupy, installed):
+def test_a_kernel_is_loaded_once_per_device(cupy, installed):
     for index in (0, 1, 0, 1):
         module.launch("toy", "double_it", (1,), (32,), on_cuda(1, index=index))
     module.launch("toy", "another", (1,), (32,), on_cuda(1))
@@ -176,27 +176,27 @@ def test_a_kernel_is_loaded_once_for_each_device(cupy, installed):
     assert names == [load, launch, load, launch, launch, launch, *other]
 
 
-def test_an_empty_grid_starts_nothing(cupy, installed):
-    """CuPy would make one block of it."""
+def test_empty_grid_starts_nothing(cupy, installed):
+    """CuPy would start one block."""
     module.launch("toy", "double_it", (4, 0), (32,), on_cuda(1))
     assert cupy.events == []
 
 
 @pytest.mark.parametrize("grid", [(2**31,), (1, 65_536), (1, 1, 65_536)])
-def test_a_grid_that_no_device_takes_is_refused(cupy, installed, grid):
+def test_grids_beyond_the_limits_are_refused(cupy, installed, grid):
     with pytest.raises(ValueError, match=r"double_it: \d+ blocks along [xyz]; expected 0 to \d+"):
         module.launch("toy", "double_it", grid, (32,), on_cuda(1))
     assert cupy.events == []
 
 
 @pytest.mark.parametrize("value", [7, 0.5, True, None, [1], np.ones(1)])
-def test_arguments_without_a_type_of_c(cupy, installed, value):
+def test_arguments_without_a_c_type(cupy, installed, value):
     with pytest.raises(TypeError, match="expected a tensor or a NumPy scalar"):
         module.launch("toy", "double_it", (1,), (32,), on_cuda(1), value)
     assert cupy.events == []
 
 
-def test_what_is_supported(cupy):
+def test_supported_tensors(cupy):
     assert module.unsupported() is None
     assert module.unsupported(on_cuda(1), on_cuda(2)) is None
     assert module.unsupported(on_cuda(1), torch.ones(1)) == "it needs CUDA tensors, not cpu"
@@ -214,12 +214,12 @@ def test_without_a_gpu(cupy, monkeypatch):
     assert module.unsupported(on_cuda(1)) == "there is no CUDA device"
 
 
-def test_where_cupy_sees_no_gpu(cupy):
+def test_cupy_without_a_gpu(cupy):
     cupy.cuda.is_available = lambda: False
     assert module.unsupported(on_cuda(1)) == "CuPy finds no CUDA device"
 
 
-def test_where_cupy_is_old(cupy):
+def test_old_cupy(cupy):
     del cupy.cuda.Stream.from_external
     cupy.__version__ = "13.6.0"
     assert module.unsupported(on_cuda(1)) == "CuPy 13.6.0 is older than 14"
@@ -237,7 +237,7 @@ def test_where_cupy_is_old(cupy):
         ("import warnings; warnings.warn('two of them')", "UserWarning: two of them"),
     ],
 )
-def test_where_cupy_is_broken(monkeypatch, tmp_path, code, reason):
+def test_broken_cupy(monkeypatch, tmp_path, code, reason):
     (tmp_path / "cupy.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
@@ -263,7 +263,7 @@ extern "C" __global__ void add(float* x, long long n, float by) {
 
 
 def add(x: torch.Tensor, by: float, shared: int = 1024) -> None:
-    """x becomes 0.75 x + by, in place."""
+    """Replace x by 0.75 x + by, in place."""
     blocks = -(-len(x) // 256)
     module.launch(
         "toy", "add", (blocks,), (256,), x, np.int64(len(x)), np.float32(by), shared=shared
@@ -272,9 +272,9 @@ def add(x: torch.Tensor, by: float, shared: int = 1024) -> None:
 
 @pytest.fixture(params=["fatbin", "NVRTC"])
 def native(request, tmp_path, monkeypatch):
-    """The kernel above, from a fatbin and from NVRTC."""
+    """Install the kernel above, as a fatbin and for NVRTC."""
     pytest.importorskip("cupy", reason="CuPy is not installed")
-    places = Installed(tmp_path, ADD)
+    places = EditableInstall(tmp_path, ADD)
     monkeypatch.setattr(repsim_kernels, "__path__", [str(places.site), str(places.checkout)])
     module._kernel.cache_clear()
     if request.param == "fatbin":
@@ -284,8 +284,8 @@ def native(request, tmp_path, monkeypatch):
         options += ["-gencode=arch=compute_100,code=compute_100", "-ftz=true", "-std=c++17"]
         command = [NVCC, "-fatbin", *options, str(places.source), "-o", str(places.fatbin)]
         subprocess.run(command, check=True)
-        said = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True)
-        version = said.stdout.rpartition(", V")[2].split()[0]
+        process = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True)
+        version = process.stdout.rpartition(", V")[2].split()[0]
         places.build(places.fatbin.read_bytes(), nvcc=version)
     assert module.describe_build().startswith(request.param)
     yield request.param
@@ -296,23 +296,23 @@ def native(request, tmp_path, monkeypatch):
 def test_results_and_shared_memory(native):
     x = torch.linspace(-1, 1, 1000, device="cuda")
     x[:3] = torch.tensor([1e-40, -1e-40, 1e-38])
-    wanted = x.double() * 0.75
+    expected = x.double() * 0.75
     by_default = x.clone()
     add(by_default, 0.0)
     large = x.clone()
     add(large, 0.0, shared=96 * 1024)
     assert torch.equal(by_default, large)
-    assert by_default[:2].tolist() == [0, 0]  # both compilers flush what is subnormal
-    assert torch.allclose(by_default.double(), wanted, rtol=1e-7, atol=1.2e-38)
+    assert by_default[:2].tolist() == [0, 0]  # both compilers flush subnormal numbers
+    assert torch.allclose(by_default.double(), expected, rtol=1e-7, atol=1.2e-38)
 
 
 @gpu
-def test_the_stream_is_that_of_torch(native):
+def test_kernels_run_on_the_stream_of_torch(native):
     import cupy
 
     before = cupy.cuda.get_current_stream()
     x = torch.zeros(1000, device="cuda")
-    add(x, 0.0)  # loaded
+    add(x, 0.0)  # load the kernel
     side = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
@@ -325,7 +325,7 @@ def test_the_stream_is_that_of_torch(native):
 
 
 @gpu
-def test_a_device_that_is_not_current(native):
+def test_device_that_is_not_current(native):
     if torch.cuda.device_count() < 2:
         pytest.skip("one CUDA device")
     for index in (1, 0):
@@ -336,7 +336,7 @@ def test_a_device_that_is_not_current(native):
 
 
 @gpu
-def test_arrays_of_cupy_without_copies(native):
+def test_cupy_arrays_are_not_copied(native):
     import cupy
 
     x = cupy.zeros(1000, dtype=cupy.float32)
@@ -347,7 +347,7 @@ def test_arrays_of_cupy_without_copies(native):
 
 
 @gpu
-def test_a_launch_that_is_captured(native):
+def test_launch_in_a_graph(native):
     x = torch.zeros(1000, device="cuda")
     add(x, 1.0)
     graph = torch.cuda.CUDAGraph()
@@ -361,7 +361,7 @@ def test_a_launch_that_is_captured(native):
 
 
 @gpu
-def test_what_ships_loads():
+def test_shipped_kernels_load():
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
     device = torch.cuda.current_device()
     sources = [path.stem for path in module._files("*.cu")]

@@ -1,4 +1,4 @@
-"""cuSOLVER's batches, by NumPy on the CPU: wrong results are found and solved again."""
+"""cuSOLVER's batches, simulated by NumPy: wrong results are detected and solved again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23}
 
 @pytest.fixture
 def cusolver(monkeypatch):
-    """A CuPy that serves every size, and the matrices that PyTorch solves beside it."""
+    """A CuPy used for every size, and a record of the matrices that PyTorch solves."""
     fake = FakeCupy()
     fake.alone = []
     monkeypatch.setitem(sys.modules, "cupy", fake)
@@ -34,7 +34,7 @@ def cusolver(monkeypatch):
         solve = getattr(torch.linalg, name)
 
         def solve_alone(a):
-            assert a.ndim == 2  # a batch would be cuSOLVER's again
+            assert a.ndim == 2  # a batch would go to cuSOLVER again
             fake.alone.append(a)
             return fake.answer(solve, a)
 
@@ -51,21 +51,21 @@ def symmetric(shape, seed=0, dtype=torch.float64, scale=1.0):
     return torch.from_numpy((a + a.swapaxes(-1, -2)) * scale).to(dtype)
 
 
-def assert_solved(a, found):
-    """LAPACK's values, and vectors that are orthonormal and diagonalise a, on its own scale."""
+def assert_solved(a, result):
+    """Check values against LAPACK's; vectors must be orthonormal and diagonalise a / max |a|."""
     unit = a.double().abs().amax((-2, -1), keepdim=True).clamp_min(5e-324)
-    exact, w = (a.double() / unit).numpy(), (found["values"].double() / unit[..., 0]).numpy()
+    exact, w = (a.double() / unit).numpy(), (result["values"].double() / unit[..., 0]).numpy()
     atol = 4 * a.shape[-1] * EPS[a.dtype]
     size = np.linalg.norm(exact, axis=(-2, -1))[..., None]
     assert (np.abs(w - np.linalg.eigvalsh(exact)) <= atol * size).all()
-    if "vectors" in found:
-        v = found["vectors"].double().numpy()
+    if "vectors" in result:
+        v = result["vectors"].double().numpy()
         assert (np.abs(v.swapaxes(-1, -2) @ v - np.eye(a.shape[-1])) <= atol).all()
         assert (np.abs(exact @ v - v * w[..., None, :]) <= atol * size[..., None]).all()
 
 
 def identity(a, w, v):
-    """The diagonal, and the identity for vectors: what a solver that did nothing returns."""
+    """Return the diagonal and identity vectors, as a solver that did nothing would."""
     w[...] = np.sort(np.diag(a))
     if v is not None:
         v[...] = np.eye(len(w))
@@ -90,7 +90,7 @@ def one_value_off(a, w, v):
 
 
 def opposite_sign(a, w, v):
-    """The spectrum of -a, which has a's Frobenius norm."""
+    """Return the spectrum of -a, which has the Frobenius norm of a."""
     w[...] = -w[::-1]
     if v is not None:
         v[...] = v[:, ::-1]
@@ -108,7 +108,7 @@ def no_vectors(a, w, v):
     v[...] = 0
 
 
-def one_pair_twice(a, w, v):
+def duplicate_pair(a, w, v):
     w[1], v[:, 1] = w[0], v[:, 0]
 
 
@@ -117,40 +117,40 @@ def long_vector(a, w, v):
 
 
 def rotated(a, w, v):
-    """Vectors of no eigenvalue, of which two are mixed."""
+    """Mix two vectors, so that they are not eigenvectors."""
     c, s = np.cos(1e-2), np.sin(1e-2)
     v[:, [0, 2]] = v[:, [0, 2]] @ np.array([[c, s], [-s, c]])
 
 
-OF_VALUES = (identity, nan_value, no_values, not_ascending, one_value_off, opposite_sign)
-OF_VECTORS = (nan_vector, infinite_vector, no_vectors, one_pair_twice, long_vector, rotated)
+VALUE_FAULTS = (identity, nan_value, no_values, not_ascending, one_value_off, opposite_sign)
+VECTOR_FAULTS = (nan_vector, infinite_vector, no_vectors, duplicate_pair, long_vector, rotated)
 FAULTS = [
-    *((fault, vectors) for fault in OF_VALUES for vectors in (True, False)),
-    *((fault, True) for fault in OF_VECTORS),
+    *((fault, vectors) for fault in VALUE_FAULTS for vectors in (True, False)),
+    *((fault, True) for fault in VECTOR_FAULTS),
 ]
 
 
 @pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize(("fault", "vectors"), FAULTS)
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
-def test_one_wrong_matrix_costs_that_one(cusolver, fault, vectors, dtype, scale):
+def test_only_the_wrong_matrix_is_solved_again(cusolver, fault, vectors, dtype, scale):
     a = symmetric((2, 3, 7), dtype=dtype, scale=scale)
     right = np.linalg.eigh(a.numpy())
     with np.errstate(all="ignore"):
         cusolver.spoil = lambda w, v: fault(a[1, 0].numpy(), w[1, 0], v if v is None else v[1, 0])
-        found = spectral.eigh(a, vectors=vectors)
-    assert not found["failed"].any()
-    assert found["failed"].shape == (2, 3)
+        result = spectral.eigh(a, vectors=vectors)
+    assert not result["failed"].any()
+    assert result["failed"].shape == (2, 3)
     assert [one.tolist() for one in cusolver.alone] == [a[1, 0].tolist()]
-    assert_solved(a, found)
+    assert_solved(a, result)
     others = torch.ones(2, 3, dtype=torch.bool)
     others[1, 0] = False
     assert (
-        found["values"][others].tolist()
+        result["values"][others].tolist()
         == (right[0] if vectors else np.linalg.eigvalsh(a.numpy()))[others].tolist()
     )
     if vectors:
-        assert found["vectors"][others].tolist() == right[1][others].tolist()
+        assert result["vectors"][others].tolist() == right[1][others].tolist()
 
 
 @drawn
@@ -162,7 +162,7 @@ def test_one_wrong_matrix_costs_that_one(cusolver, fault, vectors, dtype, scale)
     st.booleans(),
     SEEDS,
 )
-def test_right_results_are_kept(cusolver, n, kind, dtype, scale, vectors, seed):
+def test_right_results_are_accepted(cusolver, n, kind, dtype, scale, vectors, seed):
     rng = np.random.default_rng(seed)
     q = np.linalg.qr(rng.standard_normal((n, n)))[0]
     w = {
@@ -178,23 +178,23 @@ def test_right_results_are_kept(cusolver, n, kind, dtype, scale, vectors, seed):
         scale = np.clip(scale, 1e-30, 1e30)
     a = torch.from_numpy((a + a.T) * scale).to(dtype)
     cusolver.alone.clear()
-    found = spectral.eigh(a, vectors=vectors)
+    result = spectral.eigh(a, vectors=vectors)
     assert cusolver.alone == []
-    assert not found["failed"]
-    assert_solved(a, found)
+    assert not result["failed"]
+    assert_solved(a, result)
 
 
 @pytest.mark.parametrize("vectors", [True, False])
-def test_matrices_symmetric_but_for_rounding_are_read_as_pytorch_does(cusolver, vectors):
+def test_the_lower_triangle_is_used(cusolver, vectors):
     a = symmetric((4, 9))
     rounded = a + 1e-6 * torch.rand(a.shape, generator=torch.Generator().manual_seed(0)).triu(1)
-    found = spectral.eigh(rounded, vectors=vectors)
+    result = spectral.eigh(rounded, vectors=vectors)
     assert cusolver.alone == []
-    assert_solved(a, found)
+    assert_solved(a, result)
 
 
 @pytest.mark.parametrize("vectors", [True, False])
-def test_a_matrix_that_pytorch_solves_wrongly_too_is_an_error(cusolver, vectors):
+def test_error_if_pytorch_fails_too(cusolver, vectors):
     a = symmetric((4, 5))
 
     def spoil(w, v):
@@ -208,8 +208,8 @@ def test_a_matrix_that_pytorch_solves_wrongly_too_is_an_error(cusolver, vectors)
         if not vectors and answer is not give_up:
             answer = lambda solve, one: solve(one) * 2  # noqa: E731
         cusolver.answer = answer
-        found = spectral.eigh(a, vectors=vectors)
-        assert found["failed"].tolist() == [True, False, True, False]
+        result = spectral.eigh(a, vectors=vectors)
+        assert result["failed"].tolist() == [True, False, True, False]
         with pytest.raises(rk.ConvergenceError, match=r"a: 2 matrices of shape \(4, 5, 5\)"):
             rk.eigh(a, vectors=vectors, backend="cupy")
         if vectors:
@@ -219,7 +219,7 @@ def test_a_matrix_that_pytorch_solves_wrongly_too_is_an_error(cusolver, vectors)
             assert len(cusolver.alone) == 2  # each once
 
 
-def test_the_batch_runs_on_torchs_stream(cusolver):
+def test_the_batch_runs_on_the_stream_of_torch(cusolver):
     spectral.eigh(symmetric((3, 3)), vectors=True)
     assert [event[0::2] for event in cusolver.events] == [
         ("device", "enter"),

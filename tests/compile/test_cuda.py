@@ -60,20 +60,20 @@ def source_of(tmp_path: Path, code: str) -> Path:
     return path
 
 
-def test_there_are_kernels():
+def test_kernels_exist():
     assert _cuda.SOURCES
 
 
 @needs_nvcc
 @every_target
 @every_source
-def test_what_nvcc_makes(source, arch, tmp_path):
+def test_nvcc_output_fits(source, arch, tmp_path):
     assert_all_fit(_cuda.build(source, arch, tmp_path))
 
 
 @needs_nvcc
 @every_source
-def test_the_fatbin_builds(source, tmp_path):
+def test_fatbin_builds(source, tmp_path):
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in _cuda.TARGETS]
     newer = _cuda.TARGETS[-1]
     ptx = f"-gencode=arch=compute_{newer},code=compute_{newer}"
@@ -84,7 +84,7 @@ def test_the_fatbin_builds(source, tmp_path):
 @needs_nvrtc
 @every_target
 @every_source
-def test_what_nvrtc_makes(source, arch):
+def test_nvrtc_output_fits(source, arch):
     code = source.read_text(encoding="utf-8")
     cubin, log = _cuda.run_nvrtc(code, arch)
     assert cubin.startswith(b"\x7fELF")
@@ -123,7 +123,7 @@ extern "C" __global__ void toy(int* x, int n) {
 
 @needs_nvcc
 @every_target
-def test_the_gates_of_nvcc_close(arch, tmp_path):
+def test_nvcc_faults_are_detected(arch, tmp_path):
     (good,) = _cuda.build(source_of(tmp_path, GOOD), arch, tmp_path)
     assert (good.name, good.spills, good.stack) == ("toy", 0, 0)
     assert 0 < good.registers <= 32
@@ -140,7 +140,7 @@ def test_the_gates_of_nvcc_close(arch, tmp_path):
             _cuda.build(source_of(tmp_path, code), arch, tmp_path)
 
 
-def test_the_gates_of_budgets_close():
+def test_budget_overruns_are_detected():
     kernel = _cuda.Built("toy", registers=128, stack=0, spills=0)
     assert_fits(kernel, Budget(512))
     assert_fits(kernel, Budget(256, blocks=2))
@@ -155,7 +155,7 @@ def test_the_gates_of_budgets_close():
 
 @needs_nvrtc
 @every_target
-def test_the_gates_of_nvrtc_close(arch):
+def test_nvrtc_faults_are_detected(arch):
     cubin, log = _cuda.run_nvrtc(GOOD, arch)
     assert cubin.startswith(b"\x7fELF")
     assert log == ""

@@ -14,7 +14,7 @@ from repsim_kernels.kernels.triton._launch import Floor
 
 
 @pytest.mark.slow
-def test_the_page_has_a_row_for_every_case(tmp_path: Path) -> None:
+def test_page_has_a_row_for_every_case(tmp_path: Path) -> None:
     out = tmp_path / "MODEL.md"
     result = CliRunner().invoke(app, ["model", "--out", str(out)])
     assert result.exit_code == 0, result.output
@@ -67,6 +67,6 @@ def test_predicted_times(floor: Floor, seconds: float, bound: str) -> None:
         (8, 64, 114 * 1024, 1),  # that the system's 1 KB makes too much
     ],
 )
-def test_blocks_of_a_multiprocessor(warps: int, registers: int, shared: int, blocks: int) -> None:
+def test_blocks_per_multiprocessor(warps: int, registers: int, shared: int, blocks: int) -> None:
     kernel = Built("_", warps, registers, 0, shared, 0, "")
     assert model.blocks(kernel) == blocks

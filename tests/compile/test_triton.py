@@ -40,14 +40,14 @@ def assert_fits(kernel: Built, arch: int) -> None:
     assert kernel.tensor_memory <= TENSOR_MEMORY, f"{kernel.name}: {kernel.tensor_memory} columns"
 
 
-def assert_products(kernels: tuple[Built, ...], wanted: bool) -> None:
-    """Tensor cores where they are wanted, and else none that would round float32's products."""
+def assert_products(kernels: tuple[Built, ...], expected: bool) -> None:
+    """Tensor cores where they are expected, and else none that would round float32's products."""
     used = any(kernel.tensor_cores not in ("", "DMMA") for kernel in kernels)
-    assert used == wanted, f"tensor cores {'used' if used else 'not used'}: {kernels}"
+    assert used == expected, f"tensor cores {'used' if used else 'not used'}: {kernels}"
 
 
 @pytest.mark.parametrize(("case", "arch"), CASES)
-def test_what_ships(case: _launch.CompileCase, arch: int) -> None:
+def test_shipped_kernels(case: _launch.CompileCase, arch: int) -> None:
     kernels = build(case, arch)
     assert kernels
     for kernel in kernels:
@@ -72,24 +72,24 @@ def square(precision: str, **options: int) -> _launch.CompileCase:
 
 
 @pytest.mark.parametrize("arch", TARGETS)
-def test_the_gates_close(arch: int) -> None:
+def test_faults_are_detected(arch: int) -> None:
     (good,) = build(square("tf32"), arch)
     (bad,) = build(square("ieee", maxnreg=32), arch)
     assert_fits(good, arch)
-    assert_products((bad, good), wanted=True)
-    assert_products((bad,), wanted=False)
+    assert_products((bad, good), expected=True)
+    assert_products((bad,), expected=False)
     with pytest.raises(AssertionError, match=r"spills to [1-9]\d* bytes"):
         assert_fits(bad, arch)
     for large in ({"shared": SHARED[arch] + 1}, {"tensor_memory": TENSOR_MEMORY + 1}):
         with pytest.raises(AssertionError, match=r"bytes of shared memory|columns"):
             assert_fits(dataclasses.replace(good, **large), arch)
     with pytest.raises(AssertionError, match="cores not used"):
-        assert_products((bad,), wanted=True)
+        assert_products((bad,), expected=True)
     with pytest.raises(AssertionError, match="cores used"):
-        assert_products((bad, good), wanted=False)
+        assert_products((bad, good), expected=False)
 
 
-def test_what_is_patched_is_put_back() -> None:
+def test_patches_are_undone() -> None:
     def state() -> tuple[object, ...]:
         return driver._active, _launch.launch, _launch.capability, _launch.unsupported
 

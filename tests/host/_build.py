@@ -1,9 +1,9 @@
-"""The CUDA C++ kernels built by g++ on shim.h, to run on the CPU, under sanitizers too.
+"""Build the CUDA C++ kernels by g++ on shim.h, to run them on the CPU and under sanitizers.
 
-``library("jacobi").launch(name, grid, block, *arguments, shared=bytes)`` takes what
-`repsim_kernels.kernels.cupy.module.launch` takes, with CPU tensors or NumPy arrays, and runs in
-this process. With a sanitizer ("address", which adds undefined behaviour, or "thread") it runs
-in a process of its own on copies of the arguments, since Python has no sanitizer's runtime.
+``load_library("jacobi").launch(name, grid, block, *arguments, shared=bytes)`` takes the arguments
+of `repsim_kernels.kernels.cupy.module.launch`, with CPU tensors or NumPy arrays, and runs in this
+process. With a sanitizer ("address", which includes undefined behaviour, or "thread") it runs in a
+separate process on copies of the arguments, since Python does not load the sanitizer's runtime.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _SANITIZE = {
 
 
 class HostError(RuntimeError):
-    """A launch that no GPU would take, or one that a sanitizer ended."""
+    """A launch that a GPU would reject, or that a sanitizer stopped."""
 
 
 class Library:
-    """The kernels of a source, in this process."""
+    """The kernels of a source, run in this process."""
 
     def __init__(self, path: Path) -> None:
         self._launch = ctypes.CDLL(str(path)).shim_launch
@@ -59,7 +59,7 @@ class Library:
     ) -> None:
         values = [_array(argument) for argument in arguments]
         kinds = [_kind(*pair).encode() for pair in zip(arguments, values, strict=True)]
-        # A parameter's value lies at its address: the number itself, or the pointer to an array.
+        # Each address refers to a parameter's value: a number, or the pointer to an array.
         pointers = [ctypes.c_void_p(value.ctypes.data) for value in values]
         addresses = [
             value.ctypes.data if _is_scalar(argument) else ctypes.addressof(pointer)
@@ -67,7 +67,7 @@ class Library:
         ]
         error = self._launch(
             name.encode(),
-            (ctypes.c_uint * 6)(*_three(grid), *_three(block)),
+            (ctypes.c_uint * 6)(*_as_dim3(grid), *_as_dim3(block)),
             ctypes.c_size_t(shared),
             len(values),
             (ctypes.c_char_p * len(kinds))(*kinds),
@@ -78,7 +78,7 @@ class Library:
 
 
 class Executable:
-    """The kernels of a source with a sanitizer, in a process for each launch."""
+    """The kernels of a source with a sanitizer, one process per launch."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -92,28 +92,28 @@ class Executable:
         shared: int = 0,
     ) -> None:
         values = [_array(argument) for argument in arguments]
-        sizes = map(str, (*_three(grid), *_three(block), shared))
+        sizes = map(str, (*_as_dim3(grid), *_as_dim3(block), shared))
         with tempfile.TemporaryDirectory() as folder:
             files = [Path(folder) / str(position) for position in range(len(values))]
             words = []
             for argument, value, file in zip(arguments, values, files, strict=True):
                 file.write_bytes(value.tobytes())
                 words.append(f"{_kind(argument, value)}:{file}")
-            # Addresses drawn far apart, as new kernels do, are more than GCC 12's runtimes take.
+            # GCC 12's runtimes fail with the wide address randomisation of new Linux kernels.
             command = ["setarch", platform.machine(), "--addr-no-randomize", str(self._path)]
-            done = subprocess.run(
+            process = subprocess.run(
                 [*command, name, *sizes, *words], capture_output=True, text=True, check=False
             )
-            if done.returncode:
-                raise HostError(f"{name}: exit status {done.returncode}\n{done.stderr}")
+            if process.returncode:
+                raise HostError(f"{name}: exit status {process.returncode}\n{process.stderr}")
             for argument, value, file in zip(arguments, values, files, strict=True):
                 if not _is_scalar(argument):
                     value[...] = np.frombuffer(file.read_bytes(), value.dtype).reshape(value.shape)
 
 
 @cache
-def library(source: str | Path, sanitizer: str | None = None) -> Library | Executable:
-    """Kernels by the name of their source in repsim_kernels/cuda, or by the path of a .cu."""
+def load_library(source: str | Path, sanitizer: str | None = None) -> Library | Executable:
+    """Build and load a source of repsim_kernels/cuda by name, or a .cu file by path."""
     path = source if isinstance(source, Path) else _SOURCES / f"{source}.cu"
     text = _translate(path)
     flags = (*_FLAGS, *_SANITIZE[sanitizer])
@@ -127,15 +127,15 @@ def library(source: str | Path, sanitizer: str | None = None) -> Library | Execu
             unit.write_text(text)
             new = Path(work) / "new"
             command = [str(COMPILER), *flags, f"-I{_HERE}", str(unit), "-o", str(new)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise HostError(f"{path.name} does not compile\n{done.stderr}")
+            process = subprocess.run(command, capture_output=True, text=True, check=False)
+            if process.returncode:
+                raise HostError(f"{path.name} does not compile\n{process.stderr}")
             new.replace(built)
     return Library(built) if sanitizer is None else Executable(built)
 
 
 def _translate(path: Path) -> str:
-    """The source as it is, but for the declaration of dynamic shared memory, and its kernels."""
+    """Replace declarations of dynamic shared memory, and add a dispatcher over the kernels."""
     text = path.read_text()
     names = re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)", text)
     text = re.sub(
@@ -151,7 +151,7 @@ def _translate(path: Path) -> str:
 #line 1 "{path}"
 {text}
 #line 1 "cases"
-void shim::find(const std::string &name, const std::vector<std::string> &kinds,
+void shim::launch_by_name(const std::string &name, const std::vector<std::string> &kinds,
                 void *const *values, size_t bytes) {{
 {cases}    error = "no such kernel";
 }}
@@ -174,12 +174,12 @@ def _is_scalar(argument: Any) -> bool:
 
 
 def _kind(argument: Any, value: np.ndarray) -> str:
-    """As shim::kind has it; half precision is an unsigned short on the host."""
+    """Return the type as shim::kind spells it; 16-bit floats are unsigned shorts on the host."""
     assert _is_scalar(argument) or isinstance(argument, np.ndarray | torch.Tensor)
     letter = "u" if value.dtype in (np.float16, np.bool_) else value.dtype.kind
     return ("" if _is_scalar(argument) else "p") + f"{letter}{value.itemsize}"
 
 
-def _three(sizes: Sequence[int]) -> tuple[int, int, int]:
+def _as_dim3(sizes: Sequence[int]) -> tuple[int, int, int]:
     x, y, z = (*sizes, 1, 1)[:3]
     return x, y, z

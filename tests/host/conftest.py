@@ -1,4 +1,4 @@
-"""The launchers of the CUDA C++ kernels, made to start them on the CPU."""
+"""Run the CUDA C++ kernels on the CPU through their launchers."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from . import _build
 
 @pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Start kernels by g++ from now on, and under a sanitizer when called with its name.
+    """Start kernels built by g++; call the fixture with a sanitizer's name to run under it.
 
-    Memory that kernels are to fill holds NaN, or -1, until they do.
+    Memory that kernels must fill holds NaN, or -1, beforehand.
     """
     if _build.COMPILER is None:
-        pytest.skip("there is no g++")
+        pytest.skip("no g++")
 
     def use(sanitizer: str | None = None) -> None:
         def launch(
             source: str, name: str, grid: Any, block: Any, *arguments: Any, shared: int = 0
         ) -> None:
-            library = _build.library(source, sanitizer)
+            library = _build.load_library(source, sanitizer)
             library.launch(name, grid, block, *map(memory, arguments), shared=shared)
 
         monkeypatch.setattr(module, "launch", launch)
@@ -40,7 +40,7 @@ def native(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def memory(argument: Any) -> Any:
-    """What lies between a tensor's first and last element, as a kernel sees it."""
+    """Return the memory from a tensor's first to its last element, as a kernel sees it."""
     if not isinstance(argument, torch.Tensor) or not argument.numel():
         return argument
     steps = zip(argument.shape, argument.stride(), strict=True)

@@ -1,8 +1,8 @@
-// CUDA C++ for a host compiler: a thread for each thread of a block, one block after the other.
+// CUDA C++ for a host compiler: one CPU thread per thread of a block, one block after another.
 //
-// Dynamic shared memory is exactly as long as the launch says, for the address sanitizer, and holds
-// NaN when a block starts. Threads that wait at different barriers, which would hang or worse on a
-// GPU, end the launch with an error, and so do arguments of another type than the parameters.
+// Dynamic shared memory has exactly the requested length, for the address sanitizer, and holds NaN
+// when a block starts. A launch ends with an error if threads wait at different barriers, which is
+// undefined on a GPU, or if an argument's type differs from the parameter's.
 #pragma once
 
 #include <barrier>
@@ -29,7 +29,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(bytes) alignas(bytes)
-#define __syncthreads() shim::meet(__LINE__)
+#define __syncthreads() shim::wait_at_barrier(__LINE__)
 
 struct dim3 {
     unsigned x, y, z;
@@ -70,7 +70,7 @@ inline std::string error;
 inline std::vector<int> lines;
 inline thread_local unsigned self;
 
-struct Together {
+struct CheckLines {
     void operator()() noexcept {
         int common = 0;
         for (int line : lines) {
@@ -82,9 +82,9 @@ struct Together {
     }
 };
 
-inline std::barrier<Together> *barrier;
+inline std::barrier<CheckLines> *barrier;
 
-inline void meet(int line) {
+inline void wait_at_barrier(int line) {
     lines[self] = line;
     barrier->arrive_and_wait();
 }
@@ -131,7 +131,7 @@ void run(void (*kernel)(P...), std::vector<std::string> kinds, void *const *valu
     for (unsigned block = 0; block < gridDim.x * gridDim.y * gridDim.z; ++block) {
         memset(dynamic_shared, 0xff, bytes);
         lines.assign(threads, 0);
-        std::barrier<Together> rendezvous(threads);
+        std::barrier<CheckLines> rendezvous(threads);
         barrier = &rendezvous;
         std::vector<std::thread> team;
         for (unsigned thread = 0; thread < threads; ++thread)
@@ -156,23 +156,23 @@ void launch(void (*kernel)(P...), const std::vector<std::string> &kinds, void *c
     run(kernel, kinds, values, bytes, std::index_sequence_for<P...>{});
 }
 
-// What _build.py writes from the names of the kernels in the source.
-void find(const std::string &name, const std::vector<std::string> &kinds, void *const *values,
+// Launches the kernel of this name; _build.py generates it from the source's kernels.
+void launch_by_name(const std::string &name, const std::vector<std::string> &kinds, void *const *values,
           size_t bytes);
 
 }  // namespace shim
 
-// Grid and block are three numbers each; returns what went wrong, or an empty string.
+// Grid and block are three numbers each; returns an error message, or an empty string.
 extern "C" const char *shim_launch(const char *name, const unsigned *sizes, size_t bytes,
                                    int count, const char *const *kinds, void *const *values) {
     gridDim = {sizes[0], sizes[1], sizes[2]};
     blockDim = {sizes[3], sizes[4], sizes[5]};
-    shim::find(name, std::vector<std::string>(kinds, kinds + count), values, bytes);
+    shim::launch_by_name(name, std::vector<std::string>(kinds, kinds + count), values, bytes);
     return shim::error.c_str();
 }
 
 // A launch from the command line, for sanitizers: name, sizes, bytes, then KIND:FILE for each
-// argument. The files of pointers are read into memory of just their length and written back.
+// argument. The files of pointers are read into memory of exactly their length and written back.
 #ifdef SHIM_MAIN
 int main(int count, char **words) {
     unsigned sizes[6];

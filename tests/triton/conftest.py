@@ -1,8 +1,8 @@
-"""The Triton kernels: in the interpreter when TRITON_INTERPRET=1, else on a GPU.
+"""The Triton kernels, in the interpreter when TRITON_INTERPRET=1 and otherwise on a GPU.
 
-``TRITON_INTERPRET=1 pytest tests/triton`` runs every kernel on CPU tensors; it has to be a process
-of its own, since the mode is fixed when a kernel is imported. Without it these are the `gpu` tests.
-All are skipped, with the reason, where the interpreter doesn't work with the installed NumPy.
+``TRITON_INTERPRET=1 pytest tests/triton`` runs every kernel on CPU tensors. It needs a separate
+process, since the mode is fixed when a kernel is imported. Without it these are the `gpu` tests.
+They are skipped, with the reason, if the interpreter doesn't work with the installed NumPy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from repsim_kernels.kernels.triton import _launch
 
-# cuBLAS is deterministic only with a workspace of its own, asked for before its first use.
+# cuBLAS is deterministic only with a fixed workspace, configured before its first use.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -43,7 +43,7 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session", autouse=True)
 def exact_convolutions() -> Iterator[None]:
-    """Those of PyTorch, which the kernels are held against, without TF32."""
+    """Disable TF32 in PyTorch's convolutions, which the kernels are compared with."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     yield
@@ -52,9 +52,9 @@ def exact_convolutions() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def poison() -> Iterator[None]:
-    """Memory that a launcher leaves unwritten holds NaN (or the largest integer).
+    """Fill new memory with NaN (or the largest integer), so unwritten results show.
 
-    PyTorch fills it where algorithms should be deterministic; those that can't be only warn.
+    PyTorch does this in deterministic mode, where nondeterministic algorithms only warn.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -63,14 +63,14 @@ def poison() -> Iterator[None]:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The kernels that run: the name and the grid of each, and what it is given, by name."""
-    seen: list[dict[str, Any]] = []
+    """Record the name, grid and named arguments of each kernel that is started."""
+    records: list[dict[str, Any]] = []
     start = _launch.launch
 
     def spy(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-        given = dict(zip(kernel.arg_names, arguments, strict=False)) | options
-        seen.append({"kernel": kernel.fn.__name__, "grid": grid} | given)
+        named = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+        records.append({"kernel": kernel.fn.__name__, "grid": grid} | named)
         start(kernel, grid, *arguments, **options)
 
     monkeypatch.setattr(_launch, "launch", spy)
-    return seen
+    return records

@@ -1,4 +1,4 @@
-"""Distances and decodability of ablations where kernels read the activations."""
+"""Distances and decodability of ablations with Triton kernels reading the activations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ drawn = representations(
 
 
 def names(launches):
-    return [seen["kernel"] for seen in launches]
+    return [launch["kernel"] for launch in launches]
 
 
 @settings(max_examples=8)
@@ -25,7 +25,7 @@ def names(launches):
 def test_distances(device, data):
     x = data.draw(drawn)
     cells, _ = data.draw(labels(x.p, 4))
-    cells[:2] = -1  # something is always left
+    cells[:2] = -1  # no cell holds all neurons
     got = rk.ablation_distances(x.torch().to(device), cells, backend="triton")
     want = rk.ablation_distances(x.values(), cells, backend="torch")
     for name, values in want.items():
@@ -35,7 +35,7 @@ def test_distances(device, data):
     assert (got["cka"][empty] == 0).all()
 
 
-def test_which_kernels_run(device, launches):
+def test_started_kernels(device, launches):
     x = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)).to(device).mT
     rk.ablation_distances(x, np.arange(40) % 3, metrics=["cka"], backend="triton")
     assert names(launches) == ["_gram_kernel", "_sum_kernel"]
@@ -47,7 +47,7 @@ def test_which_kernels_run(device, launches):
     assert names(launches) == ["_neuron_major_kernel", "_gram_kernel", "_sum_kernel"]
 
 
-def test_kernels_are_the_default_on_a_gpu_alone(device, launches):
+def test_kernels_are_the_default_only_on_a_gpu(device, launches):
     x = torch.randn(6, 30, generator=torch.Generator().manual_seed(2)).to(device)
     rk.cell_grams(x, np.arange(30) % 2)
     rk.selectivity_grid(x, [0, 0, 0, 1, 1, 1], 1)
@@ -57,8 +57,8 @@ def test_kernels_are_the_default_on_a_gpu_alone(device, launches):
     assert len(launches) == before
 
 
-def test_fewer_neurons_than_stimuli_are_float64(device, launches):
-    """Their Gram is singular: in float32 its rank would be lost."""
+def test_fewer_neurons_than_stimuli_use_float64(device, launches):
+    """Their Gram is singular, and float32 would lose its rank."""
     x = torch.randn(20, 9, generator=torch.Generator().manual_seed(1))
     cells = np.arange(9) % 3
     got = rk.ablation_distances(x.to(device), cells, metrics=["procrustes"], backend="triton")
@@ -80,15 +80,15 @@ def test_decodability(device, data):
     got = rk.ablation_decodability(x.torch().to(device), cells, y, backend="triton")
     want = rk.ablation_decodability(x.values(), cells, y, backend="torch")
     for name in ("refit", "frozen"):
-        # A held-out answer within rounding of the boundary may fall on either side.
+        # A held-out prediction within rounding of the boundary may fall on either side.
         assert (np.abs(np.asarray(got[name].cpu()) - want[name]) <= 1 / x.n + 1e-12).all()
     assert got["intact"] == want["intact"]
 
 
 @settings(max_examples=4)
 @given(st.data())
-def test_margins_of_folds_and_targets(device, data):
-    """By the kernels' Grams: outputs without ties, which rounding moves by little."""
+def test_margins_with_folds_and_targets(device, data):
+    """Outputs have no ties, so rounding in the kernels' Grams changes them only slightly."""
     x = data.draw(drawn)
     cells, _ = data.draw(labels(x.p, 4))
     options = {"target": [0, 1], "folds": 2, "score": ["margin", "r2"], "ridge": 0.5}

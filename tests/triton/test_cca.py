@@ -1,4 +1,4 @@
-"""PWCCA's weights by the kernel: against the definition in float64."""
+"""PWCCA's weights by the kernel against the definition in float64."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from _draw import KINDS, SEEDS, TORCH_LAYOUTS, representations
-from _guard import far_apart, guarded
+from _guard import spread_in_memory, pad_with_nan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,16 +27,16 @@ def test_weights(device, x, k, seed):
     h = np.random.default_rng(seed).standard_normal((k, x.n))
     h /= np.linalg.norm(h, axis=1, keepdims=True)
     got = cca.variate_weights(
-        torch.from_numpy(h).to(device), guarded(x.torch().to(device)), launch=SMALL
+        torch.from_numpy(h).to(device), pad_with_nan(x.torch().to(device)), launch=SMALL
     )
     assert got.dtype == torch.float64
-    # Each of the p products may be wrong by float32's rounding of what it sums.
+    # Each of the p products carries the float32 rounding of its terms.
     scale = np.linalg.norm(x.values() - x.values()[0], axis=0).sum()
     np.testing.assert_allclose(got.cpu(), weights(h, x.values()), rtol=0, atol=2e-6 * scale)
 
 
 @pytest.mark.parametrize(("precision", "error"), [("tf32x3", 1e-5), ("ieee", 1e-5), ("tf32", 1e-3)])
-def test_every_precision(device, precision, error):
+def test_precisions(device, precision, error):
     rng = np.random.default_rng(0)
     h, x = rng.standard_normal((9, 30)), rng.standard_normal((30, 150)) + 10
     h -= h.mean(1, keepdims=True)
@@ -48,7 +48,7 @@ def test_every_precision(device, precision, error):
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e30, 7e37])
-def test_any_magnitude(device, magnitude):
+def test_magnitudes(device, magnitude):
     x = np.random.default_rng(1).standard_normal((8, 20)).astype(np.float32) * np.float32(magnitude)
     h = np.eye(8)[:3]
     got = cca.variate_weights(torch.from_numpy(h).to(device), torch.from_numpy(x).to(device))
@@ -56,16 +56,16 @@ def test_any_magnitude(device, magnitude):
 
 
 @pytest.mark.parametrize("strides", [(2**30 + 1, 1), (1, 2**30 + 1)])
-def test_elements_beyond_32_bits(device, strides):
+def test_offsets_beyond_32_bits(device, strides):
     values = torch.randn(5, 5, generator=torch.Generator().manual_seed(4))
-    x = far_apart(values.to(device), strides)
+    x = spread_in_memory(values.to(device), strides)
     h = torch.eye(5, device=device)[:3]
     got = cca.variate_weights(h, x)
     want = weights(np.eye(5)[:3], x.cpu().double().numpy())
     np.testing.assert_allclose(got.cpu(), want, rtol=1e-5)
 
 
-def test_the_tile_is_chosen_by_device_and_precision():
+def test_launch_settings():
     assert cca.choose(8000, 100_000, torch.float32, "tf32x3", (9, 0)).block_p == 128
     assert cca.choose(8000, 100_000, torch.float32, "tf32x3", (8, 0)).block_p == 64
     assert cca.choose(8000, 100_000, torch.float32, "tf32", (10, 0)).block_p == 64

@@ -1,4 +1,4 @@
-"""Gram matrices by kernels, whole and by cell: against the float64 reference."""
+"""Gram matrices by the kernels, whole and by cell, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from _draw import KINDS, TORCH_LAYOUTS, labels, memberships, representations
-from _guard import far_apart, guarded
+from _guard import spread_in_memory, pad_with_nan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +20,7 @@ from repsim_kernels.reference.gram import squared_distances
 
 few = settings(max_examples=12)
 DTYPES = ("float32", "float16", "bfloat16")
-# Tiles, accumulators and programs that end within the drawn sizes.
+# Tiles, accumulators and programs smaller than the drawn sizes.
 SMALL = gram.Launch(block_n=16, block_p=16, inner=16, chunk=23, num_warps=4, num_stages=2)
 stimuli, neurons = st.integers(2, 40), st.integers(1, 60)
 drawn = representations(stimuli, neurons, KINDS, DTYPES, TORCH_LAYOUTS)
@@ -34,7 +34,7 @@ def squared_norm(x: np.ndarray) -> float:
 @given(drawn)
 def test_centered_gram(device, x):
     got = gram.centered_gram(
-        guarded(x.torch().to(device)), kernel="linear", sigma=None, launch=SMALL
+        pad_with_nan(x.torch().to(device)), kernel="linear", sigma=None, launch=SMALL
     )
     assert got.dtype == torch.float64
     assert torch.equal(got, got.mT)
@@ -43,7 +43,7 @@ def test_centered_gram(device, x):
 
 @pytest.mark.parametrize("precision", ["tf32x3", "tf32", "ieee"])
 @pytest.mark.parametrize("shape", [(2, 3, 5, 70), (1, 20, 1), (2, 65, 33)])
-def test_batches_in_every_precision(device, shape, precision):
+def test_batches_and_precisions(device, shape, precision):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 5
     got = rk.centered_gram(x.to(device), batched=True, precision=precision, backend="triton")
     want = rk.centered_gram(x.double(), batched=True, backend="reference")
@@ -66,7 +66,9 @@ def test_rbf(device, x, sigma):
 def test_cell_grams(device, data):
     x = data.draw(drawn)
     cells, n_cells = data.draw(labels(x.p))
-    got = gram.cell_grams(guarded(x.torch().to(device)), cells=cells, n_cells=n_cells, launch=SMALL)
+    got = gram.cell_grams(
+        pad_with_nan(x.torch().to(device)), cells=cells, n_cells=n_cells, launch=SMALL
+    )
     want = rk.cell_grams(x.values(), cells, n_cells=n_cells, backend="reference")
     largest = squared_norm(x.values())
     np.testing.assert_allclose(got.cpu(), want, rtol=0, atol=GRAM["tf32x3"] * largest)
@@ -81,7 +83,7 @@ def test_cell_grams(device, data):
 def test_memberships(device, data):
     x = data.draw(drawn)
     cells = data.draw(memberships(x.p))
-    got = gram.cell_grams(guarded(x.torch().to(device)), cells=cells, n_cells=len(cells))
+    got = gram.cell_grams(pad_with_nan(x.torch().to(device)), cells=cells, n_cells=len(cells))
     want = rk.cell_grams(x.values(), cells, backend="reference")
     atol = GRAM["tf32x3"] * squared_norm(x.values())
     np.testing.assert_allclose(got.cpu(), want, rtol=0, atol=atol)
@@ -89,8 +91,8 @@ def test_memberships(device, data):
 
 @few
 @given(st.data())
-def test_partitions_together(device, data):
-    """Also where a pass over them does not fit the cache at once."""
+def test_partitions(device, data):
+    """Includes partitions whose neurons don't fit into the cache together."""
     x = data.draw(drawn)
     cells = np.stack([data.draw(labels(x.p, 3))[0] for _ in range(3)])
     before, gram._L2 = gram._L2, data.draw(st.sampled_from([1, 2000, gram._L2]))
@@ -117,7 +119,7 @@ def test_live_neurons_and_shifts(device, data):
     np.testing.assert_allclose(shift.cpu(), want, rtol=0, atol=1e-6 * size)
 
 
-def test_constant_columns_are_exactly_nothing(device):
+def test_constant_columns_give_exact_zeros(device):
     x = torch.randn(9, 40, generator=torch.Generator().manual_seed(1)).to(device)
     x[:, 10:] = 0.1
     got = rk.cell_grams(x, [0] * 10 + [1] * 30, backend="triton")
@@ -126,16 +128,16 @@ def test_constant_columns_are_exactly_nothing(device):
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e30, 7e37])
-def test_any_magnitude(device, magnitude):
+def test_magnitudes(device, magnitude):
     x = torch.randn(7, 50, generator=torch.Generator().manual_seed(2)) * magnitude
     want = rk.centered_gram(x.double(), backend="reference")
     assert_gram_close(rk.centered_gram(x.to(device), backend="triton"), want, GRAM["tf32x3"])
 
 
 @pytest.mark.parametrize("strides", [(2**30 + 1, 1), (1, 2**30 + 1)])
-def test_elements_beyond_32_bits(device, strides):
+def test_offsets_beyond_32_bits(device, strides):
     values = torch.randn(5, 5, generator=torch.Generator().manual_seed(4))
-    x = far_apart(values.to(device), strides)
+    x = spread_in_memory(values.to(device), strides)
     want = rk.centered_gram(x.cpu().double(), backend="reference")
     whole = gram.centered_gram(x, kernel="linear", sigma=None)
     assert_gram_close(whole, want, GRAM["tf32x3"])
@@ -145,14 +147,14 @@ def test_elements_beyond_32_bits(device, strides):
     np.testing.assert_allclose(cells[2].cpu(), shift, atol=1e-5)
 
 
-def test_a_run_gives_the_same_bits_again(device):
+def test_runs_are_bit_identical(device):
     x = torch.randn(20, 90, generator=torch.Generator().manual_seed(3)).to(device)
     cells = np.arange(90) % 4
     first = gram.cell_grams(x, cells=cells, n_cells=4, launch=SMALL)
     assert torch.equal(first, gram.cell_grams(x, cells=cells, n_cells=4, launch=SMALL))
 
 
-def test_the_launch_is_chosen_by_shape_and_device():
+def test_launch_settings():
     by_shape = [gram.choose(n, 100_000, "tf32x3", (9, 0)) for n in (2, 17, 50, 500)]
     assert [c.block_n for c in by_shape] == [16, 32, 64, 64]
     assert gram.choose(500, 100_000, "tf32x3", (10, 0)) == replace(
@@ -161,7 +163,7 @@ def test_the_launch_is_chosen_by_shape_and_device():
     assert gram.choose(50, 10**9, "ieee", (8, 0)).chunk == 8192
 
 
-def test_what_has_no_kernel_says_why(device):
+def test_unsupported_calls_give_the_reason(device):
     x = torch.randn(5, 6, dtype=torch.float64, device=device)
     with pytest.raises(rk.BackendUnavailable, match="cell_grams: it takes float16, bfloat16"):
         rk.cell_grams(x, [0] * 6, backend="triton")
@@ -171,7 +173,7 @@ def test_what_has_no_kernel_says_why(device):
 
 @pytest.mark.parametrize("far", [1e3, 1e6, 1e9])
 @pytest.mark.parametrize("which", [0, 4])
-def test_rbf_beside_a_far_stimulus(device, which, far):
+def test_rbf_with_a_distant_stimulus(device, which, far):
     rng = np.random.default_rng(6)
     x = rng.standard_normal((12, 40)).astype(np.float32)
     x[which] += np.float32(far)

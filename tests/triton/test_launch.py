@@ -1,4 +1,4 @@
-"""Grids: within CUDA's limits for every launcher, and refused beyond them by the one launch."""
+"""Every launcher's grid is within CUDA's limits, and the launch function refuses larger ones."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def step(batch: int, m: int) -> None:
     riccati.step(p, f, diagonal, v, o, d)
 
 
-MANY = 100_000
+COUNT = 100_000
 LARGE = {
     "gram of the fewest stimuli that fail along y": lambda: gram.centered_gram(
         empty(23_105, 4), kernel="linear", sigma=None
@@ -69,29 +69,33 @@ LARGE = {
         empty(50_000, 300), labels(300, 3), 3, shifts=True
     ),
     "100,000 cells": lambda: gram.cell_sums(
-        empty(500, 1_200_000), labels(1_200_000, MANY), MANY, shifts=True
+        empty(500, 1_200_000), labels(1_200_000, COUNT), COUNT, shifts=True
     ),
     "class means of 100,000 classes": lambda: cells.class_means(
-        empty(1_200_000, MANY).mT, labels=labels(MANY, MANY), n_classes=MANY
+        empty(1_200_000, COUNT).mT, labels=labels(COUNT, COUNT), n_classes=COUNT
     ),
     "class means by stimuli": lambda: cells.class_means(
-        empty(MANY, 1_200_000), labels=labels(MANY, MANY), n_classes=MANY
+        empty(COUNT, 1_200_000), labels=labels(COUNT, COUNT), n_classes=COUNT
     ),
-    "directions": lambda: cca.variate_weights(empty(MANY * 499, 500), empty(500, 1_200_000)),
+    "directions": lambda: cca.variate_weights(empty(COUNT * 499, 500), empty(500, 1_200_000)),
     "neuron-major rows of two": lambda: neuron_major.neuron_major(
         empty(50_000, 600_000, 4)[..., :2]
     ),
     "masked copies": lambda: masked_copies.ablate(
         empty(50_000, 1_200_000),
         integers(1_200_000),
-        integers(MANY),
+        integers(COUNT),
     ),
     "masked copies of one stimulus": lambda: masked_copies.ablate(
-        empty(1, 3), integers(3), integers(MANY)
+        empty(1, 3), integers(3), integers(COUNT)
     ),
-    "masked linear layer": lambda: mask_linear(50, 9216, 4096, MANY),
+    "masked linear layer": lambda: mask_linear(50, 9216, 4096, COUNT),
     "linear layer of cells": lambda: linear_cells.linear_cells(
-        empty(50_000, 1_200_000), labels(1_200_000, MANY), empty(4096, 1_200_000), None, range(MANY)
+        empty(50_000, 1_200_000),
+        labels(1_200_000, COUNT),
+        empty(4096, 1_200_000),
+        None,
+        range(COUNT),
     ),
     "Riccati steps": lambda: step(70_000, 500),
     "logistic fits": lambda: fit(52, 1_000, 70_000),
@@ -99,8 +103,8 @@ LARGE = {
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_grids_of_large_shapes(monkeypatch, name):
-    """The launchers run on tensors without memory; the grids they ask for are what counts."""
+def test_grids_of_large_shapes_are_within_limits(monkeypatch, name):
+    """The launchers run on meta tensors, and only their grids are checked."""
     grids = []
 
     def launch(kernel, grid, *arguments, **options):
@@ -115,28 +119,28 @@ def test_grids_of_large_shapes(monkeypatch, name):
 
 
 class Kernel(SimpleNamespace):
-    """A kernel that notes the grids it is started with."""
+    """A kernel that records its grids."""
 
     def __init__(self) -> None:
-        super().__init__(fn=SimpleNamespace(__name__="_stub_kernel"), started=[])
+        super().__init__(fn=SimpleNamespace(__name__="_stub_kernel"), grids=[])
 
     def __getitem__(self, grid):
-        return lambda *arguments, **options: self.started.append(grid)
+        return lambda *arguments, **options: self.grids.append(grid)
 
 
 @pytest.mark.parametrize(
     "grid", [(2**31,), (1, 65_536), (1, 1, 65_536), (2**31 - 1, 65_536, 1), (-1, 1)]
 )
-def test_a_grid_that_no_device_takes_is_refused(device, grid):
+def test_grids_beyond_the_limits_are_refused(device, grid):
     kernel = Kernel()
     with pytest.raises(ValueError, match=r"_stub_kernel: -?\d+ blocks along [xyz]; expected 0 to"):
         _launch.launch(kernel, grid, torch.zeros(1, device=device))
-    assert kernel.started == []
+    assert kernel.grids == []
 
 
-def test_the_largest_grid_starts_and_an_empty_one_does_nothing(device):
+def test_largest_grid_starts_and_empty_grid_does_not(device):
     kernel, x = Kernel(), torch.zeros(1, device=device)
     largest = (2**31 - 1, 65_535, 65_535)
     _launch.launch(kernel, largest, x)
     _launch.launch(kernel, (4, 0), x)
-    assert kernel.started == [largest]
+    assert kernel.grids == [largest]

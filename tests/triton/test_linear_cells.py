@@ -1,4 +1,4 @@
-"""A linear layer without each cell's columns against the definition in float64."""
+"""A linear layer without the columns of each cell, against the definition in float64."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from _draw import SEEDS, Representation, labels, representations
-from _guard import guarded
+from _guard import pad_with_nan
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,20 +21,20 @@ from repsim_kernels.kernels.triton.linear_cells import (
     linear_cells,
 )
 
-# Triton's interpreter cuts bfloat16 off where a GPU rounds.
+# Triton's interpreter truncates to bfloat16, where a GPU rounds.
 ROUNDING = OUTPUT | ({"bfloat16": 2 * OUTPUT["bfloat16"]} if _launch.interpreted() else {})
 LAUNCHES = (Launch(16, 16, 16, 16, 32, 4, 1), Launch(16, 32, 16, 32, 128, 4, 2))
 
 
 def without(x, cells, ids):
-    """(C, n, p) in float64."""
+    """Return x without each cell, (C, n, p) in float64."""
     return np.where((cells == np.array(ids)[:, None])[:, None], 0, as_numpy(x))
 
 
 def assert_is_layer(got, x, cells, ids, weight, bias, scale, activate, precision="tf32x3"):
     rows, w = without(x, cells, ids), as_numpy(weight)
     want = rows @ w.T
-    # What the products round is relative to the norms of all columns, not of what is left.
+    # Rounding in the products is relative to the norms over all columns, not the remaining ones.
     size = np.linalg.norm(as_numpy(x), axis=-1).max() * np.linalg.norm(w, axis=-1).max()
     if scale is not None:
         want, size = want * as_numpy(scale), size * np.abs(as_numpy(scale)).max()
@@ -49,7 +49,7 @@ def assert_is_layer(got, x, cells, ids, weight, bias, scale, activate, precision
 
 @st.composite
 def layers(draw):
-    """x, cells and some of them, and the weight, bias and scale of a layer."""
+    """Draw x, cells and a selection of them, and a layer's weight, bias and scale."""
     x = draw(
         representations(
             p=st.integers(1, 90),
@@ -77,15 +77,15 @@ def layers(draw):
 @given(layers(), st.sampled_from(["none", "relu", "relu6"]), st.sampled_from(LAUNCHES))
 def test_layers(device, layer, activate, launch):
     tensors, bias, scale, cells, ids = layer
-    x, weight = (guarded(t.to(device)) for t in tensors)
-    bias, scale = (None if t is None else guarded(t.to(device)) for t in (bias, scale))
+    x, weight = (pad_with_nan(t.to(device)) for t in tensors)
+    bias, scale = (None if t is None else pad_with_nan(t.to(device)) for t in (bias, scale))
     got = linear_cells(x, cells, weight, bias, ids, scale=scale, activate=activate, launch=launch)
     assert_is_layer(got, x, cells, ids, weight, bias, scale, activate)
 
 
 @pytest.mark.parametrize("precision", _launch.PRECISIONS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_settings_as_shipped(device, precision, dtype):
+def test_default_settings(device, precision, dtype):
     x = Representation(3, 700, dtype=dtype).torch().to(device)
     weight = Representation(70, 700, dtype=dtype, seed=1).torch().to(device)
     cells = np.arange(700) % 3 // 2
@@ -93,7 +93,7 @@ def test_settings_as_shipped(device, precision, dtype):
     assert_is_layer(got, x, cells, [1, 0], weight, None, None, "none", precision)
 
 
-def test_a_cell_that_outweighs_the_others_by_far_takes_no_digits(device):
+def test_a_dominant_cell_costs_the_others_no_digits(device):
     x = Representation(4, 60, dtype="float32").torch().to(device)
     weight = Representation(16, 60, dtype="float32", seed=1).torch().to(device)
     cells = np.arange(60) % 3
@@ -102,8 +102,8 @@ def test_a_cell_that_outweighs_the_others_by_far_takes_no_digits(device):
     assert_is_layer(got, x, cells, [1], weight, None, None, "none")
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of NumPy's, interpreted
-def test_nan_and_infinity_stay_in_their_cell(device):
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # from NumPy, in the interpreter
+def test_nan_and_infinity_stay_in_their_cells(device):
     x = torch.ones(3, 40, device=device)
     x[0, 0], x[1, 3], x[1, 6] = torch.nan, torch.inf, -torch.inf
     cells = (np.arange(40) + 1) % 3  # of columns 0, 3 and 6: 1
@@ -111,22 +111,22 @@ def test_nan_and_infinity_stay_in_their_cell(device):
     weight = torch.ones(5, 40, device=device)
     got = linear_cells(x, cells, weight, None, [0, 1, 2, 9], launch=LAUNCHES[0])
     nan, inf, sizes = torch.nan, torch.inf, np.bincount(cells)
-    left = 40 - sizes
-    want = [[nan, nan, left[0]], [left[1], -inf, left[1]], [nan, inf, left[2]], [nan, nan, 40]]
+    rest = 40 - sizes
+    want = [[nan, nan, rest[0]], [rest[1], -inf, rest[1]], [nan, inf, rest[2]], [nan, nan, 40]]
     np.testing.assert_array_equal(as_numpy(got), np.repeat(np.reshape(want, (12, 1)), 5, 1))
 
 
-def test_one_pass_for_all_cells(device, launches):
+def test_one_launch_for_all_cells(device, launches):
     x = torch.randn(20, 100, device=device)
     cells = np.repeat([3, 0, 1, 2], [20, 20, 40, 20])
     weight = torch.randn(33, 100, device=device)
     linear_cells(x, cells, weight, None, [3, 1], launch=LAUNCHES[0])
-    # 2 pieces of cell 3, 3 of cell 1 and 3 of the rest; 33 outputs and 20 stimuli by 16
-    assert [seen["grid"] for seen in launches] == [(8, 3, 2), (21,)]
+    # 2 items for cell 3, 3 for cell 1 and 3 for the rest; 33 outputs and 20 stimuli in tiles of 16
+    assert [launch["grid"] for launch in launches] == [(8, 3, 2), (21,)]
 
 
 @given(st.data(), st.integers(1, 9))
-def test_pieces(data, chunk):
+def test_items(data, chunk):
     cells, n_cells = data.draw(labels(data.draw(st.integers(1, 40))))
     ids = np.array(data.draw(st.lists(st.integers(0, n_cells + 1), min_size=1, unique=True)))
     order, items, ranges = _plan_items(cells, ids, chunk)
@@ -146,7 +146,7 @@ def test_no_cells(device):
     assert linear_cells(x, np.zeros(3, int), weight, None, []).shape == (0, 4)
 
 
-def test_settings():
+def test_launch_settings():
     for n in (1, 50, 500):
         for dtype in (torch.float32, torch.bfloat16):
             conf = choose(n, dtype, "tf32x3", (9, 0))
@@ -158,5 +158,5 @@ def test_settings():
     )
 
 
-def test_the_shapes_of_the_study_are_among_the_cases():
+def test_compile_cases():
     assert [case.name for case in AOT_CASES] == ["9216 to 4096, float32", "9216 to 4096, bfloat16"]

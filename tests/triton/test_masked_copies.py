@@ -1,11 +1,11 @@
-"""Masked copies against masked_fill on tiled copies, and against the definition in NumPy."""
+"""Masked copies against the PyTorch path, and against the definition in NumPy."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 from _draw import SEEDS, cells_and_ids
-from _guard import guarded
+from _guard import pad_with_nan
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +23,7 @@ from repsim_kernels.kernels.triton.masked_copies import (
 )
 
 DTYPES = ("float32", "float16", "bfloat16")
-# Triton's interpreter cuts bfloat16 off where a GPU rounds.
+# Triton's interpreter truncates to bfloat16, where a GPU rounds.
 ROUNDING = OUTPUT | ({"bfloat16": 2 * OUTPUT["bfloat16"]} if _launch.interpreted() else {})
 BITS = {4: torch.int32, 2: torch.int16}
 LAUNCHES = (None, Launch(16, 1, 4), Launch(16, 2, 4), Launch(32, 16, 4))
@@ -31,7 +31,7 @@ LAUNCHES = (None, Launch(16, 1, 4), Launch(16, 2, 4), Launch(32, 16, 4))
 
 @st.composite
 def activations(draw, special=True, layouts=("dense", "gaps", "expanded")):
-    """(n, …) in any order of its dimensions in memory; NaN, infinities and zeros of both signs."""
+    """Draw (n, …) in any memory order, with NaN, infinities and zeros of both signs."""
     shape = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
     dtype = getattr(torch, draw(st.sampled_from(DTYPES)))
     order = draw(st.permutations(range(len(shape))))
@@ -39,8 +39,8 @@ def activations(draw, special=True, layouts=("dense", "gaps", "expanded")):
     rng = np.random.default_rng(draw(SEEDS))
     x = rng.standard_normal([shape[d] for d in order]) * 4
     if special:
-        some = rng.random(x.shape) < 0.3
-        x[some] = rng.choice([np.nan, np.inf, -np.inf, 0.0, -0.0, 6.0], some.sum())
+        replace = rng.random(x.shape) < 0.3
+        x[replace] = rng.choice([np.nan, np.inf, -np.inf, 0.0, -0.0, 6.0], replace.sum())
     t = torch.from_numpy(x).to(dtype)
     if layout == "gaps":
         t = t.repeat_interleave(2, -1)[..., ::2]
@@ -50,7 +50,7 @@ def activations(draw, special=True, layouts=("dense", "gaps", "expanded")):
 
 
 def masks_of(table, ids, units):
-    """(C, …): the units of each wanted cell."""
+    """Return the units of each cell in ids as masks (C, …)."""
     masks = table[ids] if table.dtype == torch.bool else table == ids[:, None]
     return masks.view(-1, *units)
 
@@ -60,18 +60,18 @@ def bits(t):
 
 
 def strides_of(t):
-    """The strides along which there is a neighbour."""
+    """List the strides of dimensions larger than 1."""
     return [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]
 
 
 @given(st.data())
-def test_copies_have_the_very_bits_and_the_order_in_memory(device, data):
+def test_copies_keep_bits_and_memory_order(device, data):
     x = data.draw(activations()).to(device)
     table, ids = (
         t.to(device) for t in data.draw(cells_and_ids(x[0].numel(), min_size=0, max_size=5))
     )
     got = ablate(
-        guarded(x) if 0 not in x.stride() else x,
+        pad_with_nan(x) if 0 not in x.stride() else x,
         table,
         ids,
         launch=data.draw(st.sampled_from(LAUNCHES)),
@@ -82,11 +82,11 @@ def test_copies_have_the_very_bits_and_the_order_in_memory(device, data):
         assert torch.equal(bits(got), bits(want))
         assert strides_of(got) == strides_of(want)
     if len(ids) == 1:
-        assert got.stride() == want.stride()  # the next layer chooses its algorithm by them
+        assert got.stride() == want.stride()  # the next layer's algorithm depends on the strides
 
 
 @given(st.data(), st.sampled_from(["relu", "relu6"]))
-def test_relu_is_exact_and_takes_nan_as_torch_does(device, data, activate):
+def test_relu_is_exact_and_treats_nan_like_torch(device, data, activate):
     x = data.draw(activations()).to(device)
     table, ids = (
         t.to(device) for t in data.draw(cells_and_ids(x[0].numel(), min_size=0, max_size=5))
@@ -104,7 +104,7 @@ def test_relu_is_exact_and_takes_nan_as_torch_does(device, data, activate):
 
 
 def assert_same(got, want):
-    """Equal, NaN to NaN."""
+    """Check that two tensors are equal; NaN equals NaN."""
     assert got.dtype == want.dtype
     assert got.shape == want.shape
     np.testing.assert_array_equal(as_numpy(got), as_numpy(want))
@@ -124,8 +124,8 @@ def test_batch_norm(device, data, activate):
         ids,
         epilogue=Epilogue(
             (
-                guarded(torch.from_numpy(scale).to(device)),
-                guarded(torch.from_numpy(shift).to(device)),
+                pad_with_nan(torch.from_numpy(scale).to(device)),
+                pad_with_nan(torch.from_numpy(shift).to(device)),
             ),
             activate,
         ),
@@ -143,7 +143,7 @@ def test_batch_norm(device, data, activate):
     assert_close(got, want.reshape(-1, *x.shape[1:]), rounding)
 
 
-def test_nan_and_infinity_in_a_masked_unit_are_zero_before_the_epilogue(device):
+def test_nan_and_infinity_in_masked_units_become_zero(device):
     x = torch.tensor([[torch.nan, 2], [torch.inf, torch.nan]], device=device)
     ones = torch.ones(2, device=device)
     got = ablate(
@@ -156,17 +156,17 @@ def test_nan_and_infinity_in_a_masked_unit_are_zero_before_the_epilogue(device):
     assert_same(got, torch.tensor([[nan, 3.0], [inf, 3.0], [3.0, 5.0], [3.0, nan]]))
 
 
-def test_one_launch_whatever_the_number_of_cells(device, launches):
+def test_one_launch_for_any_number_of_cells(device, launches):
     x = torch.randn(3, 40, device=device)
     cells = torch.arange(40, device=device) % 7
     got = ablate(x, cells, torch.arange(7, device=device), launch=Launch(16, 3, 4))
-    assert [seen["grid"] for seen in launches] == [
+    assert [launch["grid"] for launch in launches] == [
         (3 * 3, 3)
-    ]  # 3 stimuli in 3 blocks, 7 cells by threes
+    ]  # 3 stimuli of 3 blocks each, 7 cells in groups of 3
     assert len(got) == 21
 
 
-def test_settings():
+def test_launch_settings():
     many = choose(50, 96 * 112 * 112, 16, torch.float32, (9, 0))
     assert many == Launch(1024, 16, 4)
     assert choose(50, 4096, 16, torch.float32, (9, 0)) == Launch(1024, 3, 4)  # 1200 programs
@@ -174,12 +174,12 @@ def test_settings():
     assert floor(50, 1000, 16, torch.float16).bytes == 17 * 50 * 1000 * 2 + 8 * 1000
 
 
-def test_what_it_takes(device):
+def test_unsupported_dtypes(device):
     assert unsupported(torch.zeros(2, 3, device=device)) is None
     assert "not float64" in unsupported(torch.zeros(2, 3, dtype=torch.float64, device=device))
 
 
-def test_the_shapes_of_the_study_are_among_the_cases():
+def test_compile_cases_cover_the_study():
     names = [case.name for case in AOT_CASES]
     assert len(set(names)) == len(names)
     for network in ("alexnet", "mobilenet", "resnet"):

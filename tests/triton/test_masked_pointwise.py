@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from _draw import SEEDS, cells_and_ids
-from _guard import guarded
+from _guard import pad_with_nan
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +22,7 @@ from repsim_kernels.kernels.triton.masked_pointwise import (
     unsupported,
 )
 
-# Triton's interpreter cuts bfloat16 off where a GPU rounds.
+# Triton's interpreter truncates to bfloat16, where a GPU rounds.
 ROUNDING = OUTPUT | ({"bfloat16": 2 * OUTPUT["bfloat16"]} if _launch.interpreted() else {})
 DTYPES = ("float32", "float16", "bfloat16")
 # Several tiles of cells, pixels, outputs, steps and accumulators.
@@ -36,7 +36,7 @@ LAUNCHES = (
 
 @st.composite
 def layers(draw):
-    """An activation, the weight of a layer that takes it, and bias and scale or none."""
+    """Draw an activation, the weight of a layer for it, and optional bias and scale."""
     dtype = getattr(torch, draw(st.sampled_from(DTYPES)))
     n, channels, outs = draw(st.integers(1, 4)), draw(st.integers(1, 40)), draw(st.integers(1, 20))
     inner = draw(st.lists(st.integers(1, 4), max_size=2))  # pixels or tokens
@@ -62,18 +62,18 @@ def layers(draw):
 
 
 def masked(x, table, ids):
-    """(C, n, …) in float64."""
+    """Return the masked copies of x, (C, n, …) in float64."""
     masks = as_numpy(table[ids] if table.dtype == torch.bool else table == ids[:, None]) > 0
     return np.where(masks.reshape(-1, 1, *x.shape[1:]), 0, as_numpy(x))
 
 
 def assert_is_layer(got, x, table, ids, weight, bias, scale, activate, precision="tf32x3"):
-    """A layer of the masked activation, its outputs where it has its channels."""
+    """Compare with the layer's output on the masked activation, channels in the same place."""
     at = 2 if weight.ndim > 2 else -1
     rows = np.moveaxis(masked(x, table, ids), at, -1)
     w = as_numpy(weight.flatten(1))
     want = rows @ w.T
-    # What the products round is relative to the norms of the factors.
+    # Rounding in the products is relative to the norms of the factors.
     size = np.linalg.norm(rows, axis=-1).max() * np.linalg.norm(w, axis=-1).max()
     if scale is not None:
         want, size = want * as_numpy(scale), size * np.abs(as_numpy(scale)).max()
@@ -87,11 +87,11 @@ def assert_is_layer(got, x, table, ids, weight, bias, scale, activate, precision
 
 
 def on(device, *tensors):
-    return [None if t is None else guarded(t.to(device)) for t in tensors]
+    return [None if t is None else pad_with_nan(t.to(device)) for t in tensors]
 
 
 @given(st.data(), st.sampled_from(["none", "relu", "relu6"]), st.sampled_from(LAUNCHES))
-def test_layers_of_any_layout(device, data, activate, launch):
+def test_layers_in_every_layout(device, data, activate, launch):
     x, weight, bias, scale = on(device, *data.draw(layers()))
     table, ids = (t.to(device) for t in data.draw(cells_and_ids(x[0].numel())))
     got = masked_pointwise(
@@ -102,7 +102,7 @@ def test_layers_of_any_layout(device, data, activate, launch):
 
 @pytest.mark.parametrize("precision", _launch.PRECISIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_settings_as_shipped(device, precision, dtype):
+def test_default_settings(device, precision, dtype):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 40, 5, 5, generator=generator).to(device, dtype)
     weight = torch.randn(70, 40, 1, 1, generator=generator).to(device, dtype)
@@ -113,7 +113,7 @@ def test_settings_as_shipped(device, precision, dtype):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_channels_are_where_they_were(device, layout):
+def test_memory_format_is_kept(device, layout):
     x = torch.randn(2, 3, 4, 5, device=device).to(memory_format=layout)
     weight = torch.randn(6, 3, 1, 1, device=device)
     cells = torch.arange(60, device=device) % 2
@@ -122,8 +122,8 @@ def test_channels_are_where_they_were(device, layout):
     assert got.is_contiguous(memory_format=layout)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of NumPy's, interpreted
-def test_nan_stays_where_it_is_not_masked(device):
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # from NumPy, in the interpreter
+def test_unmasked_nan_stays(device):
     x = torch.ones(2, 17, 1, 3, device=device)
     x[0, 16, 0, 1], x[1, 2, 0, 2] = torch.nan, torch.inf
     cells = torch.zeros(17, 1, 3, dtype=torch.int64, device=device)
@@ -147,14 +147,14 @@ def test_no_cells(device):
     assert masked_pointwise(x, torch.zeros(3, device=device).long(), ids, weight).shape == (0, 4)
 
 
-def test_masks_in_the_bits_of_bytes():
+def test_packed_bits():
     masks = torch.from_numpy(np.random.default_rng(0).random((11, 5)) < 0.5)
     bits = np.unpackbits(_pack_bits(masks).numpy()[:, None], axis=1, bitorder="little")
     np.testing.assert_array_equal(bits.reshape(16, 5)[:11], masks)
     assert not bits.reshape(16, 5)[11:].any()
 
 
-def test_one_launch_in_which_cells_share_what_is_read(device, launches):
+def test_cells_share_reads_in_one_launch(device, launches):
     x = torch.randn(3, 5, 4, 4, device=device)
     masked_pointwise(
         x,
@@ -163,17 +163,17 @@ def test_one_launch_in_which_cells_share_what_is_read(device, launches):
         torch.randn(20, 5, 1, 1, device=device),
         launch=Launch(4, 8, 16, 16, 16, 4, 1),
     )
-    assert [seen["grid"] for seen in launches] == [
+    assert [launch["grid"] for launch in launches] == [
         (6 * 2 * 2,)
-    ]  # 48 pixels by 8, 20 outputs by 16, 5 cells by 4
+    ]  # 48 pixels in tiles of 8, 20 outputs of 16, 5 cells of 4
 
 
-def test_settings():
+def test_launch_settings():
     for cells, outs in ((1, 1), (3, 32), (16, 33), (100, 4096)):
         for dtype in (torch.float32, torch.bfloat16):
             for precision in _launch.PRECISIONS:
                 conf = choose(outs, cells, dtype, precision, (9, 0))
-                assert 8 % conf.cells == 0  # a program's cells are in one byte
+                assert 8 % conf.cells == 0  # a program's cells share one byte
                 assert conf.inner % conf.depth == 0
                 assert conf.inner <= 1024
                 assert conf.outs >= min(outs, 32)
@@ -182,7 +182,7 @@ def test_settings():
     )
 
 
-def test_what_it_takes(device):
+def test_unsupported_layers(device):
     x = torch.zeros(2, 3, 4, 4, device=device)
     point, three = torch.zeros(5, 3, 1, 1, device=device), torch.zeros(5, 3, 3, 3, device=device)
     assert unsupported(x, point) is None
@@ -194,7 +194,7 @@ def test_what_it_takes(device):
     assert "not float64" in unsupported(x.double(), point.double())
 
 
-def test_the_shapes_of_the_study_are_among_the_cases():
+def test_compile_cases_cover_the_study():
     names = [case.name for case in AOT_CASES]
     assert len(set(names)) == len(names)
     for layer in ("mobilenet 96 to 24", "resnet 2048 to 512", "linear 9216 to 4096"):

@@ -1,4 +1,4 @@
-"""Activations rewritten neuron by neuron: bit for bit what PyTorch's own copy gives."""
+"""Neuron-major activations are bit-identical to PyTorch's own copy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from _draw import SEEDS
-from _guard import far_apart, guarded
+from _guard import spread_in_memory, pad_with_nan
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,14 +19,14 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SMALL = Launch(block_p=4, block_n=8, num_warps=1)
 
 
-def laid_out(
+def in_memory_order(
     shape: tuple[int, ...],
     order: tuple[int, ...],
     dtype: torch.dtype,
     steps: tuple[int, ...] = (1, 1, 1, 1),
     seed: int = 0,
 ) -> torch.Tensor:
-    """Any bits, with the dimensions in this order of memory and a step in each."""
+    """Draw random bits with the dimensions in this memory order and a step along each."""
     memory = torch.zeros([shape[d] * steps[d] for d in order], dtype=dtype)
     strided = memory.permute(tuple(np.argsort(order)))
     x = strided[tuple(slice(None, None, step) for step in steps[: len(shape)])]
@@ -39,7 +39,7 @@ def activations(draw: st.DrawFn) -> torch.Tensor:
     shape = tuple(draw(st.lists(st.integers(1, 9), min_size=2, max_size=4)))
     order = tuple(draw(st.permutations(range(len(shape)))))
     steps = tuple(draw(st.sampled_from([1, 1, 1, 2])) for _ in shape)
-    return laid_out(shape, order, draw(st.sampled_from(DTYPES)), steps, draw(SEEDS))
+    return in_memory_order(shape, order, draw(st.sampled_from(DTYPES)), steps, draw(SEEDS))
 
 
 def assert_copied(x: torch.Tensor, launch: Launch | None = None) -> torch.Tensor:
@@ -53,15 +53,15 @@ def assert_copied(x: torch.Tensor, launch: Launch | None = None) -> torch.Tensor
 
 
 @given(x=activations(), launch=st.sampled_from([None, SMALL]))
-def test_any_shape_order_and_dtype(x, launch, device):
-    assert_copied(guarded(x.to(device)), launch)
+def test_shapes_orders_and_dtypes(x, launch, device):
+    assert_copied(pad_with_nan(x.to(device)), launch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1)], ids=["contiguous", "channels_last"])
-def test_tiles_that_do_not_fit(order, dtype, device):
-    """More stimuli, channels and pixels than a tile, and a multiple of none."""
-    x = guarded(laid_out((19, 13, 3, 5), order, dtype).to(device))
+def test_sizes_not_divisible_by_the_tile(order, dtype, device):
+    """More stimuli, channels and pixels than a tile holds."""
+    x = pad_with_nan(in_memory_order((19, 13, 3, 5), order, dtype).to(device))
     assert_copied(x, SMALL)
     assert_copied(x)
 
@@ -72,26 +72,26 @@ def test_tiles_that_do_not_fit(order, dtype, device):
     ids=["contiguous", "channels_last", "neither"],
 )
 def test_reads_along_memory(order, neurons, step, device, launches):
-    x = laid_out((4, 13, 3, 5), order, torch.float32).to(device)
+    x = in_memory_order((4, 13, 3, 5), order, torch.float32).to(device)
     assert_copied(x)
-    read = [(seen["inner"], seen["stride_inner"], seen["step_inner"]) for seen in launches]
+    read = [(launch["inner"], launch["stride_inner"], launch["step_inner"]) for launch in launches]
     assert read == ([] if neurons is None else [(neurons, 1, step)])
 
 
 @pytest.mark.parametrize(
     ("shape", "order"), [((5, 7), (1, 0)), ((5, 2, 3, 4), (1, 2, 3, 0)), ((1, 6), (0, 1))]
 )
-def test_what_is_neuron_major_is_not_copied(shape, order, device, launches):
-    x = laid_out(shape, order, torch.float32).to(device)
+def test_neuron_major_input_is_not_copied(shape, order, device, launches):
+    x = in_memory_order(shape, order, torch.float32).to(device)
     out = assert_copied(x)
     assert out.data_ptr() == x.data_ptr()
     assert not launches
 
 
-def test_rows_of_neurons_with_gaps_are_copied(device, launches):
+def test_rows_with_gaps_are_copied(device, launches):
     x = torch.arange(60.0, device=device).view(6, 10)[:, :7].t()
     assert_copied(x, SMALL)
-    assert [seen["stride_n"] for seen in launches] == [1]
+    assert [launch["stride_n"] for launch in launches] == [1]
 
 
 @pytest.mark.parametrize(
@@ -102,12 +102,12 @@ def test_rows_of_neurons_with_gaps_are_copied(device, launches):
         ((2, 5), (3, 2**30 + 1)),
     ],
 )
-def test_elements_beyond_32_bits(shape, strides, device):
+def test_offsets_beyond_32_bits(shape, strides, device):
     values = torch.arange(math.prod(shape), device=device).view(shape)
-    assert_copied(far_apart(values, strides))
+    assert_copied(spread_in_memory(values, strides))
 
 
-def test_a_tile_is_no_larger_than_it_must_be():
+def test_tiles_are_no_larger_than_needed():
     for n, inner in ((2, 1), (50, 64), (50, 193_600), (500, 2048), (10_000, 3)):
         for dtype in DTYPES:
             launch = module.choose(n, inner, dtype, (9, 0))

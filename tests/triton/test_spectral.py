@@ -1,4 +1,4 @@
-"""The n x n stage by kernels and native solvers: against the reference and LAPACK."""
+"""The n x n stage by kernels and native solvers, against the reference and LAPACK."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from repsim_kernels.kernels.triton import riccati, spectral
 
 
 def names(launches):
-    return {seen["kernel"] for seen in launches}
+    return {launch["kernel"] for launch in launches}
 
 
 @settings(max_examples=6)
@@ -26,7 +26,7 @@ def test_distances_from_grams(device, data):
     drawn = representations(st.integers(5, 12), st.integers(30, 60), ("gaussian", "relu"))
     x = data.draw(drawn)
     cells, _ = data.draw(labels(x.p, 4))
-    cells[:2] = -1  # something is always left
+    cells[:2] = -1  # no cell holds all neurons
     x = torch.from_numpy(x.values())
     k, parts = rk.centered_gram(x), rk.cell_grams(x, cells)
     got = rk.gram_ablation_distances(k.to(device), parts.to(device), backend="triton")
@@ -37,7 +37,7 @@ def test_distances_from_grams(device, data):
         assert_rank_fidelity(got[name], values, DISTANCE["float64"])
 
 
-def test_the_kernel_serves_both_operations(device, launches):
+def test_both_operations_use_the_kernel(device, launches):
     x = np.random.default_rng(0).standard_normal((14, 80)).astype(np.float32)
     cells = np.arange(80) % 5
     x[:, cells == 2] *= 3
@@ -60,7 +60,7 @@ def test_the_kernel_serves_both_operations(device, launches):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
-def test_every_dtype_is_served(device, dtype):
+def test_dtypes(device, dtype):
     a = torch.eye(4, dtype=getattr(torch, dtype), device=device)
     source = Source("torch", str(a.device))
     assert spectral.unsupported(a, a[None]) is None
@@ -72,7 +72,7 @@ def test_every_dtype_is_served(device, dtype):
     assert _dispatch.choose_backend("gram_ablation_distances", None, source, a, a[None]) == default
 
 
-def test_what_is_not_served_says_why(device):
+def test_unsupported_tensors_give_the_reason(device):
     a = torch.eye(4, device=device, dtype=torch.float64)
     assert "not int64" in spectral.unsupported(a, a.to(torch.int64))
     assert "not meta" in spectral.unsupported(a.to("meta"))
@@ -85,12 +85,12 @@ def symmetric(rng, batch, m):
 
 @pytest.fixture
 def native(monkeypatch):
-    """Native solvers that give up on some matrices, and leave NaN for them."""
+    """Native solvers that fail on some matrices and return NaN for them."""
     from repsim_kernels.kernels.cupy import spectral as module
 
     calls = []
 
-    def solved(name, a, **results):
+    def mark_failures(name, a, **results):
         calls.append(name)
         failed = a[..., 0, 0] < 0
         for t in results.values():
@@ -99,13 +99,13 @@ def native(monkeypatch):
 
     def eigh(a, *, vectors):
         values, vectors = torch.linalg.eigh(a)
-        return solved("eigh", a, values=values, vectors=vectors)
+        return mark_failures("eigh", a, values=values, vectors=vectors)
 
     def svd(a, *, vectors):
         assert not vectors
-        found = solved("svd", a, values=torch.linalg.svdvals(a))
-        # PyTorch, which serves large matrices, raises an error instead.
-        return found if bool(found["failed"].any()) else {"values": found["values"]}
+        result = mark_failures("svd", a, values=torch.linalg.svdvals(a))
+        # For large matrices PyTorch raises an error instead, and there is no "failed".
+        return result if bool(result["failed"].any()) else {"values": result["values"]}
 
     monkeypatch.setattr(module, "unsupported", lambda *tensors: None)
     monkeypatch.setattr(module, "solve_batch", eigh)
@@ -114,7 +114,7 @@ def native(monkeypatch):
 
 
 @pytest.mark.parametrize("failed", [[], [1], [0, 1, 2]])
-def test_what_does_not_converge_is_done_again(device, native, failed):
+def test_failed_matrices_are_solved_again(device, native, failed):
     rng = np.random.default_rng(2)
     a = torch.from_numpy(symmetric(rng, 3, 6)).to(device)
     a[:, 0, 0] = 1
@@ -123,12 +123,12 @@ def test_what_does_not_converge_is_done_again(device, native, failed):
     assert_close((v * w[:, None, :]) @ v.mT, a, Tol(1e-12, 1e-12))
     s = spectral.SOLVERS.svdvals(a)
     assert_close(s, np.linalg.svd(a.cpu().numpy(), compute_uv=False), Tol(1e-12, 1e-12))
-    one = spectral.SOLVERS.svdvals(a[0])  # a matrix alone
-    assert torch.equal(one, s[0])
+    single = spectral.SOLVERS.svdvals(a[0])  # without a batch
+    assert torch.equal(single, s[0])
     assert native == ["eigh", "svd", "svd"]
 
 
-def test_what_no_solver_can_do_is_raised(device, native, monkeypatch):
+def test_error_if_no_solver_converges(device, native, monkeypatch):
     def fail(a):
         raise torch.linalg.LinAlgError("linalg.eigh: the algorithm failed to converge")
 
