@@ -1,7 +1,7 @@
 """CuPy arrays in and out of every public function.
 
-Without a GPU by a stand-in: NumPy's memory under CuPy's name, with what CuPy has of the protocols.
-With one, and with CuPy, the same calls on the real thing.
+Without a GPU, a stand-in wraps NumPy's memory under CuPy's name and supports the same protocols.
+With a GPU and CuPy, the same calls run on real arrays.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ARGUMENTS: dict[str, tuple[tuple[np.ndarray, ...], dict[str, Any]]] = {
 
 
 class Device:
-    """What `with` makes the current one."""
+    """A device; `with` makes it the current one."""
 
     current = 0
 
@@ -66,7 +66,7 @@ class Device:
 
 
 class Array:
-    """NumPy's memory under CuPy's name: without what CuPy refuses, and on one of two devices."""
+    """A NumPy array that claims to be CuPy's, on one of two devices; refuses what CuPy refuses."""
 
     __module__ = "cupy"
 
@@ -101,13 +101,13 @@ class Array:
         return Array(self.values.reshape(*shape), self.device.id)
 
     def copy(self) -> Array:
-        return Array(self.values.copy())  # on the current device, as CuPy's
+        return Array(self.values.copy())  # on the current device, as CuPy does
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return self.values.__dlpack_device__()
 
     def __dlpack__(self, *, stream: Any = None, max_version: Any = None) -> Any:
-        # CuPy orders the consumer after its stream of the current device.
+        # CuPy makes the consumer wait for its stream on the current device.
         assert self.device.id == Device.current
         return self.values.__dlpack__(max_version=max_version)
 
@@ -129,7 +129,7 @@ for _name in ("add", "truediv", "ne", "gt"):
 
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> type[Array]:
-    """Arrays of the stand-in, which `import cupy` finds."""
+    """Make `import cupy` find the stand-in, and return its array type."""
     module = ModuleType("cupy")
     module.__spec__ = ModuleSpec("cupy", None)
     module.asarray = Array
@@ -140,14 +140,12 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> type[Array]:
 
 
 def flatten(result: Any) -> list[Any]:
-    """The arrays of a result."""
+    """List the arrays of a result."""
     if isinstance(result, dict):
-        return [a for value in result.values() for a in flatten(value)]
-    return (
-        [a for value in result for a in flatten(value)]
-        if type(result) in (list, tuple)
-        else [result]
-    )
+        return flatten(list(result.values()))
+    if type(result) in (list, tuple):
+        return [a for value in result for a in flatten(value)]
+    return [result]
 
 
 def assert_same(name: str, array: Callable[[Any], Any], kind: type, rtol: float) -> None:
@@ -189,7 +187,7 @@ def test_no_copies(cupy):
     t, source = _arrays.convert(a, "a")
     assert t.data_ptr() == a.values.ctypes.data
     assert np.shares_memory(source.restore(t).values, a.values)
-    flipped, _ = _arrays.convert(cupy(X[::-1]), "a")  # of strides that no tensor has
+    flipped, _ = _arrays.convert(cupy(X[::-1]), "a")  # strides that no tensor can have
     assert flipped.tolist() == X[::-1].tolist()
 
 
@@ -229,7 +227,7 @@ def test_errors_name_the_argument(cupy):
 
 
 def test_default_backends_on_a_gpu(cupy, monkeypatch):
-    """CuPy's to native kernels, else the way of a CUDA tensor; tensors to Triton's first."""
+    """CuPy arrays prefer CUDA C++ kernels, tensors prefer Triton; otherwise PyTorch."""
     reasons: dict[str, str | None] = {"cupy": None, "triton": None}
 
     def why_not(operation: str, backend: str, *xs: Any) -> str | None:

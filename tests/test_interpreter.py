@@ -1,4 +1,4 @@
-"""Where Triton's interpreter can't run the kernels, and that everything says so."""
+"""Versions with which Triton's interpreter can't run the kernels, and how they are reported."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from _cupy import FakeCupy, EditableInstall, on_cuda
+from _cupy import EditableInstall, FakeCupy, on_cuda
 
 import repsim_kernels
 from repsim_kernels.kernels.cupy import module

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels compiled without a GPU: by nvcc, and by NVRTC as CuPy calls it."""
+"""Compile the CUDA C++ kernels without a GPU: by nvcc, and by NVRTC as CuPy calls it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from repsim_kernels.kernels.cupy import module
 NVCC = shutil.which("nvcc")
 TARGETS = (80, 90, 100)
 SOURCES = sorted((Path(module.__file__).parents[2] / "cuda").glob("*.cu"))
-# What CMakeLists.txt gives nvcc beside the targets.
+# The options that CMakeLists.txt passes to nvcc, apart from the targets.
 NVCC_OPTIONS = ("-std=c++17", "-ftz=true", "-Werror=all-warnings")
-# What CuPy adds to the options it is given.
+# Our options and those that CuPy adds.
 NVRTC_OPTIONS = (*module.NVRTC_OPTIONS, "-ftz=true", "--device-as-default-execution-space")
 
 
 @dataclass(frozen=True)
 class Built:
-    """A kernel as ptxas reports it; bytes of stack and spills include the functions it calls."""
+    """Resources of a kernel from ptxas; stack and spills (bytes) include the functions it calls."""
 
     name: str
     registers: int
@@ -34,25 +34,25 @@ class Built:
 
 
 class CompileError(Exception):
-    """What a compiler said of a source that it doesn't take."""
+    """The log of a compiler that rejected a source."""
 
 
 def nvcc(source: Path, folder: Path, *options: str) -> str:
-    """What nvcc says while it compiles a source to folder/out."""
+    """Compile a source to folder/out by nvcc and return its log."""
     command = [str(NVCC), *NVCC_OPTIONS, *options, str(source), "-o", str(folder / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise CompileError(done.stdout + done.stderr)
-    return done.stdout + done.stderr
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise CompileError(process.stdout + process.stderr)
+    return process.stdout + process.stderr
 
 
 def build(source: Path, arch: int, folder: Path) -> list[Built]:
-    """The kernels of a source, compiled to machine code."""
-    return list(kernels(nvcc(source, folder, "-cubin", f"-arch=sm_{arch}", "-Xptxas=-v")))
+    """Compile a source to machine code and return its kernels' resources."""
+    return list(read_kernels(nvcc(source, folder, "-cubin", f"-arch=sm_{arch}", "-Xptxas=-v")))
 
 
-def kernels(log: str) -> Iterator[Built]:
-    """What ptxas -v says; the paragraph of a kernel has its functions that aren't inlined, too."""
+def read_kernels(log: str) -> Iterator[Built]:
+    """Parse the log of ptxas -v; a kernel's paragraph includes functions that aren't inlined."""
     for part in re.split(r"Compiling entry function ", log)[1:]:
         name, registers = part.split("'")[1], re.search(r"Used (\d+) registers", part)
         assert registers, part
@@ -65,18 +65,18 @@ def kernels(log: str) -> Iterator[Built]:
 
 
 @cache
-def nvrtc() -> ctypes.CDLL | None:
-    """The library of the NVRTC wheel that PyTorch brings; None where there is none."""
-    found = importlib.util.find_spec("nvidia")
-    for folder in (found and found.submodule_search_locations) or ():
+def load_nvrtc() -> ctypes.CDLL | None:
+    """Load the library of PyTorch's NVRTC wheel; None if it is not installed."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec and spec.submodule_search_locations) or ():
         for path in sorted(Path(folder).glob("*/lib/libnvrtc.so.[0-9]*")):
             return ctypes.CDLL(str(path))
     return None
 
 
 def run_nvrtc(code: str, arch: int, *more: str) -> tuple[bytes, str]:
-    """The machine code of a source, and NVRTC's log."""
-    library = nvrtc()
+    """Compile a source by NVRTC and return the machine code and the log."""
+    library = load_nvrtc()
     assert library is not None
     program = ctypes.c_void_p()
     options = [f"-arch=sm_{arch}", *NVRTC_OPTIONS, *more]
@@ -95,9 +95,9 @@ def run_nvrtc(code: str, arch: int, *more: str) -> tuple[bytes, str]:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def _read(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
+def _read(library: ctypes.CDLL, program: ctypes.c_void_p, output: str) -> bytes:
     size = ctypes.c_size_t()
-    assert getattr(library, f"nvrtcGet{what}Size")(program, ctypes.byref(size)) == 0
+    assert getattr(library, f"nvrtcGet{output}Size")(program, ctypes.byref(size)) == 0
     buffer = ctypes.create_string_buffer(size.value)
-    assert getattr(library, f"nvrtcGet{what}")(program, buffer) == 0
+    assert getattr(library, f"nvrtcGet{output}")(program, buffer) == 0
     return buffer.raw

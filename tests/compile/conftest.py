@@ -1,4 +1,4 @@
-"""Kernels are compiled without a GPU, and what is compiled goes to a folder of the run."""
+"""Compile kernels without a GPU, into a cache folder that belongs to the test run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if os.environ.get("TRITON_INTERPRET") == "1" or importlib.util.find_spec("triton
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # what one worker has compiled serves all
+        folder = folder.parent  # shared by all workers
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(folder / "triton"))
         yield

@@ -1,4 +1,4 @@
-"""Every CUDA C++ kernel that ships, by nvcc and by NVRTC: no warning, no spill, within budgets.
+"""Every shipped CUDA C++ kernel compiles by nvcc and NVRTC: no warnings or spills, in budget.
 
 Needs no GPU.
 """
@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from compile import _cuda  # this folder
 
-REGISTERS = 65_536  # of a multiprocessor, all targets
+REGISTERS = 65_536  # per multiprocessor, on all targets
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a kernel may use: a block of its launcher must fit."""
+    """Resources that a kernel may use, so that its launcher's blocks fit."""
 
-    threads: int  # of the launcher's largest block
-    blocks: int = 1  # that should fit on a multiprocessor at once
+    threads: int  # in the launcher's largest block
+    blocks: int = 1  # that must fit on a multiprocessor together
     stack: int = 0  # bytes
 
 
@@ -34,7 +34,7 @@ BUDGETS = {
 }
 
 needs_nvcc = pytest.mark.skipif(_cuda.NVCC is None, reason="no nvcc")
-needs_nvrtc = pytest.mark.skipif(_cuda.nvrtc() is None, reason="no NVRTC wheel")
+needs_nvrtc = pytest.mark.skipif(_cuda.load_nvrtc() is None, reason="no NVRTC wheel")
 every_source = pytest.mark.parametrize("source", _cuda.SOURCES, ids=lambda path: path.stem)
 every_target = pytest.mark.parametrize("arch", _cuda.TARGETS, ids=lambda arch: f"sm_{arch}")
 
@@ -42,9 +42,9 @@ every_target = pytest.mark.parametrize("arch", _cuda.TARGETS, ids=lambda arch: f
 def assert_fits(kernel: _cuda.Built, budget: Budget) -> None:
     assert kernel.spills == 0, f"{kernel.name} spills"
     assert kernel.stack <= budget.stack, f"{kernel.name}: {kernel.stack} bytes of stack"
-    allocated = -(-kernel.registers // 8) * 8  # a warp gets them in units of 256
+    allocated = -(-kernel.registers // 8) * 8  # a warp allocates them in units of 256
     used = allocated * budget.threads * budget.blocks
-    assert used <= REGISTERS, f"{kernel.name}: {kernel.registers} registers a thread"
+    assert used <= REGISTERS, f"{kernel.name}: {kernel.registers} registers per thread"
 
 
 def assert_all_fit(kernels: list[_cuda.Built]) -> None:
@@ -54,7 +54,7 @@ def assert_all_fit(kernels: list[_cuda.Built]) -> None:
         assert_fits(kernel, BUDGETS[kernel.name])
 
 
-def source_of(tmp_path: Path, code: str) -> Path:
+def write_source(tmp_path: Path, code: str) -> Path:
     path = tmp_path / "toy.cu"
     path.write_text(code)
     return path
@@ -89,10 +89,10 @@ def test_nvrtc_output_fits(source, arch):
     cubin, log = _cuda.run_nvrtc(code, arch)
     assert cubin.startswith(b"\x7fELF")
     assert log == ""
-    assert_all_fit(list(_cuda.kernels(_cuda.run_nvrtc(code, arch, "-Xptxas=-v")[1])))
+    assert_all_fit(list(_cuda.read_kernels(_cuda.run_nvrtc(code, arch, "-Xptxas=-v")[1])))
 
 
-GOOD = """
+VALID = """
 extern "C" __global__ void toy(double* x) {
   extern __shared__ double tile[];
   tile[threadIdx.x] = x[threadIdx.x];
@@ -100,8 +100,8 @@ extern "C" __global__ void toy(double* x) {
   x[threadIdx.x] = 2 * tile[blockDim.x - 1 - threadIdx.x];
 }
 """
-# 64 numbers a thread, and registers for 32.
-CROWDED = """
+# 64 numbers per thread, and registers for 32.
+SPILLING = """
 extern "C" __global__ void __launch_bounds__(1024) toy(double* x) {
   double v[64];
   for (int i = 0; i < 64; ++i) v[i] = x[i * 1024 + threadIdx.x];
@@ -124,20 +124,20 @@ extern "C" __global__ void toy(int* x, int n) {
 @needs_nvcc
 @every_target
 def test_nvcc_faults_are_detected(arch, tmp_path):
-    (good,) = _cuda.build(source_of(tmp_path, GOOD), arch, tmp_path)
-    assert (good.name, good.spills, good.stack) == ("toy", 0, 0)
-    assert 0 < good.registers <= 32
-    assert_fits(good, Budget(1024))
-    (crowded,) = _cuda.build(source_of(tmp_path, CROWDED), arch, tmp_path)
+    (valid,) = _cuda.build(write_source(tmp_path, VALID), arch, tmp_path)
+    assert (valid.name, valid.spills, valid.stack) == ("toy", 0, 0)
+    assert 0 < valid.registers <= 32
+    assert_fits(valid, Budget(1024))
+    (spilling,) = _cuda.build(write_source(tmp_path, SPILLING), arch, tmp_path)
     with pytest.raises(AssertionError, match="spills"):
-        assert_fits(crowded, Budget(1024, stack=crowded.stack))
-    (stack,) = _cuda.build(source_of(tmp_path, STACK), arch, tmp_path)
+        assert_fits(spilling, Budget(1024, stack=spilling.stack))
+    (stack,) = _cuda.build(write_source(tmp_path, STACK), arch, tmp_path)
     with pytest.raises(AssertionError, match="256 bytes of stack"):
         assert_fits(stack, Budget(32, stack=255))
     assert_fits(stack, Budget(32, stack=256))
     for code, error in ((WRONG, "missing"), (WARNED, "never referenced")):
         with pytest.raises(_cuda.CompileError, match=error):
-            _cuda.build(source_of(tmp_path, code), arch, tmp_path)
+            _cuda.build(write_source(tmp_path, code), arch, tmp_path)
 
 
 def test_budget_overruns_are_detected():
@@ -156,13 +156,13 @@ def test_budget_overruns_are_detected():
 @needs_nvrtc
 @every_target
 def test_nvrtc_faults_are_detected(arch):
-    cubin, log = _cuda.run_nvrtc(GOOD, arch)
+    cubin, log = _cuda.run_nvrtc(VALID, arch)
     assert cubin.startswith(b"\x7fELF")
     assert log == ""
     assert "never referenced" in _cuda.run_nvrtc(WARNED, arch)[1]
-    (crowded,) = _cuda.kernels(_cuda.run_nvrtc(CROWDED, arch, "-Xptxas=-v")[1])
+    (spilling,) = _cuda.read_kernels(_cuda.run_nvrtc(SPILLING, arch, "-Xptxas=-v")[1])
     with pytest.raises(AssertionError, match="spills"):
-        assert_fits(crowded, Budget(1024, stack=crowded.stack))
-    for code, error in ((WRONG, "missing"), ("#include <cmath>\n" + GOOD, "cmath")):
+        assert_fits(spilling, Budget(1024, stack=spilling.stack))
+    for code, error in ((WRONG, "missing"), ("#include <cmath>\n" + VALID, "cmath")):
         with pytest.raises(_cuda.CompileError, match=error):
             _cuda.run_nvrtc(code, arch)

@@ -1,4 +1,4 @@
-"""The page of what kernels should cost."""
+"""The page of predicted kernel costs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_page_has_a_row_for_every_case(tmp_path: Path) -> None:
     assert "Nothing on this page was measured on a GPU" in text
     assert "python -m bench model" in text
     text, _, stage = text.partition("## The n x n stage")
-    # 40 million fits: 8 steps of 36 or 52 thousand cycles and 20 around, 132 times 1.7 GHz.
+    # 40 million fits of 8 steps at 36 or 52 thousand cycles, plus 20 per fit, on 132 x 1.7 GHz.
     assert "40 million take 55 s and 78 s." in " ".join(text.split())
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
     titles, rows = lines[0], [line for line in lines if line[0] not in ("case", "---")]
@@ -36,7 +36,7 @@ def test_page_has_a_row_for_every_case(tmp_path: Path) -> None:
         assert float(entries["µs"].replace(",", "")) > 0
     parts = [line.strip("| ").split(" | ") for line in stage.splitlines() if "| " in line][2:]
     assert sum(float(row[1]) for row in parts[:-1]) == pytest.approx(float(parts[-1][1]), rel=0.01)
-    # 18.7 products of 2 · 499³ operations, 25,000 times, at 67 · 10¹² a second.
+    # 25,000 times 18.7 products of 2 · 499³ operations, at 67 · 10¹² per second.
     assert parts[-1] == ["together", "18.7", "1.73"]
 
 
@@ -59,12 +59,12 @@ def test_predicted_times(floor: Floor, seconds: float, bound: str) -> None:
         (4, 32, 0, 16),  # warps
         (1, 32, 0, 32),  # blocks
         (4, 128, 0, 4),  # registers
-        (4, 129, 0, 3),  # and the unit in which they are given
+        (4, 129, 0, 3),  # rounded up to the allocation unit
         (8, 255, 0, 1),
-        (1, 184, 0, 8),  # a quarter holds two such warps, and a part of a third
+        (1, 184, 0, 8),  # a quarter of the registers holds two such warps and part of a third
         (8, 64, 227 * 1024, 1),  # shared memory
         (8, 64, 113 * 1024, 2),
-        (8, 64, 114 * 1024, 1),  # that the system's 1 KB makes too much
+        (8, 64, 114 * 1024, 1),  # too much together with the system's 1 KB
     ],
 )
 def test_blocks_per_multiprocessor(warps: int, registers: int, shared: int, blocks: int) -> None:

@@ -1,4 +1,4 @@
-"""Every kernel that ships, compiled as its launcher starts it: no spills, tensor cores, memory.
+"""Every shipped Triton kernel, compiled as its launcher starts it: spills, tensor cores, memory.
 
 Needs no GPU.
 """
@@ -16,12 +16,12 @@ from triton.runtime.driver import driver
 from bench.predict.compile import Built, build, cases
 from repsim_kernels.kernels.triton import _launch
 
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block may have
-TENSOR_MEMORY = 512  # columns, of sm_100
-LOCAL = 0  # bytes: no registers in memory, and nothing else of a thread's own
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes available to a block
+TENSOR_MEMORY = 512  # columns, on sm_100
+LOCAL = 0  # bytes of local memory, in which registers are spilled
 
 TARGETS = [pytest.param(arch, id=f"sm_{arch}") for arch in SHARED]
-# The other targets rarely differ in what is refused here, and cost twice as much as sm_90 alone.
+# The other targets rarely fail where sm_90 passes, and take twice as long.
 CASES = [
     pytest.param(
         case,
@@ -41,7 +41,7 @@ def assert_fits(kernel: Built, arch: int) -> None:
 
 
 def assert_products(kernels: tuple[Built, ...], expected: bool) -> None:
-    """Tensor cores where they are expected, and else none that would round float32's products."""
+    """Check for tensor cores if expected; otherwise only float64's, which don't round float32."""
     used = any(kernel.tensor_cores not in ("", "DMMA") for kernel in kernels)
     assert used == expected, f"tensor cores {'used' if used else 'not used'}: {kernels}"
 
@@ -96,9 +96,9 @@ def test_patches_are_undone() -> None:
     def fail(device: torch.device) -> None:
         assert _launch.capability(device) == (8, 0)
         assert _launch.unsupported(torch.empty(1, device=device)) is None
-        raise OSError("as it should")
+        raise OSError("expected failure")
 
     before = state()
-    with pytest.raises(OSError, match="as it should"):
+    with pytest.raises(OSError, match="expected failure"):
         build(_launch.CompileCase("fails", fail, _launch.Floor(0, 0)), 80)
     assert state() == before

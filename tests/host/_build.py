@@ -152,7 +152,7 @@ def _translate(path: Path) -> str:
 {text}
 #line 1 "cases"
 void shim::launch_by_name(const std::string &name, const std::vector<std::string> &kinds,
-                void *const *values, size_t bytes) {{
+                          void *const *values, size_t bytes) {{
 {cases}    error = "no such kernel";
 }}
 """

@@ -157,8 +157,8 @@ void launch(void (*kernel)(P...), const std::vector<std::string> &kinds, void *c
 }
 
 // Launches the kernel of this name; _build.py generates it from the source's kernels.
-void launch_by_name(const std::string &name, const std::vector<std::string> &kinds, void *const *values,
-          size_t bytes);
+void launch_by_name(const std::string &name, const std::vector<std::string> &kinds,
+                    void *const *values, size_t bytes);
 
 }  // namespace shim
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 from _draw import KINDS, SEEDS, representations
-from _guard import spread_in_memory, pad_with_nan
+from _guard import pad_with_nan, spread_in_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.exceptions import ConvergenceWarning

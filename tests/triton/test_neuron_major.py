@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from _draw import SEEDS
-from _guard import spread_in_memory, pad_with_nan
+from _guard import pad_with_nan, spread_in_memory
 from hypothesis import given
 from hypothesis import strategies as st
 
