@@ -18,7 +18,7 @@ from repsim_kernels.kernels.torch import gram as torch_gram
 from repsim_kernels.kernels.triton import gram
 from repsim_kernels.reference.gram import squared_distances
 
-few = settings(max_examples=12)
+few_examples = settings(max_examples=12)
 DTYPES = ("float32", "float16", "bfloat16")
 # Tiles, accumulators and programs smaller than the drawn sizes.
 SMALL = gram.Launch(block_n=16, block_p=16, inner=16, chunk=23, num_warps=4, num_stages=2)
@@ -30,7 +30,7 @@ def squared_norm(x: np.ndarray) -> float:
     return float(((x - x.mean(0)) ** 2).sum(1).max())
 
 
-@few
+@few_examples
 @given(drawn)
 def test_centered_gram(device, x):
     got = gram.centered_gram(
@@ -51,7 +51,7 @@ def test_batches_and_precisions(device, shape, precision):
     assert_gram_close(got, want, GRAM[precision])
 
 
-@few
+@few_examples
 @given(drawn, st.sampled_from([0.5, 1.0, 2.0]))
 def test_rbf(device, x, sigma):
     if np.median(squared_distances(x.values())) <= 0:
@@ -61,7 +61,7 @@ def test_rbf(device, x, sigma):
     np.testing.assert_allclose(got.cpu(), want, atol=1e-5)
 
 
-@few
+@few_examples
 @given(st.data())
 def test_cell_grams(device, data):
     x = data.draw(drawn)
@@ -78,7 +78,7 @@ def test_cell_grams(device, data):
             assert (got[c] == 0).all()
 
 
-@few
+@few_examples
 @given(st.data())
 def test_memberships(device, data):
     x = data.draw(drawn)
@@ -89,7 +89,7 @@ def test_memberships(device, data):
     np.testing.assert_allclose(got.cpu(), want, rtol=0, atol=atol)
 
 
-@few
+@few_examples
 @given(st.data())
 def test_partitions(device, data):
     """Includes partitions whose neurons don't fit into the cache together."""
@@ -106,7 +106,7 @@ def test_partitions(device, data):
     np.testing.assert_allclose(got.cpu(), want, rtol=0, atol=atol)
 
 
-@few
+@few_examples
 @given(st.data())
 def test_live_neurons_and_shifts(device, data):
     x = data.draw(drawn)

@@ -95,9 +95,9 @@ def _gram_kernel(
     scale = tl.load(scale_ptr)
 
     rows = i * BLOCK_N + tl.arange(0, BLOCK_N)
-    others = j * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = j * BLOCK_N + tl.arange(0, BLOCK_N)
     row_offset = rows.to(tl.int64) * stride_n
-    other_offset = others.to(tl.int64) * stride_n
+    col_offset = cols.to(tl.int64) * stride_n
     total = tl.zeros((BLOCK_N, BLOCK_N), dtype=tl.float32)
     for start in range(first, last, INNER):
         part = tl.zeros((BLOCK_N, BLOCK_N), dtype=tl.float32)
@@ -112,8 +112,8 @@ def _gram_kernel(
             a_mask = (rows < n)[:, None] & inside[None, :]
             a = tl.load(source[None, :] + row_offset[:, None], mask=a_mask, other=0)
             a = tl.where(a_mask, a.to(tl.float32) * scale - origin[None, :], 0)
-            b_mask = inside[:, None] & (others < n)[None, :]
-            b = tl.load(source[:, None] + other_offset[None, :], mask=b_mask, other=0)
+            b_mask = inside[:, None] & (cols < n)[None, :]
+            b = tl.load(source[:, None] + col_offset[None, :], mask=b_mask, other=0)
             b = tl.where(b_mask, b.to(tl.float32) * scale - origin[:, None], 0)
             part = tl.dot(a, b, part, input_precision=PRECISION)  # (BLOCK_N, BLOCK_N)
             if GATHER:  # noqa: SIM102 (a compile-time condition, then a run-time one)
@@ -163,12 +163,12 @@ def _sum_kernel(
         )
     total = total * unit * unit
     rows = (i * BLOCK_N + within)[:, None]
-    others = (j * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    cols = (j * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     # Each element below the diagonal is written twice, so the result is exactly symmetric.
-    lower = (rows < n) & (others <= rows)
+    lower = (rows < n) & (cols <= rows)
     g_ptr += cell * n * n
-    tl.store(g_ptr + rows.to(tl.int64) * n + others, total, mask=lower)
-    tl.store(g_ptr + others.to(tl.int64) * n + rows, total, mask=lower)
+    tl.store(g_ptr + rows.to(tl.int64) * n + cols, total, mask=lower)
+    tl.store(g_ptr + cols.to(tl.int64) * n + rows, total, mask=lower)
 
 
 @triton.jit

@@ -64,13 +64,13 @@ def apply_activation(x, ACTIVATE: tl.constexpr):
 @triton.jit
 def _ablate_kernel(
     x_ptr, cells_ptr, ids_ptr, scale_ptr, shift_ptr, out_ptr,
-    p, blocks, inner, copy, n_ids, channels, channel_stride, cells_a_program,
+    p, blocks, inner, copy, n_ids, channels, channel_stride, cells_per_program,
     OVERLAP: tl.constexpr, OUTERMOST: tl.constexpr, ACTIVATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # In memory x is (p / inner, n, inner) and out (p / inner, n_ids, n, inner); copy = n * inner.
     # u indexes units in memory order.
-    first = tl.program_id(1) * cells_a_program
-    last = tl.minimum(first + cells_a_program, n_ids)
+    first = tl.program_id(1) * cells_per_program
+    last = tl.minimum(first + cells_per_program, n_ids)
     block = tl.program_id(0)
     if OUTERMOST:
         u = (block % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
