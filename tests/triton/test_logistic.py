@@ -23,11 +23,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def fit_sklearn(x, y, C=1.0):
-    """Fit by scikit-learn: coefficients, intercept and decision values.
-
-    It is given principal components of magnitude 1, for which its Newton steps are exact; the
-    coefficients are then rotated back.
-    """
+    """Fit by scikit-learn: coefficients, intercept and decision values."""
+    # On principal components of magnitude 1 its Newton steps are exact; then rotate back.
     mean = x.mean(0)
     u, s, v = np.linalg.svd(x - mean, full_matrices=False)
     nonzero = s > 1e-12 * s[0]
