@@ -62,9 +62,8 @@ class AblatedForward:
     PyTorch runs a transformer encoder layer as one fused operation unless a module inside it has a
     hook; the two ways differ by rounding. `logits` matches the hook bit for bit, so a layer inside
     an encoder layer moves that encoder layer, and no other, off its fast path. Cells without effect
-    match the hook too; `intact` matches the model without a hook. In an exported network all
-    encoder layers and attention are off the fast path, and the result agrees with the hook up to
-    rounding.
+    match the hook too; `intact` matches the model without a hook. An exported network keeps all
+    encoder layers and attention off the fast path, and agrees with the hook up to rounding.
 
     On CUDA, unless ``REPSIM_BACKEND=torch``, a Triton kernel masks the activation and applies a
     ReLU or ReLU6 that follows the layer. With several cells per pass it also applies an eval-mode
@@ -88,8 +87,7 @@ class AblatedForward:
         self.layers = checks.resolve_layers(model, layer)
         checks.check_eval(model)
         checks.check_tensors(model)
-        # In a pass, an unknown REPSIM_BACKEND would look like an error of the model.
-        _dispatch.requested_backend()
+        _dispatch.requested_backend()  # during a pass, its error would look like the model's
         self.model = model
         with contexts.run_eagerly():
             self._cuts = Cuts(model, self.layers)
