@@ -39,7 +39,7 @@ def write(out: Path, page: str) -> None:
 
 @app.command()
 def model(out: Out = BENCH / "MODEL.md") -> None:
-    """Write what the kernels should cost on an H100; needs no GPU."""
+    """Write the predicted cost of the kernels on an H200; needs no GPU."""
     from bench.predict.model import page
 
     write(out, page())

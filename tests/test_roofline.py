@@ -1,4 +1,4 @@
-"""The roofline: where points lie, and what is drawn of a file."""
+"""Roofline figures: the positions of points, and what is drawn for each kind of file."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def texts(figure):
 
 
 def marks(figure):
-    """Where the filled marks are."""
+    """Return the positions of the filled marks."""
     (ax,) = figure.axes
     lines = [line for line in ax.lines if line.get_marker() == "o"]
     filled = [line for line in lines if to_rgba(line.get_markerfacecolor()) != (1, 1, 1, 1)]
@@ -68,35 +68,35 @@ def marks(figure):
 
 
 @given(COUNTS, COUNTS, st.floats(1e6, 1e13), st.floats(1e6, 1e15))
-def test_a_call_that_takes_its_least_time_lies_on_the_roof(size, operations, bandwidth, rate):
+def test_a_call_at_its_minimum_time_lies_on_the_roof(size, operations, bandwidth, rate):
     roof = Roof(bandwidth, {"ieee": rate})
     point = Point("gram", "", size, {"ieee": operations})
     point = Point("gram", "", size, {"ieee": operations}, roof.floor(point))
-    intensity, height = roofline.place(roof, point)
+    intensity, height = roofline.bound_position(roof, point)
     assert intensity == operations / size
     assert height == pytest.approx(min(intensity * bandwidth, rate), rel=1e-12)
     assert point.attained == pytest.approx(height, rel=1e-12)
 
 
 @given(COUNTS, COUNTS, st.floats(1, 1000))
-def test_what_takes_longer_lies_below_by_as_much(size, operations, times):
+def test_a_slower_call_lies_below_the_roof_by_the_same_factor(size, operations, times):
     roof = Roof(1e9, {"ieee": 1e12})
-    least = roof.floor(Point("gram", "", size, {"ieee": operations}))
-    slow = Point("gram", "", size, {"ieee": operations}, least * times)
-    assert slow.attained == operations / (least * times)
-    assert roofline.place(roof, slow)[1] / slow.attained == pytest.approx(times, rel=1e-12)
+    floor = roof.floor(Point("gram", "", size, {"ieee": operations}))
+    slow = Point("gram", "", size, {"ieee": operations}, floor * times)
+    assert slow.attained == operations / (floor * times)
+    assert roofline.bound_position(roof, slow)[1] / slow.attained == pytest.approx(times, rel=1e-12)
 
 
-def test_two_kinds_of_products_have_the_time_of_both():
+def test_operations_at_two_precisions_add_their_times():
     point = Point("gram", "", 1, {"tf32": 4 * 10**14, "ieee": 6 * 10**13})
     assert Roof(3e12, RATES).floor(point) == pytest.approx(2)
 
 
-def test_predictions_are_those_of_the_page():
-    chart = roofline.predictions()
+def test_predictions_match_the_page():
+    chart = roofline.chart_predictions()
     floors = {chart.roof.floor(p) for p in chart.points}
-    assert {model.predicted(case.floor)[0] for _, case in model.cases()} == floors
-    assert {p.group for p in chart.points} == {module for module, _ in model.cases()}
+    assert {model.predict(case.floor)[0] for _, case in model.list_cases()} == floors
+    assert {p.group for p in chart.points} == {module for module, _ in model.list_cases()}
     assert not any(p.seconds for p in chart.points)
     figure = roofline.draw(chart)
     assert roofline.PREDICTED in texts(figure)
@@ -104,8 +104,8 @@ def test_predictions_are_those_of_the_page():
     assert {str(i) for i, p in enumerate(chart.points, 1) if p.total} <= texts(figure)
 
 
-def test_rows_of_a_gpu_report_are_where_they_were_measured():
-    chart = roofline.chart(gpu_report(row(), row("riccati", ms=1.0, operations=10**9)))
+def test_rows_of_a_gpu_report_are_drawn_at_their_measured_rate():
+    chart = roofline.chart_record(gpu_report(row(), row("riccati", ms=1.0, operations=10**9)))
     figure = roofline.draw(chart)
     assert chart.note == ""
     assert np.allclose(marks(figure), [(1000, 25), (10, 1)])
@@ -117,32 +117,34 @@ def test_rows_of_a_gpu_report_are_where_they_were_measured():
 def test_a_row_without_a_time_is_predicted():
     waiting = row(status="not run", why="there is no GPU")
     del waiting["ms"]
-    chart = roofline.chart(gpu_report(waiting, row(status="WRONG")))
-    assert [p.attained for p in chart.points] == [None]  # at one place, so one number
+    chart = roofline.chart_record(gpu_report(waiting, row(status="WRONG")))
+    assert [p.attained for p in chart.points] == [None]  # the two share a position and a number
     figure = roofline.draw(chart)
     assert roofline.UNMEASURED in texts(figure)
     assert marks(figure) == []
 
 
-def test_times_of_the_interpreter_are_no_measurement():
-    assert roofline.chart(gpu_report(row(), interpreted=True)).note == roofline.UNMEASURED
+def test_interpreter_times_do_not_count_as_measured():
+    assert roofline.chart_record(gpu_report(row(), interpreted=True)).note == roofline.UNMEASURED
 
 
-def test_a_row_that_moves_bytes_alone_is_listed():
+def test_a_row_without_operations_is_only_listed():
     figure = roofline.draw(
-        roofline.chart(gpu_report(row(), row("ablate", operations=0, ms=1 / 15)))
+        roofline.chart_record(gpu_report(row(), row("ablate", operations=0, ms=1 / 15)))
     )
     assert len(marks(figure)) == 1
     assert {"-", "66.7 µs, 50%"} <= texts(figure)
 
 
-def test_benchmarks_of_a_cpu_by_their_median_and_of_a_gpu_by_its_own_time():
-    chart = roofline.chart(run(benchmark(), benchmark("loop over copies"), benchmark(bytes=0)))
+def test_cpu_benchmarks_use_the_median_and_gpu_benchmarks_the_device_time():
+    chart = roofline.chart_record(
+        run(benchmark(), benchmark("loop over copies"), benchmark(bytes=0))
+    )
     assert [(p.group, p.attained) for p in chart.points] == [("cka", 2e13)]
     gpu = benchmark(events={"ms": 300.0}, on_device={"ms": 200.0})
-    assert roofline.chart(run(gpu)).points[0].attained == 5e13
+    assert roofline.chart_record(run(gpu)).points[0].attained == 5e13
     unprofiled = benchmark(events={"ms": 400.0}, on_device={"how": "events; no profiler"})
-    assert roofline.chart(run(unprofiled)).points[0].attained == 2.5e13
+    assert roofline.chart_record(run(unprofiled)).points[0].attained == 2.5e13
     assert len(marks(roofline.draw(chart))) == 1
 
 
@@ -151,32 +153,32 @@ BAD = {
     "a list": "[]",
     "something else": '{"environment": {}}',
     "no ceilings": json.dumps(gpu_report(row(), ceilings={"why": "RuntimeError: it\nfailed"})),
-    "a row of another kind": json.dumps(gpu_report({"name": "gram"})),
-    "a row that is none": json.dumps(gpu_report(3)),
+    "a row of an unknown format": json.dumps(gpu_report({"name": "gram"})),
+    "a row that is a number": json.dumps(gpu_report(3)),
 }
 
 
 @pytest.mark.parametrize("text", BAD.values(), ids=BAD)
-def test_a_bad_file_is_said_in_a_line(tmp_path, text):
+def test_a_bad_file_raises_a_one_line_error(tmp_path, text):
     file = tmp_path / "report.json"
     file.write_text(text)
-    with pytest.raises(RuntimeError, match=r"report\.json: ") as caught:
+    with pytest.raises(RuntimeError, match=r"report\.json: ") as error:
         roofline.roofline(file, tmp_path / "out.png")
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "out.png").exists()
 
 
-def test_a_missing_file(tmp_path):
+def test_a_missing_file_raises(tmp_path):
     with pytest.raises(RuntimeError, match="No such file"):
         roofline.roofline(tmp_path / "none.json", None)
 
 
-def test_which_files_are_drawn(tmp_path, monkeypatch):
+def test_gpu_reports_replace_the_predictions(tmp_path, monkeypatch):
     monkeypatch.setattr(roofline, "RESULTS", tmp_path)
-    assert roofline.roofline(None, None) == [tmp_path / "roofline-h100-predicted.png"]
+    assert roofline.roofline(None, None) == [tmp_path / "roofline-h200-predicted.png"]
     rehearsal = gpu_report(row(status="not run"), environment={"device": "A CPU"})
     (tmp_path / "gpu_report-a-cpu.json").write_text(json.dumps(rehearsal))
-    assert roofline.roofline(None, None) == [tmp_path / "roofline-h100-predicted.png"]
+    assert roofline.roofline(None, None) == [tmp_path / "roofline-h200-predicted.png"]
     (tmp_path / "gpu_report-some-gpu.json").write_text(json.dumps(gpu_report(row())))
     assert roofline.roofline(None, None) == [tmp_path / "roofline-some-gpu.png"]
     assert (tmp_path / "roofline-some-gpu.png").read_bytes().startswith(b"\x89PNG")

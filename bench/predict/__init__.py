@@ -1,1 +1,1 @@
-"""What the kernels should cost on a GPU, from what the compiler made of them."""
+"""Predicted cost of the kernels on a GPU, from arithmetic and compiled code."""

@@ -1,6 +1,7 @@
-"""Kernels built without a GPU: launchers run on CPU tensors, and what they start is compiled.
+"""Compile the Triton kernels without a GPU and read their resource usage from the binary.
 
-Everything is read from the binary itself; another run of the assembler may give another one.
+The launchers run on CPU tensors; each kernel they would launch is compiled instead. All numbers are
+read from one binary, because a second run of the assembler may produce a different one.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ from repsim_kernels.kernels.triton._launch import CompileCase
 
 
 @dataclass(frozen=True)
-class Built:
-    """A kernel as the compiler left it."""
+class CompiledKernel:
+    """Resource usage of a compiled kernel."""
 
     name: str
-    warps: int  # of a block
-    registers: int  # of a thread
-    local: int  # bytes of a thread in local memory, where registers that don't fit are spilled
-    shared: int  # bytes of a block
-    tensor_memory: int  # columns of a block; sm_100 alone has it
-    tensor_cores: str  # its instructions, such as HGMMA; DMMA is float64's; "" for none
+    warps: int  # per block
+    registers: int  # per thread
+    local: int  # bytes of local memory per thread; registers that don't fit are spilled there
+    shared: int  # bytes of shared memory per block
+    tensor_memory: int  # columns per block; only sm_100 has tensor memory
+    tensor_cores: str  # tensor-core instructions, e.g. HGMMA (DMMA is float64); "" for none
 
 
-def cases() -> list[tuple[str, CompileCase]]:
-    """Every case of the kernels, with the name of its module."""
+def list_cases() -> list[tuple[str, CompileCase]]:
+    """Return every AOT case of the Triton kernels with the name of its module."""
     names = [module.name for module in pkgutil.iter_modules(kernels.__path__)]
     return [
         (name, case)
@@ -50,27 +51,27 @@ def cases() -> list[tuple[str, CompileCase]]:
 
 
 @functools.cache
-def build(case: CompileCase, arch: int) -> tuple[Built, ...]:
-    """The kernels that a case starts on a GPU such as sm_90 (``arch`` 90), each once."""
+def build(case: CompileCase, arch: int) -> tuple[CompiledKernel, ...]:
+    """Compile the distinct kernels that a case launches on sm_``arch``, e.g. 90."""
     if _launch.interpreted():
         raise RuntimeError("TRITON_INTERPRET=1 is set: the kernels can't be compiled")
-    started: dict[Any, None] = {}
+    launched: dict[Any, None] = {}
 
     def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-        started[kernel.warmup(*arguments, grid=grid, **options)] = None
+        launched[kernel.warmup(*arguments, grid=grid, **options)] = None
 
     with (
-        patch.object(driver, "_active", _Driver(arch)),
+        patch.object(driver, "_active", _FakeDriver(arch)),
         patch.object(_launch, "launch", launch),
         patch.object(_launch, "capability", lambda device: divmod(arch, 10)),
         patch.object(_launch, "unsupported", lambda *tensors: None),
     ):
         case.call(torch.device("cpu"))
-    return tuple(_read(kernel) for kernel in started)
+    return tuple(_read_usage(kernel) for kernel in launched)
 
 
-class _Driver:
-    """What Triton asks of a GPU before it compiles."""
+class _FakeDriver:
+    """Answers the questions that Triton asks the GPU driver before it compiles."""
 
     def __init__(self, arch: int) -> None:
         self._target = GPUTarget("cuda", arch, 32)
@@ -79,25 +80,25 @@ class _Driver:
         return self._target
 
     def get_current_device(self) -> GPUTarget:
-        return self._target  # kernels are remembered by device: none may serve another target
+        return self._target  # Triton caches kernels by device: each target needs its own entry
 
     def get_current_stream(self, device: Any) -> int:
         return 0
 
 
 @functools.cache
-def _read(kernel: Any) -> Built:
-    # Disassembling takes as long as compiling, and is in vain for kernels without products.
+def _read_usage(kernel: Any) -> CompiledKernel:
+    # Disassembling takes as long as compiling; only kernels with matrix products need it.
     sass = ["-sass"] if "mma" in kernel.asm["ptx"] else []
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [_cuobjdump(), "-res-usage", *sass, file.name]
+        command = [_find_cuobjdump(), "-res-usage", *sass, file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     (usage,) = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     registers, stack, local = map(int, usage)
     products = set(re.findall(r"\b(?:DMMA|HMMA|HGMMA|UTC\w*MMA)\b", text))
-    return Built(
+    return CompiledKernel(
         name=kernel.metadata.name,
         warps=kernel.metadata.num_warps,
         registers=registers,
@@ -108,8 +109,8 @@ def _read(kernel: Any) -> Built:
     )
 
 
-def _cuobjdump() -> str:
-    """Triton's own, or one of a CUDA toolkit should Triton stop shipping it."""
+def _find_cuobjdump() -> str:
+    """Return Triton's cuobjdump, or the CUDA toolkit's if Triton stops shipping one."""
     try:
         return str(knobs.nvidia.cuobjdump.path)
     except RuntimeError:

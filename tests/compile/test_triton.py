@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.runtime.driver import driver
 
-from bench.predict.compile import Built, build, cases
+from bench.predict.compile import CompiledKernel, build, list_cases
 from repsim_kernels.kernels.triton import _launch
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes available to a block
@@ -29,18 +29,18 @@ CASES = [
         id=f"{module}: {case.name}, sm_{arch}",
         marks=() if arch == 90 else pytest.mark.slow,
     )
-    for module, case in cases()
+    for module, case in list_cases()
     for arch in case.archs
 ]
 
 
-def assert_fits(kernel: Built, arch: int) -> None:
+def assert_fits(kernel: CompiledKernel, arch: int) -> None:
     assert kernel.local <= LOCAL, f"{kernel.name} spills to {kernel.local} bytes of local memory"
     assert kernel.shared <= SHARED[arch], f"{kernel.name}: {kernel.shared} bytes of shared memory"
     assert kernel.tensor_memory <= TENSOR_MEMORY, f"{kernel.name}: {kernel.tensor_memory} columns"
 
 
-def assert_products(kernels: tuple[Built, ...], expected: bool) -> None:
+def assert_products(kernels: tuple[CompiledKernel, ...], expected: bool) -> None:
     """Check for tensor cores if expected; otherwise only float64's, which don't round float32."""
     used = any(kernel.tensor_cores not in ("", "DMMA") for kernel in kernels)
     assert used == expected, f"tensor cores {'used' if used else 'not used'}: {kernels}"
