@@ -1,4 +1,4 @@
-"""The command line, ``python -m bench``: bench/README.md says what each command is for."""
+"""The command line, ``python -m bench``; bench/README.md explains each command."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from bench.common import machine
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 BENCH = Path(__file__).parent
-Out = Annotated[Path, typer.Option(help="The page.")]
+Out = Annotated[Path, typer.Option(help="Path of the page.")]
 
 
 @app.callback()
 def bench() -> None:
-    """What the kernels cost, how right they are, and beside what."""
+    """Measure or predict the speed and accuracy of the kernels, and compare them with others."""
 
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Let what is wrong with the arguments be said in a line."""
+    """Report wrong arguments in one line instead of a traceback."""
     try:
         yield
     except RuntimeError as error:
         raise typer.BadParameter(str(error)) from None
 
 
-def write(out: Path, page: str) -> None:
+def write_page(out: Path, page: str) -> None:
     out.write_text(page, encoding="utf-8")
     print(out)
 
@@ -42,46 +42,46 @@ def model(out: Out = BENCH / "MODEL.md") -> None:
     """Write the predicted cost of the kernels on an H200; needs no GPU."""
     from bench.predict.model import page
 
-    write(out, page())
+    write_page(out, page())
 
 
 @app.command()
 def coverage(out: Out = BENCH / "COVERAGE.md") -> None:
-    """Write how often the study's intervals hold the truth, by simulation; needs no GPU."""
+    """Simulate how often the study's intervals contain the truth, and write it; needs no GPU."""
     from bench.coverage import page
 
-    write(out, page())
+    write_page(out, page())
 
 
 @app.command()
 def scaling(
     run: Annotated[
-        Path | None, typer.Argument(help="Folder of a finished run; the demo, run here, if none.")
+        Path | None, typer.Argument(help="Folder of a finished run; by default, run the demo.")
     ] = None,
 ) -> None:
-    """Model how long a run takes by more workers, from what its units took; without start-up."""
-    from bench.scaling import demo, table, unit_seconds
+    """Model run time with more workers from the seconds of the units, without start-up."""
+    from bench.scaling import format_table, load_unit_seconds, measure_demo
     from repsim_kernels.experiments.errors import StoreError
 
     if run is None:
-        record = demo()
+        record = measure_demo()
         out = machine.RESULTS / f"scaling-{machine.slug('cpu')}.json"
         machine.save(out, record)
-        print(table(record["runs"][-1]["units"]), out, sep="\n")
+        print(format_table(record["runs"][-1]["units"]), out, sep="\n")
         return
     try:
-        print(table(unit_seconds(run)))
+        print(format_table(load_unit_seconds(run)))
     except StoreError as error:
         raise typer.BadParameter(str(error)) from None
 
 
 @app.command()
 def gpu_report(
-    out: Annotated[Path, typer.Option(help="The JSON file.")],
+    out: Annotated[Path, typer.Option(help="Path of the JSON report.")],
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
-    quick: Annotated[bool, typer.Option(help="Tiny shapes; a rehearsal.")] = False,
+    quick: Annotated[bool, typer.Option(help="Use tiny shapes, as a rehearsal.")] = False,
 ) -> None:
-    """Measure a card in 8 minutes: ceilings, kernels, GPU tests, the study, compute-sanitizer."""
+    """Measure a GPU in 8 minutes: ceilings, kernels, GPU tests, the study, compute-sanitizer."""
     from bench.gpu_report import gpu_report as measure
 
     with usage_errors():
@@ -92,11 +92,11 @@ def gpu_report(
 def peers(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     quick: Annotated[
-        bool, typer.Option(help="Small jobs, in a minute; writes no results.")
+        bool, typer.Option(help="Run small jobs, in a minute; write no results.")
     ] = False,
-    job: Annotated[str | None, typer.Option(help="ablations, pairs or pair; all if none.")] = None,
+    job: Annotated[str | None, typer.Option(help="ablations, pairs or pair; default: all.")] = None,
 ) -> None:
-    """Compare other packages with this one at three jobs: time, memory, and what comes out."""
+    """Compare this package with others on three jobs: time, memory and results."""
     from bench.peers.run import peers as measure
 
     out = None if quick else machine.RESULTS / f"peers-{machine.slug(device)}.json"
@@ -109,20 +109,20 @@ def peers(
 
 @app.command()
 def render_docs() -> None:
-    """Make the figures and tables of README.md and bench/README.md of the committed results."""
-    from bench.render_docs import draw, pages
+    """Regenerate the figures and tables of the documentation from the committed results."""
+    from bench.render_docs import draw_figures, render_pages
 
-    print(*draw(), sep="\n")
-    for path, text in pages().items():
-        write(path, text)
+    print(*draw_figures(), sep="\n")
+    for path, text in render_pages().items():
+        write_page(path, text)
 
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(help="Results of a run, JSON.")],
-    b: Annotated[Path, typer.Argument(help="Those of another.")],
+    a: Annotated[Path, typer.Argument(help="Record of the first run, JSON.")],
+    b: Annotated[Path, typer.Argument(help="Record of the second run.")],
 ) -> None:
-    """Print the ratio of B's times to A's with their spread, largest change first."""
+    """Print the ratio of B's times to A's with its interval, largest change first."""
     from bench.compare import BadRecord
     from bench.compare import compare as page
 
@@ -136,23 +136,23 @@ def compare(
 @app.command()
 def accuracy(
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cpu",
-    quick: Annotated[bool, typer.Option(help="Few and small cases; a rehearsal.")] = False,
+    quick: Annotated[bool, typer.Option(help="Run few, small cases, as a rehearsal.")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="The JSON; the figure is put beside it as PNG.")
+        Path | None, typer.Option(help="Path of the JSON; the figure is written next to it.")
     ] = None,
 ) -> None:
-    """Measure how right the numbers of each package are, and the order of many ablations."""
+    """Measure the accuracy of each package, and whether it ranks many ablations correctly."""
     from bench.accuracy import accuracy as measure
-    from bench.accuracy import summary
-    from bench.accuracy_figure import figure
+    from bench.accuracy import summarize
+    from bench.accuracy_figure import draw_figure
 
     with usage_errors():
         record = measure(device, quick)
     out = out or machine.RESULTS / f"accuracy-{machine.slug(device)}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     machine.save(out, record)
-    figure(record, out.with_suffix(".png"))
-    for row in summary(record):
+    draw_figure(record, out.with_suffix(".png"))
+    for row in summarize(record):
         print(" | ".join(row))
     print(out, out.with_suffix(".png"), sep="\n")
 
@@ -161,11 +161,11 @@ def accuracy(
 def roofline(
     report: Annotated[
         Path | None,
-        typer.Option(help="JSON of a GPU report or a benchmark run; all GPU reports by default."),
+        typer.Option(help="JSON of a GPU report or a benchmark run; default: all GPU reports."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The figure, PNG.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Path of the figure, PNG.")] = None,
 ) -> None:
-    """Draw what the kernels can reach on a device beside what was measured; needs no GPU."""
+    """Draw the rates that kernels can reach on a device, and the measured ones; needs no GPU."""
     from bench.roofline import roofline as draw
 
     with usage_errors():
@@ -173,6 +173,6 @@ def roofline(
 
 
 if __name__ == "__main__":
-    # By the usual way out, which removes shared memory and ends the processes that were started.
+    # Exit normally on SIGTERM, so that shared memory is removed and child processes end.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     app()

@@ -1,4 +1,4 @@
-"""How right each package's numbers are: errors by input, and the order of many ablations."""
+"""Accuracy of each package: errors by kind of input, and the order of many ablations."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ from bench.peers.packages import PACKAGES, Package
 OURS = "repsim_kernels"
 METRICS = ("cka", "cka_debiased", "procrustes", "rsa")
 ABLATED = METRICS[:3]
-WRONG = 1e-2  # a relative error above it is a wrong answer, however it came about
+WRONG = 1e-2  # a result with a larger relative error counts as wrong, whatever the cause
 _FACTS = ("name", "metric", "distribution", "kind", "centres", "note", "differs")
-APART = 1e-6  # relative difference of two true distances, above which their order should be right
+APART = 1e-6  # two true distances whose relative difference is larger must be ranked correctly
 
 
 @dataclass(frozen=True)
-class Case:
-    """What the features are like: of the base case all but one thing.
+class FeatureCase:
+    """Properties of the features; each sweep changes one of the defaults.
 
-    ``mean`` is in units of the features' spread, ``condition`` that of the centred features.
+    ``mean`` is in units of the features' standard deviation; ``condition`` is the condition number
+    of the centred features.
     """
 
     mean: float = 0.0
@@ -58,13 +59,13 @@ QUICK: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured."""
+    """Number of stimuli, neurons, cells and draws that are measured."""
 
     n: int = 200
     p: int = 400
-    directions: int = 100  # that the features have in common
+    directions: int = 100  # that the two representations share
     seeds: int = 3
-    stimuli: int = 64  # of what is ablated
+    stimuli: int = 64  # of the layer that is ablated
     neurons: int = 300
     cells: int = 100
     ablated_seeds: int = 2
@@ -77,22 +78,22 @@ SMALL = Size(40, 60, 20, 2, 16, 60, 20, 1)
 def accuracy(
     device: str = "cpu", quick: bool = False, packages: Sequence[Package] = PACKAGES
 ) -> Json:
-    """Measure all of it; give the record back."""
+    """Measure errors and orders of all packages; return the record."""
     if device not in ("cpu", "cuda"):
         raise RuntimeError(f"--device {device}: expected cuda or cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("no CUDA device")
+        raise RuntimeError("--device cuda: no CUDA device is available")
     size, sweeps = (SMALL, QUICK) if quick else (Size(), SWEEPS)
-    present, absent = _present(packages, device)
+    present, absent = _find_callable(packages, device)
     if device == "cuda":
-        present += _triton()
+        present += _list_triton()
     names = tuple(sorted({p.distribution for p in present} - {""}))
     return {
         "environment": environment(device, names),
         "settings": {
             "device": device,
             "quick": quick,
-            "base": asdict(Case()),
+            "base": asdict(FeatureCase()),
             "sizes": asdict(size),
             "wrong": WRONG,
             "apart": APART,
@@ -100,13 +101,13 @@ def accuracy(
         },
         "packages": [{k: getattr(package, k) for k in _FACTS} for package in present],
         "absent": absent,
-        "points": _points(present, sweeps, size, device),
-        "order": _orders(present, size, device),
+        "points": _measure_points(present, sweeps, size, device),
+        "order": _measure_orders(present, size, device),
     }
 
 
-def _present(packages: Sequence[Package], device: str) -> tuple[list[Package], Json]:
-    """The packages that can be called here, and why not those that can't."""
+def _find_callable(packages: Sequence[Package], device: str) -> tuple[list[Package], Json]:
+    """Return the packages that can be called here, and the reasons for those that can't."""
     present, absent = [], {}
     for package in packages:
         if package.pair is None or package.metric not in METRICS:
@@ -114,14 +115,14 @@ def _present(packages: Sequence[Package], device: str) -> tuple[list[Package], J
         if package.distribution and not any(distributions(name=package.distribution)):
             absent[package.key] = "not installed"
         elif package.kind == "cupy" and device == "cpu":
-            absent[package.key] = "it needs a CUDA device"
+            absent[package.key] = "needs a CUDA device"
         else:
             present.append(package)
     return present, absent
 
 
-def _triton() -> list[Package]:
-    """CKA of the Grams that the Triton kernels make; ``cka`` itself goes to PyTorch in float64."""
+def _list_triton() -> list[Package]:
+    """Return CKA from Grams of the Triton kernels; ``cka`` itself uses PyTorch in float64."""
 
     def pair(x: Tensor, y: Tensor, precision: str) -> Tensor:
         k, m = (rk.centered_gram(z, precision=precision, backend="triton") for z in (x, y))
@@ -136,27 +137,29 @@ def _triton() -> list[Package]:
     ]  # fmt: skip
 
 
-def features(case: Case, size: Size, seed: int) -> tuple[Tensor, Tensor]:
-    """Two representations (n, p) of a case, which have some directions in common."""
+def draw_features(case: FeatureCase, size: Size, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw two representations (n, p) that share some directions."""
     rng = np.random.default_rng(seed)
     n, k = size.n, size.directions
     a = _orthonormal(rng.standard_normal((n, k)))
     b = _orthonormal(np.sqrt(n) * a + rng.standard_normal((n, k)))
     spectrum = np.geomspace(1, 1 / case.condition, k)
-    made = []
+    features = []
     for side in (a, b):
         x = (side * spectrum) @ np.linalg.qr(rng.standard_normal((size.p, k)))[0].T
         x = case.scale * (x / x.std() + case.mean)
-        made.append(torch.from_numpy(x).to(getattr(torch, case.dtype)))
-    return made[0], made[1]
+        features.append(torch.from_numpy(x).to(getattr(torch, case.dtype)))
+    return features[0], features[1]
 
 
 def _orthonormal(x: np.ndarray) -> np.ndarray:
     return np.linalg.qr(x - x.mean(0))[0]
 
 
-def ablatable(size: Size, mean: float, seed: int, dtype: str = "float32") -> tuple[Tensor, Any]:
-    """A representation (n, p) and its cells (p,), whose distances spread over eight decades."""
+def draw_ablatable(
+    size: Size, mean: float, seed: int, dtype: str = "float32"
+) -> tuple[Tensor, Any]:
+    """Draw a representation (n, p) and cells (p,) whose distances span eight decades."""
     rng = np.random.default_rng(seed)
     n, p = size.stimuli, size.neurons
     cells = rng.permutation(np.arange(p) % size.cells)
@@ -165,24 +168,26 @@ def ablatable(size: Size, mean: float, seed: int, dtype: str = "float32") -> tup
     return torch.from_numpy(x).to(getattr(torch, dtype)), cells
 
 
-def _points(
+def _measure_points(
     packages: Sequence[Package], sweeps: dict[str, tuple[Any, ...]], size: Size, device: str
 ) -> list[Json]:
-    """Errors of every package in every case; the base case is in each sweep."""
-    known: dict[Case, list[Json]] = {}
-    found = []
+    """Measure every package in every case; each sweep includes the default case."""
+    known: dict[FeatureCase, list[Json]] = {}
+    rows = []
     for vary, values in sweeps.items():
         for value in values:
-            case = replace(Case(), **{vary: value})
+            case = replace(FeatureCase(), **{vary: value})
             if case not in known:
-                known[case] = _errors(packages, case, size, device)
-            found += [{"vary": vary, "value": value, **point} for point in known[case]]
-    return found
+                known[case] = _measure_errors(packages, case, size, device)
+            rows += [{"vary": vary, "value": value, **point} for point in known[case]]
+    return rows
 
 
-def _errors(packages: Sequence[Package], case: Case, size: Size, device: str) -> list[Json]:
-    """A point for each package: its errors over the seeds, or why there are none."""
-    inputs = [features(case, size, seed) for seed in range(size.seeds)]
+def _measure_errors(
+    packages: Sequence[Package], case: FeatureCase, size: Size, device: str
+) -> list[Json]:
+    """Return one point per package: its errors over the seeds, or the reason for having none."""
+    inputs = [draw_features(case, size, seed) for seed in range(size.seeds)]
     wants = [longdouble.similarities(*(z.double().numpy() for z in pair)) for pair in inputs]
     points = []
     for package in packages:
@@ -191,9 +196,9 @@ def _errors(packages: Sequence[Package], case: Case, size: Size, device: str) ->
         for pair, want in zip(inputs, wants, strict=True):
             try:
                 got = _call(package, device, *pair)
-            except Exception as error:  # of any kind: they are other people's
-                point["status"] = "failed" if case.dtype == Case().dtype else "refused"
-                point["why"] = _said(error)
+            except Exception as error:  # other packages raise errors of any kind
+                point["status"] = "failed" if case.dtype == FeatureCase().dtype else "refused"
+                point["why"] = _describe(error)
             else:
                 errors.append(abs(got - want[package.metric]) / abs(want[package.metric]))
         finite = [error for error in errors if np.isfinite(error)]
@@ -206,19 +211,19 @@ def _errors(packages: Sequence[Package], case: Case, size: Size, device: str) ->
     return points
 
 
-def _said(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:300]
 
 
 def _call(package: Package, device: str, x: Tensor, y: Tensor) -> float:
-    """A package's similarity of two tensors of the CPU, given as the arrays that it takes."""
+    """Return a package's similarity of two CPU tensors, converted to the arrays it accepts."""
     assert package.pair is not None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return float(package.pair(*(_as(package.kind, device, z) for z in (x, y))))
+        return float(package.pair(*(_convert(package.kind, device, z) for z in (x, y))))
 
 
-def _as(kind: str, device: str, x: Tensor) -> Any:
+def _convert(kind: str, device: str, x: Tensor) -> Any:
     if kind == "torch":
         return x.to(device)
     if kind == "cupy":
@@ -228,52 +233,53 @@ def _as(kind: str, device: str, x: Tensor) -> Any:
     return x.numpy()
 
 
-def _orders(packages: Sequence[Package], size: Size, device: str) -> list[Json]:
-    """For each feature mean and package: errors of the distances of all ablations, and their order.
+def _measure_orders(packages: Sequence[Package], size: Size, device: str) -> list[Json]:
+    """Measure the distances of all ablations, and their order, per feature mean and package.
 
-    Ours are those of ``ablation_distances``; a peer's 1 - similarity of a copy each.
+    This package's distances come from ``ablation_distances``, the others' are 1 - similarity to an
+    ablated copy.
     """
     precisions = {OURS: "tf32x3"} | ({f"{OURS}, tf32": "tf32"} if device == "cuda" else {})
-    ways: list[tuple[str, str, Callable[[Tensor, Any], Any]]] = [
-        (name, metric, partial(_ours, metric, precision, device))
+    methods: list[tuple[str, str, Callable[[Tensor, Any], Any]]] = [
+        (name, metric, partial(_call_ours, metric, precision, device))
         for name, precision in precisions.items()
         for metric in ABLATED
     ]
-    ways += [
-        (package.name, package.metric, partial(_loop, package, device))
+    methods += [
+        (package.name, package.metric, partial(_loop_over_copies, package, device))
         for package in packages
         if package.metric in ABLATED and not package.name.startswith(OURS)
     ]
     rows = []
     for mean in size.ablated_means:
-        made = [ablatable(size, mean, seed) for seed in range(size.ablated_seeds)]
-        wants = [longdouble.distances(x.double().numpy(), cells) for x, cells in made]
-        for name, metric, way in ways:
+        inputs = [draw_ablatable(size, mean, seed) for seed in range(size.ablated_seeds)]
+        wants = [longdouble.distances(x.double().numpy(), cells) for x, cells in inputs]
+        for name, metric, method in methods:
             row: Json = {"package": name, "metric": metric, "mean": mean, "dtype": "float32"}
             try:
-                gots = [way(x, cells) for x, cells in made]
+                gots = [method(x, cells) for x, cells in inputs]
             except Exception as error:
-                row |= {"status": "failed", "why": _said(error)}
+                row |= {"status": "failed", "why": _describe(error)}
             else:
-                row |= _order(gots, [want[metric] for want in wants])
+                row |= _summarize_order(gots, [want[metric] for want in wants])
             rows.append(row)
     return rows
 
 
-def _ours(metric: str, precision: str, device: str, x: Tensor, cells: Any) -> Any:
+def _call_ours(metric: str, precision: str, device: str, x: Tensor, cells: Any) -> Any:
     call = partial(rk.ablation_distances, metrics=[metric], precision=precision)
     return call(x.to(device), cells)[metric].cpu().numpy()
 
 
-def _loop(package: Package, device: str, x: Tensor, cells: Any) -> Any:
+def _loop_over_copies(package: Package, device: str, x: Tensor, cells: Any) -> Any:
     scale = 2 if package.metric == "procrustes" else 1
     copies = (x.masked_fill(torch.from_numpy(cells == c), 0) for c in range(cells.max() + 1))
     return np.array([scale * (1 - _call(package, device, x, y)) for y in copies])
 
 
-def _order(gots: list[Any], wants: list[Any]) -> Json:
-    """Over all seeds: pairs out of order, and the errors by decades of distance."""
-    counts = [out_of_order(got, want) for got, want in zip(gots, wants, strict=True)]
+def _summarize_order(gots: list[Any], wants: list[Any]) -> Json:
+    """Return, over all seeds, the pairs out of order and the errors by decade of distance."""
+    counts = [count_out_of_order(got, want) for got, want in zip(gots, wants, strict=True)]
     wrong, pairs = map(sum, zip(*counts, strict=True))
     got, want = np.concatenate(gots), np.concatenate(wants)
     errors = pd.Series(np.abs(got - want) / want)
@@ -295,15 +301,15 @@ def _order(gots: list[Any], wants: list[Any]) -> Json:
     }
 
 
-def out_of_order(got: Any, want: Any) -> tuple[int, int]:
-    """Of the pairs of cells that are truly apart, how many have the other order, or none."""
+def count_out_of_order(got: Any, want: Any) -> tuple[int, int]:
+    """Count the pairs that are ranked wrongly or tie, and the pairs whose true distances differ."""
     apart = want[:, None] - want > APART * want[:, None]
     right = got[:, None] > got  # false where one is NaN
     return int((apart & ~right).sum()), int(apart.sum())
 
 
-def summary(record: Json) -> list[tuple[str, ...]]:
-    """Rows for a page, the head first: worst errors of float32 input, and cells out of order."""
+def summarize(record: Json) -> list[tuple[str, ...]]:
+    """Return a table, head first: worst errors for float32 input, and pairs out of order."""
     means = sorted({row["mean"] for row in record["order"]})
     points = {
         (p["package"], p["metric"], p["value"]): p for p in record["points"] if p["vary"] == "mean"
@@ -313,17 +319,55 @@ def summary(record: Json) -> list[tuple[str, ...]]:
     rows = [(*head, *(f"out of order, mean {mean:g}" for mean in means))]
     for package in record["packages"]:
         key = (package["name"], package["metric"])
-        errors = [_error(points[*key, mean]) for mean in (0, 100)]
-        rows.append((*key, *errors, *(_share(orders.get((*key, mean))) for mean in means)))
+        errors = [_format_error(points[*key, mean]) for mean in (0, 100)]
+        rows.append((*key, *errors, *(_format_share(orders.get((*key, mean))) for mean in means)))
     return rows
 
 
-def _error(point: Json) -> str:
+def tabulate_by_package(record: Json) -> list[tuple[str, ...]]:
+    """Return a short table, head first: CKA of each other package, debiased if it has no other."""
+    means = sorted({row["mean"] for row in record["order"]})
+    head = ("package", "CKA", "error, mean 0", "error, mean 1,000")
+    rows = [(*head, "error, distances near 1e-9", "pairs out of order")]
+    metrics: dict[str, str] = {}
+    for package in record["packages"]:
+        if package["metric"] in METRICS[:2]:
+            metrics.setdefault(package["name"], package["metric"])
+    for name, metric in metrics.items():
+        if name == "plain torch":
+            continue
+        key = {"package": name, "metric": metric}
+        errors = [
+            _format_error(_find(record["points"], vary="mean", value=mean, **key))
+            for mean in (0, 1000)
+        ]
+        orders = [_find(record["order"], mean=mean, **key) for mean in means]
+        kind = "debiased" if metric == "cka_debiased" else "biased"
+        rows.append((name, kind, *errors, _format_smallest(orders), _format_worst_share(orders)))
+    return rows
+
+
+def _find(rows: list[Json], **facts: Any) -> Json:
+    (match,) = (row for row in rows if all(row[k] == v for k, v in facts.items()))
+    return match
+
+
+def _format_smallest(orders: list[Json]) -> str:
+    """Format the worst relative error of the distances of 1e-9 to 1e-8 over the feature means."""
+    worst = [d["worst"] for o in orders for d in o.get("decades", []) if d["distance"] == "1e-9"]
+    return f"{max(worst):.0e}" if worst and not any(isinstance(w, str) for w in worst) else "nan"
+
+
+def _format_worst_share(orders: list[Json]) -> str:
+    return _format_share(max(orders, key=lambda order: order.get("share", 2)))
+
+
+def _format_error(point: Json) -> str:
     known = point["status"] in ("ok", "wrong")
     return f"{point['worst']:.0e}" if known else str(point["status"])
 
 
-def _share(order: Json | None) -> str:
+def _format_share(order: Json | None) -> str:
     if order is None or order["status"] != "ok":
         return str(order["status"]) if order else ""
     share = order["share"]

@@ -1,4 +1,4 @@
-"""The figure of the accuracy benchmark: errors by input above, ablations below."""
+"""The figure of the accuracy benchmark: errors by kind of input above, ablations below."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ TITLES = {
     "rsa": "RSA",
 }
 SWEPT = {
-    "mean": "mean of the features / spread",
+    "mean": "mean of the features / standard deviation",
     "scale": "scale of the features",
     "condition": "condition number",
     "dtype": "dtype of the input",
 }
-# A colour and a marker each, whatever else is drawn: Okabe & Ito's, ours the darkest and widest.
+# One fixed colour and marker per package (Okabe & Ito); ours is the darkest and widest.
 STYLES = {
     OURS: ("#000000", "o"),
     "plain torch": ("#e69f00", "s"),
@@ -39,14 +39,14 @@ STYLES = {
     f"{OURS}, tf32x3": ("#555555", "o"),
     f"{OURS}, tf32": ("#999999", "o"),
 }
-LOWEST, HIGHEST = 1e-17, 30.0  # what is exact is drawn below, what has no number above
+LOWEST, HIGHEST = 1e-17, 30.0  # exact results are drawn at the bottom, missing ones at the top
 _TEXT: dict[str, Any] = {"va": "center", "size": 8}
 _SHORT = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
-def figure(record: Json, out: Path) -> None:
+def draw_figure(record: Json, out: Path) -> None:
     """Write the figure of a record as PNG, to be read at a width of 900 pixels."""
-    # Wrong where nothing is difficult: the metric is another one.
+    # A package that is wrong in the easiest condition computes another definition.
     others = {
         (p["package"], p["metric"])
         for p in record["points"]
@@ -57,26 +57,26 @@ def figure(record: Json, out: Path) -> None:
     axes = above.subplots(len(METRICS), len(SWEPT), sharey=True, sharex="col")
     for row, metric in zip(axes, METRICS, strict=True):
         for ax, vary in zip(row, SWEPT, strict=True):
-            _sweep(ax, record, metric, vary, others)
+            _draw_sweep(ax, record, metric, vary, others)
         row[0].set_ylabel(f"{TITLES[metric]}\nrelative error")
         row[0].text(0.03, 0.76, "wrong", size=8, color="#d55e00", transform=row[0].transAxes)
     for ax, label in zip(axes[-1], SWEPT.values(), strict=True):
         ax.set_xlabel(label)
     present = {row["package"] for row in [*record["points"], *record["order"]]}
-    handles = [Line2D([], [], label=name, **_line(name)) for name in STYLES if name in present]
+    handles = [Line2D([], [], label=name, **_style(name)) for name in STYLES if name in present]
     cross = {"color": "0.3", "marker": "$✕$", "linestyle": ""}
-    handles.append(Line2D([], [], label="NaN, an error or refused", **cross))
+    handles.append(Line2D([], [], label="NaN, error or refused", **cross))
     above.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False)
-    _ablations(below, record, others)
-    title = f"Relative error, the worst of the seeds; {record['environment']['device']}"
+    _draw_ablations(below, record, others)
+    title = f"Relative error, worst of the seeds; {record['environment']['device']}"
     drawing.suptitle(title, x=0.02, ha="left", weight="bold")
     if others:
-        said = ", ".join(f"{name} ({TITLES[metric]})" for name, metric in sorted(others))
-        drawing.supxlabel(f"Not drawn, their numbers are others by definition: {said}", size=8)
+        names = ", ".join(f"{name} ({TITLES[metric]})" for name, metric in sorted(others))
+        drawing.supxlabel(f"Not drawn, because they compute another definition: {names}", size=8)
     drawing.savefig(out, dpi=180)
 
 
-def _line(name: str) -> dict[str, Any]:
+def _style(name: str) -> dict[str, Any]:
     colour, marker = STYLES[name]
     ours = name == OURS
     return {
@@ -84,11 +84,13 @@ def _line(name: str) -> dict[str, Any]:
         "marker": marker,
         "markersize": 8 if ours else 4.5,
         "linewidth": 3.5 if ours else 1.3,
-        "zorder": 2 if ours else 3,  # below, so as to hide nobody
+        "zorder": 2 if ours else 3,  # below the others, so that it hides none
     }
 
 
-def _sweep(ax: Axes, record: Json, metric: str, vary: str, others: set[tuple[str, str]]) -> None:
+def _draw_sweep(
+    ax: Axes, record: Json, metric: str, vary: str, others: set[tuple[str, str]]
+) -> None:
     swept = [p for p in record["points"] if p["vary"] == vary]
     values = list(dict.fromkeys(p["value"] for p in swept))
     for name in STYLES:
@@ -98,25 +100,25 @@ def _sweep(ax: Axes, record: Json, metric: str, vary: str, others: set[tuple[str
             heights = [
                 points[v]["worst"] if n else None for v, n in zip(values, numbers, strict=True)
             ]
-            _draw(ax, name, heights, apart=vary == "dtype")
-    _axes(ax, values)
+            _draw_line(ax, name, heights, apart=vary == "dtype")
+    _format_axes(ax, values)
 
 
-def _draw(ax: Axes, name: str, heights: list[float | None], apart: bool = False) -> None:
-    """A line, broken where there is no number; a cross at the top says so.
+def _draw_line(ax: Axes, name: str, heights: list[float | None], apart: bool = False) -> None:
+    """Draw a line, broken with a cross at the top where a value is missing.
 
-    ``apart``: marks side by side instead, where nothing lies between the values.
+    ``apart``: draw marks side by side instead, for values that can't be interpolated.
     """
     aside = 0.06 * (list(STYLES).index(name) - 4.5)
     shown = [float("nan") if h is None else min(max(h, LOWEST), HIGHEST) for h in heights]
     where = [i + aside * apart for i in range(len(shown))]
-    ax.plot(where, shown, **_line(name) | ({"linestyle": ""} if apart else {}))
+    ax.plot(where, shown, **_style(name) | ({"linestyle": ""} if apart else {}))
     missing = [i + aside for i, h in enumerate(heights) if h is None]
     crosses = [HIGHEST * 6] * len(missing)
     ax.plot(missing, crosses, "x", color=STYLES[name][0], markersize=5, markeredgewidth=1.6)
 
 
-def _axes(ax: Axes, values: list[Any]) -> None:
+def _format_axes(ax: Axes, values: list[Any]) -> None:
     ax.set_yscale("log")
     ax.set_ylim(LOWEST / 3, HIGHEST * 40)
     ax.set_yticks([10.0**e for e in range(-16, 1, 4)])
@@ -124,13 +126,13 @@ def _axes(ax: Axes, values: list[Any]) -> None:
     ax.axhspan(WRONG, HIGHEST * 40, color="#d55e00", alpha=0.09, linewidth=0)
     ax.grid(axis="y", color="0.88", linewidth=0.7)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.set_xticks(range(len(values)), [_tick(v) for v in values])
+    ax.set_xticks(range(len(values)), [_format_tick(v) for v in values])
     for tick in ax.get_xticklabels()[1::2] if len(values) > 6 else []:
         tick.set_visible(False)
     ax.margins(x=0.08)
 
 
-def _tick(value: Any) -> str:
+def _format_tick(value: Any) -> str:
     if isinstance(value, str):
         return _SHORT.get(value, value)
     mantissa, _, exponent = f"{value:.0e}".partition("e")
@@ -139,8 +141,8 @@ def _tick(value: Any) -> str:
     return f"$10^{{{int(exponent)}}}$"
 
 
-def _ablations(below: Any, record: Json, others: set[tuple[str, str]]) -> None:
-    """CKA's distances by how large they are, and how many pairs of cells are out of order."""
+def _draw_ablations(below: Any, record: Json, others: set[tuple[str, str]]) -> None:
+    """Draw errors of CKA distances by size, and the share of pairs of cells out of order."""
     means = list(dict.fromkeys(row["mean"] for row in record["order"]))
     axes = below.subplots(1, len(means) + 1, width_ratios=[1] * len(means) + [1.1])
     for ax, mean in zip(axes, means, strict=False):
@@ -149,25 +151,25 @@ def _ablations(below: Any, record: Json, others: set[tuple[str, str]]) -> None:
         decades = [d["distance"] for d in rows[0]["decades"]]
         for row in rows:
             medians = [d["median"] for d in row["decades"]]
-            _draw(ax, row["package"], [None if isinstance(m, str) else m for m in medians])
-        _axes(ax, [float(d) for d in decades])
+            _draw_line(ax, row["package"], [None if isinstance(m, str) else m for m in medians])
+        _format_axes(ax, [float(d) for d in decades])
         ax.set_title(f"CKA distance of an ablation, mean {mean:g}", size=9)
         ax.set_xlabel("true distance")
     axes[0].set_ylabel("median relative error")
-    _bars(axes[-1], record, others, means)
+    _draw_bars(axes[-1], record, others, means)
 
 
-def _bars(ax: Axes, record: Json, others: set[tuple[str, str]], means: list[float]) -> None:
-    """The share of pairs that are out of order, of the metric a package does worst."""
+def _draw_bars(ax: Axes, record: Json, others: set[tuple[str, str]], means: list[float]) -> None:
+    """Draw the share of pairs out of order, for each package's worst metric."""
     mean = means[-1]
     worst: dict[str, Json] = {}
-    without: dict[str, str] = {}  # numbers
+    invalid: dict[str, str] = {}  # packages without numbers
     for row in record["order"]:
         name, metric = row["package"], row["metric"]
         if row["mean"] != mean or (name, metric) in others:
             continue
         if row["status"] != "ok":
-            without[name] = f"{TITLES[metric]}: {row['status'].replace('nan', 'NaN')}"
+            invalid[name] = f"{TITLES[metric]}: {row['status'].replace('nan', 'NaN')}"
         elif name not in worst or row["share"] > worst[name]["share"]:
             worst[name] = row
     names = [name for name in STYLES if name in worst][::-1]
@@ -175,7 +177,7 @@ def _bars(ax: Axes, record: Json, others: set[tuple[str, str]], means: list[floa
     ax.barh(names, widths, color=[STYLES[name][0] for name in names], height=0.65)
     for y, (name, width) in enumerate(zip(names, widths, strict=True)):
         text = f"{width:.2g} %, {TITLES[worst[name]['metric']]}" if width else "none"
-        ax.text(width + 0.8, y, "; ".join([text, *filter(None, [without.get(name)])]), **_TEXT)
+        ax.text(width + 0.8, y, "; ".join([text, *filter(None, [invalid.get(name)])]), **_TEXT)
     ax.set_xlim(0, max([*widths, 1.0]) * 1.8)
     ax.set_title(f"pairs out of order, %, mean {mean:g}", size=9)
     ax.set_xlabel("each package's worst metric")

@@ -1,4 +1,4 @@
-"""How long a run takes by more workers: the demo, measured, and a model from what units took."""
+"""Run time with more workers: the demo, measured, and a model from the seconds of its units."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from repsim_kernels.experiments.runs.store import Store
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
 
 
-def makespan(seconds: Sequence[float], workers: int) -> float:
-    """When the last of some units ends, each taken, in their order, by the first free worker."""
-    free = [0.0] * workers
-    for each in seconds:
-        heapq.heappush(free, heapq.heappop(free) + each)
-    return max(free)
+def compute_makespan(seconds: Sequence[float], workers: int) -> float:
+    """Return when the last unit ends if each goes, in order, to the first free worker."""
+    free_at = [0.0] * workers
+    for duration in seconds:
+        heapq.heappush(free_at, heapq.heappop(free_at) + duration)
+    return max(free_at)
 
 
-def unit_seconds(folder: Path) -> list[float]:
-    """What each unit of a run took, in their order."""
+def load_unit_seconds(folder: Path) -> list[float]:
+    """Return the seconds of each finished unit of a run, in order."""
     store = Store(folder)
-    found = [facts for facts in map(store.facts, store.units) if facts is not None]
-    return [facts["seconds"] for facts in found]
+    facts = map(store.facts, store.units)
+    return [each["seconds"] for each in facts if each is not None]
 
 
-def modelled(seconds: Sequence[float]) -> list[tuple[int, float, float]]:
-    """Workers, wall time and efficiency, start-up aside."""
-    walls = [(workers, makespan(seconds, workers)) for workers in WORKERS]
+def model_workers(seconds: Sequence[float]) -> list[tuple[int, float, float]]:
+    """Return rows of workers, wall time and efficiency, without start-up."""
+    walls = [(workers, compute_makespan(seconds, workers)) for workers in WORKERS]
     return [(workers, wall, sum(seconds) / workers / wall) for workers, wall in walls]
 
 
-def table(seconds: Sequence[float]) -> str:
-    """What is `modelled`, for a terminal."""
+def format_table(seconds: Sequence[float]) -> str:
+    """Format the rows of `model_workers` for a terminal."""
     total = sum(seconds)
     lines = [f"{len(seconds)} units, {total:.1f} s of work, the longest {max(seconds):.1f} s", ""]
     lines += ["workers  seconds  efficiency"]
-    lines += [f"{n:7}  {wall:7.1f}  {share:9.0%}" for n, wall, share in modelled(seconds)]
+    lines += [f"{n:7}  {wall:7.1f}  {share:9.0%}" for n, wall, share in model_workers(seconds)]
     return "\n".join(lines)
 
 
-def demo() -> Json:
-    """Run the demo's study in one process and by two workers, which share the cores."""
+def measure_demo() -> Json:
+    """Run the demo's study in one process, and with two workers that share the cores."""
     record: Json = {"environment": environment("cpu"), "runs": []}
     for workers in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
@@ -56,6 +56,7 @@ def demo() -> Json:
             command = [sys.executable, "-m", "repsim_kernels.experiments", "sweep", *options]
             start = time.perf_counter()
             subprocess.run(command, cwd=ROOT, check=True)
-            took = time.perf_counter() - start
-            record["runs"].append({"workers": workers, "seconds": took, "units": unit_seconds(run)})
+            elapsed = time.perf_counter() - start
+            units = load_unit_seconds(run)
+            record["runs"].append({"workers": workers, "seconds": elapsed, "units": units})
     return record

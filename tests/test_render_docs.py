@@ -1,4 +1,4 @@
-"""The pages that say how fast and how right the package is: made of committed results."""
+"""The generated blocks of the documentation agree with the committed records."""
 
 from __future__ import annotations
 
@@ -6,76 +6,137 @@ import re
 
 import pytest
 
-from bench import render_docs
+from bench import doc_blocks, render_docs
 from bench.common import machine
 from bench.common.machine import RESULTS, load, save
 
 
-@pytest.mark.parametrize("path", render_docs.PAGES, ids=lambda path: path.parent.name)
-def test_a_page_is_what_its_results_say(path):
-    """After `make bench` or another run: `python -m bench render-docs`."""
-    assert path.read_text(encoding="utf-8") == render_docs.pages()[path]
+def name_page(path):
+    return "-".join(path.parts[-2:])
 
 
-@pytest.mark.parametrize("path", render_docs.PAGES, ids=lambda path: path.parent.name)
-def test_what_a_page_shows_and_links_is_there(path):
+@pytest.mark.parametrize("path", render_docs.PAGES, ids=name_page)
+def test_pages_are_up_to_date(path):
+    """If this fails, run `python -m bench render-docs`."""
+    assert path.read_text(encoding="utf-8") == render_docs.render_pages()[path]
+
+
+@pytest.mark.parametrize("path", render_docs.PAGES, ids=name_page)
+def test_relative_links_and_figures_exist(path):
     text = path.read_text(encoding="utf-8")
-    targets = re.findall(r"\]\(([^)#:]+)\)", text)
-    assert targets
-    for target in targets:
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (path.parent / target).exists(), target
 
 
-def test_results_name_their_device_versions_and_commit():
+def test_every_block_is_on_a_page():
+    texts = [path.read_text(encoding="utf-8") for path in render_docs.PAGES]
+    names = re.findall(r"<!-- (\S+): made by", "\n".join(texts))
+    assert sorted(names) == sorted(doc_blocks.BLOCKS)
+
+
+def test_records_name_their_device_versions_and_commit():
     files = sorted(RESULTS.glob("*.json"))
     assert files
     for path in files:
-        found = load(path)["environment"]
+        environment = load(path)["environment"]
         for key in ("device", "torch", "numpy", "python", "date", "commit"):
-            assert found[key], (path, key)
+            assert environment[key], (path, key)
 
 
-def part(name, folder):
-    return render_docs.filled(
+def render_block(name, folder):
+    return render_docs.fill_blocks(
         f"<!-- {name}: made by `python -m bench render-docs` -->\n<!-- end -->", folder
     )
 
 
-def test_another_result_makes_another_page(tmp_path):
-    """The numbers of the tables are those of the records."""
-    (source,) = RESULTS.glob("bench-*.json")
+def copy_record(kind, folder, change):
+    """Save the committed record of a kind in the folder, changed by a function."""
+    (source,) = RESULTS.glob(f"{kind}-*.json")
     record = load(source)
-    for row in record["benchmarks"]:
-        row["median_s"] = 1.0
-    save(tmp_path / source.name, record)
-    got = part("operations", tmp_path)
-    rows = [line for line in got.splitlines() if "| repsim_kernels |" in line]
-    assert len(rows) == sum(row["name"] == "repsim_kernels" for row in record["benchmarks"])
+    change(record)
+    save(folder / source.name, record)
+
+
+def test_tables_show_the_numbers_of_the_record(tmp_path):
+    def set_medians(record):
+        for row in record["benchmarks"]:
+            row["median_s"] = 1.0
+
+    copy_record("bench", tmp_path, set_medians)
+    (path,) = tmp_path.iterdir()
+    block = render_block("operations", tmp_path)
+    rows = [line for line in block.splitlines() if "| repsim_kernels |" in line]
+    benchmarks = load(path)["benchmarks"]
+    assert len(rows) == sum(row["name"] == "repsim_kernels" for row in benchmarks)
     assert all("| repsim_kernels | 1 s |" in row for row in rows)
-    assert render_docs.filled(got, tmp_path) == got
+    assert render_docs.fill_blocks(block, tmp_path) == block
 
 
-def test_speed_is_of_medians(tmp_path):
-    """Neither of the fastest rounds nor of what was found by them."""
-    (source,) = RESULTS.glob("bench-*.json")
-    record = load(source)
-    for row in record["benchmarks"]:
-        row.update(median_s=1.0, min_s=0.1)
-        if row["name"] == "suffix":
-            row["median_s"] = 0.5
-    save(tmp_path / source.name, record)
-    lines = part("speed", tmp_path).splitlines()
+def test_baselines_use_medians(tmp_path):
+    """The fastest rounds, and results derived from them, are ignored."""
+
+    def set_medians(record):
+        for row in record["benchmarks"]:
+            row.update(median_s=1.0, min_s=0.1)
+            if row["name"] == "suffix":
+                row["median_s"] = 0.5
+
+    copy_record("bench", tmp_path, set_medians)
+    lines = render_block("baselines", tmp_path).splitlines()
     assert "| ResNet50, layer3.0 | 1 s | 1 s | 1.0 | 1.8 |" in lines  # 16 / (1 + 16 / 2)
-    assert "| the same, 6 of the cells dead | 1 s | 1 s | 1.0 |  |" in lines
-    assert "| the same, classes apart | 500 µs | 5 ms | 10.0 |" in lines  # of 2,000 and 200
+    assert "| AlexNet, features.7, 6 of the cells dead | 1 s | 1 s | 1.0 |  |" in lines
+    # One fit of 2,000 and one of scikit-learn's 200.
+    assert "| the same, classes separated | 500 µs | 5 ms | 10.0 |" in lines
     (ridge,) = (line for line in lines if "leave-one-out" in line)
-    assert "16 ablations, n = 500, all of p = 1,600, its Grams included | 1 s |" in ridge
+    assert "16 ablations, n = 500, all of p = 1,600, including the Grams | 1 s |" in ridge
 
 
-RUN = {"device": "a GPU", "date": "2026-11-27T02:00:00+0000", "commit": "b" * 40, "torch": "2"}
+def test_speed_compares_with_the_fastest_other_package(tmp_path):
+    def set_seconds(record):
+        ours, by_parts = doc_blocks.OURS, doc_blocks.BY_PARTS
+        for row in record["rows"]:
+            if row.get("seconds"):
+                fast = {ours: 1.0, by_parts: 1.5, "torch-cka": 2.0, "scikit-learn": 0.25}
+                row["seconds"] = [fast.get(row["package"], 9.0)] * 3
+                row["calls"] = row["of"]
+
+    copy_record("peers", tmp_path, set_seconds)
+    with pytest.raises(RuntimeError, match="run `make bench` on the device of peers-"):
+        render_block("speed", tmp_path)
+    copy_record("bench", tmp_path, lambda record: None)
+    lines = render_block("speed", tmp_path).splitlines()
+    row = "100 ablations of one layer, n = 50, p = 193,600"
+    assert f"| {row} | 1 s | torch-cka, 2 s | 2 x |" in lines
+    # The table shows where another package is faster.
+    assert "| one pair of layers, 256 x 64 | 1 s | scikit-learn, 250 ms | 0.25 x |" in lines
+    assert any("which needs 1.5 s for the first row" in line for line in lines)
+    assert len([line for line in lines if line.startswith("| ")]) == 2 + 8
 
 
-def run(commit, date):
+def test_the_accuracy_table_has_one_row_per_package(tmp_path):
+    def set_errors(record):
+        for point in record["points"]:
+            if point["package"] == "rsatoolbox":
+                point.update(status="ok", worst=0.25)
+
+    copy_record("accuracy", tmp_path, set_errors)
+    lines = render_block("accuracy", tmp_path).splitlines()
+    (row,) = (line for line in lines if line.startswith("| rsatoolbox | biased |"))
+    assert row.startswith("| rsatoolbox | biased | 2e-01 | 2e-01 |")
+    (row,) = (line for line in lines if line.startswith("| torch-cka"))
+    assert "| failed |" in row
+    assert len([line for line in lines if line.startswith("| ")]) == 2 + 8
+
+
+ENVIRONMENT = {
+    "device": "a GPU",
+    "date": "2026-11-27T02:00:00+0000",
+    "commit": "b" * 40,
+    "torch": "2",
+}
+
+
+def make_run(commit, date):
     return {"commit": commit and commit * 40, "date": f"{date}T01:00:00+0000"}
 
 
@@ -86,62 +147,68 @@ def run(commit, date):
         ({}, None, "2026-11-27", "bbbbbbb"),
         ({"rows": [{"precision": "tf32"}]}, True, "2026-11-27", "bbbbbbb + changes"),
         (
-            {"rows": [run("a", "2026-11-25"), run("b", "2026-11-27"), run("a", "2026-11-26")]},
+            {
+                "rows": [
+                    make_run("a", "2026-11-25"),
+                    make_run("b", "2026-11-27"),
+                    make_run("a", "2026-11-26"),
+                ]
+            },
             True,
             "2026-11-25 to 2026-11-27",
             "bbbbbbb + changes, aaaaaaa",
         ),
-        ({"rows": [run(None, "2026-11-26")]}, None, "2026-11-26", "not known"),
+        ({"rows": [make_run(None, "2026-11-26")]}, None, "2026-11-26", "unknown"),
     ],
 )
-def test_runs_say_what_was_measured_when(tmp_path, rows, changed, dates, commits):
-    save(tmp_path / "peers-a-gpu.json", {"environment": RUN | {"changed": changed}, **rows})
-    line = part("runs", tmp_path).splitlines()[-2]
+def test_the_list_of_records_has_dates_and_commits(tmp_path, rows, changed, dates, commits):
+    save(tmp_path / "peers-a-gpu.json", {"environment": ENVIRONMENT | {"changed": changed}, **rows})
+    line = render_block("runs", tmp_path).splitlines()[-2]
     assert line == f"| [`peers`](results/peers-a-gpu.json) | a GPU | {dates} | {commits} |"
 
 
-def test_a_record_of_a_gpu_names_its_host_too():
-    assert render_docs._on({"environment": RUN | {"host": "a CPU"}}) == (
+def test_a_gpu_record_names_its_host():
+    assert doc_blocks.describe_device({"environment": ENVIRONMENT | {"host": "a CPU"}}) == (
         "a GPU, host a CPU, torch 2, 2026-11-27"
     )
-    assert render_docs._on({"environment": RUN}) == "a GPU, torch 2, 2026-11-27"
+    assert doc_blocks.describe_device({"environment": ENVIRONMENT}) == "a GPU, torch 2, 2026-11-27"
 
 
-def test_an_environment_without_git_knows_no_changes(monkeypatch):
-    found = machine.environment("cpu")
-    assert "host" not in found
+def test_uncommitted_changes_are_unknown_without_git(monkeypatch):
+    assert "host" not in machine.environment("cpu")
     for output, changed in ((None, None), ("", False), (" M README.md", True)):
         monkeypatch.setattr(machine, "_output", lambda *_, output=output: output)
         assert machine.environment("cpu")["changed"] is changed
 
 
-def test_every_figure_of_the_results_is_drawn_anew(tmp_path):
+def test_every_committed_figure_is_redrawn(tmp_path):
     for path in RESULTS.glob("*.json"):
         save(tmp_path / path.name, load(path))
-    written = render_docs.draw(tmp_path)
+    written = render_docs.draw_figures(tmp_path)
     assert sorted(tmp_path.glob("*.png")) == sorted(written)
-    there = {path.name for path in RESULTS.glob("*.png")}
-    assert {path.name for path in written} == there - {"roofline-h200-predicted.png"}
+    committed = {path.name for path in RESULTS.glob("*.png")}
+    assert {path.name for path in written} == committed - {"roofline-h200-predicted.png"}
 
 
-def test_parts_that_cannot_be_made_are_said(tmp_path):
-    with pytest.raises(RuntimeError, match="part nonsense: unknown; expected one of peers"):
-        render_docs.filled("<!-- nonsense: made by -->", tmp_path)
+def test_blocks_that_cannot_be_rendered_raise(tmp_path):
+    with pytest.raises(RuntimeError, match="block nonsense: unknown; expected one of speed"):
+        render_docs.fill_blocks("<!-- nonsense: made by -->", tmp_path)
     with pytest.raises(RuntimeError, match=r"no bench-\*\.json in it"):
-        part("speed", tmp_path)
-    (tmp_path / "x").mkdir()
-    with pytest.raises(RuntimeError, match="part runs: 0 times with an end"):
-        render_docs.filled("<!-- runs: made by `python -m bench render-docs` -->\n", tmp_path / "x")
+        render_block("baselines", tmp_path)
+    with pytest.raises(RuntimeError, match=r"no peers-\*\.json in it"):
+        render_block("speed", tmp_path)
+    with pytest.raises(RuntimeError, match="block runs: found 0 complete blocks; expected one"):
+        render_docs.fill_blocks("<!-- runs: made by `python -m bench render-docs` -->\n", tmp_path)
 
 
 def test_more_workers_are_modelled_from_the_units_of_two(tmp_path):
-    (source,) = RESULTS.glob("scaling-*.json")
-    record = load(source)
-    record["runs"][0].update(units=[7.0, 2.0], seconds=12.0)
-    record["runs"][1].update(units=[3.0, 4.0, 5.0], seconds=10.0)
-    save(tmp_path / source.name, record)
-    got = part("scaling", tmp_path)
-    assert "demo's 3 units took 9 s in one process, with start-up and report 12 s" in got
-    assert "the whole command took 10 s" in got
-    assert "| seconds for the demo's units | 12 | 8 | 5 | 5 | 5 |" in got
-    assert "| efficiency | 100% | 75% | 60% | 30% | 15% |" in got
+    def set_units(record):
+        record["runs"][0].update(units=[7.0, 2.0], seconds=12.0)
+        record["runs"][1].update(units=[3.0, 4.0, 5.0], seconds=10.0)
+
+    copy_record("scaling", tmp_path, set_units)
+    block = render_block("scaling", tmp_path)
+    assert "demo's 3 units took 9 s in one process, 12 s with start-up and report" in block
+    assert "the whole command took 10 s" in block
+    assert "| seconds for the demo's units | 12 | 8 | 5 | 5 | 5 |" in block
+    assert "| efficiency | 100% | 75% | 60% | 30% | 15% |" in block

@@ -1,25 +1,26 @@
+"""The model of run time with more workers."""
+
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.scaling import makespan
+from bench.scaling import compute_makespan
 
 SECONDS = st.lists(st.integers(1, 100), min_size=1, max_size=30)
 
 
-def test_by_hand() -> None:
-    # One worker has 3 and 2, the other 4 and then 5, which is free to begin at 4.
-    assert makespan([3, 4, 2, 5], 2) == 9
-    assert makespan([3, 4, 2, 5], 4) == 5
+def test_known_schedules() -> None:
+    # One worker runs 3 and 2; the other 4, and then 5 from second 4 on.
+    assert compute_makespan([3, 4, 2, 5], 2) == 9
+    assert compute_makespan([3, 4, 2, 5], 4) == 5
 
 
 @given(seconds=SECONDS, workers=st.integers(1, 40))
-def test_no_schedule_is_shorter_and_none_wastes_more_than_the_last_unit(
-    seconds: list[int], workers: int
-) -> None:
-    found = makespan(seconds, workers)
-    assert found >= max(seconds)
-    # In whole numbers, which know no rounding.
-    assert sum(seconds) <= found * workers <= sum(seconds) + max(seconds) * (workers - 1)
-    assert makespan(seconds, 1) == sum(seconds)
+def test_makespan_bounds(seconds: list[int], workers: int) -> None:
+    """At least the longest unit; at most the even share plus the longest unit's idle time."""
+    makespan = compute_makespan(seconds, workers)
+    assert makespan >= max(seconds)
+    # Integers, so that nothing is rounded.
+    assert sum(seconds) <= makespan * workers <= sum(seconds) + max(seconds) * (workers - 1)
+    assert compute_makespan(seconds, 1) == sum(seconds)
