@@ -1,4 +1,4 @@
-"""Other packages beside ours: who agrees, who fails, and what the tables say of it."""
+"""The comparison with other packages: agreement, failures and tables."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from matplotlib.figure import Figure
 import repsim_kernels as rk
 from bench.common import machine
 from bench.peers import jobs, run, tables, worker
-from bench.peers.jobs import Case
+from bench.peers.jobs import Workload
 from bench.peers.packages import PACKAGES, Package
 
-CASES = [
-    Case("pair", 30, 12, ("cka", "cka_debiased", "procrustes", "rsa", "cca")),
-    Case("pair", 30, 70, ("cka", "cka_debiased", "procrustes", "rsa")),
-    Case("pairs", 30, 20, layers=4),
-    Case("ablations", 20, 100, cells=6),
+WORKLOADS = [
+    Workload("pair", 30, 12, ("cka", "cka_debiased", "procrustes", "rsa", "cca")),
+    Workload("pair", 30, 70, ("cka", "cka_debiased", "procrustes", "rsa")),
+    Workload("pairs", 30, 20, layers=4),
+    Workload("ablations", 20, 100, cells=6),
 ]
 
 OPTIONS = {
@@ -34,60 +34,61 @@ OPTIONS = {
 
 @pytest.fixture
 def inputs(tmp_path, request):
-    case = request.param
-    return case, jobs.write_inputs(case, tmp_path)
+    workload = request.param
+    return workload, jobs.write_inputs(workload, tmp_path)
 
 
-def representations(paths):
+def load_inputs(paths):
     return [np.load(path) for path in paths]
 
 
-@pytest.mark.parametrize("inputs", CASES[:2], indirect=True, ids=str)
-def test_what_must_come_out_is_the_references(inputs):
-    case, paths = inputs
-    x, y = representations(paths)
-    for metric in case.metrics:
+@pytest.mark.parametrize("inputs", WORKLOADS[:2], indirect=True, ids=str)
+def test_expected_values_match_the_reference(inputs):
+    workload, paths = inputs
+    x, y = load_inputs(paths)
+    for metric in workload.metrics:
         function = rk.cka if metric == "cka_debiased" else getattr(rk, metric)
         want = function(x, y, **OPTIONS.get(metric, {}), backend="reference")
-        assert jobs.wanted(case, [x, y], metric, [0]) == pytest.approx(want, rel=1e-10)
+        expected = jobs.compute_expected(workload, [x, y], metric, [0])
+        assert expected == pytest.approx(want, rel=1e-10)
 
 
-@pytest.mark.parametrize("inputs", CASES, indirect=True, ids=str)
+@pytest.mark.parametrize("inputs", WORKLOADS, indirect=True, ids=str)
 def test_every_package_agrees_or_its_difference_is_explained(inputs):
-    """Each through the worker, in this process; ours to more digits."""
-    case, paths = inputs
-    checked = jobs.sample(case, min(case.of, 4))
+    """Runs each package through the worker in this process; ours must agree to more digits."""
+    workload, paths = inputs
+    checked = jobs.sample_comparisons(workload, min(workload.n_comparisons, 4))
     for package in PACKAGES:
-        if not run._takes_part(package, case) or package.kind == "cupy":
+        if not run._takes_part(package, workload) or package.kind == "cupy":
             continue
-        answer = worker.Worker(package, "cpu").first(case, paths)
-        want = jobs.wanted(case, representations(paths), package.metric, checked)
-        found = run._agreement(case, package, answer, want, checked)
-        status = found.get("status", "ok")
-        assert status == ("differs" if package.differs else "ok"), (package.key, found)
+        answer = worker.Worker(package, "cpu").first(workload, paths)
+        want = jobs.compute_expected(workload, load_inputs(paths), package.metric, checked)
+        facts = run._compare(workload, package, answer, want, checked)
+        status = facts.get("status", "ok")
+        assert status == ("differs" if package.differs else "ok"), (package.key, facts)
         if package.name == tables.OURS:
-            assert found["error"] < 1e-12
+            assert facts["error"] < 1e-12
 
 
-def test_each_metric_has_ours_first_and_a_peer():
+def test_each_metric_lists_this_package_first_and_a_peer():
     metrics = dict.fromkeys(package.metric for package in PACKAGES)
     for metric in metrics:
         names = [package.name for package in PACKAGES if package.metric == metric]
         assert names[0] == tables.OURS
         assert len(set(names)) == len(names) > 1
-    named = {package.name for package in PACKAGES}
-    assert named >= {
+    assert {package.name for package in PACKAGES} >= {
         *("pytorch-cka", "ckatorch", "torch-cka", "rsatoolbox", "repsim", "shesha-geometry"),
         *("scikit-learn", "plain torch", "plain CuPy"),
     }
 
 
 def test_a_sample_is_spread_over_all_comparisons():
-    case = Case("ablations", 20, 100, cells=100)
-    assert jobs.sample(case, 2) == [0, 50]
-    assert jobs.sample(case, 100) == list(range(100))
-    assert Case("pairs", 9, 9, layers=5).of == len(jobs.pairs_of(Case("pairs", 9, 9, layers=5)))
-    assert np.bincount(case.labels()).tolist() == [1] * 100
+    workload = Workload("ablations", 20, 100, cells=100)
+    assert jobs.sample_comparisons(workload, 2) == [0, 50]
+    assert jobs.sample_comparisons(workload, 100) == list(range(100))
+    assert np.bincount(workload.labels()).tolist() == [1] * 100
+    pairs = Workload("pairs", 9, 9, layers=5)
+    assert pairs.n_comparisons == len(jobs.list_pairs(pairs))
 
 
 def cka(x, y):
@@ -95,7 +96,7 @@ def cka(x, y):
 
 
 def dies(x, y):
-    os._exit(7) if len(x) > 9 else None  # more than the first call's, which loads what is needed
+    os._exit(7) if len(x) > 9 else None  # not in the warm-up, which has 9 stimuli
 
 
 def hangs(x, y):
@@ -121,9 +122,9 @@ FAKES = {
 
 
 @pytest.mark.slow
-def test_failures_are_said_and_cost_their_row_alone(tmp_path, monkeypatch):
+def test_a_failure_is_recorded_and_affects_only_its_row(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "PACKAGES", tuple(FAKES.values()))
-    monkeypatch.setattr(jobs, "cases", lambda quick: [Case("pair", 30, 12, ("cka",))])
+    monkeypatch.setattr(jobs, "list_workloads", lambda quick: [Workload("pair", 30, 12, ("cka",))])
     monkeypatch.setattr(run, "_LIMITS", {True: (20.0, 0.1)})
     monkeypatch.setattr(run, "serve", serve_fakes)
     out = tmp_path / "peers.json"
@@ -141,18 +142,18 @@ def test_failures_are_said_and_cost_their_row_alone(tmp_path, monkeypatch):
     assert rows["wrong"]["error"] == pytest.approx(0.1)
     assert rows["nan"]["status"] == "wrong"
     assert rows["nan"]["error"] == "nan"
-    text = tables.failures(record)
+    text = tables.tabulate_failures(record)
     for name in ("dies", "hangs", "greedy", "wrong", "nan"):
         assert f"| {name} | cka |" in text
 
 
 def serve_fakes(key, device, connection):
-    """The worker's process, which looks its package up among these."""
+    """Run a worker process that looks its package up among the fakes."""
     worker.PACKAGES = tuple(FAKES.values())
     worker.serve(key, device, connection)
 
 
-def test_a_stopped_comparison_leaves_nothing_in_shared_memory():
+def test_a_terminated_comparison_removes_its_shared_memory():
     command = [sys.executable, "-m", "bench", "peers", "--quick", "--job", "pairs"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -172,89 +173,90 @@ def test_a_stopped_comparison_leaves_nothing_in_shared_memory():
     assert not folders()
 
 
-class Answers:
-    """A process whose package fails at the whole job, and maybe has a function for a pair."""
+class FailingProcess:
+    """A process whose package fails at the whole job; ``pair`` is its function for a pair."""
 
     def __init__(self, pair):
         self.package = dataclasses.replace(FAKES["cka"], pair=pair, all_pairs=wrong)
 
-    def ask(self, limit, name, case, paths, by_loop=False):
+    def ask(self, limit, name, workload, paths, by_loop=False):
         if not by_loop:
             raise run.Failed("took over 20 s")
         return {"values": [1.0]}
 
 
-def test_who_fails_at_the_whole_job_gets_the_loop_that_users_write():
-    case = CASES[2]
-    answer = run._first(Answers(cka), case, [], 20)
+def test_a_package_that_fails_at_the_job_is_measured_with_a_loop():
+    workload = WORKLOADS[2]
+    answer = run._ask_first(FailingProcess(cka), workload, [], 20)
     assert answer["values"] == [1.0]
     assert answer["how"]["why"] == "a loop: its function for the whole job took over 20 s"
     with pytest.raises(run.Failed, match="took over 20 s"):
-        run._first(Answers(None), case, [], 20)
+        run._ask_first(FailingProcess(None), workload, [], 20)
 
 
-def test_the_first_answers_of_a_loop_are_among_those_that_are_checked():
+def test_the_first_answers_of_a_loop_are_checked():
     for cells in (2, 3, 5, 6, 97, 1000):
-        case = Case("ablations", 20, 2000, cells=cells)
-        assert set(jobs.sample(case, 2)) <= set(jobs.sample(case, min(cells, 4)))
+        workload = Workload("ablations", 20, 2000, cells=cells)
+        checked = jobs.sample_comparisons(workload, min(cells, 4))
+        assert set(jobs.sample_comparisons(workload, 2)) <= set(checked)
 
 
-def test_an_explained_difference_is_no_error():
-    case, checked = Case("pair", 30, 12, ("cka",)), [0]
+def test_an_explained_difference_is_not_wrong():
+    workload = Workload("pair", 30, 12, ("cka",))
     answer = {"values": np.array([0.9])}
-    package = dataclasses.replace(FAKES["wrong"], differs="it does otherwise")
-    found = run._agreement(case, package, answer, np.array([1.0]), checked)
-    assert found == {"error": pytest.approx(0.1), "status": "differs", "why": "it does otherwise"}
+    package = dataclasses.replace(FAKES["wrong"], differs="a reason")
+    facts = run._compare(workload, package, answer, np.array([1.0]), [0])
+    assert facts == {"error": pytest.approx(0.1), "status": "differs", "why": "a reason"}
 
 
-def row(package, seconds, calls=100, cells=100, **more):
+def make_row(package, seconds, calls=100, cells=100, **changes):
     facts = {"job": "ablations", "n": 50, "p": 1000, "layers": 1, "cells": cells, "of": cells}
     facts |= {"package": package, "metric": "cka_debiased", "status": "ok", "centres": True}
     facts |= {"device": "cpu", "commit": "a" * 40, "date": "2026-11-27T01:11:08+0000"}
     facts |= {"seconds": seconds, "calls": calls, "memory_bytes": 2e6, "error": 1e-7}
-    return facts | {"distance_error": 1e-3} | more
+    return facts | {"distance_error": 1e-3} | changes
 
 
-def test_tables_give_ratios_of_medians_and_say_what_was_sampled():
+def test_tables_show_ratios_of_medians_and_mark_samples():
     rows = [
-        row(tables.OURS, [0.01, 0.02, 0.05]),
-        row("slow", [0.3, 0.5, 0.4], calls=10),  # of a tenth of the comparisons: 4 s for all
-        row("lost", [], calls=2, status="failed", why="no memory"),
-        row("late", [1.0], status="failed", why="took over 30 s"),
-        without_times("elsewhere", status="not run", why="needs a CUDA device"),
+        make_row(tables.OURS, [0.01, 0.02, 0.05]),
+        make_row("slow", [0.3, 0.5, 0.4], calls=10),  # a tenth of the comparisons: 4 s for all
+        make_row("lost", [], calls=2, status="failed", why="no memory"),
+        make_row("late", [1.0], status="failed", why="took over 30 s"),
+        make_row_without_times("elsewhere", status="not run", why="needs a CUDA device"),
     ]
-    text = tables.ablations({"rows": rows}, "cka_debiased")
+    text = tables.tabulate_ablations({"rows": rows}, "cka_debiased")
     lines = text.splitlines()
     assert lines[0].startswith("|  | C = 100 |")
     assert "| 20 ms |" in lines[2]
     assert "| 4 s * (200 x) | 2 MB | 1e-03 |" in lines[3]
     assert "| failed |" in lines[4]
-    assert "| late | > 30 s |" in lines[5]  # also where its first round was in time
+    assert "| late | > 30 s |" in lines[5]  # although its first round finished
     assert lines[6] == "| elsewhere | not run |  |  |"
 
 
-def without_times(package, **more):
+def make_row_without_times(package, **changes):
     return {
         key: value
-        for key, value in row(package, [], **more).items()
+        for key, value in make_row(package, [], **changes).items()
         if key not in ("seconds", "calls", "memory_bytes", "error", "distance_error")
     }
 
 
-def test_every_row_has_the_error_of_its_job_and_its_rounds():
+def test_the_table_of_all_rows():
     rows = [
-        row(tables.OURS, [0.01, 0.02]),
-        row("once", [0.5], calls=10, status="wrong", why="off by 1e-07"),
-        row("a loop", [1, 2], why="a loop: its function for the whole job took over 30 s"),
-        without_times("elsewhere", status="not run", why="needs a CUDA device"),
-        row("pairs", [0.1, 0.3], 3, job="pairs", layers=3, of=3),
+        make_row(tables.OURS, [0.01, 0.02]),
+        make_row("once", [0.5], calls=10, status="wrong", why="off by 1e-07"),
+        make_row("a loop", [1, 2], why="a loop: its function for the whole job took over 30 s"),
+        make_row_without_times("elsewhere", status="not run", why="needs a CUDA device"),
+        make_row("pairs", [0.1, 0.3], 3, job="pairs", layers=3, of=3),
     ]
-    lines = tables.everything({"rows": rows}).splitlines()[2:]
+    lines = tables.tabulate_all_rows({"rows": rows}).splitlines()[2:]
     assert lines[0].endswith("| 15 ms | 10 ms to 20 ms |  | 2 MB | 1e-03 |")
     assert lines[1].endswith("| 5 s * | once | 10 of 100 | 2 MB | 1e-03, wrong |")
-    assert lines[3].endswith("| elsewhere | not run |  |  |  |  |")
-    assert lines[4].endswith("| 2 MB | 1e-07 |")
-    failures = tables.failures({"rows": rows}).splitlines()[2:]
+    assert lines[3].endswith("| 2 MB | 1e-07 |")
+    assert len(lines) == 4  # without the package that was not run
+    failures = tables.tabulate_failures({"rows": rows}).splitlines()[2:]
     assert [line.split(" | ")[2] for line in failures] == [
         "wrong: off by 1e-07",
         "a loop: its function for the whole job took over 30 s",
@@ -262,37 +264,37 @@ def test_every_row_has_the_error_of_its_job_and_its_rounds():
     ]
 
 
-def test_pairs_say_how_and_where():
-    """On a GPU, who ran on the CPU; on a CPU nobody."""
+def test_the_table_of_pairs_shows_methods_and_marks_cpu_packages():
+    """CPU packages are marked only if other packages ran on a GPU."""
     facts = {"job": "pairs", "layers": 3, "of": 3, "calls": 3}
     rows = [
-        row(tables.OURS, [0.1], **facts, device="cuda"),
-        row("numpy's", [0.3], **facts),
-        row("a loop", [0.2], **facts, device="cuda", why="a loop: its function failed"),
+        make_row(tables.OURS, [0.1], **facts, device="cuda"),
+        make_row("numpy's", [0.3], **facts),
+        make_row("a loop", [0.2], **facts, device="cuda", why="a loop: its function failed"),
     ]
     record = {"rows": rows, "packages": {"a loop: cka_debiased": "float32"}}
-    lines = tables.pairs(record, "cka_debiased").splitlines()[2:]
+    lines = tables.tabulate_pairs(record, "cka_debiased").splitlines()[2:]
     assert lines[0].startswith("| repsim_kernels | 100 ms |")
     assert lines[1].startswith("| numpy's (CPU) | 300 ms (3 x) |")
     assert lines[2].endswith("| float32; a loop: its function failed |")
     record["rows"] = [one | {"device": "cpu"} for one in rows]
-    assert "(CPU)" not in tables.pairs(record, "cka_debiased")
+    assert "(CPU)" not in tables.tabulate_pairs(record, "cka_debiased")
 
 
-def test_one_pair_names_the_fastest_and_the_fastest_that_centres():
+def test_one_pair_shows_the_fastest_and_the_fastest_that_centres():
     shape = {"job": "pair", "n": 50, "p": 64, "of": 1}
     rows = [
-        row(tables.OURS, [0.003], 1, **shape),
-        row("careful", [0.002], 1, **shape),
-        row("quick", [0.001], 1, **shape | {"centres": False}),
-        row("differs", [0.0001], 1, **shape | {"status": "differs", "why": "another"}),
-        row("late", [0.0001], 1, **shape | {"status": "failed", "why": "took over 30 s"}),
+        make_row(tables.OURS, [0.003], 1, **shape),
+        make_row("careful", [0.002], 1, **shape),
+        make_row("quick", [0.001], 1, **shape | {"centres": False}),
+        make_row("differs", [0.0001], 1, **shape | {"status": "differs", "why": "another"}),
+        make_row("late", [0.0001], 1, **shape | {"status": "failed", "why": "took over 30 s"}),
     ]
-    line = tables.one_pair({"rows": rows}, "cka_debiased").splitlines()[2]
-    assert line == "| 50 x 64 | 3 ms | careful, 2 ms | 1.50 | quick, 1 ms | 3.00 | 2 MB |"
-    rows.append(row("wrong", [0.0015], 1, **shape, status="wrong", why="off by 1.4e-03"))
-    line = tables.one_pair({"rows": rows}, "cka_debiased").splitlines()[2]
-    assert "| wrong, 1.5 ms (off by 1.4e-03) | 2.00 | quick, 1 ms | 3.00 |" in line
+    line = tables.tabulate_one_pair({"rows": rows}, "cka_debiased").splitlines()[2]
+    assert line == "| 50 x 64 | 3 ms | careful, 2 ms | 0.67 | quick, 1 ms | 0.33 | 2 MB |"
+    rows.append(make_row("wrong", [0.0015], 1, **shape, status="wrong", why="off by 1.4e-03"))
+    line = tables.tabulate_one_pair({"rows": rows}, "cka_debiased").splitlines()[2]
+    assert "| wrong, 1.5 ms (off by 1.4e-03) | 0.50 | quick, 1 ms | 0.33 |" in line
 
 
 @pytest.mark.parametrize(
@@ -312,29 +314,29 @@ def test_seconds(value, text):
 
 def test_the_figure_is_drawn(tmp_path):
     rows = [
-        row(name, [t * c], c, c)
+        make_row(name, [t * c], c, c)
         for name, t in ((tables.OURS, 1e-4), ("b", 1e-2))
         for c in (16, 100)
     ]
-    rows += [row(tables.OURS, [p * 1e-6], 1, job="pair", n=256, p=p, of=1) for p in (64, 4096)]
+    rows += [make_row(tables.OURS, [p * 1e-6], 1, job="pair", n=256, p=p, of=1) for p in (64, 4096)]
     out = tmp_path / "peers.png"
-    tables.figure({"rows": rows, "environment": {"device": "some CPU"}}, out)
+    tables.draw_figure({"rows": rows, "environment": {"device": "some CPU"}}, out)
     assert out.read_bytes().startswith(b"\x89PNG")
     assert out.stat().st_size > 10_000
 
 
-def test_curves_are_hollow_where_estimated_or_not_right_and_crossed_where_failed():
+def test_marks_are_hollow_for_estimates_and_crosses_for_failures():
     rows = [
-        row(tables.OURS, [0.01], 16, 16),
-        row(tables.OURS, [0.02]),
-        row("sampled", [0.1], 16, 16),
-        row("sampled", [0.1], 10),
-        row("other", [0.2], 16, 16, status="differs", why="another"),
-        row("other", [0.3], status="failed", why="took over 30 s"),
-        without_times("elsewhere", status="not run", why="needs a CUDA device"),
+        make_row(tables.OURS, [0.01], 16, 16),
+        make_row(tables.OURS, [0.02]),
+        make_row("sampled", [0.1], 16, 16),
+        make_row("sampled", [0.1], 10),
+        make_row("other", [0.2], 16, 16, status="differs", why="another"),
+        make_row("other", [0.3], status="failed", why="took over 30 s"),
+        make_row_without_times("elsewhere", status="not run", why="needs a CUDA device"),
     ]
     axes = Figure().subplots()
-    tables._curves(axes, {"rows": rows}, rows, lambda one: one["cells"])
+    tables._draw_curves(axes, {"rows": rows}, rows, lambda one: one["cells"])
     marks = {"o": [], "x": []}
     for line in axes.lines:
         if line.get_marker() in marks:

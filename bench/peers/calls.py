@@ -1,6 +1,6 @@
-"""How each package is called, as its own documentation does it.
+"""How each package is called, following its own documentation.
 
-A package is imported when it is first called: none is needed to import this module.
+A package is imported on its first call, so this module imports without any of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Pairs = Callable[[list[Any]], Any]
 Ablations = Callable[[Any, Any], Any]
 
 
-def _centred(x: Tensor) -> Tensor:
+def _centre(x: Tensor) -> Tensor:
     return x - x.mean(0)
 
 
@@ -41,7 +41,7 @@ def _debiased_cosine(k: Tensor, h: Tensor) -> Tensor:
 
 
 def plain_cka(x: Tensor, y: Tensor) -> Tensor:
-    x, y = _centred(x), _centred(y)
+    x, y = _centre(x), _centre(y)
     if x.shape[1] + y.shape[1] < 2 * len(x):
         xy, xx, yy = (torch.linalg.norm(a.T @ b) for a, b in ((x, y), (x, x), (y, y)))
         return xy**2 / (xx * yy)
@@ -49,18 +49,18 @@ def plain_cka(x: Tensor, y: Tensor) -> Tensor:
 
 
 def plain_cka_debiased(x: Tensor, y: Tensor) -> Tensor:
-    x, y = _centred(x), _centred(y)
+    x, y = _centre(x), _centre(y)
     return _debiased_cosine(x @ x.T, y @ y.T)
 
 
-def _plain_ablations(similarity: Pair, rest: Callable[..., Tensor]) -> Ablations:
-    """The original's Gram once, and for each cell that of what is left."""
+def _plain_ablations(similarity: Pair, gram_without: Callable[..., Tensor]) -> Ablations:
+    """Return a function of all ablations that computes the original's Gram once."""
 
     def ablations(x: Tensor, cells: Tensor) -> Tensor:
-        c = _centred(x)
+        c = _centre(x)
         k = c @ c.T
-        left = (rest(c, k, cells == cell) for cell in range(int(cells.max()) + 1))
-        return torch.stack([1 - similarity(k, h) for h in left])
+        grams = (gram_without(c, k, cells == cell) for cell in range(int(cells.max()) + 1))
+        return torch.stack([1 - similarity(k, h) for h in grams])
 
     return ablations
 
@@ -75,25 +75,25 @@ def _by_parts(c: Tensor, k: Tensor, cell: Tensor) -> Tensor:
     return k - part @ part.T
 
 
-def _plain_pairs(centred: Callable[[Tensor], Tensor]) -> Pairs:
-    """Each layer's Gram once, and the products of all of them in one."""
+def _plain_pairs(centre: Callable[[Tensor], Tensor]) -> Pairs:
+    """Return a function of all pairs: one Gram per layer, one product for all pairs."""
 
     def pairs(xs: list[Tensor]) -> Tensor:
-        grams = torch.stack([centred(c @ c.T).flatten() for c in map(_centred, xs)])
+        grams = torch.stack([centre(c @ c.T).flatten() for c in map(_centre, xs)])
         grams /= torch.linalg.norm(grams, dim=1, keepdim=True)
         return grams @ grams.T
 
     return pairs
 
 
-def _u_centred(k: Tensor) -> Tensor:
+def _u_centre(k: Tensor) -> Tensor:
     n = len(k)
     k.fill_diagonal_(0)
     rows = k.sum(1) / (n - 2)
     return (k - rows - rows[:, None] + rows.sum() / (n - 1)).fill_diagonal_(0)
 
 
-plain_cka_pairs, plain_cka_debiased_pairs = map(_plain_pairs, (lambda k: k, _u_centred))
+plain_cka_pairs, plain_cka_debiased_pairs = map(_plain_pairs, (lambda k: k, _u_centre))
 plain_cka_ablations = _plain_ablations(_cosine, _by_copy)
 plain_cka_debiased_ablations = _plain_ablations(_debiased_cosine, _by_copy)
 plain_cka_by_parts = _plain_ablations(_cosine, _by_parts)
@@ -113,13 +113,13 @@ def pytorch_cka(x: Any, y: Any) -> Tensor:
 
 
 def pytorch_cka_ablations(x: Tensor, cells: Tensor) -> Tensor:
-    """Copies one after the other, as all would not fit in memory: it goes over them once."""
+    """Pass the ablated copies as a generator: all at once they would not fit in memory."""
     copies: Any = (x * (cells != cell) for cell in range(int(cells.max()) + 1))
     return 1 - pytorch_cka(x, copies)[0]
 
 
 class _Layers(nn.Module):
-    """A network whose layers give what they are given: features of equal width, side by side."""
+    """A network that splits its input into features of equal width, one identity layer each."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class _Layers(nn.Module):
 
 
 class _Batch:
-    """A data loader of one batch."""
+    """A data loader with one batch."""
 
     dataset = "features"
 
@@ -159,10 +159,10 @@ def pytorch_cka_hooks(xs: list[Tensor]) -> Tensor:
 
 
 def torch_cka(x: Tensor, y: Tensor) -> Tensor:
-    return _compared(_Layers(1), _Layers(1), x, y)[0, 0]
+    return _compare(_Layers(1), _Layers(1), x, y)[0, 0]
 
 
-def _compared(first: _Layers, second: _Layers, x: Tensor, y: Tensor) -> Tensor:
+def _compare(first: _Layers, second: _Layers, x: Tensor, y: Tensor) -> Tensor:
     from torch_cka import CKA
 
     names = {"model1_layers": first.names, "model2_layers": second.names}
@@ -170,13 +170,13 @@ def _compared(first: _Layers, second: _Layers, x: Tensor, y: Tensor) -> Tensor:
         warnings.simplefilter("ignore")
         cka = CKA(first, second, "a", "b", **names, device=str(x.device))
         cka.compare(_Batch(x), _Batch(y))
-    found: Tensor = cka.export()["CKA"]
-    return found
+    matrix: Tensor = cka.export()["CKA"]
+    return matrix
 
 
 def torch_cka_pairs(xs: list[Tensor]) -> Tensor:
     x = torch.cat(xs, 1)
-    return _compared(_Layers(len(xs)), _Layers(len(xs)), x, x)
+    return _compare(_Layers(len(xs)), _Layers(len(xs)), x, x)
 
 
 def ckatorch(x: Tensor, y: Tensor) -> Tensor:
@@ -251,5 +251,5 @@ def sklearn_cca(x: np.ndarray, y: np.ndarray) -> Any:
 
 
 def plain_procrustes(x: Tensor, y: Tensor) -> Tensor:
-    x, y = _centred(x), _centred(y)
+    x, y = _centre(x), _centre(y)
     return torch.linalg.svdvals(x.T @ y).sum() / (torch.linalg.norm(x) * torch.linalg.norm(y))

@@ -1,4 +1,4 @@
-"""The jobs that packages are compared at, their inputs, and what must come out."""
+"""The jobs that packages are compared on, their inputs, and the expected results."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _PAIRS = {  # n: p
 
 
 @dataclass(frozen=True)
-class Case:
+class Workload:
     """One job at one size: ``layers`` representations of n stimuli and p neurons, in float32."""
 
-    job: str  # of JOBS
+    job: str  # one of JOBS
     n: int
     p: int
     metrics: tuple[str, ...] = CKA
@@ -37,52 +37,53 @@ class Case:
     cells: int = 0
 
     @property
-    def of(self) -> int:
-        """How many comparisons the job is, for who makes them one after the other."""
+    def n_comparisons(self) -> int:
+        """Number of comparisons of two representations that the job consists of."""
         return {"pair": 1, "pairs": self.layers * (self.layers - 1) // 2}.get(self.job, self.cells)
 
     @property
-    def count(self) -> int:
-        """How many representations there are."""
+    def n_inputs(self) -> int:
+        """Number of representations in the input."""
         return {"pair": 2, "pairs": self.layers}.get(self.job, 1)
 
     def labels(self) -> NDArray[np.int64]:
-        """The cell of each neuron."""
+        """Return the cell of each neuron."""
         return np.random.default_rng(1).permutation(np.arange(self.p) % max(self.cells, 1))
 
     def facts(self) -> dict[str, Any]:
-        found = asdict(self)
-        del found["metrics"]
-        return found | {"dtype": "float32", "of": self.of}
+        """Return the values that identify the job in a record."""
+        facts = asdict(self)
+        del facts["metrics"]
+        return facts | {"dtype": "float32", "of": self.n_comparisons}
 
 
-def cases(quick: bool) -> list[Case]:
-    """What is run, in this order."""
+def list_workloads(quick: bool) -> list[Workload]:
+    """Return the workloads in the order in which they run."""
     others = ("procrustes", "rsa")
     if quick:
         return [
-            Case("ablations", 20, 2000, layers=1, cells=8),
-            Case("pairs", 40, 100, layers=4),
-            Case("pair", 60, 20, (*CKA, *others, "cca")),
-            Case("pair", 60, 200, (*CKA, *others)),
+            Workload("ablations", 20, 2000, layers=1, cells=8),
+            Workload("pairs", 40, 100, layers=4),
+            Workload("pair", 60, 20, (*CKA, *others, "cca")),
+            Workload("pair", 60, 200, (*CKA, *others)),
         ]
-    found = [Case("ablations", 50, 193_600, cells=c) for c in (16, 100, 1000)]
-    found += [Case("pairs", 1000, 4096, (*CKA, "rsa"), layers=50)]
-    found += [Case("pair", n, p) for n, ps in _PAIRS.items() for p in ps]
+    large = [Workload("ablations", 50, 193_600, cells=c) for c in (16, 100, 1000)]
+    large += [Workload("pairs", 1000, 4096, (*CKA, "rsa"), layers=50)]
+    large += [Workload("pair", n, p) for n, ps in _PAIRS.items() for p in ps]
     return [
-        *found,
-        Case("pair", 500, 64, (*others, "cca")),
-        Case("pair", 500, 2048, others),
+        *large,
+        Workload("pair", 500, 64, (*others, "cca")),
+        Workload("pair", 500, 2048, others),
     ]
 
 
-def write_inputs(case: Case, folder: Path) -> list[Path]:
-    """Rectified activations with ten directions in common, a file each, for all to read."""
+def write_inputs(workload: Workload, folder: Path) -> list[Path]:
+    """Write rectified activations with ten shared directions, one file per representation."""
     rng = np.random.default_rng(0)
-    shared = rng.standard_normal((case.n, 10), dtype=np.float32)
+    shared = rng.standard_normal((workload.n, 10), dtype=np.float32)
     paths = []
-    for i in range(case.count):
-        x = shared @ rng.standard_normal((10, case.p), dtype=np.float32)
+    for i in range(workload.n_inputs):
+        x = shared @ rng.standard_normal((10, workload.p), dtype=np.float32)
         x /= 3
         x += rng.standard_normal(x.shape, dtype=np.float32)
         np.maximum(x, 0, out=x)
@@ -91,31 +92,33 @@ def write_inputs(case: Case, folder: Path) -> list[Path]:
     return paths
 
 
-def sample(case: Case, calls: int) -> list[int]:
-    """Which of the comparisons, evenly spread, where all would take too long."""
-    return [case.of * k // calls for k in range(calls)]
+def sample_comparisons(workload: Workload, calls: int) -> list[int]:
+    """Return the indices of an evenly spread sample of the comparisons."""
+    return [workload.n_comparisons * k // calls for k in range(calls)]
 
 
-def pairs_of(case: Case) -> list[tuple[int, int]]:
-    return list(combinations(range(case.layers), 2))
+def list_pairs(workload: Workload) -> list[tuple[int, int]]:
+    return list(combinations(range(workload.layers), 2))
 
 
-def wanted(case: Case, xs: Sequence[Any], metric: str, which: Sequence[int]) -> Array:
-    """Similarities by the definitions, in float64; of ablations and pairs those named."""
-    if case.job == "ablations":
-        x = _centred(xs[0])
-        return np.array([_similarity(metric, x, x * (case.labels() != k)) for k in which])
-    pairs = [(0, 1)] if case.job == "pair" else [pairs_of(case)[k] for k in which]
-    return np.array([_similarity(metric, *(_centred(xs[i]) for i in pair)) for pair in pairs])
+def compute_expected(
+    workload: Workload, xs: Sequence[Any], metric: str, which: Sequence[int]
+) -> Array:
+    """Return similarities by the float64 definitions, for the comparisons ``which``."""
+    if workload.job == "ablations":
+        x = _centre(xs[0])
+        return np.array([_similarity(metric, x, x * (workload.labels() != k)) for k in which])
+    pairs = [(0, 1)] if workload.job == "pair" else [list_pairs(workload)[k] for k in which]
+    return np.array([_similarity(metric, *(_centre(xs[i]) for i in pair)) for pair in pairs])
 
 
-def _centred(x: Any) -> Array:
+def _centre(x: Any) -> Array:
     c = np.asarray(x, np.float64)
     return c - c.mean(0)
 
 
 def _similarity(metric: str, x: Array, y: Array) -> float:
-    """Of centred representations."""
+    """Return the similarity of two centred representations."""
     if metric == "cca":
         u, v = (np.linalg.svd(z, full_matrices=False)[0] for z in (x, y))
         return float(np.linalg.svd(u.T @ v, compute_uv=False).mean())

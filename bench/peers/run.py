@@ -1,4 +1,4 @@
-"""Every package at every job, one process each, in turns: one JSON as it goes."""
+"""Measure every package on every job, one process per package, in turns."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ import numpy as np
 
 from bench.common.machine import Json, environment, load, number, save
 from bench.peers import jobs, tables
-from bench.peers.jobs import Case
+from bench.peers.jobs import Workload
 from bench.peers.packages import PACKAGES, Package
 from bench.peers.worker import serve
 
-_ROUNDS = 5  # at most; two at least
-# Seconds of one answer at most, and of the sample of a long loop; quick or not.
+_ROUNDS = 5  # at most; at least two
+# By `quick`: maximum seconds of one answer, and seconds for the sample of a long loop (the budget).
 _LIMITS = {True: (30.0, 0.2), False: (30.0, 2.5)}
-# A turn takes at least so many of the latter, and all turns of a package at most.
+# Minimum length of a turn, and maximum of all turns of a package, in units of the budget.
 _TURN, _TURNS = 0.1, 4
-# A loop is timed whole, however long, by who is at most so many times slower than the fastest peer.
+# A long loop is timed completely if it is at most this many times slower than the fastest one.
 _NEAR = 1.5
-# Where the inputs lie, in memory if it can be.
+# Folder for the inputs, in memory if possible.
 SHARED = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
 
 
 class Failed(RuntimeError):
-    """A package could not do a job: what it raised, how its process ended, or how long it took."""
+    """A package could not do a job: it raised an error, its process died, or it took too long."""
 
 
-class Served:
-    """A package's process, started anew where it died."""
+class PackageProcess:
+    """The worker process of a package; it is restarted after it died."""
 
     def __init__(self, package: Package, device: str) -> None:
         self.package, self.device = package, device
         self.process: Any = None
 
     def ask(self, limit: float, name: str, *arguments: Any) -> Any:
-        """What the worker answers within so many seconds."""
+        """Return the worker's answer; raise Failed after ``limit`` seconds."""
         if self.process is None:
             context = multiprocessing.get_context("spawn")
             self.connection: Connection
-            self.connection, theirs = context.Pipe()
+            self.connection, worker_end = context.Pipe()
             process = context.Process(
-                target=serve, args=(self.package.key, self.device, theirs), daemon=True
+                target=serve, args=(self.package.key, self.device, worker_end), daemon=True
             )
             process.start()
             self.process = process
-            theirs.close()
+            worker_end.close()
         try:
             self.connection.send((name, arguments))
             if not self.connection.poll(limit):
@@ -69,13 +69,13 @@ class Served:
         return answer
 
     def forget(self, limit: float) -> None:
-        """Let a process that lives have no inputs."""
+        """Let the worker release its inputs, if it is running."""
         if self.process is not None:
             with contextlib.suppress(Failed):
                 self.ask(limit, "forget")
 
     def stop(self) -> None:
-        """End the process: it does so itself, unless it is busy."""
+        """End the process: it exits when the connection closes, and is killed if it is busy."""
         if self.process is not None:
             self.connection.close()
             self.process.join(1)
@@ -87,156 +87,167 @@ class Served:
 def peers(
     out: Path | None, device: str = "cpu", quick: bool = False, job: str | None = None
 ) -> Json:
-    """Compare the packages; ``out`` is written as it goes, and the record given back.
+    """Compare the packages, saving the record to ``out`` after each workload; return it.
 
-    Of one job alone the rows are made anew, and those of the others stay as ``out`` has them.
+    With ``job``, only the rows of that job are measured; ``out`` keeps the rows of the others.
     """
     if job is not None and job not in jobs.JOBS:
         raise RuntimeError(f"--job {job}: expected one of {', '.join(jobs.JOBS)}")
     distributions = sorted({package.distribution for package in PACKAGES} - {""})
-    here = environment(device, tuple(distributions))
+    environment_facts = environment(device, tuple(distributions))
     record: Json = {
         "finished": False,
         "quick": quick,
-        "environment": here,
+        "environment": environment_facts,
         "packages": {package.key: package.note for package in PACKAGES},
         "rows": [],
     }
     if job and out and out.exists():
         record["rows"] = [row for row in load(out)["rows"] if row["job"] != job]
-    served = {package.key: Served(package, device) for package in PACKAGES}
+    processes = {package.key: PackageProcess(package, device) for package in PACKAGES}
     try:
-        for case in jobs.cases(quick):
-            if job not in (None, case.job):
+        for workload in jobs.list_workloads(quick):
+            if job not in (None, workload.job):
                 continue
             with tempfile.TemporaryDirectory(dir=SHARED, prefix=f"repsim-{os.getpid()}-") as folder:
-                for row in _case(case, Path(folder), served, device, quick):
-                    row.update(commit=here["commit"], date=here["date"])
+                for row in _measure(workload, Path(folder), processes, device, quick):
+                    row.update({key: environment_facts[key] for key in ("commit", "date")})
                     record["rows"].append(row)
                     why = f"{row['status']}: {row['why']}" if "why" in row else ""
-                    entries = filter(None, [*tables.entries(record, row), why])
+                    entries = filter(None, [*tables.format_row(record, row), why])
                     print(" | ".join(entries), flush=True)
             if out:
                 save(out, record)
     finally:
-        for each in served.values():
-            each.stop()
+        for process in processes.values():
+            process.stop()
     record["finished"] = True
     if out:
         save(out, record)
     return record
 
 
-def _case(
-    case: Case, folder: Path, served: dict[str, Served], device: str, quick: bool
+def _measure(
+    workload: Workload,
+    folder: Path,
+    processes: dict[str, PackageProcess],
+    device: str,
+    quick: bool,
 ) -> Iterator[Json]:
-    """The rows of a case: all answer once, then those that are right are timed in turns."""
+    """Yield the rows of a workload: check every package once, then time them in turns."""
     limit, budget = _LIMITS[quick]
-    paths = jobs.write_inputs(case, folder)
-    some = [served[package.key] for package in PACKAGES if _takes_part(package, case)]
+    paths = jobs.write_inputs(workload, folder)
+    taking_part = [processes[p.key] for p in PACKAGES if _takes_part(p, workload)]
     xs = [np.load(path, mmap_mode="r") for path in paths]
-    # The definitions take as long as a slow package: of many comparisons a few are checked.
-    checked = jobs.sample(case, min(case.of, 4))
-    wanted = {metric: jobs.wanted(case, xs, metric, checked) for metric in case.metrics}
-    rows: list[tuple[Served, Json]] = []
-    for each in some:
-        package = each.package
+    # The definitions are as slow as a slow package, so only a few comparisons are checked.
+    checked = jobs.sample_comparisons(workload, min(workload.n_comparisons, 4))
+    expected = {m: jobs.compute_expected(workload, xs, m, checked) for m in workload.metrics}
+    rows: list[tuple[PackageProcess, Json]] = []
+    for process in taking_part:
+        package = process.package
         row: Json = {
-            **case.facts(),
+            **workload.facts(),
             "package": package.name,
             "metric": package.metric,
             "device": device if package.kind != "numpy" else "cpu",
             "centres": package.centres,
             "status": "ok",
         }
-        rows.append((each, row))
+        rows.append((process, row))
         if package.kind == "cupy" and device != "cuda":
             row.update(status="not run", why="needs a CUDA device")
             continue
         try:
-            answer = _first(each, case, paths, limit)
+            answer = _ask_first(process, workload, paths, limit)
         except Failed as failure:
             row.update(status="failed", why=str(failure))
             continue
         row.update(answer.pop("how", {}))
-        row.update(_agreement(case, package, answer, wanted[package.metric], checked))
+        row.update(_compare(workload, package, answer, expected[package.metric], checked))
         row["memory_bytes"] = max(0, answer["memory"])
-        row["once"] = answer["seconds"] / answer["calls"] * case.of
-        row["calls"] = case.of if answer["calls"] == case.of else 0  # 0: not decided yet
-    _plan(case, rows, budget, quick)
-    _in_turns([(s, row) for s, row in rows if "once" in row], limit, budget)
-    for each, row in rows:
+        total = workload.n_comparisons
+        row["once"] = answer["seconds"] / answer["calls"] * total
+        row["calls"] = total if answer["calls"] == total else 0  # 0: not decided yet
+    _plan_calls(workload, rows, budget, quick)
+    _time_in_turns([(process, row) for process, row in rows if "once" in row], limit, budget)
+    for process, row in rows:
         row.pop("once", None)
-        each.forget(limit)
+        process.forget(limit)
         yield row
 
 
-def _takes_part(package: Package, case: Case) -> bool:
-    if package.metric not in case.metrics:
+def _takes_part(package: Package, workload: Workload) -> bool:
+    if package.metric not in workload.metrics:
         return False
-    return package.pair is not None or package.whole(case.job) is not None
+    return package.pair is not None or package.job_function(workload.job) is not None
 
 
-def _first(each: Served, case: Case, paths: list[Path], limit: float) -> Json:
-    """A package's first answer; where its own function for the whole job fails, by a loop."""
+def _ask_first(
+    process: PackageProcess, workload: Workload, paths: list[Path], limit: float
+) -> Json:
+    """Return a package's first answer; if its function for the job fails, by a loop."""
+    package = process.package
     try:
-        return cast(Json, each.ask(limit, "first", case, paths))
+        return cast(Json, process.ask(limit, "first", workload, paths))
     except Failed as failure:
-        if each.package.pair is None or each.package.whole(case.job) is None:
+        if package.pair is None or package.job_function(workload.job) is None:
             raise
-        answer: Json = each.ask(limit, "first", case, paths, True)
+        answer: Json = process.ask(limit, "first", workload, paths, True)
         return answer | {"how": {"why": f"a loop: its function for the whole job {failure}"}}
 
 
-def _agreement(
-    case: Case, package: Package, answer: Json, wanted: np.ndarray, checked: list[int]
+def _compare(
+    workload: Workload, package: Package, answer: Json, expected: np.ndarray, checked: list[int]
 ) -> Json:
-    """How far the numbers are from the definition's: of similarities, and of distances."""
+    """Return the errors of similarities and distances, and a status if they are too large."""
     values = answer["values"]
-    if len(values) == case.of:
-        got, want = values[checked], wanted
-    else:  # a loop's first two comparisons are the sample's of two
-        own = jobs.sample(case, len(values))
+    if len(values) == workload.n_comparisons:
+        got, want = values[checked], expected
+    else:  # the first two comparisons of a loop are a sample of two
+        own = jobs.sample_comparisons(workload, len(values))
         common = [k for k in own if k in checked]
         got = np.array([values[own.index(k)] for k in common])
-        want = np.array([wanted[checked.index(k)] for k in common])
-    off = float(np.max(np.abs(got - want) / np.abs(want)))
-    apart = float(np.max(np.abs(got - want) / np.maximum(np.abs(1 - want), 1e-300)))
-    found: Json = {"error": number(off)}
-    if case.job == "ablations":
-        found["distance_error"] = number(apart)
-    if not off <= package.tolerance:
-        found["status"] = "differs" if package.differs else "wrong"
-        found["why"] = package.differs or f"off by {off:.1e}"
-    return found
+        want = np.array([expected[checked.index(k)] for k in common])
+    error = float(np.max(np.abs(got - want) / np.abs(want)))
+    facts: Json = {"error": number(error)}
+    if workload.job == "ablations":
+        distances = np.maximum(np.abs(1 - want), 1e-300)
+        facts["distance_error"] = number(float(np.max(np.abs(got - want) / distances)))
+    if not error <= package.tolerance:
+        facts["status"] = "differs" if package.differs else "wrong"
+        facts["why"] = package.differs or f"off by {error:.1e}"
+    return facts
 
 
-def _plan(case: Case, rows: list[tuple[Served, Json]], budget: float, quick: bool) -> None:
-    """Decide who makes all comparisons of a loop, and who a sample of them."""
+def _plan_calls(
+    workload: Workload, rows: list[tuple[PackageProcess, Json]], budget: float, quick: bool
+) -> None:
+    """Decide which loops make all comparisons, and which a sample of them."""
+    total = workload.n_comparisons
     loops = [row for _, row in rows if row.get("calls") == 0]
-    peer = min((row["once"] for row in loops), default=0.0)
+    fastest = min((row["once"] for row in loops), default=0.0)
     for row in loops:
-        whole = row["once"] <= budget or (not quick and row["once"] <= _NEAR * peer)
-        sampled = max(2, min(case.of, int(budget / row["once"] * case.of)))
-        row["calls"] = case.of if whole else sampled
+        complete = row["once"] <= budget or (not quick and row["once"] <= _NEAR * fastest)
+        sampled = max(2, min(total, int(budget / row["once"] * total)))
+        row["calls"] = total if complete else sampled
 
 
-def _in_turns(rows: list[tuple[Served, Json]], limit: float, budget: float) -> None:
-    """Time all, one after the other, again and again: what slows the machine slows all."""
+def _time_in_turns(rows: list[tuple[PackageProcess, Json]], limit: float, budget: float) -> None:
+    """Time all packages in repeated rounds, so that a slow machine affects all of them."""
     spent = dict.fromkeys(range(len(rows)), 0.0)
     for _, row in rows:
         row["seconds"] = []
     for turn in range(_ROUNDS):
         for k in range(len(rows)):
             i = (k + turn) % len(rows)
-            each, row = rows[i]
-            again = 0.0 if turn == 0 else spent[i] / turn
-            if row["status"] == "failed" or (turn > 1 and spent[i] + again > _TURNS * budget):
+            process, row = rows[i]
+            expected = 0.0 if turn == 0 else spent[i] / turn
+            if row["status"] == "failed" or (turn > 1 and spent[i] + expected > _TURNS * budget):
                 continue
             if turn == 1 and row["once"] > 10 * budget:
                 continue
             try:
-                seconds = each.ask(
+                seconds = process.ask(
                     max(limit, 3 * row["once"]), "time", row["calls"], _TURN * budget
                 )
                 row["seconds"].append(seconds)

@@ -1,4 +1,4 @@
-"""A process for one package: it answers, is timed, and says what memory it took."""
+"""The worker process of one package: it computes, times itself and reports its memory."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.peers.jobs import Case, pairs_of, sample
+from bench.peers.jobs import Workload, list_pairs, sample_comparisons
 from bench.peers.packages import PACKAGES, Package
 
-_SHARE = 0.8  # of the machine's memory that a package may take before it is said to fail
+_SHARE = 0.8  # of the machine's memory; allocations beyond it fail
 
 
 def serve(key: str, device: str, connection: Connection) -> None:
-    """Answer requests until there are no more: (name, arguments) in, (ok, result) out."""
+    """Answer requests (name, arguments) with (ok, result) until the connection closes."""
     package = next(package for package in PACKAGES if package.key == key)
     if device == "cpu" or package.kind == "numpy":
-        _bound_memory()
+        _limit_memory()
     worker = None
     while True:
         try:
@@ -42,7 +42,7 @@ def serve(key: str, device: str, connection: Connection) -> None:
 
 
 class Worker:
-    """A package at one case after the other."""
+    """Runs a package on one workload after another."""
 
     def __init__(self, package: Package, device: str) -> None:
         self.package = package
@@ -50,34 +50,35 @@ class Worker:
         self._warm_up()
 
     def _warm_up(self) -> None:
-        """Import what the package needs, so that no job is charged for it."""
-        some = np.random.default_rng(0).standard_normal((2, 9, 4), dtype=np.float32)
-        x, y = map(self._on_device, some)
+        """Import what the package needs, so that imports are not timed."""
+        arrays = np.random.default_rng(0).standard_normal((2, 9, 4), dtype=np.float32)
+        x, y = map(self._to_device, arrays)
         if self.package.pair:
             self.package.pair(x, y)
         if self.package.all_pairs:
             self.package.all_pairs([x, y])
         if self.package.ablations:
-            self.package.ablations(x, self._on_device(np.arange(4) % 2))
+            self.package.ablations(x, self._to_device(np.arange(4) % 2))
 
     def forget(self) -> None:
-        """Let go of the inputs, so that others have the memory."""
+        """Release the inputs, so that other processes have the memory."""
         self.xs: list[Any] = []
-        self.labels = self.whole = None
+        self.labels = self.job_function = None
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
-    def first(self, case: Case, paths: list[Path], by_loop: bool = False) -> dict[str, Any]:
-        """Load the inputs and make the job's first comparisons: values, seconds, memory."""
+    def first(self, workload: Workload, paths: list[Path], by_loop: bool = False) -> dict[str, Any]:
+        """Load the inputs, make the first comparisons, and return values, seconds and memory."""
         self.forget()
-        self.case = case
-        # Mapped, not read: the processes share the memory, and what they take is beside it.
-        self.xs = [self._on_device(np.load(path, mmap_mode="c")) for path in paths]
+        self.workload = workload
+        # Memory-mapped, so that all processes share the inputs and none counts them as its own.
+        self.xs = [self._to_device(np.load(path, mmap_mode="c")) for path in paths]
         for x in self.xs:
             x.max()
-        self.labels = self._on_device(case.labels())
-        self.whole = None if by_loop else self._whole()
-        calls = case.of if self.whole else min(case.of, 2)
+        self.labels = self._to_device(workload.labels())
+        self.job_function = None if by_loop else self._bind_job_function()
+        total = workload.n_comparisons
+        calls = total if self.job_function else min(total, 2)
         before = self._start_memory()
         start = time.perf_counter()
         values = self._values(calls)
@@ -86,53 +87,54 @@ class Worker:
         return {"values": values, "calls": calls, "seconds": seconds, "memory": memory}
 
     def time(self, calls: int, least: float) -> float:
-        """Seconds of so many of the job's comparisons: the median of as many as `least` s allow.
+        """Return the median seconds of ``calls`` comparisons, repeated for at least ``least`` s.
 
-        One before does not count: it finds caches and pages that others had.
+        One comparison before that is not timed: caches and pages belonged to other processes.
         """
         self._compute(1)
         self._synchronize()
-        found: list[float] = []
+        times: list[float] = []
         end = time.perf_counter() + least
-        while not found or time.perf_counter() < end:
+        while not times or time.perf_counter() < end:
             start = time.perf_counter()
             self._compute(calls)
             self._synchronize()
-            found.append(time.perf_counter() - start)
-        return statistics.median(found)
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
 
-    def _whole(self) -> Callable[[], Any] | None:
-        """The package's own way to the whole job; None where users write a loop."""
-        function: Any = self.package.whole(self.case.job)
-        arguments = [self.xs] if self.case.job == "pairs" else [self.xs[0], self.labels]
+    def _bind_job_function(self) -> Callable[[], Any] | None:
+        """Return the package's function for the whole job; None if users write a loop."""
+        function: Any = self.package.job_function(self.workload.job)
+        arguments = [self.xs] if self.workload.job == "pairs" else [self.xs[0], self.labels]
         return function and (lambda: function(*arguments))
 
     def _compute(self, calls: int) -> list[Any]:
-        if self.whole:
-            return [self.whole()]
+        if self.job_function:
+            return [self.job_function()]
         pair = self.package.pair
         assert pair is not None
-        if self.case.job == "pair":
+        if self.workload.job == "pair":
             return [pair(*self.xs)]
-        which = sample(self.case, calls)
-        if self.case.job == "pairs":
-            pairs = pairs_of(self.case)
+        which = sample_comparisons(self.workload, calls)
+        if self.workload.job == "pairs":
+            pairs = list_pairs(self.workload)
             return [pair(self.xs[i], self.xs[j]) for i, j in (pairs[k] for k in which)]
         x = self.xs[0]
         return [pair(x, x * (self.labels != k)) for k in which]
 
     def _values(self, calls: int) -> np.ndarray:
-        """Similarities, of all comparisons or of those in the sample."""
-        found = self._compute(calls)
+        """Return the similarities of all comparisons, or of a sample."""
+        results = self._compute(calls)
         self._synchronize()
-        if not self.whole:
-            return np.array([float(value) for value in found])
-        values = np.asarray(found[0].cpu() if torch.is_tensor(found[0]) else found[0], np.float64)
-        if self.case.job == "ablations":
+        if not self.job_function:
+            return np.array([float(value) for value in results])
+        result = results[0].cpu() if torch.is_tensor(results[0]) else results[0]
+        values = np.asarray(result, np.float64)
+        if self.workload.job == "ablations":
             return 1 - values
-        return np.array([values[i, j] for i, j in pairs_of(self.case)])
+        return np.array([values[i, j] for i, j in list_pairs(self.workload)])
 
-    def _on_device(self, x: np.ndarray) -> Any:
+    def _to_device(self, x: np.ndarray) -> Any:
         if self.package.kind == "torch":
             return torch.from_numpy(x).to(self.device)
         return importlib.import_module("cupy").asarray(x) if self.package.kind == "cupy" else x
@@ -142,7 +144,7 @@ class Worker:
             torch.cuda.synchronize()
 
     def _start_memory(self) -> int:
-        """Bytes in use now, from which the peak is counted."""
+        """Reset the peak and return the bytes in use now."""
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             if self.package.kind == "cupy":
@@ -150,31 +152,31 @@ class Worker:
             return torch.cuda.memory_allocated() + _cupy_bytes(self.package)
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-        return _status("VmRSS")
+        return _read_status("VmRSS")
 
     def _peak_memory(self) -> int:
         if self.device == "cuda":
             return torch.cuda.max_memory_allocated() + _cupy_bytes(self.package)
-        return _status("VmHWM")
+        return _read_status("VmHWM")
 
 
 def _cupy_bytes(package: Package) -> int:
-    """What CuPy's pool holds: it keeps what was freed, so that this is its peak."""
+    """Return the size of CuPy's memory pool, its peak because the pool keeps freed blocks."""
     if package.kind != "cupy":
         return 0
     return int(importlib.import_module("cupy").get_default_memory_pool().total_bytes())
 
 
-def _status(name: str) -> int:
-    """A count of bytes that Linux keeps of this process."""
+def _read_status(name: str) -> int:
+    """Return a byte count of this process from /proc/self/status."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"{name} is not in /proc/self/status")
 
 
-def _bound_memory() -> None:
-    """Let allocations fail before the machine kills a process for them."""
+def _limit_memory() -> None:
+    """Make allocations fail before the system kills a process that takes too much memory."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    most = _status("VmSize") + int(_SHARE * physical)
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    limit = _read_status("VmSize") + int(_SHARE * physical)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

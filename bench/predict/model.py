@@ -37,7 +37,7 @@ Each row is one call at a shape from the study.
 * **µs**: the larger of bytes / 4.3 TB/s and operations / rate; **bound**: which of the two is
   larger. 4.3 TB/s is the rate of a large copy on an H200. The rates are assumed: 400 TFLOP/s for
   TF32 products, a third of that for tf32x3, which needs three products, and 60 TFLOP/s for
-  everything else (ieee). Host work and kernel launches, a few µs each, are not included.
+  all other operations (ieee). Host work and kernel launches, a few µs each, are not included.
 * **kernels**: the kernels that the call launches; the columns to the right have one entry per
   kernel. **tensor cores**: the tensor-core instruction used (DMMA is float64).
 * **blocks**: the number of blocks that fit on a multiprocessor at once, limited by registers,
