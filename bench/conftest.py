@@ -112,7 +112,7 @@ class Timed:
         call = call or partial(getattr(rk, operation), **options)
         oracle = oracle or reference(operation, **options)
         check = check or as_distances(operation, dtype)
-        inputs = timing.rotating(make, device)
+        inputs = timing.make_inputs(make, device)
 
         def run(*some: Tensor) -> Any:
             result = call(*some)
@@ -152,7 +152,7 @@ class Timed:
         def tensor(*some: Tensor) -> Tensor:
             return next(found for found in leaves(call(*some)) if isinstance(found, Tensor))
 
-        found = timing.on_device(tensor, inputs, call_ms, _SECONDS)
+        found = timing.measure_on_device(tensor, inputs, call_ms, _SECONDS)
         if found.pop("spoiled", False):
             pytest.exit(f"{self.benchmark.group}: {found['how']}; no later time would be right", 1)
         return found

@@ -191,9 +191,9 @@ def test_rounds_are_not_of_the_call_that_compiles(monkeypatch, device, rounds) -
 
     monkeypatch.setattr(conftest, "time", clock)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    monkeypatch.setattr(timing, "rotating", lambda make, device: [(torch.ones(3),)] * 2)
+    monkeypatch.setattr(timing, "make_inputs", lambda make, device: [(torch.ones(3),)] * 2)
     monkeypatch.setattr(timing, "measure", lambda *_: {"ms": 100.0})
-    monkeypatch.setattr(timing, "on_device", lambda *_: {"ms": 90.0})
+    monkeypatch.setattr(timing, "measure_on_device", lambda *_: {"ms": 90.0})
     benchmark = Benchmark(clock)
     config = SimpleNamespace(stash=pytest.Stash())
     request = SimpleNamespace(getfixturevalue=lambda _: {"copy": 1e9}, config=config)

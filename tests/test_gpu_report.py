@@ -1,4 +1,4 @@
-"""The GPU report's rows: rehearsed on a CPU, and robust to whatever a first run on a GPU meets."""
+"""The rows of the GPU report: a rehearsal on the CPU, and every failure that a GPU might bring."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from _cupy import FakeCupy
 
 from bench.common.machine import ROOT
 from bench.gpu_report import rows, run, sanitizer_target
-from bench.gpu_report.case import Case, PlainCupy
+from bench.gpu_report.case import KernelCase, PlainCupy
 from bench.gpu_report.cases import list_cases, list_native_cases
 from repsim_kernels.kernels import cupy as cuda_kernels
 from repsim_kernels.kernels import triton as triton_kernels
@@ -51,10 +51,10 @@ def stops(x):
     raise SystemExit(1)
 
 
-def rows_of(quick):
-    """A row that is right, and rows to be spoiled."""
+def make_cases(quick):
+    """Return three rows with correct kernels."""
     return [
-        Case(
+        KernelCase(
             name,
             "n=3",
             torch.float32,
@@ -71,8 +71,9 @@ def rows_of(quick):
     ]
 
 
-def spoiled(quick, call):
-    first, second, third = rows_of(quick)
+def make_spoiled(quick, call):
+    """Replace a route of the second row."""
+    first, second, third = make_cases(quick)
     return [first, dataclasses.replace(second, routes={"plain": call}), third]
 
 
@@ -82,23 +83,23 @@ def dies_at_once(quick):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Kernels may run on the CPU; these here are plain functions."""
+    """Allow kernels on the CPU; the kernels of these tests are plain functions."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
-def measured_rows(make, end, **options):
-    """Three rows after a turn, and what was kept of them is the same."""
-    record = {"ceilings": RATES, "rows": [rows.new_row(case) for case in rows_of(True)]}
-    kept = [json.dumps(record)]
+def measure_three(make, end, **options):
+    """Measure three rows; check that the saved record equals the result."""
+    record = {"ceilings": RATES, "rows": [rows.new_row(case) for case in make_cases(True)]}
+    saved = [json.dumps(record)]
     rows.measure_rows(
-        record, lambda: kept.append(json.dumps(record)), "cpu", True, make, end, **options
+        record, lambda: saved.append(json.dumps(record)), "cpu", True, make, end, **options
     )
-    assert json.loads(kept[-1]) == record
+    assert json.loads(saved[-1]) == record
     return record["rows"]
 
 
-def measured(rates=RATES, **changes):
-    case = dataclasses.replace(rows_of(True)[0], **changes)
+def measure_one(rates=RATES, **changes):
+    case = dataclasses.replace(make_cases(True)[0], **changes)
     row = rows.new_row(case)
     rows.measure(row, case, "cpu", True, rates, lambda: None)
     return row
@@ -126,7 +127,7 @@ def test_rehearsal(tmp_path, interpret):
     verdict = done.stdout.splitlines()[-1]
     assert verdict == f"verdict: {record['verdict']}"
     assert ("kernels NOT RUN" if interpret == "0" else "on no GPU") in verdict
-    assert "tests not run: there is no GPU" in verdict
+    assert "tests not run: no GPU" in verdict
     assert record["study"]["seconds"] > 0
     assert torch.__version__.startswith(record["environment"]["torch"].partition("+")[0])
     assert min(record["ceilings"].values()) > 0
@@ -146,16 +147,16 @@ def test_rehearsal(tmp_path, interpret):
             assert row["of_floor"] == row["floor_ms"] / row["ms"]
 
 
-def test_the_rows_of_a_gpu():
-    found = list_cases(False)
-    assert len({(r.name, r.shape, r.dtype, r.precision) for r in found}) == len(found) > 30
-    assert {r.precision for r in found} <= set(RATES)
-    assert all(r.bytes > 1e7 and r.routes for r in found)
-    assert {r.precision for r in found if r.name == "riccati"} == {"float64"}
+def test_gpu_rows_are_unique_and_large():
+    cases = list_cases(False)
+    assert len({(r.name, r.shape, r.dtype, r.precision) for r in cases}) == len(cases) > 30
+    assert {r.precision for r in cases} <= set(RATES)
+    assert all(r.bytes > 1e7 and r.routes for r in cases)
+    assert {r.precision for r in cases if r.name == "riccati"} == {"float64"}
 
 
 def test_every_kernel_has_a_row():
-    """A module with launch settings of its own, `choose`, has a kernel."""
+    """A module that defines `choose` has a kernel."""
     folder = ROOT / "bench" / "gpu_report"
     text = (folder / "cases.py").read_text() + (folder / "solver_cases.py").read_text()
     kernels = {
@@ -173,8 +174,8 @@ def test_every_kernel_has_a_row():
     list_cases(True) + list_native_cases(True),
     ids=lambda c: f"{c.name} {c.shape} {c.dtype}",
 )
-def test_every_route_gives_the_rows_numbers(case):
-    """NumPy stands in for CuPy, float32 for bfloat16, which NumPy has not."""
+def test_every_route_matches_the_reference(case):
+    """NumPy replaces CuPy, and float32 replaces bfloat16, which NumPy lacks."""
     inputs = case.inputs(torch.Generator().manual_seed(0))
     want = case.reference(*inputs)
     rounded = case.name.startswith("masked_pointwise") and case.dtype == torch.bfloat16
@@ -188,8 +189,8 @@ def test_every_route_gives_the_rows_numbers(case):
         assert rows.relative_error(got, want, case.parts) < (2**-8 if rounded else 1e-5)
 
 
-def test_cupy_works_on_torchs_stream(monkeypatch):
-    """NumPy's arrays, and a CuPy that takes notes of its device and stream."""
+def test_cupy_uses_torchs_stream(monkeypatch):
+    """A fake CuPy with NumPy arrays records its device and stream."""
     cupy = FakeCupy()
     cupy.from_dlpack = np.from_dlpack
     monkeypatch.setitem(sys.modules, "cupy", cupy)
@@ -208,19 +209,19 @@ def test_cupy_works_on_torchs_stream(monkeypatch):
     assert cupy.events[2:] == [(*scope, "exit") for scope in reversed(scopes)]
 
 
-def test_rows_that_plain_cupy_can_do_have_its_route():
-    found = list_cases(False)
-    natural = {c.name for c in found if "cupy" in c.routes}
-    assert natural == {
+def test_rows_with_a_plain_cupy_route():
+    cases = list_cases(False)
+    names = {c.name for c in cases if "cupy" in c.routes}
+    assert names == {
         *("centered_gram", "cell_grams", "class_means", "neuron_major", "variate_weights"),
         *("ablate, ReLU", "eigh", "svd", "cell_grams, CUDA C++"),
     }
-    assert all("cupy" in c.routes for c in found if c.name in natural)
+    assert all("cupy" in c.routes for c in cases if c.name in names)
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_cupy_that_is_not_there_costs_nothing():
-    row = measured(routes={"plain": double, "cupy": PlainCupy(lambda xp, dtype, x: 2 * x)})
+def test_a_missing_cupy_is_ignored():
+    row = measure_one(routes={"plain": double, "cupy": PlainCupy(lambda xp, dtype, x: 2 * x)})
     assert row["status"] == "ok"
     assert row["routes"]["cupy"]["why"]
     assert row["torch_route"] == "plain"
@@ -228,7 +229,7 @@ def test_cupy_that_is_not_there_costs_nothing():
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_the_ratio_to_cupy_stands_beside_that_to_torch(monkeypatch):
+def test_ratios_to_cupy_and_to_torch(monkeypatch):
     monkeypatch.setattr(rows.module, "unsupported", lambda *_: None)
     monkeypatch.setattr(rows, "_free_cupy", lambda: None)
 
@@ -236,25 +237,25 @@ def test_the_ratio_to_cupy_stands_beside_that_to_torch(monkeypatch):
         time.sleep(0.01)
         return 2 * x
 
-    row = measured(routes={"plain": double, "cupy": slow})
+    row = measure_one(routes={"plain": double, "cupy": slow})
     assert row["cupy_ms"] == row["routes"]["cupy"]["ms"] > 10
     assert row["cupy_ratio"] == row["cupy_ms"] / row["call"]["ms"]
     assert row["torch_ms"] == row["routes"]["plain"]["ms"]
 
 
 @pytest.mark.parametrize("route", [double, lambda x: 3 * x, lambda x: 1 / 0])
-def test_cupys_memory_is_given_back_however_its_route_ends(monkeypatch, route):
-    given_back = []
+def test_cupys_memory_is_freed_however_its_route_ends(monkeypatch, route):
+    freed = []
     monkeypatch.setattr(rows.module, "unsupported", lambda *_: None)
-    monkeypatch.setattr(rows, "_free_cupy", lambda: given_back.append(1) or 1 / 0)
-    row = measured(routes={"cupy": route, "plain": double})
-    assert given_back == [1]
+    monkeypatch.setattr(rows, "_free_cupy", lambda: freed.append(1) or 1 / 0)
+    row = measure_one(routes={"cupy": route, "plain": double})
+    assert freed == [1]
     assert row["torch_ms"] > 0
 
 
 @pytest.mark.usefixtures("interpreted")
 def test_a_wrong_route_is_not_timed():
-    row = measured(routes={"plain": lambda x: 3 * x, "backend": double})
+    row = measure_one(routes={"plain": lambda x: 3 * x, "backend": double})
     assert "ms" not in row["routes"]["plain"]
     assert row["routes"]["plain"]["error"] == pytest.approx(0.5)
     assert row["torch_route"] == "backend"
@@ -262,15 +263,15 @@ def test_a_wrong_route_is_not_timed():
 
 @pytest.mark.usefixtures("interpreted")
 def test_without_ceilings_there_is_no_floor():
-    row = measured({"why": "failed"})
+    row = measure_one({"why": "failed"})
     assert row["status"] == "ok"
     assert row["ratio"] > 0
     assert not {"floor_ms", "of_floor"} & set(row)
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_a_right_kernel_is_timed():
-    row = measured()
+def test_a_correct_kernel_is_timed():
+    row = measure_one()
     assert row["status"] == "ok"
     assert row["error"] == 0
     assert row["call"]["min_ms"] <= row["ms"] <= row["call"]["max_ms"]
@@ -284,13 +285,13 @@ def test_a_right_kernel_is_timed():
     [
         (lambda x: 2.001 * x, pytest.approx(5e-4, rel=1e-2)),
         (lambda x: x * torch.nan, "nan"),
-        (lambda x: torch.empty_like(x), "nan"),  # memory that is not written holds NaN
+        (lambda x: torch.empty_like(x), "nan"),  # unwritten memory holds NaN
     ],
     ids=["wrong", "NaN", "unwritten"],
 )
 def test_a_wrong_kernel_is_not_timed(kernel, error):
     calls = []
-    row = measured(kernel=lambda x: calls.append(0) or kernel(x))
+    row = measure_one(kernel=lambda x: calls.append(0) or kernel(x))
     assert row["status"] == "WRONG"
     assert row["error"] == error
     assert len(calls) == 1
@@ -299,7 +300,7 @@ def test_a_wrong_kernel_is_not_timed(kernel, error):
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_a_small_wrong_part_does_not_hide():
+def test_errors_are_computed_per_part():
     want = torch.tensor([[1e6, 1e6], [1.0, 1.0]])
     got = want + torch.tensor([[0.0, 0.0], [1e-3, 1e-3]])
     assert rows.relative_error(got, want) < 1e-8
@@ -307,81 +308,81 @@ def test_a_small_wrong_part_does_not_hide():
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_failures_keep_to_their_row():
-    row = measured(kernel=lambda x: x[:2])
+def test_failures_are_recorded_in_their_row():
+    row = measure_one(kernel=lambda x: x[:2])
     assert row["status"] == "error"
-    assert "(2,), not (3,)" in row["why"]
+    assert "(2,); expected (3,)" in row["why"]
     assert row["torch_ms"] > 0
-    row = measured(routes={"plain": lambda x: 1 / 0})
+    row = measure_one(routes={"plain": lambda x: 1 / 0})
     assert row["status"] == "ok"
     assert "ZeroDivisionError" in row["routes"]["plain"]["why"]
     assert "ratio" not in row
-    row = measured(inputs=lambda g: 1 / 0)
+    row = measure_one(inputs=lambda g: 1 / 0)
     assert row["status"] == "error"
     assert "inputs or reference: ZeroDivisionError" in row["why"]
 
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("end", [interrupts, stops])
-def test_a_run_that_is_cut_off_has_sent_what_it_has(end):
+def test_an_interrupted_run_has_sent_its_rows(end):
     sent = {}
 
-    def send(news):
-        index, row = news
+    def send(message):
+        index, row = message
         sent[index] = json.loads(json.dumps(row))
 
-    make, late = partial(spoiled, call=end), time.time() + run.WHOLE
+    make, late = partial(make_spoiled, call=end), time.time() + run.WHOLE
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         rows.measure_cases(send, "cpu", True, make, RATES, [0, 1, 2], late)
     assert [row["status"] for row in sent.values()] == ["ok", "running"]
     assert sent[0]["ms"] > 0
 
 
-def test_rows_wait_for_their_last_turn_and_are_then_skipped():
-    waiting = measured_rows(rows_of, time.time(), last=False)
+def test_rows_wait_until_the_last_turn_and_are_then_skipped():
+    waiting = measure_three(make_cases, time.time(), last=False)
     assert [row["status"] for row in waiting] == ["waiting"] * 3
-    skipped = measured_rows(rows_of, time.time())
-    assert {(row["status"], row["why"]) for row in skipped} == {("skipped", "no time was left")}
+    skipped = measure_three(make_cases, time.time())
+    assert {(row["status"], row["why"]) for row in skipped} == {("skipped", "no time remained")}
 
 
-def test_a_row_that_is_cut_off_by_the_first_turns_end_waits_again(monkeypatch):
+def test_a_row_interrupted_by_the_end_of_the_first_turn_waits_again(monkeypatch):
     clock = SimpleNamespace(time=lambda: clock.now, now=1000.0)
 
     def watch(work, *arguments, end, silence):
-        yield 0, {**rows.new_row(rows_of(True)[0]), "status": "running"}
+        yield 0, {**rows.new_row(make_cases(True)[0]), "status": "running"}
         clock.now = end
         raise RuntimeError("stopped: it took too long")
 
     monkeypatch.setattr(rows, "watch", watch)
     monkeypatch.setattr(rows, "time", clock)
-    found = measured_rows(rows_of, 1600.0, last=False)
-    assert [row["status"] for row in found] == ["waiting"] * 3
+    measured = measure_three(make_cases, 1600.0, last=False)
+    assert [row["status"] for row in measured] == ["waiting"] * 3
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_a_row_that_kills_its_process_costs_itself_alone():
-    found = measured_rows(partial(spoiled, call=dies), time.time() + run.WHOLE)
-    assert [row["status"] for row in found] == ["ok", "error", "ok"]
-    assert found[1]["why"] == "its process ended with exit code 7"
+def test_a_row_that_kills_its_process_affects_no_other():
+    measured = measure_three(partial(make_spoiled, call=dies), time.time() + run.WHOLE)
+    assert [row["status"] for row in measured] == ["ok", "error", "ok"]
+    assert measured[1]["why"] == "its process ended with exit code 7"
 
 
-def test_workers_that_cannot_start_end_the_run():
-    found = measured_rows(dies_at_once, time.time() + run.WHOLE)
-    assert {row["why"] for row in found} == {"its process ended with exit code 9"}
+def test_the_run_ends_if_workers_cannot_start():
+    measured = measure_three(dies_at_once, time.time() + run.WHOLE)
+    assert {row["why"] for row in measured} == {"its process ended with exit code 9"}
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
 def test_a_row_that_hangs_is_stopped(monkeypatch):
     monkeypatch.setattr(rows, "SILENCE", 15.0)
-    found = measured_rows(partial(spoiled, call=hangs), time.time() + run.WHOLE)
-    assert [row["status"] for row in found] == ["ok", "error", "ok"]
-    assert found[1]["why"] == "stopped: it took too long"
+    measured = measure_three(partial(make_spoiled, call=hangs), time.time() + run.WHOLE)
+    assert [row["status"] for row in measured] == ["ok", "error", "ok"]
+    assert measured[1]["why"] == "stopped: it took too long"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_a_gpu(tmp_path):
+def test_the_report_on_a_gpu(tmp_path):
     record = run.gpu_report(tmp_path / "report.json", "cuda", quick=True)
     assert all(row["status"] == "ok" for row in record["rows"])
     assert all(row["kernel"]["how"].startswith(("graph", "profiler")) for row in record["rows"])
@@ -390,5 +391,5 @@ def test_on_a_gpu(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_what_is_sanitized_is_right():
+def test_the_sanitizer_target_is_correct_on_a_gpu():
     assert sanitizer_target.main() == 0

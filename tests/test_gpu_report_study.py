@@ -1,4 +1,4 @@
-"""The report's study: every stage is timed, and its extrapolation is what its rules say."""
+"""The study in the GPU report: all stages are timed, and the extrapolation follows its rules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STAGES = ("cells", "metrics", "suffix", "paper", "ridge")
 TOGETHER = ("prefix", "cells", "metrics", "suffix", "paper")
 
 
-def rehearsed(seconds=600):
+def rehearse(seconds=600):
     sent = []
     study.time_networks(
         lambda networks: sent.append(json.dumps(networks)), "cpu", True, time.time() + seconds
@@ -28,21 +28,21 @@ def rehearsed(seconds=600):
     return network
 
 
-def by_hand(network, stage):
-    """All layers and classes from the sampled ones, with NumPy's interpolation."""
+def extrapolate_stage(network, stage):
+    """Extrapolate a stage to all layers and classes with NumPy."""
     key = "tail_flops" if stage == "suffix" else "neurons"
     known = sorted((layer[key], layer["stages"][stage]["seconds"]) for layer in network["sample"])
-    at, seconds = np.array(known).T
+    sizes, seconds = np.array(known).T
     layers = np.array([layer[key] for layer in network["layers"]], dtype=float)
-    each = np.interp(layers, at, seconds) * np.maximum(1, layers / at[-1])
+    each = np.interp(layers, sizes, seconds) * np.maximum(1, layers / sizes[-1])
     if stage == "paper":
         each *= np.array([layer["draws"] for layer in network["layers"]]) / network["draws"]
     return network["targets"] * each.sum()
 
 
 @pytest.fixture(autouse=True, scope="module")
-def settings():
-    """What a process of the study's own sets for itself."""
+def restore_settings():
+    """Restore the process settings that timing the study changes."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -51,7 +51,7 @@ def settings():
 
 @pytest.fixture(scope="module")
 def network():
-    return rehearsed()
+    return rehearse()
 
 
 def test_every_stage_is_timed(network):
@@ -64,21 +64,21 @@ def test_every_stage_is_timed(network):
     for layer in network["sample"]:
         assert {key: layer[key] for key in layer if key != "stages"} in network["layers"]
         assert set(layer["stages"]) == set(STAGES)
-        for found in layer["stages"].values():
-            assert found["seconds"] > 0
-            assert found["first_seconds"] > 0
+        for stage in layer["stages"].values():
+            assert stage["seconds"] > 0
+            assert stage["first_seconds"] > 0
 
 
-def test_the_extrapolation_is_what_its_rules_say(network):
-    found = extrapolate(network)
+def test_the_extrapolation_follows_its_rules(network):
+    result = extrapolate(network)
     prefix = network["prefix"]["seconds"] * network["passes"]
-    want = {"prefix": prefix} | {stage: by_hand(network, stage) for stage in STAGES}
-    assert found["extrapolated"] == pytest.approx(want)
-    assert found["seconds"] == pytest.approx(sum(want[stage] for stage in TOGETHER))
+    want = {"prefix": prefix} | {stage: extrapolate_stage(network, stage) for stage in STAGES}
+    assert result["extrapolated"] == pytest.approx(want)
+    assert result["seconds"] == pytest.approx(sum(want[stage] for stage in TOGETHER))
 
 
-def made_up():
-    """Three of four layers were timed, one stage of them not everywhere."""
+def make_network():
+    """Return a record in which three of four layers were timed."""
 
     def layer(name, neurons, flops, draws):
         return {"layer": name, "neurons": neurons, "tail_flops": flops, "draws": draws}
@@ -101,49 +101,49 @@ def made_up():
     }
 
 
-def test_layers_between_those_of_the_sample():
-    """By hand: d, of 500 neurons, is a third of the way from c's 4 s to a's 9 s."""
-    found = extrapolate(made_up())["extrapolated"]
-    assert found["prefix"] == 6.0 * 2
+def test_layers_between_the_sampled_ones():
+    """Layer d has 500 neurons, a third of the way from c (4 s) to a (9 s)."""
+    seconds = extrapolate(make_network())["extrapolated"]
+    assert seconds["prefix"] == 6.0 * 2
     d = 4 + 5 / 3
-    assert found["cells"] == pytest.approx(5 * (9 + 2 + 4 + d))
-    # By FLOPs it is a third of the way from c's 4 s to b's 2 s.
-    assert found["suffix"] == pytest.approx(5 * (9 + 2 + 4 + (4 - 2 / 3)))
-    assert found["paper"] == pytest.approx(5 / 2 * (9 * 9 + 2 * 2 + 4 * 3 + d * 5))
+    assert seconds["cells"] == pytest.approx(5 * (9 + 2 + 4 + d))
+    # By FLOPs it is a third of the way from c (4 s) to b (2 s).
+    assert seconds["suffix"] == pytest.approx(5 * (9 + 2 + 4 + (4 - 2 / 3)))
+    assert seconds["paper"] == pytest.approx(5 / 2 * (9 * 9 + 2 * 2 + 4 * 3 + d * 5))
 
 
-def test_layers_beyond_those_of_the_sample():
-    """Above the largest in proportion, and under the smallest as for it."""
-    whole = made_up()
-    whole["sample"] = [one for one in whole["sample"] if one["layer"] == "c"]
-    found = extrapolate(whole)
-    assert found["extrapolated"]["cells"] == pytest.approx(5 * (4 * 3 + 4 + 4 + 4 * 5 / 3))
-    assert found["extrapolated"]["cells"] == pytest.approx(by_hand(whole, "cells"))
-    assert found["seconds"] == pytest.approx(
-        sum(found["extrapolated"][stage] for stage in TOGETHER)
+def test_layers_outside_the_sampled_range():
+    """Proportional above the largest, constant below the smallest."""
+    network = make_network()
+    network["sample"] = [layer for layer in network["sample"] if layer["layer"] == "c"]
+    result = extrapolate(network)
+    assert result["extrapolated"]["cells"] == pytest.approx(5 * (4 * 3 + 4 + 4 + 4 * 5 / 3))
+    assert result["extrapolated"]["cells"] == pytest.approx(extrapolate_stage(network, "cells"))
+    assert result["seconds"] == pytest.approx(
+        sum(result["extrapolated"][stage] for stage in TOGETHER)
     )
 
 
-def test_what_was_not_timed_has_no_sum():
-    whole = made_up()
-    for one in whole["sample"]:
-        del one["stages"]["suffix"]
-    found = extrapolate(whole)
-    assert found["extrapolated"]["suffix"] is None
-    assert found["extrapolated"]["cells"] > 0
-    assert "seconds" not in found
-    assert extrapolate({"name": "not begun"})["extrapolated"]["prefix"] is None
+def test_there_is_no_total_if_a_stage_was_not_timed():
+    network = make_network()
+    for layer in network["sample"]:
+        del layer["stages"]["suffix"]
+    result = extrapolate(network)
+    assert result["extrapolated"]["suffix"] is None
+    assert result["extrapolated"]["cells"] > 0
+    assert "seconds" not in result
+    assert extrapolate({"name": "not started"})["extrapolated"]["prefix"] is None
 
 
-def test_where_only_the_first_call_was_timed_it_counts():
-    whole = made_up()
-    for one in (whole, *whole["sample"]):
-        for timed in (one["prefix"],) if one is whole else one["stages"].values():
-            timed["first_seconds"] = timed.pop("seconds")
-    assert extrapolate(whole) == extrapolate(made_up())
+def test_the_first_call_counts_if_it_is_the_only_one():
+    network = make_network()
+    stages = [stage for layer in network["sample"] for stage in layer["stages"].values()]
+    for stage in (network["prefix"], *stages):
+        stage["first_seconds"] = stage.pop("seconds")
+    assert extrapolate(network) == extrapolate(make_network())
 
 
-def test_a_stage_that_fails_is_recorded_and_the_other_layers_go_on(monkeypatch):
+def test_a_failed_stage_is_recorded_and_the_other_layers_continue(monkeypatch):
     calls = []
     probe = rk.probe_paper
 
@@ -154,40 +154,40 @@ def test_a_stage_that_fails_is_recorded_and_the_other_layers_go_on(monkeypatch):
         return probe(*arguments, **options)
 
     monkeypatch.setattr(rk, "probe_paper", fails_once)
-    found = rehearsed()
-    assert found["failed"] == ["features.11, paper: RuntimeError: a broken kernel"]
-    broken, whole = (layer["stages"] for layer in found["sample"])
+    network = rehearse()
+    assert network["failed"] == ["features.11, paper: RuntimeError: a broken kernel"]
+    broken, complete = (layer["stages"] for layer in network["sample"])
     assert set(broken) == {"cells", "metrics", "ridge"}
-    assert set(whole) == set(STAGES)
-    assert set(whole["paper"]) == {"first_seconds", "seconds"}
-    assert extrapolate(found)["seconds"] > 0  # by the layer that is whole
-    assert rk.probe_paper is fails_once  # and no clock's
+    assert set(complete) == set(STAGES)
+    assert set(complete["paper"]) == {"first_seconds", "seconds"}
+    assert extrapolate(network)["seconds"] > 0  # from the complete layer
+    assert rk.probe_paper is fails_once  # the clock's wrapper is removed
 
 
-def test_a_study_that_cannot_be_made_says_why(tmp_path, monkeypatch):
+def test_a_study_that_cannot_be_imported_gives_the_reason(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bench.gpu_report.study", None)
-    found = run.gpu_report(tmp_path / "report.json", "cpu", True, lambda quick: [])
-    assert "bench.gpu_report.study" in found["study"]["why"]
-    assert "study FAILED" in found["verdict"]
+    report = run.gpu_report(tmp_path / "report.json", "cpu", True, lambda quick: [])
+    assert "bench.gpu_report.study" in report["study"]["why"]
+    assert "study FAILED" in report["verdict"]
 
 
-def test_a_study_that_is_late_begins_no_stage():
-    assert rehearsed(seconds=0)["failed"] == ["TimeoutError: no time was left"]
+def test_a_late_study_starts_no_stage():
+    assert rehearse(seconds=0)["failed"] == ["TimeoutError: no time remained"]
 
 
 def dies(send, device, quick, end):
-    """One network was timed before the process was lost."""
-    send([made_up(), {"name": "b", "failed": []}])
+    """Die after one network was timed."""
+    send([make_network(), {"name": "b", "failed": []}])
     os._exit(7)
 
 
-def test_what_was_timed_before_a_crash_is_extrapolated(monkeypatch):
+def test_measurements_before_a_crash_are_extrapolated(monkeypatch):
     monkeypatch.setattr(study, "time_networks", dies)
-    kept = []
-    found = study.measure_study({}, lambda: kept.append(0), "cpu", True, time.time() + 600)
-    assert found["why"] == "its process ended with exit code 7"
-    assert found["networks"][0]["seconds"] > 0
-    assert "seconds" not in found["networks"][1]
-    assert "seconds" not in found
-    assert found["rules"] == RULES
-    assert kept
+    saved = []
+    result = study.measure_study({}, lambda: saved.append(0), "cpu", True, time.time() + 600)
+    assert result["why"] == "its process ended with exit code 7"
+    assert result["networks"][0]["seconds"] > 0
+    assert "seconds" not in result["networks"][1]
+    assert "seconds" not in result
+    assert result["rules"] == RULES
+    assert saved

@@ -1,4 +1,4 @@
-"""What one wants to know of a GPU: ceilings, tests, every kernel's error and time, the study."""
+"""The GPU report: ceilings, tests, the error and time of every kernel, and the study."""
 
 from bench.gpu_report.run import gpu_report
 

@@ -1,4 +1,4 @@
-"""A row of the report: a kernel at one shape, its float64 result, and other ways to that result."""
+"""The definition of a row of the report: a kernel, its float64 reference, and other routes."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from torch import Tensor
 Call = Callable[..., Tensor]
 Facts = dict[str, Any]
 Inputs = Callable[[torch.Generator], tuple[Tensor, ...]]
-# formula(xp, dtype, *arrays) computes in a dtype, by its name, with the functions that torch, NumPy
-# and CuPy share: one text is the reference, plain PyTorch and plain CuPy.
+# formula(xp, dtype, *arrays) computes in the named dtype with functions that torch, NumPy and CuPy
+# share, so that one text is the reference, plain PyTorch and plain CuPy.
 Formula = Callable[..., Any]
 
-# Relative Frobenius errors that pass. Three TF32 products hold float32's digits, one holds 10 bits;
-# sums in float32 are of bounded length, so that they add nothing to float32's rounding.
+# Tolerated relative Frobenius errors. Three TF32 products keep float32's digits, one keeps 10 bits;
+# sums in float32 have bounded length, so they don't add to its rounding error.
 PRODUCTS = {"ieee": 1e-5, "tf32x3": 1e-5, "tf32": 1e-3}
 
 
 @dataclass(frozen=True)
-class Case:
-    """A kernel at one shape, its float64 reference, and other ways to the same numbers.
+class KernelCase:
+    """A kernel at one shape, its float64 reference, and other routes to the same result.
 
-    ``kernel``, ``reference`` and ``routes`` take what ``inputs`` makes, and give one tensor.
+    ``kernel``, ``reference`` and ``routes`` take the tensors from ``inputs`` and return one tensor.
     """
 
     name: str
     shape: str
     dtype: torch.dtype
-    precision: str  # of the products, a ceiling's name; "ieee" also where there are none
+    precision: str  # of the products, the name of a ceiling; "ieee" if there are no products
     tolerance: float
-    bytes: int  # the least that goes to and from memory
+    bytes: int  # minimum memory traffic
     operations: int
     inputs: Inputs
     kernel: Call
     reference: Call
-    # "backend": what the package does without kernels; "plain": PyTorch's float32; "cupy": CuPy's.
+    # "backend": the package's torch backend; "plain": PyTorch in float32; "cupy": plain CuPy.
     routes: dict[str, Call]
-    parts: int = 1  # of the result, each with an error of its own, so that a small one can't hide
+    parts: int = 1  # of the result; errors are computed per part, so small parts count too
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Activations of n stimuli and p neurons in a number of cells, and how they are multiplied."""
+    """Activations of n stimuli and p neurons in cells, and the precision of products."""
 
     n: int
     p: int
@@ -58,23 +58,23 @@ class Shape:
 
     @property
     def size(self) -> int:
-        """Bytes of the activations."""
+        """Size of the activations in bytes."""
         return self.n * self.p * self.dtype.itemsize
 
     def activations(self, g: torch.Generator) -> tuple[Tensor, ...]:
-        """Random (n, p), neuron-major as the package holds them, each neuron with a mean."""
+        """Draw activations (n, p), neuron-major as in the package; each neuron has a mean."""
         x = torch.randn(self.p, self.n, generator=g, device=g.device)
         x += torch.randn(self.p, 1, generator=g, device=g.device)
         return (x.to(self.dtype).mT,)
 
     def labels(self, partition: int = 0) -> np.ndarray:
-        """The cell of each neuron (p,), at random, all cells of one size."""
+        """Return the cell of each neuron (p,), drawn at random; all cells have the same size."""
         return np.random.default_rng(partition).permutation(np.arange(self.p) % self.cells)
 
 
 @dataclass(frozen=True)
 class PlainCupy:
-    """A formula as a route by CuPy: tensors in and out by DLPack, on torch's stream."""
+    """A formula computed by CuPy: tensors in and out by DLPack, on torch's stream."""
 
     formula: Formula
 
@@ -101,10 +101,10 @@ def make_case(
     plain: str = "float32",
     cupy: bool = True,
     **facts: Any,
-) -> Case:
-    """A row whose reference and plain routes are one formula.
+) -> KernelCase:
+    """Return a row whose reference and plain routes use one formula.
 
-    ``cost``: bytes and operations. ``facts``: other fields of the Case than those that s decides.
+    ``cost`` is (bytes, operations); ``facts`` are fields of the row that s does not determine.
     """
     defaults: Facts = {
         "precision": s.precision,
@@ -117,16 +117,16 @@ def make_case(
     routes |= {"cupy": PlainCupy(formula)} if cupy else {}
     shape, (moved, operations) = f"n={s.n} p={s.p:,}{detail}", cost
     facts = {**defaults, **facts, "bytes": moved, "operations": operations}
-    return Case(name, shape, s.dtype, kernel=kernel, routes=routes, **facts)
+    return KernelCase(name, shape, s.dtype, kernel=kernel, routes=routes, **facts)
 
 
 def cast(xp: Any, dtype: str, *arrays: Any) -> list[Any]:
-    """The arrays in a dtype, by its name; those that have it are not copied."""
+    """Convert arrays to the named dtype; arrays that already have it are not copied."""
     return [xp.asarray(a, dtype=getattr(xp, dtype)) for a in arrays]
 
 
 def load(path: str, **options: Any) -> Callable[..., Any]:
-    """A function of repsim_kernels.kernels, "module:name", imported when a row calls it."""
+    """Return repsim_kernels.kernels' function "module:name", imported on its first call."""
     module, _, name = path.partition(":")
 
     def call(*arguments: Any, **more: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The rows of the report: every kernel at the study's shapes, and the formula that it computes."""
+"""The rows of the report: every kernel at the study's shapes, and the formula it computes."""
 
 from __future__ import annotations
 
@@ -11,73 +11,85 @@ import torch
 from torch import Generator, Tensor
 
 import repsim_kernels as rk
-from bench.gpu_report.case import Call, Case, Facts, Inputs, Shape, cast, load, make_case
+from bench.gpu_report.case import Call, Facts, Inputs, KernelCase, Shape, cast, load, make_case
 from bench.gpu_report.solver_cases import eigh, fits, riccati, svd
 
 PAPER = ("cka", "procrustes", "pwcca", "cca", "cca_squared")
-# Channels and pixels of AlexNet's first layer, ResNet50's last, and of the rehearsal.
+# Channels and pixels of AlexNet's first layer, ResNet50's last, and the rehearsal's layer.
 _UNITS = {193_600: (64, 55, 55), 100_352: (2048, 7, 7), 50: (2, 5, 5)}
-_EXACT: Facts = {"precision": "ieee", "tolerance": 0.0}  # copies and masks round nothing
-_NEURONS = 8192  # of a block, where products with all neurons would fill the memory
+_EXACT: Facts = {"precision": "ieee", "tolerance": 0.0}  # copies and masks don't round
+_NEURONS = 8192  # per block; products with all neurons at once would fill the memory
 
 
-def list_cases(quick: bool) -> list[Case]:
-    """All rows: every kernel once at the study's shapes first, in case there is no more time."""
+def list_cases(quick: bool) -> list[KernelCase]:
+    """Return all rows; every kernel comes once first, in case time runs out."""
     layers = [(12, 50, 4)] if quick else [(50, 193_600, 16), (500, 100_352, 16)]
     float32, bfloat16 = (
         [Shape(*layer, dtype) for layer in layers] for dtype in (torch.float32, torch.bfloat16)
     )
-    few, many = float32[0], float32[-1]
-    tf32, ieee = (replace(many, precision=precision) for precision in ("tf32", "ieee"))
-    if quick:  # CuPy starts the CUDA C++, which has no rehearsal without a GPU
-        once = [_linear(few, 16), riccati(4, 11), fits(few, 4, 8)]
+    small, large = float32[0], float32[-1]
+    tf32, ieee = (replace(large, precision=precision) for precision in ("tf32", "ieee"))
+    if quick:  # without CUDA C++, which CuPy launches and which can't be rehearsed without a GPU
+        once = [_linear_row(small, 16), riccati(4, 11), fits(small, 4, 8)]
         return [
-            *(_layers(float32) + once + _layers(bfloat16)),
-            *(_cells(few, partitions=2), *_products(tf32)),
+            *(_layer_rows(float32) + once + _layer_rows(bfloat16)),
+            *(_cell_grams_row(small, partitions=2), *_product_rows(tf32)),
         ]
     return [
-        *_layers(float32),
-        _linear(Shape(50, 4096, 16), 4096),  # a class's images in AlexNet's classifier
+        *_layer_rows(float32),
+        _linear_row(Shape(50, 4096, 16), 4096),  # a class's images in AlexNet's classifier
         *(riccati(16, 499), riccati(100, 49)),
         *list_native_cases(quick),
-        *(fits(s, 4096, 100) for s in (many, bfloat16[-1], tf32)),
-        *_layers(bfloat16),
-        *(_cells(replace(few, cells=100)), _cells(few, partitions=4)),
-        *(_products(tf32) + _products(ieee)),
+        *(fits(s, 4096, 100) for s in (large, bfloat16[-1], tf32)),
+        *_layer_rows(bfloat16),
+        *(_cell_grams_row(replace(small, cells=100)), _cell_grams_row(small, partitions=4)),
+        *(_product_rows(tf32) + _product_rows(ieee)),
     ]
 
 
-def list_native_cases(quick: bool) -> list[Case]:
-    """The rows of the CUDA C++ kernels."""
+def list_native_cases(quick: bool) -> list[KernelCase]:
+    """Return the rows of the CUDA C++ kernels."""
     if quick:
-        return [eigh(4, 11), svd(4, 12, 11), _native_cells(12, 50, 4)]
+        return [eigh(4, 11), svd(4, 12, 11), _native_cell_grams_row(12, 50, 4)]
     matrices = [eigh(1000, 49), eigh(100, 127), eigh(16, 499), svd(1000, 50, 49)]
-    return [*matrices, _native_cells(50, 193_600, 16), _native_cells(500, 100_352, 16)]
+    return [
+        *matrices,
+        _native_cell_grams_row(50, 193_600, 16),
+        _native_cell_grams_row(500, 100_352, 16),
+    ]
 
 
-def _layers(shapes: list[Shape]) -> list[Case]:
-    makers = (_whole, _cells, _means, _neuron_major, _weights, _ablate, _pointwise)
+def _layer_rows(shapes: list[Shape]) -> list[KernelCase]:
+    makers = (
+        _gram_row,
+        _cell_grams_row,
+        _class_means_row,
+        _neuron_major_row,
+        _variate_weights_row,
+        _ablate_row,
+        _pointwise_row,
+    )
     rows = [make(s) for s in shapes for make in makers]
-    return rows + [_distances(s, metrics) for s in shapes for metrics in (("cka",), PAPER)]
+    return rows + [_distances_row(s, metrics) for s in shapes for metrics in (("cka",), PAPER)]
 
 
-def _products(s: Shape) -> list[Case]:
-    return [_whole(s), _cells(s), _weights(s)]
+def _product_rows(s: Shape) -> list[KernelCase]:
+    return [_gram_row(s), _cell_grams_row(s), _variate_weights_row(s)]
 
 
-def _centred(xp: Any, dtype: str, x: Any) -> Any:
+def _centre(xp: Any, dtype: str, x: Any) -> Any:
     (c,) = cast(xp, dtype, x)
     return c - c.mean(0)
 
 
 def _of_x(call: Call) -> Call:
-    """A call on the first input alone: the others are the formula's."""
+    """Return a call that uses only the first input; the others are for the formula."""
     return lambda x, *_: call(x)
 
 
-def _whole(s: Shape) -> Case:
+def _gram_row(s: Shape) -> KernelCase:
     def formula(xp: Any, dtype: str, x: Any) -> Any:
-        c = _centred(xp, dtype, x)
+        c = _centre(xp, dtype, x)
         return c @ c.T
 
     options: Facts = {"kernel": "linear", "sigma": None}
@@ -87,10 +99,10 @@ def _whole(s: Shape) -> Case:
     return make_case("centered_gram", s, formula, cost, kernel, backend)
 
 
-def _cells(
+def _cell_grams_row(
     s: Shape, partitions: int = 0, name: str = "cell_grams", kernel: Call | None = None
-) -> Case:
-    """The Grams of all cells, of one partition or of several."""
+) -> KernelCase:
+    """Return the row of all cells' Grams, for one partition or several."""
     tables = [s.labels(t) for t in range(max(partitions, 1))]
     count = len(tables) * s.cells
     kernel = partial(
@@ -100,12 +112,12 @@ def _cells(
     )
 
     def inputs(g: Generator) -> tuple[Tensor, ...]:
-        """The neurons of each cell as well: plain routes pay nothing for them."""
+        """Return activations and the neurons of each cell, ready for the plain routes."""
         own = (np.flatnonzero(t == c) for t in tables for c in range(s.cells))
         return (*s.activations(g), *(torch.from_numpy(i).to(g.device) for i in own))
 
     def formula(xp: Any, dtype: str, x: Any, *members: Any) -> Any:
-        rows = _centred(xp, dtype, x).T
+        rows = _centre(xp, dtype, x).T
         grams = xp.stack([b.T @ b for b in (rows[i] for i in members)])
         return grams.reshape(len(tables), s.cells, s.n, s.n) if partitions else grams
 
@@ -122,12 +134,12 @@ def _cells(
     return make_case(name, s, formula, cost, _of_x(kernel), _of_x(backend), **facts)
 
 
-def _native_cells(n: int, p: int, cells: int) -> Case:
+def _native_cell_grams_row(n: int, p: int, cells: int) -> KernelCase:
     s = Shape(n, p, cells, precision="ieee")
-    return _cells(s, name="cell_grams, CUDA C++", kernel=load("cupy.gram:cell_grams"))
+    return _cell_grams_row(s, name="cell_grams, CUDA C++", kernel=load("cupy.gram:cell_grams"))
 
 
-def _means(s: Shape) -> Case:
+def _class_means_row(s: Shape) -> KernelCase:
     k = 10
     labels = np.arange(s.n) % k
 
@@ -151,7 +163,7 @@ def _means(s: Shape) -> Case:
     return make_case("class_means", s, formula, cost, kernel, backend, f" k={k}", **facts)
 
 
-def _neuron_major(s: Shape) -> Case:
+def _neuron_major_row(s: Shape) -> KernelCase:
     def formula(xp: Any, dtype: str, x: Any) -> Any:
         return x.T.reshape(-1).reshape(s.p, s.n)  # flat, so that it is copied
 
@@ -163,7 +175,7 @@ def _neuron_major(s: Shape) -> Case:
 
 
 def _masked_inputs(s: Shape, cells: int, units: tuple[int, ...], outs: int = 0) -> Inputs:
-    """Activations (n, *units), cells, those to mask, and a layer's weights and bias."""
+    """Return inputs: activations (n, *units), labels, cells to mask, and a layer's parameters."""
 
     def inputs(g: Generator) -> tuple[Tensor, ...]:
         x = s.activations(g)[0].contiguous().view(s.n, *units)
@@ -179,9 +191,9 @@ def _masked_inputs(s: Shape, cells: int, units: tuple[int, ...], outs: int = 0) 
 
 
 def _masked(xp: Any, x: Any, labels: Any, ids: Any) -> Any:
-    """(C, n, p): the activations with the units of one cell after the other at zero."""
+    """Return copies (C, n, p) of the activations, each with the units of one cell set to zero."""
     x = x.reshape(x.shape[0], -1)
-    zero = xp.zeros_like(x[:1, :1])  # Python's would not have x's dtype in every library
+    zero = xp.zeros_like(x[:1, :1])  # a Python 0 would not keep x's dtype in every library
     return xp.where((labels == ids[:, None])[:, None], zero, x)
 
 
@@ -189,8 +201,8 @@ def _relu(xp: Any, x: Any) -> Any:
     return xp.clip(x, 0, None, out=x)
 
 
-def _ablate(s: Shape) -> Case:
-    """Copies with one cell of units masked and the ReLU behind the layer done."""
+def _ablate_row(s: Shape) -> KernelCase:
+    """Return the row of masked copies followed by a ReLU, one copy per cell."""
     units, cells = _UNITS[s.p], s.cells // 2
 
     def formula(xp: Any, dtype: str, x: Any, labels: Any, ids: Any) -> Any:
@@ -208,8 +220,8 @@ def _ablate(s: Shape) -> Case:
     return make_case("ablate, ReLU", s, formula, ((1 + cells) * s.size, 0), kernel, **facts)
 
 
-def _pointwise(s: Shape) -> Case:
-    """A 1x1 convolution with bias and ReLU, for one cell of units masked after the other."""
+def _pointwise_row(s: Shape) -> KernelCase:
+    """Return the row of a 1x1 convolution with bias and ReLU on each masked copy."""
     channels, *sizes = _UNITS[s.p]
     cells, outs = s.cells // 2, max(channels // 4, 16)
 
@@ -226,7 +238,7 @@ def _pointwise(s: Shape) -> Case:
         "cupy": False,
     }
     if s.dtype == torch.bfloat16:
-        # Products of bfloat16 are exact in float32, and only the result is rounded.
+        # Products of bfloat16 values are exact in float32; only the result is rounded.
         facts |= {"precision": "bfloat16", "tolerance": 2.0**-8}
     path = "triton.masked_pointwise:masked_pointwise"
     kernel = load(path, activate="relu", precision=s.precision)
@@ -234,8 +246,8 @@ def _pointwise(s: Shape) -> Case:
     return make_case("masked_pointwise, ReLU", s, formula, cost, kernel, **facts)
 
 
-def _linear(s: Shape, outs: int) -> Case:
-    """A linear layer with ReLU, for one cell of its inputs masked after the other."""
+def _linear_row(s: Shape, outs: int) -> KernelCase:
+    """Return the row of a linear layer with ReLU on each masked copy of its input."""
     cells = s.labels()
     layer_of = load("triton.linear_cells:linear_cells", activate="relu", precision=s.precision)
 
@@ -257,19 +269,19 @@ def _linear(s: Shape, outs: int) -> Case:
     return make_case("linear_cells, ReLU", s, formula, cost, kernel, **facts)
 
 
-def _weights(s: Shape) -> Case:
-    """PWCCA's weights of all ablations at once."""
+def _variate_weights_row(s: Shape) -> KernelCase:
+    """Return the row of PWCCA's weights for all ablations."""
     k = s.cells * (s.n - 1)
 
     def inputs(g: Generator) -> tuple[Tensor, ...]:
         h = torch.randn(k, s.n, generator=g, device=g.device, dtype=torch.float64)
-        h -= h.mean(1, keepdim=True)  # as canonical variates are
+        h -= h.mean(1, keepdim=True)  # canonical variates are centred
         return (h, *s.activations(g))
 
     def formula(xp: Any, dtype: str, h: Any, x: Any) -> Any:
         (h,) = cast(xp, dtype, h)
         blocks = (x[:, start : start + _NEURONS] for start in range(0, s.p, _NEURONS))
-        return sum(abs(h @ _centred(xp, dtype, block)).sum(1) for block in blocks)
+        return sum(abs(h @ _centre(xp, dtype, block)).sum(1) for block in blocks)
 
     kernel = load("triton.cca:variate_weights", precision=s.precision)
     backend = load("torch.cca:variate_weights")
@@ -278,9 +290,8 @@ def _weights(s: Shape) -> Case:
     return make_case("variate_weights", s, formula, cost, kernel, backend, **facts)
 
 
-def _distances(s: Shape, metrics: tuple[str, ...]) -> Case:
-    """The operation that users call, checks and small matrices included."""
-
+def _distances_row(s: Shape, metrics: tuple[str, ...]) -> KernelCase:
+    """Return the row of the public operation, including checks and the n x n stage."""
     labels = s.labels()
 
     def distances(x: Tensor, backend: str) -> Tensor:
@@ -290,12 +301,12 @@ def _distances(s: Shape, metrics: tuple[str, ...]) -> Case:
         return torch.stack([table[m] for m in metrics])
 
     products = s.n + 1 + (2 * s.cells * s.n if "pwcca" in metrics else 0)
-    return Case(
+    return KernelCase(
         f"ablation_distances, {len(metrics)} metric{'s' * (len(metrics) > 1)}",
         f"n={s.n} p={s.p:,} C={s.cells}",
         s.dtype,
         s.precision,
-        1e-4,  # what the rounding of the Grams does to a distance
+        1e-4,  # the effect of the Grams' rounding on a distance
         bytes=s.size,
         operations=products * s.n * s.p,
         inputs=s.activations,

@@ -1,4 +1,4 @@
-"""The tests that need a GPU, counted, and compute-sanitizer over every kernel on tiny inputs."""
+"""Run the tests that need a GPU, and compute-sanitizer on every kernel with tiny inputs."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import sys
 from bench.common.machine import Json
 from bench.gpu_report.processes import run_command
 
-# Its own tests would make the report in the report.
+# The report's own tests would run the report inside the report.
 _OPTIONS = ("--continue-on-collection-errors", "--ignore-glob=tests/test_gpu_report*.py")
 _ARGUMENTS = ("-m", "gpu", "-q", *_OPTIONS)
-# A shell's background job ignores SIGINT, and so would pytest, which counts when it is interrupted.
+# Shell background jobs ignore SIGINT; pytest needs it, since it prints its counts when interrupted.
 _PYTEST = """\
 import signal, sys, pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.exit(pytest.main(sys.argv[1:]))"""
 
 TOOLS = ("memcheck", "racecheck")
-_SHORT = 30.0  # seconds that are not shared out: memcheck has them
+_SHORT = 30.0  # seconds; with less, memcheck gets all of the time
 _TARGET = (sys.executable, "-m", "bench.gpu_report.sanitizer_target")
-# What torch's cache holds would hide reads behind the end of a tensor.
+# torch's caching allocator would hide reads past the end of a tensor.
 _OWN_MEMORY = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-# ptxas, which Triton starts, has no kernels, and PyTorch makes calls that are meant to fail.
+# Skip child processes (ptxas has no kernels), and API errors that PyTorch provokes on purpose.
 _SANITIZE = ("--target-processes", "application-only", "--report-api-errors", "no")
 
 
 def run_gpu_tests(limit: float) -> Json:
-    """Run them; those whose imports fail here don't stop the rest."""
+    """Run the tests marked ``gpu``; files that can't be imported don't stop the rest."""
     result = run_command([sys.executable, "-c", _PYTEST, *_ARGUMENTS], limit)
     output = result.pop("output")
     tail = {} if result["exit_code"] == 0 else {"tail": output.splitlines()[-80:]}
@@ -37,34 +37,34 @@ def run_gpu_tests(limit: float) -> Json:
 
 
 def count_tests(output: str) -> dict[str, int]:
-    """Passed, failed, skipped … from the last line of pytest's output; empty if it has none."""
+    """Return the counts in the last line of pytest's output; empty if there are none."""
     lines = [line for line in output.splitlines() if re.search(r" in [\d.]+s\b", line)]
     counts = re.findall(r"(\d+) ([a-z]+)", lines[-1].rpartition(" in ")[0]) if lines else []
     return {"error" if what == "errors" else what: int(number) for number, what in counts}
 
 
 def sanitize(limit: float) -> Json:
-    """Run the target alone, which compiles the kernels, and then under each tool.
+    """Run the target without a tool, which compiles the kernels, and then under each tool.
 
-    Where time is short, or the target alone takes too long, the first tool compiles what is left.
+    If time is short, or that run takes too long, the first tool compiles the remaining kernels.
     """
     which = shutil.which
     binary = which("compute-sanitizer") or which("compute-sanitizer", path="/usr/local/cuda/bin")
     if binary is None:
-        return {"why": "not there: no compute-sanitizer"}
+        return {"why": "compute-sanitizer not found"}
     tools: list[Json] = []
-    left = limit
-    if left >= _SHORT:
-        tools.append(_check("alone", _TARGET, left / 2))
-        left -= tools[-1]["seconds"]
+    remaining = limit
+    if remaining >= _SHORT:
+        tools.append(_check("alone", _TARGET, remaining / 2))
+        remaining -= tools[-1]["seconds"]
         if tools[-1]["exit_code"]:
-            return {"tools": tools, "why": "without a result: its target fails even alone"}
+            return {"tools": tools, "why": "no result: the target fails even without a tool"}
     for i, tool in enumerate(TOOLS):
-        if left < 1:
-            return {"tools": tools, "why": "no time was left"}
-        share = left if left < _SHORT else left / (len(TOOLS) - i)
+        if remaining < 1:
+            return {"tools": tools, "why": "no time remained"}
+        share = remaining if remaining < _SHORT else remaining / (len(TOOLS) - i)
         tools.append(_check(tool, (binary, "--tool", tool, *_SANITIZE, *_TARGET), share))
-        left -= tools[-1]["seconds"]
+        remaining -= tools[-1]["seconds"]
     return {"tools": tools}
 
 
@@ -76,9 +76,9 @@ def _check(tool: str, command: tuple[str, ...], limit: float) -> Json:
 
 
 def count_errors(output: str) -> int | None:
-    """What a tool counted, hazards among it; None where it gave no count.
+    """Return a tool's count of errors or hazards; None if it printed none.
 
-    Of several counts, as there are for errors that were not printed, the first has all.
+    If errors were not printed there are several counts; the first includes all.
     """
     summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY:\s+(\d+)", output)
     return None if summary is None else int(summary[1])

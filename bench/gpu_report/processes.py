@@ -1,4 +1,4 @@
-"""Work and commands in processes of their own: one that crashes or hangs costs itself alone."""
+"""Run work and commands in separate processes, so that a crash or hang affects nothing else."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from typing import Any
 
 from bench.common.machine import ROOT, Json
 
-_GRACE = 10.0  # seconds that an interrupted command has to say what it has
+_GRACE = 10.0  # seconds for an interrupted command to print its results
 
 
 def watch(
     work: Callable[..., None], *arguments: Any, end: float, silence: float = math.inf
 ) -> Iterator[Any]:
-    """Yield what ``work(send, *arguments)`` sends from a process of its own.
+    """Run ``work(send, *arguments)`` in a separate process and yield the messages it sends.
 
     Raises
     ------
     RuntimeError
-        The process died, or it was killed: at ``end``, or after ``silence`` seconds without news.
+        The process died, or was killed at ``end`` or after ``silence`` seconds without a message.
     """
     context = multiprocessing.get_context("spawn")
-    news, sender = context.Pipe(duplex=False)
+    receiver, sender = context.Pipe(duplex=False)
     worker = context.Process(target=work, args=(sender.send, *arguments), daemon=True)
     worker.start()
-    sender.close()  # the worker's own is then the last one: its death ends the news
+    sender.close()  # the worker holds the only other one, so its death closes the pipe
     try:
-        while news.poll(max(0.0, min(silence, end - time.time()))):
-            yield news.recv()
+        while receiver.poll(max(0.0, min(silence, end - time.time()))):
+            yield receiver.recv()
         raise RuntimeError("stopped: it took too long")
     except (EOFError, OSError):
         worker.join(_GRACE)
@@ -49,15 +49,16 @@ def watch(
 def run_command(
     command: Sequence[str], limit: float, environment: Mapping[str, str] | None = None
 ) -> Json:
-    """Run a command in the checkout; at the limit it is interrupted, and then killed.
+    """Run a command in the checkout; interrupt it at the limit, then kill it.
 
     Returns
     -------
     dict
-        ``exit_code``, None and ``why`` if it was stopped; ``seconds``; ``output``, of both streams.
+        ``exit_code`` (None, with ``why``, if it was stopped), ``seconds``, and the ``output`` of
+        both streams.
     """
     start, code = time.time(), None
-    # A file, not a pipe: whatever outlives the limit must not hold this process.
+    # A file, not a pipe: a process that outlives the limit must not block this one.
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(
             command,
@@ -71,9 +72,9 @@ def run_command(
             with suppress(subprocess.TimeoutExpired):
                 code = process.wait(limit)
         finally:
-            for sent in (signal.SIGINT, signal.SIGKILL):
+            for number in (signal.SIGINT, signal.SIGKILL):
                 if process.poll() is None:
-                    os.killpg(process.pid, sent)
+                    os.killpg(process.pid, number)
                     with suppress(subprocess.TimeoutExpired):
                         process.wait(_GRACE)
         output.seek(0)

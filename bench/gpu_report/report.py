@@ -1,4 +1,4 @@
-"""What is printed of a report: the table of its rows, its other parts, and the verdict."""
+"""Print a report: the table of its rows, its other parts, and the verdict."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from bench.common.machine import Json
 _LEFT = ("kernel", "shape", "dtype", "products")
 _RIGHT = ("error", "call ms", "ms", "floor ms", "%", "torch ms", "vs torch", "vs CuPy")
 _NOTE = """\
-call ms: with what the host adds; ms: on the device; floor ms: what the ceilings allow; %: of it;
-vs torch, vs CuPy: a call of the faster torch route, and of plain CuPy, to one of this."""
+call ms: including the host; ms: on the device; floor ms: minimum by the ceilings; %: floor of ms;
+vs torch, vs CuPy: time of the faster torch route, or of plain CuPy, divided by this call's."""
 
 
 def format_number(value: Any, form: str = ".4g") -> str:
@@ -20,7 +20,7 @@ def format_number(value: Any, form: str = ".4g") -> str:
 
 
 def format_row(row: Json) -> tuple[str, ...]:
-    """A row of the table."""
+    """Return the cells of a row of the table."""
     share, error = row.get("of_floor"), format_number(row.get("error"), ".1e")
     return (
         *(row["name"], row["shape"], row["dtype"], row["precision"]),
@@ -33,7 +33,7 @@ def format_row(row: Json) -> tuple[str, ...]:
 
 
 def print_report(record: Json) -> None:
-    """Print the ceilings, the rows and the study; the verdict, of the other parts too, is last."""
+    """Print the ceilings, the rows, the study and, last, the verdict on all parts."""
     rates, device = record["ceilings"] or {}, record["environment"]["device"]
     if "copy" in rates:
         kinds = {"tf32": "TF32", "ieee": "FP32", "bfloat16": "BF16", "float64": "FP64"}
@@ -54,8 +54,8 @@ def print_report(record: Json) -> None:
 
 def _print_study(study: Json) -> None:
     preset = study.get("preset")
-    what = f"study ({preset}, random weights)" if preset else "rehearsed study, of a small network"
-    print(f"\nThe {what}: seconds on this device, from a sample")
+    what = f"study ({preset}, random weights)" if preset else "rehearsed study of a small network"
+    print(f"\nThe {what}: seconds on this device, extrapolated from a sample")
     networks = study.get("networks", [])
     stages = [*networks[0].get("extrapolated", {})] if networks else []
     table = [("network", "layers", "classes", *stages, "together")]
@@ -71,11 +71,11 @@ def _print_study(study: Json) -> None:
         )
         print(f"{network['name']}: timed for one class and", ", ".join(sample) or "nothing")
         print(*(f"  not timed: {why}\n" for why in network.get("failed", [])), sep="", end="")
-    print(*filter(None, [study.get("rules"), *_given("why: ", study)]), sep="\n")
+    print(*filter(None, [study.get("rules"), *_reasons("why: ", study)]), sep="\n")
 
 
 def _print_columns(table: Sequence[Sequence[str]], left: int) -> None:
-    """Print a table whose first columns are aligned to the left."""
+    """Print a table whose first ``left`` columns are aligned left."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for texts in table:
         padded = zip(texts, widths, strict=True)
@@ -84,7 +84,7 @@ def _print_columns(table: Sequence[Sequence[str]], left: int) -> None:
 
 
 def _names_by(rows: Sequence[Json], key: str) -> dict[str, list[str]]:
-    """The names of the rows for each value of a key, of the rows that have one."""
+    """Return the names of the rows that have a key, grouped by its value."""
     groups: dict[str, list[str]] = {}
     for row in rows:
         if key in row:
@@ -92,13 +92,13 @@ def _names_by(rows: Sequence[Json], key: str) -> dict[str, list[str]]:
     return groups
 
 
-def _given(before: str, part: Json) -> list[str]:
-    """Why a part has no result, if that is known."""
-    return [f"{before}{part['why']}"] if "why" in part else []
+def _reasons(prefix: str, part: Json) -> list[str]:
+    """Return a list with the reason why a part has no result, or an empty list."""
+    return [f"{prefix}{part['why']}"] if "why" in part else []
 
 
 def judge(record: Json) -> str:
-    """What of the record is right, wrong and not known, in one line."""
+    """Summarize in one line what in the record is right, wrong or unknown."""
     parts = (
         _judge_kernels(record["rows"], record["interpreted"]),
         _judge_tests(record["tests"] or {}),
@@ -118,8 +118,8 @@ def _judge_kernels(rows: list[Json], interpreted: bool) -> str:
     text += " in Triton's interpreter, on no GPU" if interpreted else ""
     for status in ("WRONG", "error", "skipped", "not run", "waiting", "running"):
         if own := names.get(status):
-            some = ", ".join(dict.fromkeys(own[:4])) + (", …" if len(own) > 4 else "")
-            text += f", {len(own)} {status} ({some})"
+            shown = ", ".join(dict.fromkeys(own[:4])) + (", …" if len(own) > 4 else "")
+            text += f", {len(own)} {status} ({shown})"
     return text
 
 
@@ -130,7 +130,7 @@ def _judge_tests(tests: Json) -> str:
     text = f"{counts.get('passed', 0)} tests passed, {counts.get('failed', 0)} failed"
     for what, name in (("error", "in error"), ("skipped", "skipped")):
         text += f", {counts[what]} {name}" if what in counts else ""
-    return ", ".join([text, *_given("", tests)])
+    return ", ".join([text, *_reasons("", tests)])
 
 
 def _judge_sanitizer(sanitizer: Json) -> str:
@@ -139,7 +139,7 @@ def _judge_sanitizer(sanitizer: Json) -> str:
     for tool in tools:
         if not tool["errors"] and (tool["exit_code"] != 0 or tool["errors"] is None):
             text.append(f"{tool['tool']} {tool.get('why') or 'without a count'}")
-    text += _given("", sanitizer) or ([] if sanitizer.get("tools") else ["no record"])
+    text += _reasons("", sanitizer) or ([] if sanitizer.get("tools") else ["no record"])
     return f"sanitizer {', '.join(text) or 'clean'}"
 
 
@@ -150,7 +150,7 @@ def _judge_study(study: Json) -> str:
         what = "study" if study.get("preset") else "rehearsed study"
         missing = f", {failed} of its stages NOT TIMED" if failed else ""
         return f"{what} {study['seconds']:.3g} s extrapolated{missing}"
-    whole = [n for n in networks if "seconds" in n]
-    text = f"study of {len(whole)} of {len(networks)} networks" if networks else "study FAILED"
-    times = [f"{network['name']} {network['seconds']:.3g} s" for network in whole]
-    return f"{text} ({', '.join([*times, *_given('', study)])})"
+    complete = [n for n in networks if "seconds" in n]
+    text = f"study of {len(complete)} of {len(networks)} networks" if networks else "study FAILED"
+    times = [f"{network['name']} {network['seconds']:.3g} s" for network in complete]
+    return f"{text} ({', '.join([*times, *_reasons('', study)])})"

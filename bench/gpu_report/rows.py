@@ -1,4 +1,4 @@
-"""The rows of the report: other routes' times, the kernel's error, and its time if it is right."""
+"""Measure the rows of the report: the times of other routes, and a kernel's error and time."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from torch import Tensor
 
 from bench.common import timing
 from bench.common.machine import Json, number
-from bench.gpu_report.case import Case
+from bench.gpu_report.case import KernelCase
 from bench.gpu_report.processes import watch
 from bench.gpu_report.report import format_row
 from repsim_kernels.kernels.cupy import module
 
-# A relative error, of plain float32, beyond which a route does something else and has no time.
+# A route with a larger relative error computes something different and is not timed; plain float32
+# stays below it.
 PLAIN = 1e-2
-SILENCE = 90.0  # seconds; a row without news for so long hangs; compiling takes some of it
-LAST_START = 30.0  # seconds before the end, after which no row is begun
+SILENCE = 90.0  # seconds without a message, including compilation, after which a row counts as hung
+LAST_START = 30.0  # seconds before the end; no row starts later
 
-Make = Callable[[bool], list[Case]]
+Make = Callable[[bool], list[KernelCase]]
 
 
 def limit_repeats(quick: bool) -> float:
-    """Seconds for the repetitions of one thing."""
+    """Return the seconds for repeated calls of one function."""
     return 0.02 if quick else 2.0
 
 
@@ -36,8 +37,8 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:1000]
 
 
-def new_row(case: Case) -> Json:
-    """A row that waits."""
+def new_row(case: KernelCase) -> Json:
+    """Return a row that waits to be measured."""
     row = {name: getattr(case, name) for name in ("name", "shape", "dtype", "precision")}
     costs = {name: getattr(case, name) for name in ("bytes", "operations", "tolerance")}
     return {**row, "dtype": str(case.dtype).removeprefix("torch."), **costs, "status": "waiting"}
@@ -52,12 +53,12 @@ def measure_rows(
     end: float,
     last: bool = True,
 ) -> None:
-    """Have the rows that wait measured, by another process where one dies or is stuck.
+    """Measure the waiting rows in worker processes, starting a new one if one dies or hangs.
 
-    Those that wait at the end are skipped if it is the last time that rows are measured.
+    If ``last``, rows that still wait at the end are marked as skipped.
     """
     rows, late = record["rows"], end - LAST_START
-    while (waiting := _waiting(rows)) and time.time() < late:
+    while (waiting := _find_waiting(rows)) and time.time() < late:
         why = "its process ended without it"
         arguments = device, quick, make, record["ceilings"] or {}, waiting, late
         try:
@@ -70,21 +71,21 @@ def measure_rows(
         except RuntimeError as error:
             why = str(error)
         is_late = time.time() > late
-        stuck = not is_late and _waiting(rows) == waiting
+        stuck = not is_late and _find_waiting(rows) == waiting
         for row in rows:
             if row["status"] == "running" and is_late and not last:
-                row["status"] = "waiting"  # it is begun again, with more time
+                row["status"] = "waiting"  # it will be retried with more time
             elif row["status"] == "running" or (row["status"] == "waiting" and stuck):
                 row.update(status="error", why=why)
                 print(f"{row['name']}, {row['shape']}: {why}", flush=True)
         keep()
     if last:
-        for index in _waiting(rows):
-            rows[index].update(status="skipped", why="no time was left")
+        for index in _find_waiting(rows):
+            rows[index].update(status="skipped", why="no time remained")
         keep()
 
 
-def _waiting(rows: list[Json]) -> list[int]:
+def _find_waiting(rows: list[Json]) -> list[int]:
     return [index for index, row in enumerate(rows) if row["status"] == "waiting"]
 
 
@@ -97,7 +98,7 @@ def measure_cases(
     waiting: Sequence[int],
     late: float,
 ) -> None:
-    """Measure the cases that wait, until the device is lost or it is late."""
+    """Measure the waiting cases until the device is lost or ``late`` has passed."""
     for index, case in enumerate(make(quick)):
         if index not in waiting:
             continue
@@ -108,12 +109,12 @@ def measure_cases(
         keep()
         measure(row, case, device, quick, rates, keep)
         keep()
-        if device == "cuda" and _lost(row):
+        if device == "cuda" and _is_lost(row):
             return
 
 
-def _lost(row: Json) -> bool:
-    """Whether this process can measure nothing more; the next one goes on."""
+def _is_lost(row: Json) -> bool:
+    """Return whether this process can't measure any further row; a new one continues."""
     try:
         torch.cuda.synchronize()
     except RuntimeError:
@@ -122,9 +123,9 @@ def _lost(row: Json) -> bool:
 
 
 def measure(
-    row: Json, case: Case, device: str, quick: bool, rates: Json, keep: Callable[[], None]
+    row: Json, case: KernelCase, device: str, quick: bool, rates: Json, keep: Callable[[], None]
 ) -> None:
-    """Fill in a row. Without the ceilings there is no floor."""
+    """Fill in a row; without ceilings it has no floor."""
     if "copy" in rates:
         bounds = {"bytes": case.bytes / rates["copy"]}
         if case.operations:
@@ -132,41 +133,43 @@ def measure(
         row["bound"] = max(bounds, key=lambda what: bounds[what])
         row["floor_ms"] = 1e3 * bounds[row["bound"]]
     try:
-        inputs = timing.rotating(case.inputs, device)
+        inputs = timing.make_inputs(case.inputs, device)
         want = case.reference(*inputs[0])
         row["inputs"] = len(inputs)
     except Exception as error:
-        row.update(status="error", why=f"its inputs or reference: {describe(error)}")
+        row.update(status="error", why=f"inputs or reference: {describe(error)}")
         return
     for name, route in case.routes.items():
-        row.setdefault("routes", {})[name] = _route(name, route, case, inputs, want, quick)
+        row.setdefault("routes", {})[name] = _measure_route(name, route, case, inputs, want, quick)
         keep()
     routes = row.get("routes", {})
-    ours = {name: found["ms"] for name, found in routes.items() if "ms" in found}
-    cupy_ms = ours.pop("cupy", None)
-    if ours:
-        row["torch_route"] = min(ours, key=lambda name: ours[name])
-        row["torch_ms"] = ours[row["torch_route"]]
+    torch_ms = {name: route["ms"] for name, route in routes.items() if "ms" in route}
+    cupy_ms = torch_ms.pop("cupy", None)
+    if torch_ms:
+        row["torch_route"] = min(torch_ms, key=lambda name: torch_ms[name])
+        row["torch_ms"] = torch_ms[row["torch_route"]]
     if cupy_ms is not None:
         row["cupy_ms"] = cupy_ms
-    if why := why_no_kernels(device, quick):
+    if why := explain_no_kernels(device, quick):
         row.update(status="not run", why=why)
         return
     try:
-        off = relative_error(_poisoned(case.kernel, *inputs[0]), want, case.parts)
-        row["error"] = number(off)
-        if not off <= case.tolerance:
-            row.update(status="WRONG", why="its error is above its tolerance, so it is not timed")
+        error = relative_error(_call_poisoned(case.kernel, *inputs[0]), want, case.parts)
+        row["error"] = number(error)
+        if not error <= case.tolerance:
+            row.update(status="WRONG", why="error above the tolerance; not timed")
             return
         row["call"] = timing.measure(case.kernel, inputs, limit_repeats(quick))
         row["ms"] = row["call"]["ms"]
         keep()
         if device == "cuda":
-            row["kernel"] = timing.on_device(case.kernel, inputs, row["ms"], limit_repeats(quick))
+            row["kernel"] = timing.measure_on_device(
+                case.kernel, inputs, row["ms"], limit_repeats(quick)
+            )
             row["ms"] = row["kernel"].get("ms", row["ms"])
         if "floor_ms" in row:
             row["of_floor"] = row["floor_ms"] / row["ms"]
-        if ours:
+        if torch_ms:
             row["ratio"] = row["torch_ms"] / row["call"]["ms"]
         if cupy_ms is not None:
             row["cupy_ratio"] = cupy_ms / row["call"]["ms"]
@@ -175,43 +178,43 @@ def measure(
         row.update(status="error", why=describe(error))
 
 
-def _route(
+def _measure_route(
     name: str,
     route: Callable[..., Tensor],
-    case: Case,
+    case: KernelCase,
     inputs: list[tuple[Tensor, ...]],
     want: Tensor,
     quick: bool,
 ) -> Json:
-    """The error and the time of another way to a row's numbers, or why it has none."""
+    """Return the error and time of another route to a row's result, or the reason for none."""
     if name == "cupy" and (why := module.unsupported(*inputs[0])):
         return {"why": why}
     try:
-        off = relative_error(route(*inputs[0]), want, case.parts)
-        if not off <= max(case.tolerance, PLAIN):
-            return {"error": number(off), "why": "its numbers are others, so it is not timed"}
-        return {"error": number(off), **timing.measure(route, inputs, limit_repeats(quick))}
+        error = relative_error(route(*inputs[0]), want, case.parts)
+        if not error <= max(case.tolerance, PLAIN):
+            return {"error": number(error), "why": "different values; not timed"}
+        return {"error": number(error), **timing.measure(route, inputs, limit_repeats(quick))}
     except Exception as error:
         return {"why": describe(error)}
     finally:
         if name == "cupy":
-            with suppress(Exception):  # of a device that is lost
+            with suppress(Exception):  # the device may be lost
                 _free_cupy()
 
 
 def relative_error(got: Tensor, want: Tensor, parts: int = 1) -> float:
-    """The largest relative Frobenius error of the parts; NaN if there is one."""
+    """Return the largest relative Frobenius error of the parts; NaN if any part has NaN."""
     if got.shape != want.shape:
-        raise ValueError(f"its result is {tuple(got.shape)}, not {tuple(want.shape)}")
+        raise ValueError(f"result has shape {tuple(got.shape)}; expected {tuple(want.shape)}")
     if got.dtype == want.dtype and torch.equal(got, want):
         return 0.0
     got, want = (t.reshape(parts, -1).double() for t in (got, want))
-    off, size = (torch.linalg.vector_norm(t, dim=1) for t in (got - want, want))
-    return float((off / size.clamp(min=1e-300)).max())
+    error, size = (torch.linalg.vector_norm(t, dim=1) for t in (got - want, want))
+    return float((error / size.clamp(min=1e-300)).max())
 
 
-def _poisoned(call: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """The result of a call for which memory that nothing has written to holds NaN."""
+def _call_poisoned(call: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Call a function with uninitialised memory filled with NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with warnings.catch_warnings():
@@ -222,7 +225,7 @@ def _poisoned(call: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 
 def _free_cupy() -> None:
-    """Give the memory that CuPy keeps for itself back, to PyTorch's rows."""
+    """Release the memory pool of CuPy, so that PyTorch can use it."""
     import cupy  # type: ignore[import-not-found]
 
     cupy.get_default_memory_pool().free_all_blocks()
@@ -232,10 +235,10 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_no_kernels(device: str, quick: bool) -> str | None:
-    """Why no kernel can run; None if they can."""
+def explain_no_kernels(device: str, quick: bool) -> str | None:
+    """Return the reason why kernels can't run; None if they can."""
     if device == "cuda":
         return None
     if not is_interpreted():
         return "kernels need a CUDA device, or TRITON_INTERPRET=1 for a rehearsal"
-    return None if quick else "the interpreter is for tiny shapes: add --quick"
+    return None if quick else "the interpreter is only for tiny shapes; pass --quick"

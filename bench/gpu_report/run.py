@@ -1,7 +1,7 @@
-"""The order of the report's parts, and the time that each may take.
+"""The order of the report's parts, and the time for each.
 
-The file is valid JSON at any moment: a run that is cut off keeps what it has. What is worth most
-comes first: the ceilings, the rows of the study's default shapes, the GPU's tests, the study,
+The file is valid JSON at any moment, so an interrupted run keeps its results. The most valuable
+parts come first: the ceilings, the rows of the study's shapes, the GPU tests, the study,
 compute-sanitizer, and then the other rows.
 """
 
@@ -29,20 +29,20 @@ from bench.gpu_report.rows import (
     new_row,
 )
 
-# Seconds. A whole run ends within 8 minutes; the rows have what the other parts leave, of
-# which compute-sanitizer may take half.
+# Seconds. A run ends within 8 minutes; the rows get the time that the other parts don't use, and
+# compute-sanitizer may take half of what remains.
 WHOLE, TESTS, STUDY, SANITIZER = 470.0, 150.0, 90.0, 60.0
-_STOPPING = 10.0  # of a part, to be told that it is late and to say what it has
+_STOPPING = 10.0  # for a part that is late to stop and return its results
 
 
 def gpu_report(
     out: Path, device: str = "cuda", quick: bool = False, make: Make = list_cases
 ) -> Json:
-    """Measure a device, write ``out`` as it goes, print a table; give the record back.
+    """Measure a device, saving to ``out`` after each step; print a table and return the record.
 
-    ``quick`` takes tiny shapes and leaves the GPU's tests out. ``make`` gives the rows.
+    ``quick`` uses tiny shapes and leaves out the GPU tests. ``make`` returns the rows.
     """
-    _check(out, device)
+    _check_arguments(out, device)
     end = time.time() + WHOLE
     record: Json = {
         "finished": False,
@@ -59,10 +59,10 @@ def gpu_report(
     try:
         keep()
     except OSError as error:
-        raise RuntimeError(f"--out {out} can't be written: {error}") from error
+        raise RuntimeError(f"--out {out}: can't be written: {error}") from error
 
-    def part(name: str, call: Callable[[], Json]) -> None:
-        """Put a part in the record, or why it failed."""
+    def add_part(name: str, call: Callable[[], Json]) -> None:
+        """Add a part to the record, or the reason why it failed."""
         try:
             record[name] = call()
         except Exception as error:
@@ -70,21 +70,23 @@ def gpu_report(
         keep()
 
     def study(limit: float) -> Json:
-        from bench.gpu_report.study import measure_study  # which needs what may not be there
+        from bench.gpu_report.study import measure_study  # its dependencies may be missing
 
         record["study"] = {}
         return measure_study(record["study"], keep, device, quick, time.time() + limit)
 
-    part("ceilings", lambda: timing.ceilings(device, quick, limit_repeats(quick)))
+    add_part("ceilings", lambda: timing.ceilings(device, quick, limit_repeats(quick)))
     if device == "cuda":
         torch.cuda.empty_cache()
     first = end - TESTS - STUDY - SANITIZER
     measure_rows(record, keep, device, quick, make, first, last=False)
-    why = "there is no GPU" if device == "cpu" else "quick" if quick else None
-    part("tests", lambda: _unless(why, run_gpu_tests, _share(TESTS, end - STUDY - SANITIZER)))
-    part("study", lambda: study(_share(STUDY, end - SANITIZER)))
+    why = "no GPU" if device == "cpu" else "quick" if quick else None
+    add_part(
+        "tests", lambda: _run_unless(why, run_gpu_tests, _share(TESTS, end - STUDY - SANITIZER))
+    )
+    add_part("study", lambda: study(_share(STUDY, end - SANITIZER)))
     most = max(SANITIZER, (end - time.time()) / 2)
-    part("sanitizer", lambda: _unless(why, sanitize, _share(most, end)))
+    add_part("sanitizer", lambda: _run_unless(why, sanitize, _share(most, end)))
     measure_rows(record, keep, device, quick, make, end)
     record["verdict"] = report.judge(record)
     record["finished"] = True
@@ -93,22 +95,24 @@ def gpu_report(
     return record
 
 
-def _check(out: Path, device: str) -> None:
-    """Say at once what would fail after minutes."""
+def _check_arguments(out: Path, device: str) -> None:
+    """Raise at once for arguments that would fail after minutes."""
     if device not in ("cuda", "cpu"):
         raise RuntimeError(f"--device {device}: expected cuda or cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("no CUDA device; --device cpu --quick rehearses the report without one")
+        raise RuntimeError(
+            "--device cuda: no CUDA device; use --device cpu --quick to rehearse the report"
+        )
     if device == "cuda" and os.environ.get("TRITON_INTERPRET") == "1":
-        raise RuntimeError("TRITON_INTERPRET=1 is set: the kernels would not run on the GPU")
+        raise RuntimeError("TRITON_INTERPRET=1: kernels would not run on the GPU; unset it")
     if not out.parent.is_dir():
-        raise RuntimeError(f"--out {out}: there is no folder {out.parent}")
+        raise RuntimeError(f"--out {out}: folder {out.parent} does not exist")
 
 
-def _unless(why: str | None, part: Callable[[float], Json], limit: float) -> Json:
+def _run_unless(why: str | None, part: Callable[[float], Json], limit: float) -> Json:
     return part(limit) if why is None else {"why": f"not run: {why}"}
 
 
 def _share(most: float, end: float) -> float:
-    """Seconds of a part that has at most so many, and has to leave what comes after it its own."""
+    """Return a part's seconds: at most ``most``, and early enough for the parts after ``end``."""
     return max(1.0, min(most, end - time.time()) - _STOPPING)

@@ -1,4 +1,4 @@
-"""Every kernel once on tiny inputs, in a process that compute-sanitizer runs."""
+"""Run every kernel once on tiny inputs; compute-sanitizer runs this module."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import sys
 
 import torch
 
-from bench.gpu_report.case import Case
+from bench.gpu_report.case import KernelCase
 from bench.gpu_report.cases import list_cases, list_native_cases
 from bench.gpu_report.rows import relative_error
 from repsim_kernels.kernels.cupy import module
 
 
-def all_cases() -> list[Case]:
-    """The rehearsal's, and the CUDA C++ kernels where CuPy can start them."""
+def list_all_cases() -> list[KernelCase]:
+    """Return the rehearsal's rows, and the CUDA C++ rows if CuPy can launch them."""
     return list_cases(True) + ([] if module.unsupported() else list_native_cases(True))
 
 
 def main(device: str = "cuda") -> int:
-    """Run them; the number of those that are wrong."""
+    """Run every case; return the number of wrong results."""
     wrong = 0
-    for case in all_cases():
+    for case in list_all_cases():
         inputs = case.inputs(torch.Generator(device).manual_seed(0))
-        # On the CPU, so that the kernels of PyTorch's libraries are not sanitized for it.
+        # On the CPU, so that the sanitizer doesn't check PyTorch's own kernels.
         want = case.reference(*(t.cpu() for t in inputs))
-        off = relative_error(case.kernel(*inputs).cpu(), want, case.parts)
-        right = off <= case.tolerance
+        error = relative_error(case.kernel(*inputs).cpu(), want, case.parts)
+        right = error <= case.tolerance
         wrong += not right
-        print("right" if right else "WRONG", f"{off:.1e}", case.name, case.shape, case.dtype)
+        print("right" if right else "WRONG", f"{error:.1e}", case.name, case.shape, case.dtype)
     if why := module.unsupported():
-        print("without the CUDA C++ kernels:", why)
+        print("CUDA C++ kernels left out:", why)
     return wrong
 
 

@@ -1,4 +1,4 @@
-"""Rows of the report for solvers: many regressions or many n x n matrices at once."""
+"""Rows of the report for solvers: many regressions or many n x n matrices per call."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Generator, Tensor
 
 from bench.gpu_report.case import (
     Call,
-    Case,
     Facts,
     Formula,
     Inputs,
+    KernelCase,
     PlainCupy,
     Shape,
     cast,
@@ -23,39 +23,39 @@ from bench.gpu_report.case import (
     make_case,
 )
 
-_STEPS = 8  # that Riccati iterations, in fours, and Newton's from a cold start take
+_STEPS = 8  # of Riccati iterations (in groups of four) and of Newton's method from zero
 
 
-def fits(s: Shape, count: int, d: int) -> Case:
-    """Many logistic regressions at once, on neurons that are drawn at random."""
+def fits(s: Shape, count: int, d: int) -> KernelCase:
+    """Return the row of many logistic regressions on randomly drawn neurons."""
     rng = np.random.default_rng(0)
     columns = np.stack([rng.choice(s.p, d, replace=False) for _ in range(count)])
     target = np.arange(s.n) % 10 == 0
 
-    def coefficients(path: str, **more: str) -> Call:
+    def coefficients(path: str, **extra: str) -> Call:
         options = {"targets": target[None], "C": 1.0, "tol": 1e-5, "max_iter": 100}
-        call = load(path, **options, **more)
+        call = load(path, **options, **extra)
         return lambda x: call(x, columns=torch.from_numpy(columns).to(x.device))["coef"][:, 0]
 
     def formula(xp: Any, dtype: str, x: Tensor) -> Tensor:
         (y,) = cast(xp, dtype, torch.from_numpy(target).to(x.device))
-        own = torch.from_numpy(columns).to(x.device).split(256)
-        parts = (cast(xp, dtype, x.mT[some])[0] for some in own)
-        return torch.cat([_newton(part, y) for part in parts])
+        blocks = torch.from_numpy(columns).to(x.device).split(256)
+        parts = (cast(xp, dtype, x.mT[block])[0] for block in blocks)
+        return torch.cat([_fit_by_newton(part, y) for part in parts])
 
     kernel = coefficients("triton.logistic:logistic_fits", precision=s.precision)
     backend = coefficients("torch.logistic:logistic_fits")
     moved = len(np.unique(columns)) * s.n * s.dtype.itemsize + 8 * count * d
-    # Hessians, of which one half is enough.
+    # The Hessians; they are symmetric, so half of each is enough.
     cost = moved, count * _STEPS * s.n * d * (d + 1)
     detail = f" d={d} b={count:,}"
-    # The promise is of the largest coefficient.
+    # The tolerance is relative to the largest coefficient.
     facts: Facts = {"tolerance": 1e-4, "parts": count, "cupy": False}
     return make_case("logistic_fits", s, formula, cost, kernel, backend, detail, **facts)
 
 
-def _newton(x: Tensor, y: Tensor) -> Tensor:
-    """Coefficients (b, d) for x (b, d, n), by Newton's method without any care."""
+def _fit_by_newton(x: Tensor, y: Tensor) -> Tensor:
+    """Return coefficients (b, d) for x (b, d, n) by plain Newton steps, without safeguards."""
     a = torch.cat([x - x.mean(2, keepdim=True), torch.ones_like(x[:, :1])], 1)
     penalty = torch.ones(a.shape[1], dtype=x.dtype, device=x.device)
     penalty[-1] = 0
@@ -68,8 +68,8 @@ def _newton(x: Tensor, y: Tensor) -> Tensor:
     return v[:, :-1]
 
 
-def eigh(batch: int, m: int) -> Case:
-    """Eigenvalues and vectors of nearly diagonal matrices, as ablations have them."""
+def eigh(batch: int, m: int) -> KernelCase:
+    """Return the row of eigendecompositions of nearly diagonal matrices, as in ablations."""
 
     def inputs(g: Generator) -> tuple[Tensor, ...]:
         a = torch.randn(batch, m, m, generator=g, dtype=torch.float64, device=g.device) * 1e-3
@@ -84,8 +84,8 @@ def eigh(batch: int, m: int) -> Case:
     return _spectrum("eigh", f"n={m} C={batch}", inputs, paths, formula, batch, size)
 
 
-def svd(batch: int, rows: int, n: int) -> Case:
-    """Singular values and vectors of tall matrices."""
+def svd(batch: int, rows: int, n: int) -> KernelCase:
+    """Return the row of singular value decompositions of tall matrices."""
 
     def inputs(g: Generator) -> tuple[Tensor, ...]:
         return (torch.randn(batch, rows, n, generator=g, dtype=torch.float64, device=g.device),)
@@ -107,8 +107,8 @@ def _spectrum(
     formula: Formula,
     batch: int,
     size: tuple[int, int],
-) -> Case:
-    """The matrices, made again of their spectra; ``size``: rows, and bytes that are moved."""
+) -> KernelCase:
+    """Return a row that rebuilds matrices from their spectra; ``size`` is (rows, bytes)."""
 
     def restored(call: Callable[..., Any], a: Tensor) -> Tensor:
         parts = call(a)
@@ -118,10 +118,10 @@ def _spectrum(
 
     kernel, backend = (partial(restored, load(path, vectors=True)) for path in paths)
     rows, moved = size
-    return Case(
+    return KernelCase(
         *(name, shape, torch.float64, "ieee", 1e-13 * rows),
         bytes=moved,
-        operations=0,  # they depend on the sweeps
+        operations=0,  # they depend on the number of sweeps
         inputs=inputs,
         kernel=kernel,
         reference=lambda a: a,
@@ -130,11 +130,11 @@ def _spectrum(
     )
 
 
-def riccati(batch: int, m: int) -> Case:
-    """The sums of square roots that Procrustes and CCA of all ablations need."""
+def riccati(batch: int, m: int) -> KernelCase:
+    """Return the row of the sums of square roots for Procrustes and CCA of all ablations."""
 
     def inputs(g: Generator) -> tuple[Tensor, ...]:
-        """Parts with a sixteenth of the whole each, and up to a quarter of a direction."""
+        """Draw parts that hold a sixteenth of the whole, and up to a quarter of a direction."""
         v = torch.linspace(1, 0.05, m, dtype=torch.float64, device=g.device)
         a = torch.randn(batch, m, m, generator=g, dtype=torch.float64, device=g.device)
         a *= v[:, None] / (16 * m) ** 0.5
@@ -146,12 +146,12 @@ def riccati(batch: int, m: int) -> Case:
     def deficit(v: Tensor, f: Tensor, advance: str) -> Tensor:
         return load("torch.riccati:deficit")(v, f, load(advance))[0]
 
-    return Case(
+    return KernelCase(
         "riccati",
         f"n={m + 1} C={batch}",
         torch.float64,
-        "float64",  # on a GPU; a rehearsal's steps are float32
-        1e-9,  # what the end of the iterations promises
+        "float64",  # on a GPU; the steps of a rehearsal are float32
+        1e-9,  # the accuracy promised by the final Newton step
         bytes=_STEPS * 24 * batch * m**2,
         operations=_STEPS * 2 * batch * m**3,
         inputs=inputs,

@@ -1,4 +1,4 @@
-"""The study at the paper's scale, with random weights: timed stage by stage on a sample of it."""
+"""Time the study at the paper's scale, with random weights, stage by stage on a sample."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from repsim_kernels.experiments.study.checks import Draws
 from repsim_kernels.experiments.study.study import Study
 
 _PRESET = PRESETS["hayne2024"]
-_DRAWS = {"cuda": 256, "cpu": 8}  # of the paper's probe that are timed
+_DRAWS = {"cuda": 256, "cpu": 8}  # of the paper's probe, per timed layer
 
-# What a layer's seconds follow.
+# The quantity by which the seconds of each stage are interpolated between layers.
 STAGES = {
     "cells": "neurons",
     "metrics": "neurons",
@@ -38,21 +38,21 @@ STAGES = {
     "ridge": "neurons",
 }
 RULES = """\
-prefix: the pass of all images that gives activations, times the passes.
-cells, metrics, ridge: straight lines between the sampled layers, by neurons;
-  under the smallest as for it, above the largest in proportion; times the classes.
-suffix: the same by the FLOPs that follow a layer.
-paper: the same of the seconds of one draw, times each layer's draws.
-together: prefix, cells, metrics, suffix, paper; ridge, this package's own probe, is extra;
-  no start-up, no files."""
+prefix: one pass of all images up to the layers, times the number of passes.
+cells, metrics, ridge: interpolated linearly by neurons between the sampled layers; below the
+  smallest constant, above the largest proportional; times the number of classes.
+suffix: the same, by the FLOPs after a layer.
+paper: the same for one draw, times each layer's draws.
+together: prefix, cells, metrics, suffix, paper; without ridge, this package's own probe,
+  start-up and files."""
 
 
 class StageClock:
-    """Seconds of each stage of a study, by the functions that the study calls for it."""
+    """Measures the seconds of each stage by wrapping the functions that the study calls."""
 
     def __init__(self, study: Study) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self.running = ""  # the stage that an error is of
+        self.running = ""  # the current stage, to name it in errors
         self._cuda = study.device.type == "cuda"
         self._calls: tuple[tuple[Any, str, str], ...] = (
             (measure, "_shown", "prefix"),
@@ -65,15 +65,17 @@ class StageClock:
 
     @contextmanager
     def timing(self) -> Iterator[None]:
-        """Time what is called in the meantime."""
+        """Time the stages that run inside the ``with`` block."""
         self.running = "rows"
         with ExitStack() as stack:
             for owner, name, stage in self._calls:
-                timed = partial(self._timed, getattr(owner, name), stage)
+                timed = partial(self._call_timed, getattr(owner, name), stage)
                 stack.enter_context(patch.object(owner, name, timed))
             yield
 
-    def _timed(self, call: Callable[..., Any], stage: str, *arguments: Any, **options: Any) -> Any:
+    def _call_timed(
+        self, call: Callable[..., Any], stage: str, *arguments: Any, **options: Any
+    ) -> Any:
         self.running = stage
         start = self._now()
         result = call(*arguments, **options)
@@ -90,7 +92,7 @@ class StageClock:
 def measure_study(
     study: Json, keep: Callable[[], None], device: str, quick: bool, end: float
 ) -> Json:
-    """Have it timed in a process of its own, and extrapolate from what there is at the end."""
+    """Time the study in a separate process, and extrapolate from the measurements at the end."""
     study |= {"preset": None if quick else "hayne2024", "networks": [], "rules": RULES}
     try:
         for networks in watch(time_networks, device, quick, end, end=end):
@@ -107,9 +109,9 @@ def measure_study(
 
 
 def time_networks(send: Callable[[list[Json]], None], device: str, quick: bool, end: float) -> None:
-    """Time a sample of layers of each network; each has an equal share of the time that is left."""
-    torch.set_flush_denormal(True)  # as the study does
-    if quick:  # too small to share; threads would wait for each other
+    """Time a sample of layers of each network; the networks share the remaining time equally."""
+    torch.set_flush_denormal(True)  # as in the study
+    if quick:  # too small for several threads, which would wait for each other
         torch.set_num_threads(1)
     makers = {n.name: partial(_make_full_study, n, device) for n in _PRESET.networks}
     if quick:
@@ -142,7 +144,7 @@ def _time_network(
     ]
     ordered = sorted(layers, key=lambda layer: layer["neurons"])
     middle = ordered[len(ordered) // 2]
-    # The last one, so that the pass goes through the whole network.
+    # The last layer is included so that the pass runs through the whole network.
     chosen = [middle, layers[-1]] if quick else [ordered[0], middle, ordered[-1], layers[-1]]
     network |= {
         "layers": layers,
@@ -157,28 +159,28 @@ def _time_network(
     }
     units = {unit.layer: unit for unit in study.units if unit.block == 1}
     failed: list[Json] = []
-    for which in ("first_seconds", "seconds"):  # the first time kernels are compiled
-        left = [layer for layer in network["sample"] if layer not in failed]
+    for which in ("first_seconds", "seconds"):  # kernels are compiled in the first pass
+        remaining = [layer for layer in network["sample"] if layer not in failed]
         clock, rows = StageClock(study), None
-        while left:
+        while remaining:
             if time.time() > late:
-                raise TimeoutError("no time was left")
-            rows = rows or measure.rows(study, [units[layer["layer"]] for layer in left])
-            layer = left.pop(0)
+                raise TimeoutError("no time remained")
+            rows = rows or measure.rows(study, [units[layer["layer"]] for layer in remaining])
+            layer = remaining.pop(0)
             try:
                 with clock.timing():
                     next(rows)
             except Exception as error:
-                rows = None  # next, those of the layers that are left
+                rows = None  # continue with the remaining layers
                 failed.append(layer)
                 network["failed"].append(f"{layer['layer']}, {clock.running}: {describe(error)}")
-            _record(network, layer, clock, which)
+            _record_seconds(network, layer, clock, which)
             keep()
 
 
-def _record(network: Json, layer: Json, clock: StageClock, which: str) -> None:
-    """Move what the clock has to the network's record."""
-    if "prefix" in clock.seconds:  # of several groups of layers the longest pass
+def _record_seconds(network: Json, layer: Json, clock: StageClock, which: str) -> None:
+    """Move the clock's seconds to the record of the network."""
+    if "prefix" in clock.seconds:  # with several groups of layers, keep the longest pass
         prefix = clock.seconds.pop("prefix"), network["prefix"].get(which, 0.0)
         network["prefix"][which] = max(prefix)
     for stage, seconds in clock.seconds.items():
@@ -187,7 +189,7 @@ def _record(network: Json, layer: Json, clock: StageClock, which: str) -> None:
 
 
 def extrapolate(network: Json) -> Json:
-    """``extrapolated``: the seconds of each stage, None where one was not timed; their sum."""
+    """Return ``extrapolated``, the seconds of each stage (None if not timed), and their sum."""
     prefix = _pick_seconds(network.get("prefix", {}))
     stages: dict[str, float | None] = {
         "prefix": None if prefix is None else network["passes"] * prefix,
@@ -199,12 +201,12 @@ def extrapolate(network: Json) -> Json:
 
 
 def _pick_seconds(timed: Json) -> float | None:
-    """Those of a later call, without compiling, if there was one."""
+    """Return the seconds of the second call, without compilation, if there was one."""
     return timed.get("seconds", timed.get("first_seconds"))
 
 
 def _extrapolate_stage(network: Json, stage: str, key: str) -> float | None:
-    """Of all layers and classes, from the sample's layers and one class."""
+    """Extrapolate a stage from the sampled layers and one class to all layers and classes."""
     points: dict[float, list[float]] = {}
     for layer in network.get("sample", []):
         seconds = _pick_seconds(layer["stages"].get(stage, {}))
@@ -212,19 +214,19 @@ def _extrapolate_stage(network: Json, stage: str, key: str) -> float | None:
             points.setdefault(layer[key], []).append(seconds)
     if not points:
         return None
-    at = sorted(points)
+    sizes = sorted(points)
     layers = np.array([layer[key] for layer in network["layers"]], dtype=float)
-    each = np.interp(layers, at, [np.mean(points[size]) for size in at])
-    each *= np.maximum(1, layers / at[-1])
+    each = np.interp(layers, sizes, [np.mean(points[size]) for size in sizes])
+    each *= np.maximum(1, layers / sizes[-1])
     if stage == "paper":
         each *= np.array([layer["draws"] for layer in network["layers"]]) / network["draws"]
     return float(network["targets"] * each.sum())
 
 
 def _make_full_study(network: Network, device: str) -> tuple[Study, Draws]:
-    """The preset's study of noise with random weights, and how often it draws."""
+    """Return the preset's study on noise with random weights, and its draws."""
     model = load_network(network, "random").model
-    if device == "cpu":  # as the study has them there
+    if device == "cpu":  # as in the study
         model = model.to(memory_format=torch.channels_last)
     shown = imagenet.noise(imagenet.outputs(network.classes), network.images)
     options = {"name": network.name, "others": network.others}
@@ -233,7 +235,7 @@ def _make_full_study(network: Network, device: str) -> tuple[Study, Draws]:
 
 
 def _make_small_study(device: str) -> tuple[Study, Draws]:
-    """A rehearsal: a few images for a network that comes with the package."""
+    """Return a rehearsal's study: a few images and a network that comes with the package."""
     shown = data.demo()
     few = torch.cat([(shown.labels == c).nonzero()[:8, 0] for c in range(4)])
     model = load("alexnet_small")

@@ -74,10 +74,9 @@ this is arithmetic.
 | --- | --: | --: |
 {table}
 
-The steps also read and write {traffic:.1f} s worth of data next to their products. cuSOLVER solves
-the eigenproblems of PWCCA in batches, through CuPy; their cost is not known. If the products reach
-half of their peak, each eigenproblem may take {remaining:.1f} ms for all ablations to finish within
-a minute.
+Memory traffic of the steps adds {traffic:.1f} s. cuSOLVER solves the eigenproblems of PWCCA in
+batches, through CuPy; their cost is not known. If the products reach half of their peak, each
+eigenproblem may take {remaining:.1f} ms for all ablations to finish within a minute.
 
 For the same number of eigenproblems of 50 stimuli, solved by Jacobi rotations in shared memory:
 {SWEEPS} sweeps make {accesses:.1f} million accesses of 8 bytes per matrix, {jacobi:.0f} ms in total
