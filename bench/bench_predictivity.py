@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-import repsim_kernels as rk
 from bench.common.inputs import as_distances, pair, products, reference, size
 
 N, P = 500, 2_000  # the definition makes P x P weights for each fold
@@ -15,7 +14,6 @@ N, P = 500, 2_000  # the definition makes P x P weights for each fold
 def test_linear_predictivity(timed, dtype):
     timed(
         "linear_predictivity",
-        rk.linear_predictivity,
         pair(N, P, dtype),
         oracle=reference("linear_predictivity"),
         check=as_distances("linear_predictivity", dtype),
