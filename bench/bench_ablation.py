@@ -1,4 +1,4 @@
-"""Every metric of every ablation of one representation, from one pass over it."""
+"""Every metric for every ablation of one representation, from a single pass over it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.bench_gram import plain
-from bench.bench_spectral import by_svd
+from bench.bench_gram import compute_gram
+from bench.bench_spectral import distances_by_svd
 from bench.common.inputs import (
     DEVICE,
     DTYPES,
     SHAPES,
-    as_distances,
-    cells,
-    one,
+    assign_cells,
+    check_distances,
+    make_one,
     products,
     reference,
     size,
@@ -26,21 +26,21 @@ FIVE = "CKA, Procrustes, PWCCA, mean and mean squared CCA"
 
 @pytest.mark.parametrize("n_cells", [100, 1000])
 def test_debiased_cka(timed, n_cells):
-    """AlexNet's first layer at 224 pixels, the 50 images of a class."""
+    """AlexNet's first layer at 224 pixels, for the 50 images of a class."""
     n, p = SHAPES[0]
-    labels, some = cells(p, n_cells), [0, n_cells // 2]
+    labels, checked = assign_cells(p, n_cells), [0, n_cells // 2]
     cka = reference("cka", debiased=True)
 
     def definition(x: Tensor) -> dict[str, list[float]]:
-        kept = [torch.from_numpy(labels != c).to(x.device) for c in some]
-        return {"cka_debiased": [1 - cka(x, x * mask) for mask in kept]}
+        masks = [torch.from_numpy(labels != c).to(x.device) for c in checked]
+        return {"cka_debiased": [1 - cka(x, x * mask) for mask in masks]}
 
     def check(got: Tensor, want: list[float]) -> None:
-        as_distances("ablation_distances", torch.float32)(got[some], want)
+        check_distances("ablation_distances", torch.float32)(got[checked], want)
 
     timed(
         "ablation_distances",
-        one(n, p, torch.float32),
+        make_one(n, p, torch.float32),
         options={"cells": labels, "metrics": ["cka_debiased"]},
         oracle=definition,
         check=check,
@@ -57,28 +57,31 @@ def test_debiased_cka(timed, n_cells):
     ids=str,
 )
 def test_paper_metrics(timed, n, p, dtype):
-    """One Gram, and PWCCA's products of every cell's variates with the neurons."""
+    """One Gram, and the products of every cell's variates with the neurons for PWCCA."""
     n_cells, cell = 16, 3
-    labels = cells(p, n_cells)
-    # On a CPU the Gram is float64, and the second pass float32 unless the activations aren't.
-    reading = products("ablation_distances", dtype)
-    weighing = "ieee" if DEVICE == "cpu" and dtype != torch.float64 else reading
-    close = as_distances("ablation_distances", dtype)
+    labels = assign_cells(p, n_cells)
+    # On a CPU the Gram is float64; the second pass is float32, or float64 for float64 activations.
+    gram_precision = products("ablation_distances", dtype)
+    low = DEVICE == "cpu" and dtype != torch.float64
+    weight_precision = "ieee" if low else gram_precision
+    assert_distances = check_distances("ablation_distances", dtype)
 
     def definition(x: Tensor) -> dict[str, Tensor]:
-        whole, part = plain(x), plain(x[:, torch.from_numpy(labels == cell).to(x.device)])
+        in_cell = torch.from_numpy(labels == cell).to(x.device)
+        whole, part = compute_gram(x), compute_gram(x[:, in_cell])
         rows = x.double()
         rows -= rows.mean(0)
-        return by_svd(whole, part[None], PAPER, lambda h: (h @ rows).abs().sum(-1))
+        return distances_by_svd(whole, part[None], PAPER, lambda h: (h @ rows).abs().sum(-1))
 
-    operations = {reading: n * (n + 1) * p}
-    operations[weighing] = operations.get(weighing, 0) + 2 * n_cells * (n - 1) * n * p
+    operations = {gram_precision: n * (n + 1) * p}
+    weights = 2 * n_cells * (n - 1) * n * p
+    operations[weight_precision] = operations.get(weight_precision, 0) + weights
     timed(
         "ablation_distances",
-        one(n, p, dtype),
+        make_one(n, p, dtype),
         options={"cells": labels, "metrics": PAPER},
         oracle=definition,
-        check=lambda got, want: close(got[cell : cell + 1], want),
+        check=lambda got, want: assert_distances(got[cell : cell + 1], want),
         what=FIVE,
         shape={"n": n, "p": p, "C": n_cells},
         dtype=dtype,

@@ -1,4 +1,4 @@
-"""Class means, and cells of neurons by selectivity and magnitude: one read of the activations."""
+"""Class means, and cells of neurons by selectivity and magnitude."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.common.inputs import DTYPES, SHAPES, one, size
+from bench.common.inputs import DTYPES, SHAPES, make_one, size
 from bench.common.tolerances import SAME, assert_close
 
 CLASSES = 10
@@ -20,7 +20,7 @@ by_shape = pytest.mark.parametrize(("n", "p"), SHAPES)
 def test_class_means(timed, n, p, dtype):
     timed(
         "class_means",
-        one(n, p, dtype),
+        make_one(n, p, dtype),
         options={"labels": np.arange(n) % CLASSES},
         oracle=lambda x: torch.stack([x[k::CLASSES].double().mean(0) for k in range(CLASSES)]),
         check=partial(assert_close, tol=SAME),
@@ -33,7 +33,7 @@ def test_class_means(timed, n, p, dtype):
 @by_shape
 @pytest.mark.parametrize("edges", ["equal", "inclusive"])
 def test_selectivity_grid(timed, edges, n, p):
-    """Neurons whose order rounding decides may lie in the next cell: one in ten thousand."""
+    """Rounding may move one neuron in ten thousand to a neighbouring cell."""
 
     def check(got, want):
         assert got.shape == want.shape
@@ -41,7 +41,7 @@ def test_selectivity_grid(timed, edges, n, p):
 
     timed(
         "selectivity_grid",
-        one(n, p, torch.float32),
+        make_one(n, p, torch.float32),
         options={"labels": np.arange(n) % CLASSES, "target": 3, "edges": edges},
         check=check,
         what=f"{edges} edges",

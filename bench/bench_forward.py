@@ -1,10 +1,10 @@
-"""Ablated forward passes: a network cut at a layer against a hook, once for each cell.
+"""Ablated forward passes: a network cut at a layer, compared with a forward hook for each cell.
 
-The hook is what captum's LayerFeatureAblation and the study's published code come to. A pass of the
-whole network, one of what comes before the layer and one of what follows it are timed alone as
-well: cells one after the other can't be faster than the hook by more than
-C · whole / (prefix + C · suffix), the bound in the README's table. No operations are given: what a
-network needs is what is found out here.
+The hook is what captum's LayerFeatureAblation and the study's published code amount to. A pass of
+the whole network, one up to the layer and one from the layer on are timed separately as well: cells
+that run one after another can be at most C · whole / (prefix + C · suffix) times faster than the
+hook, the bound in bench/README.md's table. No operations are given, since a network's cost is what
+is measured here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from repsim_kernels.experiments.inputs.presets import PRESETS, load_network
 from repsim_kernels.forward import AblatedForward, State, passes
 
 CELLS, IMAGES = 16, 10
-CUTS = (  # and how many of the cells are dead
+CUTS = (  # preset, layer, and number of dead cells
     ("resnet50", "layer3.0", 0),
     ("alexnet", "features.7", 0),
     ("alexnet", "features.7", 6),
@@ -36,11 +36,11 @@ class Cut:
     layer: str
     forward: AblatedForward
     images: Tensor
-    labels: Tensor  # (p,) cells
-    dead: int  # cells of units that are zero for all images
+    labels: Tensor  # cell of each unit, (p,)
+    dead: int  # number of cells whose units are zero for all images
 
     def hooked(self, images: Tensor) -> Tensor:
-        """The whole network once a cell, under a forward hook that masks the layer's output."""
+        """Run the whole network once per cell; a forward hook masks the layer's output."""
         logits = []
         for cell in range(CELLS):
 
@@ -54,22 +54,22 @@ class Cut:
         return torch.stack(logits)
 
     def ours(self, images: Tensor) -> Tensor:
-        """Prefix and all cells."""
+        """Run the prefix once, and the suffix for all cells."""
         return self.forward.logits(self.forward.prefix(images), self.labels, CELLS)
 
-    def measured(self) -> dict[str, object]:
-        """What benchmarks of the cut have in common; inputs are the same images each time."""
+    def options(self) -> dict[str, object]:
+        """Return the options that all benchmarks of the cut share; inputs are the same images."""
         dead = f", {self.dead} cells dead" if self.dead else ""
         return {
             "make": lambda g: (self.images.clone(),),
-            "check": near,
+            "check": assert_near,
             "what": f"{type(self.model).__name__} {self.layer}{dead}",
             "shape": {"images": IMAGES, "C": CELLS},
         }
 
 
-def near(got: Tensor, want: Tensor) -> None:
-    """On CUDA cuDNN's convolutions are TF32 by default, the kernels as accurate as float32."""
+def assert_near(got: Tensor, want: Tensor) -> None:
+    """Compare logits; on CUDA, cuDNN's convolutions use TF32 by default."""
     tol = 1e-4 if DEVICE == "cpu" else 1e-2
     torch.testing.assert_close(got, want, rtol=tol, atol=tol)
 
@@ -80,8 +80,8 @@ def cut(request) -> Cut:
     model = load_network(PRESETS[name].networks[0], "random").model.to(DEVICE)
     images = torch.randn(IMAGES, 3, 224, 224, generator=Generator().manual_seed(1)).to(DEVICE)
     forward = AblatedForward(model, layer)
-    act = forward.prefix(images).activation  # and the trial of the cut, which isn't timed
-    # Cells of units that no image drives, where the layer has enough; the rest at random.
+    act = forward.prefix(images).activation  # also verifies the cut, which isn't timed
+    # Dead cells get units that no image activates; the other units are assigned at random.
     silent = (act == 0).all(0).flatten().cpu()
     labels = torch.randint(dead, CELLS, silent.shape, generator=Generator().manual_seed(2))
     if dead:
@@ -91,45 +91,45 @@ def cut(request) -> Cut:
 
 
 def test_hooked(timed, cut):
-    timed("AblatedForward", call=cut.hooked, oracle=cut.ours, name=HOOK, **cut.measured())
+    timed("AblatedForward", call=cut.hooked, oracle=cut.ours, name=HOOK, **cut.options())
 
 
 def test_forward(timed, cut):
-    timed("AblatedForward", call=cut.ours, oracle=cut.hooked, **cut.measured())
+    timed("AblatedForward", call=cut.ours, oracle=cut.hooked, **cut.options())
 
 
 @pytest.mark.parametrize("cut", [c for c in CUTS if not c[2]], indirect=True, ids=str)
 @pytest.mark.parametrize("part", ["whole", "prefix", "suffix"])
-def test_alone(timed, cut, part):
-    """What the bound is made of."""
+def test_part(timed, cut, part):
+    """Time the three passes that determine the bound."""
     forward = cut.forward
-    kept: list[Tensor] = []
+    outputs: list[Tensor] = []
 
-    def seen(images: Tensor) -> Tensor:
-        """What the layer gives, as a hook sees it."""
+    def hooked_activation(images: Tensor) -> Tensor:
+        """Return the layer's output as a hook sees it."""
         module = cut.model.get_submodule(cut.layer)
-        handle = module.register_forward_hook(lambda _m, _i, out: kept.append(out.clone()))
+        handle = module.register_forward_hook(lambda _m, _i, out: outputs.append(out.clone()))
         cut.model(images)
         handle.remove()
-        return kept.pop()
+        return outputs.pop()
 
-    states: dict[int, State] = {}  # by where their activations are
+    states: dict[int, State] = {}  # by the address of their activation
 
-    def apart(_: Generator) -> tuple[Tensor, ...]:
-        """The activation of a state of its own."""
+    def make_state(_: Generator) -> tuple[Tensor, ...]:
+        """Return the activation of a new state."""
         state = forward.prefix(cut.images)
         states[state.activation.data_ptr()] = state
         return (state.activation,)
 
     calls = {
         "whole": (cut.model, lambda images: passes.run_tail(forward.prefix(images))),
-        "prefix": (lambda images: forward.prefix(images).activation, seen),
+        "prefix": (lambda images: forward.prefix(images).activation, hooked_activation),
         "suffix": (
             lambda act: passes.run_tail(states[act.data_ptr()]),
             lambda _: cut.model(cut.images),
         ),
     }
     call, oracle = calls[part]
-    measured = cut.measured() | ({"make": apart} if part == "suffix" else {})
+    options = cut.options() | ({"make": make_state} if part == "suffix" else {})
     with torch.no_grad():
-        timed("AblatedForward", call=call, oracle=oracle, name=part, **measured)
+        timed("AblatedForward", call=call, oracle=oracle, name=part, **options)

@@ -1,4 +1,4 @@
-"""Gram matrices: of all neurons, and one for each cell of neurons."""
+"""Gram matrices of all neurons, and of each cell of neurons."""
 
 from __future__ import annotations
 
@@ -8,25 +8,36 @@ import torch
 from torch import Tensor
 
 import repsim_kernels as rk
-from bench.common.inputs import DTYPES, SHAPES, as_grams, cells, one, products, reference, size
+from bench.common.inputs import (
+    DTYPES,
+    SHAPES,
+    assign_cells,
+    check_grams,
+    make_one,
+    products,
+    reference,
+    size,
+)
 
 
-def plain(x: Tensor) -> Tensor:
+def compute_gram(x: Tensor) -> Tensor:
     c = x.double()
     c -= c.mean(0)
     return c @ c.mT
 
 
-def plain_cells(x: Tensor, labels: np.ndarray) -> Tensor:
-    tables = [t == c for t in np.atleast_2d(labels) for c in range(t.max() + 1)]
-    grams = torch.stack([plain(x[:, torch.from_numpy(own).to(x.device)]) for own in tables])
+def compute_cell_grams(x: Tensor, labels: np.ndarray) -> Tensor:
+    masks = [t == c for t in np.atleast_2d(labels) for c in range(t.max() + 1)]
+    grams = torch.stack([compute_gram(x[:, torch.from_numpy(m).to(x.device)]) for m in masks])
     return grams.view(*labels.shape[:-1], -1, len(x), len(x))
 
 
-def costs(operation: str, n: int, p: int, dtype: torch.dtype, partitions=1, grams=1) -> dict:
-    """What Grams of (n, p) activations read, write and multiply: one of two symmetric elements."""
+def describe_costs(
+    operation: str, n: int, p: int, dtype: torch.dtype, partitions=1, grams=1
+) -> dict:
+    """Return check, bytes and operations of Grams of (n, p) activations, half of each symmetric."""
     return {
-        "check": as_grams(operation, dtype),
+        "check": check_grams(operation, dtype),
         "dtype": dtype,
         "bytes": size(n, p, dtype) + 8 * grams * n**2,
         "operations": {products(operation, dtype): partitions * n * (n + 1) * p},
@@ -44,12 +55,12 @@ def costs(operation: str, n: int, p: int, dtype: torch.dtype, partitions=1, gram
 def test_centered_gram(timed, n, p, dtype, options):
     timed(
         "centered_gram",
-        one(n, p, dtype),
+        make_one(n, p, dtype),
         options=options,
-        oracle=reference("centered_gram", **options) if options else plain,
+        oracle=reference("centered_gram", **options) if options else compute_gram,
         what="RBF" if options else "",
         shape={"n": n, "p": p},
-        **costs("centered_gram", n, p, dtype),
+        **describe_costs("centered_gram", n, p, dtype),
     )
 
 
@@ -63,14 +74,14 @@ def test_centered_gram(timed, n, p, dtype, options):
     ids=str,
 )
 def test_cell_grams(timed, n, p, dtype, n_cells, partitions):
-    """Partitions are those of several target classes, from one read of the activations."""
-    tables = np.stack([cells(p, n_cells, seed) for seed in range(partitions)])
+    """Several partitions, as for several target classes, from a single read of the activations."""
+    tables = np.stack([assign_cells(p, n_cells, seed) for seed in range(partitions)])
     labels = tables[0] if partitions == 1 else tables
     timed(
         "cell_grams",
-        one(n, p, dtype),
+        make_one(n, p, dtype),
         call=lambda x: rk.cell_grams(x, labels),
-        oracle=lambda x: plain_cells(x, labels),
+        oracle=lambda x: compute_cell_grams(x, labels),
         shape={"n": n, "p": p, "C": n_cells} | ({"T": partitions} if partitions > 1 else {}),
-        **costs("cell_grams", n, p, dtype, partitions, partitions * n_cells),
+        **describe_costs("cell_grams", n, p, dtype, partitions, partitions * n_cells),
     )

@@ -1,6 +1,6 @@
-"""Many logistic regressions at once, beside a loop over scikit-learn's.
+"""Many logistic regressions in one call, compared with a loop over scikit-learn's.
 
-No operations are given: how many steps a fit takes isn't known beforehand.
+The number of steps of a fit is not known in advance, so no operations are given.
 """
 
 from __future__ import annotations
@@ -16,47 +16,47 @@ from bench.common.tolerances import Tol, assert_close
 
 FITS, LOOPED, N, D, P = 2000, 200, 500, 100, 100_352
 TARGET = (np.arange(N) % 10 == 0).astype(np.int64)
-APART = {"classes alike": 0.0, "classes apart": 0.7}
+SEPARATION = {"classes alike": 0.0, "classes apart": 0.7}
 LOOP = f"a loop over scikit-learn, {LOOPED} of the fits"
 
 
-def of_classes(g: Generator, apart: float, p: int = P, dtype=torch.float32) -> Tensor:
-    """Rectified activations (N, p), neuron by neuron, of ten classes some way apart."""
-    means = apart * torch.randn(p, 10, generator=g, device=g.device)
+def draw_classes(g: Generator, separation: float, p: int = P, dtype=torch.float32) -> Tensor:
+    """Draw rectified, neuron-major activations (N, p) of ten classes with separated means."""
+    means = separation * torch.randn(p, 10, generator=g, device=g.device)
     noise = torch.randn(p, N, generator=g, device=g.device)
     return noise.add_(means[:, torch.arange(N) % 10]).relu_().to(dtype).mT
 
 
-def drawn() -> np.ndarray:
+def draw_columns() -> np.ndarray:
     rng = np.random.default_rng(1)
     return np.stack([rng.choice(P, D, replace=False) for _ in range(FITS)])
 
 
-def common(classes: str, dtype: torch.dtype) -> dict[str, object]:
+def describe_fits(classes: str, dtype: torch.dtype) -> dict[str, object]:
     shape = {"n": N, "p": P, "d": D, "fits": FITS}
     return {"what": classes, "shape": shape, "dtype": dtype}
 
 
-def fitted(x: Tensor, y: np.ndarray, **options: object) -> LogisticRegression:
+def fit_sklearn(x: Tensor, y: np.ndarray, **options: object) -> LogisticRegression:
     return LogisticRegression(**options).fit(x.cpu().numpy(), y)
 
 
 @pytest.mark.parametrize(
     ("classes", "dtype"),
-    [*((which, torch.float32) for which in APART), ("classes apart", torch.float64)],
+    [*((classes, torch.float32) for classes in SEPARATION), ("classes apart", torch.float64)],
     ids=str,
 )
 def test_logistic_fits(timed, classes, dtype):
-    """Coefficients to 1e-4 of the largest in float32, and the errors of five fits exactly."""
-    columns = drawn()
+    """Check five fits: coefficients to 1e-4 of the largest in float32, errors exactly."""
+    columns = draw_columns()
 
-    def exact(x: Tensor) -> list[tuple[np.ndarray, int]]:
-        found = []
+    def fit_exactly(x: Tensor) -> list[tuple[np.ndarray, int]]:
+        fits = []
         for own in columns[:5]:
             v = x[:, own].double()
-            model = fitted(v, TARGET, solver="newton-cholesky", tol=1e-12)
-            found.append((model.coef_[0], int((model.predict(v.cpu().numpy()) != TARGET).sum())))
-        return found
+            model = fit_sklearn(v, TARGET, solver="newton-cholesky", tol=1e-12)
+            fits.append((model.coef_[0], int((model.predict(v.cpu().numpy()) != TARGET).sum())))
+        return fits
 
     def check(got: dict[str, Tensor], want: list[tuple[np.ndarray, int]]) -> None:
         assert got["converged"].all()
@@ -67,41 +67,41 @@ def test_logistic_fits(timed, classes, dtype):
 
     timed(
         "logistic_fits",
-        lambda g: (of_classes(g, APART[classes], dtype=dtype),),
+        lambda g: (draw_classes(g, SEPARATION[classes], dtype=dtype),),
         options={"y": TARGET, "columns": columns},
-        oracle=exact,
+        oracle=fit_exactly,
         check=check,
-        **common(classes, dtype),
+        **describe_fits(classes, dtype),
     )
 
 
-@pytest.mark.parametrize("classes", APART)
+@pytest.mark.parametrize("classes", SEPARATION)
 def test_loop(timed, classes):
-    """scikit-learn's defaults, as the study's code has them, on columns gathered at no cost.
+    """scikit-learn with its defaults, as in the study's code; gathering columns is not timed.
 
-    They stop early, so that they are held to the converged fits by the errors they make.
+    Its fits stop early, so only their classification errors are compared with converged fits.
     """
-    columns = drawn()[:LOOPED]
+    columns = draw_columns()[:LOOPED]
 
-    def gathered(g: Generator) -> tuple[Tensor, ...]:
-        x = of_classes(g, APART[classes])
+    def gather(g: Generator) -> tuple[Tensor, ...]:
+        x = draw_classes(g, SEPARATION[classes])
         return tuple(x[:, own].contiguous() for own in columns)
 
-    def wrong(values: tuple[Tensor, ...], models: list[LogisticRegression]) -> float:
+    def error_rate(values: tuple[Tensor, ...], models: list[LogisticRegression]) -> float:
         pairs = zip(values, models, strict=True)
         return float(np.mean([(m.predict(v.numpy()) != TARGET).mean() for v, m in pairs]))
 
-    def ours(*values: Tensor) -> float:
+    def our_error_rate(*values: Tensor) -> float:
         fits = [rk.logistic_fits(v, TARGET, np.arange(D)[None])["errors"] for v in values]
         return float(torch.cat(fits).double().mean()) / N
 
     timed(
         "logistic_fits",
-        gathered,
-        call=lambda *values: [fitted(v, TARGET) for v in values],
-        oracle=lambda *values: (values, ours(*values)),
-        check=lambda got, want: assert_close(wrong(want[0], got), want[1], Tol(0, 1e-3)),
+        gather,
+        call=lambda *values: [fit_sklearn(v, TARGET) for v in values],
+        oracle=lambda *values: (values, our_error_rate(*values)),
+        check=lambda got, want: assert_close(error_rate(want[0], got), want[1], Tol(0, 1e-3)),
         name=LOOP,
         device="cpu",
-        **common(classes, torch.float32),
+        **describe_fits(classes, torch.float32),
     )

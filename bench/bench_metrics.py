@@ -1,6 +1,6 @@
-"""Every metric of a pair of layers.
+"""Every metric for a pair of layers.
 
-Operations are given for CKA alone: spectra, nuclear norms and ranks have no such number.
+Operations are given only for CKA: spectra, nuclear norms and ranks have no fixed number.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.common.inputs import DTYPES, pair, products, size
+from bench.common.inputs import DTYPES, make_pair, products, size
 
 P = 10_000
 FULL = (torch.float32, torch.float64)
-# RBF kernels and RSA have fewer stimuli: their definitions take a pass over the neurons for each.
-CASES = (  # operation, what, its options, stimuli, dtypes
+# RBF kernels and RSA get fewer stimuli: their definitions pass over the neurons for each stimulus.
+METRICS = (  # operation, label, options, stimuli, dtypes
     ("cka", "linear", {"debiased": False}, 500, DTYPES),
     ("cka", "debiased", {"debiased": True}, 500, DTYPES),
     ("cka", "RBF", {"kernel": "rbf"}, 200, (torch.float32,)),
@@ -29,18 +29,18 @@ CASES = (  # operation, what, its options, stimuli, dtypes
 
 
 @pytest.mark.parametrize(
-    ("operation", "what", "options", "n", "dtype"),
-    [(*case, dtype) for *case, dtypes in CASES for dtype in dtypes],
+    ("operation", "label", "options", "n", "dtype"),
+    [(*case, dtype) for *case, dtypes in METRICS for dtype in dtypes],
     ids=str,
 )
-def test_metric(timed, operation, what, options, n, dtype):
-    reads = 3 if operation == "pwcca" else 2  # its weights take another pass over the first layer
+def test_metric(timed, operation, label, options, n, dtype):
+    reads = 3 if operation == "pwcca" else 2  # the weights need another pass over the first layer
     grams = {products("cka", dtype): 2 * n * (n + 1) * P}
     timed(
         operation,
-        pair(n, P, dtype),
+        make_pair(n, P, dtype),
         options=options,
-        what=what,
+        what=label,
         shape={"n": n, "p": P},
         dtype=dtype,
         bytes=reads * size(n, P, dtype),

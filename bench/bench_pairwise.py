@@ -1,4 +1,4 @@
-"""All pairs of a network's layers: each Gram and each spectrum is made once."""
+"""All pairs of a network's layers: each Gram and each spectrum is computed once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 import repsim_kernels as rk
-from bench.common.inputs import activations, as_distances, products, reference, size
+from bench.common.inputs import check_distances, draw_activations, products, reference, size
 
 LAYERS, N, P = 12, 100, 5_000
 METRICS = {
@@ -20,29 +20,30 @@ METRICS = {
 }
 
 
-def layers(g: Generator) -> tuple[Tensor, ...]:
-    """Each has something of the one before."""
-    found = [activations(g, N, P)]
+def make_layers(g: Generator) -> tuple[Tensor, ...]:
+    """Return layers that each share features with the previous one."""
+    layers = [draw_activations(g, N, P)]
     for _ in range(LAYERS - 1):
-        found.append(found[-1].roll(1, 1) / 2 + activations(g, N, P))
-    return tuple(found)
+        layers.append(layers[-1].roll(1, 1) / 2 + draw_activations(g, N, P))
+    return tuple(layers)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_pairwise(timed, metric):
-    """The definitions, of some pairs: PWCCA is not symmetric."""
-    some = [(0, 0), (0, 1), (1, 0), (2, LAYERS - 1)]
+    """Check a few pairs; two differ only in order, since PWCCA is not symmetric."""
+    checked = [(0, 0), (0, 1), (1, 0), (2, LAYERS - 1)]
     grams = {products("pairwise", torch.float32): LAYERS * N * (N + 1) * P}
     definition = reference(metric, **METRICS[metric])
 
     def check(got: Tensor, want: list[float]) -> None:
-        as_distances("pairwise", torch.float32)(torch.stack([got[i, j] for i, j in some]), want)
+        values = torch.stack([got[i, j] for i, j in checked])
+        check_distances("pairwise", torch.float32)(values, want)
 
     timed(
         "pairwise",
-        layers,
+        make_layers,
         call=lambda *xs: rk.pairwise(xs, metric=metric, **METRICS[metric]),
-        oracle=lambda *xs: [float(definition(xs[i], xs[j])) for i, j in some],
+        oracle=lambda *xs: [float(definition(xs[i], xs[j])) for i, j in checked],
         check=check,
         what=metric,
         shape={"L": LAYERS, "n": N, "p": P},

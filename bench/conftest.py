@@ -1,4 +1,4 @@
-"""Benchmarks that are held to an oracle before they are timed, and the file of their results."""
+"""The fixture that checks a result before timing it, and the file of results."""
 
 from __future__ import annotations
 
@@ -18,37 +18,38 @@ from torch import Tensor
 
 import repsim_kernels as rk
 from bench.common import machine, timing
-from bench.common.inputs import DEVICE, Make, as_distances, reference
+from bench.common.inputs import DEVICE, Make, check_distances, reference
 from bench.common.machine import Json
 from bench.common.tolerances import as_numpy
 
-_SECONDS = 1.0  # of the rounds of a benchmark, unless fewer than the least would fit
+_SECONDS = 1.0  # for all rounds of a benchmark, unless fewer than _LEAST would fit
 _LEAST, _MOST = 3, 50  # rounds
-_LONG = 5.0  # seconds of a call that is timed twice only
+_LONG = 5.0  # calls that take more seconds are timed only twice
 _CEILINGS = pytest.StashKey[dict[str, float]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--results", type=Path, help="folder for bench-<device>.json, if all pass")
+    parser.addoption("--results", type=Path, help="folder for bench-<device>.json")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise pytest.UsageError("TRITON_INTERPRET=1: an interpreter's times say nothing; unset it")
+        raise pytest.UsageError("TRITON_INTERPRET=1: interpreter times are meaningless; unset it")
     folder = config.getoption("results")
     if folder is not None and not folder.is_dir():
-        raise pytest.UsageError(f"--results {folder}: no such folder")
+        raise pytest.UsageError(f"--results {folder}: folder does not exist")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Write all or nothing: half of a file's numbers would pass for the whole."""
+    """Write the results only if all benchmarks passed: a partial file would look complete."""
     folder = session.config.getoption("results")
     if folder is None:
         return
     out = folder / f"bench-{machine.slug(DEVICE)}.json"
-    rows = [row(benchmark) for benchmark in session.config._benchmarksession.benchmarks]
+    rows = [make_row(benchmark) for benchmark in session.config._benchmarksession.benchmarks]
     if exitstatus or not rows:
-        outcome = f"{out}: not written; {'not all passed' if exitstatus else 'none timed'}"
+        reason = "some benchmarks failed" if exitstatus else "nothing was timed"
+        outcome = f"{out}: not written; {reason}"
     else:
         packages = ("scikit-learn", "torchvision", "pytest-benchmark")
         environment = machine.environment(DEVICE, packages)
@@ -58,8 +59,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     session.config.get_terminal_writer().line(f"\n{outcome}")
 
 
-def row(benchmark: Any) -> Json:
-    """One entry of the results, from the statistics of pytest-benchmark."""
+def make_row(benchmark: Any) -> Json:
+    """Return one entry of the results from pytest-benchmark's statistics."""
     stats = benchmark.stats
     times = {f"{name}_s": getattr(stats, name) for name in ("min", "median", "iqr", "max")}
     info = {"rounds": stats.rounds, "extra_info": benchmark.extra_info}
@@ -68,13 +69,13 @@ def row(benchmark: Any) -> Json:
 
 @pytest.fixture(scope="session")
 def ceilings() -> dict[str, float]:
-    """What this device reaches, measured once, in the same run."""
+    """Measure the ceilings of this device once per run."""
     return timing.ceilings(DEVICE, quick=False, limit=1.0)
 
 
 @dataclass
-class Timed:
-    """Checks a call, times it, and notes what the time amounts to."""
+class Timer:
+    """Checks a call, times it, and adds its rates to the results."""
 
     benchmark: Any
     request: pytest.FixtureRequest
@@ -96,13 +97,13 @@ class Timed:
         operations: Mapping[str, int] | None = None,
         device: str = DEVICE,
     ) -> Any:
-        """Return the result that was checked.
+        """Check and time a call; return the checked result.
 
-        ``make`` gives the arguments of ``call`` and ``oracle``; ``check`` takes their results, or
-        each value that the oracle has of a dict. Without them the operation itself is called with
-        ``options`` and held to its definition as a distance. ``bytes`` are the least that go to and
-        from memory, ``operations`` the least, by the name of the ceiling that they have; left out
-        where an algorithm has no such number.
+        ``make`` returns the arguments of ``call`` and ``oracle``; ``check`` compares their results,
+        or each value of the oracle's dict. By default the operation is called with ``options`` and
+        compared with its definition as a distance. ``bytes`` is the minimum memory traffic,
+        ``operations`` the minimum number of operations by the name of their ceiling; leave it out
+        if the algorithm has no fixed number.
         """
         sizes = " ".join(f"{key}={value:,}" for key, value in shape.items())
         short = str(dtype).removeprefix("torch.")
@@ -111,29 +112,29 @@ class Timed:
         options = options or {}
         call = call or partial(getattr(rk, operation), **options)
         oracle = oracle or reference(operation, **options)
-        check = check or as_distances(operation, dtype)
+        check = check or check_distances(operation, dtype)
         inputs = timing.make_inputs(make, device)
 
-        def run(*some: Tensor) -> Any:
-            result = call(*some)
+        def run(*arguments: Tensor) -> Any:
+            result = call(*arguments)
             if device == "cuda":
                 torch.cuda.synchronize()
             return result
 
-        def once(some: tuple[Tensor, ...]) -> tuple[float, Any]:
+        def run_timed(arguments: tuple[Tensor, ...]) -> tuple[float, Any]:
             start = time.perf_counter()
-            result = run(*some)
+            result = run(*arguments)
             return time.perf_counter() - start, result
 
-        seconds, got = once(inputs[0])
-        agree(got, oracle(*inputs[0]), check)
+        seconds, got = run_timed(inputs[0])
+        check_values(got, oracle(*inputs[0]), check)
         if not self.benchmark.enabled:
             self.benchmark.pedantic(lambda: None)
             return got
         rates = self.request.getfixturevalue("ceilings")
         self.request.config.stash[_CEILINGS] = rates
         if seconds < _SECONDS or device == "cuda":  # the first call also loads and compiles
-            seconds, _ = once(inputs[1])
+            seconds, _ = run_timed(inputs[1])
         turn = cycle(inputs)
         least = _LEAST if seconds < _LONG else 2
         rounds = max(least, min(_MOST, int(_SECONDS / seconds)))
@@ -142,46 +143,48 @@ class Timed:
         info: Json = {"operation": operation, "shape": dict(shape), "dtype": short}
         if device == "cuda":
             info["events"] = timing.measure(call, inputs, _SECONDS)
-            info["on_device"] = self._on_device(call, inputs, info["events"]["ms"])
+            info["on_device"] = self._measure_on_device(call, inputs, info["events"]["ms"])
             seconds = 1e-3 * info["on_device"].get("ms", info["events"]["ms"])
-        info |= amounts(seconds, rates, bytes, operations or {})
+        info |= compute_rates(seconds, rates, bytes, operations or {})
         self.benchmark.extra_info.update(info)
         return got
 
-    def _on_device(self, call: Callable[..., Any], inputs: Any, call_ms: float) -> Json:
-        def tensor(*some: Tensor) -> Tensor:
-            return next(found for found in leaves(call(*some)) if isinstance(found, Tensor))
+    def _measure_on_device(self, call: Callable[..., Any], inputs: Any, call_ms: float) -> Json:
+        def first_tensor(*arguments: Tensor) -> Tensor:
+            return next(leaf for leaf in leaves(call(*arguments)) if isinstance(leaf, Tensor))
 
-        found = timing.measure_on_device(tensor, inputs, call_ms, _SECONDS)
-        if found.pop("spoiled", False):
-            pytest.exit(f"{self.benchmark.group}: {found['how']}; no later time would be right", 1)
-        return found
+        times = timing.measure_on_device(first_tensor, inputs, call_ms, _SECONDS)
+        if times.pop("spoiled", False):
+            pytest.exit(f"{self.benchmark.group}: {times['how']}; later times would be wrong", 1)
+        return times
 
 
 @pytest.fixture
-def timed(benchmark: Any, request: pytest.FixtureRequest) -> Timed:
-    """What every benchmark is made with."""
-    return Timed(benchmark, request)
+def timed(benchmark: Any, request: pytest.FixtureRequest) -> Timer:
+    """The function that every benchmark calls."""
+    return Timer(benchmark, request)
 
 
-def amounts(seconds: float, rates: Json, bytes: int, operations: Mapping[str, int]) -> Json:
-    """Rates, and the share that the roofline's floor has of the time."""
-    found: Json = {}
+def compute_rates(
+    seconds: float, ceilings: Json, bytes: int, operations: Mapping[str, int]
+) -> Json:
+    """Return the rates that were reached, and the roofline's minimum time as a share of seconds."""
+    rates: Json = {}
     if bytes:
-        found |= {"bytes": bytes, "gb_s": 1e-9 * bytes / seconds}
+        rates |= {"bytes": bytes, "gb_s": 1e-9 * bytes / seconds}
     if operations:
         total = sum(operations.values())
-        found |= {"operations": dict(operations), "tflop_s": 1e-12 * total / seconds}
-    if found:
-        copying = bytes / rates["copy"]
-        multiplying = sum(count / rates[kind] for kind, count in operations.items())
-        found["bound"] = "copy" if copying > multiplying else "products"
-        found["of_ceiling"] = max(copying, multiplying) / seconds
-    return found
+        rates |= {"operations": dict(operations), "tflop_s": 1e-12 * total / seconds}
+    if rates:
+        copying = bytes / ceilings["copy"]
+        multiplying = sum(count / ceilings[kind] for kind, count in operations.items())
+        rates["bound"] = "copy" if copying > multiplying else "products"
+        rates["of_ceiling"] = max(copying, multiplying) / seconds
+    return rates
 
 
 def leaves(result: Any) -> list[Any]:
-    """The arrays and numbers of a result."""
+    """Return the arrays and numbers of a nested result."""
     if isinstance(result, dict):
         result = result.values()
     elif not isinstance(result, (tuple, list)):
@@ -189,13 +192,13 @@ def leaves(result: Any) -> list[Any]:
     return [leaf for part in result for leaf in leaves(part)]
 
 
-def agree(got: Any, want: Any, check: Callable[[Any, Any], None]) -> None:
-    """Check each value that the oracle has, and that none of the whole result is NaN."""
+def check_values(got: Any, want: Any, check: Callable[[Any, Any], None]) -> None:
+    """Check each value that the oracle has, and that no value of the result is NaN."""
     for leaf in leaves(got):
         if isinstance(leaf, (Tensor, np.ndarray, float)):
             assert not np.isnan(as_numpy(leaf)).any(), "NaN"
     if isinstance(want, dict):
         for key, value in want.items():
-            agree(got[key], value, check)
+            check_values(got[key], value, check)
     else:
         check(got, want)

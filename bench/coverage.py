@@ -1,4 +1,4 @@
-"""The page of how often intervals hold the truth, and tests reject it: simulated studies."""
+"""COVERAGE.md: how often intervals contain the truth, and tests reject it, in simulated studies."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import numpy as np
 from repsim_kernels.experiments.analysis.correlations import centred_ranks, correlate
 from repsim_kernels.experiments.analysis.resampling import fisher_z, jackknife, sign_flips
 
-SEED = 20241124  # of the studies; the truth has the next
+SEED = 20241124  # for the studies; the truth uses the next one
 STUDIES = 2_000
-_TRUTH = 20_000  # studies whose mean is taken as the truth
-_BATCH = 500  # studies at a time
+_TRUTH = 20_000  # studies whose mean is used as the truth
+_BATCH = 500  # studies per batch
 CLASSES, LAYERS, CELLS = 10, 7, 16
 LEVEL = 0.95
-MEAN = 0.4  # of latent z; what follows are standard deviations of it
+MEAN = 0.4  # of the latent z; the next three are its standard deviations
 CLASS, METRIC, NOISE = 0.2, 0.1, 0.2
 RAMP = 0.3  # the layers' effects go from -this to this
-SHARED = 0.5  # of the metrics' variance that is not the function's
+SHARED = 0.5  # of the metrics' variance that the function change does not explain
 MISSING = 0.05
 EFFECT = 0.2
 
 
 @dataclass(frozen=True)
 class Row:
-    """A share of the studies, with the mean width of the interval that it is of."""
+    """A share of the studies and, for a coverage, the mean width of the interval."""
 
     name: str
     hits: np.ndarray
@@ -41,7 +41,7 @@ class Row:
 
 
 def draw(rng: np.random.Generator, studies: int, effect: float = 0.0) -> np.ndarray:
-    """Spearman's correlations with F of two metrics, NaN where missing: (studies, c, l, 2)."""
+    """Draw Spearman's correlations of F with two metrics, NaN if missing: (studies, c, l, 2)."""
     shape = studies, CLASSES, LAYERS
     z = MEAN + CLASS * rng.standard_normal((studies, CLASSES, 1))
     z = z + np.linspace(-RAMP, RAMP, LAYERS) + NOISE * rng.standard_normal(shape)
@@ -51,13 +51,13 @@ def draw(rng: np.random.Generator, studies: int, effect: float = 0.0) -> np.ndar
     other = np.sqrt(SHARED) * rng.standard_normal((len(rho), CELLS, 1))
     other = other + np.sqrt(1 - SHARED) * rng.standard_normal((len(rho), CELLS, 2))
     metrics = rho * function + np.sqrt(1 - rho**2) * other
-    found = correlate(centred_ranks(metrics), centred_ranks(function))[..., 0]
-    found[rng.random(len(found)) < MISSING] = np.nan
-    return found.reshape(*shape, 2)
+    rank_rho = correlate(centred_ranks(metrics), centred_ranks(function))[..., 0]
+    rank_rho[rng.random(len(rank_rho)) < MISSING] = np.nan
+    return rank_rho.reshape(*shape, 2)
 
 
 def truth(studies: int = _TRUTH) -> float:
-    """The mean correlation of the first metric, by studies that no interval is made of."""
+    """Return the mean correlation of the first metric in studies that no interval uses."""
     rng = np.random.default_rng(SEED + 1)
     batches = [np.nanmean(draw(rng, _BATCH)[..., 0]) for _ in range(-(-studies // _BATCH))]
     return float(np.mean(batches))
@@ -66,9 +66,9 @@ def truth(studies: int = _TRUTH) -> float:
 def bootstrap(
     sums: np.ndarray, counts: np.ndarray, seed: int, level: float = LEVEL, resamples: int = 10_000
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As `jackknife`, with the percentile interval of resampled clusters: (rows, k).
+    """Like `jackknife`, with the percentile interval of resampled clusters, (rows, k).
 
-    Rows that have the same clusters are resampled together, by how often each is drawn.
+    Rows with the same clusters are resampled together.
     """
     ends = np.full((2, len(sums)), np.nan)
     patterns, row_pattern = np.unique(counts > 0, axis=0, return_inverse=True)
@@ -83,7 +83,7 @@ def bootstrap(
 
 
 def rows(studies: int, expected: float) -> list[Row]:
-    """Coverage of the intervals, and size and power of the test."""
+    """Return the coverage of the intervals, and the size and power of the test."""
     rng = np.random.default_rng(SEED)
     names = "coverage, jackknife-t", "coverage, bootstrap of classes"
     hits: dict[str, list[np.ndarray]] = {}
@@ -104,25 +104,25 @@ def rows(studies: int, expected: float) -> list[Row]:
             (names[1], bootstrap(sums, counts, SEED + start)),
         ):
             add(name, ends[1], ends[2], expected)
-        for name, drawn in (("size, permutation test", same), ("power", ahead)):
-            gain = np.diff(fisher_z(drawn, CELLS)[..., ::-1], axis=-1)[..., 0]
+        for name, studies_rho in (("size, permutation test", same), ("power", ahead)):
+            gain = np.diff(fisher_z(studies_rho, CELLS)[..., ::-1], axis=-1)[..., 0]
             values = np.nanmean(gain, axis=-1)
             hits.setdefault(name, []).append(sign_flips(values) < 1 - LEVEL)
-            if drawn is same:
+            if studies_rho is same:
                 ends = jackknife(values, np.ones_like(values), LEVEL)
                 add("coverage of the difference, jackknife-t", ends[1], ends[2], 0.0)
     return [
         Row(
             name,
-            np.concatenate(found),
+            np.concatenate(batches),
             float(np.concatenate(widths[name]).mean()) if name in widths else None,
         )
-        for name, found in hits.items()
+        for name, batches in hits.items()
     ]
 
 
 def page(studies: int = STUDIES) -> str:
-    """The page in Markdown."""
+    """Return the page in Markdown."""
     expected = truth()
     lines = "\n".join(
         f"| {row.name} | {100 * row.share:.1f} | {100 * row.error:.1f} | "
@@ -130,34 +130,34 @@ def page(studies: int = STUDIES) -> str:
         for row in rows(studies, expected)
     )
     return f"""\
-# How often the intervals hold the truth
+# How often the intervals contain the truth
 
-Simulated studies, of which the truth is known. To make the page again, in half a minute:
+Results from simulated studies with a known truth. To regenerate the page, in half a minute:
 
 ```
 .venv/bin/python -m bench coverage
 ```
 
 {studies:,} studies of {CLASSES} classes, {LAYERS} layers and {CELLS} cells, seed {SEED}, fixed in
-advance. In each, a function change F is drawn per cell from a normal distribution, and two metrics
-that are correlated with it; what they have beside F is half shared. Of class c, layer l and metric
-m the latent correlation is tanh z, with
+advance. In each study, a function change F is drawn per cell from a normal distribution, together
+with two metrics that correlate with it; the metrics share half of their remaining variance. For
+class c, layer l and metric m the latent correlation is tanh z, with
 
 z = {MEAN} + layer l (a ramp from -{RAMP} to {RAMP}) + class c (sd {CLASS}) +
 metric m of class c (sd {METRIC}) + class c, layer l (sd {NOISE}).
 
-Layers are the same in every study: a network has those that it has; the interval is for other
-classes. Of the groups {MISSING:.0%} have no correlation, at random. Spearman's correlations,
-intervals and tests are those of `experiments`.
+The layers are the same in every study, because a network's layers are fixed; the interval is for
+other classes. At random, {MISSING:.0%} of the groups have no correlation. Spearman's correlations,
+intervals and tests are computed by the code of `experiments`.
 
 * **truth**: the mean correlation of {_TRUTH:,} studies with seed {SEED + 1}: {expected:.4f}.
-* **coverage**: share of the studies whose 95 % interval holds it. Wanted of the jackknife-t: 93 to
-  97 %. The difference is that of the metrics' z, whose truth is 0. Percentiles of the
-  bootstrap are too narrow for {CLASSES} classes, and are shown beside it.
-* **size**, **power**: share of the studies in which the paired permutation test has p < 0.05, if
-  the metrics differ only by chance, and if one has {EFFECT} more z. An exact test of {CLASSES}
-  classes has p in steps of 2/{2**CLASSES:,}.
-* **standard error**: what the simulation leaves uncertain.
+* **coverage**: the share of studies whose 95 % interval contains it. The jackknife-t should reach
+  93 to 97 %. The difference is that of the metrics' z; its truth is 0. The bootstrap's percentile
+  intervals are too narrow for {CLASSES} classes, and are shown for comparison.
+* **size**, **power**: the share of studies in which the paired permutation test has p < 0.05 if the
+  metrics differ only by chance (size), and if one has {EFFECT} more z (power). An exact test of
+  {CLASSES} classes has p in steps of 2/{2**CLASSES:,}.
+* **standard error**: the uncertainty of the simulation.
 
 | | share, % | standard error, % | mean width |
 |---|---|---|---|

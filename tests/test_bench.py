@@ -1,4 +1,4 @@
-"""The benchmarks: that each operation has one, and that none is timed that is wrong."""
+"""The benchmarks: every operation has one, and wrong results are not timed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import torch
 
 import repsim_kernels as rk
 from bench import conftest
-from bench.bench_metrics import CASES
+from bench.bench_metrics import METRICS
 from bench.common import inputs, machine, timing
-from bench.conftest import Timed, agree, amounts
+from bench.conftest import Timer, check_values, compute_rates
 
 ROOT = Path(__file__).parent.parent
 TINY = """
@@ -54,47 +54,51 @@ def test_product(timed, factor):
 """
 
 
-def timed_operations() -> Iterator[str]:
-    """The operations that uses of ``timed`` name and call, be it by leaving out the call."""
-    yield from (operation for operation, *_ in CASES)
+def find_timed_operations() -> Iterator[str]:
+    """Yield the operations that ``timed`` names and calls; by default it calls the named one."""
+    yield from (operation for operation, *_ in METRICS)
     for path in (ROOT / "bench").glob("bench_*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "timed"):
                 continue
-            given = [k.value for k in node.keywords if k.arg == "call"]
+            calls = [k.value for k in node.keywords if k.arg == "call"]
             if isinstance(node.args[0], ast.Constant) and (
-                not given or f"rk.{node.args[0].value}(" in ast.unparse(given[0])
+                not calls or f"rk.{node.args[0].value}(" in ast.unparse(calls[0])
             ):
                 yield str(node.args[0].value)
 
 
 def test_every_operation_is_timed() -> None:
-    """Every public function but show_config, by a benchmark of its name that calls it."""
+    """Every public function except show_config has a benchmark of its name that calls it."""
     public = {name for name in rk.__all__ if not isinstance(getattr(rk, name), type)}
-    assert public - {"show_config"} == public & set(timed_operations())
+    assert public - {"show_config"} == public & set(find_timed_operations())
 
 
-# An interpreter is refused, and a worker of xdist's times nothing.
-_NOT_OURS = {"TRITON_INTERPRET", "PYTEST_XDIST_WORKER"}
+# The interpreter is refused, and an xdist worker times nothing.
+_REMOVED = {"TRITON_INTERPRET", "PYTEST_XDIST_WORKER"}
 
 
 def run(tmp_path: Path, factors: list[int], **environment: str) -> tuple[str, int, Path]:
-    """The benchmark above in a process of its own: what it says, its exit code and its results."""
+    """Run the benchmark above in a separate process; return its output, exit code and results."""
     tiny, out = tmp_path / "bench_tiny.py", tmp_path / f"bench-{machine.slug(inputs.DEVICE)}.json"
     tiny.write_text(TINY.replace("FACTORS", repr(factors)))
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    own = {k: v for k, v in os.environ.items() if k not in _NOT_OURS} | {"PYTHONPATH": path}
+    env = {k: v for k, v in os.environ.items() if k not in _REMOVED} | {"PYTHONPATH": path}
     command = (sys.executable, "-m", "pytest", "-p", "bench.conftest", "-p", "no:cacheprovider")
     options = ("-c", ROOT / "pyproject.toml", "--benchmark-only", "--results", tmp_path, tiny)
     done = subprocess.run(
-        [*command, *options], env=own | environment, capture_output=True, text=True, cwd=tmp_path
+        [*command, *options],
+        env=env | environment,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     return done.stdout + done.stderr, done.returncode, out
 
 
 def test_results(tmp_path: Path) -> None:
-    said, code, out = run(tmp_path, [1])
-    assert code == 0, said
+    output, code, out = run(tmp_path, [1])
+    assert code == 0, output
     record = json.loads(out.read_text())
     assert set(record) == {"environment", "ceilings", "benchmarks"}
     assert record["ceilings"] == {"copy": 1e9, "float64": 2e9}
@@ -112,41 +116,40 @@ def test_results(tmp_path: Path) -> None:
     assert info["of_ceiling"] == pytest.approx(768e-9 / median)
 
 
-def test_a_wrong_result_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
-    """Nor of those that are right, which pass."""
-    said, code, out = run(tmp_path, [1, 2])
+def test_nothing_is_written_if_any_result_is_wrong(tmp_path: Path) -> None:
+    output, code, out = run(tmp_path, [1, 2])
     assert code == 1
-    assert "1 failed, 1 passed" in said
-    assert "times the tolerance" in said
-    assert f"{out}: not written; not all passed" in said
+    assert "1 failed, 1 passed" in output
+    assert "times the tolerance" in output
+    assert f"{out}: not written; some benchmarks failed" in output
     assert not out.exists()
 
 
 def test_the_interpreter_is_refused(tmp_path: Path) -> None:
-    said, code, out = run(tmp_path, [1], TRITON_INTERPRET="1")
+    output, code, out = run(tmp_path, [1], TRITON_INTERPRET="1")
     assert code == pytest.ExitCode.USAGE_ERROR
-    assert "TRITON_INTERPRET=1" in said
+    assert "TRITON_INTERPRET=1" in output
     assert not out.exists()
 
 
-def test_amounts() -> None:
+def test_rates() -> None:
     rates = {"copy": 100.0, "ieee": 50.0, "float64": 10.0}
-    assert amounts(2.0, rates, 0, {}) == {}
-    assert amounts(2.0, rates, 40, {}) == {
+    assert compute_rates(2.0, rates, 0, {}) == {}
+    assert compute_rates(2.0, rates, 40, {}) == {
         "bytes": 40,
         "gb_s": 20e-9,
         "bound": "copy",
         "of_ceiling": 0.2,
     }
     # 50 / 50 and 10 / 10 seconds of products, one after the other.
-    both = amounts(4.0, rates, 100, {"ieee": 50, "float64": 10})
+    both = compute_rates(4.0, rates, 100, {"ieee": 50, "float64": 10})
     assert both["bound"] == "products"
     assert both["of_ceiling"] == 0.5
     assert both["tflop_s"] == pytest.approx(15e-12)
 
 
 class Clock:
-    """A clock that calls move on."""
+    """A clock that calls advance."""
 
     now = 0.0
 
@@ -155,7 +158,7 @@ class Clock:
 
 
 class Benchmark:
-    """What pytest-benchmark's fixture does, by the clock."""
+    """A fake of pytest-benchmark's fixture that uses the clock."""
 
     enabled = True
 
@@ -173,11 +176,10 @@ class Benchmark:
 
 
 @pytest.mark.parametrize(("device", "rounds"), [("cuda", 10), ("cpu", 3)])
-def test_rounds_are_not_of_the_call_that_compiles(monkeypatch, device, rounds) -> None:
-    """A GPU's first call of 4 s and others of 0.1 s: ten rounds in a second.
+def test_the_number_of_rounds_ignores_compilation(monkeypatch, device, rounds) -> None:
+    """On a GPU the first call takes 4 s and the others 0.1 s: ten rounds in a second.
 
-    A call ends where the GPU is waited for. On a CPU, where nothing is compiled, the first call's
-    time stands.
+    A call ends with a synchronisation. On a CPU, where nothing is compiled, the first call counts.
     """
     clock, waiting = Clock(), [4.0]
 
@@ -197,7 +199,7 @@ def test_rounds_are_not_of_the_call_that_compiles(monkeypatch, device, rounds) -
     benchmark = Benchmark(clock)
     config = SimpleNamespace(stash=pytest.Stash())
     request = SimpleNamespace(getfixturevalue=lambda _: {"copy": 1e9}, config=config)
-    Timed(benchmark, request)(
+    Timer(benchmark, request)(
         "double",
         lambda g: (torch.ones(3),),
         call=call,
@@ -220,11 +222,13 @@ def test_rounds_are_not_of_the_call_that_compiles(monkeypatch, device, rounds) -
         ("pairwise", torch.float32, "float64"),
     ],
 )
-def test_what_has_no_kernel_is_float64_on_a_gpu_too(monkeypatch, operation, dtype, want) -> None:
+def test_operations_without_a_kernel_are_float64_on_a_gpu(
+    monkeypatch, operation, dtype, want
+) -> None:
     monkeypatch.setattr(inputs, "DEVICE", "cuda")
     assert inputs.products(operation, dtype) == want
     near, far = torch.tensor(1.0 + 1e-7), torch.tensor(1.0 + 1e-5)
-    check = inputs.as_distances(operation, dtype)
+    check = inputs.check_distances(operation, dtype)
     check(near, 1.0)
     if want == "float64":
         with pytest.raises(AssertionError):
@@ -233,19 +237,19 @@ def test_what_has_no_kernel_is_float64_on_a_gpu_too(monkeypatch, operation, dtyp
         check(far, 1.0)
 
 
-def test_agreement_is_of_every_value() -> None:
+def test_every_value_is_checked() -> None:
     seen = []
 
     def check(got: float, want: float) -> None:
         seen.append(want)
         assert got == want
 
-    agree({"a": 1.0, "b": {"c": 2.0}}, {"a": 1.0, "b": {"c": 2.0}}, check)
+    check_values({"a": 1.0, "b": {"c": 2.0}}, {"a": 1.0, "b": {"c": 2.0}}, check)
     assert seen == [1.0, 2.0]
     with pytest.raises(AssertionError):
-        agree({"a": 1.0, "b": {"c": 2.0}}, {"b": {"c": 3.0}}, check)
+        check_values({"a": 1.0, "b": {"c": 2.0}}, {"b": {"c": 3.0}}, check)
     with pytest.raises(KeyError):
-        agree({"a": 1.0}, {"b": 1.0}, check)
+        check_values({"a": 1.0}, {"b": 1.0}, check)
     for nan in (np.nan, np.array([0, np.nan]), torch.tensor(torch.nan), (1.0, np.nan)):
         with pytest.raises(AssertionError, match="NaN"):
-            agree({"a": 1.0, "b": nan}, {"a": 1.0}, check)
+            check_values({"a": 1.0, "b": nan}, {"a": 1.0}, check)

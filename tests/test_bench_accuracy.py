@@ -1,4 +1,4 @@
-"""The accuracy benchmark: its oracle, what it sees of bad packages, and what ours promises."""
+"""The accuracy benchmark: its oracle, its judgement of bad packages, and this package's bounds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIMILARITIES = ("cka", "cka_debiased", "procrustes")
 
 @settings(max_examples=10)
 @given(st.integers(4, 7), st.integers(8, 30), st.sampled_from([0, 10, 1e4]), SEEDS)
-def test_the_oracle_has_the_values_of_60_digits(n, p, mean, seed):
+def test_the_oracle_matches_60_digit_arithmetic(n, p, mean, seed):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((n, p)) + mean
     y = x + rng.standard_normal((n, p)) - 2 * mean
@@ -36,7 +36,7 @@ def test_the_oracle_has_the_values_of_60_digits(n, p, mean, seed):
 
 @settings(max_examples=10)
 @given(st.integers(4, 7), st.sampled_from([0, 10]), SEEDS)
-def test_the_oracle_has_the_digits_of_small_distances(n, mean, seed):
+def test_the_oracle_keeps_the_digits_of_small_distances(n, mean, seed):
     rng = np.random.default_rng(seed)
     cells = np.arange(24) % 3
     x = rng.standard_normal((n, 24)) * np.array([1, 1e-1, 1e-2])[cells] + mean
@@ -48,7 +48,7 @@ def test_the_oracle_has_the_digits_of_small_distances(n, mean, seed):
             assert_close(got[name][c], float(want), Tol(1e-9, 1e-17))
 
 
-def test_the_oracle_has_the_values_that_must_come_out():
+def test_the_oracle_has_the_reference_values():
     rng = np.random.RandomState(1337)
     x = rng.randn(100, 10)
     got = longdouble.similarities(x, rng.randn(100, 10) + x)
@@ -57,7 +57,7 @@ def test_the_oracle_has_the_values_that_must_come_out():
         assert_close(got[name], value, Tol(0, 5e-6))
 
 
-def test_the_oracle_of_rsa_by_scipy():
+def test_the_oracle_of_rsa_matches_scipy():
     from scipy.spatial.distance import pdist
 
     x, y = np.random.default_rng(0).standard_normal((2, 12, 30))
@@ -66,12 +66,12 @@ def test_the_oracle_of_rsa_by_scipy():
     assert_close(longdouble.similarities(x, y)["rsa"], want, SAME)
 
 
-def fake(name, pair, metric="cka"):
+def make_fake(name, pair, metric="cka"):
     return Package(name, "", "torch", metric, False, "", pair)
 
 
 def uncentred(x, y):
-    """Grams in the features' dtype, centred when it is too late."""
+    """Compute Grams in the features' dtype and centre them afterwards, which loses digits."""
     k, m = (z @ z.T for z in (x, y))
     k, m = (g - g.mean(0) - g.mean(1, keepdim=True) + g.mean() for g in (k, m))
     return (k * m).sum() / (k.norm() * m.norm())
@@ -84,10 +84,10 @@ def refusing(x, y):
 
 
 FAKES = (
-    fake("uncentred", uncentred),
-    fake("refusing", refusing),
-    fake("nan", lambda x, y: float("nan")),
-    fake("backwards", lambda x, y: -uncentred(x.double(), y.double())),
+    make_fake("uncentred", uncentred),
+    make_fake("refusing", refusing),
+    make_fake("nan", lambda x, y: float("nan")),
+    make_fake("backwards", lambda x, y: -uncentred(x.double(), y.double())),
     Package("missing", "no-such-distribution", "numpy", "cka", True, "", uncentred),
 )
 OURS = tuple(p for p in PACKAGES if p.name == accuracy.OURS)
@@ -98,69 +98,69 @@ def record():
     return accuracy.accuracy(quick=True, packages=(*OURS, *FAKES))
 
 
-def points(record, name, **wanted):
-    found = [p for p in record["points"] if p["package"] == name]
-    return [p for p in found if all(p[key] == value for key, value in wanted.items())]
+def select_points(record, name, **facts):
+    points = [p for p in record["points"] if p["package"] == name]
+    return [p for p in points if all(p[key] == value for key, value in facts.items())]
 
 
-def point(record, name, vary, value):
-    (found,) = points(record, name, vary=vary, value=value)
-    return found
+def select_point(record, name, vary, value):
+    (point,) = select_points(record, name, vary=vary, value=value)
+    return point
 
 
-def order(record, name, metric="cka"):
+def select_orders(record, name, metric="cka"):
     return [o for o in record["order"] if (o["package"], o["metric"]) == (name, metric)]
 
 
-def test_ours_is_as_right_as_float64_whatever_the_input_is(record):
+def test_this_package_reaches_float64_accuracy_for_any_input(record):
     """Features are centred, and Grams summed, in float64."""
     for metric in accuracy.METRICS:
-        found = points(record, accuracy.OURS, metric=metric)
-        assert len(found) == sum(map(len, accuracy.QUICK.values()))
-        for p in found:
+        points = select_points(record, accuracy.OURS, metric=metric)
+        assert len(points) == sum(map(len, accuracy.QUICK.values()))
+        for p in points:
             assert p["status"] == "ok", p
             assert p["worst"] <= SAME.relative, p
 
 
 @pytest.mark.parametrize("metric", ["cka", "procrustes"])
-def test_our_distances_keep_their_digits_and_their_order(record, metric):
-    promised = DISTANCE["float64"]
-    found = order(record, accuracy.OURS, metric)
-    assert [o["mean"] for o in found] == [0, 10]
-    for o in found:
+def test_this_packages_distances_keep_digits_and_order(record, metric):
+    bound = DISTANCE["float64"]
+    orders = select_orders(record, accuracy.OURS, metric)
+    assert [o["mean"] for o in orders] == [0, 10]
+    for o in orders:
         assert o["out_of_order"] == 0
         assert min(float(d["distance"]) for d in o["decades"]) <= 1e-8
         for d in o["decades"]:
-            assert d["worst"] <= max(promised.relative, promised.absolute / float(d["distance"]))
+            assert d["worst"] <= max(bound.relative, bound.absolute / float(d["distance"]))
 
 
-def test_an_uncentred_package_is_seen(record):
-    assert point(record, "uncentred", "mean", 0)["worst"] < 1e-5
-    assert point(record, "uncentred", "mean", 1000)["status"] == "wrong"
-    assert point(record, "uncentred", "mean", 1000)["worst"] > 0.05
-    assert max(o["share"] for o in order(record, "uncentred")) > 0
+def test_an_uncentred_package_is_detected(record):
+    assert select_point(record, "uncentred", "mean", 0)["worst"] < 1e-5
+    assert select_point(record, "uncentred", "mean", 1000)["status"] == "wrong"
+    assert select_point(record, "uncentred", "mean", 1000)["worst"] > 0.05
+    assert max(o["share"] for o in select_orders(record, "uncentred")) > 0
 
 
 def test_a_refusal_is_recorded_with_its_error(record):
-    refused = point(record, "refusing", "dtype", "bfloat16")
+    refused = select_point(record, "refusing", "dtype", "bfloat16")
     assert (refused["status"], refused["worst"]) == ("refused", None)
     assert refused["why"].startswith("TypeError: no bfloat16")
-    assert point(record, "refusing", "dtype", "float64")["status"] == "ok"
+    assert select_point(record, "refusing", "dtype", "float64")["status"] == "ok"
 
 
-def test_failures_are_recorded_as_what_they_are(record):
-    assert {p["status"] for p in points(record, "nan")} == {"nan"}
-    assert {o["status"] for o in order(record, "nan")} == {"nan"}
-    assert {o["share"] for o in order(record, "nan")} == {1}
-    assert {p["status"] for p in points(record, "backwards")} == {"wrong"}
-    assert {o["share"] for o in order(record, "backwards")} == {1}
+def test_nan_and_wrong_results_are_recorded(record):
+    assert {p["status"] for p in select_points(record, "nan")} == {"nan"}
+    assert {o["status"] for o in select_orders(record, "nan")} == {"nan"}
+    assert {o["share"] for o in select_orders(record, "nan")} == {1}
+    assert {p["status"] for p in select_points(record, "backwards")} == {"wrong"}
+    assert {o["share"] for o in select_orders(record, "backwards")} == {1}
     assert record["absent"] == {"missing: cka": "not installed"}
 
 
 def test_the_summary(record):
-    head, *rows = accuracy.summary(record)
+    head, *rows = accuracy.summarize(record)
     by_key = {row[:2]: dict(zip(head[2:], row[2:], strict=True)) for row in rows}
-    assert len(by_key) == len(OURS) - 1 + len(FAKES) - 1  # without CCA, and without what is missing
+    assert len(by_key) == len(OURS) - 1 + len(FAKES) - 1  # without CCA and the missing package
     ours = by_key[accuracy.OURS, "cka"]
     assert float(ours["error at mean 100"]) <= SAME.relative
     assert ours["out of order, mean 0"] == ours["out of order, mean 10"] == "none"
@@ -169,22 +169,22 @@ def test_the_summary(record):
     assert by_key[accuracy.OURS, "rsa"]["out of order, mean 0"] == ""
 
 
-def test_out_of_order_by_hand():
-    want = np.array([1.0, 2.0, 3.0, 3.0 + 1e-9])  # five pairs are apart
-    assert accuracy.out_of_order(want, want) == (0, 5)
-    assert accuracy.out_of_order(np.array([1.0, 2.0, 1.5, 3.0]), want) == (1, 5)
-    assert accuracy.out_of_order(np.array([1.0, 1.0, 3.0, 2.0]), want) == (
+def test_counting_pairs_out_of_order():
+    want = np.array([1.0, 2.0, 3.0, 3.0 + 1e-9])  # five pairs differ
+    assert accuracy.count_out_of_order(want, want) == (0, 5)
+    assert accuracy.count_out_of_order(np.array([1.0, 2.0, 1.5, 3.0]), want) == (1, 5)
+    assert accuracy.count_out_of_order(np.array([1.0, 1.0, 3.0, 2.0]), want) == (
         1,
         5,
-    )  # a tie is no order
-    assert accuracy.out_of_order(np.array([np.nan, 2.0, 3.0, 3.0]), want) == (3, 5)
+    )  # ties count as out of order
+    assert accuracy.count_out_of_order(np.array([np.nan, 2.0, 3.0, 3.0]), want) == (3, 5)
 
 
 @settings(max_examples=10)
 @given(st.sampled_from([1.0, 1e2, 1e4]), st.sampled_from([0, 100]), SEEDS)
-def test_the_features_are_what_the_case_says(condition, mean, seed):
-    case = accuracy.Case(mean=mean, scale=1e3, condition=condition, dtype="float64")
-    for x in accuracy.features(case, accuracy.SMALL, seed):
+def test_features_have_the_properties_of_their_case(condition, mean, seed):
+    case = accuracy.FeatureCase(mean=mean, scale=1e3, condition=condition, dtype="float64")
+    for x in accuracy.draw_features(case, accuracy.SMALL, seed):
         assert x.mean().item() == pytest.approx(1e3 * mean, abs=1e2)
         values = torch.linalg.svdvals(x - x.mean(0))[: accuracy.SMALL.directions]
         assert (values[0] / values[-1]).item() == pytest.approx(condition, rel=1e-6)
@@ -196,7 +196,7 @@ def test_every_package_has_a_style():
     assert drawn <= set(STYLES)
 
 
-def test_all_packages_by_the_command(tmp_path):
+def test_the_command_measures_all_packages(tmp_path):
     out = tmp_path / "accuracy.json"
     done = CliRunner().invoke(app, ["accuracy", "--quick", "--out", str(out)])
     assert done.exit_code == 0, done.output
@@ -210,6 +210,6 @@ def test_all_packages_by_the_command(tmp_path):
     assert "pytorch-cka | cka_debiased" in done.output
 
 
-def test_a_device_that_is_not_there():
+def test_an_unknown_device_is_refused():
     with pytest.raises(RuntimeError, match="--device tpu: expected cuda or cpu"):
         accuracy.accuracy("tpu")

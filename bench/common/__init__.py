@@ -1,1 +1,1 @@
-"""What all benchmarks share: inputs, timing, tolerances and facts of the machine."""
+"""Shared by all benchmarks: inputs, timing, tolerances, machine facts, long-double oracle."""

@@ -1,4 +1,4 @@
-"""The metrics in NumPy's long double, from their definitions: what accuracy is measured against.
+"""The metrics from their definitions in NumPy's long double, the oracle for accuracy.
 
 Nothing here is shared with the package. On x86 a long double has 19 digits; on some machines it is
 a float64.
@@ -15,7 +15,7 @@ REAL = np.longdouble
 
 
 def centred(x: Array) -> Array:
-    """The features less their means, as long doubles; of numbers that are exact as they stand."""
+    """Subtract the features' means, in long double; the input values count as exact."""
     z = np.asarray(x).astype(REAL)
     return z - z.mean(0)
 
@@ -26,7 +26,7 @@ def gram(x: Array) -> Array:
 
 
 def similarities(x: Array, y: Array) -> dict[str, float]:
-    """Of two representations (n, p) and (n, q)."""
+    """Return all similarities of representations (n, p) and (n, q)."""
     k, m = gram(x), gram(y)
     return {
         "cka": float(cka(k, m)),
@@ -37,23 +37,23 @@ def similarities(x: Array, y: Array) -> dict[str, float]:
 
 
 def distances(x: Array, cells: Array) -> dict[str, Array]:
-    """From x (n, p) to x without each of its cells (p,): 1 - similarity, Procrustes 2 - 2 of it.
+    """Return distances from x (n, p) to x without each of its cells (p,).
 
-    n - 1 neurons and more must be left of x.
+    1 - similarity, for Procrustes 2 - 2 · similarity. At least n - 1 neurons must remain.
     """
     z = centred(x)
     whole = z @ z.T
     parts = [z[:, cells == c] for c in range(cells.max() + 1)]
-    left = [whole - part @ part.T for part in parts]  # long doubles lose none of the digits needed
+    rest = [whole - part @ part.T for part in parts]  # long doubles keep enough digits here
     return {
-        "cka": np.array([float(1 - cka(whole, k)) for k in left]),
-        "cka_debiased": np.array([float(1 - cka_debiased(whole, k)) for k in left]),
-        "procrustes": _procrustes_distances(whole, left),
+        "cka": np.array([float(1 - cka(whole, k)) for k in rest]),
+        "cka_debiased": np.array([float(1 - cka_debiased(whole, k)) for k in rest]),
+        "procrustes": _procrustes_distances(whole, rest),
     }
 
 
 def cka(k: Array, m: Array) -> Any:
-    """Of two Gram matrices, in their precision, like the two that follow."""
+    """Return CKA of two Gram matrices, in their precision (as do the next two functions)."""
     return (k * m).sum() / np.sqrt((k * k).sum() * (m * m).sum())
 
 
@@ -70,7 +70,7 @@ def cka_debiased(k: Array, m: Array) -> Any:
 
 
 def rsa(k: Array, m: Array) -> Any:
-    """Pearson's correlation of squared Euclidean distances."""
+    """Return Pearson's correlation of squared Euclidean distances."""
     pairs = np.triu_indices(len(k), 1)
     a, b = (np.add.outer(g.diagonal(), g.diagonal())[pairs] - 2 * g[pairs] for g in (k, m))
     a, b = a - a.mean(), b - b.mean()
@@ -78,24 +78,24 @@ def rsa(k: Array, m: Array) -> Any:
 
 
 def procrustes(x: Array, y: Array) -> float:
-    """By LAPACK, so that its last digit or two are float64's."""
+    """Compute by LAPACK, so the last digit or two are float64's."""
     a, b = (z.astype(np.float64) for z in map(centred, (x, y)))
     a, b = a / np.linalg.norm(a), b / np.linalg.norm(b)
     return float(np.linalg.svd(a.T @ b, compute_uv=False).sum())
 
 
-def _procrustes_distances(whole: Array, left: list[Array]) -> Array:
+def _procrustes_distances(whole: Array, rest: list[Array]) -> Array:
     basis = _complement(len(whole))
     factor = _cholesky(basis.T @ whole @ basis)
-    found = []
-    for k in left:
+    values = []
+    for k in rest:
         total = _trace_of_root(factor.T @ (basis.T @ k @ basis) @ factor)
-        found.append(float(2 - 2 * total / np.sqrt(np.trace(whole) * np.trace(k))))
-    return np.array(found)
+        values.append(float(2 - 2 * total / np.sqrt(np.trace(whole) * np.trace(k))))
+    return np.array(values)
 
 
 def _complement(n: int) -> Array:
-    """An orthonormal basis (n, n - 1) of what is orthogonal to the ones (Helmert's)."""
+    """Return an orthonormal basis (n, n - 1) of the complement of the ones vector (Helmert)."""
     j = np.arange(1, n, dtype=REAL)
     rows = np.arange(n)[:, None]
     return (np.where(rows < j, REAL(1), 0) - np.where(rows == j, j, 0)) / np.sqrt(j * (j + 1))
@@ -110,7 +110,7 @@ def _cholesky(a: Array) -> Array:
 
 
 def _trace_of_root(m: Array) -> Any:
-    """Of the square root of a positive definite matrix: float64's, and two of Newton's steps."""
+    """Return the trace of a matrix square root: by float64, then two Newton steps."""
     w, u = np.linalg.eigh(m.astype(np.float64))
     root, s = (u * np.sqrt(w)).astype(REAL) @ u.T.astype(REAL), np.sqrt(w)
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""What numbers belong to, and the files that hold them."""
+"""Facts about the machine that go with measurements, and the files that hold records."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def device_name(device: str) -> str:
-    """A GPU's name, or a processor's with the cores that this process may use."""
+    """Return the GPU's name, or the processor's with the number of cores available here."""
     if device == "cuda":
         return torch.cuda.get_device_name(0)
     model = platform.processor() or platform.machine()
     with suppress(OSError):
-        facts = _cpuinfo()
+        facts = _read_cpuinfo()
         model = " ".join(re.sub(r"\(R\)|\(TM\)|CPU|@.*", "", facts["model name"]).split())
-        if model == "Intel Xeon Processor":  # a virtual machine that hides its model
+        if model == "Intel Xeon Processor":  # a virtual machine may hide the model
             model += f", family {facts['cpu family']} model {facts['model']}"
     return f"{model}, {len(os.sched_getaffinity(0))} cores"
 
 
-def _cpuinfo() -> dict[str, str]:
-    """What Linux says of the first core."""
+def _read_cpuinfo() -> dict[str, str]:
+    """Return the first core's entries of /proc/cpuinfo."""
     lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 def slug(device: str) -> str:
-    """The device's name as part of a file's."""
+    """Return the device's name in a form suitable for a file name."""
     return file_part(device_name(device))
 
 
@@ -53,11 +53,11 @@ def file_part(name: str) -> str:
 
 
 def environment(device: str, packages: tuple[str, ...] = ()) -> Json:
-    """Device, versions and commit; ``packages`` are named beside those that compute."""
-    # Records and what is made of them are no code: one may follow the other.
-    made = (":!bench/results", ":!*.md")
-    edits = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", *made)
-    found: Json = {
+    """Return device, versions and commit; ``packages`` adds versions of other packages."""
+    # Records and the pages made from them are not code and may change without a new commit.
+    excluded = (":!bench/results", ":!*.md")
+    edits = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", *excluded)
+    facts: Json = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -68,23 +68,23 @@ def environment(device: str, packages: tuple[str, ...] = ()) -> Json:
     }
     for name in ("numpy", "torch", "triton", "cupy-cuda12x", "cupy-cuda13x", *packages):
         with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
+            facts[name] = importlib.metadata.version(name)
     if device == "cuda":
-        found["host"] = device_name("cpu")
+        facts["host"] = device_name("cpu")
         properties = torch.cuda.get_device_properties(0)
-        found["capability"] = f"{properties.major}.{properties.minor}"
-        found["multiprocessors"] = properties.multi_processor_count
-        found["l2_bytes"] = properties.L2_cache_size
-        found["memory_bytes"] = properties.total_memory
-        found["cuda"] = torch.version.cuda
+        facts["capability"] = f"{properties.major}.{properties.minor}"
+        facts["multiprocessors"] = properties.multi_processor_count
+        facts["l2_bytes"] = properties.L2_cache_size
+        facts["memory_bytes"] = properties.total_memory
+        facts["cuda"] = torch.version.cuda
         query = "driver_version,power.limit,clocks.max.sm,clocks.max.mem"
         values = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0")
-        found.update(zip(query.split(","), (values or "").split(", "), strict=False))
-    return found
+        facts.update(zip(query.split(","), (values or "").split(", "), strict=False))
+    return facts
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints; None where there is no such command or it fails."""
+    """Return a command's output; None if it is missing or fails."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -93,7 +93,7 @@ def _output(*command: str) -> str | None:
 
 
 def save(out: Path, record: Json) -> None:
-    """Replace the file at once."""
+    """Replace the file atomically."""
     temporary = out.with_name(out.name + ".tmp")
     temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     os.replace(temporary, out)
@@ -105,7 +105,7 @@ def load(out: Path) -> Json:
 
 
 def seconds(value: float) -> str:
-    """Three digits and a unit."""
+    """Format a time with three digits and a unit."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if value >= size:
             return f"{float(f'{value / size:.3g}'):,g} {unit}"
@@ -113,5 +113,5 @@ def seconds(value: float) -> str:
 
 
 def number(value: float) -> float | str:
-    """JSON has no NaN and no infinity."""
+    """Return a finite number as it is, others as text: JSON has no NaN or infinity."""
     return value if math.isfinite(value) else str(value)

@@ -1,7 +1,7 @@
-"""The tolerances, all of them, and the assertions that use them.
+"""All tolerances, and the assertions that use them.
 
-The oracle is the float64 reference on the same rounded inputs. NaN fails, except where a test asks
-for it by name and both sides have it.
+The oracle is the float64 reference on the same rounded inputs. NaN fails, unless a test allows it
+explicitly and both sides have it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Tol:
-    """An error passes that is below ``relative`` times the oracle's value, or ``absolute``."""
+    """Allows errors up to ``relative`` times the oracle's value or ``absolute``, if larger."""
 
     relative: float
     absolute: float = 0.0
@@ -25,18 +25,18 @@ class Tol:
 
 # Grams, by the precision of the products.
 GRAM = {"float64": 1e-12, "ieee": 1e-5, "tf32x3": 1e-5, "tf32": 1e-3}
-# What the dtype of an output adds: half a unit in its last place.
+# Added for the dtype of the output: half a unit in its last place.
 OUTPUT = {"float64": 0.0, "float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-# Distances, by the precision of the Grams they come from.
+# Distances, by the precision of the Grams they are computed from.
 DISTANCE = {"float64": Tol(1e-6, 1e-14), "float32": Tol(1e-4, 1e-14)}
-# A distance below this is compared with the 40-digit oracle: 1 - s keeps too few of its digits.
+# Smaller distances are compared with the 60-digit oracle, because 1 - s loses too many digits.
 SMALL_DISTANCE = 1e-9
 # Two float64 computations of the same well-conditioned number.
 SAME = Tol(1e-10, 1e-13)
 
 
 def as_numpy(a: Any) -> np.ndarray:
-    """Any array or number as float64 NumPy."""
+    """Convert any array or number to float64 NumPy."""
     if hasattr(a, "detach"):
         a = a.detach().cpu().double().numpy()
     elif hasattr(a, "get"):
@@ -45,7 +45,7 @@ def as_numpy(a: Any) -> np.ndarray:
 
 
 def assert_close(got: Any, want: Any, tol: Tol, *, nan: bool = False) -> None:
-    """Every element of got within tol of want's; nan: NaN is right where want has it."""
+    """Assert that got is elementwise within tol of want; ``nan`` allows NaN where want has it."""
     got, want = as_numpy(got), as_numpy(want)
     assert got.shape == want.shape, f"shape {got.shape}, expected {want.shape}"
     missing = np.isnan(want)
@@ -57,11 +57,11 @@ def assert_close(got: Any, want: Any, tol: Tol, *, nan: bool = False) -> None:
 
 
 def assert_gram_close(got: Any, want: Any, tol: float, *, scale: Any = None) -> None:
-    """Each matrix of (..., n, n) within tol of want's, by two gates.
+    """Assert that each matrix of (..., n, n) is within tol of want, in two ways.
 
-    Frobenius norm of the error over that of the matrix, and largest error over the largest squared
-    row norm of the centred input, which is the largest diagonal entry of want unless ``scale``
-    (...) gives it.
+    The error's Frobenius norm is relative to the matrix's; the largest error is relative to the
+    largest squared row norm of the centred input, which is want's largest diagonal entry unless
+    ``scale`` (...) is given.
     """
     got, want = as_numpy(got), as_numpy(want)
     assert got.shape == want.shape, f"shape {got.shape}, expected {want.shape}"
@@ -78,11 +78,11 @@ def assert_gram_close(got: Any, want: Any, tol: float, *, scale: Any = None) -> 
 
 
 def assert_rank_fidelity(got: Any, want: Any, tol: Tol) -> None:
-    """No pair out of order among those that want holds apart by more than tol."""
+    """Assert that no pair is out of order among those that differ by more than tol in want."""
     got, want = as_numpy(got), as_numpy(want)
     assert np.isfinite(got).all(), "NaN or infinity"
     assert np.isfinite(want).all(), "the oracle itself is NaN or infinite"
     allowed = tol.of(want)
-    apart = want[:, None] - want > np.maximum(allowed[:, None], allowed)
-    wrong = np.argwhere(apart & (got[:, None] <= got))
-    assert not len(wrong), f"{len(wrong)} of {apart.sum()} pairs out of order, first {wrong[:5]}"
+    distinct = want[:, None] - want > np.maximum(allowed[:, None], allowed)
+    wrong = np.argwhere(distinct & (got[:, None] <= got))
+    assert not len(wrong), f"{len(wrong)} of {distinct.sum()} pairs out of order, first {wrong[:5]}"
