@@ -135,9 +135,10 @@ def accuracy(_path: Path, record: Json) -> str:
     head, *rows = tabulate_by_package(record)
     size = record["settings"]["sizes"]
     return f"""\
-On {describe_device(record)}; float32 input, worst of {size["seeds"]} draws. The mean is in units \
-of the features' standard deviation. Distances and order: {size["cells"]} ablations of one layer; \
-a pair is out of order if the two ablations are ranked the wrong way round, or tie.
+On {describe_device(record)}; errors relative to long-double arithmetic, float32 input, worst of \
+{size["seeds"]} draws. The mean is in units of the features' standard deviation. Distances and \
+order: {size["cells"]} ablations of one layer; a pair of ablations is out of order if it is ranked \
+the wrong way round, or ties.
 
 {markdown_table(head, rows, left=2)}"""
 

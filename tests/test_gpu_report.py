@@ -134,7 +134,7 @@ def test_rehearsal(tmp_path, interpret):
     assert len(record["rows"]) == len(list_cases(True)) > 15
     for row in record["rows"]:
         assert row["name"] in done.stdout.rpartition("floor ms")[0]
-        assert row["routes"].get("cupy", {"why": "no such route"})["why"]
+        assert row["routes"].get("cupy", {"why": "no route"})["why"]
         assert row["torch_ms"] > 0
         assert row["floor_ms"] > 0
         if interpret == "0":

@@ -151,7 +151,7 @@ def test_cpu_benchmarks_use_the_median_and_gpu_benchmarks_the_device_time():
 BAD = {
     "not JSON": "{",
     "a list": "[]",
-    "something else": '{"environment": {}}',
+    "an unknown record": '{"environment": {}}',
     "no ceilings": json.dumps(gpu_report(row(), ceilings={"why": "RuntimeError: it\nfailed"})),
     "a row of an unknown format": json.dumps(gpu_report({"name": "gram"})),
     "a row that is a number": json.dumps(gpu_report(3)),

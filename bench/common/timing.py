@@ -80,7 +80,7 @@ def measure_on_device(
     """Return the milliseconds of a call's work on the GPU, by replaying a graph or by the profiler.
 
     ``how`` names the method and the reason for not using a graph. ``spoiled`` means that a capture
-    failed, after which this process should not measure anything else.
+    failed, after which this process should not measure any further call.
     """
     why = "the call is long" if call_ms > _CAPTURED else _explain_no_capture(call, inputs[0])
     if why is None:

@@ -1,4 +1,4 @@
-"""Run work and commands in separate processes, so that a crash or hang affects nothing else."""
+"""Run work and commands in separate processes, so that a crash or hang stays isolated."""
 
 from __future__ import annotations
 

@@ -66,8 +66,8 @@ def _plain_ablations(similarity: Pair, gram_without: Callable[..., Tensor]) -> A
 
 
 def _by_copy(c: Tensor, k: Tensor, cell: Tensor) -> Tensor:
-    kept = c * ~cell
-    return kept @ kept.T
+    rest = c * ~cell
+    return rest @ rest.T
 
 
 def _by_parts(c: Tensor, k: Tensor, cell: Tensor) -> Tensor:
