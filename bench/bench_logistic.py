@@ -52,8 +52,8 @@ def test_logistic_fits(timed, classes, dtype):
 
     def fit_exactly(x: Tensor) -> list[tuple[np.ndarray, int]]:
         fits = []
-        for own in columns[:5]:
-            v = x[:, own].double()
+        for chosen in columns[:5]:
+            v = x[:, chosen].double()
             model = fit_sklearn(v, TARGET, solver="newton-cholesky", tol=1e-12)
             fits.append((model.coef_[0], int((model.predict(v.cpu().numpy()) != TARGET).sum())))
         return fits
@@ -85,7 +85,7 @@ def test_loop(timed, classes):
 
     def gather(g: Generator) -> tuple[Tensor, ...]:
         x = draw_classes(g, SEPARATION[classes])
-        return tuple(x[:, own].contiguous() for own in columns)
+        return tuple(x[:, chosen].contiguous() for chosen in columns)
 
     def error_rate(values: tuple[Tensor, ...], models: list[LogisticRegression]) -> float:
         pairs = zip(values, models, strict=True)

@@ -51,7 +51,7 @@ def score(outputs: Tensor, target: np.ndarray) -> dict[str, Tensor]:
     right = torch.where(torch.from_numpy(target).to(outputs.device), outputs, -outputs)
     accuracy = (right > 0).double()
     return {
-        name: sum(values[:, own].mean(1) for own in (target, ~target)) / 2
+        name: sum(values[:, members].mean(1) for members in (target, ~target)) / 2
         for name, values in (("balanced_accuracy", accuracy), ("margin", right))
     }
 

@@ -38,8 +38,8 @@ def compare(a: Path, b: Path) -> str:
     both = x.merge(y, left_index=True, right_index=True, suffixes=("_a", "_b"))
     if len(both):
         lines += [format_table(compute_changes(both)), "", _NOTE]
-    for path, own, rest in ((a, x.index, y.index), (b, y.index, x.index)):
-        only = own[~own.isin(rest)]
+    for path, names, rest in ((a, x.index, y.index), (b, y.index, x.index)):
+        only = names[~names.isin(rest)]
         lines += ["", f"timed only in {path}:", *(f"  {what}" for what in only)] * bool(len(only))
     return "\n".join(lines)
 

@@ -115,9 +115,9 @@ def _compare_job(
     (ours,) = tables.select_rows(record, job=job, metric=metric, package=OURS, **facts)
     others = tables.rank_others(record, metric, job=job, **facts)
     first = next(row for row in others if row["package"] != BY_PARTS)
-    own, other = job_seconds(ours) or 0.0, job_seconds(first) or 0.0
+    own_time, other_time = job_seconds(ours) or 0.0, job_seconds(first) or 0.0
     sizes = {key: f"{ours[key]:,}" for key in ("cells", "layers", "n", "p")}
-    return _compare(label.format(**sizes), own, other, first["package"])
+    return _compare(label.format(**sizes), own_time, other_time, first["package"])
 
 
 def _compare_benchmarks(record: Json, label: str, group: str, name: str, title: str) -> list[str]:

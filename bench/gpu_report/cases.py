@@ -113,8 +113,8 @@ def _cell_grams_row(
 
     def inputs(g: Generator) -> tuple[Tensor, ...]:
         """Return activations and the neurons of each cell, ready for the plain routes."""
-        own = (np.flatnonzero(t == c) for t in tables for c in range(s.cells))
-        return (*s.activations(g), *(torch.from_numpy(i).to(g.device) for i in own))
+        members = (np.flatnonzero(t == c) for t in tables for c in range(s.cells))
+        return (*s.activations(g), *(torch.from_numpy(i).to(g.device) for i in members))
 
     def formula(xp: Any, dtype: str, x: Any, *members: Any) -> Any:
         rows = _centre(xp, dtype, x).T

@@ -117,9 +117,9 @@ def _judge_kernels(rows: list[Json], interpreted: bool) -> str:
     text = f"{len(names.get('ok', []))} of {len(rows)} kernels right"
     text += " in Triton's interpreter, on no GPU" if interpreted else ""
     for status in ("WRONG", "error", "skipped", "not run", "waiting", "running"):
-        if own := names.get(status):
-            shown = ", ".join(dict.fromkeys(own[:4])) + (", …" if len(own) > 4 else "")
-            text += f", {len(own)} {status} ({shown})"
+        if labels := names.get(status):
+            shown = ", ".join(dict.fromkeys(labels[:4])) + (", …" if len(labels) > 4 else "")
+            text += f", {len(labels)} {status} ({shown})"
     return text
 
 

@@ -204,9 +204,9 @@ def _compare(
     if len(values) == workload.n_comparisons:
         got, want = values[checked], expected
     else:  # the first two comparisons of a loop are a sample of two
-        own = jobs.sample_comparisons(workload, len(values))
-        common = [k for k in own if k in checked]
-        got = np.array([values[own.index(k)] for k in common])
+        indices = jobs.sample_comparisons(workload, len(values))
+        common = [k for k in indices if k in checked]
+        got = np.array([values[indices.index(k)] for k in common])
         want = np.array([expected[checked.index(k)] for k in common])
     error = float(np.max(np.abs(got - want) / np.abs(want)))
     facts: Json = {"error": number(error)}

@@ -46,10 +46,10 @@ def tabulate_ablations(record: Json, metric: str) -> str:
     ours = select_rows(record, job="ablations", metric=metric, package=OURS)
     table = []
     for name in dict.fromkeys(row["package"] for row in rows):
-        own = [row for row in rows if row["package"] == name]
-        times = [_format_time(row, base) for row, base in zip(own, ours, strict=True)]
-        cells = [_format_memory(own[-1]), _format_error(own[-1])]
-        table.append([_format_name(record, own[-1]), *times, *cells])
+        package_rows = [row for row in rows if row["package"] == name]
+        times = [_format_time(row, base) for row, base in zip(package_rows, ours, strict=True)]
+        cells = [_format_memory(package_rows[-1]), _format_error(package_rows[-1])]
+        table.append([_format_name(record, package_rows[-1]), *times, *cells])
     head = ["", *(f"C = {c:,}" for c in counts), f"memory, C = {counts[-1]:,}", "error"]
     return markdown_table(head, table)
 
@@ -101,7 +101,7 @@ def tabulate_failures(record: Json) -> str:
             status = "" if row["status"] == "ok" else f"{_format_status(row)}: "
             key = (row["package"], row["metric"], f"{status}{row['why']}")
             shapes.setdefault(key, []).append(_format_shape(row))
-    rows = [[*key, "; ".join(own)] for key, own in shapes.items()]
+    rows = [[*key, "; ".join(sizes)] for key, sizes in shapes.items()]
     return markdown_table(["package", "metric", "outcome", "sizes"], rows, left=4)
 
 
@@ -154,12 +154,12 @@ def job_seconds(row: Json) -> float | None:
 
 
 def _format_time(row: Json, ours: Json) -> str:
-    own, base = job_seconds(row), job_seconds(ours)
-    if own is None:
+    duration, base = job_seconds(row), job_seconds(ours)
+    if duration is None:
         why = str(row["why"])
         return why.replace(_TOO_LONG, "> ", 1) if why.startswith(_TOO_LONG) else str(row["status"])
-    text = seconds(own) + ("" if row["calls"] == row["of"] else " *")
-    return text if row is ours or base is None else f"{text} ({format_ratio(own / base)})"
+    text = seconds(duration) + ("" if row["calls"] == row["of"] else " *")
+    return text if row is ours or base is None else f"{text} ({format_ratio(duration / base)})"
 
 
 def format_ratio(value: float) -> str:
@@ -221,10 +221,10 @@ def _draw_curves(axes: Any, record: Json, rows: list[Json], x_of: Callable[[Json
     right = max(map(x_of, rows))
     text: Any = {"textcoords": "offset points", "va": "center"}
     for name in dict.fromkeys(row["package"] for row in rows):
-        own = [row for row in rows if row["package"] == name]
-        points = [(x_of(row), t, row) for row in own if (t := job_seconds(row))]
-        label, colour = _format_name(record, own[0]), _COLOURS.get(name, "#555555")
-        crosses += [(x_of(row), label, colour) for row in own if row["status"] == "failed"]
+        package_rows = [row for row in rows if row["package"] == name]
+        points = [(x_of(row), t, row) for row in package_rows if (t := job_seconds(row))]
+        label, colour = _format_name(record, package_rows[0]), _COLOURS.get(name, "#555555")
+        crosses += [(x_of(row), label, colour) for row in package_rows if row["status"] == "failed"]
         if not points:
             continue
         x, y, _ = zip(*points, strict=True)

@@ -71,7 +71,7 @@ class Worker:
         """Load the inputs, make the first comparisons, and return values, seconds and memory."""
         self.forget()
         self.workload = workload
-        # Memory-mapped, so that all processes share the inputs and none counts them as its own.
+        # Memory-mapped, so that all processes share the inputs and none is charged for them.
         self.xs = [self._to_device(np.load(path, mmap_mode="c")) for path in paths]
         for x in self.xs:
             x.max()
