@@ -19,7 +19,7 @@ TITLES = {
     "rsa": "RSA",
 }
 SWEPT = {
-    "mean": "mean of the features / standard deviation",
+    "mean": "mean / standard deviation",
     "scale": "scale of the features",
     "condition": "condition number",
     "dtype": "dtype of the input",
