@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-def why_not_writable(path: Path) -> str | None:
+def find_write_obstacle(path: Path) -> str | None:
     """Why no file can be written at a path, and what is expected; None where one may be."""
     if not path.name or path.is_dir():
         return f"{path} is a folder; expected the name of a file"
@@ -19,7 +19,7 @@ def why_not_writable(path: Path) -> str | None:
 
 
 @contextmanager
-def replacing(path: Path, new: bool = False) -> Iterator[Path]:
+def replace_file(path: Path, new: bool = False) -> Iterator[Path]:
     """Give a file beside ``path`` that takes its place, on the disk, when the block ends well.
 
     A ``new`` one takes nobody's place: FileExistsError.

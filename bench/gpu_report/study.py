@@ -148,9 +148,9 @@ def _time_network(
         "layers": layers,
         "targets": len(study.targets),
         "images": len(study.labels),
-        "stimuli": study.stimuli,
+        "stimuli": study.n_stimuli,
         "cells": study.n_cells,
-        "passes": len(memory.groups(study, study.layers)),
+        "passes": len(memory.group_layers(study, study.layers)),
         "draws": study.draws.least,
         "prefix": {},
         "sample": [layer | {"stages": {}} for layer in layers if layer in chosen],
@@ -226,7 +226,7 @@ def _make_full_study(network: Network, device: str) -> tuple[Study, Draws]:
     model = load_network(network, "random").model
     if device == "cpu":  # as the study has them there
         model = model.to(memory_format=torch.channels_last)
-    shown = imagenet.noise(imagenet.outputs(network.classes), network.images_per_class)
+    shown = imagenet.make_noise(imagenet.find_outputs(network.classes), network.images_per_class)
     options = {"name": network.name, "others": network.others}
     draws = Draws(network.draws, network.neurons_per_draw, _PRESET.paired)
     return _make_study(model, shown.images, shown.labels, device, **options), draws
@@ -234,7 +234,7 @@ def _make_full_study(network: Network, device: str) -> tuple[Study, Draws]:
 
 def _make_small_study(device: str) -> tuple[Study, Draws]:
     """A rehearsal: a few images for a network that comes with the package."""
-    shown = data.demo()
+    shown = data.load_demo()
     few = torch.cat([(shown.labels == c).nonzero()[:8, 0] for c in range(4)])
     model = load("alexnet_small")
     draws = Draws(200, None, _PRESET.paired)

@@ -19,7 +19,7 @@ from repsim_kernels.experiments.analysis.correlations import (
 )
 from repsim_kernels.experiments.columns import GROUP_KEYS
 from repsim_kernels.experiments.errors import StatsError
-from repsim_kernels.experiments.files import replacing, why_not_writable
+from repsim_kernels.experiments.files import find_write_obstacle, replace_file
 
 _AGAINST = 0.2  # of a median correlation below 0: smaller ones are common among changes
 SUFFIXES = (".csv", ".parquet")
@@ -123,14 +123,14 @@ def check_suffix(argument: str, path: Path) -> None:
 def check_output(path: Path) -> None:
     """Raise StatsError where `write` can't write to a path."""
     check_suffix("out", path)
-    if why := why_not_writable(path):
+    if why := find_write_obstacle(path):
         raise StatsError(f"out: {why}")
 
 
 def write(table: pd.DataFrame, path: Path) -> None:
     """Write a table as what its name ends with."""
     check_output(path)
-    with replacing(path) as temporary:
+    with replace_file(path) as temporary:
         if path.suffix == ".csv":
             table.to_csv(temporary, index=False)
         else:

@@ -150,7 +150,9 @@ def count_outputs(model: nn.Module, state: Mapping[str, torch.Tensor]) -> int:
     return len(state[last]) if last in state and state[last].ndim else len(default)
 
 
-def fill(model: nn.Module, state: Mapping[str, torch.Tensor], name: str, path: str | Path) -> None:
+def copy_state(
+    model: nn.Module, state: Mapping[str, torch.Tensor], name: str, path: str | Path
+) -> None:
     """Copy a state dict into a model, in the model's dtypes; errors call them `name` and `path`.
 
     Raises

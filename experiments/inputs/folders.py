@@ -14,7 +14,7 @@ from repsim_kernels.experiments.errors import DataError
 IMAGE_SUFFIXES = ", ".join(IMG_EXTENSIONS)
 # Folders and files that operating systems, storage boxes and archivers leave among the images. A
 # name with a leading dot is skipped as well: .ipynb_checkpoints, .DS_Store, macOS's ._0.png.
-LEFT_BY_OTHERS = frozenset(
+SYSTEM_ENTRIES = frozenset(
     {
         "#recycle",
         "#snapshot",
@@ -29,8 +29,8 @@ LEFT_BY_OTHERS = frozenset(
         "thumbs.db",
     }
 )
-_REASONS = 8  # at most, in a line
-_OUTPUTS = 10**6  # of a network, at most: more than any has, and each gets a name
+_MAX_REASONS = 8  # at most, in a line
+_MAX_OUTPUTS = 10**6  # of a network, at most: more than any has, and each gets a name
 
 
 class ClassFiles(NamedTuple):
@@ -80,7 +80,7 @@ def list_folder(folder: Path, skipped: Counter[str]) -> tuple[list[Path], list[P
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             skipped["hidden"] += 1
-        elif path.name.lower() in LEFT_BY_OTHERS:
+        elif path.name.lower() in SYSTEM_ENTRIES:
             skipped[path.name] += 1
         elif path.is_dir():
             folders.append(path)
@@ -96,7 +96,7 @@ def list_folder(folder: Path, skipped: Counter[str]) -> tuple[list[Path], list[P
     return folders, files
 
 
-def class_outputs(root: Path, skipped: Counter[str]) -> dict[str, int]:
+def find_class_outputs(root: Path, skipped: Counter[str]) -> dict[str, int]:
     """Find the network's output for each class's sub-directory, by its name.
 
     It is the number that is the name, or the position among the sorted names. What is left out is
@@ -131,7 +131,7 @@ def class_outputs(root: Path, skipped: Counter[str]) -> dict[str, int]:
     if len(set(numbers.values())) < len(names):
         raise DataError(f"images: {root} names an output twice, as in 7 and 07")
     largest = max(names, key=int)
-    if numbers[largest] >= _OUTPUTS:
+    if numbers[largest] >= _MAX_OUTPUTS:
         raise DataError(
             f"images: {root / largest} is named by a number beyond the outputs of any network; "
             "expected the network's outputs, 0, 1, …"
@@ -139,7 +139,7 @@ def class_outputs(root: Path, skipped: Counter[str]) -> dict[str, int]:
     return numbers
 
 
-def image_files(folder: Path) -> tuple[list[Path], Counter[str]]:
+def list_image_files(folder: Path) -> tuple[list[Path], Counter[str]]:
     """List the image files in a folder and below it, by path, and count by reason what is skipped.
 
     Links to folders are followed, but not to one above. A folder that can be reached twice is read
@@ -179,7 +179,7 @@ def describe_skipped(skipped: Counter[str]) -> str:
     if not skipped:
         return ""
     counts = [f"{count:,} {reason}" for reason, count in skipped.most_common()]
-    if len(counts) > _REASONS:
-        rest = skipped.total() - sum(count for _, count in skipped.most_common(_REASONS - 1))
-        counts = [*counts[: _REASONS - 1], f"{rest:,} others"]
+    if len(counts) > _MAX_REASONS:
+        rest = skipped.total() - sum(count for _, count in skipped.most_common(_MAX_REASONS - 1))
+        counts = [*counts[: _MAX_REASONS - 1], f"{rest:,} others"]
     return f" (skipped: {', '.join(counts)})"

@@ -14,9 +14,9 @@ from torchvision.models import AlexNet_Weights
 from repsim_kernels.experiments.errors import DataError, one_line
 from repsim_kernels.experiments.inputs.folders import (
     ClassFiles,
-    image_files,
     is_image,
     list_folder,
+    list_image_files,
 )
 from repsim_kernels.experiments.inputs.images import (
     IMAGENET_MEAN,
@@ -52,7 +52,7 @@ def categories() -> tuple[str, ...]:
     )
 
 
-def outputs(names: Iterable[str | int]) -> list[int]:
+def find_outputs(names: Iterable[str | int]) -> list[int]:
     """The networks' outputs for some classes, in the order of the names.
 
     These are class names, in any case and with spaces or underscores; wnids; or outputs.
@@ -64,7 +64,7 @@ def outputs(names: Iterable[str | int]) -> list[int]:
     """
     found: dict[int, str | int] = {}
     for name in names:
-        output = _output(str(name))
+        output = _resolve_output(str(name))
         if output in found:
             raise DataError(
                 f"classes: {found[output]!r} and {name!r} are one class; expected each once"
@@ -73,7 +73,7 @@ def outputs(names: Iterable[str | int]) -> list[int]:
     return list(found)
 
 
-def validation(
+def load_validation(
     path: str | Path,
     classes: Sequence[int],
     transform: Transform,
@@ -90,9 +90,9 @@ def validation(
         Either a directory with a sub-directory for each class, named by wnid, class name or
         output; those of other classes may be missing and are not read. Or ILSVRC2012's flat
         directory of ILSVRC2012_val_00000001.JPEG and so on. What is skipped is as for
-        `image_folder`.
+        `load_image_folder`.
     classes : sequence of int
-        Outputs, as `outputs` gives them.
+        Outputs, as `find_outputs` gives them.
     transform : callable
         What the network wants done: `weights.transforms()` of torchvision.
     images_per_class : int, optional
@@ -123,7 +123,7 @@ def validation(
     wnids); torchvision.datasets.ImageNet (the structure of meta.mat).
     """
     root = Path(path)
-    chosen = _chosen(classes, images_per_class)
+    chosen = _select_outputs(classes, images_per_class)
     if not root.is_dir():
         raise DataError(f"images: there is no directory {root}")
     skipped = Counter[str]()
@@ -132,7 +132,7 @@ def validation(
     if others := sum(map(is_image, plain)) - len(flat):
         skipped["of another name" if flat else "outside the classes' folders"] += others
     if flat:
-        files = _files_by_label(root, flat, None if labels is None else Path(labels))
+        files = _group_by_output(root, flat, None if labels is None else Path(labels))
         found = [
             ClassFiles(o, categories()[o], files[o][:images_per_class], Counter()) for o in chosen
         ]
@@ -142,8 +142,8 @@ def validation(
         )
     else:
         found = []
-        for output, folder in zip(chosen, _folders_of(root, folders, chosen), strict=True):
-            read, own = image_files(folder)
+        for output, folder in zip(chosen, _find_class_folders(root, folders, chosen), strict=True):
+            read, own = list_image_files(folder)
             found.append(ClassFiles(output, categories()[output], read[:images_per_class], own))
     # torchvision's transforms know the side that they resize to; of others it isn't known.
     side = getattr(transform, "resize_size", None)
@@ -151,7 +151,7 @@ def validation(
     return read_classes(root, found, categories(), transform, skipped, skip_bad, resizing)
 
 
-def noise(classes: Sequence[int], images_per_class: int, size: int = 224) -> Stimuli:
+def make_noise(classes: Sequence[int], images_per_class: int, size: int = 224) -> Stimuli:
     """Random images of ``size`` x ``size`` in ImageNet's place, to see how long a study takes.
 
     Sorted by output. Pixels of 8 bits, coarse noise mixed half and half with a colour of the class,
@@ -163,7 +163,7 @@ def noise(classes: Sequence[int], images_per_class: int, size: int = 224) -> Sti
     DataError
         If there are no classes, one is unknown or named twice, or `images_per_class` is too small.
     """
-    chosen = _chosen(classes, images_per_class)
+    chosen = _select_outputs(classes, images_per_class)
     images = torch.empty(len(chosen) * images_per_class, 3, size, size, dtype=torch.float32)
     mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD])[..., None, None]
     for i, output in enumerate(chosen):
@@ -187,7 +187,7 @@ def _key(name: str) -> str:
 
 
 @cache
-def _known() -> Mapping[str, list[int]]:
+def _outputs_by_name() -> Mapping[str, list[int]]:
     """The outputs that a class name or wnid may mean."""
     known = defaultdict(list)
     raw = AlexNet_Weights.IMAGENET1K_V1.meta["categories"]
@@ -197,23 +197,23 @@ def _known() -> Mapping[str, list[int]]:
     return dict(known)
 
 
-def _meant(name: str) -> list[int]:
+def _candidate_outputs(name: str) -> list[int]:
     """The outputs that a class name, wnid or number may mean."""
     key = _key(name)
     if key.isascii() and key.isdigit():
         return [int(key)] if int(key) < len(wnids()) else []
-    return _known().get(key, [])
+    return _outputs_by_name().get(key, [])
 
 
-def _output(name: str, argument: str = "classes") -> int:
+def _resolve_output(name: str, argument: str = "classes") -> int:
     """The output that a class name, wnid or number means."""
-    meant = _meant(name)
+    meant = _candidate_outputs(name)
     if len(meant) == 1:
         return meant[0]
     if meant:
         choice = " or ".join(wnids()[output] for output in meant)
         raise DataError(f"{argument}: {name!r} is ambiguous; expected {choice}")
-    close = difflib.get_close_matches(_key(name), _known(), n=1)
+    close = difflib.get_close_matches(_key(name), _outputs_by_name(), n=1)
     hint = f"; is {close[0]!r} meant?" if close and not name.isdigit() else ""
     raise DataError(
         f"{argument}: {name!r} is unknown{hint}; "
@@ -221,8 +221,8 @@ def _output(name: str, argument: str = "classes") -> int:
     )
 
 
-def _chosen(classes: Sequence[int], images_per_class: int | None) -> list[int]:
-    chosen = sorted(outputs(classes))
+def _select_outputs(classes: Sequence[int], images_per_class: int | None) -> list[int]:
+    chosen = sorted(find_outputs(classes))
     if not chosen:
         raise DataError("classes: none are given; expected one or more")
     if images_per_class is not None and images_per_class < 2:
@@ -230,12 +230,12 @@ def _chosen(classes: Sequence[int], images_per_class: int | None) -> list[int]:
     return chosen
 
 
-def _folders_of(root: Path, folders: Sequence[Path], chosen: Sequence[int]) -> list[Path]:
+def _find_class_folders(root: Path, folders: Sequence[Path], chosen: Sequence[int]) -> list[Path]:
     """Each chosen class's sub-directory."""
     found: dict[int, Path] = {}
     for directory in folders:
-        if set(_meant(directory.name)).intersection(chosen):
-            output = _output(directory.name, "images")
+        if set(_candidate_outputs(directory.name)).intersection(chosen):
+            output = _resolve_output(directory.name, "images")
             if output in found:
                 raise DataError(
                     f"images: {found[output]} and {directory} are of one class; expected one"
@@ -251,7 +251,7 @@ def _folders_of(root: Path, folders: Sequence[Path], chosen: Sequence[int]) -> l
     return [found[output] for output in chosen]
 
 
-def _files_by_label(
+def _group_by_output(
     root: Path, flat: Sequence[Path], labels: Path | None
 ) -> Mapping[int, list[Path]]:
     """The files of ILSVRC2012's flat directory by output."""
@@ -263,7 +263,7 @@ def _files_by_label(
                 f"labels: there is no {', '.join(LABELS_FILES[:-1])} or {LABELS_FILES[-1]} in "
                 f"{root} or beside it; expected one of them, or --labels FILE"
             )
-    truth = _truth(labels)
+    truth = _read_labels(labels)
     files: defaultdict[int, list[Path]] = defaultdict(list)
     for file in flat:
         if file.stem not in truth:
@@ -272,7 +272,7 @@ def _files_by_label(
     return files
 
 
-def _truth(file: Path) -> dict[str, int]:
+def _read_labels(file: Path) -> dict[str, int]:
     """The output for each image that a file of labels names, without its suffix."""
     try:
         lines = file.read_text(encoding="utf-8").strip().splitlines()
@@ -287,7 +287,7 @@ def _truth(file: Path) -> dict[str, int]:
         expected = "'ILSVRC2012_val_00000001,n01751748 …', a wnid of ILSVRC2012"
     elif lines and lines[0].strip().isdecimal():
         lines = [f"ILSVRC2012_val_{i:08d}.JPEG {line}" for i, line in enumerate(lines, 1)]
-        output_of = _output_of_id(file)
+        output_of = _read_meta(file)
         expected = "an ILSVRC2012_ID from 1 to 1000"
     truth: dict[str, int] = {}
     for number, line in enumerate(lines[first - 1 :], first):
@@ -300,7 +300,7 @@ def _truth(file: Path) -> dict[str, int]:
     return truth
 
 
-def _output_of_id(labels: Path) -> dict[str, int]:
+def _read_meta(labels: Path) -> dict[str, int]:
     """The output for each ILSVRC2012_ID, which is not in the order of wnids."""
     meta = labels.parent / "meta.mat"
     if not meta.is_file():

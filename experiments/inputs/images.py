@@ -18,12 +18,17 @@ from repsim_kernels.experiments.errors import DataError
 from repsim_kernels.experiments.inputs.folders import (
     IMAGE_SUFFIXES,
     ClassFiles,
-    class_outputs,
     describe_skipped,
     escape_name,
-    image_files,
+    find_class_outputs,
+    list_image_files,
 )
-from repsim_kernels.experiments.inputs.pixels import Transform, decode, describe_size, image_sizes
+from repsim_kernels.experiments.inputs.pixels import (
+    Transform,
+    decode_images,
+    describe_size,
+    read_image_sizes,
+)
 
 DEMO_FILE = Path(__file__).parents[1] / "assets" / "fashion_mnist_500.npz"
 FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
@@ -88,7 +93,7 @@ class Stimuli:
     enlarged: str = ""
 
 
-def demo() -> Stimuli:
+def load_demo() -> Stimuli:
     """The shipped stimuli: 50 test images of each of Fashion-MNIST's ten classes.
 
     Returns
@@ -103,7 +108,7 @@ def demo() -> Stimuli:
     with np.load(DEMO_FILE, allow_pickle=False) as file:
         images, labels = file["images"], file["labels"]
     return Stimuli(
-        prepare(torch.from_numpy(images)),
+        prepare_fashion_mnist(torch.from_numpy(images)),
         torch.from_numpy(labels).long(),
         CLASSES,
         "Fashion-MNIST test set, the first 50 images of each of 10 classes",
@@ -111,7 +116,7 @@ def demo() -> Stimuli:
     )
 
 
-def prepare(images: torch.Tensor) -> torch.Tensor:
+def prepare_fashion_mnist(images: torch.Tensor) -> torch.Tensor:
     """Fashion-MNIST images, (n, 28, 28) of uint8, as the shipped networks take them.
 
     That is (n, 3, 32, 32) of float32: two pixels of black on each side, three equal channels,
@@ -121,7 +126,7 @@ def prepare(images: torch.Tensor) -> torch.Tensor:
     return padded.float().div_(255).sub_(MEAN).div_(STD).unsqueeze(1).repeat(1, 3, 1, 1)
 
 
-def fashion_mnist(
+def load_fashion_mnist(
     split: str, dataset: str | Path = FASHION_MNIST
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Fashion-MNIST as it is distributed.
@@ -143,14 +148,14 @@ def fashion_mnist(
     DataError
         If a file is missing or damaged.
     """
-    images = _idx(Path(dataset) / f"{split}-images-idx3-ubyte.gz", 3)
-    labels = _idx(Path(dataset) / f"{split}-labels-idx1-ubyte.gz", 1)
+    images = _read_idx(Path(dataset) / f"{split}-images-idx3-ubyte.gz", 3)
+    labels = _read_idx(Path(dataset) / f"{split}-labels-idx1-ubyte.gz", 1)
     if len(images) != len(labels):
         raise DataError(f"dataset: {dataset} has {len(images)} images, {len(labels)} labels")
     return images, labels
 
 
-def image_folder(
+def load_image_folder(
     path: str | Path,
     classes: Sequence[str] | None = None,
     size: int | None = 224,
@@ -192,19 +197,19 @@ def image_folder(
     if size is not None and size < 1:
         raise DataError(f"size: {size} is not a number of pixels; expected 1 or more")
     skipped = Counter[str]()
-    outputs = class_outputs(root, skipped)
+    outputs = find_class_outputs(root, skipped)
     chosen = list(outputs if classes is None else classes)
     if not chosen:
         raise DataError("classes: none are given; expected names of sub-directories, or None")
     if unknown := [name for name in chosen if name not in outputs]:
         raise DataError(f"classes: {unknown[0]!r} is unknown; expected a sub-directory of {root}")
     kept = sorted((outputs[name], name) for name in set(chosen))
-    found = [ClassFiles(output, name, *image_files(root / name)) for output, name in kept]
+    found = [ClassFiles(output, name, *list_image_files(root / name)) for output, name in kept]
     if size is None:
-        cut, resizing = transforms.CenterCrop(_common_size(found)), None
+        cut, resizing = transforms.CenterCrop(_find_common_size(found)), None
     else:
         resizing = Resizing(round(size * 256 / 224), kept=(size, size))
-        cut = _cut_to(size, resizing.side)
+        cut = _center_crop_to(size, resizing.side)
     transform = transforms.Compose(
         [cut, _to_tensor, transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
     )
@@ -213,7 +218,7 @@ def image_folder(
     return read_classes(root, found, known, transform, skipped, skip_bad, resizing)
 
 
-def _cut_to(size: int, side: int) -> Callable[[Any], Any]:
+def _center_crop_to(size: int, side: int) -> Callable[[Any], Any]:
     """Resize an image's shorter side and cut out the centre, unless it has the size already."""
     resized = transforms.Compose([transforms.Resize(side), transforms.CenterCrop(size)])
 
@@ -231,11 +236,11 @@ def _to_tensor(pixels: Image.Image | torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _common_size(found: Sequence[ClassFiles]) -> tuple[int, int]:
+def _find_common_size(found: Sequence[ClassFiles]) -> tuple[int, int]:
     """The height and width that all images share."""
     files = [file for one in found for file in one.files]
     first: dict[tuple[int, int], Path] = {}
-    for file, size in zip(files, image_sizes(files), strict=True):
+    for file, size in zip(files, read_image_sizes(files), strict=True):
         if size is not None:  # what can't be read is named, or left out, when it is decoded
             first.setdefault(size, file)
     if len(first) > 1:
@@ -265,7 +270,7 @@ def read_classes(
     classes : tuple of str
         Name by output.
     transform : callable
-        As in `decode`.
+        As in `decode_images`.
     skipped : Counter
         What was skipped outside the classes' folders, by reason.
     skip_bad : bool
@@ -291,7 +296,7 @@ def read_classes(
         expect_two(len(one.files), one)
     files = [file for one in found for file in one.files]
     labels = torch.tensor([one.output for one in found for _ in one.files])
-    images, good = decode(files, transform, skip_bad)
+    images, good = decode_images(files, transform, skip_bad)
     if len(good) < len(files):
         labels = labels[good]
         for one in found:
@@ -306,7 +311,7 @@ def read_classes(
 
 def _count_enlarged(files: Sequence[Path], resizing: Resizing) -> str:
     """Say how many files are enlarged when they are resized."""
-    sizes = [size for size in image_sizes(files) if size not in (None, resizing.kept)]
+    sizes = [size for size in read_image_sizes(files) if size not in (None, resizing.kept)]
     small = [size for size in sizes if size is not None and min(size) < resizing.side]
     if not small:
         return ""
@@ -316,7 +321,7 @@ def _count_enlarged(files: Sequence[Path], resizing: Resizing) -> str:
     )
 
 
-def _idx(path: Path, ndim: int) -> NDArray[np.uint8]:
+def _read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
     """An array of an idx file: magic number, lengths (big-endian int32), then the bytes."""
     try:
         raw = gzip.decompress(path.read_bytes())

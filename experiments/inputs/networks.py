@@ -14,13 +14,13 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from repsim_kernels.experiments.errors import ModelError, one_line
-from repsim_kernels.experiments.inputs.checkpoints import count_outputs, fill, read_checkpoint
+from repsim_kernels.experiments.inputs.checkpoints import copy_state, count_outputs, read_checkpoint
 
 ASSETS = Path(__file__).parents[1] / "assets"
 _OUTPUTS = 10  # of the shipped networks: Fashion-MNIST's classes
 
 
-def _alexnet() -> zoo.AlexNet:
+def _build_alexnet() -> zoo.AlexNet:
     with torch.device("meta"):  # 60 million weights that are replaced below
         model = zoo.AlexNet(_OUTPUTS)
     model.features = nn.Sequential(
@@ -51,7 +51,7 @@ def _alexnet() -> zoo.AlexNet:
     return model
 
 
-def _mobilenet_v2() -> zoo.MobileNetV2:
+def _build_mobilenet_v2() -> zoo.MobileNetV2:
     stages = [  # expansion, channels, blocks, stride; stock but for the fourth stride, 2 there
         [1, 16, 1, 1],
         [6, 24, 2, 2],
@@ -64,7 +64,7 @@ def _mobilenet_v2() -> zoo.MobileNetV2:
     return zoo.MobileNetV2(_OUTPUTS, width_mult=0.35, inverted_residual_setting=stages)
 
 
-def _resnet50() -> zoo.ResNet:
+def _build_resnet50() -> zoo.ResNet:
     with torch.device("meta"):
         model = zoo.ResNet(Bottleneck, [3, 4, 6, 3], _OUTPUTS)
     # The constructor's widths are fixed (`width_per_group` leaves the outputs of blocks wide).
@@ -80,9 +80,9 @@ def _resnet50() -> zoo.ResNet:
 
 
 _BUILDERS: dict[str, Callable[[], nn.Module]] = {
-    "alexnet_small": _alexnet,
-    "mobilenet_v2_small": _mobilenet_v2,
-    "resnet50_small": _resnet50,
+    "alexnet_small": _build_alexnet,
+    "mobilenet_v2_small": _build_mobilenet_v2,
+    "resnet50_small": _build_resnet50,
 }
 SMALL: tuple[str, ...] = tuple(_BUILDERS)
 
@@ -141,7 +141,7 @@ def load(
         program, the file can't be read, or it belongs to another architecture.
     """
     if ":" in name:
-        model = _call(name)
+        model = _build_user_network(name)
         checkpoint = None if weights is None else read_checkpoint(weights, model)
     elif name in SMALL:
         model = build(name)
@@ -160,7 +160,7 @@ def load(
             "builder of torchvision.models, or 'package.module:callable'"
         )
     if checkpoint is not None:
-        fill(model, checkpoint.state, name, weights or f"{name}.safetensors")
+        copy_state(model, checkpoint.state, name, weights or f"{name}.safetensors")
         if weights is not None:
             log(f"weights: {checkpoint.note}")
     return model.eval().requires_grad_(False)
@@ -195,29 +195,29 @@ def study_layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
-def _call(name: str) -> nn.Module:
+def _build_user_network(name: str) -> nn.Module:
     module_name, _, attribute = name.partition(":")
     if "/" in name or module_name.startswith(".") or module_name.endswith(".py"):
         raise ModelError(
             f"model: {name!r} is a path; expected 'package.module:callable', a name that Python "
             "imports, as nets:make for nets.py in this folder"
         )
-    with _own_errors(name, "can't be imported"):
+    with _user_code_errors(name, "can't be imported"):
         found = getattr(importlib.import_module(module_name), attribute)
     if callable(found) and not isinstance(found, nn.Module):
-        if missing := _required(found):
+        if missing := _required_parameters(found):
             raise ModelError(
                 f"model: {name!r} needs arguments ({', '.join(missing)}); expected a callable "
                 "without any"
             )
-        with _own_errors(name, "fails"):
+        with _user_code_errors(name, "fails"):
             found = found()
     if not isinstance(found, nn.Module):
         raise ModelError(f"model: {name!r} gives {type(found).__name__}; expected an nn.Module")
     return found
 
 
-def _required(function: Callable[..., Any]) -> list[str]:
+def _required_parameters(function: Callable[..., Any]) -> list[str]:
     """The parameters that a call can't go without."""
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -228,7 +228,7 @@ def _required(function: Callable[..., Any]) -> list[str]:
 
 
 @contextmanager
-def _own_errors(name: str, what: str) -> Iterator[None]:
+def _user_code_errors(name: str, what: str) -> Iterator[None]:
     """Raise what goes wrong in a user's code as a ModelError that says where."""
     try:
         yield

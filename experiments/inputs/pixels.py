@@ -16,10 +16,10 @@ from repsim_kernels.experiments.errors import DataError, one_line
 Transform = Callable[[Any], torch.Tensor]
 
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # tags of TIFF
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # Pillow's errors
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # Pillow's errors
 
 
-def decode(
+def decode_images(
     files: Sequence[Path], transform: Transform, skip_bad: bool = False
 ) -> tuple[torch.Tensor, list[int]]:
     """Image files as a network takes them, decoded in threads.
@@ -53,7 +53,7 @@ def decode(
         try:
             with Image.open(files[i]) as image:
                 pixels = transform(read_pixels(image))
-        except UNREADABLE as error:
+        except DECODE_ERRORS as error:
             return error
         if pixels.shape != shape:
             raise DataError(
@@ -121,14 +121,14 @@ def read_pixels(image: Image.Image) -> Image.Image | torch.Tensor:
     return grey.repeat(3, 1, 1)
 
 
-def image_sizes(files: Sequence[Path]) -> list[tuple[int, int] | None]:
+def read_image_sizes(files: Sequence[Path]) -> list[tuple[int, int] | None]:
     """Height and width of image files from their headers, in pixels; None for unreadable ones."""
 
     def read(file: Path) -> tuple[int, int] | None:
         try:
             with Image.open(file) as image:
                 return image.height, image.width
-        except UNREADABLE:
+        except DECODE_ERRORS:
             return None
 
     with ThreadPoolExecutor() as pool:

@@ -15,7 +15,7 @@ import torchvision.models as zoo
 from torch import nn
 
 from repsim_kernels.experiments.errors import ModelError, one_line
-from repsim_kernels.experiments.inputs.checkpoints import count_outputs, fill, read_checkpoint
+from repsim_kernels.experiments.inputs.checkpoints import copy_state, count_outputs, read_checkpoint
 
 TEN = (  # schooner, brain coral, junco, snail, grey whale, Siberian husky, electric fan, bookcase,
     # fountain pen, toaster
@@ -118,7 +118,7 @@ width 0.35 because weights for it are published. Of an ablated ResNet50 they dra
 neurons that are left, here for 50 of all."""
 
 
-class Loaded(NamedTuple):
+class LoadedNetwork(NamedTuple):
     """A network of a preset, and how images are made ready for it."""
 
     model: nn.Module
@@ -126,7 +126,7 @@ class Loaded(NamedTuple):
     note: str  # where the weights are from, and how they were found in a file
 
 
-def load_network(network: Network, weights: str | Path | None = None) -> Loaded:
+def load_network(network: Network, weights: str | Path | None = None) -> LoadedNetwork:
     """A preset's network at full size, ready for inference on a CPU.
 
     Parameters
@@ -139,7 +139,7 @@ def load_network(network: Network, weights: str | Path | None = None) -> Loaded:
 
     Returns
     -------
-    Loaded
+    LoadedNetwork
         ``model``: in evaluation mode, no gradients, float32. ``transform``: torchvision's, of an
         image (PIL's, or a tensor of uint8) to the model's input; the one that belongs to the
         weights where they, or their file's name, are torchvision's, else to its best weights.
@@ -152,24 +152,24 @@ def load_network(network: Network, weights: str | Path | None = None) -> Loaded:
     members = zoo.get_model_weights(network.builder)
     member = members.DEFAULT
     if weights == "random":
-        model, note = _random(network), RANDOM
+        model, note = _init_random(network), RANDOM
     else:
         if weights is not None:
             path, note = Path(weights), ""
             member = next((m for m in members if Path(m.url).name == path.name), member)
         elif network.width == 1:
-            path, note = _cached(member), str(member)
+            path, note = _fetch_weights(member), str(member)
         else:
             raise ModelError(
                 f"weights: torchvision has none for {network.name!r} (of width {network.width}; "
                 "the study's authors had their own); expected --weights FILE, or random"
             )
-        model, found = _filled(network, path)
+        model, found = _load_weights(network, path)
         note = note or found
-    return Loaded(model.eval().requires_grad_(False), member.transforms(), note)
+    return LoadedNetwork(model.eval().requires_grad_(False), member.transforms(), note)
 
 
-def weights_for(preset: Preset, given: Sequence[str] | None) -> dict[str, str | None]:
+def assign_weights(preset: Preset, given: Sequence[str] | None) -> dict[str, str | None]:
     """Which weights each network of a preset gets, by its name, for `load_network`.
 
     Parameters
@@ -208,26 +208,26 @@ def weights_for(preset: Preset, given: Sequence[str] | None) -> dict[str, str | 
     return dict.fromkeys(names) | found
 
 
-def _full_size(network: Network) -> nn.Module:
+def _build_full_size(network: Network) -> nn.Module:
     options = {} if network.width == 1 else {"width_mult": network.width}
     model: nn.Module = zoo.get_model(network.builder, weights=None, **options)
     return model
 
 
-def _filled(network: Network, path: Path) -> tuple[nn.Module, str]:
+def _load_weights(network: Network, path: Path) -> tuple[nn.Module, str]:
     with torch.device("meta"):  # AlexNet's random weights, to be replaced, take a second
-        model = _full_size(network)
+        model = _build_full_size(network)
     state, note = read_checkpoint(path, model)
     if (outputs := count_outputs(model, state)) != 1000:
         raise ModelError(f"weights: {path} has {outputs} outputs; expected ImageNet's 1000")
     model.to_empty(device="cpu")
     for buffer in model.buffers():
         buffer.zero_()  # old checkpoints lack counters, and a run's identity hashes them
-    fill(model, state, network.name, path)
+    copy_state(model, state, network.name, path)
     return model, note
 
 
-def _random(network: Network) -> nn.Module:
+def _init_random(network: Network) -> nn.Module:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)  # sums, and with them the weights, are the same on any number
@@ -236,12 +236,12 @@ def _random(network: Network) -> nn.Module:
             # Coarse and fine, as photographs are.
             parts = [torch.randn(8, 3, side, side) for side in (7, 28, 224)]
             images = torch.stack([nn.functional.interpolate(x, size=224) for x in parts]).sum(0)
-            return _enlivened(_full_size(network), images / len(parts) ** 0.5)
+            return _rescale_activations(_build_full_size(network), images / len(parts) ** 0.5)
     finally:
         torch.set_num_threads(threads)
 
 
-def _enlivened(model: nn.Module, images: torch.Tensor) -> nn.Module:
+def _rescale_activations(model: nn.Module, images: torch.Tensor) -> nn.Module:
     """Scale a fresh network: MobileNetV2's activations vanish, ResNet's grow, logits are alike."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -257,7 +257,7 @@ def _enlivened(model: nn.Module, images: torch.Tensor) -> nn.Module:
     return model
 
 
-def _cached(member: zoo.WeightsEnum) -> Path:
+def _fetch_weights(member: zoo.WeightsEnum) -> Path:
     """A file of torchvision's in torch.hub's cache; fetched if it isn't there."""
     path = Path(torch.hub.get_dir(), "checkpoints", Path(member.url).name)
     digest = path.stem.rpartition("-")[2]  # by convention the beginning of its SHA-256

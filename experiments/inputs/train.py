@@ -8,8 +8,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from repsim_kernels.experiments.files import replacing
-from repsim_kernels.experiments.inputs.images import FASHION_MNIST, fashion_mnist, prepare
+from repsim_kernels.experiments.files import replace_file
+from repsim_kernels.experiments.inputs.images import (
+    FASHION_MNIST,
+    load_fashion_mnist,
+    prepare_fashion_mnist,
+)
 from repsim_kernels.experiments.inputs.networks import ASSETS, SMALL, build
 
 EPOCHS = {"alexnet_small": 6, "mobilenet_v2_small": 5, "resnet50_small": 5}
@@ -67,8 +71,8 @@ def train(
     for name in names:
         torch.manual_seed(seed)
         models[name] = build(name).to(memory_format=torch.channels_last)
-    images, labels = map(torch.from_numpy, fashion_mnist("train", dataset))
-    test_images, test_labels = map(torch.from_numpy, fashion_mnist("t10k", dataset))
+    images, labels = map(torch.from_numpy, load_fashion_mnist("train", dataset))
+    test_images, test_labels = map(torch.from_numpy, load_fashion_mnist("t10k", dataset))
     directory = ASSETS if out is None else Path(out)
     directory.mkdir(parents=True, exist_ok=True)
     accuracy = {}
@@ -76,11 +80,11 @@ def train(
         passes = EPOCHS[name] if epochs is None else epochs
         torch.set_flush_denormal(True)  # dying weights would slow a CPU manyfold
         try:
-            _fit(name, model, images, labels.long(), passes, seed, log)
+            _train_one(name, model, images, labels.long(), passes, seed, log)
         finally:
             torch.set_flush_denormal(False)
         model.half().float()  # rounds the weights to what is stored
-        accuracy[name] = _accuracy(model, test_images, test_labels)
+        accuracy[name] = _measure_accuracy(model, test_images, test_labels)
         metadata = {
             "accuracy": f"{accuracy[name]:.4f}",
             "dataset": f"Fashion-MNIST, {len(images)} training and {len(test_images)} test images",
@@ -88,12 +92,12 @@ def train(
             "seed": str(seed),
         }
         path = directory / f"{name}.safetensors"
-        _save(model, path, metadata)
+        _save_half(model, path, metadata)
         log(f"{name}: {accuracy[name]:.2%} of {len(test_images)} test images, in {path}")
     return accuracy
 
 
-def _fit(
+def _train_one(
     name: str,
     model: nn.Module,
     images: torch.Tensor,
@@ -113,7 +117,7 @@ def _fit(
         start, total = time.perf_counter(), 0.0
         order = torch.randperm(len(images))
         for batch in order.split(BATCH)[:batches]:
-            x = prepare(images[batch])
+            x = prepare_fashion_mnist(images[batch])
             x[::2] = x[::2].flip(-1)
             logits = model(x.to(memory_format=torch.channels_last))
             loss = nn.functional.cross_entropy(logits, labels[batch])
@@ -127,17 +131,17 @@ def _fit(
 
 
 @torch.inference_mode()
-def _accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
+def _measure_accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
     model.eval()
     pairs = zip(images.split(500), labels.split(500), strict=True)
-    right = sum(int((model(prepare(x)).argmax(1) == y).sum()) for x, y in pairs)
+    right = sum(int((model(prepare_fashion_mnist(x)).argmax(1) == y).sum()) for x, y in pairs)
     return right / len(images)
 
 
-def _save(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
+def _save_half(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
     tensors = {
         key: (value.half() if value.is_floating_point() else value).contiguous()
         for key, value in model.state_dict().items()
     }
-    with replacing(path) as temporary:
+    with replace_file(path) as temporary:
         save_file(tensors, temporary, metadata)

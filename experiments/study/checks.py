@@ -36,13 +36,13 @@ class Draws:
     every: int | None = None
     paired: bool = True
 
-    def of(self, neurons: int) -> int:
+    def count_for(self, neurons: int) -> int:
         """How many draws a layer of that many neurons gets."""
         return self.least if self.every is None else max(self.least, neurons // self.every)
 
 
 @contextmanager
-def study_errors() -> Iterator[None]:
+def raise_study_errors() -> Iterator[None]:
     """Raise the library's errors about arguments as StudyErrors of the same line.
 
     A LayerError stays what it is: it is about the network.

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from repsim_kernels.experiments.study.measure import represent
-from repsim_kernels.experiments.study.memory import batch_size, groups, held
-from repsim_kernels.experiments.study.probes import paper
+from repsim_kernels.experiments.study.measure import measure_representation
+from repsim_kernels.experiments.study.memory import bytes_held, choose_batch_size, group_layers
+from repsim_kernels.experiments.study.probes import measure_paper_probe
 from repsim_kernels.experiments.study.study import Study
 from repsim_kernels.experiments.study.units import Unit
 from repsim_kernels.forward import Cost
@@ -27,10 +27,10 @@ class LayerPlan:
 
     layer: str
     neurons: int
-    together: int  # cells in a batch
+    cells_per_batch: int  # cells in a batch
     forward_flops: float  # of the ablated passes
     metric_flops: float  # of Grams, and of PWCCA's weights
-    held: int  # bytes of activations, and of what ablated passes start from
+    bytes_held: int  # bytes of activations, and of what ablated passes start from
     fits: int  # logistic regressions of the paper's probe
     seconds: float
 
@@ -48,7 +48,7 @@ class Plan:
     passes: int  # of all images, one for each group of layers, or for each unit
     pass_flops: float  # of all of them
     pass_seconds: float
-    held: int  # bytes of the group of layers that holds the most
+    bytes_held: int  # bytes of the group of layers that holds the most
     memory: int
 
     @property
@@ -61,7 +61,7 @@ class Plan:
         return self.pass_flops + sum(each)
 
 
-def plan(study: Study, units: Sequence[Unit] | None = None, apart: bool = False) -> Plan:
+def plan(study: Study, units: Sequence[Unit] | None = None, separate_passes: bool = False) -> Plan:
     """Count and estimate what a study takes, from a few passes and small metrics.
 
     Parameters
@@ -69,7 +69,7 @@ def plan(study: Study, units: Sequence[Unit] | None = None, apart: bool = False)
     study : Study
     units : sequence of Unit, optional
         Those that are to be measured, at least one; all by default.
-    apart : bool
+    separate_passes : bool
         Whether each unit makes a pass of its own, up to its layer, as where workers share them.
 
     Returns
@@ -86,7 +86,7 @@ def plan(study: Study, units: Sequence[Unit] | None = None, apart: bool = False)
     units = study.units if units is None else units
     names = list(dict.fromkeys(unit.layer for unit in units))
     own = sum(int((study.labels == label).sum()) for label in study.targets) / len(study.targets)
-    n = min(batch_size(study), round(own))
+    n = min(choose_batch_size(study), round(own))
     with study.hold_network():
         images = study.images[study.labels == study.targets[0]][:n].to(study.device)
         costs = study.forward.costs(images, names)
@@ -96,10 +96,10 @@ def plan(study: Study, units: Sequence[Unit] | None = None, apart: bool = False)
     whole_flops = any_cost.head_flops + any_cost.tail_flops
     per_image = (any_cost.head_seconds + any_cost.tail_seconds) / len(images)
     speed = whole_flops / per_image
-    sizes = held(study)
-    grouped = [group for group in groups(study, study.layers) if set(group) & set(names)]
+    sizes = bytes_held(study)
+    grouped = [group for group in group_layers(study, study.layers) if set(group) & set(names)]
     heads = [(costs[unit.layer].head_flops, costs[unit.layer].head_seconds) for unit in units]
-    shown = heads if apart else [(whole_flops, per_image * len(images))] * len(grouped)
+    shown = heads if separate_passes else [(whole_flops, per_image * len(images))] * len(grouped)
     n_cells = study.n_cells
     lines = []
     for name in names:
@@ -107,15 +107,15 @@ def plan(study: Study, units: Sequence[Unit] | None = None, apart: bool = False)
         targets = sum(len(study.targets_of(unit)) for unit in units if unit.layer == name)
         passes = targets * n_cells * own
         spectral = 1 + n_cells * ("pwcca" in study.metrics)
-        fits = targets * (1 + n_cells) * study.draws.of(p) if "paper" in study.probes else 0
+        fits = targets * (1 + n_cells) * study.draws.count_for(p) if "paper" in study.probes else 0
         lines.append(
             LayerPlan(
                 layer=name,
                 neurons=p,
-                together=min(cost.together, n_cells),
+                cells_per_batch=min(cost.together, n_cells),
                 forward_flops=passes * cost.tail_flops,
-                metric_flops=targets * 2.0 * study.stimuli**2 * p * spectral,
-                held=sizes[name],
+                metric_flops=targets * 2.0 * study.n_stimuli**2 * p * spectral,
+                bytes_held=sizes[name],
                 fits=fits,
                 seconds=passes * _tail_seconds(cost, len(images), speed)
                 + targets * (fixed + by_neuron * p)
@@ -128,11 +128,11 @@ def plan(study: Study, units: Sequence[Unit] | None = None, apart: bool = False)
         targets=len({label for unit in units for label in study.targets_of(unit)}),
         cells=n_cells,
         images=round(own),
-        stimuli=study.stimuli,
+        stimuli=study.n_stimuli,
         passes=len(shown),
         pass_flops=sum(flops for flops, _ in shown) * len(study.labels),
         pass_seconds=sum(seconds for _, seconds in shown) * len(study.labels) / len(images),
-        held=max(sum(sizes[name] for name in group if name in names) for group in grouped),
+        bytes_held=max(sum(sizes[name] for name in group if name in names) for group in grouped),
         memory=study.memory,
     )
 
@@ -153,7 +153,7 @@ def _metric_seconds(study: Study) -> tuple[float, float]:
     for p in (few, few, many):  # the first also loads libraries
         x = _alive(len(y), p, study.device)
         start = time.perf_counter()
-        found = represent(study, probes, "plan", target, x, y, 2**30)
+        found = measure_representation(study, probes, "plan", target, x, y, 2**30)
         found.sizes.cpu()
         times.append(time.perf_counter() - start)
     by_neuron = max(0.0, times[2] - times[1]) / (many - few)
@@ -163,8 +163,12 @@ def _metric_seconds(study: Study) -> tuple[float, float]:
 def _labels(study: Study) -> tuple[int, Tensor]:
     """The first target, and the labels of the stimuli that it is told apart from."""
     target = study.targets[0]
-    classes = study.present if study.others is None else [target, *study.others_of(target)]
-    return target, torch.cat([torch.full((study.counted(label),), label) for label in classes])
+    classes = (
+        study.unique_labels if study.others is None else [target, *study.draw_other_classes(target)]
+    )
+    return target, torch.cat(
+        [torch.full((study.count_metric_images(label),), label) for label in classes]
+    )
 
 
 def _fit_seconds(study: Study) -> float:
@@ -176,7 +180,7 @@ def _fit_seconds(study: Study) -> float:
     times = []
     for draws in (2, _DRAWS):  # the first also loads libraries
         start = time.perf_counter()
-        paper(study, "plan", target, x, y, cells, draws)
+        measure_paper_probe(study, "plan", target, x, y, cells, draws)
         times.append(time.perf_counter() - start)
     return times[1] / (_DRAWS * (1 + n_cells))
 

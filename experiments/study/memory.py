@@ -16,30 +16,33 @@ _HELD = 0.7  # of the memory, for activations; the rest is for what runs
 _GRID = 190  # bytes a neuron that it takes to sort them into cells, measured
 
 
-def batch_size(study: Study) -> int:
+def choose_batch_size(study: Study) -> int:
     """Images that go through the network together."""
     room = (1 - _HELD) / 2 * study.memory  # products have workspaces of their tensors' size
     return max(1, min(BATCH, int(room // study.costs[study.layers[0]].pass_bytes)))
 
 
-def held(study: Study) -> dict[str, int]:
+def bytes_held(study: Study) -> dict[str, int]:
     """Bytes that each layer's activations, and what its ablated passes start from, take."""
     targets = sum(int((study.labels == label).sum()) for label in study.targets)
     found = {}
     for name, layer in study.sizes.items():
         beside = study.costs[name].held_bytes - layer.bytes  # the activation is in x
-        copies = 0 if study.others is None else study.stimuli * layer.bytes
+        copies = 0 if study.others is None else study.n_stimuli * layer.bytes
         if "paper" in study.probes:  # its copy, neuron by neuron
-            copies += study.stimuli * layer.bytes
+            copies += study.n_stimuli * layer.bytes
         found[name] = (
-            study.shown * layer.bytes + targets * max(0, beside) + copies + _GRID * layer.neurons
+            study.n_metric_images * layer.bytes
+            + targets * max(0, beside)
+            + copies
+            + _GRID * layer.neurons
         )
     return found
 
 
-def groups(study: Study, layers: Sequence[str]) -> list[list[str]]:
+def group_layers(study: Study, layers: Sequence[str]) -> list[list[str]]:
     """Layers that one pass of the images serves: as many as the memory holds, at least one."""
-    sizes, found, size = held(study), [list[str]()], 0
+    sizes, found, size = bytes_held(study), [list[str]()], 0
     room = int(_HELD * study.memory)
     for layer in layers:
         if sizes[layer] > room:

@@ -33,12 +33,12 @@ def prepare(model: nn.Module, device: torch.device) -> Iterator[None]:
     """
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
-    tables = [table for module in modules for table in _tables(module)]
+    tables = [table for module in modules for table in _attribute_tables(module)]
     entries = [dict(table) for table in tables]
     try:
         for module in modules:
             module.training = False  # eval() may be overridden, as by LoRA, which merges weights
-        with _keep_values(model, device), _moved(model, device):
+        with _restore_values(model, device), _move_to(model, device):
             yield
     finally:
         for table, before in zip(tables, entries, strict=True):  # a pass may store what it made
@@ -49,7 +49,7 @@ def prepare(model: nn.Module, device: torch.device) -> Iterator[None]:
             module.training = training
 
 
-def _tables(module: nn.Module) -> list[dict[str, Any]]:
+def _attribute_tables(module: nn.Module) -> list[dict[str, Any]]:
     """A module's attributes, and the parameters, buffers and modules that PyTorch keeps apart."""
     own = vars(module)
     apart = (own.get(name) for name in ("_parameters", "_buffers", "_modules"))
@@ -57,7 +57,7 @@ def _tables(module: nn.Module) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _keep_values(model: nn.Module, device: torch.device) -> Iterator[None]:
+def _restore_values(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Put back the values of the parameters and buffers that passes on a device have written to."""
     own = [t for t in (*model.parameters(), *model.buffers()) if t.device == device]
     # What is elsewhere is copied to the device, and not written to.
@@ -74,7 +74,7 @@ def _keep_values(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _moved(model: nn.Module, device: torch.device) -> Iterator[None]:
+def _move_to(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Move a network to a device; its tables are the caller's care."""
     if all(t.device == device for t in (*model.parameters(), *model.buffers())):
         yield
@@ -90,7 +90,7 @@ def _moved(model: nn.Module, device: torch.device) -> Iterator[None]:
             parameter.data, parameter.grad = data, grad
 
 
-class Layer(NamedTuple):
+class LayerSize(NamedTuple):
     """What a layer gives for an image."""
 
     neurons: int
@@ -99,16 +99,16 @@ class Layer(NamedTuple):
 
 def show_image(
     model: nn.Module, layers: Sequence[str], image: Tensor
-) -> tuple[Any, dict[str, Layer]]:
+) -> tuple[Any, dict[str, LayerSize]]:
     """What a network gives for a batch of one image, and the sizes of those layers that run.
 
     A layer that gives no tensor is left out as well.
     """
-    sizes: dict[str, Layer] = {}
+    sizes: dict[str, LayerSize] = {}
 
     def note(layer: str, output: Any) -> None:
         if isinstance(output, Tensor):
-            sizes[layer] = Layer(output.numel(), output.nbytes // len(output))
+            sizes[layer] = LayerSize(output.numel(), output.nbytes // len(output))
 
     handles = [
         model.get_submodule(layer).register_forward_hook(
@@ -206,7 +206,7 @@ def hash_operations(model: nn.Module, layers: Sequence[str], images: Tensor) -> 
         except Untraceable:
             trace = Trace(model, layers, like=images)
     lines = (f"{x.format_node()} {x.meta.get('switches', '')}" for x in trace.nodes)
-    return hash_of(*(_PLACES.sub("", line) for line in lines))
+    return hash_parts(*(_PLACES.sub("", line) for line in lines))
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -225,10 +225,10 @@ def fingerprint(model: nn.Module) -> str:
         if is_lazy(tensor) or tensor.is_meta:
             raise StudyError(f"model: {name!r} has no values yet; expected an initialised network")
     in_order = sorted(named, key=lambda pair: pair[0])
-    return hash_of(*(part for name, tensor in in_order for part in (name, tensor.detach())))
+    return hash_parts(*(part for name, tensor in in_order for part in (name, tensor.detach())))
 
 
-def hash_of(*parts: str | Tensor) -> str:
+def hash_parts(*parts: str | Tensor) -> str:
     """A hash of texts, and of tensors with their dtypes and shapes."""
     digest = hashlib.sha256()
     for part in parts:

@@ -10,7 +10,7 @@ from torch import Tensor
 from repsim_kernels.experiments.columns import HALVES, NAN_IMAGES, half
 
 
-def performance(intact: Tensor, ablated: Tensor, label: int) -> dict[str, Tensor]:
+def measure_performance_loss(intact: Tensor, ablated: Tensor, label: int) -> dict[str, Tensor]:
     """What a class's images lose when cells are ablated.
 
     Parameters

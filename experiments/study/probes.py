@@ -18,19 +18,19 @@ from repsim_kernels.experiments.columns import HALVES, PROBES, half
 if TYPE_CHECKING:
     from repsim_kernels.experiments.study.study import Study
 
-SIZE = 100  # neurons of a draw, the paper's
-ERROR = "decodability_paper_error"
+DRAW_SIZE = 100  # neurons of a draw, the paper's
+ERROR_COLUMN = "decodability_paper_error"
 
 
-def columns(probes: Sequence[str]) -> list[str]:
+def list_columns(probes: Sequence[str]) -> list[str]:
     """The table's columns of some probes."""
     found = [name for probe in probes for name in PROBES[probe]]
     if "ridge" in probes:
         found += [half(name, which) for which in HALVES for name in PROBES["ridge"]]
-    return [*found, ERROR] if "paper" in probes else found
+    return [*found, ERROR_COLUMN] if "paper" in probes else found
 
 
-def decodability(
+def measure_decodability(
     study: Study, probes: Sequence[str], layer: str, label: int, x: Tensor, y: Tensor, cells: Tensor
 ) -> dict[str, Tensor]:
     """What every ablation takes of each probe's score, and the error of the paper's: (C,) each.
@@ -39,10 +39,12 @@ def decodability(
     """
     found: dict[str, Tensor] = {}
     if "ridge" in probes:
-        found |= _ridge(study, label, x, y, cells) | _halves(study, label, x, y, cells)
+        found |= _ridge(study, label, x, y, cells) | _ridge_halves(study, label, x, y, cells)
     if "paper" in probes:
-        found |= paper(study, layer, label, x, y, cells, study.draws.of(x.shape[1]))
-    return {name: found[name] for name in columns(probes)}
+        found |= measure_paper_probe(
+            study, layer, label, x, y, cells, study.draws.count_for(x.shape[1])
+        )
+    return {name: found[name] for name in list_columns(probes)}
 
 
 def _ridge(study: Study, label: int, x: Tensor, y: Tensor, cells: Tensor) -> dict[str, Tensor]:
@@ -63,7 +65,9 @@ def _ridge(study: Study, label: int, x: Tensor, y: Tensor, cells: Tensor) -> dic
     return found
 
 
-def _halves(study: Study, label: int, x: Tensor, y: Tensor, cells: Tensor) -> dict[str, Tensor]:
+def _ridge_halves(
+    study: Study, label: int, x: Tensor, y: Tensor, cells: Tensor
+) -> dict[str, Tensor]:
     """The ridge probe of every other stimulus, a view; NaN of those that can't be told apart.
 
     They are sorted by class, so that each half has half of every class, or one more or less.
@@ -79,7 +83,7 @@ def _halves(study: Study, label: int, x: Tensor, y: Tensor, cells: Tensor) -> di
     return found
 
 
-def paper(
+def measure_paper_probe(
     study: Study, layer: str, label: int, x: Tensor, y: Tensor, cells: Tensor, draws: int
 ) -> dict[str, Tensor]:
     """The paper's probe; what it draws depends on the study's seed, the layer and the class."""
@@ -89,19 +93,19 @@ def paper(
         y,
         label,
         draws=draws,
-        size=SIZE,
+        size=DRAW_SIZE,
         paired=study.draws.paired,
-        seed=int(seed_of(study, layer, label).generate_state(1)[0]),
+        seed=int(make_seed(study, layer, label).generate_state(1)[0]),
     )
     change = scores["change"].round(decimals=12)
-    return {"decodability_paper": change, ERROR: scores["standard_error"]}
+    return {"decodability_paper": change, ERROR_COLUMN: scores["standard_error"]}
 
 
-def seed_of(study: Study, layer: str, label: int) -> np.random.SeedSequence:
+def make_seed(study: Study, layer: str, label: int) -> np.random.SeedSequence:
     """Of what is drawn for a layer and a class."""
     return np.random.SeedSequence([study.seed, zlib.crc32(layer.encode()), label])
 
 
-def unknown(probes: Sequence[str], n_cells: int) -> dict[str, Tensor]:
+def make_nan_columns(probes: Sequence[str], n_cells: int) -> dict[str, Tensor]:
     """The columns of a layer that is the same for every stimulus."""
-    return {name: torch.full((n_cells,), math.nan) for name in columns(probes)}
+    return {name: torch.full((n_cells,), math.nan) for name in list_columns(probes)}

@@ -23,8 +23,8 @@ from repsim_kernels.experiments.study import checks as check
 from repsim_kernels.experiments.study.network import (
     Identity,
     fingerprint,
-    hash_of,
     hash_operations,
+    hash_parts,
     prepare,
     show_image,
 )
@@ -144,7 +144,7 @@ class Study:
         self.model = check.check_model(model)
         self._identity = Identity(model)
         self.device = check.check_device(model, device)
-        with check.study_errors():
+        with check.raise_study_errors():
             self.name = check.check_text(type(model).__name__ if name is None else name, "name")
             self.note = None if note is None else check.check_text(note, "note")
             self.layers = check.check_distinct(check.check_names(layers, "layers"), "layers")
@@ -166,13 +166,13 @@ class Study:
             self.metric_images = check.check_optional_count(metric_images, "metric_images", 2)
             self.classes = None if classes is None else check.check_names(classes, "classes")
             self.images, self.labels = check.check_images(images), check.check_labels(labels)
-            self.own_memory = memory is not None  # asked for, not what happened to be free
+            self.memory_is_explicit = memory is not None  # asked for, not what happened to be free
             self.memory = budget(memory, self.device)
             check.check_pairs(self.images, self.labels)
             present, counts = (
                 a.tolist() for a in np.unique(self.labels.numpy(), return_counts=True)
             )
-            self.present: list[int] = present
+            self.unique_labels: list[int] = present
             self.targets = present if targets is None else check.check_targets(targets)
             self._check_classes(dict(zip(present, counts, strict=True)))
         self._held = self._changes_itself = False
@@ -198,26 +198,28 @@ class Study:
         return self.grid[0] * self.grid[1]
 
     @property
-    def shown(self) -> int:
+    def n_metric_images(self) -> int:
         """How many images the network is shown for the metrics."""
-        return sum(self.counted(label) for label in self.present)
+        return sum(self.count_metric_images(label) for label in self.unique_labels)
 
     @property
-    def stimuli(self) -> int:
+    def n_stimuli(self) -> int:
         """How many images the metrics are taken over, for the first of the targets."""
         if self.others is None:
-            return self.shown
+            return self.n_metric_images
         target = self.targets[0]
-        return sum(self.counted(label) for label in (target, *self.others_of(target)))
+        return sum(
+            self.count_metric_images(label) for label in (target, *self.draw_other_classes(target))
+        )
 
-    def counted(self, label: int) -> int:
+    def count_metric_images(self, label: int) -> int:
         """How many images of a class are stimuli."""
         count = int((self.labels == label).sum())
         return min(count, self.metric_images or count)
 
-    def others_of(self, label: int) -> list[int]:
+    def draw_other_classes(self, label: int) -> list[int]:
         """The other classes that are drawn for a target."""
-        rest = [other for other in self.present if other != label]
+        rest = [other for other in self.unique_labels if other != label]
         drawn = np.random.default_rng([self.seed, label]).permutation(rest)
         return sorted(drawn[: self.others].tolist())
 
@@ -295,19 +297,19 @@ class Study:
             "draws": asdict(self.draws) if "paper" in self.probes else None,
             "metric_images": self.metric_images,
             "block": self.block,
-            "images": hash_of(self.images, self.labels),
+            "images": hash_parts(self.images, self.labels),
             "device": self.device.type,
             "tf32": self.tf32,
         }
 
     def _check_classes(self, counts: dict[int, int]) -> None:
         if missing := [label for label in self.targets if label not in counts]:
-            raise StudyError(f"targets: {missing[0]} is not among the labels {self.present}")
-        if min(self.present) < 0:
-            raise StudyError(f"labels: {min(self.present)} is no output; expected 0 or more")
-        if self.classes is not None and len(self.classes) <= max(self.present):
+            raise StudyError(f"targets: {missing[0]} is not among the labels {self.unique_labels}")
+        if min(self.unique_labels) < 0:
+            raise StudyError(f"labels: {min(self.unique_labels)} is no output; expected 0 or more")
+        if self.classes is not None and len(self.classes) <= max(self.unique_labels):
             raise StudyError(
-                f"classes: {len(self.classes)} names, but labels up to {max(self.present)}; "
+                f"classes: {len(self.classes)} names, but labels up to {max(self.unique_labels)}; "
                 "expected a name for each label"
             )
         if self.classes is not None and len(self._targets) < len(self.targets):
@@ -322,7 +324,9 @@ class Study:
                 "more of the other ones"
             )
         if len(counts) < 2:
-            raise StudyError(f"labels: all are {self.present[0]}; expected two classes or more")
+            raise StudyError(
+                f"labels: all are {self.unique_labels[0]}; expected two classes or more"
+            )
 
     def _check_model(self) -> None:
         """Show the model one image: its outputs fit the labels, its layers hold the grid."""
@@ -348,8 +352,8 @@ class Study:
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
             what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise StudyError(f"model: {self.name} gives {what}; expected logits (n, k), k > 1")
-        if logits.shape[1] <= max(self.present):
+        if logits.shape[1] <= max(self.unique_labels):
             raise StudyError(
-                f"labels: go up to {max(self.present)}, but {self.name} has "
+                f"labels: go up to {max(self.unique_labels)}, but {self.name} has "
                 f"{logits.shape[1]} outputs; expected a label below that"
             )

@@ -61,7 +61,7 @@ def test_ctrl_c_keeps_what_is_finished(folder: Path, monkeypatch: pytest.MonkeyP
     assert sweep(*arguments)[0] == 0
     arguments = (*arguments[:-1], "cut")
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "_target", fails_at(3, KeyboardInterrupt()))
+        patch.setattr(measure, "_measure_target", fails_at(3, KeyboardInterrupt()))
         code, _, err = sweep(*arguments)
     assert code == 130
     assert err == (
@@ -82,7 +82,9 @@ def test_a_unit_that_fails_is_left_out_and_tried_again(
 ) -> None:
     arguments = (*TOY, "--images", folder, "--metrics", "cka", "--block", "1", "--out", "run")
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "_target", fails_at(2, RuntimeError("a fluke\nof the device")))
+        patch.setattr(
+            measure, "_measure_target", fails_at(2, RuntimeError("a fluke\nof the device"))
+        )
         code, out, err = sweep(*arguments)
     assert (code, err) == (0, "")
     assert "again: _toy:Toy act1 2: RuntimeError: a fluke of the device" in out
@@ -91,7 +93,7 @@ def test_a_unit_that_fails_is_left_out_and_tried_again(
     for quiet in ((), ("--quiet",)):
         Path("run/parts/_toy%3AToy--act1--2.parquet").unlink(missing_ok=True)
         with monkeypatch.context() as patch:
-            patch.setattr(measure, "_target", fails_at(1, StudyError("it is not finite")))
+            patch.setattr(measure, "_measure_target", fails_at(1, StudyError("it is not finite")))
             code, out, err = sweep(*arguments, *quiet)
         assert code == 3
         assert err.count("failed: _toy:Toy act1 2: it is not finite\n") == 1
@@ -129,7 +131,7 @@ def test_json_alone_is_logged(folder: Path) -> None:
 
 def test_no_unit_is_finished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (*TOY[:2], "--layers", "act1", *TOY[4:], "--images", folder, "--out", "run")
-    monkeypatch.setattr(measure, "_target", fails_at(1, StudyError("it is not finite")))
+    monkeypatch.setattr(measure, "_measure_target", fails_at(1, StudyError("it is not finite")))
     code, _, err = sweep(*arguments)
     assert code == 3
     assert err.startswith("failed: _toy:Toy act1 1: it is not finite\n")
@@ -218,7 +220,7 @@ def test_what_the_network_is_shown_is_printed_before_the_first_unit(folder: Path
     torch.save({"state_dict": state, "epoch": 3}, "toy.pt")
     (folder / "@eaDir").mkdir()
     arguments = (*TOY[:4], "--images", folder, "--weights", "toy.pt", "--metrics", "cka")
-    stimuli = data.image_folder(folder, size=None)
+    stimuli = data.load_image_folder(folder, size=None)
     right = (model.eval()(stimuli.images).argmax(1) == stimuli.labels).double().mean().item()
     assert 0 < right < 1
     lines = [
@@ -240,7 +242,7 @@ def test_what_the_network_is_shown_is_printed_before_the_first_unit(folder: Path
 def test_images_of_one_size_are_left_as_they_are(folder: Path) -> None:
     asked = Asked(images=str(folder), layers=["act1"])
     (study,) = jobs.of_models(["_toy:Toy"], asked, False).studies
-    assert torch.equal(study.images, data.image_folder(folder, size=None).images)
+    assert torch.equal(study.images, data.load_image_folder(folder, size=None).images)
     for file in folder.rglob("*.png"):
         Image.new("RGB", (12, 8)).save(file)
     code, _, err = sweep(*TOY[:4], "--images", folder)

@@ -20,7 +20,7 @@ from repsim_kernels.experiments.runs import membership
 from repsim_kernels.experiments.study import estimate as plans
 from repsim_kernels.experiments.study import measure
 from repsim_kernels.experiments.study.estimate import Plan, plan
-from repsim_kernels.experiments.study.memory import held
+from repsim_kernels.experiments.study.memory import bytes_held
 from repsim_kernels.experiments.study.units import Unit
 
 # Multiply-adds of the toy: 3 x 3 kernels at 8 x 8 places; 256 numbers into 3.
@@ -100,7 +100,7 @@ def test_the_parts_add_up(monkeypatch: pytest.MonkeyPatch, memory: str, together
         # Cells that run together run no slower than the network as a whole, 1 s an image.
         fast = TAIL[line.layer] / WHOLE
         tail = tails[line.layer] if together == 1 else min(tails[line.layer], fast)
-        assert line.together == min(together, 16)
+        assert line.cells_per_batch == min(together, 16)
         assert line.seconds == pytest.approx(3 * 16 * 5 * tail + 3 * (2 + 0.25 * 256))
     total = found.pass_seconds + sum(line.seconds for line in found.layers)
     assert found.seconds == pytest.approx(total)
@@ -114,19 +114,19 @@ def test_the_metrics_are_timed_on_two_sizes(
 ) -> None:
     study, clock = toy_study(**changes), [0.0]
 
-    def represent(
+    def measure_representation(
         _study: Study, probes: list[str], _layer: str, label: int, x: Any, y: Any, _room: int
     ) -> Any:
         assert probes == ["ridge"]
-        chosen = [label, *study.others_of(label)] if study.others else study.present
-        assert y.tolist() == [c for c in chosen for _ in range(study.counted(c))]
+        chosen = [label, *study.draw_other_classes(label)] if study.others else study.unique_labels
+        assert y.tolist() == [c for c in chosen for _ in range(study.count_metric_images(c))]
         assert x.shape[1] >= study.grid[0] * study.grid[1]
         assert (x == 0).float().mean() == pytest.approx(0.5, abs=0.2)
         loading = 100.0 if clock[0] == 0 else 0.0
         clock[0] += loading + 3.0 + 0.5 * x.shape[1]
         return SimpleNamespace(sizes=torch.zeros(1))
 
-    monkeypatch.setattr(plans, "represent", represent)
+    monkeypatch.setattr(plans, "measure_representation", measure_representation)
     monkeypatch.setattr(plans.time, "perf_counter", lambda: clock[0])
     assert plans._metric_seconds(study) == pytest.approx((3.0, 0.5))
 
@@ -151,20 +151,20 @@ def test_only_units_that_are_left_are_counted() -> None:
 
 def test_workers_pass_the_images_for_each_unit_up_to_its_layer() -> None:
     study = toy_study(memory="150KiB", metrics=["cka"], block=2)
-    found = plan(study, study.units[1:], apart=True)
+    found = plan(study, study.units[1:], separate_passes=True)
     assert found.passes == 3
     heads = [WHOLE - TAIL[layer] for layer in ("act1", "act2", "act2")]
     assert found.pass_flops == 15 * sum(heads)
 
 
 def test_what_is_held_is_that_of_the_largest_group() -> None:
-    sizes = held(toy_study())
-    assert plan(toy_study(memory="1GiB")).held == sum(sizes.values())
+    sizes = bytes_held(toy_study())
+    assert plan(toy_study(memory="1GiB")).bytes_held == sum(sizes.values())
     tight = plan(toy_study(memory="150KiB"))
     assert tight.passes == 2
     assert tight.flops == plan(toy_study(memory="1GiB")).flops + 15 * WHOLE
-    assert tight.held == max(sizes.values()) <= 0.7 * tight.memory
-    assert {line.layer: line.held for line in tight.layers} == sizes
+    assert tight.bytes_held == max(sizes.values()) <= 0.7 * tight.memory
+    assert {line.layer: line.bytes_held for line in tight.layers} == sizes
 
 
 def test_too_little_memory_is_named() -> None:
@@ -195,7 +195,7 @@ def test_a_plan_runs_nothing_and_writes_nothing(
     def never(*_: object) -> None:
         raise AssertionError("a unit is measured")
 
-    monkeypatch.setattr(measure, "_target", never)
+    monkeypatch.setattr(measure, "_measure_target", never)
     monkeypatch.setattr(membership, "Store", never)
     before = files()
     code, out, err = invoke(*TOY, "--images", folder, "--plan")
@@ -223,7 +223,7 @@ def test_a_plan_of_an_interrupted_run_is_of_what_is_left(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = [*TOY, "--images", folder, "--out", "cut", "--block", "1"]
-    monkeypatch.setattr(measure, "_target", fails_at(5, KeyboardInterrupt()))
+    monkeypatch.setattr(measure, "_measure_target", fails_at(5, KeyboardInterrupt()))
     assert invoke(*command)[0] == 130
     before = files()
     code, out, _ = invoke(*command, "--plan")

@@ -17,7 +17,13 @@ from torchvision.transforms._presets import ImageClassification
 
 from repsim_kernels.experiments.errors import DataError
 from repsim_kernels.experiments.inputs import images as data
-from repsim_kernels.experiments.inputs.imagenet import categories, noise, outputs, validation, wnids
+from repsim_kernels.experiments.inputs.imagenet import (
+    categories,
+    find_outputs,
+    load_validation,
+    make_noise,
+    wnids,
+)
 
 TRANSFORM = ImageClassification(crop_size=8, resize_size=10)
 STUDY = {  # the ten classes of the study, and others whose outputs are widely known
@@ -73,11 +79,11 @@ def test_names_are_torchvisions_and_distinct():
 
 
 def test_outputs():
-    assert outputs(["n04147183", "siberian_HUSKY", "13", 999]) == [780, 250, 13, 999]
-    assert outputs(categories()) == list(range(1000))
-    assert outputs(wnids()) == list(range(1000))
-    assert outputs(np.arange(1000)) == list(range(1000))
-    assert outputs(["cardigan N02963159", "n02113186"]) == [474, 264]
+    assert find_outputs(["n04147183", "siberian_HUSKY", "13", 999]) == [780, 250, 13, 999]
+    assert find_outputs(categories()) == list(range(1000))
+    assert find_outputs(wnids()) == list(range(1000))
+    assert find_outputs(np.arange(1000)) == list(range(1000))
+    assert find_outputs(["cardigan N02963159", "n02113186"]) == [474, 264]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +101,7 @@ def test_outputs():
 )
 def test_names_that_are_no_outputs(names, message):
     with pytest.raises(DataError, match=f"classes: {message}") as error:
-        outputs(names)
+        find_outputs(names)
     assert "\n" not in str(error.value)
 
 
@@ -118,13 +124,13 @@ def test_a_directory_for_each_class(tmp_path, directories):
     for other in ("toaster", "cardigan", "no class"):  # not asked for, so not read
         (tmp_path / other).mkdir()
         (tmp_path / other / "0.JPEG").write_bytes(b"no image")
-    shown = validation(tmp_path, [SCHOONER, JUNCO, SNAIL], TRANSFORM)
+    shown = load_validation(tmp_path, [SCHOONER, JUNCO, SNAIL], TRANSFORM)
     assert shown.labels.tolist() == [JUNCO] * 3 + [SNAIL] * 3 + [SCHOONER] * 3
     expected = one_by_one(files[JUNCO] + files[SNAIL] + files[SCHOONER])
     torch.testing.assert_close(shown.images, expected, rtol=0, atol=0)
     assert shown.classes == categories()
     assert shown.source == f"9 images of 3 classes in {tmp_path}"
-    shown = validation(str(tmp_path), [SNAIL, JUNCO], TRANSFORM, images_per_class=2)
+    shown = load_validation(str(tmp_path), [SNAIL, JUNCO], TRANSFORM, images_per_class=2)
     assert shown.labels.tolist() == [JUNCO] * 2 + [SNAIL] * 2
     torch.testing.assert_close(
         shown.images, one_by_one(files[JUNCO][:2] + files[SNAIL][:2]), rtol=0, atol=0
@@ -138,9 +144,9 @@ def test_images_that_are_enlarged_are_counted(tmp_path, side, count):
         (tmp_path / "13").mkdir(exist_ok=True)
         Image.new("RGB", size).save(tmp_path / "13" / f"{i}.png")
     said = f"2 of 2 images are enlarged, to a shorter side of 10 pixels; the smallest has {side} "
-    enlarged = validation(tmp_path, [JUNCO], TRANSFORM).enlarged
+    enlarged = load_validation(tmp_path, [JUNCO], TRANSFORM).enlarged
     assert enlarged.startswith(said) if count else enlarged == ""
-    assert validation(tmp_path, [JUNCO], lambda image: TRANSFORM(image)).enlarged == ""
+    assert load_validation(tmp_path, [JUNCO], lambda image: TRANSFORM(image)).enlarged == ""
 
 
 def test_what_directories_may_lack(tmp_path):
@@ -148,28 +154,28 @@ def test_what_directories_may_lack(tmp_path):
         draw(tmp_path / "snail" / f"{i}.png", i)
         draw(tmp_path / "n04147183" / f"{i}.png", i)
     with pytest.raises(DataError, match=r"no sub-directory for tench \(n01440764\), junco \(n015"):
-        validation(tmp_path, [JUNCO, SNAIL, TENCH], TRANSFORM)
+        load_validation(tmp_path, [JUNCO, SNAIL, TENCH], TRANSFORM)
     with pytest.raises(DataError, match=r"tench \(.* and 988 more; expected"):
-        validation(tmp_path, range(1000), TRANSFORM)
+        load_validation(tmp_path, range(1000), TRANSFORM)
     with pytest.raises(DataError, match="there is no directory"):
-        validation(tmp_path / "none", [SNAIL], TRANSFORM)
+        load_validation(tmp_path / "none", [SNAIL], TRANSFORM)
     with pytest.raises(DataError, match="classes: none are given"):
-        validation(tmp_path, [], TRANSFORM)
+        load_validation(tmp_path, [], TRANSFORM)
     with pytest.raises(DataError, match="classes: 113 and 113 are one class"):
-        validation(tmp_path, [SNAIL, SNAIL], TRANSFORM)
+        load_validation(tmp_path, [SNAIL, SNAIL], TRANSFORM)
     with pytest.raises(DataError, match="images_per_class: 1 is too few"):
-        validation(tmp_path, [SNAIL], TRANSFORM, images_per_class=1)
+        load_validation(tmp_path, [SNAIL], TRANSFORM, images_per_class=1)
     with pytest.raises(DataError, match=r"labels: val\.txt is of no use"):
-        validation(tmp_path, [SNAIL], TRANSFORM, labels="val.txt")
+        load_validation(tmp_path, [SNAIL], TRANSFORM, labels="val.txt")
     (tmp_path / "780").mkdir()
     with pytest.raises(DataError, match=r"/780 and .*/n04147183 are of one class"):
-        validation(tmp_path, [SCHOONER], TRANSFORM)
+        load_validation(tmp_path, [SCHOONER], TRANSFORM)
     (tmp_path / "cardigan").mkdir()
     with pytest.raises(DataError, match="images: 'cardigan' is ambiguous; expected n02113186 or"):
-        validation(tmp_path, [474], TRANSFORM)
+        load_validation(tmp_path, [474], TRANSFORM)
     (tmp_path / "snail" / "1.png").unlink()
     with pytest.raises(DataError, match=r"class 'snail' of .* has 1 images; expected 2 or more"):
-        validation(tmp_path, [SNAIL], TRANSFORM)
+        load_validation(tmp_path, [SNAIL], TRANSFORM)
 
 
 @pytest.fixture
@@ -230,10 +236,10 @@ def test_flat_directory(flat, tmp_path, write, place, monkeypatch):
     labels = write(folder)
     if place == "elsewhere":
         with pytest.raises(DataError, match=r"there is no val\.txt, LOC_.* or .*--labels FILE"):
-            validation(flat, [JUNCO, SCHOONER], TRANSFORM)
+            load_validation(flat, [JUNCO, SCHOONER], TRANSFORM)
         labels = labels.rename(tmp_path / "any.name")  # told by content
     monkeypatch.chdir(flat)
-    shown = validation(
+    shown = load_validation(
         ".", [SCHOONER, JUNCO], TRANSFORM, labels=labels if place == "elsewhere" else None
     )
     assert shown.labels.tolist() == [JUNCO] * 3 + [SCHOONER] * 2
@@ -241,12 +247,12 @@ def test_flat_directory(flat, tmp_path, write, place, monkeypatch):
     expected = one_by_one([flat / f"ILSVRC2012_val_{i:08d}.JPEG" for i in numbers])
     torch.testing.assert_close(shown.images, expected, rtol=0, atol=0)
     assert shown.classes == categories()
-    shown = validation(flat, [JUNCO], TRANSFORM, labels=labels, images_per_class=2)
+    shown = load_validation(flat, [JUNCO], TRANSFORM, labels=labels, images_per_class=2)
     torch.testing.assert_close(shown.images, expected[:2], rtol=0, atol=0)
     with pytest.raises(DataError, match=r"class 'tench' of .* has 1 images; expected 2"):
-        validation(flat, [JUNCO, TENCH], TRANSFORM, labels=labels)
+        load_validation(flat, [JUNCO, TENCH], TRANSFORM, labels=labels)
     with pytest.raises(DataError, match=r"class 'toaster' of .* has 0 images; expected 2"):
-        validation(flat, [859], TRANSFORM, labels=labels)
+        load_validation(flat, [859], TRANSFORM, labels=labels)
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -256,12 +262,12 @@ def test_labels_of_some_files(flat, write):
     if write is write_solution:  # its lines are in no order
         assert "00000008" not in labels.read_text()
     with pytest.raises(DataError, match=r"labels: .* has none for ILSVRC2012_val_00000008\.JPEG"):
-        validation(flat, [JUNCO], TRANSFORM)
+        load_validation(flat, [JUNCO], TRANSFORM)
     (flat / "ILSVRC2012_val_00000008.JPEG").unlink()
     (flat / "ILSVRC2012_val_00000002.JPEG").unlink()
     expected = one_by_one([flat / f"ILSVRC2012_val_{i:08d}.JPEG" for i in (4, 7)])
     torch.testing.assert_close(
-        validation(flat, [JUNCO], TRANSFORM).images, expected, rtol=0, atol=0
+        load_validation(flat, [JUNCO], TRANSFORM).images, expected, rtol=0, atol=0
     )
 
 
@@ -280,7 +286,7 @@ def test_damaged_labels(flat, write, old, new, message):
     labels = write(flat)
     labels.write_text(labels.read_text().replace(old, new))
     with pytest.raises(DataError, match=message) as error:
-        validation(flat, [JUNCO], TRANSFORM)
+        load_validation(flat, [JUNCO], TRANSFORM)
     assert "\n" not in str(error.value)
 
 
@@ -290,18 +296,18 @@ def test_damaged_ground_truth(flat, line):
     lines = labels.read_text().splitlines()
     labels.write_text("\n".join([*lines[:2], line, *lines[3:]]))
     with pytest.raises(DataError, match=r"line 3 of .* is damaged; expected an ILSVRC2012_ID"):
-        validation(flat, [JUNCO], TRANSFORM)
+        load_validation(flat, [JUNCO], TRANSFORM)
 
 
 def test_labels_that_cannot_be_read(flat, tmp_path):
     with pytest.raises(DataError, match=r"labels: .*none\.txt can't be read: .*No such file"):
-        validation(flat, [JUNCO], TRANSFORM, labels=tmp_path / "none.txt")
+        load_validation(flat, [JUNCO], TRANSFORM, labels=tmp_path / "none.txt")
     (tmp_path / "other").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match=r"labels: .*other can't be read: .*utf-8"):
-        validation(flat, [JUNCO], TRANSFORM, labels=tmp_path / "other")
+        load_validation(flat, [JUNCO], TRANSFORM, labels=tmp_path / "other")
     (tmp_path / "empty").touch()
     with pytest.raises(DataError, match=r"labels: .*empty has none for ILSVRC2012_val_00000001"):
-        validation(flat, [JUNCO], TRANSFORM, labels=tmp_path / "empty")
+        load_validation(flat, [JUNCO], TRANSFORM, labels=tmp_path / "empty")
 
 
 def test_meta_of_the_development_kit(flat):
@@ -311,17 +317,17 @@ def test_meta_of_the_development_kit(flat):
     for damaged in (b"", b"no matrix" * 30, whole[:300], whole[: len(whole) // 2]):
         file.write_bytes(damaged)
         with pytest.raises(DataError, match=r"meta\.mat can't be read") as error:
-            validation(flat, [JUNCO], TRANSFORM)
+            load_validation(flat, [JUNCO], TRANSFORM)
         assert "\n" not in str(error.value)
     savemat(file, {"other": np.arange(3)})
     with pytest.raises(DataError, match=r"meta\.mat can't be read"):
-        validation(flat, [JUNCO], TRANSFORM)
+        load_validation(flat, [JUNCO], TRANSFORM)
     file.write_bytes(meta(wnids()[:20]))
     with pytest.raises(DataError, match=r"meta\.mat is not ILSVRC2012's; expected its 1,000"):
-        validation(flat, [JUNCO], TRANSFORM)
+        load_validation(flat, [JUNCO], TRANSFORM)
     file.unlink()
     with pytest.raises(DataError, match=r"not outputs; expected .* meta\.mat beside it"):
-        validation(flat, [JUNCO], TRANSFORM)
+        load_validation(flat, [JUNCO], TRANSFORM)
 
 
 def test_bad_image(flat):
@@ -329,21 +335,23 @@ def test_bad_image(flat):
     bad = flat / "ILSVRC2012_val_00000004.JPEG"
     bad.write_bytes(bad.read_bytes()[:40])
     with pytest.raises(DataError, match=r"val_00000004\.JPEG can't be decoded") as error:
-        validation(flat, [JUNCO, SCHOONER], TRANSFORM)
+        load_validation(flat, [JUNCO, SCHOONER], TRANSFORM)
     assert "\n" not in str(error.value)
     with pytest.warns(UserWarning, match=r"left out, can't be decoded: .*val_00000004\.JPEG$"):
-        shown = validation(flat, [JUNCO, SCHOONER], TRANSFORM, skip_bad=True)
+        shown = load_validation(flat, [JUNCO, SCHOONER], TRANSFORM, skip_bad=True)
     assert shown.labels.tolist() == [JUNCO, JUNCO, SCHOONER, SCHOONER]
     expected = one_by_one([flat / f"ILSVRC2012_val_{i:08d}.JPEG" for i in (2, 7, 1, 5)])
     torch.testing.assert_close(shown.images, expected, rtol=0, atol=0)
     shutil.copy(bad, flat / "ILSVRC2012_val_00000002.JPEG")
     with pytest.raises(DataError, match=r"'junco' .* has 1 images that can be decoded; expected 2"):
-        validation(flat, [JUNCO], TRANSFORM, skip_bad=True)
-    assert validation(flat, [SCHOONER], TRANSFORM).labels.tolist() == [SCHOONER] * 2  # not read
+        load_validation(flat, [JUNCO], TRANSFORM, skip_bad=True)
+    assert (
+        load_validation(flat, [SCHOONER], TRANSFORM).labels.tolist() == [SCHOONER] * 2
+    )  # not read
 
 
 def test_noise():
-    shown = noise([SCHOONER, JUNCO], images_per_class=5, size=64)
+    shown = make_noise([SCHOONER, JUNCO], images_per_class=5, size=64)
     assert shown.labels.tolist() == [JUNCO] * 5 + [SCHOONER] * 5
     assert shown.images.dtype == torch.float32
     assert shown.classes == categories()
@@ -360,8 +368,8 @@ def test_noise():
 
 
 def test_noise_depends_on_the_class_only():
-    shown = noise([SCHOONER, JUNCO], images_per_class=5, size=16)
-    fewer = noise([SCHOONER], images_per_class=2, size=16)
+    shown = make_noise([SCHOONER, JUNCO], images_per_class=5, size=16)
+    fewer = make_noise([SCHOONER], images_per_class=2, size=16)
     assert torch.equal(fewer.images, shown.images[5:7])
     for arguments, message in [
         (([], 2, 16), "classes: none"),
@@ -369,4 +377,4 @@ def test_noise_depends_on_the_class_only():
         (([5], 1, 16), "images_per_class: 1 is too few; expected 2 or more"),
     ]:
         with pytest.raises(DataError, match=message):
-            noise(*arguments)
+            make_noise(*arguments)

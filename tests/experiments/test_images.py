@@ -13,13 +13,13 @@ from torchvision import transforms
 
 from repsim_kernels.experiments.errors import DataError
 from repsim_kernels.experiments.inputs import images as data
-from repsim_kernels.experiments.inputs.images import decode, demo, image_folder
+from repsim_kernels.experiments.inputs.images import decode_images, load_demo, load_image_folder
 
 COLOURS = {"ape": (255, 0, 0), "bee": (0, 255, 0), "cat": (0, 0, 255)}
 
 
 def test_demo():
-    stimuli = demo()
+    stimuli = load_demo()
     assert data.DEMO_FILE.stat().st_size < 0.6e6
     assert stimuli.images.shape == (500, 3, 32, 32)
     assert stimuli.images.dtype == torch.float32
@@ -36,7 +36,7 @@ def test_demo():
 
 @pytest.mark.skipif(not Path(data.FASHION_MNIST).is_dir(), reason="needs dataset-fashion-mnist")
 def test_demo_is_held_out():
-    images, labels = data.fashion_mnist("t10k")
+    images, labels = data.load_fashion_mnist("t10k")
     first = np.concatenate([np.flatnonzero(labels == c)[:50] for c in range(10)])
     with np.load(data.DEMO_FILE) as shipped:
         np.testing.assert_array_equal(shipped["index"], first)
@@ -58,7 +58,7 @@ def test_demo_is_held_out():
 def test_damaged_data_set(tmp_path, content, message):
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(content)
     with pytest.raises(DataError, match=message):
-        data.fashion_mnist("train", tmp_path)
+        data.load_fashion_mnist("train", tmp_path)
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def folder(tmp_path: Path) -> Path:
 def test_image_folder(folder):
     Image.new("L", (30, 50), 0).save(folder / "bee" / "2.JPEG")
     (folder / "bee" / "notes.txt").write_text("no image")
-    stimuli = image_folder(folder, size=32)
+    stimuli = load_image_folder(folder, size=32)
     assert stimuli.images.shape == (7, 3, 32, 32)
     assert stimuli.labels.tolist() == [0, 0, 1, 1, 1, 2, 2]
     assert stimuli.classes == ("ape", "bee", "cat")
@@ -84,7 +84,7 @@ def test_image_folder(folder):
     colours[4] = 0
     expected = (colours - torch.tensor(data.IMAGENET_MEAN)) / torch.tensor(data.IMAGENET_STD)
     torch.testing.assert_close(stimuli.images, expected[..., None, None].expand(7, 3, 32, 32))
-    assert image_folder(str(folder)).images.shape == (7, 3, 224, 224)
+    assert load_image_folder(str(folder)).images.shape == (7, 3, 224, 224)
 
 
 def test_image_folder_crops_the_centre(folder):
@@ -92,20 +92,20 @@ def test_image_folder_crops_the_centre(folder):
     image.paste((0, 0, 0), (24, 2, 56, 34))
     image.save(folder / "ape" / "0.png")
     black = -torch.tensor(data.IMAGENET_MEAN) / torch.tensor(data.IMAGENET_STD)
-    first = image_folder(folder, size=32).images[0]
+    first = load_image_folder(folder, size=32).images[0]
     torch.testing.assert_close(first, black[:, None, None].expand(3, 32, 32))
 
 
 def test_image_folder_keeps_outputs(folder):
-    stimuli = image_folder(folder, classes=["cat", "ape"], size=8)
+    stimuli = load_image_folder(folder, classes=["cat", "ape"], size=8)
     assert stimuli.labels.tolist() == [0, 0, 2, 2]
     assert stimuli.classes == ("ape", "bee", "cat")
     for old, new in zip(COLOURS, ("10", "9", "3"), strict=True):
         (folder / old).rename(folder / new)
-    stimuli = image_folder(folder, size=8)
+    stimuli = load_image_folder(folder, size=8)
     assert stimuli.labels.tolist() == [3, 3, 9, 9, 10, 10]
     assert stimuli.classes == tuple(str(i) for i in range(11))
-    assert image_folder(folder, classes=["9"], size=8).labels.tolist() == [9, 9]
+    assert load_image_folder(folder, classes=["9"], size=8).labels.tolist() == [9, 9]
 
 
 def test_unreadable_image(folder):
@@ -113,17 +113,17 @@ def test_unreadable_image(folder):
     (folder / "ape" / "2.png").write_bytes(whole[:-30])
     (folder / "bee" / "2.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"ape/2\.png can't be decoded") as error:
-        image_folder(folder, size=8)
+        load_image_folder(folder, size=8)
     assert "\n" not in str(error.value)
     with pytest.warns(UserWarning, match=r"ape/2\.png, .*bee/2\.jpg$") as warned:
-        stimuli = image_folder(folder, size=8, skip_bad=True)
+        stimuli = load_image_folder(folder, size=8, skip_bad=True)
     assert len(warned) == 1
     assert stimuli.labels.tolist() == [0, 0, 1, 1, 2, 2]
     (folder / "ape" / "0.png").write_bytes(b"")
     with pytest.raises(
         DataError, match=r"'ape' of .* has 1 images that can be decoded; expected 2"
     ):
-        image_folder(folder, size=8, skip_bad=True)
+        load_image_folder(folder, size=8, skip_bad=True)
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_decode_keeps_the_order(numbered):
 
     finished: list[threading.Thread] = []
     order = np.random.default_rng(0).permutation(60)
-    images, good = decode([numbered[i] for i in order], slow_first)
+    images, good = decode_images([numbered[i] for i in order], slow_first)
     assert images[:, 0].tolist() == order.tolist()
     assert good == list(range(60))
     assert len(set(finished)) > 2  # this thread, for the size, and two or more
@@ -157,15 +157,15 @@ def test_decode_leaves_out_what_is_bad(numbered):
     bad = {0, 1, 7, 30, 31, 59}
     for i in bad:
         numbered[i].write_bytes(b"no image")
-    images, good = decode(numbered, red, skip_bad=True)
+    images, good = decode_images(numbered, red, skip_bad=True)
     assert good == sorted(set(range(60)) - bad)
     assert images[:, 0].tolist() == good
     with pytest.raises(DataError, match=r"images: .*/0\.png can't be decoded") as error:
-        decode(numbered, red)
+        decode_images(numbered, red)
     assert "\n" not in str(error.value)
     numbered[0].unlink()
     with pytest.raises(DataError, match=r"/0\.png can't be decoded: .*No such file"):
-        decode(numbered, red)
+        decode_images(numbered, red)
 
 
 def test_decode_stops_at_a_bad_image(numbered):
@@ -178,7 +178,7 @@ def test_decode_stops_at_a_bad_image(numbered):
     numbered[0].write_bytes(b"no image")
     threads = threading.active_count()
     with pytest.raises(DataError, match=r"/0\.png can't be decoded"):
-        decode(numbered * 10, slow)
+        decode_images(numbered * 10, slow)
     assert threading.active_count() == threads
     assert len(read) < 300  # of 590
 
@@ -191,18 +191,18 @@ def test_decode_passes_on_other_errors(numbered):
 
     threads = threading.active_count()
     with pytest.raises(ZeroDivisionError, match="the transform's own"):
-        decode(numbered, broken, skip_bad=True)
+        decode_images(numbered, broken, skip_bad=True)
     assert threading.active_count() == threads
     Image.new("RGB", (2, 1)).save(numbered[9])
     with pytest.raises(DataError, match=r"transform: gives \(2,\) for .*9\.png; expected \(1,\)"):
-        decode(numbered, lambda image: torch.zeros(2 if image.width == 2 else 1))
+        decode_images(numbered, lambda image: torch.zeros(2 if image.width == 2 else 1))
 
 
 def test_the_files_own_size(folder):
     for i, file in enumerate(sorted(folder.rglob("*.png"))):
         rng = np.random.default_rng(i)
         Image.fromarray(rng.integers(0, 256, (40, 300, 3), dtype=np.uint8)).save(file)
-    stimuli = image_folder(folder, size=None)
+    stimuli = load_image_folder(folder, size=None)
     assert stimuli.images.shape == (6, 3, 40, 300)
     assert stimuli.enlarged == ""
     with Image.open(folder / "bee" / "1.png") as image:
@@ -212,12 +212,12 @@ def test_the_files_own_size(folder):
     torch.testing.assert_close(stimuli.images[3], expected, rtol=1e-5, atol=1e-5)
     (folder / "bee" / "2.png").write_bytes(b"no image")
     with pytest.warns(UserWarning, match="left out, .*2.png"):
-        assert image_folder(folder, size=None, skip_bad=True).images.shape == (6, 3, 40, 300)
+        assert load_image_folder(folder, size=None, skip_bad=True).images.shape == (6, 3, 40, 300)
     (folder / "bee" / "2.png").unlink()
     Image.new("RGB", (40, 300)).save(folder / "cat" / "0.png")
     with pytest.raises(DataError, match=r"size: .*ape/0\.png has 40 x 300 pixels .*cat/0\.png 300"):
-        image_folder(folder, size=None)
-    assert image_folder(folder, ["ape", "bee"], None).images.shape == (4, 3, 40, 300)
+        load_image_folder(folder, size=None)
+    assert load_image_folder(folder, ["ape", "bee"], None).images.shape == (4, 3, 40, 300)
 
 
 @pytest.mark.parametrize("size", [8, 40, 224])
@@ -230,7 +230,7 @@ def test_files_of_the_size_are_shown_as_they_are(folder, size):
         )
     deep = rng.integers(0, 2**16, (size, size)).astype(np.uint16)
     Image.fromarray(deep).save(folder / "cat" / "0.png")
-    stimuli = image_folder(folder, size=size)
+    stimuli = load_image_folder(folder, size=size)
     mean, std = torch.tensor([data.IMAGENET_MEAN, data.IMAGENET_STD])[..., None, None].double()
     with Image.open(folder / "ape" / "0.png") as image:
         shallow = torch.from_numpy(np.array(image)).permute(2, 0, 1).double() / 255
@@ -245,14 +245,14 @@ def test_files_of_the_size_are_shown_as_they_are(folder, size):
 
 
 def test_enlarged_images_are_counted(folder):
-    assert image_folder(folder, size=35).enlarged == ""  # 40 pixels, before they are cropped
-    assert image_folder(folder, size=36).enlarged == (
+    assert load_image_folder(folder, size=35).enlarged == ""  # 40 pixels, before they are cropped
+    assert load_image_folder(folder, size=36).enlarged == (
         "6 of 6 images are enlarged, to a shorter side of 41 pixels; "
         "the smallest has 40 x 60 (height x width)"
     )
     Image.new("RGB", (20, 30)).save(folder / "ape" / "0.png")
     Image.new("RGB", (35, 35)).save(folder / "bee" / "0.png")
-    assert image_folder(folder, size=35).enlarged == (
+    assert load_image_folder(folder, size=35).enlarged == (
         "1 of 6 images are enlarged, to a shorter side of 40 pixels; "
         "the smallest has 30 x 20 (height x width)"
     )
@@ -260,24 +260,24 @@ def test_enlarged_images_are_counted(folder):
 
 def test_what_a_folder_may_lack(folder, tmp_path):
     with pytest.raises(DataError, match=r"there is no directory .*none"):
-        image_folder(tmp_path / "none")
+        load_image_folder(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="has no sub-directories"):
-        image_folder(tmp_path / "empty")
+        load_image_folder(tmp_path / "empty")
     with pytest.raises(DataError, match="classes: 'dog' is unknown"):
-        image_folder(folder, classes=["ape", "dog"])
+        load_image_folder(folder, classes=["ape", "dog"])
     with pytest.raises(DataError, match="classes: none are given"):
-        image_folder(folder, classes=[])
+        load_image_folder(folder, classes=[])
     with pytest.raises(DataError, match="size: 0"):
-        image_folder(folder, size=0)
+        load_image_folder(folder, size=0)
     (folder / "bee" / "1.png").unlink()
     with pytest.raises(DataError, match=r"class 'bee' of .* has 1 images; expected 2 or more"):
-        image_folder(folder, size=8)
-    assert len(image_folder(folder, classes=["ape", "cat"], size=8).labels) == 4
+        load_image_folder(folder, size=8)
+    assert len(load_image_folder(folder, classes=["ape", "cat"], size=8).labels) == 4
     (folder / "bee" / "0.png").unlink()
     with pytest.raises(DataError, match=r"class 'bee' of .* has 0 images"):
-        image_folder(folder, size=8)
+        load_image_folder(folder, size=8)
     for old, new in zip(COLOURS, ("7", "07", "3"), strict=True):
         (folder / old).rename(folder / new)
     with pytest.raises(DataError, match="names an output twice"):
-        image_folder(folder, size=8)
+        load_image_folder(folder, size=8)

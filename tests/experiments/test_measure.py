@@ -20,7 +20,7 @@ from repsim_kernels.experiments import Study
 from repsim_kernels.experiments.columns import METRICS
 from repsim_kernels.experiments.errors import StoreError, StudyError
 from repsim_kernels.experiments.study import measure, memory
-from repsim_kernels.experiments.study.memory import batch_size, groups, held
+from repsim_kernels.experiments.study.memory import bytes_held, choose_batch_size, group_layers
 from repsim_kernels.reference.ablation import ablation_distances
 from repsim_kernels.reference.cells import selectivity_grid
 from repsim_kernels.reference.probe import ablation_decodability
@@ -126,31 +126,32 @@ def test_rows_beside_drawn_classes_equal_those_of_brute_force(seed: int) -> None
         (label,) = study.targets_of(unit)
         target = ("ant/queen", "bee", "wasp")[label]
         mine = rows[(rows["layer"] == unit.layer) & (rows["class"] == target)]
-        (other,) = study.others_of(label)
+        (other,) = study.draw_other_classes(label)
         assert_rows(mine, unit.layer, label, [label, other], 4, "equal")
 
 
 def test_others_are_drawn_by_seed_and_target() -> None:
     drawn = {
-        seed: [toy_study(others=1, seed=seed).others_of(t) for t in range(3)] for seed in range(12)
+        seed: [toy_study(others=1, seed=seed).draw_other_classes(t) for t in range(3)]
+        for seed in range(12)
     }
     for seed, others in drawn.items():
-        assert others == [toy_study(others=1, seed=seed).others_of(t) for t in range(3)]
+        assert others == [toy_study(others=1, seed=seed).draw_other_classes(t) for t in range(3)]
     for target in range(3):
         found = [others[target][0] for others in drawn.values()]
         assert set(found) == {0, 1, 2} - {target}
-    assert toy_study(others=2).others_of(1) == [0, 2]
+    assert toy_study(others=2).draw_other_classes(1) == [0, 2]
 
 
 def test_the_stimuli_are_those_of_the_target_and_its_others() -> None:
     images, labels = uneven()
     given = {"images": images, "labels": labels}
-    assert toy_study(**given).stimuli == toy_study(**given).shown == 12
-    assert toy_study(**given, metric_images=4).stimuli == 11
+    assert toy_study(**given).n_stimuli == toy_study(**given).n_metric_images == 12
+    assert toy_study(**given, metric_images=4).n_stimuli == 11
     for seed in range(6):
         study = toy_study(**given, targets=[2], others=1, seed=seed, metric_images=4)
-        assert study.shown == 11
-        assert study.stimuli == 4 + {0: 4, 1: 3}[study.others_of(2)[0]]
+        assert study.n_metric_images == 11
+        assert study.n_stimuli == 4 + {0: 4, 1: 3}[study.draw_other_classes(2)[0]]
 
 
 @pytest.mark.parametrize(
@@ -176,8 +177,8 @@ def test_unknown_edges_are_named() -> None:
 def test_rows_do_not_depend_on_what_is_measured_together(memory: str) -> None:
     study = deep_study(memory=memory)
     counts = {"150KiB": 4, "250KiB": 3, "330KiB": 2, "10MiB": 1}
-    assert len(groups(study, DEEP)) == counts[memory]
-    assert batch_size(study) == 4
+    assert len(group_layers(study, DEEP)) == counts[memory]
+    assert choose_batch_size(study) == 4
     together = study.run()
     alone = pd.concat([deep_study(layers=[layer]).run() for layer in DEEP])
     alone = alone.sort_values(["class", "layer", "cell"], ignore_index=True)
@@ -229,15 +230,15 @@ def test_a_resumed_run_has_the_same_bits_where_memory_is_tight(
     study = Study(
         Wide(), ["1", "3", "5"], images, labels, metrics=["cka"], memory="234KiB", block=1
     )
-    assert len(groups(study, study.layers)) > 1
+    assert len(group_layers(study, study.layers)) > 1
     rooms: dict[tuple[str, int], set[int]] = {}
-    target = measure._target
+    target = measure._measure_target
 
     def noted(study: Study, layer: str, label: int, shown: Any, room: int) -> pd.DataFrame:
         rooms.setdefault((layer, label), set()).add(room)
         return target(study, layer, label, shown, room)
 
-    monkeypatch.setattr(measure, "_target", noted)
+    monkeypatch.setattr(measure, "_measure_target", noted)
     whole = list(measure.rows(study, study.units))
     for start in range(len(whole)):
         for rows, expected in zip(
@@ -273,7 +274,7 @@ def test_images_pass_once_for_each_group(
 def test_what_is_held_by_hand() -> None:
     images, labels = uneven()
     study = toy_study(images=images, labels=labels, layers=DEEP)
-    assert held(study) == {
+    assert bytes_held(study) == {
         "conv1": 12 * ACTIVATION + SORTING,
         "act1": 12 * ACTIVATION + SORTING,
         "conv2": 12 * (ACTIVATION + SKIP) + SORTING,
@@ -281,8 +282,8 @@ def test_what_is_held_by_hand() -> None:
     }
     # Activations of all stimuli and of those beside a target; the skip of the target's images.
     some = toy_study(images=images, labels=labels, targets=[2], others=2, metric_images=2)
-    assert held(some)["act1"] == 6 * ACTIVATION + 6 * ACTIVATION + SORTING
-    assert held(some)["act2"] == 6 * ACTIVATION + 4 * SKIP + 6 * ACTIVATION + SORTING
+    assert bytes_held(some)["act1"] == 6 * ACTIVATION + 6 * ACTIVATION + SORTING
+    assert bytes_held(some)["act2"] == 6 * ACTIVATION + 4 * SKIP + 6 * ACTIVATION + SORTING
 
 
 @given(
@@ -294,8 +295,8 @@ def test_groups_hold_what_fits_in_order(sizes: list[int], slack: float) -> None:
     study = toy_study()
     study.memory = int(slack * max(sizes) / 0.7) + 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "held", lambda _study: by_name)
-        found = groups(study, list(by_name))
+        patch.setattr(memory, "bytes_held", lambda _study: by_name)
+        found = group_layers(study, list(by_name))
     assert [name for group in found for name in group] == list(by_name)
     room = 0.7 * study.memory
     for group, following in zip(found, [*found[1:], None], strict=True):
@@ -311,7 +312,7 @@ def test_a_batch_is_at_most_what_the_memory_takes(memory: int | str) -> None:
     study = toy_study()
     study.memory = toy_study(memory="1GiB").memory if memory == "1GiB" else int(memory)
     room, pass_bytes = 0.15 * study.memory, 3 * 1024  # conv1 or its ReLU, conv2, and their sum
-    size = batch_size(study)
+    size = choose_batch_size(study)
     assert 1 <= size <= 64
     assert size == 1 or size * pass_bytes <= room
     assert size == 64 or (size + 1) * pass_bytes > room

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from repsim_kernels.experiments import Study
-from repsim_kernels.experiments.study.measure import groups
+from repsim_kernels.experiments.study.measure import group_layers
 
 def resident(what):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -39,7 +39,7 @@ real = study(70, sys.argv[1])
 before = resident("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")
 rows = real.run()
-print(len(rows), len(groups(real, real.layers)), real.memory, resident("VmHWM") - before)
+print(len(rows), len(group_layers(real, real.layers)), real.memory, resident("VmHWM") - before)
 """
 
 

@@ -48,7 +48,7 @@ def test_shipped_checkpoint(name):
     assert not model.training
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert not any(p.requires_grad for p in model.parameters())
-    stimuli = data.demo()
+    stimuli = data.load_demo()
     with torch.inference_mode():
         right = model(stimuli.images).argmax(1) == stimuli.labels
     assert right.double().mean() > 0.85
@@ -355,9 +355,9 @@ def test_training(dataset, tmp_path):
         metadata = file.metadata()
     assert json.loads(metadata["epochs"]) == 1
     assert metadata["accuracy"] == f"{accuracy['alexnet_small']:.4f}"
-    images, labels = data.fashion_mnist("t10k", dataset)
+    images, labels = data.load_fashion_mnist("t10k", dataset)
     model = models.load("alexnet_small", out / "alexnet_small.safetensors")
-    right = model(data.prepare(torch.from_numpy(images))).argmax(1).numpy() == labels
+    right = model(data.prepare_fashion_mnist(torch.from_numpy(images))).argmax(1).numpy() == labels
     assert right.mean() == pytest.approx(accuracy["alexnet_small"])
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from repsim_kernels.experiments.columns import HALVES, PERFORMANCE, half
-from repsim_kernels.experiments.study.performance import performance
+from repsim_kernels.experiments.study.performance import measure_performance_loss
 
 NAN, INF = math.nan, math.inf
 ANY = st.sampled_from([-2.0, -0.5, 0.0, 0.5, 3.0, INF, -INF, NAN])
@@ -32,7 +32,7 @@ def test_performance_by_hand() -> None:
         [[3.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], [9.0, 2.0, 5.0, 1.0, 1.0, 1.0, 1.0]]
     )
     tied = torch.zeros(2, 7)
-    change = performance(intact, torch.stack([intact, worse, better, tied]), 0)
+    change = measure_performance_loss(intact, torch.stack([intact, worse, better, tied]), 0)
     # Ranks of output 0: intact 0 and 6; worse 5 and 6; better 0 and 0; tied 0 and 0.
     assert change["rank_deficit"].tolist() == [0.0, 2.5, 0.0, 0.0]
     assert change["top1"].tolist() == [0.0, 0.5, -0.5, -0.5]
@@ -73,7 +73,7 @@ def test_any_logits_give_the_limits_of_finite_ones(data: st.DataObject, k: int, 
     logits = st.lists(st.lists(ANY, min_size=k, max_size=k), min_size=n, max_size=n)
     intact, ablated = data.draw(logits), data.draw(logits)
     label = data.draw(st.integers(0, k - 1))
-    found = performance(torch.tensor(intact), torch.tensor([ablated, intact]), label)
+    found = measure_performance_loss(torch.tensor(intact), torch.tensor([ablated, intact]), label)
     before, after = ([outcome(row, label) for row in rows] for rows in (intact, ablated))
     for cell, each in enumerate((after, before)):
         for name in PERFORMANCE:

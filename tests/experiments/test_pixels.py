@@ -12,8 +12,8 @@ from torchvision.transforms._presets import ImageClassification
 
 from repsim_kernels.experiments.errors import DataError
 from repsim_kernels.experiments.inputs import images as data
-from repsim_kernels.experiments.inputs.imagenet import validation
-from repsim_kernels.experiments.inputs.images import image_folder
+from repsim_kernels.experiments.inputs.imagenet import load_validation
+from repsim_kernels.experiments.inputs.images import load_image_folder
 
 WHITE, DEEP = 262, 258  # TIFF's tags for whether 0 is white, and for bits
 
@@ -93,7 +93,7 @@ def test_deep_images_keep_their_range(tmp_path, kind, top):
         values = rng.integers(0, top, (10, 14), dtype=np.uint16)
         (tmp_path / "a").mkdir(exist_ok=True)
         expected.append(write_deep(kind, values, tmp_path / "a" / f"{i}.{KINDS[kind]}"))
-    images = image_folder(tmp_path, size=None).images
+    images = load_image_folder(tmp_path, size=None).images
     assert images.shape == (3, 3, 10, 14)
     assert images.dtype == torch.float32
     for image, pixels in zip(images, expected, strict=True):
@@ -110,7 +110,7 @@ def test_deep_images_show_what_shallow_ones_do(tmp_path, size):
         Image.fromarray(picture).save(tmp_path / name / "0.png")
     Image.fromarray(picture.astype(np.uint16) * 257).save(tmp_path / "a" / "1.png")
     Image.fromarray(picture.astype(np.float32) / 255).save(tmp_path / "b" / "1.tif")
-    images = image_folder(tmp_path, size=size).images
+    images = load_image_folder(tmp_path, size=size).images
     for deep in (1, 3):
         if size is None:
             assert torch.equal(images[deep], images[0])
@@ -125,7 +125,7 @@ def test_deep_colours_are_those_of_their_first_bytes(tmp_path):
     write_png(values[0, ..., :3], tmp_path / "a" / "0.png", 2)
     write_png(values[1], tmp_path / "a" / "1.png", 6)
     expected = (values[..., :3] >> 8).transpose(0, 3, 1, 2) / 255
-    images = image_folder(tmp_path, size=None).images
+    images = load_image_folder(tmp_path, size=None).images
     torch.testing.assert_close(images, normalised(expected), rtol=1e-5, atol=1e-5)
 
 
@@ -140,7 +140,7 @@ def test_shallow_images_are_as_pillow_converts_them(tmp_path, mode):
         image.save(tmp_path / "a" / f"{i}.{suffix}")
     with Image.open(tmp_path / "a" / f"0.{suffix}") as stored:
         pixels = np.asarray(stored.convert("RGB")).transpose(2, 0, 1) / 255
-    images = image_folder(tmp_path, size=None).images
+    images = load_image_folder(tmp_path, size=None).images
     torch.testing.assert_close(images[1], normalised(pixels), rtol=1e-5, atol=1e-5)
 
 
@@ -159,9 +159,9 @@ def test_numbers_of_no_known_range(tmp_path, values, message):
         Image.new("RGB", (8, 8)).save(tmp_path / "bee" / name)
     Image.fromarray(values).save(tmp_path / "bee" / "2.tif")
     with pytest.raises(DataError, match=rf"bee/2\.tif can't be decoded: {message}"):
-        image_folder(tmp_path, size=8)
+        load_image_folder(tmp_path, size=8)
     with pytest.warns(UserWarning, match=r"left out, can't be decoded: .*bee/2\.tif$"):
-        assert len(image_folder(tmp_path, size=8, skip_bad=True).images) == 2
+        assert len(load_image_folder(tmp_path, size=8, skip_bad=True).images) == 2
 
 
 def test_deep_images_for_a_preset(tmp_path):
@@ -173,5 +173,5 @@ def test_deep_images_for_a_preset(tmp_path):
         Image.fromarray(values).save(tmp_path / "snail" / f"{i}.png")
         grey = torch.from_numpy(values / 65535).float()
         expected.append(transform(grey.expand(3, 20, 30)))
-    images = validation(tmp_path, [113], transform).images
+    images = load_validation(tmp_path, [113], transform).images
     torch.testing.assert_close(images, torch.stack(expected))

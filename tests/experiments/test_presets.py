@@ -16,10 +16,10 @@ from repsim_kernels.experiments.errors import ModelError
 from repsim_kernels.experiments.inputs.networks import study_layers
 from repsim_kernels.experiments.inputs.presets import (
     PRESETS,
-    Loaded,
+    LoadedNetwork,
     Network,
+    assign_weights,
     load_network,
-    weights_for,
 )
 
 NETWORKS = {network.name: network for p in PRESETS.values() for network in p.networks}
@@ -33,7 +33,7 @@ EACH = [
 
 
 @pytest.fixture(scope="module", params=EACH)
-def network(request: pytest.FixtureRequest) -> tuple[Network, Loaded]:
+def network(request: pytest.FixtureRequest) -> tuple[Network, LoadedNetwork]:
     """Each network, with random weights."""
     return NETWORKS[request.param], load_network(NETWORKS[request.param], "random")
 
@@ -285,7 +285,7 @@ def test_weights_are_fetched_once(mobilenet, tmp_path, monkeypatch):
 )
 def test_weights_of_a_preset(given, expected):
     names = ("alexnet", "mobilenet_v2_035", "resnet50")
-    found = weights_for(PRESETS["hayne2024"], given)
+    found = assign_weights(PRESETS["hayne2024"], given)
     assert found == dict(zip(names, expected, strict=True))
     assert list(found) == list(names)
 
@@ -312,10 +312,10 @@ def test_weights_of_a_preset(given, expected):
 )
 def test_weights_that_do_not_fit_a_preset(given, message):
     with pytest.raises(ModelError, match=message) as error:
-        weights_for(PRESETS["hayne2024"], given)
+        assign_weights(PRESETS["hayne2024"], given)
     one_line(error)
 
 
 def test_weights_of_a_preset_of_one_network():
-    assert weights_for(PRESETS["alexnet"], ["a.pth"]) == {"alexnet": "a.pth"}
-    assert weights_for(PRESETS["alexnet"], ["random"]) == {"alexnet": "random"}
+    assert assign_weights(PRESETS["alexnet"], ["a.pth"]) == {"alexnet": "a.pth"}
+    assert assign_weights(PRESETS["alexnet"], ["random"]) == {"alexnet": "random"}

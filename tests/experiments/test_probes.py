@@ -19,11 +19,11 @@ from repsim_kernels.experiments.errors import StudyError
 from repsim_kernels.experiments.inputs.presets import PRESETS
 from repsim_kernels.experiments.study.checks import Draws
 from repsim_kernels.experiments.study.estimate import plan
-from repsim_kernels.experiments.study.memory import held
-from repsim_kernels.experiments.study.probes import ERROR, columns
+from repsim_kernels.experiments.study.memory import bytes_held
+from repsim_kernels.experiments.study.probes import ERROR_COLUMN, list_columns
 from repsim_kernels.reference.cells import selectivity_grid
 
-PAPER = ["decodability_paper", ERROR]
+PAPER = ["decodability_paper", ERROR_COLUMN]
 
 
 def activations(layer: str) -> np.ndarray:
@@ -41,7 +41,7 @@ def activations(layer: str) -> np.ndarray:
 def test_columns(probes: list[str]) -> None:
     table = toy_study(probes=probes, layers=["act1"], draws=Draws(least=3)).run()
     want = [name for probe in probes for name in PROBES[probe]]
-    want += [ERROR] if "paper" in probes else []
+    want += [ERROR_COLUMN] if "paper" in probes else []
     keys = ["model", "class", "layer", "cell", "size", "nan_images"]
     keys += [*METRICS, BASELINE, *PERFORMANCE]
     # Every other image has its own changes; the paper's probe has an error instead.
@@ -49,7 +49,7 @@ def test_columns(probes: list[str]) -> None:
     halves = {half(name, which) for name in twice for which in HALVES}
     assert list(table.columns[: len(keys) + len(want)]) == [*keys, *want]
     assert set(table.columns) == {*keys, *want, *halves}
-    assert [name for name in columns(probes) if name not in halves] == want
+    assert [name for name in list_columns(probes) if name not in halves] == want
     assert table[want].notna().all(axis=None)
 
 
@@ -80,7 +80,7 @@ def test_margins_equal_those_of_scikit_learn() -> None:
 
 def test_the_papers_probe_takes_what_scikit_learns_loop_takes(monkeypatch: Any) -> None:
     """Of all that is left: nothing is drawn, and the loss is that of one fit."""
-    monkeypatch.setattr("repsim_kernels.experiments.study.probes.SIZE", 128)
+    monkeypatch.setattr("repsim_kernels.experiments.study.probes.DRAW_SIZE", 128)
     label, x, y = 0, activations("act2")[:, :128], np.repeat(np.arange(3), 5) == 0
     images, labels = toy_images()
 
@@ -105,14 +105,14 @@ def test_the_papers_probe_takes_what_scikit_learns_loop_takes(monkeypatch: Any) 
     for c in range(16):
         lost = score(x) - score(x[:, cells != c])
         assert rows["decodability_paper"][c] == pytest.approx(lost, abs=1e-9)
-        assert rows[ERROR][c] == 0
+        assert rows[ERROR_COLUMN][c] == 0
 
 
 def test_draws_are_the_same_again_and_others_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also of a run that was interrupted; a seed, a layer and a class each have their own."""
-    monkeypatch.setattr("repsim_kernels.experiments.study.probes.SIZE", 3)
+    monkeypatch.setattr("repsim_kernels.experiments.study.probes.DRAW_SIZE", 3)
     options: dict[str, Any] = {"probes": ["paper"], "draws": Draws(least=4)}
     whole = toy_study(**options).run()
     with pytest.raises(KeyboardInterrupt):
@@ -120,16 +120,16 @@ def test_draws_are_the_same_again_and_others_elsewhere(
     again = toy_study(**options).run(tmp_path / "run")
     pd.testing.assert_frame_equal(whole, again)
     other = toy_study(**options, seed=1).run()
-    assert (other[ERROR] != whole[ERROR]).any()
-    groups = whole.groupby(["layer", "class"])[ERROR].apply(tuple)
+    assert (other[ERROR_COLUMN] != whole[ERROR_COLUMN]).any()
+    groups = whole.groupby(["layer", "class"])[ERROR_COLUMN].apply(tuple)
     assert len(groups) == len(LAYERS) * len(CLASSES)
     assert groups.nunique() == len(groups)
 
 
 def test_pairing_lowers_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("repsim_kernels.experiments.study.probes.SIZE", 3)
+    monkeypatch.setattr("repsim_kernels.experiments.study.probes.DRAW_SIZE", 3)
     errors = [
-        toy_study(probes=["paper"], draws=Draws(least=20, paired=paired)).run()[ERROR].mean()
+        toy_study(probes=["paper"], draws=Draws(least=20, paired=paired)).run()[ERROR_COLUMN].mean()
         for paired in (True, False)
     ]
     assert 0 < errors[0] < errors[1]
@@ -146,7 +146,7 @@ def test_pairing_lowers_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_counts_of_draws(draws: Draws, neurons: int, count: int) -> None:
-    assert draws.of(neurons) == count
+    assert draws.count_for(neurons) == count
 
 
 def test_presets_have_the_papers_counts() -> None:
@@ -177,7 +177,7 @@ def test_a_plan_counts_and_times_the_fits() -> None:
     assert [line.fits for line in found.layers] == [2 * 17 * 30] * 2
     assert all(line.seconds > 0 for line in found.layers)
     assert [line.fits for line in plan(toy_study()).layers] == [0, 0]
-    one, two = (held(toy_study(probes=[probe]))["act1"] for probe in ("ridge", "paper"))
+    one, two = (bytes_held(toy_study(probes=[probe]))["act1"] for probe in ("ridge", "paper"))
     assert two - one == 15 * 256 * 4  # the copy that lies neuron by neuron
 
 

@@ -21,13 +21,13 @@ from PIL import Image
 from repsim_kernels.experiments.cli import request as jobs
 from repsim_kernels.experiments.cli.request import SAMPLE, Asked, of_models, of_preset, spaced
 from repsim_kernels.experiments.columns import METRICS
-from repsim_kernels.experiments.inputs.imagenet import outputs
+from repsim_kernels.experiments.inputs.imagenet import find_outputs
 from repsim_kernels.experiments.inputs.networks import SMALL, study_layers
 from repsim_kernels.experiments.inputs.presets import (
     FIFTY,
     PRESETS,
     TEN,
-    Loaded,
+    LoadedNetwork,
     Network,
     Preset,
     load_network,
@@ -47,7 +47,7 @@ RANDOM = ["--preset", NAME, "--weights", "random", "--images", "random", "--per-
 def networks_are_made_once() -> Iterator[None]:
     made = cache(load_network)
 
-    def load(network: Network, weights: str | None) -> Loaded:
+    def load(network: Network, weights: str | None) -> LoadedNetwork:
         return (made if weights == "random" else load_network)(network, weights)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -147,7 +147,7 @@ def assert_noted(out: str, folder: Path, note: str | None) -> None:
 
 def test_a_random_run_from_start_to_report(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "_target", fails_at(5, KeyboardInterrupt()))
+        patch.setattr(measure, "_measure_target", fails_at(5, KeyboardInterrupt()))
         code, out, _ = sweep(*RANDOM, *CUT, "--block", "1")
     assert code == 130
     assert "Plan, mobilenet_v2_035: 3 target classes x 16 cells x 2 images, metrics over 6" in out
@@ -221,7 +221,7 @@ def test_the_published_study_has_its_papers_choices() -> None:
     assert [s.name for s in job.studies] == ["alexnet", NAME, "resnet50"]
     assert [len(s.layers) for s in job.studies] == [7, 104, 16]
     assert [s.others for s in job.studies] == [10, None, None]
-    assert [s.stimuli for s in job.studies] == [22, 24, 24]
+    assert [s.n_stimuli for s in job.studies] == [22, 24, 24]
     assert [s.draws.of(100_352) for s in job.studies] == [200, 1003, 2007]
     for study in job.studies:
         assert (study.edges, study.grid) == ("inclusive", (4, 4))
@@ -229,7 +229,7 @@ def test_the_published_study_has_its_papers_choices() -> None:
         assert study.metrics == ["cka", "procrustes", "pwcca", "cca", "cca_squared"]
         assert study.probes == ["paper"]
         assert not study.draws.paired
-        assert study.targets == outputs(classes)
+        assert study.targets == find_outputs(classes)
         assert [study.class_name(t) for t in study.targets][:3] == [
             "schooner",
             "brain coral",
@@ -259,7 +259,7 @@ def test_the_count_of_images_is_the_presets(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_preset_by_itself_has_this_packages_choices() -> None:
     (study,) = of_preset(NAME, some(layers=None, classes=None)).studies
-    assert study.targets == outputs(TEN)
+    assert study.targets == find_outputs(TEN)
     assert (study.edges, study.others, study.metrics) == ("equal", None, list(METRICS))
     assert study.options == {"ridge": 0.1, "penalty": 0.0, "probe_ridge": 1.0}
     assert (study.layers, len(study.images)) == (study_layers(study.model), 20)
@@ -270,7 +270,7 @@ def test_options_replace_the_presets() -> None:
     (study,) = of_preset(NAME, some(study=given, stimuli=2, per_class=3)).studies
     assert (study.metrics, study.grid, study.memory) == (["cka"], (2, 3), 2**30)
     assert (study.options["ridge"], study.options["penalty"]) == (0.5, 2.0)
-    assert (len(study.images), study.stimuli, study.layers) == (9, 6, list(LATE))
+    assert (len(study.images), study.n_stimuli, study.layers) == (9, 6, list(LATE))
 
 
 @pytest.mark.parametrize("sampled", [True, False])

@@ -15,7 +15,7 @@ from _parts import configuration, create_each, rows_of
 from _toy import Toy, stop_after, toy_study
 
 from repsim_kernels.experiments.errors import DamagedError, StoreError
-from repsim_kernels.experiments.files import replacing
+from repsim_kernels.experiments.files import replace_file
 from repsim_kernels.experiments.runs.membership import open_run
 from repsim_kernels.experiments.runs.store import Store, load
 from repsim_kernels.experiments.study.configuration import digest
@@ -151,7 +151,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path.write_text("old")
 
     def broken() -> None:
-        with replacing(path) as temporary:
+        with replace_file(path) as temporary:
             temporary.write_text("ne")
             raise KeyboardInterrupt
 
