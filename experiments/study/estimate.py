@@ -1,4 +1,4 @@
-"""What a study is going to take: counted from its networks, timed on its device."""
+"""Estimates what a study will cost: operations counted, and short timings on its device."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ from repsim_kernels.experiments.study.study import Study
 from repsim_kernels.experiments.study.units import Unit
 from repsim_kernels.forward import Cost
 
-# Neurons, at least, of the smaller of two timings of the metrics: what a clock can tell apart.
+# Fewest neurons in the smaller of two timings of the metrics, for the clock to resolve it.
 _FEW = 2000
-_DRAWS = 64  # of the paper's probe that are timed: a batch of fits for each of two threads
+_DRAWS = 64  # timed draws of the paper's probe: a batch of fits for each of two threads
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer of a study: its ablated passes, metrics and probes, for all target classes."""
+    """Cost of one layer: its ablated passes, metrics and probes, over all target classes."""
 
     layer: str
     neurons: int
-    cells_per_batch: int  # cells in a batch
+    cells_per_batch: int
     forward_flops: float  # of the ablated passes
-    metric_flops: float  # of Grams, and of PWCCA's weights
-    bytes_held: int  # bytes of activations, and of what ablated passes start from
+    metric_flops: float  # of Gram matrices and PWCCA's weights
+    bytes_held: int  # activations, and states where ablated passes resume
     fits: int  # logistic regressions of the paper's probe
     seconds: float
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One network of a study."""
+    """Cost of one study."""
 
     name: str
     layers: list[LayerPlan]
     targets: int
     cells: int
-    images: int  # of each target class, the mean
+    images: int  # mean number for each target class
     stimuli: int
-    passes: int  # of all images, one for each group of layers, or for each unit
-    pass_flops: float  # of all of them
+    passes: int  # over all images: one per group of layers, or per unit
+    pass_flops: float  # of all passes
     pass_seconds: float
-    bytes_held: int  # bytes of the group of layers that holds the most
+    bytes_held: int  # of the group of layers that holds the most
     memory: int
 
     @property
@@ -62,50 +62,51 @@ class Plan:
 
 
 def plan(study: Study, units: Sequence[Unit] | None = None, separate_passes: bool = False) -> Plan:
-    """Count and estimate what a study takes, from a few passes and small metrics.
+    """Estimate a study's operations, memory and time, from a few passes and small metrics.
 
     Parameters
     ----------
     study : Study
     units : sequence of Unit, optional
-        Those that are to be measured, at least one; all by default.
+        The units to measure, at least one; all by default.
     separate_passes : bool
-        Whether each unit makes a pass of its own, up to its layer, as where workers share them.
+        Whether each unit makes its own pass, up to its layer, as when workers share the units.
 
     Returns
     -------
     Plan
-        Operations are two for each multiply-add. An estimate of seconds: nothing is known yet of
-        cells that are dead, and that take no pass.
+        A multiply-add counts as two operations. Seconds are an estimate: dead cells, which need
+        no pass, are not known yet.
 
     Raises
     ------
     StudyError
-        The memory is too little for a layer, or the network's weights have changed.
+        The memory is too small for a layer, or the network's weights have changed.
     """
     units = study.units if units is None else units
     names = list(dict.fromkeys(unit.layer for unit in units))
-    own = sum(int((study.labels == label).sum()) for label in study.targets) / len(study.targets)
-    n = min(choose_batch_size(study), round(own))
+    counts = [int((study.labels == label).sum()) for label in study.targets]
+    per_target = sum(counts) / len(counts)
+    n = min(choose_batch_size(study), round(per_target))
     with study.hold_network():
         images = study.images[study.labels == study.targets[0]][:n].to(study.device)
         costs = study.forward.costs(images, names)
-        fixed, by_neuron = _metric_seconds(study)
-        by_fit = _fit_seconds(study) if "paper" in study.probes else 0.0
-    any_cost = costs[names[0]]  # head and tail make a whole pass at every layer
+        fixed, per_neuron = _metric_seconds(study)
+        per_fit = _fit_seconds(study) if "paper" in study.probes else 0.0
+    any_cost = costs[names[0]]  # at every layer, head + tail is a whole pass
     whole_flops = any_cost.head_flops + any_cost.tail_flops
     per_image = (any_cost.head_seconds + any_cost.tail_seconds) / len(images)
     speed = whole_flops / per_image
     sizes = bytes_held(study)
     grouped = [group for group in group_layers(study, study.layers) if set(group) & set(names)]
     heads = [(costs[unit.layer].head_flops, costs[unit.layer].head_seconds) for unit in units]
-    shown = heads if separate_passes else [(whole_flops, per_image * len(images))] * len(grouped)
+    passes = heads if separate_passes else [(whole_flops, per_image * len(images))] * len(grouped)
     n_cells = study.n_cells
     lines = []
     for name in names:
         cost, p = costs[name], study.sizes[name].neurons
         targets = sum(len(study.targets_of(unit)) for unit in units if unit.layer == name)
-        passes = targets * n_cells * own
+        ablated_images = targets * n_cells * per_target
         spectral = 1 + n_cells * ("pwcca" in study.metrics)
         fits = targets * (1 + n_cells) * study.draws.count_for(p) if "paper" in study.probes else 0
         lines.append(
@@ -113,13 +114,13 @@ def plan(study: Study, units: Sequence[Unit] | None = None, separate_passes: boo
                 layer=name,
                 neurons=p,
                 cells_per_batch=min(cost.together, n_cells),
-                forward_flops=passes * cost.tail_flops,
+                forward_flops=ablated_images * cost.tail_flops,
                 metric_flops=targets * 2.0 * study.n_stimuli**2 * p * spectral,
                 bytes_held=sizes[name],
                 fits=fits,
-                seconds=passes * _tail_seconds(cost, len(images), speed)
-                + targets * (fixed + by_neuron * p)
-                + fits * by_fit,
+                seconds=ablated_images * _tail_seconds(cost, len(images), speed)
+                + targets * (fixed + per_neuron * p)
+                + fits * per_fit,
             )
         )
     return Plan(
@@ -127,41 +128,41 @@ def plan(study: Study, units: Sequence[Unit] | None = None, separate_passes: boo
         layers=lines,
         targets=len({label for unit in units for label in study.targets_of(unit)}),
         cells=n_cells,
-        images=round(own),
+        images=round(per_target),
         stimuli=study.n_stimuli,
-        passes=len(shown),
-        pass_flops=sum(flops for flops, _ in shown) * len(study.labels),
-        pass_seconds=sum(seconds for _, seconds in shown) * len(study.labels) / len(images),
+        passes=len(passes),
+        pass_flops=sum(flops for flops, _ in passes) * len(study.labels),
+        pass_seconds=sum(seconds for _, seconds in passes) * len(study.labels) / len(images),
         bytes_held=max(sum(sizes[name] for name in group if name in names) for group in grouped),
         memory=study.memory,
     )
 
 
 def _tail_seconds(cost: Cost, n: int, speed: float) -> float:
-    """Of one image of one cell; at the network's own speed where several cells run together."""
+    """Seconds per image and cell after the layer; if cells run together, at the network's speed."""
     alone = cost.tail_seconds / n
     return alone if cost.together == 1 else min(alone, cost.tail_flops / speed)
 
 
 def _metric_seconds(study: Study) -> tuple[float, float]:
-    """Seconds of a unit's cells, distances and ridge probe: fixed, and for each neuron."""
+    """Seconds for a target's cells, distances and ridge probe: a constant, and per neuron."""
     target, y = _labels(study)
     probes = [name for name in study.probes if name != "paper"]
     few = max(_FEW, study.n_cells, len(y))
     many = 5 * few
     times = []
-    for p in (few, few, many):  # the first also loads libraries
-        x = _alive(len(y), p, study.device)
+    for p in (few, few, many):  # the first run also loads libraries
+        x = _random_activations(len(y), p, study.device)
         start = time.perf_counter()
-        found = measure_representation(study, probes, "plan", target, x, y, 2**30)
-        found.sizes.cpu()
+        result = measure_representation(study, probes, "plan", target, x, y, 2**30)
+        result.sizes.cpu()  # waits for the device
         times.append(time.perf_counter() - start)
-    by_neuron = max(0.0, times[2] - times[1]) / (many - few)
-    return max(0.0, times[1] - by_neuron * few), by_neuron
+    per_neuron = max(0.0, times[2] - times[1]) / (many - few)
+    return max(0.0, times[1] - per_neuron * few), per_neuron
 
 
 def _labels(study: Study) -> tuple[int, Tensor]:
-    """The first target, and the labels of the stimuli that it is told apart from."""
+    """The first target, and the labels of all stimuli in its metrics."""
     target = study.targets[0]
     classes = (
         study.unique_labels if study.others is None else [target, *study.draw_other_classes(target)]
@@ -172,20 +173,20 @@ def _labels(study: Study) -> tuple[int, Tensor]:
 
 
 def _fit_seconds(study: Study) -> float:
-    """Seconds of a logistic regression of the paper's probe."""
+    """Seconds per logistic regression of the paper's probe."""
     target, y = _labels(study)
     n_cells = study.n_cells
-    x = _alive(len(y), _FEW, study.device)
+    x = _random_activations(len(y), _FEW, study.device)
     cells = torch.arange(_FEW) % n_cells
     times = []
-    for draws in (2, _DRAWS):  # the first also loads libraries
+    for draws in (2, _DRAWS):  # the first run also loads libraries
         start = time.perf_counter()
         measure_paper_probe(study, "plan", target, x, y, cells, draws)
         times.append(time.perf_counter() - start)
     return times[1] / (_DRAWS * (1 + n_cells))
 
 
-def _alive(n: int, p: int, device: torch.device) -> Tensor:
-    """Activations that are like a layer's behind its ReLU: timing on zeros would be false."""
+def _random_activations(n: int, p: int, device: torch.device) -> Tensor:
+    """Activations like a ReLU layer's; timings on zeros would mislead."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(n, p, generator=generator).relu_().to(device)

@@ -1,4 +1,4 @@
-"""The rows of a study: a pass of the images for as many layers as memory takes, then the cells."""
+"""Measures the rows of a study: one pass of the images per group of layers, then each cell."""
 
 from __future__ import annotations
 
@@ -30,13 +30,16 @@ from repsim_kernels.forward import State
 if TYPE_CHECKING:
     from repsim_kernels.experiments.study.study import Study
 
-_COLUMNS = 2**12  # neurons whose variance is taken at a time
-_VARIATES = 2**30  # bytes, at most, for the canonical variates that wait for a pass: PWCCA
+_COLUMNS = 2**12  # neurons per block when variances are computed
+_VARIATES = 2**30  # upper bound in bytes on the canonical variates that PWCCA buffers
 
 
 @dataclass
 class LayerActivations:
-    """A layer's activations, (n, p) and sorted by class, and the states of the targets' images."""
+    """A layer's activations (n, p), sorted by class, and where ablated passes resume.
+
+    ``states`` holds, for each target class, the network's state at the layer, batch by batch.
+    """
 
     x: Tensor
     labels: Tensor
@@ -44,18 +47,18 @@ class LayerActivations:
 
 
 def rows(study: Study, units: Sequence[Unit]) -> Iterator[pd.DataFrame]:
-    """Measure some units of a study.
+    """Measure units of a study.
 
     Parameters
     ----------
     study : Study
     units : sequence of Unit
-        Some of the study's, layer by layer.
+        Units of this study, layer by layer.
 
     Yields
     ------
-    DataFrame, one row per target class and cell of the grid
-        For each unit, in their order.
+    DataFrame
+        For each unit, in order: one row per target class and cell.
 
     Raises
     ------
@@ -63,18 +66,18 @@ def rows(study: Study, units: Sequence[Unit]) -> Iterator[pd.DataFrame]:
         A layer's activations are not finite, the memory is too little for a layer, or the
         network's weights have changed.
     """
-    measured = _iter_rows(study, units)
+    tables = _iter_rows(study, units)
     while True:
-        # Between units the caller has the network as it was.
+        # Between units the network is restored for the caller.
         with study.hold_network(), torch.no_grad():
-            table = next(measured, None)
+            table = next(tables, None)
         if table is None:
             return
         yield table
 
 
 def describe(study: Study) -> dict[str, Any]:
-    """What a reader of the results wants to know in addition to the configuration.
+    """Facts about a study for readers of its results, in addition to the configuration.
 
     Raises
     ------
@@ -105,118 +108,133 @@ def describe(study: Study) -> dict[str, Any]:
 
 
 def _iter_rows(study: Study, units: Sequence[Unit]) -> Iterator[pd.DataFrame]:
-    wanted: dict[str, list[list[int]]] = {}
+    """Yield each unit's rows, group of layers by group of layers."""
+    blocks: dict[str, list[list[int]]] = {}
     for unit in units:
-        wanted.setdefault(unit.layer, []).append(study.targets_of(unit))
+        blocks.setdefault(unit.layer, []).append(study.targets_of(unit))
     sizes = bytes_held(study)
-    # Groups of all layers, and the room beside a whole group, whatever is wanted of it: what
-    # runs together decides the bits, and a resumed run is to have the same.
+    # Groups cover all layers, and free memory is counted as if a whole group were held, whichever
+    # units are measured: rounding depends on what is batched together, and a resumed run must give
+    # bit-identical rows.
     for group in group_layers(study, study.layers):
-        mine = [layer for layer in group if layer in wanted]
-        labels = {label for layer in mine for block in wanted[layer] for label in block}
-        shown = _collect_activations(study, mine, labels)
-        for layer in mine:
-            left = sum(sizes[name] for name in group[group.index(layer) :])
-            room = (study.memory - left) // 2
-            for block in wanted[layer]:
-                found = [
-                    _measure_target(study, layer, label, shown[layer], room) for label in block
+        measured_layers = [layer for layer in group if layer in blocks]
+        labels = {label for layer in measured_layers for block in blocks[layer] for label in block}
+        activations = _collect_activations(study, measured_layers, labels)
+        for layer in measured_layers:
+            still_held = sum(sizes[name] for name in group[group.index(layer) :])
+            free_bytes = (study.memory - still_held) // 2
+            for block in blocks[layer]:
+                tables = [
+                    _measure_target(study, layer, label, activations[layer], free_bytes)
+                    for label in block
                 ]
-                yield pd.concat(found, ignore_index=True)
-            del shown[layer]
+                yield pd.concat(tables, ignore_index=True)
+            del activations[layer]
 
 
 def _collect_activations(
-    study: Study, layers: Sequence[str], wanted: set[int]
+    study: Study, layers: Sequence[str], targets: set[int]
 ) -> dict[str, LayerActivations]:
-    """Show the network all stimuli once, and keep what these layers gave."""
+    """Pass all images once, and keep the layers' activations and the targets' states."""
     y = torch.cat(
         [torch.full((study.count_metric_images(label),), label) for label in study.unique_labels]
     )
-    found: dict[str, LayerActivations] = {}
+    by_layer: dict[str, LayerActivations] = {}
     if not layers:
-        return found
+        return by_layer
     row, size = 0, choose_batch_size(study)
     for label in study.unique_labels:
         images = study.images[study.labels == label]
-        left = study.count_metric_images(label)
-        # The same batches whatever is wanted: a resumed run gives the same bits.
+        remaining = study.count_metric_images(label)
+        # Batches don't depend on the layers and targets: a resumed run gives bit-identical rows.
         for batch in torch.split(images, size):
-            if not left and label not in wanted:
+            if not remaining and label not in targets:
                 break
             states = study.forward.prefixes(batch.to(study.device), layers)
-            take = min(left, len(batch))
+            count = min(remaining, len(batch))
             for layer in layers:
                 state = states.pop(layer)
-                if layer not in found:
+                if layer not in by_layer:
                     p = study.sizes[layer].neurons
-                    found[layer] = LayerActivations(state.activation.new_empty(len(y), p), y)
-                mine = found[layer]
-                if take == len(state):
-                    state.move(mine.x[row : row + take])
+                    by_layer[layer] = LayerActivations(state.activation.new_empty(len(y), p), y)
+                activations = by_layer[layer]
+                if count == len(state):
+                    state.move(activations.x[row : row + count])
                 else:
-                    mine.x[row : row + take] = state.activation[:take].flatten(1)
-                if label in wanted:
-                    mine.states.setdefault(label, []).append(state)
-            left -= take
-            row += take
-    return found
+                    activations.x[row : row + count] = state.activation[:count].flatten(1)
+                if label in targets:
+                    activations.states.setdefault(label, []).append(state)
+            remaining -= count
+            row += count
+    return by_layer
 
 
 class RepresentationResult(NamedTuple):
-    """What is said of a layer's representation for one target."""
+    """What is measured on one layer's activations for one target."""
 
     cells: Tensor  # (p,) labels or (C, p) membership
-    sizes: Tensor  # (C,) neurons of each cell
+    sizes: Tensor  # (C,) number of neurons
     distances: dict[str, Any]
     decodability: dict[str, Any]
 
 
 def _measure_target(
-    study: Study, layer: str, label: int, shown: LayerActivations, room: int
+    study: Study, layer: str, label: int, activations: LayerActivations, free_bytes: int
 ) -> pd.DataFrame:
+    """Measure the rows of one layer and target class; drops the target's states when done."""
     where = f"{study.name}, layer {layer}"
     forward, n_cells = study.forward, study.n_cells
-    states = shown.states.pop(label)
+    states = activations.states.pop(label)
     try:
-        found = measure_representation(
-            study, study.probes, layer, label, *_select_stimuli(study, label, shown), room
-        )
-        # Ablated and intact logits by the same pass, so that an empty cell changes exactly nothing.
-        none = torch.full(found.cells.shape[-1:], -1)
-        intact = torch.cat([forward.logits(state, none, 1, memory=room)[0] for state in states])
-        parts = [forward.logits(state, found.cells, n_cells, memory=room) for state in states]
+        x, y = _select_stimuli(study, label, activations)
+        result = measure_representation(study, study.probes, layer, label, x, y, free_bytes)
+        # The intact logits come from the same masked pass as the ablated ones, so that the change
+        # for an empty cell is exactly zero.
+        none = torch.full(result.cells.shape[-1:], -1)
+        intact = torch.cat([forward.logits(s, none, 1, memory=free_bytes)[0] for s in states])
+        parts = [forward.logits(s, result.cells, n_cells, memory=free_bytes) for s in states]
     except rk.RepsimError as error:
         raise StudyError(f"{where}, class {study.class_name(label)}: {error}") from error
     changes = measure_performance_loss(intact, torch.cat(parts, dim=1), label)
     nan_images = changes.pop(NAN_IMAGES).long()
-    numbers = found.distances | changes | found.decodability
+    numbers = result.distances | changes | result.decodability
     halves = tuple(half("", which) for which in HALVES)
-    names = sorted(numbers, key=lambda name: name.endswith(halves))  # these last
+    names = sorted(numbers, key=lambda name: name.endswith(halves))  # halves last
     columns = {
         "model": study.name,
         "class": study.class_name(label),
         "layer": layer,
         "cell": np.arange(n_cells),
-        "size": found.sizes.cpu().numpy(),
+        "size": result.sizes.cpu().numpy(),
         NAN_IMAGES: nan_images.cpu().numpy(),
     }
     return pd.DataFrame(columns | {name: numbers[name].double().cpu().numpy() for name in names})
 
 
-def _select_stimuli(study: Study, label: int, shown: LayerActivations) -> tuple[Tensor, Tensor]:
-    """What a target is told apart from: all classes, or some that are drawn for it."""
+def _select_stimuli(
+    study: Study, label: int, activations: LayerActivations
+) -> tuple[Tensor, Tensor]:
+    """Activations and labels of the target and the classes that it is compared with."""
     if study.others is None:
-        return shown.x, shown.labels
+        return activations.x, activations.labels
     chosen = torch.tensor([label, *study.draw_other_classes(label)])
-    index = torch.isin(shown.labels, chosen).nonzero()[:, 0]
-    return shown.x[index.to(shown.x.device)], shown.labels[index]
+    index = torch.isin(activations.labels, chosen).nonzero()[:, 0]
+    return activations.x[index.to(activations.x.device)], activations.labels[index]
 
 
 def measure_representation(
-    study: Study, probes: Sequence[str], layer: str, label: int, x: Tensor, y: Tensor, room: int
+    study: Study,
+    probes: Sequence[str],
+    layer: str,
+    label: int,
+    x: Tensor,
+    y: Tensor,
+    free_bytes: int,
 ) -> RepresentationResult:
-    """Cells, distances and changes of decodability; NaN for a layer that is the same for all."""
+    """Group neurons into cells; measure each cell's distances and loss of decodability.
+
+    If the layer's activations are the same for every stimulus, all values are NaN, with a warning.
+    """
     cells = rk.selectivity_grid(x, y, label, grid=study.grid, edges=study.edges)
     if study.cells == "random":
         generator = np.random.default_rng(linear.make_seed(study, layer, label))
@@ -231,7 +249,7 @@ def measure_representation(
                 metrics=study.metrics,
                 ridge=study.options["ridge"],
                 penalty=study.options["penalty"],
-                memory=max(1, min(room, _VARIATES)),
+                memory=max(1, min(free_bytes, _VARIATES)),
             )
         )
         decodability = linear.measure_decodability(study, probes, layer, label, x, y, cells)
@@ -246,8 +264,8 @@ def measure_representation(
 
 
 def _energy_shares(x: Tensor, cells: Tensor, n_cells: int) -> Tensor:
-    """The share of the variance over stimuli that each cell's neurons have: (C,)."""
-    parts = x.split(_COLUMNS, dim=1)
-    neurons = torch.cat([part.double().var(0, correction=0) for part in parts])
-    members = cells if cells.dtype == torch.bool else (cells == label for label in range(n_cells))
-    return torch.stack([neurons[mine].sum() for mine in members]) / neurons.sum()
+    """Each cell's share of the variance over stimuli, (C,)."""
+    blocks = x.split(_COLUMNS, dim=1)
+    variances = torch.cat([block.double().var(0, correction=0) for block in blocks])
+    masks = cells if cells.dtype == torch.bool else (cells == label for label in range(n_cells))
+    return torch.stack([variances[mask].sum() for mask in masks]) / variances.sum()

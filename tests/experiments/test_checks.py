@@ -103,7 +103,7 @@ FRACTION = np.where(LABELS == 1, 0.5, LABELS)
         ({"images": MASKED}, "images: .*masked"),
         ({"labels": np.ma.masked_equal(LABELS, 2)}, "labels: .*masked"),
         ({"targets": np.ma.masked_equal([0, 1, 2], 2)}, "targets: .*masked"),
-        ({"images": IMAGES[:0], "labels": LABELS[:0]}, "images: there are none; expected two or m"),
+        ({"images": IMAGES[:0], "labels": LABELS[:0]}, "images: empty; expected two or more of e"),
         ({"images": IMAGES.astype(object)}, "images: dtype object; expected real numbers"),
         ({"images": [["a"] * P] * N}, "images: dtype <U1; expected real numbers"),
         ({"images": torch.eye(N).to_sparse()}, "images: .*dense"),
@@ -131,8 +131,8 @@ FRACTION = np.where(LABELS == 1, 0.5, LABELS)
         ({"probes": "ridge"}, "probes: 'ridge'; expected a sequence of names"),
         ({"classes": "abc"}, "classes: 'abc'; expected a sequence of names"),
         ({"classes": {0: "a", 1: "b", 2: "c"}}, "classes: .*; expected a sequence of names"),
-        ({"name": 3}, "name: 3; expected a text"),
-        ({"note": b"a"}, "note: b'a'; expected a text"),
+        ({"name": 3}, "name: 3; expected a string"),
+        ({"note": b"a"}, "note: b'a'; expected a string"),
         ({"others": 1.5}, "others: 1.5; expected a whole number of at least 1"),
         ({"others": True}, "others: True; expected a whole number of at least 1"),
         ({"metric_images": 2.5}, "metric_images: 2.5; expected a whole number"),
@@ -169,7 +169,7 @@ def test_progress_that_is_no_function_is_named_before_anything_is_made(tmp_path:
         lambda: study.run(tmp_path / "run", progress=True),  # type: ignore[arg-type]
         lambda: run([study], progress="bar"),  # type: ignore[arg-type]
     ):
-        with pytest.raises(StudyError, match=r"^progress: .*; expected a function of a Step$"):
+        with pytest.raises(StudyError, match=r"^progress: .*; expected a function that takes a Step$"):
             call()
     assert not (tmp_path / "run").exists()
 

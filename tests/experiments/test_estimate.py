@@ -168,7 +168,7 @@ def test_what_is_held_is_that_of_the_largest_group() -> None:
 
 
 def test_too_little_memory_is_named() -> None:
-    with pytest.raises(StudyError, match=r"^memory: .* what layer 'act1' of toy gives"):
+    with pytest.raises(StudyError, match=r"^memory: .* to hold layer 'act1' of toy"):
         plan(toy_study(memory=1000))
 
 

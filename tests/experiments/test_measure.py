@@ -159,7 +159,7 @@ def test_the_stimuli_are_those_of_the_target_and_its_others() -> None:
     [
         (0, "0; expected a whole number of at least 1"),
         (-1, "-1; expected a whole number of at least 1"),
-        (3, "3 beside a target, of 3 classes; expected 1 or more of the other ones"),
+        (3, "3 of 3 classes; expected at most 2, the classes other than the target"),
     ],
 )
 def test_others_out_of_range_are_named(others: int, message: str) -> None:
@@ -337,7 +337,7 @@ def test_a_memory_that_is_no_size_is_named(memory: int | str) -> None:
 @pytest.mark.parametrize("memory", [1, 1000, "80KiB"])
 def test_too_little_memory_names_a_layer_and_what_is_enough(layer: str, memory: int | str) -> None:
     with pytest.raises(
-        StudyError, match=f"^memory: .*; expected .* what layer '{layer}' of toy"
+        StudyError, match=f"^memory: .*; expected .* to hold layer '{layer}' of toy"
     ) as caught:
         toy_study(layers=[layer], memory=memory).run()
     message = str(caught.value)

@@ -107,7 +107,7 @@ WITHOUT = ["--images", "random"]
             [*RANDOM[:-1], "1", "--classes", "junco,snail"],
             "images_per_class: 1 is too few; expected 2",
         ),
-        ([*RANDOM, *CUT, "--memory", "1MiB"], f"or more, for what layer '{LATE[0]}' of {NAME}"),
+        ([*RANDOM, *CUT, "--memory", "1MiB"], f"or more, to hold layer '{LATE[0]}' of {NAME}"),
         (
             [*NARROW, "--weights", "random", "--images", "nowhere"],
             "images: there is no directory nowhere",

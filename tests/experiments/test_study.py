@@ -181,14 +181,14 @@ def test_progress_counts_the_units() -> None:
         ({"labels": [0, 1]}, r"images: shape \(15, 3, 8, 8\) for 2 labels"),
         ({"labels": ["a"] * 15}, "labels: dtype <U1; expected integers"),
         ({"labels": torch.zeros(15, dtype=torch.long)}, "labels: all are 0"),
-        ({"labels": torch.arange(15) % 3 - 1}, "labels: -1 is no output"),
+        ({"labels": torch.arange(15) % 3 - 1}, "labels: -1; expected output indices"),
         ({"labels": [0] + [1, 2] * 7}, "images: class 'ant/queen' has one image"),
         ({"labels": torch.arange(15) % 3 + 1}, "classes: 3 names, but labels up to 3"),
         (
             {"labels": torch.arange(15) % 3 + 1, "classes": None},
-            "go up to 3, but toy has 3 outputs",
+            "labels: up to 3, but toy has 3 outputs; expected labels below 3",
         ),
-        ({"classes": ["a", "a", "b"]}, "classes: two targets have one name"),
+        ({"classes": ["a", "a", "b"]}, "classes: two targets share a name"),
         ({"images": torch.zeros(15, 3, 9, 9)}, r"images: toy can't take one of shape \(3, 9, 9\)"),
         (
             {"model": nn.Sequential(nn.Tanh()), "layers": ["0"]},
