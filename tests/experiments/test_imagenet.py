@@ -89,9 +89,9 @@ def test_outputs():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["junco_bird"], "'junco_bird' is unknown; is 'junco' meant"),
-        (["toaster", "tosater"], "'tosater' is unknown; is 'toaster' meant"),
-        (["xyzzy"], "'xyzzy' is unknown; expected a class name, a wnid or an output, 0 to 999"),
+        (["junco_bird"], "'junco_bird' is unknown; did you mean 'junco'"),
+        (["toaster", "tosater"], "'tosater' is unknown; did you mean 'toaster'"),
+        (["xyzzy"], "'xyzzy' is unknown; expected a class name, a wnid or an output number from"),
         ([1000], "'1000' is unknown; expected"),
         ([-1], "'-1' is unknown; expected"),
         (["n00000000"], "'n00000000' is unknown"),
@@ -159,16 +159,16 @@ def test_what_directories_may_lack(tmp_path):
         load_validation(tmp_path, range(1000), TRANSFORM)
     with pytest.raises(DataError, match="there is no directory"):
         load_validation(tmp_path / "none", [SNAIL], TRANSFORM)
-    with pytest.raises(DataError, match="classes: none are given"):
+    with pytest.raises(DataError, match="classes: empty"):
         load_validation(tmp_path, [], TRANSFORM)
     with pytest.raises(DataError, match="classes: 113 and 113 are one class"):
         load_validation(tmp_path, [SNAIL, SNAIL], TRANSFORM)
     with pytest.raises(DataError, match="images_per_class: 1 is too few"):
         load_validation(tmp_path, [SNAIL], TRANSFORM, images_per_class=1)
-    with pytest.raises(DataError, match=r"labels: val\.txt is of no use"):
+    with pytest.raises(DataError, match=r"labels: val\.txt is for a flat directory, but"):
         load_validation(tmp_path, [SNAIL], TRANSFORM, labels="val.txt")
     (tmp_path / "780").mkdir()
-    with pytest.raises(DataError, match=r"/780 and .*/n04147183 are of one class"):
+    with pytest.raises(DataError, match=r"/780 and .*/n04147183 are the same class"):
         load_validation(tmp_path, [SCHOONER], TRANSFORM)
     (tmp_path / "cardigan").mkdir()
     with pytest.raises(DataError, match="images: 'cardigan' is ambiguous; expected n02113186 or"):
@@ -261,7 +261,7 @@ def test_labels_of_some_files(flat, write):
     labels = write(flat, IN_FLAT[:-1])
     if write is write_solution:  # its lines are in no order
         assert "00000008" not in labels.read_text()
-    with pytest.raises(DataError, match=r"labels: .* has none for ILSVRC2012_val_00000008\.JPEG"):
+    with pytest.raises(DataError, match=r"labels: .* has no label for ILSVRC2012_val_00000008"):
         load_validation(flat, [JUNCO], TRANSFORM)
     (flat / "ILSVRC2012_val_00000008.JPEG").unlink()
     (flat / "ILSVRC2012_val_00000002.JPEG").unlink()
@@ -276,7 +276,7 @@ def test_labels_of_some_files(flat, write):
     [
         (write_list, "04.JPEG 13", "04.JPEG 1000", "line 4 of .* is damaged; .* from 0 to 999"),
         (write_list, "04.JPEG 13", "04.JPEG", "line 4 of .* is damaged"),
-        (write_list, "00000004", "00000003", "line 4 of .* names ILSVRC2012_val_00000003 again"),
+        (write_list, "00000004", "00000003", "line 4 of .* repeats ILSVRC2012_val_00000003"),
         (write_list, "ILSVRC2012_val", "picture", "line 1 of .* is damaged"),
         (write_solution, "n04147183", "n04147184", r"line 5 of .* is damaged; .* a wnid"),
         (write_solution, "ImageId,", "id,", "line 1 of .* is damaged"),
@@ -306,7 +306,7 @@ def test_labels_that_cannot_be_read(flat, tmp_path):
     with pytest.raises(DataError, match=r"labels: .*other can't be read: .*utf-8"):
         load_validation(flat, [JUNCO], TRANSFORM, labels=tmp_path / "other")
     (tmp_path / "empty").touch()
-    with pytest.raises(DataError, match=r"labels: .*empty has none for ILSVRC2012_val_00000001"):
+    with pytest.raises(DataError, match=r"labels: .*empty has no label for ILSVRC2012_val_"):
         load_validation(flat, [JUNCO], TRANSFORM, labels=tmp_path / "empty")
 
 
@@ -326,7 +326,7 @@ def test_meta_of_the_development_kit(flat):
     with pytest.raises(DataError, match=r"meta\.mat is not ILSVRC2012's; expected its 1,000"):
         load_validation(flat, [JUNCO], TRANSFORM)
     file.unlink()
-    with pytest.raises(DataError, match=r"not outputs; expected .* meta\.mat beside it"):
+    with pytest.raises(DataError, match=r"not outputs; expected .* meta\.mat in the same folder"):
         load_validation(flat, [JUNCO], TRANSFORM)
 
 
@@ -337,7 +337,7 @@ def test_bad_image(flat):
     with pytest.raises(DataError, match=r"val_00000004\.JPEG can't be decoded") as error:
         load_validation(flat, [JUNCO, SCHOONER], TRANSFORM)
     assert "\n" not in str(error.value)
-    with pytest.warns(UserWarning, match=r"left out, can't be decoded: .*val_00000004\.JPEG$"):
+    with pytest.warns(UserWarning, match=r"skipped, can't be decoded: .*val_00000004\.JPEG$"):
         shown = load_validation(flat, [JUNCO, SCHOONER], TRANSFORM, skip_bad=True)
     assert shown.labels.tolist() == [JUNCO, JUNCO, SCHOONER, SCHOONER]
     expected = one_by_one([flat / f"ILSVRC2012_val_{i:08d}.JPEG" for i in (2, 7, 1, 5)])
@@ -372,7 +372,7 @@ def test_noise_depends_on_the_class_only():
     fewer = make_noise([SCHOONER], images_per_class=2, size=16)
     assert torch.equal(fewer.images, shown.images[5:7])
     for arguments, message in [
-        (([], 2, 16), "classes: none"),
+        (([], 2, 16), "classes: empty"),
         (([1000], 2, 16), "classes: '1000' is unknown"),
         (([5], 1, 16), "images_per_class: 1 is too few; expected 2 or more"),
     ]:

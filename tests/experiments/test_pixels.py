@@ -147,10 +147,10 @@ def test_shallow_images_are_as_pillow_converts_them(tmp_path, mode):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.full((4, 4), -0.25, np.float32), "its floats go from -0.25 to -0.25; expected 0 to 1"),
-        (np.float32([[0, 255]]), "its floats go from 0 to 255; expected 0 to 1"),
-        (np.float32([[0.5, np.nan]]), "its floats go from nan to nan; expected 0 to 1"),
-        (np.int32([[0, 300]]), "its integers have a sign or more than 16 bits; expected 8 or 16"),
+        (np.full((4, 4), -0.25, np.float32), "its floats range from -0.25 to -0.25; expected 0"),
+        (np.float32([[0, 255]]), "its floats range from 0 to 255; expected 0 to 1"),
+        (np.float32([[0.5, np.nan]]), "its floats range from nan to nan; expected 0 to 1"),
+        (np.int32([[0, 300]]), "its integers are signed or have more than 16 bits; expected 8 or"),
     ],
 )
 def test_numbers_of_no_known_range(tmp_path, values, message):
@@ -160,7 +160,7 @@ def test_numbers_of_no_known_range(tmp_path, values, message):
     Image.fromarray(values).save(tmp_path / "bee" / "2.tif")
     with pytest.raises(DataError, match=rf"bee/2\.tif can't be decoded: {message}"):
         load_image_folder(tmp_path, size=8)
-    with pytest.warns(UserWarning, match=r"left out, can't be decoded: .*bee/2\.tif$"):
+    with pytest.warns(UserWarning, match=r"skipped, can't be decoded: .*bee/2\.tif$"):
         assert len(load_image_folder(tmp_path, size=8, skip_bad=True).images) == 2
 
 

@@ -202,9 +202,9 @@ def test_transform_belongs_to_the_weights(narrow, tmp_path):
 def test_checkpoints_of_something_else(narrow, tmp_path):
     state = narrow.state_dict()
     torch.save(state, tmp_path / "a.pth")
-    with pytest.raises(ModelError, match=r"a\.pth is of another architecture than 'resnet50'"):
+    with pytest.raises(ModelError, match=r"a\.pth does not match the architecture of 'resnet50'"):
         load_network(NETWORKS["resnet50"], tmp_path / "a.pth")
-    with pytest.raises(ModelError, match="another architecture than 'mobilenet_v2'"):
+    with pytest.raises(ModelError, match="the architecture of 'mobilenet_v2'"):
         load_network(MOBILENET, tmp_path / "a.pth")
     ten = {"classifier.1.weight": torch.zeros(10, 1280), "classifier.1.bias": torch.zeros(10)}
     torch.save(state | ten, tmp_path / "b.pth")
@@ -217,7 +217,7 @@ def test_checkpoints_of_something_else(narrow, tmp_path):
 @pytest.mark.parametrize("name", ["alexnet", "mobilenet_v2", "resnet50"])
 def test_weights_that_can_not_be_fetched(name, cache):
     url = zoo.get_model_weights(name).DEFAULT.url
-    with pytest.raises(ModelError, match=r"can't be fetched \(.*no network") as error:
+    with pytest.raises(ModelError, match=r"can't be downloaded \(.*no network") as error:
         load_network(NETWORKS[name])
     path = cache / url.rpartition("/")[2]
     assert f"expected {url} as {path}, or --weights FILE" in one_line(error)
@@ -255,7 +255,7 @@ def test_weights_are_fetched_once(mobilenet, tmp_path, monkeypatch):
     cache = tmp_path / "hub" / "checkpoints"
 
     monkeypatch.setattr(default.value, "url", bad.as_uri())
-    with pytest.raises(ModelError, match=r"can't be fetched .*invalid hash value") as error:
+    with pytest.raises(ModelError, match=r"can't be downloaded .*invalid hash value") as error:
         load_network(MOBILENET)
     one_line(error)
     assert list(cache.iterdir()) == []

@@ -102,7 +102,7 @@ WITHOUT = ["--images", "random"]
             ["--preset", "hayne2024", "--weights", "a.pt", "--weights", "b.pt", *WITHOUT],
             "weights: a.pt, b.pt for 3",
         ),
-        ([*RANDOM, "--classes", "junko,snail"], "classes: 'junko' is unknown; is 'junco' meant?"),
+        ([*RANDOM, "--classes", "junko,snail"], "'junko' is unknown; did you mean 'junco'?"),
         (
             [*RANDOM[:-1], "1", "--classes", "junco,snail"],
             "images_per_class: 1 is too few; expected 2",
