@@ -1,5 +1,9 @@
+"""A study's table, its repr, and the errors that name wrong arguments."""
+
 from __future__ import annotations
 
+import doctest
+import importlib
 from typing import Any
 
 import numpy as np
@@ -163,6 +167,34 @@ def test_progress_counts_the_units() -> None:
     assert [step.event.unit for step in steps] == [
         ("toy", layer, block) for layer in ("act1", "act2") for block in (1, 2)
     ]
+
+
+def test_repr_summarises_the_study_in_one_line() -> None:
+    assert repr(toy_study(metrics=["cka", "pwcca"])) == (
+        "Study(model=Toy, name='toy', layers=['act1', 'act2'], images=(15, 3, 8, 8), classes=3, "
+        "targets=3, grid=(4, 4), metrics=['cka', 'pwcca'], probes=['ridge'], device='cpu')"
+    )
+    layers = ["conv1", "act1", "conv2", "act2", "fc"]
+    study = toy_study(
+        layers=layers, grid=(1, 2), metric_images=4, others=1, cells="random", targets=[0]
+    )
+    text = repr(study)
+    assert "\n" not in text
+    assert "layers=[5: 'conv1', …, 'fc']" in text
+    assert "targets=1, metric_images=4, others=1, grid=(1, 2), cells='random', metrics=[" in text
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("study.study", "study.checks", "study.performance", "runs.driver"),
+        *("inputs.images", "inputs.imagenet", "inputs.networks", "inputs.presets"),
+    ],
+)
+def test_examples_in_docstrings_run(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"repsim_kernels.experiments.{module}"))
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 @pytest.mark.parametrize(
