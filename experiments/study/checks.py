@@ -156,7 +156,7 @@ def check_classes(
             "classes other than the target"
         )
     if len(counts) < 2:
-        raise StudyError(f"labels: all are {labels[0]}; expected at least two classes")
+        raise StudyError(f"labels: all are {labels[0]}; expected two classes or more")
 
 
 def check_logits(logits: Any, model: str, largest: int) -> None:

@@ -14,26 +14,26 @@ def digest(configuration: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def differences(there: Any, here: Any, name: str = "") -> list[str]:
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
     """List what differs between two configurations, one line per key, in order of the keys."""
-    if isinstance(there, dict) and isinstance(here, dict):
+    if isinstance(before, dict) and isinstance(now, dict):
         lines = []
-        for key in (*there, *(key for key in here if key not in there)):
+        for key in (*before, *(key for key in now if key not in before)):
             path = f"{name}.{key}" if name else key
-            if key not in there or key not in here:
-                has, lacks = ("here", "there") if key in here else ("there", "here")
-                value = here[key] if key in here else there[key]
+            if key not in before or key not in now:
+                present, absent = ("now", "before") if key in now else ("before", "now")
+                value = now[key] if key in now else before[key]
                 lines.append(
-                    f"{path} only {has}"
+                    f"{path} only {present}"
                     if isinstance(value, dict)
-                    else f"{path}: {_brief(value)} {has}, not recorded {lacks}"
+                    else f"{path}: {_brief(value)} {present}, not recorded {absent}"
                 )
             else:
-                lines += differences(there[key], here[key], path)
+                lines += differences(before[key], now[key], path)
         return lines
-    if there == here:
+    if before == now:
         return []
-    return [f"{name}: {_brief(there)} there, {_brief(here)} here"]
+    return [f"{name}: {_brief(before)} before, {_brief(now)} now"]
 
 
 def _brief(value: Any) -> str:

@@ -52,7 +52,7 @@ def test_a_users_network_from_start_to_report(folder: Path) -> None:
     assert "SVCCA" in out
     code, _, err = sweep(*TOY, "--images", folder, "--grid", "2x2", "--metrics", "cka,svcca")
     assert code == 2
-    assert "grid: [2, 3] there, [2, 2] here" in err
+    assert "grid: [2, 3] before, [2, 2] now" in err
 
 
 @pytest.mark.usefixtures("blank_reports")
@@ -266,7 +266,7 @@ def test_the_size_of_images_without_an_option(
         assert side == size
         raise DataError("seen")
 
-    monkeypatch.setattr(data, "image_folder", seen)
+    monkeypatch.setattr(data, "load_image_folder", seen)
     with pytest.raises(DataError, match="seen"):
         jobs.of_models(names, Asked(images="images"), False)
 

@@ -49,12 +49,12 @@ CHANGED = {
     "activation": (
         Toy,
         lambda: with_module("act1", nn.Tanh()),
-        r"modules\.act1\.class: \"nn.ReLU\" there, \"nn.Tanh\" here",
+        r"modules\.act1\.class: \"nn.ReLU\" before, \"nn.Tanh\" now",
     ),
     "option": (
         Toy,
         lambda: with_module("conv1", nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")),
-        r'modules\.conv1\.padding_mode: "zeros" there, "circular" here',
+        r'modules\.conv1\.padding_mode: "zeros" before, "circular" now',
     ),
     "constant": (Scaled, lambda: Scaled(3.0), "operations: "),
     "function": (Scaled, lambda: Scaled(function=torch.tanh), "operations: "),
@@ -85,7 +85,7 @@ def test_modules_that_have_changed_are_refused(use: str, tmp_path: Path) -> None
     old, model.act1 = model.act1, nn.Tanh()  # type: ignore[assignment]
     changed = (
         r"^model: the modules of toy have changed since the study was made \(act1\.class: "
-        r'"nn.ReLU" there, "nn.Tanh" here\); expected the same ones, '
+        r'"nn.ReLU" before, "nn.Tanh" now\); expected the same ones, '
         r"or a new Study$"
     )
     with pytest.raises(StudyError, match=changed):
@@ -143,11 +143,11 @@ OPTIONS = {  # most are no part of what these modules print of themselves
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_options_are_described_whether_a_module_prints_them_or_not(kind: str) -> None:
     one, other, option = OPTIONS[kind]
-    there, here = describe_modules(one), describe_modules(other)
-    assert json.loads(json.dumps(there)) == there
-    (changed, *_) = differences(there, here)
+    before, now = describe_modules(one), describe_modules(other)
+    assert json.loads(json.dumps(before)) == before
+    (changed, *_) = differences(before, now)
     assert changed.startswith(f"{option}: ")
-    assert describe_modules(copy.deepcopy(one)) == there
+    assert describe_modules(copy.deepcopy(one)) == before
 
 
 def test_what_a_user_keeps_on_a_module_is_no_option() -> None:

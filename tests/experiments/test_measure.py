@@ -359,10 +359,10 @@ def test_a_run_may_go_on_with_another_memory_and_note(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
-        ({"edges": "inclusive"}, r'edges: "equal" there, "inclusive" here'),
-        ({"others": 2}, "others: 1 there, 2 here"),
-        ({"seed": 4}, "seed: 0 there, 4 here"),
-        ({"penalty": 2.0}, "penalty: 0.0 there, 2.0 here"),
+        ({"edges": "inclusive"}, r'edges: "equal" before, "inclusive" now'),
+        ({"others": 2}, "others: 1 before, 2 now"),
+        ({"seed": 4}, "seed: 0 before, 4 now"),
+        ({"penalty": 2.0}, "penalty: 0.0 before, 2.0 now"),
     ],
 )
 def test_a_run_does_not_go_on_with_other_choices(

@@ -175,7 +175,7 @@ def test_a_worker_process_sets_the_switches(tmp_path: Path) -> None:
 def test_a_run_does_not_go_on_with_another_precision(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         toy_study(metrics=["cka"]).run(tmp_path, stop_after(1))
-    with pytest.raises(StoreError, match=r"models\.toy\.tf32: false there, true here"):
+    with pytest.raises(StoreError, match=r"models\.toy\.tf32: false before, true now"):
         toy_study(metrics=["cka"], tf32=True).run(tmp_path)
     assert len(toy_study(metrics=["cka"]).run(tmp_path)) == 2 * 3 * 16
 
@@ -188,5 +188,5 @@ def test_a_run_that_recorded_no_precision_is_not_gone_on_with(tmp_path: Path) ->
     del study["configuration"]["models"]["toy"]["tf32"]
     study["hash"] = digest(study["configuration"])
     path.write_text(json.dumps(study))
-    with pytest.raises(StoreError, match=r"\(models\.toy\.tf32: false here, not recorded there\)"):
+    with pytest.raises(StoreError, match=r"\(models\.toy\.tf32: false now, not recorded before\)"):
         toy_study(metrics=["cka"]).run(tmp_path)

@@ -74,11 +74,11 @@ def test_a_finished_run_computes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
-        ({"grid": (2, 2)}, r"models.toy.grid: \[4, 4\] there, \[2, 2\] here"),
-        ({"ridge": 0.5}, "models.toy.ridge: 0.1 there, 0.5 here"),
-        ({"name": "other"}, "models.toy only there; models.other only here"),
+        ({"grid": (2, 2)}, r"models.toy.grid: \[4, 4\] before, \[2, 2\] now"),
+        ({"ridge": 0.5}, "models.toy.ridge: 0.1 before, 0.5 now"),
+        ({"name": "other"}, "models.toy only before; models.other only now"),
         ({"layers": ["act1"]}, "models.toy.layers"),
-        ({"block": 2}, "models.toy.block: 1 there, 2 here"),
+        ({"block": 2}, "models.toy.block: 1 before, 2 now"),
         ({"model": "other weights"}, "models.toy.weights"),
         ({"images": torch.zeros(15, 3, 8, 8)}, "models.toy.images"),
     ],
