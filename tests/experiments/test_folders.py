@@ -1,4 +1,4 @@
-"""What of a folder is read as a stimulus or a class, what is skipped, and what is reported."""
+"""Which entries of a folder are classes or stimuli, and which are skipped or reported."""
 
 import os
 import re
@@ -18,7 +18,7 @@ CLASSES = ("ape", "bee", "cat")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three classes of two images, each of a colour of its own."""
+    """Three classes of two images, each of a different colour."""
     root = tmp_path / "images"
     for i, name in enumerate(CLASSES):
         (root / name).mkdir(parents=True)
@@ -34,8 +34,8 @@ JUNK_FOLDERS = [
 JUNK_FILES = ["Thumbs.db", "desktop.ini", ".DS_Store", "._0.png", ".0.png"]
 
 
-def litter(folder: Path, image: Path) -> None:
-    """What other programs leave in a folder, with copies of images in it."""
+def add_junk(folder: Path, image: Path) -> None:
+    """Add entries that other programs leave in a folder, with copies of an image."""
     for name in JUNK_FOLDERS:
         (folder / name / "0.png").mkdir(parents=True)
         shutil.copy(image, folder / name / "0.png" / "thumb.jpg")
@@ -45,7 +45,7 @@ def litter(folder: Path, image: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [("ape", "bee", "cat"), ("1", "2", "10")])
-def test_what_other_programs_leave_is_no_stimulus(folder, names):
+def test_entries_of_other_programs_are_skipped(folder, names):
     for old, new in zip(CLASSES, names, strict=True):
         (folder / old).rename(folder / new)
     clean = load_image_folder(folder, size=8)
@@ -54,7 +54,7 @@ def test_what_other_programs_leave_is_no_stimulus(folder, names):
     os.link(folder / names[0] / "1.png", folder / names[0] / "more" / "1.png")
     (folder / names[0] / "1.png").unlink()
     for place in (folder, folder / names[0], folder / names[0] / "more"):
-        litter(place, folder / names[1] / "0.png")
+        add_junk(place, folder / names[1] / "0.png")
     littered = load_image_folder(folder, size=8)
     assert torch.equal(littered.images, clean.images)
     assert torch.equal(littered.labels, clean.labels)
@@ -65,7 +65,7 @@ def test_what_other_programs_leave_is_no_stimulus(folder, names):
 
 
 @pytest.mark.parametrize("stray", ["notes", "10 old", "-1", "1.5", "٣"])
-def test_a_stray_folder_beside_outputs_does_not_renumber_them(folder, stray):
+def test_a_stray_folder_among_numbered_ones_raises(folder, stray):
     for old, new in zip(CLASSES, ("0", "1", "10"), strict=True):
         (folder / old).rename(folder / new)
     assert load_image_folder(folder, size=8).labels.tolist() == [0, 0, 1, 1, 10, 10]
@@ -76,13 +76,13 @@ def test_a_stray_folder_beside_outputs_does_not_renumber_them(folder, stray):
             load_image_folder(folder, classes, size=8)
 
 
-def test_names_of_which_one_is_a_number_are_names(folder):
+def test_a_single_number_among_names_is_a_name(folder):
     (folder / "bee").rename(folder / "747")
     assert load_image_folder(folder, size=8).classes == ("747", "ape", "cat")
 
 
 @pytest.mark.parametrize("number", ["1000000", "20240101", "1000000000", "9" * 20, "9" * 200])
-def test_numbers_beyond_all_outputs(folder, number):
+def test_numbers_too_large_for_an_output_raise(folder, number):
     for old, new in zip(CLASSES, ("0", "1", number), strict=True):
         (folder / old).rename(folder / new)
     message = rf"^images: .*/{number}: the number is too large for a network's output; expected"
@@ -94,7 +94,7 @@ def test_numbers_beyond_all_outputs(folder, number):
     assert len(stimuli.classes) == 10**6
 
 
-def test_names_that_are_not_utf_8(folder):
+def test_names_that_are_not_utf_8_are_escaped_or_raise(folder):
     garbled = os.fsdecode(b"caf\xe9")
     (folder / "ape" / f"{garbled}.png{garbled}").touch()
     root = folder.rename(folder.with_name(garbled))
@@ -107,7 +107,7 @@ def test_names_that_are_not_utf_8(folder):
     str(caught.value).encode()
 
 
-def test_files_that_are_not_read_are_counted(folder):
+def test_skipped_files_are_counted(folder):
     Image.new("L", (5, 5)).save(folder / "bee" / "a.GIF")
     (folder / "bee" / "notes").touch()
     shutil.copy(folder / "bee" / "0.png", folder / "0.png")
@@ -141,7 +141,7 @@ def test_links_to_folders_are_followed_once(folder, tmp_path):
     assert linked.source.endswith(" (skipped: 4 links to folders read already)")
 
 
-def test_broken_links(folder):
+def test_broken_links_raise_or_are_skipped(folder):
     for place in (folder / "dog", folder / "bee" / "more"):
         place.symlink_to("nowhere")
         with pytest.raises(DataError, match=rf"{place} is a link to nowhere, which is missing"):
@@ -159,7 +159,7 @@ def test_broken_links(folder):
 
 
 @pytest.mark.parametrize("flat", [True, False])
-def test_what_other_programs_leave_among_imagenets_images(folder, tmp_path, flat):
+def test_entries_of_other_programs_among_imagenet_are_skipped(folder, tmp_path, flat):
     root = tmp_path / "val"
     for i in range(2):
         place = root if flat else root / wnids()[113]
@@ -172,7 +172,7 @@ def test_what_other_programs_leave_among_imagenets_images(folder, tmp_path, flat
     clean = load_validation(root, [113], torchvision_transform)
     assert clean.source == f"2 images of 1 classes in {root}"
     for junk in {root, place}:
-        litter(junk, folder / "cat" / "0.png")
+        add_junk(junk, folder / "cat" / "0.png")
         shutil.copy(folder / "cat" / "0.png", junk / "._ILSVRC2012_val_00000001.JPEG")
     shutil.copy(folder / "cat" / "0.png", root / "montage.png")
     littered = load_validation(root, [113], torchvision_transform)

@@ -1,4 +1,4 @@
-"""ImageNet's classes, and its validation images in every form they come in."""
+"""ImageNet's classes, and its validation images in every layout."""
 
 import re
 import shutil
@@ -26,7 +26,7 @@ from repsim_kernels.experiments.inputs.imagenet import (
 )
 
 TRANSFORM = ImageClassification(crop_size=8, resize_size=10)
-STUDY = {  # the ten classes of the study, and others whose outputs are widely known
+STUDY = {  # the study's ten classes
     "n04147183": "schooner",
     "n01917289": "brain coral",
     "n01534433": "junco",
@@ -38,7 +38,7 @@ STUDY = {  # the ten classes of the study, and others whose outputs are widely k
     "n03388183": "fountain pen",
     "n04442312": "toaster",
 }
-KNOWN = {
+KNOWN = {  # classes whose outputs are widely known
     0: ("n01440764", "tench"),
     207: ("n02099601", "golden retriever"),
     281: ("n02123045", "tabby"),
@@ -50,7 +50,7 @@ JUNCO, SNAIL, SCHOONER, TENCH = 13, 113, 780, 0
 IN_FLAT = (SCHOONER, JUNCO, TENCH, JUNCO, SCHOONER, SNAIL, JUNCO, SNAIL)  # by file number
 
 
-def draw(file: Path, seed: int, mode: str = "RGB") -> None:
+def write_image(file: Path, seed: int, mode: str = "RGB") -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     height, width = rng.integers(9, 30, 2)
@@ -58,11 +58,11 @@ def draw(file: Path, seed: int, mode: str = "RGB") -> None:
     Image.fromarray(pixels).convert(mode).save(file)
 
 
-def one_by_one(files: Sequence[Path]) -> torch.Tensor:
+def load_one_by_one(files: Sequence[Path]) -> torch.Tensor:
     return torch.stack([TRANSFORM(Image.open(file).convert("RGB")) for file in files])
 
 
-def test_ids_and_names_stand_at_one_output():
+def test_ids_and_names_match_by_output():
     assert len(wnids()) == 1000
     assert sorted(set(wnids())) == list(wnids())
     assert all(re.fullmatch(r"n\d{8}", wnid) for wnid in wnids())
@@ -71,14 +71,14 @@ def test_ids_and_names_stand_at_one_output():
         assert (wnids()[output], categories()[output]) == pair
 
 
-def test_names_are_torchvisions_and_distinct():
+def test_names_match_torchvision_and_are_distinct():
     names = ResNet50_Weights.DEFAULT.meta["categories"]
     assert len({name.lower() for name in categories()}) == 1000
     changed = {ours: name for ours, name in zip(categories(), names, strict=True) if ours != name}
     assert changed == {"Cardigan n02113186": "Cardigan", "cardigan n02963159": "cardigan"}
 
 
-def test_outputs():
+def test_find_outputs():
     assert find_outputs(["n04147183", "siberian_HUSKY", "13", 999]) == [780, 250, 13, 999]
     assert find_outputs(categories()) == list(range(1000))
     assert find_outputs(wnids()) == list(range(1000))
@@ -99,7 +99,7 @@ def test_outputs():
         (["snail", 5, "n01944390"], "'snail' and 'n01944390' are one class"),
     ],
 )
-def test_names_that_are_no_outputs(names, message):
+def test_invalid_names_raise(names, message):
     with pytest.raises(DataError, match=f"classes: {message}") as error:
         find_outputs(names)
     assert "\n" not in str(error.value)
@@ -120,39 +120,41 @@ def test_a_directory_for_each_class(tmp_path, directories):
             tmp_path / name / f"{letter}.{'png' if output == SNAIL else 'JPEG'}" for letter in "abc"
         ]
         for i, file in enumerate(files[output]):
-            draw(file, 10 * output + i, "L" if i == 0 else "RGB")
-    for other in ("toaster", "cardigan", "no class"):  # not asked for, so not read
+            write_image(file, 10 * output + i, "L" if i == 0 else "RGB")
+    for other in ("toaster", "cardigan", "no class"):  # not requested, so not read
         (tmp_path / other).mkdir()
         (tmp_path / other / "0.JPEG").write_bytes(b"no image")
     shown = load_validation(tmp_path, [SCHOONER, JUNCO, SNAIL], TRANSFORM)
     assert shown.labels.tolist() == [JUNCO] * 3 + [SNAIL] * 3 + [SCHOONER] * 3
-    expected = one_by_one(files[JUNCO] + files[SNAIL] + files[SCHOONER])
+    expected = load_one_by_one(files[JUNCO] + files[SNAIL] + files[SCHOONER])
     torch.testing.assert_close(shown.images, expected, rtol=0, atol=0)
     assert shown.classes == categories()
     assert shown.source == f"9 images of 3 classes in {tmp_path}"
     shown = load_validation(str(tmp_path), [SNAIL, JUNCO], TRANSFORM, images_per_class=2)
     assert shown.labels.tolist() == [JUNCO] * 2 + [SNAIL] * 2
     torch.testing.assert_close(
-        shown.images, one_by_one(files[JUNCO][:2] + files[SNAIL][:2]), rtol=0, atol=0
+        shown.images, load_one_by_one(files[JUNCO][:2] + files[SNAIL][:2]), rtol=0, atol=0
     )
 
 
 @pytest.mark.parametrize(("side", "count"), [(8, 2), (9, 2), (10, 0)])
 def test_images_that_are_enlarged_are_counted(tmp_path, side, count):
-    """The network's own transform resizes to 10 pixels also what has the 8 that are shown."""
+    """The network's transform resizes to 10 pixels, even files that already have the final 8."""
     for i, size in enumerate([(side, side), (40, side)]):
         (tmp_path / "13").mkdir(exist_ok=True)
         Image.new("RGB", size).save(tmp_path / "13" / f"{i}.png")
-    said = f"2 of 2 images are enlarged, to a shorter side of 10 pixels; the smallest has {side} "
+    expected = (
+        f"2 of 2 images are enlarged, to a shorter side of 10 pixels; the smallest has {side} "
+    )
     enlarged = load_validation(tmp_path, [JUNCO], TRANSFORM).enlarged
-    assert enlarged.startswith(said) if count else enlarged == ""
+    assert enlarged.startswith(expected) if count else enlarged == ""
     assert load_validation(tmp_path, [JUNCO], lambda image: TRANSFORM(image)).enlarged == ""
 
 
-def test_what_directories_may_lack(tmp_path):
+def test_incomplete_directories_raise(tmp_path):
     for i in range(2):
-        draw(tmp_path / "snail" / f"{i}.png", i)
-        draw(tmp_path / "n04147183" / f"{i}.png", i)
+        write_image(tmp_path / "snail" / f"{i}.png", i)
+        write_image(tmp_path / "n04147183" / f"{i}.png", i)
     with pytest.raises(DataError, match=r"no sub-directory for tench \(n01440764\), junco \(n015"):
         load_validation(tmp_path, [JUNCO, SNAIL, TENCH], TRANSFORM)
     with pytest.raises(DataError, match=r"tench \(.* and 988 more; expected"):
@@ -180,22 +182,22 @@ def test_what_directories_may_lack(tmp_path):
 
 @pytest.fixture
 def flat(tmp_path: Path) -> Path:
-    """ILSVRC2012's flat directory, of eight images."""
+    """ILSVRC2012's flat directory, with eight images."""
     for number in range(1, len(IN_FLAT) + 1):
-        draw(tmp_path / "data" / "val" / f"ILSVRC2012_val_{number:08d}.JPEG", number)
+        write_image(tmp_path / "data" / "val" / f"ILSVRC2012_val_{number:08d}.JPEG", number)
     (tmp_path / "data" / "val" / "notes.JPEG").write_bytes(b"no image of the set")
     return tmp_path / "data" / "val"
 
 
 def write_list(folder: Path, labels: Sequence[int] = IN_FLAT) -> Path:
-    """Caffe's val.txt."""
+    """Write Caffe's val.txt."""
     lines = [f"ILSVRC2012_val_{i:08d}.JPEG {label}\n" for i, label in enumerate(labels, 1)]
     (folder / "val.txt").write_text("".join(lines))
     return folder / "val.txt"
 
 
 def write_solution(folder: Path, labels: Sequence[int] = IN_FLAT) -> Path:
-    """Kaggle's LOC_val_solution.csv, which is in no order and has a box for each object."""
+    """Write Kaggle's LOC_val_solution.csv, which is unsorted and has a box per object."""
     lines = ["ImageId,PredictionString\n"]
     for i, label in sorted(enumerate(labels, 1), key=lambda pair: -pair[0]):
         boxes = " ".join(f"{wnids()[label]} 85 {box} 499 272" for box in range(1 + i % 3))
@@ -206,7 +208,7 @@ def write_solution(folder: Path, labels: Sequence[int] = IN_FLAT) -> Path:
 
 @cache
 def meta(wnid_by_id: tuple[str, ...]) -> bytes:
-    """The development kit's meta.mat: the classes, then two of their ancestors."""
+    """Make the development kit's meta.mat: the classes, then two of their ancestors."""
     fields = ["ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children"]
     synsets = np.zeros((len(wnid_by_id) + 2, 1), dtype=[(field, object) for field in fields])
     for i, wnid in enumerate([*wnid_by_id, "n00001740", "n00001930"]):
@@ -218,7 +220,7 @@ def meta(wnid_by_id: tuple[str, ...]) -> bytes:
 
 
 def write_kit(folder: Path, labels: Sequence[int] = IN_FLAT) -> Path:
-    """The development kit's ground truth, and meta.mat beside it; its ids are in no order."""
+    """Write the development kit's ground truth and meta.mat; its ids are unsorted."""
     wnid_by_id = tuple(np.random.default_rng(0).permutation(wnids()).tolist())
     (folder / "meta.mat").write_bytes(meta(wnid_by_id))
     file = folder / "ILSVRC2012_validation_ground_truth.txt"
@@ -230,21 +232,21 @@ WRITERS = (write_list, write_solution, write_kit)
 
 
 @pytest.mark.parametrize("write", WRITERS)
-@pytest.mark.parametrize("place", ["in it", "beside it", "elsewhere"])
-def test_flat_directory(flat, tmp_path, write, place, monkeypatch):
-    folder = {"in it": flat, "beside it": flat.parent, "elsewhere": tmp_path}[place]
+@pytest.mark.parametrize("place", ["inside", "parent", "elsewhere"])
+def test_flat_directory_with_every_labels_format(flat, tmp_path, write, place, monkeypatch):
+    folder = {"inside": flat, "parent": flat.parent, "elsewhere": tmp_path}[place]
     labels = write(folder)
     if place == "elsewhere":
         with pytest.raises(DataError, match=r"there is no val\.txt, LOC_.* or .*--labels FILE"):
             load_validation(flat, [JUNCO, SCHOONER], TRANSFORM)
-        labels = labels.rename(tmp_path / "any.name")  # told by content
+        labels = labels.rename(tmp_path / "any.name")  # the format is detected by content
     monkeypatch.chdir(flat)
     shown = load_validation(
         ".", [SCHOONER, JUNCO], TRANSFORM, labels=labels if place == "elsewhere" else None
     )
     assert shown.labels.tolist() == [JUNCO] * 3 + [SCHOONER] * 2
     numbers = (2, 4, 7, 1, 5)
-    expected = one_by_one([flat / f"ILSVRC2012_val_{i:08d}.JPEG" for i in numbers])
+    expected = load_one_by_one([flat / f"ILSVRC2012_val_{i:08d}.JPEG" for i in numbers])
     torch.testing.assert_close(shown.images, expected, rtol=0, atol=0)
     assert shown.classes == categories()
     shown = load_validation(flat, [JUNCO], TRANSFORM, labels=labels, images_per_class=2)
@@ -256,16 +258,16 @@ def test_flat_directory(flat, tmp_path, write, place, monkeypatch):
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_labels_of_some_files(flat, write):
+def test_missing_labels_raise_and_missing_files_do_not(flat, write):
     """A file without a label is an error; a label without its file is not."""
     labels = write(flat, IN_FLAT[:-1])
-    if write is write_solution:  # its lines are in no order
+    if write is write_solution:  # its lines are unsorted
         assert "00000008" not in labels.read_text()
     with pytest.raises(DataError, match=r"labels: .* has no label for ILSVRC2012_val_00000008"):
         load_validation(flat, [JUNCO], TRANSFORM)
     (flat / "ILSVRC2012_val_00000008.JPEG").unlink()
     (flat / "ILSVRC2012_val_00000002.JPEG").unlink()
-    expected = one_by_one([flat / f"ILSVRC2012_val_{i:08d}.JPEG" for i in (4, 7)])
+    expected = load_one_by_one([flat / f"ILSVRC2012_val_{i:08d}.JPEG" for i in (4, 7)])
     torch.testing.assert_close(
         load_validation(flat, [JUNCO], TRANSFORM).images, expected, rtol=0, atol=0
     )
@@ -282,7 +284,7 @@ def test_labels_of_some_files(flat, write):
         (write_solution, "ImageId,", "id,", "line 1 of .* is damaged"),
     ],
 )
-def test_damaged_labels(flat, write, old, new, message):
+def test_damaged_labels_raise(flat, write, old, new, message):
     labels = write(flat)
     labels.write_text(labels.read_text().replace(old, new))
     with pytest.raises(DataError, match=message) as error:
@@ -291,7 +293,7 @@ def test_damaged_labels(flat, write, old, new, message):
 
 
 @pytest.mark.parametrize("line", ["0", "1001", "", "3 4", "n01440764"])
-def test_damaged_ground_truth(flat, line):
+def test_a_damaged_ground_truth_raises(flat, line):
     labels = write_kit(flat)
     lines = labels.read_text().splitlines()
     labels.write_text("\n".join([*lines[:2], line, *lines[3:]]))
@@ -299,7 +301,7 @@ def test_damaged_ground_truth(flat, line):
         load_validation(flat, [JUNCO], TRANSFORM)
 
 
-def test_labels_that_cannot_be_read(flat, tmp_path):
+def test_unreadable_labels_raise(flat, tmp_path):
     with pytest.raises(DataError, match=r"labels: .*none\.txt can't be read: .*No such file"):
         load_validation(flat, [JUNCO], TRANSFORM, labels=tmp_path / "none.txt")
     (tmp_path / "other").write_bytes(b"\xff\xfe\x00")
@@ -310,7 +312,7 @@ def test_labels_that_cannot_be_read(flat, tmp_path):
         load_validation(flat, [JUNCO], TRANSFORM, labels=tmp_path / "empty")
 
 
-def test_meta_of_the_development_kit(flat):
+def test_a_damaged_or_foreign_meta_mat_raises(flat):
     write_kit(flat)
     file = flat / "meta.mat"
     whole = file.read_bytes()
@@ -330,7 +332,7 @@ def test_meta_of_the_development_kit(flat):
         load_validation(flat, [JUNCO], TRANSFORM)
 
 
-def test_bad_image(flat):
+def test_bad_images_raise_or_are_skipped(flat):
     write_list(flat)
     bad = flat / "ILSVRC2012_val_00000004.JPEG"
     bad.write_bytes(bad.read_bytes()[:40])
@@ -340,7 +342,7 @@ def test_bad_image(flat):
     with pytest.warns(UserWarning, match=r"skipped, can't be decoded: .*val_00000004\.JPEG$"):
         shown = load_validation(flat, [JUNCO, SCHOONER], TRANSFORM, skip_bad=True)
     assert shown.labels.tolist() == [JUNCO, JUNCO, SCHOONER, SCHOONER]
-    expected = one_by_one([flat / f"ILSVRC2012_val_{i:08d}.JPEG" for i in (2, 7, 1, 5)])
+    expected = load_one_by_one([flat / f"ILSVRC2012_val_{i:08d}.JPEG" for i in (2, 7, 1, 5)])
     torch.testing.assert_close(shown.images, expected, rtol=0, atol=0)
     shutil.copy(bad, flat / "ILSVRC2012_val_00000002.JPEG")
     with pytest.raises(DataError, match=r"'junco' .* has 1 images that can be decoded; expected 2"):
@@ -350,7 +352,7 @@ def test_bad_image(flat):
     )  # not read
 
 
-def test_noise():
+def test_noise_is_smooth_coloured_by_class_and_distinct():
     shown = make_noise([SCHOONER, JUNCO], images_per_class=5, size=64)
     assert shown.labels.tolist() == [JUNCO] * 5 + [SCHOONER] * 5
     assert shown.images.dtype == torch.float32
@@ -360,14 +362,14 @@ def test_noise():
     pixels = (shown.images * std + mean) * 255
     torch.testing.assert_close(pixels, pixels.round().clamp(0, 255), rtol=0, atol=1e-3)
     assert pixels.std() > 30
-    assert pixels.diff(dim=-1).abs().max() < 20  # smooth: 127 within 8 pixels at the most
+    assert pixels.diff(dim=-1).abs().max() < 20  # smooth: at most 127 over 8 pixels
     distances = torch.pdist(pixels.flatten(1)) / (3 * 64 * 64) ** 0.5
-    assert distances.min() > 10  # no two are alike
+    assert distances.min() > 10  # no two images are similar
     colours = pixels.mean((2, 3)).reshape(2, 5, 3)
     assert (colours[0].mean(0) - colours[1].mean(0)).norm() > 3 * colours.std(1).max()
 
 
-def test_noise_depends_on_the_class_only():
+def test_noise_depends_only_on_class_and_size():
     shown = make_noise([SCHOONER, JUNCO], images_per_class=5, size=16)
     fewer = make_noise([SCHOONER], images_per_class=2, size=16)
     assert torch.equal(fewer.images, shown.images[5:7])

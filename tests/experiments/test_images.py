@@ -1,4 +1,4 @@
-"""The shipped stimuli and folders of images."""
+"""The shipped stimuli, and folders of images."""
 
 import gzip
 import threading
@@ -18,7 +18,7 @@ from repsim_kernels.experiments.inputs.images import decode_images, load_demo, l
 COLOURS = {"ape": (255, 0, 0), "bee": (0, 255, 0), "cat": (0, 0, 255)}
 
 
-def test_demo():
+def test_demo_images_are_prepared_for_the_shipped_networks():
     stimuli = load_demo()
     assert data.DEMO_FILE.stat().st_size < 0.6e6
     assert stimuli.images.shape == (500, 3, 32, 32)
@@ -35,7 +35,7 @@ def test_demo():
 
 
 @pytest.mark.skipif(not Path(data.FASHION_MNIST).is_dir(), reason="needs dataset-fashion-mnist")
-def test_demo_is_held_out():
+def test_demo_images_come_from_the_test_set():
     images, labels = data.load_fashion_mnist("t10k")
     first = np.concatenate([np.flatnonzero(labels == c)[:50] for c in range(10)])
     with np.load(data.DEMO_FILE) as shipped:
@@ -55,7 +55,7 @@ def test_demo_is_held_out():
         ),
     ],
 )
-def test_damaged_data_set(tmp_path, content, message):
+def test_a_damaged_data_set_raises(tmp_path, content, message):
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(content)
     with pytest.raises(DataError, match=message):
         data.load_fashion_mnist("train", tmp_path)
@@ -63,7 +63,7 @@ def test_damaged_data_set(tmp_path, content, message):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three classes of two images of 60 x 40, each of one colour."""
+    """Three classes of two images of 60 x 40; each class has one colour."""
     root = tmp_path / "images"
     for name, colour in COLOURS.items():
         (root / name).mkdir(parents=True)
@@ -72,7 +72,7 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def test_image_folder(folder):
+def test_image_folder_is_sorted_resized_and_normalised(folder):
     Image.new("L", (30, 50), 0).save(folder / "bee" / "2.JPEG")
     (folder / "bee" / "notes.txt").write_text("no image")
     stimuli = load_image_folder(folder, size=32)
@@ -96,7 +96,7 @@ def test_image_folder_crops_the_centre(folder):
     torch.testing.assert_close(first, black[:, None, None].expand(3, 32, 32))
 
 
-def test_image_folder_keeps_outputs(folder):
+def test_image_folder_keeps_output_numbers(folder):
     stimuli = load_image_folder(folder, classes=["cat", "ape"], size=8)
     assert stimuli.labels.tolist() == [0, 0, 2, 2]
     assert stimuli.classes == ("ape", "bee", "cat")
@@ -108,7 +108,7 @@ def test_image_folder_keeps_outputs(folder):
     assert load_image_folder(folder, classes=["9"], size=8).labels.tolist() == [9, 9]
 
 
-def test_unreadable_image(folder):
+def test_unreadable_images_raise_or_are_skipped(folder):
     whole = (folder / "ape" / "0.png").read_bytes()
     (folder / "ape" / "2.png").write_bytes(whole[:-30])
     (folder / "bee" / "2.jpg").write_bytes(b"no image")
@@ -128,66 +128,66 @@ def test_unreadable_image(folder):
 
 @pytest.fixture
 def numbered(tmp_path: Path) -> list[Path]:
-    """Sixty images of one pixel each, red i."""
+    """Sixty one-pixel images; image i has red value i."""
     files = [tmp_path / f"{i}.png" for i in range(60)]
     for i, file in enumerate(files):
         Image.new("RGB", (1, 1), (i, 0, 0)).save(file)
     return files
 
 
-def red(image: Image.Image) -> torch.Tensor:
+def read_red(image: Image.Image) -> torch.Tensor:
     return torch.tensor([float(image.getpixel((0, 0))[0])])
 
 
 def test_decode_keeps_the_order(numbered):
     def slow_first(image: Image.Image) -> torch.Tensor:
-        time.sleep((60 - red(image).item()) * 1e-4)
+        time.sleep((60 - read_red(image).item()) * 1e-4)
         finished.append(threading.current_thread())
-        return red(image)
+        return read_red(image)
 
     finished: list[threading.Thread] = []
     order = np.random.default_rng(0).permutation(60)
     images, good = decode_images([numbered[i] for i in order], slow_first)
     assert images[:, 0].tolist() == order.tolist()
     assert good == list(range(60))
-    assert len(set(finished)) > 2  # this thread, for the size, and two or more
+    assert len(set(finished)) > 2  # this thread, for the shape, and at least two more
 
 
-def test_decode_leaves_out_what_is_bad(numbered):
+def test_decode_skips_bad_files(numbered):
     bad = {0, 1, 7, 30, 31, 59}
     for i in bad:
         numbered[i].write_bytes(b"no image")
-    images, good = decode_images(numbered, red, skip_bad=True)
+    images, good = decode_images(numbered, read_red, skip_bad=True)
     assert good == sorted(set(range(60)) - bad)
     assert images[:, 0].tolist() == good
     with pytest.raises(DataError, match=r"images: .*/0\.png can't be decoded") as error:
-        decode_images(numbered, red)
+        decode_images(numbered, read_red)
     assert "\n" not in str(error.value)
     numbered[0].unlink()
     with pytest.raises(DataError, match=r"/0\.png can't be decoded: .*No such file"):
-        decode_images(numbered, red)
+        decode_images(numbered, read_red)
 
 
 def test_decode_stops_at_a_bad_image(numbered):
     def slow(image: Image.Image) -> torch.Tensor:
         time.sleep(0.01)
-        read.append(image)
-        return red(image)
+        decoded.append(image)
+        return read_red(image)
 
-    read: list[Image.Image] = []
+    decoded: list[Image.Image] = []
     numbered[0].write_bytes(b"no image")
     threads = threading.active_count()
     with pytest.raises(DataError, match=r"/0\.png can't be decoded"):
         decode_images(numbered * 10, slow)
     assert threading.active_count() == threads
-    assert len(read) < 300  # of 590
+    assert len(decoded) < 300  # of 590
 
 
 def test_decode_passes_on_other_errors(numbered):
     def broken(image: Image.Image) -> torch.Tensor:
-        if red(image).item() == 5:
+        if read_red(image).item() == 5:
             raise ZeroDivisionError("the transform's own")
-        return red(image)
+        return read_red(image)
 
     threads = threading.active_count()
     with pytest.raises(ZeroDivisionError, match="the transform's own"):
@@ -198,7 +198,7 @@ def test_decode_passes_on_other_errors(numbered):
         decode_images(numbered, lambda image: torch.zeros(2 if image.width == 2 else 1))
 
 
-def test_the_files_own_size(folder):
+def test_images_keep_their_size_without_a_size(folder):
     for i, file in enumerate(sorted(folder.rglob("*.png"))):
         rng = np.random.default_rng(i)
         Image.fromarray(rng.integers(0, 256, (40, 300, 3), dtype=np.uint8)).save(file)
@@ -221,8 +221,8 @@ def test_the_files_own_size(folder):
 
 
 @pytest.mark.parametrize("size", [8, 40, 224])
-def test_files_of_the_size_are_shown_as_they_are(folder, size):
-    """Others are resized and cropped, in the same folder as well."""
+def test_files_of_the_requested_size_are_not_resized(folder, size):
+    """Other files in the same folder are resized and cropped."""
     rng = np.random.default_rng(size)
     for name, shape in (("ape", (size, size)), ("bee", (size + 1, size)), ("cat", (size, size))):
         Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(
@@ -258,7 +258,7 @@ def test_enlarged_images_are_counted(folder):
     )
 
 
-def test_what_a_folder_may_lack(folder, tmp_path):
+def test_incomplete_folders_raise(folder, tmp_path):
     with pytest.raises(DataError, match=r"there is no directory .*none"):
         load_image_folder(tmp_path / "none")
     (tmp_path / "empty").mkdir()

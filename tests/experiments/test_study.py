@@ -27,8 +27,8 @@ def table() -> pd.DataFrame:
     return toy_study(metric_images=4).run()
 
 
-def hooked(model: nn.Module, layer: str, images: torch.Tensor, mask: torch.Tensor) -> Any:
-    """Logits with a layer's output masked, and the output itself, by a plain forward hook."""
+def run_with_mask(model: nn.Module, layer: str, images: torch.Tensor, mask: torch.Tensor) -> Any:
+    """Logits with a layer's output masked, and the unmasked output, from a plain forward hook."""
     seen = []
 
     def hook(_module: nn.Module, _input: Any, output: torch.Tensor) -> torch.Tensor:
@@ -61,13 +61,13 @@ def test_the_table_has_a_row_for_each_cell_in_order(table: pd.DataFrame) -> None
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("label", [0, 2])
-def test_rows_equal_those_of_brute_force(table: pd.DataFrame, layer: str, label: int) -> None:
+def test_rows_match_brute_force(table: pd.DataFrame, layer: str, label: int) -> None:
     images, labels = toy_images()
     rows = table[(table["layer"] == layer) & (table["class"] == CLASSES[label])].set_index("cell")
     model = Toy().eval()
 
     first = torch.cat([torch.where(labels == c)[0][:4] for c in range(3)])
-    _, x = hooked(model, layer, images[first], torch.ones(4 * 64))
+    _, x = run_with_mask(model, layer, images[first], torch.ones(4 * 64))
     x, y = x.double().numpy(), labels[first].numpy()
     cells = selectivity_grid(x, y, label)
     distances = ablation_distances(x, cells)
@@ -84,13 +84,13 @@ def test_rows_equal_those_of_brute_force(table: pd.DataFrame, layer: str, label:
         probe = ablation_decodability(x[some], cells, y[some], target=label)
         for kind in ("refit", "frozen"):
             change = float(probe["intact"]) - np.asarray(probe[kind])
-            found = rows[half(f"decodability_{kind}", which)]
-            np.testing.assert_allclose(found, change, atol=1e-9)
+            result = rows[half(f"decodability_{kind}", which)]
+            np.testing.assert_allclose(result, change, atol=1e-9)
 
     mine = images[labels == label]
-    intact, _ = hooked(model, layer, mine, torch.ones(4 * 64))
+    intact, _ = run_with_mask(model, layer, mine, torch.ones(4 * 64))
     for cell in range(16):
-        ablated, _ = hooked(model, layer, mine, torch.from_numpy(cells != cell))
+        ablated, _ = run_with_mask(model, layer, mine, torch.from_numpy(cells != cell))
         before, after = intact.double().softmax(1)[:, label], ablated.double().softmax(1)[:, label]
         ranks = [
             [sum(float(v) > float(row[label]) for v in row) for row in logits]
@@ -107,8 +107,8 @@ def test_rows_equal_those_of_brute_force(table: pd.DataFrame, layer: str, label:
             assert rows.loc[cell, name] == pytest.approx(value, abs=1e-5), (cell, name)
 
 
-def test_random_cells_are_drawn_and_have_the_grids_sizes() -> None:
-    grid, drawn, other = (
+def test_random_cells_have_the_sizes_of_the_grid() -> None:
+    grid, random, reseeded = (
         toy_study(**options).run()
         for options in (
             {"grid": (3, 5)},
@@ -117,18 +117,18 @@ def test_random_cells_are_drawn_and_have_the_grids_sizes() -> None:
         )
     )
     keys = ["class", "layer"]
-    for key, rows in drawn.groupby(keys):
+    for key, rows in random.groupby(keys):
         same = grid.groupby(keys).get_group(key)
         assert sorted(rows["size"]) == sorted(same["size"])
         assert rows["energy"].sum() == pytest.approx(1)
-        # Cells of like magnitude have unlike energies, and random ones hardly differ.
+        # Cells grouped by magnitude differ in energy; random cells hardly do.
         assert rows["energy"].std() < 0.7 * same["energy"].std()
-    assert not np.allclose(drawn["energy"], other["energy"])
+    assert not np.allclose(random["energy"], reseeded["energy"])
 
 
-def test_halves_too_small_to_be_told_apart_are_nan() -> None:
+def test_halves_with_too_few_stimuli_are_nan() -> None:
     table = toy_study(metric_images=3).run()
-    # Of nine stimuli the second class's are in the fourth to sixth place, of which one is odd.
+    # Of nine stimuli the second class has numbers four to six, only one of which is odd.
     few = np.where(table["class"] == CLASSES[1], "odd", "even")
     for which in HALVES:
         assert (table[half("margin_refit", which)].isna() == (few == which)).all()
@@ -146,7 +146,7 @@ def test_a_dead_layer_gives_nan_and_a_warning() -> None:
     assert (table["rank_deficit"] == 0).all()
 
 
-def test_the_model_is_left_as_it_is_and_numpy_is_taken() -> None:
+def test_numpy_arrays_work_and_the_model_stays_unchanged() -> None:
     images, labels = toy_images()
     model = Toy().train()
     study = Study(model, ["act1"], images.numpy(), labels.tolist(), targets=[2], grid=(2, 3))
@@ -231,7 +231,7 @@ def test_examples_in_docstrings_run(module: str) -> None:
         ({"device": "cuda:99"}, "device: cuda:99 can't be used here"),
     ],
 )
-def test_wrong_arguments_are_named(changes: dict[str, Any], message: str) -> None:
+def test_errors_name_the_wrong_argument(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(StudyError, match=message) as caught:
         toy_study(**changes)
     assert "\n" not in str(caught.value)
@@ -245,19 +245,19 @@ class Twice(Toy):
         return logits
 
 
-def test_a_layer_that_runs_twice_or_never_is_named() -> None:
+def test_error_names_a_layer_that_runs_twice_or_never() -> None:
     with pytest.raises(LayerError, match=r"act1.* 2 times.*conv1.*conv2"):
         toy_study(model=Twice(), layers=["conv1", "act1"])
     with pytest.raises(LayerError, match=r"act2.* never called"):
         toy_study(model=Twice(), layers=["conv1", "act2"])
 
 
-def test_an_unknown_layer_is_named() -> None:
+def test_error_names_an_unknown_layer() -> None:
     with pytest.raises(LayerError, match="act3"):
         toy_study(layers=["act3"])
 
 
-def test_activations_that_are_not_finite_name_the_layer() -> None:
+def test_error_names_the_layer_with_nonfinite_activations() -> None:
     images, _ = toy_images()
     images[3] = float("inf")
     with pytest.raises(StudyError, match="toy, layer act1, class ant/queen: "):
