@@ -1,4 +1,4 @@
-"""Estimates what a study will cost: operations counted, and short timings on its device."""
+"""Estimate the cost of a study from counted operations and short timings on its device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measures the rows of a study: one pass of the images per group of layers, then each cell."""
+"""Measure the rows of a study: one pass over the images per group of layers, then each cell."""
 
 from __future__ import annotations
 
@@ -186,8 +186,15 @@ def _measure_target(
     forward, n_cells = study.forward, study.n_cells
     states = activations.states.pop(label)
     try:
-        x, y = _select_stimuli(study, label, activations)
-        result = measure_representation(study, study.probes, layer, label, x, y, free_bytes)
+        # The selected stimuli may be a copy, so no name here keeps them during the forward passes.
+        result = measure_representation(
+            study,
+            study.probes,
+            layer,
+            label,
+            *_select_stimuli(study, label, activations),
+            free_bytes,
+        )
         # The intact logits come from the same masked pass as the ablated ones, so that the change
         # for an empty cell is exactly zero.
         none = torch.full(result.cells.shape[-1:], -1)

@@ -183,7 +183,7 @@ def _describe_module(module: nn.Module) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """An option as a value that JSON can hold; the name of anything else."""
+    """An option as a value that JSON can hold, or its name."""
     if isinstance(value, tuple | list):
         return [_plain(each) for each in value]
     if value is None or isinstance(value, bool | int | str):

@@ -1,4 +1,4 @@
-"""Sets PyTorch's TF32 switches inside a context, and restores them exactly afterwards."""
+"""Set PyTorch's TF32 switches inside a context, and restore them exactly afterwards."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def _ridge_halves(
 ) -> dict[str, Tensor]:
     """The ridge probe on each half, every other stimulus (a view); NaN if a class has only one.
 
-    Stimuli are sorted by class, so each half has half of every class, give or take one stimulus.
+    Stimuli are sorted by class, so each half has half of every class, plus or minus one stimulus.
     """
     by_half: dict[str, Tensor] = {}
     for first, which in enumerate(HALVES):

@@ -62,5 +62,5 @@ def test_a_study_stays_within_its_memory(memory: str, layout: str, passes: int) 
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     rows, groups, allowed, peak = map(int, done.stdout.split())
     assert (rows, groups) == (3 * 4, passes)
-    # Includes one layer's activations, 105 MiB; a lower count would be of something else.
+    # The peak must include one layer's activations, 105 MiB.
     assert 100 * 2**20 < peak < 1.1 * allowed
