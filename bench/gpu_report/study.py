@@ -55,7 +55,7 @@ class StageClock:
         self.running = ""  # the stage that an error is of
         self._cuda = study.device.type == "cuda"
         self._calls: tuple[tuple[Any, str, str], ...] = (
-            (measure, "_shown", "prefix"),
+            (measure, "_collect_activations", "prefix"),
             (rk, "selectivity_grid", "cells"),
             (rk, "ablation_distances", "metrics"),
             (rk, "ablation_decodability", "ridge"),
@@ -136,7 +136,7 @@ def _time_network(
             "layer": name,
             "neurons": study.sizes[name].neurons,
             "tail_flops": study.costs[name].tail_flops,
-            "draws": draws.of(study.sizes[name].neurons),
+            "draws": draws.count_for(study.sizes[name].neurons),
         }
         for name in study.layers
     ]

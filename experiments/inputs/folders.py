@@ -124,7 +124,7 @@ def find_class_outputs(root: Path, skipped: Counter[str]) -> dict[str, int]:
     if strays:
         raise DataError(
             f"images: {root} has {len(names) - len(strays)} folders named by output numbers, and "
-            f"{strays[0]!r}; expected only numbers, move it away"
+            f"{strays[0]!r}; expected only numbers, so move it away"
         )
     numbers = {name: int(name) for name in names}
     if len(set(numbers.values())) < len(names):

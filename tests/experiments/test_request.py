@@ -222,7 +222,7 @@ def test_the_published_study_has_its_papers_choices() -> None:
     assert [len(s.layers) for s in job.studies] == [7, 104, 16]
     assert [s.others for s in job.studies] == [10, None, None]
     assert [s.n_stimuli for s in job.studies] == [22, 24, 24]
-    assert [s.draws.of(100_352) for s in job.studies] == [200, 1003, 2007]
+    assert [s.draws.count_for(100_352) for s in job.studies] == [200, 1003, 2007]
     for study in job.studies:
         assert (study.edges, study.grid) == ("inclusive", (4, 4))
         assert study.options == {"ridge": 0.1, "penalty": 1e3, "probe_ridge": 1.0}
