@@ -1,4 +1,4 @@
-"""The ablation study: do representation metrics follow what happens to a network's function?"""
+"""Ablation studies: do representation metrics track changes of a network's function?"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MODULES = {
     "write_report": "report.page",
 }
 
-#: What the extra `experiments` installs, by the names of imports.
+#: Import names of the packages that the extra `experiments` installs.
 _EXTRA = {
     *("jinja2", "matplotlib", "pandas", "pyarrow", "rich", "safetensors", "scipy", "sklearn"),
     *("statsmodels", "torchvision", "typer"),
@@ -31,14 +31,14 @@ __all__ = ["Draws", "Study", "open_run", "run", "write_report"]
 
 
 def __getattr__(name: str) -> object:
-    """Import PyTorch, pandas and matplotlib only when something that needs them is asked for."""
+    """Import PyTorch, pandas and matplotlib only when a name that needs them is used."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def main() -> None:
-    """Run `repsim`; where the extra is not installed, say so in one line."""
+    """Run `repsim`; if the extra is not installed, exit with a one-line message."""
     try:
         from repsim_kernels.experiments.__main__ import app
 
@@ -47,6 +47,5 @@ def main() -> None:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise
         sys.exit(
-            f"error: {error.name} is not installed; expected `pip install "
-            "'repsim-kernels[experiments]'` to have been run"
+            f"error: {error.name} is not installed; run `pip install 'repsim-kernels[experiments]'`"
         )

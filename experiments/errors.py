@@ -1,4 +1,4 @@
-"""What goes wrong with what was asked for; every message is one line."""
+"""Errors of the experiments; every message is one line."""
 
 from __future__ import annotations
 
@@ -9,48 +9,48 @@ def one_line(error: BaseException) -> str:
 
 
 class ExperimentError(ValueError):
-    """What was asked for can't be done; the message is one line."""
+    """Base class: the request can't be carried out."""
 
 
 class OptionsError(ExperimentError):
-    """Options of the command line that can't be read, or don't go together."""
+    """Command-line options are invalid or don't go together."""
 
 
 class DataError(ExperimentError):
-    """Images that can't be had."""
+    """Images can't be found or read."""
 
 
 class ModelError(ExperimentError):
-    """A network that can't be built or loaded."""
+    """A network can't be built or loaded."""
 
 
 class StudyError(ExperimentError):
-    """A study can't be made of what was given."""
+    """A study's arguments are invalid, or its network has changed."""
 
 
 class RunError(ExperimentError):
-    """Studies can't be run together."""
+    """Studies can't be run together, or don't belong to the run."""
 
 
 class ExecutorError(ExperimentError):
-    """Units can't be measured this way."""
+    """Units can't be measured by this executor."""
 
 
 class ShardError(ExperimentError):
-    """What is said of a shard makes no sense."""
+    """A shard's specification is invalid."""
 
 
 class StoreError(ExperimentError):
-    """A run folder can't be used: another configuration's, somebody else's, or damaged."""
+    """A run folder can't be used: another configuration, other files, in use, or damaged."""
 
 
 class DamagedError(StoreError):
-    """A part can't be read: cut off, or its bytes are not those that were written."""
+    """A stored part is truncated or corrupt."""
 
 
 class StatsError(ExperimentError):
-    """A table lacks a column, has a row twice, or holds nothing to correlate."""
+    """A table lacks a column, has duplicate rows, or has nothing to correlate."""
 
 
 class ReportError(ExperimentError):
-    """A report can't be made of these runs, or its figures can't be put where they belong."""
+    """A report can't be made from these runs, or can't be written."""

@@ -1,4 +1,4 @@
-"""Writing files so that nothing is left half written."""
+"""Write files atomically, so that none is left half written."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-def why_not_writable(path: Path) -> str | None:
-    """Why no file can be written at a path, and what is expected; None where one may be."""
+def find_write_obstacle(path: Path) -> str | None:
+    """Say why no file can be written at a path, and what is expected; None if one can."""
     if not path.name or path.is_dir():
         return f"{path} is a folder; expected the name of a file"
     if not path.parent.is_dir():
@@ -19,23 +19,24 @@ def why_not_writable(path: Path) -> str | None:
 
 
 @contextmanager
-def replacing(path: Path, new: bool = False) -> Iterator[Path]:
-    """Give a file beside ``path`` that takes its place, on the disk, when the block ends well.
+def replace_file(path: Path, new: bool = False) -> Iterator[Path]:
+    """Yield a temporary path in the same folder, which replaces ``path`` if the block succeeds.
 
-    A ``new`` one takes nobody's place: FileExistsError.
+    The file is flushed to disk first. With ``new``, raise FileExistsError if ``path`` exists.
     """
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         yield temporary
         _sync(temporary)
         (os.link if new else os.replace)(temporary, path)
-        with suppress(OSError):  # some file systems sync no folders
+        with suppress(OSError):  # some file systems can't sync folders
             _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -21,8 +21,8 @@ def invoke(*arguments: object) -> tuple[int, str, str]:
 
 
 def fails_at(count: int, error: BaseException) -> Callable[..., pd.DataFrame]:
-    """`measure._target`, but that its count-th call raises."""
-    target, calls = measure._target, []
+    """`measure._measure_target`, but that its count-th call raises."""
+    target, calls = measure._measure_target, []
 
     def failing(*arguments: Any) -> pd.DataFrame:
         calls.append(arguments)

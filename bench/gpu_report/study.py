@@ -55,7 +55,7 @@ class StageClock:
         self.running = ""  # the current stage, to name it in errors
         self._cuda = study.device.type == "cuda"
         self._calls: tuple[tuple[Any, str, str], ...] = (
-            (measure, "_shown", "prefix"),
+            (measure, "_collect_activations", "prefix"),
             (rk, "selectivity_grid", "cells"),
             (rk, "ablation_distances", "metrics"),
             (rk, "ablation_decodability", "ridge"),
@@ -138,7 +138,7 @@ def _time_network(
             "layer": name,
             "neurons": study.sizes[name].neurons,
             "tail_flops": study.costs[name].tail_flops,
-            "draws": draws.of(study.sizes[name].neurons),
+            "draws": draws.count_for(study.sizes[name].neurons),
         }
         for name in study.layers
     ]
@@ -150,9 +150,9 @@ def _time_network(
         "layers": layers,
         "targets": len(study.targets),
         "images": len(study.labels),
-        "stimuli": study.stimuli,
+        "stimuli": study.n_stimuli,
         "cells": study.n_cells,
-        "passes": len(memory.groups(study, study.layers)),
+        "passes": len(memory.group_layers(study, study.layers)),
         "draws": study.draws.least,
         "prefix": {},
         "sample": [layer | {"stages": {}} for layer in layers if layer in chosen],
@@ -228,7 +228,7 @@ def _make_full_study(network: Network, device: str) -> tuple[Study, Draws]:
     model = load_network(network, "random").model
     if device == "cpu":  # as in the study
         model = model.to(memory_format=torch.channels_last)
-    shown = imagenet.noise(imagenet.outputs(network.classes), network.images)
+    shown = imagenet.make_noise(imagenet.find_outputs(network.classes), network.images_per_class)
     options = {"name": network.name, "others": network.others}
     draws = Draws(network.draws, network.neurons_per_draw, _PRESET.paired)
     return _make_study(model, shown.images, shown.labels, device, **options), draws
@@ -236,7 +236,7 @@ def _make_full_study(network: Network, device: str) -> tuple[Study, Draws]:
 
 def _make_small_study(device: str) -> tuple[Study, Draws]:
     """Return a rehearsal's study: a few images and a network that comes with the package."""
-    shown = data.demo()
+    shown = data.load_demo()
     few = torch.cat([(shown.labels == c).nonzero()[:8, 0] for c in range(4)])
     model = load("alexnet_small")
     draws = Draws(200, None, _PRESET.paired)

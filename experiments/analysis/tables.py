@@ -19,7 +19,7 @@ from repsim_kernels.experiments.analysis.correlations import (
 )
 from repsim_kernels.experiments.columns import GROUP_KEYS
 from repsim_kernels.experiments.errors import StatsError
-from repsim_kernels.experiments.files import replacing, why_not_writable
+from repsim_kernels.experiments.files import find_write_obstacle, replace_file
 
 _OPPOSED = 0.2  # columns with a median correlation of -0.2 or less; weaker ones are common
 SUFFIXES = (".csv", ".parquet")
@@ -123,14 +123,14 @@ def check_suffix(argument: str, path: Path) -> None:
 def check_output(path: Path) -> None:
     """Raise StatsError if `write_table` can't write to a path."""
     check_suffix("out", path)
-    if why := why_not_writable(path):
+    if why := find_write_obstacle(path):
         raise StatsError(f"out: {why}")
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write a table as CSV or Parquet, by the suffix of its path."""
     check_output(path)
-    with replacing(path) as temporary:
+    with replace_file(path) as temporary:
         if path.suffix == ".csv":
             table.to_csv(temporary, index=False)
         else:

@@ -18,11 +18,11 @@ from repsim_kernels.experiments.inputs.networks import SMALL, load, study_layers
 from repsim_kernels.experiments.inputs.presets import (
     PRESETS,
     RANDOM,
-    Loaded,
+    LoadedNetwork,
     Network,
     Preset,
+    assign_weights,
     load_network,
-    weights_for,
 )
 from repsim_kernels.experiments.study.checks import Draws
 from repsim_kernels.experiments.study.study import Study
@@ -108,14 +108,14 @@ def of_models(names: Sequence[str], asked: Asked, sampled: bool) -> Job:
         raise OptionsError(f"{option}: only with --preset")
     if asked.images is not None:
         side = _default_size(names) if asked.size is None else asked.size
-        shown = data.image_folder(asked.images, asked.classes, side, asked.skip_bad)
+        shown = data.load_image_folder(asked.images, asked.classes, side, asked.skip_bad)
     elif not all(name in SMALL for name in names):
         other = next(name for name in names if name not in SMALL)
         raise OptionsError(f"images: {other!r} needs some; expected a folder, --images")
     elif asked.size is not None:
         raise OptionsError(f"size: {asked.size} without images; expected a folder, --images")
     else:
-        shown = data.demo()
+        shown = data.load_demo()
     given = [None] * len(names) if asked.weights is None else asked.weights
     if len(given) != len(names):
         raise OptionsError(
@@ -174,7 +174,7 @@ def _of_model(
         targets,
         name=name,
         classes=shown.classes,
-        stimuli_per_class=stimuli,
+        metric_images=stimuli,
         **asked.study,
     )
 
@@ -201,7 +201,7 @@ def of_preset(name: str, asked: Asked) -> Job:
         raise OptionsError("labels: of no use to random images; expected a folder, --images")
     if asked.layers is not None and len(preset.networks) > 1:
         raise OptionsError(f"layers: {name!r} is of several networks; expected a preset of one")
-    given = weights_for(preset, asked.weights)
+    given = assign_weights(preset, asked.weights)
     # All weights before any images, which take minutes: what is missing is said at once.
     loaded = [load_network(network, given[network.name]) for network in preset.networks]
     both = [
@@ -219,19 +219,19 @@ def of_preset(name: str, asked: Asked) -> Job:
 
 
 def _of_network(
-    preset: Preset, network: Network, loaded: Loaded, asked: Asked
+    preset: Preset, network: Network, loaded: LoadedNetwork, asked: Asked
 ) -> tuple[Study, Stimuli]:
-    targets = imagenet.outputs(network.classes if asked.classes is None else asked.classes)
-    per_class = network.images if asked.per_class is None else asked.per_class
+    targets = imagenet.find_outputs(network.classes if asked.classes is None else asked.classes)
+    per_class = network.images_per_class if asked.per_class is None else asked.per_class
     if asked.images == "random":
-        shown = imagenet.noise(targets, per_class)
+        shown = imagenet.make_noise(targets, per_class)
     else:
         assert asked.images is not None
-        shown = imagenet.validation(
+        shown = imagenet.load_validation(
             asked.images,
             targets,
             loaded.transform,
-            per_class=per_class,
+            images_per_class=per_class,
             labels=asked.labels,
             skip_bad=asked.skip_bad,
         )
@@ -255,7 +255,7 @@ def _of_network(
         classes=shown.classes,
         others=others,
         draws=Draws(network.draws, network.neurons_per_draw, preset.paired),
-        stimuli_per_class=asked.stimuli,
+        metric_images=asked.stimuli,
         note=f"not evidence: {', '.join(drawn)}" if drawn else None,
         **options,
     )

@@ -77,14 +77,15 @@ def announce(job: Job, sampled: bool, about: Mapping[str, Mapping[str, Any]]) ->
 
 def _extent(study: Study) -> str:
     targets = [str(study.class_name(label)) for label in study.targets]
-    per_class = study.stimuli_per_class
+    per_class = study.metric_images
     which = "all" if per_class is None else f"the first {per_class} of each class"
     beside = "" if study.others is None else f", {study.others} other classes drawn for each target"
     return (
         f"{study.name}{'' if study.note is None else f' ({study.note})'}\n"
         f"  layers ({len(study.layers)}): {_some(study.layers)}\n"
-        f"  target classes ({len(targets)} of {len(study.present)}): {_some(targets)}\n"
-        f"  stimuli of the metrics: {study.stimuli} of {len(study.labels)} images, {which}{beside}"
+        f"  target classes ({len(targets)} of {len(study.unique_labels)}): {_some(targets)}\n"
+        f"  stimuli of the metrics: {study.n_stimuli} of {len(study.labels)} images, "
+        f"{which}{beside}"
     )
 
 
@@ -184,10 +185,10 @@ def show_plans(console: Console, plans: Sequence[Plan], workers: int = 1) -> Non
             view.add_row(
                 line.layer,
                 f"{line.neurons:,}",
-                str(line.together),
+                str(line.cells_per_batch),
                 f"{line.forward_flops / 1e12:.3g}",
                 f"{line.metric_flops / 1e12:.3g}",
-                f"{line.held / 2**30:.2f}",
+                f"{line.bytes_held / 2**30:.2f}",
                 *([f"{line.fits:,}"] if fits else []),
                 duration(line.seconds),
             )
@@ -196,7 +197,7 @@ def show_plans(console: Console, plans: Sequence[Plan], workers: int = 1) -> Non
         print(
             f"  {plan.passes} {many} of all images for all layers, "
             f"{plan.pass_flops / 1e12:.3g} TFLOP, {duration(plan.pass_seconds)}; "
-            f"{plan.held / 2**30:.2f} GiB of activations at most, of "
+            f"{plan.bytes_held / 2**30:.2f} GiB of activations at most, of "
             f"{plan.memory / 2**30:.2f} GiB of memory\n"
         )
     flops, seconds = (sum(getattr(plan, what) for plan in plans) for what in ("flops", "seconds"))

@@ -1,1 +1,1 @@
-"""What a study starts from: networks, their weights, images, and the published presets."""
+"""The inputs of a study: networks, their weights, images, and the published presets."""

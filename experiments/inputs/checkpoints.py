@@ -13,72 +13,74 @@ from torch import nn
 
 from repsim_kernels.experiments.errors import ModelError
 
-CONTAINERS = ("state_dict", "model", "model_state_dict")  # entries that hold a state dict
-# Of DistributedDataParallel, torch.compile, and Lightning modules or wrappers alike.
+CONTAINERS = ("state_dict", "model", "model_state_dict")  # entries that may hold a state dict
+# Added by DistributedDataParallel, torch.compile, and Lightning modules and similar wrappers.
 PREFIXES = ("module.", "_orig_mod.", "model.")
 _SCALAR = np.float64(0).__reduce__()[0]
-# What training scripts store with the weights. These types only hold values; loading one runs
-# no code of the file's.
+# Types that training scripts store next to the weights. They only hold values: loading one runs no
+# code from the file.
 _HARMLESS: list[Any] = [
     argparse.Namespace,
     (PosixPath, "pathlib.PosixPath"),
-    (PosixPath, "pathlib._local.PosixPath"),  # of Python 3.13
+    (PosixPath, "pathlib._local.PosixPath"),  # Python 3.13
     np.dtype,
     *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)),
     (_SCALAR, "numpy._core.multiarray.scalar"),
-    (_SCALAR, "numpy.core.multiarray.scalar"),  # of NumPy 1
+    (_SCALAR, "numpy.core.multiarray.scalar"),  # NumPy 1
 ]
 
 
 class Checkpoint(NamedTuple):
-    """A state dict, and how it was found in its file."""
+    """A state dict, and a note that says where in the file it was."""
 
     state: Mapping[str, torch.Tensor]
     note: str
 
 
 def read_checkpoint(path: str | Path, model: nn.Module) -> Checkpoint:
-    """A state dict from a file, under the model's names; nothing is unpickled.
+    """Read a state dict from a file and match its names to a model's; nothing is unpickled.
 
     Parameters
     ----------
     path : path
-        ``.safetensors``, or what ``torch.load(weights_only=True)`` accepts. A state dict, or a
-        training checkpoint that holds one as "state_dict", "model" or "model_state_dict".
+        A ``.safetensors`` file, or one that ``torch.load(weights_only=True)`` accepts. It holds a
+        state dict, or a training checkpoint with one as "state_dict", "model" or
+        "model_state_dict".
     model : nn.Module
-        Of the checkpoint's architecture, with any number of outputs.
+        A network of the checkpoint's architecture, with any number of outputs.
 
     Returns
     -------
     Checkpoint
-        ``state``: without prefixes that all its names have ("module.", "_orig_mod.", "model.",
-        or several of them) where that makes more of them the model's. ``note``: the file, then
-        the entry and the prefix, for example "a.pt, read from 'model', prefix 'module.' removed".
+        ``state``: the state dict. Prefixes that all its names share ("module.", "_orig_mod.",
+        "model.", or several of these) are removed if more names match the model's without them.
+        ``note``: the file, the entry and the prefix, for example "a.pt, read from 'model', prefix
+        'module.' removed".
 
     Raises
     ------
     ModelError
-        If there is no such file, it can't be read, it holds no state dict or several, or a tensor
-        is sparse, quantised or without values.
+        If the file is missing or can't be read, holds no state dict or several, or a tensor is
+        sparse, quantised or without values.
     """
-    held = _load(Path(path))
-    if not isinstance(held, Mapping) or not held:
+    content = _load(Path(path))
+    if not isinstance(content, Mapping) or not content:
         raise ModelError(f"weights: {path} holds no state dict; expected names and tensors")
-    state, note = held, str(path)
-    inside = [entry for entry in CONTAINERS if _is_state(held.get(entry))]
-    if len(inside) > 1:
+    state, note = content, str(path)
+    entries = [entry for entry in CONTAINERS if _is_state(content.get(entry))]
+    if len(entries) > 1:
         raise ModelError(
-            f"weights: {path} holds several state dicts, {' and '.join(map(repr, inside))}; "
+            f"weights: {path} holds several state dicts, {' and '.join(map(repr, entries))}; "
             "expected one"
         )
-    if inside:
-        state, note = held[inside[0]], f"{note}, read from {inside[0]!r}"
+    if entries:
+        state, note = content[entries[0]], f"{note}, read from {entries[0]!r}"
     for key, value in state.items():
         if not isinstance(key, str):
-            raise ModelError(f"weights: {path} is no state dict: {key!r} is no name")
+            raise ModelError(f"weights: {path} is not a state dict: key {key!r}; expected strings")
         if not isinstance(value, torch.Tensor):
             raise ModelError(
-                f"weights: {path} is no state dict: {key!r} is {type(value).__name__}; expected "
+                f"weights: {path} is not a state dict: {key!r} is {type(value).__name__}; expected "
                 f"a tensor, or a state dict as {', '.join(map(repr, CONTAINERS))}"
             )
         if kind := _unusual_kind(value):
@@ -92,7 +94,7 @@ def read_checkpoint(path: str | Path, model: nn.Module) -> Checkpoint:
 
 
 def _load(path: Path) -> Any:
-    """What a file holds, of tensors and plain values."""
+    """Load the tensors and plain values in a file."""
     if not path.is_file():
         raise ModelError(f"weights: there is no file {path}; expected a state dict")
     try:
@@ -102,15 +104,15 @@ def _load(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"weights: {path} can't be read: {error}") from error
-    except Exception as error:  # whatever torch.load meets in a file that isn't its own
+    except Exception as error:  # torch.load raises anything on foreign files
         raise ModelError(
             f"weights: {path} can't be read; expected tensors in .safetensors or torch.save's "
-            "format (a pickle of anything else is refused)"
+            "format (other pickles are refused)"
         ) from error
 
 
 def _unusual_kind(tensor: torch.Tensor) -> str:
-    """Say what a tensor is where it isn't dense with values of its own; "" where it is."""
+    """Say what kind of tensor this is if it is not an ordinary dense one; otherwise ""."""
     if tensor.is_meta:
         return "on the meta device, without values"
     if tensor.is_quantized:
@@ -120,16 +122,17 @@ def _unusual_kind(tensor: torch.Tensor) -> str:
     return "" if tensor.layout == torch.strided else f"sparse ({tensor.layout})"
 
 
-def _is_state(held: Any) -> bool:
+def _is_state(value: Any) -> bool:
+    """Whether a value is a state dict: a non-empty mapping whose values are tensors."""
     return (
-        isinstance(held, Mapping)
-        and len(held) > 0
-        and all(isinstance(value, torch.Tensor) for value in held.values())
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(tensor, torch.Tensor) for tensor in value.values())
     )
 
 
 def _shared_prefixes(state: Mapping[str, Any]) -> list[str]:
-    """Strings of `PREFIXES` that all names begin with, the empty one first."""
+    """Concatenations of `PREFIXES` that all names begin with; the empty string comes first."""
     shared = [""]
     while longer := [
         shared[-1] + part
@@ -141,44 +144,48 @@ def _shared_prefixes(state: Mapping[str, Any]) -> list[str]:
 
 
 def count_outputs(model: nn.Module, state: Mapping[str, torch.Tensor]) -> int:
-    """Number of outputs in a checkpoint: the length of the parameter that a model defines last.
+    """Count the outputs in a checkpoint: the length of the parameter that the model defines last.
 
-    The model is of the checkpoint's architecture, with any number of outputs: its own number counts
-    where the checkpoint lacks that parameter.
+    The model has the checkpoint's architecture and any number of outputs. If the checkpoint lacks
+    that parameter, the model's own number of outputs is returned.
     """
     last, default = [*model.named_parameters()][-1]
     return len(state[last]) if last in state and state[last].ndim else len(default)
 
 
-def fill(model: nn.Module, state: Mapping[str, torch.Tensor], name: str, path: str | Path) -> None:
-    """Copy a state dict into a model, in the model's dtypes; errors call them `name` and `path`.
+def copy_state(
+    model: nn.Module, state: Mapping[str, torch.Tensor], name: str, path: str | Path
+) -> None:
+    """Copy a state dict into a model, in the model's dtypes.
+
+    Error messages call the model `name` and the file `path`.
 
     Raises
     ------
     ModelError
-        If a tensor is missing, unexpected, of another shape, or has values that the model's dtype
-        can't hold, such as complex ones; counters of batches may be missing.
+        If a tensor is missing or unexpected, or has the wrong shape, or values that the model's
+        dtype can't hold, for example complex ones. Batch norms' counters may be missing.
     """
-    want = model.state_dict()
-    wrong = f"weights: {path} is of another architecture than {name!r}"
-    for key, value in want.items():
+    own = model.state_dict()
+    mismatch = f"weights: {path} does not match the architecture of {name!r}"
+    for key, value in own.items():
         if key.endswith("num_batches_tracked"):
-            continue  # old checkpoints lack it and inference has no use for it
+            continue  # old checkpoints lack it, and inference ignores it
         if key not in state:
-            raise ModelError(f"{wrong}: {key!r} is missing; expected {tuple(value.shape)}")
+            raise ModelError(f"{mismatch}: {key!r} is missing; expected {tuple(value.shape)}")
         if state[key].shape != value.shape:
             raise ModelError(
-                f"{wrong}: {key!r} is {tuple(state[key].shape)}; expected {tuple(value.shape)}"
+                f"{mismatch}: {key!r} is {tuple(state[key].shape)}; expected {tuple(value.shape)}"
             )
         if not _can_hold(value.dtype, state[key]):
-            raise ModelError(f"{wrong}: {key!r} is {state[key].dtype}; expected {value.dtype}")
-    if extra := [key for key in state if key not in want]:
-        raise ModelError(f"{wrong}: {extra[0]!r} is unexpected; expected {len(want)} tensors")
+            raise ModelError(f"{mismatch}: {key!r} is {state[key].dtype}; expected {value.dtype}")
+    if extra := [key for key in state if key not in own]:
+        raise ModelError(f"{mismatch}: {extra[0]!r} is unexpected; expected {len(own)} tensors")
     model.load_state_dict(state, strict=False)
 
 
 def _can_hold(dtype: torch.dtype, tensor: torch.Tensor) -> bool:
-    """Whether a dtype has the values of a tensor, but for their precision and range."""
+    """Whether a dtype can hold a tensor's values, up to precision and range."""
     if torch.can_cast(tensor.dtype, dtype):
         return True
     return not tensor.is_complex() and torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)

@@ -1,4 +1,4 @@
-"""Stimuli: the shipped images, a user's folder, and the data set of the shipped networks."""
+"""Load stimuli: the shipped images, a user's folder, or the shipped networks' data set."""
 
 import gzip
 import warnings
@@ -18,12 +18,17 @@ from repsim_kernels.experiments.errors import DataError
 from repsim_kernels.experiments.inputs.folders import (
     IMAGE_SUFFIXES,
     ClassFiles,
-    class_outputs,
     describe_skipped,
     escape_name,
-    image_files,
+    find_class_outputs,
+    list_image_files,
 )
-from repsim_kernels.experiments.inputs.pixels import Transform, decode, describe_size, image_sizes
+from repsim_kernels.experiments.inputs.pixels import (
+    Transform,
+    decode_images,
+    describe_size,
+    read_image_sizes,
+)
 
 DEMO_FILE = Path(__file__).parents[1] / "assets" / "fashion_mnist_500.npz"
 FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
@@ -39,21 +44,21 @@ CLASSES = (
     "Bag",
     "Ankle boot",
 )
-MEAN, STD = 0.286, 0.353  # of Fashion-MNIST's training pixels, of 0 to 1
+MEAN, STD = 0.286, 0.353  # of Fashion-MNIST's training pixels, scaled to [0, 1]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 IMAGENET_NORMALISATION = "ImageNet normalisation"
 
 
 class Resizing(NamedTuple):
-    """What a transform does to the size of an image file.
+    """How a transform resizes image files.
 
     Attributes
     ----------
     side : int
-        The shorter side in pixels to which files are resized.
+        Length in pixels to which the shorter side is resized.
     kept : tuple of int, optional
-        Height and width of the files that are not resized.
+        Height and width of files that are not resized.
     """
 
     side: int
@@ -62,22 +67,22 @@ class Resizing(NamedTuple):
 
 @dataclass(frozen=True)
 class Stimuli:
-    """Images that a network is shown.
+    """Images for a network, with their labels and provenance.
 
     Attributes
     ----------
     images : torch.Tensor, (n, 3, H, W), float32
-        Normalised as the network expects.
+        Normalised for the network.
     labels : torch.Tensor, (n,), int64
-        The network's output for each image's class.
+        Index of the network's output for each image's class.
     classes : tuple of str
-        Name by output.
+        Class names, indexed by output.
     source : str
-        What the images are, and what of their folder was skipped, in a line.
+        One line: what the images are, and what was skipped in their folder.
     normalisation : str
-        What the pixels are normalised by, for people.
+        Description of the normalisation.
     enlarged : str
-        How many of the files are enlarged to be shown; empty if none are.
+        How many of the files were enlarged; empty if none were.
     """
 
     images: torch.Tensor
@@ -88,22 +93,29 @@ class Stimuli:
     enlarged: str = ""
 
 
-def demo() -> Stimuli:
-    """The shipped stimuli: 50 test images of each of Fashion-MNIST's ten classes.
+def load_demo() -> Stimuli:
+    """Load the shipped stimuli: 50 test images of each of Fashion-MNIST's ten classes.
 
     Returns
     -------
     stimuli : Stimuli
-        500 images of 3 x 32 x 32, sorted by class, that the shipped networks were not trained on.
+        500 images of 3 x 32 x 32, sorted by class. The shipped networks were not trained on them.
 
     Notes
     -----
     Source: Xiao, Rasul & Vollgraf 2017; the first 50 of each class in the test set.
+
+    Examples
+    --------
+    >>> from repsim_kernels.experiments.inputs.images import load_demo
+    >>> stimuli = load_demo()
+    >>> tuple(stimuli.images.shape), stimuli.classes[9]
+    ((500, 3, 32, 32), 'Ankle boot')
     """
     with np.load(DEMO_FILE, allow_pickle=False) as file:
         images, labels = file["images"], file["labels"]
     return Stimuli(
-        prepare(torch.from_numpy(images)),
+        prepare_fashion_mnist(torch.from_numpy(images)),
         torch.from_numpy(labels).long(),
         CLASSES,
         "Fashion-MNIST test set, the first 50 images of each of 10 classes",
@@ -111,20 +123,20 @@ def demo() -> Stimuli:
     )
 
 
-def prepare(images: torch.Tensor) -> torch.Tensor:
-    """Fashion-MNIST images, (n, 28, 28) of uint8, as the shipped networks take them.
+def prepare_fashion_mnist(images: torch.Tensor) -> torch.Tensor:
+    """Convert Fashion-MNIST images, (n, 28, 28) uint8, to the shipped networks' input.
 
-    That is (n, 3, 32, 32) of float32: two pixels of black on each side, three equal channels,
-    normalised by `MEAN` and `STD`.
+    The input is (n, 3, 32, 32) float32: padded by two black pixels on each side, three equal
+    channels, normalised by `MEAN` and `STD`.
     """
     padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
     return padded.float().div_(255).sub_(MEAN).div_(STD).unsqueeze(1).repeat(1, 3, 1, 1)
 
 
-def fashion_mnist(
+def load_fashion_mnist(
     split: str, dataset: str | Path = FASHION_MNIST
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Fashion-MNIST as it is distributed.
+    """Load Fashion-MNIST from its distributed files.
 
     Parameters
     ----------
@@ -143,38 +155,38 @@ def fashion_mnist(
     DataError
         If a file is missing or damaged.
     """
-    images = _idx(Path(dataset) / f"{split}-images-idx3-ubyte.gz", 3)
-    labels = _idx(Path(dataset) / f"{split}-labels-idx1-ubyte.gz", 1)
+    images = _read_idx(Path(dataset) / f"{split}-images-idx3-ubyte.gz", 3)
+    labels = _read_idx(Path(dataset) / f"{split}-labels-idx1-ubyte.gz", 1)
     if len(images) != len(labels):
         raise DataError(f"dataset: {dataset} has {len(images)} images, {len(labels)} labels")
     return images, labels
 
 
-def image_folder(
+def load_image_folder(
     path: str | Path,
     classes: Sequence[str] | None = None,
     size: int | None = 224,
     skip_bad: bool = False,
 ) -> Stimuli:
-    """Images of a directory with a sub-directory for each class, for an ImageNet network.
+    """Load a directory with one sub-directory per class, for an ImageNet network.
 
     Parameters
     ----------
     path : path
-        If all sub-directories are named by integers, these are the network's outputs; if more than
-        half of them are, the others are refused. Otherwise the sub-directories, sorted by name, are
-        outputs 0, 1, …: all the network's classes must be there, though only those of `classes`
-        need images. Links to folders are followed; hidden files and folders, and those that other
-        programs leave behind, are skipped.
+        If all sub-directories are named by integers, these are the indices of the network's
+        outputs; if more than half are, the others are an error. Otherwise the sub-directories,
+        sorted by name, are outputs 0, 1, …: then all of the network's classes must have one, but
+        only those in ``classes`` need images. Links to folders are followed. Hidden files and
+        folders, and those that other programs leave behind, are skipped.
     classes : sequence of str, optional
-        Names of the sub-directories to take; all by default.
+        Names of the sub-directories to load; all by default.
     size : int or None
-        Height and width in pixels. The shorter side is resized to 256/224 of it, bilinearly,
-        and the centre is cut out; files that have this size are taken as they are. RGB, normalised
-        by ImageNet's mean and deviation. None leaves the images as they are, which must all be of
-        one size.
+        Height and width in pixels. The shorter side is resized to 256/224 of it, bilinearly, and
+        the centre is cropped; files that have this size already are not resized. None resizes
+        nothing; the images must then have one size. Either way they become RGB and are normalised
+        by ImageNet's mean and standard deviation.
     skip_bad : bool
-        Whether to leave out, with a warning, what can't be decoded.
+        Whether to skip, with a warning, files that can't be decoded.
 
     Returns
     -------
@@ -184,44 +196,44 @@ def image_folder(
     Raises
     ------
     DataError
-        If the directory, a class or its images are missing, a class has fewer than two images,
-        one can't be decoded, a link is broken, images differ in size where ``size`` is None, or
-        a sub-directory is named neither as the others are nor in UTF-8, or beyond all outputs.
+        If the directory, a class or its images are missing; a class has fewer than two images;
+        a file can't be decoded; a link is broken; images differ in size and ``size`` is None; or
+        the sub-directories' names are not UTF-8, or neither all numbers nor all names.
     """
     root = Path(path)
     if size is not None and size < 1:
         raise DataError(f"size: {size} is not a number of pixels; expected 1 or more")
     skipped = Counter[str]()
-    outputs = class_outputs(root, skipped)
+    outputs = find_class_outputs(root, skipped)
     chosen = list(outputs if classes is None else classes)
     if not chosen:
-        raise DataError("classes: none are given; expected names of sub-directories, or None")
+        raise DataError("classes: empty; expected names of sub-directories, or None")
     if unknown := [name for name in chosen if name not in outputs]:
         raise DataError(f"classes: {unknown[0]!r} is unknown; expected a sub-directory of {root}")
-    kept = sorted((outputs[name], name) for name in set(chosen))
-    found = [ClassFiles(output, name, *image_files(root / name)) for output, name in kept]
+    pairs = sorted((outputs[name], name) for name in set(chosen))
+    classes_files = [ClassFiles(o, name, *list_image_files(root / name)) for o, name in pairs]
     if size is None:
-        cut, resizing = transforms.CenterCrop(_common_size(found)), None
+        crop, resizing = transforms.CenterCrop(_find_common_size(classes_files)), None
     else:
         resizing = Resizing(round(size * 256 / 224), kept=(size, size))
-        cut = _cut_to(size, resizing.side)
+        crop = _center_crop_to(size, resizing.side)
     transform = transforms.Compose(
-        [cut, _to_tensor, transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+        [crop, _to_tensor, transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
     )
     names = {output: name for name, output in outputs.items()}
     known = tuple(names.get(output, str(output)) for output in range(max(names) + 1))
-    return read_classes(root, found, known, transform, skipped, skip_bad, resizing)
+    return read_classes(root, classes_files, known, transform, skipped, skip_bad, resizing)
 
 
-def _cut_to(size: int, side: int) -> Callable[[Any], Any]:
-    """Resize an image's shorter side and cut out the centre, unless it has the size already."""
+def _center_crop_to(size: int, side: int) -> Callable[[Any], Any]:
+    """Make a transform: resize the shorter side to `side`, crop the centre; skip exact sizes."""
     resized = transforms.Compose([transforms.Resize(side), transforms.CenterCrop(size)])
 
-    def cut(pixels: Image.Image | torch.Tensor) -> Any:
+    def crop(pixels: Image.Image | torch.Tensor) -> Any:
         exact = transforms.functional.get_dimensions(pixels)[1:] == [size, size]
         return pixels if exact else resized(pixels)
 
-    return cut
+    return crop
 
 
 def _to_tensor(pixels: Image.Image | torch.Tensor) -> torch.Tensor:
@@ -231,12 +243,12 @@ def _to_tensor(pixels: Image.Image | torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _common_size(found: Sequence[ClassFiles]) -> tuple[int, int]:
-    """The height and width that all images share."""
-    files = [file for one in found for file in one.files]
+def _find_common_size(classes: Sequence[ClassFiles]) -> tuple[int, int]:
+    """Find the height and width that all images share, or raise DataError."""
+    files = [file for one in classes for file in one.files]
     first: dict[tuple[int, int], Path] = {}
-    for file, size in zip(files, image_sizes(files), strict=True):
-        if size is not None:  # what can't be read is named, or left out, when it is decoded
+    for file, size in zip(files, read_image_sizes(files), strict=True):
+        if size is not None:  # decoding reports or skips unreadable files
             first.setdefault(size, file)
     if len(first) > 1:
         (one, here), (other, there) = list(first.items())[:2]
@@ -249,64 +261,66 @@ def _common_size(found: Sequence[ClassFiles]) -> tuple[int, int]:
 
 def read_classes(
     root: Path,
-    found: Sequence[ClassFiles],
-    classes: tuple[str, ...],
+    files_by_class: Sequence[ClassFiles],
+    names: tuple[str, ...],
     transform: Transform,
     skipped: Counter[str],
     skip_bad: bool,
     resizing: Resizing | None,
 ) -> Stimuli:
-    """The images of some classes in `root`, normalised as ImageNet's.
+    """Decode the images of some classes in `root`; the transform normalises them as ImageNet's.
 
     Parameters
     ----------
     root : Path
-    found : sequence of ClassFiles
-    classes : tuple of str
-        Name by output.
+        The folder that messages name.
+    files_by_class : sequence of ClassFiles
+    names : tuple of str
+        Class names, indexed by output.
     transform : callable
-        As in `decode`.
+        As in `decode_images`.
     skipped : Counter
-        What was skipped outside the classes' folders, by reason.
+        Number of entries skipped outside the classes' folders, by reason.
     skip_bad : bool
-        Whether to leave out, with a warning, what can't be decoded.
+        Whether to skip, with a warning, files that can't be decoded.
     resizing : Resizing, optional
-        What the transform does to the size of a file; None where it leaves it, or isn't known.
+        How the transform resizes files; None if it doesn't, or if that isn't known.
 
     Raises
     ------
     DataError
-        If a class has fewer than two images, or one can't be decoded.
+        If a class has fewer than two images, or a file can't be decoded.
     """
 
-    def expect_two(count: int, one: ClassFiles, left: str = "") -> None:
+    def expect_two(count: int, one: ClassFiles, which: str = "") -> None:
         if count < 2:
             raise DataError(
-                f"images: class {one.name!r} of {root} has {count} images{left}"
+                f"images: class {one.name!r} of {root} has {count} images{which}"
                 f"{describe_skipped(one.skipped)}; expected 2 or more"
                 f"{f' of {IMAGE_SUFFIXES}' if one.skipped else ''}"
             )
 
-    for one in found:
+    for one in files_by_class:
         expect_two(len(one.files), one)
-    files = [file for one in found for file in one.files]
-    labels = torch.tensor([one.output for one in found for _ in one.files])
-    images, good = decode(files, transform, skip_bad)
+    files = [file for one in files_by_class for file in one.files]
+    labels = torch.tensor([one.output for one in files_by_class for _ in one.files])
+    images, good = decode_images(files, transform, skip_bad)
     if len(good) < len(files):
         labels = labels[good]
-        for one in found:
+        for one in files_by_class:
             expect_two(int((labels == one.output).sum()), one, " that can be decoded")
         bad = ", ".join(str(files[i]) for i in sorted(set(range(len(files))) - set(good)))
-        warnings.warn(f"left out, can't be decoded: {bad}", stacklevel=3)
+        warnings.warn(f"skipped, can't be decoded: {bad}", stacklevel=3)
     enlarged = "" if resizing is None else _count_enlarged([files[i] for i in good], resizing)
-    whole = sum((one.skipped for one in found), skipped)
-    source = f"{len(images)} images of {len(found)} classes in {root}{describe_skipped(whole)}"
-    return Stimuli(images, labels, classes, escape_name(source), enlarged=enlarged)
+    all_skipped = sum((one.skipped for one in files_by_class), skipped)
+    source = f"{len(images)} images of {len(files_by_class)} classes in {root}"
+    source += describe_skipped(all_skipped)
+    return Stimuli(images, labels, names, escape_name(source), enlarged=enlarged)
 
 
 def _count_enlarged(files: Sequence[Path], resizing: Resizing) -> str:
-    """Say how many files are enlarged when they are resized."""
-    sizes = [size for size in image_sizes(files) if size not in (None, resizing.kept)]
+    """Describe how many files are enlarged by resizing; "" if none are."""
+    sizes = [size for size in read_image_sizes(files) if size not in (None, resizing.kept)]
     small = [size for size in sizes if size is not None and min(size) < resizing.side]
     if not small:
         return ""
@@ -316,8 +330,8 @@ def _count_enlarged(files: Sequence[Path], resizing: Resizing) -> str:
     )
 
 
-def _idx(path: Path, ndim: int) -> NDArray[np.uint8]:
-    """An array of an idx file: magic number, lengths (big-endian int32), then the bytes."""
+def _read_idx(path: Path, ndim: int) -> NDArray[np.uint8]:
+    """Read an idx file: a magic number, the lengths (big-endian int32), then the bytes."""
     try:
         raw = gzip.decompress(path.read_bytes())
     except FileNotFoundError as error:
@@ -328,8 +342,8 @@ def _idx(path: Path, ndim: int) -> NDArray[np.uint8]:
         raise DataError(f"dataset: {path} can't be read: {error}") from error
     start = 4 + 4 * ndim
     if raw[:4] != bytes((0, 0, 8, ndim)) or len(raw) < start:
-        raise DataError(f"dataset: {path} is no idx file of unsigned bytes in {ndim} dimensions")
+        raise DataError(f"dataset: {path} is not an idx file of {ndim}-dimensional unsigned bytes")
     shape = np.frombuffer(raw, ">i4", ndim, 4)
     if len(raw) - start != np.prod(shape):
         raise DataError(f"dataset: {path} has {len(raw) - start} bytes; expected {np.prod(shape)}")
-    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape).copy()  # writable, for torch
+    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape).copy()  # torch: writable

@@ -1,4 +1,4 @@
-"""The studies at full size: each preset's networks, classes and choices, and the weights."""
+"""Presets: full-size ImageNet studies, with their networks, classes, options and weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torchvision.models as zoo
 from torch import nn
 
 from repsim_kernels.experiments.errors import ModelError, one_line
-from repsim_kernels.experiments.inputs.checkpoints import count_outputs, fill, read_checkpoint
+from repsim_kernels.experiments.inputs.checkpoints import copy_state, count_outputs, read_checkpoint
 
 TEN = (  # schooner, brain coral, junco, snail, grey whale, Siberian husky, electric fan, bookcase,
     # fountain pen, toaster
@@ -39,27 +39,37 @@ RANDOM = "random weights"
 
 @dataclass(frozen=True)
 class Network:
-    """A network of torchvision's for ImageNet, and what it is shown.
+    """A torchvision network for ImageNet, and the images and draws that its study uses.
 
     Parameters
     ----------
     name : str
-        What tables and ``--weights NAME=FILE`` call it.
+        Its name in tables and in ``--weights NAME=FILE``.
     builder : str
-        Of torchvision.models.
+        Name of a function in torchvision.models.
     classes : tuple of str
         The target classes, as ImageNet's wnids.
     width : float
-        Multiplies the channels; other than 1 only for MobileNetV2.
+        Multiplier of the channels; other than 1 only for MobileNetV2.
     others : int, optional
-        How many other classes, drawn at random, are shown beside a target; by default all of
-        ``classes``.
-    images : int
-        Of each class.
+        Number of other classes, drawn at random, that a target is compared with; by default all
+        others in ``classes``.
+    images_per_class : int
+        Images of each class to load.
     draws : int
-        How often the paper's probe draws neurons of a layer, at least.
+        Minimum number of draws of a layer's neurons by the paper's probe.
     neurons_per_draw : int, optional
-        It draws once for so many neurons of the layer, where that is more.
+        Draw once for every this many neurons of the layer, if that gives more draws.
+
+    Examples
+    --------
+    >>> from dataclasses import replace
+    >>> from repsim_kernels.experiments.inputs.presets import PRESETS
+    >>> network = PRESETS["resnet50"].networks[0]
+    >>> network.name, network.images_per_class
+    ('resnet50', 50)
+    >>> replace(network, images_per_class=20).images_per_class
+    20
     """
 
     name: str
@@ -67,14 +77,14 @@ class Network:
     classes: tuple[str, ...]
     width: float = 1.0
     others: int | None = None
-    images: int = 50
+    images_per_class: int = 50
     draws: int = 200
     neurons_per_draw: int | None = None
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Networks to run, and how.
+    """A named study of one or more networks.
 
     Parameters
     ----------
@@ -82,7 +92,7 @@ class Preset:
     options : dict
         Arguments of `Study` that differ from its defaults.
     paired : bool
-        Whether the paper's probe keeps, of the neurons it draws, those that survive an ablation.
+        Whether the paper's probe keeps those of its drawn neurons that survive an ablation.
     """
 
     networks: tuple[Network, ...]
@@ -103,7 +113,7 @@ PRESETS: dict[str, Preset] = {
     "hayne2024": Preset(
         (_ALEXNET, _MOBILENET_V2_035, _RESNET50),
         {
-            "edges": "inclusive",  # the authors': their neurons are in two cells or in none
+            "edges": "inclusive",  # the authors': neurons on an edge are in two cells or in none
             "penalty": 1e3,
             "metrics": ("cka", "procrustes", "pwcca", "cca", "cca_squared"),
             "probes": ("paper",),
@@ -111,141 +121,167 @@ PRESETS: dict[str, Preset] = {
         paired=False,
     ),
 }
-"""What ``--preset`` names. Classes, counts of images and of draws, widths and all of "hayne2024"
-are those of Hayne, Jung & Carter, *Does Representation Similarity Capture Function Similarity?*,
-TMLR 2024, and its published code; torchvision's MobileNetV2 of width 1 stands beside theirs of
-width 0.35 because weights for it are published. Of an ablated ResNet50 they draw once for 50 of the
-neurons that are left, here for 50 of all."""
+"""The presets by name, as in ``--preset NAME``.
+
+Classes, numbers of images and draws, widths and everything in "hayne2024" follow Hayne, Jung &
+Carter, *Does Representation Similarity Capture Function Similarity?*, TMLR 2024, and its published
+code. In addition to their MobileNetV2 of width 0.35 there is torchvision's of width 1, because
+weights for it are published. One difference: for an ablated ResNet50 the authors draw once for
+every 50 surviving neurons, this package once for every 50 neurons of the layer."""
 
 
-class Loaded(NamedTuple):
-    """A network of a preset, and how images are made ready for it."""
+class LoadedNetwork(NamedTuple):
+    """A preset's network, and the transform that prepares images for it."""
 
     model: nn.Module
     transform: Callable[[Any], torch.Tensor]
-    note: str  # where the weights are from, and how they were found in a file
+    note: str  # the source of the weights, and where in the file they were
 
 
-def load_network(network: Network, weights: str | Path | None = None) -> Loaded:
-    """A preset's network at full size, ready for inference on a CPU.
+def load_network(network: Network, weights: str | Path | None = None) -> LoadedNetwork:
+    """Load a preset's network at full size, ready for inference on a CPU.
 
     Parameters
     ----------
     network : Network
     weights : path or "random", optional
-        A file as `load` takes it, of 1,000 outputs; or random weights, always the same,
-        with which every layer is alive and logits differ between images. By default torchvision's
-        best weights, from torch.hub's cache, where they are fetched to if they are not there.
+        A checkpoint file with 1,000 outputs, as for `load`. Or "random": weights that are always
+        the same, and for which no layer is dead and logits differ between images. By default
+        torchvision's best weights, from torch.hub's cache; they are downloaded if missing there.
 
     Returns
     -------
-    Loaded
-        ``model``: in evaluation mode, no gradients, float32. ``transform``: torchvision's, of an
-        image (PIL's, or a tensor of uint8) to the model's input; the one that belongs to the
-        weights where they, or their file's name, are torchvision's, else to its best weights.
+    LoadedNetwork
+        ``model``: in evaluation mode, without gradients, float32. ``transform``: torchvision's map
+        from an image (PIL or uint8 tensor) to the model's input. It belongs to the weights if
+        they, or their file's name, are torchvision's; otherwise to torchvision's best weights.
 
     Raises
     ------
     ModelError
-        If the weights can't be had or read, or belong to another architecture.
+        If the weights can't be downloaded or read, or don't match the architecture.
+
+    Examples
+    --------
+    >>> from repsim_kernels.experiments.inputs.presets import PRESETS, load_network
+    >>> model, transform, note = load_network(PRESETS["mobilenet_v2_035"].networks[0], "random")
+    >>> note, transform.crop_size
+    ('random weights', [224])
     """
     members = zoo.get_model_weights(network.builder)
     member = members.DEFAULT
     if weights == "random":
-        model, note = _random(network), RANDOM
+        model, note = _init_random(network), RANDOM
     else:
         if weights is not None:
             path, note = Path(weights), ""
             member = next((m for m in members if Path(m.url).name == path.name), member)
         elif network.width == 1:
-            path, note = _cached(member), str(member)
+            path, note = _fetch_weights(member), str(member)
         else:
             raise ModelError(
                 f"weights: torchvision has none for {network.name!r} (of width {network.width}; "
-                "the study's authors had their own); expected --weights FILE, or random"
+                "the paper's authors trained their own); expected --weights FILE, or random"
             )
-        model, found = _filled(network, path)
-        note = note or found
-    return Loaded(model.eval().requires_grad_(False), member.transforms(), note)
+        model, file_note = _load_weights(network, path)
+        note = note or file_note
+    return LoadedNetwork(model.eval().requires_grad_(False), member.transforms(), note)
 
 
-def weights_for(preset: Preset, given: Sequence[str] | None) -> dict[str, str | None]:
-    """Which weights each network of a preset gets, by its name, for `load_network`.
+def assign_weights(preset: Preset, weights: Sequence[str] | None) -> dict[str, str | None]:
+    """Assign weights to each network of a preset, by name, for `load_network`.
 
     Parameters
     ----------
     preset : Preset
-    given : sequence of str, optional
-        "random" alone, for all networks; "NAME=FILE", for the networks that are named; or a file
-        for each network, in order. A file may be "random".
+    weights : sequence of str, optional
+        "random" alone, for all networks; "NAME=FILE", for the networks with these names; or one
+        file per network, in order. FILE may be "random".
+
+    Returns
+    -------
+    dict of str to str or None
+        None means the default weights.
 
     Raises
     ------
     ModelError
-        If it is something else.
+        If ``weights`` has another form.
+
+    Examples
+    --------
+    >>> from repsim_kernels.experiments.inputs.presets import PRESETS, assign_weights
+    >>> assign_weights(PRESETS["hayne2024"], ["resnet50=r.pth"])
+    {'alexnet': None, 'mobilenet_v2_035': None, 'resnet50': 'r.pth'}
     """
-    names, given = [network.name for network in preset.networks], list(given or ())
-    if given == ["random"]:
-        given *= len(names)
-    parts = [entry.partition("=") for entry in given]
+    names, entries = [network.name for network in preset.networks], list(weights or ())
+    if entries == ["random"]:
+        entries *= len(names)
+    parts = [entry.partition("=") for entry in entries]
     named = [(name, file) for name, equals, file in parts if equals and "/" not in name]
-    if not named and len(given) == len(names):
-        return dict(zip(names, given, strict=True))
-    found: dict[str, str | None] = {}
+    if not named and len(entries) == len(names):
+        return dict(zip(names, entries, strict=True))
+    assigned: dict[str, str | None] = {}
     for name, file in named:
         if name not in names:
             raise ModelError(f"weights: {name!r} is unknown; expected one of {', '.join(names)}")
-        if name in found or not file:
+        if name in assigned or not file:
             raise ModelError(
                 f"weights: '{name}={file}' is empty or repeated; expected one {name}=FILE"
             )
-        found[name] = file
-    if len(named) < len(given):
+        assigned[name] = file
+    if len(named) < len(entries):
         raise ModelError(
-            f"weights: {', '.join(given)} for {len(names)} networks; expected 'random', NAME=FILE "
-            f"for some, or a file for each, in the order {', '.join(names)}"
+            f"weights: {', '.join(entries)} for {len(names)} networks; expected 'random', "
+            f"NAME=FILE for some, or a file for each, in the order {', '.join(names)}"
         )
-    return dict.fromkeys(names) | found
+    return dict.fromkeys(names) | assigned
 
 
-def _full_size(network: Network) -> nn.Module:
+def _build_full_size(network: Network) -> nn.Module:
+    """Build the network with torchvision's fresh weights."""
     options = {} if network.width == 1 else {"width_mult": network.width}
     model: nn.Module = zoo.get_model(network.builder, weights=None, **options)
     return model
 
 
-def _filled(network: Network, path: Path) -> tuple[nn.Module, str]:
-    with torch.device("meta"):  # AlexNet's random weights, to be replaced, take a second
-        model = _full_size(network)
+def _load_weights(network: Network, path: Path) -> tuple[nn.Module, str]:
+    """Build the network with the weights of a file; also returns the checkpoint's note."""
+    with torch.device("meta"):  # skips AlexNet's random weights, which take a second
+        model = _build_full_size(network)
     state, note = read_checkpoint(path, model)
     if (outputs := count_outputs(model, state)) != 1000:
         raise ModelError(f"weights: {path} has {outputs} outputs; expected ImageNet's 1000")
     model.to_empty(device="cpu")
     for buffer in model.buffers():
-        buffer.zero_()  # old checkpoints lack counters, and a run's identity hashes them
-    fill(model, state, network.name, path)
+        buffer.zero_()  # old checkpoints lack counters, which are part of a run's hash
+    copy_state(model, state, network.name, path)
     return model, note
 
 
-def _random(network: Network) -> nn.Module:
+def _init_random(network: Network) -> nn.Module:
+    """Build the network with reproducible random weights."""
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)  # sums, and with them the weights, are the same on any number
+        torch.set_num_threads(1)  # rounding, hence the weights, depends on the number of threads
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.default_generator.manual_seed(0)  # torch.manual_seed would touch CUDA's as well
-            # Coarse and fine, as photographs are.
+            torch.default_generator.manual_seed(0)  # torch.manual_seed would also seed CUDA
+            # Coarse and fine structure, as in photographs.
             parts = [torch.randn(8, 3, side, side) for side in (7, 28, 224)]
             images = torch.stack([nn.functional.interpolate(x, size=224) for x in parts]).sum(0)
-            return _enlivened(_full_size(network), images / len(parts) ** 0.5)
+            return _rescale_activations(_build_full_size(network), images / len(parts) ** 0.5)
     finally:
         torch.set_num_threads(threads)
 
 
-def _enlivened(model: nn.Module, images: torch.Tensor) -> nn.Module:
-    """Scale a fresh network: MobileNetV2's activations vanish, ResNet's grow, logits are alike."""
+def _rescale_activations(model: nn.Module, images: torch.Tensor) -> nn.Module:
+    """Rescale a network with random weights so that no layer is dead and logits differ.
+
+    Otherwise MobileNetV2's activations vanish, ResNet's grow, and all images have similar logits.
+    """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0  # statistics are then those of the one batch
+            module.momentum = 1.0  # running statistics become those of the one batch
         elif isinstance(model, zoo.AlexNet) and isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight)
     model.train()(images)
@@ -257,24 +293,24 @@ def _enlivened(model: nn.Module, images: torch.Tensor) -> nn.Module:
     return model
 
 
-def _cached(member: zoo.WeightsEnum) -> Path:
-    """A file of torchvision's in torch.hub's cache; fetched if it isn't there."""
+def _fetch_weights(member: zoo.WeightsEnum) -> Path:
+    """Find torchvision's weights in torch.hub's cache, or download them; checks the hash."""
     path = Path(torch.hub.get_dir(), "checkpoints", Path(member.url).name)
-    digest = path.stem.rpartition("-")[2]  # by convention the beginning of its SHA-256
+    digest = path.stem.rpartition("-")[2]  # by convention the start of its SHA-256
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             terminal = sys.stderr.isatty()
             torch.hub.download_url_to_file(member.url, str(path), digest, progress=terminal)
-        except (OSError, HTTPException, RuntimeError) as error:  # the last: it is damaged
+        except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: wrong hash
             raise ModelError(
-                f"weights: {path.name} can't be fetched ({one_line(error)}); expected {member.url} "
-                f"as {path}, or --weights FILE"
+                f"weights: {path.name} can't be downloaded ({one_line(error)}); expected "
+                f"{member.url} as {path}, or --weights FILE"
             ) from error
     with path.open("rb") as file:
         if not hashlib.file_digest(file, "sha256").hexdigest().startswith(digest):
             raise ModelError(
-                f"weights: {path} is damaged; expected a SHA-256 that begins with {digest}: "
-                f"delete the file, and it is fetched again from {member.url}"
+                f"weights: {path} is damaged; expected a SHA-256 that starts with {digest}. Delete "
+                f"the file to download it again from {member.url}"
             )
     return path

@@ -15,7 +15,7 @@ import pandas as pd  # type: ignore[import-untyped]
 from repsim_kernels.experiments.analysis.published import PUBLISHED, SOURCE
 from repsim_kernels.experiments.columns import BASELINE, CHANGE_NAMES, METRIC_NAMES
 from repsim_kernels.experiments.errors import ReportError
-from repsim_kernels.experiments.files import replacing, why_not_writable
+from repsim_kernels.experiments.files import find_write_obstacle, replace_file
 from repsim_kernels.experiments.report import figures as plots
 from repsim_kernels.experiments.report.figures import Drawing, FigureGroup
 from repsim_kernels.experiments.report.findings import (
@@ -62,7 +62,7 @@ def write_report(
         A table lacks a column.
     """
     path = Path(path)
-    if why := why_not_writable(path):
+    if why := find_write_obstacle(path):
         raise ReportError(f"out: {why}")
     folder = path.with_name(f"{path.stem}_figures")
     if figures is not None:
@@ -91,7 +91,7 @@ def write_report(
         source=SOURCE,
         published=PUBLISHED,
     )
-    with replacing(path) as temporary:
+    with replace_file(path) as temporary:
         temporary.write_text(html, encoding="utf-8")
         if figures is not None:
             plots.save_figures(

@@ -83,6 +83,20 @@ def run(
     StoreError
         ``out`` holds another run or other files, a unit can't be stored, another process works in
         the folder, or no unit could be measured.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from repsim_kernels.experiments import Study, run
+    >>> images, labels = torch.randn(20, 3, 2, 2), torch.arange(2).repeat(10)
+    >>> layers = [nn.Flatten(), nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 2)]
+    >>> studies = [
+    ...     Study(nn.Sequential(*layers), ["2"], images, labels, metrics=["cka"], name=name)
+    ...     for name in ("a", "b")
+    ... ]
+    >>> run(studies).groupby("model").size().to_dict()  # 2 classes x 1 layer x 16 cells each
+    {'a': 32, 'b': 32}
     """
     studies = [studies] if isinstance(studies, Study) else studies
     check_names(studies)

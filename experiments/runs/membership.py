@@ -54,7 +54,7 @@ def open_run(
 
     def facts() -> dict[str, Any]:
         for study in studies:
-            if not study.own_memory and study.device.type == "cpu":
+            if not study.memory_is_explicit and study.device.type == "cpu":
                 study.memory //= workers
         return {
             "memory": {study.name: study.memory for study in studies},
@@ -84,7 +84,7 @@ def join(studies: Sequence[Study], store: Store) -> None:
 
 def _settle(studies: Sequence[Study], store: Store) -> None:
     for study in studies:
-        if not study.own_memory:
+        if not study.memory_is_explicit:
             study.memory = store.study["memory"][study.name]
 
 

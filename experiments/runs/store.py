@@ -17,7 +17,7 @@ import pandas as pd  # type: ignore[import-untyped]
 
 from repsim_kernels.experiments.columns import KEYS
 from repsim_kernels.experiments.errors import DamagedError, StoreError
-from repsim_kernels.experiments.files import replacing
+from repsim_kernels.experiments.files import replace_file
 from repsim_kernels.experiments.study.configuration import differences, digest
 from repsim_kernels.experiments.study.units import Unit, units_of
 
@@ -28,10 +28,10 @@ _FACTS = b"repsim_kernels"  # the key of a part's facts in its metadata
 
 @contextmanager
 def _writing(path: Path) -> Iterator[Path]:
-    """`replacing`, where a folder may have to be made and a full disk ends the run in a line."""
+    """`replace_file`, where a folder may have to be made and a full disk ends the run in a line."""
     try:
         path.parent.mkdir(exist_ok=True)
-        with replacing(path) as temporary:
+        with replace_file(path) as temporary:
             yield temporary
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error).partition("\n")[0]
@@ -113,7 +113,7 @@ class Store:
             study = {"hash": digest(wanted), "configuration": wanted, **facts()}
             folder.mkdir(parents=True, exist_ok=True)
             # Of two runs that begin at once the first is right: its memory decides the last bits.
-            with suppress(FileExistsError), replacing(folder / CONFIGURATION, new=True) as path:
+            with suppress(FileExistsError), replace_file(folder / CONFIGURATION, new=True) as path:
                 path.write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
             check(folder, wanted)
         return cls(folder)

@@ -1,4 +1,4 @@
-"""The arguments of a study, checked by the library's own checks; its errors become StudyErrors."""
+"""Checks of a study's arguments; the library's own errors become StudyErrors."""
 
 from __future__ import annotations
 
@@ -19,33 +19,39 @@ from repsim_kernels.forward.trace import first_line
 
 @dataclass(frozen=True)
 class Draws:
-    """How often the paper's probe draws neurons of a layer, and how.
+    """How many draws of neurons the probe "paper" makes from a layer, and how.
 
     Parameters
     ----------
     least : int
-        As often at least.
+        Minimum number of draws.
     every : int, optional
-        Neurons of the layer per draw, where that gives more draws than `least`.
+        Draw once for every this many neurons of the layer, if that gives more draws than `least`.
     paired : bool
-        Whether an ablated fit keeps the neurons of the intact one as far as they survive; the
-        paper draws all anew.
+        Whether the fit after an ablation keeps those neurons of the intact fit that survive. The
+        paper draws all of them anew.
+
+    Examples
+    --------
+    >>> from repsim_kernels.experiments import Draws
+    >>> Draws(least=200, every=100).count_for(50_000)
+    500
     """
 
     least: int = 200
     every: int | None = None
     paired: bool = True
 
-    def of(self, neurons: int) -> int:
-        """How many draws a layer of that many neurons gets."""
+    def count_for(self, neurons: int) -> int:
+        """The number of draws from a layer with this many neurons."""
         return self.least if self.every is None else max(self.least, neurons // self.every)
 
 
 @contextmanager
-def study_errors() -> Iterator[None]:
-    """Raise the library's errors about arguments as StudyErrors of the same line.
+def raise_study_errors() -> Iterator[None]:
+    """Re-raise the library's errors about arguments as StudyErrors with the same message.
 
-    A LayerError stays what it is: it is about the network.
+    A LayerError passes through, because it is about the network.
     """
     try:
         yield
@@ -55,15 +61,15 @@ def study_errors() -> Iterator[None]:
         raise StudyError(one_line(error)) from error
 
 
-def check_text(value: Any, argument: str) -> str:
-    """Check that an argument is a text."""
+def check_string(value: Any, argument: str) -> str:
+    """Check that an argument is a string."""
     if not isinstance(value, str):
-        raise StudyError(f"{argument}: {_options.short_repr(value)}; expected a text")
+        raise StudyError(f"{argument}: {_options.short_repr(value)}; expected a string")
     return value
 
 
 def check_names(values: Any, argument: str, known: Sequence[str] | None = None) -> list[str]:
-    """Check a sequence of names, of which each is known, if it is given what is known."""
+    """Check a sequence of names, each of them in `known` if that is given."""
     names = None if isinstance(values, str) else _options.to_tuple(values)
     if names is None or not all(isinstance(name, str) for name in names):
         raise StudyError(f"{argument}: {_options.short_repr(values)}; expected a sequence of names")
@@ -74,7 +80,7 @@ def check_names(values: Any, argument: str, known: Sequence[str] | None = None) 
 
 
 def check_distinct(values: list[Any], argument: str) -> list[Any]:
-    """Check that there is a value, and none twice."""
+    """Check that values are distinct and there is at least one."""
     if not values or len(set(values)) < len(values):
         raise StudyError(
             f"{argument}: {_options.short_repr(values)} is empty or repeats; "
@@ -86,34 +92,35 @@ def check_distinct(values: list[Any], argument: str) -> list[Any]:
 def check_targets(values: Any) -> list[int]:
     """Check a sequence of distinct integer labels."""
     labels = None if isinstance(values, str) else _options.to_tuple(values)
-    found = None
+    array = None
     if labels is not None and not any(isinstance(label, str) for label in labels):
-        # Sets and iterators are taken as well, and an array as it is.
-        array = values if hasattr(values, "dtype") else labels
-        found = _check.check_integers(array, "targets", LabelError)
-    if found is None or found.ndim != 1 or found.dtype.kind == "b":
+        # Arrays are checked as they are; `labels` also holds the items of sets and iterators.
+        array = _check.check_integers(
+            values if hasattr(values, "dtype") else labels, "targets", LabelError
+        )
+    if array is None or array.ndim != 1 or array.dtype.kind == "b":
         raise StudyError(
             f"targets: {_options.short_repr(values)}; expected a sequence of integer labels"
         )
-    return check_distinct(found.tolist(), "targets")
+    return check_distinct(array.tolist(), "targets")
 
 
 def check_images(values: Any) -> Tensor:
-    """Check an array of real numbers, as a tensor that shares its memory where it can."""
+    """Check an array of real numbers; returns a tensor, which shares its memory where possible."""
     images, _ = _arrays.convert(values, "images")
-    # Python's numbers have no precision of their own: they get PyTorch's.
-    python = isinstance(values, list | tuple) and images.dtype == torch.float64
-    return images.to(torch.get_default_dtype()) if python else images
+    # Python's numbers have no precision, so they get PyTorch's default.
+    from_python = isinstance(values, list | tuple) and images.dtype == torch.float64
+    return images.to(torch.get_default_dtype()) if from_python else images
 
 
 def check_labels(values: Any) -> Tensor:
-    """Check an array of integers, as a tensor of its own on the CPU."""
+    """Check an array of integers; returns a copy, a tensor on the CPU."""
     labels = _check.check_integers(values, "labels", LabelError)
     return torch.from_numpy(labels.astype("int64"))
 
 
 def check_pairs(images: Tensor, labels: Tensor) -> None:
-    """Check that there are images, and a label for each."""
+    """Check that there is at least one image, and a label for each."""
     if labels.ndim != 1:
         raise StudyError(f"labels: shape {tuple(labels.shape)}; expected integers of shape (n,)")
     if images.ndim < 2 or len(images) != len(labels):
@@ -122,7 +129,47 @@ def check_pairs(images: Tensor, labels: Tensor) -> None:
             "expected (n, ...), an image for each label"
         )
     if not len(images):
-        raise StudyError("images: there are none; expected two or more of each class")
+        raise StudyError("images: empty; expected two or more of each class")
+
+
+def check_classes(
+    counts: dict[int, int], targets: list[int], names: list[str] | None, others: int | None
+) -> None:
+    """Check the targets, class names and drawn classes against the images of each label."""
+    labels = list(counts)
+    if missing := [label for label in targets if label not in counts]:
+        raise StudyError(f"targets: {missing[0]} is not among the labels {labels}")
+    if min(labels) < 0:
+        raise StudyError(f"labels: {min(labels)}; expected output indices, 0 or more")
+    if names is not None and len(names) <= max(labels):
+        raise StudyError(
+            f"classes: {len(names)} names, but labels up to {max(labels)}; "
+            "expected a name for each label"
+        )
+    if names is not None and len({names[label] for label in targets}) < len(targets):
+        raise StudyError("classes: two targets share a name; expected distinct names")
+    if single := [label for label, count in counts.items() if count < 2]:
+        name = single[0] if names is None else names[single[0]]
+        raise StudyError(f"images: class {name!r} has one image; expected 2 or more")
+    if others is not None and others >= len(counts):
+        raise StudyError(
+            f"others: {others} of {len(counts)} classes; expected at most {len(counts) - 1}, the "
+            "classes other than the target"
+        )
+    if len(counts) < 2:
+        raise StudyError(f"labels: all are {labels[0]}; expected two classes or more")
+
+
+def check_logits(logits: Any, model: str, largest: int) -> None:
+    """Check that a model's output is logits with an entry for each label."""
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
+        output = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise StudyError(f"model: {model} returns {output}; expected logits (n, k), k > 1")
+    if logits.shape[1] <= largest:
+        raise StudyError(
+            f"labels: up to {largest}, but {model} has {logits.shape[1]} outputs; "
+            f"expected labels below {logits.shape[1]}"
+        )
 
 
 def check_optional_count(value: Any, argument: str, least: int = 1) -> int | None:
@@ -131,7 +178,7 @@ def check_optional_count(value: Any, argument: str, least: int = 1) -> int | Non
 
 
 def check_draws(value: Any) -> Draws:
-    """Check how often the paper's probe draws; None is for the default."""
+    """Check the draws of the probe "paper"; None means the default."""
     if value is None:
         return Draws()
     if not isinstance(value, Draws):
@@ -144,13 +191,15 @@ def check_draws(value: Any) -> Draws:
 
 
 def check_progress(value: Any) -> None:
-    """Check that progress can be called."""
+    """Check that progress is callable."""
     if value is not None and not callable(value):
-        raise StudyError(f"progress: {_options.short_repr(value)}; expected a function of a Step")
+        raise StudyError(
+            f"progress: {_options.short_repr(value)}; expected a function that takes a Step"
+        )
 
 
 def check_folder(value: Any) -> Path:
-    """Check that a folder is a path, whose name is UTF-8: Parquet's library has no others."""
+    """Check that a folder is a path in UTF-8, the only encoding Parquet's library reads."""
     try:
         path = Path(value)
         path.as_posix().encode()
@@ -162,20 +211,20 @@ def check_folder(value: Any) -> Path:
 
 
 def check_model(value: Any) -> nn.Module:
-    """Check that a network is a module of PyTorch's."""
+    """Check that a network is an nn.Module."""
     if not isinstance(value, nn.Module):
         raise StudyError(f"model: {_options.short_repr(value)}; expected a torch.nn.Module")
     return value
 
 
 def check_device(model: nn.Module, device: Any) -> torch.device:
-    """A device that can be used: the one that was asked for, or the model's."""
+    """The device to compute on, or the model's if it is None; checks that it can be used."""
     if device is None:
         parameter = next(model.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
     try:
         probe = torch.empty(1, device=device)
-        probe.cpu()  # "meta" has no values to give
+        probe.cpu()  # fails for "meta", which has no values
     except (RuntimeError, AssertionError, TypeError) as error:
         raise StudyError(f"device: {device} can't be used here ({first_line(error)})") from error
-    return probe.device  # with its number
+    return probe.device  # including its index

@@ -1,4 +1,4 @@
-"""What decides a run's rows: its short name, and what tells two of them apart."""
+"""Configurations, which determine a run's rows: their hash, and the differences between two."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ from typing import Any
 
 
 def digest(configuration: dict[str, Any]) -> str:
-    """A short name of a configuration: the same whatever the order of its keys."""
+    """Hash a configuration to 16 hex digits, independent of the order of its keys."""
     text = json.dumps(configuration, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def differences(there: Any, here: Any, name: str = "") -> list[str]:
-    """Name what differs between two configurations, deepest keys first met first."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        found = []
-        for key in (*there, *(key for key in here if key not in there)):
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """List what differs between two configurations, one line per key, in order of the keys."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        lines = []
+        for key in (*before, *(key for key in now if key not in before)):
             path = f"{name}.{key}" if name else key
-            if key not in there or key not in here:
-                has, lacks = ("here", "there") if key in here else ("there", "here")
-                value = here[key] if key in here else there[key]
-                found.append(
-                    f"{path} only {has}"
+            if key not in before or key not in now:
+                present, absent = ("now", "before") if key in now else ("before", "now")
+                value = now[key] if key in now else before[key]
+                lines.append(
+                    f"{path} only {present}"
                     if isinstance(value, dict)
-                    else f"{path}: {_brief(value)} {has}, not recorded {lacks}"
+                    else f"{path}: {_brief(value)} {present}, not recorded {absent}"
                 )
             else:
-                found += differences(there[key], here[key], path)
-        return found
-    if there == here:
+                lines += differences(before[key], now[key], path)
+        return lines
+    if before == now:
         return []
-    return [f"{name}: {_brief(there)} there, {_brief(here)} here"]
+    return [f"{name}: {_brief(before)} before, {_brief(now)} now"]
 
 
 def _brief(value: Any) -> str:
+    """A value as JSON, at most 40 characters of it."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else text[:37] + "…"
 

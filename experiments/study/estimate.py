@@ -1,4 +1,4 @@
-"""What a study is going to take: counted from its networks, timed on its device."""
+"""Estimate the cost of a study from counted operations and short timings on its device."""
 
 from __future__ import annotations
 
@@ -9,46 +9,46 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from repsim_kernels.experiments.study.measure import represent
-from repsim_kernels.experiments.study.memory import batch_size, groups, held
-from repsim_kernels.experiments.study.probes import paper
+from repsim_kernels.experiments.study.measure import measure_representation
+from repsim_kernels.experiments.study.memory import bytes_held, choose_batch_size, group_layers
+from repsim_kernels.experiments.study.probes import measure_paper_probe
 from repsim_kernels.experiments.study.study import Study
 from repsim_kernels.experiments.study.units import Unit
 from repsim_kernels.forward import Cost
 
-# Neurons, at least, of the smaller of two timings of the metrics: what a clock can tell apart.
+# Fewest neurons in the smaller of two timings of the metrics, for the clock to resolve it.
 _FEW = 2000
-_DRAWS = 64  # of the paper's probe that are timed: a batch of fits for each of two threads
+_DRAWS = 64  # timed draws of the paper's probe: a batch of fits for each of two threads
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer of a study: its ablated passes, metrics and probes, for all target classes."""
+    """Cost of one layer: its ablated passes, metrics and probes, over all target classes."""
 
     layer: str
     neurons: int
-    together: int  # cells in a batch
+    cells_per_batch: int
     forward_flops: float  # of the ablated passes
-    metric_flops: float  # of Grams, and of PWCCA's weights
-    held: int  # bytes of activations, and of what ablated passes start from
+    metric_flops: float  # of Gram matrices and PWCCA's weights
+    bytes_held: int  # activations, and states where ablated passes resume
     fits: int  # logistic regressions of the paper's probe
     seconds: float
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One network of a study."""
+    """Cost of one study."""
 
     name: str
     layers: list[LayerPlan]
     targets: int
     cells: int
-    images: int  # of each target class, the mean
+    images: int  # mean number for each target class
     stimuli: int
-    passes: int  # of all images, one for each group of layers, or for each unit
-    pass_flops: float  # of all of them
+    passes: int  # over all images: one per group of layers, or per unit
+    pass_flops: float  # of all passes
     pass_seconds: float
-    held: int  # bytes of the group of layers that holds the most
+    bytes_held: int  # of the group of layers that holds the most
     memory: int
 
     @property
@@ -61,65 +61,66 @@ class Plan:
         return self.pass_flops + sum(each)
 
 
-def plan(study: Study, units: Sequence[Unit] | None = None, apart: bool = False) -> Plan:
-    """Count and estimate what a study takes, from a few passes and small metrics.
+def plan(study: Study, units: Sequence[Unit] | None = None, separate_passes: bool = False) -> Plan:
+    """Estimate a study's operations, memory and time, from a few passes and small metrics.
 
     Parameters
     ----------
     study : Study
     units : sequence of Unit, optional
-        Those that are to be measured, at least one; all by default.
-    apart : bool
-        Whether each unit makes a pass of its own, up to its layer, as where workers share them.
+        The units to measure, at least one; all by default.
+    separate_passes : bool
+        Whether each unit makes its own pass, up to its layer, as when workers share the units.
 
     Returns
     -------
     Plan
-        Operations are two for each multiply-add. An estimate of seconds: nothing is known yet of
-        cells that are dead, and that take no pass.
+        A multiply-add counts as two operations. Seconds are an estimate: dead cells, which need
+        no pass, are not known yet.
 
     Raises
     ------
     StudyError
-        The memory is too little for a layer, or the network's weights have changed.
+        The memory is too small for a layer, or the network's weights have changed.
     """
     units = study.units if units is None else units
     names = list(dict.fromkeys(unit.layer for unit in units))
-    own = sum(int((study.labels == label).sum()) for label in study.targets) / len(study.targets)
-    n = min(batch_size(study), round(own))
+    counts = [int((study.labels == label).sum()) for label in study.targets]
+    per_target = sum(counts) / len(counts)
+    n = min(choose_batch_size(study), round(per_target))
     with study.hold_network():
         images = study.images[study.labels == study.targets[0]][:n].to(study.device)
         costs = study.forward.costs(images, names)
-        fixed, by_neuron = _metric_seconds(study)
-        by_fit = _fit_seconds(study) if "paper" in study.probes else 0.0
-    any_cost = costs[names[0]]  # head and tail make a whole pass at every layer
+        fixed, per_neuron = _metric_seconds(study)
+        per_fit = _fit_seconds(study) if "paper" in study.probes else 0.0
+    any_cost = costs[names[0]]  # at every layer, head + tail is a whole pass
     whole_flops = any_cost.head_flops + any_cost.tail_flops
     per_image = (any_cost.head_seconds + any_cost.tail_seconds) / len(images)
     speed = whole_flops / per_image
-    sizes = held(study)
-    grouped = [group for group in groups(study, study.layers) if set(group) & set(names)]
+    sizes = bytes_held(study)
+    grouped = [group for group in group_layers(study, study.layers) if set(group) & set(names)]
     heads = [(costs[unit.layer].head_flops, costs[unit.layer].head_seconds) for unit in units]
-    shown = heads if apart else [(whole_flops, per_image * len(images))] * len(grouped)
+    passes = heads if separate_passes else [(whole_flops, per_image * len(images))] * len(grouped)
     n_cells = study.n_cells
     lines = []
     for name in names:
         cost, p = costs[name], study.sizes[name].neurons
         targets = sum(len(study.targets_of(unit)) for unit in units if unit.layer == name)
-        passes = targets * n_cells * own
+        ablated_images = targets * n_cells * per_target
         spectral = 1 + n_cells * ("pwcca" in study.metrics)
-        fits = targets * (1 + n_cells) * study.draws.of(p) if "paper" in study.probes else 0
+        fits = targets * (1 + n_cells) * study.draws.count_for(p) if "paper" in study.probes else 0
         lines.append(
             LayerPlan(
                 layer=name,
                 neurons=p,
-                together=min(cost.together, n_cells),
-                forward_flops=passes * cost.tail_flops,
-                metric_flops=targets * 2.0 * study.stimuli**2 * p * spectral,
-                held=sizes[name],
+                cells_per_batch=min(cost.together, n_cells),
+                forward_flops=ablated_images * cost.tail_flops,
+                metric_flops=targets * 2.0 * study.n_stimuli**2 * p * spectral,
+                bytes_held=sizes[name],
                 fits=fits,
-                seconds=passes * _tail_seconds(cost, len(images), speed)
-                + targets * (fixed + by_neuron * p)
-                + fits * by_fit,
+                seconds=ablated_images * _tail_seconds(cost, len(images), speed)
+                + targets * (fixed + per_neuron * p)
+                + fits * per_fit,
             )
         )
     return Plan(
@@ -127,61 +128,65 @@ def plan(study: Study, units: Sequence[Unit] | None = None, apart: bool = False)
         layers=lines,
         targets=len({label for unit in units for label in study.targets_of(unit)}),
         cells=n_cells,
-        images=round(own),
-        stimuli=study.stimuli,
-        passes=len(shown),
-        pass_flops=sum(flops for flops, _ in shown) * len(study.labels),
-        pass_seconds=sum(seconds for _, seconds in shown) * len(study.labels) / len(images),
-        held=max(sum(sizes[name] for name in group if name in names) for group in grouped),
+        images=round(per_target),
+        stimuli=study.n_stimuli,
+        passes=len(passes),
+        pass_flops=sum(flops for flops, _ in passes) * len(study.labels),
+        pass_seconds=sum(seconds for _, seconds in passes) * len(study.labels) / len(images),
+        bytes_held=max(sum(sizes[name] for name in group if name in names) for group in grouped),
         memory=study.memory,
     )
 
 
 def _tail_seconds(cost: Cost, n: int, speed: float) -> float:
-    """Of one image of one cell; at the network's own speed where several cells run together."""
+    """Seconds per image and cell after the layer; if cells run together, at the network's speed."""
     alone = cost.tail_seconds / n
     return alone if cost.together == 1 else min(alone, cost.tail_flops / speed)
 
 
 def _metric_seconds(study: Study) -> tuple[float, float]:
-    """Seconds of a unit's cells, distances and ridge probe: fixed, and for each neuron."""
+    """Seconds for a target's cells, distances and ridge probe: a constant, and per neuron."""
     target, y = _labels(study)
     probes = [name for name in study.probes if name != "paper"]
     few = max(_FEW, study.n_cells, len(y))
     many = 5 * few
     times = []
-    for p in (few, few, many):  # the first also loads libraries
-        x = _alive(len(y), p, study.device)
+    for p in (few, few, many):  # the first run also loads libraries
+        x = _random_activations(len(y), p, study.device)
         start = time.perf_counter()
-        found = represent(study, probes, "plan", target, x, y, 2**30)
-        found.sizes.cpu()
+        result = measure_representation(study, probes, "plan", target, x, y, 2**30)
+        result.sizes.cpu()  # waits for the device
         times.append(time.perf_counter() - start)
-    by_neuron = max(0.0, times[2] - times[1]) / (many - few)
-    return max(0.0, times[1] - by_neuron * few), by_neuron
+    per_neuron = max(0.0, times[2] - times[1]) / (many - few)
+    return max(0.0, times[1] - per_neuron * few), per_neuron
 
 
 def _labels(study: Study) -> tuple[int, Tensor]:
-    """The first target, and the labels of the stimuli that it is told apart from."""
+    """The first target, and the labels of all stimuli in its metrics."""
     target = study.targets[0]
-    classes = study.present if study.others is None else [target, *study.others_of(target)]
-    return target, torch.cat([torch.full((study.counted(label),), label) for label in classes])
+    classes = (
+        study.unique_labels if study.others is None else [target, *study.draw_other_classes(target)]
+    )
+    return target, torch.cat(
+        [torch.full((study.count_metric_images(label),), label) for label in classes]
+    )
 
 
 def _fit_seconds(study: Study) -> float:
-    """Seconds of a logistic regression of the paper's probe."""
+    """Seconds per logistic regression of the paper's probe."""
     target, y = _labels(study)
     n_cells = study.n_cells
-    x = _alive(len(y), _FEW, study.device)
+    x = _random_activations(len(y), _FEW, study.device)
     cells = torch.arange(_FEW) % n_cells
     times = []
-    for draws in (2, _DRAWS):  # the first also loads libraries
+    for draws in (2, _DRAWS):  # the first run also loads libraries
         start = time.perf_counter()
-        paper(study, "plan", target, x, y, cells, draws)
+        measure_paper_probe(study, "plan", target, x, y, cells, draws)
         times.append(time.perf_counter() - start)
     return times[1] / (_DRAWS * (1 + n_cells))
 
 
-def _alive(n: int, p: int, device: torch.device) -> Tensor:
-    """Activations that are like a layer's behind its ReLU: timing on zeros would be false."""
+def _random_activations(n: int, p: int, device: torch.device) -> Tensor:
+    """Activations like a ReLU layer's; timings on zeros would mislead."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(n, p, generator=generator).relu_().to(device)

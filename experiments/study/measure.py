@@ -1,4 +1,4 @@
-"""The rows of a study: a pass of the images for as many layers as memory takes, then the cells."""
+"""Measure the rows of a study: one pass over the images per group of layers, then each cell."""
 
 from __future__ import annotations
 
@@ -17,21 +17,29 @@ import repsim_kernels as rk
 from repsim_kernels.experiments.columns import BASELINE, HALVES, NAN_IMAGES, half_column
 from repsim_kernels.experiments.errors import StudyError
 from repsim_kernels.experiments.study import probes as linear
-from repsim_kernels.experiments.study.memory import BATCH, batch_size, groups, held
-from repsim_kernels.experiments.study.performance import performance
+from repsim_kernels.experiments.study.memory import (
+    BATCH,
+    bytes_held,
+    choose_batch_size,
+    group_layers,
+)
+from repsim_kernels.experiments.study.performance import measure_performance_loss
 from repsim_kernels.experiments.study.units import Unit
 from repsim_kernels.forward import State
 
 if TYPE_CHECKING:
     from repsim_kernels.experiments.study.study import Study
 
-_COLUMNS = 2**12  # neurons whose variance is taken at a time
-_VARIATES = 2**30  # bytes, at most, for the canonical variates that wait for a pass: PWCCA
+_COLUMNS = 2**12  # neurons per block when variances are computed
+_VARIATES = 2**30  # upper bound in bytes on the canonical variates that PWCCA buffers
 
 
 @dataclass
-class Shown:
-    """A layer's activations, (n, p) and sorted by class, and the states of the targets' images."""
+class LayerActivations:
+    """A layer's activations (n, p), sorted by class, and where ablated passes resume.
+
+    ``states`` holds, for each target class, the network's state at the layer, batch by batch.
+    """
 
     x: Tensor
     labels: Tensor
@@ -39,18 +47,18 @@ class Shown:
 
 
 def rows(study: Study, units: Sequence[Unit]) -> Iterator[pd.DataFrame]:
-    """Measure some units of a study.
+    """Measure units of a study.
 
     Parameters
     ----------
     study : Study
     units : sequence of Unit
-        Some of the study's, layer by layer.
+        Units of this study, layer by layer.
 
     Yields
     ------
-    DataFrame, one row per target class and cell of the grid
-        For each unit, in their order.
+    DataFrame
+        For each unit, in order: one row per target class and cell.
 
     Raises
     ------
@@ -58,25 +66,25 @@ def rows(study: Study, units: Sequence[Unit]) -> Iterator[pd.DataFrame]:
         A layer's activations are not finite, the memory is too little for a layer, or the
         network's weights have changed.
     """
-    measured = _rows(study, units)
+    tables = _iter_rows(study, units)
     while True:
-        # Between units the caller has the network as it was.
+        # Between units the network is restored for the caller.
         with study.hold_network(), torch.no_grad():
-            table = next(measured, None)
+            table = next(tables, None)
         if table is None:
             return
         yield table
 
 
 def describe(study: Study) -> dict[str, Any]:
-    """What a reader of the results wants to know in addition to the configuration.
+    """Facts about a study for readers of its results, in addition to the configuration.
 
     Raises
     ------
     StudyError
         The memory is too little for a layer, or the network's weights have changed.
     """
-    groups(study, study.layers)
+    group_layers(study, study.layers)
     correct = torch.zeros(len(study.labels), dtype=torch.bool)
     with study.hold_network(), torch.no_grad():
         for index in torch.split(torch.arange(len(study.labels)), BATCH):
@@ -90,121 +98,153 @@ def describe(study: Study) -> dict[str, Any]:
         "accuracy": float(correct.double().mean()),
         "images": len(study.labels),
         "image_shape": list(study.images.shape[1:]),
-        "image_classes": len(study.present),
+        "image_classes": len(study.unique_labels),
         "largest_class": int(study.labels.bincount().max()),
         "outputs": logits.shape[1],
-        "stimuli": study.stimuli,
+        "stimuli": study.n_stimuli,
         "note": study.note,
         "device": torch.cuda.get_device_name(study.device) if gpu else "CPU",
     }
 
 
-def _rows(study: Study, units: Sequence[Unit]) -> Iterator[pd.DataFrame]:
-    wanted: dict[str, list[list[int]]] = {}
+def _iter_rows(study: Study, units: Sequence[Unit]) -> Iterator[pd.DataFrame]:
+    """Yield each unit's rows, group of layers by group of layers."""
+    blocks: dict[str, list[list[int]]] = {}
     for unit in units:
-        wanted.setdefault(unit.layer, []).append(study.targets_of(unit))
-    sizes = held(study)
-    # Groups of all layers, and the room beside a whole group, whatever is wanted of it: what
-    # runs together decides the bits, and a resumed run is to have the same.
-    for group in groups(study, study.layers):
-        mine = [layer for layer in group if layer in wanted]
-        labels = {label for layer in mine for block in wanted[layer] for label in block}
-        shown = _shown(study, mine, labels)
-        for layer in mine:
-            left = sum(sizes[name] for name in group[group.index(layer) :])
-            room = (study.memory - left) // 2
-            for block in wanted[layer]:
-                found = [_target(study, layer, label, shown[layer], room) for label in block]
-                yield pd.concat(found, ignore_index=True)
-            del shown[layer]
+        blocks.setdefault(unit.layer, []).append(study.targets_of(unit))
+    sizes = bytes_held(study)
+    # Groups cover all layers, and free memory is counted as if a whole group were held, whichever
+    # units are measured: rounding depends on what is batched together, and a resumed run must give
+    # bit-identical rows.
+    for group in group_layers(study, study.layers):
+        measured_layers = [layer for layer in group if layer in blocks]
+        labels = {label for layer in measured_layers for block in blocks[layer] for label in block}
+        activations = _collect_activations(study, measured_layers, labels)
+        for layer in measured_layers:
+            still_held = sum(sizes[name] for name in group[group.index(layer) :])
+            free_bytes = (study.memory - still_held) // 2
+            for block in blocks[layer]:
+                tables = [
+                    _measure_target(study, layer, label, activations[layer], free_bytes)
+                    for label in block
+                ]
+                yield pd.concat(tables, ignore_index=True)
+            del activations[layer]
 
 
-def _shown(study: Study, layers: Sequence[str], wanted: set[int]) -> dict[str, Shown]:
-    """Show the network all stimuli once, and keep what these layers gave."""
-    y = torch.cat([torch.full((study.counted(label),), label) for label in study.present])
-    found: dict[str, Shown] = {}
+def _collect_activations(
+    study: Study, layers: Sequence[str], targets: set[int]
+) -> dict[str, LayerActivations]:
+    """Pass all images once, and keep the layers' activations and the targets' states."""
+    y = torch.cat(
+        [torch.full((study.count_metric_images(label),), label) for label in study.unique_labels]
+    )
+    by_layer: dict[str, LayerActivations] = {}
     if not layers:
-        return found
-    row, size = 0, batch_size(study)
-    for label in study.present:
+        return by_layer
+    row, size = 0, choose_batch_size(study)
+    for label in study.unique_labels:
         images = study.images[study.labels == label]
-        left = study.counted(label)
-        # The same batches whatever is wanted: a resumed run gives the same bits.
+        remaining = study.count_metric_images(label)
+        # Batches don't depend on the layers and targets: a resumed run gives bit-identical rows.
         for batch in torch.split(images, size):
-            if not left and label not in wanted:
+            if not remaining and label not in targets:
                 break
             states = study.forward.prefixes(batch.to(study.device), layers)
-            take = min(left, len(batch))
+            count = min(remaining, len(batch))
             for layer in layers:
                 state = states.pop(layer)
-                if layer not in found:
+                if layer not in by_layer:
                     p = study.sizes[layer].neurons
-                    found[layer] = Shown(state.activation.new_empty(len(y), p), y)
-                mine = found[layer]
-                if take == len(state):
-                    state.move(mine.x[row : row + take])
+                    by_layer[layer] = LayerActivations(state.activation.new_empty(len(y), p), y)
+                activations = by_layer[layer]
+                if count == len(state):
+                    state.move(activations.x[row : row + count])
                 else:
-                    mine.x[row : row + take] = state.activation[:take].flatten(1)
-                if label in wanted:
-                    mine.states.setdefault(label, []).append(state)
-            left -= take
-            row += take
-    return found
+                    activations.x[row : row + count] = state.activation[:count].flatten(1)
+                if label in targets:
+                    activations.states.setdefault(label, []).append(state)
+            remaining -= count
+            row += count
+    return by_layer
 
 
-class Represented(NamedTuple):
-    """What is said of a layer's representation for one target."""
+class RepresentationResult(NamedTuple):
+    """What is measured on one layer's activations for one target."""
 
     cells: Tensor  # (p,) labels or (C, p) membership
-    sizes: Tensor  # (C,) neurons of each cell
+    sizes: Tensor  # (C,) number of neurons
     distances: dict[str, Any]
     decodability: dict[str, Any]
 
 
-def _target(study: Study, layer: str, label: int, shown: Shown, room: int) -> pd.DataFrame:
+def _measure_target(
+    study: Study, layer: str, label: int, activations: LayerActivations, free_bytes: int
+) -> pd.DataFrame:
+    """Measure the rows of one layer and target class; drops the target's states when done."""
     where = f"{study.name}, layer {layer}"
     forward, n_cells = study.forward, study.n_cells
-    states = shown.states.pop(label)
+    states = activations.states.pop(label)
     try:
-        found = represent(study, study.probes, layer, label, *_stimuli(study, label, shown), room)
-        # Ablated and intact logits by the same pass, so that an empty cell changes exactly nothing.
-        none = torch.full(found.cells.shape[-1:], -1)
-        intact = torch.cat([forward.logits(state, none, 1, memory=room)[0] for state in states])
-        parts = [forward.logits(state, found.cells, n_cells, memory=room) for state in states]
+        # The selected stimuli may be a copy, so no name here keeps them during the forward passes.
+        result = measure_representation(
+            study,
+            study.probes,
+            layer,
+            label,
+            *_select_stimuli(study, label, activations),
+            free_bytes,
+        )
+        # The intact logits come from the same masked pass as the ablated ones, so that the change
+        # for an empty cell is exactly zero.
+        none = torch.full(result.cells.shape[-1:], -1)
+        intact = torch.cat([forward.logits(s, none, 1, memory=free_bytes)[0] for s in states])
+        parts = [forward.logits(s, result.cells, n_cells, memory=free_bytes) for s in states]
     except rk.RepsimError as error:
         raise StudyError(f"{where}, class {study.class_name(label)}: {error}") from error
-    changes = performance(intact, torch.cat(parts, dim=1), label)
+    changes = measure_performance_loss(intact, torch.cat(parts, dim=1), label)
     nan_images = changes.pop(NAN_IMAGES).long()
-    numbers = found.distances | changes | found.decodability
+    numbers = result.distances | changes | result.decodability
     halves = tuple(half_column("", which) for which in HALVES)
-    names = sorted(numbers, key=lambda name: name.endswith(halves))  # these last
+    names = sorted(numbers, key=lambda name: name.endswith(halves))  # halves last
     columns = {
         "model": study.name,
         "class": study.class_name(label),
         "layer": layer,
         "cell": np.arange(n_cells),
-        "size": found.sizes.cpu().numpy(),
+        "size": result.sizes.cpu().numpy(),
         NAN_IMAGES: nan_images.cpu().numpy(),
     }
     return pd.DataFrame(columns | {name: numbers[name].double().cpu().numpy() for name in names})
 
 
-def _stimuli(study: Study, label: int, shown: Shown) -> tuple[Tensor, Tensor]:
-    """What a target is told apart from: all classes, or some that are drawn for it."""
+def _select_stimuli(
+    study: Study, label: int, activations: LayerActivations
+) -> tuple[Tensor, Tensor]:
+    """Activations and labels of the target and the classes that it is compared with."""
     if study.others is None:
-        return shown.x, shown.labels
-    chosen = torch.tensor([label, *study.others_of(label)])
-    index = torch.isin(shown.labels, chosen).nonzero()[:, 0]
-    return shown.x[index.to(shown.x.device)], shown.labels[index]
+        return activations.x, activations.labels
+    chosen = torch.tensor([label, *study.draw_other_classes(label)])
+    index = torch.isin(activations.labels, chosen).nonzero()[:, 0]
+    return activations.x[index.to(activations.x.device)], activations.labels[index]
 
 
-def represent(
-    study: Study, probes: Sequence[str], layer: str, label: int, x: Tensor, y: Tensor, room: int
-) -> Represented:
-    """Cells, distances and changes of decodability; NaN for a layer that is the same for all."""
+def measure_representation(
+    study: Study,
+    probes: Sequence[str],
+    layer: str,
+    label: int,
+    x: Tensor,
+    y: Tensor,
+    free_bytes: int,
+) -> RepresentationResult:
+    """Group neurons into cells; measure each cell's distances and loss of decodability.
+
+    If the layer's activations are the same for every stimulus, all values are NaN, with a warning.
+    """
     cells = rk.selectivity_grid(x, y, label, grid=study.grid, edges=study.edges)
     if study.cells == "random":
-        generator = np.random.default_rng(linear.seed_of(study, layer, label))
+        generator = np.random.default_rng(linear.make_seed(study, layer, label))
         cells = cells[..., torch.from_numpy(generator.permutation(x.shape[1])).to(cells.device)]
     overlap = cells.dtype == torch.bool
     sizes = cells.sum(1) if overlap else cells.bincount(minlength=study.n_cells)
@@ -216,23 +256,23 @@ def represent(
                 metrics=study.metrics,
                 ridge=study.options["ridge"],
                 penalty=study.options["penalty"],
-                memory=max(1, min(room, _VARIATES)),
+                memory=max(1, min(free_bytes, _VARIATES)),
             )
         )
-        decodability = linear.decodability(study, probes, layer, label, x, y, cells)
-        distances |= {BASELINE: _energy(x, cells, study.n_cells)}
+        decodability = linear.measure_decodability(study, probes, layer, label, x, y, cells)
+        distances |= {BASELINE: _energy_shares(x, cells, study.n_cells)}
     except rk.ConstantError:
         what = "is the same for every stimulus: its distances and decodability are NaN"
         warnings.warn(f"{study.name}, layer {layer} {what}", stacklevel=2)
         nan = torch.full((study.n_cells,), math.nan)
         distances = dict.fromkeys((*study.metrics, BASELINE), nan)
-        decodability = linear.unknown(probes, study.n_cells)
-    return Represented(cells, sizes, distances, decodability)
+        decodability = linear.make_nan_columns(probes, study.n_cells)
+    return RepresentationResult(cells, sizes, distances, decodability)
 
 
-def _energy(x: Tensor, cells: Tensor, n_cells: int) -> Tensor:
-    """The share of the variance over stimuli that each cell's neurons have: (C,)."""
-    parts = x.split(_COLUMNS, dim=1)
-    neurons = torch.cat([part.double().var(0, correction=0) for part in parts])
-    members = cells if cells.dtype == torch.bool else (cells == label for label in range(n_cells))
-    return torch.stack([neurons[mine].sum() for mine in members]) / neurons.sum()
+def _energy_shares(x: Tensor, cells: Tensor, n_cells: int) -> Tensor:
+    """Each cell's share of the variance over stimuli, (C,)."""
+    blocks = x.split(_COLUMNS, dim=1)
+    variances = torch.cat([block.double().var(0, correction=0) for block in blocks])
+    masks = cells if cells.dtype == torch.bool else (cells == label for label in range(n_cells))
+    return torch.stack([variances[mask].sum() for mask in masks]) / variances.sum()

@@ -1,4 +1,4 @@
-"""How much of a study fits in its memory at a time."""
+"""How many images and layers of a study fit in its memory budget together."""
 
 from __future__ import annotations
 
@@ -11,46 +11,50 @@ from repsim_kernels.experiments.errors import StudyError
 if TYPE_CHECKING:
     from repsim_kernels.experiments.study.study import Study
 
-BATCH = 64  # images that go through the network together, at most
-_HELD = 0.7  # of the memory, for activations; the rest is for what runs
-_GRID = 190  # bytes a neuron that it takes to sort them into cells, measured
+BATCH = 64  # most images in one pass
+_ACTIVATION_SHARE = 0.7  # of the memory budget; the rest is for the computation
+_GRID = 190  # bytes per neuron for sorting neurons into cells, measured
 
 
-def batch_size(study: Study) -> int:
-    """Images that go through the network together."""
-    room = (1 - _HELD) / 2 * study.memory  # products have workspaces of their tensors' size
-    return max(1, min(BATCH, int(room // study.costs[study.layers[0]].pass_bytes)))
+def choose_batch_size(study: Study) -> int:
+    """Number of images per pass through the network."""
+    # Half of the computation's share: matrix products have workspaces as large as their tensors.
+    free_bytes = (1 - _ACTIVATION_SHARE) / 2 * study.memory
+    return max(1, min(BATCH, int(free_bytes // study.costs[study.layers[0]].pass_bytes)))
 
 
-def held(study: Study) -> dict[str, int]:
-    """Bytes that each layer's activations, and what its ablated passes start from, take."""
-    targets = sum(int((study.labels == label).sum()) for label in study.targets)
-    found = {}
+def bytes_held(study: Study) -> dict[str, int]:
+    """Bytes that a study holds for each layer: activations, and the states of ablated passes."""
+    n_target_images = sum(int((study.labels == label).sum()) for label in study.targets)
+    sizes = {}
     for name, layer in study.sizes.items():
-        beside = study.costs[name].held_bytes - layer.bytes  # the activation is in x
-        copies = 0 if study.others is None else study.stimuli * layer.bytes
-        if "paper" in study.probes:  # its copy, neuron by neuron
-            copies += study.stimuli * layer.bytes
-        found[name] = (
-            study.shown * layer.bytes + targets * max(0, beside) + copies + _GRID * layer.neurons
+        rest = study.costs[name].held_bytes - layer.bytes  # the activation itself is in x
+        copies = 0 if study.others is None else study.n_stimuli * layer.bytes
+        if "paper" in study.probes:  # it copies the activations, neuron by neuron
+            copies += study.n_stimuli * layer.bytes
+        sizes[name] = (
+            study.n_metric_images * layer.bytes
+            + n_target_images * max(0, rest)
+            + copies
+            + _GRID * layer.neurons
         )
-    return found
+    return sizes
 
 
-def groups(study: Study, layers: Sequence[str]) -> list[list[str]]:
-    """Layers that one pass of the images serves: as many as the memory holds, at least one."""
-    sizes, found, size = held(study), [list[str]()], 0
-    room = int(_HELD * study.memory)
+def group_layers(study: Study, layers: Sequence[str]) -> list[list[str]]:
+    """Split layers into consecutive groups that share a pass: as many as fit, at least one."""
+    sizes, result, size = bytes_held(study), [list[str]()], 0
+    limit = int(_ACTIVATION_SHARE * study.memory)
     for layer in layers:
-        if sizes[layer] > room:
-            least = math.ceil(sizes[layer] / _HELD / 2**20)
+        if sizes[layer] > limit:
+            least = math.ceil(sizes[layer] / _ACTIVATION_SHARE / 2**20)
             raise StudyError(
-                f"memory: {study.memory / 2**20:.0f} MiB; expected {least} MiB or more, for what "
-                f"layer {layer!r} of {study.name} gives for these images"
+                f"memory: {study.memory / 2**20:.0f} MiB; expected {least} MiB or more, to hold "
+                f"layer {layer!r} of {study.name} for these images"
             )
-        if found[-1] and size + sizes[layer] > room:
-            found.append([])
+        if result[-1] and size + sizes[layer] > limit:
+            result.append([])
             size = 0
-        found[-1].append(layer)
+        result[-1].append(layer)
         size += sizes[layer]
-    return found
+    return result

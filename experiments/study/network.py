@@ -1,4 +1,4 @@
-"""A user's network in the hands of a study: made ready for a while, then exactly as it was."""
+"""A study's access to the user's network: prepares it, restores it exactly, and identifies it."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from repsim_kernels.experiments.study.configuration import differences
 from repsim_kernels.forward import contexts
 from repsim_kernels.forward.trace import Trace, Untraceable
 
-# What a description must not depend on: where an object lies, and on which device.
+# Addresses and devices, which a description must not depend on.
 _PLACES = re.compile(r" at 0x[0-9a-f]+|,? ?device='[^']*'|(?<=cuda):\d+")
 
 
 @contextmanager
 def prepare(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put a network in evaluation mode on a device, and put everything back at the end.
+    """Put a network in evaluation mode on a device inside a context, and restore it at the end.
 
-    Training flags, attributes, and the values and memory of parameters, buffers and gradients are
-    those of before, also after an error and where a pass writes to them. What the network keeps in
-    lists or dicts of its own is not undone. Its parameters may be on several devices.
+    Restores the training flags, the attributes, and the values and memory of parameters, buffers
+    and gradients, even after an error or if a pass writes to them. Changes inside the network's
+    own lists and dicts are not undone. The parameters may be on several devices.
     """
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
-    tables = [table for module in modules for table in _tables(module)]
+    tables = [table for module in modules for table in _attribute_tables(module)]
     entries = [dict(table) for table in tables]
     try:
         for module in modules:
-            module.training = False  # eval() may be overridden, as by LoRA, which merges weights
-        with _keep_values(model, device), _moved(model, device):
+            module.training = False  # eval() may be overridden; LoRA, for example, merges weights
+        with _restore_values(model, device), _move_to(model, device):
             yield
     finally:
-        for table, before in zip(tables, entries, strict=True):  # a pass may store what it made
+        for table, before in zip(tables, entries, strict=True):  # a pass may add attributes
             table.update(before)
             for name in table.keys() - before.keys():
                 del table[name]
@@ -49,33 +49,33 @@ def prepare(model: nn.Module, device: torch.device) -> Iterator[None]:
             module.training = training
 
 
-def _tables(module: nn.Module) -> list[dict[str, Any]]:
-    """A module's attributes, and the parameters, buffers and modules that PyTorch keeps apart."""
+def _attribute_tables(module: nn.Module) -> list[dict[str, Any]]:
+    """A module's attributes, and PyTorch's separate dicts of parameters, buffers and modules."""
     own = vars(module)
-    apart = (own.get(name) for name in ("_parameters", "_buffers", "_modules"))
-    return [own, *(table for table in apart if isinstance(table, dict))]
+    separate = (own.get(name) for name in ("_parameters", "_buffers", "_modules"))
+    return [own, *(table for table in separate if isinstance(table, dict))]
 
 
 @contextmanager
-def _keep_values(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put back the values of the parameters and buffers that passes on a device have written to."""
+def _restore_values(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Restore, at the end, parameters and buffers on a device that passes have written to."""
     own = [t for t in (*model.parameters(), *model.buffers()) if t.device == device]
-    # What is elsewhere is copied to the device, and not written to.
-    kept = [(t, t.data, t.detach().clone()) for t in own]
+    # Tensors on other devices are copied to this one, so the originals are not written to.
+    saved = [(t, t.data, t.detach().clone()) for t in own]
     try:
         yield
     finally:
-        for t, data, value in kept:
+        for t, data, value in saved:
             if t.data_ptr() != data.data_ptr():
                 t.data = data
-            # PyTorch doesn't count writes through .data, nor those of F.batch_norm.
+            # PyTorch's version counters miss writes through .data and by F.batch_norm.
             if not torch.equal(_bytes_of(t.detach()), _bytes_of(value)):
                 t.data.copy_(value)
 
 
 @contextmanager
-def _moved(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Move a network to a device; its tables are the caller's care."""
+def _move_to(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Move a network to a device and back; the caller restores the attribute tables."""
     if all(t.device == device for t in (*model.parameters(), *model.buffers())):
         yield
         return
@@ -90,8 +90,8 @@ def _moved(model: nn.Module, device: torch.device) -> Iterator[None]:
             parameter.data, parameter.grad = data, grad
 
 
-class Layer(NamedTuple):
-    """What a layer gives for an image."""
+class LayerSize(NamedTuple):
+    """The size of a layer's output for one image."""
 
     neurons: int
     bytes: int
@@ -99,20 +99,20 @@ class Layer(NamedTuple):
 
 def show_image(
     model: nn.Module, layers: Sequence[str], image: Tensor
-) -> tuple[Any, dict[str, Layer]]:
-    """What a network gives for a batch of one image, and the sizes of those layers that run.
+) -> tuple[Any, dict[str, LayerSize]]:
+    """Pass a batch of one image; return the network's output and the sizes of the layers' outputs.
 
-    A layer that gives no tensor is left out as well.
+    Layers that don't run, or whose output is not a tensor, are missing from the sizes.
     """
-    sizes: dict[str, Layer] = {}
+    sizes: dict[str, LayerSize] = {}
 
-    def note(layer: str, output: Any) -> None:
+    def record(layer: str, output: Any) -> None:
         if isinstance(output, Tensor):
-            sizes[layer] = Layer(output.numel(), output.nbytes // len(output))
+            sizes[layer] = LayerSize(output.numel(), output.nbytes // len(output))
 
     handles = [
         model.get_submodule(layer).register_forward_hook(
-            lambda _module, _inputs, output, name=layer: note(name, output)
+            lambda _module, _inputs, output, name=layer: record(name, output)
         )
         for layer in layers
     ]
@@ -125,7 +125,7 @@ def show_image(
 
 
 class Identity:
-    """What a network is known by: its parameters and buffers, and its modules.
+    """Identifies a network by its parameters and buffers and by its modules.
 
     Parameters
     ----------
@@ -134,14 +134,14 @@ class Identity:
     Raises
     ------
     StudyError
-        One of its tensors has no values yet.
+        A parameter or buffer has no values yet.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.weights, self.modules = fingerprint(model), describe_modules(model)
 
     def check(self, model: nn.Module, name: str) -> None:
-        """Raise StudyError where a network, which messages call `name`, is not this one."""
+        """Raise StudyError if a network, called `name` in the message, differs from this one."""
         if changed := differences(self.modules, describe_modules(model)):
             raise StudyError(
                 f"model: the modules of {name} have changed since the study was made "
@@ -155,9 +155,9 @@ class Identity:
 
 
 def describe_modules(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Describe each module of a network, by name: its class and its options, as JSON has them.
+    """Describe each module of a network by its class and options, as values that JSON can hold.
 
-    The network itself is "model". The same on any device and in any process.
+    The network itself is named "model". Descriptions don't depend on the device or the process.
     """
     return {
         name or "model": _describe_module(module)
@@ -169,8 +169,8 @@ def _describe_module(module: nn.Module) -> dict[str, Any]:
     kind = type(module)
     label = kind.__qualname__
     if kind.__module__.startswith("torch.nn."):
-        # Their extra_repr leaves options out, such as the heads of an attention. Other attributes
-        # may be a user's, who may change them at will.
+        # extra_repr omits options, for example an attention's number of heads. Attributes that are
+        # not options may be the user's, who may change them at will.
         options = (*signature(kind).parameters, *getattr(kind, "__constants__", ()), "forward")
         own = vars(module)
         label = f"nn.{label}" if getattr(nn, label, None) is kind else f"{kind.__module__}.{label}"
@@ -183,7 +183,7 @@ def _describe_module(module: nn.Module) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """An option as JSON has it; of what isn't plain, its name."""
+    """An option as a value that JSON can hold, or its name."""
     if isinstance(value, tuple | list):
         return [_plain(each) for each in value]
     if value is None or isinstance(value, bool | int | str):
@@ -194,11 +194,10 @@ def _plain(value: Any) -> Any:
 
 
 def hash_operations(model: nn.Module, layers: Sequence[str], images: Tensor) -> str:
-    """Hash the operations of a forward pass, without any computed value.
+    """Hash the operations of a forward pass, but no computed values.
 
-    The hash is the same on any machine that has the same version of PyTorch, unlike one of logits.
-    The network is in evaluation mode, the layers are those that it is cut at, and the images,
-    (n, ...), are on its device.
+    Unlike a hash of logits, it is the same on all machines with the same version of PyTorch. The
+    network must be in evaluation mode and cut at ``layers``; the images (n, ...) on its device.
     """
     with contexts.run_eagerly():
         try:
@@ -206,16 +205,16 @@ def hash_operations(model: nn.Module, layers: Sequence[str], images: Tensor) -> 
         except Untraceable:
             trace = Trace(model, layers, like=images)
     lines = (f"{x.format_node()} {x.meta.get('switches', '')}" for x in trace.nodes)
-    return hash_of(*(_PLACES.sub("", line) for line in lines))
+    return hash_parts(*(_PLACES.sub("", line) for line in lines))
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of a network's parameters and buffers, the same on whatever device they are.
+    """Hash a network's parameters and buffers, independent of their device.
 
     Raises
     ------
     StudyError
-        One of them has no values yet.
+        A parameter or buffer has no values yet.
     """
     named = [
         *model.named_parameters(remove_duplicate=False),
@@ -225,11 +224,11 @@ def fingerprint(model: nn.Module) -> str:
         if is_lazy(tensor) or tensor.is_meta:
             raise StudyError(f"model: {name!r} has no values yet; expected an initialised network")
     in_order = sorted(named, key=lambda pair: pair[0])
-    return hash_of(*(part for name, tensor in in_order for part in (name, tensor.detach())))
+    return hash_parts(*(part for name, tensor in in_order for part in (name, tensor.detach())))
 
 
-def hash_of(*parts: str | Tensor) -> str:
-    """A hash of texts, and of tensors with their dtypes and shapes."""
+def hash_parts(*parts: str | Tensor) -> str:
+    """Hash strings, and tensors with their dtypes and shapes."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, str):

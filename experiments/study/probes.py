@@ -1,4 +1,4 @@
-"""Linear decodability as a study records it: which probes, their columns, what is drawn."""
+"""The probes of linear decodability in a study: their columns, and the neurons they draw."""
 
 from __future__ import annotations
 
@@ -18,34 +18,37 @@ from repsim_kernels.experiments.columns import HALVES, PROBES, half_column
 if TYPE_CHECKING:
     from repsim_kernels.experiments.study.study import Study
 
-SIZE = 100  # neurons of a draw, the paper's
-ERROR = "decodability_paper_error"
+DRAW_SIZE = 100  # neurons per draw, as in the paper
+ERROR_COLUMN = "decodability_paper_error"
 
 
-def columns(probes: Sequence[str]) -> list[str]:
-    """The table's columns of some probes."""
-    found = [name for probe in probes for name in PROBES[probe]]
+def list_columns(probes: Sequence[str]) -> list[str]:
+    """List the table's columns for some probes."""
+    names = [name for probe in probes for name in PROBES[probe]]
     if "ridge" in probes:
-        found += [half_column(name, which) for which in HALVES for name in PROBES["ridge"]]
-    return [*found, ERROR] if "paper" in probes else found
+        names += [half_column(name, which) for which in HALVES for name in PROBES["ridge"]]
+    return [*names, ERROR_COLUMN] if "paper" in probes else names
 
 
-def decodability(
+def measure_decodability(
     study: Study, probes: Sequence[str], layer: str, label: int, x: Tensor, y: Tensor, cells: Tensor
 ) -> dict[str, Tensor]:
-    """What every ablation takes of each probe's score, and the error of the paper's: (C,) each.
+    """Measure each ablation's loss of the probes' scores, (C,), and the paper probe's error.
 
-    Of the ridge probe also on every other stimulus of each class, fitted anew there.
+    The ridge probe is also fitted anew to each half, which is every other stimulus of each class.
     """
-    found: dict[str, Tensor] = {}
+    changes: dict[str, Tensor] = {}
     if "ridge" in probes:
-        found |= _ridge(study, label, x, y, cells) | _halves(study, label, x, y, cells)
+        changes |= _ridge(study, label, x, y, cells) | _ridge_halves(study, label, x, y, cells)
     if "paper" in probes:
-        found |= paper(study, layer, label, x, y, cells, study.draws.of(x.shape[1]))
-    return {name: found[name] for name in columns(probes)}
+        changes |= measure_paper_probe(
+            study, layer, label, x, y, cells, study.draws.count_for(x.shape[1])
+        )
+    return {name: changes[name] for name in list_columns(probes)}
 
 
 def _ridge(study: Study, label: int, x: Tensor, y: Tensor, cells: Tensor) -> dict[str, Tensor]:
+    """The loss of the ridge probe's balanced accuracy and margin, refitted and frozen."""
     scores = rk.ablation_decodability(
         x,
         cells,
@@ -54,54 +57,56 @@ def _ridge(study: Study, label: int, x: Tensor, y: Tensor, cells: Tensor) -> dic
         ridge=study.options["probe_ridge"],
         score=("balanced_accuracy", "margin"),
     )
-    found = {}
+    changes = {}
     for name, score in (("decodability", "balanced_accuracy"), ("margin", "margin")):
         for kind in ("refit", "frozen"):
-            # Ratios of counts are averaged: equal ones must tie in spite of rounding.
+            # Scores average ratios of counts; rounding makes equal ones tie exactly.
             change = float(scores[score]["intact"]) - scores[score][kind]
-            found[f"{name}_{kind}"] = change.round(decimals=12)
-    return found
+            changes[f"{name}_{kind}"] = change.round(decimals=12)
+    return changes
 
 
-def _halves(study: Study, label: int, x: Tensor, y: Tensor, cells: Tensor) -> dict[str, Tensor]:
-    """The ridge probe of every other stimulus, a view; NaN of those that can't be told apart.
+def _ridge_halves(
+    study: Study, label: int, x: Tensor, y: Tensor, cells: Tensor
+) -> dict[str, Tensor]:
+    """The ridge probe on each half, every other stimulus (a view); NaN if a class has only one.
 
-    They are sorted by class, so that each half has half of every class, or one more or less.
+    Stimuli are sorted by class, so each half has half of every class, plus or minus one stimulus.
     """
-    found: dict[str, Tensor] = {}
+    by_half: dict[str, Tensor] = {}
     for first, which in enumerate(HALVES):
         own = y[first::2] == label
         changes = {name: torch.full((study.n_cells,), math.nan) for name in PROBES["ridge"]}
         if min(int(own.sum()), int((~own).sum())) > 1:
             with suppress(rk.ConstantError):
                 changes = _ridge(study, label, x[first::2], y[first::2], cells)
-        found |= {half_column(name, which): changes[name] for name in PROBES["ridge"]}
-    return found
+        by_half |= {half_column(name, which): changes[name] for name in PROBES["ridge"]}
+    return by_half
 
 
-def paper(
+def measure_paper_probe(
     study: Study, layer: str, label: int, x: Tensor, y: Tensor, cells: Tensor, draws: int
 ) -> dict[str, Tensor]:
-    """The paper's probe; what it draws depends on the study's seed, the layer and the class."""
+    """The paper's probe; its draws depend on the study's seed, the layer and the class."""
     scores = rk.probe_paper(
         x,
         cells,
         y,
         label,
         draws=draws,
-        size=SIZE,
+        size=DRAW_SIZE,
         paired=study.draws.paired,
-        seed=int(seed_of(study, layer, label).generate_state(1)[0]),
+        seed=int(make_seed(study, layer, label).generate_state(1)[0]),
     )
     change = scores["change"].round(decimals=12)
-    return {"decodability_paper": change, ERROR: scores["standard_error"]}
+    return {"decodability_paper": change, ERROR_COLUMN: scores["standard_error"]}
 
 
-def seed_of(study: Study, layer: str, label: int) -> np.random.SeedSequence:
-    """Of what is drawn for a layer and a class."""
+def make_seed(study: Study, layer: str, label: int) -> np.random.SeedSequence:
+    """Seed for everything that is drawn for a layer and a class."""
     return np.random.SeedSequence([study.seed, zlib.crc32(layer.encode()), label])
 
 
-def unknown(probes: Sequence[str], n_cells: int) -> dict[str, Tensor]:
-    """The columns of a layer that is the same for every stimulus."""
-    return {name: torch.full((n_cells,), math.nan) for name in columns(probes)}
+def make_nan_columns(probes: Sequence[str], n_cells: int) -> dict[str, Tensor]:
+    """Columns of NaN, for a layer that is the same for every stimulus."""
+    return {name: torch.full((n_cells,), math.nan) for name in list_columns(probes)}

@@ -1,4 +1,4 @@
-"""The ablation study of one network: what its cells of neurons do, and what metrics see of it."""
+"""An ablation study of one network: its checked arguments, and the network it computes with."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from repsim_kernels.experiments.study import checks as check
 from repsim_kernels.experiments.study.network import (
     Identity,
     fingerprint,
-    hash_of,
     hash_operations,
+    hash_parts,
     prepare,
     show_image,
 )
@@ -34,83 +34,102 @@ from repsim_kernels.forward import AblatedForward, Cost
 from repsim_kernels.forward.memory import resolve_budget
 from repsim_kernels.forward.trace import first_line
 
-# PyTorch's switches belong to the process, and a network may belong to several studies: one study
-# computes at a time.
-_TURN = threading.RLock()
+# PyTorch's switches belong to the process, and several studies may share a network, so only one
+# study computes at any moment.
+_COMPUTE_LOCK = threading.RLock()
 
 
 class Study:
-    """An ablation study: a network, its layers, the images of some classes.
+    """An ablation study of one network: some of its layers, and images of some classes.
+
+    For each layer and target class the study groups the neurons into cells and ablates one cell
+    after another. It measures the distance of each ablated representation from the intact one, and
+    the function that is lost.
 
     Parameters
     ----------
     model : nn.Module
-        Maps images to logits (n, k), and can be traced by torch.fx or torch.export. The study uses
-        the model itself: while it computes the model is in evaluation mode and on ``device``;
-        between units and afterwards it is as it was, also where a pass writes to its parameters or
-        buffers. Otherwise its parameters, buffers and modules must not change.
+        Maps images to logits (n, k); torch.fx or torch.export must be able to trace it. The study
+        works on the model itself: while it computes, the model is in evaluation mode and on
+        ``device``. Between units and at the end everything is restored, including parameters and
+        buffers that a pass writes to. Apart from that, the model's parameters, buffers and modules
+        must not change.
     layers : sequence of str
         Names of modules of ``model``.
     images : tensor or array, (n, ...)
-        As the model takes them. They are not copied: don't write to them before the run ends.
+        The model's input. Images are not copied: don't write to them before the run ends.
     labels : integer tensor, array or sequence, (n,)
-        The model's output for each image's class; two classes or more of two images or more.
+        The index of the model's output for each image's class; at least two classes, each with at
+        least two images.
     targets : sequence of int, optional
-        The labels whose function is studied; all by default. The other classes' images are what
-        a target is told apart from.
+        Labels of the classes whose function is studied; all by default. Images of the other
+        classes are the negatives that a target is compared with.
     grid : (int, int)
-        Strips by selectivity, and cells by magnitude in each strip.
+        Number of strips by selectivity, and of cells by magnitude within each strip.
     metrics : sequence of str
-        Distances to take, some of ``repsim_kernels.experiments.columns.METRICS``.
+        Distances to compute, from ``repsim_kernels.experiments.columns.METRICS``.
     name : str, optional
-        What the column ``model`` says; the class of the model by default.
+        Value of the table's column ``model``; the model's class name by default.
     classes : sequence of str, optional
-        Name of each label, by label.
+        Class names, indexed by label.
     cells : {"selectivity", "random"}
-        Which neurons make a cell: those of like selectivity and magnitude, or, as a control, ones
-        drawn at random into cells of the same sizes.
+        How neurons are grouped into cells: by selectivity and magnitude, or, as a control, at
+        random into cells of the same sizes.
     edges : {"equal", "inclusive"}
         As in ``selectivity_grid``.
     others : int, optional
-        How many other classes, drawn at random for each target, it is told apart from; all by
-        default.
-    ridge, penalty, probe_ridge : float
-        Passed on to ``ablation_distances`` (the first two) and ``ablation_decodability``.
-    stimuli_per_class : int, optional
-        How many images of each class, its first ones, the distances, the decodability and the
-        selectivity are taken over; all by default. The network's performance is always that on
-        all images of the target.
+        Number of other classes, drawn at random for each target, that the target is compared
+        with; all by default.
+    ridge, penalty : float
+        Passed to ``ablation_distances``.
+    probe_ridge : float
+        Passed to ``ablation_decodability`` as its ``ridge``.
+    metric_images : int, optional
+        Images of each class that the metrics see, its first ones; all by default. Distances,
+        decodability and selectivity are computed from these. The network's performance is always
+        computed from all images of the target.
     probes : sequence of str
-        Of linear decodability. "ridge": leave-one-out ridge regression, refitted and frozen, its
-        balanced accuracy and its margin. "paper": the published study's logistic regressions on
-        neurons drawn at random, and the standard error of what they give.
+        Probes of linear decodability. "ridge": leave-one-out ridge regression, refitted and
+        frozen, scored by balanced accuracy and by margin. "paper": the published study's logistic
+        regressions on randomly drawn neurons, with the standard error over the draws.
     draws : repsim_kernels.experiments.Draws, optional
-        How often "paper" draws: 200 times by default.
+        How many draws the probe "paper" makes, and how; 200 draws by default.
     seed : int
-        Of the others, of random cells, and of the neurons that are drawn.
+        Seed of the drawn classes (``others``), the random cells and the drawn neurons.
     memory : int or str, optional
-        Bytes, or text such as "8GiB", for all that is held beside the model and its images:
-        activations of as many layers at a time as it takes, and what runs. By default half of what
-        is free on the device.
+        Bytes, or a string such as "8GiB", for everything that the study holds in addition to the
+        model and its images: the activations of as many layers as fit, and the computation.
+        Half of the device's free memory by default.
     block : int
-        How many target classes are measured, and stored, at a time: as many as a prefix pass of
-        the images serves, and as a run that is killed loses at most.
+        Target classes per unit of work. A unit is measured from one pass over the images and
+        stored as a whole, so it is the most that a killed run loses.
     note : str, optional
-        What the table and the report are to say of the study, such as that it is no evidence; a
-        run that is gone on with keeps its first.
+        A remark for the table and the report, for example that the study is no evidence; a
+        resumed run keeps its first note.
     device : str or torch.device, optional
-        Where to compute; where the model is by default.
+        Where to compute; the model's device by default.
     tf32 : bool
-        Whether CUDA may round float32 products and convolutions to TF32 while the study computes,
-        whatever PyTorch's switches say otherwise.
+        Whether CUDA may round float32 products and convolutions to TF32 while the study computes.
+        PyTorch's own switches are ignored.
 
     Raises
     ------
     StudyError
-        An argument is wrong, or an array that the library refuses (masked, sparse); the message
-        names it and says what is expected.
+        An argument is wrong or not supported (masked, sparse); the message names it.
     LayerError
         A layer is not in the model, or the network can't be cut there.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from repsim_kernels.experiments import Study
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 2))
+    >>> images, labels = torch.randn(20, 3, 2, 2), torch.arange(2).repeat(10)
+    >>> study = Study(model, ["2"], images, labels, grid=(2, 2), metrics=["cka"], device="cpu")
+    >>> study  # doctest: +NORMALIZE_WHITESPACE
+    Study(model=Sequential, name='Sequential', layers=['2'], images=(20, 3, 2, 2), classes=2,
+          targets=2, grid=(2, 2), metrics=['cka'], probes=['ridge'], device='cpu')
     """
 
     def __init__(
@@ -131,7 +150,7 @@ class Study:
         ridge: float = 0.1,
         penalty: float = 0.0,
         probe_ridge: float = 1.0,
-        stimuli_per_class: int | None = None,
+        metric_images: int | None = None,
         probes: Sequence[str] = ("ridge",),
         draws: check.Draws | None = None,
         seed: int = 0,
@@ -144,9 +163,9 @@ class Study:
         self.model = check.check_model(model)
         self._identity = Identity(model)
         self.device = check.check_device(model, device)
-        with check.study_errors():
-            self.name = check.check_text(type(model).__name__ if name is None else name, "name")
-            self.note = None if note is None else check.check_text(note, "note")
+        with check.raise_study_errors():
+            self.name = check.check_string(type(model).__name__ if name is None else name, "name")
+            self.note = None if note is None else check.check_string(note, "note")
             self.layers = check.check_distinct(check.check_names(layers, "layers"), "layers")
             metrics = check.check_names(metrics, "metrics", METRICS)
             self.metrics = check.check_distinct(metrics, "metrics")
@@ -163,27 +182,44 @@ class Study:
             ridge, penalty = _options.check_ridge_and_penalty(ridge, penalty)
             probe_ridge = _options.check_probe_ridge(probe_ridge, "probe_ridge")
             self.options = {"ridge": ridge, "penalty": penalty, "probe_ridge": probe_ridge}
-            self.stimuli_per_class = check.check_optional_count(
-                stimuli_per_class, "stimuli_per_class", 2
-            )
+            self.metric_images = check.check_optional_count(metric_images, "metric_images", 2)
             self.classes = None if classes is None else check.check_names(classes, "classes")
             self.images, self.labels = check.check_images(images), check.check_labels(labels)
-            self.own_memory = memory is not None  # asked for, not what happened to be free
+            self.memory_is_explicit = memory is not None  # rather than half of what was free
             self.memory = resolve_budget(memory, self.device)
             check.check_pairs(self.images, self.labels)
-            present, counts = (
-                a.tolist() for a in np.unique(self.labels.numpy(), return_counts=True)
-            )
-            self.present: list[int] = present
-            self.targets = present if targets is None else check.check_targets(targets)
-            self._check_classes(dict(zip(present, counts, strict=True)))
-        self._held = self._changes_itself = False
+            unique, counts = np.unique(self.labels.numpy(), return_counts=True)
+            self.unique_labels: list[int] = unique.tolist()
+            self.targets = self.unique_labels if targets is None else check.check_targets(targets)
+            by_label = dict(zip(self.unique_labels, counts.tolist(), strict=True))
+            check.check_classes(by_label, self.targets, self.classes, self.others)
+        self._network_is_held = self._pass_changes_values = False
         with self.hold_network():
             self._check_model()
 
+    def __repr__(self) -> str:
+        """Summarise the study in one line."""
+        facts = {
+            "model": type(self.model).__name__,
+            "name": repr(self.name),
+            "layers": _list_names(self.layers),
+            "images": tuple(self.images.shape),
+            "classes": len(self.unique_labels),
+            "targets": len(self.targets),
+            "metric_images": self.metric_images,
+            "others": self.others,
+            "grid": self.grid,
+            "cells": None if self.cells == "selectivity" else repr(self.cells),
+            "metrics": _list_names(self.metrics),
+            "probes": self.probes,
+            "device": repr(str(self.device)),
+        }
+        shown = (f"{key}={value}" for key, value in facts.items() if value is not None)
+        return f"Study({', '.join(shown)})"
+
     @property
     def units(self) -> list[Unit]:
-        """The study's pieces of work, layer by layer."""
+        """The study's units of work, layer by layer."""
         return units_of(self.name, self.layers, len(self.targets), self.block)
 
     def targets_of(self, unit: Unit) -> list[int]:
@@ -191,40 +227,38 @@ class Study:
         return self.targets[(unit.block - 1) * self.block : unit.block * self.block]
 
     @property
-    def _targets(self) -> dict[str, int]:
-        return {str(self.class_name(label)): label for label in self.targets}
-
-    @property
     def n_cells(self) -> int:
-        """How many cells a layer is cut in."""
+        """Number of cells that a layer's neurons are grouped into."""
         return self.grid[0] * self.grid[1]
 
     @property
-    def shown(self) -> int:
-        """How many images the network is shown for the metrics."""
-        return sum(self.counted(label) for label in self.present)
+    def n_metric_images(self) -> int:
+        """Number of images, over all classes, that the metrics see."""
+        return sum(self.count_metric_images(label) for label in self.unique_labels)
 
     @property
-    def stimuli(self) -> int:
-        """How many images the metrics are taken over, for the first of the targets."""
+    def n_stimuli(self) -> int:
+        """Number of images that the metrics of the first target see."""
         if self.others is None:
-            return self.shown
+            return self.n_metric_images
         target = self.targets[0]
-        return sum(self.counted(label) for label in (target, *self.others_of(target)))
+        return sum(
+            self.count_metric_images(label) for label in (target, *self.draw_other_classes(target))
+        )
 
-    def counted(self, label: int) -> int:
-        """How many images of a class are stimuli."""
+    def count_metric_images(self, label: int) -> int:
+        """Count the images of a class that the metrics see."""
         count = int((self.labels == label).sum())
-        return min(count, self.stimuli_per_class or count)
+        return min(count, self.metric_images or count)
 
-    def others_of(self, label: int) -> list[int]:
-        """The other classes that are drawn for a target."""
-        rest = [other for other in self.present if other != label]
+    def draw_other_classes(self, label: int) -> list[int]:
+        """Draw the other classes that a target is compared with, sorted."""
+        rest = [other for other in self.unique_labels if other != label]
         drawn = np.random.default_rng([self.seed, label]).permutation(rest)
         return sorted(drawn[: self.others].tolist())
 
     def class_name(self, label: int) -> str | int:
-        """The name of a label where names are known, else the label."""
+        """The name of a class, or its label if classes have no names."""
         return label if self.classes is None else self.classes[label]
 
     def run(
@@ -232,37 +266,68 @@ class Study:
         out: str | os.PathLike[str] | None = None,
         progress: Callable[[Any], object] | None = None,
     ) -> pd.DataFrame:
-        """Run the study; see `repsim_kernels.experiments.runs.driver`."""
+        """Run the study in this process.
+
+        Parameters
+        ----------
+        out : path, optional
+            A folder: stores each finished unit at once, and ``results.parquet`` at the end. Units
+            that are stored already are not computed again.
+        progress : callable, optional
+            Called with a `Step` when a unit starts, is done, or has failed.
+
+        Returns
+        -------
+        DataFrame
+            One row per class, layer and cell, sorted by these columns; for the columns, and the
+            errors raised, see ``repsim_kernels.experiments.run``.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from torch import nn
+        >>> from repsim_kernels.experiments import Study
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 2))
+        >>> images, labels = torch.randn(20, 3, 2, 2), torch.arange(2).repeat(10)
+        >>> study = Study(model, ["2"], images, labels, grid=(2, 2), metrics=["cka"])
+        >>> table = study.run()
+        >>> table[["class", "layer", "cell", "size"]].head(2)
+           class layer  cell  size
+        0      0     2     0     4
+        1      0     2     1     4
+        >>> len(table)  # 2 classes x 1 layer x 4 cells
+        8
+        """
         return experiments.run(self, out, progress)
 
     @contextmanager
     def hold_network(self) -> Iterator[None]:
-        """Have the network in evaluation mode on the study's device, and TF32 on or off.
+        """Put the network in evaluation mode on the study's device, and set the TF32 switches.
 
-        At the end the network, and PyTorch's switches, are as they were before.
+        The network and PyTorch's switches are restored at the end.
 
         Raises
         ------
         StudyError
-            The network's weights or modules are not those that the study was made with.
+            The network's weights or modules have changed since the study was made.
         """
-        with _TURN:
-            if self._held:  # by this thread, further up
+        with _COMPUTE_LOCK:
+            if self._network_is_held:  # by an outer call in this thread
                 yield
                 return
             self._identity.check(self.model, self.name)
             with prepare(self.model, self.device), set_tf32(self.tf32):
-                self._held = True
+                self._network_is_held = True
                 try:
-                    if self._changes_itself:  # a trace may lack it, and must find it done
+                    if self._pass_changes_values:  # a trace may omit the change
                         show_image(self.model, (), self.images[:1].to(self.device))
                     yield
                 finally:
-                    self._held = False
+                    self._network_is_held = False
 
     @cached_property
     def costs(self) -> dict[str, Cost]:
-        """What the network takes before and after each layer, counted for two images."""
+        """Cost of the network before and after each layer, counted on two images."""
         with self.hold_network():
             return self.forward.costs(self.images[:2].to(self.device), timed=False)
 
@@ -272,12 +337,12 @@ class Study:
             return hash_operations(self.model, self.layers, self.images[:2].to(self.device))
 
     def configuration(self) -> dict[str, Any]:
-        """Everything that decides the rows, as JSON-able values.
+        """Collect everything that determines the rows, as values that JSON can hold.
 
         Raises
         ------
         StudyError
-            The network's weights or modules are not those that the study was made with.
+            The network's weights or modules have changed since the study was made.
         """
         self._identity.check(self.model, self.name)
         return {
@@ -285,7 +350,7 @@ class Study:
             "modules": self._identity.modules,
             "operations": self._operations,
             "layers": self.layers,
-            "classes": list(self._targets),
+            "classes": [str(self.class_name(label)) for label in self.targets],
             "grid": list(self.grid),
             "cells": self.cells,
             "edges": self.edges,
@@ -295,39 +360,15 @@ class Study:
             **self.options,
             "probes": self.probes,
             "draws": asdict(self.draws) if "paper" in self.probes else None,
-            "stimuli_per_class": self.stimuli_per_class,
+            "metric_images": self.metric_images,
             "block": self.block,
-            "images": hash_of(self.images, self.labels),
+            "images": hash_parts(self.images, self.labels),
             "device": self.device.type,
             "tf32": self.tf32,
         }
 
-    def _check_classes(self, counts: dict[int, int]) -> None:
-        if missing := [label for label in self.targets if label not in counts]:
-            raise StudyError(f"targets: {missing[0]} is not among the labels {self.present}")
-        if min(self.present) < 0:
-            raise StudyError(f"labels: {min(self.present)} is no output; expected 0 or more")
-        if self.classes is not None and len(self.classes) <= max(self.present):
-            raise StudyError(
-                f"classes: {len(self.classes)} names, but labels up to {max(self.present)}; "
-                "expected a name for each label"
-            )
-        if self.classes is not None and len(self._targets) < len(self.targets):
-            raise StudyError("classes: two targets have one name; expected distinct names")
-        if alone := [label for label, count in counts.items() if count < 2]:
-            raise StudyError(
-                f"images: class {self.class_name(alone[0])!r} has one image; expected 2 or more"
-            )
-        if self.others is not None and self.others >= len(counts):
-            raise StudyError(
-                f"others: {self.others} beside a target, of {len(counts)} classes; expected 1 or "
-                "more of the other ones"
-            )
-        if len(counts) < 2:
-            raise StudyError(f"labels: all are {self.present[0]}; expected two classes or more")
-
     def _check_model(self) -> None:
-        """Show the model one image: its outputs fit the labels, its layers hold the grid."""
+        """Pass one image: check that the outputs fit the labels and the layers fit the grid."""
         self.forward = AblatedForward(self.model, self.layers)
         try:
             logits, self.sizes = show_image(
@@ -338,20 +379,21 @@ class Study:
             raise StudyError(
                 f"images: {self.name} can't take one of {form} ({first_line(error)})"
             ) from error
-        self._changes_itself = fingerprint(self.model) != self._identity.weights
+        self._pass_changes_values = fingerprint(self.model) != self._identity.weights
         for layer in self.layers:
             neurons = self.sizes[layer].neurons if layer in self.sizes else 0
             if neurons < self.n_cells:
                 raise StudyError(
                     f"grid: {self.grid[0]} x {self.grid[1]} cells for the {neurons} neurons of "
-                    f"layer {layer!r}; expected a neuron or more in each cell"
+                    f"layer {layer!r}; expected at least one neuron per cell"
                 )
-        self.forward.costs(self.images[:2].to(self.device), self.layers[:1], timed=False)  # traced?
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
-            what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise StudyError(f"model: {self.name} gives {what}; expected logits (n, k), k > 1")
-        if logits.shape[1] <= max(self.present):
-            raise StudyError(
-                f"labels: go up to {max(self.present)}, but {self.name} has "
-                f"{logits.shape[1]} outputs; expected a label below that"
-            )
+        two = self.images[:2].to(self.device)
+        self.forward.costs(two, self.layers[:1], timed=False)  # raises if it can't be traced
+        check.check_logits(logits, self.name, max(self.unique_labels))
+
+
+def _list_names(names: Sequence[str]) -> str:
+    """List names in brackets; of more than four, their number, the first and the last."""
+    if len(names) <= 4:
+        return str(list(names))
+    return f"[{len(names)}: {names[0]!r}, …, {names[-1]!r}]"

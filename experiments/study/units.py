@@ -1,4 +1,4 @@
-"""The pieces of work that a study is cut in."""
+"""The units of work that a study is split into."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import NamedTuple
 
 
 class Unit(NamedTuple):
-    """The smallest piece of work that is stored by itself: a layer, for some target classes."""
+    """The unit of work and storage: one layer and one block of target classes."""
 
     model: str
     layer: str
-    block: int  # of target classes, counted from 1
+    block: int  # number of the block of target classes, from 1
 
     def __str__(self) -> str:
         return f"{self.model} {self.layer} {self.block}"
 
 
 def units_of(model: str, layers: Iterable[str], classes: int, block: int) -> list[Unit]:
-    """The units of so many classes, in blocks of a size: layer by layer."""
+    """List the units of a model, layer by layer, for a number of classes in blocks of a size."""
     blocks = range(1, -(-classes // block) + 1)
     return [Unit(model, layer, number) for layer in layers for number in blocks]

@@ -1,4 +1,4 @@
-"""What the command line sets for its process, taken back; where it runs; lighter reports."""
+"""Fixtures: reset process settings, a working folder with images, and cheaper reports."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ from repsim_kernels.experiments.report.figures import FigureGroup
 
 @pytest.fixture(scope="module", autouse=True)
 def subnormal_numbers() -> Iterator[None]:
+    """Undo the command line's flush of subnormal numbers."""
     yield
     torch.set_flush_denormal(False)
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a command runs: nothing but a folder of images."""
+    """Make a folder of images in an empty working directory."""
     monkeypatch.chdir(tmp_path)
     return write_image_folder(tmp_path / "images")
 
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports have no figures, which take half of their time, where a test is of numbers."""
+    """Omit the reports' figures, which take half of their time, in tests of numbers."""
     none: dict[str, list[FigureGroup]] = {"classes": [], "layers": [], "grid": [], "cells": []}
     monkeypatch.setattr(page, "_make_figures", lambda _models: none)
 
 
 @pytest.fixture
 def blank_reports(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands write empty reports, where a test is of nothing in them: one costs a second."""
+    """Write empty reports in tests that don't read them; a report costs a second."""
 
     def write(runs: Any, path: Path) -> Path:
         path.write_text("", encoding="utf-8")

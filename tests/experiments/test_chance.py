@@ -1,4 +1,4 @@
-"""Networks that guess: said first, and not judged."""
+"""Networks near chance: reported first, and their claims are not judged."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ from repsim_kernels.experiments.runs.store import Store
 from repsim_kernels.experiments.study.measure import describe
 
 
-def about(right: int, images: int, classes: int, **more: Any) -> dict[str, Any]:
-    return {"accuracy": right / images, "images": images, "image_classes": classes, **more}
+def describe_run(correct: int, images: int, classes: int, **more: Any) -> dict[str, Any]:
+    return {"accuracy": correct / images, "images": images, "image_classes": classes, **more}
 
 
 @given(st.lists(st.integers(2, 30), min_size=2, max_size=12), st.data())
-def test_chance_is_told_by_the_exact_test_and_the_margin(
+def test_near_chance_follows_the_exact_test_and_the_margin(
     counts: list[int], data: st.DataObject
 ) -> None:
     images = sum(counts)
-    right = data.draw(st.integers(0, images))
+    correct = data.draw(st.integers(0, images))
     p = Fraction(max(counts), images)
-    tail = sum(comb(images, r) * p**r * (1 - p) ** (images - r) for r in range(right, images + 1))
-    least = min(2 * p, p + Fraction(1, 10), (p + 1) / 2)
-    near = tail > Fraction(1, 100) or Fraction(right, images) < least
+    tail = sum(comb(images, r) * p**r * (1 - p) ** (images - r) for r in range(correct, images + 1))
+    threshold = min(2 * p, p + Fraction(1, 10), (p + 1) / 2)
+    near = tail > Fraction(1, 100) or Fraction(correct, images) < threshold
     more = {"outputs": data.draw(st.integers(len(counts), 1000)), "largest_class": max(counts)}
-    assert (near_chance(about(right, images, len(counts), **more)) is not None) == near
+    assert (near_chance(describe_run(correct, images, len(counts), **more)) is not None) == near
 
 
 @pytest.mark.parametrize(
-    ("right", "images", "classes", "largest", "near"),
+    ("correct", "images", "classes", "largest", "near"),
     [
         (109, 1000, 10, 100, True),
-        (1090, 10_000, 10, 1000, True),  # better than chance beyond doubt, and of no use
+        (1090, 10_000, 10, 1000, True),  # significantly better than chance, but useless
         (250, 1000, 10, 100, False),
-        (50, 500, 10, 50, True),  # one answer to all images, whatever the number of outputs
+        (50, 500, 10, 50, True),  # the same answer to all images, whatever the number of outputs
         (550, 1000, 2, 500, True),
         (650, 1000, 2, 500, False),
-        (600, 1000, 3, 600, True),  # one answer again, of unequal classes
+        (600, 1000, 3, 600, True),  # the same answer again, unequal classes
         (680, 1000, 3, 600, True),
         (700, 1000, 3, 600, False),
         (960, 1000, 2, 950, True),
@@ -66,21 +66,23 @@ def test_chance_is_told_by_the_exact_test_and_the_margin(
     ],
 )
 def test_networks_near_chance_and_others(
-    right: int, images: int, classes: int, largest: int, near: bool
+    correct: int, images: int, classes: int, largest: int, near: bool
 ) -> None:
-    text = near_chance(about(right, images, classes, largest_class=largest, outputs=1000))
+    text = near_chance(describe_run(correct, images, classes, largest_class=largest, outputs=1000))
     assert (text is not None) == near
     if text is not None:
         assert text == (
-            f"{100 * right / images:.1f} % of its answers to {images} images are right, and "
+            f"{100 * correct / images:.1f} % of its answers to {images} images are right, and "
             f"{100 * largest / images:g} % would be if all named the largest class"
         )
-    if largest * classes == images:  # as a run is taken that does not record the largest class
-        assert near_chance(about(right, images, classes)) == text
+    if (
+        largest * classes == images
+    ):  # older runs don't record the largest class; classes are then taken as equal
+        assert near_chance(describe_run(correct, images, classes)) == text
 
 
 class Constant(nn.Module):
-    """Has one answer for all images."""
+    """Gives the same answer to all images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,22 +93,22 @@ class Constant(nn.Module):
         return x * 1e-6 + torch.tensor([0.0, 1.0, 0.0])
 
 
-def test_one_answer_to_unequal_classes_is_near_chance() -> None:
+def test_a_constant_answer_with_unequal_classes_is_near_chance() -> None:
     labels = [0] * 3 + [1] * 9 + [2] * 3
     study = toy_study(model=Constant(), layers=["act"], labels=labels, metrics=["cka"])
-    said = "60.0 % of its answers to 15 images are right, and 60 % would be if all named the"
-    assert str(near_chance(describe(study))).startswith(said)
+    message = "60.0 % of its answers to 15 images are right, and 60 % would be if all named the"
+    assert str(near_chance(describe(study))).startswith(message)
 
 
-def test_what_is_not_recorded_is_not_near_chance() -> None:
+def test_a_run_without_recorded_accuracy_is_not_near_chance() -> None:
     assert near_chance({"note": None}) is None
 
 
-def stored(folder: Path, right: int) -> Path:
-    """A finished run whose ten-class network has so many of 1,000 images right."""
+def make_run(folder: Path, correct: int) -> Path:
+    """Store a finished run of a ten-class network with this many of 1,000 images correct."""
     table = random_table(classes=8, seed=3)
     table["decodability_refit"] += 3 * table["cka"] + 3 * table["procrustes"]
-    configured = {
+    configuration = {
         "models": {
             "net": {
                 "weights": "0" * 64,
@@ -115,7 +117,7 @@ def stored(folder: Path, right: int) -> Path:
                 "classes": sorted(table["class"].unique()),
                 "block": 8,
                 "grid": [4, 4],
-                "stimuli_per_class": None,
+                "metric_images": None,
                 "penalty": 0.0,
                 "ridge": 0.1,
                 "probe_ridge": 1.0,
@@ -129,9 +131,9 @@ def stored(folder: Path, right: int) -> Path:
         "stimuli": 1000,
         "note": None,
         "device": "CPU",
-        **about(right, 1000, 10),
+        **describe_run(correct, 1000, 10),
     }
-    store = Store.create(folder, configured, lambda: {"about": {"models": {"net": facts}}})
+    store = Store.create(folder, configuration, lambda: {"about": {"models": {"net": facts}}})
     for unit in store.units:
         store.put(unit, table[table["layer"] == unit.layer])
     store.compact()
@@ -139,43 +141,43 @@ def stored(folder: Path, right: int) -> Path:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_report_says_so_first_and_judges_nothing(tmp_path: Path) -> None:
-    guessing = write_page(stored(tmp_path / "guessing", 109), tmp_path)
+def test_a_report_starts_with_chance_and_judges_no_claims(tmp_path: Path) -> None:
+    guessing = write_page(make_run(tmp_path / "guessing", 109), tmp_path)
     text = guessing.visible_text()
     first = "net is near chance: 10.9 % of its answers to 1000 images are right"
     assert text.index(first) < text.index("Neurons of a network were ablated")
     assert "The claims are not judged: the network is near chance. 10.9 %" in text
     assert "exact one-sided binomial test" in text
-    for said in ("Not held", "Not decided", "is followed better by"):
-        assert said not in text
-    assert "claims" not in [of.get("class") for _, of in guessing.elements]
+    for verdict in ("Not held", "Not decided", "is followed better by"):
+        assert verdict not in text
+    assert "claims" not in [attributes.get("class") for _, attributes in guessing.elements]
     assert not [title for title in guessing.tables if title.startswith("net, mixed model")]
-    able = write_page(stored(tmp_path / "able", 300), tmp_path)
+    able = write_page(make_run(tmp_path / "able", 300), tmp_path)
     assert "near chance" not in able.visible_text()
-    assert "claims" in [of.get("class") for _, of in able.elements]
+    assert "claims" in [attributes.get("class") for _, attributes in able.elements]
     assert [title for title in able.tables if title.startswith("net, mixed model")]
     correlations = "net (32 groups: 4 layers x 8 classes)"
     assert guessing.tables[correlations] == able.tables[correlations]
 
 
 @pytest.mark.usefixtures("blank_reports")
-def test_the_terminal_says_so_before_the_first_unit_and_before_the_table(folder: Path) -> None:
+def test_the_terminal_warns_before_the_first_unit_and_before_the_table(folder: Path) -> None:
     words = ["--model", "_toy:Toy", "--layers", "act1", "--size", "8", "--metrics", "cka"]
     code, out, err = invoke("sweep", *words, "--images", folder, "--out", "run")
     assert (code, err) == (0, "")
     facts = json.loads(Path("run", "study.json").read_text())["about"]["models"]["_toy:Toy"]
     assert facts["outputs"] == 3
-    said = f"_toy:Toy is near chance: {near_chance(facts)}."
+    warning = f"_toy:Toy is near chance: {near_chance(facts)}."
     lines = out.splitlines()
-    places = [number for number, line in enumerate(lines) if line.startswith(said)]
+    places = [number for number, line in enumerate(lines) if line.startswith(warning)]
     (started,) = (number for number, line in enumerate(lines) if line.endswith("1 started"))
     (table,) = (number for number, line in enumerate(lines) if line.startswith("Mean Spearman"))
     assert len(places) == 2
     assert places[0] < started < places[1] < table
-    assert invoke("compact", "run")[1].startswith(said)
+    assert invoke("compact", "run")[1].startswith(warning)
 
 
-def test_an_able_network_is_not_called_one_that_guesses(
+def test_an_accurate_network_gets_no_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images, _ = toy_images(10)
@@ -191,7 +193,7 @@ def test_an_able_network_is_not_called_one_that_guesses(
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_nan_images_are_told_in_the_report_and_the_terminal(
+def test_report_and_terminal_mention_nan_images(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     none = random_table().assign(nan_images=0)
@@ -201,17 +203,17 @@ def test_nan_images_are_told_in_the_report_and_the_terminal(
     bad = table["nan_images"] > 0
     table.loc[bad, ["rank_deficit", "top1", "log_probability"]] = np.nan
     table.loc[table.index % 7 == 1, "log_probability"] = np.inf  # a probability that fell to 0
-    said = (
+    message = (
         f"net: the network gives no answer (NaN, or all -inf) for images in {bad.sum()} of 192 "
         f"cells, up to 3 in one and {2 * bad.sum() + 1} in all; the loss of performance of "
         "these cells is not known."
     )
-    assert said in write_page(table, tmp_path).visible_text()
+    assert message in write_page(table, tmp_path).visible_text()
     store = Store.create(
         tmp_path / "run", {"models": {"net": {"layers": ["l"], "classes": ["c"], "block": 1}}}
     )
     store.put(store.units[0], table)
     finish(Console(highlight=False, markup=False), store.compact(), store)
-    assert said in capsys.readouterr().out.splitlines()
+    assert message in capsys.readouterr().out.splitlines()
     older = pd.concat([table.drop(columns="nan_images"), none.assign(model="b")])
     assert "gives no answer (" not in write_page(older, tmp_path).visible_text()

@@ -1,4 +1,4 @@
-"""What a study takes as arrays and options, and what it refuses, by the library's own checks."""
+"""The arrays and options that a study accepts, and the errors for all others."""
 
 from __future__ import annotations
 
@@ -22,35 +22,42 @@ N, P = 12, 6
 RNG = np.random.default_rng(0)
 IMAGES = RNG.standard_normal((N, P)).astype(np.float32)
 LABELS = RNG.permutation(np.repeat([0, 1, 2], 4))
-INDEX = RNG.permutation(N) + 100  # of a table whose rows were drawn from a larger one
+INDEX = RNG.permutation(N) + 100  # index of a table sampled from a larger one
 
 
 def flat_study(**changes: Any) -> Study:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(P, 16), nn.ReLU(), nn.Linear(16, 3))
-    given: dict[str, Any] = {"layers": ["1"], "images": IMAGES, "labels": LABELS}
-    return Study(net, **given | {"metrics": ["cka"]} | changes)
+    arguments: dict[str, Any] = {"layers": ["1"], "images": IMAGES, "labels": LABELS}
+    return Study(net, **arguments | {"metrics": ["cka"]} | changes)
 
 
-def reversed_view(a: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def as_reversed_view(a: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return a[::-1].copy()[::-1]
 
 
-def foreign(a: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def as_foreign_endian(a: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return a.astype(a.dtype.newbyteorder("S"))
 
 
-def unmasked(a: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def as_unmasked(a: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.ma.masked_array(a, mask=False)
 
 
-ANY = [reversed_view, foreign, unmasked, np.asfortranarray, torch.from_numpy, np.ndarray.tolist]
+ANY = [
+    as_reversed_view,
+    as_foreign_endian,
+    as_unmasked,
+    np.asfortranarray,
+    torch.from_numpy,
+    np.ndarray.tolist,
+]
 
 
 @pytest.mark.parametrize(
     "form", [*ANY, lambda a: pd.DataFrame(a, index=INDEX, columns=list("abcdef"))]
 )
-def test_images_of_every_kind_are_the_same_images(form: Callable[[Any], Any]) -> None:
+def test_images_of_every_array_kind_are_equal(form: Callable[[Any], Any]) -> None:
     assert torch.equal(flat_study(images=form(IMAGES)).images, torch.tensor(IMAGES))
 
 
@@ -63,7 +70,7 @@ def test_images_of_every_kind_are_the_same_images(form: Callable[[Any], Any]) ->
         lambda a: torch.from_numpy(a).to(torch.int16),
     ],
 )
-def test_labels_of_every_kind_are_the_same_labels(form: Callable[[Any], Any]) -> None:
+def test_labels_of_every_array_kind_are_equal(form: Callable[[Any], Any]) -> None:
     assert torch.equal(flat_study(labels=form(LABELS)).labels, torch.tensor(LABELS))
 
 
@@ -80,10 +87,10 @@ def test_labels_of_every_kind_are_the_same_labels(form: Callable[[Any], Any]) ->
         {2: "c", 0: "a"}.keys(),
     ],
 )
-def test_targets_of_every_kind_are_the_same_targets(targets: Any) -> None:
-    found = flat_study(targets=targets).targets
-    assert found == [2, 0]
-    assert {type(label) for label in found} == {int}
+def test_targets_of_every_array_kind_are_equal(targets: Any) -> None:
+    result = flat_study(targets=targets).targets
+    assert result == [2, 0]
+    assert {type(label) for label in result} == {int}
 
 
 def test_labels_are_copied() -> None:
@@ -103,7 +110,7 @@ FRACTION = np.where(LABELS == 1, 0.5, LABELS)
         ({"images": MASKED}, "images: .*masked"),
         ({"labels": np.ma.masked_equal(LABELS, 2)}, "labels: .*masked"),
         ({"targets": np.ma.masked_equal([0, 1, 2], 2)}, "targets: .*masked"),
-        ({"images": IMAGES[:0], "labels": LABELS[:0]}, "images: there are none; expected two or m"),
+        ({"images": IMAGES[:0], "labels": LABELS[:0]}, "images: empty; expected two or more of e"),
         ({"images": IMAGES.astype(object)}, "images: dtype object; expected real numbers"),
         ({"images": [["a"] * P] * N}, "images: dtype <U1; expected real numbers"),
         ({"images": torch.eye(N).to_sparse()}, "images: .*dense"),
@@ -131,11 +138,11 @@ FRACTION = np.where(LABELS == 1, 0.5, LABELS)
         ({"probes": "ridge"}, "probes: 'ridge'; expected a sequence of names"),
         ({"classes": "abc"}, "classes: 'abc'; expected a sequence of names"),
         ({"classes": {0: "a", 1: "b", 2: "c"}}, "classes: .*; expected a sequence of names"),
-        ({"name": 3}, "name: 3; expected a text"),
-        ({"note": b"a"}, "note: b'a'; expected a text"),
+        ({"name": 3}, "name: 3; expected a string"),
+        ({"note": b"a"}, "note: b'a'; expected a string"),
         ({"others": 1.5}, "others: 1.5; expected a whole number of at least 1"),
         ({"others": True}, "others: True; expected a whole number of at least 1"),
-        ({"stimuli_per_class": 2.5}, "stimuli_per_class: 2.5; expected a whole number"),
+        ({"metric_images": 2.5}, "metric_images: 2.5; expected a whole number"),
         ({"block": 2.5}, "block: 2.5; expected a whole number of at least 1"),
         ({"block": "10"}, "block: '10'; expected a whole number of at least 1"),
         ({"seed": -1}, "seed: -1; expected a whole number of at least 0"),
@@ -152,30 +159,30 @@ FRACTION = np.where(LABELS == 1, 0.5, LABELS)
         ({"images": IMAGES.astype(np.float64)}, "images: .* dtype float64 "),
     ],
 )
-def test_what_is_no_argument_is_named_in_a_line(changes: dict[str, Any], message: str) -> None:
+def test_errors_name_the_wrong_argument_in_one_line(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(StudyError, match=f"^{message}") as caught:
         flat_study(**changes)
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_that_is_none_is_named() -> None:
+def test_error_names_a_model_that_is_not_a_module() -> None:
     with pytest.raises(StudyError, match=r"^model: 'resnet50'; expected a torch\.nn\.Module$"):
         Study("resnet50", ["1"], IMAGES, LABELS)  # type: ignore[arg-type]
 
 
-def test_progress_that_is_no_function_is_named_before_anything_is_made(tmp_path: Path) -> None:
+def test_progress_that_is_not_callable_raises_before_anything_is_written(tmp_path: Path) -> None:
     study = toy_study(metrics=["cka"])
     for call in (
         lambda: study.run(tmp_path / "run", progress=True),  # type: ignore[arg-type]
         lambda: run([study], progress="bar"),  # type: ignore[arg-type]
     ):
-        with pytest.raises(StudyError, match=r"^progress: .*; expected a function of a Step$"):
+        with pytest.raises(StudyError, match=r"^progress: .*; expected a function that takes a St"):
             call()
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("out", [3, b"run", ["run"], "caf\udce9"])
-def test_a_folder_that_is_no_path_is_named(out: Any) -> None:
+def test_error_names_a_folder_that_is_not_a_path(out: Any) -> None:
     with pytest.raises(
         StudyError, match=r"^out: .*; expected the path of a folder, in UTF-8$"
     ) as error:
@@ -183,7 +190,7 @@ def test_a_folder_that_is_no_path_is_named(out: Any) -> None:
     str(error.value).encode()
 
 
-def test_options_of_numpy_are_written_as_json(tmp_path: Path) -> None:
+def test_numpy_options_are_written_as_json(tmp_path: Path) -> None:
     whole, real = np.int64(2), np.float32(0.5)
     study = flat_study(seed=whole, block=whole, ridge=real, grid=np.array([2, 2]), others=whole)
     plain = flat_study(seed=2, block=2, ridge=0.5, grid=(2, 2), others=2)

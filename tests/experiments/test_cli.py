@@ -52,7 +52,7 @@ def test_a_users_network_from_start_to_report(folder: Path) -> None:
     assert "SVCCA" in out
     code, _, err = sweep(*TOY, "--images", folder, "--grid", "2x2", "--metrics", "cka,svcca")
     assert code == 2
-    assert "grid: [2, 3] there, [2, 2] here" in err
+    assert "grid: [2, 3] before, [2, 2] now" in err
 
 
 @pytest.mark.usefixtures("blank_reports")
@@ -61,7 +61,7 @@ def test_ctrl_c_keeps_what_is_finished(folder: Path, monkeypatch: pytest.MonkeyP
     assert sweep(*arguments)[0] == 0
     arguments = (*arguments[:-1], "cut")
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "_target", fails_at(3, KeyboardInterrupt()))
+        patch.setattr(measure, "_measure_target", fails_at(3, KeyboardInterrupt()))
         code, _, err = sweep(*arguments)
     assert code == 130
     assert err == (
@@ -82,7 +82,9 @@ def test_a_unit_that_fails_is_left_out_and_tried_again(
 ) -> None:
     arguments = (*TOY, "--images", folder, "--metrics", "cka", "--block", "1", "--out", "run")
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "_target", fails_at(2, RuntimeError("a fluke\nof the device")))
+        patch.setattr(
+            measure, "_measure_target", fails_at(2, RuntimeError("a fluke\nof the device"))
+        )
         code, out, err = sweep(*arguments)
     assert (code, err) == (0, "")
     assert "again: _toy:Toy act1 2: RuntimeError: a fluke of the device" in out
@@ -91,7 +93,7 @@ def test_a_unit_that_fails_is_left_out_and_tried_again(
     for quiet in ((), ("--quiet",)):
         Path("run/parts/_toy%3AToy--act1--2.parquet").unlink(missing_ok=True)
         with monkeypatch.context() as patch:
-            patch.setattr(measure, "_target", fails_at(1, StudyError("it is not finite")))
+            patch.setattr(measure, "_measure_target", fails_at(1, StudyError("it is not finite")))
             code, out, err = sweep(*arguments, *quiet)
         assert code == 3
         assert err.count("failed: _toy:Toy act1 2: it is not finite\n") == 1
@@ -129,7 +131,7 @@ def test_json_alone_is_logged(folder: Path) -> None:
 
 def test_no_unit_is_finished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (*TOY[:2], "--layers", "act1", *TOY[4:], "--images", folder, "--out", "run")
-    monkeypatch.setattr(measure, "_target", fails_at(1, StudyError("it is not finite")))
+    monkeypatch.setattr(measure, "_measure_target", fails_at(1, StudyError("it is not finite")))
     code, _, err = sweep(*arguments)
     assert code == 3
     assert err.startswith("failed: _toy:Toy act1 1: it is not finite\n")
@@ -168,7 +170,7 @@ def test_no_unit_is_finished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (("--images", "images", "--block", "0"), "block: 0; expected a whole number of at least 1"),
         (("--images", "images", "--threads", "0"), "threads: 0; expected 1 or more"),
         (("--images", "images", "--memory", "much"), "memory: 'much'; expected bytes, or a size"),
-        (("--images", "images", "--stimuli", "1"), "stimuli_per_class: 1; expected a whole"),
+        (("--images", "images", "--stimuli", "1"), "metric_images: 1; expected a whole"),
         (("--images", "images", "--labels", "val.txt"), "labels: only with --preset"),
         (("--images", "images", "--per-class", "3"), "per-class: only with --preset"),
         (("--images", "random"), "random"),
@@ -218,7 +220,7 @@ def test_what_the_network_is_shown_is_printed_before_the_first_unit(folder: Path
     torch.save({"state_dict": state, "epoch": 3}, "toy.pt")
     (folder / "@eaDir").mkdir()
     arguments = (*TOY[:4], "--images", folder, "--weights", "toy.pt", "--metrics", "cka")
-    stimuli = data.image_folder(folder, size=None)
+    stimuli = data.load_image_folder(folder, size=None)
     right = (model.eval()(stimuli.images).argmax(1) == stimuli.labels).double().mean().item()
     assert 0 < right < 1
     lines = [
@@ -240,7 +242,7 @@ def test_what_the_network_is_shown_is_printed_before_the_first_unit(folder: Path
 def test_images_of_one_size_are_left_as_they_are(folder: Path) -> None:
     asked = Asked(images=str(folder), layers=["act1"])
     (study,) = jobs.of_models(["_toy:Toy"], asked, False).studies
-    assert torch.equal(study.images, data.image_folder(folder, size=None).images)
+    assert torch.equal(study.images, data.load_image_folder(folder, size=None).images)
     for file in folder.rglob("*.png"):
         Image.new("RGB", (12, 8)).save(file)
     code, _, err = sweep(*TOY[:4], "--images", folder)
@@ -264,7 +266,7 @@ def test_the_size_of_images_without_an_option(
         assert side == size
         raise DataError("seen")
 
-    monkeypatch.setattr(data, "image_folder", seen)
+    monkeypatch.setattr(data, "load_image_folder", seen)
     with pytest.raises(DataError, match="seen"):
         jobs.of_models(names, Asked(images="images"), False)
 

@@ -51,7 +51,7 @@ def damaging(which: Callable[[Unit], bool]) -> Any:
 
 
 def failing(which: Callable[[str, int], bool]) -> Any:
-    target = measure._target
+    target = measure._measure_target
 
     def measured(study: Any, layer: str, label: int, *arguments: Any) -> pd.DataFrame:
         if which(layer, label):
@@ -106,7 +106,7 @@ def test_a_shard_ends_well_and_says_what_is_left() -> None:
 
 
 def test_the_last_shard_says_what_the_others_lack(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "_target", failing(lambda _layer, label: label == 0))
+    monkeypatch.setattr(measure, "_measure_target", failing(lambda _layer, label: label == 0))
     code, _, err = sweep("--shard", "1/2")  # classes 1 and 3 of act1, 2 of act2
     assert code == 3
     assert "1 unit failed and is left out" in err
@@ -121,7 +121,7 @@ def test_the_last_shard_says_what_the_others_lack(monkeypatch: pytest.MonkeyPatc
 
 
 def test_where_all_failed_there_is_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "_target", failing(lambda *_: True))
+    monkeypatch.setattr(measure, "_measure_target", failing(lambda *_: True))
     for options, own in (((), 6), (("--shard", "9/9"), 0)):
         code, _, err = sweep(*options)
         assert code == 3

@@ -1,4 +1,4 @@
-"""What of a folder is read as a stimulus or a class, what is skipped, and what is reported."""
+"""Which entries of a folder are classes or stimuli, and which are skipped or reported."""
 
 import os
 import re
@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 
 from repsim_kernels.experiments.errors import DataError
-from repsim_kernels.experiments.inputs.imagenet import validation, wnids
-from repsim_kernels.experiments.inputs.images import image_folder
+from repsim_kernels.experiments.inputs.imagenet import load_validation, wnids
+from repsim_kernels.experiments.inputs.images import load_image_folder
 
 CLASSES = ("ape", "bee", "cat")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three classes of two images, each of a colour of its own."""
+    """Three classes of two images, each of a different colour."""
     root = tmp_path / "images"
     for i, name in enumerate(CLASSES):
         (root / name).mkdir(parents=True)
@@ -34,8 +34,8 @@ JUNK_FOLDERS = [
 JUNK_FILES = ["Thumbs.db", "desktop.ini", ".DS_Store", "._0.png", ".0.png"]
 
 
-def litter(folder: Path, image: Path) -> None:
-    """What other programs leave in a folder, with copies of images in it."""
+def add_junk(folder: Path, image: Path) -> None:
+    """Add entries that other programs leave in a folder, with copies of an image."""
     for name in JUNK_FOLDERS:
         (folder / name / "0.png").mkdir(parents=True)
         shutil.copy(image, folder / name / "0.png" / "thumb.jpg")
@@ -45,86 +45,86 @@ def litter(folder: Path, image: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [("ape", "bee", "cat"), ("1", "2", "10")])
-def test_what_other_programs_leave_is_no_stimulus(folder, names):
+def test_entries_of_other_programs_are_skipped(folder, names):
     for old, new in zip(CLASSES, names, strict=True):
         (folder / old).rename(folder / new)
-    clean = image_folder(folder, size=8)
+    clean = load_image_folder(folder, size=8)
     assert clean.source == f"6 images of 3 classes in {folder}"
     (folder / names[0] / "more").mkdir()
     os.link(folder / names[0] / "1.png", folder / names[0] / "more" / "1.png")
     (folder / names[0] / "1.png").unlink()
     for place in (folder, folder / names[0], folder / names[0] / "more"):
-        litter(place, folder / names[1] / "0.png")
-    littered = image_folder(folder, size=8)
+        add_junk(place, folder / names[1] / "0.png")
+    littered = load_image_folder(folder, size=8)
     assert torch.equal(littered.images, clean.images)
     assert torch.equal(littered.labels, clean.labels)
     assert littered.classes == clean.classes
     counts = "15 hidden, 3 #recycle, 3 $RECYCLE.BIN, 3 @eaDir, 3 System Volume Information, "
     assert littered.source == f"{clean.source} (skipped: {counts}3 Thumbs.db, 3 __MACOSX, 6 others)"
-    assert image_folder(folder, [names[1]], size=8).labels.tolist() == [clean.labels[2]] * 2
+    assert load_image_folder(folder, [names[1]], size=8).labels.tolist() == [clean.labels[2]] * 2
 
 
 @pytest.mark.parametrize("stray", ["notes", "10 old", "-1", "1.5", "٣"])
-def test_a_stray_folder_beside_outputs_does_not_renumber_them(folder, stray):
+def test_a_stray_folder_among_numbered_ones_raises(folder, stray):
     for old, new in zip(CLASSES, ("0", "1", "10"), strict=True):
         (folder / old).rename(folder / new)
-    assert image_folder(folder, size=8).labels.tolist() == [0, 0, 1, 1, 10, 10]
+    assert load_image_folder(folder, size=8).labels.tolist() == [0, 0, 1, 1, 10, 10]
     (folder / stray).mkdir()
-    message = rf"has 3 folders named by outputs, and {stray!r}; expected outputs alone: move it aw"
+    message = rf"has 3 folders named by output numbers, and {stray!r}; expected only numbers"
     for classes in (None, ["0", "1"]):
         with pytest.raises(DataError, match=message):
-            image_folder(folder, classes, size=8)
+            load_image_folder(folder, classes, size=8)
 
 
-def test_names_of_which_one_is_a_number_are_names(folder):
+def test_a_single_number_among_names_is_a_name(folder):
     (folder / "bee").rename(folder / "747")
-    assert image_folder(folder, size=8).classes == ("747", "ape", "cat")
+    assert load_image_folder(folder, size=8).classes == ("747", "ape", "cat")
 
 
 @pytest.mark.parametrize("number", ["1000000", "20240101", "1000000000", "9" * 20, "9" * 200])
-def test_numbers_beyond_all_outputs(folder, number):
+def test_numbers_too_large_for_an_output_raise(folder, number):
     for old, new in zip(CLASSES, ("0", "1", number), strict=True):
         (folder / old).rename(folder / new)
-    message = rf"^images: .*/{number} is named by a number beyond the outputs of any network; exp"
+    message = rf"^images: .*/{number}: the number is too large for a network's output; expected"
     with pytest.raises(DataError, match=message):
-        image_folder(folder, size=8)
+        load_image_folder(folder, size=8)
     (folder / number).rename(folder / "999999")
-    stimuli = image_folder(folder, size=8)
+    stimuli = load_image_folder(folder, size=8)
     assert stimuli.labels.tolist() == [0, 0, 1, 1, 999999, 999999]
     assert len(stimuli.classes) == 10**6
 
 
-def test_names_that_are_not_utf_8(folder):
+def test_names_that_are_not_utf_8_are_escaped_or_raise(folder):
     garbled = os.fsdecode(b"caf\xe9")
     (folder / "ape" / f"{garbled}.png{garbled}").touch()
     root = folder.rename(folder.with_name(garbled))
-    source = image_folder(root, size=8).source
+    source = load_image_folder(root, size=8).source
     assert source.endswith(r"/caf\xe9 (skipped: 1 *.pngcaf\xe9)")
     (root / "bee").rename(root / garbled)
-    message = r"^images: the name of .*/caf\\xe9/caf\\xe9 is not UTF-8; expected one that is$"
+    message = r"^images: the name of .*/caf\\xe9/caf\\xe9 is not UTF-8; rename it$"
     with pytest.raises(DataError, match=message) as caught:
-        image_folder(root, size=8)
+        load_image_folder(root, size=8)
     str(caught.value).encode()
 
 
-def test_files_that_are_not_read_are_counted(folder):
+def test_skipped_files_are_counted(folder):
     Image.new("L", (5, 5)).save(folder / "bee" / "a.GIF")
     (folder / "bee" / "notes").touch()
     shutil.copy(folder / "bee" / "0.png", folder / "0.png")
     (folder / "labels.csv").touch()
     skipped = r"\(skipped: 1 outside the classes' folders, 1 \*\.gif, 1 without a suffix\)"
-    assert re.search(f" in {re.escape(str(folder))} {skipped}$", image_folder(folder).source)
+    assert re.search(f" in {re.escape(str(folder))} {skipped}$", load_image_folder(folder).source)
     for file in (folder / "bee").glob("*.png"):
         file.unlink()
     message = (
         r"class 'bee' of .* has 0 images \(skipped: 1 \*\.gif, 1 .*; expected 2 or more of \.jp"
     )
     with pytest.raises(DataError, match=message):
-        image_folder(folder, size=8)
+        load_image_folder(folder, size=8)
 
 
 def test_links_to_folders_are_followed_once(folder, tmp_path):
-    clean = image_folder(folder, size=8)
+    clean = load_image_folder(folder, size=8)
     shutil.move(folder / "cat", tmp_path / "cats")
     (folder / "cat").symlink_to(tmp_path / "cats")  # a class
     shutil.move(folder / "bee", tmp_path / "hive")
@@ -135,31 +135,31 @@ def test_links_to_folders_are_followed_once(folder, tmp_path):
     (folder / "bee" / "top").symlink_to("../..")
     (tmp_path / "cats" / "classes").symlink_to(folder)
     (folder / "ape" / "one.png").symlink_to("1.png")
-    linked = image_folder(folder, size=8)
+    linked = load_image_folder(folder, size=8)
     assert linked.labels.tolist() == [0, 0, 0, 1, 1, 2, 2]
     assert torch.equal(linked.images[[0, 1, 3, 4, 5, 6]], clean.images)
     assert linked.source.endswith(" (skipped: 4 links to folders read already)")
 
 
-def test_broken_links(folder):
+def test_broken_links_raise_or_are_skipped(folder):
     for place in (folder / "dog", folder / "bee" / "more"):
         place.symlink_to("nowhere")
         with pytest.raises(DataError, match=rf"{place} is a link to nowhere, which is missing"):
-            image_folder(folder, ["ape", "bee"], size=8)
+            load_image_folder(folder, ["ape", "bee"], size=8)
         place.unlink()
     (folder / "bee" / "2.png").symlink_to("nowhere.png")
     (folder / "bee" / ".lock").symlink_to("nobody@nowhere:1")
-    with pytest.raises(DataError, match=r"2\.png can't be decoded: it is a broken link, to nowh"):
-        image_folder(folder, size=8)
-    with pytest.warns(UserWarning, match=r"left out, can't be decoded: .*bee/2\.png$"):
-        assert len(image_folder(folder, size=8, skip_bad=True).images) == 6
+    with pytest.raises(DataError, match=r"2\.png can't be decoded: it is a broken link to nowh"):
+        load_image_folder(folder, size=8)
+    with pytest.warns(UserWarning, match=r"skipped, can't be decoded: .*bee/2\.png$"):
+        assert len(load_image_folder(folder, size=8, skip_bad=True).images) == 6
     os.mkfifo(folder / "ape" / "pipe.png")
     (folder / "bee" / "2.png").unlink()
-    assert "1 not regular files" in image_folder(folder, size=8).source
+    assert "1 not regular files" in load_image_folder(folder, size=8).source
 
 
 @pytest.mark.parametrize("flat", [True, False])
-def test_what_other_programs_leave_among_imagenets_images(folder, tmp_path, flat):
+def test_entries_of_other_programs_among_imagenet_are_skipped(folder, tmp_path, flat):
     root = tmp_path / "val"
     for i in range(2):
         place = root if flat else root / wnids()[113]
@@ -169,19 +169,19 @@ def test_what_other_programs_leave_among_imagenets_images(folder, tmp_path, flat
         (root / "val.txt").write_text(
             "ILSVRC2012_val_00000001.JPEG 113\nILSVRC2012_val_00000002.JPEG 113\n"
         )
-    clean = validation(root, [113], torchvision_transform)
+    clean = load_validation(root, [113], torchvision_transform)
     assert clean.source == f"2 images of 1 classes in {root}"
     for junk in {root, place}:
-        litter(junk, folder / "cat" / "0.png")
+        add_junk(junk, folder / "cat" / "0.png")
         shutil.copy(folder / "cat" / "0.png", junk / "._ILSVRC2012_val_00000001.JPEG")
     shutil.copy(folder / "cat" / "0.png", root / "montage.png")
-    littered = validation(root, [113], torchvision_transform)
+    littered = load_validation(root, [113], torchvision_transform)
     assert torch.equal(littered.images, clean.images)
     times = 1 if flat else 2
     assert littered.source.startswith(f"{clean.source} (skipped: {6 * times} hidden, {times} ")
     (root / "new").symlink_to("nowhere")
     with pytest.raises(DataError, match="new is a link to nowhere, which is missing"):
-        validation(root, [113], torchvision_transform)
+        load_validation(root, [113], torchvision_transform)
 
 
 def torchvision_transform(image: Image.Image) -> torch.Tensor:

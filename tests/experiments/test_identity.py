@@ -1,4 +1,4 @@
-"""A study knows its network again: by its weights, its modules, and what its forward pass does."""
+"""A study identifies its network by the weights, the modules and the operations of a pass."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from repsim_kernels.experiments.study.network import describe_modules, hash_oper
 
 
 class Scaled(Toy):
-    """Computes with an attribute and without modules of its own."""
+    """Its forward pass uses attributes and no additional modules."""
 
     def __init__(self, scale: float = 2.0, function: Callable[[Tensor], Tensor] = torch.relu):
         super().__init__()
@@ -49,12 +49,12 @@ CHANGED = {
     "activation": (
         Toy,
         lambda: with_module("act1", nn.Tanh()),
-        r"modules\.act1\.class: \"nn.ReLU\" there, \"nn.Tanh\" here",
+        r"modules\.act1\.class: \"nn.ReLU\" before, \"nn.Tanh\" now",
     ),
     "option": (
         Toy,
         lambda: with_module("conv1", nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")),
-        r'modules\.conv1\.padding_mode: "zeros" there, "circular" here',
+        r'modules\.conv1\.padding_mode: "zeros" before, "circular" now',
     ),
     "constant": (Scaled, lambda: Scaled(3.0), "operations: "),
     "function": (Scaled, lambda: Scaled(function=torch.tanh), "operations: "),
@@ -64,7 +64,7 @@ CHANGED = {
 
 
 @pytest.mark.parametrize("kind", CHANGED)
-def test_a_run_is_not_resumed_by_a_network_that_computes_something_else(
+def test_a_run_is_not_resumed_with_a_network_that_computes_something_different(
     kind: str, tmp_path: Path
 ) -> None:
     make, change, where = CHANGED[kind]
@@ -80,12 +80,12 @@ def test_a_run_is_not_resumed_by_a_network_that_computes_something_else(
 @pytest.mark.parametrize("use", ["run", "store", "measure", "about", "plan"])
 def test_modules_that_have_changed_are_refused(use: str, tmp_path: Path) -> None:
     model = Toy()
-    made = toy_study(model=model, metrics=["cka"])
-    calls = list_study_calls(made, tmp_path / "run")
+    study = toy_study(model=model, metrics=["cka"])
+    calls = list_study_calls(study, tmp_path / "run")
     old, model.act1 = model.act1, nn.Tanh()  # type: ignore[assignment]
     changed = (
         r"^model: the modules of toy have changed since the study was made \(act1\.class: "
-        r'"nn.ReLU" there, "nn.Tanh" here\); expected the same ones, '
+        r'"nn.ReLU" before, "nn.Tanh" now\); expected the same ones, '
         r"or a new Study$"
     )
     with pytest.raises(StudyError, match=changed):
@@ -96,7 +96,7 @@ def test_modules_that_have_changed_are_refused(use: str, tmp_path: Path) -> None
 
 
 class Listed(nn.Module):
-    """Tells of itself what differs between processes and devices."""
+    """Its extra_repr includes an address and a device."""
 
     def __init__(self, place: str) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Listed(nn.Module):
         return f"3, hook=<function f at {id(self):#x}>, at=tensor(1, device='{self.place}'), p=.1"
 
 
-def test_a_description_names_no_place() -> None:
+def test_a_description_has_no_addresses_or_devices() -> None:
     described = [describe_modules(Listed(place)) for place in ("cuda:0", "cuda:1")]
     assert described[0] == described[1]
     assert described[0] == {
@@ -121,7 +121,7 @@ def attention(heads: int = 2, function: str = "relu", **options: Any) -> nn.Modu
     return nn.Sequential(nn.Flatten(2), nn.Unflatten(2, (8, 8)), nn.Flatten(1, 2), layer)
 
 
-OPTIONS = {  # most are no part of what these modules print of themselves
+OPTIONS = {  # most of these options are not in the modules' repr
     "heads": (attention(), attention(heads=4), "3.self_attn.num_heads"),
     "function": (attention(), attention(function="gelu"), "3.activation"),
     "order": (attention(), attention(norm_first=True), "3.norm_first"),
@@ -141,16 +141,16 @@ OPTIONS = {  # most are no part of what these modules print of themselves
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
-def test_options_are_described_whether_a_module_prints_them_or_not(kind: str) -> None:
+def test_descriptions_include_options_that_the_repr_omits(kind: str) -> None:
     one, other, option = OPTIONS[kind]
-    there, here = describe_modules(one), describe_modules(other)
-    assert json.loads(json.dumps(there)) == there
-    (changed, *_) = differences(there, here)
+    before, now = describe_modules(one), describe_modules(other)
+    assert json.loads(json.dumps(before)) == before
+    (changed, *_) = differences(before, now)
     assert changed.startswith(f"{option}: ")
-    assert describe_modules(copy.deepcopy(one)) == there
+    assert describe_modules(copy.deepcopy(one)) == before
 
 
-def test_what_a_user_keeps_on_a_module_is_no_option() -> None:
+def test_a_users_attributes_are_not_options() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     before = describe_modules(model)
     model[0].calls = 3  # type: ignore[assignment]
@@ -160,7 +160,7 @@ def test_what_a_user_keeps_on_a_module_is_no_option() -> None:
 
 
 class Sending(Toy):
-    """Asks for a device in its forward pass, as a copy on each GPU does."""
+    """Moves images to a device in its forward pass, like a copy on each GPU."""
 
     device = torch.device("cuda:0")
 
@@ -174,8 +174,8 @@ class SendingToAnother(Sending):
 
 def test_operations_are_the_same_on_every_gpu() -> None:
     images, _ = toy_images()
-    of = [
+    hashes = [
         hash_operations(kind().eval(), ["act1"], images)
         for kind in (Sending, SendingToAnother, Toy)
     ]
-    assert of[0] == of[1] != of[2]
+    assert hashes[0] == hashes[1] != hashes[2]

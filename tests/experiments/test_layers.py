@@ -81,6 +81,5 @@ def test_the_command_names_the_extra_that_is_missing():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == (
-        "error: typer is not installed; expected `pip install 'repsim-kernels[experiments]'` to "
-        "have been run\n"
+        "error: typer is not installed; run `pip install 'repsim-kernels[experiments]'`\n"
     )

@@ -1,4 +1,4 @@
-"""A study's rows: by brute force, and the same however its layers and images are grouped."""
+"""A study's rows match brute force, and don't depend on how layers and images are grouped."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from repsim_kernels.experiments import Study
 from repsim_kernels.experiments.columns import METRICS
 from repsim_kernels.experiments.errors import StoreError, StudyError
 from repsim_kernels.experiments.study import measure, memory
-from repsim_kernels.experiments.study.memory import batch_size, groups, held
+from repsim_kernels.experiments.study.memory import bytes_held, choose_batch_size, group_layers
 from repsim_kernels.reference.ablation import ablation_distances
 from repsim_kernels.reference.cells import selectivity_grid
 from repsim_kernels.reference.probe import ablation_decodability
 
 DEEP = ("conv1", "act1", "conv2", "act2")
-# Bytes an image, float32: every layer of the toy gives 256 numbers, and cut at conv2 or act2 the
-# skip connection is kept as well. A neuron takes 190 bytes while cells are made.
+# Bytes per image, float32: every layer of the toy has 256 outputs, and a cut at conv2 or act2 also
+# keeps the skip connection. Grouping neurons into cells needs 190 bytes per neuron.
 ACTIVATION, SKIP, SORTING = 1024, 1024, 190 * 256
 
 
-def assert_same_rows(got: pd.DataFrame, want: pd.DataFrame) -> None:
-    """Bit for bit, but for probabilities: of a batch of another size some CPUs round otherwise."""
-    rounded = [name for name in want if "probability" in name]
+def assert_same_rows(actual: pd.DataFrame, expected: pd.DataFrame) -> None:
+    """Bit-identical except probabilities: on some CPUs their rounding depends on batch size."""
+    rounded = [name for name in expected if "probability" in name]
     pd.testing.assert_frame_equal(
-        got.drop(columns=rounded), want.drop(columns=rounded), check_exact=True
+        actual.drop(columns=rounded), expected.drop(columns=rounded), check_exact=True
     )
-    pd.testing.assert_frame_equal(got[rounded], want[rounded], rtol=1e-3, atol=1e-5)
+    pd.testing.assert_frame_equal(actual[rounded], expected[rounded], rtol=1e-3, atol=1e-5)
 
 
 def deep_study(**changes: Any) -> Study:
@@ -58,12 +58,14 @@ def uneven() -> tuple[Tensor, Tensor]:
     return images[keep], labels[keep]
 
 
-def hooked(layer: str, images: Tensor, off: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The toy's logits with some neurons of a layer off, and what the layer gave, (n, p)."""
-    seen: list[Tensor] = []
+def run_with_neurons_off(
+    layer: str, images: Tensor, off: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The toy's logits with some neurons of a layer off, and the layer's output, (n, p)."""
+    outputs: list[Tensor] = []
 
     def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        seen.append(output.clone())
+        outputs.append(output.clone())
         zeroed = torch.zeros(output.shape[1:], dtype=torch.bool)
         return output.masked_fill(zeroed if off is None else off.view_as(zeroed), 0)
 
@@ -72,16 +74,16 @@ def hooked(layer: str, images: Tensor, off: Tensor | None = None) -> tuple[Tenso
     with torch.no_grad():
         logits = model(images)
     handle.remove()
-    return logits, seen[0].flatten(1)
+    return logits, outputs[0].flatten(1)
 
 
-def assert_rows(
-    rows: pd.DataFrame, layer: str, label: int, chosen: list[int], per_class: int, edges: str
+def assert_rows_match_reference(
+    rows: pd.DataFrame, layer: str, label: int, classes: list[int], metric_images: int, edges: str
 ) -> None:
-    """Hold a unit of a study of the uneven images, penalty 5, against hooks and the reference."""
+    """Compare a unit of a study of the uneven images, penalty 5, with hooks and the reference."""
     images, labels = uneven()
-    index = torch.cat([torch.where(labels == c)[0][:per_class] for c in chosen])
-    x = hooked(layer, images[index])[1].double().numpy()
+    index = torch.cat([torch.where(labels == c)[0][:metric_images] for c in classes])
+    x = run_with_neurons_off(layer, images[index])[1].double().numpy()
     names, y = np.unique(labels[index].numpy(), return_inverse=True)
     target = int(np.flatnonzero(names == label)[0])
     cells = selectivity_grid(x, y, target, edges=edges)
@@ -97,60 +99,64 @@ def assert_rows(
         change = float(probe["intact"]) - np.asarray(probe[kind])
         np.testing.assert_allclose(rows[f"decodability_{kind}"], change, atol=1e-9)
     mine = images[labels == label]
-    before = hooked(layer, mine)[0].double().softmax(1)[:, label]
-    after = [hooked(layer, mine, torch.from_numpy(off))[0].double().softmax(1) for off in member]
+    before = run_with_neurons_off(layer, mine)[0].double().softmax(1)[:, label]
+    after = [
+        run_with_neurons_off(layer, mine, torch.from_numpy(off))[0].double().softmax(1)
+        for off in member
+    ]
     lost = [float((before - p[:, label]).mean()) for p in after]
     np.testing.assert_allclose(rows["probability"], lost, atol=1e-6)
 
 
 @pytest.mark.parametrize("layer", ["conv1", "act2"])
 @pytest.mark.parametrize("label", [0, 1])
-def test_rows_with_inclusive_edges_equal_those_of_brute_force(layer: str, label: int) -> None:
+def test_rows_with_inclusive_edges_match_brute_force(layer: str, label: int) -> None:
     images, labels = uneven()
     study = toy_study(
         images=images, labels=labels, layers=[layer], targets=[label], edges="inclusive", penalty=5
     )
     rows = study.run()
-    assert_rows(rows, layer, label, [0, 1, 2], 5, "inclusive")
+    assert_rows_match_reference(rows, layer, label, [0, 1, 2], 5, "inclusive")
     assert rows["size"].sum() != 256  # edge neurons are in two cells or none
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
-def test_rows_beside_drawn_classes_equal_those_of_brute_force(seed: int) -> None:
+def test_rows_with_drawn_classes_match_brute_force(seed: int) -> None:
     images, labels = uneven()
     study = toy_study(
-        images=images, labels=labels, others=1, seed=seed, stimuli_per_class=4, penalty=5, block=1
+        images=images, labels=labels, others=1, seed=seed, metric_images=4, penalty=5, block=1
     )
     rows = study.run()
     for unit in study.units:
         (label,) = study.targets_of(unit)
         target = ("ant/queen", "bee", "wasp")[label]
         mine = rows[(rows["layer"] == unit.layer) & (rows["class"] == target)]
-        (other,) = study.others_of(label)
-        assert_rows(mine, unit.layer, label, [label, other], 4, "equal")
+        (other,) = study.draw_other_classes(label)
+        assert_rows_match_reference(mine, unit.layer, label, [label, other], 4, "equal")
 
 
-def test_others_are_drawn_by_seed_and_target() -> None:
+def test_other_classes_depend_on_seed_and_target() -> None:
     drawn = {
-        seed: [toy_study(others=1, seed=seed).others_of(t) for t in range(3)] for seed in range(12)
+        seed: [toy_study(others=1, seed=seed).draw_other_classes(t) for t in range(3)]
+        for seed in range(12)
     }
     for seed, others in drawn.items():
-        assert others == [toy_study(others=1, seed=seed).others_of(t) for t in range(3)]
+        assert others == [toy_study(others=1, seed=seed).draw_other_classes(t) for t in range(3)]
     for target in range(3):
-        found = [others[target][0] for others in drawn.values()]
-        assert set(found) == {0, 1, 2} - {target}
-    assert toy_study(others=2).others_of(1) == [0, 2]
+        result = [others[target][0] for others in drawn.values()]
+        assert set(result) == {0, 1, 2} - {target}
+    assert toy_study(others=2).draw_other_classes(1) == [0, 2]
 
 
-def test_the_stimuli_are_those_of_the_target_and_its_others() -> None:
+def test_stimuli_belong_to_the_target_and_its_drawn_classes() -> None:
     images, labels = uneven()
-    given = {"images": images, "labels": labels}
-    assert toy_study(**given).stimuli == toy_study(**given).shown == 12
-    assert toy_study(**given, stimuli_per_class=4).stimuli == 11
+    arguments = {"images": images, "labels": labels}
+    assert toy_study(**arguments).n_stimuli == toy_study(**arguments).n_metric_images == 12
+    assert toy_study(**arguments, metric_images=4).n_stimuli == 11
     for seed in range(6):
-        study = toy_study(**given, targets=[2], others=1, seed=seed, stimuli_per_class=4)
-        assert study.shown == 11
-        assert study.stimuli == 4 + {0: 4, 1: 3}[study.others_of(2)[0]]
+        study = toy_study(**arguments, targets=[2], others=1, seed=seed, metric_images=4)
+        assert study.n_metric_images == 11
+        assert study.n_stimuli == 4 + {0: 4, 1: 3}[study.draw_other_classes(2)[0]]
 
 
 @pytest.mark.parametrize(
@@ -158,26 +164,26 @@ def test_the_stimuli_are_those_of_the_target_and_its_others() -> None:
     [
         (0, "0; expected a whole number of at least 1"),
         (-1, "-1; expected a whole number of at least 1"),
-        (3, "3 beside a target, of 3 classes; expected 1 or more of the other ones"),
+        (3, "3 of 3 classes; expected at most 2, the classes other than the target"),
     ],
 )
-def test_others_out_of_range_are_named(others: int, message: str) -> None:
+def test_others_out_of_range_raise(others: int, message: str) -> None:
     with pytest.raises(StudyError, match=f"^others: {message}$"):
         toy_study(others=others)
 
 
-def test_unknown_edges_are_named() -> None:
+def test_unknown_edges_raise() -> None:
     with pytest.raises(StudyError, match=r"^edges: 'open'; expected one of 'equal', 'inclusive'$"):
         toy_study(edges="open")
 
 
 @pytest.mark.parametrize("memory", ["150KiB", "250KiB", "330KiB", "10MiB"])
 @pytest.mark.usefixtures("batches_of_four")
-def test_rows_do_not_depend_on_what_is_measured_together(memory: str) -> None:
+def test_rows_do_not_depend_on_how_layers_are_grouped(memory: str) -> None:
     study = deep_study(memory=memory)
     counts = {"150KiB": 4, "250KiB": 3, "330KiB": 2, "10MiB": 1}
-    assert len(groups(study, DEEP)) == counts[memory]
-    assert batch_size(study) == 4
+    assert len(group_layers(study, DEEP)) == counts[memory]
+    assert choose_batch_size(study) == 4
     together = study.run()
     alone = pd.concat([deep_study(layers=[layer]).run() for layer in DEEP])
     alone = alone.sort_values(["class", "layer", "cell"], ignore_index=True)
@@ -185,27 +191,27 @@ def test_rows_do_not_depend_on_what_is_measured_together(memory: str) -> None:
 
 
 @cache
-def whole() -> tuple[Study, list[pd.DataFrame]]:
+def full_run() -> tuple[Study, list[pd.DataFrame]]:
     study = deep_study(
-        memory="250KiB", others=1, stimuli_per_class=3, metrics=["cka", "pwcca"], block=1
+        memory="250KiB", others=1, metric_images=3, metrics=["cka", "pwcca"], block=1
     )
     return study, list(measure.rows(study, study.units))
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.sets(st.sampled_from(range(12)), min_size=1))
-def test_rows_of_any_units_are_those_of_all(chosen: set[int]) -> None:
-    (study, expected), some = whole(), sorted(chosen)
-    found = list(measure.rows(study, [study.units[i] for i in some]))
-    assert len(found) == len(some)
-    for i, rows in zip(some, found, strict=True):
+def test_rows_of_some_units_equal_those_of_a_full_run(chosen: set[int]) -> None:
+    (study, expected), indices = full_run(), sorted(chosen)
+    tables = list(measure.rows(study, [study.units[i] for i in indices]))
+    assert len(tables) == len(indices)
+    for i, rows in zip(indices, tables, strict=True):
         assert (rows["layer"] == study.units[i].layer).all()
         assert (rows["class"] == ("ant/queen", "bee", "wasp")[i % 3]).all()
         pd.testing.assert_frame_equal(rows, expected[i], check_exact=True)
 
 
 class Wide(nn.Sequential):
-    """Its linear layers are rounded otherwise for few images than for many."""
+    """A network whose linear layers round differently for few images than for many."""
 
     def __init__(self) -> None:
         def conv(channels: int) -> nn.Conv2d:
@@ -220,7 +226,7 @@ class Wide(nn.Sequential):
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
 
 
-def test_a_resumed_run_has_the_same_bits_where_memory_is_tight(
+def test_a_resumed_run_is_bit_identical_when_memory_is_tight(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     labels = torch.arange(3).repeat_interleave(3)
@@ -229,28 +235,28 @@ def test_a_resumed_run_has_the_same_bits_where_memory_is_tight(
     study = Study(
         Wide(), ["1", "3", "5"], images, labels, metrics=["cka"], memory="234KiB", block=1
     )
-    assert len(groups(study, study.layers)) > 1
-    rooms: dict[tuple[str, int], set[int]] = {}
-    target = measure._target
+    assert len(group_layers(study, study.layers)) > 1
+    budgets: dict[tuple[str, int], set[int]] = {}
+    measure_target = measure._measure_target
 
-    def noted(study: Study, layer: str, label: int, shown: Any, room: int) -> pd.DataFrame:
-        rooms.setdefault((layer, label), set()).add(room)
-        return target(study, layer, label, shown, room)
+    def record(study: Study, layer: str, label: int, x: Any, free_bytes: int) -> pd.DataFrame:
+        budgets.setdefault((layer, label), set()).add(free_bytes)
+        return measure_target(study, layer, label, x, free_bytes)
 
-    monkeypatch.setattr(measure, "_target", noted)
+    monkeypatch.setattr(measure, "_measure_target", record)
     whole = list(measure.rows(study, study.units))
     for start in range(len(whole)):
         for rows, expected in zip(
             measure.rows(study, study.units[start:]), whole[start:], strict=True
         ):
             pd.testing.assert_frame_equal(rows, expected, check_exact=True)
-    # What runs together, and with it the rounding, hangs on the room that is left for it.
-    assert {len(seen) for seen in rooms.values()} == {1}
+    # Batching, and hence rounding, depends on the free memory, which must not change on a resume.
+    assert {len(seen) for seen in budgets.values()} == {1}
 
 
 @pytest.mark.usefixtures("batches_of_four")
 @pytest.mark.parametrize(
-    ("memory", "per_class", "units", "calls"),
+    ("memory", "metric_images", "units", "calls"),
     [
         ("10MiB", None, slice(None), 6),  # one group; 4 + 3 images of each of three classes
         ("250KiB", None, slice(None), 18),
@@ -261,72 +267,72 @@ def test_a_resumed_run_has_the_same_bits_where_memory_is_tight(
     ],
 )
 def test_images_pass_once_for_each_group(
-    memory: str, per_class: int | None, units: slice, calls: int
+    memory: str, metric_images: int | None, units: slice, calls: int
 ) -> None:
-    study = deep_study(memory=memory, stimuli_per_class=per_class, metrics=["cka"], block=1)
-    wanted, passed = study.units[units], []
-    study.model.conv1.register_forward_pre_hook(lambda _m, given: passed.append(len(given[0])))
-    assert len(list(measure.rows(study, wanted))) == len(wanted)
-    assert len([n for n in passed if n > 2]) == calls  # cuts are tried on two images
+    study = deep_study(memory=memory, metric_images=metric_images, metrics=["cka"], block=1)
+    selected, batches = study.units[units], []
+    study.model.conv1.register_forward_pre_hook(lambda _m, inputs: batches.append(len(inputs[0])))
+    assert len(list(measure.rows(study, selected))) == len(selected)
+    assert len([n for n in batches if n > 2]) == calls  # cuts are verified on two images
 
 
-def test_what_is_held_by_hand() -> None:
+def test_bytes_held_match_a_hand_count() -> None:
     images, labels = uneven()
     study = toy_study(images=images, labels=labels, layers=DEEP)
-    assert held(study) == {
+    assert bytes_held(study) == {
         "conv1": 12 * ACTIVATION + SORTING,
         "act1": 12 * ACTIVATION + SORTING,
         "conv2": 12 * (ACTIVATION + SKIP) + SORTING,
         "act2": 12 * (ACTIVATION + SKIP) + SORTING,
     }
-    # Activations of all stimuli and of those beside a target; the skip of the target's images.
-    some = toy_study(images=images, labels=labels, targets=[2], others=2, stimuli_per_class=2)
-    assert held(some)["act1"] == 6 * ACTIVATION + 6 * ACTIVATION + SORTING
-    assert held(some)["act2"] == 6 * ACTIVATION + 4 * SKIP + 6 * ACTIVATION + SORTING
+    # Activations of all stimuli, a copy for the target's comparison, and the target's skips.
+    some = toy_study(images=images, labels=labels, targets=[2], others=2, metric_images=2)
+    assert bytes_held(some)["act1"] == 6 * ACTIVATION + 6 * ACTIVATION + SORTING
+    assert bytes_held(some)["act2"] == 6 * ACTIVATION + 4 * SKIP + 6 * ACTIVATION + SORTING
 
 
 @given(
     st.lists(st.integers(1, 1000), min_size=1, max_size=12),
     st.floats(1.0, 4.0),
 )
-def test_groups_hold_what_fits_in_order(sizes: list[int], slack: float) -> None:
+def test_groups_are_as_large_as_fits_and_in_order(sizes: list[int], slack: float) -> None:
     by_name = {f"layer{i}": size for i, size in enumerate(sizes)}
     study = toy_study()
     study.memory = int(slack * max(sizes) / 0.7) + 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "held", lambda _study: by_name)
-        found = groups(study, list(by_name))
-    assert [name for group in found for name in group] == list(by_name)
-    room = 0.7 * study.memory
-    for group, following in zip(found, [*found[1:], None], strict=True):
+        patch.setattr(memory, "bytes_held", lambda _study: by_name)
+        result = group_layers(study, list(by_name))
+    assert [name for group in result for name in group] == list(by_name)
+    limit = 0.7 * study.memory
+    for group, following in zip(result, [*result[1:], None], strict=True):
         size = sum(by_name[name] for name in group)
         assert group
-        assert size <= room
+        assert size <= limit
         if following is not None:
-            assert size + by_name[following[0]] > room - 1  # no group ends early
+            assert size + by_name[following[0]] > limit - 1  # no group ends early
 
 
 @pytest.mark.parametrize("memory", [1, 2**15, 2**20, 10**6, "1GiB"])
-def test_a_batch_is_at_most_what_the_memory_takes(memory: int | str) -> None:
+def test_the_batch_size_fits_the_memory(memory: int | str) -> None:
     study = toy_study()
     study.memory = toy_study(memory="1GiB").memory if memory == "1GiB" else int(memory)
-    room, pass_bytes = 0.15 * study.memory, 3 * 1024  # conv1 or its ReLU, conv2, and their sum
-    size = batch_size(study)
+    limit, pass_bytes = 0.15 * study.memory, 3 * 1024  # conv1 or its ReLU, conv2, and their sum
+    size = choose_batch_size(study)
     assert 1 <= size <= 64
-    assert size == 1 or size * pass_bytes <= room
-    assert size == 64 or (size + 1) * pass_bytes > room
+    assert size == 1 or size * pass_bytes <= limit
+    assert size == 64 or (size + 1) * pass_bytes > limit
 
 
 @pytest.mark.parametrize(
     ("memory", "size"),
     [(10**6, 10**6), ("1GiB", 2**30), (" 1.5 MiB", 3 * 2**19), ("500 MB", 5 * 10**8)],
 )
-def test_memory_is_bytes_or_text(memory: int | str, size: int) -> None:
+def test_memory_is_bytes_or_a_string(memory: int | str, size: int) -> None:
     assert toy_study(memory=memory).memory == size
 
 
 @pytest.mark.parametrize("memory", ["8 apples", "GiB", "", "-1GiB", "0", 0, -5, "1e3"])
-def test_a_memory_that_is_no_size_is_named(memory: int | str) -> None:
+def test_invalid_memory_raises(memory: int | str) -> None:
     with pytest.raises(StudyError, match=r"^memory: .*expected") as caught:
         toy_study(memory=memory)
     assert "\n" not in str(caught.value)
@@ -334,9 +340,11 @@ def test_a_memory_that_is_no_size_is_named(memory: int | str) -> None:
 
 @pytest.mark.parametrize("layer", ["act1", "act2"])
 @pytest.mark.parametrize("memory", [1, 1000, "80KiB"])
-def test_too_little_memory_names_a_layer_and_what_is_enough(layer: str, memory: int | str) -> None:
+def test_too_little_memory_names_the_layer_and_the_memory_needed(
+    layer: str, memory: int | str
+) -> None:
     with pytest.raises(
-        StudyError, match=f"^memory: .*; expected .* what layer '{layer}' of toy"
+        StudyError, match=f"^memory: .*; expected .* to hold layer '{layer}' of toy"
     ) as caught:
         toy_study(layers=[layer], memory=memory).run()
     message = str(caught.value)
@@ -347,10 +355,10 @@ def test_too_little_memory_names_a_layer_and_what_is_enough(layer: str, memory: 
     pd.testing.assert_frame_equal(rows, toy_study(layers=[layer]).run())
 
 
-def test_a_run_may_go_on_with_another_memory_and_note(tmp_path: Path) -> None:
+def test_a_run_may_be_resumed_with_another_memory_and_note(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         deep_study(memory="250KiB", note="a", block=1).run(tmp_path, stop_after(4))
-    resumed = deep_study(memory="1GiB", note="of no weight", block=1).run(tmp_path)
+    resumed = deep_study(memory="1GiB", note="ignored", block=1).run(tmp_path)
     assert resumed.attrs == {"notes": {"toy": "a"}}
     assert_same_rows(resumed, deep_study().run())
 
@@ -358,17 +366,17 @@ def test_a_run_may_go_on_with_another_memory_and_note(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
-        ({"edges": "inclusive"}, r'edges: "equal" there, "inclusive" here'),
-        ({"others": 2}, "others: 1 there, 2 here"),
-        ({"seed": 4}, "seed: 0 there, 4 here"),
-        ({"penalty": 2.0}, "penalty: 0.0 there, 2.0 here"),
+        ({"edges": "inclusive"}, r'edges: "equal" before, "inclusive" now'),
+        ({"others": 2}, "others: 1 before, 2 now"),
+        ({"seed": 4}, "seed: 0 before, 4 now"),
+        ({"penalty": 2.0}, "penalty: 0.0 before, 2.0 now"),
     ],
 )
-def test_a_run_does_not_go_on_with_other_choices(
+def test_a_run_is_not_resumed_with_other_options(
     tmp_path: Path, changes: dict[str, Any], difference: str
 ) -> None:
-    given: dict[str, Any] = {"others": 1, "metrics": ["cka"]}
+    arguments: dict[str, Any] = {"others": 1, "metrics": ["cka"]}
     with pytest.raises(KeyboardInterrupt):
-        toy_study(**given).run(tmp_path, stop_after(1))
+        toy_study(**arguments).run(tmp_path, stop_after(1))
     with pytest.raises(StoreError, match=rf"models\.toy\.{difference}"):
-        toy_study(**given | changes).run(tmp_path)
+        toy_study(**arguments | changes).run(tmp_path)

@@ -1,4 +1,4 @@
-"""A study computes with the user's own network, and leaves it as it was."""
+"""A study computes with the user's own network and restores it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from repsim_kernels.experiments.study import measure
 from repsim_kernels.experiments.study.network import prepare
 
 
-class Keeping(Toy):
-    """Keeps what it made, and has a lock, which can't be copied."""
+class Storing(Toy):
+    """Stores intermediate tensors, and has a lock, which can't be copied."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,22 +64,24 @@ def pruned() -> nn.Module:
     return model
 
 
-def keeping() -> nn.Module:
-    model = Keeping()
+def storing() -> nn.Module:
+    model = Storing()
     model(toy_images()[0])
     return model
 
 
-KINDS = [with_weight_norm, with_spectral_norm, with_parametrization, pruned, keeping]
+KINDS = [with_weight_norm, with_spectral_norm, with_parametrization, pruned, storing]
 
 
 @pytest.mark.parametrize("make", KINDS)
-def test_networks_that_cannot_be_copied_have_the_rows_of_plain_ones(
+def test_rows_of_networks_that_cannot_be_copied_equal_those_of_plain_ones(
     make: Callable[[], nn.Module],
 ) -> None:
     model = mix_modes(make())
     plain = Toy()
-    model.conv1.training = model.conv2.training = False  # spectral_norm's weights move otherwise
+    model.conv1.training = model.conv2.training = (
+        False  # in training mode spectral_norm changes its weights
+    )
     with torch.no_grad():
         model(toy_images()[0][:1])
     weights = {name: getattr(model, name).weight.detach() for name in ("conv1", "conv2", "fc")}
@@ -87,27 +89,27 @@ def test_networks_that_cannot_be_copied_have_the_rows_of_plain_ones(
         for name, weight in weights.items():
             plain.get_submodule(name).weight.copy_(weight)
     before = snapshot(model)
-    made = toy_study(model=model, metrics=["cka"])
-    assert made.model is model
+    study = toy_study(model=model, metrics=["cka"])
+    assert study.model is model
     assert snapshot(model) == before
-    rows = made.run()
-    measure.describe(made)
+    rows = study.run()
+    measure.describe(study)
     assert snapshot(model) == before
     pd.testing.assert_frame_equal(rows, toy_study(model=plain, metrics=["cka"]).run())
 
 
-def test_a_network_is_as_it_was_between_units() -> None:
+def test_a_network_is_restored_between_units() -> None:
     model = mix_modes(Toy())
-    before, seen = snapshot(model), []
-    made = toy_study(model=model, metrics=["cka"], block=1)
-    made.run(
-        progress=lambda _step: seen.append((snapshot(model) == before, torch.is_grad_enabled()))
+    before, restored = snapshot(model), []
+    study = toy_study(model=model, metrics=["cka"], block=1)
+    study.run(
+        progress=lambda _step: restored.append((snapshot(model) == before, torch.is_grad_enabled()))
     )
-    assert seen == [(True, True)] * 6
+    assert restored == [(True, True)] * 6
 
 
 class Failing(Toy):
-    """Is stopped, or fails, where it runs for the nth time."""
+    """Raises an error once one is set."""
 
     error: BaseException | None = None
 
@@ -118,20 +120,20 @@ class Failing(Toy):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("broken")])
-def test_a_network_is_left_as_it_was_by_what_goes_wrong(error: BaseException) -> None:
+def test_a_network_is_restored_after_an_error(error: BaseException) -> None:
     model = Failing()
     mix_modes(model)
-    made = toy_study(model=model, metrics=["cka"])
+    study = toy_study(model=model, metrics=["cka"])
     model.error = error
     before = snapshot(model)
-    for call in (made.run, lambda: measure.describe(made), lambda: toy_study(model=model)):
+    for call in (study.run, lambda: measure.describe(study), lambda: toy_study(model=model)):
         with pytest.raises((StudyError, LayerError, type(error))):
             call()
         assert snapshot(model) == before
 
 
 class Counting(Toy):
-    """Counts its images in a buffer."""
+    """Counts its passes in a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,7 +144,7 @@ class Counting(Toy):
         return super().forward(images)
 
 
-def test_a_network_that_writes_to_a_buffer_is_refused_and_left_as_it_was() -> None:
+def test_a_network_that_writes_to_a_buffer_is_refused_and_restored() -> None:
     model = mix_modes(Counting())
     before = snapshot(model)
     with pytest.raises(LayerError, match="a pass writes to its 'images'"):
@@ -151,14 +153,14 @@ def test_a_network_that_writes_to_a_buffer_is_refused_and_left_as_it_was() -> No
 
 
 class Merging(Toy):
-    """Merges weights for inference where it is told so by eval(), as LoRA's layers do."""
+    """Merges weights when eval() is called, as LoRA's layers do."""
 
     def train(self, mode: bool = True) -> Merging:
         self.conv1.weight.data.mul_(1 if mode == self.training else 2 if mode else 0.5)
         return super().train(mode)  # type: ignore[return-value]
 
 
-def test_what_a_network_does_on_a_change_of_mode_is_not_done() -> None:
+def test_overridden_train_and_eval_are_not_called() -> None:
     model = Merging()
     before = snapshot(model)
     expected = toy_study(metrics=["cka"]).run()
@@ -167,7 +169,7 @@ def test_what_a_network_does_on_a_change_of_mode_is_not_done() -> None:
 
 
 def test_a_network_on_another_device_is_moved_and_moved_back() -> None:
-    """PyTorch takes "cpu:0" for another device than "cpu", and copies what is moved there."""
+    """To PyTorch "cpu:0" is a device other than "cpu", so moving there copies."""
     here = torch.device("cpu:0")
     model = mix_modes(nn.Sequential(Toy(), nn.BatchNorm1d(3)))
     layers = [f"0.{name}" for name in LAYERS]
@@ -178,12 +180,12 @@ def test_a_network_on_another_device_is_moved_and_moved_back() -> None:
         assert all(parameter.grad is None for parameter in model.parameters())
         raise KeyboardInterrupt
     assert snapshot(model) == before
-    made = toy_study(model=model, layers=layers, metrics=["cka"])
-    made.device = here
-    configuration = made.configuration()
-    assert made.run().equals(expected)
+    study = toy_study(model=model, layers=layers, metrics=["cka"])
+    study.device = here
+    configuration = study.configuration()
+    assert study.run().equals(expected)
     assert snapshot(model) == before
-    assert made.configuration() == configuration
+    assert study.configuration() == configuration
 
 
 def trained(model: nn.Module) -> None:
@@ -215,9 +217,9 @@ def test_weights_that_have_changed_are_refused(
 ) -> None:
     model = Toy()
     model.register_buffer("scale", torch.ones(3), persistent=False)
-    made = toy_study(model=model, metrics=["cka"])
+    study = toy_study(model=model, metrics=["cka"])
     old = {name: t.clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
-    calls = list_study_calls(made, tmp_path / "run")
+    calls = list_study_calls(study, tmp_path / "run")
     change(model)
     with pytest.raises(StudyError, match=r"^model: the weights or buffers of toy have changed sin"):
         calls[use]()
@@ -231,7 +233,7 @@ def test_weights_that_have_changed_are_refused(
 
 def test_weights_that_change_during_a_run_are_refused() -> None:
     model = Toy()
-    made = toy_study(model=model, metrics=["cka"], block=1)
+    study = toy_study(model=model, metrics=["cka"], block=1)
     steps = []
 
     def progress(step: Any) -> None:
@@ -239,7 +241,7 @@ def test_weights_that_change_during_a_run_are_refused() -> None:
         written(model)
 
     with pytest.raises(StudyError, match=r"^model: the weights"):
-        made.run(progress=progress)
+        study.run(progress=progress)
     assert len(steps) == 1
 
 
@@ -249,33 +251,33 @@ def test_two_studies_share_a_network() -> None:
     a, b = (toy_study(model=model, metrics=[name], block=1) for name in ("cka", "cca"))
     expected = [toy_study(metrics=[name]).run() for name in ("cka", "cca")]
     pairs = list(zip(measure.rows(a, a.units), measure.rows(b, b.units), strict=True))
-    for rows, want in zip(zip(*pairs, strict=True), expected, strict=True):
+    for rows, table_expected in zip(zip(*pairs, strict=True), expected, strict=True):
         table = pd.concat(rows).sort_values(["class", "layer", "cell"], ignore_index=True)
-        pd.testing.assert_frame_equal(table, want)
+        pd.testing.assert_frame_equal(table, table_expected)
     tables: dict[str, pd.DataFrame] = {}
-    made = {"a": a, "b": b}
+    studies = {"a": a, "b": b}
     threads = [
-        threading.Thread(target=lambda key=key: tables.update({key: made[key].run()}))
-        for key in made
+        threading.Thread(target=lambda key=key: tables.update({key: studies[key].run()}))
+        for key in studies
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for key, want in zip(made, expected, strict=True):
-        pd.testing.assert_frame_equal(tables[key], want)
+    for key, table_expected in zip(studies, expected, strict=True):
+        pd.testing.assert_frame_equal(tables[key], table_expected)
     assert snapshot(model) == before
 
 
 @pytest.mark.parametrize("make", [nn.LazyLinear, lambda n: nn.Linear(192, n, device="meta")])
-def test_a_network_without_values_is_named(make: Callable[[int], nn.Module]) -> None:
+def test_error_names_a_tensor_without_values(make: Callable[[int], nn.Module]) -> None:
     model = nn.Sequential(nn.Flatten(), make(3))
     with pytest.raises(StudyError, match=r"^model: '1\.weight' has no values yet; expected an in"):
         toy_study(model=model, layers=["1"])
 
 
-def test_a_run_in_a_folder_is_as_exact(tmp_path: Path) -> None:
-    model = mix_modes(Keeping())  # which has kept nothing yet
+def test_a_run_in_a_folder_has_identical_rows(tmp_path: Path) -> None:
+    model = mix_modes(Storing())  # which has stored nothing yet
     before = snapshot(model)
     rows = toy_study(model=model, metrics=["cka"]).run(tmp_path)
     assert rows.equals(toy_study(metrics=["cka"]).run())

@@ -1,4 +1,4 @@
-"""The shipped networks, loading of others, the study's layers, and training."""
+"""The shipped networks, loading other networks, default layers, and training."""
 
 import argparse
 import gzip
@@ -24,7 +24,7 @@ from repsim_kernels.experiments.inputs.train import train
 
 
 class Outside(nn.Sequential):
-    """A user's network, as "package.module:callable" finds it."""
+    """A user's network, loaded as "package.module:callable"."""
 
     def __init__(self) -> None:
         super().__init__(nn.Flatten(), nn.Linear(12, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -37,7 +37,7 @@ def one_line(error: pytest.ExceptionInfo[ModelError]) -> str:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_shipped_checkpoint(name):
+def test_shipped_checkpoints_load_and_are_accurate(name):
     path = ASSETS / f"{name}.safetensors"
     assert path.stat().st_size < 1.6e6
     with safe_open(path, "pt") as file:
@@ -48,13 +48,13 @@ def test_shipped_checkpoint(name):
     assert not model.training
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert not any(p.requires_grad for p in model.parameters())
-    stimuli = data.demo()
+    stimuli = data.load_demo()
     with torch.inference_mode():
-        right = model(stimuli.images).argmax(1) == stimuli.labels
-    assert right.double().mean() > 0.85
+        correct = model(stimuli.images).argmax(1) == stimuli.labels
+    assert correct.double().mean() > 0.85
 
 
-def test_classes_and_names_are_torchvisions():
+def test_classes_and_module_names_match_torchvision():
     stock = zoo.alexnet, zoo.mobilenet_v2, zoo.resnet50
     for name, builder in zip(SMALL, stock, strict=True):
         with torch.device("meta"):
@@ -65,7 +65,7 @@ def test_classes_and_names_are_torchvisions():
         assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
-def test_study_layers():
+def test_default_layers():
     alexnet, mobilenet, resnet = (study_layers(build(name)) for name in SMALL)
     assert alexnet == [f"features.{i}" for i in (1, 4, 7, 9, 11)] + ["classifier.2", "classifier.5"]
     assert len(mobilenet) == 104
@@ -75,7 +75,7 @@ def test_study_layers():
         study_layers(Outside())
 
 
-def test_load_of_torchvisions_builder(tmp_path):
+def test_load_a_torchvision_network(tmp_path):
     model = zoo.squeezenet1_1(weights=None, num_classes=3)
     torch.save(model.state_dict(), tmp_path / "a.pth")
     half = {key: value.half() for key, value in model.state_dict().items()}
@@ -86,11 +86,11 @@ def test_load_of_torchvisions_builder(tmp_path):
     rounded = load("squeezenet1_1", tmp_path / "a.safetensors")(x)
     assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, expected, rtol=1e-2, atol=1e-2)
-    with pytest.raises(ModelError, match="needs a checkpoint file"):
+    with pytest.raises(ModelError, match="weights: required for 'squeezenet1_1'"):
         load("squeezenet1_1")
 
 
-def test_load_of_a_callable(tmp_path):
+def test_load_a_callable(tmp_path):
     name = f"{__name__}:Outside"
     assert type(load(name)).__name__ == "Outside"
     model = Outside()
@@ -107,10 +107,10 @@ def test_load_of_a_callable(tmp_path):
         ("no_such_package:net", "can't be imported: No module named"),
         ("torch.nn:NoSuchNet", "can't be imported: .* no attribute"),
         (":net", "can't be imported"),
-        ("collections:OrderedDict", "gives OrderedDict; expected an nn.Module"),
+        ("collections:OrderedDict", "is or returns OrderedDict; expected an nn.Module"),
     ],
 )
-def test_unknown_names(name, message):
+def test_invalid_names_raise(name, message):
     with pytest.raises(ModelError, match=message) as error:
         load(name)
     one_line(error)
@@ -133,8 +133,8 @@ def make(*rest, scale=1.0, **more): return nn.Linear(2, 2)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("own_nets:need", r"needs arguments \(width, depth\); expected a callable without any"),
-        ("own_nets:Need", r"needs arguments \(width\); expected a callable without any"),
+        ("own_nets:need", r"needs arguments \(width, depth\); expected a callable without"),
+        ("own_nets:Need", r"needs arguments \(width\); expected a callable without required"),
         ("own_nets:fail", r"fails: RuntimeError: no GPU \(.*own_nets\.py, line 7\)"),
         ("own_nets:stop", r"fails: SystemExit: 0 \(.*own_nets\.py, line 8\)"),
         ("own_stops:make", r"can't be imported: SystemExit: 0 \(.*own_stops\.py, line 2\)"),
@@ -145,7 +145,7 @@ def make(*rest, scale=1.0, **more): return nn.Linear(2, 2)
         (".own_nets:make", "is a path; expected 'package.module:callable', a name that Python"),
     ],
 )
-def test_what_goes_wrong_in_a_users_module_is_one_line(name, message, tmp_path, monkeypatch):
+def test_errors_in_a_users_module_are_one_line(name, message, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_nets.py").write_text(NETS)
     (tmp_path / "own_stops.py").write_text("import sys\nsys.exit(0)\n")
@@ -167,9 +167,9 @@ UNUSUAL = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch's, of these kinds of tensor
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch warns of these kinds of tensor
 @pytest.mark.parametrize("kind", UNUSUAL)
-def test_tensors_that_are_not_dense_are_refused(kind, tmp_path):
+def test_tensors_that_are_not_dense_raise(kind, tmp_path):
     state = Outside().state_dict()
     state["1.weight"] = UNUSUAL[kind](state["1.weight"])
     torch.save(state, tmp_path / "a.pt")
@@ -186,7 +186,7 @@ class Counting(Outside):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "held"),
+    ("key", "value", "accepted"),
     [
         ("1.bias", torch.ones(4, dtype=torch.complex64), False),
         ("1.bias", torch.ones(4, dtype=torch.float64) / 3, True),
@@ -197,10 +197,10 @@ class Counting(Outside):
         ("count", torch.tensor(3 + 1j), False),
     ],
 )
-def test_values_that_a_dtype_cannot_hold_are_refused(key, value, held, tmp_path):
+def test_values_that_a_dtype_cannot_hold_raise(key, value, accepted, tmp_path):
     state = Counting().state_dict() | {key: value}
     torch.save(state, tmp_path / "a.pt")
-    if held:
+    if accepted:
         model = load(f"{__name__}:Counting", tmp_path / "a.pt")
         assert torch.equal(model.state_dict()[key], value.to(model.state_dict()[key].dtype))
         return
@@ -209,10 +209,10 @@ def test_values_that_a_dtype_cannot_hold_are_refused(key, value, held, tmp_path)
     one_line(caught)
 
 
-def test_checkpoint_of_another_architecture(tmp_path):
+def test_a_checkpoint_of_another_architecture_raises(tmp_path):
     state = build("alexnet_small").state_dict()
     save_file(state, tmp_path / "a.safetensors")
-    with pytest.raises(ModelError, match="another architecture") as error:
+    with pytest.raises(ModelError, match="does not match the architecture of") as error:
         load("resnet50_small", tmp_path / "a.safetensors")
     assert "'conv1.weight' is missing; expected (8, 3, 3, 3)" in one_line(error)
     assert "a.safetensors" in one_line(error)
@@ -221,7 +221,7 @@ def test_checkpoint_of_another_architecture(tmp_path):
         load("alexnet_small", tmp_path / "b.safetensors")
 
 
-def test_unreadable_checkpoints(tmp_path):
+def test_unreadable_checkpoints_raise(tmp_path):
     with pytest.raises(ModelError, match=r"there is no file .*none\.pth"):
         load("alexnet_small", tmp_path / "none.pth")
     for file in ("a.safetensors", "a.pth"):
@@ -237,15 +237,15 @@ def test_unreadable_checkpoints(tmp_path):
         load("alexnet_small", tmp_path / "c.pth")
 
 
-def test_pickle_is_refused(tmp_path):
+def test_a_pickled_module_is_refused(tmp_path):
     torch.save(Outside(), tmp_path / "whole.pth")
-    with pytest.raises(ModelError, match=r"whole.pth can't be read; .* is refused") as error:
+    with pytest.raises(ModelError, match=r"whole.pth can't be read; .* are refused") as error:
         load(f"{__name__}:Outside", tmp_path / "whole.pth")
     one_line(error)
 
 
 class Wrapped(nn.Module):
-    """A user's network whose own names begin as wrappers' do."""
+    """A user's network whose own names start with a wrapper's prefix."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -268,7 +268,7 @@ EXTRAS = {
 @pytest.mark.parametrize("network", ["Outside", "Wrapped"])
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("entry", [None, "flat", "state_dict", "model", "model_state_dict"])
-def test_prefixes_and_containers(tmp_path, network, prefix, entry):
+def test_prefixes_are_removed_and_containers_opened(tmp_path, network, prefix, entry):
     torch.manual_seed(len(prefix))
     model = globals()[network]()
     state = {prefix + name: value for name, value in model.state_dict().items()}
@@ -279,8 +279,8 @@ def test_prefixes_and_containers(tmp_path, network, prefix, entry):
     elif entry == "flat":
         torch.save(state, path)
     else:
-        beside = {"model_ema": average, "state_dict_ema": average, "ema": average}
-        torch.save(EXTRAS | beside | {entry: state}, path)
+        averages = {"model_ema": average, "state_dict_ema": average, "ema": average}
+        torch.save(EXTRAS | averages | {entry: state}, path)
     lines: list[str] = []
     loaded = load(f"{__name__}:{network}", path, log=lines.append)
     x = torch.randn(2, 3, 2, 2)
@@ -298,8 +298,8 @@ def test_outputs_of_a_training_checkpoint_are_counted(tmp_path):
     torch.testing.assert_close(load("squeezenet1_1", tmp_path / "a.pth")(x), model.eval()(x))
 
 
-@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])  # before Python 3.13, and in it
-def test_paths_of_every_python_are_read(tmp_path, monkeypatch, module):
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])  # before and since Python 3.13
+def test_pickled_paths_of_every_python_are_read(tmp_path, monkeypatch, module):
     def reduce(self: Any) -> tuple[Any, ...]:
         return type(self), ("out", "run")
 
@@ -312,20 +312,20 @@ def test_paths_of_every_python_are_read(tmp_path, monkeypatch, module):
     assert torch.equal(load(f"{__name__}:Outside", tmp_path / "a.pt")(x), model(x))
 
 
-def test_checkpoints_that_are_not_taken_apart(tmp_path):
+def test_ambiguous_or_foreign_checkpoints_raise(tmp_path):
     state = Outside().state_dict()
     module = {f"module.{name}": value for name, value in state.items()}
-    for file, held, message in [
+    for file, content, message in [
         ("two.pt", {"model": state, "state_dict": module}, "several state dicts, 'state_dict' and"),
         ("ema.pt", {"state_dict_ema": state}, "'state_dict_ema' is OrderedDict; expected a"),
         ("some.pt", state | {"module.1.weight": state["1.weight"]}, "'module.1.weight' is unexp"),
         ("extra.pt", module | {"module.more": torch.zeros(2)}, "'more' is unexpected"),
         ("loss.pt", module | {"criterion.weight": torch.zeros(2)}, "'1.weight' is missing"),
         ("net.pt", {"net." + k: v for k, v in state.items()}, "'1.weight' is missing"),
-        ("numbers.pt", {0: torch.zeros(2)}, "no state dict: 0 is no name"),
+        ("numbers.pt", {0: torch.zeros(2)}, "not a state dict: key 0; expected strings"),
         ("empty.pt", {"state_dict": {}, "epoch": 3}, "'state_dict' is dict; expected a tensor"),
     ]:
-        torch.save({**held}, tmp_path / file)
+        torch.save({**content}, tmp_path / file)
         with pytest.raises(ModelError, match=message) as error:
             load(f"{__name__}:Outside", tmp_path / file)
         assert file in one_line(error)
@@ -333,7 +333,7 @@ def test_checkpoints_that_are_not_taken_apart(tmp_path):
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
-    """A data set of Fashion-MNIST's form: 40 training and 20 test images of noise."""
+    """A data set in Fashion-MNIST's format: 40 training and 20 test images of noise."""
     folder = tmp_path / "dataset"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -345,7 +345,7 @@ def dataset(tmp_path: Path) -> Path:
     return folder
 
 
-def test_training(dataset, tmp_path):
+def test_training_writes_a_checkpoint_with_its_accuracy(dataset, tmp_path):
     lines: list[str] = []
     out = tmp_path / "out"
     accuracy = train(["alexnet_small"], dataset=dataset, out=out, epochs=1, log=lines.append)
@@ -355,13 +355,15 @@ def test_training(dataset, tmp_path):
         metadata = file.metadata()
     assert json.loads(metadata["epochs"]) == 1
     assert metadata["accuracy"] == f"{accuracy['alexnet_small']:.4f}"
-    images, labels = data.fashion_mnist("t10k", dataset)
+    images, labels = data.load_fashion_mnist("t10k", dataset)
     model = models.load("alexnet_small", out / "alexnet_small.safetensors")
-    right = model(data.prepare(torch.from_numpy(images))).argmax(1).numpy() == labels
-    assert right.mean() == pytest.approx(accuracy["alexnet_small"])
+    correct = (
+        model(data.prepare_fashion_mnist(torch.from_numpy(images))).argmax(1).numpy() == labels
+    )
+    assert correct.mean() == pytest.approx(accuracy["alexnet_small"])
 
 
-def test_training_without_the_data_set(tmp_path):
+def test_training_without_the_data_set_raises(tmp_path):
     with pytest.raises(DataError, match="Debian package dataset-fashion-mnist"):
         train(["alexnet_small"], dataset=tmp_path, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()

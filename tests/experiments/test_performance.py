@@ -1,4 +1,4 @@
-"""Changes of performance: by hand, against limits, and where the network gives no answer."""
+"""Loss of performance: hand-computed cases, limits, and images without an answer."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from repsim_kernels.experiments.columns import HALVES, PERFORMANCE, half_column
-from repsim_kernels.experiments.study.performance import performance
+from repsim_kernels.experiments.study.performance import measure_performance_loss
 
 NAN, INF = math.nan, math.inf
 ANY = st.sampled_from([-2.0, -0.5, 0.0, 0.5, 3.0, INF, -INF, NAN])
 
 
-def test_performance_by_hand() -> None:
+def test_loss_matches_hand_computed_values() -> None:
     intact = torch.tensor(
         [[3.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], [0.0, 2.0, 5.0, 1.0, 1.0, 1.0, 1.0]]
     )
@@ -32,21 +32,21 @@ def test_performance_by_hand() -> None:
         [[3.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], [9.0, 2.0, 5.0, 1.0, 1.0, 1.0, 1.0]]
     )
     tied = torch.zeros(2, 7)
-    change = performance(intact, torch.stack([intact, worse, better, tied]), 0)
+    loss = measure_performance_loss(intact, torch.stack([intact, worse, better, tied]), 0)
     # Ranks of output 0: intact 0 and 6; worse 5 and 6; better 0 and 0; tied 0 and 0.
-    assert change["rank_deficit"].tolist() == [0.0, 2.5, 0.0, 0.0]
-    assert change["top1"].tolist() == [0.0, 0.5, -0.5, -0.5]
-    assert change["top5"].tolist() == [0.0, 0.5, -0.5, -0.5]
-    assert change["log_probability"][0] == change["probability"][0] == 0
-    assert change["probability"][1] > 0 > change["probability"][2]
-    assert change["rank_deficit_odd"].tolist() == [0.0, 5.0, 0.0, 0.0]
-    assert change["rank_deficit_even"].tolist() == [0.0, 0.0, 0.0, 0.0]
-    assert change["top1_even"].tolist() == [0.0, 0.0, -1.0, -1.0]
-    assert all(value.dtype == torch.float64 for value in change.values())
+    assert loss["rank_deficit"].tolist() == [0.0, 2.5, 0.0, 0.0]
+    assert loss["top1"].tolist() == [0.0, 0.5, -0.5, -0.5]
+    assert loss["top5"].tolist() == [0.0, 0.5, -0.5, -0.5]
+    assert loss["log_probability"][0] == loss["probability"][0] == 0
+    assert loss["probability"][1] > 0 > loss["probability"][2]
+    assert loss["rank_deficit_odd"].tolist() == [0.0, 5.0, 0.0, 0.0]
+    assert loss["rank_deficit_even"].tolist() == [0.0, 0.0, 0.0, 0.0]
+    assert loss["top1_even"].tolist() == [0.0, 0.0, -1.0, -1.0]
+    assert all(value.dtype == torch.float64 for value in loss.values())
 
 
-def outcome(row: list[float], label: int) -> dict[str, float]:
-    """What one image's logits say of its class; an infinite logit as one that is very large."""
+def score_image(row: list[float], label: int) -> dict[str, float]:
+    """One image's rank and probabilities of its class; infinite logits become very large."""
     if any(map(math.isnan, row)) or all(value == -INF for value in row):
         return dict.fromkeys(("rank", "log_probability", "probability", "top1", "top5"), NAN)
     rank = sum(value > row[label] for value in row)
@@ -61,7 +61,7 @@ def outcome(row: list[float], label: int) -> dict[str, float]:
     }
 
 
-def change(before: dict[str, float], after: dict[str, float], name: str) -> float:
+def compute_loss(before: dict[str, float], after: dict[str, float], name: str) -> float:
     if name == "rank_deficit":
         lost = after["rank"] - before["rank"]
         return lost if math.isnan(lost) else max(0.0, lost)
@@ -69,29 +69,35 @@ def change(before: dict[str, float], after: dict[str, float], name: str) -> floa
 
 
 @given(st.data(), st.integers(2, 7), st.integers(1, 4))
-def test_any_logits_give_the_limits_of_finite_ones(data: st.DataObject, k: int, n: int) -> None:
+def test_losses_of_infinite_logits_are_limits_of_finite_ones(
+    data: st.DataObject, k: int, n: int
+) -> None:
     logits = st.lists(st.lists(ANY, min_size=k, max_size=k), min_size=n, max_size=n)
     intact, ablated = data.draw(logits), data.draw(logits)
     label = data.draw(st.integers(0, k - 1))
-    found = performance(torch.tensor(intact), torch.tensor([ablated, intact]), label)
-    before, after = ([outcome(row, label) for row in rows] for rows in (intact, ablated))
+    result = measure_performance_loss(torch.tensor(intact), torch.tensor([ablated, intact]), label)
+    before, after = ([score_image(row, label) for row in rows] for rows in (intact, ablated))
     for cell, each in enumerate((after, before)):
         for name in PERFORMANCE:
-            lost = [change(*pair, name) for pair in zip(before, each, strict=True)]
+            lost = [compute_loss(*pair, name) for pair in zip(before, each, strict=True)]
             for column, some in (
                 (name, lost),
                 *((half_column(name, which), lost[first::2]) for first, which in enumerate(HALVES)),
             ):
-                want = math.fsum(some) / len(some) if some and INF not in map(abs, some) else None
-                if want is None:  # of an infinite loss, or of no image
-                    want = sum(some) / len(some) if some else NAN
-                assert float(found[column][cell]) == pytest.approx(want, abs=1e-12, nan_ok=True)
+                expected = (
+                    math.fsum(some) / len(some) if some and INF not in map(abs, some) else None
+                )
+                if expected is None:  # an infinite loss, or no image
+                    expected = sum(some) / len(some) if some else NAN
+                assert float(result[column][cell]) == pytest.approx(
+                    expected, abs=1e-12, nan_ok=True
+                )
         no_answer = [math.isnan(b["rank"] + a["rank"]) for b, a in zip(before, each, strict=True)]
-        assert found["nan_images"][cell] == sum(no_answer)
+        assert result["nan_images"][cell] == sum(no_answer)
 
 
 class Normed(nn.Module):
-    """Divides what its only layer gives by its norm: 0/0 where all of it is ablated."""
+    """Divides its only layer's output by the norm: 0/0 if all of it is ablated."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,9 +114,9 @@ class Normed(nn.Module):
         return logits
 
 
-def test_an_ablation_that_leaves_nothing_is_neither_right_nor_wrong() -> None:
-    given: dict[str, Any] = {"model": Normed(), "layers": ["act"], "metrics": ["cka"]}
-    whole, parts = (toy_study(**given, grid=grid).run() for grid in ((1, 1), (2, 2)))
+def test_ablating_everything_gives_no_answer() -> None:
+    arguments: dict[str, Any] = {"model": Normed(), "layers": ["act"], "metrics": ["cka"]}
+    whole, parts = (toy_study(**arguments, grid=grid).run() for grid in ((1, 1), (2, 2)))
     assert (whole["nan_images"] == 5).all()
     assert whole[list(PERFORMANCE)].isna().all(axis=None)
     assert (parts["nan_images"] == 0).all()
@@ -118,16 +124,16 @@ def test_an_ablation_that_leaves_nothing_is_neither_right_nor_wrong() -> None:
 
 
 class Unanswered(Toy):
-    """Gives NaN for images whose first pixel is large, ablated or not."""
+    """Returns NaN for images whose first pixel is large, ablated or not."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images).masked_fill(images[:, :1, 0, 0] > 1, NAN)
 
 
-def test_images_without_an_answer_are_counted_and_are_not_right(tmp_path: Any) -> None:
+def test_images_without_an_answer_are_counted_as_wrong(tmp_path: Any) -> None:
     images, labels = toy_images()
     images[:, 0, 0, 0] = 0
-    images[labels.eq(1).nonzero()[[1, 2], 0], 0, 0, 0] = 2  # of bees the second and the third
+    images[labels.eq(1).nonzero()[[1, 2], 0], 0, 0, 0] = 2  # the second and third bees
     study = toy_study(model=Unanswered(), images=images, labels=labels, metrics=["cka"])
     table = study.run(tmp_path)
     bee = table["class"] == "bee"

@@ -1,7 +1,7 @@
-"""TF32 is off in a study unless it is asked for, and PyTorch's switches are left as they were.
+"""A study turns TF32 off unless requested, and restores PyTorch's switches.
 
-What a GPU makes of the switches is not tested here: only that they have their values where the
-network runs, that the kernels of the forward engine read them, and that a run records them.
+How a GPU responds to the switches is not tested here: only that they are set while the network
+runs, that the forward engine's kernels read them, and that a run records them.
 """
 
 from __future__ import annotations
@@ -42,38 +42,38 @@ def values() -> list[str]:
 
 
 def behaviour() -> list[list[str]]:
-    """What the switches come to, their own values, and what they come to under others' values."""
-    found, own = [values()], []
+    """The switches' effective values, the parents' own values, and the effect of other parents."""
+    values_read, own = [values()], []
     for parent in PARENTS:
-        own.append(parent.fp32_precision)  # read as its parent's, were that not at "none" by now
+        own.append(parent.fp32_precision)  # its own value, because its parent is "none" by now
         parent.fp32_precision = "none"
     for parent in PARENTS:
         for value in ("ieee", "tf32", "none"):
             parent.fp32_precision = value
-            found.append(values())
+            values_read.append(values())
     for parent, value in zip(PARENTS, own, strict=True):
         parent.fp32_precision = value
-    return [*found, own]
+    return [*values_read, own]
 
 
 def legacy() -> list[Any]:
-    """The old names of the switches, or that PyTorch refuses to read them."""
-    found: list[Any] = []
+    """The switches' values under their old names, or "refused" if PyTorch raises."""
+    values_read: list[Any] = []
     for read in (
         lambda: torch.backends.cudnn.allow_tf32,
         lambda: torch.backends.cuda.matmul.allow_tf32,
         torch.get_float32_matmul_precision,
     ):
         try:
-            found.append(read())
+            values_read.append(read())
         except RuntimeError:
-            found.append("refused")
-    return found
+            values_read.append("refused")
+    return values_read
 
 
 @pytest.fixture(autouse=True)
 def switches() -> Iterator[None]:
-    """PyTorch's defaults, before and after."""
+    """Reset PyTorch's defaults before and after each test."""
 
     def reset() -> None:
         torch.set_float32_matmul_precision("highest")
@@ -87,19 +87,19 @@ def switches() -> Iterator[None]:
 
 
 class Watched(Toy):
-    """Notes the switches whenever it runs."""
+    """Records the switches whenever it runs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[list[str]] = []
+        self.recorded: list[list[str]] = []
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        self.seen.append(values())
+        self.recorded.append(values())
         return super().forward(images)
 
 
-@pytest.mark.parametrize(("tf32", "wanted"), [(False, OFF), (True, ON)])
-def test_the_network_runs_with_the_switches_of_the_study(tf32: bool, wanted: list[str]) -> None:
+@pytest.mark.parametrize(("tf32", "expected"), [(False, OFF), (True, ON)])
+def test_the_network_runs_with_the_switches_of_the_study(tf32: bool, expected: list[str]) -> None:
     model, before = Watched(), behaviour()
     study = toy_study(model=model, metrics=["cka"], tf32=tf32)
     during: list[Any] = []
@@ -108,41 +108,41 @@ def test_the_network_runs_with_the_switches_of_the_study(tf32: bool, wanted: lis
     study.run(progress=lambda _step: during.append(behaviour() == before))
     describe(study)
     plan(study)
-    old = [tf32, tf32, "high" if tf32 else "highest"]  # no name disagrees with another
-    assert (wanted, old) in during
-    assert all(each in ((wanted, old), True) for each in during)
-    assert len(model.seen) > 3
-    assert all(each == wanted for each in model.seen)
+    old = [tf32, tf32, "high" if tf32 else "highest"]  # old and new names agree
+    assert (expected, old) in during
+    assert all(each in ((expected, old), True) for each in during)
+    assert len(model.recorded) > 3
+    assert all(each == expected for each in model.recorded)
     assert behaviour() == before
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_the_switches_are_left_as_they_were(seed: int) -> None:
+def test_the_switches_are_restored(seed: int) -> None:
     draw = random.Random(seed)
     torch.set_float32_matmul_precision(draw.choice(["highest", "high", "medium"]))
     torch.backends.cudnn.allow_tf32 = draw.random() < 0.5
     for switch in draw.sample([*PARENTS, *CUDA, *CPU], draw.randrange(7)):
         switch.fp32_precision = draw.choice(["none", "ieee", "tf32"])
     before, old = behaviour(), legacy()
-    for allowed, wanted in ((False, OFF), (True, ON)):
+    for allowed, expected in ((False, OFF), (True, ON)):
         with suppress(KeyboardInterrupt), set_tf32(allowed):
-            assert values() == wanted
+            assert values() == expected
             with set_tf32(not allowed):
-                assert values() != wanted
-            assert values() == wanted
+                assert values() != expected
+            assert values() == expected
             raise KeyboardInterrupt
         assert (behaviour(), legacy()) == (before, old)
 
 
 @pytest.mark.parametrize("weight", [torch.ones(2, 2), torch.ones(2, 2, 1, 1)])
-def test_the_kernels_behind_a_cut_follow_the_study(weight: torch.Tensor) -> None:
+def test_the_kernels_after_a_cut_follow_the_study(weight: torch.Tensor) -> None:
     for tf32, precision in ((False, "tf32x3"), (True, "tf32")):
         with toy_study(tf32=tf32).hold_network():
             assert fusion._choose_precision(weight) == precision
 
 
 class Branching(Toy):
-    """torch.fx can't trace it, so torch.export does, which reads the switches by old names."""
+    """Only torch.export can trace it, which reads the switches under their old names."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return super().forward(images if images.shape[1] == 3 else images[:, :3])
@@ -161,7 +161,7 @@ def test_a_network_that_is_exported_has_the_same_rows(monkeypatch: pytest.Monkey
 
 
 def test_a_worker_process_sets_the_switches(tmp_path: Path) -> None:
-    for tf32, wanted in ((False, OFF), (True, ON)):
+    for tf32, expected in ((False, OFF), (True, ON)):
         out, log = tmp_path / f"run {tf32}", tmp_path / f"log {tf32}"
         make = partial(make_recording_studies, log=str(log), tf32=tf32)
         store = open_run(make("cpu"), out)
@@ -169,18 +169,20 @@ def test_a_worker_process_sets_the_switches(tmp_path: Path) -> None:
         units = deque(store.units[:1])
         events = list(Pool(Task(make, str(out)), ["cpu"]).run(units))
         assert [event.what for event in events] == ["started", "done"]
-        assert {tuple(json.loads(line)) for line in log.read_text().splitlines()} == {tuple(wanted)}
+        assert {tuple(json.loads(line)) for line in log.read_text().splitlines()} == {
+            tuple(expected)
+        }
 
 
-def test_a_run_does_not_go_on_with_another_precision(tmp_path: Path) -> None:
+def test_a_run_is_not_resumed_with_another_precision(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         toy_study(metrics=["cka"]).run(tmp_path, stop_after(1))
-    with pytest.raises(StoreError, match=r"models\.toy\.tf32: false there, true here"):
+    with pytest.raises(StoreError, match=r"models\.toy\.tf32: false before, true now"):
         toy_study(metrics=["cka"], tf32=True).run(tmp_path)
     assert len(toy_study(metrics=["cka"]).run(tmp_path)) == 2 * 3 * 16
 
 
-def test_a_run_that_recorded_no_precision_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_a_run_without_a_recorded_precision_is_not_resumed(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         toy_study(metrics=["cka"]).run(tmp_path, stop_after(1))
     path = tmp_path / "study.json"
@@ -188,5 +190,5 @@ def test_a_run_that_recorded_no_precision_is_not_gone_on_with(tmp_path: Path) ->
     del study["configuration"]["models"]["toy"]["tf32"]
     study["hash"] = digest(study["configuration"])
     path.write_text(json.dumps(study))
-    with pytest.raises(StoreError, match=r"\(models\.toy\.tf32: false here, not recorded there\)"):
+    with pytest.raises(StoreError, match=r"\(models\.toy\.tf32: false now, not recorded before\)"):
         toy_study(metrics=["cka"]).run(tmp_path)

@@ -1,4 +1,4 @@
-"""Presets of the study, and the loading of full-size networks."""
+"""Presets, and loading full-size networks."""
 
 import hashlib
 import re
@@ -16,24 +16,24 @@ from repsim_kernels.experiments.errors import ModelError
 from repsim_kernels.experiments.inputs.networks import study_layers
 from repsim_kernels.experiments.inputs.presets import (
     PRESETS,
-    Loaded,
+    LoadedNetwork,
     Network,
+    assign_weights,
     load_network,
-    weights_for,
 )
 
 NETWORKS = {network.name: network for p in PRESETS.values() for network in p.networks}
 MOBILENET, NARROW = NETWORKS["mobilenet_v2"], NETWORKS["mobilenet_v2_035"]
 
 
-# Seconds each, but for the narrow one.
+# Each takes seconds, except the narrow network.
 EACH = [
     pytest.param(name, marks=() if name == NARROW.name else pytest.mark.slow) for name in NETWORKS
 ]
 
 
 @pytest.fixture(scope="module", params=EACH)
-def network(request: pytest.FixtureRequest) -> tuple[Network, Loaded]:
+def network(request: pytest.FixtureRequest) -> tuple[Network, LoadedNetwork]:
     """Each network, with random weights."""
     return NETWORKS[request.param], load_network(NETWORKS[request.param], "random")
 
@@ -50,7 +50,7 @@ def narrow() -> nn.Module:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of torch.hub's, and no network."""
+    """An empty torch.hub cache, and no network connection."""
 
     def urlopen(*_: object, **__: object) -> None:
         raise URLError("no network")
@@ -67,14 +67,14 @@ def one_line(error: pytest.ExceptionInfo[ModelError]) -> str:
 
 
 def photographs(n: int) -> torch.Tensor:
-    """Noise of a photograph's spectrum, amplitude 1 / frequency; unit variance in each channel."""
+    """Noise with a photograph's spectrum, amplitude 1 / frequency; unit variance per channel."""
     wave = torch.fft.rfft2(torch.randn(n, 3, 224, 224, generator=torch.Generator().manual_seed(7)))
     frequency = torch.fft.fftfreq(224)[:, None] ** 2 + torch.fft.rfftfreq(224) ** 2
     images = torch.fft.irfft2(wave / frequency.clamp(min=1 / 224**2).sqrt())
     return (images - images.mean((0, 2, 3), True)) / images.std((0, 2, 3), keepdim=True)
 
 
-def test_classes_are_the_papers():
+def test_classes_match_the_paper():
     assert list(PRESETS) == ["alexnet", "mobilenet_v2", "mobilenet_v2_035", "resnet50", "hayne2024"]
     fifty = NETWORKS["alexnet"].classes
     ten = {
@@ -89,13 +89,13 @@ def test_classes_are_the_papers():
         assert len(NETWORKS[name].classes) == 10
         assert set(NETWORKS[name].classes) == ten
     stimuli = {
-        n.name: n.images * (len(n.classes) if n.others is None else 1 + n.others)
+        n.name: n.images_per_class * (len(n.classes) if n.others is None else 1 + n.others)
         for n in NETWORKS.values()
     }
     assert stimuli == {"alexnet": 550, **dict.fromkeys(list(NETWORKS)[1:], 500)}
 
 
-def test_choices_are_the_papers_or_ours():
+def test_options_match_the_paper_or_our_defaults():
     paper = PRESETS["hayne2024"]
     assert [n.name for n in paper.networks] == ["alexnet", "mobilenet_v2_035", "resnet50"]
     assert (paper.options["edges"], paper.options["penalty"]) == ("inclusive", 1000)
@@ -106,7 +106,7 @@ def test_choices_are_the_papers_or_ours():
         assert (ours.options, ours.paired) == ({}, True)
 
 
-LAYERS = {  # count, millions of activations in all, most of one: the paper's networks
+LAYERS = {  # number of layers, millions of activations in total, most in one layer
     "alexnet": (7, 0.49, 193_600),
     "mobilenet_v2": (104, 13.36, 1_204_224),
     "mobilenet_v2_035": (104, 5.73, 602_112),
@@ -114,24 +114,24 @@ LAYERS = {  # count, millions of activations in all, most of one: the paper's ne
 }
 
 
-def test_random_network_is_alive_at_full_size(network):
+def test_random_networks_have_no_dead_layers(network):
     spec, (model, _, note) = network
     assert note == "random weights"
-    units: dict[str, torch.Tensor] = {}
+    activations: dict[str, torch.Tensor] = {}
     modules = dict(model.named_modules())
     handles = [
         modules[layer].register_forward_hook(
-            lambda _m, _i, out, layer=layer: units.__setitem__(layer, out.flatten(1).clone())
+            lambda _m, _i, out, layer=layer: activations.__setitem__(layer, out.flatten(1).clone())
         )
         for layer in study_layers(model)
     ]
     logits = model(photographs(4))
     for handle in handles:
         handle.remove()
-    sizes = [len(out[0]) for out in units.values()]
+    sizes = [len(out[0]) for out in activations.values()]
     assert (len(sizes), round(sum(sizes) / 1e6, 2), max(sizes)) == LAYERS[spec.name]
-    assert min(float((out.std(0) > 0).double().mean()) for out in units.values()) > 0.4
-    scales = [float(out.std()) for out in units.values()]
+    assert min(float((out.std(0) > 0).double().mean()) for out in activations.values()) > 0.4
+    scales = [float(out.std()) for out in activations.values()]
     assert 0.1 < scales[-1] / scales[0] < 10  # neither vanishes nor explodes
     assert 1e-3 < min(scales) <= max(scales) < 1e3
     assert logits.isfinite().all()
@@ -139,9 +139,9 @@ def test_random_network_is_alive_at_full_size(network):
     assert len(set(logits.argmax(1).tolist())) > 1
 
 
-def test_random_network_is_the_same_each_time(network):
+def test_random_weights_are_reproducible(network):
     spec, (model, _, _) = network
-    torch.rand(1)  # the caller's generator is somewhere else
+    torch.rand(1)  # moves the caller's generator
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(threads + 1)
     again = load_network(spec, "random").model
@@ -154,8 +154,8 @@ def test_random_network_is_the_same_each_time(network):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_weights_of_a_file(suffix, narrow, tmp_path):
-    # Without the counters of batches, which old checkpoints lack.
+def test_weights_from_a_file(suffix, narrow, tmp_path):
+    # Without batch norms' counters, which old checkpoints lack.
     state = {k: v for k, v in narrow.state_dict().items() if not k.endswith("batches_tracked")}
     assert len(state) < len(narrow.state_dict())
     path = tmp_path / f"mine{suffix}"
@@ -170,7 +170,7 @@ def test_weights_of_a_file(suffix, narrow, tmp_path):
     assert all(counter == 0 for counter in counters)
 
 
-def test_weights_of_a_training_checkpoint(narrow, tmp_path):
+def test_weights_from_a_training_checkpoint(narrow, tmp_path):
     state = {f"module.{name}": value for name, value in narrow.state_dict().items()}
     torch.save({"model": state, "epoch": 3}, tmp_path / "a.pth")
     model, _, note = load_network(NARROW, tmp_path / "a.pth")
@@ -179,7 +179,7 @@ def test_weights_of_a_training_checkpoint(narrow, tmp_path):
     assert note == f"{tmp_path / 'a.pth'}, read from 'model', prefix 'module.' removed"
 
 
-def test_half_precision_is_widened(narrow, tmp_path):
+def test_half_precision_becomes_float32(narrow, tmp_path):
     half = {k: v.half() if v.is_floating_point() else v for k, v in narrow.state_dict().items()}
     save_file(half, tmp_path / "half.safetensors")
     model = load_network(NARROW, tmp_path / "half.safetensors").model
@@ -187,7 +187,7 @@ def test_half_precision_is_widened(narrow, tmp_path):
     assert torch.equal(model.classifier[1].weight, half["classifier.1.weight"].float())
 
 
-def test_transform_belongs_to_the_weights(narrow, tmp_path):
+def test_the_transform_matches_the_weights(narrow, tmp_path):
     first = zoo.MobileNet_V2_Weights.IMAGENET1K_V1
     for name, side in ((Path(first.url).name, 256), ("mine.pth", 232)):
         torch.save(narrow.state_dict(), tmp_path / name)
@@ -199,12 +199,12 @@ def test_transform_belongs_to_the_weights(narrow, tmp_path):
     torch.testing.assert_close(made.mean((1, 2)), torch.tensor(white))
 
 
-def test_checkpoints_of_something_else(narrow, tmp_path):
+def test_checkpoints_of_other_architectures_raise(narrow, tmp_path):
     state = narrow.state_dict()
     torch.save(state, tmp_path / "a.pth")
-    with pytest.raises(ModelError, match=r"a\.pth is of another architecture than 'resnet50'"):
+    with pytest.raises(ModelError, match=r"a\.pth does not match the architecture of 'resnet50'"):
         load_network(NETWORKS["resnet50"], tmp_path / "a.pth")
-    with pytest.raises(ModelError, match="another architecture than 'mobilenet_v2'"):
+    with pytest.raises(ModelError, match="the architecture of 'mobilenet_v2'"):
         load_network(MOBILENET, tmp_path / "a.pth")
     ten = {"classifier.1.weight": torch.zeros(10, 1280), "classifier.1.bias": torch.zeros(10)}
     torch.save(state | ten, tmp_path / "b.pth")
@@ -215,23 +215,23 @@ def test_checkpoints_of_something_else(narrow, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["alexnet", "mobilenet_v2", "resnet50"])
-def test_weights_that_can_not_be_fetched(name, cache):
+def test_failed_downloads_raise(name, cache):
     url = zoo.get_model_weights(name).DEFAULT.url
-    with pytest.raises(ModelError, match=r"can't be fetched \(.*no network") as error:
+    with pytest.raises(ModelError, match=r"can't be downloaded \(.*no network") as error:
         load_network(NETWORKS[name])
     path = cache / url.rpartition("/")[2]
     assert f"expected {url} as {path}, or --weights FILE" in one_line(error)
     assert list(cache.iterdir()) == []
 
 
-def test_width_that_torchvision_has_no_weights_of(cache):
+def test_a_width_without_torchvision_weights_raises(cache):
     with pytest.raises(ModelError, match=r"none for 'mobilenet_v2_035' \(of width 0\.35") as error:
         load_network(NARROW)
     assert "expected --weights FILE, or random" in one_line(error)
     assert not cache.exists()
 
 
-def test_damaged_file_in_the_cache(cache):
+def test_a_damaged_file_in_the_cache_raises(cache):
     url = zoo.MobileNet_V2_Weights.DEFAULT.url
     path = cache / url.rpartition("/")[2]
     cache.mkdir(parents=True)
@@ -242,10 +242,10 @@ def test_damaged_file_in_the_cache(cache):
     assert path.read_bytes() == b"the beginning of a checkpoint"
 
 
-def test_weights_are_fetched_once(mobilenet, tmp_path, monkeypatch):
+def test_weights_are_downloaded_once(mobilenet, tmp_path, monkeypatch):
     served, default = tmp_path / "served", zoo.MobileNet_V2_Weights.DEFAULT
     served.mkdir()
-    # Of the old format, as torchvision's older files are.
+    # In the old format, like torchvision's older files.
     torch.save(mobilenet.state_dict(), served / "a.pth", _use_new_zipfile_serialization=False)
     digest = hashlib.sha256((served / "a.pth").read_bytes()).hexdigest()
     good, bad = served / f"mobilenet_v2-{digest[:8]}.pth", served / "mobilenet_v2-00000000.pth"
@@ -255,7 +255,7 @@ def test_weights_are_fetched_once(mobilenet, tmp_path, monkeypatch):
     cache = tmp_path / "hub" / "checkpoints"
 
     monkeypatch.setattr(default.value, "url", bad.as_uri())
-    with pytest.raises(ModelError, match=r"can't be fetched .*invalid hash value") as error:
+    with pytest.raises(ModelError, match=r"can't be downloaded .*invalid hash value") as error:
         load_network(MOBILENET)
     one_line(error)
     assert list(cache.iterdir()) == []
@@ -267,12 +267,12 @@ def test_weights_are_fetched_once(mobilenet, tmp_path, monkeypatch):
         assert torch.equal(model(x), mobilenet(x))
         assert note == "MobileNet_V2_Weights.IMAGENET1K_V2"
         assert transform.resize_size == [232]
-        good.unlink(missing_ok=True)  # the second time it is in the cache
+        good.unlink(missing_ok=True)  # the second time it comes from the cache
     assert [path.name for path in cache.iterdir()] == [good.name]
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("weights", "expected"),
     [
         (None, (None, None, None)),
         ([], (None, None, None)),
@@ -283,15 +283,15 @@ def test_weights_are_fetched_once(mobilenet, tmp_path, monkeypatch):
         (["resnet50=d/x=1.pth", "alexnet=random"], ("random", None, "d/x=1.pth")),
     ],
 )
-def test_weights_of_a_preset(given, expected):
+def test_weights_are_assigned_to_networks(weights, expected):
     names = ("alexnet", "mobilenet_v2_035", "resnet50")
-    found = weights_for(PRESETS["hayne2024"], given)
-    assert found == dict(zip(names, expected, strict=True))
-    assert list(found) == list(names)
+    result = assign_weights(PRESETS["hayne2024"], weights)
+    assert result == dict(zip(names, expected, strict=True))
+    assert list(result) == list(names)
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("weights", "message"),
     [
         (
             ["a.pth"],
@@ -310,12 +310,12 @@ def test_weights_of_a_preset(given, expected):
         (["alexnet="], "'alexnet=' is empty or repeated"),
     ],
 )
-def test_weights_that_do_not_fit_a_preset(given, message):
+def test_weights_that_do_not_fit_a_preset_raise(weights, message):
     with pytest.raises(ModelError, match=message) as error:
-        weights_for(PRESETS["hayne2024"], given)
+        assign_weights(PRESETS["hayne2024"], weights)
     one_line(error)
 
 
-def test_weights_of_a_preset_of_one_network():
-    assert weights_for(PRESETS["alexnet"], ["a.pth"]) == {"alexnet": "a.pth"}
-    assert weights_for(PRESETS["alexnet"], ["random"]) == {"alexnet": "random"}
+def test_weights_are_assigned_to_a_single_network():
+    assert assign_weights(PRESETS["alexnet"], ["a.pth"]) == {"alexnet": "a.pth"}
+    assert assign_weights(PRESETS["alexnet"], ["random"]) == {"alexnet": "random"}

@@ -1,4 +1,4 @@
-"""Probes of a study: the columns they fill, held against brute force, and what they draw."""
+"""Probes of a study: their columns match brute force, and their draws are reproducible."""
 
 from __future__ import annotations
 
@@ -26,41 +26,43 @@ from repsim_kernels.experiments.errors import StudyError
 from repsim_kernels.experiments.inputs.presets import PRESETS
 from repsim_kernels.experiments.study.checks import Draws
 from repsim_kernels.experiments.study.estimate import plan
-from repsim_kernels.experiments.study.memory import held
-from repsim_kernels.experiments.study.probes import ERROR, columns
+from repsim_kernels.experiments.study.memory import bytes_held
+from repsim_kernels.experiments.study.probes import ERROR_COLUMN, list_columns
 from repsim_kernels.reference.cells import selectivity_grid
 
-PAPER = ["decodability_paper", ERROR]
+PAPER = ["decodability_paper", ERROR_COLUMN]
 
 
 def activations(layer: str) -> np.ndarray:
-    """What a layer of the toy gives for all images, class by class."""
+    """A layer's activations in the toy for all images, sorted by class."""
     images, labels = toy_images()
-    seen: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
     model = Toy().eval()
-    model.get_submodule(layer).register_forward_hook(lambda _m, _i, out: seen.append(out.clone()))
+    model.get_submodule(layer).register_forward_hook(
+        lambda _m, _i, out: outputs.append(out.clone())
+    )
     with torch.no_grad():
         model(images[labels.argsort(stable=True)])
-    return seen[0].flatten(1).double().numpy()
+    return outputs[0].flatten(1).double().numpy()
 
 
 @pytest.mark.parametrize("probes", [["ridge"], ["paper"], ["paper", "ridge"]])
 def test_columns(probes: list[str]) -> None:
     table = toy_study(probes=probes, layers=["act1"], draws=Draws(least=3)).run()
-    want = [name for probe in probes for name in PROBES[probe]]
-    want += [ERROR] if "paper" in probes else []
+    expected = [name for probe in probes for name in PROBES[probe]]
+    expected += [ERROR_COLUMN] if "paper" in probes else []
     keys = ["model", "class", "layer", "cell", "size", "nan_images"]
     keys += [*METRICS, BASELINE, *PERFORMANCE]
-    # Every other image has its own changes; the paper's probe has an error instead.
-    twice = [*PERFORMANCE, *(PROBES["ridge"] if "ridge" in probes else ())]
-    halves = {half_column(name, which) for name in twice for which in HALVES}
-    assert list(table.columns[: len(keys) + len(want)]) == [*keys, *want]
-    assert set(table.columns) == {*keys, *want, *halves}
-    assert [name for name in columns(probes) if name not in halves] == want
-    assert table[want].notna().all(axis=None)
+    # Halves have their own columns, except for the paper's probe, which has an error instead.
+    halved = [*PERFORMANCE, *(PROBES["ridge"] if "ridge" in probes else ())]
+    halves = {half_column(name, which) for name in halved for which in HALVES}
+    assert list(table.columns[: len(keys) + len(expected)]) == [*keys, *expected]
+    assert set(table.columns) == {*keys, *expected, *halves}
+    assert [name for name in list_columns(probes) if name not in halves] == expected
+    assert table[expected].notna().all(axis=None)
 
 
-def test_margins_equal_those_of_scikit_learn() -> None:
+def test_margins_match_scikit_learn() -> None:
     label = 1
     rows = toy_study(layers=["act2"], targets=[label]).run()
     x, y = activations("act2"), np.repeat(np.arange(3), 5)
@@ -68,7 +70,7 @@ def test_margins_equal_those_of_scikit_learn() -> None:
     sign = np.where(y == label, 1, -1)
 
     def margin(fitted: np.ndarray, read: np.ndarray) -> float:
-        """Twice how far the held-out output is on the right side of 1/2, class by class."""
+        """Twice the held-out output's signed distance from 1/2, averaged over both classes."""
         alpha = ((fitted - fitted.mean(0)) ** 2).sum() / len(y)
         out = np.empty(len(y))
         for i in range(len(y)):
@@ -85,14 +87,14 @@ def test_margins_equal_those_of_scikit_learn() -> None:
             assert rows[name][c] == pytest.approx(lost, abs=1e-6)
 
 
-def test_the_papers_probe_takes_what_scikit_learns_loop_takes(monkeypatch: Any) -> None:
-    """Of all that is left: nothing is drawn, and the loss is that of one fit."""
-    monkeypatch.setattr("repsim_kernels.experiments.study.probes.SIZE", 128)
+def test_the_papers_probe_matches_a_loop_over_scikit_learn(monkeypatch: Any) -> None:
+    """With as many neurons per draw as survive, every draw is the same fit."""
+    monkeypatch.setattr("repsim_kernels.experiments.study.probes.DRAW_SIZE", 128)
     label, x, y = 0, activations("act2")[:, :128], np.repeat(np.arange(3), 5) == 0
     images, labels = toy_images()
 
     class Half(Toy):
-        """128 neurons behind act2, as many as a draw takes."""
+        """128 neurons after act2, as many as a draw."""
 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             x = self.act1(self.conv1(images))
@@ -112,14 +114,14 @@ def test_the_papers_probe_takes_what_scikit_learns_loop_takes(monkeypatch: Any) 
     for c in range(16):
         lost = score(x) - score(x[:, cells != c])
         assert rows["decodability_paper"][c] == pytest.approx(lost, abs=1e-9)
-        assert rows[ERROR][c] == 0
+        assert rows[ERROR_COLUMN][c] == 0
 
 
-def test_draws_are_the_same_again_and_others_elsewhere(
+def test_draws_are_reproducible_and_depend_on_seed_layer_and_class(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also of a run that was interrupted; a seed, a layer and a class each have their own."""
-    monkeypatch.setattr("repsim_kernels.experiments.study.probes.SIZE", 3)
+    """A resumed run has the same draws as an uninterrupted one."""
+    monkeypatch.setattr("repsim_kernels.experiments.study.probes.DRAW_SIZE", 3)
     options: dict[str, Any] = {"probes": ["paper"], "draws": Draws(least=4)}
     whole = toy_study(**options).run()
     with pytest.raises(KeyboardInterrupt):
@@ -127,16 +129,16 @@ def test_draws_are_the_same_again_and_others_elsewhere(
     again = toy_study(**options).run(tmp_path / "run")
     pd.testing.assert_frame_equal(whole, again)
     other = toy_study(**options, seed=1).run()
-    assert (other[ERROR] != whole[ERROR]).any()
-    groups = whole.groupby(["layer", "class"])[ERROR].apply(tuple)
+    assert (other[ERROR_COLUMN] != whole[ERROR_COLUMN]).any()
+    groups = whole.groupby(["layer", "class"])[ERROR_COLUMN].apply(tuple)
     assert len(groups) == len(LAYERS) * len(CLASSES)
     assert groups.nunique() == len(groups)
 
 
 def test_pairing_lowers_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("repsim_kernels.experiments.study.probes.SIZE", 3)
+    monkeypatch.setattr("repsim_kernels.experiments.study.probes.DRAW_SIZE", 3)
     errors = [
-        toy_study(probes=["paper"], draws=Draws(least=20, paired=paired)).run()[ERROR].mean()
+        toy_study(probes=["paper"], draws=Draws(least=20, paired=paired)).run()[ERROR_COLUMN].mean()
         for paired in (True, False)
     ]
     assert 0 < errors[0] < errors[1]
@@ -152,11 +154,11 @@ def test_pairing_lowers_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
         (Draws(1, 50), 30, 1),
     ],
 )
-def test_counts_of_draws(draws: Draws, neurons: int, count: int) -> None:
-    assert draws.of(neurons) == count
+def test_number_of_draws(draws: Draws, neurons: int, count: int) -> None:
+    assert draws.count_for(neurons) == count
 
 
-def test_presets_have_the_papers_counts() -> None:
+def test_presets_have_the_papers_numbers_of_draws() -> None:
     paper = PRESETS["hayne2024"]
     assert (paper.options["probes"], paper.paired) == (("paper",), False)
     drawn = [(n.name, n.draws, n.neurons_per_draw) for n in paper.networks]
@@ -178,14 +180,14 @@ def test_a_dead_layer_has_no_decodability() -> None:
     assert table[[*PROBES["ridge"], *PAPER]].isna().all(axis=None)
 
 
-def test_a_plan_counts_and_times_the_fits() -> None:
+def test_an_estimate_counts_and_times_the_fits() -> None:
     study = toy_study(probes=["paper"], draws=Draws(least=30), targets=[0, 2])
-    found = plan(study)
-    assert [line.fits for line in found.layers] == [2 * 17 * 30] * 2
-    assert all(line.seconds > 0 for line in found.layers)
+    estimate = plan(study)
+    assert [line.fits for line in estimate.layers] == [2 * 17 * 30] * 2
+    assert all(line.seconds > 0 for line in estimate.layers)
     assert [line.fits for line in plan(toy_study()).layers] == [0, 0]
-    one, two = (held(toy_study(probes=[probe]))["act1"] for probe in ("ridge", "paper"))
-    assert two - one == 15 * 256 * 4  # the copy that lies neuron by neuron
+    one, two = (bytes_held(toy_study(probes=[probe]))["act1"] for probe in ("ridge", "paper"))
+    assert two - one == 15 * 256 * 4  # the copy that is stored neuron by neuron
 
 
 @pytest.mark.parametrize(
@@ -197,21 +199,21 @@ def test_a_plan_counts_and_times_the_fits() -> None:
         ({"draws": Draws(every=0)}, "draws.every: 0; expected a whole number of at least 1"),
     ],
 )
-def test_what_is_no_probe(changes: dict[str, Any], message: str) -> None:
+def test_invalid_probes_and_draws_raise(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(StudyError, match=message):
         toy_study(**changes)
 
 
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A sweep of the toy in an empty folder, but for its probes."""
+    """Arguments for a sweep of the toy in an empty folder, without --probes."""
     monkeypatch.chdir(tmp_path)
     images = write_image_folder(tmp_path / "images")
     return ["--model", "_toy:Toy", "--layers", "act1", "--size", "8", "--images", str(images)]
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_what_is_written_has_the_probes_that_were_asked_for(options: list[str]) -> None:
+def test_output_and_report_have_the_requested_probes(options: list[str]) -> None:
     code, out, err = invoke("sweep", *options, "--out", "run", "--probes", "paper")
     assert code == 0, err
     assert "paper" in out
@@ -222,14 +224,14 @@ def test_what_is_written_has_the_probes_that_were_asked_for(options: list[str]) 
 
 
 @pytest.mark.usefixtures("blank_reports")
-def test_both_probes_fit_a_line(options: list[str]) -> None:
+def test_columns_of_both_probes_are_not_truncated(options: list[str]) -> None:
     code, out, err = invoke("sweep", *options, "--out", "run", "--probes", "ridge,paper")
     assert code == 0, err
     assert "…" not in out
 
 
 @pytest.mark.usefixtures("blank_reports")
-def test_a_probe_takes_80_characters(options: list[str]) -> None:
+def test_the_table_for_one_probe_fits_80_characters(options: list[str]) -> None:
     lines = invoke("sweep", *options, "--out", "run", "--probes", "ridge")[1].splitlines()
     (head,) = (line for line in lines if line.split()[:2] == ["metric", "deficit"])
     assert head.split()[-4:] == ["refit", "frozen", "refit", "frozen"]

@@ -157,7 +157,7 @@ def test_headings_are_nested_and_tables_have_headers(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("undrawn")
 def test_networks_of_several_runs_with_the_same_name_get_the_run_appended(tmp_path: Path) -> None:
     for name, seed in (("runA", 0), ("run <B>", 1)):
-        shared = toy_study(name="both", metrics=["cka"], seed=seed, stimuli_per_class=5 - seed)
+        shared = toy_study(name="both", metrics=["cka"], seed=seed, metric_images=5 - seed)
         own = toy_study(name=f"only {seed}", metrics=["cka"], layers=["act1"])
         run([shared, own], open_run([shared, own], tmp_path / name, {"images": f"set {seed}"}))
     folders = [tmp_path / "runA", tmp_path / "run <B>"]

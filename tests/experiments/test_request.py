@@ -21,13 +21,13 @@ from PIL import Image
 from repsim_kernels.experiments.cli import request as jobs
 from repsim_kernels.experiments.cli.request import SAMPLE, Asked, of_models, of_preset, spaced
 from repsim_kernels.experiments.columns import METRICS
-from repsim_kernels.experiments.inputs.imagenet import outputs
+from repsim_kernels.experiments.inputs.imagenet import find_outputs
 from repsim_kernels.experiments.inputs.networks import SMALL, study_layers
 from repsim_kernels.experiments.inputs.presets import (
     FIFTY,
     PRESETS,
     TEN,
-    Loaded,
+    LoadedNetwork,
     Network,
     Preset,
     load_network,
@@ -47,7 +47,7 @@ RANDOM = ["--preset", NAME, "--weights", "random", "--images", "random", "--per-
 def networks_are_made_once() -> Iterator[None]:
     made = cache(load_network)
 
-    def load(network: Network, weights: str | None) -> Loaded:
+    def load(network: Network, weights: str | None) -> LoadedNetwork:
         return (made if weights == "random" else load_network)(network, weights)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -102,9 +102,12 @@ WITHOUT = ["--images", "random"]
             ["--preset", "hayne2024", "--weights", "a.pt", "--weights", "b.pt", *WITHOUT],
             "weights: a.pt, b.pt for 3",
         ),
-        ([*RANDOM, "--classes", "junko,snail"], "classes: 'junko' is unknown; is 'junco' meant?"),
-        ([*RANDOM[:-1], "1", "--classes", "junco,snail"], "per_class: 1 is too few; expected 2"),
-        ([*RANDOM, *CUT, "--memory", "1MiB"], f"or more, for what layer '{LATE[0]}' of {NAME}"),
+        ([*RANDOM, "--classes", "junko,snail"], "'junko' is unknown; did you mean 'junco'?"),
+        (
+            [*RANDOM[:-1], "1", "--classes", "junco,snail"],
+            "images_per_class: 1 is too few; expected 2",
+        ),
+        ([*RANDOM, *CUT, "--memory", "1MiB"], f"or more, to hold layer '{LATE[0]}' of {NAME}"),
         (
             [*NARROW, "--weights", "random", "--images", "nowhere"],
             "images: there is no directory nowhere",
@@ -144,7 +147,7 @@ def assert_noted(out: str, folder: Path, note: str | None) -> None:
 
 def test_a_random_run_from_start_to_report(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "_target", fails_at(5, KeyboardInterrupt()))
+        patch.setattr(measure, "_measure_target", fails_at(5, KeyboardInterrupt()))
         code, out, _ = sweep(*RANDOM, *CUT, "--block", "1")
     assert code == 130
     assert "Plan, mobilenet_v2_035: 3 target classes x 16 cells x 2 images, metrics over 6" in out
@@ -218,15 +221,15 @@ def test_the_published_study_has_its_papers_choices() -> None:
     assert [s.name for s in job.studies] == ["alexnet", NAME, "resnet50"]
     assert [len(s.layers) for s in job.studies] == [7, 104, 16]
     assert [s.others for s in job.studies] == [10, None, None]
-    assert [s.stimuli for s in job.studies] == [22, 24, 24]
-    assert [s.draws.of(100_352) for s in job.studies] == [200, 1003, 2007]
+    assert [s.n_stimuli for s in job.studies] == [22, 24, 24]
+    assert [s.draws.count_for(100_352) for s in job.studies] == [200, 1003, 2007]
     for study in job.studies:
         assert (study.edges, study.grid) == ("inclusive", (4, 4))
         assert study.options == {"ridge": 0.1, "penalty": 1e3, "probe_ridge": 1.0}
         assert study.metrics == ["cka", "procrustes", "pwcca", "cca", "cca_squared"]
         assert study.probes == ["paper"]
         assert not study.draws.paired
-        assert study.targets == outputs(classes)
+        assert study.targets == find_outputs(classes)
         assert [study.class_name(t) for t in study.targets][:3] == [
             "schooner",
             "brain coral",
@@ -248,7 +251,7 @@ def test_others_are_drawn_only_from_more_classes(
 
 
 def test_the_count_of_images_is_the_presets(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = replace(PRESETS[NAME].networks[0], images=4)
+    network = replace(PRESETS[NAME].networks[0], images_per_class=4)
     monkeypatch.setitem(PRESETS, NAME, Preset((network,)))
     (study,) = of_preset(NAME, some(per_class=None)).studies
     assert study.labels.bincount()[study.targets].tolist() == [4, 4, 4]
@@ -256,7 +259,7 @@ def test_the_count_of_images_is_the_presets(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_preset_by_itself_has_this_packages_choices() -> None:
     (study,) = of_preset(NAME, some(layers=None, classes=None)).studies
-    assert study.targets == outputs(TEN)
+    assert study.targets == find_outputs(TEN)
     assert (study.edges, study.others, study.metrics) == ("equal", None, list(METRICS))
     assert study.options == {"ridge": 0.1, "penalty": 0.0, "probe_ridge": 1.0}
     assert (study.layers, len(study.images)) == (study_layers(study.model), 20)
@@ -267,7 +270,7 @@ def test_options_replace_the_presets() -> None:
     (study,) = of_preset(NAME, some(study=given, stimuli=2, per_class=3)).studies
     assert (study.metrics, study.grid, study.memory) == (["cka"], (2, 3), 2**30)
     assert (study.options["ridge"], study.options["penalty"]) == (0.5, 2.0)
-    assert (len(study.images), study.stimuli, study.layers) == (9, 6, list(LATE))
+    assert (len(study.images), study.n_stimuli, study.layers) == (9, 6, list(LATE))
 
 
 @pytest.mark.parametrize("sampled", [True, False])
@@ -278,7 +281,7 @@ def test_the_demo_is_three_small_networks(sampled: bool) -> None:
         sample, layers = SAMPLE[study.name], study_layers(study.model)
         assert study.layers == (spaced(layers, sample.layers) if sampled else layers)
         assert study.targets == (spaced(list(range(10)), 7) if sampled else list(range(10)))
-        assert study.stimuli_per_class == (20 if sampled else None)
+        assert study.metric_images == (20 if sampled else None)
         assert (study.edges, study.others, study.note) == ("equal", None, None)
         assert study.metrics == list(METRICS)
     assert {study.block for study in job.studies} == {10}

@@ -1,4 +1,4 @@
-"""Networks that write to their own weights or buffers in a pass, unseen by PyTorch's counts."""
+"""Networks whose passes change their weights or buffers without changing version counters."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def normalised(model: Toy) -> None:
 
 
 class Renormalising(nn.Conv2d):
-    """Is a layer with a branch, which torch.fx keeps whole."""
+    """A layer with a branch, which torch.fx does not trace into."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.sum() < torch.inf:
@@ -47,7 +47,7 @@ def with_renorm_inside() -> nn.Module:
 
 
 class Replacing(Toy):
-    """Gives a parameter new memory in each pass."""
+    """Replaces a parameter's memory in each pass."""
 
     def forward(self, images: Tensor) -> Tensor:
         self.fc.weight.data = F.normalize(self.fc.weight.data, dim=1)
@@ -55,7 +55,7 @@ class Replacing(Toy):
 
 
 class Tracking(Toy):
-    """Normalises by each batch, and tracks its statistics, in evaluation mode as well."""
+    """Normalises by batch statistics and tracks them, even in evaluation mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,27 +76,27 @@ class Tracking(Toy):
         (Tracking, LAYERS, None),
     ],
 )
-def test_values_that_a_pass_changes_are_put_back(
+def test_values_changed_by_a_pass_are_restored(
     make: Callable[[], nn.Module], layers: Sequence[str], same: Callable[[Toy], None] | None
 ) -> None:
     model = mix_modes(make())
     before = snapshot(model)
-    made = toy_study(model=model, layers=layers, metrics=["cka"], block=1)
+    study = toy_study(model=model, layers=layers, metrics=["cka"], block=1)
     assert snapshot(model) == before
-    seen = []
-    rows = made.run(progress=lambda _step: seen.append(snapshot(model) == before))
-    assert seen == [True] * 3 * len(layers)
-    describe(made)
+    restored = []
+    rows = study.run(progress=lambda _step: restored.append(snapshot(model) == before))
+    assert restored == [True] * 3 * len(layers)
+    describe(study)
     assert snapshot(model) == before
-    assert made.run().equals(rows)
-    if same is not None:  # the values that every pass computes with
+    assert study.run().equals(rows)
+    if same is not None:  # a network that has the normalised values already
         plain = Toy()
         same(plain)
         expected = toy_study(model=plain, layers=layers, metrics=["cka"], block=1).run()
         pd.testing.assert_frame_equal(rows, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_network_that_drifts_is_refused_and_left_as_it_was() -> None:
+def test_a_network_that_drifts_is_refused_and_restored() -> None:
     model = mix_modes(Toy())
 
     def drift(module: nn.Module, _inputs: Any) -> None:

@@ -15,7 +15,7 @@ from _run_data import create_stores, make_configuration, make_rows
 from _toy import Toy, stop_after, toy_study
 
 from repsim_kernels.experiments.errors import DamagedError, StoreError
-from repsim_kernels.experiments.files import replacing
+from repsim_kernels.experiments.files import replace_file
 from repsim_kernels.experiments.runs.membership import open_run
 from repsim_kernels.experiments.runs.store import Store, load
 from repsim_kernels.experiments.study.configuration import digest
@@ -36,7 +36,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path) -> None:
-    given: dict[str, Any] = {"stimuli_per_class": 3, "block": 1}
+    given: dict[str, Any] = {"metric_images": 3, "block": 1}
     undisturbed = toy_study(**given).run(tmp_path / "a")
     with pytest.raises(KeyboardInterrupt):
         toy_study(**given).run(tmp_path / "b", stop_after(2))
@@ -74,11 +74,11 @@ def test_a_finished_run_computes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
-        ({"grid": (2, 2)}, r"models.toy.grid: \[4, 4\] there, \[2, 2\] here"),
-        ({"ridge": 0.5}, "models.toy.ridge: 0.1 there, 0.5 here"),
-        ({"name": "other"}, "models.toy only there; models.other only here"),
+        ({"grid": (2, 2)}, r"models.toy.grid: \[4, 4\] before, \[2, 2\] now"),
+        ({"ridge": 0.5}, "models.toy.ridge: 0.1 before, 0.5 now"),
+        ({"name": "other"}, "models.toy only before; models.other only now"),
         ({"layers": ["act1"]}, "models.toy.layers"),
-        ({"block": 2}, "models.toy.block: 1 there, 2 here"),
+        ({"block": 2}, "models.toy.block: 1 before, 2 now"),
         ({"model": "other weights"}, "models.toy.weights"),
         ({"images": torch.zeros(15, 3, 8, 8)}, "models.toy.images"),
     ],
@@ -151,7 +151,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path.write_text("old")
 
     def broken() -> None:
-        with replacing(path) as temporary:
+        with replace_file(path) as temporary:
             temporary.write_text("ne")
             raise KeyboardInterrupt
 

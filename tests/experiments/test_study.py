@@ -1,5 +1,9 @@
+"""A study's table, its repr, and the errors that name wrong arguments."""
+
 from __future__ import annotations
 
+import doctest
+import importlib
 from typing import Any
 
 import numpy as np
@@ -27,11 +31,11 @@ from repsim_kernels.reference.probe import ablation_decodability
 
 @pytest.fixture(scope="module")
 def table() -> pd.DataFrame:
-    return toy_study(stimuli_per_class=4).run()
+    return toy_study(metric_images=4).run()
 
 
-def hooked(model: nn.Module, layer: str, images: torch.Tensor, mask: torch.Tensor) -> Any:
-    """Logits with a layer's output masked, and the output itself, by a plain forward hook."""
+def run_with_mask(model: nn.Module, layer: str, images: torch.Tensor, mask: torch.Tensor) -> Any:
+    """Logits with a layer's output masked, and the unmasked output, from a plain forward hook."""
     seen = []
 
     def hook(_module: nn.Module, _input: Any, output: torch.Tensor) -> torch.Tensor:
@@ -64,13 +68,13 @@ def test_the_table_has_a_row_for_each_cell_in_order(table: pd.DataFrame) -> None
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("label", [0, 2])
-def test_rows_equal_those_of_brute_force(table: pd.DataFrame, layer: str, label: int) -> None:
+def test_rows_match_brute_force(table: pd.DataFrame, layer: str, label: int) -> None:
     images, labels = toy_images()
     rows = table[(table["layer"] == layer) & (table["class"] == CLASSES[label])].set_index("cell")
     model = Toy().eval()
 
     first = torch.cat([torch.where(labels == c)[0][:4] for c in range(3)])
-    _, x = hooked(model, layer, images[first], torch.ones(4 * 64))
+    _, x = run_with_mask(model, layer, images[first], torch.ones(4 * 64))
     x, y = x.double().numpy(), labels[first].numpy()
     cells = selectivity_grid(x, y, label)
     distances = ablation_distances(x, cells)
@@ -87,13 +91,13 @@ def test_rows_equal_those_of_brute_force(table: pd.DataFrame, layer: str, label:
         probe = ablation_decodability(x[some], cells, y[some], target=label)
         for kind in ("refit", "frozen"):
             change = float(probe["intact"]) - np.asarray(probe[kind])
-            found = rows[half_column(f"decodability_{kind}", which)]
-            np.testing.assert_allclose(found, change, atol=1e-9)
+            result = rows[half_column(f"decodability_{kind}", which)]
+            np.testing.assert_allclose(result, change, atol=1e-9)
 
     mine = images[labels == label]
-    intact, _ = hooked(model, layer, mine, torch.ones(4 * 64))
+    intact, _ = run_with_mask(model, layer, mine, torch.ones(4 * 64))
     for cell in range(16):
-        ablated, _ = hooked(model, layer, mine, torch.from_numpy(cells != cell))
+        ablated, _ = run_with_mask(model, layer, mine, torch.from_numpy(cells != cell))
         before, after = intact.double().softmax(1)[:, label], ablated.double().softmax(1)[:, label]
         ranks = [
             [sum(float(v) > float(row[label]) for v in row) for row in logits]
@@ -110,8 +114,8 @@ def test_rows_equal_those_of_brute_force(table: pd.DataFrame, layer: str, label:
             assert rows.loc[cell, name] == pytest.approx(value, abs=1e-5), (cell, name)
 
 
-def test_random_cells_are_drawn_and_have_the_grids_sizes() -> None:
-    grid, drawn, other = (
+def test_random_cells_have_the_sizes_of_the_grid() -> None:
+    grid, random, reseeded = (
         toy_study(**options).run()
         for options in (
             {"grid": (3, 5)},
@@ -120,18 +124,18 @@ def test_random_cells_are_drawn_and_have_the_grids_sizes() -> None:
         )
     )
     keys = ["class", "layer"]
-    for key, rows in drawn.groupby(keys):
+    for key, rows in random.groupby(keys):
         same = grid.groupby(keys).get_group(key)
         assert sorted(rows["size"]) == sorted(same["size"])
         assert rows["energy"].sum() == pytest.approx(1)
-        # Cells of like magnitude have unlike energies, and random ones hardly differ.
+        # Cells grouped by magnitude differ in energy; random cells hardly do.
         assert rows["energy"].std() < 0.7 * same["energy"].std()
-    assert not np.allclose(drawn["energy"], other["energy"])
+    assert not np.allclose(random["energy"], reseeded["energy"])
 
 
-def test_halves_too_small_to_be_told_apart_are_nan() -> None:
-    table = toy_study(stimuli_per_class=3).run()
-    # Of nine stimuli the second class's are in the fourth to sixth place, of which one is odd.
+def test_halves_with_too_few_stimuli_are_nan() -> None:
+    table = toy_study(metric_images=3).run()
+    # Of nine stimuli the second class has numbers four to six, only one of which is odd.
     few = np.where(table["class"] == CLASSES[1], "odd", "even")
     for which in HALVES:
         assert (table[half_column("margin_refit", which)].isna() == (few == which)).all()
@@ -149,7 +153,7 @@ def test_a_dead_layer_gives_nan_and_a_warning() -> None:
     assert (table["rank_deficit"] == 0).all()
 
 
-def test_the_model_is_left_as_it_is_and_numpy_is_taken() -> None:
+def test_numpy_arrays_work_and_the_model_stays_unchanged() -> None:
     images, labels = toy_images()
     model = Toy().train()
     study = Study(model, ["act1"], images.numpy(), labels.tolist(), targets=[2], grid=(2, 3))
@@ -172,6 +176,34 @@ def test_progress_counts_the_units() -> None:
     ]
 
 
+def test_repr_summarises_the_study_in_one_line() -> None:
+    assert repr(toy_study(metrics=["cka", "pwcca"])) == (
+        "Study(model=Toy, name='toy', layers=['act1', 'act2'], images=(15, 3, 8, 8), classes=3, "
+        "targets=3, grid=(4, 4), metrics=['cka', 'pwcca'], probes=['ridge'], device='cpu')"
+    )
+    layers = ["conv1", "act1", "conv2", "act2", "fc"]
+    study = toy_study(
+        layers=layers, grid=(1, 2), metric_images=4, others=1, cells="random", targets=[0]
+    )
+    text = repr(study)
+    assert "\n" not in text
+    assert "layers=[5: 'conv1', …, 'fc']" in text
+    assert "targets=1, metric_images=4, others=1, grid=(1, 2), cells='random', metrics=[" in text
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("study.study", "study.checks", "study.performance", "runs.driver"),
+        *("inputs.images", "inputs.imagenet", "inputs.networks", "inputs.presets"),
+    ],
+)
+def test_examples_in_docstrings_run(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"repsim_kernels.experiments.{module}"))
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -183,19 +215,19 @@ def test_progress_counts_the_units() -> None:
         ({"grid": (100, 4)}, "grid: 100 x 4 cells for the 256 neurons of layer 'act1'"),
         ({"ridge": -1.0}, "ridge: -1.0; expected a finite number"),
         ({"penalty": float("nan")}, "penalty: nan; expected a finite number"),
-        ({"stimuli_per_class": 1}, "stimuli_per_class: 1; expected a whole number of at least 2"),
+        ({"metric_images": 1}, "metric_images: 1; expected a whole number of at least 2"),
         ({"labels": torch.zeros(15)}, "labels: dtype float32; expected integers"),
         ({"labels": [0, 1]}, r"images: shape \(15, 3, 8, 8\) for 2 labels"),
         ({"labels": ["a"] * 15}, "labels: dtype <U1; expected integers"),
         ({"labels": torch.zeros(15, dtype=torch.long)}, "labels: all are 0"),
-        ({"labels": torch.arange(15) % 3 - 1}, "labels: -1 is no output"),
+        ({"labels": torch.arange(15) % 3 - 1}, "labels: -1; expected output indices"),
         ({"labels": [0] + [1, 2] * 7}, "images: class 'ant/queen' has one image"),
         ({"labels": torch.arange(15) % 3 + 1}, "classes: 3 names, but labels up to 3"),
         (
             {"labels": torch.arange(15) % 3 + 1, "classes": None},
-            "go up to 3, but toy has 3 outputs",
+            "labels: up to 3, but toy has 3 outputs; expected labels below 3",
         ),
-        ({"classes": ["a", "a", "b"]}, "classes: two targets have one name"),
+        ({"classes": ["a", "a", "b"]}, "classes: two targets share a name"),
         ({"images": torch.zeros(15, 3, 9, 9)}, r"images: toy can't take one of shape \(3, 9, 9\)"),
         (
             {"model": nn.Sequential(nn.Tanh()), "layers": ["0"]},
@@ -206,7 +238,7 @@ def test_progress_counts_the_units() -> None:
         ({"device": "cuda:99"}, "device: cuda:99 can't be used here"),
     ],
 )
-def test_wrong_arguments_are_named(changes: dict[str, Any], message: str) -> None:
+def test_errors_name_the_wrong_argument(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(StudyError, match=message) as caught:
         toy_study(**changes)
     assert "\n" not in str(caught.value)
@@ -220,19 +252,19 @@ class Twice(Toy):
         return logits
 
 
-def test_a_layer_that_runs_twice_or_never_is_named() -> None:
+def test_error_names_a_layer_that_runs_twice_or_never() -> None:
     with pytest.raises(LayerError, match=r"act1.* 2 times.*conv1.*conv2"):
         toy_study(model=Twice(), layers=["conv1", "act1"])
     with pytest.raises(LayerError, match=r"act2.* never called"):
         toy_study(model=Twice(), layers=["conv1", "act2"])
 
 
-def test_an_unknown_layer_is_named() -> None:
+def test_error_names_an_unknown_layer() -> None:
     with pytest.raises(LayerError, match="act3"):
         toy_study(layers=["act3"])
 
 
-def test_activations_that_are_not_finite_name_the_layer() -> None:
+def test_error_names_the_layer_with_nonfinite_activations() -> None:
     images, _ = toy_images()
     images[3] = float("inf")
     with pytest.raises(StudyError, match="toy, layer act1, class ant/queen: "):

@@ -1,4 +1,4 @@
-"""A study of two layers with every kernel, end to end: the rows of the torch backend."""
+"""A study of two layers with every kernel: its rows match those of the torch backend."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from repsim_kernels.experiments.columns import METRICS, PERFORMANCE, PROBES
 KEYS = ["model", "class", "layer", "cell", "size"]
 
 
-def test_a_study_by_kernels(device, launches, monkeypatch, tmp_path):
+def test_rows_match_the_torch_backend(device, launches, monkeypatch, tmp_path):
     monkeypatch.setenv("REPSIM_BACKEND", "torch")
     study = toy_study(targets=[0, 2], grid=(2, 3), device=device)
-    want = study.run(out=tmp_path / "torch")
+    expected = study.run(out=tmp_path / "torch")
     assert not launches
     monkeypatch.setenv("REPSIM_BACKEND", "triton")
-    got = study.run(out=tmp_path / "triton")
-    names = {seen["kernel"] for seen in launches}
+    rows = study.run(out=tmp_path / "triton")
+    names = {launch["kernel"] for launch in launches}
     assert names >= {"_gram_kernel", "_sum_kernel", "_shift_kernel", "_variate_weights_kernel"}
-    assert got[KEYS].equals(want[KEYS])
-    assert len(got) == 2 * 2 * 6
+    assert rows[KEYS].equals(expected[KEYS])
+    assert len(rows) == 2 * 2 * 6
     for name in METRICS:
-        assert_close(got[name].to_numpy(), want[name].to_numpy(), DISTANCE["float32"])
+        assert_close(rows[name].to_numpy(), expected[name].to_numpy(), DISTANCE["float32"])
     for name in (*PERFORMANCE, *PROBES["ridge"]):
-        np.testing.assert_allclose(got[name], want[name], atol=1e-4, equal_nan=True, err_msg=name)
+        np.testing.assert_allclose(
+            rows[name], expected[name], atol=1e-4, equal_nan=True, err_msg=name
+        )
