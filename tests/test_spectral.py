@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import repsim_kernels as rk
 from bench.common.tolerances import DISTANCE, Tol, assert_close
-from repsim_kernels.kernels.torch import ablated, gram, riccati
+from repsim_kernels.kernels.torch import gram, riccati, spectral_distances
 from repsim_kernels.ops.spectral import GRAM_METRICS
 
 FLOAT64 = Tol(1e-9, 1e-13)
@@ -115,7 +115,7 @@ def test_the_riccati_equation(m, size, seed):
     a = rng.standard_normal((3, m, m))
     a = a + a.swapaxes(1, 2)
     f = size * a / np.abs(np.linalg.eigvalsh(a)).max((1, 2) if a.ndim > 3 else -1)[:, None, None]
-    got, steps = riccati.deficit(torch.from_numpy(v), torch.from_numpy(f))
+    got, steps = riccati.solve_deficit(torch.from_numpy(v), torch.from_numpy(f))
     want = [exact_deficit(v, one) for one in f]
     assert_close(got, np.array(want), Tol(1e-9, 1e-12))
     assert (steps <= riccati._STEPS).all()
@@ -123,7 +123,9 @@ def test_the_riccati_equation(m, size, seed):
 
 def test_a_riccati_equation_without_a_solution():
     v = torch.tensor([2.0, 1.0], dtype=torch.float64)
-    got, _ = riccati.deficit(v, torch.diag(torch.tensor([1.0, 1.5], dtype=torch.float64))[None])
+    got, _ = riccati.solve_deficit(
+        v, torch.diag(torch.tensor([1.0, 1.5], dtype=torch.float64))[None]
+    )
     assert got.isnan().all()
 
 
@@ -239,9 +241,11 @@ def test_solvers_are_used():
         return torch.linalg.eigh(a)
 
     k, parts = (torch.from_numpy(a) for a in grams(np.eye(6)[:, :5] + 0.1, np.arange(5) // 3, 2))
-    solvers = ablated.Solvers(eigh=eigh)
-    original = ablated.Original((torch.eye(5, 4).double(), torch.ones(4).double()), 6, 5, 0.1, 0)
+    solvers = spectral_distances.Solvers(eigh=eigh)
+    original = spectral_distances.Original(
+        (torch.eye(5, 4).double(), torch.ones(4).double()), 6, 5, 0.1, 0
+    )
     original.solvers = solvers
-    ablated.Ablated(original, cell=parts).svcca()
+    spectral_distances.AblationBatch(original, cell=parts).svcca()
     assert calls == [(2, 4, 4)]
     assert k.shape == (6, 6)

@@ -146,8 +146,8 @@ def test_steps(device, seed, m, shares):
 def test_deficits(device, seed, m, shares):
     """Also where there is no root, or the steps crawl."""
     v, f = parts_of(seed, m, shares, device)
-    got, steps = plain.deficit(v, f, riccati.advance)
-    want, want_steps = plain.deficit(v, f, fourfold)
+    got, steps = plain.solve_deficit(v, f, riccati.advance)
+    want, want_steps = plain.solve_deficit(v, f, fourfold)
     assert_close(got, want, Tol(1e-12), nan=True)
     assert torch.equal(steps, want_steps)
     assert not bool((steps % riccati.STEPS).any())
@@ -161,13 +161,13 @@ def test_deficits(device, seed, m, shares):
 def test_deficits_are_found_and_are_not(device):
     """The shares that the tests above draw come to both ends."""
     v, f = parts_of(0, 12, [0.01, 0.3, 0.6, 1.2], device)
-    got, _ = plain.deficit(v, f, riccati.advance)
+    got, _ = plain.solve_deficit(v, f, riccati.advance)
     assert got.isfinite().tolist() == [True, True, True, False]
 
 
 def test_a_step_gives_the_same_bits_again(device):
     v, f = parts_of(1, 33, [0.1, 0.2], device)
-    assert torch.equal(*(plain.deficit(v, f, riccati.advance)[0] for _ in range(2)))
+    assert torch.equal(*(plain.solve_deficit(v, f, riccati.advance)[0] for _ in range(2)))
 
 
 class Recorded:
@@ -246,8 +246,8 @@ def test_graphs_change_nothing(device, m):
     captured = riccati.Captured()
     for seed in range(2):
         v, f = parts_of(seed, m, SHARES, device)
-        got = plain.deficit(v, f, captured)
-        want = plain.deficit(v, f, fourfold)
+        got = plain.solve_deficit(v, f, captured)
+        want = plain.solve_deficit(v, f, fourfold)
         assert (want[1][[0, 1, 2, 5]] == riccati.STEPS).all()
         assert (want[1][[3, 4]] > riccati.STEPS).all()
         assert (want[1] > 2 * riccati.STEPS).any()

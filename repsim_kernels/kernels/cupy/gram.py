@@ -19,7 +19,7 @@ from torch import Tensor
 from repsim_kernels.kernels._cuda import scale
 from repsim_kernels.kernels.cupy import module
 from repsim_kernels.kernels.torch import gram
-from repsim_kernels.kernels.torch.columns import members
+from repsim_kernels.kernels.torch.columns import sort_by_cell
 
 # What the source has, too.
 _TILE, _THREADS = 64, 128
@@ -58,7 +58,7 @@ def cell_grams(
     if x.stride(1) < x.stride(0):
         # Neurons of a cell are scattered: rows of them, which are then read whole.
         x = x.mT.contiguous().mT
-    order, offsets = members(cells, n_cells)
+    order, offsets = sort_by_cell(cells, n_cells)
     chunk = (launch or choose(n, len(order))).chunk
     counts = -(-np.diff(offsets) // chunk)
     slots = np.concatenate([[0], np.cumsum(counts)])
@@ -85,4 +85,4 @@ def cell_grams(
         unit = factor.to(torch.float64).reciprocal()
         summed = (partial, sent(slots, torch.int64), unit, g, np.int32(n))
         module.launch("cell_grams", "cell_grams_sum", (n_cells * pairs,), (_THREADS,), *summed)
-    return gram.centre_relative(g)
+    return gram.centre_gram(g)

@@ -12,9 +12,14 @@ from torch import Tensor
 
 from repsim_kernels._routes import Distances, Route
 from repsim_kernels.kernels.torch import cka, columns, gram, panels
-from repsim_kernels.kernels.torch.ablated import SOLVERS, Ablated, Original, Solvers
 from repsim_kernels.kernels.torch.cca import variate_weights
-from repsim_kernels.kernels.torch.spectrum import Representation
+from repsim_kernels.kernels.torch.representation import Representation
+from repsim_kernels.kernels.torch.spectral_distances import (
+    SOLVERS,
+    AblationBatch,
+    Original,
+    Solvers,
+)
 
 _MEMORY = 2**30
 
@@ -23,44 +28,51 @@ _MEMORY = 2**30
 class Passes:
     """What reads all of x: the Grams of its cells, and the weights of directions."""
 
-    cell_sums: Callable[[Tensor, np.ndarray, int, bool], tuple[panels.Half, Tensor, Tensor]]
+    cell_sums: Callable[[Tensor, np.ndarray, int, bool], tuple[panels.Panels, Tensor, Tensor]]
     variate_weights: Callable[[Tensor, Tensor], Tensor]
 
 
 PASSES = Passes(gram.cell_sums, variate_weights)
 
 
-class Parts:
+class GramParts:
     """The Gram of a whole, those of its parts, and of what is left without each."""
 
     def __init__(
-        self, whole: Tensor, grams: panels.Half, dead: list[bool], left: list[int]
+        self, whole: Tensor, grams: panels.Panels, constant: list[bool], n_remaining: list[int]
     ) -> None:
         """Grams (n, n) and (C, n, n); which parts are nothing, and how many neurons they leave."""
-        self.whole, self.grams, self.dead, self.left = whole, grams, dead, left
+        self.whole, self.grams, self.constant, self.n_remaining = (
+            whole,
+            grams,
+            constant,
+            n_remaining,
+        )
         energy = panels.diagonal(grams).sum(1)
-        self.heavy = (energy / whole.diagonal().sum() > 0.5).tolist()
+        self.dominant = (energy / whole.diagonal().sum() > 0.5).tolist()
 
     @property
     def active(self) -> list[int]:
         """The parts that change the whole and leave something of it."""
-        return [c for c in range(len(self.left)) if self.left[c] and not self.dead[c]]
+        return [
+            c for c in range(len(self.n_remaining)) if self.n_remaining[c] and not self.constant[c]
+        ]
 
-    def some(self, parts: list[int]) -> panels.Half:
+    def some(self, parts: list[int]) -> panels.Panels:
         """The Grams of some parts, in order; a view where they follow each other."""
         first, end = parts[0], parts[-1] + 1
-        return panels.some(self.grams, slice(first, end) if end - first == len(parts) else parts)
+        return panels.select(self.grams, slice(first, end) if end - first == len(parts) else parts)
 
     def rest(self, c: int) -> Tensor:
         """K_c, the Gram of what is left without a part."""
-        return self.whole - panels.full(panels.some(self.grams, c))
+        return self.whole - panels.unpack(panels.select(self.grams, c))
 
     def factor(self, c: int, basis: Tensor) -> Tensor | None:
         """T (m, r) with T Tᵀ = basisᵀ K_c basis, where there is better than K_c to make it from."""
         return None
 
 
-class Cells(Parts):
+class CellParts(GramParts):
     """The parts that the cells of x (n, p) make."""
 
     def __init__(
@@ -77,13 +89,13 @@ class Cells(Parts):
             # The neurons in no cell make one more, so that one pass gives the whole as well.
             labels = columns.labelled(cells, n_cells)
             g, live, shift = passes.cell_sums(x, labels, n_cells + 1, shifts)
-            whole, alive = panels.full([(own, panel.sum(0)) for own, panel in g]), live.sum()
+            whole, alive = panels.unpack([(own, panel.sum(0)) for own, panel in g]), live.sum()
         else:
             g, live, shift = passes.cell_sums(x, cells, n_cells, shifts)
             everything = np.zeros(x.shape[1], dtype=np.int64)
             one, (alive,), _ = passes.cell_sums(x, everything, 1, False)
-            (whole,) = panels.full(one)
-        live, self.shift, g = live[:n_cells], shift[:n_cells], panels.some(g, slice(n_cells))
+            (whole,) = panels.unpack(one)
+        live, self.shift, g = live[:n_cells], shift[:n_cells], panels.select(g, slice(n_cells))
         super().__init__(whole, g, (live == 0).tolist(), (alive - live).tolist())
 
     def outside(self, c: int) -> Tensor:
@@ -93,7 +105,7 @@ class Cells(Parts):
 
     def rest(self, c: int) -> Tensor:
         """K_c; where a cell holds most of the energy, by a pass: the difference would cancel."""
-        return gram.linear(self.outside(c)) if self.heavy[c] else super().rest(c)
+        return gram.linear(self.outside(c)) if self.dominant[c] else super().rest(c)
 
     def factor(self, c: int, basis: Tensor) -> Tensor:
         """The features themselves, or, of many, a triangle that is built block by block."""
@@ -150,7 +162,7 @@ def ablation_distances(
     passes: Passes = PASSES,
     solvers: Solvers = SOLVERS,
 ) -> dict[str, Distances]:
-    parts = Cells(x, cells, n_cells, passes=passes)
+    parts = CellParts(x, cells, n_cells, passes=passes)
 
     def original() -> Original:
         whole = Representation(x, parts.whole)
@@ -163,7 +175,7 @@ def ablation_distances(
 
 
 def distances(
-    parts: Parts,
+    parts: GramParts,
     original: Callable[[], Original],
     metrics: tuple[str, ...],
     weigh: Callable[[Tensor], Tensor] | None = None,
@@ -174,25 +186,25 @@ def distances(
     "pwcca" needs ``weigh``, which takes directions (k, n) and returns their weights (k,), and holds
     as many bytes of directions as ``memory``.
     """
-    found = DistanceTable(metrics, len(parts.left), parts.whole.device)
+    found = DistanceTable(metrics, len(parts.n_remaining), parts.whole.device)
     for name in ("cka", "cka_debiased"):
         if name in metrics:
             _cka_distances(parts, name, found)
     if set(metrics) - {"cka", "cka_debiased"}:
         _spectral_distances(parts, original(), found, weigh, memory)
-    nothing = [c for c, count in enumerate(parts.left) if not count]
+    nothing = [c for c, count in enumerate(parts.n_remaining) if not count]
     for name in metrics:
         found.record(name, nothing, torch.nan)
     return found.result()
 
 
-def _cka_distances(parts: Parts, metric: str, found: DistanceTable) -> None:
-    flat = functools.partial(gram.flat, u_centred=metric == "cka_debiased")
+def _cka_distances(parts: GramParts, metric: str, found: DistanceTable) -> None:
+    flat = functools.partial(gram.to_vectors, u_centred=metric == "cka_debiased")
     # Of halves of matrices inner products are half, and so are what rounding may leave of them.
-    (whole,), floor = flat(panels.half_of(parts.whole[None])), cka.rounding(parts.whole) / 2
-    whole = whole * cka.beyond(cka.squared_norm(whole), floor).sign()
-    light = [c for c in parts.active if not parts.heavy[c]]
-    batches = list(gram.batches(light, whole))
+    (whole,), floor = flat(panels.panels_view(parts.whole[None])), cka.rounding(parts.whole) / 2
+    whole = whole * cka.nan_if_not_above(cka.squared_norm(whole), floor).sign()
+    light = [c for c in parts.active if not parts.dominant[c]]
+    batches = list(gram.iter_batches(light, whole))
     room = whole.new_empty(len(batches[0]), len(whole)) if batches else None
     distances = [
         cka.cosine_distance(flat(parts.some(batch), room=room), whole, False, floor)
@@ -201,14 +213,14 @@ def _cka_distances(parts: Parts, metric: str, found: DistanceTable) -> None:
     if light:
         found.record(metric, light, torch.cat(distances), Route.SUMS)
     for c in parts.active:
-        if parts.heavy[c]:
+        if parts.dominant[c]:
             rest = parts.rest(c)
-            m, least = flat(panels.half_of(rest[None])), cka.rounding(rest) / 2
+            m, least = flat(panels.panels_view(rest[None])), cka.rounding(rest) / 2
             found.record(metric, [c], cka.cosine_distance(m, whole, True, least), Route.SUMS)
 
 
 def _spectral_distances(
-    parts: Parts,
+    parts: GramParts,
     original: Original,
     found: DistanceTable,
     weigh: Callable[[Tensor], Tensor] | None,
@@ -219,11 +231,11 @@ def _spectral_distances(
         # Without a ridge the rest of the neurons is a part of the original's span: distance 0.
         names |= set(found.columns) & {"cca", "cca_squared", "pwcca"}
     queue = _PwccaQueue(weigh, found, memory) if weigh and "pwcca" in names else None
-    dead = [c for c, nothing in enumerate(parts.dead) if nothing]
+    constant = [c for c, nothing in enumerate(parts.constant) if nothing]
     for name in names - {"pwcca"}:
-        found.record(name, dead, original.self_distance(name))
-    if dead and queue:
-        queue.add(dead, original.variates[None], original.shrunk[None], Route.NOTHING)
+        found.record(name, constant, original.self_distance(name))
+    if constant and queue:
+        queue.add(constant, original.variates[None], original.shrunk[None], Route.NOTHING)
     for cells, ablated in _ablated(parts, original):
         if "procrustes" in names:
             found.record("procrustes", cells, *ablated.procrustes())
@@ -239,20 +251,23 @@ def _spectral_distances(
         queue.flush()
 
 
-def _ablated(parts: Parts, original: Original) -> Iterator[tuple[list[int], Ablated]]:
+def _ablated(parts: GramParts, original: Original) -> Iterator[tuple[list[int], AblationBatch]]:
     """Batches of ablations: those that leave fewer neurons than there are directions alone."""
     basis = original.basis
-    for c in (few := [c for c in parts.active if parts.left[c] < len(original.v)]):
-        yield [c], Ablated(original, features=parts.factor(c, basis))
-    for heavy in (False, True):
-        rest = [c for c in parts.active if c not in few and parts.heavy[c] == heavy]
-        for batch in gram.batches(rest, parts.whole):
+    for c in (few := [c for c in parts.active if parts.n_remaining[c] < len(original.v)]):
+        yield [c], AblationBatch(original, features=parts.factor(c, basis))
+    for dominant in (False, True):
+        rest = [c for c in parts.active if c not in few and parts.dominant[c] == dominant]
+        for batch in gram.iter_batches(rest, parts.whole):
             factors = [functools.partial(parts.factor, c, basis) for c in batch]
-            if heavy:
+            if dominant:
                 rests = torch.stack([parts.rest(c) for c in batch])
-                yield batch, Ablated(original, rest=rests, factors=factors)
+                yield batch, AblationBatch(original, rest=rests, factors=factors)
             else:
-                yield batch, Ablated(original, cell=panels.full(parts.some(batch)), factors=factors)
+                yield (
+                    batch,
+                    AblationBatch(original, cell=panels.unpack(parts.some(batch)), factors=factors),
+                )
 
 
 class _PwccaQueue:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from repsim_kernels.kernels.torch import gram
-from repsim_kernels.kernels.torch.spectrum import Representation, from_complement
+from repsim_kernels.kernels.torch.representation import Representation, from_complement
 
 # Directions and neurons of a block of products: what was fastest on two cores at n = 500.
 _DIRECTIONS, _NEURONS = 1000, 2048

@@ -32,10 +32,10 @@ def selectivity_grid(
 ) -> Tensor:
     own = labels == target
     sums = class_sums(x, own.astype(np.int64), 2)
-    return grid_of_sums(*sums, own=int(own.sum()), n=len(x), grid=grid, edges=edges)
+    return grid_from_sums(*sums, own=int(own.sum()), n=len(x), grid=grid, edges=edges)
 
 
-def grid_of_sums(
+def grid_from_sums(
     others_sum: Tensor, own_sum: Tensor, *, own: int, n: int, grid: tuple[int, int], edges: str
 ) -> Tensor:
     """The cell of each neuron (p,) from its sums over the other and over the target's stimuli.

@@ -34,12 +34,12 @@ def cka(
     if not features:
         alike = [[x, y]] if x.shape[:-2] == y.shape[:-2] else [[x], [y]]
         (h, floor_x), (k, floor_y) = (
-            (panels.some(found, i), floor)
-            for found, floors in (halves(xs, debiased, kernel, sigma) for xs in alike)
+            (panels.select(found, i), floor)
+            for found, floors in (packed_kernels(xs, debiased, kernel, sigma) for xs in alike)
             for i, floor in enumerate(floors)
         )
         xy, xx, yy = (panels.inner(u, v) for u, v in ((h, k), (h, h), (k, k)))
-        xx, yy = beyond(xx, floor_x), beyond(yy, floor_y)
+        xx, yy = nan_if_not_above(xx, floor_x), nan_if_not_above(yy, floor_y)
         # Diagonals are scaled by √½, as xx and yy are by ½.
         traces = [panels.diagonal(half).sum(-1) for half in (h, k)] if chance else []
     value = cosine(xy, xx, yy)
@@ -78,13 +78,13 @@ def feature_norm(a: Tensor, debiased: bool) -> Tensor:
 
     NaN where U-centring takes nearly all of it, as with one far stimulus: Grams keep more digits.
     """
-    half = panels.new_half(a, a.shape[-1], *a.shape[:-2])
+    half = panels.empty_panels(a, a.shape[-1], *a.shape[:-2])
     panels.add_product(half, a.mT, first=True)
-    panels.weigh(half)
+    panels.scale_for_inner(half)
     product = 2 * panels.inner(half, half)
     if not debiased:
         return product
-    return beyond(product - _u_centring(a, a), _LOST * product)
+    return nan_if_not_above(product - _u_centring(a, a), _LOST * product)
 
 
 def feature_trace(a: Tensor) -> Tensor:
@@ -99,21 +99,21 @@ def _u_centring(a: Tensor, b: Tensor) -> Tensor:
     return (d * e).sum(-1) * n / (n - 2) - d.sum(-1) * e.sum(-1) / ((n - 1) * (n - 2))
 
 
-def halves(
+def packed_kernels(
     xs: list[Tensor], debiased: bool, kernel: str, sigma: float | None
-) -> tuple[panels.Half, Tensor]:
+) -> tuple[panels.Panels, Tensor]:
     """Of the kernel matrices of xs, each (…, n, p), halves whose cosines are CKA: (L, …, n, n).
 
     And floors (L, …): an inner product with itself that is not beyond it is mere rounding.
     """
     batch, n = xs[0].shape[:-2], xs[0].shape[-2]
-    found = panels.new_half(xs[0], n, len(xs), *batch)
+    found = panels.empty_panels(xs[0], n, len(xs), *batch)
     floors = xs[0].new_zeros(len(xs), *batch, dtype=torch.float64)
-    room = panels.block_room(xs) if kernel == "linear" else None
-    for run in panels.together(xs):
-        half = panels.some(found, run)
+    room = panels.block_buffer(xs) if kernel == "linear" else None
+    for run in panels.shape_runs_per_core(xs):
+        half = panels.select(found, run)
         if room is not None:
-            gram.fill(half, xs[run], room)
+            gram.gram_into(half, xs[run], room)
         else:
             assert sigma is not None
             k = torch.stack([gram.double_centre(distances.rbf(x, sigma)) for x in xs[run]])
@@ -121,7 +121,7 @@ def halves(
                 panel.copy_(k[..., own.start :, own])
         if debiased:
             floors[run] = _rounding(gram.u_centre(half, out=half), n) / 2
-        panels.weigh(half)
+        panels.scale_for_inner(half)
     return found, floors
 
 
@@ -142,7 +142,7 @@ def _rounding(trace: Tensor, n: int) -> Tensor:
     return (n * _EPS * trace).square() / (n - 1)
 
 
-def beyond(value: Tensor, floor: Tensor) -> Tensor:
+def nan_if_not_above(value: Tensor, floor: Tensor) -> Tensor:
     """NaN where a value is mere rounding: nothing is left to compare."""
     return torch.where(value > floor, value, torch.nan)
 
@@ -150,15 +150,15 @@ def beyond(value: Tensor, floor: Tensor) -> Tensor:
 def cosine_distance(m: Tensor, whole: Tensor, complement: bool, floor: Tensor) -> Tensor:
     """1 - CKA of the kernel matrices `whole` and `whole` less a part, without cancellation.
 
-    Matrices are vectors here, by `gram.flat`. m (C, k) is the part, or what is left of the whole
-    (k,) without it (`complement`): the smaller of the two, so that what the whole does not explain
-    of it keeps its digits. Exactly 0 for m = 0; NaN where the squared norm of what is left of the
-    whole is not above `floor`.
+    Matrices are vectors here, from `gram.to_vectors`. m (C, k) holds either the parts or, with
+    `complement`, what remains of the whole (k,) without each: pass the smaller of the two, so that
+    its component orthogonal to the whole keeps its digits. The distance is exactly 0 for m = 0, and
+    NaN where the squared norm of the remainder is not above `floor`.
     Source: METRICS, "CKA without cancellation".
     """
     ll = whole @ whole
     gamma = m @ whole / ll
     left = gamma if complement else 1 - gamma
     rr = squared_norm(torch.addr(m, gamma, whole, alpha=-1))
-    kk = beyond(left.square() * ll + rr, floor)
+    kk = nan_if_not_above(left.square() * ll + rr, floor)
     return (rr / kk) / (1 + left * torch.sqrt(ll / kk))

@@ -22,7 +22,7 @@ def labelled(cells: np.ndarray, n_cells: int) -> np.ndarray:
     return cells if cells.min(initial=0) >= 0 else np.where(cells < 0, n_cells, cells)
 
 
-def members(cells: np.ndarray, n_cells: int) -> tuple[np.ndarray, np.ndarray]:
+def sort_by_cell(cells: np.ndarray, n_cells: int) -> tuple[np.ndarray, np.ndarray]:
     """The neurons of all cells, one cell after the other, and where each cell starts: (C + 1,)."""
     if cells.ndim == 2:
         return np.nonzero(cells)[1], np.concatenate([[0], np.cumsum(cells.sum(1))])
@@ -40,7 +40,7 @@ def take(x: Tensor, columns: Tensor) -> Tensor:
     return x.gather(1, columns.expand(len(x), -1))
 
 
-def of_cells(
+def iter_cell_blocks(
     x: Tensor, cells: np.ndarray, n_cells: int
 ) -> Iterator[tuple[slice, tuple[int, int], Tensor]]:
     """Cells in a row, how many of how many columns, and these (n, k) in float64.
@@ -55,16 +55,19 @@ def of_cells(
     straight = by_rows and many > few and x.numel() <= _STRAIGHT
     width = p if straight else min(p, max(few, many))
     most = max(1, (memory.BLOCK // 2 if straight else memory.BLOCK) // n)
-    raw, centred = memory.scratch(x, n * most), memory.scratch(x, n * most, dtype=torch.float64)
-    turned = memory.scratch(x, 0 if straight else width + 1, n)
+    raw, centred = (
+        memory.empty_buffer(x, n * most),
+        memory.empty_buffer(x, n * most, dtype=torch.float64),
+    )
+    turned = memory.empty_buffer(x, 0 if straight else width + 1, n)
     turned[width:] = 0
     for start in range(0, p, width):
         span = slice(start, min(start + width, p))
         if not straight:
             _copy(turned[: span.stop - start].mT, x[:, span])
-        order, offsets = members(cells[..., span], n_cells)
+        order, offsets = sort_by_cell(cells[..., span], n_cells)
         sizes = np.diff(offsets)
-        for run, begin, end in _runs(sizes.tolist(), most):
+        for run, begin, end in _pack_cells(sizes.tolist(), most):
             present = np.arange(begin, end) < sizes[run, None]
             k, first = present.size, offsets[run.start] + begin
             if present.all():
@@ -91,7 +94,7 @@ def _copy(target: Tensor, source: Tensor) -> None:
         a.copy_(b)
 
 
-def _runs(sizes: list[int], most: int) -> Iterator[tuple[slice, int, int]]:
+def _pack_cells(sizes: list[int], most: int) -> Iterator[tuple[slice, int, int]]:
     """Runs of cells in a row that are alike, and which of each cell's columns.
 
     As many columns as `most` in all: a cell that has more comes several times, alone.

@@ -80,7 +80,7 @@ class Distances:
 
 
 def pair_distances(x: Tensor, distance: str, room: Tensor | None = None) -> Distances:
-    """The squared distances between the rows of x (n, p), by way of `panels.block_room`.
+    """The squared distances between the rows of x (n, p), by way of `panels.block_buffer`.
 
     Rows that are equal count as one, so that their distances from the others are equal to the bit.
     """
@@ -137,7 +137,7 @@ def squared_distances(
     unit: bool = False,
     room: Tensor | None = None,
     distinct: bool = True,
-) -> tuple[panels.Half, Tensor, Tensor]:
+) -> tuple[panels.Panels, Tensor, Tensor]:
     """Squared distances between the rows of x (n, p), as a half of (n, n).
 
     The rows are taken relative to an origin (1, p), or each to its own (n, 1); for `unit` they are
@@ -147,7 +147,7 @@ def squared_distances(
     Raises _EqualRows if some rows are equal, unless they are taken as ``distinct``.
     """
     n, p = x.shape
-    half, room = panels.new_half(x, n), panels.block_room([x]) if room is None else room
+    half, room = panels.empty_panels(x, n), panels.block_buffer([x]) if room is None else room
     for block in panels.blocks(p, n):
         width = block.stop - block.start
         z = room[: n * width].view(n, width).copy_(x[:, block])
@@ -187,10 +187,10 @@ def rbf(x: Tensor, sigma: float) -> Tensor:
     if x.ndim > 2:
         return torch.stack([rbf(item, sigma) for item in x])
     half = squared_distances(x, central_row(x, row_norms(x)))[0]
-    return _rbf(panels.full(half), sigma)
+    return _rbf(panels.unpack(half), sigma)
 
 
-def rbf_of_gram(g: Tensor, x: Tensor, sigma: float) -> Tensor:
+def rbf_from_gram(g: Tensor, x: Tensor, sigma: float) -> Tensor:
     """The RBF kernel of x (…, n, p) from its Gram matrix, of float32 products: (…, n, n)."""
     energy = g.diagonal(dim1=-2, dim2=-1)
     both = energy[..., :, None] + energy[..., None, :]

@@ -21,25 +21,25 @@ def centre(x: Tensor) -> Tensor:
 
 
 def centre_all(xs: Sequence[Tensor], for_products: bool = False) -> list[Tensor]:
-    """As `centre`, those `alike` in one tensor, (length, …, n, p).
+    """As `centre`, those `shape_runs` in one tensor, (length, …, n, p).
 
     All in one memory: of several, malloc gives the system back what is freed. For what may be
-    `for_products` see `_centre_`.
+    `for_products` see `_centre_inplace`.
     """
     # Of many features, the products of one by all cores are faster.
     most = panels.count_cores(xs[0]) if max(x.shape[-1] for x in xs) <= panels.COLUMNS else 1
-    shapes = [(run.stop - run.start, *xs[run.start].shape) for run in panels.alike(xs, most)]
+    shapes = [(run.stop - run.start, *xs[run.start].shape) for run in panels.shape_runs(xs, most)]
     sizes = [math.prod(shape) for shape in shapes]
-    room = memory.scratch(xs[0], sum(sizes), dtype=torch.float64).split(sizes)
+    room = memory.empty_buffer(xs[0], sum(sizes), dtype=torch.float64).split(sizes)
     found = [c.view(shape) for c, shape in zip(room, shapes, strict=True)]
     for x, own in zip(xs, (own for c in found for own in c), strict=True):
         own.copy_(x)
     for c in found:
-        _centre_(c, for_products and _short(xs))
+        _centre_inplace(c, for_products and _below_float64(xs))
     return found
 
 
-def _centre_(c: Tensor, short: bool) -> Tensor:
+def _centre_inplace(c: Tensor, short: bool) -> Tensor:
     """Centre c (…, n, p) in place; returns its means (…, 1, p).
 
     short: whether c holds numbers of 24 bits or fewer, and is for inner products of centred
@@ -58,11 +58,11 @@ def _centre_(c: Tensor, short: bool) -> Tensor:
     return mean if first is None else mean.add_(first)
 
 
-def _short(xs: Sequence[Tensor]) -> bool:
+def _below_float64(xs: Sequence[Tensor]) -> bool:
     return all(x.dtype != torch.float64 for x in xs)
 
 
-def batches(items: list[int], gram: Tensor) -> Iterator[list[int]]:
+def iter_batches(items: list[int], gram: Tensor) -> Iterator[list[int]]:
     """As many items at a time, each of a Gram's size, as a cache holds or a GPU is busy with."""
     size = max(1, (_BATCH if gram.device.type == "cpu" else _LARGE_BATCH) // gram.numel())
     for start in range(0, len(items), size):
@@ -71,13 +71,13 @@ def batches(items: list[int], gram: Tensor) -> Iterator[list[int]]:
 
 def linear(x: Tensor) -> Tensor:
     """The Gram matrix of the centred x: (…, n, p) to (…, n, n), float64."""
-    half = panels.new_half(x, x.shape[-2], *x.shape[:-2])
-    fill(half, [x], panels.block_room([x]))
-    return panels.full(half)
+    half = panels.empty_panels(x, x.shape[-2], *x.shape[:-2])
+    gram_into(half, [x], panels.block_buffer([x]))
+    return panels.unpack(half)
 
 
-def fill(half: panels.Half, xs: Sequence[Tensor], room: Tensor) -> None:
-    """Put the Gram matrices of the centred xs, all (…, n, p), into a half, by way of `block_room`.
+def gram_into(half: panels.Panels, xs: Sequence[Tensor], room: Tensor) -> None:
+    """Put the Gram matrices of the centred xs, all (…, n, p), into a half, through `block_buffer`.
 
     A product of one matrix by each core takes a tenth less than all cores' of one.
     """
@@ -90,11 +90,11 @@ def fill(half: panels.Half, xs: Sequence[Tensor], room: Tensor) -> None:
         c = room[: math.prod(shape)].view(shape)
         for x, own in zip(xs, c, strict=True):
             own.copy_(x[..., block])
-        _centre_(c, _short(xs))
+        _centre_inplace(c, _below_float64(xs))
         panels.add_product(half, c, first=block.start == 0)
 
 
-def flat(half: panels.Half, u_centred: bool, room: Tensor | None = None) -> Tensor:
+def to_vectors(half: panels.Panels, u_centred: bool, room: Tensor | None = None) -> Tensor:
     """Vectors (B, m) whose inner products are half of those of the matrices (B, n, n) of a half.
 
     Or of them `u_centred`; in the first rows of a room (…, m), or in new memory.
@@ -102,7 +102,7 @@ def flat(half: panels.Half, u_centred: bool, room: Tensor | None = None) -> Tens
     sizes = [math.prod(panel.shape[-2:]) for _, panel in half]
     b = len(half[0][1])
     if room is None:
-        room = memory.scratch(half[0][1], b, sum(sizes), dtype=torch.float64)
+        room = memory.empty_buffer(half[0][1], b, sum(sizes), dtype=torch.float64)
     parts = zip(half, room[:b].split(sizes, 1), strict=True)
     own = [(which, part.view(panel.shape)) for (which, panel), part in parts]
     if u_centred:
@@ -110,11 +110,11 @@ def flat(half: panels.Half, u_centred: bool, room: Tensor | None = None) -> Tens
     else:
         for (_, panel), (_, part) in zip(half, own, strict=True):
             part.copy_(panel)
-    panels.weigh(own)
+    panels.scale_for_inner(own)
     return room[:b]
 
 
-def u_centre(half: panels.Half, out: panels.Half) -> Tensor:
+def u_centre(half: panels.Panels, out: panels.Panels) -> Tensor:
     """U-centre Grams of centred stimuli, whose rows sum to zero, into a half; gives their traces.
 
     Frobenius products of what is left are n(n - 3) times HSIC₁.
@@ -138,7 +138,7 @@ def double_centre(k: Tensor) -> Tensor:
     return k.sub_(k.mean(-2, keepdim=True))
 
 
-def centre_relative(g: Tensor) -> Tensor:
+def centre_gram(g: Tensor) -> Tensor:
     """The Gram of centred stimuli from that of stimuli relative to any one; as symmetric as g."""
     mean = g.mean(-1)
     return g - (mean[..., :, None] + mean[..., None, :] - mean.mean(-1)[..., None, None])
@@ -153,30 +153,30 @@ def centered_gram(x: Tensor, *, kernel: str, sigma: float | None) -> Tensor:
 
 def cell_grams(x: Tensor, *, cells: np.ndarray, n_cells: int) -> Tensor:
     if cells.ndim == 2 and cells.dtype != np.bool_:
-        return torch.stack([panels.full(cell_sums(x, labels, n_cells)[0]) for labels in cells])
-    return panels.full(cell_sums(x, cells, n_cells)[0])
+        return torch.stack([panels.unpack(cell_sums(x, labels, n_cells)[0]) for labels in cells])
+    return panels.unpack(cell_sums(x, cells, n_cells)[0])
 
 
 def cell_sums(
     x: Tensor, cells: np.ndarray, n_cells: int, shifts: bool = False
-) -> tuple[panels.Half, Tensor, Tensor]:
+) -> tuple[panels.Panels, Tensor, Tensor]:
     """One pass over x (n, p): the cells' Grams, live neurons and, if asked for, shifts.
 
     Returns ``g``, a half of (C, n, n); ``live`` (C,), how many columns of a cell are not constant;
     ``shift`` (C, n), B_c μ_c with B_c the centred columns of a cell and μ_c their means, or zeros.
     """
     n = len(x)
-    g = panels.new_half(x, n, n_cells, least=panels.TILE)
+    g = panels.empty_panels(x, n, n_cells, least=panels.TILE)
     empty = np.ones(n_cells, dtype=np.bool_)
     live = torch.zeros(n_cells, dtype=torch.int64, device=x.device)
     shift = torch.zeros(n_cells, n, 1, dtype=torch.float64, device=x.device)
-    for run, shape, c in columns.of_cells(x, cells, n_cells):
-        mean = _centre_(c, _short([x]))
+    for run, shape, c in columns.iter_cell_blocks(x, cells, n_cells):
+        mean = _centre_inplace(c, _below_float64([x]))
         dead = (c[0] == 0).nonzero()[:, 0]
         dead = dead[(c[:, dead] == 0).all(0)]
         live[run] += shape[1] - torch.bincount(dead // shape[1], minlength=shape[0])
         parts = c.unflatten(1, shape).transpose(0, 1)
-        own, first = panels.some(g, run), bool(empty[run].all())
+        own, first = panels.select(g, run), bool(empty[run].all())
         if not first:
             _clear(own, empty[run])
         panels.add_product(own, parts, first)
@@ -187,7 +187,7 @@ def cell_sums(
     return g, live, shift[..., 0]
 
 
-def _clear(half: panels.Half, which: np.ndarray) -> None:
+def _clear(half: panels.Panels, which: np.ndarray) -> None:
     """Set some of the matrices to zero."""
     if which.any():
         for _, panel in half:

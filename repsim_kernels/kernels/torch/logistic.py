@@ -106,7 +106,7 @@ def logistic_fits(
                 for name, values in out.items():
                     values[some, j] = getattr(fits, name).to(values.dtype)
 
-    _share(work, list(batches(b, d * n * dtype.itemsize, x.device)), x.device)
+    _share(work, list(iter_slices(b, d * n * dtype.itemsize, x.device)), x.device)
     return out
 
 
@@ -121,7 +121,7 @@ def neuron_major(x: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     return x.index_select(1, used).mT.contiguous(), numbers
 
 
-def batches(b: int, size: int, device: torch.device) -> Iterator[slice]:
+def iter_slices(b: int, size: int, device: torch.device) -> Iterator[slice]:
     count = max(1, (_CACHED if device.type == "cpu" else _ON_GPU) // size)
     return (slice(i, min(i + count, b)) for i in range(0, b, count))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 BLOCK = 2**21
 
 
-def scratch(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+def empty_buffer(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """Unwritten memory of x's dtype or another; NumPy's comes in huge pages, ten times as fast."""
     dtype = dtype or x.dtype
     if x.device.type != "cpu" or 0 in shape:

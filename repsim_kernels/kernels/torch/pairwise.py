@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from repsim_kernels.kernels.torch import cca, cka, gram, panels, predictivity, procrustes, rsa
-from repsim_kernels.kernels.torch.spectrum import Representation
+from repsim_kernels.kernels.torch.representation import Representation
 
 
 def pairwise(
@@ -43,7 +43,7 @@ def _alike(wanted: range, rs: list[Representation]) -> Iterator[list[int]]:
     for j in wanted:
         shapes.setdefault(min(rs[j].n, rs[j].p), []).append(j)
     for js in shapes.values():
-        yield from gram.batches(js, rs[js[0]].factor)
+        yield from gram.iter_batches(js, rs[js[0]].factor)
 
 
 class _Stack(Representation):
@@ -98,12 +98,12 @@ def _cka(
             products = products + products.mT + xx.diag()
         traces = [torch.cat([cka.feature_trace(c) for c in side]) for side in runs if chance]
     else:
-        found = [cka.halves(side, debiased, kernel, sigma) for side in sides]
+        found = [cka.packed_kernels(side, debiased, kernel, sigma) for side in sides]
         (rows, floor_x), (columns, floor_y) = found[0], found[-1]
         products = panels.inner_of_all(rows, columns)
         xx = products.diagonal() if ys is None else panels.inner(rows, rows)
         yy = xx if ys is None else panels.inner(columns, columns)
-        xx, yy = cka.beyond(xx, floor_x), cka.beyond(yy, floor_y)
+        xx, yy = cka.nan_if_not_above(xx, floor_x), cka.nan_if_not_above(yy, floor_y)
         # Diagonals are scaled by √½, as xx and yy are by ½.
         traces = [panels.diagonal(half).sum(-1) for half, _ in found if chance]
     values = cka.cosine(products, xx[:, None], yy)

@@ -21,14 +21,14 @@ COLUMNS = 512
 # Weight of the entries of a half of a matrix that stand for one, beside those that stand for two.
 _ONCE = math.sqrt(0.5)
 
-Half = list[tuple[slice, Tensor]]
+Panels = list[tuple[slice, Tensor]]
 """A half of symmetric matrices, in panels: columns, and what these hold from the diagonal down."""
 
 
-def full(half: Half) -> Tensor:
+def unpack(half: Panels) -> Tensor:
     """The matrices (…, n, n), symmetric to the bit."""
     first = half[0][1]
-    g = memory.scratch(first, *first.shape[:-1], first.shape[-2], dtype=torch.float64)
+    g = memory.empty_buffer(first, *first.shape[:-1], first.shape[-2], dtype=torch.float64)
     for own, panel in half:
         width = panel.shape[-1]
         block, below = panel[..., :width, :], panel[..., width:, :]
@@ -38,7 +38,7 @@ def full(half: Half) -> Tensor:
     return g
 
 
-def half_of(g: Tensor) -> Half:
+def panels_view(g: Tensor) -> Panels:
     """A half of symmetric matrices (…, n, n), without a copy, in the panels of `cell_sums`."""
     return [(own, g[..., own.start :, own]) for own in _spans(g.shape[-1], TILE)]
 
@@ -48,7 +48,7 @@ def _spans(n: int, least: int) -> list[slice]:
     return [slice(start, min(start + width, n)) for start in range(0, n, width)]
 
 
-def new_half(x: Tensor, n: int, *batch: int, least: int = _PANEL) -> Half:
+def empty_panels(x: Tensor, n: int, *batch: int, least: int = _PANEL) -> Panels:
     """Room for halves of n x n matrices (*batch, n, n), on x's device; a panel is contiguous.
 
     A panel has `least` columns or more.
@@ -56,11 +56,11 @@ def new_half(x: Tensor, n: int, *batch: int, least: int = _PANEL) -> Half:
     spans = _spans(n, least)
     shapes = [(*batch, n - own.start, own.stop - own.start) for own in spans]
     sizes = [math.prod(shape) for shape in shapes]
-    room = memory.scratch(x, sum(sizes), dtype=torch.float64).split(sizes)
+    room = memory.empty_buffer(x, sum(sizes), dtype=torch.float64).split(sizes)
     return [(own, part.view(shape)) for own, part, shape in zip(spans, room, shapes, strict=True)]
 
 
-def some(half: Half, which: int | slice | list[int]) -> Half:
+def select(half: Panels, which: int | slice | list[int]) -> Panels:
     """The halves of some of the matrices."""
     return [(own, panel[which]) for own, panel in half]
 
@@ -75,13 +75,15 @@ def count_cores(x: Tensor) -> int:
     return 1 if x.is_cuda else torch.get_num_threads()
 
 
-def together(xs: Sequence[Tensor]) -> Iterator[slice]:
-    """Those `alike` whose blocks are made together: if cores are few, as many as these."""
+def shape_runs_per_core(xs: Sequence[Tensor]) -> Iterator[slice]:
+    """Those `shape_runs` whose blocks are made together: if cores are few, as many as these."""
     cores = count_cores(xs[0])
-    return alike(xs, cores if cores * math.prod(xs[0].shape[:-1]) * COLUMNS <= memory.BLOCK else 1)
+    return shape_runs(
+        xs, cores if cores * math.prod(xs[0].shape[:-1]) * COLUMNS <= memory.BLOCK else 1
+    )
 
 
-def alike(xs: Sequence[Tensor], most: int) -> Iterator[slice]:
+def shape_runs(xs: Sequence[Tensor], most: int) -> Iterator[slice]:
     """Runs of xs that are of one shape, of a length up to `most`."""
     start = 0
     while start < len(xs):
@@ -92,16 +94,16 @@ def alike(xs: Sequence[Tensor], most: int) -> Iterator[slice]:
         start = stop
 
 
-def block_room(xs: Sequence[Tensor]) -> Tensor:
-    """Memory for a float64 block of what is `together`: fresh it costs what centring does."""
+def block_buffer(xs: Sequence[Tensor]) -> Tensor:
+    """A buffer for the float64 blocks of any run; a fresh one costs as much as centring."""
     size = max(
         min(run[0].numel() * len(run), max(memory.BLOCK, math.prod(run[0].shape[:-1])))
-        for run in (xs[which] for which in together(xs))
+        for run in (xs[which] for which in shape_runs_per_core(xs))
     )
-    return memory.scratch(xs[0], size, dtype=torch.float64)
+    return memory.empty_buffer(xs[0], size, dtype=torch.float64)
 
 
-def add_product(half: Half, c: Tensor, first: bool) -> None:
+def add_product(half: Panels, c: Tensor, first: bool) -> None:
     """Add c cᵀ of c (…, n, k) to its half, or put it there if it is the first."""
     n, k = c.shape[-2:]
     beta = 0 if first else 1
@@ -132,24 +134,24 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return (u @ v.mT).sum(0).addmm_(a[:, end:], b[:, end:].mT)
 
 
-def weigh(half: Half) -> None:
+def scale_for_inner(half: Panels) -> None:
     """Scale in place such that `inner` products are half of the matrices'."""
     for _, panel in half:
         panel[..., : panel.shape[-1], :].mul_(_ONCE)
 
 
-def inner(a: Half, b: Half) -> Tensor:
+def inner(a: Panels, b: Panels) -> Tensor:
     """The inner product of each matrix (…, n, n) of a half with the one of another, (…)."""
     pairs = ((u.flatten(-2), v.flatten(-2)) for (_, u), (_, v) in zip(a, b, strict=True))
     return torch.stack([torch.linalg.vecdot(u, v) for u, v in pairs]).sum(0)
 
 
-def inner_of_all(a: Half, b: Half) -> Tensor:
+def inner_of_all(a: Panels, b: Panels) -> Tensor:
     """As `inner`, of each matrix (L, n, n) of a half with all (M, n, n) of another: (L, M)."""
     pairs = ((u.flatten(1), v.flatten(1)) for (_, u), (_, v) in zip(a, b, strict=True))
     return torch.stack([product(u, v) for u, v in pairs]).sum(0)
 
 
-def diagonal(half: Half) -> Tensor:
+def diagonal(half: Panels) -> Tensor:
     """The diagonals (…, n)."""
     return torch.cat([panel.diagonal(dim1=-2, dim2=-1) for _, panel in half], -1)

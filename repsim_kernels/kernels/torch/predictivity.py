@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from repsim_kernels.kernels.torch.probe import best_ridges, fold_groups, hold_out
-from repsim_kernels.kernels.torch.spectrum import Representation
+from repsim_kernels.kernels.torch.representation import Representation
 
 
 def linear_predictivity(x: Tensor, y: Tensor, *, ridge: float | str, folds: np.ndarray) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from repsim_kernels.kernels.torch import gram
-from repsim_kernels.kernels.torch.ablation import PASSES, Cells, Passes
-from repsim_kernels.kernels.torch.spectrum import to_complement
+from repsim_kernels.kernels.torch.ablation import PASSES, CellParts, Passes
+from repsim_kernels.kernels.torch.representation import to_complement
 
 # A Newton step of this size is the last: what is left is of the order of its square. Ten steps are
 # many; only rounding, with a ridge near 0, keeps steps from becoming as small as this.
@@ -30,7 +30,7 @@ def ablation_decodability(
     probe: str,
     passes: Passes = PASSES,
 ) -> dict[str, Any]:
-    parts = Cells(x, cells, n_cells, shifts=True, passes=passes)
+    parts = CellParts(x, cells, n_cells, shifts=True, passes=passes)
     task = _Task(labels, target, x.device, rest=1 if probe == "ridge" else 0)
     relative = (
         best_ridges(parts.whole, [to_complement(task.y)])[0] if isinstance(ridge, str) else ridge
@@ -47,7 +47,7 @@ def ablation_decodability(
     for c in range(n_cells):
         rest = parts.rest(c)
         outputs = {"frozen": whole.read(rest, parts.shift[c])}
-        if parts.left[c]:
+        if parts.n_remaining[c]:
             outputs["refit"] = fitted(rest).held_out
         for kind, values in outputs.items():
             for name, scored in task.scores(values, score).items():
@@ -173,7 +173,7 @@ class _Logistic:
         self.offset = share.logit()
         self.dual = k.new_zeros(*share.shape, len(k))
         fits = ((share > 0) & (share < 1)).nonzero()
-        for batch in gram.batches(list(range(len(fits))), k):
+        for batch in gram.iter_batches(list(range(len(fits))), k):
             f, j = fits[batch].T
             self.dual[f, j], self.offset[f, j] = _newton(
                 k, y.T[j], kept[f], kappa, self.offset[f, j]

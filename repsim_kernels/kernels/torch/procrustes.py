@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from repsim_kernels.kernels.torch.spectrum import Representation
+from repsim_kernels.kernels.torch.representation import Representation
 
 
 def procrustes(x: Tensor, y: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def advance(
     return p, o, g.div_(mu.add_(v))[None]
 
 
-def deficit(v: Tensor, f: Tensor, advance: Advance = advance) -> tuple[Tensor, Tensor]:
+def solve_deficit(v: Tensor, f: Tensor, advance: Advance = advance) -> tuple[Tensor, Tensor]:
     """tr D (B,) for f (B, m, m) and v (m,) > 0, float64, and how many steps it took.
 
     NaN where the steps would be too many, or their end is not to be trusted.

@@ -29,7 +29,7 @@ def all_dissimilarities(xs: list[Tensor], distance: str, compare: str) -> list[T
 
     NaN where the distances have no correlation with anything: all equal, or all zero.
     """
-    room = panels.block_room(xs)  # fresh memory for each would cost as much as what is done in it
+    room = panels.block_buffer(xs)  # fresh memory for each would cost as much as what is done in it
     return [_dissimilarities(x, distance, compare, room) for x in xs]
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from repsim_kernels._routes import Distances
-from repsim_kernels.kernels.torch import gram, panels, spectrum
-from repsim_kernels.kernels.torch.ablated import SOLVERS, Original, Solvers
-from repsim_kernels.kernels.torch.ablation import Parts, distances
+from repsim_kernels.kernels.torch import gram, panels, representation
+from repsim_kernels.kernels.torch.ablation import GramParts, distances
+from repsim_kernels.kernels.torch.spectral_distances import SOLVERS, Original, Solvers
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -29,11 +29,11 @@ def gram_ablation_distances(
 
     def original() -> Original:
         count = n - 1 if neurons is None else neurons
-        return Original(spectrum.of_gram(whole), n, count, ridge, penalty, solvers)
+        return Original(representation.spectrum_of_gram(whole), n, count, ridge, penalty, solvers)
 
     remains = torch.where(left > n * _EPS * energy, n, 0)
-    dead = (grams == 0).all(-1).all(-1).tolist()
-    pieces = Parts(whole, panels.half_of(grams), dead, remains.tolist())
+    constant = (grams == 0).all(-1).all(-1).tolist()
+    pieces = GramParts(whole, panels.panels_view(grams), constant, remains.tolist())
     return distances(pieces, original, metrics)
 
 

@@ -36,7 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from repsim_kernels.kernels.torch.logistic import NOISE, Fits, batches, refit
+from repsim_kernels.kernels.torch.logistic import NOISE, Fits, iter_slices, refit
 from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton._newton import centred, moments, noise, products, solve, tf32
 
@@ -275,7 +275,7 @@ def logistic_fits(
     for j in again.any(0).nonzero()[:, 0].tolist():
         y = torch.as_tensor(targets[j], device=x.device)
         at = again[:, j].nonzero()[:, 0]
-        for some in batches(len(at), 8 * d * n, x.device):
+        for some in iter_slices(len(at), 8 * d * n, x.device):
             begun = Fits(**{name: value[at[some], j] for name, value in fits.items()})
             own = rows[numbers[at[some]], :n].double()
             ended = refit(own, y, C, begun, tol, max_iter)

@@ -31,7 +31,7 @@ def positive(w: Tensor, n: int) -> Tensor:
     return w > n * torch.finfo(torch.float64).eps * w.amax(-1, keepdim=True)
 
 
-def of_gram(g: Tensor) -> tuple[Tensor, Tensor]:
+def spectrum_of_gram(g: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvectors (…, n - 1, n - 1) and eigenvalues of a Gram as `Representation.spectrum` has."""
     w, u = torch.linalg.eigh(to_complement(to_complement(g).mT))
     return _of_rank(u.flip(-1), w.flip(-1), g.shape[-1])
@@ -72,7 +72,7 @@ class Representation:
     def spectrum(self) -> tuple[Tensor, Tensor]:
         """Eigenvectors (…, n - 1, r) and eigenvalues (…, r), descending; zero beyond the rank."""
         if self.p >= self.n:
-            return of_gram(self.gram)
+            return spectrum_of_gram(self.gram)
         u, s, _ = torch.linalg.svd(to_complement(self.centred), full_matrices=False)
         return _of_rank(u, s.square(), self.n)
 

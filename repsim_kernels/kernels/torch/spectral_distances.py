@@ -17,7 +17,7 @@ from torch import Tensor
 from repsim_kernels._routes import Distances, Route
 from repsim_kernels.kernels.torch import riccati
 from repsim_kernels.kernels.torch.cca import leading
-from repsim_kernels.kernels.torch.spectrum import from_complement, positive
+from repsim_kernels.kernels.torch.representation import from_complement, positive
 
 _EPS = torch.finfo(torch.float64).eps
 # A relative ridge below which solves with L + κI lose more than about 1e-6 of a correlation.
@@ -77,7 +77,7 @@ class Original:
         return (self.shrunk.sqrt() * self.basis).mT
 
 
-class Ablated:
+class AblationBatch:
     """A batch of B ablations of one original.
 
     Where `features` are given, fewer neurons are left than there are directions.
@@ -141,7 +141,7 @@ class Ablated:
         out, (route, steps) = self._unknown(), self._all(Route.ITERATIONS)
         if self.features is None:
             f = root[:, None] * self.cell * root
-            deficit, steps = riccati.deficit(self.v, f, self.solvers.advance)
+            deficit, steps = riccati.solve_deficit(self.v, f, self.solvers.advance)
             x, y = deficit / total, self.cell.diagonal(dim1=1, dim2=2).sum(-1) / total
             r = (self.left_trace / total).sqrt()
             out = 2 * (x - y / (1 + r)) / r
@@ -219,7 +219,7 @@ class Ablated:
         """
         lost, (route, steps) = self._unknown(), self._all(Route.ITERATIONS)
         if self.features is None and not vectors:
-            lost, steps = riccati.deficit(
+            lost, steps = riccati.solve_deficit(
                 self.original.shrunk, self.balanced_loss, self.solvers.advance
             )
         missing = lost.isnan()
