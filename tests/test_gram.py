@@ -104,7 +104,7 @@ def test_blocks_do_not_change_the_result(monkeypatch, block, straight, sizes, n,
     ]
     monkeypatch.setattr(memory, "BLOCK", block)
     monkeypatch.setattr(columns, "_COLUMNS", 1)
-    monkeypatch.setattr(columns, "_STRAIGHT", straight)
+    monkeypatch.setattr(columns, "_MAX_DIRECT", straight)
     z = x.astype(dtype)
     np.testing.assert_allclose(rk.cell_grams(z, cells, n_cells=n_cells), wants[0], atol=1e-12)
     np.testing.assert_allclose(rk.cell_grams(z, membership), wants[1], atol=1e-12)

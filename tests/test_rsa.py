@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import repsim_kernels as rk
 from repsim_kernels.kernels.torch.distances import _EqualRows, check_distinct, pair_distances
-from repsim_kernels.kernels.torch.rsa import average_ranks
+from repsim_kernels.kernels.torch.rsa import rank_distances
 
 DISTANCES = ("euclidean", "sqeuclidean", "correlation", "cosine")
 EACH_BACKEND = pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -225,7 +225,7 @@ def test_generic_distances_do_not_tie(kind, distance, dtype):
     if distance == "cosine":
         exact /= np.sqrt((exact**2).sum(1, keepdims=True))
     d2 = np.concatenate([((exact[i + 1 :] - row) ** 2).sum(1) for i, row in enumerate(exact)])
-    ranks = average_ranks(pair_distances(torch.from_numpy(x), distance)).numpy()
+    ranks = rank_distances(pair_distances(torch.from_numpy(x), distance)).numpy()
     _, first, counts = np.unique(ranks, return_index=True, return_counts=True)
     assert len(ranks) - len(first[counts == 1]) < 1e-4 * len(ranks)
     want = np.empty(len(d2))
@@ -309,7 +309,7 @@ def test_ranks_of_tensors_are_those_of_arrays(distance, n, p, seed, kind, dtype)
         "orthonormal": lambda: np.linalg.qr(rng.standard_normal((n, n)))[0],
     }[kind]()
     found = pair_distances(torch.from_numpy(x).to(dtype), distance)
-    want = average_ranks(found)
+    want = rank_distances(found)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("repsim_kernels.kernels.torch.rsa.np", torch)  # as for tensors on a GPU
-        assert torch.equal(average_ranks(found).nan_to_num(nan=0), want.nan_to_num(nan=0))
+        assert torch.equal(rank_distances(found).nan_to_num(nan=0), want.nan_to_num(nan=0))

@@ -118,7 +118,7 @@ def test_the_riccati_equation(m, size, seed):
     got, steps = riccati.solve_deficit(torch.from_numpy(v), torch.from_numpy(f))
     want = [exact_deficit(v, one) for one in f]
     assert_close(got, np.array(want), Tol(1e-9, 1e-12))
-    assert (steps <= riccati._STEPS).all()
+    assert (steps <= riccati._MAX_STEPS).all()
 
 
 def test_a_riccati_equation_without_a_solution():

@@ -174,7 +174,7 @@ def selectivity_grid(
     """The cell of each neuron of x (n, p), by selectivity and then magnitude: (p,) or (C, p)."""
     own = labels == target
     sums = _divided_sums(x, own.astype(np.int64), np.ones(2, np.int64), launch)
-    return grid_from_sums(*sums, own=int(own.sum()), n=len(x), grid=grid, edges=edges)
+    return grid_from_sums(*sums, n_target=int(own.sum()), n=len(x), grid=grid, edges=edges)
 
 
 def _case(name: str, n: int, p: int, k: int, by_neuron: bool, dtype: torch.dtype) -> _launch.Case:
