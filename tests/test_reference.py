@@ -28,10 +28,10 @@ from bench.common.tolerances import (
     assert_rank_fidelity,
 )
 from repsim_kernels.reference.ablation import ablation_distances
-from repsim_kernels.reference.cca import cca, factors, pwcca, svcca
+from repsim_kernels.reference.cca import cca, decompose, pwcca, svcca
 from repsim_kernels.reference.cka import cka
-from repsim_kernels.reference.gram import cell_grams, centered, centered_gram, contrasts
-from repsim_kernels.reference.probe import ablation_decodability, held_out
+from repsim_kernels.reference.gram import cell_grams, centered_gram, centre, contrasts
+from repsim_kernels.reference.probe import ablation_decodability, predict_held_out
 from repsim_kernels.reference.procrustes import procrustes, procrustes_distance
 from repsim_kernels.reference.rsa import rsa
 
@@ -136,7 +136,7 @@ def test_constant_columns_are_exact_zeros():
     constant = [np.full((n, 3), 0.1) for n in range(2, 40)]
     assert any((x - x.mean(0)).any() for x in constant)
     for x in constant:
-        assert not centered(x).any()
+        assert not centre(x).any()
         assert not centered_gram(x).any()
         assert not cell_grams(x, np.zeros(3, int)).any()
 
@@ -144,7 +144,7 @@ def test_constant_columns_are_exact_zeros():
 def test_what_counts_as_a_direction():
     # Squared singular values 1, 1e-12 and 1e-20 of the largest; the last is below n · eps.
     q = contrasts(9)[:, :3]
-    assert factors(q * [1, 1e-6, 1e-10])[2] == 2
+    assert decompose(q * [1, 1e-6, 1e-10])[2] == 2
     y = q[:, 1:] + q[:, :1]
     bases = [np.linalg.qr(z)[0] for z in (q[:, :2], y)]
     rho = np.linalg.svd(bases[0].T @ bases[1], compute_uv=False)
@@ -244,7 +244,7 @@ def test_decodability_is_sklearns_ridge(p, target, ridge):
     for name, value in want.items():
         assert_close(got[name], value, SAME)
     assert_close(
-        held_out(x, ablated[0], np.eye(shown.max() + 1)[shown], ridge),
+        predict_held_out(x, ablated[0], np.eye(shown.max() + 1)[shown], ridge),
         predictions(x, ablated[0])[:, : shown.max() + 1],
         LOOSE,
     )
