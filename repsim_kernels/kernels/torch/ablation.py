@@ -72,7 +72,7 @@ class GramParts:
         return self.whole - panels.unpack(panels.select(self.grams, c))
 
     def factor(self, c: int, basis: Tensor) -> Tensor | None:
-        """Return T (m, r) with T Tᵀ = basisᵀ K_c basis, if it can be had without forming K_c."""
+        """Return T (m, r) with T Tᵀ = basisᵀ K_c basis, or None if it would need K_c."""
         return None
 
 

@@ -19,7 +19,7 @@ from repsim_kernels.kernels.torch import memory
 _PANEL, _MAX_PANELS, TILE = 64, 10, 24
 # A product with at most _FEW rows and at least _LONG columns per core is split over its columns.
 _FEW, _LONG = 64, 2048
-# Where each core centres its own matrix: the least columns of a block, and the most features.
+# Where each core centres its own matrix: the fewest columns of a block, and the most features.
 COLUMNS = 512
 # Scale of the diagonal blocks, whose entries count once in `inner` where those below count twice.
 _SQRT_HALF = math.sqrt(0.5)
