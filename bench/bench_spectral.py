@@ -17,13 +17,13 @@ from torch import Generator, Tensor
 import repsim_kernels as rk
 from bench.common.inputs import DEVICE, assign_cells, draw_activations
 from bench.common.tolerances import SAME, Tol, assert_close
-from repsim_kernels.kernels.torch import cka, gram, panels, spectrum
-from repsim_kernels.kernels.torch.ablated import Ablated, Original
+from repsim_kernels.kernels.torch import cka, gram, panels, representation
+from repsim_kernels.kernels.torch.spectral_distances import AblationBatch, Original
 
 if DEVICE == "cuda":
     from repsim_kernels.kernels.triton.spectral import SOLVERS
 else:
-    from repsim_kernels.kernels.torch.ablated import SOLVERS
+    from repsim_kernels.kernels.torch.spectral_distances import SOLVERS
 
 Pair = tuple[Tensor, Tensor]
 RIDGE = 0.1
@@ -63,13 +63,13 @@ def distances_by_package(
 ) -> dict[str, Tensor]:
     """Run the package's n x n stage, with sums of variates as PWCCA's weights."""
     n = len(whole)
-    original = Original(spectrum.of_gram(whole), n, n - 1, RIDGE, 0.0, SOLVERS)
+    original = Original(representation.spectrum_of_gram(whole), n, n - 1, RIDGE, 0.0, SOLVERS)
     out: dict[str, list[Tensor]] = {name: [] for name in metrics}
-    (flat,) = gram.flat(panels.half_of(whole[None]), u_centred=False)
-    for batch in gram.batches(list(range(len(parts))), whole):
-        ablated = Ablated(original, cell=parts[batch])
+    (flat,) = gram.to_vectors(panels.panels_view(whole[None]), u_centred=False)
+    for batch in gram.iter_batches(list(range(len(parts))), whole):
+        ablated = AblationBatch(original, cell=parts[batch])
         if "cka" in metrics:
-            m = gram.flat(panels.half_of(parts[batch]), u_centred=False)
+            m = gram.to_vectors(panels.panels_view(parts[batch]), u_centred=False)
             out["cka"].append(cka.cosine_distance(m, flat, False, torch.zeros(())))
         if "procrustes" in metrics:
             out["procrustes"].append(ablated.procrustes()[0])
@@ -93,15 +93,15 @@ def distances_by_svd(
     ``pwcca_weights`` maps canonical variates (..., k, n) to PWCCA's weights (..., k).
     """
     n = len(whole)
-    basis, v = spectrum.of_gram(whole)
+    basis, v = representation.spectrum_of_gram(whole)
     out: dict[str, list[Tensor]] = {name: [] for name in metrics}
     root = (v / (v + RIDGE * v.sum() / n)).sqrt()
-    for batch in gram.batches(list(range(len(parts))), whole):
+    for batch in gram.iter_batches(list(range(len(parts))), whole):
         rest = whole - parts[batch]
         if "cka" in metrics:
             similarity = (rest * whole).sum((1, 2)) / rest.square().sum((1, 2)).sqrt()
             out["cka"].append(1 - similarity / whole.square().sum().sqrt())
-        u, w = spectrum.of_gram(rest)
+        u, w = representation.spectrum_of_gram(rest)
         rotation = basis.mT @ u
         if "procrustes" in metrics:
             matrix = v.sqrt()[:, None] * rotation * w.sqrt()[:, None, :]
@@ -112,7 +112,7 @@ def distances_by_svd(
             matrix = root[:, None] * rotation * other[:, None, :]
             if "pwcca" in metrics:
                 directions, rho, _ = torch.linalg.svd(matrix)
-                h = directions.mT @ spectrum.from_complement(root * basis).mT
+                h = directions.mT @ representation.from_complement(root * basis).mT
                 out["pwcca"].append(pwcca_distance(pwcca_weights(h), rho))
             else:
                 rho = torch.linalg.svdvals(matrix)

@@ -1,4 +1,4 @@
-"""What every backend returns for the distances of ablations."""
+"""Result types for the distances of ablations, shared by all backends."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 class Route(enum.IntEnum):
     """How a distance was computed; `ablation_distances` reports the names in lower case."""
 
-    NOTHING = 0  # nothing was removed, or nothing is left
-    SUMS = 1  # over elements, or over those that linear equations give
+    NOTHING = 0  # the cell is constant, or no varying neuron remains
+    SUMS = 1  # sums over matrix elements, after a linear solve for squared CCA
     ITERATIONS = 2  # Riccati iterations
-    FACTORS = 3  # singular values of the product of what is left and the original
-    EIGENVECTORS = 4  # of an ablated matrix
-    DEFINITION = 5  # of the reference: the metric itself, from an ablated copy
+    FACTORS = 3  # singular values of the product of the remaining features and the original
+    EIGENVECTORS = 4  # eigenvectors of an ablated matrix
+    DEFINITION = 5  # in the reference: the metric itself, on an ablated copy
 
 
 class Distances(NamedTuple):
@@ -26,7 +26,7 @@ class Distances(NamedTuple):
 
 
 class Info(NamedTuple):
-    """How the distances of one metric were found; NumPy arrays (…, C)."""
+    """How the distances of one metric were computed; NumPy arrays (…, C)."""
 
     route: Any  # the name of a `Route`, in lower case
     steps: Any

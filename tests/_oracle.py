@@ -1,6 +1,6 @@
-"""The metrics once more, in 60-digit arithmetic from the Grams: what the reference is held to.
+"""The metrics in 60-digit arithmetic from the Grams, which the reference is tested against.
 
-Slow; for a few stimuli. Each takes float64 arrays (n, p) and (n, q), exact as they stand.
+Slow, so only for a few stimuli. Each takes float64 arrays (n, p) and (n, q), read exactly.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def trace(k):
 
 
 def apply(k, function):
-    """function of the eigenvalues of k, those that are 0 left out."""
+    """Apply a function to the positive eigenvalues of k."""
     w, u = mp.eigsy(k)
     cut = ZERO * max(w)
     return u * mp.diag([function(v) if v > cut else mpf(0) for v in w]) * u.T
@@ -70,13 +70,13 @@ def procrustes_distance(x, y):
 
 
 def _sum_of_roots(k, m):
-    """Nuclear norm of k^½ m^½."""
+    """Return the nuclear norm of k^½ m^½."""
     root = apply(k, mp.sqrt)
     return mp.fsum(mp.sqrt(max(v, 0)) for v in mp.eigsy(root * m * root, eigvals_only=True))
 
 
 def _projector(x, ridge, penalty):
-    """A (AᵀA + κI)⁻¹ Aᵀ as a matrix of the stimuli."""
+    """Return A (AᵀA + κI)⁻¹ Aᵀ, (n, n), for the centred x A."""
     k = gram(x)
     kappa = mpf(penalty) or mpf(ridge) * trace(k) / k.rows
     return apply(k, lambda v: v / (v + kappa))
@@ -99,14 +99,14 @@ def pwcca(x, y, ridge=0, penalty=0):
     root = apply(k, mp.sqrt)
     rho2, u = mp.eigsy(root * m * root)  # ascending
     shares = (root * u).T * features(x)
-    kept = range(len(rho2) - min(_rank(k), _rank(m)), len(rho2))
-    weights = [mp.fsum(abs(v) for v in shares[i, :]) for i in kept]
-    rho = [mp.sqrt(max(rho2[i], 0)) for i in kept]
+    in_rank = range(len(rho2) - min(_rank(k), _rank(m)), len(rho2))
+    weights = [mp.fsum(abs(v) for v in shares[i, :]) for i in in_rank]
+    rho = [mp.sqrt(max(rho2[i], 0)) for i in in_rank]
     return mp.fdot(weights, rho) / mp.fsum(weights)
 
 
 def svcca(x, y, variance=0.99):
-    kept = []
+    bases = []
     for z in (x, y):
         w, u = mp.eigsy(gram(z))
         order = sorted(range(len(w)), key=lambda i: -w[i])
@@ -116,6 +116,6 @@ def svcca(x, y, variance=0.99):
         basis = mp.matrix(u.rows, count)
         for column, i in enumerate(order[:count]):
             basis[:, column] = u[:, i]
-        kept.append(basis)
-    rho = mp.svd_r(kept[0].T * kept[1], compute_uv=False)
-    return mp.fsum(rho) / min(b.cols for b in kept)
+        bases.append(basis)
+    rho = mp.svd_r(bases[0].T * bases[1], compute_uv=False)
+    return mp.fsum(rho) / min(b.cols for b in bases)

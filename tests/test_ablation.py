@@ -1,4 +1,4 @@
-"""Ablation distances: every backend against the reference, and against 40-digit arithmetic."""
+"""Ablation distances: each backend against the reference, and against 60-digit arithmetic."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def assert_agree(got, want, tol, nan=True):
             raise AssertionError(f"{name}: {error}") from None
 
 
-# Few stimuli, and so many that a matrix has several panels.
+# Few stimuli, or enough for a matrix to have several panels.
 STIMULI = st.one_of(st.integers(4, 12), st.integers(25, 60))
-# The oracle's own distances are 1 minus a similarity: at 1e-14 that is all it has.
+# The oracle computes 1 minus a similarity, which leaves it no digits at 1e-14.
 FLOAT64 = Tol(1e-9, 1e-13)
 
 
@@ -71,7 +71,7 @@ def test_float32(data):
 @pytest.mark.parametrize("p", [6, 25, 40, 400])
 @pytest.mark.parametrize("share", [0.001, 0.3, 0.7, 0.9999])
 def test_one_cell_of_any_energy(p, share):
-    """Cells that hold little or nearly all of the energy, with p below n and far above."""
+    """Cells with little or nearly all of the energy, for p below n and far above."""
     rng = np.random.default_rng(p)
     x = rng.standard_normal((24, p))
     cells = np.arange(p) % 3
@@ -82,7 +82,7 @@ def test_one_cell_of_any_energy(p, share):
         assert_rank_fidelity(got[name], want[name], DISTANCE["float64"])
 
 
-def test_the_distances_of_the_metrics_themselves():
+def test_distances_match_the_pair_metrics():
     rng = np.random.default_rng(0)
     x = np.maximum(rng.standard_normal((20, 60)), 0)
     cells = rng.integers(0, 4, 60)
@@ -103,15 +103,15 @@ def test_the_distances_of_the_metrics_themselves():
 
 @pytest.mark.parametrize("options", [{"ridge": 0.1}, {"penalty": 5.0}, {"ridge": 0.0}])
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_empty_dead_and_whole_cells(options, backend):
+def test_empty_constant_and_complete_cells(options, backend):
     rng = np.random.default_rng(1)
     x = rng.standard_normal((7, 12))
     x[:, 4:6] = 0.1
     x[:, 6] = 0
     cells = np.zeros((4, 12), bool)
-    cells[1, 4:7] = True  # dead
-    cells[2, :] = True  # everything
-    cells[3, :4] = cells[3, 7:] = True  # everything that is not dead
+    cells[1, 4:7] = True  # constant neurons
+    cells[2, :] = True  # all neurons
+    cells[3, :4] = cells[3, 7:] = True  # all neurons that vary
     got = distances(x, cells, backend, **options)
     for name in METRICS:
         assert got[name][0] == got[name][1], name
@@ -125,19 +125,19 @@ def test_empty_dead_and_whole_cells(options, backend):
         assert got["pwcca"][0] == pytest.approx(1 - rk.pwcca(x, x, **options), rel=1e-12)
 
 
-@pytest.mark.parametrize("turn", [False, True])
-def test_a_neuron_whose_mean_is_its_first_value_is_not_dead(turn):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_neuron_whose_mean_is_its_first_value_is_not_constant(transposed):
     rng = np.random.default_rng(4)
     x = rng.integers(-9, 9, (7, 12)).astype(float)
     x[0, :6] = x[1:, :6].sum(0)
     x[1:, :6] *= 6
     x[:, 6] = 3
     cells = np.arange(12) // 2
-    got = distances(x.T.copy().T if turn else x, cells)
+    got = distances(x.T.copy().T if transposed else x, cells)
     assert_agree(got, distances(x, cells, "reference"), FLOAT64)
 
 
-def test_equally_far_apart_stimuli_have_no_debiased_distance():
+def test_equidistant_stimuli_have_no_debiased_distance():
     rng = np.random.default_rng(5)
     x = np.concatenate([np.linalg.qr(rng.standard_normal((6, 6)))[0], np.full((6, 1), 0.1)], 1)
     for backend in ("torch", "reference"):
@@ -145,7 +145,7 @@ def test_equally_far_apart_stimuli_have_no_debiased_distance():
         np.testing.assert_array_equal(got["cka_debiased"], [np.nan, np.nan, np.nan, 0])
 
 
-def test_cells_in_no_cell_count_for_the_original():
+def test_neurons_in_no_cell_belong_to_the_original():
     rng = np.random.default_rng(2)
     x = rng.standard_normal((10, 30))
     labels_ = rng.integers(-1, 3, 30)
@@ -155,7 +155,7 @@ def test_cells_in_no_cell_count_for_the_original():
 
 @pytest.mark.parametrize("scale", [1e-2, 1e-3, 1e-4])
 def test_small_distances_keep_their_digits(scale):
-    """Down to 1e-17, where 1 minus a similarity holds nothing."""
+    """Down to 1e-17, where 1 minus a similarity has no digits."""
     import _oracle
 
     rng = np.random.default_rng(3)
@@ -183,13 +183,13 @@ def test_many_cells_in_batches(monkeypatch):
 
 
 def routes(x, cells, metric, **options):
-    """The route to each distance, and the steps it took."""
+    """Return the route of each distance and its number of steps."""
     _, info = rk.ablation_distances(x, cells, metrics=[metric], info=True, **options)
     return info[metric].route.tolist(), info[metric].steps
 
 
-def test_what_is_told_of_the_routes():
-    """Iterations where they end soon; else factors of Procrustes, eigenvectors of CCA."""
+def test_routes_and_steps():
+    """Iterations if they converge soon; otherwise factors for Procrustes, eigenvectors for CCA."""
     rng = np.random.default_rng(5)
     x = rng.standard_normal((12, 100))
     cells = np.where(np.arange(100) < 12, np.arange(100) // 2, -1)
@@ -197,7 +197,7 @@ def test_what_is_told_of_the_routes():
         route, steps = routes(x, cells, metric)
         assert route == ["iterations"] * 6
         assert ((steps > 0) & (steps < 16)).all()
-    few = x[:, :13]  # what is left is nearly singular, or has fewer neurons than directions
+    few = x[:, :13]  # the rest is nearly singular, or has fewer neurons than directions
     for cells in (np.arange(13) < 2, np.arange(13) < 5):
         route, _ = routes(few, np.where(cells, 0, -1), "procrustes")
         assert route == ["factors"]
@@ -232,7 +232,7 @@ def test_kinds_dtypes_and_batches():
             np.testing.assert_allclose(got[name][i], rk.ablation_distances(x[i], cells)[name])
 
 
-def test_only_the_metrics_that_are_asked_for():
+def test_only_the_requested_metrics():
     x = np.random.default_rng(7).standard_normal((5, 6))
     assert list(rk.ablation_distances(x, [0, 0, 1, 1, 2, 2], metrics=["svcca", "cka"])) == [
         "svcca",
@@ -241,7 +241,7 @@ def test_only_the_metrics_that_are_asked_for():
     assert set(rk.ablation_distances(x[:2], [0, 0, 1, 1, 2, 2], metrics=["cka"])) == {"cka"}
 
 
-def test_without_a_ridge_cca_says_that_it_is_blind():
+def test_cca_without_a_ridge_warns():
     x = np.random.default_rng(8).standard_normal((9, 4))
     with pytest.warns(rk.DegenerateWarning, match="ridge"):
         got = rk.ablation_distances(x, [0, 0, 1, 1], ridge=0, metrics=["cca", "pwcca"])

@@ -1,4 +1,4 @@
-"""Ablation distances against 60-digit arithmetic: what is promised of their digits, and ranks."""
+"""Digits and ranks of ablation distances, against 60-digit arithmetic."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ N_CELLS = 3
 
 @dataclass(frozen=True)
 class Layer:
-    """Activations whose neurons differ in energy, and cells of them."""
+    """A reproducible recipe for activations whose neurons differ in energy, and their cells."""
 
     n: int
     p: int
     spread: int  # decades between the strongest and the weakest neuron
     common: bool  # whether the neurons share a direction
-    share: float  # of the neurons, that are in a cell
+    share: float  # of neurons in a cell
     seed: int
 
     def make(self) -> tuple[np.ndarray, np.ndarray]:
@@ -46,30 +46,30 @@ def layers(n: st.SearchStrategy[int], p: st.SearchStrategy[int]) -> st.SearchStr
 
 
 def oracle(x: np.ndarray, cells: np.ndarray, ridge: float) -> dict[str, np.ndarray]:
-    """Distances; of ridge CCA what they have above that of x from itself."""
+    """Return distances; for ridge CCA, their excess over the self-distance."""
     similarity: dict[str, Any] = {
         "cka": _oracle.cka,
         "procrustes": _oracle.procrustes,
         "cca": lambda a, b: _oracle.cca(a, b, ridge=ridge),
         "cca_squared": lambda a, b: _oracle.cca(a, b, squared=True, ridge=ridge),
     }
-    found: dict[str, list[float]] = {name: [] for name in similarity}
+    distances: dict[str, list[float]] = {name: [] for name in similarity}
     for c in range(N_CELLS):
         y = np.where(cells == c, 0.0, x)
         for name, function in similarity.items():
             if (y == 0).all():
-                found[name].append(np.nan)
+                distances[name].append(np.nan)
             elif (y == x).all():
-                found[name].append(0.0)
+                distances[name].append(0.0)
             else:
                 itself = function(x, x) if name in RIDGED else 1
                 scale = 2 if name == "procrustes" else 1
-                found[name].append(float(scale * (itself - function(x, y))))
-    return {name: np.array(values) for name, values in found.items()}
+                distances[name].append(float(scale * (itself - function(x, y))))
+    return {name: np.array(values) for name, values in distances.items()}
 
 
 def excess(x: np.ndarray, cells: np.ndarray, ridge: float, metrics: Any) -> dict[str, np.ndarray]:
-    """The package's distances less those of x from itself, which a cell of no neuron gives."""
+    """Return the package's distances minus the self-distance, which an empty cell gives."""
     members = np.append(cells == np.arange(N_CELLS)[:, None], [np.zeros(len(cells), bool)], axis=0)
     got = rk.ablation_distances(x, members, metrics=metrics, ridge=ridge)
     return {name: values[:-1] - values[-1] for name, values in got.items()}
@@ -78,7 +78,7 @@ def excess(x: np.ndarray, cells: np.ndarray, ridge: float, metrics: Any) -> dict
 def assert_digits(layer: Layer, ridge: float = 0.1) -> None:
     x, cells = layer.make()
     want = oracle(x, cells, ridge)
-    # CCA with the iterations, and with the eigenvectors that PWCCA needs.
+    # Once with the iterations, and once with the eigenvectors that PWCCA needs.
     for metrics in ((*PLAIN, *RIDGED), (*RIDGED, "pwcca")):
         got = excess(x, cells, ridge, metrics)
         for name in set(metrics) - {"pwcca"}:
@@ -103,7 +103,7 @@ def test_about_as_many_neurons_as_stimuli_or_fewer(layer, ridge):
 
 
 @given(layers(st.integers(4, 12), st.integers(2, 60)), st.floats(-12, 12))
-def test_scale_changes_nothing(layer, decades):
+def test_scale_does_not_matter(layer, decades):
     x, cells = layer.make()
     scaled = 10**decades * x
     metrics = (*PLAIN, *RIDGED)
@@ -113,8 +113,8 @@ def test_scale_changes_nothing(layer, decades):
 
 
 @given(st.integers(3, 12), st.integers(2, 30), st.integers(1, 3), SEEDS)
-def test_what_is_left_is_the_same_as_the_whole(n, p, copies, seed):
-    """Neurons beside copies of themselves: without the copies, the self-distance."""
+def test_removing_copies_gives_the_self_distance(n, p, copies, seed):
+    """Without copies of its neurons, a representation is as far as from itself."""
     x = np.random.default_rng(seed).standard_normal((n, p))
     x = np.concatenate([x, np.repeat(x, copies, axis=1)], axis=1)
     cells = np.where(np.arange(x.shape[1]) < p, -1, 0)
@@ -125,8 +125,8 @@ def test_what_is_left_is_the_same_as_the_whole(n, p, copies, seed):
 
 
 @given(st.integers(4, 20), st.integers(2, 200), st.floats(0.99, 0.99999), SEEDS)
-def test_a_cell_of_nearly_all_the_energy(n, p, share, seed):
-    """Far from the original, where the iterations have most to do; and a cell of everything."""
+def test_a_cell_with_nearly_all_the_energy(n, p, share, seed):
+    """Far from the original, where iterations take longest, and a cell with all neurons."""
     x = np.random.default_rng(seed).standard_normal((n, p))
     x[:, : p // 2] *= np.sqrt(share / (1 - share))
     cells = [np.arange(p) < p // 2, np.arange(p) < p]
@@ -139,10 +139,10 @@ def test_a_cell_of_nearly_all_the_energy(n, p, share, seed):
 
 
 @given(st.integers(4, 12), st.integers(4, 40), st.booleans(), SEEDS)
-def test_rank_deficient_grams(n, p, twice, seed):
-    """Half of the stimuli twice, or neurons in few directions: ranks below n - 1."""
+def test_rank_deficient_grams(n, p, duplicate, seed):
+    """Duplicated stimuli, or neurons in few directions: ranks below n - 1."""
     rng = np.random.default_rng(seed)
-    if twice:
+    if duplicate:
         x = np.repeat(rng.standard_normal((n, p)), 2, axis=0)
     else:
         r = max(1, min(n, p) // 3)
@@ -158,8 +158,8 @@ def test_rank_deficient_grams(n, p, twice, seed):
 
 
 @given(SEEDS, st.sampled_from([2.0, 30.0, 1e2, 1e3, 1e5]))
-def test_copies_of_the_rest_however_large(seed, factor):
-    """Without them a representation is the same but for its scale."""
+def test_scaled_copies_of_the_remaining_neurons(seed, factor):
+    """Without the copies, a representation differs only in scale."""
     x = np.random.default_rng(seed).standard_normal((6, 12))
     cells = np.repeat([0, -1], 12)
     y = np.concatenate([factor * x, x], axis=1)
@@ -169,8 +169,8 @@ def test_copies_of_the_rest_however_large(seed, factor):
 
 
 @given(SEEDS, st.floats(-3, 0))
-def test_cells_that_hold_all_of_a_direction(seed, decades):
-    """What is left is singular: the iterations must not stop at something else."""
+def test_cells_with_all_of_a_direction(seed, decades):
+    """The remaining Gram is singular: the iterations must not stop at a wrong value."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((4, 12))
     x[0, 2:] = x[1, 2:]
@@ -182,7 +182,7 @@ def test_cells_that_hold_all_of_a_direction(seed, decades):
 
 
 @pytest.mark.parametrize("ridge", [1e-1, 1e-4, 1e-5, 1e-6])
-def test_a_small_ridge_does_not_hide_that_a_direction_is_gone(ridge):
+def test_a_small_ridge_does_not_hide_a_lost_direction(ridge):
     rng = np.random.default_rng(0)
     for _ in range(20):
         x = rng.standard_normal((5, 16))
@@ -194,7 +194,7 @@ def test_a_small_ridge_does_not_hide_that_a_direction_is_gone(ridge):
 
 
 @pytest.mark.parametrize("factor", [3e2, 3e5, 3e8])
-def test_ridge_cca_of_what_a_large_cell_leaves(factor):
+def test_ridge_cca_without_a_large_cell(factor):
     rng = np.random.default_rng(1)
     y = np.concatenate([factor * rng.standard_normal((6, 9)), rng.standard_normal((6, 9))], axis=1)
     cells, metrics = np.repeat([0, -1], 9), (*RIDGED, "pwcca")

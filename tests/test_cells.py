@@ -1,4 +1,4 @@
-"""Class means and the selectivity grid: every backend against the reference."""
+"""Class means and the selectivity grid: each backend against the reference."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_selectivity_grid(data, grid):
     np.testing.assert_array_equal(as_numpy(got), want)
 
 
-def test_ties_go_by_index():
+def test_ties_are_broken_by_index():
     x = np.zeros((4, 12))
     x[:, :4] = [[1, 1, 2, 2], [1, 1, 2, 2], [0, 0, 0, 0], [0, 0, 0, 0]]
     for backend in ("torch", "reference"):
@@ -47,7 +47,7 @@ def test_ties_go_by_index():
 
 
 def test_ties_are_the_same_in_every_memory_order():
-    """Means that are rounded before they are compared tie in one order and not in the other."""
+    """Means that were rounded before the comparison would tie in one order only."""
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(50, 20_000, generator=generator).relu().to(torch.bfloat16)
     labels = np.arange(50) % 10
@@ -69,7 +69,7 @@ def test_labels_of_any_kind_and_batches():
 
 
 @pytest.mark.parametrize("p", [1, 3, 15, 16, 17, 100])
-def test_any_number_of_neurons_is_cut_evenly(p):
+def test_cells_have_even_sizes(p):
     x = np.random.default_rng(p).standard_normal((8, p))
     cells = rk.selectivity_grid(x, [0, 0, 0, 1, 1, 1, 2, 2], 1)
     sizes = np.bincount(cells, minlength=16)
@@ -79,22 +79,22 @@ def test_any_number_of_neurons_is_cut_evenly(p):
     assert (np.ptp(strips, axis=1) <= 1).all()
 
 
-def without_ties():
-    """Stimuli of three classes, and the cells of their neurons with inclusive edges."""
+def make_without_ties():
+    """Return stimuli, their three classes, and the cells of the neurons with inclusive edges."""
     x = np.random.default_rng(3).standard_normal((9, 40))
     labels = np.arange(9) % 3
     return x, labels, rk.selectivity_grid(x, labels, 1, grid=(3, 2), edges="inclusive")
 
 
-@given(st.data(), GRIDS, st.sampled_from(["ties", "dead", "as drawn"]))
+@given(st.data(), GRIDS, st.sampled_from(["ties", "zeros", "as drawn"]))
 def test_inclusive_edges(data, grid, change):
-    """Whole numbers under a ReLU tie, and often all of a strip does."""
+    """Rectified integers tie, often for a whole strip."""
     x = data.draw(drawn(kinds=("low rank", "relu"), dtypes=TORCH_DTYPES, layouts=TORCH_LAYOUTS))
     labels = data.draw(classes(x.n))
     x = x.torch()
     if change == "ties":
         x.clamp_(0, 2).round_()
-    elif change == "dead":
+    elif change == "zeros":
         x[:, data.draw(st.integers(0, 3)) :: 2] = 0
     options = {"grid": grid, "edges": "inclusive"}
     got = rk.selectivity_grid(x, labels, 1, **options)
@@ -114,21 +114,22 @@ def test_inclusive_edges_do_not_depend_on_the_order_of_neurons(data, grid):
 
 
 @given(st.data(), GRIDS)
-def test_a_neuron_between_the_edges_is_in_its_strip_alone(data, grid):
+def test_a_neuron_between_the_edges_is_in_one_strip(data, grid):
     x = data.draw(drawn(kinds=("low rank",), p=st.integers(1, 60))).values()
-    own = data.draw(classes(len(x), max_classes=2)) == 1
-    inside, outside = x[own].sum(0) * (~own).sum(), x[~own].sum(0) * own.sum()
+    is_target = data.draw(classes(len(x), max_classes=2)) == 1
+    inside = x[is_target].sum(0) * (~is_target).sum()
+    outside = x[~is_target].sum(0) * is_target.sum()
     selectivity = (inside - outside).astype(int)
     p = x.shape[1]
     edges = [sorted(selectivity)[i * p // grid[0]] for i in range(grid[0])] + [max(selectivity)]
-    cells = rk.selectivity_grid(x, own.astype(int), 1, grid=grid, edges="inclusive")
+    cells = rk.selectivity_grid(x, is_target.astype(int), 1, grid=grid, edges="inclusive")
     strips = cells.reshape(*grid, p).any(1)
     for neuron in np.flatnonzero(~np.isin(selectivity, edges)):
         strip = np.searchsorted(edges, selectivity[neuron]) - 1
         np.testing.assert_array_equal(np.flatnonzero(strips[:, neuron]), [strip])
 
 
-def test_a_dead_layer_and_a_single_neuron_have_no_inside():
+def test_a_zero_layer_and_a_single_neuron_give_empty_cells():
     for x in (np.zeros((4, 30)), np.array([[3.0], [1], [0], [0]])):
         for backend in ("torch", "reference"):
             cells = rk.selectivity_grid(x, [1, 1, 0, 0], 1, edges="inclusive", backend=backend)
@@ -146,8 +147,8 @@ def test_inclusive_edges_of_batches():
         np.testing.assert_array_equal(got, want)
 
 
-def test_cells_with_inclusive_edges_are_ablated_as_labels_are():
-    x, y, members = without_ties()
+def test_inclusive_cells_are_ablated_like_labels():
+    x, y, members = make_without_ties()
     assert (members.sum(0) > 1).any()
     distances = rk.ablation_distances(x, members)
     accuracy = rk.ablation_decodability(x, members, y)
@@ -157,14 +158,14 @@ def test_cells_with_inclusive_edges_are_ablated_as_labels_are():
         alone = rk.ablation_distances(x, labels)
         for name, values in distances.items():
             np.testing.assert_allclose(values[c], alone[name][0], rtol=1e-9, atol=1e-14)
-        for reading in ("refit", "frozen"):
-            assert accuracy[reading][c] == rk.ablation_decodability(x, labels, y)[reading][0]
+        for kind in ("refit", "frozen"):
+            assert accuracy[kind][c] == rk.ablation_decodability(x, labels, y)[kind][0]
         np.testing.assert_allclose(grams[c], rk.cell_grams(x, labels)[0], atol=1e-12)
 
 
-def test_inclusive_strips_are_the_equal_ones_and_the_edges_above():
-    """The strips of no ties; a strip's neuron of the lowest selectivity is in the one below too."""
-    x, y, _ = without_ties()
+def test_inclusive_strips_add_the_lowest_neuron_of_the_strip_above():
+    """Without ties, the least selective neuron of a strip is also in the strip below."""
+    x, y, _ = make_without_ties()
     selectivity = x[y == 1].mean(0) - x[y != 1].mean(0)
     equal = rk.selectivity_grid(x, y, 1, grid=(4, 1))
     for strip, cell in enumerate(rk.selectivity_grid(x, y, 1, grid=(4, 1), edges="inclusive")):
@@ -175,7 +176,7 @@ def test_inclusive_strips_are_the_equal_ones_and_the_edges_above():
         assert want - edges <= set(np.flatnonzero(cell)) <= want
 
 
-def test_the_forward_pass_takes_inclusive_cells():
+def test_forward_pass_with_inclusive_cells():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 30), nn.ReLU(), nn.Linear(30, 3)).eval()
     forward = AblatedForward(model, "1")

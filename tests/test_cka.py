@@ -1,4 +1,4 @@
-"""What CKA reaches by chance, and the RBF kernel beside a far stimulus."""
+"""The chance level of CKA, and outlying stimuli under debiased and RBF CKA."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ EACH_BACKEND = pytest.mark.parametrize("backend", ["torch", "reference"])
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """A process that has warned of nothing yet."""
+    """Reset the record of warnings that are issued once per process."""
     monkeypatch.setattr(_options, "_warnings_shown", set())
 
 
 def with_chance(x, y, backend, **options):
-    """The similarity, and its mean over permutations by the formula."""
+    """Return the similarity and, from the formula, its mean over permutations."""
     options = {"debiased": False, "kernel": "linear", "sigma": None} | options
     x, y, source = _check.check_pair(x, y)
-    found = _dispatch.call("cka", backend, source, x, y, **options, chance=True)
-    return float(found["similarity"]), float(found["chance"])
+    result = _dispatch.call("cka", backend, source, x, y, **options, chance=True)
+    return float(result["similarity"]), float(result["chance"])
 
 
 @EACH_BACKEND
@@ -42,30 +42,30 @@ def test_chance_is_the_mean_over_all_permutations(p, q, options, backend):
     assert chance == pytest.approx(want, rel=1e-10)
     xs, source = _check.check_representations([x, y], "xs")
     for ys in (None, _check.check_representations([y, x[:, :1]], "ys")[0]):
-        found = _dispatch.call(
+        result = _dispatch.call(
             "pairwise", backend, source, xs, ys, metric="cka", chance=True,
             **({"debiased": False, "kernel": "linear", "sigma": None} | options),
         )  # fmt: skip
         for i, a in enumerate(xs):
             for j, b in enumerate(ys or xs):
                 each = with_chance(a, b, "reference", **options)
-                assert found["similarity"][i, j] == pytest.approx(each[0], rel=1e-10)
-                assert found["chance"][i, j] == pytest.approx(each[1], rel=1e-10)
+                assert result["similarity"][i, j] == pytest.approx(each[0], rel=1e-10)
+                assert result["chance"][i, j] == pytest.approx(each[1], rel=1e-10)
 
 
 @EACH_BACKEND
-def test_noise_of_many_neurons_warns_once_in_a_process(fresh, backend):
+def test_noise_in_many_neurons_warns_once_per_process(fresh, backend):
     rng = np.random.default_rng(1)
     x, y = rng.standard_normal((2, 50, 5000))
-    with pytest.warns(rk.DegenerateWarning, match=r"0\.990 is the mean .*debiased=True") as seen:
+    with pytest.warns(rk.DegenerateWarning, match=r"0\.990 is the mean .*debiased=True") as warned:
         value = rk.cka(x, y, backend=backend)
-    assert seen[0].filename == __file__
+    assert warned[0].filename == __file__
     assert value == pytest.approx(0.990, abs=1e-3)
-    assert rk.cka(x, y, backend=backend) == value  # where a warning is an error
+    assert rk.cka(x, y, backend=backend) == value  # pytest would raise a second warning
 
 
 @EACH_BACKEND
-def test_pairwise_warns_of_the_worst_pair(fresh, backend):
+def test_pairwise_warns_about_the_worst_pair(fresh, backend):
     rng = np.random.default_rng(2)
     x, y = rng.standard_normal((2, 30, 900))
     with pytest.warns(rk.DegenerateWarning, match=r"0\.969 is the mean"):
@@ -73,7 +73,7 @@ def test_pairwise_warns_of_the_worst_pair(fresh, backend):
 
 
 @EACH_BACKEND
-def test_narrow_rbf_kernels_of_few_neurons_warn(fresh, backend):
+def test_narrow_rbf_kernel_warns(fresh, backend):
     """Their Grams are nearly the identity."""
     x, y = np.random.default_rng(4).standard_normal((2, 40, 3))
     options = {"kernel": "rbf", "sigma": 0.05, "backend": backend}
@@ -81,15 +81,15 @@ def test_narrow_rbf_kernels_of_few_neurons_warn(fresh, backend):
         rk.cka(x, y, **options)
 
 
-def test_what_is_not_chance_does_not_warn(fresh):
+def test_no_warning_when_similarity_is_not_chance(fresh):
     rng = np.random.default_rng(3)
     x, y = rng.standard_normal((2, 30, 900))
-    few = x @ rng.standard_normal((900, 2)) @ rng.standard_normal((2, 900))
+    rank_two = x @ rng.standard_normal((900, 2)) @ rng.standard_normal((2, 900))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rk.cka(x, y, debiased=True)
         rk.pairwise([x, y], debiased=True)
-        rk.cka(few, few + 0.01 * y)  # as many neurons, of two dimensions
+        rk.cka(rank_two, rank_two + 0.01 * y)  # many neurons in two dimensions
         rk.pairwise([x])  # a representation and itself
         rk.ablation_distances(x, np.arange(900) % 3, metrics=["cka"])
         assert not _options._warnings_shown
@@ -97,8 +97,8 @@ def test_what_is_not_chance_does_not_warn(fresh):
 
 @pytest.mark.parametrize("far", [1e2, 1e4, 1e6, 1e8])
 @pytest.mark.parametrize(("n", "p"), [(40, 3), (150, 20)])
-def test_debiased_beside_a_far_stimulus(n, p, far):
-    """Beside U-centred Grams in long double."""
+def test_debiased_cka_with_an_outlying_stimulus(n, p, far):
+    """Against U-centred Grams in long double."""
 
     def u_centred(x):
         k = x @ x.T
@@ -121,8 +121,8 @@ def test_debiased_beside_a_far_stimulus(n, p, far):
 @EACH_BACKEND
 @pytest.mark.parametrize("far", [1e3, 1e6, 1e7, 1e9, 1e12])
 @pytest.mark.parametrize("which", [0, 11])
-def test_rbf_beside_a_far_stimulus(which, far, backend):
-    """Beside differences in long double."""
+def test_rbf_cka_with_an_outlying_stimulus(which, far, backend):
+    """Against differences of features in long double."""
 
     def kernel(x):
         d2 = ((x[:, None] - x[None]) ** 2).sum(-1)

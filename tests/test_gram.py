@@ -1,4 +1,4 @@
-"""Gram matrices, whole and by cell: every backend against the reference."""
+"""Gram matrices of all neurons and of cells: each backend against the reference."""
 
 from __future__ import annotations
 
@@ -84,14 +84,14 @@ def test_cell_grams_of_partitions(backend):
         rk.ablation_distances(x, cells, batched=True)
 
 
-@pytest.mark.parametrize("straight", [0, 115])
+@pytest.mark.parametrize("max_direct", [0, 115])
 @pytest.mark.parametrize("block", [1, 7, 40])
 @pytest.mark.parametrize("sizes", [(9, 0, 1, 8, 5), (4, 4, 5, 5, 5), (23,)])
 @pytest.mark.parametrize(("n", "dtype"), [(5, "float64"), (50, "float32")])
-def test_blocks_do_not_change_the_result(monkeypatch, block, straight, sizes, n, dtype):
-    """Passes over some of the neurons, and runs of cells that are alike or not, empty or not.
+def test_blocks_do_not_change_the_result(monkeypatch, block, max_direct, sizes, n, dtype):
+    """Several blocks of neurons, and runs of cells of equal or unequal size, some empty.
 
-    Neurons from a turned copy, or from x itself.
+    Columns come from a transposed copy or directly from x.
     """
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((n, 23)) + 3).astype(dtype).astype(np.float64)
@@ -104,7 +104,7 @@ def test_blocks_do_not_change_the_result(monkeypatch, block, straight, sizes, n,
     ]
     monkeypatch.setattr(memory, "BLOCK", block)
     monkeypatch.setattr(columns, "_COLUMNS", 1)
-    monkeypatch.setattr(columns, "_STRAIGHT", straight)
+    monkeypatch.setattr(columns, "_MAX_DIRECT", max_direct)
     z = x.astype(dtype)
     np.testing.assert_allclose(rk.cell_grams(z, cells, n_cells=n_cells), wants[0], atol=1e-12)
     np.testing.assert_allclose(rk.cell_grams(z, membership), wants[1], atol=1e-12)
@@ -116,7 +116,7 @@ def test_blocks_do_not_change_the_result(monkeypatch, block, straight, sizes, n,
     [*((m, "float64") for m in (0, 10, 1000, 1e6)), *((m, "float32") for m in (10, 1e4))],
 )
 def test_a_feature_mean_costs_no_digits(mean, dtype):
-    """Shifts of few bits are exact, so the Gram stays."""
+    """The shift is exact because the values have few bits, so the Gram must not change."""
     bits = 20 if dtype == "float64" else 8
     x = np.random.default_rng(2).integers(-(2**bits), 2**bits, (9, 50)) / 2**bits
     shifted = (x + mean).astype(dtype)
@@ -127,7 +127,7 @@ def test_a_feature_mean_costs_no_digits(mean, dtype):
     np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-9)
 
 
-def test_constant_columns_are_exactly_nothing():
+def test_constant_columns_give_exact_zeros():
     x = np.random.default_rng(3).standard_normal((6, 8)).astype(np.float32)
     x[:, 2:] = np.float32(0.1)
     cells = [0, 0, 1, 1, 1, 2, 2, 2]

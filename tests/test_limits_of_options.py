@@ -1,4 +1,4 @@
-"""Ridges, penalties and bandwidths at the ends of their ranges, and beyond them."""
+"""Ridges, penalties and bandwidths at the limits of their ranges and beyond."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ def drawn(seed, scale=1.0):
     return rng.standard_normal((6, 4)) * scale, rng.standard_normal((6, 2))
 
 
-def shrunk(x, y, backend, **options):
-    """Everything that takes a ridge and a penalty."""
-    g, more = x @ x.T, {"backend": backend} | options
+def ridge_calls(x, y, backend, **options):
+    """Yield a call of every function that takes a ridge and a penalty."""
+    g, options = x @ x.T, {"backend": backend} | options
     names = ["cca", "cca_squared"]
-    yield lambda: rk.cca(x, y, **more)
-    yield lambda: rk.cca(x, y, squared=True, **more)
-    yield lambda: rk.pwcca(x, y, **more)
-    yield lambda: rk.pairwise([x, y], metric="pwcca", **more)
-    more = {"ridge": 0.0} | more
-    yield lambda: rk.ablation_distances(x, CELLS, metrics=[*names, "pwcca"], **more)
-    yield lambda: rk.gram_ablation_distances(g, g[None] / 2, metrics=names, **more)
+    yield lambda: rk.cca(x, y, **options)
+    yield lambda: rk.cca(x, y, squared=True, **options)
+    yield lambda: rk.pwcca(x, y, **options)
+    yield lambda: rk.pairwise([x, y], metric="pwcca", **options)
+    options = {"ridge": 0.0} | options
+    yield lambda: rk.ablation_distances(x, CELLS, metrics=[*names, "pwcca"], **options)
+    yield lambda: rk.gram_ablation_distances(g, g[None] / 2, metrics=names, **options)
 
 
-def values_of(found):
-    found = found.values() if isinstance(found, dict) else [found]
-    return np.concatenate([np.ravel(values) for values in found])
+def flatten_result(result):
+    arrays = result.values() if isinstance(result, dict) else [result]
+    return np.concatenate([np.ravel(values) for values in arrays])
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -44,39 +44,41 @@ def values_of(found):
 def test_the_largest_ridges_leave_no_similarity(backend, scale, seed):
     x, y = drawn(seed, scale)
     for options in ({"ridge": 1e10}, {"penalty": 1e150}):
-        for call in shrunk(x, y, backend, **options):
-            values = values_of(call())
+        for call in ridge_calls(x, y, backend, **options):
+            values = flatten_result(call())
             assert np.isfinite(values).all()
             assert ((np.abs(values) < 1e-6) | (np.abs(values - 1) < 1e-6)).all()
 
 
-def test_ridges_beyond_the_largest():
+def test_ridges_above_the_limit():
     x, y = drawn(0)
     for name, value in (("ridge", 1.1e10), ("penalty", 1.1e150), ("ridge", 1e300)):
-        for call in shrunk(x, y, None, **{name: value}):
+        for call in ridge_calls(x, y, None, **{name: value}):
             with pytest.raises(rk.OptionError, match=f"{name}: 1.* and at most 1e"):
                 call()
 
 
 @pytest.mark.parametrize("name", ["ridge", "penalty"])
 @given(SEEDS, st.sampled_from([1e-300, 1e-30, 1e-17, 1e-15, 1e-12, 0.9e-10]))
-def test_a_ridge_that_rounding_hides_is_named(name, seed, share):
-    """Two cells of two neurons each leave half of four correlations."""
+def test_a_ridge_that_rounding_hides_raises(name, seed, share):
+    """Removing two of four neurons leaves half of the four correlations."""
     x, _ = drawn(seed)
     energy = np.sum((x - x.mean(0)) ** 2) / len(x)
     for metric in ("cca", "cca_squared"):
         options = {"metrics": [metric], "ridge": 0.0}
-        small, least = ({name: s * (1 if name == "ridge" else energy)} for s in (share, 1.1e-10))
+        too_small, large_enough = (
+            {name: s * (1 if name == "ridge" else energy)} for s in (share, 1.1e-10)
+        )
         with pytest.raises(rk.ConvergenceError, match=f"{name}: .* leaves a matrix singular to"):
-            rk.ablation_distances(x, CELLS, **options | small)
-        got = rk.ablation_distances(x, CELLS, **options | least)[metric]
+            rk.ablation_distances(x, CELLS, **options | too_small)
+        got = rk.ablation_distances(x, CELLS, **options | large_enough)[metric]
         np.testing.assert_allclose(got, 0.5, atol=1e-4)
-    # Other metrics have no use for it.
+    # Other metrics do not use it.
     got = rk.ablation_distances(x, CELLS, metrics=["cka", "svcca"], ridge=share)
     np.testing.assert_equal(got, rk.ablation_distances(x, CELLS, metrics=["cka", "svcca"]))
 
 
-def test_a_solver_that_gives_up_is_not_blamed_on_the_ridge(monkeypatch):
+def test_solver_failure_is_not_blamed_on_the_ridge(monkeypatch):
     def fail(*arguments, **options):
         raise torch.linalg.LinAlgError("linalg.svd: the algorithm failed to converge")
 
@@ -92,8 +94,8 @@ def test_a_solver_that_gives_up_is_not_blamed_on_the_ridge(monkeypatch):
 @pytest.mark.parametrize("probe", ["ridge", "logistic"])
 @settings(max_examples=10)
 @given(SEEDS)
-def test_the_least_ridge_of_a_probe(probe, folds, seed):
-    """The torch backend takes held-out outputs from one inverse, the reference fits each fold."""
+def test_the_smallest_ridge_of_a_probe(probe, folds, seed):
+    """The torch backend derives held-out outputs from one inverse; the reference fits each fold."""
     x, _ = drawn(seed)
     call = lambda ridge, backend="torch": rk.ablation_decodability(  # noqa: E731
         x, CELLS, LABELS, ridge=ridge, folds=folds, probe=probe, score="margin", backend=backend
@@ -109,8 +111,8 @@ def test_the_least_ridge_of_a_probe(probe, folds, seed):
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @given(SEEDS)
-def test_the_widest_kernel_is_the_linear_one(backend, seed):
-    """Centred, exp(-d² / 2b²) nears the linear kernel, as 1 / sigma²."""
+def test_the_widest_kernel_is_linear(backend, seed):
+    """Centred, exp(-d² / 2b²) approaches the linear kernel as 1 / sigma²."""
     x, y = drawn(seed)
     linear = rk.cka(x, y, backend=backend)
     for sigma in (1e4, 1e5):

@@ -1,4 +1,4 @@
-"""Many logistic regressions at once: scikit-learn, and the condition that marks the one optimum."""
+"""Many logistic regressions at once, against scikit-learn and the optimality condition."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = ("noise", "1:9", "separable", "constant", "duplicated", "few stimuli", "
 
 @dataclass(frozen=True)
 class Problem:
-    """A recipe of x (n, p), classes and columns; print it, and it can be made again."""
+    """A reproducible recipe for x (n, p), classes and columns."""
 
     kind: str
     d: int
@@ -66,20 +66,20 @@ problems = st.builds(
 )
 
 
-def fitted(x: np.ndarray, y: np.ndarray, C: float) -> LogisticRegression:
+def fit_scikit_learn(x: np.ndarray, y: np.ndarray, C: float) -> LogisticRegression:
     model = LogisticRegression(C=C, solver="newton-cholesky", tol=1e-12, max_iter=1000)
     with warnings.catch_warnings():
-        # Where losses no longer differ it goes on with another solver, from where it is.
+        # Where losses no longer differ, it warns and resumes with another solver.
         warnings.simplefilter("ignore")
         return model.fit(x, y)
 
 
-def same(got, i: tuple[int, ...], x: np.ndarray, w: np.ndarray, c: float, tolerance: float):
-    """Coefficients to a tolerance of the largest; the intercept of what it is the remainder of."""
+def assert_same(got, i: tuple[int, ...], x: np.ndarray, w: np.ndarray, c: float, tolerance: float):
+    """Compare coefficients relative to the largest, and the intercept to the sums it offsets."""
     largest = np.abs(w).max() + 1e-4
     assert np.abs(got["coef"][i].numpy() - w).max() <= tolerance * largest
-    parts = max(1, abs(c), (np.abs(w) * np.abs(x.mean(0))).sum())
-    assert abs(float(got["intercept"][i]) - c) <= tolerance * parts
+    scale = max(1, abs(c), (np.abs(w) * np.abs(x.mean(0))).sum())
+    assert abs(float(got["intercept"][i]) - c) <= tolerance * scale
 
 
 @given(problems, st.sampled_from([0.1, 1.0, 100.0]), st.sampled_from(["torch", "reference"]))
@@ -91,23 +91,25 @@ def test_against_scikit_learn(problem, C, backend):
     assert got["coef"].dtype == (
         torch.float64 if problem.dtype == "float64" or backend == "reference" else torch.float32
     )
-    for i, own in enumerate(columns):
-        values = x.double().numpy()[:, own]
-        model = fitted(values, y, C)
-        same(got, (i,), values, model.coef_[0], model.intercept_[0], TOLERANCE[problem.dtype])
+    for i, selected in enumerate(columns):
+        values = x.double().numpy()[:, selected]
+        model = fit_scikit_learn(values, y, C)
+        assert_same(
+            got, (i,), values, model.coef_[0], model.intercept_[0], TOLERANCE[problem.dtype]
+        )
         undecided = (np.abs(model.decision_function(values)) < 1e-6).sum()
         assert abs(got["errors"][i] - (model.predict(values) != y).sum()) <= undecided
 
 
-def nearest(x: np.ndarray, y: np.ndarray, C: float, w: np.ndarray, c: float) -> np.ndarray:
-    """How far Newton's method would go from (w, c): the objective is strictly convex."""
+def newton_step(x: np.ndarray, y: np.ndarray, C: float, w: np.ndarray, c: float) -> np.ndarray:
+    """Return the Newton step from (w, c), which is 0 only at the optimum."""
     a, flip = np.column_stack([x - x.mean(0), np.ones(len(x))]), np.where(y == 1, -1.0, 1.0)
-    shrunk = np.append(np.ones(x.shape[1]), 0)
+    penalised = np.append(np.ones(x.shape[1]), 0)
     v = np.append(w, c + x.mean(0) @ w)
-    wrong = 1 / (1 + np.exp(np.minimum(-flip * (a @ v), 700)))
-    pull = C * a.T @ (flip * wrong) + shrunk * v
-    hessian = C * (a.T * (wrong * (1 - wrong))) @ a + np.diag(shrunk)
-    return np.linalg.solve(hessian, pull)
+    p_wrong = 1 / (1 + np.exp(np.minimum(-flip * (a @ v), 700)))
+    gradient = C * a.T @ (flip * p_wrong) + penalised * v
+    hessian = C * (a.T * (p_wrong * (1 - p_wrong))) @ a + np.diag(penalised)
+    return np.linalg.solve(hessian, gradient)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,9 +119,9 @@ def test_at_the_optimum(kind, C, backend):
     x, y, columns = Problem(kind, 10, seed=3, b=70).make()
     got = rk.logistic_fits(x, y, columns, C=C, backend=backend)
     assert got["converged"].all()
-    for i, own in enumerate(columns):
+    for i, selected in enumerate(columns):
         w, c = got["coef"][i].numpy(), got["intercept"][i].item()
-        step = nearest(x.numpy()[:, own], y, C, w, c)
+        step = newton_step(x.numpy()[:, selected], y, C, w, c)
         assert np.abs(step[:-1]).max() <= 1e-8 * np.abs(w).max()
         assert abs(step[-1]) <= 1e-8 * max(1, abs(c))
 
@@ -128,8 +130,8 @@ def test_at_the_optimum(kind, C, backend):
 @example(Problem("duplicated", 8, "float32"), 12)
 @example(Problem("few stimuli", 12, "float32"), 12)
 def test_scales(problem, exponent):
-    """Activations s times as large are what a penalty s² times as weak is; s is a power of two."""
-    assume(problem.dtype != "float16")  # which holds few powers
+    """Activations s times as large equal a penalty s² times as weak; s is a power of two."""
+    assume(problem.dtype != "float16")  # its range is too small
     x, y, columns = problem.make()
     scale = 2.0**exponent
     got = rk.logistic_fits(x * scale, y, columns)
@@ -137,27 +139,29 @@ def test_scales(problem, exponent):
     assert got["converged"].all()
     assert want["converged"].all()
     scaled = {"coef": got["coef"].double() * scale, "intercept": got["intercept"].double()}
-    for i, own in enumerate(columns):
-        values, tolerance = x.double().numpy()[:, own], max(TOLERANCE[problem.dtype], 1e-7)
-        same(scaled, (i,), values, want["coef"][i].numpy(), float(want["intercept"][i]), tolerance)
+    for i, selected in enumerate(columns):
+        values, tolerance = x.double().numpy()[:, selected], max(TOLERANCE[problem.dtype], 1e-7)
+        assert_same(
+            scaled, (i,), values, want["coef"][i].numpy(), float(want["intercept"][i]), tolerance
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("exponent", [20, 60, 100])
 def test_huge_activations(dtype, exponent):
-    """Next to no penalty: whatever can be told apart is, and nothing overflows."""
+    """With almost no penalty, separable classes are separated and nothing overflows."""
     x, y, columns = Problem("separable", 5, dtype, b=20).make()
     got = rk.logistic_fits(x * 2.0**exponent, y, columns)
     assert not got["errors"].any()
-    for i, own in enumerate(columns):
+    for i, selected in enumerate(columns):
         w, c = got["coef"][i].double().numpy() * 2.0**exponent, got["intercept"][i].item()
-        assert ((x.double().numpy()[:, own] @ w + c > 0) == (y == 1)).all()
+        assert ((x.double().numpy()[:, selected] @ w + c > 0) == (y == 1)).all()
 
 
-def test_the_study_s_size():
-    """500 stimuli, 100 neurons, more problems than a batch holds, some of which end before others.
+def test_size_of_the_published_study():
+    """500 stimuli, 100 neurons, and several batches of problems that end at different steps.
 
-    The float32 answers are those of float64 and of scikit-learn; hard predictions are the same.
+    The float32 results match float64 and scikit-learn, and hard predictions are equal.
     """
     rng = np.random.default_rng(0)
     y = (np.arange(500) % 10 == 0).astype(int)
@@ -176,8 +180,8 @@ def test_the_study_s_size():
     assert (got["converged"] & exact["converged"]).all()
     for i in (0, 1, 2, 59):
         values = single.double().numpy()[:, columns[i]]
-        model = fitted(values, y, 1.0)
-        same(exact, (i,), values, model.coef_[0], model.intercept_[0], 1e-9)
+        model = fit_scikit_learn(values, y, 1.0)
+        assert_same(exact, (i,), values, model.coef_[0], model.intercept_[0], 1e-9)
         assert exact["errors"][i] == (model.predict(values) != y).sum()
 
 
@@ -189,12 +193,12 @@ def test_one_against_the_rest(backend):
     columns = np.array([[0, 3, 5], [8, 2, 1]])
     got = rk.logistic_fits(x, y, columns, backend=backend)
     assert {name: value.shape[:2] for name, value in got.items()} == dict.fromkeys(got, (2, 4))
-    for i, own in enumerate(columns):
+    for i, selected in enumerate(columns):
         model = LogisticRegression(solver="newton-cholesky", tol=1e-12)
-        for k, one in enumerate(OneVsRestClassifier(model).fit(x[:, own], y).estimators_):
+        for k, one in enumerate(OneVsRestClassifier(model).fit(x[:, selected], y).estimators_):
             np.testing.assert_allclose(got["coef"][i, k], one.coef_[0], atol=1e-9)
             np.testing.assert_allclose(got["intercept"][i, k], one.intercept_[0], atol=1e-9)
-            assert got["errors"][i, k] == (one.predict(x[:, own]) != (y == k)).sum()
+            assert got["errors"][i, k] == (one.predict(x[:, selected]) != (y == k)).sum()
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -220,20 +224,20 @@ def test_start_and_limits(backend):
 
 
 def test_threads_and_kinds():
-    """The same bits on any number of threads, and from every kind of array."""
+    """Results are bit-identical for any number of threads and every kind of array."""
     x, y, columns = Problem("1:9", 12, "float32", b=400).make()
     wide = np.repeat(columns, 9, axis=1)  # 108 neurons: several batches
     threads = torch.get_num_threads()
-    found = []
+    results = []
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            found.append(rk.logistic_fits(x.repeat(13, 1), np.tile(y, 13), wide))
+            results.append(rk.logistic_fits(x.repeat(13, 1), np.tile(y, 13), wide))
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(threads)
-    for name in found[0]:
-        assert torch.equal(found[0][name], found[1][name]), name
+    for name in results[0]:
+        assert torch.equal(results[0][name], results[1][name]), name
     torch_, numpy_ = rk.logistic_fits(x, y, columns), rk.logistic_fits(x.numpy(), y, columns)
     assert isinstance(numpy_["coef"], np.ndarray)
     np.testing.assert_array_equal(torch_["coef"], numpy_["coef"])

@@ -1,7 +1,7 @@
-"""Logistic regressions on activations with outliers: float32 keeps its promise, or says it can't.
+"""Logistic regressions on activations with outliers: fits are accurate or not ``converged``.
 
-The oracle is scikit-learn in float64 on the same numbers, as far as it is itself at the optimum:
-`decrement` measures that in extended precision, and measures the fits beyond scikit-learn's reach.
+The oracle is scikit-learn in float64 on the same numbers. Where scikit-learn itself fails, the fits
+are checked with a Newton step in extended precision, `newton_decrement`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PLACES = ("one number", "one stimulus", "one neuron", "several", "tiny neuron", 
 
 @dataclass(frozen=True)
 class Outliers:
-    """A recipe of float32 activations (n, d) and classes."""
+    """A reproducible recipe for float32 activations (n, d) and classes."""
 
     place: str
     size: float
@@ -54,16 +54,21 @@ class Outliers:
         return x.astype(np.float32), y.astype(np.int64)
 
 
-def fitted(x: np.ndarray, y: np.ndarray, C: float = 1.0) -> LogisticRegression:
+def fit_scikit_learn(x: np.ndarray, y: np.ndarray, C: float = 1.0) -> LogisticRegression:
     model = LogisticRegression(C=C, solver="newton-cholesky", tol=1e-12, max_iter=10_000)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it goes on with another solver where its Hessian fails
+        warnings.simplefilter("ignore")  # it resumes with another solver if its Hessian fails
         return model.fit(x.astype(np.float64), y)
 
 
-def off(got: dict, x: np.ndarray, y: np.ndarray, C: float = 1.0) -> tuple[float, int, int]:
-    """Of the largest coefficient; and wrong answers, of scikit-learn and on its boundary."""
-    model = fitted(x, y, C)
+def compare_with_scikit_learn(
+    got: dict, x: np.ndarray, y: np.ndarray, C: float = 1.0
+) -> tuple[float, int, int]:
+    """Return the error relative to the largest coefficient, and two counts of stimuli.
+
+    These are scikit-learn's hard errors away from its boundary, and all stimuli near the boundary.
+    """
+    model = fit_scikit_learn(x, y, C)
     w, z = model.coef_[0], model.decision_function(x.astype(np.float64))
     error = np.abs(np.asarray(got["coef"][0], dtype=np.float64) - w).max() / np.abs(w).max()
     near = np.abs(z) < 1e-4 * np.abs(z).max().clip(max=1)
@@ -92,37 +97,37 @@ def test_outliers_against_scikit_learn(problem, C, dtype):
     x = t.float().numpy()
     got = rk.logistic_fits(t, y, np.arange(problem.d)[None], C=C)
     assert got["converged"].all()
-    error, wrong, near = off(got, x, y, C)
+    error, wrong, near = compare_with_scikit_learn(got, x, y, C)
     assert error <= 1e-4
     assert wrong <= int(got["errors"][0]) <= wrong + near
 
 
-def decrement(x: np.ndarray, y: np.ndarray, w: np.ndarray, c: float) -> float:
-    """How far one Newton step goes, of the largest coefficient, in 80 digits."""
+def newton_decrement(x: np.ndarray, y: np.ndarray, w: np.ndarray, c: float) -> float:
+    """Return the size of a Newton step relative to the largest coefficient, in 80 digits."""
     import mpmath as mp
 
     with mp.workdps(80):
         a = [[mp.mpf(float(v)) for v in row] + [mp.mpf(1)] for row in x]
         v = [mp.mpf(float(u)) for u in (*w, c)]
         d, flip = x.shape[1], [-1 if one else 1 for one in y]
-        wrong = [1 / (1 + mp.exp(-f * mp.fdot(row, v))) for f, row in zip(flip, a, strict=True)]
-        pull, h = mp.matrix(d + 1, 1), mp.matrix(d + 1)
-        for row, f, r in zip(a, flip, wrong, strict=True):
+        p_wrong = [1 / (1 + mp.exp(-f * mp.fdot(row, v))) for f, row in zip(flip, a, strict=True)]
+        gradient, h = mp.matrix(d + 1, 1), mp.matrix(d + 1)
+        for row, f, r in zip(a, flip, p_wrong, strict=True):
             for i in range(d + 1):
-                pull[i] += f * r * row[i]
+                gradient[i] += f * r * row[i]
                 for k in range(d + 1):
                     h[i, k] += r * (1 - r) * row[i] * row[k]
         for i in range(d):
-            pull[i] += v[i]
+            gradient[i] += v[i]
             h[i, i] += 1
-        step = mp.lu_solve(h, pull)
+        step = mp.lu_solve(h, gradient)
         return float(max(abs(s) for s in step[:d]) / max(abs(u) for u in v[:d]))
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("size", [1e8, 1e10, 1e12, 1e20, 1e30])
 def test_beyond_scikit_learn(place, size):
-    """float64 from the median: the optimum, or the truth that it was not reached."""
+    """In float64 from the median, a fit reaches the optimum or reports that it did not."""
     x, y = Outliers(place, size, d=4, seed=5).make()
     got = rk.logistic_fits(x.astype(np.float64), y, np.arange(4)[None], tol=1e-10)
     single = rk.logistic_fits(x, y, np.arange(4)[None])
@@ -134,7 +139,7 @@ def test_beyond_scikit_learn(place, size):
         np.testing.assert_allclose(single["coef"], got["coef"], rtol=0, atol=1e-4 * scale)
         assert single["errors"][0] == got["errors"][0]
     if got["converged"][0]:
-        assert decrement(x, y, got["coef"][0], got["intercept"][0]) <= 1e-6
+        assert newton_decrement(x, y, got["coef"][0], got["intercept"][0]) <= 1e-6
 
 
 ORDINARY = {
@@ -147,14 +152,14 @@ ORDINARY = {
 }
 
 
-def routes(monkeypatch: pytest.MonkeyPatch) -> dict[torch.dtype, int]:
-    """How many problems descend in each dtype from now on."""
+def count_descents(monkeypatch: pytest.MonkeyPatch) -> dict[torch.dtype, int]:
+    """Count the problems that descend in each dtype after this call."""
     counts = {torch.float32: 0, torch.float64: 0}
-    true = logistic._Descent.__init__
+    original = logistic._Descent.__init__
 
     def init(self, x, *args, **options):
         counts[x.dtype] += len(x)
-        true(self, x, *args, **options)
+        original(self, x, *args, **options)
 
     monkeypatch.setattr(logistic._Descent, "__init__", init)
     return counts
@@ -168,7 +173,7 @@ def test_ordinary_activations_stay_in_float32(monkeypatch, kind):
     x = ORDINARY[kind](rng.standard_normal((n, 400)), y[:, None]).astype(np.float32)
     columns = np.stack([rng.choice(400, d, replace=False) for _ in range(b)])
     exact = rk.logistic_fits(x.astype(np.float64), y.astype(int), columns)
-    counts = routes(monkeypatch)
+    counts = count_descents(monkeypatch)
     got = rk.logistic_fits(x, y.astype(int), columns)
     assert counts == {torch.float32: b, torch.float64: 0}
     assert got["converged"].all()
@@ -182,7 +187,7 @@ def test_only_problems_with_outliers_leave_float32(monkeypatch):
     x, y = Outliers("one neuron", 1.0, d=12).make()
     x[3, 5] = 1e6
     columns = np.array([[0, 1, 2], [5, 6, 7], [8, 9, 10]])
-    counts = routes(monkeypatch)
+    counts = count_descents(monkeypatch)
     got = rk.logistic_fits(x, y, columns)
     assert counts == {torch.float32: 3, torch.float64: 1}
     assert got["converged"].all()
@@ -191,7 +196,7 @@ def test_only_problems_with_outliers_leave_float32(monkeypatch):
 @pytest.mark.parametrize("size", [1e3, 1e4, 1e6])
 @pytest.mark.parametrize("n", [50, 300])
 def test_massive_activations(n, size):
-    """A third of many neurons, large in one stimulus: the boundary moves by a step nobody sees."""
+    """One stimulus with a third of its neurons large: tiny steps still move the boundary."""
     rng = np.random.default_rng(2)
     y = (np.arange(n) % 10 == 0).astype(int)
     x = rng.standard_normal((n, 90)).astype(np.float32)
@@ -200,16 +205,16 @@ def test_massive_activations(n, size):
     for values, tolerance in ((x, 1e-4), (x.astype(np.float64), 1e-9)):
         got = rk.logistic_fits(values, y, columns)
         assert got["converged"].all()
-        for i, own in enumerate(columns):
-            model = fitted(x[:, own], y)
+        for i, selected in enumerate(columns):
+            model = fit_scikit_learn(x[:, selected], y)
             error = np.abs(got["coef"][i] - model.coef_[0]).max()
             assert error <= tolerance * np.abs(model.coef_).max()
-            assert got["errors"][i] == (model.predict(x[:, own]) != y).sum()
+            assert got["errors"][i] == (model.predict(x[:, selected]) != y).sum()
 
 
 @pytest.mark.parametrize("size", [1e10, 1e15, 1e25])
-def test_what_float64_cannot_tell_is_not_called_converged(size):
-    """The same outlier in both classes leaves a direction of all but infinite curvature."""
+def test_fits_beyond_float64_are_not_converged(size):
+    """The same outlier in both classes makes the curvature of one direction nearly infinite."""
     x, y = Outliers("one neuron", 1.0, d=4).make()
     x[[1, 2]] = np.float32(size) * np.array([1, -1, 0.5, 2], dtype=np.float32)
     y[[1, 2]] = 0, 1
@@ -218,7 +223,7 @@ def test_what_float64_cannot_tell_is_not_called_converged(size):
 
 
 def test_the_whole_range_of_float32():
-    """Differences overflow float32, and squares all but the smallest and largest floats."""
+    """Differences overflow float32."""
     x, y = Outliers("one neuron", 1.0, d=4).make()
     x[:, 1] = np.where(y == 1, 3.4e38, -3.4e38)
     got = rk.logistic_fits(x, y, np.array([[0, 1], [0, 2], [1, 3]]))
@@ -227,12 +232,12 @@ def test_the_whole_range_of_float32():
     assert np.isfinite(got["coef"]).all()
 
 
-def test_constant_neurons_beside_outliers():
+def test_constant_neurons_with_outliers():
     x, y = Outliers("one number", 1e6, d=5, seed=1).make()
     x[:, 2] = 1e30
     got = rk.logistic_fits(x, y, np.arange(5)[None])
     x[:, 2] = 0
-    error, wrong, near = off(got, x, y)
+    error, wrong, near = compare_with_scikit_learn(got, x, y)
     assert error <= 1e-4
     assert got["coef"][0, 2] == 0
     assert wrong <= got["errors"][0] <= wrong + near
@@ -241,12 +246,12 @@ def test_constant_neurons_beside_outliers():
     assert not alone["coef"].any()
 
 
-@pytest.mark.parametrize("most", [1, 2, 5])
-def test_too_few_steps(most):
+@pytest.mark.parametrize("max_iter", [1, 2, 5])
+def test_too_few_steps(max_iter):
     x, y = Outliers("one stimulus", 1e5).make()
-    got = rk.logistic_fits(x, y, np.arange(6)[None], max_iter=most)
+    got = rk.logistic_fits(x, y, np.arange(6)[None], max_iter=max_iter)
     assert not got["converged"].any()
-    assert got["n_iter"][0] <= most
+    assert got["n_iter"][0] <= max_iter
 
 
 def test_a_start_far_away():
@@ -254,4 +259,4 @@ def test_a_start_far_away():
     start = np.full((1, 6), 10.0), np.full(1, -3.0)
     got = rk.logistic_fits(x, y, np.arange(6)[None], start=start)
     assert got["converged"].all()
-    assert off(got, x, y)[0] <= 1e-4
+    assert compare_with_scikit_learn(got, x, y)[0] <= 1e-4

@@ -1,4 +1,4 @@
-"""Classes that neurons separate, under a penalty that rounding hides."""
+"""Separable classes with a penalty so weak that rounding hides it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import repsim_kernels as rk
 
 
 def optimum(x, y, C):
-    """Coefficients and intercept with 80 digits, by Newton's method on the objective."""
+    """Return coefficients and intercept from Newton's method in 80 digits."""
     with mpmath.workdps(80):
         a = mpmath.matrix(np.column_stack([x, np.ones(len(x))]).tolist())
         sign = [mpmath.mpf(1 if t else -1) for t in y]
@@ -26,10 +26,10 @@ def optimum(x, y, C):
         for _ in range(400):
             gradient, hessian = mpmath.matrix(a.cols, 1), mpmath.matrix(a.cols, a.cols)
             for j, z in enumerate(a * v):
-                wrong = 1 / (1 + mpmath.exp(sign[j] * z))
+                p_wrong = 1 / (1 + mpmath.exp(sign[j] * z))
                 row = a[j, :]
-                gradient -= C * sign[j] * wrong * row.T
-                hessian += C * wrong * (1 - wrong) * (row.T * row)
+                gradient -= C * sign[j] * p_wrong * row.T
+                hessian += C * p_wrong * (1 - p_wrong) * (row.T * row)
             for i in range(a.cols - 1):
                 gradient[i] += v[i]
                 hessian[i, i] += 1
@@ -46,11 +46,11 @@ def optimum(x, y, C):
 @pytest.mark.parametrize("C", [1e12, 1e16, 1e20, 1e40, 1e100, 1e300])
 @settings(max_examples=8)
 @given(SEEDS, st.integers(1, 3), st.booleans())
-def test_classes_that_separate_under_a_vanishing_penalty(backend, C, seed, d, twice):
-    """Either the optimum, or ``converged`` is False: no error of the solver comes out."""
+def test_separable_classes_with_a_vanishing_penalty(backend, C, seed, d, duplicate):
+    """A fit is optimal or its ``converged`` is False; no solver error is raised."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((8, d))
-    if twice:
+    if duplicate:
         x = np.column_stack([x, x[:, 0]])
     y = (x @ rng.standard_normal(x.shape[1]) > 0).astype(int)
     y[:2] = [0, 1]

@@ -1,4 +1,4 @@
-"""The metrics between two representations: every backend against the reference."""
+"""Metrics between two representations: each backend against the reference."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def run(name, x, y, backend=None, **options):
 
 
 def assert_as_reference(name, options, x, y, xv, yv, tol):
-    """Compare with the reference; where one finds nothing to compare, so must the other."""
+    """Compare with the reference; if it raises ConstantError, the other backend must too."""
     n, p, q = len(xv), xv.shape[1], yv.shape[1]
     if (name, options) == ("pwcca", {}) and p + q >= n:
-        # Correlations tie at 1: the variates, and with them the weights, are not unique.
+        # Correlations tie at 1, so the variates and their weights are not unique.
         assert -1e-12 <= run(name, x, y) <= 1 + 1e-12
         return
     try:
@@ -68,20 +68,20 @@ def assert_as_reference(name, options, x, y, xv, yv, tol):
     assert_close(run(name, x, y, **options), want, tol)
 
 
-# Ties that rounding breaks, and spectra at the edge of the rank, have no one right answer.
+# Where rounding breaks ties or decides the rank, there is no single right answer.
 SMOOTH = ("gaussian", "relu", "large mean", "constant columns")
 
 
 def tolerance(name, options, dtype="float64"):
     if options.get("form") in ("angular", "size-and-shape"):
-        return Tol(1e-7, 1e-7)  # near 0 their slope is infinite: half of the digits
+        return Tol(1e-7, 1e-7)  # their slope is infinite at 0, which costs half of the digits
     if options.get("ridge") == "gcv":
-        return Tol(1e-5, 1e-5)  # the minimum is flat: its place is known to half of the digits
-    # PWCCA's products with the neurons are in the precision of the input.
+        return Tol(1e-5, 1e-5)  # a flat minimum is located with only half of the digits
+    # PWCCA multiplies by the neurons in the precision of the input.
     return DISTANCE["float32"] if name == "pwcca" and dtype != "float64" else SAME
 
 
-def test_each_metric_of_the_registry_is_here():
+def test_every_registered_metric_is_tested():
     assert {name for name, _ in METRICS} == {m.name for m in _metrics.METRICS if m.pairwise}
 
 
@@ -103,8 +103,8 @@ def test_torch(name, options, drawn_pair):
 
 @EACH
 @pytest.mark.parametrize(("p", "q"), [(3, 5), (3, 60), (60, 3), (40, 60)])
-def test_each_side_of_the_cost(name, options, p, q):
-    """Fewer neurons than stimuli, more, and one of each: features, Grams, and both."""
+def test_feature_and_gram_side(name, options, p, q):
+    """Fewer neurons than stimuli on both sides, on neither, and on one."""
     rng = np.random.default_rng(p * q)
     x = rng.standard_normal((20, p))
     y = x[:, :3] @ rng.standard_normal((3, q)) + rng.standard_normal((20, q))
@@ -113,8 +113,8 @@ def test_each_side_of_the_cost(name, options, p, q):
 
 @pytest.mark.parametrize("cores", [1, 2, 3])
 @pytest.mark.parametrize("n", [20, 150])
-def test_long_sums_are_shared_out(monkeypatch, n, cores):
-    """Few stimuli and many neurons, in parts that do not divide them."""
+def test_cores_split_long_sums(monkeypatch, n, cores):
+    """Few stimuli, and many neurons that do not divide evenly by the cores."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
     rng = np.random.default_rng(n)
     x = rng.standard_normal((n, 6200))
@@ -125,8 +125,8 @@ def test_long_sums_are_shared_out(monkeypatch, n, cores):
 
 @pytest.mark.parametrize("options", [{}, {"debiased": True}, {"kernel": "rbf"}])
 @pytest.mark.parametrize("cores", [1, 2, 3])
-def test_those_of_a_shape_are_multiplied_together(monkeypatch, cores, options):
-    """In runs that end where the shape changes, whatever the dtypes, and batches of them."""
+def test_equal_shapes_share_a_batched_product(monkeypatch, cores, options):
+    """Runs end where the shape changes; dtypes may differ within a run, and batches work too."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
     rng = np.random.default_rng(cores)
     shared = rng.standard_normal((150, 3))
@@ -144,7 +144,7 @@ def test_those_of_a_shape_are_multiplied_together(monkeypatch, cores, options):
 
 
 @pytest.mark.parametrize("cores", [1, 2, 3])
-def test_many_stimuli_are_shared_out(monkeypatch, cores):
+def test_cores_split_many_stimuli(monkeypatch, cores):
     monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
     rng = np.random.default_rng(3)
     x = rng.standard_normal((6200, 3)) + 5
@@ -164,13 +164,13 @@ def test_batches_broadcast(name, options):
     tol = tolerance(name, options)
     assert_close(got, want, tol)
     assert_close(run(name, x, y, "reference", batched=True, **options), want, tol)
-    # One of two dimensions goes with each item of the other.
+    # A 2-D input is compared with each item of the batch.
     mixed = run(name, x[:, 0], y[0], batched=True, **options)
     assert_close(mixed, [row[0] for row in want], tol)
 
 
 @EACH
-def test_pairwise_is_each_pair(name, options):
+def test_pairwise_equals_separate_calls(name, options):
     rng = np.random.default_rng(1)
     xs = [rng.standard_normal((9, p)) for p in (4, 30, 2, 12, 4)]
     ys = [rng.standard_normal((9, p)) for p in (3, 12, 3)]
@@ -184,7 +184,7 @@ def test_pairwise_is_each_pair(name, options):
             assert_close(reference, want, tolerance(name, options))
 
 
-def test_pairwise_on_features_is_pairwise_on_grams():
+def test_pairwise_from_features_equals_pairwise_from_grams():
     rng = np.random.default_rng(2)
     xs = [rng.standard_normal((60, p)) for p in (2, 3, 5)]
     wide = [*xs, rng.standard_normal((60, 200))]
@@ -194,8 +194,8 @@ def test_pairwise_on_features_is_pairwise_on_grams():
         np.testing.assert_allclose(rk.pairwise(xs, xs[:1], debiased=debiased)[:, 0], got[:, 0])
 
 
-def test_constant_float64_features_are_nothing_beside_float32_ones(monkeypatch):
-    """Both are centred together where there is a core for each."""
+def test_constant_float64_feature_in_a_batch_with_float32(monkeypatch):
+    """With a core for each, both are centred in one batch."""
     monkeypatch.setattr(panels, "count_cores", lambda x: 2)
     rng = np.random.default_rng(5)
     x, y = rng.standard_normal((2, 30, 60))
@@ -209,8 +209,8 @@ def test_constant_float64_features_are_nothing_beside_float32_ones(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("shift", [0, 10, 1000])
-def test_debiased_cka_stands_when_features_shift(dtype, shift):
-    """Equal to that of the shifted, rounded input in float64 arithmetic: nothing more is lost."""
+def test_debiased_cka_ignores_shifts_of_features(dtype, shift):
+    """The result equals float64 arithmetic on the shifted, rounded input: no other loss."""
     rng = np.random.default_rng(4)
     x = torch.from_numpy(rng.standard_normal((20, 30)) + shift).to(getattr(torch, dtype))
     y = torch.from_numpy(rng.standard_normal((20, 25))) + x.double()[:, :25] - shift
@@ -220,7 +220,7 @@ def test_debiased_cka_stands_when_features_shift(dtype, shift):
 
 
 @EACH
-def test_same_kind_out(name, options):
+def test_results_have_the_kind_of_the_input(name, options):
     rng = np.random.default_rng(5)
     x, y = rng.standard_normal((8, 5)), rng.standard_normal((8, 6))
     value = run(name, x, y, **options)
@@ -234,7 +234,7 @@ def test_same_kind_out(name, options):
 
 
 @given(drawn(n=st.integers(3, 9), dtypes=("float32",), layouts=TORCH_LAYOUTS))
-def test_inputs_are_not_written(x):
+def test_inputs_are_not_modified(x):
     a, b = x.torch(), torch.from_numpy(x.values())
     before = a.clone()
     for name, options in METRICS:
@@ -243,7 +243,7 @@ def test_inputs_are_not_written(x):
     assert torch.equal(a, before)
 
 
-def test_integers_and_booleans_are_numbers():
+def test_integer_and_boolean_input():
     rng = np.random.default_rng(6)
     x = rng.integers(0, 200, (9, 5))
     for dtype in (np.uint8, np.int32, np.int64):
@@ -252,21 +252,21 @@ def test_integers_and_booleans_are_numbers():
 
 
 @pytest.mark.parametrize("name", ["cca", "pwcca"])
-def test_cca_of_as_many_neurons_as_stimuli_is_1_and_says_so(name):
+def test_cca_warns_that_it_is_1_with_as_many_neurons_as_stimuli(name):
     rng = np.random.default_rng(7)
     x, y = rng.standard_normal((6, 6)), rng.standard_normal((6, 3))
     with pytest.warns(rk.DegenerateWarning, match="every .* is 1.*ridge= or use svcca"):
         assert getattr(rk, name)(x, y) == pytest.approx(1)
 
 
-def test_pwcca_says_where_its_weights_are_not_unique():
+def test_pwcca_warns_that_its_weights_are_not_unique():
     rng = np.random.default_rng(9)
     with pytest.warns(rk.DegenerateWarning, match="not unique"):
         rk.pwcca(rng.standard_normal((9, 5)), rng.standard_normal((9, 6)))
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_nothing_to_compare_raises(backend):
+def test_constant_input_raises(backend):
     rng = np.random.default_rng(10)
     x, y = rng.standard_normal((5, 4)), rng.standard_normal((5, 8))
     x[2] = 0.1
@@ -281,7 +281,7 @@ def test_nothing_to_compare_raises(backend):
             metric(np.eye(5), y, backend=backend, **options)
         with pytest.raises(rk.ConstantError):
             metric(y, np.eye(5), backend=backend, **options)
-    one = np.array([[1.3], [0.7], [1000.1], [2.9], [0.1]])  # all of one direction
+    one = np.array([[1.3], [0.7], [1000.1], [2.9], [0.1]])  # a single direction
     for compare in ("cosine", "pearson", "spearman"):
         with pytest.raises(rk.ConstantError):
             rk.rsa(one, y, distance="cosine", compare=compare, backend=backend)
@@ -290,7 +290,7 @@ def test_nothing_to_compare_raises(backend):
         rk.cka(x, y, kernel="rbf", backend=backend)
 
 
-def test_scale_of_float32_does_not_overflow():
+def test_large_and_small_float32_input():
     rng = np.random.default_rng(8)
     x, y = (rng.standard_normal((9, 4)).astype(np.float32) for _ in range(2))
     for name, options in METRICS:
@@ -302,12 +302,12 @@ def test_scale_of_float32_does_not_overflow():
 @EACH
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("scale", [1e-60, 1e60])
-def test_the_largest_and_the_smallest_numbers(name, options, backend, scale):
-    """Squares of Grams fit float64, and nothing larger is made."""
+def test_extreme_magnitudes(name, options, backend, scale):
+    """Squared Gram entries fit float64, and no larger intermediate occurs."""
     rng = np.random.default_rng(2)
     x, y = rng.standard_normal((9, 30)), rng.standard_normal((9, 4))
     if "penalty" in options or options.get("form") == "size-and-shape":
-        return  # have units
+        return  # not invariant to scale
     for a, b in ((x, y), (y, y + x[:, :4])):
         want = run(name, a, b, backend, **options)
         got = run(name, scale * a, scale * b, backend, **options)
@@ -328,12 +328,12 @@ EXACT = (
 @pytest.mark.parametrize("metric", EXACT, ids=str)
 @settings(max_examples=15)
 @given(st.integers(4, 30), st.integers(2, 40), st.integers(0, 2**16))
-def test_no_similarity_is_above_1_and_none_with_itself_below(backend, metric, n, p, seed):
+def test_similarities_are_at_most_1_and_exactly_1_for_a_copy(backend, metric, n, p, seed):
     """SciPy's squareform refuses a diagonal that is not exactly 0."""
     rng = np.random.default_rng(seed)
     x = (rng.standard_normal((n, p)) * rng.lognormal()).astype(rng.choice(["f4", "f8"]))
-    turned = x @ np.linalg.qr(rng.standard_normal((p, p)))[0].astype(x.dtype) * 3
-    layers = [x, turned, x * 2 + 1, x[:, ::-1].copy(), rng.standard_normal((n, p))]
+    rotated = x @ np.linalg.qr(rng.standard_normal((p, p)))[0].astype(x.dtype) * 3
+    layers = [x, rotated, x * 2 + 1, x[:, ::-1].copy(), rng.standard_normal((n, p))]
     name, options = (metric, {}) if isinstance(metric, str) else ("procrustes_distance", metric)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rk.DegenerateWarning)
@@ -348,11 +348,11 @@ def test_no_similarity_is_above_1_and_none_with_itself_below(backend, metric, n,
 
 
 @given(st.integers(4, 12), st.integers(2, 30), st.sampled_from([0.0, 0.1]), st.integers(0, 2**16))
-def test_no_distance_of_an_ablation_is_negative(n, p, ridge, seed):
+def test_ablation_distances_are_not_negative(n, p, ridge, seed):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((n, p)) * 10.0 ** rng.uniform(-12, 3, p)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rk.DegenerateWarning)
-        found = rk.ablation_distances(x, rng.integers(-1, 4, p), ridge=ridge)
-    for name, values in found.items():
+        distances = rk.ablation_distances(x, rng.integers(-1, 4, p), ridge=ridge)
+    for name, values in distances.items():
         assert not (values < 0).any(), name

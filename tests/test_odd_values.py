@@ -1,4 +1,4 @@
-"""Values that an argument can't take: refused in one line that names the argument."""
+"""Invalid values raise a one-line error that names the argument."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Unprintable:
 
 
 class Unreadable:
-    """Has an `__array__` and items, and raises where they are asked for."""
+    """An array-like object that raises when it is read."""
 
     def __array__(self, dtype=None, copy=None):
         raise KeyError("first line\nsecond line")
@@ -50,16 +50,16 @@ ARGUMENTS = {
     "eigh": (X @ X.T,),
     "svd": (X,),
 }
-FIRST = ("x", "xs", "gram", "a")  # which other tests give what is no array
+FIRST = ("x", "xs", "gram", "a")  # other tests pass invalid values to these
 
 
 def call_with(function, parameter, value):
-    """Call a function with its usual arguments, but for one."""
+    """Call a function with valid arguments except for one."""
     names = list(inspect.signature(function).parameters)
-    given_arguments = dict(zip(names, ARGUMENTS[function.__name__], strict=False))
+    arguments = dict(zip(names, ARGUMENTS[function.__name__], strict=False))
     if parameter == "sigma":
-        given_arguments["kernel"] = "rbf"
-    return function(**(given_arguments | {parameter: value}))
+        arguments["kernel"] = "rbf"
+    return function(**(arguments | {parameter: value}))
 
 
 def parameters():
@@ -92,7 +92,7 @@ def test_a_backend_is_a_name_or_none(name, monkeypatch):
 @pytest.mark.parametrize("make", [list, np.array, torch.tensor], ids=["list", "NumPy", "torch"])
 @settings(max_examples=20)
 @given(st.data())
-def test_labels_beyond_any_count_of_cells(make, data):
+def test_cell_labels_out_of_range(make, data):
     large = data.draw(st.integers(2**24, 2**63 - 1))
     for label in (large, -large):
         for call in (
@@ -110,7 +110,7 @@ def test_labels_beyond_any_count_of_cells(make, data):
 @pytest.mark.parametrize("make", [list, np.array, torch.tensor], ids=["list", "NumPy", "torch"])
 @settings(max_examples=20)
 @given(st.data())
-def test_labels_beyond_any_count_of_classes(make, data):
+def test_class_labels_out_of_range(make, data):
     large = data.draw(st.integers(6, 2**63 - 1))
     for name, call in (
         ("labels", lambda labels: rk.class_means(X, labels)),
@@ -143,8 +143,8 @@ def test_the_first_empty_class_is_named(labels, count):
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=3, max_size=3, unique=True))
-def test_labels_of_any_size_name_the_same_classes(backend, names):
-    """Where labels only tell classes apart, they may be any integers of 64 bits."""
+def test_large_labels_name_the_same_classes(backend, names):
+    """Labels that only distinguish classes may be any 64-bit integers."""
     small = np.array(LABELS)
     large = np.array(names)[small]
     for function, *arguments in (
@@ -157,16 +157,16 @@ def test_labels_of_any_size_name_the_same_classes(backend, names):
         np.testing.assert_equal(got, want)
 
 
-def test_integers_that_64_bits_do_not_hold():
+def test_integers_beyond_64_bits():
     for big in (2**64, -(2**63) - 1, 2**70, 10**400, 10**5000):
-        shown = str(big) if abs(big) <= 2**70 else ".*"
+        pattern = str(big) if abs(big) <= 2**70 else ".*"
         for name, call in (
             ("cells", lambda big=big: rk.cell_grams(X, [0, 1, big, 0])),
             ("labels", lambda big=big: rk.class_means(X, [0, 1, big, 0, 1, 0])),
             ("folds", lambda big=big: rk.ablation_decodability(X, CELLS, LABELS, folds=[big] * 6)),
             ("columns", lambda big=big: rk.logistic_fits(X, LABELS, [[big]])),
         ):
-            with pytest.raises(rk.DtypeError, match=f"{name}: {shown} does not fit 64") as caught:
+            with pytest.raises(rk.DtypeError, match=f"{name}: {pattern} does not fit 64") as caught:
                 call()
             assert len(str(caught.value)) < 200
     numbers = [0, 1, 2**63 + 5, 0, 1, 0]
@@ -176,7 +176,7 @@ def test_integers_that_64_bits_do_not_hold():
                 function(X, labels)
 
 
-def test_what_raises_when_read_is_refused():
+def test_objects_that_raise_when_read():
     for x in (Unreadable(), [Unreadable()] * 2, [[1.0, Unreadable()]] * 2):
         if not isinstance(x, list):
             for name in ("x", "y"):
@@ -198,25 +198,25 @@ TRANSFORMED = "a tensor inside torch.func (vmap, grad, jvp)"
 
 
 @pytest.mark.parametrize("name", [*PAIRS, *SINGLES])
-def test_vmap_is_refused(name):
+def test_vmap_raises(name):
     rest = SINGLES.get(name, (torch.from_numpy(Y),))
     with pytest.raises(rk.DtypeError, match=r"x: a tensor inside torch\.func \(vmap, grad, jvp\)"):
         torch.vmap(lambda x: getattr(rk, name)(x, *rest, **PAIRS.get(name, {})))(T[None])
 
 
 @pytest.mark.parametrize("level", [1, 2])
-def test_every_array_is_refused_under_vmap(level):
-    seen = []
+def test_every_array_raises_under_vmap(level):
+    calls = []
 
     def refuse(x):
         assert_refused(x, TRANSFORMED)
-        seen.append(x)
+        calls.append(x)
         return x
 
     for _ in range(level):
         refuse = torch.vmap(refuse)
     refuse(T.expand(*[2] * level, 6, 4))
-    assert seen
+    assert calls
     cells = torch.tensor([CELLS, CELLS])
     with pytest.raises(rk.DtypeError, match=r"cells: a tensor inside torch\.func"):
         torch.vmap(lambda c: rk.cell_grams(T, c))(cells)

@@ -1,4 +1,4 @@
-"""Linear predictivity against scikit-learn's ridge regression, fitted fold by fold."""
+"""Linear predictivity against scikit-learn's ridge regression, fitted for each fold."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def r2(y, predicted):
 
 
 def oracle(x, y, ridge, folds):
-    """By the normal equations of the neurons of x, or where they are many of the stimuli."""
+    """Return R² from ridge regression, on a kernel if neurons outnumber stimuli."""
     alpha, predicted = kappa(x, ridge), np.empty_like(y)
     if x.shape[1] <= len(x):
         predicted = cross_val_predict(Ridge(alpha=alpha), x, y, cv=KFold(folds))
         return r2(y, predicted.reshape(y.shape))
-    for fit, held in KFold(folds).split(x):
-        mean_x, mean_y = x[fit].mean(0), y[fit].mean(0)
-        model = KernelRidge(alpha=alpha).fit(x[fit] - mean_x, y[fit] - mean_y)
-        predicted[held] = model.predict(x[held] - mean_x) + mean_y
+    for train, test in KFold(folds).split(x):
+        mean_x, mean_y = x[train].mean(0), y[train].mean(0)
+        model = KernelRidge(alpha=alpha).fit(x[train] - mean_x, y[train] - mean_y)
+        predicted[test] = model.predict(x[test] - mean_x) + mean_y
     return r2(y, predicted)
 
 
 def two(n, p, q, seed=0):
-    """x, and y that x predicts in part."""
+    """Draw x (n, p), and y (n, q) that x predicts in part."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((n, p))
     return x, x[:, :3] @ rng.standard_normal((min(p, 3), q)) + rng.standard_normal((n, q))
@@ -56,7 +56,7 @@ def test_numpy_arrays(backend, pair, ridge, folds):
     x, y = pair
     folds = 2 + folds % (x.n - 1)
     got = rk.linear_predictivity(x.numpy(), y.numpy(), ridge=ridge, folds=folds, backend=backend)
-    # What rounding makes of a mean of 1000 counts by the ridge that divides it.
+    # The rounding of a mean of 1000 is divided by the ridge.
     assert_close(got, oracle(x.values(), y.values(), ridge, folds), Tol(1e-7, 1e-7))
 
 
@@ -72,8 +72,8 @@ def test_tensors(pair, ridge):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("folds", [2, 5, 7, 23])
 @pytest.mark.parametrize(("p", "q"), [(4, 6), (4, 90), (90, 4), (90, 70), (23, 23)])
-def test_each_side_of_the_cost(backend, folds, p, q):
-    """Neurons and Grams on each side, folds that are uneven, and each stimulus on its own."""
+def test_feature_and_gram_side(backend, folds, p, q):
+    """Neurons or Grams on each side, uneven folds, and leave-one-out."""
     x, y = two(23, p, q, seed=p)
     for ridge in (1e-4, 1.0, 1e3):
         got = rk.linear_predictivity(x, y, ridge=ridge, folds=folds, backend=backend)
@@ -82,7 +82,7 @@ def test_each_side_of_the_cost(backend, folds, p, q):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("p", "q"), [(4, 6), (4, 90), (15, 4), (15, 30)])
-def test_gcv_is_the_ridge_of_least_generalised_error(backend, p, q):
+def test_gcv_minimises_the_generalised_error(backend, p, q):
     x, y = two(20, p, q, seed=p + q)
     a, t = x - x.mean(0), y - y.mean(0)
 
@@ -100,8 +100,8 @@ def test_gcv_is_the_ridge_of_least_generalised_error(backend, p, q):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(SEEDS, RIDGES)
-def test_what_the_score_does_not_depend_on(backend, seed, ridge):
-    """Rotation, scale and shift of either side, and columns that come twice."""
+def test_invariances(backend, seed, ridge):
+    """Rotation, scale and shift of either side, and duplicated columns."""
     rng = np.random.default_rng(seed)
     x, y = two(11, 6, 4, seed)
 
@@ -109,15 +109,15 @@ def test_what_the_score_does_not_depend_on(backend, seed, ridge):
         return rk.linear_predictivity(x, y, ridge=ridge, folds=3, backend=backend)
 
     want = score(x, y)
-    turn = np.linalg.qr(rng.standard_normal((6, 6)))[0]
-    assert_close(score(3 * x @ turn + rng.standard_normal(6), y), want, SAME)
-    turn = np.linalg.qr(rng.standard_normal((4, 4)))[0]
-    assert_close(score(x, 7 * y @ turn + rng.standard_normal(4)), want, SAME)
+    rotation = np.linalg.qr(rng.standard_normal((6, 6)))[0]
+    assert_close(score(3 * x @ rotation + rng.standard_normal(6), y), want, SAME)
+    rotation = np.linalg.qr(rng.standard_normal((4, 4)))[0]
+    assert_close(score(x, 7 * y @ rotation + rng.standard_normal(4)), want, SAME)
     assert_close(score(np.hstack([x, x]), np.hstack([y, y, y, y])), want, SAME)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_ends_of_the_scale(backend):
+def test_extreme_scores(backend):
     x, y = two(40, 5, 3)
     linear = x @ np.ones((5, 2)) + 7
 
@@ -126,7 +126,7 @@ def test_the_ends_of_the_scale(backend):
 
     assert 1 - 1e-9 < score(x, linear, 1e-6) <= 1
     assert score(x, linear, 1.0) < 0.99
-    # A ridge beyond all measure leaves the means of the training folds.
+    # With a huge ridge, predictions are the means of the training folds.
     means = np.repeat([np.delete(y, np.r_[i : i + 10], 0).mean(0) for i in range(0, 40, 10)], 10, 0)
     assert score(x, y, 1e10) == pytest.approx(r2(y, means), abs=1e-9)
     assert score(x, y, 1e10) < 0

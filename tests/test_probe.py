@@ -1,4 +1,4 @@
-"""Linear decodability: the reference's brute force, and scikit-learn stimulus by stimulus."""
+"""Linear decodability, against the reference's explicit fits and against scikit-learn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import repsim_kernels as rk
 
 
 @given(st.data(), st.booleans(), st.sampled_from([0.01, 1.0, 10.0]))
-def test_against_brute_force(data, one_class, ridge):
+def test_against_the_reference(data, one_class, ridge):
     x = data.draw(drawn(n=st.integers(4, 12), kinds=("gaussian", "relu"), layouts=TORCH_LAYOUTS))
     cells = data.draw(st.one_of(labels(x.p).map(lambda c: c[0]), memberships(x.p)))
     y = data.draw(classes(x.n))
@@ -27,19 +27,19 @@ def test_against_brute_force(data, one_class, ridge):
         np.testing.assert_allclose(got[name], want[name], atol=1e-12, err_msg=name)
 
 
-def readers(x, y, cell, ridge):
-    """Held-out outputs of scikit-learn's Ridge, refitted on the rest and frozen: (n, k) each."""
+def held_out_outputs(x, y, cell, ridge):
+    """Return held-out outputs of scikit-learn's Ridge, refitted and frozen, (n, k) each."""
     onehot = np.eye(y.max() + 1)[y]
     out = []
     ablated = np.where(cell, 0, x)
-    for fitted, applied in ((ablated, ablated), (x, ablated)):
-        centred = fitted - fitted.mean(0)
+    for x_fit, x_test in ((ablated, ablated), (x, ablated)):
+        centred = x_fit - x_fit.mean(0)
         alpha = ridge * (centred**2).sum() / len(x)
         rows = []
         for i in range(len(x)):
-            keep = np.arange(len(x)) != i
-            model = Ridge(alpha=alpha).fit(fitted[keep], onehot[keep])
-            rows.append(model.predict(applied[i : i + 1])[0])
+            train = np.arange(len(x)) != i
+            model = Ridge(alpha=alpha).fit(x_fit[train], onehot[train])
+            rows.append(model.predict(x_test[i : i + 1])[0])
         out.append(np.array(rows))
     return out
 
@@ -54,15 +54,17 @@ def test_against_scikit_learn(p, mean):
     got = rk.ablation_decodability(x, cells, y, ridge=0.5)
     one = rk.ablation_decodability(x, cells, y, target=1, ridge=0.5)
     for c in range(4):
-        for name, outputs in zip(("refit", "frozen"), readers(x, y, cells == c, 0.5), strict=True):
+        for name, outputs in zip(
+            ("refit", "frozen"), held_out_outputs(x, y, cells == c, 0.5), strict=True
+        ):
             assert got[name][c] == (outputs.argmax(1) == y).mean()
-            said = outputs[:, 1] > 0.5
-            want = (said[y == 1].mean() + (~said[y != 1]).mean()) / 2
+            predicted = outputs[:, 1] > 0.5
+            want = (predicted[y == 1].mean() + (~predicted[y != 1]).mean()) / 2
             assert one[name][c] == pytest.approx(want, abs=1e-12)
 
 
-def test_what_is_written_in_one_cell_is_lost_with_it():
-    """Class 1 against the rest stands in cell 2 alone."""
+def test_information_in_one_cell_is_lost_with_it():
+    """Only cell 2 separates class 1 from the rest."""
     rng = np.random.default_rng(0)
     y = np.arange(40) % 2
     x = rng.standard_normal((40, 30)) * 0.1
@@ -93,7 +95,7 @@ def test_extreme_cells_and_batches():
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("folds", [None, 4])
 @pytest.mark.parametrize("score", [None, "margin", ["r2", "accuracy"]])
-def test_several_targets_are_the_single_ones(score, folds, backend):
+def test_several_targets_match_separate_calls(score, folds, backend):
     rng = np.random.default_rng(2)
     x, y = rng.standard_normal((20, 12)), np.arange(20) % 4 * 3 - 5
     cells, targets = rng.integers(0, 3, 12), (4, -5, 1)
@@ -109,7 +111,7 @@ def test_several_targets_are_the_single_ones(score, folds, backend):
                 np.testing.assert_allclose(several[kind][i], one[kind], rtol=1e-12, atol=1e-13)
 
 
-def test_the_score_by_default():
+def test_the_default_score():
     rng = np.random.default_rng(4)
     x, y = rng.standard_normal((18, 5)), np.repeat([0, 1, 2], [3, 5, 10])
     names = ["accuracy", "balanced_accuracy"]
@@ -122,12 +124,12 @@ def test_the_score_by_default():
 
 
 def criterion(x, onehot, ridge):
-    """n ‖(I - H)Y‖² / tr(I - H)², from the hat matrix."""
+    """Return n ‖(I - H)Y‖² / tr(I - H)² from the hat matrix."""
     n, centred = len(x), x - x.mean(0)
     kappa = ridge * (centred**2).sum() / n
     inverse = np.linalg.inv(centred.T @ centred + kappa * np.eye(x.shape[1]))
-    left = np.eye(n) - centred @ inverse @ centred.T - 1 / n
-    return n * ((left @ onehot) ** 2).sum() / np.trace(left) ** 2
+    residual = np.eye(n) - centred @ inverse @ centred.T - 1 / n
+    return n * ((residual @ onehot) ** 2).sum() / np.trace(residual) ** 2
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -152,17 +154,17 @@ def test_generalised_cross_validation(target, p, backend):
             np.testing.assert_allclose(got[name][kind], value, rtol=1e-12)
 
 
-def test_generalised_cross_validation_ends_where_the_grid_does():
-    """Neurons that say nothing of the classes; and one that says all, among as many as stimuli."""
+def test_generalised_cross_validation_at_the_ends_of_the_grid():
+    """Uninformative neurons, and one that separates the classes among more neurons than stimuli."""
     rng = np.random.default_rng(0)
     y = np.repeat([0, 1], 10)
     noise = rng.standard_normal((20, 5))
-    nothing = noise - np.stack([noise[y == k].mean(0) for k in (0, 1)])[y]
+    uninformative = noise - np.stack([noise[y == k].mean(0) for k in (0, 1)])[y]
     clear = np.column_stack([y * 1e3, rng.standard_normal((20, 30)) * 1e-4])
     both = np.stack([clear, clear * 7])
     got = rk.ablation_decodability(both, [0] * 31, y, ridge="gcv", batched=True)
     np.testing.assert_allclose(got["ridge"], 1e-6, rtol=1e-6)
-    got = rk.ablation_decodability(nothing, [0] * 5, y, ridge="gcv")
+    got = rk.ablation_decodability(uninformative, [0] * 5, y, ridge="gcv")
     assert got["ridge"] == pytest.approx(1e6, rel=1e-6)
     assert isinstance(got["ridge"], float)
 

@@ -1,4 +1,4 @@
-"""Linear decodability by folds, by every score and by logistic regression: scikit-learn's."""
+"""Linear decodability by folds, scores and logistic regression, against scikit-learn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UNEVEN = np.array([0, 1, 1, 2, 2, 2, 3, 3, 3, 3, 1, 0, 0, 0, 2, 3, 1, 1, 0, 2, 2
 
 
 def stimuli(p, mean=0, seed=0):
-    """x (24, p) of three classes that can be told apart in part, and a cell for each neuron."""
+    """Draw x (24, p) with three partly separable classes, a cell for each neuron, and classes."""
     rng = np.random.default_rng(seed + p)
     y = rng.permutation(np.arange(24) % 3)
     x = np.maximum(rng.standard_normal((24, p)) + rng.standard_normal((3, p))[y], 0) + mean
@@ -40,33 +40,33 @@ def kappa(x, ridge):
     return ridge * np.var(x, axis=0).sum()
 
 
-def decisions(fitted, t, keep, read, ridge):
-    """Decision values for what is read by scikit-learn's fit to (fitted, t)[keep]."""
-    if t[keep].min() == t[keep].max():
-        return np.inf if t[keep][0] else -np.inf
+def decisions(x_fit, t, train, x_test, ridge):
+    """Return decision values for x_test from scikit-learn's fit to (x_fit, t)[train]."""
+    if t[train].min() == t[train].max():
+        return np.inf if t[train][0] else -np.inf
     model = LogisticRegression(
-        C=1 / kappa(fitted, ridge), solver="newton-cholesky", tol=1e-12, max_iter=1000
+        C=1 / kappa(x_fit, ridge), solver="newton-cholesky", tol=1e-12, max_iter=1000
     )
-    return model.fit(fitted[keep], t[keep]).decision_function(read)
+    return model.fit(x_fit[train], t[train]).decision_function(x_test)
 
 
-def outputs(probe, fitted, read, truth, ridge, folds):
-    """Held-out outputs (n, k) of scikit-learn's model, fitted and read fold by fold."""
+def outputs(probe, x_fit, x_test, truth, ridge, folds):
+    """Return held-out outputs (n, k) of scikit-learn's model, fold by fold."""
     onehot = np.eye(truth.max() + 1)[truth]
     out = np.empty_like(onehot)
     for k in np.unique(folds):
-        keep = folds != k
+        train = folds != k
         if probe == "ridge":
-            model = Ridge(alpha=kappa(fitted, ridge)).fit(fitted[keep], onehot[keep])
-            out[~keep] = model.predict(read[~keep])
+            model = Ridge(alpha=kappa(x_fit, ridge)).fit(x_fit[train], onehot[train])
+            out[~train] = model.predict(x_test[~train])
         else:
             for j, t in enumerate(onehot.T):
-                out[~keep, j] = decisions(fitted, t, keep, read[~keep], ridge)
+                out[~train, j] = decisions(x_fit, t, train, x_test[~train], ridge)
     return out
 
 
-def scored(name, out, truth, one_class):
-    """A score from its definition; with one class against the rest the margin is balanced."""
+def score_outputs(name, out, truth, binary):
+    """Compute a score from its definition; the margin of a binary task is balanced."""
     if name == "accuracy":
         return accuracy_score(truth, out.argmax(1))
     if name == "balanced_accuracy":
@@ -74,7 +74,7 @@ def scored(name, out, truth, one_class):
     if name == "r2":
         return r2_score(np.eye(out.shape[1])[truth], out, multioutput="variance_weighted")
     margins = np.array([o[k] - np.delete(o, k).max() for o, k in zip(out, truth, strict=True)])
-    if one_class:
+    if binary:
         return (margins[truth == 0].mean() + margins[truth == 1].mean()) / 2
     return margins.mean()
 
@@ -83,7 +83,7 @@ def scored(name, out, truth, one_class):
 @pytest.mark.parametrize("p", [6, 60])
 @pytest.mark.parametrize("target", [None, 1])
 @pytest.mark.parametrize("probe", ["ridge", "logistic"])
-@pytest.mark.parametrize("folds", [3, UNEVEN], ids=["stratified", "given"])
+@pytest.mark.parametrize("folds", [3, UNEVEN], ids=["stratified", "custom"])
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_against_scikit_learn(backend, folds, probe, target, p, mean):
     x, cells, y = stimuli(p, mean)
@@ -96,16 +96,16 @@ def test_against_scikit_learn(backend, folds, probe, target, p, mean):
         assert set(got[name]) == {"refit", "frozen", "intact"}
     for c in range(-1, 3):
         ablated = np.where((cells == c) & (c >= 0), 0, x)
-        for kind, fitted in (("refit", ablated), ("frozen", x)):
-            out = outputs(probe, fitted, ablated, truth, 0.3, fold)
+        for kind, x_fit in (("refit", ablated), ("frozen", x)):
+            out = outputs(probe, x_fit, ablated, truth, 0.3, fold)
             for name in names:
                 value = got[name][kind][c] if c >= 0 else got[name]["intact"]
-                want = scored(name, out, truth, target is not None)
+                want = score_outputs(name, out, truth, target is not None)
                 assert value == pytest.approx(want, rel=1e-8, abs=1e-9), (name, kind, c)
 
 
 @pytest.mark.parametrize("p", [6, 60])
-def test_r2_is_that_of_cross_val_predict(p):
+def test_r2_matches_cross_val_predict(p):
     x, _, y = stimuli(p)
     onehot = np.eye(3)[y]
     for folds in (UNEVEN, np.arange(24)):
@@ -118,8 +118,8 @@ def test_r2_is_that_of_cross_val_predict(p):
 
 
 @given(st.data(), st.sampled_from(["ridge", "logistic"]), st.sampled_from([0.01, 1.0, "gcv"]))
-def test_against_brute_force(data, probe, ridge):
-    """Every held-out fit made by itself: any folds, cells, layout and targets."""
+def test_against_the_reference(data, probe, ridge):
+    """Against explicit held-out fits, for any folds, cells, layout and targets."""
     x = data.draw(drawn(n=st.integers(5, 12), kinds=("gaussian", "relu"), layouts=TORCH_LAYOUTS))
     cells = data.draw(st.one_of(labels(x.p).map(lambda c: c[0]), memberships(x.p)))
     y = data.draw(classes(x.n)) - 7
@@ -135,7 +135,7 @@ def test_against_brute_force(data, probe, ridge):
     got = rk.ablation_decodability(x.torch(), cells, y, **options)
     want = rk.ablation_decodability(x.values(), cells, y, backend="reference", **options)
     assert got.keys() == want.keys()
-    # The minimum that "gcv" looks for is flat: its place is known to half the digits.
+    # The minimum that "gcv" finds is flat, so it is located with only half of the digits.
     tolerance = 1e-5 if ridge == "gcv" else 1e-9
     for name, values in got.items():
         np.testing.assert_allclose(values, want[name], tolerance, tolerance, err_msg=name)
@@ -144,7 +144,7 @@ def test_against_brute_force(data, probe, ridge):
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("target", [None, 1])
 @pytest.mark.parametrize("probe", ["ridge", "logistic"])
-def test_a_class_in_one_fold_alone_is_not_learnt(probe, target, backend):
+def test_a_class_in_a_single_fold_is_not_learnt(probe, target, backend):
     x, cells, y = stimuli(8, seed=5)
     folds = np.where(y == 1, 3, np.arange(24) % 3)
     names = SCORES if probe == "ridge" else SCORES[:3]
@@ -153,13 +153,13 @@ def test_a_class_in_one_fold_alone_is_not_learnt(probe, target, backend):
     truth = y if target is None else (y == 1).astype(int)
     for c in range(3):
         ablated = np.where(cells == c, 0, x)
-        for kind, fitted in (("refit", ablated), ("frozen", x)):
-            out = outputs(probe, fitted, ablated, truth, 0.3, folds)
+        for kind, x_fit in (("refit", ablated), ("frozen", x)):
+            out = outputs(probe, x_fit, ablated, truth, 0.3, folds)
             np.testing.assert_allclose(
                 out[y == 1, 1], 0 if probe == "ridge" else -np.inf, atol=1e-12
             )
             for name in names:
-                want = scored(name, out, truth, target is not None)
+                want = score_outputs(name, out, truth, target is not None)
                 assert got[name][kind][c] == pytest.approx(want, rel=1e-8, abs=1e-9), (name, kind)
     if probe == "logistic":
         assert got["margin"]["intact"] == -np.inf
@@ -167,28 +167,28 @@ def test_a_class_in_one_fold_alone_is_not_learnt(probe, target, backend):
 
 @pytest.mark.parametrize("ridge", [1e3, 1.0, 1e-3])
 def test_logistic_outputs_to_ten_digits(ridge):
-    """Two stimuli a fold, one of either class: half its margins are the difference of outputs."""
+    """Each fold has one stimulus of each class, so its margins are differences of outputs."""
     rng = np.random.default_rng(3)
     x, y = rng.standard_normal((12, 5)), np.arange(12) % 2
     folds = np.arange(12) // 2
     got = rk.ablation_decodability(
         x, [-1] * 5, y, target=1, probe="logistic", folds=folds, ridge=ridge, score="margin"
     )
-    held = [(folds != k, x[folds == k]) for k in range(6)]
-    values = [decisions(x, y, keep, read, ridge) @ [-1, 1] for keep, read in held]
+    splits = [(folds != k, x[folds == k]) for k in range(6)]
+    values = [decisions(x, y, train, x_test, ridge) @ [-1, 1] for train, x_test in splits]
     assert got["intact"] == pytest.approx(np.mean(values), rel=1e-10)
 
 
 @pytest.mark.parametrize("seed", [26, 38, 93])
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_logistic_steps_that_go_too_far_are_cut(backend, seed):
-    """Heavy tails and a small ridge: whole Newton steps run away from these."""
+def test_logistic_steps_that_overshoot_are_shortened(backend, seed):
+    """With heavy tails and a small ridge, full Newton steps diverge."""
     rng = np.random.default_rng(seed)
     x, y = rng.standard_t(1, (12, 3)), rng.permutation(np.arange(12) % 3 == 0).astype(int)
     folds = np.arange(12) % 2
     options = {"folds": folds, "ridge": 1e-5, "probe": "logistic", "score": "margin"}
     got = rk.ablation_decodability(x, [-1] * 3, y, target=1, backend=backend, **options)
-    want = scored("margin", outputs("logistic", x, x, y, 1e-5, folds), y, True)
+    want = score_outputs("margin", outputs("logistic", x, x, y, 1e-5, folds), y, True)
     assert got["intact"] == pytest.approx(want, rel=1e-8)
 
 

@@ -1,4 +1,4 @@
-"""The study's probe: scikit-learn's own loop, and what drawing at random may and may not change."""
+"""The published study's probe: against scikit-learn, and properties of its random draws."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ LABELS = RNG.permutation(np.arange(P) % CELLS)
 
 
 def score(x: np.ndarray, y: np.ndarray) -> float:
-    """As the study's code: exp(-log-loss) of the hard predictions on the stimuli of the fit."""
+    """As in the study's code: exp(-log-loss) of the hard predictions on the training stimuli."""
     model = LogisticRegression(solver="newton-cholesky", tol=1e-12).fit(x, y)
     return float(np.exp(-log_loss(y, model.predict(x))))
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("paired", [True, False])
-def test_where_all_that_is_left_is_taken(backend, paired):
-    """As many neurons as there are: every draw is the same, and nothing is left to chance."""
+def test_draws_of_all_remaining_neurons(backend, paired):
+    """With as many neurons as remain, every draw is the same, so nothing is random."""
     overlapping = RNG.random((3, P)) < 0.3
     for cells in (LABELS, overlapping):
         got = rk.probe_paper(X, cells, Y, 2, size=P, draws=3, paired=paired, backend=backend)
@@ -41,14 +41,14 @@ def test_where_all_that_is_left_is_taken(backend, paired):
         assert (got["standard_error"] == 0).all()
 
 
-def recorded(monkeypatch, **options) -> tuple[dict, list[np.ndarray]]:
-    """The result of a call, and the columns of each batch of fits."""
+def record_fits(monkeypatch, **options) -> tuple[dict, list[np.ndarray]]:
+    """Return the result of a call, and the columns of each batch of fits."""
     calls = []
-    true = probe_paper.fit_columns
+    original = probe_paper.fit_columns
 
     def fits(source, x, targets, columns, start, backend, **rest):
         calls.append(np.asarray(torch.as_tensor(columns)))
-        return true(source, x, targets, columns, start, backend, **rest)
+        return original(source, x, targets, columns, start, backend, **rest)
 
     monkeypatch.setattr(probe_paper, "fit_columns", fits)
     return rk.probe_paper(X, LABELS, Y, 1, draws=50, size=10, **options), calls
@@ -56,12 +56,12 @@ def recorded(monkeypatch, **options) -> tuple[dict, list[np.ndarray]]:
 
 @pytest.mark.parametrize("paired", [True, False])
 def test_scores_of_the_draws(monkeypatch, paired):
-    """The fits that are made, by scikit-learn, one after the other."""
-    got, (intact, *ablated) = recorded(monkeypatch, paired=paired)
+    """Against scikit-learn's fits to the recorded draws."""
+    got, (intact, *ablated) = record_fits(monkeypatch, paired=paired)
     y = Y == 1
 
     def losses(columns: np.ndarray) -> np.ndarray:
-        return np.array([-np.log(score(X[:, own], y)) for own in columns])
+        return np.array([-np.log(score(X[:, draw], y)) for draw in columns])
 
     before = losses(intact)
     assert got["intact"] == pytest.approx(np.exp(-before.mean()), rel=1e-9)
@@ -79,7 +79,7 @@ def test_scores_of_the_draws(monkeypatch, paired):
         want = np.exp(-after.mean())
         assert got["ablated"][c] == pytest.approx(want, rel=1e-9)
         assert got["change"][c] == pytest.approx(got["intact"] - want, abs=1e-9)
-        # The delta method: what exp(-mean) turns errors of the means into.
+        # The delta method turns errors of the means into errors of exp(-mean).
         scaled = np.exp(-before.mean()) * before, want * after
         error = np.cov(*scaled) / 50
         covariance = error[0, 1] if paired else 0
@@ -89,7 +89,7 @@ def test_scores_of_the_draws(monkeypatch, paired):
 
 @pytest.mark.parametrize("paired", [True, False])
 def test_float32_with_outliers(paired):
-    """Scores are those of the same numbers in float64, which scikit-learn's fits have."""
+    """Scores equal those of float64, as scikit-learn's fits would give."""
     x = X.astype(np.float32)
     x[7, ::3] *= 1e5
     x[11, 4] = 1e7
@@ -101,9 +101,9 @@ def test_float32_with_outliers(paired):
 
 
 @pytest.mark.slow
-def test_pairing_takes_noise_and_no_more():
-    """Over seeds: the mean change is the same with less spread, and both know their spread."""
-    found = {}
+def test_pairing_reduces_noise_without_bias():
+    """Over seeds, pairing gives the same mean change with less spread; both estimate it well."""
+    by_pairing = {}
     for paired in (True, False):
         runs = [
             rk.probe_paper(X, LABELS, Y, 0, draws=20, size=8, paired=paired, seed=s)
@@ -113,10 +113,11 @@ def test_pairing_takes_noise_and_no_more():
         spread = change.std(axis=0, ddof=1)
         assert (np.sqrt((error**2).mean(axis=0)) / spread > 0.7).all()
         assert (np.sqrt((error**2).mean(axis=0)) / spread < 1.4).all()
-        found[paired] = change.mean(axis=0), spread
-    (one, less), (other, more) = found[True], found[False]
-    assert less.mean() < 0.8 * more.mean()
-    assert (np.abs(one - other) < 4 * np.hypot(less, more) / np.sqrt(80)).all()
+        by_pairing[paired] = change.mean(axis=0), spread
+    (paired_mean, paired_sd), (free_mean, free_sd) = by_pairing[True], by_pairing[False]
+    assert paired_sd.mean() < 0.8 * free_sd.mean()
+    error = np.hypot(paired_sd, free_sd) / np.sqrt(80)
+    assert (np.abs(paired_mean - free_mean) < 4 * error).all()
 
 
 @given(
@@ -140,16 +141,16 @@ def test_orderings(shape, draws, seed):
 
 
 @pytest.mark.parametrize(("p", "length"), [(12, 5), (8193, 2000)])
-def test_every_neuron_is_as_likely_at_every_place(p, length):
+def test_neurons_are_uniform_at_every_position(p, length):
     got = probe_paper._draw_orderings(np.random.SeedSequence(3), p, 4000, length)
     group = got * 12 // p
     for place in (0, 1, length // 2, length - 1):
         count = np.bincount(group[:, place], minlength=12)
         size = np.bincount(np.arange(p) * 12 // p) / p * 4000
         assert (np.abs(count - size) < 5 * np.sqrt(size)).all()
-    # Neighbours are as if drawn one after the other: no group follows itself more than it should.
-    again = (group[:, 0] == group[:, 1]).mean()
-    assert abs(again - (0 if p == 12 else 1 / 12)) < 5 * np.sqrt(1 / 12 / 4000)
+    # Neighbours are independent: a group follows itself no more often than by chance.
+    repeats = (group[:, 0] == group[:, 1]).mean()
+    assert abs(repeats - (0 if p == 12 else 1 / 12)) < 5 * np.sqrt(1 / 12 / 4000)
 
 
 def test_seeds_and_kinds():
@@ -165,11 +166,11 @@ def test_seeds_and_kinds():
     assert other["intact"] != first["intact"]
 
 
-def test_cells_of_nothing_and_of_everything():
+def test_empty_and_complete_cells():
     cells = np.zeros((4, P), dtype=bool)
     cells[1] = True
-    cells[2, 3:] = True  # three neurons are left, fewer than a draw
-    cells[3, P // 10 :] = True  # six
+    cells[2, 3:] = True  # three neurons remain, fewer than a draw
+    cells[3, P // 10 :] = True  # six remain
     got = rk.probe_paper(X, cells, Y, 0, draws=12, size=5)
     assert got["change"][0] == got["standard_error"][0] == 0
     assert np.isnan([got[k][1] for k in ("ablated", "change", "standard_error")]).all()

@@ -1,4 +1,4 @@
-"""The reference against 60-digit arithmetic, SciPy, scikit-learn, and what must not change it."""
+"""The reference against 60-digit arithmetic, SciPy and scikit-learn."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ from bench.common.tolerances import (
     assert_rank_fidelity,
 )
 from repsim_kernels.reference.ablation import ablation_distances
-from repsim_kernels.reference.cca import cca, factors, pwcca, svcca
+from repsim_kernels.reference.cca import cca, decompose, pwcca, svcca
 from repsim_kernels.reference.cka import cka
-from repsim_kernels.reference.gram import cell_grams, centered, centered_gram, contrasts
-from repsim_kernels.reference.probe import ablation_decodability, held_out
+from repsim_kernels.reference.gram import cell_grams, centered_gram, centre, contrasts
+from repsim_kernels.reference.probe import ablation_decodability, predict_held_out
 from repsim_kernels.reference.procrustes import procrustes, procrustes_distance
 from repsim_kernels.reference.rsa import rsa
 
 RIDGE = {"ridge": 0.1}
 PENALTY = {"penalty": 3.0}
-# Enough for a matrix with a spread of singular values, in float64.
+# For float64 arithmetic on matrices with a spread of singular values.
 LOOSE = Tol(1e-7, 1e-9)
 
 
 def two(n, p, q, seed=0):
-    """x (n, p) and a y (n, q) that has something of it."""
+    """Draw x (n, p), and y (n, q) that depends on it in part."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((n, p))
     return x, x @ rng.standard_normal((p, q)) / np.sqrt(p) + rng.standard_normal((n, q))
 
 
-def test_gates_fail():
+def test_assertions_fail_when_they_should():
     tol = Tol(1e-3, 1e-6)
     assert_close([1.0, 0.0, np.nan], [1.0009, 1e-7, np.nan], tol, nan=True)
     for got, want in [(1.0, 1.002), (2e-6, 0.0), (np.nan, 1.0), (1.0, np.nan), (np.nan, np.nan)]:
@@ -68,7 +68,7 @@ def test_gates_fail():
 
 
 @given(representations(dtypes=TORCH_DTYPES, layouts=NUMPY_LAYOUTS))
-def test_drawn_arrays_hold_their_values_in_any_layout(drawn):
+def test_drawn_arrays_have_the_same_values_in_every_layout(drawn):
     assert (drawn.values() != drawn.values()[0]).any()
     if drawn.dtype in NUMPY_DTYPES:
         np.testing.assert_array_equal(drawn.numpy(), drawn.values())
@@ -136,15 +136,15 @@ def test_constant_columns_are_exact_zeros():
     constant = [np.full((n, 3), 0.1) for n in range(2, 40)]
     assert any((x - x.mean(0)).any() for x in constant)
     for x in constant:
-        assert not centered(x).any()
+        assert not centre(x).any()
         assert not centered_gram(x).any()
         assert not cell_grams(x, np.zeros(3, int)).any()
 
 
-def test_what_counts_as_a_direction():
+def test_rank_threshold():
     # Squared singular values 1, 1e-12 and 1e-20 of the largest; the last is below n · eps.
     q = contrasts(9)[:, :3]
-    assert factors(q * [1, 1e-6, 1e-10])[2] == 2
+    assert decompose(q * [1, 1e-6, 1e-10])[2] == 2
     y = q[:, 1:] + q[:, :1]
     bases = [np.linalg.qr(z)[0] for z in (q[:, :2], y)]
     rho = np.linalg.svd(bases[0].T @ bases[1], compute_uv=False)
@@ -171,17 +171,17 @@ def test_cca_is_the_svd_of_orthonormal_bases(squared):
 
 def test_svcca_is_cca_of_the_leading_components():
     x, y = two(40, 6, 9)
-    kept = []
+    leading = []
     for z in (x, y):
         _, s, vt = np.linalg.svd(z - z.mean(0), full_matrices=False)
         count = next(k for k in range(1, 10) if sum(s[:k] ** 2) >= 0.8 * sum(s**2))
-        kept.append(z @ vt[:count].T)
-    assert 1 < kept[0].shape[1] < 6
-    assert_close(svcca(x, y, variance=0.8), cca(*kept), SAME)
+        leading.append(z @ vt[:count].T)
+    assert 1 < leading[0].shape[1] < 6
+    assert_close(svcca(x, y, variance=0.8), cca(*leading), SAME)
     assert_close(svcca(x, y, variance=1.0), cca(x, y), SAME)
 
 
-def test_rbf_gram_is_kornbliths():
+def test_rbf_gram_matches_kornblith_et_al():
     x, _ = two(9, 5, 1)
     d2 = squareform(pdist(x, "sqeuclidean"))
     k = np.exp(-d2 / (2 * 0.5**2 * np.median(d2)))
@@ -190,7 +190,7 @@ def test_rbf_gram_is_kornbliths():
 
 
 @pytest.mark.parametrize("distance", ["euclidean", "sqeuclidean", "correlation", "cosine"])
-def test_rsa_is_scipys(distance):
+def test_rsa_matches_scipy(distance):
     x, y = two(12, 7, 30)
     u, v = pdist(x, distance), pdist(y, distance)
     got = [rsa(x, y, distance=distance, compare=c) for c in ("pearson", "spearman", "cosine")]
@@ -216,35 +216,35 @@ def test_rsa_of_a_row_without_direction_is_nan(distance, row, compare):
 @pytest.mark.parametrize("p", [4, 30])
 @pytest.mark.parametrize("target", [None, 1])
 @pytest.mark.parametrize("ridge", [0.01, 1.0])
-def test_decodability_is_sklearns_ridge(p, target, ridge):
+def test_decodability_matches_scikit_learn(p, target, ridge):
     n, k = 24, 3
     rng = np.random.default_rng(3)
     y = rng.permutation(np.arange(n) % k)
     x = np.maximum(rng.standard_normal((n, p)) + rng.standard_normal((k, p))[y] + 0.3, 0)
     cells = np.arange(p) % 4 - 1
-    shown = y if target is None else (y != target).astype(int)
+    truth = y if target is None else (y != target).astype(int)
     score = accuracy_score if target is None else balanced_accuracy_score
 
-    def predictions(fitted, read):
-        alpha = ridge * np.var(fitted, axis=0).sum()
+    def predictions(x_fit, x_test):
+        alpha = ridge * np.var(x_fit, axis=0).sum()
         scores = []
         for i in range(n):
             rest = np.delete(np.arange(n), i)
-            probe = Ridge(alpha=alpha).fit(fitted[rest], np.eye(k)[shown][rest])
-            scores.append(probe.predict(read[[i]])[0])
+            probe = Ridge(alpha=alpha).fit(x_fit[rest], np.eye(k)[truth][rest])
+            scores.append(probe.predict(x_test[[i]])[0])
         return np.array(scores)
 
     got = ablation_decodability(x, cells, y, target=target, ridge=ridge)
     ablated = [np.where(cells == c, 0, x) for c in range(3)]
     want = {
-        "refit": [score(shown, predictions(a, a).argmax(1)) for a in ablated],
-        "frozen": [score(shown, predictions(x, a).argmax(1)) for a in ablated],
-        "intact": score(shown, predictions(x, x).argmax(1)),
+        "refit": [score(truth, predictions(a, a).argmax(1)) for a in ablated],
+        "frozen": [score(truth, predictions(x, a).argmax(1)) for a in ablated],
+        "intact": score(truth, predictions(x, x).argmax(1)),
     }
     for name, value in want.items():
         assert_close(got[name], value, SAME)
     assert_close(
-        held_out(x, ablated[0], np.eye(shown.max() + 1)[shown], ridge),
-        predictions(x, ablated[0])[:, : shown.max() + 1],
+        predict_held_out(x, ablated[0], np.eye(truth.max() + 1)[truth], ridge),
+        predictions(x, ablated[0])[:, : truth.max() + 1],
         LOOSE,
     )

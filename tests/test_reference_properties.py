@@ -1,4 +1,4 @@
-"""What must not change the reference's metrics, their bounds and limits, and its cells."""
+"""Invariances, bounds and limits of the reference's metrics, and properties of its cells."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ SIMILARITIES = {
     "pwcca": pwcca,
     "ridge pwcca": lambda x, y: pwcca(x, y, **RIDGE),
 }
-# Where a metric is defined by its number alone: an RBF bandwidth may be 0 with duplicates, and the
-# debiased HSIC 0 where most entries are.
+# Kinds for which every metric is defined: with duplicates an RBF bandwidth may be 0, and with
+# mostly zero entries the debiased HSIC may be 0.
 REGULAR = ("gaussian", "large mean")
 SINGULAR_TOO = {"cka", "cca", "ridge cca", "procrustes"}
 AXIS_BOUND = {"pwcca", "ridge pwcca"}
 
 
 def drawn_for(name):
-    """Pairs for which the metric is well-conditioned."""
+    """Draw pairs for which the metric is well-conditioned."""
     kinds = KINDS if name in SINGULAR_TOO else REGULAR
-    if name == "pwcca":  # from p + q > n on several correlations are 1 and share their variates
+    if name == "pwcca":  # with p + q > n several correlations are 1 and share their variates
         return pairs(n=st.integers(8, 12), p=st.integers(1, 4), kinds=kinds)
     return pairs(n=st.integers(4, 12), kinds=kinds)
 
@@ -116,7 +116,7 @@ def test_a_rotated_copy_is_at_procrustes_distance_zero():
         assert procrustes_distance(x, x @ rotation + 5, form=form) < 1e-13
 
 
-def test_a_ridge_that_vanishes_leaves_cca():
+def test_a_vanishing_ridge_gives_plain_cca():
     x, y = two(40, 6, 9)
     for metric in (cca, pwcca):
         assert_close(metric(x, y, ridge=1e-11), metric(x, y), Tol(1e-8))
@@ -125,18 +125,18 @@ def test_a_ridge_that_vanishes_leaves_cca():
     assert_close(cca(x, x, ridge=0.5), cca(x, x, penalty=0.5 * n * np.var(x, 0).sum() / n), SAME)
 
 
-def test_cca_invariant_to_any_invertible_map():
+def test_cca_is_invariant_to_invertible_maps():
     x, y = two(40, 6, 9)
     assert_close(cca(x @ np.random.default_rng(1).standard_normal((6, 6)), y), cca(x, y), SAME)
 
 
-def test_cca_is_one_where_there_are_as_many_neurons_as_stimuli():
+def test_cca_is_1_with_as_many_neurons_as_stimuli():
     x, y = two(8, 7, 30)
     assert_close([cca(x, y), pwcca(x, y)], [1, 1], SAME)
 
 
-def test_pwcca_is_not_unique_where_variates_are_shared():
-    # 4 + 5 > 7 - 1: three correlations are 1, and a permutation of the stimuli picks others.
+def test_pwcca_is_not_unique_when_correlations_tie():
+    # 4 + 5 > 7 - 1: three correlations are 1, and permuted stimuli select other variates.
     x, y = two(7, 4, 5)
     other = np.roll(np.arange(7), 3)
     assert abs(pwcca(x[other], y[other]) - pwcca(x, y)) > 1e-4
@@ -169,7 +169,7 @@ def test_linear_gram(drawn):
 
 
 @given(st.data())
-def test_cell_grams_are_the_parts_of_the_gram(data):
+def test_cell_grams_sum_to_the_gram(data):
     x = data.draw(representations())
     cells, n_cells = data.draw(labels(x.p))
     x = x.values()
@@ -192,8 +192,8 @@ def test_class_means():
     np.testing.assert_array_equal(class_means(x, np.array([1, 0, 1])), [[3, 4], [3, 5.5]])
 
 
-def test_selectivity_grid_by_hand():
-    # Two stimuli: selectivity orders by the difference, magnitude by the sum.
+def test_selectivity_grid_of_five_neurons():
+    # With two stimuli, selectivity sorts by the difference and magnitude by the sum.
     x = np.array([[0.0, 5, 4, 9, 8], [2.0, 1, 6, 3, 8]])
     cells = selectivity_grid(x, np.array([1, 0]), 1, grid=(2, 2))
     # differences -2, 4, -2, 6, 0; sums 2, 6, 10, 12, 16; strips {0, 2, 4} and {1, 3}
@@ -203,19 +203,19 @@ def test_selectivity_grid_by_hand():
 @pytest.mark.parametrize(
     ("selectivity", "magnitude", "want"),
     [
-        # Strips [0, 3] and [3, 5]. Inside are 1, 2 with magnitudes 4, 6: tiles [4, 6] and [6, 6],
-        # which leave out 0 and 7; and 4, 5 with 2, 8: tiles [2, 8] and [8, 8]. On the edge between
-        # the strips 3 is in both, 7 in neither.
+        # Strips [0, 3] and [3, 5]. Neurons 1 and 2 are inside the first, with magnitudes 4 and 6:
+        # its tiles [4, 6] and [6, 6] exclude 0 and 7. Neurons 4 and 5 are inside the second, with 2
+        # and 8: tiles [2, 8] and [8, 8]. On the shared edge, 3 is in both strips and 7 in neither.
         (
             [0, 1, 2, 3, 4, 4, 5, 3],
             [10, 4, 6, 5, 2, 8, 3, 20],
             [{1, 2, 3}, {2}, {3, 4, 5, 6}, {5}],
         ),
-        # Strips [0, 0], with nothing inside, and [0, 2], with neuron 3: tiles [3, 3] twice.
+        # Strip [0, 0] has no inside; strip [0, 2] has neuron 3 inside, so both tiles are [3, 3].
         ([0, 0, 0, 1, 2], [0, 0, 0, 3, 3], [set(), set(), {3, 4}, {3, 4}]),
     ],
 )
-def test_inclusive_edges_by_hand(selectivity, magnitude, want):
+def test_inclusive_edges_of_a_few_neurons(selectivity, magnitude, want):
     s, m = np.array(selectivity), np.array(magnitude)
     x = np.array([m + s, m - s]) / 2
     cells = selectivity_grid(x, np.array([1, 0]), 1, grid=(2, 2), edges="inclusive")
@@ -249,8 +249,8 @@ def test_selectivity_grid_breaks_ties_by_index():
     x = np.full((6, 400), 0.1) + level
     cells = selectivity_grid(x, np.array([0, 0, 1, 1, 1, 1]), 0, grid=(2, 2))
     for strip in (0, 1):
-        half = np.arange(200) + 200 * strip
-        order = sorted(half, key=lambda j: (level[j], j))
+        neurons = np.arange(200) + 200 * strip
+        order = sorted(neurons, key=lambda j: (level[j], j))
         np.testing.assert_array_equal(cells[order], 2 * strip + np.arange(2).repeat(100))
 
 
@@ -259,14 +259,14 @@ def distances(x, cells, **options):
 
 
 @given(st.data())
-def test_ablation_distances_are_those_of_what_is_left(data):
+def test_ablation_distances_are_those_of_the_remaining_neurons(data):
     x = data.draw(representations(n=st.integers(4, 10), kinds=REGULAR))
     members = data.draw(memberships(x.p))
     x = x.values()
     got = distances(x, members)
     assert set(got) == set(METRICS)
     for c, cell in enumerate(members):
-        left = x[:, ~cell]
+        rest = x[:, ~cell]
         if cell.all():
             assert all(np.isnan(v[c]) for v in got.values())
         elif not cell.any():
@@ -276,21 +276,21 @@ def test_ablation_distances_are_those_of_what_is_left(data):
             exact = [got[m][c] for m in ("cka", "cka_debiased", "procrustes", "svcca")]
             assert exact == [0, 0, 0, 0]
         else:
-            # Zero or left out is the same, but for the count that ridge CCA divides by.
-            directions = min(len(x) - 1, left.shape[1]) / min(len(x) - 1, x.shape[1])
+            # Zeroing and removing differ only in the count that ridge CCA divides by.
+            directions = min(len(x) - 1, rest.shape[1]) / min(len(x) - 1, x.shape[1])
             want = [
-                1 - cka(x, left),
-                procrustes_distance(x, left),
-                1 - svcca(x, left),
-                1 - pwcca(x, left, ridge=0.1),
-                1 - cca(x, left, ridge=0.1) * directions,
-                1 - cca(x, left, ridge=0.1, squared=True) * directions,
+                1 - cka(x, rest),
+                procrustes_distance(x, rest),
+                1 - svcca(x, rest),
+                1 - pwcca(x, rest, ridge=0.1),
+                1 - cca(x, rest, ridge=0.1) * directions,
+                1 - cca(x, rest, ridge=0.1, squared=True) * directions,
             ]
             names = ("cka", "procrustes", "svcca", "pwcca", "cca", "cca_squared")
             assert_close([got[m][c] for m in names], want, LOOSE)
 
 
-def test_penalty_goes_before_ridge_and_dead_cells_change_nothing():
+def test_penalty_overrides_ridge_and_constant_cells_change_nothing():
     x, _ = two(8, 12, 1)
     x[:, :3] = [0, 0.1, 7]
     cells = np.array([0] * 3 + [1] * 9)

@@ -1,4 +1,4 @@
-"""RSA against SciPy, and which distances tie: whatever the machine and the order of summation."""
+"""RSA against SciPy, and ties that do not depend on the machine or the order of summation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import repsim_kernels as rk
 from repsim_kernels.kernels.torch.distances import _EqualRows, check_distinct, pair_distances
-from repsim_kernels.kernels.torch.rsa import average_ranks
+from repsim_kernels.kernels.torch.rsa import rank_distances
 
 DISTANCES = ("euclidean", "sqeuclidean", "correlation", "cosine")
 EACH_BACKEND = pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -21,31 +21,31 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def spread(d: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Distances of stimuli that repeat others, from those (condensed) of the others."""
+    """Expand condensed distances to stimuli that repeat others, with the given index."""
     i, j = np.triu_indices(len(index), 1)
     return scipy.spatial.distance.squareform(d)[index[i], index[j]]
 
 
 def repeats(rng: np.random.Generator, n: int, k: int) -> np.ndarray:
-    """Which of k stimuli each of n is, all of them at least once."""
+    """Draw an index (n,) of k stimuli in which each occurs at least once."""
     return rng.permutation(np.concatenate([np.arange(k), rng.integers(0, k, n - k)]))
 
 
 @pytest.mark.parametrize("compare", ["spearman", "pearson"])
 @pytest.mark.parametrize("distance", ["euclidean", "sqeuclidean", "correlation", "cosine"])
 @given(pairs(n=st.integers(4, 12), p=st.integers(3, 30), kinds=("gaussian", "large mean")))
-def test_rsa_is_scipys(distance, compare, drawn_pair):
+def test_rsa_matches_scipy(distance, compare, drawn_pair):
     x, y = (z.values() for z in drawn_pair)
     a, b = (scipy.spatial.distance.pdist(z, distance) for z in (x, y))
     oracle = {"spearman": scipy.stats.spearmanr, "pearson": scipy.stats.pearsonr}[compare]
-    # Correlation distances of rows with a mean of 1000 have lost 6 digits to it, in SciPy as here.
+    # With row means of 1000, correlation distances lose 6 digits, in SciPy and here.
     np.testing.assert_allclose(
         rk.rsa(x, y, distance=distance, compare=compare), oracle(a, b).statistic, atol=1e-7
     )
 
 
 @given(st.integers(3, 10), st.integers(1, 6), st.integers(0, 2**16))
-def test_rsa_keeps_the_ties_of_integers(n, p, seed):
+def test_integer_distances_tie(n, p, seed):
     rng = np.random.default_rng(seed)
     x, y = rng.integers(0, 3, (n, p)), rng.standard_normal((n, 4))
     a = scipy.spatial.distance.pdist(x)
@@ -58,8 +58,8 @@ def test_rsa_keeps_the_ties_of_integers(n, p, seed):
 
 
 @pytest.mark.parametrize("distance", ["euclidean", "correlation"])
-def test_rsa_keeps_the_ties_of_duplicates(distance):
-    """Their distances from others come from products in other places."""
+def test_distances_from_duplicates_tie(distance):
+    """Their distances come from products at different positions."""
     rng = np.random.default_rng(8)
     x, y = (rng.standard_normal((200, 300)).astype(np.float32) for _ in "xy")
     for z in (x, y):
@@ -68,7 +68,7 @@ def test_rsa_keeps_the_ties_of_duplicates(distance):
     assert rk.rsa(x, y, distance=distance) == pytest.approx(float(want), rel=1e-13)
 
 
-def test_rsa_distances_of_near_duplicates_come_from_the_features():
+def test_near_duplicates_keep_accurate_distances():
     rng = np.random.default_rng(3)
     x = rng.standard_normal((6, 40)) + 1000
     x[1] = x[0] + 1e-7 * rng.standard_normal(40)
@@ -85,7 +85,7 @@ def test_rsa_distances_of_near_duplicates_come_from_the_features():
 @given(st.integers(5, 80), st.integers(1, 700), st.sampled_from(["float32", "float64"]), seeds)
 def test_repeated_stimuli_tie(backend, distance, n, p, dtype, seed):
     rng = np.random.default_rng(seed)
-    # Of many stimuli in float32 some distances differ by no more than rounding.
+    # With many float32 stimuli, some different distances are within rounding of each other.
     k = int(rng.integers(3, max(4, n // 2 if dtype == "float64" else min(n, 8))))
     index = repeats(rng, n, k)
     base = rng.standard_normal((k, p + 2)).astype(dtype)
@@ -117,8 +117,8 @@ def orthonormal(rng: np.random.Generator, k: int) -> np.ndarray:
 @pytest.mark.parametrize("classes", [smoothed, log_softmax, orthonormal])
 @settings(max_examples=15)
 @given(st.integers(3, 25), st.integers(2, 50), st.sampled_from(["float32", "float64"]), seeds)
-def test_models_of_categories_tie(backend, classes, k, more, dtype, seed):
-    """Two distances, within a class and between classes, in an input that was rounded."""
+def test_categorical_models_tie(backend, classes, k, more, dtype, seed):
+    """Rounded input with two distances, within and between classes."""
     rng = np.random.default_rng(seed)
     index = repeats(rng, k + more, k)
     x = classes(rng, k)[index].astype(dtype)
@@ -153,8 +153,8 @@ def test_scaled_copies_tie_under_cosine(backend, seed):
     st.integers(10, 90), st.integers(3, 1500), st.sampled_from(["float16", "float32", "float64"]),
     st.sampled_from([0, 3, 100]), seeds,
 )  # fmt: skip
-def test_order_of_stimuli_and_neurons_is_nothing(distance, compare, n, p, dtype, mean, seed):
-    """Another order of summation, as another BLAS has."""
+def test_order_of_stimuli_and_neurons_does_not_matter(distance, compare, n, p, dtype, mean, seed):
+    """A permutation changes the order of summation, as another BLAS would."""
     rng = np.random.default_rng(seed)
     x = (rng.standard_normal((int(rng.integers(3, n)), p)) + mean).astype(dtype)
     x = x[repeats(rng, n, len(x))]
@@ -162,10 +162,10 @@ def test_order_of_stimuli_and_neurons_is_nothing(distance, compare, n, p, dtype,
     y[n // 2 :] = y[: n - n // 2]
     options = {"distance": distance, "compare": compare}
     stimuli = rng.permutation(n)
-    turned = (z[stimuli][:, rng.permutation(p)] for z in (x, y))
-    # Rows with a mean of 100 have cosine distances of about 1e-4, from products that are near 1.
+    permuted = (z[stimuli][:, rng.permutation(p)] for z in (x, y))
+    # Rows with a mean of 100 have cosine distances of about 1e-4, from products near 1.
     bound = 1e-10 if (distance, mean) == ("cosine", 100) else 1e-12
-    assert abs(rk.rsa(x, y, **options) - rk.rsa(*turned, **options)) < bound
+    assert abs(rk.rsa(x, y, **options) - rk.rsa(*permuted, **options)) < bound
 
 
 @EACH_BACKEND
@@ -174,8 +174,8 @@ def test_order_of_stimuli_and_neurons_is_nothing(distance, compare, n, p, dtype,
     st.integers(4, 40), st.integers(2, 6), st.sampled_from(["float16", "float32", "float64"]),
     st.sampled_from([1, 3, 10]), st.sampled_from([0, 2]), seeds,
 )  # fmt: skip
-def test_order_is_nothing_to_points_of_a_lattice(backend, distance, n, p, dtype, step, mean, seed):
-    """Many distances are equal, of pairs whose rows have different lengths and roundings."""
+def test_order_does_not_matter_for_lattice_points(backend, distance, n, p, dtype, step, mean, seed):
+    """Many pairs have equal distances although their rows differ in length and rounding."""
     rng = np.random.default_rng(seed)
     x = (np.round(rng.standard_normal((n, p)) * 2) / step + mean + 0.1).astype(dtype)
     y, order = rng.standard_normal((n, 3)), rng.permutation(n)
@@ -184,8 +184,8 @@ def test_order_is_nothing_to_points_of_a_lattice(backend, distance, n, p, dtype,
         value = rk.rsa(x, y, **options)
     except rk.ConstantError:
         return
-    turned = x[order][:, rng.permutation(p)]
-    assert abs(rk.rsa(turned, y[order], **options) - value) < 1e-12
+    permuted = x[order][:, rng.permutation(p)]
+    assert abs(rk.rsa(permuted, y[order], **options) - value) < 1e-12
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e-22, 1e-15, 1e15, 1e22])
@@ -217,7 +217,7 @@ def test_ties_do_not_depend_on_the_scale(scale):
     ],
 )
 def test_generic_distances_do_not_tie(kind, distance, dtype):
-    """2,000 stimuli, whose distances are as close as float32's rounding."""
+    """With 2,000 stimuli, neighbouring distances are as close as float32 rounding."""
     rng = np.random.default_rng(2)
     x = rng.standard_normal((2000, 12))
     x = {"gaussian": x, "log-normal": np.exp(1.5 * x), "mean of 10": x + 10}[kind].astype(dtype)
@@ -225,7 +225,7 @@ def test_generic_distances_do_not_tie(kind, distance, dtype):
     if distance == "cosine":
         exact /= np.sqrt((exact**2).sum(1, keepdims=True))
     d2 = np.concatenate([((exact[i + 1 :] - row) ** 2).sum(1) for i, row in enumerate(exact)])
-    ranks = average_ranks(pair_distances(torch.from_numpy(x), distance)).numpy()
+    ranks = rank_distances(pair_distances(torch.from_numpy(x), distance)).numpy()
     _, first, counts = np.unique(ranks, return_index=True, return_counts=True)
     assert len(ranks) - len(first[counts == 1]) < 1e-4 * len(ranks)
     want = np.empty(len(d2))
@@ -234,8 +234,8 @@ def test_generic_distances_do_not_tie(kind, distance, dtype):
 
 
 @EACH_BACKEND
-def test_what_the_input_has_exactly_ties_among_close_distances(backend):
-    """The distances of 40 one-hot rows, beside 150 of stimuli as dense as float32's rounding."""
+def test_exact_ties_hold_among_dense_distances(backend):
+    """Distances of 40 one-hot rows among those of 150 stimuli, as dense as float32 rounding."""
     rng = np.random.default_rng(3)
     x = rng.standard_normal((190, 60)).astype(np.float32)
     x[:40] = 0
@@ -244,14 +244,14 @@ def test_what_the_input_has_exactly_ties_among_close_distances(backend):
     a, b = (scipy.spatial.distance.pdist(z, "sqeuclidean") for z in (x.astype(float), y))
     assert (a == 200).sum() == 780
     want = scipy.stats.spearmanr(a, b).statistic
-    # A pair of the others that ties by chance moves the correlation by 1e-8, these 780 by 1e-4.
+    # A chance tie among the others moves the correlation by 1e-8, these 780 ties by 1e-4.
     np.testing.assert_allclose(rk.rsa(x, y, backend=backend), want, rtol=0, atol=1e-7)
 
 
 @EACH_BACKEND
 @pytest.mark.parametrize("compare", ["spearman", "pearson"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_distances_that_differ_by_rounding_alone_have_no_correlation(backend, compare, dtype):
+def test_distances_equal_up_to_rounding_raise(backend, compare, dtype):
     rng = np.random.default_rng(4)
     x, y = orthonormal(rng, 12).astype(dtype), rng.standard_normal((12, 5))
     for distance in ("euclidean", "cosine"):
@@ -264,7 +264,7 @@ def test_distances_that_differ_by_rounding_alone_have_no_correlation(backend, co
     ("dtype", "far"), [("float32", 1e3), ("float64", 1e3), ("float64", 1e6), ("float64", 1e9)]
 )
 @pytest.mark.parametrize("which", [0, 7])
-def test_one_far_stimulus_does_not_blur_the_others(which, dtype, far):
+def test_an_outlying_stimulus_does_not_blur_the_others(which, dtype, far):
     rng = np.random.default_rng(5)
     x, y = rng.standard_normal((30, 20)), rng.standard_normal((30, 20))
     x[which] *= far
@@ -300,7 +300,7 @@ def test_equal_rows(n, p, seed, dtype):
     st.sampled_from(["gaussian", "integers", "repeats", "orthonormal"]),
     st.sampled_from([torch.float32, torch.float64]),
 )  # fmt: skip
-def test_ranks_of_tensors_are_those_of_arrays(distance, n, p, seed, kind, dtype):
+def test_torch_and_numpy_ranks_agree(distance, n, p, seed, kind, dtype):
     rng = np.random.default_rng(seed)
     x = {
         "gaussian": lambda: rng.standard_normal((n, p)),
@@ -308,8 +308,8 @@ def test_ranks_of_tensors_are_those_of_arrays(distance, n, p, seed, kind, dtype)
         "repeats": lambda: rng.standard_normal((n, p))[rng.integers(0, n, n)],
         "orthonormal": lambda: np.linalg.qr(rng.standard_normal((n, n)))[0],
     }[kind]()
-    found = pair_distances(torch.from_numpy(x).to(dtype), distance)
-    want = average_ranks(found)
+    computed = pair_distances(torch.from_numpy(x).to(dtype), distance)
+    want = rank_distances(computed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("repsim_kernels.kernels.torch.rsa.np", torch)  # as for tensors on a GPU
-        assert torch.equal(average_ranks(found).nan_to_num(nan=0), want.nan_to_num(nan=0))
+        assert torch.equal(rank_distances(computed).nan_to_num(nan=0), want.nan_to_num(nan=0))

@@ -1,4 +1,4 @@
-"""Distances from Grams alone, and batches of spectra: values, routes and errors."""
+"""Distances from Gram matrices alone, and spectra of batches: values, routes and errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import repsim_kernels as rk
 from bench.common.tolerances import DISTANCE, Tol, assert_close
-from repsim_kernels.kernels.torch import ablated, gram, riccati
+from repsim_kernels.kernels.torch import gram, riccati, spectral_distances
 from repsim_kernels.ops.spectral import GRAM_METRICS
 
 FLOAT64 = Tol(1e-9, 1e-13)
@@ -25,7 +25,7 @@ def grams(x, cells, n_cells):
 
 
 @given(st.data())
-def test_grams_say_what_activations_say(data):
+def test_grams_give_the_distances_of_activations(data):
     x = data.draw(drawn(n=st.integers(4, 12), p=st.integers(30, 60), kinds=("gaussian", "relu")))
     cells, n_cells = data.draw(labels(x.p))
     options = {"metrics": GRAM_METRICS, "ridge": data.draw(st.sampled_from([0.01, 0.1]))}
@@ -44,7 +44,7 @@ def test_against_the_reference(options, data):
     want = rk.gram_ablation_distances(k, parts, backend="reference", **options)
     got, info = rk.gram_ablation_distances(k, parts, info=True, **options)
     for name in GRAM_METRICS:
-        # Where little is left of a direction, both have roots of what is mere rounding.
+        # Where a direction nearly vanishes, both take square roots of rounding errors.
         rough = info[name].route == "eigenvectors"
         assert_close(got[name][rough], want[name][rough], Tol(1e-5, 1e-9), nan=True)
         assert_close(got[name][~rough], want[name][~rough], FLOAT64, nan=True)
@@ -62,21 +62,21 @@ def test_grams_that_are_not_centred():
 
 @pytest.mark.parametrize("options", [{}, {"ridge": 0.0}])
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_parts_of_nothing_and_of_everything(backend, options):
+def test_empty_and_complete_parts(backend, options):
     x = np.random.default_rng(1).standard_normal((8, 30))
     k, parts = grams(x, np.zeros(30, int), 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rk.DegenerateWarning)
         got = rk.gram_ablation_distances(k, parts, backend=backend, **options)
-    for name, (whole, nothing) in got.items():
+    for name, (complete, empty) in got.items():
         ridged = name in ("cca", "cca_squared") and not options
         itself = 1 - rk.cca(x, x, squared=name == "cca_squared", ridge=0.1) if ridged else 0
-        assert np.isnan(whole)
-        assert nothing == pytest.approx(itself, rel=1e-12, abs=1e-15)
+        assert np.isnan(complete)
+        assert empty == pytest.approx(itself, rel=1e-12, abs=1e-15)
 
 
-def test_where_iterations_would_crawl_grams_have_eigenvectors():
-    """What is left of these lacks directions of the whole."""
+def test_eigenvectors_replace_stalling_iterations():
+    """Without a part, these lack directions of the whole."""
     x = np.random.default_rng(2).standard_normal((10, 14))
     k, parts = grams(x, np.arange(14) // 6, 3)
     got, info = rk.gram_ablation_distances(k, parts, metrics=["procrustes", "cca"], info=True)
@@ -87,7 +87,7 @@ def test_where_iterations_would_crawl_grams_have_eigenvectors():
 
 
 def test_compaction_and_batches(monkeypatch):
-    """Ablations of one batch that take different numbers of steps, and that fail, keep apart."""
+    """Ablations of one batch that converge at different steps, or fail, do not mix."""
     rng = np.random.default_rng(3)
     x = rng.standard_normal((12, 60)) * np.linspace(1, 30, 60)
     cells = np.arange(60) < np.array([1, 5, 11, 20, 35, 47, 55])[:, None]
@@ -96,39 +96,41 @@ def test_compaction_and_batches(monkeypatch):
     assert len(set(steps.tolist())) >= 4
     assert {"iterations", "factors"} <= set(info["procrustes"].route)
     monkeypatch.setattr(gram, "_BATCH", 1)
-    alone, told = rk.ablation_distances(x, cells, metrics=("procrustes", "cca"), info=True)
-    np.testing.assert_array_equal(told["procrustes"].steps, steps)
+    alone, alone_info = rk.ablation_distances(x, cells, metrics=("procrustes", "cca"), info=True)
+    np.testing.assert_array_equal(alone_info["procrustes"].steps, steps)
     for name, values in alone.items():
         assert_close(batch[name], values, Tol(1e-12, 1e-15))
 
 
 def exact_deficit(v, f):
-    """tr D by an eigenproblem."""
+    """Return tr D from eigenvalues."""
     return v.sum() - np.sqrt(np.maximum(np.linalg.eigvalsh(np.diag(v**2) - f), 0)).sum()
 
 
 @given(st.integers(1, 20), st.floats(0.01, 0.8), SEEDS)
 def test_the_riccati_equation(m, size, seed):
-    """H = diag(v)² - F with eigenvalues that keep clear of zero; F of either sign."""
+    """H = diag(v)² - F has eigenvalues well above zero; F has either sign."""
     rng = np.random.default_rng(seed)
     v = np.sort(rng.uniform(1, 10, m))[::-1].copy()
     a = rng.standard_normal((3, m, m))
     a = a + a.swapaxes(1, 2)
     f = size * a / np.abs(np.linalg.eigvalsh(a)).max((1, 2) if a.ndim > 3 else -1)[:, None, None]
-    got, steps = riccati.deficit(torch.from_numpy(v), torch.from_numpy(f))
+    got, steps = riccati.solve_deficit(torch.from_numpy(v), torch.from_numpy(f))
     want = [exact_deficit(v, one) for one in f]
     assert_close(got, np.array(want), Tol(1e-9, 1e-12))
-    assert (steps <= riccati._STEPS).all()
+    assert (steps <= riccati._MAX_STEPS).all()
 
 
 def test_a_riccati_equation_without_a_solution():
     v = torch.tensor([2.0, 1.0], dtype=torch.float64)
-    got, _ = riccati.deficit(v, torch.diag(torch.tensor([1.0, 1.5], dtype=torch.float64))[None])
+    got, _ = riccati.solve_deficit(
+        v, torch.diag(torch.tensor([1.0, 1.5], dtype=torch.float64))[None]
+    )
     assert got.isnan().all()
 
 
-def test_a_correction_that_is_not_to_be_trusted(monkeypatch):
-    """Steps that stop too early: told by what Newton's step leaves, and answered otherwise."""
+def test_an_inaccurate_correction_is_rejected(monkeypatch):
+    """Steps that stop too early: the estimated error rejects them, and another route is taken."""
     x = np.random.default_rng(4).standard_normal((12, 60))
     cells = np.arange(60) % 3
     want, info = rk.ablation_distances(x, cells, metrics=["procrustes"], info=True)
@@ -190,14 +192,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_what_is_wrong_is_said(message):
+def test_errors(message):
     with pytest.raises(rk.RepsimError) as error:
         rk.gram_ablation_distances(*BAD[message])
     assert str(error.value).startswith(message)
 
 
 @pytest.mark.parametrize("options", [{"metrics": ["pwcca"]}, {"neurons": 0}, {"neurons": 2.5}])
-def test_options_that_are_not_known(options):
+def test_invalid_options(options):
     with pytest.raises(rk.OptionError, match=next(iter(options))):
         rk.gram_ablation_distances(K, K[None], **options)
 
@@ -219,7 +221,7 @@ def test_errors_of_spectra():
         rk.eigh(np.eye(2), vectors="yes")
 
 
-def test_a_failure_to_converge_is_raised(monkeypatch):
+def test_failure_to_converge_raises(monkeypatch):
     from repsim_kernels import _dispatch
 
     def fails(a, *, vectors):
@@ -231,7 +233,7 @@ def test_a_failure_to_converge_is_raised(monkeypatch):
 
 
 def test_solvers_are_used():
-    """What a GPU's kernels replace."""
+    """A backend can replace the solvers."""
     calls = []
 
     def eigh(a):
@@ -239,9 +241,11 @@ def test_solvers_are_used():
         return torch.linalg.eigh(a)
 
     k, parts = (torch.from_numpy(a) for a in grams(np.eye(6)[:, :5] + 0.1, np.arange(5) // 3, 2))
-    solvers = ablated.Solvers(eigh=eigh)
-    original = ablated.Original((torch.eye(5, 4).double(), torch.ones(4).double()), 6, 5, 0.1, 0)
+    solvers = spectral_distances.Solvers(eigh=eigh)
+    original = spectral_distances.Original(
+        (torch.eye(5, 4).double(), torch.ones(4).double()), 6, 5, 0.1, 0
+    )
     original.solvers = solvers
-    ablated.Ablated(original, cell=parts).svcca()
+    spectral_distances.AblationBatch(original, cell=parts).svcca()
     assert calls == [(2, 4, 4)]
     assert k.shape == (6, 6)

@@ -1,4 +1,4 @@
-"""The values that METRICS.md says must come out, from every backend."""
+"""The values of docs/metrics.md, "Reference values", from every backend."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ BACKENDS = ["reference", "torch"]
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
-# Printed to five digits.
+# The paper prints five digits.
 FIVE = Tol(0.0, 5e-6)
-# What the second table is good for: float64 arithmetic, by code with another order of operations.
+# The second table comes from float64 code with another order of operations.
 EXACT = Tol(1e-11)
 
 
 @pytest.fixture(scope="module")
 def demo():
-    """The data of the demo of Kornblith et al."""
+    """The data of Kornblith et al.'s demo."""
     rng = np.random.RandomState(1337)
     x = rng.randn(100, 10)
     return x, rng.randn(100, 10) + x
@@ -28,7 +28,7 @@ def demo():
 
 @pytest.fixture(scope="module")
 def ablated():
-    """An original, the cell of every sixteenth neuron, and the original with it set to zero."""
+    """A representation, a cell of every sixteenth neuron, and the copy with that cell zeroed."""
     b = np.random.default_rng(7).standard_normal((40, 300)) ** 2
     cell = np.arange(300) % 16 == 0
     return b, cell, np.where(cell, 0, b)
@@ -50,7 +50,7 @@ def test_demo(demo, name, options, value, backend):
     assert_close(got, value, FIVE)
 
 
-# The published code divides the sums of correlations by n = 40, where the rank is 39.
+# The published code divides the sums of correlations by n = 40 although the rank is 39.
 CCA, CCA_SQUARED = 0.338625738993648 * 40 / 39, 0.126156202711178 * 40 / 39
 
 
@@ -65,10 +65,10 @@ CCA, CCA_SQUARED = 0.338625738993648 * 40 / 39, 0.126156202711178 * 40 / 39
         ("cca", {"penalty": 1e3, "squared": True}, CCA_SQUARED),
     ],
 )
-@pytest.mark.parametrize("left_out", [False, True])
-def test_one_ablation(ablated, name, options, value, left_out, backend):
+@pytest.mark.parametrize("remove", [False, True])
+def test_one_ablation(ablated, name, options, value, remove, backend):
     original, cell, zeroed = ablated
-    other = original[:, ~cell] if left_out else zeroed
+    other = original[:, ~cell] if remove else zeroed
     assert_close(getattr(rk, name)(original, other, **options, backend=backend), value, EXACT)
 
 
@@ -96,9 +96,9 @@ def test_debiased_cka_ignores_a_shift(dtype, shift, backend):
     x, y = rng.integers(-8, 9, (30, 40)), rng.integers(-8, 9, (30, 25))
     y[:, :20] += x[:, :20]
     # Small integers, so that the shifted input is exact in each dtype.
-    still = rk.cka(x.astype(dtype), y.astype(dtype), debiased=True, backend=backend)
-    moved = rk.cka(
+    unshifted = rk.cka(x.astype(dtype), y.astype(dtype), debiased=True, backend=backend)
+    shifted = rk.cka(
         (x + shift).astype(dtype), (y - shift).astype(dtype), debiased=True, backend=backend
     )
-    assert still > 0.1
-    assert_close(moved, still, SAME)
+    assert unshifted > 0.1
+    assert_close(shifted, unshifted, SAME)

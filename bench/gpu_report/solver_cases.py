@@ -144,7 +144,7 @@ def riccati(batch: int, m: int) -> KernelCase:
         return v.sum() - torch.linalg.eigvalsh(torch.diag(v * v) - f).sqrt().sum(-1)
 
     def deficit(v: Tensor, f: Tensor, advance: str) -> Tensor:
-        return load("torch.riccati:deficit")(v, f, load(advance))[0]
+        return load("torch.riccati:solve_deficit")(v, f, load(advance))[0]
 
     return KernelCase(
         "riccati",

@@ -1,1 +1,1 @@
-"""The implementations of the operations, one folder for each backend."""
+"""Implementations of the operations, one directory per backend."""

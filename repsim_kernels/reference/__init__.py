@@ -1,5 +1,5 @@
-"""Every public operation in NumPy float64, from its definition: the oracle of the tests.
+"""Every public operation in float64 NumPy, directly from its definition; the oracle of the tests.
 
-Feature side, without a trick, and importing NumPy only. Inputs are checked NumPy arrays of any
-real dtype, without batch dimensions.
+It works on features and imports only NumPy. Inputs are validated NumPy arrays of any real dtype,
+without batch dimensions.
 """

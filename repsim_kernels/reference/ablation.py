@@ -1,4 +1,4 @@
-"""Distances of a representation from every one of its ablations, each ablated copy formed."""
+"""Distances of a representation from each of its ablations, from explicit ablated copies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from repsim_kernels.reference.cka import cka
 from repsim_kernels.reference.gram import Array, Real, membership
 from repsim_kernels.reference.procrustes import procrustes_distance
 
-RIDGED = ("pwcca", "cca", "cca_squared")
+RIDGE_METRICS = ("pwcca", "cca", "cca_squared")
 
 
 def ablation_distances(
@@ -26,38 +26,38 @@ def ablation_distances(
     penalty: float = 0.0,
     memory: int | None = None,
 ) -> dict[str, Distances]:
-    """Distances of x (n, p) from x with a cell's columns set to zero, by metric, (C,) each.
+    """Return the distances of x (n, p) from x with a cell's columns set to zero, (C,) per metric.
 
-    All metrics unless some are named. 1 - similarity, the original first; ``procrustes`` is the
-    squared form. ``ridge``, or ``penalty`` where that is not 0, serves the CCA family except svcca.
-    The zeroed columns still count among the min(n - 1, p) directions that ridge CCA averages over,
-    so that cells of different sizes are on one scale.
+    All metrics by default. A distance is 1 - similarity, with the original first; ``procrustes`` is
+    the squared form. ``ridge``, or ``penalty`` if that is not 0, applies to CCA, mean squared CCA
+    and PWCCA. Zeroed columns still count among the min(n - 1, p) directions that ridge CCA averages
+    over, so that cells of different sizes share a scale.
 
-    A cell without a column that varies gives the distance of x from itself, one with all of
-    them NaN. ``memory`` has no meaning here, where one copy exists at a time.
+    A cell without varying columns gives the distance of x from itself, and a cell with all of them
+    NaN. ``memory`` is ignored: only one copy exists.
     """
     x = np.asarray(x, dtype=np.float64)
     members = membership(cells, n_cells)
     varies = (x != x[0]).any(axis=0)
     ridge = 0.0 if penalty else ridge
-    distance = distances_from(x, ridge, penalty)
+    distance = distance_functions(x, ridge, penalty)
     metrics = tuple(distance) if metrics is None else metrics
 
-    def one(name: str, cell: NDArray[np.bool_]) -> np.float64:
+    def ablate(name: str, cell: NDArray[np.bool_]) -> np.float64:
         if not varies[cell].any():
-            exact = name not in RIDGED or ridge == penalty == 0
+            exact = name not in RIDGE_METRICS or ridge == penalty == 0
             return np.float64(0) if exact else distance[name](x)
         if cell[varies].all():
             return np.float64(np.nan)
         return distance[name](np.where(cell, 0, x))
 
-    return {name: by_definition([one(name, cell) for cell in members]) for name in metrics}
+    return {name: as_distances([ablate(name, cell) for cell in members]) for name in metrics}
 
 
-def distances_from(
+def distance_functions(
     x: Real, ridge: float, penalty: float
 ) -> dict[str, Callable[[Array], np.float64]]:
-    """For each metric the distance of x from another representation."""
+    """Return, for each metric, the function that gives the distance of x from y."""
     return {
         "cka": lambda y: 1 - cka(x, y),
         "procrustes": lambda y: procrustes_distance(x, y),
@@ -69,7 +69,7 @@ def distances_from(
     }
 
 
-def by_definition(values: Sequence[np.float64]) -> Distances:
-    """Distances that took no steps, since the metric itself gave them."""
+def as_distances(values: Sequence[np.float64]) -> Distances:
+    """Return values that the metrics themselves gave, so without steps, as `Distances`."""
     n = len(values)
     return Distances(np.array(values), np.full(n, Route.DEFINITION), np.zeros(n, int))

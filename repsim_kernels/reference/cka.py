@@ -18,19 +18,19 @@ def cka(
     sigma: float | None = None,
     chance: bool = False,
 ) -> Any:
-    """CKA of x (n, p) and y (n, q): the cosine of their Grams (Kornblith et al. 2019).
+    """Return CKA of x (n, p) and y (n, q): the cosine of their Grams (Kornblith et al. 2019).
 
-    Debiased: HSIC₁ of Song et al. (2012) in all three places, as the inner product of
+    ``debiased`` uses HSIC₁ of Song et al. (2012) in all three places, as the inner product of
     U-centred Grams (Székely & Rizzo 2014); it may be negative.
 
-    With ``chance`` a dict of the "similarity" and of its mean over all permutations of the stimuli
-    of y (not debiased): tr K tr L / ((n - 1) ‖K‖ ‖L‖), the mean of L so permuted being
+    ``chance`` returns a dict of the "similarity" and its mean "chance" over all permutations of the
+    stimuli of y (not debiased): tr K tr L / ((n - 1) ‖K‖ ‖L‖), since the mean of the permuted L is
     tr L / (n - 1) times the centring matrix.
     """
     k = centered_gram(x, kernel=kernel, sigma=sigma)
     m = centered_gram(y, kernel=kernel, sigma=sigma)
     if debiased:
-        k, m = u_centered(k), u_centered(m)
+        k, m = u_centre(k), u_centre(m)
     cosine = np.sum(k * m) / np.sqrt(np.sum(k * k)) / np.sqrt(np.sum(m * m))
     similarity = np.float64(np.clip(cosine, -1, 1))
     if not chance:
@@ -39,16 +39,16 @@ def cka(
     return {"similarity": similarity, "chance": np.float64(np.prod(shares) / (len(k) - 1))}
 
 
-def u_centered(k: Array) -> Array:
-    """k (n, n) with a zero diagonal and, off it, row and column sums brought to zero.
+def u_centre(k: Array) -> Array:
+    """U-centre k (n, n): a zero diagonal, and rows and columns that sum to zero.
 
-    Where only rounding is left of it, as when all stimuli are equally far apart, there is no
-    debiased similarity: NaN.
+    NaN if only rounding remains, as when all stimuli are equally far apart: the debiased similarity
+    is undefined then.
     """
     n = len(k)
-    off = k - np.diag(np.diag(k))
-    rows = off.sum(axis=1) / (n - 2)
-    u = off - rows[:, None] - rows + rows.sum() / (n - 1)
+    off_diagonal = k - np.diag(np.diag(k))
+    rows = off_diagonal.sum(axis=1) / (n - 2)
+    u = off_diagonal - rows[:, None] - rows + rows.sum() / (n - 1)
     u -= np.diag(np.diag(u))
     rounding = n * np.finfo(np.float64).eps * np.linalg.norm(k)
     return u if np.linalg.norm(u) > rounding else np.full_like(u, np.nan)

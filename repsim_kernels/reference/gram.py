@@ -1,4 +1,4 @@
-"""Gram matrices of the stimuli, whole and by cell, and the centring that every metric uses."""
+"""Gram matrices of the stimuli, for all neurons and by cell, and centring for every metric."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ Real = NDArray[Any]
 Array = NDArray[np.float64]
 
 
-def centered(x: Real) -> Array:
-    """x minus the mean of each column, (n, p)."""
-    a = shifted(x)
+def centre(x: Real) -> Array:
+    """Subtract the mean of each column of x (n, p)."""
+    a = subtract_first_row(x)
     a -= a.mean(axis=0)
     return a
 
 
-def shifted(x: Real) -> Array:
-    """x minus its first row, (n, p): a column that is constant comes out as exact zeros."""
+def subtract_first_row(x: Real) -> Array:
+    """Subtract the first row of x (n, p), so that a constant column becomes exactly zero."""
     a: Array = np.array(x, dtype=np.float64)
     a -= a[0]
     return a
 
 
 def contrasts(n: int) -> Array:
-    """Orthonormal basis of what is orthogonal to the ones vector, (n, n - 1): Helmert's.
+    """Return Helmert's orthonormal basis of the complement of the ones vector, (n, n - 1).
 
-    ``contrasts(n).T @ x`` holds all that is in the centred x, and has no null direction.
+    ``contrasts(n).T @ x`` has all the information of the centred x, and no null direction.
     """
     k = np.arange(1, n)
     q = np.triu(np.ones((n, n - 1)))
@@ -37,28 +37,28 @@ def contrasts(n: int) -> Array:
 
 
 def squared_distances(x: Real) -> Array:
-    """Squared Euclidean distances of the rows, (n, n)."""
+    """Return the squared Euclidean distances between the rows of x, (n, n)."""
     a = np.asarray(x, dtype=np.float64)
     return np.array([((a - row) ** 2).sum(axis=1) for row in a])
 
 
 def centered_gram(x: Real, *, kernel: str = "linear", sigma: float | None = None) -> Array:
-    """Gram matrix of the stimuli, (n, n), centred in feature space.
+    """Return the Gram matrix of the stimuli, (n, n), centred in feature space.
 
-    ``"linear"``: inner products of the rows of the centred x. ``"rbf"``: exp(-d² / 2b²) with b²
-    sigma² times the median of all n² squared distances d² (Kornblith et al. 2019), centred on
-    both sides.
+    ``"linear"`` gives inner products of the rows of the centred x. ``"rbf"`` gives exp(-d² / 2b²),
+    centred on both sides, where b² is sigma² times the median of all n² squared distances d²
+    (Kornblith et al. 2019).
     """
     if kernel == "linear":
-        a = centered(x)
+        a = centre(x)
         return a @ a.T
     d2 = squared_distances(x)
     bandwidth2 = (1.0 if sigma is None else sigma) ** 2 * np.median(d2)
-    return centered(centered(np.exp(-d2 / (2 * bandwidth2))).T)
+    return centre(centre(np.exp(-d2 / (2 * bandwidth2))).T)
 
 
 def membership(cells: Real, n_cells: int | None = None) -> NDArray[np.bool_]:
-    """Which neurons each cell has, (C, p), from that itself or from a label a neuron (p,)."""
+    """Return which neurons each cell has, (C, p), from labels (p,) or from a membership (C, p)."""
     if cells.dtype == np.bool_:
         return cells
     count = cells.max(initial=-1) + 1 if n_cells is None else n_cells
@@ -66,10 +66,10 @@ def membership(cells: Real, n_cells: int | None = None) -> NDArray[np.bool_]:
 
 
 def cell_grams(x: Real, cells: Real, *, n_cells: int | None = None) -> Array:
-    """Gram matrix of each cell's centred columns, (C, n, n); of partitions (T, p) T times."""
+    """Return the Gram of each cell's centred columns, (C, n, n), or (T, C, n, n) for (T, p)."""
     if cells.ndim == 2 and cells.dtype != np.bool_:
         return np.stack([cell_grams(x, labels, n_cells=n_cells) for labels in cells])
-    a = centered(x)
+    a = centre(x)
     members = membership(cells, n_cells)
     grams = np.zeros((len(members), len(a), len(a)))
     for gram, cell in zip(grams, members, strict=True):

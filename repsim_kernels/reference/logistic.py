@@ -1,4 +1,4 @@
-"""Logistic regressions by Newton's method, one after the other."""
+"""Logistic regressions, fitted one after the other by Newton's method."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def logistic_fits(
     max_iter: int = 100,
     start: tuple[Array, Array] | None = None,
 ) -> dict[str, Array]:
-    """Fit targets (t, n) on columns (b, d) of x (n, p): coef (b, t, d), the others (b, t)."""
+    """Fit targets (t, n) on columns (b, d) of x (n, p); coef is (b, t, d), the others (b, t)."""
     x = np.asarray(x, dtype=np.float64)
     (b, d), t = columns.shape, len(targets)
     out = {
@@ -39,32 +39,32 @@ def logistic_fits(
 def newton(
     x: Array, y: Array, C: float, tol: float, max_iter: int, v: Array | None = None
 ) -> tuple[Array, int, bool]:
-    """Minimise w·w / 2 + C Σᵢ log(1 + exp(-sᵢ (xᵢ·w + c))), sᵢ = 1 where y, else -1.
+    """Minimise w·w / 2 + C Σᵢ log(1 + exp(-sᵢ (xᵢ·w + c))), where sᵢ is 1 if yᵢ and -1 otherwise.
 
-    Gives (w, c), the steps taken, and whether the last one was at most tol of the largest
-    coefficient. It ends early, without convergence, where the Hessian is singular. A step is
-    halved until the sum falls, or stands still as far as rounding shows.
+    Returns (w, c), the number of steps, and whether the last step was at most tol of the largest
+    coefficient. It stops without convergence if the Hessian is singular. Steps are halved until
+    the objective no longer rises by more than rounding.
     """
-    # Where all weights vanish, far out, centred columns keep the Hessian's scale apart from x's.
+    # Centred columns keep the Hessian well scaled even far out, where all weights vanish.
     origin = x.mean(axis=0)
     a = np.column_stack([x - origin, np.ones(len(x))])
-    shrunk, flip = np.append(np.ones(x.shape[1]), 0), np.where(y, -1, 1)
+    penalised, flip = np.append(np.ones(x.shape[1]), 0), np.where(y, -1, 1)
 
     def value(v: Array) -> float:
-        return float(C * np.sum(np.logaddexp(0, flip * (a @ v))) + np.sum(shrunk * v**2) / 2)
+        return float(C * np.sum(np.logaddexp(0, flip * (a @ v))) + np.sum(penalised * v**2) / 2)
 
     cold = np.append(np.zeros(x.shape[1]), np.log(y.mean() / (1 - y.mean())))
     v = cold if v is None else np.append(v[:-1], v[-1] + origin @ v[:-1])
-    # Where a start has no weights left, the Hessian is singular and a step may be of any size.
+    # At a start where all weights vanish the Hessian is singular, and a step may have any size.
     v = v if value(v) < value(cold) else cold
     converged, steps = False, 0
     while steps < max_iter and not converged:
-        wrong = 1 / (1 + np.exp(np.clip(-flip * (a @ v), -500, 500)))  # its probability
-        gradient = C * a.T @ (flip * wrong) + shrunk * v
-        hessian = C * (a.T * (wrong * (1 - wrong))) @ a + np.diag(shrunk)
+        p_wrong = 1 / (1 + np.exp(np.clip(-flip * (a @ v), -500, 500)))
+        gradient = C * a.T @ (flip * p_wrong) + penalised * v
+        hessian = C * (a.T * (p_wrong * (1 - p_wrong))) @ a + np.diag(penalised)
         try:
             step = -np.linalg.solve(hessian, gradient)
-        except np.linalg.LinAlgError:  # rounding hides the penalty beside so large a C
+        except np.linalg.LinAlgError:  # with so large a C, rounding hides the penalty
             break
         before, size = value(v), 1.0
         while value(v + size * step) > before + 1e-12 * abs(before) and size > 1e-12:

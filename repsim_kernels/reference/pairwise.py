@@ -29,7 +29,7 @@ METRICS: dict[str, Callable[..., Any]] = {
 def pairwise(
     xs: Sequence[Real], ys: Sequence[Real] | None = None, *, metric: str = "cka", **options: Any
 ) -> Array | dict[str, Array]:
-    """The metric of every x (n, p_i) with every y (n, q_j), the xs again by default, (L, M)."""
+    """Return the metric of every x (n, p_i) with every y (n, q_j), (L, M); ys default to xs."""
     function = METRICS[metric]
     ys = xs if ys is None else ys
     values = [[function(x, y, **options) for y in ys] for x in xs]

@@ -1,20 +1,20 @@
-"""Linear predictivity, each held-out fit made."""
+"""Linear predictivity, from an explicit fit for each fold."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from repsim_kernels.reference.gram import Real, centered
-from repsim_kernels.reference.probe import best_ridge, held_out
+from repsim_kernels.reference.gram import Real, centre
+from repsim_kernels.reference.probe import best_ridge, predict_held_out
 
 
 def linear_predictivity(x: Real, y: Real, *, ridge: float | str, folds: Real) -> np.float64:
-    """R² of y (n, q) predicted from x (n, p) by ridge regression without each of the folds (n,).
+    """Return the R² of y (n, q) predicted from x (n, p) by ridge regression, held out by ``folds``.
 
-    The squared residuals of all stimuli and neurons, over the squared deviations of y from its
-    mean. ``ridge`` is relative, κ = ridge · ‖A‖²/n of the centred x, or "gcv".
+    R² is 1 minus the squared residuals of all stimuli and neurons over the squared deviations of y
+    from its mean. ``ridge`` is relative, κ = ridge · ‖A‖²/n of the centred x, or "gcv".
     """
-    x, y = (centered(a) for a in (x, y))
+    x, y = (centre(a) for a in (x, y))
     relative = best_ridge(x, y) if isinstance(ridge, str) else ridge
-    residuals = y - held_out(x, x, y, relative, folds)
+    residuals = y - predict_held_out(x, x, y, relative, folds)
     return np.float64(1 - np.sum(residuals**2) / np.sum(y**2))

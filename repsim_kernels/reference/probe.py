@@ -1,4 +1,4 @@
-"""Linear decodability before and after every ablation, each held-out fit made."""
+"""Linear decodability before and after each ablation, from an explicit fit for each fold."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from repsim_kernels.reference.gram import Array, Real, centered, contrasts, membership
+from repsim_kernels.reference.gram import Array, Real, centre, contrasts, membership
 from repsim_kernels.reference.logistic import newton
 
 
@@ -23,87 +23,93 @@ def ablation_decodability(
     score: Sequence[str] | None = None,
     probe: str = "ridge",
 ) -> dict[str, Any]:
-    """Held-out scores of a linear probe, {"refit": (C,), "frozen": (C,), "intact": ()}.
+    """Return held-out scores of a linear probe, {"refit": (C,), "frozen": (C,), "intact": ()}.
 
-    Ridge regression on one-hot targets, or logistic regression of each class against the rest,
-    with an unpenalised intercept, κ = ridge · ‖A‖²/n of all stimuli of the side that is fitted, one
-    stimulus left out at a time or one of the folds (n,); the class is the largest of the outputs.
-    ``refit`` is fitted and read on x with a cell's columns set to zero, ``frozen`` fitted on x and
-    read on the stimuli with the cell's columns set to zero. With a target the columns are target
-    and rest; with T of them every result has an axis (T,) in front. The score is the accuracy, with
-    a target the balanced one; with a sequence of scores there is a dict of results for each.
+    The probe is ridge regression on one-hot targets, or logistic regression of each class against
+    the rest, with an unpenalised intercept and κ = ridge · ‖A‖²/n of all stimuli of the fitted
+    representation. Stimuli are held out one by one, or by ``folds`` (n,). The predicted class has
+    the largest output. ``refit`` fits and tests on x with a cell's columns set to zero; ``frozen``
+    fits on x and tests on stimuli with the cell's columns set to zero. With a target the classes
+    are target and rest; with T targets every result has a leading axis (T,). The score is accuracy,
+    or balanced accuracy with a target; a sequence of scores gives a dict of results for each.
 
-    Refit is NaN for a cell of all columns that vary.
+    Refit is NaN for a cell with all varying columns.
     """
     x = np.asarray(x, dtype=np.float64)
-    one = target is None or np.asarray(target).ndim == 0
-    several = [target] if one else list(np.asarray(target))
+    is_single = target is None or np.asarray(target).ndim == 0
+    targets = [target] if is_single else list(np.asarray(target))
     tasks = [
-        np.unique(labels if t is None else labels != t, return_inverse=True)[1] for t in several
+        np.unique(labels if t is None else labels != t, return_inverse=True)[1] for t in targets
     ]
     names = score or ("accuracy" if target is None else "balanced_accuracy",)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     if isinstance(ridge, str):
-        ridge = found["ridge"] = best_ridge(x, np.hstack([one_hot(task) for task in tasks]))
-    fit = held_out if probe == "ridge" else held_out_logistic
+        ridge = results["ridge"] = best_ridge(x, np.hstack([one_hot(task) for task in tasks]))
+    predict = predict_held_out if probe == "ridge" else predict_held_out_logistic
     varies = (x != x[0]).any(axis=0)
 
     def outputs(task: Real) -> dict[str, list[Array]]:
         y, refit, frozen = one_hot(task), [], []
         for cell in membership(cells, n_cells):
             ablated = np.where(cell, 0, x)
-            gone = varies.any() and cell[varies].all()
-            nothing = np.full(y.shape, np.nan)
-            refit.append(nothing if gone else fit(ablated, ablated, y, ridge, folds))
-            frozen.append(fit(x, ablated, y, ridge, folds))
-        return {"refit": refit, "frozen": frozen, "intact": [fit(x, x, y, ridge, folds)]}
+            removes_all = varies.any() and cell[varies].all()
+            undefined = np.full(y.shape, np.nan)
+            refit.append(undefined if removes_all else predict(ablated, ablated, y, ridge, folds))
+            frozen.append(predict(x, ablated, y, ridge, folds))
+        return {"refit": refit, "frozen": frozen, "intact": [predict(x, x, y, ridge, folds)]}
 
-    each = [(outputs(task), task) for task in tasks]
+    by_task = [(outputs(task), task) for task in tasks]
     for name in names:
-        found[name] = {
+        results[name] = {
             kind: np.array(
-                [[scored(name, o, t, target is not None) for o in out[kind]] for out, t in each]
+                [
+                    [score_outputs(name, o, t, target is not None) for o in out[kind]]
+                    for out, t in by_task
+                ]
             )
             for kind in ("refit", "frozen", "intact")
         }
-        found[name]["intact"] = found[name]["intact"][:, 0]
-        if one:
-            found[name] = {kind: values[0] for kind, values in found[name].items()}
-    return found if score else found.pop(names[0]) | found
+        results[name]["intact"] = results[name]["intact"][:, 0]
+        if is_single:
+            results[name] = {kind: values[0] for kind, values in results[name].items()}
+    return results if score else results.pop(names[0]) | results
 
 
 def one_hot(classes: Real) -> Array:
-    """1 where a stimulus is of a class, (n, k)."""
+    """Return the one-hot encoding of class indices, (n, k)."""
     return np.eye(classes.max() + 1)[classes]
 
 
-def scored(name: str, outputs: Array, classes: Real, one_class: bool) -> np.float64:
-    """One score of outputs (n, k); NaN where they are."""
+def score_outputs(name: str, outputs: Array, classes: Real, binary: bool) -> np.float64:
+    """Return one score of outputs (n, k), or NaN if they contain NaN."""
     if np.isnan(outputs).any():
         return np.float64(np.nan)
     y = one_hot(classes)
     if name == "r2":
-        return np.float64(1 - np.sum((y - outputs) ** 2) / np.sum(centered(y) ** 2))
+        return np.float64(1 - np.sum((y - outputs) ** 2) / np.sum(centre(y) ** 2))
     if name == "margin":
         others = np.where(y == 1, -np.inf, outputs).max(axis=1)
         value = outputs[y == 1] - others
     else:
         value = outputs.argmax(axis=1) == classes
-    if name == "balanced_accuracy" or (name == "margin" and one_class):
+    if name == "balanced_accuracy" or (name == "margin" and binary):
         return np.float64(np.mean([value[classes == k].mean() for k in range(y.shape[1])]))
     return np.float64(value.mean())
 
 
 def best_ridge(x: Array, y: Array) -> np.float64:
-    """The ridge of the least n ‖(I - H)Y‖² / tr(I - H)², H the hat matrix of x: 1e-6 … 1e6."""
-    # The vector of ones, where I - H is 0, is left out: the criterion of a small ridge is 0 / 0.
+    """Return the ridge in 1e-6 … 1e6 that minimises n ‖(I - H)Y‖² / tr(I - H)².
+
+    H is the hat matrix of x.
+    """
+    # Without the vector of ones, where I - H is 0: the criterion would be 0 / 0 for small ridges.
     n, q = len(x), contrasts(len(x))
     a, y = q.T @ x, q.T @ y
 
     def criterion(exponent: float) -> float:
         kappa = 10**exponent * np.sum(a**2) / n
-        left = kappa * np.linalg.inv(a @ a.T + kappa * np.eye(n - 1))
-        return float(n * np.sum((left @ y) ** 2) / np.trace(left) ** 2)
+        residual = kappa * np.linalg.inv(a @ a.T + kappa * np.eye(n - 1))
+        return float(n * np.sum((residual @ y) ** 2) / np.trace(residual) ** 2)
 
     exponents = np.linspace(-6, 6, 121)
     for _ in range(7):
@@ -114,39 +120,41 @@ def best_ridge(x: Array, y: Array) -> np.float64:
     return np.float64(10**answer)
 
 
-def _parts(n: int, folds: Real | None) -> list[Real]:
-    """Which stimuli are held out, of each fold."""
+def _fold_masks(n: int, folds: Real | None) -> list[Real]:
+    """Return which stimuli each fold holds out; one per stimulus without ``folds``."""
     fold = np.arange(n) if folds is None else folds
     return [fold == k for k in np.unique(fold)]
 
 
-def held_out(x: Array, read: Array, y: Array, ridge: float, folds: Real | None = None) -> Array:
-    """Prediction of y (n, k) for each row of ``read`` (n, p) by the fit without the row's fold."""
-    n = len(x)
-    kappa = ridge * np.sum(centered(x) ** 2) / n
-    scores = np.empty_like(y)
-    for held in _parts(n, folds):
-        a, mean = centered(x[~held]), x[~held].mean(axis=0)
-        weights = a.T @ np.linalg.solve(a @ a.T + kappa * np.eye(len(a)), centered(y[~held]))
-        scores[held] = y[~held].mean(axis=0) + (read[held] - mean) @ weights
-    return scores
-
-
-def held_out_logistic(
-    x: Array, read: Array, y: Array, ridge: float, folds: Real | None = None
+def predict_held_out(
+    x: Array, x_test: Array, y: Array, ridge: float, folds: Real | None = None
 ) -> Array:
-    """Decision values of one-hot y (n, k) for ``read`` (n, p), fitted without the row's fold."""
+    """Predict y (n, k) for each row of ``x_test`` (n, p), by a fit to x without the row's fold."""
     n = len(x)
-    kappa = ridge * np.sum(centered(x) ** 2) / n
-    scores = np.empty_like(y)
-    for held in _parts(n, folds):
-        a, mean = centered(x[~held]), x[~held].mean(axis=0)
-        # The weights are a combination of the stimuli: of min(n, p) directions.
+    kappa = ridge * np.sum(centre(x) ** 2) / n
+    outputs = np.empty_like(y)
+    for test in _fold_masks(n, folds):
+        a, mean = centre(x[~test]), x[~test].mean(axis=0)
+        weights = a.T @ np.linalg.solve(a @ a.T + kappa * np.eye(len(a)), centre(y[~test]))
+        outputs[test] = y[~test].mean(axis=0) + (x_test[test] - mean) @ weights
+    return outputs
+
+
+def predict_held_out_logistic(
+    x: Array, x_test: Array, y: Array, ridge: float, folds: Real | None = None
+) -> Array:
+    """Return decision values for one-hot y (n, k), as `predict_held_out`."""
+    n = len(x)
+    kappa = ridge * np.sum(centre(x) ** 2) / n
+    outputs = np.empty_like(y)
+    for test in _fold_masks(n, folds):
+        a, mean = centre(x[~test]), x[~test].mean(axis=0)
+        # The weights are combinations of the stimuli, which span min(n, p) directions.
         basis = np.linalg.qr(a.T).Q
-        for k, t in enumerate(y[~held].T):
+        for k, t in enumerate(y[~test].T):
             if t.min() == t.max():
-                scores[held, k] = np.inf if t[0] else -np.inf
+                outputs[test, k] = np.inf if t[0] else -np.inf
             else:
                 v, _, _ = newton(a @ basis, t, 1 / kappa, 1e-12, 100)
-                scores[held, k] = (read[held] - mean) @ basis @ v[:-1] + v[-1]
-    return scores
+                outputs[test, k] = (x_test[test] - mean) @ basis @ v[:-1] + v[-1]
+    return outputs

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from repsim_kernels._routes import Distances
-from repsim_kernels.reference.ablation import RIDGED, by_definition, distances_from
+from repsim_kernels.reference.ablation import RIDGE_METRICS, as_distances, distance_functions
 from repsim_kernels.reference.cca import EPS
 from repsim_kernels.reference.gram import Array, Real, contrasts
 
 
-def features(gram: Real) -> Array:
-    """Centred x (n, n - 1) whose Gram matrix is the centred ``gram``."""
+def features_from_gram(gram: Real) -> Array:
+    """Return a centred x (n, n - 1) whose Gram matrix is the centred ``gram``."""
     q = contrasts(len(gram))
     w, u = np.linalg.eigh(q.T @ gram @ q)
     return np.asarray(q @ (u * np.sqrt(np.maximum(w, 0))))
@@ -28,32 +28,32 @@ def gram_ablation_distances(
     penalty: float = 0.0,
     neurons: int | None = None,
 ) -> dict[str, Distances]:
-    """Distances of what has the Gram matrix (n, n) from what is left of it without a part.
+    """Return the distances between a Gram (n, n) and the Gram without each part (C, n, n).
 
-    By metric, as of ``ablation_distances``, by representations of n - 1 neurons that have
-    these Gram matrices (C, n, n). Ridge CCA averages over min(n - 1, neurons) directions.
+    They are those of ``ablation_distances``, by metric, for representations of n - 1 neurons with
+    these Grams. Ridge CCA averages over min(n - 1, neurons) directions.
     """
     gram, parts = (np.asarray(a, dtype=np.float64) for a in (gram, parts))
-    n, x = len(gram), features(gram)
+    n, x = len(gram), features_from_gram(gram)
     ridge = 0.0 if penalty else ridge
     share = (n - 1) / min(n - 1, neurons or n)
-    distance = distances_from(x, ridge, penalty)
+    distance = distance_functions(x, ridge, penalty)
 
-    def one(name: str, part: Array) -> np.float64:
-        ridged = name in RIDGED and (ridge or penalty)
+    def ablate(name: str, part: Array) -> np.float64:
+        ridged = name in RIDGE_METRICS and (ridge or penalty)
         if not part.any() and not ridged:
             return np.float64(0)
-        left = features(gram - part) if part.any() else x
-        if np.sum(left**2) <= n * EPS * np.sum(x**2):
+        rest = features_from_gram(gram - part) if part.any() else x
+        if np.sum(rest**2) <= n * EPS * np.sum(x**2):
             return np.float64(np.nan)
-        value = distance[name](left)
+        value = distance[name](rest)
         return max(1 - share * (1 - value), np.float64(0)) if ridged else value
 
-    return {name: by_definition([one(name, part) for part in parts]) for name in metrics}
+    return {name: as_distances([ablate(name, part) for part in parts]) for name in metrics}
 
 
 def eigh(a: Real, *, vectors: bool) -> dict[str, Array]:
-    """Eigenvalues (…, n), ascending, and eigenvectors (…, n, n) of symmetric a, by LAPACK."""
+    """Return ascending eigenvalues (…, n) and eigenvectors (…, n, n) of symmetric a, by LAPACK."""
     if not vectors:
         return {"values": np.linalg.eigvalsh(a)}
     w, v = np.linalg.eigh(a)
@@ -61,7 +61,7 @@ def eigh(a: Real, *, vectors: bool) -> dict[str, Array]:
 
 
 def svd(a: Real, *, vectors: bool) -> dict[str, Array]:
-    """Singular values (…, k), descending, and vectors of a (…, m, n), by LAPACK."""
+    """Return descending singular values (…, k) and vectors of a (…, m, n), by LAPACK."""
     if not vectors:
         return {"values": np.linalg.svd(a, compute_uv=False)}
     u, s, vh = np.linalg.svd(a, full_matrices=False)

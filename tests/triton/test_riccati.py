@@ -146,8 +146,8 @@ def test_steps(device, seed, m, shares):
 def test_deficits(device, seed, m, shares):
     """Includes parts without a root, and slow convergence."""
     v, f = draw_parts(seed, m, shares, device)
-    got, steps = torch_riccati.deficit(v, f, riccati.advance)
-    want, want_steps = torch_riccati.deficit(v, f, run_torch_steps)
+    got, steps = torch_riccati.solve_deficit(v, f, riccati.advance)
+    want, want_steps = torch_riccati.solve_deficit(v, f, run_torch_steps)
     assert_close(got, want, Tol(1e-12), nan=True)
     assert torch.equal(steps, want_steps)
     assert not bool((steps % riccati.STEPS).any())
@@ -161,13 +161,13 @@ def test_deficits(device, seed, m, shares):
 def test_deficits_with_and_without_a_root(device):
     """The shares drawn in the tests above lead to both outcomes."""
     v, f = draw_parts(0, 12, [0.01, 0.3, 0.6, 1.2], device)
-    got, _ = torch_riccati.deficit(v, f, riccati.advance)
+    got, _ = torch_riccati.solve_deficit(v, f, riccati.advance)
     assert got.isfinite().tolist() == [True, True, True, False]
 
 
 def test_runs_are_bit_identical(device):
     v, f = draw_parts(1, 33, [0.1, 0.2], device)
-    assert torch.equal(*(torch_riccati.deficit(v, f, riccati.advance)[0] for _ in range(2)))
+    assert torch.equal(*(torch_riccati.solve_deficit(v, f, riccati.advance)[0] for _ in range(2)))
 
 
 class FakeGraph:
@@ -246,8 +246,8 @@ def test_graphs_match_the_torch_backend(device, m):
     graph = riccati.StepGraph()
     for seed in range(2):
         v, f = draw_parts(seed, m, SHARES, device)
-        got = torch_riccati.deficit(v, f, graph)
-        want = torch_riccati.deficit(v, f, run_torch_steps)
+        got = torch_riccati.solve_deficit(v, f, graph)
+        want = torch_riccati.solve_deficit(v, f, run_torch_steps)
         assert (want[1][[0, 1, 2, 5]] == riccati.STEPS).all()
         assert (want[1][[3, 4]] > riccati.STEPS).all()
         assert (want[1] > 2 * riccati.STEPS).any()

@@ -20,7 +20,7 @@ from torch import Tensor
 from repsim_kernels.kernels._cuda import scale
 from repsim_kernels.kernels.cupy import module
 from repsim_kernels.kernels.torch import gram
-from repsim_kernels.kernels.torch.columns import members
+from repsim_kernels.kernels.torch.columns import sort_by_cell
 
 # As in the CUDA source.
 _TILE, _THREADS = 64, 128
@@ -66,7 +66,7 @@ def cell_grams(
     if x.stride(1) < x.stride(0):
         # A cell's neurons are scattered along a row; neuron-major, each is read as a whole row.
         x = x.mT.contiguous().mT
-    order, offsets = members(cells, n_cells)
+    order, offsets = sort_by_cell(cells, n_cells)
     chunk = (launch or choose(n, len(order))).chunk
     counts = -(-np.diff(offsets) // chunk)
     slots = np.concatenate([[0], np.cumsum(counts)])
@@ -93,4 +93,4 @@ def cell_grams(
         unit = factor.to(torch.float64).reciprocal()
         arguments = (partial, to_device(slots, torch.int64), unit, g, np.int32(n))
         module.launch("cell_grams", "cell_grams_sum", (n_cells * pairs,), (_THREADS,), *arguments)
-    return gram.centre_relative(g)
+    return gram.centre_gram(g)

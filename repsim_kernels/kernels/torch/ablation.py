@@ -1,4 +1,4 @@
-"""Every metric between a representation and each of its ablations, from one pass over it."""
+"""Every metric between a representation and each of its ablations, from one pass over the data."""
 
 from __future__ import annotations
 
@@ -12,56 +12,72 @@ from torch import Tensor
 
 from repsim_kernels._routes import Distances, Route
 from repsim_kernels.kernels.torch import cka, columns, gram, panels
-from repsim_kernels.kernels.torch.ablated import SOLVERS, Ablated, Original, Solvers
 from repsim_kernels.kernels.torch.cca import variate_weights
-from repsim_kernels.kernels.torch.spectrum import Representation
+from repsim_kernels.kernels.torch.representation import Representation
+from repsim_kernels.kernels.torch.spectral_distances import (
+    SOLVERS,
+    AblationBatch,
+    Original,
+    Solvers,
+)
 
-_MEMORY = 2**30
+_MEMORY = 2**30  # default for bytes of directions that wait for a pass over x
 
 
 @dataclass(frozen=True)
 class Passes:
-    """What reads all of x: the Grams of its cells, and the weights of directions."""
+    """The functions that read all of x: for the Grams of cells, and for weights of directions."""
 
-    cell_sums: Callable[[Tensor, np.ndarray, int, bool], tuple[panels.Half, Tensor, Tensor]]
+    cell_sums: Callable[[Tensor, np.ndarray, int, bool], tuple[panels.Panels, Tensor, Tensor]]
     variate_weights: Callable[[Tensor, Tensor], Tensor]
 
 
 PASSES = Passes(gram.cell_sums, variate_weights)
 
 
-class Parts:
-    """The Gram of a whole, those of its parts, and of what is left without each."""
+class GramParts:
+    """The Gram of a whole representation and the Grams of its parts."""
 
     def __init__(
-        self, whole: Tensor, grams: panels.Half, dead: list[bool], left: list[int]
+        self,
+        whole: Tensor,
+        grams: panels.Panels,
+        constant: list[bool],
+        n_remaining: list[int],
     ) -> None:
-        """Grams (n, n) and (C, n, n); which parts are nothing, and how many neurons they leave."""
-        self.whole, self.grams, self.dead, self.left = whole, grams, dead, left
+        """Take the Gram of the whole (n, n) and the packed Grams of its parts (C, n, n).
+
+        ``constant`` says whether a part does not vary over stimuli, and ``n_remaining`` how many
+        varying neurons remain without it.
+        """
+        self.whole, self.grams = whole, grams
+        self.constant, self.n_remaining = constant, n_remaining
         energy = panels.diagonal(grams).sum(1)
-        self.heavy = (energy / whole.diagonal().sum() > 0.5).tolist()
+        self.dominant = (energy / whole.diagonal().sum() > 0.5).tolist()
 
     @property
     def active(self) -> list[int]:
-        """The parts that change the whole and leave something of it."""
-        return [c for c in range(len(self.left)) if self.left[c] and not self.dead[c]]
+        """The parts that change the whole but do not remove all of it."""
+        pairs = enumerate(zip(self.n_remaining, self.constant, strict=True))
+        return [c for c, (n_remaining, constant) in pairs if n_remaining and not constant]
 
-    def some(self, parts: list[int]) -> panels.Half:
-        """The Grams of some parts, in order; a view where they follow each other."""
+    def select(self, parts: list[int]) -> panels.Panels:
+        """Return the packed Grams of parts in ascending order; a view of consecutive ones."""
         first, end = parts[0], parts[-1] + 1
-        return panels.some(self.grams, slice(first, end) if end - first == len(parts) else parts)
+        is_slice = end - first == len(parts)
+        return panels.select(self.grams, slice(first, end) if is_slice else parts)
 
     def rest(self, c: int) -> Tensor:
-        """K_c, the Gram of what is left without a part."""
-        return self.whole - panels.full(panels.some(self.grams, c))
+        """Return K_c, the Gram of the whole without part c."""
+        return self.whole - panels.unpack(panels.select(self.grams, c))
 
     def factor(self, c: int, basis: Tensor) -> Tensor | None:
-        """T (m, r) with T Tᵀ = basisᵀ K_c basis, where there is better than K_c to make it from."""
+        """Return T (m, r) with T Tᵀ = basisᵀ K_c basis, or None if it would need K_c."""
         return None
 
 
-class Cells(Parts):
-    """The parts that the cells of x (n, p) make."""
+class CellParts(GramParts):
+    """The parts of x (n, p) that its cells define."""
 
     def __init__(
         self,
@@ -71,38 +87,39 @@ class Cells(Parts):
         shifts: bool = False,
         passes: Passes = PASSES,
     ) -> None:
-        """shifts: whether ``shift`` (C, n) is wanted, B_c μ_c for each cell."""
+        """``shifts``: whether to compute ``shift`` (C, n), B_c μ_c for each cell."""
         self.x, self.cells = x, cells
         if cells.ndim == 1:
-            # The neurons in no cell make one more, so that one pass gives the whole as well.
-            labels = columns.labelled(cells, n_cells)
+            # Neurons in no cell make one more cell, so that one pass yields the whole as well.
+            labels = columns.label_unassigned(cells, n_cells)
             g, live, shift = passes.cell_sums(x, labels, n_cells + 1, shifts)
-            whole, alive = panels.full([(own, panel.sum(0)) for own, panel in g]), live.sum()
+            whole = panels.unpack([(span, panel.sum(0)) for span, panel in g])
+            n_live = live.sum()
         else:
             g, live, shift = passes.cell_sums(x, cells, n_cells, shifts)
-            everything = np.zeros(x.shape[1], dtype=np.int64)
-            one, (alive,), _ = passes.cell_sums(x, everything, 1, False)
-            (whole,) = panels.full(one)
-        live, self.shift, g = live[:n_cells], shift[:n_cells], panels.some(g, slice(n_cells))
-        super().__init__(whole, g, (live == 0).tolist(), (alive - live).tolist())
+            one_cell = np.zeros(x.shape[1], dtype=np.int64)
+            whole_gram, (n_live,), _ = passes.cell_sums(x, one_cell, 1, False)
+            (whole,) = panels.unpack(whole_gram)
+        live, self.shift, g = live[:n_cells], shift[:n_cells], panels.select(g, slice(n_cells))
+        super().__init__(whole, g, (live == 0).tolist(), (n_live - live).tolist())
 
     def outside(self, c: int) -> Tensor:
-        """The columns of x that are not in a cell."""
+        """Return the columns of x that are not in cell c."""
         inside = self.cells == c if self.cells.ndim == 1 else self.cells[c]
         return columns.take(self.x, torch.from_numpy(np.flatnonzero(~inside)).to(self.x.device))
 
     def rest(self, c: int) -> Tensor:
-        """K_c; where a cell holds most of the energy, by a pass: the difference would cancel."""
-        return gram.linear(self.outside(c)) if self.heavy[c] else super().rest(c)
+        """Return K_c; for a dominant cell from the features, since the difference would cancel."""
+        return gram.linear(self.outside(c)) if self.dominant[c] else super().rest(c)
 
     def factor(self, c: int, basis: Tensor) -> Tensor:
-        """The features themselves, or, of many, a triangle that is built block by block."""
+        """Return the features in the basis or, if they are many, their QR triangle, by blocks."""
         outside = self.outside(c)
         n, count = outside.shape
         if count <= basis.shape[1]:
             return basis.mT @ gram.centre(outside)
         triangle = basis.new_zeros(0, basis.shape[1])
-        for block in panels.blocks(count, n):
+        for block in panels.split_neurons(count, n):
             rows = gram.centre(outside[:, block]).mT @ basis
             triangle = torch.linalg.qr(torch.cat([triangle, rows]), mode="r").R
         return triangle.mT
@@ -126,12 +143,13 @@ class DistanceTable:
         route: Tensor | int = Route.NOTHING,
         steps: Tensor | int = 0,
     ) -> None:
+        """Set the distances of a metric for some cells."""
         column = self.columns[metric]
-        own = torch.tensor(cells, dtype=torch.int64, device=column.values.device)
-        column.values[own], column.route[own], column.steps[own] = values, route, steps
+        index = torch.tensor(cells, dtype=torch.int64, device=column.values.device)
+        column.values[index], column.route[index], column.steps[index] = values, route, steps
 
     def result(self) -> dict[str, Distances]:
-        # Rounding must not make one negative.
+        """Return the distances by metric; rounding must not make one negative."""
         return {
             name: column._replace(values=column.values.clamp(min=0))
             for name, column in self.columns.items()
@@ -150,127 +168,135 @@ def ablation_distances(
     passes: Passes = PASSES,
     solvers: Solvers = SOLVERS,
 ) -> dict[str, Distances]:
-    parts = Cells(x, cells, n_cells, passes=passes)
+    parts = CellParts(x, cells, n_cells, passes=passes)
 
-    def original() -> Original:
+    def make_original() -> Original:
         whole = Representation(x, parts.whole)
         return Original(whole.spectrum, whole.n, whole.p, ridge, penalty, solvers)
 
     def weigh(directions: Tensor) -> Tensor:
         return passes.variate_weights(directions, x)
 
-    return distances(parts, original, metrics, weigh, memory or _MEMORY)
+    return distances_of_parts(parts, make_original, metrics, weigh, memory or _MEMORY)
 
 
-def distances(
-    parts: Parts,
-    original: Callable[[], Original],
+def distances_of_parts(
+    parts: GramParts,
+    make_original: Callable[[], Original],
     metrics: tuple[str, ...],
     weigh: Callable[[Tensor], Tensor] | None = None,
     memory: int = 0,
 ) -> dict[str, Distances]:
-    """The distances of the whole from what is left of it without each part.
+    """Return the distances between the whole and the whole without each part, by metric.
 
-    "pwcca" needs ``weigh``, which takes directions (k, n) and returns their weights (k,), and holds
-    as many bytes of directions as ``memory``.
+    "pwcca" needs ``weigh``, which takes directions (k, n) and returns their weights (k,). About
+    ``memory`` bytes of directions are collected before each call of it.
     """
-    found = DistanceTable(metrics, len(parts.left), parts.whole.device)
+    table = DistanceTable(metrics, len(parts.n_remaining), parts.whole.device)
     for name in ("cka", "cka_debiased"):
         if name in metrics:
-            _cka_distances(parts, name, found)
+            _record_cka(parts, name, table)
     if set(metrics) - {"cka", "cka_debiased"}:
-        _spectral_distances(parts, original(), found, weigh, memory)
-    nothing = [c for c, count in enumerate(parts.left) if not count]
+        _record_spectral(parts, make_original(), table, weigh, memory)
+    removed_all = [c for c, count in enumerate(parts.n_remaining) if not count]
     for name in metrics:
-        found.record(name, nothing, torch.nan)
-    return found.result()
+        table.record(name, removed_all, torch.nan)
+    return table.result()
 
 
-def _cka_distances(parts: Parts, metric: str, found: DistanceTable) -> None:
-    flat = functools.partial(gram.flat, u_centred=metric == "cka_debiased")
-    # Of halves of matrices inner products are half, and so are what rounding may leave of them.
-    (whole,), floor = flat(panels.half_of(parts.whole[None])), cka.rounding(parts.whole) / 2
-    whole = whole * cka.beyond(cka.squared_norm(whole), floor).sign()
-    light = [c for c in parts.active if not parts.heavy[c]]
-    batches = list(gram.batches(light, whole))
-    room = whole.new_empty(len(batches[0]), len(whole)) if batches else None
+def _record_cka(parts: GramParts, metric: str, table: DistanceTable) -> None:
+    to_vectors = functools.partial(gram.to_vectors, u_centred=metric == "cka_debiased")
+    # Inner products of these vectors are half of those of the matrices, and so are the floors.
+    (whole,) = to_vectors(panels.panels_view(parts.whole[None]))
+    floor = cka.rounding_floor(parts.whole) / 2
+    whole = whole * cka.nan_if_not_above(cka.squared_norm(whole), floor).sign()
+    minor = [c for c in parts.active if not parts.dominant[c]]
+    batches = list(gram.iter_batches(minor, whole))
+    buffer = whole.new_empty(len(batches[0]), len(whole)) if batches else None
     distances = [
-        cka.cosine_distance(flat(parts.some(batch), room=room), whole, False, floor)
+        cka.cosine_distance(to_vectors(parts.select(batch), buffer=buffer), whole, False, floor)
         for batch in batches
     ]
-    if light:
-        found.record(metric, light, torch.cat(distances), Route.SUMS)
+    if minor:
+        table.record(metric, minor, torch.cat(distances), Route.SUMS)
     for c in parts.active:
-        if parts.heavy[c]:
+        if parts.dominant[c]:
             rest = parts.rest(c)
-            m, least = flat(panels.half_of(rest[None])), cka.rounding(rest) / 2
-            found.record(metric, [c], cka.cosine_distance(m, whole, True, least), Route.SUMS)
+            vector = to_vectors(panels.panels_view(rest[None]))
+            rest_floor = cka.rounding_floor(rest) / 2
+            distance = cka.cosine_distance(vector, whole, True, rest_floor)
+            table.record(metric, [c], distance, Route.SUMS)
 
 
-def _spectral_distances(
-    parts: Parts,
+def _record_spectral(
+    parts: GramParts,
     original: Original,
-    found: DistanceTable,
+    table: DistanceTable,
     weigh: Callable[[Tensor], Tensor] | None,
     memory: int,
 ) -> None:
-    names = set(found.columns) & {"procrustes", "svcca"}
+    names = set(table.columns) & {"procrustes", "svcca"}
     if original.kappa > 0:
-        # Without a ridge the rest of the neurons is a part of the original's span: distance 0.
-        names |= set(found.columns) & {"cca", "cca_squared", "pwcca"}
-    queue = _PwccaQueue(weigh, found, memory) if weigh and "pwcca" in names else None
-    dead = [c for c, nothing in enumerate(parts.dead) if nothing]
+        # Without a ridge CCA compares spans, and the ablated one lies within the original's: 0.
+        names |= set(table.columns) & {"cca", "cca_squared", "pwcca"}
+    queue = _PwccaQueue(weigh, table, memory) if weigh and "pwcca" in names else None
+    constant = [c for c, is_constant in enumerate(parts.constant) if is_constant]
     for name in names - {"pwcca"}:
-        found.record(name, dead, original.self_distance(name))
-    if dead and queue:
-        queue.add(dead, original.variates[None], original.shrunk[None], Route.NOTHING)
-    for cells, ablated in _ablated(parts, original):
+        table.record(name, constant, original.self_distance(name))
+    if constant and queue:
+        queue.add(constant, original.variates[None], original.shrunk[None], Route.NOTHING)
+    for cells, batch in _iter_ablations(parts, original):
         if "procrustes" in names:
-            found.record("procrustes", cells, *ablated.procrustes())
+            table.record("procrustes", cells, *batch.procrustes())
         if "svcca" in names:
-            found.record("svcca", cells, *ablated.svcca())
+            table.record("svcca", cells, *batch.svcca())
         if "cca" in names:
-            found.record("cca", cells, *ablated.cca(vectors=queue is not None))
+            table.record("cca", cells, *batch.cca(vectors=queue is not None))
         if "cca_squared" in names:
-            found.record("cca_squared", cells, *ablated.cca_squared())
+            table.record("cca_squared", cells, *batch.cca_squared())
         if queue:
-            queue.add(cells, *ablated.variates(), Route.EIGENVECTORS)
+            queue.add(cells, *batch.variates(), Route.EIGENVECTORS)
     if queue:
         queue.flush()
 
 
-def _ablated(parts: Parts, original: Original) -> Iterator[tuple[list[int], Ablated]]:
-    """Batches of ablations: those that leave fewer neurons than there are directions alone."""
+def _iter_ablations(
+    parts: GramParts, original: Original
+) -> Iterator[tuple[list[int], AblationBatch]]:
+    """Yield batches of ablations; one that leaves fewer neurons than directions comes alone."""
     basis = original.basis
-    for c in (few := [c for c in parts.active if parts.left[c] < len(original.v)]):
-        yield [c], Ablated(original, features=parts.factor(c, basis))
-    for heavy in (False, True):
-        rest = [c for c in parts.active if c not in few and parts.heavy[c] == heavy]
-        for batch in gram.batches(rest, parts.whole):
+    deficient = [c for c in parts.active if parts.n_remaining[c] < len(original.v)]
+    for c in deficient:
+        yield [c], AblationBatch(original, features=parts.factor(c, basis))
+    for dominant in (False, True):
+        cells = [c for c in parts.active if c not in deficient and parts.dominant[c] == dominant]
+        for batch in gram.iter_batches(cells, parts.whole):
             factors = [functools.partial(parts.factor, c, basis) for c in batch]
-            if heavy:
+            if dominant:
                 rests = torch.stack([parts.rest(c) for c in batch])
-                yield batch, Ablated(original, rest=rests, factors=factors)
+                yield batch, AblationBatch(original, rest=rests, factors=factors)
             else:
-                yield batch, Ablated(original, cell=panels.full(parts.some(batch)), factors=factors)
+                grams = panels.unpack(parts.select(batch))
+                yield batch, AblationBatch(original, cell=grams, factors=factors)
 
 
 class _PwccaQueue:
-    """Canonical variates that wait for a pass over x, which weighs them."""
+    """Canonical variates waiting for a pass over x that computes their weights."""
 
     def __init__(
-        self, weigh: Callable[[Tensor], Tensor], found: DistanceTable, memory: int
+        self, weigh: Callable[[Tensor], Tensor], table: DistanceTable, memory: int
     ) -> None:
-        self.weigh, self.found, self.memory = weigh, found, memory
+        self.weigh, self.table, self.memory = weigh, table, memory
         self.batches: list[tuple[list[int], Tensor, Tensor, Route]] = []
 
     def add(self, cells: list[int], h: Tensor, rho: Tensor, route: Route) -> None:
-        """Variates h (B, k, n) and correlations rho (B, k) of B cells, or of one for all."""
+        """Add variates h (B, k, n) and correlations rho (B, k), one per cell or one for all."""
         self.batches.append((cells, h, rho, route))
         if sum(h.numel() for _, h, _, _ in self.batches) * 16 > self.memory:
             self.flush()
 
     def flush(self) -> None:
+        """Weigh the waiting variates and record their distances."""
         if not self.batches:
             return
         rows = [h.flatten(0, 1) for _, h, _, _ in self.batches]
@@ -278,5 +304,5 @@ class _PwccaQueue:
         sizes = [len(h) for h in rows]
         for (cells, _, rho, route), part in zip(self.batches, weights.split(sizes), strict=True):
             alpha = part.view(rho.shape)
-            self.found.record("pwcca", cells, 1 - (alpha * rho).sum(-1) / alpha.sum(-1), route)
+            self.table.record("pwcca", cells, 1 - (alpha * rho).sum(-1) / alpha.sum(-1), route)
         self.batches.clear()

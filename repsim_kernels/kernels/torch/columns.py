@@ -1,4 +1,4 @@
-"""The columns of cells: which they are, and how they are brought together."""
+"""Gathering the columns of x that belong to each cell."""
 
 from __future__ import annotations
 
@@ -10,91 +10,100 @@ from torch import Tensor
 
 from repsim_kernels.kernels.torch import memory
 
-# Columns of a cell in one product, and of a strip that is copied at once.
+# Columns of a cell in one product, and columns of a strip that is transposed at once.
 _COLUMNS = 512
 _STRIP = 4096
-# Elements of x up to which the columns of many cells are taken from x itself.
-_STRAIGHT = 10 * 2**20
+# Most elements of x for which the columns of many cells are gathered from x itself.
+_MAX_DIRECT = 10 * 2**20
 
 
-def labelled(cells: np.ndarray, n_cells: int) -> np.ndarray:
-    """Labels (p,) with those of no cell, -1, as one more."""
+def label_unassigned(cells: np.ndarray, n_cells: int) -> np.ndarray:
+    """Relabel neurons in no cell from -1 to n_cells in labels (p,)."""
     return cells if cells.min(initial=0) >= 0 else np.where(cells < 0, n_cells, cells)
 
 
-def members(cells: np.ndarray, n_cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """The neurons of all cells, one cell after the other, and where each cell starts: (C + 1,)."""
+def sort_by_cell(cells: np.ndarray, n_cells: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the neurons ordered by cell, and the offset of each cell in them, (C + 1,).
+
+    ``cells`` are labels (p,) or a membership (C, p).
+    """
     if cells.ndim == 2:
         return np.nonzero(cells)[1], np.concatenate([[0], np.cumsum(cells.sum(1))])
-    # 16 bits are sorted by radix.
+    # 16-bit integers are sorted by radix.
     dtype = np.int16 if n_cells < 2**15 else np.int64
-    labels, order = torch.from_numpy(labelled(cells, n_cells).astype(dtype)).sort(stable=True)
+    unsorted = torch.from_numpy(label_unassigned(cells, n_cells).astype(dtype))
+    labels, order = unsorted.sort(stable=True)
     offsets = np.searchsorted(labels.numpy(), np.arange(n_cells + 1, dtype=dtype))
     return order.numpy()[: offsets[-1]], offsets
 
 
 def take(x: Tensor, columns: Tensor) -> Tensor:
-    """The named columns of x (n, p), gathered along the memory that is contiguous."""
+    """Gather columns of x (n, p) along its contiguous dimension."""
     if x.stride(0) < x.stride(1):
         return x.mT.index_select(0, columns).mT
     return x.gather(1, columns.expand(len(x), -1))
 
 
-def of_cells(
+def iter_cell_blocks(
     x: Tensor, cells: np.ndarray, n_cells: int
 ) -> Iterator[tuple[slice, tuple[int, int], Tensor]]:
-    """Cells in a row, how many of how many columns, and these (n, k) in float64.
+    """Yield blocks of columns of x (n, p) for runs of consecutive cells.
 
-    Cells that have fewer columns are filled up with zeros.
+    Each block is a slice of cells, (number of cells, columns per cell), and those columns in
+    float64, (n, cells x columns). Cells with fewer columns are padded with zeros. A cell may come
+    in several blocks, and the memory of a block is reused by the next one.
     """
     n, p = x.shape
-    # Columns are gathered from a copy of many of them that is turned in memory. Of many cells it is
-    # large, and takes new pages at each call: then from x, if that is not read too many times.
-    few, many = memory.BLOCK // n, n_cells * max(n, _COLUMNS)
-    by_rows = x.stride(0) > x.stride(1) and not x.is_cuda
-    straight = by_rows and many > few and x.numel() <= _STRAIGHT
-    width = p if straight else min(p, max(few, many))
-    most = max(1, (memory.BLOCK // 2 if straight else memory.BLOCK) // n)
-    raw, centred = memory.scratch(x, n * most), memory.scratch(x, n * most, dtype=torch.float64)
-    turned = memory.scratch(x, 0 if straight else width + 1, n)
-    turned[width:] = 0
+    # Columns are gathered from a transposed copy of a span of them. With many cells that copy is
+    # large and each call would fault in its pages again, so columns come directly from x then, if
+    # x is small enough to be read that often.
+    block_columns, span_columns = memory.BLOCK // n, n_cells * max(n, _COLUMNS)
+    row_major = x.stride(0) > x.stride(1) and not x.is_cuda
+    direct = row_major and span_columns > block_columns and x.numel() <= _MAX_DIRECT
+    width = p if direct else min(p, max(block_columns, span_columns))
+    max_columns = max(1, (memory.BLOCK // 2 if direct else memory.BLOCK) // n)
+    raw = memory.empty_buffer(x, n * max_columns)
+    block = memory.empty_buffer(x, n * max_columns, dtype=torch.float64)
+    transposed = memory.empty_buffer(x, 0 if direct else width + 1, n)
+    transposed[width:] = 0
     for start in range(0, p, width):
         span = slice(start, min(start + width, p))
-        if not straight:
-            _copy(turned[: span.stop - start].mT, x[:, span])
-        order, offsets = members(cells[..., span], n_cells)
+        if not direct:
+            _copy_in_strips(transposed[: span.stop - start].mT, x[:, span])
+        order, offsets = sort_by_cell(cells[..., span], n_cells)
         sizes = np.diff(offsets)
-        for run, begin, end in _runs(sizes.tolist(), most):
+        for run, begin, end in _pack_cells(sizes.tolist(), max_columns):
             present = np.arange(begin, end) < sizes[run, None]
             k, first = present.size, offsets[run.start] + begin
             if present.all():
                 columns = order[first : first + k]
             else:
-                columns = np.full(k, 0 if straight else width)  # the row of zeros
+                columns = np.full(k, 0 if direct else width)  # row `width` holds zeros
                 columns[present.ravel()] = order[first : offsets[run.stop]]
             index = torch.from_numpy(columns).to(x.device)
-            taken, c = raw[: n * k], centred[: n * k]
-            if straight:
-                torch.gather(x, 1, index.expand(n, k), out=taken.view(n, k))
-                c = c.copy_(taken).view(n, k)
+            gathered, c = raw[: n * k], block[: n * k]
+            if direct:
+                torch.gather(x, 1, index.expand(n, k), out=gathered.view(n, k))
+                c = c.copy_(gathered).view(n, k)
                 absent = torch.from_numpy(np.flatnonzero(~present))
-                c[:, absent] = 0  # a mask would be a pass over c
+                c[:, absent] = 0  # multiplying by a mask would be a pass over c
             else:
-                torch.index_select(turned, 0, index, out=taken.view(k, n))
-                c = c.copy_(taken).view(k, n).mT
+                torch.index_select(transposed, 0, index, out=gathered.view(k, n))
+                c = c.copy_(gathered).view(k, n).mT
             yield run, present.shape, c
 
 
-def _copy(target: Tensor, source: Tensor) -> None:
-    """Copy (n, p), turned in memory or not, in strips of columns that fit a cache."""
+def _copy_in_strips(target: Tensor, source: Tensor) -> None:
+    """Copy (n, p) between memory layouts, in strips of columns that fit a cache."""
     for a, b in zip(target.split(_STRIP, 1), source.split(_STRIP, 1), strict=True):
         a.copy_(b)
 
 
-def _runs(sizes: list[int], most: int) -> Iterator[tuple[slice, int, int]]:
-    """Runs of cells in a row that are alike, and which of each cell's columns.
+def _pack_cells(sizes: list[int], max_columns: int) -> Iterator[tuple[slice, int, int]]:
+    """Group consecutive cells of similar size, and yield each run with a range of its columns.
 
-    As many columns as `most` in all: a cell that has more comes several times, alone.
+    A run has at most ``max_columns`` columns after padding. A larger cell makes a run on its own,
+    which comes once for each range.
     """
     start = 0
     while start < len(sizes):
@@ -102,9 +111,9 @@ def _runs(sizes: list[int], most: int) -> Iterator[tuple[slice, int, int]]:
         for size in sizes[stop:]:
             larger = size if size > largest else largest
             padded = (stop + 1 - start) * larger
-            if padded > 1.25 * (total + size) or padded > most:
+            if padded > 1.25 * (total + size) or padded > max_columns:
                 break
             stop, largest, total = stop + 1, larger, total + size
-        for begin in range(0, largest, most):
-            yield slice(start, stop), begin, min(begin + most, largest)
+        for begin in range(0, largest, max_columns):
+            yield slice(start, stop), begin, min(begin + max_columns, largest)
         start = stop

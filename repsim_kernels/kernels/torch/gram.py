@@ -1,4 +1,4 @@
-"""Centring, Gram matrices, and what is read off them."""
+"""Centring, Gram matrices, and the vectors and traces taken from them."""
 
 from __future__ import annotations
 
@@ -11,135 +11,147 @@ from torch import Tensor
 
 from repsim_kernels.kernels.torch import columns, distances, memory, panels
 
-# Elements of a batch of Grams that passes through the cache together, and of one on a GPU.
+# Elements of a batch of Grams: on a CPU it fits the cache, on a GPU it fills the device.
 _BATCH, _LARGE_BATCH = 2**18, 2**24
 
 
 def centre(x: Tensor) -> Tensor:
-    """x (…, n, p) in float64 less its mean over stimuli; constant columns become exactly zero."""
+    """Subtract the mean over stimuli from x (…, n, p), in float64.
+
+    Constant columns become exactly zero.
+    """
     return centre_all([x])[0][0]
 
 
 def centre_all(xs: Sequence[Tensor], for_products: bool = False) -> list[Tensor]:
-    """As `centre`, those `alike` in one tensor, (length, …, n, p).
+    """Centre every x, stacking runs of equal shapes into one tensor (length, …, n, p) each.
 
-    All in one memory: of several, malloc gives the system back what is freed. For what may be
-    `for_products` see `_centre_`.
+    ``for_products`` allows the faster centring of `_centre_inplace`.
     """
-    # Of many features, the products of one by all cores are faster.
-    most = panels.count_cores(xs[0]) if max(x.shape[-1] for x in xs) <= panels.COLUMNS else 1
-    shapes = [(run.stop - run.start, *xs[run.start].shape) for run in panels.alike(xs, most)]
+    # With many features it is faster to let all cores multiply one matrix after the other.
+    wide = max(x.shape[-1] for x in xs) > panels.COLUMNS
+    max_length = 1 if wide else panels.count_cores(xs[0])
+    runs = panels.shape_runs(xs, max_length)
+    shapes = [(run.stop - run.start, *xs[run.start].shape) for run in runs]
     sizes = [math.prod(shape) for shape in shapes]
-    room = memory.scratch(xs[0], sum(sizes), dtype=torch.float64).split(sizes)
-    found = [c.view(shape) for c, shape in zip(room, shapes, strict=True)]
-    for x, own in zip(xs, (own for c in found for own in c), strict=True):
-        own.copy_(x)
-    for c in found:
-        _centre_(c, for_products and _short(xs))
-    return found
+    # One allocation for all buffers: after several large ones are freed, malloc returns their pages
+    # and the next call has to fault them in again.
+    buffers = memory.empty_buffer(xs[0], sum(sizes), dtype=torch.float64).split(sizes)
+    stacks = [buffer.view(shape) for buffer, shape in zip(buffers, shapes, strict=True)]
+    for x, target in zip(xs, (c for stack in stacks for c in stack), strict=True):
+        target.copy_(x)
+    for stack in stacks:
+        _centre_inplace(stack, for_products and _below_float64(xs))
+    return stacks
 
 
-def _centre_(c: Tensor, short: bool) -> Tensor:
-    """Centre c (…, n, p) in place; returns its means (…, 1, p).
+def _centre_inplace(c: Tensor, for_products: bool) -> Tensor:
+    """Centre c (…, n, p) in place and return its means (…, 1, p).
 
-    short: whether c holds numbers of 24 bits or fewer, and is for inner products of centred
-    matrices. Those of a constant column then add up to n of them exactly, and elsewhere what
-    rounding leaves of a mean, 1e-16 of it, changes the products by its square. Else means are taken
-    of the differences from the first stimulus, in one more pass.
+    ``for_products`` skips a pass over c. It requires values of at most 24 significant bits, and
+    that only inner products of the centred matrix are used: the sum of a constant column is then
+    exact, and elsewhere the rounding of the mean, 1e-16 of it, enters the products squared.
+    Otherwise means are taken of the differences from the first stimulus.
     """
     n = c.shape[-2]
-    first = None if short else c[..., :1, :].clone()
+    first = None if for_products else c[..., :1, :].clone()
     if first is not None:
         c.sub_(first)
-    by_rows = c.stride(-1) < c.stride(-2)
-    mean = c.new_ones(1, n) @ c if by_rows else c.sum(-2, keepdim=True)
-    mean.div_(mean.new_full((), n))  # by a number CUDA multiplies by its inverse
+    row_major = c.stride(-1) < c.stride(-2)
+    mean = c.new_ones(1, n) @ c if row_major else c.sum(-2, keepdim=True)
+    mean.div_(mean.new_full((), n))  # CUDA would turn division by a number into multiplication
     c.sub_(mean)
     return mean if first is None else mean.add_(first)
 
 
-def _short(xs: Sequence[Tensor]) -> bool:
+def _below_float64(xs: Sequence[Tensor]) -> bool:
     return all(x.dtype != torch.float64 for x in xs)
 
 
-def batches(items: list[int], gram: Tensor) -> Iterator[list[int]]:
-    """As many items at a time, each of a Gram's size, as a cache holds or a GPU is busy with."""
+def iter_batches(items: list[int], gram: Tensor) -> Iterator[list[int]]:
+    """Split items into batches whose Grams, each the size of ``gram``, suit the device."""
     size = max(1, (_BATCH if gram.device.type == "cpu" else _LARGE_BATCH) // gram.numel())
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
 
 def linear(x: Tensor) -> Tensor:
-    """The Gram matrix of the centred x: (…, n, p) to (…, n, n), float64."""
-    half = panels.new_half(x, x.shape[-2], *x.shape[:-2])
-    fill(half, [x], panels.block_room([x]))
-    return panels.full(half)
+    """Return the Gram matrix of the centred x: (…, n, p) to (…, n, n), float64."""
+    packed = panels.empty_panels(x, x.shape[-2], *x.shape[:-2])
+    gram_into(packed, [x], panels.block_buffer([x]))
+    return panels.unpack(packed)
 
 
-def fill(half: panels.Half, xs: Sequence[Tensor], room: Tensor) -> None:
-    """Put the Gram matrices of the centred xs, all (…, n, p), into a half, by way of `block_room`.
+def gram_into(packed: panels.Panels, xs: Sequence[Tensor], buffer: Tensor) -> None:
+    """Write the Gram matrices of the centred xs, all (…, n, p), into packed matrices.
 
-    A product of one matrix by each core takes a tenth less than all cores' of one.
+    ``buffer`` comes from `panels.block_buffer`. Multiplying one matrix on each core takes a tenth
+    less time than multiplying one after the other on all cores.
     """
     lead, p = (len(xs), *xs[0].shape[:-1]), xs[0].shape[-1]
     if not p:
-        for _, panel in half:
+        for _, panel in packed:
             panel.zero_()
-    for block in panels.blocks(p, math.prod(lead)):
+    for block in panels.split_neurons(p, math.prod(lead)):
         shape = (*lead, block.stop - block.start)
-        c = room[: math.prod(shape)].view(shape)
-        for x, own in zip(xs, c, strict=True):
-            own.copy_(x[..., block])
-        _centre_(c, _short(xs))
-        panels.add_product(half, c, first=block.start == 0)
+        c = buffer[: math.prod(shape)].view(shape)
+        for x, target in zip(xs, c, strict=True):
+            target.copy_(x[..., block])
+        _centre_inplace(c, _below_float64(xs))
+        panels.add_product(packed, c, first=block.start == 0)
 
 
-def flat(half: panels.Half, u_centred: bool, room: Tensor | None = None) -> Tensor:
-    """Vectors (B, m) whose inner products are half of those of the matrices (B, n, n) of a half.
+def to_vectors(packed: panels.Panels, u_centred: bool, buffer: Tensor | None = None) -> Tensor:
+    """Flatten packed matrices (B, n, n) to vectors (B, m) with half their inner products.
 
-    Or of them `u_centred`; in the first rows of a room (…, m), or in new memory.
+    ``u_centred`` applies `u_centre` first. The vectors are written to the first rows of ``buffer``
+    (…, m) if there is one.
     """
-    sizes = [math.prod(panel.shape[-2:]) for _, panel in half]
-    b = len(half[0][1])
-    if room is None:
-        room = memory.scratch(half[0][1], b, sum(sizes), dtype=torch.float64)
-    parts = zip(half, room[:b].split(sizes, 1), strict=True)
-    own = [(which, part.view(panel.shape)) for (which, panel), part in parts]
+    sizes = [math.prod(panel.shape[-2:]) for _, panel in packed]
+    b = len(packed[0][1])
+    if buffer is None:
+        buffer = memory.empty_buffer(packed[0][1], b, sum(sizes), dtype=torch.float64)
+    slots = zip(packed, buffer[:b].split(sizes, 1), strict=True)
+    out = [(span, slot.view(panel.shape)) for (span, panel), slot in slots]
     if u_centred:
-        u_centre(half, out=own)
+        u_centre(packed, out=out)
     else:
-        for (_, panel), (_, part) in zip(half, own, strict=True):
-            part.copy_(panel)
-    panels.weigh(own)
-    return room[:b]
+        for (_, panel), (_, target) in zip(packed, out, strict=True):
+            target.copy_(panel)
+    panels.scale_for_inner(out)
+    return buffer[:b]
 
 
-def u_centre(half: panels.Half, out: panels.Half) -> Tensor:
-    """U-centre Grams of centred stimuli, whose rows sum to zero, into a half; gives their traces.
+def u_centre(packed: panels.Panels, out: panels.Panels) -> Tensor:
+    """U-centre the packed Grams of centred stimuli into ``out``, and return their traces.
 
-    Frobenius products of what is left are n(n - 3) times HSIC₁.
+    The rows of these Grams must sum to zero. The inner product of two U-centred Grams is n(n - 3)
+    times HSIC₁.
     Source: Székely & Rizzo 2014 for the centring, Song et al. 2012 for HSIC₁.
     """
-    d = panels.diagonal(half)
+    d = panels.diagonal(packed)
     n = d.shape[-1]
     trace = d.sum(-1)
-    below = d / (n - 2)
-    beside = below - trace[..., None] / ((n - 2) * (n - 1))
-    for (own, panel), (_, to) in zip(half, out, strict=True):
-        torch.add(panel, below[..., own.start :, None], out=to)
-        to += beside[..., None, own]
-        to.diagonal(dim1=-2, dim2=-1).zero_()
+    row_shift = d / (n - 2)
+    column_shift = row_shift - trace[..., None] / ((n - 2) * (n - 1))
+    for (span, panel), (_, target) in zip(packed, out, strict=True):
+        torch.add(panel, row_shift[..., span.start :, None], out=target)
+        target += column_shift[..., None, span]
+        target.diagonal(dim1=-2, dim2=-1).zero_()
     return trace
 
 
 def double_centre(k: Tensor) -> Tensor:
-    """A kernel matrix (…, n, n) with the means of its rows and columns taken out."""
+    """Subtract the means of the rows and the columns of a kernel matrix (…, n, n)."""
     k = k - k.mean(-1, keepdim=True)
     return k.sub_(k.mean(-2, keepdim=True))
 
 
-def centre_relative(g: Tensor) -> Tensor:
-    """The Gram of centred stimuli from that of stimuli relative to any one; as symmetric as g."""
+def centre_gram(g: Tensor) -> Tensor:
+    """Return the Gram of centred stimuli from the Gram of stimuli relative to any one of them.
+
+    The result is as symmetric as g (…, n, n).
+    """
     mean = g.mean(-1)
     return g - (mean[..., :, None] + mean[..., None, :] - mean.mean(-1)[..., None, None])
 
@@ -148,47 +160,48 @@ def centered_gram(x: Tensor, *, kernel: str, sigma: float | None) -> Tensor:
     if kernel == "linear":
         return linear(x)
     assert sigma is not None
-    return double_centre(distances.rbf(x, sigma))
+    return double_centre(distances.rbf_kernel(x, sigma))
 
 
 def cell_grams(x: Tensor, *, cells: np.ndarray, n_cells: int) -> Tensor:
     if cells.ndim == 2 and cells.dtype != np.bool_:
-        return torch.stack([panels.full(cell_sums(x, labels, n_cells)[0]) for labels in cells])
-    return panels.full(cell_sums(x, cells, n_cells)[0])
+        return torch.stack([panels.unpack(cell_sums(x, labels, n_cells)[0]) for labels in cells])
+    return panels.unpack(cell_sums(x, cells, n_cells)[0])
 
 
 def cell_sums(
     x: Tensor, cells: np.ndarray, n_cells: int, shifts: bool = False
-) -> tuple[panels.Half, Tensor, Tensor]:
-    """One pass over x (n, p): the cells' Grams, live neurons and, if asked for, shifts.
+) -> tuple[panels.Panels, Tensor, Tensor]:
+    """Sum over the neurons of each cell in one pass over x (n, p).
 
-    Returns ``g``, a half of (C, n, n); ``live`` (C,), how many columns of a cell are not constant;
-    ``shift`` (C, n), B_c μ_c with B_c the centred columns of a cell and μ_c their means, or zeros.
+    Returns the packed Grams of the cells (C, n, n); the number of columns in each cell that are
+    not constant, (C,); and the shifts B_c μ_c (C, n), where B_c are the centred columns of a cell
+    and μ_c their means, or zeros unless ``shifts``.
     """
     n = len(x)
-    g = panels.new_half(x, n, n_cells, least=panels.TILE)
-    empty = np.ones(n_cells, dtype=np.bool_)
+    g = panels.empty_panels(x, n, n_cells, min_width=panels.TILE)
+    unwritten = np.ones(n_cells, dtype=np.bool_)
     live = torch.zeros(n_cells, dtype=torch.int64, device=x.device)
     shift = torch.zeros(n_cells, n, 1, dtype=torch.float64, device=x.device)
-    for run, shape, c in columns.of_cells(x, cells, n_cells):
-        mean = _centre_(c, _short([x]))
-        dead = (c[0] == 0).nonzero()[:, 0]
-        dead = dead[(c[:, dead] == 0).all(0)]
-        live[run] += shape[1] - torch.bincount(dead // shape[1], minlength=shape[0])
-        parts = c.unflatten(1, shape).transpose(0, 1)
-        own, first = panels.some(g, run), bool(empty[run].all())
+    for run, shape, c in columns.iter_cell_blocks(x, cells, n_cells):
+        mean = _centre_inplace(c, _below_float64([x]))
+        constant = (c[0] == 0).nonzero()[:, 0]
+        constant = constant[(c[:, constant] == 0).all(0)]
+        live[run] += shape[1] - torch.bincount(constant // shape[1], minlength=shape[0])
+        by_cell = c.unflatten(1, shape).transpose(0, 1)
+        target, first = panels.select(g, run), bool(unwritten[run].all())
         if not first:
-            _clear(own, empty[run])
-        panels.add_product(own, parts, first)
-        empty[run] = False
+            _zero(target, unwritten[run])
+        panels.add_product(target, by_cell, first)
+        unwritten[run] = False
         if shifts:
-            shift[run].baddbmm_(parts, mean.view(*shape, 1))
-    _clear(g, empty)
+            shift[run].baddbmm_(by_cell, mean.view(*shape, 1))
+    _zero(g, unwritten)
     return g, live, shift[..., 0]
 
 
-def _clear(half: panels.Half, which: np.ndarray) -> None:
-    """Set some of the matrices to zero."""
-    if which.any():
-        for _, panel in half:
-            panel[torch.from_numpy(np.flatnonzero(which)).to(panel.device)] = 0
+def _zero(packed: panels.Panels, mask: np.ndarray) -> None:
+    """Set the masked matrices to zero in place."""
+    if mask.any():
+        for _, panel in packed:
+            panel[torch.from_numpy(np.flatnonzero(mask)).to(panel.device)] = 0

@@ -1,15 +1,14 @@
-"""Many small L2-penalised logistic regressions at once: one exact Hessian for ten gradients.
+"""Many small L2-penalised logistic regressions at once, with one exact Hessian per ten gradients.
 
-A Newton step of n = 500 stimuli and d = 100 neurons costs 10 million operations for its Hessian,
-and a gradient 0.2 million. So one Hessian's factor serves ten steps of limited-memory BFGS, which
-starts from it where the textbook starts from a multiple of the identity; then comes the next one.
-On a CPU each thread takes problems that its cache holds, and their results do not depend on how
-many threads there are.
+With n = 500 stimuli and d = 100 neurons a Hessian costs 10 million operations and a gradient 0.2
+million. So each factored Hessian serves ten steps of limited-memory BFGS, which starts from it
+instead of from a multiple of the identity. On a CPU each thread works on problems that fit its
+cache, and the results do not depend on the number of threads.
 
-Descents start in float32. Each is judged at its end by how far rounding may have moved its optimum;
-where that is more than 3e-5 of the largest coefficient, or where the descent failed, it resumes in
-float64 from the original activations, measured from each neuron's median. One outlier of 10⁷ moves
-a neuron's mean by much more than its ordinary activations differ; it leaves the median in place.
+Descents start in float32. At its end each is judged by how far rounding may have moved its optimum.
+If that is more than 3e-5 of the largest coefficient, or if the descent failed, it resumes in
+float64 from the original activations, relative to each neuron's median. One outlier of 10⁷ moves a
+neuron's mean by much more than its ordinary activations differ, but not its median.
 """
 
 from __future__ import annotations
@@ -24,28 +23,30 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from repsim_kernels.kernels.torch._bfgs import STEPS, Inverse
+from repsim_kernels.kernels.torch._bfgs import STEPS, InverseHessian
 
 _HALVINGS = 40
-_SINGLE = 1e-5  # the tolerance that float32 is trusted with
-NOISE = 3e-5  # of the largest coefficient: what rounding may move a converged fit by
-_ROUGH = 3 * STEPS  # steps in float32 after which float64 takes over where rounding shows
-_FAR = 700.0  # the margin from which on a residual is 0 or 1 in float64
-_STALE = 16.0  # times the curvature that is left; for ordinary activations it is 6 at most
-# Bytes of activations that go through a CPU's cache together, of each thread, and on a GPU.
-_CACHED, _ON_GPU = 2**22 * 3 // 2, 2**30
+_FLOAT32_TOL = 1e-5  # smallest tolerance for which float32 is trusted
+NOISE = 3e-5  # how far rounding may move a converged fit, relative to the largest coefficient
+_FLOAT32_STEPS = 3 * STEPS  # after these float32 steps, float64 takes over noisy problems
+_SATURATED = 700.0  # margin beyond which a residual is 0 or 1 in float64
+# A factor is stale if a neuron's curvature was this many times what it is now. For ordinary
+# activations the ratio is at most 6.
+_STALE = 16.0
+# Bytes of activations processed together: by each CPU thread within its cache, and on a GPU.
+_CPU_BATCH, _GPU_BATCH = 2**22 * 3 // 2, 2**30
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """What was subtracted from each neuron, and what each problem was then divided by; float64."""
+    """The float64 origin subtracted from each neuron, and the scale each problem is divided by."""
 
     origin: Tensor  # (B, d)
     scale: Tensor  # (B,)
 
 
 class Fits(NamedTuple):
-    """How the fits of a batch ended, on the original activations."""
+    """The results of a batch of fits, in terms of the original activations."""
 
     coef: Tensor  # (B, d) float64
     intercept: Tensor  # (B,) float64
@@ -53,12 +54,13 @@ class Fits(NamedTuple):
     converged: Tensor  # (B,) bool
     errors: Tensor  # (B,) int64, wrong hard predictions
 
-    def chosen(self, at: Tensor) -> Fits:
+    def select(self, at: Tensor) -> Fits:
+        """Return the fits at the indices ``at``."""
         return Fits(*(a[at] for a in self))
 
-    def resumed(self, at: Tensor, more: Fits) -> Fits:
-        """These fits, where those `at` have gone on to `more`."""
-        return Fits(*(a.index_copy(0, at, b) for a, b in zip(self, more, strict=True)))
+    def replace_at(self, at: Tensor, fits: Fits) -> Fits:
+        """Return a copy in which ``fits`` replace those at the indices ``at``."""
+        return Fits(*(a.index_copy(0, at, b) for a, b in zip(self, fits, strict=True)))
 
 
 def logistic_fits(
@@ -71,9 +73,9 @@ def logistic_fits(
     max_iter: int,
     start: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Fit targets (t, n) on columns (b, d) of x (n, p): coef (b, t, d), the others (b, t)."""
+    """Fit targets (t, n) on columns (b, d) of x (n, p); coef is (b, t, d), the others (b, t)."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows, columns = neuron_major(x, columns)
+    rows, columns = extract_neuron_rows(x, columns)
     rows, y = rows.to(dtype), torch.from_numpy(targets).to(x.device)
     (b, d), (t, n) = columns.shape, y.shape
     out = {
@@ -84,36 +86,37 @@ def logistic_fits(
         "errors": torch.empty(b, t, dtype=torch.int64, device=x.device),
     }
 
-    def work(slices: list[slice]) -> None:
-        # Fresh memory would cost as much as what is written to it.
-        space = rows.new_empty(2, slices[0].stop - slices[0].start, d, n)
-        for some in slices:
-            gathered, spare = space[:, : some.stop - some.start]
-            torch.index_select(rows, 0, columns[some].flatten(), out=gathered.view(-1, n))
-            frame = _standardise_(gathered)
+    def fit_slices(slices: list[slice]) -> None:
+        # Reused for all slices, since allocating the buffers costs as much as filling them.
+        buffers = rows.new_empty(2, slices[0].stop - slices[0].start, d, n)
+        for batch in slices:
+            gathered, spare = buffers[:, : batch.stop - batch.start]
+            torch.index_select(rows, 0, columns[batch].flatten(), out=gathered.view(-1, n))
+            frame = _standardise_inplace(gathered)
             for j in range(t):
                 if start is None:
                     begin = torch.zeros_like(frame.origin), _log_odds(y[j]).expand_as(frame.scale)
                 else:
-                    begin = start[0][some, j].double(), start[1][some, j].double()
+                    begin = start[0][batch, j].double(), start[1][batch, j].double()
                 fits = _fit(gathered, spare, y[j], frame, C, begin, tol, max_iter)
-                # What float32 converges to meets no tolerance below its own.
-                again = ~fits.converged | (dtype == torch.float32 and tol < _SINGLE)
-                at = (again & (fits.n_iter < max_iter)).nonzero()[:, 0]
+                # Convergence in float32 does not meet a smaller tolerance than its own.
+                unfinished = ~fits.converged | (dtype == torch.float32 and tol < _FLOAT32_TOL)
+                at = (unfinished & (fits.n_iter < max_iter)).nonzero()[:, 0]
                 if len(at):
-                    own = rows[columns[some][at]].double()
-                    fits = fits.resumed(at, refit(own, y[j], C, fits.chosen(at), tol, max_iter))
+                    doubles = rows[columns[batch][at]].double()
+                    resumed = refit(doubles, y[j], C, fits.select(at), tol, max_iter)
+                    fits = fits.replace_at(at, resumed)
                 for name, values in out.items():
-                    values[some, j] = getattr(fits, name).to(values.dtype)
+                    values[batch, j] = getattr(fits, name).to(values.dtype)
 
-    _share(work, list(batches(b, d * n * dtype.itemsize, x.device)), x.device)
+    _run_threads(fit_slices, list(iter_slices(b, d * n * dtype.itemsize, x.device)), x.device)
     return out
 
 
-def neuron_major(x: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Contiguous rows (u, n) of neurons, and the columns' numbers among them.
+def extract_neuron_rows(x: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Return contiguous rows (u, n) of neurons of x (n, p), and ``columns`` as indices of rows.
 
-    Without a copy where x (n, p) is laid out so; else of the columns in use alone.
+    A view of x if its memory is neuron-major; otherwise a copy of only the columns in use.
     """
     if x.mT.is_contiguous():
         return x.mT, columns
@@ -121,13 +124,16 @@ def neuron_major(x: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     return x.index_select(1, used).mT.contiguous(), numbers
 
 
-def batches(b: int, size: int, device: torch.device) -> Iterator[slice]:
-    count = max(1, (_CACHED if device.type == "cpu" else _ON_GPU) // size)
+def iter_slices(b: int, size: int, device: torch.device) -> Iterator[slice]:
+    """Split b problems of ``size`` bytes each into slices that suit the device."""
+    count = max(1, (_CPU_BATCH if device.type == "cpu" else _GPU_BATCH) // size)
     return (slice(i, min(i + count, b)) for i in range(0, b, count))
 
 
-def _share(work: Callable[[list[slice]], None], items: list[slice], device: torch.device) -> None:
-    """Work on all items, on a CPU some on each thread: LAPACK's batches run on one alone."""
+def _run_threads(
+    work: Callable[[list[slice]], None], items: list[slice], device: torch.device
+) -> None:
+    """Call work on the items; on a CPU, split them over threads, since LAPACK uses only one."""
     threads = min(torch.get_num_threads(), len(items))
     if device.type != "cpu" or threads == 1:
         work(items)
@@ -141,11 +147,12 @@ def _share(work: Callable[[list[slice]], None], items: list[slice], device: torc
         torch.set_num_threads(before)
 
 
-def _standardise_(x: Tensor, origin: Tensor | None = None) -> _Frame:
-    """Centre each neuron of x (B, d, n) and bring each problem's largest magnitude to 1/2 … 1.
+def _standardise_inplace(x: Tensor, origin: Tensor | None = None) -> _Frame:
+    """Centre each neuron of x (B, d, n) and scale each problem's largest magnitude to 1/2 … 1.
 
-    The intercept absorbs a shift and the penalty a scale, so neither moves the optimum. The default
-    origin is the mean, kept within the neuron's range: it leaves exact zeros of a constant neuron.
+    The intercept absorbs the shift and the penalty the scale, so neither moves the optimum. The
+    default origin is the mean, clamped to the neuron's range so that a constant neuron becomes
+    exactly zero.
     """
     low, high = x.aminmax(dim=2, keepdim=True)
     if origin is None:
@@ -171,12 +178,12 @@ def _fit(
     tol: float,
     max_iter: int,
 ) -> Fits:
-    """The fits of one target y (n,) on what `_standardise_` left of x; spare is overwritten."""
-    most = torch.full(x.shape[:1], max_iter, device=x.device)
-    rough = _Descent(x.float(), y, frame, C, start, max(tol, _SINGLE), most)
+    """Fit one target y (n,) on standardised x; ``spare`` is overwritten."""
+    max_steps = torch.full(x.shape[:1], max_iter, device=x.device)
+    descent = _Descent(x.float(), y, frame, C, start, max(tol, _FLOAT32_TOL), max_steps)
     if x.dtype == torch.float32:
-        return rough.run(spare)
-    fits = rough.run(torch.empty_like(rough.x))
+        return descent.run(spare)
+    fits = descent.run(torch.empty_like(descent.x))
     return _resume(x, y, frame, C, fits, tol, max_iter, spare)
 
 
@@ -186,7 +193,7 @@ def refit(x: Tensor, y: Tensor, C: float, fits: Fits, tol: float, max_iter: int)
     x: the original activations (b, d, n) float64, overwritten.
     """
     # The median lies among the ordinary activations, however far away an outlier is.
-    frame = _standardise_(x, x.sort(2).values[:, :, x.shape[2] // 2, None])
+    frame = _standardise_inplace(x, x.sort(2).values[:, :, x.shape[2] // 2, None])
     return _resume(x, y, frame, C, fits, tol, max_iter, torch.empty_like(x), damp=True)
 
 
@@ -201,16 +208,16 @@ def _resume(
     spare: Tensor,
     damp: bool = False,
 ) -> Fits:
-    start, most = (fits.coef.double(), fits.intercept.double()), max_iter - fits.n_iter
-    more = _Descent(x, y, frame, C, start, tol, most, damp).run(spare)
-    return more._replace(n_iter=fits.n_iter + more.n_iter)
+    start, max_steps = (fits.coef.double(), fits.intercept.double()), max_iter - fits.n_iter
+    resumed = _Descent(x, y, frame, C, start, tol, max_steps, damp).run(spare)
+    return resumed._replace(n_iter=fits.n_iter + resumed.n_iter)
 
 
 class _Descent:
     """Minimise Σᵢ log(1 + exp(-sᵢ zᵢ)) + λ/2 w·w, z = xᵀw + c, for problems x (B, d, n).
 
-    start: coefficients (B, d) and intercepts (B,) of the original activations, float64. most: steps
-    (B,). damp: whether a Hessian without a Cholesky factor gets one by a larger diagonal.
+    ``start`` are float64 coefficients (B, d) and intercepts (B,) for the original activations.
+    ``damp`` enlarges the diagonal of a Hessian that has no Cholesky factor.
     """
 
     def __init__(
@@ -221,44 +228,44 @@ class _Descent:
         C: float,
         start: tuple[Tensor, Tensor],
         tol: float,
-        most: Tensor,
+        max_steps: Tensor,  # (B,)
         damp: bool = False,
     ) -> None:
-        self.x, self.frame, self.tol, self.most, self.damp = x, frame, tol, most, damp
+        self.x, self.frame, self.tol, self.max_steps, self.damp = x, frame, tol, max_steps, damp
         self.y, self.d = y, x.shape[1]
-        self.flip = 1 - 2 * y.to(x.dtype)  # -s: by it neither loss nor residual cancels
+        self.flip = 1 - 2 * y.to(x.dtype)  # -s, with which neither loss nor residual cancels
         scale = frame.scale[:, None]
         self.penalty = (1 / (C * scale) / scale).to(x.dtype)
         intercept = start[1] + (start[0] * frame.origin).sum(1)
         v = torch.cat([start[0] * scale, intercept[:, None]], 1).to(x.dtype)
         z = _margins(x, v)
-        # A start that is worse than none may leave all weights zero, and no Newton step from there.
+        # From a start worse than the default, all weights may vanish and no Newton step exist.
         cold = torch.zeros_like(v)
         cold[:, -1] = _log_odds(y)
         flat = cold[:, -1:].expand_as(z)
         better = self._value(z, v, self.penalty) <= self._value(flat, cold, self.penalty)
         self.v, self.z = v.where(better[:, None], cold), z.where(better[:, None], flat)
-        self.steps = torch.zeros_like(most)
+        self.steps = torch.zeros_like(max_steps)
         self.converged, self.failed, self.noisy = torch.zeros(
             3, len(x), dtype=torch.bool, device=x.device
         )
-        # The last Hessian's diagonal, and the least pivot as a share of it; 0 where that is no
-        # more than rounding.
+        # The diagonal of the last Hessian, and its smallest pivot relative to the diagonal, or 0 if
+        # that is only rounding.
         self.curvature = torch.zeros_like(self.v)
-        self.least = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+        self.min_pivot = torch.zeros(len(x), dtype=x.dtype, device=x.device)
 
     def run(self, spare: Tensor) -> Fits:
-        """spare: memory of x's shape and dtype."""
+        """Descend until every problem ends; ``spare`` is a buffer with x's shape and dtype."""
         at, x = torch.arange(len(self.x), device=self.x.device), self.x
         while len(at):
-            self._leg(at, x, spare[: len(at)])
-            late = (self.steps[at] >= _ROUGH) & (x.dtype == torch.float32)
+            self._descend(at, x, spare[: len(at)])
+            late = (self.steps[at] >= _FLOAT32_STEPS) & (x.dtype == torch.float32)
             if bool((self.converged[at] | late).any()):
                 self._judge(at, x, spare[: len(at)])
-            going = ~self.converged[at] & (self.steps[at] < self.most[at]) & ~self.failed[at]
-            going &= ~(late & self.noisy[at])
-            if not bool(going.all()):
-                at = at[going]
+            active = ~self.converged[at] & (self.steps[at] < self.max_steps[at]) & ~self.failed[at]
+            active &= ~(late & self.noisy[at])
+            if not bool(active.all()):
+                at = at[active]
                 x = self.x[at]
         v = self.v.double()
         coef = v[:, :-1] / self.frame.scale[:, None]
@@ -267,41 +274,41 @@ class _Descent:
         return Fits(coef, intercept, self.steps, self.converged & ~self.noisy, wrong)
 
     def _judge(self, at: Tensor, x: Tensor, spare: Tensor) -> None:
-        """Mark the problems `at` that are noisy, and take back convergence by a stale factor.
+        """Mark noisy problems ``at``, and revoke convergence that a stale factor caused.
 
-        Noisy: rounding may move the optimum too far. To first order the optimum moves by H⁻¹ times
-        the rounding of the gradient, a sum of rᵢxᵢ, and by H⁻¹XW times the rounding of the margins.
-        `least` estimates the smallest eigenvalue of H with its diagonal scaled to 1. Both roundings
-        are relative to the centred activations, so they include that of x itself.
+        Noisy: rounding may have moved the optimum too far. To first order the optimum moves by H⁻¹
+        times the rounding of the gradient, a sum of rᵢxᵢ, and by H⁻¹XW times the rounding of the
+        margins. `min_pivot` estimates the smallest eigenvalue of H scaled to a unit diagonal. Both
+        roundings are relative to the centred activations, so they include the rounding of x.
 
-        Stale: a neuron has lost most of its curvature since the factor was made, as happens when an
-        outlier crosses to its side of the boundary. Steps are then short because of the factor.
+        Stale: a neuron has lost most of its curvature since the Hessian was factored, as happens
+        when an outlier crosses to its side of the boundary. The factor then makes steps too short.
         """
         residual = torch.sigmoid(self.flip * self.z[at])
-        # At least r² for the gradient, and r (1 - r) for the Hessian: one pass for both.
-        share = torch.maximum(residual.square(), residual * (1 - residual))
-        pull = torch.mul(x, share.sqrt_()[:, None], out=spare).norm(dim=2)
-        curvature, least, w = self.curvature[at, :-1], self.least[at], self.v[at, :-1]
+        # r² bounds the gradient and r (1 - r) the Hessian; their maximum needs only one pass.
+        weight = torch.maximum(residual.square(), residual * (1 - residual))
+        pull = torch.mul(x, weight.sqrt_()[:, None], out=spare).norm(dim=2)
+        curvature, min_pivot, w = self.curvature[at, :-1], self.min_pivot[at], self.v[at, :-1]
         size = curvature.sqrt()
-        moved = (pull / size).amax(1) / least + (w * size).norm(dim=1) / least.sqrt()
-        moved *= torch.finfo(x.dtype).eps / size.amin(1)
-        self.noisy[at] = ~(moved <= max(self.tol, NOISE) * w.abs().amax(1))
-        left = pull.square() + self.penalty[at]
-        self.converged[at] &= (curvature <= _STALE * left).all(1)
+        shift = (pull / size).amax(1) / min_pivot + (w * size).norm(dim=1) / min_pivot.sqrt()
+        shift *= torch.finfo(x.dtype).eps / size.amin(1)
+        self.noisy[at] = ~(shift <= max(self.tol, NOISE) * w.abs().amax(1))
+        current = pull.square() + self.penalty[at]
+        self.converged[at] &= (curvature <= _STALE * current).all(1)
 
-    def _leg(self, at: Tensor, x: Tensor, weighted: Tensor) -> None:
-        """One Hessian of the problems `at`, and up to `STEPS` steps with it."""
+    def _descend(self, at: Tensor, x: Tensor, weighted: Tensor) -> None:
+        """Factor the Hessians of problems ``at``, and take up to `STEPS` steps with them."""
         v, penalty, tol = self.v[at], self.penalty[at], self.tol
         z = _margins(x, v)
         factor, failed = self._factor(at, x, z, penalty, weighted)
         value, gradient = self._value(z, v, penalty), self._gradient(x, z, v, penalty)
-        inverse = Inverse(factor)
+        inverse = InverseHessian(factor)
         step = -inverse.start(gradient)
-        steps, most = self.steps[at], self.most[at]
-        converged, going = torch.zeros_like(failed), ~failed & (steps < most)
+        steps, max_steps = self.steps[at], self.max_steps[at]
+        converged, active = torch.zeros_like(failed), ~failed & (steps < max_steps)
         slack = 4 * torch.finfo(x.dtype).eps
         for k in range(STEPS):
-            step = step.where(going[:, None], 0)  # NaN where there was no factor
+            step = step.where(active[:, None], 0)  # it is NaN if the Hessian has no factor
             slope = (gradient * step).sum(1)
             change = _margins(x, step)
             t = (slope < 0).to(x.dtype)
@@ -309,29 +316,29 @@ class _Descent:
                 v2 = torch.addcmul(v, t[:, None], step)
                 z2 = torch.addcmul(z, t[:, None], change)
                 value2 = self._value(z2, v2, penalty)
-                down = value2 <= value + 1e-4 * t * slope + slack * value
-                if bool(down.all()):
+                decreases = value2 <= value + 1e-4 * t * slope + slack * value
+                if bool(decreases.all()):
                     break
-                t = torch.where(down, t, t / 2)
-            moved = v2 - v
+                t = torch.where(decreases, t, t / 2)
+            taken_step = v2 - v
             v, z, value = v2, z2, value2
-            steps = steps + going
-            # A step of Newton's own squares the distance.
-            enough = tol if k else max(tol, 1e-2 * tol**0.5)
+            steps = steps + active
+            # The first step is a Newton step, which squares the distance to the optimum.
+            step_tol = tol if k else max(tol, 1e-2 * tol**0.5)
             size, length = v.abs(), step.abs()
-            small = length[:, :-1].amax(1) <= enough * size[:, :-1].amax(1)
-            small &= length[:, -1] <= enough * size[:, -1].clamp(min=1)
-            # An outlier acts by its residual, an exponential of its margin: a step that no
-            # coefficient shows may still multiply it.
-            kept = change.abs() <= 10 * enough * z.abs().clamp(min=1)
-            small &= (kept | (z.abs() > _FAR)).all(1)
-            converged |= small & going
-            going &= ~converged & (steps < most)
-            if k + 1 == STEPS or not bool(going.any()):
+            small = length[:, :-1].amax(1) <= step_tol * size[:, :-1].amax(1)
+            small &= length[:, -1] <= step_tol * size[:, -1].clamp(min=1)
+            # The residual of an outlier is an exponential of its margin: a step that is small in
+            # every coefficient may still multiply it.
+            stable = change.abs() <= 10 * step_tol * z.abs().clamp(min=1)
+            small &= (stable | (z.abs() > _SATURATED)).all(1)
+            converged |= small & active
+            active &= ~converged & (steps < max_steps)
+            if k + 1 == STEPS or not bool(active.any()):
                 break
-            after = self._gradient(x, z, v, penalty)
-            step = -inverse.update(k, moved, after - gradient, after)
-            gradient = after
+            new_gradient = self._gradient(x, z, v, penalty)
+            step = -inverse.update(k, taken_step, new_gradient - gradient, new_gradient)
+            gradient = new_gradient
         self.v[at], self.z[at], self.steps[at], self.converged[at] = v, z, steps, converged
 
     def _value(self, z: Tensor, v: Tensor, penalty: Tensor) -> Tensor:
@@ -348,7 +355,7 @@ class _Descent:
     def _factor(
         self, at: Tensor, x: Tensor, z: Tensor, penalty: Tensor, weighted: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The upper Cholesky factors of the Hessians, and which have none."""
+        """Return the upper Cholesky factors of the Hessians, and which problems have none."""
         weight = torch.sigmoid(z) * torch.sigmoid(-z)
         torch.mul(x, weight[:, None], out=weighted)
         h = x.new_empty(len(x), self.d + 1, self.d + 1)
@@ -359,10 +366,10 @@ class _Descent:
         h[:, -1, -1] = weight.sum(1)
         rounding = 4 * (self.d + 1) * torch.finfo(x.dtype).eps
         factor, info = torch.linalg.cholesky_ex(h, upper=True)
-        least = (factor.diagonal(dim1=1, dim2=2).square() / diagonal).amin(1)
-        self.least[at] = least.where((info == 0) & (least > rounding), 0)
+        pivot = (factor.diagonal(dim1=1, dim2=2).square() / diagonal).amin(1)
+        self.min_pivot[at] = pivot.where((info == 0) & (pivot > rounding), 0)
         if self.damp and bool(info.any()):
-            # Steps become too short, so `least` stays 0, but they lead to a better Hessian.
+            # Steps become too short, so `min_pivot` stays 0, but they lead to a better Hessian.
             diagonal *= 1 + rounding * (info > 0).to(x.dtype)[:, None]
             factor, info = torch.linalg.cholesky_ex(h, upper=True)
         self.curvature[at], self.failed[at] = diagonal, info > 0
@@ -370,5 +377,5 @@ class _Descent:
 
 
 def _margins(x: Tensor, v: Tensor) -> Tensor:
-    """xᵀw + c: a product of one row is several times as fast as one of one column."""
+    """Return xᵀw + c; multiplying a row is several times as fast as multiplying a column."""
     return torch.baddbmm(v[:, None, -1:], v[:, None, :-1], x)[:, 0]

@@ -1,4 +1,4 @@
-"""What a kernel's buffers are made of, and how large they should be."""
+"""Buffers of the torch kernels: how they are allocated, and how large a block should be."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from torch import Tensor
 BLOCK = 2**21
 
 
-def scratch(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Unwritten memory of x's dtype or another; NumPy's comes in huge pages, ten times as fast."""
+def empty_buffer(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Allocate uninitialised memory on the device of x, with its dtype by default.
+
+    On a CPU, NumPy allocates it: its memory comes in huge pages, which makes it ten times as fast.
+    """
     dtype = dtype or x.dtype
     if x.device.type != "cpu" or 0 in shape:
         return x.new_empty(shape, dtype=dtype)

@@ -1,4 +1,4 @@
-"""All pairs of two lists of representations, each Gram and each spectrum made once."""
+"""All pairs of two lists of representations; each Gram and each spectrum is computed once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from repsim_kernels.kernels.torch import cca, cka, gram, panels, predictivity, procrustes, rsa
-from repsim_kernels.kernels.torch.spectrum import Representation
+from repsim_kernels.kernels.torch.representation import Representation
 
 
 def pairwise(
@@ -29,25 +29,28 @@ def pairwise(
     function, symmetric = _COMPARE[metric]
     out = torch.empty(len(left), len(right), dtype=torch.float64, device=xs[0].device)
     for i, a in enumerate(left):
-        wanted = range(i if ys is None and symmetric else 0, len(right))
-        for js in _alike(wanted, right):
+        columns = range(i if ys is None and symmetric else 0, len(right))
+        for js in _iter_stackable(columns, right):
             out[i, js] = function(a, _Stack([right[j] for j in js]), **options)
         if ys is None and symmetric:
             out[i:, i] = out[i, i:].clone()
     return out
 
 
-def _alike(wanted: range, rs: list[Representation]) -> Iterator[list[int]]:
-    """Batches of representations whose spectra are of one shape."""
-    shapes: dict[int, list[int]] = {}
-    for j in wanted:
-        shapes.setdefault(min(rs[j].n, rs[j].p), []).append(j)
-    for js in shapes.values():
-        yield from gram.batches(js, rs[js[0]].factor)
+def _iter_stackable(indices: range, rs: list[Representation]) -> Iterator[list[int]]:
+    """Split indices into batches of representations whose spectra have the same shape."""
+    by_rank: dict[int, list[int]] = {}
+    for j in indices:
+        by_rank.setdefault(min(rs[j].n, rs[j].p), []).append(j)
+    for js in by_rank.values():
+        yield from gram.iter_batches(js, rs[js[0]].factor)
 
 
 class _Stack(Representation):
-    """Several as one batch, to be the second of a pair: of x its sizes alone count there."""
+    """Several representations as a batch, for the second argument of a metric.
+
+    x is the first one's: metrics only use its sizes there.
+    """
 
     def __init__(self, members: list[Representation]) -> None:
         super().__init__(members[0].x)
@@ -82,12 +85,12 @@ def _cka(
 ) -> Tensor | dict[str, Tensor]:
     n, sides = xs[0].shape[0], [xs] if ys is None else [xs, ys]
     p, q = ([x.shape[1] for x in side] for side in (sides[0], sides[-1]))
-    features = kernel == "linear" and cka.on_features(p, q, n)
-    if features:
+    by_features = kernel == "linear" and cka.features_are_cheaper(p, q, n)
+    if by_features:
         runs = [gram.centre_all(side, for_products=not debiased) for side in sides]
         norms = [torch.cat([cka.feature_norm(c, debiased) for c in side]) for side in runs]
-        features = not debiased or not any(bool(norm.isnan().any()) for norm in norms)
-    if features:
+        by_features = not debiased or not any(bool(norm.isnan().any()) for norm in norms)
+    if by_features:
         left, right = ([c for run in side for c in run] for side in (runs[0], runs[-1]))
         xx, yy = norms[0], norms[-1]
         products = xx.new_zeros(len(left), len(right))
@@ -98,14 +101,14 @@ def _cka(
             products = products + products.mT + xx.diag()
         traces = [torch.cat([cka.feature_trace(c) for c in side]) for side in runs if chance]
     else:
-        found = [cka.halves(side, debiased, kernel, sigma) for side in sides]
-        (rows, floor_x), (columns, floor_y) = found[0], found[-1]
+        kernels = [cka.packed_kernels(side, debiased, kernel, sigma) for side in sides]
+        (rows, floor_x), (columns, floor_y) = kernels[0], kernels[-1]
         products = panels.inner_of_all(rows, columns)
         xx = products.diagonal() if ys is None else panels.inner(rows, rows)
         yy = xx if ys is None else panels.inner(columns, columns)
-        xx, yy = cka.beyond(xx, floor_x), cka.beyond(yy, floor_y)
-        # Diagonals are scaled by √½, as xx and yy are by ½.
-        traces = [panels.diagonal(half).sum(-1) for half, _ in found if chance]
+        xx, yy = cka.nan_if_not_above(xx, floor_x), cka.nan_if_not_above(yy, floor_y)
+        # Diagonals are scaled by √½, and xx and yy by ½, so the ratios below are right.
+        traces = [panels.diagonal(packed).sum(-1) for packed, _ in kernels if chance]
     values = cka.cosine(products, xx[:, None], yy)
     if not chance:
         return values

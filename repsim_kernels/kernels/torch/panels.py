@@ -1,4 +1,7 @@
-"""Products of matrices with themselves: symmetric, so that a half of each is computed and kept."""
+"""Symmetric matrix products, of which only the lower triangle is computed and stored.
+
+The triangle is packed as panels: slices of consecutive columns, from their diagonal block down.
+"""
 
 from __future__ import annotations
 
@@ -10,119 +13,134 @@ from torch import Tensor
 
 from repsim_kernels.kernels.torch import memory
 
-# Columns of a panel of a symmetric matrix, at least, and how many panels there are at most: more
-# would save little beyond nearly half of a product, and fewer columns multiply more slowly. More
-# than that are a multiple of what the BLAS takes at once.
-_PANEL, _PANELS, TILE = 64, 10, 24
-# Rows that are few, and columns that are many for a core, where the columns are shared out.
+# Least width of a panel, and the most panels per matrix. More panels would save little beyond the
+# nearly half of a product saved here, and narrower ones multiply more slowly. Panels wider than the
+# least width are a multiple of TILE, the number of columns the BLAS processes together.
+_PANEL, _MAX_PANELS, TILE = 64, 10, 24
+# A product with at most _FEW rows and at least _LONG columns per core is split over its columns.
 _FEW, _LONG = 64, 2048
-# Columns of a block at least, where each core has one matrix, and features at most.
+# Where each core centres its own matrix: the fewest columns of a block, and the most features.
 COLUMNS = 512
-# Weight of the entries of a half of a matrix that stand for one, beside those that stand for two.
-_ONCE = math.sqrt(0.5)
+# Scale of the diagonal blocks, whose entries count once in `inner` where those below count twice.
+_SQRT_HALF = math.sqrt(0.5)
 
-Half = list[tuple[slice, Tensor]]
-"""A half of symmetric matrices, in panels: columns, and what these hold from the diagonal down."""
+Panels = list[tuple[slice, Tensor]]
+"""Packed symmetric matrices (…, n, n): for each panel its columns, and the rows from its diagonal
+block down, (…, n - columns.start, width). The diagonal block is stored in full."""
 
 
-def full(half: Half) -> Tensor:
-    """The matrices (…, n, n), symmetric to the bit."""
-    first = half[0][1]
-    g = memory.scratch(first, *first.shape[:-1], first.shape[-2], dtype=torch.float64)
-    for own, panel in half:
+def unpack(packed: Panels) -> Tensor:
+    """Return the full matrices (…, n, n), float64 and exactly symmetric."""
+    first = packed[0][1]
+    g = memory.empty_buffer(first, *first.shape[:-1], first.shape[-2], dtype=torch.float64)
+    for columns, panel in packed:
         width = panel.shape[-1]
         block, below = panel[..., :width, :], panel[..., width:, :]
-        g[..., own, own] = block.tril() + block.tril(-1).mT
-        g[..., own.stop :, own] = below
-        g[..., own, own.stop :] = below.mT
+        g[..., columns, columns] = block.tril() + block.tril(-1).mT
+        g[..., columns.stop :, columns] = below
+        g[..., columns, columns.stop :] = below.mT
     return g
 
 
-def half_of(g: Tensor) -> Half:
-    """A half of symmetric matrices (…, n, n), without a copy, in the panels of `cell_sums`."""
-    return [(own, g[..., own.start :, own]) for own in _spans(g.shape[-1], TILE)]
+def panels_view(g: Tensor) -> Panels:
+    """View symmetric matrices (…, n, n) as panels, without a copy."""
+    return [(columns, g[..., columns.start :, columns]) for columns in _spans(g.shape[-1], TILE)]
 
 
-def _spans(n: int, least: int) -> list[slice]:
-    width = max(least, -(-n // (_PANELS * TILE)) * TILE)
+def _spans(n: int, min_width: int) -> list[slice]:
+    width = max(min_width, -(-n // (_MAX_PANELS * TILE)) * TILE)
     return [slice(start, min(start + width, n)) for start in range(0, n, width)]
 
 
-def new_half(x: Tensor, n: int, *batch: int, least: int = _PANEL) -> Half:
-    """Room for halves of n x n matrices (*batch, n, n), on x's device; a panel is contiguous.
+def empty_panels(x: Tensor, n: int, *batch: int, min_width: int = _PANEL) -> Panels:
+    """Allocate uninitialised panels for float64 matrices (*batch, n, n) on the device of x.
 
-    A panel has `least` columns or more.
+    Each panel is contiguous.
     """
-    spans = _spans(n, least)
-    shapes = [(*batch, n - own.start, own.stop - own.start) for own in spans]
+    spans = _spans(n, min_width)
+    shapes = [(*batch, n - columns.start, columns.stop - columns.start) for columns in spans]
     sizes = [math.prod(shape) for shape in shapes]
-    room = memory.scratch(x, sum(sizes), dtype=torch.float64).split(sizes)
-    return [(own, part.view(shape)) for own, part, shape in zip(spans, room, shapes, strict=True)]
+    buffers = memory.empty_buffer(x, sum(sizes), dtype=torch.float64).split(sizes)
+    return [
+        (columns, buffer.view(shape))
+        for columns, buffer, shape in zip(spans, buffers, shapes, strict=True)
+    ]
 
 
-def some(half: Half, which: int | slice | list[int]) -> Half:
-    """The halves of some of the matrices."""
-    return [(own, panel[which]) for own, panel in half]
+def select(packed: Panels, index: int | slice | list[int]) -> Panels:
+    """Index the first batch dimension of packed matrices."""
+    return [(columns, panel[index]) for columns, panel in packed]
 
 
-def blocks(p: int, rows: int) -> Iterator[slice]:
-    """Slices of p neurons that make float64 blocks of `BLOCK` elements with `rows` rows each."""
+def split_neurons(p: int, rows: int) -> Iterator[slice]:
+    """Split p neurons so that `rows` rows of a slice make a float64 block of `BLOCK` elements."""
     width = max(1, memory.BLOCK // rows)
     return (slice(start, min(start + width, p)) for start in range(0, p, width))
 
 
 def count_cores(x: Tensor) -> int:
+    """Return the number of CPU threads, or 1 on a GPU."""
     return 1 if x.is_cuda else torch.get_num_threads()
 
 
-def together(xs: Sequence[Tensor]) -> Iterator[slice]:
-    """Those `alike` whose blocks are made together: if cores are few, as many as these."""
+def shape_runs_per_core(xs: Sequence[Tensor]) -> Iterator[slice]:
+    """Split xs into the `shape_runs` that are multiplied in one batched product.
+
+    A run has one matrix per core if a block can hold `COLUMNS` columns of each, and one otherwise.
+    """
     cores = count_cores(xs[0])
-    return alike(xs, cores if cores * math.prod(xs[0].shape[:-1]) * COLUMNS <= memory.BLOCK else 1)
+    fits = cores * math.prod(xs[0].shape[:-1]) * COLUMNS <= memory.BLOCK
+    return shape_runs(xs, cores if fits else 1)
 
 
-def alike(xs: Sequence[Tensor], most: int) -> Iterator[slice]:
-    """Runs of xs that are of one shape, of a length up to `most`."""
+def shape_runs(xs: Sequence[Tensor], max_length: int) -> Iterator[slice]:
+    """Split xs into runs of consecutive tensors with the same shape, up to a length."""
     start = 0
     while start < len(xs):
         stop = start + 1
-        while stop < min(start + most, len(xs)) and xs[stop].shape == xs[start].shape:
+        while stop < min(start + max_length, len(xs)) and xs[stop].shape == xs[start].shape:
             stop += 1
         yield slice(start, stop)
         start = stop
 
 
-def block_room(xs: Sequence[Tensor]) -> Tensor:
-    """Memory for a float64 block of what is `together`: fresh it costs what centring does."""
+def block_buffer(xs: Sequence[Tensor]) -> Tensor:
+    """Allocate a buffer that holds a float64 block of any run of `shape_runs_per_core`.
+
+    It is reused for all blocks, since allocating one costs as much as centring it.
+    """
     size = max(
         min(run[0].numel() * len(run), max(memory.BLOCK, math.prod(run[0].shape[:-1])))
-        for run in (xs[which] for which in together(xs))
+        for run in (xs[index] for index in shape_runs_per_core(xs))
     )
-    return memory.scratch(xs[0], size, dtype=torch.float64)
+    return memory.empty_buffer(xs[0], size, dtype=torch.float64)
 
 
-def add_product(half: Half, c: Tensor, first: bool) -> None:
-    """Add c cᵀ of c (…, n, k) to its half, or put it there if it is the first."""
+def add_product(packed: Panels, c: Tensor, first: bool) -> None:
+    """Add c cᵀ, for c (…, n, k), to packed matrices in place, or overwrite them if first."""
     n, k = c.shape[-2:]
     beta = 0 if first else 1
     if c.numel() > n * k:
         c = c.reshape(-1, n, k)
-        for own, panel in half:
-            panel.flatten(0, -3).baddbmm_(c[:, own.start :], c[:, own].mT, beta=beta)
+        for columns, panel in packed:
+            panel.flatten(0, -3).baddbmm_(c[:, columns.start :], c[:, columns].mT, beta=beta)
         return
     c = c.reshape(n, k)
-    for own, panel in half:
-        out, a, b = panel.view(panel.shape[-2:]), c[own.start :], c[own]
+    for columns, panel in packed:
+        out, a, b = panel.view(panel.shape[-2:]), c[columns.start :], c[columns]
         if n > _FEW:
             out.addmm_(a, b.mT, beta=beta)
         elif first:
-            out.copy_(product(a, b))
+            out.copy_(multiply(a, b))
         else:
-            out.add_(product(a, b))
+            out.add_(multiply(a, b))
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a bᵀ of a (…, n, k) and b (…, m, k). Of few rows that are long each core sums a part."""
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """Return a bᵀ for a (…, n, k) and b (…, m, k).
+
+    If both have few but long rows, each core sums its own part of k.
+    """
     k = a.shape[-1]
     parts = 1 if a.ndim > 2 else min(count_cores(a), k // _LONG)
     if parts < 2 or max(len(a), len(b)) > _FEW:
@@ -132,24 +150,27 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return (u @ v.mT).sum(0).addmm_(a[:, end:], b[:, end:].mT)
 
 
-def weigh(half: Half) -> None:
-    """Scale in place such that `inner` products are half of the matrices'."""
-    for _, panel in half:
-        panel[..., : panel.shape[-1], :].mul_(_ONCE)
+def scale_for_inner(packed: Panels) -> None:
+    """Scale the diagonal blocks by √½ in place.
+
+    `inner` then returns half of the inner product of the full matrices.
+    """
+    for _, panel in packed:
+        panel[..., : panel.shape[-1], :].mul_(_SQRT_HALF)
 
 
-def inner(a: Half, b: Half) -> Tensor:
-    """The inner product of each matrix (…, n, n) of a half with the one of another, (…)."""
+def inner(a: Panels, b: Panels) -> Tensor:
+    """Sum the elementwise products of packed matrices, (…); see `scale_for_inner`."""
     pairs = ((u.flatten(-2), v.flatten(-2)) for (_, u), (_, v) in zip(a, b, strict=True))
     return torch.stack([torch.linalg.vecdot(u, v) for u, v in pairs]).sum(0)
 
 
-def inner_of_all(a: Half, b: Half) -> Tensor:
-    """As `inner`, of each matrix (L, n, n) of a half with all (M, n, n) of another: (L, M)."""
+def inner_of_all(a: Panels, b: Panels) -> Tensor:
+    """Return `inner` of every pair of packed matrices (L, n, n) and (M, n, n), (L, M)."""
     pairs = ((u.flatten(1), v.flatten(1)) for (_, u), (_, v) in zip(a, b, strict=True))
-    return torch.stack([product(u, v) for u, v in pairs]).sum(0)
+    return torch.stack([multiply(u, v) for u, v in pairs]).sum(0)
 
 
-def diagonal(half: Half) -> Tensor:
-    """The diagonals (…, n)."""
-    return torch.cat([panel.diagonal(dim1=-2, dim2=-1) for _, panel in half], -1)
+def diagonal(packed: Panels) -> Tensor:
+    """Return the diagonals (…, n)."""
+    return torch.cat([panel.diagonal(dim1=-2, dim2=-1) for _, panel in packed], -1)

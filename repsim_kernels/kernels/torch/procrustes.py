@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from repsim_kernels.kernels.torch.spectrum import Representation
+from repsim_kernels.kernels.torch.representation import Representation
 
 
 def procrustes(x: Tensor, y: Tensor) -> Tensor:
@@ -29,14 +29,17 @@ def similarity(a: Representation, b: Representation) -> Tensor:
 
 
 def distance(a: Representation, b: Representation, form: str) -> Tensor:
-    """From what the best rotation leaves over: 2 - 2s loses half of a small distance's digits."""
+    """Return the distance from the residual of the best rotation.
+
+    2 - 2s, with s the similarity, would lose half of a small distance's digits.
+    """
     f, g = a.factor, b.factor
     if form != "size-and-shape":
         f, g = (t / torch.linalg.matrix_norm(t, keepdim=True) for t in (f, g))
     u, _, wh = torch.linalg.svd(f.mT @ g, full_matrices=False)
-    turned = (f @ u, g @ wh.mT)
-    aside = (f - turned[0] @ u.mT, g - turned[1] @ wh)
-    squared = sum(t.square().sum((-2, -1)) for t in (turned[0] - turned[1], *aside))
+    rotated = (f @ u, g @ wh.mT)
+    orthogonal = (f - rotated[0] @ u.mT, g - rotated[1] @ wh)
+    squared = sum(t.square().sum((-2, -1)) for t in (rotated[0] - rotated[1], *orthogonal))
     if form == "squared":
         return squared
     root = squared.sqrt()

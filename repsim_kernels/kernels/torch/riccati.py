@@ -1,19 +1,21 @@
-"""Sums of square roots of matrices that are nearly diagonal, by products instead of eigenvalues.
+"""Traces of square roots of nearly diagonal matrices, from products instead of eigenvalues.
 
 For H = diag(v)² - F, tr H^½ = Σv - tr D, where D is the minimal solution of the Riccati equation
 diag(v) D + D diag(v) = F + D². With D = diag(d) + O and M = diag(v) - D = diag(μ) - O, one step is
 
     g = diag(F + O²),  μ = √(v² - g),  d = g / (v + μ),  O ← offdiagonal(F + O²) / (μᵢ + μⱼ)
 
-a product and a division by element. The steps run in float32 where its products are faster, until
-the error is below `_CLOSE`; then one float64 product gives the residual R = F + D² - vD - Dv, and
+which is a product and an elementwise division. The steps run in float32 on a CPU, where its
+products are faster, until the error is below `_CLOSE`. Then one float64 product gives the residual
+R = F + D² - vD - Dv, and
 
     tr D ← tr D + tr(M⁻¹ R) / 2
 
-is Newton's step for the trace: what is left is of the order of the error squared, so that float32
-steps end in float64 digits; about tr(diag(μ)⁻¹ X²) / 2, with X = Rᵢⱼ / (μᵢ + μⱼ). Where that is too
-much, or the steps crawl since H is nearly singular, the answer is NaN.
-Source: METRICS, "One original, many ablations"; the split and the last step are ours.
+is a Newton step for the trace. Its error is of the order of the previous error squared, so that
+float32 steps end with float64 digits: it is about tr(diag(μ)⁻¹ X²) / 2 with X = Rᵢⱼ / (μᵢ + μⱼ). If
+that is too large, or the steps stall because H is nearly singular, the result is NaN.
+Source: docs/metrics.md, "One original, many ablations"; the splitting of D and the Newton step are
+our additions.
 """
 
 from __future__ import annotations
@@ -23,13 +25,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Relative error of the trace that Newton's step takes to below 1e-9 of a distance; float32 has it.
+# Relative error of the trace at which the iteration stops. float32 reaches it, and the Newton step
+# reduces it to below 1e-9 of a distance.
 _CLOSE = 3e-8
-# The most that may be left after it, of the trace.
-_TRUSTED = 1e-12
-# The least μ / v that must be left of a direction: √(v² - g) errs by eps (v / μ)².
-_CLEAR = 0.15
-_STEPS = 32
+# Largest relative error of the trace that is accepted after the Newton step.
+_MAX_ERROR = 1e-12
+# Least μ / v that is accepted in any direction: the error of √(v² - g) is eps (v / μ)².
+_MIN_RATIO = 0.15
+_MAX_STEPS = 32
 
 Advance = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -37,94 +40,97 @@ Advance = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tenso
 def advance(
     o: Tensor, f: Tensor, diagonal: Tensor, v: Tensor, spare: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One step, or several, k of them, for o (B, m, m); both o and spare are overwritten.
+    """Advance o (B, m, m) by one step, or by k steps in other backends.
 
-    F is given as f (B, m, m) without its diagonal, and that (B, m), in float64 like v (m,).
-    Returns the next o, the other buffer, and d (k, B, m) after each step.
+    F is passed as f (B, m, m) with a zero diagonal and its diagonal (B, m), which is float64, as is
+    v (m,). Both o and spare are overwritten. Returns the next o, the other buffer, and d (k, B, m)
+    after each step.
     """
     p = torch.baddbmm(f, o, o, out=spare)
     squares = p.diagonal(dim1=1, dim2=2)
     g = diagonal + squares
     mu = (v * v - g).sqrt_()
-    narrow = mu.to(p.dtype)
-    p.div_(narrow[:, :, None] + narrow[:, None, :])
+    mu_p = mu.to(p.dtype)
+    p.div_(mu_p[:, :, None] + mu_p[:, None, :])
     squares.zero_()
     return p, o, g.div_(mu.add_(v))[None]
 
 
-def deficit(v: Tensor, f: Tensor, advance: Advance = advance) -> tuple[Tensor, Tensor]:
-    """tr D (B,) for f (B, m, m) and v (m,) > 0, float64, and how many steps it took.
+def solve_deficit(v: Tensor, f: Tensor, advance: Advance = advance) -> tuple[Tensor, Tensor]:
+    """Return tr D (B,) for f (B, m, m) and v (m,) > 0, float64, and the number of steps (B,).
 
-    NaN where the steps would be too many, or their end is not to be trusted.
+    NaN if it would need too many steps or its error is too large.
     """
     scale = v.amax()
     v, f = v / scale, f / scale**2
-    o, steps, arrived = _iterate(v, f, advance)
+    o, steps, converged = _iterate(v, f, advance)
     out = torch.full_like(f[:, 0, 0], torch.nan)
-    if bool(arrived.any()):
-        out[arrived] = _newton(v, f[arrived], o[arrived]) * scale
+    if bool(converged.any()):
+        out[converged] = _correct_trace(v, f[converged], o[converged]) * scale
     return out, steps
 
 
 def _iterate(v: Tensor, f: Tensor, advance: Advance) -> tuple[Tensor, Tensor, Tensor]:
-    """O of each f, the steps it took, and whether it arrived in as many as there may be."""
+    """Return O for each f, its number of steps, and whether it converged."""
     diagonal = f.diagonal(dim1=1, dim2=2).clone()
     f = f.to(torch.float32 if f.device.type == "cpu" else torch.float64, copy=True)
     f.diagonal(dim1=1, dim2=2).zero_()
-    found = torch.zeros_like(f)
+    result = torch.zeros_like(f)
     steps = torch.zeros(len(f), dtype=torch.int64, device=f.device)
-    arrived = torch.zeros(len(f), dtype=torch.bool, device=f.device)
-    at, live = torch.arange(len(f), device=f.device), ~arrived
+    converged = torch.zeros(len(f), dtype=torch.bool, device=f.device)
+    # Problems that end stay in the batch, not active, until half of it has ended.
+    index, active = torch.arange(len(f), device=f.device), ~converged
     o, spare = torch.zeros_like(f), torch.empty_like(f)
     history = torch.empty(0, len(f), dtype=v.dtype, device=f.device)
     count = 0
-    while count < _STEPS:
+    while count < _MAX_STEPS:
         o, spare, d = advance(o, f, diagonal, v, spare)
         history = torch.cat([history, d.sum(-1)])
         count += len(d)
-        close, crawls = _judge(history, _size(v, d[-1]), _STEPS - count)
-        leave = live & (close | crawls)
-        if not bool(leave.any()):
+        close, stalls = _judge(history, _error_scale(v, d[-1]), _MAX_STEPS - count)
+        ends = active & (close | stalls)
+        if not bool(ends.any()):
             continue
-        found[at[leave]], steps[at[leave]] = o[leave], count
-        arrived[at[leave]] = close[leave]
-        live &= ~leave
-        left = int(live.sum())
-        if not left:
+        result[index[ends]], steps[index[ends]] = o[ends], count
+        converged[index[ends]] = close[ends]
+        active &= ~ends
+        n_active = int(active.sum())
+        if not n_active:
             break
-        if 2 * left <= len(live):
-            at, o, f, spare, diagonal = at[live], o[live], f[live], spare[live], diagonal[live]
-            history, live = history[:, live], live[live]
-    return found, steps, arrived
+        if 2 * n_active <= len(active):
+            index, o, f = index[active], o[active], f[active]
+            spare, diagonal = spare[active], diagonal[active]
+            history, active = history[:, active], active[active]
+    return result, steps, converged
 
 
-def _judge(history: Tensor, size: Tensor, left: int) -> tuple[Tensor, Tensor]:
-    """From the traces (k, B) so far: which are close to their limit, and which never will be.
+def _judge(history: Tensor, scale: Tensor, steps_left: int) -> tuple[Tensor, Tensor]:
+    """Judge from the traces (k, B) so far which are close to their limit and which never will be.
 
-    Changes shrink by a ratio a step, of which the last two are known.
+    The change shrinks by a ratio in each step; the last two ratios are known.
     """
-    crawls = history[-1].isnan()
+    stalls = history[-1].isnan()
     change = history.diff(dim=0).abs()
     if not len(change):
-        return torch.zeros_like(crawls), crawls
-    tolerance = _CLOSE * size
+        return torch.zeros_like(stalls), stalls
+    tolerance = _CLOSE * scale
     close = change[-1] <= tolerance
     if len(change) > 2:
         ratios = change[-2:] / change[-3:-1]
         slow, fast = ratios.amax(0), ratios.amin(0)
         close |= (slow < 1) & (change[-1] * slow <= tolerance * (1 - slow))
-        crawls |= change[-1] * fast**left > tolerance
-    return close, crawls
+        stalls |= change[-1] * fast**steps_left > tolerance
+    return close, stalls
 
 
-def _size(v: Tensor, d: Tensor) -> Tensor:
-    """What errors of tr D are measured by: the smaller of D and what it leaves."""
+def _error_scale(v: Tensor, d: Tensor) -> Tensor:
+    """Return what errors of tr D are relative to: the smaller of tr D and tr H^½."""
     return torch.minimum(d.abs().sum(-1), (v - d).sum(-1))
 
 
-def _newton(v: Tensor, f: Tensor, o: Tensor) -> Tensor:
-    """tr D from a D = diag(d) + o that is nearly right; NaN where it isn't."""
-    narrow = o.dtype  # the correction is small: float32's digits of it are enough
+def _correct_trace(v: Tensor, f: Tensor, o: Tensor) -> Tensor:
+    """Return tr D after a Newton step from D = diag(d) + o; NaN if its error is too large."""
+    low = o.dtype  # the correction is small, so that float32 has enough digits for it
     o = o.to(torch.float64)
     p = torch.baddbmm(f, o, o)
     g = p.diagonal(dim1=1, dim2=2)
@@ -133,14 +139,14 @@ def _newton(v: Tensor, f: Tensor, o: Tensor) -> Tensor:
     sums = mu[:, :, None] + mu[:, None, :]
     residual = p.sub_(o * sums)
     residual.diagonal(dim1=1, dim2=2).zero_()
-    left = sums.reciprocal_().mul_(residual).square_().sum(-1).div_(2 * mu).sum(-1)
-    # M⁻¹ by a Cholesky factorisation of M with a diagonal of ones.
+    error = sums.reciprocal_().mul_(residual).square_().sum(-1).div_(2 * mu).sum(-1)
+    # M⁻¹ from a Cholesky factor of M scaled to a unit diagonal.
     root = mu.rsqrt()
     scaled = root[:, :, None] * root[:, None, :]
-    m = o.mul_(scaled).neg_().to(narrow)
+    m = o.mul_(scaled).neg_().to(low)
     m.diagonal(dim1=1, dim2=2).fill_(1)
     factor, failed = torch.linalg.cholesky_ex(m)
     correction = (residual.mul_(scaled) * torch.cholesky_inverse(factor)).sum((-2, -1)) / 2
-    clear = (mu / v).amin(-1) > _CLEAR
-    trusted = (failed == 0) & clear & (left <= _TRUSTED * _size(v, d))
-    return torch.where(trusted, d.sum(-1) + correction, torch.nan)
+    regular = (mu / v).amin(-1) > _MIN_RATIO
+    accurate = (failed == 0) & regular & (error <= _MAX_ERROR * _error_scale(v, d))
+    return torch.where(accurate, d.sum(-1) + correction, torch.nan)

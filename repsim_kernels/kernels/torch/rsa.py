@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from repsim_kernels.kernels.torch import panels
-from repsim_kernels.kernels.torch.distances import Distances, pair_distances
+from repsim_kernels.kernels.torch.distances import PairDistances, pair_distances
 
-# The least number of tolerances from a group of equal distances to the next distance: _APART, and
-# for a group of m different numbers, _PAIR / (m - 1): chance makes large groups less often.
-_APART, _PAIR = 4, 256
+# How many tolerances must separate a group of tied distances from the next distance: more than
+# _MIN_GAP, and for a group of m different numbers more than _PAIR_GAP / (m - 1), since large groups
+# rarely form by chance.
+_MIN_GAP, _PAIR_GAP = 4, 256
 
 Array = Any  # a tensor on a GPU, a NumPy array on a CPU
 
@@ -25,24 +26,24 @@ def rsa(x: Tensor, y: Tensor, *, distance: str, compare: str) -> Tensor:
 
 
 def all_dissimilarities(xs: list[Tensor], distance: str, compare: str) -> list[Tensor]:
-    """The vectors (n(n - 1)/2,) of xs, each (n, p), whose products are the comparison: unit norm.
+    """Return unit vectors (n(n - 1)/2,), one for each x (n, p), whose products are the comparison.
 
-    NaN where the distances have no correlation with anything: all equal, or all zero.
+    NaN where the comparison is undefined: all distances are equal or, for "cosine", zero.
     """
-    room = panels.block_room(xs)  # fresh memory for each would cost as much as what is done in it
-    return [_dissimilarities(x, distance, compare, room) for x in xs]
+    buffer = panels.block_buffer(xs)  # allocating one for each x costs as much as the work in it
+    return [_dissimilarities(x, distance, compare, buffer) for x in xs]
 
 
-def _dissimilarities(x: Tensor, distance: str, compare: str, room: Tensor) -> Tensor:
-    found = pair_distances(x, distance, room)
+def _dissimilarities(x: Tensor, distance: str, compare: str, buffer: Tensor) -> Tensor:
+    pairs = pair_distances(x, distance, buffer)
     if compare == "spearman":
-        d = _centre(average_ranks(found))
+        d = _centre(rank_distances(pairs))
     else:
-        d2 = found.squared
-        least, most = d2.argmin(), d2.argmax()
-        away = d2[most] - (0 if compare == "cosine" else d2[least])
-        at = most if compare == "cosine" else least
-        undefined = away <= found.full_tolerance(at[None])
+        d2 = pairs.squared
+        low, high = d2.argmin(), d2.argmax()
+        spread = d2[high] - (0 if compare == "cosine" else d2[low])
+        at = high if compare == "cosine" else low
+        undefined = spread <= pairs.full_tolerance(at[None])
         d = d2.sqrt() if distance == "euclidean" else d2
         d = torch.where(undefined, torch.nan, d if compare == "cosine" else _centre(d))
     return d / torch.linalg.vector_norm(d)
@@ -52,33 +53,33 @@ def _centre(d: Tensor) -> Tensor:
     return d - d.mean()
 
 
-def average_ranks(found: Distances) -> Tensor:
-    """Ranks of distances from 1, those that tie at the mean of theirs; all NaN if one is.
+def rank_distances(pairs: PairDistances) -> Tensor:
+    """Rank distances from 1, ties at their mean rank; all NaN if one distance is.
 
-    In order of size, a group ends where the next distance is more than `_APART` tolerances away. A
-    group is one value if all its members are within the tolerance of the first, and it stands apart
-    from the other groups as its size demands; otherwise only those of its members tie that are
-    equal to the bit. The rule is applied by the tolerance of float64 arithmetic, so that numbers
-    that the input has exactly tie however close other distances are, and by that of the input's own
-    rounding.
+    In ascending order, a group ends where the next distance is more than `_MIN_GAP` tolerances
+    away. A group ties if all its members are within the tolerance of the first and the group is
+    separated from its neighbours as its size requires; otherwise only exactly equal members tie.
+    The rule is applied with the tolerance of float64 arithmetic, so that distances that are equal
+    in the exact input tie however close the others are, and then with the tolerance of the input's
+    own rounding.
     """
-    # NumPy sorts by vector instructions, and of small arrays it has less overhead.
-    xp: Any = torch if found.squared.is_cuda else np
-    d2: Array = xp.asarray(found.squared)
+    # NumPy sorts with vector instructions, and has less overhead on small arrays.
+    xp: Any = torch if pairs.squared.is_cuda else np
+    d2: Array = xp.asarray(pairs.squared)
     order = d2.argsort()
     values = d2[order]
     if bool(xp.isnan(values[-1])):
-        return torch.full_like(found.squared, torch.nan)
+        return torch.full_like(pairs.squared, torch.nan)
     gaps = _gaps(xp, values)
     tied = gaps == 0
-    bounds = 0.0, found.largest_tolerance(float(values[-1]))
-    _join(xp, tied, values, gaps, _in_order(xp, found.tolerance, order, tied), *bounds)
-    if not found.input_is_float64:
-        # Roots of the distances move by no more than the rows do.
+    bounds = 0.0, pairs.largest_tolerance(float(values[-1]))
+    _tie_groups(xp, tied, values, gaps, _by_order(xp, pairs.tolerance, order, tied), *bounds)
+    if not pairs.input_is_float64:
+        # The square root of a distance moves by no more than the rows do.
         values = xp.sqrt(values)
-        bounds = 4 * float(found.half_ulps.amin()), 4 * float(found.half_ulps.amax())
-        tolerance = _in_order(xp, found.twice_moved, order, tied)
-        _join(xp, tied, values, _gaps(xp, values), tolerance, *bounds)
+        bounds = 4 * float(pairs.half_ulps.amin()), 4 * float(pairs.half_ulps.amax())
+        tolerance = _by_order(xp, pairs.twice_input_shift, order, tied)
+        _tie_groups(xp, tied, values, _gaps(xp, values), tolerance, *bounds)
 
     ranks = xp.arange(1, len(d2) + 1, dtype=d2.dtype, device=d2.device)
     first, last = _groups(xp, tied)
@@ -90,21 +91,24 @@ def average_ranks(found: Distances) -> Tensor:
 
 
 def _gaps(xp: Any, values: Array) -> Array:
-    """Gaps (N + 1,) around ascending values (N,): the one at k is before the k-th."""
+    """Return the gaps (N + 1,) before each of the ascending values (N,), and after the last."""
     gaps = xp.full((len(values) + 1,), np.inf, dtype=values.dtype, device=values.device)
     gaps[1:-1] = values[1:] - values[:-1]
     return gaps
 
 
 def _groups(xp: Any, inside: Array) -> tuple[Array, Array]:
-    """The first and the last of groups of several members; gaps (N + 1,) are inside, or between."""
+    """Return the first and last index of each group with several members.
+
+    ``inside`` (N + 1,) says whether a gap lies within a group.
+    """
     edges = xp.where(~inside)[0]
-    several = edges[1:] - edges[:-1] > 1
-    return edges[:-1][several], edges[1:][several] - 1
+    has_several = edges[1:] - edges[:-1] > 1
+    return edges[:-1][has_several], edges[1:][has_several] - 1
 
 
 def _ranges(xp: Any, first: Array, size: Array) -> Array:
-    """The numbers of ranges, from the first of each."""
+    """Concatenate the ranges first … first + size - 1."""
     starts = _repeat(xp, first - size.cumsum(0) + size, size)
     return starts + xp.arange(len(starts), device=starts.device)
 
@@ -113,59 +117,62 @@ def _repeat(xp: Any, values: Array, times: Array) -> Array:
     return values.repeat_interleave(times) if xp is torch else values.repeat(times)
 
 
-def _in_order(
-    xp: Any, given: Callable[..., Tensor], order: Array, tied: Array
+def _by_order(
+    xp: Any, tolerance: Callable[..., Tensor], order: Array, tied: Array
 ) -> Callable[[Array], Array]:
-    """What is given of pairs, by their places in the order; the largest of those that are tied.
+    """Make a tolerance of pairs a function of positions in ascending order of distance.
 
-    Pairs whose distances are equal have rows of other lengths, and come in any order.
+    Tied pairs get the largest of their tolerances: their rows differ in length, and their order is
+    arbitrary.
     """
 
-    def find(at: Array) -> Array:
+    def at_positions(at: Array) -> Array:
         if not bool(tied.any()):
-            return xp.asarray(given(torch.as_tensor(order[at])))
-        values = given()[torch.as_tensor(order)]
+            return xp.asarray(tolerance(torch.as_tensor(order[at])))
+        values = tolerance()[torch.as_tensor(order)]
         group = torch.as_tensor((~tied[:-1]).cumsum(0) - 1)
-        most = torch.zeros_like(values).scatter_reduce_(0, group, values, "amax")
-        return xp.asarray(most[group])[at]
+        largest = torch.zeros_like(values).scatter_reduce_(0, group, values, "amax")
+        return xp.asarray(largest[group])[at]
 
-    return find
+    return at_positions
 
 
-def _join(
+def _tie_groups(
     xp: Any,
     tied: Array,
     values: Array,
     gaps: Array,
     tolerance: Callable[[Array], Array],
-    least: float,
-    most: float,
+    min_tolerance: float,
+    max_tolerance: float,
 ) -> None:
-    """Set ``tied`` (N + 1,) between the members of groups of values (N,) that are one value.
+    """Set ``tied`` (N + 1,) in place for the gaps inside groups of values (N,) that tie.
 
-    tolerance: of the values in some places, from ``least`` to ``most``.
+    ``tolerance`` gives the tolerances at positions; the bounds hold for all of them.
     """
-    # A group lies within one of those that the largest tolerance makes. It is all of that one, or
-    # the next value is within _APART of the largest tolerances, and then it has many members.
-    near = gaps <= _APART * most
+    # The largest tolerance makes the widest groups, and every group lies within one of them. Either
+    # it is all of that one, or the next value is within _MIN_GAP of the largest tolerance, and then
+    # only a large group can tie. So most groups are rejected before tolerances are computed.
+    near = gaps <= _MIN_GAP * max_tolerance
     if not bool(near.any()):
         return
     first, last = _groups(xp, near)
-    apart, size = xp.minimum(gaps[first], gaps[last + 1]), last - first
-    some = (apart * size > _PAIR * least) & (values[last] - values[first] <= most)
-    some |= _APART * most * size > _PAIR * least
-    if not bool(some.any()):
+    margin, size = xp.minimum(gaps[first], gaps[last + 1]), last - first
+    may_tie = margin * size > _PAIR_GAP * min_tolerance
+    may_tie &= values[last] - values[first] <= max_tolerance
+    may_tie |= _MIN_GAP * max_tolerance * size > _PAIR_GAP * min_tolerance
+    if not bool(may_tie.any()):
         return
-    near = _ranges(xp, first[some] + 1, size[some])
+    near = _ranges(xp, first[may_tie] + 1, size[may_tie])
     reach = xp.full_like(gaps, -1)
     reach[near] = tolerance(near - 1)
-    first, last = _groups(xp, gaps <= _APART * reach)
+    first, last = _groups(xp, gaps <= _MIN_GAP * reach)
     t = reach[first + 1]
-    apart = xp.minimum(gaps[first], gaps[last + 1])
-    others = last - first  # different numbers
+    margin = xp.minimum(gaps[first], gaps[last + 1])
+    n_steps = last - first  # between different numbers
     if bool(tied.any()):
         before = tied.cumsum(0)
-        others = others - (before[last] - before[first])
-        others += others == 0
-    one = (values[last] - values[first] <= t) & (apart * others > _PAIR * t)
-    tied[_ranges(xp, first[one] + 1, (last - first)[one])] = True
+        n_steps = n_steps - (before[last] - before[first])
+        n_steps += n_steps == 0
+    ties = (values[last] - values[first] <= t) & (margin * n_steps > _PAIR_GAP * t)
+    tied[_ranges(xp, first[ties] + 1, (last - first)[ties])] = True

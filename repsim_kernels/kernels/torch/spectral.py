@@ -1,4 +1,4 @@
-"""The n x n stage on its own: distances of ablations from Grams, and spectra of batches."""
+"""Distances of ablations from Gram matrices alone, and spectra of batches of matrices."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from repsim_kernels._routes import Distances
-from repsim_kernels.kernels.torch import gram, panels, spectrum
-from repsim_kernels.kernels.torch.ablated import SOLVERS, Original, Solvers
-from repsim_kernels.kernels.torch.ablation import Parts, distances
+from repsim_kernels.kernels.torch import gram, panels, representation
+from repsim_kernels.kernels.torch.ablation import GramParts, distances_of_parts
+from repsim_kernels.kernels.torch.spectral_distances import SOLVERS, Original, Solvers
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -25,16 +25,16 @@ def gram_ablation_distances(
 ) -> dict[str, Distances]:
     whole, grams = (gram.double_centre(t.to(torch.float64)) for t in (k, parts))
     n, energy = len(whole), whole.trace()
-    left = energy - grams.diagonal(dim1=1, dim2=2).sum(1)
+    rest_energy = energy - grams.diagonal(dim1=1, dim2=2).sum(1)
 
-    def original() -> Original:
+    def make_original() -> Original:
         count = n - 1 if neurons is None else neurons
-        return Original(spectrum.of_gram(whole), n, count, ridge, penalty, solvers)
+        return Original(representation.spectrum_of_gram(whole), n, count, ridge, penalty, solvers)
 
-    remains = torch.where(left > n * _EPS * energy, n, 0)
-    dead = (grams == 0).all(-1).all(-1).tolist()
-    pieces = Parts(whole, panels.half_of(grams), dead, remains.tolist())
-    return distances(pieces, original, metrics)
+    n_remaining = torch.where(rest_energy > n * _EPS * energy, n, 0)
+    constant = (grams == 0).all(-1).all(-1).tolist()
+    gram_parts = GramParts(whole, panels.panels_view(grams), constant, n_remaining.tolist())
+    return distances_of_parts(gram_parts, make_original, metrics)
 
 
 def eigh(a: Tensor, *, vectors: bool) -> dict[str, Tensor]:

@@ -31,11 +31,11 @@ def make_passes(precision: str) -> ablation.Passes:
 
     def sum_cells(
         x: Tensor, cells: np.ndarray, n_cells: int, shifts: bool
-    ) -> tuple[panels.Half, Tensor, Tensor]:
+    ) -> tuple[panels.Panels, Tensor, Tensor]:
         if x.shape[1] >= x.shape[0]:
             g, live, shift = cell_sums(x, cells, n_cells, shifts, precision=precision)
             if int(live.sum()) >= x.shape[0]:
-                return panels.half_of(g), live, shift
+                return panels.panels_view(g), live, shift
         # With fewer varying neurons than stimuli the Gram is singular, which rounding would hide.
         return torch_gram.cell_sums(x, cells, n_cells, shifts)
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from repsim_kernels.kernels.torch.cells import grid_of_sums
+from repsim_kernels.kernels.torch.cells import grid_from_sums
 from repsim_kernels.kernels.triton import _launch
 
 
@@ -173,7 +173,7 @@ def selectivity_grid(
     """Assign each neuron of x (n, p) to a cell by selectivity, then magnitude: (p,) or (C, p)."""
     is_target = labels == target
     sums = _divided_sums(x, is_target.astype(np.int64), np.ones(2, np.int64), launch)
-    return grid_of_sums(*sums, own=int(is_target.sum()), n=len(x), grid=grid, edges=edges)
+    return grid_from_sums(*sums, n_target=int(is_target.sum()), n=len(x), grid=grid, edges=edges)
 
 
 def _make_case(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from repsim_kernels.kernels.torch import distances
 from repsim_kernels.kernels.torch import gram as torch_gram
-from repsim_kernels.kernels.torch.columns import members
+from repsim_kernels.kernels.torch.columns import sort_by_cell
 from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton.neuron_major import neuron_major
 
@@ -219,9 +219,9 @@ def centered_gram(
     segments = _Segments(base, bounds, np.arange(len(batch)), len(batch), None)
     g = _grams(batch, segments, precision, launch, False)[0].view(*x.shape[:-1], n)
     if kernel == "linear":
-        return torch_gram.centre_relative(g)
+        return torch_gram.centre_gram(g)
     assert sigma is not None
-    return torch_gram.double_centre(distances.rbf_of_gram(g, x, sigma))
+    return torch_gram.double_centre(distances.rbf_from_gram(g, x, sigma))
 
 
 def cell_grams(
@@ -264,7 +264,7 @@ def cell_sums(
     for start in range(0, p, width):
         span = slice(start, min(start + width, p))
         for t, table in enumerate(tables):
-            order, offsets = members(table[..., span], n_cells)
+            order, offsets = sort_by_cell(table[..., span], n_cells)
             orders.append(order + start)
             bounds.append(np.stack([offsets[:-1], offsets[1:]], 1) + total)
             owners.append(np.arange(n_cells) + t * n_cells)
@@ -277,9 +277,9 @@ def cell_sums(
     segments = _Segments(base, np.concatenate(bounds), owner, len(tables) * n_cells, columns)
     g, live, u = _grams(x, segments, precision, launch, shifts)
     if u is None:
-        return torch_gram.centre_relative(g), live, g.new_zeros(g.shape[:-1])
+        return torch_gram.centre_gram(g), live, g.new_zeros(g.shape[:-1])
     shift = u + g.mean(-1)
-    return torch_gram.centre_relative(g), live, shift - shift.mean(-1, keepdim=True)
+    return torch_gram.centre_gram(g), live, shift - shift.mean(-1, keepdim=True)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from repsim_kernels.kernels.torch.logistic import NOISE, Fits, batches, refit
+from repsim_kernels.kernels.torch.logistic import NOISE, Fits, iter_slices, refit
 from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton._newton import (
     load_centred,
@@ -288,7 +288,7 @@ def logistic_fits(
     for j in unfinished.any(0).nonzero()[:, 0].tolist():
         y = torch.as_tensor(targets[j], device=x.device)
         indices = unfinished[:, j].nonzero()[:, 0]
-        for batch in batches(len(indices), 8 * d * n, x.device):
+        for batch in iter_slices(len(indices), 8 * d * n, x.device):
             at = indices[batch]
             start_fits = Fits(**{name: value[at, j] for name, value in fits.items()})
             neurons = rows[numbers[at], :n].double()

@@ -10,7 +10,7 @@ from torch import Tensor
 from repsim_kernels._routes import Distances
 from repsim_kernels.kernels.cupy import spectral as native
 from repsim_kernels.kernels.torch import spectral
-from repsim_kernels.kernels.torch.ablated import Solvers
+from repsim_kernels.kernels.torch.spectral_distances import Solvers
 from repsim_kernels.kernels.triton import _launch, riccati
 
 

@@ -1,8 +1,8 @@
-"""From Gram matrices to CCA, PWCCA, SVCCA and Procrustes, for batches of ablations of one original.
+"""CCA, PWCCA, SVCCA and Procrustes from Gram matrices, for batches of ablations of one original.
 
-Symbols as in METRICS, "One original, many ablations": L = V diag(v) Vᵀ is the original's Gram, G_c
-that of a cell, K_c = L - G_c the ablated one. Everything lives in the basis V, where K_c is nearly
-diagonal; which route an ablation takes is told beside its distance.
+Notation as in docs/metrics.md, "One original, many ablations": L = V diag(v) Vᵀ is the Gram of the
+original, G_c that of a cell, and K_c = L - G_c the ablated Gram. All matrices are in the basis V,
+where K_c is nearly diagonal. Each distance is returned with the route that computed it.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor
 
 from repsim_kernels._routes import Distances, Route
 from repsim_kernels.kernels.torch import riccati
-from repsim_kernels.kernels.torch.cca import leading
-from repsim_kernels.kernels.torch.spectrum import from_complement, positive
+from repsim_kernels.kernels.torch.cca import count_leading
+from repsim_kernels.kernels.torch.representation import from_complement, is_positive
 
 _EPS = torch.finfo(torch.float64).eps
-# A relative ridge below which solves with L + κI lose more than about 1e-6 of a correlation.
-_LEAST_RIDGE = 1e-10
+# With a smaller relative ridge, solves with L + κI lose more than about 1e-6 of a correlation.
+_MIN_RIDGE = 1e-10
 
 
 @dataclass(frozen=True)
 class Solvers:
-    """What the steps of this stage are done by."""
+    """The linear algebra that this stage uses; each backend may bring faster routines."""
 
     advance: riccati.Advance = riccati.advance
     eigh: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.linalg.eigh
@@ -38,7 +38,7 @@ SOLVERS = Solvers()
 
 @dataclass
 class Original:
-    """The original's spectrum, and what a ridge makes of it."""
+    """The spectrum of the original, with its ridge applied."""
 
     spectrum: tuple[Tensor, Tensor]
     n: int
@@ -56,16 +56,17 @@ class Original:
         self.correlations = min(self.n - 1, self.neurons)
 
     def shrinkage(self, trace: Tensor) -> Tensor:
-        """κ of a side whose Gram has this trace."""
+        """Return κ for a side whose Gram has this trace."""
         return self.penalty + (0.0 if self.penalty else self.ridge) * trace / self.n
 
     def check_ridge(self) -> None:
-        """Raise LinAlgError for a ridge above 0 that rounding hides."""
-        if bool((self.kappa > 0) & (self.kappa < _LEAST_RIDGE * self.v.sum() / self.n)):
+        """Raise LinAlgError for a positive ridge that rounding hides."""
+        if bool((self.kappa > 0) & (self.kappa < _MIN_RIDGE * self.v.sum() / self.n)):
             message = "singular to rounding"
             raise torch.linalg.LinAlgError(message)  # type: ignore[attr-defined]
 
     def self_distance(self, metric: str) -> float:
+        """Return the distance of the original from itself, which a ridge makes positive."""
         if metric not in ("cca", "cca_squared"):
             return 0.0
         power = 2 if metric == "cca_squared" else 1
@@ -73,14 +74,14 @@ class Original:
 
     @property
     def variates(self) -> Tensor:
-        """The canonical variates with itself, as rows (m, n)."""
+        """The canonical variates of the original with itself, as rows (m, n)."""
         return (self.shrunk.sqrt() * self.basis).mT
 
 
-class Ablated:
+class AblationBatch:
     """A batch of B ablations of one original.
 
-    Where `features` are given, fewer neurons are left than there are directions.
+    If it has `features`, fewer neurons remain than the original has directions.
     """
 
     def __init__(
@@ -92,14 +93,14 @@ class Ablated:
         features: Tensor | None = None,
         factors: Sequence[Callable[[], Tensor | None]] = (),
     ) -> None:
-        """From the Grams (B, n, n) of the cells, or of what is left without them.
+        """Take the Grams (B, n, n) of the cells, or of the remaining neurons as ``rest``.
 
-        Or, for one ablation, from the features (m, r) that are left, in the original's basis.
-        factors: for each ablation what gives such features, or None.
+        Or, for one ablation, take the remaining features (m, r) in the original's basis. Each of
+        ``factors`` computes such features for one ablation, or returns None.
         """
         self.original, self.features, self.factors = original, features, factors
         self.v, self.solvers = original.v, original.solvers
-        self.small = cell is not None  # the cell, beside what is left
+        self.has_cell = cell is not None  # then the cell is smaller than the rest
         if cell is not None:
             self.cell = self._in_basis(cell)
             self.rest = torch.diag(self.v) - self.cell
@@ -109,7 +110,7 @@ class Ablated:
             elif features is not None:
                 self.rest = (features @ features.mT)[None]
             self.cell = torch.diag(self.v) - self.rest
-        self.left_trace = self.rest.diagonal(dim1=1, dim2=2).sum(-1)
+        self.rest_trace = self.rest.diagonal(dim1=1, dim2=2).sum(-1)
 
     def _in_basis(self, grams: Tensor) -> Tensor:
         return self.original.basis.mT @ grams @ self.original.basis
@@ -117,33 +118,33 @@ class Ablated:
     def __len__(self) -> int:
         return len(self.cell)
 
-    def _all(self, route: Route) -> tuple[Tensor, Tensor]:
-        """A route for all, and no steps."""
+    def _same_route(self, route: Route) -> tuple[Tensor, Tensor]:
+        """Return one route for all ablations, and no steps."""
         steps = torch.zeros(len(self), dtype=torch.int64, device=self.v.device)
         return steps + route, steps
 
-    def _unknown(self) -> Tensor:
-        return torch.full_like(self.left_trace, torch.nan)
+    def _all_nan(self) -> Tensor:
+        return torch.full_like(self.rest_trace, torch.nan)
 
     @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues (B, m), descending, zero beyond the rank, and eigenvectors of K_c."""
         w, u = (t.flip(-1) for t in self.solvers.eigh(self.rest))
-        keep = positive(w, self.original.n)
+        keep = is_positive(w, self.original.n)
         return w * keep, u * keep[:, None, :]
 
     def procrustes(self) -> Distances:
-        """Squared distances (B,) of both scaled to unit norm.
+        """Return squared distances (B,), with both representations scaled to unit norm.
 
-        With y = tr G / tr L, x = tr D / tr L and r = √(1 - y) it is 2 (x - y/(1 + r)) / r.
+        With y = tr G / tr L, x = tr D / tr L and r = √(1 - y), it is 2 (x - y/(1 + r)) / r.
         """
         root, total = self.v.sqrt(), self.v.sum()
-        out, (route, steps) = self._unknown(), self._all(Route.ITERATIONS)
+        out, (route, steps) = self._all_nan(), self._same_route(Route.ITERATIONS)
         if self.features is None:
             f = root[:, None] * self.cell * root
-            deficit, steps = riccati.deficit(self.v, f, self.solvers.advance)
+            deficit, steps = riccati.solve_deficit(self.v, f, self.solvers.advance)
             x, y = deficit / total, self.cell.diagonal(dim1=1, dim2=2).sum(-1) / total
-            r = (self.left_trace / total).sqrt()
+            r = (self.rest_trace / total).sqrt()
             out = 2 * (x - y / (1 + r)) / r
         for i in out.isnan().nonzero()[:, 0].tolist():
             factor = self.features if self.features is not None else self.factors[i]()
@@ -157,26 +158,26 @@ class Ablated:
 
     def svcca(self, variance: float = 0.99) -> Distances:
         w, u = self.spectrum
-        k, m = leading(self.v, variance), leading(w, variance)
+        k, m = count_leading(self.v, variance), count_leading(w, variance)
         u = u[:, : int(k), : int(m.max())]
         u = u * (torch.arange(u.shape[-1], device=u.device) < m[:, None])[:, None, :]
         similarity = self.solvers.svdvals(u).sum(-1) / torch.minimum(k, m)
-        return Distances(1 - similarity, *self._all(Route.EIGENVECTORS))
+        return Distances(1 - similarity, *self._same_route(Route.EIGENVECTORS))
 
     @property
     def kappa(self) -> Tensor:
-        return self.original.shrinkage(self.left_trace)
+        return self.original.shrinkage(self.rest_trace)
 
     @cached_property
     def loss(self) -> Tensor:
-        """ΔP = P_L - P_K, P_L = L(L + κI)⁻¹ = diag(shrunk); (B, m, m)."""
+        """ΔP = P_L - P_K, where P_L = L(L + κI)⁻¹ = diag(shrunk); (B, m, m)."""
         self.original.check_ridge()
         kappa, other = self.original.kappa, self.kappa[:, None]
         regular = self.rest.clone()
         regular.diagonal(dim1=1, dim2=2).add_(other)
-        # Both are κ' L - κ K_c: of what was made first, whose digits are its own.
-        right = kappa * self.cell if self.small else -kappa * self.rest
-        right.diagonal(dim1=1, dim2=2).add_((other - kappa if self.small else other) * self.v)
+        # κ′L - κK_c, from the Gram that was computed directly: the other one is a difference.
+        right = kappa * self.cell if self.has_cell else -kappa * self.rest
+        right.diagonal(dim1=1, dim2=2).add_((other - kappa if self.has_cell else other) * self.v)
         solved = torch.cholesky_solve(right, torch.linalg.cholesky(regular)).div_(self.v + kappa)
         return (solved + solved.mT).div_(2)
 
@@ -188,15 +189,15 @@ class Ablated:
 
     @cached_property
     def canonical(self) -> tuple[Tensor, Tensor]:
-        """Of P_L² - F = U diag(ρ²) Uᵀ the correlations ρ (B, m), 0 beyond the rank, and U.
+        """The correlations ρ (B, m), 0 beyond the rank, and U of P_L² - F = U diag(ρ²) Uᵀ.
 
-        Where K_c is singular, roots of eigenvalues near 0 would have half of the digits: singular
-        values then.
+        If K_c is singular, ρ are singular values instead, since the square roots of eigenvalues
+        near 0 would keep only half of their digits.
         """
         shrunk = self.original.shrunk
         if self.features is None:
             squares, u = self.solvers.eigh(torch.diag(shrunk.square()) - self.balanced_loss)
-            # A ridge κ lets rounding grow by v / κ, which would hide that K_c is singular.
+            # Rounding grows by v / κ, which could hide that K_c is singular.
             noise = torch.clamp(100 * _EPS * self.v[0] / self.original.kappa, min=1e-10)
             singular = squares[:, 0] <= noise * squares[:, -1]
             rho = squares.clamp(min=0).sqrt()
@@ -211,15 +212,15 @@ class Ablated:
         return rho, u
 
     def cca(self, vectors: bool) -> Distances:
-        """1 - mean correlation: the self-distance and what the ablation adds to it.
+        """Return 1 - mean correlation: the self-distance plus what the ablation adds to it.
 
-        With D = P_L - (P_L² - F)^½, P_L D + D P_L = F + D², its trace is what the sum of the
-        correlations loses, without a difference of sums. Where `vectors` of P_L² - F are made
-        anyway, it is a Sylvester equation in them: P_L D + D (P_L - D) = F.
+        D = P_L - (P_L² - F)^½ solves P_L D + D P_L = F + D². Its trace is the loss of the sum of
+        the correlations, without a difference of sums. If the eigenvectors of P_L² - F are computed
+        in any case (``vectors``), D solves a Sylvester equation in them: P_L D + D (P_L - D) = F.
         """
-        lost, (route, steps) = self._unknown(), self._all(Route.ITERATIONS)
+        lost, (route, steps) = self._all_nan(), self._same_route(Route.ITERATIONS)
         if self.features is None and not vectors:
-            lost, steps = riccati.deficit(
+            lost, steps = riccati.solve_deficit(
                 self.original.shrunk, self.balanced_loss, self.solvers.advance
             )
         missing = lost.isnan()
@@ -233,18 +234,18 @@ class Ablated:
 
     def cca_squared(self) -> Distances:
         lost = (self.original.shrunk * self.loss.diagonal(dim1=1, dim2=2)).sum(-1)
-        return Distances(self._excess("cca_squared", lost), *self._all(Route.SUMS))
+        return Distances(self._excess("cca_squared", lost), *self._same_route(Route.SUMS))
 
     def _excess(self, metric: str, lost: Tensor) -> Tensor:
         return self.original.self_distance(metric) + lost / self.original.correlations
 
     def variates(self) -> tuple[Tensor, Tensor]:
-        """The original's canonical variates as rows (B, k, n), and the correlations (B, k).
+        """Return the original's canonical variates as rows (B, k, n), and correlations (B, k).
 
-        Both are 0 beyond the rank of K_c, and k is the largest rank of the batch.
+        Both are 0 beyond the rank of K_c, and k is the largest rank in the batch.
         """
         rho, u = self.canonical
-        kept = rho > 0
-        count = int(kept.sum(-1).max())  # of singular K_c they come in descending order
-        h = (u * kept[:, None, :])[..., :count].mT @ self.original.variates
+        in_rank = rho > 0
+        count = int(in_rank.sum(-1).max())  # if K_c is singular, they are in descending order
+        h = (u * in_rank[:, None, :])[..., :count].mT @ self.original.variates
         return h, rho[:, :count]

@@ -1,4 +1,4 @@
-"""The spectrum of a representation, in a basis without the vector of ones."""
+"""A representation and its spectrum, in a basis of the complement of the vector of ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from repsim_kernels.kernels.torch import gram
 
 
 def to_complement(a: Tensor) -> Tensor:
-    """Qᵀa for a (…, n, m), Q an orthonormal basis of the complement of the ones: (…, n - 1, m)."""
+    """Return Qᵀa (…, n - 1, m) for a (…, n, m).
+
+    Q is an orthonormal basis of the complement of the vector of ones.
+    """
     n = a.shape[-2]
     rest = a[..., 1:, :]
     shift = a[..., :1, :] / math.sqrt(n) + rest.sum(-2, keepdim=True) / (n + math.sqrt(n))
@@ -20,36 +23,36 @@ def to_complement(a: Tensor) -> Tensor:
 
 
 def from_complement(a: Tensor) -> Tensor:
-    """Q a for a (…, n - 1, m): (…, n, m), with columns that sum to zero."""
+    """Return Q a (…, n, m), whose columns sum to zero, for a (…, n - 1, m)."""
     n = a.shape[-2] + 1
     total = a.sum(-2, keepdim=True)
     return torch.cat([-total / math.sqrt(n), a - total / (n + math.sqrt(n))], dim=-2)
 
 
-def positive(w: Tensor, n: int) -> Tensor:
-    """Which eigenvalues (…, r) of a Gram of n stimuli count for its rank."""
+def is_positive(w: Tensor, n: int) -> Tensor:
+    """Return which eigenvalues (…, r) of a Gram of n stimuli count towards its rank."""
     return w > n * torch.finfo(torch.float64).eps * w.amax(-1, keepdim=True)
 
 
-def of_gram(g: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvectors (…, n - 1, n - 1) and eigenvalues of a Gram as `Representation.spectrum` has."""
+def spectrum_of_gram(g: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigenvectors and eigenvalues of a Gram, as in `Representation.spectrum`."""
     w, u = torch.linalg.eigh(to_complement(to_complement(g).mT))
-    return _of_rank(u.flip(-1), w.flip(-1), g.shape[-1])
+    return _zero_beyond_rank(u.flip(-1), w.flip(-1), g.shape[-1])
 
 
-def _of_rank(u: Tensor, w: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    keep = positive(w, n)
+def _zero_beyond_rank(u: Tensor, w: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    keep = is_positive(w, n)
     return u * keep[..., None, :], w * keep
 
 
 class Representation:
-    """x (…, n, p) and what the metrics need of it, each made once.
+    """x (…, n, p) and the quantities that metrics derive from it, each computed once.
 
-    Everything but `x` and `gram` lives in the n - 1 dimensions beside the vector of ones.
+    `spectrum` and `factor` are in the n - 1 dimensions orthogonal to the vector of ones.
     """
 
     def __init__(self, x: Tensor, gram: Tensor | None = None) -> None:
-        """gram: that of x, where it has been computed already."""
+        """``gram``: the Gram of x, if it has been computed already."""
         self.x, self._gram = x, gram
 
     @property
@@ -72,9 +75,9 @@ class Representation:
     def spectrum(self) -> tuple[Tensor, Tensor]:
         """Eigenvectors (…, n - 1, r) and eigenvalues (…, r), descending; zero beyond the rank."""
         if self.p >= self.n:
-            return of_gram(self.gram)
+            return spectrum_of_gram(self.gram)
         u, s, _ = torch.linalg.svd(to_complement(self.centred), full_matrices=False)
-        return _of_rank(u, s.square(), self.n)
+        return _zero_beyond_rank(u, s.square(), self.n)
 
     @cached_property
     def rank(self) -> Tensor:
@@ -86,7 +89,7 @@ class Representation:
 
     @cached_property
     def factor(self) -> Tensor:
-        """T (…, n - 1, min(p, n - 1)) with T Tᵀ the Gram."""
+        """T (…, n - 1, min(p, n - 1)) such that T Tᵀ is the Gram."""
         if self.p < self.n:
             return to_complement(self.centred)
         u, w = self.spectrum
