@@ -226,7 +226,7 @@ def _make_full_study(network: Network, device: str) -> tuple[Study, Draws]:
     model = load_network(network, "random").model
     if device == "cpu":  # as the study has them there
         model = model.to(memory_format=torch.channels_last)
-    shown = imagenet.noise(imagenet.outputs(network.classes), network.images)
+    shown = imagenet.noise(imagenet.outputs(network.classes), network.images_per_class)
     options = {"name": network.name, "others": network.others}
     draws = Draws(network.draws, network.neurons_per_draw, _PRESET.paired)
     return _make_study(model, shown.images, shown.labels, device, **options), draws

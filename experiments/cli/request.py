@@ -174,7 +174,7 @@ def _of_model(
         targets,
         name=name,
         classes=shown.classes,
-        stimuli_per_class=stimuli,
+        metric_images=stimuli,
         **asked.study,
     )
 
@@ -222,7 +222,7 @@ def _of_network(
     preset: Preset, network: Network, loaded: Loaded, asked: Asked
 ) -> tuple[Study, Stimuli]:
     targets = imagenet.outputs(network.classes if asked.classes is None else asked.classes)
-    per_class = network.images if asked.per_class is None else asked.per_class
+    per_class = network.images_per_class if asked.per_class is None else asked.per_class
     if asked.images == "random":
         shown = imagenet.noise(targets, per_class)
     else:
@@ -231,7 +231,7 @@ def _of_network(
             asked.images,
             targets,
             loaded.transform,
-            per_class=per_class,
+            images_per_class=per_class,
             labels=asked.labels,
             skip_bad=asked.skip_bad,
         )
@@ -255,7 +255,7 @@ def _of_network(
         classes=shown.classes,
         others=others,
         draws=Draws(network.draws, network.neurons_per_draw, preset.paired),
-        stimuli_per_class=asked.stimuli,
+        metric_images=asked.stimuli,
         note=f"not evidence: {', '.join(drawn)}" if drawn else None,
         **options,
     )

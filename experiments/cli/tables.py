@@ -77,7 +77,7 @@ def announce(job: Job, sampled: bool, about: Mapping[str, Mapping[str, Any]]) ->
 
 def _extent(study: Study) -> str:
     targets = [str(study.class_name(label)) for label in study.targets]
-    per_class = study.stimuli_per_class
+    per_class = study.metric_images
     which = "all" if per_class is None else f"the first {per_class} of each class"
     beside = "" if study.others is None else f", {study.others} other classes drawn for each target"
     return (

@@ -78,7 +78,7 @@ def validation(
     classes: Sequence[int],
     transform: Transform,
     *,
-    per_class: int | None = None,
+    images_per_class: int | None = None,
     labels: str | Path | None = None,
     skip_bad: bool = False,
 ) -> Stimuli:
@@ -95,7 +95,7 @@ def validation(
         Outputs, as `outputs` gives them.
     transform : callable
         What the network wants done: `weights.transforms()` of torchvision.
-    per_class : int, optional
+    images_per_class : int, optional
         At most this many images of each class are taken, the first by file name; all by default.
     labels : path, optional
         The flat directory's classes, in one of three forms. Caffe's val.txt: lines of file name
@@ -123,7 +123,7 @@ def validation(
     wnids); torchvision.datasets.ImageNet (the structure of meta.mat).
     """
     root = Path(path)
-    chosen = _chosen(classes, per_class)
+    chosen = _chosen(classes, images_per_class)
     if not root.is_dir():
         raise DataError(f"images: there is no directory {root}")
     skipped = Counter[str]()
@@ -133,7 +133,9 @@ def validation(
         skipped["of another name" if flat else "outside the classes' folders"] += others
     if flat:
         files = _files_by_label(root, flat, None if labels is None else Path(labels))
-        found = [ClassFiles(o, categories()[o], files[o][:per_class], Counter()) for o in chosen]
+        found = [
+            ClassFiles(o, categories()[o], files[o][:images_per_class], Counter()) for o in chosen
+        ]
     elif labels is not None:
         raise DataError(
             f"labels: {labels} is of no use, {root} has no ILSVRC2012_val_00000001.JPEG and so on"
@@ -142,14 +144,14 @@ def validation(
         found = []
         for output, folder in zip(chosen, _folders_of(root, folders, chosen), strict=True):
             read, own = image_files(folder)
-            found.append(ClassFiles(output, categories()[output], read[:per_class], own))
+            found.append(ClassFiles(output, categories()[output], read[:images_per_class], own))
     # torchvision's transforms know the side that they resize to; of others it isn't known.
     side = getattr(transform, "resize_size", None)
     resizing = None if side is None else Resizing(side[0])
     return read_classes(root, found, categories(), transform, skipped, skip_bad, resizing)
 
 
-def noise(classes: Sequence[int], per_class: int, size: int = 224) -> Stimuli:
+def noise(classes: Sequence[int], images_per_class: int, size: int = 224) -> Stimuli:
     """Random images of ``size`` x ``size`` in ImageNet's place, to see how long a study takes.
 
     Sorted by output. Pixels of 8 bits, coarse noise mixed half and half with a colour of the class,
@@ -159,22 +161,22 @@ def noise(classes: Sequence[int], per_class: int, size: int = 224) -> Stimuli:
     Raises
     ------
     DataError
-        If there are no classes, one is unknown or named twice, or `per_class` is too small.
+        If there are no classes, one is unknown or named twice, or `images_per_class` is too small.
     """
-    chosen = _chosen(classes, per_class)
-    images = torch.empty(len(chosen) * per_class, 3, size, size, dtype=torch.float32)
+    chosen = _chosen(classes, images_per_class)
+    images = torch.empty(len(chosen) * images_per_class, 3, size, size, dtype=torch.float32)
     mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD])[..., None, None]
     for i, output in enumerate(chosen):
         generator = torch.Generator().manual_seed(output)
         colour = torch.randint(256, (3, 1, 1), generator=generator)
-        for image in images[i * per_class : (i + 1) * per_class]:
+        for image in images[i * images_per_class : (i + 1) * images_per_class]:
             grid = torch.randint(256, (1, 3, _NOISE_GRID, _NOISE_GRID), generator=generator)
             smooth = torch.nn.functional.interpolate(grid.float(), (size, size), mode="bilinear")
             pixels = smooth[0].add_(colour).div_(2).floor_()
             image.copy_(pixels.div_(255).sub_(mean).div_(std))
     return Stimuli(
         images,
-        torch.tensor(chosen).repeat_interleave(per_class),
+        torch.tensor(chosen).repeat_interleave(images_per_class),
         categories(),
         "random images, seed 0: not evidence",
     )
@@ -219,12 +221,12 @@ def _output(name: str, argument: str = "classes") -> int:
     )
 
 
-def _chosen(classes: Sequence[int], per_class: int | None) -> list[int]:
+def _chosen(classes: Sequence[int], images_per_class: int | None) -> list[int]:
     chosen = sorted(outputs(classes))
     if not chosen:
         raise DataError("classes: none are given; expected one or more")
-    if per_class is not None and per_class < 2:
-        raise DataError(f"per_class: {per_class} is too few; expected 2 or more")
+    if images_per_class is not None and images_per_class < 2:
+        raise DataError(f"images_per_class: {images_per_class} is too few; expected 2 or more")
     return chosen
 
 

@@ -54,8 +54,8 @@ class Network:
     others : int, optional
         How many other classes, drawn at random, are shown beside a target; by default all of
         ``classes``.
-    images : int
-        Of each class.
+    images_per_class : int
+        Images of each class that are loaded.
     draws : int
         How often the paper's probe draws neurons of a layer, at least.
     neurons_per_draw : int, optional
@@ -67,7 +67,7 @@ class Network:
     classes: tuple[str, ...]
     width: float = 1.0
     others: int | None = None
-    images: int = 50
+    images_per_class: int = 50
     draws: int = 200
     neurons_per_draw: int | None = None
 

@@ -76,7 +76,7 @@ class Study:
         default.
     ridge, penalty, probe_ridge : float
         Passed on to ``ablation_distances`` (the first two) and ``ablation_decodability``.
-    stimuli_per_class : int, optional
+    metric_images : int, optional
         How many images of each class, its first ones, the distances, the decodability and the
         selectivity are taken over; all by default. The network's performance is always that on
         all images of the target.
@@ -131,7 +131,7 @@ class Study:
         ridge: float = 0.1,
         penalty: float = 0.0,
         probe_ridge: float = 1.0,
-        stimuli_per_class: int | None = None,
+        metric_images: int | None = None,
         probes: Sequence[str] = ("ridge",),
         draws: check.Draws | None = None,
         seed: int = 0,
@@ -163,9 +163,7 @@ class Study:
             ridge, penalty = _options.ridges(ridge, penalty)
             probe_ridge = _options.probe_ridge(probe_ridge, "probe_ridge")
             self.options = {"ridge": ridge, "penalty": penalty, "probe_ridge": probe_ridge}
-            self.stimuli_per_class = check.check_optional_count(
-                stimuli_per_class, "stimuli_per_class", 2
-            )
+            self.metric_images = check.check_optional_count(metric_images, "metric_images", 2)
             self.classes = None if classes is None else check.check_names(classes, "classes")
             self.images, self.labels = check.check_images(images), check.check_labels(labels)
             self.own_memory = memory is not None  # asked for, not what happened to be free
@@ -215,7 +213,7 @@ class Study:
     def counted(self, label: int) -> int:
         """How many images of a class are stimuli."""
         count = int((self.labels == label).sum())
-        return min(count, self.stimuli_per_class or count)
+        return min(count, self.metric_images or count)
 
     def others_of(self, label: int) -> list[int]:
         """The other classes that are drawn for a target."""
@@ -295,7 +293,7 @@ class Study:
             **self.options,
             "probes": self.probes,
             "draws": asdict(self.draws) if "paper" in self.probes else None,
-            "stimuli_per_class": self.stimuli_per_class,
+            "metric_images": self.metric_images,
             "block": self.block,
             "images": hash_of(self.images, self.labels),
             "device": self.device.type,

@@ -115,7 +115,7 @@ def stored(folder: Path, right: int) -> Path:
                 "classes": sorted(table["class"].unique()),
                 "block": 8,
                 "grid": [4, 4],
-                "stimuli_per_class": None,
+                "metric_images": None,
                 "penalty": 0.0,
                 "ridge": 0.1,
                 "probe_ridge": 1.0,

@@ -135,7 +135,7 @@ FRACTION = np.where(LABELS == 1, 0.5, LABELS)
         ({"note": b"a"}, "note: b'a'; expected a text"),
         ({"others": 1.5}, "others: 1.5; expected a whole number of at least 1"),
         ({"others": True}, "others: True; expected a whole number of at least 1"),
-        ({"stimuli_per_class": 2.5}, "stimuli_per_class: 2.5; expected a whole number"),
+        ({"metric_images": 2.5}, "metric_images: 2.5; expected a whole number"),
         ({"block": 2.5}, "block: 2.5; expected a whole number of at least 1"),
         ({"block": "10"}, "block: '10'; expected a whole number of at least 1"),
         ({"seed": -1}, "seed: -1; expected a whole number of at least 0"),

@@ -168,7 +168,7 @@ def test_no_unit_is_finished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (("--images", "images", "--block", "0"), "block: 0; expected a whole number of at least 1"),
         (("--images", "images", "--threads", "0"), "threads: 0; expected 1 or more"),
         (("--images", "images", "--memory", "much"), "memory: 'much'; expected bytes, or a size"),
-        (("--images", "images", "--stimuli", "1"), "stimuli_per_class: 1; expected a whole"),
+        (("--images", "images", "--stimuli", "1"), "metric_images: 1; expected a whole"),
         (("--images", "images", "--labels", "val.txt"), "labels: only with --preset"),
         (("--images", "images", "--per-class", "3"), "per-class: only with --preset"),
         (("--images", "random"), "random"),

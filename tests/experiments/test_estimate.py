@@ -34,9 +34,9 @@ WHOLE = 2 * (CONV1 + CONV2 + FC)
     [
         ({}, 3, 15, 17),  # one Gram of everything, and PWCCA's weights of 16 cells
         ({"metrics": ["cka", "cca"]}, 3, 15, 1),
-        ({"metrics": ["pwcca"], "stimuli_per_class": 4}, 3, 12, 17),
+        ({"metrics": ["pwcca"], "metric_images": 4}, 3, 12, 17),
         ({"others": 1}, 3, 10, 17),
-        ({"others": 1, "stimuli_per_class": 2, "targets": [1]}, 1, 4, 17),
+        ({"others": 1, "metric_images": 2, "targets": [1]}, 1, 4, 17),
         ({"grid": (2, 3), "targets": [0, 2]}, 2, 15, 7),
     ],
 )
@@ -107,7 +107,7 @@ def test_the_parts_add_up(monkeypatch: pytest.MonkeyPatch, memory: str, together
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"others": 1}, {"grid": (8, 16)}, {"stimuli_per_class": 2, "grid": (5, 5)}]
+    "changes", [{}, {"others": 1}, {"grid": (8, 16)}, {"metric_images": 2, "grid": (5, 5)}]
 )
 def test_the_metrics_are_timed_on_two_sizes(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]

@@ -124,7 +124,7 @@ def test_a_directory_for_each_class(tmp_path, directories):
     torch.testing.assert_close(shown.images, expected, rtol=0, atol=0)
     assert shown.classes == categories()
     assert shown.source == f"9 images of 3 classes in {tmp_path}"
-    shown = validation(str(tmp_path), [SNAIL, JUNCO], TRANSFORM, per_class=2)
+    shown = validation(str(tmp_path), [SNAIL, JUNCO], TRANSFORM, images_per_class=2)
     assert shown.labels.tolist() == [JUNCO] * 2 + [SNAIL] * 2
     torch.testing.assert_close(
         shown.images, one_by_one(files[JUNCO][:2] + files[SNAIL][:2]), rtol=0, atol=0
@@ -157,8 +157,8 @@ def test_what_directories_may_lack(tmp_path):
         validation(tmp_path, [], TRANSFORM)
     with pytest.raises(DataError, match="classes: 113 and 113 are one class"):
         validation(tmp_path, [SNAIL, SNAIL], TRANSFORM)
-    with pytest.raises(DataError, match="per_class: 1 is too few"):
-        validation(tmp_path, [SNAIL], TRANSFORM, per_class=1)
+    with pytest.raises(DataError, match="images_per_class: 1 is too few"):
+        validation(tmp_path, [SNAIL], TRANSFORM, images_per_class=1)
     with pytest.raises(DataError, match=r"labels: val\.txt is of no use"):
         validation(tmp_path, [SNAIL], TRANSFORM, labels="val.txt")
     (tmp_path / "780").mkdir()
@@ -241,7 +241,7 @@ def test_flat_directory(flat, tmp_path, write, place, monkeypatch):
     expected = one_by_one([flat / f"ILSVRC2012_val_{i:08d}.JPEG" for i in numbers])
     torch.testing.assert_close(shown.images, expected, rtol=0, atol=0)
     assert shown.classes == categories()
-    shown = validation(flat, [JUNCO], TRANSFORM, labels=labels, per_class=2)
+    shown = validation(flat, [JUNCO], TRANSFORM, labels=labels, images_per_class=2)
     torch.testing.assert_close(shown.images, expected[:2], rtol=0, atol=0)
     with pytest.raises(DataError, match=r"class 'tench' of .* has 1 images; expected 2"):
         validation(flat, [JUNCO, TENCH], TRANSFORM, labels=labels)
@@ -343,7 +343,7 @@ def test_bad_image(flat):
 
 
 def test_noise():
-    shown = noise([SCHOONER, JUNCO], per_class=5, size=64)
+    shown = noise([SCHOONER, JUNCO], images_per_class=5, size=64)
     assert shown.labels.tolist() == [JUNCO] * 5 + [SCHOONER] * 5
     assert shown.images.dtype == torch.float32
     assert shown.classes == categories()
@@ -360,13 +360,13 @@ def test_noise():
 
 
 def test_noise_depends_on_the_class_only():
-    shown = noise([SCHOONER, JUNCO], per_class=5, size=16)
-    fewer = noise([SCHOONER], per_class=2, size=16)
+    shown = noise([SCHOONER, JUNCO], images_per_class=5, size=16)
+    fewer = noise([SCHOONER], images_per_class=2, size=16)
     assert torch.equal(fewer.images, shown.images[5:7])
     for arguments, message in [
         (([], 2, 16), "classes: none"),
         (([1000], 2, 16), "classes: '1000' is unknown"),
-        (([5], 1, 16), "per_class: 1 is too few; expected 2 or more"),
+        (([5], 1, 16), "images_per_class: 1 is too few; expected 2 or more"),
     ]:
         with pytest.raises(DataError, match=message):
             noise(*arguments)

@@ -119,7 +119,7 @@ def test_rows_with_inclusive_edges_equal_those_of_brute_force(layer: str, label:
 def test_rows_beside_drawn_classes_equal_those_of_brute_force(seed: int) -> None:
     images, labels = uneven()
     study = toy_study(
-        images=images, labels=labels, others=1, seed=seed, stimuli_per_class=4, penalty=5, block=1
+        images=images, labels=labels, others=1, seed=seed, metric_images=4, penalty=5, block=1
     )
     rows = study.run()
     for unit in study.units:
@@ -146,9 +146,9 @@ def test_the_stimuli_are_those_of_the_target_and_its_others() -> None:
     images, labels = uneven()
     given = {"images": images, "labels": labels}
     assert toy_study(**given).stimuli == toy_study(**given).shown == 12
-    assert toy_study(**given, stimuli_per_class=4).stimuli == 11
+    assert toy_study(**given, metric_images=4).stimuli == 11
     for seed in range(6):
-        study = toy_study(**given, targets=[2], others=1, seed=seed, stimuli_per_class=4)
+        study = toy_study(**given, targets=[2], others=1, seed=seed, metric_images=4)
         assert study.shown == 11
         assert study.stimuli == 4 + {0: 4, 1: 3}[study.others_of(2)[0]]
 
@@ -187,7 +187,7 @@ def test_rows_do_not_depend_on_what_is_measured_together(memory: str) -> None:
 @cache
 def whole() -> tuple[Study, list[pd.DataFrame]]:
     study = deep_study(
-        memory="250KiB", others=1, stimuli_per_class=3, metrics=["cka", "pwcca"], block=1
+        memory="250KiB", others=1, metric_images=3, metrics=["cka", "pwcca"], block=1
     )
     return study, list(measure.rows(study, study.units))
 
@@ -263,7 +263,7 @@ def test_a_resumed_run_has_the_same_bits_where_memory_is_tight(
 def test_images_pass_once_for_each_group(
     memory: str, per_class: int | None, units: slice, calls: int
 ) -> None:
-    study = deep_study(memory=memory, stimuli_per_class=per_class, metrics=["cka"], block=1)
+    study = deep_study(memory=memory, metric_images=per_class, metrics=["cka"], block=1)
     wanted, passed = study.units[units], []
     study.model.conv1.register_forward_pre_hook(lambda _m, given: passed.append(len(given[0])))
     assert len(list(measure.rows(study, wanted))) == len(wanted)
@@ -280,7 +280,7 @@ def test_what_is_held_by_hand() -> None:
         "act2": 12 * (ACTIVATION + SKIP) + SORTING,
     }
     # Activations of all stimuli and of those beside a target; the skip of the target's images.
-    some = toy_study(images=images, labels=labels, targets=[2], others=2, stimuli_per_class=2)
+    some = toy_study(images=images, labels=labels, targets=[2], others=2, metric_images=2)
     assert held(some)["act1"] == 6 * ACTIVATION + 6 * ACTIVATION + SORTING
     assert held(some)["act2"] == 6 * ACTIVATION + 4 * SKIP + 6 * ACTIVATION + SORTING
 

@@ -89,7 +89,7 @@ def test_classes_are_the_papers():
         assert len(NETWORKS[name].classes) == 10
         assert set(NETWORKS[name].classes) == ten
     stimuli = {
-        n.name: n.images * (len(n.classes) if n.others is None else 1 + n.others)
+        n.name: n.images_per_class * (len(n.classes) if n.others is None else 1 + n.others)
         for n in NETWORKS.values()
     }
     assert stimuli == {"alexnet": 550, **dict.fromkeys(list(NETWORKS)[1:], 500)}

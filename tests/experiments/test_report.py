@@ -157,7 +157,7 @@ def test_headings_are_in_order_and_cells_have_heads(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("undrawn")
 def test_runs_stand_together_and_shared_names_tell_the_run(tmp_path: Path) -> None:
     for name, seed in (("runA", 0), ("run <B>", 1)):
-        shared = toy_study(name="both", metrics=["cka"], seed=seed, stimuli_per_class=5 - seed)
+        shared = toy_study(name="both", metrics=["cka"], seed=seed, metric_images=5 - seed)
         own = toy_study(name=f"only {seed}", metrics=["cka"], layers=["act1"])
         run([shared, own], open_run([shared, own], tmp_path / name, {"images": f"set {seed}"}))
     folders = [tmp_path / "runA", tmp_path / "run <B>"]

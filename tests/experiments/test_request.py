@@ -103,7 +103,10 @@ WITHOUT = ["--images", "random"]
             "weights: a.pt, b.pt for 3",
         ),
         ([*RANDOM, "--classes", "junko,snail"], "classes: 'junko' is unknown; is 'junco' meant?"),
-        ([*RANDOM[:-1], "1", "--classes", "junco,snail"], "per_class: 1 is too few; expected 2"),
+        (
+            [*RANDOM[:-1], "1", "--classes", "junco,snail"],
+            "images_per_class: 1 is too few; expected 2",
+        ),
         ([*RANDOM, *CUT, "--memory", "1MiB"], f"or more, for what layer '{LATE[0]}' of {NAME}"),
         (
             [*NARROW, "--weights", "random", "--images", "nowhere"],
@@ -248,7 +251,7 @@ def test_others_are_drawn_only_from_more_classes(
 
 
 def test_the_count_of_images_is_the_presets(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = replace(PRESETS[NAME].networks[0], images=4)
+    network = replace(PRESETS[NAME].networks[0], images_per_class=4)
     monkeypatch.setitem(PRESETS, NAME, Preset((network,)))
     (study,) = of_preset(NAME, some(per_class=None)).studies
     assert study.labels.bincount()[study.targets].tolist() == [4, 4, 4]
@@ -278,7 +281,7 @@ def test_the_demo_is_three_small_networks(sampled: bool) -> None:
         sample, layers = SAMPLE[study.name], study_layers(study.model)
         assert study.layers == (spaced(layers, sample.layers) if sampled else layers)
         assert study.targets == (spaced(list(range(10)), 7) if sampled else list(range(10)))
-        assert study.stimuli_per_class == (20 if sampled else None)
+        assert study.metric_images == (20 if sampled else None)
         assert (study.edges, study.others, study.note) == ("equal", None, None)
         assert study.metrics == list(METRICS)
     assert {study.block for study in job.studies} == {10}

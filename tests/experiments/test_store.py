@@ -36,7 +36,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path) -> None:
-    given: dict[str, Any] = {"stimuli_per_class": 3, "block": 1}
+    given: dict[str, Any] = {"metric_images": 3, "block": 1}
     undisturbed = toy_study(**given).run(tmp_path / "a")
     with pytest.raises(KeyboardInterrupt):
         toy_study(**given).run(tmp_path / "b", stop_after(2))

@@ -20,7 +20,7 @@ from repsim_kernels.reference.probe import ablation_decodability
 
 @pytest.fixture(scope="module")
 def table() -> pd.DataFrame:
-    return toy_study(stimuli_per_class=4).run()
+    return toy_study(metric_images=4).run()
 
 
 def hooked(model: nn.Module, layer: str, images: torch.Tensor, mask: torch.Tensor) -> Any:
@@ -123,7 +123,7 @@ def test_random_cells_are_drawn_and_have_the_grids_sizes() -> None:
 
 
 def test_halves_too_small_to_be_told_apart_are_nan() -> None:
-    table = toy_study(stimuli_per_class=3).run()
+    table = toy_study(metric_images=3).run()
     # Of nine stimuli the second class's are in the fourth to sixth place, of which one is odd.
     few = np.where(table["class"] == CLASSES[1], "odd", "even")
     for which in HALVES:
@@ -176,7 +176,7 @@ def test_progress_counts_the_units() -> None:
         ({"grid": (100, 4)}, "grid: 100 x 4 cells for the 256 neurons of layer 'act1'"),
         ({"ridge": -1.0}, "ridge: -1.0; expected a finite number"),
         ({"penalty": float("nan")}, "penalty: nan; expected a finite number"),
-        ({"stimuli_per_class": 1}, "stimuli_per_class: 1; expected a whole number of at least 2"),
+        ({"metric_images": 1}, "metric_images: 1; expected a whole number of at least 2"),
         ({"labels": torch.zeros(15)}, "labels: dtype float32; expected integers"),
         ({"labels": [0, 1]}, r"images: shape \(15, 3, 8, 8\) for 2 labels"),
         ({"labels": ["a"] * 15}, "labels: dtype <U1; expected integers"),
