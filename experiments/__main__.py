@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from repsim_kernels.experiments.cli.options import one_line_errors, split
+from repsim_kernels.experiments.cli.options import exit_on_errors, split_commas
 from repsim_kernels.experiments.cli.sweep import sweep
 from repsim_kernels.experiments.errors import OptionsError
 
@@ -38,23 +38,23 @@ RUN = typer.Argument(help="Folder of a run; runs/demo by default.")
 @app.command()
 def status(run: Annotated[Path, RUN] = Path("runs/demo")) -> None:
     """Say what of a run is done, left and failed, who works on it, and how long it will take."""
-    with one_line_errors():
-        from repsim_kernels.experiments.cli.tables import show_status
+    with exit_on_errors():
+        from repsim_kernels.experiments.cli.tables import print_status
         from repsim_kernels.experiments.runs.status import status as status_of
 
-        show_status(Console(highlight=False, markup=False), status_of(run))
+        print_status(Console(highlight=False, markup=False), status_of(run))
 
 
 @app.command()
 def compact(run: Annotated[Path, RUN] = Path("runs/demo")) -> None:
     """Make a run's table and report of what is finished; exit code 3 where units are missing."""
-    with one_line_errors():
-        from repsim_kernels.experiments.cli.tables import finish
+    with exit_on_errors():
+        from repsim_kernels.experiments.cli.tables import print_results
         from repsim_kernels.experiments.runs.store import Store
 
         store = Store(run)
         table = store.compact()
-        finish(Console(highlight=False, markup=False), table, store)
+        print_results(Console(highlight=False, markup=False), table, store)
         if "missing" in table.attrs:
             print(f"{table.attrs['missing']} units are missing", file=sys.stderr)
             raise typer.Exit(3)
@@ -75,7 +75,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Of the initial weights and the order.")] = 0,
 ) -> None:
     """Train the small networks on Fashion-MNIST (Debian's dataset-fashion-mnist)."""
-    with one_line_errors():
+    with exit_on_errors():
         from repsim_kernels.experiments.inputs.networks import SMALL
         from repsim_kernels.experiments.inputs.train import train as run_training
 
@@ -96,7 +96,7 @@ def report(
     ] = None,
 ) -> None:
     """Write the report of a run again, or one of several runs."""
-    with one_line_errors():
+    with exit_on_errors():
         from repsim_kernels.experiments.report.page import write_report
 
         runs = run or [Path("runs/demo")]
@@ -137,29 +137,32 @@ def stats(
     ] = None,
 ) -> None:
     """Correlate any table's distances with its function changes, group by group."""
-    with one_line_errors():
+    with exit_on_errors():
         from repsim_kernels.experiments.analysis.correlations import (
             changes_of,
             correlations,
             distances_of,
         )
         from repsim_kernels.experiments.analysis.tables import check_output, read, remarks, write
-        from repsim_kernels.experiments.cli.tables import show_correlations
+        from repsim_kernels.experiments.cli.tables import print_correlations
         from repsim_kernels.experiments.columns import GROUP_KEYS
 
         if out is not None:
             check_output(out)
-        names = split(by) or GROUP_KEYS
-        rows = read(table, split(cell) or ["cell"], names)
-        sides = split(distances) or distances_of(rows), split(changes) or changes_of(rows)
+        names = split_commas(by) or GROUP_KEYS
+        rows = read(table, split_commas(cell) or ["cell"], names)
+        sides = (
+            split_commas(distances) or distances_of(rows),
+            split_commas(changes) or changes_of(rows),
+        )
         keys = names if by else [name for name in names if name in rows.columns]
-        turned = split(similarities) or []
+        turned = split_commas(similarities) or []
         groups = correlations(rows, *sides, keys, similarities=turned)
         if cluster is not None and cluster not in keys:
             raise OptionsError(f"cluster: {cluster!r} names no group; expected {' or '.join(keys)}")
         for remark in remarks(rows, *sides, keys, turned):
             print(f"warning: {remark}", file=sys.stderr)
-        show_correlations(Console(highlight=False, markup=False), groups, cluster or "class")
+        print_correlations(Console(highlight=False, markup=False), groups, cluster or "class")
         if out is not None:
             write(groups, out)
             print(out)

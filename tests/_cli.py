@@ -20,7 +20,7 @@ def invoke(*arguments: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def fails_at(count: int, error: BaseException) -> Callable[..., pd.DataFrame]:
+def fail_at_call(count: int, error: BaseException) -> Callable[..., pd.DataFrame]:
     """`measure._target`, but that its count-th call raises."""
     target, calls = measure._target, []
 

@@ -19,22 +19,22 @@ from rich.console import Console
 from repsim_kernels.experiments.runs.shard import Shard
 
 if TYPE_CHECKING:
-    from repsim_kernels.experiments.cli.request import Job, Recipe
+    from repsim_kernels.experiments.cli.request import StudyFactory, StudySet
     from repsim_kernels.experiments.runs.executors import Executor
     from repsim_kernels.experiments.runs.store import Store
     from repsim_kernels.experiments.study.study import Study
     from repsim_kernels.experiments.study.units import Unit
 
 
-class Kind(StrEnum):
+class ExecutorKind(StrEnum):
     pool = "pool"
     ray = "ray"
 
 
-class How(NamedTuple):
+class LaunchOptions(NamedTuple):
     """Who runs the units, and how it is shown."""
 
-    executor: Kind
+    executor: ExecutorKind
     workers: int | None
     address: str | None
     shard: Shard
@@ -48,7 +48,7 @@ class How(NamedTuple):
         return self.quiet or self.log_json
 
 
-def launch(recipe: Recipe, folder: Path, how: How, dry: bool) -> None:
+def launch(recipe: StudyFactory, folder: Path, how: LaunchOptions, dry: bool) -> None:
     """Run studies into a folder; with an estimate before it, or (dry) that alone.
 
     Raises
@@ -58,64 +58,71 @@ def launch(recipe: Recipe, folder: Path, how: How, dry: bool) -> None:
     typer.Exit
         3, where units are missing: they failed, or can't be read again.
     """
-    from repsim_kernels.experiments.cli.progress import progress_of
-    from repsim_kernels.experiments.cli.tables import announce, show_plans, took, warn_of_chance
+    from repsim_kernels.experiments.cli.progress import show_progress
+    from repsim_kernels.experiments.cli.tables import (
+        print_elapsed,
+        print_plans,
+        print_studies,
+        warn_if_near_chance,
+    )
     from repsim_kernels.experiments.errors import ExecutorError, StoreError
-    from repsim_kernels.experiments.runs.driver import drive
-    from repsim_kernels.experiments.runs.executors.serial import Serial
+    from repsim_kernels.experiments.runs.driver import execute
+    from repsim_kernels.experiments.runs.executors.serial import SerialExecutor
     from repsim_kernels.experiments.runs.membership import open_run
     from repsim_kernels.experiments.runs.store import CONFIGURATION
     from repsim_kernels.experiments.study.estimate import plan
 
     console = Console(highlight=False, markup=False)
-    apart = how.workers != 1 or how.executor is Kind.ray
+    apart = how.workers != 1 or how.executor is ExecutorKind.ray
     count = how.workers or 1
     job = recipe.job()
     if dry and not (folder / CONFIGURATION).exists():
-        announce(job, recipe.sampled, {})
-        units = how.shard.of([unit for study in job.studies for unit in study.units])
-        show_plans(console, [plan(*both, apart) for both in _of_each(job, units)], count)
+        print_studies(job, recipe.sampled, {})
+        units = how.shard.select([unit for study in job.studies for unit in study.units])
+        print_plans(console, [plan(*both, apart) for both in _of_each(job, units)], count)
         return
     store = open_run(job.studies, folder, {"images": job.source}, _sharing(how))
-    units = how.shard.of(store.units)
+    units = how.shard.select(store.units)
     if not how.silent:
-        announce(job, recipe.sampled, store.study.get("about", {}).get("models", {}))
+        print_studies(job, recipe.sampled, store.study.get("about", {}).get("models", {}))
         print(f"Into {folder}")
         if how.shard.count > 1:
             source = f" ({how.shard_from})" if how.shard_from else ""
             print(f"Shard {how.shard}{source}: {len(units)} of {len(store.units)} units")
-        warn_of_chance(store)
-    left = store.left(units)
+        warn_if_near_chance(store)
+    left = store.unfinished(units)
     if not left and not how.silent:
         print(f"All {len(units)} units are done already.")
     try:
         plans = []
         if left and (dry or (recipe.preset is not None and not how.silent)):
             plans = [plan(*both, apart) for both in _of_each(job, left)]
-            show_plans(console, plans, count)
+            print_plans(console, plans, count)
         if dry:
             return
         start = time.perf_counter()
-        executor = _executor(recipe, job, store, how) if left else Serial(job.studies, store)
-        with progress_of(console, how.quiet, how.log_json) as progress:
-            failed = drive(store, executor, how.shard, progress)
+        executor = (
+            _executor(recipe, job, store, how) if left else SerialExecutor(job.studies, store)
+        )
+        with show_progress(console, how.quiet, how.log_json) as progress:
+            failed = execute(store, executor, how.shard, progress)
         whole = _end(console, store, how, failed)
     except (KeyboardInterrupt, StoreError, ExecutorError) as error:
         said = f"{error}; " if str(error) else ""
         raise type(error)(said + _kept(store, units, folder)) from error
     if plans:
-        took(time.perf_counter() - start, plans, count)
+        print_elapsed(time.perf_counter() - start, plans, count)
     if not whole:
         raise typer.Exit(3)
 
 
-def _end(console: Console, store: Store, how: How, failed: dict[Unit, str]) -> bool:
+def _end(console: Console, store: Store, how: LaunchOptions, failed: dict[Unit, str]) -> bool:
     """Make the table once no unit is left but those that failed, and say what came of it.
 
     Returns whether nothing is missing: of the table, or of the shard's own units while other
     shards still have theirs to measure.
     """
-    from repsim_kernels.experiments.cli.tables import finish
+    from repsim_kernels.experiments.cli.tables import print_results
     from repsim_kernels.experiments.report.page import write_report
 
     if failed:
@@ -127,9 +134,9 @@ def _end(console: Console, store: Store, how: How, failed: dict[Unit, str]) -> b
             f"out; more in {store.folder / 'failed'}, and the same command tries again",
             file=sys.stderr,
         )
-    left = store.left()
-    unfinished = set(left) - set(store.failed())
-    if lost := [unit for unit in how.shard.of(store.units) if unit in unfinished]:
+    left = store.unfinished()
+    unfinished = set(left) - set(store.failures())
+    if lost := [unit for unit in how.shard.select(store.units) if unit in unfinished]:
         print(
             f"no table: {len(lost)} of {len(store.units)} units are missing though they were "
             f"measured, such as {lost[0]}; the same command measures them again",
@@ -151,7 +158,7 @@ def _end(console: Console, store: Store, how: How, failed: dict[Unit, str]) -> b
     if how.silent:
         write_report(store.folder, store.folder / "report.html")
     else:
-        finish(console, table, store)
+        print_results(console, table, store)
     missing = table.attrs.get("missing")
     if missing and not failed:  # another shard's, or damaged this very moment
         print(f"{missing} units are missing from the table", file=sys.stderr)
@@ -159,14 +166,14 @@ def _end(console: Console, store: Store, how: How, failed: dict[Unit, str]) -> b
 
 
 def _kept(store: Store, units: Sequence[Unit], folder: Path) -> str:
-    done = sum(store.path(unit).exists() for unit in units)
+    done = sum(store.part_path(unit).exists() for unit in units)
     return (
         f"{done} of {len(units)} units are finished and kept in {folder}; "
         "the same command goes on from there"
     )
 
 
-def _of_each(job: Job, units: Sequence[Unit]) -> Iterator[tuple[Study, list[Unit]]]:
+def _of_each(job: StudySet, units: Sequence[Unit]) -> Iterator[tuple[Study, list[Unit]]]:
     """The studies that have some of these units, and which."""
     for study in job.studies:
         mine = [unit for unit in units if unit.model == study.name]
@@ -174,24 +181,24 @@ def _of_each(job: Job, units: Sequence[Unit]) -> Iterator[tuple[Study, list[Unit
             yield study, mine
 
 
-def _executor(recipe: Recipe, job: Job, store: Store, how: How) -> Executor:
+def _executor(recipe: StudyFactory, job: StudySet, store: Store, how: LaunchOptions) -> Executor:
     from repsim_kernels.experiments.runs.executors import Task
-    from repsim_kernels.experiments.runs.executors.pool import Pool
-    from repsim_kernels.experiments.runs.executors.serial import Serial
+    from repsim_kernels.experiments.runs.executors.pool import PoolExecutor
+    from repsim_kernels.experiments.runs.executors.serial import SerialExecutor
 
     task = Task(recipe, str(store.folder.resolve()), how.threads)
     device = recipe.asked.study["device"]
-    if how.executor is Kind.ray:
+    if how.executor is ExecutorKind.ray:
         from repsim_kernels.experiments.runs.executors.cluster import RayExecutor
 
         return RayExecutor(task, device, how.address, how.workers)
     if how.workers == 1 or how.workers is None:
-        return Serial(job.studies, store)
+        return SerialExecutor(job.studies, store)
     gpus = device.startswith("cuda")
-    return Pool(task, [f"cuda:{i}" if gpus else device for i in range(how.workers)])
+    return PoolExecutor(task, [f"cuda:{i}" if gpus else device for i in range(how.workers)])
 
 
-def _sharing(how: How) -> int:
+def _sharing(how: LaunchOptions) -> int:
     """How many workers share this machine's memory."""
     if how.workers is None:
         return max(1, cores() // how.threads)
@@ -204,7 +211,7 @@ def cores() -> int:
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
+def exit_on_signals() -> Iterator[None]:
     """End the command with a line and exit code 130 by Ctrl-C, 143 by SIGTERM."""
 
     terminated = threading.Event()  # a library may put a KeyboardInterrupt of its own in its place

@@ -14,10 +14,10 @@ from repsim_kernels.experiments.errors import ExperimentError, one_line
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def exit_on_errors() -> Iterator[None]:
     """End the command with one line and exit code 2 where what was asked for can't be done."""
     try:
-        with plain_warnings():
+        with print_warnings():
             yield
     except BrokenPipeError:  # what reads the output, such as `head`, has enough
         raise
@@ -32,7 +32,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 @contextmanager
-def plain_warnings() -> Iterator[None]:
+def print_warnings() -> Iterator[None]:
     """Warnings as a line for the person who runs the command, without a place in the code."""
 
     said = set[str]()
@@ -48,7 +48,7 @@ def plain_warnings() -> Iterator[None]:
         yield
 
 
-def split(values: Sequence[str] | None) -> list[str] | None:
+def split_commas(values: Sequence[str] | None) -> list[str] | None:
     """What was given repeatedly or by commas; None where nothing was."""
     if not values:
         return None

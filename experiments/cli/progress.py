@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 if TYPE_CHECKING:
-    from repsim_kernels.experiments.runs.driver import Step
+    from repsim_kernels.experiments.runs.driver import RunProgress
     from repsim_kernels.experiments.study.units import Unit
 
 _FAILURES = {"failed": "failed", "retry": "again"}  # how a failure's own line begins
@@ -23,9 +23,9 @@ _LOG_INTERVAL = 1.0  # seconds between two lines of a log
 
 
 @contextmanager
-def progress_of(
+def show_progress(
     console: Console, quiet: bool = False, log_json: bool = False
-) -> Iterator[Callable[[Step], None]]:
+) -> Iterator[Callable[[RunProgress], None]]:
     """Show a run's steps: a bar in a terminal, lines one after the other elsewhere.
 
     Rate and time left are those of the units that were finished while the block lasts, by a clock
@@ -46,7 +46,7 @@ def progress_of(
     Yields
     ------
     callable
-        What `repsim_kernels.experiments.runs.driver.drive` calls with each `Step`.
+        What `repsim_kernels.experiments.runs.driver.execute` calls with each `RunProgress`.
     """
     if log_json:
         yield _Json(console)
@@ -64,7 +64,7 @@ def progress_of(
             lines.print_held()
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds as a person says them."""
     if seconds < 100:
         return f"{seconds:.1f} s"
@@ -72,7 +72,7 @@ def duration(seconds: float) -> str:
     return f"{minutes:.0f} min" if minutes < 100 else f"{hours:.1f} h"
 
 
-def pace(per_minute: float, units: str = " units") -> str:
+def format_rate(per_minute: float, units: str = " units") -> str:
     """A rate as a person says it."""
     if per_minute < 1:
         return f"{60 / per_minute:.0f} s/unit"
@@ -88,7 +88,7 @@ class _Display:
         self.finished = self.failed = self.left = 0  # finished in this run; earlier ones are not
         self.per_minute: float | None = None  # until the last unit was finished
 
-    def __call__(self, step: Step) -> None:
+    def __call__(self, step: RunProgress) -> None:
         event, self.now = step.event, time.monotonic()
         retry = event.what == "failed" and step.failed == self.failed
         self.failed, self.left = step.failed, step.total - step.done - step.failed
@@ -100,7 +100,7 @@ class _Display:
                 self.per_minute = 60 * self.finished / (self.now - self.began)
         self.show("retry" if retry else event.what, step)
 
-    def show(self, what: str, step: Step) -> None:
+    def show(self, what: str, step: RunProgress) -> None:
         """Show a step that is started, done, failed or retry."""
         if what == "failed":
             print(_describe_failure(what, step), file=sys.stderr, flush=True)
@@ -112,15 +112,15 @@ class _Display:
     def figures(self, memory: int, units: str = " units") -> Iterator[str]:
         """Rate, time left and memory, as far as they are known."""
         if self.per_minute is not None and self.seconds_left is not None:
-            yield pace(self.per_minute, units)
+            yield format_rate(self.per_minute, units)
             if self.left:
-                yield f"{duration(self.seconds_left)} left"
+                yield f"{format_duration(self.seconds_left)} left"
         if memory:
             yield f"{memory / 2**30:.1f} GiB"
 
 
 class _Json(_Display):
-    def show(self, what: str, step: Step) -> None:
+    def show(self, what: str, step: RunProgress) -> None:
         event = step.event
         fields = {
             "event": what,
@@ -146,13 +146,13 @@ class _Lines(_Display):
     printed: float | None = None  # when
     held = ""
 
-    def show(self, what: str, step: Step) -> None:
+    def show(self, what: str, step: RunProgress) -> None:
         where = f"{step.done}/{step.total} {step.event.unit}"
         due = self.printed is None or self.now - self.printed >= _LOG_INTERVAL
         if what in _FAILURES:
             self._print(_describe_failure(what, step))
         elif what == "done":
-            took = f"{where} done in {duration(step.event.seconds)}"
+            took = f"{where} done in {format_duration(step.event.seconds)}"
             self.held = ", ".join([took, *self.figures(step.event.memory)])
             if due:
                 self.printed = self.now
@@ -190,7 +190,7 @@ class _Bar(_Display):
         )
         self.task = self.progress.add_task("starting", total=None)
 
-    def show(self, what: str, step: Step) -> None:
+    def show(self, what: str, step: RunProgress) -> None:
         unit = step.event.unit
         self.progress.live.transient = False
         self.memory = max(self.memory, step.event.memory)
@@ -211,5 +211,5 @@ class _Bar(_Display):
         )
 
 
-def _describe_failure(what: str, step: Step) -> str:
+def _describe_failure(what: str, step: RunProgress) -> str:
     return f"{_FAILURES[what]}: {step.event.unit}: {step.event.error}"

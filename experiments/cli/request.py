@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from repsim_kernels.experiments.errors import OptionsError, StudyError
-from repsim_kernels.experiments.inputs import imagenet
-from repsim_kernels.experiments.inputs import images as data
+from repsim_kernels.experiments.inputs import imagenet, images
 from repsim_kernels.experiments.inputs.images import Stimuli
 from repsim_kernels.experiments.inputs.networks import SMALL, load, study_layers
 from repsim_kernels.experiments.inputs.presets import (
@@ -29,7 +28,7 @@ from repsim_kernels.experiments.study.study import Study
 
 
 class Sample(NamedTuple):
-    """What the demo takes of a network, evenly spaced, unless ``--full`` is given."""
+    """What the demo takes of a network, evenly space_evenly, unless ``--full`` is given."""
 
     layers: int
     targets: int
@@ -37,7 +36,7 @@ class Sample(NamedTuple):
 
 
 # Chosen to take two minutes on two cores, all three together.
-SAMPLE = {
+SAMPLES = {
     "alexnet_small": Sample(layers=7, targets=7, stimuli=20),
     "mobilenet_v2_small": Sample(layers=8, targets=7, stimuli=20),
     "resnet50_small": Sample(layers=8, targets=7, stimuli=20),
@@ -45,7 +44,7 @@ SAMPLE = {
 
 
 @dataclass(frozen=True)
-class Asked:
+class SweepOptions:
     """The options of ``sweep``; None where one was not given."""
 
     weights: list[str] | None = None
@@ -60,7 +59,7 @@ class Asked:
     study: dict[str, Any] = field(default_factory=dict)  # for `Study`, those that were given
 
 
-class Job(NamedTuple):
+class StudySet(NamedTuple):
     """Studies to run as one, and what their images are."""
 
     studies: list[Study]
@@ -70,10 +69,10 @@ class Job(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class StudyFactory:
     """How any process makes the studies of a run: what was asked for, and of what networks."""
 
-    asked: Asked
+    asked: SweepOptions
     names: tuple[str, ...] = ()
     preset: str | None = None
     sampled: bool = False
@@ -83,12 +82,12 @@ class Recipe:
         """Whether all networks are the small ones that come with the package."""
         return self.preset is None and all(name in SMALL for name in self.names)
 
-    def job(self) -> Job:
+    def job(self) -> StudySet:
         """Make them; raises OptionsError, DataError, ModelError, StudyError, LayerError."""
         torch.set_flush_denormal(True)  # tiny activations are slow on a CPU otherwise
         if self.preset is not None:
-            return of_preset(self.preset, self.asked)
-        return of_models(self.names, self.asked, self.sampled)
+            return make_preset_studies(self.preset, self.asked)
+        return make_model_studies(self.names, self.asked, self.sampled)
 
     def __call__(self, device: str) -> list[Study]:
         """The studies on a device."""
@@ -96,7 +95,7 @@ class Recipe:
         return replace(self, asked=asked).job().studies
 
 
-def of_models(names: Sequence[str], asked: Asked, sampled: bool) -> Job:
+def make_model_studies(names: Sequence[str], asked: SweepOptions, sampled: bool) -> StudySet:
     """Studies of the shipped networks, torchvision's, or a user's own.
 
     Raises
@@ -108,14 +107,14 @@ def of_models(names: Sequence[str], asked: Asked, sampled: bool) -> Job:
         raise OptionsError(f"{option}: only with --preset")
     if asked.images is not None:
         side = _default_size(names) if asked.size is None else asked.size
-        shown = data.image_folder(asked.images, asked.classes, side, asked.skip_bad)
+        shown = images.image_folder(asked.images, asked.classes, side, asked.skip_bad)
     elif not all(name in SMALL for name in names):
         other = next(name for name in names if name not in SMALL)
         raise OptionsError(f"images: {other!r} needs some; expected a folder, --images")
     elif asked.size is not None:
         raise OptionsError(f"size: {asked.size} without images; expected a folder, --images")
     else:
-        shown = data.demo()
+        shown = images.demo()
     given = [None] * len(names) if asked.weights is None else asked.weights
     if len(given) != len(names):
         raise OptionsError(
@@ -125,9 +124,9 @@ def of_models(names: Sequence[str], asked: Asked, sampled: bool) -> Job:
     studies = []
     for name, path in zip(names, given, strict=True):
         network = load(name, path, log=remarks.append)
-        sample = SAMPLE.get(name) if sampled else None
+        sample = SAMPLES.get(name) if sampled else None
         studies.append(_of_model(name, network, shown, sample, asked))
-    return Job(
+    return StudySet(
         studies,
         shown.source,
         (shown.normalisation,) * len(studies),
@@ -150,7 +149,7 @@ def _warnings(shown: Sequence[Stimuli]) -> list[str]:
 
 
 def _of_model(
-    name: str, network: nn.Module, shown: Stimuli, sample: Sample | None, asked: Asked
+    name: str, network: nn.Module, shown: Stimuli, sample: Sample | None, asked: SweepOptions
 ) -> Study:
     if unknown := [c for c in asked.classes or () if c not in shown.classes]:
         known = ", ".join(shown.classes)
@@ -160,10 +159,10 @@ def _of_model(
     if asked.classes is not None:
         targets = [label for label in targets if shown.classes[label] in asked.classes]
     elif sample is not None:
-        targets = spaced(targets, sample.targets)
+        targets = space_evenly(targets, sample.targets)
     if layers is None:
         layers = study_layers(network)
-        layers = layers if sample is None else spaced(layers, sample.layers)
+        layers = layers if sample is None else space_evenly(layers, sample.layers)
     if stimuli is None and sample is not None:
         stimuli = sample.stimuli
     return Study(
@@ -179,7 +178,7 @@ def _of_model(
     )
 
 
-def of_preset(name: str, asked: Asked) -> Job:
+def make_preset_studies(name: str, asked: SweepOptions) -> StudySet:
     """The studies of a preset: full-size networks, ImageNet's images.
 
     Raises
@@ -210,7 +209,7 @@ def of_preset(name: str, asked: Asked) -> Job:
     ]
     shown = [stimuli for _, stimuli in both]
     weights = [f"weights: {ready.note}" for ready in loaded if ready.note != RANDOM]
-    return Job(
+    return StudySet(
         [study for study, _ in both],
         "; ".join(dict.fromkeys(stimuli.source for stimuli in shown)),
         tuple(stimuli.normalisation for stimuli in shown),
@@ -219,7 +218,7 @@ def of_preset(name: str, asked: Asked) -> Job:
 
 
 def _of_network(
-    preset: Preset, network: Network, loaded: Loaded, asked: Asked
+    preset: Preset, network: Network, loaded: Loaded, asked: SweepOptions
 ) -> tuple[Study, Stimuli]:
     targets = imagenet.outputs(network.classes if asked.classes is None else asked.classes)
     per_class = network.images_per_class if asked.per_class is None else asked.per_class
@@ -262,8 +261,8 @@ def _of_network(
     return study, shown
 
 
-def spaced(values: list[Any], count: int) -> list[Any]:
-    """The first, the last, and what is evenly spaced between."""
+def space_evenly(values: list[Any], count: int) -> list[Any]:
+    """The first, the last, and what is evenly space_evenly between."""
     if count >= len(values):
         return values
     return [values[round(i * (len(values) - 1) / max(1, count - 1))] for i in range(count)]

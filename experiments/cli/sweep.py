@@ -9,10 +9,16 @@ from typing import Annotated
 
 import typer
 
-from repsim_kernels.experiments.cli.launch import How, Kind, cores, launch, stoppable
-from repsim_kernels.experiments.cli.options import one_line_errors, split
+from repsim_kernels.experiments.cli.launch import (
+    ExecutorKind,
+    LaunchOptions,
+    cores,
+    exit_on_signals,
+    launch,
+)
+from repsim_kernels.experiments.cli.options import exit_on_errors, split_commas
 from repsim_kernels.experiments.errors import OptionsError
-from repsim_kernels.experiments.runs.shard import from_environment, parse
+from repsim_kernels.experiments.runs.shard import parse_shard, shard_from_environment
 
 
 def sweep(
@@ -140,8 +146,8 @@ def sweep(
         ),
     ] = None,
     executor: Annotated[
-        Kind, typer.Option(help="pool: processes of this machine; ray: tasks of a cluster.")
-    ] = Kind.pool,
+        ExecutorKind, typer.Option(help="pool: processes of this machine; ray: tasks of a cluster.")
+    ] = ExecutorKind.pool,
     address: Annotated[
         str | None,
         typer.Option(help="Of the Ray cluster, or auto; one on this machine by default."),
@@ -175,29 +181,29 @@ def sweep(
     same command. Exit code: 0, 2 for what can't be done, 3 where units failed or the table lacks
     some, 130 and 143 for a run that Ctrl-C or SIGTERM stopped.
     """
-    with one_line_errors(), stoppable():
-        from repsim_kernels.experiments.cli.request import Asked, Recipe
+    with exit_on_errors(), exit_on_signals():
+        from repsim_kernels.experiments.cli.request import StudyFactory, SweepOptions
         from repsim_kernels.experiments.inputs.networks import SMALL
 
-        own, source = from_environment() if shard is None else (parse(shard), "")
+        own, source = shard_from_environment() if shard is None else (parse_shard(shard), "")
         chosen = {
             "device": _own_gpu(device, source),
             "grid": None if grid is None else _grid(grid),
             "cells": cells,
-            "metrics": split(metrics),
-            "probes": split(probes),
+            "metrics": split_commas(metrics),
+            "probes": split_commas(probes),
             "ridge": ridge,
             "penalty": penalty,
             "memory": memory,
             "block": block,
             "tf32": tf32 or None,
         }
-        asked = Asked(
+        asked = SweepOptions(
             weights=weights,
             images=images,
             labels=labels,
-            classes=split(classes),
-            layers=split(layers),
+            classes=split_commas(classes),
+            layers=split_commas(layers),
             per_class=per_class,
             stimuli=stimuli,
             size=size,
@@ -208,9 +214,9 @@ def sweep(
             raise OptionsError("preset: beside --model or --full; expected one of them")
         names = tuple(model or SMALL)
         sampled = not (full or images or preset)
-        recipe = Recipe(asked, () if preset else names, preset, sampled)
+        recipe = StudyFactory(asked, () if preset else names, preset, sampled)
         folder = out or Path("runs", preset or _folder(names if model or images else (), full))
-        how = How(
+        how = LaunchOptions(
             executor,
             _workers(workers, executor, device),
             address,
@@ -220,19 +226,19 @@ def sweep(
             quiet,
             log_json,
         )
-        if address is not None and executor is not Kind.ray:
+        if address is not None and executor is not ExecutorKind.ray:
             raise OptionsError("address: only with --executor ray")
         launch(recipe, folder, how, dry=plan)
 
 
-def _workers(count: int | None, kind: Kind, device: str) -> int | None:
+def _workers(count: int | None, kind: ExecutorKind, device: str) -> int | None:
     import torch
 
     if count is None:
-        return None if kind is Kind.ray else 1
+        return None if kind is ExecutorKind.ray else 1
     if count < 1:
         raise OptionsError(f"workers: {count}; expected 1 or more")
-    if count > 1 and kind is Kind.pool and device.startswith("cuda"):
+    if count > 1 and kind is ExecutorKind.pool and device.startswith("cuda"):
         if device != "cuda":
             raise OptionsError(f"workers: {count} on {device}; expected --device cuda, all GPUs")
         if count > torch.cuda.device_count():

@@ -19,13 +19,13 @@ from repsim_kernels.experiments.analysis.correlations import (
     means,
     summary,
 )
-from repsim_kernels.experiments.cli.progress import duration, pace
+from repsim_kernels.experiments.cli.progress import format_duration, format_rate
 from repsim_kernels.experiments.columns import METRIC_NAMES
 from repsim_kernels.experiments.report.findings import count_nan_images, near_chance
 from repsim_kernels.experiments.runs.store import TABLE
 
 if TYPE_CHECKING:
-    from repsim_kernels.experiments.cli.request import Job
+    from repsim_kernels.experiments.cli.request import StudySet
     from repsim_kernels.experiments.runs.status import Status
     from repsim_kernels.experiments.runs.store import Store
     from repsim_kernels.experiments.study.estimate import Plan
@@ -45,12 +45,12 @@ HEADS = {
 }
 
 
-def announce(job: Job, sampled: bool, about: Mapping[str, Mapping[str, Any]]) -> None:
+def print_studies(job: StudySet, sampled: bool, about: Mapping[str, Mapping[str, Any]]) -> None:
     """Say what is going to run, how its weights were read, and what its images are.
 
     Parameters
     ----------
-    job : Job
+    job : StudySet
     sampled : bool
         Whether it is a part of the demo.
     about : mapping
@@ -93,7 +93,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(shown)
 
 
-def warn_of_chance(store: Store) -> None:
+def warn_if_near_chance(store: Store) -> None:
     """Say which of a run's networks are near chance, if any."""
     for name, about in store.study.get("about", {}).get("models", {}).items():
         if how := near_chance(about):
@@ -102,11 +102,11 @@ def warn_of_chance(store: Store) -> None:
             )
 
 
-def finish(console: Console, table: pd.DataFrame, store: Store) -> None:
+def print_results(console: Console, table: pd.DataFrame, store: Store) -> None:
     """Print the mean correlations, write the report, say where things are."""
     from repsim_kernels.experiments.report.page import write_report  # imports matplotlib
 
-    warn_of_chance(store)
+    warn_if_near_chance(store)
     changes, folder = changes_of(table), store.folder
     wide = means(correlations(table, distances_of(table), changes))
     notes = table.attrs.get("notes", {})
@@ -142,7 +142,7 @@ def _show(console: Console, view: Table) -> None:
     console.print(view)
 
 
-def show_correlations(console: Console, groups: pd.DataFrame, cluster: str) -> None:
+def print_correlations(console: Console, groups: pd.DataFrame, cluster: str) -> None:
     """Print what the groups' correlations come to, with an interval over the clusters."""
     from repsim_kernels.experiments.analysis.inference import intervals
 
@@ -170,7 +170,7 @@ def show_correlations(console: Console, groups: pd.DataFrame, cluster: str) -> N
         print(f"Intervals: jackknife-t over {cluster}. Groups without a correlation are left out.")
 
 
-def show_plans(console: Console, plans: Sequence[Plan], workers: int = 1) -> None:
+def print_plans(console: Console, plans: Sequence[Plan], workers: int = 1) -> None:
     """What each network is going to take, layer by layer, and all of them by some workers."""
     for plan in plans:
         print(
@@ -189,31 +189,34 @@ def show_plans(console: Console, plans: Sequence[Plan], workers: int = 1) -> Non
                 f"{line.metric_flops / 1e12:.3g}",
                 f"{line.held / 2**30:.2f}",
                 *([f"{line.fits:,}"] if fits else []),
-                duration(line.seconds),
+                format_duration(line.seconds),
             )
         _show(console, view)
         many = "pass" if plan.passes == 1 else "passes"
         print(
             f"  {plan.passes} {many} of all images for all layers, "
-            f"{plan.pass_flops / 1e12:.3g} TFLOP, {duration(plan.pass_seconds)}; "
+            f"{plan.pass_flops / 1e12:.3g} TFLOP, {format_duration(plan.pass_seconds)}; "
             f"{plan.held / 2**30:.2f} GiB of activations at most, of "
             f"{plan.memory / 2**30:.2f} GiB of memory\n"
         )
     flops, seconds = (sum(getattr(plan, what) for plan in plans) for what in ("flops", "seconds"))
     who = "on this device" if workers == 1 else f"by {workers} workers like this one"
-    print(f"Plan: {flops / 1e12:.3g} TFLOP, about {duration(seconds / workers)} {who}.", flush=True)
+    print(
+        f"Plan: {flops / 1e12:.3g} TFLOP, about {format_duration(seconds / workers)} {who}.",
+        flush=True,
+    )
 
 
-def took(seconds: float, plans: Sequence[Plan], workers: int = 1) -> None:
+def print_elapsed(seconds: float, plans: Sequence[Plan], workers: int = 1) -> None:
     """Hold what a run took against its plan."""
     said = sum(plan.seconds for plan in plans) / workers
-    print(f"Took {duration(seconds)}; the plan said {duration(said)}.")
+    print(f"Took {format_duration(seconds)}; the plan said {format_duration(said)}.")
 
 
 _SHOWN = 5  # errors
 
 
-def show_status(console: Console, status: Status) -> None:
+def print_status(console: Console, status: Status) -> None:
     """Print a run's status."""
     counts = f"{status.done} of {status.total} units done, {status.left} left"
     if status.failed:
@@ -261,8 +264,8 @@ def _work(status: Status) -> Iterator[str]:
     else:
         who = _workers(status.workers) if status.drivers else "one worker"
         yield (
-            f"{duration(status.seconds_left)} left for {who}, {pace(status.per_minute)}, "
-            "by what finished units took"
+            f"{format_duration(status.seconds_left)} left for {who}, "
+            f"{format_rate(status.per_minute)}, by what finished units took"
         )
 
 

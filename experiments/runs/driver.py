@@ -14,8 +14,8 @@ import pandas as pd  # type: ignore[import-untyped]
 from repsim_kernels.experiments.columns import KEYS
 from repsim_kernels.experiments.errors import ExecutorError
 from repsim_kernels.experiments.runs.executors import Event, Executor
-from repsim_kernels.experiments.runs.executors.serial import Serial
-from repsim_kernels.experiments.runs.lock import driving
+from repsim_kernels.experiments.runs.executors.serial import SerialExecutor
+from repsim_kernels.experiments.runs.lock import hold_lock
 from repsim_kernels.experiments.runs.membership import check_names, open_run
 from repsim_kernels.experiments.runs.shard import Shard
 from repsim_kernels.experiments.runs.store import Store
@@ -24,10 +24,10 @@ from repsim_kernels.experiments.study.checks import check_progress
 from repsim_kernels.experiments.study.study import Study
 from repsim_kernels.experiments.study.units import Unit
 
-TRIES = 3  # of a unit, before it is recorded as failed
+MAX_ATTEMPTS = 3  # of a unit, before it is recorded as failed
 
 
-class Step(NamedTuple):
+class RunProgress(NamedTuple):
     """Where a run is, and what has just happened."""
 
     event: Event
@@ -36,7 +36,7 @@ class Step(NamedTuple):
     total: int
 
 
-Progress = Callable[[Step], object]
+Progress = Callable[[RunProgress], object]
 
 
 def run(
@@ -54,7 +54,7 @@ def run(
         that are stored already are not computed again, and ``results.parquet`` is written at the
         end.
     progress : callable, optional
-        Called with a `Step` when a unit starts, is done, or has failed.
+        Called with a `RunProgress` when a unit starts, is done, or has failed.
 
     Returns
     -------
@@ -89,7 +89,7 @@ def run(
     check_progress(progress)
     if out is not None:
         store = out if isinstance(out, Store) else open_run(studies, out)
-        failed = drive(store, Serial(studies, store), progress=progress)
+        failed = execute(store, SerialExecutor(studies, store), progress=progress)
         if failed:
             unit, error = next(iter(failed.items()))
             warnings.warn(
@@ -103,7 +103,7 @@ def run(
         for unit, rows in zip(study.units, measure.rows(study, study.units), strict=True):
             parts.append(rows)
             if progress is not None:
-                progress(Step(Event("done", unit, ""), len(parts), 0, total))
+                progress(RunProgress(Event("done", unit, ""), len(parts), 0, total))
     table = pd.concat(parts, ignore_index=True)
     table = table.sort_values(KEYS, kind="stable", ignore_index=True)
     notes = {study.name: study.note for study in studies if study.note is not None}
@@ -111,7 +111,7 @@ def run(
     return table
 
 
-def drive(
+def execute(
     store: Store,
     executor: Executor,
     shard: Shard = Shard(),  # noqa: B008  (it is immutable)
@@ -119,7 +119,8 @@ def drive(
 ) -> dict[Unit, str]:
     """Have an executor measure what is left of a run.
 
-    A unit that fails is tried again after the others, `TRIES` times in all, where that may help.
+    A unit that fails is retried after the others, up to `MAX_ATTEMPTS` attempts in total, if a
+    retry may help.
 
     Parameters
     ----------
@@ -129,7 +130,7 @@ def drive(
     shard : Shard, optional
         The part of the run's units that is to be measured.
     progress : callable, optional
-        Called with a `Step` when a unit starts, is done, or has failed.
+        Called with a `RunProgress` when a unit starts, is done, or has failed.
 
     Returns
     -------
@@ -143,10 +144,10 @@ def drive(
     ExecutorError
         No worker can start.
     """
-    units, tries, failed = shard.of(store.units), Counter[Unit](), dict[Unit, str]()
-    lock = driving(store.folder, shard, executor.workers)
+    units, tries, failed = shard.select(store.units), Counter[Unit](), dict[Unit, str]()
+    lock = hold_lock(store.folder, shard, executor.workers)
     with closing(executor), lock, _tidied(store, units):
-        todo = deque(store.left(units))
+        todo = deque(store.unfinished(units))
         done = len(units) - len(todo)
         if not todo:
             return {}
@@ -158,28 +159,30 @@ def drive(
                     done += 1
                 elif event.what == "failed":
                     tries[unit] += 1
-                    if event.again and tries[unit] < TRIES:
+                    if event.again and tries[unit] < MAX_ATTEMPTS:
                         todo.append(unit)
                     else:
                         failed[unit] = event.error
-                        store.fail(unit, event.error, details=event.details, worker=event.worker)
+                        store.record_failure(
+                            unit, event.error, details=event.details, worker=event.worker
+                        )
                 if progress is not None:
-                    progress(Step(event, done, len(failed), len(units)))
+                    progress(RunProgress(event, done, len(failed), len(units)))
     return failed
 
 
 @contextmanager
 def _tidied(store: Store, units: Sequence[Unit]) -> Iterator[None]:
     """Leave nothing half written behind, of this run or of one that was killed before."""
-    store.tidy(units)
+    store.remove_temporary_files(units)
     try:
         yield
     finally:
-        store.tidy(units)
+        store.remove_temporary_files(units)
 
 
 def _check_stored(store: Store, event: Event) -> None:
-    if not store.path(event.unit).exists():
+    if not store.part_path(event.unit).exists():
         raise ExecutorError(
             f"out: {event.worker} has stored {event.unit} where this process sees no part in "
             f"{store.folder}; expected a folder that all machines share"

@@ -33,7 +33,7 @@ class Driver(NamedTuple):
 
 
 @contextmanager
-def driving(folder: Path, shard: Shard, workers: int) -> Iterator[None]:
+def hold_lock(folder: Path, shard: Shard, workers: int) -> Iterator[None]:
     """Keep other runs out of a folder, or out of one shard of it, while the block lasts.
 
     Raises
@@ -54,7 +54,7 @@ def driving(folder: Path, shard: Shard, workers: int) -> Iterator[None]:
         own.write(json.dumps(me._asdict()) + "\n")
         own.flush()
         # Units of shards of another count overlap: one would delete what the other is writing.
-        if others := [d for d in drivers(folder) if not d.shard.endswith(f"/{shard.count}")]:
+        if others := [d for d in list_drivers(folder) if not d.shard.endswith(f"/{shard.count}")]:
             raise StoreError(
                 f"out: {others[0]}, shard {others[0].shard}, works in {folder}; expected "
                 f"shards of {shard.count} beside {shard}"
@@ -62,7 +62,7 @@ def driving(folder: Path, shard: Shard, workers: int) -> Iterator[None]:
         yield
 
 
-def drivers(folder: Path) -> list[Driver]:
+def list_drivers(folder: Path) -> list[Driver]:
     """The processes that work in a folder now."""
     found = []
     for path in sorted(folder.glob(f"{_WHOLE}*")):
@@ -77,7 +77,7 @@ def _take(file: IO[str], kind: int, folder: Path) -> None:
     end = time.monotonic() + _PATIENCE
     while not _try(file, kind):
         if time.monotonic() > end:
-            others = drivers(folder)
+            others = list_drivers(folder)
             who = str(others[0]) if others else "another process"
             what = f", shard {others[0].shard}," if others and others[0].shard != "1/1" else ""
             raise StoreError(

@@ -66,7 +66,7 @@ def open_run(
     return store
 
 
-def join(studies: Sequence[Study], store: Store) -> None:
+def join_run(studies: Sequence[Study], store: Store) -> None:
     """Take part in a run with studies that were made anew.
 
     Raises

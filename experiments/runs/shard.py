@@ -23,12 +23,12 @@ class Shard:
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
 
-    def of(self, units: Sequence[T]) -> list[T]:
+    def select(self, units: Sequence[T]) -> list[T]:
         """Every count-th: the shards' parts are disjoint, and alike in what they cost."""
         return list(units[self.index - 1 :: self.count])
 
 
-def parse(text: str) -> Shard:
+def parse_shard(text: str) -> Shard:
     """Read "2/8".
 
     Raises
@@ -43,7 +43,7 @@ def parse(text: str) -> Shard:
     return shard
 
 
-def from_environment(environment: Mapping[str, str] = os.environ) -> tuple[Shard, str]:
+def shard_from_environment(environment: Mapping[str, str] = os.environ) -> tuple[Shard, str]:
     """What Slurm's job arrays or torchrun say, and the name of the variable that says it.
 
     Array tasks are numbered as Slurm was asked to, from SLURM_ARRAY_TASK_MIN and by steps of

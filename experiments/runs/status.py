@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from repsim_kernels.experiments.errors import DamagedError
-from repsim_kernels.experiments.runs.lock import Driver, drivers
+from repsim_kernels.experiments.runs.lock import Driver, list_drivers
 from repsim_kernels.experiments.runs.store import TABLE, Store
 from repsim_kernels.experiments.study.units import Unit
 
@@ -120,17 +120,17 @@ def status(folder: str | os.PathLike[str]) -> Status:
     Times are those that were recorded with each finished unit: no clock is looked at.
     """
     store = Store(folder)
-    working = tuple(drivers(store.folder))  # first: whoever ends meanwhile has left parts
+    working = tuple(list_drivers(store.folder))  # first: whoever ends meanwhile has left parts
     took, damaged = dict[Unit, float](), dict[Unit, str]()
     for unit in store.units:
         try:
-            facts = store.facts(unit)
+            facts = store.read_facts(unit)
         except DamagedError as error:
             damaged[unit] = str(error)
         else:
             if facts is not None:
                 took[unit] = facts.get("seconds", 0.0)
-    failed = store.failed()
+    failed = store.failures()
     return Status(
         store.folder,
         tuple(_shares(store.units, took, failed)),

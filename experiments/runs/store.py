@@ -23,11 +23,11 @@ from repsim_kernels.experiments.study.units import Unit, units_of
 
 CONFIGURATION = "study.json"
 TABLE = "results.parquet"
-_FACTS = b"repsim_kernels"  # the key of a part's facts in its metadata
+_FACTS_KEY = b"repsim_kernels"  # the key of a part's facts in its metadata
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[Path]:
+def _write_atomically(path: Path) -> Iterator[Path]:
     """`replacing`, where a folder may have to be made and a full disk ends the run in a line."""
     try:
         path.parent.mkdir(exist_ok=True)
@@ -66,7 +66,7 @@ class Store:
             raise StoreError(
                 f"run: {self.folder} has no {CONFIGURATION}; expected the folder of a run"
             )
-        self.study = _study(self.folder)
+        self.study = _read_configuration(self.folder)
         self.hash: str = self.study["hash"]
         models = self.study["configuration"].get("models", {})
         if old := [name for name, study in models.items() if "block" not in study]:
@@ -108,21 +108,21 @@ class Store:
         """
         folder = Path(folder)
         wanted = json.loads(json.dumps(configuration))
-        check(folder, wanted)
+        check_compatible(folder, wanted)
         if not (folder / CONFIGURATION).exists():
             study = {"hash": digest(wanted), "configuration": wanted, **facts()}
             folder.mkdir(parents=True, exist_ok=True)
             # Of two runs that begin at once the first is right: its memory decides the last bits.
             with suppress(FileExistsError), replacing(folder / CONFIGURATION, new=True) as path:
                 path.write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
-            check(folder, wanted)
+            check_compatible(folder, wanted)
         return cls(folder)
 
-    def path(self, unit: Unit) -> Path:
+    def part_path(self, unit: Unit) -> Path:
         """Where a unit's rows are: a name that no other unit has."""
-        return self.folder / "parts" / f"{_name(unit)}.parquet"
+        return self.folder / "parts" / f"{_file_stem(unit)}.parquet"
 
-    def put(self, unit: Unit, rows: pd.DataFrame, **facts: Any) -> None:
+    def save(self, unit: Unit, rows: pd.DataFrame, **facts: Any) -> None:
         """Store a finished unit's rows and JSON-able facts of it, whole or not at all.
 
         Raises
@@ -134,14 +134,14 @@ class Store:
         import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 
         table = pyarrow.Table.from_pandas(rows, preserve_index=False)
-        facts = {"hash": self.hash, "unit": list(unit), "rows": _fingerprint(rows), **facts}
+        facts = {"hash": self.hash, "unit": list(unit), "rows": _hash_rows(rows), **facts}
         text = json.dumps(facts)
-        table = table.replace_schema_metadata({**table.schema.metadata, _FACTS: text})
-        with _writing(self.path(unit)) as path:
+        table = table.replace_schema_metadata({**table.schema.metadata, _FACTS_KEY: text})
+        with _write_atomically(self.part_path(unit)) as path:
             parquet.write_table(table, path, write_page_checksum=True)
-        self._failure(unit).unlink(missing_ok=True)
+        self._failure_path(unit).unlink(missing_ok=True)
 
-    def facts(self, unit: Unit) -> dict[str, Any] | None:
+    def read_facts(self, unit: Unit) -> dict[str, Any] | None:
         """What is known of a finished unit; None where it is not finished.
 
         Raises
@@ -153,13 +153,13 @@ class Store:
         """
         import pyarrow.parquet as parquet
 
-        path = self.path(unit)
-        with _reading(path):
+        path = self.part_path(unit)
+        with _detect_damage(path):
             try:
                 metadata = parquet.read_metadata(path).metadata or {}
             except FileNotFoundError:
                 return None
-            facts = json.loads(metadata.get(_FACTS, '{"hash": "", "unit": ["", "", 0]}'))
+            facts = json.loads(metadata.get(_FACTS_KEY, '{"hash": "", "unit": ["", "", 0]}'))
             owner, of = facts["hash"], Unit(*facts["unit"])
         if owner != self.hash:
             whose = f"configuration {owner}" if owner else "no run"
@@ -171,7 +171,7 @@ class Store:
             raise StoreError(f"out: {path} is a part of {of}; expected its own name: move it away")
         return dict(facts)
 
-    def finished(self, units: Iterable[Unit] | None = None) -> dict[Unit, pd.DataFrame]:
+    def read_finished(self, units: Iterable[Unit] | None = None) -> dict[Unit, pd.DataFrame]:
         """The rows of the finished ones of some units, all by default, in their order.
 
         A part that is damaged is warned of, and its unit counts as not finished.
@@ -184,33 +184,33 @@ class Store:
         found = {}
         for unit in self.units if units is None else units:
             try:
-                facts = self.facts(unit)
+                facts = self.read_facts(unit)
                 if facts is not None:
-                    found[unit] = _read(self.path(unit), facts.get("rows", ""))
+                    found[unit] = _read_table(self.part_path(unit), facts.get("rows", ""))
             except DamagedError as error:
                 warnings.warn(f"{error}; {unit} is to be measured again", stacklevel=2)
         return found
 
-    def left(self, units: Iterable[Unit] | None = None) -> list[Unit]:
+    def unfinished(self, units: Iterable[Unit] | None = None) -> list[Unit]:
         """The units that are not finished, in their order; raises what `finished` does."""
         units = self.units if units is None else list(units)
-        done = self.finished(units)
+        done = self.read_finished(units)
         return [unit for unit in units if unit not in done]
 
-    def fail(self, unit: Unit, error: str, **facts: Any) -> None:
+    def record_failure(self, unit: Unit, error: str, **facts: Any) -> None:
         """Record that a unit can't be measured, and why; a damaged part of it goes."""
-        self.path(unit).unlink(missing_ok=True)
-        with _writing(self._failure(unit)) as path:
+        self.part_path(unit).unlink(missing_ok=True)
+        with _write_atomically(self._failure_path(unit)) as path:
             text = json.dumps({"unit": list(unit), "error": error, **facts}, indent=1)
             path.write_text(text + "\n", encoding="utf-8")
 
-    def failed(self) -> dict[Unit, str]:
+    def failures(self) -> dict[Unit, str]:
         """The units that failed and are not finished, each with its error."""
         found = {}
         for unit in self.units:
             with suppress(FileNotFoundError):  # another process may finish it this very moment
-                text = self._failure(unit).read_text(encoding="utf-8")
-                if not self.path(unit).exists():
+                text = self._failure_path(unit).read_text(encoding="utf-8")
+                if not self.part_path(unit).exists():
                     found[unit] = json.loads(text)["error"]
         return found
 
@@ -224,7 +224,7 @@ class Store:
         StoreError
             No unit is finished, or a part is not this run's.
         """
-        done = self.finished()
+        done = self.read_finished()
         if not done:
             raise StoreError(f"run: {self.folder} has no finished unit; expected one or more")
         table = pd.concat(done.values(), ignore_index=True)
@@ -235,28 +235,28 @@ class Store:
         table.attrs = ({"notes": notes} if notes else {}) | (
             {"missing": f"{missing} of {len(self.units)}"} if missing else {}
         )
-        with _writing(self.folder / TABLE) as path:
+        with _write_atomically(self.folder / TABLE) as path:
             table.to_parquet(path, index=False)
         return table
 
-    def tidy(self, units: Iterable[Unit]) -> None:
+    def remove_temporary_files(self, units: Iterable[Unit]) -> None:
         """Delete what runs that were killed had half written of these units."""
         for unit in units:
-            for path in (self.path(unit), self._failure(unit)):
+            for path in (self.part_path(unit), self._failure_path(unit)):
                 for half in path.parent.glob(f".{path.name}.*.tmp"):
                     half.unlink(missing_ok=True)
 
-    def _failure(self, unit: Unit) -> Path:
-        return self.folder / "failed" / f"{_name(unit)}.json"
+    def _failure_path(self, unit: Unit) -> Path:
+        return self.folder / "failed" / f"{_file_stem(unit)}.json"
 
 
-def check(folder: Path, configuration: dict[str, Any]) -> None:
+def check_compatible(folder: Path, configuration: dict[str, Any]) -> None:
     """Raise StoreError where a run of this configuration can't use the folder; write nothing."""
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"out: {folder} is a file; expected a folder")
     found = os.listdir(folder) if folder.exists() else []  # once: another may be making it
     if CONFIGURATION in found:
-        there = _study(folder)["configuration"]
+        there = _read_configuration(folder)["configuration"]
         changed = differences(there, configuration)
         if changed:
             raise StoreError(
@@ -270,7 +270,7 @@ def check(folder: Path, configuration: dict[str, Any]) -> None:
         )
 
 
-def load(folder: str | os.PathLike[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
+def load_run(folder: str | os.PathLike[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The table and the ``study.json`` of a run, with the seconds that its units took.
 
     Raises
@@ -283,23 +283,23 @@ def load(folder: str | os.PathLike[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
     if not path.exists():
         raise StoreError(f"run: {folder} has no {TABLE}; expected a run that came to its end")
     try:
-        table = _read(path)
+        table = _read_table(path)
     except DamagedError as error:
         raise StoreError(f"{error}; delete it, and compact the run to make it anew") from None
     seconds = 0.0
     for unit in store.units:
         with suppress(StoreError):  # the table is whole, whatever has become of a part
-            seconds += (store.facts(unit) or {}).get("seconds", 0.0)
+            seconds += (store.read_facts(unit) or {}).get("seconds", 0.0)
     return table, store.study | {"seconds": seconds}
 
 
-def _name(unit: Unit) -> str:
+def _file_stem(unit: Unit) -> str:
     # "-" is escaped, so that "--" only ever stands between two names.
     safe = (re.sub(r"[^\w. +]", lambda m: f"%{ord(m[0]):02X}", str(name)) for name in unit)
     return "--".join(safe)
 
 
-def _study(folder: Path) -> dict[str, Any]:
+def _read_configuration(folder: Path) -> dict[str, Any]:
     path = folder / CONFIGURATION
     try:
         study = json.loads(path.read_text(encoding="utf-8"))
@@ -311,7 +311,7 @@ def _study(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _detect_damage(path: Path) -> Iterator[None]:
     import pyarrow
 
     try:
@@ -323,15 +323,15 @@ def _reading(path: Path) -> Iterator[None]:
         raise DamagedError(f"out: {path} can't be read ({reason})") from None
 
 
-def _read(path: Path, fingerprint: str | None = None) -> pd.DataFrame:
-    with _reading(path):
+def _read_table(path: Path, fingerprint: str | None = None) -> pd.DataFrame:
+    with _detect_damage(path):
         table = pd.read_parquet(path, page_checksum_verification=True)
-        if fingerprint not in (None, _fingerprint(table)):
+        if fingerprint not in (None, _hash_rows(table)):
             raise ValueError("its rows are not those that were written")
     return table
 
 
-def _fingerprint(table: pd.DataFrame) -> str:
+def _hash_rows(table: pd.DataFrame) -> str:
     """Of names and values: Parquet has checksums of pages, and none of what they are called.
 
     All NaNs are one value: Arrow stores a missing number, and not the bits of the NaN.

@@ -8,17 +8,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from _cli import fails_at, invoke
+from _cli import fail_at_call, invoke
 from _toy import Toy
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
 from repsim_kernels.experiments import __main__ as cli
-from repsim_kernels.experiments.cli import request as jobs
-from repsim_kernels.experiments.cli.request import Asked
+from repsim_kernels.experiments.cli import request
+from repsim_kernels.experiments.cli.request import SweepOptions
 from repsim_kernels.experiments.errors import DataError, StudyError
-from repsim_kernels.experiments.inputs import images as data
+from repsim_kernels.experiments.inputs import images
 from repsim_kernels.experiments.study import measure
 
 TOY = ["--model", "_toy:Toy", "--layers", "act1,act2", "--size", "8"]
@@ -61,7 +61,7 @@ def test_ctrl_c_keeps_what_is_finished(folder: Path, monkeypatch: pytest.MonkeyP
     assert sweep(*arguments)[0] == 0
     arguments = (*arguments[:-1], "cut")
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "_target", fails_at(3, KeyboardInterrupt()))
+        patch.setattr(measure, "_target", fail_at_call(3, KeyboardInterrupt()))
         code, _, err = sweep(*arguments)
     assert code == 130
     assert err == (
@@ -82,7 +82,7 @@ def test_a_unit_that_fails_is_left_out_and_tried_again(
 ) -> None:
     arguments = (*TOY, "--images", folder, "--metrics", "cka", "--block", "1", "--out", "run")
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "_target", fails_at(2, RuntimeError("a fluke\nof the device")))
+        patch.setattr(measure, "_target", fail_at_call(2, RuntimeError("a fluke\nof the device")))
         code, out, err = sweep(*arguments)
     assert (code, err) == (0, "")
     assert "again: _toy:Toy act1 2: RuntimeError: a fluke of the device" in out
@@ -91,7 +91,7 @@ def test_a_unit_that_fails_is_left_out_and_tried_again(
     for quiet in ((), ("--quiet",)):
         Path("run/parts/_toy%3AToy--act1--2.parquet").unlink(missing_ok=True)
         with monkeypatch.context() as patch:
-            patch.setattr(measure, "_target", fails_at(1, StudyError("it is not finite")))
+            patch.setattr(measure, "_target", fail_at_call(1, StudyError("it is not finite")))
             code, out, err = sweep(*arguments, *quiet)
         assert code == 3
         assert err.count("failed: _toy:Toy act1 2: it is not finite\n") == 1
@@ -129,7 +129,7 @@ def test_json_alone_is_logged(folder: Path) -> None:
 
 def test_no_unit_is_finished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (*TOY[:2], "--layers", "act1", *TOY[4:], "--images", folder, "--out", "run")
-    monkeypatch.setattr(measure, "_target", fails_at(1, StudyError("it is not finite")))
+    monkeypatch.setattr(measure, "_target", fail_at_call(1, StudyError("it is not finite")))
     code, _, err = sweep(*arguments)
     assert code == 3
     assert err.startswith("failed: _toy:Toy act1 1: it is not finite\n")
@@ -218,7 +218,7 @@ def test_what_the_network_is_shown_is_printed_before_the_first_unit(folder: Path
     torch.save({"state_dict": state, "epoch": 3}, "toy.pt")
     (folder / "@eaDir").mkdir()
     arguments = (*TOY[:4], "--images", folder, "--weights", "toy.pt", "--metrics", "cka")
-    stimuli = data.image_folder(folder, size=None)
+    stimuli = images.image_folder(folder, size=None)
     right = (model.eval()(stimuli.images).argmax(1) == stimuli.labels).double().mean().item()
     assert 0 < right < 1
     lines = [
@@ -238,9 +238,9 @@ def test_what_the_network_is_shown_is_printed_before_the_first_unit(folder: Path
 
 
 def test_images_of_one_size_are_left_as_they_are(folder: Path) -> None:
-    asked = Asked(images=str(folder), layers=["act1"])
-    (study,) = jobs.of_models(["_toy:Toy"], asked, False).studies
-    assert torch.equal(study.images, data.image_folder(folder, size=None).images)
+    asked = SweepOptions(images=str(folder), layers=["act1"])
+    (study,) = request.make_model_studies(["_toy:Toy"], asked, False).studies
+    assert torch.equal(study.images, images.image_folder(folder, size=None).images)
     for file in folder.rglob("*.png"):
         Image.new("RGB", (12, 8)).save(file)
     code, _, err = sweep(*TOY[:4], "--images", folder)
@@ -264,9 +264,9 @@ def test_the_size_of_images_without_an_option(
         assert side == size
         raise DataError("seen")
 
-    monkeypatch.setattr(data, "image_folder", seen)
+    monkeypatch.setattr(images, "image_folder", seen)
     with pytest.raises(DataError, match="seen"):
-        jobs.of_models(names, Asked(images="images"), False)
+        request.make_model_studies(names, SweepOptions(images="images"), False)
 
 
 def test_images_of_several_sizes_need_a_size(folder: Path) -> None:
@@ -333,7 +333,7 @@ def test_a_process_of_its_own_ends_with_a_line_and_code_2(tmp_path: Path) -> Non
 
 
 def test_the_sample_is_spaced_evenly_from_end_to_end() -> None:
-    assert jobs.spaced(list(range(7)), 7) == list(range(7))
-    assert jobs.spaced(list(range(105)), 3) == [0, 52, 104]
-    assert jobs.spaced(["a", "b", "c"], 1) == ["a"]
-    assert set(jobs.SAMPLE) == {"alexnet_small", "mobilenet_v2_small", "resnet50_small"}
+    assert request.space_evenly(list(range(7)), 7) == list(range(7))
+    assert request.space_evenly(list(range(105)), 3) == [0, 52, 104]
+    assert request.space_evenly(["a", "b", "c"], 1) == ["a"]
+    assert set(request.SAMPLES) == {"alexnet_small", "mobilenet_v2_small", "resnet50_small"}

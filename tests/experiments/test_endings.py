@@ -39,13 +39,13 @@ def sweep(*options: str) -> tuple[int, str, str]:
 
 
 def damaging(which: Callable[[Unit], bool]) -> Any:
-    """`Store.put`, on a disk that loses some units' bytes."""
-    put = Store.put
+    """`Store.save`, on a disk that loses some units' bytes."""
+    put = Store.save
 
     def damaged(store: Store, unit: Unit, rows: pd.DataFrame, **facts: Any) -> None:
         put(store, unit, rows, **facts)
         if which(unit):
-            store.path(unit).write_bytes(b"PAR1")
+            store.part_path(unit).write_bytes(b"PAR1")
 
     return damaged
 
@@ -69,7 +69,7 @@ def test_a_unit_that_can_not_be_read_again_is_missing(
     monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], every: bool
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "put", damaging(lambda unit: every or unit.block == 3))
+        patch.setattr(Store, "save", damaging(lambda unit: every or unit.block == 3))
         code, out, err = sweep(*options)
     sharded = "--shard" in options
     lost = (3 if sharded else 6) if every else (1 if sharded else 2)
@@ -152,8 +152,8 @@ def test_a_reader_that_stops_reading_ends_a_command_without_a_line() -> None:
     script = (
         "import sys\n"
         "from rich.console import Console\n"
-        "from repsim_kernels.experiments.cli.options import one_line_errors\n"
-        "with one_line_errors():\n"
+        "from repsim_kernels.experiments.cli.options import exit_on_errors\n"
+        "with exit_on_errors():\n"
         "    for _ in range(10_000):\n"
         "        Console().print('x' * 70)\n"
     )

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from _cli import fails_at, invoke
+from _cli import fail_at_call, invoke
 from _toy import toy_images, toy_study
 
 from repsim_kernels.experiments import Study
-from repsim_kernels.experiments.cli.tables import took
+from repsim_kernels.experiments.cli.tables import print_elapsed
 from repsim_kernels.experiments.errors import StudyError
 from repsim_kernels.experiments.runs import membership
 from repsim_kernels.experiments.study import estimate as plans
@@ -223,7 +223,7 @@ def test_a_plan_of_an_interrupted_run_is_of_what_is_left(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = [*TOY, "--images", folder, "--out", "cut", "--block", "1"]
-    monkeypatch.setattr(measure, "_target", fails_at(5, KeyboardInterrupt()))
+    monkeypatch.setattr(measure, "_target", fail_at_call(5, KeyboardInterrupt()))
     assert invoke(*command)[0] == 130
     before = files()
     code, out, _ = invoke(*command, "--plan")
@@ -249,5 +249,5 @@ def some_plan(seconds: float) -> Plan:
 def test_what_a_run_took_is_held_against_all_its_plans(
     capsys: pytest.CaptureFixture[str], seconds: float, said: list[float], line: str
 ) -> None:
-    took(seconds, [some_plan(s) for s in said])
+    print_elapsed(seconds, [some_plan(s) for s in said])
     assert capsys.readouterr().out == line

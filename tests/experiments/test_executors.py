@@ -14,11 +14,11 @@ from _recipes import BAD
 from _toy import toy_study
 
 from repsim_kernels.experiments.errors import ExecutorError, RunError
-from repsim_kernels.experiments.runs.driver import TRIES, Step, drive, run
+from repsim_kernels.experiments.runs.driver import MAX_ATTEMPTS, RunProgress, execute, run
 from repsim_kernels.experiments.runs.executors import Event, Task
-from repsim_kernels.experiments.runs.executors.pool import Pool, _cores
-from repsim_kernels.experiments.runs.executors.serial import Serial
-from repsim_kernels.experiments.runs.membership import join, open_run
+from repsim_kernels.experiments.runs.executors.pool import PoolExecutor, _cores
+from repsim_kernels.experiments.runs.executors.serial import SerialExecutor
+from repsim_kernels.experiments.runs.membership import join_run, open_run
 from repsim_kernels.experiments.runs.shard import Shard
 from repsim_kernels.experiments.runs.store import Store
 
@@ -28,14 +28,14 @@ def expected() -> pd.DataFrame:
     return run(_recipes.toy("cpu"))
 
 
-def begin(folder: Path, fault: str = "", block: int = 1) -> tuple[Store, Serial]:
+def begin(folder: Path, fault: str = "", block: int = 1) -> tuple[Store, SerialExecutor]:
     studies = _recipes.toy("cpu", fault, str(folder), block)
     store = open_run(studies, folder / "run")
-    return store, Serial(studies, store)
+    return store, SerialExecutor(studies, store)
 
 
-def pool(store: Store, recipe: object, workers: int = 2) -> Pool:
-    return Pool(Task(recipe, str(store.folder)), ["cpu"] * workers)  # type: ignore[arg-type]
+def pool(store: Store, recipe: object, workers: int = 2) -> PoolExecutor:
+    return PoolExecutor(Task(recipe, str(store.folder)), ["cpu"] * workers)  # type: ignore[arg-type]
 
 
 def tries(folder: Path) -> int:
@@ -49,14 +49,14 @@ def test_neither_blocks_nor_shards_change_the_rows(
     store, serial = begin(tmp_path, block=block)
     assert len(store.units) == 2 * -(-3 // block)
     for index in (3, 1, 2):
-        assert drive(store, serial, Shard(index, 3)) == {}
+        assert execute(store, serial, Shard(index, 3)) == {}
     pd.testing.assert_frame_equal(store.compact(), expected, check_exact=True)
 
 
 def test_a_unit_is_tried_again_after_the_others(tmp_path: Path, expected: pd.DataFrame) -> None:
     store, serial = begin(tmp_path, "twice")
-    steps: list[Step] = []
-    assert drive(store, serial, progress=steps.append) == {}
+    steps: list[RunProgress] = []
+    assert execute(store, serial, progress=steps.append) == {}
     assert tries(tmp_path) == 3
     failed = [step for step in steps if step.event.what == "failed"]
     assert [step.event.unit for step in failed] == [BAD, BAD]
@@ -65,11 +65,11 @@ def test_a_unit_is_tried_again_after_the_others(tmp_path: Path, expected: pd.Dat
     assert steps[-1].event.unit == BAD
     assert (steps[-1].done, steps[-1].total) == (6, 6)
     assert len({step.event.unit for step in steps[:-4]}) == 6
-    assert store.failed() == {}
+    assert store.failures() == {}
     pd.testing.assert_frame_equal(store.compact(), expected, check_exact=True)
 
 
-@pytest.mark.parametrize(("fault", "count"), [("always", TRIES), ("study", 1)])
+@pytest.mark.parametrize(("fault", "count"), [("always", MAX_ATTEMPTS), ("study", 1)])
 def test_a_unit_that_fails_is_recorded_and_left_out(
     tmp_path: Path, expected: pd.DataFrame, fault: str, count: int
 ) -> None:
@@ -81,7 +81,7 @@ def test_a_unit_that_fails_is_recorded_and_left_out(
     assert tries(tmp_path) == count
     (record,) = (json.loads(path.read_text()) for path in (store.folder / "failed").iterdir())
     assert record["unit"] == list(BAD)
-    assert store.failed() == {BAD: record["error"]}
+    assert store.failures() == {BAD: record["error"]}
     assert "_go_wrong" in record["details"]
     there = (expected["layer"] != "act1") | (expected["class"] != "bee")
     pd.testing.assert_frame_equal(
@@ -89,17 +89,17 @@ def test_a_unit_that_fails_is_recorded_and_left_out(
     )
     assert table.attrs == {"missing": "1 of 6"}
     healed = run(_recipes.toy("cpu"), store)
-    assert store.failed() == {}
+    assert store.failures() == {}
     pd.testing.assert_frame_equal(healed, expected, check_exact=True)
 
 
 def test_studies_made_of_something_else_may_not_take_part(tmp_path: Path) -> None:
     store, _ = begin(tmp_path)
-    join(_recipes.toy("cpu"), store)
+    join_run(_recipes.toy("cpu"), store)
     other = toy_study(metrics=["cka", "procrustes"], block=1)
     other.images = other.images + 1
     with pytest.raises(RunError, match=r"^studies: those made anew for .* are not the run's"):
-        join([other], store)
+        join_run([other], store)
 
 
 def test_the_memory_of_a_run_is_settled_once(tmp_path: Path) -> None:
@@ -108,8 +108,8 @@ def test_the_memory_of_a_run_is_settled_once(tmp_path: Path) -> None:
     settled = store.study["memory"]["toy"]
     assert 0.2 < settled / alone.study["memory"]["toy"] < 0.3
     again, own = toy_study(), toy_study(memory="1GiB")
-    join([again], store)
-    join([own], store)
+    join_run([again], store)
+    join_run([own], store)
     assert (again.memory, own.memory) == (settled, 2**30)
 
 
@@ -125,24 +125,24 @@ def test_workers_have_cores_of_their_own(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_worker_that_is_killed_in_a_unit(tmp_path: Path, expected: pd.DataFrame) -> None:
     store, _ = begin(tmp_path, "killed")
-    steps: list[Step] = []
+    steps: list[RunProgress] = []
     recipe = partial(_recipes.toy, fault="killed", folder=str(tmp_path))
-    assert drive(store, pool(store, recipe), progress=steps.append) == {}
+    assert execute(store, pool(store, recipe), progress=steps.append) == {}
     assert tries(tmp_path) == 2
     (failed,) = [step.event for step in steps if step.event.what == "failed"]
     assert (failed.unit, failed.error) == (BAD, f"{failed.worker} was ended by SIGKILL")
     pd.testing.assert_frame_equal(store.compact(), expected, check_exact=True)
     assert multiprocessing.active_children() == []
-    facts = [store.facts(unit) or {} for unit in store.units]
+    facts = [store.read_facts(unit) or {} for unit in store.units]
     assert {each["threads"] for each in facts} == {1}
 
 
 def test_a_pool_that_can_not_begin_says_why_in_a_line(tmp_path: Path) -> None:
     store, _ = begin(tmp_path)
     with pytest.raises(ExecutorError) as caught:
-        drive(store, pool(store, _recipes.none))
+        execute(store, pool(store, _recipes.none))
     assert str(caught.value) == "images: none for cpu"
-    assert store.left() == store.units
+    assert store.unfinished() == store.units
     assert multiprocessing.active_children() == []
 
 
@@ -152,7 +152,7 @@ def test_workers_that_die_together_in_their_units_are_replaced(
 ) -> None:
     store, _ = begin(tmp_path)
     recipe = partial(_recipes.toy, fault="all killed", folder=str(tmp_path))
-    assert drive(store, pool(store, recipe, 3)) == {}
+    assert execute(store, pool(store, recipe, 3)) == {}
     assert tries(tmp_path) == 3 + 6
     pd.testing.assert_frame_equal(store.compact(), expected, check_exact=True)
 
@@ -161,7 +161,7 @@ def test_workers_that_die_together_in_their_units_are_replaced(
 def test_workers_that_die_at_their_start(tmp_path: Path) -> None:
     store, _ = begin(tmp_path)
     with pytest.raises(ExecutorError, match=r"^workers: 3 in a row died .* by exit code 7; exp"):
-        drive(store, pool(store, _recipes.dying))
+        execute(store, pool(store, _recipes.dying))
     assert multiprocessing.active_children() == []
 
 

@@ -17,7 +17,7 @@ import pytest
 from _sweep import SMALL, TOY, Sweep, alive, parts, table, until
 from _toy import image_folder
 
-from repsim_kernels.experiments.runs.lock import driving
+from repsim_kernels.experiments.runs.lock import hold_lock
 from repsim_kernels.experiments.runs.shard import Shard
 
 
@@ -154,7 +154,7 @@ def test_damaged_and_foreign_parts_and_a_second_run(
     assert ours["hash"] in err
     part.unlink()
 
-    with driving(run, Shard(), 1):
+    with hold_lock(run, Shard(), 1):
         code, _, err = sweep(*options).end()
     assert (code, err.count("\n")) == (2, 1)
     assert f"out: process {os.getpid()} on " in err

@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 
 from repsim_kernels.experiments.errors import StoreError
-from repsim_kernels.experiments.runs.lock import Driver, drivers, driving
+from repsim_kernels.experiments.runs.lock import Driver, hold_lock, list_drivers
 from repsim_kernels.experiments.runs.shard import Shard
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys
 from pathlib import Path
-from repsim_kernels.experiments.runs.lock import driving
-from repsim_kernels.experiments.runs.shard import parse
-with driving(Path(sys.argv[1]), parse(sys.argv[2]), int(sys.argv[3])):
+from repsim_kernels.experiments.runs.lock import hold_lock
+from repsim_kernels.experiments.runs.shard import parse_shard
+with hold_lock(Path(sys.argv[1]), parse_shard(sys.argv[2]), int(sys.argv[3])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -53,7 +53,7 @@ def hold(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 def refused(folder: Path, shard: Shard) -> str:
-    with pytest.raises(StoreError) as caught, driving(folder, shard, 1):
+    with pytest.raises(StoreError) as caught, hold_lock(folder, shard, 1):
         pass
     return str(caught.value)
 
@@ -62,7 +62,7 @@ def test_a_folder_is_one_runs_until_its_process_is_gone(
     tmp_path: Path, hold: Callable[..., subprocess.Popen[str]]
 ) -> None:
     other = hold(workers=3)
-    (driver,) = drivers(tmp_path)
+    (driver,) = list_drivers(tmp_path)
     assert (driver.pid, driver.workers, driver.shard) == (other.pid, 3, "1/1")
     for shard in (Shard(), Shard(1, 2)):
         said = refused(tmp_path, shard)
@@ -72,18 +72,18 @@ def test_a_folder_is_one_runs_until_its_process_is_gone(
         )
     other.send_signal(signal.SIGKILL)
     other.wait()
-    assert drivers(tmp_path) == []
-    with driving(tmp_path, Shard(), 1):
-        assert [driver.pid for driver in drivers(tmp_path)] == [os.getpid()]
-    assert drivers(tmp_path) == []
+    assert list_drivers(tmp_path) == []
+    with hold_lock(tmp_path, Shard(), 1):
+        assert [driver.pid for driver in list_drivers(tmp_path)] == [os.getpid()]
+    assert list_drivers(tmp_path) == []
 
 
 def test_shards_work_side_by_side(
     tmp_path: Path, hold: Callable[..., subprocess.Popen[str]]
 ) -> None:
     first = hold("1/2", 2)
-    with driving(tmp_path, Shard(2, 2), 1):
-        found = {driver.shard: driver for driver in drivers(tmp_path)}
+    with hold_lock(tmp_path, Shard(2, 2), 1):
+        found = {driver.shard: driver for driver in list_drivers(tmp_path)}
         assert {shard: driver.pid for shard, driver in found.items()} == {
             "1/2": first.pid,
             "2/2": os.getpid(),
@@ -95,7 +95,7 @@ def test_shards_work_side_by_side(
         assert refused(tmp_path, Shard(2, 3)).endswith(
             f", shard 1/2, works in {tmp_path}; expected shards of 3 beside 2/3"
         )
-    assert [driver.shard for driver in drivers(tmp_path)] == ["1/2"]
+    assert [driver.shard for driver in list_drivers(tmp_path)] == ["1/2"]
 
 
 def test_who_only_looks_keeps_nobody_out(tmp_path: Path) -> None:
@@ -103,9 +103,9 @@ def test_who_only_looks_keeps_nobody_out(tmp_path: Path) -> None:
 
     def look() -> None:
         while not over.is_set():
-            drivers(tmp_path)
+            list_drivers(tmp_path)
 
-    with driving(tmp_path, Shard(), 1):
+    with hold_lock(tmp_path, Shard(), 1):
         pass
     lookers = [threading.Thread(target=look) for _ in range(3)]
     for looker in lookers:
@@ -113,7 +113,7 @@ def test_who_only_looks_keeps_nobody_out(tmp_path: Path) -> None:
     try:
         taken = 0
         for _ in range(30):
-            with driving(tmp_path, Shard(), 1):
+            with hold_lock(tmp_path, Shard(), 1):
                 taken += 1
     finally:
         over.set()
@@ -125,11 +125,11 @@ def test_who_only_looks_keeps_nobody_out(tmp_path: Path) -> None:
 def test_a_lock_that_is_being_signed_is_nobodys_yet(tmp_path: Path) -> None:
     with (tmp_path / ".lock").open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert drivers(tmp_path) == []
+        assert list_drivers(tmp_path) == []
         assert "another process works in" in refused(tmp_path, Shard())
         file.write('{"half')
         file.flush()
-        assert drivers(tmp_path) == []
+        assert list_drivers(tmp_path) == []
 
 
 def test_without_locks_a_run_goes_on_and_says_so(
@@ -141,7 +141,7 @@ def test_without_locks_a_run_goes_on_and_says_so(
     monkeypatch.setattr(fcntl, "flock", none)
     with (
         pytest.warns(UserWarning, match=r"\.lock can't be locked here \(No locks available\)"),
-        driving(tmp_path, Shard(), 2),
+        hold_lock(tmp_path, Shard(), 2),
     ):
         assert (tmp_path / ".lock").read_text().startswith("{")
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from repsim_kernels.experiments.cli import progress
-from repsim_kernels.experiments.cli.progress import pace, progress_of
-from repsim_kernels.experiments.runs.driver import Step, drive
+from repsim_kernels.experiments.cli.progress import format_rate, show_progress
+from repsim_kernels.experiments.runs.driver import RunProgress, execute
 from repsim_kernels.experiments.runs.executors import Event
 from repsim_kernels.experiments.runs.store import Store
 from repsim_kernels.experiments.study.units import Unit
@@ -65,19 +65,19 @@ class Run:
     def __init__(self, done: int, total: int) -> None:
         self.done, self.failed, self.total = done, 0, total
 
-    def start(self, unit: Unit) -> Step:
+    def start(self, unit: Unit) -> RunProgress:
         return self._step(Event("started", unit, "worker 1"))
 
-    def end(self, unit: Unit, seconds: float, memory: int = 0) -> Step:
+    def end(self, unit: Unit, seconds: float, memory: int = 0) -> RunProgress:
         self.done += 1
         return self._step(Event("done", unit, "worker 1", seconds, memory))
 
-    def fail(self, unit: Unit, error: str, recorded: bool) -> Step:
+    def fail(self, unit: Unit, error: str, recorded: bool) -> RunProgress:
         self.failed += recorded
         return self._step(Event("failed", unit, "worker 1", 0.5, error=error))
 
-    def _step(self, event: Event) -> Step:
-        return Step(event, self.done, self.failed, self.total)
+    def _step(self, event: Event) -> RunProgress:
+        return RunProgress(event, self.done, self.failed, self.total)
 
 
 def unit(number: int) -> Unit:
@@ -112,7 +112,7 @@ def test_rate_and_time_left_are_of_this_run_by_a_clock_that_nobody_sets(
         run = Run(before, before + len(gaps) + after)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(progress, "time", clocks)
-            with progress_of(Console(file=file), log_json=True) as show:
+            with show_progress(Console(file=file), log_json=True) as show:
                 for i, (gap, move) in enumerate(zip(gaps, moves, strict=False)):
                     show(run.start(unit(i)))
                     clocks.now += gap
@@ -136,7 +136,7 @@ def test_rate_and_time_left_are_of_this_run_by_a_clock_that_nobody_sets(
 
 def test_json_says_all_that_happens_at_once(clocks: Clocks) -> None:
     file, run = File(), Run(2, 5)
-    with progress_of(Console(file=file), quiet=True, log_json=True) as show:
+    with show_progress(Console(file=file), quiet=True, log_json=True) as show:
         show(run.start(unit(3)))
         clocks.now += 4
         clocks.wall -= 86400
@@ -173,7 +173,7 @@ def test_json_says_all_that_happens_at_once(clocks: Clocks) -> None:
 
 def test_a_log_has_a_line_for_each_unit(clocks: Clocks) -> None:
     file, run = File(), Run(10, 155)
-    with progress_of(Console(file=file, width=20)) as show:
+    with show_progress(Console(file=file, width=20)) as show:
         for number in (1, 2):
             show(run.start(unit(number)))
             assert file.flushed.endswith("started\n") == (number == 1)
@@ -197,7 +197,7 @@ def test_a_log_has_a_line_for_each_unit(clocks: Clocks) -> None:
 
 def test_a_run_whose_units_only_end_has_a_rate(clocks: Clocks) -> None:
     file = io.StringIO()
-    with progress_of(Console(file=file)) as show:
+    with show_progress(Console(file=file)) as show:
         show(Run(0, 3).end(unit(1), 4))
     assert file.getvalue() == ("1/3 resnet50 layer1.0 1 done in 4.0 s, 15 units/min, 8.0 s left\n")
 
@@ -207,7 +207,7 @@ def test_a_log_of_short_units_has_a_line_a_second_and_the_last(
     clocks: Clocks, stopped: bool
 ) -> None:
     file, run = io.StringIO(), Run(0, 1000)
-    with suppress(KeyboardInterrupt), progress_of(Console(file=file)) as show:
+    with suppress(KeyboardInterrupt), show_progress(Console(file=file)) as show:
         for number in range(1000):
             show(run.start(unit(number)))
             clocks.now += 0.0625
@@ -230,7 +230,7 @@ def test_quiet_says_on_stderr_what_is_given_up(
     clocks: Clocks, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Run(0, 3)
-    with progress_of(Console(force_terminal=True), quiet=True) as show:
+    with show_progress(Console(force_terminal=True), quiet=True) as show:
         show(run.start(unit(1)))
         show(run.end(unit(1), 1))
         show(run.fail(unit(2), "once", recorded=False))
@@ -240,7 +240,7 @@ def test_quiet_says_on_stderr_what_is_given_up(
 
 def test_a_terminal_has_one_line_and_failures_above_it(clocks: Clocks) -> None:
     file, run = io.StringIO(), Run(10, 155)
-    with progress_of(Console(file=file, force_terminal=True, width=100)) as show:
+    with show_progress(Console(file=file, force_terminal=True, width=100)) as show:
         show(run.start(unit(1)))
         clocks.now += 30
         show(run.end(unit(1), 30, 2 * GIB))
@@ -265,7 +265,7 @@ def test_a_terminal_has_one_line_and_failures_above_it(clocks: Clocks) -> None:
 @pytest.mark.parametrize("seconds", [0.0, 1e-9, 100.0, 1e5])
 def test_no_line_is_longer_than_its_terminal(clocks: Clocks, width: int, seconds: float) -> None:
     run, file = Run(9990, 99999), io.StringIO()
-    with progress_of(Console(file=file, force_terminal=True, width=width)) as show:
+    with show_progress(Console(file=file, force_terminal=True, width=width)) as show:
         for number in range(20):
             one = Unit("mobilenet_v2", "features.17.conv." * (number % 4), number)
             show(run.start(one))
@@ -280,7 +280,7 @@ def test_no_line_is_longer_than_its_terminal(clocks: Clocks, width: int, seconds
 
 def test_a_terminal_keeps_nothing_of_a_run_without_a_step(clocks: Clocks) -> None:
     file = io.StringIO()
-    with progress_of(Console(file=file, force_terminal=True, width=80)):
+    with show_progress(Console(file=file, force_terminal=True, width=80)):
         pass
     assert file.getvalue().endswith(ERASED)
     assert all(line.rstrip().endswith("starting") for line in frames(file.getvalue()))
@@ -289,7 +289,7 @@ def test_a_terminal_keeps_nothing_of_a_run_without_a_step(clocks: Clocks) -> Non
 def test_a_dumb_terminal_has_plain_lines(clocks: Clocks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     file, run = io.StringIO(), Run(0, 2)
-    with progress_of(Console(file=file, force_terminal=True, width=80)) as show:
+    with show_progress(Console(file=file, force_terminal=True, width=80)) as show:
         show(run.start(unit(1)))
     assert file.getvalue() == "0/2 resnet50 layer1.0 1 started\n"
 
@@ -298,7 +298,7 @@ def test_stderr_that_is_a_file_keeps_its_warnings(
     clocks: Clocks, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = io.StringIO()
-    with progress_of(Console(file=file, force_terminal=True, width=80)):
+    with show_progress(Console(file=file, force_terminal=True, width=80)):
         print("warning: warm", file=sys.stderr)
         print("above the line")
     assert capsys.readouterr().err == "warning: warm\n"
@@ -317,7 +317,7 @@ def test_a_unit_is_tried_again_before_it_failed(tmp_path: Path, clocks: Clocks) 
                 unit = units.popleft()
                 yield Event("started", unit, "one")
                 if unit.layer == "act1":
-                    store.put(unit, pd.DataFrame({"cell": [1]}))
+                    store.save(unit, pd.DataFrame({"cell": [1]}))
                     yield Event("done", unit, "one", 1.0)
                 else:
                     again = unit.layer == "act2"
@@ -327,8 +327,8 @@ def test_a_unit_is_tried_again_before_it_failed(tmp_path: Path, clocks: Clocks) 
             pass
 
     file = io.StringIO()
-    with progress_of(Console(file=file), log_json=True) as show:
-        drive(store, Unlucky(), progress=show)
+    with show_progress(Console(file=file), log_json=True) as show:
+        execute(store, Unlucky(), progress=show)
     lines = [strict(line) for line in file.getvalue().splitlines()]
     ends = [(line["layer"], line["event"]) for line in lines if line["event"] != "started"]
     assert ends == [
@@ -353,4 +353,4 @@ def test_a_unit_is_tried_again_before_it_failed(tmp_path: Path, clocks: Clocks) 
     ],
 )
 def test_pace(per_minute: float, text: str) -> None:
-    assert pace(per_minute) == text
+    assert format_rate(per_minute) == text

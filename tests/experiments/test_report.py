@@ -41,7 +41,7 @@ def test_the_report_is_self_contained_and_holds_the_table(tmp_path: Path) -> Non
     study = toy_study(name="toy <b>")
     store = open_run([study], tmp_path, {"images": "some & others"})
     table = run([study], store)
-    store.put(store.units[0], store.finished()[store.units[0]], seconds=3725.4)
+    store.save(store.units[0], store.read_finished()[store.units[0]], seconds=3725.4)
     page = page_of(tmp_path, tmp_path)
     html = page.html
     addresses = re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"')> ]+)", html)

@@ -14,12 +14,18 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
-from _cli import fails_at, invoke
+from _cli import fail_at_call, invoke
 from _toy import toy_study
 from PIL import Image
 
-from repsim_kernels.experiments.cli import request as jobs
-from repsim_kernels.experiments.cli.request import SAMPLE, Asked, of_models, of_preset, spaced
+from repsim_kernels.experiments.cli import request
+from repsim_kernels.experiments.cli.request import (
+    SAMPLES,
+    SweepOptions,
+    make_model_studies,
+    make_preset_studies,
+    space_evenly,
+)
 from repsim_kernels.experiments.columns import METRICS
 from repsim_kernels.experiments.inputs.imagenet import outputs
 from repsim_kernels.experiments.inputs.networks import SMALL, study_layers
@@ -51,7 +57,7 @@ def networks_are_made_once() -> Iterator[None]:
         return (made if weights == "random" else load_network)(network, weights)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs, "load_network", load)
+        patch.setattr(request, "load_network", load)
         yield
 
 
@@ -66,9 +72,9 @@ def sweep(*arguments: str) -> tuple[int, str, str]:
     return invoke("sweep", *arguments)
 
 
-def some(**changes: Any) -> Asked:
+def some(**changes: Any) -> SweepOptions:
     given = {"weights": ["random"], "images": "random", "per_class": 2, "layers": list(LATE)}
-    return Asked(**{**given, "classes": ["junco", "snail", "toaster"]} | changes)
+    return SweepOptions(**{**given, "classes": ["junco", "snail", "toaster"]} | changes)
 
 
 NARROW = ["--preset", NAME]
@@ -147,7 +153,7 @@ def assert_noted(out: str, folder: Path, note: str | None) -> None:
 
 def test_a_random_run_from_start_to_report(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "_target", fails_at(5, KeyboardInterrupt()))
+        patch.setattr(measure, "_target", fail_at_call(5, KeyboardInterrupt()))
         code, out, _ = sweep(*RANDOM, *CUT, "--block", "1")
     assert code == 130
     assert "Plan, mobilenet_v2_035: 3 target classes x 16 cells x 2 images, metrics over 6" in out
@@ -174,7 +180,9 @@ def test_a_random_run_from_start_to_report(here: Path, monkeypatch: pytest.Monke
     assert "Plan" not in out
     assert "Took" not in out
     assert_noted(out, folder, "not evidence: random weights, random images")
-    undisturbed = of_preset(NAME, some(study={"metrics": ["cka", "cca"]})).studies[0].run()
+    undisturbed = (
+        make_preset_studies(NAME, some(study={"metrics": ["cka", "cca"]})).studies[0].run()
+    )
     pd.testing.assert_frame_equal(table, undisturbed, check_exact=True)
 
 
@@ -194,7 +202,7 @@ def test_a_run_of_real_images_says_only_what_is_random(here: Path, weights: str)
     imagenet_folder(here / "val")
     if weights != "random":
         torch.save(
-            jobs.load_network(PRESETS[NAME].networks[0], "random").model.state_dict(), weights
+            request.load_network(PRESETS[NAME].networks[0], "random").model.state_dict(), weights
         )
     real = ["--preset", NAME, "--weights", f"{NAME}={weights}", "--images", "val", *CUT]
     code, out, err = sweep(*real, "--per-class", "2", "--out", "real")
@@ -204,20 +212,20 @@ def test_a_run_of_real_images_says_only_what_is_random(here: Path, weights: str)
 
 
 def test_random_images_beside_real_weights_are_noted(here: Path) -> None:
-    network = jobs.load_network(PRESETS[NAME].networks[0], "random").model
+    network = request.load_network(PRESETS[NAME].networks[0], "random").model
     torch.save(network.state_dict(), "own.pt")
-    (study,) = of_preset(NAME, some(weights=["own.pt"])).studies
+    (study,) = make_preset_studies(NAME, some(weights=["own.pt"])).studies
     assert study.note == "not evidence: random images"
     assert (
         study.configuration()["weights"]
-        == of_preset(NAME, some()).studies[0].configuration()["weights"]
+        == make_preset_studies(NAME, some()).studies[0].configuration()["weights"]
     )
 
 
 @pytest.mark.slow
 def test_the_published_study_has_its_papers_choices() -> None:
     classes = list(FIFTY[:12])
-    job = of_preset("hayne2024", some(layers=None, classes=classes))
+    job = make_preset_studies("hayne2024", some(layers=None, classes=classes))
     assert [s.name for s in job.studies] == ["alexnet", NAME, "resnet50"]
     assert [len(s.layers) for s in job.studies] == [7, 104, 16]
     assert [s.others for s in job.studies] == [10, None, None]
@@ -246,19 +254,19 @@ def test_others_are_drawn_only_from_more_classes(
 ) -> None:
     network = replace(PRESETS[NAME].networks[0], others=10)
     monkeypatch.setitem(PRESETS, NAME, Preset((network,)))
-    (study,) = of_preset(NAME, some(classes=list(FIFTY[:count]))).studies
+    (study,) = make_preset_studies(NAME, some(classes=list(FIFTY[:count]))).studies
     assert (study.others, len(study.targets)) == (others, count)
 
 
 def test_the_count_of_images_is_the_presets(monkeypatch: pytest.MonkeyPatch) -> None:
     network = replace(PRESETS[NAME].networks[0], images_per_class=4)
     monkeypatch.setitem(PRESETS, NAME, Preset((network,)))
-    (study,) = of_preset(NAME, some(per_class=None)).studies
+    (study,) = make_preset_studies(NAME, some(per_class=None)).studies
     assert study.labels.bincount()[study.targets].tolist() == [4, 4, 4]
 
 
 def test_a_preset_by_itself_has_this_packages_choices() -> None:
-    (study,) = of_preset(NAME, some(layers=None, classes=None)).studies
+    (study,) = make_preset_studies(NAME, some(layers=None, classes=None)).studies
     assert study.targets == outputs(TEN)
     assert (study.edges, study.others, study.metrics) == ("equal", None, list(METRICS))
     assert study.options == {"ridge": 0.1, "penalty": 0.0, "probe_ridge": 1.0}
@@ -267,7 +275,7 @@ def test_a_preset_by_itself_has_this_packages_choices() -> None:
 
 def test_options_replace_the_presets() -> None:
     given = {"metrics": ["cka"], "grid": (2, 3), "ridge": 0.5, "penalty": 2.0, "memory": "1GiB"}
-    (study,) = of_preset(NAME, some(study=given, stimuli=2, per_class=3)).studies
+    (study,) = make_preset_studies(NAME, some(study=given, stimuli=2, per_class=3)).studies
     assert (study.metrics, study.grid, study.memory) == (["cka"], (2, 3), 2**30)
     assert (study.options["ridge"], study.options["penalty"]) == (0.5, 2.0)
     assert (len(study.images), study.stimuli, study.layers) == (9, 6, list(LATE))
@@ -275,12 +283,12 @@ def test_options_replace_the_presets() -> None:
 
 @pytest.mark.parametrize("sampled", [True, False])
 def test_the_demo_is_three_small_networks(sampled: bool) -> None:
-    job = of_models(list(SMALL), Asked(), sampled)
-    assert [study.name for study in job.studies] == list(SAMPLE)
+    job = make_model_studies(list(SMALL), SweepOptions(), sampled)
+    assert [study.name for study in job.studies] == list(SAMPLES)
     for study in job.studies:
-        sample, layers = SAMPLE[study.name], study_layers(study.model)
-        assert study.layers == (spaced(layers, sample.layers) if sampled else layers)
-        assert study.targets == (spaced(list(range(10)), 7) if sampled else list(range(10)))
+        sample, layers = SAMPLES[study.name], study_layers(study.model)
+        assert study.layers == (space_evenly(layers, sample.layers) if sampled else layers)
+        assert study.targets == (space_evenly(list(range(10)), 7) if sampled else list(range(10)))
         assert study.metric_images == (20 if sampled else None)
         assert (study.edges, study.others, study.note) == ("equal", None, None)
         assert study.metrics == list(METRICS)

@@ -21,10 +21,10 @@ import pytest
 from _toy import stop_after, toy_study
 from rich.console import Console
 
-from repsim_kernels.experiments.cli.tables import show_status
+from repsim_kernels.experiments.cli.tables import print_status
 from repsim_kernels.experiments.errors import StoreError
 from repsim_kernels.experiments.runs.driver import run
-from repsim_kernels.experiments.runs.lock import driving
+from repsim_kernels.experiments.runs.lock import hold_lock
 from repsim_kernels.experiments.runs.membership import open_run
 from repsim_kernels.experiments.runs.shard import Shard
 from repsim_kernels.experiments.runs.status import status
@@ -36,9 +36,9 @@ ROWS = pd.DataFrame({"model": ["a"], "class": ["b"], "layer": ["c"], "cell": [0]
 HOLD = """
 import sys
 from pathlib import Path
-from repsim_kernels.experiments.runs.lock import driving
+from repsim_kernels.experiments.runs.lock import hold_lock
 from repsim_kernels.experiments.runs.shard import Shard
-with driving(Path(sys.argv[1]), Shard(int(sys.argv[2]), int(sys.argv[3])), int(sys.argv[4])):
+with hold_lock(Path(sys.argv[1]), Shard(int(sys.argv[2]), int(sys.argv[3])), int(sys.argv[4])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -53,7 +53,7 @@ def store_of(folder: Path, *models: str, layers: int = 3, classes: int = 2) -> S
 
 def shown(folder: Path | str, width: int = 80) -> list[str]:
     file = io.StringIO()
-    show_status(Console(file=file, width=width), status(folder))
+    print_status(Console(file=file, width=width), status(folder))
     return [line.rstrip() for line in file.getvalue().splitlines()]
 
 
@@ -98,12 +98,12 @@ def test_counts_rate_and_time_left(tmp_path: Path, seed: int) -> None:
         chance = draw.random() if unit.model == "a" else draw.random() * 2
         if chance < 0.4:
             took[unit.model].append(draw.uniform(0.1, 5000))
-            store.put(unit, ROWS, seconds=took[unit.model][-1])
+            store.save(unit, ROWS, seconds=took[unit.model][-1])
             when = draw.uniform(0, 4e9)  # a clock that was set wrong
-            os.utime(store.path(unit), (when, when))
+            os.utime(store.part_path(unit), (when, when))
         elif chance < 0.6:
             failed[unit.model] += 1
-            store.fail(unit, "no luck")
+            store.record_failure(unit, "no luck")
     each = len(store.units) // len(names)
     every = [seconds for mine in took.values() for seconds in mine]
     work, left = 0.0, 0
@@ -115,7 +115,7 @@ def test_counts_rate_and_time_left(tmp_path: Path, seed: int) -> None:
     workers = draw.randint(1, 8)
     for found, by in ((status(tmp_path), 1), (None, workers)):
         if found is None:
-            with driving(tmp_path, Shard(), workers):
+            with hold_lock(tmp_path, Shard(), workers):
                 found = status(tmp_path)
             assert found.workers == workers
         assert (found.done, found.left) == (len(every), left)
@@ -167,7 +167,7 @@ def test_who_works_is_seen_until_they_die(
 ) -> None:
     store = store_of(tmp_path, "toy")
     for unit in store.units[:2]:
-        store.put(unit, ROWS, seconds=300.0)
+        store.save(unit, ROWS, seconds=300.0)
     alone = holding(tmp_path, 1, 1, 2)
     lines = shown(tmp_path)
     assert f"At work: process {alone.pid} on {os.uname().nodename}, 2 workers" in lines
@@ -198,9 +198,9 @@ def test_who_works_is_seen_until_they_die(
 
 def test_failed_units_are_said_with_their_errors(tmp_path: Path) -> None:
     store = store_of(tmp_path, "toy", layers=4)
-    store.put(store.units[0], ROWS, seconds=1.0)
+    store.save(store.units[0], ROWS, seconds=1.0)
     for number, unit in enumerate(store.units[1:]):
-        store.fail(unit, f"[red] reason {number}")
+        store.record_failure(unit, f"[red] reason {number}")
     found, lines = status(tmp_path), shown(tmp_path)
     assert found.failed[Unit("toy", "layer0", 2)] == "[red] reason 0"
     assert (found.done, found.left, len(found.failed)) == (1, 0, 7)
@@ -209,17 +209,17 @@ def test_failed_units_are_said_with_their_errors(tmp_path: Path) -> None:
     assert "failed: 2 more, see" in " ".join(lines)
     assert "and tries again what failed" in " ".join(lines)
     assert "All but the failed units are done" in " ".join(lines)
-    store.put(store.units[1], ROWS, seconds=1.0)
+    store.save(store.units[1], ROWS, seconds=1.0)
     assert store.units[1] not in status(tmp_path).failed
 
 
 def test_a_damaged_part_counts_as_left(tmp_path: Path) -> None:
     store = store_of(tmp_path, "toy")
     for unit in store.units:
-        store.put(unit, ROWS, seconds=60.0)
-    path = store.path(store.units[3])
+        store.save(unit, ROWS, seconds=60.0)
+    path = store.part_path(store.units[3])
     path.write_bytes(path.read_bytes()[:50])
-    store.path(store.units[4]).write_bytes(b"")
+    store.part_path(store.units[4]).write_bytes(b"")
     found = status(tmp_path)
     assert list(found.damaged) == store.units[3:5]
     assert (found.done, found.left, found.seconds_left) == (4, 2, 120.0)
@@ -231,9 +231,9 @@ def test_a_damaged_part_counts_as_left(tmp_path: Path) -> None:
 def test_parts_of_others_are_refused(tmp_path: Path) -> None:
     store = store_of(tmp_path / "ours", "toy")
     other = store_of(tmp_path / "theirs", "toy", layers=2)
-    other.put(other.units[0], ROWS, seconds=1.0)
-    store.put(store.units[1], ROWS, seconds=1.0)
-    other.path(other.units[0]).rename(store.path(store.units[0]))
+    other.save(other.units[0], ROWS, seconds=1.0)
+    store.save(store.units[1], ROWS, seconds=1.0)
+    other.part_path(other.units[0]).rename(store.part_path(store.units[0]))
     with pytest.raises(StoreError, match=f"is of configuration {other.hash}"):
         status(tmp_path / "ours")
     with pytest.raises(StoreError, match=r"has no study\.json"):
@@ -246,19 +246,19 @@ def test_a_finished_run_says_where_its_table_is(
     monkeypatch.chdir(tmp_path)
     store = store_of(Path("runs/toy"), "toy")
     for unit in store.units[:2]:
-        store.put(unit, ROWS, seconds=1.0)
+        store.save(unit, ROWS, seconds=1.0)
     store.compact()
     assert status("runs/toy").table == 2
     assert "results.parquet" not in "".join(shown("runs/toy"))  # there is more to say first
     for unit in store.units[2:]:
-        store.put(unit, ROWS, seconds=1.0)
+        store.save(unit, ROWS, seconds=1.0)
     compact = "repsim compact runs/toy"
     has_only = "All units are done, but runs/toy/results.parquet has only 2 of them:"
     assert shown("runs/toy")[-2:] == [has_only, compact]
     (store.folder / "results.parquet").unlink()
     missing = "All units are done, but runs/toy/results.parquet is missing:"
     assert shown("runs/toy")[-2:] == [missing, compact]
-    with driving(store.folder, Shard(), 1):
+    with hold_lock(store.folder, Shard(), 1):
         assert compact not in shown("runs/toy")  # that is what they are at
     store.compact()
     assert status("runs/toy").table == 6
@@ -272,12 +272,12 @@ def test_a_unit_that_is_finished_while_its_failure_is_read(
 ) -> None:
     store = store_of(tmp_path, "toy")
     for unit in store.units[:2]:
-        store.fail(unit, "no luck")
+        store.record_failure(unit, "no luck")
     read, racing = Path.read_text, [store.units[0]]
 
     def finished_meanwhile(path: Path, *args: Any, **options: Any) -> str:
         if path.parent.name == "failed" and racing:
-            store.put(racing.pop(), ROWS, seconds=1.0)  # deletes the failure
+            store.save(racing.pop(), ROWS, seconds=1.0)  # deletes the failure
         return read(path, *args, **options)
 
     monkeypatch.setattr(Path, "read_text", finished_meanwhile)
@@ -292,8 +292,8 @@ def test_a_folder_that_is_being_written_can_be_looked_at(tmp_path: Path) -> None
 
     def write() -> None:
         for unit in store.units:
-            store.fail(unit, "at first")
-            store.put(unit, ROWS, seconds=2.0)
+            store.record_failure(unit, "at first")
+            store.save(unit, ROWS, seconds=2.0)
         store.compact()
 
     writer = Thread(target=write)
@@ -317,10 +317,10 @@ def test_no_line_is_longer_than_its_terminal(
     monkeypatch.chdir(tmp_path)
     store = store_of(Path("runs/demo"), "a_network_of_a_long_name_" * 2, "b", layers=12)
     for unit in store.units[:5]:
-        store.put(unit, ROWS, seconds=12345.6)
+        store.save(unit, ROWS, seconds=12345.6)
     for unit in store.units[5:]:
-        store.fail(unit, "RuntimeError: so many words of what was wrong, " * 4)
-    with driving(store.folder, Shard(99, 100), 128):
+        store.record_failure(unit, "RuntimeError: so many words of what was wrong, " * 4)
+    with hold_lock(store.folder, Shard(99, 100), 128):
         lines = shown("runs/demo", width)
     assert max(map(len, lines)) <= width
     joined = "".join(lines).replace(" ", "")

@@ -17,7 +17,7 @@ from _toy import Toy, stop_after, toy_study
 from repsim_kernels.experiments.errors import DamagedError, StoreError
 from repsim_kernels.experiments.files import replacing
 from repsim_kernels.experiments.runs.membership import open_run
-from repsim_kernels.experiments.runs.store import Store, load
+from repsim_kernels.experiments.runs.store import Store, load_run
 from repsim_kernels.experiments.study.configuration import digest
 from repsim_kernels.experiments.study.units import Unit
 
@@ -55,7 +55,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path: Path) -> None:
     assert {(step.failed, step.total) for step in steps} == {(0, 6)}
     pd.testing.assert_frame_equal(resumed, undisturbed, check_exact=True)
     pd.testing.assert_frame_equal(resumed, toy_study(**given).run(), check_exact=True)
-    stored, study = load(tmp_path / "b")
+    stored, study = load_run(tmp_path / "b")
     pd.testing.assert_frame_equal(stored, resumed, check_exact=True)
     assert names(tmp_path / "a") == names(tmp_path / "b")
     about = study["about"]["models"]["toy"]
@@ -125,7 +125,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"study\.json is damaged"):
         study.run(tmp_path)
     with pytest.raises(StoreError, match=r"has no study\.json"):
-        load(tmp_path / "parts")
+        load_run(tmp_path / "parts")
 
 
 def test_units_never_share_a_file(store: Store) -> None:
@@ -142,8 +142,8 @@ def test_units_never_share_a_file(store: Store) -> None:
         Unit("a", "../b", 1),
         Unit("a", "é", 1),
     ]
-    assert len({store.path(unit) for unit in units}) == len(units)
-    assert {store.path(unit).parent for unit in units} == {store.folder / "parts"}
+    assert len({store.part_path(unit) for unit in units}) == len(units)
+    assert {store.part_path(unit).parent for unit in units} == {store.folder / "parts"}
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -178,13 +178,13 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", replaced)
-    store.put(unit, rows_of(unit))
+    store.save(unit, rows_of(unit))
     temporary = calls[0][1]
-    assert temporary != store.path(unit)
+    assert temporary != store.part_path(unit)
     assert calls == [
         ("fsync", temporary),
         ("replace", temporary),
-        ("fsync", store.path(unit).parent),
+        ("fsync", store.part_path(unit).parent),
     ]
 
 
@@ -200,25 +200,30 @@ def test_a_part_says_where_it_is_from_to_whoever_reads_it(tmp_path: Path) -> Non
     assert set(facts["versions"]) >= {"python", "repsim-kernels", "numpy"}
     assert (facts["device"], facts["memory_budget"]) == ("CPU", store.study["memory"]["toy"])
     assert facts["seconds"] > 0
-    assert facts == store.facts(Unit("toy", "act2", 2))
+    assert facts == store.read_facts(Unit("toy", "act2", 2))
     assert set(part["class"].to_pylist()) == {"wasp"}
-    assert load(tmp_path)[1]["seconds"] == sum(
-        (store.facts(unit) or {})["seconds"] for unit in store.units
+    assert load_run(tmp_path)[1]["seconds"] == sum(
+        (store.read_facts(unit) or {})["seconds"] for unit in store.units
     )
 
 
 def test_a_part_of_another_run_or_unit_is_named_and_left(store: Store, tmp_path: Path) -> None:
     first, second = store.units[:2]
     other = Store.create(tmp_path / "other", configuration(versions={"torch": "2.12"}))
-    other.put(first, rows_of(first))
-    store.put(second, rows_of(second))
-    path = store.path(first)
+    other.save(first, rows_of(first))
+    store.save(second, rows_of(second))
+    path = store.part_path(first)
     for source, message in (
-        (other.path(first), f"is of configuration {other.hash}, and the run of {store.hash}"),
-        (store.path(second), f"is a part of {second}; expected its own name"),
+        (other.part_path(first), f"is of configuration {other.hash}, and the run of {store.hash}"),
+        (store.part_path(second), f"is a part of {second}; expected its own name"),
     ):
         path.write_bytes(source.read_bytes())
-        for refused in (store.finished, store.left, store.compact, lambda: store.facts(first)):
+        for refused in (
+            store.read_finished,
+            store.unfinished,
+            store.compact,
+            lambda: store.read_facts(first),
+        ):
             with pytest.raises(StoreError, match=message) as caught:
                 refused()
             assert str(caught.value).startswith(f"out: {path} ")
@@ -227,13 +232,13 @@ def test_a_part_of_another_run_or_unit_is_named_and_left(store: Store, tmp_path:
         assert path.read_bytes() == source.read_bytes()
     rows_of(first).to_parquet(path, index=False)
     with pytest.raises(StoreError, match=f"is of no run, and the run of {store.hash}"):
-        store.left()
+        store.unfinished()
 
 
 def test_a_byte_that_was_flipped_is_found(store: Store) -> None:
     unit = store.units[0]
-    store.put(unit, rows_of(unit), seconds=1.5)
-    path = store.path(unit)
+    store.save(unit, rows_of(unit), seconds=1.5)
+    path = store.part_path(unit)
     good = path.read_bytes()
     column = pq.read_metadata(path).row_group(0).column(5)  # of floats
     middle = (column.dictionary_page_offset or column.data_page_offset) + 40
@@ -244,7 +249,7 @@ def test_a_byte_that_was_flipped_is_found(store: Store) -> None:
         path.write_bytes(good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :])
         kind = "the same"
         try:
-            rows = store.finished([unit])
+            rows = store.read_finished([unit])
         except (UserWarning, StoreError) as error:
             kind, said = "foreign" if isinstance(error, StoreError) else "damaged", str(error)
         if kind == "damaged":
@@ -280,12 +285,12 @@ def test_a_full_disk_is_said_in_a_line(
     with monkeypatch.context() as patch:
         patch.setattr(pq, "write_table", full)
         with pytest.raises(StoreError) as caught:
-            store.put(unit, rows_of(unit))
-    assert str(caught.value) == f"out: {store.path(unit)} can't be written ({reason})"
+            store.save(unit, rows_of(unit))
+    assert str(caught.value) == f"out: {store.part_path(unit)} can't be written ({reason})"
     assert names(store.folder) == before
-    assert store.left() == store.units
-    store.put(unit, rows_of(unit))
-    assert store.left() == store.units[1:]
+    assert store.unfinished() == store.units
+    store.save(unit, rows_of(unit))
+    assert store.unfinished() == store.units[1:]
 
 
 def test_a_failure_on_a_full_disk_is_said_in_a_line(
@@ -297,8 +302,8 @@ def test_a_failure_on_a_full_disk_is_said_in_a_line(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)
         with pytest.raises(StoreError, match=r"failed/.* can't be written \(No space left on dev"):
-            store.fail(store.units[0], "no")
-    assert store.failed() == {}
+            store.record_failure(store.units[0], "no")
+    assert store.failures() == {}
 
 
 def test_a_run_of_an_earlier_version_is_named(tmp_path: Path) -> None:
@@ -312,10 +317,10 @@ def test_a_run_of_an_earlier_version_is_named(tmp_path: Path) -> None:
 
 def test_a_table_is_read_beside_a_damaged_part(store: Store) -> None:
     for unit in store.units:
-        store.put(unit, rows_of(unit), seconds=1.0)
+        store.save(unit, rows_of(unit), seconds=1.0)
     table = store.compact()
-    store.path(store.units[0]).write_bytes(b"PAR1")
-    stored, study = load(store.folder)
+    store.part_path(store.units[0]).write_bytes(b"PAR1")
+    stored, study = load_run(store.folder)
     pd.testing.assert_frame_equal(stored, table, check_exact=True)
     assert study["seconds"] == len(store.units) - 1
 
@@ -324,7 +329,7 @@ def test_what_may_not_be_read_is_not_taken_for_damage(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unit = store.units[0]
-    store.put(unit, rows_of(unit))
+    store.save(unit, rows_of(unit))
 
     def refused(*_: Any, **__: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -334,36 +339,36 @@ def test_what_may_not_be_read_is_not_taken_for_damage(
             patch.setattr(pq, name, refused)
             patch.setattr(pd, "read_parquet", refused)
             with pytest.raises(PermissionError):
-                store.finished()
-    assert store.left() == store.units[1:]
+                store.read_finished()
+    assert store.unfinished() == store.units[1:]
 
 
 def test_a_failure_is_forgotten_once_the_unit_is_finished(store: Store) -> None:
     first, second = store.units[:2]
     for unit in (first, second):
-        store.fail(unit, f"no {unit}", details="Traceback …")
-    assert store.failed() == {first: f"no {first}", second: f"no {second}"}
-    store.put(first, rows_of(first))
-    assert store.failed() == {second: f"no {second}"}
+        store.record_failure(unit, f"no {unit}", details="Traceback …")
+    assert store.failures() == {first: f"no {first}", second: f"no {second}"}
+    store.save(first, rows_of(first))
+    assert store.failures() == {second: f"no {second}"}
     assert [name for name in names(store.folder) if name.startswith("failed")] == [
         "failed/net--a%2D%2Db--2.json"
     ]
     # One that is damaged and can't be measured again has failed.
-    store.path(first).write_bytes(b"")
-    store.fail(first, "again")
-    assert store.failed() == {first: "again", second: f"no {second}"}
+    store.part_path(first).write_bytes(b"")
+    store.record_failure(first, "again")
+    assert store.failures() == {first: "again", second: f"no {second}"}
 
 
 def test_half_written_files_of_dead_processes_are_deleted(store: Store) -> None:
-    store.put(store.units[0], rows_of(store.units[0]))
-    store.fail(store.units[1], "no")
+    store.save(store.units[0], rows_of(store.units[0]))
+    store.record_failure(store.units[1], "no")
     before = names(store.folder)
-    for path in [store.path(unit) for unit in store.units]:
+    for path in [store.part_path(unit) for unit in store.units]:
         path.with_name(f".{path.name}.elsewhere-7.tmp").write_text("PAR1")
-    store.tidy(store.units[1:])
-    left = store.path(store.units[0])
+    store.remove_temporary_files(store.units[1:])
+    left = store.part_path(store.units[0])
     assert names(store.folder) == before | {f"parts/.{left.name}.elsewhere-7.tmp"}
-    store.tidy(store.units)
+    store.remove_temporary_files(store.units)
     assert names(store.folder) == before
 
 

@@ -44,14 +44,14 @@ def test_a_unit_with_any_nan_is_finished_and_one_with_another_value_is_not(
         # Copied as bits: a cast may quiet a NaN.
         values.view(f"u{values.itemsize}")[at] = every.view(f"u{values.itemsize}")
         rows = pd.DataFrame({"cell": np.arange(40), "lost": values})
-        store.put(unit, rows)
-        read = store.finished([unit])[unit]
+        store.save(unit, rows)
+        read = store.read_finished([unit])[unit]
         np.testing.assert_array_equal(read["lost"], values)
         numbers = ~np.isnan(values)
         assert read["lost"][numbers].to_numpy().tobytes() == values[numbers].tobytes()
-        assert store.left() == store.units[1:]
+        assert store.unfinished() == store.units[1:]
         other = read.assign(lost=read["lost"].where(read["cell"] != at[0], 1))
         with monkeypatch.context() as patch:
             patch.setattr(pd, "read_parquet", lambda *_, table=other, **__: table)
             with pytest.warns(UserWarning, match="its rows are not those that were written"):
-                assert store.left() == store.units
+                assert store.unfinished() == store.units

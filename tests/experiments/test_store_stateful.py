@@ -66,7 +66,7 @@ class Folder(RuleBasedStateMachine):
     @rule(number=UNITS, seed=SEEDS)
     def write(self, number: int, seed: int) -> None:
         unit = self.planned[number]
-        self.store.put(unit, rows_of(unit, seed), seconds=1.0)
+        self.store.save(unit, rows_of(unit, seed), seconds=1.0)
         self.holds(unit, rows_of(unit, seed))
         self.failed.pop(unit, None)
 
@@ -94,7 +94,7 @@ class Folder(RuleBasedStateMachine):
             mock.patch.object(os, "getpid", return_value=self.crashes),
             pytest.raises(Crash),
         ):
-            self.store.put(unit, rows_of(unit, seed), seconds=1.0)
+            self.store.save(unit, rows_of(unit, seed), seconds=1.0)
         if when == "after":
             self.holds(unit, rows_of(unit, seed))
         self.resume()
@@ -108,7 +108,7 @@ class Folder(RuleBasedStateMachine):
     def fail(self, number: int) -> None:
         unit = self.planned[number]
         if unit not in self.rows and unit not in self.foreign:
-            self.store.fail(unit, f"no {number}")
+            self.store.record_failure(unit, f"no {number}")
             self.failed[unit] = f"no {number}"
             self.damaged.discard(unit)
 
@@ -116,7 +116,7 @@ class Folder(RuleBasedStateMachine):
     @rule(data=st.data(), how=st.sampled_from(["cut", "flip", "empty", "delete"]))
     def damage(self, data: st.DataObject, how: str) -> None:
         unit = data.draw(st.sampled_from(sorted(self.rows)))
-        path = self.store.path(unit)
+        path = self.store.part_path(unit)
         good = path.read_bytes()
         if how == "delete":
             path.unlink()
@@ -135,14 +135,14 @@ class Folder(RuleBasedStateMachine):
     def bring_a_foreign_part(self, number: int, own: bool) -> None:
         unit = self.planned[number]
         if own:  # another unit's
-            source = self.store.path(self.planned[number - 1])
+            source = self.store.part_path(self.planned[number - 1])
             if self.planned[number - 1] not in self.rows:
                 return
         else:
-            self.other.put(unit, rows_of(unit))
-            source = self.other.path(unit)
-        self.store.path(unit).parent.mkdir(exist_ok=True)
-        self.store.path(unit).write_bytes(source.read_bytes())
+            self.other.save(unit, rows_of(unit))
+            source = self.other.part_path(unit)
+        self.store.part_path(unit).parent.mkdir(exist_ok=True)
+        self.store.part_path(unit).write_bytes(source.read_bytes())
         self.rows.pop(unit, None)
         self.damaged.discard(unit)
         self.foreign.add(unit)
@@ -151,12 +151,12 @@ class Folder(RuleBasedStateMachine):
     @rule()
     def move_foreign_parts_away(self) -> None:
         for unit in self.foreign:
-            self.store.path(unit).unlink()
+            self.store.part_path(unit).unlink()
         self.foreign.clear()
 
     @rule()
     def tidy(self) -> None:
-        self.store.tidy(self.planned)
+        self.store.remove_temporary_files(self.planned)
         files = [path.name for path in self.store.folder.rglob("*") if path.is_file()]
         assert not [name for name in files if name.endswith(".tmp") and "parquet" in name]
 
@@ -179,21 +179,25 @@ class Folder(RuleBasedStateMachine):
     @invariant()
     def what_is_planned_is_finished_or_left(self) -> None:
         if self.foreign:
-            before = {unit: self.store.path(unit).read_bytes() for unit in self.foreign}
+            before = {unit: self.store.part_path(unit).read_bytes() for unit in self.foreign}
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 with pytest.raises(StoreError, match=r"move it away$") as caught:
-                    self.store.left()
-            assert any(str(self.store.path(unit)) in str(caught.value) for unit in self.foreign)
-            assert before == {unit: self.store.path(unit).read_bytes() for unit in self.foreign}
+                    self.store.unfinished()
+            assert any(
+                str(self.store.part_path(unit)) in str(caught.value) for unit in self.foreign
+            )
+            assert before == {
+                unit: self.store.part_path(unit).read_bytes() for unit in self.foreign
+            }
             return
         with warnings.catch_warnings(record=True) as caught_warnings:
             warnings.simplefilter("always")
-            finished = self.store.finished()
-            left = self.store.left()
+            finished = self.store.read_finished()
+            left = self.store.unfinished()
         said = {str(each.message) for each in caught_warnings}
         assert len(said) == len(self.damaged)
-        assert all(any(str(self.store.path(u)) in text for text in said) for u in self.damaged)
+        assert all(any(str(self.store.part_path(u)) in text for text in said) for u in self.damaged)
         assert left == [unit for unit in self.planned if unit not in self.rows]
         assert list(finished) == [unit for unit in self.planned if unit in self.rows]
         for unit, rows in finished.items():
@@ -201,8 +205,8 @@ class Folder(RuleBasedStateMachine):
 
     @invariant()
     def failures_are_those_of_unfinished_units(self) -> None:
-        present = {unit for unit in self.planned if self.store.path(unit).exists()}
-        assert self.store.failed() == {
+        present = {unit for unit in self.planned if self.store.part_path(unit).exists()}
+        assert self.store.failures() == {
             unit: error for unit, error in self.failed.items() if unit not in present
         }
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from _cli import invoke
 
-from repsim_kernels.experiments.cli import request as jobs
+from repsim_kernels.experiments.cli import request
 from repsim_kernels.experiments.cli import sweep as sweeping
-from repsim_kernels.experiments.cli.request import Job
+from repsim_kernels.experiments.cli.request import StudySet
 from repsim_kernels.experiments.runs.shard import Shard
 
 NAME = "mobilenet_v2_035"
@@ -56,8 +56,12 @@ def test_where_a_run_goes_and_whether_it_is_a_sample(
     assert (recipe.preset is not None, recipe.names == ()) == (preset, preset)
     assert (how.workers, how.shard, how.executor) == (1, Shard(), "pool")
     calls: list[Any] = []
-    monkeypatch.setattr(jobs, "of_models", lambda *given: calls.append(given) or Job([], ""))
-    monkeypatch.setattr(jobs, "of_preset", lambda *given: calls.append(given) or Job([], ""))
+    monkeypatch.setattr(
+        request, "make_model_studies", lambda *given: calls.append(given) or StudySet([], "")
+    )
+    monkeypatch.setattr(
+        request, "make_preset_studies", lambda *given: calls.append(given) or StudySet([], "")
+    )
     copy = pickle.loads(pickle.dumps(recipe))  # for another process
     assert copy("cuda:3") == []
     asked = replace(recipe.asked, study=recipe.asked.study | {"device": "cuda:3"})

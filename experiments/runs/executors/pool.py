@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from repsim_kernels.experiments.runs.executors.serial import Answer
 
 
-class Pool(WorkerExecutor):
+class PoolExecutor(WorkerExecutor):
     """Measures units in processes of its own, and starts another in place of one that died.
 
     Each is a pool of one: in a larger pool a death would cost the neighbours' units, too.

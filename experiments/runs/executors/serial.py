@@ -18,7 +18,7 @@ import torch
 from repsim_kernels import RepsimError
 from repsim_kernels.experiments.errors import ExecutorError, StoreError, StudyError, one_line
 from repsim_kernels.experiments.runs.executors import Event, Task
-from repsim_kernels.experiments.runs.membership import join
+from repsim_kernels.experiments.runs.membership import join_run
 from repsim_kernels.experiments.runs.store import Store
 from repsim_kernels.experiments.study import measure
 from repsim_kernels.experiments.study.configuration import version_of
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _PACKAGES = ("repsim-kernels", "torch", "triton", "numpy")
 
 
-class Serial:
+class SerialExecutor:
     """Measures units in this process, one after the other.
 
     Parameters
@@ -80,7 +80,7 @@ class Serial:
                 )
                 return
             took, memory = time.perf_counter() - start, _memory(study.device)
-            self.store.put(unit, rows, seconds=took, memory=memory, **_facts(study))
+            self.store.save(unit, rows, seconds=took, memory=memory, **_facts(study))
             seconds = time.perf_counter() - start
             yield started._replace(what="done", seconds=seconds, memory=memory)
 
@@ -88,7 +88,7 @@ class Serial:
 #: What a worker process returns: a unit's last event and the warnings meanwhile, or the error
 #: that ends the run. Errors are returned: raised, Ray would wrap them in pages of its own.
 Answer = tuple[Event | None, list[str]] | StoreError | ExecutorError
-_made: dict[tuple[str, str], Serial] = {}  # at most one, by the run's folder and the device
+_made: dict[tuple[str, str], SerialExecutor] = {}  # at most one, by the run's folder and the device
 
 
 def work(task: Task, device: str, unit: Unit | None) -> Answer:
@@ -112,7 +112,7 @@ def work(task: Task, device: str, unit: Unit | None) -> Answer:
     return last, [str(each.message) for each in caught]
 
 
-def _serial(task: Task, device: str) -> Serial:
+def _serial(task: Task, device: str) -> SerialExecutor:
     key = task.folder, device
     if key not in _made:
         if _made:
@@ -121,8 +121,8 @@ def _serial(task: Task, device: str) -> Serial:
             torch.cuda.empty_cache()  # Ray may lend the GPU to another process now
         torch.set_num_threads(task.threads)
         store, studies = Store(task.folder), task.studies(device)
-        join(studies, store)
-        _made[key] = Serial(studies, store)
+        join_run(studies, store)
+        _made[key] = SerialExecutor(studies, store)
     return _made[key]
 
 
