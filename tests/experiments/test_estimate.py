@@ -205,7 +205,7 @@ def test_a_plan_runs_nothing_and_writes_nothing(
     lines = out.splitlines()
     assert "  layers (2): act1, act2" in lines
     assert "  target classes (3 of 3): ant, bee, wasp" in lines
-    assert "Plan, _toy:Toy: 3 target classes x 16 cells x 4 images, metrics over 12 stimuli" in (
+    assert "Plan for _toy:Toy: 3 target classes x 16 cells x 4 images; metrics use 12 images" in (
         " ".join(out.split())
     )
     rows = {line.split()[0]: line.split() for line in lines if line.startswith("  act")}
@@ -214,7 +214,7 @@ def test_a_plan_runs_nothing_and_writes_nothing(
     assert float(rows["act1"][3]) == pytest.approx(3 * 16 * 4 * TAIL["act1"] / 1e12, rel=0.005)
     assert float(rows["act2"][3]) == pytest.approx(3 * 16 * 4 * TAIL["act2"] / 1e12, rel=0.005)
     assert float(rows["act2"][4]) == pytest.approx(3 * 2 * 144 * 256 / 1e12, rel=0.005)
-    assert any(line.startswith("  1 pass of all images for all layers, ") for line in lines)
+    assert any(line.startswith("  1 pass over all images for all layers: ") for line in lines)
     assert lines[-1].startswith("Plan: ")
     assert lines[-1].endswith(" s on this device.")
 
@@ -241,9 +241,9 @@ def some_plan(seconds: float) -> Plan:
 @pytest.mark.parametrize(
     ("seconds", "said", "line"),
     [
-        (0.26, [1.0, 2.5], "Took 0.3 s; the plan said 3.5 s.\n"),
-        (99.0, [100.0], "Took 99.0 s; the plan said 2 min.\n"),
-        (5990.0, [3600.0, 7200.0], "Took 100 min; the plan said 3.0 h.\n"),
+        (0.26, [1.0, 2.5], "Took 0.3 s (estimated: 3.5 s).\n"),
+        (99.0, [100.0], "Took 99.0 s (estimated: 2 min).\n"),
+        (5990.0, [3600.0, 7200.0], "Took 100 min (estimated: 3.0 h).\n"),
     ],
 )
 def test_what_a_run_took_is_held_against_all_its_plans(

@@ -243,8 +243,11 @@ def test_the_value_that_is_no_number_is_named_with_its_row(
         (("--cell", "cell,cell"), "cell: 'cell' is named twice; expected it once"),
         (("--by", "distance,layer"), "by: 'distance' is the name of a column of the result; exp"),
         (("--by", "layer,n"), "by: 'n' is the name of a column of the result; expected another"),
-        (("--cluster", "nope"), "cluster: 'nope' names no group; expected model or class or layer"),
-        (("--by", "class,layer", "--cluster", "model"), "cluster: 'model' names no group; expec"),
+        (
+            ("--cluster", "nope"),
+            "cluster: 'nope' is not a group column; expected model or class or layer",
+        ),
+        (("--by", "class,layer", "--cluster", "model"), "cluster: 'model' is not a group column"),
     ],
 )
 def test_columns_that_do_not_go_together_are_refused(

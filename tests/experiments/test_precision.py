@@ -168,7 +168,7 @@ def test_a_worker_process_sets_the_switches(tmp_path: Path) -> None:
         log.unlink()
         units = deque(store.units[:1])
         events = list(PoolExecutor(Task(make, str(out)), ["cpu"]).run(units))
-        assert [event.what for event in events] == ["started", "done"]
+        assert [event.kind for event in events] == ["started", "done"]
         assert {tuple(json.loads(line)) for line in log.read_text().splitlines()} == {tuple(wanted)}
 
 
