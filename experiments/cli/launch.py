@@ -100,7 +100,8 @@ def launch(factory: StudyFactory, folder: Path, options: LaunchOptions, plan_onl
         warn_if_near_chance(store)
     unfinished = store.unfinished(units)
     if not unfinished and not options.silent:
-        print(f"All {len(units)} units are already done.")
+        units_are = "The only unit is" if len(units) == 1 else f"All {len(units)} units are"
+        print(f"{units_are} already done.")
     try:
         plans = []
         if unfinished and (plan_only or (factory.preset is not None and not options.silent)):

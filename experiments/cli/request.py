@@ -236,7 +236,7 @@ def make_preset_studies(name: str, options: SweepOptions) -> StudySet:
         _make_preset_study(preset, network, ready, options)
         for network, ready in zip(preset.networks, loaded, strict=True)
     ]
-    stimuli = [shown for _, shown in pairs]
+    stimuli = [own_stimuli for _, own_stimuli in pairs]
     weights = [f"weights: {ready.note}" for ready in loaded if ready.note != RANDOM]
     return StudySet(
         [study for study, _ in pairs],

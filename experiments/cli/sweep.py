@@ -98,8 +98,7 @@ def sweep(
         list[str] | None,
         typer.Option(
             help="Probes of linear decodability, comma-separated or repeated: ridge (default) and "
-            "paper. paper is the published study's probe; it takes longer than everything else "
-            "together."
+            "paper, the published study's probe, which takes longer than the rest of the study."
         ),
     ] = None,
     ridge: Annotated[

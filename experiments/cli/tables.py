@@ -101,7 +101,7 @@ def warn_if_near_chance(store: Store) -> None:
         if accuracy := near_chance(about):
             print(
                 f"{name} is near chance: {accuracy}. "
-                "Its results are not evidence; no claim is judged."
+                "Its results are not evidence, and the report judges no claims."
             )
 
 
@@ -180,7 +180,7 @@ def print_plans(console: Console, plans: Sequence[Plan], workers: int = 1) -> No
             f"Plan for {plan.name}: {plan.targets} target classes x {plan.cells} cells x "
             f"{plan.images} images; metrics use {plan.stimuli} images"
         )
-        heads = ["neurons", "cells per\nbatch", "TFLOP\nforward", "TFLOP\nmetrics", "GiB\nstored"]
+        heads = ["neurons", "cells per\nbatch", "TFLOP\nforward", "TFLOP\nmetrics", "GiB\nmemory"]
         fits = any(line.fits for line in plan.layers)
         view = _table(["layer"], [*heads, *(["logistic\nfits"] if fits else []), "time"], 1)
         for line in plan.layers:

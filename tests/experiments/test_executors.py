@@ -118,13 +118,10 @@ def test_the_memory_budget_of_a_run_is_set_once(tmp_path: Path) -> None:
 def test_workers_have_separate_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3, 5, 7, 8, 9, 10, 11})
     assert [_cores_of_worker(number, 3, 2) for number in range(3)] == [[1, 3], [5, 7], [8, 9]]
-    assert [_cores_of_worker(number, 2, 1) for number in range(2)] == [[1, 3, 5, 7], [8, 9, 10, 11]]
-    assert _cores_of_worker(3, 4, 4) == [
-        8,
-        9,
-        10,
-        11,
-    ]  # more threads than cores, so that cores are shared
+    halves = [_cores_of_worker(number, 2, 1) for number in range(2)]
+    assert halves == [[1, 3, 5, 7], [8, 9, 10, 11]]
+    # With more threads than cores, workers share cores.
+    assert _cores_of_worker(3, 4, 4) == [8, 9, 10, 11]
     assert {core for number in range(9) for core in _cores_of_worker(number, 9, 1)} <= {
         *(1, 3, 5, 7, 8, 9, 10, 11)
     }

@@ -40,17 +40,17 @@ def test_a_run_stopped_by_a_signal_is_resumed(tmp_path: Path, sweep: Callable[..
     first = sweep(*options)
     until(lambda: len(parts(run)) >= 1)
     code, _, err = first.kill(signal.SIGTERM)
-    kept = parts(run)
+    stored = parts(run)
     assert code == 143
     assert err == (
-        f"interrupted: {len(kept)} of 14 units are finished and stored in run; "
+        f"interrupted: {len(stored)} of 14 units are finished and stored in run; "
         "run the same command to resume\n"
     )
     assert not (run / "results.parquet").exists()
-    before = {name: (run / "parts" / name).read_bytes() for name in kept}
+    before = {name: (run / "parts" / name).read_bytes() for name in stored}
     code, _, err = sweep(*options, "--workers", "2").end()
     assert (code, err) == (0, "")
-    assert {name: (run / "parts" / name).read_bytes() for name in kept} == before
+    assert {name: (run / "parts" / name).read_bytes() for name in stored} == before
     assert len(parts(run)) == 14
     assert len(table(run)) == 14 * 16
 
@@ -65,10 +65,10 @@ def test_a_run_killed_at_random_times_gives_the_same_table(
     assert uninterrupted.end()[0] == 0
     run, kills, runs = tmp_path / "run", 0, 0
     while kills < 10:
-        kept = parts(run)
+        stored = parts(run)
         one = sweep(*SMALL, "--out", "run", "--workers", "2")
         runs += 1
-        until(lambda known=kept, mine=one: parts(run) > known or mine.process.poll() is not None)
+        until(lambda old=stored, now=one: parts(run) > old or now.process.poll() is not None)
         for _ in range(2):
             time.sleep(rng.uniform(0, 1.5))
             victims = [one.process.pid] if rng.random() < 0.5 else one.workers()
@@ -84,7 +84,7 @@ def test_a_run_killed_at_random_times_gives_the_same_table(
         if (run / "results.parquet").exists():  # it finished before the kills: repeat
             shutil.rmtree(run)
         else:
-            assert kept <= parts(run)
+            assert stored <= parts(run)
     assert runs >= 4
     code, _, err = sweep(*SMALL, "--out", "run", "--workers", "2").end()
     assert (code, err) == (0, "")
@@ -109,16 +109,16 @@ def test_a_full_disk_loses_no_finished_unit(tmp_path: Path, sweep: Callable[...,
         options = (*TOY, "--out", disk / "run")
         for more in ((), ("--workers", "2")):
             code, _, err = sweep(*options, *more).end()
-            kept = parts(disk / "run")
+            stored = parts(disk / "run")
             assert code == 2
-            assert 1 <= len(kept) < 6
+            assert 1 <= len(stored) < 6
             assert err.count("\n") == 1
             assert "can't be written (No space left on device)" in err
-            assert f"{len(kept)} of 6 units are finished and stored in {disk / 'run'}" in err
+            assert f"{len(stored)} of 6 units are finished and stored in {disk / 'run'}" in err
             assert all(not path.name.endswith(".tmp") for path in (disk / "run").rglob("*"))
         subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
         assert sweep(*options).end()[0] == 0
-        assert kept <= parts(disk / "run")
+        assert stored <= parts(disk / "run")
         assert sweep(*TOY, "--out", "whole").end()[0] == 0
         pd.testing.assert_frame_equal(
             table(disk / "run"), table(tmp_path / "whole"), check_exact=True

@@ -127,11 +127,11 @@ def test_rate_and_remaining_time_use_this_run_and_the_monotonic_clock(
     assert len(ended) == len(gaps)
     for count, line in enumerate(ended, 1):
         elapsed = sum(gaps[:count])
-        left = len(gaps) - count + after
-        assert (line["done"], line["left"]) == (before + count, left)
+        remaining = len(gaps) - count + after
+        assert (line["done"], line["left"]) == (before + count, remaining)
         if elapsed > 1e-6:  # for less, adding to the clock's 1000 s rounds
             assert line["units_per_minute"] == pytest.approx(60 * count / elapsed, rel=1e-4)
-            assert line["seconds_left"] == pytest.approx(left * elapsed / count, rel=1e-4)
+            assert line["seconds_left"] == pytest.approx(remaining * elapsed / count, rel=1e-4)
 
 
 def test_json_lines_are_flushed_for_every_event(clocks: Clocks) -> None:

@@ -75,9 +75,9 @@ def test_a_signal_also_ends_the_cluster(tmp_path: Path, place: dict[str, str]) -
     until(lambda: len(parts(tmp_path / "run")) >= 1)
     started_pids = descendants(one.process.pid)
     code, _, err = one.kill(signal.SIGTERM)
-    kept = len(parts(tmp_path / "run"))
+    stored = len(parts(tmp_path / "run"))
     assert code == 143
-    assert f"interrupted: {kept} of 49 units are finished and stored in run; run" in err
+    assert f"interrupted: {stored} of 49 units are finished and stored in run; run" in err
     assert err.count("\n") == 1
     assert_no_processes_or_files_remain(started_pids, place)
 

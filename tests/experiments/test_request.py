@@ -286,9 +286,9 @@ def test_a_single_preset_has_the_choices_of_this_package() -> None:
 
 
 def test_options_override_the_preset() -> None:
-    given = {"metrics": ["cka"], "grid": (2, 3), "ridge": 0.5, "penalty": 2.0, "memory": "1GiB"}
+    arguments = {"metrics": ["cka"], "grid": (2, 3), "ridge": 0.5, "penalty": 2.0, "memory": "1GiB"}
     (study,) = make_preset_studies(
-        NAME, options_with(study=given, metric_images=2, images_per_class=3)
+        NAME, options_with(study=arguments, metric_images=2, images_per_class=3)
     ).studies
     assert (study.metrics, study.grid, study.memory) == (["cka"], (2, 3), 2**30)
     assert (study.options["ridge"], study.options["penalty"]) == (0.5, 2.0)

@@ -375,8 +375,8 @@ def test_temporary_files_of_dead_processes_are_deleted(store: Store) -> None:
     for path in [store.part_path(unit) for unit in store.units]:
         path.with_name(f".{path.name}.elsewhere-7.tmp").write_text("PAR1")
     store.remove_temporary_files(store.units[1:])
-    kept = store.part_path(store.units[0])
-    assert names(store.folder) == before | {f"parts/.{kept.name}.elsewhere-7.tmp"}
+    own_part = store.part_path(store.units[0])
+    assert names(store.folder) == before | {f"parts/.{own_part.name}.elsewhere-7.tmp"}
     store.remove_temporary_files(store.units)
     assert names(store.folder) == before
 

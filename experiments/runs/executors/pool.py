@@ -86,7 +86,7 @@ class PoolExecutor(WorkerExecutor):
 
 def _initialize_worker(cores: Sequence[int]) -> None:
     """Set up a worker process before it imports anything that starts threads."""
-    # Ctrl-C stays blocked, as it was when the process started: the main process handles it.
+    # Keep Ctrl-C blocked, as at the start of this process: the main process handles it.
     signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGINT})
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     if cores:

@@ -88,7 +88,7 @@ class SerialExecutor:
 
 
 #: A worker's result: the unit's last event and the warnings it caused, or the error that ends the
-#: run. The error is returned because Ray would wrap a raised one in pages of its own output.
+#: run. The error is returned because Ray would surround a raised one with pages of output.
 WorkerResult = tuple[Event | None, list[str]] | StoreError | ExecutorError
 #: At most one executor, by the run's folder and the device.
 _cached_executor: dict[tuple[str, str], SerialExecutor] = {}
