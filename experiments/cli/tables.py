@@ -101,7 +101,7 @@ def warn_if_near_chance(store: Store) -> None:
         if accuracy := near_chance(about):
             print(
                 f"{name} is near chance: {accuracy}. "
-                "Its results are not evidence, and the report judges no claims."
+                "Do not treat its results as evidence; the report judges no claims."
             )
 
 

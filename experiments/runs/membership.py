@@ -50,7 +50,7 @@ def open_run(
     OSError
         ``out`` can't be written.
     """
-    folder, configuration = _check_run(studies, out)
+    folder, configuration = _folder_and_configuration(studies, out)
 
     def facts() -> dict[str, Any]:
         for study in studies:
@@ -68,7 +68,7 @@ def open_run(
 
 def check_run(studies: Sequence[Study], out: str | os.PathLike[str]) -> None:
     """Check that `open_run` can use a folder, without writing; raises the errors of `open_run`."""
-    check_compatible(*_check_run(studies, out))
+    check_compatible(*_folder_and_configuration(studies, out))
 
 
 def join_run(studies: Sequence[Study], store: Store) -> None:
@@ -87,7 +87,7 @@ def join_run(studies: Sequence[Study], store: Store) -> None:
     _set_memory(studies, store)
 
 
-def _check_run(
+def _folder_and_configuration(
     studies: Sequence[Study], out: str | os.PathLike[str]
 ) -> tuple[Path, dict[str, Any]]:
     check_names(studies)
