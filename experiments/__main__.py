@@ -10,11 +10,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from repsim_kernels.experiments.cli.options import one_line_errors, split
+from repsim_kernels.experiments.cli.options import exit_on_errors, split_commas
 from repsim_kernels.experiments.cli.sweep import sweep
-from repsim_kernels.experiments.errors import OptionsError
+from repsim_kernels.experiments.errors import OptionsError, ReportError, StatsError
 
-# PyTorch, pandas and matplotlib are imported by the commands that need them: --help is quick.
+# The commands import PyTorch, pandas and matplotlib when they need them, so that --help is fast.
 
 
 class Figures(StrEnum):
@@ -27,34 +27,33 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Do representation metrics follow what happens to a network's function?",
+    help="Test whether representation metrics track the function that ablated networks lose.",
 )
 app.command()(sweep)
 
-
-RUN = typer.Argument(help="Folder of a run; runs/demo by default.")
+RUN = typer.Argument(help="Folder of a run.")
 
 
 @app.command()
 def status(run: Annotated[Path, RUN] = Path("runs/demo")) -> None:
-    """Say what of a run is done, left and failed, who works on it, and how long it will take."""
-    with one_line_errors():
-        from repsim_kernels.experiments.cli.tables import show_status
-        from repsim_kernels.experiments.runs.status import status as status_of
+    """Show a run's finished, remaining and failed units, its processes and the time left."""
+    with exit_on_errors():
+        from repsim_kernels.experiments.cli.tables import print_status
+        from repsim_kernels.experiments.runs.status import read_status
 
-        show_status(Console(highlight=False, markup=False), status_of(run))
+        print_status(Console(highlight=False, markup=False), read_status(run))
 
 
 @app.command()
 def compact(run: Annotated[Path, RUN] = Path("runs/demo")) -> None:
-    """Make a run's table and report of what is finished; exit code 3 where units are missing."""
-    with one_line_errors():
-        from repsim_kernels.experiments.cli.tables import finish
+    """Write a run's table and report from its finished units; exit code 3 if units are missing."""
+    with exit_on_errors():
+        from repsim_kernels.experiments.cli.tables import print_results
         from repsim_kernels.experiments.runs.store import Store
 
         store = Store(run)
         table = store.compact()
-        finish(Console(highlight=False, markup=False), table, store)
+        print_results(Console(highlight=False, markup=False), table, store)
         if "missing" in table.attrs:
             print(f"{table.attrs['missing']} units are missing", file=sys.stderr)
             raise typer.Exit(3)
@@ -63,19 +62,26 @@ def compact(run: Annotated[Path, RUN] = Path("runs/demo")) -> None:
 @app.command()
 def train(
     model: Annotated[
-        list[str] | None, typer.Option(help="Small network, repeatable; all three by default.")
+        list[str] | None, typer.Option(help="Small network; repeatable. All three by default.")
     ] = None,
     dataset: Annotated[
-        Path, typer.Option(help="Folder of Fashion-MNIST's gzipped idx files.")
+        Path, typer.Option(help="Folder with Fashion-MNIST's gzipped idx files.")
     ] = Path("/usr/share/datasets/fashion-mnist"),
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the checkpoints; the shipped ones by default.")
+        Path | None,
+        typer.Option(
+            help="Folder for the checkpoints. By default the shipped checkpoints are replaced."
+        ),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the initial weights and the order.")] = 0,
+    epochs: Annotated[
+        int | None, typer.Option(help="Number of passes over the training images.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the initial weights and the order of the images.")
+    ] = 0,
 ) -> None:
-    """Train the small networks on Fashion-MNIST (Debian's dataset-fashion-mnist)."""
-    with one_line_errors():
+    """Train the small networks on Fashion-MNIST (Debian package dataset-fashion-mnist)."""
+    with exit_on_errors():
         from repsim_kernels.experiments.inputs.networks import SMALL
         from repsim_kernels.experiments.inputs.train import train as run_training
 
@@ -86,58 +92,74 @@ def train(
 def report(
     run: Annotated[
         list[Path] | None,
-        typer.Argument(help="Folders of finished runs, on one page; runs/demo by default."),
+        typer.Argument(help="Folders of finished runs; runs/demo by default."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="The page; report.html in the first folder by default.")
+        Path | None,
+        typer.Option(help="HTML file to write; report.html in the first folder by default."),
     ] = None,
     figures: Annotated[
-        Figures | None, typer.Option(help="The figures as files as well, in a folder beside it.")
+        Figures | None,
+        typer.Option(help="Also write the figures as files, into a folder next to the report."),
     ] = None,
 ) -> None:
-    """Write the report of a run again, or one of several runs."""
-    with one_line_errors():
+    """Write the report of a run, or one report of several runs."""
+    with exit_on_errors():
         from repsim_kernels.experiments.report.page import write_report
+        from repsim_kernels.experiments.runs.store import Store
 
+        if out is not None and not out.is_dir() and out.suffix.lower() not in (".html", ".htm"):
+            raise ReportError(f"out: {out}; expected the name of an .html file")
         runs = run or [Path("runs/demo")]
+        for folder in runs:
+            Store(folder)  # a missing run is reported before a missing folder for the report
         print(write_report(runs, out or runs[0] / "report.html", figures and figures.value))
 
 
 @app.command()
 def stats(
-    table: Annotated[Path, typer.Argument(help="CSV or Parquet, one row per cell.")],
+    table: Annotated[Path, typer.Argument(help="CSV or Parquet file with one row per cell.")],
     distances: Annotated[
-        list[str] | None, typer.Option(help="Columns, by commas; a run's metrics by default.")
+        list[str] | None,
+        typer.Option(help="Columns with distances, comma-separated; a run's metrics by default."),
     ] = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option(help="Columns, by commas; a run's function changes by default."),
+        typer.Option(
+            help="Columns with function changes, comma-separated; those of a run by default."
+        ),
     ] = None,
     by: Annotated[
         list[str] | None,
-        typer.Option(help="Columns that name a group; of model, class, layer those there are."),
+        typer.Option(
+            help="Columns that identify a group, comma-separated; by default those of model, class "
+            "and layer that the table has."
+        ),
     ] = None,
     cell: Annotated[
         list[str] | None,
-        typer.Option(help="Columns that tell a group's cells apart; cell by default."),
+        typer.Option(
+            help="Columns that identify a cell within a group, comma-separated; cell by default."
+        ),
     ] = None,
     similarities: Annotated[
         list[str] | None,
-        typer.Option(help="Of the distances those that are similarities: negated."),
+        typer.Option(help="Those of --distances that are similarities; they are negated."),
     ] = None,
     cluster: Annotated[
         str | None,
         typer.Option(
-            help="Of the columns that name a group, the one that intervals leave one out of at a "
-            "time; class by default."
+            help="The group column whose values the jackknife intervals leave out one by one; "
+            "class by default."
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="The correlations of every group: .csv or .parquet.")
+        Path | None,
+        typer.Option(help="File for the correlations of every group: .csv or .parquet."),
     ] = None,
 ) -> None:
-    """Correlate any table's distances with its function changes, group by group."""
-    with one_line_errors():
+    """Correlate distances with function changes in any table, group by group."""
+    with exit_on_errors():
         from repsim_kernels.experiments.analysis.correlations import (
             change_columns,
             correlations,
@@ -149,22 +171,29 @@ def stats(
             read_table,
             write_table,
         )
-        from repsim_kernels.experiments.cli.tables import show_correlations
+        from repsim_kernels.experiments.cli.tables import print_correlations
         from repsim_kernels.experiments.columns import GROUP_KEYS
 
         if out is not None:
             check_output(out)
-        names = split(by) or GROUP_KEYS
-        rows = read_table(table, split(cell) or ["cell"], names)
-        sides = split(distances) or distance_columns(rows), split(changes) or change_columns(rows)
+        if table.is_dir():
+            raise StatsError(f"table: {table} is a folder; expected a .csv or .parquet file")
+        names = split_commas(by) or GROUP_KEYS
+        rows = read_table(table, split_commas(cell) or ["cell"], names)
+        sides = (
+            split_commas(distances) or distance_columns(rows),
+            split_commas(changes) or change_columns(rows),
+        )
         keys = names if by else [name for name in names if name in rows.columns]
-        turned = split(similarities) or []
-        groups = correlations(rows, *sides, keys, similarities=turned)
+        negated = split_commas(similarities) or []
+        groups = correlations(rows, *sides, keys, similarities=negated)
         if cluster is not None and cluster not in keys:
-            raise OptionsError(f"cluster: {cluster!r} names no group; expected {' or '.join(keys)}")
-        for remark in find_problems(rows, *sides, keys, turned):
+            raise OptionsError(
+                f"cluster: {cluster!r} is not a group column; expected {' or '.join(keys)}"
+            )
+        for remark in find_problems(rows, *sides, keys, negated):
             print(f"warning: {remark}", file=sys.stderr)
-        show_correlations(Console(highlight=False, markup=False), groups, cluster or "class")
+        print_correlations(Console(highlight=False, markup=False), groups, cluster or "class")
         if out is not None:
             write_table(groups, out)
             print(out)

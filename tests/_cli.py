@@ -1,4 +1,4 @@
-"""The command line in this process, and units that fail."""
+"""Run commands in this process, and make units fail."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from repsim_kernels.experiments.study import measure
 
 
 def invoke(*arguments: object) -> tuple[int, str, str]:
-    """Run a command: its exit code, and what it wrote to stdout and stderr."""
+    """Run a command; return its exit code, stdout and stderr."""
     result = CliRunner().invoke(app, [*map(str, arguments)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.stdout, result.stderr
 
 
-def fails_at(count: int, error: BaseException) -> Callable[..., pd.DataFrame]:
-    """`measure._measure_target`, but that its count-th call raises."""
+def fail_at_call(count: int, error: BaseException) -> Callable[..., pd.DataFrame]:
+    """Return a `measure._measure_target` whose ``count``-th call raises an error."""
     target, calls = measure._measure_target, []
 
     def failing(*arguments: Any) -> pd.DataFrame:

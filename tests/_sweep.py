@@ -1,4 +1,4 @@
-"""A sweep in a process of its own, as a user starts it."""
+"""Run sweeps in their own processes, as a user starts them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import pandas as pd
 
 TESTS = Path(__file__).parent
 TOY = ("--model", "_toy:Toy", "--layers", "act1,act2", "--size", "8", "--images", "images")
-SMALL = ("--model", "alexnet_small", "--stimuli", "10", "--metrics", "cka,procrustes")
+SMALL = ("--model", "alexnet_small", "--metric-images", "10", "--metrics", "cka,procrustes")
 
 
 class Sweep:
-    """A sweep in a process of its own, killed with its workers when the test ends."""
+    """A sweep in its own process."""
 
     def __init__(self, folder: Path, *options: str | Path, **environment: str) -> None:
         path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
@@ -49,40 +49,41 @@ class Sweep:
         return self.end()
 
     def workers(self) -> list[int]:
-        """Its child processes, but for multiprocessing's own."""
+        """The process ids of its workers."""
         return [pid for pid in children(self.process.pid) if "spawn_main" in command(pid)]
 
 
 def children(parent: int) -> list[int]:
-    """The processes that a process has started."""
-    found = []
+    """The ids of a process's children."""
+    pids = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             if int(path.read_text().rpartition(")")[2].split()[1]) == parent:
-                found.append(int(path.parent.name))
+                pids.append(int(path.parent.name))
         except OSError:
-            continue  # it has ended
-    return found
+            continue  # the process has ended
+    return pids
 
 
 def descendants(parent: int) -> list[int]:
-    """Its children, theirs, and so on."""
-    mine = children(parent)
-    return mine + [pid for child in mine for pid in descendants(child)]
+    """The ids of a process's children, their children, and so on."""
+    own = children(parent)
+    return own + [pid for child in own for pid in descendants(child)]
 
 
 def command(pid: int) -> str:
-    """How a process was started, or what it calls itself; nothing where it has ended."""
+    """A process's command line or the title that it gave itself; empty if it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
         return ""
 
 
-def until(what: Callable[[], object], seconds: float = 90) -> None:
+def until(condition: Callable[[], object], seconds: float = 90) -> None:
+    """Wait until a condition holds."""
     end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it has not come"
+    while not condition():
+        assert time.monotonic() < end, "the condition did not become true"
         time.sleep(0.02)
 
 

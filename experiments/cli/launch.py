@@ -1,4 +1,4 @@
-"""A run from its studies to its table: who measures the units, and what is said of it."""
+"""Carry out a run: open its folder, measure its units, write its table and report the outcome."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from rich.console import Console
 from repsim_kernels.experiments.runs.shard import Shard
 
 if TYPE_CHECKING:
-    from repsim_kernels.experiments.cli.request import Job, Recipe
+    from repsim_kernels.experiments.cli.request import StudyFactory, StudySet
     from repsim_kernels.experiments.runs.executors import Executor
     from repsim_kernels.experiments.runs.store import Store
     from repsim_kernels.experiments.study.study import Study
     from repsim_kernels.experiments.study.units import Unit
 
 
-class Kind(StrEnum):
+class ExecutorKind(StrEnum):
     pool = "pool"
     ray = "ray"
 
 
-class How(NamedTuple):
-    """Who runs the units, and how it is shown."""
+class LaunchOptions(NamedTuple):
+    """The options of ``sweep`` about execution and output."""
 
-    executor: Kind
+    executor: ExecutorKind
     workers: int | None
     address: str | None
     shard: Shard
-    shard_from: str  # the variable that names it
+    shard_source: str  # the environment variable that set the shard; empty for --shard
     threads: int
     quiet: bool
     log_json: bool
@@ -48,178 +48,214 @@ class How(NamedTuple):
         return self.quiet or self.log_json
 
 
-def launch(recipe: Recipe, folder: Path, how: How, dry: bool) -> None:
-    """Run studies into a folder; with an estimate before it, or (dry) that alone.
+def launch(factory: StudyFactory, folder: Path, options: LaunchOptions, plan_only: bool) -> None:
+    """Run studies into a folder, after printing an estimate; or only print the estimate.
 
     Raises
     ------
     OptionsError, DataError, ModelError, StudyError, LayerError, StoreError, ExecutorError, OSError
-        One line; a StoreError, an ExecutorError and a KeyboardInterrupt say what is kept.
+        With a one-line message; that of a StoreError, an ExecutorError or a KeyboardInterrupt
+        during the run says how much is stored.
     typer.Exit
-        3, where units are missing: they failed, or can't be read again.
+        3 if units are missing: they failed, or can't be read again.
     """
-    from repsim_kernels.experiments.cli.progress import progress_of
-    from repsim_kernels.experiments.cli.tables import announce, show_plans, took, warn_of_chance
+    from repsim_kernels.experiments.cli.progress import show_progress
+    from repsim_kernels.experiments.cli.tables import (
+        print_elapsed,
+        print_plans,
+        print_studies,
+        warn_if_near_chance,
+    )
     from repsim_kernels.experiments.errors import ExecutorError, StoreError
-    from repsim_kernels.experiments.runs.driver import drive
-    from repsim_kernels.experiments.runs.executors.serial import Serial
-    from repsim_kernels.experiments.runs.membership import open_run
+    from repsim_kernels.experiments.runs.driver import execute
+    from repsim_kernels.experiments.runs.executors.serial import SerialExecutor
+    from repsim_kernels.experiments.runs.membership import check_run, open_run
     from repsim_kernels.experiments.runs.store import CONFIGURATION
     from repsim_kernels.experiments.study.estimate import plan
 
     console = Console(highlight=False, markup=False)
-    apart = how.workers != 1 or how.executor is Kind.ray
-    count = how.workers or 1
-    job = recipe.job()
-    if dry and not (folder / CONFIGURATION).exists():
-        announce(job, recipe.sampled, {})
-        units = how.shard.of([unit for study in job.studies for unit in study.units])
-        show_plans(console, [plan(*both, apart) for both in _of_each(job, units)], count)
-        return
-    store = open_run(job.studies, folder, {"images": job.source}, _sharing(how))
-    units = how.shard.of(store.units)
-    if not how.silent:
-        announce(job, recipe.sampled, store.study.get("about", {}).get("models", {}))
-        print(f"Into {folder}")
-        if how.shard.count > 1:
-            source = f" ({how.shard_from})" if how.shard_from else ""
-            print(f"Shard {how.shard}{source}: {len(units)} of {len(store.units)} units")
-        warn_of_chance(store)
-    left = store.left(units)
-    if not left and not how.silent:
-        print(f"All {len(units)} units are done already.")
+    separate_passes = options.workers != 1 or options.executor is ExecutorKind.ray
+    workers = options.workers or 1
+    study_set = factory.make()
+    if not (folder / CONFIGURATION).exists():
+        if plan_only:
+            check_run(study_set.studies, folder)
+            print_studies(study_set, factory.sampled, {})
+            units = [unit for study in study_set.studies for unit in study.units]
+            pairs = _group_by_study(study_set, options.shard.select(units))
+            print_plans(console, [plan(*pair, separate_passes) for pair in pairs], workers)
+            return
+        _check_executor(options)
+    store = open_run(
+        study_set.studies, folder, {"images": study_set.source}, _count_local_workers(options)
+    )
+    units = options.shard.select(store.units)
+    if not options.silent:
+        about = store.study.get("about", {}).get("models", {})
+        print_studies(study_set, factory.sampled, about)
+        print(f"Run folder: {folder}")
+        if options.shard.count > 1:
+            source = f" ({options.shard_source})" if options.shard_source else ""
+            print(f"Shard {options.shard}{source}: {len(units)} of {len(store.units)} units")
+        warn_if_near_chance(store)
+    unfinished = store.unfinished(units)
+    if not unfinished and not options.silent:
+        units_are = "The only unit is" if len(units) == 1 else f"All {len(units)} units are"
+        print(f"{units_are} already done.")
     try:
         plans = []
-        if left and (dry or (recipe.preset is not None and not how.silent)):
-            plans = [plan(*both, apart) for both in _of_each(job, left)]
-            show_plans(console, plans, count)
-        if dry:
+        if unfinished and (plan_only or (factory.preset is not None and not options.silent)):
+            pairs = _group_by_study(study_set, unfinished)
+            plans = [plan(*pair, separate_passes) for pair in pairs]
+            print_plans(console, plans, workers)
+        if plan_only:
             return
         start = time.perf_counter()
-        executor = _executor(recipe, job, store, how) if left else Serial(job.studies, store)
-        with progress_of(console, how.quiet, how.log_json) as progress:
-            failed = drive(store, executor, how.shard, progress)
-        whole = _end(console, store, how, failed)
+        executor = (
+            _make_executor(factory, study_set, store, options)
+            if unfinished
+            else SerialExecutor(study_set.studies, store)
+        )
+        with show_progress(console, options.quiet, options.log_json) as progress:
+            failed = execute(store, executor, options.shard, progress)
+        complete = _finish(console, store, options, failed)
     except (KeyboardInterrupt, StoreError, ExecutorError) as error:
-        said = f"{error}; " if str(error) else ""
-        raise type(error)(said + _kept(store, units, folder)) from error
+        message = f"{error}; " if str(error) else ""
+        raise type(error)(message + _describe_stored(store, units, folder)) from error
     if plans:
-        took(time.perf_counter() - start, plans, count)
-    if not whole:
+        print_elapsed(time.perf_counter() - start, plans, workers)
+    if not complete:
         raise typer.Exit(3)
 
 
-def _end(console: Console, store: Store, how: How, failed: dict[Unit, str]) -> bool:
-    """Make the table once no unit is left but those that failed, and say what came of it.
+def _finish(
+    console: Console, store: Store, options: LaunchOptions, failed: dict[Unit, str]
+) -> bool:
+    """Write the table if every unit has finished or failed, and report the outcome.
 
-    Returns whether nothing is missing: of the table, or of the shard's own units while other
-    shards still have theirs to measure.
+    Returns whether nothing is missing: from the table or, while other shards still have units to
+    measure, from the shard's own units.
     """
-    from repsim_kernels.experiments.cli.tables import finish
+    from repsim_kernels.experiments.cli.tables import print_results
     from repsim_kernels.experiments.report.page import write_report
 
     if failed:
-        for unit, error in () if how.quiet else failed.items():  # quiet has said so
+        # With --quiet the progress display has already printed these lines.
+        for unit, error in () if options.quiet else failed.items():
             print(f"failed: {unit}: {error}", file=sys.stderr)
-        one = len(failed) == 1
+        single = len(failed) == 1
         print(
-            f"{len(failed)} {'unit' if one else 'units'} failed and {'is' if one else 'are'} left "
-            f"out; more in {store.folder / 'failed'}, and the same command tries again",
+            f"{len(failed)} {'unit' if single else 'units'} failed and "
+            f"{'is' if single else 'are'} left out; see {store.folder / 'failed'}, or run the same "
+            "command to retry",
             file=sys.stderr,
         )
-    left = store.left()
-    unfinished = set(left) - set(store.failed())
-    if lost := [unit for unit in how.shard.of(store.units) if unit in unfinished]:
+    unfinished = store.unfinished()
+    pending = set(unfinished) - set(store.failures())
+    if lost := [unit for unit in options.shard.select(store.units) if unit in pending]:
         print(
-            f"no table: {len(lost)} of {len(store.units)} units are missing though they were "
-            f"measured, such as {lost[0]}; the same command measures them again",
+            f"no table: {len(lost)} of {len(store.units)} units are missing although they were "
+            f"measured; the first is {lost[0]}; run the same command to measure them again",
             file=sys.stderr,
         )
         return False
-    if unfinished:  # by other shards
-        if not how.silent:
-            done = len(store.units) - len(left)
+    if pending:  # in other shards
+        if not options.silent:
+            done = len(store.units) - len(unfinished)
             print(
-                f"{done} of the run's {len(store.units)} units are finished; the last shard to end "
-                f"makes its table, or: repsim compact {store.folder}"
+                f"{done} of the run's {len(store.units)} units are finished; the last shard writes "
+                f"the table, or run: repsim compact {store.folder}"
             )
         return not failed
-    if len(left) == len(store.units):
-        print(f"no table: all {len(left)} units failed", file=sys.stderr)
+    if len(unfinished) == len(store.units):
+        print(f"no table: all {len(unfinished)} units failed", file=sys.stderr)
         return False
     table = store.compact()
-    if how.silent:
+    if options.silent:
         write_report(store.folder, store.folder / "report.html")
     else:
-        finish(console, table, store)
+        print_results(console, table, store)
     missing = table.attrs.get("missing")
-    if missing and not failed:  # another shard's, or damaged this very moment
+    if missing and not failed:  # they failed in another shard, or were damaged just now
         print(f"{missing} units are missing from the table", file=sys.stderr)
     return not missing
 
 
-def _kept(store: Store, units: Sequence[Unit], folder: Path) -> str:
-    done = sum(store.path(unit).exists() for unit in units)
+def _describe_stored(store: Store, units: Sequence[Unit], folder: Path) -> str:
+    done = sum(store.part_path(unit).exists() for unit in units)
     return (
-        f"{done} of {len(units)} units are finished and kept in {folder}; "
-        "the same command goes on from there"
+        f"{done} of {len(units)} units are finished and stored in {folder}; "
+        "run the same command to resume"
     )
 
 
-def _of_each(job: Job, units: Sequence[Unit]) -> Iterator[tuple[Study, list[Unit]]]:
-    """The studies that have some of these units, and which."""
-    for study in job.studies:
-        mine = [unit for unit in units if unit.model == study.name]
-        if mine:
-            yield study, mine
+def _group_by_study(
+    study_set: StudySet, units: Sequence[Unit]
+) -> Iterator[tuple[Study, list[Unit]]]:
+    """Yield each study that has some of these units, with its units."""
+    for study in study_set.studies:
+        own_units = [unit for unit in units if unit.model == study.name]
+        if own_units:
+            yield study, own_units
 
 
-def _executor(recipe: Recipe, job: Job, store: Store, how: How) -> Executor:
+def _check_executor(options: LaunchOptions) -> None:
+    """Raise ExecutorError if no cluster can be reached, before a run's folder is made."""
+    if options.executor is ExecutorKind.ray:
+        from repsim_kernels.experiments.runs.executors.cluster import check_available
+
+        check_available(options.address)
+
+
+def _make_executor(
+    factory: StudyFactory, study_set: StudySet, store: Store, options: LaunchOptions
+) -> Executor:
     from repsim_kernels.experiments.runs.executors import Task
-    from repsim_kernels.experiments.runs.executors.pool import Pool
-    from repsim_kernels.experiments.runs.executors.serial import Serial
+    from repsim_kernels.experiments.runs.executors.pool import PoolExecutor
+    from repsim_kernels.experiments.runs.executors.serial import SerialExecutor
 
-    task = Task(recipe, str(store.folder.resolve()), how.threads)
-    device = recipe.asked.study["device"]
-    if how.executor is Kind.ray:
+    task = Task(factory, str(store.folder.resolve()), options.threads)
+    device = factory.options.study["device"]
+    if options.executor is ExecutorKind.ray:
         from repsim_kernels.experiments.runs.executors.cluster import RayExecutor
 
-        return RayExecutor(task, device, how.address, how.workers)
-    if how.workers == 1 or how.workers is None:
-        return Serial(job.studies, store)
+        return RayExecutor(task, device, options.address, options.workers)
+    if options.workers == 1 or options.workers is None:
+        return SerialExecutor(study_set.studies, store)
     gpus = device.startswith("cuda")
-    return Pool(task, [f"cuda:{i}" if gpus else device for i in range(how.workers)])
+    return PoolExecutor(task, [f"cuda:{i}" if gpus else device for i in range(options.workers)])
 
 
-def _sharing(how: How) -> int:
-    """How many workers share this machine's memory."""
-    if how.workers is None:
-        return max(1, cores() // how.threads)
-    return how.workers
+def _count_local_workers(options: LaunchOptions) -> int:
+    """The number of workers that share this machine's memory."""
+    if options.workers is None:
+        return max(1, count_cores() // options.threads)
+    return options.workers
 
 
-def cores() -> int:
-    """The cores that this process may use."""
+def count_cores() -> int:
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
-    """End the command with a line and exit code 130 by Ctrl-C, 143 by SIGTERM."""
+def exit_on_signals() -> Iterator[None]:
+    """Exit with a one-line message and code 130 on Ctrl-C, or 143 on SIGTERM."""
 
-    terminated = threading.Event()  # a library may put a KeyboardInterrupt of its own in its place
+    terminated = threading.Event()  # libraries may replace our KeyboardInterrupt with another one
 
     def stop(*_: object) -> None:
         terminated.set()
         raise KeyboardInterrupt
 
-    here = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if here else None
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if in_main_thread else None
     try:
         yield
-    except KeyboardInterrupt as stopped:
-        print(f"interrupted: {str(stopped) or 'before a unit was begun'}", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        reason = str(interrupt) or "before any unit was started"
+        print(f"interrupted: {reason}", file=sys.stderr)
         raise typer.Exit(143 if terminated.is_set() else 130) from None
     finally:
-        if here:
+        if in_main_thread:
             signal.signal(signal.SIGTERM, before)

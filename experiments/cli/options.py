@@ -1,4 +1,4 @@
-"""What the commands share: lists by commas, and errors and warnings of one line."""
+"""Helpers that the commands share: comma-separated lists, and one-line errors and warnings."""
 
 from __future__ import annotations
 
@@ -14,32 +14,38 @@ from repsim_kernels.experiments.errors import ExperimentError, one_line
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """End the command with one line and exit code 2 where what was asked for can't be done."""
+def exit_on_errors() -> Iterator[None]:
+    """Print expected errors on one line and exit with code 2."""
     try:
-        with plain_warnings():
+        with print_warnings():
             yield
-    except BrokenPipeError:  # what reads the output, such as `head`, has enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has stopped reading
         raise
-    except (RepsimError, ExperimentError, OSError) as error:  # any other is a bug
-        print(f"error: {one_line(error)}", file=sys.stderr)
+    except (RepsimError, ExperimentError, OSError) as error:  # any other error is a bug
+        print(f"error: {_describe(error)}", file=sys.stderr)
         raise typer.Exit(2) from None
-    except SystemExit as error:  # of a network's own code: it would pass for a run that is done
-        if isinstance(error.__context__, BrokenPipeError):  # rich's way of ending
+    except SystemExit as error:  # raised by a network's code: exit code 0 would look like success
+        if isinstance(error.__context__, BrokenPipeError):  # raised by rich
             raise
-        print(f"error: something in the network called sys.exit({error.code!r})", file=sys.stderr)
+        print(f"error: the network's code called sys.exit({error.code!r})", file=sys.stderr)
         raise typer.Exit(2) from None
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return one_line(error)
 
 
 @contextmanager
-def plain_warnings() -> Iterator[None]:
-    """Warnings as a line for the person who runs the command, without a place in the code."""
+def print_warnings() -> Iterator[None]:
+    """Print each distinct warning once, on one line, without a place in the code."""
 
-    said = set[str]()
+    printed = set[str]()
 
     def show(message: Warning | str, *_: object) -> None:
-        if str(message) not in said:  # whoever finds it again, such as a second look at a folder
-            said.add(str(message))
+        if str(message) not in printed:  # a folder that is read twice warns twice
+            printed.add(str(message))
             print(f"warning: {message}", file=sys.stderr)
 
     with warnings.catch_warnings():
@@ -48,8 +54,8 @@ def plain_warnings() -> Iterator[None]:
         yield
 
 
-def split(values: Sequence[str] | None) -> list[str] | None:
-    """What was given repeatedly or by commas; None where nothing was."""
+def split_commas(values: Sequence[str] | None) -> list[str] | None:
+    """Split values that were separated by commas or given repeatedly; None if there are none."""
     if not values:
         return None
     return [part.strip() for value in values for part in value.split(",") if part.strip()]

@@ -1,4 +1,4 @@
-"""What a person, or a program, sees of a run while it goes on."""
+"""The progress of a run: a bar or lines for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 if TYPE_CHECKING:
-    from repsim_kernels.experiments.runs.driver import Step
+    from repsim_kernels.experiments.runs.driver import RunProgress
     from repsim_kernels.experiments.study.units import Unit
 
-_FAILURES = {"failed": "failed", "retry": "again"}  # how a failure's own line begins
-_LOG_INTERVAL = 1.0  # seconds between two lines of a log
+_FAILURE_LABELS = {"failed": "failed", "retry": "retrying"}  # how the line of a failure begins
+_LOG_INTERVAL = 1.0  # minimum seconds between two lines of a log
 
 
 @contextmanager
-def progress_of(
+def show_progress(
     console: Console, quiet: bool = False, log_json: bool = False
-) -> Iterator[Callable[[Step], None]]:
-    """Show a run's steps: a bar in a terminal, lines one after the other elsewhere.
+) -> Iterator[Callable[[RunProgress], None]]:
+    """Show a run's progress: as a bar in a terminal, otherwise line by line.
 
-    Rate and time left are those of the units that were finished while the block lasts, by a clock
-    that nobody sets; they are not known before the first.
+    The rate and the remaining time are computed from the units that finish within the block, with a
+    monotonic clock; they are unknown until the first one finishes.
 
     Parameters
     ----------
     console : Console
     quiet : bool
-        Say nothing but which units are given up, on stderr.
+        Only print the units that fail, on stderr.
     log_json : bool
-        A JSON object on a line for each step, whatever else is asked for: ``event`` ("started",
-        "done", "failed", or "retry" for a failure after which the unit is tried again), ``time``
-        (UTC), ``model``, ``layer``, ``block``, ``worker``, ``seconds``, ``memory_bytes``,
-        ``error``, ``done``, ``failed``, ``left``, ``total``, ``units_per_minute`` and
-        ``seconds_left``; null where something is not known.
+        Print one JSON object per line and event, even with ``quiet``: ``event`` ("started", "done",
+        "failed", or "retry" for a failure after which the unit is retried), ``time`` (UTC),
+        ``model``, ``layer``, ``block``, ``worker``, ``seconds``, ``memory_bytes``, ``error``,
+        ``done``, ``failed``, ``left``, ``total``, ``units_per_minute`` and ``seconds_left``;
+        unknown values are null.
 
     Yields
     ------
     callable
-        What `repsim_kernels.experiments.runs.driver.drive` calls with each `Step`.
+        The ``progress`` argument of `repsim_kernels.experiments.runs.driver.execute`.
     """
     if log_json:
         yield _Json(console)
@@ -61,69 +61,69 @@ def progress_of(
         try:
             yield lines
         finally:
-            lines.print_held()
+            lines.print_pending()
 
 
-def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
+def format_duration(seconds: float) -> str:
+    """Format a duration with a suitable unit."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     minutes, hours = seconds / 60, seconds / 3600
     return f"{minutes:.0f} min" if minutes < 100 else f"{hours:.1f} h"
 
 
-def pace(per_minute: float, units: str = " units") -> str:
-    """A rate as a person says it."""
+def format_rate(per_minute: float, units: str = " units") -> str:
+    """Format a rate as units per minute, or as seconds per unit if it is slow."""
     if per_minute < 1:
         return f"{60 / per_minute:.0f} s/unit"
     return f"{per_minute:.{0 if per_minute >= 10 else 1}f}{units}/min"
 
 
 class _Display:
-    """Follows a run's rate, and says on stderr which units are given up."""
+    """Tracks a run's rate, and prints units that fail on stderr."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.began: float | None = None
-        self.finished = self.failed = self.left = 0  # finished in this run; earlier ones are not
-        self.per_minute: float | None = None  # until the last unit was finished
+        self.start: float | None = None
+        self.finished = self.failed = self.remaining = 0  # finished excludes units of earlier runs
+        self.per_minute: float | None = None  # as of the latest finished unit
 
-    def __call__(self, step: Step) -> None:
+    def __call__(self, step: RunProgress) -> None:
         event, self.now = step.event, time.monotonic()
-        retry = event.what == "failed" and step.failed == self.failed
-        self.failed, self.left = step.failed, step.total - step.done - step.failed
-        if self.began is None:
-            self.began = self.now - event.seconds
-        if event.what == "done":
+        is_retry = event.kind == "failed" and step.failed == self.failed
+        self.failed, self.remaining = step.failed, step.total - step.done - step.failed
+        if self.start is None:
+            self.start = self.now - event.seconds
+        if event.kind == "done":
             self.finished += 1
-            if self.now > self.began:
-                self.per_minute = 60 * self.finished / (self.now - self.began)
-        self.show("retry" if retry else event.what, step)
+            if self.now > self.start:
+                self.per_minute = 60 * self.finished / (self.now - self.start)
+        self.show("retry" if is_retry else event.kind, step)
 
-    def show(self, what: str, step: Step) -> None:
-        """Show a step that is started, done, failed or retry."""
-        if what == "failed":
-            print(_describe_failure(what, step), file=sys.stderr, flush=True)
+    def show(self, kind: str, step: RunProgress) -> None:
+        """Show a step of kind "started", "done", "failed" or "retry"."""
+        if kind == "failed":
+            print(_describe_failure(kind, step), file=sys.stderr, flush=True)
 
     @property
     def seconds_left(self) -> float | None:
-        return None if self.per_minute is None else 60 * self.left / self.per_minute
+        return None if self.per_minute is None else 60 * self.remaining / self.per_minute
 
-    def figures(self, memory: int, units: str = " units") -> Iterator[str]:
-        """Rate, time left and memory, as far as they are known."""
+    def describe_rate(self, memory: int, units: str = " units") -> Iterator[str]:
+        """Yield the rate, the remaining time and the memory, as far as they are known."""
         if self.per_minute is not None and self.seconds_left is not None:
-            yield pace(self.per_minute, units)
-            if self.left:
-                yield f"{duration(self.seconds_left)} left"
+            yield format_rate(self.per_minute, units)
+            if self.remaining:
+                yield f"{format_duration(self.seconds_left)} left"
         if memory:
             yield f"{memory / 2**30:.1f} GiB"
 
 
 class _Json(_Display):
-    def show(self, what: str, step: Step) -> None:
+    def show(self, kind: str, step: RunProgress) -> None:
         event = step.event
         fields = {
-            "event": what,
+            "event": kind,
             "time": datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds"),
             **event.unit._asdict(),
             "worker": event.worker or None,
@@ -132,7 +132,7 @@ class _Json(_Display):
             "error": event.error or None,
             "done": step.done,
             "failed": step.failed,
-            "left": self.left,
+            "left": self.remaining,
             "total": step.total,
             "units_per_minute": self.per_minute,
             "seconds_left": self.seconds_left,
@@ -141,69 +141,69 @@ class _Json(_Display):
 
 
 class _Lines(_Display):
-    """For a file: a line for each finished unit, at most one a second, and the last in any case."""
+    """For a file: one line per finished unit, at most one a second, but always the last."""
 
-    printed: float | None = None  # when
-    held = ""
+    printed_at: float | None = None
+    pending = ""
 
-    def show(self, what: str, step: Step) -> None:
-        where = f"{step.done}/{step.total} {step.event.unit}"
-        due = self.printed is None or self.now - self.printed >= _LOG_INTERVAL
-        if what in _FAILURES:
-            self._print(_describe_failure(what, step))
-        elif what == "done":
-            took = f"{where} done in {duration(step.event.seconds)}"
-            self.held = ", ".join([took, *self.figures(step.event.memory)])
+    def show(self, kind: str, step: RunProgress) -> None:
+        position = f"{step.done}/{step.total} {step.event.unit}"
+        due = self.printed_at is None or self.now - self.printed_at >= _LOG_INTERVAL
+        if kind in _FAILURE_LABELS:
+            self._print(_describe_failure(kind, step))
+        elif kind == "done":
+            text = f"{position} done in {format_duration(step.event.seconds)}"
+            self.pending = ", ".join([text, *self.describe_rate(step.event.memory)])
             if due:
-                self.printed = self.now
-                self.print_held()
-        elif self.printed is None:  # a run of long units must not be mute
-            self.printed = self.now
-            self._print(f"{where} started")
+                self.printed_at = self.now
+                self.print_pending()
+        elif self.printed_at is None:  # otherwise a run of long units would print nothing at first
+            self.printed_at = self.now
+            self._print(f"{position} started")
 
-    def print_held(self) -> None:
-        if self.held:
-            self._print(self.held)
-            self.held = ""
+    def print_pending(self) -> None:
+        if self.pending:
+            self._print(self.pending)
+            self.pending = ""
 
     def _print(self, line: str) -> None:
-        print(line, file=self.console.file, flush=True)  # rich would break it in two
+        print(line, file=self.console.file, flush=True)  # rich would wrap it
 
 
 class _Bar(_Display):
-    """For a terminal: one line that changes, below what is said of units that fail."""
+    """For a terminal: one line that is updated, below the lines about units that fail."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self.memory = 0
-        self.in_hand: dict[Unit, None] = {}
-        rest = Column(ratio=1, no_wrap=True)  # its end is cut off where a terminal is narrow
+        self.running: dict[Unit, None] = {}
+        description = Column(ratio=1, no_wrap=True)  # truncated in a narrow terminal
         self.progress = Progress(
             BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.description}", markup=False, table_column=rest),
+            TextColumn("{task.description}", markup=False, table_column=description),
             console=console,
             expand=True,
-            transient=True,  # nothing is left of a run without a step
-            redirect_stderr=sys.stderr.isatty(),  # a file that it goes to is to have it
+            transient=True,  # erase the bar of a run without a step
+            redirect_stderr=sys.stderr.isatty(),  # if stderr goes to a file, leave it alone
         )
         self.task = self.progress.add_task("starting", total=None)
 
-    def show(self, what: str, step: Step) -> None:
+    def show(self, kind: str, step: RunProgress) -> None:
         unit = step.event.unit
         self.progress.live.transient = False
         self.memory = max(self.memory, step.event.memory)
-        if what == "started":
-            self.in_hand[unit] = None
+        if kind == "started":
+            self.running[unit] = None
         else:
-            self.in_hand.pop(unit, None)
-        if what in _FAILURES:
-            self.console.print(_describe_failure(what, step), markup=False, highlight=False)
+            self.running.pop(unit, None)
+        if kind in _FAILURE_LABELS:
+            self.console.print(_describe_failure(kind, step), markup=False, highlight=False)
         facts = [f"{step.failed} failed"] if step.failed else []
-        facts += self.figures(self.memory, "")
-        if self.in_hand:
-            *others, last = self.in_hand
+        facts += self.describe_rate(self.memory, "")
+        if self.running:
+            *others, last = self.running
             more = f" +{len(others)}" if others else ""
             facts.append(f"{last.layer} {last.block}{more}, {last.model}")
         self.progress.update(
@@ -211,5 +211,5 @@ class _Bar(_Display):
         )
 
 
-def _describe_failure(what: str, step: Step) -> str:
-    return f"{_FAILURES[what]}: {step.event.unit}: {step.event.error}"
+def _describe_failure(kind: str, step: RunProgress) -> str:
+    return f"{_FAILURE_LABELS[kind]}: {step.event.unit}: {step.event.error}"

@@ -1,18 +1,19 @@
-"""What the command line asks for: networks, their images, and the studies of both."""
+"""Turn command-line options into studies: load the networks and images and combine them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torchvision.models as zoo
 from torch import nn
 
 from repsim_kernels.experiments.errors import OptionsError, StudyError
-from repsim_kernels.experiments.inputs import imagenet
-from repsim_kernels.experiments.inputs import images as data
+from repsim_kernels.experiments.inputs import imagenet, images
 from repsim_kernels.experiments.inputs.images import Stimuli
 from repsim_kernels.experiments.inputs.networks import SMALL, load, study_layers
 from repsim_kernels.experiments.inputs.presets import (
@@ -29,51 +30,51 @@ from repsim_kernels.experiments.study.study import Study
 
 
 class Sample(NamedTuple):
-    """What the demo takes of a network, evenly spaced, unless ``--full`` is given."""
+    """How much of a network the demo uses, evenly spaced, unless ``--full`` is given."""
 
     layers: int
     targets: int
-    stimuli: int  # of each class, for the metrics
+    metric_images: int  # per class
 
 
-# Chosen to take two minutes on two cores, all three together.
-SAMPLE = {
-    "alexnet_small": Sample(layers=7, targets=7, stimuli=20),
-    "mobilenet_v2_small": Sample(layers=8, targets=7, stimuli=20),
-    "resnet50_small": Sample(layers=8, targets=7, stimuli=20),
+# Chosen so that all three together run in two minutes on two cores.
+SAMPLES = {
+    "alexnet_small": Sample(layers=7, targets=7, metric_images=20),
+    "mobilenet_v2_small": Sample(layers=8, targets=7, metric_images=20),
+    "resnet50_small": Sample(layers=8, targets=7, metric_images=20),
 }
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The options of ``sweep``; None where one was not given."""
+class SweepOptions:
+    """The options of ``sweep``; None for those that were not given."""
 
     weights: list[str] | None = None
     images: str | None = None
     labels: Path | None = None
     classes: list[str] | None = None
     layers: list[str] | None = None
-    per_class: int | None = None
-    stimuli: int | None = None
+    images_per_class: int | None = None
+    metric_images: int | None = None
     size: int | None = None
     skip_bad: bool = False
-    study: dict[str, Any] = field(default_factory=dict)  # for `Study`, those that were given
+    study: dict[str, Any] = field(default_factory=dict)  # arguments of `Study` that were given
 
 
-class Job(NamedTuple):
-    """Studies to run as one, and what their images are."""
+class StudySet(NamedTuple):
+    """The studies of one run, with a description of their images."""
 
     studies: list[Study]
     source: str
     normalisations: tuple[str, ...] = ()  # of each study's images
-    remarks: tuple[str, ...] = ()  # lines on weights and images that a person should see
+    remarks: tuple[str, ...] = ()  # lines to print about weights and images
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How any process makes the studies of a run: what was asked for, and of what networks."""
+class StudyFactory:
+    """Makes the studies of a run in any process, from the options and the networks' names."""
 
-    asked: Asked
+    options: SweepOptions
     names: tuple[str, ...] = ()
     preset: str | None = None
     sampled: bool = False
@@ -83,56 +84,78 @@ class Recipe:
         """Whether all networks are the small ones that come with the package."""
         return self.preset is None and all(name in SMALL for name in self.names)
 
-    def job(self) -> Job:
-        """Make them; raises OptionsError, DataError, ModelError, StudyError, LayerError."""
+    def make(self) -> StudySet:
+        """Make the studies.
+
+        Raises
+        ------
+        OptionsError, DataError, ModelError, StudyError, LayerError
+        """
         torch.set_flush_denormal(True)  # tiny activations are slow on a CPU otherwise
         if self.preset is not None:
-            return of_preset(self.preset, self.asked)
-        return of_models(self.names, self.asked, self.sampled)
+            return make_preset_studies(self.preset, self.options)
+        return make_model_studies(self.names, self.options, self.sampled)
 
     def __call__(self, device: str) -> list[Study]:
-        """The studies on a device."""
-        asked = replace(self.asked, study=self.asked.study | {"device": device})
-        return replace(self, asked=asked).job().studies
+        """Make the studies on a device."""
+        options = replace(self.options, study=self.options.study | {"device": device})
+        return replace(self, options=options).make().studies
 
 
-def of_models(names: Sequence[str], asked: Asked, sampled: bool) -> Job:
-    """Studies of the shipped networks, torchvision's, or a user's own.
+def make_model_studies(names: Sequence[str], options: SweepOptions, sampled: bool) -> StudySet:
+    """Make studies of the shipped networks, torchvision's, or a user's own.
 
     Raises
     ------
     OptionsError, DataError, ModelError, StudyError, LayerError
     """
-    if asked.labels is not None or asked.per_class is not None:
-        option = "labels" if asked.labels is not None else "per-class"
-        raise OptionsError(f"{option}: only with --preset")
-    if asked.images is not None:
-        side = _default_size(names) if asked.size is None else asked.size
-        shown = data.load_image_folder(asked.images, asked.classes, side, asked.skip_bad)
-    elif not all(name in SMALL for name in names):
-        other = next(name for name in names if name not in SMALL)
-        raise OptionsError(f"images: {other!r} needs some; expected a folder, --images")
-    elif asked.size is not None:
-        raise OptionsError(f"size: {asked.size} without images; expected a folder, --images")
+    if options.labels is not None or options.images_per_class is not None:
+        option = "labels" if options.labels is not None else "images_per_class"
+        raise OptionsError(f"{option}: applies only to presets; pass --preset NAME")
+    if options.images is not None:
+        side = _default_size(names) if options.size is None else options.size
+        stimuli = images.load_image_folder(options.images, options.classes, side, options.skip_bad)
+    elif others := [name for name in names if name not in SMALL]:
+        _check_name(others[0])
+        raise OptionsError(f"images: required for {others[0]!r}; pass --images FOLDER")
+    elif options.size is not None:
+        raise OptionsError("size: applies only to your own images; pass --images FOLDER")
     else:
-        shown = data.load_demo()
-    given = [None] * len(names) if asked.weights is None else asked.weights
-    if len(given) != len(names):
+        stimuli = images.load_demo()
+    files = [None] * len(names) if options.weights is None else options.weights
+    if len(files) != len(names):
         raise OptionsError(
-            f"weights: {len(given)} for {len(names)} models; expected one for each --model"
+            f"weights: {len(files)} for {len(names)} models; expected one for each --model"
         )
     remarks: list[str] = []
     studies = []
-    for name, path in zip(names, given, strict=True):
-        network = load(name, path, log=remarks.append)
-        sample = SAMPLE.get(name) if sampled else None
-        studies.append(_of_model(name, network, shown, sample, asked))
-    return Job(
+    for name, file in zip(names, files, strict=True):
+        network = load(name, file, log=remarks.append)
+        sample = SAMPLES.get(name) if sampled else None
+        studies.append(_make_model_study(name, network, stimuli, sample, options))
+    return StudySet(
         studies,
-        shown.source,
-        (shown.normalisation,) * len(studies),
-        (*remarks, *_warnings([shown])),
+        stimuli.source,
+        (stimuli.normalisation,) * len(studies),
+        (*remarks, *_warnings([stimuli])),
     )
+
+
+def _check_name(name: str) -> None:
+    """Raise ModelError if a network is neither a builder of torchvision nor the user's own."""
+    if ":" not in name and name not in zoo.list_models(module=zoo):
+        load(name)
+
+
+def _check_layers(names: Iterable[str] | None, network: nn.Module, network_name: str) -> None:
+    modules = [name for name, _ in network.named_modules() if name]
+    for name in names or ():
+        if name not in modules:
+            similar = difflib.get_close_matches(name, modules, 3) or modules[:3]
+            raise StudyError(
+                f"layers: {network_name} has no module {name!r}; "
+                f"expected names such as {', '.join(similar) or 'none: it has no submodules'}"
+            )
 
 
 def _default_size(names: Sequence[str]) -> int | None:
@@ -145,42 +168,43 @@ def _default_size(names: Sequence[str]) -> int | None:
     return 32 if any(name in SMALL for name in names) else None
 
 
-def _warnings(shown: Sequence[Stimuli]) -> list[str]:
-    return [f"Warning: {text}" for text in dict.fromkeys(s.enlarged for s in shown) if text]
+def _warnings(stimuli: Sequence[Stimuli]) -> list[str]:
+    return [f"Warning: {text}" for text in dict.fromkeys(s.enlarged for s in stimuli) if text]
 
 
-def _of_model(
-    name: str, network: nn.Module, shown: Stimuli, sample: Sample | None, asked: Asked
+def _make_model_study(
+    name: str, network: nn.Module, stimuli: Stimuli, sample: Sample | None, options: SweepOptions
 ) -> Study:
-    if unknown := [c for c in asked.classes or () if c not in shown.classes]:
-        known = ", ".join(shown.classes)
+    if unknown := [c for c in options.classes or () if c not in stimuli.classes]:
+        known = ", ".join(stimuli.classes)
         raise StudyError(f"classes: {unknown[0]!r} is unknown; expected some of {known}")
-    targets = sorted(set(shown.labels.tolist()))
-    layers, stimuli = asked.layers, asked.stimuli
-    if asked.classes is not None:
-        targets = [label for label in targets if shown.classes[label] in asked.classes]
+    _check_layers(options.layers, network, name)
+    targets = sorted(set(stimuli.labels.tolist()))
+    layers, metric_images = options.layers, options.metric_images
+    if options.classes is not None:
+        targets = [label for label in targets if stimuli.classes[label] in options.classes]
     elif sample is not None:
-        targets = spaced(targets, sample.targets)
+        targets = space_evenly(targets, sample.targets)
     if layers is None:
         layers = study_layers(network)
-        layers = layers if sample is None else spaced(layers, sample.layers)
-    if stimuli is None and sample is not None:
-        stimuli = sample.stimuli
+        layers = layers if sample is None else space_evenly(layers, sample.layers)
+    if metric_images is None and sample is not None:
+        metric_images = sample.metric_images
     return Study(
         network,
         layers,
-        shown.images,
-        shown.labels,
+        stimuli.images,
+        stimuli.labels,
         targets,
         name=name,
-        classes=shown.classes,
-        metric_images=stimuli,
-        **asked.study,
+        classes=stimuli.classes,
+        metric_images=metric_images,
+        **options.study,
     )
 
 
-def of_preset(name: str, asked: Asked) -> Job:
-    """The studies of a preset: full-size networks, ImageNet's images.
+def make_preset_studies(name: str, options: SweepOptions) -> StudySet:
+    """Make the studies of a preset: full-size networks on ImageNet images.
 
     Raises
     ------
@@ -189,81 +213,88 @@ def of_preset(name: str, asked: Asked) -> Job:
     if name not in PRESETS:
         raise OptionsError(f"preset: {name!r} is unknown; expected one of {', '.join(PRESETS)}")
     preset = PRESETS[name]
-    if asked.images is None:
+    if options.images is None:
         raise OptionsError(
-            "images: a preset needs ImageNet's; expected a folder, or random, --images"
+            "images: required for a preset; pass --images FOLDER with ImageNet's validation "
+            "images, or --images random"
         )
-    if asked.size is not None:
+    if options.size is not None:
         raise OptionsError(
-            "size: a preset's images have the size that its weights were trained with"
+            "size: does not apply to presets, whose images have the size that the weights were "
+            "trained on"
         )
-    if asked.labels is not None and asked.images == "random":
-        raise OptionsError("labels: of no use to random images; expected a folder, --images")
-    if asked.layers is not None and len(preset.networks) > 1:
-        raise OptionsError(f"layers: {name!r} is of several networks; expected a preset of one")
-    given = assign_weights(preset, asked.weights)
-    # All weights before any images, which take minutes: what is missing is said at once.
-    loaded = [load_network(network, given[network.name]) for network in preset.networks]
-    both = [
-        _of_network(preset, network, ready, asked)
+    if options.labels is not None and options.images == "random":
+        raise OptionsError("labels: does not apply to random images; pass --images FOLDER")
+    if options.layers is not None and len(preset.networks) > 1:
+        raise OptionsError(
+            f"layers: {name!r} has several networks; expected a preset with a single network"
+        )
+    files = assign_weights(preset, options.weights)
+    # Load all weights before any images, which take minutes, so that missing files fail early.
+    loaded = [load_network(network, files[network.name]) for network in preset.networks]
+    pairs = [
+        _make_preset_study(preset, network, ready, options)
         for network, ready in zip(preset.networks, loaded, strict=True)
     ]
-    shown = [stimuli for _, stimuli in both]
+    stimuli = [own_stimuli for _, own_stimuli in pairs]
     weights = [f"weights: {ready.note}" for ready in loaded if ready.note != RANDOM]
-    return Job(
-        [study for study, _ in both],
-        "; ".join(dict.fromkeys(stimuli.source for stimuli in shown)),
-        tuple(stimuli.normalisation for stimuli in shown),
-        (*weights, *_warnings(shown)),
+    return StudySet(
+        [study for study, _ in pairs],
+        "; ".join(dict.fromkeys(each.source for each in stimuli)),
+        tuple(each.normalisation for each in stimuli),
+        (*weights, *_warnings(stimuli)),
     )
 
 
-def _of_network(
-    preset: Preset, network: Network, loaded: LoadedNetwork, asked: Asked
+def _make_preset_study(
+    preset: Preset, network: Network, loaded: LoadedNetwork, options: SweepOptions
 ) -> tuple[Study, Stimuli]:
-    targets = imagenet.find_outputs(network.classes if asked.classes is None else asked.classes)
-    per_class = network.images_per_class if asked.per_class is None else asked.per_class
-    if asked.images == "random":
-        shown = imagenet.make_noise(targets, per_class)
+    _check_layers(options.layers, loaded.model, network.name)
+    targets = imagenet.find_outputs(network.classes if options.classes is None else options.classes)
+    per_class = options.images_per_class
+    if per_class is None:
+        per_class = network.images_per_class
+    if options.images == "random":
+        stimuli = imagenet.make_noise(targets, per_class)
     else:
-        assert asked.images is not None
-        shown = imagenet.load_validation(
-            asked.images,
+        assert options.images is not None
+        stimuli = imagenet.load_validation(
+            options.images,
             targets,
             loaded.transform,
             images_per_class=per_class,
-            labels=asked.labels,
-            skip_bad=asked.skip_bad,
+            labels=options.labels,
+            skip_bad=options.skip_bad,
         )
-    drawn = [loaded.note] if loaded.note == RANDOM else []
-    drawn += ["random images"] if asked.images == "random" else []
+    caveats = [loaded.note] if loaded.note == RANDOM else []
+    caveats += ["random images"] if options.images == "random" else []
     others = network.others if network.others and network.others < len(targets) - 1 else None
-    options = preset.options | asked.study
-    if "ridge" in asked.study and "penalty" not in asked.study:
-        options["penalty"] = 0.0
+    arguments = preset.options | options.study
+    if "ridge" in options.study and "penalty" not in options.study:
+        arguments["penalty"] = 0.0
     model = loaded.model
-    if asked.study.get("device", "cpu").startswith("cpu"):
-        # Half as fast again on a CPU, by measurement; nothing of it has been measured on a GPU.
+    if options.study.get("device", "cpu").startswith("cpu"):
+        # Measured to be 1.5 times as fast on a CPU; not measured on a GPU.
         model = model.to(memory_format=torch.channels_last)
     study = Study(
         model,
-        study_layers(model) if asked.layers is None else asked.layers,
-        shown.images,
-        shown.labels,
+        study_layers(model) if options.layers is None else options.layers,
+        stimuli.images,
+        stimuli.labels,
         targets,
         name=network.name,
-        classes=shown.classes,
+        classes=stimuli.classes,
         others=others,
         draws=Draws(network.draws, network.neurons_per_draw, preset.paired),
-        metric_images=asked.stimuli,
-        note=f"not evidence: {', '.join(drawn)}" if drawn else None,
-        **options,
+        metric_images=options.metric_images,
+        note=f"not evidence: {', '.join(caveats)}" if caveats else None,
+        **arguments,
     )
-    return study, shown
+    return study, stimuli
 
 
-def spaced(values: list[Any], count: int) -> list[Any]:
-    """The first, the last, and what is evenly spaced between."""
+def space_evenly(values: list[Any], count: int) -> list[Any]:
+    """Select ``count`` evenly spaced values, including the first and the last."""
     if count >= len(values):
         return values
     return [values[round(i * (len(values) - 1) / max(1, count - 1))] for i in range(count)]

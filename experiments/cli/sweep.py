@@ -9,235 +9,275 @@ from typing import Annotated
 
 import typer
 
-from repsim_kernels.experiments.cli.launch import How, Kind, cores, launch, stoppable
-from repsim_kernels.experiments.cli.options import one_line_errors, split
+from repsim_kernels.experiments.cli.launch import (
+    ExecutorKind,
+    LaunchOptions,
+    count_cores,
+    exit_on_signals,
+    launch,
+)
+from repsim_kernels.experiments.cli.options import exit_on_errors, split_commas
 from repsim_kernels.experiments.errors import OptionsError
-from repsim_kernels.experiments.runs.shard import from_environment, parse
+from repsim_kernels.experiments.runs.shard import parse_shard, shard_from_environment
 
 
 def sweep(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Network, repeatable: alexnet_small, mobilenet_v2_small, resnet50_small (all "
+            help="Network; repeatable. alexnet_small, mobilenet_v2_small or resnet50_small (all "
             "three by default), a builder of torchvision.models, or package.module:callable."
         ),
     ] = None,
     preset: Annotated[
         str | None,
         typer.Option(
-            help="A study at full size: alexnet, mobilenet_v2, mobilenet_v2_035, resnet50, or "
-            "hayne2024, which is three of them as published."
+            help="Full-size study: alexnet, mobilenet_v2, mobilenet_v2_035 or resnet50, or "
+            "hayne2024, which runs three of these as published."
         ),
     ] = None,
     weights: Annotated[
         list[str] | None,
         typer.Option(
-            help="Checkpoint of each --model, in their order: .safetensors, or a state dict, "
-            "alone or in a training checkpoint. Of a preset NAME=FILE as well, or random; "
-            "torchvision's by default."
+            help="Checkpoint for each --model, in the same order: .safetensors or a PyTorch state "
+            "dict, also within a training checkpoint. For a preset: FILE, NAME=FILE or random; "
+            "torchvision's weights by default."
         ),
     ] = None,
     images: Annotated[
         str | None,
         typer.Option(
-            help="Folder with a sub-folder of images for each class (hidden files and what other "
-            "programs leave there are skipped); of a preset ImageNet's validation images, in "
-            "sub-folders or flat, or random."
+            help="Folder with one sub-folder of images per class; hidden files and system files "
+            "are skipped. For a preset: ImageNet's validation images, in sub-folders or flat, or "
+            "random."
         ),
     ] = None,
     labels: Annotated[
         Path | None,
-        typer.Option(help="Ground truth of a flat ImageNet folder, if not in or beside it."),
+        typer.Option(
+            help="Ground-truth file for a flat ImageNet folder, if it is not in or next to the "
+            "folder. Presets only."
+        ),
     ] = None,
-    per_class: Annotated[
-        int | None, typer.Option(help="Images of each class that are read; a preset has 50.")
+    images_per_class: Annotated[
+        int | None,
+        typer.Option(help="Number of images to load per class. Presets only; 50 by default."),
     ] = None,
     classes: Annotated[
         list[str] | None,
         typer.Option(
-            help="Classes to study, by commas or repeated; only these of --images are read. Of "
-            "ImageNet by name, wnid or index."
+            help="Classes to study, comma-separated or repeated; of --images, only these are "
+            "loaded. ImageNet classes by name, wnid or index."
         ),
     ] = None,
     layers: Annotated[
-        list[str] | None, typer.Option(help="Modules to cut at, separated by commas or repeated.")
+        list[str] | None,
+        typer.Option(
+            help="Names of the modules whose outputs to ablate, comma-separated or repeated."
+        ),
     ] = None,
     grid: Annotated[
-        str | None, typer.Option(help="Strips by selectivity x cells by magnitude; 4x4 by default.")
+        str | None,
+        typer.Option(
+            help="Cells to divide a layer's neurons into: selectivity bins x magnitude bins; 4x4 "
+            "by default."
+        ),
     ] = None,
     cells: Annotated[
         str | None,
-        typer.Option(help="selectivity (the default), or random, of the same sizes: a control."),
+        typer.Option(
+            help="How neurons are assigned to cells: selectivity (default), or random cells of "
+            "the same sizes as a control."
+        ),
     ] = None,
     metrics: Annotated[
-        list[str] | None, typer.Option(help="Distances, separated by commas; all by default.")
+        list[str] | None,
+        typer.Option(help="Metrics to compute, comma-separated or repeated; all by default."),
     ] = None,
     probes: Annotated[
         list[str] | None,
         typer.Option(
-            help="Of linear decodability, by commas: ridge (the default), and paper, the "
-            "published study's, which takes longer than all else."
+            help="Probes of linear decodability, comma-separated or repeated: ridge (default) and "
+            "paper, the published study's probe, which takes longer than the rest of the study."
         ),
     ] = None,
     ridge: Annotated[
         float | None,
         typer.Option(
-            help="Ridge of CCA and PWCCA, relative to a stimulus's mean energy; 0.1 by default."
+            help="Ridge of CCA and PWCCA, relative to the mean energy of an image; 0.1 by default."
         ),
     ] = None,
     penalty: Annotated[
-        float | None, typer.Option(help="Absolute penalty instead of the ridge.")
+        float | None,
+        typer.Option(help="Absolute penalty of CCA and PWCCA, in place of the relative ridge."),
     ] = None,
-    stimuli: Annotated[
-        int | None, typer.Option(help="Images of each class that the metrics see; all by default.")
+    metric_images: Annotated[
+        int | None,
+        typer.Option(help="Number of images per class to compute metrics on; all by default."),
     ] = None,
     size: Annotated[
         int | None,
         typer.Option(
-            help="Side of the images of --images in pixels; by default 32 for small networks, 224 "
-            "for torchvision's, and for your own the files' own size, which must be the same for "
-            "all."
+            help="Side length in pixels to which --images are resized. Default: 32 for the small "
+            "networks, 224 for torchvision's; for your own network the files keep their size, "
+            "which must be the same for all."
         ),
     ] = None,
     skip_bad_images: Annotated[
-        bool, typer.Option("--skip-bad-images", help="Go on without images that can't be read.")
+        bool,
+        typer.Option("--skip-bad-images", help="Skip images that can't be read, with a warning."),
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    device: Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1, …")] = "cpu",
     tf32: Annotated[
         bool,
         typer.Option(
             "--tf32",
-            help="Let a GPU round float32 products and convolutions to TF32: faster, less exact.",
+            help="Allow TF32 for float32 products and convolutions on a GPU: faster, less exact.",
         ),
     ] = False,
     memory: Annotated[
         str | None,
         typer.Option(
-            help="Of each worker, for activations and what runs, as 8GiB; half of what is free "
-            "otherwise, shared."
+            help="Memory budget of each worker, such as 8GiB. Default: half of the free memory, "
+            "shared between the workers."
         ),
     ] = None,
     threads: Annotated[
         int | None,
         typer.Option(
-            help="CPU threads of each worker; 1 for small networks, else the cores that there are, "
-            "shared."
+            help="CPU threads of each worker. Default: 1 for the small networks, otherwise the "
+            "available cores divided between the workers."
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Run folder; one that was interrupted is gone on with.")
+        Path | None,
+        typer.Option(
+            help="Folder of the run; an interrupted run in it is resumed. runs/NAME by default."
+        ),
     ] = None,
     block: Annotated[
         int | None,
-        typer.Option(help="Target classes of a unit, what is stored at a time; 10 by default."),
+        typer.Option(
+            help="Number of target classes per unit, the smallest piece of work that is stored; "
+            "10 by default."
+        ),
     ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
-            help="Processes, each with a GPU (--device cuda) or a group of cores of its own; 1 by "
-            "default, of a Ray cluster all that it holds."
+            help="Number of worker processes, each with its own GPU (--device cuda) or group of "
+            "cores. Default: 1; with --executor ray, as many as the cluster can run."
         ),
     ] = None,
     executor: Annotated[
-        Kind, typer.Option(help="pool: processes of this machine; ray: tasks of a cluster.")
-    ] = Kind.pool,
+        ExecutorKind,
+        typer.Option(help="pool: processes on this machine; ray: tasks on a Ray cluster."),
+    ] = ExecutorKind.pool,
     address: Annotated[
         str | None,
-        typer.Option(help="Of the Ray cluster, or auto; one on this machine by default."),
+        typer.Option(
+            help="Address of the Ray cluster, or auto. Default: a new cluster on this machine."
+        ),
     ] = None,
     shard: Annotated[
         str | None,
         typer.Option(
-            help="I/N: every N-th unit from the I-th on, beside other shards of the same folder; "
-            "a Slurm array's or torchrun's by default."
+            help="I/N: run every N-th unit, starting with the I-th; the other shards use the same "
+            "folder. Default: taken from a Slurm job array or torchrun, if any."
         ),
     ] = None,
     full: Annotated[
         bool,
         typer.Option(
             "--full",
-            help="All layers, classes and stimuli of the demo: 1,270 classes x layers for 161.",
+            help="Run the demo on all layers, classes and images: 1,270 pairs of class and layer "
+            "instead of 161.",
         ),
     ] = False,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Say what would run and how long, and run nothing.")
+        bool,
+        typer.Option("--plan", help="Print what would run and its estimated time; run nothing."),
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but what fails.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only failures.")] = False,
     log_json: Annotated[
-        bool, typer.Option("--log-json", help="A line of JSON for all that happens to a unit.")
+        bool, typer.Option("--log-json", help="Print one line of JSON per event of a unit.")
     ] = False,
 ) -> None:
-    """Ablate networks cell by cell, and compare what metrics see with what function is lost.
+    """Ablate networks cell by cell, and compare representation metrics with the loss of function.
 
-    Without options: three small networks on the images that come with them, a sample of layers,
-    classes and stimuli, into runs/demo. A run that was stopped, by whatever, is gone on with by the
-    same command. Exit code: 0, 2 for what can't be done, 3 where units failed or the table lacks
-    some, 130 and 143 for a run that Ctrl-C or SIGTERM stopped.
+    Without options, run the demo into runs/demo: three small networks on the images shipped with
+    the package, with a sample of the layers, classes and images. To resume an interrupted run,
+    run the same command again. Exit codes: 0 for success, 2 for invalid input, 3 if units failed
+    or are missing from the table, 130 after Ctrl-C, 143 after SIGTERM.
     """
-    with one_line_errors(), stoppable():
-        from repsim_kernels.experiments.cli.request import Asked, Recipe
+    with exit_on_errors(), exit_on_signals():
+        from repsim_kernels.experiments.cli.request import StudyFactory, SweepOptions
         from repsim_kernels.experiments.inputs.networks import SMALL
 
-        own, source = from_environment() if shard is None else (parse(shard), "")
-        chosen = {
-            "device": _own_gpu(device, source),
-            "grid": None if grid is None else _grid(grid),
+        own_shard, shard_source = (
+            shard_from_environment() if shard is None else (parse_shard(shard), "")
+        )
+        study_arguments = {
+            "device": _own_gpu(device, shard_source),
+            "grid": None if grid is None else _parse_grid(grid),
             "cells": cells,
-            "metrics": split(metrics),
-            "probes": split(probes),
+            "metrics": split_commas(metrics),
+            "probes": split_commas(probes),
             "ridge": ridge,
             "penalty": penalty,
             "memory": memory,
             "block": block,
             "tf32": tf32 or None,
         }
-        asked = Asked(
+        options = SweepOptions(
             weights=weights,
             images=images,
             labels=labels,
-            classes=split(classes),
-            layers=split(layers),
-            per_class=per_class,
-            stimuli=stimuli,
+            classes=split_commas(classes),
+            layers=split_commas(layers),
+            images_per_class=images_per_class,
+            metric_images=metric_images,
             size=size,
             skip_bad=skip_bad_images,
-            study={name: value for name, value in chosen.items() if value is not None},
+            study={name: value for name, value in study_arguments.items() if value is not None},
         )
         if preset is not None and (model or full):
-            raise OptionsError("preset: beside --model or --full; expected one of them")
+            raise OptionsError("preset: can't be combined with --model or --full; pass one of them")
         names = tuple(model or SMALL)
         sampled = not (full or images or preset)
-        recipe = Recipe(asked, () if preset else names, preset, sampled)
-        folder = out or Path("runs", preset or _folder(names if model or images else (), full))
-        how = How(
+        factory = StudyFactory(options, () if preset else names, preset, sampled)
+        name = preset or _default_name(names if model or images else (), full)
+        launch_options = LaunchOptions(
             executor,
-            _workers(workers, executor, device),
+            _check_workers(workers, executor, device),
             address,
-            own,
-            source,
-            _set_up_threads(threads, workers, recipe.small),
+            own_shard,
+            shard_source,
+            _set_up_threads(threads, workers, factory.small),
             quiet,
             log_json,
         )
-        if address is not None and executor is not Kind.ray:
-            raise OptionsError("address: only with --executor ray")
-        launch(recipe, folder, how, dry=plan)
+        if address is not None and executor is not ExecutorKind.ray:
+            raise OptionsError("address: applies only to --executor ray")
+        launch(factory, out or Path("runs", name), launch_options, plan_only=plan)
 
 
-def _workers(count: int | None, kind: Kind, device: str) -> int | None:
+def _check_workers(count: int | None, kind: ExecutorKind, device: str) -> int | None:
     import torch
 
     if count is None:
-        return None if kind is Kind.ray else 1
+        return None if kind is ExecutorKind.ray else 1
     if count < 1:
         raise OptionsError(f"workers: {count}; expected 1 or more")
-    if count > 1 and kind is Kind.pool and device.startswith("cuda"):
+    if count > 1 and kind is ExecutorKind.pool and device.startswith("cuda"):
         if device != "cuda":
-            raise OptionsError(f"workers: {count} on {device}; expected --device cuda, all GPUs")
+            raise OptionsError(
+                f"workers: {count} on the single GPU {device}; expected --device cuda for all GPUs"
+            )
         if count > torch.cuda.device_count():
             raise OptionsError(
-                f"workers: {count}, but {torch.cuda.device_count()} GPUs; expected one for each"
+                f"workers: {count} for {torch.cuda.device_count()} GPUs; expected at most one "
+                "worker per GPU"
             )
     return count
 
@@ -248,30 +288,30 @@ def _set_up_threads(threads: int | None, workers: int | None, small: bool) -> in
     if threads is not None and threads < 1:
         raise OptionsError(f"threads: {threads}; expected 1 or more")
     if threads is None and small:
-        # Matrices of a few hundred stimuli are too small to share: two threads take twice as long
-        # as one, and twenty times on a machine that is busy with something else.
+        # Matrices over a few hundred images are too small to divide: two threads take twice as
+        # long as one, and twenty times as long on a busy machine.
         threads = 1
     if threads is None and workers is not None and workers > 1:
-        threads = max(1, cores() // workers)
+        threads = max(1, count_cores() // workers)
     if threads is not None:
         torch.set_num_threads(threads)
     return torch.get_num_threads()
 
 
-def _own_gpu(device: str, source: str) -> str:
-    """The GPU of one of torchrun's processes on a machine."""
-    if device == "cuda" and source == "RANK" and "LOCAL_RANK" in os.environ:
+def _own_gpu(device: str, shard_source: str) -> str:
+    """The device of this process; torchrun gives each process on a machine its own GPU."""
+    if device == "cuda" and shard_source == "RANK" and "LOCAL_RANK" in os.environ:
         return f"cuda:{os.environ['LOCAL_RANK']}"
     return device
 
 
-def _grid(text: str) -> tuple[int, int]:
+def _parse_grid(text: str) -> tuple[int, int]:
     rows, _, columns = text.lower().partition("x")
     if not (rows.isdecimal() and columns.isdecimal()):
         raise OptionsError(f"grid: {text!r}; expected two numbers such as 4x4")
     return int(rows), int(columns)
 
 
-def _folder(names: Sequence[str], full: bool) -> str:
+def _default_name(names: Sequence[str], full: bool) -> str:
     demo = "demo-full" if full else "demo"
     return "+".join(name.replace(":", ".") for name in names) or demo

@@ -24,7 +24,7 @@ from repsim_kernels.experiments.report.findings import (
     NetworkFindings,
     costliest_layer,
 )
-from repsim_kernels.experiments.runs.store import load
+from repsim_kernels.experiments.runs.store import load_run
 
 Run: TypeAlias = str | os.PathLike[str] | pd.DataFrame
 
@@ -112,7 +112,7 @@ def _load(runs: Run | Sequence[Run]) -> list[dict[str, Any]]:
     names_differ = len({path.name for path in folders}) == len(folders)
     loaded: list[dict[str, Any]] = []
     for number, (run, path) in enumerate(zip(inputs, paths, strict=True), 1):
-        table, study = (run, {}) if path is None else load(run)
+        table, study = (run, {}) if path is None else load_run(run)
         name = f"table {number}" if path is None else path.name if names_differ else str(path)
         loaded.append({"name": name, "table": table, "study": study})
         configured = study.get("configuration", {}).get("models", {})

@@ -1,1 +1,1 @@
-"""Runs of studies: their folders, their units, and who measures them."""
+"""Runs of studies: their folders, their units, and the executors that measure them."""

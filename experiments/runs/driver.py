@@ -1,4 +1,4 @@
-"""Runs of one study or several, each finished unit stored at once."""
+"""Run one or more studies and store each unit as soon as it is finished."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pandas as pd  # type: ignore[import-untyped]
 from repsim_kernels.experiments.columns import KEYS
 from repsim_kernels.experiments.errors import ExecutorError
 from repsim_kernels.experiments.runs.executors import Event, Executor
-from repsim_kernels.experiments.runs.executors.serial import Serial
-from repsim_kernels.experiments.runs.lock import driving
+from repsim_kernels.experiments.runs.executors.serial import SerialExecutor
+from repsim_kernels.experiments.runs.lock import hold_lock
 from repsim_kernels.experiments.runs.membership import check_names, open_run
 from repsim_kernels.experiments.runs.shard import Shard
 from repsim_kernels.experiments.runs.store import Store
@@ -24,11 +24,11 @@ from repsim_kernels.experiments.study.checks import check_progress
 from repsim_kernels.experiments.study.study import Study
 from repsim_kernels.experiments.study.units import Unit
 
-TRIES = 3  # of a unit, before it is recorded as failed
+MAX_ATTEMPTS = 3  # per unit, before it is recorded as failed
 
 
-class Step(NamedTuple):
-    """Where a run is, and what has just happened."""
+class RunProgress(NamedTuple):
+    """The latest event of a run, and its counts of units."""
 
     event: Event
     done: int
@@ -36,53 +36,57 @@ class Step(NamedTuple):
     total: int
 
 
-Progress = Callable[[Step], object]
+ProgressCallback = Callable[[RunProgress], object]
 
 
 def run(
     studies: Study | Sequence[Study],
     out: str | os.PathLike[str] | Store | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> pd.DataFrame:
-    """Run a study, or several of different names as one, in this process.
+    """Run one study, or several with different names as one run, in this process.
 
     Parameters
     ----------
     studies : Study or sequence of Study
     out : path or Store, optional
-        A folder, or what `open_run` returned. Each finished unit is stored there at once, units
-        that are stored already are not computed again, and ``results.parquet`` is written at the
+        A folder, or the result of `open_run`. Each finished unit is stored there immediately, units
+        that are already stored are not computed again, and ``results.parquet`` is written at the
         end.
     progress : callable, optional
-        Called with a `Step` when a unit starts, is done, or has failed.
+        Called with a `RunProgress` when a unit starts, is done, or has failed.
 
     Returns
     -------
     DataFrame
-        One row per model, class, layer and cell, sorted by these columns; then ``size`` (neurons
-        of the cell), ``nan_images`` (images for which the network, intact or ablated, gives no
-        answer: logits with a NaN, or all -inf; where there are any, the cell's changes of
-        performance are NaN), a column per metric (distance of the ablated from the original
-        representation), and one per function change, positive where function is lost:
-        ``rank_deficit``, ``log_probability``, ``probability``, ``top1``, ``top5`` (see
-        `study.performance`), ``decodability_refit`` and ``decodability_frozen`` (balanced accuracy
-        of the class against the rest, intact minus ablated), ``margin_refit`` and
-        ``margin_frozen`` (what the probe's output loses on the right side); each of them again
-        over every other image, ``_odd`` and ``_even``. ``energy`` is the share of the variance
-        over stimuli that the cell's neurons have. The same run gives the same bits.
-        ``attrs["notes"]`` has the studies' notes, by model, and is stored.
+        One row per model, class, layer and cell, sorted by these columns, with
+
+        * ``size``: neurons of the cell;
+        * ``energy``: the cell's share of the representation's variance over the metrics' images;
+        * ``nan_images``: images for which the network, intact or ablated, gives no answer (logits
+          with a NaN, or all -inf); if there are any, the cell's performance changes are NaN;
+        * one column per metric: the distance between the ablated and the intact representation;
+        * one column per function change, positive where function is lost: ``rank_deficit``,
+          ``log_probability``, ``probability``, ``top1``, ``top5`` (see `study.performance`),
+          ``decodability_refit`` and ``decodability_frozen`` (balanced accuracy of the class against
+          the others, intact minus ablated), ``margin_refit`` and ``margin_frozen`` (decrease of the
+          probe's output towards the correct side);
+        * each function change again over every other image: ``_odd`` and ``_even``.
+
+        Equal runs return bit-identical tables. ``attrs["notes"]`` holds the studies' notes, by
+        model; they are stored with the table.
 
     Raises
     ------
     RunError
-        Two studies have one name.
+        Two studies have the same name.
     StudyError
-        ``progress`` can't be called, or ``out`` is no path. Or, without ``out``: a layer's
-        activations are not finite, or a network's weights have changed. With it, such a unit is
-        tried again where that may help, then recorded as failed, left out, and warned of.
+        ``progress`` is not callable, or ``out`` is not a path. Without ``out``, also: a layer's
+        activations are not finite, or a network's weights have changed. With ``out``, such a unit
+        is retried if that may help, then recorded as failed and left out, with a warning.
     StoreError
-        ``out`` holds another run or other files, a unit can't be stored, another process works in
-        the folder, or no unit could be measured.
+        ``out`` holds another run or other files, a unit can't be stored, another process is
+        running in the folder, or no unit could be measured.
 
     Examples
     --------
@@ -103,11 +107,11 @@ def run(
     check_progress(progress)
     if out is not None:
         store = out if isinstance(out, Store) else open_run(studies, out)
-        failed = drive(store, Serial(studies, store), progress=progress)
+        failed = execute(store, SerialExecutor(studies, store), progress=progress)
         if failed:
             unit, error = next(iter(failed.items()))
             warnings.warn(
-                f"{len(failed)} of {len(store.units)} units failed and are left out, such as "
+                f"{len(failed)} of {len(store.units)} units failed and are left out; the first is "
                 f"{unit}: {error}",
                 stacklevel=2,
             )
@@ -117,7 +121,7 @@ def run(
         for unit, rows in zip(study.units, measure.rows(study, study.units), strict=True):
             parts.append(rows)
             if progress is not None:
-                progress(Step(Event("done", unit, ""), len(parts), 0, total))
+                progress(RunProgress(Event("done", unit, ""), len(parts), 0, total))
     table = pd.concat(parts, ignore_index=True)
     table = table.sort_values(KEYS, kind="stable", ignore_index=True)
     notes = {study.name: study.note for study in studies if study.note is not None}
@@ -125,76 +129,79 @@ def run(
     return table
 
 
-def drive(
+def execute(
     store: Store,
     executor: Executor,
     shard: Shard = Shard(),  # noqa: B008  (it is immutable)
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> dict[Unit, str]:
-    """Have an executor measure what is left of a run.
+    """Measure the remaining units of a run with an executor.
 
-    A unit that fails is tried again after the others, `TRIES` times in all, where that may help.
+    If another attempt may help, a failed unit is retried after the others, up to `MAX_ATTEMPTS`
+    attempts in total.
 
     Parameters
     ----------
     store : Store
     executor : Executor
-        It is closed at the end.
+        Closed before returning.
     shard : Shard, optional
-        The part of the run's units that is to be measured.
+        Which of the run's units to measure; all by default.
     progress : callable, optional
-        Called with a `Step` when a unit starts, is done, or has failed.
+        Called with a `RunProgress` when a unit starts, is done, or has failed.
 
     Returns
     -------
     dict
-        The units that failed, each with its error; they are also recorded in the folder.
+        The error of each failed unit; also recorded in the folder.
 
     Raises
     ------
     StoreError
-        A unit can't be stored, or another process works in the folder.
+        A unit can't be stored, or another process is running in the folder.
     ExecutorError
-        No worker can start.
+        No worker can start, or a worker stores its units in another folder.
     """
-    units, tries, failed = shard.of(store.units), Counter[Unit](), dict[Unit, str]()
-    lock = driving(store.folder, shard, executor.workers)
-    with closing(executor), lock, _tidied(store, units):
-        todo = deque(store.left(units))
-        done = len(units) - len(todo)
-        if not todo:
+    units, attempts, failed = shard.select(store.units), Counter[Unit](), dict[Unit, str]()
+    lock = hold_lock(store.folder, shard, executor.workers)
+    with closing(executor), lock, _remove_temporary_files(store, units):
+        pending = deque(store.unfinished(units))
+        done = len(units) - len(pending)
+        if not pending:
             return {}
-        with closing(executor.run(todo)) as events:  # type: ignore[type-var]
+        with closing(executor.run(pending)) as events:  # type: ignore[type-var]
             for event in events:
                 unit = event.unit
-                if event.what == "done":
+                if event.kind == "done":
                     _check_stored(store, event)
                     done += 1
-                elif event.what == "failed":
-                    tries[unit] += 1
-                    if event.again and tries[unit] < TRIES:
-                        todo.append(unit)
+                elif event.kind == "failed":
+                    attempts[unit] += 1
+                    if event.retryable and attempts[unit] < MAX_ATTEMPTS:
+                        pending.append(unit)
                     else:
                         failed[unit] = event.error
-                        store.fail(unit, event.error, details=event.details, worker=event.worker)
+                        store.record_failure(
+                            unit, event.error, details=event.details, worker=event.worker
+                        )
                 if progress is not None:
-                    progress(Step(event, done, len(failed), len(units)))
+                    progress(RunProgress(event, done, len(failed), len(units)))
     return failed
 
 
 @contextmanager
-def _tidied(store: Store, units: Sequence[Unit]) -> Iterator[None]:
-    """Leave nothing half written behind, of this run or of one that was killed before."""
-    store.tidy(units)
+def _remove_temporary_files(store: Store, units: Sequence[Unit]) -> Iterator[None]:
+    """Delete partially written files before and after, including those of earlier killed runs."""
+    store.remove_temporary_files(units)
     try:
         yield
     finally:
-        store.tidy(units)
+        store.remove_temporary_files(units)
 
 
 def _check_stored(store: Store, event: Event) -> None:
-    if not store.path(event.unit).exists():
+    if not store.part_path(event.unit).exists():
         raise ExecutorError(
-            f"out: {event.worker} has stored {event.unit} where this process sees no part in "
+            f"out: {event.worker} stored {event.unit}, but this process can't see its part in "
             f"{store.folder}; expected a folder that all machines share"
         )

@@ -1,4 +1,4 @@
-"""Who works in a run's folder: locks of the system, which go when their process does."""
+"""Locks on a run's folder; the operating system releases them when their process ends."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from typing import IO, NamedTuple
 from repsim_kernels.experiments.errors import StoreError
 from repsim_kernels.experiments.runs.shard import Shard
 
-_WHOLE = ".lock"  # held alone by a run of all units, together by shards
-_PATIENCE = 1.0  # seconds: another process may only be looking whether the lock is held
+_LOCK = ".lock"  # exclusive for a run of all units, shared between shards
+_PATIENCE = 1.0  # seconds: `list_drivers` in another process briefly takes the lock
 
 
 class Driver(NamedTuple):
-    """A process that works in the folder."""
+    """A process that is running a run, or a shard of it, in the folder."""
 
     host: str
     pid: int
@@ -33,68 +33,70 @@ class Driver(NamedTuple):
 
 
 @contextmanager
-def driving(folder: Path, shard: Shard, workers: int) -> Iterator[None]:
-    """Keep other runs out of a folder, or out of one shard of it, while the block lasts.
+def hold_lock(folder: Path, shard: Shard, workers: int) -> Iterator[None]:
+    """Lock a folder, or one shard of it, against other runs while the block runs.
 
     Raises
     ------
     StoreError
-        A living process works there.
+        Another process holds the lock.
     """
     me = Driver(socket.gethostname(), os.getpid(), workers, str(shard))
-    alone = shard.count == 1
+    is_whole_run = shard.count == 1
     with ExitStack() as stack:
-        own = stack.enter_context((folder / _WHOLE).open("a+", encoding="utf-8"))
-        _take(own, fcntl.LOCK_EX if alone else fcntl.LOCK_SH, folder)
-        if not alone:
-            path = folder / f"{_WHOLE}-{shard.index}-of-{shard.count}"
-            own = stack.enter_context(path.open("a+", encoding="utf-8"))
-            _take(own, fcntl.LOCK_EX, folder)
-        own.truncate(0)
-        own.write(json.dumps(me._asdict()) + "\n")
-        own.flush()
-        # Units of shards of another count overlap: one would delete what the other is writing.
-        if others := [d for d in drivers(folder) if not d.shard.endswith(f"/{shard.count}")]:
+        lock_file = stack.enter_context((folder / _LOCK).open("a+", encoding="utf-8"))
+        _acquire(lock_file, fcntl.LOCK_EX if is_whole_run else fcntl.LOCK_SH, folder)
+        if not is_whole_run:
+            path = folder / f"{_LOCK}-{shard.index}-of-{shard.count}"
+            lock_file = stack.enter_context(path.open("a+", encoding="utf-8"))
+            _acquire(lock_file, fcntl.LOCK_EX, folder)
+        lock_file.truncate(0)
+        lock_file.write(json.dumps(me._asdict()) + "\n")
+        lock_file.flush()
+        # Shards of different counts overlap: one could delete what the other is writing.
+        if others := [d for d in list_drivers(folder) if not d.shard.endswith(f"/{shard.count}")]:
             raise StoreError(
-                f"out: {others[0]}, shard {others[0].shard}, works in {folder}; expected "
-                f"shards of {shard.count} beside {shard}"
+                f"out: {others[0]} is running shard {others[0].shard} in {folder}; expected only "
+                f"shards of {shard.count} alongside {shard}"
             )
         yield
 
 
-def drivers(folder: Path) -> list[Driver]:
-    """The processes that work in a folder now."""
-    found = []
-    for path in sorted(folder.glob(f"{_WHOLE}*")):
+def list_drivers(folder: Path) -> list[Driver]:
+    """List the processes that are running in a folder now."""
+    active = []
+    for path in sorted(folder.glob(f"{_LOCK}*")):
         with path.open(encoding="utf-8") as file:
-            if not _try(file, fcntl.LOCK_SH):
-                with suppress(ValueError, TypeError):  # it is being signed
-                    found.append(Driver(**json.loads(file.read())))
-    return found
+            if not _try_lock(file, fcntl.LOCK_SH):
+                with suppress(ValueError, TypeError):  # its holder has not written its name yet
+                    active.append(Driver(**json.loads(file.read())))
+    return active
 
 
-def _take(file: IO[str], kind: int, folder: Path) -> None:
+def _acquire(file: IO[str], kind: int, folder: Path) -> None:
     end = time.monotonic() + _PATIENCE
-    while not _try(file, kind):
+    while not _try_lock(file, kind):
         if time.monotonic() > end:
-            others = drivers(folder)
-            who = str(others[0]) if others else "another process"
-            what = f", shard {others[0].shard}," if others and others[0].shard != "1/1" else ""
+            others = list_drivers(folder)
+            holder = str(others[0]) if others else "another process"
+            is_shard = bool(others) and others[0].shard != "1/1"
+            task = f" shard {others[0].shard}" if is_shard else ""
             raise StoreError(
-                f"out: {who}{what} works in {folder}; expected one run at a time, or shards of one"
+                f"out: {holder} is running{task} in {folder}; expected no other run in the folder, "
+                "or only other shards of the same run"
             )
         time.sleep(0.05)
 
 
-def _try(file: IO[str], kind: int) -> bool:
+def _try_lock(file: IO[str], kind: int) -> bool:
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
         warnings.warn(
-            f"{file.name} can't be locked here ({error.strerror}): nothing keeps a second run "
-            "out of the folder",
+            f"{file.name} can't be locked ({error.strerror}); make sure that no second run uses "
+            "the folder",
             stacklevel=2,
         )
     return True

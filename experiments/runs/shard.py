@@ -1,4 +1,4 @@
-"""One of several runs that share a folder and its units between them."""
+"""Shards: several runs that share a folder and divide its units between them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Shard:
-    """The ``index``-th of ``count`` runs, counted from 1; all of it by default."""
+    """The ``index``-th of ``count`` runs, counted from 1; by default the only one."""
 
     index: int = 1
     count: int = 1
@@ -23,56 +23,56 @@ class Shard:
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
 
-    def of(self, units: Sequence[T]) -> list[T]:
-        """Every count-th: the shards' parts are disjoint, and alike in what they cost."""
+    def select(self, units: Sequence[T]) -> list[T]:
+        """Select every ``count``-th unit, so that shards are disjoint and cost about the same."""
         return list(units[self.index - 1 :: self.count])
 
 
-def parse(text: str) -> Shard:
-    """Read "2/8".
+def parse_shard(text: str) -> Shard:
+    """Parse a shard such as "2/8".
 
     Raises
     ------
     ShardError
-        It isn't I/N with 1 <= I <= N.
+        The text isn't I/N with 1 <= I <= N.
     """
-    found = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", text)
-    shard = Shard(0, 0) if found is None else Shard(int(found[1]), int(found[2]))
+    match = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", text)
+    shard = Shard(0, 0) if match is None else Shard(int(match[1]), int(match[2]))
     if not 1 <= shard.index <= shard.count:
         raise ShardError(f"shard: {text!r}; expected I/N with I from 1 to N, such as 2/8")
     return shard
 
 
-def from_environment(environment: Mapping[str, str] = os.environ) -> tuple[Shard, str]:
-    """What Slurm's job arrays or torchrun say, and the name of the variable that says it.
+def shard_from_environment(environment: Mapping[str, str] = os.environ) -> tuple[Shard, str]:
+    """Read the shard from a Slurm job array or torchrun, with the name of the variable used.
 
-    Array tasks are numbered as Slurm was asked to, from SLURM_ARRAY_TASK_MIN and by steps of
-    SLURM_ARRAY_TASK_STEP; a RANK counts from 0.
+    Slurm numbers array tasks from SLURM_ARRAY_TASK_MIN in steps of SLURM_ARRAY_TASK_STEP; RANK
+    counts from 0.
 
     Raises
     ------
     ShardError
-        The variables are no numbers, or the task is not one of so many.
+        The variables are not numbers, or don't belong to an evenly numbered array.
     """
-    for name, counted in (
+    for name, count_name in (
         ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
         ("RANK", "WORLD_SIZE"),
     ):
-        if name not in environment or counted not in environment:
+        if name not in environment or count_name not in environment:
             continue
         try:
-            count = int(environment[counted])
+            count = int(environment[count_name])
             first = int(environment.get("SLURM_ARRAY_TASK_MIN", 0))
             step = int(environment.get("SLURM_ARRAY_TASK_STEP", 1))
             last = int(environment.get("SLURM_ARRAY_TASK_MAX", first + (count - 1) * step))
             tasks = range(first, last + 1, step)
             index = tasks.index(int(environment[name]))
-            if len(tasks) != count:  # a list, such as 0,1,5: no task is of a shard
+            if len(tasks) != count:  # an uneven list such as 0,1,5 has no index to derive
                 raise ValueError
         except ValueError:
             raise ShardError(
-                f"shard: {name}={environment[name]} of {counted}={environment[counted]} is no "
-                "task of an evenly numbered array; expected one such as 0-7, or --shard I/N"
+                f"shard: {name}={environment[name]} with {count_name}={environment[count_name]} is "
+                "not a task of an evenly numbered array; expected one such as 0-7, or --shard I/N"
             ) from None
         return Shard(index + 1, count), name
     return Shard(), ""

@@ -1,4 +1,4 @@
-"""What of a run is done, left and failed, and who works on it: what its folder says."""
+"""The status of a run, from its folder: finished, remaining and failed units, and processes."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from repsim_kernels.experiments.errors import DamagedError
-from repsim_kernels.experiments.runs.lock import Driver, drivers
+from repsim_kernels.experiments.runs.lock import Driver, list_drivers
 from repsim_kernels.experiments.runs.store import TABLE, Store
 from repsim_kernels.experiments.study.units import Unit
 
 
 @dataclass(frozen=True)
-class Share:
-    """One model's part of a run.
+class ModelStatus:
+    """The units of one model in a run.
 
     Attributes
     ----------
     model : str
     total, done, failed : int
-        Units: all, finished, and recorded as failed.
+        Number of units: all, finished, and recorded as failed.
     seconds : float or None
-        What its finished units took on average, or those of all models where it has none; None
-        where nobody has.
+        Mean time of the model's finished units; if it has none, of all finished units; None if
+        there are none.
     """
 
     model: str
@@ -34,31 +34,31 @@ class Share:
     seconds: float | None
 
     @property
-    def left(self) -> int:
+    def remaining(self) -> int:
         return self.total - self.done - self.failed
 
 
 @dataclass(frozen=True)
 class Status:
-    """A run at a moment, as its folder has it.
+    """The state of a run's folder at one moment.
 
     Attributes
     ----------
     folder : Path
-    shares : tuple of Share
-        One for each model, in the run's order.
+    models : tuple of ModelStatus
+        One per model, in the run's order.
     failed : dict of Unit to str
-        The units that were given up, each with its error. The next run tries them again.
+        The error of each failed unit. The next run retries them.
     damaged : dict of Unit to str
-        The units whose parts can't be read, each with the reason; they count as left.
+        For each unit whose part can't be read, the reason; these units count as remaining.
     drivers : tuple of Driver
-        The processes that work in the folder now.
+        The processes that are running in the folder now.
     table : int or None
-        How many units ``results.parquet`` has; None where there is none that can be read.
+        Number of units in ``results.parquet``; None if there is no readable table.
     """
 
     folder: Path
-    shares: tuple[Share, ...]
+    models: tuple[ModelStatus, ...]
     failed: dict[Unit, str]
     damaged: dict[Unit, str]
     drivers: tuple[Driver, ...]
@@ -66,40 +66,40 @@ class Status:
 
     @property
     def total(self) -> int:
-        """Units of the run."""
-        return sum(share.total for share in self.shares)
+        """All units of the run."""
+        return sum(model.total for model in self.models)
 
     @property
     def done(self) -> int:
-        """Units that are finished."""
-        return sum(share.done for share in self.shares)
+        """Finished units."""
+        return sum(model.done for model in self.models)
 
     @property
-    def left(self) -> int:
-        """Units that are neither finished nor given up."""
-        return sum(share.left for share in self.shares)
+    def remaining(self) -> int:
+        """Units that are neither finished nor recorded as failed."""
+        return sum(model.remaining for model in self.models)
 
     @property
     def workers(self) -> int:
-        """At work now, all drivers' together."""
+        """The workers of all running processes together."""
         return sum(driver.workers for driver in self.drivers)
 
     @property
     def seconds_left(self) -> float | None:
-        """For those at work, or for one worker where nobody is; None until a unit is finished."""
-        if any(share.seconds is None for share in self.shares):
+        """Estimated for the current workers, or for one if none runs; None if unknown."""
+        if any(model.seconds is None for model in self.models):
             return None
-        work = sum(share.left * (share.seconds or 0.0) for share in self.shares)
+        work = sum(model.remaining * (model.seconds or 0.0) for model in self.models)
         return work / max(1, self.workers)
 
     @property
     def per_minute(self) -> float | None:
-        """Units a minute of what is left, by the same workers; None where it isn't known."""
-        return 60 * self.left / self.seconds_left if self.seconds_left else None
+        """Expected units per minute of the same workers; None if unknown or nothing remains."""
+        return 60 * self.remaining / self.seconds_left if self.seconds_left else None
 
 
-def status(folder: str | os.PathLike[str]) -> Status:
-    """Look at a run, whether anybody works on it or not; write nothing, read no rows.
+def read_status(folder: str | os.PathLike[str]) -> Status:
+    """Read the status of a run, whether or not it is running; write nothing, and read no rows.
 
     Parameters
     ----------
@@ -112,45 +112,48 @@ def status(folder: str | os.PathLike[str]) -> Status:
     Raises
     ------
     StoreError
-        The folder is not that of a run, its ``study.json`` is damaged, or a part is not this
-        run's, or another unit's.
+        The folder does not hold a run, its ``study.json`` is damaged, or a part belongs to another
+        run or another unit.
 
     Notes
     -----
-    Times are those that were recorded with each finished unit: no clock is looked at.
+    Times come from the records of the finished units, not from a clock.
     """
     store = Store(folder)
-    working = tuple(drivers(store.folder))  # first: whoever ends meanwhile has left parts
-    took, damaged = dict[Unit, float](), dict[Unit, str]()
+    # Before the parts, so that those of a process that ends in between are counted.
+    active = tuple(list_drivers(store.folder))
+    seconds, damaged = dict[Unit, float](), dict[Unit, str]()
     for unit in store.units:
         try:
-            facts = store.facts(unit)
+            facts = store.read_facts(unit)
         except DamagedError as error:
             damaged[unit] = str(error)
         else:
             if facts is not None:
-                took[unit] = facts.get("seconds", 0.0)
-    failed = store.failed()
+                seconds[unit] = facts.get("seconds", 0.0)
+    failed = store.failures()
     return Status(
         store.folder,
-        tuple(_shares(store.units, took, failed)),
+        tuple(_model_statuses(store.units, seconds, failed)),
         failed,
         damaged,
-        working,
+        active,
         _units_in_table(store),
     )
 
 
-def _shares(units: list[Unit], took: dict[Unit, float], failed: dict[Unit, str]) -> Iterator[Share]:
+def _model_statuses(
+    units: list[Unit], seconds: dict[Unit, float], failed: dict[Unit, str]
+) -> Iterator[ModelStatus]:
     for model in dict.fromkeys(unit.model for unit in units):
-        mine = [unit for unit in units if unit.model == model]
-        seconds = [took[unit] for unit in mine if unit in took]
-        known = seconds or list(took.values())
-        yield Share(
+        model_units = [unit for unit in units if unit.model == model]
+        own = [seconds[unit] for unit in model_units if unit in seconds]
+        known = own or list(seconds.values())
+        yield ModelStatus(
             model,
-            len(mine),
-            len(seconds),
-            sum(unit in failed for unit in mine),
+            len(model_units),
+            len(own),
+            sum(unit in failed for unit in model_units),
             sum(known) / len(known) if known else None,
         )
 

@@ -1,4 +1,4 @@
-"""A run's folder: its configuration, a part for each finished unit, the table made of them."""
+"""A run's folder: its configuration, one part file per finished unit, and the table of results."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from repsim_kernels.experiments.study.units import Unit, units_of
 
 CONFIGURATION = "study.json"
 TABLE = "results.parquet"
-_FACTS = b"repsim_kernels"  # the key of a part's facts in its metadata
+_FACTS_KEY = b"repsim_kernels"  # in the Parquet metadata of a part
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[Path]:
-    """`replace_file`, where a folder may have to be made and a full disk ends the run in a line."""
+def _write_atomically(path: Path) -> Iterator[Path]:
+    """Write a file as `replacing` does; make its folder, and raise StoreError if that fails."""
     try:
         path.parent.mkdir(exist_ok=True)
         with replace_file(path) as temporary:
@@ -39,7 +39,7 @@ def _writing(path: Path) -> Iterator[Path]:
 
 
 class Store:
-    """The folder of one run, which `create` made.
+    """The folder of one run, made by `create`.
 
     Parameters
     ----------
@@ -48,16 +48,16 @@ class Store:
     Attributes
     ----------
     hash : str
-        Of the configuration.
+        Hash of the configuration.
     study : dict
-        What ``study.json`` holds.
+        The contents of ``study.json``.
     units : list of Unit
-        All that the run is to measure, in the order of its table's making.
+        All units of the run, in the order in which the table is assembled.
 
     Raises
     ------
     StoreError
-        The folder is not that of a run, or its ``study.json`` is damaged.
+        The folder does not hold a run, or its ``study.json`` is damaged.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -66,13 +66,13 @@ class Store:
             raise StoreError(
                 f"run: {self.folder} has no {CONFIGURATION}; expected the folder of a run"
             )
-        self.study = _study(self.folder)
+        self.study = _read_configuration(self.folder)
         self.hash: str = self.study["hash"]
         models = self.study["configuration"].get("models", {})
         if old := [name for name, study in models.items() if "block" not in study]:
             raise StoreError(
-                f"run: {self.folder} is of an earlier version, whose {old[0]} has no blocks of "
-                "classes; expected a run of this one"
+                f"run: {self.folder} was written by an earlier version, which did not divide the "
+                f"classes of {old[0]} into blocks; expected a run of this version"
             )
         self.units = [
             unit
@@ -87,17 +87,18 @@ class Store:
         configuration: dict[str, Any],
         facts: Callable[[], dict[str, Any]] = dict,
     ) -> Store:
-        """Make a run's folder, or open it where it is there already.
+        """Make a run's folder, or open an existing one.
 
         Parameters
         ----------
         folder : path
-            One that exists must be empty or of the same configuration.
+            An existing folder must be empty or hold a run with the same configuration.
         configuration : dict
-            Everything that decides the rows, JSON-able: two runs of equal configuration are the
-            same.
+            Everything that determines the rows, serializable as JSON. Two runs with equal
+            configurations are the same run.
         facts : callable, optional
-            Gives what else ``study.json`` is to hold, JSON-able; called for a new folder alone.
+            Returns further entries of ``study.json``, serializable as JSON. It is called only for a
+            new folder.
 
         Raises
         ------
@@ -107,241 +108,250 @@ class Store:
             The folder can't be made or written.
         """
         folder = Path(folder)
-        wanted = json.loads(json.dumps(configuration))
-        check(folder, wanted)
+        configuration = json.loads(json.dumps(configuration))
+        check_compatible(folder, configuration)
         if not (folder / CONFIGURATION).exists():
-            study = {"hash": digest(wanted), "configuration": wanted, **facts()}
+            study = {"hash": digest(configuration), "configuration": configuration, **facts()}
             folder.mkdir(parents=True, exist_ok=True)
-            # Of two runs that begin at once the first is right: its memory decides the last bits.
+            # If two runs start at once, the first to write wins and the other adopts its memory
+            # budget, because the budget can change the last bits of the results.
             with suppress(FileExistsError), replace_file(folder / CONFIGURATION, new=True) as path:
                 path.write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
-            check(folder, wanted)
+            check_compatible(folder, configuration)
         return cls(folder)
 
-    def path(self, unit: Unit) -> Path:
-        """Where a unit's rows are: a name that no other unit has."""
-        return self.folder / "parts" / f"{_name(unit)}.parquet"
+    def part_path(self, unit: Unit) -> Path:
+        """The file of a unit's rows; no two units share one."""
+        return self.folder / "parts" / f"{_file_stem(unit)}.parquet"
 
-    def put(self, unit: Unit, rows: pd.DataFrame, **facts: Any) -> None:
-        """Store a finished unit's rows and JSON-able facts of it, whole or not at all.
+    def save(self, unit: Unit, rows: pd.DataFrame, **facts: Any) -> None:
+        """Store a finished unit's rows and facts (serializable as JSON) atomically.
 
         Raises
         ------
         StoreError
-            It can't be written: the disk is full, or not to be written to.
+            The part can't be written: the disk is full or read-only, for example.
         """
         import pyarrow  # type: ignore[import-untyped]
         import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 
         table = pyarrow.Table.from_pandas(rows, preserve_index=False)
-        facts = {"hash": self.hash, "unit": list(unit), "rows": _fingerprint(rows), **facts}
+        facts = {"hash": self.hash, "unit": list(unit), "rows": _hash_rows(rows), **facts}
         text = json.dumps(facts)
-        table = table.replace_schema_metadata({**table.schema.metadata, _FACTS: text})
-        with _writing(self.path(unit)) as path:
+        table = table.replace_schema_metadata({**table.schema.metadata, _FACTS_KEY: text})
+        with _write_atomically(self.part_path(unit)) as path:
             parquet.write_table(table, path, write_page_checksum=True)
-        self._failure(unit).unlink(missing_ok=True)
+        self._failure_path(unit).unlink(missing_ok=True)
 
-    def facts(self, unit: Unit) -> dict[str, Any] | None:
-        """What is known of a finished unit; None where it is not finished.
+    def read_facts(self, unit: Unit) -> dict[str, Any] | None:
+        """Read the facts stored with a finished unit; None if it is not finished.
 
         Raises
         ------
         DamagedError
             The part can't be read.
         StoreError
-            The part is not this run's, or another unit's.
+            The part belongs to another run or another unit.
         """
         import pyarrow.parquet as parquet
 
-        path = self.path(unit)
-        with _reading(path):
+        path = self.part_path(unit)
+        with _detect_damage(path):
             try:
                 metadata = parquet.read_metadata(path).metadata or {}
             except FileNotFoundError:
                 return None
-            facts = json.loads(metadata.get(_FACTS, '{"hash": "", "unit": ["", "", 0]}'))
-            owner, of = facts["hash"], Unit(*facts["unit"])
+            facts = json.loads(metadata.get(_FACTS_KEY, '{"hash": "", "unit": ["", "", 0]}'))
+            owner, stored_unit = facts["hash"], Unit(*facts["unit"])
         if owner != self.hash:
-            whose = f"configuration {owner}" if owner else "no run"
+            origin = f"a run with configuration {owner}" if owner else "no run"
             raise StoreError(
-                f"out: {path} is of {whose}, and the run of {self.hash}; expected parts of this "
-                "run alone: move it away"
+                f"out: {path} belongs to {origin}; expected only parts of this run, with "
+                f"configuration {self.hash}: move the file away"
             )
-        if of != unit:
-            raise StoreError(f"out: {path} is a part of {of}; expected its own name: move it away")
+        if stored_unit != unit:
+            raise StoreError(
+                f"out: {path} holds unit {stored_unit}; expected {unit}: move the file away"
+            )
         return dict(facts)
 
-    def finished(self, units: Iterable[Unit] | None = None) -> dict[Unit, pd.DataFrame]:
-        """The rows of the finished ones of some units, all by default, in their order.
+    def read_finished(self, units: Iterable[Unit] | None = None) -> dict[Unit, pd.DataFrame]:
+        """Read the rows of those units (default: all) that are finished, in the given order.
 
-        A part that is damaged is warned of, and its unit counts as not finished.
+        A damaged part causes a warning, and its unit counts as unfinished.
 
         Raises
         ------
         StoreError
-            A part is not this run's, or another unit's.
+            A part belongs to another run or another unit.
         """
-        found = {}
+        rows = {}
         for unit in self.units if units is None else units:
             try:
-                facts = self.facts(unit)
+                facts = self.read_facts(unit)
                 if facts is not None:
-                    found[unit] = _read(self.path(unit), facts.get("rows", ""))
+                    rows[unit] = _read_table(self.part_path(unit), facts.get("rows", ""))
             except DamagedError as error:
-                warnings.warn(f"{error}; {unit} is to be measured again", stacklevel=2)
-        return found
+                warnings.warn(f"{error}; {unit} will be measured again", stacklevel=2)
+        return rows
 
-    def left(self, units: Iterable[Unit] | None = None) -> list[Unit]:
-        """The units that are not finished, in their order; raises what `finished` does."""
+    def unfinished(self, units: Iterable[Unit] | None = None) -> list[Unit]:
+        """List the units that are not finished, in order; raises the errors of `read_finished`."""
         units = self.units if units is None else list(units)
-        done = self.finished(units)
-        return [unit for unit in units if unit not in done]
+        finished = self.read_finished(units)
+        return [unit for unit in units if unit not in finished]
 
-    def fail(self, unit: Unit, error: str, **facts: Any) -> None:
-        """Record that a unit can't be measured, and why; a damaged part of it goes."""
-        self.path(unit).unlink(missing_ok=True)
-        with _writing(self._failure(unit)) as path:
+    def record_failure(self, unit: Unit, error: str, **facts: Any) -> None:
+        """Record that a unit failed, and why; delete its part, which can only be a damaged one."""
+        self.part_path(unit).unlink(missing_ok=True)
+        with _write_atomically(self._failure_path(unit)) as path:
             text = json.dumps({"unit": list(unit), "error": error, **facts}, indent=1)
             path.write_text(text + "\n", encoding="utf-8")
 
-    def failed(self) -> dict[Unit, str]:
-        """The units that failed and are not finished, each with its error."""
-        found = {}
+    def failures(self) -> dict[Unit, str]:
+        """The error of each unit that failed and has not been finished since."""
+        errors = {}
         for unit in self.units:
-            with suppress(FileNotFoundError):  # another process may finish it this very moment
-                text = self._failure(unit).read_text(encoding="utf-8")
-                if not self.path(unit).exists():
-                    found[unit] = json.loads(text)["error"]
-        return found
+            with suppress(FileNotFoundError):  # another process may have just finished the unit
+                text = self._failure_path(unit).read_text(encoding="utf-8")
+                if not self.part_path(unit).exists():
+                    errors[unit] = json.loads(text)["error"]
+        return errors
 
     def compact(self) -> pd.DataFrame:
         """Write the table of all finished units, sorted by model, class, layer and cell.
 
-        ``attrs`` has the studies' notes, by model, and how many units are missing, if any.
+        The table's ``attrs`` hold the studies' notes, by model, and the number of missing units,
+        if any.
 
         Raises
         ------
         StoreError
-            No unit is finished, or a part is not this run's.
+            No unit is finished, or a part belongs to another run.
         """
-        done = self.finished()
-        if not done:
+        finished = self.read_finished()
+        if not finished:
             raise StoreError(f"run: {self.folder} has no finished unit; expected one or more")
-        table = pd.concat(done.values(), ignore_index=True)
+        table = pd.concat(finished.values(), ignore_index=True)
         table = table.sort_values(KEYS, kind="stable", ignore_index=True)
         models = self.study.get("about", {}).get("models", {})
         notes = {name: about["note"] for name, about in models.items() if about.get("note")}
-        missing = len(self.units) - len(done)
+        missing = len(self.units) - len(finished)
         table.attrs = ({"notes": notes} if notes else {}) | (
             {"missing": f"{missing} of {len(self.units)}"} if missing else {}
         )
-        with _writing(self.folder / TABLE) as path:
+        with _write_atomically(self.folder / TABLE) as path:
             table.to_parquet(path, index=False)
         return table
 
-    def tidy(self, units: Iterable[Unit]) -> None:
-        """Delete what runs that were killed had half written of these units."""
+    def remove_temporary_files(self, units: Iterable[Unit]) -> None:
+        """Delete temporary files of these units that killed processes left behind."""
         for unit in units:
-            for path in (self.path(unit), self._failure(unit)):
-                for half in path.parent.glob(f".{path.name}.*.tmp"):
-                    half.unlink(missing_ok=True)
+            for path in (self.part_path(unit), self._failure_path(unit)):
+                for temporary in path.parent.glob(f".{path.name}.*.tmp"):
+                    temporary.unlink(missing_ok=True)
 
-    def _failure(self, unit: Unit) -> Path:
-        return self.folder / "failed" / f"{_name(unit)}.json"
+    def _failure_path(self, unit: Unit) -> Path:
+        return self.folder / "failed" / f"{_file_stem(unit)}.json"
 
 
-def check(folder: Path, configuration: dict[str, Any]) -> None:
-    """Raise StoreError where a run of this configuration can't use the folder; write nothing."""
-    if folder.exists() and not folder.is_dir():
-        raise StoreError(f"out: {folder} is a file; expected a folder")
-    found = os.listdir(folder) if folder.exists() else []  # once: another may be making it
-    if CONFIGURATION in found:
-        there = _study(folder)["configuration"]
-        changed = differences(there, configuration)
-        if changed:
+def check_compatible(folder: Path, configuration: dict[str, Any]) -> None:
+    """Raise StoreError if a run with this configuration can't use the folder; write nothing."""
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise StoreError(f"out: {path} is a file; expected a folder")
+    names = os.listdir(folder) if folder.exists() else []  # once: another process may be writing
+    if CONFIGURATION in names:
+        changes = differences(_read_configuration(folder)["configuration"], configuration)
+        if changes:
             raise StoreError(
-                f"out: {folder} holds a run of another configuration ({'; '.join(changed[:3])}"
-                f"{'; …' if len(changed) > 3 else ''}); expected the same one or another folder"
+                f"out: {folder} holds a run with another configuration ({'; '.join(changes[:3])}"
+                f"{'; …' if len(changes) > 3 else ''}); expected the same options or another folder"
             )
-    elif any(not name.startswith(".") for name in found):
+    elif any(not name.startswith(".") for name in names):
         raise StoreError(
             f"out: {folder} holds files but no {CONFIGURATION}; "
             "expected a new or empty folder, or one of an earlier run"
         )
 
 
-def load(folder: str | os.PathLike[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The table and the ``study.json`` of a run, with the seconds that its units took.
+def load_run(folder: str | os.PathLike[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Load a run's table and its ``study.json``, to which the units' total seconds are added.
 
     Raises
     ------
     StoreError
-        The folder is not that of a run with a table, or is damaged.
+        The folder does not hold a run with a table, or a file in it is damaged.
     """
     store = Store(folder)
     path = store.folder / TABLE
     if not path.exists():
-        raise StoreError(f"run: {folder} has no {TABLE}; expected a run that came to its end")
+        raise StoreError(f"run: {folder} has no {TABLE}; expected a finished run")
     try:
-        table = _read(path)
+        table = _read_table(path)
     except DamagedError as error:
-        raise StoreError(f"{error}; delete it, and compact the run to make it anew") from None
+        raise StoreError(f"{error}; delete it, then run: repsim compact {folder}") from None
     seconds = 0.0
     for unit in store.units:
-        with suppress(StoreError):  # the table is whole, whatever has become of a part
-            seconds += (store.facts(unit) or {}).get("seconds", 0.0)
+        with suppress(StoreError):  # the table is complete, even if a part has been damaged since
+            seconds += (store.read_facts(unit) or {}).get("seconds", 0.0)
     return table, store.study | {"seconds": seconds}
 
 
-def _name(unit: Unit) -> str:
-    # "-" is escaped, so that "--" only ever stands between two names.
+def _file_stem(unit: Unit) -> str:
+    # "-" is escaped, so that "--" occurs only between two names.
     safe = (re.sub(r"[^\w. +]", lambda m: f"%{ord(m[0]):02X}", str(name)) for name in unit)
     return "--".join(safe)
 
 
-def _study(folder: Path) -> dict[str, Any]:
+def _read_configuration(folder: Path) -> dict[str, Any]:
     path = folder / CONFIGURATION
     try:
         study = json.loads(path.read_text(encoding="utf-8"))
         if study["hash"] != digest(study["configuration"]):
-            raise ValueError("its hash is not that of its configuration")
+            raise ValueError("its hash does not match its configuration")
+    except IsADirectoryError:
+        raise StoreError(f"out: {path} is a folder; expected the file that a run wrote") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"out: {path} is damaged ({error}); expected what a run wrote") from None
+        raise StoreError(
+            f"out: {path} is damaged ({error}); expected the file that a run wrote"
+        ) from None
     return dict(study)
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _detect_damage(path: Path) -> Iterator[None]:
+    """Turn errors about a file's contents into DamagedError."""
     import pyarrow
 
     try:
         yield
     except (pyarrow.ArrowException, LookupError, OSError, TypeError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # not the file's fault
+            raise  # the system refused access; the file may be fine
         reason = " ".join(str(error).splitlines()[:1]).rstrip(".")
         raise DamagedError(f"out: {path} can't be read ({reason})") from None
 
 
-def _read(path: Path, fingerprint: str | None = None) -> pd.DataFrame:
-    with _reading(path):
+def _read_table(path: Path, expected_hash: str | None = None) -> pd.DataFrame:
+    with _detect_damage(path):
         table = pd.read_parquet(path, page_checksum_verification=True)
-        if fingerprint not in (None, _fingerprint(table)):
-            raise ValueError("its rows are not those that were written")
+        if expected_hash not in (None, _hash_rows(table)):
+            raise ValueError("its rows differ from those that were written")
     return table
 
 
-def _fingerprint(table: pd.DataFrame) -> str:
-    """Of names and values: Parquet has checksums of pages, and none of what they are called.
+def _hash_rows(table: pd.DataFrame) -> str:
+    """Hash a table's column names and values; Parquet's page checksums do not cover the names.
 
-    All NaNs are one value: Arrow stores a missing number, and not the bits of the NaN.
+    All NaNs hash alike: Arrow stores a missing value, not the bits of the NaN.
     """
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name, column in table.items():
         values = column.to_numpy()
-        numbers = values.dtype.kind in "biuf"
+        is_numeric = values.dtype.kind in "biuf"
         if values.dtype.kind == "f":
             values = np.where(np.isnan(values), values.dtype.type(np.nan), values)
-        found.update(f"{name} {values.dtype.kind} ".encode())
-        found.update(values.tobytes() if numbers else json.dumps(values.tolist()).encode())
-    return found.hexdigest()[:16]
+        sha256.update(f"{name} {values.dtype.kind} ".encode())
+        sha256.update(values.tobytes() if is_numeric else json.dumps(values.tolist()).encode())
+    return sha256.hexdigest()[:16]

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import Tensor, nn
 
-from repsim_kernels.experiments.cli.tables import finish, warn_of_chance
+from repsim_kernels.experiments.cli.tables import print_results, warn_if_near_chance
 from repsim_kernels.experiments.report.findings import near_chance
 from repsim_kernels.experiments.runs.driver import run
 from repsim_kernels.experiments.runs.membership import open_run
@@ -135,7 +135,7 @@ def make_run(folder: Path, correct: int) -> Path:
     }
     store = Store.create(folder, configuration, lambda: {"about": {"models": {"net": facts}}})
     for unit in store.units:
-        store.put(unit, table[table["layer"] == unit.layer])
+        store.save(unit, table[table["layer"] == unit.layer])
     store.compact()
     return folder
 
@@ -188,7 +188,7 @@ def test_an_accurate_network_gets_no_warning(
     store = open_run([study], tmp_path)
     run([study], store)
     assert store.study["about"]["models"]["toy"]["accuracy"] == 1
-    warn_of_chance(store)
+    warn_if_near_chance(store)
     assert capsys.readouterr().out == ""
 
 
@@ -212,8 +212,8 @@ def test_report_and_terminal_mention_nan_images(
     store = Store.create(
         tmp_path / "run", {"models": {"net": {"layers": ["l"], "classes": ["c"], "block": 1}}}
     )
-    store.put(store.units[0], table)
-    finish(Console(highlight=False, markup=False), store.compact(), store)
+    store.save(store.units[0], table)
+    print_results(Console(highlight=False, markup=False), store.compact(), store)
     assert message in capsys.readouterr().out.splitlines()
     older = pd.concat([table.drop(columns="nan_images"), none.assign(model="b")])
     assert "gives no answer (" not in write_page(older, tmp_path).visible_text()

@@ -1,4 +1,4 @@
-"""How a run ends: with its table, or with a line and an exit code that say what is missing."""
+"""How a run ends: with a table, or with an exit code and a line about missing units."""
 
 from __future__ import annotations
 
@@ -38,64 +38,64 @@ def sweep(*options: str) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def damaging(which: Callable[[Unit], bool]) -> Any:
-    """`Store.put`, on a disk that loses some units' bytes."""
-    put = Store.put
+def save_with_damage(which: Callable[[Unit], bool]) -> Any:
+    """`Store.save` on a disk that corrupts the parts of some units."""
+    save = Store.save
 
-    def damaged(store: Store, unit: Unit, rows: pd.DataFrame, **facts: Any) -> None:
-        put(store, unit, rows, **facts)
+    def save_damaged(store: Store, unit: Unit, rows: pd.DataFrame, **facts: Any) -> None:
+        save(store, unit, rows, **facts)
         if which(unit):
-            store.path(unit).write_bytes(b"PAR1")
+            store.part_path(unit).write_bytes(b"PAR1")
 
-    return damaged
+    return save_damaged
 
 
-def failing(which: Callable[[str, int], bool]) -> Any:
+def fail_on(which: Callable[[str, int], bool]) -> Any:
     target = measure._measure_target
 
-    def measured(study: Any, layer: str, label: int, *arguments: Any) -> pd.DataFrame:
+    def measure_or_fail(study: Any, layer: str, label: int, *arguments: Any) -> pd.DataFrame:
         if which(layer, label):
             raise StudyError("it is not finite")
         return target(study, layer, label, *arguments)
 
-    return measured
+    return measure_or_fail
 
 
 @pytest.mark.parametrize(
     ("options", "every"),
     [((), True), ((), False), (("--quiet",), True), (("--shard", "1/2"), False)],
 )
-def test_a_unit_that_can_not_be_read_again_is_missing(
+def test_a_unit_that_cannot_be_read_back_is_missing(
     monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], every: bool
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "put", damaging(lambda unit: every or unit.block == 3))
+        patch.setattr(Store, "save", save_with_damage(lambda unit: every or unit.block == 3))
         code, out, err = sweep(*options)
     sharded = "--shard" in options
     lost = (3 if sharded else 6) if every else (1 if sharded else 2)
     first = f"_toy:Toy act1 {1 if every else 3}"
     assert code == 3
-    *warned, last = err.splitlines()
-    assert last.startswith(f"no table: {lost} of 6 units are missing though they were measured")
-    assert f"such as {first};" in last
-    assert len(warned) == lost
-    assert all("can't be read" in line for line in warned)
+    *warning_lines, last = err.splitlines()
+    assert last.startswith(f"no table: {lost} of 6 units are missing although they were measured")
+    assert f"the first is {first};" in last
+    assert len(warning_lines) == lost
+    assert all("can't be read" in line for line in warning_lines)
     assert not TABLE.exists()
     assert "report.html" not in out
     assert sweep("--quiet")[:2] == (0, "")
     assert len(pd.read_parquet(TABLE)) == 6 * 16
 
 
-def test_a_shard_ends_well_and_says_what_is_left() -> None:
+def test_a_shard_succeeds_and_reports_the_progress_of_the_run() -> None:
     for shard, done in (("9/9", 0), ("2/3", 2), ("1/3", 4)):
         code, out, err = sweep("--shard", shard)
         assert (code, err) == (0, "")
         last = out.splitlines()[-1]
-        assert last.startswith(f"{done} of the run's 6 units are finished; the last shard to end")
+        assert last.startswith(f"{done} of the run's 6 units are finished; the last shard writes")
         assert not TABLE.exists()
     code, out, err = sweep("--plan")
     assert (code, err) == (0, "")
-    assert "Plan, _toy:Toy: " in out
+    assert "Plan for _toy:Toy: " in out
     assert not TABLE.exists()
     code, out, err = sweep("--shard", "3/3", "--log-json")
     assert (code, err) == (0, "")
@@ -105,8 +105,8 @@ def test_a_shard_ends_well_and_says_what_is_left() -> None:
     assert out.splitlines()[-2:] == [str(TABLE), str(Path("run", "report.html"))]
 
 
-def test_the_last_shard_says_what_the_others_lack(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "_measure_target", failing(lambda _layer, label: label == 0))
+def test_the_last_shard_reports_units_missing_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_measure_target", fail_on(lambda _layer, label: label == 0))
     code, _, err = sweep("--shard", "1/2")  # classes 1 and 3 of act1, 2 of act2
     assert code == 3
     assert "1 unit failed and is left out" in err
@@ -116,12 +116,12 @@ def test_the_last_shard_says_what_the_others_lack(monkeypatch: pytest.MonkeyPatc
     assert "1 unit failed and is left out" in err
     assert pd.read_parquet(TABLE).attrs["missing"] == "2 of 6"
     for quiet in ((), ("--quiet",)):
-        code, _, err = sweep("--shard", "9/9", *quiet)  # has no unit of its own
+        code, _, err = sweep("--shard", "9/9", *quiet)  # a shard without units
         assert (code, err) == (3, "2 of 6 units are missing from the table\n")
 
 
-def test_where_all_failed_there_is_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "_measure_target", failing(lambda *_: True))
+def test_a_run_whose_units_all_failed_has_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_measure_target", fail_on(lambda *_: True))
     for options, own in (((), 6), (("--shard", "9/9"), 0)):
         code, _, err = sweep(*options)
         assert code == 3
@@ -131,7 +131,7 @@ def test_where_all_failed_there_is_no_table(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class Exiting(Toy):
-    """Ends the program where it is shown many images: when the study is made it runs with few."""
+    """Ends the program when it gets more than two images, as in a run but not in its checks."""
 
     def forward(self, images: Tensor) -> Tensor:
         if isinstance(images, Tensor) and len(images) > 2:
@@ -140,20 +140,20 @@ class Exiting(Toy):
 
 
 @pytest.mark.parametrize("options", [(), ("--quiet",)])
-def test_a_network_that_ends_the_program_does_not_end_it_well(options: tuple[str, ...]) -> None:
+def test_a_network_that_calls_sys_exit_ends_the_run_with_an_error(options: tuple[str, ...]) -> None:
     code, _, err = sweep("--model", f"{__name__}:Exiting", *options)
     assert code == 2
-    assert err.splitlines()[-1] == "error: something in the network called sys.exit(0)"
+    assert err.splitlines()[-1] == "error: the network's code called sys.exit(0)"
     assert not TABLE.exists()
 
 
-def test_a_reader_that_stops_reading_ends_a_command_without_a_line() -> None:
-    """As `repsim status | head -1` does; rich raises SystemExit where it can't write."""
+def test_a_closed_pipe_ends_a_command_silently() -> None:
+    """As in `repsim status | head -1`; rich raises SystemExit when it can't write."""
     script = (
         "import sys\n"
         "from rich.console import Console\n"
-        "from repsim_kernels.experiments.cli.options import one_line_errors\n"
-        "with one_line_errors():\n"
+        "from repsim_kernels.experiments.cli.options import exit_on_errors\n"
+        "with exit_on_errors():\n"
         "    for _ in range(10_000):\n"
         "        Console().print('x' * 70)\n"
     )

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from _cli import fails_at, invoke
+from _cli import fail_at_call, invoke
 from _toy import toy_images, toy_study
 
 from repsim_kernels.experiments import Study
-from repsim_kernels.experiments.cli.tables import took
+from repsim_kernels.experiments.cli.tables import print_elapsed
 from repsim_kernels.experiments.errors import StudyError
 from repsim_kernels.experiments.runs import membership
 from repsim_kernels.experiments.study import estimate as estimate_module
@@ -210,7 +210,7 @@ def test_the_plan_measures_and_writes_nothing(
     lines = out.splitlines()
     assert "  layers (2): act1, act2" in lines
     assert "  target classes (3 of 3): ant, bee, wasp" in lines
-    assert "Plan, _toy:Toy: 3 target classes x 16 cells x 4 images, metrics over 12 stimuli" in (
+    assert "Plan for _toy:Toy: 3 target classes x 16 cells x 4 images; metrics use 12 images" in (
         " ".join(out.split())
     )
     rows = {line.split()[0]: line.split() for line in lines if line.startswith("  act")}
@@ -219,7 +219,7 @@ def test_the_plan_measures_and_writes_nothing(
     assert float(rows["act1"][3]) == pytest.approx(3 * 16 * 4 * TAIL["act1"] / 1e12, rel=0.005)
     assert float(rows["act2"][3]) == pytest.approx(3 * 16 * 4 * TAIL["act2"] / 1e12, rel=0.005)
     assert float(rows["act2"][4]) == pytest.approx(3 * 2 * 144 * 256 / 1e12, rel=0.005)
-    assert any(line.startswith("  1 pass of all images for all layers, ") for line in lines)
+    assert any(line.startswith("  1 pass over all images for all layers: ") for line in lines)
     assert lines[-1].startswith("Plan: ")
     assert lines[-1].endswith(" s on this device.")
 
@@ -228,7 +228,7 @@ def test_the_plan_of_an_interrupted_run_covers_the_remaining_units(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = [*TOY, "--images", folder, "--out", "cut", "--block", "1"]
-    monkeypatch.setattr(measure, "_measure_target", fails_at(5, KeyboardInterrupt()))
+    monkeypatch.setattr(measure, "_measure_target", fail_at_call(5, KeyboardInterrupt()))
     assert invoke(*command)[0] == 130
     before = files()
     code, out, _ = invoke(*command, "--plan")
@@ -246,13 +246,13 @@ def plan_of(seconds: float) -> Plan:
 @pytest.mark.parametrize(
     ("seconds", "estimates", "line"),
     [
-        (0.26, [1.0, 2.5], "Took 0.3 s; the plan said 3.5 s.\n"),
-        (99.0, [100.0], "Took 99.0 s; the plan said 2 min.\n"),
-        (5990.0, [3600.0, 7200.0], "Took 100 min; the plan said 3.0 h.\n"),
+        (0.26, [1.0, 2.5], "Took 0.3 s (estimated: 3.5 s).\n"),
+        (99.0, [100.0], "Took 99.0 s (estimated: 2 min).\n"),
+        (5990.0, [3600.0, 7200.0], "Took 100 min (estimated: 3.0 h).\n"),
     ],
 )
 def test_elapsed_time_is_compared_with_the_sum_of_the_plans(
     capsys: pytest.CaptureFixture[str], seconds: float, estimates: list[float], line: str
 ) -> None:
-    took(seconds, [plan_of(s) for s in estimates])
+    print_elapsed(seconds, [plan_of(s) for s in estimates])
     assert capsys.readouterr().out == line

@@ -1,4 +1,4 @@
-"""Runs as a user starts them, and what kills, full disks and vanished files do to them."""
+"""Runs in their own processes that meet signals, full disks, damaged files and missing files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from _sweep import SMALL, TOY, Sweep, alive, parts, table, until
 from _toy import write_image_folder
 
-from repsim_kernels.experiments.runs.lock import driving
+from repsim_kernels.experiments.runs.lock import hold_lock
 from repsim_kernels.experiments.runs.shard import Shard
 
 
@@ -35,42 +35,40 @@ def sweep(tmp_path: Path) -> Iterator[Callable[..., Sweep]]:
         one.process.communicate()
 
 
-def test_a_signal_stops_a_run_which_goes_on_from_there(
-    tmp_path: Path, sweep: Callable[..., Sweep]
-) -> None:
+def test_a_run_stopped_by_a_signal_is_resumed(tmp_path: Path, sweep: Callable[..., Sweep]) -> None:
     run, options = tmp_path / "run", (*SMALL, "--layers", "features.4,features.7", "--out", "run")
     first = sweep(*options)
     until(lambda: len(parts(run)) >= 1)
     code, _, err = first.kill(signal.SIGTERM)
-    kept = parts(run)
+    stored = parts(run)
     assert code == 143
     assert err == (
-        f"interrupted: {len(kept)} of 14 units are finished and kept in run; "
-        "the same command goes on from there\n"
+        f"interrupted: {len(stored)} of 14 units are finished and stored in run; "
+        "run the same command to resume\n"
     )
     assert not (run / "results.parquet").exists()
-    before = {name: (run / "parts" / name).read_bytes() for name in kept}
+    before = {name: (run / "parts" / name).read_bytes() for name in stored}
     code, _, err = sweep(*options, "--workers", "2").end()
     assert (code, err) == (0, "")
-    assert {name: (run / "parts" / name).read_bytes() for name in kept} == before
+    assert {name: (run / "parts" / name).read_bytes() for name in stored} == before
     assert len(parts(run)) == 14
     assert len(table(run)) == 14 * 16
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
-def test_killed_at_random_a_run_ends_as_an_undisturbed_one(
+def test_a_run_killed_at_random_times_gives_the_same_table(
     tmp_path: Path, sweep: Callable[..., Sweep], seed: int
 ) -> None:
     rng = random.Random(seed)
-    undisturbed = sweep(*SMALL, "--out", "whole", "--quiet")
-    assert undisturbed.end()[0] == 0
+    uninterrupted = sweep(*SMALL, "--out", "whole", "--quiet")
+    assert uninterrupted.end()[0] == 0
     run, kills, runs = tmp_path / "run", 0, 0
     while kills < 10:
-        kept = parts(run)
+        stored = parts(run)
         one = sweep(*SMALL, "--out", "run", "--workers", "2")
         runs += 1
-        until(lambda known=kept, mine=one: parts(run) > known or mine.process.poll() is not None)
+        until(lambda old=stored, now=one: parts(run) > old or now.process.poll() is not None)
         for _ in range(2):
             time.sleep(rng.uniform(0, 1.5))
             victims = [one.process.pid] if rng.random() < 0.5 else one.workers()
@@ -83,20 +81,22 @@ def test_killed_at_random_a_run_ends_as_an_undisturbed_one(
             kills += 1
         one.end()
         until(lambda pids=workers: not any(map(alive, pids)), 10)
-        if (run / "results.parquet").exists():  # it was quicker than the kills: again
+        if (run / "results.parquet").exists():  # it finished before the kills: repeat
             shutil.rmtree(run)
         else:
-            assert kept <= parts(run)
+            assert stored <= parts(run)
     assert runs >= 4
     code, _, err = sweep(*SMALL, "--out", "run", "--workers", "2").end()
     assert (code, err) == (0, "")
     pd.testing.assert_frame_equal(table(run), table(tmp_path / "whole"), check_exact=True)
-    left = {path.name for path in run.rglob("*") if path.is_file() and path.parent.name == "parts"}
-    assert left == parts(run)
+    remaining = {
+        path.name for path in run.rglob("*") if path.is_file() and path.parent.name == "parts"
+    }
+    assert remaining == parts(run)
 
 
 @pytest.mark.slow
-def test_a_full_disk_loses_nothing(tmp_path: Path, sweep: Callable[..., Sweep]) -> None:
+def test_a_full_disk_loses_no_finished_unit(tmp_path: Path, sweep: Callable[..., Sweep]) -> None:
     write_image_folder(tmp_path / "images")
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -109,16 +109,16 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, sweep: Callable[..., Sweep]) 
         options = (*TOY, "--out", disk / "run")
         for more in ((), ("--workers", "2")):
             code, _, err = sweep(*options, *more).end()
-            kept = parts(disk / "run")
+            stored = parts(disk / "run")
             assert code == 2
-            assert 1 <= len(kept) < 6
+            assert 1 <= len(stored) < 6
             assert err.count("\n") == 1
             assert "can't be written (No space left on device)" in err
-            assert f"{len(kept)} of 6 units are finished and kept in {disk / 'run'}" in err
+            assert f"{len(stored)} of 6 units are finished and stored in {disk / 'run'}" in err
             assert all(not path.name.endswith(".tmp") for path in (disk / "run").rglob("*"))
         subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
         assert sweep(*options).end()[0] == 0
-        assert kept <= parts(disk / "run")
+        assert stored <= parts(disk / "run")
         assert sweep(*TOY, "--out", "whole").end()[0] == 0
         pd.testing.assert_frame_equal(
             table(disk / "run"), table(tmp_path / "whole"), check_exact=True
@@ -128,7 +128,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, sweep: Callable[..., Sweep]) 
 
 
 @pytest.mark.slow
-def test_damaged_and_foreign_parts_and_a_second_run(
+def test_damaged_parts_are_measured_again_and_foreign_parts_refused(
     tmp_path: Path, sweep: Callable[..., Sweep]
 ) -> None:
     write_image_folder(tmp_path / "images")
@@ -141,7 +141,7 @@ def test_damaged_and_foreign_parts_and_a_second_run(
     assert code == 0
     assert err.count("\n") == 1
     assert f"run/parts/{part.name} can't be read" in err
-    assert "_toy:Toy act1 2 is to be measured again" in err
+    assert "_toy:Toy act1 2 will be measured again" in err
     assert "1/6" not in out
     pd.testing.assert_frame_equal(table(run), whole, check_exact=True)
 
@@ -150,18 +150,20 @@ def test_damaged_and_foreign_parts_and_a_second_run(
     code, _, err = sweep(*options).end()
     theirs, ours = (json.loads((f / "study.json").read_text()) for f in (tmp_path / "other", run))
     assert (code, err.count("\n")) == (2, 1)
-    assert f"run/parts/{part.name} is of configuration {theirs['hash']}" in err
+    assert f"run/parts/{part.name} belongs to a run with configuration {theirs['hash']}" in err
     assert ours["hash"] in err
     part.unlink()
 
-    with driving(run, Shard(), 1):
+    with hold_lock(run, Shard(), 1):
         code, _, err = sweep(*options).end()
     assert (code, err.count("\n")) == (2, 1)
     assert f"out: process {os.getpid()} on " in err
 
 
 @pytest.mark.slow
-def test_an_image_that_vanishes_under_a_run(tmp_path: Path, sweep: Callable[..., Sweep]) -> None:
+def test_an_image_that_disappears_during_a_run_ends_it(
+    tmp_path: Path, sweep: Callable[..., Sweep]
+) -> None:
     write_image_folder(tmp_path / "images")
     run, options = tmp_path / "run", (*TOY, "--out", "run", "--workers", "1")
     assert sweep(*options).end()[0] == 0
@@ -171,11 +173,11 @@ def test_an_image_that_vanishes_under_a_run(tmp_path: Path, sweep: Callable[...,
     image, hidden = tmp_path / "images" / "bee" / "2.png", tmp_path / "2.png"
     one = sweep(*TOY, "--out", "run", "--workers", "2")
     until(lambda: one.workers())
-    image.rename(hidden)  # the studies of the workers are not made yet
+    image.rename(hidden)  # before the workers make their studies
     code, _, err = one.end()
     assert code == 2
     assert err.count("\n") == 1
-    assert "those made anew for" in err
+    assert "those made by a worker differ from the ones in" in err
     assert "expected the same images, network and versions" in err
     hidden.rename(image)
     assert sweep(*options).end()[0] == 0
@@ -183,7 +185,9 @@ def test_an_image_that_vanishes_under_a_run(tmp_path: Path, sweep: Callable[...,
 
 
 @pytest.mark.slow
-def test_shards_in_any_order_equal_one_run(tmp_path: Path, sweep: Callable[..., Sweep]) -> None:
+def test_shards_in_any_order_give_the_same_table_as_one_run(
+    tmp_path: Path, sweep: Callable[..., Sweep]
+) -> None:
     write_image_folder(tmp_path / "images")
     assert sweep(*TOY, "--out", "whole").end()[0] == 0
     both = [sweep(*TOY, "--out", "run", "--shard", f"{i}/3") for i in (3, 1)]

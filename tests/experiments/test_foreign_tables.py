@@ -264,8 +264,11 @@ def test_error_names_the_first_non_number_and_its_row(
         (("--cell", "cell,cell"), "cell: 'cell' is repeated; expected distinct names"),
         (("--by", "distance,layer"), "by: 'distance' is the name of a column of the result; exp"),
         (("--by", "layer,n"), "by: 'n' is the name of a column of the result; expected another"),
-        (("--cluster", "nope"), "cluster: 'nope' names no group; expected model or class or layer"),
-        (("--by", "class,layer", "--cluster", "model"), "cluster: 'model' names no group; expec"),
+        (
+            ("--cluster", "nope"),
+            "cluster: 'nope' is not a group column; expected model or class or layer",
+        ),
+        (("--by", "class,layer", "--cluster", "model"), "cluster: 'model' is not a group column"),
     ],
 )
 def test_conflicting_options_are_refused(

@@ -1,4 +1,4 @@
-"""Imports within the experiment layer run one way."""
+"""Imports within the experiments package go in one direction."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from repsim_kernels import experiments
 PACKAGE = "repsim_kernels.experiments"
 ROOT = Path(experiments.__file__).parent
 BASE = {"errors", "columns", "files"}
-#: What the files of each directory may import of the others.
-BELOW = {
+#: What the files of each directory may import from outside it.
+ALLOWED = {
     "inputs": BASE,
     "study": BASE,
     "analysis": BASE,
@@ -32,8 +32,8 @@ def module_of(path: Path) -> str:
 MODULES = {module_of(path): path for path in ROOT.rglob("*.py")}
 
 
-def imported(path: Path) -> set[str]:
-    """The package's modules that a file imports, also inside functions and for types only."""
+def find_imports(path: Path) -> set[str]:
+    """List the package's modules that a file imports, including within functions and for types."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -43,24 +43,24 @@ def imported(path: Path) -> set[str]:
     return inner & set(MODULES)
 
 
-def test_a_directory_imports_only_those_below_it():
-    """`Study.run` calls `experiments.run` through the package, which imports it when asked."""
-    assert {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()} == set(BELOW)
+def test_a_directory_imports_only_from_lower_layers():
+    """`Study.run` calls `experiments.run` through the package, which imports it lazily."""
+    assert {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()} == set(ALLOWED)
     for name, path in MODULES.items():
         directory = name.partition(".")[0]
-        others = {other.partition(".")[0] for other in imported(path)} - {directory}
-        if directory in BELOW:
-            assert others <= BELOW[directory], path
+        others = {other.partition(".")[0] for other in find_imports(path)} - {directory}
+        if directory in ALLOWED:
+            assert others <= ALLOWED[directory], path
         elif directory in BASE:
             assert not others, path
 
 
 def test_no_two_modules_import_each_other():
-    graph = {name: imported(path) - {name, ""} for name, path in MODULES.items() if name}
+    graph = {name: find_imports(path) - {name, ""} for name, path in MODULES.items() if name}
     assert len(list(TopologicalSorter(graph).static_order())) == len(graph)
 
 
-def test_importing_the_experiments_or_printing_a_table_imports_no_more_than_it_needs():
+def test_importing_the_experiments_does_not_import_heavy_packages():
     heavy = ("torch", "pandas", "matplotlib")
     for module, absent in (("", heavy), (".__main__", heavy), (".cli.tables", heavy[2:])):
         code = (
@@ -73,7 +73,7 @@ def test_importing_the_experiments_or_printing_a_table_imports_no_more_than_it_n
         assert not set(absent) & set(ast.literal_eval(done.stdout)), module
 
 
-def test_the_command_names_the_extra_that_is_missing():
+def test_the_command_names_a_missing_extra():
     code = (
         f"import sys; sys.modules['typer'] = None; from {PACKAGE} import main;"
         "sys.argv = ['repsim', 'status']; main()"

@@ -22,7 +22,7 @@ from _toy import Toy, stop_after, toy_study
 
 from repsim_kernels.experiments.errors import StoreError
 from repsim_kernels.experiments.runs.executors import Task
-from repsim_kernels.experiments.runs.executors.pool import Pool
+from repsim_kernels.experiments.runs.executors.pool import PoolExecutor
 from repsim_kernels.experiments.runs.membership import open_run
 from repsim_kernels.experiments.study.configuration import digest
 from repsim_kernels.experiments.study.estimate import plan
@@ -167,8 +167,8 @@ def test_a_worker_process_sets_the_switches(tmp_path: Path) -> None:
         store = open_run(make("cpu"), out)
         log.unlink()
         units = deque(store.units[:1])
-        events = list(Pool(Task(make, str(out)), ["cpu"]).run(units))
-        assert [event.what for event in events] == ["started", "done"]
+        events = list(PoolExecutor(Task(make, str(out)), ["cpu"]).run(units))
+        assert [event.kind for event in events] == ["started", "done"]
         assert {tuple(json.loads(line)) for line in log.read_text().splitlines()} == {
             tuple(expected)
         }

@@ -41,7 +41,7 @@ def test_report_is_self_contained_and_shows_the_table(tmp_path: Path) -> None:
     study = toy_study(name="toy <b>")
     store = open_run([study], tmp_path, {"images": "some & others"})
     table = run([study], store)
-    store.put(store.units[0], store.finished()[store.units[0]], seconds=3725.4)
+    store.save(store.units[0], store.read_finished()[store.units[0]], seconds=3725.4)
     page = write_page(tmp_path, tmp_path)
     html = page.html
     addresses = re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"')> ]+)", html)

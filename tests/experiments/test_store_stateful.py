@@ -1,4 +1,4 @@
-"""Any order of writes, crashes, damage, resuming and compacting keeps the planned rows alone."""
+"""Any order of writes, crashes, damage, resuming and compacting keeps exactly the planned rows."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ SEEDS = st.integers(0, 3)
 
 
 class Crash(BaseException):
-    """The process is gone: nothing that follows is run."""
+    """The process has died: none of its later code runs."""
 
 
 class Folder(RuleBasedStateMachine):
-    """A run's folder, beside a dictionary of what is in it."""
+    """A run's folder, alongside a dictionary of its expected contents."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Folder(RuleBasedStateMachine):
         self.planned = self.store.units
         assert len(self.planned) == 7
 
-    def holds(self, unit: Unit, rows: pd.DataFrame) -> None:
+    def expect_rows(self, unit: Unit, rows: pd.DataFrame) -> None:
         self.rows[unit] = rows
         self.damaged.discard(unit)
         self.foreign.discard(unit)
@@ -66,13 +66,13 @@ class Folder(RuleBasedStateMachine):
     @rule(number=UNITS, seed=SEEDS)
     def write(self, number: int, seed: int) -> None:
         unit = self.planned[number]
-        self.store.put(unit, make_rows(unit, seed), seconds=1.0)
-        self.holds(unit, make_rows(unit, seed))
+        self.store.save(unit, make_rows(unit, seed), seconds=1.0)
+        self.expect_rows(unit, make_rows(unit, seed))
         self.failed.pop(unit, None)
 
     @rule(number=UNITS, seed=SEEDS, when=st.sampled_from(["write", "fsync", "replace", "after"]))
     def crash(self, number: int, seed: int, when: str) -> None:
-        """Die in the middle of a write: whatever the process would have tidied stays."""
+        """Die in the middle of a write, so that the process can't clean up."""
         unit = self.planned[number]
         replace, write = os.replace, pq.write_table
 
@@ -85,7 +85,7 @@ class Folder(RuleBasedStateMachine):
                 replace(*arguments)  # type: ignore[arg-type]
             raise Crash
 
-        # An own number for each process that dies, whose half-written file keeps its name.
+        # Each dying process gets a new pid, because its partial file keeps a name with the pid.
         self.crashes += 1
         target = {"write": (pq, "write_table"), "fsync": (os, "fsync")}.get(when, (os, "replace"))
         with (
@@ -94,9 +94,9 @@ class Folder(RuleBasedStateMachine):
             mock.patch.object(os, "getpid", return_value=self.crashes),
             pytest.raises(Crash),
         ):
-            self.store.put(unit, make_rows(unit, seed), seconds=1.0)
+            self.store.save(unit, make_rows(unit, seed), seconds=1.0)
         if when == "after":
-            self.holds(unit, make_rows(unit, seed))
+            self.expect_rows(unit, make_rows(unit, seed))
         self.resume()
 
     @rule()
@@ -108,7 +108,7 @@ class Folder(RuleBasedStateMachine):
     def fail(self, number: int) -> None:
         unit = self.planned[number]
         if unit not in self.rows and unit not in self.foreign:
-            self.store.fail(unit, f"no {number}")
+            self.store.record_failure(unit, f"no {number}")
             self.failed[unit] = f"no {number}"
             self.damaged.discard(unit)
 
@@ -116,11 +116,11 @@ class Folder(RuleBasedStateMachine):
     @rule(data=st.data(), how=st.sampled_from(["cut", "flip", "empty", "delete"]))
     def damage(self, data: st.DataObject, how: str) -> None:
         unit = data.draw(st.sampled_from(sorted(self.rows)))
-        path = self.store.path(unit)
+        path = self.store.part_path(unit)
         good = path.read_bytes()
         if how == "delete":
             path.unlink()
-        elif how == "flip":  # a byte of the distances, somewhere between the first and the last
+        elif how == "flip":  # a byte somewhere within the distances
             column = pq.read_metadata(path).row_group(0).column(5)
             start = column.dictionary_page_offset or column.data_page_offset
             at = start + 40 + data.draw(st.integers(0, 7))
@@ -131,18 +131,18 @@ class Folder(RuleBasedStateMachine):
         if how != "delete":
             self.damaged.add(unit)
 
-    @rule(number=UNITS, own=st.booleans())
-    def bring_a_foreign_part(self, number: int, own: bool) -> None:
+    @rule(number=UNITS, same_run=st.booleans())
+    def add_a_foreign_part(self, number: int, same_run: bool) -> None:
         unit = self.planned[number]
-        if own:  # another unit's
-            source = self.store.path(self.planned[number - 1])
+        if same_run:  # but of another unit
+            source = self.store.part_path(self.planned[number - 1])
             if self.planned[number - 1] not in self.rows:
                 return
         else:
-            self.other.put(unit, make_rows(unit))
-            source = self.other.path(unit)
-        self.store.path(unit).parent.mkdir(exist_ok=True)
-        self.store.path(unit).write_bytes(source.read_bytes())
+            self.other.save(unit, make_rows(unit))
+            source = self.other.part_path(unit)
+        self.store.part_path(unit).parent.mkdir(exist_ok=True)
+        self.store.part_path(unit).write_bytes(source.read_bytes())
         self.rows.pop(unit, None)
         self.damaged.discard(unit)
         self.foreign.add(unit)
@@ -151,12 +151,12 @@ class Folder(RuleBasedStateMachine):
     @rule()
     def move_foreign_parts_away(self) -> None:
         for unit in self.foreign:
-            self.store.path(unit).unlink()
+            self.store.part_path(unit).unlink()
         self.foreign.clear()
 
     @rule()
-    def tidy(self) -> None:
-        self.store.tidy(self.planned)
+    def remove_temporary_files(self) -> None:
+        self.store.remove_temporary_files(self.planned)
         files = [path.name for path in self.store.folder.rglob("*") if path.is_file()]
         assert not [name for name in files if name.endswith(".tmp") and "parquet" in name]
 
@@ -168,41 +168,47 @@ class Folder(RuleBasedStateMachine):
             self.store.compact()
         assert len(caught) == len(self.damaged)
         expected = pd.concat([self.rows[u] for u in self.planned if u in self.rows])
-        found = pd.read_parquet(self.store.folder / TABLE)
-        assert not found.duplicated(KEYS).any()
+        table = pd.read_parquet(self.store.folder / TABLE)
+        assert not table.duplicated(KEYS).any()
         pd.testing.assert_frame_equal(
-            found, expected.sort_values(KEYS, ignore_index=True), check_exact=True
+            table, expected.sort_values(KEYS, ignore_index=True), check_exact=True
         )
         missing = len(self.planned) - len(self.rows)
-        assert found.attrs.get("missing") == (f"{missing} of 7" if missing else None)
+        assert table.attrs.get("missing") == (f"{missing} of 7" if missing else None)
 
     @invariant()
-    def what_is_planned_is_finished_or_left(self) -> None:
+    def planned_units_are_finished_or_unfinished(self) -> None:
         if self.foreign:
-            before = {unit: self.store.path(unit).read_bytes() for unit in self.foreign}
+            before = {unit: self.store.part_path(unit).read_bytes() for unit in self.foreign}
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                with pytest.raises(StoreError, match=r"move it away$") as caught:
-                    self.store.left()
-            assert any(str(self.store.path(unit)) in str(caught.value) for unit in self.foreign)
-            assert before == {unit: self.store.path(unit).read_bytes() for unit in self.foreign}
+                with pytest.raises(StoreError, match=r"move the file away$") as caught:
+                    self.store.unfinished()
+            assert any(
+                str(self.store.part_path(unit)) in str(caught.value) for unit in self.foreign
+            )
+            assert before == {
+                unit: self.store.part_path(unit).read_bytes() for unit in self.foreign
+            }
             return
         with warnings.catch_warnings(record=True) as caught_warnings:
             warnings.simplefilter("always")
-            finished = self.store.finished()
-            left = self.store.left()
-        said = {str(each.message) for each in caught_warnings}
-        assert len(said) == len(self.damaged)
-        assert all(any(str(self.store.path(u)) in text for text in said) for u in self.damaged)
-        assert left == [unit for unit in self.planned if unit not in self.rows]
+            finished = self.store.read_finished()
+            unfinished = self.store.unfinished()
+        messages = {str(warning.message) for warning in caught_warnings}
+        assert len(messages) == len(self.damaged)
+        assert all(
+            any(str(self.store.part_path(u)) in text for text in messages) for u in self.damaged
+        )
+        assert unfinished == [unit for unit in self.planned if unit not in self.rows]
         assert list(finished) == [unit for unit in self.planned if unit in self.rows]
         for unit, rows in finished.items():
             pd.testing.assert_frame_equal(rows, self.rows[unit], check_exact=True)
 
     @invariant()
     def failures_are_those_of_unfinished_units(self) -> None:
-        present = {unit for unit in self.planned if self.store.path(unit).exists()}
-        assert self.store.failed() == {
+        present = {unit for unit in self.planned if self.store.part_path(unit).exists()}
+        assert self.store.failures() == {
             unit: error for unit, error in self.failed.items() if unit not in present
         }
 

@@ -170,7 +170,7 @@ def test_progress_counts_the_units() -> None:
     assert [(step.done, step.failed, step.total) for step in steps] == [
         (done, 0, 4) for done in range(1, 5)
     ]
-    assert [step.event.what for step in steps] == ["done"] * 4
+    assert [step.event.kind for step in steps] == ["done"] * 4
     assert [step.event.unit for step in steps] == [
         ("toy", layer, block) for layer in ("act1", "act2") for block in (1, 2)
     ]

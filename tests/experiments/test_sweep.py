@@ -1,4 +1,4 @@
-"""What the options of ``sweep`` come to; nothing is run."""
+"""How the options of ``sweep`` are interpreted; nothing is run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from _cli import invoke
 
-from repsim_kernels.experiments.cli import request as jobs
+from repsim_kernels.experiments.cli import request
 from repsim_kernels.experiments.cli import sweep as sweeping
-from repsim_kernels.experiments.cli.request import Job
+from repsim_kernels.experiments.cli.request import StudySet
 from repsim_kernels.experiments.runs.shard import Shard
 
 NAME = "mobilenet_v2_035"
-RANDOM = ["--preset", NAME, "--weights", "random", "--images", "random", "--per-class", "2"]
+RANDOM = ["--preset", NAME, "--weights", "random", "--images", "random", "--images-per-class", "2"]
 
 
 def sweep(*arguments: str) -> tuple[int, str, str]:
@@ -39,38 +39,46 @@ def sweep(*arguments: str) -> tuple[int, str, str]:
         ([*RANDOM, "--out", "mine"], "mine", False, True),
     ],
 )
-def test_where_a_run_goes_and_whether_it_is_a_sample(
+def test_the_run_folder_and_whether_the_run_is_a_sample(
     monkeypatch: pytest.MonkeyPatch,
     arguments: list[str],
     folder: str,
     sampled: bool,
     preset: bool,
 ) -> None:
-    seen: list[Any] = []
+    launches: list[Any] = []
     monkeypatch.setattr(
-        sweeping, "launch", lambda *given, **named: seen.append((*given, named["dry"]))
+        sweeping, "launch", lambda *args, **kwargs: launches.append((*args, kwargs["plan_only"]))
     )
     assert sweep(*arguments) == (0, "", "")
-    ((recipe, out, how, dry),) = seen
-    assert (out, dry, recipe.sampled) == (Path(folder), False, sampled)
-    assert (recipe.preset is not None, recipe.names == ()) == (preset, preset)
-    assert (how.workers, how.shard, how.executor) == (1, Shard(), "pool")
+    ((factory, out, launch_options, plan_only),) = launches
+    assert (out, plan_only, factory.sampled) == (Path(folder), False, sampled)
+    assert (factory.preset is not None, factory.names == ()) == (preset, preset)
+    assert (launch_options.workers, launch_options.shard, launch_options.executor) == (
+        1,
+        Shard(),
+        "pool",
+    )
     calls: list[Any] = []
-    monkeypatch.setattr(jobs, "of_models", lambda *given: calls.append(given) or Job([], ""))
-    monkeypatch.setattr(jobs, "of_preset", lambda *given: calls.append(given) or Job([], ""))
-    copy = pickle.loads(pickle.dumps(recipe))  # for another process
+    monkeypatch.setattr(
+        request, "make_model_studies", lambda *args: calls.append(args) or StudySet([], "")
+    )
+    monkeypatch.setattr(
+        request, "make_preset_studies", lambda *args: calls.append(args) or StudySet([], "")
+    )
+    copy = pickle.loads(pickle.dumps(factory))  # as in a worker process
     assert copy("cuda:3") == []
-    asked = replace(recipe.asked, study=recipe.asked.study | {"device": "cuda:3"})
-    assert calls == [(NAME, asked) if preset else (recipe.names, asked, sampled)]
+    options = replace(factory.options, study=factory.options.study | {"device": "cuda:3"})
+    assert calls == [(NAME, options) if preset else (factory.names, options, sampled)]
 
 
-def test_tf32_is_passed_on_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-    monkeypatch.setattr(sweeping, "launch", lambda *given, **_named: seen.append(given))
+def test_tf32_is_passed_on_only_if_requested(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches: list[Any] = []
+    monkeypatch.setattr(sweeping, "launch", lambda *args, **_kwargs: launches.append(args))
     assert sweep() == sweep("--tf32") == (0, "", "")
-    (plain, *_), (asked, *_) = seen
-    assert asked.asked.study == plain.asked.study | {"tf32": True}
-    assert "tf32" not in plain.asked.study
+    (plain, *_), (requested, *_) = launches
+    assert requested.options.study == plain.options.study | {"tf32": True}
+    assert "tf32" not in plain.options.study
 
 
 @pytest.mark.parametrize(
@@ -92,17 +100,17 @@ def test_tf32_is_passed_on_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch
         ),
     ],
 )
-def test_shards_and_devices_of_torchrun_and_slurm(
+def test_shards_and_devices_from_torchrun_and_slurm(
     monkeypatch: pytest.MonkeyPatch,
     options: list[str],
     environment: dict[str, str],
     shard: Shard,
     device: str,
 ) -> None:
-    seen: list[Any] = []
-    monkeypatch.setattr(sweeping, "launch", lambda *given, **_named: seen.append(given))
+    launches: list[Any] = []
+    monkeypatch.setattr(sweeping, "launch", lambda *args, **_kwargs: launches.append(args))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert sweep(*options) == (0, "", "")
-    ((recipe, _, how),) = seen
-    assert (how.shard, recipe.asked.study["device"]) == (shard, device)
+    ((factory, _, launch_options),) = launches
+    assert (launch_options.shard, factory.options.study["device"]) == (shard, device)

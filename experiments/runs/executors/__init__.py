@@ -1,4 +1,4 @@
-"""Who measures a run's units: this process, others on this machine, or a Ray cluster's."""
+"""Executors measure a run's units: in this process, in a local pool, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -16,59 +16,60 @@ if TYPE_CHECKING:
 class Event(NamedTuple):
     """What happened to a unit."""
 
-    what: Literal["started", "done", "failed"]
+    kind: Literal["started", "done", "failed"]
     unit: Unit
     worker: str
-    seconds: float = 0.0  # from its start to its being stored
-    memory: int = 0  # peak bytes of the device, or of the process on a CPU
+    seconds: float = 0.0  # from its start until it is stored
+    memory: int = 0  # peak bytes on the GPU, or of the process on a CPU
     error: str = ""  # one line
-    details: str = ""  # its traceback
-    again: bool = True  # whether another try may help
+    details: str = ""  # the traceback
+    retryable: bool = True  # whether another attempt may help
 
 
 class Executor(Protocol):
-    """Measures units and stores each as it is finished."""
+    """Measures units and stores each one as soon as it is finished."""
 
     @property
     def workers(self) -> int:
-        """How many units it measures at a time."""
+        """How many units it measures in parallel."""
         ...
 
     def run(self, units: deque[Unit]) -> Iterator[Event]:
-        """Take units off the left until none is left or being measured.
+        """Measure units, taken from the left of the queue, until none is queued or running.
 
-        Units may be put back or added while the events are read. Each unit that is taken starts,
-        and then either is done and stored, or has failed. Closing the iterator stops all work.
+        The caller may add units to the queue, or put failed ones back, while it reads the events.
+        Each unit yields "started" and then "done", once it is stored, or "failed". Closing the
+        iterator stops all work.
 
         Raises
         ------
         ExecutorError
             No worker can start.
         StoreError
-            What is finished can't be stored.
+            A finished unit can't be stored.
         """
         ...
 
     def close(self) -> None:
-        """Stop all work and release what it holds, such as a cluster; the end of `run` does too."""
+        """Stop all work and release resources such as a cluster; the end of `run` does so too."""
         ...
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker process needs to know to measure units of a run.
+    """What a worker process needs in order to measure units of a run.
 
     Attributes
     ----------
-    studies : callable
-        Makes the run's studies on a device, given by name; picklable, such as a
-        `functools.partial` of a function that can be imported.
+    make_studies : callable
+        Makes the run's studies on the device with a given name. It must be picklable: an
+        importable function or a `functools.partial` of one, for example.
     folder : str
         Absolute path of the run's folder.
     threads : int
         CPU threads of each worker.
     """
 
-    studies: Callable[[str], Sequence[Study]]
+    make_studies: Callable[[str], Sequence[Study]]
     folder: str
     threads: int = 1

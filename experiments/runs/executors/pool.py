@@ -1,4 +1,4 @@
-"""Processes of this machine: one for each GPU, or for each group of the CPU's cores."""
+"""Worker processes on this machine: one per GPU, or one per group of CPU cores."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from typing import TYPE_CHECKING, Any
 from repsim_kernels.experiments.runs.executors import Task
 from repsim_kernels.experiments.runs.executors.workers import (
     WorkerExecutor,
-    held_back,
-    thread_limits,
+    block_signals,
+    thread_environment,
 )
 from repsim_kernels.experiments.study.units import Unit
 
 if TYPE_CHECKING:
-    from repsim_kernels.experiments.runs.executors.serial import Answer
+    from repsim_kernels.experiments.runs.executors.serial import WorkerResult
 
 
-class Pool(WorkerExecutor):
-    """Measures units in processes of its own, and starts another in place of one that died.
+class PoolExecutor(WorkerExecutor):
+    """Measures units in worker processes, and replaces a process that dies.
 
-    Each is a pool of one: in a larger pool a death would cost the neighbours' units, too.
+    Each worker is a pool of one process: in a larger pool, the death of one process would break the
+    pool and lose the other processes' units.
 
     Parameters
     ----------
     task : Task
     devices : sequence of str
-        One for each worker: "cuda:0", "cuda:1", …, or "cpu" as often as there should be workers.
+        The device of each worker: "cuda:0", "cuda:1", …, or "cpu" once per worker.
     """
 
     def __init__(self, task: Task, devices: Sequence[str]) -> None:
@@ -48,22 +49,24 @@ class Pool(WorkerExecutor):
         self._pools: dict[int, ProcessPoolExecutor] = {}
         self._processes: dict[int, set[Any]] = {}
 
-    def submit(self, worker: int, unit: Unit | None) -> Future[Answer]:
-        from repsim_kernels.experiments.runs.executors.serial import work
+    def submit(self, worker: int, unit: Unit | None) -> Future[WorkerResult]:
+        from repsim_kernels.experiments.runs.executors.serial import measure_unit
 
-        call = partial(work, self.task, self.devices[worker], unit)
-        with suppress(KeyError, BrokenProcessPool):  # not started, or died with nothing to do
+        call = partial(measure_unit, self.task, self.devices[worker], unit)
+        with suppress(KeyError, BrokenProcessPool):  # not started, or died while idle
             return self._pools[worker].submit(call)
-        cores = _cores(worker, self.workers, self.task.threads)
-        self._pools[worker] = ProcessPoolExecutor(1, get_context("spawn"), _begin, (cores,))
+        cores = _cores_of_worker(worker, self.workers, self.task.threads)
+        self._pools[worker] = ProcessPoolExecutor(
+            1, get_context("spawn"), _initialize_worker, (cores,)
+        )
         others = set(active_children())
-        # SIGTERM is held back until the process is known, which `close` must end.
-        with _few_threads(self.task.threads), held_back(signal.SIGINT, signal.SIGTERM):
+        # SIGTERM waits until the new process is recorded, because `close` must end that process.
+        with _limit_threads(self.task.threads), block_signals(signal.SIGINT, signal.SIGTERM):
             future = self._pools[worker].submit(call)
             self._processes[worker] = set(active_children()) - others
         return future
 
-    def bury(self, worker: int, error: BaseException) -> str:
+    def describe_death(self, worker: int, error: BaseException) -> str:
         if not isinstance(error, BrokenProcessPool):
             raise error
         self._pools.pop(worker).shutdown()
@@ -73,7 +76,7 @@ class Pool(WorkerExecutor):
         )
 
     def close(self) -> None:
-        """End the workers at once; a part is written whole or not at all."""
+        """Kill the workers; this is safe because parts are written atomically."""
         for process in set[Any]().union(*self._processes.values()):
             process.kill()
         for pool in self._pools.values():
@@ -81,37 +84,40 @@ class Pool(WorkerExecutor):
         self._pools.clear()
 
 
-def _begin(cores: Sequence[int]) -> None:
-    """Set up a worker process, before it imports anything that starts threads."""
-    # Ctrl-C stays held back, as it has been from the start: the run's own process decides.
+def _initialize_worker(cores: Sequence[int]) -> None:
+    """Set up a worker process before it imports anything that starts threads."""
+    # Keep Ctrl-C blocked, as at the start of this process: the main process handles it.
     signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGINT})
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     if cores:
         os.sched_setaffinity(0, cores)
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
+    """Wait for the parent process to end, then exit."""
     parent = parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)
 
 
-def _cores(number: int, count: int, threads: int) -> list[int]:
-    """The cores of one of several workers: groups that don't overlap, where there are enough."""
-    ours = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    each = max(threads, len(ours) // count)
-    return [ours[i % len(ours)] for i in range(number * each, (number + 1) * each)] if ours else []
+def _cores_of_worker(number: int, count: int, threads: int) -> list[int]:
+    """The cores of one of several workers; the groups don't overlap if there are enough cores."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    size = max(threads, len(cores) // count)
+    return (
+        [cores[i % len(cores)] for i in range(number * size, (number + 1) * size)] if cores else []
+    )
 
 
 @contextmanager
-def _few_threads(count: int) -> Iterator[None]:
-    """Set `thread_limits` for the processes that are started in the block."""
+def _limit_threads(count: int) -> Iterator[None]:
+    """Set `thread_environment` for processes started in the block."""
     before = dict(os.environ)
-    os.environ.update(thread_limits(count))
+    os.environ.update(thread_environment(count))
     try:
         yield
     finally:
-        for name in thread_limits(count):
+        for name in thread_environment(count):
             del os.environ[name]
         os.environ.update(before)

@@ -1,4 +1,4 @@
-"""Measuring in this process: the serial executor, and what every worker process runs."""
+"""Measure units in the current process: the serial executor, and the entry point of workers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from repsim_kernels import RepsimError
 from repsim_kernels.experiments.errors import ExecutorError, StoreError, StudyError, one_line
 from repsim_kernels.experiments.runs.executors import Event, Task
-from repsim_kernels.experiments.runs.membership import join
+from repsim_kernels.experiments.runs.membership import join_run
 from repsim_kernels.experiments.runs.store import Store
 from repsim_kernels.experiments.study import measure
 from repsim_kernels.experiments.study.configuration import version_of
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 _PACKAGES = ("repsim-kernels", "torch", "triton", "numpy")
 
 
-class Serial:
-    """Measures units in this process, one after the other.
+class SerialExecutor:
+    """Measures units in this process, one after another.
 
     Parameters
     ----------
     studies : sequence of Study
     store : Store
-        Of their run.
+        The store of their run.
     """
 
     workers = 1
@@ -46,21 +46,21 @@ class Serial:
         self.studies, self.store = studies, store
 
     def close(self) -> None:
-        """Do nothing: it holds nothing."""
+        """Do nothing: there is nothing to release."""
 
     def run(self, units: deque[Unit]) -> Iterator[Event]:
-        """See `Executor.run`. One pass of the images serves as many layers as memory holds."""
+        """See `Executor.run`. One pass over the images serves as many layers as fit into memory."""
         while units:
             for study in self.studies:
-                mine = [unit for unit in units if unit.model == study.name]
-                while mine:
-                    yield from self._measure(study, mine, units)
+                own_units = [unit for unit in units if unit.model == study.name]
+                while own_units:
+                    yield from self._measure(study, own_units, units)
 
-    def _measure(self, study: Study, mine: list[Unit], units: deque[Unit]) -> Iterator[Event]:
-        """Measure one study's units up to the first that fails, and take them off both lists."""
-        measured = measure.rows(study, mine.copy())
-        while mine:
-            unit = mine.pop(0)
+    def _measure(self, study: Study, own_units: list[Unit], units: deque[Unit]) -> Iterator[Event]:
+        """Measure one study's units up to the first failure, removing each from both queues."""
+        rows_of_units = measure.rows(study, own_units.copy())
+        while own_units:
+            unit = own_units.pop(0)
             units.remove(unit)
             started = Event("started", unit, "this process")
             yield started
@@ -68,78 +68,81 @@ class Serial:
             if study.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(study.device)
             try:
-                rows = next(measured)
+                rows = next(rows_of_units)
             except Exception as error:
                 yield started._replace(
-                    what="failed",
+                    kind="failed",
                     seconds=time.perf_counter() - start,
-                    memory=_memory(study.device),
-                    error=_line(error),
+                    memory=_peak_memory(study.device),
+                    error=_describe_error(error),
                     details=traceback.format_exc(),
-                    again=not isinstance(error, (StudyError, RepsimError)),
+                    retryable=not isinstance(error, (StudyError, RepsimError)),
                 )
                 return
-            took, memory = time.perf_counter() - start, _memory(study.device)
-            self.store.put(unit, rows, seconds=took, memory=memory, **_facts(study))
+            elapsed, memory = time.perf_counter() - start, _peak_memory(study.device)
+            self.store.save(
+                unit, rows, seconds=elapsed, memory=memory, **_describe_environment(study)
+            )
             seconds = time.perf_counter() - start
-            yield started._replace(what="done", seconds=seconds, memory=memory)
+            yield started._replace(kind="done", seconds=seconds, memory=memory)
 
 
-#: What a worker process returns: a unit's last event and the warnings meanwhile, or the error
-#: that ends the run. Errors are returned: raised, Ray would wrap them in pages of its own.
-Answer = tuple[Event | None, list[str]] | StoreError | ExecutorError
-_made: dict[tuple[str, str], Serial] = {}  # at most one, by the run's folder and the device
+#: A worker's result: the unit's last event and the warnings it caused, or the error that ends the
+#: run. The error is returned because Ray would surround a raised one with pages of output.
+WorkerResult = tuple[Event | None, list[str]] | StoreError | ExecutorError
+#: At most one executor, by the run's folder and the device.
+_cached_executor: dict[tuple[str, str], SerialExecutor] = {}
 
 
-def work(task: Task, device: str, unit: Unit | None) -> Answer:
+def measure_unit(task: Task, device: str, unit: Unit | None) -> WorkerResult:
     """Measure and store a unit in a worker process; without a unit, only make the studies.
 
-    The studies are kept for the process's next call, until one is for another run or device.
+    The studies are kept for the process's next calls, until a call is for another run or device.
     """
     try:
-        serial = _serial(task, device)
+        executor = _executor_for(task, device)
         if unit is None:
             return None, []
         with warnings.catch_warnings(record=True) as caught:
-            *_, last = serial.run(deque([unit]))
+            *_, last = executor.run(deque([unit]))
     except Exception as error:
-        plain = isinstance(error, (ValueError, OSError))
-        if not plain:
+        is_expected = isinstance(error, (ValueError, OSError))
+        if not is_expected:
             traceback.print_exc()  # a bug
-        text = one_line(error) if plain else f"{type(error).__name__}: {one_line(error)}"
-        # Any process can unpickle these two, which can't be said of what a network raises.
+        text = one_line(error) if is_expected else f"{type(error).__name__}: {one_line(error)}"
+        # Any process can unpickle these two; an error that a network raises may not be picklable.
         return StoreError(text) if isinstance(error, StoreError) else ExecutorError(text)
-    return last, [str(each.message) for each in caught]
+    return last, [str(warning.message) for warning in caught]
 
 
-def _serial(task: Task, device: str) -> Serial:
+def _executor_for(task: Task, device: str) -> SerialExecutor:
     key = task.folder, device
-    if key not in _made:
-        if _made:
-            _made.clear()
+    if key not in _cached_executor:
+        if _cached_executor:
+            _cached_executor.clear()
             gc.collect()
-            torch.cuda.empty_cache()  # Ray may lend the GPU to another process now
+            torch.cuda.empty_cache()  # Ray may assign the GPU to another process next
         torch.set_num_threads(task.threads)
-        store, studies = Store(task.folder), task.studies(device)
-        join(studies, store)
-        _made[key] = Serial(studies, store)
-    return _made[key]
+        store, studies = Store(task.folder), task.make_studies(device)
+        join_run(studies, store)
+        _cached_executor[key] = SerialExecutor(studies, store)
+    return _cached_executor[key]
 
 
-def _memory(device: torch.device) -> int:
+def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _line(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     text = one_line(error) or "no message"
-    ours = isinstance(error, (StudyError, RepsimError))
-    return text if ours else f"{type(error).__name__}: {text}"
+    is_own = isinstance(error, (StudyError, RepsimError))
+    return text if is_own else f"{type(error).__name__}: {text}"
 
 
-def _facts(study: Study) -> dict[str, Any]:
-    """Where and by what a part was made."""
+def _describe_environment(study: Study) -> dict[str, Any]:
+    """The device, host, settings and versions that a part is measured with."""
     gpu = study.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(study.device) if gpu else "CPU",
