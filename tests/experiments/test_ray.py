@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from _sweep import SMALL, TOY, Sweep, alive, command, descendants, parts, table, until
+from _toy import write_image_folder
 
 from repsim_kernels.experiments.errors import ExecutorError
 from repsim_kernels.experiments.runs.executors import Task

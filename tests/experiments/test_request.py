@@ -124,7 +124,7 @@ WITHOUT = ["--images", "random"]
             [*RANDOM[:-1], "1", "--classes", "junco,snail"],
             "images_per_class: 1 is too few; expected 2",
         ),
-        ([*RANDOM, *CUT, "--memory", "1MiB"], f"or more, to hold layer '{LATE[0]}' of {NAME}"),
+        ([*RANDOM, *CUT, "--memory", "1MiB"], f"or more, to hold layer {LATE[0]!r} of {NAME}"),
         (
             [*NARROW, "--weights", "random", "--images", "nowhere"],
             "images: there is no directory nowhere",
