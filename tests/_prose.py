@@ -9,7 +9,9 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-CODE = re.compile(r"``.+?``|`[^`]*`|^\s*(?:>>>|\.\.\.) .*$", re.MULTILINE | re.DOTALL)
+CODE = re.compile(
+    r"``.+?``|`[^`]*`|^\s*(?:>>>|\.\.\.) [^\n]*$|\{%.*?%\}|\{\{.*?\}\}", re.MULTILINE | re.DOTALL
+)
 FENCE = re.compile(r"^( *)```.*?^\1```", re.MULTILINE | re.DOTALL)
 
 
@@ -19,7 +21,7 @@ def blocks(path: Path, messages: bool = True) -> Iterator[tuple[int, str]]:
     if path.suffix == ".py":
         numbered = [*_comments(text), *_strings(text, messages)]
     elif path.suffix in (".cu", ".h"):
-        matches = re.finditer(r"/\*.*?\*/|(?:^ *//.*\n)+|//.*", text, re.MULTILINE | re.DOTALL)
+        matches = re.finditer(r"/\*.*?\*/|(?:^ *//[^\n]*\n)+|//[^\n]*", text, re.MULTILINE | re.DOTALL)
         numbered = [
             (_line(text, m.start()), re.sub(r"^ *//", "", m[0], flags=re.M)) for m in matches
         ]

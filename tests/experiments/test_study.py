@@ -135,7 +135,7 @@ def test_random_cells_have_the_sizes_of_the_grid() -> None:
 
 def test_halves_with_too_few_stimuli_are_nan() -> None:
     table = toy_study(metric_images=3).run()
-    # Of nine stimuli the second class has numbers four to six, only one of which is odd.
+    # The second class has stimuli four to six of nine; only one of these numbers is odd.
     few = np.where(table["class"] == CLASSES[1], "odd", "even")
     for which in HALVES:
         assert (table[half_column("margin_refit", which)].isna() == (few == which)).all()
