@@ -12,6 +12,7 @@ from pathlib import Path
 CODE = re.compile(
     r"``.+?``|`[^`]*`|^\s*(?:>>>|\.\.\.) [^\n]*$|\{%.*?%\}|\{\{.*?\}\}", re.MULTILINE | re.DOTALL
 )
+COMMENT = re.compile(r"/\*.*?\*/|(?:^ *//[^\n]*\n)+|//[^\n]*", re.MULTILINE | re.DOTALL)
 FENCE = re.compile(r"^( *)```.*?^\1```", re.MULTILINE | re.DOTALL)
 
 
@@ -21,7 +22,7 @@ def blocks(path: Path, messages: bool = True) -> Iterator[tuple[int, str]]:
     if path.suffix == ".py":
         numbered = [*_comments(text), *_strings(text, messages)]
     elif path.suffix in (".cu", ".h"):
-        matches = re.finditer(r"/\*.*?\*/|(?:^ *//[^\n]*\n)+|//[^\n]*", text, re.MULTILINE | re.DOTALL)
+        matches = COMMENT.finditer(text)
         numbered = [
             (_line(text, m.start()), re.sub(r"^ *//", "", m[0], flags=re.M)) for m in matches
         ]
