@@ -77,7 +77,7 @@ def unavailable_reason(backend: str) -> str | None:
             return reason
         from repsim_kernels.kernels.triton import _launch
 
-        if _launch.interpreted():
+        if _launch.is_interpreted():
             return _launch.interpreter_unsupported()
         return None if torch.cuda.is_available() else "there is no CUDA device"
     return None

@@ -27,21 +27,21 @@ def cupy(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"torch's on {device}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    module._kernel.cache_clear()
+    module._load_kernel.cache_clear()
     yield fake
-    module._kernel.cache_clear()
+    module._load_kernel.cache_clear()
 
 
 @pytest.fixture
-def installed(tmp_path, monkeypatch):
-    places = EditableInstall(tmp_path, CODE)
-    monkeypatch.setattr(repsim_kernels, "__path__", [str(places.site), str(places.checkout)])
-    return places
+def install(tmp_path, monkeypatch):
+    install = EditableInstall(tmp_path, CODE)
+    monkeypatch.setattr(repsim_kernels, "__path__", [str(install.site), str(install.checkout)])
+    return install
 
 
 def load_options(cupy: FakeCupy) -> dict[str, object]:
     """Return what CuPy loads for a launch on the second GPU."""
-    module._kernel.cache_clear()
+    module._load_kernel.cache_clear()
     cupy.loaded.clear()
     module.launch("toy", "double_it", (1,), (3,), on_cuda(1, 2, 3))
     (options,) = cupy.loaded
@@ -52,36 +52,36 @@ def nvrtc_options(code: str) -> dict[str, object]:
     return {"code": code, "backend": "nvrtc", "options": ("-std=c++17",)}
 
 
-def test_fatbin_of_the_current_source_is_loaded(cupy, installed):
-    installed.build()
-    assert load_options(cupy) == {"path": str(installed.fatbin)}
+def test_fatbin_of_the_current_source_is_loaded(cupy, install):
+    install.build()
+    assert load_options(cupy) == {"path": str(install.fatbin)}
     assert module.describe_build() == "fatbin for sm_80, sm_90, sm_100"
 
 
-def test_without_a_fatbin_nvrtc_compiles_the_source(cupy, installed):
+def test_without_a_fatbin_nvrtc_compiles_the_source(cupy, install):
     assert load_options(cupy) == nvrtc_options(CODE)
-    installed.source.with_name("another.cu").write_text(CODE)
+    install.source.with_name("another.cu").write_text(CODE)
     assert module.describe_build() == (
         "NVRTC at first use: no fatbin was built (there was no nvcc, or REPSIM_CUDA=OFF)"
     )
 
 
-def test_an_edited_source_is_compiled_by_nvrtc(cupy, installed):
-    installed.build()
+def test_an_edited_source_is_compiled_by_nvrtc(cupy, install):
+    install.build()
     edited = CODE.replace("2", "3")
-    installed.source.write_text(edited)
+    install.source.write_text(edited)
     assert load_options(cupy) == nvrtc_options(edited)
     assert (
         module.describe_build()
         == "NVRTC at first use: toy.cu is not what the fatbin was built from"
     )
-    installed.source.write_text(CODE)
-    assert load_options(cupy) == {"path": str(installed.fatbin)}
+    install.source.write_text(CODE)
+    assert load_options(cupy) == {"path": str(install.fatbin)}
 
 
-def test_a_new_source_is_compiled_by_nvrtc(cupy, installed):
-    installed.build()
-    new = installed.source.with_name("new.cu")
+def test_a_new_source_is_compiled_by_nvrtc(cupy, install):
+    install.build()
+    new = install.source.with_name("new.cu")
     new.write_text(CODE)
     module.launch("new", "double_it", (1,), (3,), on_cuda(1))
     assert cupy.loaded == [nvrtc_options(CODE)]
@@ -103,10 +103,10 @@ def test_a_new_source_is_compiled_by_nvrtc(cupy, installed):
         ((12, 0), True),  # from PTX
     ],
 )
-def test_devices_the_fatbin_covers(cupy, installed, monkeypatch, capability, runs):
-    installed.build()
+def test_devices_the_fatbin_covers(cupy, install, monkeypatch, capability, runs):
+    install.build()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert load_options(cupy) == ({"path": str(installed.fatbin)} if runs else nvrtc_options(CODE))
+    assert load_options(cupy) == ({"path": str(install.fatbin)} if runs else nvrtc_options(CODE))
     name = "sm_{}{}".format(*capability)
     assert (
         f"NVRTC at first use: the fatbin has no code for {name}" == module.describe_build()
@@ -114,8 +114,8 @@ def test_devices_the_fatbin_covers(cupy, installed, monkeypatch, capability, run
 
 
 @pytest.mark.parametrize("architectures", [(100,), (80, 100)])
-def test_a_device_older_than_the_fatbin_needs_nvrtc(cupy, installed, architectures):
-    installed.build(architectures=architectures)
+def test_a_device_older_than_the_fatbin_needs_nvrtc(cupy, install, architectures):
+    install.build(architectures=architectures)
     assert load_options(cupy) == nvrtc_options(CODE)
 
 
@@ -130,20 +130,20 @@ def test_a_device_older_than_the_fatbin_needs_nvrtc(cupy, installed, architectur
         (13_000, "12.9.86", True),
     ],
 )
-def test_driver_versions(cupy, installed, driver, nvcc, runs):
-    installed.build(nvcc=nvcc)
+def test_driver_versions(cupy, install, driver, nvcc, runs):
+    install.build(nvcc=nvcc)
     cupy.driver = driver
     assert ("path" in load_options(cupy)) == runs
     assert ("the driver is older than CUDA 1" in module.describe_build()) != runs
 
 
-def test_description_without_a_device(installed, monkeypatch):
+def test_description_without_a_device(install, monkeypatch):
     monkeypatch.setattr(module, "unsupported", lambda: "there is no CUDA device")
-    installed.build()
+    install.build()
     assert module.describe_build() == "fatbin for sm_80, sm_90, sm_100"
 
 
-def test_launch(cupy, installed):
+def test_launch(cupy, install):
     x, y = on_cuda(1, 2), on_cuda(3, 4)
     scalars = np.int32(-7), np.int64(2**40), np.float32(0.5), np.float64(0.25)
     module.launch("toy", "double_it", (3, 2), (128,), x, *scalars, y, shared=100_000)
@@ -165,7 +165,7 @@ def test_launch(cupy, installed):
     assert limit == 227 * 1024 - 448  # the limit per block, less the kernel's static memory
 
 
-def test_a_kernel_is_loaded_once_per_device(cupy, installed):
+def test_a_kernel_is_loaded_once_per_device(cupy, install):
     for index in (0, 1, 0, 1):
         module.launch("toy", "double_it", (1,), (32,), on_cuda(1, index=index))
     module.launch("toy", "another", (1,), (32,), on_cuda(1))
@@ -176,21 +176,21 @@ def test_a_kernel_is_loaded_once_per_device(cupy, installed):
     assert names == [load, launch, load, launch, launch, launch, *other]
 
 
-def test_empty_grid_starts_nothing(cupy, installed):
+def test_empty_grid_starts_nothing(cupy, install):
     """CuPy would start one block."""
     module.launch("toy", "double_it", (4, 0), (32,), on_cuda(1))
     assert cupy.events == []
 
 
 @pytest.mark.parametrize("grid", [(2**31,), (1, 65_536), (1, 1, 65_536)])
-def test_grids_beyond_the_limits_are_refused(cupy, installed, grid):
+def test_grids_beyond_the_limits_are_refused(cupy, install, grid):
     with pytest.raises(ValueError, match=r"double_it: \d+ blocks along [xyz]; expected 0 to \d+"):
         module.launch("toy", "double_it", grid, (32,), on_cuda(1))
     assert cupy.events == []
 
 
 @pytest.mark.parametrize("value", [7, 0.5, True, None, [1], np.ones(1)])
-def test_arguments_without_a_c_type(cupy, installed, value):
+def test_arguments_without_a_c_type(cupy, install, value):
     with pytest.raises(TypeError, match="expected a tensor or a NumPy scalar"):
         module.launch("toy", "double_it", (1,), (32,), on_cuda(1), value)
     assert cupy.events == []
@@ -274,22 +274,22 @@ def add(x: torch.Tensor, by: float, shared: int = 1024) -> None:
 def native(request, tmp_path, monkeypatch):
     """Install the kernel above, as a fatbin and for NVRTC."""
     pytest.importorskip("cupy", reason="CuPy is not installed")
-    places = EditableInstall(tmp_path, ADD)
-    monkeypatch.setattr(repsim_kernels, "__path__", [str(places.site), str(places.checkout)])
-    module._kernel.cache_clear()
+    install = EditableInstall(tmp_path, ADD)
+    monkeypatch.setattr(repsim_kernels, "__path__", [str(install.site), str(install.checkout)])
+    module._load_kernel.cache_clear()
     if request.param == "fatbin":
         if NVCC is None:
             pytest.skip("no nvcc")
         options = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90, 100)]
         options += ["-gencode=arch=compute_100,code=compute_100", "-ftz=true", "-std=c++17"]
-        command = [NVCC, "-fatbin", *options, str(places.source), "-o", str(places.fatbin)]
+        command = [NVCC, "-fatbin", *options, str(install.source), "-o", str(install.fatbin)]
         subprocess.run(command, check=True)
         process = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True)
         version = process.stdout.rpartition(", V")[2].split()[0]
-        places.build(places.fatbin.read_bytes(), nvcc=version)
+        install.build(install.fatbin.read_bytes(), nvcc=version)
     assert module.describe_build().startswith(request.param)
     yield request.param
-    module._kernel.cache_clear()
+    module._load_kernel.cache_clear()
 
 
 @gpu
@@ -364,10 +364,10 @@ def test_launch_in_a_graph(native):
 def test_shipped_kernels_load():
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
     device = torch.cuda.current_device()
-    sources = [path.stem for path in module._files("*.cu")]
+    sources = [path.stem for path in module._find_files("*.cu")]
     assert sources
     for source in sources:
         if module._why_not_fatbin(source, device) is None:
-            cupy.RawModule(path=str(module._files(f"{source}.fatbin")[0])).compile()
-        code = module._files(f"{source}.cu")[0].read_text(encoding="utf-8")
+            cupy.RawModule(path=str(module._find_files(f"{source}.fatbin")[0])).compile()
+        code = module._find_files(f"{source}.cu")[0].read_text(encoding="utf-8")
         cupy.RawModule(code=code, options=module.NVRTC_OPTIONS).compile()

@@ -53,7 +53,7 @@ def list_cases() -> list[tuple[str, CompileCase]]:
 @functools.cache
 def build(case: CompileCase, arch: int) -> tuple[CompiledKernel, ...]:
     """Compile the distinct kernels that a case launches on sm_``arch``, e.g. 90."""
-    if _launch.interpreted():
+    if _launch.is_interpreted():
         raise RuntimeError("TRITON_INTERPRET=1 is set: the kernels can't be compiled")
     launched: dict[Any, None] = {}
 

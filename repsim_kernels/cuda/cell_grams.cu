@@ -22,12 +22,12 @@ __device__ __forceinline__ int tile_count(int n) {
     return tiles * (tiles + 1) / 2;
 }
 
-// Row and column of such a tile.
-__device__ __forceinline__ void tile_position(int pair, int *i, int *j) {
+// Row and column of the tile with this number.
+__device__ __forceinline__ void tile_position(int tile, int *i, int *j) {
     int row = 0;
-    while ((row + 1) * (row + 2) / 2 <= pair) ++row;
+    while ((row + 1) * (row + 2) / 2 <= tile) ++row;
     *i = row;
-    *j = pair - row * (row + 1) / 2;
+    *j = tile - row * (row + 1) / 2;
 }
 
 // Load 64 stimuli of 16 neurons, scaled and relative to the first stimulus; zeros out of bounds.

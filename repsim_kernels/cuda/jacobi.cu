@@ -6,7 +6,7 @@
 // round-robin tournament. Convergence is quadratic, so a nearly diagonal matrix needs few sweeps.
 // Every sum has a fixed order that does not depend on the number of threads, so neither does the
 // result. Vectors that do not fit into shared memory with the matrix are rotated in `work`, in
-// global memory, which the L2 cache holds. `placement` tells where.
+// global memory, which the L2 cache holds; `placement` selects where.
 
 constexpr int NOWHERE = 0;  // values only: the pointers to vectors are not used
 constexpr int SHARED = 1;
@@ -33,7 +33,8 @@ __device__ __forceinline__ double root(double x) { return sqrt(x); }
 __device__ __forceinline__ float size(float x) { return fabsf(x); }
 __device__ __forceinline__ double size(double x) { return fabs(x); }
 
-// Pair k of step s among m players, m even: the last player stays, the others rotate.
+// Pair k in step s of a round-robin tournament of m players, m even: the last player stays, and the
+// others rotate.
 __device__ __forceinline__ void pair(int k, int s, int m, int *p, int *q) {
     const int a = k ? (s + k) % (m - 1) : s;
     const int b = k ? (s + m - 1 - k) % (m - 1) : m - 1;
@@ -97,11 +98,11 @@ template <typename T>
 __device__ void sort(const T *values, int step, int n, bool descending, int *order) {
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
         int rank = 0;
-        const T mine = values[i * step];
+        const T value = values[i * step];
         for (int j = 0; j < n; ++j) {
             const T other = values[j * step];
-            rank += descending ? other > mine || (other == mine && j < i)
-                               : other < mine || (other == mine && j < i);
+            rank += descending ? other > value || (other == value && j < i)
+                               : other < value || (other == value && j < i);
         }
         order[rank] = i;
     }
@@ -163,8 +164,8 @@ __device__ void eigh(const T *matrices, T *values, T *vectors, T *work, int *inf
                 rotations[2 * k + 1] = sine;
             }
             __syncthreads();
-            // Pairs k >= l rotate the 2 x 2 elements where they cross, and their mirror images
-            // across the diagonal. No other thread touches these elements.
+            // Pairs k and l <= k rotate the 2 x 2 elements at which they cross, and their mirror
+            // images across the diagonal. No other thread touches these elements.
             for (int e = t; e < pairs * (pairs + 1) / 2; e += threads) {
                 int k = static_cast<int>((sqrtf(8.0f * e + 1) - 1) / 2);
                 k += (k + 1) * (k + 2) / 2 <= e;

@@ -16,7 +16,7 @@ def check_grid(kernel: str, grid: tuple[int, ...]) -> None:
             raise ValueError(f"{kernel}: {blocks} blocks along {axis}; expected 0 to {limit}")
 
 
-def scale(x: Tensor) -> Tensor:
+def find_scale(x: Tensor) -> Tensor:
     """Return a power of two (float32, 0-d, on the device of x) that scales x to about 1.
 
     Squares and sums of float32 products then neither overflow nor underflow, and no digit is lost.

@@ -30,7 +30,7 @@ LAUNCHES = (None, Launch(1, 16, 4, 1), Launch(8, 16, 16, 1), Launch(16, 16, 16, 
 GRIDS = ((4, 4), (1, 3), (5, 1), (2, 7))
 
 
-def drawn(**options: Any) -> st.SearchStrategy[Representation]:
+def inputs(**options: Any) -> st.SearchStrategy[Representation]:
     sizes = {"n": st.integers(2, 40), "p": st.integers(1, 40)}
     return representations(dtypes=DTYPES, layouts=TORCH_LAYOUTS, **sizes, **options)
 
@@ -40,9 +40,10 @@ def as_integers(x: Representation) -> np.ndarray:
     return np.vectorize(int, otypes=[object])(x.values() * 2.0**60)
 
 
-def grid_by_definition(x: np.ndarray, own: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+def grid_by_definition(x: np.ndarray, is_target: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """Compute the cells of integers x (n, p) without rounding; ties are ordered by index."""
-    a, b = x[own].sum(0) * int((~own).sum()), x[~own].sum(0) * int(own.sum())
+    a = x[is_target].sum(0) * int((~is_target).sum())
+    b = x[~is_target].sum(0) * int(is_target.sum())
     cells = np.empty(x.shape[1], dtype=np.int64)
     for strip, neurons in enumerate(split_equally(a - b, np.arange(x.shape[1]), grid[0])):
         for part, cell in enumerate(split_equally(a + b, np.sort(neurons), grid[1])):
@@ -59,7 +60,7 @@ def split_equally(values: np.ndarray, neurons: np.ndarray, count: int) -> list[n
 
 @given(data=st.data())
 def test_class_means(data, device):
-    x = data.draw(drawn())
+    x = data.draw(inputs())
     labels = data.draw(classes(x.n, max_classes=40))
     k = labels.max() + 1
     launch = data.draw(st.sampled_from(LAUNCHES))
@@ -71,7 +72,7 @@ def test_class_means(data, device):
 
 @given(data=st.data())
 def test_sums_are_exact_if_float64_can_hold_them(data, device):
-    x = data.draw(drawn(kinds=("low rank", "duplicate rows")))
+    x = data.draw(inputs(kinds=("low rank", "duplicate rows")))
     labels = data.draw(classes(x.n, max_classes=40))
     k = labels.max() + 1
     launch = data.draw(st.sampled_from(LAUNCHES))
@@ -84,7 +85,7 @@ def test_sums_are_exact_if_float64_can_hold_them(data, device):
 
 @given(data=st.data())
 def test_selectivity_grid(data, device):
-    x = data.draw(drawn())
+    x = data.draw(inputs())
     labels = data.draw(classes(x.n)) * 3 + 5
     grid = data.draw(st.sampled_from(GRIDS))
     launch = data.draw(st.sampled_from(LAUNCHES))
@@ -99,7 +100,7 @@ def test_selectivity_grid(data, device):
 @given(data=st.data())
 def test_inclusive_edges(data, device):
     """Integers after a ReLU have exact sums, and many neurons are dead or tied."""
-    activation = data.draw(drawn(kinds=("low rank",))).torch().clamp_(0, 2)
+    activation = data.draw(inputs(kinds=("low rank",))).torch().clamp_(0, 2)
     labels = data.draw(classes(len(activation)))
     options = {"labels": labels, "target": 1, "grid": data.draw(st.sampled_from(GRIDS))}
     launch = data.draw(st.sampled_from(LAUNCHES))
@@ -115,7 +116,7 @@ def test_inclusive_edges(data, device):
 
 @settings(max_examples=15)
 @given(
-    x=drawn(kinds=("gaussian", "relu")),
+    x=inputs(kinds=("gaussian", "relu")),
     seed=SEEDS,
     grid=st.sampled_from(GRIDS),
     launch=st.sampled_from(LAUNCHES),
@@ -137,16 +138,16 @@ def test_selectivity_grid_matches_torch(x, seed, grid, launch, edges, device):
 def test_neurons_that_differ_by_a_constant_are_tied(launch, transposed, device):
     """The same values reordered plus a constant have equal selectivity, though no mean is exact."""
     rng = np.random.default_rng(0)
-    own = rng.permutation(np.arange(100) < 33)
+    is_target = rng.permutation(np.arange(100) < 33)
     values = np.maximum(rng.standard_normal(100), 0).astype(np.float16)
     constants = rng.integers(0, 50, 40)
     x = np.empty((100, 40), dtype=np.float32)
     for j in range(40):
-        x[own, j] = rng.permutation(values[own]) + np.float32(constants[j])
-        x[~own, j] = rng.permutation(values[~own]) + np.float32(constants[j])
+        x[is_target, j] = rng.permutation(values[is_target]) + np.float32(constants[j])
+        x[~is_target, j] = rng.permutation(values[~is_target]) + np.float32(constants[j])
     memory = torch.from_numpy(x.T.copy().T if transposed else x).to(device)
     options = {"target": 1, "grid": (2, 4), "edges": "equal"}
-    got = selectivity_grid(memory, labels=own.astype(np.int64), **options, launch=launch)
+    got = selectivity_grid(memory, labels=is_target.astype(np.int64), **options, launch=launch)
     want = np.empty(40, dtype=np.int64)
     want[np.argsort(constants[:20], kind="stable")] = np.arange(20) // 5
     want[20 + np.argsort(constants[20:], kind="stable")] = 4 + np.arange(20) // 5
@@ -219,5 +220,5 @@ def test_tiles_fill_whole_warps():
 
 def test_unsupported_dtypes():
     assert unsupported(torch.zeros(2, 3, dtype=torch.float64)) is not None
-    if _launch.interpreted():
+    if _launch.is_interpreted():
         assert unsupported(torch.zeros(2, 3)) is None

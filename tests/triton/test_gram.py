@@ -23,7 +23,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 # Tiles, accumulators and programs smaller than the drawn sizes.
 SMALL = gram.Launch(block_n=16, block_p=16, inner=16, chunk=23, num_warps=4, num_stages=2)
 stimuli, neurons = st.integers(2, 40), st.integers(1, 60)
-drawn = representations(stimuli, neurons, KINDS, DTYPES, TORCH_LAYOUTS)
+inputs = representations(stimuli, neurons, KINDS, DTYPES, TORCH_LAYOUTS)
 
 
 def squared_norm(x: np.ndarray) -> float:
@@ -31,7 +31,7 @@ def squared_norm(x: np.ndarray) -> float:
 
 
 @few_examples
-@given(drawn)
+@given(inputs)
 def test_centered_gram(device, x):
     got = gram.centered_gram(
         pad_with_nan(x.torch().to(device)), kernel="linear", sigma=None, launch=SMALL
@@ -52,7 +52,7 @@ def test_batches_and_precisions(device, shape, precision):
 
 
 @few_examples
-@given(drawn, st.sampled_from([0.5, 1.0, 2.0]))
+@given(inputs, st.sampled_from([0.5, 1.0, 2.0]))
 def test_rbf(device, x, sigma):
     if np.median(squared_distances(x.values())) <= 0:
         return
@@ -64,7 +64,7 @@ def test_rbf(device, x, sigma):
 @few_examples
 @given(st.data())
 def test_cell_grams(device, data):
-    x = data.draw(drawn)
+    x = data.draw(inputs)
     cells, n_cells = data.draw(labels(x.p))
     got = gram.cell_grams(
         pad_with_nan(x.torch().to(device)), cells=cells, n_cells=n_cells, launch=SMALL
@@ -81,7 +81,7 @@ def test_cell_grams(device, data):
 @few_examples
 @given(st.data())
 def test_memberships(device, data):
-    x = data.draw(drawn)
+    x = data.draw(inputs)
     cells = data.draw(memberships(x.p))
     got = gram.cell_grams(pad_with_nan(x.torch().to(device)), cells=cells, n_cells=len(cells))
     want = rk.cell_grams(x.values(), cells, backend="reference")
@@ -93,7 +93,7 @@ def test_memberships(device, data):
 @given(st.data())
 def test_partitions(device, data):
     """Includes partitions whose neurons don't fit into the cache together."""
-    x = data.draw(drawn)
+    x = data.draw(inputs)
     cells = np.stack([data.draw(labels(x.p, 3))[0] for _ in range(3)])
     before, gram._L2 = gram._L2, data.draw(st.sampled_from([1, 2000, gram._L2]))
     try:
@@ -108,13 +108,15 @@ def test_partitions(device, data):
 
 @few_examples
 @given(st.data())
-def test_live_neurons_and_shifts(device, data):
-    x = data.draw(drawn)
+def test_varying_neurons_and_shifts(device, data):
+    x = data.draw(inputs)
     cells, n_cells = data.draw(labels(x.p))
     values, launch = x.torch(), replace(SMALL, chunk=5)
-    _, live, shift = gram.cell_sums(values.to(device), cells, n_cells, True, launch=launch)
-    _, want_live, want = torch_gram.cell_sums(values.double(), cells, n_cells, True)
-    np.testing.assert_array_equal(live.cpu(), want_live)
+    _, n_varying, shift = gram.cell_statistics(
+        values.to(device), cells, n_cells, True, launch=launch
+    )
+    _, want_n_varying, want = torch_gram.cell_statistics(values.double(), cells, n_cells, True)
+    np.testing.assert_array_equal(n_varying.cpu(), want_n_varying)
     size = np.linalg.norm(x.values() - x.values().mean(0)) * np.linalg.norm(x.values())
     np.testing.assert_allclose(shift.cpu(), want, rtol=0, atol=1e-6 * size)
 
@@ -141,9 +143,9 @@ def test_offsets_beyond_32_bits(device, strides):
     want = rk.centered_gram(x.cpu().double(), backend="reference")
     whole = gram.centered_gram(x, kernel="linear", sigma=None)
     assert_gram_close(whole, want, GRAM["tf32x3"])
-    cells = gram.cell_sums(x, np.array([0, 1, 0, 1, 1]), 2, True)
+    cells = gram.cell_statistics(x, np.array([0, 1, 0, 1, 1]), 2, True)
     assert_gram_close(cells[0].sum(0), want, GRAM["tf32x3"])
-    shift = torch_gram.cell_sums(x.cpu().double(), np.array([0, 1, 0, 1, 1]), 2, True)[2]
+    shift = torch_gram.cell_statistics(x.cpu().double(), np.array([0, 1, 0, 1, 1]), 2, True)[2]
     np.testing.assert_allclose(cells[2].cpu(), shift, atol=1e-5)
 
 

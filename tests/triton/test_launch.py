@@ -56,7 +56,7 @@ def step(batch: int, m: int) -> None:
 
 COUNT = 100_000
 LARGE = {
-    "gram of the fewest stimuli that fail along y": lambda: gram.centered_gram(
+    "gram of 23,105 stimuli, the fewest with too many tiles for y": lambda: gram.centered_gram(
         empty(23_105, 4), kernel="linear", sigma=None
     ),
     "gram of 50,000 stimuli": lambda: gram.centered_gram(
@@ -65,10 +65,10 @@ LARGE = {
     "grams of 70,000 matrices": lambda: gram.centered_gram(
         empty(70_000, 100, 3), kernel="linear", sigma=None
     ),
-    "cells of 50,000 stimuli": lambda: gram.cell_sums(
+    "cells of 50,000 stimuli": lambda: gram.cell_statistics(
         empty(50_000, 300), labels(300, 3), 3, shifts=True
     ),
-    "100,000 cells": lambda: gram.cell_sums(
+    "100,000 cells": lambda: gram.cell_statistics(
         empty(500, 1_200_000), labels(1_200_000, COUNT), COUNT, shifts=True
     ),
     "class means of 100,000 classes": lambda: cells.class_means(

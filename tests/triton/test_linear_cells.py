@@ -22,17 +22,17 @@ from repsim_kernels.kernels.triton.linear_cells import (
 )
 
 # Triton's interpreter truncates to bfloat16, where a GPU rounds.
-ROUNDING = OUTPUT | ({"bfloat16": 2 * OUTPUT["bfloat16"]} if _launch.interpreted() else {})
+ROUNDING = OUTPUT | ({"bfloat16": 2 * OUTPUT["bfloat16"]} if _launch.is_interpreted() else {})
 LAUNCHES = (Launch(16, 16, 16, 16, 32, 4, 1), Launch(16, 32, 16, 32, 128, 4, 2))
 
 
-def without(x, cells, ids):
+def remove_cells(x, cells, ids):
     """Return x without each cell, (C, n, p) in float64."""
     return np.where((cells == np.array(ids)[:, None])[:, None], 0, as_numpy(x))
 
 
 def assert_is_layer(got, x, cells, ids, weight, bias, scale, activate, precision="tf32x3"):
-    rows, w = without(x, cells, ids), as_numpy(weight)
+    rows, w = remove_cells(x, cells, ids), as_numpy(weight)
     want = rows @ w.T
     # Rounding in the products is relative to the norms over all columns, not the remaining ones.
     size = np.linalg.norm(as_numpy(x), axis=-1).max() * np.linalg.norm(w, axis=-1).max()
@@ -106,7 +106,7 @@ def test_a_dominant_cell_costs_the_others_no_digits(device):
 def test_nan_and_infinity_stay_in_their_cells(device):
     x = torch.ones(3, 40, device=device)
     x[0, 0], x[1, 3], x[1, 6] = torch.nan, torch.inf, -torch.inf
-    cells = (np.arange(40) + 1) % 3  # of columns 0, 3 and 6: 1
+    cells = (np.arange(40) + 1) % 3  # columns 0, 3 and 6 are in cell 1
     cells[6] = 2
     weight = torch.ones(5, 40, device=device)
     got = linear_cells(x, cells, weight, None, [0, 1, 2, 9], launch=LAUNCHES[0])
@@ -137,8 +137,8 @@ def test_items(data, chunk):
     assert (np.diff(items) > 0).all()
     assert (np.diff(items) <= chunk).all()
     for i, (first, last) in zip(ids, ranges, strict=True):
-        own = [c for a, b in items[first:last] for c in order[a:b]]
-        assert sorted(own) == list(np.flatnonzero(cells == i))
+        columns = [c for a, b in items[first:last] for c in order[a:b]]
+        assert sorted(columns) == list(np.flatnonzero(cells == i))
 
 
 def test_no_cells(device):

@@ -51,10 +51,10 @@ def max_error(got, x, targets, columns, C=1.0):
     errors = [0.0]
     coef, intercept = (got[name].cpu().double().numpy() for name in ("coef", "intercept"))
     for b, t in np.ndindex(coef.shape[:2]):
-        own = x[:, columns[b]]
-        w, c, z = fit_sklearn(own, targets[t], C)
+        neurons = x[:, columns[b]]
+        w, c, z = fit_sklearn(neurons, targets[t], C)
         errors.append(np.abs(coef[b, t] - w).max() / (1e-4 * np.abs(w).max() + 1e-12))
-        parts = max(1, abs(c), np.abs(own.mean(0) * w).sum())
+        parts = max(1, abs(c), np.abs(neurons.mean(0) * w).sum())
         errors.append(abs(intercept[b, t] - c) / (1e-4 * parts))
         near = np.abs(z) < 1e-3 * np.abs(z).max() + 1e-6
         wrong = (z > 0) != targets[t]
@@ -211,8 +211,8 @@ def test_ordinary_fits_are_not_resumed(device, monkeypatch):
     rng = np.random.default_rng(17)
     resumed = []
 
-    def refit(own, y, C, fits, tol, max_iter):
-        resumed.append(len(own))
+    def refit(neurons, y, C, fits, tol, max_iter):
+        resumed.append(len(neurons))
         return fits
 
     monkeypatch.setattr(logistic, "refit", refit)
@@ -242,17 +242,17 @@ def test_warm_start_saves_steps(device):
     x = gaussian(7, 32, 20)
     targets, columns = draw_targets(rng, 32, 2, 0.4), draw_columns(rng, 20, 2, 8)
     cold = fit(x, targets, columns, device)
-    near = columns.copy()
-    near[:, 0] = [np.setdiff1d(np.arange(20), row)[0] for row in columns]
+    similar = columns.copy()
+    similar[:, 0] = [np.setdiff1d(np.arange(20), row)[0] for row in columns]
     start = cold["coef"].clone(), cold["intercept"].double()
     before = [s.clone() for s in start]
-    warm = fit(x, targets, near, device, start=start)
-    assert max_error(warm, x.astype(np.float64), targets, near) <= 1
+    warm = fit(x, targets, similar, device, start=start)
+    assert max_error(warm, x.astype(np.float64), targets, similar) <= 1
     assert all(torch.equal(a, b) for a, b in zip(start, before, strict=True))
-    assert int(warm["n_iter"].sum()) < int(fit(x, targets, near, device)["n_iter"].sum())
-    again = fit(x, targets, columns, device, start=start)
-    assert bool((again["n_iter"] == 1).all())
-    assert bool(again["converged"].all())
+    assert int(warm["n_iter"].sum()) < int(fit(x, targets, similar, device)["n_iter"].sum())
+    repeated = fit(x, targets, columns, device, start=start)
+    assert bool((repeated["n_iter"] == 1).all())
+    assert bool(repeated["converged"].all())
 
 
 def test_warm_start_with_means(device):
@@ -261,9 +261,9 @@ def test_warm_start_with_means(device):
     x = gaussian(8, 40, 6) + np.float32(50)
     targets, columns = draw_targets(rng, 40, 1, 0.5), draw_columns(rng, 6, 1, 6)
     cold = fit(x, targets, columns, device)
-    again = fit(x, targets, columns, device, start=(cold["coef"], cold["intercept"]))
-    assert int(again["n_iter"]) <= 2
-    assert max_error(again, x.astype(np.float64), targets, columns) <= 1
+    warm = fit(x, targets, columns, device, start=(cold["coef"], cold["intercept"]))
+    assert int(warm["n_iter"]) <= 2
+    assert max_error(warm, x.astype(np.float64), targets, columns) <= 1
 
 
 @pytest.mark.parametrize("size", [5.0, 300.0])
@@ -314,7 +314,7 @@ def test_precision_does_not_change_the_result(device, d):
 
 def test_old_triton(monkeypatch):
     x = torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu")
-    monkeypatch.setattr(_launch, "interpreted", lambda: True)
+    monkeypatch.setattr(_launch, "is_interpreted", lambda: True)
     for old, capability, reason in (
         (True, (10, 0), f"on this GPU it needs Triton 3.8 or newer, not {triton.__version__}"),
         (True, (9, 0), None),
@@ -322,7 +322,7 @@ def test_old_triton(monkeypatch):
         (False, (10, 0), None),
     ):
         monkeypatch.setattr(logistic, "_OLD_TRITON", old)
-        monkeypatch.setattr(_launch, "capability", lambda device, least=capability: least)
+        monkeypatch.setattr(_launch, "capability", lambda device, value=capability: value)
         assert logistic.unsupported(x) == reason
 
 

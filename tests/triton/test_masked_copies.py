@@ -24,7 +24,7 @@ from repsim_kernels.kernels.triton.masked_copies import (
 
 DTYPES = ("float32", "float16", "bfloat16")
 # Triton's interpreter truncates to bfloat16, where a GPU rounds.
-ROUNDING = OUTPUT | ({"bfloat16": 2 * OUTPUT["bfloat16"]} if _launch.interpreted() else {})
+ROUNDING = OUTPUT | ({"bfloat16": 2 * OUTPUT["bfloat16"]} if _launch.is_interpreted() else {})
 BITS = {4: torch.int32, 2: torch.int16}
 LAUNCHES = (None, Launch(16, 1, 4), Launch(16, 2, 4), Launch(32, 16, 4))
 
@@ -49,17 +49,17 @@ def activations(draw, special=True, layouts=("dense", "gaps", "expanded")):
     return t.permute([order.index(d) for d in range(len(shape))])
 
 
-def masks_of(table, ids, units):
+def select_masks(table, ids, units):
     """Return the units of each cell in ids as masks (C, …)."""
     masks = table[ids] if table.dtype == torch.bool else table == ids[:, None]
     return masks.view(-1, *units)
 
 
-def bits(t):
+def as_bits(t):
     return t.contiguous().view(BITS[t.dtype.itemsize])
 
 
-def strides_of(t):
+def list_strides(t):
     """List the strides of dimensions larger than 1."""
     return [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]
 
@@ -78,9 +78,9 @@ def test_copies_keep_bits_and_memory_order(device, data):
     )
     assert len(got) == len(ids) * len(x)
     if len(ids):
-        want = mask_for_cells(x, masks_of(table, ids, x.shape[1:]))
-        assert torch.equal(bits(got), bits(want))
-        assert strides_of(got) == strides_of(want)
+        want = mask_for_cells(x, select_masks(table, ids, x.shape[1:]))
+        assert torch.equal(as_bits(got), as_bits(want))
+        assert list_strides(got) == list_strides(want)
     if len(ids) == 1:
         assert got.stride() == want.stride()  # the next layer's algorithm depends on the strides
 
@@ -99,7 +99,7 @@ def test_relu_is_exact_and_treats_nan_like_torch(device, data, activate):
         launch=data.draw(st.sampled_from(LAUNCHES)),
     )
     function = getattr(torch.nn.functional, activate)
-    want = function(mask_for_cells(x, masks_of(table, ids, x.shape[1:]))) if len(ids) else x[:0]
+    want = function(mask_for_cells(x, select_masks(table, ids, x.shape[1:]))) if len(ids) else x[:0]
     assert_same(got, want)
 
 
@@ -131,7 +131,7 @@ def test_batch_norm(device, data, activate):
         ),
         launch=data.draw(st.sampled_from(LAUNCHES)),
     )
-    masks = as_numpy(masks_of(table, ids, x.shape[1:])) > 0
+    masks = as_numpy(select_masks(table, ids, x.shape[1:])) > 0
     channel = (1, -1, *[1] * (x.ndim - 2))
     scaled = np.where(masks[:, None], 0, as_numpy(x)) * scale.reshape(channel)
     want = scaled + shift.reshape(channel)
@@ -160,9 +160,8 @@ def test_one_launch_for_any_number_of_cells(device, launches):
     x = torch.randn(3, 40, device=device)
     cells = torch.arange(40, device=device) % 7
     got = ablate(x, cells, torch.arange(7, device=device), launch=Launch(16, 3, 4))
-    assert [launch["grid"] for launch in launches] == [
-        (3 * 3, 3)
-    ]  # 3 stimuli of 3 blocks each, 7 cells in groups of 3
+    # 3 stimuli of 3 blocks each, 7 cells in groups of 3
+    assert [launch["grid"] for launch in launches] == [(3 * 3, 3)]
     assert len(got) == 21
 
 

@@ -23,7 +23,7 @@ from repsim_kernels.kernels.triton.masked_pointwise import (
 )
 
 # Triton's interpreter truncates to bfloat16, where a GPU rounds.
-ROUNDING = OUTPUT | ({"bfloat16": 2 * OUTPUT["bfloat16"]} if _launch.interpreted() else {})
+ROUNDING = OUTPUT | ({"bfloat16": 2 * OUTPUT["bfloat16"]} if _launch.is_interpreted() else {})
 DTYPES = ("float32", "float16", "bfloat16")
 # Several tiles of cells, pixels, outputs, steps and accumulators.
 LAUNCHES = (
@@ -61,7 +61,7 @@ def layers(draw):
     return x.movedim(-1, 1) if convolution else x, weight, bias, scale
 
 
-def masked(x, table, ids):
+def mask_copies(x, table, ids):
     """Return the masked copies of x, (C, n, …) in float64."""
     masks = as_numpy(table[ids] if table.dtype == torch.bool else table == ids[:, None]) > 0
     return np.where(masks.reshape(-1, 1, *x.shape[1:]), 0, as_numpy(x))
@@ -70,7 +70,7 @@ def masked(x, table, ids):
 def assert_is_layer(got, x, table, ids, weight, bias, scale, activate, precision="tf32x3"):
     """Compare with the layer's output on the masked activation, channels in the same place."""
     at = 2 if weight.ndim > 2 else -1
-    rows = np.moveaxis(masked(x, table, ids), at, -1)
+    rows = np.moveaxis(mask_copies(x, table, ids), at, -1)
     w = as_numpy(weight.flatten(1))
     want = rows @ w.T
     # Rounding in the products is relative to the norms of the factors.
@@ -86,13 +86,13 @@ def assert_is_layer(got, x, table, ids, weight, bias, scale, activate, precision
     assert_close(got, want, Tol(max(ROUNDING[str(x.dtype)[6:]], 1e-6), GRAM[precision] * size))
 
 
-def on(device, *tensors):
+def pad_on_device(device, *tensors):
     return [None if t is None else pad_with_nan(t.to(device)) for t in tensors]
 
 
 @given(st.data(), st.sampled_from(["none", "relu", "relu6"]), st.sampled_from(LAUNCHES))
 def test_layers_in_every_layout(device, data, activate, launch):
-    x, weight, bias, scale = on(device, *data.draw(layers()))
+    x, weight, bias, scale = pad_on_device(device, *data.draw(layers()))
     table, ids = (t.to(device) for t in data.draw(cells_and_ids(x[0].numel())))
     got = masked_pointwise(
         x, table, ids, weight, bias, scale=scale, activate=activate, launch=launch
@@ -163,9 +163,8 @@ def test_cells_share_reads_in_one_launch(device, launches):
         torch.randn(20, 5, 1, 1, device=device),
         launch=Launch(4, 8, 16, 16, 16, 4, 1),
     )
-    assert [launch["grid"] for launch in launches] == [
-        (6 * 2 * 2,)
-    ]  # 48 pixels in tiles of 8, 20 outputs of 16, 5 cells of 4
+    # 48 pixels in tiles of 8, 20 outputs in tiles of 16, 5 cells in groups of 4
+    assert [launch["grid"] for launch in launches] == [(6 * 2 * 2,)]
 
 
 def test_launch_settings():

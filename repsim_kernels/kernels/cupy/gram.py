@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repsim_kernels.kernels._cuda import scale
+from repsim_kernels.kernels._cuda import find_scale
 from repsim_kernels.kernels.cupy import module
 from repsim_kernels.kernels.torch import gram
 from repsim_kernels.kernels.torch.columns import sort_by_cell
@@ -32,14 +32,14 @@ class Launch:
 
 
 def choose(n: int, columns: int) -> Launch:
-    """Launch settings for n stimuli and a number of columns."""
+    """Choose launch settings for n stimuli and a number of columns."""
     # Four blocks for each of 132 multiprocessors. With 8192 neurons, writing the tile is 1 % of a
     # block's traffic.
-    chunk = columns * _pairs(n) // (4 * 132) // 512 * 512
+    chunk = columns * _count_tiles(n) // (4 * 132) // 512 * 512
     return Launch(chunk=min(max(chunk, 512), 8192))
 
 
-def _pairs(n: int) -> int:
+def _count_tiles(n: int) -> int:
     """Count the tiles on and below the diagonal."""
     tiles = -(-n // _TILE)
     return tiles * (tiles + 1) // 2
@@ -55,9 +55,9 @@ def unsupported(x: Tensor) -> str | None:
 def cell_grams(
     x: Tensor, *, cells: np.ndarray, n_cells: int, launch: Launch | None = None
 ) -> Tensor:
-    """Gram matrix of each cell, (C, n, n) float64, given labels (p,) or a membership (C, p).
+    """Return the Gram matrix of each cell, (C, n, n) float64.
 
-    Partitions (T, p) give (T, C, n, n).
+    ``cells`` are labels (p,), a membership (C, p), or partitions (T, p), which give (T, C, n, n).
     """
     if cells.ndim == 2 and cells.dtype != np.bool_:
         grams = [cell_grams(x, cells=labels, n_cells=n_cells, launch=launch) for labels in cells]
@@ -78,19 +78,19 @@ def cell_grams(
     def to_device(values: np.ndarray, dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(values).to(x.device, dtype)
 
-    pairs = _pairs(n)
+    tiles = _count_tiles(n)
     # Scaled to about 1, so that float32 products neither overflow nor vanish.
-    factor = scale(x) if x.dtype == torch.float32 else x.new_ones(())
-    partial = torch.empty(len(cell) * pairs * _TILE**2, dtype=torch.float64, device=x.device)
+    factor = find_scale(x) if x.dtype == torch.float32 else x.new_ones(())
+    partial = torch.empty(len(cell) * tiles * _TILE**2, dtype=torch.float64, device=x.device)
     g = torch.empty(n_cells, n, n, dtype=torch.float64, device=x.device)
     name = "cell_grams_f32" if x.dtype == torch.float32 else "cell_grams_f64"
     tables = (to_device(order, torch.int32), to_device(items, torch.int64))
     sizes = (np.int32(n), *map(np.int64, x.stride()))
     if len(cell):
-        grid, block = (len(cell) * pairs,), (_THREADS,)
+        grid, block = (len(cell) * tiles,), (_THREADS,)
         module.launch("cell_grams", name, grid, block, x, *tables, factor, partial, *sizes)
     if n_cells:
         unit = factor.to(torch.float64).reciprocal()
         arguments = (partial, to_device(slots, torch.int64), unit, g, np.int32(n))
-        module.launch("cell_grams", "cell_grams_sum", (n_cells * pairs,), (_THREADS,), *arguments)
+        module.launch("cell_grams", "cell_grams_sum", (n_cells * tiles,), (_THREADS,), *arguments)
     return gram.centre_gram(g)

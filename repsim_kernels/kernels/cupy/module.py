@@ -64,17 +64,17 @@ def launch(
     check_grid(name, grid)
 
     device = next(a.device for a in arguments if isinstance(a, Tensor))
-    values = tuple(map(_kernel_argument, arguments))
+    values = tuple(map(_to_kernel_argument, arguments))
     if 0 in grid:  # CuPy would start one block
         return
     with (
         cupy.cuda.Device(device.index),
         cupy.cuda.Stream.from_external(torch.cuda.current_stream(device)),
     ):
-        _kernel(source, name, device.index)(grid, block, values, shared_mem=shared)
+        _load_kernel(source, name, device.index)(grid, block, values, shared_mem=shared)
 
 
-def shared_memory(device: torch.device) -> int:
+def shared_memory_limit(device: torch.device) -> int:
     """Return the bytes of shared memory that a block may use on a CUDA device."""
     import cupy
 
@@ -84,15 +84,15 @@ def shared_memory(device: torch.device) -> int:
 def describe_build() -> str:
     """Describe where the kernels come from, for the current device if one exists, and why."""
     device = None if unsupported() else torch.cuda.current_device()
-    reasons = [why for path in _files("*.cu") if (why := _why_not_fatbin(path.stem, device))]
+    reasons = [why for path in _find_files("*.cu") if (why := _why_not_fatbin(path.stem, device))]
     if reasons:
         return f"NVRTC at first use: {'; '.join(dict.fromkeys(reasons))}"
-    record = _build_record()
+    record = _read_build_record()
     assert record is not None
     return f"fatbin for {', '.join(f'sm_{a}' for a in record['architectures'])}"
 
 
-def _kernel_argument(value: object) -> np.generic:
+def _to_kernel_argument(value: object) -> np.generic:
     """Convert a tensor to its address; NumPy scalars are passed through."""
     if isinstance(value, Tensor):
         return np.uint64(value.data_ptr())
@@ -103,28 +103,28 @@ def _kernel_argument(value: object) -> np.generic:
 
 
 @functools.cache
-def _kernel(source: str, name: str, device: int) -> Any:
+def _load_kernel(source: str, name: str, device: int) -> Any:
     """Load a kernel for a device, which must be the current one."""
     import cupy
 
     if _why_not_fatbin(source, device) is None:
-        module = cupy.RawModule(path=str(_files(f"{source}.fatbin")[0]))
+        module = cupy.RawModule(path=str(_find_files(f"{source}.fatbin")[0]))
     else:
-        code = _files(f"{source}.cu")[0].read_text(encoding="utf-8")
+        code = _find_files(f"{source}.cu")[0].read_text(encoding="utf-8")
         module = cupy.RawModule(code=code, backend="nvrtc", options=NVRTC_OPTIONS)
     kernel = module.get_function(name)
     # The default limit is 48 KiB per block. Raised once, on loading, so that threads don't race.
-    limit = shared_memory(torch.device("cuda", device))
+    limit = shared_memory_limit(torch.device("cuda", device))
     kernel.max_dynamic_shared_size_bytes = limit - kernel.shared_size_bytes
     return kernel
 
 
 def _why_not_fatbin(source: str, device: int | None) -> str | None:
     """Return why a source's fatbin can't be used (on a device, if any), or None if it can."""
-    record = _build_record()
+    record = _read_build_record()
     if record is None:
         return "no fatbin was built (there was no nvcc, or REPSIM_CUDA=OFF)"
-    digest = hashlib.sha256(_files(f"{source}.cu")[0].read_bytes()).hexdigest()
+    digest = hashlib.sha256(_find_files(f"{source}.cu")[0].read_bytes()).hexdigest()
     if record["sha256"].get(source) != digest:
         return f"{source}.cu is not what the fatbin was built from"
     if device is None:
@@ -143,13 +143,13 @@ def _why_not_fatbin(source: str, device: int | None) -> str | None:
     return None
 
 
-def _build_record() -> dict[str, Any] | None:
+def _read_build_record() -> dict[str, Any] | None:
     """Read the build's record: nvcc's version, the architectures, the hashes of the sources."""
-    paths = _files("fatbin.json")
+    paths = _find_files("fatbin.json")
     return json.loads(paths[0].read_text(encoding="utf-8")) if paths else None
 
 
-def _files(pattern: str) -> list[Path]:
+def _find_files(pattern: str) -> list[Path]:
     """List the package's files in cuda/; an editable install has built files in a second folder."""
     return [
         path

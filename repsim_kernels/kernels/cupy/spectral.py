@@ -29,7 +29,7 @@ class Launch:
 def choose(
     operation: str, rows: int, n: int, itemsize: int, vectors: bool, limit: int
 ) -> Launch | None:
-    """Launch settings for "eigh" (rows = n) or "svd" of matrices (rows, n).
+    """Choose launch settings for "eigh" (rows = n) or "svd" of matrices (rows, n).
 
     None if they don't fit into `limit` bytes of shared memory.
     """
@@ -52,8 +52,8 @@ def choose(
     )
 
 
-def _shared_memory(device: torch.device) -> int:
-    return module.shared_memory(device) if device.type == "cuda" else _SHARED
+def _shared_memory_limit(device: torch.device) -> int:
+    return module.shared_memory_limit(device) if device.type == "cuda" else _SHARED
 
 
 def unsupported(a: Tensor) -> str | None:
@@ -76,14 +76,14 @@ def eigh(a: Tensor, *, vectors: bool) -> dict[str, Tensor]:
 def solve_batch(a: Tensor, *, vectors: bool, sweeps: int = _SWEEPS) -> dict[str, Tensor]:
     """Solve as `eigh` does, without a second attempt: Jacobi rotations, or cuSOLVER above 128."""
     n = a.shape[-1]
-    launch = choose("eigh", n, n, a.element_size(), vectors, _shared_memory(a.device))
+    launch = choose("eigh", n, n, a.element_size(), vectors, _shared_memory_limit(a.device))
     if launch is None:
         return _solve_by_cusolver(a, vectors)
-    flat = a.reshape(-1, n, n).contiguous()
-    w, v, work = flat.new_empty(len(flat), n), *_empty_vectors(flat, launch)
-    info = torch.empty(len(flat), dtype=torch.int32, device=a.device)
+    matrices = a.reshape(-1, n, n).contiguous()
+    w, v, work = matrices.new_empty(len(matrices), n), *_empty_vectors(matrices, launch)
+    info = torch.empty(len(matrices), dtype=torch.int32, device=a.device)
     numbers = map(np.int32, (n, launch.placement, sweeps))
-    _launch_jacobi("eigh", launch, flat, w, v, work, info, *numbers)
+    _launch_jacobi("eigh", launch, matrices, w, v, work, info, *numbers)
     result = {"values": w.view(a.shape[:-1]), "failed": info.view(a.shape[:-2]) < 0}
     return result | ({"vectors": v.view(a.shape)} if vectors else {})
 
@@ -99,17 +99,17 @@ def svd(a: Tensor, *, vectors: bool, sweeps: int = _SWEEPS) -> dict[str, Tensor]
         if vectors:
             result["left"], result["right"] = result["right"].mT, result["left"].mT
         return result
-    launch = choose("svd", rows, n, a.element_size(), vectors, _shared_memory(a.device))
+    launch = choose("svd", rows, n, a.element_size(), vectors, _shared_memory_limit(a.device))
     if launch is None:
         if not vectors:
             return {"values": torch.linalg.svdvals(a)}
         return dict(zip(("left", "values", "right"), torch.linalg.svd(a, False), strict=True))
-    flat = a.reshape(-1, rows, n).contiguous()
-    s, u = flat.new_empty(len(flat), n), torch.empty_like(flat)
-    vh, work = _empty_vectors(flat, launch)
-    info = torch.empty(len(flat), dtype=torch.int32, device=a.device)
+    matrices = a.reshape(-1, rows, n).contiguous()
+    s, u = matrices.new_empty(len(matrices), n), torch.empty_like(matrices)
+    vh, work = _empty_vectors(matrices, launch)
+    info = torch.empty(len(matrices), dtype=torch.int32, device=a.device)
     numbers = map(np.int32, (rows, n, launch.placement, sweeps))
-    _launch_jacobi("svd", launch, flat, u, s, vh, work, info, *numbers)
+    _launch_jacobi("svd", launch, matrices, u, s, vh, work, info, *numbers)
     lead = a.shape[:-2]
     result = {"values": s.view(*lead, n), "failed": info.view(lead) < 0}
     if vectors:
@@ -117,22 +117,22 @@ def svd(a: Tensor, *, vectors: bool, sweeps: int = _SWEEPS) -> dict[str, Tensor]
     return result
 
 
-def _empty_vectors(flat: Tensor, launch: Launch) -> tuple[Tensor, Tensor]:
+def _empty_vectors(matrices: Tensor, launch: Launch) -> tuple[Tensor, Tensor]:
     """Allocate the vectors (B, n, n), and global memory to rotate them in; empty if not needed."""
-    n = flat.shape[-1]
+    n = matrices.shape[-1]
     return (
-        flat.new_empty(len(flat) if launch.placement else 0, n, n),
-        flat.new_empty(len(flat) if launch.placement == 2 else 0, n, n),
+        matrices.new_empty(len(matrices) if launch.placement else 0, n, n),
+        matrices.new_empty(len(matrices) if launch.placement == 2 else 0, n, n),
     )
 
 
 def _launch_jacobi(
-    operation: str, launch: Launch, flat: Tensor, *arguments: Tensor | np.generic
+    operation: str, launch: Launch, matrices: Tensor, *arguments: Tensor | np.generic
 ) -> None:
     """Start one block of a kernel of cuda/jacobi.cu for each matrix."""
-    name = f"jacobi_{operation}_f{8 * flat.element_size()}"
-    grid, block = (len(flat),), (launch.threads,)
-    module.launch("jacobi", name, grid, block, flat, *arguments, shared=launch.shared)
+    name = f"jacobi_{operation}_f{8 * matrices.element_size()}"
+    grid, block = (len(matrices),), (launch.threads,)
+    module.launch("jacobi", name, grid, block, matrices, *arguments, shared=launch.shared)
 
 
 def _complete_basis(u: Tensor) -> Tensor:
@@ -174,14 +174,14 @@ def _retry(a: Tensor, result: dict[str, Tensor]) -> None:
     Matrices that PyTorch fails on, or solves wrongly, stay marked as failed.
     """
     solve = torch.linalg.eigh if "vectors" in result else lambda m: [torch.linalg.eigvalsh(m)]
-    for at in map(tuple, result["failed"].nonzero().tolist()):
+    for index in map(tuple, result["failed"].nonzero().tolist()):
         try:
-            retried = _as_result(solve(a[at]))
+            retried = _as_result(solve(a[index]))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
         for name, value in retried.items():
-            result[name][at] = value
-        result["failed"][at] = _is_wrong(a[at], retried)
+            result[name][index] = value
+        result["failed"][index] = _is_wrong(a[index], retried)
 
 
 def _as_result(solved: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -189,7 +189,7 @@ def _as_result(solved: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def _is_wrong(a: Tensor, result: dict[str, Tensor]) -> Tensor:
-    """Tell for each matrix of a (…, n, n) whether its values, and vectors if any, are wrong.
+    """Return for each matrix of a (…, n, n) whether its values, and vectors if any, are wrong.
 
     With vectors the check is complete: a V = V diag(w), and the columns of V are orthonormal.
     Without vectors it is only necessary: the values match the trace and the Frobenius norm of a.
@@ -203,16 +203,16 @@ def _is_wrong(a: Tensor, result: dict[str, Tensor]) -> Tensor:
     unit = a.abs().amax((-2, -1)).to(torch.float64)
     unit = torch.where(unit > 0, unit, 1)
     a, w = a.to(torch.float64) / unit[..., None, None], w / unit[..., None]
-    size = torch.linalg.matrix_norm(a)
+    norm = torch.linalg.matrix_norm(a)
     if "vectors" in result:
         v = result["vectors"].to(torch.float64)
         residual = torch.linalg.matrix_norm((a @ v).addcmul_(v, w[..., None, :], value=-1))
         gram = v.mT @ v
         gram.diagonal(dim1=-2, dim2=-1).sub_(1)
-        correct = (residual <= tolerance * size) & (torch.linalg.matrix_norm(gram) <= tolerance)
+        correct = (residual <= tolerance * norm) & (torch.linalg.matrix_norm(gram) <= tolerance)
     else:
         # Hoffman and Wielandt: the values of a + E differ from those of a by at most ‖E‖ in norm.
-        sums = w.sum(-1) - a.diagonal(dim1=-2, dim2=-1).sum(-1)
-        norms = torch.linalg.vector_norm(w, dim=-1) - size
-        correct = (sums.abs() <= n**0.5 * tolerance * size) & (norms.abs() <= tolerance * size)
+        trace_error = (w.sum(-1) - a.diagonal(dim1=-2, dim2=-1).sum(-1)).abs()
+        norm_error = (torch.linalg.vector_norm(w, dim=-1) - norm).abs()
+        correct = (trace_error <= n**0.5 * tolerance * norm) & (norm_error <= tolerance * norm)
     return ~(correct & (w.diff(dim=-1) >= 0).all(-1))  # NaN fails every comparison

@@ -43,9 +43,9 @@ class InverseHessian:
         valid = (curvature > 0)[:, None]
         self.pairs[:, k] = step.where(valid, 0)
         self.pairs[:, STEPS + k] = (now - before).where(valid, 0)
-        both = torch.stack([gradient_change.where(valid, 0), gradient], 1)
+        gradients = torch.stack([gradient_change.where(valid, 0), gradient], 1)
         (sy, zy), (sg, zg) = (
-            a.unbind(1) for a in torch.bmm(both, self.pairs.mT).unflatten(2, (2, -1)).unbind(1)
+            a.unbind(1) for a in torch.bmm(gradients, self.pairs.mT).unflatten(2, (2, -1)).unbind(1)
         )
         self.e[:, k] = self.e[:, :, k] = zy
         self.e[:, k, k] += sy[:, k]

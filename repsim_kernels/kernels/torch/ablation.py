@@ -21,18 +21,18 @@ from repsim_kernels.kernels.torch.spectral_distances import (
     Solvers,
 )
 
-_MEMORY = 2**30  # default for bytes of directions that wait for a pass over x
+_MEMORY = 2**30  # bytes of directions that may wait for a pass over x, by default
 
 
 @dataclass(frozen=True)
 class Passes:
-    """The functions that read all of x: for the Grams of cells, and for weights of directions."""
+    """The functions that read all of x: one for each cell's Gram, one for weights of directions."""
 
-    cell_sums: Callable[[Tensor, np.ndarray, int, bool], tuple[panels.Panels, Tensor, Tensor]]
+    cell_statistics: Callable[[Tensor, np.ndarray, int, bool], tuple[panels.Panels, Tensor, Tensor]]
     variate_weights: Callable[[Tensor, Tensor], Tensor]
 
 
-PASSES = Passes(gram.cell_sums, variate_weights)
+PASSES = Passes(gram.cell_statistics, variate_weights)
 
 
 class GramParts:
@@ -47,7 +47,7 @@ class GramParts:
     ) -> None:
         """Take the Gram of the whole (n, n) and the packed Grams of its parts (C, n, n).
 
-        ``constant`` says whether a part does not vary over stimuli, and ``n_remaining`` how many
+        ``constant`` says whether a part is constant over the stimuli, and ``n_remaining`` how many
         varying neurons remain without it.
         """
         self.whole, self.grams = whole, grams
@@ -92,16 +92,17 @@ class CellParts(GramParts):
         if cells.ndim == 1:
             # Neurons in no cell make one more cell, so that one pass yields the whole as well.
             labels = columns.label_unassigned(cells, n_cells)
-            g, live, shift = passes.cell_sums(x, labels, n_cells + 1, shifts)
+            g, n_varying, shift = passes.cell_statistics(x, labels, n_cells + 1, shifts)
             whole = panels.unpack([(span, panel.sum(0)) for span, panel in g])
-            n_live = live.sum()
+            n_total = n_varying.sum()
         else:
-            g, live, shift = passes.cell_sums(x, cells, n_cells, shifts)
+            g, n_varying, shift = passes.cell_statistics(x, cells, n_cells, shifts)
             one_cell = np.zeros(x.shape[1], dtype=np.int64)
-            whole_gram, (n_live,), _ = passes.cell_sums(x, one_cell, 1, False)
+            whole_gram, (n_total,), _ = passes.cell_statistics(x, one_cell, 1, False)
             (whole,) = panels.unpack(whole_gram)
-        live, self.shift, g = live[:n_cells], shift[:n_cells], panels.select(g, slice(n_cells))
-        super().__init__(whole, g, (live == 0).tolist(), (n_live - live).tolist())
+        n_varying, self.shift = n_varying[:n_cells], shift[:n_cells]
+        g = panels.select(g, slice(n_cells))
+        super().__init__(whole, g, (n_varying == 0).tolist(), (n_total - n_varying).tolist())
 
     def outside(self, c: int) -> Tensor:
         """Return the columns of x that are not in cell c."""

@@ -53,14 +53,17 @@ def grid_from_sums(
     others_sum, target_sum = others_sum * n_target, target_sum * (n - n_target)
     selectivity, magnitude = target_sum - others_sum, target_sum + others_sum
     if edges == "inclusive":
-        return _inclusive(selectivity, magnitude, grid)
+        return _find_inclusive_cells(selectivity, magnitude, grid)
     one_group = torch.zeros(len(target_sum), dtype=torch.int64, device=target_sum.device)
-    strip = _equal_count(selectivity, one_group, 1, grid[0])
-    return strip * grid[1] + _equal_count(magnitude, strip, *grid)
+    strip = _split_by_value(selectivity, one_group, 1, grid[0])
+    return strip * grid[1] + _split_by_value(magnitude, strip, *grid)
 
 
-def _equal_count(value: Tensor, group: Tensor, n_groups: int, parts: int) -> Tensor:
-    """Cut each group of neurons into parts of equal count by value, ties by index: (p,)."""
+def _split_by_value(value: Tensor, group: Tensor, n_groups: int, parts: int) -> Tensor:
+    """Split each group by value into parts of equal count, and return each neuron's part (p,).
+
+    Ties are ordered by index.
+    """
     by_value = torch.sort(value, stable=True).indices
     order = by_value[torch.sort(group[by_value], stable=True).indices]
     sizes = torch.bincount(group, minlength=n_groups)
@@ -70,22 +73,22 @@ def _equal_count(value: Tensor, group: Tensor, n_groups: int, parts: int) -> Ten
     return rank * parts // sizes[group]
 
 
-def _inclusive(selectivity: Tensor, magnitude: Tensor, grid: tuple[int, int]) -> Tensor:
+def _find_inclusive_cells(selectivity: Tensor, magnitude: Tensor, grid: tuple[int, int]) -> Tensor:
     """Return the neurons between and on the edges of each cell, (C, p)."""
     rows, columns = grid
     cells = selectivity.new_zeros(rows * columns, len(selectivity), dtype=torch.bool)
-    for strip, (low, high) in enumerate(pairwise(_edges(selectivity, rows))):
+    for strip, (low, high) in enumerate(pairwise(_find_edges(selectivity, rows))):
         inner = magnitude[(low < selectivity) & (selectivity < high)]
         if not len(inner):
             continue
         inside = (low <= selectivity) & (selectivity <= high)
         # Cell by cell, so that the comparisons need no temporary of (C, p).
-        for part, (lower, upper) in enumerate(pairwise(_edges(inner, columns))):
+        for part, (lower, upper) in enumerate(pairwise(_find_edges(inner, columns))):
             cells[strip * columns + part] = inside & (lower <= magnitude) & (magnitude <= upper)
     return cells
 
 
-def _edges(values: Tensor, parts: int) -> Tensor:
+def _find_edges(values: Tensor, parts: int) -> Tensor:
     """Return the edges (parts + 1,) of parts of equal count, up to ties."""
     first = [part * len(values) // parts for part in range(parts)]
     return values.sort().values[[*first, -1]]

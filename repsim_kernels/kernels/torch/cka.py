@@ -105,10 +105,10 @@ def _u_centring_term(a: Tensor, b: Tensor) -> Tensor:
 def packed_kernels(
     xs: list[Tensor], debiased: bool, kernel: str, sigma: float | None
 ) -> tuple[panels.Panels, Tensor]:
-    """Return the centred kernel matrices of xs, each (…, n, p), packed and scaled for `inner`.
+    """Return the centred kernel matrices of xs, each (…, n, p), packed: (L, …, n, n).
 
-    Their cosines are CKA, (L, …, n, n). Also returns floors (L, …): a squared norm that is not
-    above its floor is only rounding error.
+    They are scaled for `inner`, and their cosines are CKA. Also returns floors (L, …): a squared
+    norm that is not above its floor is only rounding error.
     """
     batch, n = xs[0].shape[:-2], xs[0].shape[-2]
     kernels = panels.empty_panels(xs[0], n, len(xs), *batch)
@@ -135,9 +135,9 @@ def squared_norm(v: Tensor) -> Tensor:
 
 
 def rounding_floor(k: Tensor) -> Tensor:
-    """Bound what rounding leaves of ‖U-centred K‖² when all stimuli are equally far apart.
+    """Bound the rounding error in ‖U-centred K‖², which is 0 if all stimuli are equally far apart.
 
-    The n - 1 eigenvalues are equal then, and ‖K‖² is (tr K)² / (n - 1), its smallest value.
+    The n - 1 eigenvalues are then equal, and ‖K‖² is (tr K)² / (n - 1), its smallest value.
     """
     return _rounding_floor(k.diagonal(dim1=-2, dim2=-1).sum(-1), k.shape[-1])
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from repsim_kernels.kernels.torch import memory
 
-# Columns of a cell in one product, and columns of a strip that is transposed at once.
+# Columns of a cell in one product, and columns of a strip that is copied at once.
 _COLUMNS = 512
 _STRIP = 4096
 # Most elements of x for which the columns of many cells are gathered from x itself.
@@ -50,13 +50,13 @@ def iter_cell_blocks(
     """Yield blocks of columns of x (n, p) for runs of consecutive cells.
 
     Each block is a slice of cells, (number of cells, columns per cell), and those columns in
-    float64, (n, cells x columns). Cells with fewer columns are padded with zeros. A cell may come
-    in several blocks, and the memory of a block is reused by the next one.
+    float64, (n, cells x columns). Cells with fewer columns are padded with zeros. A cell may span
+    several blocks, and each block reuses the memory of the previous one.
     """
     n, p = x.shape
     # Columns are gathered from a transposed copy of a span of them. With many cells that copy is
-    # large and each call would fault in its pages again, so columns come directly from x then, if
-    # x is small enough to be read that often.
+    # large, and each call would fault in its pages again. Columns then come directly from x, if x
+    # is small enough to be read that often.
     block_columns, span_columns = memory.BLOCK // n, n_cells * max(n, _COLUMNS)
     row_major = x.stride(0) > x.stride(1) and not x.is_cuda
     direct = row_major and span_columns > block_columns and x.numel() <= _MAX_DIRECT
@@ -102,8 +102,8 @@ def _copy_in_strips(target: Tensor, source: Tensor) -> None:
 def _pack_cells(sizes: list[int], max_columns: int) -> Iterator[tuple[slice, int, int]]:
     """Group consecutive cells of similar size, and yield each run with a range of its columns.
 
-    A run has at most ``max_columns`` columns after padding. A larger cell makes a run on its own,
-    which comes once for each range.
+    A run has at most ``max_columns`` columns after padding. A larger cell makes a run of its own,
+    which is yielded once for each range.
     """
     start = 0
     while start < len(sizes):

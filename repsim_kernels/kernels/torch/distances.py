@@ -13,7 +13,7 @@ from repsim_kernels.kernels.torch import panels
 
 _EPS = torch.finfo(torch.float64).eps
 # A squared distance below this share of the squared norms that cancel in it is recomputed from the
-# features; the second is for float32 products.
+# features: the first share for float64 products, the second for float32.
 _CLOSE, _CLOSE_FLOAT32 = 1e-6, 1e-2
 _GATHER_SIZE = 2**20  # elements of features gathered together
 _MIN_NORM = 1e-15  # above it, float32 holds the squares of a norm with most of their digits
@@ -48,20 +48,20 @@ class PairDistances:
         return self._tolerance(pairs, with_input=True)
 
     def _tolerance(self, pairs: Tensor | None, with_input: bool) -> Tensor:
-        i, j = self._rows(pairs)
+        i, j = self._row_indices(pairs)
         d2 = self.squared if pairs is None else self.squared[pairs]
-        both = self.energy[i] + self.energy[j]
-        error = self.rounding * torch.where(d2 <= _CLOSE * both, d2, both)
+        energies = self.energy[i] + self.energy[j]
+        error = self.rounding * torch.where(d2 <= _CLOSE * energies, d2, energies)
         shift = self.half_ulps[i] + self.half_ulps[j] if with_input else torch.zeros_like(d2)
         shift += 2 * self.scaling_error
         return 2 * (error + (2 * d2.sqrt() + shift) * shift)
 
     def twice_input_shift(self, pairs: Tensor | None = None) -> Tensor:
         """Return twice the distance by which half an ulp of each input entry moves both rows."""
-        i, j = self._rows(pairs)
+        i, j = self._row_indices(pairs)
         return 2 * (self.half_ulps[i] + self.half_ulps[j])
 
-    def _rows(self, pairs: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _row_indices(self, pairs: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the row numbers of the given pairs, or of all."""
         n, device = len(self.energy), self.energy.device
         if pairs is None:
@@ -83,7 +83,7 @@ def pair_distances(x: Tensor, distance: str, buffer: Tensor | None = None) -> Pa
     """Return the squared distances between the rows of x (n, p).
 
     ``buffer`` comes from `panels.block_buffer`. Equal rows are computed once, so that their
-    distances from the other rows are equal to the bit.
+    distances from the other rows are bit-identical.
     """
     try:
         return _pair_distances(x, distance, buffer, distinct=False)
@@ -144,8 +144,8 @@ def squared_distances(
     """Return squared distances between the rows of x (n, p), packed (n, n).
 
     Rows are taken relative to a common origin (1, p) or to one offset per row (n, 1). ``unit`` then
-    scales them to unit length, which gives NaN for a zero row. Also returns their squared norms
-    after that, and their lengths before, (n,) each.
+    scales them to unit length; a zero row becomes NaN. Also returns their squared norms after that
+    scaling and their lengths before it, (n,) each.
 
     Raises _EqualRows if rows are equal, unless the caller knows that they are ``distinct``.
     """
@@ -163,11 +163,11 @@ def squared_distances(
     if unit:
         energy = energy / energy
     for columns, panel in packed:
-        both = energy[columns.start :, None] + energy[columns]
+        energies = energy[columns.start :, None] + energy[columns]
         if unit:
             panel.div_(length[columns.start :, None]).div_(length[columns])
-        torch.sub(both, panel, alpha=2, out=panel)
-        for entries in _iter_below_diagonal(panel <= _CLOSE * both, p):
+        torch.sub(energies, panel, alpha=2, out=panel)
+        for entries in _iter_below_diagonal(panel <= _CLOSE * energies, p):
             if not distinct:  # only rows that are close can be equal
                 check_distinct(x)
                 distinct = True
@@ -197,9 +197,9 @@ def rbf_kernel(x: Tensor, sigma: float) -> Tensor:
 def rbf_from_gram(g: Tensor, x: Tensor, sigma: float) -> Tensor:
     """Return the RBF kernel of x (…, n, p) from its Gram matrix of float32 products: (…, n, n)."""
     energy = g.diagonal(dim1=-2, dim2=-1)
-    both = energy[..., :, None] + energy[..., None, :]
-    d2 = (both - 2 * g).tril_(-1)
-    for entries in _iter_below_diagonal(d2 <= _CLOSE_FLOAT32 * both, x.shape[-1]):
+    energies = energy[..., :, None] + energy[..., None, :]
+    d2 = (energies - 2 * g).tril_(-1)
+    for entries in _iter_below_diagonal(d2 <= _CLOSE_FLOAT32 * energies, x.shape[-1]):
         *lead, i, j = entries
         a, b = (x[*lead, k].to(torch.float64) for k in (i, j))
         d2[entries] = a.sub_(b).square_().sum(1)

@@ -165,29 +165,31 @@ def centered_gram(x: Tensor, *, kernel: str, sigma: float | None) -> Tensor:
 
 def cell_grams(x: Tensor, *, cells: np.ndarray, n_cells: int) -> Tensor:
     if cells.ndim == 2 and cells.dtype != np.bool_:
-        return torch.stack([panels.unpack(cell_sums(x, labels, n_cells)[0]) for labels in cells])
-    return panels.unpack(cell_sums(x, cells, n_cells)[0])
+        return torch.stack(
+            [panels.unpack(cell_statistics(x, labels, n_cells)[0]) for labels in cells]
+        )
+    return panels.unpack(cell_statistics(x, cells, n_cells)[0])
 
 
-def cell_sums(
+def cell_statistics(
     x: Tensor, cells: np.ndarray, n_cells: int, shifts: bool = False
 ) -> tuple[panels.Panels, Tensor, Tensor]:
-    """Sum over the neurons of each cell in one pass over x (n, p).
+    """Return each cell's Gram, number of varying neurons and shift, from one pass over x (n, p).
 
-    Returns the packed Grams of the cells (C, n, n); the number of columns in each cell that are
-    not constant, (C,); and the shifts B_c μ_c (C, n), where B_c are the centred columns of a cell
-    and μ_c their means, or zeros unless ``shifts``.
+    The Grams (C, n, n) are packed. The counts (C,) leave out neurons that are constant over the
+    stimuli. The shifts (C, n) are B_c μ_c, where B_c are the centred columns of a cell and μ_c
+    their means, or zeros unless ``shifts``.
     """
     n = len(x)
     g = panels.empty_panels(x, n, n_cells, min_width=panels.TILE)
     unwritten = np.ones(n_cells, dtype=np.bool_)
-    live = torch.zeros(n_cells, dtype=torch.int64, device=x.device)
+    n_varying = torch.zeros(n_cells, dtype=torch.int64, device=x.device)
     shift = torch.zeros(n_cells, n, 1, dtype=torch.float64, device=x.device)
     for run, shape, c in columns.iter_cell_blocks(x, cells, n_cells):
         mean = _centre_inplace(c, _below_float64([x]))
         constant = (c[0] == 0).nonzero()[:, 0]
         constant = constant[(c[:, constant] == 0).all(0)]
-        live[run] += shape[1] - torch.bincount(constant // shape[1], minlength=shape[0])
+        n_varying[run] += shape[1] - torch.bincount(constant // shape[1], minlength=shape[0])
         by_cell = c.unflatten(1, shape).transpose(0, 1)
         target, first = panels.select(g, run), bool(unwritten[run].all())
         if not first:
@@ -197,7 +199,7 @@ def cell_sums(
         if shifts:
             shift[run].baddbmm_(by_cell, mean.view(*shape, 1))
     _zero(g, unwritten)
-    return g, live, shift[..., 0]
+    return g, n_varying, shift[..., 0]
 
 
 def _zero(packed: panels.Panels, mask: np.ndarray) -> None:

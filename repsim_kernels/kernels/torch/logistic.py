@@ -5,7 +5,7 @@ million. So each factored Hessian serves ten steps of limited-memory BFGS, which
 instead of from a multiple of the identity. On a CPU each thread works on problems that fit its
 cache, and the results do not depend on the number of threads.
 
-Descents start in float32. At its end each is judged by how far rounding may have moved its optimum.
+Descents start in float32. Each is judged at its end by how far rounding may have moved its optimum.
 If that is more than 3e-5 of the largest coefficient, or if the descent failed, it resumes in
 float64 from the original activations, relative to each neuron's median. One outlier of 10⁷ moves a
 neuron's mean by much more than its ordinary activations differ, but not its median.
@@ -30,8 +30,8 @@ _FLOAT32_TOL = 1e-5  # smallest tolerance for which float32 is trusted
 NOISE = 3e-5  # how far rounding may move a converged fit, relative to the largest coefficient
 _FLOAT32_STEPS = 3 * STEPS  # after these float32 steps, float64 takes over noisy problems
 _SATURATED = 700.0  # margin beyond which a residual is 0 or 1 in float64
-# A factor is stale if a neuron's curvature was this many times what it is now. For ordinary
-# activations the ratio is at most 6.
+# A factor is stale if some neuron's curvature was this many times larger when it was made. For
+# ordinary activations the ratio is at most 6.
 _STALE = 16.0
 # Bytes of activations processed together: by each CPU thread within its cache, and on a GPU.
 _CPU_BATCH, _GPU_BATCH = 2**22 * 3 // 2, 2**30
@@ -95,11 +95,11 @@ def logistic_fits(
             frame = _standardise_inplace(gathered)
             for j in range(t):
                 if start is None:
-                    begin = torch.zeros_like(frame.origin), _log_odds(y[j]).expand_as(frame.scale)
+                    initial = torch.zeros_like(frame.origin), _log_odds(y[j]).expand_as(frame.scale)
                 else:
-                    begin = start[0][batch, j].double(), start[1][batch, j].double()
-                fits = _fit(gathered, spare, y[j], frame, C, begin, tol, max_iter)
-                # Convergence in float32 does not meet a smaller tolerance than its own.
+                    initial = start[0][batch, j].double(), start[1][batch, j].double()
+                fits = _fit(gathered, spare, y[j], frame, C, initial, tol, max_iter)
+                # A fit that converged in float32 does not meet a tolerance below float32's.
                 unfinished = ~fits.converged | (dtype == torch.float32 and tol < _FLOAT32_TOL)
                 at = (unfinished & (fits.n_iter < max_iter)).nonzero()[:, 0]
                 if len(at):
@@ -240,11 +240,12 @@ class _Descent:
         v = torch.cat([start[0] * scale, intercept[:, None]], 1).to(x.dtype)
         z = _margins(x, v)
         # From a start worse than the default, all weights may vanish and no Newton step exist.
-        cold = torch.zeros_like(v)
-        cold[:, -1] = _log_odds(y)
-        flat = cold[:, -1:].expand_as(z)
-        better = self._value(z, v, self.penalty) <= self._value(flat, cold, self.penalty)
-        self.v, self.z = v.where(better[:, None], cold), z.where(better[:, None], flat)
+        default_v = torch.zeros_like(v)
+        default_v[:, -1] = _log_odds(y)
+        default_z = default_v[:, -1:].expand_as(z)
+        default_value = self._value(default_z, default_v, self.penalty)
+        better = (self._value(z, v, self.penalty) <= default_value)[:, None]
+        self.v, self.z = v.where(better, default_v), z.where(better, default_z)
         self.steps = torch.zeros_like(max_steps)
         self.converged, self.failed, self.noisy = torch.zeros(
             3, len(x), dtype=torch.bool, device=x.device

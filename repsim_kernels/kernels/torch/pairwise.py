@@ -49,7 +49,7 @@ def _iter_stackable(indices: range, rs: list[Representation]) -> Iterator[list[i
 class _Stack(Representation):
     """Several representations as a batch, for the second argument of a metric.
 
-    x is the first one's: metrics only use its sizes there.
+    ``x`` is that of the first; metrics read only its sizes.
     """
 
     def __init__(self, members: list[Representation]) -> None:

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from repsim_kernels.kernels.torch import memory
 
-# Least width of a panel, and the most panels per matrix. More panels would save little beyond the
-# nearly half of a product saved here, and narrower ones multiply more slowly. Panels wider than the
-# least width are a multiple of TILE, the number of columns the BLAS processes together.
+# Least width of a panel, and the most panels per matrix. These save nearly half of a product; more
+# panels would save little more, and narrower ones multiply more slowly. Panels wider than the least
+# width are a multiple of TILE, the number of columns the BLAS processes together.
 _PANEL, _MAX_PANELS, TILE = 64, 10, 24
 # A product with at most _FEW rows and at least _LONG columns per core is split over its columns.
 _FEW, _LONG = 64, 2048
-# Where each core centres its own matrix: the fewest columns of a block, and the most features.
+# If each core centres its own matrix: the fewest columns of a block, and the most features.
 COLUMNS = 512
 # Scale of the diagonal blocks, whose entries count once in `inner` where those below count twice.
 _SQRT_HALF = math.sqrt(0.5)

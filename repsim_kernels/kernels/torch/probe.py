@@ -13,7 +13,7 @@ from repsim_kernels.kernels.torch.ablation import PASSES, CellParts, Passes
 from repsim_kernels.kernels.torch.representation import to_complement
 
 # Relative size below which a Newton step is the last: the remaining error is of the order of its
-# square. Ten steps are a lot; only rounding, with a ridge near 0, keeps steps from becoming so
+# square. Ten steps are many; only rounding, with a ridge near 0, keeps steps from becoming that
 # small.
 _LAST_STEP, _MAX_STEPS = 1e-8, 100
 
@@ -32,7 +32,7 @@ def ablation_decodability(
     passes: Passes = PASSES,
 ) -> dict[str, Any]:
     parts = CellParts(x, cells, n_cells, shifts=True, passes=passes)
-    task = _Task(labels, target, x.device, rest=1 if probe == "ridge" else 0)
+    task = _Task(labels, target, x.device, output_sum=1 if probe == "ridge" else 0)
     relative = (
         best_ridges(parts.whole, [to_complement(task.y)])[0] if isinstance(ridge, str) else ridge
     )
@@ -61,15 +61,17 @@ def ablation_decodability(
 
 
 class _Task:
-    """Classifying all classes, or T binary tasks of one class against the rest."""
+    """A classification of all classes, or T binary ones of one class against the rest."""
 
-    def __init__(self, labels: np.ndarray, target: Any, device: torch.device, rest: int) -> None:
-        """``rest``: the sum of the outputs for a class and the rest; only the first is fitted."""
+    def __init__(
+        self, labels: np.ndarray, target: Any, device: torch.device, output_sum: int
+    ) -> None:
+        """``output_sum``: of a class and the rest; only the output of the class is fitted."""
         if target is None:
             truth = np.unique(labels, return_inverse=True)[1][None]
         else:
             truth = (labels == np.reshape(target, (-1, 1))).astype(np.int64)
-        self.binary, self.rest = target is not None, rest
+        self.binary, self.output_sum = target is not None, output_sum
         self.truth = torch.from_numpy(truth).to(device)  # (T, n)
         self.onehot = torch.nn.functional.one_hot(self.truth).to(torch.float64)  # (T, n, classes)
         self.y = self.onehot[..., 1].mT if self.binary else self.onehot[0]  # (n, columns)
@@ -77,7 +79,7 @@ class _Task:
     def score(self, outputs: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Return each score (T,) of outputs (n, columns)."""
         if self.binary:
-            outputs = torch.stack([self.rest - outputs.mT, outputs.mT], -1)
+            outputs = torch.stack([self.output_sum - outputs.mT, outputs.mT], -1)
         else:
             outputs = outputs[None]
         return {name: self._score(name, outputs) for name in names}
@@ -92,9 +94,8 @@ class _Task:
             value = true_output - outputs.masked_fill(is_true, -torch.inf).amax(2)
         else:
             value = (outputs.argmax(2) == self.truth).to(torch.float64)
-        sums = torch.where(is_true, value[..., None], 0.0).sum(
-            1
-        )  # not a product: margins may be infinite
+        # Not a product with the mask, since margins may be infinite.
+        sums = torch.where(is_true, value[..., None], 0.0).sum(1)
         if name == "balanced_accuracy" or (name == "margin" and self.binary):
             return (sums / self.onehot.sum(1)).mean(1)
         return sums.sum(1) / value.shape[1]
@@ -181,7 +182,7 @@ class _Logistic:
         fits = ((share > 0) & (share < 1)).nonzero()
         for batch in gram.iter_batches(list(range(len(fits))), k):
             f, j = fits[batch].T
-            self.dual[f, j], self.offset[f, j] = _newton(
+            self.dual[f, j], self.offset[f, j] = _fit_by_newton(
                 k, y.T[j], in_fit[f], kappa, self.offset[f, j]
             )
         self.held_out = self.predict(k, k.new_zeros(len(k)))
@@ -196,7 +197,7 @@ class _Logistic:
         return out
 
 
-def _newton(
+def _fit_by_newton(
     k: Tensor, y: Tensor, in_fit: Tensor, kappa: Tensor, offset: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Fit m logistic regressions f = Kα + b: dual weights α (m, n) and offsets b (m,).

@@ -16,7 +16,7 @@ def procrustes_distance(x: Tensor, y: Tensor, *, form: str) -> Tensor:
     return distance(Representation(x), Representation(y), form)
 
 
-def _nuclear(a: Representation, b: Representation) -> Tensor:
+def _nuclear_norm(a: Representation, b: Representation) -> Tensor:
     return torch.linalg.svdvals(a.factor.mT @ b.factor).sum(-1)
 
 
@@ -25,7 +25,7 @@ def _energy(a: Representation) -> Tensor:
 
 
 def similarity(a: Representation, b: Representation) -> Tensor:
-    return (_nuclear(a, b) / (_energy(a) * _energy(b)).sqrt()).clamp(max=1)
+    return (_nuclear_norm(a, b) / (_energy(a) * _energy(b)).sqrt()).clamp(max=1)
 
 
 def distance(a: Representation, b: Representation, form: str) -> Tensor:

@@ -78,7 +78,7 @@ def _iterate(v: Tensor, f: Tensor, advance: Advance) -> tuple[Tensor, Tensor, Te
     result = torch.zeros_like(f)
     steps = torch.zeros(len(f), dtype=torch.int64, device=f.device)
     converged = torch.zeros(len(f), dtype=torch.bool, device=f.device)
-    # Problems that end stay in the batch, not active, until half of it has ended.
+    # Problems that end stay in the batch, inactive, until half of it has ended.
     index, active = torch.arange(len(f), device=f.device), ~converged
     o, spare = torch.zeros_like(f), torch.empty_like(f)
     history = torch.empty(0, len(f), dtype=v.dtype, device=f.device)

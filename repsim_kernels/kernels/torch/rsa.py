@@ -59,9 +59,9 @@ def rank_distances(pairs: PairDistances) -> Tensor:
     In ascending order, a group ends where the next distance is more than `_MIN_GAP` tolerances
     away. A group ties if all its members are within the tolerance of the first and the group is
     separated from its neighbours as its size requires; otherwise only exactly equal members tie.
-    The rule is applied with the tolerance of float64 arithmetic, so that distances that are equal
-    in the exact input tie however close the others are, and then with the tolerance of the input's
-    own rounding.
+    The rule is applied first with the tolerance of float64 arithmetic, so that distances that are
+    equal in the exact input tie however close the others are, and then with the tolerance of the
+    input's own rounding.
     """
     # NumPy sorts with vector instructions, and has less overhead on small arrays.
     xp: Any = torch if pairs.squared.is_cuda else np
@@ -70,34 +70,38 @@ def rank_distances(pairs: PairDistances) -> Tensor:
     values = d2[order]
     if bool(xp.isnan(values[-1])):
         return torch.full_like(pairs.squared, torch.nan)
-    gaps = _gaps(xp, values)
+    gaps = _find_gaps(xp, values)
     tied = gaps == 0
     bounds = 0.0, pairs.largest_tolerance(float(values[-1]))
-    _tie_groups(xp, tied, values, gaps, _by_order(xp, pairs.tolerance, order, tied), *bounds)
+    _tie_groups(
+        xp, tied, values, gaps, _tolerance_by_position(xp, pairs.tolerance, order, tied), *bounds
+    )
     if not pairs.input_is_float64:
         # The square root of a distance moves by no more than the rows do.
         values = xp.sqrt(values)
         bounds = 4 * float(pairs.half_ulps.amin()), 4 * float(pairs.half_ulps.amax())
-        tolerance = _by_order(xp, pairs.twice_input_shift, order, tied)
-        _tie_groups(xp, tied, values, _gaps(xp, values), tolerance, *bounds)
+        tolerance = _tolerance_by_position(xp, pairs.twice_input_shift, order, tied)
+        _tie_groups(xp, tied, values, _find_gaps(xp, values), tolerance, *bounds)
 
     ranks = xp.arange(1, len(d2) + 1, dtype=d2.dtype, device=d2.device)
-    first, last = _groups(xp, tied)
+    first, last = _find_groups(xp, tied)
     size = last - first + 1
-    ranks[_ranges(xp, first, size)] = _repeat(xp, (ranks[first] + ranks[last]) / 2, size)
+    ranks[_concatenate_ranges(xp, first, size)] = _repeat(
+        xp, (ranks[first] + ranks[last]) / 2, size
+    )
     out = xp.empty_like(d2)
     out[order] = ranks
     return torch.as_tensor(out)
 
 
-def _gaps(xp: Any, values: Array) -> Array:
+def _find_gaps(xp: Any, values: Array) -> Array:
     """Return the gaps (N + 1,) before each of the ascending values (N,), and after the last."""
     gaps = xp.full((len(values) + 1,), np.inf, dtype=values.dtype, device=values.device)
     gaps[1:-1] = values[1:] - values[:-1]
     return gaps
 
 
-def _groups(xp: Any, inside: Array) -> tuple[Array, Array]:
+def _find_groups(xp: Any, inside: Array) -> tuple[Array, Array]:
     """Return the first and last index of each group with several members.
 
     ``inside`` (N + 1,) says whether a gap lies within a group.
@@ -107,7 +111,7 @@ def _groups(xp: Any, inside: Array) -> tuple[Array, Array]:
     return edges[:-1][has_several], edges[1:][has_several] - 1
 
 
-def _ranges(xp: Any, first: Array, size: Array) -> Array:
+def _concatenate_ranges(xp: Any, first: Array, size: Array) -> Array:
     """Concatenate the ranges first … first + size - 1."""
     starts = _repeat(xp, first - size.cumsum(0) + size, size)
     return starts + xp.arange(len(starts), device=starts.device)
@@ -117,7 +121,7 @@ def _repeat(xp: Any, values: Array, times: Array) -> Array:
     return values.repeat_interleave(times) if xp is torch else values.repeat(times)
 
 
-def _by_order(
+def _tolerance_by_position(
     xp: Any, tolerance: Callable[..., Tensor], order: Array, tied: Array
 ) -> Callable[[Array], Array]:
     """Make a tolerance of pairs a function of positions in ascending order of distance.
@@ -148,25 +152,25 @@ def _tie_groups(
 ) -> None:
     """Set ``tied`` (N + 1,) in place for the gaps inside groups of values (N,) that tie.
 
-    ``tolerance`` gives the tolerances at positions; the bounds hold for all of them.
+    ``tolerance`` returns the tolerances at positions; the bounds hold for all of them.
     """
     # The largest tolerance makes the widest groups, and every group lies within one of them. Either
-    # it is all of that one, or the next value is within _MIN_GAP of the largest tolerance, and then
+    # it fills that one, or the next value is within _MIN_GAP times the largest tolerance, and then
     # only a large group can tie. So most groups are rejected before tolerances are computed.
     near = gaps <= _MIN_GAP * max_tolerance
     if not bool(near.any()):
         return
-    first, last = _groups(xp, near)
+    first, last = _find_groups(xp, near)
     margin, size = xp.minimum(gaps[first], gaps[last + 1]), last - first
     may_tie = margin * size > _PAIR_GAP * min_tolerance
     may_tie &= values[last] - values[first] <= max_tolerance
     may_tie |= _MIN_GAP * max_tolerance * size > _PAIR_GAP * min_tolerance
     if not bool(may_tie.any()):
         return
-    near = _ranges(xp, first[may_tie] + 1, size[may_tie])
+    near = _concatenate_ranges(xp, first[may_tie] + 1, size[may_tie])
     reach = xp.full_like(gaps, -1)
     reach[near] = tolerance(near - 1)
-    first, last = _groups(xp, gaps <= _MIN_GAP * reach)
+    first, last = _find_groups(xp, gaps <= _MIN_GAP * reach)
     t = reach[first + 1]
     margin = xp.minimum(gaps[first], gaps[last + 1])
     n_steps = last - first  # between different numbers
@@ -175,4 +179,4 @@ def _tie_groups(
         n_steps = n_steps - (before[last] - before[first])
         n_steps += n_steps == 0
     ties = (values[last] - values[first] <= t) & (margin * n_steps > _PAIR_GAP * t)
-    tied[_ranges(xp, first[ties] + 1, (last - first)[ties])] = True
+    tied[_concatenate_ranges(xp, first[ties] + 1, (last - first)[ties])] = True

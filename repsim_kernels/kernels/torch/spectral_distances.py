@@ -95,8 +95,9 @@ class AblationBatch:
     ) -> None:
         """Take the Grams (B, n, n) of the cells, or of the remaining neurons as ``rest``.
 
-        Or, for one ablation, take the remaining features (m, r) in the original's basis. Each of
-        ``factors`` computes such features for one ablation, or returns None.
+        A single ablation may pass ``features`` instead: the remaining features (m, r) in the
+        original's basis. Each of ``factors`` computes such features for one ablation, or returns
+        None.
         """
         self.original, self.features, self.factors = original, features, factors
         self.v, self.solvers = original.v, original.solvers
@@ -136,7 +137,8 @@ class AblationBatch:
     def procrustes(self) -> Distances:
         """Return squared distances (B,), with both representations scaled to unit norm.
 
-        With y = tr G / tr L, x = tr D / tr L and r = √(1 - y), it is 2 (x - y/(1 + r)) / r.
+        With y = tr G / tr L, x = tr D / tr L and r = √(1 - y), the distance is
+        2 (x - y/(1 + r)) / r.
         """
         root, total = self.v.sqrt(), self.v.sum()
         out, (route, steps) = self._all_nan(), self._same_route(Route.ITERATIONS)
@@ -172,12 +174,13 @@ class AblationBatch:
     def loss(self) -> Tensor:
         """ΔP = P_L - P_K, where P_L = L(L + κI)⁻¹ = diag(shrunk); (B, m, m)."""
         self.original.check_ridge()
-        kappa, other = self.original.kappa, self.kappa[:, None]
+        kappa, rest_kappa = self.original.kappa, self.kappa[:, None]
         regular = self.rest.clone()
-        regular.diagonal(dim1=1, dim2=2).add_(other)
-        # κ′L - κK_c, from the Gram that was computed directly: the other one is a difference.
+        regular.diagonal(dim1=1, dim2=2).add_(rest_kappa)
+        # κ′L - κK_c, from the Gram that was computed directly; the other Gram is a difference.
         right = kappa * self.cell if self.has_cell else -kappa * self.rest
-        right.diagonal(dim1=1, dim2=2).add_((other - kappa if self.has_cell else other) * self.v)
+        shift = rest_kappa - kappa if self.has_cell else rest_kappa
+        right.diagonal(dim1=1, dim2=2).add_(shift * self.v)
         solved = torch.cholesky_solve(right, torch.linalg.cholesky(regular)).div_(self.v + kappa)
         return (solved + solved.mT).div_(2)
 

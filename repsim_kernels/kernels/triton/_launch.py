@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from repsim_kernels.kernels._cuda import check_grid as check_grid
-from repsim_kernels.kernels._cuda import scale as scale
+from repsim_kernels.kernels._cuda import find_scale as find_scale
 
 PRECISIONS = ("tf32x3", "tf32", "ieee")
 
@@ -31,8 +31,8 @@ class CompileCase:
     """A launcher call at one of the study's shapes; tests/compile compiles the kernels it starts.
 
     ``call`` receives the device and may leave its tensors uninitialised, since nothing runs.
-    ``products`` tells whether the kernel must use tensor cores; ``archs`` lists the targets, 90
-    for sm_90.
+    ``products`` tells whether the kernel must use tensor cores. ``archs`` lists the targets: 90 is
+    sm_90.
     """
 
     name: str
@@ -42,12 +42,12 @@ class CompileCase:
     archs: tuple[int, ...] = (80, 90, 100)
 
 
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter on CPU tensors; fixed at their import."""
+def is_interpreted() -> bool:
+    """Return whether kernels run in Triton's interpreter, on CPU tensors; fixed at their import."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def release(version: str) -> tuple[int, ...]:
+def parse_release(version: str) -> tuple[int, ...]:
     """Parse the first two numbers of a version string."""
     return tuple(map(int, version.split(".")[:2]))
 
@@ -60,7 +60,7 @@ def interpreter_unsupported() -> str | None:
     """
     import triton
 
-    if release(triton.__version__) >= (3, 7) or release(np.__version__) < (2, 4):
+    if parse_release(triton.__version__) >= (3, 7) or parse_release(np.__version__) < (2, 4):
         return None
     return (
         f"Triton {triton.__version__}'s interpreter fails with NumPy {np.__version__}; "
@@ -70,10 +70,10 @@ def interpreter_unsupported() -> str | None:
 
 def unsupported(*tensors: Tensor) -> str | None:
     """Return why no kernel can take these tensors, or None if one can."""
-    if interpreted() and (reason := interpreter_unsupported()) is not None:
+    if is_interpreted() and (reason := interpreter_unsupported()) is not None:
         return reason
     for t in tensors:
-        if t.device.type == "cpu" and not interpreted():
+        if t.device.type == "cpu" and not is_interpreted():
             return "it needs CUDA tensors (or TRITON_INTERPRET=1, which is for tests)"
         if t.device.type not in ("cpu", "cuda"):
             return f"it needs CUDA tensors, not {t.device.type}"

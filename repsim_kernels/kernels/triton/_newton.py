@@ -108,8 +108,8 @@ def rounding_error(raw, diagonal, u, longest):
     raw and diagonal are the Hessian's diagonal before and after eliminating the intercept, the
     latter infinite for constant neurons. longest is the longest step that `solve_cg` returns.
     """
-    # A squared residual is at most its weight where the margin has the right sign, and not far
-    # above it where the sign is wrong.
+    # A squared residual is at most its weight if the margin has the right sign, and not far above
+    # it otherwise.
     pull = 2 * tl.max(tl.sqrt(raw / diagonal), 0) * longest
     pull += tl.sqrt(tl.sum(u * u * raw, 0) * longest)
     return 1.2e-7 * pull / tl.sqrt(tl.min(diagonal, 0))

@@ -1,7 +1,7 @@
 """Distances between a representation and its ablations; Triton kernels read the activations.
 
-Everything after the Gram matrices is n x n, in float64, and shared with the torch backend, with
-faster solvers.
+Everything after the Gram matrices is n x n, in float64, and shared with the torch backend apart
+from the solvers, which are faster.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from repsim_kernels.kernels.torch import ablation, panels
 from repsim_kernels.kernels.torch import gram as torch_gram
 from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton.cca import variate_weights
-from repsim_kernels.kernels.triton.gram import cell_sums
+from repsim_kernels.kernels.triton.gram import cell_statistics
 from repsim_kernels.kernels.triton.spectral import SOLVERS
 
 
@@ -29,17 +29,19 @@ def unsupported(x: Tensor) -> str | None:
 def make_passes(precision: str) -> ablation.Passes:
     """Build the passes over x that `ablation_distances` and `ablation_decodability` make."""
 
-    def sum_cells(
+    def compute_cell_statistics(
         x: Tensor, cells: np.ndarray, n_cells: int, shifts: bool
     ) -> tuple[panels.Panels, Tensor, Tensor]:
         if x.shape[1] >= x.shape[0]:
-            g, live, shift = cell_sums(x, cells, n_cells, shifts, precision=precision)
-            if int(live.sum()) >= x.shape[0]:
-                return panels.panels_view(g), live, shift
+            g, n_varying, shift = cell_statistics(x, cells, n_cells, shifts, precision=precision)
+            if int(n_varying.sum()) >= x.shape[0]:
+                return panels.panels_view(g), n_varying, shift
         # With fewer varying neurons than stimuli the Gram is singular, which rounding would hide.
-        return torch_gram.cell_sums(x, cells, n_cells, shifts)
+        return torch_gram.cell_statistics(x, cells, n_cells, shifts)
 
-    return ablation.Passes(sum_cells, functools.partial(variate_weights, precision=precision))
+    return ablation.Passes(
+        compute_cell_statistics, functools.partial(variate_weights, precision=precision)
+    )
 
 
 def ablation_distances(

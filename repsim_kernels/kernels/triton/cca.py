@@ -25,7 +25,7 @@ class Launch:
 def choose(
     k: int, p: int, dtype: torch.dtype, precision: str, capability: tuple[int, int]
 ) -> Launch:
-    """Launch settings for k directions and p neurons."""
+    """Choose launch settings for k directions and p neurons."""
     # The product is the cost, so take the largest tile that does not spill. Operands are in
     # registers before 9.0, with "ieee", and while 16 bits are widened to 32; on 10.0 "tf32" has
     # 128 registers.
@@ -107,7 +107,7 @@ def variate_weights(
     h = (h - h.mean(1, keepdim=True)).to(torch.float32).contiguous()
     pieces = -(-p // launch.chunk)
     out = torch.empty(pieces, k, dtype=torch.float64, device=x.device)
-    scale = _launch.scale(x)
+    scale = _launch.find_scale(x)
     _launch.launch(
         _variate_weights_kernel,
         (triton.cdiv(k, launch.block_k), pieces),

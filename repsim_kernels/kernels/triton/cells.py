@@ -30,7 +30,7 @@ def choose(
     dtype: torch.dtype,
     capability: tuple[int, int],
 ) -> Launch:
-    """Launch settings for n stimuli; by_neuron: x is neuron-major in memory."""
+    """Choose launch settings for n stimuli; by_neuron: x is neuron-major in memory."""
     if by_neuron:
         # A class's stimuli are scattered in memory, so a tile sums 16 classes (8 if there are no
         # more) by a one-hot product; with a single group of classes, stimuli are read in order.
@@ -116,7 +116,7 @@ def _class_means_kernel(
     tl.store(means, total / count[None, :], mask=inside)
 
 
-def _divided_sums(
+def _sum_and_divide(
     x: Tensor, labels: np.ndarray, counts: np.ndarray, launch: Launch | None
 ) -> Tensor:
     """Sum x over the stimuli of each class and divide by the class's entry of counts (k,)."""
@@ -158,7 +158,7 @@ def class_means(
     x: Tensor, *, labels: np.ndarray, n_classes: int, launch: Launch | None = None
 ) -> Tensor:
     """Average x (n, p) over the stimuli of each class: (n_classes, p), float64."""
-    return _divided_sums(x, labels, np.bincount(labels, minlength=n_classes), launch)
+    return _sum_and_divide(x, labels, np.bincount(labels, minlength=n_classes), launch)
 
 
 def selectivity_grid(
@@ -172,7 +172,7 @@ def selectivity_grid(
 ) -> Tensor:
     """Assign each neuron of x (n, p) to a cell by selectivity, then magnitude: (p,) or (C, p)."""
     is_target = labels == target
-    sums = _divided_sums(x, is_target.astype(np.int64), np.ones(2, np.int64), launch)
+    sums = _sum_and_divide(x, is_target.astype(np.int64), np.ones(2, np.int64), launch)
     return grid_from_sums(*sums, n_target=int(is_target.sum()), n=len(x), grid=grid, edges=edges)
 
 

@@ -21,8 +21,8 @@ from repsim_kernels.kernels.torch.columns import sort_by_cell
 from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton.neuron_major import neuron_major
 
-# Bytes of activations that several partitions read together: half of an H100's L2 cache of 50 MB
-# (an H200 has 60 MB).
+# Bytes of activations that several partitions read together: half of the 50 MB of an H100's L2
+# cache (an H200 has 60 MB).
 _L2 = 25 * 2**20
 
 
@@ -37,13 +37,13 @@ class Launch:
 
 
 def choose(n: int, columns: int, precision: str, capability: tuple[int, int]) -> Launch:
-    """Launch settings for n stimuli and a number of columns, counted once per partition."""
+    """Choose launch settings for n stimuli and a number of columns, counted once per partition."""
     # One tile for up to 64 stimuli. With the gather, tiles of 128 spill: two levels of sums, 64-bit
     # addresses and the two parts of tf32x3's operands do not fit in 255 registers.
     block_n = max(16, triton.next_power_of_2(min(n, 64)))
     # Four waves of programs on 132 multiprocessors. With 8192 neurons, writing the tile is 1 % of
     # a program's traffic.
-    chunk = columns * _tiles(n, block_n) // (4 * 132) // 512 * 512
+    chunk = columns * _count_tiles(n, block_n) // (4 * 132) // 512 * 512
     # A tile of 64 has 16 accumulators per thread, twice for the two levels of sums. With 8 warps
     # the compiler then limits itself to 128 registers, too few on 10.0 for the two parts of
     # tf32x3's operands, and before 9.0 for operands in registers.
@@ -62,7 +62,7 @@ def choose(n: int, columns: int, precision: str, capability: tuple[int, int]) ->
     )
 
 
-def _tiles(n: int, block_n: int) -> int:
+def _count_tiles(n: int, block_n: int) -> int:
     """Count the tiles on and below the diagonal."""
     tiles = -(-n // block_n)
     return tiles * (tiles + 1) // 2
@@ -80,7 +80,7 @@ def unsupported(x: Tensor) -> str | None:
 
 @triton.jit
 def _gram_kernel(
-    x_ptr, scale_ptr, order_ptr, items_ptr, partial_ptr, live_ptr, n, length, stride_n, stride_p,
+    x_ptr, scale_ptr, order_ptr, items_ptr, partial_ptr, varies_ptr, n, length, stride_n, stride_p,
     GATHER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, INNER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -118,8 +118,8 @@ def _gram_kernel(
             part = tl.dot(a, b, part, input_precision=PRECISION)  # (BLOCK_N, BLOCK_N)
             if GATHER:  # noqa: SIM102 (a compile-time condition, then a run-time one)
                 if j == 0:
-                    alive = tl.max(tl.abs(a), 0) > 0
-                    tl.store(live_ptr + i.to(tl.int64) * length + at, alive, mask=inside)
+                    varies = tl.max(tl.abs(a), 0) > 0
+                    tl.store(varies_ptr + i.to(tl.int64) * length + at, varies, mask=inside)
         total += part
 
     square = tl.arange(0, BLOCK_N)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -210,14 +210,14 @@ def centered_gram(
     precision: str = "tf32x3",
     launch: Launch | None = None,
 ) -> Tensor:
-    """Gram matrices (…, n, n) of x (…, n, p), centred; float64."""
+    """Return the Gram matrices (…, n, n) of x (…, n, p), centred, in float64."""
     n, p = x.shape[-2:]
     batch = x.reshape(-1, n, p)
     bounds = np.tile([[0, p]], (len(batch), 1))
     base = np.arange(len(batch)) * batch.stride(0)
     launch = launch or choose(n, p * len(batch), precision, _launch.capability(x.device))
     segments = _Segments(base, bounds, np.arange(len(batch)), len(batch), None)
-    g = _grams(batch, segments, precision, launch, False)[0].view(*x.shape[:-1], n)
+    g = _sum_grams(batch, segments, precision, launch, False)[0].view(*x.shape[:-1], n)
     if kernel == "linear":
         return torch_gram.centre_gram(g)
     assert sigma is not None
@@ -232,17 +232,17 @@ def cell_grams(
     precision: str = "tf32x3",
     launch: Launch | None = None,
 ) -> Tensor:
-    """Gram matrix of each cell, (C, n, n) float64, given labels (p,) or a membership (C, p).
+    """Return the Gram matrix of each cell, (C, n, n) float64.
 
-    Partitions (T, p) give (T, C, n, n).
+    ``cells`` are labels (p,), a membership (C, p), or partitions (T, p), which give (T, C, n, n).
     """
-    g = cell_sums(x, cells, n_cells, precision=precision, launch=launch)[0]
+    g = cell_statistics(x, cells, n_cells, precision=precision, launch=launch)[0]
     if cells.ndim == 2 and cells.dtype != np.bool_:
         return g.view(len(cells), n_cells, *g.shape[1:])
     return g
 
 
-def cell_sums(
+def cell_statistics(
     x: Tensor,
     cells: np.ndarray,
     n_cells: int,
@@ -251,7 +251,10 @@ def cell_sums(
     precision: str = "tf32x3",
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the torch backend's `cell_sums` from one read of x; T partitions give T C cells."""
+    """Compute the torch backend's `cell_statistics` from one read of x.
+
+    The cells of T partitions are numbered consecutively, T C in all.
+    """
     n, p = x.shape
     if x.stride(1) < x.stride(0):
         # A cell's neurons are scattered along a row; neuron-major, each is read as a whole row.
@@ -275,11 +278,11 @@ def cell_sums(
     owner = np.concatenate(owners)
     base = np.zeros(len(owner), dtype=np.int64)
     segments = _Segments(base, np.concatenate(bounds), owner, len(tables) * n_cells, columns)
-    g, live, u = _grams(x, segments, precision, launch, shifts)
+    g, n_varying, u = _sum_grams(x, segments, precision, launch, shifts)
     if u is None:
-        return torch_gram.centre_gram(g), live, g.new_zeros(g.shape[:-1])
+        return torch_gram.centre_gram(g), n_varying, g.new_zeros(g.shape[:-1])
     shift = u + g.mean(-1)
-    return torch_gram.centre_gram(g), live, shift - shift.mean(-1, keepdim=True)
+    return torch_gram.centre_gram(g), n_varying, shift - shift.mean(-1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -293,13 +296,13 @@ class _Segments:
     columns: Tensor | None  # neuron at each position, int32 on the device; None: the position
 
 
-def _grams(
+def _sum_grams(
     x: Tensor, segments: _Segments, precision: str, launch: Launch, shifts: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the Grams of D = x - x₀, the numbers of varying neurons, and D x₀.
+    """Return the Grams of D = x - x₀, their numbers of varying neurons, and D x₀.
 
-    x₀ is the first stimulus. The numbers are zero unless columns are gathered; D x₀ is None
-    without columns or without ``shifts``.
+    x₀ is the first stimulus. The numbers are zero if no columns are gathered; D x₀ is None without
+    columns or without ``shifts``.
     """
     n, device, columns = x.shape[-2], x.device, segments.columns
     bounds, owner, n_grams = segments.bounds, segments.owner, segments.n_grams
@@ -316,15 +319,15 @@ def _grams(
     table = np.stack([segments.base[segment], first, last, slot], 1).astype(np.int64)
     items = torch.from_numpy(table).to(device)
 
-    pairs, tiles = _tiles(n, launch.block_n), -(-n // launch.block_n)
+    pairs, tiles = _count_tiles(n, launch.block_n), -(-n // launch.block_n)
     length = 0 if columns is None else len(columns)
     partial = torch.empty(len(items) * pairs * launch.block_n**2, device=device)
-    live = torch.zeros(tiles, length, dtype=torch.bool, device=device)
+    varies = torch.zeros(tiles, length, dtype=torch.bool, device=device)
     g = torch.empty(n_grams, n, n, dtype=torch.float64, device=device)
-    scale = _launch.scale(x)
+    scale = _launch.find_scale(x)
     strides = x.stride()[-2:]
     if len(items):
-        tensors = x, scale, columns, items, partial, live
+        tensors = x, scale, columns, items, partial, varies
         _launch.launch(
             _gram_kernel,
             (len(items) * pairs,),  # y allows 65,535 blocks, the pairs of 23,104 stimuli
@@ -344,15 +347,15 @@ def _grams(
         BLOCK_N=launch.block_n,
         STRIP=16,
     )
-    n_live = torch.zeros(n_grams, dtype=torch.int64, device=device)
+    n_varying = torch.zeros(n_grams, dtype=torch.int64, device=device)
     if columns is None:
-        return g, n_live, None
-    running = torch.cat([n_live.new_zeros(1), live.any(0).cumsum(0)])
+        return g, n_varying, None
+    running = torch.cat([n_varying.new_zeros(1), varies.any(0).cumsum(0)])
     ends = torch.from_numpy(bounds).to(device)
     per_segment = running[ends[:, 1]] - running[ends[:, 0]]
-    n_live.index_add_(0, torch.from_numpy(owner).to(device), per_segment)
+    n_varying.index_add_(0, torch.from_numpy(owner).to(device), per_segment)
     if not shifts:
-        return g, n_live, None
+        return g, n_varying, None
     u = torch.zeros(len(items) + 1, n, dtype=torch.float64, device=device)
     if len(items):
         sizes = {"BLOCK_N": launch.block_n, "BLOCK_P": launch.block_p}
@@ -362,7 +365,7 @@ def _grams(
     # Pad the pieces of each Gram to the largest number with the row of zeros at the end.
     index = slots[:-1, None] + np.arange(max(1, counts.max(initial=0)))
     index[index >= slots[1:, None]] = len(items)
-    return g, n_live, u[torch.from_numpy(index).to(device)].sum(1)
+    return g, n_varying, u[torch.from_numpy(index).to(device)].sum(1)
 
 
 def _make_case(
@@ -372,7 +375,7 @@ def _make_case(
         x = torch.empty(p, n, dtype=dtype, device=device).mT
         if cells:
             labels = np.arange(p) % cells
-            cell_sums(x, labels, cells, shifts=True, precision=precision)
+            cell_statistics(x, labels, cells, shifts=True, precision=precision)
         else:
             centered_gram(x, kernel="linear", sigma=None, precision=precision)
 

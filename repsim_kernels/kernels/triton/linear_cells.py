@@ -33,7 +33,7 @@ class Launch:
 
 
 def choose(n: int, dtype: torch.dtype, precision: str, capability: tuple[int, int]) -> Launch:
-    """Launch settings for n stimuli."""
+    """Choose launch settings for n stimuli."""
     return Launch(
         # The weights are gathered once per 64 stimuli.
         rows=max(16, min(64, triton.next_power_of_2(n))),
@@ -79,8 +79,8 @@ def _parts_kernel(
         x = x.to(tl.float32).to(PRODUCT)  # (ROWS, DEPTH)
         w = w.to(tl.float32).to(PRODUCT)
         part = tl.dot(x, w, part, input_precision=PRECISION)  # (ROWS, OUTS)
-    to = (item * n + i)[:, None] * outs + o[None, :]
-    tl.store(parts_ptr + to, part, mask=(i < n)[:, None] & (o < outs)[None, :])
+    target = (item * n + i)[:, None] * outs + o[None, :]
+    tl.store(parts_ptr + target, part, mask=(i < n)[:, None] & (o < outs)[None, :])
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def _others_kernel(
     parts_ptr, ranges_ptr, scale_ptr, bias_ptr, out_ptr, items, size, outs, cells,
     ACTIVATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,), of (n, outs)
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,), in (n, outs)
     mask = e < size
     total = tl.zeros((BLOCK,), tl.float64)
     source = parts_ptr
@@ -99,19 +99,19 @@ def _others_kernel(
         first = tl.load(ranges_ptr)
         last = tl.load(ranges_ptr + 1)
         ranges_ptr += 2
-        own = tl.zeros((BLOCK,), tl.float64)
+        cell_sum = tl.zeros((BLOCK,), tl.float64)
         source = parts_ptr + first.to(tl.int64) * size
         for _ in range(first, last):
-            own += tl.load(source + e, mask=mask, other=0.0)
+            cell_sum += tl.load(source + e, mask=mask, other=0.0)
             source += size
-        value = total - own
+        value = total - cell_sum
         # A NaN or infinity in this cell makes the difference NaN; sum the other cells instead.
         if tl.max((value != value).to(tl.int32), 0) != 0:
             value = tl.zeros((BLOCK,), tl.float64)
             source = parts_ptr
             for item in range(0, items):
-                other = (item < first) | (item >= last)
-                value += tl.load(source + e, mask=mask & other, other=0.0)
+                outside = (item < first) | (item >= last)
+                value += tl.load(source + e, mask=mask & outside, other=0.0)
                 source += size
         if scale_ptr is not None:
             value *= tl.load(scale_ptr + e % outs, mask=mask, other=0.0).to(tl.float32)

@@ -21,9 +21,9 @@ gradients take 10 s (tf32: 244 thousand cycles, 1.1 µs, 44 s). Without any over
 thousand cycles and 78 s. A multiprocessor has registers for one program of 8 warps and none to
 spare, so a step passes its results to the next through memory.
 
-A fit that rounding may have moved too far does not count as converged. That estimate takes the
-smallest curvature from the steps of conjugate gradients. The launcher hands such fits to the torch
-kernel, which resumes them in float64.
+A fit that rounding may have moved too far does not count as converged; the estimate of that
+movement takes the smallest curvature from the steps of conjugate gradients. The launcher hands such
+fits to the torch kernel, which resumes them in float64.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from repsim_kernels.kernels.triton._newton import (
 )
 
 # Triton 3.6 can't compile this kernel's products in the tensor memory of 10.x and 11.x GPUs.
-_OLD_TRITON = _launch.release(triton.__version__) < (3, 8)
+_OLD_TRITON = _launch.parse_release(triton.__version__) < (3, 8)
 _FITS = 2**14  # per launch: 109 MB of scratch for 500 stimuli, and the tail is 1 % of the time
 _STEPS = 8  # from a cold start: 4 to 12 on four kinds of activations of magnitude 1
 
@@ -66,13 +66,13 @@ class Launch:
 def choose(
     n: int, d: int, dtype: torch.dtype, precision: str, capability: tuple[int, int]
 ) -> Launch:
-    """Launch settings for regressions of n stimuli on d neurons."""
+    """Choose launch settings for regressions of n stimuli on d neurons."""
     block_d = max(16, triton.next_power_of_2(d))
     return Launch(
         block_d=block_d,
         block_n=16,
         # Up to 16 elements per thread, with all their loads in flight; 64 neurons spill. Without
-        # tensor cores the Hessian's operands leave no registers for that.
+        # tensor cores the Hessian's operands leave no registers for more than one neuron.
         rows=1 if precision == "ieee" else min(32, max(1, 4096 // triton.next_power_of_2(n))),
         # The Hessian takes 64 registers of each thread at 128 neurons, and at most 32 below.
         num_warps=8 if block_d == 128 else 4,
@@ -160,7 +160,7 @@ def _logistic_fits_kernel(
 
     # The start counts as a step from w = 0 and the log-odds, so it is halved while it is worse.
     share = tl.sum((tl.load(signs_ptr + k, mask=k < n, other=0) > 0).to(tl.float32), 0) / n
-    least = -n * (share * tl.log(share) + (1 - share) * tl.log(1 - share))
+    min_loss = -n * (share * tl.log(share) + (1 - share) * tl.log(1 - share))
     tl.store(u_ptr + i, u)
     tl.store(du_ptr + i, u)
     dc = c - tl.log(share / (1 - share))
@@ -175,13 +175,13 @@ def _logistic_fits_kernel(
         sign = tl.load(signs_ptr + k, mask=k < n, other=0).to(tl.float32)
         margin = sign * (z + c)
         e = tl.exp(-tl.abs(margin))
-        # log(1 + e), by its series where 1 + e would lose e's digits.
+        # log(1 + e), by its series if 1 + e would lose e's digits.
         series = e * (1 - e * (1 / 2 - e * (1 / 3 - e * (1 / 4))))
         losses = tl.maximum(-margin, 0) + tl.where(e < 1 / 64, series, tl.log(1 + e))
         u = tl.load(u_ptr + i)
         loss = tl.sum(tl.where(k < n, losses, 0), 0) + penalty / 2 * tl.sum(u * u, 0)
-        if loss <= least * (1 + 1e-5):  # rounding of large margins can add that much
-            least = loss
+        if loss <= min_loss * (1 + 1e-5):  # rounding of large margins can add that much
+            min_loss = loss
             steps += 1
             residual = -sign * tl.where(margin > 0, e, 1) / (1 + e)  # 0 past the last stimulus
             weight = tl.where(k < n, e / ((1 + e) * (1 + e)), 0)
@@ -229,8 +229,8 @@ def _logistic_fits_kernel(
             c += dc
             small = tl.max(tl.abs(du), 0) <= tol * tl.max(tl.abs(u), 0)
             small = small & (tl.abs(dc) <= tol * tl.maximum(tl.abs(c), 1))
-            # From the second step on, a gain below rounding error means that only noise is left.
-            gains = (gain > 1e-14 * least) | (steps == 1)
+            # From the second step on, a gain below rounding error means that only noise remains.
+            gains = (gain > 1e-14 * min_loss) | (steps == 1)
             halvings = tl.where(small, -1, tl.where(gains, 30, 0))
             tl.debug_barrier()
             tl.store(longest_ptr, longest)

@@ -33,7 +33,7 @@ class Launch:
 
 
 def choose(n: int, p: int, cells: int, dtype: torch.dtype, capability: tuple[int, int]) -> Launch:
-    """Launch settings for n stimuli of p units and a number of cells."""
+    """Choose launch settings for n stimuli of p units and a number of cells."""
     # 8 elements per thread in 4 warps: 16-byte stores, few registers, many resident programs.
     block = min(1024, max(16, triton.next_power_of_2(p)))
     # All copies from one read, unless that leaves fewer programs than a GPU runs concurrently.
@@ -144,7 +144,7 @@ def ablate(
     rows = rows.reshape(-1, *units).permute(0, *(d + 1 for d in ranks)).contiguous()
 
     def extent(d: int) -> int:
-        """Distance between neighbours along d within one stimulus's units, in memory order."""
+        """Return how far apart neighbours along d are among one stimulus's units in memory."""
         return prod(activation.shape[e] for e in order[order.index(d) + 1 :] if e != 0)
 
     inner = extent(0)

@@ -32,7 +32,7 @@ class Launch:
 def choose(
     outs: int, cells: int, dtype: torch.dtype, precision: str, capability: tuple[int, int]
 ) -> Launch:
-    """Launch settings for a number of outputs and cells."""
+    """Choose launch settings for a number of outputs and cells."""
     copies = min(4, triton.next_power_of_2(cells))
     ieee = dtype == torch.float32 and precision == "ieee"
     return Launch(
@@ -90,8 +90,8 @@ def _masked_pointwise_kernel(
     bit = cell % 8 + tl.arange(0, CELLS)  # (CELLS,)
     row = (block // out_tiles // cell_tiles).to(tl.int64) * ROWS
     r = row + tl.arange(0, ROWS)  # (ROWS,)
-    x_at = r // pixels * x_image + r % pixels * x_pixel
-    bits_at = (r % pixels).to(tl.int32) * bits_pixel
+    x_row = r // pixels * x_image + r % pixels * x_pixel
+    bits_row = (r % pixels).to(tl.int32) * bits_pixel
 
     total = tl.zeros((CELLS * ROWS, OUTS), tl.float32)
     for start in range(0, channels, INNER):
@@ -99,15 +99,15 @@ def _masked_pointwise_kernel(
         for step in range(start, tl.minimum(start + INNER, channels), DEPTH):
             k = step + tl.arange(0, DEPTH)  # (DEPTH,)
             if CHANNELS_LAST:
-                x_to = x_at[:, None] + k[None, :] * x_channel  # (ROWS, DEPTH)
-                bits_to = bits_at[:, None] + k[None, :] * bits_channel
+                x_offsets = x_row[:, None] + k[None, :] * x_channel  # (ROWS, DEPTH)
+                bits_offsets = bits_row[:, None] + k[None, :] * bits_channel
                 mask = (r < rows)[:, None] & (k < channels)[None, :]
             else:  # consecutive lanes read consecutive pixels, as in memory
-                x_to = k[:, None] * x_channel + x_at[None, :]  # (DEPTH, ROWS)
-                bits_to = k[:, None] * bits_channel + bits_at[None, :]
+                x_offsets = k[:, None] * x_channel + x_row[None, :]  # (DEPTH, ROWS)
+                bits_offsets = k[:, None] * bits_channel + bits_row[None, :]
                 mask = (k < channels)[:, None] & (r < rows)[None, :]
-            x = tl.load(x_ptr + x_to, mask=mask, other=0.0).to(tl.float32)
-            bits = tl.load(bits_ptr + bits_to, mask=mask, other=0).to(tl.int32)
+            x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(tl.float32)
+            bits = tl.load(bits_ptr + bits_offsets, mask=mask, other=0).to(tl.int32)
             hit = (bits[None, :, :] >> bit[:, None, None]) & 1
             x = tl.where(hit != 0, 0.0, x[None, :, :])
             if not CHANNELS_LAST:
@@ -127,14 +127,14 @@ def _masked_pointwise_kernel(
     q = tl.arange(0, CELLS * ROWS)  # (CELLS * ROWS,)
     c = cell + q // ROWS
     r = row + q % ROWS
-    to = c.to(tl.int64) * out_copy + r // pixels * out_image + r % pixels * out_pixel
+    target = c.to(tl.int64) * out_copy + r // pixels * out_image + r % pixels * out_pixel
     inside = (c < cells) & (r < rows)
     if CHANNELS_LAST:
         mask = inside[:, None] & (o < outs)[None, :]
-        tl.store(out_ptr + to[:, None] + o[None, :] * out_channel, total, mask=mask)
+        tl.store(out_ptr + target[:, None] + o[None, :] * out_channel, total, mask=mask)
     else:
         mask = (o < outs)[:, None] & inside[None, :]
-        tl.store(out_ptr + o[:, None] * out_channel + to[None, :], tl.trans(total), mask=mask)
+        tl.store(out_ptr + o[:, None] * out_channel + target[None, :], tl.trans(total), mask=mask)
 
 
 def masked_pointwise(
@@ -201,7 +201,7 @@ def masked_pointwise(
 def product_dtype(dtype: torch.dtype) -> tl.dtype:
     """Return the type in which tiles of a dtype are multiplied."""
     if dtype == torch.bfloat16:  # the interpreter multiplies bfloat16 wrongly
-        return tl.float32 if _launch.interpreted() else tl.bfloat16
+        return tl.float32 if _launch.is_interpreted() else tl.bfloat16
     return tl.float16 if dtype == torch.float16 else tl.float32
 
 

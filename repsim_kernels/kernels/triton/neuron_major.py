@@ -22,7 +22,7 @@ class Launch:
 
 
 def choose(n: int, inner: int, dtype: torch.dtype, capability: tuple[int, int]) -> Launch:
-    """Launch settings for n stimuli and `inner` neurons that are adjacent in memory."""
+    """Choose launch settings for n stimuli and `inner` neurons that are adjacent in memory."""
     # Writes lines of 256 bytes (128 for 16-bit values); a shorter row is written whole.
     block_n = min(64, triton.next_power_of_2(n))
     # 4096 elements per tile, 32 per thread: all loads are in flight before the first store, and at

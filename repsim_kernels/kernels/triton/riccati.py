@@ -11,8 +11,8 @@ of the float64 tensor cores) and 4.3 TB/s, an H200 needs at least, in µs,
 
 These are predictions, not measurements. The host needs about 7 µs to start a product and 13 µs for
 a kernel, so 80 µs for 4 steps: it stays ahead of the GPU for large matrices, but the GPU would wait
-for it on small ones. Small ones are therefore replayed as a CUDA graph: 10 µs on the host, and 2 or
-3 µs on the GPU for each of 8 kernels, so a call for (100, 49) should take 25 µs instead of 80.
+for it on small ones, whose steps are therefore replayed as a CUDA graph: 10 µs on the host, and 2
+or 3 µs on the GPU for each of 8 kernels, so a call for (100, 49) should take 25 µs instead of 80.
 Capturing costs about 100 µs, which two replays repay; there are up to 6, or more if the next batch
 is allocated at the same addresses.
 """
@@ -45,7 +45,7 @@ class Launch:
 
 
 def choose(batch: int, m: int) -> Launch:
-    """Launch settings for a batch of m x m matrices."""
+    """Choose launch settings for a batch of m x m matrices."""
     return Launch(
         # A tile reads its elements and one sector per diagonal element it needs: 2.5 KB of 18.5.
         # Small matrices have more programs than multiprocessors: 4 per matrix for m = 49.
@@ -53,7 +53,7 @@ def choose(batch: int, m: int) -> Launch:
         block_n=max(16, triton.next_power_of_2(min(m, 64))),
         # 8 elements per thread, with all their loads in flight.
         num_warps=4,
-        # Below 50 MB of traffic, or 12 µs of an H200, while the host needs 20 µs to start a step.
+        # Below 50 MB of traffic, or 12 µs on an H200, since the host needs 20 µs to start a step.
         use_graph=batch * m * m < 2**21,
     )
 

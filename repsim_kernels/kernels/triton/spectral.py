@@ -23,7 +23,7 @@ def unsupported(*tensors: Tensor) -> str | None:
 def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
     """Compute `torch.linalg.eigh` for all matrices at once, by native kernels where possible.
 
-    Raises torch.linalg.LinAlgError if PyTorch can't solve a matrix that those failed on.
+    Raises torch.linalg.LinAlgError if PyTorch can't solve a matrix that they failed on.
     """
     if native.unsupported(a) is not None:
         return torch.linalg.eigh(a)
