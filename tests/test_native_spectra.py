@@ -16,7 +16,7 @@ import repsim_kernels as rk
 from repsim_kernels.kernels.cupy import spectral
 from repsim_kernels.kernels.triton import spectral as solvers
 
-drawn = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+with_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23}
 
 
@@ -24,7 +24,7 @@ EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23}
 def cusolver(monkeypatch):
     """A CuPy used for every size, and a record of the matrices that PyTorch solves."""
     fake = FakeCupy()
-    fake.alone = []
+    fake.solved_by_torch = []
     monkeypatch.setitem(sys.modules, "cupy", fake)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(spectral, "_SHARED", 0)
@@ -35,7 +35,7 @@ def cusolver(monkeypatch):
 
         def solve_alone(a):
             assert a.ndim == 2  # a batch would go to cuSOLVER again
-            fake.alone.append(a)
+            fake.solved_by_torch.append(a)
             return fake.answer(solve, a)
 
         monkeypatch.setattr(torch.linalg, name, solve_alone)
@@ -141,7 +141,7 @@ def test_only_the_wrong_matrix_is_solved_again(cusolver, fault, vectors, dtype, 
         result = spectral.eigh(a, vectors=vectors)
     assert not result["failed"].any()
     assert result["failed"].shape == (2, 3)
-    assert [one.tolist() for one in cusolver.alone] == [a[1, 0].tolist()]
+    assert [matrix.tolist() for matrix in cusolver.solved_by_torch] == [a[1, 0].tolist()]
     assert_solved(a, result)
     others = torch.ones(2, 3, dtype=torch.bool)
     others[1, 0] = False
@@ -153,7 +153,7 @@ def test_only_the_wrong_matrix_is_solved_again(cusolver, fault, vectors, dtype, 
         assert result["vectors"][others].tolist() == right[1][others].tolist()
 
 
-@drawn
+@with_fixture
 @given(
     st.integers(1, 40),
     st.sampled_from(["random", "gram", "repeated", "zero", "graded", "rank 1"]),
@@ -177,9 +177,9 @@ def test_right_results_are_accepted(cusolver, n, kind, dtype, scale, vectors, se
     if dtype == torch.float32:
         scale = np.clip(scale, 1e-30, 1e30)
     a = torch.from_numpy((a + a.T) * scale).to(dtype)
-    cusolver.alone.clear()
+    cusolver.solved_by_torch.clear()
     result = spectral.eigh(a, vectors=vectors)
-    assert cusolver.alone == []
+    assert cusolver.solved_by_torch == []
     assert not result["failed"]
     assert_solved(a, result)
 
@@ -189,7 +189,7 @@ def test_the_lower_triangle_is_used(cusolver, vectors):
     a = symmetric((4, 9))
     rounded = a + 1e-6 * torch.rand(a.shape, generator=torch.Generator().manual_seed(0)).triu(1)
     result = spectral.eigh(rounded, vectors=vectors)
-    assert cusolver.alone == []
+    assert cusolver.solved_by_torch == []
     assert_solved(a, result)
 
 
@@ -200,23 +200,23 @@ def test_error_if_pytorch_fails_too(cusolver, vectors):
     def spoil(w, v):
         w[[0, 2]] = np.nan
 
-    def give_up(solve, one):
+    def fail(solve, matrix):
         raise torch.linalg.LinAlgError("linalg.eigh: failed to converge")
 
     cusolver.spoil = spoil
-    for answer in (give_up, lambda solve, one: (solve(one)[0] * 2, torch.eye(5).double())):
-        if not vectors and answer is not give_up:
-            answer = lambda solve, one: solve(one) * 2  # noqa: E731
+    for answer in (fail, lambda solve, matrix: (solve(matrix)[0] * 2, torch.eye(5).double())):
+        if not vectors and answer is not fail:
+            answer = lambda solve, matrix: solve(matrix) * 2  # noqa: E731
         cusolver.answer = answer
         result = spectral.eigh(a, vectors=vectors)
         assert result["failed"].tolist() == [True, False, True, False]
         with pytest.raises(rk.ConvergenceError, match=r"a: 2 matrices of shape \(4, 5, 5\)"):
             rk.eigh(a, vectors=vectors, backend="cupy")
         if vectors:
-            cusolver.alone.clear()
+            cusolver.solved_by_torch.clear()
             with pytest.raises(torch.linalg.LinAlgError, match="2 matrices did not converge"):
                 solvers.eigh(a)
-            assert len(cusolver.alone) == 2  # each once
+            assert len(cusolver.solved_by_torch) == 2  # each once
 
 
 def test_the_batch_runs_on_the_stream_of_torch(cusolver):

@@ -24,8 +24,8 @@ NVRTC_OPTIONS = (*module.NVRTC_OPTIONS, "-ftz=true", "--device-as-default-execut
 
 
 @dataclass(frozen=True)
-class Built:
-    """Resources of a kernel from ptxas; stack and spills (bytes) include the functions it calls."""
+class KernelResources:
+    """What ptxas reports for a kernel; stack and spills (bytes) include the functions it calls."""
 
     name: str
     registers: int
@@ -46,17 +46,17 @@ def nvcc(source: Path, folder: Path, *options: str) -> str:
     return process.stdout + process.stderr
 
 
-def build(source: Path, arch: int, folder: Path) -> list[Built]:
+def build(source: Path, arch: int, folder: Path) -> list[KernelResources]:
     """Compile a source to machine code and return its kernels' resources."""
     return list(read_kernels(nvcc(source, folder, "-cubin", f"-arch=sm_{arch}", "-Xptxas=-v")))
 
 
-def read_kernels(log: str) -> Iterator[Built]:
+def read_kernels(log: str) -> Iterator[KernelResources]:
     """Parse the log of ptxas -v; a kernel's paragraph includes functions that aren't inlined."""
     for part in re.split(r"Compiling entry function ", log)[1:]:
         name, registers = part.split("'")[1], re.search(r"Used (\d+) registers", part)
         assert registers, part
-        yield Built(
+        yield KernelResources(
             name,
             int(registers[1]),
             stack=sum(map(int, re.findall(r"(\d+) bytes stack frame", part))),

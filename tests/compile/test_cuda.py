@@ -39,7 +39,7 @@ every_source = pytest.mark.parametrize("source", _cuda.SOURCES, ids=lambda path:
 every_target = pytest.mark.parametrize("arch", _cuda.TARGETS, ids=lambda arch: f"sm_{arch}")
 
 
-def assert_fits(kernel: _cuda.Built, budget: Budget) -> None:
+def assert_fits(kernel: _cuda.KernelResources, budget: Budget) -> None:
     assert kernel.spills == 0, f"{kernel.name} spills"
     assert kernel.stack <= budget.stack, f"{kernel.name}: {kernel.stack} bytes of stack"
     allocated = -(-kernel.registers // 8) * 8  # a warp allocates them in units of 256
@@ -47,7 +47,7 @@ def assert_fits(kernel: _cuda.Built, budget: Budget) -> None:
     assert used <= REGISTERS, f"{kernel.name}: {kernel.registers} registers per thread"
 
 
-def assert_all_fit(kernels: list[_cuda.Built]) -> None:
+def assert_all_fit(kernels: list[_cuda.KernelResources]) -> None:
     assert kernels
     for kernel in kernels:
         assert kernel.name in BUDGETS, f"{kernel.name} has no budget"
@@ -141,7 +141,7 @@ def test_nvcc_faults_are_detected(arch, tmp_path):
 
 
 def test_budget_overruns_are_detected():
-    kernel = _cuda.Built("toy", registers=128, stack=0, spills=0)
+    kernel = _cuda.KernelResources("toy", registers=128, stack=0, spills=0)
     assert_fits(kernel, Budget(512))
     assert_fits(kernel, Budget(256, blocks=2))
     for budget in (Budget(544), Budget(256, blocks=3)):

@@ -31,10 +31,7 @@ _FLAGS = ("-std=c++20", "-O2", "-g", "-pthread", "-Wall", "-Wextra", "-Werror")
 _SANITIZE = {
     None: ("-shared", "-fPIC"),
     "address": ("-DSHIM_MAIN", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-    "thread": (
-        "-DSHIM_MAIN",
-        "-fsanitize=thread",
-    ),
+    "thread": ("-DSHIM_MAIN", "-fsanitize=thread"),
 }
 
 
@@ -57,7 +54,7 @@ class Library:
         *arguments: Any,
         shared: int = 0,
     ) -> None:
-        values = [_array(argument) for argument in arguments]
+        values = [_as_array(argument) for argument in arguments]
         kinds = [_kind(*pair).encode() for pair in zip(arguments, values, strict=True)]
         # Each address refers to a parameter's value: a number, or the pointer to an array.
         pointers = [ctypes.c_void_p(value.ctypes.data) for value in values]
@@ -91,7 +88,7 @@ class Executable:
         *arguments: Any,
         shared: int = 0,
     ) -> None:
-        values = [_array(argument) for argument in arguments]
+        values = [_as_array(argument) for argument in arguments]
         sizes = map(str, (*_as_dim3(grid), *_as_dim3(block), shared))
         with tempfile.TemporaryDirectory() as folder:
             files = [Path(folder) / str(position) for position in range(len(values))]
@@ -158,7 +155,7 @@ void shim::launch_by_name(const std::string &name, const std::vector<std::string
 """
 
 
-def _array(argument: Any) -> np.ndarray:
+def _as_array(argument: Any) -> np.ndarray:
     if not isinstance(argument, torch.Tensor):
         argument = np.asarray(argument)
         assert argument.flags.c_contiguous, "a kernel sees memory, not strides"

@@ -15,9 +15,9 @@ from . import _build
 
 @pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Start kernels built by g++; call the fixture with a sanitizer's name to run under it.
+    """Launch kernels built by g++; call the fixture with a sanitizer's name to run under it.
 
-    Memory that kernels must fill holds NaN, or -1, beforehand.
+    Memory that kernels must fill holds NaN or -1 beforehand.
     """
     if _build.COMPILER is None:
         pytest.skip("no g++")
@@ -27,7 +27,7 @@ def native(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             source: str, name: str, grid: Any, block: Any, *arguments: Any, shared: int = 0
         ) -> None:
             library = _build.load_library(source, sanitizer)
-            library.launch(name, grid, block, *map(memory, arguments), shared=shared)
+            library.launch(name, grid, block, *map(view_memory, arguments), shared=shared)
 
         monkeypatch.setattr(module, "launch", launch)
 
@@ -39,7 +39,7 @@ def native(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     torch.use_deterministic_algorithms(before)
 
 
-def memory(argument: Any) -> Any:
+def view_memory(argument: Any) -> Any:
     """Return the memory from a tensor's first to its last element, as a kernel sees it."""
     if not isinstance(argument, torch.Tensor) or not argument.numel():
         return argument

@@ -11,19 +11,19 @@ from hypothesis import strategies as st
 import repsim_kernels as rk
 from bench.common.tolerances import DISTANCE, assert_close, assert_rank_fidelity
 
-drawn = representations(
+inputs = representations(
     st.integers(5, 14), st.integers(20, 60), ("gaussian", "relu", "large mean"), ("float32",)
 )
 
 
-def names(launches):
+def list_kernels(launches):
     return [launch["kernel"] for launch in launches]
 
 
 @settings(max_examples=8)
 @given(st.data())
 def test_distances(device, data):
-    x = data.draw(drawn)
+    x = data.draw(inputs)
     cells, _ = data.draw(labels(x.p, 4))
     cells[:2] = -1  # no cell holds all neurons
     got = rk.ablation_distances(x.torch().to(device), cells, backend="triton")
@@ -38,13 +38,13 @@ def test_distances(device, data):
 def test_started_kernels(device, launches):
     x = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)).to(device).mT
     rk.ablation_distances(x, np.arange(40) % 3, metrics=["cka"], backend="triton")
-    assert names(launches) == ["_gram_kernel", "_sum_kernel"]
+    assert list_kernels(launches) == ["_gram_kernel", "_sum_kernel"]
     launches.clear()
     rk.ablation_distances(x, np.arange(40) % 3, metrics=["pwcca"], backend="triton")
-    assert names(launches) == ["_gram_kernel", "_sum_kernel", "_variate_weights_kernel"]
+    assert list_kernels(launches) == ["_gram_kernel", "_sum_kernel", "_variate_weights_kernel"]
     launches.clear()
     rk.ablation_distances(x.contiguous(), np.arange(40) % 3, metrics=["cka"], backend="triton")
-    assert names(launches) == ["_neuron_major_kernel", "_gram_kernel", "_sum_kernel"]
+    assert list_kernels(launches) == ["_neuron_major_kernel", "_gram_kernel", "_sum_kernel"]
 
 
 def test_kernels_are_the_default_only_on_a_gpu(device, launches):
@@ -74,7 +74,7 @@ def test_fewer_neurons_than_stimuli_use_float64(device, launches):
 @settings(max_examples=6)
 @given(st.data())
 def test_decodability(device, data):
-    x = data.draw(drawn)
+    x = data.draw(inputs)
     cells, _ = data.draw(labels(x.p, 4))
     y = np.arange(x.n) % 2
     got = rk.ablation_decodability(x.torch().to(device), cells, y, backend="triton")
@@ -89,7 +89,7 @@ def test_decodability(device, data):
 @given(st.data())
 def test_margins_with_folds_and_targets(device, data):
     """Outputs have no ties, so rounding in the kernels' Grams changes them only slightly."""
-    x = data.draw(drawn)
+    x = data.draw(inputs)
     cells, _ = data.draw(labels(x.p, 4))
     options = {"target": [0, 1], "folds": 2, "score": ["margin", "r2"], "ridge": 0.5}
     y = np.arange(x.n) % 2

@@ -14,15 +14,15 @@ from repsim_kernels.kernels.triton import cca
 
 SMALL = cca.Launch(block_k=16, block_p=16, block_n=16, chunk=32, num_warps=4, num_stages=2)
 stimuli, neurons = st.integers(2, 40), st.integers(1, 70)
-drawn = representations(stimuli, neurons, KINDS, ("float32", "float16", "bfloat16"), TORCH_LAYOUTS)
+inputs = representations(stimuli, neurons, KINDS, ("float32", "float16", "bfloat16"), TORCH_LAYOUTS)
 
 
-def weights(h: np.ndarray, x: np.ndarray) -> np.ndarray:
+def compute_weights(h: np.ndarray, x: np.ndarray) -> np.ndarray:
     return np.abs(h @ (x - x.mean(0))).sum(1)
 
 
 @settings(max_examples=15)
-@given(drawn, st.integers(1, 40), SEEDS)
+@given(inputs, st.integers(1, 40), SEEDS)
 def test_weights(device, x, k, seed):
     h = np.random.default_rng(seed).standard_normal((k, x.n))
     h /= np.linalg.norm(h, axis=1, keepdims=True)
@@ -32,7 +32,7 @@ def test_weights(device, x, k, seed):
     assert got.dtype == torch.float64
     # Each of the p products carries the float32 rounding of its terms.
     scale = np.linalg.norm(x.values() - x.values()[0], axis=0).sum()
-    np.testing.assert_allclose(got.cpu(), weights(h, x.values()), rtol=0, atol=2e-6 * scale)
+    np.testing.assert_allclose(got.cpu(), compute_weights(h, x.values()), rtol=0, atol=2e-6 * scale)
 
 
 @pytest.mark.parametrize(("precision", "error"), [("tf32x3", 1e-5), ("ieee", 1e-5), ("tf32", 1e-3)])
@@ -44,7 +44,7 @@ def test_precisions(device, precision, error):
     got = cca.variate_weights(
         torch.from_numpy(h).to(device), torch.from_numpy(x).to(device), precision=precision
     )
-    np.testing.assert_allclose(got.cpu(), weights(h, x.astype(np.float64)), rtol=error)
+    np.testing.assert_allclose(got.cpu(), compute_weights(h, x.astype(np.float64)), rtol=error)
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e30, 7e37])
@@ -52,7 +52,7 @@ def test_magnitudes(device, magnitude):
     x = np.random.default_rng(1).standard_normal((8, 20)).astype(np.float32) * np.float32(magnitude)
     h = np.eye(8)[:3]
     got = cca.variate_weights(torch.from_numpy(h).to(device), torch.from_numpy(x).to(device))
-    np.testing.assert_allclose(got.cpu(), weights(h, x.astype(np.float64)), rtol=1e-5)
+    np.testing.assert_allclose(got.cpu(), compute_weights(h, x.astype(np.float64)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("strides", [(2**30 + 1, 1), (1, 2**30 + 1)])
@@ -61,7 +61,7 @@ def test_offsets_beyond_32_bits(device, strides):
     x = spread_in_memory(values.to(device), strides)
     h = torch.eye(5, device=device)[:3]
     got = cca.variate_weights(h, x)
-    want = weights(np.eye(5)[:3], x.cpu().double().numpy())
+    want = compute_weights(np.eye(5)[:3], x.cpu().double().numpy())
     np.testing.assert_allclose(got.cpu(), want, rtol=1e-5)
 
 

@@ -16,15 +16,14 @@ from repsim_kernels._arrays import Source
 from repsim_kernels.kernels.triton import riccati, spectral
 
 
-def names(launches):
+def list_kernels(launches):
     return {launch["kernel"] for launch in launches}
 
 
 @settings(max_examples=6)
 @given(st.data())
 def test_distances_from_grams(device, data):
-    drawn = representations(st.integers(5, 12), st.integers(30, 60), ("gaussian", "relu"))
-    x = data.draw(drawn)
+    x = data.draw(representations(st.integers(5, 12), st.integers(30, 60), ("gaussian", "relu")))
     cells, _ = data.draw(labels(x.p, 4))
     cells[:2] = -1  # no cell holds all neurons
     x = torch.from_numpy(x.values())
@@ -51,7 +50,7 @@ def test_both_operations_use_the_kernel(device, launches):
     ):
         launches.clear()
         got, info = call()
-        assert "_riccati_step_kernel" in names(launches)
+        assert "_riccati_step_kernel" in list_kernels(launches)
         for name, values in want.items():
             assert_close(got[name], values, DISTANCE["float32"])
             iterated = info[name].route == "iterations"
