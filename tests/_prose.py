@@ -1,4 +1,4 @@
-"""The prose of a source file: docstrings, comments, messages, and the text of pages."""
+"""The prose of a source file or page: docstrings, comments, messages and paragraphs."""
 
 from __future__ import annotations
 
@@ -16,30 +16,31 @@ COMMENT = re.compile(r"/\*.*?\*/|(?:^ *//[^\n]*\n)+|//[^\n]*", re.MULTILINE | re
 FENCE = re.compile(r"^( *)```.*?^\1```", re.MULTILINE | re.DOTALL)
 
 
-def blocks(path: Path, messages: bool = True) -> Iterator[tuple[int, str]]:
-    """Yield the first line's number and the text, on one line and without code, of each block."""
+def read_prose(path: Path, messages: bool = True) -> Iterator[tuple[int, str]]:
+    """Yield each block's first line number, and its text as one line without code."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
-        numbered = [*_comments(text), *_strings(text, messages)]
+        blocks = [*_find_comments(text), *_find_strings(text, messages)]
     elif path.suffix in (".cu", ".h"):
-        matches = COMMENT.finditer(text)
-        numbered = [
-            (_line(text, m.start()), re.sub(r"^ *//", "", m[0], flags=re.M)) for m in matches
+        blocks = [
+            (_count_lines(text, m.start()), re.sub(r"^ *//", "", m[0], flags=re.M))
+            for m in COMMENT.finditer(text)
         ]
     else:
         text = FENCE.sub(lambda m: "\n" * m[0].count("\n"), text)
         paragraphs = re.finditer(r"(?:^(?!\s*$).*\n?)+", text, re.MULTILINE)
-        numbered = [(_line(text, m.start()), m[0]) for m in paragraphs]
-    for number, block in numbered:
-        yield number, " ".join(CODE.sub(" ", block).split())
+        blocks = [(_count_lines(text, m.start()), m[0]) for m in paragraphs]
+    for line, block in blocks:
+        yield line, " ".join(CODE.sub(" ", block).split())
 
 
-def _line(text: str, position: int) -> int:
+def _count_lines(text: str, position: int) -> int:
+    """Return the number, from 1, of the line at a position."""
     return text.count("\n", 0, position) + 1
 
 
-def _comments(text: str) -> Iterator[tuple[int, str]]:
-    """Yield comments, those on consecutive lines of their own as one block."""
+def _find_comments(text: str) -> Iterator[tuple[int, str]]:
+    """Yield comments; a comment line directly below another continues it."""
     start, end, lines = 0, 0, []
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type != tokenize.COMMENT:
@@ -54,8 +55,8 @@ def _comments(text: str) -> Iterator[tuple[int, str]]:
         yield start, " ".join(lines)
 
 
-def _strings(text: str, messages: bool) -> Iterator[tuple[int, str]]:
-    """Yield docstrings, and with `messages` all other strings of several words."""
+def _find_strings(text: str, messages: bool) -> Iterator[tuple[int, str]]:
+    """Yield docstrings and, with `messages`, every other string or f-string part with a space."""
     tree = ast.parse(text)
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     docstrings = {
@@ -63,9 +64,8 @@ def _strings(text: str, messages: bool) -> Iterator[tuple[int, str]]:
         for node in ast.walk(tree)
         if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
     }
-    strings = (
-        n for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)
-    )
-    for node in strings:
-        if id(node) in docstrings or (messages and " " in node.value.strip()):
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
+            continue
+        if id(node) in docstrings or (messages and " " in node.value):
             yield node.lineno, node.value

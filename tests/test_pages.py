@@ -1,4 +1,4 @@
-"""The pages: links that resolve, sources that exist, tables as the registries, code as shown."""
+"""Pages: their links and sources resolve, their tables match the registries, their code runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from _prose import FENCE, blocks
+from _prose import FENCE, read_prose
 
 from repsim_kernels._metrics import METRICS
 from repsim_kernels._operations import OPERATIONS
@@ -23,108 +23,117 @@ SOURCE_FILES = sorted(
     for folder in ("bench", "experiments", "repsim_kernels")
     for path in ROOT.glob(f"{folder}/**/*.py")
 )
-# Sources that are no publications.
-DEFERRED = ("the docstring of each metric", "scikit-learn's LogisticRegression")
+# What a "Source:" may cite instead of a publication or a page.
+OTHER_SOURCES = ("the docstring of each metric", "scikit-learn's LogisticRegression")
 
 
-def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+def make_anchor(title: str) -> str:
+    """Return the anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def find_anchors(page: Path) -> set[str]:
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
-    titles = re.findall(r"^#+ +(.*?) *$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    return set(map(make_anchor, re.findall(r"^#+ +(.*?) *$", text, re.MULTILINE)))
 
 
-def links(page: Path) -> list[str]:
+def find_links(page: Path) -> list[str]:
     text = re.sub(r"`[^`]*`", "", FENCE.sub("", page.read_text(encoding="utf-8")))
     return re.findall(r"\]\(([^()\s]+)\)", text)
 
 
-def broken(page: Path) -> list[str]:
-    bad = []
-    for link in links(page):
+def find_broken_links(page: Path) -> list[str]:
+    broken = []
+    for link in find_links(page):
         if link.startswith(("https://", "http://")):
             continue
         name, _, anchor = link.partition("#")
         target = (page.parent / name).resolve() if name else page
-        if not target.exists() or (anchor and anchor not in anchors(target)):
-            bad.append(link)
-    return bad
+        if not target.exists() or (anchor and anchor not in find_anchors(target)):
+            broken.append(link)
+    return broken
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_resolve(page):
-    assert broken(page) == []
+    assert find_broken_links(page) == []
 
 
 def test_a_broken_link_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# A title, here\n[a](#a-title-here) [b](page.md#b) [c](none.md) ![d](d.png)\n")
-    assert broken(page) == ["page.md#b", "none.md", "d.png"]
+    assert find_broken_links(page) == ["page.md#b", "none.md", "d.png"]
 
 
 def test_every_page_is_linked():
     linked = {
         (page.parent / link.partition("#")[0]).resolve()
         for page in PAGES
-        for link in links(page)
+        for link in find_links(page)
         if "://" not in link and not link.startswith("#")
     }
     assert {page for page in PAGES if page.resolve() not in linked} <= {README}
 
 
-def references() -> list[str]:
+def read_references() -> list[str]:
     text = METRICS_PAGE.read_text(encoding="utf-8").partition("## References")[2]
     return re.findall(r"^\* (.*)$", text, re.MULTILINE)
 
 
-def unresolved(source: str) -> list[str]:
-    """What a text after "Source:" cites that the pages lack; itself if it cites nothing."""
-    bad, cited = [], any(d in source for d in DEFERRED)
-    for page, section in re.findall(r'([\w/]+\.md), "([^"]+)"', source):
-        target = next((p for p in PAGES if p.as_posix().endswith("/" + page)), None)
-        slug = section.lower().replace(" ", "-").replace(",", "")
-        cited = True
-        if target is None or slug not in anchors(target):
-            bad.append(f"{page}, {section}")
+def find_unresolved(source: str) -> list[str]:
+    """Return the citations in a source that the pages lack, or the source if it cites nothing.
+
+    A publication resolves if one reference has its year and every name before the year.
+    """
+    unresolved, cites = [], any(other in source for other in OTHER_SOURCES)
+    for name, section in re.findall(r'([\w/]+\.md), "([^"]+)"', source):
+        cites = True
+        page = next((p for p in PAGES if p.as_posix().endswith(f"/{name}")), None)
+        if page is None or make_anchor(section) not in find_anchors(page):
+            unresolved.append(f"{name}, {section}")
     start = 0
     for year in re.finditer(r"\b(?:1[89]|20)\d\d\b", source):
-        authors = set(re.findall(r"[A-Z][\w-]{2,}", source[start : year.start()]))
-        start, cited = year.end(), True
-        if not any(year[0] in r and authors & set(re.findall(r"\w+", r)) for r in references()):
-            bad.append(source[: year.end()])
-    return bad if cited else [source]
+        cites = True
+        citation = re.split(r'[;"*]|\d,', source[start : year.start()])[
+            -1
+        ]  # after a title or volume
+        names, start = set(re.findall(r"\b[A-Z][a-zà-ž]+", citation)), year.end()
+        words = [set(re.findall(r"\w+", r)) for r in read_references()]
+        if not names or not any(names | {year[0]} <= w for w in words):
+            unresolved.append(f"{citation.strip()} {year[0]}")
+    return unresolved if cites else [source.strip()]
 
 
 def test_sources_resolve():
     sources = {
-        f"{path.relative_to(ROOT)}:{line}": re.split(r" \w+ ---", text.partition("Source:")[2])[
-            0
-        ].strip()
+        # Up to the docstring's next section.
+        f"{path.relative_to(ROOT)}:{line}": re.split(r" \w+ ---", text.partition("Source:")[2])[0]
         for path in SOURCE_FILES
-        for line, text in blocks(path)
+        for line, text in read_prose(path)
         if "Source:" in text
     }
     assert len(sources) > 20
-    assert {place: bad for place, text in sources.items() if (bad := unresolved(text))} == {}
+    assert {place: bad for place, text in sources.items() if (bad := find_unresolved(text))} == {}
 
 
 def test_an_unresolved_source_is_found():
-    assert unresolved('docs/metrics.md, "Rank"; Song et al. 2012 for HSIC.') == []
-    assert unresolved('docs/metrics.md, "Ranks".') == ["docs/metrics.md, Ranks"]
-    assert len(unresolved("Song et al. 2013.")) == len(unresolved("the paper.")) == 1
+    assert find_unresolved('docs/metrics.md, "Rank"; Song et al. 2012 for HSIC.') == []
+    assert find_unresolved('docs/metrics.md, "Ranks".') == ["docs/metrics.md, Ranks"]
+    assert find_unresolved("Song et al. 2013.") == ["Song et al. 2013"]
+    assert find_unresolved("Song & Rank 2012.") == ["Song & Rank 2012"]
+    assert find_unresolved("the paper.") == ["the paper."]
 
 
-def test_the_table_of_similarities_and_distances_is_that_of_the_registry():
+def test_the_table_of_similarities_and_distances_matches_the_registry():
     text = METRICS_PAGE.read_text(encoding="utf-8")
     table = text.partition("## Similarities and distances")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \| .*? \| (.*?) \|", table, re.MULTILINE)
-    assert [name for name, _, _ in rows] == sorted(
-        {m.name for m in METRICS}, key=[r[0] for r in rows].index
-    )
-    for metric in METRICS:
-        ((pair, ablation),) = [row[1:] for row in rows if row[0] == metric.name]
-        assert pair.startswith(metric.kind if metric.pairwise else "—"), metric.name
-        assert ablation.startswith("—") != metric.ablation, metric.name
+    metrics = {metric.name: metric for metric in METRICS}
+    assert sorted(name for name, _, _ in rows) == sorted(metrics)
+    for name, pair, ablation in rows:
+        metric = metrics[name]
+        assert pair.startswith(metric.kind if metric.pairwise else "—"), name
+        assert ablation.startswith("—") != metric.ablation, name
 
 
 def test_the_readme_is_short():

@@ -1,4 +1,4 @@
-"""No phrase that CONTRIBUTING asks to avoid, in docstrings, comments, messages or pages."""
+"""Docstrings, comments, messages and pages have none of the phrases in CONTRIBUTING's list."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from _prose import blocks
+from _prose import read_prose
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / ".github" / "CONTRIBUTING.md"
@@ -14,35 +14,37 @@ FOLDERS = (".github", "repsim_kernels", "experiments", "bench", "tests")
 SUFFIXES = {".py", ".md", ".j2", ".cu", ".h"}
 
 
-def phrases() -> list[re.Pattern[str]]:
+def read_phrases() -> list[re.Pattern[str]]:
+    """Read the regular expressions from the left column of CONTRIBUTING's list."""
     (block,) = re.findall(r"^```phrases\n(.*?)^```", GUIDE.read_text("utf-8"), re.M | re.S)
     return [re.compile(re.split(r"  +", line)[0]) for line in block.splitlines()]
 
 
-PHRASES = phrases()
+PHRASES = read_phrases()
 
 
-def faults(path: Path) -> list[str]:
-    """Each phrase to avoid that a file has. Strings of tests are data, not messages."""
-    messages = "tests" not in path.parts
+def find_phrases(path: Path) -> list[str]:
+    """Find each phrase to avoid in a file. Strings of tests are data, not messages."""
+    messages = not path.is_relative_to(ROOT / "tests")
     return [
         f"line {line}: {match[0]!r} in {text[max(0, match.start() - 40) : match.end() + 40]!r}"
-        for line, text in blocks(path, messages)
+        for line, text in read_prose(path, messages)
         for phrase in PHRASES
         for match in phrase.finditer(text)
     ]
 
 
-def files() -> list[Path]:
+def list_files() -> list[Path]:
+    linked = ROOT / "repsim_kernels" / "experiments"  # a link to `experiments`
     paths = [ROOT / "README.md"]
     for folder in FOLDERS:
         paths += (p for p in (ROOT / folder).rglob("*") if p.suffix in SUFFIXES)
-    return sorted(p for p in paths if "repsim_kernels/experiments" not in p.as_posix())
+    return sorted(p for p in paths if not p.is_relative_to(linked))
 
 
-@pytest.mark.parametrize("path", files(), ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("path", list_files(), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_no_phrase_to_avoid(path):
-    assert faults(path) == []
+    assert find_phrases(path) == []
 
 
 @pytest.mark.parametrize(
@@ -51,17 +53,26 @@ def test_no_phrase_to_avoid(path):
         ("docstring.py", '"""A cell\nbesides the\nother."""\n'),
         ("comment.py", "x = 1  # fine\n# A cell stands\n# besides it.\n"),
         ("message.py", 'raise ValueError(f"x: {1} besides the other")\n'),
+        ("part.py", 'raise ValueError(f"x: {1} besides {2}")\n'),
         ("page.md", "# Title\n\nA cell\nbesides it.\n"),
         ("kernel.cu", "// A cell\n// besides it.\nint x;\n"),
+        ("trailing.h", "int x;  // a cell besides it\n"),
+        ("block.h", "/* A cell\n   besides it. */\nint x;\n"),
     ],
 )
 def test_every_kind_of_prose_is_searched(tmp_path, name, text):
-    path = tmp_path.parent / f"{tmp_path.name}-{name}"
-    path.write_text(text)
-    assert len(faults(path)) == 1
+    (tmp_path / name).write_text(text)
+    assert len(find_phrases(tmp_path / name)) == 1
 
 
-def test_code_is_not_prose(tmp_path):
-    path = tmp_path / "page.md"
-    path.write_text("`x if x else y` is code:\n\n```python\nx if x else y\n```\n")
-    assert faults(path) == []
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("page.md", "`x if x else y` is code:\n\n```python\nx if x else y\n```\n"),
+        ("module.py", '"""Choose.\n\n>>> 1 if 2 else 3\n1\n"""\nx = 1 if 2 else 3\n'),
+        ("kernel.cu", "if (x) y(); else z();\n"),
+    ],
+)
+def test_code_is_not_prose(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert find_phrases(tmp_path / name) == []
