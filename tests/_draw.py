@@ -35,7 +35,7 @@ class Representation:
     seed: int = 0
 
     def values(self) -> np.ndarray:
-        """Return the numbers as float64, rounded to the dtype."""
+        """Return the values as float64, rounded to the dtype."""
         rng = np.random.default_rng(self.seed)
         x = rng.standard_normal((self.n, self.p))
         if self.kind == "relu":
@@ -49,12 +49,12 @@ class Representation:
             x[:, : (self.p + 1) // 2] = x[0, : (self.p + 1) // 2]
         elif self.kind == "duplicate rows":
             x[: self.n // 2] = x[0]
-        x = self._rounded(x)
+        x = self._round(x)
         if (x == x[0]).all():
             x[-1, 0] = x[0, 0] == 0
         return x
 
-    def _rounded(self, x: np.ndarray) -> np.ndarray:
+    def _round(self, x: np.ndarray) -> np.ndarray:
         if self.dtype == "bfloat16":
             import torch
 
@@ -62,11 +62,11 @@ class Representation:
         return x.astype(self.dtype).astype(np.float64)
 
     def numpy(self) -> np.ndarray:
-        """Return the array of its dtype and layout as a NumPy array."""
+        """Return the values as a NumPy array of the dtype and layout."""
         return _with_layout(np.zeros, self.values().astype(self.dtype), self.layout)
 
     def torch(self) -> Any:
-        """Return the array of its dtype and layout as a CPU tensor."""
+        """Return the values as a CPU tensor of the dtype and layout."""
         import torch
 
         def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -120,14 +120,14 @@ def pairs(draw: st.DrawFn, **options: Any) -> tuple[Representation, Representati
 
 @st.composite
 def labels(draw: st.DrawFn, p: int, max_cells: int = 5) -> tuple[np.ndarray, int]:
-    """Draw the cell of each of p neurons, -1 for none, and the number of cells; some are empty."""
+    """Draw a label for each of p neurons, -1 for no cell, and the number of cells (some empty)."""
     n_cells = draw(st.integers(1, max_cells))
     return np.random.default_rng(draw(SEEDS)).integers(-1, n_cells, p), n_cells
 
 
 @st.composite
 def memberships(draw: st.DrawFn, p: int, max_cells: int = 5) -> np.ndarray:
-    """Draw a boolean (C, p): cells that overlap, some of them empty or of all neurons."""
+    """Draw a boolean membership (C, p): cells overlap, and some have no neuron or all."""
     n_cells = draw(st.integers(1, max_cells))
     rng = np.random.default_rng(draw(SEEDS))
     return rng.random((n_cells, p)) < rng.choice([0, 0.2, 0.5, 1], (n_cells, 1))

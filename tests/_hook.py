@@ -56,18 +56,18 @@ def get_tensors(state):
 
 
 def check_cut(model: nn.Module, layer, images, n_cells=3):
-    """Check all that a cut promises, in an order that shows whether a call spoils later ones."""
+    """Check everything that a cut promises, in an order that shows if a call affects later ones."""
     forward, original = AblatedForward(model, layer), images.clone()
     state = forward.prefix(images)
     assert state.activation.stride() == get_strides(model, layer, images)
     before = [t.clone() for t in get_tensors(state)]
     labels = make_labels(state, n_cells)
     ablated = forward.logits(state, labels, n_cells, batch=1)
-    together = forward.logits(state, labels, n_cells, batch=HUGE)
+    batched = forward.logits(state, labels, n_cells, batch=HUGE)
     for c in range(n_cells):
         assert torch.equal(ablated[c], run_hooked(model, layer, images, labels == c))
     assert torch.equal(forward.intact(state), run_plain(model, images))
-    torch.testing.assert_close(together, ablated, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(batched, ablated, rtol=1e-4, atol=1e-5)
     assert torch.equal(forward.logits(state, labels, n_cells, batch=1), ablated)
     assert torch.equal(images, original)
     assert all(map(torch.equal, get_tensors(state), before))
@@ -87,7 +87,7 @@ def is_traced_by_fx(forward):
 
 
 class Net(nn.Module):
-    """Layers that the function `run` puts together; "cut" is the layer to cut at."""
+    """Layers that the function `run` connects; "cut" is the layer to cut at."""
 
     def __init__(self, run, cut=None):
         super().__init__()

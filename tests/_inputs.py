@@ -34,21 +34,21 @@ SINGLES = {
 UNBATCHED = {"logistic_fits": (LABELS, [[0, 1]]), "probe_paper": (CELLS, LABELS, 1)}
 
 
-def as_library_of(x, values):
+def convert_like(x, values):
     """Return NumPy values as an array of x's library."""
     return torch.from_numpy(values) if isinstance(x, torch.Tensor) else values
 
 
-def calls_with(x):
-    """Return calls that pass x (6, 4) as each argument, each with the name that errors show."""
-    y = as_library_of(x, Y)
+def list_calls(x):
+    """List calls that pass x (6, 4) as each argument, with the name that errors show."""
+    y = convert_like(x, Y)
     calls = [("x", lambda f=f, a=a: getattr(rk, f)(x, *a)) for f, a in SINGLES.items()]
     calls += [("x", lambda f=f, a=a: getattr(rk, f)(x, *a)) for f, a in UNBATCHED.items()]
     for f, options in PAIRS.items():
         metric = getattr(rk, f)
         calls.append(("x", lambda metric=metric, o=options: metric(x, y, **o)))
         calls.append(("y", lambda metric=metric, o=options: metric(y, x, **o)))
-    gram = as_library_of(x, X @ X.T)
+    gram = convert_like(x, X @ X.T)
     return [
         *calls,
         ("xs[1]", lambda: rk.pairwise([y, x])),
@@ -64,7 +64,7 @@ def calls_with(x):
 
 def assert_refused(x, match):
     """Assert that every function refuses x with one line that names the argument."""
-    for name, call in calls_with(x):
+    for name, call in list_calls(x):
         with pytest.raises(rk.DtypeError) as caught:
             call()
         line = str(caught.value)

@@ -1,6 +1,6 @@
-"""The metrics in 60-digit arithmetic from the Grams, which the reference is tested against.
+"""The metrics in 60-digit arithmetic, computed from Grams: the oracle of the reference.
 
-Slow, so only for a few stimuli. Each takes float64 arrays (n, p) and (n, q), read exactly.
+They are slow, so pass few stimuli. Each takes float64 arrays (n, p) and (n, q), read exactly.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ mp.dps = 60
 ZERO = mpf(10) ** -45
 
 
-def features(x):
+def centre(x):
     a = mp.matrix(x.tolist())
     for j in range(a.cols):
         mean = mp.fsum(a[:, j]) / a.rows
@@ -21,7 +21,7 @@ def features(x):
 
 
 def gram(x):
-    a = features(x)
+    a = centre(x)
     return a * a.T
 
 
@@ -34,7 +34,7 @@ def trace(k):
 
 
 def apply(k, function):
-    """Apply a function to the positive eigenvalues of k."""
+    """Apply a function to the positive eigenvalues of k; the others become 0."""
     w, u = mp.eigsy(k)
     cut = ZERO * max(w)
     return u * mp.diag([function(v) if v > cut else mpf(0) for v in w]) * u.T
@@ -98,7 +98,7 @@ def pwcca(x, y, ridge=0, penalty=0):
     k, m = _projector(x, ridge, penalty), _projector(y, ridge, penalty)
     root = apply(k, mp.sqrt)
     rho2, u = mp.eigsy(root * m * root)  # ascending
-    shares = (root * u).T * features(x)
+    shares = (root * u).T * centre(x)
     in_rank = range(len(rho2) - min(_rank(k), _rank(m)), len(rho2))
     weights = [mp.fsum(abs(v) for v in shares[i, :]) for i in in_rank]
     rho = [mp.sqrt(max(rho2[i], 0)) for i in in_rank]

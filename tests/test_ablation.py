@@ -7,8 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from _draw import TORCH_LAYOUTS, labels, memberships
-from _draw import representations as drawn
+from _draw import TORCH_LAYOUTS, labels, memberships, representations
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +19,7 @@ from repsim_kernels.ops.ablation import METRICS
 SELF_ZERO = ("cka", "procrustes", "svcca", "cka_debiased")
 
 
-def distances(x, cells, backend=None, **options):
+def compute_distances(x, cells, backend=None, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rk.DegenerateWarning)
         return rk.ablation_distances(x, cells, backend=backend, **options)
@@ -43,40 +42,46 @@ FLOAT64 = Tol(1e-9, 1e-13)
 
 @pytest.mark.parametrize("regular", [{"ridge": 0.1}, {"penalty": 2.0}, {"ridge": 1e-4}])
 @given(st.data())
-def test_partitions(regular, data):
-    x = data.draw(drawn(n=st.integers(4, 12), kinds=("gaussian", "relu"), layouts=TORCH_LAYOUTS))
+def test_labels_match_the_reference(regular, data):
+    x = data.draw(
+        representations(n=st.integers(4, 12), kinds=("gaussian", "relu"), layouts=TORCH_LAYOUTS)
+    )
     cells, _ = data.draw(labels(x.p))
-    got = distances(x.torch(), cells, **regular)
-    assert_agree(got, distances(x.values(), cells, "reference", **regular), FLOAT64)
+    got = compute_distances(x.torch(), cells, **regular)
+    assert_agree(got, compute_distances(x.values(), cells, "reference", **regular), FLOAT64)
 
 
 @given(st.data())
-def test_memberships(data):
-    x = data.draw(drawn(n=STIMULI, kinds=("gaussian", "constant columns")))
+def test_memberships_match_the_reference(data):
+    x = data.draw(representations(n=STIMULI, kinds=("gaussian", "constant columns")))
     cells = data.draw(memberships(x.p))
-    assert_agree(distances(x.values(), cells), distances(x.values(), cells, "reference"), FLOAT64)
+    assert_agree(
+        compute_distances(x.values(), cells),
+        compute_distances(x.values(), cells, "reference"),
+        FLOAT64,
+    )
 
 
 @given(st.data())
-def test_float32(data):
-    x = data.draw(drawn(n=STIMULI, kinds=("gaussian", "relu"), dtypes=("float32",)))
+def test_float32_matches_the_reference(data):
+    x = data.draw(representations(n=STIMULI, kinds=("gaussian", "relu"), dtypes=("float32",)))
     cells, _ = data.draw(labels(x.p))
     assert_agree(
-        distances(x.numpy(), cells),
-        distances(x.values(), cells, "reference"),
+        compute_distances(x.numpy(), cells),
+        compute_distances(x.values(), cells, "reference"),
         DISTANCE["float32"],
     )
 
 
 @pytest.mark.parametrize("p", [6, 25, 40, 400])
 @pytest.mark.parametrize("share", [0.001, 0.3, 0.7, 0.9999])
-def test_one_cell_of_any_energy(p, share):
+def test_cells_of_any_energy_match_the_reference(p, share):
     """Cells with little or nearly all of the energy, for p below n and far above."""
     rng = np.random.default_rng(p)
     x = rng.standard_normal((24, p))
     cells = np.arange(p) % 3
     x[:, cells == 1] *= np.sqrt(share / (1 - share) * 2)
-    got, want = distances(x, cells), distances(x, cells, "reference")
+    got, want = compute_distances(x, cells), compute_distances(x, cells, "reference")
     assert_agree(got, want, FLOAT64, nan=False)
     for name in METRICS:
         assert_rank_fidelity(got[name], want[name], DISTANCE["float64"])
@@ -103,7 +108,7 @@ def test_distances_match_the_pair_metrics():
 
 @pytest.mark.parametrize("options", [{"ridge": 0.1}, {"penalty": 5.0}, {"ridge": 0.0}])
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_empty_constant_and_complete_cells(options, backend):
+def test_empty_cells_give_the_self_distance_and_complete_ones_nan(options, backend):
     rng = np.random.default_rng(1)
     x = rng.standard_normal((7, 12))
     x[:, 4:6] = 0.1
@@ -112,7 +117,7 @@ def test_empty_constant_and_complete_cells(options, backend):
     cells[1, 4:7] = True  # constant neurons
     cells[2, :] = True  # all neurons
     cells[3, :4] = cells[3, 7:] = True  # all neurons that vary
-    got = distances(x, cells, backend, **options)
+    got = compute_distances(x, cells, backend, **options)
     for name in METRICS:
         assert got[name][0] == got[name][1], name
         assert np.isnan(got[name][2:]).all(), name
@@ -120,8 +125,8 @@ def test_empty_constant_and_complete_cells(options, backend):
             assert got[name][0] == pytest.approx(0, abs=1e-12 if backend == "reference" else 0)
     if options != {"ridge": 0.0}:
         for name, squared in (("cca", False), ("cca_squared", True)):
-            itself = 1 - rk.cca(x, x, squared=squared, **options)
-            assert got[name][0] == pytest.approx(itself, rel=1e-12)
+            self_distance = 1 - rk.cca(x, x, squared=squared, **options)
+            assert got[name][0] == pytest.approx(self_distance, rel=1e-12)
         assert got["pwcca"][0] == pytest.approx(1 - rk.pwcca(x, x, **options), rel=1e-12)
 
 
@@ -133,15 +138,17 @@ def test_a_neuron_whose_mean_is_its_first_value_is_not_constant(transposed):
     x[1:, :6] *= 6
     x[:, 6] = 3
     cells = np.arange(12) // 2
-    got = distances(x.T.copy().T if transposed else x, cells)
-    assert_agree(got, distances(x, cells, "reference"), FLOAT64)
+    got = compute_distances(x.T.copy().T if transposed else x, cells)
+    assert_agree(got, compute_distances(x, cells, "reference"), FLOAT64)
 
 
 def test_equidistant_stimuli_have_no_debiased_distance():
     rng = np.random.default_rng(5)
     x = np.concatenate([np.linalg.qr(rng.standard_normal((6, 6)))[0], np.full((6, 1), 0.1)], 1)
     for backend in ("torch", "reference"):
-        got = distances(x, np.array([0, 0, 1, 1, 1, 2, 3]), backend, metrics=["cka_debiased"])
+        got = compute_distances(
+            x, np.array([0, 0, 1, 1, 1, 2, 3]), backend, metrics=["cka_debiased"]
+        )
         np.testing.assert_array_equal(got["cka_debiased"], [np.nan, np.nan, np.nan, 0])
 
 
@@ -150,7 +157,12 @@ def test_neurons_in_no_cell_belong_to_the_original():
     x = rng.standard_normal((10, 30))
     labels_ = rng.integers(-1, 3, 30)
     membership = labels_ == np.arange(3)[:, None]
-    assert_agree(distances(x, labels_), distances(x, membership), Tol(1e-10, 1e-15), nan=False)
+    assert_agree(
+        compute_distances(x, labels_),
+        compute_distances(x, membership),
+        Tol(1e-10, 1e-15),
+        nan=False,
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-2, 1e-3, 1e-4])
@@ -174,39 +186,39 @@ def test_small_distances_keep_their_digits(scale):
         assert float(got[name][0]) == pytest.approx(float(want), rel=1e-6, abs=1e-21), name
 
 
-def test_many_cells_in_batches(monkeypatch):
+def test_batches_of_cells_do_not_change_distances(monkeypatch):
     rng = np.random.default_rng(4)
     x, cells = rng.standard_normal((8, 50)), rng.integers(-1, 20, 50)
-    want = distances(x, cells)
+    want = compute_distances(x, cells)
     monkeypatch.setattr(gram, "_BATCH", 3 * 64)
-    assert_agree(distances(x, cells, memory=1), want, Tol(1e-12, 1e-15))
+    assert_agree(compute_distances(x, cells, memory=1), want, Tol(1e-12, 1e-15))
 
 
-def routes(x, cells, metric, **options):
+def find_routes(x, cells, metric, **options):
     """Return the route of each distance and its number of steps."""
     _, info = rk.ablation_distances(x, cells, metrics=[metric], info=True, **options)
     return info[metric].route.tolist(), info[metric].steps
 
 
-def test_routes_and_steps():
+def test_info_reports_routes_and_steps():
     """Iterations if they converge soon; otherwise factors for Procrustes, eigenvectors for CCA."""
     rng = np.random.default_rng(5)
     x = rng.standard_normal((12, 100))
     cells = np.where(np.arange(100) < 12, np.arange(100) // 2, -1)
     for metric in ("procrustes", "cca"):
-        route, steps = routes(x, cells, metric)
+        route, steps = find_routes(x, cells, metric)
         assert route == ["iterations"] * 6
         assert ((steps > 0) & (steps < 16)).all()
     few = x[:, :13]  # the rest is nearly singular, or has fewer neurons than directions
     for cells in (np.arange(13) < 2, np.arange(13) < 5):
-        route, _ = routes(few, np.where(cells, 0, -1), "procrustes")
+        route, _ = find_routes(few, np.where(cells, 0, -1), "procrustes")
         assert route == ["factors"]
-    assert routes(few, np.arange(13) // 4, "cca")[0][:3] == ["eigenvectors"] * 3
-    assert routes(x, np.zeros(100, int), "procrustes")[0] == ["nothing"]
-    assert routes(x, [np.arange(100) < 0], "pwcca")[0] == ["nothing"]
-    assert routes(x, np.arange(100) // 50, "pwcca")[0] == ["eigenvectors"] * 2
-    assert routes(x, np.arange(100) // 50, "cka")[0] == ["sums"] * 2
-    assert routes(x, np.arange(100) // 50, "cka", backend="reference")[0] == ["definition"] * 2
+    assert find_routes(few, np.arange(13) // 4, "cca")[0][:3] == ["eigenvectors"] * 3
+    assert find_routes(x, np.zeros(100, int), "procrustes")[0] == ["nothing"]
+    assert find_routes(x, [np.arange(100) < 0], "pwcca")[0] == ["nothing"]
+    assert find_routes(x, np.arange(100) // 50, "pwcca")[0] == ["eigenvectors"] * 2
+    assert find_routes(x, np.arange(100) // 50, "cka")[0] == ["sums"] * 2
+    assert find_routes(x, np.arange(100) // 50, "cka", backend="reference")[0] == ["definition"] * 2
     _, info = rk.ablation_distances(
         np.stack([x, few[:, np.arange(100) % 13]]), np.arange(100) // 50, batched=True, info=True
     )
@@ -216,7 +228,7 @@ def test_routes_and_steps():
         rk.ablation_distances(x, np.arange(100) // 50, info=1)
 
 
-def test_kinds_dtypes_and_batches():
+def test_batches_of_any_kind_match_single_calls():
     rng = np.random.default_rng(6)
     x, cells = rng.standard_normal((2, 6, 14)), rng.integers(0, 3, 14)
     got = rk.ablation_distances(x, cells.tolist(), batched=True)
@@ -232,7 +244,7 @@ def test_kinds_dtypes_and_batches():
             np.testing.assert_allclose(got[name][i], rk.ablation_distances(x[i], cells)[name])
 
 
-def test_only_the_requested_metrics():
+def test_only_the_requested_metrics_are_returned():
     x = np.random.default_rng(7).standard_normal((5, 6))
     assert list(rk.ablation_distances(x, [0, 0, 1, 1, 2, 2], metrics=["svcca", "cka"])) == [
         "svcca",

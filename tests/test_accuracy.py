@@ -1,4 +1,4 @@
-"""Digits and ranks of ablation distances, against 60-digit arithmetic."""
+"""Digits and order of ablation distances, against 60-digit arithmetic."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ N_CELLS = 3
 
 @dataclass(frozen=True)
 class Layer:
-    """A reproducible recipe for activations whose neurons differ in energy, and their cells."""
+    """Parameters of reproducible activations whose neurons differ in energy, and of their cells."""
 
     n: int
     p: int
     spread: int  # decades between the strongest and the weakest neuron
     common: bool  # whether the neurons share a direction
-    share: float  # of neurons in a cell
+    share: float  # fraction of neurons in a cell
     seed: int
 
     def make(self) -> tuple[np.ndarray, np.ndarray]:
@@ -45,8 +45,8 @@ def layers(n: st.SearchStrategy[int], p: st.SearchStrategy[int]) -> st.SearchStr
     return st.builds(Layer, n, p, spread, st.booleans(), share, SEEDS)
 
 
-def oracle(x: np.ndarray, cells: np.ndarray, ridge: float) -> dict[str, np.ndarray]:
-    """Return distances; for ridge CCA, their excess over the self-distance."""
+def compute_exactly(x: np.ndarray, cells: np.ndarray, ridge: float) -> dict[str, np.ndarray]:
+    """Return distances from the oracle; for ridge CCA, their excess over the self-distance."""
     similarity: dict[str, Any] = {
         "cka": _oracle.cka,
         "procrustes": _oracle.procrustes,
@@ -62,14 +62,16 @@ def oracle(x: np.ndarray, cells: np.ndarray, ridge: float) -> dict[str, np.ndarr
             elif (y == x).all():
                 distances[name].append(0.0)
             else:
-                itself = function(x, x) if name in RIDGED else 1
+                self_similarity = function(x, x) if name in RIDGED else 1
                 scale = 2 if name == "procrustes" else 1
-                distances[name].append(float(scale * (itself - function(x, y))))
+                distances[name].append(float(scale * (self_similarity - function(x, y))))
     return {name: np.array(values) for name, values in distances.items()}
 
 
-def excess(x: np.ndarray, cells: np.ndarray, ridge: float, metrics: Any) -> dict[str, np.ndarray]:
-    """Return the package's distances minus the self-distance, which an empty cell gives."""
+def compute_excess(
+    x: np.ndarray, cells: np.ndarray, ridge: float, metrics: Any
+) -> dict[str, np.ndarray]:
+    """Return the package's distances minus the self-distance, the distance of an empty cell."""
     members = np.append(cells == np.arange(N_CELLS)[:, None], [np.zeros(len(cells), bool)], axis=0)
     got = rk.ablation_distances(x, members, metrics=metrics, ridge=ridge)
     return {name: values[:-1] - values[-1] for name, values in got.items()}
@@ -77,28 +79,28 @@ def excess(x: np.ndarray, cells: np.ndarray, ridge: float, metrics: Any) -> dict
 
 def assert_digits(layer: Layer, ridge: float = 0.1) -> None:
     x, cells = layer.make()
-    want = oracle(x, cells, ridge)
+    want = compute_exactly(x, cells, ridge)
     # Once with the iterations, and once with the eigenvectors that PWCCA needs.
     for metrics in ((*PLAIN, *RIDGED), (*RIDGED, "pwcca")):
-        got = excess(x, cells, ridge, metrics)
+        got = compute_excess(x, cells, ridge, metrics)
         for name in set(metrics) - {"pwcca"}:
             try:
                 assert_close(got[name], want[name], DISTANCE["float64"], nan=True)
             except AssertionError as error:
                 raise AssertionError(f"{name}, {layer}: {error}") from None
-            known = ~np.isnan(want[name])
-            assert_rank_fidelity(got[name][known], want[name][known], DISTANCE["float64"])
+            finite = ~np.isnan(want[name])
+            assert_rank_fidelity(got[name][finite], want[name][finite], DISTANCE["float64"])
 
 
 @settings(max_examples=25)
 @given(layers(st.integers(4, 7), st.integers(20, 60)), st.sampled_from([1e-3, 0.1, 1.0]))
-def test_more_neurons_than_stimuli(layer, ridge):
+def test_digits_with_more_neurons_than_stimuli(layer, ridge):
     assert_digits(layer, ridge)
 
 
 @settings(max_examples=25)
 @given(layers(st.integers(5, 8), st.integers(2, 9)), st.sampled_from([1e-3, 0.1, 1.0]))
-def test_about_as_many_neurons_as_stimuli_or_fewer(layer, ridge):
+def test_digits_with_about_as_many_neurons_as_stimuli_or_fewer(layer, ridge):
     assert_digits(layer, ridge)
 
 
@@ -114,7 +116,7 @@ def test_scale_does_not_matter(layer, decades):
 
 @given(st.integers(3, 12), st.integers(2, 30), st.integers(1, 3), SEEDS)
 def test_removing_copies_gives_the_self_distance(n, p, copies, seed):
-    """Without copies of its neurons, a representation is as far as from itself."""
+    """A representation without copies of its neurons is as far as from an unchanged one."""
     x = np.random.default_rng(seed).standard_normal((n, p))
     x = np.concatenate([x, np.repeat(x, copies, axis=1)], axis=1)
     cells = np.where(np.arange(x.shape[1]) < p, -1, 0)
@@ -125,8 +127,8 @@ def test_removing_copies_gives_the_self_distance(n, p, copies, seed):
 
 
 @given(st.integers(4, 20), st.integers(2, 200), st.floats(0.99, 0.99999), SEEDS)
-def test_a_cell_with_nearly_all_the_energy(n, p, share, seed):
-    """Far from the original, where iterations take longest, and a cell with all neurons."""
+def test_a_cell_with_nearly_all_the_energy_matches_the_reference(n, p, share, seed):
+    """Far from the original, iterations need the most steps. The second cell has all neurons."""
     x = np.random.default_rng(seed).standard_normal((n, p))
     x[:, : p // 2] *= np.sqrt(share / (1 - share))
     cells = [np.arange(p) < p // 2, np.arange(p) < p]
@@ -139,7 +141,7 @@ def test_a_cell_with_nearly_all_the_energy(n, p, share, seed):
 
 
 @given(st.integers(4, 12), st.integers(4, 40), st.booleans(), SEEDS)
-def test_rank_deficient_grams(n, p, duplicate, seed):
+def test_rank_deficient_grams_match_the_reference(n, p, duplicate, seed):
     """Duplicated stimuli, or neurons in few directions: ranks below n - 1."""
     rng = np.random.default_rng(seed)
     if duplicate:
@@ -158,7 +160,7 @@ def test_rank_deficient_grams(n, p, duplicate, seed):
 
 
 @given(SEEDS, st.sampled_from([2.0, 30.0, 1e2, 1e3, 1e5]))
-def test_scaled_copies_of_the_remaining_neurons(seed, factor):
+def test_removing_scaled_copies_gives_distance_zero(seed, factor):
     """Without the copies, a representation differs only in scale."""
     x = np.random.default_rng(seed).standard_normal((6, 12))
     cells = np.repeat([0, -1], 12)
@@ -169,7 +171,7 @@ def test_scaled_copies_of_the_remaining_neurons(seed, factor):
 
 
 @given(SEEDS, st.floats(-3, 0))
-def test_cells_with_all_of_a_direction(seed, decades):
+def test_removing_a_whole_direction_keeps_the_digits(seed, decades):
     """The remaining Gram is singular: the iterations must not stop at a wrong value."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((4, 12))
@@ -194,7 +196,7 @@ def test_a_small_ridge_does_not_hide_a_lost_direction(ridge):
 
 
 @pytest.mark.parametrize("factor", [3e2, 3e5, 3e8])
-def test_ridge_cca_without_a_large_cell(factor):
+def test_ridge_cca_is_accurate_after_removing_a_large_cell(factor):
     rng = np.random.default_rng(1)
     y = np.concatenate([factor * rng.standard_normal((6, 9)), rng.standard_normal((6, 9))], axis=1)
     cells, metrics = np.repeat([0, -1], 9), (*RIDGED, "pwcca")

@@ -1,4 +1,4 @@
-"""Every kind of array is either accepted with its exact values, or refused by name."""
+"""Every kind of array is accepted with its exact values, or refused with its name."""
 
 from __future__ import annotations
 
@@ -21,43 +21,43 @@ import repsim_kernels as rk
 from repsim_kernels import _check
 
 
-def quantized():
+def make_quantized():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated, but still in use
         return torch.quantize_per_tensor(T.float(), 0.1, 0, torch.qint8)
 
 
-def nested(layout):
+def make_nested(layout):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a prototype feature
         return torch.nested.nested_tensor([T, T[:3]], layout=layout)
 
 
-def masked():
+def make_masked():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a prototype feature
         return torch.masked.masked_tensor(T, T > 0)
 
 
-def compressed():
+def make_compressed():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a beta feature
         return T.to_sparse_csr()
 
 
-def with_column(values):
+def add_column(values):
     return pd.DataFrame(X).assign(extra=values)
 
 
 REFUSED = {
     "meta": (lambda: T.to("meta"), "a meta tensor, which holds no values"),
     "fake": (lambda: FakeTensorMode().from_tensor(T), "a FakeTensor, which holds no values"),
-    "nested": (lambda: nested(torch.strided), "a nested tensor"),
-    "jagged": (lambda: nested(torch.jagged), "a nested tensor"),
-    "masked tensor": (masked, "a MaskedTensor"),
+    "nested": (lambda: make_nested(torch.strided), "a nested tensor"),
+    "jagged": (lambda: make_nested(torch.jagged), "a nested tensor"),
+    "masked tensor": (make_masked, "a MaskedTensor"),
     "coo": (lambda: T.to_sparse(), "a tensor of layout torch.sparse_coo"),
-    "csr": (compressed, "layout torch.sparse_csr; expected a dense one: pass "),
-    "quantized": (quantized, "a quantized tensor; expected real numbers: pass "),
+    "csr": (make_compressed, "layout torch.sparse_csr; expected a dense one: pass "),
+    "quantized": (make_quantized, "a quantized tensor; expected real numbers: pass "),
     "float8 tensor": (lambda: T.to(torch.float8_e4m3fn), "dtype float8_e4m3fn"),
     "conjugate": (lambda: torch.complex(T, T).conj(), "dtype complex128"),
     "float8": (lambda: X.astype(ml_dtypes.float8_e4m3fn), "dtype float8_e4m3fn"),
@@ -84,19 +84,19 @@ REFUSED = {
     "list of masked": (lambda: list(np.ma.masked_less(X, 0)), "a masked array with masked entries"),
     "lengths": (lambda: [X[0], X[1, :2]], "not an array of numbers: its items have different"),
     "layers": (lambda: [X, Y], "not an array of numbers: its items have different shapes"),
-    "missing": (lambda: with_column(pd.array([1, None] * 3)), "missing values (NA), 3 of 30"),
+    "missing": (lambda: add_column(pd.array([1, None] * 3)), "missing values (NA), 3 of 30"),
     "missing floats": (
-        lambda: with_column(pd.array([1.5, None] * 3, dtype="Float64")),
+        lambda: add_column(pd.array([1.5, None] * 3, dtype="Float64")),
         "missing values (NA), 3 of 30",
     ),
     "NA": (lambda: [[1, pd.NA]] * 6, "a missing value (pd.NA) at index (0, 1)"),
-    "a column": (lambda: with_column(["a"] * 6), "column 'extra' has dtype str"),
+    "a column": (lambda: add_column(["a"] * 6), "column 'extra' has dtype str"),
     "object column": (
-        lambda: with_column(np.array(["a", 1] * 3, dtype=object)),
+        lambda: add_column(np.array(["a", 1] * 3, dtype=object)),
         "column 'extra' has dtype object",
     ),
     "dates of pandas": (
-        lambda: with_column(pd.date_range("2020", periods=6)),
+        lambda: add_column(pd.date_range("2020", periods=6)),
         "column 'extra' has dtype datetime64",
     ),
 }
@@ -129,7 +129,7 @@ def test_a_dict_of_layers_is_refused_by_pairwise():
     np.testing.assert_array_equal(rk.pairwise(layers.values()), rk.pairwise([X, Y]))
 
 
-class Converts:
+class ArrayObject:
     """An object with only ``__array__``."""
 
     def __init__(self, values):
@@ -139,7 +139,7 @@ class Converts:
         return self.values
 
 
-class Exchanges:
+class DlpackObject:
     """An object with only the DLPack protocol."""
 
     def __init__(self, values):
@@ -152,24 +152,24 @@ class Exchanges:
         return self.values.__dlpack__(**options)
 
 
-class Fails:
+class Unconvertible:
     """An object that can't be converted, such as a tracer of JAX."""
 
     def __array__(self, dtype=None, copy=None):
         raise RuntimeError("traced:\nno values")
 
 
-def bfloat16(x):
+def to_bfloat16(x):
     return x.numpy().astype(ml_dtypes.bfloat16)
 
 
 ACCEPTED = {
-    "bfloat16": (bfloat16, "bfloat16"),
-    "bfloat16 rows": (lambda x: list(bfloat16(x)), "bfloat16"),
-    "bfloat16 scalars": (lambda x: [list(row) for row in bfloat16(x)], "bfloat16"),
-    "__array__": (lambda x: Converts(x.numpy()), None),
-    "__array__ of bfloat16": (lambda x: Converts(bfloat16(x)), "bfloat16"),
-    "__dlpack__": (lambda x: Exchanges(x.numpy()), None),
+    "bfloat16": (to_bfloat16, "bfloat16"),
+    "bfloat16 rows": (lambda x: list(to_bfloat16(x)), "bfloat16"),
+    "bfloat16 scalars": (lambda x: [list(row) for row in to_bfloat16(x)], "bfloat16"),
+    "__array__": (lambda x: ArrayObject(x.numpy()), None),
+    "__array__ of bfloat16": (lambda x: ArrayObject(to_bfloat16(x)), "bfloat16"),
+    "__dlpack__": (lambda x: DlpackObject(x.numpy()), None),
     "lists": (lambda x: x.numpy().tolist(), None),
     "list of tensors": (lambda x: list(torch.from_numpy(x.values())), None),
     "list of bfloat16 tensors": (lambda x: list(torch.tensor(x.values()).bfloat16()), "bfloat16"),
@@ -198,7 +198,7 @@ def test_arrays_of_numbers_are_accepted(make, dtype, x):
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @given(representations(kinds=("gaussian", "relu"), layouts=TORCH_LAYOUTS))
 def test_parts_of_complex_tensors_are_accepted(backend, x):
-    """Those of a conjugate are negated lazily, which NumPy can't represent; -0 becomes 0."""
+    """Imaginary parts of conjugates are negated lazily, which NumPy can't do; -0 becomes 0."""
     parts = torch.complex(x.torch(), x.torch()).conj()
     assert parts.imag.is_neg()
     labels = np.arange(x.n)
@@ -211,7 +211,7 @@ def test_parts_of_complex_tensors_are_accepted(backend, x):
 
 def test_a_failed_conversion_is_refused_with_the_reason():
     with pytest.raises(rk.DtypeError, match=r"x: not an array of numbers \(traced: no values\)"):
-        rk.cka(Fails(), X)
+        rk.cka(Unconvertible(), X)
 
 
 def test_columns_of_several_nullable_dtypes_are_accepted():

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from _draw import TORCH_DTYPES, TORCH_LAYOUTS, classes
-from _draw import representations as drawn
+from _draw import TORCH_DTYPES, TORCH_LAYOUTS, classes, representations
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -19,8 +18,8 @@ GRIDS = st.sampled_from([(4, 4), (1, 3), (5, 1), (2, 7)])
 
 
 @given(st.data())
-def test_class_means(data):
-    x = data.draw(drawn(dtypes=TORCH_DTYPES, layouts=TORCH_LAYOUTS))
+def test_class_means_match_numpy(data):
+    x = data.draw(representations(dtypes=TORCH_DTYPES, layouts=TORCH_LAYOUTS))
     labels = data.draw(classes(x.n))
     want = [x.values()[labels == k].mean(0) for k in range(labels.max() + 1)]
     got = rk.class_means(x.torch(), labels)
@@ -28,8 +27,8 @@ def test_class_means(data):
 
 
 @given(st.data(), GRIDS)
-def test_selectivity_grid(data, grid):
-    x = data.draw(drawn(kinds=("gaussian", "relu"), layouts=TORCH_LAYOUTS))
+def test_selectivity_grid_matches_the_reference(data, grid):
+    x = data.draw(representations(kinds=("gaussian", "relu"), layouts=TORCH_LAYOUTS))
     labels = data.draw(classes(x.n)) * 3 + 5
     target = int(labels[0])
     got = rk.selectivity_grid(x.torch(), labels, target, grid=grid)
@@ -56,7 +55,7 @@ def test_ties_are_the_same_in_every_memory_order():
         np.testing.assert_array_equal(rk.selectivity_grid(order, labels, 3), want)
 
 
-def test_labels_of_any_kind_and_batches():
+def test_labels_of_any_kind_and_batches_are_accepted():
     x = np.random.default_rng(0).standard_normal((2, 6, 9)).astype(np.float32)
     labels = [0, 1, 1, 0, 2, 2]
     want = rk.class_means(x, labels, batched=True)
@@ -79,17 +78,19 @@ def test_cells_have_even_sizes(p):
     assert (np.ptp(strips, axis=1) <= 1).all()
 
 
-def make_without_ties():
+def make_stimuli_without_ties():
     """Return stimuli, their three classes, and the cells of the neurons with inclusive edges."""
     x = np.random.default_rng(3).standard_normal((9, 40))
     labels = np.arange(9) % 3
     return x, labels, rk.selectivity_grid(x, labels, 1, grid=(3, 2), edges="inclusive")
 
 
-@given(st.data(), GRIDS, st.sampled_from(["ties", "zeros", "as drawn"]))
-def test_inclusive_edges(data, grid, change):
+@given(st.data(), GRIDS, st.sampled_from(["ties", "zeros", "unchanged"]))
+def test_inclusive_edges_match_the_reference(data, grid, change):
     """Rectified integers tie, often for a whole strip."""
-    x = data.draw(drawn(kinds=("low rank", "relu"), dtypes=TORCH_DTYPES, layouts=TORCH_LAYOUTS))
+    x = data.draw(
+        representations(kinds=("low rank", "relu"), dtypes=TORCH_DTYPES, layouts=TORCH_LAYOUTS)
+    )
     labels = data.draw(classes(x.n))
     x = x.torch()
     if change == "ties":
@@ -105,7 +106,7 @@ def test_inclusive_edges(data, grid, change):
 
 @given(st.data(), GRIDS)
 def test_inclusive_edges_do_not_depend_on_the_order_of_neurons(data, grid):
-    x = data.draw(drawn(kinds=("low rank",))).values().clip(0, 2)
+    x = data.draw(representations(kinds=("low rank",))).values().clip(0, 2)
     labels = data.draw(classes(len(x)))
     order = np.array(data.draw(st.permutations(range(x.shape[1]))))
     got = rk.selectivity_grid(x[:, order], labels, 0, grid=grid, edges="inclusive")
@@ -115,7 +116,7 @@ def test_inclusive_edges_do_not_depend_on_the_order_of_neurons(data, grid):
 
 @given(st.data(), GRIDS)
 def test_a_neuron_between_the_edges_is_in_one_strip(data, grid):
-    x = data.draw(drawn(kinds=("low rank",), p=st.integers(1, 60))).values()
+    x = data.draw(representations(kinds=("low rank",), p=st.integers(1, 60))).values()
     is_target = data.draw(classes(len(x), max_classes=2)) == 1
     inside = x[is_target].sum(0) * (~is_target).sum()
     outside = x[~is_target].sum(0) * is_target.sum()
@@ -136,7 +137,7 @@ def test_a_zero_layer_and_a_single_neuron_give_empty_cells():
             np.testing.assert_array_equal(cells, np.zeros((16, x.shape[1]), bool))
 
 
-def test_inclusive_edges_of_batches():
+def test_batches_with_inclusive_edges_match_single_calls():
     x = np.random.default_rng(0).integers(0, 3, (2, 3, 6, 30))
     options = {"grid": (2, 2), "edges": "inclusive"}
     labels = [0, 1, 1, 0, 2, 2]
@@ -148,7 +149,7 @@ def test_inclusive_edges_of_batches():
 
 
 def test_inclusive_cells_are_ablated_like_labels():
-    x, y, members = make_without_ties()
+    x, y, members = make_stimuli_without_ties()
     assert (members.sum(0) > 1).any()
     distances = rk.ablation_distances(x, members)
     accuracy = rk.ablation_decodability(x, members, y)
@@ -165,7 +166,7 @@ def test_inclusive_cells_are_ablated_like_labels():
 
 def test_inclusive_strips_add_the_lowest_neuron_of_the_strip_above():
     """Without ties, the least selective neuron of a strip is also in the strip below."""
-    x, y, _ = make_without_ties()
+    x, y, _ = make_stimuli_without_ties()
     selectivity = x[y == 1].mean(0) - x[y != 1].mean(0)
     equal = rk.selectivity_grid(x, y, 1, grid=(4, 1))
     for strip, cell in enumerate(rk.selectivity_grid(x, y, 1, grid=(4, 1), edges="inclusive")):
@@ -176,7 +177,7 @@ def test_inclusive_strips_add_the_lowest_neuron_of_the_strip_above():
         assert want - edges <= set(np.flatnonzero(cell)) <= want
 
 
-def test_forward_pass_with_inclusive_cells():
+def test_forward_pass_ablates_inclusive_cells():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 30), nn.ReLU(), nn.Linear(30, 3)).eval()
     forward = AblatedForward(model, "1")

@@ -15,13 +15,13 @@ EACH_BACKEND = pytest.mark.parametrize("backend", ["torch", "reference"])
 
 
 @pytest.fixture
-def fresh(monkeypatch):
+def fresh_warnings(monkeypatch):
     """Reset the record of warnings that are issued once per process."""
     monkeypatch.setattr(_options, "_warnings_shown", set())
 
 
-def with_chance(x, y, backend, **options):
-    """Return the similarity and, from the formula, its mean over permutations."""
+def compare_with_chance(x, y, backend, **options):
+    """Return the similarity, and its mean over permutations from the closed form."""
     options = {"debiased": False, "kernel": "linear", "sigma": None} | options
     x, y, source = _check.check_pair(x, y)
     result = _dispatch.call("cka", backend, source, x, y, **options, chance=True)
@@ -37,7 +37,7 @@ def test_chance_is_the_mean_over_all_permutations(p, q, options, backend):
     want = np.mean(
         [rk.cka(x, y[list(order)], **options) for order in itertools.permutations(range(5))]
     )
-    similarity, chance = with_chance(x, y, backend, **options)
+    similarity, chance = compare_with_chance(x, y, backend, **options)
     assert similarity == pytest.approx(float(rk.cka(x, y, **options)), rel=1e-12)
     assert chance == pytest.approx(want, rel=1e-10)
     xs, source = _check.check_representations([x, y], "xs")
@@ -48,24 +48,24 @@ def test_chance_is_the_mean_over_all_permutations(p, q, options, backend):
         )  # fmt: skip
         for i, a in enumerate(xs):
             for j, b in enumerate(ys or xs):
-                each = with_chance(a, b, "reference", **options)
+                each = compare_with_chance(a, b, "reference", **options)
                 assert result["similarity"][i, j] == pytest.approx(each[0], rel=1e-10)
                 assert result["chance"][i, j] == pytest.approx(each[1], rel=1e-10)
 
 
 @EACH_BACKEND
-def test_noise_in_many_neurons_warns_once_per_process(fresh, backend):
+def test_noise_in_many_neurons_warns_once_per_process(fresh_warnings, backend):
     rng = np.random.default_rng(1)
     x, y = rng.standard_normal((2, 50, 5000))
-    with pytest.warns(rk.DegenerateWarning, match=r"0\.990 is the mean .*debiased=True") as warned:
+    with pytest.warns(rk.DegenerateWarning, match=r"0\.990 is the mean .*debiased=True") as caught:
         value = rk.cka(x, y, backend=backend)
-    assert warned[0].filename == __file__
+    assert caught[0].filename == __file__
     assert value == pytest.approx(0.990, abs=1e-3)
     assert rk.cka(x, y, backend=backend) == value  # pytest would raise a second warning
 
 
 @EACH_BACKEND
-def test_pairwise_warns_about_the_worst_pair(fresh, backend):
+def test_pairwise_warns_about_the_worst_pair(fresh_warnings, backend):
     rng = np.random.default_rng(2)
     x, y = rng.standard_normal((2, 30, 900))
     with pytest.warns(rk.DegenerateWarning, match=r"0\.969 is the mean"):
@@ -73,15 +73,15 @@ def test_pairwise_warns_about_the_worst_pair(fresh, backend):
 
 
 @EACH_BACKEND
-def test_narrow_rbf_kernel_warns(fresh, backend):
-    """Their Grams are nearly the identity."""
+def test_narrow_rbf_kernel_warns(fresh_warnings, backend):
+    """The Grams are nearly the identity."""
     x, y = np.random.default_rng(4).standard_normal((2, 40, 3))
     options = {"kernel": "rbf", "sigma": 0.05, "backend": backend}
     with pytest.warns(rk.DegenerateWarning, match=r"(0\.9|1\.0)\d\d is the mean"):
         rk.cka(x, y, **options)
 
 
-def test_no_warning_when_similarity_is_not_chance(fresh):
+def test_no_warning_when_similarity_is_not_chance(fresh_warnings):
     rng = np.random.default_rng(3)
     x, y = rng.standard_normal((2, 30, 900))
     rank_two = x @ rng.standard_normal((900, 2)) @ rng.standard_normal((2, 900))
@@ -97,7 +97,7 @@ def test_no_warning_when_similarity_is_not_chance(fresh):
 
 @pytest.mark.parametrize("far", [1e2, 1e4, 1e6, 1e8])
 @pytest.mark.parametrize(("n", "p"), [(40, 3), (150, 20)])
-def test_debiased_cka_with_an_outlying_stimulus(n, p, far):
+def test_debiased_cka_is_accurate_with_an_outlying_stimulus(n, p, far):
     """Against U-centred Grams in long double."""
 
     def u_centred(x):
@@ -121,7 +121,7 @@ def test_debiased_cka_with_an_outlying_stimulus(n, p, far):
 @EACH_BACKEND
 @pytest.mark.parametrize("far", [1e3, 1e6, 1e7, 1e9, 1e12])
 @pytest.mark.parametrize("which", [0, 11])
-def test_rbf_cka_with_an_outlying_stimulus(which, far, backend):
+def test_rbf_cka_is_accurate_with_an_outlying_stimulus(which, far, backend):
     """Against differences of features in long double."""
 
     def kernel(x):

@@ -13,7 +13,7 @@ import repsim_kernels as rk
 
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 FUNCTIONS = [name for name in rk.__all__ if inspect.isfunction(getattr(rk, name))]
-# Their examples are run, but they are not required to have any.
+# Examples in these modules run too, but not every name needs one.
 OTHER_MODULES = ("repsim_kernels.forward", "repsim_kernels.experiments")
 OTHERS = [
     (module, name) for module in OTHER_MODULES for name in importlib.import_module(module).__all__
@@ -31,8 +31,8 @@ def run_examples(item: object, name: str) -> int:
     return runner.tries
 
 
-def sections_of(doc: str) -> dict[str, str]:
-    """The text of each section of a NumPy docstring, by title."""
+def split_sections(doc: str) -> dict[str, str]:
+    """Return the text of each section of a NumPy docstring, by title."""
     parts = re.split(r"^(\w+)\n-+$", doc, flags=re.M)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
@@ -54,7 +54,7 @@ def test_other_examples_run(module, name):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_docstrings_are_complete(name):
     function = getattr(rk, name)
-    sections = sections_of(inspect.getdoc(function))
+    sections = split_sections(inspect.getdoc(function))
     assert {"Returns", "Examples"} <= set(sections)
     names = [parameter.name for parameter in inspect.signature(function).parameters.values()]
     documented = re.findall(r"^(\S[^:\n]*?)(?: : .*)?$", sections.get("Parameters", ""), re.M)

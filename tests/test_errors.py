@@ -19,8 +19,8 @@ PAIRS = tuple(metric.name for metric in METRICS if metric.pairwise)
 CELLS, LABELS = [0, 0, 1, 1], [0, 0, 1, 1, 2, 2]
 
 
-def calls_on(x):
-    """A call of every operation on one representation x."""
+def list_calls(x):
+    """List a call of every operation that takes one representation."""
     return [
         lambda: rk.centered_gram(x),
         lambda: rk.cell_grams(x, CELLS),
@@ -51,7 +51,7 @@ BAD = [
 
 @pytest.mark.parametrize(("x", "error", "match"), BAD, ids=[b[2][:40] for b in BAD])
 def test_bad_representations_are_refused(x, error, match):
-    for call in calls_on(x):
+    for call in list_calls(x):
         with pytest.raises(error, match=match):
             call()
     like = torch.from_numpy if isinstance(x, torch.Tensor) else np.asarray
@@ -235,7 +235,7 @@ def test_errors_are_also_value_or_type_errors():
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_value_that_is_not_finite_is_refused_for_any_cells(cells, metrics, backend, bad):
-    """It makes CKA's distances NaN, except those that are 0 without looking at the values."""
+    """Unnoticed, it makes CKA's distances NaN, except those that are 0 for any values."""
     x = X.astype(np.float32)
     x[:, 3] = x[0, 3]
     x[2, 2] = bad

@@ -14,7 +14,7 @@ from repsim_kernels.forward import AblatedForward, passes
 from repsim_kernels.forward.broadcast import repeat_for_cells
 
 
-def skip(m, x):
+def adds_a_skip(m, x):
     h = m.a(x)
     y = m.cut(h)
     h.relu_()
@@ -93,7 +93,7 @@ def test_cut_at_every_module_is_bit_identical_to_a_hook(name, cuts):
     ],
 )
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_memory_formats_and_batches_of_cells(name, layer, memory_format):
+def test_memory_formats_are_kept_and_cells_share_a_pass(name, layer, memory_format):
     model = build_network(name).to(memory_format=memory_format)
     images = torch.randn(3, 3, 32, 32).to(memory_format=memory_format)
     forward = check_cut(model, layer, images)
@@ -107,7 +107,7 @@ def test_memory_formats_and_batches_of_cells(name, layer, memory_format):
     assert sizes == ([] if layer == "" else [3, 15])  # intact, then all cells in one pass
 
 
-def test_images_of_any_layout_and_number():
+def test_images_of_any_layout_and_number_match_a_hook():
     model = build_network("resnet50_small")
     forward = AblatedForward(model, "layer1.0.conv3")
     for images in (
@@ -147,7 +147,7 @@ def test_one_cell_per_pass_if_images_influence_each_other():
         assert torch.equal(forward.logits(state, cells, batch=HUGE), one_by_one)
 
 
-def test_several_cells_per_pass_with_shared_values():
+def test_several_cells_per_pass_may_share_values():
     def run(m, x):
         scale = m.place.exp()  # (1, 4), the same for all images
         h = m.a(x)
@@ -192,13 +192,13 @@ def test_model_is_unchanged_and_new_weights_are_used():
     assert torch.equal(forward.intact(forward.prefix(images)), run_plain(model, images))
 
 
-def test_module_with_two_names():
-    model = Net(skip)
+def test_a_module_with_two_names_can_be_cut():
+    model = Net(adds_a_skip)
     model.other = model.cut
     check_cut(model, "other", torch.randn(3, 6))
 
 
-def test_branch_on_a_buffer():
+def test_a_network_that_branches_on_a_buffer_can_be_cut():
     def signed(m, x):
         y = m.cut(m.a(x))
         return m.out(y if m.place.sum() > 100 else -y)
@@ -217,7 +217,7 @@ def test_repeated_tensor_keeps_its_memory_order(order):
 
 @pytest.fixture
 def small_cut():
-    """A cut of 20 units, 8 of them dead, and the number of rows of each pass of its tail."""
+    """A cut with 20 units, 8 of them dead, its state, and a list of the rows of each tail pass."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 10), nn.Tanh()).eval()
     with torch.no_grad():
@@ -257,7 +257,7 @@ def test_cells_may_overlap(small_cut):
     assert forward.logits(state, [-1] * 20).shape == (0, 3, 10)
 
 
-def test_array_types_of_labels(small_cut):
+def test_labels_may_be_any_kind_of_array(small_cut):
     forward, state, _ = small_cut
     labels = np.arange(20, dtype=np.uint8) // 10
     want = forward.logits(state, labels)
@@ -276,7 +276,7 @@ def test_batches_fit_the_memory(small_cut):
     forward, state, rows = small_cut
     cells = [i // 2 for i in range(20)]  # cells 4 to 9 run
     forward.intact(state)
-    # The masked activation and the linear layer's output are alive together.
+    # The masked activation and the linear layer's output exist at the same time.
     each = 3 * (20 + 10) * 4
     want = forward.logits(state, cells, batch=1)
     for batch, memory, expected in [
@@ -326,7 +326,7 @@ def test_batches_are_halved_when_memory_runs_out(small_cut, monkeypatch):
     assert rows == [3] * 12
 
 
-def test_raises_when_one_image_does_not_fit(small_cut, monkeypatch):
+def test_an_image_that_does_not_fit_raises(small_cut, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -341,8 +341,8 @@ def test_raises_when_one_image_does_not_fit(small_cut, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_dtypes(dtype):
-    model = Net(skip).to(dtype)
+def test_logits_have_the_dtype_of_the_network(dtype):
+    model = Net(adds_a_skip).to(dtype)
     forward = AblatedForward(model, "cut")
     images = torch.randn(3, 6, dtype=dtype)
     state = forward.prefix(images)
@@ -353,7 +353,7 @@ def test_dtypes(dtype):
         torch.testing.assert_close(logits[1], want)
 
 
-def test_inference_mode_and_gradients_of_the_caller():
+def test_inference_mode_and_gradients_of_the_caller_do_not_matter():
     def writes_the_images(m, x):
         y = m.cut(m.a(x))
         x[:, :4].mul_(y)
@@ -374,7 +374,7 @@ def test_inference_mode_and_gradients_of_the_caller():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("layer", ["features.1", "features.6", "classifier.2"])
-def test_on_a_gpu(layer):
+def test_cuts_on_a_gpu_match_a_hook(layer):
     model, images = build_network("alexnet_small").cuda(), torch.randn(4, 3, 32, 32).cuda()
     forward = check_cut(model, layer, images)
     state = forward.prefix(images)

@@ -1,4 +1,4 @@
-"""How `repsim_kernels.forward` is imported, shown and documented."""
+"""The import, the reprs and the docstring examples of `repsim_kernels.forward`."""
 
 import doctest
 import subprocess
@@ -21,8 +21,8 @@ def test_repr_is_one_line():
     layers = ["classifier.2", *(f"features.{i}" for i in range(5))]
     model = build_network("alexnet_small")
     forward = AblatedForward(model, layers[:2])
-    shown = "layers=['classifier.2', 'features.0'], device='cpu'"
-    assert repr(forward) == f"AblatedForward({type(model).__name__}, {shown})"
+    described = "layers=['classifier.2', 'features.0'], device='cpu'"
+    assert repr(forward) == f"AblatedForward({type(model).__name__}, {described})"
     assert repr(AblatedForward(model, layers)).endswith(
         "'features.1', 'features.2', … 6 in all], device='cpu')"
     )

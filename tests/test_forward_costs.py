@@ -25,7 +25,7 @@ class Residual(Net):
         return self.out(torch.tanh(self.join(self.cut(h), h)))
 
 
-def used_again_after_a_copy(y, h):
+def reuses_the_skip_after_a_copy(y, h):
     return torch.cat([h, y], 1)[:, 2:6] - h
 
 
@@ -34,7 +34,7 @@ def writes_the_skip(y, h):
     return h + y
 
 
-# Functions of y and the skip connection h; how often h is copied for each cell.
+# Functions of y and the skip connection h, and the number of times that h is repeated per cell.
 JOINS = {
     "add": (operator.add, 0),
     "iadd": (operator.iadd, 0),
@@ -53,7 +53,7 @@ JOINS = {
     "skip iadd": (lambda y, h: operator.iadd(h, y) * 2, 1),
     "skip imul": (writes_the_skip, 1),
     "twice": (lambda y, h: (y + h) * h, 0),
-    "twice, copied": (used_again_after_a_copy, 1),
+    "twice, copied": (reuses_the_skip_after_a_copy, 1),
     "one column": (lambda y, h: y + h[:, :1], 1),
     "more columns": (lambda y, h: y[:, :1] * h, 1),
     "exported add": (lambda y, h: y + h if len(h) else y, 0),
@@ -63,7 +63,7 @@ JOINS = {
 
 
 @pytest.mark.parametrize("name", JOINS)
-def test_skip_connections_of_many_cells(name, monkeypatch):
+def test_skip_connections_are_copied_only_where_needed(name, monkeypatch):
     join, copies = JOINS[name]
     model, images, shapes = Residual(join), torch.randn(5, 6), []
     forward = AblatedForward(model, "cut")
@@ -96,7 +96,7 @@ MIDDLES = {
 
 @pytest.fixture
 def products(monkeypatch):
-    """For each product that serves several cells, their number."""
+    """The number of cells of each product that serves several."""
     counts, run = [], fusion.PartitionedLinear.run
 
     def record(self, values):
@@ -107,7 +107,7 @@ def products(monkeypatch):
     return counts
 
 
-def linear(middle="nothing", k=7, dtype=torch.float32, bias=True):
+def build_linear(middle="nothing", k=7, dtype=torch.float32, bias=True):
     torch.manual_seed(8)
     between, shape = MIDDLES[middle]
     layers = [nn.Unflatten(1, shape), *between(), nn.Linear(24, k, bias=bias), nn.Tanh()]
@@ -120,7 +120,7 @@ def linear(middle="nothing", k=7, dtype=torch.float32, bias=True):
 def test_linear_layer_is_one_product(products, monkeypatch, dtype, middle, block_bytes):
     monkeypatch.setattr(fusion, "_BLOCK_BYTES", block_bytes)
     model, images = (
-        linear(middle, dtype=dtype, bias=block_bytes > 1),
+        build_linear(middle, dtype=dtype, bias=block_bytes > 1),
         torch.randn(90, 24, dtype=dtype),
     )
     images[:, 20:] = 0
@@ -146,9 +146,9 @@ def test_linear_layer_is_one_product(products, monkeypatch, dtype, middle, block
     st.integers(1, 2000),
     st.integers(0, 2**31),
 )
-def test_random_cells_of_a_linear_layer(labels, k, block_bytes, seed):
+def test_random_cells_of_a_linear_layer_match_a_hook(labels, k, block_bytes, seed):
     torch.manual_seed(seed)
-    model, images = linear(k=k, dtype=torch.float64), torch.randn(3, 24, dtype=torch.float64)
+    model, images = build_linear(k=k, dtype=torch.float64), torch.randn(3, 24, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fusion, "_GATHER_ROWS", 0)
         patch.setattr(fusion, "_BLOCK_BYTES", block_bytes)
@@ -159,8 +159,8 @@ def test_random_cells_of_a_linear_layer(labels, k, block_bytes, seed):
         torch.testing.assert_close(got[c], want, rtol=1e-12, atol=1e-12)
 
 
-def test_when_one_product_is_cheaper(products):
-    forward = AblatedForward(linear(), "0")
+def test_one_product_is_used_when_it_is_cheaper(products):
+    forward = AblatedForward(build_linear(), "0")
     labels = torch.arange(24) // 6
     for n, expected in ((100, []), (101, [4])):  # gathering costs 300 products
         products.clear()
@@ -182,7 +182,7 @@ def test_when_one_product_is_cheaper(products):
     assert products == [4]
 
 
-def test_when_one_product_does_not_apply(products):
+def test_one_product_is_not_used_where_it_does_not_apply(products):
     def check(model, images, layer="0", autocast=False):
         forward = AblatedForward(model, layer)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -204,8 +204,8 @@ def test_when_one_product_does_not_apply(products):
     check(hooks, images)
 
 
-def test_one_product_with_infinite_activations(products):
-    model, images = linear(k=2), torch.randn(101, 24)
+def test_one_product_keeps_infinite_activations_in_their_cells(products):
+    model, images = build_linear(k=2), torch.randn(101, 24)
     images[:, 5] = math.inf
     forward = AblatedForward(model, "0")
     labels = torch.arange(24) // 6
@@ -215,7 +215,7 @@ def test_one_product_with_infinite_activations(products):
     assert want[0].isfinite().all()
 
 
-def small():
+def build_small():
     return nn.Sequential(
         nn.Conv2d(2, 3, 3, padding=1),
         nn.ReLU(),
@@ -227,7 +227,7 @@ def small():
 
 def test_costs_of_a_small_network():
     layers, images = ["0", "1", "2", "3", "4"], torch.randn(6, 2, 4, 5)
-    forward = AblatedForward(small(), layers)
+    forward = AblatedForward(build_small(), layers)
     costs = forward.costs(images, timed=False)
     first, second, last = 2 * (3 * 20) * (2 * 9), 2 * (4 * 20) * 3, 2 * 80 * 5
     whole = first + second + last
@@ -235,9 +235,9 @@ def test_costs_of_a_small_network():
     assert [costs[x].head_flops for x in layers] == heads
     assert [costs[x].tail_flops for x in layers] == [whole - head for head in heads]
     assert [costs[x].held_bytes for x in layers] == [4 * k for k in (60, 60, 80, 80, 5)]
-    # An operation's inputs and outputs are alive while it runs; a flatten gives a view.
+    # An operation's inputs and outputs are alive while it runs; a flatten returns a view.
     assert [costs[x].peak_bytes for x in layers] == [4 * k for k in (140, 140, 85, 85, 5)]
-    # The whole pass runs as under a hook, so the cut layer's output is a copy; the flatten's too.
+    # The whole pass runs as under a hook, which copies the outputs of the cut layer and the flatten.
     assert [costs[x].pass_bytes for x in layers] == [4 * k for k in (140, 140, 140, 160, 140)]
     conv, fc = 4 * 3 * 4, 4 * (80 * 5 + 5)
     assert costs["1"].together == math.ceil(100 * (conv + fc) / (6 * (second + last)))
@@ -262,7 +262,7 @@ def test_costs_of_a_skip_connection():
     assert cost.pass_bytes == 4 * (4 + 4 + 4)
 
 
-def test_default_cells_per_pass():
+def test_default_cells_per_pass_depend_on_the_weights():
     """One cell if an image's work outweighs reading the weights; otherwise several."""
     wide = nn.Sequential(nn.Identity(), nn.Conv2d(2, 2, 3, padding=1)).eval()
     deep = nn.Sequential(nn.Identity(), nn.Flatten(), nn.Linear(2 * 32 * 32, 8)).eval()
@@ -282,7 +282,7 @@ def test_default_cells_per_pass():
 
 
 def test_seconds_add_up_to_a_pass():
-    model, images = small(), torch.randn(64, 2, 4, 5)
+    model, images = build_small(), torch.randn(64, 2, 4, 5)
     forward = AblatedForward(model, ["0", "4"])
     original = images.clone()
     costs = forward.costs(images)

@@ -30,11 +30,11 @@ from repsim_kernels.errors import (
 from repsim_kernels.forward import AblatedForward
 
 
-def skip(m, x):
+def adds_a_skip(m, x):
     return m.out(m.cut(m.a(x)) + m.b(x))
 
 
-def test_uncuttable_layers():
+def test_uncuttable_layers_are_refused():
     def twice(m, x):
         h = m.relu(m.a(x))
         return m.out(m.relu(m.cut(h) + h))
@@ -61,7 +61,7 @@ def test_uncuttable_layers():
     assert_refused(r"'cut' gives a tensor \(4,\) for 2 images; expected \(n, …\)", mean)
 
 
-def test_uncuttable_models():
+def test_uncuttable_models_are_refused():
     def branching(m, x):
         y = m.cut(m.a(x))
         return m.out(y if y.sum() > 0 else -y)
@@ -91,8 +91,8 @@ def test_uncuttable_models():
         y.add_(1)
         return m.out(h)
 
-    both = r"torch.fx can't trace it: symbolically traced .*; torch.export can't either: "
-    assert_refused(both, Net(branching))
+    neither_can = r"torch.fx can't trace it: symbolically traced .*; torch.export can't either: "
+    assert_refused(neither_can, Net(branching))
     assert_refused(r"it gives a value of type dict; expected a tensor \(n, …\)", Net(gives_a_dict))
     assert_refused(
         "two passes of the same images differ; expected a model without random", Net(random)
@@ -108,21 +108,21 @@ def test_uncuttable_models():
 
 def branches_on_the_shape(m, x):
     """A network that torch.export can trace, but torch.fx can't."""
-    return skip(m, x) if len(x) > 1 else m.b(x)
+    return adds_a_skip(m, x) if len(x) > 1 else m.b(x)
 
 
 TRANSIENT_ERRORS = [MemoryError, torch.OutOfMemoryError, torch.AcceleratorError]
 
 
 @pytest.mark.parametrize("error", TRANSIENT_ERRORS)
-@pytest.mark.parametrize(("run", "runs"), [(skip, 4), (branches_on_the_shape, 7)])
+@pytest.mark.parametrize(("run", "runs"), [(adds_a_skip, 4), (branches_on_the_shape, 7)])
 def test_transient_errors_pass_through_and_are_not_cached(error, run, runs):
     """An error in any run of forward, traces included, is raised; the next call works."""
     images = torch.randn(3, 6)
 
     def check_prefix(forward):
         state = forward.prefix(images)
-        assert is_traced_by_fx(forward) == (run is skip)
+        assert is_traced_by_fx(forward) == (run is adds_a_skip)
         labels = make_labels(state, 2)
         logits = forward.logits(state, labels, 2, batch=1)
         assert torch.equal(logits[0], run_hooked(forward.model, "cut", images, labels == 0))
@@ -159,22 +159,22 @@ def list_attributes(model):
 def test_assigned_buffers_are_restored_after_a_refusal():
     def counts(m, x):
         m.place = m.place + 1
-        return skip(m, x) + m.place[:, :3]
+        return adds_a_skip(m, x) + m.place[:, :3]
 
     def adds(m, x):
         m.place += 1
-        return skip(m, x) + m.place[:, :3]
+        return adds_a_skip(m, x) + m.place[:, :3]
 
     def branches(m, x):
         m.place = m.place * 2
-        y = skip(m, x)
+        y = adds_a_skip(m, x)
         return y if y.sum() > 0 else -y
 
-    both = r"torch.fx can't trace it: symbolically traced .*; torch.export can't either: "
+    neither_can = r"torch.fx can't trace it: symbolically traced .*; torch.export can't either: "
     for run, reason in (
         (counts, "two passes of the same images differ; expected a model without random"),
         (adds, "a pass writes to its 'place'; expected a pass that"),
-        (branches, both),
+        (branches, neither_can),
     ):
         model = Net(run)
         before = list_attributes(model)
@@ -209,8 +209,8 @@ def test_assigned_attributes_are_restored():
         assert all(isinstance(t, Tensor) for t in model.buffers())
 
 
-def test_training_mode():
-    model = Net(skip)
+def test_training_mode_is_refused():
+    model = Net(adds_a_skip)
     model.drop.train()
     assert_refused("'drop' is in training mode; expected model.eval()", model)
     assert_refused("it is in training mode", model.train())
@@ -226,8 +226,8 @@ def test_training_mode():
             call()
 
 
-def test_invalid_arguments():
-    forward = AblatedForward(Net(skip), "cut")
+def test_invalid_arguments_are_refused():
+    forward = AblatedForward(Net(adds_a_skip), "cut")
     with pytest.raises(DtypeError, match=r"images: ndarray; expected a torch tensor"):
         forward.prefix(np.zeros((3, 6)))
     for shape in ((0, 6), ()):
@@ -285,7 +285,7 @@ INVALID = [
 
 
 def test_errors_of_invalid_arguments_are_one_line():
-    model, images = Net(skip), torch.randn(3, 6)
+    model, images = Net(adds_a_skip), torch.randn(3, 6)
     forward = AblatedForward(model, ["a", "cut"])
     state = forward.prefixes(images)["cut"]
     cells = [0, 0, 1, 1]
@@ -311,8 +311,8 @@ def test_errors_of_invalid_arguments_are_one_line():
         forward.prefixes(images, "cut")
 
 
-def test_state_that_was_written_to():
-    forward = AblatedForward(Net(skip), "cut")
+def test_a_state_that_was_written_to_is_refused():
+    forward = AblatedForward(Net(adds_a_skip), "cut")
     state = forward.prefix(torch.randn(3, 6))
     state.activation.zero_()
     with pytest.raises(LayerError, match="state: its tensors were written to"):

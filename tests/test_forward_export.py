@@ -78,7 +78,7 @@ def assert_untraceable(model, layer="cut"):
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
-def test_python_that_fx_cannot_trace(run):
+def test_python_that_fx_cannot_trace_can_be_cut(run):
     model = assert_untraceable(Net(run))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     check_cut(model, "cut", torch.randn(4, 6))
@@ -101,7 +101,7 @@ def test_python_that_fx_cannot_trace(run):
         ("out", nn.Tanh()),
     ],
 )
-def test_layers_of_any_kind(layer, cut):
+def test_layers_of_any_kind_can_be_cut(layer, cut):
     def run(m, x):
         if not isinstance(x, torch.Tensor):
             raise TypeError("expected images")
@@ -110,7 +110,7 @@ def test_layers_of_any_kind(layer, cut):
     check_cut(assert_untraceable(Net(run, cut.eval()), layer), layer, torch.randn(3, 6))
 
 
-def test_cut_at_the_whole_network():
+def test_the_whole_network_can_be_cut():
     model, images = assert_untraceable(Net(branches_on_the_length), ["", "cut"]), torch.randn(3, 6)
     forward = AblatedForward(model, ["", "cut"])
     state = forward.prefixes(images)[""]
@@ -120,7 +120,7 @@ def test_cut_at_the_whole_network():
     assert torch.equal(logits[1], run_hooked(model, "", images, torch.tensor([False, False, True])))
 
 
-def test_export_for_each_shape_and_layout():
+def test_each_shape_and_layout_is_exported_once():
     def run(m, x):
         y = m.pool(m.cut(x))
         return m.out(y.flatten(1)) * (2 if len(x) > 2 and x.shape[2] > 5 else 3)
@@ -146,7 +146,7 @@ def test_export_for_each_shape_and_layout():
     assert len(forward._cuts._exports) == 5
 
 
-def test_several_cells_per_pass():
+def test_several_cells_share_a_pass():
     model, rows = Net(branches_on_the_length), []
     forward = AblatedForward(model, "cut")
     state = forward.prefix(torch.randn(4, 6))  # fewer images would take the other branch
@@ -161,7 +161,7 @@ def test_several_cells_per_pass():
         assert max(rows) == expected
 
 
-def test_one_cell_per_pass_with_a_fixed_size():
+def test_a_fixed_size_allows_one_cell_per_pass():
     def run(m, x):
         return m.out(m.cut(m.a(x)).view(len(x), 2, 2).mean(1).repeat(1, 2))
 
@@ -191,7 +191,7 @@ def test_new_weights_are_used():
     assert torch.equal(forward.intact(forward.prefix(images)), run_plain(model, images))
 
 
-def test_several_layers():
+def test_several_layers_share_an_export():
     def run(m, x):
         h = m.relu(m.a(x))
         return m.out(m.cut(h) + h) if len(x) > 2 else m.out(h)
@@ -226,7 +226,7 @@ def assert_export_refused(match, model, layer="cut"):
     assert "\n" not in str(error.value)
 
 
-def test_uncuttable_layers():
+def test_uncuttable_layers_are_refused():
     def twice(m, x):
         return m.out(m.cut(m.cut(m.a(x)))) if len(x) else x
 
@@ -251,13 +251,13 @@ def test_uncuttable_layers():
     assert_export_refused(
         r"'cut' gives a value of type tuple; expected a tensor \(n, …\)", Net(gives_a_pair, pair)
     )
-    # torch.export uses one name for a value and what is later written over it.
+    # torch.export gives a value and what later overwrites it the same name.
     assert_export_refused(
         "cut at 'cut', it differs from a whole", Net(shares_memory, nn.ReLU(inplace=True))
     )
 
 
-def test_layer_with_one_used_output():
+def test_a_layer_with_two_outputs_is_refused_if_one_is_used():
     def uses_one_of_a_pair(m, x):
         return m.out(m.cut(m.a(x))[0]) if len(x) else x
 
@@ -267,7 +267,7 @@ def test_layer_with_one_used_output():
     )
 
 
-def test_uncuttable_models():
+def test_uncuttable_models_are_refused():
     def branching(m, x):
         y = m.cut(m.a(x))
         return m.out(y if y.sum() > 0 else -y)
@@ -291,8 +291,10 @@ def test_uncuttable_models():
     def averages_images(m, x):
         return m.out(m.cut(m.a(x))).mean(0)[:2] if len(x) else x
 
-    both = r"^model: torch.fx can't trace it: symbolically traced variables.*; torch.export can't"
-    assert_export_refused(f"{both} either: ", Net(branching))
+    neither_can = (
+        r"^model: torch.fx can't trace it: symbolically traced variables.*; torch.export can't"
+    )
+    assert_export_refused(f"{neither_can} either: ", Net(branching))
     assert_export_refused(
         r"it gives a value of type (dict|tuple); expected a tensor \(n, …\)", Net(gives_a_dict)
     )
@@ -308,7 +310,7 @@ def test_uncuttable_models():
     assert_export_refused(r"it gives a tensor \(2,\) for 3 images", Net(averages_images))
 
 
-def test_training_mode():
+def test_training_mode_is_refused():
     model = assert_untraceable(Net(branches_on_the_length))
     model.drop.train()
     with pytest.raises(LayerError, match="'drop' is in training mode"):

@@ -132,7 +132,7 @@ def output_is_unused(m, x):
     [f for f in list(globals().values()) if getattr(f, "__module__", None) == __name__],
     ids=lambda run: run.__name__,
 )
-def test_writes_in_place(run):
+def test_networks_that_write_in_place_can_be_cut(run):
     model = Net(run)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     check_cut(model, "cut", torch.randn(4, 6) * torch.tensor([1, 1, 1, 99])[:, None])
@@ -155,7 +155,7 @@ def test_writes_in_place(run):
     ],
     ids=["relu_", "identity", "dropout", "container", "transposed", "gaps", "expanded", "view"],
 )
-def test_layers_with_strided_or_shared_output(cut):
+def test_layers_with_strided_or_shared_output_can_be_cut(cut):
     def run(m, x):
         h = m.a(x)
         return m.out(m.cut(h).repeat(1, 2)[:, :4]) * m.out(h)
@@ -164,7 +164,7 @@ def test_layers_with_strided_or_shared_output(cut):
 
 
 @pytest.mark.parametrize("cut", [nn.Identity(), nn.ReLU(inplace=True)], ids=["identity", "relu_"])
-def test_cut_at_the_images(cut):
+def test_a_cut_at_the_images_does_not_share_their_memory(cut):
     images, cells = torch.randn(3, 6), [0, 0, 0, 1, 1, 1]
     model = nn.Sequential(cut, nn.ReLU(inplace=True), nn.Linear(6, 2)).eval()
     forward = check_cut(model, "0", images)
@@ -174,7 +174,7 @@ def test_cut_at_the_images(cut):
     assert torch.equal(forward.logits(state, cells), want)
 
 
-def test_memory_shared_in_one_memory_format_only():
+def test_memory_shared_in_only_one_memory_format_is_copied():
     class Flat(nn.Module):
         def __init__(self):
             super().__init__()
@@ -277,7 +277,7 @@ cuts = st.sampled_from([nn.Linear(4, 4), nn.Identity(), nn.ReLU(inplace=True)])
 
 
 @given(st.lists(step, max_size=4), st.lists(step, max_size=8), cuts)
-def test_random_programs(before, after, cut):
+def test_random_programs_match_a_hook_or_are_refused(before, after, cut):
     torch.manual_seed(4)
     model, images = Program(before, after, cut), torch.randn(2, 4)
     if torch.equal(run_plain(model, images), run_hooked(model, "cut", images)):

@@ -66,7 +66,7 @@ def build_network(run, cut=None):
         coo_buffer,
     ],
 )
-def test_layouts_within_the_network(run):
+def test_networks_may_use_other_layouts_inside(run):
     check_cut(build_network(run), "cut", torch.randn(5, 6))
 
 
@@ -112,7 +112,7 @@ def test_images_must_be_dense():
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_layers_without_units():
+def test_layers_without_units_are_refused():
     for sizes, layer in (((6, 0, 3), "0"), ((6, 4, 0), "1")):
         parts = [nn.Linear(p, q) for p, q in itertools.pairwise(sizes)]
         model = nn.Sequential(*parts).eval()
@@ -120,7 +120,7 @@ def test_layers_without_units():
             AblatedForward(model, layer).prefix(torch.randn(5, 6))
 
 
-def test_networks_with_two_dtypes():
+def test_networks_may_have_two_dtypes():
     torch.manual_seed(0)
     model = Net(lambda m, x: m.out(m.cut(m.a(x)).double())).eval()
     model.out.double()
@@ -152,7 +152,7 @@ class Padded(nn.Module):
 @pytest.mark.parametrize("traceable", [True, False])
 @pytest.mark.parametrize("layer", ["encoder", "encoder.layers.0", "encoder.layers.1.linear1"])
 @pytest.mark.parametrize("nested", [True, False])
-def test_encoders_with_padding(nested, layer, traceable):
+def test_encoders_with_padding_match_a_hook_or_are_refused(nested, layer, traceable):
     torch.manual_seed(0)
     model, images = Padded(nested, traceable).eval(), torch.randn(4, 5, 8)
     forward = AblatedForward(model, layer)
@@ -173,7 +173,7 @@ def test_encoders_with_padding(nested, layer, traceable):
         handle.remove()
 
 
-def test_message_when_the_trace_raises():
+def test_an_error_that_only_the_trace_raises_is_named():
     class Shifty(nn.Module):
         def forward(self, x):
             if isinstance(x, torch.fx.Proxy) or torch.compiler.is_exporting():

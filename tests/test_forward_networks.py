@@ -25,12 +25,12 @@ from repsim_kernels.errors import DeviceError, LayerError
 from repsim_kernels.forward import AblatedForward
 
 
-def bfloat16():
+def autocast_to_bfloat16():
     return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
 @contextlib.contextmanager
-def default_dtype(dtype):
+def use_default_dtype(dtype):
     old = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -39,7 +39,7 @@ def default_dtype(dtype):
         torch.set_default_dtype(old)
 
 
-def around_the_layer(context):
+def wrap_the_layer(context):
     def run(m, x):
         with context():
             h = m.relu(m.cut(m.a(x)))
@@ -49,13 +49,13 @@ def around_the_layer(context):
 
 
 def autocast(m, x):
-    with bfloat16():
+    with autocast_to_bfloat16():
         h = m.cut(m.a(x))
     return m.out(m.relu(h.float()))
 
 
 def nested_autocast(m, x):
-    with bfloat16():
+    with autocast_to_bfloat16():
         h = m.a(x)
         with torch.autocast("cpu", enabled=False):
             h = m.cut(h.float())
@@ -64,13 +64,13 @@ def nested_autocast(m, x):
 
 def autocast_behind_the_layer(m, x):
     h = m.cut(m.a(x))
-    with bfloat16():
+    with autocast_to_bfloat16():
         h = h @ m.weight + h
     return m.out(h.float())
 
 
 def gradients_within_autocast(m, x):
-    with bfloat16(), torch.enable_grad():
+    with autocast_to_bfloat16(), torch.enable_grad():
         h = m.cut(m.a(x))
     return m.out(h.float())
 
@@ -83,7 +83,7 @@ def sets_attention_backend(m, x):
 
 
 def sets_default_dtype(m, x):
-    with default_dtype(torch.float64):
+    with use_default_dtype(torch.float64):
         # In float32, 1e6 is exact to 0.06 only.
         h = m.cut(m.a(x)) + (torch.arange(x.shape[1] / 10, 9)[:4] + 1e6 - 1e6)
     return m.out(h.float())
@@ -96,13 +96,13 @@ CONTEXTS = [
     gradients_within_autocast,
     sets_attention_backend,
     sets_default_dtype,
-    *map(around_the_layer, (torch.no_grad, torch.inference_mode, torch.enable_grad)),
+    *map(wrap_the_layer, (torch.no_grad, torch.inference_mode, torch.enable_grad)),
 ]
 
 
 @pytest.mark.parametrize("run", CONTEXTS)
 @pytest.mark.parametrize("layer", ["a", "cut", "out"])
-def test_contexts_in_forward(run, layer):
+def test_contexts_in_forward_are_kept(run, layer):
     images = torch.randn(4, 6)
     forward = check_cut(Net(run), layer, images)
     assert is_traced_by_fx(forward)
@@ -116,7 +116,7 @@ def test_contexts_in_forward(run, layer):
     [autocast, nested_autocast, autocast_behind_the_layer, gradients_within_autocast],
 )
 @pytest.mark.parametrize("layer", ["a", "cut", "out"])
-def test_contexts_of_exported_networks(run, layer):
+def test_contexts_of_exported_networks_are_kept(run, layer):
     def untraceable(m, x):
         assert isinstance(x, torch.Tensor)
         return run(m, x)
@@ -129,10 +129,10 @@ def test_activation_has_the_dtype_of_its_context():
     assert state.activation.dtype == torch.bfloat16
 
 
-def test_autocast_of_the_caller():
+def test_autocast_of_the_caller_is_kept():
     model, images = Net(nested_autocast), torch.randn(4, 6)
     forward = AblatedForward(model, "cut")
-    for outside in (contextlib.nullcontext(), bfloat16(), contextlib.nullcontext()):
+    for outside in (contextlib.nullcontext(), autocast_to_bfloat16(), contextlib.nullcontext()):
         with outside:
             state = forward.prefix(images)
             labels = make_labels(state, 2)
@@ -149,7 +149,7 @@ def test_autocast_of_the_caller():
         lambda x: x.dtype is torch.float32,
     ],
 )
-def test_checks_that_fx_evaluates_wrongly(check_input):
+def test_checks_that_fx_evaluates_wrongly_are_exported(check_input):
     def run(m, x):
         h = m.cut(m.a(x))
         return m.out(h * 2 if check_input(x) else h)
@@ -157,7 +157,7 @@ def test_checks_that_fx_evaluates_wrongly(check_input):
     assert not is_traced_by_fx(check_cut(Net(run), "cut", torch.randn(4, 6)))
 
 
-def test_layers_with_other_calls_under_fx():
+def test_layers_with_fewer_or_more_calls_under_fx_are_refused():
     def twice(m, x):
         h = m.a(x)
         return m.out(m.cut(m.cut(h)) if isinstance(x, torch.Tensor) else m.cut(h))
@@ -169,16 +169,16 @@ def test_layers_with_other_calls_under_fx():
     assert_refused("'cut' is never called in torch.fx.s trace of the model", Net(once))
 
 
-def sequential():
+def build_sequential():
     torch.manual_seed(6)
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
 
 
-def decorated():
+def build_decorated():
     class Decorated(nn.Module):
         def __init__(self):
             super().__init__()
-            self.net = sequential()
+            self.net = build_sequential()
 
         @torch.compile(backend="eager")
         def forward(self, x):
@@ -187,28 +187,30 @@ def decorated():
     return Decorated().eval(), "net.1"
 
 
-def wrapped():
-    return torch.compile(sequential(), backend="eager"), "_orig_mod.1"
+def build_wrapped():
+    return torch.compile(build_sequential(), backend="eager"), "_orig_mod.1"
 
 
-def compiled_in_place():
-    model = sequential()
+def build_compiled_in_place():
+    model = build_sequential()
     model.compile(backend="eager")
     return model, "1"
 
 
-def compiled_part():
-    model = sequential()
+def build_compiled_part():
+    model = build_sequential()
     model[0] = torch.compile(model[0], backend="eager")
     model[2].compile(backend="eager")
     return model, "1"
 
 
-@pytest.mark.parametrize("build", [decorated, wrapped, compiled_in_place, compiled_part])
+@pytest.mark.parametrize(
+    "build", [build_decorated, build_wrapped, build_compiled_in_place, build_compiled_part]
+)
 @pytest.mark.parametrize("called", [False, True])
-def test_compiled_networks(build, called):
+def test_compiled_networks_can_be_cut(build, called):
     torch.compiler.reset()
-    (model, layer), eager, images = build(), sequential(), torch.randn(4, 6)
+    (model, layer), eager, images = build(), build_sequential(), torch.randn(4, 6)
     if called:  # after its first call, compiled code ignores hooks
         run_plain(model, images)
     forward = AblatedForward(model, layer)
@@ -221,19 +223,19 @@ def test_compiled_networks(build, called):
     assert torch.equal(run_plain(model, images), run_plain(eager, images))
 
 
-def test_name_from_before_compilation():
+def test_a_name_from_before_compilation_is_refused():
     with pytest.raises(LayerError, match=r"no module '1'; expected one of _orig_mod\.1$"):
-        AblatedForward(wrapped()[0], "1")
+        AblatedForward(build_wrapped()[0], "1")
 
 
 @pytest.mark.parametrize("kind", ["script", "trace"])
-def test_torchscript(kind):
+def test_torchscript_is_refused(kind):
     def compiled(module, *images):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TorchScript is deprecated
             return torch.jit.script(module) if kind == "script" else torch.jit.trace(module, images)
 
-    images, model = torch.randn(3, 6), sequential()
+    images, model = torch.randn(3, 6), build_sequential()
     match = r"'{}' is TorchScript, because {} was scripted or traced, .*; pass the nn.Module"
     assert_refused(match.format("1", "the model"), compiled(model, images), "1")
     assert_refused(match.format("", "the model"), compiled(model, images), "")
@@ -243,25 +245,25 @@ def test_torchscript(kind):
     check_cut(inner, "1", images)
 
 
-def test_images_that_the_network_rejects():
+def test_images_that_the_network_rejects_are_refused():
     message = r"it can't take these images, {}, with parameters of {}: mat1 and mat2 .*"
     images = torch.randn(4, 6)
     for model, batch, shape, dtype in [
-        (sequential().double(), images, r"float32 of shape \(4, 6\)", "float64"),
-        (sequential(), images.double(), r"float64 of shape \(4, 6\)", "float32"),
-        (sequential(), images.int(), r"int32 of shape \(4, 6\)", "float32"),
-        (sequential().half(), images[:1], r"float32 of shape \(1, 6\)", "float16"),
-        (sequential(), images[:, 1:], r"float32 of shape \(4, 5\)", "float32"),
+        (build_sequential().double(), images, r"float32 of shape \(4, 6\)", "float64"),
+        (build_sequential(), images.double(), r"float64 of shape \(4, 6\)", "float32"),
+        (build_sequential(), images.int(), r"int32 of shape \(4, 6\)", "float32"),
+        (build_sequential().half(), images[:1], r"float32 of shape \(1, 6\)", "float16"),
+        (build_sequential(), images[:, 1:], r"float32 of shape \(4, 5\)", "float32"),
     ]:
         assert_refused(message.format(shape, dtype), model, "1", batch)
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
-        forward = AblatedForward(sequential().to(dtype), "1")
+        forward = AblatedForward(build_sequential().to(dtype), "1")
         state = forward.prefix(images.to(dtype))
         want = run_hooked(forward.model, "1", images.to(dtype), torch.arange(8) % 2 == 0)
         assert torch.equal(forward.logits(state, [0, -1] * 4, batch=1)[0], want)
 
 
-def test_network_with_a_fixed_number_of_images():
+def test_a_network_may_fix_the_number_of_images():
     def fixed(m, x):
         return m.out(m.cut(m.a(x)).view(5, 4))
 
@@ -271,19 +273,21 @@ def test_network_with_a_fixed_number_of_images():
     )
 
 
-def test_parameters_without_values():
+def test_parameters_without_values_are_refused():
     lazy = nn.Sequential(nn.LazyLinear(4), nn.ReLU()).eval()
     assert_refused("'0.weight' has no shape yet; run the model once on a batch", lazy, "1")
     assert isinstance(lazy[0].weight, nn.parameter.UninitializedParameter)
     run_plain(lazy, torch.randn(3, 6))
     check_cut(lazy, "0", torch.randn(3, 6))
-    assert_refused("'0.weight' is on meta, which holds no values", sequential().to("meta"), "1")
+    assert_refused(
+        "'0.weight' is on meta, which holds no values", build_sequential().to("meta"), "1"
+    )
     with pytest.raises(DeviceError, match="images: on meta, which holds no values"):
         AblatedForward(nn.Sequential(nn.ReLU()).eval(), "0").prefix(torch.ones(2, device="meta"))
 
 
-def test_data_parallel():
-    model = nn.DataParallel(sequential()).eval()
+def test_data_parallel_is_refused_on_several_devices():
+    model = nn.DataParallel(build_sequential()).eval()
     check_cut(model, "module.1", torch.randn(4, 6))
     model.device_ids = [0, 1]
     assert_refused(
@@ -293,11 +297,11 @@ def test_data_parallel():
     assert_refused("'0' is split over 2 devices by DataParallel", inner, "0.module.1")
 
 
-def test_one_cell_per_pass_with_dynamic_quantization():
+def test_dynamic_quantization_allows_one_cell_per_pass():
     """Activations are rounded by their range over the batch, so results depend on the batch."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.ao is deprecated
-        model = torch.ao.quantization.quantize_dynamic(sequential(), {nn.Linear}).eval()
+        model = torch.ao.quantization.quantize_dynamic(build_sequential(), {nn.Linear}).eval()
     images = torch.randn(6, 6) * torch.logspace(-1, 1, 6)[:, None]
     for layer in "012":
         forward = check_cut(model, layer, images)
@@ -308,42 +312,42 @@ def test_one_cell_per_pass_with_dynamic_quantization():
         assert torch.equal(forward.logits(state, labels, 3, memory=1), one_by_one)
 
 
-def parametrized(model):
+def add_parametrizations(model):
     parametrizations.weight_norm(model[0])
     parametrizations.orthogonal(model[2])
 
 
-def hooks_of_the_user(model):
+def add_hooks(model):
     model.register_forward_hook(lambda _m, _i, out: out * 3)
     model[0].register_forward_hook(lambda _m, _i, out: out + 1)
     model[1].register_forward_pre_hook(lambda _m, inputs: (inputs[0] * 2,))
     model[2].register_forward_hook(lambda _m, _i, out: torch.from_numpy(out.numpy() + 1))
 
 
-def gradient_hooks(model):
+def add_gradient_hooks(model):
     model.register_full_backward_hook(lambda *_: None)
     model[0].register_full_backward_hook(lambda *_: None)
 
 
-@pytest.mark.parametrize("change", [parametrized, hooks_of_the_user, gradient_hooks])
+@pytest.mark.parametrize("change", [add_parametrizations, add_hooks, add_gradient_hooks])
 @pytest.mark.parametrize("layer", ["", "0", "1", "2"])
-def test_parametrizations_and_hooks_of_the_user(change, layer):
-    model = sequential()
+def test_parametrizations_and_hooks_of_the_user_run(change, layer):
+    model = build_sequential()
     change(model)
     model.eval()
     check_cut(model, layer, torch.randn(4, 6))
 
 
-def test_data_dependent_networks():
+def test_data_dependent_networks_are_refused():
     def reads_a_value(m, x):
         return m.out(m.cut(m.a(x)) * float(x.mean()))
 
     def uses_numpy(m, x):
         return m.out(m.cut(m.a(x)) + float(x.numpy().mean()))
 
-    both = "torch.fx can't trace it: .*; torch.export can't either: "
-    assert_refused(both, Net(reads_a_value))
-    assert_refused(both, Net(uses_numpy))
+    neither_can = "torch.fx can't trace it: .*; torch.export can't either: "
+    assert_refused(neither_can, Net(reads_a_value))
+    assert_refused(neither_can, Net(uses_numpy))
 
     def neither(m, x):
         h = m.cut(m.a(x))
@@ -370,7 +374,7 @@ class Fused(nn.Module):
 
 
 @pytest.mark.parametrize("layer", ["a", "out"])
-def test_fused_layer_under_autocast(layer):
+def test_a_network_with_a_fused_layer_can_be_cut(layer):
     check_cut(Fused().eval(), layer, torch.randn(4, 6, 16))
 
 

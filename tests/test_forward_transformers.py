@@ -12,7 +12,7 @@ from repsim_kernels.forward import AblatedForward
 
 
 @pytest.fixture(autouse=True)
-def _fast_path(monkeypatch):
+def perturb_fast_path(monkeypatch):
     """Make the fast path differ by rounding from the operations that it replaces.
 
     On some devices it does; on others it is bit-identical.
@@ -66,7 +66,7 @@ ENCODERS = [
     "place",
     ["embed", "enc", "head", *(f"{i}{s}" for i in "01" for s in ("", ".linear1", ".norm2"))],
 )
-def test_transformer_layers(build, path, place):
+def test_transformer_layers_match_a_hook(build, path, place):
     layer = place if place[0] not in "01" else path.format(place)
     model, images = build(), torch.randn(5, 7, 6)
     assert is_traced_by_fx(check_cut(model, layer, images))
@@ -77,7 +77,7 @@ def test_transformer_layers(build, path, place):
 
 
 @pytest.mark.parametrize(("build", "path"), ENCODERS)
-def test_several_transformer_layers(build, path):
+def test_several_transformer_layers_match_a_hook(build, path):
     """A hook moves one encoder layer off its fast path, and no other."""
     model, images = build(), torch.randn(5, 7, 6)
     layers = ["embed", path.format("0.linear1"), path.format("0.norm1"), path.format("1"), "head"]
@@ -119,7 +119,7 @@ def test_study_finds_no_change_for_dead_units():
     assert (changes == 0).all(axis=1).groupby(rows["class"]).sum().tolist() == [4, 4]
 
 
-def test_padding_with_nested_tensors():
+def test_nested_tensors_are_refused_only_at_the_cut():
     class Padded(Encoder):
         def forward(self, x):
             padding = torch.zeros(x.shape[:2], dtype=torch.bool)

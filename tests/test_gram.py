@@ -5,8 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from _draw import NUMPY_DTYPES, NUMPY_LAYOUTS, TORCH_DTYPES, TORCH_LAYOUTS, labels, memberships
-from _draw import representations as drawn
+from _draw import (
+    NUMPY_DTYPES,
+    NUMPY_LAYOUTS,
+    TORCH_DTYPES,
+    TORCH_LAYOUTS,
+    labels,
+    memberships,
+    representations,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,24 +22,24 @@ from bench.common.tolerances import GRAM, as_numpy, assert_gram_close
 from repsim_kernels.kernels.torch import columns, memory
 
 
-@given(drawn(dtypes=NUMPY_DTYPES, layouts=NUMPY_LAYOUTS))
-def test_centered_gram_of_numpy_arrays(x):
+@given(representations(dtypes=NUMPY_DTYPES, layouts=NUMPY_LAYOUTS))
+def test_centered_gram_of_numpy_arrays_matches_the_reference(x):
     got = rk.centered_gram(x.numpy())
     assert isinstance(got, np.ndarray)
     assert got.dtype == np.float64
     assert_gram_close(got, rk.centered_gram(x.values(), backend="reference"), GRAM["float64"])
 
 
-@given(drawn(dtypes=TORCH_DTYPES, layouts=TORCH_LAYOUTS))
-def test_centered_gram_of_tensors(x):
+@given(representations(dtypes=TORCH_DTYPES, layouts=TORCH_LAYOUTS))
+def test_centered_gram_of_tensors_matches_the_reference(x):
     got = rk.centered_gram(x.torch())
     assert isinstance(got, torch.Tensor)
     assert got.dtype == torch.float64
     assert_gram_close(got, rk.centered_gram(x.values(), backend="reference"), GRAM["float64"])
 
 
-@given(drawn(n=st.integers(4, 12)), st.sampled_from([0.3, 1.0, 2.5]))
-def test_rbf_gram(x, sigma):
+@given(representations(n=st.integers(4, 12)), st.sampled_from([0.3, 1.0, 2.5]))
+def test_rbf_gram_matches_the_reference(x, sigma):
     options = {"kernel": "rbf", "sigma": sigma}
     x = x.values()
     try:
@@ -46,8 +53,8 @@ def test_rbf_gram(x, sigma):
 
 
 @given(st.data())
-def test_cell_grams(data):
-    x = data.draw(drawn(dtypes=TORCH_DTYPES, layouts=TORCH_LAYOUTS))
+def test_cell_grams_match_the_reference(data):
+    x = data.draw(representations(dtypes=TORCH_DTYPES, layouts=TORCH_LAYOUTS))
     cells, n_cells = data.draw(labels(x.p))
     got = rk.cell_grams(x.torch(), cells, n_cells=n_cells)
     want = rk.cell_grams(x.values(), cells, n_cells=n_cells, backend="reference")
@@ -61,8 +68,8 @@ def test_cell_grams(data):
 
 
 @given(st.data())
-def test_cell_grams_of_a_membership(data):
-    x = data.draw(drawn())
+def test_cell_grams_of_a_membership_match_the_reference(data):
+    x = data.draw(representations())
     cells = data.draw(memberships(x.p))
     got = rk.cell_grams(x.values(), cells)
     want = rk.cell_grams(x.values(), cells, backend="reference")
@@ -71,7 +78,7 @@ def test_cell_grams_of_a_membership(data):
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_cell_grams_of_partitions(backend):
+def test_cell_grams_of_partitions_match_the_reference(backend):
     rng = np.random.default_rng(6)
     x, cells = rng.standard_normal((2, 6, 20)), rng.integers(-1, 3, (4, 20))
     got = rk.cell_grams(x, cells, batched=True, backend=backend)
@@ -134,7 +141,7 @@ def test_constant_columns_give_exact_zeros():
     assert (rk.cell_grams(x, cells)[1:] == 0).all()
 
 
-def test_batches():
+def test_batches_match_single_calls():
     x = np.random.default_rng(4).standard_normal((2, 3, 5, 7))
     cells = [0, 1, 1, 0, 2, 2, -1]
     for got, want in (

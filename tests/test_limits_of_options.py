@@ -14,12 +14,12 @@ import repsim_kernels as rk
 CELLS, LABELS = [0, 0, 1, 1], [0, 0, 1, 1, 2, 2]
 
 
-def drawn(seed, scale=1.0):
+def draw_pair(seed, scale=1.0):
     rng = np.random.default_rng(seed)
     return rng.standard_normal((6, 4)) * scale, rng.standard_normal((6, 2))
 
 
-def ridge_calls(x, y, backend, **options):
+def list_ridge_calls(x, y, backend, **options):
     """Yield a call of every function that takes a ridge and a penalty."""
     g, options = x @ x.T, {"backend": backend} | options
     names = ["cca", "cca_squared"]
@@ -42,18 +42,18 @@ def flatten_result(result):
 @settings(max_examples=5)
 @given(SEEDS)
 def test_the_largest_ridges_leave_no_similarity(backend, scale, seed):
-    x, y = drawn(seed, scale)
+    x, y = draw_pair(seed, scale)
     for options in ({"ridge": 1e10}, {"penalty": 1e150}):
-        for call in ridge_calls(x, y, backend, **options):
+        for call in list_ridge_calls(x, y, backend, **options):
             values = flatten_result(call())
             assert np.isfinite(values).all()
             assert ((np.abs(values) < 1e-6) | (np.abs(values - 1) < 1e-6)).all()
 
 
-def test_ridges_above_the_limit():
-    x, y = drawn(0)
+def test_ridges_above_the_limit_are_refused():
+    x, y = draw_pair(0)
     for name, value in (("ridge", 1.1e10), ("penalty", 1.1e150), ("ridge", 1e300)):
-        for call in ridge_calls(x, y, None, **{name: value}):
+        for call in list_ridge_calls(x, y, None, **{name: value}):
             with pytest.raises(rk.OptionError, match=f"{name}: 1.* and at most 1e"):
                 call()
 
@@ -62,7 +62,7 @@ def test_ridges_above_the_limit():
 @given(SEEDS, st.sampled_from([1e-300, 1e-30, 1e-17, 1e-15, 1e-12, 0.9e-10]))
 def test_a_ridge_that_rounding_hides_raises(name, seed, share):
     """Removing two of four neurons leaves half of the four correlations."""
-    x, _ = drawn(seed)
+    x, _ = draw_pair(seed)
     energy = np.sum((x - x.mean(0)) ** 2) / len(x)
     for metric in ("cca", "cca_squared"):
         options = {"metrics": [metric], "ridge": 0.0}
@@ -73,7 +73,7 @@ def test_a_ridge_that_rounding_hides_raises(name, seed, share):
             rk.ablation_distances(x, CELLS, **options | too_small)
         got = rk.ablation_distances(x, CELLS, **options | large_enough)[metric]
         np.testing.assert_allclose(got, 0.5, atol=1e-4)
-    # Other metrics do not use it.
+    # Other metrics ignore the ridge.
     got = rk.ablation_distances(x, CELLS, metrics=["cka", "svcca"], ridge=share)
     np.testing.assert_equal(got, rk.ablation_distances(x, CELLS, metrics=["cka", "svcca"]))
 
@@ -82,7 +82,7 @@ def test_solver_failure_is_not_blamed_on_the_ridge(monkeypatch):
     def fail(*arguments, **options):
         raise torch.linalg.LinAlgError("linalg.svd: the algorithm failed to converge")
 
-    x, y = drawn(0)
+    x, y = draw_pair(0)
     monkeypatch.setattr(torch.linalg, "svd", fail)
     with pytest.raises(rk.ConvergenceError, match=r"^pwcca: linalg\.svd: the algorithm failed"):
         rk.pwcca(x, y, ridge=0.1)
@@ -94,9 +94,9 @@ def test_solver_failure_is_not_blamed_on_the_ridge(monkeypatch):
 @pytest.mark.parametrize("probe", ["ridge", "logistic"])
 @settings(max_examples=10)
 @given(SEEDS)
-def test_the_smallest_ridge_of_a_probe(probe, folds, seed):
+def test_the_smallest_ridge_of_a_probe_matches_the_reference(probe, folds, seed):
     """The torch backend derives held-out outputs from one inverse; the reference fits each fold."""
-    x, _ = drawn(seed)
+    x, _ = draw_pair(seed)
     call = lambda ridge, backend="torch": rk.ablation_decodability(  # noqa: E731
         x, CELLS, LABELS, ridge=ridge, folds=folds, probe=probe, score="margin", backend=backend
     )
@@ -112,8 +112,8 @@ def test_the_smallest_ridge_of_a_probe(probe, folds, seed):
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @given(SEEDS)
 def test_the_widest_kernel_is_linear(backend, seed):
-    """Centred, exp(-d² / 2b²) approaches the linear kernel as 1 / sigma²."""
-    x, y = drawn(seed)
+    """The centred exp(-d² / 2b²) differs from the linear kernel by a share of about 1 / sigma²."""
+    x, y = draw_pair(seed)
     linear = rk.cka(x, y, backend=backend)
     for sigma in (1e4, 1e5):
         got = rk.cka(x, y, kernel="rbf", sigma=sigma, backend=backend)

@@ -69,7 +69,7 @@ problems = st.builds(
 def fit_scikit_learn(x: np.ndarray, y: np.ndarray, C: float) -> LogisticRegression:
     model = LogisticRegression(C=C, solver="newton-cholesky", tol=1e-12, max_iter=1000)
     with warnings.catch_warnings():
-        # Where losses no longer differ, it warns and resumes with another solver.
+        # When losses no longer differ, it warns and resumes with another solver.
         warnings.simplefilter("ignore")
         return model.fit(x, y)
 
@@ -83,7 +83,7 @@ def assert_same(got, i: tuple[int, ...], x: np.ndarray, w: np.ndarray, c: float,
 
 
 @given(problems, st.sampled_from([0.1, 1.0, 100.0]), st.sampled_from(["torch", "reference"]))
-def test_against_scikit_learn(problem, C, backend):
+def test_fits_match_scikit_learn(problem, C, backend):
     x, y, columns = problem.make()
     got = rk.logistic_fits(x, y, columns, C=C, backend=backend)
     assert got["converged"].all()
@@ -101,7 +101,9 @@ def test_against_scikit_learn(problem, C, backend):
         assert abs(got["errors"][i] - (model.predict(values) != y).sum()) <= undecided
 
 
-def newton_step(x: np.ndarray, y: np.ndarray, C: float, w: np.ndarray, c: float) -> np.ndarray:
+def compute_newton_step(
+    x: np.ndarray, y: np.ndarray, C: float, w: np.ndarray, c: float
+) -> np.ndarray:
     """Return the Newton step from (w, c), which is 0 only at the optimum."""
     a, flip = np.column_stack([x - x.mean(0), np.ones(len(x))]), np.where(y == 1, -1.0, 1.0)
     penalised = np.append(np.ones(x.shape[1]), 0)
@@ -115,13 +117,13 @@ def newton_step(x: np.ndarray, y: np.ndarray, C: float, w: np.ndarray, c: float)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("C", [1e-6, 1.0, 1e6])
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_at_the_optimum(kind, C, backend):
+def test_fits_are_optimal(kind, C, backend):
     x, y, columns = Problem(kind, 10, seed=3, b=70).make()
     got = rk.logistic_fits(x, y, columns, C=C, backend=backend)
     assert got["converged"].all()
     for i, selected in enumerate(columns):
         w, c = got["coef"][i].numpy(), got["intercept"][i].item()
-        step = newton_step(x.numpy()[:, selected], y, C, w, c)
+        step = compute_newton_step(x.numpy()[:, selected], y, C, w, c)
         assert np.abs(step[:-1]).max() <= 1e-8 * np.abs(w).max()
         assert abs(step[-1]) <= 1e-8 * max(1, abs(c))
 
@@ -129,8 +131,8 @@ def test_at_the_optimum(kind, C, backend):
 @given(problems, st.sampled_from([-60, -20, -7, 7, 12]))
 @example(Problem("duplicated", 8, "float32"), 12)
 @example(Problem("few stimuli", 12, "float32"), 12)
-def test_scales(problem, exponent):
-    """Activations s times as large equal a penalty s² times as weak; s is a power of two."""
+def test_scaled_activations_equal_a_scaled_penalty(problem, exponent):
+    """Scaling activations by s, a power of two, equals dividing the penalty by s²."""
     assume(problem.dtype != "float16")  # its range is too small
     x, y, columns = problem.make()
     scale = 2.0**exponent
@@ -148,7 +150,7 @@ def test_scales(problem, exponent):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("exponent", [20, 60, 100])
-def test_huge_activations(dtype, exponent):
+def test_huge_activations_are_separated(dtype, exponent):
     """With almost no penalty, separable classes are separated and nothing overflows."""
     x, y, columns = Problem("separable", 5, dtype, b=20).make()
     got = rk.logistic_fits(x * 2.0**exponent, y, columns)
@@ -158,7 +160,7 @@ def test_huge_activations(dtype, exponent):
         assert ((x.double().numpy()[:, selected] @ w + c > 0) == (y == 1)).all()
 
 
-def test_size_of_the_published_study():
+def test_float32_matches_float64_at_the_size_of_the_published_study():
     """500 stimuli, 100 neurons, and several batches of problems that end at different steps.
 
     The float32 results match float64 and scikit-learn, and hard predictions are equal.
@@ -186,7 +188,7 @@ def test_size_of_the_published_study():
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_one_against_the_rest(backend):
+def test_one_against_the_rest_matches_scikit_learn(backend):
     rng = np.random.default_rng(1)
     y = np.arange(60) % 4
     x = rng.standard_normal((60, 9)) + rng.standard_normal((4, 9))[y]
@@ -202,7 +204,7 @@ def test_one_against_the_rest(backend):
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_start_and_limits(backend):
+def test_start_and_limits_change_the_number_of_steps(backend):
     x, y, columns = Problem("noise", 10, "float32", b=5).make()
     cold = rk.logistic_fits(x, y, columns, backend=backend)
     near = cold["coef"] * 1.01, cold["intercept"] + 0.01
@@ -223,7 +225,7 @@ def test_start_and_limits(backend):
     assert (warm["n_iter"] < classes["n_iter"]).all()
 
 
-def test_threads_and_kinds():
+def test_threads_and_kinds_of_arrays_do_not_change_results():
     """Results are bit-identical for any number of threads and every kind of array."""
     x, y, columns = Problem("1:9", 12, "float32", b=400).make()
     wide = np.repeat(columns, 9, axis=1)  # 108 neurons: several batches

@@ -1,7 +1,7 @@
 """Logistic regressions on activations with outliers: fits are accurate or not ``converged``.
 
 The oracle is scikit-learn in float64 on the same numbers. Where scikit-learn itself fails, the fits
-are checked with a Newton step in extended precision, `newton_decrement`.
+are checked with a Newton step in extended precision, `compute_newton_decrement`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def compare_with_scikit_learn(
 ) -> tuple[float, int, int]:
     """Return the error relative to the largest coefficient, and two counts of stimuli.
 
-    These are scikit-learn's hard errors away from its boundary, and all stimuli near the boundary.
+    The counts are of stimuli that scikit-learn misclassifies away from its boundary, and of all
+    stimuli near the boundary.
     """
     model = fit_scikit_learn(x, y, C)
     w, z = model.coef_[0], model.decision_function(x.astype(np.float64))
@@ -89,7 +90,7 @@ def compare_with_scikit_learn(
 @example(Outliers("first stimulus", 1e7), 1.0, "float32")
 @example(Outliers("one stimulus", 1e7), 1.0, "float32")
 @example(Outliers("one number", 1e6), 1.0, "bfloat16")
-def test_outliers_against_scikit_learn(problem, C, dtype):
+def test_fits_with_outliers_match_scikit_learn(problem, C, dtype):
     x, y = problem.make()
     if dtype == "float16":
         x = x.clip(-6e4, 6e4)
@@ -102,7 +103,7 @@ def test_outliers_against_scikit_learn(problem, C, dtype):
     assert wrong <= int(got["errors"][0]) <= wrong + near
 
 
-def newton_decrement(x: np.ndarray, y: np.ndarray, w: np.ndarray, c: float) -> float:
+def compute_newton_decrement(x: np.ndarray, y: np.ndarray, w: np.ndarray, c: float) -> float:
     """Return the size of a Newton step relative to the largest coefficient, in 80 digits."""
     import mpmath as mp
 
@@ -126,8 +127,8 @@ def newton_decrement(x: np.ndarray, y: np.ndarray, w: np.ndarray, c: float) -> f
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("size", [1e8, 1e10, 1e12, 1e20, 1e30])
-def test_beyond_scikit_learn(place, size):
-    """In float64 from the median, a fit reaches the optimum or reports that it did not."""
+def test_fits_beyond_scikit_learn_are_optimal_or_not_converged(place, size):
+    """Relative to the median, in float64, a fit reaches the optimum or reports that it did not."""
     x, y = Outliers(place, size, d=4, seed=5).make()
     got = rk.logistic_fits(x.astype(np.float64), y, np.arange(4)[None], tol=1e-10)
     single = rk.logistic_fits(x, y, np.arange(4)[None])
@@ -139,7 +140,7 @@ def test_beyond_scikit_learn(place, size):
         np.testing.assert_allclose(single["coef"], got["coef"], rtol=0, atol=1e-4 * scale)
         assert single["errors"][0] == got["errors"][0]
     if got["converged"][0]:
-        assert newton_decrement(x, y, got["coef"][0], got["intercept"][0]) <= 1e-6
+        assert compute_newton_decrement(x, y, got["coef"][0], got["intercept"][0]) <= 1e-6
 
 
 ORDINARY = {
@@ -195,7 +196,7 @@ def test_only_problems_with_outliers_leave_float32(monkeypatch):
 
 @pytest.mark.parametrize("size", [1e3, 1e4, 1e6])
 @pytest.mark.parametrize("n", [50, 300])
-def test_massive_activations(n, size):
+def test_massive_activations_match_scikit_learn(n, size):
     """One stimulus with a third of its neurons large: tiny steps still move the boundary."""
     rng = np.random.default_rng(2)
     y = (np.arange(n) % 10 == 0).astype(int)
@@ -222,7 +223,7 @@ def test_fits_beyond_float64_are_not_converged(size):
         assert not rk.logistic_fits(values, y, np.arange(4)[None])["converged"].any()
 
 
-def test_the_whole_range_of_float32():
+def test_activations_may_span_the_whole_range_of_float32():
     """Differences overflow float32."""
     x, y = Outliers("one neuron", 1.0, d=4).make()
     x[:, 1] = np.where(y == 1, 3.4e38, -3.4e38)
@@ -232,7 +233,7 @@ def test_the_whole_range_of_float32():
     assert np.isfinite(got["coef"]).all()
 
 
-def test_constant_neurons_with_outliers():
+def test_constant_neurons_have_zero_coefficients():
     x, y = Outliers("one number", 1e6, d=5, seed=1).make()
     x[:, 2] = 1e30
     got = rk.logistic_fits(x, y, np.arange(5)[None])
@@ -247,14 +248,14 @@ def test_constant_neurons_with_outliers():
 
 
 @pytest.mark.parametrize("max_iter", [1, 2, 5])
-def test_too_few_steps(max_iter):
+def test_too_few_steps_are_not_converged(max_iter):
     x, y = Outliers("one stimulus", 1e5).make()
     got = rk.logistic_fits(x, y, np.arange(6)[None], max_iter=max_iter)
     assert not got["converged"].any()
     assert got["n_iter"][0] <= max_iter
 
 
-def test_a_start_far_away():
+def test_a_start_far_away_converges():
     x, y = Outliers("one stimulus", 1e5).make()
     start = np.full((1, 6), 10.0), np.full(1, -3.0)
     got = rk.logistic_fits(x, y, np.arange(6)[None], start=start)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import scipy.spatial.distance
 import torch
-from _draw import NUMPY_LAYOUTS, TORCH_DTYPES, TORCH_LAYOUTS, pairs
-from _draw import representations as drawn
+from _draw import NUMPY_LAYOUTS, TORCH_DTYPES, TORCH_LAYOUTS, pairs, representations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,36 +42,36 @@ METRICS = [
     ("linear_predictivity", {"folds": 3}),
     ("linear_predictivity", {"ridge": "gcv", "folds": 3}),
 ]
-EACH = pytest.mark.parametrize(("name", "options"), METRICS, ids=lambda v: str(v))
+EACH_METRIC = pytest.mark.parametrize(("name", "options"), METRICS, ids=lambda v: str(v))
 
 
-def run(name, x, y, backend=None, **options):
+def run_metric(name, x, y, backend=None, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rk.DegenerateWarning)
         return getattr(rk, name)(x, y, backend=backend, **options)
 
 
-def assert_as_reference(name, options, x, y, xv, yv, tol):
+def assert_matches_reference(name, options, x, y, xv, yv, tol):
     """Compare with the reference; if it raises ConstantError, the other backend must too."""
     n, p, q = len(xv), xv.shape[1], yv.shape[1]
     if (name, options) == ("pwcca", {}) and p + q >= n:
         # Correlations tie at 1, so the variates and their weights are not unique.
-        assert -1e-12 <= run(name, x, y) <= 1 + 1e-12
+        assert -1e-12 <= run_metric(name, x, y) <= 1 + 1e-12
         return
     try:
-        want = run(name, xv, yv, "reference", **options)
+        want = run_metric(name, xv, yv, "reference", **options)
     except rk.ConstantError:
         with pytest.raises(rk.ConstantError):
-            run(name, x, y, **options)
+            run_metric(name, x, y, **options)
         return
-    assert_close(run(name, x, y, **options), want, tol)
+    assert_close(run_metric(name, x, y, **options), want, tol)
 
 
 # Where rounding breaks ties or decides the rank, there is no single right answer.
 SMOOTH = ("gaussian", "relu", "large mean", "constant columns")
 
 
-def tolerance(name, options, dtype="float64"):
+def choose_tolerance(name, options, dtype="float64"):
     if options.get("form") in ("angular", "size-and-shape"):
         return Tol(1e-7, 1e-7)  # their slope is infinite at 0, which costs half of the digits
     if options.get("ridge") == "gcv":
@@ -85,48 +84,48 @@ def test_every_registered_metric_is_tested():
     assert {name for name, _ in METRICS} == {m.name for m in _metrics.METRICS if m.pairwise}
 
 
-@EACH
+@EACH_METRIC
 @given(pairs(n=st.integers(4, 12), kinds=SMOOTH, layouts=NUMPY_LAYOUTS))
-def test_numpy(name, options, drawn_pair):
-    x, y = drawn_pair
-    tol = tolerance(name, options)
-    assert_as_reference(name, options, x.numpy(), y.numpy(), x.values(), y.values(), tol)
+def test_numpy_arrays_match_the_reference(name, options, pair):
+    x, y = pair
+    tol = choose_tolerance(name, options)
+    assert_matches_reference(name, options, x.numpy(), y.numpy(), x.values(), y.values(), tol)
 
 
-@EACH
+@EACH_METRIC
 @given(pairs(n=st.integers(4, 12), kinds=SMOOTH[:2], dtypes=TORCH_DTYPES, layouts=TORCH_LAYOUTS))
-def test_torch(name, options, drawn_pair):
-    x, y = drawn_pair
-    tol = tolerance(name, options, x.dtype)
-    assert_as_reference(name, options, x.torch(), y.torch(), x.values(), y.values(), tol)
+def test_tensors_match_the_reference(name, options, pair):
+    x, y = pair
+    tol = choose_tolerance(name, options, x.dtype)
+    assert_matches_reference(name, options, x.torch(), y.torch(), x.values(), y.values(), tol)
 
 
-@EACH
+@EACH_METRIC
 @pytest.mark.parametrize(("p", "q"), [(3, 5), (3, 60), (60, 3), (40, 60)])
-def test_feature_and_gram_side(name, options, p, q):
-    """Fewer neurons than stimuli on both sides, on neither, and on one."""
+def test_any_number_of_neurons_matches_the_reference(name, options, p, q):
+    """Fewer neurons than stimuli in both representations, in one, and in neither."""
     rng = np.random.default_rng(p * q)
     x = rng.standard_normal((20, p))
     y = x[:, :3] @ rng.standard_normal((3, q)) + rng.standard_normal((20, q))
-    assert_as_reference(name, options, x, y, x, y, tolerance(name, options))
+    assert_matches_reference(name, options, x, y, x, y, choose_tolerance(name, options))
 
 
 @pytest.mark.parametrize("cores", [1, 2, 3])
 @pytest.mark.parametrize("n", [20, 150])
-def test_cores_split_long_sums(monkeypatch, n, cores):
-    """Few stimuli, and many neurons that do not divide evenly by the cores."""
+def test_splitting_long_sums_over_cores_matches_the_reference(monkeypatch, n, cores):
+    """Few stimuli, and a number of neurons that the number of cores does not divide."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
     rng = np.random.default_rng(n)
     x = rng.standard_normal((n, 6200))
     y = x[:, :5000] + rng.standard_normal((n, 5000))
     for options in ({}, {"debiased": True}):
-        assert_as_reference("cka", options, x, y, x, y, tolerance("cka", options))
+        assert_matches_reference("cka", options, x, y, x, y, choose_tolerance("cka", options))
 
 
 @pytest.mark.parametrize("options", [{}, {"debiased": True}, {"kernel": "rbf"}])
 @pytest.mark.parametrize("cores", [1, 2, 3])
-def test_equal_shapes_share_a_batched_product(monkeypatch, cores, options):
-    """Runs end where the shape changes; dtypes may differ within a run, and batches work too."""
+def test_batched_products_of_equal_shapes_match_the_reference(monkeypatch, cores, options):
+    """A run ends where the shape changes; dtypes may differ within it. Batches form runs too."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
     rng = np.random.default_rng(cores)
     shared = rng.standard_normal((150, 3))
@@ -134,7 +133,7 @@ def test_equal_shapes_share_a_batched_product(monkeypatch, cores, options):
         (shared @ rng.standard_normal((3, p)) + rng.standard_normal((150, p))).astype(dtype)
         for p, dtype in ((160, "f8"), (160, "f4"), (160, "f8"), (170, "f8"), (170, "f8"))
     ]
-    tol = tolerance("cka", options)
+    tol = choose_tolerance("cka", options)
     for ys in (None, xs[3:]):
         want = rk.pairwise(xs, ys, backend="reference", **options)
         assert_close(rk.pairwise(xs, ys, **options), want, tol)
@@ -144,7 +143,7 @@ def test_equal_shapes_share_a_batched_product(monkeypatch, cores, options):
 
 
 @pytest.mark.parametrize("cores", [1, 2, 3])
-def test_cores_split_many_stimuli(monkeypatch, cores):
+def test_splitting_many_stimuli_over_cores_matches_numpy(monkeypatch, cores):
     monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
     rng = np.random.default_rng(3)
     x = rng.standard_normal((6200, 3)) + 5
@@ -155,21 +154,21 @@ def test_cores_split_many_stimuli(monkeypatch, cores):
     assert_close(rk.pairwise([x, y]), [[1, rk.cka(x, y)], [rk.cka(x, y), 1]], Tol(1e-12))
 
 
-@EACH
-def test_batches_broadcast(name, options):
+@EACH_METRIC
+def test_batches_broadcast_like_separate_calls(name, options):
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((3, 1, 8, 5)), rng.standard_normal((2, 8, 11))
-    got = run(name, x, y, batched=True, **options)
-    want = [[run(name, a[0], b, **options) for b in y] for a in x]
-    tol = tolerance(name, options)
+    got = run_metric(name, x, y, batched=True, **options)
+    want = [[run_metric(name, a[0], b, **options) for b in y] for a in x]
+    tol = choose_tolerance(name, options)
     assert_close(got, want, tol)
-    assert_close(run(name, x, y, "reference", batched=True, **options), want, tol)
+    assert_close(run_metric(name, x, y, "reference", batched=True, **options), want, tol)
     # A 2-D input is compared with each item of the batch.
-    mixed = run(name, x[:, 0], y[0], batched=True, **options)
+    mixed = run_metric(name, x[:, 0], y[0], batched=True, **options)
     assert_close(mixed, [row[0] for row in want], tol)
 
 
-@EACH
+@EACH_METRIC
 def test_pairwise_equals_separate_calls(name, options):
     rng = np.random.default_rng(1)
     xs = [rng.standard_normal((9, p)) for p in (4, 30, 2, 12, 4)]
@@ -178,10 +177,10 @@ def test_pairwise_equals_separate_calls(name, options):
         warnings.simplefilter("ignore", rk.DegenerateWarning)
         for others in (ys, None):
             got = rk.pairwise(xs, others, metric=name, **options)
-            want = [[run(name, x, y, **options) for y in others or xs] for x in xs]
-            assert_close(got, want, tolerance(name, options))
+            want = [[run_metric(name, x, y, **options) for y in others or xs] for x in xs]
+            assert_close(got, want, choose_tolerance(name, options))
             reference = rk.pairwise(xs, others, metric=name, backend="reference", **options)
-            assert_close(reference, want, tolerance(name, options))
+            assert_close(reference, want, choose_tolerance(name, options))
 
 
 def test_pairwise_from_features_equals_pairwise_from_grams():
@@ -194,8 +193,8 @@ def test_pairwise_from_features_equals_pairwise_from_grams():
         np.testing.assert_allclose(rk.pairwise(xs, xs[:1], debiased=debiased)[:, 0], got[:, 0])
 
 
-def test_constant_float64_feature_in_a_batch_with_float32(monkeypatch):
-    """With a core for each, both are centred in one batch."""
+def test_a_constant_float64_feature_does_not_matter_next_to_float32(monkeypatch):
+    """With one core per representation, both are centred in one batch."""
     monkeypatch.setattr(panels, "count_cores", lambda x: 2)
     rng = np.random.default_rng(5)
     x, y = rng.standard_normal((2, 30, 60))
@@ -210,7 +209,7 @@ def test_constant_float64_feature_in_a_batch_with_float32(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("shift", [0, 10, 1000])
 def test_debiased_cka_ignores_shifts_of_features(dtype, shift):
-    """The result equals float64 arithmetic on the shifted, rounded input: no other loss."""
+    """Only the rounding of the shifted input loses digits; the arithmetic is float64."""
     rng = np.random.default_rng(4)
     x = torch.from_numpy(rng.standard_normal((20, 30)) + shift).to(getattr(torch, dtype))
     y = torch.from_numpy(rng.standard_normal((20, 25))) + x.double()[:, :25] - shift
@@ -219,31 +218,31 @@ def test_debiased_cka_ignores_shifts_of_features(dtype, shift):
     assert_close(rk.cka(x.double(), y, debiased=True), want, SAME)
 
 
-@EACH
+@EACH_METRIC
 def test_results_have_the_kind_of_the_input(name, options):
     rng = np.random.default_rng(5)
     x, y = rng.standard_normal((8, 5)), rng.standard_normal((8, 6))
-    value = run(name, x, y, **options)
+    value = run_metric(name, x, y, **options)
     assert isinstance(value, np.float64)
-    tensor = run(name, torch.from_numpy(x), torch.from_numpy(y), **options)
+    tensor = run_metric(name, torch.from_numpy(x), torch.from_numpy(y), **options)
     assert isinstance(tensor, torch.Tensor)
     assert tensor.dtype == torch.float64
     assert tensor.shape == ()
     assert float(tensor) == pytest.approx(float(value), rel=1e-12)
-    assert run(name, x.tolist(), y.tolist(), **options) == value
+    assert run_metric(name, x.tolist(), y.tolist(), **options) == value
 
 
-@given(drawn(n=st.integers(3, 9), dtypes=("float32",), layouts=TORCH_LAYOUTS))
+@given(representations(n=st.integers(3, 9), dtypes=("float32",), layouts=TORCH_LAYOUTS))
 def test_inputs_are_not_modified(x):
     a, b = x.torch(), torch.from_numpy(x.values())
     before = a.clone()
     for name, options in METRICS:
         if name != "rsa" and not options.get("debiased") and "kernel" not in options:
-            run(name, a, b.float(), **options)
+            run_metric(name, a, b.float(), **options)
     assert torch.equal(a, before)
 
 
-def test_integer_and_boolean_input():
+def test_integers_and_booleans_equal_floats():
     rng = np.random.default_rng(6)
     x = rng.integers(0, 200, (9, 5))
     for dtype in (np.uint8, np.int32, np.int64):
@@ -290,32 +289,32 @@ def test_constant_input_raises(backend):
         rk.cka(x, y, kernel="rbf", backend=backend)
 
 
-def test_large_and_small_float32_input():
+def test_large_and_small_float32_input_does_not_overflow():
     rng = np.random.default_rng(8)
     x, y = (rng.standard_normal((9, 4)).astype(np.float32) for _ in range(2))
     for name, options in METRICS:
         if "penalty" not in options and options.get("form") != "size-and-shape":
-            big = run(name, x * np.float32(2.0**120), y * np.float32(2.0**-100), **options)
-            assert_close(big, run(name, x, y, **options), Tol(1e-6, 1e-7))
+            big = run_metric(name, x * np.float32(2.0**120), y * np.float32(2.0**-100), **options)
+            assert_close(big, run_metric(name, x, y, **options), Tol(1e-6, 1e-7))
 
 
-@EACH
+@EACH_METRIC
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("scale", [1e-60, 1e60])
-def test_extreme_magnitudes(name, options, backend, scale):
+def test_extreme_magnitudes_do_not_overflow(name, options, backend, scale):
     """Squared Gram entries fit float64, and no larger intermediate occurs."""
     rng = np.random.default_rng(2)
     x, y = rng.standard_normal((9, 30)), rng.standard_normal((9, 4))
     if "penalty" in options or options.get("form") == "size-and-shape":
         return  # not invariant to scale
     for a, b in ((x, y), (y, y + x[:, :4])):
-        want = run(name, a, b, backend, **options)
-        got = run(name, scale * a, scale * b, backend, **options)
-        assert_close(got, want, tolerance(name, options))
+        want = run_metric(name, a, b, backend, **options)
+        got = run_metric(name, scale * a, scale * b, backend, **options)
+        assert_close(got, want, choose_tolerance(name, options))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", rk.DegenerateWarning)
             pair = rk.pairwise([scale * a, scale * b], metric=name, backend=backend, **options)
-        assert_close(pair[0, 1], want, tolerance(name, options))
+        assert_close(pair[0, 1], want, choose_tolerance(name, options))
 
 
 EXACT = (

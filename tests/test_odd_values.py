@@ -62,14 +62,14 @@ def call_with(function, parameter, value):
     return function(**(arguments | {parameter: value}))
 
 
-def parameters():
+def list_parameters():
     for name in ARGUMENTS:
         for parameter in inspect.signature(getattr(rk, name)).parameters.values():
             if parameter.kind != parameter.VAR_KEYWORD and parameter.name not in FIRST:
                 yield name, parameter.name
 
 
-@pytest.mark.parametrize(("name", "parameter"), [*parameters()])
+@pytest.mark.parametrize(("name", "parameter"), [*list_parameters()])
 def test_every_argument_refuses_odd_values_in_one_line(name, parameter):
     for value in ODD.values():
         with pytest.raises(rk.RepsimError) as caught:
@@ -92,7 +92,7 @@ def test_a_backend_is_a_name_or_none(name, monkeypatch):
 @pytest.mark.parametrize("make", [list, np.array, torch.tensor], ids=["list", "NumPy", "torch"])
 @settings(max_examples=20)
 @given(st.data())
-def test_cell_labels_out_of_range(make, data):
+def test_cell_labels_out_of_range_are_named(make, data):
     large = data.draw(st.integers(2**24, 2**63 - 1))
     for label in (large, -large):
         for call in (
@@ -110,7 +110,7 @@ def test_cell_labels_out_of_range(make, data):
 @pytest.mark.parametrize("make", [list, np.array, torch.tensor], ids=["list", "NumPy", "torch"])
 @settings(max_examples=20)
 @given(st.data())
-def test_class_labels_out_of_range(make, data):
+def test_class_labels_out_of_range_are_named(make, data):
     large = data.draw(st.integers(6, 2**63 - 1))
     for name, call in (
         ("labels", lambda labels: rk.class_means(X, labels)),
@@ -157,7 +157,7 @@ def test_large_labels_name_the_same_classes(backend, names):
         np.testing.assert_equal(got, want)
 
 
-def test_integers_beyond_64_bits():
+def test_integers_beyond_64_bits_are_refused():
     for big in (2**64, -(2**63) - 1, 2**70, 10**400, 10**5000):
         pattern = str(big) if abs(big) <= 2**70 else ".*"
         for name, call in (
@@ -176,7 +176,7 @@ def test_integers_beyond_64_bits():
                 function(X, labels)
 
 
-def test_objects_that_raise_when_read():
+def test_objects_that_raise_when_read_are_refused():
     for x in (Unreadable(), [Unreadable()] * 2, [[1.0, Unreadable()]] * 2):
         if not isinstance(x, list):
             for name in ("x", "y"):

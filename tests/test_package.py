@@ -142,14 +142,14 @@ def test_distances_of_ablations_are_within_the_bounds_of_the_registry():
         assert (distances[metric.name] <= high).all()
 
 
-def test_unknown_names_and_dir():
+def test_unknown_names_raise_and_public_ones_are_listed():
     with pytest.raises(AttributeError, match="no attribute 'ckka'"):
         rk.ckka  # noqa: B018
     assert "cka" in dir(rk)
     assert rk.__version__
 
 
-def test_show_config(capsys):
+def test_show_config_prints_versions_and_backends(capsys):
     rk.show_config()
     out = capsys.readouterr().out
     assert f"torch {torch.__version__}" in out
@@ -176,19 +176,19 @@ def test_forward_chooses_backends_by_the_same_rule(monkeypatch):
     masked_copies = pytest.importorskip("repsim_kernels.kernels.triton.masked_copies")
     x = torch.ones(2, 3)
 
-    def chosen(backend):
+    def is_triton_chosen(backend):
         monkeypatch.setenv("REPSIM_BACKEND", backend)
         return _dispatch.uses_triton("ablate", x)
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert not any(map(chosen, ("", *_dispatch.BACKENDS)))
+    assert not any(map(is_triton_chosen, ("", *_dispatch.BACKENDS)))
     x = SimpleNamespace(device="cuda:0")
     monkeypatch.setattr(masked_copies, "unsupported", lambda t: None)
-    assert list(filter(chosen, ("", *_dispatch.BACKENDS))) == ["", "triton"]
+    assert list(filter(is_triton_chosen, ("", *_dispatch.BACKENDS))) == ["", "triton"]
     monkeypatch.setattr(masked_copies, "unsupported", lambda t: "it takes float32")
-    assert not any(map(chosen, ("", *_dispatch.BACKENDS)))
+    assert not any(map(is_triton_chosen, ("", *_dispatch.BACKENDS)))
     with pytest.raises(rk.OptionError, match="REPSIM_BACKEND: 'numpy'"):
-        chosen("numpy")
+        is_triton_chosen("numpy")
     with pytest.raises(rk.OptionError, match="REPSIM_BACKEND: 'numpy'"):
         AblatedForward(torch.nn.Sequential(torch.nn.Linear(3, 3)).eval(), "0")
 
@@ -206,7 +206,7 @@ def test_arrays_share_memory():
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_strides_that_torch_does_not_support(backend):
+def test_strides_that_torch_does_not_support_are_accepted(backend):
     fields = np.zeros((5, 4), [("flag", "u1"), ("value", "f8")])
     fields["value"] = np.random.default_rng(0).standard_normal((5, 4))
     for x in (fields["value"], fields["value"][::-1], np.ones((4, 3))[:, ::-1]):
@@ -246,4 +246,4 @@ def test_results_are_not_subclasses():
         pass
 
     a = np.random.default_rng(1).standard_normal((6, 3)).view(Named)
-    assert isinstance(rk.centered_gram(a), np.ndarray)
+    assert type(rk.centered_gram(a)) is np.ndarray

@@ -20,28 +20,28 @@ BACKENDS = ("torch", "reference")
 RIDGES = st.floats(-3, 3).map(lambda exponent: 10.0**exponent)
 
 
-def kappa(x, ridge):
+def compute_kappa(x, ridge):
     return ridge * np.var(x, axis=0).sum()
 
 
-def r2(y, predicted):
+def compute_r2(y, predicted):
     return r2_score(y, predicted, multioutput="variance_weighted")
 
 
-def oracle(x, y, ridge, folds):
+def score_with_scikit_learn(x, y, ridge, folds):
     """Return R² from ridge regression, on a kernel if neurons outnumber stimuli."""
-    alpha, predicted = kappa(x, ridge), np.empty_like(y)
+    alpha, predicted = compute_kappa(x, ridge), np.empty_like(y)
     if x.shape[1] <= len(x):
         predicted = cross_val_predict(Ridge(alpha=alpha), x, y, cv=KFold(folds))
-        return r2(y, predicted.reshape(y.shape))
+        return compute_r2(y, predicted.reshape(y.shape))
     for train, test in KFold(folds).split(x):
         mean_x, mean_y = x[train].mean(0), y[train].mean(0)
         model = KernelRidge(alpha=alpha).fit(x[train] - mean_x, y[train] - mean_y)
         predicted[test] = model.predict(x[test] - mean_x) + mean_y
-    return r2(y, predicted)
+    return compute_r2(y, predicted)
 
 
-def two(n, p, q, seed=0):
+def make_pair(n, p, q, seed=0):
     """Draw x (n, p), and y (n, q) that x predicts in part."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((n, p))
@@ -52,16 +52,18 @@ def two(n, p, q, seed=0):
 @given(
     pairs(n=st.integers(2, 12), dtypes=NUMPY_DTYPES, layouts=NUMPY_LAYOUTS), RIDGES, st.integers()
 )
-def test_numpy_arrays(backend, pair, ridge, folds):
+def test_numpy_arrays_match_scikit_learn(backend, pair, ridge, folds):
     x, y = pair
     folds = 2 + folds % (x.n - 1)
     got = rk.linear_predictivity(x.numpy(), y.numpy(), ridge=ridge, folds=folds, backend=backend)
-    # The rounding of a mean of 1000 is divided by the ridge.
-    assert_close(got, oracle(x.values(), y.values(), ridge, folds), Tol(1e-7, 1e-7))
+    # Dividing by a small ridge magnifies the rounding of a mean of 1000.
+    assert_close(
+        got, score_with_scikit_learn(x.values(), y.values(), ridge, folds), Tol(1e-7, 1e-7)
+    )
 
 
 @given(pairs(n=st.integers(5, 12), dtypes=TORCH_DTYPES, layouts=TORCH_LAYOUTS), RIDGES)
-def test_tensors(pair, ridge):
+def test_tensors_match_the_reference(pair, ridge):
     x, y = pair
     got = rk.linear_predictivity(x.torch(), y.torch(), ridge=ridge)
     want = rk.linear_predictivity(x.values(), y.values(), ridge=ridge, backend="reference")
@@ -72,38 +74,38 @@ def test_tensors(pair, ridge):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("folds", [2, 5, 7, 23])
 @pytest.mark.parametrize(("p", "q"), [(4, 6), (4, 90), (90, 4), (90, 70), (23, 23)])
-def test_feature_and_gram_side(backend, folds, p, q):
+def test_any_number_of_neurons_matches_scikit_learn(backend, folds, p, q):
     """Neurons or Grams on each side, uneven folds, and leave-one-out."""
-    x, y = two(23, p, q, seed=p)
+    x, y = make_pair(23, p, q, seed=p)
     for ridge in (1e-4, 1.0, 1e3):
         got = rk.linear_predictivity(x, y, ridge=ridge, folds=folds, backend=backend)
-        assert_close(got, oracle(x, y, ridge, folds), SAME)
+        assert_close(got, score_with_scikit_learn(x, y, ridge, folds), SAME)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("p", "q"), [(4, 6), (4, 90), (15, 4), (15, 30)])
 def test_gcv_minimises_the_generalised_error(backend, p, q):
-    x, y = two(20, p, q, seed=p + q)
+    x, y = make_pair(20, p, q, seed=p + q)
     a, t = x - x.mean(0), y - y.mean(0)
 
     def criterion(ridge):
-        hat = a @ a.T @ np.linalg.inv(a @ a.T + kappa(x, ridge) * np.eye(20))
+        hat = a @ a.T @ np.linalg.inv(a @ a.T + compute_kappa(x, ridge) * np.eye(20))
         return np.sum((t - hat @ t) ** 2) / np.trace(np.eye(20) - 1 / 20 - hat) ** 2
 
     ridges = 10 ** np.linspace(-6, 6, 2401)
     best = ridges[np.argmin([criterion(ridge) for ridge in ridges])]
     assert 1e-5 < best < 1e5
     got = rk.linear_predictivity(x, y, ridge="gcv", backend=backend)
-    around = [oracle(x, y, best * step, 5) for step in (0.99, 1, 1.01)]
+    around = [score_with_scikit_learn(x, y, best * step, 5) for step in (0.99, 1, 1.01)]
     assert min(around) - 1e-12 <= got <= max(around) + 1e-12
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(SEEDS, RIDGES)
-def test_invariances(backend, seed, ridge):
+def test_rotation_scale_and_shift_do_not_change_the_score(backend, seed, ridge):
     """Rotation, scale and shift of either side, and duplicated columns."""
     rng = np.random.default_rng(seed)
-    x, y = two(11, 6, 4, seed)
+    x, y = make_pair(11, 6, 4, seed)
 
     def score(x, y):
         return rk.linear_predictivity(x, y, ridge=ridge, folds=3, backend=backend)
@@ -117,8 +119,8 @@ def test_invariances(backend, seed, ridge):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_extreme_scores(backend):
-    x, y = two(40, 5, 3)
+def test_scores_reach_1_and_fall_below_0(backend):
+    x, y = make_pair(40, 5, 3)
     linear = x @ np.ones((5, 2)) + 7
 
     def score(x, y, ridge):
@@ -128,14 +130,14 @@ def test_extreme_scores(backend):
     assert score(x, linear, 1.0) < 0.99
     # With a huge ridge, predictions are the means of the training folds.
     means = np.repeat([np.delete(y, np.r_[i : i + 10], 0).mean(0) for i in range(0, 40, 10)], 10, 0)
-    assert score(x, y, 1e10) == pytest.approx(r2(y, means), abs=1e-9)
+    assert score(x, y, 1e10) == pytest.approx(compute_r2(y, means), abs=1e-9)
     assert score(x, y, 1e10) < 0
     assert abs(score(x, y, 1.0) - score(y, x, 1.0)) > 0.01  # x predicts y
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_errors(backend):
-    x, y = two(6, 4, 3)
+def test_bad_options_are_refused(backend):
+    x, y = make_pair(6, 4, 3)
 
     def match(pattern, error=rk.OptionError):
         return pytest.raises(error, match=pattern)

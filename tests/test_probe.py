@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from _draw import TORCH_LAYOUTS, classes, labels, memberships
-from _draw import representations as drawn
+from _draw import TORCH_LAYOUTS, classes, labels, memberships, representations
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
@@ -15,8 +14,10 @@ import repsim_kernels as rk
 
 
 @given(st.data(), st.booleans(), st.sampled_from([0.01, 1.0, 10.0]))
-def test_against_the_reference(data, one_class, ridge):
-    x = data.draw(drawn(n=st.integers(4, 12), kinds=("gaussian", "relu"), layouts=TORCH_LAYOUTS))
+def test_decodability_matches_the_reference(data, one_class, ridge):
+    x = data.draw(
+        representations(n=st.integers(4, 12), kinds=("gaussian", "relu"), layouts=TORCH_LAYOUTS)
+    )
     cells = data.draw(st.one_of(labels(x.p).map(lambda c: c[0]), memberships(x.p)))
     y = data.draw(classes(x.n))
     options = {"target": int(y[0]) if one_class else None, "ridge": ridge}
@@ -27,7 +28,7 @@ def test_against_the_reference(data, one_class, ridge):
         np.testing.assert_allclose(got[name], want[name], atol=1e-12, err_msg=name)
 
 
-def held_out_outputs(x, y, cell, ridge):
+def predict_with_scikit_learn(x, y, cell, ridge):
     """Return held-out outputs of scikit-learn's Ridge, refitted and frozen, (n, k) each."""
     onehot = np.eye(y.max() + 1)[y]
     out = []
@@ -46,7 +47,7 @@ def held_out_outputs(x, y, cell, ridge):
 
 @pytest.mark.parametrize("p", [5, 60])
 @pytest.mark.parametrize("mean", [0, 50])
-def test_against_scikit_learn(p, mean):
+def test_decodability_matches_scikit_learn(p, mean):
     rng = np.random.default_rng(p)
     y = np.arange(30) % 3
     x = np.maximum(rng.standard_normal((30, p)) + rng.standard_normal((3, p))[y], 0) + mean
@@ -55,7 +56,7 @@ def test_against_scikit_learn(p, mean):
     one = rk.ablation_decodability(x, cells, y, target=1, ridge=0.5)
     for c in range(4):
         for name, outputs in zip(
-            ("refit", "frozen"), held_out_outputs(x, y, cells == c, 0.5), strict=True
+            ("refit", "frozen"), predict_with_scikit_learn(x, y, cells == c, 0.5), strict=True
         ):
             assert got[name][c] == (outputs.argmax(1) == y).mean()
             predicted = outputs[:, 1] > 0.5
@@ -78,7 +79,7 @@ def test_information_in_one_cell_is_lost_with_it():
             assert got[name][2] < 0.8
 
 
-def test_extreme_cells_and_batches():
+def test_empty_cells_change_nothing_and_complete_ones_give_nan():
     rng = np.random.default_rng(1)
     x, y = rng.standard_normal((2, 9, 6)), np.arange(9) % 3
     cells = np.zeros((3, 6), bool)
@@ -111,7 +112,7 @@ def test_several_targets_match_separate_calls(score, folds, backend):
                 np.testing.assert_allclose(several[kind][i], one[kind], rtol=1e-12, atol=1e-13)
 
 
-def test_the_default_score():
+def test_the_default_score_depends_on_the_target():
     rng = np.random.default_rng(4)
     x, y = rng.standard_normal((18, 5)), np.repeat([0, 1, 2], [3, 5, 10])
     names = ["accuracy", "balanced_accuracy"]
@@ -123,7 +124,7 @@ def test_the_default_score():
             np.testing.assert_array_equal(got[kind], value)
 
 
-def criterion(x, onehot, ridge):
+def compute_gcv(x, onehot, ridge):
     """Return n ‖(I - H)Y‖² / tr(I - H)² from the hat matrix."""
     n, centred = len(x), x - x.mean(0)
     kappa = ridge * (centred**2).sum() / n
@@ -135,26 +136,26 @@ def criterion(x, onehot, ridge):
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("p", [6, 40])
 @pytest.mark.parametrize("target", [None, 0, (2, 1)])
-def test_generalised_cross_validation(target, p, backend):
+def test_gcv_minimises_the_generalised_error(target, p, backend):
     rng = np.random.default_rng(p)
     y, cells = np.arange(24) % 3, rng.integers(0, 3, p)
     x = rng.standard_normal((24, p)) + 0.7 * rng.standard_normal((3, p))[y]
     onehot = np.eye(3)[y][:, [0, 1, 2] if target is None else np.atleast_1d(target)]
     grid = np.logspace(-6, 6, 2401)
-    values = [criterion(x, onehot, ridge) for ridge in grid]
+    values = [compute_gcv(x, onehot, ridge) for ridge in grid]
     options = {"target": target, "score": ("margin", "r2"), "backend": backend}
     got = rk.ablation_decodability(x, cells, y, ridge="gcv", **options)
     best = int(np.argmin(values))
     assert 0 < best < 2400
     assert grid[best - 1] < got["ridge"] < grid[best + 1]
-    assert criterion(x, onehot, got["ridge"]) <= min(values) * (1 + 1e-12)
+    assert compute_gcv(x, onehot, got["ridge"]) <= min(values) * (1 + 1e-12)
     same = rk.ablation_decodability(x, cells, y, ridge=got.pop("ridge"), **options)
     for name, kinds in same.items():
         for kind, value in kinds.items():
             np.testing.assert_allclose(got[name][kind], value, rtol=1e-12)
 
 
-def test_generalised_cross_validation_at_the_ends_of_the_grid():
+def test_gcv_stays_within_the_allowed_ridges():
     """Uninformative neurons, and one that separates the classes among more neurons than stimuli."""
     rng = np.random.default_rng(0)
     y = np.repeat([0, 1], 10)
@@ -211,7 +212,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("options", "error", "match"), ERRORS, ids=[str(e[0]) for e in ERRORS])
-def test_errors(options, error, match):
+def test_bad_options_are_refused(options, error, match):
     with pytest.raises(error, match=match) as caught:
         rk.ablation_decodability(X, [0, 0, 1, 1], Y, **options)
     assert len(str(caught.value).splitlines()) == 1

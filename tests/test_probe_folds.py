@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from _draw import TORCH_LAYOUTS, classes, labels, memberships
-from _draw import representations as drawn
+from _draw import TORCH_LAYOUTS, classes, labels, memberships, representations
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -19,7 +18,7 @@ SCORES = ("accuracy", "balanced_accuracy", "margin", "r2")
 UNEVEN = np.array([0, 1, 1, 2, 2, 2, 3, 3, 3, 3, 1, 0, 0, 0, 2, 3, 1, 1, 0, 2, 2, 3, 0, 0])
 
 
-def stimuli(p, mean=0, seed=0):
+def make_stimuli(p, mean=0, seed=0):
     """Draw x (24, p) with three partly separable classes, a cell for each neuron, and classes."""
     rng = np.random.default_rng(seed + p)
     y = rng.permutation(np.arange(24) % 3)
@@ -27,7 +26,7 @@ def stimuli(p, mean=0, seed=0):
     return x, rng.integers(-1, 3, p), y
 
 
-def stratified(y, k):
+def stratify(y, k):
     seen: dict[int, int] = {}
     folds = []
     for label in y.tolist():
@@ -36,32 +35,32 @@ def stratified(y, k):
     return np.array(folds)
 
 
-def kappa(x, ridge):
+def compute_kappa(x, ridge):
     return ridge * np.var(x, axis=0).sum()
 
 
-def decisions(x_fit, t, train, x_test, ridge):
+def compute_decisions(x_fit, t, train, x_test, ridge):
     """Return decision values for x_test from scikit-learn's fit to (x_fit, t)[train]."""
     if t[train].min() == t[train].max():
         return np.inf if t[train][0] else -np.inf
     model = LogisticRegression(
-        C=1 / kappa(x_fit, ridge), solver="newton-cholesky", tol=1e-12, max_iter=1000
+        C=1 / compute_kappa(x_fit, ridge), solver="newton-cholesky", tol=1e-12, max_iter=1000
     )
     return model.fit(x_fit[train], t[train]).decision_function(x_test)
 
 
-def outputs(probe, x_fit, x_test, truth, ridge, folds):
+def compute_outputs(probe, x_fit, x_test, truth, ridge, folds):
     """Return held-out outputs (n, k) of scikit-learn's model, fold by fold."""
     onehot = np.eye(truth.max() + 1)[truth]
     out = np.empty_like(onehot)
     for k in np.unique(folds):
         train = folds != k
         if probe == "ridge":
-            model = Ridge(alpha=kappa(x_fit, ridge)).fit(x_fit[train], onehot[train])
+            model = Ridge(alpha=compute_kappa(x_fit, ridge)).fit(x_fit[train], onehot[train])
             out[~train] = model.predict(x_test[~train])
         else:
             for j, t in enumerate(onehot.T):
-                out[~train, j] = decisions(x_fit, t, train, x_test[~train], ridge)
+                out[~train, j] = compute_decisions(x_fit, t, train, x_test[~train], ridge)
     return out
 
 
@@ -85,19 +84,19 @@ def score_outputs(name, out, truth, binary):
 @pytest.mark.parametrize("probe", ["ridge", "logistic"])
 @pytest.mark.parametrize("folds", [3, UNEVEN], ids=["stratified", "custom"])
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_against_scikit_learn(backend, folds, probe, target, p, mean):
-    x, cells, y = stimuli(p, mean)
+def test_scores_match_scikit_learn(backend, folds, probe, target, p, mean):
+    x, cells, y = make_stimuli(p, mean)
     truth = y if target is None else (y == target).astype(int)
     names = SCORES if probe == "ridge" else SCORES[:3]
     options = {"target": target, "ridge": 0.3, "probe": probe, "score": names, "backend": backend}
     got = rk.ablation_decodability(x, cells, y, folds=folds, **options)
-    fold = stratified(y, 3) if isinstance(folds, int) else folds
+    fold = stratify(y, 3) if isinstance(folds, int) else folds
     for name in names:
         assert set(got[name]) == {"refit", "frozen", "intact"}
     for c in range(-1, 3):
         ablated = np.where((cells == c) & (c >= 0), 0, x)
         for kind, x_fit in (("refit", ablated), ("frozen", x)):
-            out = outputs(probe, x_fit, ablated, truth, 0.3, fold)
+            out = compute_outputs(probe, x_fit, ablated, truth, 0.3, fold)
             for name in names:
                 value = got[name][kind][c] if c >= 0 else got[name]["intact"]
                 want = score_outputs(name, out, truth, target is not None)
@@ -106,10 +105,10 @@ def test_against_scikit_learn(backend, folds, probe, target, p, mean):
 
 @pytest.mark.parametrize("p", [6, 60])
 def test_r2_matches_cross_val_predict(p):
-    x, _, y = stimuli(p)
+    x, _, y = make_stimuli(p)
     onehot = np.eye(3)[y]
     for folds in (UNEVEN, np.arange(24)):
-        model = Ridge(alpha=kappa(x, 2.0))
+        model = Ridge(alpha=compute_kappa(x, 2.0))
         out = cross_val_predict(model, x, onehot, cv=PredefinedSplit(folds))
         want = r2_score(onehot, out, multioutput="variance_weighted")
         got = rk.ablation_decodability(x, [-1] * p, y, ridge=2.0, folds=folds, score="r2")
@@ -118,9 +117,11 @@ def test_r2_matches_cross_val_predict(p):
 
 
 @given(st.data(), st.sampled_from(["ridge", "logistic"]), st.sampled_from([0.01, 1.0, "gcv"]))
-def test_against_the_reference(data, probe, ridge):
+def test_margins_match_the_reference(data, probe, ridge):
     """Against explicit held-out fits, for any folds, cells, layout and targets."""
-    x = data.draw(drawn(n=st.integers(5, 12), kinds=("gaussian", "relu"), layouts=TORCH_LAYOUTS))
+    x = data.draw(
+        representations(n=st.integers(5, 12), kinds=("gaussian", "relu"), layouts=TORCH_LAYOUTS)
+    )
     cells = data.draw(st.one_of(labels(x.p).map(lambda c: c[0]), memberships(x.p)))
     y = data.draw(classes(x.n)) - 7
     rng = np.random.default_rng(x.seed)
@@ -145,7 +146,7 @@ def test_against_the_reference(data, probe, ridge):
 @pytest.mark.parametrize("target", [None, 1])
 @pytest.mark.parametrize("probe", ["ridge", "logistic"])
 def test_a_class_in_a_single_fold_is_not_learnt(probe, target, backend):
-    x, cells, y = stimuli(8, seed=5)
+    x, cells, y = make_stimuli(8, seed=5)
     folds = np.where(y == 1, 3, np.arange(24) % 3)
     names = SCORES if probe == "ridge" else SCORES[:3]
     options = {"target": target, "ridge": 0.3, "probe": probe, "score": names, "folds": folds}
@@ -154,7 +155,7 @@ def test_a_class_in_a_single_fold_is_not_learnt(probe, target, backend):
     for c in range(3):
         ablated = np.where(cells == c, 0, x)
         for kind, x_fit in (("refit", ablated), ("frozen", x)):
-            out = outputs(probe, x_fit, ablated, truth, 0.3, folds)
+            out = compute_outputs(probe, x_fit, ablated, truth, 0.3, folds)
             np.testing.assert_allclose(
                 out[y == 1, 1], 0 if probe == "ridge" else -np.inf, atol=1e-12
             )
@@ -166,7 +167,7 @@ def test_a_class_in_a_single_fold_is_not_learnt(probe, target, backend):
 
 
 @pytest.mark.parametrize("ridge", [1e3, 1.0, 1e-3])
-def test_logistic_outputs_to_ten_digits(ridge):
+def test_logistic_outputs_have_ten_digits(ridge):
     """Each fold has one stimulus of each class, so its margins are differences of outputs."""
     rng = np.random.default_rng(3)
     x, y = rng.standard_normal((12, 5)), np.arange(12) % 2
@@ -175,7 +176,7 @@ def test_logistic_outputs_to_ten_digits(ridge):
         x, [-1] * 5, y, target=1, probe="logistic", folds=folds, ridge=ridge, score="margin"
     )
     splits = [(folds != k, x[folds == k]) for k in range(6)]
-    values = [decisions(x, y, train, x_test, ridge) @ [-1, 1] for train, x_test in splits]
+    values = [compute_decisions(x, y, train, x_test, ridge) @ [-1, 1] for train, x_test in splits]
     assert got["intact"] == pytest.approx(np.mean(values), rel=1e-10)
 
 
@@ -188,14 +189,14 @@ def test_logistic_steps_that_overshoot_are_shortened(backend, seed):
     folds = np.arange(12) % 2
     options = {"folds": folds, "ridge": 1e-5, "probe": "logistic", "score": "margin"}
     got = rk.ablation_decodability(x, [-1] * 3, y, target=1, backend=backend, **options)
-    want = score_outputs("margin", outputs("logistic", x, x, y, 1e-5, folds), y, True)
+    want = score_outputs("margin", compute_outputs("logistic", x, x, y, 1e-5, folds), y, True)
     assert got["intact"] == pytest.approx(want, rel=1e-8)
 
 
 @pytest.mark.parametrize("probe", ["ridge", "logistic"])
-def test_batches_and_kinds(probe):
-    x = np.stack([stimuli(9, seed=s)[0] for s in range(3)]).reshape(3, 1, 24, 9)
-    _, cells, y = stimuli(9)
+def test_batches_of_tensors_match_single_calls(probe):
+    x = np.stack([make_stimuli(9, seed=s)[0] for s in range(3)]).reshape(3, 1, 24, 9)
+    _, cells, y = make_stimuli(9)
     options = {"target": [2, 0], "folds": 4, "probe": probe, "score": ["margin", "accuracy"]}
     got = rk.ablation_decodability(torch.from_numpy(x), cells, y, batched=True, **options)
     assert set(got) == {"margin", "accuracy"}
@@ -207,8 +208,8 @@ def test_batches_and_kinds(probe):
                 np.testing.assert_allclose(values[b, 0], alone[name][kind], rtol=1e-9, atol=1e-12)
 
 
-def test_extreme_cells():
-    x, _, y = stimuli(7)
+def test_empty_cells_change_nothing_and_complete_ones_give_nan():
+    x, _, y = make_stimuli(7)
     cells = np.array([np.zeros(7), np.ones(7)], dtype=bool)
     for probe in ("ridge", "logistic"):
         for backend in ("torch", "reference"):

@@ -20,22 +20,22 @@ X = np.maximum(RNG.standard_normal((N, P)) + 0.7 * RNG.standard_normal((4, P))[Y
 LABELS = RNG.permutation(np.arange(P) % CELLS)
 
 
-def score(x: np.ndarray, y: np.ndarray) -> float:
-    """As in the study's code: exp(-log-loss) of the hard predictions on the training stimuli."""
+def score_with_scikit_learn(x: np.ndarray, y: np.ndarray) -> float:
+    """Return exp(-log-loss) of the hard predictions on the training stimuli, as the study does."""
     model = LogisticRegression(solver="newton-cholesky", tol=1e-12).fit(x, y)
     return float(np.exp(-log_loss(y, model.predict(x))))
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("paired", [True, False])
-def test_draws_of_all_remaining_neurons(backend, paired):
-    """With as many neurons as remain, every draw is the same, so nothing is random."""
+def test_draws_of_all_remaining_neurons_match_scikit_learn(backend, paired):
+    """If a draw takes all remaining neurons, nothing is random."""
     overlapping = RNG.random((3, P)) < 0.3
     for cells in (LABELS, overlapping):
         got = rk.probe_paper(X, cells, Y, 2, size=P, draws=3, paired=paired, backend=backend)
         inside = cells == np.arange(CELLS)[:, None] if cells.ndim == 1 else cells
-        want = [score(X[:, ~cell], Y == 2) for cell in inside]
-        assert got["intact"] == pytest.approx(score(X, Y == 2), rel=1e-12)
+        want = [score_with_scikit_learn(X[:, ~cell], Y == 2) for cell in inside]
+        assert got["intact"] == pytest.approx(score_with_scikit_learn(X, Y == 2), rel=1e-12)
         np.testing.assert_allclose(got["ablated"], want, rtol=1e-12)
         np.testing.assert_allclose(got["change"], got["intact"] - np.array(want), rtol=1e-12)
         assert (got["standard_error"] == 0).all()
@@ -55,13 +55,13 @@ def record_fits(monkeypatch, **options) -> tuple[dict, list[np.ndarray]]:
 
 
 @pytest.mark.parametrize("paired", [True, False])
-def test_scores_of_the_draws(monkeypatch, paired):
+def test_scores_of_the_draws_match_scikit_learn(monkeypatch, paired):
     """Against scikit-learn's fits to the recorded draws."""
     got, (intact, *ablated) = record_fits(monkeypatch, paired=paired)
     y = Y == 1
 
     def losses(columns: np.ndarray) -> np.ndarray:
-        return np.array([-np.log(score(X[:, draw], y)) for draw in columns])
+        return np.array([-np.log(score_with_scikit_learn(X[:, draw], y)) for draw in columns])
 
     before = losses(intact)
     assert got["intact"] == pytest.approx(np.exp(-before.mean()), rel=1e-9)
@@ -88,8 +88,8 @@ def test_scores_of_the_draws(monkeypatch, paired):
 
 
 @pytest.mark.parametrize("paired", [True, False])
-def test_float32_with_outliers(paired):
-    """Scores equal those of float64, as scikit-learn's fits would give."""
+def test_float32_with_outliers_matches_float64(paired):
+    """Scores equal those of fits in float64."""
     x = X.astype(np.float32)
     x[7, ::3] *= 1e5
     x[11, 4] = 1e7
@@ -126,7 +126,7 @@ def test_pairing_reduces_noise_without_bias():
     st.integers(0, 10**9),
 )
 @settings(max_examples=20)
-def test_orderings(shape, draws, seed):
+def test_orderings_are_reproducible_and_without_repeats(shape, draws, seed):
     (p, length), source = shape, np.random.SeedSequence(seed)
     got = probe_paper._draw_orderings(source, p, draws, length)
     assert got.shape == (draws, length)
@@ -153,7 +153,7 @@ def test_neurons_are_uniform_at_every_position(p, length):
     assert abs(repeats - (0 if p == 12 else 1 / 12)) < 5 * np.sqrt(1 / 12 / 4000)
 
 
-def test_seeds_and_kinds():
+def test_the_seed_alone_determines_the_draws():
     first = rk.probe_paper(X, LABELS, Y, 3, draws=15, size=9, seed=5)
     for x, backend in ((X, "reference"), (torch.from_numpy(X), None), (np.asfortranarray(X), None)):
         got = rk.probe_paper(x, LABELS, Y, 3, draws=15, size=9, seed=5, backend=backend)
@@ -166,7 +166,7 @@ def test_seeds_and_kinds():
     assert other["intact"] != first["intact"]
 
 
-def test_empty_and_complete_cells():
+def test_empty_cells_change_nothing_and_complete_ones_give_nan():
     cells = np.zeros((4, P), dtype=bool)
     cells[1] = True
     cells[2, 3:] = True  # three neurons remain, fewer than a draw
@@ -174,7 +174,7 @@ def test_empty_and_complete_cells():
     got = rk.probe_paper(X, cells, Y, 0, draws=12, size=5)
     assert got["change"][0] == got["standard_error"][0] == 0
     assert np.isnan([got[k][1] for k in ("ablated", "change", "standard_error")]).all()
-    assert got["ablated"][2] == pytest.approx(score(X[:, :3], Y == 0), rel=1e-12)
+    assert got["ablated"][2] == pytest.approx(score_with_scikit_learn(X[:, :3], Y == 0), rel=1e-12)
     assert got["standard_error"][3] > 0
     single = rk.probe_paper(X, cells, Y, 0, draws=1, size=5)
     assert np.isnan(single["standard_error"][[0, 3]]).all()

@@ -41,7 +41,7 @@ PENALTY = {"penalty": 3.0}
 LOOSE = Tol(1e-7, 1e-9)
 
 
-def two(n, p, q, seed=0):
+def make_pair(n, p, q, seed=0):
     """Draw x (n, p), and y (n, q) that depends on it in part."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((n, p))
@@ -68,12 +68,14 @@ def test_assertions_fail_when_they_should():
 
 
 @given(representations(dtypes=TORCH_DTYPES, layouts=NUMPY_LAYOUTS))
-def test_drawn_arrays_have_the_same_values_in_every_layout(drawn):
-    assert (drawn.values() != drawn.values()[0]).any()
-    if drawn.dtype in NUMPY_DTYPES:
-        np.testing.assert_array_equal(drawn.numpy(), drawn.values())
-    if drawn.layout in TORCH_LAYOUTS:
-        np.testing.assert_array_equal(drawn.torch().double().numpy(), drawn.values())
+def test_drawn_arrays_have_the_same_values_in_every_layout(representation):
+    assert (representation.values() != representation.values()[0]).any()
+    if representation.dtype in NUMPY_DTYPES:
+        np.testing.assert_array_equal(representation.numpy(), representation.values())
+    if representation.layout in TORCH_LAYOUTS:
+        np.testing.assert_array_equal(
+            representation.torch().double().numpy(), representation.values()
+        )
 
 
 # --- against 60-digit arithmetic -------------------------------------------------------------
@@ -98,22 +100,22 @@ def test_drawn_arrays_have_the_same_values_in_every_layout(drawn):
         (pwcca, PENALTY),
     ],
 )
-def test_against_60_digits(function, options, n, p, q):
-    x, y = two(n, p, q)
+def test_metrics_match_60_digits(function, options, n, p, q):
+    x, y = make_pair(n, p, q)
     want = getattr(_oracle, function.__name__)(x + 10, y, **options)
     assert_close(function(x + 10, y, **options), want, SAME)
 
 
 @pytest.mark.parametrize(("n", "p", "q"), [(6, 20, 15), (7, 3, 4)])
-def test_debiased_against_60_digits(n, p, q):
-    x, y = two(n, p, q)
+def test_debiased_cka_matches_60_digits(n, p, q):
+    x, y = make_pair(n, p, q)
     assert_close(cka(x, y, debiased=True), _oracle.cka_debiased(x, y), SAME)
 
 
 @pytest.mark.parametrize(("p", "size"), [(30, 4), (5, 2)])
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-6])
-def test_ablation_against_60_digits(p, size, scale):
-    x, _ = two(7, p, 1)
+def test_ablation_distances_match_60_digits(p, size, scale):
+    x, _ = make_pair(7, p, 1)
     cell = np.arange(p) < size
     x = np.where(cell, scale * x, x)
     got = ablation_distances(x, cell[None])
@@ -141,7 +143,7 @@ def test_constant_columns_are_exact_zeros():
         assert not cell_grams(x, np.zeros(3, int)).any()
 
 
-def test_rank_threshold():
+def test_tiny_singular_values_do_not_count_in_the_rank():
     # Squared singular values 1, 1e-12 and 1e-20 of the largest; the last is below n · eps.
     q = contrasts(9)[:, :3]
     assert decompose(q * [1, 1e-6, 1e-10])[2] == 2
@@ -163,14 +165,14 @@ def test_contrasts_are_orthonormal_and_orthogonal_to_ones():
 
 @pytest.mark.parametrize("squared", [False, True])
 def test_cca_is_the_svd_of_orthonormal_bases(squared):
-    x, y = two(40, 6, 9)
+    x, y = make_pair(40, 6, 9)
     bases = [np.linalg.qr(z - z.mean(0))[0] for z in (x, y)]
     rho = np.linalg.svd(bases[0].T @ bases[1], compute_uv=False)
     assert_close(cca(x, y, squared=squared), np.mean(rho**2 if squared else rho), SAME)
 
 
 def test_svcca_is_cca_of_the_leading_components():
-    x, y = two(40, 6, 9)
+    x, y = make_pair(40, 6, 9)
     leading = []
     for z in (x, y):
         _, s, vt = np.linalg.svd(z - z.mean(0), full_matrices=False)
@@ -182,7 +184,7 @@ def test_svcca_is_cca_of_the_leading_components():
 
 
 def test_rbf_gram_matches_kornblith_et_al():
-    x, _ = two(9, 5, 1)
+    x, _ = make_pair(9, 5, 1)
     d2 = squareform(pdist(x, "sqeuclidean"))
     k = np.exp(-d2 / (2 * 0.5**2 * np.median(d2)))
     h = np.eye(9) - 1 / 9
@@ -191,7 +193,7 @@ def test_rbf_gram_matches_kornblith_et_al():
 
 @pytest.mark.parametrize("distance", ["euclidean", "sqeuclidean", "correlation", "cosine"])
 def test_rsa_matches_scipy(distance):
-    x, y = two(12, 7, 30)
+    x, y = make_pair(12, 7, 30)
     u, v = pdist(x, distance), pdist(y, distance)
     got = [rsa(x, y, distance=distance, compare=c) for c in ("pearson", "spearman", "cosine")]
     cosine = u @ v / np.sqrt(u @ u * (v @ v))
@@ -207,7 +209,7 @@ def test_spearman_gives_ties_their_mean_rank():
 @pytest.mark.parametrize("compare", ["spearman", "pearson", "cosine"])
 @pytest.mark.parametrize(("distance", "row"), [("cosine", 0.0), ("correlation", 0.1)])
 def test_rsa_of_a_row_without_direction_is_nan(distance, row, compare):
-    x, y = two(6, 7, 3)
+    x, y = make_pair(6, 7, 3)
     x[2] = row
     with np.errstate(invalid="ignore"):
         assert np.isnan(rsa(x, y, distance=distance, compare=compare))

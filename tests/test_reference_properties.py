@@ -15,7 +15,7 @@ from _draw import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from test_reference import LOOSE, RIDGE, two
+from test_reference import LOOSE, RIDGE, make_pair
 
 from bench.common.tolerances import (
     SAME,
@@ -53,7 +53,7 @@ SINGULAR_TOO = {"cka", "cca", "ridge cca", "procrustes"}
 AXIS_BOUND = {"pwcca", "ridge pwcca"}
 
 
-def drawn_for(name):
+def draw_pairs_for(name):
     """Draw pairs for which the metric is well-conditioned."""
     kinds = KINDS if name in SINGULAR_TOO else REGULAR
     if name == "pwcca":  # with p + q > n several correlations are 1 and share their variates
@@ -63,9 +63,9 @@ def drawn_for(name):
 
 @pytest.mark.parametrize("name", SIMILARITIES)
 @given(data=st.data())
-def test_invariances(name, data):
+def test_order_scale_shift_and_rotation_do_not_change_similarity(name, data):
     metric = SIMILARITIES[name]
-    x, y = data.draw(drawn_for(name))
+    x, y = data.draw(draw_pairs_for(name))
     x, y = x.values(), y.values()
     want = metric(x, y)
     rng = np.random.default_rng(0)
@@ -85,9 +85,9 @@ def test_invariances(name, data):
 
 @pytest.mark.parametrize("name", SIMILARITIES)
 @given(data=st.data())
-def test_bounds_and_self_similarity(name, data):
+def test_similarities_are_within_bounds_and_1_with_itself(name, data):
     metric = SIMILARITIES[name]
-    x, y = data.draw(drawn_for(name))
+    x, y = data.draw(draw_pairs_for(name))
     x, y = x.values(), y.values()
     low = -1 if name in ("rsa", "debiased") else 0
     assert low - 1e-14 <= metric(x, y) <= 1 + 1e-14
@@ -110,14 +110,14 @@ def test_procrustes_forms_agree(drawn):
 
 
 def test_a_rotated_copy_is_at_procrustes_distance_zero():
-    x, _ = two(12, 7, 1)
+    x, _ = make_pair(12, 7, 1)
     rotation = np.linalg.qr(np.random.default_rng(1).standard_normal((7, 7)))[0]
     for form in ("squared", "angular", "size-and-shape"):
         assert procrustes_distance(x, x @ rotation + 5, form=form) < 1e-13
 
 
 def test_a_vanishing_ridge_gives_plain_cca():
-    x, y = two(40, 6, 9)
+    x, y = make_pair(40, 6, 9)
     for metric in (cca, pwcca):
         assert_close(metric(x, y, ridge=1e-11), metric(x, y), Tol(1e-8))
         assert metric(x, y, ridge=1.0) < metric(x, y)
@@ -126,18 +126,18 @@ def test_a_vanishing_ridge_gives_plain_cca():
 
 
 def test_cca_is_invariant_to_invertible_maps():
-    x, y = two(40, 6, 9)
+    x, y = make_pair(40, 6, 9)
     assert_close(cca(x @ np.random.default_rng(1).standard_normal((6, 6)), y), cca(x, y), SAME)
 
 
 def test_cca_is_1_with_as_many_neurons_as_stimuli():
-    x, y = two(8, 7, 30)
+    x, y = make_pair(8, 7, 30)
     assert_close([cca(x, y), pwcca(x, y)], [1, 1], SAME)
 
 
 def test_pwcca_is_not_unique_when_correlations_tie():
     # 4 + 5 > 7 - 1: three correlations are 1, and permuted stimuli select other variates.
-    x, y = two(7, 4, 5)
+    x, y = make_pair(7, 4, 5)
     other = np.roll(np.arange(7), 3)
     assert abs(pwcca(x[other], y[other]) - pwcca(x, y)) > 1e-4
     assert_close(pwcca(x[other], y[other], ridge=1e-3), pwcca(x, y, ridge=1e-3), LOOSE)
@@ -151,7 +151,7 @@ def test_debiased_cka_of_independent_features_is_about_zero_and_may_be_negative(
 
 
 def test_debiased_cka_of_equidistant_stimuli_is_nan():
-    x, _ = two(5, 3, 1)
+    x, _ = make_pair(5, 3, 1)
     assert np.isnan(cka(np.eye(5), x, debiased=True))
     assert np.isnan(cka(x, 0.1 * np.eye(5)[:, :1], debiased=True))
 
@@ -160,7 +160,7 @@ def test_debiased_cka_of_equidistant_stimuli_is_nan():
 
 
 @given(representations(dtypes=("float64", "float32", "float16"), layouts=("C", "F", "reversed")))
-def test_linear_gram(drawn):
+def test_linear_gram_matches_60_digits(drawn):
     x = drawn.numpy()
     assert x.dtype == drawn.dtype
     want = _oracle.gram(x[:6].astype(float))
@@ -187,7 +187,7 @@ def test_cell_grams_sum_to_the_gram(data):
     assert_gram_close(whole, centered_gram(x), 1e-12)
 
 
-def test_class_means():
+def test_class_means_of_three_stimuli():
     x = np.array([[1.0, 2], [3, 4], [5, 9]])
     np.testing.assert_array_equal(class_means(x, np.array([1, 0, 1])), [[3, 4], [3, 5.5]])
 
@@ -211,7 +211,7 @@ def test_selectivity_grid_of_five_neurons():
             [10, 4, 6, 5, 2, 8, 3, 20],
             [{1, 2, 3}, {2}, {3, 4, 5, 6}, {5}],
         ),
-        # Strip [0, 0] has no inside; strip [0, 2] has neuron 3 inside, so both tiles are [3, 3].
+        # Strip [0, 0] has no neuron inside; strip [0, 2] has neuron 3, so both tiles are [3, 3].
         ([0, 0, 0, 1, 2], [0, 0, 0, 3, 3], [set(), set(), {3, 4}, {3, 4}]),
     ],
 )
@@ -233,7 +233,7 @@ def test_selectivity_grid_is_an_even_partition(data, grid):
 
 
 def test_selectivity_grid_cuts_by_rank():
-    x, _ = two(9, 120, 1)
+    x, _ = make_pair(9, 120, 1)
     y = np.arange(9) % 3
     target, rest = x[y == 1].mean(0), x[y != 1].mean(0)
     strips = np.split(np.argsort(target - rest), 3)
@@ -254,7 +254,7 @@ def test_selectivity_grid_breaks_ties_by_index():
         np.testing.assert_array_equal(cells[order], 2 * strip + np.arange(2).repeat(100))
 
 
-def distances(x, cells, **options):
+def compute_distances(x, cells, **options):
     return {name: one.values for name, one in ablation_distances(x, cells, **options).items()}
 
 
@@ -263,7 +263,7 @@ def test_ablation_distances_are_those_of_the_remaining_neurons(data):
     x = data.draw(representations(n=st.integers(4, 10), kinds=REGULAR))
     members = data.draw(memberships(x.p))
     x = x.values()
-    got = distances(x, members)
+    got = compute_distances(x, members)
     assert set(got) == set(METRICS)
     for c, cell in enumerate(members):
         rest = x[:, ~cell]
@@ -291,12 +291,12 @@ def test_ablation_distances_are_those_of_the_remaining_neurons(data):
 
 
 def test_penalty_overrides_ridge_and_constant_cells_change_nothing():
-    x, _ = two(8, 12, 1)
+    x, _ = make_pair(8, 12, 1)
     x[:, :3] = [0, 0.1, 7]
     cells = np.array([0] * 3 + [1] * 9)
-    got = distances(x, cells, n_cells=3, penalty=2.0, ridge=0.5)
-    same = distances(x, cells, n_cells=3, penalty=2.0)
-    plain = distances(x, cells, n_cells=3, ridge=0.0)
+    got = compute_distances(x, cells, n_cells=3, penalty=2.0, ridge=0.5)
+    same = compute_distances(x, cells, n_cells=3, penalty=2.0)
+    plain = compute_distances(x, cells, n_cells=3, ridge=0.0)
     for name in METRICS:
         np.testing.assert_array_equal(got[name], same[name])
         assert np.isnan(got[name][1])
@@ -306,7 +306,7 @@ def test_penalty_overrides_ridge_and_constant_cells_change_nothing():
 
 
 @given(st.data())
-def test_decodability_of_extreme_cells(data):
+def test_decodability_without_empty_cells_is_intact_and_without_all_nan(data):
     x = data.draw(representations(n=st.integers(4, 10), kinds=REGULAR))
     y = data.draw(classes(x.n))
     x = np.hstack([x.values(), np.full((x.n, 1), 0.1)])
@@ -319,8 +319,8 @@ def test_decodability_of_extreme_cells(data):
         assert 0 <= got["frozen"][2] <= 1
 
 
-def test_pairwise():
-    xs = [two(9, p, 1, seed=p)[0] for p in (3, 12, 5)]
+def test_pairwise_compares_rows_with_columns():
+    xs = [make_pair(9, p, 1, seed=p)[0] for p in (3, 12, 5)]
     got = pairwise(xs)
     assert_close(np.diag(got), [1, 1, 1], SAME)
     assert got[0, 1] == cka(xs[0], xs[1])

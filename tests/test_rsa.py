@@ -1,4 +1,4 @@
-"""RSA against SciPy, and ties that do not depend on the machine or the order of summation."""
+"""RSA against SciPy; ties depend neither on the machine nor on the order of summation."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ EACH_BACKEND = pytest.mark.parametrize("backend", ["torch", "reference"])
 seeds = st.integers(0, 2**32 - 1)
 
 
-def spread(d: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Expand condensed distances to stimuli that repeat others, with the given index."""
+def expand_distances(d: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Expand the condensed distances of stimuli to those of their repeats, stimuli[index]."""
     i, j = np.triu_indices(len(index), 1)
     return scipy.spatial.distance.squareform(d)[index[i], index[j]]
 
 
-def repeats(rng: np.random.Generator, n: int, k: int) -> np.ndarray:
-    """Draw an index (n,) of k stimuli in which each occurs at least once."""
+def draw_repeats(rng: np.random.Generator, n: int, k: int) -> np.ndarray:
+    """Draw an index (n,) in which each of k stimuli occurs at least once."""
     return rng.permutation(np.concatenate([np.arange(k), rng.integers(0, k, n - k)]))
 
 
 @pytest.mark.parametrize("compare", ["spearman", "pearson"])
 @pytest.mark.parametrize("distance", ["euclidean", "sqeuclidean", "correlation", "cosine"])
 @given(pairs(n=st.integers(4, 12), p=st.integers(3, 30), kinds=("gaussian", "large mean")))
-def test_rsa_matches_scipy(distance, compare, drawn_pair):
-    x, y = (z.values() for z in drawn_pair)
+def test_rsa_matches_scipy(distance, compare, pair):
+    x, y = (z.values() for z in pair)
     a, b = (scipy.spatial.distance.pdist(z, distance) for z in (x, y))
     oracle = {"spearman": scipy.stats.spearmanr, "pearson": scipy.stats.pearsonr}[compare]
     # With row means of 1000, correlation distances lose 6 digits, in SciPy and here.
@@ -59,7 +59,7 @@ def test_integer_distances_tie(n, p, seed):
 
 @pytest.mark.parametrize("distance", ["euclidean", "correlation"])
 def test_distances_from_duplicates_tie(distance):
-    """Their distances come from products at different positions."""
+    """The distances from duplicates come from products at different positions."""
     rng = np.random.default_rng(8)
     x, y = (rng.standard_normal((200, 300)).astype(np.float32) for _ in "xy")
     for z in (x, y):
@@ -87,45 +87,45 @@ def test_repeated_stimuli_tie(backend, distance, n, p, dtype, seed):
     rng = np.random.default_rng(seed)
     # With many float32 stimuli, some different distances are within rounding of each other.
     k = int(rng.integers(3, max(4, n // 2 if dtype == "float64" else min(n, 8))))
-    index = repeats(rng, n, k)
+    index = draw_repeats(rng, n, k)
     base = rng.standard_normal((k, p + 2)).astype(dtype)
     y = rng.standard_normal((n, 10))
     want = scipy.stats.spearmanr(
-        spread(scipy.spatial.distance.pdist(base.astype(float), distance), index),
+        expand_distances(scipy.spatial.distance.pdist(base.astype(float), distance), index),
         scipy.spatial.distance.pdist(y, distance),
     ).statistic
     got = rk.rsa(base[index], y, distance=distance, backend=backend)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-9)
 
 
-def smoothed(rng: np.random.Generator, k: int) -> np.ndarray:
+def make_smoothed_one_hot(rng: np.random.Generator, k: int) -> np.ndarray:
     share = rng.uniform(0.5, 0.99)
     return np.full((k, k), (1 - share) / (k - 1)) + np.eye(k) * (share - (1 - share) / (k - 1))
 
 
-def log_softmax(rng: np.random.Generator, k: int) -> np.ndarray:
+def make_log_softmax(rng: np.random.Generator, k: int) -> np.ndarray:
     logits = np.eye(k) * rng.uniform(1, 9)
     return logits - np.log(np.exp(logits).sum(1, keepdims=True))
 
 
-def orthonormal(rng: np.random.Generator, k: int) -> np.ndarray:
+def make_orthonormal(rng: np.random.Generator, k: int) -> np.ndarray:
     q = np.linalg.qr(rng.standard_normal((k + int(rng.integers(0, 300)), k)))[0].T
     return q * 10 ** rng.uniform(-3, 3)
 
 
 @EACH_BACKEND
-@pytest.mark.parametrize("classes", [smoothed, log_softmax, orthonormal])
+@pytest.mark.parametrize("classes", [make_smoothed_one_hot, make_log_softmax, make_orthonormal])
 @settings(max_examples=15)
 @given(st.integers(3, 25), st.integers(2, 50), st.sampled_from(["float32", "float64"]), seeds)
 def test_categorical_models_tie(backend, classes, k, more, dtype, seed):
-    """Rounded input with two distances, within and between classes."""
+    """Rounded input with one distance within classes and one between them."""
     rng = np.random.default_rng(seed)
-    index = repeats(rng, k + more, k)
+    index = draw_repeats(rng, k + more, k)
     x = classes(rng, k)[index].astype(dtype)
     y = rng.standard_normal((len(x), 10))
-    apart = spread(scipy.spatial.distance.squareform(1 - np.eye(k)), index)
+    apart = expand_distances(scipy.spatial.distance.squareform(1 - np.eye(k)), index)
     for distance in DISTANCES:
-        if classes is orthonormal and distance == "correlation":
+        if classes is make_orthonormal and distance == "correlation":
             continue  # the means of the vectors differ
         want = scipy.stats.spearmanr(apart, scipy.spatial.distance.pdist(y, distance)).statistic
         got = rk.rsa(x, y, distance=distance, backend=backend)
@@ -136,11 +136,11 @@ def test_categorical_models_tie(backend, classes, k, more, dtype, seed):
 @pytest.mark.parametrize("seed", range(5))
 def test_scaled_copies_tie_under_cosine(backend, seed):
     rng = np.random.default_rng(seed)
-    index = repeats(rng, 50, 5)
+    index = draw_repeats(rng, 50, 5)
     base, y = rng.standard_normal((5, 40)), rng.standard_normal((50, 10))
     x = base[index] * rng.lognormal(size=(50, 1))
     a, b = (scipy.spatial.distance.pdist(z, "cosine") for z in (base, y))
-    want = scipy.stats.spearmanr(spread(a, index), b).statistic
+    want = scipy.stats.spearmanr(expand_distances(a, index), b).statistic
     for z in (x, x.astype(np.float32)):
         got = rk.rsa(z, y, distance="cosine", backend=backend)
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-9)
@@ -157,7 +157,7 @@ def test_order_of_stimuli_and_neurons_does_not_matter(distance, compare, n, p, d
     """A permutation changes the order of summation, as another BLAS would."""
     rng = np.random.default_rng(seed)
     x = (rng.standard_normal((int(rng.integers(3, n)), p)) + mean).astype(dtype)
-    x = x[repeats(rng, n, len(x))]
+    x = x[draw_repeats(rng, n, len(x))]
     y = x.astype(float) + rng.standard_normal((n, p))
     y[n // 2 :] = y[: n - n // 2]
     options = {"distance": distance, "compare": compare}
@@ -191,10 +191,10 @@ def test_order_does_not_matter_for_lattice_points(backend, distance, n, p, dtype
 @pytest.mark.parametrize("scale", [1e-25, 1e-22, 1e-15, 1e15, 1e22])
 def test_ties_do_not_depend_on_the_scale(scale):
     rng = np.random.default_rng(6)
-    index = repeats(rng, 50, 10)
-    x, y = orthonormal(rng, 10)[index], rng.standard_normal((50, 6))
+    index = draw_repeats(rng, 50, 10)
+    x, y = make_orthonormal(rng, 10)[index], rng.standard_normal((50, 6))
     x /= np.linalg.norm(x[0])
-    apart = spread(scipy.spatial.distance.squareform(1 - np.eye(10)), index)
+    apart = expand_distances(scipy.spatial.distance.squareform(1 - np.eye(10)), index)
     want = scipy.stats.spearmanr(apart, scipy.spatial.distance.pdist(y)).statistic
     np.testing.assert_allclose(rk.rsa((x * scale).astype(np.float32), y), want, atol=1e-9)
 
@@ -235,7 +235,7 @@ def test_generic_distances_do_not_tie(kind, distance, dtype):
 
 @EACH_BACKEND
 def test_exact_ties_hold_among_dense_distances(backend):
-    """Distances of 40 one-hot rows among those of 150 stimuli, as dense as float32 rounding."""
+    """The distances of 40 one-hot rows lie among others that are as dense as float32 rounding."""
     rng = np.random.default_rng(3)
     x = rng.standard_normal((190, 60)).astype(np.float32)
     x[:40] = 0
@@ -253,7 +253,7 @@ def test_exact_ties_hold_among_dense_distances(backend):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_distances_equal_up_to_rounding_raise(backend, compare, dtype):
     rng = np.random.default_rng(4)
-    x, y = orthonormal(rng, 12).astype(dtype), rng.standard_normal((12, 5))
+    x, y = make_orthonormal(rng, 12).astype(dtype), rng.standard_normal((12, 5))
     for distance in ("euclidean", "cosine"):
         assert scipy.spatial.distance.pdist(x.astype(float), distance).std() > 0
         with pytest.raises(rk.ConstantError, match="distances are all equal"):
@@ -279,7 +279,7 @@ def test_an_outlying_stimulus_does_not_blur_the_others(which, dtype, far):
     st.integers(2, 40), st.integers(1, 40), seeds,
     st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
 )  # fmt: skip
-def test_equal_rows(n, p, seed, dtype):
+def test_equal_rows_are_found(n, p, seed, dtype):
     rng = np.random.default_rng(seed)
     x = torch.from_numpy(rng.integers(-1, 2, (n, p)) * rng.choice([-1.0, 1.0], (n, p))).to(dtype)
     _, want = np.unique(x.double().numpy() + 0.0, axis=0, return_inverse=True)

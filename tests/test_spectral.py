@@ -7,8 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from _draw import SEEDS, labels
-from _draw import representations as drawn
+from _draw import SEEDS, labels, representations
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,37 +19,41 @@ from repsim_kernels.ops.spectral import GRAM_METRICS
 FLOAT64 = Tol(1e-9, 1e-13)
 
 
-def grams(x, cells, n_cells):
+def compute_grams(x, cells, n_cells):
     return rk.centered_gram(x), rk.cell_grams(x, cells, n_cells=n_cells)
 
 
 @given(st.data())
 def test_grams_give_the_distances_of_activations(data):
-    x = data.draw(drawn(n=st.integers(4, 12), p=st.integers(30, 60), kinds=("gaussian", "relu")))
+    x = data.draw(
+        representations(n=st.integers(4, 12), p=st.integers(30, 60), kinds=("gaussian", "relu"))
+    )
     cells, n_cells = data.draw(labels(x.p))
     options = {"metrics": GRAM_METRICS, "ridge": data.draw(st.sampled_from([0.01, 0.1]))}
     members = cells == np.arange(n_cells)[:, None]
     want = rk.ablation_distances(x.values(), members, **options)
-    got = rk.gram_ablation_distances(*grams(x.values(), cells, n_cells), **options)
+    got = rk.gram_ablation_distances(*compute_grams(x.values(), cells, n_cells), **options)
     for name in GRAM_METRICS:
         assert_close(got[name], want[name], DISTANCE["float64"], nan=True)
 
 
 @pytest.mark.parametrize("options", [{}, {"ridge": 1e-3}, {"penalty": 3.0}, {"neurons": 5}])
 @given(st.data())
-def test_against_the_reference(options, data):
-    x = data.draw(drawn(n=st.integers(4, 12), p=st.integers(30, 60), kinds=("gaussian", "relu")))
-    k, parts = grams(x.values(), *data.draw(labels(x.p)))
+def test_distances_match_the_reference(options, data):
+    x = data.draw(
+        representations(n=st.integers(4, 12), p=st.integers(30, 60), kinds=("gaussian", "relu"))
+    )
+    k, parts = compute_grams(x.values(), *data.draw(labels(x.p)))
     want = rk.gram_ablation_distances(k, parts, backend="reference", **options)
     got, info = rk.gram_ablation_distances(k, parts, info=True, **options)
     for name in GRAM_METRICS:
-        # Where a direction nearly vanishes, both take square roots of rounding errors.
+        # If a direction nearly vanishes, both take square roots of rounding errors.
         rough = info[name].route == "eigenvectors"
         assert_close(got[name][rough], want[name][rough], Tol(1e-5, 1e-9), nan=True)
         assert_close(got[name][~rough], want[name][~rough], FLOAT64, nan=True)
 
 
-def test_grams_that_are_not_centred():
+def test_grams_need_not_be_centred():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((9, 40)) + rng.standard_normal(40)
     raw = np.stack([x[:, i::4] @ x[:, i::4].T for i in range(4)])
@@ -62,23 +65,23 @@ def test_grams_that_are_not_centred():
 
 @pytest.mark.parametrize("options", [{}, {"ridge": 0.0}])
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_empty_and_complete_parts(backend, options):
+def test_empty_parts_give_the_self_distance_and_complete_ones_nan(backend, options):
     x = np.random.default_rng(1).standard_normal((8, 30))
-    k, parts = grams(x, np.zeros(30, int), 2)
+    k, parts = compute_grams(x, np.zeros(30, int), 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rk.DegenerateWarning)
         got = rk.gram_ablation_distances(k, parts, backend=backend, **options)
     for name, (complete, empty) in got.items():
         ridged = name in ("cca", "cca_squared") and not options
-        itself = 1 - rk.cca(x, x, squared=name == "cca_squared", ridge=0.1) if ridged else 0
+        self_distance = 1 - rk.cca(x, x, squared=name == "cca_squared", ridge=0.1) if ridged else 0
         assert np.isnan(complete)
-        assert empty == pytest.approx(itself, rel=1e-12, abs=1e-15)
+        assert empty == pytest.approx(self_distance, rel=1e-12, abs=1e-15)
 
 
 def test_eigenvectors_replace_stalling_iterations():
-    """Without a part, these lack directions of the whole."""
+    """The Grams that remain lack directions of the whole."""
     x = np.random.default_rng(2).standard_normal((10, 14))
-    k, parts = grams(x, np.arange(14) // 6, 3)
+    k, parts = compute_grams(x, np.arange(14) // 6, 3)
     got, info = rk.gram_ablation_distances(k, parts, metrics=["procrustes", "cca"], info=True)
     assert info["procrustes"].route[:2].tolist() == ["eigenvectors"] * 2
     want = rk.ablation_distances(x, np.arange(14) // 6, metrics=["procrustes", "cca"])
@@ -86,7 +89,7 @@ def test_eigenvectors_replace_stalling_iterations():
     assert_close(got["procrustes"], want["procrustes"], DISTANCE["float64"])
 
 
-def test_compaction_and_batches(monkeypatch):
+def test_ablations_in_a_batch_do_not_mix(monkeypatch):
     """Ablations of one batch that converge at different steps, or fail, do not mix."""
     rng = np.random.default_rng(3)
     x = rng.standard_normal((12, 60)) * np.linspace(1, 30, 60)
@@ -102,13 +105,13 @@ def test_compaction_and_batches(monkeypatch):
         assert_close(batch[name], values, Tol(1e-12, 1e-15))
 
 
-def exact_deficit(v, f):
+def compute_deficit(v, f):
     """Return tr D from eigenvalues."""
     return v.sum() - np.sqrt(np.maximum(np.linalg.eigvalsh(np.diag(v**2) - f), 0)).sum()
 
 
 @given(st.integers(1, 20), st.floats(0.01, 0.8), SEEDS)
-def test_the_riccati_equation(m, size, seed):
+def test_riccati_iterations_solve_the_equation(m, size, seed):
     """H = diag(v)² - F has eigenvalues well above zero; F has either sign."""
     rng = np.random.default_rng(seed)
     v = np.sort(rng.uniform(1, 10, m))[::-1].copy()
@@ -116,12 +119,12 @@ def test_the_riccati_equation(m, size, seed):
     a = a + a.swapaxes(1, 2)
     f = size * a / np.abs(np.linalg.eigvalsh(a)).max((1, 2) if a.ndim > 3 else -1)[:, None, None]
     got, steps = riccati.solve_deficit(torch.from_numpy(v), torch.from_numpy(f))
-    want = [exact_deficit(v, one) for one in f]
+    want = [compute_deficit(v, one) for one in f]
     assert_close(got, np.array(want), Tol(1e-9, 1e-12))
     assert (steps <= riccati._MAX_STEPS).all()
 
 
-def test_a_riccati_equation_without_a_solution():
+def test_a_riccati_equation_without_a_solution_gives_nan():
     v = torch.tensor([2.0, 1.0], dtype=torch.float64)
     got, _ = riccati.solve_deficit(
         v, torch.diag(torch.tensor([1.0, 1.5], dtype=torch.float64))[None]
@@ -141,15 +144,15 @@ def test_an_inaccurate_correction_is_rejected(monkeypatch):
     assert_close(got["procrustes"], want["procrustes"], FLOAT64)
 
 
-def symmetric(rng, *shape):
+def draw_symmetric(rng, *shape):
     a = rng.standard_normal((*shape, shape[-1]))
     return a + a.swapaxes(-1, -2)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("shape", [(1,), (5,), (3, 40), (2, 2, 7)])
-def test_eigh(shape, backend):
-    a = symmetric(np.random.default_rng(5), *shape)
+def test_eigh_matches_numpy(shape, backend):
+    a = draw_symmetric(np.random.default_rng(5), *shape)
     w, v = rk.eigh(a, backend=backend)
     np.testing.assert_allclose(w, np.linalg.eigvalsh(a), atol=1e-12)
     np.testing.assert_allclose(a @ v, v * w[..., None, :], atol=1e-11)
@@ -159,7 +162,7 @@ def test_eigh(shape, backend):
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("shape", [(1, 1), (4, 9), (3, 12, 5)])
-def test_svd(shape, backend):
+def test_svd_matches_numpy(shape, backend):
     a = np.random.default_rng(6).standard_normal(shape)
     u, s, vh = rk.svd(a, backend=backend)
     np.testing.assert_allclose(u * s[..., None, :] @ vh, a, atol=1e-12)
@@ -167,8 +170,8 @@ def test_svd(shape, backend):
     np.testing.assert_allclose(rk.svd(a, vectors=False, backend=backend), s, atol=1e-12)
 
 
-def test_kinds_and_dtypes_of_spectra():
-    a = torch.from_numpy(symmetric(np.random.default_rng(7), 2, 6))
+def test_spectra_have_the_kind_and_dtype_of_the_input():
+    a = torch.from_numpy(draw_symmetric(np.random.default_rng(7), 2, 6))
     w, v = rk.eigh(a.float())
     assert w.dtype == v.dtype == torch.float32
     assert rk.eigh(a.half())[0].dtype == torch.float64
@@ -192,19 +195,19 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_errors(message):
+def test_bad_grams_are_refused(message):
     with pytest.raises(rk.RepsimError) as error:
         rk.gram_ablation_distances(*BAD[message])
     assert str(error.value).startswith(message)
 
 
 @pytest.mark.parametrize("options", [{"metrics": ["pwcca"]}, {"neurons": 0}, {"neurons": 2.5}])
-def test_invalid_options(options):
+def test_bad_options_are_refused(options):
     with pytest.raises(rk.OptionError, match=next(iter(options))):
         rk.gram_ablation_distances(K, K[None], **options)
 
 
-def test_errors_of_spectra():
+def test_bad_matrices_are_refused():
     with pytest.raises(rk.ShapeError, match="a: 1 matrices differ"):
         rk.eigh(np.triu(np.ones((3, 3))))
     with pytest.raises(rk.ShapeError, match="a: 1 matrices differ"):
@@ -232,15 +235,14 @@ def test_failure_to_converge_raises(monkeypatch):
         rk.eigh(np.stack([np.eye(3)] * 2), vectors=False)
 
 
-def test_solvers_are_used():
-    """A backend can replace the solvers."""
+def test_a_backend_can_replace_the_solvers():
     calls = []
 
     def eigh(a):
         calls.append(a.shape)
         return torch.linalg.eigh(a)
 
-    k, parts = (torch.from_numpy(a) for a in grams(np.eye(6)[:, :5] + 0.1, np.arange(5) // 3, 2))
+    _, parts = compute_grams(torch.eye(6).double()[:, :5] + 0.1, np.arange(5) // 3, 2)
     solvers = spectral_distances.Solvers(eigh=eigh)
     original = spectral_distances.Original(
         (torch.eye(5, 4).double(), torch.ones(4).double()), 6, 5, 0.1, 0
@@ -248,4 +250,3 @@ def test_solvers_are_used():
     original.solvers = solvers
     spectral_distances.AblationBatch(original, cell=parts).svcca()
     assert calls == [(2, 4, 4)]
-    assert k.shape == (6, 6)

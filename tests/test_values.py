@@ -45,7 +45,7 @@ def ablated():
         ("procrustes", {}, 0.73626),
     ],
 )
-def test_demo(demo, name, options, value, backend):
+def test_metrics_of_the_demo(demo, name, options, value, backend):
     got = getattr(rk, name)(*demo, **options, backend=backend)
     assert_close(got, value, FIVE)
 
@@ -66,13 +66,13 @@ CCA, CCA_SQUARED = 0.338625738993648 * 40 / 39, 0.126156202711178 * 40 / 39
     ],
 )
 @pytest.mark.parametrize("remove", [False, True])
-def test_one_ablation(ablated, name, options, value, remove, backend):
+def test_metrics_of_one_ablation(ablated, name, options, value, remove, backend):
     original, cell, zeroed = ablated
     other = original[:, ~cell] if remove else zeroed
     assert_close(getattr(rk, name)(original, other, **options, backend=backend), value, EXACT)
 
 
-def test_one_ablation_from_cells(ablated, backend):
+def test_distances_of_one_ablation(ablated, backend):
     original, cell, _ = ablated
     want = {
         "cka": 0.008479237556763,

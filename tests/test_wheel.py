@@ -21,7 +21,7 @@ NVCC = shutil.which("nvcc")
 pytestmark = pytest.mark.slow
 
 
-def build(folder: Path, cuda: str, **environment: str) -> tuple[int, str]:
+def build_wheel(folder: Path, cuda: str, **environment: str) -> tuple[int, str]:
     """Build a wheel of the checkout with REPSIM_CUDA set; return pip's exit code and output."""
     command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", str(folder)]
     process = subprocess.run(
@@ -35,7 +35,7 @@ def build(folder: Path, cuda: str, **environment: str) -> tuple[int, str]:
     return process.returncode, process.stdout
 
 
-def without_nvcc() -> dict[str, str]:
+def hide_nvcc() -> dict[str, str]:
     """Return environment variables that hide nvcc."""
     folders = os.environ["PATH"].split(os.pathsep)
     path = os.pathsep.join(f for f in folders if not shutil.which("nvcc", path=f))
@@ -70,7 +70,7 @@ def assert_contains_only_the_package(files: dict[str, bytes]) -> None:
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
 def test_a_build_with_nvcc_has_fatbins(tmp_path):
-    code, output = build(tmp_path, "AUTO")
+    code, output = build_wheel(tmp_path, "AUTO")
     assert code == 0, output
     assert "REPSIM_CUDA=AUTO: fatbins for 80-real;90-real" in output
     files = read_wheel(tmp_path)
@@ -88,7 +88,7 @@ def test_a_build_with_nvcc_has_fatbins(tmp_path):
 
 @pytest.mark.parametrize("cuda", ["AUTO", "OFF"])
 def test_a_build_without_nvcc_has_sources_only(tmp_path, cuda):
-    code, output = build(tmp_path, cuda, **(without_nvcc() if cuda == "AUTO" else {}))
+    code, output = build_wheel(tmp_path, cuda, **(hide_nvcc() if cuda == "AUTO" else {}))
     assert code == 0, output
     assert f"REPSIM_CUDA={cuda}: CUDA sources only, compiled by NVRTC" in output
     files = read_wheel(tmp_path)
@@ -97,10 +97,10 @@ def test_a_build_without_nvcc_has_sources_only(tmp_path, cuda):
 
 
 def test_options_that_cannot_be_met_fail(tmp_path):
-    code, output = build(tmp_path, "ON", **without_nvcc())
+    code, output = build_wheel(tmp_path, "ON", **hide_nvcc())
     assert code != 0
     assert "REPSIM_CUDA=ON needs an nvcc that works" in output
-    code, output = build(tmp_path, "YES")
+    code, output = build_wheel(tmp_path, "YES")
     assert code != 0
     assert "REPSIM_CUDA=YES: expected AUTO, ON or OFF" in output
     assert list(tmp_path.iterdir()) == []
@@ -108,7 +108,7 @@ def test_options_that_cannot_be_met_fail(tmp_path):
 
 def test_an_installed_wheel_runs_a_study(tmp_path):
     """One unit of the demo, in a folder with another `experiments`, which must not be imported."""
-    code, output = build(tmp_path / "wheel", "OFF")
+    code, output = build_wheel(tmp_path / "wheel", "OFF")
     assert code == 0, output
     (wheel,) = (tmp_path / "wheel").iterdir()
     venv.create(tmp_path / "venv", with_pip=False, symlinks=True)

@@ -50,7 +50,7 @@ def check_states(model, states, images, order=None):
 
 
 def check_prefixes(model, layers, images, order=None):
-    """Check all that `prefixes` promises."""
+    """Check everything that `prefixes` promises."""
     forward, original = AblatedForward(model, layers), images.clone()
     states = forward.prefixes(images)
     assert list(states) == list(layers)
@@ -103,12 +103,12 @@ kinds = st.sampled_from(["linear", "relu_", "identity", "view"])
 
 
 @given(st.tuples(part, part, part), st.tuples(kinds, kinds, kinds), st.permutations(SITES))
-def test_random_programs_cut_at_many_layers(parts, kinds, order):
+def test_random_programs_can_be_cut_at_many_layers(parts, kinds, order):
     torch.manual_seed(4)
     model, images = Sites(parts, kinds), torch.randn(2, 4)
     intact = run_plain(model, images)
-    # At the other sites a hook that returns a clone changes the network; test_random_programs
-    # covers those.
+    # At the other sites a hook that returns a clone changes the network. Those are refused, as
+    # test_random_programs_match_a_hook_or_are_refused in test_forward_in_place.py shows.
     sites = [x for x in SITES if torch.equal(run_hooked(model, x, images), intact)]
     if sites:
         check_prefixes(model, sites, images, [x for x in order if x in sites])
@@ -178,13 +178,13 @@ def check_network(name, start, every, memory_format):
         ("resnet50_small", 23, torch.channels_last),
     ],
 )
-def test_networks_at_many_layers(name, every, memory_format):
+def test_networks_can_be_cut_at_many_layers(name, every, memory_format):
     check_network(name, 0, every, memory_format)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobilenet_v2_small", "resnet50_small"])
-def test_networks_at_every_layer(name):
+def test_networks_can_be_cut_at_every_layer(name):
     check_network(name, 0, 1, torch.contiguous_format)
 
 
@@ -212,7 +212,7 @@ def test_prefixes_is_one_pass():
     assert calls == []
 
 
-def test_uncuttable_layers():
+def test_uncuttable_layers_are_refused():
     def run(m, x):
         return m.out(m.relu(m.cut(m.relu(m.a(x)))))
 
@@ -232,7 +232,7 @@ def test_uncuttable_layers():
         AblatedForward(model, ["a", "cut"]).intact(forward.prefixes(images)["cut"])
 
 
-def test_layer_with_views_that_must_be_copied_together():
+def test_views_of_one_value_are_copied_together():
     def shared(m, x):  # the tail writes to both views of h, so they must be copied together
         h = m.a(x)
         left, right = h.chunk(2, 1)
@@ -246,26 +246,26 @@ def test_layer_with_views_that_must_be_copied_together():
     assert [state._split.no_shared_memory for state in states.values()] == [True, False]
 
 
-def convolutions(channels=5, side=6):
+def build_convolutions(channels=5, side=6):
     """A network whose layer "0" gives (n, channels, side, side)."""
     first = nn.Sequential(nn.Conv2d(3, channels, 3), nn.AdaptiveAvgPool2d(side))
     rest = nn.ReLU(inplace=True), nn.Conv2d(channels, 37, 3, padding=1), nn.Flatten()
     return nn.Sequential(first, *rest, nn.Linear(37 * side**2, 3)).eval()
 
 
-def with_output(function):
+def build_with_output(function):
     return Net(lambda m, x: m.out(torch.tanh(m.cut(m.a(x)))), Lambda(function).eval())
 
 
 LAYOUTS = {
-    "contiguous": (convolutions, "0", torch.contiguous_format),
-    "channels_last": (convolutions, "0", torch.channels_last),
-    "one_channel": (lambda: convolutions(1), "0", torch.channels_last),
-    "one_pixel": (lambda: convolutions(33, 1), "0", torch.channels_last),
-    "rows": (lambda: with_output(torch.tanh), "cut", None),
-    "transposed": (lambda: with_output(lambda h: h.t().contiguous().t()), "cut", None),
-    "gaps": (lambda: with_output(lambda h: torch.cat([h, h], 1)[:, ::2]), "cut", None),
-    "expanded": (lambda: with_output(lambda h: h[:, :1].expand(-1, 4)), "cut", None),
+    "contiguous": (build_convolutions, "0", torch.contiguous_format),
+    "channels_last": (build_convolutions, "0", torch.channels_last),
+    "one_channel": (lambda: build_convolutions(1), "0", torch.channels_last),
+    "one_pixel": (lambda: build_convolutions(33, 1), "0", torch.channels_last),
+    "rows": (lambda: build_with_output(torch.tanh), "cut", None),
+    "transposed": (lambda: build_with_output(lambda h: h.t().contiguous().t()), "cut", None),
+    "gaps": (lambda: build_with_output(lambda h: torch.cat([h, h], 1)[:, ::2]), "cut", None),
+    "expanded": (lambda: build_with_output(lambda h: h[:, :1].expand(-1, 4)), "cut", None),
 }
 
 
@@ -279,7 +279,7 @@ def build_case(name):
 
 
 def make_buffer(*states):
-    """NaN rows for the activations, and one more row."""
+    """A buffer of NaN with a row for each image, and one more."""
     n, p = sum(map(len, states)), states[0].activation[0].numel()
     return torch.full((n + 1, p), torch.nan)
 
@@ -370,7 +370,7 @@ def test_move_keeps_states_of_other_layers():
     check_states(model, {"cut": states["cut"]}, images)
 
 
-def test_move_of_one_unit():
+def test_a_state_of_one_unit_can_move():
     def run(m, x):
         return F.softplus(m.cut(m.a(x)))[:, None]
 
