@@ -237,7 +237,7 @@ def test_costs_of_a_small_network():
     assert [costs[x].held_bytes for x in layers] == [4 * k for k in (60, 60, 80, 80, 5)]
     # An operation's inputs and outputs are alive while it runs; a flatten returns a view.
     assert [costs[x].peak_bytes for x in layers] == [4 * k for k in (140, 140, 85, 85, 5)]
-    # The whole pass runs as under a hook, which copies the outputs of the cut layer and the flatten.
+    # The whole pass runs as under a hook, so the cut layer's output is a copy, even the flatten's.
     assert [costs[x].pass_bytes for x in layers] == [4 * k for k in (140, 140, 140, 160, 140)]
     conv, fc = 4 * 3 * 4, 4 * (80 * 5 + 5)
     assert costs["1"].together == math.ceil(100 * (conv + fc) / (6 * (second + last)))
