@@ -59,8 +59,8 @@ def test_labels_of_any_kind_and_batches_are_accepted():
     x = np.random.default_rng(0).standard_normal((2, 6, 9)).astype(np.float32)
     labels = [0, 1, 1, 0, 2, 2]
     want = rk.class_means(x, labels, batched=True)
-    for other in (np.array(labels, np.uint8), torch.tensor(labels)):
-        np.testing.assert_array_equal(rk.class_means(x, other, batched=True), want)
+    for variant in (np.array(labels, np.uint8), torch.tensor(labels)):
+        np.testing.assert_array_equal(rk.class_means(x, variant, batched=True), want)
     np.testing.assert_array_equal(want[1], rk.class_means(x[1], labels))
     np.testing.assert_array_equal(
         rk.selectivity_grid(x, labels, 2, batched=True)[1], rk.selectivity_grid(x[1], labels, 2)
@@ -156,9 +156,9 @@ def test_inclusive_cells_are_ablated_like_labels():
     grams = rk.cell_grams(x, members)
     for c, cell in enumerate(members):
         labels = np.where(cell, 0, -1)
-        alone = rk.ablation_distances(x, labels)
+        single = rk.ablation_distances(x, labels)
         for name, values in distances.items():
-            np.testing.assert_allclose(values[c], alone[name][0], rtol=1e-9, atol=1e-14)
+            np.testing.assert_allclose(values[c], single[name][0], rtol=1e-9, atol=1e-14)
         for kind in ("refit", "frozen"):
             assert accuracy[kind][c] == rk.ablation_decodability(x, labels, y)[kind][0]
         np.testing.assert_allclose(grams[c], rk.cell_grams(x, labels)[0], atol=1e-12)

@@ -48,9 +48,9 @@ def test_chance_is_the_mean_over_all_permutations(p, q, options, backend):
         )  # fmt: skip
         for i, a in enumerate(xs):
             for j, b in enumerate(ys or xs):
-                each = compare_with_chance(a, b, "reference", **options)
-                assert result["similarity"][i, j] == pytest.approx(each[0], rel=1e-10)
-                assert result["chance"][i, j] == pytest.approx(each[1], rel=1e-10)
+                expected = compare_with_chance(a, b, "reference", **options)
+                assert result["similarity"][i, j] == pytest.approx(expected[0], rel=1e-10)
+                assert result["chance"][i, j] == pytest.approx(expected[1], rel=1e-10)
 
 
 @EACH_BACKEND

@@ -92,9 +92,9 @@ def test_pairs_that_do_not_match_are_refused(name):
 def test_finite_values_with_an_overflowing_sum_are_accepted(kind):
     big = (X / np.abs(X).max() * 3e38).astype(np.float32)
     rk.cka(kind(np.abs(big)), kind(big))
-    both = np.concatenate([np.full((1, 4), np.inf), np.full((1, 4), -np.inf), X[2:]])
+    infinite = np.concatenate([np.full((1, 4), np.inf), np.full((1, 4), -np.inf), X[2:]])
     with pytest.raises(rk.NonFiniteError, match="x: 8 of 24 values"):
-        rk.cka(kind(both.astype(np.float32)), kind(big))
+        rk.cka(kind(infinite.astype(np.float32)), kind(big))
 
 
 @pytest.mark.parametrize(("stimulus", "neuron"), [(1, 0), (20, 3), (20, 39)])

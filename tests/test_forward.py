@@ -277,18 +277,18 @@ def test_batches_fit_the_memory(small_cut):
     cells = [i // 2 for i in range(20)]  # cells 4 to 9 run
     forward.intact(state)
     # The masked activation and the linear layer's output exist at the same time.
-    each = 3 * (20 + 10) * 4
+    cell_bytes = 3 * (20 + 10) * 4
     want = forward.logits(state, cells, batch=1)
     for batch, memory, expected in [
         (1, None, [3] * 6),
         (4, None, [12, 6]),
         (None, None, [18]),  # so few rows leave the weights underused
-        (HUGE, 4 * each - 1, [9, 9]),
-        (HUGE, 4 * each, [12, 6]),
-        (None, f"{4 * each / 1024}KiB", [12, 6]),
-        (4, 2 * each, [6, 6, 6]),
-        (None, each - 1, [1, 2] * 6),  # less than one cell with all images
-        (1, each / 3, [1] * 18),
+        (HUGE, 4 * cell_bytes - 1, [9, 9]),
+        (HUGE, 4 * cell_bytes, [12, 6]),
+        (None, f"{4 * cell_bytes / 1024}KiB", [12, 6]),
+        (4, 2 * cell_bytes, [6, 6, 6]),
+        (None, cell_bytes - 1, [1, 2] * 6),  # less than one cell with all images
+        (1, cell_bytes / 3, [1] * 18),
         (None, 1, [1] * 18),
     ]:
         rows.clear()
@@ -298,9 +298,9 @@ def test_batches_fit_the_memory(small_cut):
 
 def test_intact_pass_fits_the_memory(small_cut):
     forward, state, rows = small_cut
-    each = (20 + 10) * 4
+    image_bytes = (20 + 10) * 4
     torch.testing.assert_close(
-        forward.intact(state, memory=2 * each), forward.model[2:](state.activation).detach()
+        forward.intact(state, memory=2 * image_bytes), forward.model[2:](state.activation).detach()
     )
     assert rows == [1, 2, 3]
 

@@ -175,10 +175,10 @@ def test_one_product_is_used_when_it_is_cheaper(products):
         ([0] * 24, None),
     ):
         forward.logits(state, cells, batch=batch)
-    each = 101 * (24 + 7) * 4
-    forward.logits(state, labels, memory=3 * each)
+    cell_bytes = 101 * (24 + 7) * 4
+    forward.logits(state, labels, memory=3 * cell_bytes)
     assert products == []
-    forward.logits(state, labels, memory=5 * each)
+    forward.logits(state, labels, memory=5 * cell_bytes)
     assert products == [4]
 
 

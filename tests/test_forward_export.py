@@ -153,8 +153,8 @@ def test_several_cells_share_a_pass():
     run = forward._cuts.find("cut", torch.randn(4, 6)).trace.run
     want = forward.logits(state, [0, 1, 2, 3], batch=1)
     state._trace.run = lambda node, values: rows.append(len(out := run(node, values))) or out
-    each = 2 * 4 * 4
-    for batch, memory, expected in [(HUGE, None, 16), (3, None, 12), (HUGE, each, 1)]:
+    image_bytes = 2 * 4 * 4
+    for batch, memory, expected in [(HUGE, None, 16), (3, None, 12), (HUGE, image_bytes, 1)]:
         rows.clear()
         got = forward.logits(state, [0, 1, 2, 3], batch=batch, memory=memory)
         torch.testing.assert_close(got, want)
@@ -209,8 +209,8 @@ def test_several_layers_share_an_export():
         ablated = forward.logits(state, labels, batch=1)
         assert torch.equal(ablated[1], run_hooked(model, name, images, labels == 1)), name
         assert torch.equal(forward.intact(state), run_plain(model, images)), name
-        (alone,) = AblatedForward(model, [name]).prefixes(images).values()
-        assert torch.equal(state.activation, alone.activation), name
+        (single,) = AblatedForward(model, [name]).prefixes(images).values()
+        assert torch.equal(state.activation, single.activation), name
     assert torch.equal(images, original)
     with pytest.raises(LayerError, match="'cut' is never called"):
         forward.prefixes(images[:2])  # these take the other branch

@@ -97,12 +97,12 @@ def test_cells_without_effect_match_a_hook():
     model, layer, images = Encoder(dead=8), "enc.layers.0.linear1", torch.randn(5, 7, 6)
     forward = AblatedForward(model, layer)
     state = forward.prefix(images)
-    same, fast = run_hooked(model, layer, images), run_plain(model, images)
-    assert not torch.equal(same, fast)  # otherwise the checks below show nothing
+    hooked, fast = run_hooked(model, layer, images), run_plain(model, images)
+    assert not torch.equal(hooked, fast)  # otherwise the checks below show nothing
     cells = torch.zeros(3, 7, 64, dtype=torch.bool)
     cells[1, :, :8] = True  # one dead cell and two empty ones
     logits = forward.logits(state, cells.flatten(1))
-    assert all(torch.equal(one, same) for one in logits)
+    assert all(torch.equal(cell, hooked) for cell in logits)
     assert torch.equal(forward.intact(state), fast)
 
 

@@ -197,10 +197,10 @@ def test_one_against_the_rest_matches_scikit_learn(backend):
     assert {name: value.shape[:2] for name, value in got.items()} == dict.fromkeys(got, (2, 4))
     for i, selected in enumerate(columns):
         model = LogisticRegression(solver="newton-cholesky", tol=1e-12)
-        for k, one in enumerate(OneVsRestClassifier(model).fit(x[:, selected], y).estimators_):
-            np.testing.assert_allclose(got["coef"][i, k], one.coef_[0], atol=1e-9)
-            np.testing.assert_allclose(got["intercept"][i, k], one.intercept_[0], atol=1e-9)
-            assert got["errors"][i, k] == (one.predict(x[:, selected]) != (y == k)).sum()
+        for k, binary in enumerate(OneVsRestClassifier(model).fit(x[:, selected], y).estimators_):
+            np.testing.assert_allclose(got["coef"][i, k], binary.coef_[0], atol=1e-9)
+            np.testing.assert_allclose(got["intercept"][i, k], binary.intercept_[0], atol=1e-9)
+            assert got["errors"][i, k] == (binary.predict(x[:, selected]) != (y == k)).sum()
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

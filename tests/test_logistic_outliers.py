@@ -110,7 +110,7 @@ def compute_newton_decrement(x: np.ndarray, y: np.ndarray, w: np.ndarray, c: flo
     with mp.workdps(80):
         a = [[mp.mpf(float(v)) for v in row] + [mp.mpf(1)] for row in x]
         v = [mp.mpf(float(u)) for u in (*w, c)]
-        d, flip = x.shape[1], [-1 if one else 1 for one in y]
+        d, flip = x.shape[1], [-1 if label else 1 for label in y]
         p_wrong = [1 / (1 + mp.exp(-f * mp.fdot(row, v))) for f, row in zip(flip, a, strict=True)]
         gradient, h = mp.matrix(d + 1, 1), mp.matrix(d + 1)
         for row, f, r in zip(a, flip, p_wrong, strict=True):
@@ -242,9 +242,9 @@ def test_constant_neurons_have_zero_coefficients():
     assert error <= 1e-4
     assert got["coef"][0, 2] == 0
     assert wrong <= got["errors"][0] <= wrong + near
-    alone = rk.logistic_fits(x, y, np.array([[2, 2]]))
-    assert alone["converged"].all()
-    assert not alone["coef"].any()
+    constant = rk.logistic_fits(x, y, np.array([[2, 2]]))
+    assert constant["converged"].all()
+    assert not constant["coef"].any()
 
 
 @pytest.mark.parametrize("max_iter", [1, 2, 5])

@@ -280,10 +280,10 @@ def test_constant_input_raises(backend):
             metric(np.eye(5), y, backend=backend, **options)
         with pytest.raises(rk.ConstantError):
             metric(y, np.eye(5), backend=backend, **options)
-    one = np.array([[1.3], [0.7], [1000.1], [2.9], [0.1]])  # a single direction
+    line = np.array([[1.3], [0.7], [1000.1], [2.9], [0.1]])  # a single direction
     for compare in ("cosine", "pearson", "spearman"):
         with pytest.raises(rk.ConstantError):
-            rk.rsa(one, y, distance="cosine", compare=compare, backend=backend)
+            rk.rsa(line, y, distance="cosine", compare=compare, backend=backend)
     x[:4] = x[0]
     with pytest.raises(rk.ConstantError, match="bandwidth"):
         rk.cka(x, y, kernel="rbf", backend=backend)

@@ -111,8 +111,8 @@ def test_docstrings_name_the_metrics_of_the_registry(function, parameter, names)
 def test_type_checkers_see_every_public_name():
     """They can't follow lazy loading, and read the imports under `TYPE_CHECKING` instead."""
     names = {name for name in rk.__all__ if getattr(rk, name).__module__ != rk.errors.__name__}
-    declared = find_imports(ROOT / "__init__.py")
-    assert {f"{getattr(rk, name).__module__}.{name}" for name in names} <= declared
+    imports = find_imports(ROOT / "__init__.py")
+    assert {f"{getattr(rk, name).__module__}.{name}" for name in names} <= imports
 
 
 @pytest.mark.parametrize("name", [op.name for op in OPERATIONS])

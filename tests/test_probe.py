@@ -53,7 +53,7 @@ def test_decodability_matches_scikit_learn(p, mean):
     x = np.maximum(rng.standard_normal((30, p)) + rng.standard_normal((3, p))[y], 0) + mean
     cells = rng.integers(0, 4, p)
     got = rk.ablation_decodability(x, cells, y, ridge=0.5)
-    one = rk.ablation_decodability(x, cells, y, target=1, ridge=0.5)
+    binary = rk.ablation_decodability(x, cells, y, target=1, ridge=0.5)
     for c in range(4):
         for name, outputs in zip(
             ("refit", "frozen"), predict_with_scikit_learn(x, y, cells == c, 0.5), strict=True
@@ -61,7 +61,7 @@ def test_decodability_matches_scikit_learn(p, mean):
             assert got[name][c] == (outputs.argmax(1) == y).mean()
             predicted = outputs[:, 1] > 0.5
             want = (predicted[y == 1].mean() + (~predicted[y != 1]).mean()) / 2
-            assert one[name][c] == pytest.approx(want, abs=1e-12)
+            assert binary[name][c] == pytest.approx(want, abs=1e-12)
 
 
 def test_information_in_one_cell_is_lost_with_it():
@@ -103,13 +103,13 @@ def test_several_targets_match_separate_calls(score, folds, backend):
     options = {"folds": folds, "score": score, "backend": backend}
     got = rk.ablation_decodability(x, cells, y, target=np.array(targets), **options)
     for i, target in enumerate(targets):
-        alone = rk.ablation_decodability(x, cells, y, target=target, **options)
-        assert got.keys() == alone.keys()
+        separate = rk.ablation_decodability(x, cells, y, target=target, **options)
+        assert got.keys() == separate.keys()
         for name in score if isinstance(score, list) else [None]:
-            several, one = (a if name is None else a[name] for a in (got, alone))
-            assert isinstance(one["intact"], float)
+            stacked, single = (a if name is None else a[name] for a in (got, separate))
+            assert isinstance(single["intact"], float)
             for kind in ("refit", "frozen", "intact"):
-                np.testing.assert_allclose(several[kind][i], one[kind], rtol=1e-12, atol=1e-13)
+                np.testing.assert_allclose(stacked[kind][i], single[kind], rtol=1e-12, atol=1e-13)
 
 
 def test_the_default_score_depends_on_the_target():
@@ -149,8 +149,8 @@ def test_gcv_minimises_the_generalised_error(target, p, backend):
     assert 0 < best < 2400
     assert grid[best - 1] < got["ridge"] < grid[best + 1]
     assert compute_gcv(x, onehot, got["ridge"]) <= min(values) * (1 + 1e-12)
-    same = rk.ablation_decodability(x, cells, y, ridge=got.pop("ridge"), **options)
-    for name, kinds in same.items():
+    again = rk.ablation_decodability(x, cells, y, ridge=got.pop("ridge"), **options)
+    for name, kinds in again.items():
         for kind, value in kinds.items():
             np.testing.assert_allclose(got[name][kind], value, rtol=1e-12)
 
@@ -162,8 +162,8 @@ def test_gcv_stays_within_the_allowed_ridges():
     noise = rng.standard_normal((20, 5))
     uninformative = noise - np.stack([noise[y == k].mean(0) for k in (0, 1)])[y]
     clear = np.column_stack([y * 1e3, rng.standard_normal((20, 30)) * 1e-4])
-    both = np.stack([clear, clear * 7])
-    got = rk.ablation_decodability(both, [0] * 31, y, ridge="gcv", batched=True)
+    batch = np.stack([clear, clear * 7])
+    got = rk.ablation_decodability(batch, [0] * 31, y, ridge="gcv", batched=True)
     np.testing.assert_allclose(got["ridge"], 1e-6, rtol=1e-6)
     got = rk.ablation_decodability(uninformative, [0] * 5, y, ridge="gcv")
     assert got["ridge"] == pytest.approx(1e6, rel=1e-6)

@@ -201,11 +201,11 @@ def test_batches_of_tensors_match_single_calls(probe):
     got = rk.ablation_decodability(torch.from_numpy(x), cells, y, batched=True, **options)
     assert set(got) == {"margin", "accuracy"}
     for b in range(3):
-        alone = rk.ablation_decodability(x[b, 0], cells, y, **options)
+        single = rk.ablation_decodability(x[b, 0], cells, y, **options)
         for name, kinds in got.items():
             for kind, values in kinds.items():
                 assert isinstance(values, torch.Tensor)
-                np.testing.assert_allclose(values[b, 0], alone[name][kind], rtol=1e-9, atol=1e-12)
+                np.testing.assert_allclose(values[b, 0], single[name][kind], rtol=1e-9, atol=1e-12)
 
 
 def test_empty_cells_change_nothing_and_complete_ones_give_nan():

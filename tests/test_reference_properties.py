@@ -255,7 +255,7 @@ def test_selectivity_grid_breaks_ties_by_index():
 
 
 def compute_distances(x, cells, **options):
-    return {name: one.values for name, one in ablation_distances(x, cells, **options).items()}
+    return {name: result.values for name, result in ablation_distances(x, cells, **options).items()}
 
 
 @given(st.data())
@@ -295,10 +295,10 @@ def test_penalty_overrides_ridge_and_constant_cells_change_nothing():
     x[:, :3] = [0, 0.1, 7]
     cells = np.array([0] * 3 + [1] * 9)
     got = compute_distances(x, cells, n_cells=3, penalty=2.0, ridge=0.5)
-    same = compute_distances(x, cells, n_cells=3, penalty=2.0)
+    penalised = compute_distances(x, cells, n_cells=3, penalty=2.0)
     plain = compute_distances(x, cells, n_cells=3, ridge=0.0)
     for name in METRICS:
-        np.testing.assert_array_equal(got[name], same[name])
+        np.testing.assert_array_equal(got[name], penalised[name])
         assert np.isnan(got[name][1])
         assert got[name][0] == got[name][2]
         assert plain[name][0] == plain[name][2] == 0

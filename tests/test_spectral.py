@@ -99,9 +99,11 @@ def test_ablations_in_a_batch_do_not_mix(monkeypatch):
     assert len(set(steps.tolist())) >= 4
     assert {"iterations", "factors"} <= set(info["procrustes"].route)
     monkeypatch.setattr(gram, "_BATCH", 1)
-    alone, alone_info = rk.ablation_distances(x, cells, metrics=("procrustes", "cca"), info=True)
-    np.testing.assert_array_equal(alone_info["procrustes"].steps, steps)
-    for name, values in alone.items():
+    singles, singles_info = rk.ablation_distances(
+        x, cells, metrics=("procrustes", "cca"), info=True
+    )
+    np.testing.assert_array_equal(singles_info["procrustes"].steps, steps)
+    for name, values in singles.items():
         assert_close(batch[name], values, Tol(1e-12, 1e-15))
 
 
@@ -119,7 +121,7 @@ def test_riccati_iterations_solve_the_equation(m, size, seed):
     a = a + a.swapaxes(1, 2)
     f = size * a / np.abs(np.linalg.eigvalsh(a)).max((1, 2) if a.ndim > 3 else -1)[:, None, None]
     got, steps = riccati.solve_deficit(torch.from_numpy(v), torch.from_numpy(f))
-    want = [compute_deficit(v, one) for one in f]
+    want = [compute_deficit(v, matrix) for matrix in f]
     assert_close(got, np.array(want), Tol(1e-9, 1e-12))
     assert (steps <= riccati._MAX_STEPS).all()
 

@@ -53,14 +53,14 @@ def read_wheel(folder: Path) -> dict[str, bytes]:
 def assert_contains_only_the_package(files: dict[str, bytes]) -> None:
     roots = {name.split("/")[0] for name in files}
     assert {root for root in roots if not root.endswith(".dist-info")} == {"repsim_kernels"}
-    listed = subprocess.run(
+    process = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "repsim_kernels", "experiments"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     )
-    expected = [line for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
+    expected = [line for line in process.stdout.splitlines() if (ROOT / line).is_file()]
     assert len(expected) > 100
     for name in expected:
         path_in_wheel = f"repsim_kernels/{name}" if name.startswith("experiments/") else name
