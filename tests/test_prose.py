@@ -50,17 +50,17 @@ def test_no_phrase_to_avoid(path):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("docstring.py", '"""A cell\nbesides the\nother."""\n'),
-        ("comment.py", "x = 1  # fine\n# A cell stands\n# besides it.\n"),
+        ("docstring.py", '"""There are so\nmany cells."""\n'),
+        ("comment.py", "x = 1  # fine\n# There are so\n# many cells.\n"),
         ("message.py", 'raise ValueError(f"x: {1} besides the other")\n'),
         ("part.py", 'raise ValueError(f"x: {1} besides {2}")\n'),
-        ("page.md", "# Title\n\nA cell\nbesides it.\n"),
-        ("kernel.cu", "// A cell\n// besides it.\nint x;\n"),
+        ("page.md", "# Title\n\nThere are so\nmany cells.\n"),
+        ("kernel.cu", "// There are so\n// many cells.\nint x;\n"),
         ("trailing.h", "int x;  // a cell besides it\n"),
-        ("block.h", "/* A cell\n   besides it. */\nint x;\n"),
+        ("block.h", "/* There are so\n   many cells. */\nint x;\n"),
     ],
 )
-def test_every_kind_of_prose_is_searched(tmp_path, name, text):
+def test_every_kind_of_prose_is_searched_across_lines(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     assert len(find_phrases(tmp_path / name)) == 1
 
