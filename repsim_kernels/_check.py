@@ -28,7 +28,7 @@ from repsim_kernels.errors import (
 )
 
 _MAX_MAGNITUDE = 1e70  # squares of Gram matrices fit float64
-_MAX_CELLS = 2**24  # more than the neurons of any layer, and than Gram matrices that fit a memory
+_MAX_CELLS = 2**24  # more than any layer has neurons, and more Gram matrices than fit in memory
 _MAX_ASYMMETRY = 1e-5  # relative to the largest entry; float32 products leave less
 
 
@@ -95,8 +95,9 @@ def check_representation(
 ) -> tuple[Tensor, Source]:
     """Check one representation (n, p): real, finite, not constant, with at least one neuron.
 
-    Errors suggest `batched` if `allow_batch`. Unless it is set, more than two dimensions are an
-    error: nearly always they are activations (n, c, h, w) or (n, t, d) that were not flattened.
+    Unless `batched` is set, more than two dimensions are an error: nearly always they are
+    activations (n, c, h, w) or (n, t, d) that were not flattened. If `allow_batch`, the error also
+    suggests `batched`.
 
     `defer_finite` skips the scan for non-finite values in dtypes below float64. The operation's
     result must be NaN if any value is not finite, and must be passed to `raise_if_nan`.
@@ -233,7 +234,7 @@ def check_representations(
 ) -> tuple[list[Tensor], Source]:
     """Check a sequence of representations (n, p_i) of the same stimuli.
 
-    `like` is ``xs[0]``, if these are `ys`, whose stimuli and source they must share.
+    When `ys` are checked, `like` is ``xs[0]``, whose stimuli and source they must share.
     """
     if isinstance(xs, Mapping):
         raise ShapeError(
@@ -270,7 +271,7 @@ def check_numbers(a: Any, name: str) -> Tensor:
 
 
 def check_integers(a: Any, name: str, error: type[RepsimError]) -> np.ndarray[Any, Any]:
-    """Return an array of integers or booleans as NumPy's; floats are refused, even whole ones."""
+    """Return integers or booleans as a NumPy array; floats are refused, even whole ones."""
     tensor, _ = _arrays.convert(a, name, "integers (of 8 to 64 bits)")
     values: np.ndarray[Any, Any] = _arrays.to_numpy(tensor)
     if values.dtype.kind not in "iub" and values.size:
@@ -369,7 +370,7 @@ def check_classes(
         if n_classes is None:
             raise LabelError(f"{problem}; expected integers from 0 on")
         raise LabelError(f"{problem} with n_classes={k}; expected integers in 0 … {k - 1}")
-    present = np.unique(values)  # counts up to the largest label might not fit the memory
+    present = np.unique(values)  # np.bincount up to the largest label might not fit in memory
     if len(present) < k:
         empty = int(np.append(present != np.arange(len(present)), True).argmax())
         raise LabelError(f"{name}: class {empty} has no stimulus; expected every class 0 … {k - 1}")
@@ -377,10 +378,10 @@ def check_classes(
 
 
 def raise_if_nan(result: Array, message: str, **arguments: Tensor) -> Array:
-    """Return a result that has no NaN; otherwise raise what explains the NaN.
+    """Return a result, or raise an error that explains its NaN.
 
-    That is a NonFiniteError for one of the arguments checked with `defer_finite`, or a
-    ConstantError with the message.
+    The error is a NonFiniteError if an argument that was checked with `defer_finite` is not finite,
+    and otherwise a ConstantError with the message.
     """
     if bool((result != result).any()):
         for name, argument in arguments.items():
@@ -390,9 +391,9 @@ def raise_if_nan(result: Array, message: str, **arguments: Tensor) -> Array:
 
 
 def finish_finite_check(distances: Array, a: Tensor, name: str) -> None:
-    """Check an argument that was passed with `defer_finite`, unless its distances show it finite.
+    """Check an argument that was checked with `defer_finite`, unless its distances prove it finite.
 
-    Distances (…, C) are NaN or 0 if any value is not finite, so one above 0 shows that all are.
+    If any value is not finite, all distances (…, C) are NaN or 0. One above 0 is therefore proof.
     """
     if not bool((distances > 0).any(-1).all()):
         _check_finite(a, name)

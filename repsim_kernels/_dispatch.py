@@ -62,7 +62,7 @@ def _accept_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _why_no_triton() -> str | None:
-    """Return why Triton can't be imported; None if it can."""
+    """Return why Triton can't be used; None if it is installed."""
     return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
@@ -94,9 +94,9 @@ def requested_backend(backend: str | None = None) -> str | None:
 def choose_backend(operation: str, backend: str | None, source: Source, *xs: Any) -> str:
     """Return the backend that serves an operation on the tensors `xs`.
 
-    That is the backend named by the argument, or otherwise by REPSIM_BACKEND; an error if it can't
-    serve the operation. If neither names one: for arrays on a GPU the first backend with a kernel
-    for them, otherwise torch.
+    The argument takes precedence over REPSIM_BACKEND; BackendUnavailable if the named backend can't
+    serve the operation. If neither names one, arrays on a GPU get the first of `_GPU_BACKENDS` that
+    has a kernel for them, and all others torch.
     """
     requested = requested_backend(backend)
     if requested is None:
@@ -129,7 +129,7 @@ def _why_unsupported(operation: str, backend: str, *xs: Any) -> str | None:
 def uses_triton(operation: str, *tensors: Any) -> bool:
     """Whether `choose_backend` picks Triton for an operation of `forward` on these tensors.
 
-    False if REPSIM_BACKEND names a backend that can't serve it: PyTorch then runs the network.
+    False if REPSIM_BACKEND names a backend that can't serve it; PyTorch then runs the network.
     """
     try:
         source = Source("torch", str(tensors[0].device))

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 class Metric:
     """A measure of how similar two representations are.
 
-    No value that `pairwise` returns by default, or `ablation_distances`, is a metric in the
-    mathematical sense; of `procrustes_distance`, the forms "angular" and "size-and-shape" are.
+    None of the values that `pairwise` returns by default, or `ablation_distances` returns, is a
+    metric in the mathematical sense. `procrustes_distance` offers two that are: the forms "angular"
+    and "size-and-shape".
 
     Attributes
     ----------
     name : str
-        Name in arguments and results; also of the public function if `pairwise` offers it.
+        Name in arguments and results; if `pairwise` offers it, also that of its public function.
     label : str
         Name in tables and figures.
     kind : {"similarity", "distance"}
@@ -35,7 +36,7 @@ class Metric:
     from_gram : bool
         Whether `gram_ablation_distances` offers it too: Gram matrices are enough to compute it.
     cca_ridge : bool
-        Whether it is degenerate without a ridge or penalty if neurons are as many as stimuli.
+        Whether it is degenerate without a ridge or penalty if there are as many neurons as stimuli.
     """
 
     name: str

@@ -36,7 +36,7 @@ def to_one_line(text: str, max_length: int = 80) -> str:
 def check_choice(value: Any, name: str, choices: Iterable[str]) -> str:
     """Check that an option is one of the `choices`."""
     choices = tuple(choices)
-    # A string first: an array of one name compares elementwise and would pass for that name.
+    # Only strings: an array that holds one name compares elementwise, and would pass as that name.
     if not isinstance(value, str) or value not in choices:
         expected = ", ".join(map(repr, choices))
         raise OptionError(f"{name}: {short_repr(value)}; expected one of {expected}")
@@ -150,7 +150,7 @@ def check_bandwidth(kernel: Any, sigma: Any) -> float | None:
                 f"sigma: {short_repr(sigma)} with kernel='linear'; expected None, or kernel='rbf'"
             )
         return None
-    # A wide kernel differs from 1 by about 1 / sigma², which rounding swamps above sigma = 1e5.
+    # A wide kernel differs from 1 by about 1 / sigma²; above sigma = 1e5, rounding swamps that.
     return 1.0 if sigma is None else check_number(sigma, "sigma", low=1e-10, high=1e5)
 
 
@@ -226,11 +226,11 @@ def warn_without_ridge(metrics: Sequence[str], ridge: float, penalty: float) -> 
 
 
 _HIGH_BY_CHANCE = 0.5  # mean CKA of permuted stimuli above which a warning is due
-_warnings_shown: set[str] = set()  # warnings that this process has already given
+_warnings_shown: set[str] = set()  # warnings that this process has already shown
 
 
 def may_be_high_by_chance(n: int, p: int, q: int, debiased: bool, kernel: str) -> bool:
-    """Whether to compute the chance level of CKA: it may be high, and no warning was given yet."""
+    """Whether to compute the chance level of CKA: it may be high, and no warning was shown yet."""
     if kernel == "rbf":
         p = q = n - 1  # the Gram matrix of an RBF kernel has full rank for any number of neurons
     # The mean over permutations of the stimuli is at most √rank_product / (n - 1).

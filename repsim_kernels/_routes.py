@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 class Route(enum.IntEnum):
     """How a distance was computed; `ablation_distances` reports the names in lower case."""
 
-    NOTHING = 0  # the cell is constant, or no varying neuron remains
+    NOTHING = 0  # the cell is constant, or no varying neuron remains, or CCA without a ridge
     SUMS = 1  # sums over matrix elements, after a linear solve for squared CCA
     ITERATIONS = 2  # Riccati iterations
     FACTORS = 3  # singular values of the product of the remaining features and the original

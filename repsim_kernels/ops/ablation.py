@@ -62,8 +62,8 @@ def ablation_distances(
     """Distances between a representation and each of its ablations, for every metric.
 
     The first argument of each metric is the original x, the second is x with the neurons of one
-    cell set to zero. (Leaving them out gives the same distances, except for ridge CCA, which
-    averages over min(n - 1, p) correlations with p the number of neurons.)
+    cell set to zero. Leaving those neurons out instead would yield the same distances, except for
+    ridge CCA, which averages over min(n - 1, p) correlations and counts zeroed neurons in p.
 
     Parameters
     ----------
@@ -101,16 +101,17 @@ def ablation_distances(
     -------
     distances : dict of str to array like x, (…, C), float64
         By metric: 1 - similarity, in [0, 1] ("cka_debiased": [0, 2]); "procrustes": 2 - 2 times the
-        similarity, in [0, 2]. Dimensionless. An empty cell, or one that is constant on these
-        stimuli, has exactly the distance of x to itself, which is 0 without a ridge. A cell of all
-        neurons leaves no representation, and has NaN.
+        similarity, in [0, 2]. Dimensionless. For an empty cell, or one that is constant on
+        these stimuli, exactly the distance of x to itself, which is 0 without a ridge. NaN for a
+        cell of all neurons, which leaves no representation.
     info : dict of str to Info
         Only with ``info=True``; by metric, NumPy arrays (…, C). ``steps`` is the number of
-        iterations, ``route`` the method. "nothing": nothing was removed, or nothing is left, or CCA
-        without a ridge. "sums": sums over elements. "iterations": of a Riccati equation. "factors":
-        singular values of products with the remaining features, where iterations would converge too
-        slowly. "eigenvectors": those of an ablated matrix, which PWCCA and SVCCA need, and CCA
-        shares if it is computed with PWCCA. "definition": the metric itself, from an ablated copy.
+        iterations, ``route`` the method. "nothing": nothing to compute, because the cell removes
+        nothing or everything, or CCA has no ridge. "sums": sums over matrix elements. "iterations":
+        iterations of a Riccati equation. "factors": singular values of products with the remaining
+        features, if iterations would converge too slowly. "eigenvectors": those of an ablated
+        matrix, which PWCCA and SVCCA need, and which CCA shares if it is computed with PWCCA.
+        "definition": the metric itself, from an ablated copy.
 
     Raises
     ------
@@ -118,19 +119,20 @@ def ablation_distances(
     BackendUnavailable
     ConvergenceError
         For "cca", "cca_squared" and "pwcca", if the ridge is nonzero but below 1e-10, or the
-        penalty is as small.
+        penalty is equally small.
 
     Warns
     -----
     DegenerateWarning
-        For CCA without a ridge: the ablated neurons span a part of the original's space, so that
+        For CCA without a ridge: the remaining neurons span a part of the original's space, so that
         every canonical correlation is 1 and every distance 0.
 
     Notes
     -----
-    One pass over x gives the Gram matrices of all cells, at most 2 n² p operations however many
-    cells there are. In addition, CKA costs n² operations per cell and the other metrics a few times
-    n³; "pwcca" costs 2 C n² p more, in x's precision. No ablated copy of x is made.
+    One pass over x yields the Gram matrices of all cells: at most 2 n² p operations for cells that
+    do not overlap, however many there are. In addition, CKA costs n² operations per cell and the
+    other metrics a few times n³; "pwcca" costs 2 C n² p more, in x's precision. No ablated copy of
+    x is made.
 
     Distances are not computed as 1 minus a similarity near 1, and keep their digits where they are
     small. From float64 input, "cka", "procrustes", and the excess of "cca" and "cca_squared" over
@@ -158,8 +160,8 @@ def ablation_distances(
     if memory is not None:
         memory = int(_options.check_number(memory, "memory", low=1))
     info = _options.check_flag(info, "info")
-    # If x has a value that is not finite, every CKA distance is NaN, which shows it afterwards. The
-    # other metrics compute eigenvectors, which fails.
+    # CKA can be checked afterwards, since a value that is not finite makes its distances NaN. The
+    # other metrics compute eigenvectors, which would fail.
     defer_finite = bool(names) and set(names) <= {"cka", "cka_debiased"}
     x, source = _check.check_representation(
         x,

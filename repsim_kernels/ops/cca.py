@@ -52,11 +52,11 @@ def cca(
     Warns
     -----
     DegenerateWarning
-        Without a ridge and with as many neurons as stimuli: every correlation is 1.
+        Without a ridge, if either side has at least n neurons: every correlation is 1.
 
     Notes
     -----
-    1 - the mean of ρ, or of ρ², is not a metric: it violates the triangle inequality.
+    Neither 1 - mean ρ nor 1 - mean ρ² is a metric: both violate the triangle inequality.
     Source: Hotelling 1936, "Relations Between Two Sets of Variates", Biometrika 28; for the ridge
     Vinod 1976, Journal of Econometrics 4, and Tuzhilina, Tozzi & Hastie 2021, Statistical Modelling
     (their λ is penalty / (n - 1)); for R²CCA Kornblith, Norouzi, Lee & Hinton 2019, ICML.
@@ -185,8 +185,8 @@ def pwcca(
     Warns
     -----
     DegenerateWarning
-        Without a ridge and with as many neurons as stimuli: every correlation is 1. Without a ridge
-        and with p + q > n: several correlations are 1, so that their variates, and with them the
+        Without a ridge, if either side has at least n neurons: every correlation is 1. Without a
+        ridge, if p + q > n: several correlations are 1, so that their variates, and hence the
         weights, are not unique.
 
     Notes

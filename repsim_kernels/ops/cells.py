@@ -46,7 +46,7 @@ def class_means(
     -----
     Reads x once.
     Source: Morcos, Barrett, Rabinowitz & Botvinick 2018, "On the importance of single directions
-    for generalization", ICLR, whose selectivity index is made of these means.
+    for generalization", ICLR, whose selectivity index is computed from these means.
 
     Examples
     --------
@@ -105,9 +105,9 @@ def selectivity_grid(
         magnitude) of strip i (of increasing selectivity). "equal": the cell of each neuron. The
         sizes of strips differ by at most one neuron, and so do those of the parts of a strip; with
         fewer neurons than cells some cells are empty. "inclusive": the membership of cells that may
-        overlap. A neuron on an edge can be in several cells, or in none: on the edge of strips
-        whose inner neurons all have larger, or all smaller, magnitudes. The cells of a strip with
-        no neuron strictly inside are empty.
+        overlap. A neuron on an edge can be in several cells. It is in none if, in each of its
+        strips, the neurons strictly inside all have larger, or all smaller, magnitudes. The cells
+        of a strip with no neuron strictly inside are empty.
 
     Raises
     ------
@@ -121,7 +121,7 @@ def selectivity_grid(
     `ablation_decodability` and `AblatedForward.logits`. Those accept one set of cells per call, so
     pass the cells of a batch one item after the other, each with its own x.
     Source: Hayne, Jung & Carter 2024, "Does Representation Similarity Capture Function
-    Similarity?", TMLR, and its published code; "equal" replaces their inclusive edges by an exact
+    Similarity?", TMLR, and its published code; "equal" replaces their inclusive edges with an exact
     partition.
 
     Examples

@@ -61,7 +61,7 @@ def cka(
     DegenerateWarning
         If not debiased, and the mean over permutations of one side's stimuli exceeds 0.5. That mean
         is tr K tr L / ((n - 1) ‖K‖ ‖L‖), which approaches 1 as neurons outnumber stimuli (Murphy
-        et al. 2024). The message gives the number; shown once per process.
+        et al. 2024). The message states it, and is shown once per process.
 
     Notes
     -----
@@ -70,8 +70,9 @@ def cka(
     the triangle inequality.
     Source: Kornblith, Norouzi, Lee & Hinton 2019, "Similarity of Neural Network Representations
     Revisited", ICML; for the debiased form Song, Smola, Gretton, Bedo & Borgwardt 2012, JMLR 13,
-    and Székely & Rizzo 2014, Annals of Statistics 42; Murphy, Zylberberg & Fyshe 2024, "Correcting
-    Biased Centered Kernel Alignment Measures", Re-Align workshop at ICLR, for the warning.
+    and Székely & Rizzo 2014, Annals of Statistics 42; for the warning Murphy, Zylberberg & Fyshe
+    2024, "Correcting Biased Centered Kernel Alignment Measures in Biological and Artificial Neural
+    Networks", Re-Align workshop at ICLR.
 
     Examples
     --------

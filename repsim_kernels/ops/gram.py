@@ -58,9 +58,9 @@ def centered_gram(
 
     Notes
     -----
-    Reads x once; 2 n² p operations, or half of that where BLAS has a symmetric product. The
-    features are centred, not the Gram matrix, which at a feature mean of 100 would lose three
-    digits of a float32 result.
+    Reads x once; 2 n² p operations, or half of that if BLAS has a symmetric product. The features
+    are centred rather than the Gram matrix: with a feature mean of 100, centring the Gram matrix
+    would cost a float32 result three digits.
     Source: Kornblith, Norouzi, Lee & Hinton 2019, "Similarity of Neural Network Representations
     Revisited", ICML, section 3.
 

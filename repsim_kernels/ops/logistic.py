@@ -47,7 +47,7 @@ def logistic_fits(
     tol : float, optional
         Above 0; by default 1e-10 if x is float64, otherwise 1e-5. A fit has converged when a step
         changes no coefficient by more than tol times the largest coefficient, and the intercept by
-        no more than tol, or tol times its size.
+        no more than tol times the larger of 1 and its magnitude.
     max_iter : int
         Largest number of steps, below 2^31.
     start : (array, array), optional
@@ -83,7 +83,7 @@ def logistic_fits(
     float64 fit fails the same test, ``converged`` is false: for example, if one outlier of 1e9
     occurs in both classes. A tol above 3e-5 replaces 3e-5 in the test.
 
-    On a CPU a fit takes 2 n d² operations for each of two or three Hessians, d³ / 3 for their
+    On a CPU a fit costs 2 n d² operations for each of two or three Hessians, d³ / 3 for their
     factorisation, and 4 n d for each of 10 to 25 gradients. Problems are solved in batches, which
     are distributed over the threads.
 
@@ -156,7 +156,7 @@ def _check_start(start: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 
 def check_tolerance(tol: Any, x: Tensor) -> float:
-    """Check the tolerance of fits; None gives the default for the dtype of x."""
+    """Check the tolerance of fits; None means the default for the dtype of x."""
     if tol is None:
         return 1e-10 if str(x.dtype).endswith("float64") else 1e-5
     return _options.check_number(tol, "tol", low=0, exclude_low=True)

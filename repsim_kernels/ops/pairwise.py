@@ -55,12 +55,12 @@ def pairwise(
     Warns
     -----
     DegenerateWarning
-        Where the metric's own function does; once, for the largest representations.
+        If the metric's own function warns; once, for the largest representations.
 
     Notes
     -----
     Each Gram matrix and each spectrum is computed once: one pass over each representation instead
-    of one per pair. They are held in memory together, 8 n² bytes per representation.
+    of one per pair. All of them are in memory at once, 8 n² bytes per representation.
     Source: the docstring of each metric's function.
 
     Examples

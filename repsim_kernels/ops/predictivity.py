@@ -18,8 +18,8 @@ def linear_predictivity(
     """Held-out R² of y predicted from x by ridge regression; **not symmetric**.
 
     1 - Σ ‖yᵢ - ŷᵢ‖² / Σ ‖yᵢ - ȳ‖² over all stimuli i. The prediction ŷᵢ comes from the fit without
-    the fold that contains i; ȳ is the mean over all stimuli. A neuron of y is weighted by its
-    variance.
+    the fold that contains i; ȳ is the mean over all stimuli. Each neuron of y counts in
+    proportion to its variance.
 
     Parameters
     ----------
@@ -57,8 +57,8 @@ def linear_predictivity(
     Costs one Gram matrix of x, at most 2 n² p operations, and one of y if q >= n; one n x n
     factorisation for all folds, n³; solves of 2 n³ / folds; and a product of 2 n² min(q, n). "gcv"
     adds an eigendecomposition of x, and one of y if q >= n.
-    Source: for linear predictivity, which they fit by partial least squares, Yamins et al. 2014,
-    PNAS 111, and Schrimpf et al. 2018, "Brain-Score", bioRxiv 407007; Hoerl & Kennard 1970,
+    Source: Yamins et al. 2014, PNAS 111, and Schrimpf et al. 2018, "Brain-Score", bioRxiv 407007,
+    for linear predictivity, there fitted by partial least squares; Hoerl & Kennard 1970,
     Technometrics 12, for the ridge; Golub, Heath & Wahba 1979, Technometrics 21, for "gcv".
 
     Examples

@@ -44,8 +44,8 @@ def ablation_decodability(
     labels : integer array, (n,)
         Class of each stimulus; at least two classes.
     target : int or sequence of T different ints, optional
-        Discriminate this class from the rest, or each of these; by default, all classes from each
-        other.
+        The class to discriminate from the rest, or several classes, each discriminated from its
+        rest; by default, all classes are discriminated from each other.
     ridge : float, or "gcv"
         Relative ridge, 1e-6 … 1e10: the penalty is κ/2 ‖w‖², added to half the squared errors or to
         the log loss, with κ = ridge · tr(K) / n, where K is the Gram matrix, for all stimuli, of
@@ -186,13 +186,13 @@ def _check_targets(target: Any, labels: Any, n: int) -> tuple[Any, int | tuple[i
         target = _arrays.to_numpy(_arrays.convert(target, "target")[0])
     if target is None:
         return _check.check_labels(labels, n), None
-    several = None if isinstance(target, str) else _options.to_tuple(target)
-    if several is None:
+    classes = None if isinstance(target, str) else _options.to_tuple(target)
+    if classes is None:
         return _check.check_labels(labels, n, target), int(target)
     labels = _check.check_labels(labels, n)
-    for one in several:
-        _check.check_labels(labels, n, one)
-    targets = tuple(int(one) for one in several)
+    for label in classes:
+        _check.check_labels(labels, n, label)
+    targets = tuple(int(label) for label in classes)
     if not targets or len(set(targets)) < len(targets):
         raise LabelError(
             f"target: {_options.short_repr(target)}; expected a label or a sequence of different "

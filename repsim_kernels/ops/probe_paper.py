@@ -13,7 +13,7 @@ from repsim_kernels._typing import Array, ArrayLike, Tensor
 from repsim_kernels.errors import LabelError, OptionError
 from repsim_kernels.ops.logistic import MAX_NEURONS, check_tolerance, fit_columns
 
-# Up to this many neurons, orderings come from sorting random keys, this many keys at once.
+# Orderings of up to _MAX_SORTED_NEURONS come from sorting random keys, at most _MAX_KEYS at once.
 _MAX_SORTED_NEURONS, _MAX_KEYS = 2**13, 2**22
 _MAX_DRAWS = 10**6
 # scikit-learn's log_loss clips predictions to [eps, 1 - eps]: the losses of a wrong hard prediction
@@ -38,9 +38,9 @@ def probe_paper(
 ) -> dict[str, Array]:
     """Linear decodability of a class before and after each ablation, by the published probe.
 
-    Each of `draws` logistic regressions discriminates the class from the rest by `size` neurons,
-    drawn without replacement from those that are not ablated, and is scored on the stimuli it was
-    fitted on. The result is exp(-mean log loss of the hard predictions) over the draws.
+    Each of `draws` logistic regressions discriminates the class from the rest, using `size` neurons
+    drawn without replacement from those that are not ablated, and is scored on the stimuli that it
+    was fitted on. The result is exp(-mean log loss of the hard predictions) over the draws.
 
     Parameters
     ----------
@@ -77,8 +77,8 @@ def probe_paper(
     scores : dict of str to array like x, float64
         ``"intact"``, a float, and ``"ablated"``, (C,), in [0, 1]; ``"change"``, (C,), intact minus
         ablated; ``"standard_error"``, (C,), the Monte Carlo error of the change: how much it varies
-        with the draws. It is 0 if there is only one way to draw, and NaN for a single draw. A cell
-        of all neurons has NaN. Dimensionless.
+        with the draws. It is 0 if there is only one way to draw, and NaN for a single draw. For a
+        cell of all neurons, all but the intact score are NaN. Dimensionless.
 
     Raises
     ------
@@ -148,7 +148,7 @@ class _Probe:
         self.x = x.mT.contiguous().mT
         self.source = Source("torch", str(x.device))  # the fits are needed as tensors
         self.means = self.x.mean(0)
-        # Cache of the intact draws: the longest beginnings of random orderings so far.
+        # Cache of the intact draws: the longest prefixes of the random orderings so far.
         self.orderings = np.empty((0, 0), dtype=np.int64)
 
     def score_cells(
@@ -205,7 +205,7 @@ class _Probe:
         intact_fits: dict[str, Tensor],
         intact_losses: np.ndarray[Any, Any],
     ) -> np.ndarray[Any, Any]:
-        """Return the losses of fits to the first neurons of each ordering outside the cell.
+        """Return the losses of fits to the first `size` neurons of each ordering outside the cell.
 
         Only draws that lost a neuron are fitted again, starting from their intact fit.
         """

@@ -28,7 +28,7 @@ def rsa(
         Activations for the same n >= 3 stimuli. Integers are converted to float64.
     distance : {"euclidean", "sqeuclidean", "correlation", "cosine"}
         Distance between the rows of x, and between those of y, as in SciPy's ``pdist``. The
-        activations are not centred first, on which "correlation" and "cosine" depend: subtract
+        activations are not centred first, which affects "correlation" and "cosine": subtract
         ``x.mean(0)`` for the distances of centred patterns.
     compare : {"spearman", "pearson", "cosine"}
         How to compare the two vectors of n(n - 1)/2 distances. Tied distances (see Notes) get their
@@ -59,10 +59,10 @@ def rsa(
 
     Which distances tie (for "spearman") does not depend on the machine, or on the order of the
     stimuli and neurons. Stimuli with equal rows count as one when distances are computed, so that
-    repeated stimuli tie exactly. Other distances are equal if rounding alone can explain their
-    difference: the tolerance of a distance is twice the error that float64 arithmetic and half an
-    ulp of each input entry can cause. Sorted by size, distances form groups that are more than 4
-    tolerances apart. The members of a group, m different numbers, tie if they lie within the
+    repeated stimuli tie exactly. Other distances count as equal if rounding alone can explain
+    their difference: the tolerance of a distance is twice the error that float64 arithmetic and
+    half an ulp of each input entry can cause. Sorted by size, distances form groups that are more
+    than 4 tolerances apart. The members of a group, m different numbers, tie if they lie within the
     tolerance of the first, and the next distances on either side are more than 256 / (m - 1)
     tolerances away: with 2,000 stimuli the rounding of float32 is as wide as the gaps between
     distances, and pairs that are close by chance must not tie. The rule is also applied with the

@@ -57,8 +57,8 @@ def gram_ablation_distances(
 
     For Gram matrices that are summed elsewhere, over batches of neurons or over machines. With
     ``gram = centered_gram(x)`` and ``parts = cell_grams(x, cells)`` these are the distances of
-    `ablation_distances`, which also has the activations and is more accurate where an ablation
-    leaves little of a direction.
+    `ablation_distances`, which also has the activations and is therefore more accurate if an
+    ablation removes nearly all of the variance along a direction.
 
     Parameters
     ----------
@@ -76,8 +76,8 @@ def gram_ablation_distances(
     penalty : float
         Absolute ridge κ of the same metrics, on both sides, in gram's units; at most 1e150.
     neurons : int, optional
-        Number of neurons: ridge CCA averages over min(n - 1, neurons) correlations. By default
-        n - 1 or more.
+        Number of neurons: ridge CCA averages over min(n - 1, neurons) correlations. By default it
+        is assumed to be at least n - 1.
     info : bool
         Also return how each distance was computed.
     backend : {"reference", "torch", "triton"}, optional
@@ -87,7 +87,7 @@ def gram_ablation_distances(
     -------
     distances : dict of str to array like gram, (C,), float64
         By metric: 1 - similarity; "procrustes": 2 - 2 times the similarity. Dimensionless. A part
-        of zeros has exactly the distance of gram to itself; a part that leaves nothing has NaN.
+        of zeros has exactly the distance of gram to itself; NaN for a part that leaves nothing.
     info : dict of str to Info
         Only with ``info=True``; by metric the ``route`` and the ``steps`` of each distance, as in
         `ablation_distances`.
@@ -97,8 +97,8 @@ def gram_ablation_distances(
     ShapeError, DtypeError, NonFiniteError, ConstantError, DeviceError, OptionError,
     BackendUnavailable
     ConvergenceError
-        For "cca" and "cca_squared", if the ridge is nonzero but below 1e-10, or the penalty is as
-        small.
+        For "cca" and "cca_squared", if the ridge is nonzero but below 1e-10, or the penalty is
+        equally small.
 
     Warns
     -----
@@ -108,7 +108,7 @@ def gram_ablation_distances(
     Notes
     -----
     A few times n³ operations per part: products in the original's eigenbasis, Riccati iterations
-    and Cholesky solves. An eigenproblem per part is solved only for "svcca", and where iterations
+    and Cholesky solves. An eigenproblem per part is solved only for "svcca", and if iterations
     would converge too slowly.
     Source: docs/metrics.md, "One original, many ablations".
 
@@ -168,8 +168,8 @@ def eigh(
         Whether to compute eigenvectors.
     backend : {"reference", "torch", "cupy"}, optional
         Backend to use; by default chosen by the library and device of a. "cupy" solves all matrices
-        at once: for n <= 128 by Jacobi rotations in shared memory, above by cuSOLVER's batched
-        solver, whose results it checks. Matrices for which either fails are solved by PyTorch.
+        at once: for n <= 128 by Jacobi rotations in shared memory, for larger n by cuSOLVER's
+        batched solver, whose results it checks. PyTorch solves the matrices for which these fail.
 
     Returns
     -------
@@ -265,7 +265,7 @@ def svd(
 def _decompose(
     operation: str, a: Any, vectors: Any, backend: str | None, *, symmetric: bool
 ) -> dict[str, Array]:
-    """Check the matrices, decompose them, and raise a ConvergenceError if any has failed."""
+    """Check the matrices, decompose them, and raise a ConvergenceError if any fails."""
     vectors = _options.check_flag(vectors, "vectors")
     a, source = _check.check_matrices(a, "a", symmetric=symmetric)
     results: dict[str, Array] = _dispatch.call(
