@@ -15,7 +15,7 @@ from repsim_kernels.forward.trace import is_within
 
 
 def resolve_layers(model: nn.Module, layer: str | Sequence[str]) -> tuple[str, ...]:
-    """The names of one or several layers, without duplicates; LayerError if one is missing."""
+    """Return the names of layers, without duplicates; LayerError if the model lacks one."""
     if not isinstance(model, nn.Module):
         raise LayerError(f"model: {_options.short_repr(model)}; expected a torch.nn.Module")
     names = (layer,) if isinstance(layer, str) else _options.to_tuple(layer)
@@ -37,7 +37,7 @@ def resolve_layers(model: nn.Module, layer: str | Sequence[str]) -> tuple[str, .
 
 
 def check_images(model: nn.Module, images: Tensor) -> None:
-    """Check that images are a dense tensor (n, …) on the model's device, and `check_eval`."""
+    """Check that images are a dense tensor (n, …) on the device of a model in eval mode."""
     if not isinstance(images, Tensor):
         raise DtypeError(f"images: {type(images).__name__}; expected a torch tensor")
     _arrays.check_dense(images, "images")
@@ -61,6 +61,7 @@ def check_eval(model: nn.Module) -> None:
 
 
 def _check_not_scripted(modules: dict[str, nn.Module], layer: str) -> None:
+    """Check that a layer is not inside a TorchScript module, which hides it."""
     for name, module in modules.items():
         if is_within(layer, name) and isinstance(module, torch.jit.ScriptModule):
             owner = f"module {name!r}" if name else "the model"

@@ -1,4 +1,4 @@
-"""PyTorch's switches: those a network sets in its forward pass, and those of this package."""
+"""PyTorch's switches: those that a network sets in its forward pass, and those set around it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
 class Switches(NamedTuple):
     """Switches that decide what an operation computes.
 
-    A trace has the operations of a forward pass without its ``with`` blocks, so each operation
+    A trace lists the operations of a forward pass without its ``with`` blocks, so each operation
     carries the switches that it ran under.
     """
 
@@ -32,7 +32,7 @@ class Switches(NamedTuple):
 
 
 def read_switches() -> Switches:
-    """The current switches."""
+    """Return the current switches."""
     return Switches(
         autocast=tuple(
             (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _DEVICES
@@ -44,19 +44,19 @@ def read_switches() -> Switches:
 
 @contextmanager
 def set_switches(switches: Switches) -> Iterator[None]:
-    """Set the switches that differ, and restore them on exit."""
-    now = read_switches()
+    """Set the switches that differ from the current ones, and restore them on exit."""
+    current = read_switches()
     with ExitStack() as stack:
-        for device, new, old in zip(_DEVICES, switches.autocast, now.autocast, strict=True):
+        for device, new, old in zip(_DEVICES, switches.autocast, current.autocast, strict=True):
             if new != old:
                 enabled, dtype = new
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
-        for name, use, used in zip(_ATTENTION, switches.attention, now.attention, strict=True):
-            if use != used:
-                stack.callback(_get_cuda_function(f"enable_{name}_sdp"), used)
-                _get_cuda_function(f"enable_{name}_sdp")(use)
-        if switches.dtype != now.dtype:
-            stack.callback(torch.set_default_dtype, now.dtype)
+        for name, on, was_on in zip(_ATTENTION, switches.attention, current.attention, strict=True):
+            if on != was_on:
+                stack.callback(_get_cuda_function(f"enable_{name}_sdp"), was_on)
+                _get_cuda_function(f"enable_{name}_sdp")(on)
+        if switches.dtype != current.dtype:
+            stack.callback(torch.set_default_dtype, current.dtype)
             torch.set_default_dtype(switches.dtype)
         yield
 
@@ -76,8 +76,8 @@ def run_eagerly() -> Iterator[None]:
 def allow_tracing() -> Iterator[None]:
     """Let torch.fx trace into compiled modules and into PyTorch's transformer layers.
 
-    By default torch.fx refuses compiled modules. Transformer layers check tensors before they take
-    their fast path, which torch.fx can't evaluate, so the fast path is switched off.
+    By default torch.fx refuses compiled modules. Transformer layers check tensors to choose their
+    fast path. torch.fx can't evaluate these checks, so the fast path is switched off.
     """
     enabled = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from repsim_kernels.forward.dataflow import Split, schedule
 from repsim_kernels.forward.trace import Trace, Values
 
-# Operations per byte of weights from which a CPU's matrix products run at full speed.
+# From this number of operations per byte of weights, a CPU's matrix products run at full speed.
 _INTENSITY = 100
 
 
@@ -61,12 +61,12 @@ class Cost:
 
 
 def choose_cells_per_pass(split: Split, n: int) -> int:
-    """Cells to run in one pass on a CPU: one, unless n images are too few to use the weights."""
+    """Return the cells per pass on a CPU: one, or more if n images don't amortise the weights."""
     return max(1, -(-_INTENSITY * split.weight_bytes // max(1, int(split.tail_flops * n))))
 
 
 def summarize(split: Split, times: dict[fx.Node, float] | None, n: int) -> Cost:
-    """The cost of a split network for n images, from the seconds of each operation."""
+    """Return the cost of a split network for n images, from the seconds of each operation."""
     head, tail = (
         math.nan if times is None else sum(times[step.node] for step in part)
         for part in (split.head, split.tail)
@@ -84,9 +84,9 @@ def summarize(split: Split, times: dict[fx.Node, float] | None, n: int) -> Cost:
 
 
 def time_operations(trace: Trace, images: Tensor, passes: int = 3) -> dict[fx.Node, float]:
-    """The seconds of each operation: the median over some passes, for a typical time."""
+    """Return the seconds of each operation: the median over some passes."""
 
-    def now() -> float:
+    def read_clock() -> float:
         if images.device.type == "cuda":
             torch.cuda.synchronize(images.device)
         return time.perf_counter()
@@ -95,9 +95,9 @@ def time_operations(trace: Trace, images: Tensor, passes: int = 3) -> dict[fx.No
     for _ in range(passes):
         values: Values = {trace.input: images}
         for step in schedule(trace.nodes[1:], {trace.output}):
-            start = now()
+            start = read_clock()
             values[step.node] = trace.run(step.node, values)
-            seconds[step.node].append(now() - start)
+            seconds[step.node].append(read_clock() - start)
             for x in step.to_drop:
                 del values[x]
     return {node: statistics.median(times) for node, times in seconds.items()}

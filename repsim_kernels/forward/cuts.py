@@ -25,16 +25,18 @@ from repsim_kernels.forward.trace import (
     TRANSIENT,
     Trace,
     Untraceable,
-    first_line,
+    get_first_line,
     is_within,
     keep_attributes,
 )
 
-# Raised unchanged: these have a message for the user already, or are not about the cut.
-_UNCHANGED = LayerError, *TRANSIENT
+# Raised again unchanged: these already have a message for the user, or are not about the cut.
+_RERAISED = LayerError, *TRANSIENT
 
 
 class Cut(NamedTuple):
+    """A traced network, and its split at one layer."""
+
     trace: Trace
     split: Split
 
@@ -68,7 +70,7 @@ class Cuts:
                 trace.find_cut(layer)
 
     def find(self, layer: str, images: Tensor) -> Cut:
-        """The network cut at a layer, for images like these; LayerError if it can't be cut."""
+        """Return the network cut at a layer, for images like these; LayerError if that fails."""
         sample = images[:2]
         key = layer, _make_key(sample)
         if key not in self._fx_attempts:
@@ -93,7 +95,7 @@ class Cuts:
             return _Attempt()
         try:
             intact = verify.run_intact(self._model, sample)
-        except _UNCHANGED:
+        except _RERAISED:
             raise
         except Exception:
             return _Attempt()  # it may accept another number of images
@@ -105,34 +107,34 @@ class Cuts:
             attempt.final = not torch.equal(again, expected.half_masked)
         return attempt
 
-    def _cut_by_export(self, layer: str, images: Tensor, by_fx: _Attempt) -> Cut:
-        """The cut of the exported network; the cut by fx if the exported one is no better."""
+    def _cut_by_export(self, layer: str, images: Tensor, fx_attempt: _Attempt) -> Cut:
+        """Cut the exported network; return the cut by fx if the exported one is no better."""
         try:
             intact = verify.run_intact(self._model, images)
-        except _UNCHANGED:
+        except _RERAISED:
             raise
         except Exception as error:
             raise LayerError(self._describe_rejection(images, error)) from error
         expected = self._run_references(layer, images, intact)
         trace = self._get_export(images)
         if isinstance(trace, Untraceable):
-            if by_fx.cut is not None:
-                return by_fx.cut
+            if fx_attempt.cut is not None:
+                return fx_attempt.cut
             self._check_deterministic(images, intact)
             reason = self._get_fx_trace(layer)
             if isinstance(reason, Untraceable):
                 raise LayerError(f"{reason}; torch.export can't either: {trace}") from trace
             raise LayerError(
-                f"model: cut at {layer!r}, its torch.fx trace {self._describe_failure(by_fx)}; "
-                f"torch.export can't trace it: {trace}"
+                f"model: cut at {layer!r}, its torch.fx trace "
+                f"{self._describe_failure(fx_attempt)}; torch.export can't trace it: {trace}"
             ) from trace
         try:
             attempt = self._try_trace(trace, layer, images, expected)
         except LayerError:
-            if by_fx.cut is None:
+            if fx_attempt.cut is None:
                 raise
-            return by_fx.cut
-        cut = attempt.cut if attempt.final else by_fx.cut or attempt.cut
+            return fx_attempt.cut
+        cut = attempt.cut if attempt.final else fx_attempt.cut or attempt.cut
         if cut is None:
             self._check_deterministic(images, intact)
             raise LayerError(
@@ -149,13 +151,13 @@ class Cuts:
         try:
             split = split_at_layer(trace, layer, copy_with_strides(images))
             agreement = verify.verify_cut(trace, split, images, expected)
-        except _UNCHANGED:
+        except _RERAISED:
             raise
         except Exception as error:  # the trace lacks something, such as autocast
             return _Attempt(error=error)
         if not agreement.close:
             return _Attempt()
-        fused = self._find_slowed_encoders(layer) or (trace.exported and self._has_fused())
+        fused = self._find_slowed_encoders(layer) or (trace.exported and self._has_fused_layers())
         split.hook_keeps_bits = agreement.hook_keeps_bits and not fused
         split.batchable &= agreement.batchable and not self._quantizes_batches()
         return _Attempt(Cut(trace, split), agreement.exact)
@@ -166,11 +168,12 @@ class Cuts:
         module = self._modules[layer]
         try:
             outputs = verify.run_references(self._model, layer, module, images, intact)
-        except _UNCHANGED:
+        except _RERAISED:
             raise
         except Exception as error:
             raise LayerError(
-                f"model: it raises an error under a forward hook on {layer!r}: {first_line(error)}"
+                f"model: it raises an error under a forward hook on {layer!r}: "
+                f"{get_first_line(error)}"
             ) from error
         if not verify.is_close(outputs.unmasked, intact):
             self._check_deterministic(images, intact)
@@ -192,10 +195,10 @@ class Cuts:
     def _describe_failure(self, attempt: _Attempt) -> str:
         if attempt.error is None:
             return "differs from a whole pass"
-        return f"raises an error that a whole pass doesn't ({first_line(attempt.error)})"
+        return f"raises an error that a whole pass doesn't ({get_first_line(attempt.error)})"
 
     def _hint_at_nesting(self) -> str:
-        """A hint for a model whose encoder may drop the padding that a traced one computes."""
+        """Return a hint for models whose encoder may drop padding that a traced one computes."""
         encoders = (m for m in self._modules.values() if isinstance(m, nn.TransformerEncoder))
         return NESTED_HINT if any(m.enable_nested_tensor for m in encoders) else ""
 
@@ -204,10 +207,10 @@ class Cuts:
         dtypes = " and ".join(dict.fromkeys(map(dtype_name, floating)))
         weights = f", with parameters of {dtypes}" if dtypes else ""
         kind = f"{dtype_name(images)} of shape {tuple(images.shape)}"
-        return f"model: it can't take these images, {kind}{weights}: {first_line(error)}"
+        return f"model: it can't take these images, {kind}{weights}: {get_first_line(error)}"
 
     def _get_fx_trace(self, layer: str) -> Trace | Untraceable:
-        """The trace by fx for a layer, shared by layers whose hooks slow the same encoders."""
+        """Return the fx trace for a layer, shared by layers whose hooks slow the same encoders."""
         slowed = self._find_slowed_encoders(layer)
         key = slowed, contexts.read_switches()
         if key not in self._fx_traces:
@@ -230,7 +233,7 @@ class Cuts:
         return self._exports[key]
 
     def _find_slowed_encoders(self, layer: str) -> tuple[str, ...]:
-        """The encoder layers that a hook on this layer moves off PyTorch's fast path."""
+        """Return the encoder layers that a hook on this layer moves off PyTorch's fast path."""
         return tuple(
             name
             for name, module in self._modules.items()
@@ -242,7 +245,7 @@ class Cuts:
         kinds = (type(module).__module__ for module in self._modules.values())
         return any(kind.startswith("torch.ao.nn.quantized.dynamic") for kind in kinds)
 
-    def _has_fused(self) -> bool:
+    def _has_fused_layers(self) -> bool:
         return any(isinstance(module, FUSED) for module in self._modules.values())
 
 

@@ -25,6 +25,8 @@ NESTED_HINT = "; for nn.TransformerEncoder, pass enable_nested_tensor=False"
 
 @dataclass
 class Step:
+    """An operation, and the values that can be dropped after it."""
+
     node: fx.Node
     to_drop: tuple[fx.Node, ...]  # values that no later step needs
 
@@ -58,23 +60,23 @@ class Split:
 def split_at_layer(trace: Trace, layer: str, images: Tensor) -> Split:
     """Run a network as under a hook that returns a clone, and split it into head and tail.
 
-    Raises LayerError if the layer or the model gives no tensor (n, …), or if a pass writes to the
-    model's parameters or buffers.
+    Raises LayerError if the output of the layer or the model is not a tensor (n, …), or if a pass
+    writes to the model's parameters or buffers.
     """
     cut = trace.find_cut(layer)
     list_written = watch_writes(trace.model)
     values: Values = {}
     effects: dict[fx.Node, _Effects] = {}
-    seen: list[tuple[Tensor, int]] = []
+    versions: list[tuple[Tensor, int]] = []
     for x in trace.nodes:
         value, flops = (images, 0) if x is trace.input else _run_counted(trace, x, values)
-        writes = _union(_measure_storage(t).keys() for t, old in seen if get_version(t) != old)
+        writes = _union(_measure_storage(t).keys() for t, old in versions if get_version(t) != old)
         if x is cut:
             check_units(value, images, layer)
             original, value = value, value.clone()  # both stay alive, so no address is reused
         values[x] = value
-        seen = [(t, get_version(t)) for t, _ in seen] if writes else seen
-        seen += [(t, get_version(t)) for t in collect_tensors(value)]
+        versions = [(t, get_version(t)) for t, _ in versions] if writes else versions
+        versions += [(t, get_version(t)) for t in collect_tensors(value)]
         effects[x] = _Effects(
             reads=_union(
                 _measure_storage(t).keys()
@@ -98,9 +100,9 @@ def split_at_layer(trace: Trace, layer: str, images: Tensor) -> Split:
 
 
 def _run_counted(trace: Trace, node: fx.Node, values: Values) -> tuple[Any, int]:
-    """Run an operation; give its value and its number of floating-point operations.
+    """Run an operation; return its value and its number of floating-point operations.
 
-    The counter decomposes fused operations, which autocast refuses; those count as 0.
+    The counter decomposes fused operations, which fails under autocast; those count as 0.
     """
     try:
         with FlopCounterMode(display=False) as counter:
@@ -114,7 +116,7 @@ def _run_counted(trace: Trace, node: fx.Node, values: Values) -> tuple[Any, int]
 
 @dataclass
 class _Effects:
-    """The memory that an operation touches, by address; with sizes in bytes for its outputs."""
+    """The memory that an operation touches: addresses, with sizes in bytes for its outputs."""
 
     reads: set[int]
     outputs: dict[int, int]
@@ -127,11 +129,11 @@ class _Effects:
 def _build_split(
     effects: dict[fx.Node, _Effects], layer: str, cut: fx.Node, address: int, n: int
 ) -> Split:
-    """Head and tail, from a pass over n images; `address` is the memory of the layer's output."""
+    """Split a pass over n images into head and tail; the layer's output is at `address`."""
     images, *nodes = effects
-    after = _find_dependents(effects, cut) - {cut} | {nodes[-1]}
-    head, tail = [x for x in nodes if x not in after], [x for x in nodes if x in after]
-    crossing = [x for x in effects if x not in after and not after.isdisjoint(x.users)]
+    in_tail = _find_dependents(effects, cut) - {cut} | {nodes[-1]}
+    head, tail = [x for x in nodes if x not in in_tail], [x for x in nodes if x in in_tail]
+    crossing = [x for x in effects if x not in in_tail and not in_tail.isdisjoint(x.users)]
     written = _union(effects[x].writes for x in tail)
     mutated = [x for x in crossing if written & set(effects[x].outputs)]
     addresses = [key for x in mutated for key in effects[x].outputs]
@@ -140,7 +142,9 @@ def _build_split(
     for x in mutated:
         first = next(y for y in tail if effects[y].writes & set(effects[x].outputs))
         first_writes.setdefault(first, []).append(x)
-    kept = _union(effects[x].outputs for x in crossing) | _union(effects[x].writes for x in head)
+    stored_or_written = _union(effects[x].outputs for x in crossing) | _union(
+        effects[x].writes for x in head
+    )
     from_images = _find_dependents(effects, images)
     inputs = [x for x in crossing if x is not cut]
     per_image = [x for x in inputs if x in from_images]
@@ -155,7 +159,7 @@ def _build_split(
         per_image_inputs=per_image,
         mutated_inputs=mutated,
         first_writes=first_writes,
-        copy_images=bool(kept & set(effects[images].outputs)),
+        copy_images=bool(stored_or_written & set(effects[images].outputs)),
         copy_activation=any(
             address in effects[x].outputs for x in effects if x is images or set(x.users) != {cut}
         ),
@@ -172,11 +176,11 @@ def _build_split(
 
 
 def _find_dependents(effects: dict[fx.Node, _Effects], source: fx.Node) -> set[fx.Node]:
-    """`source`, and the operations to rerun when its value changes.
+    """Return `source` and the operations to rerun when its value changes.
 
-    An operation depends on `source` if it reads a dependent value or memory that a dependent
-    operation has written to. It also does if it writes to memory that an earlier dependent
-    operation reads, which on a rerun would find that write already made.
+    An operation depends on `source` if it reads a dependent value, or memory that a dependent
+    operation has written to. It also depends on `source` if it writes to memory that an earlier
+    dependent operation reads: on a rerun, that operation would find the write already made.
     """
     dependents, written, read = {source}, set[int](), set[int]()
     for x, effect in effects.items():
@@ -189,7 +193,7 @@ def _find_dependents(effects: dict[fx.Node, _Effects], source: fx.Node) -> set[f
 
 
 def schedule(nodes: list[fx.Node], keep: set[fx.Node]) -> list[Step]:
-    """The operations in their order, each with the values that it is the last to need."""
+    """Return the operations in their order, each with the values that it is the last to need."""
     needed, steps = set(keep), []
     for x in reversed(nodes):
         to_drop = tuple(y for y in (x, *x.all_input_nodes) if y not in needed)
@@ -210,24 +214,24 @@ def _find_peak_bytes(
 
 
 def _count_bytes(effects: dict[fx.Node, _Effects], nodes: Iterable[fx.Node]) -> int:
-    """The bytes of some operations' outputs; memory that several share counts once."""
+    """Return the bytes of some operations' outputs; memory that several share counts once."""
     return sum({key: size for x in nodes for key, size in effects[x].outputs.items()}.values())
 
 
 def get_version(t: Tensor) -> int:
-    """The number of writes to a tensor, or to another that shares its memory."""
+    """Return the number of writes to a tensor, or to others that share its memory."""
     return 0 if t.is_inference() else t._version
 
 
 def collect_tensors(value: Any) -> list[Tensor]:
-    """The tensors in nested tuples, lists and dicts."""
+    """Return the tensors in nested tuples, lists and dicts."""
     tensors: list[Tensor] = []
     fx.node.map_aggregate(value, lambda x: tensors.append(x) if isinstance(x, Tensor) else None)
     return tensors
 
 
 def _measure_storage(*tensors: Tensor) -> dict[int, int]:
-    """The bytes of the memory behind tensors, by address.
+    """Return the bytes of the memory behind tensors, by address.
 
     MKL-DNN's layout has no readable address and no views. Its key is the id of the tensor, which
     the pass keeps alive.

@@ -28,12 +28,12 @@ class AblatedForward:
     Parameters
     ----------
     model : nn.Module
-        Takes images (n, …) and gives a tensor (n, …). It must be in eval mode and traceable by
+        Takes images (n, …) and returns a tensor (n, …). It must be in eval mode and traceable by
         ``torch.fx`` or ``torch.export``. It is neither changed nor copied. A model compiled by
         ``torch.compile`` runs uncompiled; ``model(images)`` below means that uncompiled pass.
     layer : str or sequence of str
         A name from ``model.named_modules()``: a module or container that runs once per pass and
-        gives a tensor (n, …). Several layers share one trace and the pass of `prefixes`.
+        returns a tensor (n, …). Several layers share one trace and the pass of `prefixes`.
 
     Attributes
     ----------
@@ -93,9 +93,9 @@ class AblatedForward:
             self._cuts = Cuts(model, self.layers)
 
     def __repr__(self) -> str:
-        shown = self.layers[:4]
-        names = ", ".join(map(repr, shown))
-        more = "" if shown == self.layers else f", … {len(self.layers)} in all"
+        first_layers = self.layers[:4]
+        names = ", ".join(map(repr, first_layers))
+        more = "" if first_layers == self.layers else f", … {len(self.layers)} in all"
         tensors = [*self.model.parameters(), *self.model.buffers()]
         device = f", device={str(tensors[0].device)!r}" if tensors else ""
         return f"AblatedForward({type(self.model).__name__}, layers=[{names}{more}]{device})"
@@ -145,7 +145,7 @@ class AblatedForward:
             return self._adopt({layer: state}, images)[layer]
 
     def prefixes(self, images: Tensor, layers: Sequence[str] | None = None) -> dict[str, State]:
-        """Run the network once, and give a state for each of several layers.
+        """Run the network once, and return a state for each of several layers.
 
         Parameters
         ----------
@@ -157,7 +157,7 @@ class AblatedForward:
         Returns
         -------
         states : dict of str to State
-            For each layer, in the given order, the state that `prefix` would give. These states
+            For each layer, in the given order, the state that `prefix` would return. These states
             also hold the output without ablation, so `intact` needs no further pass.
 
         Raises
@@ -205,8 +205,8 @@ class AblatedForward:
         Returns
         -------
         logits : tensor, (n, k)
-            Bit-identical to ``model(images)``. A forward hook that changes nothing can still
-            change that by rounding; `logits` gives the output under such a hook for an empty cell.
+            Bit-identical to ``model(images)``. A forward hook that changes nothing can still change
+            the output by rounding; for an empty cell, `logits` returns what such a hook yields.
 
         Raises
         ------
@@ -253,8 +253,8 @@ class AblatedForward:
         n_cells : int, optional
             C; by default the largest label + 1.
         batch : int, optional
-            The most cells to run in one pass. By default, on a CPU one, or more if the images of
-            one cell are too few to use the weights; on CUDA as many as fit in `memory`.
+            The most cells to run in one pass. By default as many as fit in `memory` on CUDA, and
+            one on a CPU, or more if one cell has too few images to amortise reading the weights.
         memory : int or str, optional
             Bytes for one pass, or text such as "8GiB". It limits the cells, and if necessary the
             images, of one pass. By default half of the free memory, on CUDA at most 8 GiB. Memory
@@ -265,14 +265,13 @@ class AblatedForward:
         -------
         logits : tensor, (C, n, k)
             With ``batch=1`` and enough memory, bit-identical to the output under a forward hook
-            that returns a masked clone; otherwise equal up to rounding. Cells without units, and
-            cells whose units are zero for all images, are not run: they get the output under a
-            hook that returns a clone.
+            that returns a masked clone; otherwise equal up to rounding. Cells without units, or
+            with only zeros for all images, get the output under a hook that returns a clone.
 
         Raises
         ------
         CellError, DtypeError
-            The cells have a wrong length, range or dtype.
+            The cells have the wrong length, range or dtype.
         OptionError
             `batch` is not a count, `memory` is not a size, or the state belongs to another object.
         LayerError
@@ -336,7 +335,7 @@ class AblatedForward:
         Parameters
         ----------
         images : tensor, (n, …)
-            As many as `prefix` will get.
+            As many as will be passed to `prefix`.
         layers : sequence of str, optional
             Some of this object's layers; by default all.
         timed : bool

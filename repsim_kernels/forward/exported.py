@@ -20,7 +20,7 @@ _GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 
 
 def export(root: nn.Module, images: Tensor) -> tuple[nn.Module, fx.Graph]:
-    """Export a module for images like these; give a module with its tensors, and the graph."""
+    """Export a module for images like these; return a module with its tensors, and the graph."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter
         program = torch.export.export(root, (images,), strict=False)
@@ -37,7 +37,7 @@ def export(root: nn.Module, images: Tensor) -> tuple[nn.Module, fx.Graph]:
 
 
 def find_calls(graph: fx.Graph, layer: str) -> list[fx.Node]:
-    """For every call of a layer, the operation whose value is used outside the layer."""
+    """Return, for each call of a layer, the operation whose value is used outside the layer."""
     path = f"model.{layer}" if layer else "model"
     inside: dict[str, list[fx.Node]] = {}
     for x in graph.nodes:
@@ -56,7 +56,7 @@ def find_calls(graph: fx.Graph, layer: str) -> list[fx.Node]:
 
 
 def _inline_regions(module: nn.Module) -> fx.Graph:
-    """A program's graph with its nested graphs inlined.
+    """Return a program's graph with its nested graphs inlined.
 
     The exporter turns each region under autocast or a gradient mode into a function. A layer in a
     region must be cut like any other, so the region's operations are moved out of the function and
@@ -65,7 +65,7 @@ def _inline_regions(module: nn.Module) -> fx.Graph:
     flat = fx.Graph()
 
     def move(owner: Any, inputs: Sequence[fx.Node] | None, switches: Switches) -> Any:
-        """Copy a graph's operations and give its result; `inputs` is None for the outer graph."""
+        """Copy a graph's operations and return its result; `inputs` is None for the outer graph."""
         values: dict[fx.Node, Any] = {}
         regions: set[Any] = set()
         remaining = iter(inputs or ())

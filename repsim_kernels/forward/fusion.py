@@ -30,10 +30,11 @@ class CellMasks:
     ids: Tensor  # the selected cells, on the activation's device
 
     def select(self, ids: list[int]) -> CellMasks:
+        """Return the masks of the cells with these numbers."""
         return CellMasks(self.labels, self.table, torch.tensor(ids, device=self.table.device))
 
-    def masks(self) -> Tensor:
-        """(len(ids), p): whether each unit is in each selected cell."""
+    def make_masks(self) -> Tensor:
+        """Return whether each unit is in each selected cell, (len(ids), p)."""
         if self.table.dtype == torch.bool:
             return self.table[self.ids]
         return self.table == self.ids[:, None]
@@ -45,16 +46,16 @@ def uses_triton(activation: Tensor) -> bool:
 
 
 def run_fused(trace: Trace, split: Split, values: Values, cells: CellMasks) -> list[Step]:
-    """Mask the activation in `values`, run what one kernel can fuse, and give the other steps.
+    """Mask the activation in `values`, run what one kernel can fuse, and return the other steps.
 
-    The values that those steps need are left in `values`.
+    `values` keeps the values that those steps need.
     """
     plan = _plan_kernel(trace, split, values, several=len(cells.ids) > 1)
     return _skip_steps(split, plan.steps, values, _run_kernel(values[split.cut], cells, plan))
 
 
 def _skip_steps(split: Split, count: int, values: Values, result: Tensor) -> list[Step]:
-    """Put the result of a tail's first `count` steps into `values`, and give the other steps."""
+    """Put the result of a tail's first `count` steps into `values`, and return the other steps."""
     done, remaining = split.tail[:count], split.tail[count:]
     values[done[-1].node if done else split.cut] = result
     for step in done:
@@ -79,17 +80,17 @@ class PartitionedLinear:
     bias: Tensor | None
 
     def run(self, values: Values) -> list[Step]:
-        """Compute the layer's output for all cells, and give the steps of the tail after it.
+        """Compute the layer's output for all cells, and return the steps of the tail after it.
 
-        The values that those steps need are left in `values`.
+        `values` keeps the values that those steps need.
         """
         whole = F.linear(self.x, self.weight, self.bias)  # (n, k)
-        masks = self.cells.masks()
+        masks = self.cells.make_masks()
         order = masks.nonzero()[:, 1]  # units, sorted by cell
         sizes = masks.sum(1).tolist()
         columns = self.x.index_select(1, order).split(sizes, 1)
         out = whole.expand(len(sizes), *whole.shape).clone()  # (C, n, k)
-        # In blocks of outputs: the gathered weights fit in a cache, and W is never copied whole.
+        # In blocks of outputs, so that gathered weights fit in a cache and W is never copied whole.
         rows = max(1, _BLOCK_BYTES // (len(order) * self.weight.element_size()))
         for weights, part in zip(self.weight.split(rows), out.split(rows, 2), strict=True):
             pieces = weights.index_select(1, order).split(sizes, 1)
@@ -104,11 +105,11 @@ _GATHER_ROWS = 300
 
 
 def find_linear(
-    trace: Trace, split: Split, values: Values, cells: CellMasks, count: int
+    trace: Trace, split: Split, values: Values, cells: CellMasks, n_cells: int
 ) -> PartitionedLinear | None:
-    """The linear layer after the masks; None without one, or if a product per cell is cheaper."""
+    """Return the linear layer after the masks; None if there is none, or it would not pay off."""
     x, flat = values[split.cut], False
-    if count < 2 or cells.labels.ndim > 1 or (count - 1) * len(x) <= _GATHER_ROWS:
+    if n_cells < 2 or cells.labels.ndim > 1 or (n_cells - 1) * len(x) <= _GATHER_ROWS:
         return None
     for steps, operation in _iter_chain(trace, split, values):
         if isinstance(operation, _Product) and operation.weight.ndim == 2:
@@ -117,7 +118,7 @@ def find_linear(
             fits = x.ndim == 2 and x.dtype == weight.dtype in (torch.float32, torch.float64)
             if not fits or torch.is_autocast_enabled(x.device.type):
                 return None
-            if not torch.isfinite(x).all():  # a mask hides infinity; a difference gives NaN
+            if not torch.isfinite(x).all():  # a mask hides infinity; a difference makes it NaN
                 return None
             return PartitionedLinear(split, steps, x, cells, weight, operation.bias)
         if operation == "flatten":
@@ -138,7 +139,7 @@ class _Norm:
     eps: float
 
     def fold(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift, each rounded to float32 once."""
+        """Return scale and shift, each rounded to float32 once."""
         scale = (self.var.double() + self.eps).rsqrt()
         if self.weight is not None:
             scale = scale * self.weight.double()
@@ -179,7 +180,7 @@ class _KernelPlan:
     activate: str = "none"
 
     def try_add(self, operation: _Operation) -> bool:
-        """Add an operation if the kernel can do it after the earlier ones; give whether it can."""
+        """Try to add an operation after the earlier ones; return whether the kernel can do it."""
         begun = self.product is not None or self.norm is not None
         needs_product = self.flat and self.product is None  # a flatten is fused only with one
         if operation is None or self.activate != "none":
@@ -223,7 +224,7 @@ def _plan_kernel(trace: Trace, split: Split, values: Values, several: bool) -> _
 
 
 def _run_kernel(activation: Tensor, cells: CellMasks, plan: _KernelPlan) -> Tensor:
-    """(C n, …): mask the activation for each cell, and run the planned operations on it."""
+    """Mask the activation for each cell, and run the planned operations on it: (C n, …)."""
     if plan.product is None:
         ablate = _dispatch.load_triton_kernel("ablate")
         return ablate(activation, cells.table, cells.ids, epilogue=(plan.norm, plan.activate))
@@ -241,14 +242,14 @@ def _run_kernel(activation: Tensor, cells: CellMasks, plan: _KernelPlan) -> Tens
 
 
 def _choose_precision(weight: Tensor) -> str:
-    """TF32 if PyTorch would use it for this layer; by default it does for convolutions only."""
+    """Return "tf32" if PyTorch would use it here: by default, for convolutions only."""
     backends: Any = torch.backends
     backend = backends.cuda.matmul if weight.ndim == 2 else backends.cudnn.conv
     return "tf32" if backend.fp32_precision == "tf32" else "tf32x3"
 
 
 def _iter_chain(trace: Trace, split: Split, values: Values) -> Iterator[tuple[int, _Operation]]:
-    """Yield the operations after the cut, numbered from 1, while no other one uses their input."""
+    """Yield the operations after the cut, numbered from 1, until another one uses their input."""
     node = split.cut
     for count, step in enumerate(split.tail, 1):
         if set(node.users) != {step.node}:
@@ -258,7 +259,7 @@ def _iter_chain(trace: Trace, split: Split, values: Values) -> Iterator[tuple[in
 
 
 def _classify(trace: Trace, split: Split, values: Values, node: fx.Node) -> _Operation:
-    """What a node does to its first argument; None if unknown, or if it depends on the image."""
+    """Return what a node does to its first argument; None if unknown or image-dependent."""
     if sets_switches(node):
         return None
     if node.op == "call_module":
@@ -297,7 +298,7 @@ def _classify_module(module: nn.Module) -> _Operation:
             )
         case _:
             return None
-    # A subclass from elsewhere may do more; PyTorch makes one when it parametrizes a module.
+    # A subclass defined elsewhere may do more; PyTorch creates one when it parametrizes a module.
     return operation if type(module).__module__.startswith("torch.nn.modules.") else None
 
 

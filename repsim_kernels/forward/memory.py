@@ -36,13 +36,13 @@ def parse_size(value: Any, name: str = "memory") -> int:
     unit = None if match is None else _UNITS.get(match[2] or "B")
     count = 0.0 if match is None or unit is None else float(match[1]) * unit
     if not 1 <= count < math.inf:
-        given = _options.short_repr(value)
-        raise OptionError(f"{name}: {given}; expected bytes, or a size such as '8GiB' or '500MB'")
+        text = _options.short_repr(value)
+        raise OptionError(f"{name}: {text}; expected bytes, or a size such as '8GiB' or '500MB'")
     return int(count)
 
 
 def get_free_bytes(device: torch.device) -> int:
-    """The bytes that can be allocated on a device, including PyTorch's own unused cache."""
+    """Return the bytes that can be allocated on a device, including PyTorch's unused cache."""
     if device.type == "cuda":
         unused = torch.cuda.mem_get_info(device)[0]
         return unused + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -50,14 +50,14 @@ def get_free_bytes(device: torch.device) -> int:
 
 
 def resolve_budget(value: Any, device: torch.device) -> int:
-    """The requested bytes; half of what is free if the value is None."""
+    """Return the requested bytes; half of the free memory if the value is None."""
     return get_free_bytes(device) // 2 if value is None else parse_size(value)
 
 
 def resolve_batch_budget(value: Any, device: torch.device) -> int:
-    """The bytes of one batch: as `resolve_budget`, but on CUDA at most 8 GiB.
+    """Return the bytes of one batch: as `resolve_budget`, but on CUDA at most 8 GiB.
 
-    That keeps a GPU busy, and its tensors stay within 32-bit indexing.
+    8 GiB keep a GPU busy, and tensors stay within 32-bit indexing.
     """
     budget = resolve_budget(value, device)
     return min(budget, _GPU_BATCH_BYTES) if device.type == "cuda" else budget
@@ -100,7 +100,7 @@ def _read_machine_bytes() -> int:
 
 
 def _read_cgroup_bytes() -> int | None:
-    """The bytes left below the limit of this process's control group; None without a limit."""
+    """Return the bytes left to this process's control group; None if it has no limit."""
     root = Path("/sys/fs/cgroup")
     try:
         limit, used = (int((root / name).read_text()) for name in ("memory.max", "memory.current"))

@@ -104,8 +104,7 @@ class State:
         rows.copy_(data.reshape(len(data), -1))
         is_dense = torch.empty_like(data, device="meta").stride() == data.stride()
         if is_dense and data.stride(0) == rows.shape[1]:
-            # .data has its own count of writes: other states may still be moved into the same
-            # buffer.
+            # .data counts its own writes, so other states may still be moved into the same buffer.
             self._data = rows.data.view(data.shape)
         self._record_versions()
 
@@ -120,7 +119,7 @@ class State:
         self._intact = intact if self._needs_intact else None
 
     def _select_images(self, batch: Batch) -> Tensor:
-        """The activation of a batch's images."""
+        """Return the activation of a batch's images."""
         return self._restore_strides(self._data[batch.start : batch.stop])
 
     def _restore_strides(self, t: Tensor) -> Tensor:
@@ -146,35 +145,35 @@ def run_head(trace: Trace, split: Split, images: Tensor) -> State:
 
 
 def run_heads(trace: Trace, splits: dict[str, Split], images: Tensor) -> dict[str, State]:
-    """Run one whole pass for several layers; give their states, which hold the unmasked output."""
+    """Run one whole pass; return a state per layer, each of which holds the unmasked output."""
     copy_images = any(split.copy_images for split in splits.values())
     values: Values = {trace.input: copy_with_strides(images) if copy_images else images}
-    own: dict[str, Values] = {name: {} for name in splits}
+    copies_by_layer: dict[str, Values] = {name: {} for name in splits}
     needed = {x for split in splits.values() for x in (split.cut, *split.inputs)}
     for step in schedule(trace.nodes[1:], needed | {trace.output}):
-        # Copy what a layer's tail writes to before this pass makes the same write.
+        # Copy the values that a layer's tail writes to before this pass makes the same write.
         copies: Values = {}
         for name, split in splits.items():
             for x in split.first_writes.get(step.node, ()):
                 if x not in copies:
                     copies[x] = copy.deepcopy(values[x])
-                own[name][x] = copies[x]
+                copies_by_layer[name][x] = copies[x]
         values[step.node] = trace.run(step.node, values)
         for name, split in splits.items():
             if step.node is split.cut and split.copy_activation:
-                own[name][step.node] = copy_with_strides(values[step.node])
+                copies_by_layer[name][step.node] = copy_with_strides(values[step.node])
         for x in step.to_drop:
             del values[x]
     states = {}
     for name, split in splits.items():
-        layer_values = values | own[name]
+        layer_values = values | copies_by_layer[name]
         inputs, unmasked = {x: layer_values[x] for x in split.inputs}, values[trace.output].clone()
         states[name] = State(layer_values[split.cut], inputs, trace, split, unmasked)
     return states
 
 
 def run_tail(state: State, cells: CellMasks | None = None, batch: Batch | None = None) -> Tensor:
-    """(C m, k): run the rest of the network for m images, masked for C cells or not at all."""
+    """Run the rest of the network for m images, masked for C cells or not at all: (C m, k)."""
     trace, split = state._trace, state._split
     values = dict(state._values)
     if batch is None or batch.stop - batch.start == len(state):
@@ -192,7 +191,7 @@ def run_tail(state: State, cells: CellMasks | None = None, batch: Batch | None =
         elif linear := fusion.find_linear(trace, split, values, cells, n_cells):
             steps = linear.run(values)
         else:
-            masks = cells.masks().view(-1, *values[split.cut].shape[1:])
+            masks = cells.make_masks().view(-1, *values[split.cut].shape[1:])
             values[split.cut] = mask_for_cells(values[split.cut], masks)
     shared = set(split.per_image_inputs) if n_cells > 1 else set()
     for step in steps:
@@ -206,19 +205,19 @@ def run_tail(state: State, cells: CellMasks | None = None, batch: Batch | None =
 
 
 def run_intact(state: State, budget: int) -> Tensor:
-    """(n, k): the model's output without a hook."""
+    """Return the model's output without a hook, (n, k)."""
     return run_unmasked(state, budget) if state._intact is None else state._intact
 
 
 def run_unmasked(state: State, budget: int) -> Tensor:
-    """(n, k): the output under a hook that changes nothing; computed once for each state."""
+    """Return the output under a hook that changes nothing, (n, k); computed once per state."""
     if state._unmasked is None:
         (state._unmasked,) = run_in_batches(state, None, [0], 1, budget)
     return state._unmasked
 
 
 def choose_cells_per_pass(state: State, cells: CellMasks, count: int) -> int:
-    """How many of `count` cells to run in one pass by default."""
+    """Return how many of `count` cells to run in one pass by default."""
     act, split, trace = state._data, state._split, state._trace
     values = {split.cut: act, **state._values}
     if act.device.type != "cpu" or fusion.find_linear(trace, split, values, cells, count):
@@ -229,7 +228,7 @@ def choose_cells_per_pass(state: State, cells: CellMasks, count: int) -> int:
 def run_in_batches(
     state: State, cells: CellMasks | None, ids: list[int], cells_per_pass: int, budget: int
 ) -> Tensor:
-    """(C, n, k): run the tail for the cells `ids`, in batches that fit the budget.
+    """Run the tail for the cells `ids`, in batches that fit the budget: (C, n, k).
 
     When a batch runs out of memory, this and later batches are half as large.
     """
@@ -238,23 +237,23 @@ def run_in_batches(
     if not split.batchable:
         rows, cells_per_pass = len(state), 1
     pending = split_to_fit(Batch(ids, 0, len(state)), rows, cells_per_pass)
-    places, out = {c: i for i, c in enumerate(ids)}, None
+    positions, out = {c: i for i, c in enumerate(ids)}, None
     while pending:
         batch = pending.pop(0)
         try:
             logits = run_tail(state, None if cells is None else cells.select(batch.cells), batch)
         except torch.OutOfMemoryError:
-            tried = len(batch.cells) * (batch.stop - batch.start)
-            if tried == 1 or not split.batchable:
+            n_rows = len(batch.cells) * (batch.stop - batch.start)
+            if n_rows == 1 or not split.batchable:
                 raise
             if split.oom_limit is None:
                 warnings.warn(
-                    f"layer {split.layer}: out of memory with {tried} cells x images in one pass; "
+                    f"layer {split.layer}: out of memory with {n_rows} cells x images in one pass; "
                     "continuing with fewer",
                     OutOfMemoryWarning,
                     stacklevel=4,
                 )
-            split.oom_limit = tried // 2
+            split.oom_limit = n_rows // 2
             pending = [
                 part
                 for b in (batch, *pending)
@@ -264,7 +263,7 @@ def run_in_batches(
         logits = logits.unflatten(0, (len(batch.cells), -1))
         if out is None:
             out = logits.new_empty(len(ids), len(state), *logits.shape[2:])
-        out[[places[c] for c in batch.cells], batch.start : batch.stop] = logits
+        out[[positions[c] for c in batch.cells], batch.start : batch.stop] = logits
     assert out is not None
     return out
 
@@ -277,7 +276,7 @@ def copy_with_strides(t: Tensor) -> Tensor:
 
 
 def mask_for_cells(t: Tensor, masks: Tensor) -> Tensor:
-    """(C n, …): copy a tensor (n, …) once per mask, with zeros where the mask (C, …) is true."""
+    """Copy a tensor (n, …) once per mask, with zeros where the mask (C, …) is true: (C n, …)."""
     out = t.clone() if len(masks) == 1 else broadcast.repeat_for_cells(t, len(masks))
     out.view(len(masks), *t.shape).masked_fill_(masks[:, None], 0)
     return out

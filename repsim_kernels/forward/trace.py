@@ -1,4 +1,4 @@
-"""Trace a network to its operations in order, and find the ones that give its layers' outputs."""
+"""Trace a network to its operations in order, and find those that produce its layers' outputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from repsim_kernels.errors import LayerError
 from repsim_kernels.forward import contexts, exported
 
 Values = dict[fx.Node, Any]
-FindCalls = Callable[[str], list[fx.Node]]  # layer name -> operations that give its output
+FindCalls = Callable[[str], list[fx.Node]]  # layer name -> operations that produce its output
 
 # PyTorch runs each of these as one operation, unless a module inside an encoder layer has a hook.
 FUSED = nn.TransformerEncoderLayer, nn.MultiheadAttention
@@ -29,11 +29,11 @@ class Untraceable(LayerError):
 
 
 class Trace:
-    """The operations of a model in order, and the one that gives each layer's output.
+    """The operations of a model in order, and the one that produces each layer's output.
 
-    With `like`, images to export the model for, `torch.export` traces it for images of their
-    shape, layout and dtype; without, `torch.fx` traces it for images of any kind. Raises
-    Untraceable if the tracer fails.
+    If images are passed as `like`, `torch.export` traces the model for images of their shape,
+    layout and dtype; otherwise `torch.fx` traces it for images of any kind. Raises Untraceable if
+    the tracer fails.
     """
 
     def __init__(
@@ -50,9 +50,9 @@ class Trace:
         self.output = self.nodes[-1]
 
     def find_cut(self, layer: str) -> fx.Node:
-        """The operation that gives a layer's output; LayerError unless the layer is called once.
+        """Return the operation that produces a layer's output; LayerError unless it is called once.
 
-        With torch.fx, the calls are those of the trace. A pass may make others: for example,
+        With torch.fx, the calls are those in the trace. A pass may make others: for example,
         ``isinstance(x, Tensor)`` is false in the trace.
         """
         calls = self._find_calls(layer)
@@ -82,7 +82,7 @@ class Trace:
         return module
 
     def get_weights(self, node: fx.Node) -> list[Tensor]:
-        """The parameters and buffers that an operation reads."""
+        """Return the parameters and buffers that an operation reads."""
         if node.op == "call_module":
             module = self.get_module(node)
             return [*module.parameters(), *module.buffers()]
@@ -92,7 +92,7 @@ class Trace:
 
 
 def get_label(node: fx.Node) -> str:
-    """A name of an operation's value for messages."""
+    """Return a name for an operation's value, for messages."""
     if node.op in ("call_module", "get_attr"):
         return str(node.target).removeprefix("model.")
     return "the images" if node.op == "placeholder" else node.name
@@ -136,7 +136,7 @@ for _function in (
 def output_of(value: Any) -> Any:
     """The identity: marks the output of a module that was traced into as one operation.
 
-    Its name is part of the hash of a network's operations, by which a study recognizes them.
+    Its name is part of the hash of a network's operations, by which a study recognises them.
     """
     return value
 
@@ -156,7 +156,7 @@ class _Tracer(fx.Tracer):
         if m in self._calls and self._whole:
             return True
         if isinstance(m, FUSED):
-            # As one operation it takes its fast path; traced into, the slow one, as under a hook.
+            # As one operation it takes its fast path; traced into, its slow path, as under a hook.
             return not (m in self._calls and isinstance(m, nn.TransformerEncoderLayer))
         return super().is_leaf_module(m, module_qualified_name)
 
@@ -191,7 +191,7 @@ def _stacks_layers(m: nn.Module) -> TypeGuard[nn.TransformerEncoder]:
 
 
 def _run_encoder(encoder: nn.TransformerEncoder, x: Any) -> Any:
-    """``encoder(x)``, without its checks of shapes, which fx can't evaluate."""
+    """Run ``encoder(x)`` without its checks of shapes, which fx can't evaluate."""
     for layer in encoder.layers:
         x = layer(x, src_mask=None, is_causal=False, src_key_padding_mask=None)
     return x if encoder.norm is None else encoder.norm(x)
@@ -207,9 +207,9 @@ def _trace_by_fx(
     model: nn.Module, layers: Collection[str]
 ) -> tuple[nn.Module, fx.Graph, FindCalls]:
     root, modules = _Root(model), dict(model.named_modules(remove_duplicate=False))
-    first: Exception | None = None
-    # A layer may be untraceable inside, so the second attempt keeps it whole. Sizes and branches
-    # may depend on buffers, so the third attempt takes those as constants.
+    first_error: Exception | None = None
+    # The inside of a layer may be untraceable, so the second attempt keeps layers whole. Sizes and
+    # branches may depend on buffers, so the third attempt treats those as constants.
     for whole, buffers in ((False, True), (True, True), (True, False)):
         calls: dict[nn.Module, list[fx.Node]] = {modules[layer]: [] for layer in layers}
         try:
@@ -218,9 +218,10 @@ def _trace_by_fx(
             return root, graph, partial(_get_calls, calls, modules)
         except TRANSIENT:
             raise
-        except Exception as e:
-            first = first or e
-    raise Untraceable(f"model: torch.fx can't trace it: {first_line(first)}") from first
+        except Exception as error:
+            first_error = first_error or error
+    message = f"model: torch.fx can't trace it: {get_first_line(first_error)}"
+    raise Untraceable(message) from first_error
 
 
 def _get_calls(
@@ -235,7 +236,7 @@ def _trace_by_export(model: nn.Module, images: Tensor) -> tuple[nn.Module, fx.Gr
     except TRANSIENT:
         raise
     except Exception as e:
-        raise Untraceable(first_line(e)) from e
+        raise Untraceable(get_first_line(e)) from e
     return root, graph, partial(exported.find_calls, graph)
 
 
@@ -256,7 +257,7 @@ def keep_attributes(model: nn.Module) -> Iterator[None]:
 def _get_tables(module: nn.Module) -> list[dict[str, Any]]:
     attributes = vars(module)
     tables = (attributes.get(name) for name in ("_parameters", "_buffers", "_modules"))
-    # TorchScript modules have objects of other types in these places.
+    # TorchScript modules store objects of other types under these names.
     return [attributes, *(table for table in tables if isinstance(table, dict))]
 
 
@@ -265,6 +266,6 @@ def is_within(layer: str, module: str) -> bool:
     return f"{layer}.".startswith(f"{module}." if module else "")
 
 
-def first_line(error: Exception | None) -> str:
-    """The first line of an error's message; the name of its type if it has none."""
+def get_first_line(error: Exception | None) -> str:
+    """Return the first line of an error's message; the name of its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

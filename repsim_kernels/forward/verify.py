@@ -39,14 +39,14 @@ class ReferenceOutputs:
 class Agreement:
     """How a cut network compares with `ReferenceOutputs`."""
 
-    exact: bool  # bit for bit, under both hooks
-    close: bool  # up to rounding
+    exact: bool  # bit-identical under both hooks
+    close: bool  # equal up to rounding under both hooks
     hook_keeps_bits: bool  # a hook that changes nothing leaves the output bit-identical
-    batchable: bool  # two cells in one pass give what each gives alone
+    batchable: bool  # two cells in one pass give what each one gives alone
 
 
 def run_intact(model: nn.Module, images: Tensor) -> Tensor:
-    """Run the network without a hook; raises LayerError if it gives no tensor (n, …)."""
+    """Run the network without a hook; raises LayerError if it returns no tensor (n, …)."""
     return check_batch(model(copy_with_strides(images)), images, "model: it").detach()
 
 
@@ -55,7 +55,7 @@ def run_references(
 ) -> ReferenceOutputs:
     """Run the network under two hooks on a layer.
 
-    Raises LayerError if the layer gives no tensor (n, …).
+    Raises LayerError if the layer returns no tensor (n, …).
     """
     unmasked = _run_under_hook(model, layer, module, images, torch.clone)
     return ReferenceOutputs(intact, unmasked, run_half_masked(model, layer, module, images))
@@ -65,7 +65,7 @@ def run_half_masked(model: nn.Module, layer: str, module: nn.Module, images: Ten
     """Run the network under a hook that sets every second unit of the layer to zero."""
 
     def mask(out: Tensor) -> Tensor:
-        return mask_for_cells(out, _make_cells(out, 1).masks().view(1, *out.shape[1:]))
+        return mask_for_cells(out, _make_cells(out, 1).make_masks().view(1, *out.shape[1:]))
 
     return _run_under_hook(model, layer, module, images, mask)
 
@@ -83,12 +83,12 @@ def verify_cut(trace: Trace, split: Split, images: Tensor, expected: ReferenceOu
         batchable=False,
     )
     try:
-        both = run_tail(state, _make_cells(act, 2))
-    except Exception:  # any error can follow from a batch size that is fixed in the model
+        two_cells = run_tail(state, _make_cells(act, 2))
+    except Exception:  # a batch size that is fixed in the model can cause any error
         return agreement
     # TF32 differs by 1e-3 from one batch size to the next.
     slack = 1e-2 if act.device.type == "cuda" else 0.0
-    agreement.batchable = is_close(both, torch.cat([ablated, unmasked]), slack)
+    agreement.batchable = is_close(two_cells, torch.cat([ablated, unmasked]), slack)
     return agreement
 
 
@@ -104,7 +104,7 @@ def is_close(actual: Tensor, expected: Tensor, min_slack: float = 0.0) -> bool:
 
 
 def _make_cells(out: Tensor, count: int) -> CellMasks:
-    """The first `count` of two cells: one of every second unit, and an empty one."""
+    """Return the first `count` of two cells: one of every second unit, and an empty one."""
     labels = -(np.arange(out[0].numel()) % 2)
     table = torch.from_numpy(labels).to(out.device)
     return CellMasks(labels, table, torch.arange(count, device=out.device))
