@@ -28,19 +28,19 @@ def ablation_distances(
 ) -> dict[str, Distances]:
     """Return the distances of x (n, p) from x with a cell's columns set to zero, (C,) per metric.
 
-    All metrics by default. A distance is 1 - similarity, with the original first; ``procrustes`` is
-    the squared form. ``ridge``, or ``penalty`` if that is not 0, applies to CCA, mean squared CCA
-    and PWCCA. Zeroed columns still count among the min(n - 1, p) directions that ridge CCA averages
-    over, so that cells of different sizes share a scale.
+    The default is all metrics. A distance is 1 - similarity, with the original first;
+    ``procrustes`` is the squared form. ``ridge``, or ``penalty`` if that is not 0, applies to CCA,
+    mean squared CCA and PWCCA. Zeroed columns still count among the min(n - 1, p) directions that
+    ridge CCA averages over, so that cells of different sizes share a scale.
 
-    A cell without varying columns gives the distance of x from itself, and a cell with all of them
-    NaN. ``memory`` is ignored: only one copy exists.
+    For a cell without varying columns the result is the distance of x from itself; for a cell with
+    all of them it is NaN. ``memory`` is ignored, since only one copy exists at a time.
     """
     x = np.asarray(x, dtype=np.float64)
     members = membership(cells, n_cells)
     varies = (x != x[0]).any(axis=0)
     ridge = 0.0 if penalty else ridge
-    distance = distance_functions(x, ridge, penalty)
+    distance = make_distance_functions(x, ridge, penalty)
     metrics = tuple(distance) if metrics is None else metrics
 
     def ablate(name: str, cell: NDArray[np.bool_]) -> np.float64:
@@ -51,13 +51,13 @@ def ablation_distances(
             return np.float64(np.nan)
         return distance[name](np.where(cell, 0, x))
 
-    return {name: as_distances([ablate(name, cell) for cell in members]) for name in metrics}
+    return {name: to_distances([ablate(name, cell) for cell in members]) for name in metrics}
 
 
-def distance_functions(
+def make_distance_functions(
     x: Real, ridge: float, penalty: float
 ) -> dict[str, Callable[[Array], np.float64]]:
-    """Return, for each metric, the function that gives the distance of x from y."""
+    """Return, for each metric, a function of y that computes the distance of x from y."""
     return {
         "cka": lambda y: 1 - cka(x, y),
         "procrustes": lambda y: procrustes_distance(x, y),
@@ -69,7 +69,7 @@ def distance_functions(
     }
 
 
-def as_distances(values: Sequence[np.float64]) -> Distances:
-    """Return values that the metrics themselves gave, so without steps, as `Distances`."""
+def to_distances(values: Sequence[np.float64]) -> Distances:
+    """Return values that come from the metrics themselves, without iterations, as `Distances`."""
     n = len(values)
     return Distances(np.array(values), np.full(n, Route.DEFINITION), np.zeros(n, int))

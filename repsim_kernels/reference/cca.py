@@ -10,17 +10,17 @@ EPS = np.finfo(np.float64).eps
 
 
 def decompose(x: Real) -> tuple[Array, Array, int]:
-    """Return left singular vectors (n - 1, r) and singular values (r,) of the centred x, and rank.
+    """Return left singular vectors (n - 1, r), singular values (r,) and rank of the centred x.
 
-    They are in the basis `contrasts`, without the null vector. The rank counts squared singular
-    values above n · eps of the largest.
+    The vectors are in the basis `contrasts`, which lacks the vector of ones. The rank is the number
+    of squared singular values above n · eps times the largest.
     """
     u, s, _ = np.linalg.svd(contrasts(len(x)).T @ subtract_first_row(x), full_matrices=False)
     return u, s, int(np.sum((s / s[0]) ** 2 > len(x) * EPS))
 
 
 def _whiten(x: Real, ridge: float, penalty: float) -> tuple[Array, int]:
-    """Return A (AᵀA + κI)^-½ for the centred x A, in its singular directions, and the rank of A."""
+    """Return A (AᵀA + κI)^-½ in the singular directions of A, the centred x, and its rank."""
     u, s, rank = decompose(x)
     kappa = penalty or ridge * np.sum(s**2) / len(x)
     if kappa == 0:
@@ -61,9 +61,9 @@ def pwcca(x: Real, y: Real, *, ridge: float = 0.0, penalty: float = 0.0) -> np.f
 
     The weight of a correlation is Σⱼ |⟨h, aⱼ⟩|, with h its variate in x and aⱼ the centred columns
     of x; the weights of the min(rank x, rank y) correlations sum to 1. With a ridge, as in
-    ``cca``, the variates carry the shrinkage. Equal correlations do not determine their variates,
-    and so not the weights either; this happens without a ridge when p + q > n and not all
-    correlations are 1.
+    ``cca``, the variates carry the shrinkage. If correlations are equal, their variates are not
+    unique, and neither are the weights; without a ridge this happens if p + q > n. It affects the
+    result unless all correlations are 1.
     """
     (a, rank_x), (b, rank_y) = (_whiten(z, ridge, penalty) for z in (x, y))
     left, rho, _ = np.linalg.svd(a.T @ b, full_matrices=False)

@@ -35,43 +35,43 @@ def selectivity_grid(
     x = np.asarray(x, dtype=np.float64)
     is_target = labels == target
     n_target, n_other = int(is_target.sum()), int((~is_target).sum())
-    # Means multiplied by both counts are exact where the sums are, so that equal neurons tie. The
-    # first stimulus is subtracted so that a constant neuron has a selectivity of exactly 0.
+    # Means are multiplied by both counts, so that they are exact if the sums are, and equal neurons
+    # tie. The first stimulus is subtracted, so that constant neurons have selectivity exactly 0.
     inside, outside = ((x - x[0])[mask].sum(axis=0) for mask in (is_target, ~is_target))
     selectivity = inside * n_other - outside * n_target
     magnitude = x[is_target].sum(axis=0) * n_other + x[~is_target].sum(axis=0) * n_target
     if edges == "inclusive":
-        return _inclusive(selectivity.tolist(), magnitude.tolist(), rows, cols)
+        return _mark_inclusive_cells(selectivity.tolist(), magnitude.tolist(), rows, cols)
     cells = np.empty(x.shape[1], dtype=np.int64)
-    strips = _equal_parts(selectivity, rows)
+    strips = _split_equally(selectivity, rows)
     for strip in range(rows):
         neurons = np.flatnonzero(strips == strip)
-        cells[neurons] = strip * cols + _equal_parts(magnitude[neurons], cols)
+        cells[neurons] = strip * cols + _split_equally(magnitude[neurons], cols)
     return cells
 
 
-def _equal_parts(values: Array, parts: int) -> NDArray[np.int64]:
+def _split_equally(values: Array, parts: int) -> NDArray[np.int64]:
     """Return the part of each value after cutting the sorted values into parts of equal count."""
     part = np.empty(len(values), dtype=np.int64)
     part[np.argsort(values, kind="stable")] = np.arange(len(values)) * parts // len(values)
     return part
 
 
-def _inclusive(
+def _mark_inclusive_cells(
     selectivity: list[float], magnitude: list[float], rows: int, cols: int
 ) -> NDArray[np.bool_]:
-    """Return whether each neuron is in each tile, (C, p).
+    """Return whether each neuron is in each cell, (C, p).
 
-    The edges of a strip's tiles come from the neurons strictly inside the strip.
+    The edges of a strip's cells come from the neurons strictly inside the strip.
     """
     member = np.zeros((rows * cols, len(selectivity)), dtype=np.bool_)
     neurons = list(zip(selectivity, magnitude, strict=True))
-    strips = _edges(selectivity, rows)
+    strips = _find_edges(selectivity, rows)
     for i in range(rows):
         inner = [m for s, m in neurons if strips[i] < s < strips[i + 1]]
         if not inner:
             continue
-        tiles = _edges(inner, cols)
+        tiles = _find_edges(inner, cols)
         for neuron, (s, m) in enumerate(neurons):
             for j in range(cols):
                 member[i * cols + j, neuron] = (
@@ -80,7 +80,7 @@ def _inclusive(
     return member
 
 
-def _edges(values: list[float], parts: int) -> list[float]:
+def _find_edges(values: list[float], parts: int) -> list[float]:
     """Return the values where parts of equal count begin, and the largest value."""
     ordered = sorted(values)
     return [ordered[i * len(ordered) // parts] for i in range(parts)] + [max(values)]

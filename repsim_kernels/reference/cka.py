@@ -42,8 +42,8 @@ def cka(
 def u_centre(k: Array) -> Array:
     """U-centre k (n, n): a zero diagonal, and rows and columns that sum to zero.
 
-    NaN if only rounding remains, as when all stimuli are equally far apart: the debiased similarity
-    is undefined then.
+    NaN if only rounding errors remain, for example if all stimuli are equally far apart, since the
+    debiased similarity is then undefined.
     """
     n = len(k)
     off_diagonal = k - np.diag(np.diag(k))

@@ -1,4 +1,4 @@
-"""Gram matrices of the stimuli, for all neurons and by cell, and centring for every metric."""
+"""Gram matrices of the stimuli, for all neurons and by cell; and centring, for all metrics."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def subtract_first_row(x: Real) -> Array:
 def contrasts(n: int) -> Array:
     """Return Helmert's orthonormal basis of the complement of the ones vector, (n, n - 1).
 
-    ``contrasts(n).T @ x`` has all the information of the centred x, and no null direction.
+    ``contrasts(n).T @ x`` has the inner products of the centred x's columns, in n - 1 dimensions.
     """
     k = np.arange(1, n)
     q = np.triu(np.ones((n, n - 1)))
@@ -45,8 +45,8 @@ def squared_distances(x: Real) -> Array:
 def centered_gram(x: Real, *, kernel: str = "linear", sigma: float | None = None) -> Array:
     """Return the Gram matrix of the stimuli, (n, n), centred in feature space.
 
-    ``"linear"`` gives inner products of the rows of the centred x. ``"rbf"`` gives exp(-d² / 2b²),
-    centred on both sides, where b² is sigma² times the median of all n² squared distances d²
+    ``"linear"``: inner products of the rows of the centred x. ``"rbf"``: exp(-d² / 2b²), centred on
+    both sides, where b² is sigma² times the median of all n² squared distances d²
     (Kornblith et al. 2019).
     """
     if kernel == "linear":

@@ -28,8 +28,8 @@ def logistic_fits(
         "errors": np.empty((b, t), dtype=np.int64),
     }
     for i, j in np.ndindex(b, t):
-        begin = None if start is None else np.append(start[0][i, j], start[1][i, j])
-        v, steps, converged = newton(x[:, columns[i]], targets[j], C, tol, max_iter, begin)
+        initial = None if start is None else np.append(start[0][i, j], start[1][i, j])
+        v, steps, converged = newton(x[:, columns[i]], targets[j], C, tol, max_iter, initial)
         out["coef"][i, j], out["intercept"][i, j] = v[:-1], v[-1]
         out["n_iter"][i, j], out["converged"][i, j] = steps, converged
         out["errors"][i, j] = np.sum((x[:, columns[i]] @ v[:-1] + v[-1] > 0) != targets[j])
@@ -45,7 +45,7 @@ def newton(
     coefficient. It stops without convergence if the Hessian is singular. Steps are halved until
     the objective no longer rises by more than rounding.
     """
-    # Centred columns keep the Hessian well scaled even far out, where all weights vanish.
+    # Centred columns keep the Hessian well scaled even far from the optimum, where weights vanish.
     origin = x.mean(axis=0)
     a = np.column_stack([x - origin, np.ones(len(x))])
     penalised, flip = np.append(np.ones(x.shape[1]), 0), np.where(y, -1, 1)
@@ -64,7 +64,7 @@ def newton(
         hessian = C * (a.T * (p_wrong * (1 - p_wrong))) @ a + np.diag(penalised)
         try:
             step = -np.linalg.solve(hessian, gradient)
-        except np.linalg.LinAlgError:  # with so large a C, rounding hides the penalty
+        except np.linalg.LinAlgError:  # C is so large that rounding hides the penalty
             break
         before, size = value(v), 1.0
         while value(v + size * step) > before + 1e-12 * abs(before) and size > 1e-12:

@@ -26,14 +26,15 @@ def ablation_decodability(
     """Return held-out scores of a linear probe, {"refit": (C,), "frozen": (C,), "intact": ()}.
 
     The probe is ridge regression on one-hot targets, or logistic regression of each class against
-    the rest, with an unpenalised intercept and κ = ridge · ‖A‖²/n of all stimuli of the fitted
-    representation. Stimuli are held out one by one, or by ``folds`` (n,). The predicted class has
-    the largest output. ``refit`` fits and tests on x with a cell's columns set to zero; ``frozen``
-    fits on x and tests on stimuli with the cell's columns set to zero. With a target the classes
-    are target and rest; with T targets every result has a leading axis (T,). The score is accuracy,
-    or balanced accuracy with a target; a sequence of scores gives a dict of results for each.
+    the rest, with an unpenalised intercept and κ = ridge · ‖A‖²/n for all stimuli of the centred A
+    that it is fitted on. Stimuli are held out one by one, or by ``folds`` (n,). The predicted class
+    has the largest output. ``refit`` fits and tests on x with a cell's columns set to zero;
+    ``frozen`` fits on x and tests on stimuli with the cell's columns set to zero. With a target the
+    classes are target and rest; with T targets every result has a leading axis (T,). The score is
+    accuracy, or balanced accuracy with a target; with a sequence of scores the result is a dict for
+    each.
 
-    Refit is NaN for a cell with all varying columns.
+    ``refit`` is NaN for a cell with all varying columns.
     """
     x = np.asarray(x, dtype=np.float64)
     is_single = target is None or np.asarray(target).ndim == 0
@@ -44,12 +45,14 @@ def ablation_decodability(
     names = score or ("accuracy" if target is None else "balanced_accuracy",)
     results: dict[str, Any] = {}
     if isinstance(ridge, str):
-        ridge = results["ridge"] = best_ridge(x, np.hstack([one_hot(task) for task in tasks]))
+        ridge = results["ridge"] = find_best_ridge(
+            x, np.hstack([encode_one_hot(task) for task in tasks])
+        )
     predict = predict_held_out if probe == "ridge" else predict_held_out_logistic
     varies = (x != x[0]).any(axis=0)
 
     def outputs(task: Real) -> dict[str, list[Array]]:
-        y, refit, frozen = one_hot(task), [], []
+        y, refit, frozen = encode_one_hot(task), [], []
         for cell in membership(cells, n_cells):
             ablated = np.where(cell, 0, x)
             removes_all = varies.any() and cell[varies].all()
@@ -75,7 +78,7 @@ def ablation_decodability(
     return results if score else results.pop(names[0]) | results
 
 
-def one_hot(classes: Real) -> Array:
+def encode_one_hot(classes: Real) -> Array:
     """Return the one-hot encoding of class indices, (n, k)."""
     return np.eye(classes.max() + 1)[classes]
 
@@ -84,7 +87,7 @@ def score_outputs(name: str, outputs: Array, classes: Real, binary: bool) -> np.
     """Return one score of outputs (n, k), or NaN if they contain NaN."""
     if np.isnan(outputs).any():
         return np.float64(np.nan)
-    y = one_hot(classes)
+    y = encode_one_hot(classes)
     if name == "r2":
         return np.float64(1 - np.sum((y - outputs) ** 2) / np.sum(centre(y) ** 2))
     if name == "margin":
@@ -97,12 +100,12 @@ def score_outputs(name: str, outputs: Array, classes: Real, binary: bool) -> np.
     return np.float64(value.mean())
 
 
-def best_ridge(x: Array, y: Array) -> np.float64:
+def find_best_ridge(x: Array, y: Array) -> np.float64:
     """Return the ridge in 1e-6 … 1e6 that minimises n ‖(I - H)Y‖² / tr(I - H)².
 
     H is the hat matrix of x.
     """
-    # Without the vector of ones, where I - H is 0: the criterion would be 0 / 0 for small ridges.
+    # The vector of ones is removed: I - H is 0 on it, and small ridges would lead to 0 / 0.
     n, q = len(x), contrasts(len(x))
     a, y = q.T @ x, q.T @ y
 
@@ -114,14 +117,14 @@ def best_ridge(x: Array, y: Array) -> np.float64:
     exponents = np.linspace(-6, 6, 121)
     for _ in range(7):
         best = int(np.argmin([criterion(e) for e in exponents]))
-        answer = exponents[best]
+        exponent = exponents[best]
         low, high = exponents[max(best - 1, 0)], exponents[min(best + 1, len(exponents) - 1)]
         exponents = np.linspace(low, high, 21)
-    return np.float64(10**answer)
+    return np.float64(10**exponent)
 
 
-def _fold_masks(n: int, folds: Real | None) -> list[Real]:
-    """Return which stimuli each fold holds out; one per stimulus without ``folds``."""
+def _make_fold_masks(n: int, folds: Real | None) -> list[Real]:
+    """Return a mask of the stimuli that each fold holds out; without ``folds``, one each."""
     fold = np.arange(n) if folds is None else folds
     return [fold == k for k in np.unique(fold)]
 
@@ -133,7 +136,7 @@ def predict_held_out(
     n = len(x)
     kappa = ridge * np.sum(centre(x) ** 2) / n
     outputs = np.empty_like(y)
-    for test in _fold_masks(n, folds):
+    for test in _make_fold_masks(n, folds):
         a, mean = centre(x[~test]), x[~test].mean(axis=0)
         weights = a.T @ np.linalg.solve(a @ a.T + kappa * np.eye(len(a)), centre(y[~test]))
         outputs[test] = y[~test].mean(axis=0) + (x_test[test] - mean) @ weights
@@ -143,11 +146,11 @@ def predict_held_out(
 def predict_held_out_logistic(
     x: Array, x_test: Array, y: Array, ridge: float, folds: Real | None = None
 ) -> Array:
-    """Return decision values for one-hot y (n, k), as `predict_held_out`."""
+    """Return decision values for one-hot y (n, k), held out as in `predict_held_out`."""
     n = len(x)
     kappa = ridge * np.sum(centre(x) ** 2) / n
     outputs = np.empty_like(y)
-    for test in _fold_masks(n, folds):
+    for test in _make_fold_masks(n, folds):
         a, mean = centre(x[~test]), x[~test].mean(axis=0)
         # The weights are combinations of the stimuli, which span min(n, p) directions.
         basis = np.linalg.qr(a.T).Q

@@ -24,8 +24,8 @@ def procrustes_distance(x: Real, y: Real, *, form: str = "squared") -> np.float6
     """
     a, b = _centre_rotated(x), _centre_rotated(y)
     if form == "size-and-shape":
-        return _residual(a, b)
-    distance = _residual(a / np.linalg.norm(a), b / np.linalg.norm(b))
+        return _measure_residual(a, b)
+    distance = _measure_residual(a / np.linalg.norm(a), b / np.linalg.norm(b))
     if form == "squared":
         return np.float64(distance**2)
     return np.float64(2 * np.arcsin(distance / 2))
@@ -37,7 +37,7 @@ def _centre_rotated(x: Real) -> Array:
     return u * s
 
 
-def _residual(a: Array, b: Array) -> np.float64:
+def _measure_residual(a: Array, b: Array) -> np.float64:
     """Return the minimum of ‖a - b r‖ over orthogonal r, with the narrower side zero-padded."""
     width = max(a.shape[1], b.shape[1])
     a, b = (np.pad(z, ((0, 0), (0, width - z.shape[1]))) for z in (a, b))

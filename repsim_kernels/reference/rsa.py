@@ -9,22 +9,22 @@ import numpy as np
 from repsim_kernels.reference.gram import Array, Real, centre, squared_distances
 
 _EPS = np.finfo(np.float64).eps
-# How many tolerances separate a group of tied distances from the next one; see `rank_distances`.
+# How many tolerances must separate tied distances from the next distance; see `rank_distances`.
 _MIN_GAP, _PAIR_GAP = 4, 256
 
 
 def rsa(x: Real, y: Real, *, distance: str = "euclidean", compare: str = "spearman") -> np.float64:
     """Compare the n(n - 1)/2 distances between the rows of x (n, p) with those of y (n, q).
 
-    Distances have the names of SciPy's ``pdist``, and rows are not centred first. They are compared
+    Distances have the names of SciPy's ``pdist``; neurons are not centred first. They are compared
     by ``"pearson"`` or ``"spearman"`` correlation, or by ``"cosine"`` (Kriegeskorte et al. 2008).
     Distances that differ by no more than rounding are equal; see `rank_distances`.
     """
-    u, v = (dissimilarities(z, distance, compare) for z in (x, y))
+    u, v = (compute_dissimilarities(z, distance, compare) for z in (x, y))
     return np.float64(np.clip(u @ v / (np.linalg.norm(u) * np.linalg.norm(v)), -1, 1))
 
 
-def dissimilarities(x: Real, distance: str, compare: str) -> Array:
+def compute_dissimilarities(x: Real, distance: str, compare: str) -> Array:
     """Return the vector that ``compare`` uses for the rows of x, (n(n - 1)/2,).
 
     NaN if all its entries are equal (or zero, for "cosine"), so that it has no correlation.
@@ -83,8 +83,8 @@ def rank_distances(pairs: PairDistances) -> Array:
 
     In ascending order, a group ends where the next distance is more than 4 tolerances away. The m
     different numbers of a group tie if all are within the first one's tolerance of the first, and
-    the next distances on either side are more than 256 / (m - 1) tolerances away: pairs come as
-    close by chance as by rounding, but large groups do not. Exactly equal distances count as one
+    the next distances on either side are more than 256 / (m - 1) tolerances away: a pair can be
+    this close by chance, but a large group hardly ever is. Exactly equal distances count as one
     number with the largest of their tolerances.
 
     The rule is applied twice. First the tolerance is the error of float64 arithmetic, so that

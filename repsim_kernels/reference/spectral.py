@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from repsim_kernels._routes import Distances
-from repsim_kernels.reference.ablation import RIDGE_METRICS, as_distances, distance_functions
+from repsim_kernels.reference.ablation import RIDGE_METRICS, make_distance_functions, to_distances
 from repsim_kernels.reference.cca import EPS
 from repsim_kernels.reference.gram import Array, Real, contrasts
 
 
-def features_from_gram(gram: Real) -> Array:
+def make_features(gram: Real) -> Array:
     """Return a centred x (n, n - 1) whose Gram matrix is the centred ``gram``."""
     q = contrasts(len(gram))
     w, u = np.linalg.eigh(q.T @ gram @ q)
@@ -30,26 +30,26 @@ def gram_ablation_distances(
 ) -> dict[str, Distances]:
     """Return the distances between a Gram (n, n) and the Gram without each part (C, n, n).
 
-    They are those of ``ablation_distances``, by metric, for representations of n - 1 neurons with
-    these Grams. Ridge CCA averages over min(n - 1, neurons) directions.
+    By metric, as from ``ablation_distances`` for representations of n - 1 neurons with these Grams.
+    Ridge CCA averages over min(n - 1, neurons) directions.
     """
     gram, parts = (np.asarray(a, dtype=np.float64) for a in (gram, parts))
-    n, x = len(gram), features_from_gram(gram)
+    n, x = len(gram), make_features(gram)
     ridge = 0.0 if penalty else ridge
     share = (n - 1) / min(n - 1, neurons or n)
-    distance = distance_functions(x, ridge, penalty)
+    distance = make_distance_functions(x, ridge, penalty)
 
     def ablate(name: str, part: Array) -> np.float64:
         ridged = name in RIDGE_METRICS and (ridge or penalty)
         if not part.any() and not ridged:
             return np.float64(0)
-        rest = features_from_gram(gram - part) if part.any() else x
+        rest = make_features(gram - part) if part.any() else x
         if np.sum(rest**2) <= n * EPS * np.sum(x**2):
             return np.float64(np.nan)
         value = distance[name](rest)
         return max(1 - share * (1 - value), np.float64(0)) if ridged else value
 
-    return {name: as_distances([ablate(name, part) for part in parts]) for name in metrics}
+    return {name: to_distances([ablate(name, part) for part in parts]) for name in metrics}
 
 
 def eigh(a: Real, *, vectors: bool) -> dict[str, Array]:
