@@ -154,7 +154,7 @@ def _check_tensor(a: Tensor, name: str) -> Tensor:
     elif type(a).__name__ == "MaskedTensor":
         what, expected = "a MaskedTensor", "a plain tensor, without masked entries"
     elif a.requires_grad or unpack_dual(a).tangent is not None:  # in reverse or forward mode
-        # If it were detached silently, a loss computed from the result would not train.
+        # If it were detached silently, a loss computed from the result would train nothing.
         what = "a tensor that requires grad"
         expected = f"one that doesn't, since gradients are not computed: pass {name}.detach()"
     else:
@@ -184,7 +184,7 @@ def check_untransformed(a: Tensor, name: str) -> None:
 
 
 def _as_numpy(a: Any, name: str, expected: str) -> np.ndarray[Any, Any]:
-    """Convert anything but tensors and CuPy arrays to a NumPy array, of any dtype but object."""
+    """Convert anything but a tensor or CuPy array to a NumPy array; its dtype is never object."""
     if a is None or isinstance(a, (str, bytes)):
         raise DtypeError(f"{name}: {short_repr(a)}; expected an array of {expected}")
     if isinstance(a, Mapping):

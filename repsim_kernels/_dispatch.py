@@ -61,7 +61,7 @@ def _accept_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _why_no_triton() -> str | None:
+def _explain_no_triton() -> str | None:
     """Return why Triton can't be used; None if it is installed."""
     return None if importlib.util.find_spec("triton") else "triton is not installed"
 
@@ -73,7 +73,7 @@ def unavailable_reason(backend: str) -> str | None:
 
         return module.unsupported()
     if backend == "triton":
-        if reason := _why_no_triton():
+        if reason := _explain_no_triton():
             return reason
         from repsim_kernels.kernels.triton import _launch
 
@@ -83,7 +83,7 @@ def unavailable_reason(backend: str) -> str | None:
     return None
 
 
-def requested_backend(backend: str | None = None) -> str | None:
+def get_requested_backend(backend: str | None = None) -> str | None:
     """Return the backend that the argument or REPSIM_BACKEND names; None if neither does."""
     if backend is not None:
         return _options.check_choice(backend, "backend", BACKENDS)
@@ -98,28 +98,28 @@ def choose_backend(operation: str, backend: str | None, source: Source, *xs: Any
     serve the operation. If neither names one, arrays on a GPU get the first of `_GPU_BACKENDS` that
     has a kernel for them, and all others torch.
     """
-    requested = requested_backend(backend)
+    requested = get_requested_backend(backend)
     if requested is None:
         if source.device.startswith("cuda"):
             for candidate in _GPU_BACKENDS[source.library]:
-                if _why_unsupported(operation, candidate, *xs) is None:
+                if _explain_unsupported(operation, candidate, *xs) is None:
                     return candidate
         return "torch"
-    reason = _why_unsupported(operation, requested, *xs)
+    reason = _explain_unsupported(operation, requested, *xs)
     if reason is not None:
         name = "REPSIM_BACKEND" if backend is None else "backend"
         raise BackendUnavailable(f"{name}: {requested!r} can't serve {operation}: {reason}")
     return requested
 
 
-def _why_unsupported(operation: str, backend: str, *xs: Any) -> str | None:
+def _explain_unsupported(operation: str, backend: str, *xs: Any) -> str | None:
     """Return why a backend can't serve an operation on these tensors; None if it can."""
     target = _ALL_KERNELS.get((operation, backend))
     if target is None:
         return "it has no kernel for this operation"
     if backend in ("reference", "torch"):
         return None
-    if backend == "triton" and (reason := _why_no_triton()):
+    if backend == "triton" and (reason := _explain_no_triton()):
         return reason
     module = importlib.import_module(target.partition(":")[0])
     unsupported: str | None = module.unsupported(*xs)

@@ -233,7 +233,7 @@ def test_default_backends_on_a_gpu(cupy, monkeypatch):
     def why_not(operation: str, backend: str, *xs: Any) -> str | None:
         return "none" if (operation, backend) not in _dispatch.KERNELS else reasons[backend]
 
-    monkeypatch.setattr(_dispatch, "_why_unsupported", why_not)
+    monkeypatch.setattr(_dispatch, "_explain_unsupported", why_not)
     x, array = _arrays.convert(cupy(X, 1), "x")
     assert array == ("cupy", "cuda:1")
     tensor = _arrays.Source("torch", "cuda:0")

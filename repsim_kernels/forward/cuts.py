@@ -25,7 +25,7 @@ from repsim_kernels.forward.trace import (
     TRANSIENT,
     Trace,
     Untraceable,
-    get_first_line,
+    first_line,
     is_within,
     keep_attributes,
 )
@@ -172,8 +172,7 @@ class Cuts:
             raise
         except Exception as error:
             raise LayerError(
-                f"model: it raises an error under a forward hook on {layer!r}: "
-                f"{get_first_line(error)}"
+                f"model: it raises an error under a forward hook on {layer!r}: {first_line(error)}"
             ) from error
         if not verify.is_close(outputs.unmasked, intact):
             self._check_deterministic(images, intact)
@@ -195,7 +194,7 @@ class Cuts:
     def _describe_failure(self, attempt: _Attempt) -> str:
         if attempt.error is None:
             return "differs from a whole pass"
-        return f"raises an error that a whole pass doesn't ({get_first_line(attempt.error)})"
+        return f"raises an error that a whole pass doesn't ({first_line(attempt.error)})"
 
     def _hint_at_nesting(self) -> str:
         """Return a hint for models whose encoder may drop padding that a traced one computes."""
@@ -207,7 +206,7 @@ class Cuts:
         dtypes = " and ".join(dict.fromkeys(map(dtype_name, floating)))
         weights = f", with parameters of {dtypes}" if dtypes else ""
         kind = f"{dtype_name(images)} of shape {tuple(images.shape)}"
-        return f"model: it can't take these images, {kind}{weights}: {get_first_line(error)}"
+        return f"model: it can't take these images, {kind}{weights}: {first_line(error)}"
 
     def _get_fx_trace(self, layer: str) -> Trace | Untraceable:
         """Return the fx trace for a layer, shared by layers whose hooks slow the same encoders."""

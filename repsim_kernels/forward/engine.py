@@ -87,7 +87,7 @@ class AblatedForward:
         self.layers = checks.resolve_layers(model, layer)
         checks.check_eval(model)
         checks.check_tensors(model)
-        _dispatch.requested_backend()  # during a pass, its error would look like the model's
+        _dispatch.get_requested_backend()  # during a pass, its error would look like the model's
         self.model = model
         with contexts.run_eagerly():
             self._cuts = Cuts(model, self.layers)

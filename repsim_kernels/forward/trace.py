@@ -220,7 +220,7 @@ def _trace_by_fx(
             raise
         except Exception as error:
             first_error = first_error or error
-    message = f"model: torch.fx can't trace it: {get_first_line(first_error)}"
+    message = f"model: torch.fx can't trace it: {first_line(first_error)}"
     raise Untraceable(message) from first_error
 
 
@@ -236,7 +236,7 @@ def _trace_by_export(model: nn.Module, images: Tensor) -> tuple[nn.Module, fx.Gr
     except TRANSIENT:
         raise
     except Exception as e:
-        raise Untraceable(get_first_line(e)) from e
+        raise Untraceable(first_line(e)) from e
     return root, graph, partial(exported.find_calls, graph)
 
 
@@ -266,6 +266,6 @@ def is_within(layer: str, module: str) -> bool:
     return f"{layer}.".startswith(f"{module}." if module else "")
 
 
-def get_first_line(error: Exception | None) -> str:
+def first_line(error: Exception | None) -> str:
     """Return the first line of an error's message; the name of its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -134,9 +134,9 @@ def ablation_distances(
     other metrics a few times n³; "pwcca" costs 2 C n² p more, in x's precision. No ablated copy of
     x is made.
 
-    Distances are not computed as 1 minus a similarity near 1, and keep their digits where they are
-    small. From float64 input, "cka", "procrustes", and the excess of "cca" and "cca_squared" over
-    the self-distance are accurate to 1e-6 relative or 1e-14 absolute; the latter two for a ridge of
+    Distances are not computed as 1 minus a similarity near 1, so small ones keep their digits. From
+    float64 input, "cka", "procrustes", and the excess of "cca" and "cca_squared" over the
+    self-distance are accurate to 1e-6 relative or 1e-14 absolute; the latter two for a ridge of
     1e-3 or more, since rounding errors grow as the ridge falls. None of these distances is a metric
     in the mathematical sense.
 

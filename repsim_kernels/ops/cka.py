@@ -65,7 +65,7 @@ def cka(
 
     Notes
     -----
-    Computed from the features where that is cheaper than from the n x n Gram matrices. Invariant to
+    Computed from the features if that is cheaper than from the n x n Gram matrices. Invariant to
     rotation, isotropic scaling and translation of either side. 1 - CKA is not a metric: it violates
     the triangle inequality.
     Source: Kornblith, Norouzi, Lee & Hinton 2019, "Similarity of Neural Network Representations
