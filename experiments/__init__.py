@@ -47,5 +47,5 @@ def main() -> None:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise
         sys.exit(
-            f"error: {error.name} is not installed; run `pip install 'repsim-kernels[experiments]'`"
+            f"error: {error.name} is not installed; run: pip install 'repsim-kernels[experiments]'"
         )

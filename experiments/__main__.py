@@ -125,9 +125,7 @@ def stats(
     ] = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Columns with function changes, comma-separated; those of a run by default."
-        ),
+        typer.Option(help="Columns with function changes, comma-separated; a run's by default."),
     ] = None,
     by: Annotated[
         list[str] | None,
@@ -144,7 +142,9 @@ def stats(
     ] = None,
     similarities: Annotated[
         list[str] | None,
-        typer.Option(help="Those of --distances that are similarities; they are negated."),
+        typer.Option(
+            help="Which of --distances are similarities, comma-separated; they are negated."
+        ),
     ] = None,
     cluster: Annotated[
         str | None,

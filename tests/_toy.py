@@ -73,7 +73,7 @@ def list_study_calls(study: Study, folder: Path) -> dict[str, Callable[[], Any]]
 
 
 def write_image_folder(root: Path, per_class: int = 4) -> Path:
-    """Write an ImageFolder of three classes of tiny images, and give its path."""
+    """Write an ImageFolder of three classes of tiny images, and return its path."""
     rng = np.random.default_rng(0)
     for name in ("ant", "bee", "wasp"):
         (root / name).mkdir(parents=True)

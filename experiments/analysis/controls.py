@@ -142,7 +142,7 @@ def _draw_reliability(table: pd.DataFrame, change: str) -> pd.DataFrame:
 
 
 def correct_for_noise(means: pd.DataFrame, reliabilities: pd.DataFrame) -> pd.DataFrame:
-    """Add to mean correlations what a noise-free measurement of the function change would give.
+    """Correct mean correlations for the noise in the measured function changes.
 
     Parameters
     ----------

@@ -82,7 +82,7 @@ def read_table(
 def _read_csv(path: Path, names: set[str]) -> pd.DataFrame:
     """Read a CSV file, with the columns among ``names`` as text."""
     line = pd.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False)
-    header = [name.strip() for name in line.iloc[0]]  # also of "a, b"
+    header = [name.strip() for name in line.iloc[0]]  # "a, b" has a blank
     for mark, separator in ((";", "semicolons"), ("\t", "tabs")):
         if sum(name.count(mark) for name in header) >= len(header):
             raise StatsError(

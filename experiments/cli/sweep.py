@@ -66,7 +66,7 @@ def sweep(
     classes: Annotated[
         list[str] | None,
         typer.Option(
-            help="Classes to study, comma-separated or repeated; of --images, only these are "
+            help="Classes to study, comma-separated or repeated; with --images, only these are "
             "loaded. ImageNet classes by name, wnid or index."
         ),
     ] = None,
@@ -207,8 +207,8 @@ def sweep(
 
     Without options, run the demo into runs/demo: three small networks on the images shipped with
     the package, with a sample of the layers, classes and images. To resume an interrupted run,
-    run the same command again. Exit codes: 0 for success, 2 for invalid input, 3 if units failed
-    or are missing from the table, 130 after Ctrl-C, 143 after SIGTERM.
+    run the same command again. Exit codes: 0 for success, 2 if the command can't run or continue,
+    3 if units failed or are missing from the table, 130 after Ctrl-C, 143 after SIGTERM.
     """
     with exit_on_errors(), exit_on_signals():
         from repsim_kernels.experiments.cli.request import StudyFactory, SweepOptions

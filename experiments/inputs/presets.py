@@ -50,7 +50,7 @@ class Network:
     classes : tuple of str
         The target classes, as ImageNet's wnids.
     width : float
-        Multiplier of the channels; other than 1 only for MobileNetV2.
+        Multiplier of the channels; only MobileNetV2 allows a value that is not 1.
     others : int, optional
         Number of other classes, drawn at random, that a target is compared with; by default all
         others in ``classes``.
@@ -113,7 +113,7 @@ PRESETS: dict[str, Preset] = {
     "hayne2024": Preset(
         (_ALEXNET, _MOBILENET_V2_035, _RESNET50),
         {
-            "edges": "inclusive",  # the authors': neurons on an edge are in two cells or in none
+            "edges": "inclusive",  # a neuron on an edge is in several cells or in none
             "penalty": 1e3,
             "metrics": ("cka", "procrustes", "pwcca", "cca", "cca_squared"),
             "probes": ("paper",),
@@ -145,9 +145,9 @@ def load_network(network: Network, weights: str | Path | None = None) -> LoadedN
     ----------
     network : Network
     weights : path or "random", optional
-        A checkpoint file with 1,000 outputs, as for `load`. Or "random": weights that are always
-        the same, and for which no layer is dead and logits differ between images. By default
-        torchvision's best weights, from torch.hub's cache; they are downloaded if missing there.
+        A checkpoint file with 1,000 outputs, as for `load`. Or "random": reproducible weights for
+        which no layer is dead and logits differ between images. By default torchvision's best
+        weights, from torch.hub's cache; they are downloaded if missing there.
 
     Returns
     -------
@@ -239,7 +239,7 @@ def assign_weights(preset: Preset, weights: Sequence[str] | None) -> dict[str, s
 
 
 def _build_full_size(network: Network) -> nn.Module:
-    """Build the network with torchvision's fresh weights."""
+    """Build the network with torchvision's initial weights."""
     options = {} if network.width == 1 else {"width_mult": network.width}
     model: nn.Module = zoo.get_model(network.builder, weights=None, **options)
     return model

@@ -46,7 +46,7 @@ _MARGIN = 0.1  # accuracy above chance that is sufficient for a network with few
 
 @dataclass(frozen=True)
 class NetworkFindings:
-    """The table of one network of a run, and all statistics that the page shows of it.
+    """The table of one network of a run, and all statistics that the page shows.
 
     Attributes
     ----------

@@ -28,7 +28,7 @@ _FACTS_KEY = b"repsim_kernels"  # in the Parquet metadata of a part
 
 @contextmanager
 def _write_atomically(path: Path) -> Iterator[Path]:
-    """Write a file as `replacing` does; make its folder, and raise StoreError if that fails."""
+    """Write a file as `replace_file` does; make its folder, and raise StoreError if that fails."""
     try:
         path.parent.mkdir(exist_ok=True)
         with replace_file(path) as temporary:

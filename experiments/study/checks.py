@@ -69,7 +69,7 @@ def check_string(value: Any, argument: str) -> str:
 
 
 def check_names(values: Any, argument: str, known: Sequence[str] | None = None) -> list[str]:
-    """Check a sequence of names, each of them in `known` if that is given."""
+    """Check a sequence of names, all of them in `known` if it is given."""
     names = None if isinstance(values, str) else _options.to_tuple(values)
     if names is None or not all(isinstance(name, str) for name in names):
         raise StudyError(f"{argument}: {_options.short_repr(values)}; expected a sequence of names")
@@ -194,7 +194,7 @@ def check_progress(value: Any) -> None:
     """Check that progress is callable."""
     if value is not None and not callable(value):
         raise StudyError(
-            f"progress: {_options.short_repr(value)}; expected a function that takes a Step"
+            f"progress: {_options.short_repr(value)}; expected a function that takes a RunProgress"
         )
 
 

@@ -16,7 +16,7 @@ from repsim_kernels.experiments.study.study import Study
 from repsim_kernels.experiments.study.units import Unit
 from repsim_kernels.forward import Cost
 
-# Fewest neurons in the smaller of two timings of the metrics, for the clock to resolve it.
+# Minimum number of neurons in the smaller of the metrics' two timings: fewer are too fast to time.
 _FEW = 2000
 _DRAWS = 64  # timed draws of the paper's probe: a batch of fits for each of two threads
 
@@ -139,13 +139,13 @@ def plan(study: Study, units: Sequence[Unit] | None = None, separate_passes: boo
 
 
 def _tail_seconds(cost: Cost, n: int, speed: float) -> float:
-    """Seconds per image and cell after the layer; if cells run together, at the network's speed."""
+    """Estimate seconds per image and cell after the layer, at full speed if cells are batched."""
     alone = cost.tail_seconds / n
     return alone if cost.together == 1 else min(alone, cost.tail_flops / speed)
 
 
 def _metric_seconds(study: Study) -> tuple[float, float]:
-    """Seconds for a target's cells, distances and ridge probe: a constant, and per neuron."""
+    """Time a target's cells, distances and ridge probe: a constant, and seconds per neuron."""
     target, y = _labels(study)
     probes = [name for name in study.probes if name != "paper"]
     few = max(_FEW, study.n_cells, len(y))
@@ -162,7 +162,7 @@ def _metric_seconds(study: Study) -> tuple[float, float]:
 
 
 def _labels(study: Study) -> tuple[int, Tensor]:
-    """The first target, and the labels of all stimuli in its metrics."""
+    """Return the first target, and the labels of all stimuli in its metrics."""
     target = study.targets[0]
     classes = (
         study.unique_labels if study.others is None else [target, *study.draw_other_classes(target)]
@@ -173,7 +173,7 @@ def _labels(study: Study) -> tuple[int, Tensor]:
 
 
 def _fit_seconds(study: Study) -> float:
-    """Seconds per logistic regression of the paper's probe."""
+    """Time the paper's probe: seconds per logistic regression."""
     target, y = _labels(study)
     n_cells = study.n_cells
     x = _random_activations(len(y), _FEW, study.device)
@@ -187,6 +187,6 @@ def _fit_seconds(study: Study) -> float:
 
 
 def _random_activations(n: int, p: int, device: torch.device) -> Tensor:
-    """Activations like a ReLU layer's; timings on zeros would mislead."""
+    """Draw activations like a ReLU layer's; timings on zeros would mislead."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(n, p, generator=generator).relu_().to(device)

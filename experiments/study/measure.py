@@ -63,7 +63,7 @@ def rows(study: Study, units: Sequence[Unit]) -> Iterator[pd.DataFrame]:
     Raises
     ------
     StudyError
-        A layer's activations are not finite, the memory is too little for a layer, or the
+        A layer's activations are not finite, the memory is too small for a layer, or the
         network's weights have changed.
     """
     tables = _iter_rows(study, units)
@@ -77,12 +77,12 @@ def rows(study: Study, units: Sequence[Unit]) -> Iterator[pd.DataFrame]:
 
 
 def describe(study: Study) -> dict[str, Any]:
-    """Facts about a study for readers of its results, in addition to the configuration.
+    """Collect facts about a study that the configuration does not hold, for its readers.
 
     Raises
     ------
     StudyError
-        The memory is too little for a layer, or the network's weights have changed.
+        The memory is too small for a layer, or the network's weights have changed.
     """
     group_layers(study, study.layers)
     correct = torch.zeros(len(study.labels), dtype=torch.bool)
@@ -197,8 +197,8 @@ def _measure_target(
         )
         # The intact logits come from the same masked pass as the ablated ones, so that the change
         # for an empty cell is exactly zero.
-        none = torch.full(result.cells.shape[-1:], -1)
-        intact = torch.cat([forward.logits(s, none, 1, memory=free_bytes)[0] for s in states])
+        no_cell = torch.full(result.cells.shape[-1:], -1)
+        intact = torch.cat([forward.logits(s, no_cell, 1, memory=free_bytes)[0] for s in states])
         parts = [forward.logits(s, result.cells, n_cells, memory=free_bytes) for s in states]
     except rk.RepsimError as error:
         raise StudyError(f"{where}, class {study.class_name(label)}: {error}") from error
@@ -221,7 +221,7 @@ def _measure_target(
 def _select_stimuli(
     study: Study, label: int, activations: LayerActivations
 ) -> tuple[Tensor, Tensor]:
-    """Activations and labels of the target and the classes that it is compared with."""
+    """Select activations and labels of the target and the classes it is compared with."""
     if study.others is None:
         return activations.x, activations.labels
     chosen = torch.tensor([label, *study.draw_other_classes(label)])
@@ -262,8 +262,11 @@ def measure_representation(
         decodability = linear.measure_decodability(study, probes, layer, label, x, y, cells)
         distances |= {BASELINE: _energy_shares(x, cells, study.n_cells)}
     except rk.ConstantError:
-        what = "is the same for every stimulus: its distances and decodability are NaN"
-        warnings.warn(f"{study.name}, layer {layer} {what}", stacklevel=2)
+        warnings.warn(
+            f"{study.name}, layer {layer} is the same for every stimulus: its distances and "
+            "decodability are NaN",
+            stacklevel=2,
+        )
         nan = torch.full((study.n_cells,), math.nan)
         distances = dict.fromkeys((*study.metrics, BASELINE), nan)
         decodability = linear.make_nan_columns(probes, study.n_cells)

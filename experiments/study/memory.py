@@ -11,7 +11,7 @@ from repsim_kernels.experiments.errors import StudyError
 if TYPE_CHECKING:
     from repsim_kernels.experiments.study.study import Study
 
-BATCH = 64  # most images in one pass
+BATCH = 64  # maximum number of images in one pass
 _ACTIVATION_SHARE = 0.7  # of the memory budget; the rest is for the computation
 _GRID = 190  # bytes per neuron for sorting neurons into cells, measured
 

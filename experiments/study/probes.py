@@ -48,7 +48,7 @@ def measure_decodability(
 
 
 def _ridge(study: Study, label: int, x: Tensor, y: Tensor, cells: Tensor) -> dict[str, Tensor]:
-    """The loss of the ridge probe's balanced accuracy and margin, refitted and frozen."""
+    """Measure the loss of the ridge probe's balanced accuracy and margin, refitted and frozen."""
     scores = rk.ablation_decodability(
         x,
         cells,
@@ -69,15 +69,16 @@ def _ridge(study: Study, label: int, x: Tensor, y: Tensor, cells: Tensor) -> dic
 def _ridge_halves(
     study: Study, label: int, x: Tensor, y: Tensor, cells: Tensor
 ) -> dict[str, Tensor]:
-    """The ridge probe on each half, every other stimulus (a view); NaN if a class has only one.
+    """Measure the ridge probe on each half; NaN if a half has fewer than two stimuli of a side.
 
-    Stimuli are sorted by class, so each half has half of every class, plus or minus one stimulus.
+    A half is every other stimulus (a view). Stimuli are sorted by class, so each half has half of
+    every class, plus or minus one stimulus.
     """
     by_half: dict[str, Tensor] = {}
     for first, which in enumerate(HALVES):
-        own = y[first::2] == label
+        is_target = y[first::2] == label
         changes = {name: torch.full((study.n_cells,), math.nan) for name in PROBES["ridge"]}
-        if min(int(own.sum()), int((~own).sum())) > 1:
+        if min(int(is_target.sum()), int((~is_target).sum())) > 1:
             with suppress(rk.ConstantError):
                 changes = _ridge(study, label, x[first::2], y[first::2], cells)
         by_half |= {half_column(name, which): changes[name] for name in PROBES["ridge"]}
@@ -87,7 +88,7 @@ def _ridge_halves(
 def measure_paper_probe(
     study: Study, layer: str, label: int, x: Tensor, y: Tensor, cells: Tensor, draws: int
 ) -> dict[str, Tensor]:
-    """The paper's probe; its draws depend on the study's seed, the layer and the class."""
+    """Measure the paper's probe; draws depend on the study's seed, the layer and the class."""
     scores = rk.probe_paper(
         x,
         cells,
@@ -103,10 +104,10 @@ def measure_paper_probe(
 
 
 def make_seed(study: Study, layer: str, label: int) -> np.random.SeedSequence:
-    """Seed for everything that is drawn for a layer and a class."""
+    """Make the seed of everything that is drawn for a layer and a class."""
     return np.random.SeedSequence([study.seed, zlib.crc32(layer.encode()), label])
 
 
 def make_nan_columns(probes: Sequence[str], n_cells: int) -> dict[str, Tensor]:
-    """Columns of NaN, for a layer that is the same for every stimulus."""
+    """Make columns of NaN, for a layer that is the same for every stimulus."""
     return {name: torch.full((n_cells,), math.nan) for name in list_columns(probes)}

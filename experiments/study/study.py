@@ -104,7 +104,7 @@ class Study:
         Target classes per unit of work. A unit is measured from one pass over the images and
         stored as a whole, so it is the most that a killed run loses.
     note : str, optional
-        A remark for the table and the report, for example that the study is no evidence; a
+        A remark for the table and the report, for example that the study is not evidence; a
         resumed run keeps its first note.
     device : str or torch.device, optional
         Where to compute; the model's device by default.
@@ -274,7 +274,7 @@ class Study:
             A folder: stores each finished unit at once, and ``results.parquet`` at the end. Units
             that are stored already are not computed again.
         progress : callable, optional
-            Called with a `Step` when a unit starts, is done, or has failed.
+            Called with a `RunProgress` when a unit starts, is done, or has failed.
 
         Returns
         -------
@@ -393,7 +393,7 @@ class Study:
 
 
 def _list_names(names: Sequence[str]) -> str:
-    """List names in brackets; of more than four, their number, the first and the last."""
+    """Format names in brackets: all of up to four, otherwise their number, first and last."""
     if len(names) <= 4:
         return str(list(names))
     return f"[{len(names)}: {names[0]!r}, …, {names[-1]!r}]"

@@ -81,5 +81,5 @@ def test_the_command_names_a_missing_extra():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == (
-        "error: typer is not installed; run `pip install 'repsim-kernels[experiments]'`\n"
+        "error: typer is not installed; run: pip install 'repsim-kernels[experiments]'\n"
     )

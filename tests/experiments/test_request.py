@@ -333,6 +333,6 @@ def test_the_report_states_edges_and_drawn_classes(tmp_path: Path, published: bo
     changes = {"edges": "inclusive", "others": 1, "seed": 7} if published else {}
     toy_study(metrics=["cka"], **changes).run(tmp_path / "run")
     html = write_report(tmp_path / "run", tmp_path / "page.html").read_text(encoding="utf-8")
-    assert ("neurons on an edge are in both cells or in none" in html) == published
+    assert ("neurons on an edge are in several cells or in none" in html) == published
     assert ("those of 1 other classes, drawn with seed 7" in html) == published
     assert f"{10 if published else 15} of them for the metrics" in html
