@@ -162,7 +162,7 @@ def stats(
     with exit_on_errors():
         from repsim_kernels.experiments.analysis.correlations import (
             change_columns,
-            correlations,
+            compute_correlations,
             distance_columns,
         )
         from repsim_kernels.experiments.analysis.tables import (
@@ -186,7 +186,7 @@ def stats(
         )
         keys = names if by else [name for name in names if name in rows.columns]
         negated = split_commas(similarities) or []
-        groups = correlations(rows, *sides, keys, similarities=negated)
+        groups = compute_correlations(rows, *sides, keys, similarities=negated)
         if cluster is not None and cluster not in keys:
             raise OptionsError(
                 f"cluster: {cluster!r} is not a group column; expected {' or '.join(keys)}"

@@ -12,11 +12,11 @@ from repsim_kernels.experiments.analysis.correlations import (
     centred_ranks,
     check_columns,
     check_names,
+    compute_correlations,
     correlate,
-    correlations,
     group_rows,
     make_rows,
-    summary,
+    summarise,
     to_numbers,
 )
 from repsim_kernels.experiments.columns import GROUP_KEYS, HALVES, half_column
@@ -25,7 +25,7 @@ from repsim_kernels.experiments.columns import GROUP_KEYS, HALVES, half_column
 _EXPLAINED = 1e-9
 
 
-def partial_correlations(
+def compute_partial_correlations(
     table: pd.DataFrame,
     distances: Sequence[str],
     changes: Sequence[str],
@@ -85,7 +85,7 @@ def _residuals(x: Floats, z: Floats) -> Floats:
     return np.where(unknown, np.nan, residuals)
 
 
-def reliability(table: pd.DataFrame, changes: Sequence[str]) -> pd.DataFrame:
+def measure_reliability(table: pd.DataFrame, changes: Sequence[str]) -> pd.DataFrame:
     """Reliability of each function change: from two halves of the images, or from its error.
 
     Parameters
@@ -125,7 +125,7 @@ def reliability(table: pd.DataFrame, changes: Sequence[str]) -> pd.DataFrame:
 
 def _split_half_reliability(table: pd.DataFrame, change: str) -> pd.DataFrame:
     odd, even = (half_column(change, half) for half in HALVES)
-    means = summary(correlations(table, [odd], [even]))
+    means = summarise(compute_correlations(table, [odd], [even]))
     r = means["spearman"]
     return means[["model"]].assign(
         reliability=2 * r / (1 + r), groups=means["groups"] - means["nan_groups"]
@@ -147,9 +147,9 @@ def correct_for_noise(means: pd.DataFrame, reliabilities: pd.DataFrame) -> pd.Da
     Parameters
     ----------
     means : DataFrame
-        The result of :func:`summary`.
+        The result of :func:`summarise`.
     reliabilities : DataFrame
-        The result of :func:`reliability`.
+        The result of :func:`measure_reliability`.
 
     Returns
     -------

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from repsim_kernels.experiments.columns import BASELINE, CHANGES, GROUP_KEYS, METRICS
 from repsim_kernels.experiments.errors import StatsError
 
-#: The columns of the result of `correlations` after those that name the group.
+#: The columns of the result of `compute_correlations` after those that name the group.
 RESULTS = ("distance", "change", "spearman", "kendall", "n")
 _SIGNS = 2**25  # signs of differences in memory at once
 _LARGE = 2048  # cells in a group above which sorting is faster than comparing all pairs
@@ -31,7 +31,7 @@ def change_columns(table: pd.DataFrame) -> list[str]:
     return [name for name in CHANGES if name in table.columns]
 
 
-def correlations(
+def compute_correlations(
     table: pd.DataFrame,
     distances: Sequence[str],
     changes: Sequence[str],
@@ -166,13 +166,13 @@ def _difference_signs(values: Floats) -> NDArray[np.float32]:
     return signs.reshape(*v.shape[:2], -1)
 
 
-def summary(correlations: pd.DataFrame, by: Sequence[str] = ("model",)) -> pd.DataFrame:
+def summarise(correlations: pd.DataFrame, by: Sequence[str] = ("model",)) -> pd.DataFrame:
     """Mean correlation over the groups, for each model, distance and change.
 
     Parameters
     ----------
     correlations : DataFrame
-        The result of :func:`correlations`.
+        The result of :func:`compute_correlations`.
     by : sequence of str
         Columns whose values are summarised separately.
 
@@ -198,9 +198,9 @@ def summary(correlations: pd.DataFrame, by: Sequence[str] = ("model",)) -> pd.Da
     return table
 
 
-def means(per_group: pd.DataFrame) -> pd.DataFrame:
+def tabulate_means(per_group: pd.DataFrame) -> pd.DataFrame:
     """Mean correlations, with a row per model and metric and a column per function change."""
-    table = summary(per_group)
+    table = summarise(per_group)
     order = {key: list(table[key].unique()) for key in ("model", "distance", "change")}
     wide = table.pivot(index=["model", "distance"], columns="change", values="spearman")
     rows = pd.MultiIndex.from_product([order["model"], order["distance"]])

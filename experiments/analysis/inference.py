@@ -13,9 +13,9 @@ import pandas as pd  # type: ignore[import-untyped]
 import scipy.stats  # type: ignore[import-untyped]
 
 from repsim_kernels.experiments.analysis.correlations import RESULTS, check_columns
+from repsim_kernels.experiments.analysis.resampling import compute_intervals as compute_intervals
 from repsim_kernels.experiments.analysis.resampling import fisher_z as fisher_z
 from repsim_kernels.experiments.analysis.resampling import holm as holm
-from repsim_kernels.experiments.analysis.resampling import intervals as intervals
 from repsim_kernels.experiments.analysis.resampling import jackknife, sign_flips
 from repsim_kernels.experiments.columns import BASELINE
 from repsim_kernels.experiments.errors import StatsError
@@ -84,7 +84,7 @@ def compare(
     Parameters
     ----------
     per_group : DataFrame
-        The result of :func:`correlations`.
+        The result of :func:`compute_correlations`.
     weights : mapping of (distance, change) to float
         The weights of the sum; :func:`difference_weights` makes those of a difference of means.
     name : str
@@ -111,13 +111,13 @@ def compare(
     return Contrast(name, estimate, low, high, float(sign_flips(values)), len(values))
 
 
-def mixed_model(per_group: pd.DataFrame, performance: str, decodability: str) -> MixedModel:
+def fit_mixed_model(per_group: pd.DataFrame, performance: str, decodability: str) -> MixedModel:
     """Fit the study's mixed model, ``z ~ function * metric + (1 | class)``.
 
     Parameters
     ----------
     per_group : DataFrame
-        The result of :func:`correlations` for one model.
+        The result of :func:`compute_correlations` for one model.
     performance, decodability : str
         The two changes that are the levels of ``function``.
 
@@ -193,7 +193,7 @@ def compare_with_baseline(per_group: pd.DataFrame, change: str) -> list[Contrast
     Parameters
     ----------
     per_group : DataFrame
-        The result of :func:`correlations` for one model, with the baseline among its distances.
+        The result of :func:`compute_correlations` for one model; the baseline is a distance.
     change : str
         The function change.
 
@@ -214,13 +214,13 @@ def compare_with_baseline(per_group: pd.DataFrame, change: str) -> list[Contrast
     )
 
 
-def claims(per_group: pd.DataFrame, performance: str, decodability: str) -> list[Claim]:
+def judge_claims(per_group: pd.DataFrame, performance: str, decodability: str) -> list[Claim]:
     """Judge the three claims of the study for one model: held, not held, or not decided.
 
     Parameters
     ----------
     per_group, performance, decodability
-        As for :func:`mixed_model`.
+        As for :func:`fit_mixed_model`.
 
     Returns
     -------

@@ -104,7 +104,7 @@ def holm(p: ArrayLike) -> Floats:
     return adjusted
 
 
-def intervals(
+def compute_intervals(
     per_group: pd.DataFrame,
     by: Sequence[str] = ("model",),
     cluster: str = "class",
@@ -114,7 +114,7 @@ def intervals(
     Parameters
     ----------
     per_group : DataFrame
-        The result of :func:`correlations`.
+        The result of :func:`compute_correlations`.
     by : sequence of str
         Columns whose values are summarised separately.
     cluster : str

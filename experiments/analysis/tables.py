@@ -13,7 +13,7 @@ import pandas as pd  # type: ignore[import-untyped]
 from repsim_kernels.experiments.analysis.correlations import (
     check_columns,
     check_names,
-    correlations,
+    compute_correlations,
     is_comparable,
     to_numbers,
 )
@@ -149,7 +149,7 @@ def find_problems(
     Parameters
     ----------
     table, distances, changes, by, similarities
-        As for :func:`correlations`.
+        As for :func:`compute_correlations`.
 
     Returns
     -------
@@ -208,7 +208,7 @@ def _find_opposed(
     table: pd.DataFrame, names: Sequence[str], by: Sequence[str], similarities: Sequence[str]
 ) -> list[str]:
     """List the columns that mostly fall within a group while the other columns rise."""
-    rho = correlations(table, names, names, by)
+    rho = compute_correlations(table, names, names, by)
     medians = rho.groupby(["distance", "change"])["spearman"].median().unstack().fillna(0)
     medians = medians.loc[list(names), list(names)].to_numpy()
     sign = np.array([-1.0 if name in similarities else 1.0 for name in names])

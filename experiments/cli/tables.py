@@ -14,10 +14,10 @@ from rich.text import Text
 
 from repsim_kernels.experiments.analysis.correlations import (
     change_columns,
-    correlations,
+    compute_correlations,
     distance_columns,
-    means,
-    summary,
+    summarise,
+    tabulate_means,
 )
 from repsim_kernels.experiments.cli.progress import format_duration, format_rate
 from repsim_kernels.experiments.columns import METRIC_NAMES
@@ -111,7 +111,7 @@ def print_results(console: Console, table: pd.DataFrame, store: Store) -> None:
 
     warn_if_near_chance(store)
     changes, folder = change_columns(table), store.folder
-    wide = means(correlations(table, distance_columns(table), changes))
+    wide = tabulate_means(compute_correlations(table, distance_columns(table), changes))
     notes = table.attrs.get("notes", {})
     for model in table["model"].unique():
         note = f" ({notes[model]})" if model in notes else ""
@@ -147,14 +147,14 @@ def _print_table(console: Console, view: Table) -> None:
 
 def print_correlations(console: Console, groups: pd.DataFrame, cluster: str) -> None:
     """Print the mean correlations over groups, with intervals over the clusters."""
-    from repsim_kernels.experiments.analysis.inference import intervals
+    from repsim_kernels.experiments.analysis.inference import compute_intervals
 
     by = list(groups.columns[: groups.columns.get_loc("distance")])
     keep = [name for name in by if name == "model" and name != cluster]
     keys = [*keep, "distance", "change"]
-    rows = summary(groups, keep)
+    rows = summarise(groups, keep)
     if cluster in by:
-        rows = rows.merge(intervals(groups, keep, cluster)[[*keys, "low", "high"]], on=keys)
+        rows = rows.merge(compute_intervals(groups, keep, cluster)[[*keys, "low", "high"]], on=keys)
     heads = {
         "spearman": "mean\nrho",
         "low": "95 %\nfrom",

@@ -12,23 +12,23 @@ import pandas as pd  # type: ignore[import-untyped]
 import scipy.stats  # type: ignore[import-untyped]
 
 from repsim_kernels.experiments.analysis.controls import (
+    compute_partial_correlations,
     correct_for_noise,
-    partial_correlations,
-    reliability,
+    measure_reliability,
 )
 from repsim_kernels.experiments.analysis.correlations import (
     change_columns,
-    correlations,
+    compute_correlations,
     distance_columns,
-    summary,
+    summarise,
 )
 from repsim_kernels.experiments.analysis.inference import (
     Claim,
     MixedModel,
-    claims,
     compare_with_baseline,
-    intervals,
-    mixed_model,
+    compute_intervals,
+    fit_mixed_model,
+    judge_claims,
 )
 from repsim_kernels.experiments.analysis.published import PUBLISHED
 from repsim_kernels.experiments.columns import BASELINE, METRIC_NAMES, NAN_IMAGES
@@ -111,15 +111,15 @@ class NetworkFindings:
 
     @cached_property
     def per_group(self) -> pd.DataFrame:
-        return correlations(self.table, self.distances, self.changes)
+        return compute_correlations(self.table, self.distances, self.changes)
 
     @cached_property
     def estimates(self) -> pd.DataFrame:
-        return intervals(self.per_group)
+        return compute_intervals(self.per_group)
 
     @cached_property
     def reliability(self) -> pd.DataFrame:
-        return reliability(self.table, self.changes)
+        return measure_reliability(self.table, self.changes)
 
     @cached_property
     def layers(self) -> list[str]:
@@ -163,7 +163,7 @@ class NetworkFindings:
         if self.functions is None:
             return None
         judged = []
-        for claim in claims(self.per_group, *self.functions):
+        for claim in judge_claims(self.per_group, *self.functions):
             parts = [detail.partition(": ") for detail in claim.details]
             details = [
                 f"{METRIC_NAMES.get(name, name)}{colon}{rest}" for name, colon, rest in parts
@@ -179,7 +179,7 @@ class NetworkFindings:
         if self.functions is None:
             return None
         try:
-            return mixed_model(self.per_group, *self.functions)
+            return fit_mixed_model(self.per_group, *self.functions)
         except StatsError:
             return None
 
@@ -232,7 +232,7 @@ class NetworkFindings:
         metrics = self.metrics
         if not metrics or not {"size", BASELINE} <= set(self.table.columns):
             return None
-        partial = partial_correlations(self.table, metrics, self.plotted_changes)
+        partial = compute_partial_correlations(self.table, metrics, self.plotted_changes)
         means = partial.groupby(["distance", "change"], sort=False)["spearman"].mean()
         plain = self.estimates.set_index(["distance", "change"])["estimate"]
         return {key: (plain[key], value) for key, value in means.items()}
@@ -242,7 +242,7 @@ class NetworkFindings:
         """By (distance, change): the mean correlation, and the same corrected for noise."""
         if self.reliability.empty:
             return None
-        means = correct_for_noise(summary(self.per_group), self.reliability)
+        means = correct_for_noise(summarise(self.per_group), self.reliability)
         means = means.dropna(subset=["reliability"])
         keys = zip(means["distance"], means["change"], strict=True)
         return dict(zip(keys, zip(means["spearman"], means["corrected"], strict=True), strict=True))

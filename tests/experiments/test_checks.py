@@ -176,7 +176,7 @@ def test_progress_that_is_not_callable_raises_before_anything_is_written(tmp_pat
         lambda: study.run(tmp_path / "run", progress=True),  # type: ignore[arg-type]
         lambda: run([study], progress="bar"),  # type: ignore[arg-type]
     ):
-        with pytest.raises(StudyError, match=r"^progress: .*; expected a function that takes a St"):
+        with pytest.raises(StudyError, match=r"^progress: .*; expected a function that takes a Ru"):
             call()
     assert not (tmp_path / "run").exists()
 

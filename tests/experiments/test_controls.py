@@ -8,11 +8,11 @@ import pytest
 import scipy.stats
 
 from repsim_kernels.experiments.analysis.controls import (
+    compute_partial_correlations,
     correct_for_noise,
-    partial_correlations,
-    reliability,
+    measure_reliability,
 )
-from repsim_kernels.experiments.analysis.correlations import correlations, summary
+from repsim_kernels.experiments.analysis.correlations import compute_correlations, summarise
 from repsim_kernels.experiments.errors import StatsError
 
 KEYS = ["model", "class", "layer"]
@@ -54,7 +54,7 @@ def residual_correlation(
 @pytest.mark.parametrize("controls", [["energy"], ["size", "energy"]])
 def test_partial_correlations_equal_those_of_residuals(controls: list[str]) -> None:
     table = random_table(12).sample(frac=0.9, random_state=1)
-    result = partial_correlations(table, ["near", "far"], ["lost"], controls)
+    result = compute_partial_correlations(table, ["near", "far"], ["lost"], controls)
     assert len(result) == 24
     for row in result.itertuples():
         group = table[table["layer"] == row.layer]
@@ -71,7 +71,7 @@ def test_one_control_matches_the_textbook_formula() -> None:
         for one, other in (("near", "lost"), ("near", "energy"), ("lost", "energy"))
     )
     expected = (ab - ac * bc) / np.sqrt((1 - ac**2) * (1 - bc**2))
-    (result,) = partial_correlations(table, ["near"], ["lost"], ["energy"])["spearman"]
+    (result,) = compute_partial_correlations(table, ["near"], ["lost"], ["energy"])["spearman"]
     assert result == pytest.approx(expected, abs=1e-12)
 
 
@@ -80,21 +80,23 @@ def test_columns_explained_by_the_controls_have_no_partial_correlation() -> None
     table["same"] = 7 * table["energy"]
     table.loc[table["layer"] == 1, "size"] = 5  # constant: explains nothing
     table.loc[(table["layer"] == 2) & (table["cell"] == 3), "energy"] = np.nan
-    result = partial_correlations(table, ["same", "far"], ["lost"]).set_index(["distance", "layer"])
+    result = compute_partial_correlations(table, ["same", "far"], ["lost"]).set_index(
+        ["distance", "layer"]
+    )
     rho = result["spearman"]
     assert rho["same"].isna().all()
     assert rho["far"].isna().tolist() == [False, False, True]
     expected = residual_correlation(table[table["layer"] == 1], "far", "lost", ["energy"])
     assert rho["far", 1] == pytest.approx(expected, abs=1e-9)
     with pytest.raises(StatsError, match="controls: the table has no column 'colour'"):
-        partial_correlations(table, ["far"], ["lost"], ["colour"])
+        compute_partial_correlations(table, ["far"], ["lost"], ["colour"])
 
 
 def test_halves_give_the_known_reliability() -> None:
     """Normal scores with noise 0.8; with many cells per group, ranks lose little."""
     table = random_table(40, cells=400)
     table["lost"] = (table["lost_odd"] + table["lost_even"]) / 2
-    (row,) = reliability(table, ["lost"]).itertuples()
+    (row,) = measure_reliability(table, ["lost"]).itertuples()
     truth = 1 + 1 / 12  # the variance that both halves share
     assert row.reliability == pytest.approx(truth / (truth + 0.8**2 / 2), abs=0.02)
     assert (row.source, row.groups) == ("halves", 40)
@@ -112,15 +114,15 @@ def test_a_standard_error_gives_the_reliability_of_draws() -> None:
     truth = table["lost"].to_numpy()
     table["lost_error"] = rng.uniform(0.4, 0.6, len(table))
     table["lost"] = truth + table["lost_error"] * rng.standard_normal(len(table))
-    (row,) = reliability(table, ["lost"]).itertuples()
+    (row,) = measure_reliability(table, ["lost"]).itertuples()
     variance = truth.var()
     noise = (table["lost_error"] ** 2).mean()
     assert row.reliability == pytest.approx(variance / (variance + noise), abs=0.03)
     assert (row.source, row.groups) == ("draws", 10)
     # Unknown for a change with neither halves nor an error, and for a constant change.
-    assert reliability(table, ["far"]).empty
+    assert measure_reliability(table, ["far"]).empty
     table["lost"] = 1.0
-    assert reliability(table, ["lost"])["reliability"].isna().all()
+    assert measure_reliability(table, ["lost"])["reliability"].isna().all()
 
 
 def test_corrected_correlations_equal_those_without_noise() -> None:
@@ -128,14 +130,14 @@ def test_corrected_correlations_equal_those_without_noise() -> None:
     table = random_table(30, cells=400, seed=6)
     truth = table["lost"].to_numpy()
     table["near"] = truth + rng.standard_normal(len(table))
-    clean = summary(correlations(table, ["near"], ["lost"]))["spearman"][0]
+    clean = summarise(compute_correlations(table, ["near"], ["lost"]))["spearman"][0]
     table["lost"] = (table["lost_odd"] + table["lost_even"]) / 2
-    means = summary(correlations(table, ["near"], ["lost"]))
-    (row,) = correct_for_noise(means, reliability(table, ["lost"])).itertuples()
+    means = summarise(compute_correlations(table, ["near"], ["lost"]))
+    (row,) = correct_for_noise(means, measure_reliability(table, ["lost"])).itertuples()
     assert row.spearman < clean - 0.03
     assert row.corrected == pytest.approx(clean, abs=0.01)
     assert row.corrected == row.spearman / np.sqrt(row.reliability)
     # Halves with a negative correlation give no reliability to correct by.
     table["lost_even"] = -table["lost_odd"]
-    (row,) = correct_for_noise(means, reliability(table, ["lost"])).itertuples()
+    (row,) = correct_for_noise(means, measure_reliability(table, ["lost"])).itertuples()
     assert np.isnan(row.corrected)

@@ -8,7 +8,11 @@ import pytest
 import scipy.stats
 
 from repsim_kernels.experiments.analysis import correlations as stats
-from repsim_kernels.experiments.analysis.correlations import correlations, means, summary
+from repsim_kernels.experiments.analysis.correlations import (
+    compute_correlations,
+    summarise,
+    tabulate_means,
+)
 from repsim_kernels.experiments.errors import StatsError
 
 
@@ -36,7 +40,7 @@ def random_table(groups: int, cells: int = 16, seed: int = 0) -> pd.DataFrame:
 
 def test_correlations_equal_scipys_with_ties_constants_and_nan() -> None:
     table = random_table(40).sample(frac=1, random_state=1)
-    result = correlations(table, ["near", "far"], ["lost", "held"])
+    result = compute_correlations(table, ["near", "far"], ["lost", "held"])
     assert list(result.columns) == [
         "model", "class", "layer", "distance", "change", "spearman", "kendall", "n",
     ]  # fmt: skip
@@ -56,7 +60,7 @@ def test_correlations_equal_scipys_with_ties_constants_and_nan() -> None:
 
 def test_groups_of_any_size_equal_scipys(monkeypatch: pytest.MonkeyPatch) -> None:
     table = random_table(60, seed=1).sample(frac=0.6, random_state=2).drop(columns="model")
-    whole = correlations(table, ["far"], ["lost"], by=["layer"])
+    whole = compute_correlations(table, ["far"], ["lost"], by=["layer"])
     assert whole["n"].nunique() > 5
     for row in whole.dropna().itertuples():
         group = table[table["layer"] == row.layer]
@@ -66,19 +70,19 @@ def test_groups_of_any_size_equal_scipys(monkeypatch: pytest.MonkeyPatch) -> Non
         assert row.kendall == pytest.approx(scipy.stats.kendalltau(a, b)[0], abs=1e-12)
     for name, value in (("_LARGE", 4), ("_SIGNS", 1000)):  # sorting, and blocks of a few groups
         monkeypatch.setattr(stats, name, value)
-        again = correlations(table, ["far"], ["lost"], by=["layer"])
+        again = compute_correlations(table, ["far"], ["lost"], by=["layer"])
         pd.testing.assert_frame_equal(whole, again, rtol=1e-12)
 
 
 def test_similarities_are_negated() -> None:
     table = random_table(4)
     table["like"] = 1 - table["far"]
-    both = correlations(table, ["far", "like"], ["held"], similarities=["like"])
+    both = compute_correlations(table, ["far", "like"], ["held"], similarities=["like"])
     for name in ("spearman", "kendall"):
         far, like = (both.loc[both["distance"] == d, name].to_numpy() for d in ("far", "like"))
         np.testing.assert_array_equal(far, like)
     with pytest.raises(StatsError, match="similarities: 'like' is not among distances"):
-        correlations(table, ["far"], ["held"], similarities=["like"])
+        compute_correlations(table, ["far"], ["held"], similarities=["like"])
 
 
 def test_duplicate_cells_are_refused() -> None:
@@ -86,25 +90,25 @@ def test_duplicate_cells_are_refused() -> None:
     with pytest.raises(
         StatsError, match=r"1 duplicate row; the first is model a, class 0, layer 1, cell 1;"
     ):
-        correlations(table, ["far"], ["lost"])
+        compute_correlations(table, ["far"], ["lost"])
     # Grouping without the model makes the cells of two models duplicates.
     with pytest.raises(StatsError, match="expected one row per cell of a group by class"):
-        correlations(random_table(4), ["far"], ["lost"], by=["class"])
+        compute_correlations(random_table(4), ["far"], ["lost"], by=["class"])
 
 
 def test_equal_orders_give_exactly_1_and_single_cells_nan() -> None:
     table = pd.DataFrame(
         {"g": [0, 0, 0, 0, 1], "d": [1e-9, 2e-9, 2e-9, 7.0, 1.0], "c": [3.0, 4.0, 4.0, 5.0, 1.0]}
     )
-    result = correlations(table, ["d"], ["c"], by=["g"])
+    result = compute_correlations(table, ["d"], ["c"], by=["g"])
     assert result["spearman"].tolist()[0] == 1.0
     assert np.isnan(result["spearman"][1])
     assert result["n"].tolist() == [4, 1]
 
 
 def test_summary_excludes_and_counts_nan_groups() -> None:
-    result = correlations(random_table(40), ["near", "far"], ["lost"])
-    table = summary(result).set_index(["model", "distance", "change"])
+    result = compute_correlations(random_table(40), ["near", "far"], ["lost"])
+    table = summarise(result).set_index(["model", "distance", "change"])
     odd = result[(result["model"] == "a") & (result["distance"] == "far")]["spearman"]
     row = table.loc[("a", "far", "lost")]
     assert row["groups"] == 20
@@ -113,7 +117,7 @@ def test_summary_excludes_and_counts_nan_groups() -> None:
     kendall = result[(result["model"] == "a") & (result["distance"] == "far")]["kendall"]
     assert row["kendall"] == pytest.approx(kendall.dropna().mean())
     assert table.loc[("b", "far", "lost"), "nan_groups"] == 0
-    assert means(result).loc[("a", "far"), "lost"] == row["spearman"]
+    assert tabulate_means(result).loc[("a", "far"), "lost"] == row["spearman"]
 
 
 @pytest.mark.parametrize(
@@ -129,4 +133,4 @@ def test_missing_and_non_numeric_columns_are_refused(
 ) -> None:
     table = random_table(4).assign(word="x")
     with pytest.raises(StatsError, match=message):
-        correlations(table, distances, changes)
+        compute_correlations(table, distances, changes)

@@ -13,8 +13,8 @@ import pytest
 import scipy.stats
 from _cli import invoke
 
-from repsim_kernels.experiments.analysis.controls import partial_correlations
-from repsim_kernels.experiments.analysis.correlations import correlations
+from repsim_kernels.experiments.analysis.controls import compute_partial_correlations
+from repsim_kernels.experiments.analysis.correlations import compute_correlations
 from repsim_kernels.experiments.analysis.tables import find_problems, read_table
 from repsim_kernels.experiments.errors import StatsError
 
@@ -75,7 +75,7 @@ def test_names_in_csv_are_text(tmp_path: Path, key: str, start: str, newline: st
         assert result[name].tolist() == table[name].astype(str).tolist()
     np.testing.assert_array_equal(result["top1"], table["top1"])
     table["cell"] = table["cell"].astype(str)
-    assert_equals_scipy(correlations(result, ["cka"], ["top1"]), table)
+    assert_equals_scipy(compute_correlations(result, ["cka"], ["top1"]), table)
     assert_equals_scipy(read_table(tmp_path / "rho.csv"), table)
 
 
@@ -103,7 +103,7 @@ def test_named_index_levels_become_columns(
         table.set_index(levels, drop=False).to_parquet(path)
     else:
         table.set_index(levels).to_parquet(path)
-    assert_equals_scipy(correlations(read_table(path), ["cka"], ["top1"]), table)
+    assert_equals_scipy(compute_correlations(read_table(path), ["cka"], ["top1"]), table)
     code, out, err = stats(path)
     assert (code, err) == (0, [])
     assert "12 groups by model, class, layer" in out
@@ -129,16 +129,16 @@ def test_missing_values_of_every_dtype_are_missing(tmp_path: Path, dtype: str) -
     expected = table.assign(top1=table["top1"].astype("float64"))
     expected.loc[[2, 30], "top1"] = np.nan
     nullable.to_parquet(tmp_path / "t.parquet")
-    assert_equals_scipy(correlations(nullable, ["cka"], ["top1"]), expected)
+    assert_equals_scipy(compute_correlations(nullable, ["cka"], ["top1"]), expected)
     assert_equals_scipy(
-        correlations(read_table(tmp_path / "t.parquet"), ["cka"], ["top1"]), expected
+        compute_correlations(read_table(tmp_path / "t.parquet"), ["cka"], ["top1"]), expected
     )
     code, _, err = stats(tmp_path / "t.parquet")
     assert (code, err) == (0, ["warning: column 'top1' has no value in 2 of 96 rows"])
     sizes = np.arange(len(table))
     pd.testing.assert_frame_equal(
-        partial_correlations(nullable.assign(size=sizes), ["cka"], ["top1"], ["size"]),
-        partial_correlations(expected.assign(size=sizes), ["cka"], ["top1"], ["size"]),
+        compute_partial_correlations(nullable.assign(size=sizes), ["cka"], ["top1"], ["size"]),
+        compute_partial_correlations(expected.assign(size=sizes), ["cka"], ["top1"], ["size"]),
     )
 
 
@@ -343,11 +343,11 @@ def test_duplicate_column_names_matter_only_if_used(tmp_path: Path) -> None:
     assert stats(tmp_path / "t.csv") == (0, csv_stats(table, tmp_path), [])
     two = pd.concat([table, table[["cka"]]], axis=1)
     with pytest.raises(StatsError, match=r"^distances: the table has 2 columns 'cka'; expected o"):
-        correlations(two, ["cka"], ["top1"])
+        compute_correlations(two, ["cka"], ["top1"])
     with pytest.raises(
         StatsError, match=r"^controls: the table has 2 columns 'cka'; expected one$"
     ):
-        partial_correlations(two, ["top1"], ["top1"], ["cka"])
+        compute_partial_correlations(two, ["top1"], ["top1"], ["cka"])
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -355,7 +355,7 @@ def test_infinite_values_rank_beyond_all_others(tmp_path: Path, sign: int) -> No
     table = random_table(["m", "n"])
     table.loc[[1, 5, 40], "cka"] = sign * np.inf
     table.to_csv(tmp_path / "t.csv", index=False)
-    result = correlations(read_table(tmp_path / "t.csv"), ["cka"], ["top1"])
+    result = compute_correlations(read_table(tmp_path / "t.csv"), ["cka"], ["top1"])
     assert_equals_scipy(result, table.replace(sign * np.inf, sign * 1e300))
     assert result["kendall"].notna().all()
     code, _, err = stats(tmp_path / "t.csv")
@@ -367,4 +367,4 @@ def test_infinite_values_rank_beyond_all_others(tmp_path: Path, sign: int) -> No
 def test_complex_numbers_are_refused() -> None:
     table = random_table(["m"]).assign(cka=1j)
     with pytest.raises(StatsError, match=r"^table: column 'cka' is complex128; expected numbers$"):
-        correlations(table, ["cka"], ["top1"])
+        compute_correlations(table, ["cka"], ["top1"])

@@ -12,12 +12,12 @@ from _correlations import BOTH, METRICS, make_table, random_z
 from statsmodels.regression.mixed_linear_model import MixedLM
 
 from repsim_kernels.experiments.analysis.inference import (
-    claims,
     compare,
     compare_with_baseline,
     difference_weights,
+    fit_mixed_model,
     holm,
-    mixed_model,
+    judge_claims,
 )
 from repsim_kernels.experiments.errors import StatsError
 
@@ -85,7 +85,7 @@ def test_metrics_are_compared_with_the_baseline():
 
 def test_balanced_mixed_model_equals_the_anova():
     z = random_z(seed=9, dec=0.2, lead=0.1, shrink=0.1)
-    result = mixed_model(make_table(z), "perf", "dec")
+    result = fit_mixed_model(make_table(z), "perf", "dec")
     means = z.mean(1).reshape(10, 10)
     cells = means.mean(0).reshape(5, 2)
     deviations = means - means.mean(0) - means.mean(1, keepdims=True) + means.mean()
@@ -114,7 +114,7 @@ def test_balanced_mixed_model_equals_the_anova():
 def test_unbalanced_mixed_model_equals_that_of_the_formula():
     z = random_z(classes=8, seed=10, dec=0.2, lead=0.1)
     z[0, :, 1, 0] = z[5, :, 3, 1] = z[6, :2, 0, 0] = np.nan
-    result = mixed_model(make_table(z), "perf", "dec")
+    result = fit_mixed_model(make_table(z), "perf", "dec")
     rows = make_table(z).assign(z=z.ravel()).dropna()
     rows = rows.groupby(["class", "distance", "change"], as_index=False).z.mean()
     fit = MixedLM.from_formula("z ~ change * distance", rows, groups="class").fit(method="powell")
@@ -133,7 +133,7 @@ def test_unbalanced_mixed_model_equals_that_of_the_formula():
 def test_mixed_model_without_variance_between_classes_is_at_the_boundary():
     z = random_z(seed=11, spread=0.0, dec=0.2)
     z -= z.mean((1, 2, 3), keepdims=True)
-    result = mixed_model(make_table(z), "perf", "dec")
+    result = fit_mixed_model(make_table(z), "perf", "dec")
     assert result.boundary
     assert result.variance < 1e-5
     means = z.mean(1).reshape(10, 10)
@@ -147,7 +147,7 @@ def test_mixed_model_without_variance_between_classes_is_at_the_boundary():
 @pytest.mark.parametrize("seed", range(6))
 def test_small_variance_equals_the_anovas_and_a_negative_one_is_at_the_boundary(seed):
     z = random_z(seed=seed, spread=0.02)
-    result = mixed_model(make_table(z), "perf", "dec")
+    result = fit_mixed_model(make_table(z), "perf", "dec")
     means = z.mean(1).reshape(10, 10)
     deviations = means - means.mean(0) - means.mean(1, keepdims=True) + means.mean()
     residual = (deviations**2).sum() / (9 * 9)
@@ -158,7 +158,7 @@ def test_small_variance_equals_the_anovas_and_a_negative_one_is_at_the_boundary(
 
 def test_boundary_does_not_depend_on_the_scale_of_z():
     z = random_z(seed=17, dec=0.2)
-    whole, tenth = (mixed_model(make_table(scale * z), "perf", "dec") for scale in (1, 0.1))
+    whole, tenth = (fit_mixed_model(make_table(scale * z), "perf", "dec") for scale in (1, 0.1))
     assert not whole.boundary
     assert not tenth.boundary
     assert whole.variance > 0.01 > tenth.variance > 0
@@ -168,18 +168,18 @@ def test_boundary_does_not_depend_on_the_scale_of_z():
 def test_mixed_model_uses_present_metrics_and_names_a_missing_side():
     per_group = make_table(random_z(dec=0.2))
     few = per_group[per_group.distance.isin(["cka", "cca"])]
-    assert mixed_model(few, "perf", "dec").observations == 40
+    assert fit_mixed_model(few, "perf", "dec").observations == 40
     with pytest.raises(StatsError, match="no distance among cka, procrustes"):
-        mixed_model(per_group[per_group.distance == "cca"], "perf", "dec")
+        fit_mixed_model(per_group[per_group.distance == "cca"], "perf", "dec")
     with pytest.raises(StatsError, match="no distance among pwcca, cca, cca_squared"):
-        mixed_model(per_group[per_group.distance == "cka"], "perf", "dec")
+        fit_mixed_model(per_group[per_group.distance == "cka"], "perf", "dec")
     with pytest.raises(StatsError, match="no row of 'cka' against 'loss'"):
-        mixed_model(few, "perf", "loss")
+        fit_mixed_model(few, "perf", "loss")
     with pytest.raises(StatsError, match="1 class with values; expected 2 or more"):
-        mixed_model(few[few["class"] == 0], "perf", "dec")
+        fit_mixed_model(few[few["class"] == 0], "perf", "dec")
     unknown = few.assign(spearman=few.spearman.where(few.distance != "cka"))
     with pytest.raises(StatsError, match="cka against perf is NaN in all groups"):
-        mixed_model(unknown, "perf", "dec")
+        fit_mixed_model(unknown, "perf", "dec")
 
 
 # Claims
@@ -195,7 +195,7 @@ def test_mixed_model_uses_present_metrics_and_names_a_missing_side():
 )
 def test_claims_match_the_known_effects(effects, expected):
     z = random_z(seed=12, noise=0.05, **effects)
-    result = claims(make_table(z), "perf", "dec")
+    result = judge_claims(make_table(z), "perf", "dec")
     assert [claim.number for claim in result] == [1, 2, 3]
     assert [claim.held for claim in result] == expected
     assert [len(claim.details) for claim in result] == [5, 1, 1]
@@ -208,7 +208,7 @@ def test_claims_are_not_decided_if_intervals_contain_zero():
     z = random_z(seed=13, noise=0.05)
     means = z.mean((0, 1))
     z += means.mean() - means
-    result = claims(make_table(z), "perf", "dec")
+    result = judge_claims(make_table(z), "perf", "dec")
     assert [claim.held for claim in result] == [None, None, None]
     assert all(claim.low < 0 < claim.high for claim in result)
     assert all(claim.p == 1 for claim in result)
@@ -216,25 +216,25 @@ def test_claims_are_not_decided_if_intervals_contain_zero():
 
 def test_differences_from_rounding_decide_nothing():
     per_group = make_table(np.full((10, 3, 5, 2), 0.5))
-    for claim in claims(per_group, "perf", "dec"):
+    for claim in judge_claims(per_group, "perf", "dec"):
         assert (claim.held, claim.estimate, claim.low, claim.high) == (None, 0, 0, 0)
         assert claim.p == 1
     with pytest.raises(StatsError, match="leave no residual"):
-        mixed_model(per_group, "perf", "dec")
+        fit_mixed_model(per_group, "perf", "dec")
 
 
 def test_one_metric_refutes_the_first_claim_and_the_baseline_cannot():
     z = random_z(seed=14, noise=0.02, dec=0.4)
     z[:, :, 3, 1] -= 0.8
     per_group = make_table(z)
-    first = claims(per_group, "perf", "dec")[0]
+    first = judge_claims(per_group, "perf", "dec")[0]
     gain = compare(per_group, difference_weights((["cca"], ["dec"]), (["cca"], ["perf"])))
     assert first.held is False
     assert first.estimate == gain.estimate
     renamed = per_group.replace({"distance": {"cca": "energy"}})
-    assert claims(renamed, "perf", "dec")[0].held is True
+    assert judge_claims(renamed, "perf", "dec")[0].held is True
     z[:, :, 3, 1] = np.nan
-    first = claims(make_table(z), "perf", "dec")[0]
+    first = judge_claims(make_table(z), "perf", "dec")[0]
     assert first.held is None
     assert "cca: 0 classes have values; at least 2 are needed" in first.details
 
@@ -242,7 +242,7 @@ def test_one_metric_refutes_the_first_claim_and_the_baseline_cannot():
 def test_first_claim_is_not_decided_if_one_metric_is_not():
     z = random_z(seed=18, noise=0.05, dec=0.4)
     z[:, :, 2, 1] += (z[:, :, 2, 0] - z[:, :, 2, 1]).mean()
-    first = claims(make_table(z), "perf", "dec")[0]
+    first = judge_claims(make_table(z), "perf", "dec")[0]
     gain = compare(make_table(z), difference_weights((["pwcca"], ["dec"]), (["pwcca"], ["perf"])))
     assert first.held is None
     assert (first.estimate, first.low, first.high) == (gain.estimate, gain.low, gain.high)
@@ -251,16 +251,16 @@ def test_first_claim_is_not_decided_if_one_metric_is_not():
 
 def test_claims_list_missing_metrics_changes_and_classes():
     per_group = make_table(random_z(seed=15, dec=0.4, noise=0.02))
-    result = claims(per_group[per_group.distance == "cka"], "perf", "dec")
+    result = judge_claims(per_group[per_group.distance == "cka"], "perf", "dec")
     assert [claim.held for claim in result] == [True, None, None]
     assert result[1].details == ["the table has none of pwcca, cca, cca_squared"]
     assert np.isnan(result[1].p)
-    for claim in claims(per_group, "loss", "dec"):
+    for claim in judge_claims(per_group, "loss", "dec"):
         assert claim.held is None
         assert claim.details == ["the table has no change 'loss'"]
-    for claim in claims(per_group[per_group["class"] == 0], "perf", "dec"):
+    for claim in judge_claims(per_group[per_group["class"] == 0], "perf", "dec"):
         assert claim.held is None
         assert claim.details[0].endswith("1 classes have values; at least 2 are needed")
     two = pd.concat([per_group, per_group.assign(model="other")])
     with pytest.raises(StatsError, match="more than one model"):
-        claims(two, "perf", "dec")
+        judge_claims(two, "perf", "dec")

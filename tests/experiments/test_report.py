@@ -12,14 +12,14 @@ import pytest
 from _page import CHANGES, FIVE, random_table, write_page
 from _toy import stop_after, toy_study
 
-from repsim_kernels.experiments.analysis.controls import partial_correlations
-from repsim_kernels.experiments.analysis.correlations import correlations, summary
+from repsim_kernels.experiments.analysis.controls import compute_partial_correlations
+from repsim_kernels.experiments.analysis.correlations import compute_correlations, summarise
 from repsim_kernels.experiments.analysis.inference import (
     Claim,
-    claims,
     compare_with_baseline,
-    intervals,
-    mixed_model,
+    compute_intervals,
+    fit_mixed_model,
+    judge_claims,
 )
 from repsim_kernels.experiments.analysis.published import PUBLISHED
 from repsim_kernels.experiments.columns import (
@@ -51,7 +51,7 @@ def test_report_is_self_contained_and_shows_the_table(tmp_path: Path) -> None:
     assert set(re.findall(r"https?://[^\s\"'<]+", html)) <= spaces
     assert "toy <b>" not in html
     assert "some &amp; others" in html
-    result = summary(correlations(table, METRICS, (*PERFORMANCE, *PROBES["ridge"])))
+    result = summarise(compute_correlations(table, METRICS, (*PERFORMANCE, *PROBES["ridge"])))
     for value in result["spearman"].dropna():
         assert f">{value:.2f}" in html
     assert html.count("<svg") == html.count('role="img" aria-label=') >= 10
@@ -109,10 +109,10 @@ def test_table_shows_the_correlations_and_intervals(tmp_path: Path) -> None:
     head, *rows = page.tables["net (16 groups: 4 layers x 4 classes)"]
     assert [cell.text for cell in head] == ["metric", *(CHANGE_NAMES[name] for name in CHANGES)]
     assert [row[0].text for row in rows] == [METRIC_NAMES[name] for name in (*FIVE, "energy")]
-    per_group = correlations(table, (*FIVE, "energy"), CHANGES)
+    per_group = compute_correlations(table, (*FIVE, "energy"), CHANGES)
     keys = ["distance", "change"]
-    means = summary(per_group).set_index(keys)
-    result = intervals(per_group).set_index(keys)
+    means = summarise(per_group).set_index(keys)
+    result = compute_intervals(per_group).set_index(keys)
     missing = set()
     for distance, row in zip((*FIVE, "energy"), rows, strict=True):
         for change, cell in zip(CHANGES, row[1:], strict=True):
@@ -177,7 +177,7 @@ def test_networks_of_several_runs_with_the_same_name_get_the_run_appended(tmp_pa
             for caption, rows in page.tables.items()
             if caption.startswith(groups) and "layers" in caption
         )
-        per_group = correlations(network, ["cka"], ["margin_refit"])
+        per_group = compute_correlations(network, ["cka"], ["margin_refit"])
         column = [cell.text for cell in rows[0]].index(CHANGE_NAMES["margin_refit"])
         assert rows[1][column].value == pytest.approx(per_group["spearman"].mean(), abs=1e-12)
     assert "Images: set 0" in page.visible_text()
@@ -218,8 +218,8 @@ def test_partial_correlations_are_shown_with_the_plain_ones(tmp_path: Path) -> N
     rows = page.tables["net, correlations given size and energy"][1:]
     changes = ["rank_deficit", "decodability_refit"]
     keys = ["distance", "change"]
-    plain = correlations(table, FIVE, changes).groupby(keys)["spearman"].mean()
-    partial = partial_correlations(table, FIVE, changes).groupby(keys)["spearman"].mean()
+    plain = compute_correlations(table, FIVE, changes).groupby(keys)["spearman"].mean()
+    partial = compute_partial_correlations(table, FIVE, changes).groupby(keys)["spearman"].mean()
     assert [row[0].text for row in rows] == [METRIC_NAMES[name] for name in FIVE]
     for name, row in zip(FIVE, rows, strict=True):
         expected = [means[name, change] for change in changes for means in (plain, partial)]
@@ -286,7 +286,7 @@ def test_table_with_one_distance_and_one_change(tmp_path: Path) -> None:
     table = random_table(distances=("svcca",), changes=("probability",)).drop(columns="size")
     page = write_page(table, tmp_path)
     ((_, row),) = [rows for caption, rows in page.tables.items() if "layers x" in caption]
-    expected = correlations(table, ["svcca"], ["probability"])["spearman"].mean()
+    expected = compute_correlations(table, ["svcca"], ["probability"])["spearman"].mean()
     assert row[1].value == pytest.approx(expected, abs=1e-12)
     assert "The claims are not judged: they need the rank of the true class" in page.visible_text()
 
@@ -313,7 +313,7 @@ def test_verdicts_numbers_and_details_of_claims_are_shown(
             Claim(3, "C.", None, *[float("nan")] * 4, ["C: unknown"]),
         ]
 
-    monkeypatch.setattr(findings, "claims", fake_claims)
+    monkeypatch.setattr(findings, "judge_claims", fake_claims)
     page = write_page(random_table(changes=("rank_deficit", *probes)), tmp_path)
     assert calls == [({"net"}, "rank_deficit", second)]
     text = page.visible_text()
@@ -328,7 +328,9 @@ def test_claims_match_the_statistics(tmp_path: Path) -> None:
     table = random_table(classes=8, seed=3)
     table["decodability_refit"] += 3 * table["cka"] + 3 * table["procrustes"]
     text = write_page(table, tmp_path).visible_text()
-    expected = claims(correlations(table, FIVE, CHANGES), "rank_deficit", "decodability_refit")
+    expected = judge_claims(
+        compute_correlations(table, FIVE, CHANGES), "rank_deficit", "decodability_refit"
+    )
     assert [claim.held for claim in expected][1:] == [True, True]
     for claim in expected:
         verdict = {True: "Held", False: "Not held", None: "Not decided"}[claim.held]
@@ -345,8 +347,8 @@ def test_mixed_model_and_baseline_match_the_statistics(tmp_path: Path) -> None:
     table["cka"] += 3 * table["rank_deficit"]
     table["pwcca"] -= 3 * table["rank_deficit"]
     page = write_page(table, tmp_path)
-    per_group = correlations(table, [*FIVE, BASELINE], CHANGES)
-    model = mixed_model(per_group, "rank_deficit", "decodability_refit")
+    per_group = compute_correlations(table, [*FIVE, BASELINE], CHANGES)
+    model = fit_mixed_model(per_group, "rank_deficit", "decodability_refit")
     (rows,) = (rows for title, rows in page.tables.items() if title.startswith("net, mixed model"))
     assert [[cell.text for cell in row[:3]] for row in rows[1:]] == [
         [test.name, f"{test.estimate:.2f}", f"[{test.low:.2f}, {test.high:.2f}]"]

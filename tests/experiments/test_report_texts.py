@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from _page import FIVE, random_table, write_page
 
-from repsim_kernels.experiments.analysis.correlations import correlations, summary
+from repsim_kernels.experiments.analysis.correlations import compute_correlations, summarise
 from repsim_kernels.experiments.errors import ReportError
 from repsim_kernels.experiments.report.page import write_report
 
@@ -30,7 +30,9 @@ def following_text(table: pd.DataFrame, folder: Path) -> str:
 @pytest.mark.usefixtures("undrawn")
 def test_metrics_that_follow_most_and_least_are_named(tmp_path: Path) -> None:
     table = random_table(seed=4)
-    rho = summary(correlations(table, FIVE, ["rank_deficit"])).set_index("distance")["spearman"]
+    rho = summarise(compute_correlations(table, FIVE, ["rank_deficit"])).set_index("distance")[
+        "spearman"
+    ]
     assert rho.round(2).is_unique
     names = dict(
         zip(FIVE, ("CKA", "Procrustes", "PWCCA", "mean CCA", "mean squared CCA"), strict=True)

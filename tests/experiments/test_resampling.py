@@ -12,8 +12,8 @@ from _correlations import make_table, random_z
 from statsmodels.stats.multitest import multipletests
 
 from bench import coverage
-from repsim_kernels.experiments.analysis.correlations import summary
-from repsim_kernels.experiments.analysis.inference import fisher_z, holm, intervals
+from repsim_kernels.experiments.analysis.correlations import summarise
+from repsim_kernels.experiments.analysis.inference import compute_intervals, fisher_z, holm
 from repsim_kernels.experiments.analysis.resampling import sign_flips
 from repsim_kernels.experiments.errors import StatsError
 
@@ -60,7 +60,7 @@ def test_fisher_z_keeps_nan_and_order():
 
 def test_balanced_jackknife_equals_the_t_interval_of_class_means():
     per_group = make_table(random_z(seed=1))
-    result = intervals(per_group)
+    result = compute_intervals(per_group)
     assert len(result) == 10
     for row in result.itertuples():
         rows = per_group[(per_group.distance == row.distance) & (per_group.change == row.change)]
@@ -77,7 +77,7 @@ def test_unbalanced_jackknife_equals_a_loop_and_its_estimate_the_summary():
     per_group.loc[missing, ["spearman", "kendall"]] = np.nan
     other = per_group.assign(model="other", spearman=per_group.spearman / 2)
     both = pd.concat([per_group, other], ignore_index=True).sample(frac=1, random_state=0)
-    result, means = intervals(both), summary(both)
+    result, means = compute_intervals(both), summarise(both)
     assert result[["model", "distance", "change"]].equals(means[["model", "distance", "change"]])
     np.testing.assert_allclose(result.estimate, means.spearman, rtol=1e-12)
     assert result.nan_groups.equals(means.nan_groups)
@@ -97,7 +97,7 @@ def test_one_class_has_no_interval_and_none_no_estimate():
     z = random_z(classes=3)
     z[1:, :, 0] = np.nan
     z[:, :, 1] = np.nan
-    result = intervals(make_table(z)).set_index("distance")
+    result = compute_intervals(make_table(z)).set_index("distance")
     assert result.loc[["cka", "procrustes"], ENDS].isna().all(axis=None)
     assert result.loc["cka", "estimate"].notna().all()
     assert result.loc["procrustes", "estimate"].isna().all()
@@ -109,7 +109,7 @@ def test_interval_of_a_correlation_stays_within_one():
     per_group = make_table(
         np.arctanh(np.array([0.99, -0.2, 0.98]))[:, None, None, None], ["cka"], ["f"]
     )
-    (row,) = intervals(per_group).itertuples()
+    (row,) = compute_intervals(per_group).itertuples()
     assert row.high == 1
     assert -1 <= row.low < row.estimate
 
@@ -133,7 +133,7 @@ def test_bootstrap_of_few_classes_matches_all_resamples():
 )
 def test_wrong_arguments_of_intervals_are_refused(arguments, message):
     with pytest.raises(StatsError, match=message):
-        intervals(make_table(random_z()), **arguments)
+        compute_intervals(make_table(random_z()), **arguments)
 
 
 # Tests
