@@ -175,7 +175,7 @@ def fit_mixed_model(per_group: pd.DataFrame, performance: str, decodability: str
     blocks = variance * (row[:, None] == row) + scale * np.eye(len(y))
     covariance = np.linalg.inv(design.T @ np.linalg.solve(blocks, design))
     contrasts = []
-    for name, weights in _contrasts(leaders, cca_metrics, performance, decodability).items():
+    for name, weights in _weigh_contrasts(leaders, cca_metrics, performance, decodability).items():
         w = np.array([weights.get(pair, 0.0) for pair in pairs])
         estimate, error = float(w @ fit.fe_params), float(np.sqrt(w @ covariance @ w))
         reach = error * float(scipy.stats.norm.ppf(0.975))
@@ -208,9 +208,9 @@ def compare_with_baseline(per_group: pd.DataFrame, change: str) -> list[Contrast
     StatsError
         A column or the baseline is missing.
     """
-    return _adjust(
+    return _adjust_p(
         compare(per_group, {(name, change): 1, (BASELINE, change): -1}, name)
-        for name in _metrics(per_group)
+        for name in _list_metrics(per_group)
     )
 
 
@@ -241,9 +241,9 @@ def judge_claims(per_group: pd.DataFrame, performance: str, decodability: str) -
     check_columns(per_group, per_group=RESULTS[:3], cluster=[CLUSTER])
     if "model" in per_group and per_group["model"].nunique() > 1:
         raise StatsError("per_group: rows of more than one model; expected those of one")
-    metrics = _metrics(per_group)
+    metrics = _list_metrics(per_group)
     leaders, cca_metrics = (_select_present(per_group, side) for side in (LEADERS, CCA_METRICS))
-    _, lead, interaction = _contrasts(leaders, cca_metrics, performance, decodability).items()
+    _, lead, interaction = _weigh_contrasts(leaders, cca_metrics, performance, decodability).items()
     absent = [c for c in (performance, decodability) if c not in set(per_group["change"])]
     no_change = [f"the table has no change {name!r}" for name in absent]
     no_side = [*no_change] + [
@@ -269,7 +269,7 @@ def judge_claims(per_group: pd.DataFrame, performance: str, decodability: str) -
         ),
     )
     contrasts = [{} if missing else weights for _, weights, missing in specifications]
-    tests = iter(_adjust(compare(per_group, w, m) for each in contrasts for m, w in each.items()))
+    tests = iter(_adjust_p(compare(per_group, w, m) for each in contrasts for m, w in each.items()))
     return [
         _judge(number, text, list(itertools.islice(tests, len(each))), missing)
         for number, ((text, _, missing), each) in enumerate(
@@ -306,10 +306,10 @@ def _describe_contrast(test: Contrast) -> str:
     )
 
 
-def _contrasts(
+def _weigh_contrasts(
     leaders: list[str], cca_metrics: list[str], performance: str, decodability: str
 ) -> dict[str, dict[tuple[str, str], float]]:
-    """The weights of the mixed model's three contrasts; a side without metrics has no weights."""
+    """Make the weights of the mixed model's three contrasts; none for a side without metrics."""
     both, metrics = [performance, decodability], [*leaders, *cca_metrics]
     leads = [
         difference_weights((leaders, [c]), (cca_metrics, [c])) for c in (decodability, performance)
@@ -324,14 +324,14 @@ def _contrasts(
     }
 
 
-def _adjust(tests: Iterable[Contrast]) -> list[Contrast]:
+def _adjust_p(tests: Iterable[Contrast]) -> list[Contrast]:
     """Replace the p values of contrasts by the Holm-adjusted ones."""
     tests = list(tests)
     adjusted = holm([test.p for test in tests])
     return [replace(test, p=float(p)) for test, p in zip(tests, adjusted, strict=True)]
 
 
-def _metrics(per_group: pd.DataFrame) -> list[str]:
+def _list_metrics(per_group: pd.DataFrame) -> list[str]:
     return [name for name in per_group["distance"].unique() if name != BASELINE]
 
 

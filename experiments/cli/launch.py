@@ -194,9 +194,9 @@ def _group_by_study(
 ) -> Iterator[tuple[Study, list[Unit]]]:
     """Yield each study that has some of these units, with its units."""
     for study in study_set.studies:
-        own_units = [unit for unit in units if unit.model == study.name]
-        if own_units:
-            yield study, own_units
+        study_units = [unit for unit in units if unit.model == study.name]
+        if study_units:
+            yield study, study_units
 
 
 def _check_executor(options: LaunchOptions) -> None:

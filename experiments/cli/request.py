@@ -137,7 +137,7 @@ def make_model_studies(names: Sequence[str], options: SweepOptions, sampled: boo
         studies,
         stimuli.source,
         (stimuli.normalisation,) * len(studies),
-        (*remarks, *_warnings([stimuli])),
+        (*remarks, *_format_warnings([stimuli])),
     )
 
 
@@ -168,7 +168,7 @@ def _default_size(names: Sequence[str]) -> int | None:
     return 32 if any(name in SMALL for name in names) else None
 
 
-def _warnings(stimuli: Sequence[Stimuli]) -> list[str]:
+def _format_warnings(stimuli: Sequence[Stimuli]) -> list[str]:
     return [f"Warning: {text}" for text in dict.fromkeys(s.enlarged for s in stimuli) if text]
 
 
@@ -236,13 +236,13 @@ def make_preset_studies(name: str, options: SweepOptions) -> StudySet:
         _make_preset_study(preset, network, ready, options)
         for network, ready in zip(preset.networks, loaded, strict=True)
     ]
-    stimuli = [own_stimuli for _, own_stimuli in pairs]
+    stimuli = [loaded_stimuli for _, loaded_stimuli in pairs]
     weights = [f"weights: {ready.note}" for ready in loaded if ready.note != RANDOM]
     return StudySet(
         [study for study, _ in pairs],
         "; ".join(dict.fromkeys(each.source for each in stimuli)),
         tuple(each.normalisation for each in stimuli),
-        (*weights, *_warnings(stimuli)),
+        (*weights, *_format_warnings(stimuli)),
     )
 
 

@@ -18,7 +18,7 @@ from repsim_kernels.experiments.cli.launch import (
 )
 from repsim_kernels.experiments.cli.options import exit_on_errors, split_commas
 from repsim_kernels.experiments.errors import OptionsError
-from repsim_kernels.experiments.runs.shard import parse_shard, shard_from_environment
+from repsim_kernels.experiments.runs.shard import parse_shard, read_shard_from_environment
 
 
 def sweep(
@@ -214,11 +214,11 @@ def sweep(
         from repsim_kernels.experiments.cli.request import StudyFactory, SweepOptions
         from repsim_kernels.experiments.inputs.networks import SMALL
 
-        own_shard, shard_source = (
-            shard_from_environment() if shard is None else (parse_shard(shard), "")
+        selected_shard, shard_source = (
+            read_shard_from_environment() if shard is None else (parse_shard(shard), "")
         )
         study_arguments = {
-            "device": _own_gpu(device, shard_source),
+            "device": _choose_device(device, shard_source),
             "grid": None if grid is None else _parse_grid(grid),
             "cells": cells,
             "metrics": split_commas(metrics),
@@ -251,7 +251,7 @@ def sweep(
             executor,
             _check_workers(workers, executor, device),
             address,
-            own_shard,
+            selected_shard,
             shard_source,
             _set_up_threads(threads, workers, factory.small),
             quiet,
@@ -298,8 +298,8 @@ def _set_up_threads(threads: int | None, workers: int | None, small: bool) -> in
     return torch.get_num_threads()
 
 
-def _own_gpu(device: str, shard_source: str) -> str:
-    """The device of this process; torchrun gives each process on a machine its own GPU."""
+def _choose_device(device: str, shard_source: str) -> str:
+    """Choose the device of this process: under torchrun, "cuda" is the GPU of its local rank."""
     if device == "cuda" and shard_source == "RANK" and "LOCAL_RANK" in os.environ:
         return f"cuda:{os.environ['LOCAL_RANK']}"
     return device

@@ -21,7 +21,7 @@ from repsim_kernels.experiments.analysis.correlations import (
 )
 from repsim_kernels.experiments.cli.progress import format_duration, format_rate
 from repsim_kernels.experiments.columns import METRIC_NAMES
-from repsim_kernels.experiments.report.findings import count_nan_images, near_chance
+from repsim_kernels.experiments.report.findings import count_nan_images, describe_near_chance
 from repsim_kernels.experiments.runs.store import TABLE
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _abbreviate(names: Sequence[str]) -> str:
 def warn_if_near_chance(store: Store) -> None:
     """Print which of a run's networks perform near chance, if any."""
     for name, about in store.study.get("about", {}).get("models", {}).items():
-        if accuracy := near_chance(about):
+        if accuracy := describe_near_chance(about):
             print(
                 f"{name} is near chance: {accuracy}. "
                 "Do not treat its results as evidence; the report judges no claims."
@@ -116,7 +116,7 @@ def print_results(console: Console, table: pd.DataFrame, store: Store) -> None:
     for model in table["model"].unique():
         note = f" ({notes[model]})" if model in notes else ""
         print(f"Mean Spearman correlation, {model}{note}")
-        view = _table(["metric"], [COLUMN_HEADS[change] for change in changes])
+        view = _make_table(["metric"], [COLUMN_HEADS[change] for change in changes])
         for metric, row in wide.loc[model].iterrows():
             numbers = ("-" if value != value else f"{value:.2f}" for value in row)
             view.add_row(METRIC_NAMES[metric], *numbers)
@@ -127,7 +127,7 @@ def print_results(console: Console, table: pd.DataFrame, store: Store) -> None:
     print(write_report(folder, folder / "report.html"))
 
 
-def _table(names: Sequence[str], numbers: Sequence[str], padding: int = 0) -> Table:
+def _make_table(names: Sequence[str], numbers: Sequence[str], padding: int = 0) -> Table:
     """Make a table with columns of text, followed by columns of numbers."""
     view = Table(box=SIMPLE, padding=(0, padding))
     for head in names:
@@ -164,7 +164,7 @@ def print_correlations(console: Console, groups: pd.DataFrame, cluster: str) -> 
         "nan_groups": "without\nrho",
     }
     columns = [name for name in heads if name in rows.columns]
-    view = _table(keys, [heads[name] for name in columns])
+    view = _make_table(keys, [heads[name] for name in columns])
     for row in rows[[*keys, *columns]].itertuples(index=False):
         view.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row))
     print(f"{len(groups.drop_duplicates(by))} groups by {', '.join(by)}")
@@ -182,7 +182,7 @@ def print_plans(console: Console, plans: Sequence[Plan], workers: int = 1) -> No
         )
         heads = ["neurons", "cells per\nbatch", "TFLOP\nforward", "TFLOP\nmetrics", "GiB\nmemory"]
         fits = any(line.fits for line in plan.layers)
-        view = _table(["layer"], [*heads, *(["logistic\nfits"] if fits else []), "time"], 1)
+        view = _make_table(["layer"], [*heads, *(["logistic\nfits"] if fits else []), "time"], 1)
         for line in plan.layers:
             view.add_row(
                 line.layer,
@@ -233,7 +233,7 @@ def print_status(console: Console, status: Status) -> None:
         numbers = model.total, model.done, model.remaining, model.failed
         view.add_row(Text(model.model), *map(str, numbers))
     console.print(view)
-    for lines in (_problem_lines(status), _activity_lines(status), _outcome_lines(status)):
+    for lines in (_list_problems(status), _describe_activity(status), _describe_outcome(status)):
         for line in lines:
             _print_wrapped(console, line)
 
@@ -244,7 +244,7 @@ def _print_wrapped(console: Console, line: str) -> None:
         console.print(part, markup=False, highlight=False, soft_wrap=True)
 
 
-def _problem_lines(status: Status) -> Iterator[str]:
+def _list_problems(status: Status) -> Iterator[str]:
     failures = [f"failed: {unit}: {error}" for unit, error in status.failed.items()]
     yield from failures[:_MAX_ERRORS]
     if len(failures) > _MAX_ERRORS:
@@ -253,7 +253,7 @@ def _problem_lines(status: Status) -> Iterator[str]:
         yield f"damaged: {unit} will be measured again: {reason}"
 
 
-def _activity_lines(status: Status) -> Iterator[str]:
+def _describe_activity(status: Status) -> Iterator[str]:
     for driver in status.drivers:
         shard = "" if driver.shard == "1/1" else f", shard {driver.shard}"
         yield f"Running: {driver}, {_count_workers(driver.workers)}{shard}"
@@ -276,7 +276,7 @@ def _count_workers(count: int) -> str:
     return f"{count} worker{'' if count == 1 else 's'}"
 
 
-def _outcome_lines(status: Status) -> Iterator[str]:
+def _describe_outcome(status: Status) -> Iterator[str]:
     if status.remaining or status.drivers or not status.done:
         return
     all_done = "All but the failed units are done" if status.failed else "All units are done"

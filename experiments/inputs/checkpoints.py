@@ -83,10 +83,12 @@ def read_checkpoint(path: str | Path, model: nn.Module) -> Checkpoint:
                 f"weights: {path} is not a state dict: {key!r} is {type(value).__name__}; expected "
                 f"a tensor, or a state dict as {', '.join(map(repr, CONTAINERS))}"
             )
-        if kind := _unusual_kind(value):
+        if kind := _describe_unusual_kind(value):
             raise ModelError(f"weights: {key!r} of {path} is {kind}; expected a dense tensor")
-    own = model.state_dict().keys()
-    prefix = max(_shared_prefixes(state), key=lambda p: sum(p + name in state for name in own))
+    names = model.state_dict().keys()
+    prefix = max(
+        _list_shared_prefixes(state), key=lambda p: sum(p + name in state for name in names)
+    )
     if prefix:
         state = {key.removeprefix(prefix): value for key, value in state.items()}
         note = f"{note}, prefix {prefix!r} removed"
@@ -111,7 +113,7 @@ def _load(path: Path) -> Any:
         ) from error
 
 
-def _unusual_kind(tensor: torch.Tensor) -> str:
+def _describe_unusual_kind(tensor: torch.Tensor) -> str:
     """Say what kind of tensor this is if it is not an ordinary dense one; otherwise ""."""
     if tensor.is_meta:
         return "on the meta device, without values"
@@ -131,8 +133,8 @@ def _is_state(value: Any) -> bool:
     )
 
 
-def _shared_prefixes(state: Mapping[str, Any]) -> list[str]:
-    """Concatenations of `PREFIXES` that all names begin with; the empty string comes first."""
+def _list_shared_prefixes(state: Mapping[str, Any]) -> list[str]:
+    """List concatenations of `PREFIXES` that all names begin with; the first is empty."""
     shared = [""]
     while longer := [
         shared[-1] + part
@@ -166,9 +168,9 @@ def copy_state(
         If a tensor is missing or unexpected, or has the wrong shape, or values that the model's
         dtype can't hold, for example complex ones. Batch norms' counters may be missing.
     """
-    own = model.state_dict()
+    expected = model.state_dict()
     mismatch = f"weights: {path} does not match the architecture of {name!r}"
-    for key, value in own.items():
+    for key, value in expected.items():
         if key.endswith("num_batches_tracked"):
             continue  # old checkpoints lack it, and inference ignores it
         if key not in state:
@@ -179,8 +181,10 @@ def copy_state(
             )
         if not _can_hold(value.dtype, state[key]):
             raise ModelError(f"{mismatch}: {key!r} is {state[key].dtype}; expected {value.dtype}")
-    if extra := [key for key in state if key not in own]:
-        raise ModelError(f"{mismatch}: {extra[0]!r} is unexpected; expected {len(own)} tensors")
+    if extra := [key for key in state if key not in expected]:
+        raise ModelError(
+            f"{mismatch}: {extra[0]!r} is unexpected; expected {len(expected)} tensors"
+        )
     model.load_state_dict(state, strict=False)
 
 

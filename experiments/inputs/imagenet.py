@@ -45,9 +45,9 @@ def wnids() -> tuple[str, ...]:
 def categories() -> tuple[str, ...]:
     """Torchvision's class names by output, with the wnid appended if two differ only in case."""
     names: list[str] = AlexNet_Weights.IMAGENET1K_V1.meta["categories"]
-    count = Counter(_key(name) for name in names)
+    count = Counter(_normalise_name(name) for name in names)
     return tuple(
-        name if count[_key(name)] == 1 else f"{name} {wnid}"
+        name if count[_normalise_name(name)] == 1 else f"{name} {wnid}"
         for name, wnid in zip(names, wnids(), strict=True)
     )
 
@@ -132,9 +132,9 @@ def load_validation(
     if not root.is_dir():
         raise DataError(f"images: there is no directory {root}")
     skipped = Counter[str]()
-    folders, plain = list_folder(root, skipped)
-    flat_files = [file for file in plain if _FLAT_NAME.fullmatch(file.name)]
-    if n_others := sum(map(is_image, plain)) - len(flat_files):
+    folders, plain_files = list_folder(root, skipped)
+    flat_files = [file for file in plain_files if _FLAT_NAME.fullmatch(file.name)]
+    if n_others := sum(map(is_image, plain_files)) - len(flat_files):
         reason = "with other names" if flat_files else "outside the classes' folders"
         skipped[reason] += n_others
     if flat_files:
@@ -197,7 +197,7 @@ def make_noise(classes: Sequence[int], images_per_class: int, size: int = 224) -
     )
 
 
-def _key(name: str) -> str:
+def _normalise_name(name: str) -> str:
     """Normalise a name for look-ups: no underscores, outer spaces or capitals."""
     return name.replace("_", " ").strip().casefold()
 
@@ -208,14 +208,14 @@ def _outputs_by_name() -> Mapping[str, list[int]]:
     known = defaultdict(list)
     raw = AlexNet_Weights.IMAGENET1K_V1.meta["categories"]
     for output, names in enumerate(zip(raw, categories(), wnids(), strict=True)):
-        for key in {_key(name) for name in names}:
+        for key in {_normalise_name(name) for name in names}:
             known[key].append(output)
     return dict(known)
 
 
 def _candidate_outputs(name: str) -> list[int]:
     """List the outputs that a class name, wnid or number may mean."""
-    key = _key(name)
+    key = _normalise_name(name)
     if key.isascii() and key.isdigit():
         return [int(key)] if int(key) < len(wnids()) else []
     return _outputs_by_name().get(key, [])
@@ -229,7 +229,7 @@ def _resolve_output(name: str, argument: str = "classes") -> int:
     if candidates:
         choice = " or ".join(wnids()[output] for output in candidates)
         raise DataError(f"{argument}: {name!r} is ambiguous; expected {choice}")
-    close = difflib.get_close_matches(_key(name), _outputs_by_name(), n=1)
+    close = difflib.get_close_matches(_normalise_name(name), _outputs_by_name(), n=1)
     hint = f"; did you mean {close[0]!r}?" if close and not name.isdigit() else ""
     raise DataError(
         f"{argument}: {name!r} is unknown{hint}; "

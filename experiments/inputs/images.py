@@ -57,12 +57,12 @@ class Resizing(NamedTuple):
     ----------
     side : int
         Length in pixels to which the shorter side is resized.
-    kept : tuple of int, optional
+    exact_size : tuple of int, optional
         Height and width of files that are not resized.
     """
 
     side: int
-    kept: tuple[int, int] | None = None
+    exact_size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def load_image_folder(
     if size is None:
         crop, resizing = transforms.CenterCrop(_find_common_size(classes_files)), None
     else:
-        resizing = Resizing(round(size * 256 / 224), kept=(size, size))
+        resizing = Resizing(round(size * 256 / 224), exact_size=(size, size))
         crop = _center_crop_to(size, resizing.side)
     transform = transforms.Compose(
         [crop, _to_tensor, transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
@@ -226,7 +226,7 @@ def load_image_folder(
 
 
 def _center_crop_to(size: int, side: int) -> Callable[[Any], Any]:
-    """Make a transform: resize the shorter side to `side`, crop the centre; skip exact sizes."""
+    """Make a transform that resizes the shorter side to `side` and crops the centre, if needed."""
     resized = transforms.Compose([transforms.Resize(side), transforms.CenterCrop(size)])
 
     def crop(pixels: Image.Image | torch.Tensor) -> Any:
@@ -251,10 +251,10 @@ def _find_common_size(classes: Sequence[ClassFiles]) -> tuple[int, int]:
         if size is not None:  # decoding reports or skips unreadable files
             first.setdefault(size, file)
     if len(first) > 1:
-        (one, here), (other, there) = list(first.items())[:2]
+        (size, file), (other_size, other_file) = list(first.items())[:2]
         raise DataError(
-            f"size: {here} has {one[0]} x {one[1]} pixels (height x width), {there} {other[0]} x "
-            f"{other[1]}; expected images of one size, or --size"
+            f"size: {file} has {size[0]} x {size[1]} pixels (height x width), {other_file} "
+            f"{other_size[0]} x {other_size[1]}; expected images of one size, or --size"
         )
     return next(iter(first), (1, 1))
 
@@ -320,7 +320,7 @@ def read_classes(
 
 def _count_enlarged(files: Sequence[Path], resizing: Resizing) -> str:
     """Describe how many files are enlarged by resizing; "" if none are."""
-    sizes = [size for size in read_image_sizes(files) if size not in (None, resizing.kept)]
+    sizes = [size for size in read_image_sizes(files) if size not in (None, resizing.exact_size)]
     small = [size for size in sizes if size is not None and min(size) < resizing.side]
     if not small:
         return ""

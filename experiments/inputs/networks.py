@@ -218,15 +218,15 @@ def _build_user_network(name: str) -> nn.Module:
             f"model: {name!r} is a path; expected 'package.module:callable', a name that Python "
             "imports, for example nets:make for nets.py in this folder"
         )
-    with _user_code_errors(name, "can't be imported"):
+    with _wrap_user_errors(name, "can't be imported"):
         target = getattr(importlib.import_module(module_name), attribute)
     if callable(target) and not isinstance(target, nn.Module):
-        if missing := _required_parameters(target):
+        if missing := _list_required_parameters(target):
             raise ModelError(
                 f"model: {name!r} needs arguments ({', '.join(missing)}); expected a callable "
                 "without required arguments"
             )
-        with _user_code_errors(name, "fails"):
+        with _wrap_user_errors(name, "fails"):
             target = target()
     if not isinstance(target, nn.Module):
         raise ModelError(
@@ -235,7 +235,7 @@ def _build_user_network(name: str) -> nn.Module:
     return target
 
 
-def _required_parameters(function: Callable[..., Any]) -> list[str]:
+def _list_required_parameters(function: Callable[..., Any]) -> list[str]:
     """List the parameters without a default."""
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -246,7 +246,7 @@ def _required_parameters(function: Callable[..., Any]) -> list[str]:
 
 
 @contextmanager
-def _user_code_errors(name: str, what: str) -> Iterator[None]:
+def _wrap_user_errors(name: str, what: str) -> Iterator[None]:
     """Turn exceptions in a user's code into a ModelError that names the file and line."""
     try:
         yield

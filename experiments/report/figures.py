@@ -97,7 +97,7 @@ def plot_by_class(
     drawings = []
     for change in changes:
         distances = list(per_group["distance"].unique())
-        figure, axes = _figure(4.6, 0.8 + 0.36 * len(distances))
+        figure, axes = _make_figure(4.6, 0.8 + 0.36 * len(distances))
         axes.axvline(0, color=INK, linewidth=0.6)
         for y, distance in enumerate(distances):
             colour, marker, *_ = STYLES[distance]
@@ -128,7 +128,7 @@ def plot_by_layer(
     lowest = min(-0.25, _floor_to_tenth(mean))
     drawings = []
     for change in changes:
-        figure, axes = _figure(4.6, 3.1)
+        figure, axes = _make_figure(4.6, 3.1)
         axes.axhline(0, color=INK, linewidth=0.6)
         for distance in reversed(per_group["distance"].unique()):
             colour, marker, _, width = STYLES[distance]
@@ -157,7 +157,7 @@ def plot_grid(
     mean = cells.groupby("cell")[list(columns)].mean()
     drawings = []
     for name in columns:
-        figure, axes = _figure(3.4, 3.2)
+        figure, axes = _make_figure(3.4, 3.2)
         values = mean[name].to_numpy().reshape(shape)
         mesh = axes.pcolormesh(values, cmap="cividis")
         for row, line in enumerate(values):
@@ -251,7 +251,7 @@ def _floor_to_tenth(values: pd.Series) -> float:
     return math.floor(10 * values.min()) / 10 if values.notna().any() else math.inf
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def _make_figure(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     _set_ink(axes)

@@ -100,7 +100,7 @@ class NetworkFindings:
     @cached_property
     def near_chance(self) -> str | None:
         """The accuracy compared with chance, if it is near chance; no claim is judged then."""
-        return near_chance(self.about)
+        return describe_near_chance(self.about)
 
     @property
     def functions(self) -> tuple[str, str] | None:
@@ -261,7 +261,7 @@ class NetworkFindings:
                 name: {
                     "constant": int(constant[name].sum()),
                     "nan": int(has_nan[name].sum()),
-                    "tied": _tied(self.table, name),
+                    "tied": _measure_ties(self.table, name),
                     "reliability": known["reliability"].get(name, math.nan),
                     "source": known["source"].get(name, ""),
                 }
@@ -278,7 +278,7 @@ class NetworkFindings:
         }
 
 
-def near_chance(about: dict[str, Any]) -> str | None:
+def describe_near_chance(about: dict[str, Any]) -> str | None:
     """Describe the accuracy of a network near chance; None for any other.
 
     Parameters
@@ -312,8 +312,8 @@ def near_chance(about: dict[str, Any]) -> str | None:
     if p <= _LEVEL and accuracy > enough - 1e-9:  # equality is sufficient, despite rounding
         return None
     return (
-        f"{100 * accuracy:.1f} % of its answers to {images} images are right, and "
-        f"{100 * chance:.3g} % would be if all named the largest class"
+        f"it is right for {100 * accuracy:.1f} % of {images} images, and would be for "
+        f"{100 * chance:.3g} % if it always named the largest class"
     )
 
 
@@ -346,8 +346,8 @@ def costliest_layer(table: pd.DataFrame, change: str) -> tuple[str, str]:
     return costs.idxmax(), text
 
 
-def _tied(table: pd.DataFrame, change: str) -> float:
-    """The share of values that another cell of the same class and layer also has."""
+def _measure_ties(table: pd.DataFrame, change: str) -> float:
+    """Measure the share of values that another cell of the same class and layer also has."""
     known = table[table[change].notna()]
     same = known.groupby([*GROUP, change], observed=True)[change].transform("size")
     return float((same > 1).mean())

@@ -119,17 +119,19 @@ def _load(runs: Run | Sequence[Run]) -> list[dict[str, Any]]:
         loaded[-1]["names"] = list(configured or table["model"].unique())
     all_names = [name for run in loaded for name in run["names"]]
     for run in loaded:
-        run["models"] = [_network(name, run, all_names.count(name) > 1) for name in run["names"]]
+        run["models"] = [
+            _make_findings(name, run, all_names.count(name) > 1) for name in run["names"]
+        ]
         run["about"] = dict(run["study"].get("about", {}))
         seconds = run["study"].get("seconds", 0.0)
-        run["took"] = timedelta(seconds=round(seconds)) if seconds else None
+        run["unit_time"] = timedelta(seconds=round(seconds)) if seconds else None
         run["missing"] = table.attrs.get("missing")
         run["versions"] = run["study"].get("configuration", {}).get("versions", {})
     return loaded
 
 
-def _network(name_in_run: str, run: dict[str, Any], shared: bool) -> NetworkFindings:
-    """The findings of one network of a run; a shared name gets the run's name appended."""
+def _make_findings(name_in_run: str, run: dict[str, Any], shared: bool) -> NetworkFindings:
+    """Make the findings of one network of a run; the run's name is appended to a shared name."""
     table, study = run["table"], run["study"]
     name = f"{name_in_run} ({run['name']})" if shared else str(name_in_run)
     about = study.get("about", {}).get("models", {}).get(name_in_run)

@@ -79,7 +79,7 @@ def join_run(studies: Sequence[Study], store: Store) -> None:
     RunError
         They differ from those of the run.
     """
-    if digest(_configuration(studies)) != store.hash:
+    if digest(_collect_configuration(studies)) != store.hash:
         raise RunError(
             f"studies: those made by a worker differ from the ones in {store.folder}; expected the "
             "same images, network and versions as at the start of the run"
@@ -91,7 +91,7 @@ def _folder_and_configuration(
     studies: Sequence[Study], out: str | os.PathLike[str]
 ) -> tuple[Path, dict[str, Any]]:
     check_names(studies)
-    return check_folder(out), _configuration(studies)
+    return check_folder(out), _collect_configuration(studies)
 
 
 def _set_memory(studies: Sequence[Study], store: Store) -> None:
@@ -100,7 +100,7 @@ def _set_memory(studies: Sequence[Study], store: Store) -> None:
             study.memory = store.study["memory"][study.name]
 
 
-def _configuration(studies: Sequence[Study]) -> dict[str, Any]:
+def _collect_configuration(studies: Sequence[Study]) -> dict[str, Any]:
     return {
         "models": {study.name: study.configuration() for study in studies},
         "versions": {name: version_of(name) for name in ("repsim-kernels", "torch")},

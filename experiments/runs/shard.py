@@ -43,7 +43,7 @@ def parse_shard(text: str) -> Shard:
     return shard
 
 
-def shard_from_environment(environment: Mapping[str, str] = os.environ) -> tuple[Shard, str]:
+def read_shard_from_environment(environment: Mapping[str, str] = os.environ) -> tuple[Shard, str]:
     """Read the shard from a Slurm job array or torchrun, with the name of the variable used.
 
     Slurm numbers array tasks from SLURM_ARRAY_TASK_MIN in steps of SLURM_ARRAY_TASK_STEP; RANK

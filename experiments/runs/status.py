@@ -134,31 +134,31 @@ def read_status(folder: str | os.PathLike[str]) -> Status:
     failed = store.failures()
     return Status(
         store.folder,
-        tuple(_model_statuses(store.units, seconds, failed)),
+        tuple(_iter_model_statuses(store.units, seconds, failed)),
         failed,
         damaged,
         active,
-        _units_in_table(store),
+        _count_units_in_table(store),
     )
 
 
-def _model_statuses(
+def _iter_model_statuses(
     units: list[Unit], seconds: dict[Unit, float], failed: dict[Unit, str]
 ) -> Iterator[ModelStatus]:
     for model in dict.fromkeys(unit.model for unit in units):
         model_units = [unit for unit in units if unit.model == model]
-        own = [seconds[unit] for unit in model_units if unit in seconds]
-        known = own or list(seconds.values())
+        own_seconds = [seconds[unit] for unit in model_units if unit in seconds]
+        known = own_seconds or list(seconds.values())
         yield ModelStatus(
             model,
             len(model_units),
-            len(own),
+            len(own_seconds),
             sum(unit in failed for unit in model_units),
             sum(known) / len(known) if known else None,
         )
 
 
-def _units_in_table(store: Store) -> int | None:
+def _count_units_in_table(store: Store) -> int | None:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 

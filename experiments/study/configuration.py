@@ -26,18 +26,18 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
                 lines.append(
                     f"{path} only {present}"
                     if isinstance(value, dict)
-                    else f"{path}: {_brief(value)} {present}, not recorded {absent}"
+                    else f"{path}: {_abbreviate(value)} {present}, not recorded {absent}"
                 )
             else:
                 lines += differences(before[key], now[key], path)
         return lines
     if before == now:
         return []
-    return [f"{name}: {_brief(before)} before, {_brief(now)} now"]
+    return [f"{name}: {_abbreviate(before)} before, {_abbreviate(now)} now"]
 
 
-def _brief(value: Any) -> str:
-    """A value as JSON, at most 40 characters of it."""
+def _abbreviate(value: Any) -> str:
+    """Write a value as JSON, cut to 40 characters."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else text[:37] + "…"
 

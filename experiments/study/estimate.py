@@ -17,8 +17,8 @@ from repsim_kernels.experiments.study.units import Unit
 from repsim_kernels.forward import Cost
 
 # Minimum number of neurons in the smaller of the metrics' two timings: fewer are too fast to time.
-_FEW = 2000
-_DRAWS = 64  # timed draws of the paper's probe: a batch of fits for each of two threads
+_MIN_NEURONS = 2000
+_TIMED_DRAWS = 64  # timed draws of the paper's probe: a batch of fits for each of two threads
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def plan(study: Study, units: Sequence[Unit] | None = None, separate_passes: boo
     with study.hold_network():
         images = study.images[study.labels == study.targets[0]][:n].to(study.device)
         costs = study.forward.costs(images, names)
-        fixed, per_neuron = _metric_seconds(study)
-        per_fit = _fit_seconds(study) if "paper" in study.probes else 0.0
+        fixed, per_neuron = _time_metrics(study)
+        per_fit = _time_fits(study) if "paper" in study.probes else 0.0
     any_cost = costs[names[0]]  # at every layer, head + tail is a whole pass
     whole_flops = any_cost.head_flops + any_cost.tail_flops
     per_image = (any_cost.head_seconds + any_cost.tail_seconds) / len(images)
@@ -118,7 +118,7 @@ def plan(study: Study, units: Sequence[Unit] | None = None, separate_passes: boo
                 metric_flops=targets * 2.0 * study.n_stimuli**2 * p * spectral,
                 bytes_held=sizes[name],
                 fits=fits,
-                seconds=ablated_images * _tail_seconds(cost, len(images), speed)
+                seconds=ablated_images * _estimate_tail_seconds(cost, len(images), speed)
                 + targets * (fixed + per_neuron * p)
                 + fits * per_fit,
             )
@@ -138,21 +138,21 @@ def plan(study: Study, units: Sequence[Unit] | None = None, separate_passes: boo
     )
 
 
-def _tail_seconds(cost: Cost, n: int, speed: float) -> float:
+def _estimate_tail_seconds(cost: Cost, n: int, speed: float) -> float:
     """Estimate seconds per image and cell after the layer, at full speed if cells are batched."""
     alone = cost.tail_seconds / n
     return alone if cost.together == 1 else min(alone, cost.tail_flops / speed)
 
 
-def _metric_seconds(study: Study) -> tuple[float, float]:
+def _time_metrics(study: Study) -> tuple[float, float]:
     """Time a target's cells, distances and ridge probe: a constant, and seconds per neuron."""
-    target, y = _labels(study)
+    target, y = _list_labels(study)
     probes = [name for name in study.probes if name != "paper"]
-    few = max(_FEW, study.n_cells, len(y))
+    few = max(_MIN_NEURONS, study.n_cells, len(y))
     many = 5 * few
     times = []
     for p in (few, few, many):  # the first run also loads libraries
-        x = _random_activations(len(y), p, study.device)
+        x = _draw_activations(len(y), p, study.device)
         start = time.perf_counter()
         result = measure_representation(study, probes, "plan", target, x, y, 2**30)
         result.sizes.cpu()  # waits for the device
@@ -161,7 +161,7 @@ def _metric_seconds(study: Study) -> tuple[float, float]:
     return max(0.0, times[1] - per_neuron * few), per_neuron
 
 
-def _labels(study: Study) -> tuple[int, Tensor]:
+def _list_labels(study: Study) -> tuple[int, Tensor]:
     """Return the first target, and the labels of all stimuli in its metrics."""
     target = study.targets[0]
     classes = (
@@ -172,21 +172,21 @@ def _labels(study: Study) -> tuple[int, Tensor]:
     )
 
 
-def _fit_seconds(study: Study) -> float:
+def _time_fits(study: Study) -> float:
     """Time the paper's probe: seconds per logistic regression."""
-    target, y = _labels(study)
+    target, y = _list_labels(study)
     n_cells = study.n_cells
-    x = _random_activations(len(y), _FEW, study.device)
-    cells = torch.arange(_FEW) % n_cells
+    x = _draw_activations(len(y), _MIN_NEURONS, study.device)
+    cells = torch.arange(_MIN_NEURONS) % n_cells
     times = []
-    for draws in (2, _DRAWS):  # the first run also loads libraries
+    for draws in (2, _TIMED_DRAWS):  # the first run also loads libraries
         start = time.perf_counter()
         measure_paper_probe(study, "plan", target, x, y, cells, draws)
         times.append(time.perf_counter() - start)
-    return times[1] / (_DRAWS * (1 + n_cells))
+    return times[1] / (_TIMED_DRAWS * (1 + n_cells))
 
 
-def _random_activations(n: int, p: int, device: torch.device) -> Tensor:
+def _draw_activations(n: int, p: int, device: torch.device) -> Tensor:
     """Draw activations like a ReLU layer's; timings on zeros would mislead."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(n, p, generator=generator).relu_().to(device)

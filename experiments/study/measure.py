@@ -16,7 +16,6 @@ from torch import Tensor
 import repsim_kernels as rk
 from repsim_kernels.experiments.columns import BASELINE, HALVES, NAN_IMAGES, half_column
 from repsim_kernels.experiments.errors import StudyError
-from repsim_kernels.experiments.study import probes as linear
 from repsim_kernels.experiments.study.memory import (
     BATCH,
     bytes_held,
@@ -24,14 +23,19 @@ from repsim_kernels.experiments.study.memory import (
     group_layers,
 )
 from repsim_kernels.experiments.study.performance import measure_performance_loss
+from repsim_kernels.experiments.study.probes import (
+    make_nan_columns,
+    make_seed,
+    measure_decodability,
+)
 from repsim_kernels.experiments.study.units import Unit
 from repsim_kernels.forward import State
 
 if TYPE_CHECKING:
     from repsim_kernels.experiments.study.study import Study
 
-_COLUMNS = 2**12  # neurons per block when variances are computed
-_VARIATES = 2**30  # upper bound in bytes on the canonical variates that PWCCA buffers
+_BLOCK_NEURONS = 2**12  # neurons per block when variances are computed
+_MAX_VARIATE_BYTES = 2**30  # upper bound in bytes on the canonical variates that PWCCA buffers
 
 
 @dataclass
@@ -244,7 +248,7 @@ def measure_representation(
     """
     cells = rk.selectivity_grid(x, y, label, grid=study.grid, edges=study.edges)
     if study.cells == "random":
-        generator = np.random.default_rng(linear.make_seed(study, layer, label))
+        generator = np.random.default_rng(make_seed(study, layer, label))
         cells = cells[..., torch.from_numpy(generator.permutation(x.shape[1])).to(cells.device)]
     overlap = cells.dtype == torch.bool
     sizes = cells.sum(1) if overlap else cells.bincount(minlength=study.n_cells)
@@ -256,11 +260,11 @@ def measure_representation(
                 metrics=study.metrics,
                 ridge=study.options["ridge"],
                 penalty=study.options["penalty"],
-                memory=max(1, min(free_bytes, _VARIATES)),
+                memory=max(1, min(free_bytes, _MAX_VARIATE_BYTES)),
             )
         )
-        decodability = linear.measure_decodability(study, probes, layer, label, x, y, cells)
-        distances |= {BASELINE: _energy_shares(x, cells, study.n_cells)}
+        decodability = measure_decodability(study, probes, layer, label, x, y, cells)
+        distances |= {BASELINE: _measure_energy_shares(x, cells, study.n_cells)}
     except rk.ConstantError:
         warnings.warn(
             f"{study.name}, layer {layer} is the same for every stimulus: its distances and "
@@ -269,13 +273,13 @@ def measure_representation(
         )
         nan = torch.full((study.n_cells,), math.nan)
         distances = dict.fromkeys((*study.metrics, BASELINE), nan)
-        decodability = linear.make_nan_columns(probes, study.n_cells)
+        decodability = make_nan_columns(probes, study.n_cells)
     return RepresentationResult(cells, sizes, distances, decodability)
 
 
-def _energy_shares(x: Tensor, cells: Tensor, n_cells: int) -> Tensor:
-    """Each cell's share of the variance over stimuli, (C,)."""
-    blocks = x.split(_COLUMNS, dim=1)
+def _measure_energy_shares(x: Tensor, cells: Tensor, n_cells: int) -> Tensor:
+    """Measure each cell's share of the variance over stimuli, (C,)."""
+    blocks = x.split(_BLOCK_NEURONS, dim=1)
     variances = torch.cat([block.double().var(0, correction=0) for block in blocks])
     masks = cells if cells.dtype == torch.bool else (cells == label for label in range(n_cells))
     return torch.stack([variances[mask].sum() for mask in masks]) / variances.sum()

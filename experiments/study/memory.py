@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 BATCH = 64  # maximum number of images in one pass
 _ACTIVATION_SHARE = 0.7  # of the memory budget; the rest is for the computation
-_GRID = 190  # bytes per neuron for sorting neurons into cells, measured
+_SORTING_BYTES = 190  # bytes per neuron for sorting neurons into cells, measured
 
 
 def choose_batch_size(study: Study) -> int:
@@ -36,7 +36,7 @@ def bytes_held(study: Study) -> dict[str, int]:
             study.n_metric_images * layer.bytes
             + n_target_images * max(0, rest)
             + copies
-            + _GRID * layer.neurons
+            + _SORTING_BYTES * layer.neurons
         )
     return sizes
 

@@ -33,7 +33,7 @@ def prepare(model: nn.Module, device: torch.device) -> Iterator[None]:
     """
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
-    tables = [table for module in modules for table in _attribute_tables(module)]
+    tables = [table for module in modules for table in _list_attribute_tables(module)]
     entries = [dict(table) for table in tables]
     try:
         for module in modules:
@@ -49,19 +49,19 @@ def prepare(model: nn.Module, device: torch.device) -> Iterator[None]:
             module.training = training
 
 
-def _attribute_tables(module: nn.Module) -> list[dict[str, Any]]:
-    """A module's attributes, and PyTorch's separate dicts of parameters, buffers and modules."""
-    own = vars(module)
-    separate = (own.get(name) for name in ("_parameters", "_buffers", "_modules"))
-    return [own, *(table for table in separate if isinstance(table, dict))]
+def _list_attribute_tables(module: nn.Module) -> list[dict[str, Any]]:
+    """List a module's attributes, and PyTorch's dicts of parameters, buffers and modules."""
+    attributes = vars(module)
+    separate = (attributes.get(name) for name in ("_parameters", "_buffers", "_modules"))
+    return [attributes, *(table for table in separate if isinstance(table, dict))]
 
 
 @contextmanager
 def _restore_values(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Restore, at the end, parameters and buffers on a device that passes have written to."""
-    own = [t for t in (*model.parameters(), *model.buffers()) if t.device == device]
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.device == device]
     # Tensors on other devices are copied to this one, so the originals are not written to.
-    saved = [(t, t.data, t.detach().clone()) for t in own]
+    saved = [(t, t.data, t.detach().clone()) for t in tensors]
     try:
         yield
     finally:
@@ -69,7 +69,7 @@ def _restore_values(model: nn.Module, device: torch.device) -> Iterator[None]:
             if t.data_ptr() != data.data_ptr():
                 t.data = data
             # PyTorch's version counters miss writes through .data and by F.batch_norm.
-            if not torch.equal(_bytes_of(t.detach()), _bytes_of(value)):
+            if not torch.equal(_view_bytes(t.detach()), _view_bytes(value)):
                 t.data.copy_(value)
 
 
@@ -97,7 +97,7 @@ class LayerSize(NamedTuple):
     bytes: int
 
 
-def show_image(
+def pass_one_image(
     model: nn.Module, layers: Sequence[str], image: Tensor
 ) -> tuple[Any, dict[str, LayerSize]]:
     """Pass a batch of one image; return the network's output and the sizes of the layers' outputs.
@@ -172,9 +172,9 @@ def _describe_module(module: nn.Module) -> dict[str, Any]:
         # extra_repr omits options, for example an attention's number of heads. Attributes that are
         # not options may be the user's, who may change them at will.
         options = (*signature(kind).parameters, *getattr(kind, "__constants__", ()), "forward")
-        own = vars(module)
+        attributes = vars(module)
         label = f"nn.{label}" if getattr(nn, label, None) is kind else f"{kind.__module__}.{label}"
-        return {"class": label, **{name: _plain(own[name]) for name in options if name in own}}
+        return {"class": label, **{n: _to_plain(attributes[n]) for n in options if n in attributes}}
     # A user's own module may be imported under one name in a script and another in its workers.
     if kind.__module__.startswith("torch."):
         label = f"{kind.__module__}.{label}"
@@ -182,10 +182,10 @@ def _describe_module(module: nn.Module) -> dict[str, Any]:
     return {"class": label, "options": text} if text else {"class": label}
 
 
-def _plain(value: Any) -> Any:
-    """An option as a value that JSON can hold, or its name."""
+def _to_plain(value: Any) -> Any:
+    """Convert an option to a value that JSON can hold, or to its name."""
     if isinstance(value, tuple | list):
-        return [_plain(each) for each in value]
+        return [_to_plain(each) for each in value]
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -235,10 +235,10 @@ def hash_parts(*parts: str | Tensor) -> str:
             digest.update(part.encode())
         else:
             digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
-            digest.update(_bytes_of(part.cpu()).numpy().data)
+            digest.update(_view_bytes(part.cpu()).numpy().data)
     return digest.hexdigest()
 
 
-def _bytes_of(tensor: Tensor) -> Tensor:
+def _view_bytes(tensor: Tensor) -> Tensor:
     dense = tensor if tensor.layout == torch.strided else tensor.to_dense()
     return dense.contiguous().reshape(-1).view(torch.uint8)

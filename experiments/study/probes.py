@@ -39,7 +39,8 @@ def measure_decodability(
     """
     changes: dict[str, Tensor] = {}
     if "ridge" in probes:
-        changes |= _ridge(study, label, x, y, cells) | _ridge_halves(study, label, x, y, cells)
+        arguments = study, label, x, y, cells
+        changes |= _measure_ridge_probe(*arguments) | _measure_ridge_halves(*arguments)
     if "paper" in probes:
         changes |= measure_paper_probe(
             study, layer, label, x, y, cells, study.draws.count_for(x.shape[1])
@@ -47,7 +48,9 @@ def measure_decodability(
     return {name: changes[name] for name in list_columns(probes)}
 
 
-def _ridge(study: Study, label: int, x: Tensor, y: Tensor, cells: Tensor) -> dict[str, Tensor]:
+def _measure_ridge_probe(
+    study: Study, label: int, x: Tensor, y: Tensor, cells: Tensor
+) -> dict[str, Tensor]:
     """Measure the loss of the ridge probe's balanced accuracy and margin, refitted and frozen."""
     scores = rk.ablation_decodability(
         x,
@@ -66,7 +69,7 @@ def _ridge(study: Study, label: int, x: Tensor, y: Tensor, cells: Tensor) -> dic
     return changes
 
 
-def _ridge_halves(
+def _measure_ridge_halves(
     study: Study, label: int, x: Tensor, y: Tensor, cells: Tensor
 ) -> dict[str, Tensor]:
     """Measure the ridge probe on each half; NaN if a half has fewer than two stimuli of a side.
@@ -80,7 +83,7 @@ def _ridge_halves(
         changes = {name: torch.full((study.n_cells,), math.nan) for name in PROBES["ridge"]}
         if min(int(is_target.sum()), int((~is_target).sum())) > 1:
             with suppress(rk.ConstantError):
-                changes = _ridge(study, label, x[first::2], y[first::2], cells)
+                changes = _measure_ridge_probe(study, label, x[first::2], y[first::2], cells)
         by_half |= {half_column(name, which): changes[name] for name in PROBES["ridge"]}
     return by_half
 

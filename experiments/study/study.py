@@ -25,8 +25,8 @@ from repsim_kernels.experiments.study.network import (
     fingerprint,
     hash_operations,
     hash_parts,
+    pass_one_image,
     prepare,
-    show_image,
 )
 from repsim_kernels.experiments.study.precision import set_tf32
 from repsim_kernels.experiments.study.units import Unit, units_of
@@ -320,7 +320,7 @@ class Study:
                 self._network_is_held = True
                 try:
                     if self._pass_changes_values:  # a trace may omit the change
-                        show_image(self.model, (), self.images[:1].to(self.device))
+                        pass_one_image(self.model, (), self.images[:1].to(self.device))
                     yield
                 finally:
                     self._network_is_held = False
@@ -371,7 +371,7 @@ class Study:
         """Pass one image: check that the outputs fit the labels and the layers fit the grid."""
         self.forward = AblatedForward(self.model, self.layers)
         try:
-            logits, self.sizes = show_image(
+            logits, self.sizes = pass_one_image(
                 self.model, self.layers, self.images[:1].to(self.device)
             )
         except (RuntimeError, ValueError, TypeError, IndexError) as error:

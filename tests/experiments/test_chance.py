@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from repsim_kernels.experiments.cli.tables import print_results, warn_if_near_chance
-from repsim_kernels.experiments.report.findings import near_chance
+from repsim_kernels.experiments.report.findings import describe_near_chance
 from repsim_kernels.experiments.runs.driver import run
 from repsim_kernels.experiments.runs.membership import open_run
 from repsim_kernels.experiments.runs.store import Store
@@ -43,7 +43,9 @@ def test_near_chance_follows_the_exact_test_and_the_margin(
     threshold = min(2 * p, p + Fraction(1, 10), (p + 1) / 2)
     near = tail > Fraction(1, 100) or Fraction(correct, images) < threshold
     more = {"outputs": data.draw(st.integers(len(counts), 1000)), "largest_class": max(counts)}
-    assert (near_chance(describe_run(correct, images, len(counts), **more)) is not None) == near
+    assert (
+        describe_near_chance(describe_run(correct, images, len(counts), **more)) is not None
+    ) == near
 
 
 @pytest.mark.parametrize(
@@ -68,17 +70,19 @@ def test_near_chance_follows_the_exact_test_and_the_margin(
 def test_networks_near_chance_and_others(
     correct: int, images: int, classes: int, largest: int, near: bool
 ) -> None:
-    text = near_chance(describe_run(correct, images, classes, largest_class=largest, outputs=1000))
+    text = describe_near_chance(
+        describe_run(correct, images, classes, largest_class=largest, outputs=1000)
+    )
     assert (text is not None) == near
     if text is not None:
         assert text == (
-            f"{100 * correct / images:.1f} % of its answers to {images} images are right, and "
-            f"{100 * largest / images:g} % would be if all named the largest class"
+            f"it is right for {100 * correct / images:.1f} % of {images} images, and would be for "
+            f"{100 * largest / images:g} % if it always named the largest class"
         )
     if (
         largest * classes == images
     ):  # older runs don't record the largest class; classes are then taken as equal
-        assert near_chance(describe_run(correct, images, classes)) == text
+        assert describe_near_chance(describe_run(correct, images, classes)) == text
 
 
 class Constant(nn.Module):
@@ -96,12 +100,12 @@ class Constant(nn.Module):
 def test_a_constant_answer_with_unequal_classes_is_near_chance() -> None:
     labels = [0] * 3 + [1] * 9 + [2] * 3
     study = toy_study(model=Constant(), layers=["act"], labels=labels, metrics=["cka"])
-    message = "60.0 % of its answers to 15 images are right, and 60 % would be if all named the"
-    assert str(near_chance(describe(study))).startswith(message)
+    message = "it is right for 60.0 % of 15 images, and would be for 60 % if it always named"
+    assert str(describe_near_chance(describe(study))).startswith(message)
 
 
 def test_a_run_without_recorded_accuracy_is_not_near_chance() -> None:
-    assert near_chance({"note": None}) is None
+    assert describe_near_chance({"note": None}) is None
 
 
 def make_run(folder: Path, correct: int) -> Path:
@@ -144,9 +148,12 @@ def make_run(folder: Path, correct: int) -> Path:
 def test_a_report_starts_with_chance_and_judges_no_claims(tmp_path: Path) -> None:
     guessing = write_page(make_run(tmp_path / "guessing", 109), tmp_path)
     text = guessing.visible_text()
-    first = "net is near chance: 10.9 % of its answers to 1000 images are right"
+    first = "net is near chance: it is right for 10.9 % of 1000 images"
     assert text.index(first) < text.index("Neurons of a network were ablated")
-    assert "The claims are not judged: the network is near chance. 10.9 %" in text
+    assert (
+        "The claims are not judged, because the network is near chance: it is right for 10.9 %"
+        in text
+    )
     assert "exact one-sided binomial test" in text
     for verdict in ("Not held", "Not decided", "is followed better by"):
         assert verdict not in text
@@ -167,7 +174,7 @@ def test_the_terminal_warns_before_the_first_unit_and_before_the_table(folder: P
     assert (code, err) == (0, "")
     facts = json.loads(Path("run", "study.json").read_text())["about"]["models"]["_toy:Toy"]
     assert facts["outputs"] == 3
-    warning = f"_toy:Toy is near chance: {near_chance(facts)}."
+    warning = f"_toy:Toy is near chance: {describe_near_chance(facts)}."
     lines = out.splitlines()
     places = [number for number, line in enumerate(lines) if line.startswith(warning)]
     (started,) = (number for number, line in enumerate(lines) if line.endswith("1 started"))

@@ -91,7 +91,7 @@ def test_the_total_is_the_sum_of_the_parts(
 ) -> None:
     study = toy_study(memory=memory)
     set_costs(study, together)
-    monkeypatch.setattr(estimate_module, "_metric_seconds", lambda _study: (2.0, 0.25))
+    monkeypatch.setattr(estimate_module, "_time_metrics", lambda _study: (2.0, 0.25))
     estimate = plan(study)
     passes = {"1GiB": 1, "150KiB": 2}[memory]
     # A whole pass costs 5 s for 5 images, and each group passes 15; verified cuts are not counted.
@@ -117,7 +117,7 @@ def test_the_metrics_are_timed_on_two_sizes(
     study, clock = toy_study(**changes), [0.0]
 
     def measure_representation(
-        _study: Study, probes: list[str], _layer: str, label: int, x: Any, y: Any, _room: int
+        _study: Study, probes: list[str], _layer: str, label: int, x: Any, y: Any, _free_bytes: int
     ) -> Any:
         assert probes == ["ridge"]
         chosen = [label, *study.draw_other_classes(label)] if study.others else study.unique_labels
@@ -130,7 +130,7 @@ def test_the_metrics_are_timed_on_two_sizes(
 
     monkeypatch.setattr(estimate_module, "measure_representation", measure_representation)
     monkeypatch.setattr(estimate_module.time, "perf_counter", lambda: clock[0])
-    assert estimate_module._metric_seconds(study) == pytest.approx((3.0, 0.5))
+    assert estimate_module._time_metrics(study) == pytest.approx((3.0, 0.5))
 
 
 def test_only_the_given_units_are_counted() -> None:

@@ -16,7 +16,7 @@ from _toy import toy_study
 from repsim_kernels.experiments.errors import ExecutorError, RunError
 from repsim_kernels.experiments.runs.driver import MAX_ATTEMPTS, RunProgress, execute, run
 from repsim_kernels.experiments.runs.executors import Event, Task
-from repsim_kernels.experiments.runs.executors.pool import PoolExecutor, _cores_of_worker
+from repsim_kernels.experiments.runs.executors.pool import PoolExecutor, _select_cores
 from repsim_kernels.experiments.runs.executors.serial import SerialExecutor
 from repsim_kernels.experiments.runs.membership import join_run, open_run
 from repsim_kernels.experiments.runs.shard import Shard
@@ -117,12 +117,12 @@ def test_the_memory_budget_of_a_run_is_set_once(tmp_path: Path) -> None:
 
 def test_workers_have_separate_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3, 5, 7, 8, 9, 10, 11})
-    assert [_cores_of_worker(number, 3, 2) for number in range(3)] == [[1, 3], [5, 7], [8, 9]]
-    halves = [_cores_of_worker(number, 2, 1) for number in range(2)]
+    assert [_select_cores(number, 3, 2) for number in range(3)] == [[1, 3], [5, 7], [8, 9]]
+    halves = [_select_cores(number, 2, 1) for number in range(2)]
     assert halves == [[1, 3, 5, 7], [8, 9, 10, 11]]
     # With more threads than cores, workers share cores.
-    assert _cores_of_worker(3, 4, 4) == [8, 9, 10, 11]
-    assert {core for number in range(9) for core in _cores_of_worker(number, 9, 1)} <= {
+    assert _select_cores(3, 4, 4) == [8, 9, 10, 11]
+    assert {core for number in range(9) for core in _select_cores(number, 9, 1)} <= {
         *(1, 3, 5, 7, 8, 9, 10, 11)
     }
 

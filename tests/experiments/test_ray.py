@@ -119,7 +119,7 @@ def test_a_missing_ray_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_warning_about_waiting_workers_is_given_once() -> None:
     executor = RayExecutor.__new__(RayExecutor)  # without a cluster
-    vars(executor).update(workers=2, _each="1 core", _warn_at=time.monotonic())
+    vars(executor).update(workers=2, _needs="1 core", _warn_at=time.monotonic())
     call: Future[Any] = Future()
     with pytest.warns(
         UserWarning, match=r"^waiting for the cluster: 1 of 2 workers have not started"

@@ -244,8 +244,8 @@ def test_the_published_study_has_the_choices_of_the_paper() -> None:
     assert [s.name for s in study_set.studies] == ["alexnet", NAME, "resnet50"]
     assert [len(s.layers) for s in study_set.studies] == [7, 104, 16]
     assert [s.others for s in study_set.studies] == [10, None, None]
-    assert [s.stimuli for s in study_set.studies] == [22, 24, 24]
-    assert [s.draws.of(100_352) for s in study_set.studies] == [200, 1003, 2007]
+    assert [s.n_stimuli for s in study_set.studies] == [22, 24, 24]
+    assert [s.draws.count_for(100_352) for s in study_set.studies] == [200, 1003, 2007]
     for study in study_set.studies:
         assert (study.edges, study.grid) == ("inclusive", (4, 4))
         assert study.options == {"ridge": 0.1, "penalty": 1e3, "probe_ridge": 1.0}

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from repsim_kernels.experiments.errors import ShardError
-from repsim_kernels.experiments.runs.shard import Shard, parse_shard, shard_from_environment
+from repsim_kernels.experiments.runs.shard import Shard, parse_shard, read_shard_from_environment
 
 
 @given(units=st.lists(st.integers(), max_size=40), count=st.integers(1, 12))
@@ -57,13 +57,15 @@ def slurm(task: int, count: int, first: int = 0, step: int = 1) -> dict[str, str
 def test_the_shard_is_read_from_slurm_or_torchrun(
     environment: dict[str, str], shard: Shard, name: str
 ) -> None:
-    assert shard_from_environment(environment) == (shard, name)
+    assert read_shard_from_environment(environment) == (shard, name)
 
 
 @given(count=st.integers(1, 20), first=st.integers(0, 9), step=st.integers(1, 5))
 def test_the_tasks_of_an_array_cover_all_shards(count: int, first: int, step: int) -> None:
     tasks = [slurm(first + k * step, count, first, step) for k in range(count)]
-    assert [shard_from_environment(task)[0].index for task in tasks] == list(range(1, count + 1))
+    assert [read_shard_from_environment(task)[0].index for task in tasks] == list(
+        range(1, count + 1)
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,4 +83,4 @@ def test_the_tasks_of_an_array_cover_all_shards(count: int, first: int, step: in
 )
 def test_an_uneven_array_is_refused(environment: dict[str, str]) -> None:
     with pytest.raises(ShardError, match=r"^shard: (SLURM_ARRAY_TASK_ID|RANK)=.*or --shard I/N$"):
-        shard_from_environment(environment)
+        read_shard_from_environment(environment)

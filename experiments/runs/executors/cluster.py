@@ -21,7 +21,7 @@ from repsim_kernels.experiments.runs.executors import Task
 from repsim_kernels.experiments.runs.executors.workers import (
     WorkerExecutor,
     block_signals,
-    thread_environment,
+    make_thread_environment,
 )
 from repsim_kernels.experiments.study.units import Unit
 
@@ -70,10 +70,10 @@ class RayExecutor(WorkerExecutor):
         import ray
 
         gpu = device.startswith("cuda")
-        self._each = "1 GPU" if gpu else _format_count(task.threads, "core")
+        self._needs = "1 GPU" if gpu else _format_count(task.threads, "core")
         with ExitStack() as stack:
-            _connect(stack, _cluster_address(address), gpu, task.threads)
-            count = _count_workers(workers, gpu, task.threads, self._each)
+            _connect(stack, _resolve_address(address), gpu, task.threads)
+            count = _count_workers(workers, gpu, task.threads, self._needs)
             remote: Any = ray.remote(
                 num_cpus=0 if gpu else task.threads,
                 num_gpus=int(gpu),
@@ -112,7 +112,7 @@ class RayExecutor(WorkerExecutor):
             self._warn_at = None
             warnings.warn(
                 f"waiting for the cluster: {starting} of {self.workers} workers have not started; "
-                f"each needs {self._each} free, and first makes its studies",
+                f"each needs {self._needs} free, and first makes its studies",
                 stacklevel=3,
             )
         return done
@@ -124,11 +124,11 @@ def _measure_unit(task: Task, folder: str, gpu: bool, unit: Unit | None) -> Work
 
     if os.path.isdir(folder):
         os.chdir(folder)
-    return measure_unit(task, _assigned_gpu() if gpu else "cpu", unit)
+    return measure_unit(task, _find_assigned_gpu() if gpu else "cpu", unit)
 
 
-def _assigned_gpu() -> str:
-    """The GPU of this task; Ray may assign each task of a process a different one."""
+def _find_assigned_gpu() -> str:
+    """Find the GPU of this task; Ray may assign each task of a process a different one."""
     import ray
 
     gpu = ray.get_runtime_context().get_accelerator_ids()["GPU"][0]
@@ -140,13 +140,14 @@ def _connect(stack: ExitStack, address: str | None, gpu: bool, threads: int) -> 
     """Connect to a cluster, or start one; the stack disconnects or shuts it down."""
     options: dict[str, Any] = {}
     if address is None:
-        options = _private_cluster_options(stack, gpu)
+        options = _make_private_cluster_options(stack, gpu)
     import ray
     from ray.exceptions import RayError
 
-    environment = thread_environment(threads) | {
+    environment = make_thread_environment(threads) | {
         "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
-        # A process can't change which GPUs it sees, but may get tasks on another: `_assigned_gpu`.
+        # A process can't change which GPUs it sees, but may get tasks on another GPU, which
+        # `_find_assigned_gpu` looks up.
         "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
     }
     stack.callback(ray.shutdown)
@@ -185,7 +186,7 @@ def check_available(address: str | None) -> None:
         raise ExecutorError(
             "executor: ray is not installed; run: pip install 'repsim-kernels[ray]'"
         ) from None
-    address = _cluster_address(address) or ""
+    address = _resolve_address(address) or ""
     host, _, port = address.rpartition(":")
     if "/" in host or not port.isdecimal():
         return  # a private cluster, "auto", or a Ray client's address
@@ -198,14 +199,14 @@ def check_available(address: str | None) -> None:
         ) from error
 
 
-def _cluster_address(address: str | None) -> str | None:
-    """The address of the cluster to join; None to start a private one."""
+def _resolve_address(address: str | None) -> str | None:
+    """Return the address of the cluster to join; None to start a private one."""
     address = address or os.environ.get("RAY_ADDRESS")
     return None if address == "local" else address
 
 
-def _private_cluster_options(stack: ExitStack, gpu: bool) -> dict[str, Any]:
-    """Options of a cluster that only this process uses and that leaves no files behind."""
+def _make_private_cluster_options(stack: ExitStack, gpu: bool) -> dict[str, Any]:
+    """Make options of a cluster that only this process uses and that leaves no files behind."""
     import torch
 
     # By default Ray writes a new cluster's token to the home directory and leaves it there. The

@@ -17,7 +17,7 @@ from repsim_kernels.experiments.runs.executors import Task
 from repsim_kernels.experiments.runs.executors.workers import (
     WorkerExecutor,
     block_signals,
-    thread_environment,
+    make_thread_environment,
 )
 from repsim_kernels.experiments.study.units import Unit
 
@@ -55,7 +55,7 @@ class PoolExecutor(WorkerExecutor):
         call = partial(measure_unit, self.task, self.devices[worker], unit)
         with suppress(KeyError, BrokenProcessPool):  # not started, or died while idle
             return self._pools[worker].submit(call)
-        cores = _cores_of_worker(worker, self.workers, self.task.threads)
+        cores = _select_cores(worker, self.workers, self.task.threads)
         self._pools[worker] = ProcessPoolExecutor(
             1, get_context("spawn"), _initialize_worker, (cores,)
         )
@@ -101,8 +101,8 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _cores_of_worker(number: int, count: int, threads: int) -> list[int]:
-    """The cores of one of several workers; the groups don't overlap if there are enough cores."""
+def _select_cores(number: int, count: int, threads: int) -> list[int]:
+    """Select the cores of a worker; groups don't overlap if there are enough cores."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     size = max(threads, len(cores) // count)
     return (
@@ -112,12 +112,12 @@ def _cores_of_worker(number: int, count: int, threads: int) -> list[int]:
 
 @contextmanager
 def _limit_threads(count: int) -> Iterator[None]:
-    """Set `thread_environment` for processes started in the block."""
+    """Limit the threads of processes started in the block, by environment variables."""
     before = dict(os.environ)
-    os.environ.update(thread_environment(count))
+    os.environ.update(make_thread_environment(count))
     try:
         yield
     finally:
-        for name in thread_environment(count):
+        for name in make_thread_environment(count):
             del os.environ[name]
         os.environ.update(before)

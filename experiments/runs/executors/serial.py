@@ -52,15 +52,17 @@ class SerialExecutor:
         """See `Executor.run`. One pass over the images serves as many layers as fit into memory."""
         while units:
             for study in self.studies:
-                own_units = [unit for unit in units if unit.model == study.name]
-                while own_units:
-                    yield from self._measure(study, own_units, units)
+                study_units = [unit for unit in units if unit.model == study.name]
+                while study_units:
+                    yield from self._measure(study, study_units, units)
 
-    def _measure(self, study: Study, own_units: list[Unit], units: deque[Unit]) -> Iterator[Event]:
+    def _measure(
+        self, study: Study, study_units: list[Unit], units: deque[Unit]
+    ) -> Iterator[Event]:
         """Measure one study's units up to the first failure, removing each from both queues."""
-        rows_of_units = measure.rows(study, own_units.copy())
-        while own_units:
-            unit = own_units.pop(0)
+        rows_of_units = measure.rows(study, study_units.copy())
+        while study_units:
+            unit = study_units.pop(0)
             units.remove(unit)
             started = Event("started", unit, "this process")
             yield started
@@ -73,13 +75,13 @@ class SerialExecutor:
                 yield started._replace(
                     kind="failed",
                     seconds=time.perf_counter() - start,
-                    memory=_peak_memory(study.device),
+                    memory=_read_peak_memory(study.device),
                     error=_describe_error(error),
                     details=traceback.format_exc(),
                     retryable=not isinstance(error, (StudyError, RepsimError)),
                 )
                 return
-            elapsed, memory = time.perf_counter() - start, _peak_memory(study.device)
+            elapsed, memory = time.perf_counter() - start, _read_peak_memory(study.device)
             self.store.save(
                 unit, rows, seconds=elapsed, memory=memory, **_describe_environment(study)
             )
@@ -100,7 +102,7 @@ def measure_unit(task: Task, device: str, unit: Unit | None) -> WorkerResult:
     The studies are kept for the process's next calls, until a call is for another run or device.
     """
     try:
-        executor = _executor_for(task, device)
+        executor = _get_executor(task, device)
         if unit is None:
             return None, []
         with warnings.catch_warnings(record=True) as caught:
@@ -115,7 +117,7 @@ def measure_unit(task: Task, device: str, unit: Unit | None) -> WorkerResult:
     return last, [str(warning.message) for warning in caught]
 
 
-def _executor_for(task: Task, device: str) -> SerialExecutor:
+def _get_executor(task: Task, device: str) -> SerialExecutor:
     key = task.folder, device
     if key not in _cached_executor:
         if _cached_executor:
@@ -129,7 +131,7 @@ def _executor_for(task: Task, device: str) -> SerialExecutor:
     return _cached_executor[key]
 
 
-def _peak_memory(device: torch.device) -> int:
+def _read_peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -137,12 +139,12 @@ def _peak_memory(device: torch.device) -> int:
 
 def _describe_error(error: Exception) -> str:
     text = one_line(error) or "no message"
-    is_own = isinstance(error, (StudyError, RepsimError))
-    return text if is_own else f"{type(error).__name__}: {text}"
+    is_library_error = isinstance(error, (StudyError, RepsimError))
+    return text if is_library_error else f"{type(error).__name__}: {text}"
 
 
 def _describe_environment(study: Study) -> dict[str, Any]:
-    """The device, host, settings and versions that a part is measured with."""
+    """Describe the device, host, settings and versions that a part is measured with."""
     gpu = study.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(study.device) if gpu else "CPU",

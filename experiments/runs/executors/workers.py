@@ -99,8 +99,8 @@ class WorkerExecutor(ABC):
             yield event._replace(worker=self.names[worker])
 
 
-def thread_environment(count: int) -> dict[str, str]:
-    """The environment variables that limit the threads libraries start when they are loaded."""
+def make_thread_environment(count: int) -> dict[str, str]:
+    """Make the environment variables that limit the threads of libraries, read at import."""
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     return dict.fromkeys(names, str(count))
 
