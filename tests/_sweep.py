@@ -50,11 +50,13 @@ class Sweep:
 
     def workers(self) -> list[int]:
         """The process ids of its workers."""
-        return [pid for pid in children(self.process.pid) if "spawn_main" in command(pid)]
+        return [
+            pid for pid in list_children(self.process.pid) if "spawn_main" in read_command_line(pid)
+        ]
 
 
-def children(parent: int) -> list[int]:
-    """The ids of a process's children."""
+def list_children(parent: int) -> list[int]:
+    """List the ids of a process's children."""
     pids = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -65,21 +67,21 @@ def children(parent: int) -> list[int]:
     return pids
 
 
-def descendants(parent: int) -> list[int]:
-    """The ids of a process's children, their children, and so on."""
-    own = children(parent)
-    return own + [pid for child in own for pid in descendants(child)]
+def list_descendants(parent: int) -> list[int]:
+    """List the ids of a process's children, their children, and so on."""
+    pids = list_children(parent)
+    return pids + [pid for child in pids for pid in list_descendants(child)]
 
 
-def command(pid: int) -> str:
-    """A process's command line or the title that it gave itself; empty if it has ended."""
+def read_command_line(pid: int) -> str:
+    """Read a process's command line, or the title that it set; empty if it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
         return ""
 
 
-def until(condition: Callable[[], object], seconds: float = 90) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 90) -> None:
     """Wait until a condition holds."""
     end = time.monotonic() + seconds
     while not condition():
@@ -87,15 +89,15 @@ def until(condition: Callable[[], object], seconds: float = 90) -> None:
         time.sleep(0.02)
 
 
-def parts(run: Path) -> set[str]:
+def list_parts(run: Path) -> set[str]:
     return {path.name for path in (run / "parts").glob("*.parquet")}
 
 
-def table(run: Path) -> pd.DataFrame:
+def read_results(run: Path) -> pd.DataFrame:
     return pd.read_parquet(run / "results.parquet")
 
 
-def alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:

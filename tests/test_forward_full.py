@@ -8,7 +8,7 @@ import torch
 from _hook import make_labels, run_hooked, run_plain
 from torch import nn
 
-from repsim_kernels.experiments.inputs.networks import study_layers
+from repsim_kernels.experiments.inputs.networks import list_default_layers
 from repsim_kernels.experiments.inputs.presets import PRESETS, load_network
 from repsim_kernels.forward import AblatedForward
 
@@ -25,7 +25,7 @@ def list_sites(name):
     model = load(name)
     kinds = {"alexnet": nn.MaxPool2d, "mobilenet_v2": (), "resnet50": (nn.Conv2d, nn.BatchNorm2d)}
     more = {layer for layer, m in model.named_modules() if isinstance(m, kinds[name])}
-    chosen = more | set(study_layers(model))
+    chosen = more | set(list_default_layers(model))
     return [layer for layer, _ in model.named_modules() if layer in chosen]
 
 

@@ -20,7 +20,7 @@ from bench.gpu_report.processes import watch
 from bench.gpu_report.rows import describe
 from repsim_kernels.experiments.inputs import imagenet
 from repsim_kernels.experiments.inputs import images as data
-from repsim_kernels.experiments.inputs.networks import load, study_layers
+from repsim_kernels.experiments.inputs.networks import list_default_layers, load
 from repsim_kernels.experiments.inputs.presets import PRESETS, Network, load_network
 from repsim_kernels.experiments.study import measure, memory
 from repsim_kernels.experiments.study.checks import Draws
@@ -250,7 +250,7 @@ def _make_study(
 ) -> Study:
     return Study(
         model,
-        study_layers(model),
+        list_default_layers(model),
         images,
         labels,
         draws=Draws(_DRAWS[device], None, _PRESET.paired),

@@ -15,7 +15,7 @@ from torch import nn
 from repsim_kernels.experiments.errors import OptionsError, StudyError
 from repsim_kernels.experiments.inputs import imagenet, images
 from repsim_kernels.experiments.inputs.images import Stimuli
-from repsim_kernels.experiments.inputs.networks import SMALL, load, study_layers
+from repsim_kernels.experiments.inputs.networks import SMALL, list_default_layers, load
 from repsim_kernels.experiments.inputs.presets import (
     PRESETS,
     RANDOM,
@@ -186,7 +186,7 @@ def _make_model_study(
     elif sample is not None:
         targets = space_evenly(targets, sample.targets)
     if layers is None:
-        layers = study_layers(network)
+        layers = list_default_layers(network)
         layers = layers if sample is None else space_evenly(layers, sample.layers)
     if metric_images is None and sample is not None:
         metric_images = sample.metric_images
@@ -278,7 +278,7 @@ def _make_preset_study(
         model = model.to(memory_format=torch.channels_last)
     study = Study(
         model,
-        study_layers(model) if options.layers is None else options.layers,
+        list_default_layers(model) if options.layers is None else options.layers,
         stimuli.images,
         stimuli.labels,
         targets,

@@ -175,7 +175,7 @@ def load(
     return model.eval().requires_grad_(False)
 
 
-def study_layers(model: nn.Module) -> list[str]:
+def list_default_layers(model: nn.Module) -> list[str]:
     """List a network's default layers for a study, in the order of its definition.
 
     AlexNet: each ReLU; MobileNetV2: every convolution and batch norm, before the ReLU6; ResNet:
@@ -188,8 +188,8 @@ def study_layers(model: nn.Module) -> list[str]:
 
     Examples
     --------
-    >>> from repsim_kernels.experiments.inputs.networks import build, study_layers
-    >>> study_layers(build("alexnet_small"))[-2:]
+    >>> from repsim_kernels.experiments.inputs.networks import build, list_default_layers
+    >>> list_default_layers(build("alexnet_small"))[-2:]
     ['classifier.2', 'classifier.5']
     """
     kinds: tuple[type[nn.Module], ...]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from _sweep import SMALL, TOY, Sweep, alive, parts, table, until
+from _sweep import SMALL, TOY, Sweep, is_alive, list_parts, read_results, wait_until
 from _toy import write_image_folder
 
 from repsim_kernels.experiments.runs.lock import hold_lock
@@ -38,9 +38,9 @@ def sweep(tmp_path: Path) -> Iterator[Callable[..., Sweep]]:
 def test_a_run_stopped_by_a_signal_is_resumed(tmp_path: Path, sweep: Callable[..., Sweep]) -> None:
     run, options = tmp_path / "run", (*SMALL, "--layers", "features.4,features.7", "--out", "run")
     first = sweep(*options)
-    until(lambda: len(parts(run)) >= 1)
+    wait_until(lambda: len(list_parts(run)) >= 1)
     code, _, err = first.kill(signal.SIGTERM)
-    stored = parts(run)
+    stored = list_parts(run)
     assert code == 143
     assert err == (
         f"interrupted: {len(stored)} of 14 units are finished and stored in run; "
@@ -51,8 +51,8 @@ def test_a_run_stopped_by_a_signal_is_resumed(tmp_path: Path, sweep: Callable[..
     code, _, err = sweep(*options, "--workers", "2").end()
     assert (code, err) == (0, "")
     assert {name: (run / "parts" / name).read_bytes() for name in stored} == before
-    assert len(parts(run)) == 14
-    assert len(table(run)) == 14 * 16
+    assert len(list_parts(run)) == 14
+    assert len(read_results(run)) == 14 * 16
 
 
 @pytest.mark.slow
@@ -65,10 +65,12 @@ def test_a_run_killed_at_random_times_gives_the_same_table(
     assert uninterrupted.end()[0] == 0
     run, kills, runs = tmp_path / "run", 0, 0
     while kills < 10:
-        stored = parts(run)
+        stored = list_parts(run)
         one = sweep(*SMALL, "--out", "run", "--workers", "2")
         runs += 1
-        until(lambda old=stored, now=one: parts(run) > old or now.process.poll() is not None)
+        wait_until(
+            lambda old=stored, now=one: list_parts(run) > old or now.process.poll() is not None
+        )
         for _ in range(2):
             time.sleep(rng.uniform(0, 1.5))
             victims = [one.process.pid] if rng.random() < 0.5 else one.workers()
@@ -80,19 +82,21 @@ def test_a_run_killed_at_random_times_gives_the_same_table(
             one.process.kill()
             kills += 1
         one.end()
-        until(lambda pids=workers: not any(map(alive, pids)), 10)
+        wait_until(lambda pids=workers: not any(map(is_alive, pids)), 10)
         if (run / "results.parquet").exists():  # it finished before the kills: repeat
             shutil.rmtree(run)
         else:
-            assert stored <= parts(run)
+            assert stored <= list_parts(run)
     assert runs >= 4
     code, _, err = sweep(*SMALL, "--out", "run", "--workers", "2").end()
     assert (code, err) == (0, "")
-    pd.testing.assert_frame_equal(table(run), table(tmp_path / "whole"), check_exact=True)
+    pd.testing.assert_frame_equal(
+        read_results(run), read_results(tmp_path / "whole"), check_exact=True
+    )
     remaining = {
         path.name for path in run.rglob("*") if path.is_file() and path.parent.name == "parts"
     }
-    assert remaining == parts(run)
+    assert remaining == list_parts(run)
 
 
 @pytest.mark.slow
@@ -109,7 +113,7 @@ def test_a_full_disk_loses_no_finished_unit(tmp_path: Path, sweep: Callable[...,
         options = (*TOY, "--out", disk / "run")
         for more in ((), ("--workers", "2")):
             code, _, err = sweep(*options, *more).end()
-            stored = parts(disk / "run")
+            stored = list_parts(disk / "run")
             assert code == 2
             assert 1 <= len(stored) < 6
             assert err.count("\n") == 1
@@ -118,10 +122,10 @@ def test_a_full_disk_loses_no_finished_unit(tmp_path: Path, sweep: Callable[...,
             assert all(not path.name.endswith(".tmp") for path in (disk / "run").rglob("*"))
         subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
         assert sweep(*options).end()[0] == 0
-        assert stored <= parts(disk / "run")
+        assert stored <= list_parts(disk / "run")
         assert sweep(*TOY, "--out", "whole").end()[0] == 0
         pd.testing.assert_frame_equal(
-            table(disk / "run"), table(tmp_path / "whole"), check_exact=True
+            read_results(disk / "run"), read_results(tmp_path / "whole"), check_exact=True
         )
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
@@ -134,7 +138,7 @@ def test_damaged_parts_are_measured_again_and_foreign_parts_refused(
     write_image_folder(tmp_path / "images")
     run, options = tmp_path / "run", (*TOY, "--out", "run")
     assert sweep(*options).end()[0] == 0
-    whole = table(run)
+    whole = read_results(run)
     part = run / "parts" / "_toy%3AToy--act1--2.parquet"
     part.write_bytes(part.read_bytes()[:1000])
     code, out, err = sweep(*options).end()
@@ -143,7 +147,7 @@ def test_damaged_parts_are_measured_again_and_foreign_parts_refused(
     assert f"run/parts/{part.name} can't be read" in err
     assert "_toy:Toy act1 2 will be measured again" in err
     assert "1/6" not in out
-    pd.testing.assert_frame_equal(table(run), whole, check_exact=True)
+    pd.testing.assert_frame_equal(read_results(run), whole, check_exact=True)
 
     assert sweep(*TOY, "--out", "other", "--ridge", "0.5").end()[0] == 0
     shutil.copy(tmp_path / "other" / "parts" / part.name, part)
@@ -167,12 +171,12 @@ def test_an_image_that_disappears_during_a_run_ends_it(
     write_image_folder(tmp_path / "images")
     run, options = tmp_path / "run", (*TOY, "--out", "run", "--workers", "1")
     assert sweep(*options).end()[0] == 0
-    whole = table(run)
+    whole = read_results(run)
     shutil.rmtree(run / "parts")
     (run / "results.parquet").unlink()
     image, hidden = tmp_path / "images" / "bee" / "2.png", tmp_path / "2.png"
     one = sweep(*TOY, "--out", "run", "--workers", "2")
-    until(lambda: one.workers())
+    wait_until(lambda: one.workers())
     image.rename(hidden)  # before the workers make their studies
     code, _, err = one.end()
     assert code == 2
@@ -181,7 +185,7 @@ def test_an_image_that_disappears_during_a_run_ends_it(
     assert "expected the same images, network and versions" in err
     hidden.rename(image)
     assert sweep(*options).end()[0] == 0
-    pd.testing.assert_frame_equal(table(run), whole, check_exact=True)
+    pd.testing.assert_frame_equal(read_results(run), whole, check_exact=True)
 
 
 @pytest.mark.slow
@@ -200,5 +204,5 @@ def test_shards_in_any_order_give_the_same_table_as_one_run(
     assert code == 0
     assert "run/report.html" in out
     pd.testing.assert_frame_equal(
-        table(tmp_path / "run"), table(tmp_path / "whole"), check_exact=True
+        read_results(tmp_path / "run"), read_results(tmp_path / "whole"), check_exact=True
     )

@@ -58,19 +58,25 @@ def with_parametrization() -> nn.Module:
     return model
 
 
-def pruned() -> nn.Module:
+def with_pruning() -> nn.Module:
     model = Toy()
     prune.l1_unstructured(model.conv2, "weight", 0.5)  # type: ignore[no-untyped-call]
     return model
 
 
-def storing() -> nn.Module:
+def with_stored_tensors() -> nn.Module:
     model = Storing()
     model(toy_images()[0])
     return model
 
 
-KINDS = [with_weight_norm, with_spectral_norm, with_parametrization, pruned, storing]
+KINDS = [
+    with_weight_norm,
+    with_spectral_norm,
+    with_parametrization,
+    with_pruning,
+    with_stored_tensors,
+]
 
 
 @pytest.mark.parametrize("make", KINDS)
@@ -188,29 +194,31 @@ def test_a_network_on_another_device_is_moved_and_moved_back() -> None:
     assert study.configuration() == configuration
 
 
-def trained(model: nn.Module) -> None:
+def train_one_step(model: nn.Module) -> None:
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     model(toy_images()[0]).sum().backward()
     optimizer.step()
 
 
-def written(model: nn.Module) -> None:
+def write_weight(model: nn.Module) -> None:
     model.fc.weight.data[0, 0] += 1e-6  # type: ignore[operator,union-attr]
 
 
-def loaded(model: nn.Module) -> None:
+def load_other_weights(model: nn.Module) -> None:
     model.load_state_dict({name: t + 1 for name, t in model.state_dict().items()})
 
 
-def buffered(model: nn.Module) -> None:
+def change_buffer(model: nn.Module) -> None:
     model.scale.add_(1)  # type: ignore[operator]
 
 
-def rounded(model: nn.Module) -> None:
+def round_to_half(model: nn.Module) -> None:
     model.half()
 
 
-@pytest.mark.parametrize("change", [trained, written, loaded, buffered, rounded])
+@pytest.mark.parametrize(
+    "change", [train_one_step, write_weight, load_other_weights, change_buffer, round_to_half]
+)
 @pytest.mark.parametrize("use", ["run", "store", "measure", "about", "plan"])
 def test_weights_that_have_changed_are_refused(
     change: Callable[[nn.Module], None], use: str, tmp_path: Path
@@ -238,7 +246,7 @@ def test_weights_that_change_during_a_run_are_refused() -> None:
 
     def progress(step: Any) -> None:
         steps.append(step)
-        written(model)
+        write_weight(model)
 
     with pytest.raises(StudyError, match=r"^model: the weights"):
         study.run(progress=progress)

@@ -19,7 +19,13 @@ from torch import nn
 from repsim_kernels.experiments.errors import DataError, ModelError
 from repsim_kernels.experiments.inputs import images as data
 from repsim_kernels.experiments.inputs import networks as models
-from repsim_kernels.experiments.inputs.networks import ASSETS, SMALL, build, load, study_layers
+from repsim_kernels.experiments.inputs.networks import (
+    ASSETS,
+    SMALL,
+    build,
+    list_default_layers,
+    load,
+)
 from repsim_kernels.experiments.inputs.train import train
 
 
@@ -66,13 +72,13 @@ def test_classes_and_module_names_match_torchvision():
 
 
 def test_default_layers():
-    alexnet, mobilenet, resnet = (study_layers(build(name)) for name in SMALL)
+    alexnet, mobilenet, resnet = (list_default_layers(build(name)) for name in SMALL)
     assert alexnet == [f"features.{i}" for i in (1, 4, 7, 9, 11)] + ["classifier.2", "classifier.5"]
     assert len(mobilenet) == 104
     assert mobilenet[:2] == ["features.0.0", "features.0.1"]
     assert resnet == [f"layer{i + 1}.{j}" for i, k in enumerate((3, 4, 6, 3)) for j in range(k)]
     with pytest.raises(ModelError, match=r"layers: no default for Outside.* 0, 1, 2, 3"):
-        study_layers(Outside())
+        list_default_layers(Outside())
 
 
 def test_load_a_torchvision_network(tmp_path):

@@ -37,26 +37,26 @@ PARENTS = [BACKENDS, BACKENDS.cudnn]
 OFF, ON = ["ieee"] * 6, ["tf32"] * 3 + ["ieee"] * 3
 
 
-def values() -> list[str]:
+def read_switches() -> list[str]:
     return [switch.fp32_precision for switch in (*CUDA, *CPU)]
 
 
-def behaviour() -> list[list[str]]:
+def probe_switches() -> list[list[str]]:
     """The switches' effective values, the parents' own values, and the effect of other parents."""
-    values_read, own = [values()], []
+    values_read, parents = [read_switches()], []
     for parent in PARENTS:
-        own.append(parent.fp32_precision)  # its own value, because its parent is "none" by now
+        parents.append(parent.fp32_precision)  # its own value, because its parent is "none" by now
         parent.fp32_precision = "none"
     for parent in PARENTS:
         for value in ("ieee", "tf32", "none"):
             parent.fp32_precision = value
-            values_read.append(values())
-    for parent, value in zip(PARENTS, own, strict=True):
+            values_read.append(read_switches())
+    for parent, value in zip(PARENTS, parents, strict=True):
         parent.fp32_precision = value
-    return [*values_read, own]
+    return [*values_read, parents]
 
 
-def legacy() -> list[Any]:
+def read_legacy() -> list[Any]:
     """The switches' values under their old names, or "refused" if PyTorch raises."""
     values_read: list[Any] = []
     for read in (
@@ -94,18 +94,18 @@ class Watched(Toy):
         self.recorded: list[list[str]] = []
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        self.recorded.append(values())
+        self.recorded.append(read_switches())
         return super().forward(images)
 
 
 @pytest.mark.parametrize(("tf32", "expected"), [(False, OFF), (True, ON)])
 def test_the_network_runs_with_the_switches_of_the_study(tf32: bool, expected: list[str]) -> None:
-    model, before = Watched(), behaviour()
+    model, before = Watched(), probe_switches()
     study = toy_study(model=model, metrics=["cka"], tf32=tf32)
     during: list[Any] = []
     conv1 = model.conv1
-    conv1.register_forward_pre_hook(lambda *_: during.append((values(), legacy())))
-    study.run(progress=lambda _step: during.append(behaviour() == before))
+    conv1.register_forward_pre_hook(lambda *_: during.append((read_switches(), read_legacy())))
+    study.run(progress=lambda _step: during.append(probe_switches() == before))
     describe(study)
     plan(study)
     old = [tf32, tf32, "high" if tf32 else "highest"]  # old and new names agree
@@ -113,7 +113,7 @@ def test_the_network_runs_with_the_switches_of_the_study(tf32: bool, expected: l
     assert all(each in ((expected, old), True) for each in during)
     assert len(model.recorded) > 3
     assert all(each == expected for each in model.recorded)
-    assert behaviour() == before
+    assert probe_switches() == before
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -123,15 +123,15 @@ def test_the_switches_are_restored(seed: int) -> None:
     torch.backends.cudnn.allow_tf32 = draw.random() < 0.5
     for switch in draw.sample([*PARENTS, *CUDA, *CPU], draw.randrange(7)):
         switch.fp32_precision = draw.choice(["none", "ieee", "tf32"])
-    before, old = behaviour(), legacy()
+    before, old = probe_switches(), read_legacy()
     for allowed, expected in ((False, OFF), (True, ON)):
         with suppress(KeyboardInterrupt), set_tf32(allowed):
-            assert values() == expected
+            assert read_switches() == expected
             with set_tf32(not allowed):
-                assert values() != expected
-            assert values() == expected
+                assert read_switches() != expected
+            assert read_switches() == expected
             raise KeyboardInterrupt
-        assert (behaviour(), legacy()) == (before, old)
+        assert (probe_switches(), read_legacy()) == (before, old)
 
 
 @pytest.mark.parametrize("weight", [torch.ones(2, 2), torch.ones(2, 2, 1, 1)])

@@ -13,7 +13,7 @@ from torch import nn
 
 from repsim_kernels.experiments.columns import METRICS
 from repsim_kernels.experiments.errors import ModelError
-from repsim_kernels.experiments.inputs.networks import study_layers
+from repsim_kernels.experiments.inputs.networks import list_default_layers
 from repsim_kernels.experiments.inputs.presets import (
     PRESETS,
     LoadedNetwork,
@@ -123,7 +123,7 @@ def test_random_networks_have_no_dead_layers(network):
         modules[layer].register_forward_hook(
             lambda _m, _i, out, layer=layer: activations.__setitem__(layer, out.flatten(1).clone())
         )
-        for layer in study_layers(model)
+        for layer in list_default_layers(model)
     ]
     logits = model(photographs(4))
     for handle in handles:

@@ -16,7 +16,17 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from _sweep import SMALL, TOY, Sweep, alive, command, descendants, parts, table, until
+from _sweep import (
+    SMALL,
+    TOY,
+    Sweep,
+    is_alive,
+    list_descendants,
+    list_parts,
+    read_command_line,
+    read_results,
+    wait_until,
+)
 from _toy import write_image_folder
 
 from repsim_kernels.experiments.errors import ExecutorError
@@ -38,13 +48,17 @@ def place(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 def workers(sweep: Sweep) -> list[int]:
     """Processes that run a task; Ray names them after the task's function."""
-    return [pid for pid in descendants(sweep.process.pid) if "ray::_measure_unit" in command(pid)]
+    return [
+        pid
+        for pid in list_descendants(sweep.process.pid)
+        if "ray::_measure_unit" in read_command_line(pid)
+    ]
 
 
 def assert_no_processes_or_files_remain(pids: list[int], place: dict[str, str]) -> None:
-    until(lambda: not any(map(alive, pids)), 20)
+    wait_until(lambda: not any(map(is_alive, pids)), 20)
     pids_now = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
-    until(lambda: not any(place["TMPDIR"] in command(pid) for pid in pids_now), 20)
+    wait_until(lambda: not any(place["TMPDIR"] in read_command_line(pid) for pid in pids_now), 20)
     assert not Path(place["HOME"], ".ray").exists()
     assert [name for name in os.listdir(place["TMPDIR"]) if name.startswith("ray")] == []
 
@@ -52,10 +66,10 @@ def assert_no_processes_or_files_remain(pids: list[int], place: dict[str, str]) 
 @pytest.mark.slow
 def test_a_worker_killed_during_a_unit_is_replaced(tmp_path: Path, place: dict[str, str]) -> None:
     one = Sweep(tmp_path, *SMALL, *RAY, "--out", "ray", **place)
-    until(lambda: len(parts(tmp_path / "ray")) >= 3)
-    until(lambda: workers(one))
-    started_pids = descendants(one.process.pid)
-    assert any("raylet" in command(pid) for pid in started_pids)
+    wait_until(lambda: len(list_parts(tmp_path / "ray")) >= 3)
+    wait_until(lambda: workers(one))
+    started_pids = list_descendants(one.process.pid)
+    assert any("raylet" in read_command_line(pid) for pid in started_pids)
     os.kill(workers(one)[0], signal.SIGKILL)
     code, out, err = one.end()
     assert (code, err) == (0, "")
@@ -65,17 +79,17 @@ def test_a_worker_killed_during_a_unit_is_replaced(tmp_path: Path, place: dict[s
     assert_no_processes_or_files_remain(started_pids, place)
     assert Sweep(tmp_path, *SMALL, "--out", "whole", "--quiet").end()[0] == 0
     pd.testing.assert_frame_equal(
-        table(tmp_path / "ray"), table(tmp_path / "whole"), check_exact=True
+        read_results(tmp_path / "ray"), read_results(tmp_path / "whole"), check_exact=True
     )
 
 
 @pytest.mark.slow
 def test_a_signal_also_ends_the_cluster(tmp_path: Path, place: dict[str, str]) -> None:
     one = Sweep(tmp_path, *SMALL, *RAY, "--out", "run", **place)
-    until(lambda: len(parts(tmp_path / "run")) >= 1)
-    started_pids = descendants(one.process.pid)
+    wait_until(lambda: len(list_parts(tmp_path / "run")) >= 1)
+    started_pids = list_descendants(one.process.pid)
     code, _, err = one.kill(signal.SIGTERM)
-    stored = len(parts(tmp_path / "run"))
+    stored = len(list_parts(tmp_path / "run"))
     assert code == 143
     assert f"interrupted: {stored} of 49 units are finished and stored in run; run" in err
     assert err.count("\n") == 1
@@ -86,8 +100,12 @@ def test_a_signal_also_ends_the_cluster(tmp_path: Path, place: dict[str, str]) -
 def test_errors_of_the_cluster_are_one_line(tmp_path: Path, place: dict[str, str]) -> None:
     write_image_folder(tmp_path / "images")
     many = Sweep(tmp_path, *TOY, *RAY[:2], "--workers", "99", "--out", "run", **place)
-    until(lambda: any("raylet" in command(pid) for pid in descendants(many.process.pid)))
-    started_pids = descendants(many.process.pid)
+    wait_until(
+        lambda: any(
+            "raylet" in read_command_line(pid) for pid in list_descendants(many.process.pid)
+        )
+    )
+    started_pids = list_descendants(many.process.pid)
     code, _, err = many.end()
     assert code == 2
     assert err.startswith("error: workers: 99 with 1 core each, but the cluster of 1 machine with ")
@@ -95,9 +113,11 @@ def test_errors_of_the_cluster_are_one_line(tmp_path: Path, place: dict[str, str
     assert_no_processes_or_files_remain(started_pids, place)
 
     one = Sweep(tmp_path, *TOY, *RAY, "--out", "run", **place)
-    until(lambda: any("raylet" in command(pid) for pid in descendants(one.process.pid)))
+    wait_until(
+        lambda: any("raylet" in read_command_line(pid) for pid in list_descendants(one.process.pid))
+    )
     (tmp_path / "images" / "bee" / "2.png").unlink()  # before the workers make their studies
-    started_pids = descendants(one.process.pid)
+    started_pids = list_descendants(one.process.pid)
     code, _, err = one.end()
     assert (code, err.count("\n")) == (2, 1)
     assert "error: studies: those made by a worker differ " in err

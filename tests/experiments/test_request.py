@@ -28,7 +28,7 @@ from repsim_kernels.experiments.cli.request import (
 )
 from repsim_kernels.experiments.columns import METRICS
 from repsim_kernels.experiments.inputs.imagenet import find_outputs
-from repsim_kernels.experiments.inputs.networks import SMALL, study_layers
+from repsim_kernels.experiments.inputs.networks import SMALL, list_default_layers
 from repsim_kernels.experiments.inputs.presets import (
     FIFTY,
     PRESETS,
@@ -285,7 +285,7 @@ def test_a_single_preset_has_the_choices_of_this_package() -> None:
     assert study.targets == find_outputs(TEN)
     assert (study.edges, study.others, study.metrics) == ("equal", None, list(METRICS))
     assert study.options == {"ridge": 0.1, "penalty": 0.0, "probe_ridge": 1.0}
-    assert (study.layers, len(study.images)) == (study_layers(study.model), 20)
+    assert (study.layers, len(study.images)) == (list_default_layers(study.model), 20)
 
 
 def test_options_override_the_preset() -> None:
@@ -303,7 +303,7 @@ def test_the_demo_is_three_small_networks(sampled: bool) -> None:
     study_set = make_model_studies(list(SMALL), SweepOptions(), sampled)
     assert [study.name for study in study_set.studies] == list(SAMPLES)
     for study in study_set.studies:
-        sample, layers = SAMPLES[study.name], study_layers(study.model)
+        sample, layers = SAMPLES[study.name], list_default_layers(study.model)
         assert study.layers == (space_evenly(layers, sample.layers) if sampled else layers)
         assert study.targets == (space_evenly(list(range(10)), 7) if sampled else list(range(10)))
         assert study.metric_images == (20 if sampled else None)
