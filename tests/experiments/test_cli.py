@@ -1,3 +1,5 @@
+"""The commands `sweep`, `status`, `compact` and `report` on a user's network."""
+
 from __future__ import annotations
 
 import json

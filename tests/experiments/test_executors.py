@@ -1,3 +1,5 @@
+"""Runs of several executors and shards: equal rows, retries, and workers that die."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Locks on a run's folder, held by other processes."""
+
 from __future__ import annotations
 
 import errno

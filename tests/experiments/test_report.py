@@ -328,9 +328,8 @@ def test_claims_match_the_statistics(tmp_path: Path) -> None:
     table = random_table(classes=8, seed=3)
     table["decodability_refit"] += 3 * table["cka"] + 3 * table["procrustes"]
     text = write_page(table, tmp_path).visible_text()
-    expected = judge_claims(
-        compute_correlations(table, FIVE, CHANGES), "rank_deficit", "decodability_refit"
-    )
+    per_group = compute_correlations(table, FIVE, CHANGES)
+    expected = judge_claims(per_group, "rank_deficit", "decodability_refit")
     assert [claim.held for claim in expected][1:] == [True, True]
     for claim in expected:
         verdict = {True: "Held", False: "Not held", None: "Not decided"}[claim.held]

@@ -1,3 +1,5 @@
+"""Shards: parsing, Slurm's and torchrun's variables, and how units are divided."""
+
 from __future__ import annotations
 
 import pytest

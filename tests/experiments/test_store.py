@@ -1,3 +1,5 @@
+"""A run's folder: resuming, damage, parts of other runs, full disks and failures."""
+
 from __future__ import annotations
 
 import errno
@@ -15,7 +17,6 @@ from _run_data import create_stores, make_configuration, make_rows
 from _toy import Toy, stop_after, toy_study
 
 from repsim_kernels.experiments.errors import DamagedError, StoreError
-from repsim_kernels.experiments.files import replace_file
 from repsim_kernels.experiments.runs.membership import open_run
 from repsim_kernels.experiments.runs.store import Store, load_run
 from repsim_kernels.experiments.study.configuration import digest
@@ -144,21 +145,6 @@ def test_units_never_share_a_file(store: Store) -> None:
     ]
     assert len({store.part_path(unit) for unit in units}) == len(units)
     assert {store.part_path(unit).parent for unit in units} == {store.folder / "parts"}
-
-
-def test_a_file_is_replaced_atomically(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def write_partially() -> None:
-        with replace_file(path) as temporary:
-            temporary.write_text("ne")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_partially()
-    assert names(tmp_path) == {"file"}
-    assert path.read_text() == "old"
 
 
 def test_a_file_is_synced_before_it_is_renamed(
