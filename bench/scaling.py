@@ -27,8 +27,8 @@ def compute_makespan(seconds: Sequence[float], workers: int) -> float:
 def load_unit_seconds(folder: Path) -> list[float]:
     """Return the seconds of each finished unit of a run, in order."""
     store = Store(folder)
-    facts = map(store.facts, store.units)
-    return [each["seconds"] for each in facts if each is not None]
+    facts = map(store.read_facts, store.units)
+    return [unit["seconds"] for unit in facts if unit is not None]
 
 
 def model_workers(seconds: Sequence[float]) -> list[tuple[int, float, float]]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from _run_data import make_configuration, make_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.scaling import compute_makespan
+from bench.scaling import compute_makespan, load_unit_seconds
+from repsim_kernels.experiments.runs.store import Store
 
 SECONDS = st.lists(st.integers(1, 100), min_size=1, max_size=30)
 
@@ -24,3 +28,10 @@ def test_makespan_bounds(seconds: list[int], workers: int) -> None:
     # Integers, so that nothing is rounded.
     assert sum(seconds) <= makespan * workers <= sum(seconds) + max(seconds) * (workers - 1)
     assert compute_makespan(seconds, 1) == sum(seconds)
+
+
+def test_unit_seconds_come_from_the_finished_units_of_a_run(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "run", make_configuration())
+    for unit, seconds in zip(store.units[1:4], (3.0, 1.0, 2.0), strict=True):
+        store.save(unit, make_rows(unit), seconds=seconds)
+    assert load_unit_seconds(tmp_path / "run") == [3.0, 1.0, 2.0]
