@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,18 +36,30 @@ def __getattr__(name: str) -> object:
     """Import PyTorch, pandas and matplotlib only when a name that needs them is used."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    with _name_missing_extra():
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def main() -> None:
     """Run `repsim`; if the extra is not installed, exit with a one-line message."""
     try:
-        from repsim_kernels.experiments.__main__ import app
+        with _name_missing_extra():
+            from repsim_kernels.experiments.cli.app import app
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error}")
+    app()
 
-        app()
+
+@contextlib.contextmanager
+def _name_missing_extra() -> Iterator[None]:
+    """Say how to install a package of the extra that is missing."""
+    try:
+        yield
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise
-        sys.exit(
-            f"error: {error.name} is not installed; run: pip install 'repsim-kernels[experiments]'"
-        )
+        raise ModuleNotFoundError(
+            f"{error.name} is not installed; in a checkout of repsim_kernels run: "
+            "pip install '.[experiments]'",
+            name=error.name,
+        ) from None

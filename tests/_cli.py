@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from typer.testing import CliRunner
 
-from repsim_kernels.experiments.__main__ import app
+from repsim_kernels.experiments.cli.app import app
 from repsim_kernels.experiments.study import measure
 
 

@@ -184,7 +184,8 @@ def check_available(address: str | None) -> None:
         import ray  # noqa: F401
     except ImportError:
         raise ExecutorError(
-            "executor: ray is not installed; run: pip install 'repsim-kernels[ray]'"
+            "executor: ray is not installed; in a checkout of repsim_kernels run: "
+            "pip install '.[experiments,ray]'"
         ) from None
     address = _resolve_address(address) or ""
     host, _, port = address.rpartition(":")
