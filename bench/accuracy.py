@@ -12,7 +12,7 @@ from importlib.metadata import distributions
 from typing import Any
 
 import numpy as np
-import pandas as pd
+import pandas as pd  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
@@ -328,7 +328,7 @@ def tabulate_by_package(record: Json) -> list[tuple[str, ...]]:
     """Return a short table, head first: CKA of each other package, debiased if it has no other."""
     means = sorted({row["mean"] for row in record["order"]})
     head = ("package", "CKA", "error, mean 0", "error, mean 1,000")
-    rows = [(*head, "error, distances near 1e-9", "pairs out of order")]
+    rows: list[tuple[str, ...]] = [(*head, "error, distances near 1e-9", "pairs out of order")]
     metrics: dict[str, str] = {}
     for package in record["packages"]:
         if package["metric"] in METRICS[:2]:

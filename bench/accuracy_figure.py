@@ -53,7 +53,8 @@ def draw_figure(record: Json, out: Path) -> None:
         if p["vary"] == "mean" and p["value"] == 0 and p["status"] == "wrong"
     }
     drawing = Figure(figsize=(10, 12.6), layout="constrained")
-    above, below = drawing.subfigures(2, 1, height_ratios=[3.35, 1])
+    parts: Any = drawing.subfigures(2, 1, height_ratios=[3.35, 1])
+    above, below = parts
     axes = above.subplots(len(METRICS), len(SWEPT), sharey=True, sharex="col")
     for row, metric in zip(axes, METRICS, strict=True):
         for ax, vary in zip(row, SWEPT, strict=True):
@@ -64,7 +65,7 @@ def draw_figure(record: Json, out: Path) -> None:
         ax.set_xlabel(label)
     present = {row["package"] for row in [*record["points"], *record["order"]]}
     handles = [Line2D([], [], label=name, **_style(name)) for name in STYLES if name in present]
-    cross = {"color": "0.3", "marker": "$✕$", "linestyle": ""}
+    cross: dict[str, Any] = {"color": "0.3", "marker": "$✕$", "linestyle": ""}
     handles.append(Line2D([], [], label="NaN, error or refused", **cross))
     above.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False)
     _draw_ablations(below, record, others)

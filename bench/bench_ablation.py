@@ -19,13 +19,14 @@ from bench.common.inputs import (
     reference,
     size,
 )  # fmt: skip
+from bench.conftest import Timer
 
 PAPER = ("cka", "procrustes", "pwcca", "cca", "cca_squared")
 FIVE = "CKA, Procrustes, PWCCA, mean and mean squared CCA"
 
 
 @pytest.mark.parametrize("n_cells", [100, 1000])
-def test_debiased_cka(timed, n_cells):
+def test_debiased_cka(timed: Timer, n_cells: int) -> None:
     """AlexNet's first layer at 224 pixels, for the 50 images of a class."""
     n, p = SHAPES[0]
     labels, checked = assign_cells(p, n_cells), [0, n_cells // 2]
@@ -56,7 +57,7 @@ def test_debiased_cka(timed, n_cells):
     [*((*SHAPES[0], dtype) for dtype in DTYPES), (*SHAPES[1], torch.float32)],
     ids=str,
 )
-def test_paper_metrics(timed, n, p, dtype):
+def test_paper_metrics(timed: Timer, n: int, p: int, dtype: torch.dtype) -> None:
     """One Gram, and the products of every cell's variates with the neurons for PWCCA."""
     n_cells, cell = 16, 3
     labels = assign_cells(p, n_cells)

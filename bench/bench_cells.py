@@ -7,9 +7,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from bench.common.inputs import DTYPES, SHAPES, make_one, size
 from bench.common.tolerances import SAME, assert_close
+from bench.conftest import Timer
 
 CLASSES = 10
 by_shape = pytest.mark.parametrize(("n", "p"), SHAPES)
@@ -17,7 +19,7 @@ by_shape = pytest.mark.parametrize(("n", "p"), SHAPES)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @by_shape
-def test_class_means(timed, n, p, dtype):
+def test_class_means(timed: Timer, n: int, p: int, dtype: torch.dtype) -> None:
     timed(
         "class_means",
         make_one(n, p, dtype),
@@ -32,10 +34,10 @@ def test_class_means(timed, n, p, dtype):
 
 @by_shape
 @pytest.mark.parametrize("edges", ["equal", "inclusive"])
-def test_selectivity_grid(timed, edges, n, p):
+def test_selectivity_grid(timed: Timer, edges: str, n: int, p: int) -> None:
     """Rounding may move one neuron in ten thousand to a neighbouring cell."""
 
-    def check(got, want):
+    def check(got: Tensor, want: np.ndarray) -> None:
         assert got.shape == want.shape
         assert (np.asarray(got.cpu()) != want).mean() <= 1e-4
 

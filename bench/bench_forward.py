@@ -9,13 +9,16 @@ is measured here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Generator, Tensor, nn
 
 from bench.common.inputs import DEVICE
+from bench.conftest import Timer
 from repsim_kernels.experiments.inputs.presets import PRESETS, load_network
 from repsim_kernels.forward import AblatedForward, State, passes
 
@@ -57,7 +60,7 @@ class Cut:
         """Run the prefix once, and the suffix for all cells."""
         return self.forward.logits(self.forward.prefix(images), self.labels, CELLS)
 
-    def options(self) -> dict[str, object]:
+    def options(self) -> dict[str, Any]:
         """Return the options that all benchmarks of the cut share; inputs are the same images."""
         dead = f", {self.dead} cells dead" if self.dead else ""
         return {
@@ -75,7 +78,7 @@ def assert_near(got: Tensor, want: Tensor) -> None:
 
 
 @pytest.fixture(params=CUTS, scope="module", ids=str)
-def cut(request) -> Cut:
+def cut(request: pytest.FixtureRequest) -> Cut:
     name, layer, dead = request.param
     model = load_network(PRESETS[name].networks[0], "random").model.to(DEVICE)
     images = torch.randn(IMAGES, 3, 224, 224, generator=Generator().manual_seed(1)).to(DEVICE)
@@ -90,17 +93,17 @@ def cut(request) -> Cut:
     return Cut(model, layer, forward, images, labels.to(DEVICE), dead)
 
 
-def test_hooked(timed, cut):
+def test_hooked(timed: Timer, cut: Cut) -> None:
     timed("AblatedForward", call=cut.hooked, oracle=cut.ours, name=HOOK, **cut.options())
 
 
-def test_forward(timed, cut):
+def test_forward(timed: Timer, cut: Cut) -> None:
     timed("AblatedForward", call=cut.ours, oracle=cut.hooked, **cut.options())
 
 
 @pytest.mark.parametrize("cut", [c for c in CUTS if not c[2]], indirect=True, ids=str)
 @pytest.mark.parametrize("part", ["whole", "prefix", "suffix"])
-def test_part(timed, cut, part):
+def test_part(timed: Timer, cut: Cut, part: str) -> None:
     """Time the three passes that determine the bound."""
     forward = cut.forward
     outputs: list[Tensor] = []
@@ -121,7 +124,7 @@ def test_part(timed, cut, part):
         states[state.activation.data_ptr()] = state
         return (state.activation,)
 
-    calls = {
+    calls: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "whole": (cut.model, lambda images: passes.run_tail(forward.prefix(images))),
         "prefix": (lambda images: forward.prefix(images).activation, hooked_activation),
         "suffix": (

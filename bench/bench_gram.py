@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,7 @@ from bench.common.inputs import (
     reference,
     size,
 )
+from bench.conftest import Timer
 
 
 def compute_gram(x: Tensor) -> Tensor:
@@ -33,8 +36,8 @@ def compute_cell_grams(x: Tensor, labels: np.ndarray) -> Tensor:
 
 
 def describe_costs(
-    operation: str, n: int, p: int, dtype: torch.dtype, partitions=1, grams=1
-) -> dict:
+    operation: str, n: int, p: int, dtype: torch.dtype, partitions: int = 1, grams: int = 1
+) -> dict[str, Any]:
     """Return check, bytes and operations of Grams of (n, p) activations, half of each symmetric."""
     return {
         "check": check_grams(operation, dtype),
@@ -52,7 +55,9 @@ def describe_costs(
     ],
     ids=str,
 )
-def test_centered_gram(timed, n, p, dtype, options):
+def test_centered_gram(
+    timed: Timer, n: int, p: int, dtype: torch.dtype, options: dict[str, str]
+) -> None:
     timed(
         "centered_gram",
         make_one(n, p, dtype),
@@ -73,7 +78,9 @@ def test_centered_gram(timed, n, p, dtype, options):
     ],
     ids=str,
 )
-def test_cell_grams(timed, n, p, dtype, n_cells, partitions):
+def test_cell_grams(
+    timed: Timer, n: int, p: int, dtype: torch.dtype, n_cells: int, partitions: int
+) -> None:
     """Several partitions, as for several target classes, from a single read of the activations."""
     tables = np.stack([assign_cells(p, n_cells, seed) for seed in range(partitions)])
     labels = tables[0] if partitions == 1 else tables

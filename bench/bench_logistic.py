@@ -5,6 +5,8 @@ The number of steps of a fit is not known in advance, so no operations are given
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Generator, Tensor
 
 import repsim_kernels as rk
 from bench.common.tolerances import Tol, assert_close
+from bench.conftest import Timer
 
 FITS, LOOPED, N, D, P = 2000, 200, 500, 100, 100_352
 TARGET = (np.arange(N) % 10 == 0).astype(np.int64)
@@ -20,7 +23,9 @@ SEPARATION = {"classes alike": 0.0, "classes apart": 0.7}
 LOOP = f"a loop over scikit-learn, {LOOPED} of the fits"
 
 
-def draw_classes(g: Generator, separation: float, p: int = P, dtype=torch.float32) -> Tensor:
+def draw_classes(
+    g: Generator, separation: float, p: int = P, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Draw rectified, neuron-major activations (N, p) of ten classes with separated means."""
     means = separation * torch.randn(p, 10, generator=g, device=g.device)
     noise = torch.randn(p, N, generator=g, device=g.device)
@@ -32,12 +37,12 @@ def draw_columns() -> np.ndarray:
     return np.stack([rng.choice(P, D, replace=False) for _ in range(FITS)])
 
 
-def describe_fits(classes: str, dtype: torch.dtype) -> dict[str, object]:
+def describe_fits(classes: str, dtype: torch.dtype) -> dict[str, Any]:
     shape = {"n": N, "p": P, "d": D, "fits": FITS}
     return {"what": classes, "shape": shape, "dtype": dtype}
 
 
-def fit_sklearn(x: Tensor, y: np.ndarray, **options: object) -> LogisticRegression:
+def fit_sklearn(x: Tensor, y: np.ndarray, **options: Any) -> LogisticRegression:
     return LogisticRegression(**options).fit(x.cpu().numpy(), y)
 
 
@@ -46,7 +51,7 @@ def fit_sklearn(x: Tensor, y: np.ndarray, **options: object) -> LogisticRegressi
     [*((classes, torch.float32) for classes in SEPARATION), ("classes apart", torch.float64)],
     ids=str,
 )
-def test_logistic_fits(timed, classes, dtype):
+def test_logistic_fits(timed: Timer, classes: str, dtype: torch.dtype) -> None:
     """Check five fits: coefficients to 1e-4 of the largest in float32, errors exactly."""
     columns = draw_columns()
 
@@ -76,7 +81,7 @@ def test_logistic_fits(timed, classes, dtype):
 
 
 @pytest.mark.parametrize("classes", SEPARATION)
-def test_loop(timed, classes):
+def test_loop(timed: Timer, classes: str) -> None:
     """scikit-learn with its defaults, as in the study's code; gathering columns is not timed.
 
     Its fits stop early, so only their classification errors are compared with converged fits.

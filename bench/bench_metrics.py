@@ -5,15 +5,21 @@ Operations are given only for CKA: spectra, nuclear norms and ranks have no fixe
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from bench.common.inputs import DTYPES, make_pair, products, size
+from bench.conftest import Timer
+
+# Operation, label, options, stimuli, dtypes.
+MetricCase = tuple[str, str, dict[str, Any], int, tuple[torch.dtype, ...]]
 
 P = 10_000
 FULL = (torch.float32, torch.float64)
 # RBF kernels and RSA get fewer stimuli: their definitions pass over the neurons for each stimulus.
-METRICS = (  # operation, label, options, stimuli, dtypes
+METRICS: tuple[MetricCase, ...] = (
     ("cka", "linear", {"debiased": False}, 500, DTYPES),
     ("cka", "debiased", {"debiased": True}, 500, DTYPES),
     ("cka", "RBF", {"kernel": "rbf"}, 200, (torch.float32,)),
@@ -33,7 +39,9 @@ METRICS = (  # operation, label, options, stimuli, dtypes
     [(*case, dtype) for *case, dtypes in METRICS for dtype in dtypes],
     ids=str,
 )
-def test_metric(timed, operation, label, options, n, dtype):
+def test_metric(
+    timed: Timer, operation: str, label: str, options: dict[str, Any], n: int, dtype: torch.dtype
+) -> None:
     reads = 3 if operation == "pwcca" else 2  # the weights need another pass over the first layer
     grams = {products("cka", dtype): 2 * n * (n + 1) * P}
     timed(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Generator, Tensor
 
 import repsim_kernels as rk
 from bench.common.inputs import check_distances, draw_activations, products, reference, size
+from bench.conftest import Timer
 
 LAYERS, N, P = 12, 100, 5_000
-METRICS = {
+METRICS: dict[str, dict[str, Any]] = {
     "cka": {},
     "cca": {"ridge": 0.1},
     "svcca": {},
@@ -29,7 +32,7 @@ def make_layers(g: Generator) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_pairwise(timed, metric):
+def test_pairwise(timed: Timer, metric: str) -> None:
     """Check a few pairs; two differ only in order, since PWCCA is not symmetric."""
     checked = [(0, 0), (0, 1), (1, 0), (2, LAYERS - 1)]
     grams = {products("pairwise", torch.float32): LAYERS * N * (N + 1) * P}

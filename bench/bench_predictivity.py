@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from bench.common.inputs import check_distances, make_pair, products, reference, size
+from bench.conftest import Timer
 
 N, P = 500, 2_000  # the definition computes P x P weights per fold
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_linear_predictivity(timed, dtype):
+def test_linear_predictivity(timed: Timer, dtype: torch.dtype) -> None:
     timed(
         "linear_predictivity",
         make_pair(N, P, dtype),

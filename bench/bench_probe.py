@@ -5,6 +5,8 @@ Iterative fits have no fixed number of operations, so none are given.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ import repsim_kernels as rk
 from bench.bench_logistic import TARGET, N, P, draw_classes
 from bench.common.inputs import check_distances, reference
 from bench.common.tolerances import as_numpy
+from bench.conftest import Timer
 
 CELLS, FEW = 16, 1600  # few neurons, so that the Grams cost almost nothing
 LABELS = np.arange(N) % 10
@@ -51,13 +54,13 @@ def score(outputs: Tensor, target: np.ndarray) -> dict[str, Tensor]:
     right = torch.where(torch.from_numpy(target).to(outputs.device), outputs, -outputs)
     accuracy = (right > 0).double()
     return {
-        name: sum(values[:, members].mean(1) for members in (target, ~target)) / 2
+        name: (values[:, target].mean(1) + values[:, ~target].mean(1)) / 2
         for name, values in (("balanced_accuracy", accuracy), ("margin", right))
     }
 
 
 @pytest.mark.parametrize("targets", [1, 10])
-def test_leave_one_out(timed, targets):
+def test_leave_one_out(timed: Timer, targets: int) -> None:
     labels, checked = np.arange(FEW) % CELLS, [5]
 
     def fit_all(x: Tensor) -> dict[str, dict[str, Tensor]]:
@@ -69,7 +72,7 @@ def test_leave_one_out(timed, targets):
         refit = torch.cat([predict_left_out(copy, copy[None], y) for copy in copies])
         # The one-hot columns of target and rest sum to 1, and so do their outputs.
         f, r = (
-            [score(2 * outputs[..., t] - 1, t == LABELS) for t in range(targets)]
+            [score(2 * outputs[..., t] - 1, np.equal(LABELS, t)) for t in range(targets)]
             for outputs in (frozen, refit)
         )
         want: dict[str, dict[str, Tensor]] = {}
@@ -100,7 +103,7 @@ def test_leave_one_out(timed, targets):
 
 
 @pytest.mark.parametrize(("probe", "n"), [("ridge", 500), ("logistic", 100)])
-def test_folds(timed, probe, n):
+def test_folds(timed: Timer, probe: str, n: int) -> None:
     """Logistic probes get fewer stimuli, because the definition computes every fit."""
     options = {"folds": 5, "probe": probe, "score": SCORES, "target": 1}
     timed(
@@ -113,16 +116,16 @@ def test_folds(timed, probe, n):
 
 
 @pytest.mark.parametrize("paired", [True, False], ids=["paired", "independent"])
-def test_probe_paper(timed, paired):
+def test_probe_paper(timed: Timer, paired: bool) -> None:
     """Four draws must match the definition; 200 draws must agree with them within their noise."""
     cells = np.random.default_rng(2).integers(0, CELLS, P)
     arguments = {"cells": cells, "labels": TARGET, "target": 1, "paired": paired}
     few_draws = arguments | {"draws": 4}
 
-    def definition(x: Tensor) -> tuple[dict[str, object], dict[str, object]]:
+    def definition(x: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
         return rk.probe_paper(x, **few_draws), reference("probe_paper", **few_draws)(x)
 
-    def check(got: dict[str, object], want: tuple[dict[str, object], dict[str, object]]) -> None:
+    def check(got: dict[str, Any], want: tuple[dict[str, Any], dict[str, Any]]) -> None:
         ours, exact = want
         for name, value in exact.items():
             check_distances("logistic_fits", torch.float32)(ours[name], value)

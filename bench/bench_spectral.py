@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 import repsim_kernels as rk
 from bench.common.inputs import DEVICE, assign_cells, draw_activations
 from bench.common.tolerances import SAME, Tol, assert_close
+from bench.conftest import Timer
 from repsim_kernels.kernels.torch import cka, gram, panels, representation
 from repsim_kernels.kernels.torch.spectral_distances import AblationBatch, Original
 
@@ -26,6 +27,7 @@ else:
     from repsim_kernels.kernels.torch.spectral_distances import SOLVERS
 
 Pair = tuple[Tensor, Tensor]
+Route = Callable[[Tensor, Tensor, tuple[str, ...]], dict[str, Tensor]]
 RIDGE = 0.1
 METRICS = {
     "five metrics": ("cka", "procrustes", "cca", "cca_squared", "pwcca"),
@@ -131,12 +133,14 @@ def distances_by_svd(
     ],
     ids=["ours", "by_svd"],
 )
-def test_stage(timed, n, n_cells, metrics, name, route, other):
+def test_stage(
+    timed: Timer, n: int, n_cells: int, metrics: str, name: str, route: Route, other: Route
+) -> None:
     timed(
         "from Grams to distances",
         make_grams(n, n_cells),
-        call=lambda *grams: route(*grams, METRICS[metrics]),
-        oracle=lambda *grams: other(*grams, METRICS[metrics]),
+        call=lambda whole, parts: route(whole, parts, METRICS[metrics]),
+        oracle=lambda whole, parts: other(whole, parts, METRICS[metrics]),
         what=metrics,
         name=name,
         shape={"n": n, "C": n_cells},
@@ -145,13 +149,13 @@ def test_stage(timed, n, n_cells, metrics, name, route, other):
 
 
 @pytest.mark.parametrize(("n", "n_cells"), GRAMS)
-def test_gram_ablation_distances(timed, n, n_cells):
+def test_gram_ablation_distances(timed: Timer, n: int, n_cells: int) -> None:
     names = ("cka", "procrustes", "cca", "cca_squared")
     timed(
         "gram_ablation_distances",
         make_grams(n, n_cells),
         options={"metrics": names},
-        oracle=lambda *grams: distances_by_svd(*grams, names),
+        oracle=lambda whole, parts: distances_by_svd(whole, parts, names),
         what="CKA, Procrustes, mean and mean squared CCA",
         shape={"n": n, "C": n_cells},
         dtype=torch.float64,
@@ -180,7 +184,7 @@ def draw_matrices(g: Generator, side: int, count: int, dtype: torch.dtype) -> Te
 
 @by_dtype
 @by_matrices
-def test_eigh(timed, side, count, dtype):
+def test_eigh(timed: Timer, side: int, count: int, dtype: torch.dtype) -> None:
     """Check eigenvalues against float64 LAPACK, and that the vectors rebuild the matrices."""
 
     def symmetric(g: Generator) -> tuple[Tensor, ...]:
@@ -197,7 +201,7 @@ def test_eigh(timed, side, count, dtype):
 
 @by_dtype
 @by_matrices
-def test_svd(timed, side, count, dtype):
+def test_svd(timed: Timer, side: int, count: int, dtype: torch.dtype) -> None:
     def check(got: tuple[Tensor, Tensor, Tensor], want: Tensor) -> None:
         u, s, vh = (t.double() for t in got)
         spectrum, product = (s, torch.linalg.svdvals(want)), (u * s[:, None] @ vh, want)

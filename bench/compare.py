@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+import pandas as pd  # type: ignore[import-untyped]
 
 from bench.common.machine import Json, load, seconds
 
@@ -79,8 +79,9 @@ Row = tuple[str, float, float, float]
 
 def _benchmarks(record: Json) -> Iterator[Row]:
     for row in record["benchmarks"]:
-        spread = [row[f"{name}_s"] for name in ("median", "iqr", "min", "max")]
-        yield f"{row['group']}: {row['name']}", *spread_ends(*spread, row["rounds"])
+        median, iqr, least, most = (row[f"{name}_s"] for name in ("median", "iqr", "min", "max"))
+        what = f"{row['group']}: {row['name']}"
+        yield what, *spread_ends(median, iqr, least, most, row["rounds"])
 
 
 def _peers(record: Json) -> Iterator[Row]:
@@ -99,8 +100,10 @@ def _gpu_report(record: Json) -> Iterator[Row]:
         what = f"{row['name']} {row['shape']} {row['dtype']} {row['precision']}"
         for part in ("call", "kernel"):
             if "ms" in (times := row.get(part, {})):
-                spread = [1e-3 * times.get(k, 0) for k in ("ms", "iqr_ms", "min_ms", "max_ms")]
-                yield f"{what}, {part}", *spread_ends(*spread, times.get("repeats", 1))
+                keys = ("ms", "iqr_ms", "min_ms", "max_ms")
+                median, iqr, least, most = (1e-3 * times.get(key, 0) for key in keys)
+                rounds = times.get("repeats", 1)
+                yield f"{what}, {part}", *spread_ends(median, iqr, least, most, rounds)
 
 
 def _format_fact(key: str, value: object) -> str:

@@ -46,7 +46,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if folder is None:
         return
     out = folder / f"bench-{machine.slug(DEVICE)}.json"
-    rows = [make_row(benchmark) for benchmark in session.config._benchmarksession.benchmarks]
+    plugin: Any = session.config
+    rows = [make_row(benchmark) for benchmark in plugin._benchmarksession.benchmarks]
     if exitstatus or not rows:
         reason = "some benchmarks failed" if exitstatus else "nothing was timed"
         outcome = f"{out}: not written; {reason}"

@@ -31,13 +31,17 @@ def render_pages(results: Path = RESULTS) -> dict[Path, str]:
 def fill_blocks(text: str, results: Path) -> str:
     """Return a page with its generated blocks replaced; raise RuntimeError for an unknown block."""
     for name in re.findall(r"<!-- (\S+): made by", text):
-        pattern = re.compile(_BLOCK.format(re.escape(name)), re.DOTALL)
         if name not in BLOCKS:
             raise RuntimeError(f"block {name}: unknown; expected one of {', '.join(BLOCKS)}")
-        block = _render_block(name, results)
-        text, count = pattern.subn(lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text)
-        if count != 1:
-            raise RuntimeError(f"block {name}: found {count} complete blocks; expected one")
+        text = _replace_block(text, name, _render_block(name, results))
+    return text
+
+
+def _replace_block(text: str, name: str, block: str) -> str:
+    pattern = re.compile(_BLOCK.format(re.escape(name)), re.DOTALL)
+    text, count = pattern.subn(lambda match: f"{match[1]}{block}\n{match[2]}", text)
+    if count != 1:
+        raise RuntimeError(f"block {name}: found {count} complete blocks; expected one")
     return text
 
 

@@ -154,7 +154,7 @@ def _explain_no_capture(call: Call, arguments: Inputs) -> str | None:
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        with _NoCopiesFromHost():
+        with _NoCopiesFromHost():  # type: ignore[no-untyped-call]
             call(*arguments)
     except RuntimeError as error:
         return _first_line(error)
@@ -187,7 +187,7 @@ def _profile(call: Call, inputs: Sequence[Inputs]) -> dict[str, Any] | None:
 
     Only the mean is returned if events can't be assigned to calls.
     """
-    from torch.autograd import DeviceType
+    from torch.autograd import DeviceType  # type: ignore[attr-defined]
     from torch.profiler import ProfilerActivity, profile
 
     turns = [*inputs] * (1 + 10 // len(inputs))

@@ -136,8 +136,8 @@ def measure(
         inputs = timing.make_inputs(case.inputs, device)
         want = case.reference(*inputs[0])
         row["inputs"] = len(inputs)
-    except Exception as error:
-        row.update(status="error", why=f"inputs or reference: {describe(error)}")
+    except Exception as failure:
+        row.update(status="error", why=f"inputs or reference: {describe(failure)}")
         return
     for name, route in case.routes.items():
         row.setdefault("routes", {})[name] = _measure_route(name, route, case, inputs, want, quick)
@@ -174,8 +174,8 @@ def measure(
         if cupy_ms is not None:
             row["cupy_ratio"] = cupy_ms / row["call"]["ms"]
         row["status"] = "ok"
-    except Exception as error:
-        row.update(status="error", why=describe(error))
+    except Exception as failure:
+        row.update(status="error", why=describe(failure))
 
 
 def _measure_route(

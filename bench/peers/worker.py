@@ -63,7 +63,8 @@ class Worker:
     def forget(self) -> None:
         """Release the inputs, so that other processes have the memory."""
         self.xs: list[Any] = []
-        self.labels = self.job_function = None
+        self.labels: Any = None
+        self.job_function: Callable[[], Any] | None = None
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
