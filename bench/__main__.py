@@ -24,7 +24,7 @@ def bench() -> None:
 
 
 @contextmanager
-def usage_errors() -> Iterator[None]:
+def report_usage_errors() -> Iterator[None]:
     """Report wrong arguments in one line instead of a traceback."""
     try:
         yield
@@ -40,17 +40,17 @@ def write_page(out: Path, page: str) -> None:
 @app.command()
 def model(out: Out = BENCH / "MODEL.md") -> None:
     """Write the predicted cost of the kernels on an H200; needs no GPU."""
-    from bench.predict.model import page
+    from bench.predict.model import render_page
 
-    write_page(out, page())
+    write_page(out, render_page())
 
 
 @app.command()
 def coverage(out: Out = BENCH / "COVERAGE.md") -> None:
-    """Simulate how often the study's intervals contain the truth, and write it; needs no GPU."""
-    from bench.coverage import page
+    """Write how often the study's intervals contain the truth, by simulation; needs no GPU."""
+    from bench.coverage import render_page
 
-    write_page(out, page())
+    write_page(out, render_page())
 
 
 @app.command()
@@ -59,13 +59,13 @@ def scaling(
         Path | None, typer.Argument(help="Folder of a finished run; by default, run the demo.")
     ] = None,
 ) -> None:
-    """Model run time with more workers from the seconds of the units, without start-up."""
+    """Predict the run time with more workers from the seconds per unit, without start-up."""
     from bench.scaling import format_table, load_unit_seconds, measure_demo
     from repsim_kernels.experiments.errors import StoreError
 
     if run is None:
         record = measure_demo()
-        out = machine.RESULTS / f"scaling-{machine.slug('cpu')}.json"
+        out = machine.RESULTS / f"scaling-{machine.slugify_device('cpu')}.json"
         machine.save(out, record)
         print(format_table(record["runs"][-1]["units"]), out, sep="\n")
         return
@@ -78,14 +78,14 @@ def scaling(
 @app.command()
 def gpu_report(
     out: Annotated[Path, typer.Option(help="Path of the JSON report.")],
-    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
     quick: Annotated[bool, typer.Option(help="Use tiny shapes, as a rehearsal.")] = False,
 ) -> None:
     """Measure a GPU in 8 minutes: ceilings, kernels, GPU tests, the study, compute-sanitizer."""
-    from bench.gpu_report import gpu_report as measure
+    from bench.gpu_report import measure_gpu
 
-    with usage_errors():
-        measure(out, device, quick)
+    with report_usage_errors():
+        measure_gpu(out, device, quick)
 
 
 @app.command()
@@ -97,11 +97,11 @@ def peers(
     job: Annotated[str | None, typer.Option(help="ablations, pairs or pair; default: all.")] = None,
 ) -> None:
     """Compare this package with others on three jobs: time, memory and results."""
-    from bench.peers.run import peers as measure
+    from bench.peers.run import compare_packages
 
-    out = None if quick else machine.RESULTS / f"peers-{machine.slug(device)}.json"
-    with usage_errors():
-        record = measure(out, device, quick, job)
+    out = None if quick else machine.RESULTS / f"peers-{machine.slugify_device(device)}.json"
+    with report_usage_errors():
+        record = compare_packages(out, device, quick, job)
     if unexpected := [row for row in record["rows"] if row["status"] in ("wrong", "failed")]:
         typer.echo(f"{len(unexpected)} rows are wrong or failed", err=True)
         raise typer.Exit(1 if quick else 0)
@@ -123,11 +123,10 @@ def compare(
     b: Annotated[Path, typer.Argument(help="Record of the second run.")],
 ) -> None:
     """Print the ratio of B's times to A's with its interval, largest change first."""
-    from bench.compare import BadRecord
-    from bench.compare import compare as page
+    from bench.compare import BadRecord, compare_records
 
     try:
-        print(page(a, b))
+        print(compare_records(a, b))
     except BadRecord as error:
         typer.echo(error, err=True)
         raise typer.Exit(2) from None
@@ -135,20 +134,19 @@ def compare(
 
 @app.command()
 def accuracy(
-    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cpu",
-    quick: Annotated[bool, typer.Option(help="Run few, small cases, as a rehearsal.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    quick: Annotated[bool, typer.Option(help="Run a few small cases, as a rehearsal.")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Path of the JSON; the figure is written next to it.")
+        Path | None, typer.Option(help="Path of the JSON record; the figure is written next to it.")
     ] = None,
 ) -> None:
     """Measure the accuracy of each package, and whether it ranks many ablations correctly."""
-    from bench.accuracy import accuracy as measure
-    from bench.accuracy import summarize
+    from bench.accuracy import measure_accuracy, summarize
     from bench.accuracy_figure import draw_figure
 
-    with usage_errors():
-        record = measure(device, quick)
-    out = out or machine.RESULTS / f"accuracy-{machine.slug(device)}.json"
+    with report_usage_errors():
+        record = measure_accuracy(device, quick)
+    out = out or machine.RESULTS / f"accuracy-{machine.slugify_device(device)}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     machine.save(out, record)
     draw_figure(record, out.with_suffix(".png"))
@@ -161,15 +159,17 @@ def accuracy(
 def roofline(
     report: Annotated[
         Path | None,
-        typer.Option(help="JSON of a GPU report or a benchmark run; default: all GPU reports."),
+        typer.Option(
+            help="JSON of a GPU report or of `make bench`; default: all committed GPU reports."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Path of the figure, PNG.")] = None,
 ) -> None:
     """Draw the rates that kernels can reach on a device, and the measured ones; needs no GPU."""
-    from bench.roofline import roofline as draw
+    from bench.roofline import draw_rooflines
 
-    with usage_errors():
-        print(*draw(report, out), sep="\n")
+    with report_usage_errors():
+        print(*draw_rooflines(report, out), sep="\n")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import repsim_kernels as rk
 from bench.common import longdouble
-from bench.common.machine import Json, environment, number
+from bench.common.machine import Json, describe_environment, to_json_number
 from bench.peers.packages import PACKAGES, Package
 
 OURS = "repsim_kernels"
@@ -26,7 +26,7 @@ METRICS = ("cka", "cka_debiased", "procrustes", "rsa")
 ABLATED = METRICS[:3]
 WRONG = 1e-2  # a result with a larger relative error counts as wrong, whatever the cause
 _FACTS = ("name", "metric", "distribution", "kind", "centres", "note", "differs")
-APART = 1e-6  # two true distances whose relative difference is larger must be ranked correctly
+APART = 1e-6  # true distances with a larger relative difference must be ranked correctly
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Size:
 SMALL = Size(40, 60, 20, 2, 16, 60, 20, 1)
 
 
-def accuracy(
+def measure_accuracy(
     device: str = "cpu", quick: bool = False, packages: Sequence[Package] = PACKAGES
 ) -> Json:
     """Measure errors and orders of all packages; return the record."""
@@ -89,7 +89,7 @@ def accuracy(
         present += _list_triton()
     names = tuple(sorted({p.distribution for p in present} - {""}))
     return {
-        "environment": environment(device, names),
+        "environment": describe_environment(device, names),
         "settings": {
             "device": device,
             "quick": quick,
@@ -156,7 +156,7 @@ def _orthonormal(x: np.ndarray) -> np.ndarray:
     return np.linalg.qr(x - x.mean(0))[0]
 
 
-def draw_ablatable(
+def draw_with_cells(
     size: Size, mean: float, seed: int, dtype: str = "float32"
 ) -> tuple[Tensor, Any]:
     """Draw a representation (n, p) and cells (p,) whose distances span eight decades."""
@@ -186,14 +186,16 @@ def _measure_points(
 def _measure_errors(
     packages: Sequence[Package], case: FeatureCase, size: Size, device: str
 ) -> list[Json]:
-    """Return one point per package: its errors over the seeds, or the reason for having none."""
+    """Return one point per package: its errors over the seeds, or why it has none."""
     inputs = [draw_features(case, size, seed) for seed in range(size.seeds)]
-    wants = [longdouble.similarities(*(z.double().numpy() for z in pair)) for pair in inputs]
+    expected = [
+        longdouble.compute_similarities(*(z.double().numpy() for z in pair)) for pair in inputs
+    ]
     points = []
     for package in packages:
         point: Json = {"package": package.name, "metric": package.metric}
         errors = []
-        for pair, want in zip(inputs, wants, strict=True):
+        for pair, want in zip(inputs, expected, strict=True):
             try:
                 got = _call(package, device, *pair)
             except Exception as error:  # other packages raise errors of any kind
@@ -207,7 +209,9 @@ def _measure_errors(
             point.setdefault("status", "nan")
         point.setdefault("status", "wrong" if worst is not None and worst > WRONG else "ok")
         point["median"] = statistics.median(finite) if finite else None
-        points.append(point | {"worst": worst, "errors": [number(error) for error in errors]})
+        points.append(
+            point | {"worst": worst, "errors": [to_json_number(error) for error in errors]}
+        )
     return points
 
 
@@ -252,16 +256,16 @@ def _measure_orders(packages: Sequence[Package], size: Size, device: str) -> lis
     ]
     rows = []
     for mean in size.ablated_means:
-        inputs = [draw_ablatable(size, mean, seed) for seed in range(size.ablated_seeds)]
-        wants = [longdouble.distances(x.double().numpy(), cells) for x, cells in inputs]
+        inputs = [draw_with_cells(size, mean, seed) for seed in range(size.ablated_seeds)]
+        expected = [longdouble.compute_distances(x.double().numpy(), cells) for x, cells in inputs]
         for name, metric, method in methods:
             row: Json = {"package": name, "metric": metric, "mean": mean, "dtype": "float32"}
             try:
-                gots = [method(x, cells) for x, cells in inputs]
+                results = [method(x, cells) for x, cells in inputs]
             except Exception as error:
                 row |= {"status": "failed", "why": _describe(error)}
             else:
-                row |= _summarize_order(gots, [want[metric] for want in wants])
+                row |= _summarize_order(results, [want[metric] for want in expected])
             rows.append(row)
     return rows
 
@@ -277,11 +281,11 @@ def _loop_over_copies(package: Package, device: str, x: Tensor, cells: Any) -> A
     return np.array([scale * (1 - _call(package, device, x, y)) for y in copies])
 
 
-def _summarize_order(gots: list[Any], wants: list[Any]) -> Json:
+def _summarize_order(results: list[Any], expected: list[Any]) -> Json:
     """Return, over all seeds, the pairs out of order and the errors by decade of distance."""
-    counts = [count_out_of_order(got, want) for got, want in zip(gots, wants, strict=True)]
+    counts = [count_out_of_order(got, want) for got, want in zip(results, expected, strict=True)]
     wrong, pairs = map(sum, zip(*counts, strict=True))
-    got, want = np.concatenate(gots), np.concatenate(wants)
+    got, want = np.concatenate(results), np.concatenate(expected)
     errors = pd.Series(np.abs(got - want) / want)
     decades = errors.groupby(np.floor(np.log10(want)).astype(int))
     return {
@@ -293,8 +297,8 @@ def _summarize_order(gots: list[Any], wants: list[Any]) -> Json:
             {
                 "distance": f"1e{decade}",
                 "cells": len(values),
-                "median": number(float(np.median(values))),
-                "worst": number(float(np.max(values.to_numpy()))),
+                "median": to_json_number(float(np.median(values))),
+                "worst": to_json_number(float(np.max(values.to_numpy()))),
             }
             for decade, values in decades
         ],

@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 from bench.bench_gram import compute_gram
-from bench.bench_spectral import distances_by_svd
+from bench.bench_spectral import compute_by_svd
 from bench.common.inputs import (
     DEVICE,
     DTYPES,
     SHAPES,
     assign_cells,
     check_distances,
+    count_bytes,
+    get_precision,
     make_one,
-    products,
-    reference,
-    size,
+    make_reference,
 )  # fmt: skip
 from bench.conftest import Timer
 
@@ -30,7 +30,7 @@ def test_debiased_cka(timed: Timer, n_cells: int) -> None:
     """AlexNet's first layer at 224 pixels, for the 50 images of a class."""
     n, p = SHAPES[0]
     labels, checked = assign_cells(p, n_cells), [0, n_cells // 2]
-    cka = reference("cka", debiased=True)
+    cka = make_reference("cka", debiased=True)
 
     def definition(x: Tensor) -> dict[str, list[float]]:
         masks = [torch.from_numpy(labels != c).to(x.device) for c in checked]
@@ -45,10 +45,10 @@ def test_debiased_cka(timed: Timer, n_cells: int) -> None:
         options={"cells": labels, "metrics": ["cka_debiased"]},
         oracle=definition,
         check=check,
-        what="debiased CKA",
+        label="debiased CKA",
         shape={"n": n, "p": p, "C": n_cells},
-        bytes=size(n, p, torch.float32),
-        operations={products("ablation_distances", torch.float32): n * (n + 1) * p},
+        bytes=count_bytes(n, p, torch.float32),
+        operations={get_precision("ablation_distances", torch.float32): n * (n + 1) * p},
     )
 
 
@@ -62,7 +62,7 @@ def test_paper_metrics(timed: Timer, n: int, p: int, dtype: torch.dtype) -> None
     n_cells, cell = 16, 3
     labels = assign_cells(p, n_cells)
     # On a CPU the Gram is float64; the second pass is float32, or float64 for float64 activations.
-    gram_precision = products("ablation_distances", dtype)
+    gram_precision = get_precision("ablation_distances", dtype)
     low = DEVICE == "cpu" and dtype != torch.float64
     weight_precision = "ieee" if low else gram_precision
     assert_distances = check_distances("ablation_distances", dtype)
@@ -72,7 +72,7 @@ def test_paper_metrics(timed: Timer, n: int, p: int, dtype: torch.dtype) -> None
         whole, part = compute_gram(x), compute_gram(x[:, in_cell])
         rows = x.double()
         rows -= rows.mean(0)
-        return distances_by_svd(whole, part[None], PAPER, lambda h: (h @ rows).abs().sum(-1))
+        return compute_by_svd(whole, part[None], PAPER, lambda h: (h @ rows).abs().sum(-1))
 
     operations = {gram_precision: n * (n + 1) * p}
     weights = 2 * n_cells * (n - 1) * n * p
@@ -83,9 +83,9 @@ def test_paper_metrics(timed: Timer, n: int, p: int, dtype: torch.dtype) -> None
         options={"cells": labels, "metrics": PAPER},
         oracle=definition,
         check=lambda got, want: assert_distances(got[cell : cell + 1], want),
-        what=FIVE,
+        label=FIVE,
         shape={"n": n, "p": p, "C": n_cells},
         dtype=dtype,
-        bytes=2 * size(n, p, dtype),
+        bytes=2 * count_bytes(n, p, dtype),
         operations=operations,
     )

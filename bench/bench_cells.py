@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.common.inputs import DTYPES, SHAPES, make_one, size
+from bench.common.inputs import DTYPES, SHAPES, count_bytes, make_one
 from bench.common.tolerances import SAME, assert_close
 from bench.conftest import Timer
 
@@ -28,7 +28,7 @@ def test_class_means(timed: Timer, n: int, p: int, dtype: torch.dtype) -> None:
         check=partial(assert_close, tol=SAME),
         shape={"n": n, "p": p, "k": CLASSES},
         dtype=dtype,
-        bytes=size(n, p, dtype) + 8 * CLASSES * p,
+        bytes=count_bytes(n, p, dtype) + 8 * CLASSES * p,
     )
 
 
@@ -46,7 +46,7 @@ def test_selectivity_grid(timed: Timer, edges: str, n: int, p: int) -> None:
         make_one(n, p, torch.float32),
         options={"labels": np.arange(n) % CLASSES, "target": 3, "edges": edges},
         check=check,
-        what=f"{edges} edges",
+        label=f"{edges} edges",
         shape={"n": n, "p": p, "C": 16},
-        bytes=size(n, p, torch.float32) + (8 * p if edges == "equal" else 16 * p),
+        bytes=count_bytes(n, p, torch.float32) + (8 * p if edges == "equal" else 16 * p),
     )

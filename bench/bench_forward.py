@@ -1,10 +1,10 @@
 """Ablated forward passes: a network cut at a layer, compared with a forward hook for each cell.
 
-The hook is what captum's LayerFeatureAblation and the study's published code amount to. A pass of
-the whole network, one up to the layer and one from the layer on are timed separately as well: cells
-that run one after another can be at most C · whole / (prefix + C · suffix) times faster than the
-hook, the bound in bench/README.md's table. No operations are given, since a network's cost is what
-is measured here.
+captum's LayerFeatureAblation and the study's published code amount to such a hook. The pass of the
+whole network, the pass up to the layer and the pass from the layer on are also timed separately:
+cells that run one after another can be at most C · whole / (prefix + C · suffix) times faster than
+the hook, which is the bound in bench/README.md's table. No operations are given, since a network's
+cost is what is measured here.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Cut:
     labels: Tensor  # cell of each unit, (p,)
     dead: int  # number of cells whose units are zero for all images
 
-    def hooked(self, images: Tensor) -> Tensor:
+    def run_with_hook(self, images: Tensor) -> Tensor:
         """Run the whole network once per cell; a forward hook masks the layer's output."""
         logits = []
         for cell in range(CELLS):
@@ -56,7 +56,7 @@ class Cut:
             handle.remove()
         return torch.stack(logits)
 
-    def ours(self, images: Tensor) -> Tensor:
+    def run_from_cut(self, images: Tensor) -> Tensor:
         """Run the prefix once, and the suffix for all cells."""
         return self.forward.logits(self.forward.prefix(images), self.labels, CELLS)
 
@@ -66,7 +66,7 @@ class Cut:
         return {
             "make": lambda g: (self.images.clone(),),
             "check": assert_near,
-            "what": f"{type(self.model).__name__} {self.layer}{dead}",
+            "label": f"{type(self.model).__name__} {self.layer}{dead}",
             "shape": {"images": IMAGES, "C": CELLS},
         }
 
@@ -94,11 +94,17 @@ def cut(request: pytest.FixtureRequest) -> Cut:
 
 
 def test_hooked(timed: Timer, cut: Cut) -> None:
-    timed("AblatedForward", call=cut.hooked, oracle=cut.ours, name=HOOK, **cut.options())
+    timed(
+        "AblatedForward",
+        call=cut.run_with_hook,
+        oracle=cut.run_from_cut,
+        name=HOOK,
+        **cut.options(),
+    )
 
 
 def test_forward(timed: Timer, cut: Cut) -> None:
-    timed("AblatedForward", call=cut.ours, oracle=cut.hooked, **cut.options())
+    timed("AblatedForward", call=cut.run_from_cut, oracle=cut.run_with_hook, **cut.options())
 
 
 @pytest.mark.parametrize("cut", [c for c in CUTS if not c[2]], indirect=True, ids=str)
@@ -108,7 +114,7 @@ def test_part(timed: Timer, cut: Cut, part: str) -> None:
     forward = cut.forward
     outputs: list[Tensor] = []
 
-    def hooked_activation(images: Tensor) -> Tensor:
+    def get_hooked_activation(images: Tensor) -> Tensor:
         """Return the layer's output as a hook sees it."""
         module = cut.model.get_submodule(cut.layer)
         handle = module.register_forward_hook(lambda _m, _i, out: outputs.append(out.clone()))
@@ -126,7 +132,7 @@ def test_part(timed: Timer, cut: Cut, part: str) -> None:
 
     calls: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "whole": (cut.model, lambda images: passes.run_tail(forward.prefix(images))),
-        "prefix": (lambda images: forward.prefix(images).activation, hooked_activation),
+        "prefix": (lambda images: forward.prefix(images).activation, get_hooked_activation),
         "suffix": (
             lambda act: passes.run_tail(states[act.data_ptr()]),
             lambda _: cut.model(cut.images),

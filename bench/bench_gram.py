@@ -15,10 +15,10 @@ from bench.common.inputs import (
     SHAPES,
     assign_cells,
     check_grams,
+    count_bytes,
+    get_precision,
     make_one,
-    products,
-    reference,
-    size,
+    make_reference,
 )
 from bench.conftest import Timer
 
@@ -38,12 +38,12 @@ def compute_cell_grams(x: Tensor, labels: np.ndarray) -> Tensor:
 def describe_costs(
     operation: str, n: int, p: int, dtype: torch.dtype, partitions: int = 1, grams: int = 1
 ) -> dict[str, Any]:
-    """Return check, bytes and operations of Grams of (n, p) activations, half of each symmetric."""
+    """Return check, bytes and operations of Grams of (n, p) activations, using their symmetry."""
     return {
         "check": check_grams(operation, dtype),
         "dtype": dtype,
-        "bytes": size(n, p, dtype) + 8 * grams * n**2,
-        "operations": {products(operation, dtype): partitions * n * (n + 1) * p},
+        "bytes": count_bytes(n, p, dtype) + 8 * grams * n**2,
+        "operations": {get_precision(operation, dtype): partitions * n * (n + 1) * p},
     }
 
 
@@ -62,8 +62,8 @@ def test_centered_gram(
         "centered_gram",
         make_one(n, p, dtype),
         options=options,
-        oracle=reference("centered_gram", **options) if options else compute_gram,
-        what="RBF" if options else "",
+        oracle=make_reference("centered_gram", **options) if options else compute_gram,
+        label="RBF" if options else "",
         shape={"n": n, "p": p},
         **describe_costs("centered_gram", n, p, dtype),
     )

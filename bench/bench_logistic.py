@@ -39,7 +39,7 @@ def draw_columns() -> np.ndarray:
 
 def describe_fits(classes: str, dtype: torch.dtype) -> dict[str, Any]:
     shape = {"n": N, "p": P, "d": D, "fits": FITS}
-    return {"what": classes, "shape": shape, "dtype": dtype}
+    return {"label": classes, "shape": shape, "dtype": dtype}
 
 
 def fit_sklearn(x: Tensor, y: np.ndarray, **options: Any) -> LogisticRegression:
@@ -92,11 +92,11 @@ def test_loop(timed: Timer, classes: str) -> None:
         x = draw_classes(g, SEPARATION[classes])
         return tuple(x[:, chosen].contiguous() for chosen in columns)
 
-    def error_rate(values: tuple[Tensor, ...], models: list[LogisticRegression]) -> float:
+    def compute_error_rate(values: tuple[Tensor, ...], models: list[LogisticRegression]) -> float:
         pairs = zip(values, models, strict=True)
         return float(np.mean([(m.predict(v.numpy()) != TARGET).mean() for v, m in pairs]))
 
-    def our_error_rate(*values: Tensor) -> float:
+    def compute_our_error_rate(*values: Tensor) -> float:
         fits = [rk.logistic_fits(v, TARGET, np.arange(D)[None])["errors"] for v in values]
         return float(torch.cat(fits).double().mean()) / N
 
@@ -104,8 +104,10 @@ def test_loop(timed: Timer, classes: str) -> None:
         "logistic_fits",
         gather,
         call=lambda *values: [fit_sklearn(v, TARGET) for v in values],
-        oracle=lambda *values: (values, our_error_rate(*values)),
-        check=lambda got, want: assert_close(error_rate(want[0], got), want[1], Tol(0, 1e-3)),
+        oracle=lambda *values: (values, compute_our_error_rate(*values)),
+        check=lambda got, want: assert_close(
+            compute_error_rate(want[0], got), want[1], Tol(0, 1e-3)
+        ),
         name=LOOP,
         device="cpu",
         **describe_fits(classes, torch.float32),

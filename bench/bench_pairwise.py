@@ -9,7 +9,13 @@ import torch
 from torch import Generator, Tensor
 
 import repsim_kernels as rk
-from bench.common.inputs import check_distances, draw_activations, products, reference, size
+from bench.common.inputs import (
+    check_distances,
+    count_bytes,
+    draw_activations,
+    get_precision,
+    make_reference,
+)
 from bench.conftest import Timer
 
 LAYERS, N, P = 12, 100, 5_000
@@ -35,8 +41,8 @@ def make_layers(g: Generator) -> tuple[Tensor, ...]:
 def test_pairwise(timed: Timer, metric: str) -> None:
     """Check a few pairs; two differ only in order, since PWCCA is not symmetric."""
     checked = [(0, 0), (0, 1), (1, 0), (2, LAYERS - 1)]
-    grams = {products("pairwise", torch.float32): LAYERS * N * (N + 1) * P}
-    definition = reference(metric, **METRICS[metric])
+    grams = {get_precision("pairwise", torch.float32): LAYERS * N * (N + 1) * P}
+    definition = make_reference(metric, **METRICS[metric])
 
     def check(got: Tensor, want: list[float]) -> None:
         values = torch.stack([got[i, j] for i, j in checked])
@@ -48,8 +54,8 @@ def test_pairwise(timed: Timer, metric: str) -> None:
         call=lambda *xs: rk.pairwise(xs, metric=metric, **METRICS[metric]),
         oracle=lambda *xs: [float(definition(xs[i], xs[j])) for i, j in checked],
         check=check,
-        what=metric,
+        label=metric,
         shape={"L": LAYERS, "n": N, "p": P},
-        bytes=LAYERS * size(N, P, torch.float32),
+        bytes=LAYERS * count_bytes(N, P, torch.float32),
         operations=grams if metric == "cka" else None,
     )

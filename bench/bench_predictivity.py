@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.common.inputs import check_distances, make_pair, products, reference, size
+from bench.common.inputs import (
+    check_distances,
+    count_bytes,
+    get_precision,
+    make_pair,
+    make_reference,
+)
 from bench.conftest import Timer
 
 N, P = 500, 2_000  # the definition computes P x P weights per fold
@@ -16,10 +22,10 @@ def test_linear_predictivity(timed: Timer, dtype: torch.dtype) -> None:
     timed(
         "linear_predictivity",
         make_pair(N, P, dtype),
-        oracle=reference("linear_predictivity"),
+        oracle=make_reference("linear_predictivity"),
         check=check_distances("linear_predictivity", dtype),
         shape={"n": N, "p": P},
         dtype=dtype,
-        bytes=2 * size(N, P, dtype),
-        operations={products("linear_predictivity", dtype): 2 * N * (N + 1) * P},
+        bytes=2 * count_bytes(N, P, dtype),
+        operations={get_precision("linear_predictivity", dtype): 2 * N * (N + 1) * P},
     )

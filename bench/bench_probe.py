@@ -14,7 +14,7 @@ from torch import Tensor
 
 import repsim_kernels as rk
 from bench.bench_logistic import TARGET, N, P, draw_classes
-from bench.common.inputs import check_distances, reference
+from bench.common.inputs import check_distances, make_reference
 from bench.common.tolerances import as_numpy
 from bench.conftest import Timer
 
@@ -71,15 +71,15 @@ def test_leave_one_out(timed: Timer, targets: int) -> None:
         copies = [x * masks[c] for c in checked]
         refit = torch.cat([predict_left_out(copy, copy[None], y) for copy in copies])
         # The one-hot columns of target and rest sum to 1, and so do their outputs.
-        f, r = (
+        frozen_scores, refit_scores = (
             [score(2 * outputs[..., t] - 1, np.equal(LABELS, t)) for t in range(targets)]
             for outputs in (frozen, refit)
         )
         want: dict[str, dict[str, Tensor]] = {}
         for name in SCORES:
             values = torch.full((targets, CELLS), torch.nan, dtype=x.dtype, device=x.device)
-            values[:, checked] = torch.stack([scores[name] for scores in r])
-            frozen_values = torch.stack([scores[name] for scores in f])
+            values[:, checked] = torch.stack([scores[name] for scores in refit_scores])
+            frozen_values = torch.stack([scores[name] for scores in frozen_scores])
             want[name] = {
                 "intact": frozen_values[:, 0],
                 "frozen": frozen_values[:, 1:],
@@ -97,7 +97,7 @@ def test_leave_one_out(timed: Timer, targets: int) -> None:
         options={"cells": labels, "labels": LABELS, "target": range(targets), "score": SCORES},
         oracle=fit_all,
         check=check,
-        what="leave-one-out ridge",
+        label="leave-one-out ridge",
         shape={"n": N, "p": FEW, "C": CELLS, "targets": targets},
     )
 
@@ -110,7 +110,7 @@ def test_folds(timed: Timer, probe: str, n: int) -> None:
         "ablation_decodability",
         lambda g: (draw_few(g)[0][:n],),
         options={"cells": np.arange(FEW) % CELLS, "labels": LABELS[:n], **options},
-        what=f"{probe}, 5 folds",
+        label=f"{probe}, 5 folds",
         shape={"n": n, "p": FEW, "C": CELLS, "targets": 1},
     )
 
@@ -123,7 +123,7 @@ def test_probe_paper(timed: Timer, paired: bool) -> None:
     few_draws = arguments | {"draws": 4}
 
     def definition(x: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
-        return rk.probe_paper(x, **few_draws), reference("probe_paper", **few_draws)(x)
+        return rk.probe_paper(x, **few_draws), make_reference("probe_paper", **few_draws)(x)
 
     def check(got: dict[str, Any], want: tuple[dict[str, Any], dict[str, Any]]) -> None:
         ours, exact = want
@@ -138,6 +138,6 @@ def test_probe_paper(timed: Timer, paired: bool) -> None:
         options=arguments | {"draws": 200},
         oracle=definition,
         check=check,
-        what="paired draws" if paired else "independent draws",
+        label="paired draws" if paired else "independent draws",
         shape={"n": N, "p": P, "C": CELLS, "draws": 200, "d": 100},
     )

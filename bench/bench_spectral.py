@@ -56,13 +56,11 @@ def sum_variates(h: Tensor) -> Tensor:
     return h.abs().sum(-1)
 
 
-def pwcca_distance(weights: Tensor, rho: Tensor) -> Tensor:
+def compute_pwcca(weights: Tensor, rho: Tensor) -> Tensor:
     return 1 - (weights * rho).sum(-1) / weights.sum(-1)
 
 
-def distances_by_package(
-    whole: Tensor, parts: Tensor, metrics: tuple[str, ...]
-) -> dict[str, Tensor]:
+def compute_by_package(whole: Tensor, parts: Tensor, metrics: tuple[str, ...]) -> dict[str, Tensor]:
     """Run the package's n x n stage, with sums of variates as PWCCA's weights."""
     n = len(whole)
     original = Original(representation.spectrum_of_gram(whole), n, n - 1, RIDGE, 0.0, SOLVERS)
@@ -77,14 +75,14 @@ def distances_by_package(
             out["procrustes"].append(ablated.procrustes()[0])
         if "pwcca" in metrics:
             h, rho = ablated.variates()
-            out["pwcca"].append(pwcca_distance(sum_variates(h), rho))
+            out["pwcca"].append(compute_pwcca(sum_variates(h), rho))
         if "cca" in metrics:
             out["cca"].append(ablated.cca("pwcca" in metrics)[0])
             out["cca_squared"].append(ablated.cca_squared()[0])
     return {name: torch.cat(values) for name, values in out.items()}
 
 
-def distances_by_svd(
+def compute_by_svd(
     whole: Tensor,
     parts: Tensor,
     metrics: tuple[str, ...],
@@ -115,7 +113,7 @@ def distances_by_svd(
             if "pwcca" in metrics:
                 directions, rho, _ = torch.linalg.svd(matrix)
                 h = directions.mT @ representation.from_complement(root * basis).mT
-                out["pwcca"].append(pwcca_distance(pwcca_weights(h), rho))
+                out["pwcca"].append(compute_pwcca(pwcca_weights(h), rho))
             else:
                 rho = torch.linalg.svdvals(matrix)
             out["cca"].append(1 - rho.sum(-1) / (n - 1))
@@ -128,8 +126,8 @@ def distances_by_svd(
 @pytest.mark.parametrize(
     ("name", "route", "other"),
     [
-        ("repsim_kernels", distances_by_package, distances_by_svd),
-        ("an eigh and SVDs for each", distances_by_svd, distances_by_package),
+        ("repsim_kernels", compute_by_package, compute_by_svd),
+        ("an eigh and SVDs for each", compute_by_svd, compute_by_package),
     ],
     ids=["ours", "by_svd"],
 )
@@ -141,7 +139,7 @@ def test_stage(
         make_grams(n, n_cells),
         call=lambda whole, parts: route(whole, parts, METRICS[metrics]),
         oracle=lambda whole, parts: other(whole, parts, METRICS[metrics]),
-        what=metrics,
+        label=metrics,
         name=name,
         shape={"n": n, "C": n_cells},
         dtype=torch.float64,
@@ -155,8 +153,8 @@ def test_gram_ablation_distances(timed: Timer, n: int, n_cells: int) -> None:
         "gram_ablation_distances",
         make_grams(n, n_cells),
         options={"metrics": names},
-        oracle=lambda whole, parts: distances_by_svd(whole, parts, names),
-        what="CKA, Procrustes, mean and mean squared CCA",
+        oracle=lambda whole, parts: compute_by_svd(whole, parts, names),
+        label="CKA, Procrustes, mean and mean squared CCA",
         shape={"n": n, "C": n_cells},
         dtype=torch.float64,
     )
@@ -187,7 +185,7 @@ def draw_matrices(g: Generator, side: int, count: int, dtype: torch.dtype) -> Te
 def test_eigh(timed: Timer, side: int, count: int, dtype: torch.dtype) -> None:
     """Check eigenvalues against float64 LAPACK, and that the vectors rebuild the matrices."""
 
-    def symmetric(g: Generator) -> tuple[Tensor, ...]:
+    def make_symmetric(g: Generator) -> tuple[Tensor, ...]:
         a = draw_matrices(g, side, count, torch.float64)
         return ((a @ a.mT).to(dtype),)
 
@@ -196,7 +194,7 @@ def test_eigh(timed: Timer, side: int, count: int, dtype: torch.dtype) -> None:
         assert_factors(dtype, (w, torch.linalg.eigvalsh(want)), (v * w[:, None] @ v.mT, want), v)
 
     shape = {"n": side, "matrices": count}
-    timed("eigh", symmetric, oracle=Tensor.double, check=check, shape=shape, dtype=dtype)
+    timed("eigh", make_symmetric, oracle=Tensor.double, check=check, shape=shape, dtype=dtype)
 
 
 @by_dtype

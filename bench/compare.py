@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 
-from bench.common.machine import Json, load, seconds
+from bench.common.machine import Json, format_seconds, load
 
 KINDS = "the results of `make bench`, of `bench gpu-report` or of `bench peers`"
 # Facts that differ between any two runs without affecting the times.
@@ -25,7 +25,7 @@ class BadRecord(Exception):
     """A file that can't be compared; the message is one line."""
 
 
-def compare(a: Path, b: Path) -> str:
+def compare_records(a: Path, b: Path) -> str:
     """Return the text that ``python -m bench compare`` prints."""
     (kind, first), (other, second) = read_record(a), read_record(b)
     if kind != other:
@@ -67,8 +67,12 @@ def extract_times(kind: str, record: Json) -> pd.DataFrame:
 
     The ends are NaN for a single round.
     """
-    rows = {"benchmarks": _benchmarks, "peers": _peers, "a GPU report": _gpu_report}[kind](record)
-    frame = pd.DataFrame(rows, columns=["what", "median", "low", "high"])
+    readers = {
+        "benchmarks": _iter_benchmarks,
+        "peers": _iter_peers,
+        "a GPU report": _iter_gpu_report,
+    }
+    frame = pd.DataFrame(readers[kind](record), columns=["what", "median", "low", "high"])
     if frame.what.duplicated().any():
         raise ValueError(f"duplicate entry: {frame.what[frame.what.duplicated()].iloc[0]}")
     return frame.set_index("what").astype(float)
@@ -77,14 +81,14 @@ def extract_times(kind: str, record: Json) -> pd.DataFrame:
 Row = tuple[str, float, float, float]
 
 
-def _benchmarks(record: Json) -> Iterator[Row]:
+def _iter_benchmarks(record: Json) -> Iterator[Row]:
     for row in record["benchmarks"]:
         median, iqr, least, most = (row[f"{name}_s"] for name in ("median", "iqr", "min", "max"))
         what = f"{row['group']}: {row['name']}"
         yield what, *spread_ends(median, iqr, least, most, row["rounds"])
 
 
-def _peers(record: Json) -> Iterator[Row]:
+def _iter_peers(record: Json) -> Iterator[Row]:
     """Yield the times of whole jobs, scaled up from samples; failed packages have none."""
     identity = ("job", "n", "p", "layers", "cells", "dtype", "package", "metric")
     for row in record["rows"]:
@@ -95,7 +99,7 @@ def _peers(record: Json) -> Iterator[Row]:
             yield what, *spread_ends(median, high - low, rounds.min(), rounds.max(), len(rounds))
 
 
-def _gpu_report(record: Json) -> Iterator[Row]:
+def _iter_gpu_report(record: Json) -> Iterator[Row]:
     for row in record["rows"]:
         what = f"{row['name']} {row['shape']} {row['dtype']} {row['precision']}"
         for part in ("call", "kernel"):
@@ -139,8 +143,8 @@ def format_table(changed: pd.DataFrame) -> str:
     """Format the result of `compute_changes` for a terminal."""
     interval = changed["from"].map("{:.2f} to ".format) + changed["to"].map("{:.2f}".format)
     columns = {
-        "A": changed.median_a.map(seconds),
-        "B": changed.median_b.map(seconds),
+        "A": changed.median_a.map(format_seconds),
+        "B": changed.median_b.map(format_seconds),
         "ratio": changed.ratio.map("{:.2f}".format),
         "interval": interval.where(changed["from"].notna(), ""),
         " ": changed["mark"],

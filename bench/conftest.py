@@ -18,13 +18,13 @@ from torch import Tensor
 
 import repsim_kernels as rk
 from bench.common import machine, timing
-from bench.common.inputs import DEVICE, Make, check_distances, reference
+from bench.common.inputs import DEVICE, Make, check_distances, make_reference
 from bench.common.machine import Json
 from bench.common.tolerances import as_numpy
 
-_SECONDS = 1.0  # for all rounds of a benchmark, unless fewer than _LEAST would fit
-_LEAST, _MOST = 3, 50  # rounds
-_LONG = 5.0  # calls that take more seconds are timed only twice
+_SECONDS = 1.0  # for all rounds of a benchmark, unless fewer than _MIN_ROUNDS would fit
+_MIN_ROUNDS, _MAX_ROUNDS = 3, 50  # rounds
+_LONG_CALL = 5.0  # seconds; longer calls are timed only twice
 _CEILINGS = pytest.StashKey[dict[str, float]]()
 
 
@@ -45,7 +45,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     folder = session.config.getoption("results")
     if folder is None:
         return
-    out = folder / f"bench-{machine.slug(DEVICE)}.json"
+    out = folder / f"bench-{machine.slugify_device(DEVICE)}.json"
     plugin: Any = session.config
     rows = [make_row(benchmark) for benchmark in plugin._benchmarksession.benchmarks]
     if exitstatus or not rows:
@@ -53,7 +53,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         outcome = f"{out}: not written; {reason}"
     else:
         packages = ("scikit-learn", "torchvision", "pytest-benchmark")
-        environment = machine.environment(DEVICE, packages)
+        environment = machine.describe_environment(DEVICE, packages)
         rates = session.config.stash[_CEILINGS]
         machine.save(out, {"environment": environment, "ceilings": rates, "benchmarks": rows})
         outcome = str(out)
@@ -71,7 +71,7 @@ def make_row(benchmark: Any) -> Json:
 @pytest.fixture(scope="session")
 def ceilings() -> dict[str, float]:
     """Measure the ceilings of this device once per run."""
-    return timing.ceilings(DEVICE, quick=False, limit=1.0)
+    return timing.measure_ceilings(DEVICE, quick=False, limit=1.0)
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Timer:
         oracle: Callable[..., Any] | None = None,
         check: Callable[[Any, Any], None] | None = None,
         dtype: torch.dtype = torch.float32,
-        what: str = "",
+        label: str = "",
         name: str = "repsim_kernels",
         bytes: int = 0,
         operations: Mapping[str, int] | None = None,
@@ -107,12 +107,12 @@ class Timer:
         if the algorithm has no fixed number.
         """
         sizes = " ".join(f"{key}={value:,}" for key, value in shape.items())
-        short = str(dtype).removeprefix("torch.")
-        self.benchmark.group = ", ".join(filter(None, (operation, what, sizes, short)))
+        dtype_name = str(dtype).removeprefix("torch.")
+        self.benchmark.group = ", ".join(filter(None, (operation, label, sizes, dtype_name)))
         self.benchmark.name = name
         options = options or {}
         call = call or partial(getattr(rk, operation), **options)
-        oracle = oracle or reference(operation, **options)
+        oracle = oracle or make_reference(operation, **options)
         check = check or check_distances(operation, dtype)
         inputs = timing.make_inputs(make, device)
 
@@ -136,12 +136,12 @@ class Timer:
         self.request.config.stash[_CEILINGS] = rates
         if seconds < _SECONDS or device == "cuda":  # the first call also loads and compiles
             seconds, _ = run_timed(inputs[1])
-        turn = cycle(inputs)
-        least = _LEAST if seconds < _LONG else 2
-        rounds = max(least, min(_MOST, int(_SECONDS / seconds)))
-        self.benchmark.pedantic(run, setup=lambda: (next(turn), {}), rounds=rounds)
+        turns = cycle(inputs)
+        min_rounds = _MIN_ROUNDS if seconds < _LONG_CALL else 2
+        rounds = max(min_rounds, min(_MAX_ROUNDS, int(_SECONDS / seconds)))
+        self.benchmark.pedantic(run, setup=lambda: (next(turns), {}), rounds=rounds)
         seconds = self.benchmark.stats.stats.median
-        info: Json = {"operation": operation, "shape": dict(shape), "dtype": short}
+        info: Json = {"operation": operation, "shape": dict(shape), "dtype": dtype_name}
         if device == "cuda":
             info["events"] = timing.measure(call, inputs, _SECONDS)
             info["on_device"] = self._measure_on_device(call, inputs, info["events"]["ms"])
@@ -151,10 +151,10 @@ class Timer:
         return got
 
     def _measure_on_device(self, call: Callable[..., Any], inputs: Any, call_ms: float) -> Json:
-        def first_tensor(*arguments: Tensor) -> Tensor:
-            return next(leaf for leaf in leaves(call(*arguments)) if isinstance(leaf, Tensor))
+        def get_first_tensor(*arguments: Tensor) -> Tensor:
+            return next(leaf for leaf in list_leaves(call(*arguments)) if isinstance(leaf, Tensor))
 
-        times = timing.measure_on_device(first_tensor, inputs, call_ms, _SECONDS)
+        times = timing.measure_on_device(get_first_tensor, inputs, call_ms, _SECONDS)
         if times.pop("spoiled", False):
             pytest.exit(f"{self.benchmark.group}: {times['how']}; later times would be wrong", 1)
         return times
@@ -184,18 +184,18 @@ def compute_rates(
     return rates
 
 
-def leaves(result: Any) -> list[Any]:
+def list_leaves(result: Any) -> list[Any]:
     """Return the arrays and numbers of a nested result."""
     if isinstance(result, dict):
         result = result.values()
     elif not isinstance(result, (tuple, list)):
         return [result]
-    return [leaf for part in result for leaf in leaves(part)]
+    return [leaf for part in result for leaf in list_leaves(part)]
 
 
 def check_values(got: Any, want: Any, check: Callable[[Any, Any], None]) -> None:
     """Check each value that the oracle has, and that no value of the result is NaN."""
-    for leaf in leaves(got):
+    for leaf in list_leaves(got):
         if isinstance(leaf, (Tensor, np.ndarray, float)):
             assert not np.isnan(as_numpy(leaf)).any(), "NaN"
     if isinstance(want, dict):

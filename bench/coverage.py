@@ -1,4 +1,4 @@
-"""COVERAGE.md: how often intervals contain the truth, and tests reject it, in simulated studies."""
+"""COVERAGE.md: how often intervals contain the truth and tests reject, in simulated studies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from repsim_kernels.experiments.analysis.correlations import centred_ranks, correlate
 from repsim_kernels.experiments.analysis.resampling import fisher_z, jackknife, sign_flips
 
-SEED = 20241124  # for the studies; the truth uses the next one
+SEED = 20241124  # of the studies; the truth uses the next integer
 STUDIES = 2_000
 _TRUTH = 20_000  # studies whose mean is used as the truth
 _BATCH = 500  # studies per batch
@@ -17,10 +17,10 @@ CLASSES, LAYERS, CELLS = 10, 7, 16
 LEVEL = 0.95
 MEAN = 0.4  # of the latent z; the next three are its standard deviations
 CLASS, METRIC, NOISE = 0.2, 0.1, 0.2
-RAMP = 0.3  # the layers' effects go from -this to this
+RAMP = 0.3  # the layers' effects go from -RAMP to RAMP
 SHARED = 0.5  # of the metrics' variance that the function change does not explain
-MISSING = 0.05
-EFFECT = 0.2
+MISSING = 0.05  # share of the groups without a correlation
+EFFECT = 0.2  # added to the z of one metric in the simulation of power
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Row:
         return float(np.sqrt(self.share * (1 - self.share) / len(self.hits)))
 
 
-def draw(rng: np.random.Generator, studies: int, effect: float = 0.0) -> np.ndarray:
+def draw_correlations(rng: np.random.Generator, studies: int, effect: float = 0.0) -> np.ndarray:
     """Draw Spearman's correlations of F with two metrics, NaN if missing: (studies, c, l, 2)."""
     shape = studies, CLASSES, LAYERS
     z = MEAN + CLASS * rng.standard_normal((studies, CLASSES, 1))
@@ -56,14 +56,16 @@ def draw(rng: np.random.Generator, studies: int, effect: float = 0.0) -> np.ndar
     return rank_rho.reshape(*shape, 2)
 
 
-def truth(studies: int = _TRUTH) -> float:
+def compute_truth(studies: int = _TRUTH) -> float:
     """Return the mean correlation of the first metric in studies that no interval uses."""
     rng = np.random.default_rng(SEED + 1)
-    batches = [np.nanmean(draw(rng, _BATCH)[..., 0]) for _ in range(-(-studies // _BATCH))]
+    batches = [
+        np.nanmean(draw_correlations(rng, _BATCH)[..., 0]) for _ in range(-(-studies // _BATCH))
+    ]
     return float(np.mean(batches))
 
 
-def bootstrap(
+def compute_bootstrap(
     sums: np.ndarray, counts: np.ndarray, seed: int, level: float = LEVEL, resamples: int = 10_000
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Like `jackknife`, with the percentile interval of resampled clusters, (rows, k).
@@ -82,7 +84,7 @@ def bootstrap(
     return sums.sum(-1) / counts.sum(-1), ends[0], ends[1]
 
 
-def rows(studies: int, expected: float) -> list[Row]:
+def compute_rows(studies: int, expected: float) -> list[Row]:
     """Return the coverage of the intervals, and the size and power of the test."""
     rng = np.random.default_rng(SEED)
     names = "coverage, jackknife-t", "coverage, bootstrap of classes"
@@ -95,13 +97,13 @@ def rows(studies: int, expected: float) -> list[Row]:
 
     for start in range(0, studies, _BATCH):
         size = min(_BATCH, studies - start)
-        same, ahead = draw(rng, size), draw(rng, size, EFFECT)
+        same, ahead = draw_correlations(rng, size), draw_correlations(rng, size, EFFECT)
         first = same[..., 0]
         counts = np.isfinite(first).sum(-1).astype(np.float64)
         sums = np.nansum(first, axis=-1)
         for name, ends in (
             (names[0], jackknife(sums, counts, LEVEL)),
-            (names[1], bootstrap(sums, counts, SEED + start)),
+            (names[1], compute_bootstrap(sums, counts, SEED + start)),
         ):
             add(name, ends[1], ends[2], expected)
         for name, studies_rho in (("size, permutation test", same), ("power", ahead)):
@@ -121,13 +123,13 @@ def rows(studies: int, expected: float) -> list[Row]:
     ]
 
 
-def page(studies: int = STUDIES) -> str:
+def render_page(studies: int = STUDIES) -> str:
     """Return the page in Markdown."""
-    expected = truth()
+    expected = compute_truth()
     lines = "\n".join(
         f"| {row.name} | {100 * row.share:.1f} | {100 * row.error:.1f} | "
         f"{'' if row.width is None else f'{row.width:.3f}'} |"
-        for row in rows(studies, expected)
+        for row in compute_rows(studies, expected)
     )
     return f"""\
 # How often the intervals contain the truth
@@ -146,17 +148,17 @@ class c, layer l and metric m the latent correlation is tanh z, with
 z = {MEAN} + layer l (a ramp from -{RAMP} to {RAMP}) + class c (sd {CLASS}) +
 metric m of class c (sd {METRIC}) + class c, layer l (sd {NOISE}).
 
-The layers are the same in every study, because a network's layers are fixed; the interval is for
-other classes. At random, {MISSING:.0%} of the groups have no correlation. Spearman's correlations,
-intervals and tests are computed by the code of `experiments`.
+The layers are the same in every study, because a network's layers are fixed; the interval
+generalises to other classes. {100 * MISSING:.0f} % of the groups, chosen at random, have no
+correlation. The code of `experiments` computes Spearman's correlations, intervals and tests.
 
 * **truth**: the mean correlation of {_TRUTH:,} studies with seed {SEED + 1}: {expected:.4f}.
 * **coverage**: the share of studies whose 95 % interval contains it. The jackknife-t should reach
   93 to 97 %. The difference is that of the metrics' z; its truth is 0. The bootstrap's percentile
   intervals are too narrow for {CLASSES} classes, and are shown for comparison.
 * **size**, **power**: the share of studies in which the paired permutation test has p < 0.05 if the
-  metrics differ only by chance (size), and if one has {EFFECT} more z (power). An exact test of
-  {CLASSES} classes has p in steps of 2/{2**CLASSES:,}.
+  metrics differ only by chance (size), and if the z of one is {EFFECT} larger (power). The p of an
+  exact test of {CLASSES} classes has steps of 2/{2**CLASSES:,}.
 * **standard error**: the uncertainty of the simulation.
 
 | | share, % | standard error, % | mean width |

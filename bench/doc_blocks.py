@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.accuracy import OURS, summarize, tabulate_by_package
-from bench.common.machine import Json, load, seconds
+from bench.common.machine import Json, format_seconds, load
 from bench.peers import tables
 from bench.peers.packages import PACKAGES
-from bench.peers.tables import format_ratio, job_seconds, markdown_table
+from bench.peers.tables import compute_job_seconds, format_markdown_table, format_ratio
 from bench.scaling import model_workers
 
 BY_PARTS = "plain torch, by parts"  # this package's algorithm in plain PyTorch
@@ -41,7 +41,7 @@ def describe_device(record: Json) -> str:
     """Return "device, torch version, date" of a record, for the line above its tables."""
     environment = record["environment"]
     host = f", host {environment['host']}" if "host" in environment else ""
-    return f"{environment['device']}{host}, torch {environment['torch']}, {_dates(record)}"
+    return f"{environment['device']}{host}, torch {environment['torch']}, {_format_dates(record)}"
 
 
 def _list_runs(record: Json) -> list[tuple[str, str | None]]:
@@ -51,12 +51,12 @@ def _list_runs(record: Json) -> list[tuple[str, str | None]]:
     return [(row["date"][:10], row["commit"]) for row in rows]
 
 
-def _dates(record: Json) -> str:
+def _format_dates(record: Json) -> str:
     days = [day for day, _ in _list_runs(record)]
     return days[0] if days[0] == days[-1] else f"{days[-1]} to {days[0]}"
 
 
-def _commits(record: Json) -> str:
+def _format_commits(record: Json) -> str:
     """Return the commits that were measured, newest first."""
     environment = record["environment"]
     suffix = {environment["commit"]: " + changes"} if environment["changed"] else {}
@@ -64,7 +64,7 @@ def _commits(record: Json) -> str:
     return ", ".join((c[:7] if c else "unknown") + suffix.get(c, "") for c in commits)
 
 
-def speed(results: Path) -> str:
+def render_speed(results: Path) -> str:
     """README: this package against the fastest alternative, a few jobs per device."""
     blocks = []
     for path in sorted(results.glob("peers-*.json")):
@@ -97,16 +97,16 @@ def _compare_jobs(peers: Json, bench: Json) -> str:
     rows += [
         _compare_benchmarks(bench, stage, groups[0], EIGH, "eigh and SVDs"),
         _compare_benchmarks(bench, cut, groups[1], HOOK, "a forward hook"),
-        _compare(fit, *_fit_seconds(bench, "classes alike"), "scikit-learn"),
+        _compare(fit, *_get_fit_seconds(bench, "classes alike"), "scikit-learn"),
     ]
-    by_parts = seconds(job_seconds(ablations) or 0.0)
+    by_parts = format_seconds(compute_job_seconds(ablations) or 0.0)
     return f"""\
 On {describe_device(peers)}; median times. Ratio: the other's time divided by this package's \
 (below 1, the other is faster). The first three rows compute debiased CKA, the next two linear \
 CKA; this package does so in float64, pytorch-cka and plain PyTorch in float32. Left out: this \
 package's own ablation algorithm in plain PyTorch, which needs {by_parts} for the first row.
 
-{markdown_table(["job", "this package", "fastest other", "ratio"], rows)}"""
+{format_markdown_table(["job", "this package", "fastest other", "ratio"], rows)}"""
 
 
 def _compare_job(
@@ -115,7 +115,7 @@ def _compare_job(
     (ours,) = tables.select_rows(record, job=job, metric=metric, package=OURS, **facts)
     others = tables.rank_others(record, metric, job=job, **facts)
     first = next(row for row in others if row["package"] != BY_PARTS)
-    own_time, other_time = job_seconds(ours) or 0.0, job_seconds(first) or 0.0
+    own_time, other_time = compute_job_seconds(ours) or 0.0, compute_job_seconds(first) or 0.0
     sizes = {key: f"{ours[key]:,}" for key in ("cells", "layers", "n", "p")}
     return _compare(label.format(**sizes), own_time, other_time, first["package"])
 
@@ -127,10 +127,11 @@ def _compare_benchmarks(record: Json, label: str, group: str, name: str, title: 
 
 def _compare(label: str, ours: float, other: float, name: str) -> list[str]:
     name = name.replace("plain torch", "plain PyTorch")
-    return [label, seconds(ours), f"{name}, {seconds(other)}", format_ratio(other / ours)]
+    times = [format_seconds(ours), f"{name}, {format_seconds(other)}"]
+    return [label, *times, format_ratio(other / ours)]
 
 
-def accuracy(_path: Path, record: Json) -> str:
+def render_accuracy(_path: Path, record: Json) -> str:
     """README: errors of each package in a few conditions."""
     head, *rows = tabulate_by_package(record)
     size = record["settings"]["sizes"]
@@ -140,10 +141,10 @@ On {describe_device(record)}; errors relative to long-double arithmetic, float32
 order: {size["cells"]} ablations of one layer; a pair of ablations is out of order if it is ranked \
 the wrong way round, or ties.
 
-{markdown_table(head, rows, left=2)}"""
+{format_markdown_table(head, rows, left=2)}"""
 
 
-def accuracy_details(path: Path, record: Json) -> str:
+def render_accuracy_details(path: Path, record: Json) -> str:
     """docs/accuracy.md: the figure, and errors of every package and metric."""
     head, *rows = summarize(record)
     size = record["settings"]["sizes"]
@@ -157,10 +158,10 @@ Relative errors for float32 input, n = {size["n"]}, p = {size["p"]}, worst of {s
 draws. Out of order: the share of pairs of {size["cells"]} ablations, among pairs whose true \
 distances differ, that are ranked the wrong way round or tie.
 
-{markdown_table(head, rows, left=2)}"""
+{format_markdown_table(head, rows, left=2)}"""
 
 
-def peers(path: Path, record: Json) -> str:
+def render_peers(path: Path, record: Json) -> str:
     """bench/README.md: the three jobs of the comparison with other packages."""
     cells, pairs = (tables.select_rows(record, job=job)[0] for job in ("ablations", "pairs"))
     packages = ", ".join(
@@ -190,7 +191,7 @@ other's time divided by this package's; below 1, the other is faster:
 {tables.tabulate_one_pair(record, "cka")}"""
 
 
-def peers_details(_path: Path, record: Json) -> str:
+def render_peers_details(_path: Path, record: Json) -> str:
     """bench/README.md: methods, failures and all rows of the comparison."""
     return f"""\
 How each package computes each metric, and what it leaves out:
@@ -209,7 +210,7 @@ What failed, was not run, or gives values other than the definition's:
 </details>"""
 
 
-def baselines(_path: Path, record: Json) -> str:
+def render_baselines(_path: Path, record: Json) -> str:
     """bench/README.md: this package against simple code with PyTorch or scikit-learn."""
     five = _find_benchmark(record, "ablation_distances, CKA, Procrustes", part="p=100,352")
     operations = sum(five["extra_info"]["operations"].values())
@@ -221,13 +222,14 @@ On {describe_device(record)}, {record["environment"]["threads"]} threads; median
 other's time divided by this package's.
 
 CKA, Procrustes, PWCCA, mean and mean squared CCA of 16 ablations, n = 500, p = 100,352 \
-(ResNet50's last stage): {seconds(five["median_s"])}, {operations / 1e12:.2g} · 10¹² operations at \
-{rate:.0f} GFLOP/s, most of them for PWCCA's weights. Matrix products on this machine reach \
+(ResNet50's last stage): {format_seconds(five["median_s"])}, {operations / 1e12:.2g} · 10¹² \
+operations at {rate:.0f} GFLOP/s, most of them for PWCCA's weights. Matrix products on this \
+machine reach \
 {ceilings["ieee"]} GFLOP/s in float32 and {ceilings["float64"]} in float64.
 
 {_tabulate_benchmarks(record, _STAGES, "from Grams to distances, all cells", EIGH)}
 
-{_tabulate_benchmarks(record, _CUTS, passes, HOOK, _sequential_bound)}
+{_tabulate_benchmarks(record, _CUTS, passes, HOOK, _format_sequential_bound)}
 
 {_tabulate_fits(record)}"""
 
@@ -239,13 +241,15 @@ def _tabulate_benchmarks(
     rows = []
     for label, group in labels.items():
         ours, theirs = (_find_benchmark(record, group, name) for name in (OURS, other))
-        ratio = f"{theirs['median_s'] / ours['median_s']:.1f}"
-        rows.append([label, seconds(ours["median_s"]), seconds(theirs["median_s"]), ratio])
+        times = ours["median_s"], theirs["median_s"]
+        rows.append([label, *map(format_seconds, times), f"{times[1] / times[0]:.1f}"])
         rows[-1] += [bound(record, ours["group"])] if bound else []
-    return markdown_table([title, "this package", other, "ratio", *["bound"] * bool(bound)], rows)
+    return format_markdown_table(
+        [title, "this package", other, "ratio", *["bound"] * bool(bound)], rows
+    )
 
 
-def _sequential_bound(record: Json, group: str) -> str:
+def _format_sequential_bound(record: Json, group: str) -> str:
     """Return how much faster than the hook cells can be when run one after the other."""
     rows = [row for row in record["benchmarks"] if row["group"] == group]
     medians = {row["name"]: row["median_s"] for row in rows}
@@ -265,7 +269,7 @@ def _find_benchmark(record: Json, group: str, name: str = OURS, part: str = "") 
     return match
 
 
-def _fit_seconds(record: Json, classes: str) -> tuple[float, float]:
+def _get_fit_seconds(record: Json, classes: str) -> tuple[float, float]:
     """Return the seconds per logistic regression of this package and of scikit-learn."""
     loop = _find_benchmark(record, f"logistic_fits, {classes}, ", SKLEARN)
     ours = _find_benchmark(record, loop["group"])
@@ -276,8 +280,8 @@ def _fit_seconds(record: Json, classes: str) -> tuple[float, float]:
 def _tabulate_fits(record: Json) -> str:
     rows = []
     for label, classes in _FITS.items():
-        ours, other = _fit_seconds(record, classes)
-        rows.append([label, seconds(ours), seconds(other), f"{other / ours:.1f}"])
+        ours, other = _get_fit_seconds(record, classes)
+        rows.append([label, format_seconds(ours), format_seconds(other), f"{other / ours:.1f}"])
     paper = _find_benchmark(record, "probe_paper, paired")
     ridge = _find_benchmark(record, "ablation_decodability, leave-one-out ridge", part="targets=1,")
     shape = ridge["extra_info"]["shape"]
@@ -287,18 +291,18 @@ def _tabulate_fits(record: Json) -> str:
     )
     paper_label = "`probe_paper`, 16 cells, 200 draws: 3,400 regressions"
     for label, row in ((paper_label, paper), (ridge_label, ridge)):
-        rows.append([label, seconds(row["median_s"]), "not run", ""])
+        rows.append([label, format_seconds(row["median_s"]), "not run", ""])
     title = "linear probes, n = 500, d = 100 of p = 100,352 neurons unless stated otherwise"
-    return markdown_table([title, "this package", "a loop over scikit-learn", "ratio"], rows)
+    return format_markdown_table([title, "this package", "a loop over scikit-learn", "ratio"], rows)
 
 
-def operations(_path: Path, record: Json) -> str:
+def render_operations(_path: Path, record: Json) -> str:
     """bench/README.md: every benchmark of this package's operations."""
     rates = {kind: f"{rate / 1e9:.0f}" for kind, rate in record["ceilings"].items()}
     rows = []
     for row in record["benchmarks"]:
         info = row["extra_info"]
-        times = [seconds(row["median_s"]), seconds(row["iqr_s"]), str(row["rounds"])]
+        times = [format_seconds(row["median_s"]), format_seconds(row["iqr_s"]), str(row["rounds"])]
         reached = [f"{info[k]:.3g}" if k in info else "" for k in ("gb_s", "tflop_s")]
         share = f"{info['of_ceiling']:.0%}" if "of_ceiling" in info else ""
         rows.append([row["group"], row["name"], *times, *reached, share])
@@ -310,12 +314,12 @@ On {describe_device(record)}. Ceilings: {rates["copy"]} GB/s for a copy, product
 <details>
 <summary>All {len(rows)} benchmarks</summary>
 
-{markdown_table(head, rows, left=2)}
+{format_markdown_table(head, rows, left=2)}
 
 </details>"""
 
 
-def scaling(_path: Path, record: Json) -> str:
+def render_scaling(_path: Path, record: Json) -> str:
     """experiments/README.md: how long the demo takes with more workers."""
     one, two = record["runs"]
     units = two["units"]
@@ -328,32 +332,32 @@ process, {one["seconds"]:.0f} s with start-up and report; with two workers the w
 {two["seconds"]:.0f} s. The table is a model: it hands out units in order, with the seconds they \
 took with two workers, and leaves out start-up. More than two workers were not measured.
 
-{markdown_table(["workers", *(str(workers) for workers, _, _ in rows)], [walls, shares])}
+{format_markdown_table(["workers", *(str(workers) for workers, _, _ in rows)], [walls, shares])}
 
 No number of workers is faster than the longest unit, here {max(units):.0f} s."""
 
 
-def runs(results: Path) -> str:
+def render_runs(results: Path) -> str:
     """bench/README.md: the committed records with device, date and commit."""
     rows = []
     for path in sorted(results.glob("*.json")):
         record = load(path)
         name = f"[`{path.name.partition('-')[0]}`](results/{path.name})"
         device = record["environment"]["device"]
-        rows.append([name, device, _dates(record), _commits(record)])
-    return markdown_table(["record", "device", "date", "commit"], rows, left=4)
+        rows.append([name, device, _format_dates(record), _format_commits(record)])
+    return format_markdown_table(["record", "device", "date", "commit"], rows, left=4)
 
 
 # By name: the kind of record that a block is made from, and the function that makes it. For "*" the
 # function gets the folder of all records.
 BLOCKS: dict[str, tuple[str, Callable[..., str]]] = {
-    "speed": ("*", speed),
-    "accuracy": ("accuracy", accuracy),
-    "accuracy-details": ("accuracy", accuracy_details),
-    "peers": ("peers", peers),
-    "peers-details": ("peers", peers_details),
-    "baselines": ("bench", baselines),
-    "operations": ("bench", operations),
-    "scaling": ("scaling", scaling),
-    "runs": ("*", runs),
+    "speed": ("*", render_speed),
+    "accuracy": ("accuracy", render_accuracy),
+    "accuracy-details": ("accuracy", render_accuracy_details),
+    "peers": ("peers", render_peers),
+    "peers-details": ("peers", render_peers_details),
+    "baselines": ("bench", render_baselines),
+    "operations": ("bench", render_operations),
+    "scaling": ("scaling", render_scaling),
+    "runs": ("*", render_runs),
 }

@@ -65,5 +65,5 @@ def draw_figures(results: Path = RESULTS) -> list[Path]:
             draw(load(path), written[-1])
     for path in sorted(results.glob("bench-*.json")):
         name = path.stem.replace("bench", "roofline", 1)
-        written += roofline.roofline(path, results / f"{name}.png")
+        written += roofline.draw_rooflines(path, results / f"{name}.png")
     return written

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from bench.common.machine import RESULTS, Json, file_part, seconds
+from bench.common.machine import RESULTS, Json, format_seconds, slugify
 
 PREDICTED = "predictions only: nothing measured on a GPU yet"
 UNMEASURED = "predictions only: this file has no measured rows"
@@ -98,7 +98,10 @@ def chart_record(record: Any) -> Chart:
     timed = not record.get("interpreted")  # times of Triton's interpreter are meaningless
     roof = Roof(rates["copy"], {kind: rates[kind] for kind in _PRECISIONS if kind in rates})
     try:
-        points = [_from_report(r, timed) if "rows" in record else _from_benchmark(r) for r in rows]
+        points = [
+            _point_from_report(r, timed) if "rows" in record else _point_from_benchmark(r)
+            for r in rows
+        ]
         device = record["environment"]["device"]
     except (KeyError, TypeError, AttributeError) as error:
         raise RuntimeError(f"has a row of an unknown format: {error!r}") from None
@@ -115,7 +118,7 @@ def read_chart(path: Path) -> Chart:
         raise RuntimeError(f"{path}: {' '.join(str(error).split())}") from None
 
 
-def roofline(report: Path | None, out: Path | None) -> list[Path]:
+def draw_rooflines(report: Path | None, out: Path | None) -> list[Path]:
     """Draw one file, or all GPU reports in bench/results, or the predictions if there are none."""
     files = [report] if report else sorted(RESULTS.glob("gpu_report-*.json"))
     charts = [read_chart(path) for path in files]
@@ -124,11 +127,11 @@ def roofline(report: Path | None, out: Path | None) -> list[Path]:
     if out is not None and len(charts) > 1:
         raise RuntimeError(f"--out: there are {len(charts)} reports; choose one with --report")
     written = []
-    for each in charts:
-        name = "h200-predicted" if each.note == PREDICTED else file_part(each.device)
+    for chart in charts:
+        name = "h200-predicted" if chart.note == PREDICTED else slugify(chart.device)
         written.append(out or RESULTS / f"roofline-{name}.png")
         written[-1].parent.mkdir(parents=True, exist_ok=True)
-        draw(each).savefig(written[-1], dpi=170)
+        draw(chart).savefig(written[-1], dpi=170)
     return written
 
 
@@ -136,7 +139,7 @@ def _by_precision(precision: str, operations: int) -> dict[str, int]:
     return {precision: operations} if operations else {}
 
 
-def _from_report(row: Json, timed: bool) -> Point:
+def _point_from_report(row: Json, timed: bool) -> Point:
     name = f"{row['shape']}, {row['dtype']}, {row['precision']}"
     timed = timed and row["status"] == "ok" and "ms" in row
     seconds = 1e-3 * row["ms"] if timed else None
@@ -144,7 +147,7 @@ def _from_report(row: Json, timed: bool) -> Point:
     return Point(row["name"], name, row["bytes"], operations, seconds)
 
 
-def _from_benchmark(row: Json) -> Point | None:
+def _point_from_benchmark(row: Json) -> Point | None:
     """Convert a row of this package; the bytes and operations of other methods are not known."""
     info = row["extra_info"]
     if row["name"] != OURS or not info.get("bytes"):
@@ -282,4 +285,6 @@ def _draw_legend(
 def _format_time(roof: Roof, p: Point) -> str:
     """Format a point's minimum time, or its measured time and the minimum as a share of it."""
     floor = roof.floor(p)
-    return f"{seconds(p.seconds)}, {floor / p.seconds:.0%}" if p.seconds else seconds(floor)
+    if not p.seconds:
+        return format_seconds(floor)
+    return f"{format_seconds(p.seconds)}, {floor / p.seconds:.0%}"

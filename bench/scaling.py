@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.common.machine import ROOT, Json, environment
+from bench.common.machine import ROOT, Json, describe_environment
 from repsim_kernels.experiments.runs.store import Store
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
@@ -48,7 +48,7 @@ def format_table(seconds: Sequence[float]) -> str:
 
 def measure_demo() -> Json:
     """Run the demo's study in one process, and with two workers that share the cores."""
-    record: Json = {"environment": environment("cpu"), "runs": []}
+    record: Json = {"environment": describe_environment("cpu"), "runs": []}
     for workers in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder) / "run"

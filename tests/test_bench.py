@@ -78,9 +78,10 @@ def test_every_operation_is_timed() -> None:
 _REMOVED = {"TRITON_INTERPRET", "PYTEST_XDIST_WORKER"}
 
 
-def run(tmp_path: Path, factors: list[int], **environment: str) -> tuple[str, int, Path]:
+def run_benchmark(tmp_path: Path, factors: list[int], **environment: str) -> tuple[str, int, Path]:
     """Run the benchmark above in a separate process; return its output, exit code and results."""
-    tiny, out = tmp_path / "bench_tiny.py", tmp_path / f"bench-{machine.slug(inputs.DEVICE)}.json"
+    tiny = tmp_path / "bench_tiny.py"
+    out = tmp_path / f"bench-{machine.slugify_device(inputs.DEVICE)}.json"
     tiny.write_text(TINY.replace("FACTORS", repr(factors)))
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     env = {k: v for k, v in os.environ.items() if k not in _REMOVED} | {"PYTHONPATH": path}
@@ -97,7 +98,7 @@ def run(tmp_path: Path, factors: list[int], **environment: str) -> tuple[str, in
 
 
 def test_results(tmp_path: Path) -> None:
-    output, code, out = run(tmp_path, [1])
+    output, code, out = run_benchmark(tmp_path, [1])
     assert code == 0, output
     record = json.loads(out.read_text())
     assert set(record) == {"environment", "ceilings", "benchmarks"}
@@ -117,7 +118,7 @@ def test_results(tmp_path: Path) -> None:
 
 
 def test_nothing_is_written_if_any_result_is_wrong(tmp_path: Path) -> None:
-    output, code, out = run(tmp_path, [1, 2])
+    output, code, out = run_benchmark(tmp_path, [1, 2])
     assert code == 1
     assert "1 failed, 1 passed" in output
     assert "times the tolerance" in output
@@ -126,7 +127,7 @@ def test_nothing_is_written_if_any_result_is_wrong(tmp_path: Path) -> None:
 
 
 def test_the_interpreter_is_refused(tmp_path: Path) -> None:
-    output, code, out = run(tmp_path, [1], TRITON_INTERPRET="1")
+    output, code, out = run_benchmark(tmp_path, [1], TRITON_INTERPRET="1")
     assert code == pytest.ExitCode.USAGE_ERROR
     assert "TRITON_INTERPRET=1" in output
     assert not out.exists()
@@ -226,7 +227,7 @@ def test_operations_without_a_kernel_are_float64_on_a_gpu(
     monkeypatch, operation, dtype, want
 ) -> None:
     monkeypatch.setattr(inputs, "DEVICE", "cuda")
-    assert inputs.products(operation, dtype) == want
+    assert inputs.get_precision(operation, dtype) == want
     near, far = torch.tensor(1.0 + 1e-7), torch.tensor(1.0 + 1e-5)
     check = inputs.check_distances(operation, dtype)
     check(near, 1.0)

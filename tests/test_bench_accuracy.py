@@ -29,7 +29,7 @@ def test_the_oracle_matches_60_digit_arithmetic(n, p, mean, seed):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((n, p)) + mean
     y = x + rng.standard_normal((n, p)) - 2 * mean
-    got = longdouble.similarities(x, y)
+    got = longdouble.compute_similarities(x, y)
     for name in SIMILARITIES:
         assert_close(got[name], float(getattr(_oracle, name)(x, y)), Tol(1e-14, 1e-14))
 
@@ -40,7 +40,7 @@ def test_the_oracle_keeps_the_digits_of_small_distances(n, mean, seed):
     rng = np.random.default_rng(seed)
     cells = np.arange(24) % 3
     x = rng.standard_normal((n, 24)) * np.array([1, 1e-1, 1e-2])[cells] + mean
-    got = longdouble.distances(x, cells)
+    got = longdouble.compute_distances(x, cells)
     for c in range(3):
         y = np.where(cells == c, 0, x)
         for name in SIMILARITIES:
@@ -51,7 +51,7 @@ def test_the_oracle_keeps_the_digits_of_small_distances(n, mean, seed):
 def test_the_oracle_has_the_reference_values():
     rng = np.random.RandomState(1337)
     x = rng.randn(100, 10)
-    got = longdouble.similarities(x, rng.randn(100, 10) + x)
+    got = longdouble.compute_similarities(x, rng.randn(100, 10) + x)
     want = {"cka": 0.55761, "cka_debiased": 0.51346, "procrustes": 0.73626}
     for name, value in want.items():
         assert_close(got[name], value, Tol(0, 5e-6))
@@ -63,7 +63,7 @@ def test_the_oracle_of_rsa_matches_scipy():
     x, y = np.random.default_rng(0).standard_normal((2, 12, 30))
     y += x
     want = np.corrcoef(pdist(x, "sqeuclidean"), pdist(y, "sqeuclidean"))[0, 1]
-    assert_close(longdouble.similarities(x, y)["rsa"], want, SAME)
+    assert_close(longdouble.compute_similarities(x, y)["rsa"], want, SAME)
 
 
 def make_fake(name, pair, metric="cka"):
@@ -95,7 +95,7 @@ OURS = tuple(p for p in PACKAGES if p.name == accuracy.OURS)
 
 @pytest.fixture(scope="module")
 def record():
-    return accuracy.accuracy(quick=True, packages=(*OURS, *FAKES))
+    return accuracy.measure_accuracy(quick=True, packages=(*OURS, *FAKES))
 
 
 def select_points(record, name, **facts):
@@ -173,10 +173,8 @@ def test_counting_pairs_out_of_order():
     want = np.array([1.0, 2.0, 3.0, 3.0 + 1e-9])  # five pairs differ
     assert accuracy.count_out_of_order(want, want) == (0, 5)
     assert accuracy.count_out_of_order(np.array([1.0, 2.0, 1.5, 3.0]), want) == (1, 5)
-    assert accuracy.count_out_of_order(np.array([1.0, 1.0, 3.0, 2.0]), want) == (
-        1,
-        5,
-    )  # ties count as out of order
+    tied = np.array([1.0, 1.0, 3.0, 2.0])
+    assert accuracy.count_out_of_order(tied, want) == (1, 5)  # ties count as out of order
     assert accuracy.count_out_of_order(np.array([np.nan, 2.0, 3.0, 3.0]), want) == (3, 5)
 
 
@@ -212,4 +210,4 @@ def test_the_command_measures_all_packages(tmp_path):
 
 def test_an_unknown_device_is_refused():
     with pytest.raises(RuntimeError, match="--device tpu: expected cuda or cpu"):
-        accuracy.accuracy("tpu")
+        accuracy.measure_accuracy("tpu")

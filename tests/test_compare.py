@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from bench.__main__ import app
-from bench.compare import BadRecord, compare, extract_times
+from bench.compare import BadRecord, compare_records, extract_times
 
-HERE = {
+ENVIRONMENT = {
     "device": "a processor, 2 cores",
     "torch": "2.14.1",
     "threads": 2,
@@ -39,7 +39,7 @@ def make_peer(package: str, seconds: list[float], **other: Any) -> dict[str, Any
 
 
 def save(path: Path, record: dict[str, Any], **environment: Any) -> Path:
-    path.write_text(json.dumps({"environment": HERE | environment} | record))
+    path.write_text(json.dumps({"environment": ENVIRONMENT | environment} | record))
     return path
 
 
@@ -59,7 +59,7 @@ def test_benchmarks(tmp_path: Path) -> None:
         make_bench("slow", 2, 0.2),
         make_bench("new", 1, 0),
     ]
-    page = compare(
+    page = compare_records(
         save(tmp_path / "a.json", {"benchmarks": a}, date="1"),
         save(tmp_path / "b.json", {"benchmarks": b}, date="2", commit="b"),
     )
@@ -89,7 +89,7 @@ def test_the_largest_change_comes_first(tmp_path: Path) -> None:
         make_bench("tenth", 0.1, 0),
         make_bench("same", 1, 0),
     ]
-    page = compare(
+    page = compare_records(
         save(tmp_path / "a.json", {"benchmarks": a}),
         save(tmp_path / "b.json", {"benchmarks": b}),
     )
@@ -116,14 +116,14 @@ def test_a_single_round_is_never_marked(tmp_path: Path) -> None:
     a = save(tmp_path / "a.json", {"rows": [make_peer("ours", [1.0])]})
     b = save(tmp_path / "b.json", {"rows": [make_peer("ours", [9.0, 9.0])]})
     what = "ablations n=500 p=64 cells=100 float32 ours cka"
-    assert split_lines(compare(a, b), what) == [["10", "s", "90", "s", "9.00"]]
+    assert split_lines(compare_records(a, b), what) == [["10", "s", "90", "s", "9.00"]]
 
 
 def test_gpu_reports(tmp_path: Path) -> None:
     """A call has a spread; the profiler's sum for a kernel has none."""
     a = save(tmp_path / "a.json", {"rows": [make_report(1, {"ms": 0.5, "how": "profiler"})]})
     b = save(tmp_path / "b.json", {"rows": [make_report(3, {"ms": 0.25, "how": "profiler"})]})
-    page = compare(a, b)
+    page = compare_records(a, b)
     what = "cell_grams n=50 float32 tf32, "
     assert split_lines(page, what + "call") == [
         ["1", "ms", "3", "ms", "3.00", "2.45", "to", "3.67", "slower"]
@@ -136,7 +136,7 @@ def test_gpu_reports_with_rows_that_were_not_measured(tmp_path: Path) -> None:
     del waiting["call"]
     a = save(tmp_path / "a.json", {"rows": [waiting]})
     b = save(tmp_path / "b.json", {"rows": [make_report(1, {"how": "events; no profiler"})]})
-    assert compare(a, b) == f"\ntimed only in {b}:\n  cell_grams n=50 float32 tf32, call"
+    assert compare_records(a, b) == f"\ntimed only in {b}:\n  cell_grams n=50 float32 tf32, call"
 
 
 def test_peers(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_peers(tmp_path: Path) -> None:
     ]
     a = save(tmp_path / "a.json", {"rows": first})
     b = save(tmp_path / "b.json", {"rows": second})
-    page = compare(a, b)
+    page = compare_records(a, b)
     what = "ablations n=500 p=64 cells=100 float32 "
     assert split_lines(page, what + "loop cka") == [
         ["10", "s", "40", "s", "4.00", "3.00", "to", "5.00", "slower"]
@@ -173,7 +173,7 @@ def test_differing_conditions_are_warned_about_first(tmp_path: Path) -> None:
         device="a GPU",
         torch="2.15",
     )
-    assert compare(a, b).splitlines()[:5] == [
+    assert compare_records(a, b).splitlines()[:5] == [
         "WARNING: not measured under the same conditions (A | B):",
         "  device: a processor, 2 cores | a GPU",
         "  torch: 2.14.1 | 2.15",
@@ -210,7 +210,7 @@ def test_bad_files(tmp_path: Path, text: str | None, why: str) -> None:
 def test_duplicate_entries_are_refused(tmp_path: Path) -> None:
     twice = save(tmp_path / "a.json", {"benchmarks": [make_bench("x", 1, 0)] * 2})
     with pytest.raises(BadRecord, match="duplicate entry: cka, n=50: x"):
-        compare(twice, twice)
+        compare_records(twice, twice)
 
 
 def test_the_command(tmp_path: Path) -> None:

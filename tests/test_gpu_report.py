@@ -89,7 +89,7 @@ def interpreted(monkeypatch):
 
 def measure_three(make, end, **options):
     """Measure three rows; check that the saved record equals the result."""
-    record = {"ceilings": RATES, "rows": [rows.new_row(case) for case in make_cases(True)]}
+    record = {"ceilings": RATES, "rows": [rows.make_row(case) for case in make_cases(True)]}
     saved = [json.dumps(record)]
     rows.measure_rows(
         record, lambda: saved.append(json.dumps(record)), "cpu", True, make, end, **options
@@ -100,7 +100,7 @@ def measure_three(make, end, **options):
 
 def measure_one(rates=RATES, **changes):
     case = dataclasses.replace(make_cases(True)[0], **changes)
-    row = rows.new_row(case)
+    row = rows.make_row(case)
     rows.measure(row, case, "cpu", True, rates, lambda: None)
     return row
 
@@ -112,7 +112,7 @@ def test_rehearsal(tmp_path, interpret):
     out = tmp_path / "report.json"
     code = (
         "import pathlib, sys, bench.gpu_report as b;"
-        "b.gpu_report(pathlib.Path(sys.argv[1]), 'cpu', True)"
+        "b.measure_gpu(pathlib.Path(sys.argv[1]), 'cpu', True)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(out)],
@@ -186,7 +186,7 @@ def test_every_route_matches_the_reference(case):
             got = torch.from_numpy(route.formula(np, "float32", *(t.numpy() for t in arrays)))
         else:
             got = route(*inputs)
-        assert rows.relative_error(got, want, case.parts) < (2**-8 if rounded else 1e-5)
+        assert rows.compute_relative_error(got, want, case.parts) < (2**-8 if rounded else 1e-5)
 
 
 def test_cupy_uses_torchs_stream(monkeypatch):
@@ -303,8 +303,8 @@ def test_a_wrong_kernel_is_not_timed(kernel, error):
 def test_errors_are_computed_per_part():
     want = torch.tensor([[1e6, 1e6], [1.0, 1.0]])
     got = want + torch.tensor([[0.0, 0.0], [1e-3, 1e-3]])
-    assert rows.relative_error(got, want) < 1e-8
-    assert rows.relative_error(got, want, parts=2) == pytest.approx(1e-3, rel=1e-2)
+    assert rows.compute_relative_error(got, want) < 1e-8
+    assert rows.compute_relative_error(got, want, parts=2) == pytest.approx(1e-3, rel=1e-2)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -349,7 +349,7 @@ def test_a_row_interrupted_by_the_end_of_the_first_turn_waits_again(monkeypatch)
     clock = SimpleNamespace(time=lambda: clock.now, now=1000.0)
 
     def watch(work, *arguments, end, silence):
-        yield 0, {**rows.new_row(make_cases(True)[0]), "status": "running"}
+        yield 0, {**rows.make_row(make_cases(True)[0]), "status": "running"}
         clock.now = end
         raise RuntimeError("stopped: it took too long")
 
@@ -383,7 +383,7 @@ def test_a_row_that_hangs_is_stopped(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_report_on_a_gpu(tmp_path):
-    record = run.gpu_report(tmp_path / "report.json", "cuda", quick=True)
+    record = run.measure_gpu(tmp_path / "report.json", "cuda", quick=True)
     assert all(row["status"] == "ok" for row in record["rows"])
     assert all(row["kernel"]["how"].startswith(("graph", "profiler")) for row in record["rows"])
     assert record["study"]["seconds"] > 0

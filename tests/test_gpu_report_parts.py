@@ -112,7 +112,7 @@ test "$PYTORCH_NO_CUDA_MEMORY_CACHING" = 1
 
 
 @pytest.fixture
-def fake(tmp_path, monkeypatch):
+def run_fake_sanitizer(tmp_path, monkeypatch):
     """Install a compute-sanitizer that reports a given count, and run it on a given script."""
 
     def install(memory=0, script="pass", limit=60.0):
@@ -126,35 +126,42 @@ def fake(tmp_path, monkeypatch):
     return install
 
 
-def test_the_sanitizer_runs_each_tool(fake):
-    result = fake(memory=3)
+def test_the_sanitizer_runs_each_tool(run_fake_sanitizer):
+    result = run_fake_sanitizer(memory=3)
     assert [tool["tool"] for tool in result["tools"]] == ["alone", "memcheck", "racecheck"]
     assert [tool["exit_code"] for tool in result["tools"]] == [0, 0, 0]
     assert [tool["errors"] for tool in result["tools"]] == [None, 3, 0]
     assert "why" not in result
 
 
-def test_a_target_that_fails_without_a_tool_is_not_sanitized(fake):
-    result = fake(script="print('WRONG'); raise SystemExit(1)")
+def test_a_target_that_fails_without_a_tool_is_not_sanitized(run_fake_sanitizer):
+    result = run_fake_sanitizer(script="print('WRONG'); raise SystemExit(1)")
     assert [tool["tool"] for tool in result["tools"]] == ["alone"]
     assert result["tools"][0]["tail"] == ["WRONG"]
     assert "fails even without a tool" in result["why"]
 
 
-def test_a_slow_target_is_still_sanitized(fake, monkeypatch):
-    check = checks._check
-    monkeypatch.setattr(checks, "_check", lambda *a: check(*a[:2], 1.0 if a[0] == "alone" else 60))
-    result = fake(script="import time; time.sleep(60)")
+def test_a_slow_target_is_still_sanitized(run_fake_sanitizer, monkeypatch):
+    check = checks._run_tool
+    monkeypatch.setattr(
+        checks, "_run_tool", lambda *a: check(*a[:2], 1.0 if a[0] == "alone" else 60)
+    )
+    result = run_fake_sanitizer(script="import time; time.sleep(60)")
     assert [tool["tool"] for tool in result["tools"]] == ["alone", "memcheck", "racecheck"]
     assert result["tools"][0]["why"] == "stopped after 1 s"
     assert [tool["errors"] for tool in result["tools"]] == [None, 0, 0]
     assert "why" not in result
 
 
-def test_memcheck_runs_first_when_time_is_short(fake, monkeypatch):
-    limits, check = [], checks._check
-    monkeypatch.setattr(checks, "_check", lambda *a: limits.append(a[::2]) or check(*a))
-    result = fake(memory=3, script="raise SystemExit(1)", limit=29.0)
+def test_memcheck_runs_first_when_time_is_short(run_fake_sanitizer, monkeypatch):
+    limits, run_tool = [], checks._run_tool
+
+    def record_limit(tool, command, limit):
+        limits.append((tool, limit))
+        return run_tool(tool, command, limit)
+
+    monkeypatch.setattr(checks, "_run_tool", record_limit)
+    result = run_fake_sanitizer(memory=3, script="raise SystemExit(1)", limit=29.0)
     assert [tool["tool"] for tool in result["tools"]] == ["memcheck", "racecheck"]
     assert result["tools"][0]["errors"] == 3
     assert limits[0] == ("memcheck", 29.0)
@@ -272,7 +279,7 @@ def test_the_verdict(changes, want):
     ],
 )
 def test_bad_arguments_are_refused_before_measuring(tmp_path, monkeypatch, arguments, want):
-    monkeypatch.setattr(run.timing, "ceilings", lambda *_: pytest.fail("measuring started"))
+    monkeypatch.setattr(run.timing, "measure_ceilings", lambda *_: pytest.fail("measuring started"))
     options = [text.format(tmp_path) for text in arguments]
     options += [] if "--out" in options else ["--out", str(tmp_path / "report.json")]
     done = CliRunner().invoke(app, ["gpu-report", *options], env={"COLUMNS": "300", "TERM": "dumb"})
@@ -283,11 +290,11 @@ def test_bad_arguments_are_refused_before_measuring(tmp_path, monkeypatch, argum
 def test_a_missing_gpu_or_an_interpreter_is_refused_before_measuring(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="--device cpu --quick"):
-        run.gpu_report(tmp_path / "report.json", "cuda")
+        run.measure_gpu(tmp_path / "report.json", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="would not run on the GPU"):
-        run.gpu_report(tmp_path / "report.json", "cuda")
+        run.measure_gpu(tmp_path / "report.json", "cuda")
 
 
 class Clock:
@@ -314,16 +321,16 @@ def test_parts_get_their_shares_of_time(tmp_path, monkeypatch, greedy):
         part("rows", end - clock.now)
 
     monkeypatch.setattr(run, "time", clock)
-    monkeypatch.setattr(run.timing, "ceilings", lambda *_: part("ceilings", 20.0))
+    monkeypatch.setattr(run.timing, "measure_ceilings", lambda *_: part("ceilings", 20.0))
     monkeypatch.setattr(run, "measure_rows", measure_rows)
     monkeypatch.setattr(run, "run_gpu_tests", lambda limit: part("tests", limit))
     monkeypatch.setattr(run, "sanitize", lambda limit: part("sanitizer", limit))
     monkeypatch.setattr(study, "measure_study", lambda *a: part("study", a[-1] - clock.now))
     monkeypatch.setattr(run, "_check_arguments", lambda *_: None)
-    monkeypatch.setattr(run, "environment", lambda _: {"device": "a stand-in"})
+    monkeypatch.setattr(run, "describe_environment", lambda _: {"device": "a stand-in"})
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     out = tmp_path / "report.json"
-    run.gpu_report(out, "cuda", False, lambda quick: [])
+    run.measure_gpu(out, "cuda", False, lambda quick: [])
     assert [name for name, _, _ in shares] == [
         *("ceilings", "rows", "tests", "study", "sanitizer", "rows")
     ]
@@ -343,9 +350,9 @@ def test_a_failed_part_is_recorded_and_the_others_continue(tmp_path, monkeypatch
     def fails(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(run.timing, "ceilings", fails)
+    monkeypatch.setattr(run.timing, "measure_ceilings", fails)
     monkeypatch.setattr(study, "measure_study", fails)
     out = tmp_path / "report.json"
-    report = run.gpu_report(out, "cpu", True, lambda quick: [])
+    report = run.measure_gpu(out, "cpu", True, lambda quick: [])
     assert report["ceilings"] == report["study"] == {"why": "RuntimeError: out of memory"}
     assert report["finished"]

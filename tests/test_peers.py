@@ -61,9 +61,9 @@ def test_every_package_agrees_or_its_difference_is_explained(inputs):
     for package in PACKAGES:
         if not run._takes_part(package, workload) or package.kind == "cupy":
             continue
-        answer = worker.Worker(package, "cpu").first(workload, paths)
+        answer = worker.Worker(package, "cpu").start(workload, paths)
         want = jobs.compute_expected(workload, load_inputs(paths), package.metric, checked)
-        facts = run._compare(workload, package, answer, want, checked)
+        facts = run._compute_errors(workload, package, answer, want, checked)
         status = facts.get("status", "ok")
         assert status == ("differs" if package.differs else "ok"), (package.key, facts)
         if package.name == tables.OURS:
@@ -128,7 +128,7 @@ def test_a_failure_is_recorded_and_affects_only_its_row(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_LIMITS", {True: (20.0, 0.1)})
     monkeypatch.setattr(run, "serve", serve_fakes)
     out = tmp_path / "peers.json"
-    record = run.peers(out, quick=True)
+    record = run.compare_packages(out, quick=True)
     rows = {row["package"]: row for row in record["rows"]}
     assert record["finished"]
     assert rows["cka"]["status"] == "ok"
@@ -181,7 +181,7 @@ class FailingProcess:
 
     def ask(self, limit, name, workload, paths, by_loop=False):
         if not by_loop:
-            raise run.Failed("took over 20 s")
+            raise run.PackageError("took over 20 s")
         return {"values": [1.0]}
 
 
@@ -190,7 +190,7 @@ def test_a_package_that_fails_at_the_job_is_measured_with_a_loop():
     answer = run._ask_first(FailingProcess(cka), workload, [], 20)
     assert answer["values"] == [1.0]
     assert answer["how"]["why"] == "a loop: its function for the whole job took over 20 s"
-    with pytest.raises(run.Failed, match="took over 20 s"):
+    with pytest.raises(run.PackageError, match="took over 20 s"):
         run._ask_first(FailingProcess(None), workload, [], 20)
 
 
@@ -205,7 +205,7 @@ def test_an_explained_difference_is_not_wrong():
     workload = Workload("pair", 30, 12, ("cka",))
     answer = {"values": np.array([0.9])}
     package = dataclasses.replace(FAKES["wrong"], differs="a reason")
-    facts = run._compare(workload, package, answer, np.array([1.0]), [0])
+    facts = run._compute_errors(workload, package, answer, np.array([1.0]), [0])
     assert facts == {"error": pytest.approx(0.1), "status": "differs", "why": "a reason"}
 
 
@@ -309,7 +309,7 @@ def test_one_pair_shows_the_fastest_and_the_fastest_that_centres():
     ],
 )
 def test_seconds(value, text):
-    assert machine.seconds(value) == text
+    assert machine.format_seconds(value) == text
 
 
 def test_the_figure_is_drawn(tmp_path):

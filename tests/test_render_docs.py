@@ -175,10 +175,10 @@ def test_a_gpu_record_names_its_host():
 
 
 def test_uncommitted_changes_are_unknown_without_git(monkeypatch):
-    assert "host" not in machine.environment("cpu")
+    assert "host" not in machine.describe_environment("cpu")
     for output, changed in ((None, None), ("", False), (" M README.md", True)):
         monkeypatch.setattr(machine, "_output", lambda *_, output=output: output)
-        assert machine.environment("cpu")["changed"] is changed
+        assert machine.describe_environment("cpu")["changed"] is changed
 
 
 def test_every_committed_figure_is_redrawn(tmp_path):

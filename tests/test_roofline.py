@@ -18,7 +18,7 @@ RATES = {"copy": 3e12, "tf32": 4e14, "tf32x3": 1e14, "ieee": 6e13, "float64": 6e
 COUNTS = st.integers(1, 10**13)
 
 
-def gpu_report(*rows, **changes):
+def make_report(*rows, **changes):
     return {
         "environment": {"device": "Some GPU"},
         "ceilings": RATES,
@@ -27,7 +27,7 @@ def gpu_report(*rows, **changes):
     }
 
 
-def row(name="centered_gram", **changes):
+def make_row(name="centered_gram", **changes):
     return {
         "name": name,
         "shape": "n = 500",
@@ -41,7 +41,7 @@ def row(name="centered_gram", **changes):
     }
 
 
-def benchmark(name="repsim_kernels", **info):
+def make_benchmark(name="repsim_kernels", **info):
     return {
         "group": "cka, linear, n=500 p=10,000, float32",
         "name": name,
@@ -50,16 +50,16 @@ def benchmark(name="repsim_kernels", **info):
     }
 
 
-def run(*rows):
+def make_run(*rows):
     return {"environment": {"device": "A CPU"}, "ceilings": RATES, "benchmarks": list(rows)}
 
 
-def texts(figure):
+def get_texts(figure):
     (ax,) = figure.axes
     return {t.get_text() for t in [*figure.texts, *ax.texts]}
 
 
-def marks(figure):
+def get_marks(figure):
     """Return the positions of the filled marks."""
     (ax,) = figure.axes
     lines = [line for line in ax.lines if line.get_marker() == "o"]
@@ -99,62 +99,68 @@ def test_predictions_match_the_page():
     assert {p.group for p in chart.points} == {module for module, _ in model.list_cases()}
     assert not any(p.seconds for p in chart.points)
     figure = roofline.draw(chart)
-    assert roofline.PREDICTED in texts(figure)
-    assert marks(figure) == []
-    assert {str(i) for i, p in enumerate(chart.points, 1) if p.total} <= texts(figure)
+    assert roofline.PREDICTED in get_texts(figure)
+    assert get_marks(figure) == []
+    assert {str(i) for i, p in enumerate(chart.points, 1) if p.total} <= get_texts(figure)
 
 
 def test_rows_of_a_gpu_report_are_drawn_at_their_measured_rate():
-    chart = roofline.chart_record(gpu_report(row(), row("riccati", ms=1.0, operations=10**9)))
+    chart = roofline.chart_record(
+        make_report(make_row(), make_row("riccati", ms=1.0, operations=10**9))
+    )
     figure = roofline.draw(chart)
     assert chart.note == ""
-    assert np.allclose(marks(figure), [(1000, 25), (10, 1)])
-    assert {"1", "2", "4 ms, 25%", "1 ms, 3%"} <= texts(figure)
-    assert any(t.startswith("riccati: n = 500") for t in texts(figure))
-    assert not {roofline.PREDICTED, roofline.UNMEASURED} & texts(figure)
+    assert np.allclose(get_marks(figure), [(1000, 25), (10, 1)])
+    assert {"1", "2", "4 ms, 25%", "1 ms, 3%"} <= get_texts(figure)
+    assert any(t.startswith("riccati: n = 500") for t in get_texts(figure))
+    assert not {roofline.PREDICTED, roofline.UNMEASURED} & get_texts(figure)
 
 
 def test_a_row_without_a_time_is_predicted():
-    waiting = row(status="not run", why="there is no GPU")
+    waiting = make_row(status="not run", why="there is no GPU")
     del waiting["ms"]
-    chart = roofline.chart_record(gpu_report(waiting, row(status="WRONG")))
+    chart = roofline.chart_record(make_report(waiting, make_row(status="WRONG")))
     assert [p.attained for p in chart.points] == [None]  # the two share a position and a number
     figure = roofline.draw(chart)
-    assert roofline.UNMEASURED in texts(figure)
-    assert marks(figure) == []
+    assert roofline.UNMEASURED in get_texts(figure)
+    assert get_marks(figure) == []
 
 
 def test_interpreter_times_do_not_count_as_measured():
-    assert roofline.chart_record(gpu_report(row(), interpreted=True)).note == roofline.UNMEASURED
+    assert (
+        roofline.chart_record(make_report(make_row(), interpreted=True)).note == roofline.UNMEASURED
+    )
 
 
 def test_a_row_without_operations_is_only_listed():
     figure = roofline.draw(
-        roofline.chart_record(gpu_report(row(), row("ablate", operations=0, ms=1 / 15)))
+        roofline.chart_record(make_report(make_row(), make_row("ablate", operations=0, ms=1 / 15)))
     )
-    assert len(marks(figure)) == 1
-    assert {"-", "66.7 µs, 50%"} <= texts(figure)
+    assert len(get_marks(figure)) == 1
+    assert {"-", "66.7 µs, 50%"} <= get_texts(figure)
 
 
 def test_cpu_benchmarks_use_the_median_and_gpu_benchmarks_the_device_time():
     chart = roofline.chart_record(
-        run(benchmark(), benchmark("loop over copies"), benchmark(bytes=0))
+        make_run(make_benchmark(), make_benchmark("loop over copies"), make_benchmark(bytes=0))
     )
     assert [(p.group, p.attained) for p in chart.points] == [("cka", 2e13)]
-    gpu = benchmark(events={"ms": 300.0}, on_device={"ms": 200.0})
-    assert roofline.chart_record(run(gpu)).points[0].attained == 5e13
-    unprofiled = benchmark(events={"ms": 400.0}, on_device={"how": "events; no profiler"})
-    assert roofline.chart_record(run(unprofiled)).points[0].attained == 2.5e13
-    assert len(marks(roofline.draw(chart))) == 1
+    gpu = make_benchmark(events={"ms": 300.0}, on_device={"ms": 200.0})
+    assert roofline.chart_record(make_run(gpu)).points[0].attained == 5e13
+    unprofiled = make_benchmark(events={"ms": 400.0}, on_device={"how": "events; no profiler"})
+    assert roofline.chart_record(make_run(unprofiled)).points[0].attained == 2.5e13
+    assert len(get_marks(roofline.draw(chart))) == 1
 
 
 BAD = {
     "not JSON": "{",
     "a list": "[]",
     "an unknown record": '{"environment": {}}',
-    "no ceilings": json.dumps(gpu_report(row(), ceilings={"why": "RuntimeError: it\nfailed"})),
-    "a row of an unknown format": json.dumps(gpu_report({"name": "gram"})),
-    "a row that is a number": json.dumps(gpu_report(3)),
+    "no ceilings": json.dumps(
+        make_report(make_row(), ceilings={"why": "RuntimeError: it\nfailed"})
+    ),
+    "a row of an unknown format": json.dumps(make_report({"name": "gram"})),
+    "a row that is a number": json.dumps(make_report(3)),
 }
 
 
@@ -163,26 +169,26 @@ def test_a_bad_file_raises_a_one_line_error(tmp_path, text):
     file = tmp_path / "report.json"
     file.write_text(text)
     with pytest.raises(RuntimeError, match=r"report\.json: ") as error:
-        roofline.roofline(file, tmp_path / "out.png")
+        roofline.draw_rooflines(file, tmp_path / "out.png")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out.png").exists()
 
 
 def test_a_missing_file_raises(tmp_path):
     with pytest.raises(RuntimeError, match="No such file"):
-        roofline.roofline(tmp_path / "none.json", None)
+        roofline.draw_rooflines(tmp_path / "none.json", None)
 
 
 def test_gpu_reports_replace_the_predictions(tmp_path, monkeypatch):
     monkeypatch.setattr(roofline, "RESULTS", tmp_path)
-    assert roofline.roofline(None, None) == [tmp_path / "roofline-h200-predicted.png"]
-    rehearsal = gpu_report(row(status="not run"), environment={"device": "A CPU"})
+    assert roofline.draw_rooflines(None, None) == [tmp_path / "roofline-h200-predicted.png"]
+    rehearsal = make_report(make_row(status="not run"), environment={"device": "A CPU"})
     (tmp_path / "gpu_report-a-cpu.json").write_text(json.dumps(rehearsal))
-    assert roofline.roofline(None, None) == [tmp_path / "roofline-h200-predicted.png"]
-    (tmp_path / "gpu_report-some-gpu.json").write_text(json.dumps(gpu_report(row())))
-    assert roofline.roofline(None, None) == [tmp_path / "roofline-some-gpu.png"]
+    assert roofline.draw_rooflines(None, None) == [tmp_path / "roofline-h200-predicted.png"]
+    (tmp_path / "gpu_report-some-gpu.json").write_text(json.dumps(make_report(make_row())))
+    assert roofline.draw_rooflines(None, None) == [tmp_path / "roofline-some-gpu.png"]
     assert (tmp_path / "roofline-some-gpu.png").read_bytes().startswith(b"\x89PNG")
-    other = gpu_report(row(), environment={"device": "Another"})
+    other = make_report(make_row(), environment={"device": "Another"})
     (tmp_path / "gpu_report-another.json").write_text(json.dumps(other))
     with pytest.raises(RuntimeError, match="2 reports"):
-        roofline.roofline(None, tmp_path / "out.png")
+        roofline.draw_rooflines(None, tmp_path / "out.png")

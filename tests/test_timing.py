@@ -38,7 +38,7 @@ def make_turn(i, *microseconds):
 
 
 @pytest.fixture
-def profiled(monkeypatch):
+def profile_events(monkeypatch):
     """Install a profiler that returns given events, and time a call with it."""
 
     def install(events, broken=False):
@@ -65,14 +65,14 @@ def profiled(monkeypatch):
     return install
 
 
-def test_median_and_spread_of_profiled_turns(profiled):
+def test_median_and_spread_of_profiled_turns(profile_events):
     """Turns of 31 to 42 µs, unordered, mixed with CPU events and annotations."""
     kernels = [e for i in range(TURNS) for e in make_turn(i, 30, 1 + i)]
     others = [
         make_event("call", 0, 9000, DeviceType.CPU),
         make_event("range", 0, 9000, annotation=True),
     ]
-    times = profiled([*kernels[::-1], *others])
+    times = profile_events([*kernels[::-1], *others])
     assert times["ms"] == pytest.approx(36.5e-3)
     assert times["min_ms"] == pytest.approx(31e-3)
     assert times["max_ms"] == pytest.approx(42e-3)
@@ -81,25 +81,25 @@ def test_median_and_spread_of_profiled_turns(profiled):
 
 
 @pytest.mark.parametrize("last", [(30, 6), (30,)], ids=["uneven", "even but different"])
-def test_turns_that_differ_have_only_a_mean(profiled, last):
+def test_turns_that_differ_have_only_a_mean(profile_events, last):
     """The number of events per turn may be uneven, or even although the turns differ."""
     middle = (make_turn(i, 30, 6) for i in range(1, TURNS - 1))
     turns = [make_turn(0, 30, 6, 12), *middle, make_turn(99, *last)]
     mean = 1e-3 * (48 + 36 * (TURNS - 2) + sum(last)) / TURNS
-    assert profiled([e for turn in turns for e in turn]) == {"ms": pytest.approx(mean)}
+    assert profile_events([e for turn in turns for e in turn]) == {"ms": pytest.approx(mean)}
 
 
-def test_events_of_an_unknown_profiler_have_only_a_mean(profiled):
+def test_events_of_an_unknown_profiler_have_only_a_mean(profile_events):
     events = [e for i in range(TURNS) for e in make_turn(i, 30, i)]
-    assert profiled(events, broken=True) == {"ms": pytest.approx(35.5e-3)}
+    assert profile_events(events, broken=True) == {"ms": pytest.approx(35.5e-3)}
 
 
-def test_a_profiler_without_events_gives_none(profiled):
-    assert profiled([]) is None
+def test_a_profiler_without_events_gives_none(profile_events):
+    assert profile_events([]) is None
 
 
 @pytest.fixture
-def replayed(monkeypatch):
+def time_replays(monkeypatch):
     """Time a call whose graph's first replay returns a given number, or fails to be captured."""
 
     def install(replay):
@@ -117,17 +117,17 @@ def replayed(monkeypatch):
     return install
 
 
-def test_replays_with_the_same_result_are_timed(replayed):
-    times = replayed(3.0)
+def test_replays_with_the_same_result_are_timed(time_replays):
+    times = time_replays(3.0)
     assert times["how"] == "graph"
     assert times["ms"] == 2.0
 
 
-def test_replays_with_another_result_are_not_timed(replayed):
+def test_replays_with_another_result_are_not_timed(time_replays):
     why = "a replay gives a different result"
-    assert replayed(3.0000002) == {"ms": 5.0, "how": f"profiler; no graph: {why}"}
+    assert time_replays(3.0000002) == {"ms": 5.0, "how": f"profiler; no graph: {why}"}
 
 
-def test_a_failed_capture_spoils_the_process(replayed):
-    times = replayed(RuntimeError("operation not permitted\nmore"))
+def test_a_failed_capture_spoils_the_process(time_replays):
+    times = time_replays(RuntimeError("operation not permitted\nmore"))
     assert times == {"how": "events; no graph: operation not permitted", "spoiled": True}

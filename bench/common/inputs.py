@@ -49,22 +49,22 @@ def assign_cells(p: int, n_cells: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).permutation(np.arange(p) % n_cells)
 
 
-def size(n: int, p: int, dtype: torch.dtype) -> int:
+def count_bytes(n: int, p: int, dtype: torch.dtype) -> int:
     return n * p * dtype.itemsize
 
 
-def products(operation: str, dtype: torch.dtype) -> str:
-    """Return the precision of an operation's Gram products by default, the name of a ceiling."""
+def get_precision(operation: str, dtype: torch.dtype) -> str:
+    """Return the default precision of an operation's Gram products, which names a ceiling."""
     kernels = DEVICE == "cuda" and dtype != torch.float64 and (operation, "triton") in KERNELS
     return "tf32x3" if kernels else "float64"
 
 
 def check_grams(operation: str, dtype: torch.dtype) -> Callable[[Any, Any], None]:
-    return partial(assert_gram_close, tol=GRAM[products(operation, dtype)])
+    return partial(assert_gram_close, tol=GRAM[get_precision(operation, dtype)])
 
 
 def check_distances(operation: str, dtype: torch.dtype) -> Callable[[Any, Any], None]:
-    exact = products(operation, dtype) == "float64"
+    exact = get_precision(operation, dtype) == "float64"
     return partial(assert_close, tol=DISTANCE["float64" if exact else "float32"])
 
 
@@ -76,7 +76,7 @@ def convert_exactly(operation: str, x: Tensor) -> Any:
     return x.cpu() if operation == "rsa" else x.double().cpu().numpy()
 
 
-def reference(operation: str, **options: Any) -> Callable[..., Any]:
+def make_reference(operation: str, **options: Any) -> Callable[..., Any]:
     """Return the definition in NumPy float64, applied to the same rounded arrays."""
 
     def call(*arrays: Tensor) -> Any:

@@ -14,20 +14,20 @@ Array = np.ndarray[Any, Any]
 REAL = np.longdouble
 
 
-def centred(x: Array) -> Array:
+def centre(x: Array) -> Array:
     """Subtract the features' means, in long double; the input values count as exact."""
     z = np.asarray(x).astype(REAL)
     return z - z.mean(0)
 
 
-def gram(x: Array) -> Array:
-    z = centred(x)
+def compute_gram(x: Array) -> Array:
+    z = centre(x)
     return z @ z.T
 
 
-def similarities(x: Array, y: Array) -> dict[str, float]:
+def compute_similarities(x: Array, y: Array) -> dict[str, float]:
     """Return all similarities of representations (n, p) and (n, q)."""
-    k, m = gram(x), gram(y)
+    k, m = compute_gram(x), compute_gram(y)
     return {
         "cka": float(cka(k, m)),
         "cka_debiased": float(cka_debiased(k, m)),
@@ -36,12 +36,12 @@ def similarities(x: Array, y: Array) -> dict[str, float]:
     }
 
 
-def distances(x: Array, cells: Array) -> dict[str, Array]:
+def compute_distances(x: Array, cells: Array) -> dict[str, Array]:
     """Return distances from x (n, p) to x without each of its cells (p,).
 
     1 - similarity, for Procrustes 2 - 2 · similarity. At least n - 1 neurons must remain.
     """
-    z = centred(x)
+    z = centre(x)
     whole = z @ z.T
     parts = [z[:, cells == c] for c in range(cells.max() + 1)]
     rest = [whole - part @ part.T for part in parts]  # long doubles keep enough digits here
@@ -78,8 +78,8 @@ def rsa(k: Array, m: Array) -> Any:
 
 
 def procrustes(x: Array, y: Array) -> float:
-    """Compute by LAPACK, so the last digit or two are float64's."""
-    a, b = (z.astype(np.float64) for z in map(centred, (x, y)))
+    """Return the similarity; LAPACK computes it, so the last digit or two are float64's."""
+    a, b = (z.astype(np.float64) for z in map(centre, (x, y)))
     a, b = a / np.linalg.norm(a), b / np.linalg.norm(b)
     return float(np.linalg.svd(a.T @ b, compute_uv=False).sum())
 
@@ -110,7 +110,7 @@ def _cholesky(a: Array) -> Array:
 
 
 def _trace_of_root(m: Array) -> Any:
-    """Return the trace of a matrix square root: by float64, then two Newton steps."""
+    """Return the trace of a matrix square root, from float64 and two Newton steps."""
     w, u = np.linalg.eigh(m.astype(np.float64))
     root, s = (u * np.sqrt(w)).astype(REAL) @ u.T.astype(REAL), np.sqrt(w)
     for _ in range(2):

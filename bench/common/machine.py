@@ -1,4 +1,4 @@
-"""Facts about the machine that go with measurements, and the files that hold records."""
+"""Facts about the machine, which every record states, and the files of records."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
 
 
-def device_name(device: str) -> str:
+def get_device_name(device: str) -> str:
     """Return the GPU's name, or the processor's with the number of cores available here."""
     if device == "cuda":
         return torch.cuda.get_device_name(0)
@@ -43,23 +43,23 @@ def _read_cpuinfo() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
-def slug(device: str) -> str:
+def slugify_device(device: str) -> str:
     """Return the device's name in a form suitable for a file name."""
-    return file_part(device_name(device))
+    return slugify(get_device_name(device))
 
 
-def file_part(name: str) -> str:
+def slugify(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def environment(device: str, packages: tuple[str, ...] = ()) -> Json:
+def describe_environment(device: str, packages: tuple[str, ...] = ()) -> Json:
     """Return device, versions and commit; ``packages`` adds versions of other packages."""
     # Records and the pages made from them are not code and may change without a new commit.
     excluded = (":!bench/results", ":!*.md")
     edits = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", *excluded)
     facts: Json = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "device": device_name(device),
+        "device": get_device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "commit": _output("git", "rev-parse", "HEAD"),
@@ -70,7 +70,7 @@ def environment(device: str, packages: tuple[str, ...] = ()) -> Json:
         with suppress(importlib.metadata.PackageNotFoundError):
             facts[name] = importlib.metadata.version(name)
     if device == "cuda":
-        facts["host"] = device_name("cpu")
+        facts["host"] = get_device_name("cpu")
         properties = torch.cuda.get_device_properties(0)
         facts["capability"] = f"{properties.major}.{properties.minor}"
         facts["multiprocessors"] = properties.multi_processor_count
@@ -104,7 +104,7 @@ def load(out: Path) -> Json:
     return record
 
 
-def seconds(value: float) -> str:
+def format_seconds(value: float) -> str:
     """Format a time with three digits and a unit."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if value >= size:
@@ -112,6 +112,6 @@ def seconds(value: float) -> str:
     return f"{value / 1e-6:.3g} µs"
 
 
-def number(value: float) -> float | str:
+def to_json_number(value: float) -> float | str:
     """Return a finite number as it is, others as text: JSON has no NaN or infinity."""
     return value if math.isfinite(value) else str(value)

@@ -15,33 +15,34 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Call = Callable[..., Tensor]
 Inputs = tuple[Tensor, ...]
 
-_MOST, _LEAST = 100, 2  # repetitions; at least 20 unless the time limit is reached
-# Calls that take more ms are not captured in a graph. Graphs are for kernels below 0.1 ms; most of
-# the remaining time may be the host's.
-_CAPTURED = 1.0
+_MIN_REPEATS, _MAX_REPEATS = 2, 100
+_MIN_REPLAYS = 20
+# Longer calls are not captured in a graph. Graphs matter for kernels below 0.1 ms, because the host
+# may need most of the time of such a call.
+_LONGEST_CAPTURED_MS = 1.0
 
 
-def ceilings(device: str, quick: bool, limit: float) -> dict[str, float]:
+def measure_ceilings(device: str, quick: bool, limit: float) -> dict[str, float]:
     """Measure what the device reaches: bytes/s of a copy, operations/s of matrix products."""
     elements, side = (2**18, 128) if quick else (2**28, 8192) if device == "cuda" else (2**26, 2048)
     g = torch.Generator(device).manual_seed(0)
 
-    def fastest(call: Call, *inputs: Tensor) -> float:
+    def time_fastest(call: Call, *inputs: Tensor) -> float:
         return 1e-3 * measure(call, [inputs], limit)["min_ms"]
 
     a = torch.randn(elements, generator=g, device=device)
-    rates = {"copy": 2 * a.nbytes / fastest(torch.empty_like(a).copy_, a)}
+    rates = {"copy": 2 * a.nbytes / time_fastest(torch.empty_like(a).copy_, a)}
     a, b = (torch.randn(side, side, generator=g, device=device) for _ in range(2))
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     for precision in ("tf32", "ieee"):
         matmul.fp32_precision = precision
-        rates[precision] = 2 * side**3 / fastest(torch.mm, a, b)
+        rates[precision] = 2 * side**3 / time_fastest(torch.mm, a, b)
     matmul.fp32_precision = before
     rates["tf32x3"] = rates["tf32"] / 3
     for dtype in (torch.bfloat16, torch.float64):
         name = str(dtype).removeprefix("torch.")
-        rates[name] = 2 * side**3 / fastest(torch.mm, a.to(dtype), b.to(dtype))
+        rates[name] = 2 * side**3 / time_fastest(torch.mm, a.to(dtype), b.to(dtype))
     return rates
 
 
@@ -52,7 +53,7 @@ def make_inputs(make: Callable[[torch.Generator], Inputs], device: str) -> list[
     if device == "cuda":
         size = sum(t.nbytes for t in inputs[0])
         l2 = torch.cuda.get_device_properties(0).L2_cache_size
-        # Caches don't replace lines in strict order, so the inputs take three times the cache.
+        # Caches don't replace lines in strict order, so the inputs fill three times the cache.
         inputs += [make(g) for _ in range(min(3 * l2 // size, 64) - 1)]
     return inputs
 
@@ -68,7 +69,7 @@ def measure(call: Call, inputs: Sequence[Inputs], limit: float) -> dict[str, Any
         once = time.perf_counter() - start
         if time.perf_counter() - begin > limit:
             break
-    repeats = max(_LEAST, min(_MOST, int(limit / max(once, 1e-9))))
+    repeats = max(_MIN_REPEATS, min(_MAX_REPEATS, int(limit / max(once, 1e-9))))
     turns = [inputs[i % len(inputs)] for i in range(repeats)]
     times = _time_by_events(call, turns) if cuda else _time_by_clock(call, turns)
     return _summarize(times)
@@ -82,7 +83,11 @@ def measure_on_device(
     ``how`` names the method and the reason for not using a graph. ``spoiled`` means that a capture
     failed, after which this process should not measure any further call.
     """
-    why = "the call is long" if call_ms > _CAPTURED else _explain_no_capture(call, inputs[0])
+    why = (
+        "the call is long"
+        if call_ms > _LONGEST_CAPTURED_MS
+        else _explain_no_capture(call, inputs[0])
+    )
     if why is None:
         want = call(*inputs[-1]).clone()
         try:
@@ -178,7 +183,7 @@ def _capture(call: Call, inputs: Sequence[Inputs]) -> tuple[torch.cuda.CUDAGraph
 def _time_replays(graph: torch.cuda.CUDAGraph, calls: int, limit: float) -> list[float]:
     """Return times per call from replays of a graph with several calls."""
     once = _time_by_events(graph.replay, [()] * 3)[-1]
-    repeats = max(20, min(_MOST, int(1e3 * limit / max(once, 1e-3))))
+    repeats = max(_MIN_REPLAYS, min(_MAX_REPEATS, int(1e3 * limit / max(once, 1e-3))))
     return [t / calls for t in _time_by_events(graph.replay, [()] * repeats)]
 
 

@@ -19,7 +19,7 @@ class Tol:
     relative: float
     absolute: float = 0.0
 
-    def of(self, want: np.ndarray) -> np.ndarray:
+    def get_bounds(self, want: np.ndarray) -> np.ndarray:
         return np.maximum(self.relative * np.abs(want), self.absolute)
 
 
@@ -51,7 +51,7 @@ def assert_close(got: Any, want: Any, tol: Tol, *, nan: bool = False) -> None:
     missing = np.isnan(want)
     assert nan or not missing.any(), "the oracle itself is NaN"
     np.testing.assert_array_equal(np.isnan(got), missing, err_msg="NaN")
-    error, allowed = np.abs(got - want)[~missing], tol.of(want[~missing])
+    error, allowed = np.abs(got - want)[~missing], tol.get_bounds(want[~missing])
     worst = np.max(error / np.where(allowed > 0, allowed, np.finfo(np.float64).tiny), initial=0)
     assert (error <= allowed).all(), f"{worst:.3g} times the tolerance {tol}:\n{got}\n{want}"
 
@@ -82,7 +82,7 @@ def assert_rank_fidelity(got: Any, want: Any, tol: Tol) -> None:
     got, want = as_numpy(got), as_numpy(want)
     assert np.isfinite(got).all(), "NaN or infinity"
     assert np.isfinite(want).all(), "the oracle itself is NaN or infinite"
-    allowed = tol.of(want)
+    allowed = tol.get_bounds(want)
     distinct = want[:, None] - want > np.maximum(allowed[:, None], allowed)
     wrong = np.argwhere(distinct & (got[:, None] <= got))
     assert not len(wrong), f"{len(wrong)} of {distinct.sum()} pairs out of order, first {wrong[:5]}"

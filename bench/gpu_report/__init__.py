@@ -1,5 +1,5 @@
 """The GPU report: ceilings, tests, the error and time of every kernel, and the study."""
 
-from bench.gpu_report.run import gpu_report
+from bench.gpu_report.run import measure_gpu
 
-__all__ = ["gpu_report"]
+__all__ = ["measure_gpu"]

@@ -12,7 +12,12 @@ from torch import Generator, Tensor
 
 import repsim_kernels as rk
 from bench.gpu_report.case import Call, Facts, Inputs, KernelCase, Shape, cast, load, make_case
-from bench.gpu_report.solver_cases import eigh, fits, riccati, svd
+from bench.gpu_report.solver_cases import (
+    make_eigh_row,
+    make_fits_row,
+    make_riccati_row,
+    make_svd_row,
+)
 
 PAPER = ("cka", "procrustes", "pwcca", "cca", "cca_squared")
 # Channels and pixels of AlexNet's first layer, ResNet50's last, and the rehearsal's layer.
@@ -22,7 +27,7 @@ _NEURONS = 8192  # per block; products with all neurons at once would fill the m
 
 
 def list_cases(quick: bool) -> list[KernelCase]:
-    """Return all rows; every kernel comes once first, in case time runs out."""
+    """Return all rows; each kernel has one among the first, in case time runs out."""
     layers = [(12, 50, 4)] if quick else [(50, 193_600, 16), (500, 100_352, 16)]
     float32, bfloat16 = (
         [Shape(*layer, dtype) for layer in layers] for dtype in (torch.float32, torch.bfloat16)
@@ -30,51 +35,58 @@ def list_cases(quick: bool) -> list[KernelCase]:
     small, large = float32[0], float32[-1]
     tf32, ieee = (replace(large, precision=precision) for precision in ("tf32", "ieee"))
     if quick:  # without CUDA C++, which CuPy launches and which can't be rehearsed without a GPU
-        once = [_linear_row(small, 16), riccati(4, 11), fits(small, 4, 8)]
+        once = [_make_linear_row(small, 16), make_riccati_row(4, 11), make_fits_row(small, 4, 8)]
         return [
-            *(_layer_rows(float32) + once + _layer_rows(bfloat16)),
-            *(_cell_grams_row(small, partitions=2), *_product_rows(tf32)),
+            *(_make_layer_rows(float32) + once + _make_layer_rows(bfloat16)),
+            *(_make_cell_grams_row(small, partitions=2), *_make_product_rows(tf32)),
         ]
     return [
-        *_layer_rows(float32),
-        _linear_row(Shape(50, 4096, 16), 4096),  # a class's images in AlexNet's classifier
-        *(riccati(16, 499), riccati(100, 49)),
+        *_make_layer_rows(float32),
+        _make_linear_row(Shape(50, 4096, 16), 4096),  # a class's images in AlexNet's classifier
+        *(make_riccati_row(16, 499), make_riccati_row(100, 49)),
         *list_native_cases(quick),
-        *(fits(s, 4096, 100) for s in (large, bfloat16[-1], tf32)),
-        *_layer_rows(bfloat16),
-        *(_cell_grams_row(replace(small, cells=100)), _cell_grams_row(small, partitions=4)),
-        *(_product_rows(tf32) + _product_rows(ieee)),
+        *(make_fits_row(s, 4096, 100) for s in (large, bfloat16[-1], tf32)),
+        *_make_layer_rows(bfloat16),
+        _make_cell_grams_row(replace(small, cells=100)),
+        _make_cell_grams_row(small, partitions=4),
+        *(_make_product_rows(tf32) + _make_product_rows(ieee)),
     ]
 
 
 def list_native_cases(quick: bool) -> list[KernelCase]:
     """Return the rows of the CUDA C++ kernels."""
     if quick:
-        return [eigh(4, 11), svd(4, 12, 11), _native_cell_grams_row(12, 50, 4)]
-    matrices = [eigh(1000, 49), eigh(100, 127), eigh(16, 499), svd(1000, 50, 49)]
+        return [
+            make_eigh_row(4, 11),
+            make_svd_row(4, 12, 11),
+            _make_native_cell_grams_row(12, 50, 4),
+        ]
     return [
-        *matrices,
-        _native_cell_grams_row(50, 193_600, 16),
-        _native_cell_grams_row(500, 100_352, 16),
+        make_eigh_row(1000, 49),
+        make_eigh_row(100, 127),
+        make_eigh_row(16, 499),
+        make_svd_row(1000, 50, 49),
+        _make_native_cell_grams_row(50, 193_600, 16),
+        _make_native_cell_grams_row(500, 100_352, 16),
     ]
 
 
-def _layer_rows(shapes: list[Shape]) -> list[KernelCase]:
+def _make_layer_rows(shapes: list[Shape]) -> list[KernelCase]:
     makers = (
-        _gram_row,
-        _cell_grams_row,
-        _class_means_row,
-        _neuron_major_row,
-        _variate_weights_row,
-        _ablate_row,
-        _pointwise_row,
+        _make_gram_row,
+        _make_cell_grams_row,
+        _make_class_means_row,
+        _make_neuron_major_row,
+        _make_variate_weights_row,
+        _make_ablate_row,
+        _make_pointwise_row,
     )
     rows = [make(s) for s in shapes for make in makers]
-    return rows + [_distances_row(s, metrics) for s in shapes for metrics in (("cka",), PAPER)]
+    return rows + [_make_distances_row(s, metrics) for s in shapes for metrics in (("cka",), PAPER)]
 
 
-def _product_rows(s: Shape) -> list[KernelCase]:
-    return [_gram_row(s), _cell_grams_row(s), _variate_weights_row(s)]
+def _make_product_rows(s: Shape) -> list[KernelCase]:
+    return [_make_gram_row(s), _make_cell_grams_row(s), _make_variate_weights_row(s)]
 
 
 def _centre(xp: Any, dtype: str, x: Any) -> Any:
@@ -82,12 +94,12 @@ def _centre(xp: Any, dtype: str, x: Any) -> Any:
     return c - c.mean(0)
 
 
-def _of_x(call: Call) -> Call:
+def _use_first_input(call: Call) -> Call:
     """Return a call that uses only the first input; the others are for the formula."""
     return lambda x, *_: call(x)
 
 
-def _gram_row(s: Shape) -> KernelCase:
+def _make_gram_row(s: Shape) -> KernelCase:
     def formula(xp: Any, dtype: str, x: Any) -> Any:
         c = _centre(xp, dtype, x)
         return c @ c.T
@@ -99,7 +111,7 @@ def _gram_row(s: Shape) -> KernelCase:
     return make_case("centered_gram", s, formula, cost, kernel, backend)
 
 
-def _cell_grams_row(
+def _make_cell_grams_row(
     s: Shape, partitions: int = 0, name: str = "cell_grams", kernel: Call | None = None
 ) -> KernelCase:
     """Return the row of all cells' Grams, for one partition or several."""
@@ -131,15 +143,16 @@ def _cell_grams_row(
         "inputs": inputs,
         "parts": count,
     }
-    return make_case(name, s, formula, cost, _of_x(kernel), _of_x(backend), **facts)
+    calls = _use_first_input(kernel), _use_first_input(backend)
+    return make_case(name, s, formula, cost, *calls, **facts)
 
 
-def _native_cell_grams_row(n: int, p: int, cells: int) -> KernelCase:
+def _make_native_cell_grams_row(n: int, p: int, cells: int) -> KernelCase:
     s = Shape(n, p, cells, precision="ieee")
-    return _cell_grams_row(s, name="cell_grams, CUDA C++", kernel=load("cupy.gram:cell_grams"))
+    return _make_cell_grams_row(s, name="cell_grams, CUDA C++", kernel=load("cupy.gram:cell_grams"))
 
 
-def _class_means_row(s: Shape) -> KernelCase:
+def _make_class_means_row(s: Shape) -> KernelCase:
     k = 10
     labels = np.arange(s.n) % k
 
@@ -152,18 +165,18 @@ def _class_means_row(s: Shape) -> KernelCase:
         return averages @ x
 
     options: Facts = {"labels": labels, "n_classes": k}
-    kernel = _of_x(load("triton.cells:class_means", **options))
-    backend = _of_x(load("torch.cells:class_means", **options))
+    kernel = _use_first_input(load("triton.cells:class_means", **options))
+    backend = _use_first_input(load("torch.cells:class_means", **options))
     cost = s.size + 8 * k * s.p, s.n * s.p
     facts: Facts = {
         "precision": "ieee",
-        "tolerance": 1e-12,
+        "tolerance": 1e-12,  # sums are in float64
         "inputs": inputs,
-    }  # sums in float64
+    }
     return make_case("class_means", s, formula, cost, kernel, backend, f" k={k}", **facts)
 
 
-def _neuron_major_row(s: Shape) -> KernelCase:
+def _make_neuron_major_row(s: Shape) -> KernelCase:
     def formula(xp: Any, dtype: str, x: Any) -> Any:
         return x.T.reshape(-1).reshape(s.p, s.n)  # flat, so that it is copied
 
@@ -190,23 +203,23 @@ def _masked_inputs(s: Shape, cells: int, units: tuple[int, ...], outs: int = 0) 
     return inputs
 
 
-def _masked(xp: Any, x: Any, labels: Any, ids: Any) -> Any:
+def _mask_copies(xp: Any, x: Any, labels: Any, ids: Any) -> Any:
     """Return copies (C, n, p) of the activations, each with the units of one cell set to zero."""
     x = x.reshape(x.shape[0], -1)
     zero = xp.zeros_like(x[:1, :1])  # a Python 0 would not keep x's dtype in every library
     return xp.where((labels == ids[:, None])[:, None], zero, x)
 
 
-def _relu(xp: Any, x: Any) -> Any:
+def _apply_relu(xp: Any, x: Any) -> Any:
     return xp.clip(x, 0, None, out=x)
 
 
-def _ablate_row(s: Shape) -> KernelCase:
+def _make_ablate_row(s: Shape) -> KernelCase:
     """Return the row of masked copies followed by a ReLU, one copy per cell."""
     units, cells = _UNITS[s.p], s.cells // 2
 
     def formula(xp: Any, dtype: str, x: Any, labels: Any, ids: Any) -> Any:
-        return _relu(xp, _masked(xp, x, labels, ids)).reshape(-1, *units)
+        return _apply_relu(xp, _mask_copies(xp, x, labels, ids)).reshape(-1, *units)
 
     def kernel(*inputs: Tensor) -> Tensor:
         epilogue = load("triton.masked_copies:Epilogue")(activate="relu")
@@ -220,16 +233,16 @@ def _ablate_row(s: Shape) -> KernelCase:
     return make_case("ablate, ReLU", s, formula, ((1 + cells) * s.size, 0), kernel, **facts)
 
 
-def _pointwise_row(s: Shape) -> KernelCase:
+def _make_pointwise_row(s: Shape) -> KernelCase:
     """Return the row of a 1x1 convolution with bias and ReLU on each masked copy."""
     channels, *sizes = _UNITS[s.p]
     cells, outs = s.cells // 2, max(channels // 4, 16)
 
     def formula(xp: Any, dtype: str, x: Any, labels: Any, ids: Any, *layer: Any) -> Any:
         x, weight, bias = cast(xp, dtype, x, *layer)
-        masked = _masked(xp, x, labels, ids).reshape(cells * s.n, channels, -1)
+        masked = _mask_copies(xp, x, labels, ids).reshape(cells * s.n, channels, -1)
         out = weight.reshape(outs, channels) @ masked + bias[:, None]
-        return _relu(xp, out).reshape(-1, outs, *sizes)
+        return _apply_relu(xp, out).reshape(-1, outs, *sizes)
 
     facts: Facts = {
         "detail": f" C={cells} {channels}→{outs}",
@@ -246,14 +259,14 @@ def _pointwise_row(s: Shape) -> KernelCase:
     return make_case("masked_pointwise, ReLU", s, formula, cost, kernel, **facts)
 
 
-def _linear_row(s: Shape, outs: int) -> KernelCase:
+def _make_linear_row(s: Shape, outs: int) -> KernelCase:
     """Return the row of a linear layer with ReLU on each masked copy of its input."""
     cells = s.labels()
     layer_of = load("triton.linear_cells:linear_cells", activate="relu", precision=s.precision)
 
     def formula(xp: Any, dtype: str, x: Any, labels: Any, ids: Any, *layer: Any) -> Any:
         x, weight, bias = cast(xp, dtype, x, *layer)
-        return _relu(xp, _masked(xp, x, labels, ids).reshape(-1, s.p) @ weight.T + bias)
+        return _apply_relu(xp, _mask_copies(xp, x, labels, ids).reshape(-1, s.p) @ weight.T + bias)
 
     def kernel(x: Tensor, labels: Tensor, ids: Tensor, *layer: Tensor) -> Tensor:
         return layer_of(x, cells, *layer, range(s.cells))
@@ -269,7 +282,7 @@ def _linear_row(s: Shape, outs: int) -> KernelCase:
     return make_case("linear_cells, ReLU", s, formula, cost, kernel, **facts)
 
 
-def _variate_weights_row(s: Shape) -> KernelCase:
+def _make_variate_weights_row(s: Shape) -> KernelCase:
     """Return the row of PWCCA's weights for all ablations."""
     k = s.cells * (s.n - 1)
 
@@ -290,7 +303,7 @@ def _variate_weights_row(s: Shape) -> KernelCase:
     return make_case("variate_weights", s, formula, cost, kernel, backend, **facts)
 
 
-def _distances_row(s: Shape, metrics: tuple[str, ...]) -> KernelCase:
+def _make_distances_row(s: Shape, metrics: tuple[str, ...]) -> KernelCase:
     """Return the row of the public operation, including checks and the n x n stage."""
     labels = s.labels()
 

@@ -55,7 +55,7 @@ def sanitize(limit: float) -> Json:
     tools: list[Json] = []
     remaining = limit
     if remaining >= _SHORT:
-        tools.append(_check("alone", _TARGET, remaining / 2))
+        tools.append(_run_tool("alone", _TARGET, remaining / 2))
         remaining -= tools[-1]["seconds"]
         if tools[-1]["exit_code"]:
             return {"tools": tools, "why": "no result: the target fails even without a tool"}
@@ -63,12 +63,12 @@ def sanitize(limit: float) -> Json:
         if remaining < 1:
             return {"tools": tools, "why": "no time remained"}
         share = remaining if remaining < _SHORT else remaining / (len(TOOLS) - i)
-        tools.append(_check(tool, (binary, "--tool", tool, *_SANITIZE, *_TARGET), share))
+        tools.append(_run_tool(tool, (binary, "--tool", tool, *_SANITIZE, *_TARGET), share))
         remaining -= tools[-1]["seconds"]
     return {"tools": tools}
 
 
-def _check(tool: str, command: tuple[str, ...], limit: float) -> Json:
+def _run_tool(tool: str, command: tuple[str, ...], limit: float) -> Json:
     result = run_command(command, limit, _OWN_MEMORY)
     output = result.pop("output")
     facts = {"tool": tool, "command": " ".join(command), **result}

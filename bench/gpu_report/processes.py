@@ -32,7 +32,7 @@ def watch(
     receiver, sender = context.Pipe(duplex=False)
     worker = context.Process(target=work, args=(sender.send, *arguments), daemon=True)
     worker.start()
-    sender.close()  # the worker holds the only other one, so its death closes the pipe
+    sender.close()  # now only the worker holds a sender, so its death closes the pipe
     try:
         while receiver.poll(max(0.0, min(silence, end - time.time()))):
             yield receiver.recv()

@@ -20,7 +20,7 @@ def format_number(value: Any, form: str = ".4g") -> str:
 
 
 def format_row(row: Json) -> tuple[str, ...]:
-    """Return the cells of a row of the table."""
+    """Return the entries of a row of the table."""
     share, error = row.get("of_floor"), format_number(row.get("error"), ".1e")
     return (
         *(row["name"], row["shape"], row["dtype"], row["precision"]),
@@ -42,7 +42,7 @@ def print_report(record: Json) -> None:
     else:
         print(f"\n{device}: no ceilings: {rates.get('why')}\n")
     _print_columns([(*_LEFT, *_RIGHT), *map(format_row, record["rows"])], len(_LEFT))
-    for why, names in _names_by(record["rows"], "why").items():
+    for why, names in _group_names(record["rows"], "why").items():
         print(names[0], f"and {len(names) - 1} more:" if len(names) > 1 else ":", why)
     routes = [row.get("routes", {}).get("cupy", {}) for row in record["rows"]]
     for why, count in Counter(route["why"] for route in routes if "why" in route).items():
@@ -71,7 +71,7 @@ def _print_study(study: Json) -> None:
         )
         print(f"{network['name']}: timed for one class and", ", ".join(sample) or "nothing")
         print(*(f"  not timed: {why}\n" for why in network.get("failed", [])), sep="", end="")
-    print(*filter(None, [study.get("rules"), *_reasons("why: ", study)]), sep="\n")
+    print(*filter(None, [study.get("rules"), *_list_reasons("why: ", study)]), sep="\n")
 
 
 def _print_columns(table: Sequence[Sequence[str]], left: int) -> None:
@@ -83,7 +83,7 @@ def _print_columns(table: Sequence[Sequence[str]], left: int) -> None:
         print("  ".join(aligned).rstrip())
 
 
-def _names_by(rows: Sequence[Json], key: str) -> dict[str, list[str]]:
+def _group_names(rows: Sequence[Json], key: str) -> dict[str, list[str]]:
     """Return the names of the rows that have a key, grouped by its value."""
     groups: dict[str, list[str]] = {}
     for row in rows:
@@ -92,13 +92,13 @@ def _names_by(rows: Sequence[Json], key: str) -> dict[str, list[str]]:
     return groups
 
 
-def _reasons(prefix: str, part: Json) -> list[str]:
+def _list_reasons(prefix: str, part: Json) -> list[str]:
     """Return a list with the reason why a part has no result, or an empty list."""
     return [f"{prefix}{part['why']}"] if "why" in part else []
 
 
 def judge(record: Json) -> str:
-    """Summarize in one line what in the record is right, wrong or unknown."""
+    """Summarise in one line what in the record is right, wrong or unknown."""
     parts = (
         _judge_kernels(record["rows"], record["interpreted"]),
         _judge_tests(record["tests"] or {}),
@@ -109,7 +109,7 @@ def judge(record: Json) -> str:
 
 
 def _judge_kernels(rows: list[Json], interpreted: bool) -> str:
-    names = _names_by(rows, "status")
+    names = _group_names(rows, "status")
     if not rows:
         return "no kernels"
     if [*names] == ["not run"]:
@@ -118,8 +118,8 @@ def _judge_kernels(rows: list[Json], interpreted: bool) -> str:
     text += " in Triton's interpreter, on no GPU" if interpreted else ""
     for status in ("WRONG", "error", "skipped", "not run", "waiting", "running"):
         if labels := names.get(status):
-            shown = ", ".join(dict.fromkeys(labels[:4])) + (", …" if len(labels) > 4 else "")
-            text += f", {len(labels)} {status} ({shown})"
+            examples = ", ".join(dict.fromkeys(labels[:4])) + (", …" if len(labels) > 4 else "")
+            text += f", {len(labels)} {status} ({examples})"
     return text
 
 
@@ -130,7 +130,7 @@ def _judge_tests(tests: Json) -> str:
     text = f"{counts.get('passed', 0)} tests passed, {counts.get('failed', 0)} failed"
     for what, name in (("error", "in error"), ("skipped", "skipped")):
         text += f", {counts[what]} {name}" if what in counts else ""
-    return ", ".join([text, *_reasons("", tests)])
+    return ", ".join([text, *_list_reasons("", tests)])
 
 
 def _judge_sanitizer(sanitizer: Json) -> str:
@@ -139,7 +139,7 @@ def _judge_sanitizer(sanitizer: Json) -> str:
     for tool in tools:
         if not tool["errors"] and (tool["exit_code"] != 0 or tool["errors"] is None):
             text.append(f"{tool['tool']} {tool.get('why') or 'without a count'}")
-    text += _reasons("", sanitizer) or ([] if sanitizer.get("tools") else ["no record"])
+    text += _list_reasons("", sanitizer) or ([] if sanitizer.get("tools") else ["no record"])
     return f"sanitizer {', '.join(text) or 'clean'}"
 
 
@@ -153,4 +153,4 @@ def _judge_study(study: Json) -> str:
     complete = [n for n in networks if "seconds" in n]
     text = f"study of {len(complete)} of {len(networks)} networks" if networks else "study FAILED"
     times = [f"{network['name']} {network['seconds']:.3g} s" for network in complete]
-    return f"{text} ({', '.join([*times, *_reasons('', study)])})"
+    return f"{text} ({', '.join([*times, *_list_reasons('', study)])})"

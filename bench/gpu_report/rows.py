@@ -1,4 +1,4 @@
-"""Measure the rows of the report: the times of other routes, and a kernel's error and time."""
+"""Measure the rows of the report: a kernel's error and time, and the times of other routes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.common import timing
-from bench.common.machine import Json, number
+from bench.common.machine import Json, to_json_number
 from bench.gpu_report.case import KernelCase
 from bench.gpu_report.processes import watch
 from bench.gpu_report.report import format_row
@@ -21,23 +21,23 @@ from repsim_kernels.kernels.cupy import module
 
 # A route with a larger relative error computes something different and is not timed; plain float32
 # stays below it.
-PLAIN = 1e-2
+ROUTE_TOLERANCE = 1e-2
 SILENCE = 90.0  # seconds without a message, including compilation, after which a row counts as hung
 LAST_START = 30.0  # seconds before the end; no row starts later
 
 Make = Callable[[bool], list[KernelCase]]
 
 
-def limit_repeats(quick: bool) -> float:
-    """Return the seconds for repeated calls of one function."""
+def get_time_limit(quick: bool) -> float:
+    """Return how many seconds the repeated calls of one function may take."""
     return 0.02 if quick else 2.0
 
 
-def describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:1000]
 
 
-def new_row(case: KernelCase) -> Json:
+def make_row(case: KernelCase) -> Json:
     """Return a row that waits to be measured."""
     row = {name: getattr(case, name) for name in ("name", "shape", "dtype", "precision")}
     costs = {name: getattr(case, name) for name in ("bytes", "operations", "tolerance")}
@@ -104,7 +104,7 @@ def measure_cases(
             continue
         if time.time() > late:
             return
-        row = {**new_row(case), "status": "running"}
+        row = {**make_row(case), "status": "running"}
         keep = partial(send, (index, row))
         keep()
         measure(row, case, device, quick, rates, keep)
@@ -137,7 +137,7 @@ def measure(
         want = case.reference(*inputs[0])
         row["inputs"] = len(inputs)
     except Exception as failure:
-        row.update(status="error", why=f"inputs or reference: {describe(failure)}")
+        row.update(status="error", why=f"inputs or reference: {describe_error(failure)}")
         return
     for name, route in case.routes.items():
         row.setdefault("routes", {})[name] = _measure_route(name, route, case, inputs, want, quick)
@@ -154,17 +154,17 @@ def measure(
         row.update(status="not run", why=why)
         return
     try:
-        error = relative_error(_call_poisoned(case.kernel, *inputs[0]), want, case.parts)
-        row["error"] = number(error)
+        error = compute_relative_error(_call_poisoned(case.kernel, *inputs[0]), want, case.parts)
+        row["error"] = to_json_number(error)
         if not error <= case.tolerance:
             row.update(status="WRONG", why="error above the tolerance; not timed")
             return
-        row["call"] = timing.measure(case.kernel, inputs, limit_repeats(quick))
+        row["call"] = timing.measure(case.kernel, inputs, get_time_limit(quick))
         row["ms"] = row["call"]["ms"]
         keep()
         if device == "cuda":
             row["kernel"] = timing.measure_on_device(
-                case.kernel, inputs, row["ms"], limit_repeats(quick)
+                case.kernel, inputs, row["ms"], get_time_limit(quick)
             )
             row["ms"] = row["kernel"].get("ms", row["ms"])
         if "floor_ms" in row:
@@ -175,7 +175,7 @@ def measure(
             row["cupy_ratio"] = cupy_ms / row["call"]["ms"]
         row["status"] = "ok"
     except Exception as failure:
-        row.update(status="error", why=describe(failure))
+        row.update(status="error", why=describe_error(failure))
 
 
 def _measure_route(
@@ -186,23 +186,24 @@ def _measure_route(
     want: Tensor,
     quick: bool,
 ) -> Json:
-    """Return the error and time of another route to a row's result, or the reason for none."""
+    """Return the error and time of another route to a row's result, or why it has none."""
     if name == "cupy" and (why := module.unsupported(*inputs[0])):
         return {"why": why}
     try:
-        error = relative_error(route(*inputs[0]), want, case.parts)
-        if not error <= max(case.tolerance, PLAIN):
-            return {"error": number(error), "why": "different values; not timed"}
-        return {"error": number(error), **timing.measure(route, inputs, limit_repeats(quick))}
+        error = compute_relative_error(route(*inputs[0]), want, case.parts)
+        if not error <= max(case.tolerance, ROUTE_TOLERANCE):
+            return {"error": to_json_number(error), "why": "different values; not timed"}
+        times = timing.measure(route, inputs, get_time_limit(quick))
+        return {"error": to_json_number(error), **times}
     except Exception as error:
-        return {"why": describe(error)}
+        return {"why": describe_error(error)}
     finally:
         if name == "cupy":
             with suppress(Exception):  # the device may be lost
                 _free_cupy()
 
 
-def relative_error(got: Tensor, want: Tensor, parts: int = 1) -> float:
+def compute_relative_error(got: Tensor, want: Tensor, parts: int = 1) -> float:
     """Return the largest relative Frobenius error of the parts; NaN if any part has NaN."""
     if got.shape != want.shape:
         raise ValueError(f"result has shape {tuple(got.shape)}; expected {tuple(want.shape)}")

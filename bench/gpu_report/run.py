@@ -16,26 +16,26 @@ from pathlib import Path
 import torch
 
 from bench.common import timing
-from bench.common.machine import Json, environment, save
+from bench.common.machine import Json, describe_environment, save
 from bench.gpu_report import report
 from bench.gpu_report.cases import list_cases
 from bench.gpu_report.checks import run_gpu_tests, sanitize
 from bench.gpu_report.rows import (
     Make,
-    describe,
+    describe_error,
+    get_time_limit,
     is_interpreted,
-    limit_repeats,
+    make_row,
     measure_rows,
-    new_row,
 )
 
 # Seconds. A run ends within 8 minutes; the rows get the time that the other parts don't use, and
 # compute-sanitizer may take half of what remains.
 WHOLE, TESTS, STUDY, SANITIZER = 470.0, 150.0, 90.0, 60.0
-_STOPPING = 10.0  # for a part that is late to stop and return its results
+_STOPPING = 10.0  # for a part that used all of its time to stop and return its results
 
 
-def gpu_report(
+def measure_gpu(
     out: Path, device: str = "cuda", quick: bool = False, make: Make = list_cases
 ) -> Json:
     """Measure a device, saving to ``out`` after each step; print a table and return the record.
@@ -46,10 +46,10 @@ def gpu_report(
     end = time.time() + WHOLE
     record: Json = {
         "finished": False,
-        "environment": environment(device),
+        "environment": describe_environment(device),
         "interpreted": is_interpreted(),
         "ceilings": None,
-        "rows": [new_row(case) for case in make(quick)],
+        "rows": [make_row(case) for case in make(quick)],
         "tests": None,
         "study": None,
         "sanitizer": None,
@@ -66,7 +66,7 @@ def gpu_report(
         try:
             record[name] = call()
         except Exception as error:
-            record[name] = (record[name] or {}) | {"why": describe(error)}
+            record[name] = (record[name] or {}) | {"why": describe_error(error)}
         keep()
 
     def study(limit: float) -> Json:
@@ -75,18 +75,19 @@ def gpu_report(
         record["study"] = {}
         return measure_study(record["study"], keep, device, quick, time.time() + limit)
 
-    add_part("ceilings", lambda: timing.ceilings(device, quick, limit_repeats(quick)))
+    add_part("ceilings", lambda: timing.measure_ceilings(device, quick, get_time_limit(quick)))
     if device == "cuda":
         torch.cuda.empty_cache()
     first = end - TESTS - STUDY - SANITIZER
     measure_rows(record, keep, device, quick, make, first, last=False)
     why = "no GPU" if device == "cpu" else "quick" if quick else None
     add_part(
-        "tests", lambda: _run_unless(why, run_gpu_tests, _share(TESTS, end - STUDY - SANITIZER))
+        "tests",
+        lambda: _run_unless(why, run_gpu_tests, _limit_part(TESTS, end - STUDY - SANITIZER)),
     )
-    add_part("study", lambda: study(_share(STUDY, end - SANITIZER)))
+    add_part("study", lambda: study(_limit_part(STUDY, end - SANITIZER)))
     most = max(SANITIZER, (end - time.time()) / 2)
-    add_part("sanitizer", lambda: _run_unless(why, sanitize, _share(most, end)))
+    add_part("sanitizer", lambda: _run_unless(why, sanitize, _limit_part(most, end)))
     measure_rows(record, keep, device, quick, make, end)
     record["verdict"] = report.judge(record)
     record["finished"] = True
@@ -113,6 +114,6 @@ def _run_unless(why: str | None, part: Callable[[float], Json], limit: float) ->
     return part(limit) if why is None else {"why": f"not run: {why}"}
 
 
-def _share(most: float, end: float) -> float:
+def _limit_part(most: float, end: float) -> float:
     """Return a part's seconds: at most ``most``, and early enough for the parts after ``end``."""
     return max(1.0, min(most, end - time.time()) - _STOPPING)

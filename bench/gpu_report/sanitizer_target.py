@@ -8,7 +8,7 @@ import torch
 
 from bench.gpu_report.case import KernelCase
 from bench.gpu_report.cases import list_cases, list_native_cases
-from bench.gpu_report.rows import relative_error
+from bench.gpu_report.rows import compute_relative_error
 from repsim_kernels.kernels.cupy import module
 
 
@@ -24,7 +24,7 @@ def main(device: str = "cuda") -> int:
         inputs = case.inputs(torch.Generator(device).manual_seed(0))
         # On the CPU, so that the sanitizer doesn't check PyTorch's own kernels.
         want = case.reference(*(t.cpu() for t in inputs))
-        error = relative_error(case.kernel(*inputs).cpu(), want, case.parts)
+        error = compute_relative_error(case.kernel(*inputs).cpu(), want, case.parts)
         right = error <= case.tolerance
         wrong += not right
         print("right" if right else "WRONG", f"{error:.1e}", case.name, case.shape, case.dtype)

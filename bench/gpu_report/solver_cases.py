@@ -26,7 +26,7 @@ from bench.gpu_report.case import (
 _STEPS = 8  # of Riccati iterations (in groups of four) and of Newton's method from zero
 
 
-def fits(s: Shape, count: int, d: int) -> KernelCase:
+def make_fits_row(s: Shape, count: int, d: int) -> KernelCase:
     """Return the row of many logistic regressions on randomly drawn neurons."""
     rng = np.random.default_rng(0)
     columns = np.stack([rng.choice(s.p, d, replace=False) for _ in range(count)])
@@ -68,7 +68,7 @@ def _fit_by_newton(x: Tensor, y: Tensor) -> Tensor:
     return v[:, :-1]
 
 
-def eigh(batch: int, m: int) -> KernelCase:
+def make_eigh_row(batch: int, m: int) -> KernelCase:
     """Return the row of eigendecompositions of nearly diagonal matrices, as in ablations."""
 
     def inputs(g: Generator) -> tuple[Tensor, ...]:
@@ -81,10 +81,10 @@ def eigh(batch: int, m: int) -> KernelCase:
 
     paths = "cupy.spectral:solve_batch", "torch.spectral:eigh"
     size = m, batch * (2 * m * m + m) * 8
-    return _spectrum("eigh", f"n={m} C={batch}", inputs, paths, formula, batch, size)
+    return _make_spectrum_row("eigh", f"n={m} C={batch}", inputs, paths, formula, batch, size)
 
 
-def svd(batch: int, rows: int, n: int) -> KernelCase:
+def make_svd_row(batch: int, rows: int, n: int) -> KernelCase:
     """Return the row of singular value decompositions of tall matrices."""
 
     def inputs(g: Generator) -> tuple[Tensor, ...]:
@@ -96,10 +96,12 @@ def svd(batch: int, rows: int, n: int) -> KernelCase:
 
     paths = "cupy.spectral:svd", "torch.spectral:svd"
     size = rows, batch * (2 * rows * n + n * n + n) * 8
-    return _spectrum("svd", f"n={rows} m={n} C={batch}", inputs, paths, formula, batch, size)
+    return _make_spectrum_row(
+        "svd", f"n={rows} m={n} C={batch}", inputs, paths, formula, batch, size
+    )
 
 
-def _spectrum(
+def _make_spectrum_row(
     name: str,
     shape: str,
     inputs: Inputs,
@@ -110,13 +112,13 @@ def _spectrum(
 ) -> KernelCase:
     """Return a row that rebuilds matrices from their spectra; ``size`` is (rows, bytes)."""
 
-    def restored(call: Callable[..., Any], a: Tensor) -> Tensor:
+    def restore(call: Callable[..., Any], a: Tensor) -> Tensor:
         parts = call(a)
         left = parts["left"] if name == "svd" else parts["vectors"]
         right = parts["right"] if name == "svd" else left.mT
         return (left * parts["values"][..., None, :]) @ right
 
-    kernel, backend = (partial(restored, load(path, vectors=True)) for path in paths)
+    kernel, backend = (partial(restore, load(path, vectors=True)) for path in paths)
     rows, moved = size
     return KernelCase(
         *(name, shape, torch.float64, "ieee", 1e-13 * rows),
@@ -130,7 +132,7 @@ def _spectrum(
     )
 
 
-def riccati(batch: int, m: int) -> KernelCase:
+def make_riccati_row(batch: int, m: int) -> KernelCase:
     """Return the row of the sums of square roots for Procrustes and CCA of all ablations."""
 
     def inputs(g: Generator) -> tuple[Tensor, ...]:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import repsim_kernels as rk
 from bench.common.machine import Json
 from bench.gpu_report.processes import watch
-from bench.gpu_report.rows import describe
+from bench.gpu_report.rows import describe_error
 from repsim_kernels.experiments.inputs import imagenet
-from repsim_kernels.experiments.inputs import images as data
+from repsim_kernels.experiments.inputs.images import load_demo
 from repsim_kernels.experiments.inputs.networks import list_default_layers, load
 from repsim_kernels.experiments.inputs.presets import PRESETS, Network, load_network
 from repsim_kernels.experiments.study import measure, memory
@@ -64,7 +64,7 @@ class StageClock:
         )
 
     @contextmanager
-    def timing(self) -> Iterator[None]:
+    def time_stages(self) -> Iterator[None]:
         """Time the stages that run inside the ``with`` block."""
         self.running = "rows"
         with ExitStack() as stack:
@@ -92,7 +92,7 @@ class StageClock:
 def measure_study(
     study: Json, keep: Callable[[], None], device: str, quick: bool, end: float
 ) -> Json:
-    """Time the study in a separate process, and extrapolate from the measurements at the end."""
+    """Time the study in a separate process, then extrapolate from the measurements."""
     study |= {"preset": None if quick else "hayne2024", "networks": [], "rules": RULES}
     try:
         for networks in watch(time_networks, device, quick, end, end=end):
@@ -126,7 +126,7 @@ def time_networks(send: Callable[[list[Json]], None], device: str, quick: bool, 
             with study.hold_network():
                 _time_network(network, study, draws, quick, late, keep)
         except Exception as error:
-            network["failed"].append(describe(error))
+            network["failed"].append(describe_error(error))
         keep()
 
 
@@ -168,12 +168,14 @@ def _time_network(
             rows = rows or measure.rows(study, [units[layer["layer"]] for layer in remaining])
             layer = remaining.pop(0)
             try:
-                with clock.timing():
+                with clock.time_stages():
                     next(rows)
             except Exception as error:
                 rows = None  # continue with the remaining layers
                 failed.append(layer)
-                network["failed"].append(f"{layer['layer']}, {clock.running}: {describe(error)}")
+                network["failed"].append(
+                    f"{layer['layer']}, {clock.running}: {describe_error(error)}"
+                )
             _record_seconds(network, layer, clock, which)
             keep()
 
@@ -228,21 +230,20 @@ def _make_full_study(network: Network, device: str) -> tuple[Study, Draws]:
     model = load_network(network, "random").model
     if device == "cpu":  # as in the study
         model = model.to(memory_format=torch.channels_last)
-    shown = imagenet.make_noise(imagenet.find_outputs(network.classes), network.images_per_class)
+    noise = imagenet.make_noise(imagenet.find_outputs(network.classes), network.images_per_class)
     options = {"name": network.name, "others": network.others}
     draws = Draws(network.draws, network.neurons_per_draw, _PRESET.paired)
-    return _make_study(model, shown.images, shown.labels, device, **options), draws
+    return _make_study(model, noise.images, noise.labels, device, **options), draws
 
 
 def _make_small_study(device: str) -> tuple[Study, Draws]:
     """Return a rehearsal's study: a few images and a network that comes with the package."""
-    shown = data.load_demo()
-    few = torch.cat([(shown.labels == c).nonzero()[:8, 0] for c in range(4)])
+    demo = load_demo()
+    few = torch.cat([(demo.labels == c).nonzero()[:8, 0] for c in range(4)])
     model = load("alexnet_small")
     draws = Draws(200, None, _PRESET.paired)
-    return _make_study(
-        model, shown.images[few], shown.labels[few], device, name="alexnet_small"
-    ), draws
+    images, labels = demo.images[few], demo.labels[few]
+    return _make_study(model, images, labels, device, name="alexnet_small"), draws
 
 
 def _make_study(

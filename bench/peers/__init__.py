@@ -1,1 +1,1 @@
-"""Other packages at the same jobs: the same inputs, answers that are compared, one run."""
+"""Compare other packages with this one: the same jobs on the same inputs, with checked results."""

@@ -1,4 +1,4 @@
-"""The jobs that packages are compared on, their inputs, and the expected results."""
+"""The jobs on which packages are compared, their inputs, and the expected results."""
 
 from __future__ import annotations
 
@@ -107,9 +107,13 @@ def compute_expected(
     """Return similarities by the float64 definitions, for the comparisons ``which``."""
     if workload.job == "ablations":
         x = _centre(xs[0])
-        return np.array([_similarity(metric, x, x * (workload.labels() != k)) for k in which])
+        return np.array(
+            [_compute_similarity(metric, x, x * (workload.labels() != k)) for k in which]
+        )
     pairs = [(0, 1)] if workload.job == "pair" else [list_pairs(workload)[k] for k in which]
-    return np.array([_similarity(metric, *(_centre(xs[i]) for i in pair)) for pair in pairs])
+    return np.array(
+        [_compute_similarity(metric, *(_centre(xs[i]) for i in pair)) for pair in pairs]
+    )
 
 
 def _centre(x: Any) -> Array:
@@ -117,7 +121,7 @@ def _centre(x: Any) -> Array:
     return c - c.mean(0)
 
 
-def _similarity(metric: str, x: Array, y: Array) -> float:
+def _compute_similarity(metric: str, x: Array, y: Array) -> float:
     """Return the similarity of two centred representations."""
     if metric == "cca":
         u, v = (np.linalg.svd(z, full_matrices=False)[0] for z in (x, y))

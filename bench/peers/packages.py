@@ -42,7 +42,7 @@ class Package:
         return {"pairs": self.all_pairs, "ablations": self.ablations}.get(job)
 
 
-def _ours(metric: str, note: str, ablated: str | None = None, **options: Any) -> Package:
+def _make_ours(metric: str, note: str, ablated: str | None = None, **options: Any) -> Package:
     name = metric if metric in ("rsa", "procrustes", "cca") else "cka"
 
     def ablations(x: Any, cells: np.ndarray) -> Any:
@@ -58,7 +58,7 @@ def _ours(metric: str, note: str, ablated: str | None = None, **options: Any) ->
     )  # fmt: skip
 
 
-def _by_parts(metric: str, ablations: Ablations) -> Package:
+def _make_by_parts(metric: str, ablations: Ablations) -> Package:
     note = "this package's algorithm in float32: the Gram of the original minus that of each cell"
     name = "plain torch, by parts"
     return Package(name, "", "torch", metric, True, note, None, ablations=ablations)
@@ -74,12 +74,12 @@ _rsatoolbox = partial(Package, "rsatoolbox", "rsatoolbox", "numpy")
 _torch_cka = partial(Package, "torch-cka", "torch-cka", "torch")
 
 PACKAGES = (
-    _ours("cka", FLOAT64, "cka"),
+    _make_ours("cka", FLOAT64, "cka"),
     _plain_torch(
         "cka", True, "float32; computes each Gram once; one pair with p < n: feature products",
         calls.plain_cka, calls.plain_cka_pairs, calls.plain_cka_ablations,
     ),
-    _by_parts("cka", calls.plain_cka_by_parts),
+    _make_by_parts("cka", calls.plain_cka_by_parts),
     Package("plain CuPy", "", "cupy", "cka", True, "float32; from Grams", calls.cupy_cka),
     _ckatorch(
         "cka", False, "float64; centres the Grams by multiplying with n x n matrices",
@@ -96,13 +96,13 @@ PACKAGES = (
         "cka", False, "as whitened cosine similarity of squared distances",
         calls.rsatoolbox("cosine_cov"), calls.rsatoolbox_pairs("cosine_cov"),
     ),
-    _ours("cka_debiased", FLOAT64, "cka_debiased", debiased=True),
+    _make_ours("cka_debiased", FLOAT64, "cka_debiased", debiased=True),
     _plain_torch(
         "cka_debiased", True, "float32; computes each Gram once",
         calls.plain_cka_debiased, calls.plain_cka_debiased_pairs,
         calls.plain_cka_debiased_ablations,
     ),
-    _by_parts("cka_debiased", calls.plain_cka_debiased_by_parts),
+    _make_by_parts("cka_debiased", calls.plain_cka_debiased_by_parts),
     Package(
         "pytorch-cka", "pytorch-cka", "torch", "cka_debiased", False,
         "float32; does not centre features; cka_from_features computes the Grams of both sides",
@@ -131,19 +131,19 @@ PACKAGES = (
         "cka_debiased", True, "from Grams", calls.shesha("cka_debiased"),
         differs="keeps the diagonal in the main term, so that it is neither biased nor debiased",
     ),
-    _ours("procrustes", FLOAT64),
+    _make_ours("procrustes", FLOAT64),
     _plain_torch("procrustes", True, "float32; svdvals of p x p", calls.plain_procrustes),
     _rsatoolbox(
         "procrustes", False, "as Bures similarity of squared distances",
         calls.rsatoolbox("bures"),
     ),
     _shesha("procrustes", True, "SVD of p x p", calls.shesha("procrustes_similarity")),
-    _ours("rsa", FLOAT64, distance="sqeuclidean", compare="pearson"),
+    _make_ours("rsa", FLOAT64, distance="sqeuclidean", compare="pearson"),
     _rsatoolbox(
         "rsa", False, "float32; squared distances; does not centre features",
         calls.rsatoolbox("corr"), calls.rsatoolbox_pairs("corr"), tolerance=1e-3,
     ),
-    _ours("cca", FLOAT64),
+    _make_ours("cca", FLOAT64),
     _sklearn("cca", True, "NIPALS, one component after the other", calls.sklearn_cca),
 )  # fmt: skip
 """Every package and metric that is compared; for each metric, this package comes first."""

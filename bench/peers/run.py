@@ -13,14 +13,14 @@ from typing import Any, cast
 
 import numpy as np
 
-from bench.common.machine import Json, environment, load, number, save
+from bench.common.machine import Json, describe_environment, load, save, to_json_number
 from bench.peers import jobs, tables
 from bench.peers.jobs import Workload
 from bench.peers.packages import PACKAGES, Package
 from bench.peers.worker import serve
 
-_ROUNDS = 5  # at most; at least two
-# By `quick`: maximum seconds of one answer, and seconds for the sample of a long loop (the budget).
+_ROUNDS = 5  # at most; slow packages get fewer
+# By `quick`: maximum seconds for one answer, and the budget: seconds for the sample of a long loop.
 _LIMITS = {True: (30.0, 0.2), False: (30.0, 2.5)}
 # Minimum length of a turn, and maximum of all turns of a package, in units of the budget.
 _TURN, _TURNS = 0.1, 4
@@ -30,19 +30,19 @@ _NEAR = 1.5
 SHARED = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
 
 
-class Failed(RuntimeError):
+class PackageError(RuntimeError):
     """A package could not do a job: it raised an error, its process died, or it took too long."""
 
 
 class PackageProcess:
-    """The worker process of a package; it is restarted after it died."""
+    """The worker process of a package, which is restarted if it dies."""
 
     def __init__(self, package: Package, device: str) -> None:
         self.package, self.device = package, device
         self.process: Any = None
 
     def ask(self, limit: float, name: str, *arguments: Any) -> Any:
-        """Return the worker's answer; raise Failed after ``limit`` seconds."""
+        """Return the worker's answer; raise PackageError after ``limit`` seconds."""
         if self.process is None:
             context = multiprocessing.get_context("spawn")
             self.connection: Connection
@@ -57,21 +57,21 @@ class PackageProcess:
             self.connection.send((name, arguments))
             if not self.connection.poll(limit):
                 self.stop()
-                raise Failed(f"took over {limit:.0f} s")
+                raise PackageError(f"took over {limit:.0f} s")
             ok, answer = self.connection.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self.process.join(10)
             code = self.process.exitcode
             self.stop()
-            raise Failed(f"its process ended with exit code {code}") from None
+            raise PackageError(f"its process ended with exit code {code}") from None
         if not ok:
-            raise Failed(answer)
+            raise PackageError(answer)
         return answer
 
     def forget(self, limit: float) -> None:
-        """Let the worker release its inputs, if it is running."""
+        """Let the worker release its inputs if it is running."""
         if self.process is not None:
-            with contextlib.suppress(Failed):
+            with contextlib.suppress(PackageError):
                 self.ask(limit, "forget")
 
     def stop(self) -> None:
@@ -84,7 +84,7 @@ class PackageProcess:
             self.process = None
 
 
-def peers(
+def compare_packages(
     out: Path | None, device: str = "cpu", quick: bool = False, job: str | None = None
 ) -> Json:
     """Compare the packages, saving the record to ``out`` after each workload; return it.
@@ -94,7 +94,7 @@ def peers(
     if job is not None and job not in jobs.JOBS:
         raise RuntimeError(f"--job {job}: expected one of {', '.join(jobs.JOBS)}")
     distributions = sorted({package.distribution for package in PACKAGES} - {""})
-    environment_facts = environment(device, tuple(distributions))
+    environment_facts = describe_environment(device, tuple(distributions))
     record: Json = {
         "finished": False,
         "quick": quick,
@@ -137,13 +137,13 @@ def _measure(
     """Yield the rows of a workload: check every package once, then time them in turns."""
     limit, budget = _LIMITS[quick]
     paths = jobs.write_inputs(workload, folder)
-    taking_part = [processes[p.key] for p in PACKAGES if _takes_part(p, workload)]
+    participants = [processes[p.key] for p in PACKAGES if _takes_part(p, workload)]
     xs = [np.load(path, mmap_mode="r") for path in paths]
     # The definitions are as slow as a slow package, so only a few comparisons are checked.
     checked = jobs.sample_comparisons(workload, min(workload.n_comparisons, 4))
     expected = {m: jobs.compute_expected(workload, xs, m, checked) for m in workload.metrics}
     rows: list[tuple[PackageProcess, Json]] = []
-    for process in taking_part:
+    for process in participants:
         package = process.package
         row: Json = {
             **workload.facts(),
@@ -159,11 +159,11 @@ def _measure(
             continue
         try:
             answer = _ask_first(process, workload, paths, limit)
-        except Failed as failure:
+        except PackageError as failure:
             row.update(status="failed", why=str(failure))
             continue
         row.update(answer.pop("how", {}))
-        row.update(_compare(workload, package, answer, expected[package.metric], checked))
+        row.update(_compute_errors(workload, package, answer, expected[package.metric], checked))
         row["memory_bytes"] = max(0, answer["memory"])
         total = workload.n_comparisons
         row["once"] = answer["seconds"] / answer["calls"] * total
@@ -185,18 +185,18 @@ def _takes_part(package: Package, workload: Workload) -> bool:
 def _ask_first(
     process: PackageProcess, workload: Workload, paths: list[Path], limit: float
 ) -> Json:
-    """Return a package's first answer; if its function for the job fails, by a loop."""
+    """Return a package's first answer, from a loop if its function for the job fails."""
     package = process.package
     try:
-        return cast(Json, process.ask(limit, "first", workload, paths))
-    except Failed as failure:
+        return cast(Json, process.ask(limit, "start", workload, paths))
+    except PackageError as failure:
         if package.pair is None or package.job_function(workload.job) is None:
             raise
-        answer: Json = process.ask(limit, "first", workload, paths, True)
+        answer: Json = process.ask(limit, "start", workload, paths, True)
         return answer | {"how": {"why": f"a loop: its function for the whole job {failure}"}}
 
 
-def _compare(
+def _compute_errors(
     workload: Workload, package: Package, answer: Json, expected: np.ndarray, checked: list[int]
 ) -> Json:
     """Return the errors of similarities and distances, and a status if they are too large."""
@@ -209,10 +209,10 @@ def _compare(
         got = np.array([values[indices.index(k)] for k in common])
         want = np.array([expected[checked.index(k)] for k in common])
     error = float(np.max(np.abs(got - want) / np.abs(want)))
-    facts: Json = {"error": number(error)}
+    facts: Json = {"error": to_json_number(error)}
     if workload.job == "ablations":
         distances = np.maximum(np.abs(1 - want), 1e-300)
-        facts["distance_error"] = number(float(np.max(np.abs(got - want) / distances)))
+        facts["distance_error"] = to_json_number(float(np.max(np.abs(got - want) / distances)))
     if not error <= package.tolerance:
         facts["status"] = "differs" if package.differs else "wrong"
         facts["why"] = package.differs or f"off by {error:.1e}"
@@ -248,9 +248,9 @@ def _time_in_turns(rows: list[tuple[PackageProcess, Json]], limit: float, budget
                 continue
             try:
                 seconds = process.ask(
-                    max(limit, 3 * row["once"]), "time", row["calls"], _TURN * budget
+                    max(limit, 3 * row["once"]), "time_calls", row["calls"], _TURN * budget
                 )
                 row["seconds"].append(seconds)
                 spent[i] += seconds
-            except Failed as failure:
+            except PackageError as failure:
                 row.update(status="failed", why=str(failure))

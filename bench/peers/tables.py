@@ -9,12 +9,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from bench.common.machine import Json, seconds
+from bench.common.machine import Json, format_seconds
 from bench.peers.packages import PACKAGES
 
 OURS = "repsim_kernels"
 _TOO_LONG = "took over "
-_DISPLAYED = {"differs": "different definition"}  # text for a status, where the status is unclear
+_DISPLAYED = {"differs": "different definition"}  # clearer text for a status
 _COLOURS = {
     OURS: "#c1272d",
     "plain torch": "#0072b2",
@@ -28,7 +28,7 @@ _COLOURS = {
 }
 
 
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+def format_markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
     """Format a Markdown table whose first ``left`` columns are aligned left, the others right."""
     rule = [*["---"] * left, *["--:"] * (len(head) - left)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
@@ -51,7 +51,7 @@ def tabulate_ablations(record: Json, metric: str) -> str:
         cells = [_format_memory(package_rows[-1]), _format_error(package_rows[-1])]
         table.append([_format_name(record, package_rows[-1]), *times, *cells])
     head = ["", *(f"C = {c:,}" for c in counts), f"memory, C = {counts[-1]:,}", "error"]
-    return markdown_table(head, table)
+    return format_markdown_table(head, table)
 
 
 def tabulate_pairs(record: Json, metric: str) -> str:
@@ -62,7 +62,7 @@ def tabulate_pairs(record: Json, metric: str) -> str:
     for row in rows:
         facts = [_format_time(row, ours), _format_memory(row), _format_error(row)]
         table.append([_format_name(record, row), *facts, _describe_method(record, row)])
-    return markdown_table(["", "time", "memory", "error", "method"], table)
+    return format_markdown_table(["", "time", "memory", "error", "method"], table)
 
 
 def rank_others(record: Json, metric: str, **facts: Any) -> list[Json]:
@@ -73,9 +73,9 @@ def rank_others(record: Json, metric: str, **facts: Any) -> list[Json]:
     rows = [
         row
         for row in select_rows(record, metric=metric, **facts)
-        if row["package"] != OURS and row["status"] in ("ok", "wrong") and job_seconds(row)
+        if row["package"] != OURS and row["status"] in ("ok", "wrong") and compute_job_seconds(row)
     ]
-    return sorted(rows, key=lambda row: job_seconds(row) or 0.0)
+    return sorted(rows, key=lambda row: compute_job_seconds(row) or 0.0)
 
 
 def tabulate_one_pair(record: Json, metric: str) -> str:
@@ -90,7 +90,7 @@ def tabulate_one_pair(record: Json, metric: str) -> str:
         *("n x p", "this package", "fastest that centres", "ratio"),
         *("fastest of all", "ratio", "memory"),
     ]
-    return markdown_table(head, table)
+    return format_markdown_table(head, table)
 
 
 def tabulate_failures(record: Json) -> str:
@@ -102,20 +102,20 @@ def tabulate_failures(record: Json) -> str:
             key = (row["package"], row["metric"], f"{status}{row['why']}")
             shapes.setdefault(key, []).append(_format_shape(row))
     rows = [[*key, "; ".join(sizes)] for key, sizes in shapes.items()]
-    return markdown_table(["package", "metric", "outcome", "sizes"], rows, left=4)
+    return format_markdown_table(["package", "metric", "outcome", "sizes"], rows, left=4)
 
 
 def tabulate_all_rows(record: Json) -> str:
     """Tabulate every row that was run."""
     head = ["job", "size", "metric", "package", "median", "range", "timed", "memory", "error"]
     rows = [row for row in record["rows"] if row["status"] != "not run"]
-    return markdown_table(head, [format_row(record, row) for row in rows], left=4)
+    return format_markdown_table(head, [format_row(record, row) for row in rows], left=4)
 
 
 def format_row(record: Json, row: Json) -> list[str]:
     """Format one row for the table of all rows."""
     times = sorted(s / row["calls"] * row["of"] for s in row.get("seconds", []))
-    spread = f"{seconds(times[0])} to {seconds(times[-1])}" if times[1:] else "once"
+    spread = f"{format_seconds(times[0])} to {format_seconds(times[-1])}" if times[1:] else "once"
     calls = row.get("calls", row["of"])
     sampled = f"{calls} of {row['of']:,}" if calls < row["of"] else ""
     job = [row["job"], _format_shape(row), row["metric"], _format_name(record, row)]
@@ -128,7 +128,7 @@ def tabulate_methods(record: Json) -> str:
     notes = record["packages"] | {
         package.key: package.note for package in PACKAGES if package.key in record["packages"]
     }
-    return markdown_table(["package: metric", "method"], notes.items(), left=2)
+    return format_markdown_table(["package: metric", "method"], notes.items(), left=2)
 
 
 def _format_shape(row: Json) -> str:
@@ -146,7 +146,7 @@ def _format_status(row: Json) -> str:
     return _DISPLAYED.get(row["status"], str(row["status"]))
 
 
-def job_seconds(row: Json) -> float | None:
+def compute_job_seconds(row: Json) -> float | None:
     """Return the median seconds of the whole job; None if the package failed at any point."""
     if row["status"] == "failed" or not row.get("seconds"):
         return None
@@ -154,11 +154,11 @@ def job_seconds(row: Json) -> float | None:
 
 
 def _format_time(row: Json, ours: Json) -> str:
-    duration, base = job_seconds(row), job_seconds(ours)
+    duration, base = compute_job_seconds(row), compute_job_seconds(ours)
     if duration is None:
         why = str(row["why"])
         return why.replace(_TOO_LONG, "> ", 1) if why.startswith(_TOO_LONG) else str(row["status"])
-    text = seconds(duration) + ("" if row["calls"] == row["of"] else " *")
+    text = format_seconds(duration) + ("" if row["calls"] == row["of"] else " *")
     return text if row is ours or base is None else f"{text} ({format_ratio(duration / base)})"
 
 
@@ -168,12 +168,12 @@ def format_ratio(value: float) -> str:
 
 def _format_fastest(record: Json, row: Json, others: list[Json]) -> tuple[str, str]:
     """Return the name and time of the fastest other package, and its time divided by ours."""
-    ours = job_seconds(row)
+    ours = compute_job_seconds(row)
     if not others or ours is None:
         return "none", ""
-    first, other = others[0], job_seconds(others[0]) or 0.0
+    first, other = others[0], compute_job_seconds(others[0]) or 0.0
     wrong = f" ({first['why']})" if first["status"] == "wrong" else ""
-    return f"{_format_name(record, first)}, {seconds(other)}{wrong}", f"{other / ours:.2f}"
+    return f"{_format_name(record, first)}, {format_seconds(other)}{wrong}", f"{other / ours:.2f}"
 
 
 def _format_memory(row: Json) -> str:
@@ -222,7 +222,7 @@ def _draw_curves(axes: Any, record: Json, rows: list[Json], x_of: Callable[[Json
     text: Any = {"textcoords": "offset points", "va": "center"}
     for name in dict.fromkeys(row["package"] for row in rows):
         package_rows = [row for row in rows if row["package"] == name]
-        points = [(x_of(row), t, row) for row in package_rows if (t := job_seconds(row))]
+        points = [(x_of(row), t, row) for row in package_rows if (t := compute_job_seconds(row))]
         label, colour = _format_name(record, package_rows[0]), _COLOURS.get(name, "#555555")
         crosses += [(x_of(row), label, colour) for row in package_rows if row["status"] == "failed"]
         if not points:

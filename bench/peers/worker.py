@@ -19,7 +19,7 @@ import torch
 from bench.peers.jobs import Workload, list_pairs, sample_comparisons
 from bench.peers.packages import PACKAGES, Package
 
-_SHARE = 0.8  # of the machine's memory; allocations beyond it fail
+_MEMORY_SHARE = 0.8  # of the machine's memory; allocations beyond this share fail
 
 
 def serve(key: str, device: str, connection: Connection) -> None:
@@ -68,7 +68,7 @@ class Worker:
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
-    def first(self, workload: Workload, paths: list[Path], by_loop: bool = False) -> dict[str, Any]:
+    def start(self, workload: Workload, paths: list[Path], by_loop: bool = False) -> dict[str, Any]:
         """Load the inputs, make the first comparisons, and return values, seconds and memory."""
         self.forget()
         self.workload = workload
@@ -82,20 +82,20 @@ class Worker:
         calls = total if self.job_function else min(total, 2)
         before = self._start_memory()
         start = time.perf_counter()
-        values = self._values(calls)
+        values = self._compute_values(calls)
         seconds = time.perf_counter() - start
-        memory = self._peak_memory() - before
+        memory = self._read_peak_memory() - before
         return {"values": values, "calls": calls, "seconds": seconds, "memory": memory}
 
-    def time(self, calls: int, least: float) -> float:
-        """Return the median seconds of ``calls`` comparisons, repeated for at least ``least`` s.
+    def time_calls(self, calls: int, min_seconds: float) -> float:
+        """Return the median seconds of ``calls`` comparisons, repeated for ``min_seconds`` or more.
 
-        One comparison before that is not timed: caches and pages belonged to other processes.
+        The comparison before them is not timed, since caches and pages belonged to other processes.
         """
         self._compute(1)
         self._synchronize()
         times: list[float] = []
-        end = time.perf_counter() + least
+        end = time.perf_counter() + min_seconds
         while not times or time.perf_counter() < end:
             start = time.perf_counter()
             self._compute(calls)
@@ -123,7 +123,7 @@ class Worker:
         x = self.xs[0]
         return [pair(x, x * (self.labels != k)) for k in which]
 
-    def _values(self, calls: int) -> np.ndarray:
+    def _compute_values(self, calls: int) -> np.ndarray:
         """Return the similarities of all comparisons, or of a sample."""
         results = self._compute(calls)
         self._synchronize()
@@ -150,18 +150,18 @@ class Worker:
             torch.cuda.reset_peak_memory_stats()
             if self.package.kind == "cupy":
                 importlib.import_module("cupy").get_default_memory_pool().free_all_blocks()
-            return torch.cuda.memory_allocated() + _cupy_bytes(self.package)
+            return torch.cuda.memory_allocated() + _count_cupy_bytes(self.package)
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         return _read_status("VmRSS")
 
-    def _peak_memory(self) -> int:
+    def _read_peak_memory(self) -> int:
         if self.device == "cuda":
-            return torch.cuda.max_memory_allocated() + _cupy_bytes(self.package)
+            return torch.cuda.max_memory_allocated() + _count_cupy_bytes(self.package)
         return _read_status("VmHWM")
 
 
-def _cupy_bytes(package: Package) -> int:
+def _count_cupy_bytes(package: Package) -> int:
     """Return the size of CuPy's memory pool, its peak because the pool keeps freed blocks."""
     if package.kind != "cupy":
         return 0
@@ -177,7 +177,7 @@ def _read_status(name: str) -> int:
 
 
 def _limit_memory() -> None:
-    """Make allocations fail before the system kills a process that takes too much memory."""
+    """Make allocations fail before the system kills a process that uses too much memory."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _read_status("VmSize") + int(_SHARE * physical)
+    limit = _read_status("VmSize") + int(_MEMORY_SHARE * physical)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -21,14 +21,14 @@ CLOCK = 132 * 1.7e9  # cycles per second of all multiprocessors together
 def describe_fits() -> str:
     """Return the section of MODEL.md on logistic regressions."""
 
-    def seconds(count: float, cycles: float, steps: float = NEWTON) -> float:
+    def count_seconds(count: float, cycles: float, steps: float = NEWTON) -> float:
         return count * 1e3 * (cycles * steps + SETUP) / CLOCK
 
     total = sum(CYCLES.values())
     overlapped = total - CYCLES["reading"]
-    low, high = seconds(FITS, overlapped), seconds(FITS, total)
-    low_40, high_40 = seconds(40e6, overlapped), seconds(40e6, total)
-    warm = seconds(FITS, overlapped, (NEWTON + 16 * 3) / 17)
+    low, high = count_seconds(FITS, overlapped), count_seconds(FITS, total)
+    low_40, high_40 = count_seconds(40e6, overlapped), count_seconds(40e6, total)
+    warm = count_seconds(FITS, overlapped, (NEWTON + 16 * 3) / 17)
     return f"""\
 ## The study's logistic regressions
 

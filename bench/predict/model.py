@@ -63,7 +63,7 @@ _KERNEL: list[tuple[str, str, Callable[[CompiledKernel], str]]] = [
 ]
 
 
-def page() -> str:
+def render_page() -> str:
     """Return the page as Markdown, with one table per module and one row per case."""
     titles, alignments = zip(*((t, a) for t, a, _ in [*_CASE, *_KERNEL]), strict=True)
     head = _HEAD.format(triton=triton.__version__, torch=torch.__version__.partition("+")[0])

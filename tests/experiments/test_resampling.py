@@ -120,7 +120,9 @@ def test_bootstrap_of_few_classes_matches_all_resamples():
     sums = np.array([0.3, 0.5, -0.6, 1.1])
     resamples = np.array(list(itertools.product(range(4), repeat=4)))
     means = sums[resamples].sum(1) / counts[resamples].sum(1)
-    _, low, high = coverage.bootstrap(sums[None], counts[None], 0, level=0.5, resamples=200_000)
+    _, low, high = coverage.compute_bootstrap(
+        sums[None], counts[None], 0, level=0.5, resamples=200_000
+    )
     np.testing.assert_allclose([low[0], high[0]], np.quantile(means, [0.25, 0.75]), atol=0.01)
 
 
@@ -171,7 +173,7 @@ def test_holm_equals_statsmodels_and_ignores_nan():
 
 
 def test_simulated_coverage_size_and_power_are_plausible():
-    rows = {row.name: row for row in coverage.rows(200, coverage.truth(2_000))}
+    rows = {row.name: row for row in coverage.compute_rows(200, coverage.compute_truth(2_000))}
     assert 0.9 < rows["coverage, jackknife-t"].share < 0.99
     assert 0.8 < rows["coverage, bootstrap of classes"].share < 0.96
     assert rows["size, permutation test"].share < 0.1
@@ -181,9 +183,9 @@ def test_simulated_coverage_size_and_power_are_plausible():
 
 
 def test_coverage_page_has_a_line_for_each_row(monkeypatch):
-    monkeypatch.setattr(coverage, "truth", lambda: 0.3172)
-    page = coverage.page(studies=40)
+    monkeypatch.setattr(coverage, "compute_truth", lambda: 0.3172)
+    page = coverage.render_page(studies=40)
     assert "40 studies of 10 classes" in page
     assert "seed 20241125: 0.3172." in page
-    for row in coverage.rows(40, 0.3172):
+    for row in coverage.compute_rows(40, 0.3172):
         assert f"| {row.name} | {100 * row.share:.1f} | {100 * row.error:.1f} |" in page
