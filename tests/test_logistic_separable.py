@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import repsim_kernels as rk
 
 
-def find_optimum(x, y, C):
+def optimum(x, y, C):
     """Return coefficients and intercept from Newton's method in 80 digits."""
     with mpmath.workdps(80):
         a = mpmath.matrix(np.column_stack([x, np.ones(len(x))]).tolist())
@@ -46,7 +46,7 @@ def find_optimum(x, y, C):
 @pytest.mark.parametrize("C", [1e12, 1e16, 1e20, 1e40, 1e100, 1e300])
 @settings(max_examples=8)
 @given(SEEDS, st.integers(1, 3), st.booleans())
-def test_fits_to_separable_classes_are_optimal_or_not_converged(backend, C, seed, d, duplicate):
+def test_separable_classes_with_a_vanishing_penalty(backend, C, seed, d, duplicate):
     """A fit is optimal or its ``converged`` is False; no solver error is raised."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((8, d))
@@ -57,7 +57,7 @@ def test_fits_to_separable_classes_are_optimal_or_not_converged(backend, C, seed
     fit = rk.logistic_fits(x, y, [list(range(x.shape[1]))], C=C, backend=backend)
     assert all(np.isfinite(values).all() for values in fit.values())
     if fit["converged"][0]:
-        *coef, intercept = find_optimum(x, y, C)
+        *coef, intercept = optimum(x, y, C)
         np.testing.assert_allclose(fit["coef"][0], coef, rtol=0, atol=1e-6 * np.abs(coef).max())
         assert fit["intercept"][0] == pytest.approx(intercept, rel=1e-6, abs=1e-6)
     else:
