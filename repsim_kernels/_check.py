@@ -236,17 +236,16 @@ def check_representations(
 
     When `ys` are checked, `like` is ``xs[0]``, whose stimuli and source they must share.
     """
+    kind, expected = type(xs).__name__, "expected a list of arrays (n, p_i)"
     if isinstance(xs, Mapping):
-        raise ShapeError(
-            f"{name}: {type(xs).__name__}; expected a list of arrays (n, p_i): pass "
-            f"list({name}.values())"
-        )
+        raise ShapeError(f"{name}: {kind}; {expected}: pass list({name}.values())")
+    if isinstance(xs, str) or getattr(xs, "ndim", 3) == 2:
+        value = repr(xs) if isinstance(xs, str) else f"an array of shape {tuple(xs.shape)}"
+        raise ShapeError(f"{name}: {value}; {expected}")
     try:
         items = list(xs)
     except Exception:  # RuntimeError for tensors without rows; a user's class may raise anything
-        raise ShapeError(
-            f"{name}: {type(xs).__name__}; expected a list of arrays (n, p_i)"
-        ) from None
+        raise ShapeError(f"{name}: {kind}; {expected}") from None
     if not items:
         raise ShapeError(f"{name}: an empty list; expected at least one array (n, p)")
     options: dict[str, Any] = {
@@ -299,7 +298,7 @@ def check_cells(
         if values.shape[1] != p:
             raise CellError(
                 f"cells: a membership of shape {values.shape}; expected (C, {p}), a column for "
-                "each neuron of x"
+                "each neuron"
             )
         if n_cells is not None and n_cells != len(values):
             raise CellError(
@@ -311,7 +310,7 @@ def check_cells(
         partitions = f", or partitions as integers (T, {p})" if allow_partitions else ""
         raise CellError(
             f"cells: shape {values.shape}, dtype {values.dtype}; expected integer labels ({p},), "
-            f"one for each neuron of x, or a boolean membership (C, {p}){partitions}"
+            f"one for each neuron, or a boolean membership (C, {p}){partitions}"
         )
     if values.dtype.kind == "b":
         raise CellError(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import repsim_kernels as rk
 from repsim_kernels import forward
+from repsim_kernels._metrics import METRICS
 
 # More than two dimensions
 
@@ -142,7 +143,7 @@ def test_activations_of_a_trainable_model_are_accepted():
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_pairwise_refuses_anything_but_lists_of_arrays():
     nested = torch.nested.nested_tensor([torch.ones(3, 2), torch.ones(3, 4)])
-    for xs in (3, None, nested):
+    for xs in (3, None, nested, "cka", np.ones((4, 3)), torch.ones(4, 3)):
         with pytest.raises(rk.ShapeError, match=r"xs: .*; expected a list of arrays"):
             rk.pairwise(xs)
 
@@ -152,3 +153,7 @@ def test_a_target_of_none_is_refused_and_no_metrics_are_allowed():
     with pytest.raises(rk.LabelError, match="target: None; expected an integer label"):
         rk.selectivity_grid(x, [0, 1] * 3, None)
     assert rk.ablation_distances(x, [0, 0, 1, 1], metrics=[]) == {}
+
+
+def test_every_metric_of_pairs_is_tried_with_wrong_input():
+    assert set(PAIRS) == {metric.name for metric in METRICS if metric.pairwise}

@@ -136,6 +136,13 @@ def test_the_table_of_similarities_and_distances_matches_the_registry():
         assert ablation.startswith("—") != metric.ablation, name
 
 
+def test_every_metric_is_defined():
+    text = METRICS_PAGE.read_text(encoding="utf-8")
+    table = text.partition("## Definitions")[2].partition("\n## ")[0]
+    defined = set(re.findall(r"^\| `(\w+)", table, re.MULTILINE))
+    assert defined == {metric.name for metric in METRICS if metric.pairwise}
+
+
 def test_the_readme_is_short():
     text = README.read_text(encoding="utf-8")
     assert len(text.splitlines()) < 160

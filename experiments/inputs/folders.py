@@ -108,7 +108,9 @@ def find_class_outputs(root: Path, skipped: Counter[str]) -> dict[str, int]:
         one is not, two are equal, or one is larger than any network's number of outputs.
     """
     if not root.is_dir():
-        raise DataError(f"images: there is no directory {root}")
+        raise DataError(
+            f"images: there is no folder {root}; expected one with a sub-folder for each class"
+        )
     folders, files = list_folder(root, skipped)
     if n_outside := sum(map(is_image, files)):
         skipped["outside the classes' folders"] += n_outside

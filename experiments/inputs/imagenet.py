@@ -130,7 +130,7 @@ def load_validation(
     root = Path(path)
     chosen = _select_outputs(classes, images_per_class)
     if not root.is_dir():
-        raise DataError(f"images: there is no directory {root}")
+        raise DataError(f"images: there is no folder {root}; expected ImageNet's validation images")
     skipped = Counter[str]()
     folders, plain_files = list_folder(root, skipped)
     flat_files = [file for file in plain_files if _FLAT_NAME.fullmatch(file.name)]

@@ -123,10 +123,11 @@ def check_pairs(images: Tensor, labels: Tensor) -> None:
     """Check that there is at least one image, and a label for each."""
     if labels.ndim != 1:
         raise StudyError(f"labels: shape {tuple(labels.shape)}; expected integers of shape (n,)")
-    if images.ndim < 2 or len(images) != len(labels):
+    if images.ndim < 2:
+        raise StudyError(f"images: shape {tuple(images.shape)}; expected (n, ...)")
+    if len(images) != len(labels):
         raise StudyError(
-            f"images: shape {tuple(images.shape)} for {len(labels)} labels; "
-            "expected (n, ...), an image for each label"
+            f"labels: {len(labels)} for {len(images)} images; expected one label for each image"
         )
     if not len(images):
         raise StudyError("images: empty; expected two or more of each class")
@@ -226,5 +227,8 @@ def check_device(model: nn.Module, device: Any) -> torch.device:
         probe = torch.empty(1, device=device)
         probe.cpu()  # fails for "meta", which has no values
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise StudyError(f"device: {device} can't be used here ({first_line(error)})") from error
+        reason = first_line(error).partition(" device type at start")[0]
+        raise StudyError(
+            f"device: {device} can't be used here ({reason}); expected cpu, cuda or cuda:N"
+        ) from error
     return probe.device  # including its index

@@ -129,7 +129,7 @@ class Study:
     >>> study = Study(model, ["2"], images, labels, grid=(2, 2), metrics=["cka"], device="cpu")
     >>> study  # doctest: +NORMALIZE_WHITESPACE
     Study(model=Sequential, name='Sequential', layers=['2'], images=(20, 3, 2, 2), classes=2,
-          targets=2, grid=(2, 2), metrics=['cka'], probes=['ridge'], device='cpu')
+          targets=[0, 1], grid=(2, 2), metrics=['cka'], probes=['ridge'], device='cpu')
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class Study:
             "layers": _list_names(self.layers),
             "images": tuple(self.images.shape),
             "classes": len(self.unique_labels),
-            "targets": len(self.targets),
+            "targets": self.targets if len(self.targets) <= 4 else f"{len(self.targets)} classes",
             "metric_images": self.metric_images,
             "others": self.others,
             "grid": self.grid,

@@ -27,10 +27,10 @@ def resolve_layers(model: nn.Module, layer: str | Sequence[str]) -> tuple[str, .
     for name in names:
         if name not in modules:
             nested = [known for known in modules if known.endswith(f".{name}")]
-            similar = ", ".join(nested[:3] or difflib.get_close_matches(name, modules))
+            similar = nested or difflib.get_close_matches(name, modules) or [*modules][1:]
             raise LayerError(
-                f"layer: the model has no module {_options.short_repr(name)}; "
-                f"expected one of {similar or 'model.named_modules()'}"
+                f"layer: the model has no module {_options.short_repr(name)}; expected a name from "
+                f"model.named_modules(), such as {', '.join(map(repr, similar[:3]))}"
             )
         _check_not_scripted(modules, name)
     return tuple(dict.fromkeys(names))

@@ -83,7 +83,7 @@ def ablation_decodability(
         ``"refit"``, (…, C): the probe is fitted on the ablated representation, which shows what
         information remains; NaN for a cell of all neurons. ``"frozen"``, (…, C): the probe is
         fitted on the original without a fold, and applied to the stimuli of that fold with the
-        cell's activations set to zero, which shows what a fixed reader loses. ``"intact"``: the
+        cell's activations set to zero, which shows what a fixed probe loses. ``"intact"``: the
         score without ablation, a float, or (…) for a batch. With ridge="gcv" also ``"ridge"``, a
         float, or (…) for a batch. With a sequence of targets (…, T, C) and, for "intact", (…, T).
         With a sequence of scores a dict of these by score. Accuracies are in [0, 1], "r2" is at

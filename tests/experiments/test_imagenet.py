@@ -159,7 +159,7 @@ def test_incomplete_directories_raise(tmp_path):
         load_validation(tmp_path, [JUNCO, SNAIL, TENCH], TRANSFORM)
     with pytest.raises(DataError, match=r"tench \(.* and 988 more; expected"):
         load_validation(tmp_path, range(1000), TRANSFORM)
-    with pytest.raises(DataError, match="there is no directory"):
+    with pytest.raises(DataError, match="there is no folder"):
         load_validation(tmp_path / "none", [SNAIL], TRANSFORM)
     with pytest.raises(DataError, match="classes: empty"):
         load_validation(tmp_path, [], TRANSFORM)

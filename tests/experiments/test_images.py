@@ -259,7 +259,7 @@ def test_enlarged_images_are_counted(folder):
 
 
 def test_incomplete_folders_raise(folder, tmp_path):
-    with pytest.raises(DataError, match=r"there is no directory .*none"):
+    with pytest.raises(DataError, match=r"there is no folder .*none"):
         load_image_folder(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="has no sub-directories"):

@@ -127,7 +127,7 @@ WITHOUT = ["--images", "random"]
         ([*RANDOM, *CUT, "--memory", "1MiB"], f"or more, to hold layer {LATE[0]!r} of {NAME}"),
         (
             [*NARROW, "--weights", "random", "--images", "nowhere"],
-            "images: there is no directory nowhere",
+            "images: there is no folder nowhere",
         ),
     ],
 )

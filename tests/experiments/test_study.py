@@ -179,7 +179,7 @@ def test_progress_counts_the_units() -> None:
 def test_repr_summarises_the_study_in_one_line() -> None:
     assert repr(toy_study(metrics=["cka", "pwcca"])) == (
         "Study(model=Toy, name='toy', layers=['act1', 'act2'], images=(15, 3, 8, 8), classes=3, "
-        "targets=3, grid=(4, 4), metrics=['cka', 'pwcca'], probes=['ridge'], device='cpu')"
+        "targets=[0, 1, 2], grid=(4, 4), metrics=['cka', 'pwcca'], probes=['ridge'], device='cpu')"
     )
     layers = ["conv1", "act1", "conv2", "act2", "fc"]
     study = toy_study(
@@ -188,7 +188,7 @@ def test_repr_summarises_the_study_in_one_line() -> None:
     text = repr(study)
     assert "\n" not in text
     assert "layers=[5: 'conv1', …, 'fc']" in text
-    assert "targets=1, metric_images=4, others=1, grid=(1, 2), cells='random', metrics=[" in text
+    assert "targets=[0], metric_images=4, others=1, grid=(1, 2), cells='random', metrics=[" in text
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_examples_in_docstrings_run(module: str) -> None:
         ({"penalty": float("nan")}, "penalty: nan; expected a finite number"),
         ({"metric_images": 1}, "metric_images: 1; expected a whole number of at least 2"),
         ({"labels": torch.zeros(15)}, "labels: dtype float32; expected integers"),
-        ({"labels": [0, 1]}, r"images: shape \(15, 3, 8, 8\) for 2 labels"),
+        ({"labels": [0, 1]}, r"labels: 2 for 15 images; expected one label for each"),
         ({"labels": ["a"] * 15}, "labels: dtype <U1; expected integers"),
         ({"labels": torch.zeros(15, dtype=torch.long)}, "labels: all are 0"),
         ({"labels": torch.arange(15) % 3 - 1}, "labels: -1; expected output indices"),
