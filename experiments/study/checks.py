@@ -161,6 +161,15 @@ def check_classes(
         raise StudyError(f"labels: all are {labels[0]}; expected two classes or more")
 
 
+def explain_rejection(images: Tensor, model: nn.Module, name: str, error: Exception) -> str:
+    """Say which images a network can't take; name the dtype of its weights if that differs."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
+    shape, kind = tuple(images.shape[1:]), _arrays.dtype_name(images)
+    hint = "" if images.dtype == dtype else f"; its weights are {dtype}: pass images.to({dtype})"
+    reason = first_line(error)
+    return f"images: {name} can't take one of shape {shape}, dtype {kind} ({reason}){hint}"
+
+
 def check_logits(logits: Any, model: str, largest: int) -> None:
     """Check that a model's output is logits with an entry for each label."""
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:

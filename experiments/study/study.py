@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from repsim_kernels import _arrays, _options, experiments
+from repsim_kernels import _options, experiments
 from repsim_kernels.experiments.columns import METRICS, PROBES
 from repsim_kernels.experiments.errors import StudyError
 from repsim_kernels.experiments.study import checks as check
@@ -32,7 +32,6 @@ from repsim_kernels.experiments.study.precision import set_tf32
 from repsim_kernels.experiments.study.units import Unit, units_of
 from repsim_kernels.forward import AblatedForward, Cost
 from repsim_kernels.forward.memory import resolve_budget
-from repsim_kernels.forward.trace import first_line
 
 # PyTorch's switches belong to the process, and several studies may share a network, so only one
 # study computes at any moment.
@@ -375,10 +374,8 @@ class Study:
                 self.model, self.layers, self.images[:1].to(self.device)
             )
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            form = f"shape {tuple(self.images.shape[1:])}, dtype {_arrays.dtype_name(self.images)}"
-            raise StudyError(
-                f"images: {self.name} can't take one of {form} ({first_line(error)})"
-            ) from error
+            message = check.explain_rejection(self.images, self.model, self.name, error)
+            raise StudyError(message) from error
         self._pass_changes_values = fingerprint(self.model) != self._identity.weights
         for layer in self.layers:
             neurons = self.sizes[layer].neurons if layer in self.sizes else 0

@@ -230,6 +230,10 @@ def test_examples_in_docstrings_run(module: str) -> None:
         ({"classes": ["a", "a", "b"]}, "classes: two targets share a name"),
         ({"images": torch.zeros(15, 3, 9, 9)}, r"images: toy can't take one of shape \(3, 9, 9\)"),
         (
+            {"images": torch.zeros(15, 3, 8, 8, dtype=torch.float64)},
+            r"dtype float64 .*; its weights are torch.float32: pass images.to\(torch.float32\)$",
+        ),
+        (
             {"model": nn.Sequential(nn.Tanh()), "layers": ["0"]},
             "model: .*; expected logits",
         ),
