@@ -47,7 +47,9 @@ def check_choices(values: Any, name: str, choices: tuple[str, ...]) -> tuple[str
     """Check a sequence of names, each one of the choices; return it without duplicates."""
     names = None if isinstance(values, str) else to_tuple(values)
     if names is None:
-        raise OptionError(f"{name}: {short_repr(values)}; expected a sequence of names")
+        raise OptionError(
+            f"{name}: {short_repr(values)}; expected a sequence of names, such as [{choices[0]!r}]"
+        )
     return tuple(dict.fromkeys(check_choice(value, name, choices) for value in names))
 
 

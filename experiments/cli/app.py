@@ -27,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # fills paragraphs
     help="Test whether representation metrics track the function that ablated networks lose.",
 )
 app.command()(sweep)
