@@ -11,7 +11,7 @@ HUGE = 10**12
 
 
 def run_hooked(model, layer, images, mask=None):
-    """The model's output with the units of a mask (p,) zero in a clone of the layer's output."""
+    """The model's output with the neurons of a mask (p,) zero in a clone of the layer's output."""
 
     def hook(_module, _inputs, out):
         return out.clone() if mask is None else out.clone().masked_fill_(mask.view(out[0].shape), 0)
@@ -41,7 +41,7 @@ def run_plain(model, images):
 
 
 def make_labels(state, n_cells):
-    """Random labels of a state's units, -1 included."""
+    """Random labels of a state's neurons, -1 included."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(-1, n_cells, (state.activation[0].numel(),), generator=generator).to(
         state.activation.device

@@ -22,7 +22,7 @@ def adds_a_skip(m, x):
 
 
 def build_network(name):
-    """A network with live units: batch norms fitted to noise, with random scales and shifts."""
+    """A network with live neurons: batch norms fitted to noise, with random scales and shifts."""
     torch.manual_seed(0)
     model = models.build(name)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -217,7 +217,7 @@ def test_repeated_tensor_keeps_its_memory_order(order):
 
 @pytest.fixture
 def small_cut():
-    """A cut with 20 units, 8 of them dead, its state, and a list of the rows of each tail pass."""
+    """A cut with 20 neurons, 8 of them dead, its state, and the rows of each tail pass."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 10), nn.Tanh()).eval()
     with torch.no_grad():

@@ -126,7 +126,7 @@ def test_linear_layer_is_one_product(products, monkeypatch, dtype, middle, block
     images[:, 20:] = 0
     forward = AblatedForward(model, "0")
     state = forward.prefix(images)
-    # Cell 3 is empty, cell 5 is dead, and unit 0 is in no cell.
+    # Cell 3 is empty, cell 5 is dead, and neuron 0 is in no cell.
     labels = torch.tensor([-1, *[0, 1, 2, 4, 6] * 3, 0, 0, 0, 0, 5, 5, 5, 5])
     want = forward.logits(state, labels, 7, batch=1)
     assert products == []

@@ -1,4 +1,4 @@
-"""Networks with tensors that are not dense, layers without units, and mixed dtypes."""
+"""Networks with tensors that are not dense, layers without neurons, and mixed dtypes."""
 
 import itertools
 
@@ -116,7 +116,7 @@ def test_layers_without_units_are_refused():
     for sizes, layer in (((6, 0, 3), "0"), ((6, 4, 0), "1")):
         parts = [nn.Linear(p, q) for p, q in itertools.pairwise(sizes)]
         model = nn.Sequential(*parts).eval()
-        with pytest.raises(LayerError, match=f"layer: '{layer}' has no units, shape"):
+        with pytest.raises(LayerError, match=f"layer: '{layer}' has no neurons, shape"):
             AblatedForward(model, layer).prefix(torch.randn(5, 6))
 
 

@@ -26,7 +26,7 @@ def perturb_fast_path(monkeypatch):
 
 
 class Encoder(nn.Module):
-    """An encoder between linear layers; the first `dead` units of its first linear1 are zero."""
+    """An encoder between linear layers; the first `dead` neurons of its first linear1 are zero."""
 
     def __init__(self, layer=nn.TransformerEncoderLayer, stack=nn.TransformerEncoder, dead=0):
         super().__init__()
@@ -115,7 +115,7 @@ def test_study_finds_no_change_for_dead_units():
     changes = rows[[name for name in rows if "probability" in name or "rank" in name]]
     state = AblatedForward(model, layer).prefix(images)
     assert ((state.activation != 0).sum((0, 1)) > 0).sum() == 24
-    # 40 of 64 units are zero, so four of eight cells have only zeros.
+    # 40 of 64 neurons are zero, so four of eight cells have only zeros.
     assert (changes == 0).all(axis=1).groupby(rows["class"]).sum().tolist() == [4, 4]
 
 

@@ -1,4 +1,4 @@
-"""Run a network with cells of a layer's units ablated, without rerunning it up to the layer."""
+"""Run a network with cells of a layer's neurons ablated, without rerunning it up to the layer."""
 
 from repsim_kernels.forward.cost import Cost
 from repsim_kernels.forward.engine import AblatedForward

@@ -295,9 +295,9 @@ def check_batch(value: Any, images: Tensor, what: str) -> Tensor:
 
 
 def check_units(value: Any, images: Tensor, layer: str) -> Tensor:
-    """Check that a layer's output is a tensor (n, …) with at least one unit."""
+    """Check that a layer's output is a tensor (n, …) with at least one neuron."""
     out = check_batch(value, images, f"layer: {layer!r}")
     if not out.numel():
         shape = tuple(out.shape)
-        raise LayerError(f"layer: {layer!r} has no units, shape {shape}; expected at least one")
+        raise LayerError(f"layer: {layer!r} has no neurons, shape {shape}; expected at least one")
     return out

@@ -1,4 +1,4 @@
-"""`AblatedForward`: the output of a network with cells of a layer's units set to zero."""
+"""`AblatedForward`: the output of a network with cells of a layer's neurons set to zero."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from repsim_kernels.forward.trace import Trace, keep_attributes
 
 
 class AblatedForward:
-    """The output of a network with cells of a layer's units set to zero.
+    """The output of a network with cells of a layer's neurons set to zero.
 
     The network up to the layer runs once for all cells; only the rest runs for each cell.
 
@@ -121,7 +121,7 @@ class AblatedForward:
         LayerError
             The model raises an error for these images, can't be traced, is random, writes to its
             own parameters or buffers, differs from a whole pass when cut here, or is in training
-            mode. Or its output or the layer's is not a dense tensor (n, …), or has no units.
+            mode. Or its output or the layer's is not a dense tensor (n, …), or has no neurons.
         OptionError
             This object has several layers; use `prefixes`.
 
@@ -240,16 +240,16 @@ class AblatedForward:
         batch: int | None = None,
         memory: int | str | None = None,
     ) -> Tensor:
-        """The network's output with the units of one cell set to zero, for every cell.
+        """The network's output with the neurons of one cell set to zero, for every cell.
 
         Parameters
         ----------
         state : State
             From `prefix` or `prefixes` of this object.
         cells : integer array or sequence, (p,), or boolean array, (C, p)
-            Integers give each unit's cell, 0 … n_cells - 1, or -1 for no cell. Booleans give the
-            units of each cell, and cells may overlap. The p units are the activation of one image,
-            flattened in C order.
+            Integers give each neuron's cell, 0 … n_cells - 1, or -1 for no cell. Booleans give the
+            neurons of each cell, and cells may overlap. The p neurons are the activation of one
+            image, flattened in C order.
         n_cells : int, optional
             C; by default the largest label + 1.
         batch : int, optional
@@ -265,7 +265,7 @@ class AblatedForward:
         -------
         logits : tensor, (C, n, k)
             With ``batch=1`` and enough memory, bit-identical to the output under a forward hook
-            that returns a masked clone; otherwise equal up to rounding. Cells without units, or
+            that returns a masked clone; otherwise equal up to rounding. Cells without neurons, or
             with only zeros for all images, get the output under a hook that returns a clone.
 
         Raises
@@ -301,7 +301,7 @@ class AblatedForward:
         >>> state = forward.prefix(torch.tensor([[1.0, 2.0, 4.0]]))
         >>> forward.intact(state)
         tensor([[7.]])
-        >>> forward.logits(state, [0, 1, 1])  # without unit 0; without units 1 and 2
+        >>> forward.logits(state, [0, 1, 1])  # without neuron 0; without neurons 1 and 2
         tensor([[[6.]],
         <BLANKLINE>
                 [[1.]]])

@@ -23,7 +23,7 @@ from repsim_kernels.forward.trace import Trace, Values, sets_switches
 
 @dataclass(frozen=True)
 class CellMasks:
-    """The masks of some of the cells of a layer's units."""
+    """The masks of some of the cells of a layer's neurons."""
 
     labels: np.ndarray[Any, Any]  # (p,), or memberships (C, p)
     table: Tensor  # the labels on the activation's device
@@ -34,7 +34,7 @@ class CellMasks:
         return CellMasks(self.labels, self.table, torch.tensor(ids, device=self.table.device))
 
     def make_masks(self) -> Tensor:
-        """Return whether each unit is in each selected cell, (len(ids), p)."""
+        """Return whether each neuron is in each selected cell, (len(ids), p)."""
         if self.table.dtype == torch.bool:
             return self.table[self.ids]
         return self.table == self.ids[:, None]
@@ -68,8 +68,8 @@ def _skip_steps(split: Split, count: int, values: Values, result: Tensor) -> lis
 class PartitionedLinear:
     """A linear layer directly after the masks, for all cells of a partition in one product.
 
-    W (x ⊙ m_c) = W x - W (x ⊙ (1 - m_c)), where m_c is zero on the units of cell c. Each column of
-    W belongs to at most one cell, so all the second terms together cost one product.
+    W (x ⊙ m_c) = W x - W (x ⊙ (1 - m_c)), where m_c is zero on the neurons of cell c. Each column
+    of W belongs to at most one cell, so all the second terms together cost one product.
     """
 
     split: Split
@@ -86,7 +86,7 @@ class PartitionedLinear:
         """
         whole = F.linear(self.x, self.weight, self.bias)  # (n, k)
         masks = self.cells.make_masks()
-        order = masks.nonzero()[:, 1]  # units, sorted by cell
+        order = masks.nonzero()[:, 1]  # neurons, sorted by cell
         sizes = masks.sum(1).tolist()
         columns = self.x.index_select(1, order).split(sizes, 1)
         out = whole.expand(len(sizes), *whole.shape).clone()  # (C, n, k)

@@ -27,7 +27,7 @@ class ReferenceOutputs:
     unmasked : tensor, (n, …)
         Under a hook that returns a clone of the layer's output.
     half_masked : tensor, (n, …)
-        Under a hook that sets every second unit of the layer to zero.
+        Under a hook that sets every second neuron of the layer to zero.
     """
 
     intact: Tensor
@@ -62,7 +62,7 @@ def run_references(
 
 
 def run_half_masked(model: nn.Module, layer: str, module: nn.Module, images: Tensor) -> Tensor:
-    """Run the network under a hook that sets every second unit of the layer to zero."""
+    """Run the network under a hook that sets every second neuron of the layer to zero."""
 
     def mask(out: Tensor) -> Tensor:
         return mask_for_cells(out, _make_cells(out, 1).make_masks().view(1, *out.shape[1:]))
@@ -104,7 +104,7 @@ def is_close(actual: Tensor, expected: Tensor, min_slack: float = 0.0) -> bool:
 
 
 def _make_cells(out: Tensor, count: int) -> CellMasks:
-    """Return the first `count` of two cells: one of every second unit, and an empty one."""
+    """Return the first `count` of two cells: one of every second neuron, and an empty one."""
     labels = -(np.arange(out[0].numel()) % 2)
     table = torch.from_numpy(labels).to(out.device)
     return CellMasks(labels, table, torch.arange(count, device=out.device))

@@ -1,4 +1,4 @@
-"""Copies of an activation, each with the units of one cell set to zero.
+"""Copies of an activation, each with the neurons of one cell set to zero.
 
 The activation is read once and each copy written once, with the elementwise operations that follow
 the layer (batch norm, ReLU, ReLU6) already applied.
@@ -27,13 +27,13 @@ class Epilogue(NamedTuple):
 
 @dataclass(frozen=True)
 class Launch:
-    block: int  # units per program, of one stimulus
+    block: int  # neurons per program, of one stimulus
     cells: int  # copies that a program writes, one after another
     num_warps: int
 
 
 def choose(n: int, p: int, cells: int, dtype: torch.dtype, capability: tuple[int, int]) -> Launch:
-    """Choose launch settings for n stimuli of p units and a number of cells."""
+    """Choose launch settings for n stimuli of p neurons and a number of cells."""
     # 8 elements per thread in 4 warps: 16-byte stores, few registers, many resident programs.
     block = min(1024, max(16, triton.next_power_of_2(p)))
     # All copies from one read, unless that leaves fewer programs than a GPU runs concurrently.
@@ -68,7 +68,7 @@ def _ablate_kernel(
     OVERLAP: tl.constexpr, OUTERMOST: tl.constexpr, ACTIVATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # In memory x is (p / inner, n, inner) and out (p / inner, n_ids, n, inner); copy = n * inner.
-    # u indexes units in memory order.
+    # u indexes neurons in memory order.
     first = tl.program_id(1) * cells_per_program
     last = tl.minimum(first + cells_per_program, n_ids)
     block = tl.program_id(0)
@@ -123,9 +123,9 @@ def ablate(
     epilogue: Epilogue | tuple[tuple[Tensor, Tensor] | None, str] = (None, "none"),
     launch: Launch | None = None,
 ) -> Tensor:
-    """Copy the activation (n, …) for each cell, zero its units and apply the epilogue.
+    """Copy the activation (n, …) for each cell, zero its neurons and apply the epilogue.
 
-    ``cells`` are labels (p,) or memberships (C, p) of one stimulus's p units in C order; ``ids``
+    ``cells`` are labels (p,) or memberships (C, p) of one stimulus's p neurons in C order; ``ids``
     (int64) selects cells. All are on the activation's device. Returns (len(ids) n, …) with the
     activation's order of dimensions in memory; without an epilogue the copies are bit-identical
     to the activation outside their cells.
@@ -133,18 +133,18 @@ def ablate(
     order = memory_order(activation)
     if not activation.permute(order).is_contiguous():
         activation = torch.empty_like(activation).copy_(activation)
-    n, units = activation.shape[0], activation.shape[1:]
-    p, n_ids = units.numel(), len(ids)
+    n, shape = activation.shape[0], activation.shape[1:]
+    p, n_ids = shape.numel(), len(ids)
     out = empty_copies(activation, n_ids, order)
     if out.numel() == 0:
         return out
     overlap = cells.dtype == torch.bool
     rows = cells[ids].view(torch.uint8) if overlap else cells
-    ranks = [d - 1 for d in order if d > 0]  # the units' dimensions, slowest first
-    rows = rows.reshape(-1, *units).permute(0, *(d + 1 for d in ranks)).contiguous()
+    ranks = [d - 1 for d in order if d > 0]  # the neurons' dimensions, slowest first
+    rows = rows.reshape(-1, *shape).permute(0, *(d + 1 for d in ranks)).contiguous()
 
     def extent(d: int) -> int:
-        """Return how far apart neighbours along d are among one stimulus's units in memory."""
+        """Return how far apart neighbours along d are among one stimulus's neurons in memory."""
         return prod(activation.shape[e] for e in order[order.index(d) + 1 :] if e != 0)
 
     inner = extent(0)
@@ -182,20 +182,20 @@ def empty_copies(t: Tensor, cells: int, order: list[int]) -> Tensor:
 
 def _make_case(
     name: str,
-    units: tuple[int, ...],
+    shape: tuple[int, ...],
     dtype: torch.dtype,
     *,
     norm: bool = False,
     activate: str = "none",
     overlap: bool = False,
 ) -> _launch.CompileCase:
-    n, cells, p = 50, 16, prod(units)
+    n, cells, p = 50, 16, prod(shape)
 
     def call(device: torch.device) -> Tensor:
         labels = torch.zeros(p, dtype=torch.int64, device=device)
-        channel = torch.empty(units[0], device=device)
+        channel = torch.empty(shape[0], device=device)
         return ablate(
-            torch.empty(n, *units, dtype=dtype, device=device),
+            torch.empty(n, *shape, dtype=dtype, device=device),
             torch.zeros(cells, p, dtype=torch.bool, device=device) if overlap else labels,
             torch.zeros(cells, dtype=torch.int64, device=device),
             epilogue=Epilogue((channel, channel) if norm else None, activate),
@@ -208,8 +208,8 @@ def _make_case(
 
 AOT_CASES: tuple[_launch.CompileCase, ...] = (
     *(
-        _make_case(name, units, dtype, norm=norm, activate=activate)
-        for name, units, norm, activate in (
+        _make_case(name, shape, dtype, norm=norm, activate=activate)
+        for name, shape, norm, activate in (
             ("alexnet", (64, 55, 55), False, "relu"),
             ("mobilenet", (96, 112, 112), False, "none"),
             ("mobilenet", (96, 112, 112), True, "relu6"),

@@ -1,4 +1,4 @@
-"""1x1 convolutions and linear layers of an activation with the units of one cell set to zero.
+"""1x1 convolutions and linear layers of an activation with the neurons of one cell set to zero.
 
 Cells are masked while a tile of the activation enters the product, so the masked copies are never
 stored.
@@ -153,9 +153,9 @@ def masked_pointwise(
 
     The product runs over dimension 1 for the weight of a 1x1 convolution (outs, channels, 1, 1),
     and over the last dimension for that of a linear layer (outs, channels). ``cells`` are labels
-    (p,) or memberships (C, p) of one stimulus's p units in C order; ``ids`` (int64) selects cells.
-    All are on the activation's device. Returns (len(ids) n, outs, …), channels-last in memory if
-    the activation is.
+    (p,) or memberships (C, p) of one stimulus's p neurons in C order, and ``ids`` (int64) selects
+    cells. All are on the activation's device. Returns (len(ids) n, outs, …), channels-last in
+    memory if the activation is.
     """
     n, n_ids, (outs, channels) = len(activation), len(ids), weight.shape[:2]
     table = _pack_bits(cells[ids] if cells.dtype == torch.bool else cells == ids[:, None])
@@ -213,31 +213,31 @@ def _pack_bits(masks: Tensor) -> Tensor:
 
 
 def _make_case(
-    name: str, units: tuple[int, ...], outs: int, dtype: torch.dtype, last: bool = False
+    name: str, shape: tuple[int, ...], outs: int, dtype: torch.dtype, last: bool = False
 ) -> _launch.CompileCase:
     n, cells = 50, 16
 
     def call(device: torch.device) -> Tensor:
-        x = torch.empty(n, *units, dtype=dtype, device=device)
-        kernel = (1,) * (len(units) - 1)
+        x = torch.empty(n, *shape, dtype=dtype, device=device)
+        kernel = (1,) * (len(shape) - 1)
         return masked_pointwise(
             x.to(memory_format=torch.channels_last) if last else x,
-            torch.zeros(prod(units), dtype=torch.int64, device=device),
+            torch.zeros(prod(shape), dtype=torch.int64, device=device),
             torch.zeros(cells, dtype=torch.int64, device=device),
-            torch.empty(outs, units[0], *kernel, dtype=dtype, device=device),
+            torch.empty(outs, shape[0], *kernel, dtype=dtype, device=device),
             torch.empty(outs, dtype=dtype, device=device),
             activate="relu6",
         )
 
-    rows = n * prod(units[1:])
+    rows = n * prod(shape[1:])
     label = f"{name}, {str(dtype)[6:]}{', channels last' * last}"
-    bound = floor(rows, units[0], outs, cells, dtype, "tf32x3")
+    bound = floor(rows, shape[0], outs, cells, dtype, "tf32x3")
     return _launch.CompileCase(label, call, bound, products=True)
 
 
 AOT_CASES: tuple[_launch.CompileCase, ...] = tuple(
-    _make_case(name, units, outs, dtype, last)
-    for name, units, outs, last in (
+    _make_case(name, shape, outs, dtype, last)
+    for name, shape, outs, last in (
         ("mobilenet 96 to 24", (96, 112, 112), 24, False),
         ("mobilenet 96 to 24", (96, 112, 112), 24, True),
         ("resnet 2048 to 512", (2048, 7, 7), 512, False),
