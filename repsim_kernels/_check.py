@@ -239,20 +239,18 @@ def check_representations(
     kind, expected = type(xs).__name__, "expected a list of arrays (n, p_i)"
     if isinstance(xs, Mapping):
         raise ShapeError(f"{name}: {kind}; {expected}: pass list({name}.values())")
-    if isinstance(xs, str) or getattr(xs, "ndim", 3) == 2:
-        value = repr(xs) if isinstance(xs, str) else f"an array of shape {tuple(xs.shape)}"
-        raise ShapeError(f"{name}: {value}; {expected}")
+    if isinstance(xs, str):
+        raise ShapeError(f"{name}: {_options.short_repr(xs)}; {expected}")
+    if getattr(xs, "ndim", 3) == 2:
+        raise ShapeError(f"{name}: an array of shape {tuple(xs.shape)}; {expected}")
     try:
         items = list(xs)
     except Exception:  # RuntimeError for tensors without rows; a user's class may raise anything
         raise ShapeError(f"{name}: {kind}; {expected}") from None
     if not items:
         raise ShapeError(f"{name}: an empty list; expected at least one array (n, p)")
-    options: dict[str, Any] = {
-        "min_stimuli": min_stimuli,
-        "allow_batch": False,
-        "defer_finite": defer_finite,
-    }
+    options: dict[str, Any] = {"min_stimuli": min_stimuli, "defer_finite": defer_finite}
+    options["allow_batch"] = False
     checked = [check_representation(x, f"{name}[{i}]", **options) for i, x in enumerate(items)]
     (first, source), first_name = (checked[0], f"{name}[0]") if like is None else (like, "xs[0]")
     for i, (x, x_source) in enumerate(checked):

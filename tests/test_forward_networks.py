@@ -224,7 +224,7 @@ def test_compiled_networks_can_be_cut(build, called):
 
 
 def test_a_name_from_before_compilation_is_refused():
-    with pytest.raises(LayerError, match=r"no module '1'; expected one of _orig_mod\.1$"):
+    with pytest.raises(LayerError, match=r"no module '1'; expected .* '_orig_mod\.1'$"):
         AblatedForward(build_wrapped()[0], "1")
 
 

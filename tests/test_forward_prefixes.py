@@ -221,7 +221,7 @@ def test_uncuttable_layers_are_refused():
         AblatedForward(model, ["cut", "relu"])
     with pytest.raises(LayerError, match="'b' is never called"):
         AblatedForward(model, ["a", "b"])
-    with pytest.raises(LayerError, match="no module 'outs'; expected one of out"):
+    with pytest.raises(LayerError, match=r"no module 'outs'; expected .* 'out'$"):
         AblatedForward(model, ["a", "outs"])
     forward = AblatedForward(model, ["a", "cut"])
     with pytest.raises(OptionError, match="layers: 'out'; expected one of 'a', 'cut'"):

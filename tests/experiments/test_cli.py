@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from repsim_kernels.experiments import __main__ as cli
+from repsim_kernels.experiments.cli import app as cli
 from repsim_kernels.experiments.cli import request
 from repsim_kernels.experiments.cli.request import SweepOptions
 from repsim_kernels.experiments.errors import DataError, StudyError
@@ -368,7 +368,7 @@ def test_an_unreachable_ray_cluster_leaves_no_run_folder(folder: Path) -> None:
 
 
 def test_an_invalid_command_ends_its_process_with_code_2(tmp_path: Path) -> None:
-    root = Path(cli.__file__).parents[1]
+    root = Path(cli.__file__).parents[2]
     arguments = [
         "repsim_kernels.experiments",
         "sweep",

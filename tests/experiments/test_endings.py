@@ -14,7 +14,7 @@ from _toy import Toy, write_image_folder
 from torch import Tensor
 from typer.testing import CliRunner
 
-from repsim_kernels.experiments import __main__ as cli
+from repsim_kernels.experiments.cli import app as cli
 from repsim_kernels.experiments.errors import StudyError
 from repsim_kernels.experiments.runs.store import Store
 from repsim_kernels.experiments.study import measure
