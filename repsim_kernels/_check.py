@@ -269,8 +269,7 @@ def check_numbers(a: Any, name: str) -> Tensor:
 
 def check_integers(a: Any, name: str, error: type[RepsimError]) -> np.ndarray[Any, Any]:
     """Return integers or booleans as a NumPy array; floats are refused, even whole ones."""
-    hint = ", such as numpy.unique(labels, return_inverse=True)[1]" if name == "labels" else ""
-    tensor, _ = _arrays.convert(a, name, "integers (of 8 to 64 bits)" + hint)
+    tensor, _ = _arrays.convert(a, name, "integers (of 8 to 64 bits)")
     values: np.ndarray[Any, Any] = _arrays.to_numpy(tensor)
     if values.dtype.kind not in "iub" and values.size:
         raise DtypeError(f"{name}: dtype {_arrays.dtype_name(tensor)}; expected integers")
