@@ -20,6 +20,9 @@ few_examples = settings(
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23}
 # Errors in units of n · eps · ‖A‖_F; the largest observed is 2.2, for a graded SVD.
 TOLERANCE = 4.0
+# Deviations of vᵀv from the identity in units of n · eps; the largest observed is 9.2, for repeated
+# eigenvalues and n = 24, among 61 matrices of each kind and size.
+ORTHONORMAL = 16.0
 
 
 def spectrum(kind: str, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -74,7 +77,7 @@ def assert_eigh(a: torch.Tensor, result: dict[str, torch.Tensor]) -> None:
 
 def assert_orthonormal(v: torch.Tensor, unit: float) -> None:
     eye = torch.eye(v.shape[-1], dtype=torch.float64)
-    assert ((v.double().mT @ v.double() - eye).abs() <= 4 * unit).all()
+    assert ((v.double().mT @ v.double() - eye).abs() <= ORTHONORMAL * unit).all()
 
 
 def assert_svd(a: torch.Tensor, result: dict[str, torch.Tensor]) -> None:
