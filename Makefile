@@ -18,7 +18,7 @@ train: .venv/experiments
 	$(BIN)/repsim train
 
 test: .venv/dev
-	$(PYTEST)
+	$(PYTEST) $(COVERAGE)
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton
 
 lint: .venv/dev
