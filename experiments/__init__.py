@@ -45,9 +45,14 @@ def main() -> None:
     try:
         with _name_missing_extra():
             from repsim_kernels.experiments.cli.app import app
-    except ModuleNotFoundError as error:
+
+            app()
+    except _MissingExtraError as error:
         sys.exit(f"error: {error}")
-    app()
+
+
+class _MissingExtraError(ModuleNotFoundError):
+    """A package that the extra `experiments` installs is missing."""
 
 
 @contextlib.contextmanager
@@ -58,7 +63,7 @@ def _name_missing_extra() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise
-        raise ModuleNotFoundError(
+        raise _MissingExtraError(
             f"{error.name} is not installed; in a checkout of repsim_kernels run: "
             "pip install '.[experiments]'",
             name=error.name,
