@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from repsim_kernels.experiments.inputs.presets import (
 )
 from repsim_kernels.experiments.study.checks import Draws
 from repsim_kernels.experiments.study.study import Study
+from repsim_kernels.forward.checks import find_similar_modules
 
 
 class Sample(NamedTuple):
@@ -148,10 +148,10 @@ def _check_name(name: str) -> None:
 
 
 def _check_layers(names: Iterable[str] | None, network: nn.Module, network_name: str) -> None:
-    modules = [name for name, _ in network.named_modules() if name]
+    modules = dict(network.named_modules())
     for name in names or ():
         if name not in modules:
-            similar = difflib.get_close_matches(name, modules, 3) or modules[:3]
+            similar = find_similar_modules(modules, name)
             raise StudyError(
                 f"layers: {network_name} has no module {name!r}; "
                 f"expected names such as {', '.join(similar) or 'none: it has no submodules'}"

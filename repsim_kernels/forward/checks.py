@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,20 @@ def resolve_layers(model: nn.Module, layer: str | Sequence[str]) -> tuple[str, .
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in names:
         if name not in modules:
-            nested = [known for known in modules if known.endswith(f".{name}")]
-            similar = nested or difflib.get_close_matches(name, modules) or [*modules][1:]
+            similar = ", ".join(map(repr, find_similar_modules(modules, name))) or "''"
             raise LayerError(
                 f"layer: the model has no module {_options.short_repr(name)}; expected a name from "
-                f"model.named_modules(), such as {', '.join(map(repr, similar[:3]))}"
+                f"model.named_modules(), such as {similar}"
             )
         _check_not_scripted(modules, name)
     return tuple(dict.fromkeys(names))
+
+
+def find_similar_modules(modules: Iterable[str], name: str) -> list[str]:
+    """Return up to three names of a model's modules that an unknown name may stand for."""
+    known = [module for module in modules if module]
+    nested = [module for module in known if module.endswith(f".{name}")]
+    return (nested or difflib.get_close_matches(name, known) or known)[:3]
 
 
 def check_images(model: nn.Module, images: Tensor) -> None:
