@@ -49,16 +49,8 @@ def split_lines(page: str, what: str) -> list[list[str]]:
 
 
 def test_benchmarks(tmp_path: Path) -> None:
-    a = [
-        make_bench("same", 1, 0.2),
-        make_bench("slow", 1, 0.2),
-        make_bench("gone", 1, 0),
-    ]
-    b = [
-        make_bench("same", 1.1, 0.2),
-        make_bench("slow", 2, 0.2),
-        make_bench("new", 1, 0),
-    ]
+    a = [make_bench("same", 1, 0.2), make_bench("slow", 1, 0.2), make_bench("gone", 1, 0)]
+    b = [make_bench("same", 1.1, 0.2), make_bench("slow", 2, 0.2), make_bench("new", 1, 0)]
     page = compare_records(
         save(tmp_path / "a.json", {"benchmarks": a}, date="1"),
         save(tmp_path / "b.json", {"benchmarks": b}, date="2", commit="b"),
@@ -79,16 +71,8 @@ def test_benchmarks(tmp_path: Path) -> None:
 
 
 def test_the_largest_change_comes_first(tmp_path: Path) -> None:
-    a = [
-        make_bench("doubled", 1, 0),
-        make_bench("tenth", 1, 0),
-        make_bench("same", 1, 0),
-    ]
-    b = [
-        make_bench("doubled", 2, 0),
-        make_bench("tenth", 0.1, 0),
-        make_bench("same", 1, 0),
-    ]
+    a = [make_bench("doubled", 1, 0), make_bench("tenth", 1, 0), make_bench("same", 1, 0)]
+    b = [make_bench("doubled", 2, 0), make_bench("tenth", 0.1, 0), make_bench("same", 1, 0)]
     page = compare_records(
         save(tmp_path / "a.json", {"benchmarks": a}),
         save(tmp_path / "b.json", {"benchmarks": b}),

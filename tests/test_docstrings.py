@@ -10,20 +10,25 @@ import re
 import pytest
 
 import repsim_kernels as rk
+from repsim_kernels._metrics import METRICS
+from repsim_kernels._operations import OPERATIONS
+from repsim_kernels.ops import ablation, spectral
 
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 FUNCTIONS = [name for name in rk.__all__ if inspect.isfunction(getattr(rk, name))]
-# Examples in these modules run too, but not every name needs one.
-OTHER_MODULES = ("repsim_kernels.forward", "repsim_kernels.experiments")
-OTHERS = [
-    (module, name) for module in OTHER_MODULES for name in importlib.import_module(module).__all__
-]
+# Further modules with examples.
+MODULES = (
+    *(f"forward.{name}" for name in ("cost", "engine", "passes")),
+    *(f"experiments.study.{name}" for name in ("study", "checks", "performance")),
+    *(f"experiments.inputs.{name}" for name in ("images", "imagenet", "networks", "presets")),
+    "experiments.runs.driver",
+)
 
 
-def run_examples(item: object, name: str) -> int:
-    """Run the examples of a function, or of a class and its methods; return their number."""
+def run_examples(item: object, name: str, flags: int = 0) -> int:
+    """Run the examples of a module, a function, or a class's methods; return their number."""
     finder = doctest.DocTestFinder(exclude_empty=True)
-    runner = doctest.DocTestRunner(optionflags=FLAGS, verbose=False)
+    runner = doctest.DocTestRunner(optionflags=flags, verbose=False)
     output: list[str] = []
     for test in finder.find(item, name, globs={}):
         runner.run(test, out=output.append)
@@ -39,16 +44,12 @@ def split_sections(doc: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", rk.__all__)
 def test_public_names_have_examples_that_run(name):
-    assert run_examples(getattr(rk, name), name) > 0
+    assert run_examples(getattr(rk, name), name, FLAGS) > 0
 
 
-@pytest.mark.parametrize(("module", "name"), OTHERS, ids=lambda value: value.rpartition(".")[2])
-def test_other_examples_run(module, name):
-    try:
-        item = getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as error:
-        pytest.skip(f"the extra `experiments` is not installed: {error.name}")
-    run_examples(item, name)
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_have_examples_that_run(name):
+    assert run_examples(importlib.import_module(f"repsim_kernels.{name}"), name) > 0
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -59,6 +60,28 @@ def test_docstrings_are_complete(name):
     names = [parameter.name for parameter in inspect.signature(function).parameters.values()]
     documented = re.findall(r"^(\S[^:\n]*?)(?: : .*)?$", sections.get("Parameters", ""), re.M)
     assert [name.strip(" *") for line in documented for name in line.split(",")] == names
+
+
+@pytest.mark.parametrize("name", [operation.name for operation in OPERATIONS])
+def test_docstrings_name_errors_and_source(name):
+    doc = inspect.getdoc(getattr(rk, name))
+    for section in ("Raises", "Notes", "Source"):
+        assert section in doc, section
+
+
+@pytest.mark.parametrize(
+    ("function", "parameter", "names"),
+    [
+        (rk.pairwise, "metric", [m.name for m in METRICS if m.pairwise]),
+        (rk.ablation_distances, "metrics", ablation.METRICS),
+        (rk.gram_ablation_distances, "metrics", spectral.GRAM_METRICS),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_docstrings_name_the_metrics_of_the_registry(function, parameter, names):
+    doc = inspect.getdoc(function)
+    choice = re.search(rf"^{parameter} : (.*?)^\w+ : ", doc, re.M | re.S)[1].partition('. "')[0]
+    assert sorted(re.findall(r'"(\w+)"', choice)) == sorted(names)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

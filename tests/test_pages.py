@@ -94,9 +94,8 @@ def find_unresolved(source: str) -> list[str]:
     start = 0
     for year in re.finditer(r"\b(?:1[89]|20)\d\d\b", source):
         cites = True
-        citation = re.split(r'[;"*]|\d,', source[start : year.start()])[
-            -1
-        ]  # after a title or volume
+        # After the previous publication's title or volume.
+        citation = re.split(r'[;"*]|\d,', source[start : year.start()])[-1]
         names, start = set(re.findall(r"\b[A-Z][a-zà-ž]+", citation)), year.end()
         words = [set(re.findall(r"\w+", r)) for r in read_references()]
         if not names or not any(names | {year[0]} <= w for w in words):

@@ -43,6 +43,7 @@ def measure_performance_loss(intact: Tensor, ablated: Tensor, label: int) -> dic
     Examples
     --------
     >>> import torch
+    >>> from repsim_kernels.experiments.study.performance import measure_performance_loss
     >>> intact = torch.tensor([[2.0, 1.0, 0.0]])
     >>> ablated = torch.tensor([[[2.0, 1.0, 0.0]], [[0.0, 1.0, 2.0]]])
     >>> measure_performance_loss(intact, ablated, label=0)["top1"].tolist()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-import importlib
 from typing import Any
 
 import numpy as np
@@ -189,19 +187,6 @@ def test_repr_summarises_the_study_in_one_line() -> None:
     assert "\n" not in text
     assert "layers=[5: 'conv1', …, 'fc']" in text
     assert "targets=[0], metric_images=4, others=1, grid=(1, 2), cells='random', metrics=[" in text
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        *("study.study", "study.checks", "study.performance", "runs.driver"),
-        *("inputs.images", "inputs.imagenet", "inputs.networks", "inputs.presets"),
-    ],
-)
-def test_examples_in_docstrings_run(module: str) -> None:
-    result = doctest.testmod(importlib.import_module(f"repsim_kernels.experiments.{module}"))
-    assert result.attempted > 0
-    assert result.failed == 0
 
 
 @pytest.mark.parametrize(
