@@ -250,8 +250,10 @@ def check_representations(
     if not items:
         raise ShapeError(f"{name}: an empty list; expected at least one array (n, p)")
     options: dict[str, Any] = {"min_stimuli": min_stimuli, "defer_finite": defer_finite}
-    options["allow_batch"] = False
-    checked = [check_representation(x, f"{name}[{i}]", **options) for i, x in enumerate(items)]
+    checked = [
+        check_representation(x, f"{name}[{i}]", allow_batch=False, **options)
+        for i, x in enumerate(items)
+    ]
     (first, source), first_name = (checked[0], f"{name}[0]") if like is None else (like, "xs[0]")
     for i, (x, x_source) in enumerate(checked):
         _check_same_source(source, x_source, first_name, f"{name}[{i}]")

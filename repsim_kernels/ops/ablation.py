@@ -192,7 +192,19 @@ def ablation_distances(
 def to_public_result(
     results: dict[str, Distances], info: bool
 ) -> dict[str, Array] | tuple[dict[str, Array], dict[str, Info]]:
-    """Convert a backend's results by metric to distances and, if `info`, how each was computed."""
+    """Convert a backend's results to what public functions of ablations return.
+
+    Parameters
+    ----------
+    results : dict of str to Distances
+        By metric; arrays (…, C) of the caller's library.
+    info : bool
+        Whether to return how each distance was computed, too.
+
+    Returns
+    -------
+    dict of str to array, or (dict of str to array, dict of str to Info) with `info`
+    """
     distances = {name: result.values for name, result in results.items()}
     if not info:
         return distances

@@ -156,7 +156,24 @@ def _check_start(start: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 
 def check_tolerance(tol: Any, x: Tensor) -> float:
-    """Check the tolerance of fits; None means the default for the dtype of x."""
+    """Check the tolerance of fits.
+
+    Parameters
+    ----------
+    tol : float or None
+        None means the default for the dtype of x.
+    x : tensor
+        The checked activations.
+
+    Returns
+    -------
+    tol : float
+        Above 0.
+
+    Raises
+    ------
+    OptionError
+    """
     if tol is None:
         return 1e-10 if str(x.dtype).endswith("float64") else 1e-5
     return _options.check_number(tol, "tol", low=0, exclude_low=True)
@@ -173,7 +190,29 @@ def fit_columns(
 ) -> dict[str, Array]:
     """Run the kernel of `logistic_fits` on checked arguments.
 
-    Columns and start may be on any device; they are moved to that of x.
+    Parameters
+    ----------
+    source : Source
+        The caller's library and device.
+    x : tensor, (n, p)
+    targets : array, (t, n)
+        For each problem, whether a stimulus is of the target class.
+    columns : integer array, (b, d)
+        On any device; moved to that of x.
+    start : (tensor, tensor), optional
+        Coefficients and intercepts to start from, on any device.
+    backend : str, optional
+    **options
+        Those of the kernel, passed unchanged.
+
+    Returns
+    -------
+    fits : dict of str to array
+        What `logistic_fits` returns.
+
+    Raises
+    ------
+    BackendUnavailable
     """
     return _dispatch.call(
         "logistic_fits",
