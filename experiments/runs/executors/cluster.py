@@ -28,7 +28,7 @@ from repsim_kernels.experiments.study.units import Unit
 if TYPE_CHECKING:
     from repsim_kernels.experiments.runs.executors.serial import WorkerResult
 
-_PATIENCE = 30.0  # seconds until a warning that workers are waiting for the cluster
+_PATIENCE = 30.0  # seconds in which workers may start before a warning says that some have not
 _CONNECT_TIMEOUT = 10.0  # seconds for a cluster's port to answer
 # Longest temporary folder, in bytes, that leaves room for the paths of Ray's sockets: AF_UNIX
 # allows 107 bytes.
@@ -83,7 +83,8 @@ class RayExecutor(WorkerExecutor):
             self._task, self._arguments = remote(_measure_unit), (ray.put(task), os.getcwd(), gpu)
             self._connection = stack.pop_all()
         super().__init__([f"worker {number}" for number in range(1, count + 1)])
-        self._warn_at: float | None = time.monotonic() + _PATIENCE
+        self._warn_at = time.monotonic() + _PATIENCE
+        self._has_warned = False
 
     def close(self) -> None:
         """Disconnect, which ends this run's tasks; a cluster that was started here is shut down."""
@@ -105,11 +106,13 @@ class RayExecutor(WorkerExecutor):
     def wait(
         self, calls: Collection[Future[WorkerResult]], starting: int
     ) -> set[Future[WorkerResult]]:
-        if self._warn_at is None or not starting:
-            return super().wait(calls, starting)
+        if self._has_warned or not starting:
+            done = super().wait(calls, starting)
+            self._warn_at = time.monotonic() + _PATIENCE  # a worker that died starts again
+            return done
         done = wait(calls, max(0.0, self._warn_at - time.monotonic()), FIRST_COMPLETED).done
         if time.monotonic() >= self._warn_at:
-            self._warn_at = None
+            self._has_warned = True
             warnings.warn(
                 f"waiting for the cluster: {starting} of {self.workers} workers have not started; "
                 f"each needs {self._needs} free, and first makes its studies",
