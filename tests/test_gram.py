@@ -91,14 +91,14 @@ def test_cell_grams_of_partitions_match_the_reference(backend):
         rk.ablation_distances(x, cells, batched=True)
 
 
-@pytest.mark.parametrize("max_direct", [0, 115])
+@pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("block", [1, 7, 40])
 @pytest.mark.parametrize("sizes", [(9, 0, 1, 8, 5), (4, 4, 5, 5, 5), (23,)])
 @pytest.mark.parametrize(("n", "dtype"), [(5, "float64"), (50, "float32")])
-def test_blocks_do_not_change_the_result(monkeypatch, block, max_direct, sizes, n, dtype):
+def test_blocks_do_not_change_the_result(monkeypatch, block, order, sizes, n, dtype):
     """Several blocks of neurons, and runs of cells of equal or unequal size, some empty.
 
-    Columns come from a transposed copy or directly from x.
+    Columns are gathered row by row, or neuron by neuron if x is stored that way.
     """
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((n, 23)) + 3).astype(dtype).astype(np.float64)
@@ -111,8 +111,9 @@ def test_blocks_do_not_change_the_result(monkeypatch, block, max_direct, sizes, 
     ]
     monkeypatch.setattr(memory, "BLOCK", block)
     monkeypatch.setattr(columns, "_COLUMNS", 1)
-    monkeypatch.setattr(columns, "_MAX_DIRECT", max_direct)
-    z = x.astype(dtype)
+    monkeypatch.setattr(columns, "_SPAN", block)
+    monkeypatch.setattr(columns, "_SMALL", block)
+    z = x.astype(dtype, order=order)
     np.testing.assert_allclose(rk.cell_grams(z, cells, n_cells=n_cells), wants[0], atol=1e-12)
     np.testing.assert_allclose(rk.cell_grams(z, membership), wants[1], atol=1e-12)
     np.testing.assert_allclose(rk.centered_gram(z), (x - x.mean(0)) @ (x - x.mean(0)).T, atol=1e-12)

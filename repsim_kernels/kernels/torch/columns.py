@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from repsim_kernels.kernels.torch import memory
+from repsim_kernels.kernels.torch import memory, panels
 
-# Columns of a cell in one product, and columns of a strip that is copied at once.
+# Columns of a cell in one product, elements of x that are sorted by cell together (64 MiB of
+# float32), most columns of a block, and columns of a strip that is copied at once.
 _COLUMNS = 512
+_SPAN = 2**24
+_BLOCK_COLUMNS = 20_480
 _STRIP = 4096
-# Most elements of x for which the columns of many cells are gathered from x itself.
-_MAX_DIRECT = 10 * 2**20
+# Elements that one core gathers in less time than it takes to start another thread.
+_SMALL = 2**17
 
 
 def label_unassigned(cells: np.ndarray, n_cells: int) -> np.ndarray:
@@ -54,43 +59,91 @@ def iter_cell_blocks(
     several blocks, and each block reuses the memory of the previous one.
     """
     n, p = x.shape
-    # Columns are gathered from a transposed copy of a span of them. With many cells that copy is
-    # large, and each call would fault in its pages again. Columns then come directly from x, if x
-    # is small enough to be read that often.
-    block_columns, span_columns = memory.BLOCK // n, n_cells * max(n, _COLUMNS)
-    row_major = x.stride(0) > x.stride(1) and not x.is_cuda
-    direct = row_major and span_columns > block_columns and x.numel() <= _MAX_DIRECT
-    width = p if direct else min(p, max(block_columns, span_columns))
-    max_columns = max(1, (memory.BLOCK // 2 if direct else memory.BLOCK) // n)
-    raw = memory.empty_buffer(x, n * max_columns)
+    by_rows = x.stride(0) > x.stride(1) and not x.is_cuda
+    max_columns = max(1, min(memory.BLOCK // n, _BLOCK_COLUMNS))
+    width = min(p, max(max_columns, n_cells * max(n, _COLUMNS), _SPAN // n))
+    # Padding adds at most a quarter, so that a span whose cells do not overlap is one batch.
+    capacity = max(max_columns, width + width // 4) if by_rows else max_columns
+    raw = memory.empty_buffer(x, n * capacity)
     block = memory.empty_buffer(x, n * max_columns, dtype=torch.float64)
-    transposed = memory.empty_buffer(x, 0 if direct else width + 1, n)
-    transposed[width:] = 0
+    transposed = memory.empty_buffer(x, 0 if by_rows else width, n)
     for start in range(0, p, width):
-        span = slice(start, min(start + width, p))
-        if not direct:
-            _copy_in_strips(transposed[: span.stop - start].mT, x[:, span])
-        order, offsets = sort_by_cell(cells[..., span], n_cells)
-        sizes = np.diff(offsets)
-        for run, begin, end in _pack_cells(sizes.tolist(), max_columns):
-            present = np.arange(begin, end) < sizes[run, None]
-            k, first = present.size, offsets[run.start] + begin
-            if present.all():
-                columns = order[first : first + k]
+        span = x[:, start : start + width]
+        if not by_rows:
+            _copy_in_strips(transposed[: span.shape[1]].mT, span)
+        span_cells = cells[..., start : start + width]
+        for batch in _plan_batches(span_cells, n_cells, max_columns, capacity):
+            index = torch.from_numpy(np.concatenate([run.columns for run in batch])).to(x.device)
+            k = len(index)
+            if by_rows:
+                gathered = raw[: n * k].view(n, k)
+                _gather_rows(span, index, gathered)
             else:
-                columns = np.full(k, 0 if direct else width)  # row `width` holds zeros
-                columns[present.ravel()] = order[first : offsets[run.stop]]
-            index = torch.from_numpy(columns).to(x.device)
-            gathered, c = raw[: n * k], block[: n * k]
-            if direct:
-                torch.gather(x, 1, index.expand(n, k), out=gathered.view(n, k))
-                c = c.copy_(gathered).view(n, k)
-                absent = torch.from_numpy(np.flatnonzero(~present))
-                c[:, absent] = 0  # multiplying by a mask would be a pass over c
-            else:
-                torch.index_select(transposed, 0, index, out=gathered.view(k, n))
-                c = c.copy_(gathered).view(k, n).mT
-            yield run, present.shape, c
+                gathered = raw[: n * k].view(k, n).mT
+                torch.index_select(transposed, 0, index, out=gathered.mT)
+            ends = np.cumsum([len(run.columns) for run in batch])
+            for run, end in zip(batch, ends, strict=True):
+                k = len(run.columns)
+                c = block[: n * k].view(n, k) if by_rows else block[: n * k].view(k, n).mT
+                c.copy_(gathered[:, end - k : end])
+                if len(run.absent):
+                    c[:, torch.from_numpy(run.absent).to(x.device)] = 0
+                yield run.cells, run.shape, c
+
+
+def _gather_rows(x: Tensor, index: Tensor, out: Tensor) -> None:
+    """Write columns of x (n, p) to out (n, k), one row after the other.
+
+    A row stays in cache while its entries are picked. PyTorch does that on one core, fastest row by
+    row, so each core takes its share of the rows.
+    """
+
+    def gather(rows: range) -> None:
+        for i in rows:
+            torch.index_select(x[i], 0, index, out=out[i])
+
+    threads = panels.count_cores(x) if out.numel() > _SMALL else 1
+    shares = [range(i, len(x), threads) for i in range(threads)]
+    if threads == 1:
+        gather(shares[0])
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(gather, shares))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Columns of consecutive cells, of equal count after padding."""
+
+    cells: slice
+    shape: tuple[int, int]  # cells, columns per cell
+    columns: np.ndarray  # (cells x columns,)
+    absent: np.ndarray  # positions in `columns` of padding
+
+
+def _plan_batches(
+    cells: np.ndarray, n_cells: int, max_columns: int, capacity: int
+) -> Iterator[list[_Run]]:
+    """Group the runs of all cells in batches of at most ``capacity`` columns."""
+    order, offsets = sort_by_cell(cells, n_cells)
+    sizes = np.diff(offsets)
+    batch: list[_Run] = []
+    free = capacity
+    for run, begin, end in _pack_cells(sizes.tolist(), max_columns):
+        present = np.arange(begin, end) < sizes[run, None]
+        first = offsets[run.start] + begin
+        if present.all():
+            columns = order[first : first + present.size]
+        else:
+            columns = np.zeros(present.size, dtype=order.dtype)
+            columns[present.ravel()] = order[first : offsets[run.stop]]
+        if len(columns) > free:
+            yield batch
+            batch, free = [], capacity
+        batch.append(_Run(run, present.shape, columns, np.flatnonzero(~present)))
+        free -= len(columns)
+    if batch:
+        yield batch
 
 
 def _copy_in_strips(target: Tensor, source: Tensor) -> None:
