@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from repsim_kernels.kernels.torch import panels
+from repsim_kernels.kernels.torch import memory, panels
 
 _EPS = torch.finfo(torch.float64).eps
 # A squared distance below this share of the squared norms that cancel in it is recomputed from the
@@ -79,17 +80,38 @@ class PairDistances:
         return 2 * (error + (2 * math.sqrt(max_squared) + shift) * shift)
 
 
-def pair_distances(x: Tensor, distance: str, buffer: Tensor | None = None) -> PairDistances:
+class Workspace:
+    """Memory and indices that representations of the same stimuli use one after the other.
+
+    Allocating them for each representation costs as much as the work in them.
+    """
+
+    def __init__(self, xs: Sequence[Tensor]) -> None:
+        """``xs`` are all representations (n, p_i)."""
+        self.block = panels.block_buffer(xs)
+        self.packed = panels.empty_panels(xs[0], len(xs[0]))
+
+    @cached_property
+    def positions(self) -> list[Tensor]:
+        """The entries below the diagonal in each flattened panel, in the order of ``pdist``."""
+        positions = []
+        for _, panel in self.packed:
+            # A column below the diagonal is a row of the upper triangle.
+            i, j = _upper_mask(panel.mT).nonzero().unbind(1)
+            positions.append((j * panel.shape[1] + i).to(torch.int32))
+        return positions
+
+
+def pair_distances(x: Tensor, distance: str, space: Workspace | None = None) -> PairDistances:
     """Return the squared distances between the rows of x (n, p).
 
-    ``buffer`` comes from `panels.block_buffer`. Equal rows are computed once, so that their
-    distances from the other rows are bit-identical.
+    Equal rows are computed once, so that their distances from the other rows are bit-identical.
     """
     try:
-        return _pair_distances(x, distance, buffer, distinct=False)
+        return _pair_distances(x, distance, space or Workspace([x]), distinct=False)
     except _EqualRows as equal:
         first, index = equal.args
-    unique = _pair_distances(x[first], distance, buffer, distinct=True)
+    unique = _pair_distances(x[first], distance, Workspace([x[first]]), distinct=True)
     square = x.new_zeros(len(first), len(first), dtype=torch.float64)
     square[_upper_mask(square)] = unique.squared
     square = (square + square.mT)[index[:, None], index]
@@ -109,23 +131,24 @@ def _upper_mask(square: Tensor) -> Tensor:
     return torch.ones_like(square, dtype=torch.bool).triu_(1)
 
 
-def _pair_distances(
-    x: Tensor, distance: str, buffer: Tensor | None, distinct: bool
-) -> PairDistances:
-    p, unit = x.shape[1], distance in ("correlation", "cosine")
+def _pair_distances(x: Tensor, distance: str, space: Workspace, distinct: bool) -> PairDistances:
+    (n, p), unit = x.shape, distance in ("correlation", "cosine")
     if distance == "correlation":
         origin = _row_means(x)
-        packed, energy, length = squared_distances(x, origin, unit, buffer, distinct)
+        packed, energy, length = squared_distances(x, origin, unit, space, distinct)
         norm = (length.square() + p * origin[:, 0].square()).sqrt() / length
     elif distance == "cosine":
-        packed, energy, length = squared_distances(x, None, unit, buffer, distinct)
+        packed, energy, length = squared_distances(x, None, unit, space, distinct)
         norm = length / length
     else:
         norm = row_norms(x)
-        packed, energy, _ = squared_distances(x, central_row(x, norm), False, buffer, distinct)
+        packed, energy, _ = squared_distances(x, central_row(x, norm), False, space, distinct)
+    squared = memory.empty_buffer(x, n * (n - 1) // 2, dtype=torch.float64)
+    parts = squared.split([len(positions) for positions in space.positions])
+    for (_, panel), positions, part in zip(packed, space.positions, parts, strict=True):
+        torch.index_select(panel.flatten(), 0, positions, out=part)
     return PairDistances(
-        # A column below the diagonal is a row of the upper triangle.
-        torch.cat([panel.mT[_upper_mask(panel.mT)] for _, panel in packed]),
+        squared,
         energy,
         torch.finfo(x.dtype).eps / 2 * norm.double(),
         (8 + (min(p, _BLAS_CHUNK) + p / _BLAS_CHUNK) / 4) * _EPS,
@@ -138,7 +161,7 @@ def squared_distances(
     x: Tensor,
     origin: Tensor | None,
     unit: bool = False,
-    buffer: Tensor | None = None,
+    space: Workspace | None = None,
     distinct: bool = True,
 ) -> tuple[panels.Panels, Tensor, Tensor]:
     """Return squared distances between the rows of x (n, p), packed (n, n).
@@ -150,11 +173,11 @@ def squared_distances(
     Raises _EqualRows if rows are equal, unless the caller knows that they are ``distinct``.
     """
     n, p = x.shape
-    packed = panels.empty_panels(x, n)
-    buffer = panels.block_buffer([x]) if buffer is None else buffer
+    space = space or Workspace([x])
+    packed = space.packed
     for block in panels.split_neurons(p, n):
         width = block.stop - block.start
-        z = buffer[: n * width].view(n, width).copy_(x[:, block])
+        z = space.block[: n * width].view(n, width).copy_(x[:, block])
         if origin is not None:
             z.sub_(origin if origin.shape[1] == 1 else origin[:, block])
         panels.add_product(packed, z, first=block.start == 0)
@@ -167,7 +190,7 @@ def squared_distances(
         if unit:
             panel.div_(length[columns.start :, None]).div_(length[columns])
         torch.sub(energies, panel, alpha=2, out=panel)
-        for entries in _iter_below_diagonal(panel <= _CLOSE * energies, p):
+        for entries in _iter_below_diagonal(panel <= energies.mul_(_CLOSE), p):
             if not distinct:  # only rows that are close can be equal
                 check_distinct(x)
                 distinct = True
@@ -181,9 +204,9 @@ def squared_distances(
 
 def _iter_below_diagonal(mask: Tensor, p: int) -> Iterator[tuple[Tensor, ...]]:
     """Yield the indices of true entries below the diagonal, in batches that suit p neurons."""
-    entries = mask.tril_(-1).nonzero()
-    for batch in entries.split(max(1, _GATHER_SIZE // p)) if len(entries) else ():
-        yield batch.unbind(1)
+    if bool(mask.tril_(-1).any()):  # rarely, and faster than `nonzero`
+        for batch in mask.nonzero().split(max(1, _GATHER_SIZE // p)):
+            yield batch.unbind(1)
 
 
 def rbf_kernel(x: Tensor, sigma: float) -> Tensor:

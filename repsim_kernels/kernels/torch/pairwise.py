@@ -17,9 +17,9 @@ def pairwise(
     xs: list[Tensor], ys: list[Tensor] | None, *, metric: str, **options: Any
 ) -> Tensor | dict[str, Tensor]:
     if metric == "rsa":
-        u = torch.stack(rsa.all_dissimilarities(xs, **options))
-        v = u if ys is None else torch.stack(rsa.all_dissimilarities(ys, **options))
-        return (u @ v.mT).clamp(-1, 1)
+        u = rsa.all_dissimilarities(xs, **options)
+        v = u if ys is None else rsa.all_dissimilarities(ys, **options)
+        return panels.multiply(u, v).clamp(-1, 1)
     if metric == "linear_predictivity":
         return predictivity.all_pairs(xs, ys, **options)
     if metric == "cka":

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repsim_kernels.kernels.torch import panels
-from repsim_kernels.kernels.torch.distances import PairDistances, pair_distances
+from repsim_kernels.kernels.torch import memory
+from repsim_kernels.kernels.torch.distances import PairDistances, Workspace, pair_distances
 
 # How many tolerances must separate a group of tied distances from the next distance: more than
 # _MIN_GAP, and for a group of m different numbers more than _PAIR_GAP / (m - 1), since large groups
@@ -25,32 +25,37 @@ def rsa(x: Tensor, y: Tensor, *, distance: str, compare: str) -> Tensor:
     return (u * v).sum().clamp(-1, 1)
 
 
-def all_dissimilarities(xs: list[Tensor], distance: str, compare: str) -> list[Tensor]:
-    """Return unit vectors (n(n - 1)/2,), one for each x (n, p), whose products are the comparison.
+def all_dissimilarities(xs: list[Tensor], distance: str, compare: str) -> Tensor:
+    """Return unit vectors (L, n(n - 1)/2), one for each x (n, p), whose products compare them.
 
     NaN where the comparison is undefined: all distances are equal or, for "cosine", zero.
     """
-    buffer = panels.block_buffer(xs)  # allocating one for each x costs as much as the work in it
-    return [_dissimilarities(x, distance, compare, buffer) for x in xs]
+    n, space = len(xs[0]), Workspace(xs)
+    out = memory.empty_buffer(xs[0], len(xs), n * (n - 1) // 2, dtype=torch.float64)
+    for x, unit in zip(xs, out, strict=True):
+        pairs = pair_distances(x, distance, space)
+        if compare == "spearman":
+            d, undefined = rank_distances(pairs), False
+        else:
+            d, undefined = pairs.squared, _is_undefined(pairs, compare)
+            if distance == "euclidean":
+                d.sqrt_()
+        if compare != "cosine":
+            d.sub_(d.mean())
+        torch.div(d, torch.nan if undefined else torch.linalg.vector_norm(d), out=unit)
+    return out
 
 
-def _dissimilarities(x: Tensor, distance: str, compare: str, buffer: Tensor) -> Tensor:
-    pairs = pair_distances(x, distance, buffer)
-    if compare == "spearman":
-        d = _centre(rank_distances(pairs))
+def _is_undefined(pairs: PairDistances, compare: str) -> bool:
+    """Whether all distances are equal or, for "cosine", zero, up to rounding."""
+    d2 = pairs.squared
+    if compare == "cosine":
+        at = d2.argmax()
+        spread = d2[at]
     else:
-        d2 = pairs.squared
-        low, high = d2.argmin(), d2.argmax()
-        spread = d2[high] - (0 if compare == "cosine" else d2[low])
-        at = high if compare == "cosine" else low
-        undefined = spread <= pairs.full_tolerance(at[None])
-        d = d2.sqrt() if distance == "euclidean" else d2
-        d = torch.where(undefined, torch.nan, d if compare == "cosine" else _centre(d))
-    return d / torch.linalg.vector_norm(d)
-
-
-def _centre(d: Tensor) -> Tensor:
-    return d - d.mean()
+        at = d2.argmin()
+        spread = d2.max() - d2[at]
+    return bool(spread <= pairs.full_tolerance(at[None]))
 
 
 def rank_distances(pairs: PairDistances) -> Tensor:
