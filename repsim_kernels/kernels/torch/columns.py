@@ -18,8 +18,7 @@ _COLUMNS = 512
 _SPAN = 2**24
 _BLOCK_COLUMNS = 20_480
 _STRIP = 4096
-# Elements that one core gathers in less time than it takes to start another thread, and most
-# elements that PyTorch copies on one core.
+# Most elements that are gathered without further threads, and that PyTorch copies on one core.
 _SMALL = 2**17
 _GRAIN = 2**15
 

@@ -92,6 +92,12 @@ class Workspace:
         self.packed = panels.empty_panels(xs[0], len(xs[0]))
 
     @cached_property
+    def pairs(self) -> Tensor:
+        """Memory for the squared distances of all pairs."""
+        n = self.packed[0][1].shape[0]
+        return memory.empty_buffer(self.block, n * (n - 1) // 2, dtype=torch.float64)
+
+    @cached_property
     def positions(self) -> list[Tensor]:
         """The entries below the diagonal in each flattened panel, in the order of ``pdist``."""
         positions = []
@@ -105,7 +111,8 @@ class Workspace:
 def pair_distances(x: Tensor, distance: str, space: Workspace | None = None) -> PairDistances:
     """Return the squared distances between the rows of x (n, p).
 
-    Equal rows are computed once, so that their distances from the other rows are bit-identical.
+    They are valid until ``space`` is used again. Equal rows are computed once, so that their
+    distances from the other rows are bit-identical.
     """
     try:
         return _pair_distances(x, distance, space or Workspace([x]), distinct=False)
@@ -132,7 +139,7 @@ def _upper_mask(square: Tensor) -> Tensor:
 
 
 def _pair_distances(x: Tensor, distance: str, space: Workspace, distinct: bool) -> PairDistances:
-    (n, p), unit = x.shape, distance in ("correlation", "cosine")
+    p, unit = x.shape[1], distance in ("correlation", "cosine")
     if distance == "correlation":
         origin = _row_means(x)
         packed, energy, length = squared_distances(x, origin, unit, space, distinct)
@@ -143,12 +150,11 @@ def _pair_distances(x: Tensor, distance: str, space: Workspace, distinct: bool) 
     else:
         norm = row_norms(x)
         packed, energy, _ = squared_distances(x, central_row(x, norm), False, space, distinct)
-    squared = memory.empty_buffer(x, n * (n - 1) // 2, dtype=torch.float64)
-    parts = squared.split([len(positions) for positions in space.positions])
+    parts = space.pairs.split([len(positions) for positions in space.positions])
     for (_, panel), positions, part in zip(packed, space.positions, parts, strict=True):
         torch.index_select(panel.flatten(), 0, positions, out=part)
     return PairDistances(
-        squared,
+        space.pairs,
         energy,
         torch.finfo(x.dtype).eps / 2 * norm.double(),
         (8 + (min(p, _BLAS_CHUNK) + p / _BLAS_CHUNK) / 4) * _EPS,
