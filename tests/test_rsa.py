@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import repsim_kernels as rk
+from repsim_kernels.kernels.torch import memory
 from repsim_kernels.kernels.torch.distances import _EqualRows, check_distinct, pair_distances
 from repsim_kernels.kernels.torch.rsa import rank_distances
 
@@ -314,3 +315,16 @@ def test_torch_and_numpy_ranks_agree(distance, n, p, seed, kind, dtype):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("repsim_kernels.kernels.torch.rsa.np", torch)  # as for tensors on a GPU
         assert torch.equal(rank_distances(computed).nan_to_num(nan=0), want.nan_to_num(nan=0))
+
+
+def test_blocks_of_neurons_do_not_change_all_pairs(monkeypatch):
+    """Also where a block that two cores share has other sizes than one representation's."""
+    rng = np.random.default_rng(7)
+    xs = [rng.standard_normal((30, p)).astype(np.float32) for p in (400, 400, 90)]
+    for options in ({}, {"distance": "sqeuclidean", "compare": "pearson"}):
+        want = rk.pairwise(xs, metric="rsa", **options)
+        for block in (31, 997, 5001):
+            monkeypatch.setattr(memory, "BLOCK", block)
+            got = rk.pairwise(xs, metric="rsa", **options)
+            np.testing.assert_allclose(got, want, rtol=1e-10)
+        monkeypatch.undo()
