@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from repsim_kernels._operations import OPERATIONS
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 _ERRORS = (
     "RepsimError",

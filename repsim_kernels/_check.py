@@ -91,7 +91,7 @@ def check_representation(
     allow_constant: bool = False,
     allow_batch: bool = True,
     batched: Any = False,
-    defer_finite: bool = False,
+    defer: bool = False,
 ) -> tuple[Tensor, Source]:
     """Check one representation (n, p): real, finite, not constant, with at least one neuron.
 
@@ -99,8 +99,9 @@ def check_representation(
     activations (n, c, h, w) or (n, t, d) that were not flattened. If `allow_batch`, the error also
     suggests `batched`.
 
-    `defer_finite` skips the scan for non-finite values in dtypes below float64. The operation's
-    result must be NaN if any value is not finite, and must be passed to `raise_if_nan`.
+    `defer` skips the scans for constant representations and, in dtypes below float64, for values
+    that are not finite. The operation's result must be NaN in either case, and must be passed to
+    `raise_if_nan`.
     """
     batched = _options.check_flag(batched, "batched")
     x, source = _arrays.convert(x, name)
@@ -124,15 +125,21 @@ def check_representation(
         raise ShapeError(f"{name}: an empty batch, shape {tuple(x.shape)}; expected at least 1")
     x = _to_float(x)
     # Finite float64 numbers may still exceed the limit, which no NaN in the result would show.
-    if not defer_finite or x.dtype == torch.float64:
+    if not defer or x.dtype == torch.float64:
         _check_finite(x, name)
-    if not allow_constant and _has_constant(x):
+    if not allow_constant and not defer:
+        _check_varying(x, name)
+    return x, source
+
+
+def _check_varying(x: Tensor, name: str) -> None:
+    """Check that the stimuli of a representation are not all the same."""
+    if _has_constant(x):
         _check_finite(x, name)
         raise ConstantError(
             f"{name}: the representation is the same for every stimulus; expected at least two "
             "different rows, since a zero Gram matrix has no similarity"
         )
-    return x, source
 
 
 def check_matrices(a: Any, name: str, *, symmetric: bool) -> tuple[Tensor, Source]:
@@ -193,20 +200,17 @@ def _check_same_source(a: Source, b: Source, name_a: str, name_b: str) -> None:
 
 
 def check_pair(
-    x: Any, y: Any, *, min_stimuli: int = 2, batched: Any = False, defer_finite: bool = False
+    x: Any, y: Any, *, min_stimuli: int = 2, batched: Any = False, defer: bool = False
 ) -> tuple[Tensor, Tensor, Source]:
     """Check two representations of the same stimuli, as `check_representation` checks one."""
-    options: dict[str, Any] = {
-        "min_stimuli": min_stimuli,
-        "batched": batched,
-        "defer_finite": defer_finite,
-    }
+    options: dict[str, Any] = {"min_stimuli": min_stimuli, "batched": batched, "defer": defer}
     x, source = check_representation(x, "x", **options)
     y, y_source = check_representation(y, "y", **options)
     _check_same_source(source, y_source, "x", "y")
     _check_same_stimuli(x, y, "x", "y")
     try:
-        np.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+        if x.ndim > 2 or y.ndim > 2:
+            np.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     except ValueError:
         raise ShapeError(
             f"y: batch dimensions {tuple(y.shape[:-2])}, but x has {tuple(x.shape[:-2])}; expected "
@@ -230,7 +234,7 @@ def check_representations(
     *,
     min_stimuli: int = 2,
     like: tuple[Tensor, Source] | None = None,
-    defer_finite: bool = False,
+    defer: bool = False,
 ) -> tuple[list[Tensor], Source]:
     """Check a sequence of representations (n, p_i) of the same stimuli.
 
@@ -249,7 +253,7 @@ def check_representations(
         raise ShapeError(f"{name}: {kind}; {expected}") from None
     if not items:
         raise ShapeError(f"{name}: an empty list; expected at least one array (n, p)")
-    options: dict[str, Any] = {"min_stimuli": min_stimuli, "defer_finite": defer_finite}
+    options: dict[str, Any] = {"min_stimuli": min_stimuli, "defer": defer}
     checked = [
         check_representation(x, f"{name}[{i}]", allow_batch=False, **options)
         for i, x in enumerate(items)
@@ -379,20 +383,23 @@ def check_classes(
 def raise_if_nan(result: Array, message: str, **arguments: Tensor) -> Array:
     """Return a result, or raise an error that explains its NaN.
 
-    The error is a NonFiniteError if an argument that was checked with `defer_finite` is not finite,
+    The error is a NonFiniteError if an argument that was checked with `defer` is not finite,
     and otherwise a ConstantError with the message.
     """
     if bool((result != result).any()):
         for name, argument in arguments.items():
             _check_finite(argument, name)
+        for name, argument in arguments.items():
+            _check_varying(argument, name)
         raise ConstantError(message)
     return result
 
 
 def finish_finite_check(distances: Array, a: Tensor, name: str) -> None:
-    """Check an argument that was checked with `defer_finite`, unless its distances prove it finite.
+    """Check an argument that was checked with `defer`, unless its distances prove it finite.
 
     If any value is not finite, all distances (…, C) are NaN or 0. One above 0 is therefore proof.
     """
     if not bool((distances > 0).any(-1).all()):
         _check_finite(a, name)
+        _check_varying(a, name)

@@ -28,6 +28,7 @@ KERNELS: dict[tuple[str, str], str] = {
 """Where the kernel of each operation and backend is, as "module:function"."""
 
 _BATCHED = {(op.name, backend) for op in OPERATIONS for backend in op.batched}
+_WITH_PRECISION = {(op.name, backend) for op in OPERATIONS for backend in op.with_precision}
 # `forward` also runs kernels that are not public operations, in place of a network's own layers.
 # Where `masked_pointwise` can run, so can `linear_cells`.
 _ALL_KERNELS = KERNELS | {
@@ -38,6 +39,7 @@ _ALL_KERNELS = KERNELS | {
         ("linear_cells", "linear_cells"),
     )
 }
+_BACKENDS: Any = torch.backends
 # Backends to try for arrays on a GPU, by library and in this order; torch serves the rest.
 _GPU_BACKENDS = {"cupy": ("cupy", "triton"), "torch": ("triton", "cupy")}
 
@@ -155,10 +157,10 @@ def call(
 
     Each of `xs` is a tensor (…, n, p); for operations on lists, a list of tensors (n, p_i) or None.
     If the kernel doesn't accept batches, it runs on each item and the results are stacked.
-    `options` are passed to the kernel unchanged, `precision` only to Triton's.
+    `options` are passed to the kernel unchanged, `precision` only if it has a choice.
     """
     chosen = choose_backend(operation, backend, source, *xs)
-    if precision is not None and chosen == "triton":
+    if precision is not None and (operation, chosen) in _WITH_PRECISION:
         options["precision"] = precision
     function = _load_kernel(operation, chosen)
     if (operation, chosen) not in _BATCHED:
@@ -170,11 +172,18 @@ def call(
 
 @contextlib.contextmanager
 def _isolate_settings() -> Iterator[None]:
-    """Disable the caller's autocast, and NumPy's warnings of NaN (it means "not defined" here)."""
+    """Disable the caller's autocast, and NumPy's warnings of NaN (it means "not defined" here).
+
+    Also disable the shorter float32 products that `torch.set_float32_matmul_precision` allows.
+    """
     with contextlib.ExitStack() as stack:
         stack.enter_context(np.errstate(divide="ignore", invalid="ignore"))
         for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
             stack.enter_context(torch.autocast(device, enabled=False))
+        for switch in (_BACKENDS.mkldnn.matmul, _BACKENDS.cuda.matmul):
+            if switch.fp32_precision in ("bf16", "tf32"):
+                stack.callback(setattr, switch, "fp32_precision", switch.fp32_precision)
+                switch.fp32_precision = "ieee"
         yield
 
 

@@ -24,6 +24,8 @@ class Operation:
         Backends that serve it.
     batched : tuple of str
         Backends whose kernel accepts batches; for the others the dispatcher loops over the items.
+    with_precision : tuple of str
+        Backends whose kernel takes the argument ``precision``, if the operation has one.
     kernel : str, optional
         For an operation without kernels: the operation whose kernels it runs.
     """
@@ -32,6 +34,7 @@ class Operation:
     family: str
     backends: tuple[str, ...]
     batched: tuple[str, ...] = ()
+    with_precision: tuple[str, ...] = ("triton",)
     kernel: str | None = None
 
     def target(self, backend: str) -> str:
@@ -49,7 +52,7 @@ OPERATIONS = (
     Operation("cell_grams", "gram", BACKENDS),
     Operation("class_means", "cells", _WITH_TRITON),
     Operation("selectivity_grid", "cells", _WITH_TRITON),
-    Operation("cka", "cka", _BASE, batched=("torch",)),
+    Operation("cka", "cka", _BASE, batched=("torch",), with_precision=("torch",)),
     Operation("cca", "cca", _BASE, batched=("torch",)),
     Operation("svcca", "cca", _BASE, batched=("torch",)),
     Operation("pwcca", "cca", _BASE, batched=("torch",)),
@@ -57,7 +60,7 @@ OPERATIONS = (
     Operation("procrustes_distance", "procrustes", _BASE, batched=("torch",)),
     Operation("rsa", "rsa", _BASE),
     Operation("linear_predictivity", "predictivity", _BASE),
-    Operation("pairwise", "pairwise", _BASE),
+    Operation("pairwise", "pairwise", _BASE, with_precision=("torch",)),
     Operation("ablation_distances", "ablation", _WITH_TRITON),
     Operation("ablation_decodability", "probe", _WITH_TRITON),
     Operation("logistic_fits", "logistic", _WITH_TRITON),

@@ -161,6 +161,11 @@ def check_precision(value: Any) -> str:
     return check_choice(value, "precision", ("tf32x3", "tf32", "ieee"))
 
 
+def check_product_precision(value: Any) -> str:
+    """Check the precision in which `cka` multiplies features of at most 32 bits."""
+    return check_choice(value, "precision", ("float32", "float64"))
+
+
 def check_form(value: Any) -> str:
     """Check the form of the Procrustes distance."""
     return check_choice(value, "form", ("squared", "angular", "size-and-shape"))

@@ -11,6 +11,7 @@ import pytest
 import repsim_kernels as rk
 from repsim_kernels import _check, _dispatch, _options
 
+DEFAULTS = {"debiased": False, "kernel": "linear", "sigma": None, "precision": "float32"}
 EACH_BACKEND = pytest.mark.parametrize("backend", ["torch", "reference"])
 
 
@@ -22,7 +23,7 @@ def fresh_warnings(monkeypatch):
 
 def compare_with_chance(x, y, backend, **options):
     """Return the similarity, and its mean over permutations from the closed form."""
-    options = {"debiased": False, "kernel": "linear", "sigma": None} | options
+    options = DEFAULTS | options
     x, y, source = _check.check_pair(x, y)
     result = _dispatch.call("cka", backend, source, x, y, **options, chance=True)
     return float(result["similarity"]), float(result["chance"])
@@ -44,7 +45,7 @@ def test_chance_is_the_mean_over_all_permutations(p, q, options, backend):
     for ys in (None, _check.check_representations([y, x[:, :1]], "ys")[0]):
         result = _dispatch.call(
             "pairwise", backend, source, xs, ys, metric="cka", chance=True,
-            **({"debiased": False, "kernel": "linear", "sigma": None} | options),
+            **(DEFAULTS | options),
         )  # fmt: skip
         for i, a in enumerate(xs):
             for j, b in enumerate(ys or xs):

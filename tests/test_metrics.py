@@ -18,8 +18,8 @@ from repsim_kernels import _metrics
 from repsim_kernels.kernels.torch import panels
 
 METRICS = [
-    ("cka", {}),
-    ("cka", {"debiased": True}),
+    ("cka", {"precision": "float64"}),  # test_cka_precision.py has the default
+    ("cka", {"precision": "float64", "debiased": True}),
     ("cka", {"kernel": "rbf", "sigma": 0.5}),
     ("cka", {"kernel": "rbf", "debiased": True}),
     ("cca", {}),

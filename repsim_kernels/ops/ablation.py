@@ -162,12 +162,12 @@ def ablation_distances(
     info = _options.check_flag(info, "info")
     # CKA can be checked afterwards, since a value that is not finite makes its distances NaN. The
     # other metrics compute eigenvectors, which would fail.
-    defer_finite = bool(names) and set(names) <= {"cka", "cka_debiased"}
+    defer = bool(names) and set(names) <= {"cka", "cka_debiased"}
     x, source = _check.check_representation(
         x,
         batched=batched,
         min_stimuli=4 if "cka_debiased" in names else 2,
-        defer_finite=defer_finite,
+        defer=defer,
     )
     cells, n_cells = _check.check_cells(cells, x.shape[-1])
     _options.warn_without_ridge(names, ridge, penalty)
@@ -184,7 +184,7 @@ def ablation_distances(
         memory=memory,
         precision=_options.check_precision(precision),
     )
-    if defer_finite:
+    if defer:
         _check.finish_finite_check(results[names[0]].values, x, "x")
     return to_public_result(results, info)
 

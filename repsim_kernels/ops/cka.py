@@ -21,6 +21,7 @@ def cka(
     kernel: str = "linear",
     sigma: float | None = None,
     batched: bool = False,
+    precision: str = "float32",
     backend: str | None = None,
 ) -> Array:
     """Centred kernel alignment (CKA), a similarity.
@@ -43,6 +44,10 @@ def cka(
         Whether x and y are batches, (…, n, p) and (…, n, q). Their leading dimensions broadcast and
         become those of the result. Without it, more than two dimensions are an error: flatten
         activations (n, c, h, w) first.
+    precision : {"float32", "float64"}
+        How linear CKA multiplies features of at most 32 bits; float64 input is always multiplied
+        in float64. "float32" sums its products in float64, and the similarity is within 1e-6: data
+        for which that can't be had, such as features far from zero, are multiplied in float64.
     backend : {"reference", "torch"}, optional
         Backend to use; by default chosen by the library and device of x.
 
@@ -90,11 +95,13 @@ def cka(
     """
     debiased = _options.check_flag(debiased, "debiased")
     sigma = _options.check_bandwidth(kernel, sigma)
+    precision = _options.check_product_precision(precision)
     x, y, source = _check.check_pair(
-        x, y, min_stimuli=4 if debiased else 2, defer_finite=True, batched=batched
+        x, y, min_stimuli=4 if debiased else 2, defer=True, batched=batched
     )
     n, p, q = x.shape[-2], x.shape[-1], y.shape[-1]
     options: dict[str, Any] = {"debiased": debiased, "kernel": kernel, "sigma": sigma}
+    options["precision"] = precision
     if not _options.may_be_high_by_chance(n, p, q, debiased, kernel):
         similarity = _dispatch.call("cka", backend, source, x, y, **options)
         return _check.raise_if_nan(similarity, UNDEFINED, x=x, y=y)

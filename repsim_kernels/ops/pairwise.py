@@ -86,9 +86,9 @@ def pairwise(
         )
     options = defaults | options
     min_stimuli = _check_metric_options(metric, options)
-    defer_finite = metric == "cka"
+    defer = metric == "cka"
     checked_xs, source = _check.check_representations(
-        xs, "xs", min_stimuli=min_stimuli, defer_finite=defer_finite
+        xs, "xs", min_stimuli=min_stimuli, defer=defer
     )
     checked_ys = None
     if ys is not None:
@@ -97,7 +97,7 @@ def pairwise(
             "ys",
             min_stimuli=min_stimuli,
             like=(checked_xs[0], source),
-            defer_finite=defer_finite,
+            defer=defer,
         )
     n = len(checked_xs[0])
     if "folds" in options:
@@ -148,6 +148,7 @@ def _check_metric_options(metric: str, options: dict[str, Any]) -> int:
         options[name] = _options.check_flag(options[name], name)
     if metric == "cka":
         options["sigma"] = _options.check_bandwidth(options["kernel"], options["sigma"])
+        options["precision"] = _options.check_product_precision(options["precision"])
         return 4 if options["debiased"] else 2
     if metric == "rsa":
         _options.check_rsa_options(options["distance"], options["compare"])

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from repsim_kernels.kernels.torch import distances, gram, panels
+from repsim_kernels.kernels.torch import distances, features, gram, panels
 
 _EPS = torch.finfo(torch.float64).eps
-_MIN_SHARE = 1e-4  # least share of a product over features that must remain after U-centring
+# Most that a diagonal entry of a centred Gram may be, relative to the norm of the Gram that is
+# compared, for float32 products: rounding moves a similarity by a few times float32's rounding.
+_MAX_ENTRY = 2.0
 
 
 def cka(
@@ -20,113 +24,101 @@ def cka(
     debiased: bool,
     kernel: str,
     sigma: float | None,
+    precision: str,
     chance: bool = False,
 ) -> Tensor | dict[str, Tensor]:
     """Return the similarity and, for ``chance``, its mean over permutations of the stimuli."""
-    by_features = kernel == "linear" and features_are_cheaper(
-        [x.shape[-1]], [y.shape[-1]], x.shape[-2]
-    )
-    if by_features:
-        runs = gram.centre_all([x, y], for_products=not debiased)
-        a, b = (c for run in runs for c in run)
-        xy = feature_product(a, b, debiased)
-        xx, yy = (norm for run in runs for norm in feature_norm(run, debiased))
-        traces = [feature_trace(c) for c in (a, b)] if chance else []
-        by_features = not debiased or not bool((xx.isnan() | yy.isnan()).any())
-    if not by_features:
+    n, dtype = x.shape[-2], product_dtype([x, y], kernel, precision)
+    comparison = None
+    if kernel == "linear" and features.are_cheaper([x, y], comparisons=1):
+        comparison = features.compare([x, y], debiased, dtype)
+    if comparison is not None:
+        products, traces = comparison
+        xx, yy, xy = (products[..., i, j] for i, j in ((0, 0), (1, 1), (0, 1)))
+        trace_x, trace_y = traces[..., 0], traces[..., 1]
+    else:
         groups = [[x, y]] if x.shape[:-2] == y.shape[:-2] else [[x], [y]]
-        (h, floor_x), (k, floor_y) = (
-            (panels.select(kernels, i), floor)
-            for kernels, floors in (packed_kernels(xs, debiased, kernel, sigma) for xs in groups)
-            for i, floor in enumerate(floors)
+        # Factors of ½ and √½ cancel below.
+        sides = [kernel_vectors(xs, debiased, kernel, sigma, dtype) for xs in groups]
+        (h, xx, trace_x), (k, yy, trace_y) = (
+            entries for side in sides for entries in zip(*side, strict=True)
         )
-        xy, xx, yy = (panels.inner(u, v) for u, v in ((h, k), (h, h), (k, k)))
-        xx, yy = nan_if_not_above(xx, floor_x), nan_if_not_above(yy, floor_y)
-        # Diagonals are scaled by √½, and xx and yy by ½, so the ratios below are right.
-        traces = [panels.diagonal(packed).sum(-1) for packed in (h, k)] if chance else []
-    value = cosine(xy, xx, yy)
-    if not chance:
-        return value
-    shares = (trace / norm.sqrt() for trace, norm in zip(traces, (xx, yy), strict=True))
-    return {"similarity": value, "chance": math.prod(shares) / (x.shape[-2] - 1)}
+        xy = torch.linalg.vecdot(h, k).cpu().numpy()
+    return finish(xy, xx, yy, trace_x * trace_y / (n - 1) if chance else None, x.device)
 
 
-def cosine(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
-    """Return xy / √(xx yy) without overflow: at most 1, and exactly 1 if all three are equal."""
-    return (xy.sign() * ((xy / xx) * (xy / yy)).sqrt()).clamp(-1, 1)
+def product_dtype(xs: list[Tensor], kernel: str, precision: str) -> torch.dtype:
+    """Return the dtype in which the features are multiplied."""
+    is_single = kernel == "linear" and precision == "float32"
+    return torch.float32 if is_single and gram.below_float64(xs) else torch.float64
 
 
-def features_are_cheaper(p: list[int], q: list[int], n: int) -> bool:
-    """Return whether products over features cost less than Grams, for all pairs of p and q.
+def finish(
+    xy: np.ndarray, xx: np.ndarray, yy: np.ndarray, traces: np.ndarray | None, device: torch.device
+) -> Tensor | dict[str, Tensor]:
+    """Return xy / √(xx yy), and traces / √(xx yy) if there are any, on a device.
 
-    In operations divided by n: Σ pᵢqⱼ and half of the squares of each side, against n Σ pᵢ / 2 on
-    each side for the Grams and n for the inner product of each pair.
+    The similarity does not overflow, is at most 1, and is exactly 1 if all three are equal. All
+    this is in NumPy, which computes a few numbers ten times as fast as PyTorch.
     """
-    by_features = sum(p) * sum(q) + (sum(k * k for k in p) + sum(k * k for k in q)) / 2
-    return by_features < n * (sum(p) + sum(q)) / 2 + n * len(p) * len(q)
+    cosine = np.sign(xy) * np.sqrt((xy / xx) * (xy / yy))
+    similarity = torch.as_tensor(np.minimum(np.maximum(cosine, -1.0), 1.0), device=device)
+    if traces is None:
+        return similarity
+    chance = traces / np.sqrt(xx) / np.sqrt(yy)
+    return {"similarity": similarity, "chance": torch.as_tensor(chance, device=device)}
 
 
-def feature_product(a: Tensor, b: Tensor, debiased: bool) -> Tensor:
-    """Return ⟨K, L⟩ for the Grams of centred features a (…, n, p) and b (…, n, q).
+def kernel_vectors(
+    xs: list[Tensor], debiased: bool, kernel: str, sigma: float | None, dtype: torch.dtype
+) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """Return the centred kernel matrices of xs, each (…, n, p), as vectors (L, …, m).
 
-    The Grams are not formed. ``debiased`` gives the product of the U-centred Grams, n(n - 3) HSIC₁.
-    """
-    product = panels.multiply(a.mT, b.mT).square().sum((-2, -1))
-    return product - _u_centring_term(a, b) if debiased else product
-
-
-def feature_norm(a: Tensor, debiased: bool) -> Tensor:
-    """Return `feature_product` of a (…, n, p) with itself.
-
-    NaN if U-centring cancels nearly all of it, as with one outlying stimulus: the caller then uses
-    the Grams, which keep more digits.
-    """
-    packed = panels.empty_panels(a, a.shape[-1], *a.shape[:-2])
-    panels.add_product(packed, a.mT, first=True)
-    panels.scale_for_inner(packed)
-    product = 2 * panels.inner(packed, packed)
-    if not debiased:
-        return product
-    return nan_if_not_above(product - _u_centring_term(a, a), _MIN_SHARE * product)
-
-
-def feature_trace(a: Tensor) -> Tensor:
-    """Return the trace of the Gram of centred features a (…, n, p)."""
-    return squared_norm(a.flatten(-2))
-
-
-def _u_centring_term(a: Tensor, b: Tensor) -> Tensor:
-    """Return what U-centring subtracts from the inner product of two Grams."""
-    n = a.shape[-2]
-    d, e = squared_norm(a), squared_norm(b)
-    return (d * e).sum(-1) * n / (n - 2) - d.sum(-1) * e.sum(-1) / ((n - 1) * (n - 2))
-
-
-def packed_kernels(
-    xs: list[Tensor], debiased: bool, kernel: str, sigma: float | None
-) -> tuple[panels.Panels, Tensor]:
-    """Return the centred kernel matrices of xs, each (…, n, p), packed: (L, …, n, n).
-
-    They are scaled for `inner`, and their cosines are CKA. Also returns floors (L, …): a squared
-    norm that is not above its floor is only rounding error.
+    Their inner products are half of those of the matrices. Also returns their squared norms, NaN
+    for a matrix that is only rounding error, and √½ of the matrices' traces, (L, …). ``dtype``
+    is that of the products; matrices of which float32 keeps too few digits are computed again.
     """
     batch, n = xs[0].shape[:-2], xs[0].shape[-2]
-    kernels = panels.empty_panels(xs[0], n, len(xs), *batch)
-    floors = xs[0].new_zeros(len(xs), *batch, dtype=torch.float64)
-    buffer = panels.block_buffer(xs) if kernel == "linear" else None
-    for run in panels.shape_runs_per_core(xs):
+    vectors, kernels = panels.empty_vectors(xs[0], n, len(xs), *batch)
+    diagonals = xs[0].new_empty(len(xs), *batch, n, dtype=torch.float64)
+    means = torch.zeros_like(diagonals[..., 0])
+
+    def write(run: slice, buffer: Tensor | None) -> None:
         packed = panels.select(kernels, run)
         if buffer is not None:
-            gram.gram_into(packed, xs[run], buffer)
+            means[run] = gram.gram_into(packed, xs[run], buffer)
         else:
             assert sigma is not None
             k = torch.stack([gram.double_centre(distances.rbf_kernel(x, sigma)) for x in xs[run]])
             for columns, panel in packed:
                 panel.copy_(k[..., columns.start :, columns])
+        diagonals[run] = panels.diagonal(packed)
         if debiased:
-            floors[run] = _rounding_floor(gram.u_centre(packed, out=packed), n) / 2
+            gram.u_centre(packed, out=packed)
         panels.scale_for_inner(packed)
-    return kernels, floors
+
+    buffer = panels.block_buffer(xs, dtype) if kernel == "linear" else None
+    for run in panels.shape_runs_per_core(xs):
+        write(run, buffer)
+    norms = torch.linalg.vecdot(vectors, vectors)
+    if dtype == torch.float32:
+        inexact = ~_keep_digits(norms, diagonals, means)
+        for i in np.flatnonzero(inexact.reshape(len(xs), -1).any(-1)).tolist():
+            write(slice(i, i + 1), panels.block_buffer(xs[i : i + 1]))
+            norms[i] = torch.linalg.vecdot(vectors[i], vectors[i])
+    traces = diagonals.sum(-1).cpu().numpy()
+    floors = _rounding_floor(traces, n) / 2 if debiased else 0.0
+    squares = norms.cpu().numpy()
+    return vectors, np.where(squares > floors, squares, np.nan), traces * math.sqrt(0.5)
+
+
+def _keep_digits(norms: Tensor, diagonals: Tensor, means: Tensor) -> Any:
+    """Return which matrices have enough digits from float32 products, (L, …)."""
+    d = diagonals.cpu().numpy()
+    variances = d.sum(-1) / d.shape[-1]
+    return features.keeps_digits(
+        2 * norms.cpu().numpy(), d.max(-1), _MAX_ENTRY, means.cpu().numpy(), variances
+    )
 
 
 def squared_norm(v: Tensor) -> Tensor:
@@ -142,8 +134,8 @@ def rounding_floor(k: Tensor) -> Tensor:
     return _rounding_floor(k.diagonal(dim1=-2, dim2=-1).sum(-1), k.shape[-1])
 
 
-def _rounding_floor(trace: Tensor, n: int) -> Tensor:
-    return (n * _EPS * trace).square() / (n - 1)
+def _rounding_floor(trace: Any, n: int) -> Any:
+    return (n * _EPS * trace) ** 2 / (n - 1)
 
 
 def nan_if_not_above(value: Tensor, floor: Tensor) -> Tensor:

@@ -20,29 +20,33 @@ def centre(x: Tensor) -> Tensor:
 
     Constant columns become exactly zero.
     """
-    return centre_all([x])[0][0]
+    c = memory.empty_buffer(x, *x.shape, dtype=torch.float64)
+    centre_into([c], [x], c, for_products=False)
+    return c
 
 
-def centre_all(xs: Sequence[Tensor], for_products: bool = False) -> list[Tensor]:
-    """Centre every x, stacking runs of equal shapes into one tensor (length, …, n, p) each.
+def centre_into(
+    targets: Sequence[Tensor], xs: Sequence[Tensor], buffer: Tensor, for_products: bool
+) -> None:
+    """Centre every x (…, n, p_i) into its target, all of them parts of a float64 buffer.
 
     ``for_products`` allows the faster centring of `_centre_inplace`.
     """
-    # With many features it is faster to let all cores multiply one matrix after the other.
-    wide = max(x.shape[-1] for x in xs) > panels.COLUMNS
-    max_length = 1 if wide else panels.count_cores(xs[0])
-    runs = panels.shape_runs(xs, max_length)
-    shapes = [(run.stop - run.start, *xs[run.start].shape) for run in runs]
-    sizes = [math.prod(shape) for shape in shapes]
-    # One allocation for all buffers: after several large ones are freed, malloc returns their pages
-    # and the next call has to fault them in again.
-    buffers = memory.empty_buffer(xs[0], sum(sizes), dtype=torch.float64).split(sizes)
-    stacks = [buffer.view(shape) for buffer, shape in zip(buffers, shapes, strict=True)]
-    for x, target in zip(xs, (c for stack in stacks for c in stack), strict=True):
+    for x, target in zip(xs, targets, strict=True):
         target.copy_(x)
-    for stack in stacks:
-        _centre_inplace(stack, for_products and _below_float64(xs))
-    return stacks
+    _centre_inplace(buffer, for_products and below_float64(xs))
+
+
+def centre_float32(x: Tensor, out: Tensor) -> Tensor:
+    """Subtract the mean over stimuli from x (…, n, p), in float32, into ``out``.
+
+    Returns the sum of squares of the means, (…). Their rounding enters inner products of centred
+    Grams squared, which matters only if they are far larger than the spread of the features.
+    """
+    x = x.float()
+    mean = x.mean(-2)
+    torch.sub(x, mean[..., None, :], out=out)
+    return panels.sum_squares(mean)
 
 
 def _centre_inplace(c: Tensor, for_products: bool) -> Tensor:
@@ -53,10 +57,10 @@ def _centre_inplace(c: Tensor, for_products: bool) -> Tensor:
     exact, and elsewhere the rounding of the mean, 1e-16 of it, enters the products squared.
     Otherwise means are taken of the differences from the first stimulus.
     """
-    n = c.shape[-2]
     first = None if for_products else c[..., :1, :].clone()
     if first is not None:
         c.sub_(first)
+    n = c.shape[-2]
     row_major = c.stride(-1) < c.stride(-2)
     mean = c.new_ones(1, n) @ c if row_major else c.sum(-2, keepdim=True)
     mean.div_(mean.new_full((), n))  # CUDA would turn division by a number into multiplication
@@ -64,7 +68,8 @@ def _centre_inplace(c: Tensor, for_products: bool) -> Tensor:
     return mean if first is None else mean.add_(first)
 
 
-def _below_float64(xs: Sequence[Tensor]) -> bool:
+def below_float64(xs: Sequence[Tensor]) -> bool:
+    """Return whether no tensor is float64."""
     return all(x.dtype != torch.float64 for x in xs)
 
 
@@ -82,23 +87,28 @@ def linear(x: Tensor) -> Tensor:
     return panels.unpack(packed)
 
 
-def gram_into(packed: panels.Panels, xs: Sequence[Tensor], buffer: Tensor) -> None:
+def gram_into(packed: panels.Panels, xs: Sequence[Tensor], buffer: Tensor) -> Tensor:
     """Write the Gram matrices of the centred xs, all (…, n, p), into packed matrices.
 
-    ``buffer`` comes from `panels.block_buffer`. Multiplying one matrix on each core takes a tenth
-    less time than multiplying one after the other on all cores.
+    ``buffer`` comes from `panels.block_buffer`; its dtype is that of the products. Multiplying one
+    matrix on each core takes a tenth less time than multiplying one after the other on all cores.
+    Returns the sums of squares of the means, (L, …), or zeros if the buffer is float64.
     """
     lead, p = (len(xs), *xs[0].shape[:-1]), xs[0].shape[-1]
+    means = buffer.new_zeros(lead[:-1], dtype=torch.float64)
     if not p:
         for _, panel in packed:
             panel.zero_()
-    for block in panels.split_neurons(p, math.prod(lead)):
-        shape = (*lead, block.stop - block.start)
-        c = buffer[: math.prod(shape)].view(shape)
-        for x, target in zip(xs, c, strict=True):
-            target.copy_(x[..., block])
-        _centre_inplace(c, _below_float64(xs))
-        panels.add_product(packed, c, first=block.start == 0)
+    for run in panels.split_neurons(p, math.prod(lead), buffer.dtype):
+        c = buffer[: math.prod(lead) * (run.stop - run.start)].view(*lead, -1)
+        blocks = [x[..., run] for x in xs]
+        if c.dtype == torch.float32:
+            for block, target, total in zip(blocks, c, means, strict=True):
+                total += centre_float32(block, out=target)
+        else:
+            centre_into(list(c), blocks, c, for_products=True)
+        panels.add_product(packed, c, first=run.start == 0)
+    return means
 
 
 def to_vectors(packed: panels.Panels, u_centred: bool, buffer: Tensor | None = None) -> Tensor:
@@ -186,7 +196,7 @@ def cell_statistics(
     n_varying = torch.zeros(n_cells, dtype=torch.int64, device=x.device)
     shift = torch.zeros(n_cells, n, 1, dtype=torch.float64, device=x.device)
     for run, shape, c in columns.iter_cell_blocks(x, cells, n_cells):
-        mean = _centre_inplace(c, _below_float64([x]))
+        mean = _centre_inplace(c, below_float64([x]))
         constant = (c[0] == 0).nonzero()[:, 0]
         constant = constant[(c[:, constant] == 0).all(0)]
         n_varying[run] += shape[1] - torch.bincount(constant // shape[1], minlength=shape[0])

@@ -6,10 +6,20 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from repsim_kernels.kernels.torch import cca, cka, gram, panels, predictivity, procrustes, rsa
+from repsim_kernels.kernels.torch import (
+    cca,
+    cka,
+    features,
+    gram,
+    panels,
+    predictivity,
+    procrustes,
+    rsa,
+)
 from repsim_kernels.kernels.torch.representation import Representation
 
 
@@ -81,36 +91,23 @@ def _cka(
     debiased: bool,
     kernel: str,
     sigma: float | None,
+    precision: str,
     chance: bool = False,
 ) -> Tensor | dict[str, Tensor]:
-    n, sides = xs[0].shape[0], [xs] if ys is None else [xs, ys]
-    p, q = ([x.shape[1] for x in side] for side in (sides[0], sides[-1]))
-    by_features = kernel == "linear" and cka.features_are_cheaper(p, q, n)
-    if by_features:
-        runs = [gram.centre_all(side, for_products=not debiased) for side in sides]
-        norms = [torch.cat([cka.feature_norm(c, debiased) for c in side]) for side in runs]
-        by_features = not debiased or not any(bool(norm.isnan().any()) for norm in norms)
-    if by_features:
-        left, right = ([c for run in side for c in run] for side in (runs[0], runs[-1]))
-        xx, yy = norms[0], norms[-1]
-        products = xx.new_zeros(len(left), len(right))
-        for i, a in enumerate(left):
-            for j in range(len(right) if ys is not None else i):
-                products[i, j] = cka.feature_product(a, right[j], debiased)
-        if ys is None:
-            products = products + products.mT + xx.diag()
-        traces = [torch.cat([cka.feature_trace(c) for c in side]) for side in runs if chance]
+    both = [*xs, *(ys or [])]
+    n, dtype = len(xs[0]), cka.product_dtype(both, kernel, precision)
+    comparison = None
+    if kernel == "linear" and features.are_cheaper(both, len(xs) * len(ys or xs)):
+        comparison = features.compare(both, debiased, dtype)
+    if comparison is not None:
+        products, traces = comparison
+        left, right = slice(len(xs)), slice(len(xs) if ys else 0, None)
+        xy = (np.triu(products) + np.triu(products, 1).T)[left, right]
+        (xx, yy), (trace_x, trace_y) = ((a[left], a[right]) for a in (products.diagonal(), traces))
     else:
-        kernels = [cka.packed_kernels(side, debiased, kernel, sigma) for side in sides]
-        (rows, floor_x), (columns, floor_y) = kernels[0], kernels[-1]
-        products = panels.inner_of_all(rows, columns)
-        xx = products.diagonal() if ys is None else panels.inner(rows, rows)
-        yy = xx if ys is None else panels.inner(columns, columns)
-        xx, yy = cka.nan_if_not_above(xx, floor_x), cka.nan_if_not_above(yy, floor_y)
-        # Diagonals are scaled by √½, and xx and yy by ½, so the ratios below are right.
-        traces = [panels.diagonal(packed).sum(-1) for packed, _ in kernels if chance]
-    values = cka.cosine(products, xx[:, None], yy)
-    if not chance:
-        return values
-    shares = traces[0] / xx.sqrt(), traces[-1] / yy.sqrt()
-    return {"similarity": values, "chance": torch.outer(*shares) / (n - 1)}
+        sides = [xs] if ys is None else [xs, ys]
+        kernels = [cka.kernel_vectors(side, debiased, kernel, sigma, dtype) for side in sides]
+        (h, xx, trace_x), (k, yy, trace_y) = kernels[0], kernels[-1]
+        xy = panels.multiply(h, k).cpu().numpy()
+    chances = np.outer(trace_x, trace_y) / (n - 1) if chance else None
+    return cka.finish(xy, xx[:, None], yy, chances, xs[0].device)

@@ -17,11 +17,17 @@ from repsim_kernels.kernels.torch import memory
 # panels would save little more, and narrower ones multiply more slowly. Panels wider than the least
 # width are a multiple of TILE, the number of columns the BLAS processes together.
 _PANEL, _MAX_PANELS, TILE = 64, 10, 24
+# Panels of products of features: their rows are the features of all representations.
+_FEW_PANELS = 4
 # A product with at most _FEW rows and at least _LONG columns per core is split over its columns.
 _FEW, _LONG = 64, 2048
+# float32 products are summed in float32 over at most this many terms, and then in float64.
+SHORT = 8192
+# Least number of neurons of a float32 block: with fewer, adding to float64 takes long.
+_MIN_WIDTH = 2048
 # If each core centres its own matrix: the fewest columns of a block, and the most features.
 COLUMNS = 512
-# Scale of the diagonal blocks, whose entries count once in `inner` where those below count twice.
+# Scale of the diagonal blocks, whose entries count once in an inner product, those below twice.
 _SQRT_HALF = math.sqrt(0.5)
 
 Panels = list[tuple[slice, Tensor]]
@@ -44,12 +50,12 @@ def unpack(packed: Panels) -> Tensor:
 
 def panels_view(g: Tensor) -> Panels:
     """View symmetric matrices (…, n, n) as panels, without a copy."""
-    return [(columns, g[..., columns.start :, columns]) for columns in _spans(g.shape[-1], TILE)]
+    return [(columns, g[..., columns.start :, columns]) for columns in _spans(0, g.shape[-1], TILE)]
 
 
-def _spans(n: int, min_width: int) -> list[slice]:
-    width = max(min_width, -(-n // (_MAX_PANELS * TILE)) * TILE)
-    return [slice(start, min(start + width, n)) for start in range(0, n, width)]
+def _spans(start: int, stop: int, min_width: int = _PANEL) -> list[slice]:
+    width = max(min_width, -(-(stop - start) // (_MAX_PANELS * TILE)) * TILE)
+    return [slice(left, min(left + width, stop)) for left in range(start, stop, width)]
 
 
 def empty_panels(x: Tensor, n: int, *batch: int, min_width: int = _PANEL) -> Panels:
@@ -57,7 +63,10 @@ def empty_panels(x: Tensor, n: int, *batch: int, min_width: int = _PANEL) -> Pan
 
     Each panel is contiguous.
     """
-    spans = _spans(n, min_width)
+    return _allocate(x, _spans(0, n, min_width), n, batch)
+
+
+def _allocate(x: Tensor, spans: list[slice], n: int, batch: Sequence[int]) -> Panels:
     shapes = [(*batch, n - columns.start, columns.stop - columns.start) for columns in spans]
     sizes = [math.prod(shape) for shape in shapes]
     buffers = memory.empty_buffer(x, sum(sizes), dtype=torch.float64).split(sizes)
@@ -67,15 +76,38 @@ def empty_panels(x: Tensor, n: int, *batch: int, min_width: int = _PANEL) -> Pan
     ]
 
 
+def empty_vectors(x: Tensor, n: int, *batch: int) -> tuple[Tensor, Panels]:
+    """Allocate float64 matrices (*batch, n, n) as vectors (*batch, m), and as panels of these."""
+    spans = _spans(0, n)
+    shapes = [(n - columns.start, columns.stop - columns.start) for columns in spans]
+    sizes = list(map(math.prod, shapes))
+    vectors = memory.empty_buffer(x, *batch, sum(sizes), dtype=torch.float64)
+    slots = zip(spans, vectors.split(sizes, -1), shapes, strict=True)
+    return vectors, [(columns, slot.unflatten(-1, shape)) for columns, slot, shape in slots]
+
+
 def select(packed: Panels, index: int | slice | list[int]) -> Panels:
     """Index the first batch dimension of packed matrices."""
     return [(columns, panel[index]) for columns, panel in packed]
 
 
-def split_neurons(p: int, rows: int) -> Iterator[slice]:
-    """Split p neurons so that `rows` rows of a slice make a float64 block of `BLOCK` elements."""
-    width = max(1, memory.BLOCK // rows)
-    return (slice(start, min(start + width, p)) for start in range(0, p, width))
+def split_neurons(p: int, rows: int, dtype: torch.dtype = torch.float64) -> Iterator[slice]:
+    """Split p neurons so that `rows` rows of a slice make a block for the cache."""
+    return split(p, _block_width(rows, dtype))
+
+
+def _block_width(rows: int, dtype: torch.dtype) -> int:
+    """Return the width of a block of `BLOCK` elements, or more for float32."""
+    return max(_min_width(dtype), memory.BLOCK // rows)
+
+
+def _min_width(dtype: torch.dtype) -> int:
+    return _MIN_WIDTH if dtype == torch.float32 else 1
+
+
+def split(length: int, width: int) -> Iterator[slice]:
+    """Split a length into slices of a width."""
+    return (slice(start, min(start + width, length)) for start in range(0, length, width))
 
 
 def count_cores(x: Tensor) -> int:
@@ -104,28 +136,33 @@ def shape_runs(xs: Sequence[Tensor], max_length: int) -> Iterator[slice]:
         start = stop
 
 
-def block_buffer(xs: Sequence[Tensor]) -> Tensor:
-    """Allocate a buffer that holds a float64 block of any run of `shape_runs_per_core`.
+def block_buffer(xs: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
+    """Allocate a buffer that holds a block of any run of `shape_runs_per_core`.
 
     It is reused for all blocks, since allocating one costs as much as centring it.
     """
-    size = max(
-        min(run[0].numel() * len(run), max(memory.BLOCK, math.prod(run[0].shape[:-1])))
-        for run in (xs[index] for index in shape_runs_per_core(xs))
-    )
-    return memory.empty_buffer(xs[0], size, dtype=torch.float64)
+    size = 0
+    for run in (xs[index] for index in shape_runs_per_core(xs)):
+        rows = len(run) * math.prod(run[0].shape[:-1])
+        size = max(size, min(rows * run[0].shape[-1], max(memory.BLOCK, rows * _min_width(dtype))))
+    return memory.empty_buffer(xs[0], size, dtype=dtype)
 
 
 def add_product(packed: Panels, c: Tensor, first: bool) -> None:
-    """Add c cᵀ, for c (…, n, k), to packed matrices in place, or overwrite them if first."""
+    """Add c cᵀ, for c (…, n, k), to packed matrices in place, or overwrite them if first.
+
+    If c is float32, so are the products; they are summed in float64 after every `SHORT` of them.
+    """
     n, k = c.shape[-2:]
+    c = c.reshape(-1, n, k) if c.numel() > n * k else c.reshape(n, k)
+    if c.dtype == torch.float32:
+        _add_float32_product(packed, c, first)
+        return
     beta = 0 if first else 1
-    if c.numel() > n * k:
-        c = c.reshape(-1, n, k)
+    if c.ndim == 3:
         for columns, panel in packed:
             panel.flatten(0, -3).baddbmm_(c[:, columns.start :], c[:, columns].mT, beta=beta)
         return
-    c = c.reshape(n, k)
     for columns, panel in packed:
         out, a, b = panel.view(panel.shape[-2:]), c[columns.start :], c[columns]
         if n > _FEW:
@@ -134,6 +171,17 @@ def add_product(packed: Panels, c: Tensor, first: bool) -> None:
             out.copy_(multiply(a, b))
         else:
             out.add_(multiply(a, b))
+
+
+def _add_float32_product(packed: Panels, c: Tensor, first: bool) -> None:
+    for run in split(c.shape[-1], SHORT):
+        short = c[..., run]
+        for columns, panel in packed:
+            product = (short[..., columns.start :, :] @ short[..., columns, :].mT).view(panel.shape)
+            if first and run.start == 0:
+                panel.copy_(product)
+            else:
+                panel.add_(product)
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
@@ -150,25 +198,39 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     return (u @ v.mT).sum(0).addmm_(a[:, end:], b[:, end:].mT)
 
 
+def product(c: Tensor, starts: Sequence[int]) -> Panels:
+    """Return c cᵀ (…, n, n), for c (…, n, k), packed; a panel begins at each of ``starts``.
+
+    If c is float32, k is at most `SHORT`.
+    """
+    n = c.shape[-2]
+    spans = [
+        span
+        for start, stop in zip(starts, [*starts[1:], n], strict=True)
+        for span in _spans(start, stop, max(_PANEL, -(-(stop - start) // _FEW_PANELS)))
+    ]
+    if c.dtype == torch.float32:
+        return [
+            (columns, (c[..., columns.start :, :] @ c[..., columns, :].mT).double())
+            for columns in spans
+        ]
+    packed = _allocate(c, spans, n, c.shape[:-2])
+    add_product(packed, c, first=True)
+    return packed
+
+
 def scale_for_inner(packed: Panels) -> None:
     """Scale the diagonal blocks by √½ in place.
 
-    `inner` then returns half of the inner product of the full matrices.
+    The products of all entries then sum to half of the inner product of the full matrices.
     """
     for _, panel in packed:
         panel[..., : panel.shape[-1], :].mul_(_SQRT_HALF)
 
 
-def inner(a: Panels, b: Panels) -> Tensor:
-    """Sum the elementwise products of packed matrices, (…); see `scale_for_inner`."""
-    pairs = ((u.flatten(-2), v.flatten(-2)) for (_, u), (_, v) in zip(a, b, strict=True))
-    return torch.stack([torch.linalg.vecdot(u, v) for u, v in pairs]).sum(0)
-
-
-def inner_of_all(a: Panels, b: Panels) -> Tensor:
-    """Return `inner` of every pair of packed matrices (L, n, n) and (M, n, n), (L, M)."""
-    pairs = ((u.flatten(1), v.flatten(1)) for (_, u), (_, v) in zip(a, b, strict=True))
-    return torch.stack([multiply(u, v) for u, v in pairs]).sum(0)
+def sum_squares(a: Tensor) -> Tensor:
+    """Return the sums of the squares of the rows of a (…, k), (…), float64."""
+    return torch.linalg.vector_norm(a, dim=-1, dtype=torch.float64).square_()
 
 
 def diagonal(packed: Panels) -> Tensor:
