@@ -19,6 +19,7 @@ from torch import Tensor
 import repsim_kernels as rk
 from bench.common import longdouble
 from bench.common.machine import Json, describe_environment, to_json_number
+from bench.peers.calls import Pair
 from bench.peers.packages import PACKAGES, Package
 
 OURS = "repsim_kernels"
@@ -85,8 +86,7 @@ def measure_accuracy(
         raise RuntimeError("--device cuda: no CUDA device is available")
     size, sweeps = (SMALL, QUICK) if quick else (Size(), SWEEPS)
     present, absent = _find_callable(packages, device)
-    if device == "cuda":
-        present += _list_triton()
+    present += _list_precisions(device)
     names = tuple(sorted({p.distribution for p in present} - {""}))
     return {
         "environment": describe_environment(device, names),
@@ -121,20 +121,26 @@ def _find_callable(packages: Sequence[Package], device: str) -> tuple[list[Packa
     return present, absent
 
 
-def _list_triton() -> list[Package]:
-    """Return CKA from Grams of the Triton kernels; ``cka`` itself uses PyTorch in float64."""
+def _list_precisions(device: str) -> list[Package]:
+    """Return this package's CKA in other precisions than its default."""
 
-    def pair(x: Tensor, y: Tensor, precision: str) -> Tensor:
+    def from_grams(x: Tensor, y: Tensor, precision: str) -> Tensor:
         k, m = (rk.centered_gram(z, precision=precision, backend="triton") for z in (x, y))
         return (k * m).sum() / (torch.linalg.norm(k) * torch.linalg.norm(m))
 
-    return [
-        Package(
-            f"{OURS}, {precision}", "", "torch", "cka", True, f"Triton, {precision}",
-            partial(pair, precision=precision),
-        )
-        for precision in ("tf32x3", "tf32")
-    ]  # fmt: skip
+    def make(precision: str, metric: str, note: str, pair: Pair) -> Package:
+        return Package(f"{OURS}, {precision}", "", "torch", metric, True, note, pair)
+
+    packages = [
+        make("float64", metric, "float64", partial(rk.cka, precision="float64", debiased=debiased))
+        for metric, debiased in (("cka", False), ("cka_debiased", True))
+    ]
+    if device == "cuda":
+        packages += [
+            make(p, "cka", f"Triton, {p}", partial(from_grams, precision=p))
+            for p in ("tf32x3", "tf32")
+        ]
+    return packages
 
 
 def draw_features(case: FeatureCase, size: Size, seed: int) -> tuple[Tensor, Tensor]:
@@ -338,7 +344,7 @@ def tabulate_by_package(record: Json) -> list[tuple[str, ...]]:
         if package["metric"] in METRICS[:2]:
             metrics.setdefault(package["name"], package["metric"])
     for name, metric in metrics.items():
-        if name == "plain torch":
+        if name == "plain torch" or name.startswith(f"{OURS},"):
             continue
         key = {"package": name, "metric": metric}
         errors = [

@@ -36,6 +36,7 @@ STYLES = {
     "repsim": ("#009e73", "<"),
     "shesha-geometry": ("#8a5fbf", ">"),
     "rsatoolbox": ("#0072b2", "X"),
+    f"{OURS}, float64": ("#777777", "o"),
     f"{OURS}, tf32x3": ("#555555", "o"),
     f"{OURS}, tf32": ("#999999", "o"),
 }

@@ -103,8 +103,9 @@ def _compare_jobs(peers: Json, bench: Json) -> str:
     return f"""\
 On {describe_device(peers)}; median times. Ratio: the other's time divided by this package's \
 (below 1, the other is faster). The first three rows compute debiased CKA, the next two linear \
-CKA; this package does so in float64, pytorch-cka and plain PyTorch in float32. Left out: this \
-package's own ablation algorithm in plain PyTorch, which needs {by_parts} for the first row.
+CKA; this package did so in float64 (version 0.3), pytorch-cka and plain PyTorch in float32. \
+Left out: this package's own ablation algorithm in plain PyTorch, which needs {by_parts} for the \
+first row.
 
 {format_markdown_table(["job", "this package", "fastest other", "ratio"], rows)}"""
 
@@ -185,8 +186,8 @@ The error is the relative error of the distances:
 
 {tables.tabulate_pairs(record, "cka_debiased")}
 
-**One pair**, CKA. This package computes in float64 throughout, most others in float32. Ratio: the \
-other's time divided by this package's; below 1, the other is faster:
+**One pair**, CKA. This package multiplied in float64 (version 0.3), most others in float32. \
+Ratio: the other's time divided by this package's; below 1, the other is faster:
 
 {tables.tabulate_one_pair(record, "cka")}"""
 

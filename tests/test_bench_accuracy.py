@@ -115,11 +115,21 @@ def select_orders(record, name, metric="cka"):
 def test_this_package_reaches_float64_accuracy_for_any_input(record):
     """Features are centred, and Grams summed, in float64."""
     for metric in accuracy.METRICS:
-        points = select_points(record, accuracy.OURS, metric=metric)
+        name = accuracy.OURS + (", float64" if "cka" in metric else "")
+        points = select_points(record, name, metric=metric)
         assert len(points) == sum(map(len, accuracy.QUICK.values()))
         for p in points:
             assert p["status"] == "ok", p
             assert p["worst"] <= SAME.relative, p
+
+
+@pytest.mark.parametrize("metric", ["cka", "cka_debiased"])
+def test_float32_products_keep_their_bound(record, metric):
+    for p in select_points(record, accuracy.OURS, metric=metric):
+        assert p["status"] == "ok", p
+        assert p["worst"] <= 1e-6, p
+    ours = select_points(record, accuracy.OURS, metric="cka", vary="mean", value=0)[0]["worst"]
+    assert SAME.relative < ours < select_point(record, "uncentred", "mean", 0)["worst"]
 
 
 @pytest.mark.parametrize("metric", ["cka", "procrustes"])
@@ -160,7 +170,8 @@ def test_nan_and_wrong_results_are_recorded(record):
 def test_the_summary(record):
     head, *rows = accuracy.summarize(record)
     by_key = {row[:2]: dict(zip(head[2:], row[2:], strict=True)) for row in rows}
-    assert len(by_key) == len(OURS) - 1 + len(FAKES) - 1  # without CCA and the missing package
+    # Without CCA and the missing package, with both kinds of CKA in float64.
+    assert len(by_key) == len(OURS) - 1 + len(FAKES) - 1 + 2
     ours = by_key[accuracy.OURS, "cka"]
     assert float(ours["error at mean 100"]) <= SAME.relative
     assert ours["out of order, mean 0"] == ours["out of order, mean 10"] == "none"
@@ -201,6 +212,7 @@ def test_the_command_measures_all_packages(tmp_path):
     record = json.loads(out.read_text())
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     compared = {p.key for p in PACKAGES if p.pair and p.metric in accuracy.METRICS}
+    compared |= {f"{accuracy.OURS}, float64: {metric}" for metric in ("cka", "cka_debiased")}
     present = {f"{p['name']}: {p['metric']}" for p in record["packages"]}
     assert present | set(record["absent"]) == compared
     cases = sum(map(len, accuracy.QUICK.values()))

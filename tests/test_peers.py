@@ -67,7 +67,8 @@ def test_every_package_agrees_or_its_difference_is_explained(inputs):
         status = facts.get("status", "ok")
         assert status == ("differs" if package.differs else "ok"), (package.key, facts)
         if package.name == tables.OURS:
-            assert facts["error"] < 1e-12
+            from_float32 = package.metric in jobs.CKA and workload.job != "ablations"
+            assert facts["error"] < (1e-7 if from_float32 else 1e-12)
 
 
 def test_each_metric_lists_this_package_first_and_a_peer():
