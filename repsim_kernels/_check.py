@@ -209,8 +209,7 @@ def check_pair(
     _check_same_source(source, y_source, "x", "y")
     _check_same_stimuli(x, y, "x", "y")
     try:
-        if x.ndim > 2 or y.ndim > 2:
-            np.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+        np.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     except ValueError:
         raise ShapeError(
             f"y: batch dimensions {tuple(y.shape[:-2])}, but x has {tuple(x.shape[:-2])}; expected "
@@ -253,11 +252,8 @@ def check_representations(
         raise ShapeError(f"{name}: {kind}; {expected}") from None
     if not items:
         raise ShapeError(f"{name}: an empty list; expected at least one array (n, p)")
-    options: dict[str, Any] = {"min_stimuli": min_stimuli, "defer": defer}
-    checked = [
-        check_representation(x, f"{name}[{i}]", allow_batch=False, **options)
-        for i, x in enumerate(items)
-    ]
+    options: dict[str, Any] = {"min_stimuli": min_stimuli, "allow_batch": False, "defer": defer}
+    checked = [check_representation(x, f"{name}[{i}]", **options) for i, x in enumerate(items)]
     (first, source), first_name = (checked[0], f"{name}[0]") if like is None else (like, "xs[0]")
     for i, (x, x_source) in enumerate(checked):
         _check_same_source(source, x_source, first_name, f"{name}[{i}]")
@@ -383,22 +379,21 @@ def check_classes(
 def raise_if_nan(result: Array, message: str, **arguments: Tensor) -> Array:
     """Return a result, or raise an error that explains its NaN.
 
-    The error is a NonFiniteError if an argument that was checked with `defer` is not finite,
-    and otherwise a ConstantError with the message.
+    The error is a NonFiniteError or ConstantError that names an argument that was checked with
+    `defer`, or otherwise a ConstantError with the message.
     """
     if bool((result != result).any()):
-        for name, argument in arguments.items():
-            _check_finite(argument, name)
-        for name, argument in arguments.items():
-            _check_varying(argument, name)
+        for check in (_check_finite, _check_varying):
+            for name, argument in arguments.items():
+                check(argument, name)
         raise ConstantError(message)
     return result
 
 
-def finish_finite_check(distances: Array, a: Tensor, name: str) -> None:
-    """Check an argument that was checked with `defer`, unless its distances prove it finite.
+def finish_checks(distances: Array, a: Tensor, name: str) -> None:
+    """Check an argument that was checked with `defer`, unless its distances prove it right.
 
-    If any value is not finite, all distances (…, C) are NaN or 0. One above 0 is therefore proof.
+    If any value is not finite, or all stimuli are the same, all distances (…, C) are NaN or 0.
     """
     if not bool((distances > 0).any(-1).all()):
         _check_finite(a, name)

@@ -160,7 +160,7 @@ def ablation_distances(
     if memory is not None:
         memory = int(_options.check_number(memory, "memory", low=1))
     info = _options.check_flag(info, "info")
-    # CKA can be checked afterwards, since a value that is not finite makes its distances NaN. The
+    # CKA can be checked afterwards, since wrong values make its distances NaN or 0. The
     # other metrics compute eigenvectors, which would fail.
     defer = bool(names) and set(names) <= {"cka", "cka_debiased"}
     x, source = _check.check_representation(
@@ -185,7 +185,7 @@ def ablation_distances(
         precision=_options.check_precision(precision),
     )
     if defer:
-        _check.finish_finite_check(results[names[0]].values, x, "x")
+        _check.finish_checks(results[names[0]].values, x, "x")
     return to_public_result(results, info)
 
 

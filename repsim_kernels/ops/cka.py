@@ -100,8 +100,12 @@ def cka(
         x, y, min_stimuli=4 if debiased else 2, defer=True, batched=batched
     )
     n, p, q = x.shape[-2], x.shape[-1], y.shape[-1]
-    options: dict[str, Any] = {"debiased": debiased, "kernel": kernel, "sigma": sigma}
-    options["precision"] = precision
+    options: dict[str, Any] = {
+        "debiased": debiased,
+        "kernel": kernel,
+        "sigma": sigma,
+        "precision": precision,
+    }
     if not _options.may_be_high_by_chance(n, p, q, debiased, kernel):
         similarity = _dispatch.call("cka", backend, source, x, y, **options)
         return _check.raise_if_nan(similarity, UNDEFINED, x=x, y=y)

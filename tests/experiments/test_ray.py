@@ -145,9 +145,15 @@ def test_a_missing_ray_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         RayExecutor(Task(lambda _device: [], "nowhere"))
 
 
-def test_a_warning_about_waiting_workers_is_given_once() -> None:
-    executor = RayExecutor.__new__(RayExecutor)  # without a cluster
+def make_waiting_executor() -> RayExecutor:
+    """Make an executor without a cluster, for which a warning is due."""
+    executor = RayExecutor.__new__(RayExecutor)
     vars(executor).update(workers=2, _needs="1 core", _warn_at=time.monotonic(), _has_warned=False)
+    return executor
+
+
+def test_a_warning_about_waiting_workers_is_given_once() -> None:
+    executor = make_waiting_executor()
     call: Future[Any] = Future()
     with pytest.warns(
         UserWarning, match=r"^waiting for the cluster: 1 of 2 workers have not started"
@@ -158,8 +164,7 @@ def test_a_warning_about_waiting_workers_is_given_once() -> None:
 
 
 def test_a_replaced_worker_has_its_own_time_to_start() -> None:
-    executor = RayExecutor.__new__(RayExecutor)  # without a cluster
-    vars(executor).update(workers=2, _needs="1 core", _warn_at=time.monotonic(), _has_warned=False)
+    executor = make_waiting_executor()
     done: Future[Any] = Future()
     done.set_result(None)
     assert executor.wait([done], starting=0) == {done}

@@ -210,7 +210,7 @@ def _record_cka(parts: GramParts, metric: str, table: DistanceTable) -> None:
     # Inner products of these vectors are half of those of the matrices, and so are the floors.
     (whole,) = to_vectors(panels.panels_view(parts.whole[None]))
     floor = cka.rounding_floor(parts.whole) / 2
-    whole = whole * cka.nan_if_not_above(cka.squared_norm(whole), floor).sign()
+    whole = whole * cka.nan_if_not_above(panels.sum_squares(whole), floor).sign()
     minor = [c for c in parts.active if not parts.dominant[c]]
     batches = list(gram.iter_batches(minor, whole))
     buffer = whole.new_empty(len(batches[0]), len(whole)) if batches else None

@@ -102,28 +102,17 @@ def kernel_vectors(
         write(run, buffer)
     norms = torch.linalg.vecdot(vectors, vectors)
     if dtype == torch.float32:
-        inexact = ~_keep_digits(norms, diagonals, means)
-        for i in np.flatnonzero(inexact.reshape(len(xs), -1).any(-1)).tolist():
+        d, squares = diagonals.cpu().numpy(), 2 * norms.cpu().numpy()
+        exact = features.keeps_digits(
+            squares, d.max(-1), _MAX_ENTRY, means.cpu().numpy(), d.sum(-1) / n
+        )
+        for i in np.flatnonzero(~exact.reshape(len(xs), -1).all(-1)).tolist():
             write(slice(i, i + 1), panels.block_buffer(xs[i : i + 1]))
             norms[i] = torch.linalg.vecdot(vectors[i], vectors[i])
     traces = diagonals.sum(-1).cpu().numpy()
     floors = _rounding_floor(traces, n) / 2 if debiased else 0.0
-    squares = norms.cpu().numpy()
-    return vectors, np.where(squares > floors, squares, np.nan), traces * math.sqrt(0.5)
-
-
-def _keep_digits(norms: Tensor, diagonals: Tensor, means: Tensor) -> Any:
-    """Return which matrices have enough digits from float32 products, (L, …)."""
-    d = diagonals.cpu().numpy()
-    variances = d.sum(-1) / d.shape[-1]
-    return features.keeps_digits(
-        2 * norms.cpu().numpy(), d.max(-1), _MAX_ENTRY, means.cpu().numpy(), variances
-    )
-
-
-def squared_norm(v: Tensor) -> Tensor:
-    """Return the squared norms of vectors v (…, m), without a temporary of their size."""
-    return torch.linalg.vector_norm(v, dim=-1).square()
+    halves = norms.cpu().numpy()
+    return vectors, np.where(halves > floors, halves, np.nan), traces * math.sqrt(0.5)
 
 
 def rounding_floor(k: Tensor) -> Tensor:
@@ -155,6 +144,6 @@ def cosine_distance(m: Tensor, whole: Tensor, complement: bool, floor: Tensor) -
     ll = whole @ whole
     gamma = m @ whole / ll
     projection = gamma if complement else 1 - gamma  # of the remainder on the whole
-    rr = squared_norm(torch.addr(m, gamma, whole, alpha=-1))
+    rr = panels.sum_squares(torch.addr(m, gamma, whole, alpha=-1))
     kk = nan_if_not_above(projection.square() * ll + rr, floor)
     return (rr / kk) / (1 + projection * torch.sqrt(ll / kk))

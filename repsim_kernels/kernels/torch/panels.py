@@ -25,8 +25,8 @@ _FEW, _LONG = 64, 2048
 SHORT = 8192
 # Least number of neurons of a float32 block: with fewer, adding to float64 takes long.
 _MIN_WIDTH = 2048
-# If each core centres its own matrix: the fewest columns of a block, and the most features.
-COLUMNS = 512
+# Fewest columns of a block if each core centres its own matrix.
+_COLUMNS = 512
 # Scale of the diagonal blocks, whose entries count once in an inner product, those below twice.
 _SQRT_HALF = math.sqrt(0.5)
 
@@ -118,10 +118,10 @@ def count_cores(x: Tensor) -> int:
 def shape_runs_per_core(xs: Sequence[Tensor]) -> Iterator[slice]:
     """Split xs into the `shape_runs` that are multiplied in one batched product.
 
-    A run has one matrix per core if a block can hold `COLUMNS` columns of each, and one otherwise.
+    A run has one matrix per core if a block can hold `_COLUMNS` columns of each, and one otherwise.
     """
     cores = count_cores(xs[0])
-    fits = cores * math.prod(xs[0].shape[:-1]) * COLUMNS <= memory.BLOCK
+    fits = cores * math.prod(xs[0].shape[:-1]) * _COLUMNS <= memory.BLOCK
     return shape_runs(xs, cores if fits else 1)
 
 
@@ -229,7 +229,7 @@ def scale_for_inner(packed: Panels) -> None:
 
 
 def sum_squares(a: Tensor) -> Tensor:
-    """Return the sums of the squares of the rows of a (…, k), (…), float64."""
+    """Return the sums of the squares of the rows of a (…, k), (…), float64, without a copy of a."""
     return torch.linalg.vector_norm(a, dim=-1, dtype=torch.float64).square_()
 
 

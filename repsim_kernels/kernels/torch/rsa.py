@@ -35,19 +35,22 @@ def all_dissimilarities(xs: list[Tensor], distance: str, compare: str) -> Tensor
     for x, unit in zip(xs, out, strict=True):
         pairs = pair_distances(x, distance, space)
         if compare == "spearman":
-            d, undefined = rank_distances(pairs), False
+            d, undefined = rank_distances(pairs), None
         else:
             d, undefined = pairs.squared, _is_undefined(pairs, compare)
             if distance == "euclidean":
                 d.sqrt_()
         if compare != "cosine":
             d.sub_(d.mean())
-        torch.div(d, torch.nan if undefined else torch.linalg.vector_norm(d), out=unit)
+        norm = torch.linalg.vector_norm(d)
+        torch.div(
+            d, norm if undefined is None else norm.masked_fill(undefined, torch.nan), out=unit
+        )
     return out
 
 
-def _is_undefined(pairs: PairDistances, compare: str) -> bool:
-    """Whether all distances are equal or, for "cosine", zero, up to rounding."""
+def _is_undefined(pairs: PairDistances, compare: str) -> Tensor:
+    """Return whether all distances are equal or, for "cosine", zero, up to rounding."""
     d2 = pairs.squared
     if compare == "cosine":
         at = d2.argmax()
@@ -55,7 +58,7 @@ def _is_undefined(pairs: PairDistances, compare: str) -> bool:
     else:
         at = d2.argmin()
         spread = d2.max() - d2[at]
-    return bool(spread <= pairs.full_tolerance(at[None]))
+    return (spread <= pairs.full_tolerance(at[None])).squeeze()
 
 
 def rank_distances(pairs: PairDistances) -> Tensor:
