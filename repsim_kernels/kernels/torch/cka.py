@@ -40,9 +40,8 @@ def cka(
         groups = [[x, y]] if x.shape[:-2] == y.shape[:-2] else [[x], [y]]
         # Factors of ½ and √½ cancel below.
         sides = [kernel_vectors(xs, debiased, kernel, sigma, dtype) for xs in groups]
-        (h, xx, trace_x), (k, yy, trace_y) = (
-            entries for side in sides for entries in zip(*side, strict=True)
-        )
+        (hs, xxs, traces_x), (ks, yys, traces_y) = sides[0], sides[-1]
+        h, xx, trace_x, k, yy, trace_y = hs[0], xxs[0], traces_x[0], ks[-1], yys[-1], traces_y[-1]
         xy = torch.linalg.vecdot(h, k).cpu().numpy()
     return finish(xy, xx, yy, trace_x * trace_y / (n - 1) if chance else None, x.device)
 
@@ -80,38 +79,36 @@ def kernel_vectors(
     """
     batch, n = xs[0].shape[:-2], xs[0].shape[-2]
     vectors, kernels = panels.empty_vectors(xs[0], n, len(xs), *batch)
-    diagonals = xs[0].new_empty(len(xs), *batch, n, dtype=torch.float64)
-    means = torch.zeros_like(diagonals[..., 0])
 
-    def write(run: slice, buffer: Tensor | None) -> None:
+    def write(run: slice, buffer: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Write vectors; return the diagonals and the sums of squares of the means."""
         packed = panels.select(kernels, run)
         if buffer is not None:
-            means[run] = gram.gram_into(packed, xs[run], buffer)
+            means = gram.gram_into(packed, xs[run], buffer)
         else:
             assert sigma is not None
             k = torch.stack([gram.double_centre(distances.rbf_kernel(x, sigma)) for x in xs[run]])
             for columns, panel in packed:
                 panel.copy_(k[..., columns.start :, columns])
-        diagonals[run] = panels.diagonal(packed)
+            means = None
+        diagonal = panels.diagonal(packed)
         if debiased:
             gram.u_centre(packed, out=packed)
         panels.scale_for_inner(packed)
+        return diagonal, means
 
     buffer = panels.block_buffer(xs, dtype) if kernel == "linear" else None
-    for run in panels.shape_runs_per_core(xs):
-        write(run, buffer)
-    norms = torch.linalg.vecdot(vectors, vectors)
+    written = [write(run, buffer) for run in panels.shape_runs_per_core(xs)]
+    d = torch.cat([diagonal for diagonal, _ in written]).cpu().numpy()
+    halves = torch.linalg.vecdot(vectors, vectors).cpu().numpy()
     if dtype == torch.float32:
-        d, squares = diagonals.cpu().numpy(), 2 * norms.cpu().numpy()
-        exact = features.keeps_digits(
-            squares, d.max(-1), _MAX_ENTRY, means.cpu().numpy(), d.sum(-1) / n
-        )
+        means = torch.cat([means for _, means in written if means is not None]).cpu().numpy()
+        exact = features.keeps_digits(2 * halves, d.max(-1), _MAX_ENTRY, means, d.sum(-1) / n)
         for i in np.flatnonzero(~exact.reshape(len(xs), -1).all(-1)).tolist():
-            write(slice(i, i + 1), panels.block_buffer(xs[i : i + 1]))
-            norms[i] = torch.linalg.vecdot(vectors[i], vectors[i])
-    traces = diagonals.sum(-1).cpu().numpy()
+            d[i] = write(slice(i, i + 1), panels.block_buffer(xs[i : i + 1]))[0][0].cpu().numpy()
+            halves[i] = torch.linalg.vecdot(vectors[i], vectors[i]).cpu().numpy()
+    traces = d.sum(-1)
     floors = _rounding_floor(traces, n) / 2 if debiased else 0.0
-    halves = norms.cpu().numpy()
     return vectors, np.where(halves > floors, halves, np.nan), traces * math.sqrt(0.5)
 
 

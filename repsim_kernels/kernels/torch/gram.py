@@ -37,16 +37,16 @@ def centre_into(
     _centre_inplace(buffer, for_products and below_float64(xs))
 
 
-def centre_float32(x: Tensor, out: Tensor) -> Tensor:
+def _centre_float32(x: Tensor, out: Tensor) -> Tensor:
     """Subtract the mean over stimuli from x (…, n, p), in float32, into ``out``.
 
-    Returns the sum of squares of the means, (…). Their rounding enters inner products of centred
-    Grams squared, which matters only if they are far larger than the spread of the features.
+    Returns the means (…, 1, p). Their rounding enters inner products of centred Grams squared,
+    which matters only if they are far larger than the spread of the features.
     """
     x = x.float()
-    mean = x.mean(-2)
-    torch.sub(x, mean[..., None, :], out=out)
-    return panels.sum_squares(mean)
+    mean = x.mean(-2, keepdim=True)
+    torch.sub(x, mean, out=out)
+    return mean
 
 
 def _centre_inplace(c: Tensor, for_products: bool) -> Tensor:
@@ -87,15 +87,15 @@ def linear(x: Tensor) -> Tensor:
     return panels.unpack(packed)
 
 
-def gram_into(packed: panels.Panels, xs: Sequence[Tensor], buffer: Tensor) -> Tensor:
+def gram_into(packed: panels.Panels, xs: Sequence[Tensor], buffer: Tensor) -> Tensor | None:
     """Write the Gram matrices of the centred xs, all (…, n, p), into packed matrices.
 
     ``buffer`` comes from `panels.block_buffer`; its dtype is that of the products. Multiplying one
     matrix on each core takes a tenth less time than multiplying one after the other on all cores.
-    Returns the sums of squares of the means, (L, …), or zeros if the buffer is float64.
+    Returns the sums of squares of the means, (L, …), for a float32 buffer.
     """
     lead, p = (len(xs), *xs[0].shape[:-1]), xs[0].shape[-1]
-    means = buffer.new_zeros(lead[:-1], dtype=torch.float64)
+    means = []
     if not p:
         for _, panel in packed:
             panel.zero_()
@@ -103,12 +103,12 @@ def gram_into(packed: panels.Panels, xs: Sequence[Tensor], buffer: Tensor) -> Te
         c = buffer[: math.prod(lead) * (run.stop - run.start)].view(*lead, -1)
         blocks = [x[..., run] for x in xs]
         if c.dtype == torch.float32:
-            for block, target, total in zip(blocks, c, means, strict=True):
-                total += centre_float32(block, out=target)
+            pairs = zip(blocks, c, strict=True)
+            means.append(torch.stack([_centre_float32(block, target) for block, target in pairs]))
         else:
             centre_into(list(c), blocks, c, for_products=True)
         panels.add_product(packed, c, first=run.start == 0)
-    return means
+    return panels.sum_squares(torch.cat(means, -1)[..., 0, :]) if means else None
 
 
 def to_vectors(packed: panels.Panels, u_centred: bool, buffer: Tensor | None = None) -> Tensor:

@@ -82,8 +82,8 @@ def empty_vectors(x: Tensor, n: int, *batch: int) -> tuple[Tensor, Panels]:
     shapes = [(n - columns.start, columns.stop - columns.start) for columns in spans]
     sizes = list(map(math.prod, shapes))
     vectors = memory.empty_buffer(x, *batch, sum(sizes), dtype=torch.float64)
-    slots = zip(spans, vectors.split(sizes, -1), shapes, strict=True)
-    return vectors, [(columns, slot.unflatten(-1, shape)) for columns, slot, shape in slots]
+    slots = zip(spans, vectors.split_with_sizes(sizes, -1), shapes, strict=True)
+    return vectors, [(columns, slot.view(*batch, *shape)) for columns, slot, shape in slots]
 
 
 def select(packed: Panels, index: int | slice | list[int]) -> Panels:
@@ -199,9 +199,9 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
 
 def product(c: Tensor, starts: Sequence[int]) -> Panels:
-    """Return c cᵀ (…, n, n), for c (…, n, k), packed; a panel begins at each of ``starts``.
+    """Return c cᵀ (…, n, n), for c (…, n, k), packed and in the dtype of c.
 
-    If c is float32, k is at most `SHORT`.
+    A panel begins at each of ``starts``. If c is float32, k is at most `SHORT`.
     """
     n = c.shape[-2]
     spans = [
@@ -210,13 +210,16 @@ def product(c: Tensor, starts: Sequence[int]) -> Panels:
         for span in _spans(start, stop, max(_PANEL, -(-(stop - start) // _FEW_PANELS)))
     ]
     if c.dtype == torch.float32:
-        return [
-            (columns, (c[..., columns.start :, :] @ c[..., columns, :].mT).double())
-            for columns in spans
-        ]
+        return [(columns, c[..., columns.start :, :] @ c[..., columns, :].mT) for columns in spans]
     packed = _allocate(c, spans, n, c.shape[:-2])
     add_product(packed, c, first=True)
     return packed
+
+
+def add(packed: Panels, more: Panels) -> Panels:
+    """Return the sum of packed matrices in float64."""
+    pairs = zip(packed, more, strict=True)
+    return [(columns, panel.double().add_(other)) for (columns, panel), (_, other) in pairs]
 
 
 def scale_for_inner(packed: Panels) -> None:
