@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from bench import aims
 from bench.accuracy import OURS, summarize, tabulate_by_package
 from bench.common.machine import Json, format_seconds, load
 from bench.peers import tables
@@ -66,15 +67,33 @@ def _format_commits(record: Json) -> str:
 
 def render_speed(results: Path) -> str:
     """README: this package against the fastest alternative, a few jobs per device."""
-    blocks = []
+    return "\n\n".join(_compare_jobs(*records) for records in _pair_records(results))
+
+
+def render_aims(results: Path) -> str:
+    """bench/README.md: the aims for the speed on a CPU, and what was reached."""
+    return "\n\n".join(_compare_with_aims(*records) for records in _pair_records(results))
+
+
+def _pair_records(results: Path) -> list[tuple[Json, Json]]:
+    """Return the record of the peers and that of the benchmarks, for each device."""
+    records = []
     for path in sorted(results.glob("peers-*.json")):
         bench = results / path.name.replace("peers", "bench", 1)
         if not bench.exists():
             raise RuntimeError(f"{bench}: not found; run `make bench` on the device of {path.name}")
-        blocks.append(_compare_jobs(load(path), load(bench)))
-    if not blocks:
+        records.append((load(path), load(bench)))
+    if not records:
         raise RuntimeError(f"{results}: no peers-*.json in it; run `python -m bench peers` first")
-    return "\n\n".join(blocks)
+    return records
+
+
+def _compare_with_aims(peers: Json, bench: Json) -> str:
+    fits = {classes: _get_fit_seconds(bench, classes) for classes in _FITS.values()}
+    return f"""\
+On {describe_device(peers)}; ratios of median times. If an aim covers several pairs, the slowest one counts.
+
+{aims.tabulate_aims(peers, fits)}"""
 
 
 def _compare_jobs(peers: Json, bench: Json) -> str:
@@ -353,6 +372,7 @@ def render_runs(results: Path) -> str:
 # function gets the folder of all records.
 BLOCKS: dict[str, tuple[str, Callable[..., str]]] = {
     "speed": ("*", render_speed),
+    "aims": ("*", render_aims),
     "accuracy": ("accuracy", render_accuracy),
     "accuracy-details": ("accuracy", render_accuracy_details),
     "peers": ("peers", render_peers),

@@ -205,3 +205,23 @@ def test_more_workers_are_modelled_from_the_units_of_two(tmp_path):
     assert "the whole command took 10 s" in block
     assert "| seconds for the demo's units | 12 | 8 | 5 | 5 | 5 |" in block
     assert "| efficiency | 100% | 75% | 60% | 30% | 15% |" in block
+
+
+def test_aims_show_the_slowest_pair(tmp_path):
+    """Ours takes 2 ms, or 0.5 ms if small, and centring packages three times as long, save one."""
+
+    def set_seconds(record):
+        for row in record["rows"]:
+            if row.get("seconds"):
+                ours = 5e-4 if (row["n"], row["p"]) == (256, 64) else 2e-3
+                factor = 1 if row["package"] == "repsim_kernels" else 3 if row["centres"] else 0.1
+                if (row["n"], row["p"], row["package"]) == (1000, 4096, "plain torch"):
+                    factor = 0.8
+                row["seconds"] = [ours * factor * row["calls"] / row["of"]]
+
+    copy_record("peers", tmp_path, set_seconds)
+    copy_record("bench", tmp_path, lambda record: None)
+    lines = render_block("aims", tmp_path).splitlines()
+    assert sum("| at most 1 | 1.25 (1,000 x 4,096) |" in line for line in lines) == 1
+    assert sum("| at most 2 | 0.33 (256 x 64) |" in line for line in lines) == 1
+    assert sum("| at least 100 | 0.10 |" in line for line in lines) == 1
