@@ -121,7 +121,7 @@ def _method(name: str) -> Callable[..., Array]:
     return method
 
 
-for _name in ("max", "all", "any", "swapaxes"):
+for _name in ("max", "sum", "all", "any", "swapaxes"):
     setattr(Array, _name, _method(_name))
 for _name in ("add", "truediv", "ne", "gt"):
     setattr(Array, f"__{_name}__", _method(f"__{_name}__"))
