@@ -91,7 +91,8 @@ def _pair_records(results: Path) -> list[tuple[Json, Json]]:
 def _compare_with_aims(peers: Json, bench: Json) -> str:
     fits = {classes: _get_fit_seconds(bench, classes) for classes in _FITS.values()}
     return f"""\
-On {describe_device(peers)}; ratios of median times. If an aim covers several pairs, the slowest one counts.
+On {describe_device(peers)}; ratios of median times. If an aim covers several \
+pairs, the slowest one counts.
 
 {aims.tabulate_aims(peers, fits)}"""
 
