@@ -131,6 +131,7 @@ def test_fits_are_optimal(kind, C, backend):
 @given(problems, st.sampled_from([-60, -20, -7, 7, 12]))
 @example(Problem("duplicated", 8, "float32"), 12)
 @example(Problem("few stimuli", 12, "float32"), 12)
+@example(Problem("1:9", 3, "bfloat16", seed=3), -60)
 def test_scaled_activations_equal_a_scaled_penalty(problem, exponent):
     """Scaling activations by s, a power of two, equals dividing the penalty by s²."""
     assume(problem.dtype != "float16")  # its range is too small

@@ -83,9 +83,9 @@ def logistic_fits(
     float64 fit fails the same test, ``converged`` is false: for example, if one outlier of 1e9
     occurs in both classes. A tol above 3e-5 replaces 3e-5 in the test.
 
-    On a CPU a fit costs 2 n d² operations for each of two or three Hessians, d³ / 3 for their
-    factorisation, and 4 n d for each of 10 to 25 gradients. Problems are solved in batches, which
-    are distributed over the threads.
+    On a CPU a fit costs 4 n d operations for each of 8 to 30 gradients, and 2 n d² for each of one
+    to three Hessians, with d³ / 3 for its factorisation. Problems are solved in batches, which are
+    distributed over the threads.
 
     Source: the objective of scikit-learn's LogisticRegression with an L2 penalty.
 
