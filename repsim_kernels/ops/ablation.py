@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from repsim_kernels import _arrays, _check, _dispatch, _metrics, _options
 from repsim_kernels._routes import Distances, Info, Route
 from repsim_kernels._typing import Array, ArrayLike
+from repsim_kernels.errors import DeviceError, DtypeError, ShapeError
 
 METRICS = tuple(metric.name for metric in _metrics.METRICS if metric.ablation)
 
@@ -23,6 +27,7 @@ def ablation_distances(
     ridge: float = ...,
     penalty: float = ...,
     memory: int | None = ...,
+    grams: ArrayLike | None = ...,
     info: Literal[False] = ...,
     batched: bool = ...,
     precision: str = ...,
@@ -39,6 +44,7 @@ def ablation_distances(
     ridge: float = ...,
     penalty: float = ...,
     memory: int | None = ...,
+    grams: ArrayLike | None = ...,
     info: Literal[True],
     batched: bool = ...,
     precision: str = ...,
@@ -54,6 +60,7 @@ def ablation_distances(
     ridge: float = 0.1,
     penalty: float = 0.0,
     memory: int | None = None,
+    grams: ArrayLike | None = None,
     info: bool = False,
     batched: bool = False,
     precision: str = "tf32x3",
@@ -70,9 +77,10 @@ def ablation_distances(
     x : array, (n, p), float16 | bfloat16 | float32 | float64
         Activations for n >= 2 stimuli (n >= 4 for "cka_debiased"), p >= 1 neurons, any strides.
         Integers are converted to float64.
-    cells : integer array, (p,), or boolean array, (C, p)
-        Integers: the cell of each neuron, 0 … C - 1, or -1 for a neuron that is never ablated.
-        Booleans: the membership of cells that may overlap.
+    cells : integer array, (p,) or (T, p), or boolean array, (C, p)
+        Integers: the cell of each neuron, 0 … C - 1, or -1 for a neuron that is never ablated; or T
+        such partitions, for example for several target classes. Booleans: the membership of cells
+        that may overlap.
     metrics : sequence of str
         Any of "cka", "cka_debiased", "procrustes" (the squared form), "pwcca", "cca",
         "cca_squared" and "svcca" (99 % of the variance).
@@ -85,6 +93,9 @@ def ablation_distances(
         Bytes for the canonical variates that "pwcca" collects between passes over x, by default
         1 GiB; with less memory it makes more passes. The Gram matrices need up to 8 C n² bytes in
         addition (half of that in the torch backend, which stores one triangle).
+    grams : array like x, (C, n, n) or (T, C, n, n), float64, optional
+        The result of ``cell_grams`` for this x and these cells, which is then not computed again.
+        Only its shape is checked. Not with ``batched=True``.
     info : bool
         Also return how each distance was computed.
     batched : bool
@@ -99,13 +110,13 @@ def ablation_distances(
 
     Returns
     -------
-    distances : dict of str to array like x, (…, C), float64
+    distances : dict of str to array like x, (…, C) or (…, T, C), float64
         By metric: 1 - similarity, in [0, 1] ("cka_debiased": [0, 2]); "procrustes": 2 - 2 times the
         similarity, in [0, 2]. Dimensionless. For an empty cell, or one that is constant on
         these stimuli, exactly the distance of x to itself, which is 0 without a ridge. NaN for a
         cell of all neurons, which leaves no representation.
     info : dict of str to Info
-        Only with ``info=True``; by metric, NumPy arrays (…, C). ``steps`` is the number of
+        Only with ``info=True``; by metric, NumPy arrays of that shape. ``steps`` is the number of
         iterations, ``route`` the method. "nothing": nothing to compute, because the cell removes
         nothing or everything, or CCA has no ridge. "sums": sums over matrix elements. "iterations":
         iterations of a Riccati equation. "factors": singular values of products with the remaining
@@ -132,7 +143,7 @@ def ablation_distances(
     One pass over x yields the Gram matrices of all cells: at most 2 n² p operations for cells that
     do not overlap, however many there are. In addition, CKA costs n² operations per cell and the
     other metrics a few times n³; "pwcca" costs 2 C n² p more, in x's precision. No ablated copy of
-    x is made.
+    x is made. Several partitions share the original's spectrum and the pass of "pwcca".
 
     Distances are not computed as 1 minus a similarity near 1, so small ones keep their digits. From
     float64 input, "cka", "procrustes", and the excess of "cca" and "cca_squared" over the
@@ -169,7 +180,7 @@ def ablation_distances(
         min_stimuli=4 if "cka_debiased" in names else 2,
         defer=defer,
     )
-    cells, n_cells = _check.check_cells(cells, x.shape[-1])
+    cells, n_cells = _check.check_cells(cells, x.shape[-1], allow_partitions=True)
     _options.warn_without_ridge(names, ridge, penalty)
     results = _dispatch.call(
         "ablation_distances",
@@ -182,11 +193,58 @@ def ablation_distances(
         ridge=ridge,
         penalty=penalty,
         memory=memory,
+        grams=check_grams(grams, x, source, cells, n_cells),
         precision=_options.check_precision(precision),
     )
     if defer:
         _check.finish_checks(results[names[0]].values, x, "x")
     return to_public_result(results, info)
+
+
+def check_grams(
+    grams: Any, x: Tensor, source: _arrays.Source, cells: NDArray[Any], n_cells: int
+) -> Tensor | None:
+    """Check the shape and the place of Gram matrices that `cell_grams` has returned.
+
+    Parameters
+    ----------
+    grams : array or None
+    x : tensor, (…, n, p)
+        Checked.
+    source : Source
+        Of x.
+    cells : integer array, (p,) or (T, p), or boolean array, (C, p)
+    n_cells : int
+        C.
+
+    Returns
+    -------
+    tensor, (C, n, n) or (T, C, n, n), or None
+
+    Raises
+    ------
+    ShapeError, DeviceError, DtypeError
+    """
+    if grams is None:
+        return None
+    tensor, grams_source = _arrays.convert(grams, "grams")
+    partitions = cells.shape[:-1] if cells.dtype != np.bool_ else ()
+    n = x.shape[-2]
+    if x.ndim > 2 or tuple(tensor.shape) != (*partitions, n_cells, n, n):
+        expected = f"{(*partitions, n_cells, n, n)}, as cell_grams returns them for x and cells"
+        raise ShapeError(
+            f"grams: shape {tuple(tensor.shape)}; expected "
+            + (expected if x.ndim == 2 else "None with batched=True")
+        )
+    if grams_source != source:
+        raise DeviceError(
+            f"grams: a {grams_source.library} array on {grams_source.device}, but x is a "
+            f"{source.library} array on {source.device}; expected both from one library on one "
+            "device"
+        )
+    if tensor.dtype != torch.float64:
+        raise DtypeError(f"grams: dtype {_arrays.dtype_name(tensor)}; expected float64")
+    return tensor
 
 
 def to_public_result(
@@ -197,7 +255,7 @@ def to_public_result(
     Parameters
     ----------
     results : dict of str to Distances
-        By metric; arrays (…, C) of the caller's library.
+        By metric; arrays (…, C) or (…, T, C) of the caller's library.
     info : bool
         Whether to return how each distance was computed, too.
 

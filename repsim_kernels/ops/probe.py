@@ -10,6 +10,7 @@ import numpy as np
 from repsim_kernels import _arrays, _check, _dispatch, _options
 from repsim_kernels._typing import ArrayLike
 from repsim_kernels.errors import LabelError, OptionError
+from repsim_kernels.ops.ablation import check_grams
 
 SCORES = ("accuracy", "balanced_accuracy", "margin", "r2")
 
@@ -24,6 +25,7 @@ def ablation_decodability(
     folds: int | ArrayLike | None = None,
     score: str | Sequence[str] | None = None,
     probe: str = "ridge",
+    grams: ArrayLike | None = None,
     batched: bool = False,
     precision: str = "tf32x3",
     backend: str | None = None,
@@ -38,14 +40,17 @@ def ablation_decodability(
     x : array, (n, p), float16 | bfloat16 | float32 | float64
         Activations for n >= 2 stimuli, p >= 1 neurons, any strides. Integers are converted to
         float64.
-    cells : integer array, (p,), or boolean array, (C, p)
-        Integers: the cell of each neuron, 0 … C - 1, or -1 for a neuron that is never ablated.
-        Booleans: the membership of cells that may overlap.
+    cells : integer array, (p,) or (T, p), or boolean array, (C, p)
+        Integers: the cell of each neuron, 0 … C - 1, or -1 for a neuron that is never ablated; or T
+        such partitions, for example one for each target. Booleans: the membership of cells that may
+        overlap.
     labels : integer array, (n,)
         Class of each stimulus; at least two classes.
     target : int or sequence of T different ints, optional
         The class to discriminate from the rest, or several classes, each discriminated from its
-        rest; by default, all classes are discriminated from each other.
+        rest; by default, all classes are discriminated from each other. With T partitions, several
+        targets must be T: the first one is discriminated after ablations of the first partition's
+        cells, and so on.
     ridge : float, or "gcv"
         Relative ridge, 1e-6 … 1e10: the penalty is κ/2 ‖w‖², added to half the squared errors or to
         the log loss, with κ = ridge · tr(K) / n, where K is the Gram matrix, for all stimuli, of
@@ -67,6 +72,9 @@ def ablation_decodability(
         the rest is minus that of the target. If a fold contains all stimuli of a class, a probe
         can't learn it from the others: its output for that fold is -inf for "logistic", and that of
         a fit to zeros for "ridge".
+    grams : array like x, (C, n, n) or (T, C, n, n), float64, optional
+        The result of ``cell_grams`` for this x and these cells, which is then not computed again.
+        Only its shape is checked. Not with ``batched=True``.
     batched : bool
         Whether x is a batch, (…, n, p), whose leading dimensions become those of the result.
         Without it, more than two dimensions are an error: flatten activations (n, c, h, w) first.
@@ -85,7 +93,8 @@ def ablation_decodability(
         fitted on the original without a fold, and applied to the stimuli of that fold with the
         cell's activations set to zero, which shows what a fixed probe loses. ``"intact"``: the
         score without ablation, a float, or (…) for a batch. With ridge="gcv" also ``"ridge"``, a
-        float, or (…) for a batch. With a sequence of targets (…, T, C) and, for "intact", (…, T).
+        float, or (…) for a batch. With a sequence of targets, or with T partitions, (…, T, C) and,
+        for "intact", (…, T).
         With a sequence of scores a dict of these by score. Accuracies are in [0, 1], "r2" is at
         most 1; all are dimensionless.
 
@@ -123,8 +132,13 @@ def ablation_decodability(
     ridge = _check_ridge(ridge, probe)
     names = _check_scores(score, target, probe)
     x, source = _check.check_representation(x, batched=batched)
-    cells, n_cells = _check.check_cells(cells, x.shape[-1])
+    cells, n_cells = _check.check_cells(cells, x.shape[-1], allow_partitions=True)
     labels, targets = _check_targets(target, labels, x.shape[-2])
+    partitioned = cells.ndim == 2 and cells.dtype != np.bool_
+    if partitioned and isinstance(targets, tuple) and len(targets) != len(cells):
+        raise LabelError(
+            f"target: {len(targets)} targets for {len(cells)} partitions; expected one for each"
+        )
     result = _dispatch.call(
         "ablation_decodability",
         backend,
@@ -138,12 +152,13 @@ def ablation_decodability(
         folds=_check_folds(folds, labels, probe),
         score=names,
         probe=probe,
+        grams=check_grams(grams, x, source, cells, n_cells),
         precision=_options.check_precision(precision),
     )
     if x.ndim == 2:
         if ridge == "gcv":
             result["ridge"] = float(result["ridge"])
-        if not isinstance(targets, tuple):
+        if not (partitioned or isinstance(targets, tuple)):
             for name in names:
                 result[name]["intact"] = float(result[name]["intact"])
     if score is None or isinstance(score, str):

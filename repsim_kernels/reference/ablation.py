@@ -25,8 +25,11 @@ def ablation_distances(
     ridge: float = 0.1,
     penalty: float = 0.0,
     memory: int | None = None,
+    grams: Real | None = None,
 ) -> dict[str, Distances]:
     """Return the distances of x (n, p) from x with a cell's columns set to zero, (C,) per metric.
+
+    For partitions (T, p) they are (T, C).
 
     The default is all metrics. A distance is 1 - similarity, with the original first;
     ``procrustes`` is the squared form. ``ridge``, or ``penalty`` if that is not 0, applies to CCA,
@@ -34,7 +37,8 @@ def ablation_distances(
     ridge CCA averages over, so that cells of different sizes share a scale.
 
     For a cell without varying columns the result is the distance of x from itself; for a cell with
-    all of them it is NaN. ``memory`` is ignored, since only one copy exists at a time.
+    all of them it is NaN. ``memory`` is ignored, since only one copy exists at a time,
+    and so are ``grams``, since each metric is computed from the copy.
     """
     x = np.asarray(x, dtype=np.float64)
     members = membership(cells, n_cells)
@@ -51,7 +55,11 @@ def ablation_distances(
             return np.float64(np.nan)
         return distance[name](np.where(cell, 0, x))
 
-    return {name: to_distances([ablate(name, cell) for cell in members]) for name in metrics}
+    flat = members.reshape(-1, members.shape[-1])
+    return {
+        name: to_distances([ablate(name, cell) for cell in flat], members.shape[:-1])
+        for name in metrics
+    }
 
 
 def make_distance_functions(
@@ -69,7 +77,7 @@ def make_distance_functions(
     }
 
 
-def to_distances(values: Sequence[np.float64]) -> Distances:
+def to_distances(values: Sequence[np.float64], shape: tuple[int, ...]) -> Distances:
     """Return values that come from the metrics themselves, without iterations, as `Distances`."""
-    n = len(values)
-    return Distances(np.array(values), np.full(n, Route.DEFINITION), np.zeros(n, int))
+    distances = np.reshape(values, shape)
+    return Distances(distances, np.full(shape, Route.DEFINITION), np.zeros(shape, int))

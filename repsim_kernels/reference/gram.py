@@ -58,11 +58,14 @@ def centered_gram(x: Real, *, kernel: str = "linear", sigma: float | None = None
 
 
 def membership(cells: Real, n_cells: int | None = None) -> NDArray[np.bool_]:
-    """Return which neurons each cell has, (C, p), from labels (p,) or from a membership (C, p)."""
+    """Return which neurons each cell has, (C, p), from labels (p,) or from a membership (C, p).
+
+    For labels of T partitions (T, p) the result is (T, C, p).
+    """
     if cells.dtype == np.bool_:
         return cells
     count = cells.max(initial=-1) + 1 if n_cells is None else n_cells
-    return np.asarray(cells == np.arange(count)[:, None])
+    return np.asarray(cells[..., None, :] == np.arange(count)[:, None])
 
 
 def cell_grams(x: Real, cells: Real, *, n_cells: int | None = None) -> Array:

@@ -22,6 +22,7 @@ def ablation_decodability(
     folds: Real | None = None,
     score: Sequence[str] | None = None,
     probe: str = "ridge",
+    grams: Real | None = None,
 ) -> dict[str, Any]:
     """Return held-out scores of a linear probe, {"refit": (C,), "frozen": (C,), "intact": ()}.
 
@@ -30,11 +31,12 @@ def ablation_decodability(
     that it is fitted on. Stimuli are held out one by one, or by ``folds`` (n,). The predicted class
     has the largest output. ``refit`` fits and tests on x with a cell's columns set to zero;
     ``frozen`` fits on x and tests on stimuli with the cell's columns set to zero. With a target the
-    classes are target and rest; with T targets every result has a leading axis (T,). The score is
-    accuracy, or balanced accuracy with a target; with a sequence of scores the result is a dict for
-    each.
+    classes are target and rest; with T targets every result has a leading axis (T,), as with T
+    partitions of neurons into cells (T, p), each of which has its own target if there are several.
+    The score is accuracy, or balanced accuracy with a target; with a sequence of scores the result
+    is a dict for each.
 
-    ``refit`` is NaN for a cell with all varying columns.
+    ``refit`` is NaN for a cell with all varying columns. ``grams`` are ignored.
     """
     x = np.asarray(x, dtype=np.float64)
     is_single = target is None or np.asarray(target).ndim == 0
@@ -51,9 +53,9 @@ def ablation_decodability(
     predict = predict_held_out if probe == "ridge" else predict_held_out_logistic
     varies = (x != x[0]).any(axis=0)
 
-    def outputs(task: Real) -> dict[str, list[Array]]:
+    def outputs(task: Real, members: Real) -> dict[str, list[Array]]:
         y, refit, frozen = encode_one_hot(task), [], []
-        for cell in membership(cells, n_cells):
+        for cell in members:
             ablated = np.where(cell, 0, x)
             removes_all = varies.any() and cell[varies].all()
             undefined = np.full(y.shape, np.nan)
@@ -61,7 +63,12 @@ def ablation_decodability(
             frozen.append(predict(x, ablated, y, ridge, folds))
         return {"refit": refit, "frozen": frozen, "intact": [predict(x, x, y, ridge, folds)]}
 
-    by_task = [(outputs(task), task) for task in tasks]
+    members = membership(cells, n_cells)
+    if members.ndim == 3:  # partitions
+        tasks = tasks * len(members) if len(tasks) == 1 else tasks
+        by_task = [(outputs(*pair), pair[0]) for pair in zip(tasks, members, strict=True)]
+    else:
+        by_task = [(outputs(task, members), task) for task in tasks]
     for name in names:
         results[name] = {
             kind: np.array(
@@ -73,7 +80,7 @@ def ablation_decodability(
             for kind in ("refit", "frozen", "intact")
         }
         results[name]["intact"] = results[name]["intact"][:, 0]
-        if is_single:
+        if is_single and members.ndim == 2:
             results[name] = {kind: values[0] for kind, values in results[name].items()}
     return results if score else results.pop(names[0]) | results
 

@@ -49,7 +49,10 @@ def gram_ablation_distances(
         value = distance[name](rest)
         return max(1 - share * (1 - value), np.float64(0)) if ridged else value
 
-    return {name: to_distances([ablate(name, part) for part in parts]) for name in metrics}
+    return {
+        name: to_distances([ablate(name, part) for part in parts], (len(parts),))
+        for name in metrics
+    }
 
 
 def eigh(a: Real, *, vectors: bool) -> dict[str, Array]:

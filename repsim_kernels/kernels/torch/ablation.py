@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +51,7 @@ class GramParts:
         varying neurons remain without it.
         """
         self.whole, self.grams = whole, grams
+        self.full: Tensor | None = None  # the same Grams, unpacked, where they exist
         self.constant, self.n_remaining = constant, n_remaining
         energy = panels.diagonal(grams).sum(1)
         self.dominant = (energy / whole.diagonal().sum() > 0.5).tolist()
@@ -63,17 +64,27 @@ class GramParts:
 
     def select(self, parts: list[int]) -> panels.Panels:
         """Return the packed Grams of parts in ascending order; a view of consecutive ones."""
-        first, end = parts[0], parts[-1] + 1
-        is_slice = end - first == len(parts)
-        return panels.select(self.grams, slice(first, end) if is_slice else parts)
+        return panels.select(self.grams, _to_index(parts))
 
-    def rest(self, c: int) -> Tensor:
-        """Return K_c, the Gram of the whole without part c."""
-        return self.whole - panels.unpack(panels.select(self.grams, c))
+    def unpack(self, parts: list[int]) -> Tensor:
+        """Return the Grams (B, n, n) of parts in ascending order."""
+        if self.full is not None:
+            return self.full[_to_index(parts)]
+        return panels.unpack(self.select(parts))
+
+    def rests(self, parts: list[int]) -> Tensor:
+        """Return K_c, the Gram of the whole without part c, for parts in ascending order."""
+        return self.whole - self.unpack(parts)
 
     def factor(self, c: int, basis: Tensor) -> Tensor | None:
         """Return T (m, r) with T Tᵀ = basisᵀ K_c basis, or None if it would need K_c."""
         return None
+
+
+def _to_index(parts: list[int]) -> slice | list[int]:
+    """Return a slice, which makes a view, if the parts are consecutive."""
+    first, end = parts[0], parts[-1] + 1
+    return slice(first, end) if end - first == len(parts) else parts
 
 
 class CellParts(GramParts):
@@ -86,9 +97,19 @@ class CellParts(GramParts):
         n_cells: int,
         shifts: bool = False,
         passes: Passes = PASSES,
+        grams: Tensor | None = None,
     ) -> None:
-        """``shifts``: whether to compute ``shift`` (C, n), B_c μ_c for each cell."""
+        """Take labels (p,) or a membership (C, p), and the cells' Grams if they are known.
+
+        ``shifts``: whether to compute ``shift`` (C, n), B_c μ_c for each cell.
+        """
         self.x, self.cells = x, cells
+        if grams is not None:
+            n_varying, n_total, self.shift = gram.cell_counts_and_shifts(x, cells, n_cells, shifts)
+            counts = (n_varying == 0).tolist(), (n_total - n_varying).tolist()
+            super().__init__(self._whole(grams), panels.panels_view(grams), *counts)
+            self.full = grams
+            return
         if cells.ndim == 1:
             # Neurons in no cell make one more cell, so that one pass yields the whole as well.
             labels = columns.label_unassigned(cells, n_cells)
@@ -104,14 +125,28 @@ class CellParts(GramParts):
         g = panels.select(g, slice(n_cells))
         super().__init__(whole, g, (n_varying == 0).tolist(), (n_total - n_varying).tolist())
 
+    def _whole(self, grams: Tensor) -> Tensor:
+        """Return the Gram of x; for labels it is the sum of the cells' and of the other neurons."""
+        if self.cells.ndim == 2:
+            return gram.linear(self.x)
+        whole, unassigned = grams.sum(0), np.flatnonzero(self.cells < 0)
+        if len(unassigned):
+            index = torch.from_numpy(unassigned).to(self.x.device)
+            whole += gram.linear(columns.take(self.x, index))
+        return whole
+
     def outside(self, c: int) -> Tensor:
         """Return the columns of x that are not in cell c."""
         inside = self.cells == c if self.cells.ndim == 1 else self.cells[c]
         return columns.take(self.x, torch.from_numpy(np.flatnonzero(~inside)).to(self.x.device))
 
-    def rest(self, c: int) -> Tensor:
+    def rests(self, parts: list[int]) -> Tensor:
         """Return K_c; for a dominant cell from the features, since the difference would cancel."""
-        return gram.linear(self.outside(c)) if self.dominant[c] else super().rest(c)
+        k = super().rests(parts)
+        for i, c in enumerate(parts):
+            if self.dominant[c]:
+                k[i] = gram.linear(self.outside(c))
+        return k
 
     def factor(self, c: int, basis: Tensor) -> Tensor:
         """Return the features in the basis or, if they are many, their QR triangle, by blocks."""
@@ -157,6 +192,31 @@ class DistanceTable:
         }
 
 
+def make_parts(
+    x: Tensor,
+    cells: np.ndarray,
+    n_cells: int,
+    grams: Tensor | None,
+    passes: Passes,
+    shifts: bool = False,
+) -> Iterator[CellParts]:
+    """Make the parts of x for each of the partitions (T, p), or for other cells the only ones.
+
+    Each is made when it is needed, so that the Grams of one exist at a time. ``grams``, if they are
+    known, are (T, C, n, n) for partitions and otherwise (C, n, n).
+    """
+    if not are_partitions(cells):
+        yield CellParts(x, cells, n_cells, shifts, passes, grams)
+        return
+    for t, labels in enumerate(cells):
+        yield CellParts(x, labels, n_cells, shifts, passes, None if grams is None else grams[t])
+
+
+def are_partitions(cells: np.ndarray) -> bool:
+    """Whether cells are labels (T, p), rather than labels (p,) or a membership (C, p)."""
+    return cells.ndim == 2 and cells.dtype != np.bool_
+
+
 def ablation_distances(
     x: Tensor,
     *,
@@ -166,43 +226,55 @@ def ablation_distances(
     ridge: float,
     penalty: float,
     memory: int | None,
+    grams: Tensor | None = None,
     passes: Passes = PASSES,
     solvers: Solvers = SOLVERS,
 ) -> dict[str, Distances]:
-    parts = CellParts(x, cells, n_cells, passes=passes)
-
-    def make_original() -> Original:
-        whole = Representation(x, parts.whole)
+    def make_original(gram: Tensor) -> Original:
+        whole = Representation(x, gram)
         return Original(whole.spectrum, whole.n, whole.p, ridge, penalty, solvers)
 
     def weigh(directions: Tensor) -> Tensor:
         return passes.variate_weights(directions, x)
 
-    return distances_of_parts(parts, make_original, metrics, weigh, memory or _MEMORY)
+    parts = make_parts(x, cells, n_cells, grams, passes)
+    results = distances_of_parts(parts, make_original, metrics, weigh, memory or _MEMORY)
+    if not are_partitions(cells):
+        return results[0]
+    columns = {name: zip(*(result[name] for result in results), strict=True) for name in metrics}
+    return {name: Distances(*map(torch.stack, column)) for name, column in columns.items()}
 
 
 def distances_of_parts(
-    parts: GramParts,
-    make_original: Callable[[], Original],
+    partitions: Iterable[GramParts],
+    make_original: Callable[[Tensor], Original],
     metrics: tuple[str, ...],
     weigh: Callable[[Tensor], Tensor] | None = None,
     memory: int = 0,
-) -> dict[str, Distances]:
+) -> list[dict[str, Distances]]:
     """Return the distances between the whole and the whole without each part, by metric.
 
-    "pwcca" needs ``weigh``, which takes directions (k, n) and returns their weights (k,). About
-    ``memory`` bytes of directions are collected before each call of it.
+    The partitions have the same whole: its spectrum is computed from the Gram in the first. "pwcca"
+    needs ``weigh``, which takes directions (k, n) and returns their weights (k,). About ``memory``
+    bytes of directions are collected before each call of it.
     """
-    table = DistanceTable(metrics, len(parts.n_remaining), parts.whole.device)
-    for name in ("cka", "cka_debiased"):
-        if name in metrics:
-            _record_cka(parts, name, table)
-    if set(metrics) - {"cka", "cka_debiased"}:
-        _record_spectral(parts, make_original(), table, weigh, memory)
-    removed_all = [c for c, count in enumerate(parts.n_remaining) if not count]
-    for name in metrics:
-        table.record(name, removed_all, torch.nan)
-    return table.result()
+    original, tables = None, list[DistanceTable]()
+    queue = _PwccaQueue(weigh, memory) if weigh else None
+    for parts in partitions:
+        table = DistanceTable(metrics, len(parts.n_remaining), parts.whole.device)
+        tables.append(table)
+        for name in ("cka", "cka_debiased"):
+            if name in metrics:
+                _record_cka(parts, name, table)
+        if set(metrics) - {"cka", "cka_debiased"}:
+            original = original or make_original(parts.whole)
+            _record_spectral(parts, original, table, queue)
+        removed_all = [c for c, count in enumerate(parts.n_remaining) if not count]
+        for name in metrics:
+            table.record(name, removed_all, torch.nan)
+    if queue:
+        queue.flush()
+    return [table.result() for table in tables]
 
 
 def _record_cka(parts: GramParts, metric: str, table: DistanceTable) -> None:
@@ -222,9 +294,9 @@ def _record_cka(parts: GramParts, metric: str, table: DistanceTable) -> None:
         table.record(metric, minor, torch.cat(distances), Route.SUMS)
     for c in parts.active:
         if parts.dominant[c]:
-            rest = parts.rest(c)
-            vector = to_vectors(panels.panels_view(rest[None]))
-            rest_floor = cka.rounding_floor(rest) / 2
+            rest = parts.rests([c])
+            vector = to_vectors(panels.panels_view(rest))
+            rest_floor = cka.rounding_floor(rest[0]) / 2
             distance = cka.cosine_distance(vector, whole, True, rest_floor)
             table.record(metric, [c], distance, Route.SUMS)
 
@@ -233,19 +305,20 @@ def _record_spectral(
     parts: GramParts,
     original: Original,
     table: DistanceTable,
-    weigh: Callable[[Tensor], Tensor] | None,
-    memory: int,
+    queue: _PwccaQueue | None,
 ) -> None:
     names = set(table.columns) & {"procrustes", "svcca"}
     if original.kappa > 0:
         # Without a ridge CCA compares spans, and the ablated one lies within the original's: 0.
         names |= set(table.columns) & {"cca", "cca_squared", "pwcca"}
-    queue = _PwccaQueue(weigh, table, memory) if weigh and "pwcca" in names else None
+    if "pwcca" not in names:
+        queue = None
     constant = [c for c, is_constant in enumerate(parts.constant) if is_constant]
     for name in names - {"pwcca"}:
         table.record(name, constant, original.self_distance(name))
     if constant and queue:
-        queue.add(constant, original.variates[None], original.shrunk[None], Route.NOTHING)
+        variates, rho = original.variates[None], original.shrunk[None]
+        queue.add(table, constant, variates, rho, Route.NOTHING)
     for cells, batch in _iter_ablations(parts, original):
         if "procrustes" in names:
             table.record("procrustes", cells, *batch.procrustes())
@@ -256,9 +329,7 @@ def _record_spectral(
         if "cca_squared" in names:
             table.record("cca_squared", cells, *batch.cca_squared())
         if queue:
-            queue.add(cells, *batch.variates(), Route.EIGENVECTORS)
-    if queue:
-        queue.flush()
+            queue.add(table, cells, *batch.variates(), Route.EIGENVECTORS)
 
 
 def _iter_ablations(
@@ -274,36 +345,33 @@ def _iter_ablations(
         for batch in gram.iter_batches(cells, parts.whole):
             factors = [functools.partial(parts.factor, c, basis) for c in batch]
             if dominant:
-                rests = torch.stack([parts.rest(c) for c in batch])
-                yield batch, AblationBatch(original, rest=rests, factors=factors)
+                yield batch, AblationBatch(original, rest=parts.rests(batch), factors=factors)
             else:
-                grams = panels.unpack(parts.select(batch))
-                yield batch, AblationBatch(original, cell=grams, factors=factors)
+                yield batch, AblationBatch(original, cell=parts.unpack(batch), factors=factors)
 
 
 class _PwccaQueue:
     """Canonical variates waiting for a pass over x that computes their weights."""
 
-    def __init__(
-        self, weigh: Callable[[Tensor], Tensor], table: DistanceTable, memory: int
-    ) -> None:
-        self.weigh, self.table, self.memory = weigh, table, memory
-        self.batches: list[tuple[list[int], Tensor, Tensor, Route]] = []
+    def __init__(self, weigh: Callable[[Tensor], Tensor], memory: int) -> None:
+        self.weigh, self.memory = weigh, memory
+        self.batches: list[tuple[DistanceTable, list[int], Tensor, Tensor, Route]] = []
 
-    def add(self, cells: list[int], h: Tensor, rho: Tensor, route: Route) -> None:
+    def add(
+        self, table: DistanceTable, cells: list[int], h: Tensor, rho: Tensor, route: Route
+    ) -> None:
         """Add variates h (B, k, n) and correlations rho (B, k), one per cell or one for all."""
-        self.batches.append((cells, h, rho, route))
-        if sum(h.numel() for _, h, _, _ in self.batches) * 16 > self.memory:
+        self.batches.append((table, cells, h, rho, route))
+        if sum(h.numel() for _, _, h, _, _ in self.batches) * 16 > self.memory:
             self.flush()
 
     def flush(self) -> None:
         """Weigh the waiting variates and record their distances."""
         if not self.batches:
             return
-        rows = [h.flatten(0, 1) for _, h, _, _ in self.batches]
-        weights = self.weigh(torch.cat(rows))
-        sizes = [len(h) for h in rows]
-        for (cells, _, rho, route), part in zip(self.batches, weights.split(sizes), strict=True):
+        rows = [h.flatten(0, 1) for _, _, h, _, _ in self.batches]
+        weights = self.weigh(torch.cat(rows)).split([len(h) for h in rows])
+        for (table, cells, _, rho, route), part in zip(self.batches, weights, strict=True):
             alpha = part.view(rho.shape)
-            self.table.record("pwcca", cells, 1 - (alpha * rho).sum(-1) / alpha.sum(-1), route)
+            table.record("pwcca", cells, 1 - (alpha * rho).sum(-1) / alpha.sum(-1), route)
         self.batches.clear()

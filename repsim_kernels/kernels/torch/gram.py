@@ -212,6 +212,31 @@ def cell_statistics(
     return g, n_varying, shift[..., 0]
 
 
+def cell_counts_and_shifts(
+    x: Tensor, cells: np.ndarray, n_cells: int, shifts: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `cell_statistics` returns next to the Grams, without computing these.
+
+    These are the number of varying neurons of each cell (C,) and of x, and the shifts (C, n).
+    """
+    n, p = x.shape
+    labels = torch.from_numpy(cells).to(x.device)
+    every_cell = torch.arange(n_cells, device=x.device)
+    n_varying = torch.zeros(n_cells, dtype=torch.int64, device=x.device)
+    n_total = torch.zeros((), dtype=torch.int64, device=x.device)
+    shift = torch.zeros(n, n_cells, dtype=torch.float64, device=x.device)
+    for block in panels.split_neurons(p, n):
+        member = labels[:, block].mT if labels.ndim == 2 else labels[block, None] == every_cell
+        varies = (x[:, block] != x[:1, block]).any(0)
+        n_varying += (member & varies[:, None]).sum(0)
+        n_total += varies.sum()
+        if shifts:
+            c = x[:, block].to(torch.float64, copy=True)
+            mean = _centre_inplace(c, below_float64([x]))
+            shift.addmm_(c.mul_(mean), member.to(torch.float64))
+    return n_varying, n_total, shift.mT
+
+
 def _zero(packed: panels.Panels, mask: np.ndarray) -> None:
     """Set the masked matrices to zero in place."""
     if mask.any():

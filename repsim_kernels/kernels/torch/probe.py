@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from repsim_kernels.kernels.torch import gram
-from repsim_kernels.kernels.torch.ablation import PASSES, CellParts, Passes
+from repsim_kernels.kernels.torch.ablation import (
+    PASSES,
+    CellParts,
+    Passes,
+    are_partitions,
+    make_parts,
+)
 from repsim_kernels.kernels.torch.representation import to_complement
 
 # Relative size below which a Newton step is the last: the remaining error is of the order of its
@@ -29,35 +35,61 @@ def ablation_decodability(
     folds: np.ndarray | None,
     score: tuple[str, ...],
     probe: str,
+    grams: Tensor | None = None,
     passes: Passes = PASSES,
 ) -> dict[str, Any]:
-    parts = CellParts(x, cells, n_cells, shifts=True, passes=passes)
+    partitions = are_partitions(cells)
+    paired = partitions and isinstance(target, tuple)  # each partition has its own target
     task = _Task(labels, target, x.device, output_sum=1 if probe == "ridge" else 0)
-    relative = (
-        best_ridges(parts.whole, [to_complement(task.y)])[0] if isinstance(ridge, str) else ridge
-    )
     fold_members = group_folds(np.arange(len(x)) if folds is None else folds, x.device)
-
-    def fit(k: Tensor) -> _Ridge | _Logistic:
-        kappa = relative * k.trace() / len(k)
-        return (_Ridge if probe == "ridge" else _Logistic)(k, task.y, kappa, fold_members)
-
-    nan = torch.full((len(task.truth), n_cells), torch.nan, dtype=torch.float64, device=x.device)
-    results = {name: {"refit": nan.clone(), "frozen": nan.clone()} for name in score}
-    whole = fit(parts.whole)
-    for c in range(n_cells):
-        rest = parts.rest(c)
-        outputs = {"frozen": whole.predict(rest, parts.shift[c])}
-        if parts.n_remaining[c]:
-            outputs["refit"] = fit(rest).held_out
-        for kind, values in outputs.items():
-            for name, scores in task.score(values, score).items():
-                results[name][kind][:, c] = scores
-    for name, scores in task.score(whole.held_out, score).items():
-        results[name]["intact"] = scores
-    if target is None or isinstance(target, int):
-        results = {name: {k: v[0] for k, v in kinds.items()} for name, kinds in results.items()}
+    fit = _Ridge if probe == "ridge" else _Logistic
+    original: _Ridge | _Logistic | None = None
+    tables = []
+    for t, parts in enumerate(make_parts(x, cells, n_cells, grams, passes, shifts=True)):
+        if original is None:  # all partitions have the same
+            k, y = parts.whole, task.y
+            relative = best_ridges(k, [to_complement(y)])[0] if isinstance(ridge, str) else ridge
+            original = fit(k[None], y, relative, fold_members)
+        columns = slice(t, t + 1) if paired else slice(None)
+        tables.append(_score_ablations(parts, original, task, columns, score))
+    if partitions:
+        results = {
+            name: {kind: torch.stack([t[name][kind][0] for t in tables]) for kind in kinds}
+            for name, kinds in tables[0].items()
+        }
+    elif isinstance(target, tuple):
+        results = tables[0]
+    else:
+        results = {name: {k: v[0] for k, v in kinds.items()} for name, kinds in tables[0].items()}
     return results | ({"ridge": relative} if ridge == "gcv" else {})
+
+
+def _score_ablations(
+    parts: CellParts,
+    original: _Ridge | _Logistic,
+    task: _Task,
+    columns: slice,
+    score: tuple[str, ...],
+) -> dict[str, dict[str, Tensor]]:
+    """Return each score of some of the task's columns: "intact" (T,), the others (T, C)."""
+    intact, n_cells = original.held_out[..., columns], len(parts.n_remaining)
+    outputs = {"intact": intact, "frozen": intact.repeat(n_cells, 1, 1)}
+    outputs["refit"] = torch.full_like(outputs["frozen"], torch.nan)
+    for batch in gram.iter_batches(list(range(n_cells)), parts.whole):
+        rests = parts.rests(batch)
+        outputs["frozen"][batch] = original.predict(rests, parts.shift[batch], columns)
+        left = [i for i, c in enumerate(batch) if parts.n_remaining[c]]
+        if left:
+            cells = [batch[i] for i in left]
+            outputs["refit"][cells] = original.refit(rests[left], columns).held_out
+    results = {
+        name: {kind: task.score(name, values, columns) for kind, values in outputs.items()}
+        for name in score
+    }
+    for kinds in results.values():
+        kinds["intact"] = kinds["intact"][:, 0]
+        kinds["refit"][:, [c for c, left in enumerate(parts.n_remaining) if not left]] = torch.nan
+    return results
 
 
 class _Task:
@@ -76,29 +108,27 @@ class _Task:
         self.onehot = torch.nn.functional.one_hot(self.truth).to(torch.float64)  # (T, n, classes)
         self.y = self.onehot[..., 1].mT if self.binary else self.onehot[0]  # (n, columns)
 
-    def score(self, outputs: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Return each score (T,) of outputs (n, columns)."""
+    def score(self, name: str, outputs: Tensor, columns: slice) -> Tensor:
+        """Return a score (T, B) of the outputs (B, n, columns) for some columns of y."""
         if self.binary:
             outputs = torch.stack([self.output_sum - outputs.mT, outputs.mT], -1)
         else:
-            outputs = outputs[None]
-        return {name: self._score(name, outputs) for name in names}
-
-    def _score(self, name: str, outputs: Tensor) -> Tensor:
-        is_true = self.onehot > 0
+            outputs = outputs[:, None]  # (B, T, n, classes)
+        truth, onehot = self.truth[columns], self.onehot[columns]
+        is_true = onehot > 0
         if name == "r2":
-            total = (self.onehot - self.onehot.mean(1, keepdim=True)).square().sum((1, 2))
-            return 1 - (self.onehot - outputs).square().sum((1, 2)) / total
+            total = (onehot - onehot.mean(1, keepdim=True)).square().sum((-2, -1))
+            return (1 - (onehot - outputs).square().sum((-2, -1)) / total).mT
         if name == "margin":
-            true_output = outputs.gather(2, self.truth[..., None])[..., 0]
-            value = true_output - outputs.masked_fill(is_true, -torch.inf).amax(2)
+            true_output = torch.where(is_true, outputs, 0.0).sum(-1)
+            value = true_output - outputs.masked_fill(is_true, -torch.inf).amax(-1)
         else:
-            value = (outputs.argmax(2) == self.truth).to(torch.float64)
+            value = (outputs.argmax(-1) == truth).to(torch.float64)
         # Not a product with the mask, since margins may be infinite.
-        sums = torch.where(is_true, value[..., None], 0.0).sum(1)
+        sums = torch.where(is_true, value[..., None], 0.0).sum(-2)
         if name == "balanced_accuracy" or (name == "margin" and self.binary):
-            return (sums / self.onehot.sum(1)).mean(1)
-        return sums.sum(1) / value.shape[1]
+            return (sums / onehot.sum(1)).mean(-1).mT
+        return (sums.sum(-1) / value.shape[-1]).mT
 
 
 def group_folds(folds: np.ndarray, device: torch.device) -> list[Tensor]:
@@ -134,66 +164,99 @@ def _best_ridge(k: Tensor, w: Tensor, energy: Tensor) -> Tensor:
 
 
 def hold_out(matrix: Tensor, residuals: Tensor, fold_members: list[Tensor]) -> Tensor:
-    """Turn residuals (n, m) of the fit to all stimuli into held-out residuals, in place.
+    """Turn residuals (…, n, m) of the fit to all stimuli into held-out residuals, in place.
 
-    ``matrix`` (n, n) maps targets to the residuals of the fit to all stimuli.
+    ``matrix`` (…, n, n) maps targets to the residuals of the fit to all stimuli.
     """
     for i in fold_members:
-        block = matrix[i[:, :, None], i[:, None, :]]
-        residuals[i] = torch.linalg.solve(block, residuals[i])
+        block, held = matrix[..., i[:, :, None], i[:, None, :]], residuals[..., i, :]
+        alone = i.shape[1] == 1
+        residuals[..., i, :] = held / block if alone else torch.linalg.solve(block, held)
     return residuals
 
 
+def _penalties(k: Tensor, relative: float | Tensor) -> Tensor:
+    """Return κ for each Gram K (B, n, n)."""
+    return relative * k.diagonal(dim1=1, dim2=2).sum(1) / k.shape[1]
+
+
 class _Ridge:
-    """Ridge regressions on a Gram K (n, n), one for each held-out fold."""
+    """Ridge regressions on each of the Grams K (B, n, n), one for each held-out fold."""
 
-    def __init__(self, k: Tensor, y: Tensor, kappa: Tensor, fold_members: list[Tensor]) -> None:
-        n = len(k)
-        regular = k + kappa * torch.eye(n, dtype=k.dtype, device=k.device)
+    def __init__(
+        self, k: Tensor, y: Tensor, relative: float | Tensor, fold_members: list[Tensor]
+    ) -> None:
+        self.y, self.relative, self.fold_members = y, relative, fold_members
+        kappa, regular = _penalties(k, relative), k.clone()
+        regular.diagonal(dim1=1, dim2=2).add_(kappa[:, None])
         self.weights = torch.cholesky_inverse(torch.linalg.cholesky(regular))
-        self.y, self.fold_members = y, fold_members
-        matrix = kappa * self.weights - 1 / n
+        matrix = kappa[:, None, None] * self.weights - 1 / len(y)
         self.residuals = hold_out(matrix, matrix @ y, fold_members)
-        self.held_out = y - self.residuals
+        self.held_out = y - self.residuals  # (B, n, columns)
 
-    def predict(self, rest: Tensor, shift: Tensor) -> Tensor:
-        """Return the outputs (n, columns) for ablated stimuli, each held out with its fold."""
+    def refit(self, k: Tensor, columns: slice) -> _Ridge:
+        """Fit some columns of y on other Grams (B, n, n)."""
+        return _Ridge(k, self.y[:, columns], self.relative, self.fold_members)
+
+    def predict(self, rests: Tensor, shifts: Tensor, columns: slice) -> Tensor:
+        """Return outputs (B, n, columns) of one fit for ablated stimuli, held out with their folds.
+
+        Takes the Grams (B, n, n) of what remains after each ablation, and the shifts (B, n).
+        """
         # The fit without a fold has the dual weights of a fit to all stimuli in which the held-out
         # predictions replace the targets of the fold.
-        dual, dual_shift = self.weights @ self.y, self.weights @ shift
-        out = self.y.mean(0) + rest @ dual - shift @ dual
+        (weights,), y, residuals = self.weights, self.y[:, columns], self.residuals[0, :, columns]
+        dual, dual_shifts = weights @ y, shifts @ weights
+        out = y.mean(0) + rests @ dual - (shifts @ dual)[:, None, :]
         for i in self.fold_members:
-            response = rest[i] @ self.weights[i].mT - dual_shift[i][:, None, :] + 1 / len(rest)
-            out[i] -= response @ self.residuals[i]
+            response = torch.einsum("bfsn,ftn->bfst", rests[:, i], weights[i])
+            response += 1 / len(y) - dual_shifts[:, i][:, :, None, :]
+            out[:, i] -= response @ residuals[i]
         return out
 
 
 class _Logistic:
-    """Logistic regressions on a Gram K (n, n) of each class against the rest, for each fold."""
+    """Logistic regressions on each Gram K (B, n, n) of each class against the rest, by fold."""
 
-    def __init__(self, k: Tensor, y: Tensor, kappa: Tensor, fold_members: list[Tensor]) -> None:
-        self.fold_members, self.sizes = fold_members, [len(i) for i in fold_members]
+    def __init__(
+        self, k: Tensor, y: Tensor, relative: float | Tensor, fold_members: list[Tensor]
+    ) -> None:
+        self.y, self.relative, self.fold_members = y, relative, fold_members
+        fits = [self._fit(*each) for each in zip(k, _penalties(k, relative), strict=True)]
+        self.dual, self.offset = (torch.stack(each) for each in zip(*fits, strict=True))
+        self.held_out = self._apply(k, self.dual, self.offset)
+
+    def _fit(self, k: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the dual weights (folds, columns, n) and the offsets (folds, columns)."""
         ones = torch.ones_like(k)
-        in_fit = torch.cat([ones[: len(i)].scatter(1, i, 0.0) for i in fold_members])  # (folds, n)
-        share = (in_fit @ y) / in_fit.sum(1, keepdim=True)  # (folds, columns)
+        in_fit = torch.cat([ones[: len(i)].scatter(1, i, 0.0) for i in self.fold_members])
+        share = (in_fit @ self.y) / in_fit.sum(1, keepdim=True)  # (folds, columns)
         # If all stimuli outside a fold are of one kind, nothing is fitted: the offset is infinite.
-        self.offset = share.logit()
-        self.dual = k.new_zeros(*share.shape, len(k))
+        offset, dual = share.logit(), k.new_zeros(*share.shape, len(k))
         fits = ((share > 0) & (share < 1)).nonzero()
         for batch in gram.iter_batches(list(range(len(fits))), k):
             f, j = fits[batch].T
-            self.dual[f, j], self.offset[f, j] = _fit_by_newton(
-                k, y.T[j], in_fit[f], kappa, self.offset[f, j]
+            dual[f, j], offset[f, j] = _fit_by_newton(
+                k, self.y.T[j], in_fit[f], kappa, offset[f, j]
             )
-        self.held_out = self.predict(k, k.new_zeros(len(k)))
+        return dual, offset
 
-    def predict(self, rest: Tensor, shift: Tensor) -> Tensor:
-        """Return decision values (n, columns) for ablated stimuli, held out with their folds."""
-        out = rest.new_empty(len(rest), self.dual.shape[1])
-        offsets = (self.offset - self.dual @ shift).split(self.sizes)
-        duals = self.dual.split(self.sizes)
-        for i, dual, offset in zip(self.fold_members, duals, offsets, strict=True):
-            out[i] = rest[i] @ dual.mT + offset[:, None, :]
+    def refit(self, k: Tensor, columns: slice) -> _Logistic:
+        """Fit some columns of y on other Grams (B, n, n)."""
+        return _Logistic(k, self.y[:, columns], self.relative, self.fold_members)
+
+    def predict(self, rests: Tensor, shifts: Tensor, columns: slice) -> Tensor:
+        """Return decision values (B, n, columns) of one fit, with the arguments of a `_Ridge`."""
+        dual = self.dual[:, :, columns]
+        offset = self.offset[:, :, columns] - torch.einsum("fmn,bn->bfm", dual[0], shifts)
+        return self._apply(rests, dual, offset)
+
+    def _apply(self, k: Tensor, dual: Tensor, offset: Tensor) -> Tensor:
+        out = k.new_empty(*k.shape[:2], dual.shape[2])
+        sizes = [len(i) for i in self.fold_members]
+        parts = zip(self.fold_members, dual.split(sizes, 1), offset.split(sizes, 1), strict=True)
+        for i, weights, constant in parts:
+            out[:, i] = k[:, i] @ weights.mT + constant[:, :, None, :]
         return out
 
 

@@ -27,14 +27,14 @@ def gram_ablation_distances(
     n, energy = len(whole), whole.trace()
     rest_energy = energy - grams.diagonal(dim1=1, dim2=2).sum(1)
 
-    def make_original() -> Original:
+    def make_original(gram: Tensor) -> Original:
         count = n - 1 if neurons is None else neurons
-        return Original(representation.spectrum_of_gram(whole), n, count, ridge, penalty, solvers)
+        return Original(representation.spectrum_of_gram(gram), n, count, ridge, penalty, solvers)
 
     n_remaining = torch.where(rest_energy > n * _EPS * energy, n, 0)
     constant = (grams == 0).all(-1).all(-1).tolist()
     gram_parts = GramParts(whole, panels.panels_view(grams), constant, n_remaining.tolist())
-    return distances_of_parts(gram_parts, make_original, metrics)
+    return distances_of_parts([gram_parts], make_original, metrics)[0]
 
 
 def eigh(a: Tensor, *, vectors: bool) -> dict[str, Tensor]:
