@@ -154,7 +154,7 @@ def _time_metrics(study: Study) -> tuple[float, float]:
     for p in (few, few, many):  # the first run also loads libraries
         x = _draw_activations(len(y), p, study.device)
         start = time.perf_counter()
-        result = measure_representation(study, probes, "plan", target, x, y, 2**30)
+        (result,) = measure_representation(study, probes, "plan", [target], x, y, 2**30)
         result.sizes.cpu()  # waits for the device
         times.append(time.perf_counter() - start)
     per_neuron = max(0.0, times[2] - times[1]) / (many - few)

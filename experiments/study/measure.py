@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,7 +25,7 @@ from repsim_kernels.experiments.study.memory import (
 )
 from repsim_kernels.experiments.study.performance import measure_performance_loss
 from repsim_kernels.experiments.study.probes import (
-    make_nan_columns,
+    list_columns,
     make_seed,
     measure_decodability,
 )
@@ -128,11 +129,7 @@ def _iter_rows(study: Study, units: Sequence[Unit]) -> Iterator[pd.DataFrame]:
             still_held = sum(sizes[name] for name in group[group.index(layer) :])
             free_bytes = (study.memory - still_held) // 2
             for block in blocks[layer]:
-                tables = [
-                    _measure_target(study, layer, label, activations[layer], free_bytes)
-                    for label in block
-                ]
-                yield pd.concat(tables, ignore_index=True)
+                yield _measure_block(study, layer, block, activations[layer], free_bytes)
             del activations[layer]
 
 
@@ -182,30 +179,67 @@ class RepresentationResult(NamedTuple):
     decodability: dict[str, Any]
 
 
+def _measure_block(
+    study: Study, layer: str, block: list[int], activations: LayerActivations, free_bytes: int
+) -> pd.DataFrame:
+    """Measure the rows of one layer and a block of target classes."""
+    tables = []
+    for labels in _split_targets(study, block, free_bytes):
+        with _name_errors(study, layer, labels):
+            # The selected stimuli may be a copy, so no name here keeps them during the forward
+            # passes.
+            results = measure_representation(
+                study,
+                study.probes,
+                layer,
+                labels,
+                *_select_stimuli(study, labels[0], activations),
+                free_bytes,
+            )
+        for label, result in zip(labels, results, strict=True):
+            tables.append(_measure_target(study, layer, label, activations, free_bytes, result))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _split_targets(study: Study, labels: list[int], free_bytes: int) -> list[list[int]]:
+    """Split target classes into those that are measured together, from the same stimuli.
+
+    Cells that share neurons are no partition and are measured alone.
+    """
+    count = 1
+    if study.others is None and study.edges == "equal":
+        gram_bytes = study.n_cells * study.n_stimuli**2 * 8
+        count = max(1, free_bytes // (2 * gram_bytes))  # decodability copies some of them
+    return [labels[start : start + count] for start in range(0, len(labels), count)]
+
+
+@contextmanager
+def _name_errors(study: Study, layer: str, labels: Sequence[int]) -> Iterator[None]:
+    """Raise a StudyError that names the layer, and a single class, in place of a RepsimError."""
+    try:
+        yield
+    except rk.RepsimError as error:
+        where = f", class {study.class_name(labels[0])}" if len(labels) == 1 else ""
+        raise StudyError(f"{study.name}, layer {layer}{where}: {error}") from error
+
+
 def _measure_target(
-    study: Study, layer: str, label: int, activations: LayerActivations, free_bytes: int
+    study: Study,
+    layer: str,
+    label: int,
+    activations: LayerActivations,
+    free_bytes: int,
+    result: RepresentationResult,
 ) -> pd.DataFrame:
     """Measure the rows of one layer and target class; drops the target's states when done."""
-    where = f"{study.name}, layer {layer}"
     forward, n_cells = study.forward, study.n_cells
     states = activations.states.pop(label)
-    try:
-        # The selected stimuli may be a copy, so no name here keeps them during the forward passes.
-        result = measure_representation(
-            study,
-            study.probes,
-            layer,
-            label,
-            *_select_stimuli(study, label, activations),
-            free_bytes,
-        )
+    with _name_errors(study, layer, [label]):
         # The intact logits come from the same masked pass as the ablated ones, so that the change
         # for an empty cell is exactly zero.
         no_cell = torch.full(result.cells.shape[-1:], -1)
         intact = torch.cat([forward.logits(s, no_cell, 1, memory=free_bytes)[0] for s in states])
         parts = [forward.logits(s, result.cells, n_cells, memory=free_bytes) for s in states]
-    except rk.RepsimError as error:
-        raise StudyError(f"{where}, class {study.class_name(label)}: {error}") from error
     changes = measure_performance_loss(intact, torch.cat(parts, dim=1), label)
     nan_images = changes.pop(NAN_IMAGES).long()
     numbers = result.distances | changes | result.decodability
@@ -237,49 +271,72 @@ def measure_representation(
     study: Study,
     probes: Sequence[str],
     layer: str,
-    label: int,
+    labels: Sequence[int],
     x: Tensor,
     y: Tensor,
     free_bytes: int,
-) -> RepresentationResult:
-    """Group neurons into cells; measure each cell's distances and loss of decodability.
+) -> list[RepresentationResult]:
+    """Group neurons into cells for each target; measure cells' distances, loss of decodability.
 
-    If the layer's activations are the same for every stimulus, all values are NaN, with a warning.
+    All targets share one call of each function, and the cells' Grams. With edges="inclusive", there
+    may be only one target. If the layer's activations are the same for every stimulus, all values
+    are NaN, with a warning.
     """
-    cells = rk.selectivity_grid(x, y, label, grid=study.grid, edges=study.edges)
-    if study.cells == "random":
-        generator = np.random.default_rng(make_seed(study, layer, label))
-        cells = cells[..., torch.from_numpy(generator.permutation(x.shape[1])).to(cells.device)]
-    overlap = cells.dtype == torch.bool
-    sizes = cells.sum(1) if overlap else cells.bincount(minlength=study.n_cells)
+    cells = [_make_cells(study, layer, label, x, y) for label in labels]
+    overlap = cells[0].dtype == torch.bool
+    sizes = [c.sum(1) if overlap else c.bincount(minlength=study.n_cells) for c in cells]
+    partitions = cells[0] if overlap else torch.stack(cells)
+    shape = len(labels), study.n_cells
     try:
-        distances = dict(
-            rk.ablation_distances(
-                x,
-                cells,
-                metrics=study.metrics,
-                ridge=study.options["ridge"],
-                penalty=study.options["penalty"],
-                memory=max(1, min(free_bytes, _MAX_VARIATE_BYTES)),
-            )
+        grams = rk.cell_grams(x, partitions)
+        distances = rk.ablation_distances(
+            x,
+            partitions,
+            metrics=study.metrics,
+            ridge=study.options["ridge"],
+            penalty=study.options["penalty"],
+            memory=max(1, min(free_bytes, _MAX_VARIATE_BYTES)),
+            grams=grams,
         )
-        decodability = measure_decodability(study, probes, layer, label, x, y, cells)
-        distances |= {BASELINE: _measure_energy_shares(x, cells, study.n_cells)}
+        decodability = measure_decodability(study, probes, layer, labels, x, y, partitions, grams)
+        distances[BASELINE] = _measure_energy_shares(x, cells, study.n_cells)
     except rk.ConstantError:
         warnings.warn(
             f"{study.name}, layer {layer} is the same for every stimulus: its distances and "
             "decodability are NaN",
             stacklevel=2,
         )
-        nan = torch.full((study.n_cells,), math.nan)
+        nan = torch.full(shape, math.nan)
         distances = dict.fromkeys((*study.metrics, BASELINE), nan)
-        decodability = make_nan_columns(probes, study.n_cells)
-    return RepresentationResult(cells, sizes, distances, decodability)
+        decodability = dict.fromkeys(list_columns(probes), nan)
+    columns = [
+        {name: values.reshape(shape) for name, values in table.items()}
+        for table in (distances, decodability)
+    ]
+    return [
+        RepresentationResult(
+            cells[t],
+            sizes[t],
+            *({name: values[t] for name, values in table.items()} for table in columns),
+        )
+        for t in range(len(labels))
+    ]
 
 
-def _measure_energy_shares(x: Tensor, cells: Tensor, n_cells: int) -> Tensor:
-    """Measure each cell's share of the variance over stimuli, (C,)."""
+def _make_cells(study: Study, layer: str, label: int, x: Tensor, y: Tensor) -> Tensor:
+    cells: Tensor = rk.selectivity_grid(x, y, label, grid=study.grid, edges=study.edges)
+    if study.cells == "random":
+        generator = np.random.default_rng(make_seed(study, layer, label))
+        cells = cells[..., torch.from_numpy(generator.permutation(x.shape[1])).to(cells.device)]
+    return cells
+
+
+def _measure_energy_shares(x: Tensor, cells: Sequence[Tensor], n_cells: int) -> Tensor:
+    """Measure each cell's share of the variance over stimuli, (T, C), for T sets of cells."""
     blocks = x.split(_BLOCK_NEURONS, dim=1)
     variances = torch.cat([block.double().var(0, correction=0) for block in blocks])
-    masks = cells if cells.dtype == torch.bool else (cells == label for label in range(n_cells))
-    return torch.stack([variances[mask].sum() for mask in masks]) / variances.sum()
+    shares = []
+    for each in cells:
+        masks = each if each.dtype == torch.bool else (each == label for label in range(n_cells))
+        shares.append(torch.stack([variances[mask].sum() for mask in masks]) / variances.sum())
+    return torch.stack(shares)

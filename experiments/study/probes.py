@@ -31,46 +31,71 @@ def list_columns(probes: Sequence[str]) -> list[str]:
 
 
 def measure_decodability(
-    study: Study, probes: Sequence[str], layer: str, label: int, x: Tensor, y: Tensor, cells: Tensor
+    study: Study,
+    probes: Sequence[str],
+    layer: str,
+    labels: Sequence[int],
+    x: Tensor,
+    y: Tensor,
+    cells: Tensor,
+    grams: Tensor,
 ) -> dict[str, Tensor]:
-    """Measure each ablation's loss of the probes' scores, (C,), and the paper probe's error.
+    """Measure each ablation's loss of the probes' scores, and the paper probe's error, (T, C).
 
     The ridge probe is also fitted anew to each half, which is every other stimulus of each class.
+
+    Parameters
+    ----------
+    labels : sequence of int
+        T targets.
+    cells : tensor, (T, p), or (C, p) for a single target
+        The cells of each target.
+    grams : tensor, (T, C, n, n) or (C, n, n)
+        Their Grams.
     """
     changes: dict[str, Tensor] = {}
     if "ridge" in probes:
-        arguments = study, label, x, y, cells
-        changes |= _measure_ridge_probe(*arguments) | _measure_ridge_halves(*arguments)
+        changes |= _measure_ridge_probe(study, labels, x, y, cells, grams)
+        changes |= _measure_ridge_halves(study, labels, x, y, cells, grams)
     if "paper" in probes:
-        changes |= measure_paper_probe(
-            study, layer, label, x, y, cells, study.draws.count_for(x.shape[1])
-        )
+        draws = study.draws.count_for(x.shape[1])
+        by_target = [
+            measure_paper_probe(study, layer, label, x, y, own, draws)
+            for label, own in zip(labels, cells if _are_partitions(cells) else [cells], strict=True)
+        ]
+        for name in by_target[0]:
+            changes[name] = torch.stack([columns[name] for columns in by_target])
     return {name: changes[name] for name in list_columns(probes)}
 
 
+def _are_partitions(cells: Tensor) -> bool:
+    return cells.dtype != torch.bool
+
+
 def _measure_ridge_probe(
-    study: Study, label: int, x: Tensor, y: Tensor, cells: Tensor
+    study: Study, labels: Sequence[int], x: Tensor, y: Tensor, cells: Tensor, grams: Tensor
 ) -> dict[str, Tensor]:
     """Measure the loss of the ridge probe's balanced accuracy and margin, refitted and frozen."""
     scores = rk.ablation_decodability(
         x,
         cells,
         y,
-        target=label,
+        target=labels,
         ridge=study.options["probe_ridge"],
         score=("balanced_accuracy", "margin"),
+        grams=grams,
     )
     changes = {}
     for name, score in (("decodability", "balanced_accuracy"), ("margin", "margin")):
         for kind in ("refit", "frozen"):
             # Scores average ratios of counts; rounding makes equal ones tie exactly.
-            change = float(scores[score]["intact"]) - scores[score][kind]
+            change = scores[score]["intact"][:, None] - scores[score][kind]
             changes[f"{name}_{kind}"] = change.round(decimals=12)
     return changes
 
 
 def _measure_ridge_halves(
-    study: Study, label: int, x: Tensor, y: Tensor, cells: Tensor
+    study: Study, labels: Sequence[int], x: Tensor, y: Tensor, cells: Tensor, grams: Tensor
 ) -> dict[str, Tensor]:
     """Measure the ridge probe on each half; NaN if a half has fewer than two stimuli of a side.
 
@@ -79,13 +104,33 @@ def _measure_ridge_halves(
     """
     by_half: dict[str, Tensor] = {}
     for first, which in enumerate(HALVES):
-        is_target = y[first::2] == label
-        changes = {name: torch.full((study.n_cells,), math.nan) for name in PROBES["ridge"]}
-        if min(int(is_target.sum()), int((~is_target).sum())) > 1:
+        half = slice(first, None, 2)
+        is_target = y[half] == torch.tensor(labels)[:, None]
+        large = torch.minimum(is_target.sum(1), (~is_target).sum(1)) > 1
+        measured = large.nonzero()[:, 0].tolist()
+        nan = torch.full((len(labels), study.n_cells), math.nan, dtype=torch.float64)
+        changes = {name: nan.to(x.device, copy=True) for name in PROBES["ridge"]}
+        if measured:
+            some = measured if _are_partitions(cells) else slice(None)
             with suppress(rk.ConstantError):
-                changes = _measure_ridge_probe(study, label, x[first::2], y[first::2], cells)
+                part = _measure_ridge_probe(
+                    study,
+                    [labels[i] for i in measured],
+                    x[half],
+                    y[half],
+                    cells[some],
+                    _centre(grams[some][..., half, half]),
+                )
+                for name, values in part.items():
+                    changes[name][measured] = values
         by_half |= {half_column(name, which): changes[name] for name in PROBES["ridge"]}
     return by_half
+
+
+def _centre(grams: Tensor) -> Tensor:
+    """Centre Grams (…, n, n) of stimuli relative to any origin."""
+    centred = grams - grams.mean(-1, keepdim=True)
+    return centred - centred.mean(-2, keepdim=True)
 
 
 def measure_paper_probe(
@@ -109,8 +154,3 @@ def measure_paper_probe(
 def make_seed(study: Study, layer: str, label: int) -> np.random.SeedSequence:
     """Make the seed of everything that is drawn for a layer and a class."""
     return np.random.SeedSequence([study.seed, zlib.crc32(layer.encode()), label])
-
-
-def make_nan_columns(probes: Sequence[str], n_cells: int) -> dict[str, Tensor]:
-    """Make columns of NaN, for a layer that is the same for every stimulus."""
-    return {name: torch.full((n_cells,), math.nan) for name in list_columns(probes)}

@@ -117,8 +117,9 @@ def test_the_metrics_are_timed_on_two_sizes(
     study, clock = toy_study(**changes), [0.0]
 
     def measure_representation(
-        _study: Study, probes: list[str], _layer: str, label: int, x: Any, y: Any, _free_bytes: int
+        _study: Study, probes: list[str], _layer: str, labels: list[int], x: Any, y: Any, _free: int
     ) -> Any:
+        (label,) = labels
         assert probes == ["ridge"]
         chosen = [label, *study.draw_other_classes(label)] if study.others else study.unique_labels
         assert y.tolist() == [c for c in chosen for _ in range(study.count_metric_images(c))]
@@ -126,7 +127,7 @@ def test_the_metrics_are_timed_on_two_sizes(
         assert (x == 0).float().mean() == pytest.approx(0.5, abs=0.2)
         loading = 100.0 if clock[0] == 0 else 0.0
         clock[0] += loading + 3.0 + 0.5 * x.shape[1]
-        return SimpleNamespace(sizes=torch.zeros(1))
+        return [SimpleNamespace(sizes=torch.zeros(1))]
 
     monkeypatch.setattr(estimate_module, "measure_representation", measure_representation)
     monkeypatch.setattr(estimate_module.time, "perf_counter", lambda: clock[0])

@@ -239,9 +239,11 @@ def test_a_resumed_run_is_bit_identical_when_memory_is_tight(
     budgets: dict[tuple[str, int], set[int]] = {}
     measure_target = measure._measure_target
 
-    def record(study: Study, layer: str, label: int, x: Any, free_bytes: int) -> pd.DataFrame:
+    def record(
+        study: Study, layer: str, label: int, x: Any, free_bytes: int, result: Any
+    ) -> pd.DataFrame:
         budgets.setdefault((layer, label), set()).add(free_bytes)
-        return measure_target(study, layer, label, x, free_bytes)
+        return measure_target(study, layer, label, x, free_bytes, result)
 
     monkeypatch.setattr(measure, "_measure_target", record)
     whole = list(measure.rows(study, study.units))

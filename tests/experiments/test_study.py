@@ -256,5 +256,5 @@ def test_error_names_an_unknown_layer() -> None:
 def test_error_names_the_layer_with_nonfinite_activations() -> None:
     images, _ = toy_images()
     images[3] = float("inf")
-    with pytest.raises(StudyError, match="toy, layer act1, class ant/queen: "):
+    with pytest.raises(StudyError, match="toy, layer act1: x: 256 of 3840 values are NaN"):
         toy_study(images=images).run()

@@ -87,6 +87,13 @@ def _to_index(parts: list[int]) -> slice | list[int]:
     return slice(first, end) if end - first == len(parts) else parts
 
 
+def compute_whole(x: Tensor, passes: Passes) -> tuple[Tensor, Tensor]:
+    """Return the Gram of x (n, n), and its number of varying neurons."""
+    one_cell = np.zeros(x.shape[1], dtype=np.int64)
+    packed, (n_varying,), _ = passes.cell_statistics(x, one_cell, 1, False)
+    return panels.unpack(packed)[0], n_varying
+
+
 class CellParts(GramParts):
     """The parts of x (n, p) that its cells define."""
 
@@ -118,9 +125,7 @@ class CellParts(GramParts):
             n_total = n_varying.sum()
         else:
             g, n_varying, shift = passes.cell_statistics(x, cells, n_cells, shifts)
-            one_cell = np.zeros(x.shape[1], dtype=np.int64)
-            whole_gram, (n_total,), _ = passes.cell_statistics(x, one_cell, 1, False)
-            (whole,) = panels.unpack(whole_gram)
+            whole, n_total = compute_whole(x, passes)
         n_varying, self.shift = n_varying[:n_cells], shift[:n_cells]
         g = panels.select(g, slice(n_cells))
         super().__init__(whole, g, (n_varying == 0).tolist(), (n_total - n_varying).tolist())
@@ -231,7 +236,9 @@ def ablation_distances(
     solvers: Solvers = SOLVERS,
 ) -> dict[str, Distances]:
     def make_original(gram: Tensor) -> Original:
-        whole = Representation(x, gram)
+        # The sum over a partition's cells rounds differently for each. With one Gram for all, the
+        # distances of a partition do not depend on which others there are.
+        whole = Representation(x, compute_whole(x, passes)[0] if are_partitions(cells) else gram)
         return Original(whole.spectrum, whole.n, whole.p, ridge, penalty, solvers)
 
     def weigh(directions: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -42,16 +45,15 @@ def ablation_decodability(
     paired = partitions and isinstance(target, tuple)  # each partition has its own target
     task = _Task(labels, target, x.device, output_sum=1 if probe == "ridge" else 0)
     fold_members = group_folds(np.arange(len(x)) if folds is None else folds, x.device)
-    fit = _Ridge if probe == "ridge" else _Logistic
-    original: _Ridge | _Logistic | None = None
+    kind = _Ridge if probe == "ridge" else _Logistic
+    relative: float | Tensor | str = ridge
     tables = []
     for t, parts in enumerate(make_parts(x, cells, n_cells, grams, passes, shifts=True)):
-        if original is None:  # all partitions have the same
-            k, y = parts.whole, task.y
-            relative = best_ridges(k, [to_complement(y)])[0] if isinstance(ridge, str) else ridge
-            original = fit(k[None], y, relative, fold_members)
-        columns = slice(t, t + 1) if paired else slice(None)
-        tables.append(_score_ablations(parts, original, task, columns, score))
+        if isinstance(relative, str):  # "gcv"; one ridge for all partitions
+            (relative,) = best_ridges(parts.whole, [to_complement(task.y)])
+        own = task.select(t) if paired else task
+        fit = functools.partial(kind, y=own.y, relative=relative, fold_members=fold_members)
+        tables.append(_score_ablations(parts, own, fit, score))
     if partitions:
         results = {
             name: {kind: torch.stack([t[name][kind][0] for t in tables]) for kind in kinds}
@@ -66,29 +68,30 @@ def ablation_decodability(
 
 def _score_ablations(
     parts: CellParts,
-    original: _Ridge | _Logistic,
     task: _Task,
-    columns: slice,
+    fit: Callable[[Tensor], _Ridge | _Logistic],
     score: tuple[str, ...],
 ) -> dict[str, dict[str, Tensor]]:
-    """Return each score of some of the task's columns: "intact" (T,), the others (T, C)."""
-    intact, n_cells = original.held_out[..., columns], len(parts.n_remaining)
-    outputs = {"intact": intact, "frozen": intact.repeat(n_cells, 1, 1)}
-    outputs["refit"] = torch.full_like(outputs["frozen"], torch.nan)
+    """Return each score of the task's classifications: "intact" (T,), the others (T, C).
+
+    ``fit`` takes Grams (B, n, n).
+    """
+    original, n_cells = fit(parts.whole[None]), len(parts.n_remaining)
+    frozen = original.held_out.repeat(n_cells, 1, 1)
+    refit = torch.full_like(frozen, torch.nan)
     for batch in gram.iter_batches(list(range(n_cells)), parts.whole):
         rests = parts.rests(batch)
-        outputs["frozen"][batch] = original.predict(rests, parts.shift[batch], columns)
+        frozen[batch] = original.predict(rests, parts.shift[batch])
         left = [i for i, c in enumerate(batch) if parts.n_remaining[c]]
         if left:
-            cells = [batch[i] for i in left]
-            outputs["refit"][cells] = original.refit(rests[left], columns).held_out
-    results = {
-        name: {kind: task.score(name, values, columns) for kind, values in outputs.items()}
-        for name in score
-    }
-    for kinds in results.values():
-        kinds["intact"] = kinds["intact"][:, 0]
-        kinds["refit"][:, [c for c, left in enumerate(parts.n_remaining) if not left]] = torch.nan
+            refit[[batch[i] for i in left]] = fit(rests[left]).held_out
+    results = {}
+    for name in score:
+        (intact,) = task.score(name, original.held_out).mT
+        scores = {"intact": intact, "frozen": task.score(name, frozen)}
+        scores["refit"] = task.score(name, refit)
+        scores["refit"][:, refit.isnan().any(2).any(1)] = torch.nan
+        results[name] = scores
     return results
 
 
@@ -108,13 +111,23 @@ class _Task:
         self.onehot = torch.nn.functional.one_hot(self.truth).to(torch.float64)  # (T, n, classes)
         self.y = self.onehot[..., 1].mT if self.binary else self.onehot[0]  # (n, columns)
 
-    def score(self, name: str, outputs: Tensor, columns: slice) -> Tensor:
-        """Return a score (T, B) of the outputs (B, n, columns) for some columns of y."""
+    def select(self, t: int) -> _Task:
+        """Return one of several binary classifications."""
+        one = copy.copy(self)
+        one.truth, one.onehot, one.y = (
+            self.truth[t : t + 1],
+            self.onehot[t : t + 1],
+            self.y[:, t : t + 1],
+        )
+        return one
+
+    def score(self, name: str, outputs: Tensor) -> Tensor:
+        """Return a score (T, B) of the outputs (B, n, columns)."""
         if self.binary:
             outputs = torch.stack([self.output_sum - outputs.mT, outputs.mT], -1)
         else:
             outputs = outputs[:, None]  # (B, T, n, classes)
-        truth, onehot = self.truth[columns], self.onehot[columns]
+        truth, onehot = self.truth, self.onehot
         is_true = onehot > 0
         if name == "r2":
             total = (onehot - onehot.mean(1, keepdim=True)).square().sum((-2, -1))
@@ -186,7 +199,7 @@ class _Ridge:
     def __init__(
         self, k: Tensor, y: Tensor, relative: float | Tensor, fold_members: list[Tensor]
     ) -> None:
-        self.y, self.relative, self.fold_members = y, relative, fold_members
+        self.y, self.fold_members = y, fold_members
         kappa, regular = _penalties(k, relative), k.clone()
         regular.diagonal(dim1=1, dim2=2).add_(kappa[:, None])
         self.weights = torch.cholesky_inverse(torch.linalg.cholesky(regular))
@@ -194,23 +207,19 @@ class _Ridge:
         self.residuals = hold_out(matrix, matrix @ y, fold_members)
         self.held_out = y - self.residuals  # (B, n, columns)
 
-    def refit(self, k: Tensor, columns: slice) -> _Ridge:
-        """Fit some columns of y on other Grams (B, n, n)."""
-        return _Ridge(k, self.y[:, columns], self.relative, self.fold_members)
-
-    def predict(self, rests: Tensor, shifts: Tensor, columns: slice) -> Tensor:
+    def predict(self, rests: Tensor, shifts: Tensor) -> Tensor:
         """Return outputs (B, n, columns) of one fit for ablated stimuli, held out with their folds.
 
         Takes the Grams (B, n, n) of what remains after each ablation, and the shifts (B, n).
         """
         # The fit without a fold has the dual weights of a fit to all stimuli in which the held-out
         # predictions replace the targets of the fold.
-        (weights,), y, residuals = self.weights, self.y[:, columns], self.residuals[0, :, columns]
-        dual, dual_shifts = weights @ y, shifts @ weights
-        out = y.mean(0) + rests @ dual - (shifts @ dual)[:, None, :]
+        (weights,), (residuals,) = self.weights, self.residuals
+        dual, dual_shifts = weights @ self.y, shifts @ weights
+        out = self.y.mean(0) + rests @ dual - (shifts @ dual)[:, None, :]
         for i in self.fold_members:
             response = torch.einsum("bfsn,ftn->bfst", rests[:, i], weights[i])
-            response += 1 / len(y) - dual_shifts[:, i][:, :, None, :]
+            response += 1 / len(self.y) - dual_shifts[:, i][:, :, None, :]
             out[:, i] -= response @ residuals[i]
         return out
 
@@ -221,7 +230,7 @@ class _Logistic:
     def __init__(
         self, k: Tensor, y: Tensor, relative: float | Tensor, fold_members: list[Tensor]
     ) -> None:
-        self.y, self.relative, self.fold_members = y, relative, fold_members
+        self.y, self.fold_members = y, fold_members
         fits = [self._fit(*each) for each in zip(k, _penalties(k, relative), strict=True)]
         self.dual, self.offset = (torch.stack(each) for each in zip(*fits, strict=True))
         self.held_out = self._apply(k, self.dual, self.offset)
@@ -241,15 +250,10 @@ class _Logistic:
             )
         return dual, offset
 
-    def refit(self, k: Tensor, columns: slice) -> _Logistic:
-        """Fit some columns of y on other Grams (B, n, n)."""
-        return _Logistic(k, self.y[:, columns], self.relative, self.fold_members)
-
-    def predict(self, rests: Tensor, shifts: Tensor, columns: slice) -> Tensor:
+    def predict(self, rests: Tensor, shifts: Tensor) -> Tensor:
         """Return decision values (B, n, columns) of one fit, with the arguments of a `_Ridge`."""
-        dual = self.dual[:, :, columns]
-        offset = self.offset[:, :, columns] - torch.einsum("fmn,bn->bfm", dual[0], shifts)
-        return self._apply(rests, dual, offset)
+        offset = self.offset - torch.einsum("fmn,bn->bfm", self.dual[0], shifts)
+        return self._apply(rests, self.dual, offset)
 
     def _apply(self, k: Tensor, dual: Tensor, offset: Tensor) -> Tensor:
         out = k.new_empty(*k.shape[:2], dual.shape[2])
