@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from repsim_kernels.forward import AblatedForward, broadcast, fusion
+from repsim_kernels.forward import cost as cost_module
 
 
 class Residual(Net):
@@ -225,6 +226,13 @@ def build_small():
     ).eval()
 
 
+@pytest.fixture
+def no_cache(monkeypatch):
+    """Let the cells per pass depend on the weights alone."""
+    monkeypatch.setattr(cost_module, "_CACHED_BYTES", 0)
+
+
+@pytest.mark.usefixtures("no_cache")
 def test_costs_of_a_small_network():
     layers, images = ["0", "1", "2", "3", "4"], torch.randn(6, 2, 4, 5)
     forward = AblatedForward(build_small(), layers)
@@ -262,6 +270,19 @@ def test_costs_of_a_skip_connection():
     assert cost.pass_bytes == 4 * (4 + 4 + 4)
 
 
+def test_passes_of_small_images_have_as_many_cells_as_fit_the_cache(monkeypatch):
+    images, layers = torch.randn(6, 2, 4, 5), ["0", "3"]
+    forward = AblatedForward(build_small(), layers)
+    monkeypatch.setattr(cost_module, "_INTENSITY", 0)
+    monkeypatch.setattr(cost_module, "_CACHED_BYTES", 10 * 6 * 4 * 140 + 3)
+    costs = forward.costs(images, timed=False)
+    assert [costs[x].peak_bytes for x in layers] == [4 * 140, 4 * 85]
+    assert [costs[x].together for x in layers] == [10, 16]
+    large = forward.costs(torch.randn(66, 2, 4, 5), timed=False)
+    assert large["0"].together == 1
+
+
+@pytest.mark.usefixtures("no_cache")
 def test_default_cells_per_pass_depend_on_the_weights():
     """One cell if an image's work outweighs reading the weights; otherwise several."""
     wide = nn.Sequential(nn.Identity(), nn.Conv2d(2, 2, 3, padding=1)).eval()

@@ -254,7 +254,8 @@ class AblatedForward:
             C; by default the largest label + 1.
         batch : int, optional
             The most cells to run in one pass. By default as many as fit in `memory` on CUDA, and
-            one on a CPU, or more if one cell has too few images to amortise reading the weights.
+            one on a CPU, or more if one cell has too few images to amortise reading the weights, or
+            if the pass stays below 16 MiB.
         memory : int or str, optional
             Bytes for one pass, or text such as "8GiB". It limits the cells, and if necessary the
             images, of one pass. By default half of the free memory, on CUDA at most 8 GiB. Memory
