@@ -129,10 +129,9 @@ class AblationBatch:
 
     @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues (B, m), descending, zero beyond the rank, and eigenvectors of K_c."""
+        """Eigenvalues (B, m), descending, zero beyond the rank, and all eigenvectors of K_c."""
         w, u = (t.flip(-1) for t in self.solvers.eigh(self.rest))
-        keep = is_positive(w, self.original.n)
-        return w * keep, u * keep[:, None, :]
+        return w * is_positive(w, self.original.n), u
 
     def procrustes(self) -> Distances:
         """Return squared distances (B,), with both representations scaled to unit norm.
@@ -159,12 +158,22 @@ class AblationBatch:
         return Distances(out, route, steps)
 
     def svcca(self, variance: float = 0.99) -> Distances:
+        """Return 1 - mean cosine between the leading k and m directions of L and K_c.
+
+        Of an orthogonal matrix the block of these directions and the opposite block have the same
+        singular values, apart from ones; the smaller block is decomposed.
+        """
         w, u = self.spectrum
+        total = u.shape[-1]
         k, m = count_leading(self.v, variance), count_leading(w, variance)
-        u = u[:, : int(k), : int(m.max())]
-        u = u * (torch.arange(u.shape[-1], device=u.device) < m[:, None])[:, None, :]
-        similarity = self.solvers.svdvals(u).sum(-1) / torch.minimum(k, m)
-        return Distances(1 - similarity, *self._same_route(Route.EIGENVECTORS))
+        in_lead = torch.arange(total, device=u.device) < m[:, None]  # (B, total)
+        if int(k + m.min()) > total:
+            rest = u[:, int(k) :, int(m.min()) :] * ~in_lead[:, None, int(m.min()) :]
+            lost = total - torch.maximum(k, m) - self.solvers.svdvals(rest).sum(-1)
+        else:
+            lead = u[:, : int(k), : int(m.max())] * in_lead[:, None, : int(m.max())]
+            lost = torch.minimum(k, m) - self.solvers.svdvals(lead).sum(-1)
+        return Distances(lost / torch.minimum(k, m), *self._same_route(Route.EIGENVECTORS))
 
     @property
     def kappa(self) -> Tensor:
