@@ -57,6 +57,7 @@ class StageClock:
         self._calls: tuple[tuple[Any, str, str], ...] = (
             (measure, "_collect_activations", "prefix"),
             (rk, "selectivity_grid", "cells"),
+            (rk, "cell_grams", "metrics"),
             (rk, "ablation_distances", "metrics"),
             (rk, "ablation_decodability", "ridge"),
             (rk, "probe_paper", "paper"),

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from repsim_kernels import _arrays, _check, _dispatch, _metrics, _options
 from repsim_kernels._routes import Distances, Info, Route
@@ -202,8 +200,8 @@ def ablation_distances(
 
 
 def check_grams(
-    grams: Any, x: Tensor, source: _arrays.Source, cells: NDArray[Any], n_cells: int
-) -> Tensor | None:
+    grams: Any, x: Any, source: _arrays.Source, cells: NDArray[Any], n_cells: int
+) -> Any:
     """Check the shape and the place of Gram matrices that `cell_grams` has returned.
 
     Parameters
@@ -242,8 +240,8 @@ def check_grams(
             f"{source.library} array on {source.device}; expected both from one library on one "
             "device"
         )
-    if tensor.dtype != torch.float64:
-        raise DtypeError(f"grams: dtype {_arrays.dtype_name(tensor)}; expected float64")
+    if (dtype := _arrays.dtype_name(tensor)) != "float64":
+        raise DtypeError(f"grams: dtype {dtype}; expected float64")
     return tensor
 
 

@@ -160,8 +160,8 @@ class AblationBatch:
     def svcca(self, variance: float = 0.99) -> Distances:
         """Return 1 - mean cosine between the leading k and m directions of L and K_c.
 
-        Of an orthogonal matrix the block of these directions and the opposite block have the same
-        singular values, apart from ones; the smaller block is decomposed.
+        The eigenvectors of K_c are an orthogonal matrix. Its block of these directions and the
+        opposite block have the same singular values, apart from ones; the smaller is decomposed.
         """
         w, u = self.spectrum
         total = u.shape[-1]
