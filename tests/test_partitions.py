@@ -51,6 +51,19 @@ def test_distances_of_partitions_match_separate_calls(case, known, backend):
             assert_close(part, want[name], DISTANCE[str(x.dtype)], nan=True)
 
 
+@given(partitioned(), st.booleans())
+def test_a_partition_does_not_depend_on_the_others(case, known):
+    """To the last bit, except for PWCCA's products, which are made in blocks."""
+    x, cells, _ = case
+    got, alone = (
+        compute_distances(x, labels, grams=rk.cell_grams(x, labels) if known else None)
+        for labels in (cells, cells[:1])
+    )
+    for name in set(METRICS) - {"pwcca"}:
+        (want,) = alone[name]
+        np.testing.assert_array_equal(got[name][0, : len(want)], want, err_msg=name)
+
+
 @given(
     partitioned(("float64",)),
     st.booleans(),

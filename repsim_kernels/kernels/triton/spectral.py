@@ -36,7 +36,7 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
 
 def svdvals(a: Tensor) -> Tensor:
     """Compute `torch.linalg.svdvals`, by native kernels where possible."""
-    if native.unsupported(a) is not None:
+    if not a.numel() or native.unsupported(a) is not None:
         return torch.linalg.svdvals(a)
     result = native.svd(a, vectors=False)
     s = result["values"]
