@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -94,6 +95,15 @@ def compute_whole(x: Tensor, passes: Passes) -> tuple[Tensor, Tensor]:
     return panels.unpack(packed)[0], n_varying
 
 
+class _KnownCells(NamedTuple):
+    """What `gram.cell_statistics` would compute, and the number of varying neurons of x."""
+
+    grams: Tensor
+    n_varying: Tensor
+    n_total: Tensor
+    shift: Tensor
+
+
 class CellParts(GramParts):
     """The parts of x (n, p) that its cells define."""
 
@@ -104,15 +114,15 @@ class CellParts(GramParts):
         n_cells: int,
         shifts: bool = False,
         passes: Passes = PASSES,
-        grams: Tensor | None = None,
+        known: _KnownCells | None = None,
     ) -> None:
-        """Take labels (p,) or a membership (C, p), and the cells' Grams if they are known.
+        """Take labels (p,) or a membership (C, p), and what is known of these cells.
 
         ``shifts``: whether to compute ``shift`` (C, n), B_c μ_c for each cell.
         """
         self.x, self.cells = x, cells
-        if grams is not None:
-            n_varying, n_total, self.shift = gram.cell_counts_and_shifts(x, cells, n_cells, shifts)
+        if known is not None:
+            grams, n_varying, n_total, self.shift = known
             counts = (n_varying == 0).tolist(), (n_total - n_varying).tolist()
             super().__init__(self._whole(grams), panels.panels_view(grams), *counts)
             self.full = grams
@@ -210,11 +220,17 @@ def make_parts(
     Each is made when it is needed, so that the Grams of one exist at a time. ``grams``, if they are
     known, are (T, C, n, n) for partitions and otherwise (C, n, n).
     """
+    known = None
+    if grams is not None:
+        known = _KnownCells(grams, *gram.cell_counts_and_shifts(x, cells, n_cells, shifts))
     if not are_partitions(cells):
-        yield CellParts(x, cells, n_cells, shifts, passes, grams)
+        yield CellParts(x, cells, n_cells, shifts, passes, known)
         return
     for t, labels in enumerate(cells):
-        yield CellParts(x, labels, n_cells, shifts, passes, None if grams is None else grams[t])
+        own = known and _KnownCells(
+            known.grams[t], known.n_varying[t], known.n_total, known.shift[t]
+        )
+        yield CellParts(x, labels, n_cells, shifts, passes, own)
 
 
 def are_partitions(cells: np.ndarray) -> bool:

@@ -217,24 +217,28 @@ def cell_counts_and_shifts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what `cell_statistics` returns next to the Grams, without computing these.
 
-    These are the number of varying neurons of each cell (C,) and of x, and the shifts (C, n).
+    These are the number of varying neurons of each cell (…, C) and of x, and the shifts (…, C, n),
+    where … is T for partitions (T, p).
     """
     n, p = x.shape
     labels = torch.from_numpy(cells).to(x.device)
     every_cell = torch.arange(n_cells, device=x.device)
-    n_varying = torch.zeros(n_cells, dtype=torch.int64, device=x.device)
+    partitions = labels.shape[:-1] if cells.dtype != np.bool_ else ()
+    n_varying = torch.zeros(*partitions, n_cells, dtype=torch.int64, device=x.device)
     n_total = torch.zeros((), dtype=torch.int64, device=x.device)
-    shift = torch.zeros(n, n_cells, dtype=torch.float64, device=x.device)
+    shift = torch.zeros(*partitions, n_cells, n, dtype=torch.float64, device=x.device)
     for block in panels.split_neurons(p, n):
-        member = labels[:, block].mT if labels.ndim == 2 else labels[block, None] == every_cell
+        member = labels[..., block]
+        if cells.dtype != np.bool_:
+            member = member[..., None, :] == every_cell[:, None]  # (…, C, neurons)
         varies = (x[:, block] != x[:1, block]).any(0)
-        n_varying += (member & varies[:, None]).sum(0)
+        n_varying += (member & varies).sum(-1)
         n_total += varies.sum()
         if shifts:
             c = x[:, block].to(torch.float64, copy=True)
             mean = _centre_inplace(c, below_float64([x]))
-            shift.addmm_(c.mul_(mean), member.to(torch.float64))
-    return n_varying, n_total, shift.mT
+            shift += member.to(torch.float64) @ c.mul_(mean).mT
+    return n_varying, n_total, shift
 
 
 def _zero(packed: panels.Panels, mask: np.ndarray) -> None:
