@@ -15,6 +15,7 @@ class Route(enum.IntEnum):
     FACTORS = 3  # singular values of the product of the remaining features and the original
     EIGENVECTORS = 4  # eigenvectors of an ablated matrix
     DEFINITION = 5  # in the reference: the metric itself, on an ablated copy
+    EIGENVALUES = 6  # eigenvalues of the product of two Grams
 
 
 class Distances(NamedTuple):

@@ -201,18 +201,21 @@ def find_routes(x, cells, metric, **options):
 
 
 def test_info_reports_routes_and_steps():
-    """Iterations if they converge soon; otherwise factors for Procrustes, eigenvectors for CCA."""
+    """Procrustes takes eigenvalues unless the distance is tiny, otherwise iterations or factors.
+
+    CCA takes iterations if they converge soon, and otherwise eigenvectors.
+    """
     rng = np.random.default_rng(5)
     x = rng.standard_normal((12, 100))
     cells = np.where(np.arange(100) < 12, np.arange(100) // 2, -1)
-    for metric in ("procrustes", "cca"):
-        route, steps = find_routes(x, cells, metric)
+    assert find_routes(x, cells, "procrustes")[0] == ["eigenvalues"] * 6
+    for scaled, metric in ((np.where(cells < 0, 1, 1e-3) * x, "procrustes"), (x, "cca")):
+        route, steps = find_routes(scaled, cells, metric)
         assert route == ["iterations"] * 6
         assert ((steps > 0) & (steps < 16)).all()
-    few = x[:, :13]  # the rest is nearly singular, or has fewer neurons than directions
-    for cells in (np.arange(13) < 2, np.arange(13) < 5):
-        route, _ = find_routes(few, np.where(cells, 0, -1), "procrustes")
-        assert route == ["factors"]
+    few = x[:, :13]  # without 5, fewer neurons than directions remain
+    for count, route in ((2, "eigenvalues"), (5, "factors")):
+        assert find_routes(few, np.where(np.arange(13) < count, 0, -1), "procrustes")[0] == [route]
     assert find_routes(few, np.arange(13) // 4, "cca")[0][:3] == ["eigenvectors"] * 3
     assert find_routes(x, np.zeros(100, int), "procrustes")[0] == ["nothing"]
     assert find_routes(x, [np.arange(100) < 0], "pwcca")[0] == ["nothing"]

@@ -91,6 +91,7 @@ def test_eigenvectors_replace_stalling_iterations():
 
 def test_ablations_in_a_batch_do_not_mix(monkeypatch):
     """Ablations of one batch that converge at different steps, or fail, do not mix."""
+    monkeypatch.setattr(spectral_distances, "_MAX_DIRECT_ERROR", 0)
     rng = np.random.default_rng(3)
     x = rng.standard_normal((12, 60)) * np.linspace(1, 30, 60)
     cells = np.arange(60) < np.array([1, 5, 11, 20, 35, 47, 55])[:, None]
@@ -105,6 +106,20 @@ def test_ablations_in_a_batch_do_not_mix(monkeypatch):
     np.testing.assert_array_equal(singles_info["procrustes"].steps, steps)
     for name, values in singles.items():
         assert_close(batch[name], values, Tol(1e-12, 1e-15))
+
+
+@pytest.mark.parametrize(("decades", "route"), [(1, "eigenvalues"), (8, "factors")])
+@given(st.integers(10, 40), SEEDS)
+def test_procrustes_from_eigenvalues_or_factors_matches_the_reference(decades, route, n, seed):
+    """Eigenvalues serve a spectrum that falls slowly, and a Cholesky factor a steep one."""
+    rng = np.random.default_rng(seed)
+    basis, _ = np.linalg.qr(rng.standard_normal((n, n)))
+    x = basis * np.logspace(0, -decades / 2, n) @ rng.standard_normal((n, 5 * n))
+    cells = np.arange(5 * n) % 4
+    got, info = rk.ablation_distances(x, cells, metrics=["procrustes"], info=True)
+    assert set(info["procrustes"].route) == {route}
+    want = rk.ablation_distances(x, cells, metrics=["procrustes"], backend="reference")
+    assert_close(got["procrustes"], want["procrustes"], FLOAT64)
 
 
 def compute_deficit(v, f):
@@ -136,6 +151,7 @@ def test_a_riccati_equation_without_a_solution_gives_nan():
 
 def test_an_inaccurate_correction_is_rejected(monkeypatch):
     """Steps that stop too early: the estimated error rejects them, and another route is taken."""
+    monkeypatch.setattr(spectral_distances, "_MAX_DIRECT_ERROR", 0)
     x = np.random.default_rng(4).standard_normal((12, 60))
     cells = np.arange(60) % 3
     want, info = rk.ablation_distances(x, cells, metrics=["procrustes"], info=True)

@@ -116,11 +116,12 @@ def ablation_distances(
     info : dict of str to Info
         Only with ``info=True``; by metric, NumPy arrays of that shape. ``steps`` is the number of
         iterations, ``route`` the method. "nothing": nothing to compute, because the cell removes
-        nothing or everything, or CCA has no ridge. "sums": sums over matrix elements. "iterations":
-        iterations of a Riccati equation. "factors": singular values of products with the remaining
-        features, if iterations would converge too slowly. "eigenvectors": those of an ablated
-        matrix, which PWCCA and SVCCA need, and which CCA shares if it is computed with PWCCA.
-        "definition": the metric itself, from an ablated copy.
+        nothing or everything, or CCA has no ridge. "sums": sums over matrix elements.
+        "eigenvalues": those of a product of two Gram matrices, on a CPU. "iterations": iterations
+        of a Riccati equation, for distances that eigenvalues would not give accurately. "factors":
+        singular values of a product with the remaining features or a Cholesky factor, if neither
+        does. "eigenvectors": those of an ablated matrix, which PWCCA and SVCCA need, and which CCA
+        shares if it is computed with PWCCA. "definition": the metric itself, from an ablated copy.
 
     Raises
     ------
@@ -162,7 +163,7 @@ def ablation_distances(
     array([0.001, 0.006, 0.034])
     >>> distances, info = rk.ablation_distances(x, cells, metrics=["procrustes"], info=True)
     >>> info["procrustes"].route.tolist()
-    ['iterations', 'iterations', 'iterations']
+    ['eigenvalues', 'eigenvalues', 'eigenvalues']
     """
     names = _options.check_choices(metrics, "metrics", METRICS)
     ridge, penalty = _options.check_ridge_and_penalty(ridge, penalty)

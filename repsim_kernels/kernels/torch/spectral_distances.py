@@ -22,6 +22,11 @@ from repsim_kernels.kernels.torch.representation import from_complement, is_posi
 _EPS = torch.finfo(torch.float64).eps
 # With a smaller relative ridge, solves with L + κI lose more than about 1e-6 of a correlation.
 _MIN_RIDGE = 1e-10
+# Largest estimated relative error of a distance that is computed from eigenvalues or singular
+# values. In layers of the demo's networks the actual errors were about a hundredth of the estimate.
+_MAX_DIRECT_ERROR = 1e-9
+# Least pivot / √v of a Cholesky factor of K_c that is accepted.
+_MIN_RATIO = 0.25
 
 
 @dataclass(frozen=True)
@@ -140,13 +145,16 @@ class AblationBatch:
         2 (x - y/(1 + r)) / r.
         """
         root, total = self.v.sqrt(), self.v.sum()
-        out, (route, steps) = self._all_nan(), self._same_route(Route.ITERATIONS)
-        if self.features is None:
-            f = root[:, None] * self.cell * root
-            deficit, steps = riccati.solve_deficit(self.v, f, self.solvers.advance)
-            x, y = deficit / total, self.cell.diagonal(dim1=1, dim2=2).sum(-1) / total
-            r = (self.rest_trace / total).sqrt()
-            out = 2 * (x - y / (1 + r)) / r
+        out, route = self._procrustes_directly()
+        steps = torch.zeros_like(route)
+        iterated = out.isnan().nonzero()[:, 0]
+        if self.features is None and len(iterated):
+            cell, rest_trace = self.cell[iterated], self.rest_trace[iterated]
+            f = root[:, None] * cell * root
+            deficit, steps[iterated] = riccati.solve_deficit(self.v, f, self.solvers.advance)
+            x, y = deficit / total, cell.diagonal(dim1=1, dim2=2).sum(-1) / total
+            r = (rest_trace / total).sqrt()
+            out[iterated], route[iterated] = 2 * (x - y / (1 + r)) / r, Route.ITERATIONS
         for i in out.isnan().nonzero()[:, 0].tolist():
             factor = self.features if self.features is not None else self.factors[i]()
             route[i] = Route.FACTORS
@@ -156,6 +164,33 @@ class AblationBatch:
             nuclear = self.solvers.svdvals(root[:, None] * factor).sum()
             out[i] = 2 - 2 * nuclear / (total * factor.square().sum()).sqrt()
         return Distances(out, route, steps)
+
+    def _procrustes_directly(self) -> tuple[Tensor, Tensor]:
+        """Return squared distances (B,) where they keep their digits, otherwise NaN, and routes.
+
+        On a CPU, eigenvalues take half the time of iterations. Those of L^½ K_c L^½ are squares,
+        of which small ones may be inaccurate; singular values of L^½ with a factor of K_c are not,
+        but they take twice as long.
+        """
+        out, (route, _) = self._all_nan(), self._same_route(Route.EIGENVALUES)
+        if self.features is not None or self.solvers is not SOLVERS or self.v.is_cuda:
+            return out, route
+        root, scale = self.v.sqrt(), (self.v.sum() * self.rest_trace).sqrt()
+        values = torch.linalg.eigvalsh(root[:, None] * self.rest * root).clamp_(min=0).sqrt_()
+        # An error of eps v₁² in each square.
+        errors = self.v[0].square() / (2 * values)
+        out = _accept_distances(values, errors, scale)
+        missing = out.isnan().nonzero()[:, 0]
+        if len(missing):
+            factor, failed = torch.linalg.cholesky_ex(self.rest[missing])
+            values = torch.linalg.svdvals(root[:, None] * factor)
+            # Pivots show how much of each direction remains: hardly any if K_c is nearly singular.
+            ratios = factor.diagonal(dim1=1, dim2=2) / root
+            singular = (failed > 0) | (ratios.amin(-1) < _MIN_RATIO)
+            errors = (self.v[0] / ratios).masked_fill(singular[:, None], torch.inf)
+            out[missing] = _accept_distances(values, errors, scale[missing])
+            route[missing] = Route.FACTORS
+        return out, route
 
     def svcca(self, variance: float = 0.99) -> Distances:
         """Return 1 - mean cosine between the leading k and m directions of L and K_c.
@@ -261,3 +296,13 @@ class AblationBatch:
         count = int(in_rank.sum(-1).max())  # if K_c is singular, they are in descending order
         h = (u * in_rank[:, None, :])[..., :count].mT @ self.original.variates
         return h, rho[:, :count]
+
+
+def _accept_distances(values: Tensor, errors: Tensor, scale: Tensor) -> Tensor:
+    """Return 2 - 2 Σσ / scale for singular values σ (B, m), or NaN if it is not accurate.
+
+    ``errors`` (B, m) are those of σ in units of the rounding error; they are independent.
+    """
+    out = 2 - 2 * values.sum(-1) / scale
+    error = 2 * _EPS * (1 + errors.norm(dim=-1) / scale)
+    return torch.where(error <= _MAX_DIRECT_ERROR * out, out, torch.nan)
