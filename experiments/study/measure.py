@@ -184,7 +184,7 @@ def _measure_block(
 ) -> pd.DataFrame:
     """Measure the rows of one layer and a block of target classes."""
     tables = []
-    for labels in _split_targets(study, block, free_bytes):
+    for labels in split_targets(study, block, free_bytes):
         with _name_errors(study, layer, labels):
             # The selected stimuli may be a copy, so no name here keeps them during the forward
             # passes.
@@ -201,7 +201,7 @@ def _measure_block(
     return pd.concat(tables, ignore_index=True)
 
 
-def _split_targets(study: Study, labels: list[int], free_bytes: int) -> list[list[int]]:
+def split_targets(study: Study, labels: list[int], free_bytes: int) -> list[list[int]]:
     """Split target classes into those that are measured together, from the same stimuli.
 
     Cells that share neurons are no partition and are measured alone.

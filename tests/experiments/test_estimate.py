@@ -119,14 +119,15 @@ def test_the_metrics_are_timed_on_two_sizes(
     def measure_representation(
         _study: Study, probes: list[str], _layer: str, labels: list[int], x: Any, y: Any, _free: int
     ) -> Any:
-        (label,) = labels
+        label = labels[0]
+        assert labels == study.targets[: 1 if study.others else 2]
         assert probes == ["ridge"]
         chosen = [label, *study.draw_other_classes(label)] if study.others else study.unique_labels
         assert y.tolist() == [c for c in chosen for _ in range(study.count_metric_images(c))]
         assert x.shape[1] >= study.grid[0] * study.grid[1]
         assert (x == 0).float().mean() == pytest.approx(0.5, abs=0.2)
         loading = 100.0 if clock[0] == 0 else 0.0
-        clock[0] += loading + 3.0 + 0.5 * x.shape[1]
+        clock[0] += loading + len(labels) * (3.0 + 0.5 * x.shape[1])
         return [SimpleNamespace(sizes=torch.zeros(1))]
 
     monkeypatch.setattr(estimate_module, "measure_representation", measure_representation)
