@@ -20,6 +20,8 @@ from repsim_kernels.experiments.cli.options import exit_on_errors, split_commas
 from repsim_kernels.experiments.errors import OptionsError
 from repsim_kernels.experiments.runs.shard import parse_shard, read_shard_from_environment
 
+_MAX_DEMO_WORKERS = 4  # each may hold 1.4 GiB, and the demo has 23 units
+
 
 def sweep(
     model: Annotated[
@@ -166,7 +168,8 @@ def sweep(
         int | None,
         typer.Option(
             help="Number of worker processes, each with its own GPU (--device cuda) or group of "
-            "cores. Default: 1; with --executor ray, as many as the cluster can run."
+            "cores. Default: 1; for the demo on a CPU one per core, up to 4; with --executor ray, "
+            "as many as the cluster can run."
         ),
     ] = None,
     executor: Annotated[
@@ -247,13 +250,18 @@ def sweep(
         sampled = not (full or images or preset)
         factory = StudyFactory(options, () if preset else names, preset, sampled)
         name = preset or _default_name(names if model or images else (), full)
+        is_demo = not (model or images or preset or selected_shard.count > 1)
+        if workers is None and is_demo and device == "cpu" and executor is ExecutorKind.pool:
+            workers = max(1, min(_MAX_DEMO_WORKERS, count_cores() // (threads or 1)))
+        workers = _check_workers(workers, executor, device)
+        threads = _set_up_threads(threads, workers, factory.small)
         launch_options = LaunchOptions(
             executor,
-            _check_workers(workers, executor, device),
+            workers,
             address,
             selected_shard,
             shard_source,
-            _set_up_threads(threads, workers, factory.small),
+            threads,
             quiet,
             log_json,
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from _cli import invoke
 
 from repsim_kernels.experiments.cli import request
@@ -54,11 +55,7 @@ def test_the_run_folder_and_whether_the_run_is_a_sample(
     ((factory, out, launch_options, plan_only),) = launches
     assert (out, plan_only, factory.sampled) == (Path(folder), False, sampled)
     assert (factory.preset is not None, factory.names == ()) == (preset, preset)
-    assert (launch_options.workers, launch_options.shard, launch_options.executor) == (
-        1,
-        Shard(),
-        "pool",
-    )
+    assert (launch_options.shard, launch_options.executor) == (Shard(), "pool")
     calls: list[Any] = []
     monkeypatch.setattr(
         request, "make_model_studies", lambda *args: calls.append(args) or StudySet([], "")
@@ -70,6 +67,39 @@ def test_the_run_folder_and_whether_the_run_is_a_sample(
     assert copy("cuda:3") == []
     options = replace(factory.options, study=factory.options.study | {"device": "cuda:3"})
     assert calls == [(NAME, options) if preset else (factory.names, options, sampled)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cores", "workers", "threads"),
+    [
+        ([], 1, 1, 1),
+        (["--full"], 3, 3, 1),
+        ([], 64, 4, 1),
+        (["--threads", "2"], 5, 2, 2),
+        (["--workers", "1"], 2, 1, 1),
+        (["--shard", "1/2"], 2, 1, 1),
+        (["--executor", "ray"], 2, None, 1),
+        (["--model", "alexnet_small"], 2, 1, 1),
+        (["--images", "i"], 2, 1, 1),
+    ],
+)
+def test_the_demo_has_a_worker_for_each_core(
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    cores: int,
+    workers: int | None,
+    threads: int,
+) -> None:
+    launches: list[Any] = []
+    monkeypatch.setattr(sweeping, "launch", lambda *args, **_kwargs: launches.append(args))
+    monkeypatch.setattr(sweeping, "count_cores", lambda: cores)
+    before = torch.get_num_threads()
+    try:
+        assert sweep(*arguments) == (0, "", "")
+    finally:
+        torch.set_num_threads(before)
+    ((_, _, options),) = launches
+    assert (options.workers, options.threads) == (workers, threads)
 
 
 def test_tf32_is_passed_on_only_if_requested(monkeypatch: pytest.MonkeyPatch) -> None:
