@@ -123,7 +123,8 @@ def _compare_jobs(peers: Json, bench: Json) -> str:
     return f"""\
 On {describe_device(peers)}; median times. Ratio: the other's time divided by this package's \
 (below 1, the other is faster). The first three rows compute debiased CKA, the next two linear \
-CKA; this package did so in float64 (version 0.3), pytorch-cka and plain PyTorch in float32. \
+CKA: ablations in float64, pairs from float32 products summed in float64. pytorch-cka and plain \
+PyTorch compute in float32. \
 Left out: this package's own ablation algorithm in plain PyTorch, which needs {by_parts} for the \
 first row.
 
@@ -192,7 +193,7 @@ def render_peers(path: Path, record: Json) -> str:
     )
     return f"""\
 On {describe_device(record)}; {packages}. Times are medians. In brackets: the time divided by this \
-package's. > 30 s: no answer within 30 s or, for a loop, not even two comparisons.
+package's. > 15 s: no answer within 15 s or, for a loop, not even two comparisons.
 
 ![Time against the number of neurons, and of ablations](results/{path.stem}.png)
 
@@ -206,7 +207,7 @@ The error is the relative error of the distances:
 
 {tables.tabulate_pairs(record, "cka_debiased")}
 
-**One pair**, CKA. This package multiplied in float64 (version 0.3), most others in float32. \
+**One pair**, CKA. This package sums float32 products in float64; most others compute in float32. \
 Ratio: the other's time divided by this package's; below 1, the other is faster:
 
 {tables.tabulate_one_pair(record, "cka")}"""

@@ -65,10 +65,7 @@ def _make_by_parts(metric: str, ablations: Ablations) -> Package:
 
 
 FLOAT64 = "centres the features, float64"
-FLOAT32 = (
-    "centres the features; products in float32 since version 0.4, sums in float64; ablations in "
-    "float64"
-)
+FLOAT32 = "centres the features; products in float32, sums in float64; ablations in float64"
 _plain_torch = partial(Package, "plain torch", "", "torch")
 _ckatorch = partial(Package, "ckatorch", "ckatorch", "torch")
 _repsim = partial(Package, "repsim", "repsim", "numpy")

@@ -21,7 +21,7 @@ from bench.peers.worker import serve
 
 _ROUNDS = 5  # at most; slow packages get fewer
 # By `quick`: maximum seconds for one answer, and the budget: seconds for the sample of a long loop.
-_LIMITS = {True: (30.0, 0.2), False: (30.0, 2.5)}
+_LIMITS = {True: (30.0, 0.2), False: (15.0, 2.5)}
 # Minimum length of a turn, and maximum of all turns of a package, in units of the budget.
 _TURN, _TURNS = 0.1, 4
 # A long loop is timed completely if it is at most this many times slower than the fastest one.
