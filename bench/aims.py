@@ -65,13 +65,12 @@ def _format(ratio: float) -> str:
 
 
 def _compare_job(record: Json, package: str, **facts: Any) -> str:
-    """Return the time of another package's job divided by this package's."""
-    ours, theirs = (
-        compute_job_seconds(row)
-        for name in (OURS, package)
-        for row in tables.select_rows(record, package=name, **facts)
-    )
-    return _format(theirs / ours) if ours and theirs else "failed"
+    """Return the time of another package's job, by its fastest way, divided by this package's."""
+    times: dict[str, list[float]] = {OURS: [], package: []}
+    for row in tables.select_rows(record, **facts):
+        if seconds := compute_job_seconds(row):
+            times.get(row["package"].partition(",")[0], []).append(seconds)
+    return _format(min(times[package]) / min(times[OURS])) if all(times.values()) else "failed"
 
 
 def _find_slowest_pair(record: Json, metric: str, is_small: bool, **facts: Any) -> str:

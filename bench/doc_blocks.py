@@ -123,8 +123,8 @@ def _compare_jobs(peers: Json, bench: Json) -> str:
     return f"""\
 On {describe_device(peers)}; median times. Ratio: the other's time divided by this package's \
 (below 1, the other is faster). The first three rows compute debiased CKA, the next two linear \
-CKA: ablations in float64, pairs from float32 products summed in float64. pytorch-cka and plain \
-PyTorch compute in float32. \
+CKA. This package computes ablations in float64, and pairs from float32 products that it sums in \
+float64; pytorch-cka and plain PyTorch compute in float32. \
 Left out: this package's own ablation algorithm in plain PyTorch, which needs {by_parts} for the \
 first row.
 

@@ -388,7 +388,7 @@ def raise_if_nan(result: Array, message: str, **arguments: Tensor) -> Array:
     The error is a NonFiniteError or ConstantError that names an argument that was checked with
     `defer`, or otherwise a ConstantError with the message.
     """
-    if math.isnan(float(result.sum())):
+    if math.isnan(float(result.sum())):  # finite results are far too small for it to overflow
         for check in (_check_finite, _check_varying):
             for name, argument in arguments.items():
                 check(argument, name)

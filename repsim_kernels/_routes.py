@@ -12,14 +12,17 @@ class Route(enum.IntEnum):
     NOTHING = 0  # the cell is constant, or no varying neuron remains, or CCA without a ridge
     SUMS = 1  # sums over matrix elements, after a linear solve for squared CCA
     ITERATIONS = 2  # Riccati iterations
-    FACTORS = 3  # singular values of the product of the remaining features and the original
+    FACTORS = 3  # singular values of the original's factor times one of the remaining Gram
     EIGENVECTORS = 4  # eigenvectors of an ablated matrix
     DEFINITION = 5  # in the reference: the metric itself, on an ablated copy
     EIGENVALUES = 6  # eigenvalues of the product of two Grams
 
 
 class Distances(NamedTuple):
-    """The distances of one metric, and how each was computed; arrays (…, C) of a backend's kind."""
+    """The distances of one metric, and how each was computed.
+
+    Arrays (…, C), or (…, T, C) for partitions, of a backend's kind.
+    """
 
     values: Any  # float64
     route: Any  # int64, a `Route` each
@@ -27,7 +30,7 @@ class Distances(NamedTuple):
 
 
 class Info(NamedTuple):
-    """How the distances of one metric were computed; NumPy arrays (…, C)."""
+    """How the distances of one metric were computed; NumPy arrays of the distances' shape."""
 
     route: Any  # the name of a `Route`, in lower case
     steps: Any

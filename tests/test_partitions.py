@@ -159,3 +159,21 @@ def test_a_batch_takes_no_known_grams():
 def test_each_partition_has_one_target():
     with pytest.raises(rk.LabelError, match="target: 3 targets for 2 partitions; expected one for"):
         rk.ablation_decodability(X, CELLS, np.arange(6) % 3, target=[0, 1, 2])
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 4)])
+def test_no_neuron_may_be_in_a_cell(shape):
+    cells = np.full(shape, -1)
+    for grams in (None, rk.cell_grams(X, cells)):
+        for values in compute_distances(X, cells, grams=grams).values():
+            assert values.shape == (*shape[:-1], 0)
+
+
+def test_known_grams_may_have_any_strides_and_are_not_changed():
+    grams = np.moveaxis(np.moveaxis(GRAMS, 1, -1).copy(), -1, 1)
+    assert not grams.flags["C_CONTIGUOUS"]
+    before = grams.copy()
+    want = compute_distances(X, CELLS)
+    for name, values in compute_distances(X, CELLS, grams=grams).items():
+        np.testing.assert_allclose(values, want[name], rtol=1e-9, atol=1e-12)
+    np.testing.assert_array_equal(grams, before)

@@ -151,7 +151,7 @@ def _time_metrics(study: Study) -> tuple[float, float]:
     neurons.
     """
     _, y = _list_labels(study)
-    targets = split_targets(study, study.targets[:2], 2**30)[0]
+    targets = split_targets(study, study.targets[: min(2, study.block)], 2**30)[0]
     probes = [name for name in study.probes if name != "paper"]
     few = max(_MIN_NEURONS, study.n_cells, len(y))
     many = 5 * few

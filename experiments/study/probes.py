@@ -119,7 +119,7 @@ def _measure_ridge_halves(
                     x[half],
                     y[half],
                     cells[some],
-                    _centre(grams[some][..., half, half]),
+                    _centre(grams[..., half, half][some]),
                 )
                 for name, values in part.items():
                     changes[name][measured] = values

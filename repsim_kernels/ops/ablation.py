@@ -93,7 +93,7 @@ def ablation_distances(
         addition (half of that in the torch backend, which stores one triangle).
     grams : array like x, (C, n, n) or (T, C, n, n), float64, optional
         The result of ``cell_grams`` for this x and these cells, which is then not computed again.
-        Only its shape is checked. Not with ``batched=True``.
+        Its values are not checked. Not with ``batched=True``.
     info : bool
         Also return how each distance was computed.
     batched : bool
@@ -117,10 +117,10 @@ def ablation_distances(
         Only with ``info=True``; by metric, NumPy arrays of that shape. ``steps`` is the number of
         iterations, ``route`` the method. "nothing": nothing to compute, because the cell removes
         nothing or everything, or CCA has no ridge. "sums": sums over matrix elements.
-        "eigenvalues": those of a product of two Gram matrices, on a CPU. "iterations": iterations
-        of a Riccati equation, for distances that eigenvalues would not give accurately. "factors":
-        singular values of a product with the remaining features or a Cholesky factor, if neither
-        does. "eigenvectors": those of an ablated matrix, which PWCCA and SVCCA need, and which CCA
+        "eigenvalues": those of a product of two Gram matrices, on a CPU. "factors": singular values
+        of a product with a Cholesky factor of the ablated Gram matrix, on a CPU, or with the
+        remaining features. "iterations": iterations of a Riccati equation, for distances that are
+        too small for eigenvalues and Cholesky factors. "eigenvectors": those of an ablated matrix, which PWCCA and SVCCA need, and which CCA
         shares if it is computed with PWCCA. "definition": the metric itself, from an ablated copy.
 
     Raises
@@ -140,7 +140,8 @@ def ablation_distances(
     Notes
     -----
     One pass over x yields the Gram matrices of all cells: at most 2 n² p operations for cells that
-    do not overlap, however many there are. In addition, CKA costs n² operations per cell and the
+    do not overlap, however many there are. Each of T partitions takes such a pass, unless ``grams``
+    has the result. In addition, CKA costs n² operations per cell and the
     other metrics a few times n³; "pwcca" costs 2 C n² p more, in x's precision. No ablated copy of
     x is made. Several partitions share the original's spectrum and the pass of "pwcca".
 

@@ -74,7 +74,7 @@ def ablation_decodability(
         a fit to zeros for "ridge".
     grams : array like x, (C, n, n) or (T, C, n, n), float64, optional
         The result of ``cell_grams`` for this x and these cells, which is then not computed again.
-        Only its shape is checked. Not with ``batched=True``.
+        Its values are not checked. Not with ``batched=True``.
     batched : bool
         Whether x is a batch, (…, n, p), whose leading dimensions become those of the result.
         Without it, more than two dimensions are an error: flatten activations (n, c, h, w) first.

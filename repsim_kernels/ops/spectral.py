@@ -108,8 +108,8 @@ def gram_ablation_distances(
     Notes
     -----
     A few times n³ operations per part: products in the original's eigenbasis, Riccati iterations
-    and Cholesky solves. An eigenproblem per part is solved only for "svcca", and if iterations
-    would converge too slowly.
+    and Cholesky solves. An eigenproblem per part is solved for "svcca", on a CPU for "procrustes"
+    (eigenvalues only), and otherwise if iterations would converge too slowly.
     Source: docs/metrics.md, "One original, many ablations".
 
     Examples

@@ -80,7 +80,8 @@ class Objective:
         # Weights p (1 - p) change at most by the factor exp(|change|). Where a large penalty leaves
         # only rounding of the slope, this keeps whole Newton steps whole.
         factor = (t * change.abs().amax(1)).exp().clamp(max=10)
-        return (t - slope / bend).clamp(t / factor, t * factor)
+        # No bend is left if all residuals are saturated and there is no penalty.
+        return (t - slope / bend).clamp(t / factor, t * factor).nan_to_num(1.0)
 
     def iter_weighted(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Multiply neurons (d of them) by weights (B, n), for as many problems as fit the cache."""

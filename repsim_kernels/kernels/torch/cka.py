@@ -84,26 +84,29 @@ def kernel_vectors(
         """Write vectors; return the diagonals and the sums of squares of the means."""
         packed = panels.select(kernels, run)
         if buffer is not None:
-            means = gram.gram_into(packed, xs[run], buffer)
+            means_squared = gram.gram_into(packed, xs[run], buffer)
         else:
             assert sigma is not None
             k = torch.stack([gram.double_centre(distances.rbf_kernel(x, sigma)) for x in xs[run]])
             for columns, panel in packed:
                 panel.copy_(k[..., columns.start :, columns])
-            means = None
+            means_squared = None
         diagonal = panels.diagonal(packed)
         if debiased:
             gram.u_centre(packed, out=packed)
         panels.scale_for_inner(packed)
-        return diagonal, means
+        return diagonal, means_squared
 
     buffer = panels.block_buffer(xs, dtype) if kernel == "linear" else None
     written = [write(run, buffer) for run in panels.shape_runs_per_core(xs)]
     d = torch.cat([diagonal for diagonal, _ in written]).cpu().numpy()
     halves = torch.linalg.vecdot(vectors, vectors).cpu().numpy()
     if dtype == torch.float32:
-        means = torch.cat([means for _, means in written if means is not None]).cpu().numpy()
-        exact = features.keeps_digits(2 * halves, d.max(-1), _MAX_ENTRY, means, d.sum(-1) / n)
+        parts = [part for _, part in written if part is not None]
+        means_squared = torch.cat(parts).cpu().numpy()
+        exact = features.keeps_digits(
+            2 * halves, d.max(-1), _MAX_ENTRY, means_squared, d.sum(-1) / n
+        )
         for i in np.flatnonzero(~exact.reshape(len(xs), -1).all(-1)).tolist():
             d[i] = write(slice(i, i + 1), panels.block_buffer(xs[i : i + 1]))[0][0].cpu().numpy()
             halves[i] = torch.linalg.vecdot(vectors[i], vectors[i]).cpu().numpy()

@@ -80,7 +80,7 @@ def _multiply(
     """
     *lead, n, _ = xs[0].shape
     single = dtype == torch.float32
-    if single and math.prod(lead) * n * sum(widths) ** 2 <= _SMALL:
+    if single and n <= panels.SHORT and math.prod(lead) * n * sum(widths) ** 2 <= _SMALL:
         z = torch.cat([x.float() for x in xs], -1)
         mean = z.mean(-2, keepdim=True)
         z.sub_(mean)
@@ -134,7 +134,7 @@ def _sum_squares(packed: panels.Panels, starts: list[int]) -> tuple[np.ndarray, 
 
 
 def keeps_digits(
-    norms: np.ndarray, largest: np.ndarray, limit: float, means: Any, variances: np.ndarray
+    norms: np.ndarray, largest: np.ndarray, limit: float, means_squared: Any, variances: np.ndarray
 ) -> Any:
     """Return whether float32 products kept enough digits of matrices.
 
@@ -142,7 +142,7 @@ def keeps_digits(
     to the norm. Also passed are sums over features of the squared means and of the variances.
     """
     in_range = (largest > _MIN_ENTRY) & (largest * largest < limit**2 * norms)
-    return in_range & (means <= _MAX_MEAN**2 * variances)
+    return in_range & (means_squared <= _MAX_MEAN**2 * variances)
 
 
 def _u_centring_terms(d: np.ndarray) -> np.ndarray:

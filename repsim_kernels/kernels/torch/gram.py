@@ -227,7 +227,8 @@ def cell_counts_and_shifts(
     n_varying = torch.zeros(*partitions, n_cells, dtype=torch.int64, device=x.device)
     n_total = torch.zeros((), dtype=torch.int64, device=x.device)
     shift = torch.zeros(*partitions, n_cells, n, dtype=torch.float64, device=x.device)
-    for block in panels.split_neurons(p, n):
+    rows = max(n, math.prod(n_varying.shape))  # of the largest matrix per neuron
+    for block in panels.split_neurons(p, rows):
         member = labels[..., block]
         if cells.dtype != np.bool_:
             member = member[..., None, :] == every_cell[:, None]  # (…, C, neurons)

@@ -320,8 +320,11 @@ class _Descent:
         value, gradient = objective.value(m, v), objective.gradient(p, v)
         step = -solve(gradient)
         steps, max_steps = self.steps[at], self.max_steps[at]
-        # A step is NaN if the Hessian has no factor, or if the penalty overflows.
-        active = step.isfinite().all(1) & ~self.failed[at] & (steps < max_steps)
+        # A step is NaN if the Hessian has no factor, or if the penalty overflows float32.
+        finite = step.isfinite().all(1)
+        if not warm_up:
+            self.failed[at] |= ~finite
+        active = finite & ~self.failed[at] & (steps < max_steps)
         converged = torch.zeros_like(active)
         slack = 4 * torch.finfo(v.dtype).eps
         for k in range(_STEPS):
