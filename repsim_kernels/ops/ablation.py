@@ -120,8 +120,9 @@ def ablation_distances(
         "eigenvalues": those of a product of two Gram matrices, on a CPU. "factors": singular values
         of a product with a Cholesky factor of the ablated Gram matrix, on a CPU, or with the
         remaining features. "iterations": iterations of a Riccati equation, for distances that are
-        too small for eigenvalues and Cholesky factors. "eigenvectors": those of an ablated matrix, which PWCCA and SVCCA need, and which CCA
-        shares if it is computed with PWCCA. "definition": the metric itself, from an ablated copy.
+        too small for eigenvalues and Cholesky factors. "eigenvectors": those of an ablated matrix,
+        which PWCCA and SVCCA need, and which CCA shares if it is computed with PWCCA.
+        "definition": the metric itself, from an ablated copy.
 
     Raises
     ------
