@@ -88,7 +88,7 @@ def test_cell_grams_of_partitions_match_the_reference(backend):
     with pytest.raises(rk.CellError, match=r"shape \(4, 19\).* or partitions as integers"):
         rk.cell_grams(x, cells[:, 1:], batched=True)
     with pytest.raises(rk.CellError, match=r"shape \(4, 20\)"):
-        rk.ablation_distances(x, cells, batched=True)
+        rk.probe_paper(x[0], cells, np.arange(6) % 2, 1)
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
