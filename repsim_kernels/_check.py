@@ -208,20 +208,15 @@ def check_pair(
     y, y_source = check_representation(y, "y", **options)
     _check_same_source(source, y_source, "x", "y")
     _check_same_stimuli(x, y, "x", "y")
-    if x.ndim > 2 or y.ndim > 2:
-        _check_same_batch(x, y)
-    return x, y, source
-
-
-def _check_same_batch(x: Tensor, y: Tensor) -> None:
-    """Check that the leading dimensions of two representations broadcast."""
     try:
-        np.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+        if x.ndim > 2 or y.ndim > 2:
+            np.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     except ValueError:
         raise ShapeError(
             f"y: batch dimensions {tuple(y.shape[:-2])}, but x has {tuple(x.shape[:-2])}; expected "
             "shapes that broadcast"
         ) from None
+    return x, y, source
 
 
 def _check_same_stimuli(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:
@@ -385,8 +380,7 @@ def check_classes(
 def raise_if_nan(result: Array, message: str, **arguments: Tensor) -> Array:
     """Return a result, or raise an error that explains its NaN.
 
-    The error is a NonFiniteError or ConstantError that names an argument that was checked with
-    `defer`, or otherwise a ConstantError with the message.
+    It names an argument that was checked with `defer`, or is a ConstantError with the message.
     """
     if math.isnan(float(result.sum())):  # finite results are far too small for it to overflow
         for check in (_check_finite, _check_varying):

@@ -56,13 +56,16 @@ def ablation_decodability(
         tables.append(_score_ablations(parts, own, fit, score))
     if partitions:
         results = {
-            name: {kind: torch.stack([t[name][kind][0] for t in tables]) for kind in kinds}
-            for name, kinds in tables[0].items()
+            name: {key: torch.stack([table[name][key][0] for table in tables]) for key in scores}
+            for name, scores in tables[0].items()
         }
     elif isinstance(target, tuple):
         results = tables[0]
     else:
-        results = {name: {k: v[0] for k, v in kinds.items()} for name, kinds in tables[0].items()}
+        results = {
+            name: {key: values[0] for key, values in scores.items()}
+            for name, scores in tables[0].items()
+        }
     return results | ({"ridge": relative} if ridge == "gcv" else {})
 
 
