@@ -262,3 +262,13 @@ def test_cca_without_a_ridge_warns():
         got = rk.ablation_distances(x, [0, 0, 1, 1], ridge=0, metrics=["cca", "pwcca"])
     assert (got["cca"] == 0).all()
     assert (got["pwcca"] == 0).all()
+
+
+def test_tiny_distances_are_not_factored_in_vain(monkeypatch):
+    """No Cholesky factor would make their singular values accurate enough."""
+    x = np.random.default_rng(7).standard_normal((20, 5000))
+    cells = np.where(np.arange(5000) < 3, np.arange(5000), -1)
+    monkeypatch.setattr(torch.linalg, "svdvals", None)
+    distances, info = rk.ablation_distances(x, cells, metrics=["procrustes"], info=True)
+    assert (distances["procrustes"] < 4e-7).all()
+    assert info["procrustes"].route.tolist() == ["iterations"] * 3

@@ -25,6 +25,8 @@ _MIN_RIDGE = 1e-10
 # Largest estimated relative error of a distance that is computed from eigenvalues or singular
 # values. In layers of the demo's networks the actual errors were about a hundredth of the estimate.
 _MAX_DIRECT_ERROR = 1e-9
+# Smallest distance that can be so accurate: rounding 2 - 2 Σσ alone makes an error of 2 eps.
+_MIN_DIRECT = 2 * _EPS / _MAX_DIRECT_ERROR
 # Least pivot / √v of a Cholesky factor of K_c that is accepted.
 _MIN_RATIO = 0.25
 
@@ -179,8 +181,10 @@ class AblationBatch:
         values = torch.linalg.eigvalsh(root[:, None] * self.rest * root).clamp_(min=0).sqrt_()
         # An error of eps v₁² in each square.
         errors = self.v[0].square() / (2 * values)
-        out = _accept_distances(values, errors, scale)
-        missing = out.isnan().nonzero()[:, 0]
+        distances, error = _estimate_distances(values, errors, scale)
+        out = _accept_distances(distances, error)
+        # No way is accurate enough for smaller distances.
+        missing = (out.isnan() & (distances + error >= _MIN_DIRECT)).nonzero()[:, 0]
         if len(missing):
             factor, failed = torch.linalg.cholesky_ex(self.rest[missing])
             values = torch.linalg.svdvals(root[:, None] * factor)
@@ -188,7 +192,7 @@ class AblationBatch:
             ratios = factor.diagonal(dim1=1, dim2=2) / root
             singular = (failed > 0) | (ratios.amin(-1) < _MIN_RATIO)
             errors = (self.v[0] / ratios).masked_fill(singular[:, None], torch.inf)
-            out[missing] = _accept_distances(values, errors, scale[missing])
+            out[missing] = _accept_distances(*_estimate_distances(values, errors, scale[missing]))
             route[missing] = Route.FACTORS
         return out, route
 
@@ -298,11 +302,15 @@ class AblationBatch:
         return h, rho[:, :count]
 
 
-def _accept_distances(values: Tensor, errors: Tensor, scale: Tensor) -> Tensor:
-    """Return 2 - 2 Σσ / scale for singular values σ (B, m), or NaN if it is not accurate.
+def _estimate_distances(values: Tensor, errors: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return 2 - 2 Σσ / scale for singular values σ (B, m), and its estimated error.
 
     ``errors`` (B, m) are those of σ in units of the rounding error; they are independent.
     """
-    out = 2 - 2 * values.sum(-1) / scale
     error = 2 * _EPS * (1 + errors.norm(dim=-1) / scale)
-    return torch.where(error <= _MAX_DIRECT_ERROR * out, out, torch.nan)
+    return 2 - 2 * values.sum(-1) / scale, error
+
+
+def _accept_distances(distances: Tensor, errors: Tensor) -> Tensor:
+    """Replace distances that are not accurate by NaN."""
+    return torch.where(errors <= _MAX_DIRECT_ERROR * distances, distances, torch.nan)
