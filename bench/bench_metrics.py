@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.common.inputs import DTYPES, count_bytes, get_precision, make_pair
+from bench.common.inputs import DTYPES, count_bytes, get_cka_precision, make_pair
 from bench.conftest import Timer
 
 # Operation, label, options, stimuli, dtypes.
@@ -43,7 +43,7 @@ def test_metric(
     timed: Timer, operation: str, label: str, options: dict[str, Any], n: int, dtype: torch.dtype
 ) -> None:
     reads = 3 if operation == "pwcca" else 2  # the weights need another pass over the first layer
-    grams = {get_precision("cka", dtype): 2 * n * (n + 1) * P}
+    grams = {get_cka_precision(dtype, options.get("kernel", "linear")): 2 * n * (n + 1) * P}
     timed(
         operation,
         make_pair(n, P, dtype),

@@ -13,7 +13,7 @@ from bench.common.inputs import (
     check_distances,
     count_bytes,
     draw_activations,
-    get_precision,
+    get_cka_precision,
     make_reference,
 )
 from bench.conftest import Timer
@@ -41,7 +41,7 @@ def make_layers(g: Generator) -> tuple[Tensor, ...]:
 def test_pairwise(timed: Timer, metric: str) -> None:
     """Check a few pairs; two differ only in order, since PWCCA is not symmetric."""
     checked = [(0, 0), (0, 1), (1, 0), (2, LAYERS - 1)]
-    grams = {get_precision("pairwise", torch.float32): LAYERS * N * (N + 1) * P}
+    grams = {get_cka_precision(torch.float32): LAYERS * N * (N + 1) * P}
     definition = make_reference(metric, **METRICS[metric])
 
     def check(got: Tensor, want: list[float]) -> None:

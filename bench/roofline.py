@@ -215,11 +215,10 @@ def _draw_roofs(ax: Axes, roof: Roof, points: Sequence[Point]) -> None:
     slope = [low, top / roof.bytes]
     line: Any = {"color": "0.25", "linewidth": 1.6}
     ax.plot(slope, [x * roof.bytes / 1e12 for x in slope], **line)
-    middle = (slope[0] * slope[1]) ** 0.5
     size, unit = (1e12, "TB/s") if roof.bytes >= 1e12 else (1e9, "GB/s")
     ax.annotate(
-        f"{roof.bytes / size:.3g} {unit}", (middle, middle * roof.bytes / 1e12),
-        xytext=(-14, 12), textcoords="offset points", ha="right", color="0.25",
+        f"{roof.bytes / size:.3g} {unit}", (low, low * roof.bytes / 1e12),
+        xytext=(8, -8), textcoords="offset points", ha="left", color="0.25",
     )  # fmt: skip
     for kind, level in levels.items():
         ax.plot([level / roof.bytes, high], [level / 1e12] * 2, **line)

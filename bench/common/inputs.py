@@ -59,6 +59,11 @@ def get_precision(operation: str, dtype: torch.dtype) -> str:
     return "tf32x3" if kernels else "float64"
 
 
+def get_cka_precision(dtype: torch.dtype, kernel: str = "linear") -> str:
+    """Return the precision of the products of `cka` by default, which names a ceiling."""
+    return "ieee" if kernel == "linear" and dtype != torch.float64 else "float64"
+
+
 def check_grams(operation: str, dtype: torch.dtype) -> Callable[[Any, Any], None]:
     return partial(assert_gram_close, tol=GRAM[get_precision(operation, dtype)])
 
