@@ -6,7 +6,7 @@ They return tensors on the arguments' device (NumPy arrays for integers), or rai
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,12 +27,14 @@ from repsim_kernels.errors import (
     ShapeError,
 )
 
-_MAX_MAGNITUDE = 1e70  # squares of Gram matrices fit float64
+Check = Callable[..., tuple[Tensor, Source]]
+"""`check_representation`, or a function like it for other arrays with a row for each stimulus."""
+
+MAX_MAGNITUDE = 1e70  # squares of Gram matrices fit float64
 _MAX_CELLS = 2**24  # more than any layer has neurons, and more Gram matrices than fit in memory
-_MAX_ASYMMETRY = 1e-5  # relative to the largest entry; float32 products leave less
 
 
-def _to_float(a: Tensor) -> Tensor:
+def to_float(a: Tensor) -> Tensor:
     """Return floating-point tensors unchanged, integers and booleans as float64."""
     return a if a.is_floating_point() else a.double()
 
@@ -42,7 +44,7 @@ def at_least_float32(a: Tensor) -> Tensor:
     return a if a.dtype in (torch.float32, torch.float64) else a.double()
 
 
-def _check_finite(a: Tensor, name: str, limit: float = _MAX_MAGNITUDE) -> None:
+def check_finite(a: Tensor, name: str, limit: float = MAX_MAGNITUDE) -> None:
     """Check that all values are finite, the largest magnitude being 0 or 1 / limit … limit."""
     # Reductions are fastest over dense memory, and do not depend on the order of the elements.
     dense = a.mT if a.ndim > 1 and not a.is_contiguous() else a
@@ -66,7 +68,7 @@ def _check_finite(a: Tensor, name: str, limit: float = _MAX_MAGNITUDE) -> None:
         )
 
 
-def _has_constant(x: Tensor) -> bool:
+def has_constant(x: Tensor) -> bool:
     """Whether any matrix of x (…, n, p) has equal rows; usually reads only a corner of it."""
     n, p = x.shape[-2:]
     varies: Any = False
@@ -123,10 +125,10 @@ def check_representation(
         raise ShapeError(f"{name}: no neurons in shape {tuple(x.shape)}; expected at least 1")
     if 0 in x.shape:
         raise ShapeError(f"{name}: an empty batch, shape {tuple(x.shape)}; expected at least 1")
-    x = _to_float(x)
+    x = to_float(x)
     # Finite float64 numbers may still exceed the limit, which no NaN in the result would show.
     if not defer or x.dtype == torch.float64:
-        _check_finite(x, name)
+        check_finite(x, name)
     if not allow_constant and not defer:
         _check_varying(x, name)
     return x, source
@@ -134,63 +136,15 @@ def check_representation(
 
 def _check_varying(x: Tensor, name: str) -> None:
     """Check that the stimuli of a representation are not all the same."""
-    if _has_constant(x):
-        _check_finite(x, name)
+    if has_constant(x):
+        check_finite(x, name)
         raise ConstantError(
             f"{name}: the representation is the same for every stimulus; expected at least two "
             "different rows, since a zero Gram matrix has no similarity"
         )
 
 
-def check_matrices(a: Any, name: str, *, symmetric: bool) -> tuple[Tensor, Source]:
-    """Check a batch of finite real matrices (…, m, n), symmetric (…, n, n) if so required."""
-    a, source = _arrays.convert(a, name)
-    return _check_matrices(a, name, symmetric, _MAX_MAGNITUDE), source
-
-
-def _check_matrices(a: Tensor, name: str, symmetric: bool, limit: float) -> Tensor:
-    """Check matrices that are already tensors."""
-    square = a.ndim >= 2 and a.shape[-2] == a.shape[-1]
-    if a.ndim < 2 or 0 in a.shape or (symmetric and not square):
-        expected = "(…, n, n)" if symmetric else "(…, m, n)"
-        raise ShapeError(f"{name}: shape {tuple(a.shape)}; expected {expected}, none of them empty")
-    a = _to_float(a)
-    _check_finite(a, name, limit)
-    if symmetric:
-        asymmetry, size = (t.abs().amax((-2, -1)) for t in (a - a.mT, a))
-        wrong = asymmetry > size * _MAX_ASYMMETRY
-        if bool(wrong.any()):
-            raise ShapeError(
-                f"{name}: {int(wrong.sum())} matrices differ from their transposes by more than "
-                f"{_MAX_ASYMMETRY:g} of their largest entry; expected symmetric ones"
-            )
-    return a
-
-
-def check_gram_and_parts(gram: Any, parts: Any, min_stimuli: int) -> tuple[Tensor, Tensor, Source]:
-    """Check a Gram matrix (n, n) and those of its parts (C, n, n)."""
-    gram, source = _arrays.convert(gram, "gram")
-    gram = _check_matrices(gram, "gram", symmetric=True, limit=_MAX_MAGNITUDE**2)
-    n = gram.shape[-1]
-    if gram.ndim != 2 or n < min_stimuli:
-        raise ShapeError(
-            f"gram: shape {tuple(gram.shape)}; expected (n, n) with at least {min_stimuli} stimuli"
-        )
-    parts, parts_source = _arrays.convert(parts, "parts")
-    if parts.ndim != 3 or tuple(parts.shape[1:]) != (n, n):
-        raise ShapeError(f"parts: shape {tuple(parts.shape)}; expected (C, {n}, {n}), like gram")
-    _check_same_source(source, parts_source, "gram", "parts")
-    if len(parts):
-        parts = _check_matrices(parts, "parts", symmetric=True, limit=_MAX_MAGNITUDE**2)
-    if _has_constant(gram):
-        raise ConstantError(
-            "gram: the same for every stimulus; expected a Gram matrix that is not constant, "
-            "since a centred one would be zero, and has no similarity to anything"
-        )
-    return gram, parts, source
-
-
-def _check_same_source(a: Source, b: Source, name_a: str, name_b: str) -> None:
+def check_same_source(a: Source, b: Source, name_a: str, name_b: str) -> None:
     """Check that two arguments came from one library and one device."""
     if a != b:
         raise DeviceError(
@@ -200,13 +154,12 @@ def _check_same_source(a: Source, b: Source, name_a: str, name_b: str) -> None:
 
 
 def check_pair(
-    x: Any, y: Any, *, min_stimuli: int = 2, batched: Any = False, defer: bool = False
+    x: Any, y: Any, *, check: Check = check_representation, **options: Any
 ) -> tuple[Tensor, Tensor, Source]:
-    """Check two representations of the same stimuli, as `check_representation` checks one."""
-    options: dict[str, Any] = {"min_stimuli": min_stimuli, "batched": batched, "defer": defer}
-    x, source = check_representation(x, "x", **options)
-    y, y_source = check_representation(y, "y", **options)
-    _check_same_source(source, y_source, "x", "y")
+    """Check two representations of the same stimuli, each with `check` and its options."""
+    x, source = check(x, "x", **options)
+    y, y_source = check(y, "y", **options)
+    check_same_source(source, y_source, "x", "y")
     _check_same_stimuli(x, y, "x", "y")
     try:
         if x.ndim > 2 or y.ndim > 2:
@@ -232,11 +185,11 @@ def check_representations(
     xs: Any,
     name: str,
     *,
-    min_stimuli: int = 2,
     like: tuple[Tensor, Source] | None = None,
-    defer: bool = False,
+    check: Check = check_representation,
+    **options: Any,
 ) -> tuple[list[Tensor], Source]:
-    """Check a sequence of representations (n, p_i) of the same stimuli.
+    """Check a sequence of representations of the same stimuli, each with `check` and its options.
 
     When `ys` are checked, `like` is ``xs[0]``, whose stimuli and source they must share.
     """
@@ -253,20 +206,20 @@ def check_representations(
         raise ShapeError(f"{name}: {kind}; {expected}") from None
     if not items:
         raise ShapeError(f"{name}: an empty list; expected at least one array (n, p)")
-    options: dict[str, Any] = {"min_stimuli": min_stimuli, "allow_batch": False, "defer": defer}
-    checked = [check_representation(x, f"{name}[{i}]", **options) for i, x in enumerate(items)]
+    options |= {"allow_batch": False}
+    checked = [check(x, f"{name}[{i}]", **options) for i, x in enumerate(items)]
     (first, source), first_name = (checked[0], f"{name}[0]") if like is None else (like, "xs[0]")
     for i, (x, x_source) in enumerate(checked):
-        _check_same_source(source, x_source, first_name, f"{name}[{i}]")
+        check_same_source(source, x_source, first_name, f"{name}[{i}]")
         _check_same_stimuli(first, x, first_name, f"{name}[{i}]")
     return [x for x, _ in checked], source
 
 
 def check_numbers(a: Any, name: str) -> Tensor:
     """Check an array of finite real numbers of any shape."""
-    values = _to_float(_arrays.convert(a, name)[0])
+    values = to_float(_arrays.convert(a, name)[0])
     if values.numel():
-        _check_finite(values, name)
+        check_finite(values, name)
     return values
 
 
@@ -383,7 +336,7 @@ def raise_if_nan(result: Array, message: str, **arguments: Tensor) -> Array:
     It names an argument that was checked with `defer`, or is a ConstantError with the message.
     """
     if math.isnan(float(result.sum())):  # finite results are far too small for it to overflow
-        for check in (_check_finite, _check_varying):
+        for check in (check_finite, _check_varying):
             for name, argument in arguments.items():
                 check(argument, name)
         raise ConstantError(message)
@@ -396,5 +349,5 @@ def finish_checks(distances: Array, a: Tensor, name: str) -> None:
     If any value is not finite, or all stimuli are the same, all distances (…, C) are NaN or 0.
     """
     if not bool((distances > 0).any(-1).all()):
-        _check_finite(a, name)
+        check_finite(a, name)
         _check_varying(a, name)

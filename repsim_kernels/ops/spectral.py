@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
-from repsim_kernels import _check, _dispatch, _metrics, _options
+from repsim_kernels import _check, _check_matrices, _dispatch, _metrics, _options
 from repsim_kernels._routes import Info
 from repsim_kernels._typing import Array, ArrayLike
 from repsim_kernels.errors import ConvergenceError
@@ -129,7 +129,7 @@ def gram_ablation_distances(
         neurons = _options.check_count(neurons, "neurons")
     info = _options.check_flag(info, "info")
     min_stimuli = 4 if "cka_debiased" in names else 2
-    gram, parts, source = _check.check_gram_and_parts(gram, parts, min_stimuli)
+    gram, parts, source = _check_matrices.check_gram_and_parts(gram, parts, min_stimuli)
     _options.warn_without_ridge(names, ridge, penalty)
     results = _dispatch.call(
         "gram_ablation_distances",
@@ -267,7 +267,7 @@ def _decompose(
 ) -> dict[str, Array]:
     """Check the matrices, decompose them, and raise a ConvergenceError if any fails."""
     vectors = _options.check_flag(vectors, "vectors")
-    a, source = _check.check_matrices(a, "a", symmetric=symmetric)
+    a, source = _check_matrices.check_matrices(a, "a", symmetric=symmetric)
     results: dict[str, Array] = _dispatch.call(
         operation, backend, source, _check.at_least_float32(a), vectors=vectors
     )
