@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from repsim_kernels.ops.procrustes import procrustes as procrustes
     from repsim_kernels.ops.procrustes import procrustes_distance as procrustes_distance
     from repsim_kernels.ops.rsa import rsa as rsa
+    from repsim_kernels.ops.similarities import similarities as similarities
     from repsim_kernels.ops.spectral import eigh as eigh
     from repsim_kernels.ops.spectral import gram_ablation_distances as gram_ablation_distances
     from repsim_kernels.ops.spectral import svd as svd

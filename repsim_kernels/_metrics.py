@@ -20,7 +20,7 @@ class Metric:
     Attributes
     ----------
     name : str
-        Name in arguments and results; if `pairwise` offers it, also that of its public function.
+        Name in arguments and results, and of its public function if it has one.
     label : str
         Name in tables and figures.
     kind : {"similarity", "distance"}
@@ -31,6 +31,9 @@ class Metric:
         Smallest and largest distance of `ablation_distances`.
     pairwise, ablation : bool
         Whether `pairwise` and `ablation_distances` offer it.
+    has_function : bool
+        Whether a public function computes it for a pair. `cka_debiased` and `cca_squared` have
+        none: they are ``cka(debiased=True)`` and ``cca(squared=True)``.
     symmetric : bool
         Whether exchanging the two representations leaves the value unchanged.
     from_gram : bool
@@ -46,6 +49,7 @@ class Metric:
     ablation_bounds: tuple[float, float] = (0, 1)
     pairwise: bool = False
     ablation: bool = False
+    has_function: bool = True
     symmetric: bool = True
     from_gram: bool = True
     cca_ridge: bool = False
@@ -64,9 +68,17 @@ METRICS = (
         cca_ridge=True,
     ),
     Metric("cca", "mean CCA", pairwise=True, ablation=True, cca_ridge=True),
-    Metric("cca_squared", "mean squared CCA", ablation=True, cca_ridge=True),
+    Metric("cca_squared", "mean squared CCA", ablation=True, has_function=False, cca_ridge=True),
     Metric("svcca", "SVCCA", pairwise=True, ablation=True),
-    Metric("cka_debiased", "debiased CKA", ablation_bounds=(0, 2), ablation=True),
+    Metric(
+        "cka_debiased",
+        "debiased CKA",
+        bounds=(-1, 1),
+        ablation_bounds=(0, 2),
+        pairwise=True,
+        ablation=True,
+        has_function=False,
+    ),
     Metric(
         "procrustes_distance",
         "Procrustes distance",

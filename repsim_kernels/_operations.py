@@ -61,6 +61,7 @@ OPERATIONS = (
     Operation("rsa", "rsa", _BASE),
     Operation("linear_predictivity", "predictivity", _BASE),
     Operation("pairwise", "pairwise", _BASE, with_precision=("torch",)),
+    Operation("similarities", "similarities", _BASE, kernel="pairwise"),
     Operation("ablation_distances", "ablation", _WITH_TRITON),
     Operation("ablation_decodability", "probe", _WITH_TRITON),
     Operation("logistic_fits", "logistic", _WITH_TRITON),

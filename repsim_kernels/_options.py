@@ -143,13 +143,16 @@ def check_ridge_or_gcv(value: Any) -> float | str:
         raise OptionError(f"{error}, or 'gcv'") from None
 
 
-def check_bandwidth(kernel: Any, sigma: Any) -> float | None:
+KERNELS = ("linear", "rbf")  # of features
+
+
+def check_bandwidth(kernel: Any, sigma: Any, kernels: tuple[str, ...] = KERNELS) -> float | None:
     """Check `kernel` and `sigma`, the fraction of the median distance that "rbf" uses."""
-    check_choice(kernel, "kernel", ("linear", "rbf"))
-    if kernel == "linear":
+    check_choice(kernel, "kernel", kernels)
+    if kernel != "rbf":
         if sigma is not None:
             raise OptionError(
-                f"sigma: {short_repr(sigma)} with kernel='linear'; expected None, or kernel='rbf'"
+                f"sigma: {short_repr(sigma)} with kernel={kernel!r}; expected None, or kernel='rbf'"
             )
         return None
     # A wide kernel differs from 1 by about 1 / sigma²; above sigma = 1e5, rounding swamps that.
@@ -204,7 +207,9 @@ def make_contiguous_folds(value: Any, n: int) -> np.ndarray[Any, Any]:
     return np.repeat(np.arange(k), [n // k + (i < n % k) for i in range(k)])
 
 
-def warn_if_degenerate(metric: str, n: int, p: int, q: int, ridge: float, penalty: float) -> None:
+def warn_if_degenerate(
+    metric: str, n: int, p: int, q: int, ridge: float, penalty: float, stacklevel: int = 3
+) -> None:
     """Warn if "cca" or "pwcca" without a ridge is uninformative for n stimuli, p and q neurons."""
     if ridge or penalty:
         return
@@ -217,7 +222,7 @@ def warn_if_degenerate(metric: str, n: int, p: int, q: int, ridge: float, penalt
     warnings.warn(
         f"{p} and {q} neurons, {n} stimuli: without a ridge {problem}; pass ridge= or use svcca",
         DegenerateWarning,
-        stacklevel=3,
+        stacklevel=stacklevel,
     )
 
 

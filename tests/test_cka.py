@@ -43,10 +43,11 @@ def test_chance_is_the_mean_over_all_permutations(p, q, options, backend):
     assert chance == pytest.approx(want, rel=1e-10)
     xs, source = _check.check_representations([x, y], "xs")
     for ys in (None, _check.check_representations([y, x[:, :1]], "ys")[0]):
+        metrics = {"cka": DEFAULTS | options | {"chance": True}}
+        precision = metrics["cka"].pop("precision")
         result = _dispatch.call(
-            "pairwise", backend, source, xs, ys, metric="cka", chance=True,
-            **(DEFAULTS | options),
-        )  # fmt: skip
+            "pairwise", backend, source, xs, ys, metrics=metrics, precision=precision
+        )["cka"]
         for i, a in enumerate(xs):
             for j, b in enumerate(ys or xs):
                 expected = compare_with_chance(a, b, "reference", **options)

@@ -40,6 +40,7 @@ ARGUMENTS: dict[str, tuple[tuple[np.ndarray, ...], dict[str, Any]]] = {
     "procrustes_distance": ((X, Y), {"form": "angular"}),
     "rsa": ((X, Y), {}),
     "linear_predictivity": ((X, Y), {"ridge": "gcv"}),
+    "similarities": ((X, Y), {"ridge": 0.1}),
     "ablation_distances": ((X, CELLS), {}),
     "ablation_decodability": ((X, CELLS, LABELS), {}),
     "logistic_fits": ((X, LABELS, np.arange(6).reshape(2, 3)), {}),

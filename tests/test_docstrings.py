@@ -73,6 +73,7 @@ def test_docstrings_name_errors_and_source(name):
     ("function", "parameter", "names"),
     [
         (rk.pairwise, "metric", [m.name for m in METRICS if m.pairwise]),
+        (rk.similarities, "metrics", [m.name for m in METRICS if m.pairwise]),
         (rk.ablation_distances, "metrics", ablation.METRICS),
         (rk.gram_ablation_distances, "metrics", spectral.GRAM_METRICS),
     ],

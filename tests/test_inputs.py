@@ -156,4 +156,4 @@ def test_a_target_of_none_is_refused_and_no_metrics_are_allowed():
 
 
 def test_every_metric_of_pairs_is_tried_with_wrong_input():
-    assert set(PAIRS) == {metric.name for metric in METRICS if metric.pairwise}
+    assert set(PAIRS) == {metric.name for metric in METRICS if metric.has_function}

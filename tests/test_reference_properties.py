@@ -321,9 +321,9 @@ def test_decodability_without_empty_cells_is_intact_and_without_all_nan(data):
 
 def test_pairwise_compares_rows_with_columns():
     xs = [make_pair(9, p, 1, seed=p)[0] for p in (3, 12, 5)]
-    got = pairwise(xs)
+    got = pairwise(xs, metrics={"cka": {}})["cka"]
     assert_close(np.diag(got), [1, 1, 1], SAME)
     assert got[0, 1] == cka(xs[0], xs[1])
-    got = pairwise(xs[:2], xs, metric="pwcca", ridge=0.2)
+    got = pairwise(xs[:2], xs, metrics={"pwcca": {"ridge": 0.2}})["pwcca"]
     assert got.shape == (2, 3)
     assert got[1, 2] == pwcca(xs[1], xs[2], ridge=0.2) != pwcca(xs[2], xs[1], ridge=0.2)

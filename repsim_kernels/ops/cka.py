@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from repsim_kernels import _check, _dispatch, _options
+from repsim_kernels import _check, _check_matrices, _dispatch, _options
 from repsim_kernels._typing import Array, ArrayLike
 
+KERNELS = (*_options.KERNELS, "precomputed")
 UNDEFINED = (
     "x or y: its kernel matrix is zero after centring (all stimuli are equally far apart), or the "
     "median distance is 0 and 'rbf' has no bandwidth; expected distances that differ"
@@ -33,11 +35,13 @@ def cka(
     ----------
     x, y : array, (n, p) and (n, q), float16 | bfloat16 | float32 | float64
         Activations for the same n stimuli (n >= 2, or n >= 4 if debiased). Integers are converted
-        to float64.
+        to float64. With kernel="precomputed" kernel matrices, (n, n), symmetric up to 1e-5 of their
+        largest entry; they are made exactly symmetric, and centred, in float64.
     debiased : bool
         Use the unbiased estimator of HSIC: the result does not grow with p, and may be negative.
-    kernel : {"linear", "rbf"}
-        Kernel of both Gram matrices.
+    kernel : {"linear", "rbf", "precomputed"}
+        Kernel of both Gram matrices. "precomputed": x and y are kernel matrices of any kernel,
+        whether or not they are centred. If debiased, their diagonals have no effect.
     sigma : float, optional
         Bandwidth of the RBF kernel as a fraction of the median distance, 1e-10 … 1e5; by default 1.
     batched : bool
@@ -48,6 +52,7 @@ def cka(
         How linear CKA multiplies features of at most 32 bits; float64 input is always multiplied
         in float64. "float32" sums its products in float64, and the similarity is within 1e-6: data
         for which that can't be had, such as features far from zero, are multiplied in float64.
+        The other kernels are always computed in float64.
     backend : {"reference", "torch"}, optional
         Backend to use; by default chosen by the library and device of x.
 
@@ -71,8 +76,9 @@ def cka(
     Notes
     -----
     Computed from the features if that is cheaper than from the n x n Gram matrices. Invariant to
-    rotation, isotropic scaling and translation of either side. 1 - CKA is not a metric: it violates
-    the triangle inequality.
+    rotation, isotropic scaling and translation of either side. Gram matrices of features that are
+    far from zero have lost digits before they are centred here: centre the features first. 1 - CKA
+    is not a metric: it violates the triangle inequality.
     Source: Kornblith, Norouzi, Lee & Hinton 2019, "Similarity of Neural Network Representations
     Revisited", ICML; for the debiased form Song, Smola, Gretton, Bedo & Borgwardt 2012, JMLR 13,
     and Székely & Rizzo 2014, Annals of Statistics 42; for the warning Murphy, Zylberberg & Fyshe
@@ -92,13 +98,13 @@ def cka(
     0.509
     >>> round(float(rk.cka(x, y, kernel="rbf", sigma=0.5)), 3)
     0.635
+    >>> round(float(rk.cka(x @ x.T, y @ y.T, kernel="precomputed")), 3)
+    0.552
     """
     debiased = _options.check_flag(debiased, "debiased")
-    sigma = _options.check_bandwidth(kernel, sigma)
+    sigma = _options.check_bandwidth(kernel, sigma, KERNELS)
     precision = _options.check_product_precision(precision)
-    x, y, source = _check.check_pair(
-        x, y, min_stimuli=4 if debiased else 2, defer=True, batched=batched
-    )
+    x, y, source = _check.check_pair(x, y, batched=batched, **choose_check(kernel, debiased))
     n, p, q = x.shape[-2], x.shape[-1], y.shape[-1]
     options: dict[str, Any] = {
         "debiased": debiased,
@@ -106,10 +112,20 @@ def cka(
         "sigma": sigma,
         "precision": precision,
     }
+    # The other kernel matrices have been checked in full.
+    deferred = {} if kernel == "precomputed" else {"x": x, "y": y}
     if not _options.may_be_high_by_chance(n, p, q, debiased, kernel):
         similarity = _dispatch.call("cka", backend, source, x, y, **options)
-        return _check.raise_if_nan(similarity, UNDEFINED, x=x, y=y)
+        return _check.raise_if_nan(similarity, UNDEFINED, **deferred)
     result = _dispatch.call("cka", backend, source, x, y, **options, chance=True)
-    similarity = _check.raise_if_nan(result["similarity"], UNDEFINED, x=x, y=y)
+    similarity = _check.raise_if_nan(result["similarity"], UNDEFINED, **deferred)
     _options.warn_if_high_by_chance(float(result["chance"].max()))
     return similarity
+
+
+def choose_check(kernel: str, debiased: bool) -> dict[str, Any]:
+    """Return how to check the two arguments: options of `_check.check_pair`."""
+    if kernel == "precomputed":
+        check = functools.partial(_check_matrices.check_kernel_matrix, debiased=debiased)
+        return {"check": check}
+    return {"min_stimuli": 4 if debiased else 2, "defer": True}

@@ -1,50 +1,78 @@
-"""A metric between all pairs of two lists of representations."""
+"""One metric or several between all pairs of two lists of representations."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, overload
 
 import repsim_kernels
 from repsim_kernels import _check, _dispatch, _options
+from repsim_kernels._arrays import Source
 from repsim_kernels._metrics import METRICS
-from repsim_kernels._typing import Array, ArrayLike
+from repsim_kernels._typing import Array, ArrayLike, Tensor
 from repsim_kernels.errors import OptionError
 from repsim_kernels.ops import cka, rsa
 
-_METRICS = {metric.name: metric for metric in METRICS if metric.pairwise}
+PAIR_METRICS = {metric.name: metric for metric in METRICS if metric.pairwise}
+UNDEFINED = {"cka": cka.UNDEFINED, "cka_debiased": cka.UNDEFINED, "rsa": rsa.UNDEFINED}
+"""What to say about a metric that is not defined for every pair."""
+
+
+@overload
+def pairwise(
+    xs: Iterable[ArrayLike],
+    ys: Iterable[ArrayLike] | None = None,
+    *,
+    metric: str = ...,
+    backend: str | None = ...,
+    **options: Any,
+) -> Array: ...
+
+
+@overload
+def pairwise(
+    xs: Iterable[ArrayLike],
+    ys: Iterable[ArrayLike] | None = None,
+    *,
+    metric: Sequence[str],
+    backend: str | None = ...,
+    **options: Any,
+) -> dict[str, Array]: ...
 
 
 def pairwise(
     xs: Iterable[ArrayLike],
     ys: Iterable[ArrayLike] | None = None,
     *,
-    metric: str = "cka",
+    metric: str | Sequence[str] = "cka",
     backend: str | None = None,
     **options: Any,
-) -> Array:
-    """A metric between all pairs of representations, for example for a heat map of layers.
+) -> Array | dict[str, Array]:
+    """One metric or several between all pairs of representations, as for a heat map of layers.
 
     Parameters
     ----------
     xs : sequence of L arrays, (n, p_i), float16 | bfloat16 | float32 | float64
-        Activations for the same n stimuli. Integers are converted to float64.
+        Activations for the same n stimuli. Integers are converted to float64. With
+        kernel="precomputed", kernel matrices, (n, n), as in `cka`.
     ys : sequence of M arrays, (n, q_j), optional
         The other representations; by default `xs`.
-    metric : str
-        One of "cka", "procrustes", "pwcca", "cca", "svcca", "procrustes_distance", "rsa" and
-        "linear_predictivity".
+    metric : str, or sequence of str
+        One or several of "cka", "cka_debiased", "procrustes", "pwcca", "cca", "svcca",
+        "procrustes_distance", "rsa" and "linear_predictivity".
     backend : {"reference", "torch"}, optional
         Backend to use; by default chosen by the library and device of ``xs[0]``.
     **options
-        Options of the metric's own function.
+        Options of the metric's own function; of several metrics, each option goes to all that have
+        it. "cka_debiased" has those of `cka` except ``debiased``.
 
     Returns
     -------
     values : array like xs[0], (L, M), float64
         ``values[i, j]`` is ``metric(xs[i], ys[j], **options)``: similarities, or distances for
-        "procrustes_distance", in the units of the metric's own function.
+        "procrustes_distance", in the units of the metric's own function. For a sequence of metrics,
+        a dict of such arrays by metric.
 
     Raises
     ------
@@ -55,12 +83,14 @@ def pairwise(
     Warns
     -----
     DegenerateWarning
-        If the metric's own function warns; once, for the largest representations.
+        If the function of a metric warns; once, for the largest representations.
 
     Notes
     -----
-    Each Gram matrix and each spectrum is computed once: one pass over each representation instead
-    of one per pair. All of them are in memory at once, 8 n² bytes per representation.
+    Each Gram matrix and each spectrum is computed once, for all pairs and metrics. All of them are
+    in memory at once, 8 n² bytes per representation, or up to three times that for several metrics.
+    Next to other metrics, CKA is computed from their Gram matrices in float64, unless a
+    representation has fewer neurons than stimuli.
     Source: the docstring of each metric's function.
 
     Examples
@@ -75,84 +105,173 @@ def pairwise(
     array([[1.  , 0.51, 0.32],
            [0.51, 1.  , 0.66],
            [0.32, 0.66, 1.  ]])
+    >>> values = rk.pairwise(layers, metric=["cka_debiased", "rsa"])
+    >>> values["rsa"][0].round(2)
+    array([1.  , 0.46, 0.26])
     """
-    metric = _options.check_choice(metric, "metric", _METRICS)
-    defaults = _get_default_options(metric)
-    unknown = set(options) - set(defaults)
-    if unknown:
-        raise OptionError(
-            f"{min(unknown)}: not an option of metric {metric!r}; expected one of "
-            f"{', '.join(defaults) or 'none'}"
-        )
-    options = defaults | options
-    min_stimuli = _check_metric_options(metric, options)
-    defer = metric == "cka"
-    checked_xs, source = _check.check_representations(
-        xs, "xs", min_stimuli=min_stimuli, defer=defer
-    )
+    names = _check_names(metric)
+    metrics = check_metric_options(names, options)
+    checks = choose_check(metrics)
+    checked_xs, source = _check.check_representations(xs, "xs", **checks)
     checked_ys = None
     if ys is not None:
-        checked_ys, _ = _check.check_representations(
-            ys,
-            "ys",
-            min_stimuli=min_stimuli,
-            like=(checked_xs[0], source),
-            defer=defer,
-        )
-    n = len(checked_xs[0])
-    if "folds" in options:
-        options["folds"] = _options.make_contiguous_folds(options["folds"], n)
-    both = (checked_xs, checked_xs if checked_ys is None else checked_ys)
-    p, q = (max(x.shape[1] for x in side) for side in both)
-    if _METRICS[metric].cca_ridge:
-        _options.warn_if_degenerate(metric, n, p, q, options["ridge"], options["penalty"])
-    chance = metric == "cka" and _options.may_be_high_by_chance(
-        n, p, q, options["debiased"], options["kernel"]
-    )
-    if chance:
-        options["chance"] = True
-    result = _dispatch.call(
-        "pairwise", backend, source, checked_xs, checked_ys, metric=metric, **options
-    )
-    values = result["similarity"] if chance else result
-    names = {f"xs[{i}]": x for i, x in enumerate(checked_xs)}
-    names |= {f"ys[{i}]": y for i, y in enumerate(checked_ys or ())}
-    undefined = {"cka": cka.UNDEFINED, "rsa": rsa.UNDEFINED}
-    values = _check.raise_if_nan(values, undefined.get(metric, ""), **names)
-    diagonal = list(range(len(checked_xs)))
-    if ys is None and _METRICS[metric].symmetric:
-        values = (values + values.swapaxes(0, 1)) / 2  # exactly symmetric
-    if ys is None and not options.get("ridge") and not options.get("penalty"):
-        values[diagonal, diagonal] = 1.0 if _METRICS[metric].kind == "similarity" else 0.0
-    if chance:
-        chances = result["chance"]
+        like = checked_xs[0], source
+        checked_ys, _ = _check.check_representations(ys, "ys", like=like, **checks)
+    values, chances = compare(checked_xs, checked_ys, source, metrics, backend)
+    deferred = {}
+    if "defer" in checks:
+        deferred = {f"xs[{i}]": x for i, x in enumerate(checked_xs)}
+        deferred |= {f"ys[{i}]": y for i, y in enumerate(checked_ys or ())}
+    for name in names:
+        _check.raise_if_nan(values[name], UNDEFINED.get(name, ""), **deferred)
         if ys is None:
-            chances[diagonal, diagonal] = 0.0
+            values[name] = _compare_with_itself(values[name], name, metrics[name])
+    if chances is not None:
+        if ys is None:
+            _set_diagonal(chances, 0.0)
         _options.warn_if_high_by_chance(float(chances.max()))
+    return values[names[0]] if isinstance(metric, str) else values
+
+
+def _check_names(metric: Any) -> tuple[str, ...]:
+    """Return the names of one metric or several, without duplicates."""
+    if isinstance(metric, str):
+        return (_options.check_choice(metric, "metric", PAIR_METRICS),)
+    return _options.check_choices(metric, "metric", tuple(PAIR_METRICS))
+
+
+def _compare_with_itself(values: Array, name: str, options: dict[str, Any]) -> Array:
+    """Remove the rounding errors of a metric between a list and itself, (L, L)."""
+    if PAIR_METRICS[name].symmetric:
+        values = (values + values.swapaxes(0, 1)) / 2  # exactly symmetric
+    if not options.get("ridge") and not options.get("penalty"):
+        _set_diagonal(values, 1.0 if PAIR_METRICS[name].kind == "similarity" else 0.0)
     return values
+
+
+def _set_diagonal(values: Array, value: float) -> None:
+    diagonal = list(range(len(values)))
+    values[diagonal, diagonal] = value
+
+
+def compare(
+    xs: list[Tensor],
+    ys: list[Tensor] | None,
+    source: Source,
+    metrics: dict[str, dict[str, Any]],
+    backend: str | None,
+) -> tuple[dict[str, Array], Array | None]:
+    """Return metrics of checked representations, and the chance levels of CKA.
+
+    Called by public functions, whose callers its warnings name.
+
+    Parameters
+    ----------
+    xs, ys : list of tensors, (n, p_i) and (n, q_j); None for ys if they are xs
+    source : Source
+        That of the arguments.
+    metrics : dict of str to dict
+        Names and options of metrics, from `check_metric_options`; changed in place.
+    backend : str, optional
+
+    Returns
+    -------
+    values : dict of str to array, (L, M), float64
+        By metric; NaN where it is not defined.
+    chances : array, (L, M), or None
+        None unless `_options.may_be_high_by_chance`.
+    """
+    n = len(xs[0])
+    p, q = (max(x.shape[1] for x in side) for side in (xs, xs if ys is None else ys))
+    precision = None
+    for name, options in metrics.items():
+        if PAIR_METRICS[name].cca_ridge:
+            ridges = options["ridge"], options["penalty"]
+            _options.warn_if_degenerate(name, n, p, q, *ridges, stacklevel=4)
+        if "folds" in options:
+            options["folds"] = _options.make_contiguous_folds(options["folds"], n)
+        precision = options.pop("precision", precision)
+    chance = "cka" in metrics and _options.may_be_high_by_chance(
+        n, p, q, metrics["cka"]["debiased"], metrics["cka"]["kernel"]
+    )
+    if chance:
+        metrics["cka"]["chance"] = True
+    values = _dispatch.call(
+        "pairwise", backend, source, xs, ys, metrics=metrics, precision=precision
+    )
+    if not chance:
+        return values, None
+    return values | {"cka": values["cka"]["similarity"]}, values["cka"]["chance"]
+
+
+def choose_check(metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return how to check representations: options of `_check.check_representations`."""
+    kernels = [options["kernel"] for options in metrics.values() if "kernel" in options]
+    others = [name for name, options in metrics.items() if "kernel" not in options]
+    if "precomputed" in kernels and others:
+        raise OptionError(
+            f"kernel: 'precomputed' with metric {others[0]!r}, which is computed from features; "
+            "expected only 'cka' and 'cka_debiased'"
+        )
+    if kernels and not others:
+        return cka.choose_check(kernels[0], any(map(is_debiased, metrics, metrics.values())))
+    return {"min_stimuli": max(map(count_min_stimuli, metrics, metrics.values()), default=2)}
+
+
+def is_debiased(name: str, options: dict[str, Any]) -> bool:
+    """Whether a metric is debiased CKA."""
+    return name == "cka_debiased" or options.get("debiased", False)
+
+
+def count_min_stimuli(name: str, options: dict[str, Any]) -> int:
+    """Return the smallest number of stimuli that a metric needs, whatever its folds."""
+    if is_debiased(name, options):
+        return 4
+    return 3 if name == "rsa" else 2
 
 
 def _get_default_options(metric: str) -> dict[str, Any]:
     """Return the options of a metric's own function and their defaults."""
+    fixed = {"batched", "backend"}
+    if metric == "cka_debiased":
+        metric, fixed = "cka", fixed | {"debiased"}
     parameters = inspect.signature(getattr(repsim_kernels, metric)).parameters.values()
     return {
         parameter.name: parameter.default
         for parameter in parameters
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in ("batched", "backend")
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in fixed
     }
 
 
-def _check_metric_options(metric: str, options: dict[str, Any]) -> int:
-    """Check the options in place; return the smallest number of stimuli that they allow."""
+def check_metric_options(
+    names: tuple[str, ...], options: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return the checked options of each metric: its defaults, and those of `options` it has."""
+    metrics = {name: _get_default_options(name) for name in names}
+    known = {option: None for defaults in metrics.values() for option in defaults}
+    unknown = set(options) - set(known)
+    if unknown:
+        raise OptionError(
+            f"{min(unknown)}: not an option of metric {' or '.join(map(repr, names))}; expected "
+            f"one of {', '.join(known) or 'none'}"
+        )
+    for name, own in metrics.items():
+        own |= {option: value for option, value in options.items() if option in own}
+        _check_options(name, own)
+    return metrics
+
+
+def _check_options(metric: str, options: dict[str, Any]) -> None:
+    """Check the options of one metric in place, except for its folds."""
     for name in {"debiased", "squared"} & set(options):
         options[name] = _options.check_flag(options[name], name)
-    if metric == "cka":
-        options["sigma"] = _options.check_bandwidth(options["kernel"], options["sigma"])
+    if "kernel" in options:
+        options["sigma"] = _options.check_bandwidth(
+            options["kernel"], options["sigma"], cka.KERNELS
+        )
         options["precision"] = _options.check_product_precision(options["precision"])
-        return 4 if options["debiased"] else 2
-    if metric == "rsa":
+    if "distance" in options:
         _options.check_rsa_options(options["distance"], options["compare"])
-        return 3
     if metric == "linear_predictivity":
         options["ridge"] = _options.check_ridge_or_gcv(options["ridge"])
     elif "ridge" in options:
@@ -163,4 +282,3 @@ def _check_metric_options(metric: str, options: dict[str, Any]) -> int:
         options["variance"] = _options.check_variance(options["variance"])
     if "form" in options:
         _options.check_form(options["form"])
-    return 2

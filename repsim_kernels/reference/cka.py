@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from repsim_kernels.reference.gram import Array, Real, centered_gram
+from repsim_kernels.reference.gram import Array, Real, centered_gram, double_centre
 
 
 def cka(
@@ -20,6 +20,8 @@ def cka(
 ) -> Any:
     """Return CKA of x (n, p) and y (n, q): the cosine of their Grams (Kornblith et al. 2019).
 
+    For the kernel ``"precomputed"``, x and y are kernel matrices (n, n), which are centred here.
+
     ``debiased`` uses HSIC₁ of Song et al. (2012) in all three places, as the inner product of
     U-centred Grams (Székely & Rizzo 2014); it may be negative.
 
@@ -27,8 +29,10 @@ def cka(
     stimuli of y (not debiased): tr K tr L / ((n - 1) ‖K‖ ‖L‖), since the mean of the permuted L is
     tr L / (n - 1) times the centring matrix.
     """
-    k = centered_gram(x, kernel=kernel, sigma=sigma)
-    m = centered_gram(y, kernel=kernel, sigma=sigma)
+    if kernel == "precomputed":
+        k, m = double_centre(x), double_centre(y)
+    else:
+        k, m = (centered_gram(z, kernel=kernel, sigma=sigma) for z in (x, y))
     if debiased:
         k, m = u_centre(k), u_centre(m)
     cosine = np.sum(k * m) / np.sqrt(np.sum(k * k)) / np.sqrt(np.sum(m * m))

@@ -54,7 +54,12 @@ def centered_gram(x: Real, *, kernel: str = "linear", sigma: float | None = None
         return a @ a.T
     d2 = squared_distances(x)
     bandwidth2 = (1.0 if sigma is None else sigma) ** 2 * np.median(d2)
-    return centre(centre(np.exp(-d2 / (2 * bandwidth2))).T)
+    return double_centre(np.exp(-d2 / (2 * bandwidth2)))
+
+
+def double_centre(k: Real) -> Array:
+    """Subtract the means of the rows and the columns of a kernel matrix (n, n)."""
+    return centre(centre(k).T)
 
 
 def membership(cells: Real, n_cells: int | None = None) -> NDArray[np.bool_]:

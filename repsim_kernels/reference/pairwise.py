@@ -16,6 +16,7 @@ from repsim_kernels.reference.rsa import rsa
 
 METRICS: dict[str, Callable[..., Any]] = {
     "cka": cka,
+    "cka_debiased": lambda x, y, **options: cka(x, y, debiased=True, **options),
     "cca": cca,
     "svcca": svcca,
     "pwcca": pwcca,
@@ -27,11 +28,19 @@ METRICS: dict[str, Callable[..., Any]] = {
 
 
 def pairwise(
-    xs: Sequence[Real], ys: Sequence[Real] | None = None, *, metric: str = "cka", **options: Any
-) -> Array | dict[str, Array]:
-    """Return the metric of every x (n, p_i) with every y (n, q_j), (L, M); ys default to xs."""
-    function = METRICS[metric]
+    xs: Sequence[Real], ys: Sequence[Real] | None = None, *, metrics: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Return metrics of every x (n, p_i) with every y (n, q_j), (L, M); ys default to xs.
+
+    ``metrics`` maps their names to their options.
+    """
     ys = xs if ys is None else ys
+    return {name: _compare(METRICS[name], xs, ys, options) for name, options in metrics.items()}
+
+
+def _compare(
+    function: Callable[..., Any], xs: Sequence[Real], ys: Sequence[Real], options: dict[str, Any]
+) -> Array | dict[str, Array]:
     values = [[function(x, y, **options) for y in ys] for x in xs]
     if not isinstance(values[0][0], dict):
         return np.array(values)

@@ -86,8 +86,8 @@ def kernel_vectors(
         if buffer is not None:
             means_squared = gram.gram_into(packed, xs[run], buffer)
         else:
-            assert sigma is not None
-            k = torch.stack([gram.double_centre(distances.rbf_kernel(x, sigma)) for x in xs[run]])
+            ks = xs[run] if sigma is None else [distances.rbf_kernel(x, sigma) for x in xs[run]]
+            k = torch.stack([gram.double_centre(k) for k in ks])
             for columns, panel in packed:
                 panel.copy_(k[..., columns.start :, columns])
             means_squared = None

@@ -24,25 +24,58 @@ from repsim_kernels.kernels.torch.representation import Representation
 
 
 def pairwise(
-    xs: list[Tensor], ys: list[Tensor] | None, *, metric: str, **options: Any
-) -> Tensor | dict[str, Tensor]:
-    if metric == "rsa":
-        u = rsa.all_dissimilarities(xs, **options)
-        v = u if ys is None else rsa.all_dissimilarities(ys, **options)
-        return panels.multiply(u, v).clamp(-1, 1)
-    if metric == "linear_predictivity":
-        return predictivity.all_pairs(xs, ys, **options)
-    if metric == "cka":
-        return _cka(xs, ys, **options)
+    xs: list[Tensor],
+    ys: list[Tensor] | None,
+    *,
+    metrics: dict[str, dict[str, Any]],
+    precision: str = "float64",
+) -> dict[str, Any]:
+    """Return metrics of all pairs, from names and options; ``precision`` is that of CKA."""
     left = [Representation(x) for x in xs]
     right = left if ys is None else [Representation(y) for y in ys]
-    function, symmetric = _COMPARE[metric]
-    out = torch.empty(len(left), len(right), dtype=torch.float64, device=xs[0].device)
+    # CKA takes the Grams that other metrics need too. RSA makes its own; and with fewer neurons
+    # than stimuli, products of features are cheaper.
+    with_grams = metrics.keys() - {"rsa"}
+    shares_grams = len(with_grams) > 1 and all(r.p >= r.n for r in [*left, *right])
+    values: dict[str, Any] = {}
+    for name, options in metrics.items():
+        if name in ("cka", "cka_debiased"):
+            options = {"debiased": True, "precision": precision} | options
+            if shares_grams and options["kernel"] == "linear":
+                grams = [r.gram for r in left], None if ys is None else [r.gram for r in right]
+                values[name] = _cka(*grams, **options | {"kernel": "precomputed"})
+            else:
+                values[name] = _cka(xs, ys, **options)
+        elif name == "rsa":
+            values[name] = _rsa(xs, ys, **options)
+        elif name == "linear_predictivity":
+            values[name] = predictivity.all_pairs(left, right, **options)
+        else:
+            values[name] = _compare(left, right, *_COMPARE[name], options)
+    return values
+
+
+def _rsa(xs: list[Tensor], ys: list[Tensor] | None, **options: str) -> Tensor:
+    u = rsa.all_dissimilarities(xs, **options)
+    v = u if ys is None else rsa.all_dissimilarities(ys, **options)
+    return panels.multiply(u, v).clamp(-1, 1)
+
+
+def _compare(
+    left: list[Representation],
+    right: list[Representation],
+    function: Callable[..., Tensor],
+    symmetric: bool,
+    options: dict[str, Any],
+) -> Tensor:
+    """Return a metric of representations for all pairs; of equal lists only half if symmetric."""
+    half = symmetric and left is right
+    out = torch.empty(len(left), len(right), dtype=torch.float64, device=left[0].x.device)
     for i, a in enumerate(left):
-        columns = range(i if ys is None and symmetric else 0, len(right))
+        columns = range(i if half else 0, len(right))
         for js in _iter_stackable(columns, right):
             out[i, js] = function(a, _Stack([right[j] for j in js]), **options)
-        if ys is None and symmetric:
+        if half:
             out[i:, i] = out[i, i:].clone()
     return out
 

@@ -11,17 +11,15 @@ from repsim_kernels.kernels.torch.representation import Representation
 
 
 def linear_predictivity(x: Tensor, y: Tensor, *, ridge: float | str, folds: np.ndarray) -> Tensor:
-    return all_pairs([x], [y], ridge=ridge, folds=folds)[0, 0]
+    return all_pairs([Representation(x)], [Representation(y)], ridge, folds)[0, 0]
 
 
 def all_pairs(
-    xs: list[Tensor], ys: list[Tensor] | None, *, ridge: float | str, folds: np.ndarray
+    xs: list[Representation], ys: list[Representation], ridge: float | str, folds: np.ndarray
 ) -> Tensor:
-    """Return R² of every y (n, q_j) predicted from every x (n, p_i), (L, M); ys default to xs."""
-    left = [Representation(x) for x in xs]
-    right = left if ys is None else [Representation(y) for y in ys]
-    fold_members = group_folds(folds, xs[0].device)
-    return torch.stack([_scores(x.gram, right, ridge, fold_members) for x in left])
+    """Return R² of every y (n, q_j) predicted from every x (n, p_i), (L, M)."""
+    fold_members = group_folds(folds, xs[0].x.device)
+    return torch.stack([_scores(x.gram, ys, ridge, fold_members) for x in xs])
 
 
 def _scores(
