@@ -107,7 +107,7 @@ def pairwise(
            [0.32, 0.66, 1.  ]])
     >>> values = rk.pairwise(layers, metric=["cka_debiased", "rsa"])
     >>> values["rsa"][0].round(2)
-    array([1.  , 0.46, 0.26])
+    array([1.  , 0.46, 0.29])
     """
     names = _check_names(metric)
     metrics = check_metric_options(names, options)
@@ -150,7 +150,7 @@ def _compare_with_itself(values: Array, name: str, options: dict[str, Any]) -> A
 
 
 def _set_diagonal(values: Array, value: float) -> None:
-    diagonal = list(range(len(values)))
+    diagonal = list(range(values.shape[0]))
     values[diagonal, diagonal] = value
 
 
