@@ -40,12 +40,12 @@ def pairwise(
     values: dict[str, Any] = {}
     for name, options in metrics.items():
         if name in ("cka", "cka_debiased"):
-            options = {"debiased": True, "precision": precision} | options
+            cka_options: dict[str, Any] = {"debiased": True, "precision": precision} | options
+            sides = xs, ys
             if shares_grams and options["kernel"] == "linear":
-                grams = [r.gram for r in left], None if ys is None else [r.gram for r in right]
-                values[name] = _cka(*grams, **options | {"kernel": "precomputed"})
-            else:
-                values[name] = _cka(xs, ys, **options)
+                cka_options["kernel"] = "precomputed"
+                sides = [r.gram for r in left], ys and [r.gram for r in right]
+            values[name] = _cka(*sides, **cka_options)
         elif name == "rsa":
             values[name] = _rsa(xs, ys, **options)
         elif name == "linear_predictivity":
