@@ -31,6 +31,7 @@ METRICS: tuple[MetricCase, ...] = (
     ("procrustes_distance", "size-and-shape", {"form": "size-and-shape"}, 500, FULL),
     ("rsa", "euclidean, spearman", {"distance": "euclidean", "compare": "spearman"}, 200, DTYPES),
     ("rsa", "correlation, pearson", {"distance": "correlation", "compare": "pearson"}, 200, DTYPES),
+    ("similarities", "ridge 0.1", {"ridge": 0.1}, 200, (torch.float32,)),
 )
 
 
@@ -42,7 +43,8 @@ METRICS: tuple[MetricCase, ...] = (
 def test_metric(
     timed: Timer, operation: str, label: str, options: dict[str, Any], n: int, dtype: torch.dtype
 ) -> None:
-    reads = 3 if operation == "pwcca" else 2  # the weights need another pass over the first layer
+    # PWCCA's weights need another pass over the first layer.
+    reads = 3 if operation in ("pwcca", "similarities") else 2
     grams = {get_cka_precision(dtype, options.get("kernel", "linear")): 2 * n * (n + 1) * P}
     timed(
         operation,

@@ -59,7 +59,8 @@ def cka(
     Returns
     -------
     similarity : array like x, (…), float64
-        In [0, 1]; if debiased, in [-1, 1]. Dimensionless.
+        In [0, 1]; if debiased, or if a kernel matrix has negative eigenvalues, in [-1, 1].
+        Dimensionless.
 
     Raises
     ------
@@ -112,7 +113,7 @@ def cka(
         "sigma": sigma,
         "precision": precision,
     }
-    # The other kernel matrices have been checked in full.
+    # Kernel matrices have been checked in full.
     deferred = {} if kernel == "precomputed" else {"x": x, "y": y}
     if not _options.may_be_high_by_chance(n, p, q, debiased, kernel):
         similarity = _dispatch.call("cka", backend, source, x, y, **options)
