@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 
+from repsim_kernels._files import find_write_obstacle, replace_file
 from repsim_kernels.experiments.analysis.correlations import (
     check_columns,
     check_names,
@@ -19,7 +20,6 @@ from repsim_kernels.experiments.analysis.correlations import (
 )
 from repsim_kernels.experiments.columns import GROUP_KEYS
 from repsim_kernels.experiments.errors import StatsError
-from repsim_kernels.experiments.files import find_write_obstacle, replace_file
 
 _OPPOSED = 0.2  # columns with a median correlation of -0.2 or less; weaker ones are common
 SUFFIXES = (".csv", ".parquet")

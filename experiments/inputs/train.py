@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from repsim_kernels.experiments.files import replace_file
+from repsim_kernels._files import replace_file
 from repsim_kernels.experiments.inputs.images import (
     FASHION_MNIST,
     load_fashion_mnist,

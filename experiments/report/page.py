@@ -12,10 +12,10 @@ from typing import Any, TypeAlias
 import jinja2
 import pandas as pd  # type: ignore[import-untyped]
 
+from repsim_kernels._files import find_write_obstacle, replace_file
 from repsim_kernels.experiments.analysis.published import PUBLISHED, SOURCE
 from repsim_kernels.experiments.columns import BASELINE, CHANGE_NAMES, METRIC_NAMES
 from repsim_kernels.experiments.errors import ReportError
-from repsim_kernels.experiments.files import find_write_obstacle, replace_file
 from repsim_kernels.experiments.report import figures as plots
 from repsim_kernels.experiments.report.figures import Drawing, FigureGroup
 from repsim_kernels.experiments.report.findings import (

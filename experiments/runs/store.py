@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 
+from repsim_kernels._files import replace_file
 from repsim_kernels.experiments.columns import KEYS
 from repsim_kernels.experiments.errors import DamagedError, StoreError
-from repsim_kernels.experiments.files import replace_file
 from repsim_kernels.experiments.study.configuration import differences, digest
 from repsim_kernels.experiments.study.units import Unit, units_of
 

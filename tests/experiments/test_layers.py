@@ -15,7 +15,7 @@ from repsim_kernels import experiments
 
 PACKAGE = "repsim_kernels.experiments"
 ROOT = Path(experiments.__file__).parent
-BASE = {"errors", "columns", "files"}
+BASE = {"errors", "columns"}
 #: What the files of each directory may import from outside it.
 ALLOWED = {
     "inputs": BASE,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from repsim_kernels.experiments.files import replace_file
+from repsim_kernels._files import replace_file
 
 
 def test_a_file_is_replaced_atomically(tmp_path: Path) -> None:
