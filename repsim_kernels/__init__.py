@@ -32,6 +32,8 @@ _MODULES = {
     "show_config": "repsim_kernels._dispatch",
     "DegenerateWarning": "repsim_kernels.errors",
     "OutOfMemoryWarning": "repsim_kernels.errors",
+    "MinibatchCKA": "repsim_kernels.comparison.minibatch",
+    "SimilarityMap": "repsim_kernels.comparison.similarity_map",
 }
 
 __all__ = sorted(_MODULES)
@@ -39,6 +41,8 @@ __all__ = sorted(_MODULES)
 if TYPE_CHECKING:
     from repsim_kernels import forward as forward
     from repsim_kernels._dispatch import show_config as show_config
+    from repsim_kernels.comparison.minibatch import MinibatchCKA as MinibatchCKA
+    from repsim_kernels.comparison.similarity_map import SimilarityMap as SimilarityMap
     from repsim_kernels.errors import *  # noqa: F403
     from repsim_kernels.ops.ablation import ablation_distances as ablation_distances
     from repsim_kernels.ops.cca import cca as cca

@@ -94,6 +94,7 @@ def check_representation(
     allow_batch: bool = True,
     batched: Any = False,
     defer: bool = False,
+    allow_undefined: bool = False,
 ) -> tuple[Tensor, Source]:
     """Check one representation (n, p): real, finite, not constant, with at least one neuron.
 
@@ -103,7 +104,7 @@ def check_representation(
 
     `defer` skips the scans for constant representations and, in dtypes below float64, for values
     that are not finite. The operation's result must be NaN in either case, and must be passed to
-    `raise_if_nan`.
+    `raise_if_nan`. `allow_undefined` skips both in all dtypes: the result is NaN then.
     """
     batched = _options.check_flag(batched, "batched")
     x, source = _arrays.convert(x, name)
@@ -127,9 +128,9 @@ def check_representation(
         raise ShapeError(f"{name}: an empty batch, shape {tuple(x.shape)}; expected at least 1")
     x = to_float(x)
     # Finite float64 numbers may still exceed the limit, which no NaN in the result would show.
-    if not defer or x.dtype == torch.float64:
+    if not allow_undefined and (not defer or x.dtype == torch.float64):
         check_finite(x, name)
-    if not allow_constant and not defer:
+    if not allow_constant and not allow_undefined and not defer:
         _check_varying(x, name)
     return x, source
 

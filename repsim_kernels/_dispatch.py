@@ -16,7 +16,7 @@ from torch import Tensor
 
 from repsim_kernels import _arrays, _options
 from repsim_kernels._arrays import Source
-from repsim_kernels._operations import BACKENDS, OPERATIONS
+from repsim_kernels._operations import BACKENDS, OPERATIONS, Operation
 from repsim_kernels.errors import BackendUnavailable, ConvergenceError
 
 KERNELS: dict[tuple[str, str], str] = {
@@ -39,6 +39,10 @@ _ALL_KERNELS = KERNELS | {
         ("linear_cells", "linear_cells"),
     )
 }
+# What `comparison` sums over batches.
+_HSIC = Operation("hsic", "pairwise", ("reference", "torch"), with_precision=("torch",))
+_ALL_KERNELS |= {(_HSIC.name, backend): _HSIC.target(backend) for backend in _HSIC.backends}
+_WITH_PRECISION |= {(_HSIC.name, backend) for backend in _HSIC.with_precision}
 _BACKENDS: Any = torch.backends
 # Backends to try for arrays on a GPU, by library and in this order; torch serves the rest.
 _GPU_BACKENDS = {"cupy": ("cupy", "triton"), "torch": ("triton", "cupy")}

@@ -9,7 +9,7 @@ import numpy as np
 
 from repsim_kernels.reference.cca import cca, pwcca, svcca
 from repsim_kernels.reference.cka import cka
-from repsim_kernels.reference.gram import Array, Real
+from repsim_kernels.reference.gram import Array, Real, centered_gram
 from repsim_kernels.reference.predictivity import linear_predictivity
 from repsim_kernels.reference.procrustes import procrustes, procrustes_distance
 from repsim_kernels.reference.rsa import rsa
@@ -45,3 +45,29 @@ def _compare(
     if not isinstance(values[0][0], dict):
         return np.array(values)
     return {key: np.array([[v[key] for v in row] for row in values]) for key in values[0][0]}
+
+
+def hsic(xs: Sequence[Real], ys: Sequence[Real] | None = None) -> tuple[Array, Array, Array]:
+    """Return HSIC₁ of every x (n, p_i) with every y (n, q_j), (L, M), and of each with itself.
+
+    Source: Song et al. 2012, whose formula this is, written out.
+    """
+    ks = [_zero_diagonal(centered_gram(x)) for x in xs]
+    ms = ks if ys is None else [_zero_diagonal(centered_gram(y)) for y in ys]
+    return (
+        np.array([[_hsic(k, m) for m in ms] for k in ks]),
+        np.array([_hsic(k, k) for k in ks]),
+        np.array([_hsic(m, m) for m in ms]),
+    )
+
+
+def _zero_diagonal(k: Array) -> Array:
+    return k - np.diag(np.diag(k))
+
+
+def _hsic(k: Array, m: Array) -> float:
+    """Return HSIC₁ of two kernel matrices (n, n) with zero diagonals."""
+    n = len(k)
+    product = k @ m
+    middle = k.sum() * m.sum() / ((n - 1) * (n - 2))
+    return float((np.trace(product) + middle - 2 * product.sum() / (n - 2)) / (n * (n - 3)))
