@@ -24,7 +24,8 @@ ROOT = Path(rk.__file__).parent
 def test_importing_the_package_imports_no_framework():
     code = (
         "import sys, repsim_kernels; repsim_kernels.__all__;"
-        "print([m for m in ('torch', 'triton', 'cupy', 'pandas', 'sklearn') if m in sys.modules])"
+        "names = ('torch', 'triton', 'cupy', 'pandas', 'matplotlib', 'sklearn');"
+        "print([name for name in names if name in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
@@ -53,7 +54,8 @@ RESULT_TYPES = "repsim_kernels._routes"  # the types that every backend returns
 def test_layers_import_only_what_is_below():
     """`kernels` and `reference` import nothing above them.
 
-    `ops` and `forward` reach them only through the dispatcher, so that one rule chooses backends.
+    `ops`, `forward` and `comparison` reach them only through the dispatcher, so that one rule
+    chooses backends.
     """
     assert len(find_modules("ops", "kernels", "reference")) > 20
     roots = {m.partition(".")[0] for m in find_imports(ROOT / "_routes.py")}
@@ -74,10 +76,13 @@ def test_layers_import_only_what_is_below():
         roots = {m.partition(".")[0] for m in find_imports(ROOT / registry)}
         assert roots <= sys.stdlib_module_names, registry
     for path in find_modules("ops", "forward"):
-        others = {"ops", "forward", "kernels", "reference"} - {path.parent.name}
+        others = {"comparison", "ops", "forward", "kernels", "reference"} - {path.parent.name}
         packages = {m.split(".")[1] for m in find_imports(path) if m.startswith("repsim_kernels.")}
         assert packages.isdisjoint(others), path
         assert path.parent.name == "forward" or "torch" not in find_imports(path), path
+    for path in find_modules("comparison"):
+        packages = {m.split(".")[1] for m in find_imports(path) if m.startswith("repsim_kernels.")}
+        assert packages.isdisjoint({"experiments", "kernels", "reference"}), path
 
 
 def test_every_registered_kernel_exists():

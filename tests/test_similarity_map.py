@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 import repsim_kernels as rk
+from repsim_kernels import comparison
 from repsim_kernels.comparison import display, page
 
 OPTIONS = {"debiased": True, "sigma": None, "precision": "float32"}
@@ -153,16 +154,21 @@ def test_neither_drawing_nor_the_page_needs_a_display_or_more_than_it_uses(tmp_p
     subprocess.run([sys.executable, "-c", code], check=True, env={"PATH": "", "DISPLAY": ""})
 
 
-@pytest.mark.parametrize(("package", "suffix"), [("matplotlib", "png"), ("pandas", "csv")])
-def test_a_missing_extra_is_named(tmp_path, package, suffix):
-    code = (
-        "import sys, repsim_kernels as rk;"
-        f"sys.modules[{package!r}] = None;"
-        "m = rk.SimilarityMap([[1.0]], ['a'], ['a'], 'cka', {}, 10);"
-        f"m.save({str(tmp_path / f'm.{suffix}')!r})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "run: pip install 'repsim-kernels[plot]'" in done.stderr
+@pytest.mark.parametrize(
+    ("package", "suffix", "command"),
+    [
+        ("matplotlib", "png", "pip install 'repsim-kernels[plot]'"),
+        ("pandas", "csv", "pip install 'repsim-kernels[plot]'"),
+        ("pyarrow", "parquet", "pip install pyarrow"),
+    ],
+)
+def test_a_missing_extra_is_named(tmp_path, monkeypatch, package, suffix, command):
+    monkeypatch.delattr(comparison, "picture", raising=False)
+    monkeypatch.delitem(sys.modules, "repsim_kernels.comparison.picture", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=re.escape(f"{package} is not")) as caught:
+        make_map().save(tmp_path / f"m.{suffix}")
+    assert str(caught.value).endswith(f"; run: {command}")
     assert not list(tmp_path.iterdir())
 
 

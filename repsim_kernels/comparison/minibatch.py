@@ -25,9 +25,11 @@ class _Sums:
 
     ``moments`` (4, 3, R, C) holds n h, and below it n² h hᵀ, for the numbers of stimuli n and
     the vectors h of the three HSIC₁: of a row with a column, of the row and of the column.
+    ``rounding`` (2, R, C) bounds the rounding errors of the last two of n h.
     """
 
     moments: np.ndarray[Any, Any]
+    rounding: np.ndarray[Any, Any]
     n: int
     n_batches: int
     n_left_out: int
@@ -35,6 +37,7 @@ class _Sums:
     def __add__(self, other: _Sums) -> _Sums:
         return _Sums(
             self.moments + other.moments,
+            self.rounding + other.rounding,
             self.n + other.n,
             self.n_batches + other.n_batches,
             self.n_left_out + other.n_left_out,
@@ -75,8 +78,8 @@ class MinibatchCKA:
     The standard error is that of a ratio by the delta method. With the residual of each batch,
     e = xy / √(mean xx · mean yy) - r (xx / mean xx + yy / mean yy) / 2, where r is the similarity
     and xx, xy and yy are the batch's HSIC₁, its square is B / (B - 1) Σ (n e / Σ n)² for B batches
-    that are independent. It describes how r varies between samples of stimuli, and is too small
-    by about 1 / B for few batches. Below 1e-8 it is rounding.
+    that are independent. It describes how r varies between samples of stimuli. For few batches, or
+    features with heavy tails, it can be a quarter too small; below 1e-8 it is rounding.
 
     Source: Nguyen, Raghu & Kornblith 2021 for the estimator, Song et al. 2012 for HSIC₁, Wolter
     2007 for the variance.
@@ -140,8 +143,8 @@ class MinibatchCKA:
 
         Notes
         -----
-        A layer may be constant in a batch, which contributes zeros. Values that are not finite
-        leave it without a similarity, while other layers are not affected.
+        A layer may be constant in a batch, which contributes zeros. Values that are not finite, or
+        beyond 1e±35, leave it without a similarity, while other layers are not affected.
         """
         options: dict[str, Any] = {"min_stimuli": 1, "allow_undefined": True}
         left, source = _check.check_representations(xs, "xs", **options)
@@ -151,12 +154,15 @@ class MinibatchCKA:
         n, shape = len(left[0]), (len(left), len(left if right is None else right))
         self._check_layers(shape, right is None)
         if n < MIN_STIMULI:
-            batch = _Sums(np.zeros((4, 3, *shape)), 0, 0, n)
+            batch = _Sums(np.zeros((4, 3, *shape)), np.zeros((2, *shape)), 0, 0, n)
         else:
             result = _dispatch.call("hsic", None, source, left, right, precision=self._precision)
-            xy, xx, yy = (_arrays.to_numpy(torch.as_tensor(part).cpu()) for part in result)
+            parts = (n * _arrays.to_numpy(torch.as_tensor(part).cpu()) for part in result)
+            xy, xx, yy, floor_x, floor_y = parts
             h = np.stack(np.broadcast_arrays(xy, xx[:, None], yy))
-            batch = _Sums(np.concatenate([n * h[None], (n * h[:, None]) * (n * h)]), n, 1, 0)
+            moments = np.concatenate([h[None], h[:, None] * h])
+            rounding = np.stack(np.broadcast_arrays(floor_x[:, None], floor_y))
+            batch = _Sums(moments, rounding, n, 1, 0)
         self._sums = batch if self._sums is None else self._sums + batch
         self._of_one_network = right is None
 
@@ -218,14 +224,15 @@ class MinibatchCKA:
                 "for which HSIC₁ is not defined",
                 stacklevel=2,
             )
+        is_defined = sums.moments[0, 1:] > sums.rounding
         with np.errstate(divide="ignore", invalid="ignore"):
-            values, error = _estimate(sums)
+            values, error = (np.where(is_defined.all(0), a, np.nan) for a in _estimate(sums))
         if of_one_network:
             values, error = (values + values.T) / 2, (error + error.T) / 2  # exactly symmetric
             itself = np.eye(len(rows), dtype=bool) & ~np.isnan(values)
             values[itself] = 1.0
             error[itself & ~np.isnan(error)] = 0.0
-        _warn_of_undefined(sums, rows, columns)
+        _warn_of_undefined(is_defined, rows, columns)
         options = {"estimator": "minibatch", "precision": self._precision}
         return SimilarityMap(
             values, rows, columns, "cka_debiased", options, sums.n, error, sums.n_left_out
@@ -302,15 +309,17 @@ def _estimate(sums: _Sums) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     return values, np.sqrt(np.maximum(variance, 0.0))
 
 
-def _warn_of_undefined(sums: _Sums, rows: tuple[str, ...], columns: tuple[str, ...]) -> None:
+def _warn_of_undefined(
+    is_defined: np.ndarray[Any, Any], rows: tuple[str, ...], columns: tuple[str, ...]
+) -> None:
     """Warn if layers have no similarity, and name them."""
-    _, xx, yy = sums.moments[0]
-    bad = [name for name, value in zip(rows, xx[:, 0], strict=True) if not value > 0]
-    bad += [name for name, value in zip(columns, yy[0], strict=True) if not value > 0]
+    bad = [name for name, good in zip(rows, is_defined[0][:, 0], strict=True) if not good]
+    bad += [name for name, good in zip(columns, is_defined[1][0], strict=True) if not good]
     if bad:
         names = ", ".join(map(_options.short_repr, dict.fromkeys(bad)))
         warnings.warn(
-            f"no similarity for layers {_options.to_one_line(names, 1000)}: in some batch a value "
-            "is NaN, infinite or beyond 1e-35 … 1e35, or in every batch all stimuli are the same",
+            f"no similarity for layers {_options.to_one_line(names, 1000)}: some of their values "
+            "are NaN, infinite or beyond 1e±35, or their HSIC₁ is only rounding, as that of "
+            "stimuli that are all the same",
             stacklevel=3,
         )

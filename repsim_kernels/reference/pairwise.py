@@ -47,22 +47,26 @@ def _compare(
     return {key: np.array([[v[key] for v in row] for row in values]) for key in values[0][0]}
 
 
-def hsic(xs: Sequence[Real], ys: Sequence[Real] | None = None) -> tuple[Array, Array, Array]:
+def hsic(xs: Sequence[Real], ys: Sequence[Real] | None = None) -> tuple[Array, ...]:
     """Return HSIC₁ of every x (n, p_i) with every y (n, q_j), (L, M), and of each with itself.
 
+    Bounds of the rounding errors of the latter, (L,) and (M,), come last.
     Source: Song et al. 2012, whose formula this is, written out.
     """
-    ks = [_zero_diagonal(centered_gram(x)) for x in xs]
-    ms = ks if ys is None else [_zero_diagonal(centered_gram(y)) for y in ys]
+    grams = [[centered_gram(x) for x in side] for side in (xs, xs if ys is None else ys)]
+    ks, ms = ([gram - np.diag(np.diag(gram)) for gram in side] for side in grams)
+    n = len(xs[0])
+    rounding = n * np.finfo(np.float64).eps
+    floors = [
+        np.array([(rounding * np.trace(gram)) ** 2 for gram in side]) / (n * (n - 1) * (n - 3))
+        for side in grams
+    ]
     return (
         np.array([[_hsic(k, m) for m in ms] for k in ks]),
         np.array([_hsic(k, k) for k in ks]),
         np.array([_hsic(m, m) for m in ms]),
+        *floors,
     )
-
-
-def _zero_diagonal(k: Array) -> Array:
-    return k - np.diag(np.diag(k))
 
 
 def _hsic(k: Array, m: Array) -> float:

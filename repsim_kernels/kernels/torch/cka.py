@@ -111,7 +111,7 @@ def kernel_vectors(
             d[i] = write(slice(i, i + 1), panels.block_buffer(xs[i : i + 1]))[0][0].cpu().numpy()
             halves[i] = torch.linalg.vecdot(vectors[i], vectors[i]).cpu().numpy()
     traces = d.sum(-1)
-    floors = _rounding_floor(traces, n) / 2 if debiased else 0.0
+    floors = rounding_floor_of_trace(traces, n) / 2 if debiased else 0.0
     return vectors, np.where(halves > floors, halves, np.nan), traces * math.sqrt(0.5)
 
 
@@ -120,10 +120,11 @@ def rounding_floor(k: Tensor) -> Tensor:
 
     The n - 1 eigenvalues are then equal, and ‖K‖² is (tr K)² / (n - 1), its smallest value.
     """
-    return _rounding_floor(k.diagonal(dim1=-2, dim2=-1).sum(-1), k.shape[-1])
+    return rounding_floor_of_trace(k.diagonal(dim1=-2, dim2=-1).sum(-1), k.shape[-1])
 
 
-def _rounding_floor(trace: Any, n: int) -> Any:
+def rounding_floor_of_trace(trace: Any, n: int) -> Any:
+    """Return `rounding_floor` of matrices (n, n) with these traces."""
     return (n * _EPS * trace) ** 2 / (n - 1)
 
 

@@ -171,23 +171,25 @@ def _compare_kernels(
 
 def hsic(
     xs: list[Tensor], ys: list[Tensor] | None, *, precision: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return HSIC₁ of every x (n, p_i) with every y (n, q_j), (L, M), and of each with itself.
 
-    Zero for representations of which U-centring leaves only rounding errors, such as constant
-    ones. NaN for those with values that are not finite, or whose HSIC₁ has no square in float64.
+    Bounds of the rounding errors of the latter, (L,) and (M,), come last; an HSIC₁ that does not
+    exceed its bound is zero. NaN for representations with values that are not finite, or whose
+    HSIC₁ has no square in float64.
     Source: Song et al. 2012.
     """
     n, dtype = len(xs[0]), cka.product_dtype([*xs, *(ys or [])], "linear", precision)
     xy, norms, traces, factor = _compare_kernels(xs, ys, True, "linear", None, dtype)
     scale = factor / (n * (n - 3))
-    xx, yy = (_clear(a * scale, trace) for a, trace in zip(norms, traces, strict=True))
+    floors = [cka.rounding_floor_of_trace(trace, n) * scale for trace in traces]
+    xx, yy = (_clear(a * scale, floor) for a, floor in zip(norms, floors, strict=True))
     product = xx[:, None] * yy  # zero or NaN where either is
-    return np.where(product > 0, xy * scale, product), xx, yy
+    return np.where(product > 0, xy * scale, product), xx, yy, *floors
 
 
-def _clear(squares: np.ndarray, traces: np.ndarray) -> np.ndarray:
+def _clear(squares: np.ndarray, floors: np.ndarray) -> np.ndarray:
     """Replace squared norms that are only rounding by 0, and those out of range by NaN."""
-    squares = np.where(np.isnan(squares) & np.isfinite(traces), 0.0, squares)
+    squares = np.where(np.isnan(squares) & np.isfinite(floors), 0.0, squares)
     low, high = _RANGE
     return np.where((squares == 0) | ((low < squares) & (squares < high)), squares, np.nan)
