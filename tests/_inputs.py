@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -12,6 +13,35 @@ RNG = np.random.default_rng(0)
 X, Y = RNG.standard_normal((6, 4)), RNG.standard_normal((6, 3))
 T = torch.from_numpy(X)
 CELLS, LABELS = [0, 0, 1, 1], [0, 0, 1, 1, 2, 2]
+
+
+class Unprintable:
+    def __repr__(self):
+        raise KeyError("no\nrepr")
+
+
+class Unreadable:
+    """An array-like object that raises when it is read."""
+
+    def __array__(self, dtype=None, copy=None):
+        raise KeyError("first line\nsecond line")
+
+    def __iter__(self):
+        raise OSError("first line\nsecond line")
+
+
+ODD = {
+    "long array": np.arange(10**4),
+    "matrix": np.eye(2),
+    "tensor": torch.rand(5, 5),
+    "dict": {"a": np.eye(9)},
+    "DataFrame": pd.DataFrame(np.eye(5)),
+    "long text": "x\n" * 10**4,
+    "long integer": -(10**400),
+    "longer integer": -(10**5000),
+    "unprintable": Unprintable(),
+    "unreadable": Unreadable(),
+}
 
 PAIRS = {
     "cka": {},

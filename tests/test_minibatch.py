@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from _draw import SEEDS, Representation
+from _inputs import ODD
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -313,6 +314,24 @@ def test_wrong_names_and_options_are_refused():
         accumulate([DRAWN], columns=["a", "b"])
     with pytest.raises(rk.OptionError, match="columns: not the names of the rows; expected ys"):
         rk.MinibatchCKA(["a", "b"], ["a", "c"]).update(DRAWN[0])
+
+
+def test_odd_arguments_are_refused_in_one_line():
+    s = accumulate([DRAWN])
+    calls = {
+        "rows": lambda odd: rk.MinibatchCKA(odd),
+        "columns": lambda odd: rk.MinibatchCKA(columns=odd),
+        "precision": lambda odd: rk.MinibatchCKA(precision=odd),
+        "xs": s.update,
+        "ys": lambda odd: s.update(DRAWN[0], odd),
+        "others": s.merge_state,
+    }
+    for argument, call in calls.items():
+        for odd in ODD.values():
+            with pytest.raises(rk.RepsimError, match=rf"^{argument}\b") as caught:
+                call(odd)
+            assert len(str(caught.value).splitlines()) == 1
+            assert len(str(caught.value)) < 300
 
 
 def test_wrong_others_are_refused_and_not_added():

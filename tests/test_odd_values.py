@@ -5,43 +5,26 @@ from __future__ import annotations
 import inspect
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from _inputs import CELLS, LABELS, PAIRS, SINGLES, UNBATCHED, T, X, Y, assert_refused
+from _inputs import (
+    CELLS,
+    LABELS,
+    ODD,
+    PAIRS,
+    SINGLES,
+    UNBATCHED,
+    T,
+    Unreadable,
+    X,
+    Y,
+    assert_refused,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import repsim_kernels as rk
 
-
-class Unprintable:
-    def __repr__(self):
-        raise KeyError("no\nrepr")
-
-
-class Unreadable:
-    """An array-like object that raises when it is read."""
-
-    def __array__(self, dtype=None, copy=None):
-        raise KeyError("first line\nsecond line")
-
-    def __iter__(self):
-        raise OSError("first line\nsecond line")
-
-
-ODD = {
-    "long array": np.arange(10**4),
-    "matrix": np.eye(2),
-    "tensor": torch.rand(5, 5),
-    "dict": {"a": np.eye(9)},
-    "DataFrame": pd.DataFrame(np.eye(5)),
-    "long text": "x\n" * 10**4,
-    "long integer": -(10**400),
-    "longer integer": -(10**5000),
-    "unprintable": Unprintable(),
-    "unreadable": Unreadable(),
-}
 ARGUMENTS = {
     **{name: (X, Y[:, :2]) for name in PAIRS},
     **{name: (X, *rest) for name, rest in (SINGLES | UNBATCHED).items()},

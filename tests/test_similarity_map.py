@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from _inputs import ODD
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
@@ -92,6 +93,19 @@ def test_wrong_fields_are_named(argument, value, error, match):
     }
     with pytest.raises(error, match=f"^{match}"):
         rk.SimilarityMap(**(fields | {argument: value}))
+
+
+@pytest.mark.parametrize(
+    "argument", ["rows", "columns", "metric", "options", "n", "standard_error", "n_left_out"]
+)
+def test_odd_fields_are_refused_in_one_line(argument):
+    for name, value in ODD.items():
+        if (argument, name) in (("standard_error", "matrix"), ("options", "dict")):
+            continue  # a map may hold these
+        with pytest.raises(rk.RepsimError, match=f"^{argument}") as caught:
+            make_map(np.eye(2), **{argument: value})
+        assert len(str(caught.value).splitlines()) == 1
+        assert len(str(caught.value)) < 300
 
 
 def test_repr_gives_sizes_metric_and_range():

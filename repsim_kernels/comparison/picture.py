@@ -117,7 +117,8 @@ def _set_ticks(ax: Axes, m: SimilarityMap) -> None:
     for axis, names, length in ((ax.xaxis, m.columns, box.width), (ax.yaxis, m.rows, box.height)):
         short, shared = display.shorten_names(names)
         step = math.ceil(len(names) * _PITCH / length)
-        text = {"fontsize": _FONT, "parse_math": False}  # a name may have dollar signs
+        # A name may have dollar signs.
+        text: dict[str, Any] = {"fontsize": _FONT, "parse_math": False}
         axis.set_ticks(range(0, len(names), step), short[::step], **text)
         axis.set_tick_params(length=2, width=0.5)
         axis.set_label_text(shared, **text)

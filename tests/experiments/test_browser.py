@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import html
-import json
-import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from _browser import BROWSER, browse, probe_page
 from _toy import toy_study
 from PIL import Image
 
 from repsim_kernels.experiments.report.page import write_report
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(BROWSER is None, reason="needs Chromium"),
@@ -54,36 +48,6 @@ fetch("data:text/plain,x").then(() => "fetched", () => "refused").then((answer) 
   parent.postMessage(JSON.stringify(seen), "*");
 });
 </script>"""
-ERRORS = """<script>
-const errors = [];
-addEventListener("error", (event) => errors.push(event.message));
-console.error = (...what) => errors.push(what.join(" "));
-</script>"""
-FRAME = """<!doctype html><iframe src="page.html" width="400" height="900"></iframe><pre></pre>
-<script>addEventListener("message", (event) => {
-  document.querySelector("pre").textContent = event.data;
-});</script>"""
-
-
-def browse(url: str, folder: Path, *options: str) -> str:
-    """Open a page in a headless browser and return what it prints."""
-    assert BROWSER is not None
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    command += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000", *options]
-    done = subprocess.run([*command, url], capture_output=True, text=True, timeout=300, check=True)
-    return done.stdout
-
-
-def probe_page(path: Path, folder: Path) -> dict[str, Any]:
-    """Run the probe script in a copy of the page and return what it observed."""
-    page = path.read_text(encoding="utf-8")
-    page = page.replace("<style>", ERRORS + "<style>", 1).replace("</body>", PROBE + "</body>")
-    (folder / "page.html").write_text(page, encoding="utf-8")
-    (folder / "frame.html").write_text(FRAME, encoding="utf-8")
-    out = browse((folder / "frame.html").as_uri(), folder, "--dump-dom")
-    match = re.search(r"<pre>(\{.*\})</pre>", out, flags=re.DOTALL)
-    assert match, out[-500:]
-    return dict(json.loads(html.unescape(match[1])))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +61,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def seen(page: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return probe_page(page, tmp_path_factory.mktemp("probe"))
+    return probe_page(page, PROBE, tmp_path_factory.mktemp("probe"))
 
 
 def test_clicks_sort_a_table_and_reverse_the_order(seen: dict[str, Any]) -> None:
