@@ -18,13 +18,22 @@ from _inputs import ODD
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from PIL import Image
 
 import repsim_kernels as rk
 from repsim_kernels import comparison
 from repsim_kernels.comparison import display, page
 
 OPTIONS = {"debiased": True, "sigma": None, "precision": "float32"}
-NASTY = ["</script><script>alert(1)</script>", "a & \"b\" 'c'", "$x_1$", "@DATA@", "<!--", "π, é"]
+NASTY = [
+    "</script><script>alert(1)</script>",
+    "a & \"b\" 'c'",
+    "$x_1$",
+    "$\\frac{$",
+    "@DATA@",
+    "<!--",
+    "π, é",
+]
 
 
 def make_map(values=((0.9, 0.2, 0.1), (0.3, 0.8, -0.1)), rows=None, columns=None, **other):
@@ -145,12 +154,17 @@ def test_csv_and_parquet_keep_every_digit(tmp_path_factory, values):
     ("suffix", "start"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".SVG", b"<?xml")]
 )
 def test_pictures_are_saved_without_pyplot(tmp_path, suffix, start):
-    assert (
-        make_map(NASTY_VALUES, NASTY, NASTY)
-        .save(tmp_path / f"m{suffix}")
-        .read_bytes()[: len(start)]
-        == start
-    )
+    content = make_map(NASTY_VALUES, NASTY, NASTY).save(tmp_path / f"m{suffix}").read_bytes()
+    assert content.startswith(start)
+
+
+def test_pictures_hold_what_the_values_are(tmp_path):
+    m = make_map()
+    with Image.open(m.save(tmp_path / "m.png")) as image:
+        assert image.text["Title"] == m.describe()
+        assert json.loads(image.text["Description"]) == m.get_origin()
+    text = html.unescape(m.save(tmp_path / "m.svg").read_text("utf-8"))
+    assert json.dumps(m.get_origin()) in text
 
 
 NASTY_VALUES = np.random.default_rng(0).random((len(NASTY), len(NASTY)))

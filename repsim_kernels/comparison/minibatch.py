@@ -67,13 +67,12 @@ class MinibatchCKA:
 
     Notes
     -----
-    Memory does not depend on the number of batches: twelve numbers for each pair of layers, and
+    Memory does not depend on the number of batches: fourteen numbers for each pair of layers, and
     during `update` one n x n Gram matrix for each layer, where n is the size of that batch.
 
     Batches should be random samples, as from a loader that shuffles: stimuli that are sorted, for
-    example by class, give a different similarity. Every batch of HSIC₁ is unbiased, so that the
-    similarity does not depend on the size of batches but for chance; where all stimuli fit one
-    pass, ``cka(debiased=True)`` varies less.
+    example by class, give a different similarity. HSIC₁ is unbiased, so that batches of different
+    sizes differ only by chance; ``cka(debiased=True)`` of all stimuli together varies less.
 
     The standard error is that of a ratio by the delta method. With the residual of each batch,
     e = xy / √(mean xx · mean yy) - r (xx / mean xx + yy / mean yy) / 2, where r is the similarity
@@ -192,6 +191,7 @@ class MinibatchCKA:
 
         With `torch.distributed` initialised, all ranks must call it, each after its own part of
         the batches: it then gathers the sums of all ranks, and every rank returns the same map.
+        What this rank has seen stays as it is.
 
         Returns
         -------

@@ -228,7 +228,8 @@ class SimilarityMap:
         Parameters
         ----------
         path : path
-            ".png", ".pdf" and ".svg" are what `plot` draws. ".html" is one self-contained page
+            ".png", ".pdf" and ".svg" are what `plot` draws, with the metric, its options and the
+            numbers of stimuli as metadata. ".html" is one self-contained page
             that shows the value and standard error of each cell under the pointer, and the metric
             with its options. ".csv" and ".parquet" are the table of `to_frame` in full precision,
             without standard errors: Parquet keeps the table's ``attrs``, and CSV nothing but
@@ -266,7 +267,11 @@ class SimilarityMap:
         with replace_file(path) as temporary:
             if suffix in _PICTURES:
                 figure: Any = self.plot().figure
-                figure.savefig(temporary, format=suffix[1:], dpi=_DPI, bbox_inches="tight")
+                details = "Subject" if suffix == ".pdf" else "Description"
+                metadata = {"Title": self.describe(), details: json.dumps(self.get_origin())}
+                figure.savefig(
+                    temporary, format=suffix[1:], dpi=_DPI, bbox_inches="tight", metadata=metadata
+                )
             elif suffix == ".csv":
                 self.to_frame().to_csv(temporary)
             elif suffix == ".parquet":
