@@ -27,22 +27,38 @@ KERNELS: dict[tuple[str, str], str] = {
 }
 """Where the kernel of each operation and backend is, as "module:function"."""
 
+# Internal operations of `comparison`; `gram_products` takes the Grams of its own backend.
+_LAYER_OPERATIONS = (
+    Operation(
+        "layer_grams",
+        "layer_grams",
+        ("reference", "torch", "triton"),
+        with_precision=("torch", "triton"),
+    ),
+    Operation("gram_products", "layer_grams", ("reference", "torch", "triton")),
+)
 _BATCHED = {(op.name, backend) for op in OPERATIONS for backend in op.batched}
-_WITH_PRECISION = {(op.name, backend) for op in OPERATIONS for backend in op.with_precision}
+_WITH_PRECISION = {
+    (op.name, backend) for op in (*OPERATIONS, *_LAYER_OPERATIONS) for backend in op.with_precision
+}
 # `forward` also runs kernels that are not public operations, in place of a network's own layers.
 # Where `masked_pointwise` can run, so can `linear_cells`.
-_ALL_KERNELS = KERNELS | {
-    (op, "triton"): f"repsim_kernels.kernels.triton.{module}:{op}"
-    for op, module in (
-        ("ablate", "masked_copies"),
-        ("masked_pointwise", "masked_pointwise"),
-        ("linear_cells", "linear_cells"),
-    )
-}
-# What `comparison` sums over batches.
-_HSIC = Operation("hsic", "pairwise", ("reference", "torch"), with_precision=("torch",))
-_ALL_KERNELS |= {(_HSIC.name, backend): _HSIC.target(backend) for backend in _HSIC.backends}
-_WITH_PRECISION |= {(_HSIC.name, backend) for backend in _HSIC.with_precision}
+_ALL_KERNELS = (
+    KERNELS
+    | {
+        (op, "triton"): f"repsim_kernels.kernels.triton.{module}:{op}"
+        for op, module in (
+            ("ablate", "masked_copies"),
+            ("masked_pointwise", "masked_pointwise"),
+            ("linear_cells", "linear_cells"),
+        )
+    }
+    | {
+        (op.name, backend): op.target(backend)
+        for op in _LAYER_OPERATIONS
+        for backend in op.backends
+    }
+)
 _BACKENDS: Any = torch.backends
 # Backends to try for arrays on a GPU, by library and in this order; torch serves the rest.
 _GPU_BACKENDS = {"cupy": ("cupy", "triton"), "torch": ("triton", "cupy")}

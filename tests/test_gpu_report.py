@@ -214,7 +214,7 @@ def test_rows_with_a_plain_cupy_route():
     names = {c.name for c in cases if "cupy" in c.routes}
     assert names == {
         *("centered_gram", "cell_grams", "class_means", "neuron_major", "variate_weights"),
-        *("ablate, ReLU", "eigh", "svd", "cell_grams, CUDA C++"),
+        *("layer_grams, all products", "ablate, ReLU", "eigh", "svd", "cell_grams, CUDA C++"),
     }
     assert all("cupy" in c.routes for c in cases if c.name in names)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,7 @@ def list_native_cases(quick: bool) -> list[KernelCase]:
 def _make_layer_rows(shapes: list[Shape]) -> list[KernelCase]:
     makers = (
         _make_gram_row,
+        _make_layers_row,
         _make_cell_grams_row,
         _make_class_means_row,
         _make_neuron_major_row,
@@ -109,6 +111,31 @@ def _make_gram_row(s: Shape) -> KernelCase:
     backend = load("torch.gram:centered_gram", **options)
     cost = s.size + 8 * s.n**2, s.n * (s.n + 1) * s.p  # one of two symmetric elements
     return make_case("centered_gram", s, formula, cost, kernel, backend)
+
+
+def _make_layers_row(s: Shape) -> KernelCase:
+    """Return the row of the inner products of the Grams of layers of different sizes."""
+    bounds = [int(s.p * (i / s.cells) ** 2) for i in range(s.cells + 1)]
+
+    def inputs(g: Generator) -> tuple[Tensor, ...]:
+        x = s.activations(g)[0].contiguous()
+        return tuple(x[:, start:stop] for start, stop in pairwise(bounds))
+
+    def formula(xp: Any, dtype: str, *layers: Any) -> Any:
+        centred = (_centre(xp, dtype, x) for x in layers)
+        grams = xp.stack([(c @ c.T).reshape(-1) for c in centred])
+        return grams @ grams.T
+
+    def multiply(module: str, *layers: Tensor) -> Tensor:
+        options: Facts = {"debiased": False}
+        grams = load(f"{module}layer_grams", **options, precision="float32")(list(layers))[0]
+        return load(f"{module}gram_products", **options, n=s.n)(grams, grams)[0]
+
+    operations = s.n * (s.n + 1) * (s.p + s.cells**2)
+    facts: Facts = {"detail": f" L={s.cells}", "inputs": inputs, "parts": s.cells}
+    calls = partial(multiply, "triton.layer_grams:"), partial(multiply, "torch.layer_grams:")
+    cost = s.size + 8 * s.cells * s.n**2, operations
+    return make_case("layer_grams, all products", s, formula, cost, *calls, **facts)
 
 
 def _make_cell_grams_row(

@@ -13,6 +13,7 @@ from repsim_kernels.kernels.triton import (
     cca,
     cells,
     gram,
+    layer_grams,
     linear_cells,
     logistic,
     masked_copies,
@@ -47,6 +48,18 @@ def mask_linear(n: int, p: int, outs: int, n_cells: int) -> None:
     masked_pointwise.masked_pointwise(empty(n, p), integers(p), integers(n_cells), layer)
 
 
+def multiply_layers(n: int, widths: list[int]) -> None:
+    grams = empty(len(widths), n * (n + 3) // 2, dtype=torch.float64)
+    xs = [empty(n, p) for p in widths]
+    sums = empty(len(widths), n, dtype=torch.float64)
+    layer_grams._multiply(grams, sums, xs, list(range(len(xs))), "float32", None)
+
+
+def multiply_grams(n: int, rows: int, cols: int) -> None:
+    h, k = (empty(count, n * (n + 3) // 2) for count in (rows, cols))
+    layer_grams.gram_products(h, k, n=n, debiased=True)
+
+
 def step(batch: int, m: int) -> None:
     p, f, o = (empty(batch, m, m, dtype=torch.float64) for _ in range(3))
     v = empty(m, dtype=torch.float64)
@@ -71,6 +84,8 @@ LARGE = {
     "100,000 cells": lambda: gram.cell_statistics(
         empty(500, 1_200_000), labels(1_200_000, COUNT), COUNT, shifts=True
     ),
+    "200 layers of 10,000 stimuli": lambda: multiply_layers(10_000, [1_000_000] * 200),
+    "products of 70,000 layers": lambda: multiply_grams(4, 70_000, 70_000),
     "class means of 100,000 classes": lambda: cells.class_means(
         empty(1_200_000, COUNT).mT, labels=labels(COUNT, COUNT), n_classes=COUNT
     ),

@@ -14,7 +14,7 @@ from repsim_kernels.kernels.torch import distances, features, gram, panels
 _EPS = torch.finfo(torch.float64).eps
 # Most that a diagonal entry of a centred Gram may be, relative to the norm of the Gram that is
 # compared, for float32 products: rounding moves a similarity by a few times float32's rounding.
-_MAX_ENTRY = 2.0
+MAX_ENTRY = 2.0
 
 
 def cka(
@@ -105,7 +105,7 @@ def kernel_vectors(
         parts = [part for _, part in written if part is not None]
         means_squared = torch.cat(parts).cpu().numpy()
         exact = features.keeps_digits(
-            2 * halves, d.max(-1), _MAX_ENTRY, means_squared, d.sum(-1) / n
+            2 * halves, d.max(-1), MAX_ENTRY, means_squared, d.sum(-1) / n
         )
         for i in np.flatnonzero(~exact.reshape(len(xs), -1).all(-1)).tolist():
             d[i] = write(slice(i, i + 1), panels.block_buffer(xs[i : i + 1]))[0][0].cpu().numpy()

@@ -133,9 +133,7 @@ def _sum_squares(packed: panels.Panels, starts: list[int]) -> tuple[np.ndarray, 
     return sums, panels.diagonal(packed).cpu().numpy()
 
 
-def keeps_digits(
-    norms: np.ndarray, largest: np.ndarray, limit: float, means_squared: Any, variances: np.ndarray
-) -> Any:
+def keeps_digits(norms: Any, largest: Any, limit: float, means_squared: Any, variances: Any) -> Any:
     """Return whether float32 products kept enough digits of matrices.
 
     These have squared norms and largest diagonal entries, which may be at most the limit relative

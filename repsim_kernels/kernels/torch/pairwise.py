@@ -118,10 +118,6 @@ _COMPARE: dict[str, tuple[Callable[..., Tensor], bool]] = {
 }
 
 
-# HSIC₁ whose squares, and sums of these, fit float64.
-_RANGE = 1e-140, 1e140
-
-
 def _cka(
     xs: list[Tensor],
     ys: list[Tensor] | None,
@@ -131,29 +127,8 @@ def _cka(
     precision: str,
     chance: bool = False,
 ) -> Tensor | dict[str, Tensor]:
-    dtype = cka.product_dtype([*xs, *(ys or [])], kernel, precision)
-    xy, (xx, yy), (trace_x, trace_y), _ = _compare_kernels(xs, ys, debiased, kernel, sigma, dtype)
-    chances = np.outer(trace_x, trace_y) / (len(xs[0]) - 1) if chance else None
-    return cka.finish(xy, xx[:, None], yy, chances, xs[0].device)
-
-
-_Sides = tuple[np.ndarray, np.ndarray]
-
-
-def _compare_kernels(
-    xs: list[Tensor],
-    ys: list[Tensor] | None,
-    debiased: bool,
-    kernel: str,
-    sigma: float | None,
-    dtype: torch.dtype,
-) -> tuple[np.ndarray, _Sides, _Sides, float]:
-    """Return inner products (L, M), squared norms and traces of both sides' kernel matrices.
-
-    The products and norms are those of the matrices divided by the number that comes last, and the
-    traces those divided by its root.
-    """
     both = [*xs, *(ys or [])]
+    n, dtype = len(xs[0]), cka.product_dtype(both, kernel, precision)
     comparison = None
     if kernel == "linear" and features.are_cheaper(both, len(xs) * len(ys or xs)):
         comparison = features.compare(both, debiased, dtype)
@@ -161,35 +136,11 @@ def _compare_kernels(
         products, traces = comparison
         left, right = slice(len(xs)), slice(len(xs) if ys else 0, None)
         xy = (np.triu(products) + np.triu(products, 1).T)[left, right]
-        norms = products.diagonal()
-        return xy, (norms[left], norms[right]), (traces[left], traces[right]), 1.0
-    sides = [xs] if ys is None else [xs, ys]
-    kernels = [cka.kernel_vectors(side, debiased, kernel, sigma, dtype) for side in sides]
-    (h, xx, trace_x), (k, yy, trace_y) = kernels[0], kernels[-1]
-    return panels.multiply(h, k).cpu().numpy(), (xx, yy), (trace_x, trace_y), 2.0
-
-
-def hsic(
-    xs: list[Tensor], ys: list[Tensor] | None, *, precision: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return HSIC₁ of every x (n, p_i) with every y (n, q_j), (L, M), and of each with itself.
-
-    Bounds of the rounding errors of the latter, (L,) and (M,), come last; an HSIC₁ that does not
-    exceed its bound is zero. NaN for representations with values that are not finite, or whose
-    HSIC₁ has no square in float64.
-    Source: Song et al. 2012.
-    """
-    n, dtype = len(xs[0]), cka.product_dtype([*xs, *(ys or [])], "linear", precision)
-    xy, norms, traces, factor = _compare_kernels(xs, ys, True, "linear", None, dtype)
-    scale = factor / (n * (n - 3))
-    floors = [cka.rounding_floor_of_trace(trace, n) * scale for trace in traces]
-    xx, yy = (_clear(a * scale, floor) for a, floor in zip(norms, floors, strict=True))
-    product = xx[:, None] * yy  # zero or NaN where either is
-    return np.where(product > 0, xy * scale, product), xx, yy, *floors
-
-
-def _clear(squares: np.ndarray, floors: np.ndarray) -> np.ndarray:
-    """Replace squared norms that are only rounding by 0, and those out of range by NaN."""
-    squares = np.where(np.isnan(squares) & np.isfinite(floors), 0.0, squares)
-    low, high = _RANGE
-    return np.where((squares == 0) | ((low < squares) & (squares < high)), squares, np.nan)
+        (xx, yy), (trace_x, trace_y) = ((a[left], a[right]) for a in (products.diagonal(), traces))
+    else:
+        sides = [xs] if ys is None else [xs, ys]
+        kernels = [cka.kernel_vectors(side, debiased, kernel, sigma, dtype) for side in sides]
+        (h, xx, trace_x), (k, yy, trace_y) = kernels[0], kernels[-1]
+        xy = panels.multiply(h, k).cpu().numpy()
+    chances = np.outer(trace_x, trace_y) / (n - 1) if chance else None
+    return cka.finish(xy, xx[:, None], yy, chances, xs[0].device)

@@ -16,7 +16,7 @@ from repsim_kernels.kernels.torch import memory
 # Least width of a panel, and the most panels per matrix. These save nearly half of a product; more
 # panels would save little more, and narrower ones multiply more slowly. Panels wider than the least
 # width are a multiple of TILE, the number of columns the BLAS processes together.
-_PANEL, _MAX_PANELS, TILE = 64, 10, 24
+PANEL, _MAX_PANELS, TILE = 64, 10, 24
 # Panels of products of features: their rows are the features of all representations.
 _FEW_PANELS = 4
 # A product with at most _FEW rows and at least _LONG columns per core is split over its columns.
@@ -53,12 +53,12 @@ def panels_view(g: Tensor) -> Panels:
     return [(columns, g[..., columns.start :, columns]) for columns in _spans(0, g.shape[-1], TILE)]
 
 
-def _spans(start: int, stop: int, min_width: int = _PANEL) -> list[slice]:
+def _spans(start: int, stop: int, min_width: int = PANEL) -> list[slice]:
     width = max(min_width, -(-(stop - start) // (_MAX_PANELS * TILE)) * TILE)
     return [slice(left, min(left + width, stop)) for left in range(start, stop, width)]
 
 
-def empty_panels(x: Tensor, n: int, *batch: int, min_width: int = _PANEL) -> Panels:
+def empty_panels(x: Tensor, n: int, *batch: int, min_width: int = PANEL) -> Panels:
     """Allocate uninitialised panels for float64 matrices (*batch, n, n) on the device of x.
 
     Each panel is contiguous.
@@ -207,7 +207,7 @@ def product(c: Tensor, starts: Sequence[int]) -> Panels:
     spans = [
         span
         for start, stop in zip(starts, [*starts[1:], n], strict=True)
-        for span in _spans(start, stop, max(_PANEL, -(-(stop - start) // _FEW_PANELS)))
+        for span in _spans(start, stop, max(PANEL, -(-(stop - start) // _FEW_PANELS)))
     ]
     if c.dtype == torch.float32:
         return [(columns, c[..., columns.start :, :] @ c[..., columns, :].mT) for columns in spans]

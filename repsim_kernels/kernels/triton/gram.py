@@ -43,7 +43,7 @@ def choose(n: int, columns: int, precision: str, capability: tuple[int, int]) ->
     block_n = max(16, triton.next_power_of_2(min(n, 64)))
     # Four waves of programs on 132 multiprocessors. With 8192 neurons, writing the tile is 1 % of
     # a program's traffic.
-    chunk = columns * _count_tiles(n, block_n) // (4 * 132) // 512 * 512
+    chunk = columns * count_tiles(n, block_n) // (4 * 132) // 512 * 512
     # A tile of 64 has 16 accumulators per thread, twice for the two levels of sums. With 8 warps
     # the compiler then limits itself to 128 registers, too few on 10.0 for the two parts of
     # tf32x3's operands, and before 9.0 for operands in registers.
@@ -62,7 +62,7 @@ def choose(n: int, columns: int, precision: str, capability: tuple[int, int]) ->
     )
 
 
-def _count_tiles(n: int, block_n: int) -> int:
+def count_tiles(n: int, block_n: int) -> int:
     """Count the tiles on and below the diagonal."""
     tiles = -(-n // block_n)
     return tiles * (tiles + 1) // 2
@@ -85,10 +85,10 @@ def _gram_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     # The tiles of one chunk run concurrently: all but the first find its neurons in the L2 cache.
-    pairs = _pairs(n, BLOCK_N)
+    pairs = count_pairs(n, BLOCK_N)
     item = (tl.program_id(0) // pairs).to(tl.int64)
     pair = tl.program_id(0) % pairs
-    i, j = _tile(pair)
+    i, j = find_tile(pair)
     base = tl.load(items_ptr + 4 * item)
     first = tl.load(items_ptr + 4 * item + 1)
     last = tl.load(items_ptr + 4 * item + 2)
@@ -128,14 +128,14 @@ def _gram_kernel(
 
 
 @triton.jit
-def _pairs(n, BLOCK_N: tl.constexpr):
+def count_pairs(n, BLOCK_N: tl.constexpr):
     """Count the tiles on and below the diagonal for n stimuli."""
     tiles = tl.cdiv(n, BLOCK_N)
     return tiles * (tiles + 1) // 2
 
 
 @triton.jit
-def _tile(pair):
+def find_tile(pair):
     """Return the row and column of a tile on or below the diagonal."""
     i = ((tl.sqrt(8.0 * pair + 1.0) - 1.0) * 0.5).to(tl.int32)
     i += (i + 1) * (i + 2) // 2 <= pair
@@ -147,11 +147,11 @@ def _tile(pair):
 def _sum_kernel(
     partial_ptr, slots_ptr, scale_ptr, g_ptr, n, BLOCK_N: tl.constexpr, STRIP: tl.constexpr
 ):
-    pairs = _pairs(n, BLOCK_N)
+    pairs = count_pairs(n, BLOCK_N)
     cell = (tl.program_id(0) // pairs).to(tl.int64)
     pair = tl.program_id(0) % pairs
     strip = tl.program_id(1)
-    i, j = _tile(pair)
+    i, j = find_tile(pair)
     # Multiplying by a power of two is exact; dividing would spill.
     unit = 1.0 / tl.load(scale_ptr).to(tl.float64)
     within = strip * STRIP + tl.arange(0, STRIP)
@@ -319,7 +319,7 @@ def _sum_grams(
     table = np.stack([segments.base[segment], first, last, slot], 1).astype(np.int64)
     items = torch.from_numpy(table).to(device)
 
-    pairs, tiles = _count_tiles(n, launch.block_n), -(-n // launch.block_n)
+    pairs, tiles = count_tiles(n, launch.block_n), -(-n // launch.block_n)
     length = 0 if columns is None else len(columns)
     partial = torch.empty(len(items) * pairs * launch.block_n**2, device=device)
     varies = torch.zeros(tiles, length, dtype=torch.bool, device=device)
