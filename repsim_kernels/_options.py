@@ -7,6 +7,8 @@ names the argument.
 from __future__ import annotations
 
 import math
+import os
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -207,9 +209,16 @@ def make_contiguous_folds(value: Any, n: int) -> np.ndarray[Any, Any]:
     return np.repeat(np.arange(k), [n // k + (i < n % k) for i in range(k)])
 
 
-def warn_if_degenerate(
-    metric: str, n: int, p: int, q: int, ridge: float, penalty: float, stacklevel: int = 3
-) -> None:
+def find_stacklevel() -> int:
+    """Return the `stacklevel` with which a warning of the caller names the user's own code."""
+    folder, level = os.path.dirname(__file__) + os.sep, 0
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(folder):
+        frame, level = frame.f_back, level + 1
+    return level + 1
+
+
+def warn_if_degenerate(metric: str, n: int, p: int, q: int, ridge: float, penalty: float) -> None:
     """Warn if "cca" or "pwcca" without a ridge is uninformative for n stimuli, p and q neurons."""
     if ridge or penalty:
         return
@@ -222,7 +231,7 @@ def warn_if_degenerate(
     warnings.warn(
         f"{p} and {q} neurons, {n} stimuli: without a ridge {problem}; pass ridge= or use svcca",
         DegenerateWarning,
-        stacklevel=stacklevel,
+        stacklevel=find_stacklevel(),
     )
 
 
@@ -233,7 +242,7 @@ def warn_without_ridge(metrics: Sequence[str], ridge: float, penalty: float) -> 
             "without a ridge every canonical correlation between a representation and an ablation "
             "of it is 1; pass ridge= or penalty=, or use svcca",
             DegenerateWarning,
-            stacklevel=3,
+            stacklevel=find_stacklevel(),
         )
 
 
@@ -261,5 +270,5 @@ def warn_if_high_by_chance(chance: float) -> None:
         "permuted: Gram matrices of few stimuli and many neurons are always alike; pass "
         "debiased=True, whose mean is 0 (Murphy et al. 2024). This warning is shown once",
         DegenerateWarning,
-        stacklevel=3,
+        stacklevel=find_stacklevel(),
     )

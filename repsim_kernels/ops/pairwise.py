@@ -109,7 +109,7 @@ def pairwise(
     >>> values["rsa"][0].round(2)
     array([1.  , 0.46, 0.29])
     """
-    names = _check_names(metric)
+    names = check_names(metric)
     metrics = check_metric_options(names, options)
     checks = choose_check(metrics)
     checked_xs, source = _check.check_representations(xs, "xs", **checks)
@@ -125,7 +125,7 @@ def pairwise(
     for name in names:
         _check.raise_if_nan(values[name], UNDEFINED.get(name, ""), **deferred)
         if ys is None:
-            values[name] = _compare_with_itself(values[name], name, metrics[name])
+            values[name] = compare_with_itself(values[name], name, metrics[name])
     if chances is not None:
         if ys is None:
             _set_diagonal(chances, 0.0)
@@ -133,14 +133,17 @@ def pairwise(
     return values[names[0]] if isinstance(metric, str) else values
 
 
-def _check_names(metric: Any) -> tuple[str, ...]:
-    """Return the names of one metric or several, without duplicates."""
+def check_names(metric: Any) -> tuple[str, ...]:
+    """Return the names of one metric or several, without duplicates; OptionError for none."""
     if isinstance(metric, str):
         return (_options.check_choice(metric, "metric", PAIR_METRICS),)
-    return _options.check_choices(metric, "metric", tuple(PAIR_METRICS))
+    names = _options.check_choices(metric, "metric", tuple(PAIR_METRICS))
+    if not names:
+        raise OptionError("metric: no names; expected one or several, such as ['cka']")
+    return names
 
 
-def _compare_with_itself(values: Array, name: str, options: dict[str, Any]) -> Array:
+def compare_with_itself(values: Array, name: str, options: dict[str, Any]) -> Array:
     """Remove the rounding errors of a metric between a list and itself, (L, L)."""
     if PAIR_METRICS[name].symmetric:
         values = (values + values.swapaxes(0, 1)) / 2  # exactly symmetric
@@ -162,8 +165,6 @@ def compare(
     backend: str | None,
 ) -> tuple[dict[str, Array], Array | None]:
     """Return metrics of checked representations, and the chance levels of CKA.
-
-    Called by public functions, whose callers its warnings name.
 
     Parameters
     ----------
@@ -187,7 +188,7 @@ def compare(
     for name, options in metrics.items():
         if PAIR_METRICS[name].cca_ridge:
             ridges = options["ridge"], options["penalty"]
-            _options.warn_if_degenerate(name, n, p, q, *ridges, stacklevel=4)
+            _options.warn_if_degenerate(name, n, p, q, *ridges)
         if "folds" in options:
             options["folds"] = _options.make_contiguous_folds(options["folds"], n)
         precision = options.pop("precision", precision)
