@@ -32,6 +32,7 @@ _MODULES = {
     "show_config": "repsim_kernels._dispatch",
     "DegenerateWarning": "repsim_kernels.errors",
     "OutOfMemoryWarning": "repsim_kernels.errors",
+    **{name: f"repsim_kernels.comparison.{name}" for name in ("compare", "extract")},
     "MinibatchCKA": "repsim_kernels.comparison.minibatch",
     "SimilarityMap": "repsim_kernels.comparison.similarity_map",
 }
@@ -41,6 +42,8 @@ __all__ = sorted(_MODULES)
 if TYPE_CHECKING:
     from repsim_kernels import forward as forward
     from repsim_kernels._dispatch import show_config as show_config
+    from repsim_kernels.comparison.compare import compare as compare
+    from repsim_kernels.comparison.extract import extract as extract
     from repsim_kernels.comparison.minibatch import MinibatchCKA as MinibatchCKA
     from repsim_kernels.comparison.similarity_map import SimilarityMap as SimilarityMap
     from repsim_kernels.errors import *  # noqa: F403

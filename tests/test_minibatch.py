@@ -201,7 +201,7 @@ def test_a_layer_with_wrong_values_is_named_and_the_others_are_not_affected(dtyp
     want = accumulate(batches).compute()
     batches[1][0][1][2, 1] = bad
     s = accumulate(batches, rows=["good", "bad"], columns=["c", "d"])
-    with pytest.warns(UserWarning, match="^no similarity for layers 'bad': some of their"):
+    with pytest.warns(UserWarning, match="^no value for layers 'bad': some of their"):
         m = s.compute()
     assert np.isnan(m.values[1]).all()
     assert np.isnan(m.standard_error[1]).all()
@@ -235,7 +235,7 @@ def test_a_layer_that_is_always_constant_is_named():
     batches = list(draw_batches(RNG, [8, 9, 10], [3, 2], [4]))
     for i, (xs, _) in enumerate(batches):
         xs[1][:] = 0.1 * i
-    with pytest.warns(UserWarning, match="^no similarity for layers '1': .* that are all the same"):
+    with pytest.warns(UserWarning, match="^no value for layers '1': .* are the same"):
         m = accumulate(batches).compute()
     assert np.isnan(m.values[1]).all()
     assert not np.isnan(m.values[0]).any()

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import distributed
 
-from repsim_kernels import _arrays, _check, _dispatch, _options
+from repsim_kernels import _check, _options
 from repsim_kernels._typing import ArrayLike
+from repsim_kernels.comparison import ranks
+from repsim_kernels.comparison.grams import MIN_STIMULI, GramTable, compute_cosines
 from repsim_kernels.comparison.similarity_map import SimilarityMap, check_names
 from repsim_kernels.errors import OptionError, ShapeError
 
-MIN_STIMULI = 4  # HSIC₁ divides by n - 3
+# HSIC₁ whose squares, and sums of these, fit float64.
+_RANGE = 1e-140, 1e140
 
 
 @dataclass(frozen=True)
@@ -150,14 +151,31 @@ class MinibatchCKA:
         right = None
         if ys is not None:
             right, _ = _check.check_representations(ys, "ys", like=(left[0], source), **options)
-        n, shape = len(left[0]), (len(left), len(left if right is None else right))
+        tables = []
+        for side in (left,) if right is None else (left, right):
+            table = GramTable(map(str, range(len(side))), True, self._precision)
+            for name, x in zip(table.names, side, strict=True):
+                table.add(name, x)
+            tables.append(table)
+        self.add_tables(*tables)
+
+    def add_tables(self, left: GramTable, right: GramTable | None = None) -> None:
+        """Add a batch from the U-centred Grams of its layers."""
+        n, shape = left.n, (len(left.names), len((right or left).names))
         self._check_layers(shape, right is None)
         if n < MIN_STIMULI:
             batch = _Sums(np.zeros((4, 3, *shape)), np.zeros((2, *shape)), 0, 0, n)
         else:
-            result = _dispatch.call("hsic", None, source, left, right, precision=self._precision)
-            parts = (n * _arrays.to_numpy(torch.as_tensor(part).cpu()) for part in result)
-            xy, xx, yy, floor_x, floor_y = parts
+            products = left.multiply(right or left)
+            low, high = _RANGE
+            # n HSIC₁ of each pair, row and column, NaN where its squares don't fit float64.
+            xx, yy, floor_x, floor_y = (
+                values / (n - 3)
+                for values in (products.xx, products.yy, products.floor_x, products.floor_y)
+            )
+            xx, yy = (np.where((a == 0) | ((low < a) & (a < high)), a, np.nan) for a in (xx, yy))
+            own = xx[:, None] * yy
+            xy = np.where(own > 0, products.xy / (n - 3), own)  # 0 or NaN if one of them is
             h = np.stack(np.broadcast_arrays(xy, xx[:, None], yy))
             moments = np.concatenate([h[None], h[:, None] * h])
             rounding = np.stack(np.broadcast_arrays(floor_x[:, None], floor_y))
@@ -222,7 +240,7 @@ class MinibatchCKA:
             warnings.warn(
                 f"{sums.n_left_out} stimuli are left out, in batches of fewer than {MIN_STIMULI}, "
                 "for which HSIC₁ is not defined",
-                stacklevel=2,
+                stacklevel=_options.find_stacklevel(),
             )
         is_defined = sums.moments[0, 1:] > sums.rounding
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -232,11 +250,12 @@ class MinibatchCKA:
             itself = np.eye(len(rows), dtype=bool) & ~np.isnan(values)
             values[itself] = 1.0
             error[itself & ~np.isnan(error)] = 0.0
-        _warn_of_undefined(is_defined, rows, columns)
         options = {"estimator": "minibatch", "precision": self._precision}
-        return SimilarityMap(
+        m = SimilarityMap(
             values, rows, columns, "cka_debiased", options, sums.n, error, sums.n_left_out
         )
+        m.warn_of_undefined()
+        return m
 
     def _check_layers(self, shape: tuple[int, int], of_one_network: bool) -> None:
         """Check that a batch has the layers of the names, and of the batches before."""
@@ -289,10 +308,9 @@ class MinibatchCKA:
 
     def _gather(self) -> tuple[_Sums | None, bool]:
         """Return the sums of all ranks, in the order of the ranks."""
-        if not (distributed.is_available() and distributed.is_initialized()):
+        states = ranks.gather(self._state())
+        if len(states) == 1:
             return self._sums, self._of_one_network
-        states: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(states, self._state())
         total = MinibatchCKA(self._rows, self._columns, precision=self._precision)
         return total._merge(states)
 
@@ -300,26 +318,10 @@ class MinibatchCKA:
 def _estimate(sums: _Sums) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Return the similarities and their standard errors, (R, C)."""
     xy, xx, yy = sums.moments[0] / sums.n
-    values = np.clip(np.sign(xy) * np.sqrt((xy / xx) * (xy / yy)), -1.0, 1.0)
+    values = compute_cosines(xy, xx, yy)
     # The residual of a batch is the product of its HSIC₁ and this gradient.
     gradient = np.stack([1 / np.sqrt(xx) / np.sqrt(yy), -values / xx / 2, -values / yy / 2])
     squares = np.einsum("irc,ijrc,jrc->rc", gradient, sums.moments[1:], gradient)
     b = sums.n_batches
     variance = squares / sums.n**2 * (b / (b - 1) if b > 1 else np.nan)
     return values, np.sqrt(np.maximum(variance, 0.0))
-
-
-def _warn_of_undefined(
-    is_defined: np.ndarray[Any, Any], rows: tuple[str, ...], columns: tuple[str, ...]
-) -> None:
-    """Warn if layers have no similarity, and name them."""
-    bad = [name for name, good in zip(rows, is_defined[0][:, 0], strict=True) if not good]
-    bad += [name for name, good in zip(columns, is_defined[1][0], strict=True) if not good]
-    if bad:
-        names = ", ".join(map(_options.short_repr, dict.fromkeys(bad)))
-        warnings.warn(
-            f"no similarity for layers {_options.to_one_line(names, 1000)}: some of their values "
-            "are NaN, infinite or beyond 1e±35, or their HSIC₁ is only rounding, as that of "
-            "stimuli that are all the same",
-            stacklevel=3,
-        )

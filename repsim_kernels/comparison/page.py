@@ -32,7 +32,7 @@ def render(m: SimilarityMap) -> str:
         "errors": None if m.standard_error is None else _round(m.standard_error),
         "limits": [float(f"{limit:.6g}") for limit in display.find_limits(m)],
         "colours": colours[::-1] if m.is_distance else colours,
-        "one_network": m.is_of_one_network,
+        "has_equal_names": m.has_equal_names,
     }
     # An escaped "<" can't end the script element or begin a comment.
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")

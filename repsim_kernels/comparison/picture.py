@@ -45,7 +45,7 @@ def draw(m: SimilarityMap, ax: Axes | None, limits: tuple[float, float] | None, 
     )
     if np.isnan(m.values).any():
         _mark_missing(ax)
-    if m.is_of_one_network:
+    if m.has_equal_names:
         _outline_diagonal(ax, len(m.rows))
     _set_ticks(ax, m)
     _add_bar(ax, image, m)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,8 +126,8 @@ class SimilarityMap:
         return _METRICS[self.metric].kind == "distance"
 
     @property
-    def is_of_one_network(self) -> bool:
-        """Whether rows and columns are the same layers."""
+    def has_equal_names(self) -> bool:
+        """Whether rows and columns have the same names, as those of one architecture have."""
         return self.rows == self.columns
 
     def describe(self) -> str:
@@ -142,6 +143,20 @@ class SimilarityMap:
         if undefined:
             parts.append(f"{undefined} not defined")
         return ", ".join(parts)
+
+    def warn_of_undefined(self) -> None:
+        """Warn if layers have no value with any other, and name them."""
+        is_undefined = np.isnan(self.values)
+        names = np.array(self.rows)[is_undefined.all(1)].tolist()
+        names += np.array(self.columns)[is_undefined.all(0)].tolist()
+        if names:
+            text = ", ".join(map(_options.short_repr, dict.fromkeys(names)))
+            warnings.warn(
+                f"no value for layers {_options.to_one_line(text, 1000)}: some of their values are "
+                "NaN, infinite or too large, or they are the same, or equally far apart, for all "
+                "stimuli",
+                stacklevel=_options.find_stacklevel(),
+            )
 
     def plot(
         self,
@@ -177,7 +192,7 @@ class SimilarityMap:
         -----
         The first layers are at the lower left. Where there are too many layers for all their
         names, every k-th has a tick. Cells without a value are hatched, and the diagonal is
-        outlined if rows and columns are the same layers.
+        outlined if rows and columns have the same names.
 
         Examples
         --------
@@ -262,7 +277,7 @@ class SimilarityMap:
         linear,0.2,1.0
         <BLANKLINE>
         """
-        path = _check_path(path)
+        path = check_path(path)
         suffix = path.suffix.lower()
         with replace_file(path) as temporary:
             if suffix in _PICTURES:
@@ -326,7 +341,7 @@ def _check_options(options: Any) -> dict[str, Any]:
     return dict(options)
 
 
-def _check_path(value: Any) -> Path:
+def check_path(value: Any) -> Path:
     try:
         path = Path(value)
     except TypeError:

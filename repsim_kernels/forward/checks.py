@@ -77,17 +77,21 @@ def _check_not_scripted(modules: dict[str, nn.Module], layer: str) -> None:
             )
 
 
-def check_tensors(model: nn.Module) -> None:
+def check_tensors(model: nn.Module, argument: str = "model") -> None:
     """Check that parameters and buffers have shapes and values, and are on one device."""
     for name, module in model.named_modules():
         if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
             module_name, count = repr(name) if name else "it", len(module.device_ids)
             raise LayerError(
-                f"model: {module_name} is split over {count} devices by DataParallel; "
+                f"{argument}: {module_name} is split over {count} devices by DataParallel; "
                 "pass its .module"
             )
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(t):
-            raise LayerError(f"model: {name!r} has no shape yet; run the model once on a batch")
+            raise LayerError(
+                f"{argument}: {name!r} has no shape yet; run the model once on a batch"
+            )
         if t.is_meta:
-            raise LayerError(f"model: {name!r} is on meta, which holds no values; load weights")
+            raise LayerError(
+                f"{argument}: {name!r} is on meta, which holds no values; load weights"
+            )

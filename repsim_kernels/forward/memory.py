@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
 import os
@@ -47,6 +48,16 @@ def get_free_bytes(device: torch.device) -> int:
         unused = torch.cuda.mem_get_info(device)[0]
         return unused + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min(filter(None, (_read_machine_bytes(), _read_cgroup_bytes())))
+
+
+def trim_heap() -> None:
+    """Return freed memory to the system, where glibc manages it.
+
+    Freed tensors of less than 32 MiB stay on its heap, which larger tensors can't use.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def resolve_budget(value: Any, device: torch.device) -> int:
