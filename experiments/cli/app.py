@@ -1,4 +1,4 @@
-"""The command line: ``repsim sweep | status | compact | …``."""
+"""The command line: ``repsim sweep | compare | status | compact | …``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from repsim_kernels.experiments.cli.compare import compare
 from repsim_kernels.experiments.cli.options import exit_on_errors, split_commas
 from repsim_kernels.experiments.cli.sweep import sweep
 from repsim_kernels.experiments.errors import OptionsError, ReportError, StatsError
@@ -28,9 +29,11 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",  # fills paragraphs
-    help="Test whether representation metrics track the function that ablated networks lose.",
+    help="Compare the layers of networks, and test whether representation metrics track the "
+    "function that ablated networks lose.",
 )
 app.command()(sweep)
+app.command()(compare)
 
 RUN = typer.Argument(help="Folder of a run.")
 

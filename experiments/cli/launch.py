@@ -239,8 +239,11 @@ def count_cores() -> int:
 
 
 @contextmanager
-def exit_on_signals() -> Iterator[None]:
-    """Exit with a one-line message and code 130 on Ctrl-C, or 143 on SIGTERM."""
+def exit_on_signals(reason: str = "before any unit was started") -> Iterator[None]:
+    """Exit with a one-line message and code 130 on Ctrl-C, or 143 on SIGTERM.
+
+    The message is that of the KeyboardInterrupt, or the reason.
+    """
 
     terminated = threading.Event()  # libraries may replace our KeyboardInterrupt with another one
 
@@ -253,8 +256,7 @@ def exit_on_signals() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        reason = str(interrupt) or "before any unit was started"
-        print(f"interrupted: {reason}", file=sys.stderr)
+        print(f"interrupted: {str(interrupt) or reason}", file=sys.stderr)
         raise typer.Exit(143 if terminated.is_set() else 130) from None
     finally:
         if in_main_thread:

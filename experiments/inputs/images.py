@@ -217,12 +217,46 @@ def load_image_folder(
     else:
         resizing = Resizing(round(size * 256 / 224), exact_size=(size, size))
         crop = _center_crop_to(size, resizing.side)
-    transform = transforms.Compose(
-        [crop, _to_tensor, transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-    )
+    transform = _normalise_after(crop)
     names = {output: name for name, output in outputs.items()}
     known = tuple(names.get(output, str(output)) for output in range(max(names) + 1))
     return read_classes(root, classes_files, known, transform, skipped, skip_bad, resizing)
+
+
+def load_images(folder: str | Path, size: int) -> torch.Tensor:
+    """Load all images in a folder and its sub-folders, for an ImageNet network.
+
+    Parameters
+    ----------
+    folder : path
+    size : int
+        Height and width in pixels, as in `load_image_folder`.
+
+    Returns
+    -------
+    images : tensor, (n, 3, size, size), float32
+        Sorted by path.
+
+    Raises
+    ------
+    DataError
+        If the folder is missing or has no images, or a file can't be decoded.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise DataError(f"images: {root} is not a folder; expected one with images")
+    if size < 1:
+        raise DataError(f"size: {size} is not a number of pixels; expected 1 or more")
+    files, skipped = list_image_files(root)
+    if not files:
+        raise DataError(f"images: none in {root}{describe_skipped(skipped)}; expected image files")
+    transform = _normalise_after(_center_crop_to(size, round(size * 256 / 224)))
+    return decode_images(files, transform)[0]
+
+
+def _normalise_after(crop: Callable[[Any], Any]) -> Callable[[Any], torch.Tensor]:
+    normalise = transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+    return transforms.Compose([crop, _to_tensor, normalise])
 
 
 def _center_crop_to(size: int, side: int) -> Callable[[Any], Any]:
