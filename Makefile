@@ -30,6 +30,7 @@ slow: .venv/dev .venv/triton-3.6
 	$(PYTEST) $(DEEP)
 	TRITON_INTERPRET=1 $(PYTEST) $(DEEP) tests/triton
 	$(BIN)/python -m bench peers --quick
+	$(BIN)/python -m bench networks --quick
 	$(BIN)/python -m bench gpu-report --device cpu --quick --out .venv/gpu_report.json
 	PYTHONPATH=.venv/triton-3.6 $(PYTEST) -m "" tests/compile
 	MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Prescott $(PYTEST) --hypothesis-profile deep $(VALUES)

@@ -108,6 +108,29 @@ def peers(
 
 
 @app.command()
+def networks(
+    quick: Annotated[
+        bool, typer.Option(help="Use small sizes, in a minute; write no results.")
+    ] = False,
+) -> None:
+    """Measure maps of two networks, by this package and by others: time, memory and values."""
+    from bench.bench_compare import compare_networks
+
+    out = None if quick else machine.RESULTS / f"networks-{machine.slugify_device('cpu')}.json"
+    compare_networks(out, quick)
+
+
+@app.command()
+def maps() -> None:
+    """Measure maps of two trained networks, and the errors of estimates from batches."""
+    from bench.maps import measure_maps
+
+    out = machine.RESULTS / f"maps-{machine.slugify_device('cpu')}.json"
+    machine.save(out, measure_maps())
+    print(out)
+
+
+@app.command()
 def render_docs() -> None:
     """Regenerate the figures and tables of the documentation from the committed results."""
     from bench.render_docs import draw_figures, render_pages

@@ -57,7 +57,7 @@ def tabulate_aims(peers: Json, fits: dict[str, tuple[float, float]]) -> str:
             for kind, (ours, theirs) in fits.items()
         ),
     ]
-    return format_markdown_table(["", "aim", "reached"], rows)
+    return format_markdown_table(["quantity", "aim", "reached"], rows)
 
 
 def _format(ratio: float) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import aims
+from bench import aims, bench_compare, maps
 from bench.accuracy import OURS, summarize, tabulate_by_package
 from bench.common.machine import Json, format_seconds, load
+from bench.common.records import describe_device, format_commits, format_dates
 from bench.peers import tables
 from bench.peers.packages import PACKAGES
 from bench.peers.tables import compute_job_seconds, format_markdown_table, format_ratio
@@ -36,33 +37,6 @@ _FITS = {
     "one of 2,000 logistic regressions, class unrelated to the activations": "classes alike",
     "the same, classes separated": "classes apart",
 }
-
-
-def describe_device(record: Json) -> str:
-    """Return "device, torch version, date" of a record, for the line above its tables."""
-    environment = record["environment"]
-    host = f", host {environment['host']}" if "host" in environment else ""
-    return f"{environment['device']}{host}, torch {environment['torch']}, {_format_dates(record)}"
-
-
-def _list_runs(record: Json) -> list[tuple[str, str | None]]:
-    """Return (date, commit) of each measurement, newest first; rows may have their own."""
-    rows = [row for row in record.get("rows", []) if "commit" in row] or [record["environment"]]
-    rows.sort(key=lambda row: row["date"], reverse=True)
-    return [(row["date"][:10], row["commit"]) for row in rows]
-
-
-def _format_dates(record: Json) -> str:
-    days = [day for day, _ in _list_runs(record)]
-    return days[0] if days[0] == days[-1] else f"{days[-1]} to {days[0]}"
-
-
-def _format_commits(record: Json) -> str:
-    """Return the commits that were measured, newest first."""
-    environment = record["environment"]
-    suffix = {environment["commit"]: " + changes"} if environment["changed"] else {}
-    commits = dict.fromkeys(commit for _, commit in _list_runs(record))
-    return ", ".join((c[:7] if c else "unknown") + suffix.get(c, "") for c in commits)
 
 
 def render_speed(results: Path) -> str:
@@ -359,6 +333,29 @@ took with two workers, and leaves out start-up. More than two workers were not m
 No number of workers is faster than the longest unit, here {max(units):.0f} s."""
 
 
+def render_networks(results: Path) -> str:
+    """bench/README.md: maps of two networks by this package, another and hooks."""
+    records = [load(path) for path in sorted(results.glob("networks-*.json"))]
+    # Small sizes say nothing about speed.
+    parts = [_describe_networks(record) for record in records if not record["quick"]]
+    return "\n\n".join(parts) or "Not measured yet."
+
+
+def _describe_networks(record: Json) -> str:
+    return f"""\
+On {describe_device(record)}; medians. The difference is the largest of all pairs of layers from \
+debiased CKA over all stimuli in float64.
+
+{bench_compare.tabulate_aims(record)}
+
+{bench_compare.tabulate(record)}"""
+
+
+def render_unrelated(_path: Path, record: Json) -> str:
+    """docs/compare.md: CKA of representations that have nothing in common."""
+    return maps.describe_unrelated(record)
+
+
 def render_runs(results: Path) -> str:
     """bench/README.md: the committed records with device, date and commit."""
     rows = []
@@ -366,7 +363,7 @@ def render_runs(results: Path) -> str:
         record = load(path)
         name = f"[`{path.name.partition('-')[0]}`](results/{path.name})"
         device = record["environment"]["device"]
-        rows.append([name, device, _format_dates(record), _format_commits(record)])
+        rows.append([name, device, format_dates(record), format_commits(record)])
     return format_markdown_table(["record", "device", "date", "commit"], rows, left=4)
 
 
@@ -382,5 +379,7 @@ BLOCKS: dict[str, tuple[str, Callable[..., str]]] = {
     "baselines": ("bench", render_baselines),
     "operations": ("bench", render_operations),
     "scaling": ("scaling", render_scaling),
+    "networks": ("*", render_networks),
+    "unrelated": ("maps", render_unrelated),
     "runs": ("*", render_runs),
 }

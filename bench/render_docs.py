@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from bench import roofline
+from bench import maps, roofline
 from bench.accuracy_figure import draw_figure as draw_accuracy
 from bench.common.machine import RESULTS, ROOT, load
 from bench.doc_blocks import BLOCKS
@@ -18,6 +18,7 @@ PAGES = tuple(
         "bench/README.md",
         "experiments/README.md",
         "repsim_kernels/docs/accuracy.md",
+        "repsim_kernels/docs/compare.md",
     )
 )
 _BLOCK = r"(<!-- {}: made by `python -m bench render-docs` -->\n).*?(<!-- end -->)"
@@ -57,11 +58,16 @@ def _render_block(name: str, results: Path) -> str:
 
 
 def draw_figures(results: Path = RESULTS) -> list[Path]:
-    """Draw the figures of the peers, accuracy and benchmark records; return their paths."""
+    """Draw the figures of all records that have one; return their paths."""
     written = []
-    for kind, draw in (("peers", draw_peers), ("accuracy", draw_accuracy)):
+    for kind, name, draw in (
+        ("peers", "peers", draw_peers),
+        ("accuracy", "accuracy", draw_accuracy),
+        ("maps", "maps", maps.draw_maps),
+        ("maps", "minibatch", maps.draw_batches),
+    ):
         for path in sorted(results.glob(f"{kind}-*.json")):
-            written.append(path.with_suffix(".png"))
+            written.append(path.with_name(path.name.replace(kind, name, 1)).with_suffix(".png"))
             draw(load(path), written[-1])
     for path in sorted(results.glob("bench-*.json")):
         name = path.stem.replace("bench", "roofline", 1)

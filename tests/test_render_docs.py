@@ -7,7 +7,7 @@ import re
 import pytest
 
 from bench import doc_blocks, render_docs
-from bench.common import machine
+from bench.common import machine, records
 from bench.common.machine import RESULTS, load, save
 
 
@@ -161,10 +161,10 @@ def test_the_list_of_records_has_dates_and_commits(tmp_path, rows, changed, date
 
 
 def test_a_gpu_record_names_its_host():
-    assert doc_blocks.describe_device({"environment": ENVIRONMENT | {"host": "a CPU"}}) == (
+    assert records.describe_device({"environment": ENVIRONMENT | {"host": "a CPU"}}) == (
         "a GPU, host a CPU, torch 2, 2026-11-27"
     )
-    assert doc_blocks.describe_device({"environment": ENVIRONMENT}) == "a GPU, torch 2, 2026-11-27"
+    assert records.describe_device({"environment": ENVIRONMENT}) == "a GPU, torch 2, 2026-11-27"
 
 
 def test_uncommitted_changes_are_unknown_without_git(monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import os
 import resource
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.common import memory
 from bench.peers.jobs import Workload, list_pairs, sample_comparisons
 from bench.peers.packages import PACKAGES, Package
 
@@ -151,14 +151,12 @@ class Worker:
             if self.package.kind == "cupy":
                 importlib.import_module("cupy").get_default_memory_pool().free_all_blocks()
             return torch.cuda.memory_allocated() + _count_cupy_bytes(self.package)
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        return _read_status("VmRSS")
+        return memory.start_peak()
 
     def _read_peak_memory(self) -> int:
         if self.device == "cuda":
             return torch.cuda.max_memory_allocated() + _count_cupy_bytes(self.package)
-        return _read_status("VmHWM")
+        return memory.read_peak()
 
 
 def _count_cupy_bytes(package: Package) -> int:
@@ -168,16 +166,8 @@ def _count_cupy_bytes(package: Package) -> int:
     return int(importlib.import_module("cupy").get_default_memory_pool().total_bytes())
 
 
-def _read_status(name: str) -> int:
-    """Return a byte count of this process from /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{name} is not in /proc/self/status")
-
-
 def _limit_memory() -> None:
     """Make allocations fail before the system kills a process that uses too much memory."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _read_status("VmSize") + int(_MEMORY_SHARE * physical)
+    limit = memory.read_status("VmSize") + int(_MEMORY_SHARE * physical)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
