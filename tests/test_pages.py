@@ -153,12 +153,13 @@ def test_the_readme_names_every_function():
     assert {op.name for op in OPERATIONS} <= set(re.findall(r"\w+", table))
 
 
-def test_the_readme_code_prints_what_is_shown():
+def test_the_readme_code_prints_what_is_shown(monkeypatch, tmp_path):
     """The output of each block is shown in the comments at its end."""
     text = README.read_text(encoding="utf-8")
     examples = re.findall(r"^```python\n((?:(?!```).*\n)*?)((?:# .*\n)+)```", text, re.M)
     assert len(examples) == text.count("```python") == 3
     names: dict[str, object] = {}
+    monkeypatch.chdir(tmp_path)  # where it writes
     for code, comments in examples:
         with contextlib.redirect_stdout(io.StringIO()) as out:
             exec(compile(code, "README.md", "exec"), names)
