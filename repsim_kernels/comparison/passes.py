@@ -26,6 +26,9 @@ from repsim_kernels.ops import pairwise
 # layer that runs, what a convolution unfolds, and what waits for a residual connection.
 _LIVE_OUTPUTS = 4
 
+# Neurons of the Gram whose time is measured to estimate that of all.
+_SAMPLE = 1024
+
 NeuronSlice = tuple[str, slice]
 """A layer and some of its neurons."""
 
@@ -75,7 +78,12 @@ def compare_grams(
     ]
     if in_files:
         lines.append(f"{format_bytes(needed)} of Gram matrices are written to {folder.parent}")
+    if lines:
+        lines.append(f"Gram matrices take about {_estimate_products(sides, n, on_gpu)}")
     print_plan(lines)
+    if all(plan is None for plan in plans):
+        for side in sides:
+            side.stimuli.release()
     for i, (side, plan) in enumerate(zip(sides, plans, strict=True)):
         _fill([own[i] for own in tables.values()], side, plan)
     maps = {}
@@ -138,13 +146,28 @@ def describe_passes(side: Side, count: int) -> str:
     if is_on_gpu(side.model):
         torch.cuda.synchronize()
     running = (time.perf_counter() - start) * side.stimuli.n / batches.count_stimuli(half)
-    seconds = max(1.0, count * (running + side.stimuli.seconds))
-    how_long = f"{seconds / 60:.0f} min" if seconds > 120 else f"{seconds:.0f} s"
+    seconds = count * (running + side.stimuli.seconds)
     return (
         f"{count} {'pass' if count == 1 else 'passes'} of {type(side.model.model).__name__} over "
-        f"{side.stimuli.n:,} stimuli, about {how_long}, for "
+        f"{side.stimuli.n:,} stimuli, about {_format_seconds(seconds)}, for "
         f"{format_bytes(side.stimuli.n * side.row_bytes)} of features"
     )
+
+
+def _estimate_products(sides: list[Side], n: int, on_gpu: bool) -> str:
+    """Say how long the Grams of all layers take, from that of some random features."""
+    x = torch.randn(n, _SAMPLE, device="cuda" if on_gpu else "cpu")
+    start = time.perf_counter()
+    table = GramTable(["sample"], n >= MIN_STIMULI, "float32")
+    table.add("sample", x)
+    table.multiply(table)
+    seconds = time.perf_counter() - start
+    p = sum(size.p for side in sides for size in side.sizes.values())
+    return _format_seconds(seconds * p / _SAMPLE)
+
+
+def _format_seconds(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds > 120 else f"{max(1.0, seconds):.0f} s"
 
 
 def print_plan(lines: list[str]) -> None:

@@ -147,7 +147,7 @@ class Stimuli:
         return None if self._held is None else batches.join_batches(list(self))
 
     def release(self) -> None:
-        """Stop holding batches, which are not read again."""
+        """Stop holding batches, which are not read again; `joined` is kept."""
         self._held = None
 
 
