@@ -98,7 +98,7 @@ def compare(
         networks += [] if model_b is None else [_load("b", model_b, weights_b, device)]
         loader = load_images(images, size).split(batch)
         with show_passes(Console(stderr=True), loader) as calls, _report_out_of_memory():
-            result: Any = rk.compare(
+            result = rk.compare(
                 networks[0],
                 networks[1] if model_b else None,
                 loader,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 from torch import nn
 
@@ -26,7 +26,45 @@ from repsim_kernels.errors import OptionError, ShapeError
 from repsim_kernels.forward.memory import parse_size
 from repsim_kernels.ops import pairwise
 
-Maps = SimilarityMap | dict[str, SimilarityMap]
+
+@overload
+def compare(
+    model_a: nn.Module | Mapping[str, ArrayLike],
+    model_b: nn.Module | Mapping[str, ArrayLike] | None = None,
+    loader: Iterable[Any] | None = None,
+    *,
+    loader_b: Iterable[Any] | None = ...,
+    layers: Layers = ...,
+    layers_b: Layers = ...,
+    metric: str = ...,
+    estimator: str = ...,
+    pool: Pool = ...,
+    output: Output | tuple[Output, Output] = ...,
+    call: Call | tuple[Call | None, Call | None] | None = ...,
+    ids: Ids | None = ...,
+    memory: int | str = ...,
+    **options: Any,
+) -> SimilarityMap: ...
+
+
+@overload
+def compare(
+    model_a: nn.Module | Mapping[str, ArrayLike],
+    model_b: nn.Module | Mapping[str, ArrayLike] | None = None,
+    loader: Iterable[Any] | None = None,
+    *,
+    loader_b: Iterable[Any] | None = ...,
+    layers: Layers = ...,
+    layers_b: Layers = ...,
+    metric: Sequence[str],
+    estimator: str = ...,
+    pool: Pool = ...,
+    output: Output | tuple[Output, Output] = ...,
+    call: Call | tuple[Call | None, Call | None] | None = ...,
+    ids: Ids | None = ...,
+    memory: int | str = ...,
+    **options: Any,
+) -> dict[str, SimilarityMap]: ...
 
 
 def compare(
@@ -45,7 +83,7 @@ def compare(
     ids: Ids | None = None,
     memory: int | str = "512MiB",
     **options: Any,
-) -> Maps:
+) -> SimilarityMap | dict[str, SimilarityMap]:
     """A metric between all layers of two networks, or of a network with itself.
 
     Parameters
@@ -142,20 +180,10 @@ def compare(
         )  # fmt: skip
         gathered = [{name: gather_stimuli(x) for name, x in side.items()} for side in sides]
         maps = features.compare_features(gathered, metrics)
-    elif loader is None:
-        raise OptionError("loader: None; expected the batches that the network is shown")
-    elif (ids is None) != (loader_b is None):
-        raise OptionError(
-            f"ids: {'None with two loaders' if ids is None else 'given with one loader'}; expected "
-            "a function that returns the ids of the stimuli of a batch, if there are two loaders"
-        )
-    elif ids is not None and not callable(ids):
-        raise OptionError(
-            f"ids: {_options.short_repr(ids)}; expected a function that returns the ids of the "
-            "stimuli of a batch"
-        )
-    elif estimator == "minibatch":
-        if loader_b is not None or len(networks) < len(sides):
+        return maps[metric] if isinstance(metric, str) else maps
+    loaders = _check_loaders(loader, loader_b, ids)
+    if estimator == "minibatch":
+        if len(loaders) > 1 or len(networks) < len(sides):
             raise OptionError(
                 "estimator: 'minibatch' with arrays or two loaders; expected networks and one "
                 "loader, or 'exact'"
@@ -163,18 +191,32 @@ def compare(
         check_devices(networks)
         ((name, chosen),) = metrics.items()
         accumulator = run_on_all(
-            lambda: _accumulate(networks, loader, pool, chosen["precision"], budget)
+            lambda: _accumulate(networks, loaders["loader"], pool, chosen["precision"], budget)
         )
         maps = {name: accumulator.compute()}
     else:
-        loaders = (
-            [(loader, "loader")]
-            if loader_b is None
-            else [(loader, "loader"), (loader_b, "loader_b")]
+        stimuli = run_on_all(
+            lambda: [Stimuli(one, budget, ids, name) for name, one in loaders.items()]
         )
-        stimuli = run_on_all(lambda: [Stimuli(one, budget, ids, name) for one, name in loaders])
         maps = compare_exactly(sides, stimuli, pool, metrics, budget)
     return maps[metric] if isinstance(metric, str) else maps
+
+
+def _check_loaders(loader: Any, loader_b: Any, ids: Any) -> dict[str, Any]:
+    """Return the loaders by the names of their arguments."""
+    if loader is None:
+        raise OptionError("loader: None; expected the batches that the network is shown")
+    if (ids is None) != (loader_b is None):
+        raise OptionError(
+            f"ids: {'None with two loaders' if ids is None else 'given with one loader'}; expected "
+            "a function that returns the ids of the stimuli of a batch, if there are two loaders"
+        )
+    if ids is not None and not callable(ids):
+        raise OptionError(
+            f"ids: {_options.short_repr(ids)}; expected a function that returns the ids of the "
+            "stimuli of a batch"
+        )
+    return {"loader": loader} | ({} if loader_b is None else {"loader_b": loader_b})
 
 
 def _check_for_arrays(**arguments: Any) -> None:
