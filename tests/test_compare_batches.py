@@ -9,27 +9,12 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 import torch
+from _small_network import IMAGES, assert_same, make_network
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import repsim_kernels as rk
 from repsim_kernels.comparison import batches
-
-IMAGES = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
-def make_network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()
-
-
-WANT = rk.extract(make_network(), [IMAGES])
-
-
-def assert_same(got, want=WANT):
-    assert list(got) == list(want)
-    for name, x in want.items():
-        torch.testing.assert_close(got[name], x, rtol=0, atol=0)
 
 
 @dataclass(frozen=True)

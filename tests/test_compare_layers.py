@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from _small_network import Returns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -170,23 +171,12 @@ def test_arrays_stand_for_either_side():
     assert rk.compare(a).rows == ("0", "2")
 
 
-class Broken(nn.Module):
-    """Returns a function of its input."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
-
-
 @pytest.mark.parametrize("memory", [SMALL, HELD, "1GiB"])
 @pytest.mark.parametrize(
     "function", [lambda x: x / 0 * 0, torch.zeros_like, lambda x: torch.full_like(x, 0.1)]
 )
 def test_a_layer_without_a_value_is_marked_and_the_others_go_on(function, memory):
-    network = nn.Sequential(A[0], Broken(function), A[2])
+    network = nn.Sequential(A[0], Returns(function), A[2])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         got = rk.compare(

@@ -10,37 +10,11 @@ import pytest
 import torch
 import torchvision
 from _networks import mix_modes, snapshot
+from _small_network import IMAGES, WANT, Returns, assert_same, make_network
 from torch import nn
 
 import repsim_kernels as rk
 from repsim_kernels.comparison.layers import Network, select_modules
-
-IMAGES = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
-def make_network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()
-
-
-WANT = rk.extract(make_network(), [IMAGES])
-
-
-def assert_same(got, want=WANT):
-    assert list(got) == list(want)
-    for name, x in want.items():
-        torch.testing.assert_close(got[name], x, rtol=0, atol=0)
-
-
-class Returns(nn.Module):
-    """Returns what a function makes of its input."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args, **kwargs):
-        return self.function(*args, **kwargs)
 
 
 def test_both_names_of_a_module_may_be_listed():

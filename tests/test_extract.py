@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from _small_network import Returns
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -114,17 +115,6 @@ def test_wrong_layers_are_named(network, loader, layers, message):
 class Output:
     logits: Tensor
     hidden_states: tuple[Tensor, ...]
-
-
-class Returns(nn.Module):
-    """Returns what a function makes of its input."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
 
 
 @pytest.mark.parametrize(
