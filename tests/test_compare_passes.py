@@ -83,7 +83,9 @@ def test_every_plan_gives_the_same_values(memory, readings, capsys, tmp_path, mo
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     loader = LoaderOfKnownLength(IMAGES.split(5))
     network = Counting(A)
+    state = torch.get_rng_state()
     got = compare(loader, network, memory=memory)
+    assert torch.equal(torch.get_rng_state(), state)
     np.testing.assert_allclose(got.values, WANT, rtol=0, atol=1e-10)
     assert loader.read == readings
     assert (N in network.stimuli) == (memory == 1_100_000)

@@ -156,7 +156,8 @@ def describe_passes(side: Side, count: int) -> str:
 
 def _estimate_products(sides: list[Side], n: int, on_gpu: bool) -> str:
     """Say how long the Grams of all layers take, from that of some random features."""
-    x = torch.randn(n, _SAMPLE, device="cuda" if on_gpu else "cpu")
+    generator = torch.Generator().manual_seed(0)  # the user's stays as it is
+    x = torch.randn(n, _SAMPLE, generator=generator).to("cuda" if on_gpu else "cpu")
     start = time.perf_counter()
     table = GramTable(["sample"], n >= MIN_STIMULI, "float32")
     table.add("sample", x)
@@ -191,11 +192,12 @@ def _fill(tables: list[GramTable], side: Side, plan: list[list[NeuronSlice]] | N
     if plan is None:
         trim_heap()
         side.visit(side.stimuli.joined, side.sizes, lambda name, x: add(name, side.put_in_order(x)))
-        return
-    for blocks in plan:
+    for blocks in plan or ():
         stored = _store(side, dict(blocks))
         for name in list(stored):
             add(name, stored.pop(name))
+    for table in tables:
+        table.flush()
 
 
 def _store(side: Side, columns: dict[str, slice]) -> dict[str, Tensor]:
