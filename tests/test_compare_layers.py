@@ -304,5 +304,5 @@ def test_arrays_of_other_stimuli_than_their_loader_are_refused(count):
         rk.compare(
             A, arrays, loaders[0], loader_b=loaders[1], layers="conv", ids=lambda b: b[1].tolist()
         )
-    with pytest.raises(rk.ShapeError, match=f"model_a, model_b: {N}, {count} stimuli"):
+    with pytest.raises(rk.ShapeError, match=rf"model_b\['a'\]: {count} stimuli, but model_a"):
         rk.compare(A, arrays, loaders[0], layers="conv")

@@ -226,10 +226,19 @@ def test_outputs_are_seen_before_they_are_overwritten():
 
 
 @pytest.mark.parametrize("batch", [IMAGES.clone(), IMAGES.numpy().copy()])
-def test_a_network_that_overwrites_its_input_is_refused(batch):
+def test_a_network_that_overwrites_its_input_gets_copies(batch):
     network = nn.Sequential(nn.ReLU(inplace=True), make_network())
-    with pytest.raises(rk.OptionError, match="call: the model writes to its input"):
-        rk.extract(network, [batch])
+    want = {f"1.{name}": x for name, x in rk.extract(make_network(), [IMAGES.relu()]).items()}
+    for _ in range(2):
+        assert_same(rk.extract(network, [batch], list(want)), want)
+    assert np.array_equal(batch, IMAGES)
+
+
+def test_a_network_that_overwrites_the_input_of_some_batches_is_refused():
+    network = Returns(lambda x: x.relu_() if x[0, 0] < 0 else x + 1)
+    batches = torch.ones(5, 3), -torch.ones(5, 3)
+    with pytest.raises(rk.OptionError, match="call: the model writes to the input of some batches"):
+        rk.extract(network, batches, "output")
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
@@ -250,7 +259,7 @@ def test_a_network_may_switch_gradients_and_inference_mode(mode, tmp_path):
     [
         (lambda x: x.to_sparse(), "sparse_coo float32 of shape"),
         (lambda x: torch.nested.nested_tensor([x[0], x[1, :1]]), "nested float32"),
-        (lambda x: x[:, :0], r"float32 of shape \(2, 0, 8, 8\)"),
+        (lambda x: x[:, :0], r"float32 of shape \(3, 0, 8, 8\)"),
         (lambda x: x.sum(), r"float32 of shape \(\)"),
         (lambda x: x > 0, "bool of shape"),
         (lambda x: torch.complex(x, x), "complex64 of shape"),
@@ -305,11 +314,11 @@ def test_an_output_may_be_named_or_counted(output, factor):
     ("pool", "error", "message"),
     [
         (lambda x: x.flatten(7), rk.LayerError, "the function fails at layer '0' of the model, "
-         r"whose output has shape \(2, 4, 6, 6\): IndexError: "),
+         r"whose output has shape \(3, 4, 6, 6\): IndexError: "),
         (lambda x: x.flatten(1).relu_(), rk.OptionError, "the function writes to the output"),
-        (lambda x: x.flatten(1).argsort(), rk.ShapeError, r"returned int64 of shape \(2, 144\)"),
+        (lambda x: x.flatten(1).argsort(), rk.ShapeError, r"returned int64 of shape \(3, 144\)"),
         (lambda x: x.numpy(), rk.ShapeError, "returned ndarray for layer '0'"),
-        (lambda x: x[:, :0, 0, 0], rk.ShapeError, r"returned float32 of shape \(2, 0\)"),
+        (lambda x: x[:, :0, 0, 0], rk.ShapeError, r"returned float32 of shape \(3, 0\)"),
     ],
 )  # fmt: skip
 def test_functions_that_pool_wrongly_are_named(pool, error, message):

@@ -124,8 +124,8 @@ def test_features_are_not_computed_in_vain_if_they_will_not_fit():
     for loader, extra in ((Loader, [5, 5]), (LoaderOfKnownLength, [])):
         network = Counting(A)
         compare(loader(IMAGES.split(5)), network, None, memory=800_000)
-        # Two to find the layers, and all in one pass.
-        assert network.stimuli == [2, *extra, N]
+        # Three to find the layers, and all in one pass.
+        assert network.stimuli == [3, *extra, N]
 
 
 @pytest.mark.parametrize("memory", [1_100_000, 80_000])
@@ -167,6 +167,27 @@ def test_batches_of_another_width_are_refused():
     loader = Loader([IMAGES[:12], torch.ones(11, 3, 18, 16, dtype=torch.float64)])
     with pytest.raises(rk.ShapeError, match="'0' has 1152 neurons in one batch and 1024 in the fi"):
         compare(loader, memory=80_000)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e25])
+def test_features_of_any_size_in_float32(scale):
+    torch.manual_seed(6)
+    network = nn.Sequential(nn.Linear(30, 200), nn.Linear(200, 150))
+    for parameter in network[0].parameters():
+        parameter.data *= scale
+    network[1].weight.data /= scale
+    loader = Loader(torch.randn(50, 30).split(10))
+    want = rk.compare(network, loader=loader).values
+    for memory in (60_000, 20_000):
+        got = rk.compare(network, loader=loader, memory=memory).values
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
+
+
+def test_a_temporary_folder_that_can_not_be_made_is_named(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
+    compare(IMAGES.split(5))
+    with pytest.raises(rk.OptionError, match=r"a temporary folder.* in /nonexistent: No such file"):
+        compare(IMAGES.split(5), memory=80_000)
 
 
 def test_a_loader_that_reuses_its_memory_is_refused():

@@ -186,7 +186,7 @@ def test_batches_under_four_are_left_out_and_counted(size):
 
 def test_no_batch_is_an_error():
     for s in (rk.MinibatchCKA(), accumulate(draw_batches(RNG, [3, 2], [3], [4]))):
-        with pytest.raises(rk.ShapeError, match="xs: no batch of at least 4 stimuli so far"):
+        with pytest.raises(rk.ShapeError, match="batches: none of at least 4 stimuli so far"):
             s.compute()
 
 

@@ -69,7 +69,10 @@ def compare(
         str, typer.Option(help="exact, or minibatch: one pass, with a standard error.")
     ] = "exact",
     pool: Annotated[
-        str, typer.Option(help="How an output becomes a representation: flatten, mean, max, …")
+        str,
+        typer.Option(
+            help="How an output becomes a representation: flatten, mean, max, cls, last or tokens."
+        ),
     ] = "flatten",
     size: Annotated[int, typer.Option(help="Height and width of the images in pixels.")] = 224,
     batch: Annotated[int, typer.Option(help="Number of images in a batch.")] = 50,

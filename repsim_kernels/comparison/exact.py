@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +45,36 @@ def compare_exactly(
     if kept is not None:
         for one in stimuli:
             one.release()
-    with tempfile.TemporaryDirectory(prefix="repsim-") as name:
-        folder = Path(name)
-        if kept is None and have_grams and total > grams:
-            return compare_grams(sides, n, metrics, budget, folder)
-        if kept is None:
-            passes = [describe_passes(side, 1) for side in sides if side.sizes]
-            print_plan([*passes, f"features are written to {folder.parent}"])
-            kept = [_extract(side, folder / str(i)) for i, side in enumerate(sides)]
-        for layers in kept:
-            for layer, x in layers.items():
-                layers[layer] = ranks.gather_stimuli(x)
+    if kept is not None:
         in_blocks = have_grams and total <= grams and 2 * grams > budget
-        return features.compare_features(kept, metrics, in_blocks)
+        return features.compare_features(_gather(kept), metrics, in_blocks)
+    with _make_folder() as folder:
+        if have_grams and total > grams:
+            return compare_grams(sides, n, metrics, budget, folder)
+        passes = [describe_passes(side, 1) for side in sides if side.sizes]
+        print_plan([*passes, f"features are written to {folder.parent}"])
+        kept = [_extract(side, folder / str(i)) for i, side in enumerate(sides)]
+        in_blocks = have_grams and 2 * grams > budget
+        return features.compare_features(_gather(kept), metrics, in_blocks)
+
+
+def _gather(sides: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Return representations of the stimuli of all ranks."""
+    return [{name: ranks.gather_stimuli(x) for name, x in side.items()} for side in sides]
+
+
+@contextmanager
+def _make_folder() -> Iterator[Path]:
+    """Make a temporary folder, and delete it on exit."""
+    with ExitStack() as stack:
+        try:
+            name = stack.enter_context(tempfile.TemporaryDirectory(prefix="repsim-"))
+        except OSError as error:
+            raise OptionError(
+                f"memory: too little without a temporary folder, which can't be made in "
+                f"{tempfile.gettempdir()}: {error.strerror}; expected more, or another TMPDIR"
+            ) from None
+        yield Path(name)
 
 
 def _count_bytes(sides: list[Side], n: int) -> tuple[int, int]:

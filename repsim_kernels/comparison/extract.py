@@ -18,9 +18,10 @@ from repsim_kernels.comparison.batches import Call
 from repsim_kernels.comparison.layers import Layers, Network, Output
 from repsim_kernels.comparison.pooling import Pool, check_pool, pool_output
 from repsim_kernels.comparison.stimuli import iterate
-from repsim_kernels.errors import LayerError, ShapeError
+from repsim_kernels.errors import LayerError, OptionError, ShapeError
 
-_PROBE = 2  # stimuli of the pass that finds the layers
+# Stimuli of the pass that finds the layers: not the number of layers that recurrent networks have.
+_PROBE = 3
 
 
 def extract(
@@ -86,7 +87,7 @@ def extract(
 
     Notes
     -----
-    The network first runs on two stimuli of the first batch, to find the layers.
+    The network first runs on three stimuli of the first batch, to find the layers.
 
     Examples
     --------
@@ -236,7 +237,7 @@ def _check_same_stimuli(representations: dict[str, Any]) -> dict[str, Any]:
         if n != counts[first]:
             raise ShapeError(
                 f"layers: {name!r} has {n} stimuli, but {first!r} has {counts[first]}; expected "
-                "the same number"
+                "the same number: select such layers"
             )
     return representations
 
@@ -245,7 +246,10 @@ def extract_to_files(
     network: Network, loader: Iterable[Any], pool: Pool, folder: Path
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Write representations batch by batch; the files appear once all are complete."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"out: {folder} can't be made: {error.strerror}") from None
     writers: dict[str, _ArrayWriter] = {}
     with ExitStack() as stack:
         for batch in iterate(loader):

@@ -42,9 +42,7 @@ def compare_features(
         _check_side(side, owner, checks["min_stimuli"], device)
         for side, owner in zip(sides, ("model_a", "model_b"), strict=False)
     ]
-    if len({len(x) for side in tensors for x in side}) > 1:
-        counts = ", ".join(str(len(side[0])) for side in tensors)
-        raise ShapeError(f"model_a, model_b: {counts} stimuli; expected the same stimuli")
+    _check_counts(sides)
     usable = [[i for i, x in enumerate(side) if _is_usable(x)] for side in tensors]
     itself = len(sides) == 1
     values = {
@@ -91,6 +89,21 @@ def _split(xs: list[Tensor], kept: list[int]) -> list[list[int]]:
         blocks[-1].append(i)
         width += p
     return blocks
+
+
+def _check_counts(sides: list[dict[str, Tensor]]) -> None:
+    """Check that all representations have equally many stimuli."""
+    counts = {
+        f"{owner}[{name!r}]": len(x)
+        for owner, side in zip(("model_a", "model_b"), sides, strict=False)
+        for name, x in side.items()
+    }
+    first = next(iter(counts))
+    for name, n in counts.items():
+        if n != counts[first]:
+            raise ShapeError(
+                f"{name}: {n} stimuli, but {first} has {counts[first]}; expected the same stimuli"
+            )
 
 
 def _find_device(tensors: Iterable[Tensor]) -> torch.device:

@@ -58,7 +58,8 @@ class GramTable:
     precision : {"float32", "float64"}
         How features of at most 32 bits are multiplied.
     dtype : torch.dtype
-        In which Grams are held on a CPU; sums over them are float64.
+        In which Grams are held; sums over them are float64. In float32 each layer has a scale of
+        its own, so that its products, traces and floors are known but for a factor.
     folder : path, optional
         Where Grams on a CPU are held in a file, if they do not fit in memory.
     memory : int
@@ -86,7 +87,7 @@ class GramTable:
         self._dtype, self._folder, self._memory = dtype, folder, memory
         self._waiting: dict[str, Tensor] = {}
         self._grams: Tensor | None = None
-        self._traces, self._root_floors = torch.empty(0), torch.empty(0)
+        self._traces = self._root_floors = self._scales = torch.empty(0)
 
     def add(self, name: str, x: Tensor) -> None:
         """Add the Gram of some neurons x (n, k) of a layer to that of its other neurons."""
@@ -150,9 +151,15 @@ class GramTable:
         if self._grams is None:
             self._grams = self._allocate(grams)
             self._traces = traces.new_zeros(len(self.names))
-            self._root_floors = traces.new_zeros(len(self.names))
+            self._root_floors = torch.zeros_like(self._traces)
+            self._scales = torch.ones_like(self._traces)
         rows = torch.tensor([self._rows[name] for name in names], device=grams.device)
-        self._grams.index_add_(0, rows, grams.to(self._grams.dtype))
+        if self._dtype == torch.float32:  # a layer's first trace is its scale
+            is_first = (self._traces[rows] == 0) & (traces > 0) & traces.isfinite()
+            scales = torch.where(is_first, traces, self._scales[rows])
+            self._scales[rows] = scales
+            grams, traces, floors = grams / scales[:, None], traces / scales, floors / scales**2
+        self._grams.index_add_(0, rows, grams.to(self._dtype))
         self._traces.index_add_(0, rows, traces)
         self._root_floors.index_add_(0, rows, floors.sqrt())  # a floor grows as the trace²
 

@@ -202,6 +202,8 @@ class Network:
     names : tuple of str or None
         The layers that are listed by name; None if they are selected by a rule.
     modules : dict of str to nn.Module
+    copies_input : bool
+        Whether the network gets copies of batches, since it writes to them; from `find_layers`.
     """
 
     model: nn.Module
@@ -211,6 +213,7 @@ class Network:
     owner: str = "the model"
     names: tuple[str, ...] | None = field(init=False)
     modules: dict[str, nn.Module] = field(init=False)
+    copies_input: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         argument = self.owner.removeprefix("the ")
@@ -239,13 +242,24 @@ class Network:
         """Return how errors name a layer."""
         return f"layer {layer!r} of {self.owner}"
 
-    def run(self, batch: Any, visit: Callable[[str, Tensor], None]) -> Counter[str]:
+    def run(self, batch: Any, visit: Callable[[str, Tensor], None]) -> None:
         """Call the network on a batch, and ``visit`` with each layer's name and output.
 
         Layers come in the order of their calls. The second call of a module is the layer
         "name:2", and so on. Outputs are visited as soon as they are computed, before an operation
-        that works in place can change them. Returns how often each module was called.
+        that works in place can change them.
         """
+        if self.copies_input:
+            batch = batches.map_tensors(batch, torch.clone)
+        _, is_changed = self._call(batch, visit)
+        if is_changed and not self.copies_input:
+            raise OptionError(
+                f"call: {self.owner} writes to the input of some batches, which later passes need; "
+                "expected a network, or a `call`, that leaves all batches as they are"
+            )
+
+    def _call(self, batch: Any, visit: Callable[[str, Tensor], None]) -> tuple[Counter[str], bool]:
+        """Return how often each module was called, and whether the batch was written to."""
         calls: Counter[str] = Counter()
 
         def hook(name: str) -> Callable[..., None]:
@@ -276,12 +290,7 @@ class Network:
                 stack.callback(module.register_forward_hook(hook(name)).remove)
             stack.enter_context(_eval_mode(self.model))
             self.call(self.model, batch)
-        if versions != list(map(batches.get_version, batches.list_tensors(batch))):
-            raise OptionError(
-                f"call: {self.owner} writes to its input, which later passes need; expected a "
-                "network, or a `call`, that leaves the batch as it is"
-            )
-        return calls
+        return calls, versions != list(map(batches.get_version, batches.list_tensors(batch)))
 
     def find_layers(self, batch: Any) -> tuple[dict[str, Tensor], int]:
         """Return the output of each layer on a batch, in the order of their calls or names.
@@ -316,7 +325,8 @@ class Network:
             for module in self.model.modules():
                 if not isinstance(module, torch.jit.ScriptModule):  # it allows no hooks
                     stack.callback(module.register_forward_hook(measure).remove)
-            calls = self.run(batch, keep)
+            calls, is_changed = self._call(batches.map_tensors(batch, torch.clone), keep)
+        object.__setattr__(self, "copies_input", is_changed)
         largest //= n
         if self.names is None:
             return outputs, largest

@@ -232,7 +232,7 @@ class MinibatchCKA:
         sums, of_one_network = self._gather()
         if sums is None or not sums.n_batches:
             raise ShapeError(
-                f"xs: no batch of at least {MIN_STIMULI} stimuli so far; expected one, since "
+                f"batches: none of at least {MIN_STIMULI} stimuli so far; expected one, since "
                 "HSIC₁ is not defined for fewer"
             )
         rows, columns = self._get_names(sums.moments.shape[2:], of_one_network)

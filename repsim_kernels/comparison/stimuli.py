@@ -117,7 +117,7 @@ class Stimuli:
         elif isinstance(self._loader, Iterator):
             raise OptionError(
                 f"{self.name}: {_options.short_repr(self._loader)} can be read only once, and its "
-                f"batches exceed {self._memory / 2**20:.0f} MiB; expected a loader that can be "
+                f"batches exceed {self._memory:,} bytes; expected a loader that can be "
                 "read again, such as a DataLoader, or a larger `memory`"
             )
         else:
