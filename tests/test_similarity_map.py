@@ -297,8 +297,9 @@ def test_limits_are_round_and_contain_the_values(values, limits):
 def test_limits_are_never_equal(low, span):
     first, last = display.find_limits(make_map([[low, low + span]]))
     assert first < last
-    assert first <= low + 1e-9 * span
-    assert last >= low + span - 1e-8 * span
+    # A value that is a round number up to rounding of the range is its end.
+    assert first <= low + 1e-9 * (last - first)
+    assert last >= low + span - 1e-8 * (last - first)
 
 
 @pytest.mark.parametrize(
