@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from repsim_kernels.kernels.torch import cka, features, memory, panels
+from repsim_kernels.kernels.torch import cka, features, gram, memory, panels
 
-# As `cka.MAX_ENTRY`, for Grams whose products are averaged over batches.
+# Twice `cka.MAX_ENTRY`, so that few stimuli with many independent features need no float64.
 _MAX_ENTRY = 4.0
 # Width of the products of few stimuli: a multiple of 16, the columns that the BLAS takes together.
 _WIDTH = 32
@@ -41,11 +40,11 @@ def _are_few(x: Tensor, dtype: torch.dtype) -> bool:
 def _gram_of_few(x: Tensor, debiased: bool) -> tuple[Tensor, Tensor] | None:
     """Return the Gram of at most one panel of stimuli, (1, n²), and its trace.
 
-    As `cka.kernel_vectors` with float32 products, but twice as fast for few neurons. None if
-    float32 keeps too few digits.
+    As `cka.kernel_vectors` with float32 products, in a quarter less time for 2,048 neurons. None
+    if float32 keeps too few digits.
     """
-    n = len(x)
-    g, means_squared = np.zeros((n, n)), 0.0
+    n, means_squared = len(x), 0.0
+    g = x.new_zeros(n, n, dtype=torch.float64)
     block = x.new_empty(n, min(x.shape[1], panels.SHORT), dtype=torch.float32)
     weights = block.new_full((n,), 1 / n)  # faster than torch.mean
     for run in panels.split(x.shape[1], panels.SHORT):
@@ -54,20 +53,19 @@ def _gram_of_few(x: Tensor, debiased: bool) -> tuple[Tensor, Tensor] | None:
         torch.sub(short, mean, out=c)
         for start in range(0, n, _WIDTH):
             rows = slice(start, start + _WIDTH)
-            g[start:, rows] += (c[start:] @ c[rows].mT).numpy()
+            g[start:, rows] += c[start:] @ c[rows].mT
         means_squared += float(mean @ mean)
-    g = np.tril(g) + np.tril(g, -1).T
-    largest = g.diagonal().max()
-    means = g.mean(0)
-    g -= means + (means - means.mean())[:, None]
-    trace = g.trace()
+    g = g.tril() + g.tril(-1).mT
+    largest = float(g.diagonal().max())
+    g = gram.centre_gram(g)
+    trace = g.diagonal().sum()
     if debiased:
-        shift = g.diagonal() / (n - 2)
-        g += shift + (shift - trace / ((n - 2) * (n - 1)))[:, None]
-        np.fill_diagonal(g, 0.0)
-    if not features.keeps_digits(np.sum(g * g), largest, _MAX_ENTRY, means_squared, trace / n):
+        packed = [(slice(0, n), g)]
+        gram.u_centre(packed, out=packed)
+    norm, variance = float(panels.sum_squares(g.view(-1))), float(trace) / n
+    if not features.keeps_digits(norm, largest, _MAX_ENTRY, means_squared, variance):
         return None
-    return torch.from_numpy(g).view(1, -1), torch.tensor([trace])
+    return g.view(1, -1), trace[None]
 
 
 def gram_products(h: Tensor, k: Tensor, *, n: int, debiased: bool) -> tuple[Tensor, ...]:
