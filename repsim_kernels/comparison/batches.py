@@ -234,7 +234,7 @@ def _list_leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _get_parts(value: Any) -> dict[Any, Any] | None:
-    """Return the parts of a container by key, field or position; None for anything else."""
+    """Return the parts of a container by key, field or position; None for a value without any."""
     if isinstance(value, Mapping):
         return dict(value.items())
     if isinstance(value, (tuple, list)):

@@ -18,7 +18,7 @@ from repsim_kernels.comparison.grams import GramTable
 from repsim_kernels.comparison.layers import Layers, Network, Output
 from repsim_kernels.comparison.minibatch import MinibatchCKA
 from repsim_kernels.comparison.pooling import Pool, check_pool
-from repsim_kernels.comparison.ranks import gather_stimuli, run_on_all
+from repsim_kernels.comparison.ranks import run_on_all
 from repsim_kernels.comparison.side import check_devices
 from repsim_kernels.comparison.similarity_map import SimilarityMap
 from repsim_kernels.comparison.stimuli import Ids, Stimuli, iterate
@@ -178,8 +178,7 @@ def compare(
             call=call, ids=ids, pool=None if pool == "flatten" else pool,
             estimator=None if estimator == "exact" else estimator,
         )  # fmt: skip
-        gathered = [{name: gather_stimuli(x) for name, x in side.items()} for side in sides]
-        maps = features.compare_features(gathered, metrics)
+        maps = features.compare_features(sides, metrics)
         return maps[metric] if isinstance(metric, str) else maps
     loaders = _check_loaders(loader, loader_b, ids)
     if estimator == "minibatch":

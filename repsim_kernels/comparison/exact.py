@@ -42,25 +42,18 @@ def compare_exactly(
         name in ("cka", "cka_debiased") and own["kernel"] == "linear"
         for name, own in metrics.items()
     )
+    in_blocks = have_grams and total <= grams and 2 * grams > budget
     if kept is not None:
         for one in stimuli:
             one.release()
-    if kept is not None:
-        in_blocks = have_grams and total <= grams and 2 * grams > budget
-        return features.compare_features(_gather(kept), metrics, in_blocks)
+        return features.compare_features(kept, metrics, in_blocks)
     with _make_folder() as folder:
         if have_grams and total > grams:
             return compare_grams(sides, n, metrics, budget, folder)
         passes = [describe_passes(side, 1) for side in sides if side.sizes]
         print_plan([*passes, f"features are written to {folder.parent}"])
         kept = [_extract(side, folder / str(i)) for i, side in enumerate(sides)]
-        in_blocks = have_grams and 2 * grams > budget
-        return features.compare_features(_gather(kept), metrics, in_blocks)
-
-
-def _gather(sides: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Return representations of the stimuli of all ranks."""
-    return [{name: ranks.gather_stimuli(x) for name, x in side.items()} for side in sides]
+        return features.compare_features(kept, metrics, in_blocks)
 
 
 @contextmanager
@@ -104,7 +97,7 @@ def _read(
         raise OptionError(f"pool: {pool!r} with two loaders; expected one that keeps the stimuli")
     # Each rank holds the features of all of them in the end.
     budget //= ranks.count()
-    fits = _fits(sides, stimuli[0].estimate_count() or 0, budget)
+    fits = _fits(sides, stimuli[0].estimate_count(), budget)
     buffers = [FeatureBuffer(side.sizes) for side in sides]
     for one in stimuli:
         for batch in one:

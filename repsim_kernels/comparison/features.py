@@ -12,6 +12,7 @@ from torch import Tensor
 
 from repsim_kernels import _arrays, _check, _options
 from repsim_kernels._arrays import Source
+from repsim_kernels.comparison import ranks
 from repsim_kernels.comparison.similarity_map import SimilarityMap
 from repsim_kernels.errors import ConstantError, NonFiniteError, OptionError, ShapeError
 from repsim_kernels.ops import pairwise
@@ -30,11 +31,12 @@ def convert_arrays(arrays: Mapping[str, Any], name: str) -> dict[str, Tensor]:
 def compare_features(
     sides: list[dict[str, Tensor]], metrics: Metrics, in_blocks: bool = False
 ) -> dict[str, SimilarityMap]:
-    """Compare representations; layers without a value are NaN.
+    """Compare representations of the stimuli of all ranks; layers without a value are NaN.
 
     ``in_blocks``, for CKA only, compares few layers at a time: their Grams, or products of their
     features if they have fewer neurons than stimuli, need less memory than those of all layers.
     """
+    sides = [{name: ranks.gather_stimuli(x) for name, x in side.items()} for side in sides]
     names = [list(side) for side in sides]
     checks = pairwise.choose_check(metrics)
     device = _find_device(x for side in sides for x in side.values())
@@ -57,9 +59,8 @@ def compare_features(
             continue
         xs, ys = [tensors[0][i] for i in rows], [tensors[-1][j] for j in columns]
         alike = itself and rows == columns
-        own = {name: dict(options) for name, options in metrics.items()}  # the call changes them
         source = Source("torch", str(device))
-        computed, chances = pairwise.compare(xs, None if alike else ys, source, own, None)
+        computed, chances = pairwise.compare(xs, None if alike else ys, source, metrics, None)
         if chances is not None:
             computed["chance"] = chances
         for name, block in computed.items():

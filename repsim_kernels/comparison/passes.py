@@ -86,19 +86,25 @@ def compare_grams(
             side.stimuli.release()
     for i, (side, plan) in enumerate(zip(sides, plans, strict=True)):
         _fill([own[i] for own in tables.values()], side, plan)
-    maps = {}
-    for name, own in metrics.items():
-        rows, columns = tables[name][0], tables[name][-1]
-        products = rows.multiply(columns)
-        values = compute_cosines(products.xy, products.xx[:, None], products.yy)
-        if rows is columns:
-            is_undefined = ~(products.xx > 0)
-            values = pairwise.compare_with_itself(values, name, own)
-            values[is_undefined] = values[:, is_undefined] = np.nan
-        if not debiased[name]:
-            _warn_of_chance(products, n, rows is columns)
-        maps[name] = features.make_map(values, rows.names, columns.names, name, own, n)
-    return maps
+    return {
+        name: _compare_tables(tables[name][0], tables[name][-1], name, own)
+        for name, own in metrics.items()
+    }
+
+
+def _compare_tables(
+    rows: GramTable, columns: GramTable, name: str, options: dict[str, Any]
+) -> SimilarityMap:
+    """Return the map of one kind of CKA."""
+    products = rows.multiply(columns)
+    values = compute_cosines(products.xy, products.xx[:, None], products.yy)
+    if rows is columns:
+        is_undefined = ~(products.xx > 0)
+        values = pairwise.compare_with_itself(values, name, options)
+        values[is_undefined] = values[:, is_undefined] = np.nan
+    if not pairwise.is_debiased(name, options):
+        _warn_of_chance(products, rows.n, rows is columns)
+    return features.make_map(values, rows.names, columns.names, name, options, rows.n)
 
 
 def _warn_of_chance(products: Products, n: int, of_one_network: bool) -> None:

@@ -81,12 +81,12 @@ class Stimuli:
         self._batches = iterate(loader, name)
         self.sample = next(self._batches)
 
-    def estimate_count(self) -> int | None:
-        """Return about how many stimuli there are, if the loader knows its length."""
+    def estimate_count(self) -> int:
+        """Return about how many stimuli there are; 0 if the loader does not know its length."""
         try:
             length = len(self._loader)  # type: ignore[arg-type]
         except TypeError:
-            return None
+            return 0
         return length * batches.count_stimuli(self.sample)
 
     def __iter__(self) -> Iterator[Any]:
@@ -169,12 +169,13 @@ def _list_ids(get_ids: Ids, batch: Any, count: int) -> list[Any]:
 def align(first: Stimuli, second: Stimuli) -> np.ndarray[Any, Any]:
     """Return the position in the first stimuli of each of the second ones, by their ids."""
     positions = {key: i for i, key in enumerate(first.ids)}
-    for name, ids in (("loader", first.ids), ("loader_b", second.ids)):
+    for stimuli in (first, second):
+        ids = stimuli.ids
         if len(set(ids)) < len(ids):
             repeated = next(key for i, key in enumerate(ids) if key in ids[:i])
             raise LabelError(
-                f"ids: {_options.short_repr(repeated)} occurs twice in {name}; expected distinct "
-                "ids"
+                f"ids: {_options.short_repr(repeated)} occurs twice in {stimuli.name}; expected "
+                "distinct ids"
             )
     missing = [key for key in second.ids if key not in positions]
     if missing or len(first.ids) != len(second.ids):

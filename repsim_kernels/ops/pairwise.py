@@ -172,7 +172,7 @@ def compare(
     source : Source
         That of the arguments.
     metrics : dict of str to dict
-        Names and options of metrics, from `check_metric_options`; changed in place.
+        Names and options of metrics, from `check_metric_options`.
     backend : str, optional
 
     Returns
@@ -185,6 +185,7 @@ def compare(
     n = len(xs[0])
     p, q = (max(x.shape[1] for x in side) for side in (xs, xs if ys is None else ys))
     precision = None
+    metrics = {name: dict(options) for name, options in metrics.items()}
     for name, options in metrics.items():
         if PAIR_METRICS[name].cca_ridge:
             ridges = options["ridge"], options["penalty"]
