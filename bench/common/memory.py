@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
+
+from repsim_kernels.forward.memory import trim_heap
 
 
 def start_peak() -> int:
     """Return free memory to the system, reset the peak, and return the bytes in use now."""
-    ctypes.CDLL(None).malloc_trim(0)
+    trim_heap()
     Path("/proc/self/clear_refs").write_text("5")
     return read_status("VmRSS")
 
