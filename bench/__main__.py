@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -195,7 +197,23 @@ def roofline(
         print(*draw_rooflines(report, out), sep="\n")
 
 
-if __name__ == "__main__":
-    # Exit normally on SIGTERM, so that shared memory is removed and child processes end.
+def exit_on_termination() -> None:
+    """Make SIGTERM raise SystemExit, so that shared memory is removed and child processes end.
+
+    Python ignores exceptions in destructors and in callbacks of weak references, of which imports
+    run many. If it ignores this one, the signal is sent again.
+    """
+
+    def send_again(ignored: sys.UnraisableHookArgs) -> None:
+        if isinstance(ignored.exc_value, SystemExit):
+            threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        else:
+            sys.__unraisablehook__(ignored)
+
+    sys.unraisablehook = send_again
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
+if __name__ == "__main__":
+    exit_on_termination()
     app()
