@@ -83,6 +83,10 @@ def nan_value(a, w, v):
     w[len(w) // 2] = np.nan
 
 
+def infinite_value(a, w, v):
+    w[-1] = np.inf
+
+
 def no_values(a, w, v):
     w[...] = 0
 
@@ -130,7 +134,10 @@ def rotated(a, w, v):
     v[:, [0, 2]] = v[:, [0, 2]] @ np.array([[c, s], [-s, c]])
 
 
-VALUE_FAULTS = (identity, nan_value, no_values, not_ascending, one_value_off, opposite_sign)
+VALUE_FAULTS = (
+    *(identity, nan_value, infinite_value, no_values),
+    *(not_ascending, one_value_off, opposite_sign),
+)
 VECTOR_FAULTS = (nan_vector, infinite_vector, no_vectors, duplicate_pair, long_vector, rotated)
 FAULTS = [
     *((fault, vectors) for fault in VALUE_FAULTS for vectors in (True, False)),
@@ -194,6 +201,16 @@ def test_right_results_are_accepted(solver, n, kind, dtype, scale, vectors, seed
     result = spectral.eigh(a, vectors=vectors)
     assert solver.solved_by_lapack == []
     assert not result["failed"]
+    assert_solved(a, result)
+
+
+@pytest.mark.parametrize("vectors", [True, False])
+def test_no_product_of_large_numbers_overflows(solver, vectors):
+    """The eigenvalues are within a factor of 8 of the largest number."""
+    a = symmetric((2, 7), scale=2.0**1019)
+    result = spectral.eigh(a, vectors=vectors)
+    assert solver.solved_by_lapack == []
+    assert result["values"].abs().amax() > 2.0**1021
     assert_solved(a, result)
 
 

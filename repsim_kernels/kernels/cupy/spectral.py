@@ -68,6 +68,7 @@ def eigh(a: Tensor, *, vectors: bool) -> dict[str, Tensor]:
 
     LAPACK solves each matrix that the batched solver fails on.
     """
+    a = cusolver.mirror_lower_triangle(a)
     result = solve_batch(a, vectors=vectors)
     cusolver.retry(a, result)
     return result
