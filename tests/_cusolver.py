@@ -73,9 +73,9 @@ class FakeCusolver:
         params[0] = 8192 + len(self.parameters)
         self.parameters.add(params[0])
 
-    def _SetStream(self, handle: int, stream: int) -> None:
+    def _SetStream(self, handle: int, stream: int | None) -> None:
         assert handle in self.streams
-        self.streams[handle] = stream
+        self.streams[handle] = stream or 0  # the default stream
 
     def _check(self, problem: tuple[Any, ...], batch: int) -> np.dtype:
         handle, params, jobz, uplo, n, kind_a, a, lda, kind_w, w, kind = problem
