@@ -154,6 +154,7 @@ class _Probe:
         self.means = self.x.mean(0)
         # Cache of the intact draws: the longest prefixes of the random orderings so far.
         self.orderings = np.empty((0, 0), dtype=np.int64)
+        self.uploaded = self.orderings, _arrays.to_tensor(self.orderings, x.device)
 
     def score_cells(
         self, cells: np.ndarray[Any, Any], n_cells: int, paired: bool, seed: int
@@ -244,7 +245,9 @@ class _Probe:
         Only draws that lost a neuron are fitted again, starting from their intact fit.
         """
         device, size = self.x.device, self.size
-        order = _arrays.to_tensor(orderings, device)
+        if self.uploaded[0] is not orderings:
+            self.uploaded = orderings, _arrays.to_tensor(orderings, device)
+        order = self.uploaded[1]
         survives = ~_arrays.to_tensor(inside, device)[order]
         changed = (~survives[:, :size]).any(1).nonzero()[:, 0]
         losses = intact_losses.copy()
