@@ -1,13 +1,15 @@
-"""cuSOLVER's batches, simulated by NumPy: wrong results are detected and solved again."""
+"""Batches of cuSOLVER, direct and through CuPy, simulated by NumPy: wrong results are found."""
 
 from __future__ import annotations
 
 import sys
 
+import _cusolver
 import numpy as np
 import pytest
 import torch
 from _cupy import FakeCupy
+from _cusolver import FakeCusolver
 from _draw import SEEDS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,13 +22,14 @@ with_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixtu
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23}
 
 
-@pytest.fixture
-def cusolver(monkeypatch):
-    """A CuPy used for every size, and a record of the matrices that PyTorch solves."""
-    fake = FakeCupy()
-    fake.solved_by_torch = []
-    monkeypatch.setitem(sys.modules, "cupy", fake)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+@pytest.fixture(params=["direct", "CuPy"])
+def solver(request, monkeypatch):
+    """A fake solver used for every size, and a record of the matrices that LAPACK solves."""
+    cupy = FakeCupy()
+    fake = FakeCusolver() if request.param == "direct" else cupy
+    fake.solved_by_lapack = []
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    _cusolver.install(monkeypatch, fake if request.param == "direct" else None)
     monkeypatch.setattr(spectral, "_SHARED", 0)
     monkeypatch.setattr(spectral, "unsupported", lambda *tensors: None)
 
@@ -35,7 +38,8 @@ def cusolver(monkeypatch):
 
         def solve_alone(a):
             assert a.ndim == 2  # a batch would go to cuSOLVER again
-            fake.solved_by_torch.append(a)
+            assert a.device.type == "cpu"
+            fake.solved_by_lapack.append(a)
             return fake.answer(solve, a)
 
         monkeypatch.setattr(torch.linalg, name, solve_alone)
@@ -43,7 +47,11 @@ def cusolver(monkeypatch):
     fake.answer = lambda solve, a: solve(a)
     watch("eigh")
     watch("eigvalsh")
-    return fake
+    yield fake
+    if request.param == "direct":
+        assert fake.problems == []
+        assert "XsyevBatched" in fake.names()
+        assert cupy.events == []
 
 
 def symmetric(shape, seed=0, dtype=torch.float64, scale=1.0):
@@ -73,6 +81,10 @@ def identity(a, w, v):
 
 def nan_value(a, w, v):
     w[len(w) // 2] = np.nan
+
+
+def infinite_value(a, w, v):
+    w[-1] = np.inf
 
 
 def no_values(a, w, v):
@@ -122,7 +134,10 @@ def rotated(a, w, v):
     v[:, [0, 2]] = v[:, [0, 2]] @ np.array([[c, s], [-s, c]])
 
 
-VALUE_FAULTS = (identity, nan_value, no_values, not_ascending, one_value_off, opposite_sign)
+VALUE_FAULTS = (
+    *(identity, nan_value, infinite_value, no_values),
+    *(not_ascending, one_value_off, opposite_sign),
+)
 VECTOR_FAULTS = (nan_vector, infinite_vector, no_vectors, duplicate_pair, long_vector, rotated)
 FAULTS = [
     *((fault, vectors) for fault in VALUE_FAULTS for vectors in (True, False)),
@@ -133,15 +148,20 @@ FAULTS = [
 @pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize(("fault", "vectors"), FAULTS)
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
-def test_only_the_wrong_matrix_is_solved_again(cusolver, fault, vectors, dtype, scale):
+def test_only_the_wrong_matrix_is_solved_again(solver, fault, vectors, dtype, scale):
     a = symmetric((2, 3, 7), dtype=dtype, scale=scale)
     right = np.linalg.eigh(a.numpy())
+
+    def spoil(w, v):
+        one = w.reshape(6, 7)[3], v if v is None else v.reshape(6, 7, 7)[3]
+        fault(a[1, 0].numpy(), *one)
+
+    solver.spoil = spoil
     with np.errstate(all="ignore"):
-        cusolver.spoil = lambda w, v: fault(a[1, 0].numpy(), w[1, 0], v if v is None else v[1, 0])
         result = spectral.eigh(a, vectors=vectors)
     assert not result["failed"].any()
     assert result["failed"].shape == (2, 3)
-    assert [matrix.tolist() for matrix in cusolver.solved_by_torch] == [a[1, 0].tolist()]
+    assert [matrix.tolist() for matrix in solver.solved_by_lapack] == [a[1, 0].tolist()]
     assert_solved(a, result)
     others = torch.ones(2, 3, dtype=torch.bool)
     others[1, 0] = False
@@ -162,7 +182,7 @@ def test_only_the_wrong_matrix_is_solved_again(cusolver, fault, vectors, dtype, 
     st.booleans(),
     SEEDS,
 )
-def test_right_results_are_accepted(cusolver, n, kind, dtype, scale, vectors, seed):
+def test_right_results_are_accepted(solver, n, kind, dtype, scale, vectors, seed):
     rng = np.random.default_rng(seed)
     q = np.linalg.qr(rng.standard_normal((n, n)))[0]
     w = {
@@ -177,24 +197,34 @@ def test_right_results_are_accepted(cusolver, n, kind, dtype, scale, vectors, se
     if dtype == torch.float32:
         scale = np.clip(scale, 1e-30, 1e30)
     a = torch.from_numpy((a + a.T) * scale).to(dtype)
-    cusolver.solved_by_torch.clear()
+    solver.solved_by_lapack.clear()
     result = spectral.eigh(a, vectors=vectors)
-    assert cusolver.solved_by_torch == []
+    assert solver.solved_by_lapack == []
     assert not result["failed"]
     assert_solved(a, result)
 
 
 @pytest.mark.parametrize("vectors", [True, False])
-def test_the_lower_triangle_is_used(cusolver, vectors):
-    a = symmetric((4, 9))
-    rounded = a + 1e-6 * torch.rand(a.shape, generator=torch.Generator().manual_seed(0)).triu(1)
-    result = spectral.eigh(rounded, vectors=vectors)
-    assert cusolver.solved_by_torch == []
+def test_no_product_of_large_numbers_overflows(solver, vectors):
+    """The eigenvalues are within a factor of 8 of the largest number."""
+    a = symmetric((2, 7), scale=2.0**1019)
+    result = spectral.eigh(a, vectors=vectors)
+    assert solver.solved_by_lapack == []
+    assert result["values"].abs().amax() > 2.0**1021
     assert_solved(a, result)
 
 
 @pytest.mark.parametrize("vectors", [True, False])
-def test_error_if_pytorch_fails_too(cusolver, vectors):
+def test_the_lower_triangle_is_used(solver, vectors):
+    a = symmetric((4, 9))
+    rounded = a + 1e-6 * torch.rand(a.shape, generator=torch.Generator().manual_seed(0)).triu(1)
+    result = spectral.eigh(rounded, vectors=vectors)
+    assert solver.solved_by_lapack == []
+    assert_solved(a, result)
+
+
+@pytest.mark.parametrize("vectors", [True, False])
+def test_error_if_lapack_fails_too(solver, vectors):
     a = symmetric((4, 5))
 
     def spoil(w, v):
@@ -203,25 +233,26 @@ def test_error_if_pytorch_fails_too(cusolver, vectors):
     def fail(solve, matrix):
         raise torch.linalg.LinAlgError("linalg.eigh: failed to converge")
 
-    cusolver.spoil = spoil
+    solver.spoil = spoil
     for answer in (fail, lambda solve, matrix: (solve(matrix)[0] * 2, torch.eye(5).double())):
         if not vectors and answer is not fail:
             answer = lambda solve, matrix: solve(matrix) * 2  # noqa: E731
-        cusolver.answer = answer
+        solver.answer = answer
         result = spectral.eigh(a, vectors=vectors)
         assert result["failed"].tolist() == [True, False, True, False]
         with pytest.raises(rk.ConvergenceError, match=r"a: 2 matrices of shape \(4, 5, 5\)"):
             rk.eigh(a, vectors=vectors, backend="cupy")
         if vectors:
-            cusolver.solved_by_torch.clear()
+            solver.solved_by_lapack.clear()
             with pytest.raises(torch.linalg.LinAlgError, match="2 matrices did not converge"):
                 solvers.eigh(a)
-            assert len(cusolver.solved_by_torch) == 2  # each once
+            assert len(solver.solved_by_lapack) == 2  # each once
 
 
-def test_the_batch_runs_on_the_stream_of_torch(cusolver):
+@pytest.mark.parametrize("solver", ["CuPy"], indirect=True)
+def test_a_batch_of_cupy_runs_on_the_stream_of_torch(solver):
     spectral.eigh(symmetric((3, 3)), vectors=True)
-    assert [event[0::2] for event in cusolver.events] == [
+    assert [event[0::2] for event in solver.events] == [
         ("device", "enter"),
         ("stream", "enter"),
         ("stream", "exit"),

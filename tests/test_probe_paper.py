@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -151,6 +153,98 @@ def test_neurons_are_uniform_at_every_position(p, length):
     # Neighbours are independent: a group follows itself no more often than by chance.
     repeats = (group[:, 0] == group[:, 1]).mean()
     assert abs(repeats - (0 if p == 12 else 1 / 12)) < 5 * np.sqrt(1 / 12 / 4000)
+
+
+@pytest.mark.parametrize(("p", "length"), [(7, 7), (300, 40), (8192, 30), (8193, 900), (9000, 1)])
+def test_orderings_are_those_of_the_simplest_procedure(p, length):
+    """Sorted random keys, or draws with replacement without their repeats."""
+    got = probe_paper._draw_orderings(np.random.SeedSequence(4), p, 600, length)
+    rng = np.random.default_rng(np.random.SeedSequence(4))
+    if p <= 8192:
+        want = rng.random((600, p)).argsort(axis=1)[:, :length]
+    else:
+        values = rng.integers(p, size=(2 * length + 16, 600), dtype=np.int32).T
+        want = [list(dict.fromkeys(row.tolist()))[:length] for row in values]
+    assert got.dtype == np.int64
+    assert got.tolist() == np.array(want).tolist()
+
+
+def draw_serially(function, arguments):
+    yield from map(function, arguments)
+
+
+@given(
+    st.sampled_from([(60, 5), (300, 40), (9000, 20)]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 10**9),
+)
+@settings(max_examples=20)
+def test_a_thread_changes_no_bit(shape, paired, overlapping, seed):
+    (p, size), rng = shape, np.random.default_rng(seed)
+    x = rng.standard_normal((N, p))
+    cells = rng.random((5, p)) < rng.random((5, 1)) if overlapping else rng.integers(-1, 5, p)
+    options = {"draws": 7, "size": size, "paired": paired, "seed": seed}
+    got = rk.probe_paper(x, cells, Y, 1, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe_paper, "_call_ahead", draw_serially)
+        want = rk.probe_paper(x, cells, Y, 1, **options)
+    for name, values in want.items():
+        assert np.asarray(got[name]).tobytes() == np.asarray(values).tobytes(), name
+
+
+@pytest.fixture
+def no_thread_left():
+    before = threading.enumerate()
+    yield
+    assert threading.enumerate() == before
+
+
+@pytest.mark.usefixtures("no_thread_left")
+@pytest.mark.parametrize("paired", [True, False])
+def test_neurons_are_drawn_during_the_fits_before_them(monkeypatch, paired):
+    """Fits wait until the next draw has started; no draw starts more than one cell ahead."""
+    # Unpaired, draw i serves fit i; paired, it serves fit i + 1, after the intact one.
+    name, lead = ("_extend_orderings", 0) if paired else ("_draw", 1)
+    original_draw, original_fits = getattr(probe_paper._Probe, name), probe_paper.fit_columns
+    started = [threading.Event() for _ in range(7)]
+    draws, fits = [], []
+
+    def draw(self, *arguments):
+        draws.append(len(fits))
+        started[len(draws) - 1].set()
+        return original_draw(self, *arguments)
+
+    def fit(*arguments, **options):
+        if len(fits) < 6:
+            assert started[len(fits) + lead].wait(60)
+        fits.append(len(draws))
+        return original_fits(*arguments, **options)
+
+    monkeypatch.setattr(probe_paper._Probe, name, draw)
+    monkeypatch.setattr(probe_paper, "fit_columns", fit)
+    rk.probe_paper(X, np.arange(P) % 6, Y, 1, draws=20, size=10, paired=paired)
+    assert len(fits) == 7
+    assert len(draws) == 6 + lead
+    assert all(i - finished <= lead for i, finished in enumerate(draws))
+
+
+@pytest.mark.usefixtures("no_thread_left")
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("place", ["_draw_orderings", "fit_columns"])
+@pytest.mark.parametrize("call", [0, 1])
+def test_errors_of_draws_and_fits_surface(monkeypatch, paired, place, call):
+    calls, original = [], getattr(probe_paper, place)
+
+    def fail(*arguments, **options):
+        calls.append(place)
+        if len(calls) > call:
+            raise MemoryError(place)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(probe_paper, place, fail)
+    with pytest.raises(MemoryError, match=place):
+        rk.probe_paper(X, LABELS, Y, 1, draws=20, size=10, paired=paired)
 
 
 def test_the_seed_alone_determines_the_draws():

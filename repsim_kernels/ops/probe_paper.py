@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -88,8 +91,9 @@ def probe_paper(
     Notes
     -----
     Costs (1 + C) · draws fits, where C is the number of cells, each as in `logistic_fits`; paired
-    fits start from the intact ones. x is copied unless its memory is ordered neuron by neuron. The
-    study's classifier stops early (scikit-learn's lbfgs after 100 iterations); this one converges,
+    fits start from the intact ones. x is copied unless its memory is ordered neuron by neuron. A
+    thread draws the neurons of the next cell during the fits of the current one. The study's
+    classifier stops early (scikit-learn's lbfgs after 100 iterations); this one converges,
     with outliers in float64, as described in `logistic_fits`.
 
     Source: Hayne, Jung & Carter 2024, "Does Representation Similarity Capture Function
@@ -150,36 +154,54 @@ class _Probe:
         self.means = self.x.mean(0)
         # Cache of the intact draws: the longest prefixes of the random orderings so far.
         self.orderings = np.empty((0, 0), dtype=np.int64)
+        self.uploaded = self.orderings, _arrays.to_tensor(self.orderings, x.device)
 
     def score_cells(
         self, cells: np.ndarray[Any, Any], n_cells: int, paired: bool, seed: int
     ) -> dict[str, Any]:
-        """Return the scores of the intact representation and of each ablation."""
+        """Return the scores of the intact representation and of each ablation.
+
+        A thread draws the neurons of the next cell during the fits of the current one. Only the
+        seeds determine the draws.
+        """
         p = self.x.shape[1]
         intact_seed, *cell_seeds = np.random.SeedSequence(seed).spawn(n_cells + 1)
-        intact_fits, intact_losses = self._fit(self._draw(intact_seed, p, self.size))
-        intact = math.exp(-intact_losses.mean())
+
+        def find_members(c: int) -> np.ndarray[Any, Any]:
+            return cells == c if cells.ndim == 1 else cells[c]
+
+        n_remaining = [p - int(find_members(c).sum()) for c in range(n_cells)]
+        # If few neurons remain, hardly any of the intact draws survive.
+        pair_draws = [paired and m > self.size and m >= p / 8 for m in n_remaining]
+
+        def draw(c: int | None) -> np.ndarray[Any, Any]:
+            if c is None:
+                return self._draw(intact_seed, p, self.size)
+            if pair_draws[c]:
+                return self._extend_orderings(intact_seed, find_members(c))
+            remaining = np.flatnonzero(~find_members(c))
+            return remaining[self._draw(cell_seeds[c], n_remaining[c], self.size)]
+
+        fitted = [c for c in range(n_cells) if n_remaining[c]]
         ablated, errors = np.full(n_cells, np.nan), np.full(n_cells, np.nan)
-        for c, cell_seed in enumerate(cell_seeds):
-            inside = cells == c if cells.ndim == 1 else cells[c]
-            n_remaining = p - int(inside.sum())
-            if n_remaining == 0:
-                continue
-            # If few neurons remain, hardly any of the intact draws survive.
-            pair_draws = paired and n_remaining > self.size and n_remaining >= p / 8
-            if pair_draws:
-                losses = self._fit_survivors(intact_seed, inside, intact_fits, intact_losses)
-            else:
-                remaining = np.flatnonzero(~inside)
-                _, losses = self._fit(remaining[self._draw(cell_seed, n_remaining, self.size)])
-            ablated[c] = math.exp(-losses.mean())
-            # A score is s = exp(-mean loss), so to first order ds = -s d(mean loss).
-            if pair_draws:
-                errors[c] = _standard_error(intact * intact_losses - ablated[c] * losses)
-            else:
-                terms = (intact * intact_losses, p), (ablated[c] * losses, n_remaining)
-                # A draw of all neurons has no sampling error.
-                errors[c] = math.hypot(*(_standard_error(v) for v, m in terms if m > self.size), 0)
+        with closing(_call_ahead(draw, [None, *fitted])) as draws:
+            intact_fits, intact_losses = self._fit(next(draws))
+            intact = math.exp(-intact_losses.mean())
+            for c, drawn in zip(fitted, draws, strict=True):
+                if pair_draws[c]:
+                    intact_results = intact_fits, intact_losses
+                    losses = self._fit_survivors(drawn, find_members(c), *intact_results)
+                else:
+                    _, losses = self._fit(drawn)
+                ablated[c] = math.exp(-losses.mean())
+                # A score is s = exp(-mean loss), so to first order ds = -s d(mean loss).
+                if pair_draws[c]:
+                    errors[c] = _standard_error(intact * intact_losses - ablated[c] * losses)
+                else:
+                    terms = (intact * intact_losses, p), (ablated[c] * losses, n_remaining[c])
+                    # A draw of all neurons has no sampling error.
+                    random = (_standard_error(v) for v, m in terms if m > self.size)
+                    errors[c] = math.hypot(*random, 0)
         change = intact - ablated
         return {"intact": intact, "ablated": ablated, "change": change, "standard_error": errors}
 
@@ -198,9 +220,22 @@ class _Probe:
         wrong = _arrays.to_numpy(fits["errors"])[:, 0] / len(self.y)
         return fits, wrong * _LOSS_IF_WRONG + (1 - wrong) * _LOSS_IF_RIGHT
 
+    def _extend_orderings(
+        self, seed: np.random.SeedSequence, inside: np.ndarray[Any, Any]
+    ) -> np.ndarray[Any, Any]:
+        """Return orderings that all have `size` neurons outside the cell."""
+        length = self.size + 16
+        while True:
+            length = min(len(inside), length + length // 4)
+            if self.orderings.shape[1] < length:
+                self.orderings = self._draw(seed, len(inside), length)
+            lost = inside[self.orderings].sum(axis=1, dtype=np.int32)
+            if self.orderings.shape[1] - lost.max() >= self.size:
+                return self.orderings
+
     def _fit_survivors(
         self,
-        seed: np.random.SeedSequence,
+        orderings: np.ndarray[Any, Any],
         inside: np.ndarray[Any, Any],
         intact_fits: dict[str, Tensor],
         intact_losses: np.ndarray[Any, Any],
@@ -210,16 +245,10 @@ class _Probe:
         Only draws that lost a neuron are fitted again, starting from their intact fit.
         """
         device, size = self.x.device, self.size
-        is_ablated = _arrays.to_tensor(inside, device)
-        length = size + 16
-        while True:  # until every ordering has `size` neurons outside the cell
-            length = min(len(inside), length + length // 4)
-            if self.orderings.shape[1] < length:
-                self.orderings = self._draw(seed, len(inside), length)
-            order = _arrays.to_tensor(self.orderings, device)
-            survives = ~is_ablated[order]
-            if int(survives.sum(1).min()) >= size:
-                break
+        if self.uploaded[0] is not orderings:
+            self.uploaded = orderings, _arrays.to_tensor(orderings, device)
+        order = self.uploaded[1]
+        survives = ~_arrays.to_tensor(inside, device)[order]
         changed = (~survives[:, :size]).any(1).nonzero()[:, 0]
         losses = intact_losses.copy()
         if len(changed):
@@ -240,6 +269,19 @@ class _Probe:
         return losses
 
 
+def _call_ahead(
+    function: Callable[[Any], Any], arguments: Iterable[Any]
+) -> Generator[Any, None, None]:
+    """Yield the result for each argument; a thread computes the next while the caller uses one."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        futures = (pool.submit(function, argument) for argument in arguments)
+        upcoming = next(futures, None)
+        while upcoming is not None:
+            result = upcoming.result()
+            upcoming = next(futures, None)
+            yield result
+
+
 def _draw_orderings(
     seed: np.random.SeedSequence, p: int, draws: int, length: int
 ) -> np.ndarray[Any, Any]:
@@ -251,7 +293,7 @@ def _draw_orderings(
     if p <= _MAX_SORTED_NEURONS:
         step = max(1, _MAX_KEYS // p)
         counts = [min(step, draws - i) for i in range(0, draws, step)]
-        return np.concatenate([rng.random((k, p)).argsort(1)[:, :length] for k in counts])
+        return np.concatenate([_order_smallest(rng.random((k, p)), length) for k in counts])
     # Draw with replacement and keep the first occurrence of each neuron.
     count = length + length // 2 + 8
     while True:
@@ -260,14 +302,29 @@ def _draw_orderings(
         orderings = values[:, :length].astype(np.int64)
         ordered = np.sort(values[:, :length], axis=1)
         with_repeats = np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=1))
-        for row in with_repeats:
-            _, first = np.unique(values[row], return_index=True)
-            if len(first) < length:
-                break
-            orderings[row] = values[row, np.sort(first)[:length]]
-        else:
+        values = values[with_repeats]
+        first = _find_first_occurrences(values)
+        if (first.sum(axis=1) >= length).all():
+            first &= first.cumsum(axis=1) <= length
+            orderings[with_repeats] = values[first].reshape(-1, length)
             return orderings
         count *= 2
+
+
+def _order_smallest(keys: np.ndarray[Any, Any], length: int) -> np.ndarray[Any, Any]:
+    """Return the positions of the `length` smallest keys of each row, in ascending order."""
+    smallest = keys.argpartition(length - 1, axis=1)[:, :length]
+    order = np.take_along_axis(keys, smallest, axis=1).argsort(axis=1)
+    return np.take_along_axis(smallest, order, axis=1)
+
+
+def _find_first_occurrences(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return where a value of a row occurs for the first time in it."""
+    order = values.argsort(axis=1, kind="stable")
+    ordered = np.take_along_axis(values, order, axis=1)
+    first = np.ones(values.shape, dtype=bool)
+    np.put_along_axis(first, order[:, 1:], ordered[:, 1:] != ordered[:, :-1], axis=1)
+    return first
 
 
 def _standard_error(values: np.ndarray[Any, Any]) -> float:

@@ -169,7 +169,7 @@ def eigh(
     backend : {"reference", "torch", "cupy"}, optional
         Backend to use; by default chosen by the library and device of a. "cupy" solves all matrices
         at once: for n <= 128 by Jacobi rotations in shared memory, for larger n by cuSOLVER's
-        batched solver, whose results it checks. PyTorch solves the matrices for which these fail.
+        batched solver, whose results it checks. LAPACK solves the matrices for which these fail.
 
     Returns
     -------
@@ -184,7 +184,8 @@ def eigh(
 
     Notes
     -----
-    PyTorch and LAPACK solve the matrices one after the other if n > 32.
+    On a CPU, LAPACK solves the matrices one after the other. On a GPU, "torch" calls cuSOLVER's
+    batched solver for every n, with the same check.
     Source: Golub & Van Loan 2013, *Matrix Computations*, 4th edition, section 8.5 (Jacobi methods).
 
     Examples

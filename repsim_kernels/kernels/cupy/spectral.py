@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from repsim_kernels.kernels import cusolver
 from repsim_kernels.kernels.cupy import module
 
 #: Rows of the largest matrix that fits into a block's shared memory in float64.
@@ -66,10 +66,11 @@ def unsupported(a: Tensor) -> str | None:
 def eigh(a: Tensor, *, vectors: bool) -> dict[str, Tensor]:
     """Return ascending ``values``, their ``vectors`` as columns, and which matrices ``failed``.
 
-    PyTorch solves each matrix that the batched solver fails on.
+    LAPACK solves each matrix that the batched solver fails on.
     """
+    a = cusolver.mirror_lower_triangle(a)
     result = solve_batch(a, vectors=vectors)
-    _retry(a, result)
+    cusolver.retry(a, result)
     return result
 
 
@@ -78,7 +79,7 @@ def solve_batch(a: Tensor, *, vectors: bool, sweeps: int = _SWEEPS) -> dict[str,
     n = a.shape[-1]
     launch = choose("eigh", n, n, a.element_size(), vectors, _shared_memory_limit(a.device))
     if launch is None:
-        return _solve_by_cusolver(a, vectors)
+        return cusolver.solve_batch(a, vectors=vectors, otherwise=_solve_by_cupy)
     matrices = a.reshape(-1, n, n).contiguous()
     w, v, work = matrices.new_empty(len(matrices), n), *_empty_vectors(matrices, launch)
     info = torch.empty(len(matrices), dtype=torch.int32, device=a.device)
@@ -144,75 +145,18 @@ def _complete_basis(u: Tensor) -> Tensor:
     return torch.where(known, u, q)
 
 
-def _solve_by_cusolver(a: Tensor, vectors: bool) -> dict[str, Tensor]:
-    """Solve as `eigh` does, by one call of cuSOLVER for the batch, and check the results.
+def _solve_by_cupy(a: Tensor, vectors: bool) -> list[Tensor]:
+    """Solve symmetric matrices by one call of an older cuSOLVER for the batch.
 
     CuPy ignores the status that cuSOLVER reports for each matrix, and cuSOLVER has returned wrong
-    results without reporting them (CuPy's issue 4847). Matrices that fail the check count as
-    failed.
+    results without reporting them (CuPy's issue 4847).
     """
-    # Above 32 rows PyTorch solves one matrix after another (its issues 174674 and 175585: 914 ms
-    # for 500 matrices of 100 x 100, where CuPy's batched call of cuSOLVER takes 8.4 ms).
     import cupy  # type: ignore[import-not-found]
 
-    # Use the lower triangle, as PyTorch does: a may be symmetric only up to rounding.
-    a = a.tril() + a.tril(-1).mT
     with (
         cupy.cuda.Device(a.device.index),
         cupy.cuda.Stream.from_external(torch.cuda.current_stream(a.device)),
     ):
         matrices = cupy.from_dlpack(a)
         solved = cupy.linalg.eigh(matrices) if vectors else [cupy.linalg.eigvalsh(matrices)]
-        result = _as_result(list(map(torch.utils.dlpack.from_dlpack, solved)))
-    result["failed"] = _is_wrong(a, result)
-    return result
-
-
-def _retry(a: Tensor, result: dict[str, Tensor]) -> None:
-    """Solve each failed matrix again by PyTorch and update `result` in place.
-
-    Matrices that PyTorch fails on, or solves wrongly, stay marked as failed.
-    """
-    solve = torch.linalg.eigh if "vectors" in result else lambda m: [torch.linalg.eigvalsh(m)]
-    for index in map(tuple, result["failed"].nonzero().tolist()):
-        try:
-            retried = _as_result(solve(a[index]))
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            continue
-        for name, value in retried.items():
-            result[name][index] = value
-        result["failed"][index] = _is_wrong(a[index], retried)
-
-
-def _as_result(solved: Sequence[Tensor]) -> dict[str, Tensor]:
-    return dict(zip(("values", "vectors"), solved, strict=False))
-
-
-def _is_wrong(a: Tensor, result: dict[str, Tensor]) -> Tensor:
-    """Return for each matrix of a (…, n, n) whether its values, and vectors if any, are wrong.
-
-    With vectors the check is complete: a V = V diag(w), and the columns of V are orthonormal.
-    Without vectors it is only necessary: the values match the trace and the Frobenius norm of a.
-    Either way the values must ascend.
-    """
-    n, w = a.shape[-1], result["values"].to(torch.float64)
-    # LAPACK's residuals are 0.1 n eps ‖a‖ for the first and 0.8 n eps for the second condition, at
-    # 129 to 700 rows. Checked in float64, since float32 products may be rounded to TF32, and with a
-    # scaled to magnitude 1, so that no square overflows.
-    tolerance = 10 * n * torch.finfo(a.dtype).eps
-    unit = a.abs().amax((-2, -1)).to(torch.float64)
-    unit = torch.where(unit > 0, unit, 1)
-    a, w = a.to(torch.float64) / unit[..., None, None], w / unit[..., None]
-    norm = torch.linalg.matrix_norm(a)
-    if "vectors" in result:
-        v = result["vectors"].to(torch.float64)
-        residual = torch.linalg.matrix_norm((a @ v).addcmul_(v, w[..., None, :], value=-1))
-        gram = v.mT @ v
-        gram.diagonal(dim1=-2, dim2=-1).sub_(1)
-        correct = (residual <= tolerance * norm) & (torch.linalg.matrix_norm(gram) <= tolerance)
-    else:
-        # Hoffman and Wielandt: the values of a + E differ from those of a by at most ‖E‖ in norm.
-        trace_error = (w.sum(-1) - a.diagonal(dim1=-2, dim2=-1).sum(-1)).abs()
-        norm_error = (torch.linalg.vector_norm(w, dim=-1) - norm).abs()
-        correct = (trace_error <= n**0.5 * tolerance * norm) & (norm_error <= tolerance * norm)
-    return ~(correct & (w.diff(dim=-1) >= 0).all(-1))  # NaN fails every comparison
+        return list(map(torch.utils.dlpack.from_dlpack, solved))

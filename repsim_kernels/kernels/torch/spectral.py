@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from repsim_kernels._routes import Distances
+from repsim_kernels.kernels import cusolver
 from repsim_kernels.kernels.torch import gram, panels, representation
 from repsim_kernels.kernels.torch.ablation import GramParts, distances_of_parts
 from repsim_kernels.kernels.torch.spectral_distances import SOLVERS, Original, Solvers
@@ -38,6 +39,8 @@ def gram_ablation_distances(
 
 
 def eigh(a: Tensor, *, vectors: bool) -> dict[str, Tensor]:
+    if cusolver.unsupported(a) is None:  # the solver that PyTorch calls since 2.12, but checked
+        return cusolver.eigh(a, vectors=vectors)
     if not vectors:
         return {"values": torch.linalg.eigvalsh(a)}
     w, v = torch.linalg.eigh(a)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from repsim_kernels._routes import Distances
+from repsim_kernels.kernels import cusolver
 from repsim_kernels.kernels.cupy import spectral as native
 from repsim_kernels.kernels.torch import spectral
 from repsim_kernels.kernels.torch.spectral_distances import Solvers
@@ -21,14 +22,17 @@ def unsupported(*tensors: Tensor) -> str | None:
 
 
 def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute `torch.linalg.eigh` for all matrices at once, by native kernels where possible.
+    """Compute `torch.linalg.eigh` for all matrices at once, by native kernels or cuSOLVER.
 
-    Raises torch.linalg.LinAlgError if PyTorch can't solve a matrix that they failed on.
+    Raises torch.linalg.LinAlgError if LAPACK can't solve a matrix that they failed on.
     """
-    if native.unsupported(a) is not None:
+    if native.unsupported(a) is None:
+        result = native.solve_batch(a, vectors=True)
+    elif cusolver.unsupported(a) is None:
+        result = cusolver.solve_batch(a, vectors=True)
+    else:
         return torch.linalg.eigh(a)
-    result = native.eigh(a, vectors=True)
-    if failed := int(result["failed"].sum()):
+    if failed := cusolver.retry(a, result):
         message = f"eigh: {failed} matrices did not converge"
         raise torch.linalg.LinAlgError(message)  # type: ignore[attr-defined]
     return result["values"], result["vectors"]
