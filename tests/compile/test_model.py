@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from bench.__main__ import app
 from bench.predict import model
-from bench.predict.compile import CompiledKernel, build, list_cases
+from bench.predict.compile import CompiledKernel, Dots, build, list_cases, read_dots
 from repsim_kernels.kernels.triton._launch import Floor
 
 
@@ -23,8 +23,9 @@ def test_page_has_a_row_for_every_case(tmp_path: Path) -> None:
     assert "Nothing on this page was measured on a GPU" in text
     assert "python -m bench model" in text
     text, _, stage = text.partition("## The n x n stage")
+    text, _, loops = text.partition("## Product loops")
     # 40 million fits of 8 steps at 36 or 52 thousand cycles, plus 20 per fit, on 132 x 1.7 GHz.
-    assert "40 million take 55 s and 78 s." in " ".join(text.split())
+    assert "40 million take 55 s and 78 s." in " ".join(loops.split())
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
     titles, rows = lines[0], [line for line in lines if line[0] not in ("case", "---")]
     assert [row[0] for row in rows] == [case.name for _, case in list_cases()]
@@ -32,8 +33,11 @@ def test_page_has_a_row_for_every_case(tmp_path: Path) -> None:
         entries = dict(zip(titles, row, strict=True))
         kernels = build(case, 90)
         assert entries["registers"] == " / ".join(str(kernel.registers) for kernel in kernels)
-        assert entries["bound"] in ("bytes", "operations")
-        assert float(entries["µs"].replace(",", "")) > 0
+        times = {name: entries[f"{name} µs"] for name in ("bytes", "operations", "issue")}
+        times = {name: float(t.replace(",", "")) for name, t in times.items() if t != "-"}
+        assert times[entries["bound"]] == max(times.values()) > 0
+        products = [k for k in kernels if case.products and k.tensor_cores]
+        assert loops.count(f"| {case.name} |") == len(products)
     parts = [line.strip("| ").split(" | ") for line in stage.splitlines() if "| " in line][2:]
     assert sum(float(row[1]) for row in parts[:-1]) == pytest.approx(float(parts[-1][1]), rel=0.01)
     # 25,000 times 18.7 products of 2 · 499³ operations, at 67 · 10¹² per second.
@@ -51,6 +55,73 @@ def test_page_has_a_row_for_every_case(tmp_path: Path) -> None:
 )
 def test_predicted_times(floor: Floor, seconds: float, bound: str) -> None:
     assert model.predict(floor) == (pytest.approx(seconds), bound)
+
+
+def test_the_largest_time_is_the_bound() -> None:
+    floor = Floor(8_600_000, 1_600_000_000, "tf32")
+    assert model.predict(floor) == (pytest.approx(4e-6), "operations")
+    assert model.predict(floor, 5e-6) == (5e-6, "issue")
+    assert model.predict(floor, 1e-6) == (pytest.approx(4e-6), "operations")
+
+
+LOOPS = """\
+  tt.func public @toy(%x: !tt.ptr<f32>) {
+    %total = scf.for %start = %a to %b step %c iter_args(%t = %z) -> (tensor<64x128xf32>)  : i32 {
+      %part = scf.for %s = %start to %d step %e iter_args(%p = %z) -> (tensor<64x128xf32>)  : i32 {
+        %1 = tt.dot %u, %v, %p{} : tensor<64x16x{}> * tensor<16x128x{}> -> tensor<64x128xf32>
+        scf.yield %1 : tensor<64x128xf32>
+      }
+      scf.yield %part : tensor<64x128xf32>
+    }
+    tt.return
+  }
+"""
+
+
+def write_dots(precision: str, dtype: str) -> str:
+    dot = f", inputPrecision = {precision}" if precision != "ieee" else ""
+    return LOOPS.replace("%p{}", f"%p{dot}").replace("{}", dtype)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "count"),
+    [("tf32x3", "f32", 3), ("tf32x3", "bf16", 1), ("tf32", "f32", 1), ("ieee", "f64", 1)],
+)
+def test_products_of_the_source(precision: str, dtype: str, count: int) -> None:
+    text = write_dots(precision, dtype)
+    assert read_dots(text) == Dots(count, 2 * 64 * 128 * 16)
+    (dot,) = (line for line in text.splitlines() if "tt.dot" in line)
+    assert read_dots(text.replace(dot, f"{dot}\n{dot}")) == Dots(2 * count, 2 * 64 * 128 * 16)
+
+
+def test_products_in_several_places_have_no_known_iterations() -> None:
+    text = write_dots("tf32", "f32")
+    (dot,) = (line for line in text.splitlines() if "tt.dot" in line)
+    assert read_dots(text.replace(dot, "")) is None
+    assert read_dots(text.replace("    tt.return", f"{dot[4:]}\n    tt.return")) is None
+    assert (
+        read_dots(text.replace("      scf.yield %part", f"{dot[2:]}\n      scf.yield %part"))
+        is None
+    )
+    other = dot.replace("x16x", "x32x").replace("<16x", "<32x")
+    assert read_dots(text.replace(dot, f"{dot}\n{other}")) is None
+
+
+def test_the_gram_kernel_is_bound_by_issue() -> None:
+    (case,) = (
+        case
+        for module, case in list_cases()
+        if module == "gram" and case.name == "16 cells, n = 500, p = 100,352, float32, tf32x3"
+    )
+    issue = model.predict_issue(case)
+    assert issue is not None
+    (kernel,) = (k for k in build(case, 90) if k.dots)
+    # Tiles of 64 x 64 take 16 neurons per iteration; 132 multiprocessors issue 4 x 1.7 GHz.
+    iterations = 500 * 501 * 100_352 / (2 * 64 * 64 * 16)
+    instructions = len(kernel.product_loop) * kernel.warps
+    assert issue == pytest.approx(iterations * instructions / (132 * 4 * 1.7e9))
+    assert model.predict(case.floor, issue) == (issue, "issue")
+    assert model.predict(case.floor)[0] < issue / 4
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,128 @@
+"""Budgets of the product loops on sm_90, which the compile tests enforce and MODEL.md reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bench.predict.compile import CompiledKernel, build, list_cases
+from bench.predict.h200 import count_products
+from repsim_kernels.kernels.triton._launch import CompileCase
+
+
+@dataclass(frozen=True)
+class ProductBudget:
+    """The most that an iteration of a product loop may cost."""
+
+    instructions: float  # per tensor-core instruction
+    barriers: float  # per tensor-core instruction
+    warpgroup: int  # WARPGROUP instructions, which start and await products
+    issue: float = 0.35  # issue cycles as a share of the tensor cores' cycles
+
+
+# By the number of products that the precision needs.
+BUDGETS = {3: ProductBudget(20, 0.5, 5), 1: ProductBudget(16, 0.5, 2)}
+
+# Kernels with products that no budget binds, and why.
+EXEMPT = {
+    "_gram_kernel": "centres, scales and splits its operands in the loop",
+    "_variate_weights_kernel": "centres, scales and splits its operands in the loop",
+    "_grams_kernel": "centres and splits its operands in the loop; each layer is its own tensor",
+    "_parts_kernel": "gathers the columns of a cell in the loop, for one small product",
+    "_masked_pointwise_kernel": "masks its operand in the loop, so that no copy is stored",
+    "_logistic_fits_kernel": "weighs its operand in the loop, differently in each Newton step",
+}
+
+
+def has_products(kernel: CompiledKernel) -> bool:
+    """Return whether a kernel multiplies on tensor cores, other than in float64."""
+    return kernel.tensor_cores not in ("", "DMMA")
+
+
+def list_violations(kernel: CompiledKernel, products: int) -> list[str]:
+    """Return what exceeds the budget of a kernel whose precision needs a number of products."""
+    budget, loop = BUDGETS[products], kernel.product_loop
+    loads = {
+        "LDG": sum(loop.count_widths("LDG").values()),
+        "LDGSTS narrower than 128 bits": sum(
+            count for width, count in loop.count_widths("LDGSTS").items() if width < 128
+        ),
+    }
+    asked = {
+        "instructions per product": (len(loop) / loop.products, budget.instructions),
+        "barriers per product": (loop.count("BAR") / loop.products, budget.barriers),
+        "WARPGROUP": (loop.count("WARPGROUP"), budget.warpgroup),
+        "issue / tensor cycles": (kernel.issue_share, budget.issue),
+        "accesses to local memory": (loop.spills, 0),
+        **{name: (count, 0) for name, count in loads.items()},
+    }
+    violations = [
+        f"{name}: {reached:.3g}, at most {most:.3g} expected"
+        for name, (reached, most) in asked.items()
+        if reached > most
+    ]
+    if not loop.count("UTMALDG") + loop.count("LDGSTS"):
+        violations.append("neither TMA nor LDGSTS loads the operands")
+    return violations
+
+
+def describe_loops(arch: int) -> str:
+    """Return the section of MODEL.md on the budgets and what the compiled loops reach."""
+    titles = (
+        "kernel", "case", "tensor-core instructions", "instructions each", "BAR each", "WARPGROUP",
+        "issue / tensor", "loads", "budget",
+    )  # fmt: skip
+    rows = [
+        row
+        for _, case in list_cases()
+        if case.products
+        for kernel in build(case, arch)
+        if has_products(kernel)
+        for row in [_make_row(case, kernel)]
+    ]
+    lines = [" | ".join(titles), " | ".join(["---"] * 3 + ["--:"] * 4 + ["---"] * 2)]
+    asked = "\n".join(
+        f"* {'one product' if products == 1 else 'three products'}: {b.instructions:g} instructions"
+        f" and {b.barriers:g} BAR per tensor-core instruction, {b.warpgroup} WARPGROUP, issue /"
+        f" tensor {b.issue:g}"
+        for products, b in BUDGETS.items()
+    )
+    exempt = "\n".join(
+        f"* {name.strip('_').removesuffix('_kernel')}: {reason}" for name, reason in EXEMPT.items()
+    )
+    table = "\n".join(f"| {line} |" for line in [*lines, *(" | ".join(row) for row in rows)])
+    return f"""\
+## Product loops
+
+What the compiled product loops reach on sm_{arch}, per iteration. The compile tests allow at most:
+
+{asked}
+
+and ask for TMA (UTMALDG) or LDGSTS of 128 bits, no other loads, and no spills. These kernels are
+exempt:
+
+{exempt}
+
+{table}
+"""
+
+
+def _make_row(case: CompileCase, kernel: CompiledKernel) -> tuple[str, ...]:
+    loop = kernel.product_loop
+    products = ", ".join(f"{count} {name}" for name, count in loop.count_products().items())
+    loads = [
+        f"{count} {base}" + f".{width}" * (base != "UTMALDG")
+        for base in ("UTMALDG", "LDGSTS", "LDG")
+        for width, count in loop.count_widths(base).items()
+    ]
+    within = not list_violations(kernel, count_products(case.floor.precision))
+    return (
+        kernel.name.strip("_").removesuffix("_kernel"),
+        case.name,
+        products,
+        f"{len(loop) / loop.products:.1f}",
+        f"{loop.count('BAR') / loop.products:.2f}",
+        str(loop.count("WARPGROUP")),
+        f"{kernel.issue_share:.2f}",
+        ", ".join(loads) or "none",
+        "exempt" if kernel.name in EXEMPT else "met" if within else "exceeded",
+    )
