@@ -48,6 +48,7 @@ def test_a_loop_is_what_a_backward_branch_repeats():
     assert names(loop) == ["IADD3", "HGMMA.64x128x16.F32.BF16", "BRA"]
     assert find_loops(instructions) == [loop]
     assert len(loop) == 3
+    assert loop.around == 0
     assert loop.count_products() == {"HGMMA.64x128x16": 1}
 
 
@@ -85,7 +86,9 @@ def test_the_innermost_loop_with_products_is_chosen():
         "@P1 BRA copy", "@P2 BRA outer", "EXIT",
     )  # fmt: skip
     assert [len(loop) for loop in find_loops(instructions)] == [6, 2, 2]
-    assert [names(loop)[0][:5] for loop in find_product_loops(instructions)] == ["HGMMA"]
+    (loop,) = find_product_loops(instructions)
+    assert names(loop) == ["HGMMA.64x128x16.F32.BF16", "BRA"]
+    assert loop.around == 4
 
 
 def test_every_innermost_loop_with_products_is_found():

@@ -10,7 +10,7 @@ import torch
 import triton
 
 from bench.predict import device_estimates
-from bench.predict.budgets import describe_loops
+from bench.predict.budgets import describe_loops, shorten
 from bench.predict.compile import CompiledKernel, build, list_cases
 from bench.predict.h200 import BYTES, CLOCK, MULTIPROCESSORS, OPERATIONS, SCHEDULERS, count_products
 from repsim_kernels.kernels.triton._launch import CompileCase, Floor
@@ -66,7 +66,7 @@ _CASE: list[tuple[str, str, Callable[[Floor], str]]] = [
 ]
 _TIMES = [("bytes µs", "--:"), ("operations µs", "--:"), ("issue µs", "--:"), ("bound", "---")]
 _KERNEL: list[tuple[str, str, Callable[[CompiledKernel], str]]] = [
-    ("kernels", "---", lambda kernel: kernel.name.strip("_").removesuffix("_kernel")),
+    ("kernels", "---", lambda kernel: shorten(kernel.name)),
     ("tensor cores", "---", lambda kernel: kernel.tensor_cores or "no"),
     ("instructions", "--:", lambda kernel: _describe_loop(kernel)[0]),
     ("issue / tensor", "--:", lambda kernel: _describe_loop(kernel)[1]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.predict.h200 import SCHEDULERS, TENSOR_RATES
 
@@ -56,6 +56,7 @@ class Loop:
     """The instructions of one iteration, those that a branch may skip included."""
 
     instructions: tuple[Instruction, ...]
+    around: int = 0  # instructions of the loop around it, without its own
 
     def __len__(self) -> int:
         return len(self.instructions)
@@ -128,8 +129,15 @@ def find_loops(instructions: Sequence[Instruction]) -> list[Loop]:
 
 def find_product_loops(instructions: Sequence[Instruction]) -> list[Loop]:
     """Return the innermost loops that hold tensor-core instructions."""
-    found = [(body, loop) for body, loop in _find_bodies(instructions) if loop.products]
-    return [loop for body, loop in found if not any(other < body for other, _ in found)]
+    found = _find_bodies(instructions)
+    holding = [(body, loop) for body, loop in found if loop.products]
+    innermost = [(b, loop) for b, loop in holding if not any(other < b for other, _ in holding)]
+    return [
+        replace(
+            loop, around=min((len(other - body) for other, _ in found if body < other), default=0)
+        )
+        for body, loop in innermost
+    ]
 
 
 def _find_bodies(instructions: Sequence[Instruction]) -> list[tuple[set[int], Loop]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from typer.testing import CliRunner
 from bench.__main__ import app
 from bench.predict import model
 from bench.predict.compile import CompiledKernel, Dots, build, list_cases, read_dots
-from repsim_kernels.kernels.triton._launch import Floor
+from bench.predict.sass import Loop, parse
+from repsim_kernels.kernels.triton._launch import CompileCase, Floor
 
 
 @pytest.mark.slow
@@ -107,21 +109,35 @@ def test_products_in_several_places_have_no_known_iterations() -> None:
     assert read_dots(text.replace(dot, f"{dot}\n{other}")) is None
 
 
-def test_the_gram_kernel_is_bound_by_issue() -> None:
-    (case,) = (
-        case
-        for module, case in list_cases()
-        if module == "gram" and case.name == "16 cells, n = 500, p = 100,352, float32, tf32x3"
-    )
+def test_issue_of_a_product_loop() -> None:
+    name = "linear 9216 to 4096, float32"
+    (case,) = (c for module, c in list_cases() if module == "masked_pointwise" and c.name == name)
+    (kernel,) = build(case, 90)
+    # 16 cells; tiles of 128 x 64 take 16 channels per iteration; each warp issues its instructions.
+    iterations = 2 * 16 * 50 * 9216 * 4096 / (2 * 128 * 64 * 16)
+    cycles = iterations * len(kernel.product_loop) * 8 / 4
     issue = model.predict_issue(case)
-    assert issue is not None
-    (kernel,) = (k for k in build(case, 90) if k.dots)
-    # Tiles of 64 x 64 take 16 neurons per iteration; 132 multiprocessors issue 4 x 1.7 GHz.
-    iterations = 500 * 501 * 100_352 / (2 * 64 * 64 * 16)
-    instructions = len(kernel.product_loop) * kernel.warps
-    assert issue == pytest.approx(iterations * instructions / (132 * 4 * 1.7e9))
+    assert issue == pytest.approx(cycles / (132 * 1.7e9))
     assert model.predict(case.floor, issue) == (issue, "issue")
-    assert model.predict(case.floor)[0] < issue / 4
+
+
+def test_issue_without_known_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop(tuple(parse("  /*0000*/  HGMMA.64x128x16.F32 R24, gdesc[UR4], R24 ;")))
+    kernel = CompiledKernel("_", 4, 32, 0, 0, 0, "HGMMA", (loop,), Dots(1, 2 * 64 * 128 * 16))
+
+    def predict(*kernels: CompiledKernel, products: bool = True) -> float | None:
+        floor = Floor(0, 2 * 64 * 128 * 16 * 1000, "bfloat16")
+        case = CompileCase("toy", lambda device: None, floor, products=products)
+        monkeypatch.setattr(model, "build", lambda case, arch: kernels)
+        return model.predict_issue(case)
+
+    without = replace(kernel, product_loops=(), dots=None)
+    assert predict(without, kernel) == pytest.approx(1000 / (132 * 1.7e9))
+    assert predict(kernel, products=False) is None
+    assert predict(without) is None
+    assert predict(kernel, kernel) is None
+    assert predict(replace(kernel, product_loops=(loop, loop))) is None
+    assert predict(replace(kernel, dots=Dots(2, 2 * 64 * 128 * 16))) is None
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,13 @@ import triton
 import triton.language as tl
 from triton.runtime.driver import driver
 
-from bench.predict.budgets import BUDGETS, EXEMPT, has_products, list_violations
+from bench.predict.budgets import (
+    BUDGETS,
+    EXEMPT,
+    find_exemption,
+    has_products,
+    list_violations,
+)
 from bench.predict.compile import CompiledKernel, Dots, build, list_cases
 from bench.predict.h200 import count_products
 from bench.predict.sass import Loop, parse
@@ -61,13 +67,13 @@ def test_shipped_kernels(case: _launch.CompileCase, arch: int) -> None:
     assert_products(kernels, case.products)
     if arch == 90 and case.products:
         for kernel in filter(has_products, kernels):
-            assert_within_budget(kernel, count_products(case.floor.precision))
+            assert_within_budget(kernel, case)
 
 
-def assert_within_budget(kernel: CompiledKernel, products: int) -> None:
+def assert_within_budget(kernel: CompiledKernel, case: _launch.CompileCase) -> None:
     """Check a kernel's product loop against its budget, or that its exemption is still needed."""
-    violations = list_violations(kernel, products)
-    if kernel.name in EXEMPT:
+    violations = list_violations(kernel, count_products(case.floor.precision))
+    if find_exemption(kernel, case):
         assert violations, f"{kernel.name} is within its budget: remove its exemption"
     else:
         assert not violations, f"{kernel.name}: {'; '.join(violations)}"
@@ -128,6 +134,11 @@ def make_kernel(
     return CompiledKernel("_toy_kernel", 8, 128, 0, 0, 0, "HGMMA", (Loop(tuple(parse(text))),))
 
 
+def make_case(products: int, name: str = "toy") -> _launch.CompileCase:
+    floor = _launch.Floor(0, 0, "tf32x3" if products == 3 else "tf32")
+    return _launch.CompileCase(name, lambda device: None, floor, products=True)
+
+
 @pytest.mark.parametrize("products", BUDGETS)
 @pytest.mark.parametrize(
     ("difference", "violation"),
@@ -145,31 +156,36 @@ def make_kernel(
 def test_a_violated_budget_is_detected(
     products: int, difference: dict[str, Any], violation: str
 ) -> None:
-    assert_within_budget(make_kernel(products), products)
+    case = make_case(products)
+    assert_within_budget(make_kernel(products), case)
     by_tma = {"LDGSTS.E.BYPASS.128": 0, "UTMALDG.2D": 4}
-    assert_within_budget(make_kernel(products, changes=by_tma), products)
+    assert_within_budget(make_kernel(products, changes=by_tma), case)
     bad = make_kernel(products, **difference)
     (found,) = list_violations(bad, products)
     assert found.startswith(violation)
     with pytest.raises(AssertionError, match=violation):
-        assert_within_budget(bad, products)
+        assert_within_budget(bad, case)
 
 
-def test_an_exemption_that_is_not_needed_is_detected() -> None:
-    name = next(iter(EXEMPT))
+def test_an_exemption_that_is_not_needed_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EXEMPT, ("_toy_kernel", "n = 5"), "a reason")
+    good, bad = make_kernel(3), make_kernel(3, more=1)
+    assert_within_budget(bad, make_case(3, "n = 50"))
+    assert_within_budget(good, make_case(3, "n = 8"))
     with pytest.raises(AssertionError, match="remove its exemption"):
-        assert_within_budget(dataclasses.replace(make_kernel(3), name=name), 3)
-    assert_within_budget(dataclasses.replace(make_kernel(3, more=1), name=name), 3)
+        assert_within_budget(good, make_case(3, "n = 50"))
+    with pytest.raises(AssertionError, match="instructions per product"):
+        assert_within_budget(bad, make_case(3, "n = 8"))
 
 
 def test_products_without_a_loop_or_of_another_count_are_detected() -> None:
     (kernel,) = build(square("tf32"), 90)
     assert has_products(kernel)
     with pytest.raises(LookupError, match="0 product loops"):
-        assert_within_budget(kernel, 1)
+        assert_within_budget(kernel, make_case(1))
     short = dataclasses.replace(make_kernel(3), dots=Dots(3, 2 * 128 * 128 * 128))
     with pytest.raises(AssertionError, match="not read whole"):
-        assert_within_budget(short, 3)
+        assert_within_budget(short, make_case(3))
 
 
 def test_exempt_kernels_exist() -> None:
@@ -181,7 +197,7 @@ def test_exempt_kernels_exist() -> None:
         ).items()
         if isinstance(value, triton.JITFunction)
     }
-    assert set(EXEMPT) <= kernels
+    assert {name for name, _ in EXEMPT} <= kernels
 
 
 def test_patches_are_undone() -> None:
