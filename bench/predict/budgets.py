@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bench.predict.compile import CompiledKernel, build, list_cases
-from bench.predict.h200 import count_products
 from repsim_kernels.kernels.triton._launch import CompileCase
 
 
@@ -19,8 +18,9 @@ class ProductBudget:
     issue: float = 0.35  # issue cycles as a share of the tensor cores' cycles
 
 
-# By the number of products that the precision needs.
-BUDGETS = {3: ProductBudget(20, 0.5, 5), 1: ProductBudget(16, 0.5, 2)}
+ONE_PRODUCT = ProductBudget(16, 0.5, 2)
+# Of two or three per step, for operands that are split in two halves.
+SEVERAL_PRODUCTS = ProductBudget(20, 0.5, 5)
 
 # Kernels with products that no budget binds, by name and a part of the case's name, and why.
 EXEMPT = {
@@ -52,9 +52,16 @@ def shorten(name: str) -> str:
     return name.strip("_").removesuffix("_kernel")
 
 
-def list_violations(kernel: CompiledKernel, products: int) -> list[str]:
-    """Return what exceeds the budget of a kernel whose precision needs a number of products."""
-    budget, loop = BUDGETS[products], kernel.product_loop
+def get_budget(kernel: CompiledKernel) -> ProductBudget:
+    """Return the budget of a kernel with products; raises LookupError if they can't be counted."""
+    if kernel.dots is None:
+        raise LookupError(f"{kernel.name}: its products are not in one inner loop of one shape")
+    return ONE_PRODUCT if kernel.dots.count == 1 else SEVERAL_PRODUCTS
+
+
+def list_violations(kernel: CompiledKernel) -> list[str]:
+    """Return what exceeds the budget of a kernel with products."""
+    budget, loop = get_budget(kernel), kernel.product_loop
     loads = {
         "LDG": sum(loop.count_widths("LDG").values()),
         "LDGSTS narrower than 128 bits": sum(
@@ -95,10 +102,9 @@ def describe_loops(arch: int) -> str:
     ]
     lines = [" | ".join(titles), " | ".join(["---"] * 3 + ["--:"] * 5 + ["---"] * 2)]
     asked = "\n".join(
-        f"* {'one product' if products == 1 else 'three products'}: {b.instructions:g} instructions"
-        f" and {b.barriers:g} BAR per tensor-core instruction, {b.warpgroup} WARPGROUP, issue /"
-        f" tensor {b.issue:g}"
-        for products, b in BUDGETS.items()
+        f"* {title}: {b.instructions:g} instructions and {b.barriers:g} BAR per tensor-core"
+        f" instruction, {b.warpgroup} WARPGROUP, issue / tensor {b.issue:g}"
+        for title, b in (("one product", ONE_PRODUCT), ("two or three products", SEVERAL_PRODUCTS))
     )
     exempt = "\n".join(
         f"* {shorten(name)}{f', {part}' * bool(part)}: {reason}"
@@ -131,7 +137,7 @@ def _make_row(case: CompileCase, kernel: CompiledKernel) -> tuple[str, ...]:
         for base in ("UTMALDG", "LDGSTS", "LDG")
         for width, count in loop.count_widths(base).items()
     ]
-    within = not list_violations(kernel, count_products(case.floor.precision))
+    within = not list_violations(kernel)
     return (
         shorten(kernel.name),
         case.name,

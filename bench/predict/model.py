@@ -114,17 +114,18 @@ def predict(floor: Floor, issue: float | None = None) -> tuple[float, str]:
 def predict_issue(case: CompileCase) -> float | None:
     """Return the seconds in which an H200 issues a case's product loop.
 
-    Returns None if the number of iterations isn't known: the case has no product below float64, or
-    several kernels with products, or more of them in an iteration than its precision needs.
+    Of several kernels with products, which share the work depending on the data, the fastest
+    counts. Returns None if the number of iterations isn't known: without products below float64, or
+    if an iteration has more of them than the precision needs.
     """
-    kernels = [k for k in build(case, ARCH) if k.dots] if case.products else []
-    if len(kernels) != 1 or len(kernels[0].product_loops) != 1:
-        return None
-    (kernel,), (loop,) = kernels, kernels[0].product_loops
-    if kernel.dots is None or kernel.dots.count > count_products(case.floor.precision):
-        return None
-    iterations = case.floor.operations / kernel.dots.operations
-    return iterations * loop.issue_cycles(kernel.warps) / (MULTIPROCESSORS * CLOCK)
+    products = count_products(case.floor.precision)
+    kernels = build(case, ARCH) if case.products else ()
+    seconds = [
+        case.floor.operations / k.dots.operations * k.product_loop.issue_cycles(k.warps)
+        for k in kernels
+        if k.dots and k.dots.count <= products and len(k.product_loops) == 1
+    ]
+    return min(seconds, default=0) / (MULTIPROCESSORS * CLOCK) or None
 
 
 def blocks_per_multiprocessor(kernel: CompiledKernel) -> int:

@@ -135,7 +135,8 @@ def test_issue_without_known_iterations(monkeypatch: pytest.MonkeyPatch) -> None
     assert predict(without, kernel) == pytest.approx(1000 / (132 * 1.7e9))
     assert predict(kernel, products=False) is None
     assert predict(without) is None
-    assert predict(kernel, kernel) is None
+    assert predict(kernel, replace(kernel, warps=8)) == predict(kernel)
+    assert predict(kernel, replace(kernel, dots=Dots(1, 2 * 64 * 128 * 64))) != predict(kernel)
     assert predict(replace(kernel, product_loops=(loop, loop))) is None
     assert predict(replace(kernel, dots=Dots(2, 2 * 64 * 128 * 16))) is None
 
