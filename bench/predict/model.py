@@ -12,7 +12,7 @@ import triton
 from bench.predict import device_estimates
 from bench.predict.budgets import describe_loops, shorten
 from bench.predict.compile import CompiledKernel, build, list_cases
-from bench.predict.h200 import BYTES, CLOCK, MULTIPROCESSORS, OPERATIONS, SCHEDULERS, count_products
+from bench.predict.h200 import BYTES, CLOCK, MULTIPROCESSORS, OPERATIONS, count_products
 from repsim_kernels.kernels.triton._launch import CompileCase, Floor
 
 ARCH = 90
@@ -35,13 +35,14 @@ Each row is one call at a shape from the study.
   and an addition count as two).
 * **bytes µs**: bytes / {bytes:.3g} TB/s, the rate of a large copy on an H200.
 * **operations µs**: operations / rate. 770-800 TFLOP/s were measured on an H200 for bfloat16, so
-  TF32 is assumed to reach {tf32:.0f}; tf32x3 needs three products, a third of that. All other
-  operations (ieee) are assumed to reach {ieee:.0f} TFLOP/s.
-* **issue µs**: the time in which the schedulers issue the product loop. A multiprocessor has
-  {schedulers}, each of which issues one instruction of one warp per cycle, so an iteration costs a
-  block instructions x warps / {schedulers} cycles. The iterations, operations / operations per
-  iteration, are divided among {multiprocessors} multiprocessors at {clock:.1f} GHz (assumed). A
-  kernel without a product loop, or without a known number of iterations, has no such time (-).
+  products of 16 bits are assumed to reach {half:.0f}, and TF32 {tf32:.0f}. A precision that ends in
+  x3 needs three products, a third of the rate. All other operations (ieee) are assumed to reach
+  {ieee:.0f} TFLOP/s.
+* **issue µs**: the time in which the schedulers issue the product loop. A multiprocessor has four,
+  each of which issues one instruction of one warp per cycle, so an iteration costs a block
+  instructions x warps / 4 cycles. The iterations, operations / operations per iteration, are
+  divided among 132 multiprocessors at {clock:.1f} GHz (assumed). If several kernels have products,
+  the fastest counts. Without products below float64 there is no such time (-).
 * **bound**: the largest of the three, which is the prediction. All of them are lower bounds. They
   leave out host work and launches, a few µs each; what precedes and follows the product loop;
   the padding of tiles (for n = 500, tiles of 64 compute 18 % more than counted here, tiles of 128
@@ -86,10 +87,9 @@ def render_page() -> str:
         triton=triton.__version__,
         torch=torch.__version__.partition("+")[0],
         bytes=BYTES / 1e12,
+        half=OPERATIONS["bfloat16"] / 1e12,
         tf32=OPERATIONS["tf32"] / 1e12,
         ieee=OPERATIONS["ieee"] / 1e12,
-        schedulers=SCHEDULERS,
-        multiprocessors=MULTIPROCESSORS,
         clock=CLOCK / 1e9,
     )
     parts = [head]
