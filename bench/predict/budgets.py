@@ -19,7 +19,7 @@ class ProductBudget:
 
 
 ONE_PRODUCT = ProductBudget(16, 0.5, 2)
-# Of two or three per step, for operands that are split in two halves.
+# For operands that are split in two halves: two or three products per step.
 SEVERAL_PRODUCTS = ProductBudget(20, 0.5, 5)
 
 # Kernels with products that no budget binds, by name and a part of the case's name, and why.

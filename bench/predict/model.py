@@ -114,9 +114,9 @@ def predict(floor: Floor, issue: float | None = None) -> tuple[float, str]:
 def predict_issue(case: CompileCase) -> float | None:
     """Return the seconds in which an H200 issues a case's product loop.
 
-    Of several kernels with products, which share the work depending on the data, the fastest
-    counts. Returns None if the number of iterations isn't known: without products below float64, or
-    if an iteration has more of them than the precision needs.
+    Several kernels with products share the work depending on the data: the fastest counts. Returns
+    None if the number of iterations isn't known: without products below float64, or if an iteration
+    has more of them than the precision needs.
     """
     products = count_products(case.floor.precision)
     kernels = build(case, ARCH) if case.products else ()
