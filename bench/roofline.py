@@ -76,14 +76,14 @@ class Chart:
 
 def chart_predictions() -> Chart:
     """Return the chart of every kernel case on the H200 of MODEL.md."""
-    from bench.predict import compile, model
+    from bench.predict import compile, h200
 
     floors = [(module, case.name, case.floor) for module, case in compile.list_cases()]
     points = [
         Point(module, name, floor.bytes, _by_precision(floor.precision, floor.operations))
         for module, name, floor in floors
     ]
-    roof = Roof(model.BYTES, model.OPERATIONS)
+    roof = Roof(h200.BYTES, h200.OPERATIONS)
     return Chart("H200", "assumed", roof, _merge(points), PREDICTED)
 
 

@@ -22,9 +22,18 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from bench.predict import sass
 from repsim_kernels.kernels import triton as kernels
 from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton._launch import CompileCase
+
+
+@dataclass(frozen=True)
+class Dots:
+    """The products in the source's innermost loop, all of one shape."""
+
+    count: int  # per iteration; one of float32 operands with tf32x3 counts three times
+    operations: int  # of one of them, in a block
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,21 @@ class CompiledKernel:
     shared: int  # bytes of shared memory per block
     tensor_memory: int  # columns per block; only sm_100 has tensor memory
     tensor_cores: str  # tensor-core instructions, e.g. HGMMA (DMMA is float64); "" for none
+    product_loops: tuple[sass.Loop, ...] = ()  # the innermost with such instructions; only sm_90
+    dots: Dots | None = None  # of the source; None without products, or outside one inner loop
+
+    @property
+    def product_loop(self) -> sass.Loop:
+        """The only innermost loop with tensor-core instructions; raises LookupError if not one."""
+        if len(self.product_loops) != 1:
+            raise LookupError(f"{self.name}: {len(self.product_loops)} product loops, not one")
+        return self.product_loops[0]
+
+    @property
+    def issue_share(self) -> float:
+        """Issue cycles of the product loop as a share of its tensor cores' cycles."""
+        loop = self.product_loop
+        return loop.issue_cycles(self.warps) / loop.tensor_cycles(self.warps)
 
 
 def list_cases() -> list[tuple[str, CompileCase]]:
@@ -89,15 +113,16 @@ class _FakeDriver:
 @functools.cache
 def _read_usage(kernel: Any) -> CompiledKernel:
     # Disassembling takes as long as compiling; only kernels with matrix products need it.
-    sass = ["-sass"] if "mma" in kernel.asm["ptx"] else []
+    disassemble = ["-sass"] if "mma" in kernel.asm["ptx"] else []
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [_find_cuobjdump(), "-res-usage", *sass, file.name]
+        command = [_find_cuobjdump(), "-res-usage", *disassemble, file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     (usage,) = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     registers, stack, local = map(int, usage)
     products = set(re.findall(r"\b(?:DMMA|HMMA|HGMMA|UTC\w*MMA)\b", text))
+    has_loops = disassemble and kernel.metadata.target.arch == 90
     return CompiledKernel(
         name=kernel.metadata.name,
         warps=kernel.metadata.num_warps,
@@ -106,7 +131,34 @@ def _read_usage(kernel: Any) -> CompiledKernel:
         shared=kernel.metadata.shared,
         tensor_memory=getattr(kernel.metadata, "tmem_size", None) or 0,
         tensor_cores=" ".join(sorted(products)),
+        product_loops=tuple(sass.find_product_loops(sass.parse(text))) if has_loops else (),
+        dots=read_dots(kernel.asm["ttir"]),
     )
+
+
+def read_dots(ttir: str) -> Dots | None:
+    """Read the products of Triton's intermediate code.
+
+    Returns None if there are none, or if they are in several loops or of several shapes.
+    """
+    loops: list[tuple[int, int]] = []  # the indentation and the line number of the loops around
+    found: dict[tuple[int | None, int], int] = {}  # counts by innermost loop and operations
+    for number, line in enumerate(ttir.splitlines()):
+        indentation = len(line) - len(line.lstrip())
+        while loops and loops[-1][0] >= indentation:
+            loops.pop()
+        if re.search(r"\bscf\.(for|while)\b", line):
+            loops.append((indentation, number))
+        dot = re.search(r"\btt\.dot .*: tensor<(\d+)x(\d+)x(\w+)> \* tensor<\d+x(\d+)x", line)
+        if dot:
+            m, k, n = (int(dot[i]) for i in (1, 2, 4))
+            place = loops[-1][1] if loops else None, 2 * m * n * k
+            times = 3 if "tf32x3" in line and dot[3] == "f32" else 1
+            found[place] = found.get(place, 0) + times
+    if len(found) != 1:
+        return None
+    (((loop, operations), count),) = found.items()
+    return None if loop is None else Dots(count, operations)
 
 
 def _find_cuobjdump() -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from bench.predict.h200 import BYTES, CLOCK, MULTIPROCESSORS
+
 ABLATIONS = 25_000  # of 500 stimuli, or of the 50 stimuli of a class
 STEPS = 12  # Riccati steps; layers of trained networks take 5 to 17, a few of their cells more
 PRODUCTS = 67e12  # float64 tensor-core operations per second, the data sheet's peak
-BYTES = 4.3e12  # per second, a large copy measured on an H200
-SHARED = 132 * 128 * 1.755e9  # bytes of shared memory per second
+CYCLES_PER_SECOND = MULTIPROCESSORS * CLOCK  # of all multiprocessors together
+SHARED = 128 * CYCLES_PER_SECOND  # bytes of shared memory per second
 SWEEPS = 7
 
 # The paper's probe: 17 scores per layer and class of AlexNet, MobileNetV2 0.35 and ResNet50.
@@ -15,14 +17,13 @@ NEWTON = 8  # steps from zero, on five kinds of activations; about 3 from the in
 CYCLES = {"reading": 16, "Hessian": 16, "conjugate gradients": 7, "the rest": 13}  # thousands
 SETUP = 20  # thousand cycles per fit outside the steps: its moments and its errors
 DRAW_SECONDS = 10e-6  # host time per fit
-CLOCK = 132 * 1.7e9  # cycles per second of all multiprocessors together
 
 
 def describe_fits() -> str:
     """Return the section of MODEL.md on logistic regressions."""
 
     def count_seconds(count: float, cycles: float, steps: float = NEWTON) -> float:
-        return count * 1e3 * (cycles * steps + SETUP) / CLOCK
+        return count * 1e3 * (cycles * steps + SETUP) / CYCLES_PER_SECOND
 
     total = sum(CYCLES.values())
     overlapped = total - CYCLES["reading"]
@@ -60,6 +61,7 @@ def describe_stage() -> str:
     rows = [f"| {part} | {k:.3g} | {k * product:.2f} |" for part, k in parts.items()]
     traffic = 24 * n * n * STEPS * ABLATIONS / BYTES
     remaining = 1e3 * (60 - 2 * parts["together"] * product) / ABLATIONS
+    eigenproblems = 9 * n**3 * ABLATIONS / PRODUCTS
     accesses = _count_shared_accesses(49) / 1e6
     jacobi = 1e3 * 8e6 * accesses * ABLATIONS / SHARED
     table = "\n".join(rows)
@@ -74,13 +76,18 @@ this is arithmetic.
 | --- | --: | --: |
 {table}
 
-Memory traffic of the steps adds {traffic:.1f} s. cuSOLVER solves the eigenproblems of PWCCA in
-batches, through CuPy; their cost is not known. If the products reach half of their peak, each
-eigenproblem may take {remaining:.1f} ms for all ablations to finish within a minute.
+Memory traffic of the steps adds {traffic:.1f} s.
+
+**The table leaves out PWCCA's eigenproblems, one of 499 x 499 per ablation, because nobody knows
+their cost.** With 9 n³ operations each, all of them would take {eigenproblems:.1f} s at the peak,
+but eigensolvers stay far below it. Anything between 8 s ({eigenproblems / 8:.0%} of the peak) and
+600 s ({600e3 / ABLATIONS:.0f} ms each) is possible, and may be more than all other parts together.
+If the products reach half of their peak, each eigenproblem may take {remaining:.1f} ms for all
+ablations to finish within a minute.
 
 For the same number of eigenproblems of 50 stimuli, solved by Jacobi rotations in shared memory:
 {SWEEPS} sweeps make {accesses:.1f} million accesses of 8 bytes per matrix, {jacobi:.0f} ms in total
-at 128 bytes per clock for each of 132 multiprocessors.
+at 128 bytes per clock for each of {MULTIPROCESSORS} multiprocessors.
 """
 
 

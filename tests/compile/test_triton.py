@@ -6,6 +6,8 @@ Needs no GPU.
 from __future__ import annotations
 
 import dataclasses
+import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,15 @@ import triton
 import triton.language as tl
 from triton.runtime.driver import driver
 
-from bench.predict.compile import CompiledKernel, build, list_cases
+from bench.predict.budgets import (
+    EXEMPT,
+    find_exemption,
+    has_products,
+    list_violations,
+)
+from bench.predict.compile import CompiledKernel, Dots, build, list_cases
+from bench.predict.sass import Loop, parse
+from repsim_kernels.kernels import triton as triton_kernels
 from repsim_kernels.kernels.triton import _launch
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes available to a block
@@ -53,6 +63,21 @@ def test_shipped_kernels(case: _launch.CompileCase, arch: int) -> None:
     for kernel in kernels:
         assert_fits(kernel, arch)
     assert_products(kernels, case.products)
+    if arch == 90 and case.products:
+        for kernel in filter(has_products, kernels):
+            assert_within_budget(kernel, case)
+
+
+def assert_within_budget(kernel: CompiledKernel, case: _launch.CompileCase) -> None:
+    """Check a kernel's product loop against its budget, or that its exemption is still needed."""
+    violations = list_violations(kernel)
+    if find_exemption(kernel, case):
+        assert violations, f"{kernel.name} is within its budget: remove its exemption"
+    else:
+        assert not violations, f"{kernel.name}: {'; '.join(violations)}"
+    if kernel.dots:
+        issued = kernel.product_loop.tensor_operations(kernel.warps)
+        assert issued >= kernel.dots.count * kernel.dots.operations, "the loop was not read whole"
 
 
 @triton.jit
@@ -87,6 +112,95 @@ def test_faults_are_detected(arch: int) -> None:
         assert_products((bad,), expected=True)
     with pytest.raises(AssertionError, match="cores used"):
         assert_products((bad, good), expected=False)
+
+
+def make_kernel(
+    products: int, shape: str = "64x128x16", more: int = 0, changes: dict[str, int] | None = None
+) -> CompiledKernel:
+    """Return a kernel whose loop is exactly within a budget, apart from changes and more of it."""
+    n_products = 4 * products
+    counts = {
+        f"HGMMA.{shape}.F32": n_products,
+        "LDGSTS.E.BYPASS.128": 4,
+        "BAR.SYNC": n_products // 2,
+        "WARPGROUP.ARRIVE": 2 if products == 1 else 5,
+        **(changes or {}),
+    }
+    most = (16 if products == 1 else 20) * n_products
+    counts["NOP"] = most + more - sum(counts.values())
+    lines = [name for name, count in counts.items() for _ in range(count)]
+    text = "".join(f"  /*{16 * i:04x}*/  {name} R2, R4 ;\n" for i, name in enumerate(lines))
+    loop = Loop(tuple(parse(text)))
+    dots = Dots(products, 2 * 64 * 128 * 16)
+    return CompiledKernel("_toy_kernel", 8, 128, 0, 0, 0, "HGMMA", (loop,), dots)
+
+
+def make_case(name: str) -> _launch.CompileCase:
+    return _launch.CompileCase(name, lambda device: None, _launch.Floor(0, 0), products=True)
+
+
+@pytest.mark.parametrize("products", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("difference", "violation"),
+    [
+        ({"more": 1}, "instructions per product"),
+        ({"shape": "64x64x16"}, "issue / tensor cycles"),
+        ({"changes": {"BAR.SYNC": 7}}, "barriers per product"),
+        ({"changes": {"WARPGROUP.ARRIVE": 6}}, "WARPGROUP"),
+        ({"changes": {"STL": 1}}, "accesses to local memory"),
+        ({"changes": {"LDG.E.128": 1}}, "LDG"),
+        ({"changes": {"LDGSTS.E.64": 1}}, "LDGSTS narrower than 128 bits"),
+        ({"changes": {"LDGSTS.E.BYPASS.128": 0}}, "neither TMA nor LDGSTS"),
+    ],
+)
+def test_a_violated_budget_is_detected(
+    products: int, difference: dict[str, Any], violation: str
+) -> None:
+    case = make_case("toy")
+    assert_within_budget(make_kernel(products), case)
+    by_tma = {"LDGSTS.E.BYPASS.128": 0, "UTMALDG.2D": 4}
+    assert_within_budget(make_kernel(products, changes=by_tma), case)
+    bad = make_kernel(products, **difference)
+    (found,) = list_violations(bad)
+    assert found.startswith(violation)
+    with pytest.raises(AssertionError, match=violation):
+        assert_within_budget(bad, case)
+
+
+def test_an_exemption_that_is_not_needed_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EXEMPT, ("_toy_kernel", "n = 5"), "a reason")
+    good, bad = make_kernel(3), make_kernel(3, more=1)
+    assert_within_budget(bad, make_case("n = 50"))
+    assert_within_budget(good, make_case("n = 8"))
+    with pytest.raises(AssertionError, match="remove its exemption"):
+        assert_within_budget(good, make_case("n = 50"))
+    with pytest.raises(AssertionError, match="instructions per product"):
+        assert_within_budget(bad, make_case("n = 8"))
+
+
+def test_products_without_a_loop_or_of_another_count_are_detected() -> None:
+    (kernel,) = build(square("tf32"), 90)
+    assert has_products(kernel)
+    for found in (kernel, dataclasses.replace(make_kernel(3), dots=None)):
+        with pytest.raises(LookupError, match="not in one inner loop"):
+            assert_within_budget(found, make_case("toy"))
+    with pytest.raises(LookupError, match="0 product loops"):
+        assert_within_budget(dataclasses.replace(kernel, dots=Dots(1, 1)), make_case("toy"))
+    short = dataclasses.replace(make_kernel(3), dots=Dots(3, 2 * 128 * 128 * 128))
+    with pytest.raises(AssertionError, match="not read whole"):
+        assert_within_budget(short, make_case("toy"))
+
+
+def test_exempt_kernels_exist() -> None:
+    kernels = {
+        name
+        for module, _ in list_cases()
+        for name, value in vars(
+            importlib.import_module(f"{triton_kernels.__name__}.{module}")
+        ).items()
+        if isinstance(value, triton.JITFunction)
+    }
+    assert {name for name, _ in EXEMPT} <= kernels
 
 
 def test_patches_are_undone() -> None:

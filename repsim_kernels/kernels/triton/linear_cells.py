@@ -198,7 +198,9 @@ def _make_case(n: int, p: int, outs: int, cells: int, dtype: torch.dtype) -> _la
         )
 
     name = f"{p} to {outs}, {str(dtype)[6:]}"
-    return _launch.CompileCase(name, call, floor(n, p, outs, cells, dtype, "tf32x3"), products=True)
+    precision = "tf32x3" if dtype == torch.float32 else "bfloat16"
+    bound = floor(n, p, outs, cells, dtype, precision)
+    return _launch.CompileCase(name, call, bound, products=True)
 
 
 AOT_CASES: tuple[_launch.CompileCase, ...] = tuple(

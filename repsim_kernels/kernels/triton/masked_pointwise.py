@@ -231,7 +231,8 @@ def _make_case(
 
     rows = n * prod(shape[1:])
     label = f"{name}, {str(dtype)[6:]}{', channels last' * last}"
-    bound = floor(rows, shape[0], outs, cells, dtype, "tf32x3")
+    precision = "tf32x3" if dtype == torch.float32 else "bfloat16"
+    bound = floor(rows, shape[0], outs, cells, dtype, precision)
     return _launch.CompileCase(label, call, bound, products=True)
 
 
