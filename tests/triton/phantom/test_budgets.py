@@ -1,0 +1,113 @@
+"""Budgets of launches and host synchronisations for one call with 16 cells and 128 stimuli.
+
+`_phantom_counts.py` says what counts as either. ``pytest -s`` prints the counts, and lists them by
+line of the package; a failed test does so too. Without CuPy, PyTorch solves the eigenproblems.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from _phantom_counts import Counts
+
+import repsim_kernels as rk
+from repsim_kernels.kernels.triton import riccati
+
+C, N, P = 16, 128, 256
+FIVE = ["cka", "cca", "pwcca", "svcca", "procrustes"]
+RNG = np.random.default_rng(0)
+X, Y = (torch.from_numpy(RNG.standard_normal((P, N), dtype=np.float32)).mT for _ in range(2))
+# Light cells, each 3 % of the neurons; half of the neurons belong to none.
+CELLS = np.where(np.arange(P) % 32 < C, np.arange(P) % 32, -1)
+LABELS = np.arange(N) % 4
+Call = Callable[[Any, Any], Any]
+
+
+class Budget(NamedTuple):
+    """A call with its launches and syncs: as today's code reaches them, and as they were asked."""
+
+    call: Call
+    reached: tuple[int, int]
+    asked: tuple[int, int] | None = None
+    per_step: int = 0  # launches asked for each step of the Riccati iteration, in addition
+    most: int = 0  # launches asked whatever the number of steps
+
+
+BUDGETS = {
+    "ablation_distances, five metrics": Budget(
+        lambda x, y: rk.ablation_distances(x, CELLS, metrics=FIVE),
+        reached=(627, 89),
+        asked=(110, 16),
+        per_step=2,
+        most=180,
+    ),
+    "ablation_distances, CKA": Budget(
+        lambda x, y: rk.ablation_distances(x, CELLS, metrics=["cka"]),
+        reached=(147, 17),
+        asked=(40, 4),
+    ),
+    "ablation_decodability": Budget(
+        lambda x, y: rk.ablation_decodability(x, CELLS, LABELS),
+        reached=(221, 22),
+        asked=(200, 12),
+    ),
+    "cell_grams": Budget(lambda x, y: rk.cell_grams(x, CELLS), reached=(28, 6)),
+    "centered_gram": Budget(lambda x, y: rk.centered_gram(x), reached=(20, 4)),
+    "selectivity_grid": Budget(
+        lambda x, y: rk.selectivity_grid(x, LABELS, 1, grid=(4, 4)), reached=(39, 4)
+    ),
+    "probe_paper": Budget(
+        lambda x, y: rk.probe_paper(x, CELLS, LABELS, target=1, draws=3, size=4),
+        reached=(268, 98),
+    ),
+    "cka": Budget(lambda x, y: rk.cka(x, y, debiased=True), reached=(54, 6)),
+    "pairwise": Budget(lambda x, y: rk.pairwise([x, y]), reached=(35, 9)),
+}
+# Calls that need more than was asked. The test fails once one does not, so that this list shrinks.
+OVER = {
+    "ablation_distances, five metrics",
+    "ablation_distances, CKA",
+    "ablation_decodability",
+}
+
+
+@pytest.fixture
+def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let one program take a whole Riccati step: as many launches, and an interpreter in time."""
+    choose = riccati.choose
+
+    def choose_whole(batch: int, m: int) -> riccati.Launch:
+        return dataclasses.replace(choose(batch, m), block_m=128, block_n=128)
+
+    monkeypatch.setattr(riccati, "choose", choose_whole)
+
+
+def meets(budget: Budget, counts: Counts) -> bool:
+    """Whether a call needs no more than was asked."""
+    if budget.asked is None:
+        return True
+    launches, syncs = budget.asked
+    if budget.per_step:
+        replayed = riccati.STEPS * counts.count("launch", "graph replay")
+        steps = counts.count("launch", "_riccati_step_kernel") + replayed
+        launches = min(launches + budget.per_step * steps, budget.most)
+    return counts.launches <= launches and counts.syncs <= syncs
+
+
+@pytest.mark.usefixtures("large_tiles")
+@pytest.mark.parametrize("name", BUDGETS)
+def test_calls_stay_within_their_budgets(phantom, name):
+    budget = BUDGETS[name]
+    x, y = X.cuda(), Y.cuda()
+    with phantom.count() as counts:
+        budget.call(x, y)
+    print(f"{name}: {counts.launches} launches, {counts.syncs} syncs\n{counts.explain()}")
+    launches, syncs = budget.reached
+    assert counts.launches <= launches
+    assert counts.syncs <= syncs
+    assert meets(budget, counts) == (name not in OVER)

@@ -1,0 +1,178 @@
+"""Every public function on the phantom device: values of the CPU, nothing that a GPU would refuse.
+
+The CPU runs the backend that the device chose: Triton's kernels in the interpreter, or PyTorch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from _phantom import PhantomTensor
+from _phantom_cuda import phantom_device
+from torch import Tensor
+
+import repsim_kernels as rk
+from bench.common.tolerances import Tol, assert_close
+from repsim_kernels import _dispatch
+from repsim_kernels._operations import OPERATIONS
+
+N, P, C = 12, 30, 3
+RNG = np.random.default_rng(0)
+X, Y, Z = (RNG.standard_normal((N, p)) for p in (P, 17, P))
+CELLS = np.where(np.arange(P) % 4 < C, np.arange(P) % 4, -1)
+LABELS = np.arange(N) % 3
+MEMBERSHIP = RNG.random((C, P)) < 0.4
+PARTITIONS = np.stack([CELLS, CELLS[::-1]])
+FIVE = ["cka", "cca", "pwcca", "svcca", "procrustes"]
+COLUMNS = [X[:, np.flatnonzero(c == CELLS)] for c in range(C)]
+PARTS = np.stack([x @ x.T for x in COLUMNS])
+SYMMETRIC = np.stack([X @ X.T, Z @ Z.T])
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+# The representations, which move to the device, and the other arguments of each call.
+CASES: dict[str, list[Call]] = {
+    "centered_gram": [
+        ((X,), {}),
+        ((X,), {"kernel": "rbf"}),
+        ((np.stack([X, Z]),), {"batched": True}),
+    ],
+    "cell_grams": [
+        ((X,), {"cells": CELLS}),
+        ((X,), {"cells": MEMBERSHIP}),
+        ((X,), {"cells": PARTITIONS}),
+        ((X,), {"cells": torch.from_numpy(CELLS)}),
+    ],
+    "class_means": [((X,), {"labels": LABELS})],
+    "selectivity_grid": [
+        ((X,), {"labels": LABELS, "target": 1, "grid": (2, 2)}),
+        ((X,), {"labels": LABELS, "target": 1, "grid": (2, 2), "edges": "inclusive"}),
+        ((X,), {"labels": torch.from_numpy(LABELS), "target": 2, "grid": (2, 2)}),
+    ],
+    "cka": [((X, Y), {}), ((X, Y), {"debiased": True}), ((X, Y), {"kernel": "rbf"})],
+    "cca": [((X, Y), {"ridge": 0.1}), ((X, Y[:, :5]), {"ridge": 0.0})],
+    "svcca": [((X, Y), {})],
+    "pwcca": [((X, Y), {"ridge": 0.1})],
+    "procrustes": [((X, Y), {})],
+    "procrustes_distance": [((X, Y), {}), ((X, Y), {"form": "angular"})],
+    "rsa": [((X, Y), {}), ((X, Y), {"compare": "cosine"})],
+    "linear_predictivity": [((X, Y), {}), ((X, Y), {"ridge": "gcv"})],
+    "pairwise": [(([X, Y, Z],), {}), (([X, Y], [Z]), {"debiased": True})],
+    "similarities": [((X, Y), {"ridge": 0.1})],
+    "ablation_distances": [
+        ((X,), {"cells": CELLS, "metrics": FIVE}),
+        ((X,), {"cells": MEMBERSHIP, "metrics": FIVE}),
+        ((X,), {"cells": PARTITIONS, "metrics": ["cka", "svcca", "procrustes"]}),
+        ((X[:, :9],), {"cells": CELLS[:9], "metrics": FIVE}),
+        ((X,), {"cells": np.arange(P) % 2, "metrics": [*FIVE, "cka_debiased"]}),
+        ((X,), {"cells": np.minimum(np.arange(P) // 26, 1), "metrics": FIVE}),
+    ],
+    "ablation_decodability": [
+        ((X,), {"cells": CELLS, "labels": LABELS}),
+        ((X,), {"cells": MEMBERSHIP, "labels": LABELS, "target": [0, 1]}),
+        ((X,), {"cells": PARTITIONS, "labels": LABELS, "ridge": "gcv", "folds": np.arange(N) % 4}),
+        ((X,), {"cells": CELLS, "labels": LABELS, "probe": "logistic", "folds": 3}),
+    ],
+    "logistic_fits": [((X,), {"y": LABELS % 2, "columns": np.arange(6).reshape(2, 3)})],
+    "probe_paper": [
+        ((X,), {"cells": CELLS % 2, "labels": LABELS, "target": 1, "draws": 2, "size": 3}),
+    ],
+    "gram_ablation_distances": [
+        ((X @ X.T, PARTS), {}),
+        ((X @ X.T, PARTS), {"metrics": ["cka_debiased", "cca_squared"]}),
+    ],
+    "eigh": [((SYMMETRIC,), {}), ((SYMMETRIC,), {"vectors": False})],
+    "svd": [((X,), {}), ((PARTS,), {"vectors": False})],
+}
+# The other public names, and where they are tested on the device or why they need no test.
+ELSEWHERE = {
+    "MinibatchCKA": "test_networks.py",
+    "compare": "test_networks.py",
+    "extract": "test_networks.py",
+    "SimilarityMap": "holds NumPy arrays",
+    "show_config": "takes no arrays",
+}
+LAYOUTS = {
+    "rows": lambda t: t.contiguous(),
+    "columns": lambda t: t.mT.contiguous().mT,
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+CALLS = [(name, i) for name, calls in CASES.items() for i in range(len(calls))]
+# The device batches what the CPU computes one by one. The solvers return the input's dtype.
+TOLERANCE = Tol(1e-6, 1e-9)
+IN_FLOAT32 = Tol(1e-4, 1e-4)
+
+
+def test_every_public_function_has_a_case():
+    errors = {name for name in rk.__all__ if isinstance(getattr(rk, name), type)} - set(ELSEWHERE)
+    assert set(rk.__all__) - errors == set(CASES) | set(ELSEWHERE)
+    assert set(CASES) == {op.name for op in OPERATIONS}
+
+
+def convert(values: Any, dtype: torch.dtype, layout: str, device: str) -> Any:
+    if isinstance(values, list):
+        return [convert(v, dtype, layout, device) for v in values]
+    return LAYOUTS[layout](torch.from_numpy(values).to(dtype)).to(device)
+
+
+def list_arrays(result: Any) -> list[Any]:
+    if isinstance(result, dict):
+        return list_arrays(list(result.values()))
+    if isinstance(result, (list, tuple)):
+        return [a for value in result for a in list_arrays(value)]
+    return [result]
+
+
+def run(name: str, index: int, dtype: torch.dtype, layout: str, device: str, **more: Any) -> Any:
+    arguments, options = CASES[name][index]
+    options = {
+        key: value.to(device) if isinstance(value, Tensor) else value
+        for key, value in options.items()
+    }
+    inputs = [convert(a, dtype, layout, device) for a in arguments]
+    return getattr(rk, name)(*inputs, **options, **more)
+
+
+def list_combinations() -> Iterator[Any]:
+    """List all calls in all dtypes and layouts; each call in one of these is fast."""
+    for i, call in enumerate(CALLS):
+        for j, (dtype, layout) in enumerate(itertools.product(DTYPES, LAYOUTS)):
+            marks = () if j == i % 6 else pytest.mark.slow
+            name = f"{call[0]} {call[1]}, {str(dtype)[6:]}, {layout}"
+            yield pytest.param(*call, dtype, layout, marks=marks, id=name)
+
+
+@pytest.fixture
+def backends(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The backends that the dispatcher chooses, in order."""
+    chosen: list[str] = []
+    choose = _dispatch.choose_backend
+
+    def spy(*arguments: Any) -> str:
+        chosen.append(choose(*arguments))
+        return chosen[-1]
+
+    monkeypatch.setattr(_dispatch, "choose_backend", spy)
+    return chosen
+
+
+@pytest.mark.filterwarnings("ignore::repsim_kernels.DegenerateWarning")
+@pytest.mark.parametrize(("name", "index", "dtype", "layout"), tuple(list_combinations()))
+def test_values_are_those_of_the_cpu(backends, name, index, dtype, layout):
+    with phantom_device():
+        got = list_arrays(run(name, index, dtype, layout, "cuda"))
+        assert all(isinstance(a, (PhantomTensor, float)) for a in got)
+        got = [a.cpu() if isinstance(a, PhantomTensor) else a for a in got]
+    backend = backends[0]
+    want = list_arrays(run(name, index, dtype, layout, "cpu", backend=backend))
+    assert len(got) == len(want) > 0
+    is_solver = name in ("eigh", "svd")
+    if is_solver:  # vectors are unique up to their sign
+        got, want = ([a.abs() for a in each] for each in (got, want))
+    tolerance = IN_FLOAT32 if is_solver and dtype != torch.float64 else TOLERANCE
+    for a, b in zip(got, want, strict=True):
+        assert_close(a, b, tolerance, nan=True)
