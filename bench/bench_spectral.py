@@ -70,7 +70,7 @@ def compute_by_package(whole: Tensor, parts: Tensor, metrics: tuple[str, ...]) -
         ablated = AblationBatch(original, cell=parts[batch])
         if "cka" in metrics:
             m = gram.to_vectors(panels.panels_view(parts[batch]), u_centred=False)
-            out["cka"].append(cka.cosine_distance(m, flat, False, torch.zeros(())))
+            out["cka"].append(cka.cosine_distance(m, flat, False, 0.0, 0.0))
         if "procrustes" in metrics:
             out["procrustes"].append(ablated.procrustes()[0])
         if "pwcca" in metrics:

@@ -17,6 +17,7 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.utils.dlpack import from_dlpack
 
 from repsim_kernels._options import short_repr, to_one_line
+from repsim_kernels._routes import Distances
 from repsim_kernels._typing import Array
 from repsim_kernels.errors import DtypeError
 
@@ -54,6 +55,8 @@ class Source(NamedTuple):
         """
         if isinstance(result, dict):
             return {key: self.restore(value) for key, value in result.items()}
+        if isinstance(result, Distances):  # how they were computed is reported in NumPy arrays
+            return result._replace(values=self.restore(result.values))
         if isinstance(result, tuple):
             return rebuild_sequence(result, map(self.restore, result))
         if not isinstance(result, (Tensor, np.ndarray, np.generic)):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import repsim_kernels as rk
 from bench.common.tolerances import DISTANCE, Tol, assert_close
-from repsim_kernels.kernels.torch import gram, riccati, spectral_distances
+from repsim_kernels.kernels.torch import cholesky, gram, riccati, spectral_distances
 from repsim_kernels.ops.spectral import GRAM_METRICS
 
 FLOAT64 = Tol(1e-9, 1e-13)
@@ -268,3 +268,28 @@ def test_a_backend_can_replace_the_solvers():
     original.solvers = solvers
     spectral_distances.AblationBatch(original, cell=parts).svcca()
     assert calls == [(2, 4, 4)]
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (3, 20, 20)])
+def test_cholesky_factors_solve_and_invert(shape):
+    rng = np.random.default_rng(9)
+    a = rng.standard_normal(shape)
+    a = a @ a.swapaxes(-1, -2) + np.eye(shape[-1])
+    b = rng.standard_normal((*shape[:-1], 3))
+    factor = torch.linalg.cholesky(torch.from_numpy(a))
+    np.testing.assert_allclose(
+        cholesky.solve(factor, torch.from_numpy(b)), np.linalg.solve(a, b), rtol=1e-9
+    )
+    np.testing.assert_allclose(cholesky.invert(factor), np.linalg.inv(a), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("metrics", [["cca"], ["cca_squared"]])
+def test_a_failed_factorisation_names_the_ridge(metrics):
+    """The part holds more of one direction than the whole does, so the rest is indefinite."""
+    whole = np.diag([4.0, 3, 2, 1, 1])
+    whole -= whole.mean(0)
+    whole -= whole.mean(1, keepdims=True)
+    direction = np.array([1.0, -1, 0, 0, 0])
+    part = 3 * direction[:, None] * direction
+    with pytest.raises(rk.ConvergenceError, match=r"ridge: 0\.001 leaves a matrix singular"):
+        rk.gram_ablation_distances(whole, part[None], metrics=metrics, ridge=1e-3)

@@ -128,23 +128,27 @@ def rounding_floor_of_trace(trace: Any, n: int) -> Any:
     return (n * _EPS * trace) ** 2 / (n - 1)
 
 
-def nan_if_not_above(value: Tensor, floor: Tensor) -> Tensor:
-    """Replace values that are only rounding error, and so can't be compared, by NaN."""
-    return torch.where(value > floor, value, torch.nan)
-
-
-def cosine_distance(m: Tensor, whole: Tensor, complement: bool, floor: Tensor) -> Tensor:
+def cosine_distance(
+    m: Tensor,
+    whole: Tensor,
+    complement: bool,
+    whole_floor: float | Tensor,
+    floor: float | Tensor,
+) -> Tensor:
     """Return 1 - CKA of a kernel matrix and itself minus a part, without cancellation.
 
     Matrices are vectors here, from `gram.to_vectors`. m (C, k) holds either the parts or, with
     `complement`, what remains of the whole (k,) without each: pass the smaller of the two, so that
     its component orthogonal to the whole keeps its digits. The distance is exactly 0 for m = 0, and
-    NaN where the squared norm of the remainder is not above `floor`.
+    NaN if the norm of the whole or of the remainder is not above its floor.
     Source: docs/metrics.md, "One original, many ablations".
     """
-    ll = whole @ whole
-    gamma = m @ whole / ll
-    projection = gamma if complement else 1 - gamma  # of the remainder on the whole
-    rr = panels.sum_squares(torch.addr(m, gamma, whole, alpha=-1))
-    kk = nan_if_not_above(projection.square() * ll + rr, floor)
-    return (rr / kk) / (1 + projection * torch.sqrt(ll / kk))
+    size = torch.linalg.vector_norm(whole)
+    size.masked_fill_(size <= whole_floor, torch.nan)
+    whole = whole / size
+    along = m @ whole
+    rejection = torch.linalg.vector_norm(torch.addr(m, along, whole, alpha=-1), dim=-1)
+    projection = along if complement else size - along  # of the remainder on the whole
+    norm = torch.hypot(projection, rejection)
+    norm.masked_fill_(norm <= floor, torch.nan)
+    return rejection.div_(norm).square_().div_(1 + projection / norm)

@@ -125,10 +125,9 @@ def to_vectors(packed: panels.Panels, u_centred: bool, buffer: Tensor | None = N
     out = [(span, slot.view(panel.shape)) for (span, panel), slot in slots]
     if u_centred:
         u_centre(packed, out=out)
+        panels.scale_for_inner(out)
     else:
-        for (_, panel), (_, target) in zip(packed, out, strict=True):
-            target.copy_(panel)
-    panels.scale_for_inner(out)
+        panels.copy_for_inner(packed, out)
     return buffer[:b]
 
 
@@ -210,6 +209,13 @@ def cell_statistics(
             shift[run].baddbmm_(by_cell, mean.view(*shape, 1))
     _zero(g, unwritten)
     return g, n_varying, shift[..., 0]
+
+
+def count_varying(x: Tensor) -> Tensor:
+    """Return the number of neurons of x (n, p) that vary over the stimuli."""
+    blocks = (x[:, block] for block in panels.split_neurons(x.shape[1], len(x)))
+    zero = torch.zeros((), dtype=torch.int64, device=x.device)
+    return sum(((block != block[:1]).any(0).sum() for block in blocks), zero)
 
 
 def cell_counts_and_shifts(

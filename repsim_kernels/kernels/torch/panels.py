@@ -48,9 +48,17 @@ def unpack(packed: Panels) -> Tensor:
     return g
 
 
-def panels_view(g: Tensor) -> Panels:
-    """View symmetric matrices (…, n, n) as panels, without a copy."""
-    return [(columns, g[..., columns.start :, columns]) for columns in _spans(0, g.shape[-1], TILE)]
+def panels_view(g: Tensor, like: Panels | None = None) -> Panels:
+    """View symmetric matrices (…, n, n) as panels, without a copy.
+
+    The columns are those of ``like``. By default they suit the device: on a GPU, starting a kernel
+    for each panel would take longer than reading both triangles.
+    """
+    if like is not None:
+        spans = [columns for columns, _ in like]
+    else:
+        spans = [slice(0, g.shape[-1])] if g.is_cuda else _spans(0, g.shape[-1], TILE)
+    return [(columns, g[..., columns.start :, columns]) for columns in spans]
 
 
 def _spans(start: int, stop: int, min_width: int = PANEL) -> list[slice]:
@@ -89,6 +97,12 @@ def empty_vectors(x: Tensor, n: int, *batch: int) -> tuple[Tensor, Panels]:
 def select(packed: Panels, index: int | slice | list[int]) -> Panels:
     """Index the first batch dimension of packed matrices."""
     return [(columns, panel[index]) for columns, panel in packed]
+
+
+def to_index(rows: list[int]) -> slice | list[int]:
+    """Return a slice, which makes a view, if ascending rows are consecutive."""
+    first, end = rows[0], rows[-1] + 1
+    return slice(first, end) if end - first == len(rows) else rows
 
 
 def split_neurons(p: int, rows: int, dtype: torch.dtype = torch.float64) -> Iterator[slice]:
@@ -231,6 +245,15 @@ def scale_for_inner(packed: Panels) -> None:
         panel[..., : panel.shape[-1], :].mul_(_SQRT_HALF)
 
 
+def copy_for_inner(packed: Panels, out: Panels) -> None:
+    """Copy packed matrices and scale the copies as `scale_for_inner` does."""
+    for (_, panel), (_, target) in zip(packed, out, strict=True):
+        width = panel.shape[-1]
+        torch.mul(panel[..., :width, :], _SQRT_HALF, out=target[..., :width, :])
+        if width < panel.shape[-2]:
+            target[..., width:, :].copy_(panel[..., width:, :])
+
+
 def sum_squares(a: Tensor) -> Tensor:
     """Return the sums of the squares of the rows of a (…, k), (…), float64, without a copy of a."""
     return torch.linalg.vector_norm(a, dim=-1, dtype=torch.float64).square_()
@@ -239,3 +262,9 @@ def sum_squares(a: Tensor) -> Tensor:
 def diagonal(packed: Panels) -> Tensor:
     """Return the diagonals (…, n)."""
     return torch.cat([panel.diagonal(dim1=-2, dim2=-1) for _, panel in packed], -1)
+
+
+def traces(packed: Panels) -> Tensor:
+    """Return the traces (…)."""
+    first, *others = (panel.diagonal(dim1=-2, dim2=-1).sum(-1) for _, panel in packed)
+    return sum(others, first)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repsim_kernels.kernels.torch import gram
-from repsim_kernels.kernels.torch.ablation import (
+from repsim_kernels.kernels.torch import cholesky, gram, panels
+from repsim_kernels.kernels.torch.ablation_parts import (
     PASSES,
     CellParts,
     Passes,
@@ -47,53 +47,88 @@ def ablation_decodability(
     fold_members = group_folds(np.arange(len(x)) if folds is None else folds, x.device)
     kind = _Ridge if probe == "ridge" else _Logistic
     relative: float | Tensor | str = ridge
-    tables = []
-    for t, parts in enumerate(make_parts(x, cells, n_cells, grams, passes, shifts=True)):
+    tables: list[tuple[dict[str, dict[str, Tensor]], int]] = []  # and their partitions
+    for parts in make_parts(x, cells, n_cells, grams, passes, shifts=True):
         if isinstance(relative, str):  # "gcv"; one ridge for all partitions
             (relative,) = best_ridges(parts.whole, [to_complement(task.y)])
-        own = task.select(t) if paired else task
-        fit = functools.partial(kind, y=own.y, relative=relative, fold_members=fold_members)
-        tables.append(_score_ablations(parts, own, fit, score))
+        fit = functools.partial(kind, relative=relative, fold_members=fold_members)
+        n_sets = len(parts.n_remaining) // n_cells if partitions and n_cells else 1
+        # Ridge regressions on other partitions' targets cost little; logistic ones would not.
+        together = 1 if paired and probe == "logistic" else n_sets
+        for start in range(0, n_sets, together):
+            ablated = list(range(start * n_cells, (start + together) * n_cells))
+            done = sum(table_sets for _, table_sets in tables)
+            own = task.select(slice(done, done + together)) if paired else task
+            table = _score_ablations(parts, ablated, own, fit, score, together if paired else 1)
+            tables.append((table, together))
     if partitions:
         results = {
-            name: {key: torch.stack([table[name][key][0] for table in tables]) for key in scores}
-            for name, scores in tables[0].items()
+            name: {
+                "intact": torch.cat([t[name]["intact"].expand(sets) for t, sets in tables]),
+                **{
+                    key: torch.cat([t[name][key].view(sets, n_cells) for t, sets in tables])
+                    for key in ("frozen", "refit")
+                },
+            }
+            for name in score
         }
     elif isinstance(target, tuple):
-        results = tables[0]
+        results = tables[0][0]
     else:
         results = {
             name: {key: values[0] for key, values in scores.items()}
-            for name, scores in tables[0].items()
+            for name, scores in tables[0][0].items()
         }
     return results | ({"ridge": relative} if ridge == "gcv" else {})
 
 
 def _score_ablations(
     parts: CellParts,
+    cells: list[int],
     task: _Task,
-    fit: Callable[[Tensor], _Ridge | _Logistic],
+    fit: Callable[[Tensor, Tensor], _Ridge | _Logistic],
     score: tuple[str, ...],
+    n_sets: int,
 ) -> dict[str, dict[str, Tensor]]:
     """Return each score of the task's classifications: "intact" (T,), the others (T, C).
 
-    ``fit`` takes Grams (B, n, n).
+    ``fit`` takes Grams (B, n, n) and targets. With ``n_sets`` above 1 the cells are those of as
+    many partitions, and each of T = n_sets classifications is scored after ablations of its own.
     """
-    original, n_cells = fit(parts.whole[None]), len(parts.n_remaining)
-    frozen = original.held_out.repeat(n_cells, 1, 1)
-    refit = torch.full_like(frozen, torch.nan)
-    for batch in gram.iter_batches(list(range(n_cells)), parts.whole):
+    original = fit(parts.whole[None], task.y)
+    frozen, refit, infos = [], [], [original.info]
+    for batch in gram.iter_batches(cells, parts.whole):
         rests = parts.rests(batch)
-        frozen[batch] = original.predict(rests, parts.shift[batch])
+        frozen.append(original.predict(rests, parts.shift[panels.to_index(batch)]))
         left = [i for i, c in enumerate(batch) if parts.n_remaining[c]]
-        if left:
-            refit[[batch[i] for i in left]] = fit(rests[left]).held_out
+        refit.append(torch.full_like(frozen[-1], torch.nan))
+        if len(left) == len(batch):
+            fits = fit(rests, task.y)
+            refit[-1] = fits.held_out
+            infos.append(fits.info)
+        elif left:
+            index = panels.to_index(left)
+            fits = fit(rests[index], task.y)
+            refit[-1][index] = fits.held_out
+            infos.append(fits.info)
+    cholesky.raise_if_singular(torch.cat(infos))
+
+    def join(outputs: list[Tensor]) -> Tensor:
+        if not outputs:
+            return original.held_out[:0]
+        joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if n_sets == 1:
+            return joined
+        return joined.unflatten(0, (n_sets, -1)).diagonal(dim1=0, dim2=3)
+
     results = {}
     for name in score:
         (intact,) = task.score(name, original.held_out).mT
-        scores = {"intact": intact, "frozen": task.score(name, frozen)}
-        scores["refit"] = task.score(name, refit)
-        scores["refit"][:, refit.isnan().any(2).any(1)] = torch.nan
+        scores = {"intact": intact, "frozen": task.score(name, join(frozen))}
+        outputs = join(refit)
+        missing = outputs.isnan().any(1)  # (B, columns)
+        missing = missing.mT if task.binary else missing.any(1)
+        scores["refit"] = task.score(name, outputs).masked_fill_(missing, torch.nan)
         results[name] = scores
     return results
 
@@ -110,19 +145,16 @@ class _Task:
         else:
             truth = (labels == np.reshape(target, (-1, 1))).astype(np.int64)
         self.binary, self.output_sum = target is not None, output_sum
-        self.truth = torch.from_numpy(truth).to(device)  # (T, n)
-        self.onehot = torch.nn.functional.one_hot(self.truth).to(torch.float64)  # (T, n, classes)
+        self.truth = torch.from_numpy(truth).to(device, non_blocking=True)  # (T, n)
+        kinds = torch.arange(int(truth.max()) + 1, device=device)
+        self.onehot = (self.truth[..., None] == kinds).to(torch.float64)  # (T, n, classes)
         self.y = self.onehot[..., 1].mT if self.binary else self.onehot[0]  # (n, columns)
 
-    def select(self, t: int) -> _Task:
-        """Return one of several binary classifications."""
-        one = copy.copy(self)
-        one.truth, one.onehot, one.y = (
-            self.truth[t : t + 1],
-            self.onehot[t : t + 1],
-            self.y[:, t : t + 1],
-        )
-        return one
+    def select(self, index: slice) -> _Task:
+        """Return some of several binary classifications."""
+        some = copy.copy(self)
+        some.truth, some.onehot, some.y = self.truth[index], self.onehot[index], self.y[:, index]
+        return some
 
     def score(self, name: str, outputs: Tensor) -> Tensor:
         """Return a score (T, B) of the outputs (B, n, columns)."""
@@ -152,7 +184,9 @@ def group_folds(folds: np.ndarray, device: torch.device) -> list[Tensor]:
     sizes = np.bincount(folds)
     members = np.split(np.argsort(folds, kind="stable"), sizes.cumsum()[:-1])
     return [
-        torch.from_numpy(np.stack([m for m in members if len(m) == size])).to(device)
+        torch.from_numpy(np.stack([m for m in members if len(m) == size])).to(
+            device, non_blocking=True
+        )
         for size in np.unique(sizes)
     ]
 
@@ -202,10 +236,12 @@ class _Ridge:
     def __init__(
         self, k: Tensor, y: Tensor, relative: float | Tensor, fold_members: list[Tensor]
     ) -> None:
+        """Fit; the status of the factorisations is in ``info`` (B,), for the caller to check."""
         self.y, self.fold_members = y, fold_members
         kappa, regular = _penalties(k, relative), k.clone()
         regular.diagonal(dim1=1, dim2=2).add_(kappa[:, None])
-        self.weights = torch.cholesky_inverse(torch.linalg.cholesky(regular))
+        factor, self.info = torch.linalg.cholesky_ex(regular)
+        self.weights = cholesky.invert(factor)
         matrix = kappa[:, None, None] * self.weights - 1 / len(y)
         self.residuals = hold_out(matrix, matrix @ y, fold_members)
         self.held_out = y - self.residuals  # (B, n, columns)
@@ -234,23 +270,27 @@ class _Logistic:
         self, k: Tensor, y: Tensor, relative: float | Tensor, fold_members: list[Tensor]
     ) -> None:
         self.y, self.fold_members = y, fold_members
-        fits = [self._fit(*each) for each in zip(k, _penalties(k, relative), strict=True)]
-        self.dual, self.offset = (torch.stack(each) for each in zip(*fits, strict=True))
+        self.info = torch.zeros(0, dtype=torch.int32, device=k.device)
+        self.dual, self.offset = self._fit(k, _penalties(k, relative))
         self.held_out = self._apply(k, self.dual, self.offset)
 
     def _fit(self, k: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the dual weights (folds, columns, n) and the offsets (folds, columns)."""
-        ones = torch.ones_like(k)
+        """Return the dual weights (B, folds, columns, n) and the offsets (B, folds, columns)."""
+        ones = torch.ones_like(k[0])
         in_fit = torch.cat([ones[: len(i)].scatter(1, i, 0.0) for i in self.fold_members])
         share = (in_fit @ self.y) / in_fit.sum(1, keepdim=True)  # (folds, columns)
         # If all stimuli outside a fold are of one kind, nothing is fitted: the offset is infinite.
-        offset, dual = share.logit(), k.new_zeros(*share.shape, len(k))
-        fits = ((share > 0) & (share < 1)).nonzero()
-        for batch in gram.iter_batches(list(range(len(fits))), k):
-            f, j = fits[batch].T
-            dual[f, j], offset[f, j] = _fit_by_newton(
-                k, self.y.T[j], in_fit[f], kappa, offset[f, j]
-            )
+        offset = share.logit().repeat(len(k), 1, 1)
+        dual = k.new_zeros(*offset.shape, k.shape[1])
+        f, j = ((share > 0) & (share < 1)).nonzero().T
+        per_cell = k.new_empty(max(1, len(f)) * k[0].numel(), device="meta")
+        for cells in gram.iter_batches(list(range(len(k))), per_cell):
+            some = panels.to_index(cells)
+            for fits in gram.iter_batches(list(range(len(f))), k[some]):
+                at = panels.to_index(fits)
+                dual[some, f[at], j[at]], offset[some, f[at], j[at]] = _fit_by_newton(
+                    k[some], self.y.T[j[at]], in_fit[f[at]], kappa[some], offset[some, f[at], j[at]]
+                )
         return dual, offset
 
     def predict(self, rests: Tensor, shifts: Tensor) -> Tensor:
@@ -270,26 +310,29 @@ class _Logistic:
 def _fit_by_newton(
     k: Tensor, y: Tensor, in_fit: Tensor, kappa: Tensor, offset: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Fit m logistic regressions f = Kα + b: dual weights α (m, n) and offsets b (m,).
+    """Fit F logistic regressions f = Kα + b to each K (B, n, n): α (B, F, n) and b (B, F).
 
-    They minimise Σ log(1 + exp(-s f)) + κ/2 αᵀKα over the stimuli of ``in_fit`` (m, n). Steps solve
+    They minimise Σ log(1 + exp(-s f)) + κ/2 αᵀKα over the stimuli of ``in_fit`` (F, n). Steps solve
     with B = κI + W½KW½, which is well conditioned even where W is tiny.
     Source: Rasmussen & Williams 2006, algorithm 3.1.
     """
-    sign = 2 * y - 1
-    alpha, b = torch.zeros_like(y), offset[:, None]
-    f = b.expand_as(y)
+    sign, kappa = 2 * y - 1, kappa[:, None, None]
+    b = offset[..., None]
+    alpha = y.new_zeros(*offset.shape, k.shape[1])
+    f = b.expand_as(alpha)
     objective = _objective(f, alpha, sign, in_fit, kappa)
-    eye = kappa * torch.eye(len(k), dtype=k.dtype, device=k.device)
+    k_each = k[:, None]
     for _ in range(_MAX_STEPS):
         gradient = in_fit * sign * torch.sigmoid(-sign * f)
         w = in_fit * torch.sigmoid(f) * torch.sigmoid(-f)
         root = w.sqrt()[..., None]
-        factor = torch.linalg.cholesky(eye + root * k * root.mT)
+        regular = root * k_each * root.mT
+        regular.diagonal(dim1=-2, dim2=-1).add_(kappa)
+        factor, info = torch.linalg.cholesky_ex(regular)
         sides = torch.stack([gradient - kappa * alpha, w], -1)
-        solutions = sides - root * torch.cholesky_solve(root * (k @ sides), factor)
-        step_at_fixed_b, response_to_b = (solutions / kappa).unbind(-1)
-        step_b = step_at_fixed_b.sum(1, keepdim=True) / response_to_b.sum(1, keepdim=True)
+        solutions = sides - root * cholesky.solve(factor, root * (k_each @ sides))
+        step_at_fixed_b, response_to_b = (solutions / kappa[..., None]).unbind(-1)
+        step_b = step_at_fixed_b.sum(-1, keepdim=True) / response_to_b.sum(-1, keepdim=True)
         step = step_at_fixed_b - step_b * response_to_b
         step_f = step @ k + step_b
         size = torch.ones_like(b)
@@ -297,16 +340,22 @@ def _fit_by_newton(
             new = f + size * step_f, alpha + size * step
             value = _objective(*new, sign, in_fit, kappa)
             rises = value > objective + 1e-12 * (1 + objective)  # by more than rounding
-            if not rises.any():
+            small = step_f.abs().amax(-1) <= _LAST_STEP * (1 + new[0].abs().amax(-1))
+            any_rises, failed, all_small = torch.stack(
+                [rises.any(), info.any(), small.all()]
+            ).tolist()
+            if failed:
+                cholesky.raise_if_singular(info)
+            if not any_rises:
                 break
-            size = torch.where(rises[:, None], size / 2, size)
+            size = torch.where(rises[..., None], size / 2, size)
         (f, alpha), b, objective = new, b + size * step_b, value
-        if (step_f.abs().amax(1) <= _LAST_STEP * (1 + f.abs().amax(1))).all():
+        if all_small:
             break
-    return alpha, b[:, 0]
+    return alpha, b[..., 0]
 
 
 def _objective(f: Tensor, alpha: Tensor, sign: Tensor, in_fit: Tensor, kappa: Tensor) -> Tensor:
-    """Return the objective of each regression, (m,); α sums to 0, so that αᵀKα = αᵀf."""
+    """Return the objective of each regression, (B, F); α sums to 0, so that αᵀKα = αᵀf."""
     loss = torch.nn.functional.softplus(-sign * f, threshold=40)
-    return (in_fit * loss).sum(1) + kappa / 2 * (alpha * f).sum(1)
+    return (in_fit * loss).sum(-1) + kappa[..., 0] / 2 * (alpha * f).sum(-1)

@@ -17,31 +17,40 @@ def to_complement(a: Tensor) -> Tensor:
     Q is an orthonormal basis of the complement of the vector of ones.
     """
     n = a.shape[-2]
-    rest = a[..., 1:, :]
-    shift = a[..., :1, :] / math.sqrt(n) + rest.sum(-2, keepdim=True) / (n + math.sqrt(n))
-    return rest - shift
+    first, rest = a[..., :1, :], a[..., 1:, :]
+    # first / √n + Σ rest / (n + √n), times n + √n
+    shift = torch.add(rest.sum(-2, keepdim=True), first, alpha=math.sqrt(n) + 1)
+    return torch.sub(rest, shift, alpha=1 / (n + math.sqrt(n)))
 
 
 def from_complement(a: Tensor) -> Tensor:
     """Return Q a (…, n, m), whose columns sum to zero, for a (…, n - 1, m)."""
     n = a.shape[-2] + 1
     total = a.sum(-2, keepdim=True)
-    return torch.cat([-total / math.sqrt(n), a - total / (n + math.sqrt(n))], dim=-2)
+    rest = torch.sub(a, total, alpha=1 / (n + math.sqrt(n)))
+    return torch.cat([total * (-1 / math.sqrt(n)), rest], dim=-2)
 
 
-def is_positive(w: Tensor, n: int) -> Tensor:
-    """Return which eigenvalues (…, r) of a Gram of n stimuli count towards its rank."""
-    return w > n * torch.finfo(torch.float64).eps * w.amax(-1, keepdim=True)
+def is_positive(w: Tensor, largest: Tensor, n: int) -> Tensor:
+    """Return which eigenvalues (…, r) of a Gram of n stimuli count towards its rank.
+
+    The largest are (…, 1).
+    """
+    return w > n * torch.finfo(torch.float64).eps * largest
 
 
 def spectrum_of_gram(g: Tensor) -> tuple[Tensor, Tensor]:
     """Return the eigenvectors and eigenvalues of a Gram, as in `Representation.spectrum`."""
-    w, u = torch.linalg.eigh(to_complement(to_complement(g).mT))
+    # The rows and columns of g sum to zero, which reduces `to_complement` to one difference.
+    shift = 1 / (1 + math.sqrt(g.shape[-1]))
+    half = torch.sub(g[..., 1:, :], g[..., :1, :], alpha=shift)
+    w, u = torch.linalg.eigh(torch.sub(half[..., 1:], half[..., :1], alpha=shift))
     return _zero_beyond_rank(u.flip(-1), w.flip(-1), g.shape[-1])
 
 
 def _zero_beyond_rank(u: Tensor, w: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    keep = is_positive(w, n)
+    """Set descending eigenvalues w and eigenvectors u that do not count towards the rank to 0."""
+    keep = is_positive(w, w[..., :1], n)
     return u * keep[..., None, :], w * keep
 
 

@@ -21,20 +21,25 @@ our additions.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from repsim_kernels.kernels.torch import cholesky
+from repsim_kernels.kernels.torch.panels import to_index
 
 # Relative error of the trace at which the iteration stops. float32 reaches it, and the Newton step
 # reduces it to below 1e-9 of a distance.
 _CLOSE = 3e-8
 # Largest relative error of the trace that is accepted after the Newton step.
-_MAX_ERROR = 1e-12
+MAX_ERROR = 1e-12
 # Least μ / v that is accepted in any direction: the error of √(v² - g) is eps (v / μ)².
-_MIN_RATIO = 0.15
+MIN_RATIO = 0.15
 _MAX_STEPS = 32
 
 Advance = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+Judge = Callable[[Tensor, Tensor, Tensor, int, float], tuple[Tensor, Tensor]]
 
 
 def advance(
@@ -56,71 +61,99 @@ def advance(
     return p, o, g.div_(mu.add_(v))[None]
 
 
-def solve_deficit(v: Tensor, f: Tensor, advance: Advance = advance) -> tuple[Tensor, Tensor]:
-    """Return tr D (B,) for f (B, m, m) and v (m,) > 0, float64, and the number of steps (B,).
+def solve_deficit(
+    v: Tensor, f: Tensor, advance: Advance = advance, solvers: TraceSolvers | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return tr D (B,) for f (B, m, m) and descending v (m,) > 0, float64, and steps (B,).
 
-    NaN if it would need too many steps or its error is too large.
+    NaN if it would need too many steps or its error is too large. The steps are on the CPU.
     """
-    scale = v.amax()
-    v, f = v / scale, f / scale**2
-    o, steps, converged = _iterate(v, f, advance)
-    out = torch.full_like(f[:, 0, 0], torch.nan)
-    if bool(converged.any()):
-        out[converged] = _correct_trace(v, f[converged], o[converged]) * scale
-    return out, steps
+    scale = v[0]
+    deficit, steps = solve_unit_deficit(v / scale, f / scale.square(), advance, solvers)
+    return deficit.mul_(scale), steps
 
 
-def _iterate(v: Tensor, f: Tensor, advance: Advance) -> tuple[Tensor, Tensor, Tensor]:
-    """Return O for each f, its number of steps, and whether it converged."""
+def solve_unit_deficit(
+    v: Tensor, f: Tensor, advance: Advance = advance, solvers: TraceSolvers | None = None
+) -> tuple[Tensor, Tensor]:
+    """Solve as `solve_deficit` does, for v with a largest value of 1; overwrites f."""
+    judge, correct_trace = solvers or TRACE_SOLVERS
     diagonal = f.diagonal(dim1=1, dim2=2).clone()
-    f = f.to(torch.float32 if f.device.type == "cpu" else torch.float64, copy=True)
     f.diagonal(dim1=1, dim2=2).zero_()
-    result = torch.zeros_like(f)
-    steps = torch.zeros(len(f), dtype=torch.int64, device=f.device)
-    converged = torch.zeros(len(f), dtype=torch.bool, device=f.device)
+    o, steps, converged = _iterate(v, f, diagonal, advance, judge)
+    rows = [i for i, ends in enumerate(converged) if ends]
+    if len(rows) == len(f):
+        return correct_trace(v, f, diagonal, o), torch.tensor(steps)
+    out = torch.full_like(f[:, 0, 0], torch.nan)
+    if rows:
+        out[rows] = correct_trace(v, f[rows], diagonal[rows], o[rows])
+    return out, torch.tensor(steps)
+
+
+def _iterate(
+    v: Tensor, f: Tensor, diagonal: Tensor, advance: Advance, judge: Judge
+) -> tuple[Tensor, list[int], list[bool]]:
+    """Return O for each F, its number of steps, and whether it converged.
+
+    The arguments are those of `advance`.
+    """
+    if f.device.type == "cpu":
+        f = f.to(torch.float32)
+    result: Tensor | None = None
+    steps, converged = [0] * len(f), [False] * len(f)
     # Problems that end stay in the batch, inactive, until half of it has ended.
-    index, active = torch.arange(len(f), device=f.device), ~converged
+    index, active = list(range(len(f))), [True] * len(f)
     o, spare = torch.zeros_like(f), torch.empty_like(f)
     history = torch.empty(0, len(f), dtype=v.dtype, device=f.device)
     count = 0
     while count < _MAX_STEPS:
         o, spare, d = advance(o, f, diagonal, v, spare)
-        history = torch.cat([history, d.sum(-1)])
         count += len(d)
-        close, stalls = _judge(history, _error_scale(v, d[-1]), _MAX_STEPS - count)
-        ends = active & (close | stalls)
-        if not bool(ends.any()):
+        history, verdict = judge(history, v, d, _MAX_STEPS - count, _CLOSE)
+        close, stalls = verdict.tolist()
+        ends = [i for i, on in enumerate(active) if on and (close[i] or stalls[i])]
+        if not ends:
             continue
-        result[index[ends]], steps[index[ends]] = o[ends], count
-        converged[index[ends]] = close[ends]
-        active &= ~ends
-        n_active = int(active.sum())
-        if not n_active:
+        for i in ends:
+            steps[index[i]], converged[index[i]] = count, bool(close[i])
+            active[i] = False
+        if result is None and not any(active):
+            return o, steps, converged
+        result = torch.zeros_like(f) if result is None else result
+        result[to_index([index[i] for i in ends])] = o[to_index(ends)]
+        left = [i for i, on in enumerate(active) if on]
+        if not left:
             break
-        if 2 * n_active <= len(active):
-            index, o, f = index[active], o[active], f[active]
-            spare, diagonal = spare[active], diagonal[active]
-            history, active = history[:, active], active[active]
-    return result, steps, converged
+        if 2 * len(left) <= len(active):
+            at = torch.tensor(left).to(f.device)
+            o, f, spare, diagonal = (t.index_select(0, at) for t in (o, f, spare, diagonal))
+            history = history.index_select(1, at)
+            index, active = [index[i] for i in left], [True] * len(left)
+    return o if result is None else result, steps, converged
 
 
-def _judge(history: Tensor, scale: Tensor, steps_left: int) -> tuple[Tensor, Tensor]:
-    """Judge from the traces (k, B) so far which are close to their limit and which never will be.
+def judge(
+    history: Tensor, v: Tensor, d: Tensor, steps_left: int, close_to: float
+) -> tuple[Tensor, Tensor]:
+    """Judge from the traces so far which are close to their limit and which never will be.
 
-    The change shrinks by a ratio in each step; the last two ratios are known.
+    Takes the traces (k, B) before the last steps and d (j, B, m) after each of those. Returns all
+    traces, and close and stalls as rows (2, B); close is a relative error below ``close_to``. The
+    change shrinks by a ratio in each step; the last two ratios are known.
     """
+    history = torch.cat([history, d.sum(-1)])
     stalls = history[-1].isnan()
     change = history.diff(dim=0).abs()
     if not len(change):
-        return torch.zeros_like(stalls), stalls
-    tolerance = _CLOSE * scale
+        return history, torch.stack([torch.zeros_like(stalls), stalls])
+    tolerance = close_to * _error_scale(v, d[-1])
     close = change[-1] <= tolerance
     if len(change) > 2:
         ratios = change[-2:] / change[-3:-1]
         slow, fast = ratios.amax(0), ratios.amin(0)
         close |= (slow < 1) & (change[-1] * slow <= tolerance * (1 - slow))
         stalls |= change[-1] * fast**steps_left > tolerance
-    return close, stalls
+    return history, torch.stack([close, stalls])
 
 
 def _error_scale(v: Tensor, d: Tensor) -> Tensor:
@@ -128,12 +161,15 @@ def _error_scale(v: Tensor, d: Tensor) -> Tensor:
     return torch.minimum(d.abs().sum(-1), (v - d).sum(-1))
 
 
-def _correct_trace(v: Tensor, f: Tensor, o: Tensor) -> Tensor:
-    """Return tr D after a Newton step from D = diag(d) + o; NaN if its error is too large."""
+def correct_trace(v: Tensor, f: Tensor, diagonal: Tensor, o: Tensor) -> Tensor:
+    """Return tr D after a Newton step from D = diag(d) + o; NaN if its error is too large.
+
+    F is passed as to `advance`, but in float64.
+    """
     low = o.dtype  # the correction is small, so that float32 has enough digits for it
     o = o.to(torch.float64)
     p = torch.baddbmm(f, o, o)
-    g = p.diagonal(dim1=1, dim2=2)
+    g = diagonal + p.diagonal(dim1=1, dim2=2)
     mu = (v * v - g).sqrt()
     d = g / (v + mu)
     sums = mu[:, :, None] + mu[:, None, :]
@@ -146,7 +182,17 @@ def _correct_trace(v: Tensor, f: Tensor, o: Tensor) -> Tensor:
     m = o.mul_(scaled).neg_().to(low)
     m.diagonal(dim1=1, dim2=2).fill_(1)
     factor, failed = torch.linalg.cholesky_ex(m)
-    correction = (residual.mul_(scaled) * torch.cholesky_inverse(factor)).sum((-2, -1)) / 2
-    regular = (mu / v).amin(-1) > _MIN_RATIO
-    accurate = (failed == 0) & regular & (error <= _MAX_ERROR * _error_scale(v, d))
+    correction = (residual.mul_(scaled) * cholesky.invert(factor)).sum((-2, -1)) / 2
+    regular = (mu / v).amin(-1) > MIN_RATIO
+    accurate = (failed == 0) & regular & (error <= MAX_ERROR * _error_scale(v, d))
     return torch.where(accurate, d.sum(-1) + correction, torch.nan)
+
+
+class TraceSolvers(NamedTuple):
+    """What follows the steps: whether to stop, and the last correction."""
+
+    judge: Judge
+    correct_trace: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+TRACE_SOLVERS = TraceSolvers(judge, correct_trace)

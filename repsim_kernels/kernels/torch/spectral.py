@@ -8,7 +8,8 @@ from torch import Tensor
 from repsim_kernels._routes import Distances
 from repsim_kernels.kernels import cusolver
 from repsim_kernels.kernels.torch import gram, panels, representation
-from repsim_kernels.kernels.torch.ablation import GramParts, distances_of_parts
+from repsim_kernels.kernels.torch.ablation import distances_of_parts
+from repsim_kernels.kernels.torch.ablation_parts import GramParts
 from repsim_kernels.kernels.torch.spectral_distances import SOLVERS, Original, Solvers
 
 _EPS = torch.finfo(torch.float64).eps
@@ -25,17 +26,22 @@ def gram_ablation_distances(
     solvers: Solvers = SOLVERS,
 ) -> dict[str, Distances]:
     whole, grams = (gram.double_centre(t.to(torch.float64)) for t in (k, parts))
-    n, energy = len(whole), whole.trace()
-    rest_energy = energy - grams.diagonal(dim1=1, dim2=2).sum(1)
+    n = len(whole)
 
     def make_original(gram: Tensor) -> Original:
         count = n - 1 if neurons is None else neurons
         return Original(representation.spectrum_of_gram(gram), n, count, ridge, penalty, solvers)
 
-    n_remaining = torch.where(rest_energy > n * _EPS * energy, n, 0)
-    constant = (grams == 0).all(-1).all(-1).tolist()
-    gram_parts = GramParts(whole, panels.panels_view(grams), constant, n_remaining.tolist())
-    return distances_of_parts([gram_parts], make_original, metrics)[0]
+    zero = (grams == 0).flatten(1).all(-1)
+    traces = grams.diagonal(dim1=1, dim2=2).sum(1)
+    numbers = torch.cat([zero.to(torch.float64), traces, whole.trace()[None]]).tolist()
+    energy, total = numbers[len(grams) : -1], numbers[-1]
+    n_remaining = [n if total - part > n * _EPS * total else 0 for part in energy]
+    constant = [flag > 0 for flag in numbers[: len(grams)]]
+    gram_parts = GramParts(
+        whole, panels.panels_view(grams), constant, n_remaining, energy, total, grams
+    )
+    return distances_of_parts([gram_parts], make_original, metrics)
 
 
 def eigh(a: Tensor, *, vectors: bool) -> dict[str, Tensor]:

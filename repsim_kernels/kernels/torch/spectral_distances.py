@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from repsim_kernels._routes import Distances, Route
-from repsim_kernels.kernels.torch import riccati
+from repsim_kernels.kernels.torch import cholesky, riccati
 from repsim_kernels.kernels.torch.cca import count_leading
 from repsim_kernels.kernels.torch.representation import from_complement, is_positive
 
@@ -36,6 +37,7 @@ class Solvers:
     """The linear algebra that this stage uses; each backend may bring faster routines."""
 
     advance: riccati.Advance = riccati.advance
+    traces: riccati.TraceSolvers = riccati.TRACE_SOLVERS
     eigh: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.linalg.eigh
     svdvals: Callable[[Tensor], Tensor] = torch.linalg.svdvals
 
@@ -56,19 +58,24 @@ class Original:
 
     def __post_init__(self) -> None:
         basis, v = self.spectrum
-        rank = int((v > 0).sum())
+        self.values = v.cpu()  # the one copy to the host; what is one number is computed there
+        rank = int((self.values > 0).sum())
+        self.values = self.values[:rank]
         self.v, self.basis = v[:rank], from_complement(basis[:, :rank])
-        self.kappa = self.shrinkage(self.v.sum())
+        self.total = float(self.values.sum())
+        self.kappa = self.penalty + (0.0 if self.penalty else self.ridge) * self.total / self.n
         self.shrunk = self.v / (self.v + self.kappa)
         self.correlations = min(self.n - 1, self.neurons)
 
     def shrinkage(self, trace: Tensor) -> Tensor:
-        """Return κ for a side whose Gram has this trace."""
-        return self.penalty + (0.0 if self.penalty else self.ridge) * trace / self.n
+        """Return κ for sides whose Grams have these traces."""
+        if self.penalty:
+            return torch.full_like(trace, self.penalty)
+        return trace * (self.ridge / self.n)
 
     def check_ridge(self) -> None:
         """Raise LinAlgError for a positive ridge that rounding hides."""
-        if bool((self.kappa > 0) & (self.kappa < _MIN_RIDGE * self.v.sum() / self.n)):
+        if 0 < self.kappa < _MIN_RIDGE * self.total / self.n:
             message = "singular to rounding"
             raise torch.linalg.LinAlgError(message)  # type: ignore[attr-defined]
 
@@ -76,13 +83,33 @@ class Original:
         """Return the distance of the original from itself, which a ridge makes positive."""
         if metric not in ("cca", "cca_squared"):
             return 0.0
+        shrunk = self.values / (self.values + self.kappa)
         power = 2 if metric == "cca_squared" else 1
-        return 1 - float(self.shrunk.pow(power).sum()) / self.correlations
+        return 1 - float(shrunk.pow(power).sum()) / self.correlations
 
-    @property
+    @cached_property
+    def unit(self) -> tuple[Tensor, Tensor]:
+        """v scaled to a largest value of 1, and its square root."""
+        v = self.v / float(self.values[0])
+        return v, v.sqrt()
+
+    @cached_property
+    def root(self) -> Tensor:
+        return self.v.sqrt()
+
+    @cached_property
+    def shrunk_root(self) -> Tensor:
+        return self.shrunk.sqrt()
+
+    @cached_property
+    def half_balance(self) -> Tensor:
+        """√(v / (v + κ)) / (v + κ), halved."""
+        return self.shrunk_root / (self.v + self.kappa) / 2
+
+    @cached_property
     def variates(self) -> Tensor:
         """The canonical variates of the original with itself, as rows (m, n)."""
-        return (self.shrunk.sqrt() * self.basis).mT
+        return (self.shrunk_root * self.basis).mT
 
 
 class AblationBatch:
@@ -111,34 +138,34 @@ class AblationBatch:
         self.has_cell = cell is not None  # then the cell is smaller than the rest
         if cell is not None:
             self.cell = self._in_basis(cell)
-            self.rest = torch.diag(self.v) - self.cell
+            self.rest = self._complement(self.cell)
         else:
             if rest is not None:
                 self.rest = self._in_basis(rest)
             elif features is not None:
                 self.rest = (features @ features.mT)[None]
-            self.cell = torch.diag(self.v) - self.rest
+            self.cell = self._complement(self.rest)
         self.rest_trace = self.rest.diagonal(dim1=1, dim2=2).sum(-1)
 
     def _in_basis(self, grams: Tensor) -> Tensor:
-        return self.original.basis.mT @ grams @ self.original.basis
+        return self.original.basis.mT @ (grams @ self.original.basis)
+
+    def _complement(self, grams: Tensor) -> Tensor:
+        """Return diag(v) - G for Grams G (B, m, m) in the basis."""
+        return _subtract_from_diagonal(self.v, grams)
 
     def __len__(self) -> int:
         return len(self.cell)
 
-    def _same_route(self, route: Route) -> tuple[Tensor, Tensor]:
+    def _same_route(self, route: Route) -> tuple[np.ndarray, np.ndarray]:
         """Return one route for all ablations, and no steps."""
-        steps = torch.zeros(len(self), dtype=torch.int64, device=self.v.device)
-        return steps + route, steps
-
-    def _all_nan(self) -> Tensor:
-        return torch.full_like(self.rest_trace, torch.nan)
+        return np.full(len(self), route), np.zeros(len(self), dtype=np.int64)
 
     @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues (B, m), descending, zero beyond the rank, and all eigenvectors of K_c."""
-        w, u = (t.flip(-1) for t in self.solvers.eigh(self.rest))
-        return w * is_positive(w, self.original.n), u
+        """Eigenvalues (B, m), ascending, zero beyond the rank, and all eigenvectors of K_c."""
+        w, u = self.solvers.eigh(self.rest)
+        return w * is_positive(w, w[..., -1:], self.original.n), u
 
     def procrustes(self) -> Distances:
         """Return squared distances (B,), with both representations scaled to unit norm.
@@ -146,38 +173,55 @@ class AblationBatch:
         With y = tr G / tr L, x = tr D / tr L and r = √(1 - y), the distance is
         2 (x - y/(1 + r)) / r.
         """
-        root, total = self.v.sqrt(), self.v.sum()
         out, route = self._procrustes_directly()
-        steps = torch.zeros_like(route)
-        iterated = out.isnan().nonzero()[:, 0]
-        if self.features is None and len(iterated):
-            cell, rest_trace = self.cell[iterated], self.rest_trace[iterated]
-            f = root[:, None] * cell * root
-            deficit, steps[iterated] = riccati.solve_deficit(self.v, f, self.solvers.advance)
-            x, y = deficit / total, cell.diagonal(dim1=1, dim2=2).sum(-1) / total
-            r = (rest_trace / total).sqrt()
-            out[iterated], route[iterated] = 2 * (x - y / (1 + r)) / r, Route.ITERATIONS
-        for i in out.isnan().nonzero()[:, 0].tolist():
+        steps = np.zeros(len(self), dtype=np.int64)
+        missing = list(range(len(self))) if out is None else _find_nan(out)
+        if self.features is None and missing:
+            iterated, steps[missing] = self._procrustes_by_iterations(missing)
+            route[missing] = Route.ITERATIONS
+            if out is None:
+                out = iterated
+            else:
+                out[missing] = iterated
+            missing = _find_nan(out)
+        if out is None:
+            out = torch.empty_like(self.rest_trace)
+        for i in missing:
             factor = self.features if self.features is not None else self.factors[i]()
             route[i] = Route.FACTORS
             if factor is None:
                 w, u = (t[i] for t in self.spectrum)
                 factor, route[i] = u * w.sqrt(), Route.EIGENVECTORS
-            nuclear = self.solvers.svdvals(root[:, None] * factor).sum()
-            out[i] = 2 - 2 * nuclear / (total * factor.square().sum()).sqrt()
+            nuclear = self.solvers.svdvals(self.original.root[:, None] * factor).sum()
+            out[i] = 2 - 2 * nuclear / (self.original.total * factor.square().sum()).sqrt()
         return Distances(out, route, steps)
 
-    def _procrustes_directly(self) -> tuple[Tensor, Tensor]:
-        """Return squared distances (B,) where they keep their digits, otherwise NaN, and routes.
+    def _procrustes_by_iterations(self, ablations: list[int]) -> tuple[Tensor, np.ndarray]:
+        """Return the squared distances of some of the ablations, and the number of steps."""
+        cell, rest_trace = self.cell, self.rest_trace
+        if len(ablations) < len(self):
+            cell, rest_trace = cell[ablations], rest_trace[ablations]
+        v, root = self.original.unit
+        top, total = float(self.original.values[0]), self.original.total
+        # With v scaled by 1 / v₁, so is F by 1 / v₁², of which the cell brings one factor.
+        f = (root[:, None] * cell).mul_(root / top)
+        deficit, steps = riccati.solve_unit_deficit(v, f, self.solvers.advance, self.solvers.traces)
+        r = (rest_trace / total).sqrt_()
+        y = cell.diagonal(dim1=1, dim2=2).sum(-1)
+        distances = deficit.mul_(2 * top / total).addcdiv_(y, r + 1, value=-2 / total).div_(r)
+        return distances, steps.numpy()
+
+    def _procrustes_directly(self) -> tuple[Tensor | None, np.ndarray]:
+        """Return squared distances (B,), NaN where they would lose their digits, and routes.
 
         On a CPU, eigenvalues take half the time of iterations. Those of L^½ K_c L^½ are squares,
         of which small ones may be inaccurate; singular values of L^½ with a factor of K_c are not,
-        but they take twice as long.
+        but they take twice as long. There are no distances if another way is always better.
         """
-        out, (route, _) = self._all_nan(), self._same_route(Route.EIGENVALUES)
+        route, _ = self._same_route(Route.EIGENVALUES)
         if self.features is not None or self.solvers is not SOLVERS or self.v.is_cuda:
-            return out, route
-        root, scale = self.v.sqrt(), (self.v.sum() * self.rest_trace).sqrt()
+            return None, route
+        root, scale = self.original.root, (self.original.total * self.rest_trace).sqrt()
         values = torch.linalg.eigvalsh(root[:, None] * self.rest * root).clamp_(min=0).sqrt_()
         # An error of eps v₁² in each square.
         errors = self.v[0].square() / (2 * values)
@@ -193,7 +237,7 @@ class AblationBatch:
             singular = (failed > 0) | (ratios.amin(-1) < _MIN_RATIO)
             errors = (self.v[0] / ratios).masked_fill(singular[:, None], torch.inf)
             out[missing] = _accept_distances(*_estimate_distances(values, errors, scale[missing]))
-            route[missing] = Route.FACTORS
+            route[missing.numpy()] = Route.FACTORS
         return out, route
 
     def svcca(self, variance: float = 0.99) -> Distances:
@@ -204,63 +248,75 @@ class AblationBatch:
         """
         w, u = self.spectrum
         total = u.shape[-1]
-        k, m = count_leading(self.v, variance), count_leading(w, variance)
-        in_lead = torch.arange(total, device=u.device) < m[:, None]  # (B, total)
-        if int(k + m.min()) > total:
-            rest = u[:, int(k) :, int(m.min()) :] * ~in_lead[:, None, int(m.min()) :]
-            lost = total - torch.maximum(k, m) - self.solvers.svdvals(rest).sum(-1)
+        both = torch.cat([self.original.values[None], w.cpu().flip(-1)])
+        k, *m = count_leading(both, variance).tolist()
+        low, high = min(m), max(m)
+        opposite = k + low > total
+        block = u[:, k:, : total - low] if opposite else u[:, :k, total - high :]
+        sizes = [total - max(k, each) if opposite else min(k, each) for each in m]
+        if low == high:
+            size, mean_over = float(sizes[0]), float(min(k, low))
         else:
-            lead = u[:, : int(k), : int(m.max())] * in_lead[:, None, : int(m.max())]
-            lost = torch.minimum(k, m) - self.solvers.svdvals(lead).sum(-1)
-        return Distances(lost / torch.minimum(k, m), *self._same_route(Route.EIGENVECTORS))
-
-    @property
-    def kappa(self) -> Tensor:
-        return self.original.shrinkage(self.rest_trace)
+            # The block suits the ablation with the most directions; the others have some of them.
+            numbers = [sizes, [min(k, each) for each in m], m]
+            size, mean_over, leading = torch.tensor(numbers, dtype=w.dtype).to(w.device)
+            column, leading = torch.arange(block.shape[-1], device=w.device), leading[:, None]
+            inside = column < total - leading if opposite else column >= high - leading
+            block = block * inside[:, None]
+        lost = size - self.solvers.svdvals(block).sum(-1)
+        return Distances(lost / mean_over, *self._same_route(Route.EIGENVECTORS))
 
     @cached_property
-    def loss(self) -> Tensor:
-        """ΔP = P_L - P_K, where P_L = L(L + κI)⁻¹ = diag(shrunk); (B, m, m)."""
-        self.original.check_ridge()
-        kappa, rest_kappa = self.original.kappa, self.kappa[:, None]
-        regular = self.rest.clone()
-        regular.diagonal(dim1=1, dim2=2).add_(rest_kappa)
-        # κ′L - κK_c, from the Gram that was computed directly; the other Gram is a difference.
-        right = kappa * self.cell if self.has_cell else -kappa * self.rest
-        shift = rest_kappa - kappa if self.has_cell else rest_kappa
-        right.diagonal(dim1=1, dim2=2).add_(shift * self.v)
-        solved = torch.cholesky_solve(right, torch.linalg.cholesky(regular)).div_(self.v + kappa)
-        return (solved + solved.mT).div_(2)
+    def kappa(self) -> Tensor:
+        """κ of each ablated side, (B, 1)."""
+        return self.original.shrinkage(self.rest_trace[:, None])
 
     @cached_property
     def balanced_loss(self) -> Tensor:
-        """F = P_L^½ ΔP P_L^½."""
-        root = self.original.shrunk.sqrt()
-        return root[:, None] * self.loss * root
+        """F = P_L^½ ΔP P_L^½ (B, m, m), where ΔP = P_L - P_K and P_L = L(L + κI)⁻¹."""
+        original = self.original
+        original.check_ridge()
+        regular = self.rest.clone()
+        regular.diagonal(dim1=1, dim2=2).add_(self.kappa)
+        factor, info = torch.linalg.cholesky_ex(regular)
+        # κ′L - κK_c, from the Gram that was computed directly; the other Gram is a difference.
+        right = self.cell * original.kappa if self.has_cell else self.rest * -original.kappa
+        shift = self.kappa - original.kappa if self.has_cell else self.kappa
+        right.diagonal(dim1=1, dim2=2).add_(shift * self.v)
+        solved = cholesky.solve(factor, right)  # (K_c + κ′I)⁻¹ (κ′L - κK_c), ΔP (L + κI)
+        cholesky.raise_if_singular(info)
+        # Half of F, which is symmetric up to rounding.
+        solved.mul_(original.half_balance).mul_(original.shrunk_root[:, None])
+        return solved + solved.mT
 
     @cached_property
-    def canonical(self) -> tuple[Tensor, Tensor]:
-        """The correlations ρ (B, m), 0 beyond the rank, and U of P_L² - F = U diag(ρ²) Uᵀ.
+    def canonical(self) -> tuple[Tensor, Tensor, list[int]]:
+        """The correlations ρ (B, m), 0 beyond the rank, U of P_L² - F = U diag(ρ²) Uᵀ, and ranks.
 
         If K_c is singular, ρ are singular values instead, since the square roots of eigenvalues
         near 0 would keep only half of their digits.
         """
         shrunk = self.original.shrunk
         if self.features is None:
-            squares, u = self.solvers.eigh(torch.diag(shrunk.square()) - self.balanced_loss)
+            squares, u = self.solvers.eigh(
+                _subtract_from_diagonal(shrunk.square(), self.balanced_loss)
+            )
+            known = squares.cpu()
             # Rounding grows by v / κ, which could hide that K_c is singular.
-            noise = torch.clamp(100 * _EPS * self.v[0] / self.original.kappa, min=1e-10)
-            singular = squares[:, 0] <= noise * squares[:, -1]
-            rho = squares.clamp(min=0).sqrt()
+            noise = max(100 * _EPS * float(self.original.values[0]) / self.original.kappa, 1e-10)
+            singular = (known[:, 0] <= noise * known[:, -1]).tolist()
+            ranks = (known > 0).sum(-1).tolist()
+            rho = squares.clamp(min=0).sqrt_()
         else:
             u, rho = torch.empty_like(self.cell), torch.empty_like(self.cell[:, 0])
-            singular = torch.ones(len(self), dtype=torch.bool)
-        for i in singular.nonzero()[:, 0].tolist():
+            singular, ranks = [True] * len(self), [0] * len(self)
+        for i in [i for i, is_singular in enumerate(singular) if is_singular]:
             w, vectors = (t[i] for t in self.spectrum)
             scale = (w / (w + self.kappa[i])).sqrt()
-            u[i], rho[i], _ = torch.linalg.svd(shrunk.sqrt()[:, None] * vectors * scale)
+            u[i], rho[i], _ = torch.linalg.svd(self.original.shrunk_root[:, None] * vectors * scale)
             rho[i] *= torch.arange(rho.shape[1], device=rho.device) < (w > 0).sum()
-        return rho, u
+            ranks[i] = int((rho[i] > 0).sum())
+        return rho, u, ranks
 
     def cca(self, vectors: bool) -> Distances:
         """Return 1 - mean correlation: the self-distance plus what the ablation adds to it.
@@ -269,22 +325,27 @@ class AblationBatch:
         the correlations, without a difference of sums. If the eigenvectors of P_L² - F are computed
         in any case (``vectors``), D solves a Sylvester equation in them: P_L D + D (P_L - D) = F.
         """
-        lost, (route, steps) = self._all_nan(), self._same_route(Route.ITERATIONS)
-        if self.features is None and not vectors:
-            lost, steps = riccati.solve_deficit(
-                self.original.shrunk, self.balanced_loss, self.solvers.advance
-            )
-        missing = lost.isnan()
-        if bool(missing.any()):
+        route, steps = self._same_route(Route.EIGENVECTORS)
+        if vectors or self.features is not None:
+            return Distances(self._excess("cca", self._lost_by_eigenvectors()), route, steps)
+        lost, counts = riccati.solve_deficit(
+            self.original.shrunk, self.balanced_loss, self.solvers.advance, self.solvers.traces
+        )
+        steps = counts.numpy()
+        route[:] = Route.ITERATIONS
+        if missing := _find_nan(lost):
             route[missing] = Route.EIGENVECTORS
-            rho, u = self.canonical
-            solved = self.balanced_loss @ u
-            solved.div_(self.original.shrunk[:, None] + rho[:, None, :]).mul_(u)
-            lost = torch.where(missing, solved.sum((-2, -1)), lost)
+            lost = torch.where(lost.isnan(), self._lost_by_eigenvectors(), lost)
         return Distances(self._excess("cca", lost), route, steps)
 
+    def _lost_by_eigenvectors(self) -> Tensor:
+        """Return tr D (B,) from the eigenvectors of P_L² - F."""
+        rho, u, _ = self.canonical
+        solved = self.balanced_loss @ u
+        return solved.div_(self.original.shrunk[:, None] + rho[:, None]).mul_(u).sum((-2, -1))
+
     def cca_squared(self) -> Distances:
-        lost = (self.original.shrunk * self.loss.diagonal(dim1=1, dim2=2)).sum(-1)
+        lost = self.balanced_loss.diagonal(dim1=1, dim2=2).sum(-1)
         return Distances(self._excess("cca_squared", lost), *self._same_route(Route.SUMS))
 
     def _excess(self, metric: str, lost: Tensor) -> Tensor:
@@ -295,11 +356,23 @@ class AblationBatch:
 
         Both are 0 beyond the rank of K_c, and k is the largest rank in the batch.
         """
-        rho, u = self.canonical
-        in_rank = rho > 0
-        count = int(in_rank.sum(-1).max())  # if K_c is singular, they are in descending order
-        h = (u * in_rank[:, None, :])[..., :count].mT @ self.original.variates
-        return h, rho[:, :count]
+        rho, u, ranks = self.canonical
+        count = max(ranks)  # if K_c is singular, they are in descending order
+        if min(ranks) < rho.shape[-1]:
+            u = u * (rho > 0)[:, None]
+        return u[..., :count].mT @ self.original.variates, rho[:, :count]
+
+
+def _subtract_from_diagonal(v: Tensor, a: Tensor) -> Tensor:
+    """Return diag(v) - A for v (m,) and A (B, m, m)."""
+    out = a.neg()
+    out.diagonal(dim1=1, dim2=2).add_(v)
+    return out
+
+
+def _find_nan(a: Tensor) -> list[int]:
+    """Return the positions of NaN in a (B,)."""
+    return [i for i, value in enumerate(a.tolist()) if value != value]
 
 
 def _estimate_distances(values: Tensor, errors: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

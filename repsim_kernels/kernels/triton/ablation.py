@@ -6,18 +6,18 @@ from the solvers, which are faster.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from repsim_kernels._routes import Distances
 from repsim_kernels.kernels.torch import ablation, panels
-from repsim_kernels.kernels.torch import gram as torch_gram
+from repsim_kernels.kernels.torch.ablation_parts import PASSES, Passes
 from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton.cca import variate_weights
-from repsim_kernels.kernels.triton.gram import cell_statistics
+from repsim_kernels.kernels.triton.gram import cell_statistics, centered_gram
 from repsim_kernels.kernels.triton.spectral import SOLVERS
 
 
@@ -26,34 +26,25 @@ def unsupported(x: Tensor) -> str | None:
     return _launch.unsupported(x)
 
 
-def make_passes(precision: str) -> ablation.Passes:
+def make_passes(x: Tensor, precision: str) -> Passes:
     """Build the passes over x that `ablation_distances` and `ablation_decodability` make."""
+    weigh = functools.partial(variate_weights, precision=precision)
+    if x.shape[1] < x.shape[0]:  # the Gram is singular, which rounding to float32 would hide
+        return dataclasses.replace(PASSES, variate_weights=weigh)
 
     def compute_cell_statistics(
         x: Tensor, cells: np.ndarray, n_cells: int, shifts: bool
     ) -> tuple[panels.Panels, Tensor, Tensor]:
-        if x.shape[1] >= x.shape[0]:
-            g, n_varying, shift = cell_statistics(x, cells, n_cells, shifts, precision=precision)
-            if int(n_varying.sum()) >= x.shape[0]:
-                return panels.panels_view(g), n_varying, shift
-        # With fewer varying neurons than stimuli the Gram is singular, which rounding would hide.
-        return torch_gram.cell_statistics(x, cells, n_cells, shifts)
+        g, n_varying, shift = cell_statistics(x, cells, n_cells, shifts, precision=precision)
+        return [(slice(0, x.shape[0]), g)], n_varying, shift
 
-    return ablation.Passes(
-        compute_cell_statistics, functools.partial(variate_weights, precision=precision)
-    )
+    def compute_whole_gram(x: Tensor) -> Tensor:
+        return centered_gram(x, kernel="linear", sigma=None, precision=precision)
+
+    return Passes(compute_cell_statistics, weigh, compute_whole_gram, on_gpu=True)
 
 
-def select_grams(x: Tensor, grams: Tensor | None) -> Tensor | None:
-    """Return Grams that the caller knows, or None if those of `make_passes` are more accurate."""
-    if grams is not None and int((x != x[:1]).any(0).sum()) >= len(x):
-        return grams
-    return None
-
-
-def ablation_distances(
-    x: Tensor, *, grams: Tensor | None = None, precision: str = "tf32x3", **options: Any
-) -> dict[str, Distances]:
+def ablation_distances(x: Tensor, *, precision: str = "tf32x3", **options: Any) -> dict[str, Any]:
     """Compute the torch backend's result with passes and solvers for the GPU."""
-    options["grams"] = select_grams(x, grams)
-    return ablation.ablation_distances(x, passes=make_passes(precision), solvers=SOLVERS, **options)
+    passes = make_passes(x, precision)
+    return ablation.ablation_distances(x, passes=passes, solvers=SOLVERS, **options)

@@ -7,14 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from repsim_kernels.kernels.torch import probe
-from repsim_kernels.kernels.triton.ablation import make_passes, select_grams, unsupported
+from repsim_kernels.kernels.triton.ablation import make_passes, unsupported
 
 __all__ = ["ablation_decodability", "unsupported"]
 
 
-def ablation_decodability(
-    x: Tensor, *, grams: Tensor | None = None, precision: str = "tf32x3", **options: Any
-) -> dict[str, Tensor]:
+def ablation_decodability(x: Tensor, *, precision: str = "tf32x3", **options: Any) -> Any:
     """Compute the torch backend's result with the kernels' passes over x."""
-    options["grams"] = select_grams(x, grams)
-    return probe.ablation_decodability(x, passes=make_passes(precision), **options)
+    return probe.ablation_decodability(x, passes=make_passes(x, precision), **options)
