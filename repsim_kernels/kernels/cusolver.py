@@ -44,6 +44,7 @@ SIGNATURES = {
 }
 # The upper triangle of a column-major matrix is the lower one of a tensor, which PyTorch uses.
 _UPPER = 1
+Check = Callable[[Tensor, dict[str, Tensor]], Tensor]
 _TYPES = {torch.float32: 0, torch.float64: 1}  # CUDA_R_32F, CUDA_R_64F
 # Per call. cuSOLVER is reported to refuse batches of 40,000 matrices and of 2³¹ numbers; the bytes
 # also bound the workspace.
@@ -118,12 +119,14 @@ def solve_batch(
     *,
     vectors: bool,
     otherwise: Callable[[Tensor, bool], Sequence[Tensor]] = _solve_by_pytorch,
+    check: Check | None = None,
 ) -> dict[str, Tensor]:
     """Solve symmetric matrices, without a second attempt; those solved wrongly count as failed.
 
     ``otherwise`` solves the batch if cuSOLVER can't be called, and also, after a warning, if a
-    function of cuSOLVER returns an error.
+    function of cuSOLVER returns an error. ``check`` replaces `find_wrong`.
     """
+    check = check or find_wrong
     if unsupported(a) is None:
         try:
             w, v, info = _solve_by_cusolver(a.reshape(-1, *a.shape[-2:]), vectors)
@@ -131,10 +134,10 @@ def solve_batch(
             warnings.warn(f"{error}; another solver is used", RuntimeWarning, stacklevel=2)
         else:
             result = _as_result((w.view(a.shape[:-1]), v.view(a.shape).mT)[: 1 + vectors])
-            result["failed"] = (info.view(a.shape[:-2]) != 0) | _is_wrong(a, result)
+            result["failed"] = (info.view(a.shape[:-2]) != 0) | check(a, result)
             return result
     result = _as_result(otherwise(a, vectors))
-    result["failed"] = _is_wrong(a, result)
+    result["failed"] = check(a, result)
     return result
 
 
@@ -152,7 +155,7 @@ def retry(a: Tensor, result: dict[str, Tensor]) -> int:
             retried = _as_result(_solve_by_pytorch(matrix, "vectors" in result))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue
-        wrong = bool(_is_wrong(matrix, retried))
+        wrong = bool(find_wrong(matrix, retried))
         for name, value in retried.items():
             result[name][index] = value.to(a.device)
         result["failed"][index] = wrong
@@ -216,7 +219,7 @@ def _as_result(solved: Sequence[Tensor]) -> dict[str, Tensor]:
     return dict(zip(("values", "vectors"), solved, strict=False))
 
 
-def _is_wrong(a: Tensor, result: dict[str, Tensor]) -> Tensor:
+def find_wrong(a: Tensor, result: dict[str, Tensor]) -> Tensor:
     """Return for each matrix of a (…, n, n) whether its values, and vectors if any, are wrong.
 
     With vectors the check is complete: a V = V diag(w), and the columns of V are orthonormal.
@@ -228,9 +231,7 @@ def _is_wrong(a: Tensor, result: dict[str, Tensor]) -> Tensor:
     a, w = a.to(torch.float64), result["values"].to(torch.float64)
     if "vectors" in result:
         v = result["vectors"].to(torch.float64)
-        # Largest entries need no squares, which could overflow. LAPACK's are 2 to 12 eps ‖a‖ for
-        # the first and 3 to 17 eps for the second condition, at 3 to 700 rows.
-        tolerance = 20 * n**0.5 * eps
+        tolerance = find_tolerance(n, result["values"].dtype)
         residual = (a @ v).addcmul_(v, w[..., None, :], value=-1)
         gram = v.mT @ v
         gram.diagonal(dim1=-2, dim2=-1).sub_(1)
@@ -250,6 +251,15 @@ def _is_wrong(a: Tensor, result: dict[str, Tensor]) -> Tensor:
         norm_error = (torch.linalg.vector_norm(w, dim=-1) - norm).abs()
         correct = (trace_error <= n**0.5 * tolerance * norm) & (norm_error <= tolerance * norm)
     return ~(correct & (w.diff(dim=-1) >= 0).all(-1))  # NaN fails every comparison
+
+
+def find_tolerance(n: int, dtype: torch.dtype) -> float:
+    """Return the largest entry of both residuals of `find_wrong` that is not an error.
+
+    Largest entries need no squares, which could overflow. LAPACK's are 2 to 12 eps ‖a‖ for the
+    first and 3 to 17 eps for the second condition, at 3 to 700 rows.
+    """
+    return float(20 * n**0.5 * torch.finfo(dtype).eps)
 
 
 def _find_largest(matrices: Tensor) -> Tensor:

@@ -74,12 +74,14 @@ def eigh(a: Tensor, *, vectors: bool) -> dict[str, Tensor]:
     return result
 
 
-def solve_batch(a: Tensor, *, vectors: bool, sweeps: int = _SWEEPS) -> dict[str, Tensor]:
+def solve_batch(
+    a: Tensor, *, vectors: bool, sweeps: int = _SWEEPS, check: cusolver.Check | None = None
+) -> dict[str, Tensor]:
     """Solve as `eigh` does, without a second attempt: Jacobi rotations, or cuSOLVER above 128."""
     n = a.shape[-1]
     launch = choose("eigh", n, n, a.element_size(), vectors, _shared_memory_limit(a.device))
     if launch is None:
-        return cusolver.solve_batch(a, vectors=vectors, otherwise=_solve_by_cupy)
+        return cusolver.solve_batch(a, vectors=vectors, otherwise=_solve_by_cupy, check=check)
     matrices = a.reshape(-1, n, n).contiguous()
     w, v, work = matrices.new_empty(len(matrices), n), *_empty_vectors(matrices, launch)
     info = torch.empty(len(matrices), dtype=torch.int32, device=a.device)

@@ -12,7 +12,7 @@ from repsim_kernels.kernels import cusolver
 from repsim_kernels.kernels.cupy import spectral as native
 from repsim_kernels.kernels.torch import spectral
 from repsim_kernels.kernels.torch.spectral_distances import Solvers
-from repsim_kernels.kernels.triton import _launch, riccati, riccati_trace
+from repsim_kernels.kernels.triton import _launch, eigen_check, riccati, riccati_trace
 
 
 def unsupported(*tensors: Tensor) -> str | None:
@@ -26,10 +26,12 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises torch.linalg.LinAlgError if LAPACK can't solve a matrix that they failed on.
     """
+    is_double = a.dtype == torch.float64  # products of float32 may be rounded to TF32
+    check = eigen_check.find_wrong if is_double and unsupported(a) is None else None
     if native.unsupported(a) is None:
-        result = native.solve_batch(a, vectors=True)
+        result = native.solve_batch(a, vectors=True, check=check)
     elif cusolver.unsupported(a) is None:
-        result = cusolver.solve_batch(a, vectors=True)
+        result = cusolver.solve_batch(a, vectors=True, check=check)
     else:
         return torch.linalg.eigh(a)
     if failed := cusolver.retry(a, result):
