@@ -6,7 +6,6 @@ from the solvers, which are faster.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from repsim_kernels.kernels.torch import gram as torch_gram
 from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton.cca import variate_weights
 from repsim_kernels.kernels.triton.gram import cell_statistics
+from repsim_kernels.kernels.triton.operands import Operands
 from repsim_kernels.kernels.triton.spectral import SOLVERS
 
 
@@ -28,20 +28,24 @@ def unsupported(x: Tensor) -> str | None:
 
 def make_passes(precision: str) -> ablation.Passes:
     """Build the passes over x that `ablation_distances` and `ablation_decodability` make."""
+    kept: list[Operands] = []  # of all neurons, from Grams that were computed before
 
     def compute_cell_statistics(
         x: Tensor, cells: np.ndarray, n_cells: int, shifts: bool
     ) -> tuple[panels.Panels, Tensor, Tensor]:
         if x.shape[1] >= x.shape[0]:
-            g, n_varying, shift = cell_statistics(x, cells, n_cells, shifts, precision=precision)
+            g, n_varying, shift = cell_statistics(
+                x, cells, n_cells, shifts, precision=precision, kept=kept
+            )
             if int(n_varying.sum()) >= x.shape[0]:
                 return panels.panels_view(g), n_varying, shift
         # With fewer varying neurons than stimuli the Gram is singular, which rounding would hide.
         return torch_gram.cell_statistics(x, cells, n_cells, shifts)
 
-    return ablation.Passes(
-        compute_cell_statistics, functools.partial(variate_weights, precision=precision)
-    )
+    def compute_weights(h: Tensor, x: Tensor) -> Tensor:
+        return variate_weights(h, x, precision=precision, operands=kept[0] if kept else None)
+
+    return ablation.Passes(compute_cell_statistics, compute_weights)
 
 
 def select_grams(x: Tensor, grams: Tensor | None) -> Tensor | None:

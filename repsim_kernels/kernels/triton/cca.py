@@ -21,14 +21,14 @@ import triton.language as tl
 from torch import Tensor
 
 from repsim_kernels.kernels.triton import _launch
-from repsim_kernels.kernels.triton.gram import load_tile, make_plan
-from repsim_kernels.kernels.triton.operands import (
-    Operands,
+from repsim_kernels.kernels.triton._operand_kernels import (
     find_factor,
-    iter_operands,
     keeps_digits,
+    load_tile,
     power_of_two,
 )
+from repsim_kernels.kernels.triton.gram import make_plan
+from repsim_kernels.kernels.triton.operands import Operands, iter_operands
 
 
 @dataclass(frozen=True)
@@ -40,27 +40,27 @@ class Launch:
     num_stages: int
 
 
-def choose(width: int, single: bool, halves: int, capability: tuple[int, int]) -> Launch:
-    """Choose launch settings for operands of a width.
+def choose(width: int, planes: int, products: int, capability: tuple[int, int]) -> Launch:
+    """Choose launch settings for operands of some planes of a width.
 
-    ``single``: whether they have one plane. ``halves``: those of directions and neurons together, 2
-    to 4; 0 for float32 operands.
+    ``products`` is the number of those of halves, or 0 for float32 operands.
     """
-    if halves == 0:
-        return Launch(block_k=64, block_p=64, block_n=16, num_warps=8, num_stages=2)
-    # Long steps have few instructions around their products. Directions of one plane stay in shared
-    # memory, where 4 halves of 128 leave space for 2 stages.
-    block_n = width if single or halves == 2 else 64
+    if products == 0:
+        return Launch(block_k=64, block_p=64, block_n=16, num_warps=4, num_stages=2)
+    # A step of 128 stimuli has the fewest instructions around its products. With several products
+    # it has space in shared memory only if the directions are loaded before the loop, and on 10.0,
+    # where they are copied once more, not even then.
+    block_n = width if products == 1 or (planes == 1 and capability < (10, 0)) else 64
     if capability < (9, 0):
-        block_n = min(block_n, 64)
-    deep = block_n == 64 or halves < 4
+        block_n = 64
+    stages = 2 if products == 3 and (block_n == 128 or capability >= (10, 0)) else 3
     return Launch(
         # The product is the cost, so take the largest tile that does not spill.
         block_k=128,
         block_p=128,
         block_n=block_n,
         num_warps=8,
-        num_stages=3 if deep and capability[0] == 9 else 2,
+        num_stages=stages,
     )
 
 
@@ -113,63 +113,99 @@ def _directions_kernel(
 def _variate_weights_kernel(
     a_hi_ptr, a_lo_ptr, unit_ptr, b_hi_ptr, b_lo_ptr, items_ptr, slots_ptr, maxima_ptr, sums_ptr,
     out_ptr, k, a_rows, b_rows, n_cells, steps,
-    A_SPLIT: tl.constexpr, B_SPLIT: tl.constexpr, MIXED: tl.constexpr, SINGLE: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    A_SPLIT: tl.constexpr, B_SPLIT: tl.constexpr, MIXED: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # The directions of one item run concurrently: all but the first find its neurons in L2.
     tiles = tl.cdiv(k, BLOCK_K)
     tile = (tl.program_id(0) % tiles).to(tl.int64)
     item = (tl.program_id(0) // tiles).to(tl.int64)
+    first, last, cell, used = _find_rows(
+        items_ptr, slots_ptr, sums_ptr, item, n_cells, B_SPLIT, MIXED
+    )
+    if not used:
+        return
+    a_hi_ptr += tile * (BLOCK_K * WIDTH)
+    a_lo_ptr += tile * (BLOCK_K * WIDTH)
+    total = tl.zeros((BLOCK_K, 8), dtype=tl.float32)
+    for row in range(first, last, BLOCK_P):
+        product = tl.zeros((BLOCK_K, BLOCK_P), dtype=tl.float32)
+        own = tl.zeros((), tl.int64)
+        at = row * WIDTH
+        for step in range(0, steps):
+            a = load_tile(a_hi_ptr + own, BLOCK_K, BLOCK_N, WIDTH)
+            b = load_tile(b_hi_ptr + at, BLOCK_P, BLOCK_N, WIDTH).T
+            product = tl.dot(a, b, product, input_precision="ieee")
+            if A_SPLIT:
+                c = load_tile(a_lo_ptr + own, BLOCK_K, BLOCK_N, WIDTH)
+                product = tl.dot(c, b, product)
+            if B_SPLIT:
+                d = load_tile(b_lo_ptr + at, BLOCK_P, BLOCK_N, WIDTH).T
+                product = tl.dot(a, d, product)
+            # To the next columns of a plane, or to the next plane.
+            ends = (step + 1) % (WIDTH // BLOCK_N) == 0
+            own += BLOCK_N + tl.where(ends, a_rows * WIDTH - WIDTH, 0)
+            at += BLOCK_N + tl.where(ends, b_rows * WIDTH - WIDTH, 0)
+        total += _sum_groups(product, BLOCK_K, BLOCK_P)
+    direction = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    factor = find_factor(maxima_ptr, sums_ptr, cell, n_cells, MIXED).to(tl.float64)
+    weights = tl.sum(total.to(tl.float64), 1) * (tl.load(unit_ptr + direction) / factor)
+    tl.store(out_ptr + item * k + direction, weights, mask=direction < k)
+
+
+@triton.jit
+def _one_plane_weights_kernel(
+    a_hi_ptr, a_lo_ptr, unit_ptr, b_hi_ptr, b_lo_ptr, items_ptr, slots_ptr, maxima_ptr, sums_ptr,
+    out_ptr, k, n_cells, A_SPLIT: tl.constexpr, B_SPLIT: tl.constexpr, MIXED: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    # As above, but the directions are loaded once, and the loop runs over neurons alone.
+    tiles = tl.cdiv(k, BLOCK_K)
+    tile = (tl.program_id(0) % tiles).to(tl.int64)
+    item = (tl.program_id(0) // tiles).to(tl.int64)
+    first, last, cell, used = _find_rows(
+        items_ptr, slots_ptr, sums_ptr, item, n_cells, B_SPLIT, MIXED
+    )
+    if not used:
+        return
+    a = load_tile(a_hi_ptr + tile * (BLOCK_K * WIDTH), BLOCK_K, WIDTH, WIDTH)
+    if A_SPLIT:
+        c = load_tile(a_lo_ptr + tile * (BLOCK_K * WIDTH), BLOCK_K, WIDTH, WIDTH)
+    total = tl.zeros((BLOCK_K, 8), dtype=tl.float32)
+    for row in range(first, last, BLOCK_P):
+        product = tl.zeros((BLOCK_K, BLOCK_P), dtype=tl.float32)
+        b = load_tile(b_hi_ptr + row * WIDTH, BLOCK_P, WIDTH, WIDTH).T
+        product = tl.dot(a, b, product)
+        if A_SPLIT:
+            product = tl.dot(c, b, product)
+        if B_SPLIT:
+            d = load_tile(b_lo_ptr + row * WIDTH, BLOCK_P, WIDTH, WIDTH).T
+            product = tl.dot(a, d, product)
+        total += _sum_groups(product, BLOCK_K, BLOCK_P)
+    direction = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    factor = find_factor(maxima_ptr, sums_ptr, cell, n_cells, MIXED).to(tl.float64)
+    weights = tl.sum(total.to(tl.float64), 1) * (tl.load(unit_ptr + direction) / factor)
+    tl.store(out_ptr + item * k + direction, weights, mask=direction < k)
+
+
+@triton.jit
+def _find_rows(
+    items_ptr, slots_ptr, sums_ptr, item, n_cells, SPLIT: tl.constexpr, MIXED: tl.constexpr
+):
+    """Return the first and last row of an item, its cell, and whether a kernel multiplies it."""
     used = item < tl.load(slots_ptr + n_cells)
     first = tl.load(items_ptr + 3 * item, mask=used, other=0)
     last = tl.load(items_ptr + 3 * item + 1, mask=used, other=0)
     cell = tl.load(items_ptr + 3 * item + 2, mask=used, other=0)
     if MIXED:
-        used = used & (keeps_digits(sums_ptr, cell, n_cells) != B_SPLIT)
-    if not used:
-        return
-    a_hi_ptr += tile * (BLOCK_K * WIDTH)
-    a_lo_ptr += tile * (BLOCK_K * WIDTH)
-    # Sums over columns of the same place in groups of 8, which one thread holds.
-    total = tl.zeros((BLOCK_K, 8), dtype=tl.float32)
-    if SINGLE:
-        a = load_tile(a_hi_ptr, BLOCK_K, BLOCK_N, WIDTH)
-        c = a
-        if A_SPLIT:
-            c = load_tile(a_lo_ptr, BLOCK_K, BLOCK_N, WIDTH)
-    for row in range(first, last, BLOCK_P):
-        product = tl.zeros((BLOCK_K, BLOCK_P), dtype=tl.float32)
-        at = row * WIDTH
-        if SINGLE:
-            b = load_tile(b_hi_ptr + at, BLOCK_P, BLOCK_N, WIDTH).T
-            product = tl.dot(a, b, product, input_precision="ieee")
-            if A_SPLIT:
-                product = tl.dot(c, b, product)
-            if B_SPLIT:
-                d = load_tile(b_lo_ptr + at, BLOCK_P, BLOCK_N, WIDTH).T
-                product = tl.dot(a, d, product)
-        else:
-            own = tl.zeros((), tl.int64)
-            for step in range(0, steps):
-                a = load_tile(a_hi_ptr + own, BLOCK_K, BLOCK_N, WIDTH)
-                b = load_tile(b_hi_ptr + at, BLOCK_P, BLOCK_N, WIDTH).T
-                product = tl.dot(a, b, product, input_precision="ieee")
-                if A_SPLIT:
-                    c = load_tile(a_lo_ptr + own, BLOCK_K, BLOCK_N, WIDTH)
-                    product = tl.dot(c, b, product)
-                if B_SPLIT:
-                    d = load_tile(b_lo_ptr + at, BLOCK_P, BLOCK_N, WIDTH).T
-                    product = tl.dot(a, d, product)
-                # To the next columns of a plane, or to the next plane.
-                ends = (step + 1) % (WIDTH // BLOCK_N) == 0
-                own += BLOCK_N + tl.where(ends, a_rows * WIDTH - WIDTH, 0)
-                at += BLOCK_N + tl.where(ends, b_rows * WIDTH - WIDTH, 0)
-        total += tl.sum(tl.reshape(tl.abs(product), (BLOCK_K, BLOCK_P // 8, 8)), 1)
-    direction = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    factor = find_factor(maxima_ptr, sums_ptr, cell, n_cells, MIXED).to(tl.float64)
-    unit = tl.load(unit_ptr + direction) / factor
-    weights = tl.sum(total.to(tl.float64), 1) * unit
-    tl.store(out_ptr + item * k + direction, weights, mask=direction < k)
+        used = used & (keeps_digits(sums_ptr, cell, n_cells) != SPLIT)
+    return first, last, cell, used
+
+
+@triton.jit
+def _sum_groups(product, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Sum the absolute values of every 8th column, which one thread holds, to (BLOCK_K, 8)."""
+    return tl.sum(tl.reshape(tl.abs(product), (BLOCK_K, BLOCK_P // 8, 8)), 1)
 
 
 def variate_weights(
@@ -197,52 +233,50 @@ def _weigh(h: Tensor, operands: Operands, launch: Launch | None) -> Tensor:
     """Return the sums over the neurons of some operands."""
     (k, n), form = h.shape, operands.format
     planes, capacity, width = operands.hi.shape
-    half = form.dtype == torch.float16
-    a_split = form.split
-    # Cells whose values fit in one half, and those which need both.
-    routes = [False, True] if form.mixed else [form.split]
-    launches = [
-        launch
-        or choose(
-            width,
-            planes == 1,
-            1 + a_split + 1 + b_split if half else 0,
-            _launch.capability(h.device),
-        )
-        for b_split in routes
-    ]
     rows = triton.cdiv(k, 128) * 128
     hi = torch.empty(planes, rows, width, dtype=form.dtype, device=h.device)
-    lo = torch.empty_like(hi) if a_split else hi
+    lo = torch.empty_like(hi) if form.split else hi
     unit = torch.empty(rows, dtype=torch.float64, device=h.device)
     _launch.launch(
         _directions_kernel,
         (rows // 8,),
         *(h, hi, lo, unit, k, n, rows, planes, *h.stride()),
-        SPLIT=a_split,
+        SPLIT=form.split,
         WIDTH=width,
         BLOCK_K=8,
     )
-    out = torch.zeros(len(operands.items), k, dtype=torch.float64, device=h.device)
-    for settings, b_split in zip(launches, routes, strict=True):
-        block_n = min(settings.block_n, width)
-        _launch.launch(
-            _variate_weights_kernel,
-            (triton.cdiv(k, settings.block_k) * len(operands.items),),
-            *(hi, lo, unit, operands.hi, operands.lo, operands.items, operands.slots),
-            *(operands.maxima, operands.sums, out, k, rows, capacity, operands.n_cells),
-            planes * (width // block_n),
-            A_SPLIT=a_split,
-            B_SPLIT=b_split,
-            MIXED=form.mixed,
-            SINGLE=planes == 1 and block_n == width,
-            WIDTH=width,
-            BLOCK_K=settings.block_k,
-            BLOCK_P=settings.block_p,
-            BLOCK_N=block_n,
-            num_warps=settings.num_warps,
-            num_stages=settings.num_stages,
-        )
+    items = len(operands.items)
+    out = torch.zeros(items, k, dtype=torch.float64, device=h.device)
+    tables = operands.items, operands.slots, operands.maxima, operands.sums
+    # Cells that need both halves, and those that fit in one.
+    for split in (True, False) if form.mixed else (form.split,):
+        products = 1 + form.split + split if form.dtype == torch.float16 else 0
+        settings = launch or choose(width, planes, products, _launch.capability(h.device))
+        options = {
+            "A_SPLIT": form.split,
+            "B_SPLIT": split,
+            "MIXED": form.mixed,
+            "WIDTH": width,
+            "BLOCK_K": settings.block_k,
+            "BLOCK_P": settings.block_p,
+            "num_warps": settings.num_warps,
+            "num_stages": settings.num_stages,
+        }
+        grid = (triton.cdiv(k, settings.block_k) * items,)
+        arguments = (hi, lo, unit, operands.hi, operands.lo, *tables, out, k)
+        if planes == 1 and settings.block_n == width:
+            _launch.launch(
+                _one_plane_weights_kernel, grid, *(*arguments, operands.n_cells), **options
+            )
+        else:
+            _launch.launch(
+                _variate_weights_kernel,
+                grid,
+                *(*arguments, rows, capacity, operands.n_cells),
+                planes * (width // settings.block_n),
+                BLOCK_N=settings.block_n,
+                **options,
+            )
     return out.sum(0)
 
 

@@ -1,9 +1,9 @@
 """Gram matrices of centred representations, whole and by cell, from operands made once.
 
-The kernel multiplies what operands.py wrote and does nothing more: a step of its loop loads tiles of
-neurons and adds their products. The first stimulus is subtracted from all others in the operands;
-the mean over stimuli is then removed from the n x n result in float64. This needs no pass for the
-means, and a large feature mean costs no digits.
+The kernel multiplies what operands.py wrote and does nothing more: a step of its loop loads tiles
+and adds their products. The first stimulus is subtracted from all others in the operands; the mean
+over stimuli is then removed from the n x n result in float64. This needs no pass for the means, and
+a large feature mean costs no digits.
 
 ``precision="tf32x3"`` multiplies two halves of float16 in three products, whose result is as
 accurate as float32's and which take half the time of three TF32 products. "tf32" multiplies the
@@ -30,15 +30,18 @@ from torch import Tensor
 from repsim_kernels.kernels.torch import distances
 from repsim_kernels.kernels.torch import gram as torch_gram
 from repsim_kernels.kernels.triton import _launch
+from repsim_kernels.kernels.triton._operand_kernels import (
+    find_factor,
+    keeps_digits,
+    load_tile,
+    power_of_two,
+)
 from repsim_kernels.kernels.triton.operands import (
     Format,
     Operands,
     count_matrices,
-    find_factor,
     iter_operands,
-    keeps_digits,
     number_cells,
-    power_of_two,
 )
 
 
@@ -69,7 +72,7 @@ def choose(
     if dtype == torch.float32:
         block_p, num_warps, num_stages = 16, 8, 2
     elif capability < (9, 0):
-        block_p, num_warps, num_stages = (64 if products == 3 else 128), 8, 3
+        block_p, num_warps, num_stages = (32, 4, 3) if products == 3 else (128, 8, 3)
     elif large:
         # 64 KB per stage either way; on 10.0 the left tiles of three products are copied once more.
         block_p = 64 if products == 3 else 128
@@ -133,13 +136,6 @@ def make_plan(
     pad = max(128, *(each.block_p for each, _ in launches))
     block_n, chunk = launches[0][0].block_n, launches[0][0].chunk
     return Plan(Format(block_n, pad, chunk, dtype, split, mixed), tuple(launches))
-
-
-@triton.jit
-def load_tile(place, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr):
-    """Load the rows and columns of operands that start at a place."""
-    # A scalar place and constant offsets: 64-bit addresses of each element would spill.
-    return tl.load(place + (tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, COLS)[None, :]))
 
 
 @triton.jit
