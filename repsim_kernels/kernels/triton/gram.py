@@ -18,7 +18,7 @@ drain every 512 neurons: 150 to 200 µs. The sums take 10 µs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -313,7 +313,7 @@ def cell_statistics(
     return torch_gram.centre_gram(g), n_varying, shift - shift.mean(-1, keepdim=True)
 
 
-def _keep(spans: Iterable[Operands], kept: list[Operands], p: int) -> Iterable[Operands]:
+def _keep(spans: Iterable[Operands], kept: list[Operands], p: int) -> Iterator[Operands]:
     """Yield operands, and keep those of all p neurons."""
     for operands in spans:
         if operands.neurons == p:

@@ -129,7 +129,8 @@ def iter_operands(
         if cells is None:
             yield _make_operands(x[..., span], None, n_cells, form, shifts)
         else:
-            yield _make_operands(x[None, :, span], cells[:, span], n_cells, form, shifts)
+            own = cells[:, span].contiguous()
+            yield _make_operands(x[None, :, span], own, n_cells, form, shifts)
 
 
 def count_matrices(n: int, p: int, form: Format) -> int:
