@@ -40,6 +40,22 @@ def find_factor(maxima_ptr, sums_ptr, cells, n_cells, MIXED: tl.constexpr):
 
 
 @triton.jit
+def count_pairs(n, BLOCK_N: tl.constexpr):
+    """Count the tiles on and below the diagonal for n stimuli."""
+    tiles = tl.cdiv(n, BLOCK_N)
+    return tiles * (tiles + 1) // 2
+
+
+@triton.jit
+def find_tile(pair):
+    """Return the row and column of a tile on or below the diagonal."""
+    i = ((tl.sqrt(8.0 * pair + 1.0) - 1.0) * 0.5).to(tl.int32)
+    i += (i + 1) * (i + 2) // 2 <= pair
+    i -= i * (i + 1) // 2 > pair
+    return i, pair - i * (i + 1) // 2
+
+
+@triton.jit
 def load_tile(place, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr):
     """Load the rows and columns of operands that start at a place."""
     # A scalar place and constant offsets: 64-bit addresses of each element would spill.

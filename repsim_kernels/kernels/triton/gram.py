@@ -10,10 +10,10 @@ accurate as float32's and which take half the time of three TF32 products. "tf32
 first halves, with the 11 bits of TF32. float16 and bfloat16 need one product in either case.
 
 Predictions for an H200, since this was not run on a GPU, for n = 500 and p = 100,352 in float32:
-the operands take 141 µs for 607 MB. Products of 4 x 4 / 2 tiles of 128, 10 with the diagonal,
-are 3 · 33 Gop: 125 µs at 790 TFLOP/s of float16, with 0.2 instructions issued for each cycle of
-the tensor cores. The L2 cache must deliver 2 · 206 MB for each of 4 rows of tiles, and pipelines
-drain every 512 neurons: 150 to 200 µs. The sums take 10 µs.
+the operands take 141 µs for 607 MB. 10 tiles of 128 x 128 on and below the diagonal are 3 · 33 Gop:
+125 µs at 790 TFLOP/s of float16, with 0.2 instructions issued for each cycle of the tensor cores.
+They read 1.0 GB, mostly from the L2 cache, and pipelines drain every 512 neurons: 150 to 200 µs.
+The sums take 10 µs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from repsim_kernels.kernels.torch import distances
 from repsim_kernels.kernels.torch import gram as torch_gram
 from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton._operand_kernels import (
+    count_pairs,
     find_factor,
+    find_tile,
     keeps_digits,
     load_tile,
     power_of_two,
@@ -181,22 +183,6 @@ def _gram_kernel(
 
 
 @triton.jit
-def count_pairs(n, BLOCK_N: tl.constexpr):
-    """Count the tiles on and below the diagonal for n stimuli."""
-    tiles = tl.cdiv(n, BLOCK_N)
-    return tiles * (tiles + 1) // 2
-
-
-@triton.jit
-def find_tile(pair):
-    """Return the row and column of a tile on or below the diagonal."""
-    i = ((tl.sqrt(8.0 * pair + 1.0) - 1.0) * 0.5).to(tl.int32)
-    i += (i + 1) * (i + 2) // 2 <= pair
-    i -= i * (i + 1) // 2 > pair
-    return i, pair - i * (i + 1) // 2
-
-
-@triton.jit
 def _sum_kernel(
     partial_ptr, slots_ptr, maxima_ptr, sums_ptr, g_ptr, shift_ptr, n, n_cells,
     MIXED: tl.constexpr, SHIFTS: tl.constexpr, FIRST: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -296,8 +282,8 @@ def cell_statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the torch backend's `cell_statistics` from operands, without waiting for the device.
 
-    The cells of T partitions are numbered consecutively, T C in all. The operands are appended to
-    ``kept`` if they hold each neuron once, for `variate_weights`.
+    The cells of T partitions are numbered consecutively, T C in all. ``kept`` receives operands
+    that serve `variate_weights` as well: those of labels (p,), which must leave out no neuron.
     """
     labels, total = number_cells(cells, n_cells, x.device)
     columns = labels.numel() if cells.dtype != np.bool_ else int(np.count_nonzero(cells))

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from repsim_kernels.kernels.torch import cka, features, panels
 from repsim_kernels.kernels.triton import _launch
-from repsim_kernels.kernels.triton.gram import Launch, count_pairs, count_tiles, find_tile
+from repsim_kernels.kernels.triton._operand_kernels import count_pairs, find_tile
+from repsim_kernels.kernels.triton.gram import Launch, count_tiles
 
 # Rows and columns of a tile of products, and entries of a step. 8 warps then have 128 registers, so
 # a multiprocessor holds two programs; tiles of 64 spill.
