@@ -78,7 +78,6 @@ def _make_layer_rows(shapes: list[Shape]) -> list[KernelCase]:
         _make_layers_row,
         _make_cell_grams_row,
         _make_class_means_row,
-        _make_neuron_major_row,
         _make_variate_weights_row,
         _make_ablate_row,
         _make_pointwise_row,
@@ -201,17 +200,6 @@ def _make_class_means_row(s: Shape) -> KernelCase:
         "inputs": inputs,
     }
     return make_case("class_means", s, formula, cost, kernel, backend, f" k={k}", **facts)
-
-
-def _make_neuron_major_row(s: Shape) -> KernelCase:
-    def formula(xp: Any, dtype: str, x: Any) -> Any:
-        return x.T.reshape(-1).reshape(s.p, s.n)  # flat, so that it is copied
-
-    def inputs(g: Generator) -> tuple[Tensor, ...]:
-        return (s.activations(g)[0].contiguous(),)
-
-    kernel = load("triton.neuron_major:neuron_major")
-    return make_case("neuron_major", s, formula, (2 * s.size, 0), kernel, **_EXACT, inputs=inputs)
 
 
 def _masked_inputs(s: Shape, cells: int, units: tuple[int, ...], outs: int = 0) -> Inputs:

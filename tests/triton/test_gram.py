@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 import repsim_kernels as rk
 from bench.common.tolerances import GRAM, assert_gram_close
 from repsim_kernels.kernels.torch import gram as torch_gram
-from repsim_kernels.kernels.triton import gram
+from repsim_kernels.kernels.triton import gram, operands
 from repsim_kernels.reference.gram import squared_distances
 
 few_examples = settings(max_examples=12)
 DTYPES = ("float32", "float16", "bfloat16")
 # Tiles, accumulators and programs smaller than the drawn sizes.
-SMALL = gram.Launch(block_n=16, block_p=16, inner=16, chunk=23, num_warps=4, num_stages=2)
+SMALL = gram.Launch(block_n=16, block_p=16, inner=32, chunk=48, num_warps=4, num_stages=2)
 stimuli, neurons = st.integers(2, 40), st.integers(1, 60)
 inputs = representations(stimuli, neurons, KINDS, DTYPES, TORCH_LAYOUTS)
 
@@ -92,18 +92,38 @@ def test_memberships(device, data):
 @few_examples
 @given(st.data())
 def test_partitions(device, data):
-    """Includes partitions whose neurons don't fit into the cache together."""
+    """Includes operands that don't fit in memory together."""
     x = data.draw(inputs)
     cells = np.stack([data.draw(labels(x.p, 3))[0] for _ in range(3)])
-    before, gram._L2 = gram._L2, data.draw(st.sampled_from([1, 2000, gram._L2]))
+    before, operands._MEMORY = operands._MEMORY, data.draw(st.sampled_from([300_000, 2**30]))
     try:
         got = rk.cell_grams(x.torch().to(device), cells, n_cells=3, backend="triton")
     finally:
-        gram._L2 = before
+        operands._MEMORY = before
     want = rk.cell_grams(x.values(), cells, n_cells=3, backend="reference")
     assert got.shape == (3, 3, x.n, x.n)
     atol = GRAM["tf32x3"] * squared_norm(x.values())
     np.testing.assert_allclose(got.cpu(), want, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_spans_of_neurons_and_batches_add_up(device, dtype, monkeypatch, launches):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(3, 9, 400, generator=generator).to(dtype).to(device)
+    cells = np.arange(400) % 3 - 1
+
+    def compute():
+        return (
+            gram.centered_gram(x, kernel="linear", sigma=None),
+            *gram.cell_statistics(x[0], cells, 2, True),
+        )
+
+    want = compute()
+    once = len(launches)
+    monkeypatch.setattr(operands, "_MEMORY", 100_000)
+    for got, expected in zip(compute(), want, strict=True):
+        np.testing.assert_allclose(got.cpu(), expected.cpu(), atol=2e-4, rtol=1e-5)
+    assert len(launches) - once > 2 * once
 
 
 @few_examples
@@ -111,7 +131,7 @@ def test_partitions(device, data):
 def test_varying_neurons_and_shifts(device, data):
     x = data.draw(inputs)
     cells, n_cells = data.draw(labels(x.p))
-    values, launch = x.torch(), replace(SMALL, chunk=5)
+    values, launch = x.torch(), replace(SMALL, chunk=16)
     _, n_varying, shift = gram.cell_statistics(
         values.to(device), cells, n_cells, True, launch=launch
     )
@@ -156,13 +176,40 @@ def test_runs_are_bit_identical(device):
     assert torch.equal(first, gram.cell_grams(x, cells=cells, n_cells=4, launch=SMALL))
 
 
+def test_shifts_need_both_halves(device):
+    """The frozen readout of `ablation_decodability` multiplies them with float64 weights."""
+    x = torch.randn(12, 90, generator=torch.Generator().manual_seed(8)) + 1000
+    cells = np.arange(90) % 2
+    shift = gram.cell_statistics(x.to(device), cells, 2, True, precision="tf32")[2]
+    want = torch_gram.cell_statistics(x.double(), cells, 2, True)[2]
+    size = float((x - x.mean(0)).norm() * x.norm())
+    np.testing.assert_allclose(shift.cpu(), want, rtol=0, atol=1e-6 * size)
+
+
 def test_launch_settings():
-    by_shape = [gram.choose(n, 100_000, "tf32x3", (9, 0)) for n in (2, 17, 50, 500)]
-    assert [c.block_n for c in by_shape] == [16, 32, 64, 64]
-    assert gram.choose(500, 100_000, "tf32x3", (10, 0)) == replace(
-        by_shape[3], num_warps=4, num_stages=3
-    )
-    assert gram.choose(50, 10**9, "ieee", (8, 0)).chunk == 8192
+    half, single = torch.float16, torch.float32
+    by_shape = [gram.choose(n, 100_000, 3, half, (9, 0)) for n in (2, 64, 65, 500)]
+    assert [c.block_n for c in by_shape] == [64, 64, 128, 128]
+    assert gram.choose(500, 100_000, 3, half, (10, 0)) == replace(by_shape[3], num_stages=2)
+    assert gram.choose(500, 100_000, 1, half, (9, 0)).block_p == 128
+    assert gram.choose(500, 100_000, 1, half, (8, 0)).block_n == 64
+    assert gram.choose(50, 10**9, 1, single, (8, 0)).chunk == 8192
+    for capability in ((8, 0), (9, 0), (10, 0)):
+        for n in (50, 500):
+            for dtype, products in ((half, 3), (half, 1), (single, 1)):
+                c = gram.choose(n, 10**6, products, dtype, capability)
+                assert c.inner % c.block_p == c.chunk % c.inner == 0
+
+
+def test_formats():
+    x = torch.empty(50, 300)
+    short = x.to(torch.bfloat16)
+    assert gram.make_plan(x, 300, "tf32x3", False).form.split
+    assert not gram.make_plan(x, 300, "tf32", False).form.split
+    assert gram.make_plan(x, 300, "tf32", True).form.split
+    assert gram.make_plan(x, 300, "ieee", True).form.dtype == torch.float32
+    assert [both for _, both in gram.make_plan(short, 300, "tf32", False).launches] == [True, False]
+    assert not gram.make_plan(short, 300, "ieee", False).form.mixed
 
 
 def test_unsupported_calls_give_the_reason(device):

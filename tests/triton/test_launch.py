@@ -18,7 +18,6 @@ from repsim_kernels.kernels.triton import (
     logistic,
     masked_copies,
     masked_pointwise,
-    neuron_major,
     riccati,
 )
 
@@ -93,9 +92,6 @@ LARGE = {
         empty(COUNT, 1_200_000), labels=labels(COUNT, COUNT), n_classes=COUNT
     ),
     "directions": lambda: cca.variate_weights(empty(COUNT * 499, 500), empty(500, 1_200_000)),
-    "neuron-major rows of two": lambda: neuron_major.neuron_major(
-        empty(50_000, 600_000, 4)[..., :2]
-    ),
     "masked copies": lambda: masked_copies.ablate(
         empty(50_000, 1_200_000),
         integers(1_200_000),

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 import repsim_kernels as rk
 from bench.common.tolerances import GRAM, SAME, assert_close
 from repsim_kernels.kernels.triton import layer_grams
-from repsim_kernels.kernels.triton.gram import Launch, find_tile
+from repsim_kernels.kernels.triton._operand_kernels import find_tile
+from repsim_kernels.kernels.triton.gram import Launch
 
 few_examples = settings(max_examples=12)
 # Tiles, accumulators and pieces smaller than the drawn sizes.

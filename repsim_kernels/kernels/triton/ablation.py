@@ -7,7 +7,6 @@ from the solvers, which are faster.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from repsim_kernels.kernels.torch.ablation_parts import PASSES, Passes
 from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton.cca import variate_weights
 from repsim_kernels.kernels.triton.gram import cell_statistics, centered_gram
+from repsim_kernels.kernels.triton.operands import Operands
 from repsim_kernels.kernels.triton.spectral import SOLVERS
 
 
@@ -28,14 +28,20 @@ def unsupported(x: Tensor) -> str | None:
 
 def make_passes(x: Tensor, precision: str) -> Passes:
     """Build the passes over x that `ablation_distances` and `ablation_decodability` make."""
-    weigh = functools.partial(variate_weights, precision=precision)
+    kept: list[Operands] = []  # of all neurons, from Grams that were computed before
+
+    def weigh(h: Tensor, x: Tensor) -> Tensor:
+        return variate_weights(h, x, precision=precision, operands=kept[0] if kept else None)
+
     if x.shape[1] < x.shape[0]:  # the Gram is singular, which rounding to float32 would hide
         return dataclasses.replace(PASSES, variate_weights=weigh)
 
     def compute_cell_statistics(
         x: Tensor, cells: np.ndarray, n_cells: int, shifts: bool
     ) -> tuple[panels.Panels, Tensor, Tensor]:
-        g, n_varying, shift = cell_statistics(x, cells, n_cells, shifts, precision=precision)
+        g, n_varying, shift = cell_statistics(
+            x, cells, n_cells, shifts, precision=precision, kept=kept
+        )
         return [(slice(0, x.shape[0]), g)], n_varying, shift
 
     def compute_whole_gram(x: Tensor) -> Tensor:

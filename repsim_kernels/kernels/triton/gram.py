@@ -1,12 +1,24 @@
-"""Gram matrices of centred representations, whole and by cell, from one read of the activations.
+"""Gram matrices of centred representations, whole and by cell, from operands made once.
 
-The first stimulus is subtracted from all others as they are loaded; the mean over stimuli is then
-removed from the n x n result in float64. This needs no centred copy and no pass for the means, and
+The kernel multiplies what operands.py wrote and does nothing more: a step of its loop loads tiles
+and adds their products. The first stimulus is subtracted from all others in the operands; the mean
+over stimuli is then removed from the n x n result in float64. This needs no pass for the means, and
 a large feature mean costs no digits.
+
+``precision="tf32x3"`` multiplies two halves of float16 in three products, whose result is as
+accurate as float32's and which take half the time of three TF32 products. "tf32" multiplies the
+first halves, with the 11 bits of TF32. float16 and bfloat16 need one product in either case.
+
+Predictions for an H200, since this was not run on a GPU, for n = 500 and p = 100,352 in float32:
+the operands take 141 µs for 607 MB. 10 tiles of 128 x 128 on and below the diagonal are 3 · 33 Gop:
+125 µs at 790 TFLOP/s of float16, with 0.2 instructions issued for each cycle of the tensor cores.
+They read 1.0 GB, mostly from the L2 cache, and pipelines drain every 512 neurons: 150 to 200 µs.
+The sums take 10 µs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,13 +29,22 @@ from torch import Tensor
 
 from repsim_kernels.kernels.torch import distances
 from repsim_kernels.kernels.torch import gram as torch_gram
-from repsim_kernels.kernels.torch.columns import sort_by_cell
 from repsim_kernels.kernels.triton import _launch
-from repsim_kernels.kernels.triton.neuron_major import neuron_major
-
-# Bytes of activations that several partitions read together: half of the 50 MB of an H100's L2
-# cache (an H200 has 60 MB).
-_L2 = 25 * 2**20
+from repsim_kernels.kernels.triton._operand_kernels import (
+    count_pairs,
+    find_factor,
+    find_tile,
+    keeps_digits,
+    load_tile,
+    power_of_two,
+)
+from repsim_kernels.kernels.triton.operands import (
+    Format,
+    Operands,
+    count_matrices,
+    iter_operands,
+    number_cells,
+)
 
 
 @dataclass(frozen=True)
@@ -36,29 +57,39 @@ class Launch:
     num_stages: int
 
 
-def choose(n: int, columns: int, precision: str, capability: tuple[int, int]) -> Launch:
-    """Choose launch settings for n stimuli and a number of columns, counted once per partition."""
-    # One tile for up to 64 stimuli. With the gather, tiles of 128 spill: two levels of sums, 64-bit
-    # addresses and the two parts of tf32x3's operands do not fit in 255 registers.
-    block_n = max(16, triton.next_power_of_2(min(n, 64)))
+def choose(
+    n: int, columns: int, products: int, dtype: torch.dtype, capability: tuple[int, int]
+) -> Launch:
+    """Choose launch settings for n stimuli and a number of columns, counted once per partition.
+
+    ``products`` is 3 for two halves, and otherwise 1; ``dtype`` is that of the operands.
+    """
+    # A tile of 128 has 128 accumulators per thread for the two levels of sums. Before 9.0 operands
+    # are in registers too, and it would spill.
+    large = dtype == torch.float16 and n > 64 and capability >= (9, 0)
+    block_n = 128 if large else 64
     # Four waves of programs on 132 multiprocessors. With 8192 neurons, writing the tile is 1 % of
     # a program's traffic.
     chunk = columns * count_tiles(n, block_n) // (4 * 132) // 512 * 512
-    # A tile of 64 has 16 accumulators per thread, twice for the two levels of sums. With 8 warps
-    # the compiler then limits itself to 128 registers, too few on 10.0 for the two parts of
-    # tf32x3's operands, and before 9.0 for operands in registers.
-    crowded = {"tf32x3": capability >= (10, 0), "tf32": capability < (9, 0), "ieee": False}
+    if dtype == torch.float32:
+        block_p, num_warps, num_stages = 16, 8, 2
+    elif capability < (9, 0):
+        block_p, num_warps, num_stages = (32, 4, 3) if products == 3 else (128, 8, 3)
+    elif large:
+        # 64 KB per stage either way; on 10.0 the left tiles of three products are copied once more.
+        block_p = 64 if products == 3 else 128
+        num_warps, num_stages = 8, 2 if products == 3 and capability >= (10, 0) else 3
+    else:
+        # Long steps, since a tile of 64 has few products for the instructions around them.
+        block_p, num_warps, num_stages = (128, 4, 3) if products == 3 else (256, 4, 2)
     return Launch(
         block_n=block_n,
-        # Two tensor-core steps; 32 neurons spill on 8.0 and with "ieee".
-        block_p=16,
-        # 64 steps of 8 neurons: truncation stays below 1e-5 of a diagonal element.
+        block_p=block_p,
+        # 32 steps of 16 neurons: truncation stays below 1e-5 of a diagonal element.
         inner=512,
         chunk=min(max(chunk, 512), 8192),
-        num_warps=4 if block_n < 64 or crowded[precision] else 8,
-        # 12 KiB per stage: three blocks on a multiprocessor hold all stages; 4 stages spill on
-        # 10.0.
-        num_stages=3 if capability >= (10, 0) else 4,
+        num_warps=num_warps,
+        num_stages=num_stages,
     )
 
 
@@ -70,7 +101,10 @@ def count_tiles(n: int, block_n: int) -> int:
 
 def floor(n: int, p: int, itemsize: int, grams: int, precision: str) -> _launch.Floor:
     """Lower bound: read x once, write the Grams once; n (n + 1) p operations for all cells."""
-    return _launch.Floor(n * p * itemsize + grams * n * n * 8, n * (n + 1) * p, precision)
+    products = {"tf32x3": "float16x3", "tf32": "float16", "ieee": "ieee"}[precision]
+    if itemsize == 2 and precision != "ieee":
+        products = "float16"
+    return _launch.Floor(n * p * itemsize + grams * n * n * 8, n * (n + 1) * p, products)
 
 
 def unsupported(x: Tensor) -> str | None:
@@ -78,82 +112,88 @@ def unsupported(x: Tensor) -> str | None:
     return _launch.unsupported(x)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The operands' format, and the kernel launches that multiply all of them."""
+
+    form: Format
+    launches: tuple[tuple[Launch, bool], ...]  # and whether it multiplies both halves
+
+
+def make_plan(
+    x: Tensor, columns: int, precision: str, shifts: bool, launch: Launch | None = None
+) -> Plan:
+    """Plan the products of x (…, n, p) with a number of columns, counted once per partition.
+
+    ``shifts`` need both halves, whatever the precision.
+    """
+    dtype = torch.float32 if precision == "ieee" else torch.float16
+    mixed = x.dtype != torch.float32 and dtype == torch.float16
+    split = dtype == torch.float16 and (precision == "tf32x3" or mixed or shifts)
+    capability = _launch.capability(x.device)
+    launches = [
+        (launch or choose(x.shape[-2], columns, 3 if both else 1, dtype, capability), both)
+        for both in ((True, False) if mixed else (split,))
+    ]
+    pad = max(128, *(each.block_p for each, _ in launches))
+    block_n, chunk = launches[0][0].block_n, launches[0][0].chunk
+    return Plan(Format(block_n, pad, chunk, dtype, split, mixed), tuple(launches))
+
+
 @triton.jit
 def _gram_kernel(
-    x_ptr, scale_ptr, order_ptr, items_ptr, partial_ptr, varies_ptr, n, length, stride_n, stride_p,
-    GATHER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, INNER: tl.constexpr,
-    PRECISION: tl.constexpr,
+    hi_ptr, lo_ptr, items_ptr, slots_ptr, sums_ptr, partial_ptr, n, n_cells, capacity,
+    SPLIT: tl.constexpr, MIXED: tl.constexpr, SAME: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    # The tiles of one chunk run concurrently: all but the first find its neurons in the L2 cache.
+    # The tiles of one item run concurrently: all but the first find its neurons in the L2 cache.
     pairs = count_pairs(n, BLOCK_N)
     item = (tl.program_id(0) // pairs).to(tl.int64)
     pair = tl.program_id(0) % pairs
+    used = item < tl.load(slots_ptr + n_cells)
+    first = tl.load(items_ptr + 3 * item, mask=used, other=0)
+    last = tl.load(items_ptr + 3 * item + 1, mask=used, other=0)
+    if MIXED:
+        cell = tl.load(items_ptr + 3 * item + 2, mask=used, other=0)
+        used = used & (keeps_digits(sums_ptr, cell, n_cells) != SPLIT)
+    if not used:
+        return
     i, j = find_tile(pair)
-    base = tl.load(items_ptr + 4 * item)
-    first = tl.load(items_ptr + 4 * item + 1)
-    last = tl.load(items_ptr + 4 * item + 2)
-    scale = tl.load(scale_ptr)
-
-    rows = i * BLOCK_N + tl.arange(0, BLOCK_N)
-    cols = j * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_offset = rows.to(tl.int64) * stride_n
-    col_offset = cols.to(tl.int64) * stride_n
+    row = i.to(tl.int64) * capacity
+    col = j.to(tl.int64) * capacity
     total = tl.zeros((BLOCK_N, BLOCK_N), dtype=tl.float32)
     for start in range(first, last, INNER):
         part = tl.zeros((BLOCK_N, BLOCK_N), dtype=tl.float32)
         for step in range(start, tl.minimum(start + INNER, last), BLOCK_P):
-            at = step + tl.arange(0, BLOCK_P)
-            inside = at < last
-            column = at.to(tl.int64)
-            if GATHER:
-                column = tl.load(order_ptr + at, mask=inside, other=0).to(tl.int64)
-            source = x_ptr + base + column * stride_p
-            origin = tl.load(source, mask=inside, other=0).to(tl.float32) * scale  # (BLOCK_P,)
-            a_mask = (rows < n)[:, None] & inside[None, :]
-            a = tl.load(source[None, :] + row_offset[:, None], mask=a_mask, other=0)
-            a = tl.where(a_mask, a.to(tl.float32) * scale - origin[None, :], 0)
-            b_mask = inside[:, None] & (cols < n)[None, :]
-            b = tl.load(source[:, None] + col_offset[None, :], mask=b_mask, other=0)
-            b = tl.where(b_mask, b.to(tl.float32) * scale - origin[:, None], 0)
-            part = tl.dot(a, b, part, input_precision=PRECISION)  # (BLOCK_N, BLOCK_N)
-            if GATHER:  # noqa: SIM102 (a compile-time condition, then a run-time one)
-                if j == 0:
-                    varies = tl.max(tl.abs(a), 0) > 0
-                    tl.store(varies_ptr + i.to(tl.int64) * length + at, varies, mask=inside)
+            a = load_tile(hi_ptr + (row + step) * BLOCK_N, BLOCK_P, BLOCK_N, BLOCK_N)
+            b = a
+            if not SAME:
+                b = load_tile(hi_ptr + (col + step) * BLOCK_N, BLOCK_P, BLOCK_N, BLOCK_N)
+            part = tl.dot(a.T, b, part, input_precision="ieee")
+            if SPLIT:
+                c = load_tile(lo_ptr + (row + step) * BLOCK_N, BLOCK_P, BLOCK_N, BLOCK_N)
+                d = c
+                if not SAME:
+                    d = load_tile(lo_ptr + (col + step) * BLOCK_N, BLOCK_P, BLOCK_N, BLOCK_N)
+                part = tl.dot(a.T, d, part)
+                part = tl.dot(c.T, b, part)
         total += part
-
     square = tl.arange(0, BLOCK_N)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    slot = tl.load(items_ptr + 4 * item + 3)  # loaded late: across the loop it would spill on 8.0
-    tl.store(partial_ptr + (slot * pairs + pair) * (BLOCK_N * BLOCK_N) + square, total)
-
-
-@triton.jit
-def count_pairs(n, BLOCK_N: tl.constexpr):
-    """Count the tiles on and below the diagonal for n stimuli."""
-    tiles = tl.cdiv(n, BLOCK_N)
-    return tiles * (tiles + 1) // 2
-
-
-@triton.jit
-def find_tile(pair):
-    """Return the row and column of a tile on or below the diagonal."""
-    i = ((tl.sqrt(8.0 * pair + 1.0) - 1.0) * 0.5).to(tl.int32)
-    i += (i + 1) * (i + 2) // 2 <= pair
-    i -= i * (i + 1) // 2 > pair
-    return i, pair - i * (i + 1) // 2
+    tl.store(partial_ptr + (item * pairs + pair) * (BLOCK_N * BLOCK_N) + square, total)
 
 
 @triton.jit
 def _sum_kernel(
-    partial_ptr, slots_ptr, scale_ptr, g_ptr, n, BLOCK_N: tl.constexpr, STRIP: tl.constexpr
-):
+    partial_ptr, slots_ptr, maxima_ptr, sums_ptr, g_ptr, shift_ptr, n, n_cells,
+    MIXED: tl.constexpr, SHIFTS: tl.constexpr, FIRST: tl.constexpr, BLOCK_N: tl.constexpr,
+    STRIP: tl.constexpr,
+):  # fmt: skip
+    strips = BLOCK_N // STRIP
     pairs = count_pairs(n, BLOCK_N)
-    cell = (tl.program_id(0) // pairs).to(tl.int64)
-    pair = tl.program_id(0) % pairs
-    strip = tl.program_id(1)
+    strip = tl.program_id(0) % strips
+    pair = tl.program_id(0) // strips % pairs
+    cell = (tl.program_id(0) // strips // pairs).to(tl.int64)
     i, j = find_tile(pair)
-    # Multiplying by a power of two is exact; dividing would spill.
-    unit = 1.0 / tl.load(scale_ptr).to(tl.float64)
     within = strip * STRIP + tl.arange(0, STRIP)
     square = within[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     total = tl.zeros((STRIP, BLOCK_N), dtype=tl.float64)
@@ -161,45 +201,32 @@ def _sum_kernel(
         total += tl.load(partial_ptr + (slot * pairs + pair) * (BLOCK_N * BLOCK_N) + square).to(
             tl.float64
         )
-    total = total * unit * unit
+    # Multiplying by a power of two is exact; dividing would spill.
+    unit = 1.0 / find_factor(maxima_ptr, sums_ptr, cell, n_cells, MIXED).to(tl.float64)
     rows = (i * BLOCK_N + within)[:, None]
     cols = (j * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    if SHIFTS:
+        # The first stimulus is zero, and its place is taken by its values, with their own factor.
+        has_first = True
+        if MIXED:
+            has_first = not keeps_digits(sums_ptr, cell, n_cells)
+        other = 1.0 / power_of_two(tl.load(maxima_ptr + n_cells + cell)).to(tl.float64)
+        shift = tl.where((cols == 0) & (rows > 0) & has_first, total * (unit * other), 0)
+        shift_rows = i * BLOCK_N + within
+        place = shift_ptr + cell * n + shift_rows
+        shift = tl.sum(shift, 1)
+        if not FIRST:
+            shift += tl.load(place, mask=(j == 0) & (shift_rows < n), other=0)
+        tl.store(place, shift, mask=(j == 0) & (shift_rows < n))
+        total = tl.where((cols == 0) & has_first, 0, total)
+    total = total * unit * unit
     # Each element below the diagonal is written twice, so the result is exactly symmetric.
     lower = (rows < n) & (cols <= rows)
     g_ptr += cell * n * n
+    if not FIRST:
+        total += tl.load(g_ptr + rows.to(tl.int64) * n + cols, mask=lower, other=0)
     tl.store(g_ptr + rows.to(tl.int64) * n + cols, total, mask=lower)
     tl.store(g_ptr + cols.to(tl.int64) * n + rows, total, mask=lower)
-
-
-@triton.jit
-def _shift_kernel(
-    x_ptr,
-    order_ptr,
-    items_ptr,
-    shift_ptr,
-    n,
-    stride_n,
-    stride_p,
-    BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    item = tl.program_id(0).to(tl.int64)
-    first = tl.load(items_ptr + 4 * item + 1)
-    last = tl.load(items_ptr + 4 * item + 2)
-    slot = tl.load(items_ptr + 4 * item + 3)
-    rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    shift = tl.zeros((BLOCK_N,), dtype=tl.float64)
-    for step in range(first, last, BLOCK_P):
-        at = step + tl.arange(0, BLOCK_P)
-        inside = at < last
-        column = tl.load(order_ptr + at, mask=inside, other=0).to(tl.int64)
-        source = x_ptr + column * stride_p
-        origin = tl.load(source, mask=inside, other=0).to(tl.float32).to(tl.float64)
-        mask = (rows < n)[:, None] & inside[None, :]
-        a = tl.load(source[None, :] + rows.to(tl.int64)[:, None] * stride_n, mask=mask, other=0)
-        a = a.to(tl.float32).to(tl.float64)  # (BLOCK_N, BLOCK_P)
-        shift += tl.sum(tl.where(mask, (a - origin[None, :]) * origin[None, :], 0), 1)
-    tl.store(shift_ptr + slot * n + rows, shift, mask=rows < n)
 
 
 def centered_gram(
@@ -213,11 +240,12 @@ def centered_gram(
     """Return the Gram matrices (…, n, n) of x (…, n, p), centred, in float64."""
     n, p = x.shape[-2:]
     batch = x.reshape(-1, n, p)
-    bounds = np.tile([[0, p]], (len(batch), 1))
-    base = np.arange(len(batch)) * batch.stride(0)
-    launch = launch or choose(n, p * len(batch), precision, _launch.capability(x.device))
-    segments = _Segments(base, bounds, np.arange(len(batch)), len(batch), None)
-    g = _sum_grams(batch, segments, precision, launch, False)[0].view(*x.shape[:-1], n)
+    plan = make_plan(x, p * len(batch), precision, False, launch)
+    parts = batch.split(count_matrices(n, p, plan.form))
+    spans = (iter_operands(part, None, len(part), plan.form) for part in parts)
+    g = torch.cat([sum_grams(operands, plan.launches)[0] for operands in spans]).view(
+        *x.shape[:-1], n
+    )
     if kernel == "linear":
         return torch_gram.centre_gram(g)
     assert sigma is not None
@@ -250,122 +278,86 @@ def cell_statistics(
     *,
     precision: str = "tf32x3",
     launch: Launch | None = None,
+    kept: list[Operands] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the torch backend's `cell_statistics` from one read of x.
+    """Compute the torch backend's `cell_statistics` from operands, without waiting for the device.
 
-    The cells of T partitions are numbered consecutively, T C in all.
+    The cells of T partitions are numbered consecutively, T C in all. ``kept`` receives operands
+    that serve `variate_weights` as well: those of labels (p,), which must leave out no neuron.
     """
-    n, p = x.shape
-    if x.stride(1) < x.stride(0):
-        # A cell's neurons are scattered along a row; neuron-major, each is read as a whole row.
-        x = neuron_major(x).mT
-    partitions = cells.ndim == 2 and cells.dtype != np.bool_
-    tables = cells if partitions else [cells]
-    width = max(1, _L2 // (n * x.element_size())) if len(tables) > 1 else p
-    orders, bounds, owners = [], [], []
-    total = 0
-    for start in range(0, p, width):
-        span = slice(start, min(start + width, p))
-        for t, table in enumerate(tables):
-            order, offsets = sort_by_cell(table[..., span], n_cells)
-            orders.append(order + start)
-            bounds.append(np.stack([offsets[:-1], offsets[1:]], 1) + total)
-            owners.append(np.arange(n_cells) + t * n_cells)
-            total += len(order)
-    order = np.concatenate(orders)
-    launch = launch or choose(n, len(order), precision, _launch.capability(x.device))
-    columns = torch.from_numpy(order.astype(np.int32)).to(x.device)
-    owner = np.concatenate(owners)
-    base = np.zeros(len(owner), dtype=np.int64)
-    segments = _Segments(base, np.concatenate(bounds), owner, len(tables) * n_cells, columns)
-    g, n_varying, u = _sum_grams(x, segments, precision, launch, shifts)
+    labels, total = number_cells(cells, n_cells, x.device)
+    columns = labels.numel() if cells.dtype != np.bool_ else int(np.count_nonzero(cells))
+    plan = make_plan(x, columns, precision, shifts, launch)
+    spans = iter_operands(x, labels, total, plan.form, shifts)
+    if kept is not None and cells.ndim == 1 and not shifts:
+        kept.clear()
+        spans = _keep(spans, kept, x.shape[1])
+    g, n_varying, u = sum_grams(spans, plan.launches)
     if u is None:
         return torch_gram.centre_gram(g), n_varying, g.new_zeros(g.shape[:-1])
     shift = u + g.mean(-1)
     return torch_gram.centre_gram(g), n_varying, shift - shift.mean(-1, keepdim=True)
 
 
-@dataclass(frozen=True)
-class _Segments:
-    """Runs of neurons: ``bounds[s, 0]`` up to ``bounds[s, 1]`` are summed into Gram owner[s]."""
-
-    base: np.ndarray  # (S,), offset in memory of the matrix that a segment reads
-    bounds: np.ndarray  # (S, 2), positions in columns
-    owner: np.ndarray  # (S,)
-    n_grams: int
-    columns: Tensor | None  # neuron at each position, int32 on the device; None: the position
+def _keep(spans: Iterable[Operands], kept: list[Operands], p: int) -> Iterator[Operands]:
+    """Yield operands, and keep those of all p neurons."""
+    for operands in spans:
+        if operands.neurons == p:
+            kept.append(operands)
+        yield operands
 
 
-def _sum_grams(
-    x: Tensor, segments: _Segments, precision: str, launch: Launch, shifts: bool
+def sum_grams(
+    spans: Iterable[Operands], launches: tuple[tuple[Launch, bool], ...]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the Grams of D = x - x₀, their numbers of varying neurons, and D x₀.
+    """Return the Grams of each cell's operands, their numbers of varying neurons, and D x₀.
 
-    x₀ is the first stimulus. The numbers are zero if no columns are gathered; D x₀ is None without
-    columns or without ``shifts``.
+    D = x - x₀, where x₀ is the first stimulus; D x₀ is None if the operands hold no shifts. The
+    Grams of cells that keep their digits are those of x.
     """
-    n, device, columns = x.shape[-2], x.device, segments.columns
-    bounds, owner, n_grams = segments.bounds, segments.owner, segments.n_grams
-    pieces = -(-(bounds[:, 1] - bounds[:, 0]) // launch.chunk)
-    segment = np.repeat(np.arange(len(bounds)), pieces)
-    piece = np.arange(len(segment)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    first = bounds[segment, 0] + piece * launch.chunk
-    last = np.minimum(first + launch.chunk, bounds[segment, 1])
-    # The pieces of a Gram are adjacent in memory, whatever the order in which they are computed.
-    slot = np.empty(len(segment), dtype=np.int64)
-    slot[np.argsort(owner[segment], kind="stable")] = np.arange(len(segment))
-    counts = np.bincount(owner[segment], minlength=n_grams)
-    slots = np.concatenate([[0], np.cumsum(counts)])
-    table = np.stack([segments.base[segment], first, last, slot], 1).astype(np.int64)
-    items = torch.from_numpy(table).to(device)
-
-    pairs, tiles = count_tiles(n, launch.block_n), -(-n // launch.block_n)
-    length = 0 if columns is None else len(columns)
-    partial = torch.empty(len(items) * pairs * launch.block_n**2, device=device)
-    varies = torch.zeros(tiles, length, dtype=torch.bool, device=device)
-    g = torch.empty(n_grams, n, n, dtype=torch.float64, device=device)
-    scale = _launch.find_scale(x)
-    strides = x.stride()[-2:]
-    if len(items):
-        tensors = x, scale, columns, items, partial, varies
+    results: list[Tensor] = []
+    for operands in spans:
+        n, n_cells, device = operands.n, operands.n_cells, operands.hi.device
+        form, capacity = operands.format, operands.hi.shape[1]
+        width, pairs = form.width, count_tiles(n, form.width)
+        partial = torch.empty(len(operands.items) * pairs * width**2, device=device)
+        for launch, split in launches:
+            _launch.launch(
+                _gram_kernel,
+                (
+                    len(operands.items) * pairs,
+                ),  # y allows 65,535 blocks, the pairs of 46,208 stimuli
+                *(operands.hi, operands.lo, operands.items, operands.slots, operands.sums, partial),
+                *(n, n_cells, capacity),
+                SPLIT=split,
+                MIXED=form.mixed,
+                SAME=n <= width,
+                BLOCK_N=width,
+                BLOCK_P=launch.block_p,
+                INNER=launch.inner,
+                num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
+            )
+        is_first = not results
+        if is_first:
+            g = torch.empty(n_cells, n, n, dtype=torch.float64, device=device)
+            u = g.new_empty(n_cells if operands.shifts else 0, n)
+            results = [g, operands.sums[0], u]
+        else:
+            results[1] = results[1] + operands.sums[0]
         _launch.launch(
-            _gram_kernel,
-            (len(items) * pairs,),  # y allows 65,535 blocks, the pairs of 23,104 stimuli
-            *(*tensors, n, length, *strides),
-            GATHER=columns is not None,
-            BLOCK_N=launch.block_n,
-            BLOCK_P=launch.block_p,
-            INNER=launch.inner,
-            PRECISION=precision,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            _sum_kernel,
+            (n_cells * pairs * (width // 16),),
+            *(partial, operands.slots, operands.maxima, operands.sums, *results[::2]),
+            *(n, n_cells),
+            MIXED=form.mixed,
+            SHIFTS=operands.shifts,
+            FIRST=is_first,
+            BLOCK_N=width,
+            STRIP=16,
         )
-    _launch.launch(
-        _sum_kernel,
-        (n_grams * pairs, launch.block_n // 16),
-        *(partial, torch.from_numpy(slots).to(device), scale, g, n),
-        BLOCK_N=launch.block_n,
-        STRIP=16,
-    )
-    n_varying = torch.zeros(n_grams, dtype=torch.int64, device=device)
-    if columns is None:
-        return g, n_varying, None
-    running = torch.cat([n_varying.new_zeros(1), varies.any(0).cumsum(0)])
-    ends = torch.from_numpy(bounds).to(device)
-    per_segment = running[ends[:, 1]] - running[ends[:, 0]]
-    n_varying.index_add_(0, torch.from_numpy(owner).to(device), per_segment)
-    if not shifts:
-        return g, n_varying, None
-    u = torch.zeros(len(items) + 1, n, dtype=torch.float64, device=device)
-    if len(items):
-        sizes = {"BLOCK_N": launch.block_n, "BLOCK_P": launch.block_p}
-        _launch.launch(
-            _shift_kernel, (len(items), tiles), *(x, columns, items, u, n, *strides), **sizes
-        )
-    # Pad the pieces of each Gram to the largest number with the row of zeros at the end.
-    index = slots[:-1, None] + np.arange(max(1, counts.max(initial=0)))
-    index[index >= slots[1:, None]] = len(items)
-    return g, n_varying, u[torch.from_numpy(index).to(device)].sum(1)
+    g, n_varying, u = results
+    return g, n_varying.to(torch.int64), u if len(u) else None
 
 
 def _make_case(
@@ -375,7 +367,7 @@ def _make_case(
         x = torch.empty(p, n, dtype=dtype, device=device).mT
         if cells:
             labels = np.arange(p) % cells
-            cell_statistics(x, labels, cells, shifts=True, precision=precision)
+            cell_statistics(x, labels, cells, precision=precision)
         else:
             centered_gram(x, kernel="linear", sigma=None, precision=precision)
 
@@ -395,5 +387,7 @@ AOT_CASES = (
     _make_case(500, 100_352, 16, torch.float32, "ieee"),
     _make_case(500, 100_352, 16, torch.bfloat16, "tf32x3"),
     _make_case(500, 100_352, 0, torch.float32, "tf32x3"),
+    _make_case(128, 100_352, 16, torch.float32, "tf32x3"),
+    _make_case(128, 100_352, 16, torch.bfloat16, "tf32x3"),
     _make_case(12, 1_000, 0, torch.float16, "tf32x3"),
 )

@@ -4,9 +4,10 @@ Layers have different numbers of neurons, so a table lists pieces of their neuro
 multiplies one piece for one tile of a Gram; the last one to finish a tile adds the results of all
 its pieces, in the order of the neurons, so that runs are bit-identical.
 
-As in gram.py, stimuli are taken relative to the first one as they are loaded. A row of ``grams``
-holds the lower triangle of these products G, row by row, and then one shift for each stimulus, such
-that G_ij + s_i + s_j is the centred or the U-centred Gram. Both are sums over neurons.
+Stimuli are taken relative to the first one as they are loaded: each layer is read by one product,
+for which operands.py would write a copy. A row of ``grams`` holds the lower triangle of these
+products G, row by row, and then one shift for each stimulus, such that G_ij + s_i + s_j is the
+centred or the U-centred Gram. Both are sums over neurons.
 
 Predictions for an H200, since this was not run on a GPU, for 53 layers of 50,000 float32 neurons:
 
@@ -14,8 +15,8 @@ Predictions for an H200, since this was not run on a GPU, for 53 layers of 50,00
     32    0.34 GB   2.8 Gop     79 µs     0.1 µs
     300   3.2 GB    239 Gop    1.8 ms     6 µs
 
-The kernel of gram.py, whose loop this is, is expected to take 6 to 8 times as long as its products.
-Next to the two kernels, PyTorch starts 35 small operations (counted), or 20 for float64.
+The loop also subtracts, splits and converts, so it is expected to take 6 to 8 times as long. Next
+to the two kernels, PyTorch starts 35 small operations (counted), or 20 for float64.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from torch import Tensor
 
 from repsim_kernels.kernels.torch import cka, features, panels
 from repsim_kernels.kernels.triton import _launch
-from repsim_kernels.kernels.triton.gram import Launch, count_pairs, count_tiles, find_tile
+from repsim_kernels.kernels.triton._operand_kernels import count_pairs, find_tile
+from repsim_kernels.kernels.triton.gram import Launch, count_tiles
 
 # Rows and columns of a tile of products, and entries of a step. 8 warps then have 128 registers, so
 # a multiprocessor holds two programs; tiles of 64 spill.
