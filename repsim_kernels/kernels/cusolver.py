@@ -44,7 +44,7 @@ SIGNATURES = {
 }
 # The upper triangle of a column-major matrix is the lower one of a tensor, which PyTorch uses.
 _UPPER = 1
-Check = Callable[[Tensor, dict[str, Tensor]], Tensor]
+Check = Callable[[Tensor, dict[str, Tensor], Tensor | None], Tensor]
 _TYPES = {torch.float32: 0, torch.float64: 1}  # CUDA_R_32F, CUDA_R_64F
 # Per call. cuSOLVER is reported to refuse batches of 40,000 matrices and of 2³¹ numbers; the bytes
 # also bound the workspace.
@@ -134,10 +134,10 @@ def solve_batch(
             warnings.warn(f"{error}; another solver is used", RuntimeWarning, stacklevel=2)
         else:
             result = _as_result((w.view(a.shape[:-1]), v.view(a.shape).mT)[: 1 + vectors])
-            result["failed"] = (info.view(a.shape[:-2]) != 0) | check(a, result)
+            result["failed"] = check(a, result, info.view(a.shape[:-2]))
             return result
     result = _as_result(otherwise(a, vectors))
-    result["failed"] = check(a, result)
+    result["failed"] = check(a, result, None)
     return result
 
 
@@ -170,7 +170,7 @@ def _solve_by_cusolver(a: Tensor, vectors: bool) -> tuple[Tensor, Tensor, Tensor
     """
     count, n = a.shape[:2]
     v = a.clone(memory_format=torch.contiguous_format)  # overwritten by the vectors
-    w, info = v.new_empty(count, n), torch.zeros(count, dtype=torch.int32, device=a.device)
+    w, info = v.new_empty(count, n), torch.empty(count, dtype=torch.int32, device=a.device)
     step = max(1, min(_MAX_MATRICES, _MAX_BYTES // (n * n * a.element_size())))
     # A handle serves one thread at a time.
     with _LOCK, torch.cuda.device(a.device):
@@ -219,12 +219,12 @@ def _as_result(solved: Sequence[Tensor]) -> dict[str, Tensor]:
     return dict(zip(("values", "vectors"), solved, strict=False))
 
 
-def find_wrong(a: Tensor, result: dict[str, Tensor]) -> Tensor:
+def find_wrong(a: Tensor, result: dict[str, Tensor], status: Tensor | None = None) -> Tensor:
     """Return for each matrix of a (…, n, n) whether its values, and vectors if any, are wrong.
 
-    With vectors the check is complete: a V = V diag(w), and the columns of V are orthonormal.
-    Without vectors it is only necessary: the values match the trace and the Frobenius norm of a.
-    Either way the values must ascend.
+    So are those with a solver's ``status`` (…) other than 0. With vectors the check is complete:
+    a V = V diag(w), and the columns of V are orthonormal. Without vectors it is only necessary: the
+    values match the trace and the Frobenius norm of a. Either way the values must ascend.
     """
     n, eps = a.shape[-1], torch.finfo(a.dtype).eps
     # In float64, since float32 products may be rounded to TF32.
@@ -250,6 +250,8 @@ def find_wrong(a: Tensor, result: dict[str, Tensor]) -> Tensor:
         trace_error = (w.sum(-1) - a.diagonal(dim1=-2, dim2=-1).sum(-1)).abs()
         norm_error = (torch.linalg.vector_norm(w, dim=-1) - norm).abs()
         correct = (trace_error <= n**0.5 * tolerance * norm) & (norm_error <= tolerance * norm)
+    if status is not None:
+        correct &= status == 0
     return ~(correct & (w.diff(dim=-1) >= 0).all(-1))  # NaN fails every comparison
 
 

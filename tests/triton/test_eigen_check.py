@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from repsim_kernels.kernels import cusolver
 from repsim_kernels.kernels.triton import eigen_check
 
-FAULTS = ["none", "vector", "value", "order", "nan", "infinity", "scale", "identity"]
+FAULTS = ["none", "vector", "value", "order", "nan", "infinity", "scale", "identity", "status"]
 
 
 def solve(rng, batch, n, device):
@@ -46,9 +46,13 @@ def test_the_wrong_matrix_is_found(device, seed, batch, n, fault, transposed):
         v[b] *= 1 + 1e-8
     elif fault == "identity":
         v[b] = torch.eye(n, dtype=v.dtype)
+    status = None
+    if fault == "status":
+        status = torch.zeros(batch, dtype=torch.int32, device=device)
+        status[b] = -3
     result = {"values": w, "vectors": v.mT.contiguous().mT if transposed else v}
-    wrong = eigen_check.find_wrong(a, result)
-    assert wrong.tolist() == cusolver.find_wrong(a, result).tolist()
+    wrong = eigen_check.find_wrong(a, result, status)
+    assert wrong.tolist() == cusolver.find_wrong(a, result, status).tolist()
     # A matrix of one row is its own eigenvalue, in any order.
     if fault == "none" or (n == 1 and fault in ("order", "identity")):
         assert not wrong.any()

@@ -56,7 +56,7 @@ def ablation_distances(
         return passes.variate_weights(directions, x)
 
     parts = make_parts(x, cells, n_cells, grams, passes)
-    results = distances_of_parts(parts, make_original, metrics, weigh, memory or _MEMORY)
+    results = distances_of_parts(parts, make_original, metrics, solvers, weigh, memory or _MEMORY)
     if not are_partitions(cells):
         return results
     shape = len(cells), n_cells
@@ -67,6 +67,7 @@ def distances_of_parts(
     sets: Iterable[GramParts],
     make_original: Callable[[Tensor], Original],
     metrics: tuple[str, ...],
+    solvers: Solvers,
     weigh: Callable[[Tensor], Tensor] | None = None,
     memory: int = 0,
 ) -> dict[str, Distances]:
@@ -83,7 +84,7 @@ def distances_of_parts(
         tables.append(table)
         for name in ("cka", "cka_debiased"):
             if name in metrics:
-                _record_cka(parts, name, table)
+                _record_cka(parts, name, table, solvers)
         if set(metrics) - {"cka", "cka_debiased"}:
             original = original or make_original(parts.whole)
             _record_spectral(parts, original, table, queue)
@@ -95,7 +96,7 @@ def distances_of_parts(
     return distance_table.join(tables, parts.whole.device)
 
 
-def _record_cka(parts: GramParts, metric: str, table: DistanceTable) -> None:
+def _record_cka(parts: GramParts, metric: str, table: DistanceTable, solvers: Solvers) -> None:
     n = len(parts.whole)
     to_vectors = functools.partial(gram.to_vectors, u_centred=metric == "cka_debiased")
     # Inner products of these vectors are half of those of the matrices, and so are the floors.
@@ -106,14 +107,14 @@ def _record_cka(parts: GramParts, metric: str, table: DistanceTable) -> None:
     buffer = whole.new_empty(len(batches[0]), len(whole)) if batches else None
     for batch in batches:
         vectors = to_vectors(parts.select(batch), buffer=buffer)
-        distance = cka.cosine_distance(vectors, whole, False, floor, floor)
+        distance = solvers.cosine_distance(vectors, whole, False, floor, floor)
         table.record(metric, batch, distance, Route.SUMS)
     for c in parts.active:
         if parts.dominant[c]:
             rest = parts.rests([c])
             vector = to_vectors(panels.panels_view(rest, like=parts.grams))
             rest_floor = (cka.rounding_floor(rest[0]) / 2).sqrt()
-            distance = cka.cosine_distance(vector, whole, True, floor, rest_floor)
+            distance = solvers.cosine_distance(vector, whole, True, floor, rest_floor)
             table.record(metric, [c], distance, Route.SUMS)
 
 

@@ -41,7 +41,7 @@ def gram_ablation_distances(
     gram_parts = GramParts(
         whole, panels.panels_view(grams), constant, n_remaining, energy, total, grams
     )
-    return distances_of_parts([gram_parts], make_original, metrics)
+    return distances_of_parts([gram_parts], make_original, metrics, solvers)
 
 
 def eigh(a: Tensor, *, vectors: bool) -> dict[str, Tensor]:

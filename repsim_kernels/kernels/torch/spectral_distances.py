@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from repsim_kernels._routes import Distances, Route
-from repsim_kernels.kernels.torch import cholesky, riccati
+from repsim_kernels.kernels.torch import cholesky, cka, riccati
 from repsim_kernels.kernels.torch.cca import count_leading
 from repsim_kernels.kernels.torch.representation import from_complement, is_positive
 
@@ -40,6 +40,7 @@ class Solvers:
     traces: riccati.TraceSolvers = riccati.TRACE_SOLVERS
     eigh: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.linalg.eigh
     svdvals: Callable[[Tensor], Tensor] = torch.linalg.svdvals
+    cosine_distance: Callable[..., Tensor] = cka.cosine_distance
 
 
 SOLVERS = Solvers()

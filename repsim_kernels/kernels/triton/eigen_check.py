@@ -24,6 +24,7 @@ def _eigen_check_kernel(
     gram_ptr,  # (B, n, n) products of the eigenvectors with each other
     v_ptr,  # (B, n, n) eigenvectors as columns
     w_ptr,  # (B, n)
+    status_ptr,  # (B,) of the solver, or None
     wrong_ptr,  # (B,)
     n, stride_b, stride_row, stride_column, tolerance, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -53,11 +54,17 @@ def _eigen_check_kernel(
             unit = tl.where(i[:, None] == j[None, :], 1.0, 0.0)
             deviation = tl.abs(tl.load(gram_ptr + at, mask=inside, other=0) - unit)
             wrong += tl.where((deviation <= tolerance) | ~inside, 0, 1)
-    tl.store(wrong_ptr + b, tl.sum(tl.sum(wrong, 1), 0) > 0)
+    count = tl.sum(tl.sum(wrong, 1), 0)
+    if status_ptr is not None:
+        count += tl.load(status_ptr + b) != 0
+    tl.store(wrong_ptr + b, count > 0)
 
 
-def find_wrong(a: Tensor, result: dict[str, Tensor]) -> Tensor:
-    """Return for each matrix of a (…, n, n), float64, whether its values and vectors are wrong."""
+def find_wrong(a: Tensor, result: dict[str, Tensor], status: Tensor | None = None) -> Tensor:
+    """Return for each matrix of a (…, n, n), float64, whether its values and vectors are wrong.
+
+    So are those with a solver's ``status`` (…) other than 0.
+    """
     n = a.shape[-1]
     v = result["vectors"].reshape(-1, n, n)
     product, gram = a.reshape(-1, n, n) @ v, v.mT @ v
@@ -65,7 +72,7 @@ def find_wrong(a: Tensor, result: dict[str, Tensor]) -> Tensor:
     _launch.launch(
         _eigen_check_kernel,
         (len(v),),
-        *(product, gram, v, result["values"].contiguous(), wrong),
+        *(product, gram, v, result["values"].contiguous(), status, wrong),
         *(n, *v.stride(), cusolver.find_tolerance(n, a.dtype)),
         ROWS=_ROWS,
         COLUMNS=_COLUMNS,
@@ -77,7 +84,8 @@ def find_wrong(a: Tensor, result: dict[str, Tensor]) -> Tensor:
 def _make_case(batch: int, n: int) -> _launch.CompileCase:
     def call(device: torch.device) -> None:
         a = torch.empty(batch, n, n, dtype=torch.float64, device=device)
-        find_wrong(a, {"values": a[..., 0], "vectors": a.mT})
+        status = torch.empty(batch, dtype=torch.int32, device=device)
+        find_wrong(a, {"values": a[..., 0], "vectors": a.mT}, status)
 
     floor = _launch.Floor(24 * batch * n * n, 4 * batch * n * n)
     return _launch.CompileCase(f"{batch} matrices of {n} x {n}", call, floor)

@@ -294,7 +294,7 @@ def cell_statistics(
         spans = _keep(spans, kept, x.shape[1])
     g, n_varying, u = sum_grams(spans, plan.launches)
     if u is None:
-        return torch_gram.centre_gram(g), n_varying, g.new_zeros(g.shape[:-1])
+        return torch_gram.centre_gram(g), n_varying, g.new_empty(len(g), 0)
     shift = u + g.mean(-1)
     return torch_gram.centre_gram(g), n_varying, shift - shift.mean(-1, keepdim=True)
 
@@ -357,7 +357,7 @@ def sum_grams(
             STRIP=16,
         )
     g, n_varying, u = results
-    return g, n_varying.to(torch.int64), u if len(u) else None
+    return g, n_varying, u if len(u) else None
 
 
 def _make_case(

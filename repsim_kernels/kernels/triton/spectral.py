@@ -12,7 +12,7 @@ from repsim_kernels.kernels import cusolver
 from repsim_kernels.kernels.cupy import spectral as native
 from repsim_kernels.kernels.torch import spectral
 from repsim_kernels.kernels.torch.spectral_distances import Solvers
-from repsim_kernels.kernels.triton import _launch, eigen_check, riccati, riccati_trace
+from repsim_kernels.kernels.triton import _launch, cka, eigen_check, riccati, riccati_trace
 
 
 def unsupported(*tensors: Tensor) -> str | None:
@@ -51,7 +51,7 @@ def svdvals(a: Tensor) -> Tensor:
     return s
 
 
-SOLVERS = Solvers(riccati.advance, riccati_trace.TRACE_SOLVERS, eigh, svdvals)
+SOLVERS = Solvers(riccati.advance, riccati_trace.TRACE_SOLVERS, eigh, svdvals, cka.cosine_distance)
 
 
 def gram_ablation_distances(k: Tensor, parts: Tensor, **options: Any) -> dict[str, Distances]:

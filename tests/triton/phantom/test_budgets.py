@@ -41,41 +41,33 @@ class Budget(NamedTuple):
 BUDGETS = {
     "ablation_distances, five metrics": Budget(
         lambda x, y: rk.ablation_distances(x, CELLS, metrics=FIVE),
-        reached=(627, 89),
+        reached=(141, 16),
         asked=(110, 16),
         per_step=2,
         most=180,
     ),
     "ablation_distances, CKA": Budget(
         lambda x, y: rk.ablation_distances(x, CELLS, metrics=["cka"]),
-        reached=(147, 17),
+        reached=(25, 3),
         asked=(40, 4),
     ),
     "ablation_decodability": Budget(
         lambda x, y: rk.ablation_decodability(x, CELLS, LABELS),
-        reached=(221, 22),
+        reached=(119, 5),
         asked=(200, 12),
     ),
-    "cell_grams": Budget(lambda x, y: rk.cell_grams(x, CELLS), reached=(28, 6)),
-    "centered_gram": Budget(lambda x, y: rk.centered_gram(x), reached=(20, 4)),
+    "cell_grams": Budget(lambda x, y: rk.cell_grams(x, CELLS), reached=(16, 2)),
+    "centered_gram": Budget(lambda x, y: rk.centered_gram(x), reached=(16, 2)),
     "selectivity_grid": Budget(
         lambda x, y: rk.selectivity_grid(x, LABELS, 1, grid=(4, 4)), reached=(39, 4)
     ),
     "probe_paper": Budget(
         lambda x, y: rk.probe_paper(x, CELLS, LABELS, target=1, draws=3, size=4),
-        reached=(268, 98),
+        reached=(235, 67),
     ),
     "cka": Budget(lambda x, y: rk.cka(x, y, debiased=True), reached=(54, 6)),
-    "pairwise": Budget(lambda x, y: rk.pairwise([x, y]), reached=(35, 9)),
+    "pairwise": Budget(lambda x, y: rk.pairwise([x, y]), reached=(37, 14)),
 }
-# Calls that need more than was asked. The test fails once one does not, so that this list shrinks.
-OVER = {
-    "ablation_distances, five metrics",
-    "ablation_distances, CKA",
-    "ablation_decodability",
-}
-
-
 @pytest.fixture
 def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let one program take a whole Riccati step: as many launches, and an interpreter in time."""
@@ -110,4 +102,4 @@ def test_calls_stay_within_their_budgets(phantom, name):
     launches, syncs = budget.reached
     assert counts.launches <= launches
     assert counts.syncs <= syncs
-    assert meets(budget, counts) == (name not in OVER)
+    assert meets(budget, counts)
