@@ -157,6 +157,9 @@ def log_compilations() -> None:
     knobs.compilation.listener = write
 
 
+NOTHING: Json = {"served": 0, "compiled": 0, "names": {}}
+
+
 @dataclass
 class Counts:
     """Counts the kernels that were loaded, part by part."""
@@ -182,8 +185,7 @@ class Counts:
         return {"served": served, "compiled": compiled.total(), "names": dict(compiled)}
 
 
-
-def run_logged(work: Callable[..., None], *arguments: Any) -> None:
+def run_logged(send: Callable[[Any], None], work: Callable[..., None], *arguments: Any) -> None:
     """Call ``work``, counting the kernels that this process loads."""
     log_compilations()
-    work(*arguments)
+    work(send, *arguments)
