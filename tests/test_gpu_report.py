@@ -128,6 +128,8 @@ def test_rehearsal(tmp_path, interpret):
     assert verdict == f"verdict: {record['verdict']}"
     assert ("kernels NOT RUN" if interpret == "0" else "on no GPU") in verdict
     assert "tests not run: no GPU" in verdict
+    assert {row["status"] for row in record["peers"]["rows"]} <= {"ok", "not run"}
+    assert record["cache"]["why"].startswith("no --cache")
     assert record["study"]["seconds"] > 0
     assert torch.__version__.startswith(record["environment"]["torch"].partition("+")[0])
     assert min(record["ceilings"].values()) > 0
@@ -289,14 +291,26 @@ def test_a_correct_kernel_is_timed():
     ],
     ids=["wrong", "NaN", "unwritten"],
 )
-def test_a_wrong_kernel_is_not_timed(kernel, error):
-    calls = []
-    row = measure_one(kernel=lambda x: calls.append(0) or kernel(x))
+def test_a_wrong_kernel_is_timed_and_stays_wrong(kernel, error):
+    row = measure_one(kernel=kernel)
     assert row["status"] == "WRONG"
+    assert row["why"] == "error above the tolerance"
     assert row["error"] == error
-    assert len(calls) == 1
-    assert not {"ms", "call", "ratio"} & set(row)
-    assert row["torch_ms"] > 0
+    assert row["ms"] > 0
+    assert row["ratio"] == row["torch_ms"] / row["call"]["ms"]
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_wrong_kernel_that_then_fails_stays_wrong():
+    calls = []
+
+    def fails_later(x):
+        calls.append(0)
+        return 3 * x if len(calls) == 1 else 1 / 0
+
+    row = measure_one(kernel=fails_later)
+    assert row["status"] == "WRONG"
+    assert row["why"].startswith("error above the tolerance; timing: ZeroDivisionError")
 
 
 @pytest.mark.usefixtures("interpreted")

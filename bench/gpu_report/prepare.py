@@ -63,7 +63,7 @@ def prepare() -> None:
     size = ARCHIVE.stat().st_size / 2**20
     archive = ARCHIVE.relative_to(ROOT)
     print(
-        f"\nCopy the checkout, with {archive} ({size:.1f} MiB), to the machine with the GPU and run "
+        f"\nCopy the checkout, with {archive} ({size:.1f} MiB), to the GPU machine and run "
         f"in its root, with the Python that has PyTorch:\n\n  python3 {_COMMAND.format(archive)}\n"
     )
 
