@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from bench.common.machine import ROOT
 
 triton = pytest.importorskip("triton")
 
-from bench.gpu_report import cache, variants  # noqa: E402
+from bench.gpu_report import cache, prepare, variants  # noqa: E402
 from bench.gpu_report.stand_ins import record_at_full_size  # noqa: E402
 from repsim_kernels.kernels.triton import cells, neuron_major  # noqa: E402
 
@@ -158,9 +159,30 @@ def test_triton_treats_a_pointer_like_the_recorded_one(dtype, start):
 
 
 def test_every_packed_file_is_stored_once(packed):
-    import tarfile
-
     with tarfile.open(packed / "kernels.tar.xz") as archive:
         names = archive.getnames()
     assert len(names) == len(set(names))
     assert all(Path(name).parts[0] in ("manifest.json", "files", "launchers") for name in names)
+
+
+@pytest.mark.slow
+def test_the_report_runs_in_a_plain_checkout_without_the_packages_that_may_be_missing(
+    packed, tmp_path
+):
+    """The kernels don't run, but they are unpacked; no package of the comparison is installed."""
+    summary = prepare.rehearse(packed / "kernels.tar.xz", tmp_path)
+    record = json.loads((tmp_path / "gpu-report.json").read_text())
+    assert record["finished"]
+    assert {row["status"] for row in record["rows"]} == {"not run"}
+    assert record["study"]["seconds"] > 0
+    assert record["cache"]["packed"] == 2
+    missing = [row for row in record["peers"]["rows"] if row["status"] == "not run"]
+    assert {row["package"] for row in missing} >= {"ckatorch", "rsatoolbox"}
+    assert "tests collected" in summary
+
+
+@pytest.mark.slow
+def test_the_launches_of_tests_are_recorded():
+    recorded = prepare.record_tests(["tests/triton/test_neuron_major.py"])
+    assert {variant.kernel for variant in recorded} == {"_neuron_major_kernel"}
+    assert {a.value for v in recorded for a in v.arguments if a.kind == "pointer"} > {"float32"}

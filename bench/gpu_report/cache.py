@@ -175,7 +175,7 @@ class Counts:
         lines = (self.folder / _LOG).read_text().splitlines()
         known = {line.split()[1] for line in self._seen}
         self._seen.update(lines)
-        how = {}
+        how: dict[str, tuple[str, str]] = {}
         for line in lines:
             outcome, key, name = line.split(maxsplit=2)
             if key not in known:

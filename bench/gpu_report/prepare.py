@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,7 @@ HIDDEN = (
     *("ray", "statsmodels", "cka", "pytorch-cka", "ckatorch", "torch-cka", "torch_cka", "repsim"),
     *("rsatoolbox", "shesha", "shesha-geometry", "repsim-kernels", "pytest_benchmark"),
 )
+_LONGEST = 20  # seconds of a call; its kernels start early, and each has a row of its own
 _COMMAND = "-m bench gpu-report --out gpu-report.json --cache {}"
 
 
@@ -98,24 +100,31 @@ def record_report() -> list[Variant]:
     from bench.gpu_report.stand_ins import record_at_full_size
     from bench.predict.compile import list_cases as list_study_cases
 
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"{_LONGEST} s")
+
     variants: dict[Variant, None] = {}
     cpu = torch.device("cpu")
+    signal.signal(signal.SIGALRM, stop)
 
     def add(call: Callable[[], object], name: str) -> None:
-        """Record what is launched until the call ends, or fails for its stand-in values."""
+        """Record what is launched until the call ends, takes long or fails, by its stand-ins."""
+        signal.alarm(_LONGEST)
         try:
             with record_at_full_size(variants):
                 call()
         except Exception as error:
             print(f"  {name}: recorded up to {describe_error(error)}", flush=True)
+        finally:
+            signal.alarm(0)
 
     for case in (*list_cases(True), *list_cases(False)):
         if not case.name.startswith(("eigh", "svd")) and "CUDA C++" not in case.name:
             inputs = case.inputs(torch.Generator().manual_seed(0))
             add(partial(case.kernel, *inputs), f"{case.name} {case.shape}")
-    for name, case in list_study_cases():
-        if ARCH in case.archs:
-            add(partial(case.call, cpu), f"{name} {case.name}")
+    for name, study_case in list_study_cases():
+        if ARCH in study_case.archs:
+            add(partial(study_case.call, cpu), f"{name} {study_case.name}")
     return [*variants]
 
 
