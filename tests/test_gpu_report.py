@@ -19,7 +19,7 @@ import torch
 from _cupy import FakeCupy
 
 from bench.common.machine import ROOT
-from bench.gpu_report import rows, run, sanitizer_target
+from bench.gpu_report import rows, run
 from bench.gpu_report.case import KernelCase, PlainCupy
 from bench.gpu_report.cases import list_cases, list_native_cases
 from repsim_kernels.kernels import cupy as cuda_kernels
@@ -211,16 +211,6 @@ def test_cupy_uses_torchs_stream(monkeypatch):
     assert cupy.events[2:] == [(*scope, "exit") for scope in reversed(scopes)]
 
 
-def test_rows_with_a_plain_cupy_route():
-    cases = list_cases(False)
-    names = {c.name for c in cases if "cupy" in c.routes}
-    assert names == {
-        *("centered_gram", "cell_grams", "class_means", "neuron_major", "variate_weights"),
-        *("layer_grams, all products", "ablate, ReLU", "eigh", "svd", "cell_grams, CUDA C++"),
-    }
-    assert all("cupy" in c.routes for c in cases if c.name in names)
-
-
 @pytest.mark.usefixtures("interpreted")
 def test_a_missing_cupy_is_ignored():
     row = measure_one(routes={"plain": double, "cupy": PlainCupy(lambda xp, dtype, x: 2 * x)})
@@ -401,9 +391,3 @@ def test_the_report_on_a_gpu(tmp_path):
     assert all(row["status"] == "ok" for row in record["rows"])
     assert all(row["kernel"]["how"].startswith(("graph", "profiler")) for row in record["rows"])
     assert record["study"]["seconds"] > 0
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_sanitizer_target_is_correct_on_a_gpu():
-    assert sanitizer_target.main() == 0

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from bench.__main__ import app
 from bench.common.machine import ROOT
 from bench.gpu_report import checks, processes, run, sanitizer_target, study
+from bench.gpu_report.cases import list_cases
 from bench.gpu_report.report import judge
 
 
@@ -364,3 +365,19 @@ def test_a_failed_part_is_recorded_and_the_others_continue(tmp_path, monkeypatch
     why = {"why": "RuntimeError: out of memory"}
     assert report["ceilings"] == report["study"] == report["peers"] == why
     assert report["finished"]
+
+
+def test_rows_with_a_plain_cupy_route():
+    cases = list_cases(False)
+    names = {c.name for c in cases if "cupy" in c.routes}
+    assert names == {
+        *("centered_gram", "cell_grams", "class_means", "neuron_major", "variate_weights"),
+        *("layer_grams, all products", "ablate, ReLU", "eigh", "svd", "cell_grams, CUDA C++"),
+    }
+    assert all("cupy" in c.routes for c in cases if c.name in names)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_sanitizer_target_is_correct_on_a_gpu():
+    assert sanitizer_target.main() == 0
