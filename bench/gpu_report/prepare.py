@@ -7,6 +7,7 @@ Triton of the environment, whose interpreter runs the tests.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -147,7 +148,7 @@ def compile_all(recorded: Path) -> None:
 def rehearse(archive: Path, folder: Path | None = None) -> str:
     """Run the command on the CPU in a fresh clone with packages hidden; return a summary.
 
-    Also collects the GPU tests there. Uncommitted changes are not part of the clone.
+    Also runs the GPU tests there, which are all skipped. Uncommitted changes are not part of the clone.
     """
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as temporary:
         clone, hide = Path(temporary) / "checkout", Path(temporary) / "hide"
@@ -161,8 +162,14 @@ def rehearse(archive: Path, folder: Path | None = None) -> str:
         command = [sys.executable, "-m", "bench", "gpu-report", *options]
         _run(command, environment, clone)
         record = load(out)
-        pytest = (sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q")
-        collected = _run(pytest, environment, clone).splitlines()[-1].strip("= ")
+        code = (
+            "import json; from bench.gpu_report import checks;"
+            "print(json.dumps(checks.run_gpu_tests(600)))"
+        )
+        tests = json.loads(_run([sys.executable, "-c", code], environment, clone).splitlines()[-1])
+    if {*tests["counts"]} - {"skipped"} or "why" in tests:
+        raise RuntimeError("\n".join([tests["command"], *tests.get("tail", [])]))
+    collected = f"{tests['counts'].get('skipped', 0)} skipped, since there is no GPU"
     summary = [record["verdict"], describe_cache(record["cache"]), f"GPU tests: {collected}"]
     return "\n".join(f"  {line}" for line in summary)
 
