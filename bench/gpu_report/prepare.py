@@ -148,7 +148,7 @@ def compile_all(recorded: Path) -> None:
 def rehearse(archive: Path, folder: Path | None = None) -> str:
     """Run the command on the CPU in a fresh clone with packages hidden; return a summary.
 
-    Also runs the GPU tests there, which are all skipped. Uncommitted changes are not part of the clone.
+    Also runs the GPU tests there; all are skipped. Uncommitted changes are not in the clone.
     """
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as temporary:
         clone, hide = Path(temporary) / "checkout", Path(temporary) / "hide"
