@@ -33,6 +33,7 @@ slow: .venv/dev .venv/triton-3.6
 	$(BIN)/python -m bench networks --quick
 	$(BIN)/python -m bench gpu-report --device cpu --quick --out .venv/gpu_report.json
 	PYTHONPATH=.venv/triton-3.6 $(PYTEST) -m "" tests/compile
+	PYTHONPATH=.venv/triton-3.6 $(PYTEST) tests/test_gpu_report_cache.py
 	MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Prescott $(PYTEST) --hypothesis-profile deep $(VALUES)
 	MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Sandybridge $(PYTEST) --hypothesis-profile deep $(VALUES)
 	MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(VALUES)
