@@ -9,7 +9,7 @@ DEEP := -m "slow or hypothesis" --hypothesis-profile deep
 # SciPy's OpenBLAS, which round differently, as another machine would.
 VALUES := $(patsubst %,tests/test_%.py,values metrics cka cka_precision rsa reference reference_properties ablation spectral probe)
 
-.PHONY: sweep train test lint check slow bench clean
+.PHONY: sweep train test lint check slow bench gpu-report clean
 
 sweep: .venv/experiments
 	$(BIN)/repsim sweep
@@ -33,6 +33,7 @@ slow: .venv/dev .venv/triton-3.6
 	$(BIN)/python -m bench networks --quick
 	$(BIN)/python -m bench gpu-report --device cpu --quick --out .venv/gpu_report.json
 	PYTHONPATH=.venv/triton-3.6 $(PYTEST) -m "" tests/compile
+	PYTHONPATH=.venv/triton-3.6 $(PYTEST) tests/test_gpu_report_cache.py
 	MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Prescott $(PYTEST) --hypothesis-profile deep $(VALUES)
 	MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Sandybridge $(PYTEST) --hypothesis-profile deep $(VALUES)
 	MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(VALUES)
@@ -44,8 +45,12 @@ bench: .venv/dev
 	mkdir -p bench/results
 	$(BIN)/python -m pytest bench --benchmark-only --results bench/results -m "" --override-ini="python_files=bench_*.py" --override-ini="filterwarnings=default"
 
+# Compiles the kernels for a GPU, rehearses the report, and prints the command for the GPU machine.
+gpu-report: .venv/dev .venv/triton-3.6
+	$(BIN)/python -m bench prepare-gpu-report
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs build
 
 .venv/triton-3.6: .venv/dev
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ triton==3.6.0

@@ -82,12 +82,24 @@ def gpu_report(
     out: Annotated[Path, typer.Option(help="Path of the JSON report.")],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
     quick: Annotated[bool, typer.Option(help="Use tiny shapes, as a rehearsal.")] = False,
+    cache: Annotated[
+        Path | None, typer.Option(help="Compiled kernels, from `make gpu-report`.")
+    ] = None,
 ) -> None:
-    """Measure a GPU in 8 minutes: ceilings, kernels, GPU tests, the study, compute-sanitizer."""
+    """Measure a GPU in 8 minutes: ceilings, kernels, the study, other packages, tests."""
     from bench.gpu_report import measure_gpu
 
     with report_usage_errors():
-        measure_gpu(out, device, quick)
+        measure_gpu(out, device, quick, cache=cache)
+
+
+@app.command()
+def prepare_gpu_report() -> None:
+    """Compile the report's kernels, rehearse the report, and print the command for a GPU."""
+    from bench.gpu_report.prepare import prepare
+
+    with report_usage_errors():
+        prepare()
 
 
 @app.command()

@@ -102,6 +102,7 @@ def _iter_peers(record: Json) -> Iterator[Row]:
 def _iter_gpu_report(record: Json) -> Iterator[Row]:
     for row in record["rows"]:
         what = f"{row['name']} {row['shape']} {row['dtype']} {row['precision']}"
+        what += ", WRONG" if row.get("status") == "WRONG" else ""  # not comparable with a right one
         for part in ("call", "kernel"):
             if "ms" in (times := row.get(part, {})):
                 keys = ("ms", "iqr_ms", "min_ms", "max_ms")

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from bench.__main__ import app
 from bench.common.machine import ROOT
 from bench.gpu_report import checks, processes, run, sanitizer_target, study
+from bench.gpu_report.cases import list_cases
 from bench.gpu_report.report import judge
 
 
@@ -37,7 +38,7 @@ def test_counting_pytest_results(last, want):
 def test_gpu_tests_run_despite_files_that_cannot_be_imported(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "ROOT", tmp_path)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
-    (tmp_path / "test_broken.py").write_text("import no_such_module")
+    (tmp_path / "test_broken.py").write_text("import no_such_module  # mark.gpu")
     (tmp_path / "test_some.py").write_text(
         "import pytest\n\n\n@pytest.mark.gpu\ndef test_a():\n    assert True\n\n\n"
         "@pytest.mark.gpu\ndef test_b():\n    assert False\n"
@@ -203,6 +204,7 @@ def make_record(**changes):
         "tests": {"exit_code": 0, "counts": {"passed": 331, "skipped": 2}},
         "sanitizer": CLEAN,
         "study": {"preset": "hayne2024", "networks": [], "seconds": 41.23},
+        "peers": {"rows": [{"status": "ok"}, {"status": "ok"}, {"status": "not run"}]},
     }
     return {**record, **changes}
 
@@ -222,8 +224,8 @@ def make_sanitizer(name, errors, exit_code=0, **changes):
     [
         (
             {},
-            "3 of 3 kernels right; 331 tests passed, 0 failed, 2 skipped; sanitizer clean; "
-            "study 41.2 s extrapolated",
+            "3 of 3 kernels right; study 41.2 s extrapolated; peers 2 ok, 1 not run; "
+            "331 tests passed, 0 failed, 2 skipped; sanitizer clean",
         ),
         ({"rows": [*RIGHT, make_row("WRONG")]}, "3 of 4 kernels right, 1 WRONG (gram n=9); "),
         (
@@ -237,27 +239,29 @@ def make_sanitizer(name, errors, exit_code=0, **changes):
         ({"tests": {"counts": {}, "why": "stopped after 9 s"}}, "; tests FAILED: stopped after 9"),
         ({"tests": {"counts": {}, "exit_code": 4}}, "; tests FAILED: no counts; "),
         ({"tests": {"why": "not run: quick"}}, "; tests not run: quick; "),
-        ({"sanitizer": make_sanitizer("memcheck", 3)}, "; sanitizer memcheck 3 ERRORS; "),
+        ({"sanitizer": make_sanitizer("memcheck", 3)}, "; sanitizer memcheck 3 ERRORS"),
         (
             {"sanitizer": make_sanitizer("racecheck", None, 1)},
-            "; sanitizer racecheck without a count; ",
+            "; sanitizer racecheck without a count",
         ),
         (
             {"sanitizer": make_sanitizer("racecheck", 0, 1)},
-            "; sanitizer racecheck without a count; ",
+            "; sanitizer racecheck without a count",
         ),
         (
             {"sanitizer": make_sanitizer("memcheck", None, None, why="late")},
-            "; sanitizer memcheck late; ",
+            "; sanitizer memcheck late",
         ),
-        ({"sanitizer": {"why": "not there"}}, "; sanitizer not there; "),
-        ({"sanitizer": None}, "; sanitizer no record; "),
+        ({"sanitizer": {"why": "not there"}}, "; sanitizer not there"),
+        ({"sanitizer": None}, "; sanitizer no record"),
         ({"study": {"preset": None, "seconds": 2.0}}, "; rehearsed study 2 s extrapolated"),
         (
             {"study": {"preset": "x", "seconds": 2.0, "networks": [{"failed": ["a", "b"]}]}},
             "; study 2 s extrapolated, 2 of its stages NOT TIMED",
         ),
         ({"study": {"why": "no torchvision"}}, "; study FAILED (no torchvision)"),
+        ({"peers": {"why": "late", "rows": []}}, "; peers FAILED: late; "),
+        ({"peers": {"why": "late", "rows": [{"status": "wrong"}]}}, "; peers 1 wrong, late; "),
         (
             {"study": {"networks": [{"name": "a", "seconds": 3.0}, {"name": "b"}], "why": "late"}},
             "; study of 1 of 2 networks (a 3 s, late)",
@@ -276,6 +280,7 @@ def test_the_verdict(changes, want):
         (["--device", "tpu"], "expected cuda or cpu"),
         (["--device", "cpu", "--quick", "--out", "{}/none/report.json"], "does not exist"),
         (["--device", "cpu", "--quick", "--out", "{}"], "can't be written"),
+        (["--device", "cpu", "--quick", "--cache", "{}/none"], "no such file; `make gpu-report`"),
     ],
 )
 def test_bad_arguments_are_refused_before_measuring(tmp_path, monkeypatch, arguments, want):
@@ -323,6 +328,7 @@ def test_parts_get_their_shares_of_time(tmp_path, monkeypatch, greedy):
     monkeypatch.setattr(run, "time", clock)
     monkeypatch.setattr(run.timing, "measure_ceilings", lambda *_: part("ceilings", 20.0))
     monkeypatch.setattr(run, "measure_rows", measure_rows)
+    monkeypatch.setattr(run, "measure_peers", lambda *a: part("peers", a[-1]))
     monkeypatch.setattr(run, "run_gpu_tests", lambda limit: part("tests", limit))
     monkeypatch.setattr(run, "sanitize", lambda limit: part("sanitizer", limit))
     monkeypatch.setattr(study, "measure_study", lambda *a: part("study", a[-1] - clock.now))
@@ -332,10 +338,11 @@ def test_parts_get_their_shares_of_time(tmp_path, monkeypatch, greedy):
     out = tmp_path / "report.json"
     run.measure_gpu(out, "cuda", False, lambda quick: [])
     assert [name for name, _, _ in shares] == [
-        *("ceilings", "rows", "tests", "study", "sanitizer", "rows")
+        *("ceilings", "rows", "study", "peers", "tests", "sanitizer", "rows")
     ]
     times = {name: seconds for name, _, seconds in reversed(shares)}
     assert times["tests"] == run.TESTS - 10
+    assert times["peers"] == run.PEERS - 10
     assert times["study"] == run.STUDY - 10
     remaining = run.WHOLE - next(start for name, start, _ in shares if name == "sanitizer")
     assert times["sanitizer"] == (run.SANITIZER if greedy else remaining / 2) - 10
@@ -352,7 +359,25 @@ def test_a_failed_part_is_recorded_and_the_others_continue(tmp_path, monkeypatch
 
     monkeypatch.setattr(run.timing, "measure_ceilings", fails)
     monkeypatch.setattr(study, "measure_study", fails)
+    monkeypatch.setattr(run, "measure_peers", fails)
     out = tmp_path / "report.json"
     report = run.measure_gpu(out, "cpu", True, lambda quick: [])
-    assert report["ceilings"] == report["study"] == {"why": "RuntimeError: out of memory"}
+    why = {"why": "RuntimeError: out of memory"}
+    assert report["ceilings"] == report["study"] == report["peers"] == why
     assert report["finished"]
+
+
+def test_rows_with_a_plain_cupy_route():
+    cases = list_cases(False)
+    names = {c.name for c in cases if "cupy" in c.routes}
+    assert names == {
+        *("centered_gram", "cell_grams", "class_means", "neuron_major", "variate_weights"),
+        *("layer_grams, all products", "ablate, ReLU", "eigh", "svd", "cell_grams, CUDA C++"),
+    }
+    assert all("cupy" in c.routes for c in cases if c.name in names)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_sanitizer_target_is_correct_on_a_gpu():
+    assert sanitizer_target.main() == 0

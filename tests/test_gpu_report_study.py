@@ -166,6 +166,7 @@ def test_a_failed_stage_is_recorded_and_the_other_layers_continue(monkeypatch):
 
 def test_a_study_that_cannot_be_imported_gives_the_reason(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bench.gpu_report.study", None)
+    monkeypatch.setattr(run, "measure_peers", lambda *_: {"rows": []})
     report = run.measure_gpu(tmp_path / "report.json", "cpu", True, lambda quick: [])
     assert "bench.gpu_report.study" in report["study"]["why"]
     assert "study FAILED" in report["verdict"]

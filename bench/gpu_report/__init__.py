@@ -1,4 +1,4 @@
-"""The GPU report: ceilings, tests, the error and time of every kernel, and the study."""
+"""The GPU report: ceilings, every kernel's error and time, the study, other packages, tests."""
 
 from bench.gpu_report.run import measure_gpu
 

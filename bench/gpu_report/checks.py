@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
 import shutil
 import sys
 
-from bench.common.machine import Json
-from bench.gpu_report.processes import run_command
+from bench.common.machine import ROOT, Json
+from bench.gpu_report import processes
 
-# The report's own tests would run the report inside the report.
-_OPTIONS = ("--continue-on-collection-errors", "--ignore-glob=tests/test_gpu_report*.py")
-_ARGUMENTS = ("-m", "gpu", "-q", *_OPTIONS)
+_ARGUMENTS = ("-m", "gpu", "-q", "--continue-on-collection-errors", "-p", "no:cacheprovider")
+# More workers would spend the time on importing, and hold a context on the GPU each.
+_WORKERS = ("-n", "auto", "--maxprocesses", "8", "--dist", "worksteal")
 # Shell background jobs ignore SIGINT; pytest needs it, since it prints its counts when interrupted.
 _PYTEST = """\
 import signal, sys, pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.exit(pytest.main(sys.argv[1:]))"""
+
+# Counts the kernels that each test process loads.
+_PLUGIN = ("-p", "bench.gpu_report.pytest_plugin")
 
 TOOLS = ("memcheck", "racecheck")
 _SHORT = 30.0  # seconds; with less, memcheck gets all of the time
@@ -29,11 +34,30 @@ _SANITIZE = ("--target-processes", "application-only", "--report-api-errors", "n
 
 def run_gpu_tests(limit: float) -> Json:
     """Run the tests marked ``gpu``; files that can't be imported don't stop the rest."""
-    result = run_command([sys.executable, "-c", _PYTEST, *_ARGUMENTS], limit)
+    workers = _WORKERS if importlib.util.find_spec("xdist") else ()
+    arguments = [*_ARGUMENTS, *_PLUGIN, *workers, *list_gpu_test_files()]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-c", _PYTEST, *arguments]
+    result = processes.run_command(command, limit, {"PYTHONPATH": path})
     output = result.pop("output")
     tail = {} if result["exit_code"] == 0 else {"tail": output.splitlines()[-80:]}
-    command = "python -m pytest " + " ".join(_ARGUMENTS)
-    return {"command": command, **result, "counts": count_tests(output), **tail}
+    shown = "python -m pytest " + " ".join(arguments)
+    return {"command": shown, **result, "counts": count_tests(output), **tail}
+
+
+def list_gpu_test_files() -> list[str]:
+    """Return the files with tests marked ``gpu``, since collecting the others takes long.
+
+    The report's own tests are left out: they would run the report inside the report.
+    """
+    root = processes.ROOT
+    paths = [p for p in root.rglob("test_*.py") if ".venv" not in p.parts]
+    return sorted(
+        str(p.relative_to(root))
+        for p in paths
+        if not p.name.startswith("test_gpu_report")
+        and (p.parent.name == "triton" or "mark.gpu" in p.read_text())
+    )
 
 
 def count_tests(output: str) -> dict[str, int]:
@@ -69,7 +93,7 @@ def sanitize(limit: float) -> Json:
 
 
 def _run_tool(tool: str, command: tuple[str, ...], limit: float) -> Json:
-    result = run_command(command, limit, _OWN_MEMORY)
+    result = processes.run_command(command, limit, _OWN_MEMORY)
     output = result.pop("output")
     facts = {"tool": tool, "command": " ".join(command), **result}
     return {**facts, "errors": count_errors(output), "tail": output.splitlines()[-40:]}

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from bench.common.machine import ROOT, Json
+from bench.common.machine import ROOT as ROOT
+from bench.common.machine import Json
 
 _GRACE = 10.0  # seconds for an interrupted command to print its results
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -49,6 +50,8 @@ def print_report(record: Json) -> None:
         print(f"CuPy's route, of {count} rows:", why)
     print(_NOTE)
     _print_study(record["study"] or {})
+    _print_peers(record["peers"] or {})
+    print("\n" + describe_cache(record["cache"] or {}))
     print(f"\nverdict: {record['verdict']}")
 
 
@@ -72,6 +75,34 @@ def _print_study(study: Json) -> None:
         print(f"{network['name']}: timed for one class and", ", ".join(sample) or "nothing")
         print(*(f"  not timed: {why}\n" for why in network.get("failed", [])), sep="", end="")
     print(*filter(None, [study.get("rules"), *_list_reasons("why: ", study)]), sep="\n")
+
+
+def _print_peers(peers: Json) -> None:
+    print("\nOther packages: median seconds of a job")
+    table = [("job", "n", "p", "metric", "package", "seconds", "")]
+    for row in peers.get("rows", []):
+        seconds = statistics.median(row["seconds"]) if row.get("seconds") else None
+        if seconds is not None:
+            seconds *= row["of"] / row["calls"]
+        status = "" if row["status"] == "ok" else f"{row['status']}: {row['why']}"
+        facts = row["job"], f"{row['n']:,}", f"{row['p']:,}", row["metric"], row["package"]
+        table.append((*facts, format_number(seconds, ".3g"), status))
+    _print_columns(table, 5)
+    print(*_list_reasons("why: ", peers), sep="\n")
+
+
+def describe_cache(cache: Json) -> str:
+    """Say how many kernels were served from the packed cache, and which were compiled."""
+    if "packed" not in cache:
+        return f"compiled kernels: {cache.get('why', 'no record')}"
+    parts = cache.get("parts", {}).values()
+    served, compiled = (sum(part[how] for part in parts) for how in ("served", "compiled"))
+    names = Counter[str]()
+    for part in parts:
+        names.update(part["names"])
+    text = f"kernels: {cache['packed']} packed, {served} of them served, {compiled} compiled here"
+    text += f" ({', '.join(f'{name} {count}' for name, count in names.items())})" if names else ""
+    return "; ".join([text, *filter(None, (cache.get("stale"), cache.get("why")))])
 
 
 def _print_columns(table: Sequence[Sequence[str]], left: int) -> None:
@@ -101,9 +132,10 @@ def judge(record: Json) -> str:
     """Summarise in one line what in the record is right, wrong or unknown."""
     parts = (
         _judge_kernels(record["rows"], record["interpreted"]),
+        _judge_study(record["study"] or {}),
+        _judge_peers(record["peers"] or {}),
         _judge_tests(record["tests"] or {}),
         _judge_sanitizer(record["sanitizer"] or {}),
-        _judge_study(record["study"] or {}),
     )
     return "; ".join(parts)
 
@@ -121,6 +153,14 @@ def _judge_kernels(rows: list[Json], interpreted: bool) -> str:
             examples = ", ".join(dict.fromkeys(labels[:4])) + (", …" if len(labels) > 4 else "")
             text += f", {len(labels)} {status} ({examples})"
     return text
+
+
+def _judge_peers(peers: Json) -> str:
+    counts = Counter(row["status"] for row in peers.get("rows", []))
+    if not counts:
+        return f"peers FAILED: {peers.get('why', 'no rows')}"
+    text = ", ".join(f"{count} {status}" for status, count in counts.items())
+    return ", ".join([f"peers {text}", *_list_reasons("", peers)])
 
 
 def _judge_tests(tests: Json) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bench.common import timing
 from bench.common.machine import Json, to_json_number
+from bench.gpu_report.cache import run_logged
 from bench.gpu_report.case import KernelCase
 from bench.gpu_report.processes import watch
 from bench.gpu_report.report import format_row
@@ -22,7 +23,7 @@ from repsim_kernels.kernels.cupy import module
 # A route with a larger relative error computes something different and is not timed; plain float32
 # stays below it.
 ROUTE_TOLERANCE = 1e-2
-SILENCE = 90.0  # seconds without a message, including compilation, after which a row counts as hung
+SILENCE = 60.0  # seconds without a message, including compilation, after which a row counts as hung
 LAST_START = 30.0  # seconds before the end; no row starts later
 
 Make = Callable[[bool], list[KernelCase]]
@@ -30,7 +31,7 @@ Make = Callable[[bool], list[KernelCase]]
 
 def get_time_limit(quick: bool) -> float:
     """Return how many seconds the repeated calls of one function may take."""
-    return 0.02 if quick else 2.0
+    return 0.02 if quick else 0.4
 
 
 def describe_error(error: BaseException) -> str:
@@ -62,7 +63,9 @@ def measure_rows(
         why = "its process ended without it"
         arguments = device, quick, make, record["ceilings"] or {}, waiting, late
         try:
-            for index, row in watch(measure_cases, *arguments, end=end, silence=SILENCE):
+            for index, row in watch(
+                run_logged, measure_cases, *arguments, end=end, silence=SILENCE
+            ):
                 rows[index] = row
                 keep()
                 if row["status"] != "running":
@@ -157,8 +160,7 @@ def measure(
         error = compute_relative_error(_call_poisoned(case.kernel, *inputs[0]), want, case.parts)
         row["error"] = to_json_number(error)
         if not error <= case.tolerance:
-            row.update(status="WRONG", why="error above the tolerance; not timed")
-            return
+            row.update(status="WRONG", why="error above the tolerance")
         row["call"] = timing.measure(case.kernel, inputs, get_time_limit(quick))
         row["ms"] = row["call"]["ms"]
         keep()
@@ -173,9 +175,12 @@ def measure(
             row["ratio"] = row["torch_ms"] / row["call"]["ms"]
         if cupy_ms is not None:
             row["cupy_ratio"] = cupy_ms / row["call"]["ms"]
-        row["status"] = "ok"
+        if row["status"] != "WRONG":
+            row["status"] = "ok"
     except Exception as failure:
-        row.update(status="error", why=describe_error(failure))
+        wrong = row["status"] == "WRONG"
+        why = f"{row['why']}; timing: " if wrong else ""
+        row.update(status="WRONG" if wrong else "error", why=why + describe_error(failure))
 
 
 def _measure_route(

@@ -1,13 +1,14 @@
 """The order of the report's parts, and the time for each.
 
-The file is valid JSON at any moment, so an interrupted run keeps its results. The most valuable
-parts come first: the ceilings, the rows of the study's shapes, the GPU tests, the study,
-compute-sanitizer, and then the other rows.
+The file is valid JSON at any moment, so an interrupted run keeps its results. The parts run in the
+order of their value: ceilings, all kernels, the study, other packages, GPU tests and
+compute-sanitizer. Kernels that were left out for lack of time are measured last.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,8 +19,10 @@ import torch
 from bench.common import timing
 from bench.common.machine import Json, describe_environment, save
 from bench.gpu_report import report
+from bench.gpu_report.cache import NOTHING, Counts, install
 from bench.gpu_report.cases import list_cases
 from bench.gpu_report.checks import run_gpu_tests, sanitize
+from bench.gpu_report.peers import measure_peers
 from bench.gpu_report.rows import (
     Make,
     describe_error,
@@ -29,37 +32,40 @@ from bench.gpu_report.rows import (
     measure_rows,
 )
 
-# Seconds. A run ends within 8 minutes; the rows get the time that the other parts don't use, and
-# compute-sanitizer may take half of what remains.
-WHOLE, TESTS, STUDY, SANITIZER = 470.0, 150.0, 90.0, 60.0
+# Seconds. A run ends within 8 minutes; time that a part doesn't use goes to the later ones.
+WHOLE, STUDY, PEERS, TESTS, SANITIZER = 470.0, 90.0, 45.0, 80.0, 55.0
 _STOPPING = 10.0  # for a part that used all of its time to stop and return its results
 
 
 def measure_gpu(
-    out: Path, device: str = "cuda", quick: bool = False, make: Make = list_cases
+    out: Path,
+    device: str = "cuda",
+    quick: bool = False,
+    make: Make = list_cases,
+    cache: Path | None = None,
 ) -> Json:
     """Measure a device, saving to ``out`` after each step; print a table and return the record.
 
-    ``quick`` uses tiny shapes and leaves out the GPU tests. ``make`` returns the rows.
+    ``quick`` uses tiny shapes and leaves out the GPU tests. ``make`` returns the rows, ``cache`` is
+    an archive of compiled kernels.
     """
-    _check_arguments(out, device)
+    _check_arguments(out, device, cache)
     end = time.time() + WHOLE
     record: Json = {
         "finished": False,
         "environment": describe_environment(device),
         "interpreted": is_interpreted(),
+        "cache": None,
         "ceilings": None,
         "rows": [make_row(case) for case in make(quick)],
-        "tests": None,
-        "study": None,
-        "sanitizer": None,
-        "verdict": None,
+        **dict.fromkeys(("study", "peers", "tests", "sanitizer", "verdict")),
     }
     keep = partial(save, out, record)
     try:
         keep()
     except OSError as error:
         raise RuntimeError(f"--out {out}: can't be written: {error}") from error
+    counts: Counts | None = None
 
     def add_part(name: str, call: Callable[[], Json]) -> None:
         """Add a part to the record, or the reason why it failed."""
@@ -67,7 +73,12 @@ def measure_gpu(
             record[name] = call()
         except Exception as error:
             record[name] = (record[name] or {}) | {"why": describe_error(error)}
+        count_kernels(name)
         keep()
+
+    def count_kernels(part: str) -> None:
+        if counts is not None and (new := counts.count_new()) != NOTHING:
+            record["cache"].setdefault("parts", {})[part] = new
 
     def study(limit: float) -> Json:
         from bench.gpu_report.study import measure_study  # its dependencies may be missing
@@ -75,20 +86,28 @@ def measure_gpu(
         record["study"] = {}
         return measure_study(record["study"], keep, device, quick, time.time() + limit)
 
-    add_part("ceilings", lambda: timing.measure_ceilings(device, quick, get_time_limit(quick)))
-    if device == "cuda":
-        torch.cuda.empty_cache()
-    first = end - TESTS - STUDY - SANITIZER
-    measure_rows(record, keep, device, quick, make, first, last=False)
-    why = "no GPU" if device == "cpu" else "quick" if quick else None
-    add_part(
-        "tests",
-        lambda: _run_unless(why, run_gpu_tests, _limit_part(TESTS, end - STUDY - SANITIZER)),
-    )
-    add_part("study", lambda: study(_limit_part(STUDY, end - SANITIZER)))
-    most = max(SANITIZER, (end - time.time()) / 2)
-    add_part("sanitizer", lambda: _run_unless(why, sanitize, _limit_part(most, end)))
-    measure_rows(record, keep, device, quick, make, end)
+    with tempfile.TemporaryDirectory(prefix="repsim-kernels-") as folder:
+        if cache is None:
+            record["cache"] = {"why": "no --cache: Triton's own cache is used, and not counted"}
+        else:
+            add_part("cache", lambda: install(cache, Path(folder)))
+            counts = Counts(Path(folder))
+        add_part("ceilings", lambda: timing.measure_ceilings(device, quick, get_time_limit(quick)))
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        late = end - SANITIZER
+        first = late - TESTS - PEERS - STUDY
+        measure_rows(record, keep, device, quick, make, first, last=False)
+        count_kernels("rows")
+        add_part("study", lambda: study(_limit_part(STUDY, late - TESTS - PEERS)))
+        limit = _limit_part(PEERS, late - TESTS)
+        add_part("peers", lambda: measure_peers(device, quick, limit))
+        why = "no GPU" if device == "cpu" else "quick" if quick else None
+        add_part("tests", lambda: _run_unless(why, run_gpu_tests, _limit_part(TESTS, late)))
+        most = max(SANITIZER, (end - time.time()) / 2)
+        add_part("sanitizer", lambda: _run_unless(why, sanitize, _limit_part(most, end)))
+        measure_rows(record, keep, device, quick, make, end)
+        count_kernels("remaining rows")
     record["verdict"] = report.judge(record)
     record["finished"] = True
     keep()
@@ -96,7 +115,7 @@ def measure_gpu(
     return record
 
 
-def _check_arguments(out: Path, device: str) -> None:
+def _check_arguments(out: Path, device: str, cache: Path | None) -> None:
     """Raise at once for arguments that would fail after minutes."""
     if device not in ("cuda", "cpu"):
         raise RuntimeError(f"--device {device}: expected cuda or cpu")
@@ -108,6 +127,8 @@ def _check_arguments(out: Path, device: str) -> None:
         raise RuntimeError("TRITON_INTERPRET=1: kernels would not run on the GPU; unset it")
     if not out.parent.is_dir():
         raise RuntimeError(f"--out {out}: folder {out.parent} does not exist")
+    if cache is not None and not cache.is_file():
+        raise RuntimeError(f"--cache {cache}: no such file; `make gpu-report` writes it")
 
 
 def _run_unless(why: str | None, part: Callable[[float], Json], limit: float) -> Json:

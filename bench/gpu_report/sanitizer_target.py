@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+from bench.gpu_report.cache import log_compilations
 from bench.gpu_report.case import KernelCase
 from bench.gpu_report.cases import list_cases, list_native_cases
 from bench.gpu_report.rows import compute_relative_error
@@ -19,6 +20,7 @@ def list_all_cases() -> list[KernelCase]:
 
 def main(device: str = "cuda") -> int:
     """Run every case; return the number of wrong results."""
+    log_compilations()
     wrong = 0
     for case in list_all_cases():
         inputs = case.inputs(torch.Generator(device).manual_seed(0))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import repsim_kernels as rk
 from bench.common.machine import Json
+from bench.gpu_report.cache import run_logged
 from bench.gpu_report.processes import watch
 from bench.gpu_report.rows import describe_error
 from repsim_kernels.experiments.inputs import imagenet
@@ -96,7 +97,7 @@ def measure_study(
     """Time the study in a separate process, then extrapolate from the measurements."""
     study |= {"preset": None if quick else "hayne2024", "networks": [], "rules": RULES}
     try:
-        for networks in watch(time_networks, device, quick, end, end=end):
+        for networks in watch(run_logged, time_networks, device, quick, end, end=end):
             study["networks"] = networks
             keep()
     except RuntimeError as error:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, cast
@@ -85,9 +86,15 @@ class PackageProcess:
 
 
 def compare_packages(
-    out: Path | None, device: str = "cpu", quick: bool = False, job: str | None = None
+    out: Path | None,
+    device: str = "cpu",
+    quick: bool = False,
+    job: str | None = None,
+    workloads: Sequence[Workload] | None = None,
 ) -> Json:
     """Compare the packages, saving the record to ``out`` after each workload; return it.
+
+    ``workloads`` replaces those of ``bench peers``, and then a package may be missing.
 
     With ``job``, only the rows of that job are measured; ``out`` keeps the rows of the others.
     """
@@ -104,9 +111,13 @@ def compare_packages(
     }
     if job and out and out.exists():
         record["rows"] = [row for row in load(out)["rows"] if row["job"] != job]
-    processes = {package.key: PackageProcess(package, device) for package in PACKAGES}
+    processes = {
+        package.key: PackageProcess(package, device)
+        for package in PACKAGES
+        if workloads is None or _is_installed(package)
+    }
     try:
-        for workload in jobs.list_workloads(quick):
+        for workload in jobs.list_workloads(quick) if workloads is None else workloads:
             if job not in (None, workload.job):
                 continue
             with tempfile.TemporaryDirectory(dir=SHARED, prefix=f"repsim-{os.getpid()}-") as folder:
@@ -137,7 +148,13 @@ def _measure(
     """Yield the rows of a workload: check every package once, then time them in turns."""
     limit, budget = _LIMITS[quick]
     paths = jobs.write_inputs(workload, folder)
-    participants = [processes[p.key] for p in PACKAGES if _takes_part(p, workload)]
+    taking_part = [p for p in PACKAGES if _takes_part(p, workload)]
+    participants = [processes[p.key] for p in taking_part if p.key in processes]
+    for package in taking_part:
+        if package.key not in processes:
+            facts = {"package": package.name, "metric": package.metric, "device": device}
+            why = f"{package.distribution} is not installed"
+            yield {**workload.facts(), **facts, "status": "not run", "why": why}
     xs = [np.load(path, mmap_mode="r") for path in paths]
     # The definitions are as slow as a slow package, so only a few comparisons are checked.
     checked = jobs.sample_comparisons(workload, min(workload.n_comparisons, 4))
@@ -174,6 +191,13 @@ def _measure(
         row.pop("once", None)
         process.forget(limit)
         yield row
+
+
+def _is_installed(package: Package) -> bool:
+    try:
+        return not package.distribution or bool(importlib.metadata.version(package.distribution))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def _takes_part(package: Package, workload: Workload) -> bool:

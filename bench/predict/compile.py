@@ -85,13 +85,18 @@ def build(case: CompileCase, arch: int) -> tuple[CompiledKernel, ...]:
         launched[kernel.warmup(*arguments, grid=grid, **options)] = None
 
     with (
-        patch.object(driver, "_active", _FakeDriver(arch)),
+        pretend_gpu(arch),
         patch.object(_launch, "launch", launch),
         patch.object(_launch, "capability", lambda device: divmod(arch, 10)),
         patch.object(_launch, "unsupported", lambda *tensors: None),
     ):
         case.call(torch.device("cpu"))
     return tuple(_read_usage(kernel) for kernel in launched)
+
+
+def pretend_gpu(arch: int) -> Any:
+    """Return a context in which Triton compiles for sm_``arch`` without asking a driver."""
+    return patch.object(driver, "_active", _FakeDriver(arch))
 
 
 class _FakeDriver:
