@@ -371,7 +371,7 @@ def test_rows_with_a_plain_cupy_route():
     cases = list_cases(False)
     names = {c.name for c in cases if "cupy" in c.routes}
     assert names == {
-        *("centered_gram", "cell_grams", "class_means", "neuron_major", "variate_weights"),
+        *("centered_gram", "cell_grams", "class_means", "variate_weights"),
         *("layer_grams, all products", "ablate, ReLU", "eigh", "svd", "cell_grams, CUDA C++"),
     }
     assert all("cupy" in c.routes for c in cases if c.name in names)

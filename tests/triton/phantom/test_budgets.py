@@ -68,6 +68,8 @@ BUDGETS = {
     "cka": Budget(lambda x, y: rk.cka(x, y, debiased=True), reached=(54, 6)),
     "pairwise": Budget(lambda x, y: rk.pairwise([x, y]), reached=(37, 14)),
 }
+
+
 @pytest.fixture
 def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let one program take a whole Riccati step: as many launches, and an interpreter in time."""
