@@ -171,7 +171,7 @@ def test_the_report_runs_in_a_plain_checkout_without_the_packages_that_may_be_mi
 ):
     """The kernels don't run, but they are unpacked; no package of the comparison is installed."""
     summary = prepare.rehearse(packed / "kernels.tar.xz", tmp_path)
-    record = json.loads((tmp_path / "gpu-report.json").read_text())
+    record = json.loads((tmp_path / "rehearsal.json").read_text())
     assert record["finished"]
     assert {row["status"] for row in record["rows"]} == {"not run"}
     assert record["study"]["seconds"] > 0

@@ -62,7 +62,7 @@ def prepare() -> None:
     environment = {"PYTHONPATH": str(TRITON), "TRITON_CACHE_DIR": str(BUILD / "triton")}
     _run([sys.executable, "-m", __name__, str(recorded)], environment)
     _report_step("rehearsing the command in a plain checkout")
-    print(rehearse(ARCHIVE))
+    print(rehearse(ARCHIVE, BUILD))
     size = ARCHIVE.stat().st_size / 2**20
     archive = ARCHIVE.relative_to(ROOT)
     print(
@@ -160,7 +160,7 @@ def rehearse(archive: Path, folder: Path | None = None) -> str:
         (hide / "sitecustomize.py").write_text(_HIDE.format(hidden=HIDDEN, root=str(ROOT)))
         path = os.pathsep.join(map(str, filter(Path.is_dir, (hide, TRITON))))
         environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        out = Path(temporary) / "gpu-report.json" if folder is None else folder / "gpu-report.json"
+        out = Path(temporary) / "gpu-report.json" if folder is None else folder / "rehearsal.json"
         options = ("--device", "cpu", "--quick", "--out", str(out), "--cache", str(archive))
         command = [sys.executable, "-m", "bench", "gpu-report", *options]
         _run(command, environment, clone)

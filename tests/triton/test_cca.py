@@ -89,7 +89,7 @@ def test_operands_of_grams_serve_weights(device, n, dtype, launches):
 def test_spans_of_neurons_add_up(device, monkeypatch):
     rng = np.random.default_rng(5)
     x, h = rng.standard_normal((9, 400)).astype(np.float32), rng.standard_normal((4, 9))
-    monkeypatch.setattr(operands, "_MEMORY", 40_000)
+    monkeypatch.setattr(operands, "_MEMORY", 100_000)
     got = cca.variate_weights(torch.from_numpy(h).to(device), torch.from_numpy(x).to(device))
     want = compute_weights(h - h.mean(1, keepdims=True), x.astype(np.float64))
     np.testing.assert_allclose(got.cpu(), want, rtol=1e-5)

@@ -72,7 +72,7 @@ def _hint(size, stride, ALIGN: tl.constexpr):
 def _reach_kernel(
     x_ptr,
     reach_ptr,  # (4, batch p): half the largest difference from the first stimulus, its value,
-    # and with ENERGY the sums of the differences and of their squares
+    # and with ENERGY the sums of half the differences and of their squares
     n, p, total, stride_b, stride_n, stride_p,
     ENERGY: tl.constexpr, BY_NEURON: tl.constexpr, ALIGN: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -95,15 +95,15 @@ def _reach_kernel(
         stimulus = step + tl.arange(0, BLOCK_N)
         mask = inside[:, None] & (stimulus < n)[None, :]
         x = tl.load(source[:, None] + stimulus.to(tl.int64)[None, :] * stride_n, mask=mask, other=0)
-        d = tl.where(mask, x.to(tl.float32) - first[:, None], 0)
+        # Halves, since a difference may exceed float32.
+        d = tl.where(mask, x.to(tl.float32) * 0.5 - first[:, None] * 0.5, 0)
         largest = tl.maximum(largest, tl.abs(d))
         if ENERGY:
             total_d += d
             total_dd += d * d
-    # A difference may exceed float32, but not its half. Denormal numbers count as the smallest
-    # normal one.
     reach = tl.max(largest, 1)
-    reach = tl.where(reach > 0, tl.maximum(tl.minimum(reach, 3.4e38) * 0.5, 1.2e-38), 0)
+    # Denormal numbers count as the smallest normal one.
+    reach = tl.where(reach > 0, tl.maximum(reach, 1.2e-38), 0)
     at = batch * p + neuron
     tl.store(reach_ptr + at, reach, mask=inside)
     tl.store(reach_ptr + total + at, first, mask=inside)
@@ -172,8 +172,8 @@ def _plan_kernel(
         varying += tl.where(own > 0, 1.0, 0.0)
         if ENERGY:
             # If these overflow or vanish, `keeps_digits` is false, which is always safe.
-            d = tl.load(reach_ptr + 2 * total + neuron, mask=mask, other=0).to(tl.float64)
-            dd = tl.load(reach_ptr + 3 * total + neuron, mask=mask, other=0).to(tl.float64)
+            d = 2 * tl.load(reach_ptr + 2 * total + neuron, mask=mask, other=0).to(tl.float64)
+            dd = 4 * tl.load(reach_ptr + 3 * total + neuron, mask=mask, other=0).to(tl.float64)
             origin = first.to(tl.float64)
             before += dd + origin * (2 * d + n * origin)
             after += dd - d * d / n

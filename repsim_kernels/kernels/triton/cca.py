@@ -65,9 +65,12 @@ def choose(width: int, planes: int, products: int, capability: tuple[int, int]) 
 
 
 def floor(k: int, n: int, p: int, itemsize: int, precision: str) -> _launch.Floor:
-    """Lower bound: read x and the directions once; 2 k n p operations."""
+    """Lower bound: read x and the directions once; 2 k n p operations, twice that for 16 bits."""
     products = {"tf32x3": "float16x3", "tf32": "float16", "ieee": "ieee"}[precision]
-    return _launch.Floor(n * p * itemsize + 4 * k * n, 2 * k * n * p, products)
+    operations = 2 * k * n * p
+    if itemsize == 2 and precision != "ieee":
+        products, operations = "float16", 2 * operations
+    return _launch.Floor(n * p * itemsize + 4 * k * n, operations, products)
 
 
 @triton.jit
