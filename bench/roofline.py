@@ -17,7 +17,8 @@ from bench.common.machine import RESULTS, Json, format_seconds, slugify
 PREDICTED = "predictions only: nothing measured on a GPU yet"
 UNMEASURED = "predictions only: this file has no measured rows"
 OURS = "repsim_kernels"
-_PRECISIONS = ("tf32", "tf32x3", "ieee", "bfloat16", "float64")  # each has its own ceiling
+# Each has its own ceiling.
+PRECISIONS = ("tf32", "tf32x3", "ieee", "float16", "float16x3", "bfloat16", "float64")
 # Paul Tol's colours, one per operation for all its shapes and dtypes.
 _COLOURS = (
     "#332288", "#cc3311", "#117733", "#0077bb", "#aa4499", "#999933", "#ee7733", "#44aa99",
@@ -96,7 +97,7 @@ def chart_record(record: Any) -> Chart:
     if "copy" not in rates:
         raise RuntimeError("has no ceilings")
     timed = not record.get("interpreted")  # times of Triton's interpreter are meaningless
-    roof = Roof(rates["copy"], {kind: rates[kind] for kind in _PRECISIONS if kind in rates})
+    roof = Roof(rates["copy"], {kind: rates[kind] for kind in PRECISIONS if kind in rates})
     try:
         points = [
             _point_from_report(r, timed) if "rows" in record else _point_from_benchmark(r)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from _cupy import FakeCupy
 
+from bench import roofline
 from bench.common.machine import ROOT
 from bench.gpu_report import rows, run
 from bench.gpu_report.case import KernelCase, PlainCupy
@@ -25,7 +26,7 @@ from bench.gpu_report.cases import list_cases, list_native_cases
 from repsim_kernels.kernels import cupy as cuda_kernels
 from repsim_kernels.kernels import triton as triton_kernels
 
-RATES = dict.fromkeys(("copy", "ieee", "tf32", "tf32x3", "bfloat16", "float64"), 1e9)
+RATES = dict.fromkeys(("copy", *roofline.PRECISIONS), 1e9)
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )

@@ -19,16 +19,17 @@ triton = pytest.importorskip("triton")
 
 from bench.gpu_report import cache, prepare, variants  # noqa: E402
 from bench.gpu_report.stand_ins import record_at_full_size  # noqa: E402
-from repsim_kernels.kernels.triton import cells, neuron_major  # noqa: E402
+from repsim_kernels.kernels.triton import cells, cka  # noqa: E402
 
 
 def launch_two_kernels(n=12, p=48):
-    """Return the variants of two launchers on n stimuli and p neurons, neuron-major."""
+    """Return the variants of two launchers, the first on n stimuli and p neurons."""
     recorded = {}
     x = torch.randn(p, n).mT
     with record_at_full_size(recorded):
         cells.class_means(x, labels=np.arange(n) % 3, n_classes=3)
-        neuron_major.neuron_major(x.contiguous())
+        vectors = torch.randn(4, p, dtype=torch.float64)
+        cka.cosine_distance(vectors, vectors[0], False, 0.5, 0.5)
     return [*recorded]
 
 
@@ -183,6 +184,6 @@ def test_the_report_runs_in_a_plain_checkout_without_the_packages_that_may_be_mi
 
 @pytest.mark.slow
 def test_the_launches_of_tests_are_recorded():
-    recorded = prepare.record_tests(["tests/triton/test_neuron_major.py"])
-    assert {variant.kernel for variant in recorded} == {"_neuron_major_kernel"}
-    assert {a.value for v in recorded for a in v.arguments if a.kind == "pointer"} > {"float32"}
+    recorded = prepare.record_tests(["tests/triton/test_cka.py"])
+    assert {variant.kernel for variant in recorded} == {"_cosine_distance_kernel"}
+    assert {a.value for v in recorded for a in v.arguments if a.kind == "pointer"} == {"float64"}

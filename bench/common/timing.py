@@ -40,9 +40,10 @@ def measure_ceilings(device: str, quick: bool, limit: float) -> dict[str, float]
         rates[precision] = 2 * side**3 / time_fastest(torch.mm, a, b)
     matmul.fp32_precision = before
     rates["tf32x3"] = rates["tf32"] / 3
-    for dtype in (torch.bfloat16, torch.float64):
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
         name = str(dtype).removeprefix("torch.")
         rates[name] = 2 * side**3 / time_fastest(torch.mm, a.to(dtype), b.to(dtype))
+    rates["float16x3"] = rates["float16"] / 3
     return rates
 
 

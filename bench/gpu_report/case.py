@@ -19,8 +19,8 @@ Inputs = Callable[[torch.Generator], tuple[Tensor, ...]]
 # share, so that one text is the reference, plain PyTorch and plain CuPy.
 Formula = Callable[..., Any]
 
-# Tolerated relative Frobenius errors. Three TF32 products keep float32's digits, one keeps 10 bits;
-# sums in float32 have bounded length, so they don't add to its rounding error.
+# Tolerated relative Frobenius errors. Three products of halves keep float32's digits, one keeps 10
+# or 11 bits; sums in float32 have bounded length, so they don't add to its rounding error.
 PRODUCTS = {"ieee": 1e-5, "tf32x3": 1e-5, "tf32": 1e-3}
 
 
@@ -60,6 +60,14 @@ class Shape:
     def size(self) -> int:
         """Size of the activations in bytes."""
         return self.n * self.p * self.dtype.itemsize
+
+    @property
+    def ceiling(self) -> str:
+        """Name of the ceiling of products of operands, which are halves of float16."""
+        if self.precision == "ieee":
+            return "ieee"
+        is_split = self.precision == "tf32x3" and self.dtype == torch.float32
+        return "float16x3" if is_split else "float16"
 
     def activations(self, g: torch.Generator) -> tuple[Tensor, ...]:
         """Draw activations (n, p), neuron-major as in the package; each neuron has a mean."""

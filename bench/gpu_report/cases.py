@@ -109,7 +109,7 @@ def _make_gram_row(s: Shape) -> KernelCase:
     kernel = load("triton.gram:centered_gram", **options, precision=s.precision)
     backend = load("torch.gram:centered_gram", **options)
     cost = s.size + 8 * s.n**2, s.n * (s.n + 1) * s.p  # one of two symmetric elements
-    return make_case("centered_gram", s, formula, cost, kernel, backend)
+    return make_case("centered_gram", s, formula, cost, kernel, backend, precision=s.ceiling)
 
 
 def _make_layers_row(s: Shape) -> KernelCase:
@@ -166,6 +166,7 @@ def _make_cell_grams_row(
     cost = s.size + 8 * count * s.n**2, len(tables) * s.n * (s.n + 1) * s.p
     facts: Facts = {
         "detail": f" C={s.cells}" + (f" T={partitions}" if partitions else ""),
+        "precision": s.ceiling,
         "inputs": inputs,
         "parts": count,
     }
@@ -313,8 +314,9 @@ def _make_variate_weights_row(s: Shape) -> KernelCase:
 
     kernel = load("triton.cca:variate_weights", precision=s.precision)
     backend = load("torch.cca:variate_weights")
-    cost = s.size + 8 * k * (s.n + 1), 2 * k * s.n * s.p
-    facts: Facts = {"detail": f" k={k:,}", "inputs": inputs, "parts": k}
+    halves = 2 if s.ceiling == "float16" and s.dtype != torch.float32 else 1  # of the directions
+    cost = s.size + 8 * k * (s.n + 1), 2 * k * s.n * s.p * halves
+    facts: Facts = {"detail": f" k={k:,}", "inputs": inputs, "parts": k, "precision": s.ceiling}
     return make_case("variate_weights", s, formula, cost, kernel, backend, **facts)
 
 
@@ -333,7 +335,7 @@ def _make_distances_row(s: Shape, metrics: tuple[str, ...]) -> KernelCase:
         f"ablation_distances, {len(metrics)} metric{'s' * (len(metrics) > 1)}",
         f"n={s.n} p={s.p:,} C={s.cells}",
         s.dtype,
-        s.precision,
+        s.ceiling,
         1e-4,  # the effect of the Grams' rounding on a distance
         bytes=s.size,
         operations=products * s.n * s.p,

@@ -1,13 +1,12 @@
 """The Gram matrices of all layers in one launch, and the inner products of all pairs in another.
 
 Layers have different numbers of neurons, so a table lists pieces of their neurons. Each program
-multiplies one piece for one tile of a Gram; the last one to finish a tile adds the results of all
-its pieces, in the order of the neurons, so that runs are bit-identical.
+multiplies one piece for one tile of a Gram; the last to finish a tile adds the results of all of
+its pieces in the neurons' order, so that runs are bit-identical.
 
-Stimuli are taken relative to the first one as they are loaded: each layer is read by one product,
-for which operands.py would write a copy. A row of ``grams`` holds the lower triangle of these
-products G, row by row, and then one shift for each stimulus, such that G_ij + s_i + s_j is the
-centred or the U-centred Gram. Both are sums over neurons.
+Stimuli are taken relative to the first one as they are loaded, since operands.py would write a copy
+for one product. A row of ``grams`` holds the lower triangle of these products G, row by row, and
+then shifts such that G_ij + s_i + s_j is the centred or U-centred Gram. Both are sums over neurons.
 
 Predictions for an H200, since this was not run on a GPU, for 53 layers of 50,000 float32 neurons:
 
@@ -15,8 +14,7 @@ Predictions for an H200, since this was not run on a GPU, for 53 layers of 50,00
     32    0.34 GB   2.8 Gop     79 µs     0.1 µs
     300   3.2 GB    239 Gop    1.8 ms     6 µs
 
-The loop also subtracts, splits and converts, so it is expected to take 6 to 8 times as long. Next
-to the two kernels, PyTorch starts 35 small operations (counted), or 20 for float64.
+The loop also subtracts, splits and converts: it is expected to take 6 to 8 times as long.
 """
 
 from __future__ import annotations

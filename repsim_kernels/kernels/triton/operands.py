@@ -4,8 +4,8 @@ The kernels of gram.py and cca.py multiply what this module writes, so that thei
 and multiply. Neurons become rows, sorted by cell. A row holds the stimuli relative to the first
 one, multiplied by a power of two and split in two halves of float16, which together keep 22 bits.
 
-* The power of two belongs to a cell, whose largest difference it moves to 2^14: with one for the
-  whole matrix, a cell of tiny neurons would vanish in float16.
+* The power of two belongs to a cell, whose largest difference it moves to 2^13 … 2^14: with one for
+  the whole matrix, a cell of tiny neurons would vanish in float16.
 * Each cell is padded with rows of zeros to a multiple of ``pad``, so that no product needs a mask.
 * Stimuli are padded with zeros to planes of ``width``. The rows of a plane are adjacent: a tile is
   one run of memory.
@@ -70,7 +70,7 @@ class Operands:
     neurons: int  # in the span, of each matrix
     hi: Tensor  # (planes, rows, width)
     lo: Tensor  # the same shape; hi itself without a second half
-    items: Tensor  # (I, 3) first row, last row and cell
+    items: Tensor  # (I, 3) first row, row after the last, and cell
     slots: Tensor  # (C + 1,) first item of each cell; the last is the number of items in use
     maxima: Tensor  # (2, C) half the largest difference from the first stimulus, its largest value
     sums: Tensor  # (3, C) varying neurons, energy, energy after centring

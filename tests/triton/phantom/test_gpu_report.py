@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 from _phantom_cuda import phantom_device
 
+from bench import roofline
 from bench.common import timing
 from bench.gpu_report import rows, study
 from bench.gpu_report.cases import list_cases
 from bench.gpu_report.report import format_row
 
-RATES = dict.fromkeys(("copy", "ieee", "tf32", "tf32x3", "bfloat16", "float64"), 1e9)
+RATES = dict.fromkeys(("copy", *roofline.PRECISIONS), 1e9)
 QUICK = list_cases(True)
 # Rows that the interpreter computes in about a second.
-FAST = {"centered_gram", "cell_grams", "class_means", "neuron_major", "variate_weights"}
+FAST = {"centered_gram", "cell_grams", "class_means", "variate_weights"}
 
 
 def list_rows() -> list[Any]:
