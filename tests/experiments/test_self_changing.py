@@ -93,7 +93,8 @@ def test_values_changed_by_a_pass_are_restored(
         plain = Toy()
         same(plain)
         expected = toy_study(model=plain, layers=layers, metrics=["cka"], block=1).run()
-        pd.testing.assert_frame_equal(rows, expected, rtol=1e-4, atol=1e-6)
+        # Changes of float32 log probabilities, which are as large as 18.
+        pd.testing.assert_frame_equal(rows, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_network_that_drifts_is_refused_and_restored() -> None:

@@ -42,6 +42,8 @@ def join(tables: list[DistanceTable], device: torch.device) -> dict[str, Distanc
     pieces: list[Tensor] = []
     numbers = [0.0]
     places = []  # of each distance: its index in the pieces, or -1 - its index in the numbers
+    if not metrics:
+        return {}
     end = 0
     for metric in metrics:
         for table in tables:

@@ -13,6 +13,8 @@ from repsim_kernels.kernels.torch import columns, distances, memory, panels
 
 # Elements of a batch of Grams: on a CPU it fits the cache, on a GPU it fills the device.
 _BATCH, _LARGE_BATCH = 2**18, 2**24
+# Elements of x that a GPU looks at together.
+_GPU_BLOCK = 2**27
 
 
 def centre(x: Tensor) -> Tensor:
@@ -213,7 +215,10 @@ def cell_statistics(
 
 def count_varying(x: Tensor) -> Tensor:
     """Return the number of neurons of x (n, p) that vary over the stimuli."""
-    blocks = (x[:, block] for block in panels.split_neurons(x.shape[1], len(x)))
+    n = len(x)
+    # On a GPU a block for the cache would take longer to start than to read.
+    width = _GPU_BLOCK // n if x.is_cuda else memory.BLOCK // n
+    blocks = x.split(max(1, width), 1)
     zero = torch.zeros((), dtype=torch.int64, device=x.device)
     return sum(((block != block[:1]).any(0).sum() for block in blocks), zero)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,8 @@ from repsim_kernels.kernels.torch.representation import to_complement
 # square. Ten steps are many; only rounding, with a ridge near 0, keeps steps from becoming that
 # small.
 _LAST_STEP, _MAX_STEPS = 1e-8, 100
+# Most outputs of the fits of several partitions that exist together: 512 MiB.
+_OUTPUTS = 2**26
 
 
 def ablation_decodability(
@@ -55,12 +58,15 @@ def ablation_decodability(
         n_sets = len(parts.n_remaining) // n_cells if partitions and n_cells else 1
         # Ridge regressions on other partitions' targets cost little; logistic ones would not.
         together = 1 if paired and probe == "logistic" else n_sets
+        if paired:  # the outputs of each set on the targets of all
+            together = min(together, max(1, math.isqrt(_OUTPUTS // (n_cells * len(x)))))
         for start in range(0, n_sets, together):
-            ablated = list(range(start * n_cells, (start + together) * n_cells))
+            sets = min(together, n_sets - start)
+            ablated = list(range(start * n_cells, (start + sets) * n_cells))
             done = sum(table_sets for _, table_sets in tables)
-            own = task.select(slice(done, done + together)) if paired else task
-            table = _score_ablations(parts, ablated, own, fit, score, together if paired else 1)
-            tables.append((table, together))
+            own = task.select(slice(done, done + sets)) if paired else task
+            table = _score_ablations(parts, ablated, own, fit, score, sets if paired else 1)
+            tables.append((table, sets))
     if partitions:
         results = {
             name: {

@@ -25,7 +25,7 @@ def keeps_digits(sums_ptr, cells, n_cells):
     """
     before = tl.load(sums_ptr + n_cells + cells)
     after = tl.load(sums_ptr + 2 * n_cells + cells)
-    return (after > 0) & (before <= 4 * after)
+    return (after > 0) & (after < float("inf")) & (before <= 4 * after)
 
 
 @triton.jit
@@ -63,9 +63,12 @@ def load_tile(place, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr
 
 
 @triton.jit
-def _hint(size, stride, ALIGN: tl.constexpr):
-    """Tell the compiler how many adjacent values may be loaded together."""
-    return tl.multiple_of(size, ALIGN), tl.multiple_of(stride, ALIGN)
+def _show_multiple(number, ALIGN: tl.constexpr):
+    """Return a multiple of ALIGN such that the compiler sees that it is one.
+
+    It then loads adjacent values together. `tl.multiple_of` is lost on a kernel's arguments.
+    """
+    return number // ALIGN * ALIGN
 
 
 @triton.jit
@@ -77,11 +80,11 @@ def _reach_kernel(
     ENERGY: tl.constexpr, BY_NEURON: tl.constexpr, ALIGN: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    if ALIGN > 1:
-        if BY_NEURON:
-            n, stride_p = _hint(n, stride_p, ALIGN)
-        else:
-            p, stride_n = _hint(p, stride_n, ALIGN)
+    stride_b = _show_multiple(stride_b, ALIGN)  # not used for one matrix
+    if BY_NEURON:
+        n, stride_p = _show_multiple(n, ALIGN), _show_multiple(stride_p, ALIGN)
+    else:
+        p, stride_n = _show_multiple(p, ALIGN), _show_multiple(stride_n, ALIGN)
     blocks = tl.cdiv(p, BLOCK_P)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     neuron = tl.program_id(0) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -112,7 +115,7 @@ def _reach_kernel(
         tl.store(reach_ptr + 3 * total + at, tl.sum(total_dd, 1), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_cells", "total", "planes"])
 def _plan_kernel(
     reach_ptr,
     order_ptr,  # neurons (of all partitions) by cell
@@ -194,7 +197,7 @@ def _plan_kernel(
             tl.store(lo_ptr + places, zeros, mask=(padding < last)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_cells", "partitions", "planes"])
 def _write_kernel(
     x_ptr, cells_ptr, places_ptr, maxima_ptr, sums_ptr, hi_ptr, lo_ptr,
     n, p, n_cells, partitions, capacity, planes, stride_b, stride_n, stride_p,
@@ -202,11 +205,11 @@ def _write_kernel(
     BY_NEURON: tl.constexpr, ALIGN: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    if ALIGN > 1:
-        if BY_NEURON:
-            n, stride_p = _hint(n, stride_p, ALIGN)
-        else:
-            p, stride_n = _hint(p, stride_n, ALIGN)
+    stride_b = _show_multiple(stride_b, ALIGN)  # not used for one matrix
+    if BY_NEURON:
+        n, stride_p = _show_multiple(n, ALIGN), _show_multiple(stride_p, ALIGN)
+    else:
+        p, stride_n = _show_multiple(p, ALIGN), _show_multiple(stride_n, ALIGN)
     # Tiles are read along memory, in either layout of x; whole runs of stimuli are written.
     steps = planes * (WIDTH // BLOCK_N)
     blocks = tl.cdiv(p, BLOCK_P)

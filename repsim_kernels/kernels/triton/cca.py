@@ -30,6 +30,9 @@ from repsim_kernels.kernels.triton._operand_kernels import (
 from repsim_kernels.kernels.triton.gram import make_plan
 from repsim_kernels.kernels.triton.operands import Operands, iter_operands
 
+# Most sums of absolute values, one for each item of operands and direction: 256 MiB.
+_SUMS = 2**25
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -112,7 +115,7 @@ def _directions_kernel(
             tl.store(lo_ptr + places, (h - hi.to(tl.float32)).to(hi_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "n_cells"])
 def _variate_weights_kernel(
     a_hi_ptr, a_lo_ptr, unit_ptr, b_hi_ptr, b_lo_ptr, items_ptr, slots_ptr, maxima_ptr, sums_ptr,
     out_ptr, k, a_rows, b_rows, n_cells, steps,
@@ -156,7 +159,7 @@ def _variate_weights_kernel(
     tl.store(out_ptr + item * k + direction, weights, mask=direction < k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "n_cells"])
 def _one_plane_weights_kernel(
     a_hi_ptr, a_lo_ptr, unit_ptr, b_hi_ptr, b_lo_ptr, items_ptr, slots_ptr, maxima_ptr, sums_ptr,
     out_ptr, k, n_cells, A_SPLIT: tl.constexpr, B_SPLIT: tl.constexpr, MIXED: tl.constexpr,
@@ -233,7 +236,10 @@ def variate_weights(
 
 
 def _weigh(h: Tensor, operands: Operands, launch: Launch | None) -> Tensor:
-    """Return the sums over the neurons of some operands."""
+    """Return the sums over the neurons of some operands, for blocks of directions."""
+    blocks = h.split(max(128, _SUMS // len(operands.items)))
+    if len(blocks) > 1:
+        return torch.cat([_weigh(block, operands, launch) for block in blocks])
     (k, n), form = h.shape, operands.format
     planes, capacity, width = operands.hi.shape
     rows = triton.cdiv(k, 128) * 128

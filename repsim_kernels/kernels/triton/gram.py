@@ -60,7 +60,7 @@ class Launch:
 def choose(
     n: int, columns: int, products: int, dtype: torch.dtype, capability: tuple[int, int]
 ) -> Launch:
-    """Choose launch settings for n stimuli and a number of columns, counted once per partition.
+    """Choose launch settings for n stimuli and the columns of one matrix or partition.
 
     ``products`` is 3 for two halves, and otherwise 1; ``dtype`` is that of the operands.
     """
@@ -123,9 +123,10 @@ class Plan:
 def make_plan(
     x: Tensor, columns: int, precision: str, shifts: bool, launch: Launch | None = None
 ) -> Plan:
-    """Plan the products of x (…, n, p) with a number of columns, counted once per partition.
+    """Plan the products of x (…, n, p), with the columns of one matrix or partition.
 
-    ``shifts`` need both halves, whatever the precision.
+    Others must not change how its neurons are divided. ``shifts`` need both halves, whatever the
+    precision.
     """
     dtype = torch.float32 if precision == "ieee" else torch.float16
     mixed = x.dtype != torch.float32 and dtype == torch.float16
@@ -140,7 +141,7 @@ def make_plan(
     return Plan(Format(block_n, pad, chunk, dtype, split, mixed), tuple(launches))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_cells"])
 def _gram_kernel(
     hi_ptr, lo_ptr, items_ptr, slots_ptr, sums_ptr, partial_ptr, n, n_cells, capacity,
     SPLIT: tl.constexpr, MIXED: tl.constexpr, SAME: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -182,7 +183,7 @@ def _gram_kernel(
     tl.store(partial_ptr + (item * pairs + pair) * (BLOCK_N * BLOCK_N) + square, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_cells"])
 def _sum_kernel(
     partial_ptr, slots_ptr, maxima_ptr, sums_ptr, g_ptr, shift_ptr, n, n_cells,
     MIXED: tl.constexpr, SHIFTS: tl.constexpr, FIRST: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -240,7 +241,7 @@ def centered_gram(
     """Return the Gram matrices (…, n, n) of x (…, n, p), centred, in float64."""
     n, p = x.shape[-2:]
     batch = x.reshape(-1, n, p)
-    plan = make_plan(x, p * len(batch), precision, False, launch)
+    plan = make_plan(x, p, precision, False, launch)
     parts = batch.split(count_matrices(n, p, plan.form))
     spans = (iter_operands(part, None, len(part), plan.form) for part in parts)
     g = torch.cat([sum_grams(operands, plan.launches)[0] for operands in spans]).view(
@@ -286,7 +287,7 @@ def cell_statistics(
     that serve `variate_weights` as well: those of labels (p,), which must leave out no neuron.
     """
     labels, total = number_cells(cells, n_cells, x.device)
-    columns = labels.numel() if cells.dtype != np.bool_ else int(np.count_nonzero(cells))
+    columns = x.shape[1] if cells.dtype != np.bool_ else int(np.count_nonzero(cells))
     plan = make_plan(x, columns, precision, shifts, launch)
     spans = iter_operands(x, labels, total, plan.form, shifts)
     if kept is not None and cells.ndim == 1 and not shifts:
@@ -300,9 +301,9 @@ def cell_statistics(
 
 
 def _keep(spans: Iterable[Operands], kept: list[Operands], p: int) -> Iterator[Operands]:
-    """Yield operands, and keep those of all p neurons."""
+    """Yield operands, and keep those of all p neurons, unless padding makes them much larger."""
     for operands in spans:
-        if operands.neurons == p:
+        if operands.neurons == p and operands.hi.shape[1] <= p + max(p // 4, 4096):
             kept.append(operands)
         yield operands
 
@@ -324,9 +325,7 @@ def sum_grams(
         for launch, split in launches:
             _launch.launch(
                 _gram_kernel,
-                (
-                    len(operands.items) * pairs,
-                ),  # y allows 65,535 blocks, the pairs of 46,208 stimuli
+                (len(operands.items) * pairs,),  # y allows 65,535 blocks
                 *(operands.hi, operands.lo, operands.items, operands.slots, operands.sums, partial),
                 *(n, n_cells, capacity),
                 SPLIT=split,

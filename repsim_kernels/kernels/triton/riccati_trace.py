@@ -20,7 +20,7 @@ from repsim_kernels.kernels.triton.riccati import STEPS
 _ROWS, _COLUMNS, _DIAGONAL = 16, 64, 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "steps_left"])
 def _judge_kernel(d_ptr, v_ptr, verdict_ptr, batch, m, steps_left, close_to, BLOCK: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
     step = batch * m  # from the diagonal of one step to that of the next
