@@ -54,13 +54,15 @@ def ablation_decodability(
         fit = functools.partial(kind, relative=relative, fold_members=fold_members)
         n_sets = len(parts.n_remaining) // n_cells if partitions and n_cells else 1
         # Ridge regressions on other partitions' targets cost little; logistic ones would not.
-        together = 1 if paired and probe == "logistic" else n_sets
-        for start in range(0, n_sets, together):
-            ablated = list(range(start * n_cells, (start + together) * n_cells))
+        sets_per_call = 1 if paired and probe == "logistic" else n_sets
+        for start in range(0, n_sets, sets_per_call):
+            ablated = list(range(start * n_cells, (start + sets_per_call) * n_cells))
             done = sum(table_sets for _, table_sets in tables)
-            own = task.select(slice(done, done + together)) if paired else task
-            table = _score_ablations(parts, ablated, own, fit, score, together if paired else 1)
-            tables.append((table, together))
+            own = task.select(slice(done, done + sets_per_call)) if paired else task
+            table = _score_ablations(
+                parts, ablated, own, fit, score, sets_per_call if paired else 1
+            )
+            tables.append((table, sets_per_call))
     if partitions:
         results = {
             name: {
