@@ -111,7 +111,7 @@ def record_report() -> list[Variant]:
     cpu = torch.device("cpu")
 
     def add(call: Callable[[], object], name: str) -> None:
-        """Record a call's launches on stand-ins, until it ends, fails or takes `_LONGEST` seconds."""
+        """Record what a call launches on stand-ins until it ends, fails or takes `_LONGEST` s."""
         signal.alarm(_LONGEST)
         try:
             with record_at_full_size(variants):
