@@ -127,7 +127,7 @@ def check_representation(
         raise ShapeError(f"{name}: an empty batch, shape {tuple(x.shape)}; expected at least 1")
     x = to_float(x)
     varying = not allow_constant and not allow_undefined and not defer
-    if varying and _is_plainly_right(x):
+    if varying and _passes_quick_check(x):
         return x, source
     # Finite float64 numbers may still exceed the limit, which no NaN in the result would show.
     if not allow_undefined and (not defer or x.dtype == torch.float64):
@@ -137,10 +137,10 @@ def check_representation(
     return x, source
 
 
-def _is_plainly_right(x: Tensor) -> bool:
-    """Whether one look shows that x is finite and not constant: one copy to the host from a GPU.
+def _passes_quick_check(x: Tensor) -> bool:
+    """Return whether the sum of x is finite and its first 16 x 16 values differ between stimuli.
 
-    The look is the one with which `check_finite` and `has_constant` begin, below float64.
+    Copies to the host once. `check_finite` and `has_constant` begin in the same way, below float64.
     """
     if x.dtype == torch.float64:
         return False
@@ -371,6 +371,7 @@ def finish_checks(distances: Array, a: Tensor, name: str) -> None:
     If any value is not finite, or all stimuli are the same, all distances (…, C) are NaN or 0.
     """
     proves = (distances > 0).any(-1)
+    # `all` of a scalar would start another kernel.
     if not bool(proves.all() if proves.ndim else proves):
         check_finite(a, name)
         _check_varying(a, name)

@@ -42,7 +42,7 @@ archive, folder, recorded = map(Path, sys.argv[1:])
 folder.mkdir()
 facts = cache.install(archive, folder)
 counts = cache.Counts(folder)
-cache.log_compilations()
+cache.log_loads()
 errors = []
 for variant in variants.load_variants(recorded):
     try:
@@ -120,7 +120,7 @@ def test_a_stale_cache_is_recognised(packed, tmp_path, monkeypatch):
 def test_counts_of_each_part(tmp_path):
     """A kernel that one process compiled and another loaded counts once, as compiled."""
     counts = cache.Counts(tmp_path)
-    log = tmp_path / "compilations.txt"
+    log = tmp_path / "loads.txt"
     log.write_text("compiled a gram\nserved b cca\nserved a gram\nserved b cca\n")
     assert counts.count_new() == {"served": 1, "compiled": 1, "names": {"gram": 1}}
     log.write_text(log.read_text() + "served a gram\ncompiled c gram\n")

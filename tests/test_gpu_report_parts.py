@@ -35,15 +35,14 @@ def test_counting_pytest_results(last, want):
     assert bool(counts) == bool(want)
 
 
-def test_gpu_tests_run_despite_files_that_cannot_be_imported(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "ROOT", tmp_path)
+def test_gpu_tests_run_despite_files_that_cannot_be_imported(tmp_path):
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     (tmp_path / "test_broken.py").write_text("import no_such_module  # mark.gpu")
     (tmp_path / "test_some.py").write_text(
         "import pytest\n\n\n@pytest.mark.gpu\ndef test_a():\n    assert True\n\n\n"
         "@pytest.mark.gpu\ndef test_b():\n    assert False\n"
     )
-    result = checks.run_gpu_tests(120)
+    result = checks.run_gpu_tests(120, tmp_path)
     assert result["counts"] == {"failed": 1, "passed": 1, "error": 1}
     assert result["exit_code"] == 1
     assert any("no_such_module" in text for text in result["tail"])
@@ -58,9 +57,8 @@ def test_gpu_tests_that_hang_are_stopped_and_counted(tmp_path, ignored):
         "@pytest.mark.gpu\ndef test_b():\n    time.sleep(600)\n"
     )
     code = (
-        "import json, pathlib, sys; from bench.gpu_report import checks, processes\n"
-        "processes.ROOT = pathlib.Path(sys.argv[1])\n"
-        "print(json.dumps(checks.run_gpu_tests(8)))"
+        "import json, pathlib, sys; from bench.gpu_report import checks\n"
+        "print(json.dumps(checks.run_gpu_tests(8, pathlib.Path(sys.argv[1]))))"
     )
     before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
     try:

@@ -23,7 +23,7 @@ from bench.common.machine import ROOT, Json
 from bench.gpu_report.variants import Compiled
 
 _MANIFEST = "manifest.json"
-_LOG = "compilations.txt"  # in the cache's folder; one line for each kernel that a process loads
+_LOG = "loads.txt"  # in the cache's folder; one line for each kernel that a process loads
 
 
 def hash_sources() -> str:
@@ -141,7 +141,7 @@ def _build_launchers(sources: Sequence[str]) -> Json:
         return {"launchers": 0, "why": f"launchers: {type(error).__name__}: {error}"[:500]}
 
 
-def log_compilations() -> None:
+def log_loads() -> None:
     """Let this process write down which kernels it loads from an installed cache or compiles."""
     folder = os.environ.get("TRITON_CACHE_DIR")
     log = Path(folder) / _LOG if folder else None
@@ -157,7 +157,7 @@ def log_compilations() -> None:
     knobs.compilation.listener = write
 
 
-NOTHING: Json = {"served": 0, "compiled": 0, "names": {}}
+NO_LOADS: Json = {"served": 0, "compiled": 0, "names": {}}
 
 
 @dataclass
@@ -187,5 +187,5 @@ class Counts:
 
 def run_logged(send: Callable[[Any], None], work: Callable[..., None], *arguments: Any) -> None:
     """Call ``work``, counting the kernels that this process loads."""
-    log_compilations()
+    log_loads()
     work(send, *arguments)

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+from pathlib import Path
 
 from bench.common.machine import ROOT, Json
 from bench.gpu_report import processes
@@ -32,28 +33,27 @@ _OWN_MEMORY = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 _SANITIZE = ("--target-processes", "application-only", "--report-api-errors", "no")
 
 
-def run_gpu_tests(limit: float) -> Json:
+def run_gpu_tests(limit: float, folder: Path = ROOT) -> Json:
     """Run the tests marked ``gpu``; files that can't be imported don't stop the rest."""
     workers = _WORKERS if importlib.util.find_spec("xdist") else ()
-    arguments = [*_ARGUMENTS, *_PLUGIN, *workers, *list_gpu_test_files()]
+    arguments = [*_ARGUMENTS, *_PLUGIN, *workers, *list_gpu_test_files(folder)]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-c", _PYTEST, *arguments]
-    result = processes.run_command(command, limit, {"PYTHONPATH": path})
+    result = processes.run_command(command, limit, {"PYTHONPATH": path}, folder)
     output = result.pop("output")
     tail = {} if result["exit_code"] == 0 else {"tail": output.splitlines()[-80:]}
     shown = "python -m pytest " + " ".join(arguments)
     return {"command": shown, **result, "counts": count_tests(output), **tail}
 
 
-def list_gpu_test_files() -> list[str]:
+def list_gpu_test_files(folder: Path = ROOT) -> list[str]:
     """Return the files with tests marked ``gpu``, since collecting the others takes long.
 
     The report's own tests are left out: they would run the report inside the report.
     """
-    root = processes.ROOT
-    paths = [p for p in root.rglob("test_*.py") if ".venv" not in p.parts]
+    paths = [p for p in folder.rglob("test_*.py") if ".venv" not in p.parts]
     return sorted(
-        str(p.relative_to(root))
+        str(p.relative_to(folder))
         for p in paths
         if not p.name.startswith("test_gpu_report")
         and (p.parent.name == "triton" or "mark.gpu" in p.read_text())

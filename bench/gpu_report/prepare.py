@@ -49,7 +49,7 @@ _COMMAND = "-m bench gpu-report --out gpu-report.json --cache {}"
 
 
 def prepare() -> None:
-    """Compile, rehearse and print; what an earlier call compiled is found again."""
+    """Compile, rehearse and print; kernels that an earlier call compiled are reused."""
     if not TRITON.is_dir():
         raise RuntimeError(f"{TRITON}: not found; `make gpu-report` installs it")
     BUILD.mkdir(parents=True, exist_ok=True)
@@ -109,10 +109,9 @@ def record_report() -> list[Variant]:
 
     variants: dict[Variant, None] = {}
     cpu = torch.device("cpu")
-    signal.signal(signal.SIGALRM, stop)
 
     def add(call: Callable[[], object], name: str) -> None:
-        """Record what is launched until the call ends, takes long or fails, by its stand-ins."""
+        """Record what a call launches on stand-ins until it ends, fails or takes `_LONGEST` s."""
         signal.alarm(_LONGEST)
         try:
             with record_at_full_size(variants):
@@ -122,13 +121,17 @@ def record_report() -> list[Variant]:
         finally:
             signal.alarm(0)
 
-    for case in (*list_cases(True), *list_cases(False)):
-        if not case.name.startswith(("eigh", "svd")) and "CUDA C++" not in case.name:
-            inputs = case.inputs(torch.Generator().manual_seed(0))
-            add(partial(case.kernel, *inputs), f"{case.name} {case.shape}")
-    for name, study_case in list_study_cases():
-        if ARCH in study_case.archs:
-            add(partial(study_case.call, cpu), f"{name} {study_case.name}")
+    previous = signal.signal(signal.SIGALRM, stop)
+    try:
+        for case in (*list_cases(True), *list_cases(False)):
+            if not case.name.startswith(("eigh", "svd")) and "CUDA C++" not in case.name:
+                inputs = case.inputs(torch.Generator().manual_seed(0))
+                add(partial(case.kernel, *inputs), f"{case.name} {case.shape}")
+        for name, study_case in list_study_cases():
+            if ARCH in study_case.archs:
+                add(partial(study_case.call, cpu), f"{name} {study_case.name}")
+    finally:
+        signal.signal(signal.SIGALRM, previous)
     return [*variants]
 
 

@@ -11,10 +11,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from bench.common.machine import ROOT as ROOT
-from bench.common.machine import Json
+from bench.common.machine import ROOT, Json
 
 _GRACE = 10.0  # seconds for an interrupted command to print its results
 
@@ -48,9 +48,12 @@ def watch(
 
 
 def run_command(
-    command: Sequence[str], limit: float, environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    limit: float,
+    environment: Mapping[str, str] | None = None,
+    folder: Path = ROOT,
 ) -> Json:
-    """Run a command in the checkout; interrupt it at the limit, then kill it.
+    """Run a command in a folder; interrupt it at the limit, then kill it.
 
     Returns
     -------
@@ -63,7 +66,7 @@ def run_command(
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(
             command,
-            cwd=ROOT,
+            cwd=folder,
             env={**os.environ, **(environment or {})},
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu_report.cache import log_compilations
+from bench.gpu_report.cache import log_loads
 
 FOLDER = "REPSIM_RECORD_LAUNCHES"  # where each process writes the variants that it launched
 
@@ -16,7 +16,7 @@ _recording = ExitStack()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    log_compilations()
+    log_loads()
     folder = os.environ.get(FOLDER)
     if folder is None:
         return

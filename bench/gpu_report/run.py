@@ -19,7 +19,7 @@ import torch
 from bench.common import timing
 from bench.common.machine import Json, describe_environment, save
 from bench.gpu_report import report
-from bench.gpu_report.cache import NOTHING, Counts, install
+from bench.gpu_report.cache import NO_LOADS, Counts, install
 from bench.gpu_report.cases import list_cases
 from bench.gpu_report.checks import run_gpu_tests, sanitize
 from bench.gpu_report.peers import measure_peers
@@ -77,7 +77,7 @@ def measure_gpu(
         keep()
 
     def count_kernels(part: str) -> None:
-        if counts is not None and (new := counts.count_new()) != NOTHING:
+        if counts is not None and (new := counts.count_new()) != NO_LOADS:
             record["cache"].setdefault("parts", {})[part] = new
 
     def study(limit: float) -> Json:

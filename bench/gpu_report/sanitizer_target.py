@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from bench.gpu_report.cache import log_compilations
+from bench.gpu_report.cache import log_loads
 from bench.gpu_report.case import KernelCase
 from bench.gpu_report.cases import list_cases, list_native_cases
 from bench.gpu_report.rows import compute_relative_error
@@ -20,7 +20,7 @@ def list_all_cases() -> list[KernelCase]:
 
 def main(device: str = "cuda") -> int:
     """Run every case; return the number of wrong results."""
-    log_compilations()
+    log_loads()
     wrong = 0
     for case in list_all_cases():
         inputs = case.inputs(torch.Generator(device).manual_seed(0))

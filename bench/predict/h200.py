@@ -1,4 +1,5 @@
-"""What MODEL.md assumes of an H200 (SXM): rates from its data sheet, and lower ones that were met.
+"""What MODEL.md assumes of an H200 (SXM): rates from its data sheet, and lower
+ones that were measured or assumed.
 
 The data sheet gives 989 TFLOP/s for dense bfloat16 and half of that for TF32. At 132
 multiprocessors and the boost clock of 1.83 GHz this is 4096 operations per cycle, and 2048. Its

@@ -58,9 +58,9 @@ def centered_gram(
 
     Notes
     -----
-    Reads x once; 2 n² p operations, or half of that if BLAS has a symmetric product. The features
-    are centred rather than the Gram matrix: with a feature mean of 100, centring the Gram matrix
-    would cost a float32 result three digits.
+    Reads x once ("triton" three times, see docs/gpu.md); 2 n² p operations, or half of that if BLAS
+    has a symmetric product. The features are centred rather than the Gram matrix: with a feature
+    mean of 100, centring the Gram matrix would cost a float32 result three digits.
     Source: Kornblith, Norouzi, Lee & Hinton 2019, "Similarity of Neural Network Representations
     Revisited", ICML, section 3.
 
@@ -130,7 +130,8 @@ def cell_grams(
 
     Notes
     -----
-    Reads x once; 2 n² p operations for all cells of a partition together.
+    Reads x once ("triton" three times, see docs/gpu.md); 2 n² p operations for all cells of a
+    partition together.
     Source: docs/metrics.md, "One original, many ablations".
 
     Examples

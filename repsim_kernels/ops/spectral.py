@@ -185,7 +185,8 @@ def eigh(
     Notes
     -----
     On a CPU, LAPACK solves the matrices one after the other. On a GPU, "torch" calls cuSOLVER's
-    batched solver for every n, with the same check.
+    batched solver for every n, with the same check, given CUDA 12.6.2 or newer; otherwise
+    `torch.linalg.eigh`.
     Source: Golub & Van Loan 2013, *Matrix Computations*, 4th edition, section 8.5 (Jacobi methods).
 
     Examples

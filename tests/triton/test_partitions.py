@@ -19,10 +19,10 @@ LABELS = np.arange(12) % 3
 
 
 @pytest.mark.parametrize("known", [False, True])
-@pytest.mark.parametrize("together", [None, 1])
-def test_distances_of_partitions(device, monkeypatch, known, together):
-    if together:
-        monkeypatch.setattr(ablation_parts, "_TOGETHER", together)
+@pytest.mark.parametrize("max_elements", [None, 1])
+def test_distances_of_partitions(device, monkeypatch, known, max_elements):
+    if max_elements:
+        monkeypatch.setattr(ablation_parts, "_MAX_ELEMENTS", max_elements)
     x = X.to(device)
     grams = rk.cell_grams(x, PARTITIONS, backend="triton") if known else None
     got, info = rk.ablation_distances(x, PARTITIONS, grams=grams, info=True, backend="triton")

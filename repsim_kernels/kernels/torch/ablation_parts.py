@@ -14,8 +14,8 @@ from torch import Tensor
 from repsim_kernels.kernels.torch import columns, gram, panels
 from repsim_kernels.kernels.torch.cca import variate_weights
 
-# Elements of the Grams of partitions that are measured together: 1 GiB.
-_TOGETHER = 2**27
+# Largest number of elements of the Grams of partitions that are measured at once: 1 GiB.
+_MAX_ELEMENTS = 2**27
 
 
 @dataclass(frozen=True)
@@ -159,9 +159,11 @@ class CellParts(GramParts):
         """Return the columns of x that are not in cell c."""
         if self.cells.dtype == np.bool_:
             inside = self.cells[c]
-        else:
-            t, c = divmod(c, self.n_cells) if self.cells.ndim == 2 else (..., c)
+        elif self.cells.ndim == 2:
+            t, c = divmod(c, self.n_cells)
             inside = self.cells[t] == c
+        else:
+            inside = self.cells == c
         return columns.take(self.x, torch.from_numpy(np.flatnonzero(~inside)).to(self.x.device))
 
     def rests(self, parts: list[int]) -> Tensor:
@@ -256,7 +258,7 @@ def make_parts(
             yield CellParts(x, labels, n_cells, shifts, passes, statistics)
     else:
         shared = compute_whole(x, passes)
-        step = max(1, _TOGETHER // max(1, n_cells * len(x) ** 2))
+        step = max(1, _MAX_ELEMENTS // max(1, n_cells * len(x) ** 2))
         for start in range(0, len(cells), step):
             run = slice(start, start + step)
             if known:

@@ -57,11 +57,11 @@ def ablation_decodability(
         fit = functools.partial(kind, relative=relative, fold_members=fold_members)
         n_sets = len(parts.n_remaining) // n_cells if partitions and n_cells else 1
         # Ridge regressions on other partitions' targets cost little; logistic ones would not.
-        together = 1 if paired and probe == "logistic" else n_sets
+        sets_per_call = 1 if paired and probe == "logistic" else n_sets
         if paired:  # the outputs of each set on the targets of all
-            together = min(together, max(1, math.isqrt(_OUTPUTS // (n_cells * len(x)))))
-        for start in range(0, n_sets, together):
-            sets = min(together, n_sets - start)
+            sets_per_call = min(sets_per_call, max(1, math.isqrt(_OUTPUTS // (n_cells * len(x)))))
+        for start in range(0, n_sets, sets_per_call):
+            sets = min(sets_per_call, n_sets - start)
             ablated = list(range(start * n_cells, (start + sets) * n_cells))
             done = sum(table_sets for _, table_sets in tables)
             own = task.select(slice(done, done + sets)) if paired else task

@@ -1,1 +1,1 @@
-"""Fused Triton kernels that read the activations once."""
+"""Fused Triton kernels for tensors on a GPU."""

@@ -1,8 +1,8 @@
 """CKA of the ablations of one original, from kernel matrices packed as vectors, in one kernel.
 
-PyTorch needs 16 operations, each of which takes longer to start than to run. One program reads a
-cell's vector twice, and the whole's three times from the cache: 1 MB each for 500 stimuli. Not run
-on a GPU.
+PyTorch needs 16 operations, each of which is expected to take longer to start than to run. One
+program reads a cell's vector twice, and the whole's three times from the cache: 1 MB each for 500
+stimuli. Not run on a GPU.
 """
 
 from __future__ import annotations

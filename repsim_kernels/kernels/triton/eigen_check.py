@@ -1,8 +1,8 @@
-"""Whether eigenvectors are right: kernels/cusolver.py's check, in two products and one kernel.
+"""The check of eigenvectors in kernels/cusolver.py, as two products and one kernel.
 
-PyTorch needs 20 operations for it, each of which takes longer to start than to run for a batch of
-small matrices. One program reads a matrix's two products and its eigenvectors once, 6 MB for 500
-rows. Not run on a GPU.
+PyTorch needs 20 operations for it, each of which is expected to take longer to start than to run
+for a batch of small matrices. One program reads a matrix's two products and its eigenvectors once,
+6 MB for 500 rows. Not run on a GPU.
 """
 
 from __future__ import annotations

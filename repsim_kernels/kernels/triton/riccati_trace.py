@@ -1,8 +1,8 @@
 """What follows the Riccati steps on a GPU: whether to stop, and the last correction of the trace.
 
-The formulas are those of kernels/torch/riccati.py. There each takes dozens of PyTorch's kernels, of
-which each takes longer to start than to run; here one takes one kernel to judge the steps of a
-batch, and another two around a Cholesky factor and two triangular solves to correct its traces.
+The formulas are those of kernels/torch/riccati.py. PyTorch starts dozens of kernels for each, which
+are expected to take longer to start than to run. Here one kernel judges the steps of a batch, and
+two more, around a Cholesky factor and two triangular solves, correct its traces.
 """
 
 from __future__ import annotations

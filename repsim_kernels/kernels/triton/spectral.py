@@ -22,7 +22,8 @@ def unsupported(*tensors: Tensor) -> str | None:
 
 
 def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute `torch.linalg.eigh` for all matrices at once, by native kernels or cuSOLVER.
+    """Compute `torch.linalg.eigh` for all matrices at once, by native kernels, cuSOLVER or,
+    without either, PyTorch.
 
     Raises torch.linalg.LinAlgError if LAPACK can't solve a matrix that they failed on.
     """

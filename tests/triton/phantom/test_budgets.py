@@ -1,7 +1,8 @@
 """Budgets of launches and host synchronisations for one call with 16 cells and 128 stimuli.
 
 `_phantom_counts.py` says what counts as either. ``pytest -s`` prints the counts, and lists them by
-line of the package; a failed test does so too. Without CuPy, PyTorch solves the eigenproblems.
+line of the package; a failed test does so too. CuPy is absent: a stand-in for cuSOLVER
+solves the batches of eigenproblems, and PyTorch the original's.
 """
 
 from __future__ import annotations
