@@ -238,15 +238,14 @@ def _write_kernel(
             used = neuron < p
             cell = tl.zeros_like(neuron) + batch
             row = batch * ((p + PAD - 1) // PAD * PAD) + neuron
-        factor = find_factor(maxima_ptr, sums_ptr, cell, n_cells, MIXED)
+        factor = tl.where(used, find_factor(maxima_ptr, sums_ptr, cell, n_cells, MIXED), 0)
         y = difference * (2 * factor)[:, None]
         if SHIFTS:
-            size = tl.load(maxima_ptr + n_cells + cell)
-            y = tl.where((stimulus == 0)[None, :], (first * power_of_two(size))[:, None], y)
+            own = tl.where(used, power_of_two(tl.load(maxima_ptr + n_cells + cell)), 0)
+            y = tl.where((stimulus == 0)[None, :], (first * own)[:, None], y)
         if MIXED:
             kept = keeps_digits(sums_ptr, cell, n_cells)
             y = tl.where(kept[:, None], x * tl.where(kept, factor, 0)[:, None], y)
-        y = tl.where(used[:, None], y, 0)
         hi = y.to(hi_ptr.dtype.element_ty)
         places = (plane + row)[:, None] * WIDTH + column[None, :]
         tl.store(hi_ptr + places, hi, mask=used[:, None])
