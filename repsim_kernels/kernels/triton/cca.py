@@ -115,7 +115,7 @@ def _directions_kernel(
             tl.store(lo_ptr + places, (h - hi.to(tl.float32)).to(hi_ptr.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["k", "n_cells"])
+@triton.jit
 def _variate_weights_kernel(
     a_hi_ptr, a_lo_ptr, unit_ptr, b_hi_ptr, b_lo_ptr, items_ptr, slots_ptr, maxima_ptr, sums_ptr,
     out_ptr, k, a_rows, b_rows, n_cells, steps,

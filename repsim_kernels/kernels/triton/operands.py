@@ -166,7 +166,7 @@ def _make_operands(
     align = math.gcd(*row, x.stride(0) if batch > 1 else 0, 16 // x.element_size())
     layout = {"BY_NEURON": by_neuron, "ALIGN": align if 1 in x.stride()[1:] else 1}
     block_n = min(256, triton.next_power_of_2(n)) if by_neuron else 32
-    block_p = (2048 if form.mixed else 4096) // block_n
+    block_p = (1024 if form.mixed else 4096) // block_n
     _launch.launch(
         _reach_kernel,
         (batch * triton.cdiv(p, block_p),),
