@@ -160,13 +160,15 @@ def _make_operands(
         capacity = batch * _count_rows(p, 1, form.pad)
     planes = triton.cdiv(n, form.width)
     reach = torch.empty(4, batch * p, device=device)
-    # Neighbouring threads read neighbouring values, 16 bytes each where rows are aligned.
+    # Neighbouring threads read neighbouring values, four each where rows are aligned.
     by_neuron = x.stride(1) < x.stride(2)
     row = (n, x.stride(2)) if by_neuron else (p, x.stride(1))
-    align = math.gcd(*row, x.stride(0) if batch > 1 else 0, 16 // x.element_size())
+    align = math.gcd(*row, x.stride(0) if batch > 1 else 0, 4)
     layout = {"BY_NEURON": by_neuron, "ALIGN": align if 1 in x.stride()[1:] else 1}
     block_n = min(256, triton.next_power_of_2(n)) if by_neuron else 32
-    block_p = (1024 if form.mixed else 4096) // block_n
+    block_p = 4096 // block_n
+    if form.mixed:  # the sums take registers too; larger blocks spill on sm_100
+        block_p = min(block_p // 2, 16 if by_neuron else 64)
     _launch.launch(
         _reach_kernel,
         (batch * triton.cdiv(p, block_p),),
