@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repsim_kernels.kernels.triton import _launch
+
 Call = Callable[..., Tensor]
 Facts = dict[str, Any]
 Inputs = Callable[[torch.Generator], tuple[Tensor, ...]]
@@ -63,11 +65,8 @@ class Shape:
 
     @property
     def ceiling(self) -> str:
-        """Name of the ceiling of products of operands, which are halves of float16."""
-        if self.precision == "ieee":
-            return "ieee"
-        is_split = self.precision == "tf32x3" and self.dtype == torch.float32
-        return "float16x3" if is_split else "float16"
+        """Name of the ceiling of products of operands."""
+        return _launch.name_products(self.precision, self.dtype.itemsize)
 
     def activations(self, g: torch.Generator) -> tuple[Tensor, ...]:
         """Draw activations (n, p), neuron-major as in the package; each neuron has a mean."""

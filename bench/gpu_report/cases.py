@@ -314,7 +314,7 @@ def _make_variate_weights_row(s: Shape) -> KernelCase:
 
     kernel = load("triton.cca:variate_weights", precision=s.precision)
     backend = load("torch.cca:variate_weights")
-    halves = 2 if s.ceiling == "float16" and s.dtype != torch.float32 else 1  # of the directions
+    halves = 2 if s.dtype != torch.float32 and s.precision != "ieee" else 1  # of the directions
     cost = s.size + 8 * k * (s.n + 1), 2 * k * s.n * s.p * halves
     facts: Facts = {"detail": f" k={k:,}", "inputs": inputs, "parts": k, "precision": s.ceiling}
     return make_case("variate_weights", s, formula, cost, kernel, backend, **facts)

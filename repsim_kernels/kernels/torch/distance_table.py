@@ -39,11 +39,11 @@ class DistanceTable:
 def join(tables: list[DistanceTable], device: torch.device) -> dict[str, Distances]:
     """Return the distances (T C,) of T tables by metric; rounding must not make one negative."""
     metrics = tables[0].metrics
+    if not metrics:
+        return {}
     pieces: list[Tensor] = []
     numbers = [0.0]
     places = []  # of each distance: its index in the pieces, or -1 - its index in the numbers
-    if not metrics:
-        return {}
     end = 0
     for metric in metrics:
         for table in tables:

@@ -26,6 +26,16 @@ class Floor:
     precision: str = "ieee"  # of the products; also "ieee" for a kernel without products
 
 
+def name_products(precision: str, itemsize: int) -> str:
+    """Name the rate of the products of operands for a precision and the bytes of a value of x.
+
+    Operands are halves of float16, two for float32 values in "tf32x3", which makes three products.
+    """
+    if precision == "ieee":
+        return "ieee"
+    return "float16x3" if precision == "tf32x3" and itemsize == 4 else "float16"
+
+
 @dataclass(frozen=True)
 class CompileCase:
     """A launcher call at one of the study's shapes; tests/compile compiles the kernels it starts.

@@ -63,12 +63,36 @@ def load_tile(place, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr
 
 
 @triton.jit
-def _show_multiple(number, ALIGN: tl.constexpr):
-    """Return a multiple of ALIGN such that the compiler sees that it is one.
+def find_rows(
+    items_ptr, slots_ptr, sums_ptr, item, n_cells, SPLIT: tl.constexpr, MIXED: tl.constexpr
+):
+    """Return an item's first row, the row after its last, its cell, and whether it is multiplied.
+
+    A kernel with SPLIT multiplies the cells that need both halves, and one without it the others.
+    """
+    used = item < tl.load(slots_ptr + n_cells)
+    first = tl.load(items_ptr + 3 * item, mask=used, other=0)
+    end = tl.load(items_ptr + 3 * item + 1, mask=used, other=0)
+    cell = tl.load(items_ptr + 3 * item + 2, mask=used, other=0)
+    if MIXED:
+        used = used & (keeps_digits(sums_ptr, cell, n_cells) != SPLIT)
+    return first, end, cell, used
+
+
+@triton.jit
+def _show_alignment(
+    n, p, stride_b, stride_n, stride_p, BY_NEURON: tl.constexpr, ALIGN: tl.constexpr
+):
+    """Return sizes and strides such that the compiler sees which are multiples of ALIGN.
 
     It then loads adjacent values together. `tl.multiple_of` is lost on a kernel's arguments.
     """
-    return number // ALIGN * ALIGN
+    stride_b = stride_b // ALIGN * ALIGN  # not used for one matrix
+    if BY_NEURON:
+        n, stride_p = n // ALIGN * ALIGN, stride_p // ALIGN * ALIGN
+    else:
+        p, stride_n = p // ALIGN * ALIGN, stride_n // ALIGN * ALIGN
+    return n, p, stride_b, stride_n, stride_p
 
 
 @triton.jit
@@ -80,11 +104,9 @@ def _reach_kernel(
     ENERGY: tl.constexpr, BY_NEURON: tl.constexpr, ALIGN: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    stride_b = _show_multiple(stride_b, ALIGN)  # not used for one matrix
-    if BY_NEURON:
-        n, stride_p = _show_multiple(n, ALIGN), _show_multiple(stride_p, ALIGN)
-    else:
-        p, stride_n = _show_multiple(p, ALIGN), _show_multiple(stride_n, ALIGN)
+    n, p, stride_b, stride_n, stride_p = _show_alignment(
+        n, p, stride_b, stride_n, stride_p, BY_NEURON, ALIGN
+    )
     blocks = tl.cdiv(p, BLOCK_P)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     neuron = tl.program_id(0) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -205,11 +227,9 @@ def _write_kernel(
     BY_NEURON: tl.constexpr, ALIGN: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    stride_b = _show_multiple(stride_b, ALIGN)  # not used for one matrix
-    if BY_NEURON:
-        n, stride_p = _show_multiple(n, ALIGN), _show_multiple(stride_p, ALIGN)
-    else:
-        p, stride_n = _show_multiple(p, ALIGN), _show_multiple(stride_n, ALIGN)
+    n, p, stride_b, stride_n, stride_p = _show_alignment(
+        n, p, stride_b, stride_n, stride_p, BY_NEURON, ALIGN
+    )
     # Tiles are read along memory, in either layout of x; whole runs of stimuli are written.
     steps = planes * (WIDTH // BLOCK_N)
     blocks = tl.cdiv(p, BLOCK_P)

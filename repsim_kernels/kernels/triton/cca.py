@@ -23,7 +23,7 @@ from torch import Tensor
 from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton._operand_kernels import (
     find_factor,
-    keeps_digits,
+    find_rows,
     load_tile,
     power_of_two,
 )
@@ -69,11 +69,9 @@ def choose(width: int, planes: int, products: int, capability: tuple[int, int]) 
 
 def floor(k: int, n: int, p: int, itemsize: int, precision: str) -> _launch.Floor:
     """Lower bound: read x and the directions once; 2 k n p operations, twice that for 16 bits."""
-    products = {"tf32x3": "float16x3", "tf32": "float16", "ieee": "ieee"}[precision]
-    operations = 2 * k * n * p
-    if itemsize == 2 and precision != "ieee":
-        products, operations = "float16", 2 * operations
-    return _launch.Floor(n * p * itemsize + 4 * k * n, operations, products)
+    halves = 2 if itemsize == 2 and precision != "ieee" else 1  # of the directions
+    products = _launch.name_products(precision, itemsize)
+    return _launch.Floor(n * p * itemsize + 4 * k * n, 2 * k * n * p * halves, products)
 
 
 @triton.jit
@@ -84,35 +82,36 @@ def _directions_kernel(
     SPLIT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     direction = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    source = h_ptr + direction * stride_k
-    column = tl.arange(0, WIDTH)
+    h_ptr += direction * stride_k
+    inside = direction < k
     total = tl.zeros((BLOCK_K, WIDTH), tl.float64)
     for plane in range(0, planes):
-        stimulus = plane * WIDTH + column
-        mask = (direction < k)[:, None] & (stimulus < n)[None, :]
-        places = source[:, None] + stimulus.to(tl.int64)[None, :] * stride_n
-        total += tl.load(places, mask=mask, other=0).to(tl.float64)
+        h, _ = _load_plane(h_ptr, plane, inside, n, stride_n, WIDTH)
+        total += h
     mean = tl.sum(total, 1) / n
     largest = tl.zeros((BLOCK_K, WIDTH), tl.float64)
     for plane in range(0, planes):
-        stimulus = plane * WIDTH + column
-        mask = (direction < k)[:, None] & (stimulus < n)[None, :]
-        places = source[:, None] + stimulus.to(tl.int64)[None, :] * stride_n
-        h = tl.load(places, mask=mask, other=0).to(tl.float64)
+        h, mask = _load_plane(h_ptr, plane, inside, n, stride_n, WIDTH)
         largest = tl.maximum(largest, tl.where(mask, tl.abs(h - mean[:, None]), 0))
     factor = power_of_two(tl.max(largest, 1).to(tl.float32)).to(tl.float64)
     tl.store(unit_ptr + direction, 1 / factor)
     for plane in range(0, planes):
-        stimulus = plane * WIDTH + column
-        mask = (direction < k)[:, None] & (stimulus < n)[None, :]
-        places = source[:, None] + stimulus.to(tl.int64)[None, :] * stride_n
-        h = tl.load(places, mask=mask, other=0).to(tl.float64)
+        h, mask = _load_plane(h_ptr, plane, inside, n, stride_n, WIDTH)
         h = tl.where(mask, (h - mean[:, None]) * factor[:, None], 0).to(tl.float32)
         hi = h.to(hi_ptr.dtype.element_ty)
-        places = (plane * rows + direction)[:, None] * WIDTH + column[None, :]
+        places = (plane * rows + direction)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         tl.store(hi_ptr + places, hi)
         if SPLIT:
             tl.store(lo_ptr + places, (h - hi.to(tl.float32)).to(hi_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _load_plane(rows_ptr, plane, inside, n, stride_n, WIDTH: tl.constexpr):
+    """Return the stimuli of a plane for the directions that start at rows_ptr, and which exist."""
+    stimulus = plane * WIDTH + tl.arange(0, WIDTH)
+    mask = inside[:, None] & (stimulus < n)[None, :]
+    places = rows_ptr[:, None] + stimulus.to(tl.int64)[None, :] * stride_n
+    return tl.load(places, mask=mask, other=0).to(tl.float64), mask
 
 
 @triton.jit
@@ -126,7 +125,7 @@ def _variate_weights_kernel(
     tiles = tl.cdiv(k, BLOCK_K)
     tile = (tl.program_id(0) % tiles).to(tl.int64)
     item = (tl.program_id(0) // tiles).to(tl.int64)
-    first, last, cell, used = _find_rows(
+    first, end, cell, used = find_rows(
         items_ptr, slots_ptr, sums_ptr, item, n_cells, B_SPLIT, MIXED
     )
     if not used:
@@ -134,7 +133,7 @@ def _variate_weights_kernel(
     a_hi_ptr += tile * (BLOCK_K * WIDTH)
     a_lo_ptr += tile * (BLOCK_K * WIDTH)
     total = tl.zeros((BLOCK_K, 8), dtype=tl.float32)
-    for row in range(first, last, BLOCK_P):
+    for row in range(first, end, BLOCK_P):
         product = tl.zeros((BLOCK_K, BLOCK_P), dtype=tl.float32)
         own = tl.zeros((), tl.int64)
         at = row * WIDTH
@@ -153,10 +152,8 @@ def _variate_weights_kernel(
             own += BLOCK_N + tl.where(ends, a_rows * WIDTH - WIDTH, 0)
             at += BLOCK_N + tl.where(ends, b_rows * WIDTH - WIDTH, 0)
         total += _sum_groups(product, BLOCK_K, BLOCK_P)
-    direction = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    factor = find_factor(maxima_ptr, sums_ptr, cell, n_cells, MIXED).to(tl.float64)
-    weights = tl.sum(total.to(tl.float64), 1) * (tl.load(unit_ptr + direction) / factor)
-    tl.store(out_ptr + item * k + direction, weights, mask=direction < k)
+    factor = find_factor(maxima_ptr, sums_ptr, cell, n_cells, MIXED)
+    _store_weights(out_ptr + item * k, unit_ptr, total, factor, tile, k, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=["k", "n_cells"])
@@ -169,7 +166,7 @@ def _one_plane_weights_kernel(
     tiles = tl.cdiv(k, BLOCK_K)
     tile = (tl.program_id(0) % tiles).to(tl.int64)
     item = (tl.program_id(0) // tiles).to(tl.int64)
-    first, last, cell, used = _find_rows(
+    first, end, cell, used = find_rows(
         items_ptr, slots_ptr, sums_ptr, item, n_cells, B_SPLIT, MIXED
     )
     if not used:
@@ -178,7 +175,7 @@ def _one_plane_weights_kernel(
     if A_SPLIT:
         c = load_tile(a_lo_ptr + tile * (BLOCK_K * WIDTH), BLOCK_K, WIDTH, WIDTH)
     total = tl.zeros((BLOCK_K, 8), dtype=tl.float32)
-    for row in range(first, last, BLOCK_P):
+    for row in range(first, end, BLOCK_P):
         product = tl.zeros((BLOCK_K, BLOCK_P), dtype=tl.float32)
         b = load_tile(b_hi_ptr + row * WIDTH, BLOCK_P, WIDTH, WIDTH).T
         product = tl.dot(a, b, product)
@@ -188,24 +185,16 @@ def _one_plane_weights_kernel(
             d = load_tile(b_lo_ptr + row * WIDTH, BLOCK_P, WIDTH, WIDTH).T
             product = tl.dot(a, d, product)
         total += _sum_groups(product, BLOCK_K, BLOCK_P)
-    direction = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    factor = find_factor(maxima_ptr, sums_ptr, cell, n_cells, MIXED).to(tl.float64)
-    weights = tl.sum(total.to(tl.float64), 1) * (tl.load(unit_ptr + direction) / factor)
-    tl.store(out_ptr + item * k + direction, weights, mask=direction < k)
+    factor = find_factor(maxima_ptr, sums_ptr, cell, n_cells, MIXED)
+    _store_weights(out_ptr + item * k, unit_ptr, total, factor, tile, k, BLOCK_K)
 
 
 @triton.jit
-def _find_rows(
-    items_ptr, slots_ptr, sums_ptr, item, n_cells, SPLIT: tl.constexpr, MIXED: tl.constexpr
-):
-    """Return the first and last row of an item, its cell, and whether a kernel multiplies it."""
-    used = item < tl.load(slots_ptr + n_cells)
-    first = tl.load(items_ptr + 3 * item, mask=used, other=0)
-    last = tl.load(items_ptr + 3 * item + 1, mask=used, other=0)
-    cell = tl.load(items_ptr + 3 * item + 2, mask=used, other=0)
-    if MIXED:
-        used = used & (keeps_digits(sums_ptr, cell, n_cells) != SPLIT)
-    return first, last, cell, used
+def _store_weights(out_ptr, unit_ptr, total, factor, tile, k, BLOCK_K: tl.constexpr):
+    """Store the sums of a tile of directions in units of x."""
+    direction = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    unit = tl.load(unit_ptr + direction) / factor.to(tl.float64)
+    tl.store(out_ptr + direction, tl.sum(total.to(tl.float64), 1) * unit, mask=direction < k)
 
 
 @triton.jit

@@ -33,6 +33,7 @@ from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton._operand_kernels import (
     count_pairs,
     find_factor,
+    find_rows,
     find_tile,
     keeps_digits,
     load_tile,
@@ -101,9 +102,7 @@ def count_tiles(n: int, block_n: int) -> int:
 
 def floor(n: int, p: int, itemsize: int, grams: int, precision: str) -> _launch.Floor:
     """Lower bound: read x once, write the Grams once; n (n + 1) p operations for all cells."""
-    products = {"tf32x3": "float16x3", "tf32": "float16", "ieee": "ieee"}[precision]
-    if itemsize == 2 and precision != "ieee":
-        products = "float16"
+    products = _launch.name_products(precision, itemsize)
     return _launch.Floor(n * p * itemsize + grams * n * n * 8, n * (n + 1) * p, products)
 
 
@@ -151,21 +150,16 @@ def _gram_kernel(
     pairs = count_pairs(n, BLOCK_N)
     item = (tl.program_id(0) // pairs).to(tl.int64)
     pair = tl.program_id(0) % pairs
-    used = item < tl.load(slots_ptr + n_cells)
-    first = tl.load(items_ptr + 3 * item, mask=used, other=0)
-    last = tl.load(items_ptr + 3 * item + 1, mask=used, other=0)
-    if MIXED:
-        cell = tl.load(items_ptr + 3 * item + 2, mask=used, other=0)
-        used = used & (keeps_digits(sums_ptr, cell, n_cells) != SPLIT)
+    first, end, _, used = find_rows(items_ptr, slots_ptr, sums_ptr, item, n_cells, SPLIT, MIXED)
     if not used:
         return
     i, j = find_tile(pair)
     row = i.to(tl.int64) * capacity
     col = j.to(tl.int64) * capacity
     total = tl.zeros((BLOCK_N, BLOCK_N), dtype=tl.float32)
-    for start in range(first, last, INNER):
+    for start in range(first, end, INNER):
         part = tl.zeros((BLOCK_N, BLOCK_N), dtype=tl.float32)
-        for step in range(start, tl.minimum(start + INNER, last), BLOCK_P):
+        for step in range(start, tl.minimum(start + INNER, end), BLOCK_P):
             a = load_tile(hi_ptr + (row + step) * BLOCK_N, BLOCK_P, BLOCK_N, BLOCK_N)
             b = a
             if not SAME:

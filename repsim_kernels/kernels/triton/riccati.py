@@ -88,8 +88,8 @@ def _riccati_step_kernel(
     diagonal_ptr += batch * m
 
     step = stride_pm + stride_pn
-    mu, g, v = _mu(p_ptr, diagonal_ptr, v_ptr, rows, m, step)  # (BLOCK_M,)
-    other, _, _ = _mu(p_ptr, diagonal_ptr, v_ptr, columns, m, step)  # (BLOCK_N,)
+    mu, g, v = find_mu(p_ptr, diagonal_ptr, v_ptr, rows, m, step)  # (BLOCK_M,)
+    other, _, _ = find_mu(p_ptr, diagonal_ptr, v_ptr, columns, m, step)  # (BLOCK_N,)
     if tl.program_id(2) == 0:
         tl.store(d_ptr + batch * m + rows, g / (v + mu), mask=rows < m)
 
@@ -102,8 +102,11 @@ def _riccati_step_kernel(
 
 
 @triton.jit
-def _mu(p_ptr, diagonal_ptr, v_ptr, at, m, step):
-    """Return μ, g and v at the diagonal positions ``at``; μ is NaN where it has no real root."""
+def find_mu(p_ptr, diagonal_ptr, v_ptr, at, m, step):
+    """Return μ, g and v at the diagonal positions ``at`` of p, which are ``step`` apart.
+
+    μ is NaN where it has no real root. Beyond m, it and v are 1 and g is 0.
+    """
     inside = at < m
     v = tl.load(v_ptr + at, mask=inside, other=1)
     square = tl.load(p_ptr + at * step, mask=inside, other=0).to(tl.float64)

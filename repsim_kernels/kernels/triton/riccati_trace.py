@@ -15,7 +15,7 @@ from torch import Tensor
 from repsim_kernels.kernels.torch import cholesky
 from repsim_kernels.kernels.torch import riccati as torch_riccati
 from repsim_kernels.kernels.triton import _launch
-from repsim_kernels.kernels.triton.riccati import STEPS
+from repsim_kernels.kernels.triton.riccati import STEPS, find_mu
 
 _ROWS, _COLUMNS, _DIAGONAL = 16, 64, 256
 
@@ -91,11 +91,11 @@ def _residual_kernel(
     o_ptr += batch * m * m
     r_ptr += batch * m * m
     diagonal_ptr += batch * m
-    mu = _mu(p_ptr, diagonal_ptr, v_ptr, rows, m)  # (BLOCK_M,)
+    mu = find_mu(p_ptr, diagonal_ptr, v_ptr, rows.to(tl.int64), m, m + 1)[0]  # (BLOCK_M,)
     error = tl.zeros((BLOCK_M,), dtype=tl.float64)
     for start in range(0, m, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        other = _mu(p_ptr, diagonal_ptr, v_ptr, columns, m)  # (BLOCK_N,)
+        other = find_mu(p_ptr, diagonal_ptr, v_ptr, columns.to(tl.int64), m, m + 1)[0]
         i, j = rows[:, None], columns[None, :]
         inside = (i < m) & (j < m)  # (BLOCK_M, BLOCK_N)
         place = i.to(tl.int64) * m + j
@@ -110,15 +110,6 @@ def _residual_kernel(
         tl.store(o_ptr + place, tl.where(i == j, 1, -o * scale), mask=inside)
     error = tl.where(rows < m, error / (2 * mu), 0)
     tl.store(error_ptr + batch * tl.num_programs(1) + tile, tl.sum(error, 0))
-
-
-@triton.jit
-def _mu(p_ptr, diagonal_ptr, v_ptr, at, m):
-    """Return μ at the positions ``at``, NaN where it has no real root, and 1 beyond m."""
-    inside = at < m
-    v = tl.load(v_ptr + at, mask=inside, other=1)
-    square = tl.load(p_ptr + at.to(tl.int64) * (m + 1), mask=inside, other=0)
-    return tl.sqrt(v * v - tl.load(diagonal_ptr + at, mask=inside, other=0) - square)
 
 
 @triton.jit
@@ -145,10 +136,7 @@ def _trace_kernel(
     for start in range(0, m, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < m
-        v = tl.load(v_ptr + at, mask=inside, other=1)
-        mu = _mu(p_ptr, diagonal_ptr, v_ptr, at, m)
-        square = tl.load(p_ptr + at.to(tl.int64) * (m + 1), mask=inside, other=0)
-        g = tl.load(diagonal_ptr + at, mask=inside, other=0) + square
+        mu, g, v = find_mu(p_ptr, diagonal_ptr, v_ptr, at.to(tl.int64), m, m + 1)
         d = g / (v + mu)
         trace += d
         size += tl.abs(d)
