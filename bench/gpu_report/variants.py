@@ -7,6 +7,7 @@ integers that are 1 or multiples of 16, and of pointers that are aligned to 16 b
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -51,9 +52,10 @@ def describe_launch(
     float32 there; then the second variant is the one that a GPU may need instead.
     """
     types = {p: str(a) for p, a in kernel.fn.__annotations__.items()}
-    named = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+    parameters = list(inspect.signature(kernel.fn).parameters)
+    named = dict(zip(parameters, arguments, strict=False)) | options
     described = [
-        _describe(name, value, name not in kernel.arg_names or "constexpr" in types.get(name, ""))
+        _describe(name, value, name not in parameters or "constexpr" in types.get(name, ""))
         for name, value in sorted(named.items())
     ]
     variants = [Variant(kernel.fn.__module__, kernel.fn.__name__, tuple(described))]

@@ -13,6 +13,7 @@ from bench.common import timing
 from bench.gpu_report import rows, study
 from bench.gpu_report.cases import list_cases
 from bench.gpu_report.report import format_row
+from bench.gpu_report.variants import record_launches
 
 RATES = dict.fromkeys(("copy", *roofline.PRECISIONS), 1e9)
 QUICK = list_cases(True)
@@ -44,6 +45,16 @@ def test_row(index):
     assert row["status"] == "ok", row
     assert "kernel" in row
     assert not row["kernel"].get("spoiled")
+
+
+def test_launches_on_the_phantom_device_can_be_recorded():
+    """`prepare` records what these tests launch, since no other tests choose kernels by device."""
+    case, variants = QUICK[0], {}
+    with record_launches(variants), phantom_device():
+        case.kernel(*timing.make_inputs(case.inputs, "cuda")[0])
+    pointers = [a for v in variants for a in v.arguments if a.kind == "pointer"]
+    assert pointers
+    assert {v.module.rpartition(".")[0] for v in variants} == {"repsim_kernels.kernels.triton"}
 
 
 def test_ceilings():
