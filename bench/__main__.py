@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +10,7 @@ from typing import Annotated
 import typer
 
 from bench.common import machine
+from repsim_kernels.experiments.cli.signals import handle_termination
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 BENCH = Path(__file__).parent
@@ -209,23 +206,7 @@ def roofline(
         print(*draw_rooflines(report, out), sep="\n")
 
 
-def exit_on_termination() -> None:
-    """Make SIGTERM raise SystemExit, so that shared memory is removed and child processes end.
-
-    Python ignores exceptions in destructors and in callbacks of weak references, of which imports
-    run many. If it ignores this one, the signal is sent again.
-    """
-
-    def send_again(ignored: sys.UnraisableHookArgs) -> None:
-        if isinstance(ignored.exc_value, SystemExit):
-            threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        else:
-            sys.__unraisablehook__(ignored)
-
-    sys.unraisablehook = send_again
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-
-
 if __name__ == "__main__":
-    exit_on_termination()
-    app()
+    # An exception, so that shared memory is removed and child processes end.
+    with handle_termination(SystemExit(143)):
+        app()

@@ -174,23 +174,6 @@ def test_a_terminated_comparison_removes_its_shared_memory():
     assert not folders()
 
 
-def test_termination_is_not_lost_in_a_callback():
-    code = """
-import os, signal, time, weakref
-from bench.__main__ import exit_on_termination
-
-class Owner:
-    pass
-
-exit_on_termination()
-owner = Owner()
-reference = weakref.ref(owner, lambda _: (os.kill(os.getpid(), signal.SIGTERM), None))
-del owner
-time.sleep(60)
-"""
-    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 143
-
-
 class FailingProcess:
     """A process whose package fails at the whole job; ``pair`` is its function for a pair."""
 

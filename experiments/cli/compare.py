@@ -19,8 +19,8 @@ from rich.progress import (
 )
 
 from repsim_kernels import RepsimError
-from repsim_kernels.experiments.cli.launch import exit_on_signals
 from repsim_kernels.experiments.cli.options import exit_on_errors, split_commas
+from repsim_kernels.experiments.cli.signals import exit_on_signals
 from repsim_kernels.experiments.errors import ModelError, OptionsError, one_line
 
 if TYPE_CHECKING:

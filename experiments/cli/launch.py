@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -236,28 +233,3 @@ def _count_local_workers(options: LaunchOptions) -> int:
 def count_cores() -> int:
     """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def exit_on_signals(reason: str = "before any unit was started") -> Iterator[None]:
-    """Exit with a one-line message and code 130 on Ctrl-C, or 143 on SIGTERM.
-
-    The message is that of the KeyboardInterrupt, or the reason.
-    """
-
-    terminated = threading.Event()  # libraries may replace our KeyboardInterrupt with another one
-
-    def stop(*_: object) -> None:
-        terminated.set()
-        raise KeyboardInterrupt
-
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if in_main_thread else None
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        print(f"interrupted: {str(interrupt) or reason}", file=sys.stderr)
-        raise typer.Exit(143 if terminated.is_set() else 130) from None
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, before)

@@ -13,10 +13,10 @@ from repsim_kernels.experiments.cli.launch import (
     ExecutorKind,
     LaunchOptions,
     count_cores,
-    exit_on_signals,
     launch,
 )
 from repsim_kernels.experiments.cli.options import exit_on_errors, split_commas
+from repsim_kernels.experiments.cli.signals import exit_on_signals
 from repsim_kernels.experiments.errors import OptionsError
 from repsim_kernels.experiments.runs.shard import parse_shard, read_shard_from_environment
 

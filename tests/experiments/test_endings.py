@@ -163,3 +163,27 @@ def test_a_closed_pipe_ends_a_command_silently() -> None:
         process.stdout.close()
         _, error = process.communicate()
     assert (process.returncode, error) == (1, b"")
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_is_not_lost_in_a_callback(name: str, code: int) -> None:
+    script = f"""
+import os, signal, time, typer, weakref
+from repsim_kernels.experiments.cli.signals import exit_on_signals
+
+class Owner:
+    pass
+
+def wait():
+    with exit_on_signals():
+        owner = Owner()
+        reference = weakref.ref(owner, lambda _: (os.kill(os.getpid(), signal.{name}), None))
+        del owner
+        time.sleep(60)
+
+typer.run(wait)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script], timeout=120, capture_output=True, text=True
+    )
+    assert (run.returncode, run.stderr) == (code, "interrupted: before any unit was started\n")
