@@ -73,7 +73,7 @@ def test_variances_are_those_of_kazi_aoual_and_of_the_u_centred_null(n, p, seed)
 
 @pytest.mark.parametrize("debiased", [False, True])
 def test_moments_and_p_are_those_of_drawn_permutations(debiased):
-    """Of 100,000 permutations, with the errors that their number allows."""
+    """Those of 100,000, up to the errors that their number allows."""
     rng, n, draws = np.random.default_rng(3), 20, 100_000
     k, m = (centered_gram(rng.standard_normal((n, p))) for p in (2, 4))
     if debiased:
