@@ -35,16 +35,22 @@ def find_nearest(rows: Rows, k: int) -> Tensor:
     """Return the k nearest other stimuli of each of n, (n, k) int64, in no particular order.
 
     Distances from one stimulus tie as in `rank_distances`; tied ones count in the order of their
-    indices. Products in float32 find candidates, whose distances are computed in float64. Where
-    these leave the answer open, those from all other stimuli are.
+    indices. Bounds from float32 products choose candidates. Where the bounds leave the answer open,
+    float64 distances of the candidates decide, or those of all stimuli.
     """
+    stimuli = torch.arange(rows.n, device=rows.x.device)
     count = k + 1 + _MARGIN
     if count >= rows.n:
-        return find_among_all(rows, torch.arange(rows.n, device=rows.x.device), k)
-    indices, bounds = find_candidates(*rows.to_float32(), count)
-    nearest, undecided = refine(rows, indices, rows.scale * bounds[:, -1].double(), k)
-    if len(undecided):
-        nearest[undecided] = find_among_all(rows, undecided, k)
+        return find_among_all(rows, stimuli, k)
+    candidates, lower, upper = find_candidates(*rows.to_float32(), count)
+    lower, upper = lower.double().mul_(rows.scale), upper.double().mul_(rows.scale)
+    nearest = candidates[:, :k].clone()
+    stimuli = stimuli[~are_apart(rows, stimuli, nearest, upper[:, :k], lower[:, k])]
+    if len(stimuli):
+        nearest[stimuli], apart = refine(rows, stimuli, candidates[stimuli], lower[stimuli, -1], k)
+        stimuli = stimuli[~apart]
+    if len(stimuli):
+        nearest[stimuli] = find_among_all(rows, stimuli, k)
     return nearest
 
 
@@ -163,7 +169,9 @@ class Rows:
         return torch.cat(products)
 
 
-def find_candidates(z: Tensor, energy: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def find_candidates(
+    z: Tensor, energy: Tensor, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the other stimuli with the smallest lower bounds of their squared distances.
 
     Parameters
@@ -178,14 +186,15 @@ def find_candidates(z: Tensor, energy: Tensor, count: int) -> tuple[Tensor, Tens
     Returns
     -------
     indices : tensor, (n, count), int64
-    bounds : tensor, (n, count), float32
-        Ascending. A squared distance is no smaller than its bound, so the distances of all stimuli
-        that are not among the candidates are no smaller than the last bound.
+    lower, upper : tensors, (n, count), float32
+        Bounds of their squared distances. The lower bounds ascend, so the squared distances of all
+        stimuli that are not among the candidates are no smaller than the last of them.
     """
     n, p = z.shape
     # Errors of a float32 sum of p products, and of what is done to it, relative to both energies.
     slack = (min(p, BLAS_CHUNK) + p / BLAS_CHUNK + 32) * 2.0**-24
-    low = (energy * (1 - slack) - p * torch.finfo(torch.float32).tiny).to(torch.float32)
+    tiny = 2 * p * torch.finfo(torch.float32).tiny
+    low = (energy * (1 - slack) - tiny).to(torch.float32)
     bounds = torch.full((n, count), torch.inf, device=z.device)
     indices = torch.zeros(n, count, dtype=torch.int64, device=z.device)
 
@@ -206,32 +215,44 @@ def find_candidates(z: Tensor, energy: Tensor, count: int) -> tuple[Tensor, Tens
             else:
                 merge(columns, rows, tile.mT)
             merge(rows, columns, tile)
-    return indices, bounds
+    widths = 2 * slack * (energy[:, None] + energy[indices]) + 2 * tiny
+    return indices, bounds, bounds + widths.to(torch.float32)
 
 
-def refine(rows: Rows, indices: Tensor, bound: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k nearest candidates (n, k), and the stimuli for which they may be wrong.
+def refine(
+    rows: Rows, stimuli: Tensor, candidates: Tensor, bound: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """Return the k nearest of the candidates (R, c) of some stimuli, and whether they are right.
 
-    ``indices`` (n, c) are the candidates of each stimulus. The squared distances of all others are
-    at least ``bound`` (n,). The k nearest are right if the next stimulus is farther away by more
-    than distances that tie can be.
+    The squared distances of all stimuli that are not candidates are at least ``bound`` (R,).
     """
-    nearest, decided = [], []
-    for block in panels.split(rows.n, max(1, memory.BLOCK // (indices.shape[1] * rows.p))):
-        candidates = indices[block]
-        others = rows.take(candidates.flatten()).unflatten(0, candidates.shape)
-        d2 = others.sub_(rows.take(block)[:, None]).square_().sum(2)
+    nearest, apart = [], []
+    for block in panels.split(len(stimuli), max(1, memory.BLOCK // (candidates.shape[1] * rows.p))):
+        others = rows.take(candidates[block].flatten()).unflatten(0, candidates[block].shape)
+        d2 = others.sub_(rows.take(stimuli[block])[:, None]).square_().sum(2)
         values, order = d2.sort(1)
-        nearest.append(candidates.gather(1, order[:, :k]))
-        last, following = values[:, k - 1], torch.minimum(values[:, k], bound[block])
-        i = torch.arange(block.start, block.stop, device=d2.device).repeat_interleave(d2.shape[1])
-        pairs = rows.list_pairs(d2.flatten(), i, candidates.flatten())
-        enough = following - last > MIN_GAP * pairs.tolerance().view_as(d2).amax(1)
-        if not pairs.input_is_float64:
-            shift = pairs.twice_input_shift().view_as(d2).amax(1)
-            enough &= following.clamp(min=0).sqrt() - last.sqrt() > MIN_GAP * shift
-        decided.append(enough)
-    return torch.cat(nearest), (~torch.cat(decided)).nonzero()[:, 0]
+        nearest.append(candidates[block].gather(1, order[:, :k]))
+        following = torch.minimum(values[:, k], bound[block])
+        apart.append(are_apart(rows, stimuli[block], nearest[-1], values[:, :k], following))
+    return torch.cat(nearest), torch.cat(apart)
+
+
+def are_apart(
+    rows: Rows, stimuli: Tensor, nearest: Tensor, upper: Tensor, following: Tensor
+) -> Tensor:
+    """Return for which stimuli (R,) the nearest others are closer than the rest by more than a tie.
+
+    ``upper`` (R, k) are upper bounds of the squared distances of the nearest, ``following`` (R,)
+    lower bounds of all others.
+    """
+    first = stimuli.repeat_interleave(nearest.shape[1])
+    pairs = rows.list_pairs(upper.flatten(), first, nearest.flatten())
+    last = upper.amax(1)
+    apart = following - last > MIN_GAP * pairs.tolerance().view_as(upper).amax(1)
+    if not pairs.input_is_float64:
+        shift = pairs.twice_input_shift().view_as(upper).amax(1)
+        apart &= following.clamp(min=0).sqrt() - last.sqrt() > MIN_GAP * shift
+    return apart
 
 
 def find_among_all(rows: Rows, stimuli: Tensor, k: int) -> Tensor:
