@@ -27,24 +27,30 @@ from repsim_kernels.kernels.torch.rsa import MIN_GAP, find_ties
 
 _TILE = 2**11  # rows and columns of a float32 tile of distances: 16 MiB
 _MARGIN = 6  # candidates beyond the neighbours and the next stimulus
-_GATHER = 2**20  # elements of features that are gathered together
-_FULL = 2**20  # float64 distances of some stimuli from all others, sorted together
+_GATHER = 2**19  # elements of features that are gathered together
+_SORTED = 2**17  # distances of some stimuli from all others that are sorted together
 
 
 def find_nearest(rows: Rows, k: int) -> Tensor:
     """Return the k nearest other stimuli of each of n, (n, k) int64, in no particular order.
 
     Distances from one stimulus tie as in `rank_distances`; tied ones count in the order of their
-    indices. Products in float32 find candidates, whose distances are computed in float64. Where
-    these leave the answer open, those from all other stimuli are.
+    indices. Bounds from float32 products choose candidates. Where the bounds leave the answer open,
+    float64 distances of the candidates decide, or those of all stimuli.
     """
+    stimuli = torch.arange(rows.n, device=rows.x.device)
     count = k + 1 + _MARGIN
     if count >= rows.n:
-        return find_among_all(rows, torch.arange(rows.n, device=rows.x.device), k)
-    indices, bounds = find_candidates(*rows.to_float32(), count)
-    nearest, undecided = refine(rows, indices, rows.scale * bounds[:, -1].double(), k)
-    if len(undecided):
-        nearest[undecided] = find_among_all(rows, undecided, k)
+        return find_among_all(rows, stimuli, k)
+    candidates, lower, upper = find_candidates(*rows.to_float32(), count)
+    lower, upper = lower.double().mul_(rows.scale), upper.double().mul_(rows.scale)
+    nearest = candidates[:, :k].clone()
+    stimuli = stimuli[~are_apart(rows, stimuli, nearest, upper[:, :k], lower[:, k])]
+    if len(stimuli):
+        nearest[stimuli], known = refine(rows, stimuli, candidates[stimuli], lower[stimuli, -1], k)
+        stimuli = stimuli[~known]
+    if len(stimuli):
+        nearest[stimuli] = find_among_all(rows, stimuli, k)
     return nearest
 
 
@@ -156,14 +162,14 @@ class Rows:
     def multiply_centred(self, indices: Tensor) -> Tensor:
         """Return the products of each row with others (n, k), which are relative to the mean."""
         products = []
-        for block in panels.split(self.n, max(1, memory.BLOCK // (indices.shape[1] * self.p))):
+        for block in panels.split(self.n, max(1, _GATHER // (indices.shape[1] * self.p))):
             near = indices[block]
             others = self.take(near.flatten()).sub_(self.mean).unflatten(0, near.shape)
             products.append((others @ self.take(block)[..., None])[..., 0])
         return torch.cat(products)
 
 
-def find_candidates(z: Tensor, energy: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def find_candidates(z: Tensor, energy: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the other stimuli with the smallest lower bounds of their squared distances.
 
     Parameters
@@ -178,14 +184,15 @@ def find_candidates(z: Tensor, energy: Tensor, count: int) -> tuple[Tensor, Tens
     Returns
     -------
     indices : tensor, (n, count), int64
-    bounds : tensor, (n, count), float32
-        Ascending. A squared distance is no smaller than its bound, so the distances of all stimuli
-        that are not among the candidates are no smaller than the last bound.
+    lower, upper : tensors, (n, count), float32
+        Bounds of their squared distances. The lower bounds ascend, so the squared distances of all
+        stimuli that are not among the candidates are no smaller than the last of them.
     """
     n, p = z.shape
     # Errors of a float32 sum of p products, and of what is done to it, relative to both energies.
     slack = (min(p, BLAS_CHUNK) + p / BLAS_CHUNK + 32) * 2.0**-24
-    low = (energy * (1 - slack) - p * torch.finfo(torch.float32).tiny).to(torch.float32)
+    tiny = 2 * p * torch.finfo(torch.float32).tiny
+    low = (energy * (1 - slack) - tiny).to(torch.float32)
     bounds = torch.full((n, count), torch.inf, device=z.device)
     indices = torch.zeros(n, count, dtype=torch.int64, device=z.device)
 
@@ -206,32 +213,68 @@ def find_candidates(z: Tensor, energy: Tensor, count: int) -> tuple[Tensor, Tens
             else:
                 merge(columns, rows, tile.mT)
             merge(rows, columns, tile)
-    return indices, bounds
+    widths = 2 * slack * (energy[:, None] + energy[indices]) + 2 * tiny
+    return indices, bounds, bounds + widths.to(torch.float32)
 
 
-def refine(rows: Rows, indices: Tensor, bound: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k nearest candidates (n, k), and the stimuli for which they may be wrong.
+def refine(
+    rows: Rows, stimuli: Tensor, candidates: Tensor, bound: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """Return the k nearest of the candidates (R, c) of some stimuli, and whether they are right.
 
-    ``indices`` (n, c) are the candidates of each stimulus. The squared distances of all others are
-    at least ``bound`` (n,). The k nearest are right if the next stimulus is farther away by more
-    than distances that tie can be.
+    The squared distances of all stimuli that are not candidates are at least ``bound`` (R,).
     """
-    nearest, decided = [], []
-    for block in panels.split(rows.n, max(1, memory.BLOCK // (indices.shape[1] * rows.p))):
-        candidates = indices[block]
-        others = rows.take(candidates.flatten()).unflatten(0, candidates.shape)
-        d2 = others.sub_(rows.take(block)[:, None]).square_().sum(2)
+    nearest, known = [], []
+    for block in panels.split(len(stimuli), max(1, _GATHER // (candidates.shape[1] * rows.p))):
+        others = rows.take(candidates[block].flatten()).unflatten(0, candidates[block].shape)
+        d2 = others.sub_(rows.take(stimuli[block])[:, None]).square_().sum(2)
         values, order = d2.sort(1)
-        nearest.append(candidates.gather(1, order[:, :k]))
-        last, following = values[:, k - 1], torch.minimum(values[:, k], bound[block])
-        i = torch.arange(block.start, block.stop, device=d2.device).repeat_interleave(d2.shape[1])
-        pairs = rows.list_pairs(d2.flatten(), i, candidates.flatten())
-        enough = following - last > MIN_GAP * pairs.tolerance().view_as(d2).amax(1)
-        if not pairs.input_is_float64:
-            shift = pairs.twice_input_shift().view_as(d2).amax(1)
-            enough &= following.clamp(min=0).sqrt() - last.sqrt() > MIN_GAP * shift
-        decided.append(enough)
-    return torch.cat(nearest), (~torch.cat(decided)).nonzero()[:, 0]
+        near, limit = candidates[block].gather(1, order), bound[block]
+        nearest.append(near[:, :k])
+        following = torch.minimum(values[:, k], limit)
+        is_known = are_apart(rows, stimuli[block], near[:, :k], values[:, :k], following)
+        if rows.x.dtype != torch.float64:
+            is_known |= are_untied(rows, stimuli[block], near, values, limit, k)
+        known.append(is_known)
+    return torch.cat(nearest), torch.cat(known)
+
+
+def are_apart(
+    rows: Rows, stimuli: Tensor, nearest: Tensor, upper: Tensor, following: Tensor
+) -> Tensor:
+    """Return for which stimuli (R,) the nearest others are closer than the rest by more than a tie.
+
+    ``upper`` (R, k) are upper bounds of the squared distances of the nearest, ``following`` (R,)
+    lower bounds of all others.
+    """
+    first = stimuli.repeat_interleave(nearest.shape[1])
+    pairs = rows.list_pairs(upper.flatten(), first, nearest.flatten())
+    last = upper.amax(1)
+    apart = following - last > MIN_GAP * pairs.tolerance().view_as(upper).amax(1)
+    if not pairs.input_is_float64:
+        shift = pairs.twice_input_shift().view_as(upper).amax(1)
+        apart &= following.clamp(min=0).sqrt() - last.sqrt() > MIN_GAP * shift
+    return apart
+
+
+def are_untied(
+    rows: Rows, stimuli: Tensor, others: Tensor, d2: Tensor, bound: Tensor, k: int
+) -> Tensor:
+    """Return for which stimuli (R,) others at ascending distances are in a group too wide to tie.
+
+    The k-th and the next squared distance of ``d2`` (R, c) must differ by more than the rounding of
+    float64, and the distances around them, up to ``bound`` (R,), be close enough for one group.
+    """
+    pairs = rows.list_pairs(d2.flatten(), stimuli.repeat_interleave(d2.shape[1]), others.flatten())
+    tolerance = pairs.tolerance().view_as(d2).amax(1)
+    shift, distance = pairs.twice_input_shift().view_as(d2), d2.sqrt()
+    in_group = distance.diff() <= MIN_GAP * shift.amin(1, keepdim=True)
+    in_group &= d2[:, 1:] < bound[:, None]
+    below = in_group[:, : k - 1].flip(1).long().cumprod(1).sum(1, keepdim=True)
+    above = in_group[:, k - 1 :].long().cumprod(1).sum(1, keepdim=True)
+    width = distance.gather(1, k - 1 + above) - distance.gather(1, k - 1 - below)
+    is_distinct = d2[:, k] - d2[:, k - 1] > MIN_GAP * tolerance
+    return is_distinct & (above[:, 0] > 0) & (width[:, 0] > shift.amax(1))
 
 
 def find_among_all(rows: Rows, stimuli: Tensor, k: int) -> Tensor:
@@ -242,11 +285,11 @@ def find_among_all(rows: Rows, stimuli: Tensor, k: int) -> Tensor:
     except EqualRows as equal:
         columns, index = equal.args
     nearest = []
-    for block in stimuli.split(max(1, _FULL // rows.n)):
-        d2 = rows.measure(block, columns)
-        if index is not None:
-            d2 = d2[:, index]
-        nearest.append(_select_nearest(rows, block, d2, k))
+    for block in stimuli.split(max(1, memory.BLOCK // rows.n)):
+        squared = rows.measure(block, columns)
+        for part in panels.split(len(block), max(1, _SORTED // rows.n)):
+            d2 = squared[part] if index is None else squared[part, index]
+            nearest.append(_select_nearest(rows, block[part], d2, k))
     return torch.cat(nearest)
 
 

@@ -61,6 +61,9 @@ CASES: dict[str, list[Call]] = {
     "procrustes_distance": [((X, Y), {}), ((X, Y), {"form": "angular"})],
     "rsa": [((X, Y), {}), ((X, Y), {"compare": "cosine"})],
     "linear_predictivity": [((X, Y), {}), ((X, Y), {"ridge": "gcv"})],
+    "mutual_knn": [((X, Y), {}), ((X, Y), {"k": 2, "distance": "euclidean"})],
+    "cknna": [((X, Y), {})],
+    "jaccard_knn": [((X, Y), {"distance": "correlation"})],
     "pairwise": [(([X, Y, Z],), {}), (([X, Y], [Z]), {"debiased": True})],
     "similarities": [((X, Y), {"ridge": 0.1})],
     "calibrate": [
