@@ -61,8 +61,19 @@ CASES: dict[str, list[Call]] = {
     "procrustes_distance": [((X, Y), {}), ((X, Y), {"form": "angular"})],
     "rsa": [((X, Y), {}), ((X, Y), {"compare": "cosine"})],
     "linear_predictivity": [((X, Y), {}), ((X, Y), {"ridge": "gcv"})],
+    "mutual_knn": [((X, Y), {}), ((X, Y), {"k": 2, "distance": "euclidean"})],
+    "cknna": [((X, Y), {})],
+    "jaccard_knn": [((X, Y), {"distance": "correlation"})],
     "pairwise": [(([X, Y, Z],), {}), (([X, Y], [Z]), {"debiased": True})],
     "similarities": [((X, Y), {"ridge": 0.1})],
+    "calibrate": [
+        (([X, Y], [Y, Z, X]), {"permutations": 20, "debiased": True}),
+        ((X, Y), {"permutations": 20, "strata": LABELS, "metric": "rsa"}),
+        ((X, Y), {"permutations": 20, "metric": "procrustes"}),
+        ((X, Y), {"permutations": 20, "metric": "cca", "squared": True, "ridge": 0.1}),
+        ((X, Y), {"permutations": 20, "metric": "mutual_knn", "k": 3}),
+        ((X, Y), {"null": "moments"}),
+    ],
     "ablation_distances": [
         ((X,), {"cells": CELLS, "metrics": FIVE}),
         ((X,), {"cells": MEMBERSHIP, "metrics": FIVE}),
@@ -94,6 +105,7 @@ ELSEWHERE = {
     "compare": "test_networks.py",
     "extract": "test_networks.py",
     "SimilarityMap": "holds NumPy arrays",
+    "Calibrated": "what `calibrate` returns",
     "show_config": "takes no arrays",
 }
 LAYOUTS = {
