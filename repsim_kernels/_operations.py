@@ -61,6 +61,8 @@ OPERATIONS = (
     Operation("rsa", "rsa", _BASE),
     Operation("linear_predictivity", "predictivity", _BASE),
     Operation("pairwise", "pairwise", _BASE, with_precision=("torch",)),
+    Operation("interval", "interval", _BASE),
+    Operation("ceiling", "ceiling", _BASE, kernel="pairwise"),
     Operation("similarities", "similarities", _BASE, kernel="pairwise"),
     Operation("ablation_distances", "ablation", _WITH_TRITON),
     Operation("ablation_decodability", "probe", _WITH_TRITON),
