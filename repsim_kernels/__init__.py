@@ -37,6 +37,7 @@ _MODULES = {
     "Interval": "repsim_kernels.ops.interval",
     "MinibatchCKA": "repsim_kernels.comparison.minibatch",
     "SimilarityMap": "repsim_kernels.comparison.similarity_map",
+    "Calibrated": "repsim_kernels.ops.calibration",
 }
 
 __all__ = sorted(_MODULES)
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from repsim_kernels.comparison.similarity_map import SimilarityMap as SimilarityMap
     from repsim_kernels.errors import *  # noqa: F403
     from repsim_kernels.ops.ablation import ablation_distances as ablation_distances
+    from repsim_kernels.ops.calibration import Calibrated as Calibrated
+    from repsim_kernels.ops.calibration import calibrate as calibrate
     from repsim_kernels.ops.cca import cca as cca
     from repsim_kernels.ops.cca import pwcca as pwcca
     from repsim_kernels.ops.cca import svcca as svcca
@@ -63,6 +66,9 @@ if TYPE_CHECKING:
     from repsim_kernels.ops.interval import Interval as Interval
     from repsim_kernels.ops.interval import interval as interval
     from repsim_kernels.ops.logistic import logistic_fits as logistic_fits
+    from repsim_kernels.ops.neighbours import cknna as cknna
+    from repsim_kernels.ops.neighbours import jaccard_knn as jaccard_knn
+    from repsim_kernels.ops.neighbours import mutual_knn as mutual_knn
     from repsim_kernels.ops.pairwise import pairwise as pairwise
     from repsim_kernels.ops.predictivity import linear_predictivity as linear_predictivity
     from repsim_kernels.ops.probe import ablation_decodability as ablation_decodability
