@@ -41,6 +41,8 @@ ARGUMENTS: dict[str, tuple[tuple[np.ndarray, ...], dict[str, Any]]] = {
     "rsa": ((X, Y), {}),
     "linear_predictivity": ((X, Y), {"ridge": "gcv"}),
     "similarities": ((X, Y), {"ridge": 0.1}),
+    "interval": ((X, Y), {}),
+    "ceiling": ((np.stack([X, X**2, X**3]),), {}),
     "ablation_distances": ((X, CELLS), {}),
     "ablation_decodability": ((X, CELLS, LABELS), {}),
     "logistic_fits": ((X, LABELS, np.arange(6).reshape(2, 3)), {}),
@@ -144,7 +146,7 @@ def flatten(result: Any) -> list[Any]:
     """List the arrays of a result."""
     if isinstance(result, dict):
         return flatten(list(result.values()))
-    if type(result) in (list, tuple):
+    if isinstance(result, (list, tuple)):
         return [a for value in result for a in flatten(value)]
     return [result]
 

@@ -160,7 +160,7 @@ def _compare(
     value = _check.raise_if_nan(values[name], pairwise.UNDEFINED[name].replace("x or y", "repeats"))
     if ys is None:
         value = pairwise.compare_with_itself(value, name, metrics[name])
-    return _arrays.to_numpy(_arrays.convert(value, "values")[0])
+    return _arrays.to_numpy(value)
 
 
 def _compute_bounds(similarities: Real) -> tuple[Any, Any]:

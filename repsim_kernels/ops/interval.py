@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from repsim_kernels import _check, _dispatch, _options
-from repsim_kernels._arrays import Source
-from repsim_kernels._typing import Array, ArrayLike, Tensor
+from repsim_kernels import _arrays, _check, _check_layers, _dispatch, _options
+from repsim_kernels._typing import Array, ArrayLike
 from repsim_kernels.errors import DegenerateWarning, OptionError, ShapeError
 from repsim_kernels.ops import pairwise
 
 _SUBSAMPLES = 200
 _NEAR_ZERO = 2  # standard errors
 UNDEFINED = (
-    "x or y: the similarity is not defined without one of the stimuli; expected representations in "
-    "which no single stimulus makes all the difference"
+    "x or y: without one of its stimuli the similarity is not defined, as the others are equally "
+    "far apart; expected stimuli that differ"
 )
 
 
@@ -67,9 +67,9 @@ def interval(
     Parameters
     ----------
     x, y : array, (n, p) and (n, q), float16 | bfloat16 | float32 | float64
-        Activations for the same n stimuli, at least one more than the metric needs, and 4. Integers
-        are converted to float64. Either may be a list of layers, (n, p_i), as in `pairwise`: the
-        result then has a value for each pair.
+        Activations for the same n stimuli, at least 4 and more than the metric needs. Integers are
+        converted to float64. Either may be a list of layers, (n, p_i), as in `pairwise`: the result
+        then has a value for each pair.
     metric : str
         Any metric of `pairwise`.
     debiased : bool
@@ -155,19 +155,19 @@ def interval(
     seed = _options.check_count(seed, "seed", minimum=0)
     if method == "jackknife":
         _check_has_deletions(metrics)
-    xs, ys, source, is_pair = _check_sides(x, y, metrics)
-    n = len(xs[0])
+    sides = _check_sides(x, y, metrics, method)
+    freedom = len(sides.xs[0]) - 1
     if method == "jackknife":
-        estimate, variance = _jackknife(xs, ys, source, metrics, backend)
-        freedom = n - 1
+        estimate, variance = _jackknife(sides, metrics, backend)
     else:
-        estimate, variance = _subsample(xs, ys, source, metrics, backend, seed)
-        freedom = min(n, _SUBSAMPLES) - 1
-    if is_pair:
+        estimate, variance = _subsample(sides, metrics, backend, seed)
+        freedom = min(freedom, _SUBSAMPLES - 1)
+    if sides.is_pair:
         estimate, variance = estimate[0, 0], variance[0, 0]
-    error = variance**0.5
+    error = np.sqrt(variance)
     margin = _get_t_quantile(level, freedom) * error
-    return Interval(estimate, estimate - margin, estimate + margin, error)
+    ends = estimate - margin, estimate + margin
+    return Interval(*map(sides.source.restore, (estimate, *ends, error)))
 
 
 def check_metric(
@@ -200,89 +200,70 @@ def _check_has_deletions(metrics: dict[str, dict[str, Any]]) -> None:
     )
 
 
-def _is_list_of_layers(x: Any) -> bool:
-    """Whether x is a list or tuple of two-dimensional arrays."""
-    if not isinstance(x, (list, tuple)) or not x:
-        return False
-    try:
-        return len(np.shape(x[0])) > 1
-    except Exception:  # a user's class may raise anything; reading it raises an error that names it
-        return False
-
-
 def _check_sides(
-    x: Any, y: Any, metrics: dict[str, dict[str, Any]]
-) -> tuple[list[Tensor], list[Tensor], Source, bool]:
-    """Return the checked layers of both sides, their source, and whether neither is a list."""
-    checks = pairwise.choose_check(metrics)
-    checks.pop("defer", None)
+    x: Any, y: Any, metrics: dict[str, dict[str, Any]], method: str
+) -> _check_layers.Sides:
+    """Check two arguments with enough stimuli for the metric of a part of them."""
     ((name, options),) = metrics.items()
-    least = max(4, pairwise.count_min_stimuli(name, options) + 1)
-    if "min_stimuli" in checks:
-        checks["min_stimuli"] = least
-    are_lists = _is_list_of_layers(x), _is_list_of_layers(y)
-    if not any(are_lists):
-        a, b, source = _check.check_pair(x, y, **checks)
-        xs, ys = [a], [b]
-    else:
-        x, y = (z if is_list else [z] for z, is_list in zip((x, y), are_lists, strict=True))
-        xs, source = _check.check_representations(x, "x", **checks)
-        ys, _ = _check.check_representations(y, "y", like=(xs[0], source), **checks)
-    if len(xs[0]) < least:
-        raise ShapeError(f"x: {len(xs[0])} stimuli; expected at least {least}")
-    return xs, ys, source, not any(are_lists)
+    needed = max(pairwise.count_min_stimuli(name, options), options.get("folds", 0), 3)
+    least = next(n for n in itertools.count(needed) if n - _count_left_out(n, method) >= needed)
+    checks = pairwise.choose_check(metrics)
+    if "defer" in checks or "min_stimuli" in checks:
+        checks |= {"defer": False, "min_stimuli": least}
+    sides = _check_layers.check_sides(x, y, names=("x", "y"), **checks)
+    n = len(sides.xs[0])
+    if n < least:  # of kernel matrices
+        raise ShapeError(f"x: {n} stimuli; expected at least {least}")
+    return sides
+
+
+def _count_left_out(n: int, method: str) -> int:
+    """Return how many of n stimuli are left out at a time."""
+    return 1 if method == "jackknife" else max(1, n // 4)
 
 
 def _jackknife(
-    xs: list[Tensor],
-    ys: list[Tensor],
-    source: Source,
-    metrics: dict[str, dict[str, Any]],
-    backend: str | None,
+    sides: _check_layers.Sides, metrics: dict[str, dict[str, Any]], backend: str | None
 ) -> tuple[Array, Array]:
     """Return the metric of all pairs, and its variance: (L, M) each."""
     ((name, options),) = metrics.items()
     options = {key: value for key, value in options.items() if key != "precision"}
-    values = _dispatch.call("interval", backend, source, xs, ys, metric=name, **options)
-    estimate = _check.raise_if_nan(values["estimate"], pairwise.UNDEFINED[name])
-    variance = _check.raise_if_nan(values["variance"], UNDEFINED)
-    is_far = abs(estimate) > _NEAR_ZERO * variance**0.5
-    return estimate, variance - is_far * values["correction"]
+    values = _dispatch.call(
+        "interval", backend, sides.source, sides.xs, sides.ys, metric=name, **options
+    )
+    estimate, variance, correction = (
+        _arrays.to_numpy(values[key]) for key in ("estimate", "variance", "correction")
+    )
+    _check.raise_if_nan(estimate, pairwise.UNDEFINED[name])
+    _check.raise_if_nan(variance, UNDEFINED)
+    is_far = abs(estimate) > _NEAR_ZERO * np.sqrt(variance)
+    return estimate, np.where(is_far, variance - correction, variance)
 
 
 def _subsample(
-    xs: list[Tensor],
-    ys: list[Tensor],
-    source: Source,
-    metrics: dict[str, dict[str, Any]],
-    backend: str | None,
-    seed: int,
+    sides: _check_layers.Sides, metrics: dict[str, dict[str, Any]], backend: str | None, seed: int
 ) -> tuple[Array, Array]:
     """Return the metric of all pairs, and its variance from subsets of the stimuli: (L, M)."""
     ((name, options),) = metrics.items()
-    n, rng = len(xs[0]), np.random.default_rng(seed)
-    size = n - n // 4
+    n, rng = len(sides.xs[0]), np.random.default_rng(seed)
+    size = n - _count_left_out(n, "subsampling")
     are_matrices = options.get("kernel") == "precomputed"
 
-    def take(side: list[Tensor], rows: Any) -> list[Tensor]:
-        return [x[rows][:, rows] if are_matrices else x[rows] for x in side]
+    def compute(rows: Any, message: str) -> Array:
+        xs, ys = (
+            [x[rows][:, rows] if are_matrices else x[rows] for x in side]
+            for side in (sides.xs, sides.ys or ())
+        )
+        values, _ = pairwise.compare(xs, ys, sides.source, metrics, backend)
+        return _check.raise_if_nan(_arrays.to_numpy(values[name]), message)
 
-    def compute(a: list[Tensor], b: list[Tensor], message: str) -> Array:
-        values, _ = pairwise.compare(a, b, source, metrics, backend)
-        return _check.raise_if_nan(values[name], message)
-
-    estimate = compute(xs, ys, pairwise.UNDEFINED.get(name, ""))
+    estimate = compute(slice(None), pairwise.UNDEFINED.get(name, ""))
     message = f"x or y: the similarity is not defined for {size} of the {n} stimuli; expected more"
-    total, squares = 0 * estimate, 0 * estimate
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DegenerateWarning)  # the estimate has warned
-        for _ in range(_SUBSAMPLES):
-            rows = np.sort(rng.permutation(n)[:size])
-            deviation = compute(take(xs, rows), take(ys, rows), message) - estimate
-            total, squares = total + deviation, squares + deviation**2
-    mean = total / _SUBSAMPLES
-    spread = abs(squares / _SUBSAMPLES - mean**2)
-    return estimate, size / (n - size) * spread
+        subsets = (np.sort(rng.permutation(n)[:size]) for _ in range(_SUBSAMPLES))
+        values = np.stack([compute(rows, message) for rows in subsets])
+    return estimate, size / (n - size) * values.var(axis=0)
 
 
 def _get_t_quantile(level: float, freedom: int) -> float:

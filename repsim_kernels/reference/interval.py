@@ -56,15 +56,24 @@ def _subtract_mean(d: Array) -> Array:
 
 
 def _jackknife(k: Array, m: Array, centre: Callable[[Array], Array]) -> tuple[float, float, float]:
-    """Return the cosine of two matrices after centring, its variance, and the correction."""
+    """Return the cosine of two matrices after centring, its variance, and the correction.
+
+    NaN if without one stimulus only rounding errors remain of a matrix.
+    """
     n = len(k)
-    r = _cosine(centre(k), centre(m))
-    rows = [np.delete(np.arange(n), i) for i in range(n)]
-    rs = np.array([_cosine(*(centre(g[np.ix_(keep, keep)]) for g in (k, m))) for keep in rows])
+    u, v = centre(k), centre(m)
+    r = _cosine(u, v)
+
+    def remove(g: Array, i: int) -> Array:
+        part = centre(np.delete(np.delete(g, i, axis=0), i, axis=1))
+        rounding = n * np.finfo(np.float64).eps * np.linalg.norm(g)
+        return part if np.linalg.norm(part) > rounding else np.full_like(part, np.nan)
+
+    rs = np.array([_cosine(remove(u, i), remove(v, i)) for i in range(n)])
     variance = (n - 1) / n * np.sum((rs - rs.mean()) ** 2)
-    u, v = (g / np.linalg.norm(g) for g in (centre(k), centre(m)))
+    u, v = u / np.linalg.norm(u), v / np.linalg.norm(v)
     moves = (u * v - r / 2 * (u * u + v * v)) * (1 - np.eye(n))
-    return r, variance, min(2 * np.sum(moves**2), 0.75 * variance)
+    return r, variance, np.minimum(2 * np.sum(moves**2), 0.75 * variance)
 
 
 def _cosine(u: Array, v: Array) -> float:

@@ -63,6 +63,13 @@ CASES: dict[str, list[Call]] = {
     "linear_predictivity": [((X, Y), {}), ((X, Y), {"ridge": "gcv"})],
     "pairwise": [(([X, Y, Z],), {}), (([X, Y], [Z]), {"debiased": True})],
     "similarities": [((X, Y), {"ridge": 0.1})],
+    "interval": [
+        ((X, Y), {}),
+        (([X, Y], Z), {"kernel": "rbf", "debiased": False}),
+        ((X, [Y, Z]), {"metric": "rsa", "compare": "pearson"}),
+        ((X, Y), {"metric": "procrustes", "method": "subsampling"}),
+    ],
+    "ceiling": [((np.stack([X, Z, X - Z]),), {}), (([X, Y, Z],), {"metric": "rsa"})],
     "ablation_distances": [
         ((X,), {"cells": CELLS, "metrics": FIVE}),
         ((X,), {"cells": MEMBERSHIP, "metrics": FIVE}),
@@ -94,6 +101,8 @@ ELSEWHERE = {
     "compare": "test_networks.py",
     "extract": "test_networks.py",
     "SimilarityMap": "holds NumPy arrays",
+    "Interval": "the result of interval",
+    "Ceiling": "the result of ceiling",
     "show_config": "takes no arrays",
 }
 LAYOUTS = {
