@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from repsim_kernels.kernels.torch import cka, distances, gram, rsa
+from repsim_kernels.kernels.torch import cka, distances, gram, memory, rsa
 
 _EPS = torch.finfo(torch.float64).eps
 # A squared norm that falls below this share without one stimulus has lost digits in the difference.
@@ -32,7 +32,7 @@ class _Form(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """A centred matrix, its vector, its row sums of squares, and its squared norm without each."""
+    """A matrix of norm 1, its vector, its rows' sums of squares, its squared norm without each."""
 
     matrix: Tensor
     vector: Tensor
@@ -88,9 +88,9 @@ def _iter_matrices(
         else:
             sigma = options["sigma"]
             k = gram.double_centre(x if sigma is None else distances.rbf_kernel(x, sigma))
-        m = form.centre(k)
         floor = cka.rounding_floor(k) if form.centre is _u_centre else 0.0
-        yield m.masked_fill((m * m).sum() <= floor, torch.nan)
+        m = form.centre(k)
+        yield m if torch.dot(m.flatten(), m.flatten()) > floor else m.fill_(torch.nan)
 
 
 def _u_centre(k: Tensor) -> Tensor:
@@ -103,7 +103,8 @@ def _u_centre(k: Tensor) -> Tensor:
     k.diagonal().zero_()
     shift = k.sum(1) / (n - 2)
     shift -= shift.sum() / (2 * (n - 1))
-    k -= shift + shift[:, None]
+    k -= shift
+    k -= shift[:, None]
     k.diagonal().zero_()
     return k
 
@@ -117,29 +118,36 @@ def _subtract_mean(d: Tensor) -> Tensor:
 
 
 def _prepare(matrix: Tensor, form: _Form) -> _Layer:
-    vector, sums = form.vector(matrix), (matrix * matrix).sum(1)
-    return _Layer(matrix, vector, sums, sums.sum() - form.c * sums + form.f * vector**2)
+    matrix /= torch.linalg.matrix_norm(matrix)
+    vector, sums = form.vector(matrix), _multiply_rows(matrix, matrix)
+    return _Layer(matrix, vector, sums, sums.sum() - form.c * sums + form.f * (vector * vector))
 
 
 def _jackknife(a: _Layer, b: _Layer, form: _Form) -> Tensor:
     """Return the similarity of two layers, its jackknife variance, and the correction: (3,)."""
     n = len(a.matrix)
-    product = a.matrix * b.matrix
-    t = product.sum(1)
+    t = _multiply_rows(a.matrix, b.matrix)
     aa, bb = a.sums.sum(), b.sums.sum()
     r = _cosine(t.sum(), aa, bb)
-    without = t.sum() - form.c * t + form.f * a.vector * b.vector
+    without = t.sum() - form.c * t + form.f * (a.vector * b.vector)
     rs = _cosine(without, a.remaining, b.remaining)
     lost = (a.remaining <= _LOST_DIGITS * aa) | (b.remaining <= _LOST_DIGITS * bb)
     for i in lost.nonzero()[:, 0].tolist():
         rs[i] = _compare_without(i, a, b, form)
     variance = (n - 1) / n * (rs - rs.mean()).square().sum()
     # How much each pair of stimuli moves the similarity.
-    squares = (a.matrix.square() / aa).add_(b.matrix.square() / bb)
-    moves = product.div_(aa.sqrt() * bb.sqrt()).sub_(squares.mul_(r / 2))
-    moves.diagonal().zero_()
-    correction = torch.minimum(2 * moves.square_().sum(), _MAX_CORRECTION * variance)
+    moves, squares = memory.empty_buffer(a.matrix, 2, n, n)
+    torch.mul(a.matrix, b.matrix, out=moves)
+    torch.mul(a.matrix, a.matrix, out=squares).addcmul_(b.matrix, b.matrix)
+    moves.sub_(squares, alpha=float(r) / 2).diagonal().zero_()
+    counted_twice = 2 * torch.dot(moves.flatten(), moves.flatten())
+    correction = torch.minimum(counted_twice, _MAX_CORRECTION * variance)
     return torch.stack([r, variance, correction])
+
+
+def _multiply_rows(a: Tensor, b: Tensor) -> Tensor:
+    """Return the inner product of each row of a (n, m) with that of b: (n,)."""
+    return (a[:, None] @ b[:, :, None]).flatten()
 
 
 def _cosine(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
@@ -152,6 +160,6 @@ def _compare_without(i: int, a: _Layer, b: _Layer, form: _Form) -> Tensor:
     keep = torch.arange(len(a.matrix), device=a.matrix.device) != i
     k, m = (form.centre(layer.matrix[keep][:, keep]) for layer in (a, b))
     kk, mm = (k * k).sum(), (m * m).sum()
-    floors = [(len(k) * _EPS) ** 2 * layer.sums.sum() for layer in (a, b)]
+    floor = (len(a.matrix) * _EPS) ** 2
     r = _cosine((k * m).sum(), kk, mm)
-    return r.masked_fill((kk <= floors[0]) | (mm <= floors[1]), torch.nan)
+    return r.masked_fill((kk <= floor) | (mm <= floor), torch.nan)
