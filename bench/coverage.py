@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bench import significance
 from repsim_kernels.experiments.analysis.correlations import centred_ranks, correlate
 from repsim_kernels.experiments.analysis.resampling import fisher_z, jackknife, sign_flips
 
@@ -123,8 +124,8 @@ def compute_rows(studies: int, expected: float) -> list[Row]:
     ]
 
 
-def render_page(studies: int = STUDIES) -> str:
-    """Return the page in Markdown."""
+def render_page(studies: int = STUDIES, pairs: int = significance.PAIRS) -> str:
+    """Return the page in Markdown, from a number of studies and of pairs of representations."""
     expected = compute_truth()
     lines = "\n".join(
         f"| {row.name} | {100 * row.share:.1f} | {100 * row.error:.1f} | "
@@ -134,11 +135,15 @@ def render_page(studies: int = STUDIES) -> str:
     return f"""\
 # How often the intervals contain the truth
 
-Results from simulated studies with a known truth. To regenerate the page, in half a minute:
+Results from simulations with a known truth: of [studies](#the-study), of
+[intervals](#intervals-of-similarities) and of [tests](#tests-of-similarities) of similarities. To
+regenerate the page, in a few minutes:
 
 ```
 .venv/bin/python -m bench coverage
 ```
+
+## The study
 
 {studies:,} studies of {CLASSES} classes, {LAYERS} layers and {CELLS} cells, seed {SEED}, fixed in
 advance. In each study, a function change F is drawn per cell from a normal distribution, together
@@ -164,4 +169,5 @@ correlation. The code of `experiments` computes Spearman's correlations, interva
 | | share, % | standard error, % | mean width |
 |---|---|---|---|
 {lines}
-"""
+
+{significance.render_section(pairs)}"""

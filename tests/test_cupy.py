@@ -45,6 +45,8 @@ ARGUMENTS: dict[str, tuple[tuple[np.ndarray, ...], dict[str, Any]]] = {
     "jaccard_knn": ((X, Y), {"k": 3}),
     "similarities": ((X, Y), {"ridge": 0.1}),
     "calibrate": ((X, Y), {"permutations": 20}),
+    "interval": ((X, Y), {}),
+    "ceiling": ((np.stack([X, X**2, X**3]),), {}),
     "ablation_distances": ((X, CELLS), {}),
     "ablation_decodability": ((X, CELLS, LABELS), {}),
     "logistic_fits": ((X, LABELS, np.arange(6).reshape(2, 3)), {}),

@@ -31,11 +31,13 @@ ARGUMENTS = {
     "pairwise": ([X, Y],),
     "calibrate": ([X, Y],),
     "similarities": (X[:, :2], Y[:, :2]),
+    "interval": (X, Y),
+    "ceiling": ([X, Y],),
     "gram_ablation_distances": (X @ X.T, (X @ X.T)[None] / 2),
     "eigh": (X @ X.T,),
     "svd": (X,),
 }
-FIRST = ("x", "xs", "gram", "a")  # other tests pass invalid values to these
+FIRST = ("x", "xs", "gram", "a", "repeats")  # other tests pass invalid values to these
 
 
 def call_with(function, parameter, value):

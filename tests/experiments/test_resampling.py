@@ -184,7 +184,7 @@ def test_simulated_coverage_size_and_power_are_plausible():
 
 def test_coverage_page_has_a_line_for_each_row(monkeypatch):
     monkeypatch.setattr(coverage, "compute_truth", lambda: 0.3172)
-    page = coverage.render_page(studies=40)
+    page = coverage.render_page(studies=40, pairs=2)
     assert "40 studies of 10 classes" in page
     assert "seed 20241125: 0.3172." in page
     for row in coverage.compute_rows(40, 0.3172):

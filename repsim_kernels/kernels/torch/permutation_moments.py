@@ -175,7 +175,8 @@ def pearson_iii_tail(z: Tensor, skewness: Tensor) -> Tensor:
     shape = scale**-2
     x = (shape + torch.where(is_mirrored, -z, z) / scale).clamp(min=0)
     upper, lower = torch.special.gammaincc(shape, x), torch.special.gammainc(shape, x)
-    return torch.where(is_small, _expand_tail(z, skewness), torch.where(is_mirrored, lower, upper))
+    tail = torch.where(is_mirrored, lower, upper)
+    return torch.where(is_small, _expand_tail(z, skewness), tail) if is_small.any() else tail
 
 
 def _expand_tail(z: Tensor, skewness: Tensor) -> Tensor:

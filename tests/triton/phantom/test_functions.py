@@ -74,6 +74,13 @@ CASES: dict[str, list[Call]] = {
         ((X, Y), {"permutations": 20, "metric": "mutual_knn", "k": 3}),
         ((X, Y), {"null": "moments"}),
     ],
+    "interval": [
+        ((X, Y), {}),
+        (([X, Y], Z), {"kernel": "rbf", "debiased": False}),
+        ((X, [Y, Z]), {"metric": "rsa", "compare": "pearson"}),
+        ((X, Y), {"metric": "procrustes", "method": "subsampling"}),
+    ],
+    "ceiling": [((np.stack([X, Z, X - Z]),), {}), (([X, Y, Z],), {"metric": "rsa"})],
     "ablation_distances": [
         ((X,), {"cells": CELLS, "metrics": FIVE}),
         ((X,), {"cells": MEMBERSHIP, "metrics": FIVE}),
@@ -106,6 +113,8 @@ ELSEWHERE = {
     "extract": "test_networks.py",
     "SimilarityMap": "holds NumPy arrays",
     "Calibrated": "what `calibrate` returns",
+    "Interval": "the result of interval",
+    "Ceiling": "the result of ceiling",
     "show_config": "takes no arrays",
 }
 LAYOUTS = {
