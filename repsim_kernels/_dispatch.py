@@ -27,7 +27,8 @@ KERNELS: dict[tuple[str, str], str] = {
 }
 """Where the kernel of each operation and backend is, as "module:function"."""
 
-# Internal operations of `comparison`; `gram_products` takes the Grams of its own backend.
+# Internal operations of `comparison`; `gram_products` and `unpack_gram` take the Grams of
+# their own backend.
 _LAYER_OPERATIONS = (
     Operation(
         "layer_grams",
@@ -36,6 +37,7 @@ _LAYER_OPERATIONS = (
         with_precision=("torch", "triton"),
     ),
     Operation("gram_products", "layer_grams", ("reference", "torch", "triton")),
+    Operation("unpack_gram", "layer_grams", ("reference", "torch")),
 )
 _BATCHED = {(op.name, backend) for op in OPERATIONS for backend in op.batched}
 _WITH_PRECISION = {
