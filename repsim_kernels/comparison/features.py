@@ -80,10 +80,10 @@ def compare_features(
         maps[name] = make_map(a, names[0], names[-1], name, metrics[name], len(tensors[0][0]))
     if calibrate is None:
         return maps
-    xs = [tensors[0][i] for i in usable[0]]
-    ys = None if itself else [tensors[1][j] for j in usable[1]]
+    left = [tensors[0][i] for i in usable[0]]
+    right = None if itself else [tensors[1][j] for j in usable[1]]
     return {
-        name: thresholds.add_threshold(m, xs, ys, metrics[name], calibrate)
+        name: thresholds.add_threshold(m, left, right, metrics[name], calibrate)
         for name, m in maps.items()
     }
 
