@@ -33,6 +33,8 @@ _MODULES = {
     "DegenerateWarning": "repsim_kernels.errors",
     "OutOfMemoryWarning": "repsim_kernels.errors",
     **{name: f"repsim_kernels.comparison.{name}" for name in ("compare", "extract")},
+    "Ceiling": "repsim_kernels.ops.ceiling",
+    "Interval": "repsim_kernels.ops.interval",
     "MinibatchCKA": "repsim_kernels.comparison.minibatch",
     "SimilarityMap": "repsim_kernels.comparison.similarity_map",
     "Calibrated": "repsim_kernels.ops.calibration",
@@ -54,11 +56,15 @@ if TYPE_CHECKING:
     from repsim_kernels.ops.cca import cca as cca
     from repsim_kernels.ops.cca import pwcca as pwcca
     from repsim_kernels.ops.cca import svcca as svcca
+    from repsim_kernels.ops.ceiling import Ceiling as Ceiling
+    from repsim_kernels.ops.ceiling import ceiling as ceiling
     from repsim_kernels.ops.cells import class_means as class_means
     from repsim_kernels.ops.cells import selectivity_grid as selectivity_grid
     from repsim_kernels.ops.cka import cka as cka
     from repsim_kernels.ops.gram import cell_grams as cell_grams
     from repsim_kernels.ops.gram import centered_gram as centered_gram
+    from repsim_kernels.ops.interval import Interval as Interval
+    from repsim_kernels.ops.interval import interval as interval
     from repsim_kernels.ops.logistic import logistic_fits as logistic_fits
     from repsim_kernels.ops.neighbours import cknna as cknna
     from repsim_kernels.ops.neighbours import jaccard_knn as jaccard_knn

@@ -64,6 +64,8 @@ OPERATIONS = (
     Operation("cknna", "neighbours", _BASE),
     Operation("jaccard_knn", "neighbours", _BASE),
     Operation("pairwise", "pairwise", _BASE, with_precision=("torch",)),
+    Operation("interval", "interval", _BASE),
+    Operation("ceiling", "ceiling", _BASE, kernel="pairwise"),
     Operation("similarities", "similarities", _BASE, kernel="pairwise"),
     Operation("calibrate", "calibration", _BASE, with_precision=("torch",)),
     Operation("ablation_distances", "ablation", _WITH_TRITON),

@@ -1,0 +1,157 @@
+"""The delete-one jackknife of CKA and RSA, all n deletions of a pair in O(n²)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from repsim_kernels.kernels.torch import cka, distances, gram, rsa
+
+_EPS = torch.finfo(torch.float64).eps
+# A squared norm that falls below this share without one stimulus has lost digits in the difference.
+_LOST_DIGITS = 1e-6
+# Most of the jackknife's variance that the correction removes.
+_MAX_CORRECTION = 0.75
+
+
+class _Form(NamedTuple):
+    """How matrices of pairs of n stimuli are centred, and what one stimulus adds to their products.
+
+    Without stimulus i the inner product of two matrices is smaller by c tᵢ - f vᵢ wᵢ, where tᵢ is
+    a row sum of their elementwise product, and v and w are the ``vector`` (n,) of each.
+    Source: docs/metrics.md, "Intervals".
+    """
+
+    centre: Callable[[Tensor], Tensor]
+    vector: Callable[[Tensor], Tensor]
+    c: float
+    f: float
+
+
+class _Layer(NamedTuple):
+    """A centred matrix, its vector, its row sums of squares, and its squared norm without each."""
+
+    matrix: Tensor
+    vector: Tensor
+    sums: Tensor
+    remaining: Tensor
+
+
+def interval(
+    xs: list[Tensor], ys: list[Tensor], *, metric: str, **options: Any
+) -> dict[str, Tensor]:
+    """Return similarities, their jackknife variances, and corrections of these: (L, M) each.
+
+    The correction is the variance of pairs of stimuli that the jackknife counts twice, limited to
+    three quarters of the variance. NaN where a similarity is not defined.
+    """
+    form = _choose_form(len(xs[0]), metric, options)
+    left, right = (
+        [_prepare(m, form) for m in _iter_matrices(side, form, metric, options)]
+        for side in (xs, ys)
+    )
+    values = torch.stack([_jackknife(a, b, form) for a in left for b in right])
+    names = "estimate", "variance", "correction"
+    shape = len(left), len(right)
+    return {name: v.reshape(shape) for name, v in zip(names, values.unbind(1), strict=True)}
+
+
+def _choose_form(n: int, metric: str, options: dict[str, Any]) -> _Form:
+    if metric == "rsa" and options["compare"] == "pearson":
+        return _Form(_subtract_mean, lambda m: m.sum(1), 2, -4 / ((n - 1) * (n - 2)))
+    if metric == "rsa":
+        return _Form(lambda m: m, torch.diagonal, 2, 0)
+    if options.get("debiased", True):
+        return _Form(_u_centre, torch.diagonal, 2 * (n - 2) / (n - 3), 0)
+    share = n / (n - 1)
+    return _Form(gram.double_centre, torch.diagonal, 2 * share, share**2)
+
+
+def _iter_matrices(
+    xs: list[Tensor], form: _Form, metric: str, options: dict[str, Any]
+) -> Iterator[Tensor]:
+    """Yield the centred matrix (n, n) of each of the xs, NaN if the metric has none."""
+    n = len(xs[0])
+    if metric == "rsa":
+        i, j = torch.triu_indices(n, n, 1, device=xs[0].device)
+        for d in rsa.all_dissimilarities(xs, **options):
+            m = d.new_zeros(n, n)
+            m[i, j] = m[j, i] = d
+            yield m
+        return
+    for x in xs:
+        if options["kernel"] == "linear":
+            k = gram.linear(x)
+        else:
+            sigma = options["sigma"]
+            k = gram.double_centre(x if sigma is None else distances.rbf_kernel(x, sigma))
+        m = form.centre(k)
+        floor = cka.rounding_floor(k) if form.centre is _u_centre else 0.0
+        yield m.masked_fill((m * m).sum() <= floor, torch.nan)
+
+
+def _u_centre(k: Tensor) -> Tensor:
+    """U-centre a symmetric matrix (n, n): a zero diagonal, and rows that sum to zero.
+
+    Source: Székely & Rizzo 2014.
+    """
+    n = len(k)
+    k = k.clone()
+    k.diagonal().zero_()
+    shift = k.sum(1) / (n - 2)
+    shift -= shift.sum() / (2 * (n - 1))
+    k -= shift + shift[:, None]
+    k.diagonal().zero_()
+    return k
+
+
+def _subtract_mean(d: Tensor) -> Tensor:
+    """Subtract the mean distance from a matrix of distances (n, n), except from its diagonal."""
+    n = len(d)
+    d = d - d.sum() / (n * (n - 1))
+    d.diagonal().zero_()
+    return d
+
+
+def _prepare(matrix: Tensor, form: _Form) -> _Layer:
+    vector, sums = form.vector(matrix), (matrix * matrix).sum(1)
+    return _Layer(matrix, vector, sums, sums.sum() - form.c * sums + form.f * vector**2)
+
+
+def _jackknife(a: _Layer, b: _Layer, form: _Form) -> Tensor:
+    """Return the similarity of two layers, its jackknife variance, and the correction: (3,)."""
+    n = len(a.matrix)
+    product = a.matrix * b.matrix
+    t = product.sum(1)
+    aa, bb = a.sums.sum(), b.sums.sum()
+    r = _cosine(t.sum(), aa, bb)
+    without = t.sum() - form.c * t + form.f * a.vector * b.vector
+    rs = _cosine(without, a.remaining, b.remaining)
+    lost = (a.remaining <= _LOST_DIGITS * aa) | (b.remaining <= _LOST_DIGITS * bb)
+    for i in lost.nonzero()[:, 0].tolist():
+        rs[i] = _compare_without(i, a, b, form)
+    variance = (n - 1) / n * (rs - rs.mean()).square().sum()
+    # How much each pair of stimuli moves the similarity.
+    squares = (a.matrix.square() / aa).add_(b.matrix.square() / bb)
+    moves = product.div_(aa.sqrt() * bb.sqrt()).sub_(squares.mul_(r / 2))
+    moves.diagonal().zero_()
+    correction = torch.minimum(2 * moves.square_().sum(), _MAX_CORRECTION * variance)
+    return torch.stack([r, variance, correction])
+
+
+def _cosine(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
+    """Return xy / √(xx yy): exactly 1 if all three are equal, and without overflow."""
+    return (xy.sign() * ((xy / xx) * (xy / yy)).sqrt()).clamp(-1, 1)
+
+
+def _compare_without(i: int, a: _Layer, b: _Layer, form: _Form) -> Tensor:
+    """Return the similarity without stimulus i, NaN if only rounding errors remain of a layer."""
+    keep = torch.arange(len(a.matrix), device=a.matrix.device) != i
+    k, m = (form.centre(layer.matrix[keep][:, keep]) for layer in (a, b))
+    kk, mm = (k * k).sum(), (m * m).sum()
+    floors = [(len(k) * _EPS) ** 2 * layer.sums.sum() for layer in (a, b)]
+    r = _cosine((k * m).sum(), kk, mm)
+    return r.masked_fill((kk <= floors[0]) | (mm <= floors[1]), torch.nan)
