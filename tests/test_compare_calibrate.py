@@ -25,6 +25,7 @@ METRICS = {
     "rsa": {},
     "cca": {"squared": True, "ridge": 0.1},
     "procrustes": {},
+    "mutual_knn": {"k": 5},
 }
 
 
