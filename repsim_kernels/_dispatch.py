@@ -27,7 +27,7 @@ KERNELS: dict[tuple[str, str], str] = {
 }
 """Where the kernel of each operation and backend is, as "module:function"."""
 
-# Internal operations; `gram_products` takes the Grams of its own backend.
+# Internal operations; `gram_products` and `unpack_gram` take the Grams of their own backend.
 _LAYER_OPERATIONS = (
     Operation(
         "layer_grams",
@@ -36,6 +36,7 @@ _LAYER_OPERATIONS = (
         with_precision=("torch", "triton"),
     ),
     Operation("gram_products", "layer_grams", ("reference", "torch", "triton")),
+    Operation("unpack_gram", "layer_grams", ("reference", "torch")),
     Operation("permuted_products", "calibration", ("reference", "torch", "triton")),
     Operation("calibrate_by_moments", "calibration", ("torch",), with_precision=("torch",)),
 )

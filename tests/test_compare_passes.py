@@ -224,8 +224,8 @@ part = slice(0, 15) if rank == 0 else slice(15, None)  # of different sizes
 batches = list(zip(images[part].split(5), torch.arange(len(images))[part].split(5)))
 reversed_batches = [tuple(x.flip(0) for x in batch) for batch in batches]
 cases = {
-    "features": {},
-    "joined": {"memory": 1_100_000},
+    "features": {"calibrate": 40},
+    "joined": {"memory": 1_100_000, "calibrate": 40},
     "passes": {"memory": 80_000},
     "itself": {"model_b": None},
     "two loaders": {
@@ -239,7 +239,7 @@ results = {}
 for name, options in cases.items():
     precision = {} if "metric" in options else {"precision": "float64"}
     m = rk.compare(a, **({"model_b": b, "loader": batches} | options), layers="conv", **precision)
-    results[name] = (m.values, m.n, m.n_left_out)
+    results[name] = (m.values, m.n, m.n_left_out, m.threshold)
 for estimator in ("exact", "minibatch"):
     try:
         rk.compare(a, b, batches if rank == 0 else [], layers="conv", estimator=estimator)
@@ -269,6 +269,7 @@ def test_two_processes_return_what_one_does(tmp_path):
     with pytest.warns(UserWarning, match="3 stimuli are left out"):
         minibatch = compare(IMAGES.split(5), estimator="minibatch")
     assert minibatch.n == 20
+    calibrated = compare([IMAGES], calibrate=40)
     wants = {
         "itself": compare([IMAGES], A, None).values,
         "rsa": rsa,
@@ -279,8 +280,10 @@ def test_two_processes_return_what_one_does(tmp_path):
         owner = "" if rank == 1 else "rank 1: ShapeError: "
         for estimator in ("exact", "minibatch"):  # an error of one rank is raised on both
             assert result.pop(f"{estimator} fails").startswith(f"{owner}loader: no batches")
-        for name, (values, n, n_left_out) in result.items():
+        for name, (values, n, n_left_out, threshold) in result.items():
             want = wants.get(name, WANT)
             np.testing.assert_allclose(values, want, rtol=0, atol=1e-10, err_msg=name)
             assert (n, n_left_out) == ((20, 3) if name == "minibatch" else (N, 0))
+            if name in ("features", "joined"):
+                assert threshold == pytest.approx(calibrated.threshold, abs=1e-10)
     assert ["passes of Sequential" in error for error in errors] == [True, False]

@@ -11,6 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.common.tolerances import SAME, assert_close
+from repsim_kernels import _dispatch
+from repsim_kernels._arrays import Source
+from repsim_kernels.reference.cka import u_centre
 
 BACKENDS = ("reference", "torch")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -44,6 +47,20 @@ def test_products_match_the_formula(backend, data, debiased):
     got = compare(xs, ys, backend, debiased)
     assert_products_close(got, all_products(xs, ys, debiased), norms, 1e-11)
     assert all(a.dtype == torch.float64 for a in got)
+
+
+@every_backend
+@pytest.mark.parametrize("n", [5, 64, 200])  # one panel, and several
+@pytest.mark.parametrize("debiased", [False, True])
+def test_unpacked_grams_match_the_formula(backend, n, debiased):
+    x = torch.randn(n, 30, generator=torch.Generator().manual_seed(n)).double()
+    vectors, _, _ = make_grams([x, x**2], backend, debiased)
+    for vector, features in zip(vectors, (x, x**2), strict=True):
+        gram = _dispatch.call("unpack_gram", backend, Source("torch", "cpu"), vector, n=n)
+        c = (features - features.mean(0)).numpy()
+        want = u_centre(c @ c.T) if debiased else c @ c.T
+        assert gram.dtype == torch.float64
+        np.testing.assert_allclose(gram.numpy(), want, rtol=0, atol=1e-12 * np.abs(want).max())
 
 
 @every_backend

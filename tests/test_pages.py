@@ -15,6 +15,7 @@ from repsim_kernels._operations import OPERATIONS
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+SIGNIFICANCE = ROOT / "repsim_kernels" / "docs" / "significance.md"
 METRICS_PAGE = ROOT / "repsim_kernels" / "docs" / "metrics.md"
 FOLDERS = (".github", "bench", "experiments", "repsim_kernels/docs", "tests")
 PAGES = sorted([README, *(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.md"))])
@@ -153,14 +154,15 @@ def test_the_readme_names_every_function():
     assert {op.name for op in OPERATIONS} <= set(re.findall(r"\w+", table))
 
 
-def test_the_readme_code_prints_what_is_shown(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("page", "count"), [(README, 3), (SIGNIFICANCE, 7)])
+def test_the_code_of_a_page_prints_what_is_shown(monkeypatch, tmp_path, page, count):
     """The output of each block is shown in the comments at its end."""
-    text = README.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     examples = re.findall(r"^```python\n((?:(?!```).*\n)*?)((?:# .*\n)+)```", text, re.M)
-    assert len(examples) == text.count("```python") == 3
+    assert len(examples) == text.count("```python") == count
     names: dict[str, object] = {}
     monkeypatch.chdir(tmp_path)  # where it writes
     for code, comments in examples:
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            exec(compile(code, "README.md", "exec"), names)
+            exec(compile(code, page.name, "exec"), names)
         assert out.getvalue() == re.sub("^# ", "", comments, flags=re.M)

@@ -89,6 +89,7 @@ def test_fields_are_copied_and_cannot_change():
         ("n_left_out", -1, rk.OptionError, "n_left_out: -1; expected a whole number"),
         ("standard_error", np.ones((3, 2)), rk.ShapeError, r"standard_error: shape \(3, 2\)"),
         ("standard_error", -np.ones((2, 3)), rk.OptionError, "standard_error: -1; expected no"),
+        ("threshold", np.nan, rk.OptionError, "threshold: nan; expected a finite number"),
     ],
 )
 def test_wrong_fields_are_named(argument, value, error, match):
@@ -105,7 +106,8 @@ def test_wrong_fields_are_named(argument, value, error, match):
 
 
 @pytest.mark.parametrize(
-    "argument", ["rows", "columns", "metric", "options", "n", "standard_error", "n_left_out"]
+    "argument",
+    ["rows", "columns", "metric", "options", "n", "standard_error", "n_left_out", "threshold"],
 )
 def test_odd_fields_are_refused_in_one_line(argument):
     for name, value in ODD.items():
@@ -122,6 +124,16 @@ def test_repr_gives_sizes_metric_and_range():
     m = make_map([[np.nan, 0.5]], metric="procrustes_distance", n_left_out=3)
     assert repr(m).endswith(", 0.5 … 0.5, n = 100, 3 stimuli left out, 1 not defined")
     assert "…" not in repr(make_map([[np.nan]]))
+
+
+def test_threshold_is_stated_and_counted():
+    m = make_map([[0.1, 0.25, np.nan], [0.3, -0.2, 0.9]], threshold=np.float32(0.25))
+    np.testing.assert_array_equal(m.is_by_chance, [[True, True, False], [False, True, False]])
+    assert repr(m).endswith(", 1 not defined, 3 of 5 pairs not above the threshold 0.25")
+    assert m.to_frame().attrs["threshold"] == 0.25
+    assert not make_map().is_by_chance.any()
+    with pytest.raises(rk.OptionError, match=r"^threshold: given with 'procrustes_distance'; exp"):
+        make_map(metric="procrustes_distance", threshold=0.1)
 
 
 def test_frame_has_names_and_origin():
@@ -251,6 +263,31 @@ def test_missing_cells_are_hatched_and_explained():
     assert make_map([[0.4, 0.5]]).plot().get_legend() is None
 
 
+@pytest.mark.parametrize(("shape", "size"), [((5, 6), 2.5), ((160, 150), 0.8)])
+def test_cells_not_above_the_threshold_have_dots(shape, size):
+    options = OPTIONS | {"calibrate": {"permutations": 1000}}
+    m = draw_map(*shape, threshold=0.7, options=options)
+    values = m.values.copy()
+    values[0, 1] = np.nan
+    m = make_map(values, m.rows, m.columns, threshold=0.7, options=options)
+    ax = m.plot(limits=(0, 1))
+    (dots,) = ax.collections
+    marked = {(row, column) for column, row in dots.get_offsets().astype(int).tolist()}
+    assert marked == set(map(tuple, np.argwhere(values <= 0.7).tolist()))
+    assert dots.get_sizes() == pytest.approx([size**2], rel=0.4)
+    # White on dark cells, black on light ones.
+    brightness = dots.get_facecolors()[:, 0].round().astype(int)
+    levels = [values[row, column] for column, row in dots.get_offsets().astype(int)]
+    assert set(brightness) == {0, 1}
+    assert max(v for v, b in zip(levels, brightness, strict=True) if b) <= min(
+        v for v, b in zip(levels, brightness, strict=True) if not b
+    )
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts == ["not defined", "not above 0.7, threshold of 1,000 permutations"]
+    assert ax.get_xlim() == (-0.5, shape[1] - 0.5)
+    assert ax.get_ylim() == (-0.5, shape[0] - 0.5)
+
+
 def test_light_means_alike_for_distances_too():
     similarity, distance = (
         make_map([[0.0, 1.0]], metric=metric).plot().images[0]
@@ -319,12 +356,14 @@ def test_shared_parts_of_names_are_shown_once(names, short, shared):
 
 def test_the_page_holds_what_the_map_holds():
     error = np.array([[0.01, np.nan, 0.03], [0, 0, 0]])
-    m = make_map(standard_error=error, n_left_out=4)
+    m = make_map(standard_error=error, n_left_out=4, threshold=0.25)
     text = page.render(m)
     data = read_data(text)
     assert data["values"] == m.values.tolist()
     assert data["errors"] == [[0.01, None, 0.03], [0, 0, 0]]
     assert data["rows"] == list(m.rows)
+    assert data["by_chance"] == [[0, 1, 1], [0, 0, 1]]
+    assert "Dots: not above 0.25." in text
     for fact in (m.describe(), "debiased=True", "sigma=None", "precision='float32'"):
         assert html.escape(fact) in text
 

@@ -47,7 +47,7 @@ parent.postMessage(JSON.stringify(seen), "*");
 @pytest.fixture
 def page(tmp_path):
     error = np.full((3, 4), 0.0123)
-    m = rk.SimilarityMap(VALUES, ROWS, COLUMNS, "cka", {"<i>": "&"}, 20, error)
+    m = rk.SimilarityMap(VALUES, ROWS, COLUMNS, "cka", {"<i>": "&"}, 20, error, threshold=0.55)
     return m.save(tmp_path / "map.html")
 
 
@@ -58,7 +58,7 @@ def test_values_are_read_with_the_pointer_and_the_keys(page, tmp_path):
     assert seen["focused"]
     assert seen["scroll"] <= 400
     pointed, left, walked, last, closed = seen["answers"]
-    assert pointed == ["0.5455 ± 0.012", f"row {ROWS[1]}", "column y"]
+    assert pointed == ["0.5455 ± 0.012, not above the threshold", f"row {ROWS[1]}", "column y"]
     assert walked == ["0.8182 ± 0.012", "row three", "column x"]
     assert last == ["not defined", "row three", "column z"]
     assert left is closed is None

@@ -79,6 +79,13 @@ def compare(
     memory: Annotated[
         str, typer.Option(help="Budget for features and Gram matrices, such as 2GiB.")
     ] = "512MiB",
+    calibrate: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of permutations of the images, such as 200, to mark the pairs that are "
+            "not above what chance gives anywhere in the map."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:1 and so on.")] = "cpu",
     out: Annotated[
         Path,
@@ -112,6 +119,7 @@ def compare(
                 estimator=estimator,
                 pool=pool,
                 memory=memory,
+                calibrate=calibrate,
             )
         print(result)
         print(result.save(out))

@@ -19,6 +19,7 @@ from repsim_kernels.experiments.analysis.correlations import (
     summarise,
     tabulate_means,
 )
+from repsim_kernels.experiments.analysis.shuffles import PERCENT, find_threshold
 from repsim_kernels.experiments.cli.progress import format_duration, format_rate
 from repsim_kernels.experiments.columns import METRIC_NAMES
 from repsim_kernels.experiments.report.findings import count_nan_images, describe_near_chance
@@ -110,18 +111,30 @@ def print_results(console: Console, table: pd.DataFrame, store: Store) -> None:
     from repsim_kernels.experiments.report.page import write_report  # imports matplotlib
 
     warn_if_near_chance(store)
-    changes, folder = change_columns(table), store.folder
-    wide = tabulate_means(compute_correlations(table, distance_columns(table), changes))
+    distances, changes, folder = distance_columns(table), change_columns(table), store.folder
+    wide = tabulate_means(compute_correlations(table, distances, changes))
     notes = table.attrs.get("notes", {})
     for model in table["model"].unique():
         note = f" ({notes[model]})" if model in notes else ""
         print(f"Mean Spearman correlation, {model}{note}")
         view = _make_table(["metric"], [COLUMN_HEADS[change] for change in changes])
+        own = table[table["model"] == model]
+        threshold = find_threshold(own, distances, changes)
+        beyond = wide.loc[model].abs() > threshold
+        marks = [(" ", "*") if beyond[change].any() else ("", "") for change in changes]
         for metric, row in wide.loc[model].iterrows():
-            numbers = ("-" if value != value else f"{value:.2f}" for value in row)
+            numbers = (
+                "-" if value != value else f"{value:.2f}{mark[abs(value) > threshold]}"
+                for value, mark in zip(row, marks, strict=True)
+            )
             view.add_row(METRIC_NAMES[metric], *numbers)
         _print_table(console, view)
-        if count := count_nan_images(table[table["model"] == model]):
+        if beyond.any(axis=None):
+            print(
+                f"* above {threshold:.2f} in absolute value: beyond what shuffling the cells gives "
+                f"({PERCENT} %, maximum over the table)"
+            )
+        if count := count_nan_images(own):
             print(f"{model}: {count}.")
     print(folder / "results.parquet")
     print(write_report(folder, folder / "report.html"))

@@ -31,6 +31,7 @@ from repsim_kernels.experiments.analysis.inference import (
     judge_claims,
 )
 from repsim_kernels.experiments.analysis.published import PUBLISHED
+from repsim_kernels.experiments.analysis.shuffles import find_threshold
 from repsim_kernels.experiments.columns import BASELINE, METRIC_NAMES, NAN_IMAGES
 from repsim_kernels.experiments.errors import StatsError
 
@@ -138,6 +139,16 @@ class NetworkFindings:
     def estimate_of(self) -> dict[tuple[str, str], dict[str, Any]]:
         """Estimates and intervals, by (distance, change)."""
         return dict(self.estimates.set_index(["distance", "change"]).to_dict("index"))
+
+    @cached_property
+    def threshold(self) -> float:
+        """The absolute value above which a mean correlation is beyond shuffled cells."""
+        return find_threshold(self.table, self.distances, self.changes)
+
+    @property
+    def n_beyond(self) -> int:
+        """The number of mean correlations beyond shuffled cells."""
+        return int((self.estimates["estimate"].abs() > self.threshold).sum())
 
     @property
     def n_classes(self) -> int:

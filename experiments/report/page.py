@@ -14,6 +14,7 @@ import pandas as pd  # type: ignore[import-untyped]
 
 from repsim_kernels._files import find_write_obstacle, replace_file
 from repsim_kernels.experiments.analysis.published import PUBLISHED, SOURCE
+from repsim_kernels.experiments.analysis.shuffles import PERCENT, SHUFFLES
 from repsim_kernels.experiments.columns import BASELINE, CHANGE_NAMES, METRIC_NAMES
 from repsim_kernels.experiments.errors import ReportError
 from repsim_kernels.experiments.report import figures as plots
@@ -88,6 +89,8 @@ def write_report(
         performance=RANK_DEFICIT,
         cells=" or ".join(str(n) for n in sorted({m.table["cell"].nunique() for m in models})),
         baseline=BASELINE,
+        percent=PERCENT,
+        shuffles=SHUFFLES,
         source=SOURCE,
         published=PUBLISHED,
     )

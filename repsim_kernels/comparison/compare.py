@@ -9,7 +9,7 @@ from torch import nn
 
 from repsim_kernels import _options
 from repsim_kernels._typing import ArrayLike
-from repsim_kernels.comparison import batches, features
+from repsim_kernels.comparison import batches, features, thresholds
 from repsim_kernels.comparison.batches import Call
 from repsim_kernels.comparison.exact import compare_exactly
 from repsim_kernels.comparison.extract import find_sizes, visit_representations
@@ -43,6 +43,7 @@ def compare(
     call: Call | tuple[Call | None, Call | None] | None = ...,
     ids: Ids | None = ...,
     memory: int | str = ...,
+    calibrate: int | Mapping[str, Any] | None = ...,
     **options: Any,
 ) -> SimilarityMap: ...
 
@@ -63,6 +64,7 @@ def compare(
     call: Call | tuple[Call | None, Call | None] | None = ...,
     ids: Ids | None = ...,
     memory: int | str = ...,
+    calibrate: int | Mapping[str, Any] | None = ...,
     **options: Any,
 ) -> dict[str, SimilarityMap]: ...
 
@@ -82,6 +84,7 @@ def compare(
     call: Call | tuple[Call | None, Call | None] | None = None,
     ids: Ids | None = None,
     memory: int | str = "512MiB",
+    calibrate: int | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> SimilarityMap | dict[str, SimilarityMap]:
     """A metric between all layers of two networks, or of a network with itself.
@@ -110,6 +113,11 @@ def compare(
     memory : int or str
         Budget in bytes, or a size such as "2GiB": for features and the Gram matrices of linear CKA
         together, and again for the batches of each loader.
+    calibrate : int or dict, optional
+        Number of permutations of the stimuli of one side, or the options of the function
+        `calibrate`: ``permutations``, ``alpha``, ``strata``, ``indices`` and ``seed``. The map then
+        has the threshold of its largest similarity, which few maps of unrelated networks exceed
+        anywhere: a share of ``alpha``, 5 % by default.
     **options
         Options of the metric, as in `pairwise`.
 
@@ -139,7 +147,7 @@ def compare(
     over the loader, each time for some of the layers or neurons, since Grams are additive over
     neurons. Grams that do not fit are written to a temporary folder, and so are features where
     they are smaller than Grams, or the metric needs all of them. Several passes and files are
-    announced on stderr first.
+    announced on stderr first. ``calibrate`` needs a matrix (n, n) of every layer in memory.
 
     With `torch.distributed` initialised, each rank passes its own part of the stimuli, and all
     ranks return the same map.
@@ -158,6 +166,7 @@ def compare(
     ('0', '1', '3')
     """
     metrics = _check_metrics(metric, estimator, options)
+    chosen = thresholds.check_calibrate(calibrate, metrics, estimator)
     pool = check_pool(pool)
     budget = parse_size(memory)
     if model_b is None and (loader_b is not None or layers_b is not None):
@@ -178,7 +187,7 @@ def compare(
             call=call, ids=ids, pool=None if pool == "flatten" else pool,
             estimator=None if estimator == "exact" else estimator,
         )  # fmt: skip
-        maps = features.compare_features(sides, metrics)
+        maps = features.compare_features(sides, metrics, calibrate=chosen)
         return maps[metric] if isinstance(metric, str) else maps
     loaders = _check_loaders(loader, loader_b, ids)
     if estimator == "minibatch":
@@ -188,16 +197,16 @@ def compare(
                 "loader, or 'exact'"
             )
         check_devices(networks)
-        ((name, chosen),) = metrics.items()
+        ((name, own),) = metrics.items()
         accumulator = run_on_all(
-            lambda: _accumulate(networks, loaders["loader"], pool, chosen["precision"], budget)
+            lambda: _accumulate(networks, loaders["loader"], pool, own["precision"], budget)
         )
         maps = {name: accumulator.compute()}
     else:
         stimuli = run_on_all(
             lambda: [Stimuli(one, budget, ids, name) for name, one in loaders.items()]
         )
-        maps = compare_exactly(sides, stimuli, pool, metrics, budget)
+        maps = compare_exactly(sides, stimuli, pool, metrics, budget, chosen)
     return maps[metric] if isinstance(metric, str) else maps
 
 

@@ -1,4 +1,4 @@
-"""What the picture and the page of a similarity map share: limits, and names that fit."""
+"""What the picture and the page of a similarity map share: limits, texts, names that fit."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ def find_limits(m: SimilarityMap) -> tuple[float, float]:
     step = 10.0 ** math.floor(math.log10((high - low) / 2))
     # A value that is a multiple of the step up to rounding is rounded to it.
     return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+
+
+def describe_threshold(m: SimilarityMap) -> str:
+    """Say what a marked cell is not above, and what the threshold comes from."""
+    permutations = m.options.get("calibrate", {}).get("permutations")
+    source = "" if permutations is None else f", threshold of {permutations:,} permutations"
+    return f"not above {m.threshold:.3g}{source}"
 
 
 def shorten_names(names: Sequence[str]) -> tuple[list[str], str]:

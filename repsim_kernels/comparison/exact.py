@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repsim_kernels.comparison import features, ranks
+from repsim_kernels.comparison import features, ranks, thresholds
 from repsim_kernels.comparison.extract import FeatureBuffer, extract_to_files
 from repsim_kernels.comparison.features import Metrics
 from repsim_kernels.comparison.layers import Network
@@ -25,12 +25,13 @@ from repsim_kernels.comparison.pooling import Pool
 from repsim_kernels.comparison.side import Side
 from repsim_kernels.comparison.similarity_map import SimilarityMap
 from repsim_kernels.comparison.stimuli import Stimuli, align
+from repsim_kernels.comparison.thresholds import Calibrate
 from repsim_kernels.errors import OptionError
 
 
 def compare_exactly(
     models: list[Network | dict[str, Tensor]], stimuli: list[Stimuli], pool: Pool,
-    metrics: Metrics, budget: int,
+    metrics: Metrics, budget: int, calibrate: Calibrate | None = None,
 ) -> dict[str, SimilarityMap]:  # fmt: skip
     """Compare networks, or a network and arrays, over all stimuli."""
     sides, kept = ranks.run_on_all(lambda: _read(models, stimuli, pool, budget))
@@ -42,18 +43,22 @@ def compare_exactly(
         name in ("cka", "cka_debiased") and own["kernel"] == "linear"
         for name, own in metrics.items()
     )
+    from_grams = have_grams and kept is None and total > grams
+    if calibrate is not None:
+        counts = [len(side.sizes or side.model) for side in sides]
+        thresholds.check_memory(counts[0], counts[-1], n, budget, from_grams)
     in_blocks = have_grams and total <= grams and 2 * grams > budget
     if kept is not None:
         for one in stimuli:
             one.release()
-        return features.compare_features(kept, metrics, in_blocks)
+        return features.compare_features(kept, metrics, in_blocks, calibrate)
     with _make_folder() as folder:
-        if have_grams and total > grams:
-            return compare_grams(sides, n, metrics, budget, folder)
+        if from_grams:
+            return compare_grams(sides, n, metrics, budget, folder, calibrate)
         passes = [describe_passes(side, 1) for side in sides if side.sizes]
         print_plan([*passes, f"features are written to {folder.parent}"])
         kept = [_extract(side, folder / str(i)) for i, side in enumerate(sides)]
-        return features.compare_features(kept, metrics, in_blocks)
+        return features.compare_features(kept, metrics, in_blocks, calibrate)
 
 
 @contextmanager

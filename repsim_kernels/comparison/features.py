@@ -12,8 +12,9 @@ from torch import Tensor
 
 from repsim_kernels import _arrays, _check, _options
 from repsim_kernels._arrays import Source
-from repsim_kernels.comparison import ranks
+from repsim_kernels.comparison import ranks, thresholds
 from repsim_kernels.comparison.similarity_map import SimilarityMap
+from repsim_kernels.comparison.thresholds import Calibrate
 from repsim_kernels.errors import ConstantError, NonFiniteError, OptionError, ShapeError
 from repsim_kernels.ops import pairwise
 
@@ -29,12 +30,14 @@ def convert_arrays(arrays: Mapping[str, Any], name: str) -> dict[str, Tensor]:
 
 
 def compare_features(
-    sides: list[dict[str, Tensor]], metrics: Metrics, in_blocks: bool = False
-) -> dict[str, SimilarityMap]:
+    sides: list[dict[str, Tensor]], metrics: Metrics, in_blocks: bool = False,
+    calibrate: Calibrate | None = None,
+) -> dict[str, SimilarityMap]:  # fmt: skip
     """Compare representations of the stimuli of all ranks; layers without a value are NaN.
 
     ``in_blocks``, for CKA only, compares few layers at a time: their Grams, or products of their
     features if they have fewer neurons than stimuli, need less memory than those of all layers.
+    ``calibrate`` adds thresholds, for all layers at once.
     """
     sides = [{name: ranks.gather_stimuli(x) for name, x in side.items()} for side in sides]
     names = [list(side) for side in sides]
@@ -75,7 +78,14 @@ def compare_features(
             a = pairwise.compare_with_itself(a, name, metrics[name])
             a[is_undefined, is_undefined] = np.nan
         maps[name] = make_map(a, names[0], names[-1], name, metrics[name], len(tensors[0][0]))
-    return maps
+    if calibrate is None:
+        return maps
+    left = [tensors[0][i] for i in usable[0]]
+    right = None if itself else [tensors[1][j] for j in usable[1]]
+    return {
+        name: thresholds.add_threshold(m, left, right, metrics[name], calibrate)
+        for name, m in maps.items()
+    }
 
 
 def _split(xs: list[Tensor], kept: list[int]) -> list[list[int]]:

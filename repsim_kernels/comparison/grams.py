@@ -137,6 +137,15 @@ class GramTable:
             norms[~np.isfinite(traces)] = np.nan
         return Products(xy, xx, yy, x[0], y[0], floor_x, floor_y)
 
+    def unpack(self, rows: Array) -> list[Tensor]:
+        """Return the Grams (n, n) of the layers at a mask, float64; for tables on a CPU."""
+        grams, _ = self._finish()
+        source = Source("torch", str(grams.device))
+        return [
+            _dispatch.call("unpack_gram", None, source, grams[i], n=self.n)
+            for i in np.flatnonzero(rows)
+        ]
+
     def _finish(self) -> tuple[Tensor, Array]:
         """Return the Grams (L, m), and their traces and the roots of their floors (2, L)."""
         self.flush()

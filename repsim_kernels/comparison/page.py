@@ -30,6 +30,7 @@ def render(m: SimilarityMap) -> str:
         "short_columns": display.shorten_names(m.columns)[0],
         "values": _round(m.values),
         "errors": None if m.standard_error is None else _round(m.standard_error),
+        "by_chance": None if m.threshold is None else m.is_by_chance.astype(int).tolist(),
         "limits": [float(f"{limit:.6g}") for limit in display.find_limits(m)],
         "colours": colours[::-1] if m.is_distance else colours,
         "has_equal_names": m.has_equal_names,
@@ -51,8 +52,12 @@ def _describe_origin(m: SimilarityMap) -> str:
     """Return the metric, its options and what is shown, as a sentence."""
     origin = m.get_origin()
     options = ", ".join(f"{name}={value!r}" for name, value in origin["options"].items())
-    error = "" if m.standard_error is None else " Values ± standard error."
-    return f"Metric {origin['metric']!r}, options: {options or 'none'}.{error}"
+    text = f"Metric {origin['metric']!r}, options: {options or 'none'}."
+    if m.standard_error is not None:
+        text += " Values ± standard error."
+    if m.threshold is not None:
+        text += f" Dots: {display.describe_threshold(m)}."
+    return text
 
 
 def _round(values: np.ndarray[Any, Any]) -> list[list[float | None]]:

@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repsim_kernels.comparison import batches, features, ranks
+from repsim_kernels.comparison import batches, features, ranks, thresholds
 from repsim_kernels.comparison.extract import LayerSize, check_width
 from repsim_kernels.comparison.features import Metrics
 from repsim_kernels.comparison.grams import MIN_STIMULI, GramTable, Products, compute_cosines
 from repsim_kernels.comparison.side import Side, check_devices, is_on_gpu
 from repsim_kernels.comparison.similarity_map import SimilarityMap
+from repsim_kernels.comparison.thresholds import Calibrate
 from repsim_kernels.errors import OptionError, ShapeError
-from repsim_kernels.forward.memory import trim_heap
+from repsim_kernels.forward.memory import format_bytes, trim_heap
 from repsim_kernels.ops import pairwise
 
 # Bytes of a pass over all stimuli at once, in units of its largest output: input and output of the
@@ -34,14 +35,20 @@ NeuronSlice = tuple[str, slice]
 
 
 def compare_grams(
-    sides: list[Side], n: int, metrics: Metrics, budget: int, folder: Path
-) -> dict[str, SimilarityMap]:
+    sides: list[Side], n: int, metrics: Metrics, budget: int, folder: Path,
+    calibrate: Calibrate | None = None,
+) -> dict[str, SimilarityMap]:  # fmt: skip
     """Compute CKA of networks from the Grams of their layers, for n stimuli on all ranks."""
     debiased = {name: pairwise.is_debiased(name, own) for name, own in metrics.items()}
     if n < MIN_STIMULI and any(debiased.values()):
         raise ShapeError(f"loader: {n} stimuli; expected at least {MIN_STIMULI} for debiased CKA")
     check_devices([side.model for side in sides])
     on_gpu = is_on_gpu(sides[0].model)
+    if calibrate is not None and on_gpu:
+        raise OptionError(
+            f"memory: {format_bytes(budget)} is less than the features of all layers, which "
+            "calibrate needs on a GPU; expected more, or fewer layers or stimuli"
+        )
     itemsize = max(size.itemsize for side in sides for size in side.sizes.values())
     # On a GPU, the format of a backend may need all digits.
     is_single = (
@@ -87,14 +94,15 @@ def compare_grams(
     for i, (side, plan) in enumerate(zip(sides, plans, strict=True)):
         _fill([own[i] for own in tables.values()], side, plan)
     return {
-        name: _compare_tables(tables[name][0], tables[name][-1], name, own)
+        name: _compare_tables(tables[name][0], tables[name][-1], name, own, calibrate)
         for name, own in metrics.items()
     }
 
 
 def _compare_tables(
-    rows: GramTable, columns: GramTable, name: str, options: dict[str, Any]
-) -> SimilarityMap:
+    rows: GramTable, columns: GramTable, name: str, options: dict[str, Any],
+    calibrate: Calibrate | None,
+) -> SimilarityMap:  # fmt: skip
     """Return the map of one kind of CKA."""
     products = rows.multiply(columns)
     values = compute_cosines(products.xy, products.xx[:, None], products.yy)
@@ -104,7 +112,12 @@ def _compare_tables(
         values[is_undefined] = values[:, is_undefined] = np.nan
     if not pairwise.is_debiased(name, options):
         _warn_of_chance(products, rows.n, rows is columns)
-    return features.make_map(values, rows.names, columns.names, name, options, rows.n)
+    m = features.make_map(values, rows.names, columns.names, name, options, rows.n)
+    if calibrate is None:
+        return m
+    xs = rows.unpack(products.xx > 0)
+    ys = None if rows is columns else columns.unpack(products.yy > 0)
+    return thresholds.add_threshold(m, xs, ys, options | {"kernel": "precomputed"}, calibrate)
 
 
 def _warn_of_chance(products: Products, n: int, of_one_network: bool) -> None:
@@ -181,10 +194,6 @@ def print_plan(lines: list[str]) -> None:
     if ranks.is_first():
         for line in lines:
             print(f"compare: {line}", file=sys.stderr)
-
-
-def format_bytes(count: int) -> str:
-    return f"{count / 2**30:.3g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
 
 
 def _fill(tables: list[GramTable], side: Side, plan: list[list[NeuronSlice]] | None) -> None:

@@ -7,9 +7,12 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from repsim_kernels import _options
@@ -23,6 +26,9 @@ _CHARACTER = 0.55 * _FONT / 72  # mean width in inches
 # A cell with a label of its own, the largest cell, and the shortest and longest side of a map.
 _CELL, _MAX_CELL, _MIN_SIDE, _MAX_SIDE = 0.14, 0.5, 1.6, 7.5
 _MISSING, _HATCH = "#d9d9d9", "//////"
+_MIN_DOT, _MAX_DOT = 0.8, 2.5  # points
+_LUMINANCE = 0.21, 0.72, 0.07  # shares of red, green and blue
+_BRIGHT = 0.4  # a dot is black on colours brighter than this
 
 
 def draw(m: SimilarityMap, ax: Axes | None, limits: tuple[float, float] | None, cmap: Any) -> Axes:
@@ -43,8 +49,16 @@ def draw(m: SimilarityMap, ax: Axes | None, limits: tuple[float, float] | None, 
         aspect="equal" if square else "auto",
         interpolation="nearest",
     )
-    if np.isnan(m.values).any():
-        _mark_missing(ax)
+    marks = [*_mark_missing(ax, m), *_mark_chance(ax, image, m)]
+    if marks:
+        ax.legend(
+            handles=marks,
+            loc="lower right",
+            bbox_to_anchor=(1, 1),
+            borderaxespad=0.2,
+            frameon=False,
+            fontsize=_FONT,
+        )
     if m.has_equal_names:
         _outline_diagonal(ax, len(m.rows))
     _set_ticks(ax, m)
@@ -86,18 +100,34 @@ def _make_axes(m: SimilarityMap) -> Axes:
     return figure.add_subplot()
 
 
-def _mark_missing(ax: Axes) -> None:
-    """Hatch the background, which shows where there is no value."""
-    ax.patch.set(facecolor=_MISSING, edgecolor="#808080", hatch=_HATCH, linewidth=0)
-    patch = Patch(facecolor=_MISSING, edgecolor="#808080", hatch=_HATCH, label="not defined")
-    ax.legend(
-        handles=[patch],
-        loc="lower right",
-        bbox_to_anchor=(1, 1),
-        borderaxespad=0.2,
-        frameon=False,
-        fontsize=_FONT,
+def _mark_missing(ax: Axes, m: SimilarityMap) -> list[Artist]:
+    """Hatch the background, which shows where there is no value; return the legend's entry."""
+    if not np.isnan(m.values).any():
+        return []
+    style: dict[str, Any] = {"facecolor": _MISSING, "edgecolor": "#808080", "hatch": _HATCH}
+    ax.patch.set(linewidth=0, **style)
+    return [Patch(label="not defined", **style)]
+
+
+def _mark_chance(ax: Axes, image: AxesImage, m: SimilarityMap) -> list[Artist]:
+    """Put dots on cells that are not above the threshold; return the legend's entry."""
+    if m.threshold is None:
+        return []
+    rows, columns = np.nonzero(m.is_by_chance)
+    brightness = image.to_rgba(m.values[rows, columns])[:, :3] @ _LUMINANCE
+    figure: Any = ax.get_figure()
+    box = ax.get_window_extent().transformed(figure.dpi_scale_trans.inverted())
+    cell = 72 * min(box.width / m.values.shape[1], box.height / m.values.shape[0])
+    size = min(max(0.3 * cell, _MIN_DOT), _MAX_DOT)
+    ax.scatter(
+        columns,
+        rows,
+        s=size**2,
+        c=np.where(brightness > _BRIGHT, "black", "white"),
+        linewidths=0,
     )
+    style: dict[str, Any] = {"marker": "o", "markersize": _MAX_DOT, "linestyle": "none"}
+    return [Line2D([], [], color="black", label=display.describe_threshold(m), **style)]
 
 
 def _outline_diagonal(ax: Axes, count: int) -> None:
@@ -127,7 +157,7 @@ def _set_ticks(ax: Axes, m: SimilarityMap) -> None:
     ax.spines[:].set_linewidth(0.5)
 
 
-def _add_bar(ax: Axes, image: Any, m: SimilarityMap) -> None:
+def _add_bar(ax: Axes, image: AxesImage, m: SimilarityMap) -> None:
     """Add a colour bar that is as high as the map, with the metric and number of stimuli."""
     figure: Any = ax.get_figure()
     box = ax.get_window_extent().transformed(figure.dpi_scale_trans.inverted())

@@ -49,6 +49,8 @@ class SimilarityMap:
         Standard error of each value; NaN where it is not known.
     n_left_out : int
         Number of stimuli that did not contribute.
+    threshold : float, optional
+        What a similarity must exceed to be beyond chance, as from ``compare(…, calibrate=…)``.
 
     Raises
     ------
@@ -80,6 +82,7 @@ class SimilarityMap:
     n: int
     standard_error: Array | None = None
     n_left_out: int = 0
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         values = _check_values(self.values, "values")
@@ -103,6 +106,14 @@ class SimilarityMap:
                     f"standard_error: {np.nanmin(error):g}; expected no negative number"
                 )
             checked["standard_error"] = error
+        if self.threshold is not None:
+            if self.is_distance:
+                raise OptionError(
+                    f"threshold: given with {self.metric!r}; expected one for similarities only"
+                )
+            checked["threshold"] = _options.check_number(
+                self.threshold, "threshold", low=-1, high=1
+            )
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -130,6 +141,11 @@ class SimilarityMap:
         """Whether rows and columns have the same names, as those of one architecture have."""
         return self.rows == self.columns
 
+    @property
+    def is_by_chance(self) -> np.ndarray[Any, Any]:
+        """Whether each value is at or below the threshold, (R, C)."""
+        return self.values <= (-np.inf if self.threshold is None else self.threshold)
+
     def describe(self) -> str:
         """Return the metric, sizes, range and number of stimuli, on one line."""
         n_rows, n_columns = self.values.shape
@@ -142,6 +158,11 @@ class SimilarityMap:
             parts.append(f"{self.n_left_out} stimuli left out")
         if undefined:
             parts.append(f"{undefined} not defined")
+        if self.threshold is not None:
+            parts.append(
+                f"{int(self.is_by_chance.sum()):,} of {self.values.size - undefined:,} pairs not "
+                f"above the threshold {self.threshold:.3g}"
+            )
         return ", ".join(parts)
 
     def warn_of_undefined(self) -> None:
@@ -191,8 +212,9 @@ class SimilarityMap:
         Notes
         -----
         The first layers are at the lower left. Where there are too many layers for all their
-        names, every k-th has a tick. Cells without a value are hatched, and the diagonal is
-        outlined if rows and columns have the same names.
+        names, every k-th has a tick. Cells without a value are hatched, those that are not above
+        the threshold have a dot, and the diagonal is outlined if rows and columns have the same
+        names.
 
         Examples
         --------
@@ -213,7 +235,7 @@ class SimilarityMap:
         Returns
         -------
         pandas.DataFrame
-            Its ``attrs`` hold the metric, the options and the numbers of stimuli.
+            Its ``attrs`` hold the metric, the options, the numbers of stimuli and the threshold.
 
         Raises
         ------
@@ -228,13 +250,15 @@ class SimilarityMap:
         return frame
 
     def get_origin(self) -> dict[str, Any]:
-        """Return the metric, its options and the numbers of stimuli, as JSON can hold them."""
+        """Return what the values are and the threshold, if there is one, as JSON can hold it."""
         origin = {
             "metric": self.metric,
             "options": self.options,
             "n": self.n,
             "n_left_out": self.n_left_out,
         }
+        if self.threshold is not None:
+            origin["threshold"] = self.threshold
         return json.loads(json.dumps(origin, default=str))
 
     def save(self, path: str | os.PathLike[str]) -> Path:

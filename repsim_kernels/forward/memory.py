@@ -42,6 +42,11 @@ def parse_size(value: Any, name: str = "memory") -> int:
     return int(count)
 
 
+def format_bytes(count: int) -> str:
+    """Return a size as text, such as "1.5 GiB"."""
+    return f"{count / 2**30:.3g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
+
+
 def get_free_bytes(device: torch.device) -> int:
     """Return the bytes that can be allocated on a device, including PyTorch's unused cache."""
     if device.type == "cuda":

@@ -30,6 +30,11 @@ def layer_grams(xs: Sequence[Real], *, debiased: bool) -> tuple[Array, Array, Ar
     return np.stack([gram.ravel() for gram in grams]), traces, floors
 
 
+def unpack_gram(vector: Real, *, n: int) -> Array:
+    """Return the Gram (n, n) that is a row of `layer_grams`."""
+    return np.asarray(vector, dtype=np.float64).reshape(n, n)
+
+
 def gram_products(h: Real, k: Real, *, n: int, debiased: bool) -> tuple[Array, Array, Array]:
     """Return the inner products of all Grams h (R, n²) with all k (C, n²), and of each with itself.
 

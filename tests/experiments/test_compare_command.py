@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -80,6 +81,15 @@ def test_the_table_is_that_of_the_function(folder: Path) -> None:
     want = rk.compare(load("alexnet_small"), load("resnet50_small"), batches, layers="conv")
     assert (tuple(table.index), tuple(table.columns)) == (want.rows, want.columns)
     np.testing.assert_allclose(table.to_numpy(), want.values, rtol=0, atol=1e-6)
+
+
+def test_pairs_that_are_not_above_chance_are_counted(folder: Path) -> None:
+    options = "--model-a", "alexnet_small", "--images", folder, "--calibrate", 40
+    code, out, err = compare(*options, "--out", "map.html")
+    assert (code, err) == (0, "")
+    batches = load_images(folder, 32).split(5)
+    want = rk.compare(load("alexnet_small"), None, batches, layers="conv", calibrate=40)
+    assert re.search(rf"\d+ of 25 pairs not above the threshold {want.threshold:.3g}\n", out)
 
 
 @pytest.mark.parametrize("name", ["map.html", "map.png"])

@@ -22,6 +22,7 @@ from repsim_kernels.experiments.analysis.inference import (
     judge_claims,
 )
 from repsim_kernels.experiments.analysis.published import PUBLISHED
+from repsim_kernels.experiments.analysis.shuffles import find_threshold
 from repsim_kernels.experiments.columns import (
     BASELINE,
     CHANGE_NAMES,
@@ -105,6 +106,7 @@ def test_table_shows_the_correlations_and_intervals(tmp_path: Path) -> None:
     table = random_table(distances=(*FIVE, "energy"), classes=4)
     table.loc[table["class"] == "class 1", "top1"] = 0.25
     table.loc[(table["class"] == "class 2") & (table["cell"] == 3), "pwcca"] = np.nan
+    table["energy"] = table["energy"].to_numpy()[::-1]  # of other cells
     page = write_page(table, tmp_path)
     head, *rows = page.tables["net (16 groups: 4 layers x 4 classes)"]
     assert [cell.text for cell in head] == ["metric", *(CHANGE_NAMES[name] for name in CHANGES)]
@@ -113,16 +115,22 @@ def test_table_shows_the_correlations_and_intervals(tmp_path: Path) -> None:
     keys = ["distance", "change"]
     means = summarise(per_group).set_index(keys)
     result = compute_intervals(per_group).set_index(keys)
-    missing = set()
+    threshold = find_threshold(table, (*FIVE, "energy"), CHANGES)
+    missing, beyond = set(), 0
     for distance, row in zip((*FIVE, "energy"), rows, strict=True):
         for change, cell in zip(CHANGES, row[1:], strict=True):
             mean, interval = means.loc[(distance, change)], result.loc[(distance, change)]
             assert cell.value == pytest.approx(mean["spearman"], abs=1e-12)
             nan = f" ({mean['nan_groups']})" if mean["nan_groups"] else ""
             missing.add(mean["nan_groups"])
-            text = f"{mean['spearman']:.2f}{nan}[{interval['low']:.2f}, {interval['high']:.2f}]"
-            assert cell.text == text
+            mark = "*" if abs(mean["spearman"]) > threshold else ""
+            beyond += bool(mark)
+            limits = f"[{interval['low']:.2f}, {interval['high']:.2f}]"
+            assert cell.text == f"{mean['spearman']:.2f}{mark}{nan}{limits}"
     assert missing == {0, 4, 8}
+    assert 0 < beyond < 18
+    stated = f"{beyond} of the 18 correlations are above {threshold:.2f} in absolute value"
+    assert stated in page.visible_text()
 
 
 def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
@@ -277,6 +285,7 @@ def test_network_without_any_correlation(tmp_path: Path) -> None:
         for cell in row[1:]
     ]
     assert {cell.text for cell in cells} == {"none (12)"}
+    assert page.visible_text().count("correlations are above") == 1  # of the other network
     unknown = random_table(model="unknown").assign(**dict.fromkeys(CHANGES, np.nan))
     rows = write_page(unknown, tmp_path).tables["unknown (12 groups)"][1:]
     assert [[cell.text for cell in row[1:]] for row in rows] == [["0", "12", "unknown"]] * 3

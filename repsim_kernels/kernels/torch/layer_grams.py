@@ -68,6 +68,11 @@ def _gram_of_few(x: Tensor, debiased: bool) -> tuple[Tensor, Tensor] | None:
     return g.view(1, -1), trace[None]
 
 
+def unpack_gram(vector: Tensor, *, n: int) -> Tensor:
+    """Return the Gram (n, n), float64, that is a row of `layer_grams`."""
+    return panels.unpack_vectors(vector.double() / math.sqrt(2), n)
+
+
 def gram_products(h: Tensor, k: Tensor, *, n: int, debiased: bool) -> tuple[Tensor, ...]:
     """Return the inner products of all Grams h (R, m) with all k (C, m), and of each with itself.
 

@@ -63,13 +63,25 @@ def test_extract():
             torch.testing.assert_close(torch.as_tensor(got[name]).cpu(), x, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"metric": "procrustes"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"metric": "procrustes"}, {"calibrate": 30}, {"metric": "rsa", "calibrate": 30}],
+    ids=str,
+)
 def test_compare(options):
     want = rk.compare(make_network(), make_network(), [IMAGES], **options)
     with phantom_device():
         models = [make_network().to("cuda") for _ in range(2)]
         got = rk.compare(*models, [IMAGES.cuda()], **options)
     assert_close(got.values, want.values, DISTANCE["float32"])
+    if "calibrate" in options:
+        assert_close(got.threshold, want.threshold, DISTANCE["float32"])
+
+
+def test_calibrating_grams_of_several_passes_is_refused():
+    message = r"memory: .* which calibrate needs on a GPU"
+    with phantom_device(), pytest.raises(rk.OptionError, match=message):
+        rk.compare(make_network().to("cuda"), None, [IMAGES.cuda()], memory=3500, calibrate=30)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
