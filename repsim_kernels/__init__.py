@@ -57,6 +57,9 @@ if TYPE_CHECKING:
     from repsim_kernels.ops.gram import cell_grams as cell_grams
     from repsim_kernels.ops.gram import centered_gram as centered_gram
     from repsim_kernels.ops.logistic import logistic_fits as logistic_fits
+    from repsim_kernels.ops.neighbours import cknna as cknna
+    from repsim_kernels.ops.neighbours import jaccard_knn as jaccard_knn
+    from repsim_kernels.ops.neighbours import mutual_knn as mutual_knn
     from repsim_kernels.ops.pairwise import pairwise as pairwise
     from repsim_kernels.ops.predictivity import linear_predictivity as linear_predictivity
     from repsim_kernels.ops.probe import ablation_decodability as ablation_decodability

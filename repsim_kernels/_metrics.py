@@ -94,4 +94,7 @@ METRICS = (
         pairwise=True,
         symmetric=False,
     ),
+    Metric("mutual_knn", "mutual kNN", pairwise=True),
+    Metric("cknna", "CKNNA", bounds=(-1, 1), pairwise=True),
+    Metric("jaccard_knn", "Jaccard kNN", pairwise=True),
 )

@@ -181,11 +181,15 @@ def check_variance(value: Any) -> float:
     return check_number(value, "variance", low=0, high=1, exclude_low=True)
 
 
+def check_distance(value: Any) -> str:
+    """Check the distance between stimuli, a name of SciPy's `pdist`."""
+    return check_choice(value, "distance", ("euclidean", "sqeuclidean", "correlation", "cosine"))
+
+
 def check_rsa_options(distance: Any, compare: Any) -> tuple[str, str]:
     """Check the two options of `rsa`."""
-    distances = ("euclidean", "sqeuclidean", "correlation", "cosine")
     return (
-        check_choice(distance, "distance", distances),
+        check_distance(distance),
         check_choice(compare, "compare", ("spearman", "pearson", "cosine")),
     )
 

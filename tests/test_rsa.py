@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import repsim_kernels as rk
 from repsim_kernels.kernels.torch import memory
-from repsim_kernels.kernels.torch.distances import _EqualRows, check_distinct, pair_distances
+from repsim_kernels.kernels.torch.distances import EqualRows, check_distinct, pair_distances
 from repsim_kernels.kernels.torch.rsa import rank_distances
 
 DISTANCES = ("euclidean", "sqeuclidean", "correlation", "cosine")
@@ -287,7 +287,7 @@ def test_equal_rows_are_found(n, p, seed, dtype):
     _, want = np.unique(x.double().numpy() + 0.0, axis=0, return_inverse=True)
     try:
         check_distinct(x)
-    except _EqualRows as equal:
+    except EqualRows as equal:
         first, index = equal.args
     else:
         assert want.max() + 1 == n

@@ -12,10 +12,17 @@ from repsim_kernels._arrays import Source
 from repsim_kernels._metrics import METRICS
 from repsim_kernels._typing import Array, ArrayLike, Tensor
 from repsim_kernels.errors import OptionError
-from repsim_kernels.ops import cka, rsa
+from repsim_kernels.ops import cka, neighbours, rsa
 
 PAIR_METRICS = {metric.name: metric for metric in METRICS if metric.pairwise}
-UNDEFINED = {"cka": cka.UNDEFINED, "cka_debiased": cka.UNDEFINED, "rsa": rsa.UNDEFINED}
+UNDEFINED = {
+    "cka": cka.UNDEFINED,
+    "cka_debiased": cka.UNDEFINED,
+    "rsa": rsa.UNDEFINED,
+    "mutual_knn": neighbours.UNDEFINED,
+    "cknna": neighbours.UNDEFINED,
+    "jaccard_knn": neighbours.UNDEFINED,
+}
 """What to say about a metric that is not defined for every pair."""
 
 
@@ -60,7 +67,8 @@ def pairwise(
         The other representations; by default `xs`.
     metric : str, or sequence of str
         One or several of "cka", "cka_debiased", "procrustes", "pwcca", "cca", "svcca",
-        "procrustes_distance", "rsa" and "linear_predictivity".
+        "procrustes_distance", "rsa", "linear_predictivity", "mutual_knn", "cknna" and
+        "jaccard_knn".
     backend : {"reference", "torch"}, optional
         Backend to use; by default chosen by the library and device of ``xs[0]``.
     **options
@@ -229,6 +237,8 @@ def count_min_stimuli(name: str, options: dict[str, Any]) -> int:
     """Return the smallest number of stimuli that a metric needs, whatever its folds."""
     if is_debiased(name, options):
         return 4
+    if "k" in options:
+        return int(options["k"]) + 1
     return 3 if name == "rsa" else 2
 
 
@@ -241,7 +251,7 @@ def _get_default_options(metric: str) -> dict[str, Any]:
     return {
         parameter.name: parameter.default
         for parameter in parameters
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in fixed
+        if parameter.default is not parameter.empty and parameter.name not in fixed
     }
 
 
@@ -272,8 +282,12 @@ def _check_options(metric: str, options: dict[str, Any]) -> None:
             options["kernel"], options["sigma"], cka.KERNELS
         )
         options["precision"] = _options.check_product_precision(options["precision"])
-    if "distance" in options:
+    if "compare" in options:
         _options.check_rsa_options(options["distance"], options["compare"])
+    elif "distance" in options:
+        _options.check_distance(options["distance"])
+    if "k" in options:
+        options["k"] = _options.check_count(options["k"], "k")
     if metric == "linear_predictivity":
         options["ridge"] = _options.check_ridge_or_gcv(options["ridge"])
     elif "ridge" in options:

@@ -10,6 +10,7 @@ import numpy as np
 from repsim_kernels.reference.cca import cca, pwcca, svcca
 from repsim_kernels.reference.cka import cka
 from repsim_kernels.reference.gram import Array, Real
+from repsim_kernels.reference.neighbours import cknna, jaccard_knn, mutual_knn
 from repsim_kernels.reference.predictivity import linear_predictivity
 from repsim_kernels.reference.procrustes import procrustes, procrustes_distance
 from repsim_kernels.reference.rsa import rsa
@@ -24,6 +25,9 @@ METRICS: dict[str, Callable[..., Any]] = {
     "procrustes_distance": procrustes_distance,
     "rsa": rsa,
     "linear_predictivity": linear_predictivity,
+    "mutual_knn": mutual_knn,
+    "cknna": cknna,
+    "jaccard_knn": jaccard_knn,
 }
 
 

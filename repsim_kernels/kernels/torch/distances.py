@@ -15,11 +15,12 @@ from repsim_kernels.kernels.torch import memory, panels
 _EPS = torch.finfo(torch.float64).eps
 # A squared distance below this share of the squared norms that cancel in it is recomputed from the
 # features: the first share for float64 products, the second for float32.
-_CLOSE, _CLOSE_FLOAT32 = 1e-6, 1e-2
+CLOSE, _CLOSE_FLOAT32 = 1e-6, 1e-2
+SCALING_ERROR = 8 * _EPS  # how far rounding moves a row that is scaled to unit length
 _GATHER_SIZE = 2**20  # elements of features gathered together
 _MIN_NORM = 1e-15  # above it, float32 holds the squares of a norm with most of their digits
 _SAMPLE = 8  # neurons that distinguish most pairs of different stimuli
-_BLAS_CHUNK = 512  # most products that a BLAS adds to one sum in sequence
+BLAS_CHUNK = 512  # most products that a BLAS adds to one sum in sequence
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class PairDistances:
         """
         return self._tolerance(pairs, with_input=self.input_is_float64)
 
-    def full_tolerance(self, pairs: Tensor) -> Tensor:
+    def full_tolerance(self, pairs: Tensor | None = None) -> Tensor:
         """Return `tolerance`, always including half an ulp of each input entry."""
         return self._tolerance(pairs, with_input=True)
 
@@ -52,7 +53,7 @@ class PairDistances:
         i, j = self._row_indices(pairs)
         d2 = self.squared if pairs is None else self.squared[pairs]
         energies = self.energy[i] + self.energy[j]
-        error = self.rounding * torch.where(d2 <= _CLOSE * energies, d2, energies)
+        error = self.rounding * torch.where(d2 <= CLOSE * energies, d2, energies)
         shift = self.half_ulps[i] + self.half_ulps[j] if with_input else torch.zeros_like(d2)
         shift += 2 * self.scaling_error
         return 2 * (error + (2 * d2.sqrt() + shift) * shift)
@@ -78,6 +79,17 @@ class PairDistances:
         shift = 2 * (self.scaling_error + half_ulp)
         error = 2 * self.rounding * float(self.energy.amax())
         return 2 * (error + (2 * math.sqrt(max_squared) + shift) * shift)
+
+
+@dataclass(frozen=True)
+class ListedDistances(PairDistances):
+    """Squared distances of listed pairs of n stimuli."""
+
+    first: Tensor  # index of the first stimulus of each pair
+    second: Tensor
+
+    def _row_indices(self, pairs: Tensor | None) -> tuple[Tensor, Tensor]:
+        return (self.first, self.second) if pairs is None else (self.first[pairs], self.second[pairs])
 
 
 class Workspace:
@@ -116,7 +128,7 @@ def pair_distances(x: Tensor, distance: str, space: Workspace | None = None) -> 
     """
     try:
         return _pair_distances(x, distance, space or Workspace([x]), distinct=False)
-    except _EqualRows as equal:
+    except EqualRows as equal:
         first, index = equal.args
     unique = _pair_distances(x[first], distance, Workspace([x[first]]), distinct=True)
     square = x.new_zeros(len(first), len(first), dtype=torch.float64)
@@ -130,7 +142,7 @@ def pair_distances(x: Tensor, distance: str, space: Workspace | None = None) -> 
     )
 
 
-class _EqualRows(Exception):
+class EqualRows(Exception):
     """Some rows are equal; holds the first row of each distinct value, and every row's value."""
 
 
@@ -141,7 +153,7 @@ def _upper_mask(square: Tensor) -> Tensor:
 def _pair_distances(x: Tensor, distance: str, space: Workspace, distinct: bool) -> PairDistances:
     p, unit = x.shape[1], distance in ("correlation", "cosine")
     if distance == "correlation":
-        origin = _row_means(x)
+        origin = row_means(x)
         packed, energy, length = squared_distances(x, origin, unit, space, distinct)
         norm = (length.square() + p * origin[:, 0].square()).sqrt() / length
     elif distance == "cosine":
@@ -157,10 +169,15 @@ def _pair_distances(x: Tensor, distance: str, space: Workspace, distinct: bool) 
         space.pairs,
         energy,
         torch.finfo(x.dtype).eps / 2 * norm.double(),
-        (8 + (min(p, _BLAS_CHUNK) + p / _BLAS_CHUNK) / 4) * _EPS,
-        8 * _EPS if unit else 0.0,
+        bound_rounding(p),
+        SCALING_ERROR if unit else 0.0,
         x.dtype == torch.float64,
     )
+
+
+def bound_rounding(p: int) -> float:
+    """Return the relative error of a float64 product of two rows of p neurons."""
+    return (8 + (min(p, BLAS_CHUNK) + p / BLAS_CHUNK) / 4) * _EPS
 
 
 def squared_distances(
@@ -176,7 +193,7 @@ def squared_distances(
     scales them to unit length; a zero row becomes NaN. Also returns their squared norms after that
     scaling and their lengths before it, (n,) each.
 
-    Raises _EqualRows if rows are equal, unless the caller knows that they are ``distinct``.
+    Raises EqualRows if rows are equal, unless the caller knows that they are ``distinct``.
     """
     n, p = x.shape
     space = space or Workspace([x])
@@ -196,7 +213,7 @@ def squared_distances(
         if unit:
             panel.div_(length[columns.start :, None]).div_(length[columns])
         torch.sub(energies, panel, alpha=2, out=panel)
-        for entries in _iter_below_diagonal(panel <= energies.mul_(_CLOSE), p):
+        for entries in _iter_below_diagonal(panel <= energies.mul_(CLOSE), p):
             if not distinct:  # only rows that are close can be equal
                 check_distinct(x)
                 distinct = True
@@ -268,7 +285,7 @@ def central_row(x: Tensor, norm: Tensor) -> Tensor:
     return x[norm.median(0).indices][None].to(torch.float64)
 
 
-def _row_means(x: Tensor) -> Tensor:
+def row_means(x: Tensor) -> Tensor:
     """Return the mean of each row of x (n, p), (n, 1); exact for a constant row."""
     n, p = x.shape
     first = x[:, :1].to(torch.float64)
@@ -277,7 +294,7 @@ def _row_means(x: Tensor) -> Tensor:
 
 
 def check_distinct(x: Tensor) -> None:
-    """Raise _EqualRows if rows of x (n, p) are equal.
+    """Raise EqualRows if rows of x (n, p) are equal.
 
     A few neurons rule out most pairs of rows; whole rows are hashed and compared only where these
     neurons agree.
@@ -295,7 +312,7 @@ def check_distinct(x: Tensor) -> None:
     equals[repeated[same]] = leader[same]
     first, index = equals.unique(return_inverse=True)
     if len(first) < n:
-        raise _EqualRows(first, index)
+        raise EqualRows(first, index)
 
 
 def _hash(rows: Tensor, mixed: bool = True) -> Tensor:

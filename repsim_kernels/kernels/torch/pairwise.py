@@ -15,6 +15,7 @@ from repsim_kernels.kernels.torch import (
     cka,
     features,
     gram,
+    neighbours,
     panels,
     predictivity,
     procrustes,
@@ -33,13 +34,17 @@ def pairwise(
     """Return metrics of all pairs, from names and options; ``precision`` is that of CKA."""
     left = [Representation(x) for x in xs]
     right = left if ys is None else [Representation(y) for y in ys]
-    # CKA takes the Grams that other metrics need too. RSA makes its own; and with fewer neurons
-    # than stimuli, products of features are cheaper.
-    with_grams = metrics.keys() - {"rsa"}
+    # CKA takes the Grams that other metrics need too. RSA and metrics of neighbours do not; and with
+    # fewer neurons than stimuli, products of features are cheaper.
+    of_neighbours = {name: own for name, own in metrics.items() if name in neighbours.METRICS}
+    with_grams = metrics.keys() - {"rsa", *of_neighbours}
     shares_grams = len(with_grams) > 1 and all(r.p >= r.n for r in [*left, *right])
+    overlaps = neighbours.all_pairs(xs, ys, of_neighbours)
     values: dict[str, Any] = {}
     for name, options in metrics.items():
-        if name in ("cka", "cka_debiased"):
+        if name in overlaps:
+            values[name] = overlaps[name]
+        elif name in ("cka", "cka_debiased"):
             cka_options: dict[str, Any] = {"debiased": True, "precision": precision} | options
             sides = xs, ys
             if shares_grams and options["kernel"] == "linear":

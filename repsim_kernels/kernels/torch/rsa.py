@@ -13,9 +13,9 @@ from repsim_kernels.kernels.torch import memory
 from repsim_kernels.kernels.torch.distances import PairDistances, Workspace, pair_distances
 
 # How many tolerances must separate a group of tied distances from the next distance: more than
-# _MIN_GAP, and for a group of m different numbers more than _PAIR_GAP / (m - 1), since large groups
+# MIN_GAP, and for a group of m different numbers more than _PAIR_GAP / (m - 1), since large groups
 # rarely form by chance.
-_MIN_GAP, _PAIR_GAP = 4, 256
+MIN_GAP, _PAIR_GAP = 4, 256
 
 Array = Any  # a tensor on a GPU, a NumPy array on a CPU
 
@@ -64,7 +64,7 @@ def _is_undefined(pairs: PairDistances, compare: str) -> Tensor:
 def rank_distances(pairs: PairDistances) -> Tensor:
     """Rank distances from 1, ties at their mean rank; all NaN if one distance is.
 
-    In ascending order, a group ends where the next distance is more than `_MIN_GAP` tolerances
+    In ascending order, a group ends where the next distance is more than `MIN_GAP` tolerances
     away. A group ties if all its members are within the tolerance of the first and the group is
     separated from its neighbours as its size requires; otherwise only exactly equal members tie.
     The rule is applied first with the tolerance of float64 arithmetic, so that distances that are
@@ -75,22 +75,9 @@ def rank_distances(pairs: PairDistances) -> Tensor:
     xp: Any = torch if pairs.squared.is_cuda else np
     d2: Array = xp.asarray(pairs.squared)
     order = d2.argsort()
-    values = d2[order]
-    if bool(xp.isnan(values[-1])):
+    if bool(xp.isnan(d2[order[-1]])):
         return torch.full_like(pairs.squared, torch.nan)
-    gaps = _find_gaps(xp, values)
-    tied = gaps == 0
-    bounds = 0.0, pairs.largest_tolerance(float(values[-1]))
-    _tie_groups(
-        xp, tied, values, gaps, _tolerance_by_position(xp, pairs.tolerance, order, tied), *bounds
-    )
-    if not pairs.input_is_float64:
-        # The square root of a distance moves by no more than the rows do.
-        values = xp.sqrt(values)
-        bounds = 4 * float(pairs.half_ulps.amin()), 4 * float(pairs.half_ulps.amax())
-        tolerance = _tolerance_by_position(xp, pairs.twice_input_shift, order, tied)
-        _tie_groups(xp, tied, values, _find_gaps(xp, values), tolerance, *bounds)
-
+    tied = find_ties(xp, pairs, order)
     ranks = xp.arange(1, len(d2) + 1, dtype=d2.dtype, device=d2.device)
     first, last = _find_groups(xp, tied)
     size = last - first + 1
@@ -102,10 +89,38 @@ def rank_distances(pairs: PairDistances) -> Tensor:
     return torch.as_tensor(out)
 
 
-def _find_gaps(xp: Any, values: Array) -> Array:
-    """Return the gaps (N + 1,) before each of the ascending values (N,), and after the last."""
+def find_ties(
+    xp: Any, pairs: PairDistances, order: Array, row_length: int | None = None
+) -> Array:
+    """Return which gaps (N + 1,) before, between and after N ascending distances are inside a tie.
+
+    ``order`` (N,) has their indices among the pairs. With ``row_length``, each run of that length
+    ascends, and the rule of `rank_distances` is applied to each of them.
+    """
+    values: Array = xp.asarray(pairs.squared)[order]
+    gaps = _find_gaps(xp, values, row_length)
+    tied: Array = gaps == 0
+    bounds = 0.0, pairs.largest_tolerance(float(values.max()))
+    _tie_groups(
+        xp, tied, values, gaps, _tolerance_by_position(xp, pairs.tolerance, order, tied), *bounds
+    )
+    if not pairs.input_is_float64:
+        # The square root of a distance moves by no more than the rows do.
+        values = xp.sqrt(values)
+        bounds = 4 * float(pairs.half_ulps.amin()), 4 * float(pairs.half_ulps.amax())
+        tolerance = _tolerance_by_position(xp, pairs.twice_input_shift, order, tied)
+        _tie_groups(xp, tied, values, _find_gaps(xp, values, row_length), tolerance, *bounds)
+    return tied
+
+
+def _find_gaps(xp: Any, values: Array, row_length: int | None) -> Array:
+    """Return the gaps (N + 1,) before each of the ascending values (N,), and after the last.
+
+    With ``row_length``, each run of that length ascends, and the gaps between them are infinite.
+    """
     gaps = xp.full((len(values) + 1,), np.inf, dtype=values.dtype, device=values.device)
     gaps[1:-1] = values[1:] - values[:-1]
+    gaps[:: row_length or len(values)] = np.inf
     return gaps
 
 
@@ -163,22 +178,22 @@ def _tie_groups(
     ``tolerance`` returns the tolerances at positions; the bounds hold for all of them.
     """
     # The largest tolerance makes the widest groups, and every group lies within one of them. Either
-    # it fills that one, or the next value is within _MIN_GAP times the largest tolerance, and then
+    # it fills that one, or the next value is within MIN_GAP times the largest tolerance, and then
     # only a large group can tie. So most groups are rejected before tolerances are computed.
-    near = gaps <= _MIN_GAP * max_tolerance
+    near = gaps <= MIN_GAP * max_tolerance
     if not bool(near.any()):
         return
     first, last = _find_groups(xp, near)
     margin, size = xp.minimum(gaps[first], gaps[last + 1]), last - first
     may_tie = margin * size > _PAIR_GAP * min_tolerance
     may_tie &= values[last] - values[first] <= max_tolerance
-    may_tie |= _MIN_GAP * max_tolerance * size > _PAIR_GAP * min_tolerance
+    may_tie |= MIN_GAP * max_tolerance * size > _PAIR_GAP * min_tolerance
     if not bool(may_tie.any()):
         return
     near = _concatenate_ranges(xp, first[may_tie] + 1, size[may_tie])
     reach = xp.full_like(gaps, -1)
     reach[near] = tolerance(near - 1)
-    first, last = _find_groups(xp, gaps <= _MIN_GAP * reach)
+    first, last = _find_groups(xp, gaps <= MIN_GAP * reach)
     t = reach[first + 1]
     margin = xp.minimum(gaps[first], gaps[last + 1])
     n_steps = last - first  # between different numbers

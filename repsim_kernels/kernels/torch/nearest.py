@@ -1,0 +1,291 @@
+"""The nearest other stimuli of each stimulus, without a matrix of all distances."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from repsim_kernels.kernels.torch import memory, panels
+from repsim_kernels.kernels.torch.distances import (
+    BLAS_CHUNK,
+    CLOSE,
+    SCALING_ERROR,
+    EqualRows,
+    ListedDistances,
+    bound_rounding,
+    central_row,
+    check_distinct,
+    row_means,
+    row_norms,
+)
+from repsim_kernels.kernels.torch.rsa import MIN_GAP, find_ties
+
+_TILE = 2**11  # rows and columns of a float32 tile of distances: 16 MiB
+_MARGIN = 6  # candidates beyond the neighbours and the next stimulus
+_GATHER = 2**20  # elements of features that are gathered together
+_FULL = 2**20  # float64 distances of some stimuli from all others, sorted together
+
+
+def find_nearest(rows: Rows, k: int) -> Tensor:
+    """Return the k nearest other stimuli of each of n, (n, k) int64, in no particular order.
+
+    Distances from one stimulus tie as in `rank_distances`; tied ones count in the order of their
+    indices. Bounds from float32 products choose candidates. Where the bounds leave the answer open,
+    float64 distances of the candidates decide, or those of all stimuli.
+    """
+    stimuli = torch.arange(rows.n, device=rows.x.device)
+    count = k + 1 + _MARGIN
+    if count >= rows.n:
+        return find_among_all(rows, stimuli, k)
+    candidates, lower, upper = find_candidates(*rows.to_float32(), count)
+    lower, upper = lower.double().mul_(rows.scale), upper.double().mul_(rows.scale)
+    nearest = candidates[:, :k].clone()
+    stimuli = stimuli[~are_apart(rows, stimuli, nearest, upper[:, :k], lower[:, k])]
+    if len(stimuli):
+        nearest[stimuli], apart = refine(rows, stimuli, candidates[stimuli], lower[stimuli, -1], k)
+        stimuli = stimuli[~apart]
+    if len(stimuli):
+        nearest[stimuli] = find_among_all(rows, stimuli, k)
+    return nearest
+
+
+class Rows:
+    """The rows of x (n, p) as a distance compares them, in float64 and made when they are needed.
+
+    They are relative to an origin, and of unit length for "correlation" and "cosine".
+    """
+
+    def __init__(self, x: Tensor, distance: str) -> None:
+        self.x, self.origin, self.length = x, None, None
+        self.has_unit_length = distance in ("correlation", "cosine")
+        norm = row_norms(x).double()
+        if distance == "correlation":
+            self.origin = row_means(x)
+        elif distance != "cosine":
+            self.origin = central_row(x, norm)
+        length = torch.cat([torch.linalg.vector_norm(z, dim=1) for z in self.iter_blocks()])
+        if self.has_unit_length:
+            self.length = length
+            norm, length = norm / length, length / length
+        self.energy = length.square()  # NaN for a row without a direction
+        self.half_ulps = torch.finfo(x.dtype).eps / 2 * norm
+
+    @property
+    def n(self) -> int:
+        return self.x.shape[0]
+
+    @property
+    def p(self) -> int:
+        return self.x.shape[1]
+
+    def take(self, index: Tensor | slice) -> Tensor:
+        """Return some of the rows (m, p)."""
+        rows = self.x[index].to(torch.float64, copy=True)
+        if self.origin is not None:
+            rows.sub_(self.origin if len(self.origin) == 1 else self.origin[index])
+        return rows if self.length is None else rows.div_(self.length[index, None])
+
+    def iter_blocks(self) -> Iterator[Tensor]:
+        for block in panels.split(self.n, max(1, memory.BLOCK // self.p)):
+            yield self.take(block)
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """The mean of the rows, (p,)."""
+        return torch.stack([z.sum(0) for z in self.iter_blocks()]).sum(0) / self.n
+
+    @cached_property
+    def spread(self) -> Tensor:
+        """Squared distances of the rows from their mean, (n,)."""
+        return torch.cat([z.sub_(self.mean).square_().sum(1) for z in self.iter_blocks()])
+
+    @cached_property
+    def scale(self) -> float:
+        """The largest `spread`."""
+        return float(self.spread.amax())
+
+    def have_distances(self) -> bool:
+        """Whether all rows are finite and have a direction, and some distance is not 0.
+
+        Those from the first row, up to rounding.
+        """
+        if not bool(self.energy.isfinite().all()):
+            return False
+        first, others = (torch.arange(size, device=self.x.device) for size in (1, self.n))
+        squared = self.measure(first, others)[0]
+        pairs = self.list_pairs(squared, first.expand(self.n), others)
+        return bool((squared > pairs.full_tolerance()).any())
+
+    def to_float32(self) -> tuple[Tensor, Tensor]:
+        """Return the rows relative to their mean (n, p) and their squared norms (n,).
+
+        The largest norm is 1; only the rows are rounded to float32.
+        """
+        z = memory.empty_buffer(self.x, *self.x.shape, dtype=torch.float32)
+        start = 0
+        for rows in self.iter_blocks():
+            z[start : start + len(rows)] = rows.sub_(self.mean).div_(self.scale**0.5)
+            start += len(rows)
+        return z, self.spread / self.scale
+
+    def measure(self, stimuli: Tensor, others: Tensor) -> Tensor:
+        """Return squared distances (R, m) in float64; those that are close from differences."""
+        a, e = self.take(stimuli), self.energy[stimuli, None]
+        out = a.new_empty(len(stimuli), len(others))
+        for part in panels.split(len(others), max(1, memory.BLOCK // self.p)):
+            b, energies = self.take(others[part]), e + self.energy[others[part]]
+            d2 = torch.addmm(energies, a, b.mT, alpha=-2)
+            for close in (d2 <= energies.mul_(CLOSE)).nonzero().split(max(1, _GATHER // self.p)):
+                i, j = close.unbind(1)
+                d2[i, j] = (a[i] - b[j]).square_().sum(1)
+            out[:, part] = d2
+        return out
+
+    def list_pairs(self, squared: Tensor, first: Tensor, second: Tensor) -> ListedDistances:
+        """Return squared distances of pairs (N,) with their rounding errors."""
+        return ListedDistances(
+            squared,
+            self.energy,
+            self.half_ulps,
+            bound_rounding(self.p),
+            SCALING_ERROR if self.has_unit_length else 0.0,
+            self.x.dtype == torch.float64,
+            first,
+            second,
+        )
+
+    def multiply_centred(self, indices: Tensor) -> Tensor:
+        """Return the products of each row with others (n, k), which are relative to the mean."""
+        products = []
+        for block in panels.split(self.n, max(1, memory.BLOCK // (indices.shape[1] * self.p))):
+            near = indices[block]
+            others = self.take(near.flatten()).sub_(self.mean).unflatten(0, near.shape)
+            products.append((others @ self.take(block)[..., None])[..., 0])
+        return torch.cat(products)
+
+
+def find_candidates(
+    z: Tensor, energy: Tensor, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the other stimuli with the smallest lower bounds of their squared distances.
+
+    Parameters
+    ----------
+    z : tensor, (n, p), float32
+        The rows, of at most unit length.
+    energy : tensor, (n,), float64
+        Their squared norms before they were rounded to float32.
+    count : int
+        Number of candidates, below n.
+
+    Returns
+    -------
+    indices : tensor, (n, count), int64
+    lower, upper : tensors, (n, count), float32
+        Bounds of their squared distances. The lower bounds ascend, so the squared distances of all
+        stimuli that are not among the candidates are no smaller than the last of them.
+    """
+    n, p = z.shape
+    # Errors of a float32 sum of p products, and of what is done to it, relative to both energies.
+    slack = (min(p, BLAS_CHUNK) + p / BLAS_CHUNK + 32) * 2.0**-24
+    tiny = 2 * p * torch.finfo(torch.float32).tiny
+    low = (energy * (1 - slack) - tiny).to(torch.float32)
+    bounds = torch.full((n, count), torch.inf, device=z.device)
+    indices = torch.zeros(n, count, dtype=torch.int64, device=z.device)
+
+    def merge(rows: slice, columns: slice, tile: Tensor) -> None:
+        values, at = tile.topk(min(count, tile.shape[1]), largest=False, sorted=False)
+        values = torch.cat([bounds[rows], values], 1)
+        at = torch.cat([indices[rows], at + columns.start], 1)
+        bounds[rows], kept = values.topk(count, largest=False)
+        indices[rows] = at.gather(1, kept)
+
+    tiles = list(panels.split(n, _TILE))
+    for i, rows in enumerate(tiles):
+        for columns in tiles[i:]:
+            tile = torch.addmm(low[columns], z[rows], z[columns].mT, alpha=-2)
+            tile.add_(low[rows, None])
+            if rows == columns:
+                tile.fill_diagonal_(torch.inf)
+            else:
+                merge(columns, rows, tile.mT)
+            merge(rows, columns, tile)
+    widths = 2 * slack * (energy[:, None] + energy[indices]) + 2 * tiny
+    return indices, bounds, bounds + widths.to(torch.float32)
+
+
+def refine(
+    rows: Rows, stimuli: Tensor, candidates: Tensor, bound: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """Return the k nearest of the candidates (R, c) of some stimuli, and whether they are right.
+
+    The squared distances of all stimuli that are not candidates are at least ``bound`` (R,).
+    """
+    nearest, apart = [], []
+    for block in panels.split(len(stimuli), max(1, memory.BLOCK // (candidates.shape[1] * rows.p))):
+        others = rows.take(candidates[block].flatten()).unflatten(0, candidates[block].shape)
+        d2 = others.sub_(rows.take(stimuli[block])[:, None]).square_().sum(2)
+        values, order = d2.sort(1)
+        nearest.append(candidates[block].gather(1, order[:, :k]))
+        following = torch.minimum(values[:, k], bound[block])
+        apart.append(are_apart(rows, stimuli[block], nearest[-1], values[:, :k], following))
+    return torch.cat(nearest), torch.cat(apart)
+
+
+def are_apart(
+    rows: Rows, stimuli: Tensor, nearest: Tensor, upper: Tensor, following: Tensor
+) -> Tensor:
+    """Return for which stimuli (R,) the nearest others are closer than the rest by more than a tie.
+
+    ``upper`` (R, k) are upper bounds of the squared distances of the nearest, ``following`` (R,)
+    lower bounds of all others.
+    """
+    first = stimuli.repeat_interleave(nearest.shape[1])
+    pairs = rows.list_pairs(upper.flatten(), first, nearest.flatten())
+    last = upper.amax(1)
+    apart = following - last > MIN_GAP * pairs.tolerance().view_as(upper).amax(1)
+    if not pairs.input_is_float64:
+        shift = pairs.twice_input_shift().view_as(upper).amax(1)
+        apart &= following.clamp(min=0).sqrt() - last.sqrt() > MIN_GAP * shift
+    return apart
+
+
+def find_among_all(rows: Rows, stimuli: Tensor, k: int) -> Tensor:
+    """Return the k nearest of all other stimuli for some of them, (R, k)."""
+    columns, index = torch.arange(rows.n, device=rows.x.device), None
+    try:
+        check_distinct(rows.x)
+    except EqualRows as equal:
+        columns, index = equal.args
+    nearest = []
+    for block in stimuli.split(max(1, _FULL // rows.n)):
+        d2 = rows.measure(block, columns)
+        if index is not None:
+            d2 = d2[:, index]
+        nearest.append(_select_nearest(rows, block, d2, k))
+    return torch.cat(nearest)
+
+
+def _select_nearest(rows: Rows, stimuli: Tensor, d2: Tensor, k: int) -> Tensor:
+    """Return the k nearest other stimuli, given the squared distances (R, n) from all n."""
+    count, n = d2.shape
+    numbers = torch.arange(count, device=d2.device)
+    d2[numbers, stimuli] = torch.inf  # sorted to the end, and left out there
+    pairs = rows.list_pairs(
+        d2.flatten(),
+        stimuli.repeat_interleave(n),
+        torch.arange(n, device=d2.device).repeat(count),
+    )
+    # NumPy sorts with vector instructions.
+    xp: Any = torch if d2.is_cuda else np
+    order = torch.as_tensor(xp.asarray(d2).argsort(1))[:, :-1]
+    positions = (order + numbers[:, None] * n).flatten()
+    tied = torch.as_tensor(find_ties(xp, pairs, xp.asarray(positions), n - 1))
+    groups = (~tied[:-1]).cumsum(0).view(count, n - 1)
+    ranks = groups * n + order  # by distance, then by index
+    return ranks.topk(k, dim=1, largest=False).values % n

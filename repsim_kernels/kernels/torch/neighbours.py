@@ -1,0 +1,170 @@
+"""Overlap of nearest neighbours between representations."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from repsim_kernels.kernels.torch.distances import SCALING_ERROR
+from repsim_kernels.kernels.torch.nearest import Rows, find_nearest
+
+
+METRICS = ("mutual_knn", "jaccard_knn", "cknna")
+
+
+class Neighbours(NamedTuple):
+    """The k nearest other stimuli of each of n stimuli."""
+
+    indices: Tensor  # (n, k) int64, in no particular order
+    # (n, k), their entries in the centred kernel, scaled to unit length together; NaN if they are
+    # zero, None if no metric needs them
+    entries: Tensor | None
+    has_distances: bool  # whether each stimulus has a direction, and they are not all the same
+
+    def defines(self, metric: str) -> bool:
+        """Whether a metric has a value for this representation."""
+        if metric != "cknna" or self.entries is None:
+            return self.has_distances
+        return self.has_distances and not bool(self.entries[0, 0].isnan())
+
+
+def mutual_knn(x: Tensor, y: Tensor, **options: Any) -> Tensor:
+    return _compare_pair(x, y, "mutual_knn", options)
+
+
+def jaccard_knn(x: Tensor, y: Tensor, **options: Any) -> Tensor:
+    return _compare_pair(x, y, "jaccard_knn", options)
+
+
+def cknna(x: Tensor, y: Tensor, **options: Any) -> Tensor:
+    return _compare_pair(x, y, "cknna", options)
+
+
+def _compare_pair(x: Tensor, y: Tensor, metric: str, options: dict[str, Any]) -> Tensor:
+    return all_pairs([x], [y], {metric: options})[metric][0, 0]
+
+
+def all_pairs(
+    xs: list[Tensor], ys: list[Tensor] | None, metrics: dict[str, dict[str, Any]]
+) -> dict[str, Tensor]:
+    """Return metrics of every x (n, p_i) with every y (n, q_j), (L, M) each; ys default to xs.
+
+    ``metrics`` maps their names to their options. NaN where one is not defined.
+    """
+    same = torch.arange(len(xs[0]), device=xs[0].device)[None]
+    out, sides = {}, {}
+    for metric, options in metrics.items():
+        k, distance = options["k"], options.get("distance", "cosine")
+        if (k, distance) not in sides:
+            with_entries = "cknna" in metrics
+            sides[k, distance] = [
+                [find_neighbours(x, k, distance, with_entries) for x in side]
+                for side in (xs, ys)
+                if side is not None
+            ]
+        left, right = sides[k, distance][0], sides[k, distance][-1]
+        out[metric] = permuted_overlaps(left, right, same, metric)[0]
+    return out
+
+
+def find_neighbours(
+    x: Tensor, k: int, distance: str = "cosine", with_entries: bool = False
+) -> Neighbours:
+    """Return the k nearest other rows of each row of x (n, p); CKNNA needs the entries."""
+    rows = Rows(x, distance)
+    if not rows.have_distances():
+        indices = torch.zeros(len(x), k, dtype=torch.int64, device=x.device)
+        return Neighbours(indices, indices.double() if with_entries else None, False)
+    indices, entries = find_nearest(rows, k), None
+    if with_entries:
+        entries = rows.multiply_centred(indices)
+        length, rounding = torch.linalg.vector_norm(entries), SCALING_ERROR * entries.numel() ** 0.5
+        entries /= length.masked_fill(length <= rounding, torch.nan)
+    return Neighbours(indices, entries, True)
+
+
+def permuted_overlaps(
+    left: list[Neighbours], right: list[Neighbours], indices: Tensor, metric: str
+) -> Tensor:
+    """Return a metric of neighbours under permutations of the stimuli, (K, L, M).
+
+    Parameters
+    ----------
+    left, right : lists of L and M Neighbours
+        From `find_neighbours` with the same options; for "cknna" with entries.
+    indices : tensor, (K, n), int64
+        Permutation a compares stimulus i of a left representation with stimulus ``indices[a, i]``
+        of a right one: the result is that of ``metric(x, y[indices[a]])``.
+    metric : {"mutual_knn", "jaccard_knn", "cknna"}
+
+    Notes
+    -----
+    The neighbours of all left representations are sorted once. The M n k neighbours of the right
+    ones are then searched among them for each permutation, which finds the overlaps with all left
+    ones: K M n k log(L n k) operations, and one for each neighbour that two representations share.
+    """
+    n, k = left[0].indices.shape
+    table = _Table(left)
+    stimuli = torch.arange(n, device=indices.device)
+    out = table.keys.new_empty(len(indices), len(left), len(right), dtype=torch.float64)
+    for permutation, values in zip(indices, out, strict=True):
+        position = torch.empty_like(permutation)  # of each stimulus after the permutation
+        position[permutation] = stimuli
+        for m, neighbours in enumerate(right):
+            entries = None
+            if metric == "cknna" and neighbours.entries is not None:
+                entries = neighbours.entries[permutation]
+            shared = table.sum_shared(position[neighbours.indices[permutation]], entries)
+            if metric == "jaccard_knn":
+                shared /= 2 * k - shared
+            values[:, m] = shared.sum(1)
+    out = out.clamp_(-1, 1) if metric == "cknna" else out.div_(n * k if metric == "mutual_knn" else n)
+    rows, columns = (
+        torch.tensor([one.defines(metric) for one in side], device=out.device)
+        for side in (left, right)
+    )
+    return out.masked_fill_(~(rows[:, None] & columns), torch.nan)
+
+
+class _Table:
+    """The neighbours of several representations, sorted by stimulus and neighbour."""
+
+    def __init__(self, side: list[Neighbours]) -> None:
+        self.shape = len(side), *side[0].indices.shape
+        size, n, k = self.shape
+        keys = torch.stack([_make_keys(one.indices) for one in side]).flatten()
+        order = keys.argsort()
+        self.keys, counts = keys[order].unique_consecutive(return_counts=True)
+        self.counts = counts
+        self.starts = counts.cumsum(0) - counts  # of the members with each key
+        self.members = order // (n * k) * n + order % (n * k) // k  # layer * n + stimulus
+        self.entries = None
+        if side[0].entries is not None:
+            self.entries = torch.stack([one.entries for one in side]).flatten()[order]
+
+    def sum_shared(self, indices: Tensor, entries: Tensor | None) -> Tensor:
+        """Return, for each member and stimulus (L, n), the neighbours shared with others (n, k).
+
+        Their number, or the sum of the products of their ``entries``, if these are given.
+        """
+        queries = _make_keys(indices).flatten()
+        at = torch.searchsorted(self.keys, queries).clamp_(max=len(self.keys) - 1)
+        hits = (self.keys[at] == queries).nonzero()[:, 0]
+        at = at[hits]
+        counts = self.counts[at]
+        first = (self.starts[at] - counts.cumsum(0) + counts).repeat_interleave(counts)
+        found = first + torch.arange(len(first), device=first.device)
+        weights = None
+        if entries is not None and self.entries is not None:
+            weights = self.entries[found] * entries.flatten()[hits].repeat_interleave(counts)
+        size, n, _ = self.shape
+        shared = torch.bincount(self.members[found], weights, minlength=size * n)
+        return shared.view(size, n).to(torch.float64)
+
+
+def _make_keys(indices: Tensor) -> Tensor:
+    """Return one integer for each stimulus and neighbour (n, k)."""
+    n = len(indices)
+    return indices + torch.arange(0, n * n, n, device=indices.device)[:, None]
