@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import repsim_kernels as rk
 from repsim_kernels.kernels.triton import neighbours
 from repsim_kernels.kernels.triton.neighbours import Launch
 
@@ -122,6 +123,27 @@ def test_runs_are_identical_and_one_launch_does_all(device, launches):
     first = find(device, z, 9, SMALL)
     assert [record["kernel"] for record in launches] == ["_candidates_kernel"]
     assert all(map(np.array_equal, first, find(device, z, 9, SMALL)))
+
+
+@pytest.mark.parametrize("metric", ["mutual_knn", "jaccard_knn", "cknna"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_metrics_are_those_of_the_reference(device, launches, metric, dtype):
+    """Also with repeated stimuli, whose neighbours the candidates leave open."""
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.standard_normal((40, 6))[np.arange(45) % 40])
+    y = x[:, :5] + 0.3 * torch.from_numpy(rng.standard_normal((45, 5)))
+    x, y = (a.to(device, getattr(torch, dtype)) for a in (x, y))
+    got, want = (getattr(rk, metric)(x, y, k=4, backend=b) for b in ("triton", "reference"))
+    assert [record["kernel"] for record in launches] == ["_candidates_kernel"] * 2
+    np.testing.assert_allclose(got.cpu(), want.cpu(), rtol=0, atol=1e-12)
+    assert 0.1 < float(got) < 0.9
+
+
+def test_more_neighbours_than_a_list_holds(device, launches):
+    rng = np.random.default_rng(0)
+    x, y = (torch.from_numpy(rng.standard_normal((50, p))).to(device) for p in (3, 4))
+    got, want = (rk.mutual_knn(x, y, k=26, backend=b) for b in ("triton", "reference"))
+    assert (launches, float(got)) == ([], float(want))
 
 
 def test_launch_settings():

@@ -25,6 +25,7 @@ stimuli are 64 programs for 132 multiprocessors.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from repsim_kernels.kernels.torch import nearest, neighbours
 from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton._operand_kernels import load_tile
 
@@ -108,22 +110,47 @@ def _candidates_kernel(
         d2 = low - unit * total
         is_pair = (row < n)[:, None] & (col < n)[None, :] & (row[:, None] != col[None, :])
         d2 = tl.where(is_pair, tl.maximum(d2, 0), float("inf"))
-        nearest = tl.min(d2, 1)
-        while tl.max((nearest < farthest).to(tl.int32), 0) > 0:
+        closest = tl.min(d2, 1)
+        while tl.max((closest < farthest).to(tl.int32), 0) > 0:
             # Tiles come in ascending order: of equal distances, those with lower numbers stay.
-            at = tl.min(tl.where(d2 == nearest[:, None], col[None, :], 2147483647), 1)
+            at = tl.min(tl.where(d2 == closest[:, None], col[None, :], 2147483647), 1)
             last = tl.max(tl.where(best == farthest[:, None], index, -1), 1)
-            place = (index == last[:, None]) & (nearest < farthest)[:, None]
-            best = tl.where(place, nearest[:, None], best)
+            place = (index == last[:, None]) & (closest < farthest)[:, None]
+            best = tl.where(place, closest[:, None], best)
             index = tl.where(place, at[:, None], index)
             d2 = tl.where(col[None, :] == at[:, None], float("inf"), d2)
-            nearest = tl.min(d2, 1)
+            closest = tl.min(d2, 1)
             farthest = tl.max(best, 1)
     # Sorted as integers, keys ascend with the distance, then with the number.
     best = tl.where(slot < count, best, float("inf"))
     key = (best.to(tl.int32, bitcast=True).to(tl.int64) << 32) | index
     place = (row.to(tl.int64) * parts + part) * COUNT
     tl.store(keys_ptr + place[:, None] + slot, key, mask=(row < n)[:, None])
+
+
+def unsupported(*tensors: Tensor) -> str | None:
+    """Return why the kernels can't take x and y, or None if they can; float64 is allowed."""
+    singles = (t.new_empty(0, dtype=torch.float32) for t in tensors if t.dtype == torch.float64)
+    return _launch.unsupported(*singles, *(t for t in tensors if t.dtype != torch.float64))
+
+
+def mutual_knn(x: Tensor, y: Tensor, **options: Any) -> Tensor:
+    """Compute the torch backend's result from candidates of the kernel."""
+    return _compare(x, y, "mutual_knn", options)
+
+
+def jaccard_knn(x: Tensor, y: Tensor, **options: Any) -> Tensor:
+    """Compute the torch backend's result from candidates of the kernel."""
+    return _compare(x, y, "jaccard_knn", options)
+
+
+def cknna(x: Tensor, y: Tensor, **options: Any) -> Tensor:
+    """Compute the torch backend's result from candidates of the kernel."""
+    return _compare(x, y, "cknna", options)
+
+
+def _compare(x: Tensor, y: Tensor, metric: str, options: dict[str, Any]) -> Tensor:
+    return neighbours.all_pairs([x], [y], {metric: options}, find_candidates)[metric][0, 0]
 
 
 def find_candidates(
@@ -133,6 +160,8 @@ def find_candidates(
 
     The bounds are at least 0. More than `MAX_COUNT` candidates come from the torch backend.
     """
+    if count > MAX_COUNT:
+        return nearest.find_candidates(z, energy, count)
     margin = _bound_errors(energy, z.shape[1])
     keys = _list_nearest(z, (energy - margin).to(torch.float32), count, launch)
     keys = keys.flatten(1).sort(1).values[:, :count]
@@ -144,7 +173,7 @@ def find_candidates(
 
 def _list_nearest(z: Tensor, low: Tensor, count: int, launch: Launch | None = None) -> Tensor:
     """Return the lists of all programs, (n, parts, size): bits of a bound, then a number."""
-    n, p = z.shape
+    n = len(z)
     launch = launch or choose(n, _launch.capability(z.device))
     capacity = triton.cdiv(n, max(launch.rows, launch.cols)) * max(launch.rows, launch.cols)
     hi, lo = _split(z, capacity, launch.block_p)
