@@ -35,6 +35,7 @@ _MODULES = {
     **{name: f"repsim_kernels.comparison.{name}" for name in ("compare", "extract")},
     "MinibatchCKA": "repsim_kernels.comparison.minibatch",
     "SimilarityMap": "repsim_kernels.comparison.similarity_map",
+    "Calibrated": "repsim_kernels.ops.calibration",
 }
 
 __all__ = sorted(_MODULES)
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from repsim_kernels.comparison.similarity_map import SimilarityMap as SimilarityMap
     from repsim_kernels.errors import *  # noqa: F403
     from repsim_kernels.ops.ablation import ablation_distances as ablation_distances
+    from repsim_kernels.ops.calibration import Calibrated as Calibrated
+    from repsim_kernels.ops.calibration import calibrate as calibrate
     from repsim_kernels.ops.cca import cca as cca
     from repsim_kernels.ops.cca import pwcca as pwcca
     from repsim_kernels.ops.cca import svcca as svcca

@@ -42,6 +42,14 @@ def dtype_name(a: Array) -> str:
     return str(a.dtype).removeprefix("torch.")
 
 
+def count_dimensions(a: Any) -> int:
+    """Return the number of dimensions of an array or of nested lists; 0 for other objects."""
+    if isinstance(a, (list, tuple)):
+        return 1 + count_dimensions(a[0]) if a else 1
+    dimensions = getattr(a, "ndim", 0)
+    return dimensions if isinstance(dimensions, int) else 0
+
+
 class Source(NamedTuple):
     """The library and device of an argument, to which the results are converted."""
 

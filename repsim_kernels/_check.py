@@ -208,32 +208,41 @@ def check_representations(
     name: str,
     *,
     like: tuple[Tensor, Source] | None = None,
+    like_name: str = "xs[0]",
+    allow_one: bool = False,
     check: Check = check_representation,
     **options: Any,
 ) -> tuple[list[Tensor], Source]:
     """Check a sequence of representations of the same stimuli, each with `check` and its options.
 
-    When `ys` are checked, `like` is ``xs[0]``, whose stimuli and source they must share.
+    When `ys` are checked, `like` is ``xs[0]``, whose stimuli and source they must share. With
+    `allow_one`, xs may also be one representation.
     """
     kind, expected = type(xs).__name__, "expected a list of arrays (n, p_i)"
     if isinstance(xs, Mapping):
         raise ShapeError(f"{name}: {kind}; {expected}: pass list({name}.values())")
     if isinstance(xs, str):
         raise ShapeError(f"{name}: {_options.short_repr(xs)}; {expected}")
-    if getattr(xs, "ndim", 3) == 2:
+    if allow_one and _arrays.count_dimensions(xs) == 2:
+        items, names = [xs], [name]
+    elif getattr(xs, "ndim", 3) == 2:
         raise ShapeError(f"{name}: an array of shape {tuple(xs.shape)}; {expected}")
-    try:
-        items = list(xs)
-    except Exception:  # RuntimeError for tensors without rows; a user's class may raise anything
-        raise ShapeError(f"{name}: {kind}; {expected}") from None
+    else:
+        try:
+            items = list(xs)
+        except (
+            Exception
+        ):  # RuntimeError for tensors without rows; a user's class may raise anything
+            raise ShapeError(f"{name}: {kind}; {expected}") from None
+        names = [f"{name}[{i}]" for i in range(len(items))]
     if not items:
         raise ShapeError(f"{name}: an empty list; expected at least one array (n, p)")
     options |= {"allow_batch": False}
-    checked = [check(x, f"{name}[{i}]", **options) for i, x in enumerate(items)]
-    (first, source), first_name = (checked[0], f"{name}[0]") if like is None else (like, "xs[0]")
-    for i, (x, x_source) in enumerate(checked):
-        check_same_source(source, x_source, first_name, f"{name}[{i}]")
-        _check_same_stimuli(first, x, first_name, f"{name}[{i}]")
+    checked = [check(x, label, **options) for x, label in zip(items, names, strict=True)]
+    (first, source), first_name = (checked[0], names[0]) if like is None else (like, like_name)
+    for (x, x_source), label in zip(checked, names, strict=True):
+        check_same_source(source, x_source, first_name, label)
+        _check_same_stimuli(first, x, first_name, label)
     return [x for x, _ in checked], source
 
 

@@ -27,7 +27,7 @@ KERNELS: dict[tuple[str, str], str] = {
 }
 """Where the kernel of each operation and backend is, as "module:function"."""
 
-# Internal operations of `comparison`; `gram_products` takes the Grams of its own backend.
+# Internal operations; `gram_products` takes the Grams of its own backend.
 _LAYER_OPERATIONS = (
     Operation(
         "layer_grams",
@@ -36,6 +36,8 @@ _LAYER_OPERATIONS = (
         with_precision=("torch", "triton"),
     ),
     Operation("gram_products", "layer_grams", ("reference", "torch", "triton")),
+    Operation("permuted_products", "calibration", ("reference", "torch", "triton")),
+    Operation("calibrate_by_moments", "calibration", ("torch",), with_precision=("torch",)),
 )
 _BATCHED = {(op.name, backend) for op in OPERATIONS for backend in op.batched}
 _WITH_PRECISION = {

@@ -65,6 +65,7 @@ OPERATIONS = (
     Operation("jaccard_knn", "neighbours", _WITH_TRITON),
     Operation("pairwise", "pairwise", _BASE, with_precision=("torch",)),
     Operation("similarities", "similarities", _BASE, kernel="pairwise"),
+    Operation("calibrate", "calibration", _BASE, with_precision=("torch",)),
     Operation("ablation_distances", "ablation", _WITH_TRITON),
     Operation("ablation_decodability", "probe", _WITH_TRITON),
     Operation("logistic_fits", "logistic", _WITH_TRITON),

@@ -86,12 +86,26 @@ def _allocate(x: Tensor, spans: list[slice], n: int, batch: Sequence[int]) -> Pa
 
 def empty_vectors(x: Tensor, n: int, *batch: int) -> tuple[Tensor, Panels]:
     """Allocate float64 matrices (*batch, n, n) as vectors (*batch, m), and as panels of these."""
-    spans = _spans(0, n)
+    size = sum((n - columns.start) * (columns.stop - columns.start) for columns in _spans(0, n))
+    vectors = memory.empty_buffer(x, *batch, size, dtype=torch.float64)
+    return vectors, _view_vectors(vectors, n)
+
+
+def _view_vectors(vectors: Tensor, n: int) -> Panels:
+    """View vectors (…, m) as the panels of matrices (…, n, n)."""
+    spans, batch = _spans(0, n), vectors.shape[:-1]
     shapes = [(n - columns.start, columns.stop - columns.start) for columns in spans]
-    sizes = list(map(math.prod, shapes))
-    vectors = memory.empty_buffer(x, *batch, sum(sizes), dtype=torch.float64)
-    slots = zip(spans, vectors.split_with_sizes(sizes, -1), shapes, strict=True)
-    return vectors, [(columns, slot.view(*batch, *shape)) for columns, slot, shape in slots]
+    slots = zip(spans, vectors.split_with_sizes([*map(math.prod, shapes)], -1), shapes, strict=True)
+    return [(columns, slot.view(*batch, *shape)) for columns, slot, shape in slots]
+
+
+def unpack_vectors(vectors: Tensor, n: int) -> Tensor:
+    """Return the matrices (…, n, n) whose vectors were scaled by `scale_for_inner`."""
+    packed = _view_vectors(vectors, n)
+    g = unpack(packed)
+    for columns, _ in packed:
+        g[..., columns, columns].div_(_SQRT_HALF)
+    return g
 
 
 def select(packed: Panels, index: int | slice | list[int]) -> Panels:
