@@ -161,7 +161,7 @@ def test_gpu_rows_are_unique_and_large():
 def test_every_kernel_has_a_row():
     """A module that defines `choose` has a kernel."""
     folder = ROOT / "bench" / "gpu_report"
-    text = (folder / "cases.py").read_text() + (folder / "solver_cases.py").read_text()
+    text = "".join(path.read_text() for path in folder.glob("*cases.py"))
     kernels = {
         f"{path.parent.name}.{path.stem}:"
         for package in (triton_kernels, cuda_kernels)

@@ -19,6 +19,7 @@ from bench.gpu_report.solver_cases import (
     make_riccati_row,
     make_svd_row,
 )
+from bench.gpu_report.stimulus_cases import make_candidates_row, make_permutations_row
 
 PAPER = ("cka", "procrustes", "pwcca", "cca", "cca_squared")
 # Channels and pixels of AlexNet's first layer, ResNet50's last, and the rehearsal's layer.
@@ -36,7 +37,13 @@ def list_cases(quick: bool) -> list[KernelCase]:
     small, large = float32[0], float32[-1]
     tf32, ieee = (replace(large, precision=precision) for precision in ("tf32", "ieee"))
     if quick:  # without CUDA C++, which CuPy launches and which can't be rehearsed without a GPU
-        once = [_make_linear_row(small, 16), make_riccati_row(4, 11), make_fits_row(small, 4, 8)]
+        once = [
+            _make_linear_row(small, 16),
+            make_riccati_row(4, 11),
+            make_fits_row(small, 4, 8),
+            make_permutations_row(12, 3, 2, 4),
+            make_candidates_row(50, 12, 9),
+        ]
         return [
             *(_make_layer_rows(float32) + once + _make_layer_rows(bfloat16)),
             *(_make_cell_grams_row(small, partitions=2), *_make_product_rows(tf32)),
@@ -45,6 +52,8 @@ def list_cases(quick: bool) -> list[KernelCase]:
         *_make_layer_rows(float32),
         _make_linear_row(Shape(50, 4096, 16), 4096),  # a class's images in AlexNet's classifier
         *(make_riccati_row(16, 499), make_riccati_row(100, 49)),
+        *(make_permutations_row(1024, 32, 24, 200), make_permutations_row(1024, 1, 1, 200)),
+        *(make_candidates_row(20_000, 512, 17), make_candidates_row(1024, 4096, 17)),
         *list_native_cases(quick),
         *(make_fits_row(s, 4096, 100) for s in (large, bfloat16[-1], tf32)),
         *_make_layer_rows(bfloat16),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -30,19 +30,23 @@ _MARGIN = 6  # candidates beyond the neighbours and the next stimulus
 _GATHER = 2**19  # elements of features that are gathered together
 _SORTED = 2**17  # distances of some stimuli from all others that are sorted together
 
+# A function such as `find_candidates`.
+Find = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
-def find_nearest(rows: Rows, k: int) -> Tensor:
+
+def find_nearest(rows: Rows, k: int, find: Find | None = None) -> Tensor:
     """Return the k nearest other stimuli of each of n, (n, k) int64, in no particular order.
 
     Distances from one stimulus tie as in `rank_distances`; tied ones count in the order of their
     indices. Bounds from float32 products choose candidates. Where the bounds leave the answer open,
-    float64 distances of the candidates decide, or those of all stimuli.
+    float64 distances of the candidates decide, or those of all stimuli. ``find`` replaces
+    `find_candidates`.
     """
     stimuli = torch.arange(rows.n, device=rows.x.device)
     count = k + 1 + _MARGIN
     if count >= rows.n:
         return find_among_all(rows, stimuli, k)
-    candidates, lower, upper = find_candidates(*rows.to_float32(), count)
+    candidates, lower, upper = (find or find_candidates)(*rows.to_float32(), count)
     lower, upper = lower.double().mul_(rows.scale), upper.double().mul_(rows.scale)
     nearest = candidates[:, :k].clone()
     stimuli = stimuli[~are_apart(rows, stimuli, nearest, upper[:, :k], lower[:, k])]

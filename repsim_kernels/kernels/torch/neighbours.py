@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from repsim_kernels.kernels.torch.distances import SCALING_ERROR
-from repsim_kernels.kernels.torch.nearest import Rows, find_nearest
+from repsim_kernels.kernels.torch.nearest import Find, Rows, find_nearest
 
 METRICS = ("mutual_knn", "jaccard_knn", "cknna")
 
@@ -45,7 +45,10 @@ def _compare_pair(x: Tensor, y: Tensor, metric: str, options: dict[str, Any]) ->
 
 
 def all_pairs(
-    xs: list[Tensor], ys: list[Tensor] | None, metrics: dict[str, dict[str, Any]]
+    xs: list[Tensor],
+    ys: list[Tensor] | None,
+    metrics: dict[str, dict[str, Any]],
+    find: Find | None = None,
 ) -> dict[str, Tensor]:
     """Return metrics of every x (n, p_i) with every y (n, q_j), (L, M) each; ys default to xs.
 
@@ -58,7 +61,7 @@ def all_pairs(
         if (k, distance) not in sides:
             with_entries = "cknna" in metrics
             sides[k, distance] = [
-                [find_neighbours(x, k, distance, with_entries) for x in side]
+                [find_neighbours(x, k, distance, with_entries, find) for x in side]
                 for side in (xs, ys)
                 if side is not None
             ]
@@ -68,14 +71,18 @@ def all_pairs(
 
 
 def find_neighbours(
-    x: Tensor, k: int, distance: str = "cosine", with_entries: bool = False
+    x: Tensor,
+    k: int,
+    distance: str = "cosine",
+    with_entries: bool = False,
+    find: Find | None = None,
 ) -> Neighbours:
     """Return the k nearest other rows of each row of x (n, p); CKNNA needs the entries."""
     rows = Rows(x, distance)
     if not rows.have_distances():
         indices = torch.zeros(len(x), k, dtype=torch.int64, device=x.device)
         return Neighbours(indices, indices.double(), False)
-    indices = find_nearest(rows, k)
+    indices = find_nearest(rows, k, find)
     if not with_entries:
         return Neighbours(indices, rows.energy.new_empty(0), True)
     entries = rows.multiply_centred(indices)

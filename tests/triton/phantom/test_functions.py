@@ -24,6 +24,7 @@ from repsim_kernels._operations import OPERATIONS
 N, P, C = 12, 30, 3
 RNG = np.random.default_rng(0)
 X, Y, Z = (RNG.standard_normal((N, p)) for p in (P, 17, P))
+TALL = RNG.standard_normal((30, 5))  # more stimuli than candidates for their neighbours
 CELLS = np.where(np.arange(P) % 4 < C, np.arange(P) % 4, -1)
 LABELS = np.arange(N) % 3
 MEMBERSHIP = RNG.random((C, P)) < 0.4
@@ -61,9 +62,9 @@ CASES: dict[str, list[Call]] = {
     "procrustes_distance": [((X, Y), {}), ((X, Y), {"form": "angular"})],
     "rsa": [((X, Y), {}), ((X, Y), {"compare": "cosine"})],
     "linear_predictivity": [((X, Y), {}), ((X, Y), {"ridge": "gcv"})],
-    "mutual_knn": [((X, Y), {}), ((X, Y), {"k": 2, "distance": "euclidean"})],
-    "cknna": [((X, Y), {})],
-    "jaccard_knn": [((X, Y), {"distance": "correlation"})],
+    "mutual_knn": [((X, Y), {"k": 2}), ((TALL, TALL[:, :3]), {"distance": "euclidean"})],
+    "cknna": [((TALL, TALL[:, :3]), {"k": 4})],
+    "jaccard_knn": [((TALL, TALL[:, :3]), {"k": 4})],
     "pairwise": [(([X, Y, Z],), {}), (([X, Y], [Z]), {"debiased": True})],
     "similarities": [((X, Y), {"ridge": 0.1})],
     "calibrate": [
@@ -72,6 +73,7 @@ CASES: dict[str, list[Call]] = {
         ((X, Y), {"permutations": 20, "metric": "procrustes"}),
         ((X, Y), {"permutations": 20, "metric": "cca", "squared": True, "ridge": 0.1}),
         ((X, Y), {"permutations": 20, "metric": "mutual_knn", "k": 3}),
+        (([X, Z], [Y, Z]), {"permutations": 20, "aggregate": "max"}),
         ((X, Y), {"null": "moments"}),
     ],
     "interval": [
@@ -197,3 +199,9 @@ def test_values_are_those_of_the_cpu(backends, name, index, dtype, layout):
     tolerance = IN_FLOAT32 if is_solver and dtype != torch.float64 else TOLERANCE
     for a, b in zip(got, want, strict=True):
         assert_close(a, b, tolerance, nan=True)
+
+
+def test_calibrate_multiplies_by_triton(backends):
+    with phantom_device():
+        run("calibrate", 0, torch.float64, "rows", "cuda")
+    assert "triton" in backends
