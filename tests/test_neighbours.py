@@ -271,9 +271,9 @@ def test_permuted_overlaps_are_those_of_permuted_stimuli(metric, n, k, seed):
 def test_pairwise_finds_neighbours_once_for_all_pairs_and_metrics(backend, monkeypatch):
     found = []
 
-    def count(rows, k):
+    def count(rows, k, find):
         found.append(k)
-        return find_nearest(rows, k)
+        return find_nearest(rows, k, find)
 
     monkeypatch.setattr(neighbours, "find_nearest", count)
     rng = np.random.default_rng(2)
