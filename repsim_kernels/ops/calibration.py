@@ -166,9 +166,9 @@ def calibrate(
     distribution with the first two would be far off (docs/metrics.md, "Calibration").
 
     Source: Gröger, Wen & Brbić 2026, "Revisiting the Platonic Representation Hypothesis: An
-    Aristotelian View", ICML, for the threshold and the scale; Kazi-Aoual, Hitier, Sabatier & Lebreton
-    1995, "Refined approximations to permutation tests for multivariate inference", Computational
-    Statistics & Data Analysis 20, for the moments.
+    Aristotelian View", ICML, for the threshold and the scale; Kazi-Aoual, Hitier, Sabatier &
+    Lebreton 1995, "Refined approximations to permutation tests for multivariate inference",
+    Computational Statistics & Data Analysis 20, for the moments.
 
     Examples
     --------
