@@ -75,7 +75,7 @@ def calibrate(
     backend: str | None = None,
     **options: Any,
 ) -> Calibrated:
-    """Similarities with their null distribution: what unrelated stimuli would score.
+    """Similarities with their null distribution: what unrelated representations would score.
 
     The stimuli of one side are permuted, which keeps each representation and breaks their
     correspondence.
@@ -96,8 +96,8 @@ def calibrate(
     aggregate : {"max", "mean"}, optional
         Calibrate the largest or the mean similarity of all pairs of representations instead of each
         pair. The threshold of the largest holds for all pairs together: where no pair is related,
-        any of them exceeds it with probability alpha. If ys is None, pairs of a representation and
-        itself are left out.
+        any of them exceeds it with a probability of at most alpha. If ys is None, pairs of a
+        representation and itself are left out.
     null : {"permutation", "moments"}
         "moments": the p-value and threshold of a Pearson III distribution with the exact mean,
         variance and skewness over all permutations, without drawing any; for "cka" and
@@ -149,7 +149,7 @@ def calibrate(
 
     * "cka" and "cka_debiased" (all kernels), "rsa" (all distances and comparisons; ranks are made
       once) and "cca": n² operations, half of the inner product of two n x n matrices. The matrices
-      are kept, 4 n² bytes for each of xs and 8 n² bytes for each of ys.
+      are kept: 4 n² bytes per representation of the longer list, 8 n² bytes per one of the other.
     * "procrustes": a product of two n x r factors and the singular values of the result, r³, with
       r at most the neurons or the stimuli.
     * "mutual_knn", "cknna" and "jaccard_knn": n k log(n k) operations.
@@ -160,15 +160,15 @@ def calibrate(
     only equal stimuli are s: p-values do not depend on how a machine rounds. The stimuli must be
     exchangeable where the representations are unrelated; neighbouring frames of a film are not.
 
-    Where no pair is related, each p-value is at most alpha with probability alpha, but that of the
-    smallest of many is not: use `aggregate`. With "moments", p is approximate: the true null has
-    the same first three moments as the Pearson III distribution. For plain CKA of n stimuli and
-    more neurons the null lies near 1, and a normal distribution would be too narrow on the right.
+    Where a pair is not related, its p-value is at most alpha with a probability of at most alpha.
+    The smallest of many p-values is below alpha far more often: use `aggregate`. With "moments", p
+    is approximate: only three moments of the null are exact. The null is skewed, so that a normal
+    distribution with the first two would be far off (docs/metrics.md, "Calibration").
 
     Source: Gröger, Wen & Brbić 2026, "Revisiting the Platonic Representation Hypothesis: An
-    Aristotelian View", for the threshold and the scale; Kazi-Aoual, Hitier, Sabatier & Lebreton
-    1995, "Refined approximations to permutation tests for multivariate inference", Computational
-    Statistics & Data Analysis 20, for the moments.
+    Aristotelian View", ICML, for the threshold and the scale; Kazi-Aoual, Hitier, Sabatier &
+    Lebreton 1995, "Refined approximations to permutation tests for multivariate inference",
+    Computational Statistics & Data Analysis 20, for the moments.
 
     Examples
     --------
