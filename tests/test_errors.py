@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -55,11 +57,11 @@ def test_bad_representations_are_refused(x, error, match):
         with pytest.raises(error, match=match):
             call()
     like = torch.from_numpy if isinstance(x, torch.Tensor) else np.asarray
-    for name in PAIRS:
+    for name, options in PAIRS.items():
         with pytest.raises(error, match=match):
-            getattr(rk, name)(x, like(Y))
+            getattr(rk, name)(x, like(Y), **options)
         with pytest.raises(error, match=match.replace("x: ", "y: ", 1)):
-            getattr(rk, name)(like(Y), x)
+            getattr(rk, name)(like(Y), x, **options)
     for options in ({}, {"debiased": True}, {"kernel": "rbf"}):
         with pytest.raises(error, match=match):
             rk.cka(x, like(Y), **options)
@@ -71,7 +73,7 @@ def test_bad_representations_are_refused(x, error, match):
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_pairs_that_do_not_match_are_refused(name):
-    metric = getattr(rk, name)
+    metric = functools.partial(getattr(rk, name), **PAIRS[name])
     with pytest.raises(rk.ShapeError, match="y: 5 stimuli, but x has 6; expected the same"):
         metric(X, Y[:5])
     with pytest.raises(rk.ShapeError, match=r"x: [12] stimuli.*expected at least [23]"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -74,7 +76,7 @@ def test_a_batch_gives_the_results_of_its_items(f, backend):
 
 @pytest.mark.parametrize("f", [*SINGLES, *PAIRS])
 def test_bad_batches_are_refused(f):
-    function, arguments = getattr(rk, f), SINGLES.get(f, (Y,))
+    function, arguments = partial(getattr(rk, f), **PAIRS.get(f, {})), SINGLES.get(f, (Y,))
     with pytest.raises(rk.OptionError, match="batched: 1; expected True or False"):
         function(X, *arguments, batched=1)
     with pytest.raises(rk.ShapeError, match=r"x: an empty batch, shape \(0, 6, 4\)"):
