@@ -48,8 +48,8 @@ def draw_pair(
 
 def iter_coverages(pairs: int) -> Iterator[Coverage]:
     """Yield the coverage of the intervals of debiased CKA for each number of stimuli and truth."""
-    rng = np.random.default_rng(SEED)
     for n, part in STIMULI.items():
+        rng = np.random.default_rng((SEED, n))
         for truth in TRUTHS:
             count = max(1, round(pairs * part))
             shares, widths = [], []
@@ -75,9 +75,9 @@ def compute_sizes(pairs: int) -> dict[int, np.ndarray]:
 
     The shares are (metrics, nulls, alphas). Their spectra decay.
     """
-    rng = np.random.default_rng(SEED + 1)
     sizes = {}
     for n in TEST_STIMULI:
+        rng = np.random.default_rng((SEED, n))
         draws = [draw_pair(rng, n, 0.0, SPECTRA["decaying"]) for _ in range(pairs)]
         p_values = np.array([[compute_p_values(x, y, m) for m in METRICS] for x, y in draws])
         sizes[n] = 100 * (p_values[..., None] <= ALPHAS).mean(0)
@@ -102,12 +102,12 @@ def render_section(pairs: int = PAIRS) -> str:
     return f"""\
 ## Intervals of similarities
 
-`interval(x, y)`: 95 % intervals of debiased CKA by the jackknife, seed {SEED}. In each sample, n
-stimuli of two representations with {NEURONS} neurons are drawn from normal distributions with the
-same diagonal covariance Λ and the cross-covariance √c Λ, so that the population's CKA is c. The
-variances of the neurons are equal, or decay as 1/k. The shares of samples whose interval contains c
-should be 92 to 97 % for c = 0.3 and 0.9; their standard error is 0.7 for 1,000 samples, and 1.0
-for 500. At c = 0 the intervals are too wide: an interval that contains 0 is not a test.
+`interval(x, y)`: 95 % intervals of debiased CKA by the jackknife, with seeds ({SEED}, n). Each
+sample has n stimuli of two representations with {NEURONS} neurons, from normal distributions with
+the same diagonal covariance Λ and the cross-covariance √c Λ: the population's CKA is c. The
+variances of the neurons are equal, or decay as 1/k. The share of samples whose interval contains c
+should be 92 to 97 % for c = 0.3 and 0.9; its standard error is 0.7 for 1,000 samples, and 1.0 for
+500. At c = 0 the intervals are too wide: whether one contains 0 is not a test.
 
 | n | c | samples | {widths} |
 |---|---|---|{"---|" * 2 * len(SPECTRA)}
@@ -116,9 +116,9 @@ for 500. At c = 0 the intervals are too wide: an interval that contains 0 is not
 ## Tests of similarities
 
 `calibrate(x, y)`: how often unrelated representations (c = 0, decaying variances) have p ≤ 5 % and
-p ≤ 1 %, in {pairs:,} samples, seed {SEED + 1}; the standard errors are about 0.7 and 0.3. The nulls
-are {PERMUTATIONS} random permutations, the Pearson III distribution with the exact first three
-moments (`null="moments"`), and the normal distribution with the first two, which nothing here uses.
+p ≤ 1 %, in {pairs:,} samples with seeds ({SEED}, n); the standard errors are about 0.7 and 0.3. The
+nulls are {PERMUTATIONS} random permutations, the Pearson III distribution with the exact first
+three moments (`null="moments"`), and the normal distribution with two, which nothing here uses.
 
 | n | null | {" | ".join(titles)} |
 |---|---|{"---|" * len(titles)}
