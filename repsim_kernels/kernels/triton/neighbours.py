@@ -37,7 +37,7 @@ from repsim_kernels.kernels.torch import nearest, neighbours
 from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton._operand_kernels import load_tile
 
-MAX_COUNT = 32  # candidates; longer lists would spill next to tiles of 128 x 128
+MAX_COUNT = 32  # candidates; other lists would spill next to tiles of 128 x 128
 _SCALE = 2.0**15  # moves rows of unit length into the range of float16
 _INNER = 256  # neurons summed in one accumulator of the tensor cores
 
@@ -69,7 +69,7 @@ def floor(n: int, p: int, count: int) -> _launch.Floor:
     return _launch.Floor(4 * n * p + 16 * n * count, 2 * n * n * p, "float16x3")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "count"])
 def _candidates_kernel(
     hi_ptr, lo_ptr,  # (p / BLOCK_P, capacity, BLOCK_P)
     low_ptr,  # (capacity,)
@@ -172,13 +172,12 @@ def find_candidates(
 
 
 def _list_nearest(z: Tensor, low: Tensor, count: int, launch: Launch | None = None) -> Tensor:
-    """Return the lists of all programs, (n, parts, size): bits of a bound, then a number."""
+    """Return the lists of all programs, (n, parts, MAX_COUNT): bits of a bound, then a number."""
     n = len(z)
     launch = launch or choose(n, _launch.capability(z.device))
     capacity = triton.cdiv(n, max(launch.rows, launch.cols)) * max(launch.rows, launch.cols)
     hi, lo = _split(z, capacity, launch.block_p)
-    size = max(16, triton.next_power_of_2(count))
-    keys = torch.empty(n, launch.parts, size, dtype=torch.int64, device=z.device)
+    keys = torch.empty(n, launch.parts, MAX_COUNT, dtype=torch.int64, device=z.device)
     _launch.launch(
         _candidates_kernel,
         (triton.cdiv(n, launch.rows) * launch.parts,),
@@ -186,7 +185,7 @@ def _list_nearest(z: Tensor, low: Tensor, count: int, launch: Launch | None = No
         *(n, hi.shape[0] * launch.block_p, capacity, count, 2 / _SCALE**2),
         ROWS=launch.rows,
         COLS=launch.cols,
-        COUNT=size,
+        COUNT=MAX_COUNT,
         BLOCK_P=launch.block_p,
         INNER=_INNER,
         num_warps=launch.num_warps,
@@ -235,5 +234,4 @@ def _make_case(n: int, p: int, count: int) -> _launch.CompileCase:
 AOT_CASES = (
     _make_case(20_000, 512, 17),
     _make_case(1024, 4096, 17),
-    _make_case(1024, 4096, 9),
 )
