@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --d
 DEEP := -m "slow or hypothesis" --hypothesis-profile deep
 # Tests of values. `make slow` repeats them with other code paths of PyTorch's MKL and of NumPy's and
 # SciPy's OpenBLAS, which round differently, as another machine would.
-VALUES := $(patsubst %,tests/test_%.py,values metrics cka cka_precision rsa reference reference_properties ablation spectral probe)
+VALUES := $(patsubst %,tests/test_%.py,values metrics cka cka_precision rsa neighbours reference reference_properties ablation spectral probe)
 
 .PHONY: sweep train test lint check slow bench gpu-report clean
 

@@ -52,6 +52,9 @@ PAIRS = {
     "procrustes_distance": {},
     "rsa": {},
     "linear_predictivity": {},
+    "mutual_knn": {"k": 2},
+    "cknna": {"k": 2},
+    "jaccard_knn": {"k": 2},
 }
 SINGLES = {
     "centered_gram": (),

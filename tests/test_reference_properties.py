@@ -29,6 +29,7 @@ from repsim_kernels.reference.cca import cca, pwcca, svcca
 from repsim_kernels.reference.cells import class_means, selectivity_grid
 from repsim_kernels.reference.cka import cka
 from repsim_kernels.reference.gram import cell_grams, centered_gram, membership
+from repsim_kernels.reference.neighbours import jaccard_knn, mutual_knn
 from repsim_kernels.reference.pairwise import pairwise
 from repsim_kernels.reference.probe import ablation_decodability
 from repsim_kernels.reference.procrustes import procrustes, procrustes_distance
@@ -43,6 +44,8 @@ SIMILARITIES = {
     "procrustes": procrustes,
     "rsa": lambda x, y: rsa(x, y, compare="pearson"),
     "debiased": lambda x, y: cka(x, y, debiased=True),
+    "mutual_knn": lambda x, y: mutual_knn(x, y, k=3, distance="euclidean"),
+    "jaccard_knn": lambda x, y: jaccard_knn(x, y, k=2, distance="euclidean"),
     "pwcca": pwcca,
     "ridge pwcca": lambda x, y: pwcca(x, y, **RIDGE),
 }

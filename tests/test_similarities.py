@@ -18,7 +18,7 @@ from repsim_kernels.kernels.torch import gram, representation
 
 NAMES = [metric.name for metric in METRICS if metric.pairwise]
 EACH_BACKEND = pytest.mark.parametrize("backend", ["torch", "reference"])
-OPTIONS = {"ridge": 0.1, "form": "angular", "sigma": 0.7, "kernel": "rbf", "folds": 3}
+OPTIONS = {"ridge": 0.1, "form": "angular", "sigma": 0.7, "kernel": "rbf", "folds": 3, "k": 4}
 OWN = {  # the options that each function has
     "cka": ("kernel", "sigma"),
     "cka_debiased": ("kernel", "sigma"),
@@ -26,6 +26,9 @@ OWN = {  # the options that each function has
     "pwcca": ("ridge",),
     "linear_predictivity": ("ridge", "folds"),
     "procrustes_distance": ("form",),
+    "mutual_knn": ("k",),
+    "cknna": ("k",),
+    "jaccard_knn": ("k",),
 }
 
 
@@ -113,7 +116,8 @@ def test_grams_and_spectra_are_computed_once_for_all_metrics(monkeypatch):
 def test_metrics_that_need_more_stimuli_are_left_out(backend, n):
     x, y = draw_layers(n, 6, 7)
     needed = dict.fromkeys(NAMES, 2) | {"rsa": 3, "cka_debiased": 4, "linear_predictivity": 5}
-    got = rk.similarities(x, y, ridge=0.1, backend=backend)
+    needed |= dict.fromkeys(["mutual_knn", "cknna", "jaccard_knn"], 4)
+    got = rk.similarities(x, y, ridge=0.1, k=3, backend=backend)
     assert list(got) == [name for name in NAMES if needed[name] <= n]
     for name in set(NAMES) - set(got):
         with pytest.raises(rk.RepsimError, match="expected"):
@@ -125,7 +129,7 @@ def test_metrics_that_need_more_stimuli_are_left_out(backend, n):
 def test_metrics_that_are_not_defined_are_left_out_unless_they_are_named(backend):
     """All stimuli of x are equally far apart, up to rounding."""
     (y,) = draw_layers(6, 8)
-    got = rk.similarities(np.eye(6), y, ridge=0.1, backend=backend)
+    got = rk.similarities(np.eye(6), y, ridge=0.1, k=3, backend=backend)
     assert set(NAMES) - set(got) == {"rsa", "cka_debiased"}
     assert np.isfinite(list(got.values())).all()
     for name in ("rsa", "cka_debiased"):
@@ -184,7 +188,7 @@ def test_wrong_names_and_options_are_refused():
         (lambda: rk.similarities(x, 0 * y), rk.ConstantError, "y: the representation is the same"),
         (lambda: rk.similarities(nan, y), rk.NonFiniteError, "x: 4 of 24 values"),
         (lambda: rk.similarities(nan, y, metrics=["cka"]), rk.NonFiniteError, "x: 4 of 24"),
-        (lambda: rk.pairwise([x, nan], metric=NAMES), rk.NonFiniteError, r"xs\[1\]: 4 of 24"),
+        (lambda: rk.pairwise([x, nan], metric=NAMES, k=2), rk.NonFiniteError, r"xs\[1\]: 4 of 24"),
     ):
         with pytest.raises(error, match=f"^{match}"):
             call()

@@ -76,7 +76,7 @@ def mutual_knn(
     >>> x = rng.standard_normal((100, 10))
     >>> y = x + rng.standard_normal((100, 10))
     >>> round(float(rk.mutual_knn(x, y)), 3)
-    0.0
+    0.28
     """
     return _compare("mutual_knn", x, y, k, batched, backend, distance=distance)
 
@@ -135,7 +135,7 @@ def jaccard_knn(
     >>> x = rng.standard_normal((100, 10))
     >>> y = x + rng.standard_normal((100, 10))
     >>> round(float(rk.jaccard_knn(x, y)), 3)
-    0.0
+    0.171
     """
     return _compare("jaccard_knn", x, y, k, batched, backend, distance=distance)
 
@@ -200,7 +200,7 @@ def cknna(
     >>> x = rng.standard_normal((100, 10))
     >>> y = x + rng.standard_normal((100, 10))
     >>> round(float(rk.cknna(x, y)), 3)
-    0.0
+    0.302
     """
     return _compare("cknna", x, y, k, batched, backend)
 

@@ -27,8 +27,9 @@ def similarities(
         Activations for the same n stimuli. Integers are converted to float64.
     metrics : sequence of str, optional
         Any of "cka", "procrustes", "pwcca", "cca", "svcca", "cka_debiased", "procrustes_distance",
-        "rsa" and "linear_predictivity". By default all that the pair has: those that need more
-        than n stimuli, and those that are not defined for x and y, are left out.
+        "rsa", "linear_predictivity", "mutual_knn", "cknna" and "jaccard_knn". By default all that
+        the pair has: those that need more than n stimuli, and those that are not defined for x and
+        y, are left out.
     backend : {"reference", "torch"}, optional
         Backend to use; by default chosen by the library and device of x.
     **options
@@ -75,6 +76,9 @@ def similarities(
     procrustes_distance 0.542
     rsa                 0.457
     linear_predictivity 0.438
+    mutual_knn          0.280
+    cknna               0.302
+    jaccard_knn         0.171
     """
     choices = tuple(pairwise.PAIR_METRICS)
     names = choices if metrics is None else _options.check_choices(metrics, "metrics", choices)

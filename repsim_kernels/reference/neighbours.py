@@ -46,9 +46,8 @@ def centre_rows(x: Real) -> Array:
     """Return the products of the rows of x, scaled to unit length, minus the mean of each row."""
     rows = np.asarray(x, dtype=np.float64)
     rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    kernel = rows @ rows.T
-    centred: Array = kernel - kernel.mean(axis=1, keepdims=True)
-    return centred
+    kernel: Array = rows @ (rows - rows.mean(axis=0)).T
+    return kernel
 
 
 def find_nearest(x: Real, k: int, distance: str) -> NDArray[np.bool_]:

@@ -89,7 +89,9 @@ class ListedDistances(PairDistances):
     second: Tensor
 
     def _row_indices(self, pairs: Tensor | None) -> tuple[Tensor, Tensor]:
-        return (self.first, self.second) if pairs is None else (self.first[pairs], self.second[pairs])
+        return (
+            (self.first, self.second) if pairs is None else (self.first[pairs], self.second[pairs])
+        )
 
 
 class Workspace:

@@ -27,8 +27,8 @@ from repsim_kernels.kernels.torch.rsa import MIN_GAP, find_ties
 
 _TILE = 2**11  # rows and columns of a float32 tile of distances: 16 MiB
 _MARGIN = 6  # candidates beyond the neighbours and the next stimulus
-_GATHER = 2**20  # elements of features that are gathered together
-_FULL = 2**20  # float64 distances of some stimuli from all others, sorted together
+_GATHER = 2**19  # elements of features that are gathered together
+_SORTED = 2**17  # distances of some stimuli from all others that are sorted together
 
 # A function such as `find_candidates`.
 Find = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
@@ -51,8 +51,8 @@ def find_nearest(rows: Rows, k: int, find: Find | None = None) -> Tensor:
     nearest = candidates[:, :k].clone()
     stimuli = stimuli[~are_apart(rows, stimuli, nearest, upper[:, :k], lower[:, k])]
     if len(stimuli):
-        nearest[stimuli], apart = refine(rows, stimuli, candidates[stimuli], lower[stimuli, -1], k)
-        stimuli = stimuli[~apart]
+        nearest[stimuli], known = refine(rows, stimuli, candidates[stimuli], lower[stimuli, -1], k)
+        stimuli = stimuli[~known]
     if len(stimuli):
         nearest[stimuli] = find_among_all(rows, stimuli, k)
     return nearest
@@ -166,16 +166,14 @@ class Rows:
     def multiply_centred(self, indices: Tensor) -> Tensor:
         """Return the products of each row with others (n, k), which are relative to the mean."""
         products = []
-        for block in panels.split(self.n, max(1, memory.BLOCK // (indices.shape[1] * self.p))):
+        for block in panels.split(self.n, max(1, _GATHER // (indices.shape[1] * self.p))):
             near = indices[block]
             others = self.take(near.flatten()).sub_(self.mean).unflatten(0, near.shape)
             products.append((others @ self.take(block)[..., None])[..., 0])
         return torch.cat(products)
 
 
-def find_candidates(
-    z: Tensor, energy: Tensor, count: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def find_candidates(z: Tensor, energy: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the other stimuli with the smallest lower bounds of their squared distances.
 
     Parameters
@@ -230,15 +228,19 @@ def refine(
 
     The squared distances of all stimuli that are not candidates are at least ``bound`` (R,).
     """
-    nearest, apart = [], []
-    for block in panels.split(len(stimuli), max(1, memory.BLOCK // (candidates.shape[1] * rows.p))):
+    nearest, known = [], []
+    for block in panels.split(len(stimuli), max(1, _GATHER // (candidates.shape[1] * rows.p))):
         others = rows.take(candidates[block].flatten()).unflatten(0, candidates[block].shape)
         d2 = others.sub_(rows.take(stimuli[block])[:, None]).square_().sum(2)
         values, order = d2.sort(1)
-        nearest.append(candidates[block].gather(1, order[:, :k]))
-        following = torch.minimum(values[:, k], bound[block])
-        apart.append(are_apart(rows, stimuli[block], nearest[-1], values[:, :k], following))
-    return torch.cat(nearest), torch.cat(apart)
+        near, limit = candidates[block].gather(1, order), bound[block]
+        nearest.append(near[:, :k])
+        following = torch.minimum(values[:, k], limit)
+        is_known = are_apart(rows, stimuli[block], near[:, :k], values[:, :k], following)
+        if rows.x.dtype != torch.float64:
+            is_known |= are_untied(rows, stimuli[block], near, values, limit, k)
+        known.append(is_known)
+    return torch.cat(nearest), torch.cat(known)
 
 
 def are_apart(
@@ -259,6 +261,26 @@ def are_apart(
     return apart
 
 
+def are_untied(
+    rows: Rows, stimuli: Tensor, others: Tensor, d2: Tensor, bound: Tensor, k: int
+) -> Tensor:
+    """Return for which stimuli (R,) others at ascending distances are in a group too wide to tie.
+
+    The k-th and the next squared distance of ``d2`` (R, c) must differ by more than the rounding of
+    float64, and the distances around them, up to ``bound`` (R,), be close enough for one group.
+    """
+    pairs = rows.list_pairs(d2.flatten(), stimuli.repeat_interleave(d2.shape[1]), others.flatten())
+    tolerance = pairs.tolerance().view_as(d2).amax(1)
+    shift, distance = pairs.twice_input_shift().view_as(d2), d2.sqrt()
+    in_group = distance.diff() <= MIN_GAP * shift.amin(1, keepdim=True)
+    in_group &= d2[:, 1:] < bound[:, None]
+    below = in_group[:, : k - 1].flip(1).long().cumprod(1).sum(1, keepdim=True)
+    above = in_group[:, k - 1 :].long().cumprod(1).sum(1, keepdim=True)
+    width = distance.gather(1, k - 1 + above) - distance.gather(1, k - 1 - below)
+    is_distinct = d2[:, k] - d2[:, k - 1] > MIN_GAP * tolerance
+    return is_distinct & (above[:, 0] > 0) & (width[:, 0] > shift.amax(1))
+
+
 def find_among_all(rows: Rows, stimuli: Tensor, k: int) -> Tensor:
     """Return the k nearest of all other stimuli for some of them, (R, k)."""
     columns, index = torch.arange(rows.n, device=rows.x.device), None
@@ -267,11 +289,11 @@ def find_among_all(rows: Rows, stimuli: Tensor, k: int) -> Tensor:
     except EqualRows as equal:
         columns, index = equal.args
     nearest = []
-    for block in stimuli.split(max(1, _FULL // rows.n)):
-        d2 = rows.measure(block, columns)
-        if index is not None:
-            d2 = d2[:, index]
-        nearest.append(_select_nearest(rows, block, d2, k))
+    for block in stimuli.split(max(1, memory.BLOCK // rows.n)):
+        squared = rows.measure(block, columns)
+        for part in panels.split(len(block), max(1, _SORTED // rows.n)):
+            d2 = squared[part] if index is None else squared[part, index]
+            nearest.append(_select_nearest(rows, block[part], d2, k))
     return torch.cat(nearest)
 
 

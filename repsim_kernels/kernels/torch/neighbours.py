@@ -10,7 +10,6 @@ from torch import Tensor
 from repsim_kernels.kernels.torch.distances import SCALING_ERROR
 from repsim_kernels.kernels.torch.nearest import Find, Rows, find_nearest
 
-
 METRICS = ("mutual_knn", "jaccard_knn", "cknna")
 
 
@@ -19,15 +18,14 @@ class Neighbours(NamedTuple):
 
     indices: Tensor  # (n, k) int64, in no particular order
     # (n, k), their entries in the centred kernel, scaled to unit length together; NaN if they are
-    # zero, None if no metric needs them
-    entries: Tensor | None
+    # all zero, and empty if no metric needs them
+    entries: Tensor
     has_distances: bool  # whether each stimulus has a direction, and they are not all the same
 
     def defines(self, metric: str) -> bool:
         """Whether a metric has a value for this representation."""
-        if metric != "cknna" or self.entries is None:
-            return self.has_distances
-        return self.has_distances and not bool(self.entries[0, 0].isnan())
+        is_nan = metric == "cknna" and bool(self.entries[0, 0].isnan())
+        return self.has_distances and not is_nan
 
 
 def mutual_knn(x: Tensor, y: Tensor, **options: Any) -> Tensor:
@@ -83,13 +81,14 @@ def find_neighbours(
     rows = Rows(x, distance)
     if not rows.have_distances():
         indices = torch.zeros(len(x), k, dtype=torch.int64, device=x.device)
-        return Neighbours(indices, indices.double() if with_entries else None, False)
-    indices, entries = find_nearest(rows, k, find), None
-    if with_entries:
-        entries = rows.multiply_centred(indices)
-        length, rounding = torch.linalg.vector_norm(entries), SCALING_ERROR * entries.numel() ** 0.5
-        entries /= length.masked_fill(length <= rounding, torch.nan)
-    return Neighbours(indices, entries, True)
+        return Neighbours(indices, indices.double(), False)
+    indices = find_nearest(rows, k, find)
+    if not with_entries:
+        return Neighbours(indices, rows.energy.new_empty(0), True)
+    entries = rows.multiply_centred(indices)
+    length = torch.linalg.vector_norm(entries)
+    is_zero = length <= SCALING_ERROR * entries.numel() ** 0.5
+    return Neighbours(indices, entries / length.masked_fill(is_zero, torch.nan), True)
 
 
 def permuted_overlaps(
@@ -113,21 +112,22 @@ def permuted_overlaps(
     ones: K M n k log(L n k) operations, and one for each neighbour that two representations share.
     """
     n, k = left[0].indices.shape
-    table = _Table(left)
+    table = _NeighbourTable(left)
     stimuli = torch.arange(n, device=indices.device)
     out = table.keys.new_empty(len(indices), len(left), len(right), dtype=torch.float64)
     for permutation, values in zip(indices, out, strict=True):
         position = torch.empty_like(permutation)  # of each stimulus after the permutation
         position[permutation] = stimuli
-        for m, neighbours in enumerate(right):
-            entries = None
-            if metric == "cknna" and neighbours.entries is not None:
-                entries = neighbours.entries[permutation]
-            shared = table.sum_shared(position[neighbours.indices[permutation]], entries)
+        for m, one in enumerate(right):
+            entries = one.entries[permutation] if metric == "cknna" else None
+            shared = table.sum_shared(position[one.indices[permutation]], entries)
             if metric == "jaccard_knn":
                 shared /= 2 * k - shared
             values[:, m] = shared.sum(1)
-    out = out.clamp_(-1, 1) if metric == "cknna" else out.div_(n * k if metric == "mutual_knn" else n)
+    if metric == "cknna":
+        out.clamp_(-1, 1)
+    else:
+        out /= n * k if metric == "mutual_knn" else n
     rows, columns = (
         torch.tensor([one.defines(metric) for one in side], device=out.device)
         for side in (left, right)
@@ -135,43 +135,38 @@ def permuted_overlaps(
     return out.masked_fill_(~(rows[:, None] & columns), torch.nan)
 
 
-class _Table:
-    """The neighbours of several representations, sorted by stimulus and neighbour."""
+class _NeighbourTable:
+    """The neighbours of L representations, sorted by stimulus and neighbour."""
 
-    def __init__(self, side: list[Neighbours]) -> None:
-        self.shape = len(side), *side[0].indices.shape
-        size, n, k = self.shape
-        keys = torch.stack([_make_keys(one.indices) for one in side]).flatten()
-        order = keys.argsort()
-        self.keys, counts = keys[order].unique_consecutive(return_counts=True)
-        self.counts = counts
-        self.starts = counts.cumsum(0) - counts  # of the members with each key
-        self.members = order // (n * k) * n + order % (n * k) // k  # layer * n + stimulus
-        self.entries = None
-        if side[0].entries is not None:
-            self.entries = torch.stack([one.entries for one in side]).flatten()[order]
+    def __init__(self, members: list[Neighbours]) -> None:
+        self.shape = torch.Size((len(members), *members[0].indices.shape))
+        keys = torch.cat([_make_keys(one.indices) for one in members])
+        self.order = keys.argsort()
+        self.keys, self.counts = keys[self.order].unique_consecutive(return_counts=True)
+        self.starts = self.counts.cumsum(0) - self.counts  # in `order`
+        self.entries = torch.cat([one.entries.flatten() for one in members])
 
     def sum_shared(self, indices: Tensor, entries: Tensor | None) -> Tensor:
-        """Return, for each member and stimulus (L, n), the neighbours shared with others (n, k).
+        """Return what each member shares with other neighbours (n, k), by stimulus: (L, n).
 
-        Their number, or the sum of the products of their ``entries``, if these are given.
+        The number of neighbours, or the sum of the products of their ``entries``, if these are
+        given.
         """
-        queries = _make_keys(indices).flatten()
+        size, n, k = self.shape
+        queries = _make_keys(indices)
         at = torch.searchsorted(self.keys, queries).clamp_(max=len(self.keys) - 1)
         hits = (self.keys[at] == queries).nonzero()[:, 0]
-        at = at[hits]
-        counts = self.counts[at]
-        first = (self.starts[at] - counts.cumsum(0) + counts).repeat_interleave(counts)
-        found = first + torch.arange(len(first), device=first.device)
+        counts, ends = self.counts[at[hits]], self.starts[at[hits]] + self.counts[at[hits]]
+        steps = torch.arange(int(counts.sum()), device=hits.device)
+        found = self.order[(ends - counts.cumsum(0)).repeat_interleave(counts) + steps]
         weights = None
-        if entries is not None and self.entries is not None:
+        if entries is not None:
             weights = self.entries[found] * entries.flatten()[hits].repeat_interleave(counts)
-        size, n, _ = self.shape
-        shared = torch.bincount(self.members[found], weights, minlength=size * n)
+        shared = torch.bincount(found // k, weights, minlength=size * n)
         return shared.view(size, n).to(torch.float64)
 
 
 def _make_keys(indices: Tensor) -> Tensor:
-    """Return one integer for each stimulus and neighbour (n, k)."""
+    """Return one integer for each stimulus and neighbour (n, k): (n k,)."""
     n = len(indices)
-    return indices + torch.arange(0, n * n, n, device=indices.device)[:, None]
+    return (indices + torch.arange(0, n * n, n, device=indices.device)[:, None]).flatten()

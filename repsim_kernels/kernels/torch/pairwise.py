@@ -34,9 +34,9 @@ def pairwise(
     """Return metrics of all pairs, from names and options; ``precision`` is that of CKA."""
     left = [Representation(x) for x in xs]
     right = left if ys is None else [Representation(y) for y in ys]
-    # CKA takes the Grams that other metrics need too. RSA and metrics of neighbours do not; and with
-    # fewer neurons than stimuli, products of features are cheaper.
     of_neighbours = {name: own for name, own in metrics.items() if name in neighbours.METRICS}
+    # CKA takes the Grams that other metrics need too; RSA and metrics of neighbours need none. With
+    # fewer neurons than stimuli, products of features are cheaper.
     with_grams = metrics.keys() - {"rsa", *of_neighbours}
     shares_grams = len(with_grams) > 1 and all(r.p >= r.n for r in [*left, *right])
     overlaps = neighbours.all_pairs(xs, ys, of_neighbours)

@@ -89,9 +89,7 @@ def rank_distances(pairs: PairDistances) -> Tensor:
     return torch.as_tensor(out)
 
 
-def find_ties(
-    xp: Any, pairs: PairDistances, order: Array, row_length: int | None = None
-) -> Array:
+def find_ties(xp: Any, pairs: PairDistances, order: Array, row_length: int | None = None) -> Array:
     """Return which gaps (N + 1,) before, between and after N ascending distances are inside a tie.
 
     ``order`` (N,) has their indices among the pairs. With ``row_length``, each run of that length
