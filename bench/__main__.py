@@ -145,6 +145,23 @@ def maps() -> None:
 
 
 @app.command()
+def calibrate(
+    quick: Annotated[
+        bool, typer.Option(help="Use small sizes, in seconds; write no results.")
+    ] = False,
+) -> None:
+    """Measure calibrated similarities, by this package and by a loop: time, memory and values."""
+    from bench.bench_calibrate import describe_calibration, measure_calibration
+
+    record = measure_calibration(quick)
+    print(describe_calibration(record))
+    if not quick:
+        out = machine.RESULTS / f"calibrate-{machine.slugify_device('cpu')}.json"
+        machine.save(out, record)
+        print(out)
+
+
+@app.command()
 def render_docs() -> None:
     """Regenerate the figures and tables of the documentation from the committed results."""
     from bench.render_docs import draw_figures, render_pages

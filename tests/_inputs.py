@@ -88,6 +88,8 @@ def list_calls(x):
         ("ys[0]", lambda: rk.pairwise([y], [x])),
         ("xs[0]", lambda: rk.pairwise([x], kernel="precomputed")),
         ("y", lambda: rk.cka(gram, x, kernel="precomputed")),
+        ("xs[1]", lambda: rk.calibrate([y, x])),
+        ("ys[0]", lambda: rk.calibrate(y, [x])),
         ("x", lambda: rk.similarities(x, y)),
         ("y", lambda: rk.similarities(y, x)),
         ("gram", lambda: rk.gram_ablation_distances(x, x)),

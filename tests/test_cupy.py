@@ -44,6 +44,7 @@ ARGUMENTS: dict[str, tuple[tuple[np.ndarray, ...], dict[str, Any]]] = {
     "cknna": ((X, Y), {"k": 3}),
     "jaccard_knn": ((X, Y), {"k": 3}),
     "similarities": ((X, Y), {"ridge": 0.1}),
+    "calibrate": ((X, Y), {"permutations": 20}),
     "ablation_distances": ((X, CELLS), {}),
     "ablation_decodability": ((X, CELLS, LABELS), {}),
     "logistic_fits": ((X, LABELS, np.arange(6).reshape(2, 3)), {}),
@@ -147,7 +148,7 @@ def flatten(result: Any) -> list[Any]:
     """List the arrays of a result."""
     if isinstance(result, dict):
         return flatten(list(result.values()))
-    if type(result) in (list, tuple):
+    if isinstance(result, (list, tuple)):
         return [a for value in result for a in flatten(value)]
     return [result]
 

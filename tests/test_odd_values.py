@@ -29,6 +29,7 @@ ARGUMENTS = {
     **{name: (X, Y[:, :2]) for name in PAIRS},
     **{name: (X, *rest) for name, rest in (SINGLES | UNBATCHED).items()},
     "pairwise": ([X, Y],),
+    "calibrate": ([X, Y],),
     "similarities": (X[:, :2], Y[:, :2]),
     "gram_ablation_distances": (X @ X.T, (X @ X.T)[None] / 2),
     "eigh": (X @ X.T,),

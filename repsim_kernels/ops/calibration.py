@@ -316,7 +316,7 @@ def _call_kernel(
     arguments["precision"] = options.pop("precision", None)
     if _dispatch.choose_backend(operation, backend, source, xs, ys) != "reference":
         arguments["multiply"] = functools.partial(
-            _dispatch.call, "permuted_products", backend, Source("torch", source.device)
+            _dispatch.call, "permuted_products", backend, Source("torch", str(xs[0].device))
         )
     result = _dispatch.call(
         operation, backend, source, xs, ys, metric=metric, options=options, **arguments

@@ -73,6 +73,14 @@ CASES: dict[str, list[Call]] = {
         ((X, Y), {"null": "moments"}),
     ],
     "similarities": [((X, Y), {"ridge": 0.1})],
+    "calibrate": [
+        (([X, Y], [Y, Z, X]), {"permutations": 20, "debiased": True}),
+        ((X, Y), {"permutations": 20, "strata": LABELS, "metric": "rsa"}),
+        ((X, Y), {"permutations": 20, "metric": "procrustes"}),
+        ((X, Y), {"permutations": 20, "metric": "cca", "squared": True, "ridge": 0.1}),
+        ((X, Y), {"permutations": 20, "metric": "mutual_knn", "k": 3}),
+        ((X, Y), {"null": "moments"}),
+    ],
     "ablation_distances": [
         ((X,), {"cells": CELLS, "metrics": FIVE}),
         ((X,), {"cells": MEMBERSHIP, "metrics": FIVE}),
@@ -104,6 +112,7 @@ ELSEWHERE = {
     "compare": "test_networks.py",
     "extract": "test_networks.py",
     "SimilarityMap": "holds NumPy arrays",
+    "Calibrated": "what `calibrate` returns",
     "show_config": "takes no arrays",
 }
 LAYOUTS = {
