@@ -66,12 +66,6 @@ CASES: dict[str, list[Call]] = {
     "cknna": [((TALL, TALL[:, :3]), {"k": 4})],
     "jaccard_knn": [((TALL, TALL[:, :3]), {"k": 4, "distance": "correlation"})],
     "pairwise": [(([X, Y, Z],), {}), (([X, Y], [Z]), {"debiased": True})],
-    "calibrate": [
-        ((X, Y), {"permutations": 19}),
-        (([X, Z], [Y, Z]), {"permutations": 19, "aggregate": "max"}),
-        (([X, Y],), {"permutations": 19, "metric": "mutual_knn", "k": 2}),
-        ((X, Y), {"null": "moments"}),
-    ],
     "similarities": [((X, Y), {"ridge": 0.1})],
     "calibrate": [
         (([X, Y], [Y, Z, X]), {"permutations": 20, "debiased": True}),
