@@ -1,9 +1,9 @@
 """Inner products of the Gram matrices of one side with permutations of the other's, in one launch.
 
-A program takes a few permutations and every so many rows of the Grams of one side. It loads these
-once, gathers the entries of the other side from where its permutations move them, all layers of an
-entry together, and multiplies on float64's tensor cores. PyTorch adds the results of the programs,
-so that runs are bit-identical.
+A program takes a few permutations and some rows of the Grams of one side. It loads these once,
+gathers the entries of the other side from where its permutations move them, all layers of an entry
+together, and multiplies on float64's tensor cores. PyTorch adds the results of the programs, so
+that runs are bit-identical.
 
 Programs that differ in their permutations alone run concurrently: all but the first find h in the
 L2 cache. What they gather is scattered over k, of which the cache holds a quarter at most.

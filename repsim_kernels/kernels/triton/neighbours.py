@@ -1,10 +1,10 @@
 """Candidates for the nearest neighbours of all stimuli, from tiles of their distances.
 
-A program takes a block of stimuli and every so many tiles of the others. It multiplies two halves
-of float16 in three products, as gram.py does, and keeps the nearest others of each stimulus on a
-list in registers. From a tile it takes the nearest of each row, which replaces the farthest on the
-list, until the lists hold nothing farther than what is left. PyTorch sorts the lists of all
-programs. There is no n x n matrix, and n x p operands are as large as float32 features.
+A program takes a block of stimuli and some tiles of the others. It multiplies two halves of float16
+in three products, as gram.py does, and keeps the nearest others of each stimulus on a list in
+registers. From a tile it takes the nearest of each row, which replaces the farthest on the list,
+until the lists hold nothing farther than what is left. PyTorch sorts the lists of all programs.
+There is no n x n matrix, and n x p operands are as large as float32 features.
 
 Bounds of distances allow for the tensor cores' truncation. The torch backend decides which
 candidates are the neighbours, from these bounds and in float64.
@@ -15,7 +15,7 @@ Predictions for an H200, since this was not run on a GPU, for 17 candidates:
     20,000   512     3 · 0.41 Top  1.5 ms     2.2 ms
     1,024    4,096   3 · 8.6 Gop   32 µs      80 µs
 
-On sm_90, a step is issued in 0.28 of the cycles that its products occupy the tensor cores: 12,288
+On sm_90, a step is issued in 0.27 of the cycles that its products occupy the tensor cores: 12,288
 for a tile of 128 x 128 with 512 neurons. Taking the nearest of each row from it needs another 1,120
 to be issued (560 instructions of 8 warps). In random order, a tile of 20,000 stimuli needs five
 such rounds on average, the most of its 128 rows; the first tile of a program needs 17. 1,024
