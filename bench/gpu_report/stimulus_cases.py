@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from bench.gpu_report.case import Facts, KernelCase, Shape, cast, load, make_case
+from bench.gpu_report.case import Call, Facts, KernelCase, Shape, cast, load, make_case
 
 
 def make_permutations_row(n: int, rows: int, cols: int, count: int) -> KernelCase:
@@ -42,8 +42,9 @@ def make_permutations_row(n: int, rows: int, cols: int, count: int) -> KernelCas
         8 * (entries * (rows + count * cols) + count * rows * cols),
         2 * count * rows * cols * entries,
     )
-    paths = ("triton.calibration:permuted_products", "torch.calibration:permuted_products")
-    return make_case("permuted_products", s, formula, cost, *map(load, paths), **facts)
+    kernel = load("triton.calibration:permuted_products")
+    backend = load("torch.calibration:permuted_products")
+    return make_case("permuted_products", s, formula, cost, kernel, backend, **facts)
 
 
 def make_candidates_row(n: int, p: int, count: int) -> KernelCase:
@@ -59,7 +60,7 @@ def make_candidates_row(n: int, p: int, count: int) -> KernelCase:
         d2 = torch.addmm(energy, z, z.mT, alpha=-2).add_(energy[:, None])
         return d2.fill_diagonal_(torch.inf).topk(count, largest=False).values
 
-    def measure(path: str) -> Any:
+    def measure(path: str) -> Call:
         def call(z: Tensor, energy: Tensor) -> Tensor:
             _, lower, upper = load(path)(z, energy, count)
             return (lower.double() + upper.double()) / 2
@@ -74,5 +75,6 @@ def make_candidates_row(n: int, p: int, count: int) -> KernelCase:
         "cupy": False,
     }
     cost = s.size + 16 * n * count, 2 * n * n * p
-    paths = ("triton.neighbours:find_candidates", "torch.nearest:find_candidates")
-    return make_case("nearest candidates", s, formula, cost, *map(measure, paths), **facts)
+    kernel = measure("triton.neighbours:find_candidates")
+    backend = measure("torch.nearest:find_candidates")
+    return make_case("find_candidates", s, formula, cost, kernel, backend, **facts)

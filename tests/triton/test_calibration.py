@@ -15,7 +15,7 @@ from repsim_kernels.kernels.triton import calibration
 from repsim_kernels.kernels.triton.calibration import Launch
 
 # Blocks smaller than the drawn sizes, so that there are several of each.
-SMALL = Launch(rows=16, cols=4, permutations=4, block=16, parts=3, num_warps=4, num_stages=1)
+SMALL = Launch(cols=4, permutations=4, block=16, parts=3, num_warps=4, num_stages=1)
 
 
 def draw_grams(rng, layers, n):
@@ -153,13 +153,12 @@ def test_which_arrays_are_supported(device):
 
 
 def test_launch_settings():
-    def choose(n, rows, cols, permutations, capability=(9, 0), dtype=torch.float64):
-        return calibration.choose(n, rows, cols, permutations, dtype, capability)
-
-    large = choose(1024, 32, 24, 200)
-    assert large == Launch(32, 32, 2, 32, parts=11, num_warps=8, num_stages=3)
-    assert choose(1024, 32, 24, 200, (10, 0)) == replace(large, permutations=1, parts=6)
-    assert choose(1024, 32, 24, 200, dtype=torch.float32) == replace(large, num_stages=1)
-    single = choose(1024, 1, 1, 200)
-    assert (single.rows, single.cols, single.permutations, single.parts) == (16, 1, 64, 264)
-    assert choose(5, 1, 1, 200).parts == 5
+    large = calibration.choose(1024, 32, 24, 200, (9, 0))
+    assert large == Launch(32, 2, 32, parts=11, num_warps=8, num_stages=2)
+    assert calibration.choose(1024, 32, 24, 200, (8, 0)) == replace(large, num_stages=3)
+    on_10 = replace(large, permutations=1, parts=6)
+    assert calibration.choose(1024, 32, 24, 200, (10, 0)) == on_10
+    single = calibration.choose(1024, 1, 1, 200, (9, 0))
+    assert (single.cols, single.permutations, single.parts) == (2, 32, 151)
+    assert calibration.choose(5, 1, 1, 200, (9, 0)).parts == 5
+    assert [calibration.choose(9, 1, m, 9, (9, 0)).cols for m in (3, 9, 17, 99)] == [8, 16, 32, 32]

@@ -62,9 +62,9 @@ CASES: dict[str, list[Call]] = {
     "procrustes_distance": [((X, Y), {}), ((X, Y), {"form": "angular"})],
     "rsa": [((X, Y), {}), ((X, Y), {"compare": "cosine"})],
     "linear_predictivity": [((X, Y), {}), ((X, Y), {"ridge": "gcv"})],
-    "mutual_knn": [((X, Y), {"k": 2}), ((TALL, TALL[:, :3]), {"distance": "euclidean"})],
+    "mutual_knn": [((X, Y), {}), ((TALL, TALL[:, :3]), {"distance": "euclidean"})],
     "cknna": [((TALL, TALL[:, :3]), {"k": 4})],
-    "jaccard_knn": [((TALL, TALL[:, :3]), {"k": 4})],
+    "jaccard_knn": [((TALL, TALL[:, :3]), {"k": 4, "distance": "correlation"})],
     "pairwise": [(([X, Y, Z],), {}), (([X, Y], [Z]), {"debiased": True})],
     "similarities": [((X, Y), {"ridge": 0.1})],
     "calibrate": [
