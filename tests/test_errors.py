@@ -17,7 +17,11 @@ X, Y = RNG.standard_normal((6, 4)), RNG.standard_normal((6, 2))
 NAN, INF = X.copy(), torch.from_numpy(X.copy())
 NAN[2, 3] = np.nan
 INF[1, 0] = torch.inf
-PAIRS = tuple(metric.name for metric in METRICS if metric.has_function)
+PAIRS = {
+    metric.name: {"k": 2} if metric.name.endswith(("knn", "cknna")) else {}
+    for metric in METRICS
+    if metric.has_function
+}
 CELLS, LABELS = [0, 0, 1, 1], [0, 0, 1, 1, 2, 2]
 
 

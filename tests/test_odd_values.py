@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 import repsim_kernels as rk
 
 ARGUMENTS = {
-    **{name: (X, Y[:, :2]) for name in PAIRS},
+    **{name: (X, Y[:, :2], *([2] if "k" in options else [])) for name, options in PAIRS.items()},
     **{name: (X, *rest) for name, rest in (SINGLES | UNBATCHED).items()},
     "pairwise": ([X, Y],),
     "calibrate": ([X, Y],),
