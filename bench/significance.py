@@ -92,7 +92,7 @@ def render_section(pairs: int = PAIRS) -> str:
         + " |"
         for row in iter_coverages(pairs)
     )
-    titles = [f"{label}, {alpha:.0%}" for label in METRICS.values() for alpha in ALPHAS]
+    titles = [f"{label}, {100 * alpha:g} %" for label in METRICS.values() for alpha in ALPHAS]
     sizes = "\n".join(
         f"| {n} | {null} | " + " | ".join(f"{share:.1f}" for share in shares[:, i].flat) + " |"
         for n, shares in compute_sizes(pairs).items()
