@@ -38,9 +38,20 @@ _LAYER_OPERATIONS = (
     Operation("gram_products", "layer_grams", ("reference", "torch", "triton")),
     Operation("unpack_gram", "layer_grams", ("reference", "torch")),
     Operation("permuted_products", "calibration", ("reference", "torch", "triton")),
+    Operation("find_candidates", "nearest", ("torch", "triton"), batched=("torch", "triton")),
     Operation("calibrate_by_moments", "calibration", ("torch",), with_precision=("torch",)),
 )
-_BATCHED = {(op.name, backend) for op in OPERATIONS for backend in op.batched}
+# Internal operations that kernels of the torch backend take as arguments, so that Triton can serve
+# them on a GPU.
+_FIND, _MULTIPLY = {"find": "find_candidates"}, {"multiply": "permuted_products"}
+_INNER = {
+    **dict.fromkeys(("mutual_knn", "cknna", "jaccard_knn", "pairwise"), _FIND),
+    "calibrate": _FIND | _MULTIPLY,
+    "calibrate_by_moments": _MULTIPLY,
+}
+_BATCHED = {
+    (op.name, backend) for op in (*OPERATIONS, *_LAYER_OPERATIONS) for backend in op.batched
+}
 _WITH_PRECISION = {
     (op.name, backend) for op in (*OPERATIONS, *_LAYER_OPERATIONS) for backend in op.with_precision
 }
@@ -185,6 +196,10 @@ def call(
     chosen = choose_backend(operation, backend, source, *xs)
     if precision is not None and (operation, chosen) in _WITH_PRECISION:
         options["precision"] = precision
+    if chosen == "torch":
+        own = Source("torch", source.device)
+        for argument, inner in _INNER.get(operation, {}).items():
+            options[argument] = functools.partial(call, inner, get_requested_backend(backend), own)
     function = _load_kernel(operation, chosen)
     if (operation, chosen) not in _BATCHED:
         function = functools.partial(_loop_over_batch, function)

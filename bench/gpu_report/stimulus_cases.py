@@ -75,6 +75,6 @@ def make_candidates_row(n: int, p: int, count: int) -> KernelCase:
         "cupy": False,
     }
     cost = s.size + 16 * n * count, 2 * n * n * p
-    kernel = measure("triton.neighbours:find_candidates")
+    kernel = measure("triton.nearest:find_candidates")
     backend = measure("torch.nearest:find_candidates")
     return make_case("find_candidates", s, formula, cost, kernel, backend, **facts)

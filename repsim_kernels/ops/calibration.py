@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from repsim_kernels import _arrays, _check, _check_layers, _check_permutations, _dispatch, _options
-from repsim_kernels._arrays import Source
 from repsim_kernels._typing import Array, ArrayLike
 from repsim_kernels.errors import OptionError
 from repsim_kernels.ops import pairwise
@@ -314,10 +312,6 @@ def _call_kernel(
         _options.warn_if_degenerate(metric, n, p, q, options["ridge"], options["penalty"])
     options = dict(options)
     arguments["precision"] = options.pop("precision", None)
-    if _dispatch.choose_backend(operation, backend, source, xs, ys) != "reference":
-        arguments["multiply"] = functools.partial(
-            _dispatch.call, "permuted_products", backend, Source("torch", str(xs[0].device))
-        )
     result = _dispatch.call(
         operation, backend, source, xs, ys, metric=metric, options=options, **arguments
     )

@@ -37,7 +37,7 @@ def mutual_knn(
         Whether x and y are batches, (…, n, p) and (…, n, q). Their leading dimensions broadcast and
         become those of the result. Without it, more than two dimensions are an error: flatten
         activations (n, c, h, w) first.
-    backend : {"reference", "torch", "triton"}, optional
+    backend : {"reference", "torch"}, optional
         Backend to use; by default chosen by the library and device of x.
 
     Returns
@@ -103,7 +103,7 @@ def jaccard_knn(
         activations are not centred first.
     batched : bool
         Whether x and y are batches, (…, n, p) and (…, n, q); see `mutual_knn`.
-    backend : {"reference", "torch", "triton"}, optional
+    backend : {"reference", "torch"}, optional
         Backend to use; by default chosen by the library and device of x.
 
     Returns
@@ -158,7 +158,7 @@ def cknna(
         Number of neighbours of a stimulus, at least 1.
     batched : bool
         Whether x and y are batches, (…, n, p) and (…, n, q); see `mutual_knn`.
-    backend : {"reference", "torch", "triton"}, optional
+    backend : {"reference", "torch"}, optional
         Backend to use; by default chosen by the library and device of x.
 
     Returns

@@ -27,6 +27,7 @@ from repsim_kernels.kernels.torch import (
     permutation_moments,
     rsa,
 )
+from repsim_kernels.kernels.torch.nearest import Find
 from repsim_kernels.kernels.torch.representation import Representation, from_complement
 
 Multiply = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -47,18 +48,25 @@ def calibrate(
     options: dict[str, Any],
     indices: np.ndarray,
     multiply: Multiply | None = None,
+    find: Find | None = None,
     precision: str = "float64",
 ) -> tuple[Tensor, Tensor]:
     """Return metric(x, y) for all pairs (L, M), and metric(x, y[indices[a]]), (K, L, M).
 
-    ``multiply`` replaces `permuted_products`; ``precision`` is that of CKA.
+    ``multiply`` replaces `permuted_products`, and ``find`` `nearest.find_candidates`; ``precision``
+    is that of CKA.
     """
     if metric in ("cka", "cka_debiased"):
         options = {"debiased": True, "precision": precision} | options
     orders = np.concatenate([np.arange(indices.shape[1])[None], indices])
-    values = _VALUES[metric](
-        xs, ys, torch.from_numpy(orders).to(xs[0].device), multiply or permuted_products, **options
-    )
+    if metric in neighbours.METRICS:
+        own: dict[str, Any] = {"metric": metric, "find": find}
+    elif metric == "procrustes":
+        own = {}
+    else:
+        own = {"multiply": multiply}
+    places = torch.from_numpy(orders).to(xs[0].device)
+    values = _VALUES[metric](xs, ys, places, **own, **options)
     observed, null = values[0], values[1:]
     _copy_unchanged(observed, null, xs, xs if ys is None else ys, indices)
     return observed, null
@@ -91,7 +99,7 @@ def calibrate_by_moments(
             yield g
 
     same = torch.arange(n, device=xs[0].device)[None]
-    observed = _multiply_all(make_and_record, xs, ys, same, multiply or permuted_products)[0]
+    observed = _multiply_all(make_and_record, xs, ys, same, multiply)[0]
     left, right = (torch.stack(side) for side in (sides[0], sides[-1]))
     if len(left) != len(xs):  # the sides were exchanged
         left, right = right, left
@@ -162,7 +170,7 @@ def _multiply_all(
     xs: list[Any],
     ys: list[Any] | None,
     orders: Tensor,
-    multiply: Multiply,
+    multiply: Multiply | None,
 ) -> Tensor:
     """Return the inner products of the matrices of all xs with permuted ones of all ys, (K, L, M).
 
@@ -183,11 +191,15 @@ def _multiply_all(
             k[:, i] = g.view(-1)
     for j, g in enumerate(() if ys is None else make(ys)):
         k[:, j] = g.view(-1)
-    return multiply(h, k, orders)
+    return (multiply or permuted_products)(h, k, orders)
 
 
 def _from_kernels(
-    xs: list[Tensor], ys: list[Tensor] | None, orders: Tensor, multiply: Multiply, **options: Any
+    xs: list[Tensor],
+    ys: list[Tensor] | None,
+    orders: Tensor,
+    multiply: Multiply | None,
+    **options: Any,
 ) -> Tensor:
     make = _choose_kernels(xs, ys, **options)
     return _multiply_all(make, xs, ys, orders, multiply).clamp_(-1, 1)
@@ -216,7 +228,11 @@ def _iter_kernels(xs: list[Tensor], options: tuple[Any, ...]) -> Iterator[Tensor
 
 
 def _from_distances(
-    xs: list[Tensor], ys: list[Tensor] | None, orders: Tensor, multiply: Multiply, **options: Any
+    xs: list[Tensor],
+    ys: list[Tensor] | None,
+    orders: Tensor,
+    multiply: Multiply | None,
+    **options: Any,
 ) -> Tensor:
     make = functools.partial(_iter_distances, **options)
     return _multiply_all(make, xs, ys, orders, multiply).clamp_(-1, 1)
@@ -237,7 +253,7 @@ def _from_projections(
     xs: list[Tensor],
     ys: list[Tensor] | None,
     orders: Tensor,
-    multiply: Multiply,
+    multiply: Multiply | None,
     squared: bool,
     ridge: float,
     penalty: float,
@@ -265,11 +281,8 @@ def _from_projections(
     return total.div_(sizes).clamp_(0, 1)
 
 
-def _from_factors(
-    xs: list[Tensor], ys: list[Tensor] | None, orders: Tensor, multiply: Multiply
-) -> Tensor:
+def _from_factors(xs: list[Tensor], ys: list[Tensor] | None, orders: Tensor) -> Tensor:
     """Return the Procrustes similarity: one product and one nuclear norm for each."""
-    del multiply
     left = [_unit_factor(x) for x in xs]
     right = left if ys is None else [_unit_factor(y) for y in ys]
     out = torch.empty(len(orders), len(left), len(right), dtype=torch.float64, device=orders.device)
@@ -290,14 +303,13 @@ def _from_neighbours(
     xs: list[Tensor],
     ys: list[Tensor] | None,
     orders: Tensor,
-    multiply: Multiply,
+    find: Find | None,
     metric: str,
     k: int,
     distance: str = "cosine",
 ) -> Tensor:
-    del multiply
     left, right = (
-        [neighbours.find_neighbours(x, k, distance, metric == "cknna") for x in side]
+        [neighbours.find_neighbours(x, k, distance, metric == "cknna", find) for x in side]
         for side in (xs, ys or ())
     )
     return neighbours.permuted_overlaps(left, left if ys is None else right, orders, metric)
@@ -309,9 +321,9 @@ _VALUES: dict[str, Callable[..., Tensor]] = {
     "rsa": _from_distances,
     "cca": _from_projections,
     "procrustes": _from_factors,
-    **{metric: functools.partial(_from_neighbours, metric=metric) for metric in neighbours.METRICS},
+    **dict.fromkeys(neighbours.METRICS, _from_neighbours),
 }
-"""How each metric is computed for all permutations: functions of xs, ys, orders and `Multiply`."""
+"""How each metric is computed for all permutations."""
 
 
 def _copy_unchanged(

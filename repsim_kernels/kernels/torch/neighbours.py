@@ -28,20 +28,16 @@ class Neighbours(NamedTuple):
         return self.has_distances and not is_nan
 
 
-def mutual_knn(x: Tensor, y: Tensor, **options: Any) -> Tensor:
-    return _compare_pair(x, y, "mutual_knn", options)
+def mutual_knn(x: Tensor, y: Tensor, find: Find | None = None, **options: Any) -> Tensor:
+    return all_pairs([x], [y], {"mutual_knn": options}, find)["mutual_knn"][0, 0]
 
 
-def jaccard_knn(x: Tensor, y: Tensor, **options: Any) -> Tensor:
-    return _compare_pair(x, y, "jaccard_knn", options)
+def jaccard_knn(x: Tensor, y: Tensor, find: Find | None = None, **options: Any) -> Tensor:
+    return all_pairs([x], [y], {"jaccard_knn": options}, find)["jaccard_knn"][0, 0]
 
 
-def cknna(x: Tensor, y: Tensor, **options: Any) -> Tensor:
-    return _compare_pair(x, y, "cknna", options)
-
-
-def _compare_pair(x: Tensor, y: Tensor, metric: str, options: dict[str, Any]) -> Tensor:
-    return all_pairs([x], [y], {metric: options})[metric][0, 0]
+def cknna(x: Tensor, y: Tensor, find: Find | None = None, **options: Any) -> Tensor:
+    return all_pairs([x], [y], {"cknna": options}, find)["cknna"][0, 0]
 
 
 def all_pairs(
@@ -52,7 +48,8 @@ def all_pairs(
 ) -> dict[str, Tensor]:
     """Return metrics of every x (n, p_i) with every y (n, q_j), (L, M) each; ys default to xs.
 
-    ``metrics`` maps their names to their options. NaN where one is not defined.
+    ``metrics`` maps their names to their options. NaN where one is not defined. ``find`` replaces
+    `nearest.find_candidates`.
     """
     same = torch.arange(len(xs[0]), device=xs[0].device)[None]
     out, sides = {}, {}

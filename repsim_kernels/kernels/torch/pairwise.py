@@ -21,6 +21,7 @@ from repsim_kernels.kernels.torch import (
     procrustes,
     rsa,
 )
+from repsim_kernels.kernels.torch.nearest import Find
 from repsim_kernels.kernels.torch.representation import Representation
 
 
@@ -30,8 +31,12 @@ def pairwise(
     *,
     metrics: dict[str, dict[str, Any]],
     precision: str = "float64",
+    find: Find | None = None,
 ) -> dict[str, Any]:
-    """Return metrics of all pairs, from names and options; ``precision`` is that of CKA."""
+    """Return metrics of all pairs, from names and options; ``precision`` is that of CKA.
+
+    ``find`` replaces `nearest.find_candidates`.
+    """
     left = [Representation(x) for x in xs]
     right = left if ys is None else [Representation(y) for y in ys]
     of_neighbours = {name: own for name, own in metrics.items() if name in neighbours.METRICS}
@@ -39,7 +44,7 @@ def pairwise(
     # fewer neurons than stimuli, products of features are cheaper.
     with_grams = metrics.keys() - {"rsa", *of_neighbours}
     shares_grams = len(with_grams) > 1 and all(r.p >= r.n for r in [*left, *right])
-    overlaps = neighbours.all_pairs(xs, ys, of_neighbours)
+    overlaps = neighbours.all_pairs(xs, ys, of_neighbours, find)
     values: dict[str, Any] = {}
     for name, options in metrics.items():
         if name in overlaps:

@@ -25,7 +25,6 @@ stimuli are 64 programs for 132 multiprocessors.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from repsim_kernels.kernels.torch import nearest, neighbours
+from repsim_kernels.kernels.torch import nearest
 from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton._operand_kernels import load_tile
 
@@ -128,29 +127,9 @@ def _candidates_kernel(
     tl.store(keys_ptr + place[:, None] + slot, key, mask=(row < n)[:, None])
 
 
-def unsupported(*tensors: Tensor) -> str | None:
-    """Return why the kernels can't take x and y, or None if they can; float64 is allowed."""
-    singles = (t.new_empty(0, dtype=torch.float32) for t in tensors if t.dtype == torch.float64)
-    return _launch.unsupported(*singles, *(t for t in tensors if t.dtype != torch.float64))
-
-
-def mutual_knn(x: Tensor, y: Tensor, **options: Any) -> Tensor:
-    """Compute the torch backend's result from candidates of the kernel."""
-    return _compare(x, y, "mutual_knn", options)
-
-
-def jaccard_knn(x: Tensor, y: Tensor, **options: Any) -> Tensor:
-    """Compute the torch backend's result from candidates of the kernel."""
-    return _compare(x, y, "jaccard_knn", options)
-
-
-def cknna(x: Tensor, y: Tensor, **options: Any) -> Tensor:
-    """Compute the torch backend's result from candidates of the kernel."""
-    return _compare(x, y, "cknna", options)
-
-
-def _compare(x: Tensor, y: Tensor, metric: str, options: dict[str, Any]) -> Tensor:
-    return neighbours.all_pairs([x], [y], {metric: options}, find_candidates)[metric][0, 0]
+def unsupported(z: Tensor, *_: object) -> str | None:
+    """Return why the kernel can't take the rows, or None if it can."""
+    return _launch.unsupported(z)
 
 
 def find_candidates(

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import repsim_kernels as rk
-from repsim_kernels.kernels.triton import neighbours
-from repsim_kernels.kernels.triton.neighbours import Launch
+from repsim_kernels.kernels.torch import neighbours
+from repsim_kernels.kernels.triton import nearest
+from repsim_kernels.kernels.triton.nearest import Launch
 
 # Tiles and steps smaller than the drawn sizes, and several programs for each block of stimuli.
 SMALL = Launch(rows=16, cols=16, block_p=16, parts=2, num_warps=4, num_stages=2)
@@ -31,7 +32,7 @@ def find(device, z, count, launch=None):
     """Find candidates; the energies are those of the float32 rows."""
     energy = np.square(z.astype(np.float64)).sum(1)
     inputs = (torch.from_numpy(a).to(device) for a in (z, energy))
-    results = neighbours.find_candidates(*inputs, count, launch=launch)
+    results = nearest.find_candidates(*inputs, count, launch=launch)
     indices, lower, upper = (a.cpu().numpy() for a in results)
     assert indices.shape == lower.shape == upper.shape == (len(z), count)
     assert (indices.dtype, lower.dtype, upper.dtype) == (np.int64, np.float32, np.float32)
@@ -78,7 +79,7 @@ def test_several_tiles_and_accumulators(device, n, p):
     assert_right(z, 17, find(device, z, 17))
 
 
-@pytest.mark.parametrize("count", [1, 16, 17, neighbours.MAX_COUNT])
+@pytest.mark.parametrize("count", [1, 16, 17, nearest.MAX_COUNT])
 def test_as_many_candidates_as_others(device, count):
     z = draw_rows(np.random.default_rng(0), count + 1, 3)
     assert_right(z, count, find(device, z, count, SMALL))
@@ -133,7 +134,8 @@ def test_metrics_are_those_of_the_reference(device, launches, metric, dtype):
     x = torch.from_numpy(rng.standard_normal((40, 6))[np.arange(45) % 40])
     y = x[:, :5] + 0.3 * torch.from_numpy(rng.standard_normal((45, 5)))
     x, y = (a.to(device, getattr(torch, dtype)) for a in (x, y))
-    got, want = (getattr(rk, metric)(x, y, k=4, backend=b) for b in ("triton", "reference"))
+    got = getattr(neighbours, metric)(x, y, find=nearest.find_candidates, k=4)
+    want = getattr(rk, metric)(x, y, k=4, backend="reference")
     assert [record["kernel"] for record in launches] == ["_candidates_kernel"] * 2
     np.testing.assert_allclose(got.cpu(), want.cpu(), rtol=0, atol=1e-12)
     assert 0.1 < float(got) < 0.9
@@ -142,14 +144,15 @@ def test_metrics_are_those_of_the_reference(device, launches, metric, dtype):
 def test_more_neighbours_than_a_list_holds(device, launches):
     rng = np.random.default_rng(0)
     x, y = (torch.from_numpy(rng.standard_normal((50, p))).to(device) for p in (3, 4))
-    got, want = (rk.mutual_knn(x, y, k=26, backend=b) for b in ("triton", "reference"))
+    got = neighbours.mutual_knn(x, y, find=nearest.find_candidates, k=26)
+    want = rk.mutual_knn(x, y, k=26, backend="reference")
     assert (launches, float(got)) == ([], float(want))
 
 
 def test_launch_settings():
-    large = neighbours.choose(20_000, (9, 0))
+    large = nearest.choose(20_000, (9, 0))
     assert (large.rows, large.cols, large.block_p, large.parts) == (128, 128, 64, 4)
-    assert neighbours.choose(1024, (9, 0)).parts == 8
-    assert neighbours.choose(50, (9, 0)).parts == 1
-    assert neighbours.choose(20_000, (8, 0)).rows == 64
-    assert neighbours.choose(20_000, (10, 0)).cols == 64
+    assert nearest.choose(1024, (9, 0)).parts == 8
+    assert nearest.choose(50, (9, 0)).parts == 1
+    assert nearest.choose(20_000, (8, 0)).rows == 64
+    assert nearest.choose(20_000, (10, 0)).cols == 64
