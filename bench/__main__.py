@@ -150,7 +150,8 @@ def calibrate(
     """Measure calibrated similarities, by this package and by a loop: time, memory and values."""
     from bench.bench_calibrate import describe_calibration, measure_calibration
 
-    record = measure_calibration(quick)
+    with report_usage_errors():
+        record = measure_calibration(quick)
     print(describe_calibration(record))
     if not quick:
         out = machine.RESULTS / f"calibrate-{machine.slugify_device('cpu')}.json"

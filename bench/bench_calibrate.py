@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -9,30 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 import repsim_kernels as rk
+from bench.bench_pairwise import LAYERS, N, P, make_layers
 from bench.common import memory
-from bench.common.inputs import count_bytes, draw_activations, make_reference
+from bench.common.inputs import count_bytes, make_reference
 from bench.common.machine import Json, describe_environment, format_seconds
 from bench.common.tolerances import Tol, assert_close
 from bench.conftest import Timer
 
-LAYERS, N, P, PERMUTATIONS = 12, 200, 2_000, 100
+PERMUTATIONS = 100
 METRICS: dict[str, dict[str, Any]] = {
     "cka_debiased": {},
     "rsa": {},
     "cca": {"squared": True, "ridge": 0.1},
     "mutual_knn": {},
 }
-
-
-def make_layers(g: Generator) -> tuple[Tensor, ...]:
-    """Return layers that each share features with the previous one."""
-    layers = [draw_activations(g, N, P)]
-    for _ in range(LAYERS - 1):
-        layers.append(layers[-1].roll(1, 1) / 2 + draw_activations(g, N, P))
-    return tuple(layers)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -76,6 +70,8 @@ def measure_calibration(quick: bool = False) -> Json:
     Its loop, of a similarity for each pair and permutation and each pair alone, is timed on an
     evenly spread sample, and the values of the sample are compared.
     """
+    if importlib.util.find_spec("calibrated_similarity") is None:
+        raise RuntimeError("calibrated-similarity is not installed; it is in the extra `peers`")
     sizes = _SIZES[quick]
     g = torch.Generator().manual_seed(0)
     xs, ys = (
