@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,18 +34,53 @@ _SORTED = 2**17  # distances of some stimuli from all others that are sorted tog
 Find = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
 
-def find_nearest(rows: Rows, k: int, find: Find | None = None) -> Tensor:
-    """Return the k nearest other stimuli of each of n, (n, k) int64, in no particular order.
+class Ties(NamedTuple):
+    """Others that tie for the last places among the k nearest of some stimuli.
+
+    Attributes
+    ----------
+    stimuli : tensor, (m,), int64
+        Those of which more others tie than there are places left.
+    n_closer : tensor, (m,), int64
+        How many of their nearest others are closer; these come first.
+    others, owners : tensors, (t,), int64
+        The tied others, and for each of them a position in ``stimuli``.
+    """
+
+    stimuli: Tensor
+    n_closer: Tensor
+    others: Tensor
+    owners: Tensor
+
+    def resolve(self, nearest: Tensor, position: Tensor) -> Tensor:
+        """Return the nearest others (n, k) if ties count in the order of new positions (n,)."""
+        n, k = nearest.shape
+        order = (self.owners * n + position[self.others]).argsort()
+        sizes = torch.bincount(self.owners, minlength=len(self.stimuli))
+        rank = (
+            torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes)[self.owners]
+        )
+        column = self.n_closer[self.owners] + rank
+        kept = (column < k).nonzero()[:, 0]
+        nearest = nearest.clone()
+        nearest[self.stimuli[self.owners[kept]], column[kept]] = self.others[order[kept]]
+        return nearest
+
+
+def find_nearest(
+    rows: Rows, k: int, find: Find | None = None, ties: list[Ties] | None = None
+) -> Tensor:
+    """Return the k nearest other stimuli of each of n, (n, k) int64.
 
     Distances from one stimulus tie as in `rank_distances`; tied ones count in the order of their
     indices. Bounds from float32 products choose candidates. Where the bounds leave the answer open,
     float64 distances of the candidates decide, or those of all stimuli. ``find`` replaces
-    `find_candidates`.
+    `find_candidates`. Ties for the last places are added to ``ties``.
     """
     stimuli = torch.arange(rows.n, device=rows.x.device)
     count = k + 1 + _MARGIN
     if count >= rows.n:
-        return find_among_all(rows, stimuli, k)
+        return find_among_all(rows, stimuli, k, ties)
     candidates, lower, upper = (find or find_candidates)(*rows.to_float32(), count)
     lower, upper = lower.double().mul_(rows.scale), upper.double().mul_(rows.scale)
     nearest = candidates[:, :k].clone()
@@ -54,7 +89,7 @@ def find_nearest(rows: Rows, k: int, find: Find | None = None) -> Tensor:
         nearest[stimuli], known = refine(rows, stimuli, candidates[stimuli], lower[stimuli, -1], k)
         stimuli = stimuli[~known]
     if len(stimuli):
-        nearest[stimuli] = find_among_all(rows, stimuli, k)
+        nearest[stimuli] = find_among_all(rows, stimuli, k, ties)
     return nearest
 
 
@@ -281,24 +316,30 @@ def are_untied(
     return is_distinct & (above[:, 0] > 0) & (width[:, 0] > shift.amax(1))
 
 
-def find_among_all(rows: Rows, stimuli: Tensor, k: int) -> Tensor:
-    """Return the k nearest of all other stimuli for some of them, (R, k)."""
+def find_among_all(rows: Rows, stimuli: Tensor, k: int, ties: list[Ties] | None = None) -> Tensor:
+    """Return the k nearest of all other stimuli for some of them, (R, k); add to ``ties``."""
     columns, index = torch.arange(rows.n, device=rows.x.device), None
     try:
         check_distinct(rows.x)
     except EqualRows as equal:
         columns, index = equal.args
     nearest = []
-    for block in stimuli.split(max(1, memory.BLOCK // rows.n)):
+    for block in stimuli.split(max(1, memory.BLOCK // max(rows.n, rows.p))):
         squared = rows.measure(block, columns)
         for part in panels.split(len(block), max(1, _SORTED // rows.n)):
             d2 = squared[part] if index is None else squared[part, index]
-            nearest.append(_select_nearest(rows, block[part], d2, k))
+            order, groups = _order_by_distance(rows, block[part], d2)
+            nearest.append(order[:, :k])
+            if ties is not None and k < order.shape[1]:
+                ties.append(_list_ties(block[part], order, groups, k))
     return torch.cat(nearest)
 
 
-def _select_nearest(rows: Rows, stimuli: Tensor, d2: Tensor, k: int) -> Tensor:
-    """Return the k nearest other stimuli, given the squared distances (R, n) from all n."""
+def _order_by_distance(rows: Rows, stimuli: Tensor, d2: Tensor) -> tuple[Tensor, Tensor]:
+    """Return all others by distance and then by index, (R, n - 1), and numbers of groups that tie.
+
+    ``d2`` (R, n) are the squared distances of the stimuli from all n.
+    """
     count, n = d2.shape
     numbers = torch.arange(count, device=d2.device)
     d2[numbers, stimuli] = torch.inf  # sorted to the end, and left out there
@@ -313,5 +354,26 @@ def _select_nearest(rows: Rows, stimuli: Tensor, d2: Tensor, k: int) -> Tensor:
     positions = (order + numbers[:, None] * n).flatten()
     tied = torch.as_tensor(find_ties(xp, pairs, xp.asarray(positions), n - 1))
     groups = (~tied[:-1]).cumsum(0).view(count, n - 1)
-    ranks = groups * n + order  # by distance, then by index
-    return ranks.topk(k, dim=1, largest=False).values % n
+    ranks = (groups * n + order).sort(1).values
+    return ranks % n, ranks // n
+
+
+def _list_ties(stimuli: Tensor, order: Tensor, groups: Tensor, k: int) -> Ties:
+    """Return the ties for the last of k places, from `_order_by_distance`."""
+    last = groups[:, k - 1 : k]
+    has_ties = (groups[:, k : k + 1] == last)[:, 0]
+    groups, order, last = groups[has_ties], order[has_ties], last[has_ties]
+    owners, columns = (groups == last).nonzero(as_tuple=True)
+    n_closer = (groups < last).sum(1)
+    return Ties(stimuli[has_ties], n_closer, order[owners, columns], owners)
+
+
+def join_ties(ties: list[Ties]) -> Ties | None:
+    """Return all ties as one, or None if there are none."""
+    ties = [part for part in ties if len(part.stimuli)]
+    if not ties:
+        return None
+    starts = np.cumsum([0, *(len(part.stimuli) for part in ties)]).tolist()
+    owners = [part.owners + start for part, start in zip(ties, starts, strict=False)]
+    stimuli, n_closer, others = (torch.cat([part[i] for part in ties]) for i in range(3))
+    return Ties(stimuli, n_closer, others, torch.cat(owners))
