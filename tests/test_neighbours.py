@@ -243,7 +243,7 @@ def test_distances_are_computed_for_few_stimuli(monkeypatch, dtype, shares):
 
 @pytest.mark.parametrize("metric", NAMES)
 @given(st.integers(8, 30), st.integers(1, 4), seeds)
-def test_permuted_overlaps_are_those_of_permuted_stimuli(metric, n, k, seed):
+def test_values_of_permutations_are_those_of_permuted_stimuli(metric, n, k, seed):
     rng = np.random.default_rng(seed)
     shared = rng.standard_normal((n, 3))
     xs, ys = (
@@ -259,7 +259,7 @@ def test_permuted_overlaps_are_those_of_permuted_stimuli(metric, n, k, seed):
     ys[1][n // 2] = 0  # no direction, so no neighbours
     indices = torch.from_numpy(np.stack([rng.permutation(n) for _ in range(3)]))
     sides = ([neighbours.find_neighbours(z, k, with_entries=True) for z in zs] for zs in (xs, ys))
-    got = neighbours.permuted_overlaps(*sides, indices, metric)
+    got = neighbours.compare_permuted(*sides, indices, metric)
     assert got.shape == (3, 3, 2)
     assert got[..., 1].isnan().all()
     for a, permutation in enumerate(indices):
@@ -269,10 +269,10 @@ def test_permuted_overlaps_are_those_of_permuted_stimuli(metric, n, k, seed):
 
 @EACH_BACKEND
 def test_pairwise_finds_neighbours_once_for_all_pairs_and_metrics(backend, monkeypatch):
-    found = []
+    numbers = []
 
     def count(rows, k, find):
-        found.append(k)
+        numbers.append(k)
         return find_nearest(rows, k, find)
 
     monkeypatch.setattr(neighbours, "find_nearest", count)
@@ -280,7 +280,7 @@ def test_pairwise_finds_neighbours_once_for_all_pairs_and_metrics(backend, monke
     xs = [rng.standard_normal((15, p)) for p in (3, 8, 20)]
     values = rk.pairwise(xs, metric=[*NAMES, "cka_debiased", "rsa"], k=4, backend=backend)
     # RSA takes the option "distance" too, and has another default.
-    assert found == ([4] * 3 if backend == "torch" else [])
+    assert numbers == ([4] * 3 if backend == "torch" else [])
     for name in NAMES:
         want = [[getattr(rk, name)(x, y, 4, backend=backend) for y in xs] for x in xs]
         assert_close(values[name], want, SAME)
