@@ -218,7 +218,11 @@ def check_representations(
     When `ys` are checked, `like` is ``xs[0]``, whose stimuli and source they must share. With
     `allow_one`, xs may also be one representation.
     """
-    kind, expected = type(xs).__name__, "expected a list of arrays (n, p_i)"
+    kind = type(xs).__name__
+    if allow_one:
+        expected = "expected an array (n, p), or a list of arrays (n, p_i)"
+    else:
+        expected = "expected a list of arrays (n, p_i), or several as one array (r, n, p)"
     if isinstance(xs, Mapping):
         raise ShapeError(f"{name}: {kind}; {expected}: pass list({name}.values())")
     if isinstance(xs, str):
@@ -230,9 +234,8 @@ def check_representations(
     else:
         try:
             items = list(xs)
-        except (
-            Exception
-        ):  # RuntimeError for tensors without rows; a user's class may raise anything
+        # RuntimeError for tensors without rows; a user's class may raise anything.
+        except Exception:
             raise ShapeError(f"{name}: {kind}; {expected}") from None
         names = [f"{name}[{i}]" for i in range(len(items))]
     if not items:

@@ -10,17 +10,13 @@ from typing import Any
 import numpy as np
 
 from repsim_kernels import _check, _options
+from repsim_kernels._typing import Array
 from repsim_kernels.errors import DegenerateWarning, LabelError, OptionError
-
-Array = np.ndarray[Any, Any]
 
 
 def check_alpha(value: Any) -> float:
     """Check a level of significance, in (0, 1)."""
-    alpha = _options.check_number(value, "alpha", low=0, high=1, exclude_low=True)
-    if alpha == 1:
-        raise OptionError("alpha: 1; expected a finite number above 0 and below 1")
-    return alpha
+    return _options.check_number(value, "alpha", low=0, high=1, exclude_low=True, exclude_high=True)
 
 
 def check_indices(indices: Any, n: int) -> Array:
@@ -78,9 +74,10 @@ def warn_if_too_few(count: int, alpha: float, strata: Array | None = None) -> No
     level = Fraction(repr(alpha))
     distinct = math.inf if strata is None else _count_permutations(strata)
     if (count + 1) * level < 1:
+        plural = "" if count == 1 else "s"
         problem = (
-            f"{count} permutations: no p-value can be as small as alpha={alpha:g}; pass at least "
-            f"permutations={math.ceil(1 / level) - 1}"
+            f"{count} permutation{plural}: no p-value can be as small as alpha={alpha:g}; at least "
+            f"{math.ceil(1 / level) - 1} are needed"
         )
     elif distinct * level < 1:
         problem = (

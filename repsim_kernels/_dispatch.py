@@ -45,7 +45,7 @@ _LAYER_OPERATIONS = (
 # them on a GPU.
 _FIND, _MULTIPLY = {"find": "find_candidates"}, {"multiply": "permuted_products"}
 _INNER = {
-    **dict.fromkeys(("mutual_knn", "cknna", "jaccard_knn", "pairwise"), _FIND),
+    **{op.name: _FIND for op in OPERATIONS if op.family in ("neighbours", "pairwise")},
     "calibrate": _FIND | _MULTIPLY,
     "calibrate_by_moments": _MULTIPLY,
 }

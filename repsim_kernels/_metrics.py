@@ -40,6 +40,10 @@ class Metric:
         Whether `gram_ablation_distances` offers it too: Gram matrices are enough to compute it.
     cca_ridge : bool
         Whether it is degenerate without a ridge or penalty if there are as many neurons as stimuli.
+    calibration, ceiling : bool
+        Whether `calibrate` and `ceiling` offer it.
+    neighbours : bool
+        Whether it compares the k nearest neighbours of stimuli, with an option ``k``.
     """
 
     name: str
@@ -53,11 +57,21 @@ class Metric:
     symmetric: bool = True
     from_gram: bool = True
     cca_ridge: bool = False
+    calibration: bool = False
+    ceiling: bool = False
+    neighbours: bool = False
 
 
 METRICS = (
-    Metric("cka", "CKA", pairwise=True, ablation=True),
-    Metric("procrustes", "Procrustes", ablation_bounds=(0, 2), pairwise=True, ablation=True),
+    Metric("cka", "CKA", pairwise=True, ablation=True, calibration=True, ceiling=True),
+    Metric(
+        "procrustes",
+        "Procrustes",
+        ablation_bounds=(0, 2),
+        pairwise=True,
+        ablation=True,
+        calibration=True,
+    ),
     Metric(
         "pwcca",
         "PWCCA",
@@ -67,7 +81,7 @@ METRICS = (
         from_gram=False,
         cca_ridge=True,
     ),
-    Metric("cca", "mean CCA", pairwise=True, ablation=True, cca_ridge=True),
+    Metric("cca", "mean CCA", pairwise=True, ablation=True, cca_ridge=True, calibration=True),
     Metric("cca_squared", "mean squared CCA", ablation=True, has_function=False, cca_ridge=True),
     Metric("svcca", "SVCCA", pairwise=True, ablation=True),
     Metric(
@@ -78,6 +92,8 @@ METRICS = (
         pairwise=True,
         ablation=True,
         has_function=False,
+        calibration=True,
+        ceiling=True,
     ),
     Metric(
         "procrustes_distance",
@@ -86,7 +102,7 @@ METRICS = (
         bounds=(0, 2),
         pairwise=True,
     ),
-    Metric("rsa", "RSA", bounds=(-1, 1), pairwise=True),
+    Metric("rsa", "RSA", bounds=(-1, 1), pairwise=True, calibration=True, ceiling=True),
     Metric(
         "linear_predictivity",
         "linear predictivity",
@@ -94,7 +110,7 @@ METRICS = (
         pairwise=True,
         symmetric=False,
     ),
-    Metric("mutual_knn", "mutual kNN", pairwise=True),
-    Metric("cknna", "CKNNA", bounds=(-1, 1), pairwise=True),
-    Metric("jaccard_knn", "Jaccard kNN", pairwise=True),
+    Metric("mutual_knn", "mutual kNN", pairwise=True, calibration=True, neighbours=True),
+    Metric("cknna", "CKNNA", bounds=(-1, 1), pairwise=True, calibration=True, neighbours=True),
+    Metric("jaccard_knn", "Jaccard kNN", pairwise=True, calibration=True, neighbours=True),
 )

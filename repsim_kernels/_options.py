@@ -56,18 +56,27 @@ def check_choices(values: Any, name: str, choices: tuple[str, ...]) -> tuple[str
 
 
 def check_number(
-    value: Any, name: str, *, low: float, high: float = math.inf, exclude_low: bool = False
+    value: Any,
+    name: str,
+    *,
+    low: float,
+    high: float = math.inf,
+    exclude_low: bool = False,
+    exclude_high: bool = False,
 ) -> float:
-    """Check that an option is a finite number from `low` to `high`."""
+    """Check that an option is a finite number from `low` to `high`, or between them."""
     is_number = isinstance(value, (int, float, np.integer, np.floating))
     try:
         number = float(value) if is_number and not isinstance(value, bool) else math.nan
     except OverflowError:  # an integer too large for a float
         number = math.inf
-    in_range = low <= number <= high and not (exclude_low and number == low)
+    in_range = low <= number <= high and not (
+        (exclude_low and number == low) or (exclude_high and number == high)
+    )
     if not math.isfinite(number) or not in_range:
         bound = f"above {low:g}" if exclude_low else f"of at least {low:g}"
-        upper = f" and at most {high:g}" if math.isfinite(high) else ""
+        limit = "below" if exclude_high else "at most"
+        upper = f" and {limit} {high:g}" if math.isfinite(high) else ""
         raise OptionError(f"{name}: {short_repr(value)}; expected a finite number {bound}{upper}")
     return number
 

@@ -165,7 +165,9 @@ class BackendUnavailable(RepsimError, RuntimeError):
 
 
 class DegenerateWarning(UserWarning):
-    """A metric hardly depends on the representations: it is degenerate, or high by chance.
+    """A metric is degenerate or high by chance, or a test has too few permutations.
+
+    Such a metric hardly depends on the representations; such a test can't be significant.
 
     Examples
     --------

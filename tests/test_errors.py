@@ -18,9 +18,7 @@ NAN, INF = X.copy(), torch.from_numpy(X.copy())
 NAN[2, 3] = np.nan
 INF[1, 0] = torch.inf
 PAIRS = {
-    metric.name: {"k": 2} if metric.name.endswith(("knn", "cknna")) else {}
-    for metric in METRICS
-    if metric.has_function
+    metric.name: {"k": 2} if metric.neighbours else {} for metric in METRICS if metric.has_function
 }
 CELLS, LABELS = [0, 0, 1, 1], [0, 0, 1, 1, 2, 2]
 

@@ -224,8 +224,8 @@ def test_a_higher_level_is_wider_with_the_same_standard_error():
 
 ERRORS = [
     ({"level": 0}, OptionError, "level: 0; expected a finite number above 0"),
-    ({"level": 1}, OptionError, "level: 1; expected a number below 1"),
-    ({"level": 95}, OptionError, "level: 95; expected .* at most 1"),
+    ({"level": 1}, OptionError, "level: 1; expected a finite number above 0 and below 1$"),
+    ({"level": 95}, OptionError, "level: 95; expected .* below 1$"),
     ({"method": "bootstrap"}, OptionError, "method: 'bootstrap'; expected one of 'jackknife', "),
     ({"metric": "procrustes"}, OptionError, "method: 'jackknife' with .*; expected 'subsampling'"),
     ({"metric": "rsa"}, OptionError, "method: .* 'rsa' with compare='spearman'; expected 'subsa"),
@@ -236,6 +236,7 @@ ERRORS = [
     ({"folds": 3}, OptionError, "folds: not an option of metric 'cka'"),
     ({"metric": ["cka"]}, OptionError, r"metric: \['cka'\]; expected one of"),
     ({"seed": -1}, OptionError, "seed: -1; expected a whole number of at least 0"),
+    ({"x": None}, ShapeError, r"x: NoneType; expected an array \(n, p\), or a list of arrays \("),
     ({"y": X[:4]}, ShapeError, "y: 4 stimuli"),
     ({"x": X[:4], "y": Y[:4]}, ShapeError, "x: 4 stimuli .*; expected at least 5"),
     ({"x": [X[:3]], "y": Y[:3], "debiased": False}, ShapeError, r"x\[0\]: 3 stim.* at least 4"),

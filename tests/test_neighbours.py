@@ -14,6 +14,7 @@ from sklearn.neighbors import NearestNeighbors
 
 import repsim_kernels as rk
 from bench.common.tolerances import SAME, Tol, assert_close
+from repsim_kernels._metrics import METRICS
 from repsim_kernels.kernels.torch import nearest, neighbours
 from repsim_kernels.kernels.torch.nearest import Rows, find_candidates, find_nearest
 
@@ -241,9 +242,13 @@ def test_distances_are_computed_for_few_stimuli(monkeypatch, dtype, shares):
     assert all(n <= share * 400 for n, share in zip(counts.values(), shares, strict=True))
 
 
+def test_the_registry_has_the_metrics_of_neighbours():
+    assert {metric.name for metric in METRICS if metric.neighbours} == set(NAMES)
+
+
 @pytest.mark.parametrize("metric", NAMES)
 @given(st.integers(8, 30), st.integers(1, 4), seeds)
-def test_permuted_overlaps_are_those_of_permuted_stimuli(metric, n, k, seed):
+def test_values_of_permutations_are_those_of_permuted_stimuli(metric, n, k, seed):
     rng = np.random.default_rng(seed)
     shared = rng.standard_normal((n, 3))
     xs, ys = (
@@ -259,7 +264,7 @@ def test_permuted_overlaps_are_those_of_permuted_stimuli(metric, n, k, seed):
     ys[1][n // 2] = 0  # no direction, so no neighbours
     indices = torch.from_numpy(np.stack([rng.permutation(n) for _ in range(3)]))
     sides = ([neighbours.find_neighbours(z, k, with_entries=True) for z in zs] for zs in (xs, ys))
-    got = neighbours.permuted_overlaps(*sides, indices, metric)
+    got = neighbours.compare_permuted(*sides, indices, metric)
     assert got.shape == (3, 3, 2)
     assert got[..., 1].isnan().all()
     for a, permutation in enumerate(indices):
@@ -269,10 +274,10 @@ def test_permuted_overlaps_are_those_of_permuted_stimuli(metric, n, k, seed):
 
 @EACH_BACKEND
 def test_pairwise_finds_neighbours_once_for_all_pairs_and_metrics(backend, monkeypatch):
-    found = []
+    numbers = []
 
     def count(rows, k, find):
-        found.append(k)
+        numbers.append(k)
         return find_nearest(rows, k, find)
 
     monkeypatch.setattr(neighbours, "find_nearest", count)
@@ -280,7 +285,7 @@ def test_pairwise_finds_neighbours_once_for_all_pairs_and_metrics(backend, monke
     xs = [rng.standard_normal((15, p)) for p in (3, 8, 20)]
     values = rk.pairwise(xs, metric=[*NAMES, "cka_debiased", "rsa"], k=4, backend=backend)
     # RSA takes the option "distance" too, and has another default.
-    assert found == ([4] * 3 if backend == "torch" else [])
+    assert numbers == ([4] * 3 if backend == "torch" else [])
     for name in NAMES:
         want = [[getattr(rk, name)(x, y, 4, backend=backend) for y in xs] for x in xs]
         assert_close(values[name], want, SAME)
@@ -348,7 +353,7 @@ def test_wrong_input_is_refused(metric, backend):
     line = np.arange(1.0, 9)[:, None] * [1.1, 0.3]
     for wrong in (zero, line, line.astype(np.float32)):
         for a, b in ((wrong, y), (y, wrong)):
-            with pytest.raises(rk.ConstantError, match="one direction or one is constant or zero"):
+            with pytest.raises(rk.ConstantError, match=r"equal \(in direction, .*or one is zero"):
                 function(a, b, 2, backend=backend)
     with pytest.raises(rk.ConstantError, match="y: the representation is the same"):
         function(x, 0 * y + 1, 2, backend=backend)
@@ -357,7 +362,7 @@ def test_wrong_input_is_refused(metric, backend):
             function(x, y, 2, distance="manhattan", backend=backend)
         assert 0 <= function(zero, y, 2, distance="euclidean", backend=backend) <= 1
         flat = np.where(np.arange(8)[:, None] == 5, 0.7, x)
-        with pytest.raises(rk.ConstantError, match="one is constant or zero"):
+        with pytest.raises(rk.ConstantError, match=r"or constant \(for 'correlation'\)"):
             function(flat, y, 2, distance="correlation", backend=backend)
 
 

@@ -38,7 +38,7 @@ def check_calibrate(value: Any, metrics: Mapping[str, Any], estimator: str) -> C
         options["permutations"] = _options.check_count(options["permutations"], "calibrate")
     options["alpha"] = _check_permutations.check_alpha(options.get("alpha", 0.05))
     for name, own in metrics.items():
-        calibration.check_metric(name, own)
+        calibration.check_calibration(name, own)
     return options
 
 

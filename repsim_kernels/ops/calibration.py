@@ -7,13 +7,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from repsim_kernels import _arrays, _check, _check_layers, _check_permutations, _dispatch, _options
+from repsim_kernels import (
+    _arrays,
+    _check,
+    _check_layers,
+    _check_permutations,
+    _dispatch,
+    _metrics,
+    _options,
+)
 from repsim_kernels._typing import Array, ArrayLike
-from repsim_kernels.errors import OptionError
+from repsim_kernels.errors import BackendUnavailable, OptionError
 from repsim_kernels.ops import pairwise
 
-METRICS = ("cka", "cka_debiased", "rsa", "procrustes", "cca", "mutual_knn", "cknna", "jaccard_knn")
-"""The metrics whose null costs little more than n² operations per permutation and pair."""
+METRICS = tuple(metric.name for metric in _metrics.METRICS if metric.calibration)
 
 _PERMUTATIONS = 200  # by default
 # How far rounding may separate equal sums of one block of products, in float64.
@@ -30,7 +37,7 @@ class Calibrated(NamedTuple):
     score : array, (L, M), or ()
         The similarities.
     p_value : array, (L, M), or ()
-        The share of similarities at least as large, in the null and the observed one.
+        The share of the null and the observed similarity that is at least the observed one.
     threshold : array, (L, M), or ()
         The critical value at level alpha.
     calibrated : array, (L, M), or ()
@@ -109,7 +116,8 @@ def calibrate(
     seed : int
         Seed of the permutations, which do not depend on the device.
     backend : {"reference", "torch"}, optional
-        Backend to use; by default chosen by the library and device of xs.
+        Backend to use; by default chosen by the library and device of xs. "reference" only with
+        null="permutation".
     **options
         Options of the metric's own function, as in `pairwise`.
 
@@ -131,7 +139,7 @@ def calibrate(
     ------
     ShapeError, DtypeError, NonFiniteError, ConstantError, DeviceError, LabelError, OptionError,
     BackendUnavailable
-        OptionError also for metrics without a cheap null.
+        OptionError also for distances and for metrics without a cheap null.
 
     Warns
     -----
@@ -152,7 +160,8 @@ def calibrate(
       r at most the neurons or the stimuli.
     * "mutual_knn", "cknna" and "jaccard_knn": n k log(n k) operations.
 
-    For other metrics each permutation would cost as much as the metric; they are refused.
+    Distances are refused, as are "pwcca", "svcca", "linear_predictivity" and "cca" without
+    ``squared=True``, which have no cheap null.
 
     Null values within 1e-12 of s count as at least s, and those of a permutation that exchanges
     only equal stimuli are s: p-values do not depend on how a machine rounds. The stimuli must be
@@ -190,7 +199,7 @@ def calibrate(
     array([[ True, False, False],
            [ True,  True, False]])
     """
-    own = check_metric(metric, options)
+    own = check_calibration(metric, options)
     alpha = _check_permutations.check_alpha(alpha)
     permutations = _options.check_count(permutations, "permutations")
     seed = _options.check_count(seed, "seed", minimum=0)
@@ -199,7 +208,7 @@ def calibrate(
         _options.check_choice(aggregate, "aggregate", ("max", "mean"))
     if null == "moments":
         _refuse_with_moments(
-            metric, permutations, seed, aggregate=aggregate, strata=strata, indices=indices
+            metric, backend, permutations, seed, aggregate=aggregate, strata=strata, indices=indices
         )
     checks = pairwise.choose_check({metric: own})
     if null == "moments" and own["kernel"] != "precomputed":
@@ -210,8 +219,8 @@ def calibrate(
         values = _call_kernel("calibrate_by_moments", sides, metric, own, backend, alpha=alpha)
         result = _scale(*values)
     else:
-        orders = choose_permutations(n, permutations, alpha, strata, indices, seed)
-        observed, distribution = compute_null(sides, metric, own, orders, backend)
+        indices = choose_permutations(n, permutations, alpha, strata, indices, seed)
+        observed, distribution = compute_null(sides, metric, own, indices, backend)
         if aggregate is not None:
             pairs = select_pairs(observed.shape, ys is None)
             observed, distribution = reduce_pairs(observed, distribution, pairs, aggregate)
@@ -221,26 +230,35 @@ def calibrate(
     return sides.source.restore(result)
 
 
-def check_metric(metric: Any, options: dict[str, Any]) -> dict[str, Any]:
+def check_calibration(metric: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Check that a metric has a cheap null; return its options, with defaults."""
-    name = _options.check_choice(metric, "metric", pairwise.PAIR_METRICS)
-    expected = ", ".join(map(repr, METRICS))
-    if name not in METRICS:
+    known = pairwise.PAIR_METRICS.get(metric) if isinstance(metric, str) else None
+    if known is not None and known.kind == "distance":
         raise OptionError(
-            f"metric: {name!r}, of which each permutation would cost as much as the metric; "
-            f"expected one of {expected}"
+            f"metric: {metric!r}, a distance; expected a similarity, such as 'procrustes'"
         )
+    if known is not None and not known.calibration:
+        expected = ", ".join(map(repr, METRICS))
+        raise OptionError(f"metric: {metric!r} has no cheap null; expected one of {expected}")
+    name = _options.check_choice(metric, "metric", METRICS)
     own = pairwise.check_metric_options((name,), options)[name]
     if name == "cca" and not own["squared"]:
         raise OptionError(
-            "metric: 'cca', mean CCA, of which each permutation would cost a singular value "
-            f"decomposition; expected squared=True, or one of {expected}"
+            "metric: 'cca' with squared=False has no cheap null; expected squared=True"
         )
     return own
 
 
-def _refuse_with_moments(metric: str, permutations: int, seed: int, **others: Any) -> None:
-    """Raise an OptionError for arguments that the moments of all permutations can't have."""
+def _refuse_with_moments(
+    metric: str, backend: str | None, permutations: int, seed: int, **others: Any
+) -> None:
+    """Raise an error for arguments that the moments of all permutations can't have."""
+    requested = _dispatch.get_requested_backend(backend)
+    if requested not in (None, "torch"):
+        raise BackendUnavailable(
+            f"null: 'moments' with backend {requested!r}; expected 'permutation', or backend "
+            "'torch'"
+        )
     if metric not in ("cka", "cka_debiased"):
         raise OptionError(
             f"null: 'moments' with metric {metric!r}; expected 'permutation', or metric 'cka' or "
@@ -253,8 +271,8 @@ def _refuse_with_moments(metric: str, permutations: int, seed: int, **others: An
     for name, value in others.items():
         if value is not None:
             raise OptionError(
-                f"{name}: {_options.short_repr(value)} with null='moments', which are those of all "
-                "permutations; expected the default, or null='permutation'"
+                f"{name}: {_options.short_repr(value)}, but null='moments' has none; expected the "
+                "default, or null='permutation'"
             )
 
 
@@ -265,7 +283,7 @@ def choose_permutations(
     strata: Any = None,
     indices: Any = None,
     seed: int = 0,
-) -> np.ndarray[Any, Any]:
+) -> Array:
     """Check or draw permutations of n stimuli (K, n); warn if there are too few for alpha."""
     if indices is not None:
         drawn = {"permutations": permutations != _PERMUTATIONS, "seed": seed != 0}
@@ -275,9 +293,9 @@ def choose_permutations(
                     f"{name}: together with indices, which are used as they are; expected the "
                     "default"
                 )
-        orders = _check_permutations.check_indices(indices, n)
-        _check_permutations.warn_if_too_few(len(orders), alpha)
-        return orders
+        values = _check_permutations.check_indices(indices, n)
+        _check_permutations.warn_if_too_few(len(values), alpha)
+        return values
     labels = np.zeros(n, dtype=np.int64)
     if strata is not None:
         labels = _check_permutations.check_strata(strata, n)
@@ -289,11 +307,11 @@ def compute_null(
     sides: _check_layers.Sides,
     metric: str,
     options: dict[str, Any],
-    orders: np.ndarray[Any, Any],
+    indices: Array,
     backend: str | None,
 ) -> tuple[Array, Array]:
     """Return similarities (L, M) and those under permutations of ys, (K, L, M), NumPy arrays."""
-    return _call_kernel("calibrate", sides, metric, options, backend, indices=orders)
+    return _call_kernel("calibrate", sides, metric, options, backend, indices=indices)
 
 
 def _call_kernel(
@@ -322,7 +340,7 @@ def _call_kernel(
     return scores, *others
 
 
-def select_pairs(shape: tuple[int, int], with_itself: bool) -> np.ndarray[Any, Any]:
+def select_pairs(shape: tuple[int, int], with_itself: bool) -> Array:
     """Return which pairs (L, M) an aggregate has: all of them, or all but the diagonal."""
     pairs = ~np.eye(*shape, dtype=bool) if with_itself else np.ones(shape, dtype=bool)
     if not pairs.any():
@@ -333,9 +351,7 @@ def select_pairs(shape: tuple[int, int], with_itself: bool) -> np.ndarray[Any, A
     return pairs
 
 
-def reduce_pairs(
-    observed: Array, null: Array, pairs: np.ndarray[Any, Any], aggregate: str
-) -> tuple[Array, Array]:
+def reduce_pairs(observed: Array, null: Array, pairs: Array, aggregate: str) -> tuple[Array, Array]:
     """Return the largest or the mean similarity of pairs, (), and its null, (K,)."""
     reduce = np.max if aggregate == "max" else np.mean
     return reduce(observed[pairs]), reduce(null[:, pairs], axis=1)

@@ -9,16 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from repsim_kernels import _arrays, _check, _options
+from repsim_kernels import _arrays, _check, _metrics, _options
 from repsim_kernels._arrays import Source
 from repsim_kernels._typing import Array, ArrayLike, Tensor
 from repsim_kernels.errors import ConstantError, ShapeError
-from repsim_kernels.ops import interval, pairwise
+from repsim_kernels.ops import pairwise
 
-Real = np.ndarray[Any, Any]
-
-
-METRICS = ("cka", "cka_debiased", "rsa")
+METRICS = tuple(metric.name for metric in _metrics.METRICS if metric.ceiling)
 _MAX_SPLITS = 100
 
 
@@ -123,7 +120,7 @@ def ceiling(
     upper       0.605
     split_half  0.553
     """
-    metrics = interval.check_metric(metric, debiased, options, METRICS)
+    metrics = pairwise.check_one_metric(metric, debiased, options, METRICS)
     spearman_brown = _options.check_flag(spearman_brown, "spearman_brown")
     seed = _options.check_count(seed, "seed", minimum=0)
     checks = pairwise.choose_check(metrics)
@@ -153,7 +150,7 @@ def _compare(
     source: Source,
     metrics: dict[str, dict[str, Any]],
     backend: str | None,
-) -> Real:
+) -> Array:
     """Return the metric of all pairs, (L, M)."""
     (name,) = metrics
     values, _ = pairwise.compare(xs, ys, source, metrics, backend)
@@ -163,7 +160,7 @@ def _compare(
     return _arrays.to_numpy(value)
 
 
-def _compute_bounds(similarities: Real) -> tuple[Any, Any]:
+def _compute_bounds(similarities: Array) -> tuple[Any, Any]:
     """Return the lower and the upper bound from the inner products (r, r) of unit vectors."""
     with_all = similarities.sum(1)
     total = with_all.sum()
@@ -174,7 +171,7 @@ def _compute_bounds(similarities: Real) -> tuple[Any, Any]:
     )
 
 
-def _compare_averages(similarities: Real, a: list[int], b: list[int]) -> Any:
+def _compare_averages(similarities: Array, a: list[int], b: list[int]) -> Any:
     """Return the cosine of the averages of two sets of unit vectors, from their inner products."""
     within = (similarities[np.ix_(half, half)].sum() for half in (a, b))
     return similarities[np.ix_(a, b)].sum() / np.prod([_compute_norms(w) for w in within])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -147,10 +147,10 @@ def interval(
     >>> r.standard_error.round(3)
     array([[0.016, 0.017]])
     """
-    metrics = check_metric(metric, debiased, options, pairwise.PAIR_METRICS)
-    level = _options.check_number(level, "level", low=0, high=1, exclude_low=True)
-    if level == 1:
-        raise OptionError("level: 1; expected a number below 1, such as 0.95")
+    metrics = pairwise.check_one_metric(metric, debiased, options, pairwise.PAIR_METRICS)
+    level = _options.check_number(
+        level, "level", low=0, high=1, exclude_low=True, exclude_high=True
+    )
     method = _options.check_choice(method, "method", ("jackknife", "subsampling"))
     seed = _options.check_count(seed, "seed", minimum=0)
     if method == "jackknife":
@@ -168,24 +168,6 @@ def interval(
     margin = _get_t_quantile(level, freedom) * error
     ends = estimate - margin, estimate + margin
     return Interval(*map(sides.source.restore, (estimate, *ends, error)))
-
-
-def check_metric(
-    metric: Any, debiased: Any, options: dict[str, Any], choices: Iterable[str]
-) -> dict[str, dict[str, Any]]:
-    """Return the name of one metric of the choices, and its options with float64 products."""
-    name = _options.check_choice(metric, "metric", choices)
-    debiased = _options.check_flag(debiased, "debiased")
-    if "precision" in options:
-        raise OptionError("precision: not an option here; expected none, as products are float64")
-    if name == "cka":
-        options = options | {"debiased": debiased}
-    elif not debiased:
-        raise OptionError(f"debiased: False with metric {name!r}; expected metric 'cka'")
-    metrics = pairwise.check_metric_options((name,), options)
-    if "precision" in metrics[name]:
-        metrics[name]["precision"] = "float64"
-    return metrics
 
 
 def _check_has_deletions(metrics: dict[str, dict[str, Any]]) -> None:

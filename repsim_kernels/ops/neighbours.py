@@ -8,8 +8,8 @@ from repsim_kernels import _check, _dispatch, _options
 from repsim_kernels._typing import Array, ArrayLike
 
 UNDEFINED = (
-    "x or y: all its stimuli are equal, or (for 'correlation' and 'cosine') have one direction or "
-    "one is constant or zero; expected stimuli whose distances differ"
+    "x or y: all its stimuli are equal (in direction, for 'cosine' and 'correlation'), or one is "
+    "zero (for 'cosine') or constant (for 'correlation'); expected stimuli that differ"
 )
 
 
@@ -49,8 +49,8 @@ def mutual_knn(
     ------
     ShapeError, DtypeError, NonFiniteError, DeviceError, OptionError, BackendUnavailable
     ConstantError
-        If all stimuli of a representation are equal, or, for "correlation" and "cosine", they have
-        one direction, or a row is constant or zero.
+        If all stimuli of a representation are equal (in direction, for "cosine" and "correlation"),
+        or a row is zero (for "cosine") or constant (for "correlation").
 
     Notes
     -----
@@ -94,17 +94,8 @@ def jaccard_knn(
 
     Parameters
     ----------
-    x, y : array, (n, p) and (n, q), float16 | bfloat16 | float32 | float64
-        Activations for the same n > k stimuli. Integers are converted to float64.
-    k : int
-        Number of neighbours of a stimulus, at least 1.
-    distance : {"cosine", "euclidean", "sqeuclidean", "correlation"}
-        Distance between the rows of x, and between those of y, as in SciPy's ``pdist``. The
-        activations are not centred first.
-    batched : bool
-        Whether x and y are batches, (…, n, p) and (…, n, q); see `mutual_knn`.
-    backend : {"reference", "torch"}, optional
-        Backend to use; by default chosen by the library and device of x.
+    x, y, k, distance, batched, backend
+        As in `mutual_knn`.
 
     Returns
     -------
@@ -115,8 +106,7 @@ def jaccard_knn(
     ------
     ShapeError, DtypeError, NonFiniteError, DeviceError, OptionError, BackendUnavailable
     ConstantError
-        If all stimuli of a representation are equal, or, for "correlation" and "cosine", they have
-        one direction, or a row is constant or zero.
+        As in `mutual_knn`.
 
     Notes
     -----
@@ -152,14 +142,8 @@ def cknna(
 
     Parameters
     ----------
-    x, y : array, (n, p) and (n, q), float16 | bfloat16 | float32 | float64
-        Activations for the same n > k stimuli. Integers are converted to float64.
-    k : int
-        Number of neighbours of a stimulus, at least 1.
-    batched : bool
-        Whether x and y are batches, (…, n, p) and (…, n, q); see `mutual_knn`.
-    backend : {"reference", "torch"}, optional
-        Backend to use; by default chosen by the library and device of x.
+    x, y, k, batched, backend
+        As in `mutual_knn`.
 
     Returns
     -------

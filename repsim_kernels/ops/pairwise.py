@@ -19,9 +19,7 @@ UNDEFINED = {
     "cka": cka.UNDEFINED,
     "cka_debiased": cka.UNDEFINED,
     "rsa": rsa.UNDEFINED,
-    "mutual_knn": neighbours.UNDEFINED,
-    "cknna": neighbours.UNDEFINED,
-    "jaccard_knn": neighbours.UNDEFINED,
+    **{metric.name: neighbours.UNDEFINED for metric in METRICS if metric.neighbours},
 }
 """What to say about a metric that is not defined for every pair."""
 
@@ -270,6 +268,27 @@ def check_metric_options(
     for name, own in metrics.items():
         own |= {option: value for option, value in options.items() if option in own}
         _check_options(name, own)
+    return metrics
+
+
+def check_one_metric(
+    metric: Any, debiased: Any, options: dict[str, Any], choices: Iterable[str]
+) -> dict[str, dict[str, Any]]:
+    """Return the name of one metric of the choices, and its options with float64 products.
+
+    ``debiased`` is the caller's own argument, for "cka".
+    """
+    name = _options.check_choice(metric, "metric", choices)
+    debiased = _options.check_flag(debiased, "debiased")
+    if "precision" in options:
+        raise OptionError("precision: not an option here; expected none, as products are float64")
+    if name == "cka":
+        options = options | {"debiased": debiased}
+    elif not debiased:
+        raise OptionError(f"debiased: False with metric {name!r}; expected metric 'cka'")
+    metrics = check_metric_options((name,), options)
+    if "precision" in metrics[name]:
+        metrics[name]["precision"] = "float64"
     return metrics
 
 

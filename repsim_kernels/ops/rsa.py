@@ -6,8 +6,8 @@ from repsim_kernels import _check, _dispatch, _options
 from repsim_kernels._typing import Array, ArrayLike
 
 UNDEFINED = (
-    "x or y: its distances are all equal, or (for 'correlation' and 'cosine') a stimulus is "
-    "constant or zero; expected distances that differ"
+    "x or y: its distances are all equal, or a stimulus is zero (for 'cosine') or constant (for "
+    "'correlation'); expected distances that differ"
 )
 
 
@@ -50,7 +50,8 @@ def rsa(
     ShapeError, DtypeError, NonFiniteError, DeviceError, OptionError, BackendUnavailable
     ConstantError
         If a representation is constant, or all its distances are equal up to rounding (their
-        correlation is not defined), or, for "correlation" and "cosine", a row is constant or zero.
+        correlation is not defined), or a row is zero (for "cosine") or constant (for
+        "correlation").
 
     Notes
     -----

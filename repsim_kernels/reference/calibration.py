@@ -26,7 +26,7 @@ def calibrate(
         permuted = ([y[np.ix_(index, index)] for y in ys] for index in indices)
     else:
         permuted = ([y[index] for y in ys] for index in indices)
-    null = [pairwise(xs, some, metrics=metrics)[metric] for some in permuted]
+    null = [pairwise(xs, side, metrics=metrics)[metric] for side in permuted]
     return pairwise(xs, ys, metrics=metrics)[metric], np.stack(null)
 
 

@@ -62,19 +62,19 @@ def _jackknife(k: Array, m: Array, centre: Callable[[Array], Array]) -> tuple[fl
     """
     n = len(k)
     u, v = centre(k), centre(m)
-    r = _cosine(u, v)
+    r = _compute_cosine(u, v)
 
     def remove(g: Array, i: int) -> Array:
         part = centre(np.delete(np.delete(g, i, axis=0), i, axis=1))
         rounding = n * np.finfo(np.float64).eps * np.linalg.norm(g)
         return part if np.linalg.norm(part) > rounding else np.full_like(part, np.nan)
 
-    rs = np.array([_cosine(remove(u, i), remove(v, i)) for i in range(n)])
+    rs = np.array([_compute_cosine(remove(u, i), remove(v, i)) for i in range(n)])
     variance = (n - 1) / n * np.sum((rs - rs.mean()) ** 2)
     u, v = u / np.linalg.norm(u), v / np.linalg.norm(v)
     moves = (u * v - r / 2 * (u * u + v * v)) * (1 - np.eye(n))
     return r, variance, np.minimum(2 * np.sum(moves**2), 0.75 * variance)
 
 
-def _cosine(u: Array, v: Array) -> float:
+def _compute_cosine(u: Array, v: Array) -> float:
     return float(np.clip(np.sum(u * v) / np.linalg.norm(u) / np.linalg.norm(v), -1, 1))

@@ -14,14 +14,15 @@ from repsim_kernels.reference.rsa import PairDistances, pair_distances, rank_dis
 def mutual_knn(x: Real, y: Real, *, k: int = 10, distance: str = "cosine") -> np.float64:
     """Return the mean share of its k nearest neighbours that a stimulus has in both x and y."""
     near_x, near_y = (find_nearest(z, k, distance) for z in (x, y))
-    return np.float64((near_x & near_y).sum(1).mean() / k) + _nan_unless(near_x, near_y)
+    share = (near_x & near_y).sum(1).mean() / k
+    return np.float64(share if near_x.any() and near_y.any() else np.nan)
 
 
 def jaccard_knn(x: Real, y: Real, *, k: int = 10, distance: str = "cosine") -> np.float64:
     """Return the mean over stimuli of shared neighbours over neighbours in x or y."""
     near_x, near_y = (find_nearest(z, k, distance) for z in (x, y))
     shares = (near_x & near_y).sum(1) / (near_x | near_y).sum(1)
-    return np.float64(shares.mean()) + _nan_unless(near_x, near_y)
+    return np.float64(shares.mean() if near_x.any() and near_y.any() else np.nan)
 
 
 def cknna(x: Real, y: Real, *, k: int = 10) -> np.float64:
@@ -74,7 +75,3 @@ def _to_square(values: Array, n: int) -> Array:
     square = np.zeros((n, n))
     square[np.triu_indices(n, 1)] = values
     return square + square.T
-
-
-def _nan_unless(near_x: NDArray[Any], near_y: NDArray[Any]) -> float:
-    return 0.0 if near_x.any() and near_y.any() else np.nan

@@ -58,15 +58,15 @@ def calibrate(
     """
     if metric in ("cka", "cka_debiased"):
         options = {"debiased": True, "precision": precision} | options
-    orders = np.concatenate([np.arange(indices.shape[1])[None], indices])
     if metric in neighbours.METRICS:
         own: dict[str, Any] = {"metric": metric, "find": find}
     elif metric == "procrustes":
         own = {}
     else:
         own = {"multiply": multiply}
-    places = torch.from_numpy(orders).to(xs[0].device)
-    values = _VALUES[metric](xs, ys, places, **own, **options)
+    same = np.arange(indices.shape[1])[None]
+    with_same = torch.from_numpy(np.concatenate([same, indices])).to(xs[0].device)
+    values = _VALUES[metric](xs, ys, with_same, **own, **options)
     observed, null = values[0], values[1:]
     _copy_unchanged(observed, null, xs, xs if ys is None else ys, indices)
     return observed, null
@@ -130,26 +130,26 @@ def permuted_products(h: Tensor, k: Tensor, indices: Tensor) -> Tensor:
     (count, n), m = indices.shape, k.shape[1]
     out = torch.zeros(len(h), count, m, dtype=torch.float64, device=h.device)
     runs = [*_split_triangle(n)]
-    size = max(_triangle(run.stop) - _triangle(run.start) for run in runs)
+    size = max(_count_entries(run.stop) - _count_entries(run.start) for run in runs)
     together = min(count, _PERMUTATIONS, max(1, memory.BLOCK // (size * m)))
     buffer = memory.empty_buffer(k, size * together * m)
     places = indices.mT.contiguous()
     for run in runs:
-        entries = slice(_triangle(run.start), _triangle(run.stop))
+        entries = slice(_count_entries(run.start), _count_entries(run.stop))
         lengths = torch.arange(run.start + 1, run.stop + 1, device=h.device)
         i = torch.arange(run.start, run.stop, device=h.device).repeat_interleave(lengths)
         j = torch.arange(entries.start, entries.stop, device=h.device) - i * (i + 1) // 2
-        for some in panels.split(count, together):
-            place = places[:, some]
+        for batch in panels.split(count, together):
+            place = places[:, batch]
             source = torch.add(place[j], place[i], alpha=n).view(-1)
             permuted = buffer[: len(source) * m].view(-1, m)
             torch.index_select(k, 0, source, out=permuted)
             product = h[:, entries] @ permuted.view(len(i), -1)
-            out[:, some] += product.view(len(h), -1, m)
+            out[:, batch] += product.view(len(h), -1, m)
     return out.transpose(0, 1).contiguous()
 
 
-def _triangle(i: int) -> int:
+def _count_entries(i: int) -> int:
     """Return the number of entries in the first i rows of a lower triangle."""
     return i * (i + 1) // 2
 
@@ -159,7 +159,7 @@ def _split_triangle(n: int) -> Iterator[slice]:
     start = 0
     while start < n:
         # The largest stop with stop (stop + 1) / 2 at most the limit.
-        limit = _triangle(start) + _ENTRIES
+        limit = _count_entries(start) + _ENTRIES
         stop = min(n, max(start + 1, (math.isqrt(8 * limit + 1) - 1) // 2))
         yield slice(start, stop)
         start = stop
@@ -169,7 +169,7 @@ def _multiply_all(
     make: Callable[[list[Any]], Iterator[Tensor]],
     xs: list[Any],
     ys: list[Any] | None,
-    orders: Tensor,
+    indices: Tensor,
     multiply: Multiply | None,
 ) -> Tensor:
     """Return the inner products of the matrices of all xs with permuted ones of all ys, (K, L, M).
@@ -177,10 +177,11 @@ def _multiply_all(
     ``make`` yields a symmetric matrix (n, n) for each representation; ys default to xs.
     """
     if ys is not None and len(ys) > len(xs):  # gather for the side with fewer matrices
-        return _multiply_all(make, ys, xs, orders.argsort(1), multiply).mT
-    n, m, device = orders.shape[1], len(xs if ys is None else ys), orders.device
+        return _multiply_all(make, ys, xs, indices.argsort(1), multiply).mT
+    n, m, device = indices.shape[1], len(xs if ys is None else ys), indices.device
     like = torch.empty(0, dtype=torch.float64, device=device)
-    h, k = (memory.empty_buffer(like, *shape) for shape in ((len(xs), _triangle(n)), (n * n, m)))
+    shapes = (len(xs), _count_entries(n)), (n * n, m)
+    h, k = (memory.empty_buffer(like, *shape) for shape in shapes)
     rows, columns = torch.tril_indices(n, n, device=device)
     lower = rows * n + columns
     doubled = 1.0 + (rows > columns).double()
@@ -191,18 +192,18 @@ def _multiply_all(
             k[:, i] = g.view(-1)
     for j, g in enumerate(() if ys is None else make(ys)):
         k[:, j] = g.view(-1)
-    return (multiply or permuted_products)(h, k, orders)
+    return (multiply or permuted_products)(h, k, indices)
 
 
 def _from_kernels(
     xs: list[Tensor],
     ys: list[Tensor] | None,
-    orders: Tensor,
+    indices: Tensor,
     multiply: Multiply | None,
     **options: Any,
 ) -> Tensor:
     make = _choose_kernels(xs, ys, **options)
-    return _multiply_all(make, xs, ys, orders, multiply).clamp_(-1, 1)
+    return _multiply_all(make, xs, ys, indices, multiply).clamp_(-1, 1)
 
 
 def _choose_kernels(
@@ -230,12 +231,12 @@ def _iter_kernels(xs: list[Tensor], options: tuple[Any, ...]) -> Iterator[Tensor
 def _from_distances(
     xs: list[Tensor],
     ys: list[Tensor] | None,
-    orders: Tensor,
+    indices: Tensor,
     multiply: Multiply | None,
     **options: Any,
 ) -> Tensor:
     make = functools.partial(_iter_distances, **options)
-    return _multiply_all(make, xs, ys, orders, multiply).clamp_(-1, 1)
+    return _multiply_all(make, xs, ys, indices, multiply).clamp_(-1, 1)
 
 
 def _iter_distances(xs: list[Tensor], distance: str, compare: str) -> Iterator[Tensor]:
@@ -252,7 +253,7 @@ def _iter_distances(xs: list[Tensor], distance: str, compare: str) -> Iterator[T
 def _from_projections(
     xs: list[Tensor],
     ys: list[Tensor] | None,
-    orders: Tensor,
+    indices: Tensor,
     multiply: Multiply | None,
     squared: bool,
     ridge: float,
@@ -273,27 +274,28 @@ def _from_projections(
 
     def count(rs: list[Representation]) -> Tensor:
         if ridge or penalty:
-            return orders.new_tensor([min(r.n - 1, r.p) for r in rs])
+            return indices.new_tensor([min(r.n - 1, r.p) for r in rs])
         return torch.stack([r.rank for r in rs])
 
-    total = _multiply_all(make, left, right, orders, multiply)
+    total = _multiply_all(make, left, right, indices, multiply)
     sizes = torch.minimum(count(left)[:, None], count(left if right is None else right))
     return total.div_(sizes).clamp_(0, 1)
 
 
-def _from_factors(xs: list[Tensor], ys: list[Tensor] | None, orders: Tensor) -> Tensor:
+def _from_factors(xs: list[Tensor], ys: list[Tensor] | None, indices: Tensor) -> Tensor:
     """Return the Procrustes similarity: one product and one nuclear norm for each."""
-    left = [_unit_factor(x) for x in xs]
-    right = left if ys is None else [_unit_factor(y) for y in ys]
-    out = torch.empty(len(orders), len(left), len(right), dtype=torch.float64, device=orders.device)
+    left = [_make_unit_factor(x) for x in xs]
+    right = left if ys is None else [_make_unit_factor(y) for y in ys]
+    shape = len(indices), len(left), len(right)
+    out = torch.empty(shape, dtype=torch.float64, device=indices.device)
     for (i, a), (j, b) in itertools.product(enumerate(left), enumerate(right)):
         largest = max(a, b, key=torch.numel)  # the product is no larger
-        for some in gram.iter_batches([*range(len(orders))], largest):
-            out[some, i, j] = torch.linalg.svdvals(a.mT @ b[orders[some]]).sum(-1)
+        for batch in gram.iter_batches([*range(len(indices))], largest):
+            out[batch, i, j] = torch.linalg.svdvals(a.mT @ b[indices[batch]]).sum(-1)
     return out.clamp_(max=1)
 
 
-def _unit_factor(x: Tensor) -> Tensor:
+def _make_unit_factor(x: Tensor) -> Tensor:
     """Return T (n, r) with the Gram T Tᵀ, scaled to norm 1."""
     factor = Representation(x).factor
     return from_complement(factor / torch.linalg.matrix_norm(factor))
@@ -302,7 +304,7 @@ def _unit_factor(x: Tensor) -> Tensor:
 def _from_neighbours(
     xs: list[Tensor],
     ys: list[Tensor] | None,
-    orders: Tensor,
+    indices: Tensor,
     find: Find | None,
     metric: str,
     k: int,
@@ -312,7 +314,7 @@ def _from_neighbours(
         [neighbours.find_neighbours(x, k, distance, metric == "cknna", find) for x in side]
         for side in (xs, ys or ())
     )
-    return neighbours.permuted_overlaps(left, left if ys is None else right, orders, metric)
+    return neighbours.compare_permuted(left, left if ys is None else right, indices, metric)
 
 
 _VALUES: dict[str, Callable[..., Tensor]] = {

@@ -128,9 +128,9 @@ def _jackknife(a: _Layer, b: _Layer, form: _Form) -> Tensor:
     n = len(a.matrix)
     t = _multiply_rows(a.matrix, b.matrix)
     aa, bb = a.sums.sum(), b.sums.sum()
-    r = _cosine(t.sum(), aa, bb)
+    r = _compute_cosine(t.sum(), aa, bb)
     without = t.sum() - form.c * t + form.f * (a.vector * b.vector)
-    rs = _cosine(without, a.remaining, b.remaining)
+    rs = _compute_cosine(without, a.remaining, b.remaining)
     lost = (a.remaining <= _LOST_DIGITS * aa) | (b.remaining <= _LOST_DIGITS * bb)
     for i in lost.nonzero()[:, 0].tolist():
         rs[i] = _compare_without(i, a, b, form)
@@ -150,7 +150,7 @@ def _multiply_rows(a: Tensor, b: Tensor) -> Tensor:
     return (a[:, None] @ b[:, :, None]).flatten()
 
 
-def _cosine(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
+def _compute_cosine(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
     """Return xy / √(xx yy): exactly 1 if all three are equal, and without overflow."""
     return (xy.sign() * ((xy / xx) * (xy / yy)).sqrt()).clamp(-1, 1)
 
@@ -161,5 +161,5 @@ def _compare_without(i: int, a: _Layer, b: _Layer, form: _Form) -> Tensor:
     k, m = (form.centre(layer.matrix[keep][:, keep]) for layer in (a, b))
     kk, mm = (k * k).sum(), (m * m).sum()
     floor = (len(a.matrix) * _EPS) ** 2
-    r = _cosine((k * m).sum(), kk, mm)
+    r = _compute_cosine((k * m).sum(), kk, mm)
     return r.masked_fill((kk <= floor) | (mm <= floor), torch.nan)

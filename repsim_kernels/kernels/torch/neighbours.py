@@ -63,7 +63,7 @@ def all_pairs(
                 if side is not None
             ]
         left, right = sides[k, distance][0], sides[k, distance][-1]
-        out[metric] = permuted_overlaps(left, right, same, metric)[0]
+        out[metric] = compare_permuted(left, right, same, metric)[0]
     return out
 
 
@@ -88,7 +88,7 @@ def find_neighbours(
     return Neighbours(indices, entries / length.masked_fill(is_zero, torch.nan), True)
 
 
-def permuted_overlaps(
+def compare_permuted(
     left: list[Neighbours], right: list[Neighbours], indices: Tensor, metric: str
 ) -> Tensor:
     """Return a metric of neighbours under permutations of the stimuli, (K, L, M).
@@ -155,11 +155,11 @@ class _NeighbourTable:
         hits = (self.keys[at] == queries).nonzero()[:, 0]
         counts, ends = self.counts[at[hits]], self.starts[at[hits]] + self.counts[at[hits]]
         steps = torch.arange(int(counts.sum()), device=hits.device)
-        found = self.order[(ends - counts.cumsum(0)).repeat_interleave(counts) + steps]
+        places = self.order[(ends - counts.cumsum(0)).repeat_interleave(counts) + steps]
         weights = None
         if entries is not None:
-            weights = self.entries[found] * entries.flatten()[hits].repeat_interleave(counts)
-        shared = torch.bincount(found // k, weights, minlength=size * n)
+            weights = self.entries[places] * entries.flatten()[hits].repeat_interleave(counts)
+        shared = torch.bincount(places // k, weights, minlength=size * n)
         return shared.view(size, n).to(torch.float64)
 
 

@@ -66,7 +66,7 @@ def compute_moments(left: Tensor, right: Tensor, n: int) -> Moments:
     ``left`` (L, 8) and ``right`` (M, 8) are the `compute_invariants` of Grams of n stimuli: centred
     for linear CKA, U-centred for debiased CKA.
     """
-    second, third = (torch.tensor(_coefficients(n, r), dtype=left.dtype) for r in (2, 3))
+    second, third = (torch.tensor(_compute_coefficients(n, r), dtype=left.dtype) for r in (2, 3))
     second, third = second.to(left.device), third.to(left.device)
     mean = left[:, :1] * right[:, 0] / (n - 1)
     variance = (left[:, 1:3] @ second @ right[:, 1:3].T).clamp_(min=0)
@@ -74,7 +74,7 @@ def compute_moments(left: Tensor, right: Tensor, n: int) -> Moments:
     return Moments(mean, variance, skewness.nan_to_num_(0.0, 0.0, 0.0))
 
 
-def _kind_of(partition: Partition, r: int) -> int | None:
+def _find_invariant(partition: Partition, r: int) -> int | None:
     """Return which invariant the unrestricted sum of a partition is; None if the sum is zero.
 
     Slots 2e and 2e + 1 are the row and column index of factor e; slots in one block are equal. The
@@ -119,7 +119,7 @@ def _count_terms(r: int) -> dict[int, list[list[int]]]:
         m = [0] * size
         for merged in _iter_partitions(range(len(blocks))):
             coarser = tuple(tuple(slot for b in group for slot in blocks[b]) for group in merged)
-            kind = _kind_of(coarser, r)
+            kind = _find_invariant(coarser, r)
             if kind is not None:
                 m[kind] += math.prod(
                     (-1) ** (len(group) - 1) * math.factorial(len(group) - 1) for group in merged
@@ -132,7 +132,7 @@ def _count_terms(r: int) -> dict[int, list[list[int]]]:
 
 
 @functools.cache
-def _coefficients(n: int, r: int) -> list[list[float]]:
+def _compute_coefficients(n: int, r: int) -> list[list[float]]:
     """Return the matrix C of E⟨K, L⟩ʳ = xᵀ C y, x and y the invariants of K and L.
 
     A pattern of b distinct indices has n (n - 1) … (n - b + 1) places, all equally likely.
@@ -153,17 +153,17 @@ def compute_p_value(observed: Tensor, moments: Moments) -> Tensor:
     It is 1 where the null has no variance, since every permutation then gives the same value.
     """
     mean, variance, skewness = moments
-    tail = pearson_iii_tail((observed - mean) / variance.sqrt(), skewness)
+    tail = compute_pearson_iii_tail((observed - mean) / variance.sqrt(), skewness)
     return torch.where(variance > 0, tail, 1.0)
 
 
 def compute_threshold(alpha: float, moments: Moments) -> Tensor:
     """Return the values (L, M) that the null exceeds with probability alpha, by Pearson III."""
     mean, variance, skewness = moments
-    return mean + variance.sqrt() * pearson_iii_quantile(alpha, skewness)
+    return mean + variance.sqrt() * find_pearson_iii_quantile(alpha, skewness)
 
 
-def pearson_iii_tail(z: Tensor, skewness: Tensor) -> Tensor:
+def compute_pearson_iii_tail(z: Tensor, skewness: Tensor) -> Tensor:
     """Return P(Z >= z) for Pearson III of mean 0, variance 1 and a skewness.
 
     That is a gamma distribution, mirrored if the skewness is negative. Small probabilities keep
@@ -195,13 +195,13 @@ def _expand_tail(z: Tensor, skewness: Tensor) -> Tensor:
     return normal + density * skewness / 2 * rest / (s * (s + 1))
 
 
-def pearson_iii_quantile(alpha: float, skewness: Tensor) -> Tensor:
-    """Return the z with `pearson_iii_tail` alpha, 0 < alpha < 1, for each skewness."""
+def find_pearson_iii_quantile(alpha: float, skewness: Tensor) -> Tensor:
+    """Return the z with `compute_pearson_iii_tail` alpha, 0 < alpha < 1, for each skewness."""
     # Cantelli's inequality bounds it.
     low = torch.full_like(skewness, -math.sqrt(alpha / (1 - alpha)))
     high = torch.full_like(skewness, math.sqrt((1 - alpha) / alpha))
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        is_low = pearson_iii_tail(middle, skewness) > alpha
+        is_low = compute_pearson_iii_tail(middle, skewness) > alpha
         low, high = torch.where(is_low, middle, low), torch.where(is_low, high, middle)
     return (low + high) / 2
