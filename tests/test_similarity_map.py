@@ -128,10 +128,12 @@ def test_repr_gives_sizes_metric_and_range():
 
 def test_threshold_is_stated_and_counted():
     m = make_map([[0.1, 0.25, np.nan], [0.3, -0.2, 0.9]], threshold=np.float32(0.25))
-    np.testing.assert_array_equal(m.is_by_chance, [[True, True, False], [False, True, False]])
+    np.testing.assert_array_equal(
+        m.is_above_threshold, [[False, False, False], [True, False, True]]
+    )
     assert repr(m).endswith(", 1 not defined, 3 of 5 pairs not above the threshold 0.25")
     assert m.to_frame().attrs["threshold"] == 0.25
-    assert not make_map().is_by_chance.any()
+    assert not make_map().is_above_threshold.any()
     with pytest.raises(rk.OptionError, match=r"^threshold: given with 'procrustes_distance'; exp"):
         make_map(metric="procrustes_distance", threshold=0.1)
 
@@ -362,7 +364,7 @@ def test_the_page_holds_what_the_map_holds():
     assert data["values"] == m.values.tolist()
     assert data["errors"] == [[0.01, None, 0.03], [0, 0, 0]]
     assert data["rows"] == list(m.rows)
-    assert data["by_chance"] == [[0, 1, 1], [0, 0, 1]]
+    assert data["is_above"] == [[1, 0, 0], [1, 1, 0]]
     assert "Dots: not above 0.25." in text
     for fact in (m.describe(), "debiased=True", "sigma=None", "precision='float32'"):
         assert html.escape(fact) in text
