@@ -62,7 +62,7 @@ def test_threshold_is_that_of_the_largest_value(metric, itself):
     m = compare(A, other, metric=metric, calibrate=50, **METRICS[metric])
     want = find_threshold(A, other, metric=metric, permutations=50, **METRICS[metric])
     assert m.threshold == pytest.approx(want, abs=1e-12)
-    assert m.options["calibrate"] == {"permutations": 50, "alpha": 0.05}
+    assert m.options["calibrate"] == {"permutations": 50, "alpha": 0.05, "seed": 0}
     plain = compare(A, other, metric=metric, **METRICS[metric])
     assert plain.threshold is None
     np.testing.assert_array_equal(m.values, plain.values)
@@ -73,14 +73,17 @@ def test_threshold_is_that_of_the_largest_value(metric, itself):
 
 def test_options_are_those_of_calibrate():
     indices = np.random.default_rng(3).permuted(np.tile(np.arange(N), (30, 1)), axis=1)
-    for count, options in (
-        (40, {"permutations": 40, "alpha": 0.2, "seed": 7}),
-        (200, {"strata": ["one"] * 10 + ["two"] * (N - 10)}),
-        (30, {"indices": indices}),
+    for options, recorded in (
+        ({"permutations": 40, "alpha": 0.2, "seed": 7}, {}),
+        (
+            {"strata": ["one"] * 10 + ["two"] * (N - 10)},
+            {"permutations": 200, "alpha": 0.05, "seed": 0, "strata": True},
+        ),
+        ({"indices": indices}, {"permutations": 30, "alpha": 0.05, "indices": True}),
     ):
         m = compare(A, B, calibrate=options)
         assert m.threshold == pytest.approx(find_threshold(A, B, metric="cka_debiased", **options))
-        assert m.options["calibrate"]["permutations"] == count
+        assert m.options["calibrate"] == (recorded or options)
 
 
 def test_each_metric_has_a_threshold_of_its_own():
@@ -154,6 +157,7 @@ def raise_error(_):
         ({"calibrate": "200"}, "calibrate: '200'; expected a whole number"),
         ({"calibrate": {"level": 0.1}}, "calibrate: unknown option 'level'; expected one of perm"),
         ({"calibrate": {"alpha": 1.0}}, "alpha: 1"),
+        ({"calibrate": {"seed": -1}}, "seed: -1; expected a whole number of at least 0"),
         ({"calibrate": 50, "estimator": "minibatch"}, "calibrate: given with estimator 'minib"),
     ],
 )

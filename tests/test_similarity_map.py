@@ -267,7 +267,7 @@ def test_missing_cells_are_hatched_and_explained():
 
 @pytest.mark.parametrize(("shape", "size"), [((5, 6), 2.5), ((160, 150), 0.8)])
 def test_cells_not_above_the_threshold_have_dots(shape, size):
-    options = OPTIONS | {"calibrate": {"permutations": 1000}}
+    options = OPTIONS | {"calibrate": {"permutations": 1000, "alpha": 0.01}}
     m = draw_map(*shape, threshold=0.7, options=options)
     values = m.values.copy()
     values[0, 1] = np.nan
@@ -285,7 +285,7 @@ def test_cells_not_above_the_threshold_have_dots(shape, size):
         v for v, b in zip(levels, brightness, strict=True) if not b
     )
     texts = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert texts == ["not defined", "not above 0.7, threshold of 1,000 permutations"]
+    assert texts == ["not defined", "not above 0.7; 99 % of 1,000 permuted maps stay below it"]
     assert ax.get_xlim() == (-0.5, shape[1] - 0.5)
     assert ax.get_ylim() == (-0.5, shape[0] - 0.5)
 
