@@ -128,10 +128,12 @@ def test_repr_gives_sizes_metric_and_range():
 
 def test_threshold_is_stated_and_counted():
     m = make_map([[0.1, 0.25, np.nan], [0.3, -0.2, 0.9]], threshold=np.float32(0.25))
-    np.testing.assert_array_equal(m.is_by_chance, [[True, True, False], [False, True, False]])
+    np.testing.assert_array_equal(
+        m.is_above_threshold, [[False, False, False], [True, False, True]]
+    )
     assert repr(m).endswith(", 1 not defined, 3 of 5 pairs not above the threshold 0.25")
     assert m.to_frame().attrs["threshold"] == 0.25
-    assert not make_map().is_by_chance.any()
+    assert not make_map().is_above_threshold.any()
     with pytest.raises(rk.OptionError, match=r"^threshold: given with 'procrustes_distance'; exp"):
         make_map(metric="procrustes_distance", threshold=0.1)
 
@@ -265,7 +267,7 @@ def test_missing_cells_are_hatched_and_explained():
 
 @pytest.mark.parametrize(("shape", "size"), [((5, 6), 2.5), ((160, 150), 0.8)])
 def test_cells_not_above_the_threshold_have_dots(shape, size):
-    options = OPTIONS | {"calibrate": {"permutations": 1000}}
+    options = OPTIONS | {"calibrate": {"permutations": 1000, "alpha": 0.01}}
     m = draw_map(*shape, threshold=0.7, options=options)
     values = m.values.copy()
     values[0, 1] = np.nan
@@ -283,7 +285,7 @@ def test_cells_not_above_the_threshold_have_dots(shape, size):
         v for v, b in zip(levels, brightness, strict=True) if not b
     )
     texts = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert texts == ["not defined", "not above 0.7, threshold of 1,000 permutations"]
+    assert texts == ["not defined", "not above 0.7; 99 % of 1,000 permuted maps stay below it"]
     assert ax.get_xlim() == (-0.5, shape[1] - 0.5)
     assert ax.get_ylim() == (-0.5, shape[0] - 0.5)
 
@@ -362,7 +364,7 @@ def test_the_page_holds_what_the_map_holds():
     assert data["values"] == m.values.tolist()
     assert data["errors"] == [[0.01, None, 0.03], [0, 0, 0]]
     assert data["rows"] == list(m.rows)
-    assert data["by_chance"] == [[0, 1, 1], [0, 0, 1]]
+    assert data["is_above"] == [[1, 0, 0], [1, 1, 0]]
     assert "Dots: not above 0.25." in text
     for fact in (m.describe(), "debiased=True", "sigma=None", "precision='float32'"):
         assert html.escape(fact) in text

@@ -116,8 +116,8 @@ def compare(
     calibrate : int or dict, optional
         Number of permutations of the stimuli of one side, or the options of the function
         `calibrate`: ``permutations``, ``alpha``, ``strata``, ``indices`` and ``seed``. The map then
-        has the threshold of its largest similarity, which few maps of unrelated networks exceed
-        anywhere: a share of ``alpha``, 5 % by default.
+        has the threshold of its largest similarity: a map of unrelated networks exceeds it anywhere
+        with probability ``alpha``, 5 % by default.
     **options
         Options of the metric, as in `pairwise`.
 

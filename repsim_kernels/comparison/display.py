@@ -28,8 +28,10 @@ def find_limits(m: SimilarityMap) -> tuple[float, float]:
 
 def describe_threshold(m: SimilarityMap) -> str:
     """Say what a marked cell is not above, and what the threshold comes from."""
-    permutations = m.options.get("calibrate", {}).get("permutations")
-    source = "" if permutations is None else f", threshold of {permutations:,} permutations"
+    source = ""
+    match m.options.get("calibrate"):
+        case {"permutations": int(count), "alpha": float(alpha)}:
+            source = f"; {100 * (1 - alpha):g} % of {count:,} permuted maps stay below it"
     return f"not above {m.threshold:.3g}{source}"
 
 

@@ -30,7 +30,7 @@ def render(m: SimilarityMap) -> str:
         "short_columns": display.shorten_names(m.columns)[0],
         "values": _round(m.values),
         "errors": None if m.standard_error is None else _round(m.standard_error),
-        "by_chance": None if m.threshold is None else m.is_by_chance.astype(int).tolist(),
+        "is_above": None if m.threshold is None else m.is_above_threshold.astype(int).tolist(),
         "limits": [float(f"{limit:.6g}") for limit in display.find_limits(m)],
         "colours": colours[::-1] if m.is_distance else colours,
         "has_equal_names": m.has_equal_names,

@@ -49,7 +49,7 @@ def draw(m: SimilarityMap, ax: Axes | None, limits: tuple[float, float] | None, 
         aspect="equal" if square else "auto",
         interpolation="nearest",
     )
-    marks = [*_mark_missing(ax, m), *_mark_chance(ax, image, m)]
+    marks = [*_mark_missing(ax, m), *_mark_not_above(ax, image, m)]
     if marks:
         ax.legend(
             handles=marks,
@@ -109,11 +109,11 @@ def _mark_missing(ax: Axes, m: SimilarityMap) -> list[Artist]:
     return [Patch(label="not defined", **style)]
 
 
-def _mark_chance(ax: Axes, image: AxesImage, m: SimilarityMap) -> list[Artist]:
+def _mark_not_above(ax: Axes, image: AxesImage, m: SimilarityMap) -> list[Artist]:
     """Put dots on cells that are not above the threshold; return the legend's entry."""
     if m.threshold is None:
         return []
-    rows, columns = np.nonzero(m.is_by_chance)
+    rows, columns = np.nonzero(~m.is_above_threshold & ~np.isnan(m.values))
     brightness = image.to_rgba(m.values[rows, columns])[:, :3] @ _LUMINANCE
     figure: Any = ax.get_figure()
     box = ax.get_window_extent().transformed(figure.dpi_scale_trans.inverted())

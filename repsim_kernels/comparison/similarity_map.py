@@ -142,16 +142,17 @@ class SimilarityMap:
         return self.rows == self.columns
 
     @property
-    def is_by_chance(self) -> np.ndarray[Any, Any]:
-        """Whether each value is at or below the threshold, (R, C)."""
-        return self.values <= (-np.inf if self.threshold is None else self.threshold)
+    def is_above_threshold(self) -> np.ndarray[Any, Any]:
+        """Whether each value exceeds the threshold, (R, C); False for NaN and without threshold."""
+        return self.values > (np.inf if self.threshold is None else self.threshold)
 
     def describe(self) -> str:
         """Return the metric, sizes, range and number of stimuli, on one line."""
         n_rows, n_columns = self.values.shape
         parts = [f"{self.label} of {n_rows} x {n_columns} layers"]
         undefined = int(np.isnan(self.values).sum())
-        if undefined < self.values.size:
+        defined = self.values.size - undefined
+        if defined:
             parts.append(f"{np.nanmin(self.values):.3g} … {np.nanmax(self.values):.3g}")
         parts.append(f"n = {self.n}")
         if self.n_left_out:
@@ -160,8 +161,8 @@ class SimilarityMap:
             parts.append(f"{undefined} not defined")
         if self.threshold is not None:
             parts.append(
-                f"{int(self.is_by_chance.sum()):,} of {self.values.size - undefined:,} pairs not "
-                f"above the threshold {self.threshold:.3g}"
+                f"{defined - int(self.is_above_threshold.sum()):,} of {defined:,} pairs not above "
+                f"the threshold {self.threshold:.3g}"
             )
         return ", ".join(parts)
 

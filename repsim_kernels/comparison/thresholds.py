@@ -37,6 +37,7 @@ def check_calibrate(value: Any, metrics: Mapping[str, Any], estimator: str) -> C
     if "permutations" in options:
         options["permutations"] = _options.check_count(options["permutations"], "calibrate")
     options["alpha"] = _check_permutations.check_alpha(options.get("alpha", 0.05))
+    options["seed"] = _options.check_count(options.get("seed", 0), "seed", minimum=0)
     for name, own in metrics.items():
         calibration.check_calibration(name, own)
     return options
@@ -71,5 +72,12 @@ def add_threshold(
         # No pair is above chance; the map's values may differ from the score by rounding.
         values = m.values[~np.eye(len(m.rows), dtype=bool)] if ys is None else m.values
         threshold = max(threshold, float(np.nanmax(values)))
-    chosen = {"permutations": len(result.null), "alpha": calibrate["alpha"]}
-    return replace(m, threshold=threshold, options=dict(m.options) | {"calibrate": chosen})
+    used = _describe_calibrate(calibrate, len(result.null))
+    return replace(m, threshold=threshold, options=dict(m.options) | {"calibrate": used})
+
+
+def _describe_calibrate(calibrate: Calibrate, permutations: int) -> dict[str, Any]:
+    """Return the options for a map to record: of the arrays, only that they were passed."""
+    arrays = {name: True for name in ("strata", "indices") if calibrate.get(name) is not None}
+    seed = {} if "indices" in arrays else {"seed": calibrate["seed"]}
+    return {"permutations": permutations, "alpha": calibrate["alpha"]} | seed | arrays
