@@ -68,7 +68,8 @@ def calibrate(
     with_same = torch.from_numpy(np.concatenate([same, indices])).to(xs[0].device)
     values = _VALUES[metric](xs, ys, with_same, **own, **options)
     observed, null = values[0], values[1:]
-    _copy_unchanged(observed, null, xs, xs if ys is None else ys, indices)
+    if metric not in neighbours.METRICS:  # these count equal stimuli in the order of their indices
+        _copy_unchanged(observed, null, xs, xs if ys is None else ys, indices)
     return observed, null
 
 
@@ -311,7 +312,7 @@ def _from_neighbours(
     distance: str = "cosine",
 ) -> Tensor:
     left, right = (
-        [neighbours.find_neighbours(x, k, distance, metric == "cknna", find) for x in side]
+        [neighbours.find_neighbours(x, k, distance, metric == "cknna", find, True) for x in side]
         for side in (xs, ys or ())
     )
     return neighbours.compare_permuted(left, left if ys is None else right, indices, metric)

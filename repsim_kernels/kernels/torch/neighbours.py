@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from repsim_kernels.kernels.torch.distances import SCALING_ERROR
-from repsim_kernels.kernels.torch.nearest import Find, Rows, find_nearest
+from repsim_kernels.kernels.torch.nearest import Find, Rows, Ties, find_nearest, join_ties
 
 METRICS = ("mutual_knn", "jaccard_knn", "cknna")
 
@@ -16,11 +16,12 @@ METRICS = ("mutual_knn", "jaccard_knn", "cknna")
 class Neighbours(NamedTuple):
     """The k nearest other stimuli of each of n stimuli."""
 
-    indices: Tensor  # (n, k) int64, in no particular order
+    indices: Tensor  # (n, k) int64
     # (n, k), their entries in the centred kernel, scaled to unit length together; NaN if they are
     # all zero, and empty if no metric needs them
     entries: Tensor
     has_distances: bool  # whether each stimulus has a direction, and they are not all the same
+    ties: Ties | None = None  # for the last places; tied neighbours have equal entries
 
     def defines(self, metric: str) -> bool:
         """Whether a metric has a value for this representation."""
@@ -73,19 +74,25 @@ def find_neighbours(
     distance: str = "cosine",
     with_entries: bool = False,
     find: Find | None = None,
+    with_ties: bool = False,
 ) -> Neighbours:
-    """Return the k nearest other rows of each row of x (n, p); CKNNA needs the entries."""
+    """Return the k nearest other rows of each row of x (n, p).
+
+    CKNNA needs the entries, and permutations the ties.
+    """
     rows = Rows(x, distance)
     if not rows.have_distances():
         indices = torch.zeros(len(x), k, dtype=torch.int64, device=x.device)
         return Neighbours(indices, indices.double(), False)
-    indices = find_nearest(rows, k, find)
+    parts: list[Ties] | None = [] if with_ties else None
+    indices = find_nearest(rows, k, find, parts)
+    ties = join_ties(parts) if parts else None
     if not with_entries:
-        return Neighbours(indices, rows.energy.new_empty(0), True)
+        return Neighbours(indices, rows.energy.new_empty(0), True, ties)
     entries = rows.multiply_centred(indices)
     length = torch.linalg.vector_norm(entries)
     is_zero = length <= SCALING_ERROR * entries.numel() ** 0.5
-    return Neighbours(indices, entries / length.masked_fill(is_zero, torch.nan), True)
+    return Neighbours(indices, entries / length.masked_fill(is_zero, torch.nan), True, ties)
 
 
 def compare_permuted(
@@ -96,7 +103,8 @@ def compare_permuted(
     Parameters
     ----------
     left, right : lists of L and M Neighbours
-        From `find_neighbours` with the same options; for "cknna" with entries.
+        From `find_neighbours` with the same options; for "cknna" with entries. The right ones with
+        ties, unless the only permutation is the identity.
     indices : tensor, (K, n), int64
         Permutation a compares stimulus i of a left representation with stimulus ``indices[a, i]``
         of a right one: the result is that of ``metric(x, y[indices[a]])``.
@@ -117,7 +125,8 @@ def compare_permuted(
         position[permutation] = stimuli
         for m, one in enumerate(right):
             entries = one.entries[permutation] if metric == "cknna" else None
-            shared = table.sum_shared(position[one.indices[permutation]], entries)
+            nearest = one.ties.resolve(one.indices, position) if one.ties else one.indices
+            shared = table.sum_shared(position[nearest[permutation]], entries)
             if metric == "jaccard_knn":
                 shared /= 2 * k - shared
             values[:, m] = shared.sum(1)
