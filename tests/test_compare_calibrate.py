@@ -150,8 +150,8 @@ def raise_error(_):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"metric": "pwcca", "calibrate": 50}, "metric: 'pwcca'"),
-        ({"metric": ["cka", "cca"], "calibrate": 50}, "metric: 'cca'"),
+        ({"metric": "pwcca", "calibrate": 50}, "metric: 'pwcca' has no cheap null"),
+        ({"metric": ["cka", "cca"], "calibrate": 50}, "metric: 'cca' with squared=False"),
         ({"metric": "procrustes_distance", "calibrate": 50}, "metric: 'procrustes_distance'"),
         ({"calibrate": 0}, "calibrate: 0; expected a whole number of at least 1"),
         ({"calibrate": "200"}, "calibrate: '200'; expected a whole number"),
