@@ -46,7 +46,7 @@ def compare_exactly(
     from_grams = have_grams and kept is None and total > grams
     if calibrate is not None:
         counts = [len(side.sizes or side.model) for side in sides]
-        thresholds.check_memory(counts[0], counts[-1], n, budget, from_grams)
+        thresholds.check_memory(metrics, counts[0], counts[-1], n, budget, from_grams)
     in_blocks = have_grams and total <= grams and 2 * grams > budget
     if kept is not None:
         for one in stimuli:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +10,13 @@ import numpy as np
 from torch import Tensor
 
 from repsim_kernels import _check_permutations, _options
+from repsim_kernels._metrics import METRICS
 from repsim_kernels.comparison.similarity_map import SimilarityMap
 from repsim_kernels.errors import OptionError
 from repsim_kernels.forward.memory import format_bytes
 from repsim_kernels.ops import calibration
+
+_WITHOUT_MATRICES = {m.name for m in METRICS if m.neighbours} | {"procrustes"}
 
 Calibrate = dict[str, Any]
 """Options of `calibrate`: which permutations, and the level of the threshold."""
@@ -43,8 +46,15 @@ def check_calibrate(value: Any, metrics: Mapping[str, Any], estimator: str) -> C
     return options
 
 
-def check_memory(n_rows: int, n_columns: int, n: int, budget: int, from_grams: bool) -> None:
-    """Check that the matrices (n, n) of all layers that are multiplied fit the budget of bytes."""
+def check_memory(
+    metrics: Iterable[str], n_rows: int, n_columns: int, n: int, budget: int, from_grams: bool
+) -> None:
+    """Check that the matrices (n, n) of all layers that are multiplied fit the budget of bytes.
+
+    Procrustes and the metrics of neighbours multiply none.
+    """
+    if _WITHOUT_MATRICES.issuperset(metrics):
+        return
     # Half of each matrix on one side and whole ones on the other, and the Grams themselves.
     needed = (4 * n_rows + 8 * n_columns + 8 * (n_rows + n_columns) * from_grams) * n * n
     if needed > budget:

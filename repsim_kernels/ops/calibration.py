@@ -17,7 +17,7 @@ from repsim_kernels import (
     _options,
 )
 from repsim_kernels._typing import Array, ArrayLike
-from repsim_kernels.errors import BackendUnavailable, OptionError
+from repsim_kernels.errors import BackendUnavailable, OptionError, ShapeError
 from repsim_kernels.ops import pairwise
 
 METRICS = tuple(metric.name for metric in _metrics.METRICS if metric.calibration)
@@ -155,7 +155,8 @@ def calibrate(
 
     * "cka" and "cka_debiased" (all kernels), "rsa" (all distances and comparisons; ranks are made
       once) and "cca": n² operations, half of the inner product of two n x n matrices. The matrices
-      are kept: 4 n² bytes per representation of the longer list, 8 n² bytes per one of the other.
+      are kept: 4 n² bytes per representation of the longer list, 8 n² bytes per one of the other,
+      and about 20 n² bytes (75 n² for "rsa") for making them one after the other.
     * "procrustes": a product of two n x r factors and the singular values of the result, r³, with
       r at most the neurons or the stimuli.
     * "mutual_knn", "cknna" and "jaccard_knn": n k log(n k) operations.
@@ -163,8 +164,9 @@ def calibrate(
     Distances are refused, as are "pwcca", "svcca", "linear_predictivity" and "cca" without
     ``squared=True``, which have no cheap null.
 
-    Null values within 1e-12 of s count as at least s, and those of a permutation that exchanges
-    only equal stimuli are s: p-values do not depend on how a machine rounds. The stimuli must be
+    Null values within 1e-12 of s are set to s, and so are those of a permutation that exchanges
+    only equal stimuli, except for metrics of neighbours, which take tied stimuli in their
+    order: p-values do not depend on how a machine rounds. The stimuli must be
     exchangeable where the representations are unrelated; neighbouring frames of a film are not.
 
     Where a pair is not related, its p-value is at most alpha with a probability of at most alpha.
@@ -216,6 +218,10 @@ def calibrate(
     sides = _check_layers.check_sides(xs, ys, **checks)
     n = len(sides.xs[0])
     if null == "moments":
+        if n < _MIN_STIMULI_OF_MOMENTS:  # of kernel matrices
+            raise ShapeError(
+                f"xs: {n} stimuli with null='moments'; expected at least {_MIN_STIMULI_OF_MOMENTS}"
+            )
         values = _call_kernel("calibrate_by_moments", sides, metric, own, backend, alpha=alpha)
         result = _scale(*values)
     else:
@@ -360,7 +366,8 @@ def reduce_pairs(observed: Array, null: Array, pairs: Array, aggregate: str) -> 
 def summarize(observed: Array, null: Array, alpha: float) -> Calibrated:
     """Calibrate similarities (…) by their null (K, …), in NumPy."""
     count = len(null)
-    p_value = (1 + (null >= observed - _ROUNDING).sum(0)) / (count + 1)
+    null = np.where(abs(null - observed) <= _ROUNDING, observed, null)
+    p_value = (1 + (null >= observed).sum(0)) / (count + 1)
     rank = _check_permutations.find_threshold_rank(count, alpha)
     threshold = np.sort(np.concatenate([null, observed[None]]), axis=0)[rank - 1]
     return _scale(observed, p_value, threshold, null)

@@ -11,7 +11,7 @@ import numpy as np
 
 from repsim_kernels import _arrays, _check, _check_layers, _dispatch, _options
 from repsim_kernels._typing import Array, ArrayLike
-from repsim_kernels.errors import DegenerateWarning, OptionError, ShapeError
+from repsim_kernels.errors import DegenerateWarning, DtypeError, OptionError, ShapeError
 from repsim_kernels.ops import pairwise
 
 _SUBSAMPLES = 200
@@ -192,6 +192,8 @@ def _check_sides(
     checks = pairwise.choose_check(metrics)
     if "defer" in checks or "min_stimuli" in checks:
         checks |= {"defer": False, "min_stimuli": least}
+    if y is None:
+        raise DtypeError("y: None; expected an array (n, q), or a list of them")
     sides = _check_layers.check_sides(x, y, names=("x", "y"), **checks)
     n = len(sides.xs[0])
     if n < least:  # of kernel matrices

@@ -109,7 +109,7 @@ def calibrate_by_moments(
     return (
         observed,
         permutation_moments.compute_p_value(observed, moments),
-        permutation_moments.compute_threshold(alpha, moments),
+        permutation_moments.compute_threshold(observed, alpha, moments),
         torch.stack(list(moments)),
     )
 
@@ -183,12 +183,11 @@ def _multiply_all(
     like = torch.empty(0, dtype=torch.float64, device=device)
     shapes = (len(xs), _count_entries(n)), (n * n, m)
     h, k = (memory.empty_buffer(like, *shape) for shape in shapes)
-    rows, columns = torch.tril_indices(n, n, device=device)
-    lower = rows * n + columns
-    doubled = 1.0 + (rows > columns).double()
+    lower = torch.ones(n, n, dtype=torch.bool, device=device).tril_().view(-1).nonzero()[:, 0]
+    diagonal = torch.arange(1, n + 1, device=device).cumsum(0) - 1
     for i, g in enumerate(make(xs)):
         torch.index_select(g.view(-1), 0, lower, out=h[i])
-        h[i].mul_(doubled)
+        h[i].mul_(2)[diagonal] /= 2
         if ys is None:
             k[:, i] = g.view(-1)
     for j, g in enumerate(() if ys is None else make(ys)):

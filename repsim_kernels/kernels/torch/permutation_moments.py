@@ -18,6 +18,8 @@ from torch import Tensor
 # Below this skewness the incomplete gamma function is replaced by its asymptotic expansion, whose
 # error is a relative 1e-9 z there: PyTorch's series ends too early in the lower tail.
 _SMALL_SKEWNESS = 0.01
+# How far rounding may move the inner product of two Grams of norm 1.
+_ROUNDING = 1e-12
 _SERIES_TERMS = 28  # of the logarithm in that expansion, for arguments up to 1/4
 # Halvings of the interval that contains a quantile.
 _BISECTIONS = 70
@@ -154,13 +156,17 @@ def compute_p_value(observed: Tensor, moments: Moments) -> Tensor:
     """
     mean, variance, skewness = moments
     tail = compute_pearson_iii_tail((observed - mean) / variance.sqrt(), skewness)
-    return torch.where(variance > 0, tail, 1.0)
+    return torch.where(variance > _ROUNDING**2, tail, 1.0)
 
 
-def compute_threshold(alpha: float, moments: Moments) -> Tensor:
-    """Return the values (L, M) that the null exceeds with probability alpha, by Pearson III."""
+def compute_threshold(observed: Tensor, alpha: float, moments: Moments) -> Tensor:
+    """Return the values (L, M) that the null exceeds with probability alpha, by Pearson III.
+
+    It is the observed value where the null has no variance.
+    """
     mean, variance, skewness = moments
-    return mean + variance.sqrt() * find_pearson_iii_quantile(alpha, skewness)
+    threshold = mean + variance.sqrt() * find_pearson_iii_quantile(alpha, skewness)
+    return torch.where(variance > _ROUNDING**2, threshold, observed)
 
 
 def compute_pearson_iii_tail(z: Tensor, skewness: Tensor) -> Tensor:
