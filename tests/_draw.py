@@ -1,4 +1,4 @@
-"""Hypothesis strategies for representations, cells and labels.
+"""Hypothesis strategies for representations, cells and labels; and layers without it.
 
 Hypothesis draws sizes, kinds and a seed, and NumPy's Generator the numbers, so that a failing
 example shrinks to small sizes and prints as one line.
@@ -154,3 +154,10 @@ def classes(draw: st.DrawFn, n: int, max_classes: int = 4) -> np.ndarray:
     """Draw the class of each of n stimuli, 0 to k - 1, with k at least 2 and no class empty."""
     k = draw(st.integers(2, min(max_classes, n)))
     return np.random.default_rng(draw(SEEDS)).permutation(np.arange(n) % k)
+
+
+def make_layers(n: int, seed: int = 0, widths: tuple[int, ...] = (5, 30, 8)) -> list[np.ndarray]:
+    """Make layers that share some of their variance with the first."""
+    rng = np.random.default_rng(seed)
+    layers = [rng.standard_normal((n, p)) for p in widths]
+    return [x + layers[0][:, :1] * (i > 0) for i, x in enumerate(layers)]
