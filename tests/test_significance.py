@@ -1,12 +1,16 @@
-"""The simulations of intervals and tests of similarities, in bench/COVERAGE.md."""
+"""The simulations of similarities and of shuffled cells, in bench/COVERAGE.md."""
 
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import repsim_kernels as rk
-from bench import significance
+from bench import coverage, significance
+from repsim_kernels.experiments.analysis.correlations import compute_correlations, summarise
+from repsim_kernels.experiments.analysis.shuffles import find_threshold
+from repsim_kernels.experiments.columns import GROUP_KEYS
 
 
 @pytest.mark.parametrize("truth", significance.TRUTHS)
@@ -40,3 +44,46 @@ def test_the_section_has_a_line_for_each_row(monkeypatch):
     lines = significance.render_section(pairs=2).splitlines()
     assert len([line for line in lines if line.startswith("| 20 | ")]) == 3
     assert len([line for line in lines if line.startswith(("| 10 | ", "| 12 | "))]) == 6
+
+
+# Shuffled cells
+
+
+def test_thresholds_of_shared_shuffles_are_those_of_the_report():
+    values = coverage.draw_unrelated(np.random.default_rng(0), 3, 0.5)
+    x, y = coverage.rank_cells(values)
+    got = coverage.find_thresholds(x, y, coverage.draw_shuffles(1, 0))
+    levels = [["net"], range(coverage.CLASSES), range(coverage.LAYERS), range(coverage.CELLS)]
+    index = pd.MultiIndex.from_product(levels, names=[*GROUP_KEYS, "cell"])
+    columns = coverage.DISTANCES, coverage.CHANGES
+    names = [*columns[0], *columns[1]]
+    for i, table in enumerate(values):
+        frame = pd.DataFrame(table.reshape(len(index), -1), index, names).reset_index()
+        assert got[i] == pytest.approx(find_threshold(frame, *columns), abs=1e-14)
+        means = summarise(compute_correlations(frame, *columns))["spearman"]
+        np.testing.assert_allclose((x[i].mT @ y[i]).mean(0).ravel(), means, atol=1e-14)
+
+
+def test_separate_shuffles_move_the_cells_of_each_group(monkeypatch):
+    monkeypatch.setattr(coverage, "SHUFFLES", 19)
+    values = coverage.draw_unrelated(np.random.default_rng(1), 2, 0.25)
+    x, y = coverage.rank_cells(values)
+    orders = coverage.draw_shuffles(x.shape[1], 5)
+    want = [
+        sorted(
+            np.abs((a.mT @ np.take_along_axis(b, order[..., None], 1)).mean(0)).max()
+            for order in orders
+        )[18]  # ⌈0.95 x 20⌉ = 19
+        for a, b in zip(x, y, strict=True)
+    ]
+    np.testing.assert_allclose(coverage.find_thresholds(x, y, orders), want, atol=1e-11)
+
+
+def test_common_variance_is_beyond_separate_shuffles_only(monkeypatch):
+    monkeypatch.setattr(coverage, "SHUFFLES", 99)
+    for row in coverage.iter_beyond(60):
+        assert row.separate > 40
+        assert row.shared < 5 + 3 * np.sqrt(5 * 95 / 60)
+    x, _ = np.moveaxis(coverage.draw_unrelated(np.random.default_rng(2), 300, 0.25)[:, :2], 1, 0)
+    other = coverage.draw_unrelated(np.random.default_rng(2), 300, 0.25)[:, 1]
+    assert np.corrcoef(x.ravel(), other.ravel())[0, 1] == pytest.approx(0.25, abs=0.04)

@@ -54,10 +54,10 @@ def find_threshold(table: pd.DataFrame, distances: Sequence[str], changes: Seque
     it keeps the dependence between changes, between distances, and between groups, whose cells are
     alike: cell 0 is the least selective one everywhere. If all groups have similar distances, and
     similar but unrelated changes, their correlations agree by chance, and the mean is as variable
-    as one of them. With shuffles drawn for each group, 48 % of 300 simulated tables without any
-    relation, of 10 classes, 7 layers and 16 cells, had a correlation above the threshold when a
-    quarter of the variance was common to all groups, and 79 % when 81 % was; with shared shuffles,
-    4 and 3 %. One threshold serves all correlations, and is conservative for those that vary less.
+    as one of them. With shuffles drawn for each group, 66.2 % of the simulated tables in
+    bench/COVERAGE.md, which have no relation, had a correlation above the threshold when a quarter
+    of the variance was common to all groups, and 99.2 % when 81 % was; with shared shuffles, 5.6
+    and 4.9 %. One threshold serves all correlations, and is conservative for those that vary less.
 
     With the same shuffle π in all groups, a mean correlation is Σᵢ m[i, π(i)]: m[i, j] is the mean
     over groups of the product of two standardised ranks, of the distance in cell i and of the

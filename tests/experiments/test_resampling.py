@@ -184,8 +184,10 @@ def test_simulated_coverage_size_and_power_are_plausible():
 
 def test_coverage_page_has_a_line_for_each_row(monkeypatch):
     monkeypatch.setattr(coverage, "compute_truth", lambda: 0.3172)
-    page = coverage.render_page(studies=40, pairs=2)
+    page = coverage.render_page(studies=40, pairs=2, tables=3)
     assert "40 studies of 10 classes" in page
     assert "seed 20241125: 0.3172." in page
+    for row in coverage.iter_beyond(3):
+        assert f"| {100 * row.common:.0f} | {row.separate:.1f} | {row.shared:.1f} |" in page
     for row in coverage.compute_rows(40, 0.3172):
         assert f"| {row.name} | {100 * row.share:.1f} | {100 * row.error:.1f} |" in page
