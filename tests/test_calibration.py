@@ -310,6 +310,28 @@ def test_equal_values_of_different_sums_count_as_the_observed_value(metric):
         assert got.null[0, 0, 0] == pytest.approx(got.score[0, 0], rel=0, abs=1e-13)
 
 
+def test_a_score_above_its_threshold_has_a_small_p():
+    """Also if the threshold is a value that equals the score up to rounding."""
+    rng = np.random.default_rng(39)
+    x, y = rng.integers(0, 2, (2, 12, 2))
+    got = rk.calibrate(x, y, metric="cka_debiased", permutations=99, seed=39)
+    assert got.p_value > 0.05
+    assert got.score <= got.threshold
+    assert got.calibrated == 0
+
+
+@pytest.mark.parametrize("n", [20, 100])
+def test_a_null_of_one_value_gives_p_1(n):
+    """Stimuli that are equally far apart look the same in any order."""
+    rng = np.random.default_rng(n)
+    x = np.eye(n) + rng.standard_normal(n)
+    y = rng.standard_normal((n, 5))
+    for options in ({"null": "moments"}, {"permutations": 30}):
+        got = rk.calibrate(x, y, **options)
+        assert (got.p_value, got.calibrated) == (1, 0)
+        assert got.score <= got.threshold
+
+
 def test_a_list_with_itself_leaves_out_each_layer_with_itself():
     xs = make_layers(12)
     each = rk.calibrate(xs, permutations=30)

@@ -104,6 +104,9 @@ def test_moments_are_of_all_permutations_alone(options, message):
         rk.calibrate(x, y, null="moments", **options)
     with pytest.raises(rk.ShapeError, match=r"xs: 5 stimuli in .*; expected at least 6"):
         rk.calibrate(x[:5], y[:5], null="moments")
+    k, m = (a[:5] @ a[:5].T for a in (x, y))
+    with pytest.raises(rk.ShapeError, match="xs: 5 stimuli with null='moments'; expected at least"):
+        rk.calibrate(k, m, null="moments", kernel="precomputed")
 
 
 def test_moments_have_no_reference(monkeypatch):

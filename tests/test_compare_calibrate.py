@@ -174,3 +174,7 @@ def test_too_little_memory_is_refused_with_what_is_needed(n, per_pair):
     size = f"{per_pair * 6 * n * n / 2**20:.3g} MiB"
     with pytest.raises(rk.OptionError, match=f"^memory: .* calibrate needs {size} for matrices"):
         compare(*NETWORKS, images.split(5), layers="conv", memory=memory, calibrate=50)
+    # Neighbours need no matrices.
+    options = {"metric": "mutual_knn", "k": 3, "calibrate": 50}
+    m = compare(*NETWORKS, images.split(5), layers="conv", memory=memory, **options)
+    assert m.threshold is not None

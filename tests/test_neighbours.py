@@ -276,9 +276,9 @@ def test_values_of_permutations_are_those_of_permuted_stimuli(metric, n, k, seed
 def test_pairwise_finds_neighbours_once_for_all_pairs_and_metrics(backend, monkeypatch):
     numbers = []
 
-    def count(rows, k, find):
+    def count(rows, k, find, ties):
         numbers.append(k)
-        return find_nearest(rows, k, find)
+        return find_nearest(rows, k, find, ties)
 
     monkeypatch.setattr(neighbours, "find_nearest", count)
     rng = np.random.default_rng(2)
