@@ -39,8 +39,9 @@ def find_threshold(table: pd.DataFrame, distances: Sequence[str], changes: Seque
     float
         The 95 % quantile of M, the largest absolute value among the mean correlations of all
         distances with all changes: the ⌈0.95 (K + 1)⌉-th smallest of the observed M and those of
-        K = 999 shuffles. If no distance is related to any change, the probability that a mean
-        correlation is larger is at most 5 %. NaN if there is no correlation.
+        K = 999 shuffles. If no distance is related to any change, and all groups have the same
+        cells, the probability that a mean correlation is larger is at most 5 %. NaN if there is no
+        correlation.
 
     Raises
     ------
@@ -61,7 +62,9 @@ def find_threshold(table: pd.DataFrame, distances: Sequence[str], changes: Seque
 
     With the same shuffle π in all groups, a mean correlation is Σᵢ m[i, π(i)]: m[i, j] is the mean
     over groups of the product of two standardised ranks, of the distance in cell i and of the
-    change in cell j. Groups that lack cells take the order in which a shuffle has the others.
+    change in cell j. Where a group lacks the cell that a shuffle leads to, the shuffle is followed
+    on from there. Groups that lack different cells share less of it, and the threshold is then too
+    low.
 
     The sign flips of `inference` ask whether a mean would have its sign with other classes, given
     the cells. Source: Westfall & Young, Resampling-Based Multiple Testing, Wiley, 1993.
@@ -97,9 +100,16 @@ def _standardise(ranks: Floats) -> Floats:
 
 
 def _restrict(orders: NDArray[np.int64], present: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Restrict permutations (k, cells) to some of the cells, as positions among these."""
-    kept = orders[np.isin(orders, present)].reshape(len(orders), len(present))
-    return np.searchsorted(present, kept)
+    """Restrict permutations (k, cells) to some of the cells, as positions among these.
+
+    From each cell follow the permutation until it reaches one that is present. Only the places of
+    missing cells change, so that groups with different cells still share most of the shuffle.
+    """
+    targets = orders[:, present]
+    rows = np.arange(len(orders))[:, None]
+    while (is_missing := ~np.isin(targets, present)).any():
+        targets = np.where(is_missing, orders[rows, targets], targets)
+    return np.searchsorted(present, targets)
 
 
 def _sum_products(x: Floats, y: Floats, orders: NDArray[np.int64]) -> Floats:

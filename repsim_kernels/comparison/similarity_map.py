@@ -151,8 +151,7 @@ class SimilarityMap:
         n_rows, n_columns = self.values.shape
         parts = [f"{self.label} of {n_rows} x {n_columns} layers"]
         undefined = int(np.isnan(self.values).sum())
-        defined = self.values.size - undefined
-        if defined:
+        if undefined < self.values.size:
             parts.append(f"{np.nanmin(self.values):.3g} … {np.nanmax(self.values):.3g}")
         parts.append(f"n = {self.n}")
         if self.n_left_out:
@@ -160,9 +159,12 @@ class SimilarityMap:
         if undefined:
             parts.append(f"{undefined} not defined")
         if self.threshold is not None:
+            counted = ~np.isnan(self.values)
+            if self.has_equal_names and np.array_equal(self.values, self.values.T, equal_nan=True):
+                counted = np.triu(counted, 1)  # of one network: each pair of layers once
+            below = int((counted & ~self.is_above_threshold).sum())
             parts.append(
-                f"{defined - int(self.is_above_threshold.sum()):,} of {defined:,} pairs not above "
-                f"the threshold {self.threshold:.3g}"
+                f"{below:,} of {counted.sum():,} pairs not above the threshold {self.threshold:.3g}"
             )
         return ", ".join(parts)
 

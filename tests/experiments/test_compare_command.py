@@ -89,7 +89,7 @@ def test_pairs_that_are_not_above_chance_are_counted(folder: Path) -> None:
     assert (code, err) == (0, "")
     batches = load_images(folder, 32).split(5)
     want = rk.compare(load("alexnet_small"), None, batches, layers="conv", calibrate=40)
-    assert re.search(rf"\d+ of 25 pairs not above the threshold {want.threshold:.3g}\n", out)
+    assert re.search(rf"\d+ of 10 pairs not above the threshold {want.threshold:.3g}\n", out)
 
 
 @pytest.mark.parametrize("name", ["map.html", "map.png"])

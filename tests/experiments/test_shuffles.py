@@ -55,9 +55,13 @@ def test_threshold_is_the_quantile_over_shuffled_tables(
         for _, group in table.groupby(["class", "layer"]):
             cells = group.sort_values("cell").index
             of_cell = group.set_index("cell")[CHANGES]
-            shuffled.loc[cells, CHANGES] = of_cell.reindex(
-                [cell for cell in order if cell in of_cell.index]
-            ).to_numpy()
+            sources = []
+            for cell in of_cell.index.sort_values():
+                source = order[cell]
+                while source not in of_cell.index:
+                    source = order[source]
+                sources.append(source)
+            shuffled.loc[cells, CHANGES] = of_cell.reindex(sources).to_numpy()
         largest.append(largest_mean(shuffled))
     # ⌈0.95 x 31⌉ = 30
     assert find_threshold(table, DISTANCES, CHANGES) == pytest.approx(sorted(largest)[29], abs=1e-9)
