@@ -6,6 +6,7 @@ import importlib.util
 import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from bench.bench_pairwise import LAYERS, N, P, make_layers
 from bench.common import memory
 from bench.common.inputs import count_bytes, make_reference
 from bench.common.machine import Json, describe_environment, format_seconds
+from bench.common.records import describe_device
 from bench.common.tolerances import Tol, assert_close
 from bench.conftest import Timer
 
@@ -153,6 +155,22 @@ def _spread(k: int, left: int, right: int, count: int) -> Iterator[tuple[int, in
     for place in np.linspace(0, k * left * right - 1, count).astype(int):
         a, pair = divmod(int(place), left * right)
         yield a, *divmod(pair, right)
+
+
+def render_calibration(_path: Path, record: Json) -> str:
+    """bench/README.md: calibrated similarities against a loop."""
+    ratio = record["loop_seconds"] / record["seconds"]
+    return (
+        f"On {describe_device(record)}: linear CKA of {record['xs']} x {record['ys']} layers, "
+        f"n = {record['n']:,}, p = {record['p']:,}, with the same {record['permutations']} "
+        f"permutations. `calibrate` needs {format_seconds(record['seconds'])}, and "
+        f"{record['bytes'] / 1e6:,.0f} MB in addition to the features. The loop of "
+        f"calibrated-similarity, of which {record['loop_timed']} of {record['loop_count']:,} "
+        f"similarities were timed, would need {record['loop_seconds'] / 3600:.1f} h: "
+        f"{ratio:,.0f} times as long. The values differ by up to "
+        f"{record['largest_difference']:.0e} from its float32 ones, and by "
+        f"{record['largest_difference_float64']:.0e} from the same similarities in float64."
+    )
 
 
 def describe_calibration(record: Json) -> str:

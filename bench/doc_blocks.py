@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import aims, bench_compare, maps
+from bench import aims, bench_calibrate, bench_compare, maps
 from bench.accuracy import OURS, summarize, tabulate_by_package
 from bench.common.machine import Json, format_seconds, load
 from bench.common.records import describe_device, format_commits, format_dates
@@ -381,5 +381,6 @@ BLOCKS: dict[str, tuple[str, Callable[..., str]]] = {
     "scaling": ("scaling", render_scaling),
     "networks": ("*", render_networks),
     "unrelated": ("maps", render_unrelated),
+    "calibrate": ("calibrate", bench_calibrate.render_calibration),
     "runs": ("*", render_runs),
 }
