@@ -228,7 +228,7 @@ def render_page(
 Results from simulations with a known truth: of [studies](#the-study), of the
 [shuffles](#shuffles-of-the-studys-cells) of their cells, and of
 [intervals](#intervals-of-similarities) and [tests](#tests-of-similarities) of similarities. To
-regenerate the page, in about 15 minutes on two cores:
+regenerate the page, in about 15 minutes on two cores (estimated):
 
 ```
 .venv/bin/python -m bench coverage

@@ -69,7 +69,7 @@ def calibrate(
     values = _VALUES[metric](xs, ys, with_same, **own, **options)
     observed, null = values[0], values[1:]
     if metric not in neighbours.METRICS:  # these count equal stimuli in the order of their indices
-        _copy_unchanged(observed, null, xs, xs if ys is None else ys, indices)
+        _copy_unchanged(observed, null, xs, ys, indices)
     return observed, null
 
 
@@ -332,15 +332,16 @@ def _copy_unchanged(
     observed: Tensor,
     null: Tensor,
     xs: Sequence[Tensor],
-    ys: Sequence[Tensor],
+    ys: Sequence[Tensor] | None,
     indices: np.ndarray,
 ) -> None:
     """Copy the observed values to the null where a permutation exchanges only equal stimuli.
 
     Both are then of the same pairs of stimuli, and must not differ by rounding.
     """
-    n = indices.shape[1]
-    for (a, rows), (b, columns) in itertools.product(_group_layers(xs), _group_layers(ys)):
+    n, left = indices.shape[1], _group_layers(xs)
+    right = left if ys is None else _group_layers(ys)
+    for (a, rows), (b, columns) in itertools.product(left, right):
         if len(np.unique(a)) == len(np.unique(b)) == n:
             continue
         pairs = np.sort(a * n + b[indices], axis=1)

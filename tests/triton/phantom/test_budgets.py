@@ -68,6 +68,10 @@ BUDGETS = {
     ),
     "cka": Budget(lambda x, y: rk.cka(x, y, debiased=True), reached=(54, 6)),
     "pairwise": Budget(lambda x, y: rk.pairwise([x, y]), reached=(37, 14)),
+    "calibrate": Budget(
+        lambda x, y: rk.calibrate([x, y], permutations=20, debiased=True), reached=(178, 24)
+    ),
+    "mutual_knn": Budget(lambda x, y: rk.mutual_knn(x, y), reached=(560, 24)),
 }
 
 
