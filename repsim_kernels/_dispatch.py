@@ -196,9 +196,10 @@ def call(
     chosen = choose_backend(operation, backend, source, *xs)
     if precision is not None and (operation, chosen) in _WITH_PRECISION:
         options["precision"] = precision
-    if chosen == "torch":
-        own = Source("torch", source.device)
-        for argument, inner in _INNER.get(operation, {}).items():
+    if chosen == "torch" and operation in _INNER:
+        first = xs[0] if isinstance(xs[0], Tensor) else xs[0][0]
+        own = Source("torch", str(first.device))
+        for argument, inner in _INNER[operation].items():
             options[argument] = functools.partial(call, inner, get_requested_backend(backend), own)
     function = _load_kernel(operation, chosen)
     if (operation, chosen) not in _BATCHED:
