@@ -9,7 +9,7 @@ import pytest
 import scipy.spatial.distance
 import torch
 from _draw import NUMPY_LAYOUTS, TORCH_DTYPES, TORCH_LAYOUTS, pairs, representations
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import repsim_kernels as rk
@@ -102,6 +102,8 @@ def test_numpy_arrays_match_the_reference(name, options, pair):
 @given(pairs(n=st.integers(4, 12), kinds=SMOOTH[:2], dtypes=TORCH_DTYPES, layouts=TORCH_LAYOUTS))
 def test_tensors_match_the_reference(name, options, pair):
     x, y = pair
+    if "k" in options:  # the reference takes 16-bit distances that nearly tie for different ones
+        assume({x.dtype, y.dtype} <= {"float32", "float64"})
     tol = choose_tolerance(name, options, x.dtype)
     assert_matches_reference(name, options, x.torch(), y.torch(), x.values(), y.values(), tol)
 

@@ -59,6 +59,8 @@ def mutual_knn(
 
     Which distances tie is decided among the distances from one stimulus, by the rule that `rsa`
     documents: it does not depend on the machine. Tied stimuli count in the order of their indices.
+    With "correlation" and fewer than about ten neurons, rows are often nearly parallel, and whether
+    they tie may depend on rounding.
 
     There is no n x n matrix. Tiles of float32 products find k + 7 candidates for each stimulus,
     whose distances are then computed from the features in float64. Where rounding or a tie leaves
