@@ -23,9 +23,9 @@ from repsim_kernels.kernels.torch import (
     gram,
     memory,
     neighbours,
+    pair_matrices,
     panels,
     permutation_moments,
-    rsa,
 )
 from repsim_kernels.kernels.torch.nearest import Find
 from repsim_kernels.kernels.torch.representation import Representation, from_complement
@@ -36,8 +36,6 @@ Multiply = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Entries of a block of the lower triangle, and the most permutations that are gathered together:
 # the fastest for 1 to 32 layers of 50 to 1,024 stimuli. What is gathered stays in the cache.
 _ENTRIES, _PERMUTATIONS = 2**13, 32
-# Elements of the matrices of several representations that are made together.
-_TOGETHER = 2**21
 
 
 def calibrate(
@@ -207,25 +205,11 @@ def _from_kernels(
 
 
 def _choose_kernels(
-    xs: list[Tensor],
-    ys: list[Tensor] | None,
-    debiased: bool,
-    kernel: str,
-    sigma: float | None,
-    precision: str,
+    xs: list[Tensor], ys: list[Tensor] | None, kernel: str, precision: str, **options: Any
 ) -> Callable[[list[Tensor]], Iterator[Tensor]]:
     """Return a function that yields the centred kernel matrices of representations."""
     dtype = cka.product_dtype([*xs, *(ys or ())], kernel, precision)
-    return functools.partial(_iter_kernels, options=(debiased, kernel, sigma, dtype))
-
-
-def _iter_kernels(xs: list[Tensor], options: tuple[Any, ...]) -> Iterator[Tensor]:
-    """Yield centred kernel matrices (n, n) of norm 1; NaN for one that is only rounding."""
-    n = len(xs[0])
-    for run in panels.split(len(xs), max(1, _TOGETHER // n**2)):
-        vectors, halves, _ = cka.kernel_vectors(xs[run], *options)
-        for vector, half in zip(vectors, halves.tolist(), strict=True):
-            yield panels.unpack_vectors(vector, n).div_(math.sqrt(2 * half))
+    return functools.partial(pair_matrices.iter_kernels, kernel=kernel, dtype=dtype, **options)
 
 
 def _from_distances(
@@ -235,19 +219,8 @@ def _from_distances(
     multiply: Multiply | None,
     **options: Any,
 ) -> Tensor:
-    make = functools.partial(_iter_distances, **options)
+    make = functools.partial(pair_matrices.iter_distances, **options)
     return _multiply_all(make, xs, ys, indices, multiply).clamp_(-1, 1)
-
-
-def _iter_distances(xs: list[Tensor], distance: str, compare: str) -> Iterator[Tensor]:
-    """Yield matrices (n, n) of norm 1 of what `rsa` compares: distances or ranks, centred."""
-    n = len(xs[0])
-    upper = torch.triu_indices(n, n, 1, device=xs[0].device)
-    for run in panels.split(len(xs), max(1, _TOGETHER // n**2)):
-        for unit in rsa.all_dissimilarities(xs[run], distance, compare):
-            g = unit.new_zeros(n, n)
-            g[upper[0], upper[1]] = unit * math.sqrt(0.5)
-            yield g.add_(g.mT.clone())
 
 
 def _from_projections(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from repsim_kernels.kernels.torch import cka, distances, gram, memory, rsa
+from repsim_kernels.kernels.torch import gram, memory, pair_matrices
 
 _EPS = torch.finfo(torch.float64).eps
 # A squared norm that falls below this share without one stimulus has lost digits in the difference.
@@ -50,8 +50,7 @@ def interval(
     """
     form = _choose_form(len(xs[0]), metric, options)
     left, right = (
-        [_prepare(m, form) for m in _iter_matrices(side, form, metric, options)]
-        for side in (xs, ys)
+        [_prepare(m, form) for m in _iter_matrices(side, metric, options)] for side in (xs, ys)
     )
     values = torch.stack([_jackknife(a, b, form) for a in left for b in right])
     names = "estimate", "variance", "correction"
@@ -70,43 +69,18 @@ def _choose_form(n: int, metric: str, options: dict[str, Any]) -> _Form:
     return _Form(gram.double_centre, torch.diagonal, 2 * share, share**2)
 
 
-def _iter_matrices(
-    xs: list[Tensor], form: _Form, metric: str, options: dict[str, Any]
-) -> Iterator[Tensor]:
-    """Yield the centred matrix (n, n) of each of the xs, NaN if the metric has none."""
-    n = len(xs[0])
+def _iter_matrices(xs: list[Tensor], metric: str, options: dict[str, Any]) -> Iterator[Tensor]:
+    """Return an iterator over the centred matrix (n, n) of each x, NaN if the metric has none."""
     if metric == "rsa":
-        i, j = torch.triu_indices(n, n, 1, device=xs[0].device)
-        for d in rsa.all_dissimilarities(xs, **options):
-            m = d.new_zeros(n, n)
-            m[i, j] = m[j, i] = d
-            yield m
-        return
-    for x in xs:
-        if options["kernel"] == "linear":
-            k = gram.linear(x)
-        else:
-            sigma = options["sigma"]
-            k = gram.double_centre(x if sigma is None else distances.rbf_kernel(x, sigma))
-        floor = cka.rounding_floor(k) if form.centre is _u_centre else 0.0
-        m = form.centre(k)
-        yield m if torch.dot(m.flatten(), m.flatten()) > floor else m.fill_(torch.nan)
+        return pair_matrices.iter_distances(xs, **options)
+    return pair_matrices.iter_kernels(xs, **({"debiased": True} | options), dtype=torch.float64)
 
 
 def _u_centre(k: Tensor) -> Tensor:
-    """U-centre a symmetric matrix (n, n): a zero diagonal, and rows that sum to zero.
-
-    Source: Székely & Rizzo 2014.
-    """
-    n = len(k)
-    k = k.clone()
-    k.diagonal().zero_()
-    shift = k.sum(1) / (n - 2)
-    shift -= shift.sum() / (2 * (n - 1))
-    k -= shift
-    k -= shift[:, None]
-    k.diagonal().zero_()
-    return k
+    """U-centre a symmetric matrix (n, n): a zero diagonal, and rows that sum to zero."""
+    packed = [(slice(0, len(k)), gram.double_centre(k))]
+    gram.u_centre(packed, out=packed)
+    return packed[0][1]
 
 
 def _subtract_mean(d: Tensor) -> Tensor:
