@@ -33,11 +33,11 @@ _MODULES = {
     "DegenerateWarning": "repsim_kernels.errors",
     "OutOfMemoryWarning": "repsim_kernels.errors",
     **{name: f"repsim_kernels.comparison.{name}" for name in ("compare", "extract")},
-    "Ceiling": "repsim_kernels.ops.ceiling",
-    "Interval": "repsim_kernels.ops.interval",
     "MinibatchCKA": "repsim_kernels.comparison.minibatch",
     "SimilarityMap": "repsim_kernels.comparison.similarity_map",
     "Calibrated": "repsim_kernels.ops.calibration",
+    "Ceiling": "repsim_kernels.ops.ceiling",
+    "Interval": "repsim_kernels.ops.interval",
 }
 
 __all__ = sorted(_MODULES)

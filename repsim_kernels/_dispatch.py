@@ -28,7 +28,7 @@ KERNELS: dict[tuple[str, str], str] = {
 """Where the kernel of each operation and backend is, as "module:function"."""
 
 # Internal operations; `gram_products` and `unpack_gram` take the Grams of their own backend.
-_LAYER_OPERATIONS = (
+_INTERNAL_OPERATIONS = (
     Operation(
         "layer_grams",
         "layer_grams",
@@ -49,12 +49,9 @@ _INNER = {
     "calibrate": _FIND | _MULTIPLY,
     "calibrate_by_moments": _MULTIPLY,
 }
-_BATCHED = {
-    (op.name, backend) for op in (*OPERATIONS, *_LAYER_OPERATIONS) for backend in op.batched
-}
-_WITH_PRECISION = {
-    (op.name, backend) for op in (*OPERATIONS, *_LAYER_OPERATIONS) for backend in op.with_precision
-}
+_ALL_OPERATIONS = (*OPERATIONS, *_INTERNAL_OPERATIONS)
+_BATCHED = {(op.name, backend) for op in _ALL_OPERATIONS for backend in op.batched}
+_WITH_PRECISION = {(op.name, backend) for op in _ALL_OPERATIONS for backend in op.with_precision}
 # `forward` also runs kernels that are not public operations, in place of a network's own layers.
 # Where `masked_pointwise` can run, so can `linear_cells`.
 _ALL_KERNELS = (
@@ -69,7 +66,7 @@ _ALL_KERNELS = (
     }
     | {
         (op.name, backend): op.target(backend)
-        for op in _LAYER_OPERATIONS
+        for op in _INTERNAL_OPERATIONS
         for backend in op.backends
     }
 )

@@ -246,35 +246,6 @@ def test_the_same_permutations_give_the_numbers_of_calibrated_similarity(
         assert_same(got, want)
 
 
-def draw_ties(kind, rng, n):
-    """Draw integers in which many distances from a stimulus are equal."""
-    if kind == "classes":
-        return np.eye(4)[rng.integers(4, size=n)]
-    if kind == "repeats":
-        return rng.standard_normal((5, 3))[rng.integers(5, size=n)]
-    return rng.integers(1, 4, size=(n, 2)).astype(float)
-
-
-@pytest.mark.parametrize("metric", OF_NEIGHBOURS)
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.filterwarnings("ignore:5 permutations:")
-@pytest.mark.parametrize("kind", ["classes", "repeats", "grid"])
-@settings(max_examples=10)
-@given(seed=SEEDS)
-def test_ties_count_in_the_order_of_the_permuted_stimuli(kind, dtype, metric, seed):
-    rng = np.random.default_rng(seed)
-    n = int(rng.integers(12, 40))
-    layers = [draw_ties(kind, rng, n).astype(dtype) for _ in range(2)]
-    layers.append(rng.standard_normal((n, 4)).astype(dtype))
-    indices = np.stack([rng.permutation(n) for _ in range(5)])
-    got = rk.calibrate(layers, layers, metric=metric, k=4, indices=indices)
-    function = getattr(rk, metric)
-    want = [
-        [[float(function(x, y[order], k=4)) for y in layers] for x in layers] for order in indices
-    ]
-    np.testing.assert_allclose(got.null, want, rtol=0, atol=1e-6 if metric == "cknna" else 1e-12)
-
-
 @pytest.mark.parametrize(
     ("metric", "options"), [case for case in CASES if case[0] not in OF_NEIGHBOURS], ids=str
 )

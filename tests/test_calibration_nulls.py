@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 import torch
 from _draw import SEEDS, make_layers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import repsim_kernels as rk
@@ -31,6 +31,35 @@ def test_permutations_depend_on_the_seed_alone():
     many = _check_permutations.draw_permutations(strata, 20_000, 3)
     counts = np.stack([np.bincount(column, minlength=10) for column in many.T])
     assert scipy.stats.chisquare(counts, axis=None).pvalue > 1e-3
+
+
+def draw_ties(kind, rng, n):
+    """Draw integers in which many distances from a stimulus are equal."""
+    if kind == "classes":
+        return np.eye(4)[rng.integers(4, size=n)]
+    if kind == "repeats":
+        return rng.standard_normal((5, 3))[rng.integers(5, size=n)]
+    return rng.integers(1, 4, size=(n, 2)).astype(float)
+
+
+@pytest.mark.parametrize("metric", ["mutual_knn", "cknna", "jaccard_knn"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.filterwarnings("ignore:5 permutations:")
+@pytest.mark.parametrize("kind", ["classes", "repeats", "grid"])
+@settings(max_examples=10)
+@given(seed=SEEDS)
+def test_ties_count_in_the_order_of_the_permuted_stimuli(kind, dtype, metric, seed):
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(12, 40))
+    layers = [draw_ties(kind, rng, n).astype(dtype) for _ in range(2)]
+    layers.append(rng.standard_normal((n, 4)).astype(dtype))
+    indices = np.stack([rng.permutation(n) for _ in range(5)])
+    got = rk.calibrate(layers, layers, metric=metric, k=4, indices=indices)
+    function = getattr(rk, metric)
+    want = [
+        [[float(function(x, y[order], k=4)) for y in layers] for x in layers] for order in indices
+    ]
+    np.testing.assert_allclose(got.null, want, rtol=0, atol=1e-6 if metric == "cknna" else 1e-12)
 
 
 @given(st.lists(st.integers(-2, 2), min_size=6, max_size=20), SEEDS)

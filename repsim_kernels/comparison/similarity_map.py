@@ -159,13 +159,11 @@ class SimilarityMap:
         if undefined:
             parts.append(f"{undefined} not defined")
         if self.threshold is not None:
-            counted = ~np.isnan(self.values)
+            pairs = ~np.isnan(self.values)
             if self.has_equal_names and np.array_equal(self.values, self.values.T, equal_nan=True):
-                counted = np.triu(counted, 1)  # of one network: each pair of layers once
-            below = int((counted & ~self.is_above_threshold).sum())
-            parts.append(
-                f"{below:,} of {counted.sum():,} pairs not above the threshold {self.threshold:.3g}"
-            )
+                pairs = np.triu(pairs, 1)  # of one network: each pair of layers once
+            count = f"{(pairs & ~self.is_above_threshold).sum():,} of {pairs.sum():,} pairs"
+            parts.append(f"{count} not above the threshold {self.threshold:.3g}")
         return ", ".join(parts)
 
     def warn_of_undefined(self) -> None:

@@ -225,12 +225,12 @@ def calibrate(
         values = _call_kernel("calibrate_by_moments", sides, metric, own, backend, alpha=alpha)
         result = _scale(*values)
     else:
-        indices = choose_permutations(n, permutations, alpha, strata, indices, seed)
-        observed, distribution = compute_null(sides, metric, own, indices, backend)
+        indices = _choose_permutations(n, permutations, alpha, strata, indices, seed)
+        observed, distribution = _compute_null(sides, metric, own, indices, backend)
         if aggregate is not None:
-            pairs = select_pairs(observed.shape, ys is None)
-            observed, distribution = reduce_pairs(observed, distribution, pairs, aggregate)
-        result = summarize(observed, distribution, alpha)
+            pairs = _select_pairs(observed.shape, ys is None)
+            observed, distribution = _reduce_pairs(observed, distribution, pairs, aggregate)
+        result = _summarize(observed, distribution, alpha)
     if sides.is_pair and aggregate is None:
         result = Calibrated(*(a[..., 0, 0] for a in result))
     return sides.source.restore(result)
@@ -282,7 +282,7 @@ def _refuse_with_moments(
             )
 
 
-def choose_permutations(
+def _choose_permutations(
     n: int,
     permutations: int = _PERMUTATIONS,
     alpha: float = 0.05,
@@ -309,7 +309,7 @@ def choose_permutations(
     return _check_permutations.draw_permutations(labels, permutations, seed)
 
 
-def compute_null(
+def _compute_null(
     sides: _check_layers.Sides,
     metric: str,
     options: dict[str, Any],
@@ -346,7 +346,7 @@ def _call_kernel(
     return scores, *others
 
 
-def select_pairs(shape: tuple[int, int], with_itself: bool) -> Array:
+def _select_pairs(shape: tuple[int, int], with_itself: bool) -> Array:
     """Return which pairs (L, M) an aggregate has: all of them, or all but the diagonal."""
     pairs = ~np.eye(*shape, dtype=bool) if with_itself else np.ones(shape, dtype=bool)
     if not pairs.any():
@@ -357,13 +357,15 @@ def select_pairs(shape: tuple[int, int], with_itself: bool) -> Array:
     return pairs
 
 
-def reduce_pairs(observed: Array, null: Array, pairs: Array, aggregate: str) -> tuple[Array, Array]:
+def _reduce_pairs(
+    observed: Array, null: Array, pairs: Array, aggregate: str
+) -> tuple[Array, Array]:
     """Return the largest or the mean similarity of pairs, (), and its null, (K,)."""
     reduce = np.max if aggregate == "max" else np.mean
     return reduce(observed[pairs]), reduce(null[:, pairs], axis=1)
 
 
-def summarize(observed: Array, null: Array, alpha: float) -> Calibrated:
+def _summarize(observed: Array, null: Array, alpha: float) -> Calibrated:
     """Calibrate similarities (…) by their null (K, …), in NumPy."""
     count = len(null)
     null = np.where(abs(null - observed) <= _ROUNDING, observed, null)
