@@ -6,7 +6,6 @@ import importlib.util
 import time
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -157,8 +156,8 @@ def _spread(k: int, left: int, right: int, count: int) -> Iterator[tuple[int, in
         yield a, *divmod(pair, right)
 
 
-def render_calibration(_path: Path, record: Json) -> str:
-    """bench/README.md: calibrated similarities against a loop."""
+def describe_calibration(record: Json) -> str:
+    """Return the record in words, also for bench/README.md."""
     ratio = record["loop_seconds"] / record["seconds"]
     return (
         f"On {describe_device(record)}: linear CKA of {record['xs']} x {record['ys']} layers, "
@@ -166,25 +165,8 @@ def render_calibration(_path: Path, record: Json) -> str:
         f"permutations. `calibrate` needs {format_seconds(record['seconds'])}, and "
         f"{record['bytes'] / 1e6:,.0f} MB in addition to the features. The loop of "
         f"calibrated-similarity, of which {record['loop_timed']} of {record['loop_count']:,} "
-        f"similarities were timed, would need {record['loop_seconds'] / 3600:.1f} h: "
+        f"similarities were timed, would need {format_seconds(record['loop_seconds'])}: "
         f"{ratio:,.0f} times as long. The values differ by up to "
         f"{record['largest_difference']:.0e} from its float32 ones, and by "
         f"{record['largest_difference_float64']:.0e} from the same similarities in float64."
-    )
-
-
-def describe_calibration(record: Json) -> str:
-    """Return the record as lines of text."""
-    ratio = record["loop_seconds"] / record["seconds"]
-    return "\n".join(
-        (
-            f"n = {record['n']:,}, p = {record['p']:,}, {record['xs']} x {record['ys']} layers, "
-            f"{record['permutations']} permutations, linear CKA",
-            f"rk.calibrate           {format_seconds(record['seconds'])}, "
-            f"{record['bytes'] / 1e6:,.0f} MB in addition to the features",
-            f"calibrated-similarity  {format_seconds(record['loop_seconds'])} ({ratio:,.0f} x): "
-            f"{record['loop_timed']} of its {record['loop_count']:,} similarities were timed",
-            f"largest difference     {record['largest_difference']:.0e} from its float32, "
-            f"{record['largest_difference_float64']:.0e} from float64",
-        )
     )

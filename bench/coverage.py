@@ -11,7 +11,7 @@ import numpy as np
 from bench import significance
 from repsim_kernels.experiments.analysis.correlations import centred_ranks, correlate
 from repsim_kernels.experiments.analysis.resampling import fisher_z, jackknife, sign_flips
-from repsim_kernels.experiments.analysis.shuffles import PERCENT, SHUFFLES
+from repsim_kernels.experiments.analysis.shuffles import PERCENT, SHUFFLES, take_quantile
 
 SEED = 20241124  # of the studies; the truth uses the next integer
 STUDIES = 2_000
@@ -28,7 +28,6 @@ EFFECT = 0.2  # added to the z of one metric in the simulation of power
 TABLES = 5_000  # whose cells are shuffled, for each share of COMMON
 COMMON = 0.25, 0.81  # shares of the variance of a table's columns that all groups have in common
 DISTANCES, CHANGES = ["distance 1", "distance 2"], ["change 1", "change 2"]
-_TIE = 1e-12  # correlations that differ by less are equal up to rounding
 
 
 @dataclass(frozen=True)
@@ -170,8 +169,7 @@ def find_thresholds(x: np.ndarray, y: np.ndarray, orders: np.ndarray) -> np.ndar
         products = products.sum(3)
     moves = np.eye(CELLS)[orders].reshape(len(orders), -1)  # 1 where cell i takes change j
     means = products.reshape(-1, moves.shape[1]) @ moves.T
-    largest = np.sort(np.abs(means).reshape(len(x), -1, len(orders)).max(1), axis=-1)
-    return largest[:, -(-PERCENT * len(orders) // 100) - 1] + _TIE
+    return take_quantile(np.abs(means).reshape(len(x), -1, len(orders)).max(1))
 
 
 def iter_beyond(tables: int) -> Iterator[Beyond]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import aims, bench_calibrate, bench_compare, maps
+from bench import aims, bench_compare, maps
 from bench.accuracy import OURS, summarize, tabulate_by_package
+from bench.bench_calibrate import describe_calibration
 from bench.common.machine import Json, format_seconds, load
 from bench.common.records import describe_device, format_commits, format_dates
 from bench.peers import tables
@@ -381,6 +382,6 @@ BLOCKS: dict[str, tuple[str, Callable[..., str]]] = {
     "scaling": ("scaling", render_scaling),
     "networks": ("*", render_networks),
     "unrelated": ("maps", render_unrelated),
-    "calibrate": ("calibrate", bench_calibrate.render_calibration),
+    "calibrate": ("calibrate", lambda _path, record: describe_calibration(record)),
     "runs": ("*", render_runs),
 }

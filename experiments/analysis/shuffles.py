@@ -89,8 +89,13 @@ def find_threshold(table: pd.DataFrame, distances: Sequence[str], changes: Seque
     means = sums[:, counts > 0] / counts[counts > 0]
     if means.size == 0:
         return math.nan
-    largest = np.sort(np.abs(means).max(1))
-    return float(largest[-(-PERCENT * len(largest) // 100) - 1]) + _TIE
+    return float(take_quantile(np.abs(means).max(1)))
+
+
+def take_quantile(largest: Floats) -> Floats:
+    """Return the quantile (…) of the largest correlations of each shuffle, (…, 1 + shuffles)."""
+    rank = -(-PERCENT * largest.shape[-1] // 100)
+    return np.sort(largest, axis=-1)[..., rank - 1] + _TIE
 
 
 def _standardise(ranks: Floats) -> Floats:

@@ -21,7 +21,6 @@ from repsim_kernels.experiments.analysis.inference import (
     fit_mixed_model,
     judge_claims,
 )
-from repsim_kernels.experiments.analysis.published import PUBLISHED
 from repsim_kernels.experiments.analysis.shuffles import find_threshold
 from repsim_kernels.experiments.columns import (
     BASELINE,
@@ -372,24 +371,6 @@ def test_mixed_model_and_baseline_match_the_statistics(tmp_path: Path) -> None:
     start = f"Compared with the energy removed, the loss of {CHANGE_NAMES['rank_deficit']}"
     assert f"{start} {verdict}" in page.visible_text()
     assert "k = 8: 0.0078" in page.visible_text()
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_published_numbers_are_shown_only_with_their_own_network(tmp_path: Path) -> None:
-    page = write_page(pd.concat([random_table(), random_table(model="resnet50")]), tmp_path)
-    head, *rows = page.tables["resnet50 (12 groups: 4 layers x 3 classes)"]
-    assert [i for i, cell in enumerate(head) if cell.text == "published"] == [2, 5]
-    assert [(row[2].value, row[5].value) for row in rows] == list(PUBLISHED["resnet50"].values())
-    assert "published" not in [
-        cell.text for cell in page.tables["net (12 groups: 4 layers x 3 classes)"][0]
-    ]
-    assert "a difference from net says nothing about either" in page.visible_text()
-    published = page.tables["As published"]
-    assert [cell.text for cell in published[1]] == [
-        "CKA", "0.158", "0.474", "0.169", "0.633", "0.404", "0.769",
-    ]  # fmt: skip
-    page = write_page(random_table(model="alexnet"), tmp_path)
-    assert "for reference" not in page.visible_text()
 
 
 @pytest.mark.slow
