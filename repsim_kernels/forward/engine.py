@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from repsim_kernels import _dispatch, _options
-from repsim_kernels._check_cells import check_cells
+from repsim_kernels import _check_cells, _dispatch, _options
 from repsim_kernels.errors import OptionError
 from repsim_kernels.forward import checks, contexts, cost, fills, passes, verify
 from repsim_kernels.forward.cost import Cost
@@ -323,7 +322,7 @@ class AblatedForward:
         act = state._data
         budget = resolve_batch_budget(memory, act.device)
         shape = tuple(act.shape[1:])
-        checked, n_cells = check_cells(cells, act[0].numel(), n_cells, shape=shape)
+        checked, n_cells = _check_cells.check_cells(cells, act[0].numel(), n_cells, shape=shape)
         with contexts.run_eagerly():
             ablations = Ablations(checked, n_cells, act.device, fills.make_fill(fill, state, seed))
             return passes.run_ablations(state, ablations, batch, budget)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repsim_kernels._check_cells import Cells, SparseCells
+from repsim_kernels._cell_sets import Cells, SparseCells
 from repsim_kernels.forward.broadcast import empty_for_cells
 
 
