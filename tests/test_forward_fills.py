@@ -271,8 +271,8 @@ def test_linear_layer_after_the_masks_is_one_product(monkeypatch):
     infinite = state.activation + 1
     infinite[0, 1] = math.inf  # in one cell: the product would make the others NaN
     want = forward.logits(state, cells, fill=infinite, batch=1)
+    assert want.isfinite().all()  # tanh of infinity is 1
     torch.testing.assert_close(forward.logits(state, cells, fill=infinite), want)
-    assert want.isfinite().flatten(1).all(1).sum() == 2
     assert counts == []
 
 
