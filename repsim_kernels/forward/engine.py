@@ -1,28 +1,27 @@
-"""`AblatedForward`: the output of a network with cells of a layer's neurons set to zero."""
+"""`AblatedForward`: the output of a network with cells of a layer's neurons ablated."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from repsim_kernels import _check_cells, _dispatch, _options
-from repsim_kernels._cell_sets import to_dense
-from repsim_kernels.errors import OptionError
-from repsim_kernels.forward import checks, contexts, cost, passes, verify
+from repsim_kernels.errors import LayerError, OptionError
+from repsim_kernels.forward import checks, contexts, cost, fills, passes, sites, verify
 from repsim_kernels.forward.cost import Cost
 from repsim_kernels.forward.cuts import Cuts
 from repsim_kernels.forward.dataflow import Split
-from repsim_kernels.forward.fusion import CellMasks
+from repsim_kernels.forward.inputs import Call, Inputs
+from repsim_kernels.forward.masks import Ablations
 from repsim_kernels.forward.memory import resolve_batch_budget
-from repsim_kernels.forward.passes import State, copy_with_strides
+from repsim_kernels.forward.passes import State
 from repsim_kernels.forward.trace import Trace, keep_attributes
 
 
 class AblatedForward:
-    """The output of a network with cells of a layer's neurons set to zero.
+    """The output of a network with cells of a layer's neurons ablated.
 
     The network up to the layer runs once for all cells; only the rest runs for each cell.
 
@@ -66,9 +65,9 @@ class AblatedForward:
     match the hook too; `intact` matches the model without a hook. An exported network keeps all
     encoder layers and attention off the fast path, and agrees with the hook up to rounding.
 
-    On CUDA, unless ``REPSIM_BACKEND=torch``, a Triton kernel masks the activation and applies a
-    ReLU or ReLU6 that follows the layer. With several cells per pass it also applies an eval-mode
-    batch norm, or a 1x1 convolution or linear layer, which then needs no masked copies.
+    On CUDA, unless ``REPSIM_BACKEND=torch``, a Triton kernel sets cells to zero and applies a ReLU
+    or ReLU6 that follows the layer. With several cells per pass it also applies an eval-mode batch
+    norm, or a 1x1 convolution or linear layer, which then needs no masked copies.
 
     Examples
     --------
@@ -84,14 +83,22 @@ class AblatedForward:
     torch.Size([3, 2, 3])
     """
 
-    def __init__(self, model: nn.Module, layer: str | Sequence[str]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: str | Sequence[str],
+        *,
+        output: int | str | None = None,
+        call: Call | None = None,
+    ) -> None:
         self.layers = checks.resolve_layers(model, layer)
+        output, call = sites.check_output(output), checks.check_call(call)
         checks.check_eval(model)
         checks.check_tensors(model)
         _dispatch.get_requested_backend()  # during a pass, its error would look like the model's
         self.model = model
         with contexts.run_eagerly():
-            self._cuts = Cuts(model, self.layers)
+            self._cuts = Cuts(model, self.layers, output, call)
 
     def __repr__(self) -> str:
         first_layers = self.layers[:4]
@@ -139,11 +146,11 @@ class AblatedForward:
             raise OptionError(
                 f"layer: this object has {len(self.layers)} layers; expected one, or use prefixes()"
             )
-        checks.check_images(self.model, images)
+        inputs = checks.check_images(self.model, images)
         with contexts.run_eagerly():
             (layer,) = self.layers
-            state = passes.run_head(*self._cuts.find(layer, images), images)
-            return self._adopt({layer: state}, images)[layer]
+            state = passes.run_head(*self._cuts.find(layer, inputs), inputs)
+            return self._adopt({layer: state}, inputs)[layer]
 
     def prefixes(self, images: Tensor, layers: Sequence[str] | None = None) -> dict[str, State]:
         """Run the network once, and return a state for each of several layers.
@@ -179,19 +186,19 @@ class AblatedForward:
         {'0': (2, 6), '1': (2, 6)}
         """
         names = self._select_layers(layers)
-        checks.check_images(self.model, images)
+        inputs = checks.check_images(self.model, images)
         with contexts.run_eagerly():
-            cuts = {name: self._cuts.find(name, images) for name in names}
+            cuts = {name: self._cuts.find(name, inputs) for name in names}
             states: dict[str, State] = {}
             shared: dict[Trace, dict[str, Split]] = {}
             for name, (trace, split) in cuts.items():
                 if split.no_shared_memory:
                     shared.setdefault(trace, {})[name] = split
                 else:
-                    states[name] = passes.run_head(trace, split, images)
+                    states[name] = passes.run_head(trace, split, inputs)
             for trace, splits in shared.items():
-                states |= passes.run_heads(trace, splits, images)
-            return self._adopt({name: states[name] for name in names}, images)
+                states |= passes.run_heads(trace, splits, inputs)
+            return self._adopt({name: states[name] for name in names}, inputs)
 
     def intact(self, state: State, *, memory: int | str | None = None) -> Tensor:
         """The network's output without ablation; computed once for each state.
@@ -238,21 +245,32 @@ class AblatedForward:
         cells: Any,
         n_cells: int | None = None,
         *,
+        fill: Any = "zero",
+        seed: int = 0,
         batch: int | None = None,
         memory: int | str | None = None,
     ) -> Tensor:
-        """The network's output with the neurons of one cell set to zero, for every cell.
+        """The network's output with the neurons of one cell replaced, for every cell.
 
         Parameters
         ----------
         state : State
             From `prefix` or `prefixes` of this object.
-        cells : integer array or sequence, (p,), or boolean array, (C, p)
-            Integers give each neuron's cell, 0 … n_cells - 1, or -1 for no cell. Booleans give the
-            neurons of each cell, and cells may overlap. The p neurons are the activation of one
-            image, flattened in C order.
+        cells : integer or boolean array, or sparse membership
+            Labels give each neuron's cell, 0 … n_cells - 1, or -1 for no cell; a boolean mask gives
+            the neurons of one cell. Both are (p,), in the C order of one image's activation (…), or
+            broadcast to its shape. The cells of a membership may overlap: booleans (C, p), a SciPy
+            CSR array (C, p), or a tuple (indptr, indices).
         n_cells : int, optional
             C; by default the largest label + 1.
+        fill : {"zero", "mean", "resample"}, number, array or State
+            What a cell's neurons become: zero; each neuron's mean over the images of `state` (for a
+            mean over others, pass an array); its value for another of these images; numbers of the
+            activation's dtype that broadcast to (n, …); or the activation of another state of the
+            same layer, for n other images (patching).
+        seed : int
+            For "resample": the images are permuted by the first permutation drawn by
+            ``numpy.random.default_rng(seed)`` that moves every image.
         batch : int, optional
             The most cells to run in one pass. By default as many as fit in `memory` on CUDA, and
             one on a CPU, or more if one cell has too few images to amortise reading the weights, or
@@ -267,17 +285,18 @@ class AblatedForward:
         -------
         logits : tensor, (C, n, k)
             With ``batch=1`` and enough memory, bit-identical to the output under a forward hook
-            that returns a masked clone; otherwise equal up to rounding. Cells without neurons, or
-            with only zeros for all images, get the output under a hook that returns a clone.
+            that writes the fill into a clone; otherwise equal up to rounding. Cells that the fill
+            changes for no image get the output under a hook that returns a clone.
 
         Raises
         ------
-        CellError, DtypeError
-            The cells have the wrong length, range or dtype.
+        CellError, DtypeError, ShapeError, DeviceError
+            The cells or the fill have the wrong length, range, shape, dtype or device.
         OptionError
-            `batch` is not a count, `memory` is not a size, or the state belongs to another object.
+            `fill` is no such name, `batch` is not a count, `memory` is not a size, or a state
+            belongs to another object or layer.
         LayerError
-            The state's tensors were written to, or the model is in training mode.
+            The states' tensors were written to, or the model is in training mode.
 
         Warns
         -----
@@ -288,9 +307,6 @@ class AblatedForward:
         -----
         If images influence each other, or the rest of the network reads a value that is not a
         tensor (n, …), each pass has one cell and all images.
-
-        A linear layer directly after the masks needs one product for all cells of a partition,
-        W(x ⊙ m_c) = W x - W(x ⊙ (1 - m_c)), where m_c is zero on cell c. It is used if cheaper.
 
         Examples
         --------
@@ -303,33 +319,22 @@ class AblatedForward:
         >>> state = forward.prefix(torch.tensor([[1.0, 2.0, 4.0]]))
         >>> forward.intact(state)
         tensor([[7.]])
-        >>> forward.logits(state, [0, 1, 1])  # without neuron 0; without neurons 1 and 2
-        tensor([[[6.]],
-        <BLANKLINE>
-                [[1.]]])
+        >>> forward.logits(state, [0, 1, 1]).flatten()  # without neuron 0; without neurons 1 and 2
+        tensor([6., 1.])
+        >>> other = forward.prefix(torch.tensor([[10.0, 20.0, 40.0]]))
+        >>> forward.logits(state, [0, 1, 1], fill=other).flatten()
+        tensor([16., 61.])
         """
         batch = None if batch is None else _options.check_count(batch, "batch")
+        seed = _options.check_count(seed, "seed", minimum=0)
         self._check_state(state)
         act = state._data
         budget = resolve_batch_budget(memory, act.device)
         shape = tuple(act.shape[1:])
         checked, n_cells = _check_cells.check_cells(cells, act[0].numel(), n_cells, shape=shape)
-        checked = to_dense(checked)
-        table = torch.as_tensor(checked, device=act.device)  # (p,) labels or (C, p) membership
         with contexts.run_eagerly():
-            unmasked = passes.run_unmasked(state, budget)
-            alive = (act != 0).any(0).reshape(-1)  # (p,)
-            if table.dtype == torch.bool:
-                has_effect = (table & alive).any(1)
-            else:
-                has_effect = torch.bincount(table[alive & (table >= 0)], minlength=n_cells) > 0
-            out = unmasked.expand(n_cells, *unmasked.shape).clone()
-            ids = has_effect.nonzero()[:, 0].tolist()
-            if ids:
-                masks = CellMasks(checked, table, torch.arange(n_cells, device=act.device))
-                batch = batch or passes.choose_cells_per_pass(state, masks, len(ids))
-                out[ids] = passes.run_in_batches(state, masks, ids, batch, budget)
-            return out
+            ablations = Ablations(checked, n_cells, act.device, fills.make_fill(fill, state, seed))
+            return passes.run_ablations(state, ablations, batch, budget)
 
     def costs(
         self, images: Tensor, layers: Sequence[str] | None = None, *, timed: bool = True
@@ -368,17 +373,48 @@ class AblatedForward:
         (48.0, 36.0)
         """
         names, timed = self._select_layers(layers), _options.check_flag(timed, "timed")
-        checks.check_images(self.model, images)
+        inputs = checks.check_images(self.model, images)
         with contexts.run_eagerly():
-            cuts = {name: self._cuts.find(name, images) for name in names}
+            cuts = {name: self._cuts.find(name, inputs) for name in names}
             traces = {trace for trace, _ in cuts.values()} if timed else set()
-            times = {
-                trace: cost.time_operations(trace, copy_with_strides(images)) for trace in traces
-            }
+            times = {trace: cost.time_operations(trace, inputs.copy()) for trace in traces}
             return {
-                name: cost.summarize(split, times.get(trace), len(images))
+                name: cost.summarize(split, times.get(trace), len(inputs))
                 for name, (trace, split) in cuts.items()
             }
+
+    def count_heads(self, layer: str) -> int:
+        """The number of heads of a layer such as "block.attn:heads".
+
+        Parameters
+        ----------
+        layer : str
+            One of this object's layers.
+
+        Returns
+        -------
+        n_heads : int
+
+        Raises
+        ------
+        LayerError
+            The layer is not one of this object's, or not the heads of an attention module.
+
+        Examples
+        --------
+        >>> from torch import nn
+        >>> import repsim_kernels as rk
+        >>> model = nn.TransformerEncoderLayer(8, 4, 16, batch_first=True).eval()
+        >>> rk.forward.AblatedForward(model, "self_attn:heads").count_heads("self_attn:heads")
+        4
+        """
+        site = self._cuts.sites.get(layer)
+        if site is None or site.n_heads is None:
+            raise LayerError(
+                f"layer: {_options.short_repr(layer)}; expected one of this object's layers that "
+                "is an attention module's heads, 'module:heads'"
+            )
+        return site.n_heads
 
     def _select_layers(self, layers: Sequence[str] | None) -> tuple[str, ...]:
         return (
@@ -392,12 +428,12 @@ class AblatedForward:
             raise OptionError("state: made by another AblatedForward; expected one from this one")
         checks.check_eval(self.model)
 
-    def _adopt(self, states: dict[str, State], images: Tensor) -> dict[str, State]:
+    def _adopt(self, states: dict[str, State], inputs: Inputs) -> dict[str, State]:
         """Become the owner of states, and add the model's own output to those that need it."""
         intact = None
         if any(state._needs_intact for state in states.values()):
             with keep_attributes(self.model):
-                intact = verify.run_intact(self.model, images)
+                intact = verify.run_intact(self._cuts.network, inputs)
         for state in states.values():
             state._set_owner(self, intact)
         return states
