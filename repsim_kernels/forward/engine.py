@@ -1,40 +1,43 @@
-"""`AblatedForward`: the output of a network with cells of a layer's neurons set to zero."""
+"""`AblatedForward`: the output of a network with cells of a layer's neurons ablated."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from repsim_kernels import _check, _dispatch, _options
-from repsim_kernels.errors import LayerError, OptionError
-from repsim_kernels.forward import checks, contexts, cost, passes, sites, verify
-from repsim_kernels.forward.cost import Cost
-from repsim_kernels.forward.cuts import Cuts
-from repsim_kernels.forward.dataflow import Split
-from repsim_kernels.forward.fusion import CellMasks
-from repsim_kernels.forward.inputs import Call, Inputs
+from repsim_kernels import _check_cells, _options
+from repsim_kernels.errors import OptionError
+from repsim_kernels.forward import checks, contexts, fills, passes
+from repsim_kernels.forward.masks import Ablations
 from repsim_kernels.forward.memory import resolve_batch_budget
 from repsim_kernels.forward.passes import State
-from repsim_kernels.forward.trace import Trace, keep_attributes
+from repsim_kernels.forward.prefix import CutForward
 
 
-class AblatedForward:
-    """The output of a network with cells of a layer's neurons set to zero.
+class AblatedForward(CutForward):
+    """The output of a network with cells of a layer's neurons ablated.
 
     The network up to the layer runs once for all cells; only the rest runs for each cell.
 
     Parameters
     ----------
     model : nn.Module
-        Takes images (n, …) and returns a tensor (n, …). It must be in eval mode and traceable by
-        ``torch.fx`` or ``torch.export``. It is neither changed nor copied. A model compiled by
-        ``torch.compile`` runs uncompiled; ``model(images)`` below means that uncompiled pass.
+        It must be in eval mode and traceable by ``torch.fx`` or ``torch.export``. It is neither
+        changed nor copied. A model compiled by ``torch.compile`` runs uncompiled;
+        ``model(images)`` below means that uncompiled pass.
     layer : str or sequence of str
         A name from ``model.named_modules()``: a module or container that runs once per pass and
-        returns a tensor (n, …). Several layers share one trace and the pass of `prefixes`.
+        returns a tensor (n, …). "name:input" is the first input of a module instead, and
+        "name:heads" what the heads of an attention module of PyTorch, timm or Hugging Face return,
+        (n, t, d), before the output projection: d is a contiguous slice for each of `count_heads`
+        heads. Several layers share one trace and the pass of `prefixes`.
+    output : int or str, optional
+        Where the tensor is in the output of layers that return more than a tensor, such as 0 or
+        "0.hidden".
+    call : function, optional
+        ``call(model, inputs)`` runs the network and returns a tensor (n, …). By default
+        ``model(inputs)``, or ``model(**inputs)`` for a dict and ``model(*inputs)`` for a tuple.
 
     Attributes
     ----------
@@ -44,11 +47,11 @@ class AblatedForward:
     Raises
     ------
     LayerError
-        The layer is missing from the model, is not called exactly once, or is in TorchScript. Or
-        the model is not a module, is in training mode, has parameters without shapes or values, or
-        is a ``DataParallel`` over several devices.
+        The layer is missing from the model, is not called exactly once, is in TorchScript, or has
+        no heads that are known. Or the model is not a module, is in training mode, has parameters
+        without shapes or values, or is a ``DataParallel`` over several devices.
     OptionError
-        REPSIM_BACKEND does not name a backend.
+        `output` is no index or path, `call` is no function, or REPSIM_BACKEND names no backend.
 
     Notes
     -----
@@ -62,13 +65,14 @@ class AblatedForward:
 
     PyTorch runs a transformer encoder layer as one fused operation unless a module inside it has a
     hook; the two ways differ by rounding. `logits` matches the hook bit for bit, so a layer inside
-    an encoder layer moves that encoder layer, and no other, off its fast path. Cells without effect
-    match the hook too; `intact` matches the model without a hook. An exported network keeps all
-    encoder layers and attention off the fast path, and agrees with the hook up to rounding.
+    an encoder layer moves that encoder layer, and no other, off its fast path, as heads move their
+    attention module. Cells without effect match the hook too; `intact` matches the model without a
+    hook. An exported network keeps all encoder layers and attention off the fast path, and agrees
+    with the hook up to rounding.
 
-    On CUDA, unless ``REPSIM_BACKEND=torch``, a Triton kernel masks the activation and applies a
-    ReLU or ReLU6 that follows the layer. With several cells per pass it also applies an eval-mode
-    batch norm, or a 1x1 convolution or linear layer, which then needs no masked copies.
+    On CUDA, unless ``REPSIM_BACKEND=torch``, a Triton kernel sets cells to zero and applies a ReLU
+    or ReLU6 that follows the layer. With several cells per pass it also applies an eval-mode batch
+    norm, or a 1x1 convolution or linear layer, which then needs no masked copies.
 
     Examples
     --------
@@ -82,124 +86,18 @@ class AblatedForward:
     >>> state = forward.prefix(torch.ones(2, 4))
     >>> forward.logits(state, [0, 0, 1, 1, 2, 2]).shape  # cells, images, outputs
     torch.Size([3, 2, 3])
+
+    Each of the heads of an attention module that returns a tuple, in a network that returns one:
+
+    >>> model = nn.MultiheadAttention(8, num_heads=4, batch_first=True).eval()
+    >>> def call(model, x):
+    ...     return model(x, x, x)[0]
+    >>> forward = rk.forward.AblatedForward(model, ":heads", call=call)
+    >>> state = forward.prefix(torch.ones(2, 5, 8))  # 2 sequences of 5 tokens
+    >>> heads = rk.cells.heads(state.activation.shape[1:], forward.count_heads(":heads"))
+    >>> forward.logits(state, heads).shape
+    torch.Size([4, 2, 5, 8])
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        layer: str | Sequence[str],
-        *,
-        output: int | str | None = None,
-        call: Call | None = None,
-    ) -> None:
-        self.layers = checks.resolve_layers(model, layer)
-        output, call = sites.check_output(output), checks.check_call(call)
-        checks.check_eval(model)
-        checks.check_tensors(model)
-        _dispatch.get_requested_backend()  # during a pass, its error would look like the model's
-        self.model = model
-        with contexts.run_eagerly():
-            self._cuts = Cuts(model, self.layers, output, call)
-
-    def __repr__(self) -> str:
-        first_layers = self.layers[:4]
-        names = ", ".join(map(repr, first_layers))
-        more = "" if first_layers == self.layers else f", … {len(self.layers)} in all"
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        device = f", device={str(tensors[0].device)!r}" if tensors else ""
-        return f"AblatedForward({type(self.model).__name__}, layers=[{names}{more}]{device})"
-
-    def prefix(self, images: Tensor) -> State:
-        """Run the network up to the layer, with everything that does not depend on the layer.
-
-        Parameters
-        ----------
-        images : tensor, (n, …)
-            On the model's device. They are not changed.
-
-        Returns
-        -------
-        state : State
-            What `logits` and `intact` need. ``state.activation``, (n, …), is the layer's output
-            with its own strides.
-
-        Raises
-        ------
-        DtypeError, ShapeError, DeviceError
-            The images are not a dense tensor with n >= 1 on the model's device.
-        LayerError
-            The model raises an error for these images, can't be traced, is random, writes to its
-            own parameters or buffers, differs from a whole pass when cut here, or is in training
-            mode. Or its output or the layer's is not a dense tensor (n, …), or has no neurons.
-        OptionError
-            This object has several layers; use `prefixes`.
-
-        Examples
-        --------
-        >>> import torch
-        >>> from torch import nn
-        >>> import repsim_kernels as rk
-        >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
-        >>> rk.forward.AblatedForward(model, "1").prefix(torch.ones(2, 4))
-        State(layer='1', images=2, activation=(2, 6), dtype='float32', device='cpu')
-        """
-        if len(self.layers) > 1:
-            raise OptionError(
-                f"layer: this object has {len(self.layers)} layers; expected one, or use prefixes()"
-            )
-        inputs = checks.check_images(self.model, images)
-        with contexts.run_eagerly():
-            (layer,) = self.layers
-            state = passes.run_head(*self._cuts.find(layer, inputs), inputs)
-            return self._adopt({layer: state}, inputs)[layer]
-
-    def prefixes(self, images: Tensor, layers: Sequence[str] | None = None) -> dict[str, State]:
-        """Run the network once, and return a state for each of several layers.
-
-        Parameters
-        ----------
-        images : tensor, (n, …)
-            On the model's device. They are not changed.
-        layers : sequence of str, optional
-            Some of this object's layers, in any order; by default all.
-
-        Returns
-        -------
-        states : dict of str to State
-            For each layer, in the given order, the state that `prefix` would return. These states
-            also hold the output without ablation, so `intact` needs no further pass.
-
-        Raises
-        ------
-        DtypeError, ShapeError, DeviceError, LayerError
-            As for `prefix`.
-        OptionError
-            A layer is not one of this object's.
-
-        Examples
-        --------
-        >>> import torch
-        >>> from torch import nn
-        >>> import repsim_kernels as rk
-        >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
-        >>> states = rk.forward.AblatedForward(model, ["0", "1"]).prefixes(torch.ones(2, 4))
-        >>> {name: tuple(state.activation.shape) for name, state in states.items()}
-        {'0': (2, 6), '1': (2, 6)}
-        """
-        names = self._select_layers(layers)
-        inputs = checks.check_images(self.model, images)
-        with contexts.run_eagerly():
-            cuts = {name: self._cuts.find(name, inputs) for name in names}
-            states: dict[str, State] = {}
-            shared: dict[Trace, dict[str, Split]] = {}
-            for name, (trace, split) in cuts.items():
-                if split.no_shared_memory:
-                    shared.setdefault(trace, {})[name] = split
-                else:
-                    states[name] = passes.run_head(trace, split, inputs)
-            for trace, splits in shared.items():
-                states |= passes.run_heads(trace, splits, inputs)
-            return self._adopt({name: states[name] for name in names}, inputs)
 
     def intact(self, state: State, *, memory: int | str | None = None) -> Tensor:
         """The network's output without ablation; computed once for each state.
@@ -246,21 +144,32 @@ class AblatedForward:
         cells: Any,
         n_cells: int | None = None,
         *,
+        fill: Any = "zero",
+        seed: int = 0,
         batch: int | None = None,
         memory: int | str | None = None,
     ) -> Tensor:
-        """The network's output with the neurons of one cell set to zero, for every cell.
+        """The network's output with the neurons of one cell replaced, for every cell.
 
         Parameters
         ----------
         state : State
             From `prefix` or `prefixes` of this object.
-        cells : integer array or sequence, (p,), or boolean array, (C, p)
-            Integers give each neuron's cell, 0 … n_cells - 1, or -1 for no cell. Booleans give the
-            neurons of each cell, and cells may overlap. The p neurons are the activation of one
-            image, flattened in C order.
+        cells : integer or boolean array, or sparse membership
+            Labels give each neuron's cell, 0 … n_cells - 1, or -1 for no cell; a boolean mask gives
+            the neurons of one cell. Both are (p,), in the C order of one image's activation (…), or
+            broadcast to its shape. The cells of a membership may overlap: booleans (C, p), a SciPy
+            CSR array (C, p), or a tuple (indptr, indices).
         n_cells : int, optional
             C; by default the largest label + 1.
+        fill : {"zero", "mean", "resample"}, number, array or State
+            What a cell's neurons become: zero; each neuron's mean over the images of `state` (for a
+            mean over others, pass an array); its value for another of these images; numbers of the
+            activation's dtype that broadcast to (n, …); or the activation of another state of the
+            same layer, for n other images (patching).
+        seed : int
+            For "resample": the images are permuted by the first permutation drawn by
+            ``numpy.random.default_rng(seed)`` that moves every image.
         batch : int, optional
             The most cells to run in one pass. By default as many as fit in `memory` on CUDA, and
             one on a CPU, or more if one cell has too few images to amortise reading the weights, or
@@ -275,17 +184,18 @@ class AblatedForward:
         -------
         logits : tensor, (C, n, k)
             With ``batch=1`` and enough memory, bit-identical to the output under a forward hook
-            that returns a masked clone; otherwise equal up to rounding. Cells without neurons, or
-            with only zeros for all images, get the output under a hook that returns a clone.
+            that writes the fill into a clone; otherwise equal up to rounding. Cells that the fill
+            changes for no image get the output under a hook that returns a clone.
 
         Raises
         ------
-        CellError, DtypeError
-            The cells have the wrong length, range or dtype.
+        CellError, DtypeError, ShapeError, DeviceError
+            The cells or the fill have the wrong length, range, shape, dtype or device.
         OptionError
-            `batch` is not a count, `memory` is not a size, or the state belongs to another object.
+            `fill` is no such name, `batch` is not a count, `memory` is not a size, or a state
+            belongs to another object or layer.
         LayerError
-            The state's tensors were written to, or the model is in training mode.
+            The states' tensors were written to, or the model is in training mode.
 
         Warns
         -----
@@ -296,9 +206,6 @@ class AblatedForward:
         -----
         If images influence each other, or the rest of the network reads a value that is not a
         tensor (n, …), each pass has one cell and all images.
-
-        A linear layer directly after the masks needs one product for all cells of a partition,
-        W(x ⊙ m_c) = W x - W(x ⊙ (1 - m_c)), where m_c is zero on cell c. It is used if cheaper.
 
         Examples
         --------
@@ -311,116 +218,22 @@ class AblatedForward:
         >>> state = forward.prefix(torch.tensor([[1.0, 2.0, 4.0]]))
         >>> forward.intact(state)
         tensor([[7.]])
-        >>> forward.logits(state, [0, 1, 1])  # without neuron 0; without neurons 1 and 2
-        tensor([[[6.]],
-        <BLANKLINE>
-                [[1.]]])
+        >>> forward.logits(state, [0, 1, 1]).flatten()  # without neuron 0; without neurons 1 and 2
+        tensor([6., 1.])
+        >>> other = forward.prefix(torch.tensor([[10.0, 20.0, 40.0]]))
+        >>> forward.logits(state, [0, 1, 1], fill=other).flatten()
+        tensor([16., 61.])
         """
         batch = None if batch is None else _options.check_count(batch, "batch")
+        seed = _options.check_count(seed, "seed", minimum=0)
         self._check_state(state)
         act = state._data
         budget = resolve_batch_budget(memory, act.device)
-        checked, n_cells = _check.check_cells(cells, act[0].numel(), n_cells)
-        table = torch.as_tensor(checked, device=act.device)  # (p,) labels or (C, p) membership
+        shape = tuple(act.shape[1:])
+        checked, n_cells = _check_cells.check_cells(cells, act[0].numel(), n_cells, shape=shape)
         with contexts.run_eagerly():
-            unmasked = passes.run_unmasked(state, budget)
-            alive = (act != 0).any(0).reshape(-1)  # (p,)
-            if table.dtype == torch.bool:
-                has_effect = (table & alive).any(1)
-            else:
-                has_effect = torch.bincount(table[alive & (table >= 0)], minlength=n_cells) > 0
-            out = unmasked.expand(n_cells, *unmasked.shape).clone()
-            ids = has_effect.nonzero()[:, 0].tolist()
-            if ids:
-                masks = CellMasks(checked, table, torch.arange(n_cells, device=act.device))
-                batch = batch or passes.choose_cells_per_pass(state, masks, len(ids))
-                out[ids] = passes.run_in_batches(state, masks, ids, batch, budget)
-            return out
-
-    def costs(
-        self, images: Tensor, layers: Sequence[str] | None = None, *, timed: bool = True
-    ) -> dict[str, Cost]:
-        """What the network costs before and after each layer, measured in a few passes.
-
-        Parameters
-        ----------
-        images : tensor, (n, …)
-            As many as will be passed to `prefix`.
-        layers : sequence of str, optional
-            Some of this object's layers; by default all.
-        timed : bool
-            Whether to time passes of all the images. If not, the seconds are NaN.
-
-        Returns
-        -------
-        costs : dict of str to Cost
-            The cost for each layer, in the given order.
-
-        Raises
-        ------
-        DtypeError, ShapeError, DeviceError, LayerError
-            As for `prefix`.
-        OptionError
-            A layer is not one of this object's, or `timed` is not a boolean.
-
-        Examples
-        --------
-        >>> import torch
-        >>> from torch import nn
-        >>> import repsim_kernels as rk
-        >>> model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
-        >>> costs = rk.forward.AblatedForward(model, "1").costs(torch.ones(2, 4), timed=False)
-        >>> costs["1"].head_flops, costs["1"].tail_flops
-        (48.0, 36.0)
-        """
-        names, timed = self._select_layers(layers), _options.check_flag(timed, "timed")
-        inputs = checks.check_images(self.model, images)
-        with contexts.run_eagerly():
-            cuts = {name: self._cuts.find(name, inputs) for name in names}
-            traces = {trace for trace, _ in cuts.values()} if timed else set()
-            times = {trace: cost.time_operations(trace, inputs.copy()) for trace in traces}
-            return {
-                name: cost.summarize(split, times.get(trace), len(inputs))
-                for name, (trace, split) in cuts.items()
-            }
-
-    def count_heads(self, layer: str) -> int:
-        """The number of heads of a layer such as "block.attn:heads".
-
-        Parameters
-        ----------
-        layer : str
-            One of this object's layers.
-
-        Returns
-        -------
-        n_heads : int
-
-        Raises
-        ------
-        LayerError
-            The layer is not one of this object's, or not the heads of an attention module.
-
-        Examples
-        --------
-        >>> from torch import nn
-        >>> import repsim_kernels as rk
-        >>> model = nn.TransformerEncoderLayer(8, 4, 16, batch_first=True).eval()
-        >>> rk.forward.AblatedForward(model, "self_attn:heads").count_heads("self_attn:heads")
-        4
-        """
-        site = self._cuts.sites.get(layer)
-        if site is None or site.n_heads is None:
-            raise LayerError(
-                f"layer: {_options.short_repr(layer)}; expected one of this object's layers that "
-                "is an attention module's heads, 'module:heads'"
-            )
-        return site.n_heads
-
-    def _select_layers(self, layers: Sequence[str] | None) -> tuple[str, ...]:
-        return (
-            self.layers if layers is None else _options.check_choices(layers, "layers", self.layers)
-        )
+            ablations = Ablations(checked, n_cells, act.device, fills.make_fill(fill, state, seed))
+            return passes.run_ablations(state, ablations, batch, budget)
 
     def _check_state(self, state: State) -> None:
         if not isinstance(state, State):
@@ -428,13 +241,3 @@ class AblatedForward:
         if state._owner is not self:
             raise OptionError("state: made by another AblatedForward; expected one from this one")
         checks.check_eval(self.model)
-
-    def _adopt(self, states: dict[str, State], inputs: Inputs) -> dict[str, State]:
-        """Become the owner of states, and add the model's own output to those that need it."""
-        intact = None
-        if any(state._needs_intact for state in states.values()):
-            with keep_attributes(self.model):
-                intact = verify.run_intact(self._cuts.network, inputs)
-        for state in states.values():
-            state._set_owner(self, intact)
-        return states

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from repsim_kernels.errors import LayerError
 from repsim_kernels.forward.dataflow import Split, check_batch, check_units
-from repsim_kernels.forward.fusion import CellMasks
 from repsim_kernels.forward.inputs import Inputs, Network
-from repsim_kernels.forward.passes import mask_for_cells, run_head, run_tail
+from repsim_kernels.forward.masks import CellMasks, mask_for_cells
+from repsim_kernels.forward.passes import run_head, run_tail
 from repsim_kernels.forward.sites import Site, list_paths
 from repsim_kernels.forward.trace import Trace
 
