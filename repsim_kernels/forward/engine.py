@@ -94,7 +94,7 @@ class AblatedForward(CutForward):
     ...     return model(x, x, x)[0]
     >>> forward = rk.forward.AblatedForward(model, ":heads", call=call)
     >>> state = forward.prefix(torch.ones(2, 5, 8))  # 2 sequences of 5 tokens
-    >>> heads = rk.cells.heads(state.activation.shape[1:], forward.count_heads(":heads"))
+    >>> heads = torch.arange(8) // (8 // forward.count_heads(":heads"))  # the head of each feature
     >>> forward.logits(state, heads).shape
     torch.Size([4, 2, 5, 8])
     """
