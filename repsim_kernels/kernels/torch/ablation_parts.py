@@ -155,16 +155,19 @@ class CellParts(GramParts):
         constant, n_remaining = [k == 0 for k in counts[:c]], [n_total - k for k in counts[:c]]
         super().__init__(whole, grams, constant, n_remaining, energy[:c], total, full)
 
+    def inside(self, c: int) -> np.ndarray:
+        """Return which neurons are in cell c, (p,)."""
+        if self.cells.dtype == np.bool_:
+            return np.asarray(self.cells[c])
+        if self.cells.ndim == 2:
+            t, c = divmod(c, self.n_cells)
+            return np.asarray(self.cells[t] == c)
+        return np.asarray(self.cells == c)
+
     def outside(self, c: int) -> Tensor:
         """Return the columns of x that are not in cell c."""
-        if self.cells.dtype == np.bool_:
-            inside = self.cells[c]
-        elif self.cells.ndim == 2:
-            t, c = divmod(c, self.n_cells)
-            inside = self.cells[t] == c
-        else:
-            inside = self.cells == c
-        return columns.take(self.x, torch.from_numpy(np.flatnonzero(~inside)).to(self.x.device))
+        index = np.flatnonzero(~self.inside(c))
+        return columns.take(self.x, torch.from_numpy(index).to(self.x.device))
 
     def rests(self, parts: list[int]) -> Tensor:
         """Return K_c; for a dominant cell from the features, since the difference would cancel."""
