@@ -109,8 +109,9 @@ class GramStimuli:
         )
 
     def _remaining(self, cells: list[int] | None) -> Tensor:
+        """Return new Gram matrices (B, n, n) of the remaining neurons."""
         whole = self.parts.whole
-        return whole[None] if cells is None else whole - self.parts.unpack(cells)
+        return whole[None].clone() if cells is None else whole - self.parts.unpack(cells)
 
 
 class CellStimuli(GramStimuli):
