@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -114,11 +115,17 @@ def make_kernels(squared: Tensor, sigma: float) -> Tensor:
     values = squared.flatten(1).index_select(1, i * n + j)
     # In ascending order come the n zeros of the diagonal, and then every distance twice.
     middle = [max(0, k - n + 1) // 2 for k in ((n * n + 1) // 2, n * n // 2 + 1)]
-    low, high = (
-        values.kthvalue(k, dim=1).values if k else values.new_zeros(b) for k in middle
-    )
+    low, high = (_select_kth(values, k) if k else values.new_zeros(b) for k in middle)
     kernel = gram.double_centre(torch.exp(squared / -((low + high)[:, None, None] * sigma**2)))
     return torch.nn.functional.normalize(kernel.flatten(1), dim=1, eps=0)
+
+
+def _select_kth(values: Tensor, k: int) -> Tensor:
+    """Return the k-th smallest, from 1, of each row of values (B, N)."""
+    if values.is_cuda:
+        return values.kthvalue(k, dim=1).values
+    # NumPy selects with vector instructions.
+    return torch.from_numpy(np.partition(values.numpy(), k - 1, axis=1)[:, k - 1])
 
 
 def find_neighbours(stimuli: StimulusDistances, k: int) -> Tensor:
