@@ -66,7 +66,6 @@ class Metric:
     from_distances: bool = False
 
 
-
 def _rsa_of_ablations(distance: str, from_gram: bool = True) -> Metric:
     """Return RSA with one of the distances between stimuli."""
     return Metric(

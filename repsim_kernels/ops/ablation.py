@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
-from repsim_kernels import _arrays, _check, _dispatch, _metrics, _options
+from repsim_kernels import _arrays, _check, _check_cells, _dispatch, _metrics, _options
+from repsim_kernels._cell_sets import Cells, are_partitions
 from repsim_kernels._routes import Distances, Info, Route
-from repsim_kernels._typing import Array, ArrayLike
+from repsim_kernels._typing import Array, ArrayLike, CellsLike
 from repsim_kernels.errors import DeviceError, DtypeError, ShapeError
 
 ALL_METRICS = tuple(metric.name for metric in _metrics.METRICS if metric.ablation)
@@ -20,7 +20,7 @@ METRICS = _metrics.list_default_ablation()
 @overload
 def ablation_distances(
     x: ArrayLike,
-    cells: ArrayLike,
+    cells: CellsLike,
     *,
     metrics: Sequence[str] | Literal["all"] = ...,
     ridge: float = ...,
@@ -40,7 +40,7 @@ def ablation_distances(
 @overload
 def ablation_distances(
     x: ArrayLike,
-    cells: ArrayLike,
+    cells: CellsLike,
     *,
     metrics: Sequence[str] | Literal["all"] = ...,
     ridge: float = ...,
@@ -59,7 +59,7 @@ def ablation_distances(
 
 def ablation_distances(
     x: ArrayLike,
-    cells: ArrayLike,
+    cells: CellsLike,
     *,
     metrics: Sequence[str] | Literal["all"] = METRICS,
     ridge: float = 0.1,
@@ -200,14 +200,14 @@ def ablation_distances(
         min_stimuli=min_stimuli(names, k),
         defer=defer,
     )
-    cells, n_cells = _check.check_cells(cells, x.shape[-1], allow_partitions=True)
+    checked, n_cells = _check_cells.check_cells(cells, x.shape[-1], allow_partitions=True)
     _options.warn_without_ridge(names, ridge, penalty)
     results = _dispatch.call(
         "ablation_distances",
         backend,
         source,
         x,
-        cells=cells,
+        cells=checked,
         n_cells=n_cells,
         metrics=names,
         ridge=ridge,
@@ -216,7 +216,7 @@ def ablation_distances(
         compare=compare,
         sigma=sigma,
         k=k,
-        grams=check_grams(grams, x, source, cells, n_cells),
+        grams=check_grams(grams, x, source, checked, n_cells),
         precision=_options.check_precision(precision),
     )
     if defer:
@@ -243,9 +243,7 @@ def min_stimuli(metrics: Sequence[str], k: int = 0) -> int:
     return max(least, k + 1) if "mutual_knn" in metrics else least
 
 
-def check_grams(
-    grams: Any, x: Any, source: _arrays.Source, cells: NDArray[Any], n_cells: int
-) -> Any:
+def check_grams(grams: Any, x: Any, source: _arrays.Source, cells: Cells, n_cells: int) -> Any:
     """Check the shape and the place of Gram matrices that `cell_grams` has returned.
 
     Parameters
@@ -255,7 +253,8 @@ def check_grams(
         Checked.
     source : Source
         Of x.
-    cells : integer array, (p,) or (T, p), or boolean array, (C, p)
+    cells : Cells
+        As `check_cells` returns them.
     n_cells : int
         C.
 
@@ -270,7 +269,7 @@ def check_grams(
     if grams is None:
         return None
     tensor, grams_source = _arrays.convert(grams, "grams")
-    partitions = cells.shape[:-1] if cells.dtype != np.bool_ else ()
+    partitions = (len(cells),) if are_partitions(cells) else ()
     n = x.shape[-2]
     if x.ndim > 2 or tuple(tensor.shape) != (*partitions, n_cells, n, n):
         expected = f"{(*partitions, n_cells, n, n)}, as cell_grams returns them for x and cells"

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from repsim_kernels._cell_sets import Cells
 from repsim_kernels._routes import Distances, Route
 from repsim_kernels.reference.cca import cca, pwcca, svcca
 from repsim_kernels.reference.cka import cka
@@ -23,7 +24,7 @@ RAW_METRICS = ("rsa_cosine", "rsa_correlation", "mutual_knn")
 
 def ablation_distances(
     x: Real,
-    cells: Real,
+    cells: Cells,
     *,
     n_cells: int | None = None,
     metrics: Sequence[str] | None = None,
@@ -41,8 +42,9 @@ def ablation_distances(
 
     The default is all metrics. A distance is 1 - similarity, with the original first;
     ``procrustes`` is the squared form. ``ridge``, or ``penalty`` if that is not 0, applies to CCA,
-    mean squared CCA and PWCCA, ``compare`` to RSA, ``sigma`` to RBF CKA and ``k`` to mutual kNN. Zeroed columns still count among the min(n - 1, p) directions that
-    ridge CCA averages over, so that cells of different sizes share a scale.
+    mean squared CCA and PWCCA, ``compare`` to RSA, ``sigma`` to RBF CKA and ``k`` to mutual kNN.
+    Zeroed columns still count among the min(n - 1, p) directions that ridge CCA averages over, so
+    that cells of different sizes share a scale.
 
     For a cell without varying columns the result is the distance of x from itself, except that
     metrics of cosine and correlation distances also see constant columns that are not 0; for a cell

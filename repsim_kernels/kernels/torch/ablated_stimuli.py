@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from repsim_kernels._cell_sets import mark_members
 from repsim_kernels._routes import Route
 from repsim_kernels.kernels.torch.ablation_parts import CellParts, GramParts
 from repsim_kernels.kernels.torch.distances import (
@@ -63,13 +66,12 @@ class StimulusDistances:
         """Return those of some copies."""
         if len(copies) == len(self.squared):
             return self
-        tensors = (a[copies] for a in (self.squared, self.energy, self.half_ulps))
-        return StimulusDistances(
-            *tensors,
-            self.routes[copies],
-            self.rounding,
-            self.scaling_error,
-            self.input_is_float64,
+        return dataclasses.replace(
+            self,
+            squared=self.squared[copies],
+            energy=self.energy[copies],
+            half_ulps=self.half_ulps[copies],
+            routes=self.routes[copies],
         )
 
     def find_defined(self) -> list[int]:
@@ -114,6 +116,13 @@ class GramStimuli:
         return whole[None].clone() if cells is None else whole - self.parts.unpack(cells)
 
 
+class Whole(NamedTuple):
+    """What the ablations of one x have in common."""
+
+    raw: RawStatistics  # of all neurons, as of one cell
+    same: Tensor | None  # which rows are equal, (n, n), or None if none are
+
+
 class CellStimuli(GramStimuli):
     """The stimuli of x (n, p) and of its ablated copies.
 
@@ -122,16 +131,16 @@ class CellStimuli(GramStimuli):
     in which a stimulus keeps hardly any of its activation.
     """
 
-    def __init__(self, parts: CellParts, whole: RawStatistics | None = None) -> None:
-        """``whole``: the raw statistics of all neurons of x, if they are known."""
+    def __init__(self, parts: CellParts, whole: Whole | None = None) -> None:
+        """``whole``: what is known of x."""
         super().__init__(parts)
-        self.x, self.cells = parts.x, parts
-        self.raw = raw_statistics(parts.x, parts.cells, parts.n_cells)
-        self.whole = raw_statistics_of_all(parts.x) if whole is None else whole
+        self.x, self.cells, self.n_cells = parts.x, parts.cells, parts.n_cells
+        self.known = whole or Whole(raw_statistics_of_all(self.x), _find_equal_rows(self.x))
+        self.whole, self.same = self.known
+        self.raw = raw_statistics(self.x, self.cells, self.n_cells)
         self.n_nonzero = self.raw.n_nonzero.tolist()
         # Bound on the terms of a raw Gram matrix's diagonal, which may cancel.
         self.raw_energy = self.energy + 2 * self.whole.shift[0].abs() + self.whole.squared_means
-        self.same = _find_equal_rows(parts.x)
 
     def active(self, distance: str) -> list[int]:
         """Return the cells whose ablation changes distances and leaves some."""
@@ -206,7 +215,8 @@ class CellStimuli(GramStimuli):
             _share_rows(result)
 
     def _inside(self, cell: int) -> Tensor:
-        return torch.from_numpy(self.cells.inside(cell)).to(self.x.device)
+        members = mark_members(self.cells, cell, self.n_cells)
+        return torch.from_numpy(members).to(self.x.device)
 
     def _copy_into(
         self, result: StimulusDistances, b: int, distance: str, inside: Tensor | None

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repsim_kernels._cell_sets import Cells
 from repsim_kernels.kernels.torch import columns
 
 
@@ -32,8 +33,8 @@ class RawStatistics(NamedTuple):
         return RawStatistics(*(a - b for a, b in zip(self, other, strict=True)))
 
 
-def raw_statistics(x: Tensor, cells: np.ndarray, n_cells: int) -> RawStatistics:
-    """Measure the cells of x (n, p) in one pass: labels (p,) or a membership (C, p)."""
+def raw_statistics(x: Tensor, cells: Cells, n_cells: int) -> RawStatistics:
+    """Measure the cells of x (n, p) in one pass; not those of several partitions."""
     n = len(x)
     shift, row_sums = x.new_zeros(2, n_cells, n, dtype=torch.float64)
     squared_means = x.new_zeros(n_cells, dtype=torch.float64)

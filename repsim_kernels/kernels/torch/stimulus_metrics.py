@@ -14,11 +14,11 @@ from repsim_kernels.kernels.torch.ablated_stimuli import (
     CellStimuli,
     GramStimuli,
     StimulusDistances,
+    Whole,
 )
 from repsim_kernels.kernels.torch.ablation_parts import CellParts, GramParts
 from repsim_kernels.kernels.torch.distance_table import DistanceTable
 from repsim_kernels.kernels.torch.nearest import are_apart, order_by_distance
-from repsim_kernels.kernels.torch.raw_statistics import RawStatistics
 from repsim_kernels.kernels.torch.rsa import compare_pairs
 
 # The distances between stimuli, and the metrics that compare them.
@@ -41,14 +41,14 @@ class StimulusMetrics:
     compare: str = "spearman"
     sigma: float = 1.0
     k: int = 10
-    whole: RawStatistics | None = None
+    whole: Whole | None = None
 
     def record(self, parts: GramParts, table: DistanceTable) -> None:
         """Record the distances of all parts that change the whole and leave something."""
         stimuli = GramStimuli(parts)
         if isinstance(parts, CellParts):
             stimuli = CellStimuli(parts, self.whole)
-            self.whole = stimuli.whole
+            self.whole = stimuli.known
         for distance, names in METRICS.items():
             metrics = [name for name in names if name in table.metrics]
             if metrics:
