@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from repsim_kernels import _metrics
 
-#: The distances of a run's table, by name.
-METRICS = tuple(metric.name for metric in _metrics.METRICS if metric.ablation)
+#: The distances of a run's table, by name: those that a study measures by default, and all.
+METRICS = _metrics.list_default_ablation()
+ALL_METRICS = tuple(metric.name for metric in _metrics.METRICS if metric.ablation)
 GROUP_KEYS = ["model", "class", "layer"]  # correlations are over the cells of one group
 KEYS = [*GROUP_KEYS, "cell"]
 #: The cell's share of the representation's energy: a distance that ignores directions.

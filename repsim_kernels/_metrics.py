@@ -32,8 +32,8 @@ class Metric:
     pairwise, ablation : bool
         Whether `pairwise` and `ablation_distances` offer it.
     has_function : bool
-        Whether a public function computes it for a pair. `cka_debiased` and `cca_squared` have
-        none: they are ``cka(debiased=True)`` and ``cca(squared=True)``.
+        Whether a public function of that name computes it for a pair. The others are options of
+        one: `cka_debiased` is ``cka(debiased=True)``, and `rsa_cosine` ``rsa(distance="cosine")``.
     symmetric : bool
         Whether exchanging the two representations leaves the value unchanged.
     from_gram : bool
@@ -44,6 +44,9 @@ class Metric:
         Whether `calibrate` and `ceiling` offer it.
     neighbours : bool
         Whether it compares the k nearest neighbours of stimuli, with an option ``k``.
+    from_distances : bool
+        Whether it compares distances between stimuli. `ablation_distances` computes such metrics
+        only if they are requested.
     """
 
     name: str
@@ -60,6 +63,20 @@ class Metric:
     calibration: bool = False
     ceiling: bool = False
     neighbours: bool = False
+    from_distances: bool = False
+
+
+def _rsa_of_ablations(distance: str, from_gram: bool = True) -> Metric:
+    """Return RSA with one of the distances between stimuli."""
+    return Metric(
+        f"rsa_{distance}",
+        f"RSA, {distance}",
+        ablation_bounds=(0, 2),
+        ablation=True,
+        has_function=False,
+        from_gram=from_gram,
+        from_distances=True,
+    )
 
 
 METRICS = (
@@ -102,7 +119,19 @@ METRICS = (
         bounds=(0, 2),
         pairwise=True,
     ),
-    Metric("rsa", "RSA", bounds=(-1, 1), pairwise=True, calibration=True, ceiling=True),
+    Metric(
+        "rsa",
+        "RSA",
+        bounds=(-1, 1),
+        pairwise=True,
+        calibration=True,
+        ceiling=True,
+        from_distances=True,
+    ),
+    _rsa_of_ablations("euclidean"),
+    _rsa_of_ablations("cosine", from_gram=False),
+    _rsa_of_ablations("correlation", from_gram=False),
+    Metric("cka_rbf", "RBF CKA", ablation=True, has_function=False, from_distances=True),
     Metric(
         "linear_predictivity",
         "linear predictivity",
@@ -110,7 +139,36 @@ METRICS = (
         pairwise=True,
         symmetric=False,
     ),
-    Metric("mutual_knn", "mutual kNN", pairwise=True, calibration=True, neighbours=True),
-    Metric("cknna", "CKNNA", bounds=(-1, 1), pairwise=True, calibration=True, neighbours=True),
-    Metric("jaccard_knn", "Jaccard kNN", pairwise=True, calibration=True, neighbours=True),
+    Metric(
+        "mutual_knn",
+        "mutual kNN",
+        pairwise=True,
+        ablation=True,
+        from_gram=False,
+        calibration=True,
+        neighbours=True,
+        from_distances=True,
+    ),
+    Metric(
+        "cknna",
+        "CKNNA",
+        bounds=(-1, 1),
+        pairwise=True,
+        calibration=True,
+        neighbours=True,
+        from_distances=True,
+    ),
+    Metric(
+        "jaccard_knn",
+        "Jaccard kNN",
+        pairwise=True,
+        calibration=True,
+        neighbours=True,
+        from_distances=True,
+    ),
 )
+
+
+def list_default_ablation() -> tuple[str, ...]:
+    """Return the metrics that `ablation_distances` computes by default."""
+    return tuple(m.name for m in METRICS if m.ablation and not m.from_distances)

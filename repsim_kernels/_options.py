@@ -55,6 +55,16 @@ def check_choices(values: Any, name: str, choices: tuple[str, ...]) -> tuple[str
     return tuple(dict.fromkeys(check_choice(value, name, choices) for value in names))
 
 
+def check_metrics(values: Any, choices: tuple[str, ...]) -> tuple[str, ...]:
+    """Check the metrics of ablations: a sequence of names, or "all"."""
+    if isinstance(values, str) and values == "all":
+        return choices
+    try:
+        return check_choices(values, "metrics", choices)
+    except OptionError as error:
+        raise OptionError(f"{error}, or 'all'") from None
+
+
 def check_number(
     value: Any,
     name: str,
@@ -201,6 +211,13 @@ def check_rsa_options(distance: Any, compare: Any) -> tuple[str, str]:
         check_distance(distance),
         check_choice(compare, "compare", ("spearman", "pearson", "cosine")),
     )
+
+
+def check_stimulus_options(compare: Any, sigma: Any, k: Any = 1) -> tuple[str, float, int]:
+    """Check the options of the metrics of ablations that compare distances between stimuli."""
+    bandwidth = check_bandwidth("rbf", sigma)
+    assert bandwidth is not None
+    return check_rsa_options("euclidean", compare)[1], bandwidth, check_count(k, "k")
 
 
 def check_grid(value: Any) -> tuple[int, int]:

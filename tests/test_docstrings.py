@@ -75,8 +75,8 @@ def test_docstrings_name_errors_and_source(name):
     [
         (rk.pairwise, "metric", [m.name for m in METRICS if m.pairwise]),
         (rk.similarities, "metrics", [m.name for m in METRICS if m.pairwise]),
-        (rk.ablation_distances, "metrics", ablation.METRICS),
-        (rk.gram_ablation_distances, "metrics", spectral.GRAM_METRICS),
+        (rk.ablation_distances, "metrics", ablation.ALL_METRICS),
+        (rk.gram_ablation_distances, "metrics", spectral.ALL_GRAM_METRICS),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -10,7 +10,7 @@ import pandas as pd  # type: ignore[import-untyped]
 import scipy.stats  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from repsim_kernels.experiments.columns import BASELINE, CHANGES, GROUP_KEYS, METRICS
+from repsim_kernels.experiments.columns import ALL_METRICS, BASELINE, CHANGES, GROUP_KEYS
 from repsim_kernels.experiments.errors import StatsError
 
 #: The columns of the result of `compute_correlations` after those that name the group.
@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 
 def distance_columns(table: pd.DataFrame) -> list[str]:
     """The distances in a run's table: its metrics, then the baseline."""
-    return [name for name in (*METRICS, BASELINE) if name in table.columns]
+    return [name for name in (*ALL_METRICS, BASELINE) if name in table.columns]
 
 
 def change_columns(table: pd.DataFrame) -> list[str]:

@@ -94,7 +94,10 @@ def sweep(
     ] = None,
     metrics: Annotated[
         list[str] | None,
-        typer.Option(help="Metrics to compute, comma-separated or repeated; all by default."),
+        typer.Option(
+            help="Metrics to compute, comma-separated or repeated; by default all of centred Gram "
+            "matrices. 'all' adds RSA, RBF CKA and mutual kNN."
+        ),
     ] = None,
     probes: Annotated[
         list[str] | None,

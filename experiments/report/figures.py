@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from repsim_kernels.experiments.columns import BASELINE, CHANGE_NAMES, METRIC_NAMES, METRICS
+from repsim_kernels.experiments.columns import ALL_METRICS, BASELINE, CHANGE_NAMES, METRIC_NAMES
 from repsim_kernels.experiments.errors import ReportError
 
 INK = "#010203"  # becomes the page's own text colour, light or dark
@@ -241,7 +241,7 @@ def _column_title(column: str) -> str:
     """What a column of the table shows, as a title."""
     if column == BASELINE:
         return METRIC_NAMES[column]
-    if column in METRICS:
+    if column in ALL_METRICS:
         return f"{METRIC_NAMES[column]} distance"
     return f"loss of {CHANGE_NAMES[column]}"
 

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from repsim_kernels import _arrays, _check, _options
 from repsim_kernels.errors import LabelError, LayerError, RepsimError
+from repsim_kernels.experiments.columns import ALL_METRICS
 from repsim_kernels.experiments.errors import StudyError, one_line
 from repsim_kernels.forward.trace import first_line
+
+_NEIGHBOURS = 10  # of "mutual_knn", by default of `ablation_distances`
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,31 @@ def check_names(values: Any, argument: str, known: Sequence[str] | None = None) 
         for name in names:
             _options.check_choice(name, argument, known)
     return [str(name) for name in names]
+
+
+def check_metrics(values: Any) -> list[str]:
+    """Check the names of distances; "all" means all of them."""
+    is_all = isinstance(values, str) and values == "all"
+    names = check_names(["all"] if is_all else values, "metrics")
+    if names == ["all"]:
+        return list(ALL_METRICS)
+    return check_distinct(check_names(names, "metrics", ALL_METRICS), "metrics")
+
+
+def check_neighbours(
+    metrics: Sequence[str], counts: list[int], metric_images: int | None, others: int | None
+) -> None:
+    """Check that the images that the metrics see have as many neighbours as "mutual_knn" takes.
+
+    ``counts`` are the numbers of images of the classes, of which a target may have the fewest.
+    """
+    seen = sorted(min(count, metric_images or count) for count in counts)
+    n_images = sum(seen if others is None else seen[: others + 1])
+    if "mutual_knn" in metrics and n_images <= _NEIGHBOURS:
+        raise StudyError(
+            f"metrics: 'mutual_knn' compares the {_NEIGHBOURS} nearest images of each, but the "
+            f"metrics see {n_images}; expected at least {_NEIGHBOURS + 1}"
+        )
 
 
 def check_distinct(values: list[Any], argument: str) -> list[Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
@@ -65,8 +65,8 @@ class Study:
         classes are the negatives that a target is compared with.
     grid : (int, int)
         Number of strips by selectivity, and of cells by magnitude within each strip.
-    metrics : sequence of str
-        Distances to compute, from ``repsim_kernels.experiments.columns.METRICS``.
+    metrics : sequence of str, or "all"
+        Distances to compute, by default those of ``repsim_kernels.experiments.columns.METRICS``.
     name : str, optional
         Value of the table's column ``model``; the model's class name by default.
     classes : sequence of str, optional
@@ -139,7 +139,7 @@ class Study:
         labels: Tensor | NDArray[Any] | Sequence[int],
         targets: Sequence[int] | None = None,
         grid: tuple[int, int] = (4, 4),
-        metrics: Sequence[str] = METRICS,
+        metrics: Sequence[str] | Literal["all"] = METRICS,
         *,
         name: str | None = None,
         classes: Sequence[str] | None = None,
@@ -166,8 +166,7 @@ class Study:
             self.name = check.check_string(type(model).__name__ if name is None else name, "name")
             self.note = None if note is None else check.check_string(note, "note")
             self.layers = check.check_distinct(check.check_names(layers, "layers"), "layers")
-            metrics = check.check_names(metrics, "metrics", METRICS)
-            self.metrics = check.check_distinct(metrics, "metrics")
+            self.metrics = check.check_metrics(metrics)
             probes = check.check_names(probes, "probes", tuple(PROBES))
             self.probes = check.check_distinct(probes, "probes")
             self.draws = check.check_draws(draws)
@@ -192,6 +191,7 @@ class Study:
             self.targets = self.unique_labels if targets is None else check.check_targets(targets)
             by_label = dict(zip(self.unique_labels, counts.tolist(), strict=True))
             check.check_classes(by_label, self.targets, self.classes, self.others)
+            check.check_neighbours(self.metrics, counts.tolist(), self.metric_images, self.others)
         self._network_is_held = self._pass_changes_values = False
         with self.hold_network():
             self._check_model()

@@ -13,7 +13,8 @@ from repsim_kernels._routes import Distances, Info, Route
 from repsim_kernels._typing import Array, ArrayLike, CellsLike
 from repsim_kernels.errors import DeviceError, DtypeError, ShapeError
 
-METRICS = tuple(metric.name for metric in _metrics.METRICS if metric.ablation)
+ALL_METRICS = tuple(metric.name for metric in _metrics.METRICS if metric.ablation)
+METRICS = _metrics.list_default_ablation()
 
 
 @overload
@@ -21,9 +22,12 @@ def ablation_distances(
     x: ArrayLike,
     cells: CellsLike,
     *,
-    metrics: Sequence[str] = ...,
+    metrics: Sequence[str] | Literal["all"] = ...,
     ridge: float = ...,
     penalty: float = ...,
+    compare: str = ...,
+    sigma: float | None = ...,
+    k: int = ...,
     memory: int | None = ...,
     grams: ArrayLike | None = ...,
     info: Literal[False] = ...,
@@ -38,9 +42,12 @@ def ablation_distances(
     x: ArrayLike,
     cells: CellsLike,
     *,
-    metrics: Sequence[str] = ...,
+    metrics: Sequence[str] | Literal["all"] = ...,
     ridge: float = ...,
     penalty: float = ...,
+    compare: str = ...,
+    sigma: float | None = ...,
+    k: int = ...,
     memory: int | None = ...,
     grams: ArrayLike | None = ...,
     info: Literal[True],
@@ -54,9 +61,12 @@ def ablation_distances(
     x: ArrayLike,
     cells: CellsLike,
     *,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] | Literal["all"] = METRICS,
     ridge: float = 0.1,
     penalty: float = 0.0,
+    compare: str = "spearman",
+    sigma: float | None = None,
+    k: int = 10,
     memory: int | None = None,
     grams: ArrayLike | None = None,
     info: bool = False,
@@ -83,14 +93,22 @@ def ablation_distances(
         latter as a SciPy CSR array, or as a tuple (indptr, indices). Labels and the neurons of one
         cell may also have a shape that broadcasts to that of one stimulus' activation, such as
         (c, 1, 1) or (tokens, 1); one run of 1s then stands for the dimensions to broadcast.
-    metrics : sequence of str
+    metrics : sequence of str, or "all"
         Any of "cka", "cka_debiased", "procrustes" (the squared form), "pwcca", "cca",
-        "cca_squared" and "svcca" (99 % of the variance).
+        "cca_squared" and "svcca" (99 % of the variance), which are the default; and of
+        "rsa_euclidean", "rsa_cosine", "rsa_correlation", "cka_rbf" and "mutual_knn", which compare
+        distances between stimuli. "all" means all twelve.
     ridge : float
         Relative ridge of "cca", "cca_squared" and "pwcca", at most 1e10: κ = ridge · tr(K) / n on
         each side, with its own Gram matrix K. Ignored if `penalty` is nonzero.
     penalty : float
         Absolute ridge κ of the same metrics, on both sides, in x's units squared; at most 1e150.
+    compare : {"spearman", "pearson", "cosine"}
+        How "rsa_euclidean", "rsa_cosine" and "rsa_correlation" compare distances, as in `rsa`.
+    sigma : float, optional
+        Bandwidth of "cka_rbf" as a fraction of the median distance, as in `cka`; by default 1.
+    k : int
+        Number of neighbours of "mutual_knn", below n, as in `mutual_knn`.
     memory : int, optional
         Bytes for the canonical variates that "pwcca" collects between passes over x, by default
         1 GiB; with less memory it makes more passes. As much again for the Gram matrices of sparse
@@ -173,7 +191,8 @@ def ablation_distances(
     >>> info["procrustes"].route.tolist()
     ['eigenvalues', 'eigenvalues', 'eigenvalues']
     """
-    names = _options.check_choices(metrics, "metrics", METRICS)
+    names = _options.check_metrics(metrics, ALL_METRICS)
+    compare, sigma, k = _options.check_stimulus_options(compare, sigma, k)
     ridge, penalty = _options.check_ridge_and_penalty(ridge, penalty)
     if memory is not None:
         memory = int(_options.check_number(memory, "memory", low=1))
@@ -184,7 +203,7 @@ def ablation_distances(
     x, source = _check.check_representation(
         x,
         batched=batched,
-        min_stimuli=4 if "cka_debiased" in names else 2,
+        min_stimuli=min_stimuli(names, k),
         defer=defer,
     )
     checked, n_cells = _check_cells.check_cells(cells, x.shape[-1], allow_partitions=True)
@@ -200,12 +219,34 @@ def ablation_distances(
         ridge=ridge,
         penalty=penalty,
         memory=memory,
+        compare=compare,
+        sigma=sigma,
+        k=k,
         grams=check_grams(grams, x, source, checked, n_cells),
         precision=_options.check_precision(precision),
     )
     if defer:
         _check.finish_checks(results[names[0]].values, x, "x")
     return to_public_result(results, info)
+
+
+def min_stimuli(metrics: Sequence[str], k: int = 0) -> int:
+    """Return how many stimuli the metrics need.
+
+    Parameters
+    ----------
+    metrics : sequence of str
+    k : int
+        Number of neighbours of "mutual_knn".
+
+    Returns
+    -------
+    int
+    """
+    least = 2 + any(name.startswith("rsa") for name in metrics)
+    if "cka_debiased" in metrics:
+        least = 4
+    return max(least, k + 1) if "mutual_knn" in metrics else least
 
 
 def check_grams(grams: Any, x: Any, source: _arrays.Source, cells: Cells, n_cells: int) -> Any:

@@ -9,9 +9,10 @@ from repsim_kernels import _check, _check_matrices, _dispatch, _metrics, _option
 from repsim_kernels._routes import Info
 from repsim_kernels._typing import Array, ArrayLike
 from repsim_kernels.errors import ConvergenceError
-from repsim_kernels.ops.ablation import to_public_result
+from repsim_kernels.ops.ablation import min_stimuli, to_public_result
 
-GRAM_METRICS = tuple(m.name for m in _metrics.METRICS if m.ablation and m.from_gram)
+ALL_GRAM_METRICS = tuple(m.name for m in _metrics.METRICS if m.ablation and m.from_gram)
+GRAM_METRICS = tuple(m for m in _metrics.list_default_ablation() if m in ALL_GRAM_METRICS)
 
 
 @overload
@@ -19,9 +20,11 @@ def gram_ablation_distances(
     gram: ArrayLike,
     parts: ArrayLike,
     *,
-    metrics: Sequence[str] = ...,
+    metrics: Sequence[str] | Literal["all"] = ...,
     ridge: float = ...,
     penalty: float = ...,
+    compare: str = ...,
+    sigma: float | None = ...,
     neurons: int | None = ...,
     info: Literal[False] = ...,
     backend: str | None = ...,
@@ -33,9 +36,11 @@ def gram_ablation_distances(
     gram: ArrayLike,
     parts: ArrayLike,
     *,
-    metrics: Sequence[str] = ...,
+    metrics: Sequence[str] | Literal["all"] = ...,
     ridge: float = ...,
     penalty: float = ...,
+    compare: str = ...,
+    sigma: float | None = ...,
     neurons: int | None = ...,
     info: Literal[True],
     backend: str | None = ...,
@@ -46,9 +51,11 @@ def gram_ablation_distances(
     gram: ArrayLike,
     parts: ArrayLike,
     *,
-    metrics: Sequence[str] = GRAM_METRICS,
+    metrics: Sequence[str] | Literal["all"] = GRAM_METRICS,
     ridge: float = 0.1,
     penalty: float = 0.0,
+    compare: str = "spearman",
+    sigma: float | None = None,
     neurons: int | None = None,
     info: bool = False,
     backend: str | None = None,
@@ -67,14 +74,20 @@ def gram_ablation_distances(
         centred first if necessary. Use float64 for accurate small distances.
     parts : array, (C, n, n), of the same library and device
         What each ablation removes from it.
-    metrics : sequence of str
+    metrics : sequence of str, or "all"
         Any of "cka", "cka_debiased", "procrustes" (the squared form), "cca", "cca_squared" and
-        "svcca" (99 % of the variance). "pwcca" needs the activations.
+        "svcca" (99 % of the variance), which are the default; and of "rsa_euclidean" and "cka_rbf",
+        which compare distances between stimuli. "all" means all eight. The other metrics of
+        `ablation_distances` need the activations.
     ridge : float
         Relative ridge of "cca" and "cca_squared", at most 1e10: κ = ridge · tr(K) / n on each side,
         with its own Gram matrix K. Ignored if `penalty` is nonzero.
     penalty : float
         Absolute ridge κ of the same metrics, on both sides, in gram's units; at most 1e150.
+    compare : {"spearman", "pearson", "cosine"}
+        How "rsa_euclidean" compares distances, as in `rsa`.
+    sigma : float, optional
+        Bandwidth of "cka_rbf" as a fraction of the median distance, as in `cka`; by default 1.
     neurons : int, optional
         Number of neurons: ridge CCA averages over min(n - 1, neurons) correlations. By default it
         is assumed to be at least n - 1.
@@ -123,13 +136,13 @@ def gram_ablation_distances(
     >>> distances["cka"].round(3)
     array([0.001, 0.006, 0.034])
     """
-    names = _options.check_choices(metrics, "metrics", GRAM_METRICS)
+    names = _options.check_metrics(metrics, ALL_GRAM_METRICS)
+    compare, sigma, _ = _options.check_stimulus_options(compare, sigma)
     ridge, penalty = _options.check_ridge_and_penalty(ridge, penalty)
     if neurons is not None:
         neurons = _options.check_count(neurons, "neurons")
     info = _options.check_flag(info, "info")
-    min_stimuli = 4 if "cka_debiased" in names else 2
-    gram, parts, source = _check_matrices.check_gram_and_parts(gram, parts, min_stimuli)
+    gram, parts, source = _check_matrices.check_gram_and_parts(gram, parts, min_stimuli(names))
     _options.warn_without_ridge(names, ridge, penalty)
     results = _dispatch.call(
         "gram_ablation_distances",
@@ -140,6 +153,8 @@ def gram_ablation_distances(
         metrics=names,
         ridge=ridge,
         penalty=penalty,
+        compare=compare,
+        sigma=sigma,
         neurons=neurons,
     )
     return to_public_result(results, info)

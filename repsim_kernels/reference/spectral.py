@@ -27,6 +27,8 @@ def gram_ablation_distances(
     ridge: float = 0.1,
     penalty: float = 0.0,
     neurons: int | None = None,
+    compare: str = "spearman",
+    sigma: float = 1.0,
 ) -> dict[str, Distances]:
     """Return the distances between a Gram (n, n) and the Gram without each part (C, n, n).
 
@@ -37,7 +39,7 @@ def gram_ablation_distances(
     n, x = len(gram), make_features(gram)
     ridge = 0.0 if penalty else ridge
     share = (n - 1) / min(n - 1, neurons or n)
-    distance = make_distance_functions(x, ridge, penalty)
+    distance = make_distance_functions(x, ridge, penalty, compare, sigma)
 
     def ablate(name: str, part: Array) -> np.float64:
         ridged = name in RIDGE_METRICS and (ridge or penalty)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from repsim_kernels._cell_sets import Cells, are_partitions
 from repsim_kernels._routes import Distances, Route
-from repsim_kernels.kernels.torch import cka, distance_table, gram, panels
+from repsim_kernels.kernels.torch import cka, distance_table, gram, panels, stimulus_metrics
 from repsim_kernels.kernels.torch.ablation_parts import (
     MEMORY,
     PASSES,
@@ -27,6 +27,9 @@ from repsim_kernels.kernels.torch.spectral_distances import (
     Original,
     Solvers,
 )
+from repsim_kernels.kernels.torch.stimulus_metrics import StimulusMetrics
+
+_SPECTRAL = {"procrustes", "svcca", "pwcca", "cca", "cca_squared"}
 
 
 def ablation_distances(
@@ -38,6 +41,9 @@ def ablation_distances(
     ridge: float,
     penalty: float,
     memory: int | None,
+    compare: str = "spearman",
+    sigma: float = 1.0,
+    k: int = 10,
     grams: Tensor | None = None,
     passes: Passes = PASSES,
     solvers: Solvers = SOLVERS,
@@ -55,7 +61,8 @@ def ablation_distances(
 
     memory = memory or MEMORY
     parts = make_parts(x, cells, n_cells, grams, passes, memory=memory)
-    results = distances_of_parts(parts, make_original, metrics, solvers, weigh, memory)
+    stimuli = StimulusMetrics(compare, sigma, k)
+    results = distances_of_parts(parts, make_original, metrics, solvers, stimuli, weigh, memory)
     if not are_partitions(cells):
         return results
     shape = len(cells), n_cells
@@ -67,6 +74,7 @@ def distances_of_parts(
     make_original: Callable[[Tensor], Original],
     metrics: tuple[str, ...],
     solvers: Solvers,
+    stimuli: StimulusMetrics,
     weigh: Callable[[Tensor], Tensor] | None = None,
     memory: int = 0,
 ) -> dict[str, Distances]:
@@ -84,9 +92,11 @@ def distances_of_parts(
         for name in ("cka", "cka_debiased"):
             if name in metrics:
                 _record_cka(parts, name, table, solvers)
-        if set(metrics) - {"cka", "cka_debiased"}:
+        if not _SPECTRAL.isdisjoint(metrics):
             original = original or make_original(parts.whole)
             _record_spectral(parts, original, table, queue)
+        if stimulus_metrics.is_needed(metrics):
+            stimuli.record(parts, table)
         removed_all = [c for c, count in enumerate(parts.n_remaining) if not count]
         for name in metrics:
             table.record(name, removed_all, math.nan)

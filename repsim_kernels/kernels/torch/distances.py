@@ -94,6 +94,33 @@ class ListedDistances(PairDistances):
         )
 
 
+@dataclass(frozen=True)
+class RowErrors:
+    """Bounds on the rounding errors of distances between rows, as in `PairDistances`.
+
+    The m rows may be those of several representations, one after the other.
+    """
+
+    energy: Tensor  # (m,)
+    half_ulps: Tensor  # (m,)
+    rounding: float
+    scaling_error: float
+    input_is_float64: bool
+
+    def list_pairs(self, squared: Tensor, first: Tensor, second: Tensor) -> ListedDistances:
+        """Return squared distances of pairs of rows (N,) with these errors."""
+        return ListedDistances(
+            squared,
+            self.energy,
+            self.half_ulps,
+            self.rounding,
+            self.scaling_error,
+            self.input_is_float64,
+            first,
+            second,
+        )
+
+
 class Workspace:
     """Memory and indices that representations of the same stimuli use one after the other.
 

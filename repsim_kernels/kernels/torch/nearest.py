@@ -16,7 +16,7 @@ from repsim_kernels.kernels.torch.distances import (
     CLOSE,
     SCALING_ERROR,
     EqualRows,
-    ListedDistances,
+    RowErrors,
     bound_rounding,
     central_row,
     check_distinct,
@@ -84,7 +84,7 @@ def find_nearest(
     candidates, lower, upper = (find or find_candidates)(*rows.to_float32(), count)
     lower, upper = lower.double().mul_(rows.scale), upper.double().mul_(rows.scale)
     nearest = candidates[:, :k].clone()
-    stimuli = stimuli[~are_apart(rows, stimuli, nearest, upper[:, :k], lower[:, k])]
+    stimuli = stimuli[~are_apart(rows.errors, stimuli, nearest, upper[:, :k], lower[:, k])]
     if len(stimuli):
         nearest[stimuli], known = refine(rows, stimuli, candidates[stimuli], lower[stimuli, -1], k)
         stimuli = stimuli[~known]
@@ -157,7 +157,7 @@ class Rows:
             return False
         first, others = (torch.arange(size, device=self.x.device) for size in (1, self.n))
         squared = self.measure(first, others)[0]
-        pairs = self.list_pairs(squared, first.expand(self.n), others)
+        pairs = self.errors.list_pairs(squared, first.expand(self.n), others)
         return bool((squared > pairs.full_tolerance()).any())
 
     def to_float32(self) -> tuple[Tensor, Tensor]:
@@ -185,17 +185,15 @@ class Rows:
             out[:, part] = d2
         return out
 
-    def list_pairs(self, squared: Tensor, first: Tensor, second: Tensor) -> ListedDistances:
-        """Return squared distances of pairs (N,) with their rounding errors."""
-        return ListedDistances(
-            squared,
+    @cached_property
+    def errors(self) -> RowErrors:
+        """The errors of their distances in float64."""
+        return RowErrors(
             self.energy,
             self.half_ulps,
             bound_rounding(self.p),
             SCALING_ERROR if self.has_unit_length else 0.0,
             self.x.dtype == torch.float64,
-            first,
-            second,
         )
 
     def multiply_centred(self, indices: Tensor) -> Tensor:
@@ -271,7 +269,7 @@ def refine(
         near, limit = candidates[block].gather(1, order), bound[block]
         nearest.append(near[:, :k])
         following = torch.minimum(values[:, k], limit)
-        is_known = are_apart(rows, stimuli[block], near[:, :k], values[:, :k], following)
+        is_known = are_apart(rows.errors, stimuli[block], near[:, :k], values[:, :k], following)
         if rows.x.dtype != torch.float64:
             is_known |= are_untied(rows, stimuli[block], near, values, limit, k)
         known.append(is_known)
@@ -279,7 +277,7 @@ def refine(
 
 
 def are_apart(
-    rows: Rows, stimuli: Tensor, nearest: Tensor, upper: Tensor, following: Tensor
+    errors: RowErrors, stimuli: Tensor, nearest: Tensor, upper: Tensor, following: Tensor
 ) -> Tensor:
     """Return for which stimuli (R,) the nearest others are closer than the rest by more than a tie.
 
@@ -287,7 +285,7 @@ def are_apart(
     lower bounds of all others.
     """
     first = stimuli.repeat_interleave(nearest.shape[1])
-    pairs = rows.list_pairs(upper.flatten(), first, nearest.flatten())
+    pairs = errors.list_pairs(upper.flatten(), first, nearest.flatten())
     last = upper.amax(1)
     apart = following - last > MIN_GAP * pairs.tolerance().view_as(upper).amax(1)
     if not pairs.input_is_float64:
@@ -304,7 +302,8 @@ def are_untied(
     The k-th and the next squared distance of ``d2`` (R, c) must differ by more than the rounding of
     float64, and the distances around them, up to ``bound`` (R,), be close enough for one group.
     """
-    pairs = rows.list_pairs(d2.flatten(), stimuli.repeat_interleave(d2.shape[1]), others.flatten())
+    first = stimuli.repeat_interleave(d2.shape[1])
+    pairs = rows.errors.list_pairs(d2.flatten(), first, others.flatten())
     tolerance = pairs.tolerance().view_as(d2).amax(1)
     shift, distance = pairs.twice_input_shift().view_as(d2), d2.sqrt()
     in_group = distance.diff() <= MIN_GAP * shift.amin(1, keepdim=True)
@@ -328,25 +327,27 @@ def find_among_all(rows: Rows, stimuli: Tensor, k: int, ties: list[Ties] | None 
         squared = rows.measure(block, columns)
         for part in panels.split(len(block), max(1, _SORTED // rows.n)):
             d2 = squared[part] if index is None else squared[part, index]
-            order, groups = _order_by_distance(rows, block[part], d2)
+            order, groups = order_by_distance(rows.errors, block[part], d2)
             nearest.append(order[:, :k])
             if ties is not None and k < order.shape[1]:
                 ties.append(_list_ties(block[part], order, groups, k))
     return torch.cat(nearest)
 
 
-def _order_by_distance(rows: Rows, stimuli: Tensor, d2: Tensor) -> tuple[Tensor, Tensor]:
+def order_by_distance(
+    errors: RowErrors, stimuli: Tensor, d2: Tensor, starts: Tensor | int = 0
+) -> tuple[Tensor, Tensor]:
     """Return all others by distance and then by index, (R, n - 1), and numbers of groups that tie.
 
-    ``d2`` (R, n) are the squared distances of the stimuli from all n.
+    ``d2`` (R, n) are the squared distances of the stimuli (R,) from all n, which are numbered from
+    ``starts`` (R, 1) where the rows of ``errors`` are those of several representations.
     """
     count, n = d2.shape
     numbers = torch.arange(count, device=d2.device)
-    d2[numbers, stimuli] = torch.inf  # sorted to the end, and left out there
-    pairs = rows.list_pairs(
-        d2.flatten(),
-        stimuli.repeat_interleave(n),
-        torch.arange(n, device=d2.device).repeat(count),
+    others = torch.arange(n, device=d2.device) + starts
+    d2.scatter_(1, stimuli[:, None] - starts, torch.inf)  # sorted to the end, and left out there
+    pairs = errors.list_pairs(
+        d2.flatten(), stimuli.repeat_interleave(n), others.expand(count, n).flatten()
     )
     # NumPy sorts with vector instructions.
     xp: Any = torch if d2.is_cuda else np
@@ -359,7 +360,7 @@ def _order_by_distance(rows: Rows, stimuli: Tensor, d2: Tensor) -> tuple[Tensor,
 
 
 def _list_ties(stimuli: Tensor, order: Tensor, groups: Tensor, k: int) -> Ties:
-    """Return the ties for the last of k places, from `_order_by_distance`."""
+    """Return the ties for the last of k places, from `order_by_distance`."""
     last = groups[:, k - 1 : k]
     has_ties = (groups[:, k : k + 1] == last)[:, 0]
     groups, order, last = groups[has_ties], order[has_ties], last[has_ties]

@@ -32,36 +32,49 @@ def all_dissimilarities(xs: list[Tensor], distance: str, compare: str) -> Tensor
     """
     n, space = len(xs[0]), Workspace(xs)
     out = memory.empty_buffer(xs[0], len(xs), n * (n - 1) // 2, dtype=torch.float64)
-    for x, unit in zip(xs, out, strict=True):
-        pairs = pair_distances(x, distance, space)
-        if compare == "spearman":
-            d, undefined = rank_distances(pairs), None
-        else:
-            d, undefined = pairs.squared, _is_undefined(pairs, compare)
-            if distance == "euclidean":
-                d.sqrt_()
-        if compare != "cosine":
-            d.sub_(d.mean())
-        norm = torch.linalg.vector_norm(d)
-        torch.div(
-            d, norm if undefined is None else norm.masked_fill(undefined, torch.nan), out=unit
-        )
+    for i, x in enumerate(xs):
+        compare_pairs(pair_distances(x, distance, space), distance, compare, out[i : i + 1])
     return out
 
 
-def _is_undefined(pairs: PairDistances, compare: str) -> Tensor:
-    """Return whether all distances are equal or, for "cosine", zero, up to rounding."""
-    d2 = pairs.squared
-    if compare == "cosine":
-        at = d2.argmax()
-        spread = d2[at]
+def compare_pairs(pairs: PairDistances, distance: str, compare: str, out: Tensor) -> Tensor:
+    """Write unit vectors as `all_dissimilarities` returns them to ``out`` (B, N), and return it.
+
+    ``pairs`` has the distances of B representations, N each. They are overwritten.
+    """
+    shape = out.shape
+    if compare == "spearman":
+        d, undefined = rank_distances(pairs, shape[1]), None
     else:
-        at = d2.argmin()
-        spread = d2.max() - d2[at]
-    return (spread <= pairs.full_tolerance(at[None])).squeeze()
+        d, undefined = pairs.squared, _are_undefined(pairs, compare, shape)
+        if distance == "euclidean":
+            d.sqrt_()
+    d = d.view(shape)
+    if compare != "cosine":
+        d.sub_(d.mean(1, keepdim=True))
+    norm = torch.linalg.vector_norm(d, dim=1, keepdim=True)
+    if undefined is not None:
+        norm.masked_fill_(undefined, torch.nan)
+    return torch.div(d, norm, out=out)
 
 
-def rank_distances(pairs: PairDistances) -> Tensor:
+def _are_undefined(pairs: PairDistances, compare: str, shape: tuple[int, ...]) -> Tensor:
+    """Return for which of B copies (B, 1) the distances are all equal or, for "cosine", zero.
+
+    Up to rounding. There are ``shape`` = (B, N) distances.
+    """
+    d2 = pairs.squared.view(shape)
+    if compare == "cosine":
+        at = d2.argmax(1, keepdim=True)
+        spread = d2.gather(1, at)
+    else:
+        at = d2.argmin(1, keepdim=True)
+        spread = d2.amax(1, keepdim=True) - d2.gather(1, at)
+    starts = torch.arange(0, d2.numel(), shape[1], device=d2.device)
+    return spread <= pairs.full_tolerance(at[:, 0] + starts)[:, None]
+
+
+def rank_distances(pairs: PairDistances, row_length: int | None = None) -> Tensor:
     """Rank distances from 1, ties at their mean rank; all NaN if one distance is.
 
     In ascending order, a group ends where the next distance is more than `MIN_GAP` tolerances
@@ -69,21 +82,25 @@ def rank_distances(pairs: PairDistances) -> Tensor:
     separated from its neighbours as its size requires; otherwise only exactly equal members tie.
     The rule is applied first with the tolerance of float64 arithmetic, so that distances that are
     equal in the exact input tie however close the others are, and then with the tolerance of the
-    input's own rounding.
+    input's own rounding. With ``row_length``, each run of that length is ranked separately.
     """
     # NumPy sorts with vector instructions, and has less overhead on small arrays.
     xp: Any = torch if pairs.squared.is_cuda else np
     d2: Array = xp.asarray(pairs.squared)
-    order = d2.argsort()
-    if bool(xp.isnan(d2[order[-1]])):
+    rows = d2.reshape(-1, row_length or len(d2))
+    order = rows.argsort(1)
+    starts = xp.arange(0, len(d2), rows.shape[1], device=d2.device)
+    order = (order + starts[:, None]).reshape(-1)
+    if bool(xp.isnan(d2[order[rows.shape[1] - 1 :: rows.shape[1]]]).any()):
         return torch.full_like(pairs.squared, torch.nan)
-    tied = find_ties(xp, pairs, order)
+    tied = find_ties(xp, pairs, order, row_length)
     ranks = xp.arange(1, len(d2) + 1, dtype=d2.dtype, device=d2.device)
     first, last = _find_groups(xp, tied)
     size = last - first + 1
     ranks[_concatenate_ranges(xp, first, size)] = _repeat(
         xp, (ranks[first] + ranks[last]) / 2, size
     )
+    ranks.reshape(rows.shape)[:] -= starts[:, None]
     out = xp.empty_like(d2)
     out[order] = ranks
     return torch.as_tensor(out)

@@ -11,6 +11,7 @@ from repsim_kernels.kernels.torch import gram, panels, representation
 from repsim_kernels.kernels.torch.ablation import distances_of_parts
 from repsim_kernels.kernels.torch.ablation_parts import GramParts
 from repsim_kernels.kernels.torch.spectral_distances import SOLVERS, Original, Solvers
+from repsim_kernels.kernels.torch.stimulus_metrics import StimulusMetrics
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -23,6 +24,8 @@ def gram_ablation_distances(
     ridge: float,
     penalty: float,
     neurons: int | None,
+    compare: str = "spearman",
+    sigma: float = 1.0,
     solvers: Solvers = SOLVERS,
 ) -> dict[str, Distances]:
     whole, grams = (gram.double_centre(t.to(torch.float64)) for t in (k, parts))
@@ -41,7 +44,8 @@ def gram_ablation_distances(
     gram_parts = GramParts(
         whole, panels.panels_view(grams), constant, n_remaining, energy, total, grams
     )
-    return distances_of_parts([gram_parts], make_original, metrics, solvers)
+    stimuli = StimulusMetrics(compare, sigma)
+    return distances_of_parts([gram_parts], make_original, metrics, solvers, stimuli)
 
 
 def eigh(a: Tensor, *, vectors: bool) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from repsim_kernels.kernels.torch import ablation, panels
+from repsim_kernels.kernels.torch import ablation, panels, stimulus_metrics
 from repsim_kernels.kernels.torch.ablation_parts import PASSES, Passes
 from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton.cca import variate_weights
@@ -51,6 +51,13 @@ def make_passes(x: Tensor, precision: str) -> Passes:
 
 
 def ablation_distances(x: Tensor, *, precision: str = "tf32x3", **options: Any) -> dict[str, Any]:
-    """Compute the torch backend's result with passes and solvers for the GPU."""
+    """Compute the torch backend's result with passes and solvers for the GPU.
+
+    Ranks and ties of distances between stimuli need Gram matrices of float64 products, also where
+    others are known.
+    """
     passes = make_passes(x, precision)
+    if stimulus_metrics.is_needed(options["metrics"]):
+        passes = dataclasses.replace(PASSES, variate_weights=passes.variate_weights)
+        options["grams"] = None
     return ablation.ablation_distances(x, passes=passes, solvers=SOLVERS, **options)

@@ -20,6 +20,7 @@ import repsim_kernels as rk
 from repsim_kernels.kernels.triton import riccati
 
 C, N, P = 16, 128, 256
+STIMULI = ["rsa_euclidean", "rsa_cosine", "rsa_correlation", "cka_rbf", "mutual_knn"]
 FIVE = ["cka", "cca", "pwcca", "svcca", "procrustes"]
 RNG = np.random.default_rng(0)
 X, Y = (torch.from_numpy(RNG.standard_normal((P, N), dtype=np.float32)).mT for _ in range(2))
@@ -51,6 +52,10 @@ BUDGETS = {
         lambda x, y: rk.ablation_distances(x, CELLS, metrics=["cka"]),
         reached=(25, 3),
         asked=(40, 4),
+    ),
+    "ablation_distances, RSA, RBF CKA and mutual kNN": Budget(
+        lambda x, y: rk.ablation_distances(x, CELLS, metrics=STIMULI),
+        reached=(1685, 250),
     ),
     "ablation_decodability": Budget(
         lambda x, y: rk.ablation_decodability(x, CELLS, LABELS),

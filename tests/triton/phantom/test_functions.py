@@ -31,6 +31,10 @@ LABELS = np.arange(N) % 3
 MEMBERSHIP = RNG.random((C, P)) < 0.4
 SPARSE = tuple(getattr(scipy.sparse.csr_array(MEMBERSHIP), name) for name in ("indptr", "indices"))
 PARTITIONS = np.stack([CELLS, CELLS[::-1]])
+# Equal stimuli, some that are equal without one of three cells, and one that is 0 without another.
+TIED = np.round(X)
+TIED[1], TIED[3, 10:], TIED[4:, :10], TIED[11, :20] = TIED[0], TIED[2, 10:], TIED[4, :10], 0
+STIMULI = ["rsa_euclidean", "rsa_cosine", "rsa_correlation", "cka_rbf", "mutual_knn"]
 FIVE = ["cka", "cca", "pwcca", "svcca", "procrustes"]
 COLUMNS = [X[:, np.flatnonzero(c == CELLS)] for c in range(C)]
 PARTS = np.stack([x @ x.T for x in COLUMNS])
@@ -95,6 +99,10 @@ CASES: dict[str, list[Call]] = {
         ((X[:, :9],), {"cells": CELLS[:9], "metrics": FIVE}),
         ((X,), {"cells": np.arange(P) % 2, "metrics": [*FIVE, "cka_debiased"]}),
         ((X,), {"cells": np.minimum(np.arange(P) // 26, 1), "metrics": FIVE}),
+        ((X,), {"cells": CELLS, "metrics": "all", "k": 4}),
+        ((X,), {"cells": MEMBERSHIP, "metrics": STIMULI, "k": 4, "compare": "pearson"}),
+        ((X,), {"cells": PARTITIONS, "metrics": [*STIMULI, "cka"], "k": 4}),
+        ((TIED,), {"cells": np.arange(P) // 10, "metrics": STIMULI, "k": 4}),
     ],
     "ablation_decodability": [
         ((X,), {"cells": CELLS, "labels": LABELS}),
@@ -110,6 +118,7 @@ CASES: dict[str, list[Call]] = {
     "gram_ablation_distances": [
         ((X @ X.T, PARTS), {}),
         ((X @ X.T, PARTS), {"metrics": ["cka_debiased", "cca_squared"]}),
+        ((X @ X.T, PARTS), {"metrics": "all"}),
     ],
     "eigh": [((SYMMETRIC,), {}), ((SYMMETRIC,), {"vectors": False})],
     "svd": [((X,), {}), ((PARTS,), {"vectors": False})],
