@@ -8,6 +8,7 @@ from pathlib import Path
 from bench import aims, bench_compare, maps
 from bench.accuracy import OURS, summarize, tabulate_by_package
 from bench.bench_calibrate import describe_calibration
+from bench.bench_patching import describe_patching
 from bench.common.machine import Json, format_seconds, load
 from bench.common.records import describe_device, format_commits, format_dates
 from bench.peers import tables
@@ -383,5 +384,6 @@ BLOCKS: dict[str, tuple[str, Callable[..., str]]] = {
     "networks": ("*", render_networks),
     "unrelated": ("maps", render_unrelated),
     "calibrate": ("calibrate", lambda _path, record: describe_calibration(record)),
+    "patching": ("patching", lambda _path, record: describe_patching(record)),
     "runs": ("*", render_runs),
 }

@@ -118,8 +118,8 @@ def build(name: str) -> nn.Module:
     -----
     Architectures: Krizhevsky 2014 (one weird trick), Sandler et al. 2018 and He et al. 2016, as in
     torchvision, with widths divided by 4, multiplied by 0.35 and divided by 8. The vision
-    transformer (Dosovitskiy et al. 2021) is an eighth as wide as ViT-B and has 4 blocks, each with 4
-    heads and an MLP that is twice as wide as the block. Its patches are 8 x 8.
+    transformer (Dosovitskiy et al. 2021) is an eighth as wide as ViT-B. It has 4 blocks, each with
+    4 heads and an MLP that is twice as wide as the block. Its patches are 8 x 8.
     """
     if name not in _BUILDERS:
         raise ModelError(f"model: {name!r} is unknown; expected one of {', '.join(SMALL)}")
