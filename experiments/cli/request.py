@@ -37,11 +37,12 @@ class Sample(NamedTuple):
     metric_images: int  # per class
 
 
-# Chosen so that all three together run in two minutes on two cores.
+# Chosen so that all together run in two minutes on two cores.
 SAMPLES = {
     "alexnet_small": Sample(layers=7, targets=7, metric_images=20),
     "mobilenet_v2_small": Sample(layers=8, targets=7, metric_images=20),
     "resnet50_small": Sample(layers=8, targets=7, metric_images=20),
+    "vit_small": Sample(layers=3, targets=7, metric_images=20),
 }
 
 
