@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-import repsim_kernels as rk
 from bench.common.machine import Json, describe_environment, format_seconds
 from bench.common.records import describe_device
 from bench.peers.tables import format_markdown_table
@@ -129,7 +128,8 @@ def _time(function: Callable[[], Any]) -> tuple[float, Any]:
 
 def _patch_heads(forward: AblatedForward, state: State, source: State) -> Tensor:
     """Return the logits after each patch of a layer's heads."""
-    cells = rk.cells.heads(state.activation.shape[1:], forward.count_heads(state.layer))
+    width = state.activation.shape[-1]
+    cells = torch.arange(width) // (width // forward.count_heads(state.layer))
     return forward.logits(state, cells, fill=source, batch=1)
 
 
@@ -190,7 +190,7 @@ def _hook_heads(
 
 
 def compute_bound(row: Json) -> float:
-    """Return how often all operations are as many as those behind the patched heads."""
+    """Return the number of all products with weights, relative to those behind the heads."""
     return row["operations"] / row["operations_behind"]
 
 
@@ -214,7 +214,7 @@ On {describe_device(record)}: a GPT-2 with random weights, {sizes["layers"]} lay
 {sizes["heads"]} heads, width {record["width"]:,}; each head is patched alone, on \
 {sizes["prompts"]} prompts of {sizes["tokens"]} tokens. Times are those of all patches, with the \
 passes that both sets of prompts need first, the shortest of {record["turns"]} turns. The bound is \
-the number of all operations divided by that of the operations behind the patched heads. Not \
+the number of all products with weights divided by that of those behind the patched heads. Not \
 included: {format_seconds(setup)} for tracing and verifying the network once.
 
 {format_markdown_table(head, table)}"""

@@ -30,24 +30,20 @@ def test_every_patch_is_bit_equal_to_a_hook(record):
         assert min(row["seconds"] + row["hook_seconds"]) > 0
 
 
-def count_operations(first_layer, kept):
-    """Operations of the products from the heads of a layer on, for one prompt; -1: all of them."""
-    width, tokens = SIZES["width"], SIZES["tokens"]
-    block = 24 * width**2 * tokens + 4 * tokens**2 * width
-    heads = 6 * width**2 * tokens + 4 * tokens**2 * width
-    unembedding = 2 * width * SIZES["vocabulary"] * (kept or tokens)
-    blocks = SIZES["layers"] - max(0, first_layer)
-    return blocks * block + unembedding - heads * (first_layer >= 0)
+def count_operations(kept, layer=None):
+    """Products with weights, for one prompt: of all layers, or behind the heads of one."""
+    square = 2 * SIZES["tokens"] * SIZES["width"] ** 2
+    unembedding = 2 * SIZES["width"] * SIZES["vocabulary"] * (kept or SIZES["tokens"])
+    if layer is None:
+        return 12 * square * SIZES["layers"] + unembedding
+    return (12 * (SIZES["layers"] - layer) - 3) * square + unembedding
 
 
 @pytest.mark.parametrize("kept", [0, 1])
 def test_the_bound_counts_the_products_behind_the_heads(record, kept):
-    row = record["rows"][kept]
-    layers = range(SIZES["layers"])
-    behind = sum(count_operations(layer, kept) for layer in layers)
-    assert row["operations"] == pytest.approx(len(layers) * count_operations(-1, kept), rel=0.2)
-    want = len(layers) * count_operations(-1, kept) / behind
-    assert compute_bound(row) == pytest.approx(want, rel=0.02)
+    total = SIZES["layers"] * count_operations(kept)
+    behind = sum(count_operations(kept, layer) for layer in range(SIZES["layers"]))
+    assert compute_bound(record["rows"][kept]) == pytest.approx(total / behind, rel=1e-12)
 
 
 @pytest.mark.parametrize("kept", [0, 1])
