@@ -38,8 +38,8 @@ def write_report(
     Parameters
     ----------
     runs : path, DataFrame, or a sequence of these
-        Folders of finished runs, or tables as returned by `Study.run`; a table alone does not
-        record what ran. If two runs have a model of the same name, the run's name is appended.
+        Folders of finished runs, or tables as in the results of `Study.run`; a table alone does
+        not record what ran. If two runs have a model of the same name, the run's name is appended.
     path : path
         The HTML file. An earlier one is replaced only when the new one is complete.
     figures : {"svg", "pdf", "png"}, optional

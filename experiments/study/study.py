@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pandas as pd  # type: ignore[import-untyped]
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -264,7 +263,7 @@ class Study:
         self,
         out: str | os.PathLike[str] | None = None,
         progress: Callable[[Any], object] | None = None,
-    ) -> pd.DataFrame:
+    ) -> experiments.Results:
         """Run the study in this process.
 
         Parameters
@@ -277,9 +276,9 @@ class Study:
 
         Returns
         -------
-        DataFrame
-            One row per class, layer and cell, sorted by these columns; for the columns, and the
-            errors raised, see ``repsim_kernels.experiments.run``.
+        Results
+            ``table``, ``summary()`` and ``report()``; the table has one row per class, layer and
+            cell. For its columns, and the errors raised, see ``repsim_kernels.experiments.run``.
 
         Examples
         --------
@@ -289,7 +288,7 @@ class Study:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 2))
         >>> images, labels = torch.randn(20, 3, 2, 2), torch.arange(2).repeat(10)
         >>> study = Study(model, ["2"], images, labels, grid=(2, 2), metrics=["cka"])
-        >>> table = study.run()
+        >>> table = study.run().table
         >>> table[["class", "layer", "cell", "size"]].head(2)
            class layer  cell  size
         0      0     2     0     4
