@@ -17,7 +17,6 @@ from repsim_kernels import _arrays, _options
 from repsim_kernels._arrays import Source
 from repsim_kernels._typing import Array
 from repsim_kernels.errors import (
-    CellError,
     ConstantError,
     DeviceError,
     DtypeError,
@@ -31,7 +30,6 @@ Check = Callable[..., tuple[Tensor, Source]]
 """`check_representation`, or a function like it for other arrays with a row for each stimulus."""
 
 MAX_MAGNITUDE = 1e70  # squares of Gram matrices fit float64
-_MAX_CELLS = 2**24  # more than any layer has neurons, and more Gram matrices than fit in memory
 
 
 def to_float(a: Tensor) -> Tensor:
@@ -269,49 +267,6 @@ def check_integers(a: Any, name: str, error: type[RepsimError]) -> np.ndarray[An
             "integers"
         )
     return values
-
-
-def check_cells(
-    cells: Any, p: int, n_cells: int | None = None, *, allow_partitions: bool = False
-) -> tuple[np.ndarray[Any, Any], int]:
-    """Check cells of p neurons; return them and their number.
-
-    Cells are labels (p,), returned as int64, or a boolean membership (C, p). With
-    `allow_partitions` they may also be labels (T, p).
-    """
-    values = check_integers(cells, "cells", CellError)
-    if n_cells is not None:
-        n_cells = _options.check_count(n_cells, "n_cells", 0, _MAX_CELLS, CellError)
-    if values.dtype.kind == "b" and values.ndim == 2:
-        if values.shape[1] != p:
-            raise CellError(
-                f"cells: a membership of shape {values.shape}; expected (C, {p}), a column for "
-                "each neuron"
-            )
-        if n_cells is not None and n_cells != len(values):
-            raise CellError(
-                f"n_cells: {n_cells}, but cells has {len(values)} rows; expected {len(values)}"
-            )
-        return values, len(values)
-    are_partitions = allow_partitions and values.ndim == 2 and len(values)
-    if values.shape[-1:] != (p,) or not (are_partitions or values.ndim == 1):
-        partitions = f", or partitions as integers (T, {p})" if allow_partitions else ""
-        raise CellError(
-            f"cells: shape {values.shape}, dtype {values.dtype}; expected integer labels ({p},), "
-            f"one for each neuron, or a boolean membership (C, {p}){partitions}"
-        )
-    if values.dtype.kind == "b":
-        raise CellError(
-            f"cells: boolean labels ({p},); expected integers, or a membership (C, {p})"
-        )
-    labels = values.astype(np.int64, copy=False)
-    low, high = int(labels.min()), int(labels.max())
-    limit = _MAX_CELLS if n_cells is None else n_cells
-    if low < -1 or high >= limit:
-        wrong = low if low < -1 else high
-        expected = f"0 … {limit - 1}, or -1 for no cell" if limit else "only -1, as n_cells is 0"
-        raise CellError(f"cells: label {wrong} is out of range; expected {expected}")
-    return labels, max(high + 1, 0) if n_cells is None else n_cells
 
 
 def _check_one_per_stimulus(labels: Any, n: int, name: str) -> np.ndarray[Any, Any]:

@@ -159,7 +159,7 @@ OPTIONS = [
     (lambda: rk.ablation_distances(X, [0, 0, -2, 1]), "cells: label -2 is out of range; expected"),
     (lambda: rk.ablation_distances(X, [0.0, 1, 1, 0]), "cells: dtype float64; expected integers"),
     (lambda: rk.ablation_distances(X, np.ones((2, 5), bool)), r"cells: a membership .*\(C, 4\)"),
-    (lambda: rk.ablation_distances(X, np.ones(4, bool)), r"cells: boolean labels \(4,\)"),
+    (lambda: rk.ablation_distances(X, np.ones(3, bool)), r"cells: shape \(3,\).*mask \(4,\)"),
     (lambda: rk.cell_grams(X, CELLS, n_cells=1), "cells: label 1 is out of range; expected 0 … 0"),
     (lambda: rk.cell_grams(X, CELLS, n_cells=-1), "n_cells: -1; expected a whole number"),
     (lambda: rk.cell_grams(X, np.ones((2, 4), bool), n_cells=3), "n_cells: 3, but cells has 2"),

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repsim_kernels import _check, _dispatch, _options
+from repsim_kernels import _check_cells, _dispatch, _options
+from repsim_kernels._cell_sets import to_dense
 from repsim_kernels.errors import OptionError
 from repsim_kernels.forward import checks, contexts, cost, passes, verify
 from repsim_kernels.forward.cost import Cost
@@ -311,7 +312,9 @@ class AblatedForward:
         self._check_state(state)
         act = state._data
         budget = resolve_batch_budget(memory, act.device)
-        checked, n_cells = _check.check_cells(cells, act[0].numel(), n_cells)
+        shape = tuple(act.shape[1:])
+        checked, n_cells = _check_cells.check_cells(cells, act[0].numel(), n_cells, shape=shape)
+        checked = to_dense(checked)
         table = torch.as_tensor(checked, device=act.device)  # (p,) labels or (C, p) membership
         with contexts.run_eagerly():
             unmasked = passes.run_unmasked(state, budget)

@@ -8,9 +8,10 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from repsim_kernels import _arrays, _check, _dispatch, _metrics, _options
+from repsim_kernels import _arrays, _check, _check_cells, _dispatch, _metrics, _options
+from repsim_kernels._cell_sets import to_dense
 from repsim_kernels._routes import Distances, Info, Route
-from repsim_kernels._typing import Array, ArrayLike
+from repsim_kernels._typing import Array, ArrayLike, CellsLike
 from repsim_kernels.errors import DeviceError, DtypeError, ShapeError
 
 METRICS = tuple(metric.name for metric in _metrics.METRICS if metric.ablation)
@@ -19,7 +20,7 @@ METRICS = tuple(metric.name for metric in _metrics.METRICS if metric.ablation)
 @overload
 def ablation_distances(
     x: ArrayLike,
-    cells: ArrayLike,
+    cells: CellsLike,
     *,
     metrics: Sequence[str] = ...,
     ridge: float = ...,
@@ -36,7 +37,7 @@ def ablation_distances(
 @overload
 def ablation_distances(
     x: ArrayLike,
-    cells: ArrayLike,
+    cells: CellsLike,
     *,
     metrics: Sequence[str] = ...,
     ridge: float = ...,
@@ -52,7 +53,7 @@ def ablation_distances(
 
 def ablation_distances(
     x: ArrayLike,
-    cells: ArrayLike,
+    cells: CellsLike,
     *,
     metrics: Sequence[str] = METRICS,
     ridge: float = 0.1,
@@ -181,20 +182,21 @@ def ablation_distances(
         min_stimuli=4 if "cka_debiased" in names else 2,
         defer=defer,
     )
-    cells, n_cells = _check.check_cells(cells, x.shape[-1], allow_partitions=True)
+    checked, n_cells = _check_cells.check_cells(cells, x.shape[-1], allow_partitions=True)
+    checked = to_dense(checked)
     _options.warn_without_ridge(names, ridge, penalty)
     results = _dispatch.call(
         "ablation_distances",
         backend,
         source,
         x,
-        cells=cells,
+        cells=checked,
         n_cells=n_cells,
         metrics=names,
         ridge=ridge,
         penalty=penalty,
         memory=memory,
-        grams=check_grams(grams, x, source, cells, n_cells),
+        grams=check_grams(grams, x, source, checked, n_cells),
         precision=_options.check_precision(precision),
     )
     if defer:

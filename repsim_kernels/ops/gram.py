@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from repsim_kernels import _check, _dispatch, _options
-from repsim_kernels._typing import Array, ArrayLike
+from repsim_kernels import _check, _check_cells, _dispatch, _options
+from repsim_kernels._cell_sets import to_dense
+from repsim_kernels._typing import Array, ArrayLike, CellsLike
 
 _NO_BANDWIDTH = (
     "x: the median distance between stimuli is 0, so that kernel='rbf' has no bandwidth; expected "
@@ -85,7 +86,7 @@ def centered_gram(
 
 def cell_grams(
     x: ArrayLike,
-    cells: ArrayLike,
+    cells: CellsLike,
     *,
     n_cells: int | None = None,
     batched: bool = False,
@@ -148,8 +149,9 @@ def cell_grams(
     True
     """
     x, source = _check.check_representation(x, batched=batched, allow_constant=True)
-    cells, n_cells = _check.check_cells(cells, x.shape[-1], n_cells, allow_partitions=True)
+    checked, n_cells = _check_cells.check_cells(cells, x.shape[-1], n_cells, allow_partitions=True)
+    checked = to_dense(checked)
     precision = _options.check_precision(precision)
     return _dispatch.call(
-        "cell_grams", backend, source, x, cells=cells, n_cells=n_cells, precision=precision
+        "cell_grams", backend, source, x, cells=checked, n_cells=n_cells, precision=precision
     )

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from repsim_kernels import _arrays, _check, _dispatch, _options
-from repsim_kernels._typing import ArrayLike
+from repsim_kernels import _arrays, _check, _check_cells, _dispatch, _options
+from repsim_kernels._cell_sets import are_partitions, to_dense
+from repsim_kernels._typing import ArrayLike, CellsLike
 from repsim_kernels.errors import LabelError, OptionError
 from repsim_kernels.ops.ablation import check_grams
 
@@ -17,7 +18,7 @@ SCORES = ("accuracy", "balanced_accuracy", "margin", "r2")
 
 def ablation_decodability(
     x: ArrayLike,
-    cells: ArrayLike,
+    cells: CellsLike,
     labels: ArrayLike,
     *,
     target: int | Sequence[int] | None = None,
@@ -132,19 +133,20 @@ def ablation_decodability(
     ridge = _check_ridge(ridge, probe)
     names = _check_scores(score, target, probe)
     x, source = _check.check_representation(x, batched=batched)
-    cells, n_cells = _check.check_cells(cells, x.shape[-1], allow_partitions=True)
+    checked, n_cells = _check_cells.check_cells(cells, x.shape[-1], allow_partitions=True)
+    checked = to_dense(checked)
     labels, targets = _check_targets(target, labels, x.shape[-2])
-    partitioned = cells.ndim == 2 and cells.dtype != np.bool_
-    if partitioned and isinstance(targets, tuple) and len(targets) != len(cells):
+    partitioned = are_partitions(checked)
+    if partitioned and isinstance(targets, tuple) and len(targets) != len(checked):
         raise LabelError(
-            f"target: {len(targets)} targets for {len(cells)} partitions; expected one for each"
+            f"target: {len(targets)} targets for {len(checked)} partitions; expected one for each"
         )
     result = _dispatch.call(
         "ablation_decodability",
         backend,
         source,
         x,
-        cells=cells,
+        cells=checked,
         n_cells=n_cells,
         labels=labels,
         target=targets,
@@ -152,7 +154,7 @@ def ablation_decodability(
         folds=_check_folds(folds, labels, probe),
         score=names,
         probe=probe,
-        grams=check_grams(grams, x, source, cells, n_cells),
+        grams=check_grams(grams, x, source, checked, n_cells),
         precision=_options.check_precision(precision),
     )
     if x.ndim == 2:

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from repsim_kernels import _arrays, _check, _options
+from repsim_kernels import _arrays, _check, _check_cells, _options
 from repsim_kernels._arrays import Source
-from repsim_kernels._typing import Array, ArrayLike, Tensor
+from repsim_kernels._cell_sets import to_dense
+from repsim_kernels._typing import Array, ArrayLike, CellsLike, Tensor
 from repsim_kernels.errors import LabelError, OptionError
 from repsim_kernels.ops.logistic import MAX_NEURONS, check_tolerance, fit_columns
 
@@ -27,7 +28,7 @@ _LOSS_IF_WRONG, _LOSS_IF_RIGHT = -math.log(_EPS), -math.log1p(-_EPS)
 
 def probe_paper(
     x: ArrayLike,
-    cells: ArrayLike,
+    cells: CellsLike,
     labels: ArrayLike,
     target: int,
     *,
@@ -114,7 +115,8 @@ def probe_paper(
     """
     x, source = _check.check_representation(x, allow_batch=False)
     n, p = x.shape
-    cells, n_cells = _check.check_cells(cells, p)
+    checked, n_cells = _check_cells.check_cells(cells, p)
+    checked = to_dense(checked)
     if target is None:
         raise LabelError("target: None; expected an integer label")
     y = _check.check_labels(labels, n, target) == target
@@ -131,7 +133,7 @@ def probe_paper(
         "precision": _options.check_precision(precision),
     }
     probe = _Probe(x, y, draws, size, options, backend)
-    scores = probe.score_cells(cells, n_cells, paired, seed)
+    scores = probe.score_cells(checked, n_cells, paired, seed)
     return {name: source.restore(value) for name, value in scores.items()}
 
 
