@@ -52,9 +52,14 @@ def run_for_cells(
 
 def repeat_for_cells(t: Tensor, n_cells: int) -> Tensor:
     """Copy a tensor (n, …) once for each cell: (cells n, …), in the same memory order."""
+    out = empty_for_cells(t, n_cells)
+    out.view(n_cells, *t.shape).copy_(t)
+    return out
+
+
+def empty_for_cells(t: Tensor, n_cells: int) -> Tensor:
+    """Return unwritten memory for a copy of a tensor (n, …) per cell, in the same memory order."""
     strides = torch.empty_like(t, device="meta").stride()
     order = sorted(range(t.ndim), key=strides.__getitem__, reverse=True)
     sizes = n_cells * len(t), *t.shape[1:]
-    out = t.new_empty([sizes[d] for d in order]).permute([order.index(d) for d in range(t.ndim)])
-    out.view(n_cells, *t.shape).copy_(t)
-    return out
+    return t.new_empty([sizes[d] for d in order]).permute([order.index(d) for d in range(t.ndim)])

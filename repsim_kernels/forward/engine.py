@@ -1,28 +1,26 @@
-"""`AblatedForward`: the output of a network with cells of a layer's neurons set to zero."""
+"""`AblatedForward`: the output of a network with cells of a layer's neurons ablated."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from repsim_kernels import _check_cells, _dispatch, _options
-from repsim_kernels._cell_sets import to_dense
 from repsim_kernels.errors import OptionError
-from repsim_kernels.forward import checks, contexts, cost, passes, verify
+from repsim_kernels.forward import checks, contexts, cost, fills, passes, verify
 from repsim_kernels.forward.cost import Cost
 from repsim_kernels.forward.cuts import Cuts
 from repsim_kernels.forward.dataflow import Split
-from repsim_kernels.forward.fusion import CellMasks
+from repsim_kernels.forward.masks import Ablations
 from repsim_kernels.forward.memory import resolve_batch_budget
 from repsim_kernels.forward.passes import State, copy_with_strides
 from repsim_kernels.forward.trace import Trace, keep_attributes
 
 
 class AblatedForward:
-    """The output of a network with cells of a layer's neurons set to zero.
+    """The output of a network with cells of a layer's neurons ablated.
 
     The network up to the layer runs once for all cells; only the rest runs for each cell.
 
@@ -66,9 +64,9 @@ class AblatedForward:
     match the hook too; `intact` matches the model without a hook. An exported network keeps all
     encoder layers and attention off the fast path, and agrees with the hook up to rounding.
 
-    On CUDA, unless ``REPSIM_BACKEND=torch``, a Triton kernel masks the activation and applies a
-    ReLU or ReLU6 that follows the layer. With several cells per pass it also applies an eval-mode
-    batch norm, or a 1x1 convolution or linear layer, which then needs no masked copies.
+    On CUDA, unless ``REPSIM_BACKEND=torch``, a Triton kernel sets cells to zero and applies a ReLU
+    or ReLU6 that follows the layer. With several cells per pass it also applies an eval-mode batch
+    norm, or a 1x1 convolution or linear layer, which then needs no masked copies.
 
     Examples
     --------
@@ -238,21 +236,32 @@ class AblatedForward:
         cells: Any,
         n_cells: int | None = None,
         *,
+        fill: Any = "zero",
+        seed: int = 0,
         batch: int | None = None,
         memory: int | str | None = None,
     ) -> Tensor:
-        """The network's output with the neurons of one cell set to zero, for every cell.
+        """The network's output with the neurons of one cell replaced, for every cell.
 
         Parameters
         ----------
         state : State
             From `prefix` or `prefixes` of this object.
-        cells : integer array or sequence, (p,), or boolean array, (C, p)
-            Integers give each neuron's cell, 0 … n_cells - 1, or -1 for no cell. Booleans give the
-            neurons of each cell, and cells may overlap. The p neurons are the activation of one
-            image, flattened in C order.
+        cells : integer or boolean array, or sparse membership
+            Labels give each neuron's cell, 0 … n_cells - 1, or -1 for no cell; a boolean mask gives
+            the neurons of one cell. Both are (p,), in the C order of one image's activation (…), or
+            broadcast to its shape. The cells of a membership may overlap: booleans (C, p), a SciPy
+            CSR array (C, p), or a tuple (indptr, indices).
         n_cells : int, optional
             C; by default the largest label + 1.
+        fill : {"zero", "mean", "resample"}, number, array or State
+            What a cell's neurons become: zero; each neuron's mean over the images of `state` (for a
+            mean over others, pass an array); its value for another of these images; numbers of the
+            activation's dtype that broadcast to (n, …); or the activation of another state of the
+            same layer, for n other images (patching).
+        seed : int
+            For "resample": the images are permuted by the first permutation drawn by
+            ``numpy.random.default_rng(seed)`` that moves every image.
         batch : int, optional
             The most cells to run in one pass. By default as many as fit in `memory` on CUDA, and
             one on a CPU, or more if one cell has too few images to amortise reading the weights, or
@@ -267,17 +276,18 @@ class AblatedForward:
         -------
         logits : tensor, (C, n, k)
             With ``batch=1`` and enough memory, bit-identical to the output under a forward hook
-            that returns a masked clone; otherwise equal up to rounding. Cells without neurons, or
-            with only zeros for all images, get the output under a hook that returns a clone.
+            that writes the fill into a clone; otherwise equal up to rounding. Cells that the fill
+            changes for no image get the output under a hook that returns a clone.
 
         Raises
         ------
-        CellError, DtypeError
-            The cells have the wrong length, range or dtype.
+        CellError, DtypeError, ShapeError, DeviceError
+            The cells or the fill have the wrong length, range, shape, dtype or device.
         OptionError
-            `batch` is not a count, `memory` is not a size, or the state belongs to another object.
+            `fill` is no such name, `batch` is not a count, `memory` is not a size, or a state
+            belongs to another object or layer.
         LayerError
-            The state's tensors were written to, or the model is in training mode.
+            The states' tensors were written to, or the model is in training mode.
 
         Warns
         -----
@@ -288,9 +298,6 @@ class AblatedForward:
         -----
         If images influence each other, or the rest of the network reads a value that is not a
         tensor (n, …), each pass has one cell and all images.
-
-        A linear layer directly after the masks needs one product for all cells of a partition,
-        W(x ⊙ m_c) = W x - W(x ⊙ (1 - m_c)), where m_c is zero on cell c. It is used if cheaper.
 
         Examples
         --------
@@ -303,33 +310,22 @@ class AblatedForward:
         >>> state = forward.prefix(torch.tensor([[1.0, 2.0, 4.0]]))
         >>> forward.intact(state)
         tensor([[7.]])
-        >>> forward.logits(state, [0, 1, 1])  # without neuron 0; without neurons 1 and 2
-        tensor([[[6.]],
-        <BLANKLINE>
-                [[1.]]])
+        >>> forward.logits(state, [0, 1, 1]).flatten()  # without neuron 0; without neurons 1 and 2
+        tensor([6., 1.])
+        >>> other = forward.prefix(torch.tensor([[10.0, 20.0, 40.0]]))
+        >>> forward.logits(state, [0, 1, 1], fill=other).flatten()
+        tensor([16., 61.])
         """
         batch = None if batch is None else _options.check_count(batch, "batch")
+        seed = _options.check_count(seed, "seed", minimum=0)
         self._check_state(state)
         act = state._data
         budget = resolve_batch_budget(memory, act.device)
         shape = tuple(act.shape[1:])
         checked, n_cells = _check_cells.check_cells(cells, act[0].numel(), n_cells, shape=shape)
-        checked = to_dense(checked)
-        table = torch.as_tensor(checked, device=act.device)  # (p,) labels or (C, p) membership
         with contexts.run_eagerly():
-            unmasked = passes.run_unmasked(state, budget)
-            alive = (act != 0).any(0).reshape(-1)  # (p,)
-            if table.dtype == torch.bool:
-                has_effect = (table & alive).any(1)
-            else:
-                has_effect = torch.bincount(table[alive & (table >= 0)], minlength=n_cells) > 0
-            out = unmasked.expand(n_cells, *unmasked.shape).clone()
-            ids = has_effect.nonzero()[:, 0].tolist()
-            if ids:
-                masks = CellMasks(checked, table, torch.arange(n_cells, device=act.device))
-                batch = batch or passes.choose_cells_per_pass(state, masks, len(ids))
-                out[ids] = passes.run_in_batches(state, masks, ids, batch, budget)
-            return out
+            ablations = Ablations(checked, n_cells, act.device, fills.make_fill(fill, state, seed))
+            return passes.run_ablations(state, ablations, batch, budget)
 
     def costs(
         self, images: Tensor, layers: Sequence[str] | None = None, *, timed: bool = True

@@ -11,33 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from repsim_kernels import _dispatch
 from repsim_kernels.forward.dataflow import Split, Step
+from repsim_kernels.forward.masks import CellMasks
 from repsim_kernels.forward.trace import Trace, Values, sets_switches
-
-
-@dataclass(frozen=True)
-class CellMasks:
-    """The masks of some of the cells of a layer's neurons."""
-
-    labels: np.ndarray[Any, Any]  # (p,), or memberships (C, p)
-    table: Tensor  # the labels on the activation's device
-    ids: Tensor  # the selected cells, on the activation's device
-
-    def select(self, ids: list[int]) -> CellMasks:
-        """Return the masks of the cells with these numbers."""
-        return CellMasks(self.labels, self.table, torch.tensor(ids, device=self.table.device))
-
-    def make_masks(self) -> Tensor:
-        """Return whether each neuron is in each selected cell, (len(ids), p)."""
-        if self.table.dtype == torch.bool:
-            return self.table[self.ids]
-        return self.table == self.ids[:, None]
 
 
 def uses_triton(activation: Tensor) -> bool:
@@ -68,13 +49,15 @@ def _skip_steps(split: Split, count: int, values: Values, result: Tensor) -> lis
 class PartitionedLinear:
     """A linear layer directly after the masks, for all cells of a partition in one product.
 
-    W (x ⊙ m_c) = W x - W (x ⊙ (1 - m_c)), where m_c is zero on the neurons of cell c. Each column
-    of W belongs to at most one cell, so all the second terms together cost one product.
+    With m_c zero on the neurons of cell c and one elsewhere, and a fill f, the layer computes
+    W (x ⊙ m_c + f ⊙ (1 - m_c)) = W x - W ((x - f) ⊙ (1 - m_c)). Each column of W belongs to at
+    most one cell, so all the second terms together cost one product.
     """
 
     split: Split
     steps: int  # steps of the tail that this replaces
     x: Tensor  # (n, p)
+    removed: Tensor  # x less the fill, (n, p)
     cells: CellMasks
     weight: Tensor
     bias: Tensor | None
@@ -88,7 +71,7 @@ class PartitionedLinear:
         masks = self.cells.make_masks()
         order = masks.nonzero()[:, 1]  # neurons, sorted by cell
         sizes = masks.sum(1).tolist()
-        columns = self.x.index_select(1, order).split(sizes, 1)
+        columns = self.removed.index_select(1, order).split(sizes, 1)
         out = whole.expand(len(sizes), *whole.shape).clone()  # (C, n, k)
         # In blocks of outputs, so that gathered weights fit in a cache and W is never copied whole.
         rows = max(1, _BLOCK_BYTES // (len(order) * self.weight.element_size()))
@@ -118,9 +101,10 @@ def find_linear(
             fits = x.ndim == 2 and x.dtype == weight.dtype in (torch.float32, torch.float64)
             if not fits or torch.is_autocast_enabled(x.device.type):
                 return None
-            if not torch.isfinite(x).all():  # a mask hides infinity; a difference makes it NaN
+            removed = x if cells.fill is None else x - cells.fill.reshape(x.shape)
+            if not torch.isfinite(removed).all():  # a mask hides infinity; a sum makes it NaN
                 return None
-            return PartitionedLinear(split, steps, x, cells, weight, operation.bias)
+            return PartitionedLinear(split, steps, x, removed, cells, weight, operation.bias)
         if operation == "flatten":
             flat = True
         elif operation != "nothing":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 
 import torch
@@ -12,7 +13,7 @@ from repsim_kernels._arrays import dtype_name
 from repsim_kernels.errors import LayerError, OutOfMemoryWarning
 from repsim_kernels.forward import broadcast, cost, fusion
 from repsim_kernels.forward.dataflow import Split, collect_tensors, get_version, schedule
-from repsim_kernels.forward.fusion import CellMasks
+from repsim_kernels.forward.masks import Ablations, CellMasks, mask_for_cells
 from repsim_kernels.forward.memory import Batch, split_to_fit
 from repsim_kernels.forward.trace import Trace, Values
 
@@ -131,6 +132,13 @@ class State:
         tensors = (self._data, *collect_tensors([*self._values.values()]))
         self._versions = [(t, get_version(t)) for t in tensors]
 
+    def _check_unwritten(self, name: str = "state") -> None:
+        """Check that the tensors that this holds are as the pass of the head left them."""
+        if any(get_version(t) != old for t, old in self._versions):
+            raise LayerError(
+                f"{name}: its tensors were written to after prefix(); expected no writes"
+            )
+
 
 def run_head(trace: Trace, split: Split, images: Tensor) -> State:
     """Run the operations that do not depend on the layer, and the layer."""
@@ -180,26 +188,27 @@ def run_tail(state: State, cells: CellMasks | None = None, batch: Batch | None =
         values[split.cut] = state.activation
     else:
         values[split.cut] = state._select_images(batch)
+        if cells is not None and cells.fill is not None:
+            cells = dataclasses.replace(cells, fill=cells.fill[batch.start : batch.stop])
         values.update((x, values[x][batch.start : batch.stop]) for x in split.per_image_inputs)
     mutated = [x for x in split.mutated_inputs if cells is None or x is not split.cut]
     copies = copy.deepcopy([values[x] for x in mutated])  # in one call, so shared views stay shared
     values.update(zip(mutated, copies, strict=True))
     steps, n_cells = split.tail, 1 if cells is None else len(cells.ids)
     if cells is not None:
-        if fusion.uses_triton(values[split.cut]):
+        if cells.fill is None and fusion.uses_triton(values[split.cut]):
             steps = fusion.run_fused(trace, split, values, cells)
         elif linear := fusion.find_linear(trace, split, values, cells, n_cells):
             steps = linear.run(values)
         else:
             masks = cells.make_masks().view(-1, *values[split.cut].shape[1:])
-            values[split.cut] = mask_for_cells(values[split.cut], masks)
+            values[split.cut] = mask_for_cells(values[split.cut], masks, cells.fill)
     shared = set(split.per_image_inputs) if n_cells > 1 else set()
     for step in steps:
         values[step.node] = broadcast.run_for_cells(trace, step.node, values, shared, n_cells)
         for x in step.to_drop:
             del values[x]
-    if any(get_version(t) != old for t, old in state._versions):
-        raise LayerError("state: its tensors were written to after prefix(); expected no writes")
+    state._check_unwritten()
     out: Tensor = values[trace.output]
     return out
 
@@ -216,17 +225,36 @@ def run_unmasked(state: State, budget: int) -> Tensor:
     return state._unmasked
 
 
-def choose_cells_per_pass(state: State, cells: CellMasks, count: int) -> int:
-    """Return how many of `count` cells to run in one pass by default."""
+def run_ablations(
+    state: State, ablations: Ablations, cells_per_pass: int | None, budget: int
+) -> Tensor:
+    """Return the output for every cell, (C, n, k); cells without effect are not run."""
+    ids, n_cells = ablations.find_effective(state._data), ablations.n_cells
+    if ids:
+        cells_per_pass = cells_per_pass or _choose_cells_per_pass(state, ablations, ids)
+        ablated = run_in_batches(state, ablations, ids, cells_per_pass, budget)
+        if len(ids) == n_cells:
+            return ablated
+    unmasked = run_unmasked(state, budget)
+    out = unmasked.expand(n_cells, *unmasked.shape).clone()
+    if ids:
+        out[ids] = ablated
+    return out
+
+
+def _choose_cells_per_pass(state: State, ablations: Ablations, ids: list[int]) -> int:
     act, split, trace = state._data, state._split, state._trace
-    values = {split.cut: act, **state._values}
-    if act.device.type != "cpu" or fusion.find_linear(trace, split, values, cells, count):
-        return count
+    if act.device.type != "cpu":
+        return len(ids)
+    if ablations.are_partition:
+        values, masks = {split.cut: act, **state._values}, ablations.select(ids)
+        if fusion.find_linear(trace, split, values, masks, len(ids)):
+            return len(ids)
     return cost.choose_cells_per_pass(split, len(state))
 
 
 def run_in_batches(
-    state: State, cells: CellMasks | None, ids: list[int], cells_per_pass: int, budget: int
+    state: State, ablations: Ablations | None, ids: list[int], cells_per_pass: int, budget: int
 ) -> Tensor:
     """Run the tail for the cells `ids`, in batches that fit the budget: (C, n, k).
 
@@ -241,7 +269,8 @@ def run_in_batches(
     while pending:
         batch = pending.pop(0)
         try:
-            logits = run_tail(state, None if cells is None else cells.select(batch.cells), batch)
+            cells = None if ablations is None else ablations.select(batch.cells)
+            logits = run_tail(state, cells, batch)
         except torch.OutOfMemoryError:
             n_rows = len(batch.cells) * (batch.stop - batch.start)
             if n_rows == 1 or not split.batchable:
@@ -273,10 +302,3 @@ def copy_with_strides(t: Tensor) -> Tensor:
     t = t.detach()
     clone = t.clone()
     return clone if clone.stride() == t.stride() else copy.deepcopy(t)
-
-
-def mask_for_cells(t: Tensor, masks: Tensor) -> Tensor:
-    """Copy a tensor (n, …) once per mask, with zeros where the mask (C, …) is true: (C n, …)."""
-    out = t.clone() if len(masks) == 1 else broadcast.repeat_for_cells(t, len(masks))
-    out.view(len(masks), *t.shape).masked_fill_(masks[:, None], 0)
-    return out

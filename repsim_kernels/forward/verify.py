@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from repsim_kernels.forward.dataflow import Split, check_batch, check_units
-from repsim_kernels.forward.fusion import CellMasks
-from repsim_kernels.forward.passes import copy_with_strides, mask_for_cells, run_head, run_tail
+from repsim_kernels.forward.masks import CellMasks, mask_for_cells
+from repsim_kernels.forward.passes import copy_with_strides, run_head, run_tail
 from repsim_kernels.forward.trace import Trace
 
 

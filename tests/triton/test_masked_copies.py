@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.common.tolerances import OUTPUT, Tol, as_numpy, assert_close
-from repsim_kernels.forward.passes import mask_for_cells
+from repsim_kernels.forward.masks import mask_for_cells
 from repsim_kernels.kernels.triton import _launch
 from repsim_kernels.kernels.triton.masked_copies import (
     AOT_CASES,
