@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -338,6 +339,12 @@ def count_nan_images(table: pd.DataFrame) -> str | None:
         f"{len(table):,} cells, up to {int(counts.max())} in one and {int(counts.sum()):,} in all; "
         "the loss of performance of these cells is not known"
     )
+
+
+def format_range(counts: Collection[int]) -> str:
+    """Write a number if all are equal, otherwise the smallest and the largest."""
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def costliest_layer(table: pd.DataFrame, change: str) -> tuple[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -40,6 +41,13 @@ def _abbreviate(value: Any) -> str:
     """Write a value as JSON, cut to 40 characters."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else text[:37] + "…"
+
+
+def shorten_list(names: Sequence[str]) -> str:
+    """Write names in brackets: all of up to four, otherwise their number, first and last."""
+    if len(names) <= 4:
+        return str(list(names))
+    return f"[{len(names)}: {names[0]!r}, …, {names[-1]!r}]"
 
 
 def version_of(name: str) -> str:
