@@ -19,9 +19,10 @@ from repsim_kernels.experiments.runs.lock import hold_lock
 from repsim_kernels.experiments.runs.membership import check_names, open_run
 from repsim_kernels.experiments.runs.results import Results
 from repsim_kernels.experiments.runs.shard import Shard
-from repsim_kernels.experiments.runs.store import Store
+from repsim_kernels.experiments.runs.store import Store, make_attributes
 from repsim_kernels.experiments.study import measure
 from repsim_kernels.experiments.study.checks import check_progress
+from repsim_kernels.experiments.study.configuration import describe_ablations
 from repsim_kernels.experiments.study.study import Study
 from repsim_kernels.experiments.study.units import Unit
 
@@ -76,8 +77,9 @@ def run(
           probe's output towards the correct side);
         * each function change again over every other image: ``_odd`` and ``_even``.
 
-        Equal runs return bit-identical tables. ``table.attrs["notes"]`` holds the studies' notes,
-        by model; they are stored with the table.
+        Equal runs return bit-identical tables. ``table.attrs`` holds, by model, the studies'
+        ``notes`` and their ``ablations``: the kind of cells and the fill, if not the default ones.
+        They are stored with the table.
 
     Raises
     ------
@@ -128,7 +130,8 @@ def run(
     table = pd.concat(parts, ignore_index=True)
     table = table.sort_values(KEYS, kind="stable", ignore_index=True)
     notes = {study.name: study.note for study in studies if study.note is not None}
-    table.attrs = {"notes": notes} if notes else {}
+    kinds = {study.name: describe_ablations(study.cells, study.fill) for study in studies}
+    table.attrs = make_attributes(notes, kinds)
     return Results(table)
 
 

@@ -15,6 +15,16 @@ def digest(configuration: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def describe_ablations(cells: Any, fill: str | None) -> dict[str, str]:
+    """Return how neurons are ablated, as far as it differs from a grid by selectivity set to zero.
+
+    Takes a study's cells, or what its configuration records of them. Cells without a name are
+    "own".
+    """
+    kinds = {"cells": cells if isinstance(cells, str) else "own", "fill": fill or "zero"}
+    return {key: kind for key, kind in kinds.items() if kind not in ("selectivity", "zero")}
+
+
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
     """List what differs between two configurations, one line per key, in order of the keys."""
     if isinstance(before, dict) and isinstance(now, dict):
