@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import pickle
 import zlib
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from repsim_kernels import _arrays, _options
+from repsim_kernels._structures import get_parts, name_parts, rebuild
 from repsim_kernels.errors import OptionError, ShapeError
 
 Call = Callable[[nn.Module, Any], Any]
@@ -55,10 +54,10 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Apply a function to every tensor in a batch; NumPy arrays become tensors first."""
     if _is_array(batch):
         return function(_to_tensor(batch))
-    parts = _get_parts(batch)
+    parts = get_parts(batch)
     if parts is None:
         return batch
-    return _rebuild(batch, {key: map_tensors(part, function) for key, part in parts.items()})
+    return rebuild(batch, {key: map_tensors(part, function) for key, part in parts.items()})
 
 
 def list_tensors(batch: Any) -> list[Tensor]:
@@ -78,13 +77,10 @@ def find_output_tensor(output: Any, path: str) -> Tensor | None:
     """
     if not path:
         return output if isinstance(output, Tensor) else None
-    parts = list((_get_parts(output) or {}).items())
-    named = {str(i - len(parts)): part for i, (_, part) in enumerate(parts)}
-    named |= {str(i): part for i, (_, part) in enumerate(parts)}
-    named |= {str(key): part for key, part in parts}
-    for name, part in named.items():  # a name may have dots itself
+    parts = get_parts(output) or {}
+    for name, key in name_parts(parts).items():  # a name may have dots itself
         if path == name or path.startswith(f"{name}."):
-            tensor = find_output_tensor(part, path[len(name) + 1 :])
+            tensor = find_output_tensor(parts[key], path[len(name) + 1 :])
             if tensor is not None:
                 return tensor
     return None
@@ -109,7 +105,7 @@ def count_stimuli(batch: Any) -> int:
 
 def _count_items(batch: Any) -> int:
     """Return the length of the first list in a batch that has no other lists in it."""
-    parts = _get_parts(batch) or {}
+    parts = get_parts(batch) or {}
     inner = next(filter(None, map(_count_items, parts.values())), 0)
     return inner or (len(parts) if isinstance(batch, (tuple, list)) else 0)
 
@@ -145,18 +141,18 @@ def _join(parts: list[Any], counts: list[int]) -> Any:
         if not all(torch.equal(a, tensors[0]) for a in tensors):
             raise _NotJoinableError
         return tensors[0]
-    if _get_parts(first) is None:
+    if get_parts(first) is None:
         data = {_to_bytes(part) for part in parts}
         if len(data) > 1 or not all(data):
             raise _NotJoinableError
         return first
-    items = [_get_parts(part) or {} for part in parts]
+    items = [get_parts(part) or {} for part in parts]
     keys = items[0].keys()
     # A list of strings, or of other objects, may have one for each stimulus.
     is_per_stimulus = len(keys) == counts[0] and not list_tensors(first)
     if is_per_stimulus or any(one.keys() != keys for one in items):
         raise _NotJoinableError
-    return _rebuild(first, {key: _join([one[key] for one in items], counts) for key in keys})
+    return rebuild(first, {key: _join([one[key] for one in items], counts) for key in keys})
 
 
 class Mask(NamedTuple):
@@ -186,7 +182,7 @@ def find_mask(batch: Any) -> Mask | None:
 
 def _list_masks(batch: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the attention masks in a batch, such as "decoder_attention_mask", with their paths."""
-    for key, part in (_get_parts(batch) or {}).items():
+    for key, part in (get_parts(batch) or {}).items():
         if not str(key).endswith("attention_mask"):
             yield from _list_masks(part, f"{path}{key}.")
         elif part is not None:
@@ -225,35 +221,9 @@ def _to_tensor(value: Any) -> Tensor:
 
 def _list_leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield everything that has no parts, with its path."""
-    parts = _get_parts(value)
+    parts = get_parts(value)
     if parts is None:
         yield path, value
         return
     for key, part in parts.items():
         yield from _list_leaves(part, f"{path}.{key}" if path else str(key))
-
-
-def _get_parts(value: Any) -> dict[Any, Any] | None:
-    """Return the parts of a container by key, field or position; None for a value without any."""
-    if isinstance(value, Mapping):
-        return dict(value.items())
-    if isinstance(value, (tuple, list)):
-        return dict(zip(getattr(value, "_fields", range(len(value))), value, strict=True))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return None
-
-
-def _rebuild(example: Any, parts: dict[Any, Any]) -> Any:
-    """Return a container like the example with other parts."""
-    if isinstance(example, (tuple, list)):
-        return _arrays.rebuild_sequence(example, parts.values())
-    if isinstance(example, Mapping) and not isinstance(example, MutableMapping):
-        return parts
-    rebuilt = copy.copy(example)  # constructors may have other arguments
-    for key, part in parts.items():
-        if isinstance(example, MutableMapping):
-            rebuilt[key] = part
-        else:
-            object.__setattr__(rebuilt, key, part)  # also if the dataclass is frozen
-    return rebuilt

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
-from repsim_kernels import _arrays, _options
-from repsim_kernels.errors import DeviceError, DtypeError, LayerError, ShapeError
+from repsim_kernels import _options
+from repsim_kernels.errors import LayerError, OptionError
+from repsim_kernels.forward.inputs import Call, Inputs, to_inputs
+from repsim_kernels.forward.sites import split_name
 from repsim_kernels.forward.trace import is_within
 
 
@@ -24,7 +27,8 @@ def resolve_layers(model: nn.Module, layer: str | Sequence[str]) -> tuple[str, .
             f"layer: {_options.short_repr(layer)}; expected a name or a sequence of names"
         )
     modules = dict(model.named_modules(remove_duplicate=False))
-    for name in names:
+    for layer_name in names:
+        name, _ = split_name(modules, layer_name)
         if name not in modules:
             similar = ", ".join(map(repr, find_similar_modules(modules, name))) or "''"
             raise LayerError(
@@ -42,20 +46,20 @@ def find_similar_modules(modules: Iterable[str], name: str) -> list[str]:
     return (nested or difflib.get_close_matches(name, known) or known)[:3]
 
 
-def check_images(model: nn.Module, images: Tensor) -> None:
-    """Check that images are a dense tensor (n, …) on the device of a model in eval mode."""
-    if not isinstance(images, Tensor):
-        raise DtypeError(f"images: {type(images).__name__}; expected a torch tensor")
-    _arrays.check_dense(images, "images")
-    _arrays.check_untransformed(images, "images")
-    if images.ndim == 0 or len(images) == 0:
-        raise ShapeError(f"images: shape {tuple(images.shape)}; expected (n, …) with n >= 1")
-    device = next((p.device for p in model.parameters()), images.device)
-    if images.device != device:
-        raise DeviceError(f"images: on {images.device}; expected the model's device, {device}")
-    if images.is_meta:
-        raise DeviceError("images: on meta, which holds no values; expected another device")
+def check_images(model: nn.Module, images: Any) -> Inputs:
+    """Check inputs of a model, and that it is in eval mode; return the inputs."""
+    inputs = to_inputs(model, images)
     check_eval(model)
+    return inputs
+
+
+def check_call(call: Any) -> Call | None:
+    """Check the option `call`; OptionError if it is no function."""
+    if call is not None and not callable(call):
+        raise OptionError(
+            f"call: {_options.short_repr(call)}; expected a function of the model and its inputs"
+        )
+    return call
 
 
 def check_eval(model: nn.Module) -> None:

@@ -8,10 +8,11 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from repsim_kernels.forward.dataflow import Split, schedule
-from repsim_kernels.forward.trace import Trace, Values
+from repsim_kernels.forward.inputs import Inputs
+from repsim_kernels.forward.trace import Trace
 
 # From this number of operations per byte of weights, a CPU's matrix products run at full speed.
 _INTENSITY = 100
@@ -88,18 +89,19 @@ def summarize(split: Split, times: dict[fx.Node, float] | None, n: int) -> Cost:
     )
 
 
-def time_operations(trace: Trace, images: Tensor, passes: int = 3) -> dict[fx.Node, float]:
+def time_operations(trace: Trace, inputs: Inputs, passes: int = 3) -> dict[fx.Node, float]:
     """Return the seconds of each operation: the median over some passes."""
 
     def read_clock() -> float:
-        if images.device.type == "cuda":
-            torch.cuda.synchronize(images.device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    seconds: dict[fx.Node, list[float]] = {x: [] for x in trace.nodes[1:]}
+    device = inputs.tensors[0].device
+    seconds: dict[fx.Node, list[float]] = {x: [] for x in trace.operations}
     for _ in range(passes):
-        values: Values = {trace.input: images}
-        for step in schedule(trace.nodes[1:], {trace.output}):
+        values = trace.bind(inputs)
+        for step in schedule(trace.operations, {trace.output}):
             start = read_clock()
             values[step.node] = trace.run(step.node, values)
             seconds[step.node].append(read_clock() - start)

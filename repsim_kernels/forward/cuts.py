@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from repsim_kernels.forward.dataflow import (
     split_at_layer,
     watch_writes,
 )
-from repsim_kernels.forward.passes import copy_with_strides
+from repsim_kernels.forward.inputs import Call, Form, Inputs, Network, call_on_inputs
+from repsim_kernels.forward.sites import Output, resolve_sites
 from repsim_kernels.forward.trace import (
     FUSED,
     TRANSIENT,
@@ -57,21 +58,29 @@ class Cuts:
     bit-identical to a hook's, torch.export traces the model once for each shape of images.
     """
 
-    def __init__(self, model: nn.Module, layers: Collection[str]) -> None:
-        self._model, self._layers = model, layers
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Collection[str],
+        output: Output = None,
+        call: Call | None = None,
+    ) -> None:
+        self._model, self._output = model, output
+        self.sites = resolve_sites(model, layers, output)
+        self.network = Network(model, call or call_on_inputs)
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._fx_traces: dict[object, Trace | Untraceable] = {}
         self._exports: dict[object, Trace | Untraceable] = {}
         self._fx_attempts: dict[object, _Attempt] = {}
         self._export_cuts: dict[object, Cut] = {}
-        for layer in layers:
+        for layer in layers if call is None else ():  # otherwise the form of inputs isn't known
             trace = self._get_fx_trace(layer)
             if isinstance(trace, Trace):
                 trace.find_cut(layer)
 
-    def find(self, layer: str, images: Tensor) -> Cut:
-        """Return the network cut at a layer, for images like these; LayerError if that fails."""
-        sample = images[:2]
+    def find(self, layer: str, inputs: Inputs) -> Cut:
+        """Return the network cut at a layer, for inputs like these; LayerError if that fails."""
+        sample = inputs.take(2)
         key = layer, _make_key(sample)
         if key not in self._fx_attempts:
             with keep_attributes(self._model):
@@ -79,49 +88,54 @@ class Cuts:
         attempt = self._fx_attempts[key]
         if attempt.cut is not None and attempt.final:
             return attempt.cut
-        key = layer, _make_key(images)
+        key = layer, _make_key(inputs)
         if key not in self._export_cuts:
             with keep_attributes(self._model):
-                cut = self._cut_by_export(layer, images, attempt)
+                cut = self._cut_by_export(layer, inputs, attempt)
             if cut is attempt.cut:
                 attempt.final = True
                 return cut
             self._export_cuts[key] = cut
         return self._export_cuts[key]
 
-    def _cut_by_fx(self, layer: str, sample: Tensor) -> _Attempt:
-        trace = self._get_fx_trace(layer)
+    def _cut_by_fx(self, layer: str, sample: Inputs) -> _Attempt:
+        trace = self._get_fx_trace(layer, sample.form)
         if isinstance(trace, Untraceable):
             return _Attempt()
         try:
-            intact = verify.run_intact(self._model, sample)
+            intact = verify.run_intact(self.network, sample)
         except _RERAISED:
             raise
         except Exception:
             return _Attempt()  # it may accept another number of images
         expected = self._run_references(layer, sample, intact)
-        attempt = self._try_trace(trace, layer, sample, expected)
+        try:
+            attempt = self._try_trace(trace, layer, sample, expected)
+        except LayerError:
+            if self.sites[layer].is_plain:
+                raise
+            return _Attempt()  # in the trace, another value may be where a pass has the tensor
         if attempt.cut is not None and not attempt.final:
             # If the network's own bits vary between passes, no cut can be bit-identical.
-            again = verify.run_half_masked(self._model, layer, self._modules[layer], sample)
+            again = verify.run_half_masked(self.network, self.sites[layer], sample)
             attempt.final = not torch.equal(again, expected.half_masked)
         return attempt
 
-    def _cut_by_export(self, layer: str, images: Tensor, fx_attempt: _Attempt) -> Cut:
+    def _cut_by_export(self, layer: str, inputs: Inputs, fx_attempt: _Attempt) -> Cut:
         """Cut the exported network; return the cut by fx if the exported one is no better."""
         try:
-            intact = verify.run_intact(self._model, images)
+            intact = verify.run_intact(self.network, inputs)
         except _RERAISED:
             raise
         except Exception as error:
-            raise LayerError(self._describe_rejection(images, error)) from error
-        expected = self._run_references(layer, images, intact)
-        trace = self._get_export(images)
+            raise LayerError(self._describe_rejection(inputs, error)) from error
+        expected = self._run_references(layer, inputs, intact)
+        trace = self._get_export(inputs)
         if isinstance(trace, Untraceable):
             if fx_attempt.cut is not None:
                 return fx_attempt.cut
-            self._check_deterministic(images, intact)
-            reason = self._get_fx_trace(layer)
+            self._check_deterministic(inputs, intact)
+            reason = self._get_fx_trace(layer, inputs.form)
             if isinstance(reason, Untraceable):
                 raise LayerError(f"{reason}; torch.export can't either: {trace}") from trace
             raise LayerError(
@@ -129,14 +143,14 @@ class Cuts:
                 f"{self._describe_failure(fx_attempt)}; torch.export can't trace it: {trace}"
             ) from trace
         try:
-            attempt = self._try_trace(trace, layer, images, expected)
+            attempt = self._try_trace(trace, layer, inputs, expected)
         except LayerError:
             if fx_attempt.cut is None:
                 raise
             return fx_attempt.cut
         cut = attempt.cut if attempt.final else fx_attempt.cut or attempt.cut
         if cut is None:
-            self._check_deterministic(images, intact)
+            self._check_deterministic(inputs, intact)
             raise LayerError(
                 f"model: cut at {layer!r}, it {self._describe_failure(attempt)}; expected a model "
                 "that uses the layer's output only as a value, and nothing that a trace can't see"
@@ -145,29 +159,28 @@ class Cuts:
         return cut
 
     def _try_trace(
-        self, trace: Trace, layer: str, images: Tensor, expected: verify.ReferenceOutputs
+        self, trace: Trace, layer: str, inputs: Inputs, expected: verify.ReferenceOutputs
     ) -> _Attempt:
         """Cut a traced network, and compare it with passes of the network itself."""
         try:
-            split = split_at_layer(trace, layer, copy_with_strides(images))
-            agreement = verify.verify_cut(trace, split, images, expected)
+            split = split_at_layer(trace, layer, inputs.copy())
+            agreement = verify.verify_cut(trace, split, inputs, expected)
         except _RERAISED:
             raise
         except Exception as error:  # the trace lacks something, such as autocast
             return _Attempt(error=error)
         if not agreement.close:
             return _Attempt()
-        fused = self._find_slowed_encoders(layer) or (trace.exported and self._has_fused_layers())
+        fused = self._find_slowed_modules(layer) or (trace.exported and self._has_fused_layers())
         split.hook_keeps_bits = agreement.hook_keeps_bits and not fused
         split.batchable &= agreement.batchable and not self._quantizes_batches()
         return _Attempt(Cut(trace, split), agreement.exact)
 
     def _run_references(
-        self, layer: str, images: Tensor, intact: Tensor
+        self, layer: str, inputs: Inputs, intact: Tensor
     ) -> verify.ReferenceOutputs:
-        module = self._modules[layer]
         try:
-            outputs = verify.run_references(self._model, layer, module, images, intact)
+            outputs = verify.run_references(self.network, self.sites[layer], inputs, intact)
         except _RERAISED:
             raise
         except Exception as error:
@@ -175,16 +188,16 @@ class Cuts:
                 f"model: it raises an error under a forward hook on {layer!r}: {first_line(error)}"
             ) from error
         if not verify.is_close(outputs.unmasked, intact):
-            self._check_deterministic(images, intact)
+            self._check_deterministic(inputs, intact)
             raise LayerError(
                 f"model: replacing the output of {layer!r} by a clone changes the model's output; "
                 "expected a model that uses the layer's output only as a value"
             )
         return outputs
 
-    def _check_deterministic(self, images: Tensor, intact: Tensor) -> None:
+    def _check_deterministic(self, inputs: Inputs, intact: Tensor) -> None:
         list_written = watch_writes(self._model)
-        if not verify.is_close(verify.run_intact(self._model, images), intact):
+        if not verify.is_close(verify.run_intact(self.network, inputs), intact):
             check_unwritten(list_written())
             raise LayerError(
                 "model: two passes of the same images differ; "
@@ -201,42 +214,50 @@ class Cuts:
         encoders = (m for m in self._modules.values() if isinstance(m, nn.TransformerEncoder))
         return NESTED_HINT if any(m.enable_nested_tensor for m in encoders) else ""
 
-    def _describe_rejection(self, images: Tensor, error: Exception) -> str:
+    def _describe_rejection(self, inputs: Inputs, error: Exception) -> str:
         floating = (p for p in self._model.parameters() if p.is_floating_point())
         dtypes = " and ".join(dict.fromkeys(map(dtype_name, floating)))
         weights = f", with parameters of {dtypes}" if dtypes else ""
-        kind = f"{dtype_name(images)} of shape {tuple(images.shape)}"
-        return f"model: it can't take these images, {kind}{weights}: {first_line(error)}"
+        kind = f"{inputs.describe()}{weights}"
+        return f"model: it can't take these images, {kind}: {first_line(error)}"
 
-    def _get_fx_trace(self, layer: str) -> Trace | Untraceable:
-        """Return the fx trace for a layer, shared by layers whose hooks slow the same encoders."""
-        slowed = self._find_slowed_encoders(layer)
-        key = slowed, contexts.read_switches()
+    def _get_fx_trace(self, layer: str, form: Form = None) -> Trace | Untraceable:
+        """Return the fx trace for a layer, shared by layers that slow the same modules."""
+        slowed = self._find_slowed_modules(layer)
+        key = slowed, form, contexts.read_switches()
         if key not in self._fx_traces:
-            layers = [name for name in self._layers if self._find_slowed_encoders(name) == slowed]
-            try:
-                self._fx_traces[key] = Trace(self._model, layers)
-            except Untraceable as error:
-                self._fx_traces[key] = error
+            layers = [name for name in self.sites if self._find_slowed_modules(name) == slowed]
+            self._fx_traces[key] = self._trace(layers, form=form)
         return self._fx_traces[key]
 
-    def _get_export(self, images: Tensor) -> Trace | Untraceable:
-        key = _make_key(images)
+    def _get_export(self, inputs: Inputs) -> Trace | Untraceable:
+        key = _make_key(inputs)
         if key not in self._exports:
-            try:
-                self._exports[key] = Trace(
-                    self._model, self._layers, like=copy_with_strides(images)
-                )
-            except Untraceable as error:
-                self._exports[key] = error
+            self._exports[key] = self._trace(self.sites, inputs.copy())
         return self._exports[key]
 
-    def _find_slowed_encoders(self, layer: str) -> tuple[str, ...]:
-        """Return the encoder layers that a hook on this layer moves off PyTorch's fast path."""
+    def _trace(
+        self, layers: Collection[str], like: Inputs | None = None, form: Form = None
+    ) -> Trace | Untraceable:
+        options: dict[str, Any] = {"output": self._output, "call": self.network.call}
+        try:
+            return Trace(self._model, layers, like, form=form, **options)
+        except Untraceable as error:
+            return error
+
+    def _find_slowed_modules(self, layer: str) -> tuple[str, ...]:
+        """Return the modules that a hook for this layer moves off PyTorch's fast path.
+
+        They are the encoder layers around it, and an attention module whose heads it is.
+        """
+        site = self.sites[layer]
         return tuple(
             name
             for name, module in self._modules.items()
-            if isinstance(module, nn.TransformerEncoderLayer) and is_within(layer, name)
+            if (
+                isinstance(module, nn.TransformerEncoderLayer) and is_within(site.module_name, name)
+            )
+            or (site.kind == "heads" and name == site.module_name)
         )
 
     def _quantizes_batches(self) -> bool:
@@ -248,6 +269,5 @@ class Cuts:
         return any(isinstance(module, FUSED) for module in self._modules.values())
 
 
-def _make_key(images: Tensor) -> tuple[object, ...]:
-    switches = contexts.read_switches()
-    return images.shape, images.stride(), images.dtype, images.device, switches
+def _make_key(inputs: Inputs) -> tuple[object, ...]:
+    return *inputs.make_key(), contexts.read_switches()

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from repsim_kernels.errors import LayerError
+from repsim_kernels.forward.inputs import Inputs
 from repsim_kernels.forward.trace import TRANSIENT, Trace, Values, get_label
 
 # On its fast path only, the encoder drops what it would compute at padded positions.
@@ -57,7 +58,7 @@ class Split:
     oom_limit: int | None = None  # cells x images that fit in one pass, once memory has run out
 
 
-def split_at_layer(trace: Trace, layer: str, images: Tensor) -> Split:
+def split_at_layer(trace: Trace, layer: str, inputs: Inputs) -> Split:
     """Run a network as under a hook that returns a clone, and split it into head and tail.
 
     Raises LayerError if the output of the layer or the model is not a tensor (n, …), or if a pass
@@ -65,14 +66,14 @@ def split_at_layer(trace: Trace, layer: str, images: Tensor) -> Split:
     """
     cut = trace.find_cut(layer)
     list_written = watch_writes(trace.model)
-    values: Values = {}
+    n, values = len(inputs), trace.bind(inputs)
     effects: dict[fx.Node, _Effects] = {}
     versions: list[tuple[Tensor, int]] = []
     for x in trace.nodes:
-        value, flops = (images, 0) if x is trace.input else _run_counted(trace, x, values)
+        value, flops = (values[x], 0) if x in values else _run_counted(trace, x, values)
         writes = _union(_measure_storage(t).keys() for t, old in versions if get_version(t) != old)
         if x is cut:
-            check_units(value, images, layer)
+            check_units(value, n, layer)
             original, value = value, value.clone()  # both stay alive, so no address is reused
         values[x] = value
         versions = [(t, get_version(t)) for t, _ in versions] if writes else versions
@@ -85,18 +86,19 @@ def split_at_layer(trace: Trace, layer: str, images: Tensor) -> Split:
             ),
             outputs=_measure_storage(*collect_tensors(value)),
             writes=writes,
-            is_batch=_is_batch(value, images),
+            is_batch=_is_batch(value, n),
             flops=flops,
             weight_bytes=sum(_measure_storage(*trace.get_weights(x)).values()),
         )
-    check_batch(values[trace.output], images, "model: it")
+    check_batch(values[trace.output], n, "model: it")
     written = _union(effect.writes for effect in effects.values())
     constants = (
         get_label(x) for x in effects if x.op == "get_attr" and written & set(effects[x].outputs)
     )
     check_unwritten([*list_written(), *constants])
     (address,) = _measure_storage(original)
-    return _build_split(effects, layer, cut, address, len(images))
+    batches = [x for i, x in enumerate(trace.inputs) if inputs.is_batch(i)]
+    return _build_split(effects, layer, cut, address, (trace.inputs, batches), n)
 
 
 def _run_counted(trace: Trace, node: fx.Node, values: Values) -> tuple[Any, int]:
@@ -127,10 +129,20 @@ class _Effects:
 
 
 def _build_split(
-    effects: dict[fx.Node, _Effects], layer: str, cut: fx.Node, address: int, n: int
+    effects: dict[fx.Node, _Effects],
+    layer: str,
+    cut: fx.Node,
+    address: int,
+    inputs: tuple[list[fx.Node], list[fx.Node]],
+    n: int,
 ) -> Split:
-    """Split a pass over n images into head and tail; the layer's output is at `address`."""
-    images, *nodes = effects
+    """Split a pass over n images into head and tail.
+
+    The layer's output is at `address`. `inputs` has all inputs of the network, and those with one
+    entry for each image.
+    """
+    images, batches = inputs
+    nodes = [x for x in effects if x not in images]
     in_tail = _find_dependents(effects, cut) - {cut} | {nodes[-1]}
     head, tail = [x for x in nodes if x not in in_tail], [x for x in nodes if x in in_tail]
     crossing = [x for x in effects if x not in in_tail and not in_tail.isdisjoint(x.users)]
@@ -145,30 +157,30 @@ def _build_split(
     stored_or_written = _union(effects[x].outputs for x in crossing) | _union(
         effects[x].writes for x in head
     )
-    from_images = _find_dependents(effects, images)
-    inputs = [x for x in crossing if x is not cut]
-    per_image = [x for x in inputs if x in from_images]
+    from_images = set().union(*(_find_dependents(effects, x) for x in batches))
+    held = [x for x in crossing if x is not cut]
+    per_image = [x for x in held if x in from_images]
     steps = schedule(tail, {nodes[-1]})
     whole = schedule(nodes, {nodes[-1]})
     return Split(
         layer=layer,
         cut=cut,
-        head=schedule(head, {*inputs, cut}),
+        head=schedule(head, {*held, cut}),
         tail=steps,
-        inputs=inputs,
+        inputs=held,
         per_image_inputs=per_image,
         mutated_inputs=mutated,
         first_writes=first_writes,
-        copy_images=bool(stored_or_written & set(effects[images].outputs)),
+        copy_images=bool(stored_or_written & _union(effects[x].outputs for x in images)),
         copy_activation=any(
-            address in effects[x].outputs for x in effects if x is images or set(x.users) != {cut}
+            address in effects[x].outputs for x in effects if x in images or set(x.users) != {cut}
         ),
         no_shared_memory=no_shared_memory,
         batchable=no_shared_memory and all(effects[x].is_batch for x in per_image),
         hook_keeps_bits=True,
         state_bytes=_count_bytes(effects, [cut, *per_image]) // n,
         tail_peak_bytes=-(-_find_peak_bytes(effects, steps, {cut, *per_image}) // n),
-        pass_peak_bytes=-(-_find_peak_bytes(effects, whole, {images}) // n),
+        pass_peak_bytes=-(-_find_peak_bytes(effects, whole, set(images)) // n),
         head_flops=sum(effects[x].flops for x in head) / n,
         tail_flops=sum(effects[x].flops for x in tail) / n,
         weight_bytes=sum(effects[x].weight_bytes for x in tail),
@@ -251,10 +263,10 @@ def _measure_storage(*tensors: Tensor) -> dict[int, int]:
     return sizes
 
 
-def _is_batch(value: Any, images: Tensor) -> bool:
+def _is_batch(value: Any, n: int) -> bool:
     """Whether a value is a tensor (n, …) whose rows can be selected and repeated."""
     dense = isinstance(value, Tensor) and value.layout == torch.strided
-    return dense and value.shape[:1] == images.shape[:1]
+    return dense and value.shape[:1] == (n,)
 
 
 def _union(sets: Iterable[Iterable[int]]) -> set[int]:
@@ -277,7 +289,7 @@ def check_unwritten(written: list[str]) -> None:
         )
 
 
-def check_batch(value: Any, images: Tensor, what: str) -> Tensor:
+def check_batch(value: Any, n: int, what: str) -> Tensor:
     """Check that a value is a dense tensor with one entry for each image."""
     if not isinstance(value, Tensor):
         kind = type(value).__name__.removeprefix("immutable_")
@@ -288,15 +300,15 @@ def check_batch(value: Any, images: Tensor, what: str) -> Tensor:
         raise LayerError(
             f"{what} gives a tensor of layout {value.layout}; expected a dense one (n, …)"
         )
-    if value.shape[:1] != images.shape[:1]:
-        shape, n = tuple(value.shape), len(images)
+    if value.shape[:1] != (n,):
+        shape = tuple(value.shape)
         raise LayerError(f"{what} gives a tensor {shape} for {n} images; expected (n, …)")
     return value
 
 
-def check_units(value: Any, images: Tensor, layer: str) -> Tensor:
+def check_units(value: Any, n: int, layer: str) -> Tensor:
     """Check that a layer's output is a tensor (n, …) with at least one neuron."""
-    out = check_batch(value, images, f"layer: {layer!r}")
+    out = check_batch(value, n, f"layer: {layer!r}")
     if not out.numel():
         shape = tuple(out.shape)
         raise LayerError(f"layer: {layer!r} has no neurons, shape {shape}; expected at least one")

@@ -8,14 +8,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from repsim_kernels import _check_cells, _dispatch, _options
-from repsim_kernels.errors import OptionError
-from repsim_kernels.forward import checks, contexts, cost, fills, passes, verify
+from repsim_kernels.errors import LayerError, OptionError
+from repsim_kernels.forward import checks, contexts, cost, fills, passes, sites, verify
 from repsim_kernels.forward.cost import Cost
 from repsim_kernels.forward.cuts import Cuts
 from repsim_kernels.forward.dataflow import Split
+from repsim_kernels.forward.inputs import Call, Inputs
 from repsim_kernels.forward.masks import Ablations
 from repsim_kernels.forward.memory import resolve_batch_budget
-from repsim_kernels.forward.passes import State, copy_with_strides
+from repsim_kernels.forward.passes import State
 from repsim_kernels.forward.trace import Trace, keep_attributes
 
 
@@ -82,14 +83,22 @@ class AblatedForward:
     torch.Size([3, 2, 3])
     """
 
-    def __init__(self, model: nn.Module, layer: str | Sequence[str]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: str | Sequence[str],
+        *,
+        output: int | str | None = None,
+        call: Call | None = None,
+    ) -> None:
         self.layers = checks.resolve_layers(model, layer)
+        output, call = sites.check_output(output), checks.check_call(call)
         checks.check_eval(model)
         checks.check_tensors(model)
         _dispatch.get_requested_backend()  # during a pass, its error would look like the model's
         self.model = model
         with contexts.run_eagerly():
-            self._cuts = Cuts(model, self.layers)
+            self._cuts = Cuts(model, self.layers, output, call)
 
     def __repr__(self) -> str:
         first_layers = self.layers[:4]
@@ -137,11 +146,11 @@ class AblatedForward:
             raise OptionError(
                 f"layer: this object has {len(self.layers)} layers; expected one, or use prefixes()"
             )
-        checks.check_images(self.model, images)
+        inputs = checks.check_images(self.model, images)
         with contexts.run_eagerly():
             (layer,) = self.layers
-            state = passes.run_head(*self._cuts.find(layer, images), images)
-            return self._adopt({layer: state}, images)[layer]
+            state = passes.run_head(*self._cuts.find(layer, inputs), inputs)
+            return self._adopt({layer: state}, inputs)[layer]
 
     def prefixes(self, images: Tensor, layers: Sequence[str] | None = None) -> dict[str, State]:
         """Run the network once, and return a state for each of several layers.
@@ -177,19 +186,19 @@ class AblatedForward:
         {'0': (2, 6), '1': (2, 6)}
         """
         names = self._select_layers(layers)
-        checks.check_images(self.model, images)
+        inputs = checks.check_images(self.model, images)
         with contexts.run_eagerly():
-            cuts = {name: self._cuts.find(name, images) for name in names}
+            cuts = {name: self._cuts.find(name, inputs) for name in names}
             states: dict[str, State] = {}
             shared: dict[Trace, dict[str, Split]] = {}
             for name, (trace, split) in cuts.items():
                 if split.no_shared_memory:
                     shared.setdefault(trace, {})[name] = split
                 else:
-                    states[name] = passes.run_head(trace, split, images)
+                    states[name] = passes.run_head(trace, split, inputs)
             for trace, splits in shared.items():
-                states |= passes.run_heads(trace, splits, images)
-            return self._adopt({name: states[name] for name in names}, images)
+                states |= passes.run_heads(trace, splits, inputs)
+            return self._adopt({name: states[name] for name in names}, inputs)
 
     def intact(self, state: State, *, memory: int | str | None = None) -> Tensor:
         """The network's output without ablation; computed once for each state.
@@ -364,17 +373,48 @@ class AblatedForward:
         (48.0, 36.0)
         """
         names, timed = self._select_layers(layers), _options.check_flag(timed, "timed")
-        checks.check_images(self.model, images)
+        inputs = checks.check_images(self.model, images)
         with contexts.run_eagerly():
-            cuts = {name: self._cuts.find(name, images) for name in names}
+            cuts = {name: self._cuts.find(name, inputs) for name in names}
             traces = {trace for trace, _ in cuts.values()} if timed else set()
-            times = {
-                trace: cost.time_operations(trace, copy_with_strides(images)) for trace in traces
-            }
+            times = {trace: cost.time_operations(trace, inputs.copy()) for trace in traces}
             return {
-                name: cost.summarize(split, times.get(trace), len(images))
+                name: cost.summarize(split, times.get(trace), len(inputs))
                 for name, (trace, split) in cuts.items()
             }
+
+    def count_heads(self, layer: str) -> int:
+        """The number of heads of a layer such as "block.attn:heads".
+
+        Parameters
+        ----------
+        layer : str
+            One of this object's layers.
+
+        Returns
+        -------
+        n_heads : int
+
+        Raises
+        ------
+        LayerError
+            The layer is not one of this object's, or not the heads of an attention module.
+
+        Examples
+        --------
+        >>> from torch import nn
+        >>> import repsim_kernels as rk
+        >>> model = nn.TransformerEncoderLayer(8, 4, 16, batch_first=True).eval()
+        >>> rk.forward.AblatedForward(model, "self_attn:heads").count_heads("self_attn:heads")
+        4
+        """
+        site = self._cuts.sites.get(layer)
+        if site is None or site.n_heads is None:
+            raise LayerError(
+                f"layer: {_options.short_repr(layer)}; expected one of this object's layers that "
+                "is an attention module's heads, 'module:heads'"
+            )
+        return site.n_heads
 
     def _select_layers(self, layers: Sequence[str] | None) -> tuple[str, ...]:
         return (
@@ -388,12 +428,12 @@ class AblatedForward:
             raise OptionError("state: made by another AblatedForward; expected one from this one")
         checks.check_eval(self.model)
 
-    def _adopt(self, states: dict[str, State], images: Tensor) -> dict[str, State]:
+    def _adopt(self, states: dict[str, State], inputs: Inputs) -> dict[str, State]:
         """Become the owner of states, and add the model's own output to those that need it."""
         intact = None
         if any(state._needs_intact for state in states.values()):
             with keep_attributes(self.model):
-                intact = verify.run_intact(self.model, images)
+                intact = verify.run_intact(self._cuts.network, inputs)
         for state in states.values():
             state._set_owner(self, intact)
         return states

@@ -19,8 +19,22 @@ _TORCH_FUNC = ("torch._functorch", "torch._C._functorch")
 _GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 
 
-def export(root: nn.Module, images: Tensor) -> tuple[nn.Module, fx.Graph]:
-    """Export a module for images like these; return a module with its tensors, and the graph."""
+@torch.library.custom_op("repsim_kernels::mark", mutates_args=())
+def mark(x: Tensor, layer: str) -> Tensor:
+    """Return a copy: an operation that marks a layer's tensor in the graph."""
+    return x.clone()
+
+
+@mark.register_fake
+def _(x: Tensor, layer: str) -> Tensor:
+    return x.clone()
+
+
+MARK = torch.ops.repsim_kernels.mark.default
+
+
+def export(root: nn.Module, images: Any) -> tuple[nn.Module, fx.Graph]:
+    """Export a module for inputs like these; return a module with its tensors, and the graph."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter
         program = torch.export.export(root, (images,), strict=False)

@@ -13,6 +13,7 @@ from repsim_kernels._arrays import dtype_name
 from repsim_kernels.errors import LayerError, OutOfMemoryWarning
 from repsim_kernels.forward import broadcast, cost, fusion
 from repsim_kernels.forward.dataflow import Split, collect_tensors, get_version, schedule
+from repsim_kernels.forward.inputs import Inputs, copy_with_strides
 from repsim_kernels.forward.masks import Ablations, CellMasks, mask_for_cells
 from repsim_kernels.forward.memory import Batch, split_to_fit
 from repsim_kernels.forward.trace import Trace, Values
@@ -140,9 +141,9 @@ class State:
             )
 
 
-def run_head(trace: Trace, split: Split, images: Tensor) -> State:
+def run_head(trace: Trace, split: Split, inputs: Inputs) -> State:
     """Run the operations that do not depend on the layer, and the layer."""
-    values: Values = {trace.input: copy_with_strides(images) if split.copy_images else images}
+    values = trace.bind(inputs.copy() if split.copy_images else inputs)
     for step in split.head:
         values[step.node] = trace.run(step.node, values)
         if step.node is split.cut and split.copy_activation:
@@ -152,13 +153,13 @@ def run_head(trace: Trace, split: Split, images: Tensor) -> State:
     return State(values[split.cut], {x: values[x] for x in split.inputs}, trace, split)
 
 
-def run_heads(trace: Trace, splits: dict[str, Split], images: Tensor) -> dict[str, State]:
+def run_heads(trace: Trace, splits: dict[str, Split], inputs: Inputs) -> dict[str, State]:
     """Run one whole pass; return a state per layer, each of which holds the unmasked output."""
     copy_images = any(split.copy_images for split in splits.values())
-    values: Values = {trace.input: copy_with_strides(images) if copy_images else images}
+    values = trace.bind(inputs.copy() if copy_images else inputs)
     copies_by_layer: dict[str, Values] = {name: {} for name in splits}
     needed = {x for split in splits.values() for x in (split.cut, *split.inputs)}
-    for step in schedule(trace.nodes[1:], needed | {trace.output}):
+    for step in schedule(trace.operations, needed | {trace.output}):
         # Copy the values that a layer's tail writes to before this pass makes the same write.
         copies: Values = {}
         for name, split in splits.items():
@@ -175,8 +176,8 @@ def run_heads(trace: Trace, splits: dict[str, Split], images: Tensor) -> dict[st
     states = {}
     for name, split in splits.items():
         layer_values = values | copies_by_layer[name]
-        inputs, unmasked = {x: layer_values[x] for x in split.inputs}, values[trace.output].clone()
-        states[name] = State(layer_values[split.cut], inputs, trace, split, unmasked)
+        held, unmasked = {x: layer_values[x] for x in split.inputs}, values[trace.output].clone()
+        states[name] = State(layer_values[split.cut], held, trace, split, unmasked)
     return states
 
 
@@ -295,10 +296,3 @@ def run_in_batches(
         out[[positions[c] for c in batch.cells], batch.start : batch.stop] = logits
     assert out is not None
     return out
-
-
-def copy_with_strides(t: Tensor) -> Tensor:
-    """Copy a tensor with its strides; clone() keeps them only for a tensor without gaps."""
-    t = t.detach()
-    clone = t.clone()
-    return clone if clone.stride() == t.stride() else copy.deepcopy(t)

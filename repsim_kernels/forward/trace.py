@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial, partialmethod
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx._symbolic_trace import PH
 
 from repsim_kernels.errors import LayerError
-from repsim_kernels.forward import contexts, exported
+from repsim_kernels.forward import attention, contexts, exported
+from repsim_kernels.forward.inputs import Call, Form, Inputs, call_on_inputs, pack
+from repsim_kernels.forward.sites import Output, Site, resolve_sites
 
 Values = dict[fx.Node, Any]
 FindCalls = Callable[[str], list[fx.Node]]  # layer name -> operations that produce its output
 
 # PyTorch runs each of these as one operation, unless a module inside an encoder layer has a hook.
 FUSED = nn.TransformerEncoderLayer, nn.MultiheadAttention
+
+# These return two values, and torch.fx does not look inside them.
+_PAIRED = nn.MultiheadAttention, nn.RNNBase
 
 # Errors of the machine rather than the model: the next attempt may succeed.
 TRANSIENT = MemoryError, torch.OutOfMemoryError, torch.AcceleratorError
@@ -29,25 +35,39 @@ class Untraceable(LayerError):
 
 
 class Trace:
-    """The operations of a model in order, and the one that produces each layer's output.
+    """The operations of a model in order, and the one that produces each layer's tensor.
 
     If images are passed as `like`, `torch.export` traces the model for images of their shape,
-    layout and dtype; otherwise `torch.fx` traces it for images of any kind. Raises Untraceable if
-    the tracer fails.
+    layout and dtype; otherwise `torch.fx` traces it for inputs of any kind that are passed in the
+    given form. Raises Untraceable if the tracer fails.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Collection[str], like: Tensor | None = None
+        self,
+        model: nn.Module,
+        layers: Collection[str],
+        like: Tensor | Inputs | None = None,
+        *,
+        output: Output = None,
+        call: Call = call_on_inputs,
+        form: Form = None,
     ) -> None:
         self.model, self.exported = model, like is not None
+        root, sites = _Root(model, call), resolve_sites(model, layers, output)
         if like is None:
-            root, graph, self._find_calls = _trace_by_fx(model, layers)
+            module, graph, self._find_calls = _trace_by_fx(root, sites, form)
         else:
-            root, graph, self._find_calls = _trace_by_export(model, like)
-        self._interpreter = fx.Interpreter(root, graph=graph)
-        self.input = next(x for x in graph.nodes if x.op == "placeholder")
-        self.nodes: list[fx.Node] = [self.input, *(x for x in graph.nodes if x is not self.input)]
-        self.output = self.nodes[-1]
+            like = Inputs((like,)) if isinstance(like, Tensor) else like
+            module, graph, self._find_calls = _trace_by_export(root, sites, like)
+        self._interpreter = fx.Interpreter(module, graph=graph)
+        self.inputs: list[fx.Node] = [x for x in graph.nodes if x.op == "placeholder"]
+        operations = [x for x in graph.nodes if x.op != "placeholder"]
+        self.nodes: list[fx.Node] = [*self.inputs, *operations]
+        self.operations, self.output = operations, operations[-1]
+
+    def bind(self, inputs: Inputs) -> Values:
+        """Return the values that a pass starts with."""
+        return dict(zip(self.inputs, inputs.tensors, strict=True))
 
     def find_cut(self, layer: str) -> fx.Node:
         """Return the operation that produces a layer's output; LayerError unless it is called once.
@@ -110,12 +130,12 @@ def _get_arguments(call: fx.Node) -> list[fx.Node]:
 class _Root(nn.Module):
     """Wraps a model, to store a trace's constants outside it and to hide its other arguments."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, call: Call) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._call = model, call
 
-    def forward(self, images: Tensor) -> Any:
-        return self.model(images)
+    def forward(self, images: Tensor) -> Any:  # a trace has this annotation
+        return self._call(self.model, images)
 
 
 class _Proxy(fx.Proxy):
@@ -134,7 +154,7 @@ for _function in (
 
 
 def output_of(value: Any) -> Any:
-    """The identity: marks the output of a module that was traced into as one operation.
+    """The identity: makes one operation of a value that no operation of its own returns.
 
     Its name is part of the hash of a network's operations, by which a study recognises them.
     """
@@ -142,22 +162,27 @@ def output_of(value: Any) -> Any:
 
 
 class _Tracer(fx.Tracer):
-    """Traces into the layers, or keeps them whole, and records their calls."""
+    """Traces into the layers' modules, or keeps them whole, and records where the layers are."""
 
-    def __init__(self, layers: dict[nn.Module, list[fx.Node]], buffers: bool, whole: bool) -> None:
+    def __init__(self, sites: Collection[Site], buffers: bool, whole: bool) -> None:
         super().__init__()
-        self._calls, self._whole, self.proxy_buffer_attributes = layers, whole, buffers
+        self.calls: dict[str, list[fx.Node]] = {site.layer: [] for site in sites}
+        self._sites: dict[nn.Module, list[Site]] = {}
+        for site in sites:
+            self._sites.setdefault(site.module, []).append(site)
+        self._whole, self.proxy_buffer_attributes = whole, buffers
         self._switches = contexts.read_switches()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         inside = (x for x in m.modules() if x is not m)
-        if any(x in self._calls for x in inside):
+        if any(x in self._sites for x in inside):
             return False
-        if m in self._calls and self._whole:
+        kinds = {site.kind for site in self._sites.get(m, ())}
+        if "output" in kinds and self._whole:
             return True
         if isinstance(m, FUSED):
             # As one operation it takes its fast path; traced into, its slow path, as under a hook.
-            return not (m in self._calls and isinstance(m, nn.TransformerEncoderLayer))
+            return not ((kinds and isinstance(m, nn.TransformerEncoderLayer)) or "heads" in kinds)
         return super().is_leaf_module(m, module_qualified_name)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
@@ -170,16 +195,46 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if _stacks_layers(m) and len(args) == 1 and not kwargs:
             forward = partial(_run_encoder, m)
+        sites = self._sites.get(m, [])
+        for site in sites:
+            mark = partial(self._mark, site)
+            if site.kind == "input":
+                args, kwargs = site.replace_input(args, kwargs, mark)
+            elif isinstance(m, nn.MultiheadAttention) and site.kind == "heads":
+                forward = partial(attention.run_attention, m, mark)
         out = super().call_module(m, forward, args, kwargs)
-        if m in self._calls:
-            if not self.is_leaf_module(m, self.path_of_module(m)):
-                out = self.create_proxy("call_function", output_of, (out,), {})
-            proxies: list[fx.Proxy] = []
-            fx.node.map_aggregate((args, kwargs), lambda a: _collect_proxy(proxies, a))
-            if isinstance(out, fx.Proxy):
-                out.node.meta["arguments"] = [proxy.node for proxy in proxies]
-                self._calls[m].append(out.node)
+        is_leaf = self.is_leaf_module(m, self.path_of_module(m)) if sites else True
+        for site in sites:
+            if site.is_plain:
+                if not is_leaf:
+                    out = self.create_proxy("call_function", output_of, (out,), {})
+                self._record(site, out, (args, kwargs))
+            elif site.kind == "output":
+                out = self._mark_output(site, out, is_leaf)
         return out
+
+    def _mark(self, site: Site, value: Any) -> Any:
+        """Return a value as an operation of its own, and record that as the layer."""
+        marked = self.create_proxy("call_function", output_of, (value,), {})
+        self._record(site, marked, value)
+        return marked
+
+    def _mark_output(self, site: Site, out: Any, is_leaf: bool) -> Any:
+        """Mark the tensor at a path in a module's output."""
+        if is_leaf and isinstance(out, fx.Proxy):
+            if isinstance(site.module, _PAIRED):
+                value: Any = out
+                out = value[0], value[1]
+            elif not super().is_leaf_module(site.module, ""):
+                raise LayerError(f"what {site.layer!r} returns is not known while it is kept whole")
+        return site.replace_output(out, partial(self._mark, site))
+
+    def _record(self, site: Site, out: Any, arguments: Any) -> None:
+        proxies: list[fx.Proxy] = []
+        fx.node.map_aggregate(arguments, lambda a: _collect_proxy(proxies, a))
+        if isinstance(out, fx.Proxy):
+            out.node.meta["arguments"] = [proxy.node for proxy in proxies]
+            self.calls[site.layer].append(out.node)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -204,18 +259,20 @@ def _collect_proxy(proxies: list[fx.Proxy], value: Any) -> Any:
 
 
 def _trace_by_fx(
-    model: nn.Module, layers: Collection[str]
+    root: _Root, sites: dict[str, Site], form: Form
 ) -> tuple[nn.Module, fx.Graph, FindCalls]:
-    root, modules = _Root(model), dict(model.named_modules(remove_duplicate=False))
+    count = 1 if form is None else form if isinstance(form, int) else len(form)
+    # torch.fx makes one placeholder of each of these.
+    concrete = None if form is None else {"images": pack([PH] * count, form)}
     first_error: Exception | None = None
     # The inside of a layer may be untraceable, so the second attempt keeps layers whole. Sizes and
     # branches may depend on buffers, so the third attempt treats those as constants.
     for whole, buffers in ((False, True), (True, True), (True, False)):
-        calls: dict[nn.Module, list[fx.Node]] = {modules[layer]: [] for layer in layers}
+        tracer = _Tracer(sites.values(), buffers, whole)
         try:
-            with contexts.allow_tracing(), keep_attributes(model):
-                graph = _Tracer(calls, buffers, whole).trace(root)
-            return root, graph, partial(_get_calls, calls, modules)
+            with contexts.allow_tracing(), keep_attributes(root.model):
+                graph = tracer.trace(root, concrete)
+            return root, graph, tracer.calls.__getitem__
         except TRANSIENT:
             raise
         except Exception as error:
@@ -224,20 +281,30 @@ def _trace_by_fx(
     raise Untraceable(message) from first_error
 
 
-def _get_calls(
-    calls: dict[nn.Module, list[fx.Node]], modules: dict[str, nn.Module], layer: str
-) -> list[fx.Node]:
-    return calls[modules[layer]]
-
-
-def _trace_by_export(model: nn.Module, images: Tensor) -> tuple[nn.Module, fx.Graph, FindCalls]:
+def _trace_by_export(
+    root: _Root, sites: dict[str, Site], like: Inputs
+) -> tuple[nn.Module, fx.Graph, FindCalls]:
+    marked = [site for site in sites.values() if not site.is_plain]
     try:
-        root, graph = exported.export(_Root(model), images)
+        with ExitStack() as stack:
+            for site in marked:
+                mark = partial(exported.mark, layer=site.layer)
+                stack.enter_context(site.replace(mark))
+            module, graph = exported.export(root, like.pack())
     except TRANSIENT:
         raise
     except Exception as e:
         raise Untraceable(first_line(e)) from e
-    return root, graph, partial(exported.find_calls, graph)
+    marks: dict[str, list[fx.Node]] = {site.layer: [] for site in marked}
+    for x in graph.nodes:
+        if x.target is exported.MARK:
+            marks[str(x.args[1])].append(x)
+            x.target, x.args = output_of, x.args[:1]
+
+    def find_calls(layer: str) -> list[fx.Node]:
+        return marks[layer] if layer in marks else exported.find_calls(graph, layer)
+
+    return module, graph, find_calls
 
 
 @contextmanager

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from repsim_kernels.errors import LayerError
 from repsim_kernels.forward.dataflow import Split, check_batch, check_units
+from repsim_kernels.forward.inputs import Inputs, Network
 from repsim_kernels.forward.masks import CellMasks, mask_for_cells
-from repsim_kernels.forward.passes import copy_with_strides, run_head, run_tail
+from repsim_kernels.forward.passes import run_head, run_tail
+from repsim_kernels.forward.sites import Site, list_paths
 from repsim_kernels.forward.trace import Trace
 
 
@@ -45,34 +49,49 @@ class Agreement:
     batchable: bool  # two cells in one pass give what each one gives alone
 
 
-def run_intact(model: nn.Module, images: Tensor) -> Tensor:
+def run_intact(network: Network, inputs: Inputs) -> Tensor:
     """Run the network without a hook; raises LayerError if it returns no tensor (n, …)."""
-    return check_batch(model(copy_with_strides(images)), images, "model: it").detach()
+    return check_logits(network.run(inputs), inputs).detach()
+
+
+def check_logits(value: Any, inputs: Inputs) -> Tensor:
+    """Check that a network returns a tensor (n, …)."""
+    paths = list_paths(value)
+    if isinstance(value, Tensor) or not paths:
+        return check_batch(value, len(inputs), "model: it")
+    path = "logits" if "logits" in paths else paths[0]
+    stars = "" if inputs.form is None else "*" if isinstance(inputs.form, int) else "**"
+    by_attribute = path.isidentifier() and hasattr(value, path)
+    part = f".{path}" if by_attribute else f"[{int(path) if path.isdecimal() else path!r}]"
+    raise LayerError(
+        f"model: it returns {type(value).__name__}; expected a tensor (n, …): pass "
+        f"call=lambda model, inputs: model({stars}inputs){part}"
+    )
 
 
 def run_references(
-    model: nn.Module, layer: str, module: nn.Module, images: Tensor, intact: Tensor
+    network: Network, site: Site, inputs: Inputs, intact: Tensor
 ) -> ReferenceOutputs:
     """Run the network under two hooks on a layer.
 
     Raises LayerError if the layer returns no tensor (n, …).
     """
-    unmasked = _run_under_hook(model, layer, module, images, torch.clone)
-    return ReferenceOutputs(intact, unmasked, run_half_masked(model, layer, module, images))
+    unmasked = _run_under_hook(network, site, inputs, torch.clone)
+    return ReferenceOutputs(intact, unmasked, run_half_masked(network, site, inputs))
 
 
-def run_half_masked(model: nn.Module, layer: str, module: nn.Module, images: Tensor) -> Tensor:
+def run_half_masked(network: Network, site: Site, inputs: Inputs) -> Tensor:
     """Run the network under a hook that sets every second neuron of the layer to zero."""
 
     def mask(out: Tensor) -> Tensor:
         return mask_for_cells(out, _make_cells(out, 1).make_masks().view(1, *out.shape[1:]))
 
-    return _run_under_hook(model, layer, module, images, mask)
+    return _run_under_hook(network, site, inputs, mask)
 
 
-def verify_cut(trace: Trace, split: Split, images: Tensor, expected: ReferenceOutputs) -> Agreement:
+def verify_cut(trace: Trace, split: Split, inputs: Inputs, expected: ReferenceOutputs) -> Agreement:
     """Compare a cut network with the network's own outputs."""
-    state = run_head(trace, split, images)
+    state = run_head(trace, split, inputs)
     act = state.activation
     ablated, unmasked = run_tail(state, _make_cells(act, 1)), run_tail(state)
     agreement = Agreement(
@@ -111,17 +130,20 @@ def _make_cells(out: Tensor, count: int) -> CellMasks:
 
 
 def _run_under_hook(
-    model: nn.Module,
-    layer: str,
-    module: nn.Module,
-    images: Tensor,
-    change: Callable[[Tensor], Tensor],
+    network: Network, site: Site, inputs: Inputs, change: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    def hook(_module: nn.Module, _inputs: object, out: object) -> Tensor:
-        return change(check_units(out, images, layer))
+    calls = 0
 
-    handle = module.register_forward_hook(hook)
-    try:
-        return run_intact(model, images)
-    finally:
-        handle.remove()
+    def hook(out: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return change(check_units(out, len(inputs), site.layer))
+
+    with site.replace(hook):
+        out = run_intact(network, inputs)
+    if not calls and not site.is_plain:
+        raise LayerError(
+            f"layer: no pass has {site.layer!r}, since {site.module_name!r} is never called; "
+            "expected a module that is"
+        )
+    return out

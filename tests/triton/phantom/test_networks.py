@@ -35,12 +35,12 @@ class Skips(nn.Module):
         return self.fc(self.pool(x).flatten(1))
 
 
-def run_ablations(device: str, layer: str) -> list[torch.Tensor]:
+def run_ablations(device: str, layer: str, fill: str | float = "zero") -> list[torch.Tensor]:
     model = Skips().eval().to(device)
     forward = AblatedForward(model, layer)
     state = forward.prefix(IMAGES.to(device))
     cells = np.arange(state.activation[0].numel()) % 3
-    logits = forward.logits(state, cells)
+    logits = forward.logits(state, cells, fill=fill)
     assert isinstance(logits, PhantomTensor) == (device == "cuda")
     return [t.cpu() for t in (logits, forward.intact(state))]
 
@@ -53,6 +53,33 @@ def test_ablated_passes(monkeypatch, layer):
     monkeypatch.setenv("REPSIM_BACKEND", "torch")
     want = run_ablations("cpu", layer)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fill", ["mean", "resample", 1.5])
+def test_filled_passes(monkeypatch, fill):
+    with phantom_device():
+        got = run_ablations("cuda", "conv2", fill)
+    monkeypatch.setenv("REPSIM_BACKEND", "torch")
+    torch.testing.assert_close(got, run_ablations("cpu", "conv2", fill), rtol=1e-5, atol=1e-5)
+
+
+def test_a_fill_may_be_a_state_or_an_array_but_not_on_another_device():
+    with phantom_device():
+        forward = AblatedForward(Skips().eval().to("cuda"), "conv2")
+        state, other = forward.prefix(IMAGES.to("cuda")), forward.prefix(IMAGES.to("cuda") + 1)
+        cells = np.arange(4).reshape(4, 1, 1)
+        want = forward.logits(state, cells, fill=other)
+        on_host = other.activation.cpu()
+        sparse = (
+            np.arange(5) * state.activation[0, 0].numel(),
+            np.arange(state.activation[0].numel()),
+        )
+        for form, fill in ((cells, other.activation), (cells, on_host.numpy()), (sparse, other)):
+            got = forward.logits(state, form, fill=fill)
+            torch.testing.assert_close(got.cpu(), want.cpu(), rtol=1e-5, atol=1e-5)
+        assert isinstance(forward.logits(state, sparse), PhantomTensor)
+        with pytest.raises(rk.DeviceError, match="fill: on cpu; expected the activation's cuda:0"):
+            forward.logits(state, cells, fill=on_host)
 
 
 def test_extract():
