@@ -178,7 +178,7 @@ def plot_grid(
 def plot_strip(model: str, layer: str, cells: pd.DataFrame, columns: Sequence[str]) -> Drawing:
     """Plot one layer's cells side by side: the means of some columns over the classes, as bars."""
     mean = cells.groupby("cell")[list(columns)].mean()
-    figure = Figure(figsize=(9.4, 0.6 + 1.2 * len(columns)), layout="constrained")
+    figure = Figure(figsize=(5.6, 0.6 + 1.0 * len(columns)), layout="constrained")
     panels = figure.subplots(len(columns), 1, sharex=True, squeeze=False).ravel()
     edges = np.arange(len(mean) + 1) - 0.5
     for axes, name in zip(panels, columns, strict=True):
@@ -186,7 +186,7 @@ def plot_strip(model: str, layer: str, cells: pd.DataFrame, columns: Sequence[st
         colour = STYLES[name][0] if name in STYLES else INK
         axes.stairs(mean[name], edges, fill=True, color=colour, alpha=0.8)
         axes.set_title(_column_title(name), fontsize=9, loc="left")
-        axes.yaxis.set_major_locator(MaxNLocator(3))
+        axes.yaxis.set_major_locator(MaxNLocator(2))
         axes.margins(x=0.01)
     panels[-1].xaxis.set_major_locator(MaxNLocator(12, integer=True))
     panels[-1].set_xlabel("cell")

@@ -235,7 +235,7 @@ class Store:
         table = pd.concat(finished.values(), ignore_index=True)
         table = table.sort_values(KEYS, kind="stable", ignore_index=True)
         models = self.study.get("about", {}).get("models", {})
-        configured = self.study["configuration"].get("models", {})
+        configured: dict[str, Any] = self.study["configuration"].get("models", {})
         missing = len(self.units) - len(finished)
         table.attrs = make_attributes(
             {name: about["note"] for name, about in models.items() if about.get("note")},
@@ -261,7 +261,7 @@ class Store:
 
 def make_attributes(
     notes: dict[str, str], ablations: dict[str, dict[str, str]]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Any]:
     """Return a table's ``attrs``: by model, notes and unusual ablations, if there are any."""
     unusual = {name: kinds for name, kinds in ablations.items() if kinds}
     entries = {"notes": notes, "ablations": unusual}

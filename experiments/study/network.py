@@ -6,7 +6,8 @@ import hashlib
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from inspect import signature
 from math import isfinite, prod
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from repsim_kernels.experiments.errors import StudyError
 from repsim_kernels.experiments.study.configuration import differences
 from repsim_kernels.experiments.study.precision import set_tf32
 from repsim_kernels.forward import AblatedForward, contexts
+from repsim_kernels.forward.sites import resolve_sites
 from repsim_kernels.forward.trace import Trace, Untraceable
 
 _BATCH = 64  # images per pass in `read_layer`
@@ -110,28 +112,25 @@ class LayerSize(NamedTuple):
 def pass_one_image(
     model: nn.Module, layers: Sequence[str], image: Tensor
 ) -> tuple[Any, dict[str, LayerSize]]:
-    """Pass a batch of one image; return the network's output and the sizes of the layers' outputs.
+    """Pass a batch of one image; return the network's output and the sizes of the layers.
 
-    Layers that don't run, or whose output is not a tensor, are missing from the sizes.
+    Layers that don't run are missing from the sizes.
+
+    Raises
+    ------
+    LayerError
+        A layer does not return a tensor.
     """
     sizes: dict[str, LayerSize] = {}
 
-    def record(layer: str, output: Any) -> None:
-        if isinstance(output, Tensor):
-            sizes[layer] = LayerSize(tuple(output.shape[1:]), output.nbytes // len(output))
+    def record(layer: str, value: Tensor) -> Tensor:
+        sizes[layer] = LayerSize(tuple(value.shape[1:]), value.nbytes // len(value))
+        return value
 
-    handles = [
-        model.get_submodule(layer).register_forward_hook(
-            lambda _module, _inputs, output, name=layer: record(name, output)
-        )
-        for layer in layers
-    ]
-    try:
-        with torch.no_grad():
-            return model(image), sizes
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), ExitStack() as stack:
+        for layer, site in resolve_sites(model, layers).items():
+            stack.enter_context(site.replace(partial(record, layer)))
+        return model(image), sizes
 
 
 def read_layer(
