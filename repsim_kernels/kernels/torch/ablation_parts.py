@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,11 +29,11 @@ class Passes:
     They compute each cell's Gram, the weights of directions, and the Gram of the whole.
     """
 
-    cell_statistics: Callable[[Tensor, Any, int, bool], tuple[panels.Panels, Tensor, Tensor]]
+    cell_statistics: Callable[..., tuple[panels.Panels, Tensor, Tensor]]
     variate_weights: Callable[[Tensor, Tensor], Tensor]
     whole_gram: Callable[[Tensor], Tensor]
     # Whether they are kernels for a GPU: their Grams have float32's digits and are one panel, and
-    # `cell_statistics` takes several partitions (T, p), but no sparse cells.
+    # `cell_statistics` takes several partitions (T, p), but no sparse cells and no ``out``.
     on_gpu: bool = False
 
     def for_rank(self, n: int, n_varying: int) -> Passes:
@@ -204,9 +204,13 @@ def _measure(
     shifts: bool,
     passes: Passes,
     whole: tuple[Tensor, int],
+    out: panels.Panels | None = None,
 ) -> _Statistics:
-    """Measure the cells of a membership, or of partitions (T, p)."""
+    """Measure the cells of a membership, or of partitions (T, p), with the Grams in ``out``."""
     passes = passes.for_rank(len(x), whole[1])
+    if out is not None:
+        grams, n_varying, shift = passes.cell_statistics(x, cells, n_cells, shifts, out)
+        return _Statistics(grams, n_varying, shift, *whole)
     if passes.on_gpu or not are_partitions(cells):
         grams, n_varying, shift = passes.cell_statistics(x, cells, n_cells, shifts)
         full = grams[0][1] if passes.on_gpu else None
@@ -235,7 +239,8 @@ def make_parts(
     take up to ``memory`` bytes, by default `MEMORY`, and all sets have the same whole.
 
     Each set is made when it is needed, so that the Grams of one exist at a time if the caller drops
-    it first. ``grams``, if they are known, are (T, C, n, n) for partitions and otherwise (C, n, n).
+    it first; those of sparse cells may be overwritten. ``grams``, if they are known, are
+    (T, C, n, n) for partitions and otherwise (C, n, n).
     """
     memory = memory or MEMORY
     known: tuple[Tensor, Tensor, Tensor] | None = None
@@ -249,16 +254,21 @@ def make_parts(
         shared = compute_whole(x, passes)
         per_cell = 8 * len(x) ** 2 + (_DENSE_BYTES * cells.p if passes.on_gpu else 0)
         step = max(1, memory // per_cell)
+        buffer = None
+        if not (known or passes.for_rank(len(x), shared[1]).on_gpu):
+            # One for all chunks: memory that is freed and allocated again would first be zeroed.
+            buffer = gram.empty_grams(x, min(step, n_cells))
         for start in range(0, max(1, n_cells), step):
             run = slice(start, start + step)
             chunk = cells.select(run)
             own = chunk.to_membership() if passes.on_gpu else chunk
+            out = panels.select(buffer, slice(len(chunk))) if buffer else None
             # Without a variable for the statistics: it would keep them during the next chunk.
             yield CellParts(
                 *(x, own, len(chunk), shifts, passes),
                 _complete(shared, *(each[run] for each in known))
                 if known
-                else _measure(x, own, len(chunk), shifts, passes, shared),
+                else _measure(x, own, len(chunk), shifts, passes, shared, out),
             )
     elif not are_partitions(cells):
         statistics = None

@@ -184,16 +184,20 @@ def cell_grams(x: Tensor, *, cells: Cells, n_cells: int) -> Tensor:
 
 
 def cell_statistics(
-    x: Tensor, cells: Cells, n_cells: int, shifts: bool = False
+    x: Tensor,
+    cells: Cells,
+    n_cells: int,
+    shifts: bool = False,
+    out: panels.Panels | None = None,
 ) -> tuple[panels.Panels, Tensor, Tensor]:
     """Return each cell's Gram, number of varying neurons and shift, from one pass over x (n, p).
 
     The Grams (C, n, n) are packed. The counts (C,) leave out neurons that are constant over the
     stimuli. The shifts (C, n) are B_c μ_c, where B_c are the centred columns of a cell and μ_c
-    their means, or zeros unless ``shifts``.
+    their means, or zeros unless ``shifts``. ``out``, from `empty_grams`, is where the Grams go.
     """
     n = len(x)
-    g = panels.empty_panels(x, n, n_cells, min_width=panels.TILE)
+    g = out or empty_grams(x, n_cells)
     unwritten = np.ones(n_cells, dtype=np.bool_)
     n_varying = torch.zeros(n_cells, dtype=torch.int64, device=x.device)
     shift = torch.zeros(n_cells, n, 1, dtype=torch.float64, device=x.device)
@@ -212,6 +216,11 @@ def cell_statistics(
             shift[run].baddbmm_(by_cell, mean.view(*shape, 1))
     _zero(g, unwritten)
     return g, n_varying, shift[..., 0]
+
+
+def empty_grams(x: Tensor, n_cells: int) -> panels.Panels:
+    """Allocate packed Grams (C, n, n) of the cells of x (n, p)."""
+    return panels.empty_panels(x, len(x), n_cells, min_width=panels.TILE)
 
 
 def count_varying(x: Tensor) -> Tensor:
