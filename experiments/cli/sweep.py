@@ -83,14 +83,21 @@ def sweep(
         str | None,
         typer.Option(
             help="Cells to divide a layer's neurons into: selectivity bins x magnitude bins; 4x4 "
-            "by default."
+            "by default. Only for the cells selectivity and random."
         ),
     ] = None,
     cells: Annotated[
         str | None,
         typer.Option(
-            help="How neurons are assigned to cells: selectivity (default), or random cells of "
-            "the same sizes as a control."
+            help="How neurons are assigned to cells: selectivity (default); random cells of the "
+            "same sizes, as a control; channels; or heads, for layers such as block.attn:heads."
+        ),
+    ] = None,
+    fill: Annotated[
+        str | None,
+        typer.Option(
+            help="What ablated neurons are set to: zero (default), or mean, each neuron's mean "
+            "over the images that the metrics see."
         ),
     ] = None,
     metrics: Annotated[
@@ -225,6 +232,7 @@ def sweep(
             "device": _choose_device(device, shard_source),
             "grid": None if grid is None else _parse_grid(grid),
             "cells": cells,
+            "fill": fill,
             "metrics": split_commas(metrics),
             "probes": split_commas(probes),
             "ridge": ridge,

@@ -139,15 +139,15 @@ def cosine_distance(
 
     Matrices are vectors here, from `gram.to_vectors`. m (C, k) holds either the parts or, with
     `complement`, what remains of the whole (k,) without each: pass the smaller of the two, so that
-    its component orthogonal to the whole keeps its digits. The distance is exactly 0 for m = 0, and
-    NaN if the norm of the whole or of the remainder is not above its floor.
+    its component orthogonal to the whole keeps its digits. m is overwritten, since a copy for every
+    batch would fragment the heap. The distance is exactly 0 for m = 0, and NaN if the norm of the whole or of the remainder is not above its floor.
     Source: docs/metrics.md, "One original, many ablations".
     """
     size = torch.linalg.vector_norm(whole)
     size.masked_fill_(size <= whole_floor, torch.nan)
     whole = whole / size
     along = m @ whole
-    rejection = torch.linalg.vector_norm(torch.addr(m, along, whole, alpha=-1), dim=-1)
+    rejection = torch.linalg.vector_norm(m.addr_(along, whole, alpha=-1), dim=-1)
     projection = along if complement else size - along  # of the remainder on the whole
     norm = torch.hypot(projection, rejection)
     norm.masked_fill_(norm <= floor, torch.nan)
