@@ -151,7 +151,7 @@ def _check_name(name: str) -> None:
 def _check_layers(names: Iterable[str] | None, network: nn.Module, network_name: str) -> None:
     modules = dict(network.named_modules())
     for name in names or ():
-        if name not in modules:
+        if name.partition(":")[0] not in modules:  # "block.attn:heads" is a part of a module
             similar = find_similar_modules(modules, name)
             raise StudyError(
                 f"layers: {network_name} has no module {name!r}; "
