@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from repsim_kernels.experiments.report.page import write_report as write_report
     from repsim_kernels.experiments.runs.driver import run as run
     from repsim_kernels.experiments.runs.membership import open_run as open_run
+    from repsim_kernels.experiments.runs.results import Results as Results
     from repsim_kernels.experiments.study.checks import Draws as Draws
     from repsim_kernels.experiments.study.study import Study as Study
 
 _MODULES = {
     "Draws": "study.checks",
+    "Results": "runs.results",
     "Study": "study.study",
     "open_run": "runs.membership",
     "run": "runs.driver",
@@ -29,7 +31,7 @@ _EXTRA = {
     *("statsmodels", "torchvision", "typer"),
 }
 
-__all__ = ["Draws", "Study", "open_run", "run", "write_report"]
+__all__ = ["Draws", "Results", "Study", "open_run", "run", "write_report"]
 
 
 def __getattr__(name: str) -> object:

@@ -111,7 +111,7 @@ def test_study_finds_no_change_for_dead_units():
     images = torch.randn(10, 7, 6, generator=generator)
     model, layer = Encoder(dead=40), "enc.layers.0.linear1"
     study = Study(model, [layer], images, [0] * 5 + [1] * 5, grid=(1, 8))
-    rows = study.run()
+    rows = study.run().table
     changes = rows[[name for name in rows if "probability" in name or "rank" in name]]
     state = AblatedForward(model, layer).prefix(images)
     assert ((state.activation != 0).sum((0, 1)) > 0).sum() == 24

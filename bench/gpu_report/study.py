@@ -56,7 +56,7 @@ class StageClock:
         self.running = ""  # the current stage, to name it in errors
         self._cuda = study.device.type == "cuda"
         self._calls: tuple[tuple[Any, str, str], ...] = (
-            (measure, "_collect_activations", "prefix"),
+            (measure, "collect_activations", "prefix"),
             (rk, "selectivity_grid", "cells"),
             (rk, "cell_grams", "metrics"),
             (rk, "ablation_distances", "metrics"),
@@ -153,7 +153,7 @@ def _time_network(
         "targets": len(study.targets),
         "images": len(study.labels),
         "stimuli": study.n_stimuli,
-        "cells": study.n_cells,
+        "cells": study.count_cells(middle["layer"]),
         "passes": len(memory.group_layers(study, study.layers)),
         "draws": study.draws.least,
         "prefix": {},

@@ -22,7 +22,11 @@ from repsim_kernels.experiments.analysis.correlations import (
 from repsim_kernels.experiments.analysis.shuffles import PERCENT, find_threshold
 from repsim_kernels.experiments.cli.progress import format_duration, format_rate
 from repsim_kernels.experiments.columns import METRIC_NAMES
-from repsim_kernels.experiments.report.findings import count_nan_images, describe_near_chance
+from repsim_kernels.experiments.report.findings import (
+    count_nan_images,
+    describe_near_chance,
+    format_range,
+)
 from repsim_kernels.experiments.runs.store import TABLE
 
 if TYPE_CHECKING:
@@ -189,8 +193,9 @@ def print_correlations(console: Console, groups: pd.DataFrame, cluster: str) -> 
 def print_plans(console: Console, plans: Sequence[Plan], workers: int = 1) -> None:
     """Print the estimated cost of each network, layer by layer, and the total for the workers."""
     for plan in plans:
+        cells = format_range([line.cells for line in plan.layers])
         print(
-            f"Plan for {plan.name}: {plan.targets} target classes x {plan.cells} cells x "
+            f"Plan for {plan.name}: {plan.targets} target classes x {cells} cells x "
             f"{plan.images} images; metrics use {plan.stimuli} images"
         )
         heads = ["neurons", "cells per\nbatch", "TFLOP\nforward", "TFLOP\nmetrics", "GiB\nmemory"]

@@ -37,6 +37,7 @@ STYLES = {
     BASELINE: (INK, "x", "✕", 0.8),
 }
 MAX_NAME = 24  # characters of a layer's name that fit into a figure
+MAX_POINTS = 500  # cells that are drawn as points
 FORMATS = ("svg", "pdf", "png")
 
 
@@ -174,11 +175,34 @@ def plot_grid(
     return drawings
 
 
+def plot_strip(model: str, layer: str, cells: pd.DataFrame, columns: Sequence[str]) -> Drawing:
+    """Plot one layer's cells side by side: the means of some columns over the classes, as bars."""
+    mean = cells.groupby("cell")[list(columns)].mean()
+    figure = Figure(figsize=(5.6, 0.6 + 1.0 * len(columns)), layout="constrained")
+    panels = figure.subplots(len(columns), 1, sharex=True, squeeze=False).ravel()
+    edges = np.arange(len(mean) + 1) - 0.5
+    for axes, name in zip(panels, columns, strict=True):
+        _set_ink(axes)
+        colour = STYLES[name][0] if name in STYLES else INK
+        axes.stairs(mean[name], edges, fill=True, color=colour, alpha=0.8)
+        axes.set_title(_column_title(name), fontsize=9, loc="left")
+        axes.yaxis.set_major_locator(MaxNLocator(2))
+        axes.margins(x=0.01)
+    panels[-1].xaxis.set_major_locator(MaxNLocator(12, integer=True))
+    panels[-1].set_xlabel("cell")
+    titles = ", ".join(map(_column_title, columns))
+    alt = f"{model}, layer {layer}: {titles}, as a bar for each of {len(mean)} cells"
+    return Drawing("strip", alt, figure)
+
+
 def plot_cells(
     model: str, group: tuple[str, str], cells: pd.DataFrame, rho: pd.Series, change: str
 ) -> Drawing:
-    """Plot the cells of one class and layer: ranks of change against ranks of each distance."""
-    ranks = cells[[*rho.index, change]].rank()
+    """Plot the cells of one class and layer: ranks of change against ranks of each distance.
+
+    If there are many cells, only every second, third … is drawn.
+    """
+    ranks = cells[[*rho.index, change]].rank().iloc[:: thin(len(cells))]
     rows = math.ceil(len(rho) / 2)
     figure = Figure(figsize=(4.6, 0.5 + 1.5 * rows), layout="constrained")
     panels = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).ravel()
@@ -197,9 +221,14 @@ def plot_cells(
     target, layer = group
     alt = (
         f"{model}, class {target}, layer {layer}: ranks of the {_column_title(change)} "
-        f"against ranks of each metric's distance, one point for each of {len(cells)} cells"
+        f"against ranks of each metric's distance, one point for each of {len(ranks)} cells"
     )
     return Drawing(f"cells_{change}", alt, figure)
+
+
+def thin(n_cells: int) -> int:
+    """Return k such that every k-th cell is drawn as a point."""
+    return math.ceil(n_cells / MAX_POINTS)
 
 
 def check_figure_folder(kind: str, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -41,6 +42,13 @@ RANK_DEFICIT = "rank_deficit"
 # accuracy of the same probe, because accuracies of held-out stimuli tie in most cells.
 DECODABILITY = ("decodability_paper", "margin_refit", "decodability_refit")
 PLOTTED = ("rank_deficit", "log_probability", *DECODABILITY)
+# What the cells of a run are, if not a grid by selectivity and magnitude.
+CELL_KINDS = {
+    "random": "a control, with neurons drawn at random into cells of the same sizes",
+    "channels": "the channels of each layer, the same ones for all target classes",
+    "heads": "the attention heads of each layer, the same ones for all target classes",
+    "own": "chosen by the user, the same ones for all target classes",
+}
 _LEVEL = 0.01  # significance level of the test against chance
 _MARGIN = 0.1  # accuracy above chance that is sufficient for a network with few classes
 
@@ -94,9 +102,21 @@ class NetworkFindings:
         return next((name for name in DECODABILITY if name in self.changes), None)
 
     @property
-    def has_random_cells(self) -> bool:
-        """Whether the cells are a control, drawn at random."""
-        return bool(self.configuration.get("cells") == "random")
+    def cell_kind(self) -> str:
+        """How neurons were grouped into cells: "selectivity", or a key of `CELL_KINDS`."""
+        kind = self.configuration.get("cells", "selectivity")
+        return kind if isinstance(kind, str) else "own"  # a hash for each layer
+
+    @property
+    def fill(self) -> str:
+        """What ablated neurons were set to, in words."""
+        return "their means" if self.configuration.get("fill") == "mean" else "zero"
+
+    @cached_property
+    def cell_counts(self) -> list[int]:
+        """The number of cells of each layer that ran."""
+        counts = self.table.groupby("layer", observed=True)["cell"].nunique()
+        return [int(counts[layer]) for layer in self.layers if layer in counts]
 
     @cached_property
     def near_chance(self) -> str | None:
@@ -338,6 +358,12 @@ def count_nan_images(table: pd.DataFrame) -> str | None:
         f"{len(table):,} cells, up to {int(counts.max())} in one and {int(counts.sum()):,} in all; "
         "the loss of performance of these cells is not known"
     )
+
+
+def format_range(counts: Collection[int]) -> str:
+    """Write a number if all are equal, otherwise the smallest and the largest."""
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def costliest_layer(table: pd.DataFrame, change: str) -> tuple[str, str]:

@@ -20,10 +20,12 @@ from repsim_kernels.experiments.errors import ReportError
 from repsim_kernels.experiments.report import figures as plots
 from repsim_kernels.experiments.report.figures import Drawing, FigureGroup
 from repsim_kernels.experiments.report.findings import (
+    CELL_KINDS,
     GROUP,
     RANK_DEFICIT,
     NetworkFindings,
     costliest_layer,
+    format_range,
 )
 from repsim_kernels.experiments.runs.store import load_run
 
@@ -38,8 +40,8 @@ def write_report(
     Parameters
     ----------
     runs : path, DataFrame, or a sequence of these
-        Folders of finished runs, or tables as returned by `Study.run`; a table alone does not
-        record what ran. If two runs have a model of the same name, the run's name is appended.
+        Folders of finished runs, or tables as in the results of `Study.run`; a table alone does
+        not record what ran. If two runs have a model of the same name, the run's name is appended.
     path : path
         The HTML file. An earlier one is replaced only when the new one is complete.
     figures : {"svg", "pdf", "png"}, optional
@@ -87,7 +89,9 @@ def write_report(
         change_names=CHANGE_NAMES,
         changes=[name for name in CHANGE_NAMES if _has_column(models, name)],
         performance=RANK_DEFICIT,
-        cells=" or ".join(str(n) for n in sorted({m.table["cell"].nunique() for m in models})),
+        cells=format_range([count for model in models for count in model.cell_counts]),
+        fills=" or ".join(sorted({model.fill for model in models}, reverse=True)),
+        cell_kinds=CELL_KINDS,
         baseline=BASELINE,
         percent=PERCENT,
         shuffles=SHUFFLES,
@@ -138,22 +142,29 @@ def _make_findings(name_in_run: str, run: dict[str, Any], shared: bool) -> Netwo
     table, study = run["table"], run["study"]
     name = f"{name_in_run} ({run['name']})" if shared else str(name_in_run)
     about = study.get("about", {}).get("models", {}).get(name_in_run)
+    configuration = study.get("configuration", {}).get("models", {}).get(name_in_run)
     return NetworkFindings(
         name=name,
         name_in_run=name_in_run,
         run=run["name"],
         table=table[table["model"] == name_in_run].assign(model=name),
-        configuration=study.get("configuration", {}).get("models", {}).get(name_in_run, {}),
+        configuration=configuration or table.attrs.get("ablations", {}).get(name_in_run, {}),
         about=about or {"note": table.attrs.get("notes", {}).get(name_in_run)},
     )
 
 
 def _make_figures(models: Sequence[NetworkFindings]) -> dict[str, list[FigureGroup]]:
     """Draw all figures, in the order of their numbers."""
-    groups: dict[str, list[FigureGroup]] = {"classes": [], "layers": [], "grid": [], "cells": []}
+    draw_each = {
+        "classes": _draw_classes,
+        "layers": _draw_layers,
+        "grid": _draw_grid,
+        "strip": _draw_strip,
+        "cells": _draw_cells,
+    }
+    groups: dict[str, list[FigureGroup]] = {kind: [] for kind in draw_each}
     number = 0
-    draw_each = _draw_classes, _draw_layers, _draw_grid, _draw_cells
-    for kind, draw in zip(groups, draw_each, strict=True):
+    for kind, draw in draw_each.items():
         for model in models:
             if (result := draw(model)) is not None:
                 number += 1
@@ -175,22 +186,46 @@ def _draw_layers(model: NetworkFindings) -> tuple[str, list[Drawing]]:
 
 def _draw_grid(model: NetworkFindings) -> tuple[str, list[Drawing]] | None:
     """Draw the layer where ablation costs most, if its cells are a grid of known shape."""
-    candidates = dict.fromkeys((*model.plotted_changes, "cka", "procrustes", BASELINE))
-    columns = [n for n in candidates if n in model.table and model.table[n].notna().any()]
-    if not columns or columns[0] not in model.plotted_changes or model.has_random_cells:
+    if model.cell_kind != "selectivity" or (chosen := _choose_layer(model)) is None:
         return None
-    layer, description = costliest_layer(model.table, columns[0])
-    rows = model.table[model.table["layer"] == layer]
+    layer, rows, columns, caption = chosen
     n_cells = int(rows["cell"].max()) + 1
     side = math.isqrt(n_cells)
     shape = tuple(model.configuration.get("grid", (side, side)))
     if shape[0] * shape[1] != n_cells or rows["cell"].nunique() != n_cells:
         return None
+    return caption, plots.plot_grid(model.name, layer, rows, (shape[0], shape[1]), columns)
+
+
+def _draw_strip(model: NetworkFindings) -> tuple[str, list[Drawing]] | None:
+    """Draw the cells of the layer where ablation costs most, if all classes have the same ones."""
+    if model.cell_kind in ("selectivity", "random") or (chosen := _choose_layer(model)) is None:
+        return None
+    layer, rows, columns, caption = chosen
+    costs = rows.groupby("cell")[columns[0]].mean().nlargest(3)
+    names = ", ".join(str(cell) for cell in costs.index[costs > 0])
+    caption += f" Cells that cost most: {names}." if names else ""
+    return caption, [plots.plot_strip(model.name, layer, rows, columns)]
+
+
+def _choose_layer(
+    model: NetworkFindings,
+) -> tuple[str, pd.DataFrame, list[str], str] | None:
+    """Choose the layer where ablation costs most; return its rows, columns to draw, and a caption.
+
+    None if no plotted change has a value.
+    """
+    candidates = dict.fromkeys((*model.plotted_changes, "cka", "procrustes", BASELINE))
+    columns = [n for n in candidates if n in model.table and model.table[n].notna().any()]
+    if not columns or columns[0] not in model.plotted_changes:
+        return None
+    layer, description = costliest_layer(model.table, columns[0])
+    rows = model.table[model.table["layer"] == layer]
     caption = (
         f"{model.name}, layer {layer}: {description} ({CHANGE_NAMES[columns[0]]}). Means over "
         f"{rows['class'].nunique()} target classes."
     )
-    return caption, plots.plot_grid(model.name, layer, rows, (shape[0], shape[1]), columns)
+    return layer, rows, columns, caption
 
 
 def _draw_cells(model: NetworkFindings) -> tuple[str, list[Drawing]] | None:
@@ -210,7 +245,9 @@ def _draw_cells(model: NetworkFindings) -> tuple[str, list[Drawing]] | None:
         ]
         rho = group.set_index("distance")["spearman"]
         drawings.append(plots.plot_cells(model.name, (target, layer), rows, rho, change))
-        places.append(f"{CHANGE_NAMES[change]}: class {target}, layer {layer}")
+        step = plots.thin(len(rows))
+        some = f" (one in {step} cells is drawn)" if step > 1 else ""
+        places.append(f"{CHANGE_NAMES[change]}: class {target}, layer {layer}{some}")
     return (f"{model.name}. {'; '.join(places)}.", drawings) if drawings else None
 
 

@@ -17,10 +17,12 @@ from repsim_kernels.experiments.runs.executors import Event, Executor
 from repsim_kernels.experiments.runs.executors.serial import SerialExecutor
 from repsim_kernels.experiments.runs.lock import hold_lock
 from repsim_kernels.experiments.runs.membership import check_names, open_run
+from repsim_kernels.experiments.runs.results import Results
 from repsim_kernels.experiments.runs.shard import Shard
-from repsim_kernels.experiments.runs.store import Store
+from repsim_kernels.experiments.runs.store import Store, make_attributes
 from repsim_kernels.experiments.study import measure
 from repsim_kernels.experiments.study.checks import check_progress
+from repsim_kernels.experiments.study.configuration import describe_ablations
 from repsim_kernels.experiments.study.study import Study
 from repsim_kernels.experiments.study.units import Unit
 
@@ -43,7 +45,7 @@ def run(
     studies: Study | Sequence[Study],
     out: str | os.PathLike[str] | Store | None = None,
     progress: ProgressCallback | None = None,
-) -> pd.DataFrame:
+) -> Results:
     """Run one study, or several with different names as one run, in this process.
 
     Parameters
@@ -58,8 +60,10 @@ def run(
 
     Returns
     -------
-    DataFrame
-        One row per model, class, layer and cell, sorted by these columns, with
+    Results
+        ``table`` is a DataFrame; ``summary()`` returns the mean correlations, and ``report()``
+        writes the HTML report. The table has one row per model, class, layer and cell, sorted by
+        these columns, with
 
         * ``size``: neurons of the cell;
         * ``energy``: the cell's share of the representation's variance over the metrics' images;
@@ -73,8 +77,9 @@ def run(
           probe's output towards the correct side);
         * each function change again over every other image: ``_odd`` and ``_even``.
 
-        Equal runs return bit-identical tables. ``attrs["notes"]`` holds the studies' notes, by
-        model; they are stored with the table.
+        Equal runs return bit-identical tables. ``table.attrs`` holds, by model, the studies'
+        ``notes`` and their ``ablations``: the kind of cells and the fill, if not the default ones.
+        They are stored with the table.
 
     Raises
     ------
@@ -99,7 +104,7 @@ def run(
     ...     Study(nn.Sequential(*layers), ["2"], images, labels, metrics=["cka"], name=name)
     ...     for name in ("a", "b")
     ... ]
-    >>> run(studies).groupby("model").size().to_dict()  # 2 classes x 1 layer x 16 cells each
+    >>> run(studies).table.groupby("model").size().to_dict()  # 2 classes x 1 layer x 16 cells each
     {'a': 32, 'b': 32}
     """
     studies = [studies] if isinstance(studies, Study) else studies
@@ -115,7 +120,7 @@ def run(
                 f"{unit}: {error}",
                 stacklevel=2,
             )
-        return store.compact()
+        return Results(store.compact(), store.folder)
     total, parts = sum(len(study.units) for study in studies), []
     for study in studies:
         for unit, rows in zip(study.units, measure.rows(study, study.units), strict=True):
@@ -125,8 +130,9 @@ def run(
     table = pd.concat(parts, ignore_index=True)
     table = table.sort_values(KEYS, kind="stable", ignore_index=True)
     notes = {study.name: study.note for study in studies if study.note is not None}
-    table.attrs = {"notes": notes} if notes else {}
-    return table
+    kinds = {study.name: describe_ablations(study.cells, study.fill) for study in studies}
+    table.attrs = make_attributes(notes, kinds)
+    return Results(table)
 
 
 def execute(

@@ -18,7 +18,7 @@ import pandas as pd  # type: ignore[import-untyped]
 from repsim_kernels._files import replace_file
 from repsim_kernels.experiments.columns import KEYS
 from repsim_kernels.experiments.errors import DamagedError, StoreError
-from repsim_kernels.experiments.study.configuration import differences, digest
+from repsim_kernels.experiments.study.configuration import describe_ablations, differences, digest
 from repsim_kernels.experiments.study.units import Unit, units_of
 
 CONFIGURATION = "study.json"
@@ -221,8 +221,8 @@ class Store:
     def compact(self) -> pd.DataFrame:
         """Write the table of all finished units, sorted by model, class, layer and cell.
 
-        The table's ``attrs`` hold the studies' notes, by model, and the number of missing units,
-        if any.
+        The table's ``attrs`` hold the studies' notes and ablations, by model, and the number of
+        missing units, as far as there are any.
 
         Raises
         ------
@@ -235,11 +235,15 @@ class Store:
         table = pd.concat(finished.values(), ignore_index=True)
         table = table.sort_values(KEYS, kind="stable", ignore_index=True)
         models = self.study.get("about", {}).get("models", {})
-        notes = {name: about["note"] for name, about in models.items() if about.get("note")}
+        configured: dict[str, Any] = self.study["configuration"].get("models", {})
         missing = len(self.units) - len(finished)
-        table.attrs = ({"notes": notes} if notes else {}) | (
-            {"missing": f"{missing} of {len(self.units)}"} if missing else {}
-        )
+        table.attrs = make_attributes(
+            {name: about["note"] for name, about in models.items() if about.get("note")},
+            {
+                name: describe_ablations(study.get("cells", "selectivity"), study.get("fill"))
+                for name, study in configured.items()
+            },
+        ) | ({"missing": f"{missing} of {len(self.units)}"} if missing else {})
         with _write_atomically(self.folder / TABLE) as path:
             table.to_parquet(path, index=False)
         return table
@@ -253,6 +257,15 @@ class Store:
 
     def _failure_path(self, unit: Unit) -> Path:
         return self.folder / "failed" / f"{_file_stem(unit)}.json"
+
+
+def make_attributes(
+    notes: dict[str, str], ablations: dict[str, dict[str, str]]
+) -> dict[str, Any]:
+    """Return a table's ``attrs``: by model, notes and unusual ablations, if there are any."""
+    unusual = {name: kinds for name, kinds in ablations.items() if kinds}
+    entries = {"notes": notes, "ablations": unusual}
+    return {key: entry for key, entry in entries.items() if entry}
 
 
 def check_compatible(folder: Path, configuration: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from repsim_kernels import _arrays, _check, _options
 from repsim_kernels.errors import LabelError, LayerError, RepsimError
@@ -18,6 +19,7 @@ from repsim_kernels.experiments.errors import StudyError, one_line
 from repsim_kernels.forward.trace import first_line
 
 _NEIGHBOURS = 10  # of "mutual_knn", by default of `ablation_distances`
+_BATCH = 64  # images that are read from a dataset at a time
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,37 @@ def check_targets(values: Any) -> list[int]:
             f"targets: {_options.short_repr(values)}; expected a sequence of integer labels"
         )
     return check_distinct(array.tolist(), "targets")
+
+
+def read_images(images: Any, labels: Any) -> tuple[Tensor, Tensor]:
+    """Check images and their labels, which a Dataset or DataLoader holds both."""
+    if not isinstance(images, Dataset | DataLoader):
+        if labels is None:
+            raise StudyError(
+                "labels: None; expected a label for each image, or images that are a Dataset or "
+                "DataLoader of pairs (image, label)"
+            )
+        return check_images(images), check_labels(labels)
+    if labels is not None:
+        kind = type(images).__name__
+        raise StudyError(f"labels: given with a {kind} of images; expected None, as it has labels")
+    images, labels = _read_pairs(images)
+    return check_images(images), check_labels(labels)
+
+
+def _read_pairs(data: Dataset[Any] | DataLoader[Any]) -> tuple[Tensor, Tensor]:
+    """Read all images and labels of pairs."""
+    images, labels = [], []
+    try:
+        for x, y in data if isinstance(data, DataLoader) else DataLoader(data, _BATCH):
+            images.append(x)
+            labels.append(y)
+        return torch.cat(images), torch.cat(labels)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise StudyError(
+            f"images: {type(data).__name__} can't be read ({first_line(error)}); expected one or "
+            "more pairs of an image and a label, as tensors of one shape and integers"
+        ) from error
 
 
 def check_images(values: Any) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from repsim_kernels.experiments.study.cells import LayerCells
 from repsim_kernels.experiments.study.measure import measure_representation, split_targets
 from repsim_kernels.experiments.study.memory import bytes_held, choose_batch_size, group_layers
 from repsim_kernels.experiments.study.probes import measure_paper_probe
@@ -18,6 +19,7 @@ from repsim_kernels.forward import Cost
 
 # Minimum number of neurons in the smaller of the metrics' two timings: fewer are too fast to time.
 _MIN_NEURONS = 2000
+_MAX_TIMED_CELLS = 64  # most cells in the smaller of the timings
 _TIMED_DRAWS = 64  # timed draws of the paper's probe: a batch of fits for each of two threads
 
 
@@ -27,6 +29,7 @@ class LayerPlan:
 
     layer: str
     neurons: int
+    cells: int
     cells_per_batch: int
     forward_flops: float  # of the ablated passes
     metric_flops: float  # of Gram matrices and PWCCA's weights
@@ -42,7 +45,6 @@ class Plan:
     name: str
     layers: list[LayerPlan]
     targets: int
-    cells: int
     images: int  # mean number for each target class
     stimuli: int
     passes: int  # over all images: one per group of layers, or per unit
@@ -91,7 +93,7 @@ def plan(study: Study, units: Sequence[Unit] | None = None, separate_passes: boo
     with study.hold_network():
         images = study.images[study.labels == study.targets[0]][:n].to(study.device)
         costs = study.forward.costs(images, names)
-        fixed, per_neuron = _time_metrics(study)
+        time_metrics = _time_metrics(study)
         per_fit = _time_fits(study) if "paper" in study.probes else 0.0
     any_cost = costs[names[0]]  # at every layer, head + tail is a whole pass
     whole_flops = any_cost.head_flops + any_cost.tail_flops
@@ -101,25 +103,27 @@ def plan(study: Study, units: Sequence[Unit] | None = None, separate_passes: boo
     grouped = [group for group in group_layers(study, study.layers) if set(group) & set(names)]
     heads = [(costs[unit.layer].head_flops, costs[unit.layer].head_seconds) for unit in units]
     passes = heads if separate_passes else [(whole_flops, per_image * len(images))] * len(grouped)
-    n_cells = study.n_cells
     lines = []
     for name in names:
-        cost, p = costs[name], study.sizes[name].neurons
+        cost, p, n_cells = costs[name], study.sizes[name].neurons, study.count_cells(name)
         targets = sum(len(study.targets_of(unit)) for unit in units if unit.layer == name)
         ablated_images = targets * n_cells * per_target
+        shares_cells = bool(study.fixed_cells) and study.others is None
+        n_measured = sum(unit.layer == name for unit in units) if shares_cells else targets
         spectral = 1 + n_cells * ("pwcca" in study.metrics)
         fits = targets * (1 + n_cells) * study.draws.count_for(p) if "paper" in study.probes else 0
         lines.append(
             LayerPlan(
                 layer=name,
                 neurons=p,
+                cells=n_cells,
                 cells_per_batch=min(cost.together, n_cells),
                 forward_flops=ablated_images * cost.tail_flops,
-                metric_flops=targets * 2.0 * study.n_stimuli**2 * p * spectral,
+                metric_flops=n_measured * 2.0 * study.n_stimuli**2 * p * spectral,
                 bytes_held=sizes[name],
                 fits=fits,
                 seconds=ablated_images * _estimate_tail_seconds(cost, len(images), speed)
-                + targets * (fixed + per_neuron * p)
+                + targets * time_metrics(p, n_cells)
                 + fits * per_fit,
             )
         )
@@ -127,7 +131,6 @@ def plan(study: Study, units: Sequence[Unit] | None = None, separate_passes: boo
         name=study.name,
         layers=lines,
         targets=len({label for unit in units for label in study.targets_of(unit)}),
-        cells=n_cells,
         images=round(per_target),
         stimuli=study.n_stimuli,
         passes=len(passes),
@@ -144,26 +147,38 @@ def _estimate_tail_seconds(cost: Cost, n: int, speed: float) -> float:
     return alone if cost.together == 1 else min(alone, cost.tail_flops / speed)
 
 
-def _time_metrics(study: Study) -> tuple[float, float]:
-    """Time a target's cells, distances and ridge probe: a constant, and seconds per neuron.
+def _time_metrics(study: Study) -> Callable[[int, int], float]:
+    """Time a target's cells, distances and ridge probe: a function of the neurons and the cells.
 
-    Two targets are timed, if targets are measured together, since these share the pass over the
-    neurons.
+    The time is linear in both. Targets that are measured together are timed together, since they
+    share the pass over the neurons: two of them if each has a grid of its own.
     """
     _, y = _list_labels(study)
-    targets = split_targets(study, study.targets[: min(2, study.block)], 2**30)[0]
+    own = bool(study.fixed_cells)
+    count = study.block if own else min(2, study.block)
+    targets = split_targets(study, study.targets[:count], 2**30)[0]
     probes = [name for name in study.probes if name != "paper"]
-    few = max(_MIN_NEURONS, study.n_cells, len(y))
-    many = 5 * few
+    cells = min(study.count_cells(layer) for layer in study.layers)
+    cells = min(cells, _MAX_TIMED_CELLS) if own else cells
+    few = max(_MIN_NEURONS, cells, len(y))
+    # The first run also loads libraries. Grids have as many cells in all layers.
+    shapes = [(few, cells), (few, cells), (5 * few, cells), *([(few, 3 * cells)] if own else [])]
     times = []
-    for p in (few, few, many):  # the first run also loads libraries
+    for p, n_cells in shapes:
         x = _draw_activations(len(y), p, study.device)
+        fixed = LayerCells(torch.arange(p) % n_cells, n_cells) if own else None
         start = time.perf_counter()
-        results = measure_representation(study, probes, "plan", targets, x, y, 2**30)
-        results[-1].sizes.cpu()  # waits for the device
+        results = measure_representation(study, probes, "plan", targets, x, y, 2**30, fixed)
+        results[-1].cells.sizes.cpu()  # waits for the device
         times.append((time.perf_counter() - start) / len(targets))
-    per_neuron = max(0.0, times[2] - times[1]) / (many - few)
-    return max(0.0, times[1] - per_neuron * few), per_neuron
+    first, per_neuron = times[1], max(0.0, times[2] - times[1]) / (4 * few)
+    per_cell = max(0.0, times[3] - times[1]) / (2 * cells) if own else 0.0
+
+    def estimate(p: int, n_cells: int) -> float:
+        seconds = first + per_neuron * (p - few) + per_cell * (n_cells - cells)
+        return max(0.0, seconds)
+
+    return estimate
 
 
 def _list_labels(study: Study) -> tuple[int, Tensor]:
@@ -180,7 +195,7 @@ def _list_labels(study: Study) -> tuple[int, Tensor]:
 def _time_fits(study: Study) -> float:
     """Time the paper's probe: seconds per logistic regression."""
     target, y = _list_labels(study)
-    n_cells = study.n_cells
+    n_cells = min(study.count_cells(study.layers[0]), _MAX_TIMED_CELLS)
     x = _draw_activations(len(y), _MIN_NEURONS, study.device)
     cells = torch.arange(_MIN_NEURONS) % n_cells
     times = []

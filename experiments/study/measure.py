@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,38 +16,25 @@ from torch import Tensor
 import repsim_kernels as rk
 from repsim_kernels.experiments.columns import BASELINE, HALVES, NAN_IMAGES, half_column
 from repsim_kernels.experiments.errors import StudyError
-from repsim_kernels.experiments.study.memory import (
-    BATCH,
-    bytes_held,
-    choose_batch_size,
-    group_layers,
-)
+from repsim_kernels.experiments.study.activations import LayerActivations, collect_activations
+from repsim_kernels.experiments.study.cells import LayerCells
+from repsim_kernels.experiments.study.memory import BATCH, bytes_held, group_layers
 from repsim_kernels.experiments.study.performance import measure_performance_loss
 from repsim_kernels.experiments.study.probes import (
     list_columns,
     make_seed,
-    measure_decodability,
+    measure_paper_probes,
+    measure_ridge_probes,
 )
 from repsim_kernels.experiments.study.units import Unit
-from repsim_kernels.forward import State
 
 if TYPE_CHECKING:
     from repsim_kernels.experiments.study.study import Study
 
 _BLOCK_NEURONS = 2**12  # neurons per block when variances are computed
+_SCORE_BYTES = 48  # bytes per logit of the logits of some cells and what is measured on them
+_MIN_CELLS = 64  # cells whose logits are always held together
 _MAX_VARIATE_BYTES = 2**30  # upper bound in bytes on the canonical variates that PWCCA buffers
-
-
-@dataclass
-class LayerActivations:
-    """A layer's activations (n, p), sorted by class, and where ablated passes resume.
-
-    ``states`` holds, for each target class, the network's state at the layer, batch by batch.
-    """
-
-    x: Tensor
-    labels: Tensor
-    states: dict[int, list[State]] = field(default_factory=dict)
 
 
 def rows(study: Study, units: Sequence[Unit]) -> Iterator[pd.DataFrame]:
@@ -124,7 +110,7 @@ def _iter_rows(study: Study, units: Sequence[Unit]) -> Iterator[pd.DataFrame]:
     for group in group_layers(study, study.layers):
         measured_layers = [layer for layer in group if layer in blocks]
         labels = {label for layer in measured_layers for block in blocks[layer] for label in block}
-        activations = _collect_activations(study, measured_layers, labels)
+        activations = collect_activations(study, measured_layers, labels)
         for layer in measured_layers:
             still_held = sum(sizes[name] for name in group[group.index(layer) :])
             free_bytes = (study.memory - still_held) // 2
@@ -133,48 +119,11 @@ def _iter_rows(study: Study, units: Sequence[Unit]) -> Iterator[pd.DataFrame]:
             del activations[layer]
 
 
-def _collect_activations(
-    study: Study, layers: Sequence[str], targets: set[int]
-) -> dict[str, LayerActivations]:
-    """Pass all images once, and keep the layers' activations and the targets' states."""
-    y = torch.cat(
-        [torch.full((study.count_metric_images(label),), label) for label in study.unique_labels]
-    )
-    by_layer: dict[str, LayerActivations] = {}
-    if not layers:
-        return by_layer
-    row, size = 0, choose_batch_size(study)
-    for label in study.unique_labels:
-        images = study.images[study.labels == label]
-        remaining = study.count_metric_images(label)
-        # Batches don't depend on the layers and targets: a resumed run gives bit-identical rows.
-        for batch in torch.split(images, size):
-            if not remaining and label not in targets:
-                break
-            states = study.forward.prefixes(batch.to(study.device), layers)
-            count = min(remaining, len(batch))
-            for layer in layers:
-                state = states.pop(layer)
-                if layer not in by_layer:
-                    p = study.sizes[layer].neurons
-                    by_layer[layer] = LayerActivations(state.activation.new_empty(len(y), p), y)
-                activations = by_layer[layer]
-                if count == len(state):
-                    state.move(activations.x[row : row + count])
-                else:
-                    activations.x[row : row + count] = state.activation[:count].flatten(1)
-                if label in targets:
-                    activations.states.setdefault(label, []).append(state)
-            remaining -= count
-            row += count
-    return by_layer
-
-
 class RepresentationResult(NamedTuple):
     """What is measured on one layer's activations for one target."""
 
-    cells: Tensor  # (p,) labels or (C, p) membership
-    sizes: Tensor  # (C,) number of neurons
+    cells: LayerCells
+    fill: Tensor | None  # (p,) what ablated neurons are set to, if not to zero
     distances: dict[str, Any]
     decodability: dict[str, Any]
 
@@ -195,6 +144,7 @@ def _measure_block(
                 labels,
                 *_select_stimuli(study, labels[0], activations),
                 free_bytes,
+                study.fixed_cells.get(layer),
             )
         for label, result in zip(labels, results, strict=True):
             tables.append(_measure_target(study, layer, label, activations, free_bytes, result))
@@ -204,13 +154,19 @@ def _measure_block(
 def split_targets(study: Study, labels: list[int], free_bytes: int) -> list[list[int]]:
     """Split target classes into those that are measured together, from the same stimuli.
 
-    Cells that share neurons are no partition and are measured alone.
+    Grids whose cells share neurons are no partitions and are measured alone.
     """
     count = 1
-    if study.others is None and study.edges == "equal":
-        gram_bytes = study.n_cells * study.n_stimuli**2 * 8
-        count = max(1, free_bytes // (2 * gram_bytes))  # decodability copies some of them
+    if study.others is None and study.fixed_cells:
+        count = len(labels)
+    elif study.others is None and study.edges == "equal":
+        count = max(1, _count_grams(study.n_stimuli, free_bytes) // math.prod(study.grid))
     return [labels[start : start + count] for start in range(0, len(labels), count)]
+
+
+def _count_grams(n: int, free_bytes: int) -> int:
+    """Count the Grams (n, n) of cells that fit in memory; decodability copies some of them."""
+    return free_bytes // (2 * 8 * n**2)
 
 
 @contextmanager
@@ -232,15 +188,23 @@ def _measure_target(
     result: RepresentationResult,
 ) -> pd.DataFrame:
     """Measure the rows of one layer and target class; drops the target's states when done."""
-    forward, n_cells = study.forward, study.n_cells
+    forward, cells = study.forward, result.cells
     states = activations.states.pop(label)
+    fill = "zero" if result.fill is None else result.fill.view(study.sizes[layer].shape)
+    parts = []
     with _name_errors(study, layer, [label]):
         # The intact logits come from the same masked pass as the ablated ones, so that the change
         # for an empty cell is exactly zero.
-        no_cell = torch.full(result.cells.shape[-1:], -1)
+        no_cell = torch.full(cells.assignment.shape[-1:], -1)
         intact = torch.cat([forward.logits(s, no_cell, 1, memory=free_bytes)[0] for s in states])
-        parts = [forward.logits(s, result.cells, n_cells, memory=free_bytes) for s in states]
-    changes = measure_performance_loss(intact, torch.cat(parts, dim=1), label)
+        cells_together = free_bytes // (_SCORE_BYTES * intact.numel())
+        for part in cells.split(max(_MIN_CELLS, cells_together)):
+            logits = [
+                forward.logits(s, part.assignment, part.count, fill=fill, memory=free_bytes)
+                for s in states
+            ]
+            parts.append(measure_performance_loss(intact, torch.cat(logits, dim=1), label))
+    changes = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     nan_images = changes.pop(NAN_IMAGES).long()
     numbers = result.distances | changes | result.decodability
     halves = tuple(half_column("", which) for which in HALVES)
@@ -249,8 +213,8 @@ def _measure_target(
         "model": study.name,
         "class": study.class_name(label),
         "layer": layer,
-        "cell": np.arange(n_cells),
-        "size": result.sizes.cpu().numpy(),
+        "cell": np.arange(cells.count),
+        "size": cells.sizes.cpu().numpy(),
         NAN_IMAGES: nan_images.cpu().numpy(),
     }
     return pd.DataFrame(columns | {name: numbers[name].double().cpu().numpy() for name in names})
@@ -275,68 +239,101 @@ def measure_representation(
     x: Tensor,
     y: Tensor,
     free_bytes: int,
+    fixed: LayerCells | None = None,
 ) -> list[RepresentationResult]:
-    """Group neurons into cells for each target; measure cells' distances, loss of decodability.
+    """Measure cells' distances and loss of decodability for each target.
 
-    All targets share one call of each function, and the cells' Grams. With edges="inclusive", there
-    may be only one target. If the layer's activations are the same for every stimulus, all values
-    are NaN, with a warning.
+    The cells are `fixed`, which serve all targets, or a grid for each target. All targets share one
+    call of each function, and the cells' Grams. There may be only one target whose grid has
+    edges="inclusive". If the layer's activations are the same for every stimulus, all values are
+    NaN, with a warning.
     """
-    cells = [_make_cells(study, layer, label, x, y) for label in labels]
-    overlap = cells[0].dtype == torch.bool
-    sizes = [c.sum(1) if overlap else c.bincount(minlength=study.n_cells) for c in cells]
-    partitions = cells[0] if overlap else torch.stack(cells)
-    shape = len(labels), study.n_cells
+    fill = _measure_means(x) if study.fill == "mean" else None
+    if fixed is None:
+        cells = [_make_grid(study, layer, label, x, y) for label in labels]
+        grids = [each.assignment for each in cells]
+        together = grids[0] if cells[0].overlap else torch.stack(grids)
+        runs = [LayerCells(together, cells[0].count)]
+    else:
+        own = LayerCells(fixed.assignment.to(x.device), fixed.count)
+        cells = [own] * len(labels)
+        runs = [*own.split(max(1, _count_grams(len(x), free_bytes)))]
     try:
-        grams = rk.cell_grams(x, partitions)
-        distances = rk.ablation_distances(
-            x,
-            partitions,
-            metrics=study.metrics,
-            ridge=study.options["ridge"],
-            penalty=study.options["penalty"],
-            memory=max(1, min(free_bytes, _MAX_VARIATE_BYTES)),
-            grams=grams,
-        )
-        decodability = measure_decodability(study, probes, layer, labels, x, y, partitions, grams)
-        distances[BASELINE] = _measure_energy_shares(x, cells, study.n_cells)
+        parts = [_measure_cells(study, probes, labels, x, y, fill, run, free_bytes) for run in runs]
+        columns = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
+        columns[BASELINE] = torch.stack([_measure_energy_shares(x, each) for each in cells])
+        if "paper" in probes:
+            columns |= measure_paper_probes(study, layer, labels, x, y, cells)
     except rk.ConstantError:
         warnings.warn(
             f"{study.name}, layer {layer} is the same for every stimulus: its distances and "
             "decodability are NaN",
             stacklevel=2,
         )
-        nan = torch.full(shape, math.nan)
-        distances = dict.fromkeys((*study.metrics, BASELINE), nan)
-        decodability = dict.fromkeys(list_columns(probes), nan)
-    columns = [
-        {name: values.reshape(shape) for name, values in table.items()}
-        for table in (distances, decodability)
-    ]
+        nan = torch.full((len(labels), cells[0].count), math.nan)
+        columns = dict.fromkeys((*study.metrics, BASELINE, *list_columns(probes)), nan)
     return [
         RepresentationResult(
             cells[t],
-            sizes[t],
-            *({name: values[t] for name, values in table.items()} for table in columns),
+            fill,
+            {name: columns[name][t] for name in (*study.metrics, BASELINE)},
+            {name: columns[name][t] for name in list_columns(probes)},
         )
         for t in range(len(labels))
     ]
 
 
-def _make_cells(study: Study, layer: str, label: int, x: Tensor, y: Tensor) -> Tensor:
+def _make_grid(study: Study, layer: str, label: int, x: Tensor, y: Tensor) -> LayerCells:
+    """Group neurons by selectivity for a target and by magnitude, or at random."""
     cells: Tensor = rk.selectivity_grid(x, y, label, grid=study.grid, edges=study.edges)
     if study.cells == "random":
         generator = np.random.default_rng(make_seed(study, layer, label))
         cells = cells[..., torch.from_numpy(generator.permutation(x.shape[1])).to(cells.device)]
-    return cells
+    return LayerCells(cells, math.prod(study.grid))
 
 
-def _measure_energy_shares(x: Tensor, cells: Sequence[Tensor], n_cells: int) -> Tensor:
-    """Measure each cell's share of the variance over stimuli, (T, C), for T sets of cells."""
+def _measure_cells(
+    study: Study,
+    probes: Sequence[str],
+    labels: Sequence[int],
+    x: Tensor,
+    y: Tensor,
+    fill: Tensor | None,
+    cells: LayerCells,
+    free_bytes: int,
+) -> dict[str, Tensor]:
+    """Measure all that takes the cells' Grams, (T, C): the distances and the ridge probe.
+
+    The cells are labels (T, p), one row for each target, or cells that all targets share.
+    """
+    grams = rk.cell_grams(x, cells.assignment)
+    columns: dict[str, Tensor] = rk.ablation_distances(
+        x,
+        cells.assignment,
+        metrics=study.metrics,
+        ridge=study.options["ridge"],
+        penalty=study.options["penalty"],
+        memory=max(1, min(free_bytes, _MAX_VARIATE_BYTES)),
+        grams=grams,
+    )
+    if "ridge" in probes:
+        # Zero is a neuron's fill once that is subtracted, which no difference of stimuli shows.
+        shifted = x if fill is None else x.to(torch.promote_types(x.dtype, torch.float32)) - fill
+        columns |= measure_ridge_probes(study, labels, shifted, y, cells.assignment, grams)
+    shape = len(labels), cells.count
+    return {name: values.expand(shape) for name, values in columns.items()}
+
+
+def _measure_means(x: Tensor) -> Tensor:
+    """Measure each neuron's mean over the stimuli, rounded to the activations' dtype."""
+    blocks = x.split(_BLOCK_NEURONS, dim=1)
+    return torch.cat([block.double().mean(0) for block in blocks]).to(x.dtype)
+
+
+def _measure_energy_shares(x: Tensor, cells: LayerCells) -> Tensor:
+    """Measure each cell's share of the variance over stimuli, (C,)."""
     blocks = x.split(_BLOCK_NEURONS, dim=1)
     variances = torch.cat([block.double().var(0, correction=0) for block in blocks])
-    shares = []
-    for each in cells:
-        masks = each if each.dtype == torch.bool else (each == label for label in range(n_cells))
-        shares.append(torch.stack([variances[mask].sum() for mask in masks]) / variances.sum())
-    return torch.stack(shares)
+    own = cells.assignment
+    masks = own if cells.overlap else (own == label for label in range(cells.count))
+    return torch.stack([variances[mask].sum() for mask in masks]) / variances.sum()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from inspect import signature
-from math import isfinite
+from math import isfinite, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +18,15 @@ from torch.nn.parameter import is_lazy
 
 from repsim_kernels.experiments.errors import StudyError
 from repsim_kernels.experiments.study.configuration import differences
-from repsim_kernels.forward import contexts
+from repsim_kernels.experiments.study.precision import set_tf32
+from repsim_kernels.forward import AblatedForward, contexts
+from repsim_kernels.forward.sites import resolve_sites
 from repsim_kernels.forward.trace import Trace, Untraceable
 
+_BATCH = 64  # images per pass in `read_layer`
+# PyTorch's switches belong to the process, and several studies may share a network, so only one
+# study computes at any moment.
+_COMPUTE_LOCK = threading.RLock()
 # Addresses and devices, which a description must not depend on.
 _PLACES = re.compile(r" at 0x[0-9a-f]+|,? ?device='[^']*'|(?<=cuda):\d+")
 
@@ -93,65 +101,107 @@ def _move_to(model: nn.Module, device: torch.device) -> Iterator[None]:
 class LayerSize(NamedTuple):
     """The size of a layer's output for one image."""
 
-    neurons: int
+    shape: tuple[int, ...]
     bytes: int
+
+    @property
+    def neurons(self) -> int:
+        return prod(self.shape)
 
 
 def pass_one_image(
     model: nn.Module, layers: Sequence[str], image: Tensor
 ) -> tuple[Any, dict[str, LayerSize]]:
-    """Pass a batch of one image; return the network's output and the sizes of the layers' outputs.
+    """Pass a batch of one image; return the network's output and the sizes of the layers.
 
-    Layers that don't run, or whose output is not a tensor, are missing from the sizes.
+    Layers that don't run are missing from the sizes.
+
+    Raises
+    ------
+    LayerError
+        A layer does not return a tensor.
     """
     sizes: dict[str, LayerSize] = {}
 
-    def record(layer: str, output: Any) -> None:
-        if isinstance(output, Tensor):
-            sizes[layer] = LayerSize(output.numel(), output.nbytes // len(output))
+    def record(layer: str, value: Tensor) -> Tensor:
+        sizes[layer] = LayerSize(tuple(value.shape[1:]), value.nbytes // len(value))
+        return value
 
-    handles = [
-        model.get_submodule(layer).register_forward_hook(
-            lambda _module, _inputs, output, name=layer: record(name, output)
-        )
-        for layer in layers
-    ]
-    try:
-        with torch.no_grad():
-            return model(image), sizes
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), ExitStack() as stack:
+        for layer, site in resolve_sites(model, layers).items():
+            stack.enter_context(site.replace(partial(record, layer)))
+        return model(image), sizes
 
 
-class Identity:
-    """Identifies a network by its parameters and buffers and by its modules.
+def read_layer(
+    forward: AblatedForward, layer: str, images: Tensor, index: Tensor, device: torch.device
+) -> Tensor:
+    """Return a layer's activations (n, p) for the images with these indices."""
+    batches = (images[some].to(device) for some in index.split(_BATCH))
+    states = (forward.prefixes(batch, [layer])[layer] for batch in batches)
+    return torch.cat([state.activation.flatten(1) for state in states])
+
+
+class HeldNetwork:
+    """The user's network, which a study holds while it computes and otherwise leaves alone.
 
     Parameters
     ----------
     model : nn.Module
-
-    Raises
-    ------
-    StudyError
-        A parameter or buffer has no values yet.
+    name : str
+        What errors call it.
+    weights : str
+        Its `fingerprint` when the study was made.
+    modules : dict
+        Its `describe_modules` when the study was made.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.weights, self.modules = fingerprint(model), describe_modules(model)
+    def __init__(
+        self, model: nn.Module, name: str, weights: str, modules: dict[str, dict[str, Any]]
+    ) -> None:
+        self.model, self.name, self.weights, self.modules = model, name, weights, modules
+        self._is_held = False
+        self._image: Tensor | None = None  # only if a pass changes values
 
-    def check(self, model: nn.Module, name: str) -> None:
-        """Raise StudyError if a network, called `name` in the message, differs from this one."""
-        if changed := differences(self.modules, describe_modules(model)):
+    def check(self) -> None:
+        """Raise StudyError if the network differs from the one that the study was made of."""
+        if changed := differences(self.modules, describe_modules(self.model)):
             raise StudyError(
-                f"model: the modules of {name} have changed since the study was made "
+                f"model: the modules of {self.name} have changed since the study was made "
                 f"({changed[0]}); expected the same ones, or a new Study"
             )
-        if fingerprint(model) != self.weights:
+        if fingerprint(self.model) != self.weights:
             raise StudyError(
-                f"model: the weights or buffers of {name} have changed since the study was made; "
-                "expected the same ones, or a new Study"
+                f"model: the weights or buffers of {self.name} have changed since the study was "
+                "made; expected the same ones, or a new Study"
             )
+
+    def note_changes(self, image: Tensor) -> None:
+        """Note whether a pass has changed the network's values; if so, `hold` makes one first."""
+        self._image = image if fingerprint(self.model) != self.weights else None
+
+    @contextmanager
+    def hold(self, device: torch.device, tf32: bool) -> Iterator[None]:
+        """Put the network in evaluation mode on a device, with TF32 allowed or not, and restore it.
+
+        Raises
+        ------
+        StudyError
+            The network differs from the one that the study was made of.
+        """
+        with _COMPUTE_LOCK:
+            if self._is_held:  # by an outer call in this thread
+                yield
+                return
+            self.check()
+            with prepare(self.model, device), set_tf32(tf32):
+                self._is_held = True
+                try:
+                    if self._image is not None:  # a trace may omit the change
+                        pass_one_image(self.model, (), self._image)
+                    yield
+                finally:
+                    self._is_held = False
 
 
 def describe_modules(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ import repsim_kernels as rk
 from repsim_kernels.experiments.columns import HALVES, PROBES, half_column
 
 if TYPE_CHECKING:
+    from repsim_kernels.experiments.study.cells import LayerCells
     from repsim_kernels.experiments.study.study import Study
 
 DRAW_SIZE = 100  # neurons per draw, as in the paper
@@ -30,46 +31,28 @@ def list_columns(probes: Sequence[str]) -> list[str]:
     return [*names, ERROR_COLUMN] if "paper" in probes else names
 
 
-def measure_decodability(
-    study: Study,
-    probes: Sequence[str],
-    layer: str,
-    labels: Sequence[int],
-    x: Tensor,
-    y: Tensor,
-    cells: Tensor,
-    grams: Tensor,
+def measure_ridge_probes(
+    study: Study, labels: Sequence[int], x: Tensor, y: Tensor, cells: Tensor, grams: Tensor
 ) -> dict[str, Tensor]:
-    """Measure each ablation's loss of the probes' scores, and the paper probe's error, (T, C).
+    """Measure each ablation's loss of the ridge probe's scores, (T, C).
 
-    The ridge probe is also fitted anew to each half, which is every other stimulus of each class.
+    The probe is also fitted anew to each half, which is every other stimulus of each class.
 
     Parameters
     ----------
     labels : sequence of int
         T targets.
-    cells : tensor, (T, p), or (C, p) for a single target
-        The cells of each target.
+    cells : tensor, (T, p), (p,) or (C, p)
+        The cells of each target, or cells that all targets share.
     grams : tensor, (T, C, n, n) or (C, n, n)
         Their Grams.
     """
-    changes: dict[str, Tensor] = {}
-    if "ridge" in probes:
-        changes |= _measure_ridge_probe(study, labels, x, y, cells, grams)
-        changes |= _measure_ridge_halves(study, labels, x, y, cells, grams)
-    if "paper" in probes:
-        draws = study.draws.count_for(x.shape[1])
-        by_target = [
-            measure_paper_probe(study, layer, label, x, y, own, draws)
-            for label, own in zip(labels, cells if _are_partitions(cells) else [cells], strict=True)
-        ]
-        for name in by_target[0]:
-            changes[name] = torch.stack([columns[name] for columns in by_target])
-    return {name: changes[name] for name in list_columns(probes)}
+    changes = _measure_ridge_probe(study, labels, x, y, cells, grams)
+    return changes | _measure_ridge_halves(study, labels, x, y, cells, grams)
 
 
 def _are_partitions(cells: Tensor) -> bool:
-    return cells.dtype != torch.bool
+    return cells.ndim == 2 and cells.dtype != torch.bool
 
 
 def _measure_ridge_probe(
@@ -108,7 +91,7 @@ def _measure_ridge_halves(
         is_target = y[half] == torch.tensor(labels)[:, None]
         large = torch.minimum(is_target.sum(1), (~is_target).sum(1)) > 1
         measured = large.nonzero()[:, 0].tolist()
-        nan = torch.full((len(labels), study.n_cells), math.nan, dtype=torch.float64)
+        nan = torch.full((len(labels), grams.shape[-3]), math.nan, dtype=torch.float64)
         changes = {name: nan.to(x.device, copy=True) for name in PROBES["ridge"]}
         if measured:
             some = measured if _are_partitions(cells) else slice(None)
@@ -131,6 +114,26 @@ def _centre(grams: Tensor) -> Tensor:
     """Centre Grams (…, n, n) of stimuli relative to any origin."""
     centred = grams - grams.mean(-1, keepdim=True)
     return centred - centred.mean(-2, keepdim=True)
+
+
+def measure_paper_probes(
+    study: Study,
+    layer: str,
+    labels: Sequence[int],
+    x: Tensor,
+    y: Tensor,
+    cells: Sequence[LayerCells],
+) -> dict[str, Tensor]:
+    """Measure the paper's probe for each target and its cells, (T, C).
+
+    What ablated neurons are set to has no effect: the probe is fitted on the others.
+    """
+    draws = study.draws.count_for(x.shape[1])
+    by_target = [
+        measure_paper_probe(study, layer, label, x, y, own.assignment, draws)
+        for label, own in zip(labels, cells, strict=True)
+    ]
+    return {name: torch.stack([columns[name] for columns in by_target]) for name in by_target[0]}
 
 
 def measure_paper_probe(

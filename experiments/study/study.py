@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,31 +10,41 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd  # type: ignore[import-untyped]
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from repsim_kernels import _options, experiments
 from repsim_kernels.experiments.columns import METRICS, PROBES
 from repsim_kernels.experiments.errors import StudyError
 from repsim_kernels.experiments.study import checks as check
+from repsim_kernels.experiments.study.cells import (
+    GRIDS,
+    CellsOption,
+    check_grid,
+    check_kind,
+    describe_kind,
+    fix_cells,
+)
+from repsim_kernels.experiments.study.configuration import shorten_list
 from repsim_kernels.experiments.study.network import (
-    Identity,
+    HeldNetwork,
+    describe_modules,
     fingerprint,
     hash_operations,
     hash_parts,
     pass_one_image,
-    prepare,
+    read_layer,
 )
-from repsim_kernels.experiments.study.precision import set_tf32
 from repsim_kernels.experiments.study.units import Unit, units_of
 from repsim_kernels.forward import AblatedForward, Cost
 from repsim_kernels.forward.memory import resolve_budget
 
-# PyTorch's switches belong to the process, and several studies may share a network, so only one
-# study computes at any moment.
-_COMPUTE_LOCK = threading.RLock()
+# Attributes that a configuration records unchanged.
+_RECORDED = (
+    *("layers", "fill", "others", "seed", "metrics", "probes", "metric_images", "block", "tf32"),
+)
 
 
 class Study:
@@ -55,27 +64,39 @@ class Study:
         must not change.
     layers : sequence of str
         Names of modules of ``model``.
-    images : tensor or array, (n, ...)
-        The model's input. Images are not copied: don't write to them before the run ends.
+    images : tensor or array, (n, ...), or a Dataset or DataLoader of pairs (image, label)
+        The model's input. Images are not copied: don't write to them before the run ends. A
+        Dataset or DataLoader is read once, into memory. It must not shuffle or augment if the run
+        will be resumed.
     labels : integer tensor, array or sequence, (n,)
         The index of the model's output for each image's class; at least two classes, each with at
-        least two images.
+        least two images. None if `images` yields pairs.
     targets : sequence of int, optional
         Labels of the classes whose function is studied; all by default. Images of the other
         classes are the negatives that a target is compared with.
     grid : (int, int)
-        Number of strips by selectivity, and of cells by magnitude within each strip.
+        Number of strips by selectivity, and of cells by magnitude within each strip. Only for the
+        cells "selectivity" and "random".
     metrics : sequence of str, or "all"
         Distances to compute, by default those of ``repsim_kernels.experiments.columns.METRICS``.
     name : str, optional
         Value of the table's column ``model``; the model's class name by default.
     classes : sequence of str, optional
         Class names, indexed by label.
-    cells : {"selectivity", "random"}
-        How neurons are grouped into cells: by selectivity and magnitude, or, as a control, at
-        random into cells of the same sizes.
+    cells : {"selectivity", "random", "channels", "heads"}, function, or dict
+        How a layer's neurons are grouped into cells. "selectivity": a grid by selectivity for each
+        target and magnitude. "random": as a control, at random into cells of the same sizes.
+        "channels": as ``rk.cells.channels``; "heads": as ``rk.cells.heads``, for layers named
+        "module:heads". A function is called with the shape of the layer's activation for one
+        image, the activations (n, p) of the metrics' images, and their labels (n,); it returns
+        cells as ``AblatedForward.logits`` takes them. A dict has such cells for each layer. Apart
+        from the grids, all targets share a layer's cells.
+    fill : {"zero", "mean"}
+        What ablated neurons are set to: zero, or each neuron's mean over the metrics' images. With
+        "mean" performance and the frozen probes differ; the distances and the refitted probes do
+        not, because they see only differences between stimuli.
     edges : {"equal", "inclusive"}
-        As in ``selectivity_grid``.
+        As in ``selectivity_grid``; only for the cells "selectivity" and "random".
     others : int, optional
         Number of other classes, drawn at random for each target, that the target is compared
         with; all by default.
@@ -135,15 +156,16 @@ class Study:
         self,
         model: nn.Module,
         layers: Sequence[str],
-        images: Tensor | NDArray[Any],
-        labels: Tensor | NDArray[Any] | Sequence[int],
+        images: Tensor | NDArray[Any] | Dataset[Any] | DataLoader[Any],
+        labels: Tensor | NDArray[Any] | Sequence[int] | None = None,
         targets: Sequence[int] | None = None,
         grid: tuple[int, int] = (4, 4),
         metrics: Sequence[str] | Literal["all"] = METRICS,
         *,
         name: str | None = None,
         classes: Sequence[str] | None = None,
-        cells: str = "selectivity",
+        cells: CellsOption = "selectivity",
+        fill: str = "zero",
         edges: str = "equal",
         others: int | None = None,
         ridge: float = 0.1,
@@ -160,7 +182,7 @@ class Study:
         tf32: bool = False,
     ) -> None:
         self.model = check.check_model(model)
-        self._identity = Identity(model)
+        weights, modules = fingerprint(model), describe_modules(model)
         self.device = check.check_device(model, device)
         with check.raise_study_errors():
             self.name = check.check_string(type(model).__name__ if name is None else name, "name")
@@ -171,7 +193,8 @@ class Study:
             self.probes = check.check_distinct(probes, "probes")
             self.draws = check.check_draws(draws)
             self.grid = _options.check_grid(grid)
-            self.cells = _options.check_choice(cells, "cells", ("selectivity", "random"))
+            self.cells = check_kind(cells, self.layers)
+            self.fill = _options.check_choice(fill, "fill", ("zero", "mean"))
             self.edges = _options.check_choice(edges, "edges", ("equal", "inclusive"))
             self.others = check.check_optional_count(others, "others")
             self.seed = _options.check_count(seed, "seed", 0)
@@ -182,7 +205,7 @@ class Study:
             self.options = {"ridge": ridge, "penalty": penalty, "probe_ridge": probe_ridge}
             self.metric_images = check.check_optional_count(metric_images, "metric_images", 2)
             self.classes = None if classes is None else check.check_names(classes, "classes")
-            self.images, self.labels = check.check_images(images), check.check_labels(labels)
+            self.images, self.labels = check.read_images(images, labels)
             self.memory_is_explicit = memory is not None  # rather than half of what was free
             self.memory = resolve_budget(memory, self.device)
             check.check_pairs(self.images, self.labels)
@@ -192,7 +215,7 @@ class Study:
             by_label = dict(zip(self.unique_labels, counts.tolist(), strict=True))
             check.check_classes(by_label, self.targets, self.classes, self.others)
             check.check_neighbours(self.metrics, counts.tolist(), self.metric_images, self.others)
-        self._network_is_held = self._pass_changes_values = False
+        self._network = HeldNetwork(self.model, self.name, weights, modules)
         with self.hold_network():
             self._check_model()
 
@@ -201,15 +224,16 @@ class Study:
         facts = {
             "model": type(self.model).__name__,
             "name": repr(self.name),
-            "layers": _list_names(self.layers),
+            "layers": shorten_list(self.layers),
             "images": tuple(self.images.shape),
             "classes": len(self.unique_labels),
             "targets": self.targets if len(self.targets) <= 4 else f"{len(self.targets)} classes",
             "metric_images": self.metric_images,
             "others": self.others,
-            "grid": self.grid,
-            "cells": None if self.cells == "selectivity" else repr(self.cells),
-            "metrics": _list_names(self.metrics),
+            "grid": None if self.fixed_cells else self.grid,
+            "cells": None if self.cells == "selectivity" else describe_kind(self.cells),
+            "fill": None if self.fill == "zero" else repr(self.fill),
+            "metrics": shorten_list(self.metrics),
             "probes": self.probes,
             "device": repr(str(self.device)),
         }
@@ -225,10 +249,9 @@ class Study:
         """The target classes of a unit."""
         return self.targets[(unit.block - 1) * self.block : unit.block * self.block]
 
-    @property
-    def n_cells(self) -> int:
-        """Number of cells that a layer's neurons are grouped into."""
-        return self.grid[0] * self.grid[1]
+    def count_cells(self, layer: str) -> int:
+        """The number of cells that a layer's neurons are grouped into."""
+        return self.fixed_cells[layer].count if self.fixed_cells else self.grid[0] * self.grid[1]
 
     @property
     def n_metric_images(self) -> int:
@@ -264,7 +287,7 @@ class Study:
         self,
         out: str | os.PathLike[str] | None = None,
         progress: Callable[[Any], object] | None = None,
-    ) -> pd.DataFrame:
+    ) -> experiments.Results:
         """Run the study in this process.
 
         Parameters
@@ -277,9 +300,9 @@ class Study:
 
         Returns
         -------
-        DataFrame
-            One row per class, layer and cell, sorted by these columns; for the columns, and the
-            errors raised, see ``repsim_kernels.experiments.run``.
+        Results
+            ``table``, ``summary()`` and ``report()``; the table has one row per class, layer and
+            cell. For its columns, and the errors raised, see ``repsim_kernels.experiments.run``.
 
         Examples
         --------
@@ -289,7 +312,7 @@ class Study:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 2))
         >>> images, labels = torch.randn(20, 3, 2, 2), torch.arange(2).repeat(10)
         >>> study = Study(model, ["2"], images, labels, grid=(2, 2), metrics=["cka"])
-        >>> table = study.run()
+        >>> table = study.run().table
         >>> table[["class", "layer", "cell", "size"]].head(2)
            class layer  cell  size
         0      0     2     0     4
@@ -310,19 +333,8 @@ class Study:
         StudyError
             The network's weights or modules have changed since the study was made.
         """
-        with _COMPUTE_LOCK:
-            if self._network_is_held:  # by an outer call in this thread
-                yield
-                return
-            self._identity.check(self.model, self.name)
-            with prepare(self.model, self.device), set_tf32(self.tf32):
-                self._network_is_held = True
-                try:
-                    if self._pass_changes_values:  # a trace may omit the change
-                        pass_one_image(self.model, (), self.images[:1].to(self.device))
-                    yield
-                finally:
-                    self._network_is_held = False
+        with self._network.hold(self.device, self.tf32):
+            yield
 
     @cached_property
     def costs(self) -> dict[str, Cost]:
@@ -343,31 +355,26 @@ class Study:
         StudyError
             The network's weights or modules have changed since the study was made.
         """
-        self._identity.check(self.model, self.name)
+        self._network.check()
+        own = self.fixed_cells
+        hashes = {layer: hash_parts(cells.assignment)[:16] for layer, cells in own.items()}
         return {
-            "weights": self._identity.weights,
-            "modules": self._identity.modules,
+            "weights": self._network.weights,
+            "modules": self._network.modules,
             "operations": self._operations,
-            "layers": self.layers,
             "classes": [str(self.class_name(label)) for label in self.targets],
-            "grid": list(self.grid),
-            "cells": self.cells,
-            "edges": self.edges,
-            "others": self.others,
-            "seed": self.seed,
-            "metrics": self.metrics,
+            "grid": None if own else list(self.grid),
+            "cells": self.cells if isinstance(self.cells, str) else hashes,
+            "edges": None if own else self.edges,
+            **{name: getattr(self, name) for name in _RECORDED},
             **self.options,
-            "probes": self.probes,
             "draws": asdict(self.draws) if "paper" in self.probes else None,
-            "metric_images": self.metric_images,
-            "block": self.block,
             "images": hash_parts(self.images, self.labels),
             "device": self.device.type,
-            "tf32": self.tf32,
         }
 
     def _check_model(self) -> None:
-        """Pass one image: check that the outputs fit the labels and the layers fit the grid."""
+        """Pass one image: check that the outputs fit the labels and the layers fit the cells."""
         self.forward = AblatedForward(self.model, self.layers)
         try:
             logits, self.sizes = pass_one_image(
@@ -376,21 +383,20 @@ class Study:
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             message = check.explain_rejection(self.images, self.model, self.name, error)
             raise StudyError(message) from error
-        self._pass_changes_values = fingerprint(self.model) != self._identity.weights
-        for layer in self.layers:
-            neurons = self.sizes[layer].neurons if layer in self.sizes else 0
-            if neurons < self.n_cells:
-                raise StudyError(
-                    f"grid: {self.grid[0]} x {self.grid[1]} cells for the {neurons} neurons of "
-                    f"layer {layer!r}; expected at least one neuron per cell"
-                )
+        self._network.note_changes(self.images[:1].to(self.device))
+        # Raises if the network can't be traced, or a layer does not return a tensor.
+        missing = [layer for layer in self.layers if layer not in self.sizes]
         two = self.images[:2].to(self.device)
-        self.forward.costs(two, self.layers[:1], timed=False)  # raises if it can't be traced
+        self.forward.costs(two, missing or self.layers[:1], timed=False)
         check.check_logits(logits, self.name, max(self.unique_labels))
+        if self.cells in GRIDS:
+            check_grid(self.grid, self.sizes)
+        with torch.no_grad():
+            self.fixed_cells = fix_cells(self.cells, self.forward, self.sizes, self._read_layer)
 
-
-def _list_names(names: Sequence[str]) -> str:
-    """Format names in brackets: all of up to four, otherwise their number, first and last."""
-    if len(names) <= 4:
-        return str(list(names))
-    return f"[{len(names)}: {names[0]!r}, …, {names[-1]!r}]"
+    def _read_layer(self, layer: str) -> tuple[Tensor, Tensor]:
+        """Return a layer's activations (n, p) for the metrics' images, and their labels."""
+        rows = ((self.labels == label).nonzero()[:, 0] for label in self.unique_labels)
+        index = torch.cat([each[: self.metric_images] for each in rows])
+        x = read_layer(self.forward, layer, self.images, index, self.device)
+        return x, self.labels[index]

@@ -31,7 +31,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Omit the reports' figures, which take half of their time, in tests of numbers."""
-    none: dict[str, list[FigureGroup]] = {"classes": [], "layers": [], "grid": [], "cells": []}
+    kinds = ("classes", "layers", "grid", "strip", "cells")
+    none: dict[str, list[FigureGroup]] = {kind: [] for kind in kinds}
     monkeypatch.setattr(page, "_make_figures", lambda _models: none)
 
 

@@ -53,7 +53,7 @@ fetch("data:text/plain,x").then(() => "fetched", () => "refused").then((answer) 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report of two networks; the first has two metrics without any correlation."""
-    table = toy_study().run()
+    table = toy_study().run().table
     table.loc[table["cell"] == 3, "pwcca"] = float("nan")
     both = pd.concat([table, table.assign(model="an ≤ other, of a very long name " * 3)])
     return write_report(both, tmp_path_factory.mktemp("page") / "report.html")

@@ -68,8 +68,8 @@ def test_a_run_is_not_resumed_with_a_network_that_computes_something_different(
     kind: str, tmp_path: Path
 ) -> None:
     make, change, where = CHANGED[kind]
-    rows = toy_study(model=make(), metrics=["cka"]).run(tmp_path)
-    again = toy_study(model=make(), metrics=["cka"]).run(tmp_path, progress=pytest.fail)
+    rows = toy_study(model=make(), metrics=["cka"]).run(tmp_path).table
+    again = toy_study(model=make(), metrics=["cka"]).run(tmp_path, progress=pytest.fail).table
     assert again.equals(rows)
     other = toy_study(model=change(), metrics=["cka"])
     assert other.configuration()["weights"] == toy_study(model=make()).configuration()["weights"]

@@ -115,7 +115,7 @@ def test_rows_with_inclusive_edges_match_brute_force(layer: str, label: int) -> 
     study = toy_study(
         images=images, labels=labels, layers=[layer], targets=[label], edges="inclusive", penalty=5
     )
-    rows = study.run()
+    rows = study.run().table
     assert_rows_match_reference(rows, layer, label, [0, 1, 2], 5, "inclusive")
     assert rows["size"].sum() != 256  # edge neurons are in two cells or none
 
@@ -126,7 +126,7 @@ def test_rows_with_drawn_classes_match_brute_force(seed: int) -> None:
     study = toy_study(
         images=images, labels=labels, others=1, seed=seed, metric_images=4, penalty=5, block=1
     )
-    rows = study.run()
+    rows = study.run().table
     for unit in study.units:
         (label,) = study.targets_of(unit)
         target = ("ant/queen", "bee", "wasp")[label]
@@ -184,8 +184,8 @@ def test_rows_do_not_depend_on_how_layers_are_grouped(memory: str) -> None:
     counts = {"150KiB": 4, "250KiB": 3, "330KiB": 2, "10MiB": 1}
     assert len(group_layers(study, DEEP)) == counts[memory]
     assert choose_batch_size(study) == 4
-    together = study.run()
-    alone = pd.concat([deep_study(layers=[layer]).run() for layer in DEEP])
+    together = study.run().table
+    alone = pd.concat([deep_study(layers=[layer]).run().table for layer in DEEP])
     alone = alone.sort_values(["class", "layer", "cell"], ignore_index=True)
     assert_same_rows(together, alone)
 
@@ -353,16 +353,16 @@ def test_too_little_memory_names_the_layer_and_the_memory_needed(
     assert "\n" not in message
     enough = re.search(r"expected (\S+ ?[KMGT]iB) or more", message)
     assert enough is not None
-    rows = toy_study(layers=[layer], memory=enough[1]).run()
-    pd.testing.assert_frame_equal(rows, toy_study(layers=[layer]).run())
+    rows = toy_study(layers=[layer], memory=enough[1]).run().table
+    pd.testing.assert_frame_equal(rows, toy_study(layers=[layer]).run().table)
 
 
 def test_a_run_may_be_resumed_with_another_memory_and_note(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         deep_study(memory="250KiB", note="a", block=1).run(tmp_path, stop_after(4))
-    resumed = deep_study(memory="1GiB", note="ignored", block=1).run(tmp_path)
+    resumed = deep_study(memory="1GiB", note="ignored", block=1).run(tmp_path).table
     assert resumed.attrs == {"notes": {"toy": "a"}}
-    assert_same_rows(resumed, deep_study().run())
+    assert_same_rows(resumed, deep_study().run().table)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ make_study(2, "1GiB").run()  # loads libraries, which allocate memory of their o
 study = make_study(70, sys.argv[1])
 before = resident("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")
-rows = study.run()
+rows = study.run().table
 print(len(rows), len(group_layers(study, study.layers)), study.memory, resident("VmHWM") - before)
 """
 

@@ -98,10 +98,10 @@ def test_rows_of_networks_that_cannot_be_copied_equal_those_of_plain_ones(
     study = toy_study(model=model, metrics=["cka"])
     assert study.model is model
     assert snapshot(model) == before
-    rows = study.run()
+    rows = study.run().table
     measure.describe(study)
     assert snapshot(model) == before
-    pd.testing.assert_frame_equal(rows, toy_study(model=plain, metrics=["cka"]).run())
+    pd.testing.assert_frame_equal(rows, toy_study(model=plain, metrics=["cka"]).run().table)
 
 
 def test_a_network_is_restored_between_units() -> None:
@@ -169,8 +169,8 @@ class Merging(Toy):
 def test_overridden_train_and_eval_are_not_called() -> None:
     model = Merging()
     before = snapshot(model)
-    expected = toy_study(metrics=["cka"]).run()
-    assert toy_study(model=model, metrics=["cka"]).run().equals(expected)
+    expected = toy_study(metrics=["cka"]).run().table
+    assert toy_study(model=model, metrics=["cka"]).run().table.equals(expected)
     assert snapshot(model) == before
 
 
@@ -179,7 +179,7 @@ def test_a_network_on_another_device_is_moved_and_moved_back() -> None:
     here = torch.device("cpu:0")
     model = mix_modes(nn.Sequential(Toy(), nn.BatchNorm1d(3)))
     layers = [f"0.{name}" for name in LAYERS]
-    expected = toy_study(model=model, layers=layers, metrics=["cka"]).run()
+    expected = toy_study(model=model, layers=layers, metrics=["cka"]).run().table
     before, pointers = snapshot(model), {t.data_ptr() for t in model.state_dict().values()}
     with suppress(KeyboardInterrupt), prepare(model, here):
         assert pointers.isdisjoint(t.data_ptr() for t in model.state_dict().values())
@@ -189,7 +189,7 @@ def test_a_network_on_another_device_is_moved_and_moved_back() -> None:
     study = toy_study(model=model, layers=layers, metrics=["cka"])
     study.device = here
     configuration = study.configuration()
-    assert study.run().equals(expected)
+    assert study.run().table.equals(expected)
     assert snapshot(model) == before
     assert study.configuration() == configuration
 
@@ -257,7 +257,7 @@ def test_two_studies_share_a_network() -> None:
     model = mix_modes(Toy())
     before = snapshot(model)
     a, b = (toy_study(model=model, metrics=[name], block=1) for name in ("cka", "cca"))
-    expected = [toy_study(metrics=[name]).run() for name in ("cka", "cca")]
+    expected = [toy_study(metrics=[name]).run().table for name in ("cka", "cca")]
     pairs = list(zip(measure.rows(a, a.units), measure.rows(b, b.units), strict=True))
     for rows, table_expected in zip(zip(*pairs, strict=True), expected, strict=True):
         table = pd.concat(rows).sort_values(["class", "layer", "cell"], ignore_index=True)
@@ -265,7 +265,7 @@ def test_two_studies_share_a_network() -> None:
     tables: dict[str, pd.DataFrame] = {}
     studies = {"a": a, "b": b}
     threads = [
-        threading.Thread(target=lambda key=key: tables.update({key: studies[key].run()}))
+        threading.Thread(target=lambda key=key: tables.update({key: studies[key].run().table}))
         for key in studies
     ]
     for thread in threads:
@@ -287,6 +287,6 @@ def test_error_names_a_tensor_without_values(make: Callable[[int], nn.Module]) -
 def test_a_run_in_a_folder_has_identical_rows(tmp_path: Path) -> None:
     model = mix_modes(Storing())  # which has stored nothing yet
     before = snapshot(model)
-    rows = toy_study(model=model, metrics=["cka"]).run(tmp_path)
-    assert rows.equals(toy_study(metrics=["cka"]).run())
+    rows = toy_study(model=model, metrics=["cka"]).run(tmp_path).table
+    assert rows.equals(toy_study(metrics=["cka"]).run().table)
     assert snapshot(model) == before

@@ -116,7 +116,7 @@ class Normed(nn.Module):
 
 def test_ablating_everything_gives_no_answer() -> None:
     arguments: dict[str, Any] = {"model": Normed(), "layers": ["act"], "metrics": ["cka"]}
-    whole, parts = (toy_study(**arguments, grid=grid).run() for grid in ((1, 1), (2, 2)))
+    whole, parts = (toy_study(**arguments, grid=grid).run().table for grid in ((1, 1), (2, 2)))
     assert (whole["nan_images"] == 5).all()
     assert whole[list(PERFORMANCE)].isna().all(axis=None)
     assert (parts["nan_images"] == 0).all()
@@ -135,7 +135,7 @@ def test_images_without_an_answer_are_counted_as_wrong(tmp_path: Any) -> None:
     images[:, 0, 0, 0] = 0
     images[labels.eq(1).nonzero()[[1, 2], 0], 0, 0, 0] = 2  # the second and third bees
     study = toy_study(model=Unanswered(), images=images, labels=labels, metrics=["cka"])
-    table = study.run(tmp_path)
+    table = study.run(tmp_path).table
     bee = table["class"] == "bee"
     assert table["nan_images"].tolist() == np.where(bee, 2, 0).tolist()
     names = list(PERFORMANCE)

@@ -153,10 +153,10 @@ def test_a_network_that_is_exported_has_the_same_rows(monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         torch.export, "export", lambda *args, **kw: exported.append(1) or export(*args, **kw)
     )
-    expected = toy_study(metrics=["cka"]).run()
+    expected = toy_study(metrics=["cka"]).run().table
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # type: ignore[attr-defined]
     study = toy_study(model=Branching(), metrics=["cka"])
-    assert study.run().equals(expected)
+    assert study.run().table.equals(expected)
     assert exported
 
 
@@ -179,7 +179,7 @@ def test_a_run_is_not_resumed_with_another_precision(tmp_path: Path) -> None:
         toy_study(metrics=["cka"]).run(tmp_path, stop_after(1))
     with pytest.raises(StoreError, match=r"models\.toy\.tf32: false before, true now"):
         toy_study(metrics=["cka"], tf32=True).run(tmp_path)
-    assert len(toy_study(metrics=["cka"]).run(tmp_path)) == 2 * 3 * 16
+    assert len(toy_study(metrics=["cka"]).run(tmp_path).table) == 2 * 3 * 16
 
 
 def test_a_run_without_a_recorded_precision_is_not_resumed(tmp_path: Path) -> None:

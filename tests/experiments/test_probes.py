@@ -48,7 +48,7 @@ def activations(layer: str) -> np.ndarray:
 
 @pytest.mark.parametrize("probes", [["ridge"], ["paper"], ["paper", "ridge"]])
 def test_columns(probes: list[str]) -> None:
-    table = toy_study(probes=probes, layers=["act1"], draws=Draws(least=3)).run()
+    table = toy_study(probes=probes, layers=["act1"], draws=Draws(least=3)).run().table
     expected = [name for probe in probes for name in PROBES[probe]]
     expected += [ERROR_COLUMN] if "paper" in probes else []
     keys = ["model", "class", "layer", "cell", "size", "nan_images"]
@@ -64,7 +64,7 @@ def test_columns(probes: list[str]) -> None:
 
 def test_margins_match_scikit_learn() -> None:
     label = 1
-    rows = toy_study(layers=["act2"], targets=[label]).run()
+    rows = toy_study(layers=["act2"], targets=[label]).run().table
     x, y = activations("act2"), np.repeat(np.arange(3), 5)
     cells = selectivity_grid(x, y, label)
     sign = np.where(y == label, 1, -1)
@@ -103,7 +103,7 @@ def test_the_papers_probe_matches_a_loop_over_scikit_learn(monkeypatch: Any) -> 
     study = toy_study(
         model=Half(), layers=["act2"], targets=[label], probes=["paper"], draws=Draws(least=2)
     )
-    rows = study.run()
+    rows = study.run().table
     cells = selectivity_grid(x, np.repeat(np.arange(3), 5), label)
 
     def score(values: np.ndarray) -> float:
@@ -123,12 +123,12 @@ def test_draws_are_reproducible_and_depend_on_seed_layer_and_class(
     """A resumed run has the same draws as an uninterrupted one."""
     monkeypatch.setattr("repsim_kernels.experiments.study.probes.DRAW_SIZE", 3)
     options: dict[str, Any] = {"probes": ["paper"], "draws": Draws(least=4)}
-    whole = toy_study(**options).run()
+    whole = toy_study(**options).run().table
     with pytest.raises(KeyboardInterrupt):
         toy_study(**options).run(tmp_path / "run", stop_after(2))
-    again = toy_study(**options).run(tmp_path / "run")
+    again = toy_study(**options).run(tmp_path / "run").table
     pd.testing.assert_frame_equal(whole, again)
-    other = toy_study(**options, seed=1).run()
+    other = toy_study(**options, seed=1).run().table
     assert (other[ERROR_COLUMN] != whole[ERROR_COLUMN]).any()
     groups = whole.groupby(["layer", "class"])[ERROR_COLUMN].apply(tuple)
     assert len(groups) == len(LAYERS) * len(CLASSES)
@@ -138,7 +138,10 @@ def test_draws_are_reproducible_and_depend_on_seed_layer_and_class(
 def test_pairing_lowers_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("repsim_kernels.experiments.study.probes.DRAW_SIZE", 3)
     errors = [
-        toy_study(probes=["paper"], draws=Draws(least=20, paired=paired)).run()[ERROR_COLUMN].mean()
+        toy_study(probes=["paper"], draws=Draws(least=20, paired=paired))
+        .run()
+        .table[ERROR_COLUMN]
+        .mean()
         for paired in (True, False)
     ]
     assert 0 < errors[0] < errors[1]
@@ -176,7 +179,7 @@ def test_a_dead_layer_has_no_decodability() -> None:
         model.conv2.bias.fill_(-1)
     study = toy_study(model=model, layers=["act2"], targets=[1], probes=["ridge", "paper"])
     with pytest.warns(UserWarning, match="toy, layer act2 is the same for every stimulus"):
-        table = study.run()
+        table = study.run().table
     assert table[[*PROBES["ridge"], *PAPER]].isna().all(axis=None)
 
 

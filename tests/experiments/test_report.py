@@ -40,7 +40,7 @@ from repsim_kernels.experiments.runs.membership import open_run
 def test_report_is_self_contained_and_shows_the_table(tmp_path: Path) -> None:
     study = toy_study(name="toy <b>")
     store = open_run([study], tmp_path, {"images": "some & others"})
-    table = run([study], store)
+    table = run([study], store).table
     store.save(store.units[0], store.read_finished()[store.units[0]], seconds=3725.4)
     page = write_page(tmp_path, tmp_path)
     html = page.html
@@ -72,7 +72,7 @@ def test_missing_units_are_reported(tmp_path: Path, undrawn: None) -> None:
 
 
 def test_table_without_a_run_can_be_reported(tmp_path: Path) -> None:
-    table = toy_study(metrics=["procrustes"], grid=(2, 3)).run()
+    table = toy_study(metrics=["procrustes"], grid=(2, 3)).run().table
     html = write_report(table, tmp_path / "r.html").read_text(encoding="utf-8")
     assert "made from a table alone" in html
     assert "Procrustes" in html

@@ -193,10 +193,8 @@ def test_a_run_with_random_weights_and_images(
     assert "Plan" not in out
     assert "Took" not in out
     assert_note(out, folder, "not evidence: random weights, random images")
-    uninterrupted = (
-        make_preset_studies(NAME, options_with(study={"metrics": ["cka", "cca"]})).studies[0].run()
-    )
-    pd.testing.assert_frame_equal(table, uninterrupted, check_exact=True)
+    (study,) = make_preset_studies(NAME, options_with(study={"metrics": ["cka", "cca"]})).studies
+    pd.testing.assert_frame_equal(table, study.run().table, check_exact=True)
 
 
 def imagenet_folder(root: Path) -> Path:
@@ -299,7 +297,7 @@ def test_options_override_the_preset() -> None:
 
 
 @pytest.mark.parametrize("sampled", [True, False])
-def test_the_demo_is_three_small_networks(sampled: bool) -> None:
+def test_the_demo_is_the_small_networks(sampled: bool) -> None:
     study_set = make_model_studies(list(SMALL), SweepOptions(), sampled)
     assert [study.name for study in study_set.studies] == list(SAMPLES)
     for study in study_set.studies:
@@ -310,19 +308,19 @@ def test_the_demo_is_three_small_networks(sampled: bool) -> None:
         assert (study.edges, study.others, study.note) == ("equal", None, None)
         assert study.metrics == list(METRICS)
     assert {study.block for study in study_set.studies} == {10}
-    assert sum(len(study.units) for study in study_set.studies) == (23 if sampled else 127)
+    assert sum(len(study.units) for study in study_set.studies) == (26 if sampled else 135)
 
 
 def test_a_note_belongs_to_its_study() -> None:
     noted = toy_study(name="a", metrics=["cka"], note="not evidence: random weights")
-    table = run([toy_study(name="b", metrics=["cka"]), noted])
+    table = run([toy_study(name="b", metrics=["cka"]), noted]).table
     assert table.attrs == {"notes": {"a": "not evidence: random weights"}}
-    assert toy_study(metrics=["cka"]).run().attrs == {}
+    assert toy_study(metrics=["cka"]).run().table.attrs == {}
 
 
 def test_a_report_of_a_table_shows_its_notes(tmp_path: Path) -> None:
     note = "not evidence: random weights"
-    table = toy_study(metrics=["cka"], note=note).run()
+    table = toy_study(metrics=["cka"], note=note).run().table
     html = write_report(table, tmp_path / "page.html").read_text(encoding="utf-8")
     assert f"<strong>toy: {note}.</strong>" in html
     assert f"<caption>toy, {note} <small>" in html

@@ -84,15 +84,15 @@ def test_values_changed_by_a_pass_are_restored(
     study = toy_study(model=model, layers=layers, metrics=["cka"], block=1)
     assert snapshot(model) == before
     restored = []
-    rows = study.run(progress=lambda _step: restored.append(snapshot(model) == before))
+    rows = study.run(progress=lambda _step: restored.append(snapshot(model) == before)).table
     assert restored == [True] * 3 * len(layers)
     describe(study)
     assert snapshot(model) == before
-    assert study.run().equals(rows)
+    assert study.run().table.equals(rows)
     if same is not None:  # a network that has the normalised values already
         plain = Toy()
         same(plain)
-        expected = toy_study(model=plain, layers=layers, metrics=["cka"], block=1).run()
+        expected = toy_study(model=plain, layers=layers, metrics=["cka"], block=1).run().table
         # Changes of float32 log probabilities, which are as large as 18.
         pd.testing.assert_frame_equal(rows, expected, rtol=1e-4, atol=1e-5)
 

@@ -38,7 +38,7 @@ def store(tmp_path: Path) -> Store:
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     options: dict[str, Any] = {"metric_images": 3, "block": 1}
-    uninterrupted = toy_study(**options).run(tmp_path / "a")
+    uninterrupted = toy_study(**options).run(tmp_path / "a").table
     with pytest.raises(KeyboardInterrupt):
         toy_study(**options).run(tmp_path / "b", stop_after(2))
     assert names(tmp_path / "b") == {
@@ -48,14 +48,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
         "parts/toy--act1--2.parquet",
     }
     steps: list[Any] = []
-    resumed = toy_study(**options).run(tmp_path / "b", steps.append)
+    resumed = toy_study(**options).run(tmp_path / "b", steps.append).table
     assert [(step.event.kind, step.done) for step in steps] == [
         (what, n + (what == "done")) for n in (2, 3, 4, 5) for what in ("started", "done")
     ]
     assert [step.event.unit for step in steps[::2]] == toy_study(**options).units[2:]
     assert {(step.failed, step.total) for step in steps} == {(0, 6)}
     pd.testing.assert_frame_equal(resumed, uninterrupted, check_exact=True)
-    pd.testing.assert_frame_equal(resumed, toy_study(**options).run(), check_exact=True)
+    pd.testing.assert_frame_equal(resumed, toy_study(**options).run().table, check_exact=True)
     stored, study = load_run(tmp_path / "b")
     pd.testing.assert_frame_equal(stored, resumed, check_exact=True)
     assert names(tmp_path / "a") == names(tmp_path / "b")
@@ -65,9 +65,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
 
 
 def test_resuming_a_finished_run_computes_nothing(tmp_path: Path) -> None:
-    first = toy_study(metrics=["cka"]).run(tmp_path)
+    first = toy_study(metrics=["cka"]).run(tmp_path).table
     steps: list[Any] = []
-    again = toy_study(metrics=["cka"]).run(tmp_path, steps.append)
+    again = toy_study(metrics=["cka"]).run(tmp_path, steps.append).table
     assert steps == []
     assert again.equals(first)
 
@@ -112,12 +112,12 @@ def test_folders_with_other_files_and_files_are_refused(tmp_path: Path) -> None:
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     study = toy_study(metrics=["cka"], block=1)
-    first = study.run(tmp_path)
+    first = study.run(tmp_path).table
     part = tmp_path / "parts" / "toy--act1--2.parquet"
     part.write_bytes(part.read_bytes()[:100])
     steps: list[Any] = []
     with pytest.warns(UserWarning, match=r"toy--act1--2\.parquet can't be read.*measured again$"):
-        again = study.run(tmp_path, steps.append)
+        again = study.run(tmp_path, steps.append).table
     assert done_counts(steps) == [6]
     pd.testing.assert_frame_equal(again, first, check_exact=True)
     text = json.loads((tmp_path / "study.json").read_text())

@@ -29,7 +29,7 @@ from repsim_kernels.reference.probe import ablation_decodability
 
 @pytest.fixture(scope="module")
 def table() -> pd.DataFrame:
-    return toy_study(metric_images=4).run()
+    return toy_study(metric_images=4).run().table
 
 
 def run_with_mask(model: nn.Module, layer: str, images: torch.Tensor, mask: torch.Tensor) -> Any:
@@ -114,7 +114,7 @@ def test_rows_match_brute_force(table: pd.DataFrame, layer: str, label: int) -> 
 
 def test_random_cells_have_the_sizes_of_the_grid() -> None:
     grid, random, reseeded = (
-        toy_study(**options).run()
+        toy_study(**options).run().table
         for options in (
             {"grid": (3, 5)},
             {"grid": (3, 5), "cells": "random"},
@@ -132,7 +132,7 @@ def test_random_cells_have_the_sizes_of_the_grid() -> None:
 
 
 def test_halves_with_too_few_stimuli_are_nan() -> None:
-    table = toy_study(metric_images=3).run()
+    table = toy_study(metric_images=3).run().table
     # The second class has stimuli four to six of nine; only one of these numbers is odd.
     few = np.where(table["class"] == CLASSES[1], "odd", "even")
     for which in HALVES:
@@ -146,7 +146,7 @@ def test_a_dead_layer_gives_nan_and_a_warning() -> None:
         model.conv2.weight.zero_()
         model.conv2.bias.fill_(-1)
     with pytest.warns(UserWarning, match="toy, layer act2 is the same for every stimulus"):
-        table = toy_study(model=model, layers=["act2"], targets=[1]).run()
+        table = toy_study(model=model, layers=["act2"], targets=[1]).run().table
     assert table[[*METRICS, BASELINE, *PROBES["ridge"]]].isna().all(axis=None)
     assert (table["rank_deficit"] == 0).all()
 
@@ -155,11 +155,11 @@ def test_numpy_arrays_work_and_the_model_stays_unchanged() -> None:
     images, labels = toy_images()
     model = Toy().train()
     study = Study(model, ["act1"], images.numpy(), labels.tolist(), targets=[2], grid=(2, 3))
-    table = study.run()
+    table = study.run().table
     assert model.training
     assert table["class"].tolist() == [2] * 6
     assert table["model"].tolist() == ["Toy"] * 6
-    assert table.equals(Study(model, ["act1"], images, labels, [2], (2, 3)).run())
+    assert table.equals(Study(model, ["act1"], images, labels, [2], (2, 3)).run().table)
 
 
 def test_progress_counts_the_units() -> None:

@@ -14,10 +14,10 @@ KEYS = ["model", "class", "layer", "cell", "size"]
 def test_rows_match_the_torch_backend(device, launches, monkeypatch, tmp_path):
     monkeypatch.setenv("REPSIM_BACKEND", "torch")
     study = toy_study(targets=[0, 2], grid=(2, 3), device=device)
-    expected = study.run(out=tmp_path / "torch")
+    expected = study.run(out=tmp_path / "torch").table
     assert not launches
     monkeypatch.setenv("REPSIM_BACKEND", "triton")
-    rows = study.run(out=tmp_path / "triton")
+    rows = study.run(out=tmp_path / "triton").table
     names = {launch["kernel"] for launch in launches}
     assert names >= {"_write_kernel", "_gram_kernel", "_sum_kernel", "_one_plane_weights_kernel"}
     assert rows[KEYS].equals(expected[KEYS])

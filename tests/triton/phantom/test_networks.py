@@ -133,10 +133,10 @@ def accumulate(xs: list[torch.Tensor]) -> rk.SimilarityMap:
 def test_study(monkeypatch, tmp_path):
     with phantom_device() as device:
         study = toy_study(targets=[0, 2], grid=(2, 3), device="cuda")
-        rows = study.run(out=tmp_path / "device")
+        rows = study.run(out=tmp_path / "device").table
         assert device.counts.count("launch", "weights_kernel") > 0
     monkeypatch.setenv("REPSIM_BACKEND", "torch")
-    expected = toy_study(targets=[0, 2], grid=(2, 3)).run(out=tmp_path / "cpu")
+    expected = toy_study(targets=[0, 2], grid=(2, 3)).run(out=tmp_path / "cpu").table
     assert rows[KEYS].equals(expected[KEYS])
     for name in METRICS:
         assert_close(rows[name].to_numpy(), expected[name].to_numpy(), DISTANCE["float32"])

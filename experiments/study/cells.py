@@ -1,0 +1,156 @@
+"""The cells of a study's layers: a grid for each target class, or the same ones for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+import repsim_kernels as rk
+from repsim_kernels import _options
+from repsim_kernels._cell_sets import to_dense
+from repsim_kernels._check_cells import check_cells
+from repsim_kernels.experiments.errors import StudyError, one_line
+from repsim_kernels.experiments.study.network import LayerSize
+from repsim_kernels.forward import AblatedForward
+
+GRIDS = ("selectivity", "random")  # these differ from target to target
+KINDS = (*GRIDS, "channels", "heads")
+
+CellFunction: TypeAlias = Callable[[tuple[int, ...], Tensor, Tensor], Any]
+"""Makes a layer's cells from the shape of one activation, all activations and the labels."""
+
+CellsOption: TypeAlias = str | CellFunction | Mapping[str, Any]
+
+ReadLayer: TypeAlias = Callable[[str], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class LayerCells:
+    """The cells of a layer: each neuron's label (p,), or a membership (C, p); and their number."""
+
+    assignment: Tensor
+    count: int
+
+    @property
+    def overlap(self) -> bool:
+        """Whether the cells are a membership, whose cells may share neurons."""
+        return self.assignment.dtype == torch.bool
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """Number of neurons of each cell, (C,)."""
+        if self.overlap:
+            return self.assignment.sum(1)
+        return self.assignment[self.assignment >= 0].bincount(minlength=self.count)
+
+    def split(self, size: int) -> Iterator[LayerCells]:
+        """Split the cells into runs of `size`, or of more where a run would end with empty cells.
+
+        The number of a run's cells is its largest label + 1, so its last cell has neurons.
+        """
+        last = torch.ones_like(self.sizes) if self.overlap else self.sizes.clone()
+        last[-1:] = 1
+        ends = (last > 0).nonzero()[:, 0] + 1
+        start = 0
+        while start < self.count:
+            stop = int(ends[ends >= min(start + size, self.count)][0])
+            if self.overlap:
+                yield LayerCells(self.assignment[start:stop], stop - start)
+            elif (start, stop) == (0, self.count):
+                yield self
+            else:
+                inside = (self.assignment >= start) & (self.assignment < stop)
+                labels = torch.where(inside, self.assignment - start, -1)
+                yield LayerCells(labels, stop - start)
+            start = stop
+
+
+def check_kind(value: Any, layers: Sequence[str]) -> CellsOption:
+    """Check the argument ``cells`` of a study of these layers."""
+    if isinstance(value, Mapping):
+        if missing := [layer for layer in layers if layer not in value]:
+            raise StudyError(
+                f"cells: none for layer {missing[0]!r}; expected cells for each of {list(layers)}"
+            )
+        if unknown := [layer for layer in value if layer not in layers]:
+            raise StudyError(
+                f"cells: {_options.short_repr(unknown[0])} is not among the layers {list(layers)}"
+            )
+        return dict(value)
+    if isinstance(value, str):
+        return _options.check_choice(value, "cells", KINDS)
+    if callable(value):
+        function: CellFunction = value
+        return function
+    raise StudyError(
+        f"cells: {_options.short_repr(value)}; expected one of {', '.join(map(repr, KINDS))}, a "
+        "function of (shape, activations, labels), or a dict of cells by layer"
+    )
+
+
+def describe_kind(kind: CellsOption) -> str:
+    """Describe the argument ``cells`` of a study for its summary."""
+    if isinstance(kind, str):
+        return repr(kind)
+    return "a dict" if isinstance(kind, Mapping) else "a function"
+
+
+def fix_cells(
+    kind: CellsOption, forward: AblatedForward, sizes: Mapping[str, LayerSize], read: ReadLayer
+) -> dict[str, LayerCells]:
+    """Make the cells of each layer that serve all targets; none if the cells are grids.
+
+    Parameters
+    ----------
+    kind : str, function or dict
+        As `check_kind` returns it.
+    forward : AblatedForward
+        Of the network.
+    sizes : mapping of str to LayerSize
+        Of each layer.
+    read : function
+        Returns a layer's activations (n, p) and the labels (n,), for a function of the user's.
+
+    Raises
+    ------
+    StudyError
+        The cells don't fit a layer.
+    LayerError
+        Heads of a layer that has none.
+    """
+    if kind in GRIDS:
+        return {}
+    fixed = {}
+    for layer, size in sizes.items():
+        if kind == "channels":
+            value = rk.cells.channels(size.shape)
+        elif kind == "heads":
+            value = rk.cells.heads(size.shape, forward.count_heads(layer))
+        elif isinstance(kind, Mapping):
+            value = kind[layer]
+        else:
+            assert callable(kind)
+            value = kind(size.shape, *read(layer))
+        try:
+            checked, count = check_cells(value, size.neurons, shape=size.shape)
+        except rk.RepsimError as error:
+            raise StudyError(f"layer {layer}: {one_line(error)}") from error
+        if count == 0:
+            raise StudyError(f"layer {layer}: cells: none; expected at least one")
+        fixed[layer] = LayerCells(torch.from_numpy(to_dense(checked)), count)
+    return fixed
+
+
+def check_grid(grid: tuple[int, int], sizes: Mapping[str, LayerSize]) -> None:
+    """Check that each layer has a neuron for each cell of a grid."""
+    for layer, size in sizes.items():
+        if size.neurons < grid[0] * grid[1]:
+            raise StudyError(
+                f"grid: {grid[0]} x {grid[1]} cells for the {size.neurons} neurons of layer "
+                f"{layer!r}; expected at least one neuron per cell"
+            )
