@@ -40,9 +40,12 @@ _MODULES = {
     "Interval": "repsim_kernels.ops.interval",
 }
 
+_SUBMODULES = ("cells", "forward")  # public, and like names loaded at first use
+
 __all__ = sorted(_MODULES)
 
 if TYPE_CHECKING:
+    from repsim_kernels import cells as cells
     from repsim_kernels import forward as forward
     from repsim_kernels._dispatch import show_config as show_config
     from repsim_kernels.comparison.compare import compare as compare
@@ -84,8 +87,8 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     """Import a public name at its first use (PEP 562)."""
-    if name == "forward":  # a subpackage, which needs PyTorch
-        return importlib.import_module("repsim_kernels.forward")
+    if name in _SUBMODULES:
+        return importlib.import_module(f"repsim_kernels.{name}")
     try:
         module = _MODULES[name]
     except KeyError:
@@ -96,4 +99,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "forward"]
+    return [*__all__, *_SUBMODULES]

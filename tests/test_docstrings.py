@@ -18,6 +18,7 @@ FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 FUNCTIONS = [name for name in rk.__all__ if inspect.isfunction(getattr(rk, name))]
 # Further modules with examples.
 MODULES = (
+    "cells",
     *(f"forward.{name}" for name in ("cost", "engine", "passes")),
     *(f"experiments.study.{name}" for name in ("study", "checks", "performance")),
     *(f"experiments.inputs.{name}" for name in ("images", "imagenet", "networks", "presets")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from _draw import (
     NUMPY_DTYPES,
@@ -116,6 +117,8 @@ def test_blocks_do_not_change_the_result(monkeypatch, block, order, sizes, n, dt
     z = x.astype(dtype, order=order)
     np.testing.assert_allclose(rk.cell_grams(z, cells, n_cells=n_cells), wants[0], atol=1e-12)
     np.testing.assert_allclose(rk.cell_grams(z, membership), wants[1], atol=1e-12)
+    sparse = scipy.sparse.csr_array(membership)
+    np.testing.assert_allclose(rk.cell_grams(z, sparse), wants[1], atol=1e-12)
     np.testing.assert_allclose(rk.centered_gram(z), (x - x.mean(0)) @ (x - x.mean(0)).T, atol=1e-12)
 
 

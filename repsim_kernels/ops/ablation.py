@@ -75,10 +75,14 @@ def ablation_distances(
     x : array, (n, p), float16 | bfloat16 | float32 | float64
         Activations for n >= 2 stimuli (n >= 4 for "cka_debiased"), p >= 1 neurons, any strides.
         Integers are converted to float64.
-    cells : integer array, (p,) or (T, p), or boolean array, (C, p)
+    cells : integer array, (p,) or (T, p); boolean array, (p,) or (C, p); or sparse, (C, p)
         Integers: the cell of each neuron, 0 … C - 1, or -1 for a neuron that is never ablated; or T
-        such partitions, for example for several target classes. Booleans: the membership of cells
-        that may overlap.
+        such partitions, for example for several target classes. `rk.cells` makes labels of
+        channels, attention heads, positions and others.
+        Booleans: the neurons of one cell, (p,), or of cells that may overlap, (C, p). Sparse: the
+        latter as a SciPy CSR array, or as a tuple (indptr, indices). Labels and the neurons of one
+        cell may also have a shape that broadcasts to that of one stimulus' activation, such as
+        (c, 1, 1) or (tokens, 1); one run of 1s then stands for the dimensions to broadcast.
     metrics : sequence of str
         Any of "cka", "cka_debiased", "procrustes" (the squared form), "pwcca", "cca",
         "cca_squared" and "svcca" (99 % of the variance).
@@ -89,8 +93,9 @@ def ablation_distances(
         Absolute ridge κ of the same metrics, on both sides, in x's units squared; at most 1e150.
     memory : int, optional
         Bytes for the canonical variates that "pwcca" collects between passes over x, by default
-        1 GiB; with less memory it makes more passes. The Gram matrices need up to 8 C n² bytes in
-        addition (half of that in the torch backend, which stores one triangle).
+        1 GiB; with less memory it makes more passes. As much again for the Gram matrices of sparse
+        cells, whose distances are computed in chunks of cells. The Gram matrices of other cells
+        need up to 8 C n² bytes (half of that in the torch backend, which stores one triangle).
     grams : array like x, (C, n, n) or (T, C, n, n), float64, optional
         The result of ``cell_grams`` for this x and these cells, which is then not computed again.
         Its values are not checked. Not with ``batched=True``.
@@ -141,8 +146,9 @@ def ablation_distances(
     Notes
     -----
     One pass over x yields the Gram matrices of all cells: at most 2 n² p operations for cells that
-    do not overlap, however many there are. Each of T partitions takes such a pass, unless ``grams``
-    has the result. In addition, CKA costs n² operations per cell and the
+    do not overlap, however many there are, and 2 n² for each neuron of each cell otherwise. Each of
+    T partitions takes such a pass, and so does each chunk of sparse cells, unless ``grams`` has the
+    result. In addition, CKA costs n² operations per cell and the
     other metrics a few times n³; "pwcca" costs 2 C n² p more, in x's precision. No ablated copy of
     x is made. Several partitions share the original's spectrum and the pass of "pwcca".
 

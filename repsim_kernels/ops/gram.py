@@ -103,10 +103,14 @@ def cell_grams(
     x : array, (n, p), float16 | bfloat16 | float32 | float64
         Activations for n >= 2 stimuli, p >= 1 neurons, any strides. Integers are converted to
         float64.
-    cells : integer array, (p,) or (T, p), or boolean array, (C, p)
+    cells : integer array, (p,) or (T, p); boolean array, (p,) or (C, p); or sparse, (C, p)
         Integers: the cell of each neuron, 0 … n_cells - 1, or -1 for a neuron in no cell; or T such
-        partitions, for example for several target classes. Booleans: the membership of cells that
-        may overlap.
+        partitions, for example for several target classes. `rk.cells` makes labels of channels,
+        attention heads, positions and others.
+        Booleans: the neurons of one cell, (p,), or of cells that may overlap, (C, p). Sparse: the
+        latter as a SciPy CSR array, or as a tuple (indptr, indices). Labels and the neurons of one
+        cell may also have a shape that broadcasts to that of one stimulus' activation, such as
+        (c, 1, 1) or (tokens, 1); one run of 1s then stands for the dimensions to broadcast.
     n_cells : int, optional
         Number of cells C; by default the largest label plus 1.
     batched : bool

@@ -41,10 +41,14 @@ def ablation_decodability(
     x : array, (n, p), float16 | bfloat16 | float32 | float64
         Activations for n >= 2 stimuli, p >= 1 neurons, any strides. Integers are converted to
         float64.
-    cells : integer array, (p,) or (T, p), or boolean array, (C, p)
+    cells : integer array, (p,) or (T, p); boolean array, (p,) or (C, p); or sparse, (C, p)
         Integers: the cell of each neuron, 0 … C - 1, or -1 for a neuron that is never ablated; or T
-        such partitions, for example one for each target. Booleans: the membership of cells that may
-        overlap.
+        such partitions, for example one for each target. `rk.cells` makes labels of channels,
+        attention heads, positions and others.
+        Booleans: the neurons of one cell, (p,), or of cells that may overlap, (C, p). Sparse: the
+        latter as a SciPy CSR array, or as a tuple (indptr, indices). Labels and the neurons of one
+        cell may also have a shape that broadcasts to that of one stimulus' activation, such as
+        (c, 1, 1) or (tokens, 1); one run of 1s then stands for the dimensions to broadcast.
     labels : integer array, (n,)
         Class of each stimulus; at least two classes.
     target : int or sequence of T different ints, optional
@@ -106,11 +110,13 @@ def ablation_decodability(
 
     Notes
     -----
-    Computed from Gram matrices, with one pass over x; no vector of p weights is formed. "ridge":
-    one factorisation and one inverse per cell, n³ operations, for any number of targets; k folds
-    add n³ / 3k² and 2 n³ / k, "gcv" one eigendecomposition. "logistic": n³ / 3 for each cell, fold,
-    class or target, and Newton step, about 5 to 10 steps; its outputs are accurate to 1e-10 for a
-    ridge of 1e-4 or more.
+    Computed from Gram matrices, with one pass over x; no vector of p weights is formed. Sparse
+    cells are scored in chunks whose Gram matrices take at most 1 GiB, with a pass for each.
+
+    "ridge": one factorisation and one inverse per cell, n³ operations, for any number of targets; k
+    folds add n³ / 3k² and 2 n³ / k, "gcv" one eigendecomposition. "logistic": n³ / 3 for each cell,
+    fold, class or target, and Newton step, about 5 to 10 steps; its outputs are accurate to 1e-10
+    for a ridge of 1e-4 or more.
 
     Source: docs/metrics.md, "Linear decodability"; Golub, Heath & Wahba 1979, Technometrics 21, for
     "gcv"; Rasmussen & Williams 2006, *Gaussian Processes for Machine Learning*, algorithm 3.1, for

@@ -51,9 +51,8 @@ def probe_paper(
     x : array, (n, p), float16 | bfloat16 | float32 | float64
         Activations for n >= 2 stimuli, p >= 1 neurons, any strides. Integers are converted to
         float64.
-    cells : integer array, (p,), or boolean array, (C, p)
-        Integers: the cell of each neuron, 0 … C - 1, or -1 for a neuron that is never ablated.
-        Booleans: the membership of cells that may overlap.
+    cells : integer array, (p,); boolean array, (p,) or (C, p); or sparse, (C, p)
+        As in `ablation_distances`, except for partitions (T, p).
     labels : integer array, (n,)
         Class of each stimulus; at least two classes.
     target : int

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 
 import repsim_kernels as rk
-from bench.common.tolerances import DISTANCE, assert_close
+from bench.common.tolerances import DISTANCE, GRAM, assert_close, assert_gram_close
+from repsim_kernels.kernels.torch import ablation_parts
+from repsim_kernels.kernels.triton import gram
 
 RNG = np.random.default_rng(0)
 X = torch.from_numpy(np.maximum(RNG.standard_normal((12, 60)), 0).astype(np.float32))
@@ -60,6 +63,29 @@ def test_memberships(device):
     want = rk.ablation_distances(X.double(), cells)
     for name, values in want.items():
         assert_close(got[name], values, DISTANCE["float32"], nan=True)
+
+
+@pytest.mark.parametrize("memory", [None, 1])
+def test_sparse_cells(device, monkeypatch, memory):
+    """Their chunks become memberships; a budget of one byte gives each cell a chunk of its own."""
+    member = RNG.random((4, 60)) < 0.2
+    member[2] = True
+    cells, x = scipy.sparse.csr_array(member), X.to(device)
+    got = rk.ablation_distances(x, cells, memory=memory, backend="triton")
+    want = rk.ablation_distances(X.double(), member)
+    for name, values in want.items():
+        assert_close(got[name], values, DISTANCE["float32"], nan=True)
+    if memory:
+        monkeypatch.setattr(ablation_parts, "MEMORY", memory)
+        monkeypatch.setattr(gram, "_MEMBERSHIP", 2 * 60)
+    got = rk.ablation_decodability(x, cells, LABELS, score="margin", backend="triton")
+    want = rk.ablation_decodability(X.double(), member, LABELS, score="margin")
+    for kind, values in want.items():
+        np.testing.assert_allclose(
+            torch.as_tensor(got[kind]).cpu(), values, rtol=1e-3, atol=1e-3, err_msg=kind
+        )
+    grams = rk.cell_grams(x, cells, backend="triton")
+    assert_gram_close(grams, rk.cell_grams(X.double(), member), GRAM["tf32x3"])
 
 
 @pytest.mark.parametrize("target", [None, 1, [2, 0, 1]])

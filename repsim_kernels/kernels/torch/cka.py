@@ -140,7 +140,8 @@ def cosine_distance(
     Matrices are vectors here, from `gram.to_vectors`. m (C, k) holds either the parts or, with
     `complement`, what remains of the whole (k,) without each: pass the smaller of the two, so that
     its component orthogonal to the whole keeps its digits. m is overwritten, since a copy for every
-    batch would fragment the heap. The distance is exactly 0 for m = 0, and NaN if the norm of the whole or of the remainder is not above its floor.
+    batch would fragment the heap. The distance is exactly 0 for m = 0, and NaN if the norm of the
+    whole or of the remainder is not above its floor.
     Source: docs/metrics.md, "One original, many ablations".
     """
     size = torch.linalg.vector_norm(whole)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from _phantom import PhantomTensor
 from _phantom_cuda import phantom_device
@@ -28,6 +29,7 @@ TALL = RNG.standard_normal((30, 5))  # more stimuli than candidates for their ne
 CELLS = np.where(np.arange(P) % 4 < C, np.arange(P) % 4, -1)
 LABELS = np.arange(N) % 3
 MEMBERSHIP = RNG.random((C, P)) < 0.4
+SPARSE = tuple(getattr(scipy.sparse.csr_array(MEMBERSHIP), name) for name in ("indptr", "indices"))
 PARTITIONS = np.stack([CELLS, CELLS[::-1]])
 FIVE = ["cka", "cca", "pwcca", "svcca", "procrustes"]
 COLUMNS = [X[:, np.flatnonzero(c == CELLS)] for c in range(C)]
@@ -47,6 +49,7 @@ CASES: dict[str, list[Call]] = {
         ((X,), {"cells": MEMBERSHIP}),
         ((X,), {"cells": PARTITIONS}),
         ((X,), {"cells": torch.from_numpy(CELLS)}),
+        ((X,), {"cells": SPARSE}),
     ],
     "class_means": [((X,), {"labels": LABELS})],
     "selectivity_grid": [
@@ -86,6 +89,8 @@ CASES: dict[str, list[Call]] = {
     "ablation_distances": [
         ((X,), {"cells": CELLS, "metrics": FIVE}),
         ((X,), {"cells": MEMBERSHIP, "metrics": FIVE}),
+        ((X,), {"cells": SPARSE, "metrics": FIVE, "memory": 1}),
+        ((X[:, :9],), {"cells": scipy.sparse.csr_array(MEMBERSHIP[:, :9]), "metrics": FIVE}),
         ((X,), {"cells": PARTITIONS, "metrics": ["cka", "svcca", "procrustes"]}),
         ((X[:, :9],), {"cells": CELLS[:9], "metrics": FIVE}),
         ((X,), {"cells": np.arange(P) % 2, "metrics": [*FIVE, "cka_debiased"]}),
@@ -94,6 +99,7 @@ CASES: dict[str, list[Call]] = {
     "ablation_decodability": [
         ((X,), {"cells": CELLS, "labels": LABELS}),
         ((X,), {"cells": MEMBERSHIP, "labels": LABELS, "target": [0, 1]}),
+        ((X,), {"cells": SPARSE, "labels": LABELS, "target": 2}),
         ((X,), {"cells": PARTITIONS, "labels": LABELS, "ridge": "gcv", "folds": np.arange(N) % 4}),
         ((X,), {"cells": CELLS, "labels": LABELS, "probe": "logistic", "folds": 3}),
     ],
