@@ -21,6 +21,7 @@ from repsim_kernels.experiments.columns import GROUP_KEYS
 
 SHUFFLES = 999
 PERCENT = 95
+_MANY = 400  # cells above which each shuffle is applied to the ranks (measured)
 _TIE = 1e-12  # correlations that differ by less are equal up to rounding
 
 
@@ -121,6 +122,11 @@ def _sum_products(x: Floats, y: Floats, orders: NDArray[np.int64]) -> Floats:
     """Sum x[g, i] y[g, π(i)] over groups and cells, for each order π: (orders, a, b)."""
     n, b = y.shape[1:]
     sums = np.empty((len(orders), x.shape[-1], b))
+    if n > _MANY:  # a matrix (n, n) for each pair of columns would leave the cache
+        sides = x.reshape(-1, x.shape[-1]).T
+        for k, order in enumerate(orders):
+            sums[k] = sides @ y[:, order].reshape(-1, b)
+        return sums
     for column in range(x.shape[-1]):
         products = (x[:, :, column].T @ y.reshape(len(y), n * b)).reshape(n, n, b)
         sums[:, column] = products[np.arange(n), orders].sum(1)

@@ -259,9 +259,7 @@ class Store:
         return self.folder / "failed" / f"{_file_stem(unit)}.json"
 
 
-def make_attributes(
-    notes: dict[str, str], ablations: dict[str, dict[str, str]]
-) -> dict[str, Any]:
+def make_attributes(notes: dict[str, str], ablations: dict[str, dict[str, str]]) -> dict[str, Any]:
     """Return a table's ``attrs``: by model, notes and unusual ablations, if there are any."""
     unusual = {name: kinds for name, kinds in ablations.items() if kinds}
     entries = {"notes": notes, "ablations": unusual}

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 import repsim_kernels as rk
@@ -49,25 +51,25 @@ class LayerCells:
         return self.assignment[self.assignment >= 0].bincount(minlength=self.count)
 
     def split(self, size: int) -> Iterator[LayerCells]:
-        """Split the cells into runs of `size`, or of more where a run would end with empty cells.
-
-        The number of a run's cells is its largest label + 1, so its last cell has neurons.
-        """
-        last = torch.ones_like(self.sizes) if self.overlap else self.sizes.clone()
-        last[-1:] = 1
-        ends = (last > 0).nonzero()[:, 0] + 1
-        start = 0
-        while start < self.count:
-            stop = int(ends[ends >= min(start + size, self.count)][0])
+        """Split the cells into runs of up to `size`; a neuron in none of a run has the label -1."""
+        for start in range(0, self.count, size):
+            stop = min(start + size, self.count)
             if self.overlap:
                 yield LayerCells(self.assignment[start:stop], stop - start)
-            elif (start, stop) == (0, self.count):
-                yield self
             else:
                 inside = (self.assignment >= start) & (self.assignment < stop)
                 labels = torch.where(inside, self.assignment - start, -1)
                 yield LayerCells(labels, stop - start)
-            start = stop
+
+    def to_sparse(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return where each cell's neurons begin in a list of all cells' neurons, and that list."""
+        if self.overlap:
+            neurons = self.assignment.nonzero()[:, 1]
+        else:
+            labels, order = self.assignment.sort(stable=True)
+            neurons = order[labels >= 0]
+        ends = self.sizes.cumsum(0).cpu().numpy()
+        return np.concatenate([[0], ends]), neurons.cpu().numpy()
 
 
 def check_kind(value: Any, layers: Sequence[str]) -> CellsOption:

@@ -19,6 +19,8 @@ from repsim_kernels.experiments.errors import StudyError, one_line
 from repsim_kernels.forward.trace import first_line
 
 _NEIGHBOURS = 10  # of "mutual_knn", by default of `ablation_distances`
+# Metrics that adding a constant to a neuron changes.
+_RAW_METRICS = ("rsa_cosine", "rsa_correlation", "mutual_knn")
 _BATCH = 64  # images that are read from a dataset at a time
 
 
@@ -259,6 +261,18 @@ def check_draws(value: Any) -> Draws:
     every = check_optional_count(value.every, "draws.every")
     least = _options.check_count(value.least, "draws.least")
     return Draws(least, every, _options.check_flag(value.paired, "draws.paired"))
+
+
+def check_fill(value: Any, metrics: Sequence[str]) -> str:
+    """Check what ablated neurons are set to, and that the metrics are computed for it."""
+    fill = _options.check_choice(value, "fill", ("zero", "mean"))
+    if fill == "mean" and (raw := [name for name in metrics if name in _RAW_METRICS]):
+        raise StudyError(
+            f"fill: 'mean' with the metric {raw[0]!r}, which is computed for zeros and differs for "
+            "means, as angles between stimuli depend on the origin; expected fill='zero', or "
+            "metrics without it"
+        )
+    return fill
 
 
 def check_progress(value: Any) -> None:

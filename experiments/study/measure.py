@@ -253,11 +253,14 @@ def measure_representation(
         cells = [_make_grid(study, layer, label, x, y) for label in labels]
         grids = [each.assignment for each in cells]
         together = grids[0] if cells[0].overlap else torch.stack(grids)
-        runs = [LayerCells(together, cells[0].count)]
+        runs: list[Any] = [together]
     else:
         own = LayerCells(fixed.assignment.to(x.device), fixed.count)
         cells = [own] * len(labels)
-        runs = [*own.split(max(1, _count_grams(len(x), free_bytes)))]
+        size = max(1, _count_grams(len(x), free_bytes))
+        runs = [own.assignment]
+        if size < own.count:
+            runs = [run.to_sparse() for run in own.split(size)]
     try:
         parts = [_measure_cells(study, probes, labels, x, y, fill, run, free_bytes) for run in runs]
         columns = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
@@ -299,17 +302,17 @@ def _measure_cells(
     x: Tensor,
     y: Tensor,
     fill: Tensor | None,
-    cells: LayerCells,
+    cells: Any,
     free_bytes: int,
 ) -> dict[str, Tensor]:
     """Measure all that takes the cells' Grams, (T, C): the distances and the ridge probe.
 
     The cells are labels (T, p), one row for each target, or cells that all targets share.
     """
-    grams = rk.cell_grams(x, cells.assignment)
+    grams = rk.cell_grams(x, cells)
     columns: dict[str, Tensor] = rk.ablation_distances(
         x,
-        cells.assignment,
+        cells,
         metrics=study.metrics,
         ridge=study.options["ridge"],
         penalty=study.options["penalty"],
@@ -319,8 +322,8 @@ def _measure_cells(
     if "ridge" in probes:
         # Zero is a neuron's fill once that is subtracted, which no difference of stimuli shows.
         shifted = x if fill is None else x.to(torch.promote_types(x.dtype, torch.float32)) - fill
-        columns |= measure_ridge_probes(study, labels, shifted, y, cells.assignment, grams)
-    shape = len(labels), cells.count
+        columns |= measure_ridge_probes(study, labels, shifted, y, cells, grams)
+    shape = len(labels), grams.shape[-3]
     return {name: values.expand(shape) for name, values in columns.items()}
 
 

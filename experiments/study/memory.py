@@ -32,6 +32,8 @@ def bytes_held(study: Study) -> dict[str, int]:
         copies = 0 if study.others is None else study.n_stimuli * layer.bytes
         if "paper" in study.probes:  # it copies the activations, neuron by neuron
             copies += study.n_stimuli * layer.bytes
+        if study.fill == "mean" and "ridge" in study.probes:  # a shifted copy
+            copies += study.n_stimuli * layer.bytes
         sizes[name] = (
             study.n_metric_images * layer.bytes
             + n_target_images * max(0, rest)

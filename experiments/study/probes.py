@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ def list_columns(probes: Sequence[str]) -> list[str]:
 
 
 def measure_ridge_probes(
-    study: Study, labels: Sequence[int], x: Tensor, y: Tensor, cells: Tensor, grams: Tensor
+    study: Study, labels: Sequence[int], x: Tensor, y: Tensor, cells: Any, grams: Tensor
 ) -> dict[str, Tensor]:
     """Measure each ablation's loss of the ridge probe's scores, (T, C).
 
@@ -42,7 +42,7 @@ def measure_ridge_probes(
     ----------
     labels : sequence of int
         T targets.
-    cells : tensor, (T, p), (p,) or (C, p)
+    cells : tensor, (T, p), (p,) or (C, p), or a sparse membership
         The cells of each target, or cells that all targets share.
     grams : tensor, (T, C, n, n) or (C, n, n)
         Their Grams.
@@ -51,12 +51,12 @@ def measure_ridge_probes(
     return changes | _measure_ridge_halves(study, labels, x, y, cells, grams)
 
 
-def _are_partitions(cells: Tensor) -> bool:
-    return cells.ndim == 2 and cells.dtype != torch.bool
+def _are_partitions(cells: Any) -> bool:
+    return isinstance(cells, Tensor) and cells.ndim == 2 and cells.dtype != torch.bool
 
 
 def _measure_ridge_probe(
-    study: Study, labels: Sequence[int], x: Tensor, y: Tensor, cells: Tensor, grams: Tensor
+    study: Study, labels: Sequence[int], x: Tensor, y: Tensor, cells: Any, grams: Tensor
 ) -> dict[str, Tensor]:
     """Measure the loss of the ridge probe's balanced accuracy and margin, refitted and frozen."""
     scores = rk.ablation_decodability(
@@ -78,7 +78,7 @@ def _measure_ridge_probe(
 
 
 def _measure_ridge_halves(
-    study: Study, labels: Sequence[int], x: Tensor, y: Tensor, cells: Tensor, grams: Tensor
+    study: Study, labels: Sequence[int], x: Tensor, y: Tensor, cells: Any, grams: Tensor
 ) -> dict[str, Tensor]:
     """Measure the ridge probe on each half; NaN if a half has fewer than two stimuli of a side.
 
@@ -94,15 +94,16 @@ def _measure_ridge_halves(
         nan = torch.full((len(labels), grams.shape[-3]), math.nan, dtype=torch.float64)
         changes = {name: nan.to(x.device, copy=True) for name in PROBES["ridge"]}
         if measured:
-            some = measured if _are_partitions(cells) else slice(None)
+            paired = _are_partitions(cells)
+            own_grams = grams[..., half, half]
             with suppress(rk.ConstantError):
                 part = _measure_ridge_probe(
                     study,
                     [labels[i] for i in measured],
                     x[half],
                     y[half],
-                    cells[some],
-                    _centre(grams[..., half, half][some]),
+                    cells[measured] if paired else cells,
+                    _centre(own_grams[measured] if paired else own_grams),
                 )
                 for name, values in part.items():
                     changes[name][measured] = values

@@ -65,9 +65,8 @@ class Study:
     layers : sequence of str
         Names of modules of ``model``.
     images : tensor or array, (n, ...), or a Dataset or DataLoader of pairs (image, label)
-        The model's input. Images are not copied: don't write to them before the run ends. A
-        Dataset or DataLoader is read once, into memory. It must not shuffle or augment if the run
-        will be resumed.
+        The model's input. Images are not copied: don't write to them before the run ends. Pairs
+        are read into memory; to resume a run, they must come in the same order, unchanged.
     labels : integer tensor, array or sequence, (n,)
         The index of the model's output for each image's class; at least two classes, each with at
         least two images. None if `images` yields pairs.
@@ -87,10 +86,10 @@ class Study:
         How a layer's neurons are grouped into cells. "selectivity": a grid by selectivity for each
         target and magnitude. "random": as a control, at random into cells of the same sizes.
         "channels": as ``rk.cells.channels``; "heads": as ``rk.cells.heads``, for layers named
-        "module:heads". A function is called with the shape of the layer's activation for one
-        image, the activations (n, p) of the metrics' images, and their labels (n,); it returns
-        cells as ``AblatedForward.logits`` takes them. A dict has such cells for each layer. Apart
-        from the grids, all targets share a layer's cells.
+        "module:heads". A function gets the shape of the layer's activation for one image, the
+        activations (n, p) of the metrics' images, and their labels (n,); it returns cells as
+        ``AblatedForward.logits`` takes them. A dict has such cells for each layer. Apart from the
+        grids, all targets share a layer's cells.
     fill : {"zero", "mean"}
         What ablated neurons are set to: zero, or each neuron's mean over the metrics' images. With
         "mean" performance and the frozen probes differ; the distances and the refitted probes do
@@ -194,7 +193,7 @@ class Study:
             self.draws = check.check_draws(draws)
             self.grid = _options.check_grid(grid)
             self.cells = check_kind(cells, self.layers)
-            self.fill = _options.check_choice(fill, "fill", ("zero", "mean"))
+            self.fill = check.check_fill(fill, self.metrics)
             self.edges = _options.check_choice(edges, "edges", ("equal", "inclusive"))
             self.others = check.check_optional_count(others, "others")
             self.seed = _options.check_count(seed, "seed", 0)
@@ -363,9 +362,8 @@ class Study:
             "modules": self._network.modules,
             "operations": self._operations,
             "classes": [str(self.class_name(label)) for label in self.targets],
-            "grid": None if own else list(self.grid),
             "cells": self.cells if isinstance(self.cells, str) else hashes,
-            "edges": None if own else self.edges,
+            **({} if own else {"grid": list(self.grid), "edges": self.edges}),
             **{name: getattr(self, name) for name in _RECORDED},
             **self.options,
             "draws": asdict(self.draws) if "paper" in self.probes else None,

@@ -45,12 +45,12 @@ def test_operations_match_a_hand_count(
 ) -> None:
     estimate = plan(toy_study(**changes, memory="1GiB"))
     cells = math.prod(changes.get("grid", (4, 4)))
-    assert (estimate.name, estimate.targets, estimate.cells) == ("toy", targets, cells)
+    assert (estimate.name, estimate.targets) == ("toy", targets)
     assert (estimate.images, estimate.stimuli, estimate.memory) == (5, stimuli, 2**30)
     assert (estimate.passes, estimate.pass_flops) == (1, 15 * WHOLE)
     assert [line.layer for line in estimate.layers] == ["act1", "act2"]
     for line in estimate.layers:
-        assert line.neurons == 256
+        assert (line.neurons, line.cells) == (256, cells)
         assert line.forward_flops == targets * cells * 5 * TAIL[line.layer]
         assert line.metric_flops == targets * 2 * stimuli**2 * 256 * spectral
     each = [line.forward_flops + line.metric_flops for line in estimate.layers]
@@ -91,7 +91,9 @@ def test_the_total_is_the_sum_of_the_parts(
 ) -> None:
     study = toy_study(memory=memory)
     set_costs(study, together)
-    monkeypatch.setattr(estimate_module, "_time_metrics", lambda _study: (2.0, 0.25))
+    monkeypatch.setattr(
+        estimate_module, "_time_metrics", lambda _study: lambda p, _cells: 2.0 + 0.25 * p
+    )
     estimate = plan(study)
     passes = {"1GiB": 1, "150KiB": 2}[memory]
     # A whole pass costs 5 s for 5 images, and each group passes 15; verified cuts are not counted.
@@ -117,9 +119,17 @@ def test_the_metrics_are_timed_on_two_sizes(
     study, clock = toy_study(**changes), [0.0]
 
     def measure_representation(
-        _study: Study, probes: list[str], _layer: str, labels: list[int], x: Any, y: Any, _free: int
+        _study: Study,
+        probes: list[str],
+        _layer: str,
+        labels: list[int],
+        x: Any,
+        y: Any,
+        _free: int,
+        fixed: Any,
     ) -> Any:
         label = labels[0]
+        assert fixed is None
         assert labels == study.targets[: 1 if study.others else 2]
         assert probes == ["ridge"]
         chosen = [label, *study.draw_other_classes(label)] if study.others else study.unique_labels
@@ -128,11 +138,41 @@ def test_the_metrics_are_timed_on_two_sizes(
         assert (x == 0).float().mean() == pytest.approx(0.5, abs=0.2)
         loading = 100.0 if clock[0] == 0 else 0.0
         clock[0] += loading + len(labels) * (3.0 + 0.5 * x.shape[1])
-        return [SimpleNamespace(sizes=torch.zeros(1))]
+        return [SimpleNamespace(cells=SimpleNamespace(sizes=torch.zeros(1)))]
 
     monkeypatch.setattr(estimate_module, "measure_representation", measure_representation)
     monkeypatch.setattr(estimate_module.time, "perf_counter", lambda: clock[0])
-    assert estimate_module._time_metrics(study) == pytest.approx((3.0, 0.5))
+    estimate = estimate_module._time_metrics(study)
+    assert estimate(1000, 16) == pytest.approx(3.0 + 0.5 * 1000)
+
+
+def test_more_cells_are_timed_where_all_targets_share_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = {"act1": [0] * 100 + [1] * 156, "act2": torch.arange(256) % 9}
+    study, clock = toy_study(cells=own), [0.0]
+
+    def measure_representation(*arguments: Any) -> Any:
+        _, _, _, labels, x, _, _, fixed = arguments
+        assert labels == [0, 1, 2]
+        assert fixed.sizes.sum() == x.shape[1]
+        clock[0] += 3 * (3.0 + 0.5 * x.shape[1] + 7.0 * fixed.count)
+        return [SimpleNamespace(cells=fixed)]
+
+    monkeypatch.setattr(estimate_module, "measure_representation", measure_representation)
+    monkeypatch.setattr(estimate_module.time, "perf_counter", lambda: clock[0])
+    estimate = estimate_module._time_metrics(study)
+    assert estimate(1000, 1000) == pytest.approx(3.0 + 0.5 * 1000 + 7.0 * 1000)
+
+
+def test_operations_of_cells_that_targets_share_match_a_hand_count() -> None:
+    own = {"act1": [0] * 100 + [1] * 156, "act2": torch.arange(256) % 9}
+    lines = plan(toy_study(cells=own, block=2)).layers
+    for line, count in zip(lines, (2, 9), strict=True):
+        assert line.cells == count
+        assert line.forward_flops == 3 * count * 5 * TAIL[line.layer]
+        # Metrics once for each block of classes, of which there are two.
+        assert line.metric_flops == 2 * 2 * 15**2 * 256 * (1 + count)
 
 
 def test_only_the_given_units_are_counted() -> None:

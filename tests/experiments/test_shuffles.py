@@ -38,11 +38,13 @@ def largest_mean(table: pd.DataFrame) -> float:
     return float(means["spearman"].abs().max())
 
 
+@pytest.mark.parametrize("many", [8, 9])  # the tables have nine cells
 @pytest.mark.parametrize("is_complete", [True, False])
 def test_threshold_is_the_quantile_over_shuffled_tables(
-    monkeypatch: pytest.MonkeyPatch, is_complete: bool
+    monkeypatch: pytest.MonkeyPatch, is_complete: bool, many: int
 ) -> None:
     monkeypatch.setattr(shuffles, "SHUFFLES", 30)
+    monkeypatch.setattr(shuffles, "_MANY", many)
     table = random_table(4, common=0.3).sample(frac=1, random_state=1)
     table.loc[(table["class"] == 1) & (table["layer"] == "two"), "held"] = 0.25
     table.loc[(table["class"] == 2) & (table["cell"] == 3), "far"] = np.nan
