@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,14 @@ class SparseCells:
         offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
         return SparseCells(offsets, np.concatenate([self.indices[:0], *lists]), self.p)
 
+    def among(self, start: int, stop: int) -> SparseCells:
+        """Return the cells with only the neurons start … stop - 1, numbered from 0."""
+        if start <= 0 and stop >= self.p:
+            return self
+        inside = (self.indices >= start) & (self.indices < stop)
+        offsets = np.concatenate([[0], np.cumsum(inside)])[self.indptr]
+        return SparseCells(offsets, self.indices[inside] - start, min(stop, self.p) - start)
+
     def to_membership(self) -> NDArray[np.bool_]:
         """Return which neurons each cell has, (C, p)."""
         member = np.zeros((len(self), self.p), dtype=np.bool_)
@@ -60,9 +68,25 @@ Cells: TypeAlias = NDArray[Any] | SparseCells
 """Labels (p,), labels of partitions (T, p), a boolean membership (C, p), or a sparse one."""
 
 
-def are_partitions(cells: Cells) -> bool:
+def are_partitions(cells: Cells) -> TypeGuard[NDArray[Any]]:
     """Whether cells are labels (T, p), rather than labels (p,) or a membership."""
     return isinstance(cells, np.ndarray) and cells.ndim == 2 and cells.dtype != np.bool_
+
+
+def mark_members(cells: Cells, c: int, n_cells: int) -> NDArray[np.bool_]:
+    """Return which neurons are in cell c, (p,).
+
+    The n_cells cells of each of several partitions are numbered consecutively.
+    """
+    if isinstance(cells, SparseCells):
+        member = np.zeros(cells.p, dtype=np.bool_)
+        member[cells.members(c)] = True
+        return member
+    if cells.dtype == np.bool_:
+        return cells[c]
+    if cells.ndim == 2:
+        cells, c = cells[c // n_cells], c % n_cells
+    return np.asarray(cells == c)
 
 
 def to_dense(cells: Cells) -> NDArray[Any]:

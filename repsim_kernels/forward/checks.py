@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from repsim_kernels import _options
 from repsim_kernels.errors import LayerError, OptionError
-from repsim_kernels.forward.inputs import Call, Inputs, to_inputs
+from repsim_kernels.forward.inputs import Call, Images, Inputs, to_inputs
 from repsim_kernels.forward.sites import split_name
 from repsim_kernels.forward.trace import is_within
 
@@ -46,7 +46,7 @@ def find_similar_modules(modules: Iterable[str], name: str) -> list[str]:
     return (nested or difflib.get_close_matches(name, known) or known)[:3]
 
 
-def check_images(model: nn.Module, images: Any) -> Inputs:
+def check_images(model: nn.Module, images: Images) -> Inputs:
     """Check inputs of a model, and that it is in eval mode; return the inputs."""
     inputs = to_inputs(model, images)
     check_eval(model)

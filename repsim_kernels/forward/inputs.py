@@ -15,6 +15,9 @@ from repsim_kernels.errors import DeviceError, DtypeError, ShapeError
 Call = Callable[[nn.Module, Any], Any]
 """Calls a network on a tensor, or on a dict or tuple of tensors."""
 
+Images = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
+"""One tensor (n, …), or a dict or tuple of tensors of which the first is (n, …)."""
+
 Form = tuple[str, ...] | int | None
 """How tensors are passed: the keys of a dict, the length of a tuple, or None for one tensor."""
 
@@ -96,10 +99,8 @@ class Network:
         return self.call(self.model, inputs.copy().pack())
 
 
-def to_inputs(model: nn.Module, images: Any) -> Inputs:
+def to_inputs(model: nn.Module, images: Images) -> Inputs:
     """Check that inputs are dense tensors for n >= 1 stimuli, on the device of the model."""
-    if isinstance(images, Inputs):
-        return images
     form: Form = None
     values: Sequence[Any] = (images,)
     if isinstance(images, Mapping) and images and all(isinstance(key, str) for key in images):

@@ -272,6 +272,9 @@ def _trace_by_fx(
         try:
             with contexts.allow_tracing(), keep_attributes(root.model):
                 graph = tracer.trace(root, concrete)
+            if form is not None:  # torch.fx flattens the output too
+                output = next(iter(reversed(graph.nodes)))
+                output.args = tuple(output.args[0][:1])
             return root, graph, tracer.calls.__getitem__
         except TRANSIENT:
             raise

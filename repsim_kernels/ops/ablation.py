@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
 from repsim_kernels import _arrays, _check, _check_cells, _dispatch, _metrics, _options
-from repsim_kernels._cell_sets import to_dense
+from repsim_kernels._cell_sets import Cells, are_partitions
 from repsim_kernels._routes import Distances, Info, Route
 from repsim_kernels._typing import Array, ArrayLike, CellsLike
 from repsim_kernels.errors import DeviceError, DtypeError, ShapeError
@@ -183,7 +182,6 @@ def ablation_distances(
         defer=defer,
     )
     checked, n_cells = _check_cells.check_cells(cells, x.shape[-1], allow_partitions=True)
-    checked = to_dense(checked)
     _options.warn_without_ridge(names, ridge, penalty)
     results = _dispatch.call(
         "ablation_distances",
@@ -204,9 +202,7 @@ def ablation_distances(
     return to_public_result(results, info)
 
 
-def check_grams(
-    grams: Any, x: Any, source: _arrays.Source, cells: NDArray[Any], n_cells: int
-) -> Any:
+def check_grams(grams: Any, x: Any, source: _arrays.Source, cells: Cells, n_cells: int) -> Any:
     """Check the shape and the place of Gram matrices that `cell_grams` has returned.
 
     Parameters
@@ -216,7 +212,8 @@ def check_grams(
         Checked.
     source : Source
         Of x.
-    cells : integer array, (p,) or (T, p), or boolean array, (C, p)
+    cells : Cells
+        As `check_cells` returns them.
     n_cells : int
         C.
 
@@ -231,7 +228,7 @@ def check_grams(
     if grams is None:
         return None
     tensor, grams_source = _arrays.convert(grams, "grams")
-    partitions = cells.shape[:-1] if cells.dtype != np.bool_ else ()
+    partitions = (len(cells),) if are_partitions(cells) else ()
     n = x.shape[-2]
     if x.ndim > 2 or tuple(tensor.shape) != (*partitions, n_cells, n, n):
         expected = f"{(*partitions, n_cells, n, n)}, as cell_grams returns them for x and cells"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from repsim_kernels import _check, _check_cells, _dispatch, _options
-from repsim_kernels._cell_sets import to_dense
 from repsim_kernels._typing import Array, ArrayLike, CellsLike
 
 _NO_BANDWIDTH = (
@@ -150,7 +149,6 @@ def cell_grams(
     """
     x, source = _check.check_representation(x, batched=batched, allow_constant=True)
     checked, n_cells = _check_cells.check_cells(cells, x.shape[-1], n_cells, allow_partitions=True)
-    checked = to_dense(checked)
     precision = _options.check_precision(precision)
     return _dispatch.call(
         "cell_grams", backend, source, x, cells=checked, n_cells=n_cells, precision=precision

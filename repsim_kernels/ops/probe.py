@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from repsim_kernels import _arrays, _check, _check_cells, _dispatch, _options
-from repsim_kernels._cell_sets import are_partitions, to_dense
+from repsim_kernels._cell_sets import are_partitions
 from repsim_kernels._typing import ArrayLike, CellsLike
 from repsim_kernels.errors import LabelError, OptionError
 from repsim_kernels.ops.ablation import check_grams
@@ -134,7 +134,6 @@ def ablation_decodability(
     names = _check_scores(score, target, probe)
     x, source = _check.check_representation(x, batched=batched)
     checked, n_cells = _check_cells.check_cells(cells, x.shape[-1], allow_partitions=True)
-    checked = to_dense(checked)
     labels, targets = _check_targets(target, labels, x.shape[-2])
     partitioned = are_partitions(checked)
     if partitioned and isinstance(targets, tuple) and len(targets) != len(checked):

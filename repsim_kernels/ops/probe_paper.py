@@ -12,7 +12,7 @@ import numpy as np
 
 from repsim_kernels import _arrays, _check, _check_cells, _options
 from repsim_kernels._arrays import Source
-from repsim_kernels._cell_sets import to_dense
+from repsim_kernels._cell_sets import Cells, mark_members
 from repsim_kernels._typing import Array, ArrayLike, CellsLike, Tensor
 from repsim_kernels.errors import LabelError, OptionError
 from repsim_kernels.ops.logistic import MAX_NEURONS, check_tolerance, fit_columns
@@ -116,7 +116,6 @@ def probe_paper(
     x, source = _check.check_representation(x, allow_batch=False)
     n, p = x.shape
     checked, n_cells = _check_cells.check_cells(cells, p)
-    checked = to_dense(checked)
     if target is None:
         raise LabelError("target: None; expected an integer label")
     y = _check.check_labels(labels, n, target) == target
@@ -158,9 +157,7 @@ class _Probe:
         self.orderings = np.empty((0, 0), dtype=np.int64)
         self.uploaded = self.orderings, _arrays.to_tensor(self.orderings, x.device)
 
-    def score_cells(
-        self, cells: np.ndarray[Any, Any], n_cells: int, paired: bool, seed: int
-    ) -> dict[str, Any]:
+    def score_cells(self, cells: Cells, n_cells: int, paired: bool, seed: int) -> dict[str, Any]:
         """Return the scores of the intact representation and of each ablation.
 
         A thread draws the neurons of the next cell during the fits of the current one. Only the
@@ -170,7 +167,7 @@ class _Probe:
         intact_seed, *cell_seeds = np.random.SeedSequence(seed).spawn(n_cells + 1)
 
         def find_members(c: int) -> np.ndarray[Any, Any]:
-            return cells == c if cells.ndim == 1 else cells[c]
+            return mark_members(cells, c, n_cells)
 
         n_remaining = [p - int(find_members(c).sum()) for c in range(n_cells)]
         # If few neurons remain, hardly any of the intact draws survive.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from repsim_kernels._cell_sets import Cells
 from repsim_kernels._routes import Distances, Route
 from repsim_kernels.reference.cca import cca, pwcca, svcca
 from repsim_kernels.reference.cka import cka
@@ -18,7 +19,7 @@ RIDGE_METRICS = ("pwcca", "cca", "cca_squared")
 
 def ablation_distances(
     x: Real,
-    cells: Real,
+    cells: Cells,
     *,
     n_cells: int | None = None,
     metrics: Sequence[str] | None = None,

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from repsim_kernels._cell_sets import Cells, are_partitions, to_dense
+
 Real = NDArray[Any]
 Array = NDArray[np.float64]
 
@@ -62,20 +64,21 @@ def double_centre(k: Real) -> Array:
     return centre(centre(k).T)
 
 
-def membership(cells: Real, n_cells: int | None = None) -> NDArray[np.bool_]:
-    """Return which neurons each cell has, (C, p), from labels (p,) or from a membership (C, p).
+def membership(cells: Cells, n_cells: int | None = None) -> NDArray[np.bool_]:
+    """Return which neurons each cell has, (C, p), from labels (p,) or from a membership.
 
     For labels of T partitions (T, p) the result is (T, C, p).
     """
+    cells = to_dense(cells)
     if cells.dtype == np.bool_:
         return cells
     count = cells.max(initial=-1) + 1 if n_cells is None else n_cells
     return np.asarray(cells[..., None, :] == np.arange(count)[:, None])
 
 
-def cell_grams(x: Real, cells: Real, *, n_cells: int | None = None) -> Array:
+def cell_grams(x: Real, cells: Cells, *, n_cells: int | None = None) -> Array:
     """Return the Gram of each cell's centred columns, (C, n, n), or (T, C, n, n) for (T, p)."""
-    if cells.ndim == 2 and cells.dtype != np.bool_:
+    if are_partitions(cells):
         return np.stack([cell_grams(x, labels, n_cells=n_cells) for labels in cells])
     a = centre(x)
     members = membership(cells, n_cells)

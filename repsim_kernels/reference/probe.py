@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from repsim_kernels._cell_sets import Cells
 from repsim_kernels.reference.gram import Array, Real, centre, contrasts, membership
 from repsim_kernels.reference.logistic import newton
 
 
 def ablation_decodability(
     x: Real,
-    cells: Real,
+    cells: Cells,
     labels: Real,
     *,
     n_cells: int | None = None,

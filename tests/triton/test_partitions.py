@@ -8,7 +8,6 @@ import torch
 
 import repsim_kernels as rk
 from bench.common.tolerances import DISTANCE, assert_close
-from repsim_kernels.kernels.torch import ablation_parts
 
 RNG = np.random.default_rng(0)
 X = torch.from_numpy(np.maximum(RNG.standard_normal((12, 60)), 0).astype(np.float32))
@@ -19,13 +18,12 @@ LABELS = np.arange(12) % 3
 
 
 @pytest.mark.parametrize("known", [False, True])
-@pytest.mark.parametrize("max_elements", [None, 1])
-def test_distances_of_partitions(device, monkeypatch, known, max_elements):
-    if max_elements:
-        monkeypatch.setattr(ablation_parts, "_MAX_ELEMENTS", max_elements)
+@pytest.mark.parametrize("memory", [None, 1])
+def test_distances_of_partitions(device, known, memory):
     x = X.to(device)
     grams = rk.cell_grams(x, PARTITIONS, backend="triton") if known else None
-    got, info = rk.ablation_distances(x, PARTITIONS, grams=grams, info=True, backend="triton")
+    options = {"grams": grams, "memory": memory, "info": True, "backend": "triton"}
+    got, info = rk.ablation_distances(x, PARTITIONS, **options)
     want = rk.ablation_distances(X.double(), PARTITIONS)
     for name, values in want.items():
         assert got[name].shape == info[name].route.shape == (3, 3)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repsim_kernels._cell_sets import Cells, are_partitions
 from repsim_kernels.kernels._cuda import find_scale
 from repsim_kernels.kernels.cupy import module
 from repsim_kernels.kernels.torch import gram
@@ -52,14 +53,13 @@ def unsupported(x: Tensor) -> str | None:
     return module.unsupported(x)
 
 
-def cell_grams(
-    x: Tensor, *, cells: np.ndarray, n_cells: int, launch: Launch | None = None
-) -> Tensor:
+def cell_grams(x: Tensor, *, cells: Cells, n_cells: int, launch: Launch | None = None) -> Tensor:
     """Return the Gram matrix of each cell, (C, n, n) float64.
 
-    ``cells`` are labels (p,), a membership (C, p), or partitions (T, p), which give (T, C, n, n).
+    ``cells`` are labels (p,), a membership (C, p) or sparse, or partitions (T, p), which give
+    (T, C, n, n).
     """
-    if cells.ndim == 2 and cells.dtype != np.bool_:
+    if are_partitions(cells):
         grams = [cell_grams(x, cells=labels, n_cells=n_cells, launch=launch) for labels in cells]
         return torch.stack(grams)
     n = len(x)

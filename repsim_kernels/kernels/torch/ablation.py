@@ -6,17 +6,17 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from repsim_kernels._cell_sets import Cells, are_partitions
 from repsim_kernels._routes import Distances, Route
 from repsim_kernels.kernels.torch import cka, distance_table, gram, panels
 from repsim_kernels.kernels.torch.ablation_parts import (
+    MEMORY,
     PASSES,
     GramParts,
     Passes,
-    are_partitions,
     make_parts,
 )
 from repsim_kernels.kernels.torch.distance_table import DistanceTable
@@ -28,13 +28,11 @@ from repsim_kernels.kernels.torch.spectral_distances import (
     Solvers,
 )
 
-_MEMORY = 2**30  # bytes of directions that may wait for a pass over x, by default
-
 
 def ablation_distances(
     x: Tensor,
     *,
-    cells: np.ndarray,
+    cells: Cells,
     n_cells: int,
     metrics: tuple[str, ...],
     ridge: float,
@@ -55,8 +53,9 @@ def ablation_distances(
     def weigh(directions: Tensor) -> Tensor:
         return passes.variate_weights(directions, x)
 
-    parts = make_parts(x, cells, n_cells, grams, passes)
-    results = distances_of_parts(parts, make_original, metrics, solvers, weigh, memory or _MEMORY)
+    memory = memory or MEMORY
+    parts = make_parts(x, cells, n_cells, grams, passes, memory=memory)
+    results = distances_of_parts(parts, make_original, metrics, solvers, weigh, memory)
     if not are_partitions(cells):
         return results
     shape = len(cells), n_cells
@@ -91,9 +90,11 @@ def distances_of_parts(
         removed_all = [c for c, count in enumerate(parts.n_remaining) if not count]
         for name in metrics:
             table.record(name, removed_all, math.nan)
+        device = parts.whole.device
+        del parts  # before the Grams of the next set are made
     if queue:
         queue.flush()
-    return distance_table.join(tables, parts.whole.device)
+    return distance_table.join(tables, device)
 
 
 def _record_cka(parts: GramParts, metric: str, table: DistanceTable, solvers: Solvers) -> None:

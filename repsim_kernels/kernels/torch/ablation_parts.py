@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from repsim_kernels._cell_sets import Cells, SparseCells, are_partitions, mark_members
 from repsim_kernels.kernels.torch import columns, gram, panels
 from repsim_kernels.kernels.torch.cca import variate_weights
 
-# Largest number of elements of the Grams of partitions that are measured at once: 1 GiB.
-_MAX_ELEMENTS = 2**27
+# By default, the bytes of the Grams of sparse cells, or of partitions on a GPU, at a time.
+MEMORY = 2**30
+# Bytes for each neuron of a sparse cell, while it is dense for a GPU: the membership, and labels
+# before and after sorting.
+_DENSE_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,11 @@ class Passes:
     They compute each cell's Gram, the weights of directions, and the Gram of the whole.
     """
 
-    cell_statistics: Callable[[Tensor, np.ndarray, int, bool], tuple[panels.Panels, Tensor, Tensor]]
+    cell_statistics: Callable[[Tensor, Any, int, bool], tuple[panels.Panels, Tensor, Tensor]]
     variate_weights: Callable[[Tensor, Tensor], Tensor]
     whole_gram: Callable[[Tensor], Tensor]
     # Whether they are kernels for a GPU: their Grams have float32's digits and are one panel, and
-    # `cell_statistics` takes several partitions (T, p).
+    # `cell_statistics` takes several partitions (T, p), but no sparse cells.
     on_gpu: bool = False
 
     def for_rank(self, n: int, n_varying: int) -> Passes:
@@ -118,20 +122,20 @@ class CellParts(GramParts):
     def __init__(
         self,
         x: Tensor,
-        cells: np.ndarray,
+        cells: Cells,
         n_cells: int,
         shifts: bool = False,
         passes: Passes = PASSES,
         known: _Statistics | None = None,
     ) -> None:
-        """Take labels (p,), a membership (C, p) or partitions (T, p), and what is known of them.
+        """Take cells of any kind, and what is known of them.
 
         The parts of partitions are numbered consecutively, T C in all. ``shifts``: whether to
         compute ``shift`` (C, n), B_c μ_c for each cell.
         """
         self.x, self.cells, self.n_cells = x, cells, n_cells
         full = None
-        if known is None and cells.ndim == 1:
+        if known is None and isinstance(cells, np.ndarray) and cells.ndim == 1:
             # Neurons in no cell make one more cell, so that one pass yields the whole as well.
             labels = columns.label_unassigned(cells, n_cells)
             grams, n_varying, shift = passes.cell_statistics(x, labels, n_cells + 1, shifts)
@@ -157,14 +161,8 @@ class CellParts(GramParts):
 
     def outside(self, c: int) -> Tensor:
         """Return the columns of x that are not in cell c."""
-        if self.cells.dtype == np.bool_:
-            inside = self.cells[c]
-        elif self.cells.ndim == 2:
-            t, c = divmod(c, self.n_cells)
-            inside = self.cells[t] == c
-        else:
-            inside = self.cells == c
-        return columns.take(self.x, torch.from_numpy(np.flatnonzero(~inside)).to(self.x.device))
+        outside = np.flatnonzero(~mark_members(self.cells, c, self.n_cells))
+        return columns.take(self.x, torch.from_numpy(outside).to(self.x.device))
 
     def rests(self, parts: list[int]) -> Tensor:
         """Return K_c; for a dominant cell from the features, since the difference would cancel."""
@@ -201,15 +199,15 @@ def _read(n_varying: Tensor, energy: Tensor) -> tuple[list[int], list[float]]:
 
 def _measure(
     x: Tensor,
-    cells: np.ndarray,
+    cells: Cells,
     n_cells: int,
     shifts: bool,
     passes: Passes,
     whole: tuple[Tensor, int],
 ) -> _Statistics:
-    """Measure the cells of a membership (C, p) or of partitions (T, p)."""
+    """Measure the cells of a membership, or of partitions (T, p)."""
     passes = passes.for_rank(len(x), whole[1])
-    if passes.on_gpu or cells.dtype == np.bool_:
+    if passes.on_gpu or not are_partitions(cells):
         grams, n_varying, shift = passes.cell_statistics(x, cells, n_cells, shifts)
         full = grams[0][1] if passes.on_gpu else None
         return _Statistics(grams, n_varying, shift, *whole, full)
@@ -224,18 +222,22 @@ def _measure(
 
 def make_parts(
     x: Tensor,
-    cells: np.ndarray,
+    cells: Cells,
     n_cells: int,
     grams: Tensor | None,
     passes: Passes,
     shifts: bool = False,
+    memory: int | None = None,
 ) -> Iterator[CellParts]:
     """Make the parts of x for each of the partitions (T, p), or for other cells the only ones.
 
-    Each is made when it is needed, so that the Grams of one exist at a time. On a GPU several
-    partitions make one set of parts, and all have the same whole. ``grams``, if they are known, are
-    (T, C, n, n) for partitions and otherwise (C, n, n).
+    Sparse cells make several sets of parts, and on a GPU several partitions make one. Their Grams
+    take up to ``memory`` bytes, by default `MEMORY`, and all sets have the same whole.
+
+    Each set is made when it is needed, so that the Grams of one exist at a time if the caller drops
+    it first. ``grams``, if they are known, are (T, C, n, n) for partitions and otherwise (C, n, n).
     """
+    memory = memory or MEMORY
     known: tuple[Tensor, Tensor, Tensor] | None = None
     n_total = 0
     if grams is not None:
@@ -243,7 +245,22 @@ def make_parts(
         n_total = int(total)
         if passes.for_rank(len(x), n_total) is passes:
             known = grams, n_varying, shift
-    if not are_partitions(cells):
+    if isinstance(cells, SparseCells):
+        shared = compute_whole(x, passes)
+        per_cell = 8 * len(x) ** 2 + (_DENSE_BYTES * cells.p if passes.on_gpu else 0)
+        step = max(1, memory // per_cell)
+        for start in range(0, max(1, n_cells), step):
+            run = slice(start, start + step)
+            chunk = cells.select(run)
+            own = chunk.to_membership() if passes.on_gpu else chunk
+            # Without a variable for the statistics: it would keep them during the next chunk.
+            yield CellParts(
+                *(x, own, len(chunk), shifts, passes),
+                _complete(shared, *(each[run] for each in known))
+                if known
+                else _measure(x, own, len(chunk), shifts, passes, shared),
+            )
+    elif not are_partitions(cells):
         statistics = None
         if known:
             whole = _sum_whole(x, cells, known[0], passes)
@@ -258,14 +275,15 @@ def make_parts(
             yield CellParts(x, labels, n_cells, shifts, passes, statistics)
     else:
         shared = compute_whole(x, passes)
-        step = max(1, _MAX_ELEMENTS // max(1, n_cells * len(x) ** 2))
+        step = max(1, memory // (8 * max(1, n_cells) * len(x) ** 2))
         for start in range(0, len(cells), step):
             run = slice(start, start + step)
-            if known:
-                statistics = _complete(shared, *(each[run].flatten(0, 1) for each in known))
-            else:
-                statistics = _measure(x, cells[run], n_cells, shifts, passes, shared)
-            yield CellParts(x, cells[run], n_cells, shifts, passes, statistics)
+            yield CellParts(
+                *(x, cells[run], n_cells, shifts, passes),
+                _complete(shared, *(each[run].flatten(0, 1) for each in known))
+                if known
+                else _measure(x, cells[run], n_cells, shifts, passes, shared),
+            )
 
 
 def _complete(
@@ -284,8 +302,3 @@ def _sum_whole(x: Tensor, cells: np.ndarray, grams: Tensor, passes: Passes) -> T
         index = torch.from_numpy(unassigned).to(x.device)
         whole += gram.linear(columns.take(x, index))
     return whole
-
-
-def are_partitions(cells: np.ndarray) -> bool:
-    """Whether cells are labels (T, p), rather than labels (p,) or a membership (C, p)."""
-    return cells.ndim == 2 and cells.dtype != np.bool_

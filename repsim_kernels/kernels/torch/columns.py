@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repsim_kernels._cell_sets import Cells, SparseCells
 from repsim_kernels.kernels.torch import memory, panels
 
 # Columns of a cell in one product, elements of x that are sorted by cell together (64 MiB of
@@ -28,11 +29,13 @@ def label_unassigned(cells: np.ndarray, n_cells: int) -> np.ndarray:
     return cells if cells.min(initial=0) >= 0 else np.where(cells < 0, n_cells, cells)
 
 
-def sort_by_cell(cells: np.ndarray, n_cells: int) -> tuple[np.ndarray, np.ndarray]:
+def sort_by_cell(cells: Cells, n_cells: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the neurons ordered by cell, and the offset of each cell in them, (C + 1,).
 
-    ``cells`` are labels (p,) or a membership (C, p).
+    ``cells`` are labels (p,), a membership (C, p) or sparse.
     """
+    if isinstance(cells, SparseCells):
+        return cells.indices, cells.indptr
     if cells.ndim == 2:
         return np.nonzero(cells)[1], np.concatenate([[0], np.cumsum(cells.sum(1))])
     # 16-bit integers are sorted by radix.
@@ -51,7 +54,7 @@ def take(x: Tensor, columns: Tensor) -> Tensor:
 
 
 def iter_cell_blocks(
-    x: Tensor, cells: np.ndarray, n_cells: int
+    x: Tensor, cells: Cells, n_cells: int
 ) -> Iterator[tuple[slice, tuple[int, int], Tensor]]:
     """Yield blocks of columns of x (n, p) for runs of consecutive cells.
 
@@ -72,7 +75,11 @@ def iter_cell_blocks(
         span = x[:, start : start + width]
         if not by_rows:
             _copy_in_strips(transposed[: span.shape[1]].mT, span)
-        span_cells = cells[..., start : start + width]
+        stop = start + width
+        if isinstance(cells, SparseCells):
+            span_cells: Cells = cells.among(start, stop)
+        else:
+            span_cells = cells[..., start:stop]
         for batch in _plan_batches(span_cells, n_cells, max_columns, capacity):
             index = torch.from_numpy(np.concatenate([run.columns for run in batch])).to(x.device)
             k = len(index)
@@ -126,7 +133,7 @@ class _Run:
 
 
 def _plan_batches(
-    cells: np.ndarray, n_cells: int, max_columns: int, capacity: int
+    cells: Cells, n_cells: int, max_columns: int, capacity: int
 ) -> Iterator[list[_Run]]:
     """Group the runs of all cells in batches of at most ``capacity`` columns."""
     order, offsets = sort_by_cell(cells, n_cells)
@@ -165,7 +172,8 @@ def _pack_cells(sizes: list[int], max_columns: int) -> Iterator[tuple[slice, int
     start = 0
     while start < len(sizes):
         stop, largest, total = start + 1, sizes[start], sizes[start]
-        for size in sizes[stop:]:
+        while stop < len(sizes):
+            size = sizes[stop]
             larger = size if size > largest else largest
             padded = (stop + 1 - start) * larger
             if padded > 1.25 * (total + size) or padded > max_columns:

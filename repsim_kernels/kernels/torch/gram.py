@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repsim_kernels._cell_sets import Cells, SparseCells, are_partitions
 from repsim_kernels.kernels.torch import columns, distances, memory, panels
 
 # Elements of a batch of Grams: on a CPU it fits the cache, on a GPU it fills the device.
@@ -174,8 +175,8 @@ def centered_gram(x: Tensor, *, kernel: str, sigma: float | None) -> Tensor:
     return double_centre(distances.rbf_kernel(x, sigma))
 
 
-def cell_grams(x: Tensor, *, cells: np.ndarray, n_cells: int) -> Tensor:
-    if cells.ndim == 2 and cells.dtype != np.bool_:
+def cell_grams(x: Tensor, *, cells: Cells, n_cells: int) -> Tensor:
+    if are_partitions(cells):
         return torch.stack(
             [panels.unpack(cell_statistics(x, labels, n_cells)[0]) for labels in cells]
         )
@@ -183,7 +184,7 @@ def cell_grams(x: Tensor, *, cells: np.ndarray, n_cells: int) -> Tensor:
 
 
 def cell_statistics(
-    x: Tensor, cells: np.ndarray, n_cells: int, shifts: bool = False
+    x: Tensor, cells: Cells, n_cells: int, shifts: bool = False
 ) -> tuple[panels.Panels, Tensor, Tensor]:
     """Return each cell's Gram, number of varying neurons and shift, from one pass over x (n, p).
 
@@ -224,7 +225,7 @@ def count_varying(x: Tensor) -> Tensor:
 
 
 def cell_counts_and_shifts(
-    x: Tensor, cells: np.ndarray, n_cells: int, shifts: bool
+    x: Tensor, cells: Cells, n_cells: int, shifts: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what `cell_statistics` returns next to the Grams, without computing these.
 
@@ -232,6 +233,8 @@ def cell_counts_and_shifts(
     where … is T for partitions (T, p).
     """
     n, p = x.shape
+    if isinstance(cells, SparseCells):
+        return _sparse_counts_and_shifts(x, cells, shifts)
     labels = torch.from_numpy(cells).to(x.device)
     every_cell = torch.arange(n_cells, device=x.device)
     partitions = labels.shape[:-1] if cells.dtype != np.bool_ else ()
@@ -251,6 +254,26 @@ def cell_counts_and_shifts(
             mean = _centre_inplace(c, below_float64([x]))
             shift += member.to(torch.float64) @ c.mul_(mean).mT
     return n_varying, n_total, shift
+
+
+def _sparse_counts_and_shifts(
+    x: Tensor, cells: SparseCells, shifts: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the result of `cell_counts_and_shifts` for sparse cells."""
+    varies = (x != x[:1]).any(0)
+    cell_of_each = np.repeat(np.arange(len(cells)), np.diff(cells.indptr))
+    n_varying = torch.zeros(len(cells), dtype=torch.int64, device=x.device)
+    n_varying.index_add_(
+        0,
+        torch.from_numpy(cell_of_each).to(x.device),
+        varies[torch.from_numpy(cells.indices).to(x.device)].to(torch.int64),
+    )
+    shift = torch.zeros(len(cells), len(x), 1, dtype=torch.float64, device=x.device)
+    if shifts:
+        for run, shape, c in columns.iter_cell_blocks(x, cells, len(cells)):
+            mean = _centre_inplace(c, below_float64([x]))
+            shift[run].baddbmm_(c.unflatten(1, shape).transpose(0, 1), mean.view(*shape, 1))
+    return n_varying, varies.sum(), shift[..., 0]
 
 
 def _zero(packed: panels.Panels, mask: np.ndarray) -> None:

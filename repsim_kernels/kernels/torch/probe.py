@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repsim_kernels._cell_sets import Cells, are_partitions
 from repsim_kernels.kernels.torch import cholesky, gram, panels
 from repsim_kernels.kernels.torch.ablation_parts import (
     PASSES,
     CellParts,
     Passes,
-    are_partitions,
     make_parts,
 )
 from repsim_kernels.kernels.torch.representation import to_complement
@@ -26,6 +26,7 @@ from repsim_kernels.kernels.torch.representation import to_complement
 # square. Ten steps are many; only rounding, with a ridge near 0, keeps steps from becoming that
 # small.
 _LAST_STEP, _MAX_STEPS = 1e-8, 100
+_ABLATED = "frozen", "refit"  # scores after an ablation
 # Most outputs of the fits of several partitions that exist together: 512 MiB.
 _OUTPUTS = 2**26
 
@@ -33,7 +34,7 @@ _OUTPUTS = 2**26
 def ablation_decodability(
     x: Tensor,
     *,
-    cells: np.ndarray,
+    cells: Cells,
     n_cells: int,
     labels: np.ndarray,
     target: int | tuple[int, ...] | None,
@@ -55,35 +56,43 @@ def ablation_decodability(
         if isinstance(relative, str):  # "gcv"; one ridge for all partitions
             (relative,) = best_ridges(parts.whole, [to_complement(task.y)])
         fit = functools.partial(kind, relative=relative, fold_members=fold_members)
-        n_sets = len(parts.n_remaining) // n_cells if partitions and n_cells else 1
+        size = parts.n_cells
+        n_sets = len(parts.n_remaining) // size if partitions and size else 1
         # Ridge regressions on other partitions' targets cost little; logistic ones would not.
         sets_per_call = 1 if paired and probe == "logistic" else n_sets
         if paired:  # the outputs of each set on the targets of all
-            sets_per_call = min(sets_per_call, max(1, math.isqrt(_OUTPUTS // (n_cells * len(x)))))
+            sets_per_call = min(sets_per_call, max(1, math.isqrt(_OUTPUTS // (size * len(x)))))
         for start in range(0, n_sets, sets_per_call):
             sets = min(sets_per_call, n_sets - start)
-            ablated = list(range(start * n_cells, (start + sets) * n_cells))
+            ablated = list(range(start * size, (start + sets) * size))
             done = sum(table_sets for _, table_sets in tables)
             own = task.select(slice(done, done + sets)) if paired else task
             table = _score_ablations(parts, ablated, own, fit, score, sets if paired else 1)
             tables.append((table, sets))
+        del parts  # before the Grams of the next set are made
     if partitions:
         results = {
             name: {
                 "intact": torch.cat([t[name]["intact"].expand(sets) for t, sets in tables]),
                 **{
                     key: torch.cat([t[name][key].view(sets, n_cells) for t, sets in tables])
-                    for key in ("frozen", "refit")
+                    for key in _ABLATED
                 },
             }
             for name in score
         }
-    elif isinstance(target, tuple):
-        results = tables[0][0]
-    else:
+    else:  # sparse cells in several tables, or one
+        results = {
+            name: {
+                "intact": tables[0][0][name]["intact"],
+                **{key: torch.cat([t[name][key] for t, _ in tables], 1) for key in _ABLATED},
+            }
+            for name in score
+        }
+    if not partitions and not isinstance(target, tuple):
         results = {
             name: {key: values[0] for key, values in scores.items()}
-            for name, scores in tables[0][0].items()
+            for name, scores in results.items()
         }
     return results | ({"ridge": relative} if ridge == "gcv" else {})
 

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from repsim_kernels._cell_sets import Cells, SparseCells, are_partitions
 from repsim_kernels.kernels.torch import distances
 from repsim_kernels.kernels.torch import gram as torch_gram
 from repsim_kernels.kernels.triton import _launch
@@ -46,6 +47,8 @@ from repsim_kernels.kernels.triton.operands import (
     iter_operands,
     number_cells,
 )
+
+_MEMBERSHIP = 2**26  # most elements of sparse cells that become a membership together
 
 
 @dataclass(frozen=True)
@@ -250,17 +253,26 @@ def centered_gram(
 def cell_grams(
     x: Tensor,
     *,
-    cells: np.ndarray,
+    cells: Cells,
     n_cells: int,
     precision: str = "tf32x3",
     launch: Launch | None = None,
 ) -> Tensor:
     """Return the Gram matrix of each cell, (C, n, n) float64.
 
-    ``cells`` are labels (p,), a membership (C, p), or partitions (T, p), which give (T, C, n, n).
+    ``cells`` are labels (p,), a membership (C, p) or sparse, or partitions (T, p), which give
+    (T, C, n, n). Sparse cells become memberships chunk by chunk.
     """
+    if isinstance(cells, SparseCells):
+        g = torch.empty(n_cells, len(x), len(x), dtype=torch.float64, device=x.device)
+        step = max(1, _MEMBERSHIP // cells.p)
+        for start in range(0, n_cells, step):
+            chunk = cells.select(slice(start, start + step)).to_membership()
+            grams = cell_statistics(x, chunk, len(chunk), precision=precision, launch=launch)[0]
+            g[start : start + step] = grams
+        return g
     g = cell_statistics(x, cells, n_cells, precision=precision, launch=launch)[0]
-    if cells.ndim == 2 and cells.dtype != np.bool_:
+    if are_partitions(cells):
         return g.view(len(cells), n_cells, *g.shape[1:])
     return g
 
