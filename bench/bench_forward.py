@@ -21,6 +21,7 @@ from bench.common.inputs import DEVICE
 from bench.conftest import Timer
 from repsim_kernels.experiments.inputs.presets import PRESETS, load_network
 from repsim_kernels.forward import AblatedForward, State, passes
+from repsim_kernels.forward.fills import draw_other_images
 
 CELLS, IMAGES = 16, 10
 CUTS = (  # preset, layer, and number of dead cells
@@ -30,6 +31,7 @@ CUTS = (  # preset, layer, and number of dead cells
     ("alexnet", "classifier.2", 0),
     ("mobilenet_v2", "features.7", 0),
 )
+FILLS = "zero", "mean", "resample", "state"
 HOOK = "a forward hook, once a cell"
 
 
@@ -42,15 +44,18 @@ class Cut:
     labels: Tensor  # cell of each unit, (p,)
     dead: int  # number of cells whose units are zero for all images
 
-    def run_with_hook(self, images: Tensor) -> Tensor:
-        """Run the whole network once per cell; a forward hook masks the layer's output."""
+    def run_with_hook(self, images: Tensor, values: Tensor | None = None) -> Tensor:
+        """Run the whole network once per cell; a forward hook writes zeros or values to it."""
         logits = []
         for cell in range(CELLS):
 
-            def mask(_module: nn.Module, _inputs: object, out: Tensor, cell: int = cell) -> Tensor:
-                return out.clone().masked_fill_((self.labels == cell).view(out.shape[1:]), 0)
+            def write(_module: nn.Module, _inputs: object, out: Tensor, cell: int = cell) -> Tensor:
+                mask = (self.labels == cell).view(out.shape[1:])
+                if values is not None:
+                    return torch.where(mask, values, out)
+                return out.clone().masked_fill_(mask, 0)
 
-            handle = self.model.get_submodule(self.layer).register_forward_hook(mask)
+            handle = self.model.get_submodule(self.layer).register_forward_hook(write)
             with torch.no_grad():
                 logits.append(self.model(images))
             handle.remove()
@@ -105,6 +110,29 @@ def test_hooked(timed: Timer, cut: Cut) -> None:
 
 def test_forward(timed: Timer, cut: Cut) -> None:
     timed("AblatedForward", call=cut.run_from_cut, oracle=cut.run_with_hook, **cut.options())
+
+
+@pytest.mark.parametrize("cut", CUTS[1:2], indirect=True, ids=str)
+@pytest.mark.parametrize("fill", FILLS)
+def test_fill(timed: Timer, cut: Cut, fill: str) -> None:
+    """Time all cells from a state whose output without ablation is known."""
+    state, other = cut.forward.prefix(cut.images), cut.forward.prefix(cut.images.flip(3))
+    cut.forward.intact(state)
+    act = state.activation
+    values = {
+        "zero": torch.zeros_like(act),
+        "mean": act.mean(0, dtype=torch.float64).to(act.dtype),
+        "resample": act[draw_other_images(len(act), 0)],
+        "state": other.activation,
+    }[fill]
+    passed = other if fill == "state" else fill
+    timed(
+        "AblatedForward",
+        call=lambda _: cut.forward.logits(state, cut.labels, CELLS, fill=passed),
+        oracle=lambda images: cut.run_with_hook(images, values),
+        name=f"suffix for all cells, fill={fill}",
+        **cut.options(),
+    )
 
 
 @pytest.mark.parametrize("cut", [c for c in CUTS if not c[2]], indirect=True, ids=str)

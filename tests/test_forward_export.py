@@ -151,7 +151,7 @@ def test_several_cells_share_a_pass():
     model, rows = Net(branches_on_the_length), []
     forward = AblatedForward(model, "cut")
     state = forward.prefix(torch.randn(4, 6))  # fewer images would take the other branch
-    run = forward._cuts.find("cut", Inputs((torch.randn(4, 6),))).trace.run
+    run = forward._cuts.find(["cut"], Inputs((torch.randn(4, 6),)))["cut"].trace.run
     want = forward.logits(state, [0, 1, 2, 3], batch=1)
     state._trace.run = lambda node, values: rows.append(len(out := run(node, values))) or out
     image_bytes = 2 * 4 * 4
@@ -167,7 +167,7 @@ def test_a_fixed_size_allows_one_cell_per_pass():
         return m.out(m.cut(m.a(x)).view(len(x), 2, 2).mean(1).repeat(1, 2))
 
     forward = check_cut(assert_untraceable(Net(run)), "cut", torch.randn(3, 6))
-    assert not forward._cuts.find("cut", Inputs((torch.randn(3, 6),))).split.batchable
+    assert not forward._cuts.find(["cut"], Inputs((torch.randn(3, 6),)))["cut"].split.batchable
 
 
 def test_new_weights_are_used():

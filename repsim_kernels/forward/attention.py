@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from repsim_kernels.errors import LayerError
 
 # The output projections of timm and Hugging Face, by their names inside an attention module.
-_PROJECTIONS = "proj", "out_proj", "o_proj", "c_proj", "output.dense", "out_lin"
+_PROJECTIONS = "proj", "out_proj", "o_proj", "c_proj", "output.dense", "out_lin", "dense", "o"
 _COUNTS = "num_heads", "num_attention_heads", "n_heads", "n_head"
 _PATCHING = threading.RLock()
 

@@ -35,6 +35,9 @@ from repsim_kernels.forward.trace import (
 _RERAISED = LayerError, *TRANSIENT
 
 
+_Outputs = dict[int, Tensor]
+
+
 class Cut(NamedTuple):
     """A traced network, and its split at one layer."""
 
@@ -78,32 +81,42 @@ class Cuts:
             if isinstance(trace, Trace):
                 trace.find_cut(layer)
 
-    def find(self, layer: str, inputs: Inputs) -> Cut:
-        """Return the network cut at a layer, for inputs like these; LayerError if that fails."""
+    def find(self, layers: Collection[str], inputs: Inputs) -> dict[str, Cut]:
+        """Return the network cut at each layer, for inputs like these; LayerError if that fails."""
+        intact: _Outputs = {}
+        return {layer: self._find(layer, inputs, intact) for layer in layers}
+
+    def _find(self, layer: str, inputs: Inputs, intact: _Outputs) -> Cut:
         sample = inputs.take(2)
         key = layer, _make_key(sample)
         if key not in self._fx_attempts:
             with keep_attributes(self._model):
-                self._fx_attempts[key] = self._cut_by_fx(layer, sample)
+                self._fx_attempts[key] = self._cut_by_fx(layer, sample, intact)
         attempt = self._fx_attempts[key]
         if attempt.cut is not None and attempt.final:
             return attempt.cut
         key = layer, _make_key(inputs)
         if key not in self._export_cuts:
             with keep_attributes(self._model):
-                cut = self._cut_by_export(layer, inputs, attempt)
+                cut = self._cut_by_export(layer, inputs, attempt, intact)
             if cut is attempt.cut:
                 attempt.final = True
                 return cut
             self._export_cuts[key] = cut
         return self._export_cuts[key]
 
-    def _cut_by_fx(self, layer: str, sample: Inputs) -> _Attempt:
+    def _run_intact(self, inputs: Inputs, outputs: _Outputs) -> Tensor:
+        """Return the network's output; `outputs` has it by the number of stimuli, once it ran."""
+        if len(inputs) not in outputs:
+            outputs[len(inputs)] = verify.run_intact(self.network, inputs)
+        return outputs[len(inputs)]
+
+    def _cut_by_fx(self, layer: str, sample: Inputs, outputs: _Outputs) -> _Attempt:
         trace = self._get_fx_trace(layer, sample.form)
         if isinstance(trace, Untraceable):
             return _Attempt()
         try:
-            intact = verify.run_intact(self.network, sample)
+            intact = self._run_intact(sample, outputs)
         except _RERAISED:
             raise
         except Exception:
@@ -121,10 +134,12 @@ class Cuts:
             attempt.final = not torch.equal(again, expected.half_masked)
         return attempt
 
-    def _cut_by_export(self, layer: str, inputs: Inputs, fx_attempt: _Attempt) -> Cut:
+    def _cut_by_export(
+        self, layer: str, inputs: Inputs, fx_attempt: _Attempt, outputs: _Outputs
+    ) -> Cut:
         """Cut the exported network; return the cut by fx if the exported one is no better."""
         try:
-            intact = verify.run_intact(self.network, inputs)
+            intact = self._run_intact(inputs, outputs)
         except _RERAISED:
             raise
         except Exception as error:

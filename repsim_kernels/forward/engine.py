@@ -58,7 +58,8 @@ class AblatedForward(CutForward):
     The first time it sees images of a new shape, layout or dtype, `prefix` compares the cut network
     on two of them with whole passes under a forward hook, which also reveals randomness and hidden
     state. If the ``torch.fx`` trace differs from these passes, for example because ``forward``
-    checks a type, a ``torch.export`` trace for each shape is compared on all the images instead.
+    checks a type, a ``torch.export`` trace for each shape is compared on all the images instead,
+    which costs about five whole passes for each layer. Most networks of Hugging Face need it.
 
     Operations run under the autocast state, attention backends and default dtype that ``forward``
     sets for them. TF32 follows PyTorch's switches. No method tracks gradients.

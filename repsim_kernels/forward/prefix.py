@@ -86,9 +86,8 @@ class CutForward:
             )
         inputs = checks.check_images(self.model, images)
         with contexts.run_eagerly():
-            (layer,) = self.layers
-            state = passes.run_head(*self._cuts.find(layer, inputs), inputs)
-            return self._adopt({layer: state}, inputs)[layer]
+            ((layer, cut),) = self._cuts.find(self.layers, inputs).items()
+            return self._adopt({layer: passes.run_head(*cut, inputs)}, inputs)[layer]
 
     def prefixes(self, images: Images, layers: Sequence[str] | None = None) -> dict[str, State]:
         """Run the network once, and return a state for each of several layers.
@@ -127,7 +126,7 @@ class CutForward:
         names = self._select_layers(layers)
         inputs = checks.check_images(self.model, images)
         with contexts.run_eagerly():
-            cuts = {name: self._cuts.find(name, inputs) for name in names}
+            cuts = self._cuts.find(names, inputs)
             states: dict[str, State] = {}
             shared: dict[Trace, dict[str, Split]] = {}
             for name, (trace, split) in cuts.items():
@@ -178,7 +177,7 @@ class CutForward:
         names, timed = self._select_layers(layers), _options.check_flag(timed, "timed")
         inputs = checks.check_images(self.model, images)
         with contexts.run_eagerly():
-            cuts = {name: self._cuts.find(name, inputs) for name in names}
+            cuts = self._cuts.find(names, inputs)
             traces = {trace for trace, _ in cuts.values()} if timed else set()
             times = {trace: cost.time_operations(trace, inputs.copy()) for trace in traces}
             return {

@@ -142,8 +142,5 @@ def _run_under_hook(
     with site.replace(hook):
         out = run_intact(network, inputs)
     if not calls and not site.is_plain:
-        raise LayerError(
-            f"layer: no pass has {site.layer!r}, since {site.module_name!r} is never called; "
-            "expected a module that is"
-        )
+        raise LayerError(f"layer: {site.layer!r} is never called; expected one call in a pass")
     return out
