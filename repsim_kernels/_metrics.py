@@ -13,9 +13,9 @@ from dataclasses import dataclass
 class Metric:
     """A measure of how similar two representations are.
 
-    None of the values that `pairwise` returns by default, or `ablation_distances` returns, is a
-    metric in the mathematical sense. `procrustes_distance` offers two that are: the forms "angular"
-    and "size-and-shape".
+    None of the values that `pairwise` returns by default is a metric in the mathematical sense, and
+    of the distances of `ablation_distances` only that of mutual kNN is. `procrustes_distance` has
+    two others: the forms "angular" and "size-and-shape".
 
     Attributes
     ----------

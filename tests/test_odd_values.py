@@ -44,7 +44,7 @@ def call_with(function, parameter, value):
     """Call a function with valid arguments except for one."""
     names = list(inspect.signature(function).parameters)
     arguments = dict(zip(names, ARGUMENTS[function.__name__], strict=False))
-    if parameter == "sigma":
+    if parameter == "sigma" and "kernel" in names:
         arguments["kernel"] = "rbf"
     return function(**(arguments | {parameter: value}))
 

@@ -65,16 +65,17 @@ def gram_ablation_distances(
     For Gram matrices that are summed elsewhere, over batches of neurons or over machines. With
     ``gram = centered_gram(x)`` and ``parts = cell_grams(x, cells)`` these are the distances of
     `ablation_distances`, which also has the activations and is therefore more accurate if an
-    ablation removes nearly all of the variance along a direction.
+    ablation removes nearly all of the variance along a direction, or makes stimuli nearly equal.
 
     Parameters
     ----------
     gram : array, (n, n), float16 | bfloat16 | float32 | float64
-        Gram matrix of all neurons, for n >= 2 stimuli (n >= 4 for "cka_debiased"). Symmetric; it is
-        centred first if necessary. Use float64 for accurate small distances.
+        Gram matrix of all neurons, for n >= 2 stimuli (n >= 3 for "rsa_euclidean", n >= 4 for
+        "cka_debiased"). Symmetric; it is centred first if necessary. Use float64 for accurate small
+        distances.
     parts : array, (C, n, n), of the same library and device
         What each ablation removes from it.
-    metrics : sequence of str, or "all"
+    metrics : sequence of str, or str
         Any of "cka", "cka_debiased", "procrustes" (the squared form), "cca", "cca_squared" and
         "svcca" (99 % of the variance), which are the default; and of "rsa_euclidean" and "cka_rbf",
         which compare distances between stimuli. "all" means all eight. The other metrics of
@@ -100,7 +101,8 @@ def gram_ablation_distances(
     -------
     distances : dict of str to array like gram, (C,), float64
         By metric: 1 - similarity; "procrustes": 2 - 2 times the similarity. Dimensionless. A part
-        of zeros has exactly the distance of gram to itself; NaN for a part that leaves nothing.
+        of zeros has exactly the distance of gram to itself; NaN for a part that leaves nothing, and
+        where a similarity is not defined.
     info : dict of str to Info
         Only with ``info=True``; by metric the ``route`` and the ``steps`` of each distance, as in
         `ablation_distances`.

@@ -14,6 +14,7 @@ from torch import nn
 from repsim_kernels import LayerError
 from repsim_kernels.experiments import Study
 from repsim_kernels.experiments.columns import (
+    ALL_METRICS,
     BASELINE,
     HALVES,
     METRICS,
@@ -29,7 +30,7 @@ from repsim_kernels.reference.probe import ablation_decodability
 
 @pytest.fixture(scope="module")
 def table() -> pd.DataFrame:
-    return toy_study(metric_images=4).run().table
+    return toy_study(metric_images=4, metrics="all").run().table
 
 
 def run_with_mask(model: nn.Module, layer: str, images: torch.Tensor, mask: torch.Tensor) -> Any:
@@ -51,7 +52,7 @@ def test_the_table_has_a_row_for_each_cell_in_order(table: pd.DataFrame) -> None
     keys = ["model", "class", "layer", "cell"]
     changes = [*PERFORMANCE, *PROBES["ridge"]]
     halves = [half_column(name, which) for which in HALVES for name in changes]
-    whole = [*METRICS, BASELINE, *changes]
+    whole = [*ALL_METRICS, BASELINE, *changes]
     counts = ["size", "nan_images"]
     assert list(table.columns[: len(keys) + 2 + len(whole)]) == [*keys, *counts, *whole]
     assert set(table.columns) == {*keys, *counts, *whole, *halves}
@@ -77,7 +78,7 @@ def test_rows_match_brute_force(table: pd.DataFrame, layer: str, label: int) -> 
     cells = selectivity_grid(x, y, label)
     distances = ablation_distances(x, cells)
     probe = ablation_decodability(x, cells, y, target=label)
-    for name in METRICS:
+    for name in ALL_METRICS:
         np.testing.assert_allclose(rows[name], distances[name].values, rtol=1e-4, atol=1e-10)
     for kind in ("refit", "frozen"):
         change = float(probe["intact"]) - np.asarray(probe[kind])
@@ -162,6 +163,12 @@ def test_numpy_arrays_work_and_the_model_stays_unchanged() -> None:
     assert table.equals(Study(model, ["act1"], images, labels, [2], (2, 3)).run().table)
 
 
+def test_all_names_every_metric() -> None:
+    assert toy_study(metrics="all").metrics == toy_study(metrics=["all"]).metrics
+    assert tuple(toy_study(metrics="all").metrics) == ALL_METRICS
+    assert tuple(toy_study().metrics) == METRICS
+
+
 def test_progress_counts_the_units() -> None:
     steps: list[Any] = []
     toy_study(metrics=["cka"], block=2).run(progress=steps.append)
@@ -196,6 +203,8 @@ def test_repr_summarises_the_study_in_one_line() -> None:
         ({"targets": []}, "targets: .* expected distinct"),
         ({"metrics": ["cka", "ccka"]}, "metrics: 'ccka'; expected one of 'cka'"),
         ({"metrics": ["cka", "cka"]}, "metrics: .* repeats"),
+        ({"metrics": ["cka", "all"]}, "metrics: 'all'; expected one of 'cka'"),
+        ({"metrics": "all", "metric_images": 3}, "metrics: 'mutual_knn' .* 9; expected at least"),
         ({"grid": (0, 4)}, "grid: .* expected two whole numbers of at least 1"),
         ({"grid": (100, 4)}, "grid: 100 x 4 cells for the 256 neurons of layer 'act1'"),
         ({"ridge": -1.0}, "ridge: -1.0; expected a finite number"),

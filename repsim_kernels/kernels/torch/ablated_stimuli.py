@@ -97,7 +97,7 @@ class GramStimuli:
         gram = self._remaining(cells)
         energy = self.energy.expand(len(gram), -1)
         squared = _squared_distances(gram)
-        # Closer rows can't be told from equal ones.
+        # Rounding hides whether closer rows are equal.
         squared.masked_fill_(squared <= _SUMS * bound_rounding(BLAS_CHUNK) * _pair_sums(energy), 0)
         squared.diagonal(dim1=1, dim2=2).zero_()
         return StimulusDistances(
