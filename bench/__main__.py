@@ -160,6 +160,24 @@ def calibrate(
 
 
 @app.command()
+def patching(
+    quick: Annotated[
+        bool, typer.Option(help="Use a small network, in seconds; write no results.")
+    ] = False,
+) -> None:
+    """Measure patches of every attention head of a GPT-2, by this package and by hooks."""
+    from bench.bench_patching import describe_patching, measure_patching
+
+    with report_usage_errors():
+        record = measure_patching(quick)
+    print(describe_patching(record))
+    if not quick:
+        out = machine.RESULTS / f"patching-{machine.slugify_device('cpu')}.json"
+        machine.save(out, record)
+        print(out)
+
+
+@app.command()
 def render_docs() -> None:
     """Regenerate the figures and tables of the documentation from the committed results."""
     from bench.render_docs import draw_figures, render_pages

@@ -8,6 +8,7 @@ from pathlib import Path
 from bench import aims, bench_compare, maps
 from bench.accuracy import OURS, summarize, tabulate_by_package
 from bench.bench_calibrate import describe_calibration
+from bench.bench_patching import describe_patching
 from bench.common.machine import Json, format_seconds, load
 from bench.common.records import describe_device, format_commits, format_dates
 from bench.peers import tables
@@ -352,6 +353,12 @@ debiased CKA over all stimuli in float64.
 {bench_compare.tabulate(record)}"""
 
 
+def render_patching(results: Path) -> str:
+    """bench/README.md: patched heads by this package and by hooks."""
+    paths = sorted(results.glob("patching-*.json"))
+    return "\n\n".join(describe_patching(load(path)) for path in paths) or "Not measured yet."
+
+
 def render_unrelated(_path: Path, record: Json) -> str:
     """docs/compare.md: CKA of representations that have nothing in common."""
     return maps.describe_unrelated(record)
@@ -383,5 +390,6 @@ BLOCKS: dict[str, tuple[str, Callable[..., str]]] = {
     "networks": ("*", render_networks),
     "unrelated": ("maps", render_unrelated),
     "calibrate": ("calibrate", lambda _path, record: describe_calibration(record)),
+    "patching": ("*", render_patching),
     "runs": ("*", render_runs),
 }

@@ -12,7 +12,7 @@ from repsim_kernels.experiments.inputs.networks import list_default_layers
 from repsim_kernels.experiments.inputs.presets import PRESETS, load_network
 from repsim_kernels.forward import AblatedForward
 
-CUTS = {"alexnet": 10, "mobilenet_v2": 104, "resnet50": 122}
+CUTS = {"alexnet": 10, "mobilenet_v2": 104, "resnet50": 122, "vit_b_16": 49}
 
 
 @functools.cache
@@ -23,7 +23,12 @@ def load(name):
 def list_sites(name):
     """The study's layers, and the other modules that a user might cut at."""
     model = load(name)
-    kinds = {"alexnet": nn.MaxPool2d, "mobilenet_v2": (), "resnet50": (nn.Conv2d, nn.BatchNorm2d)}
+    kinds = {
+        "alexnet": nn.MaxPool2d,
+        "mobilenet_v2": (),
+        "resnet50": (nn.Conv2d, nn.BatchNorm2d),
+        "vit_b_16": (nn.LayerNorm, nn.GELU),
+    }
     more = {layer for layer, m in model.named_modules() if isinstance(m, kinds[name])}
     chosen = more | set(list_default_layers(model))
     return [layer for layer, _ in model.named_modules() if layer in chosen]

@@ -66,7 +66,7 @@ def compact(run: Annotated[Path, RUN] = Path("runs/demo")) -> None:
 @app.command()
 def train(
     model: Annotated[
-        list[str] | None, typer.Option(help="Small network; repeatable. All three by default.")
+        list[str] | None, typer.Option(help="Small network; repeatable. All four by default.")
     ] = None,
     dataset: Annotated[
         Path, typer.Option(help="Folder with Fashion-MNIST's gzipped idx files.")

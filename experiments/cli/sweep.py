@@ -20,22 +20,23 @@ from repsim_kernels.experiments.cli.signals import exit_on_signals
 from repsim_kernels.experiments.errors import OptionsError
 from repsim_kernels.experiments.runs.shard import parse_shard, read_shard_from_environment
 
-_MAX_DEMO_WORKERS = 4  # each may hold 1.4 GiB, and the demo has 23 units
+_MAX_DEMO_WORKERS = 4  # each may hold 1.4 GiB, and the demo has 26 units
 
 
 def sweep(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Network; repeatable. alexnet_small, mobilenet_v2_small or resnet50_small (all "
-            "three by default), a builder of torchvision.models, or package.module:callable."
+            help="Network; repeatable. alexnet_small, mobilenet_v2_small, resnet50_small or "
+            "vit_small (all four by default), a builder of torchvision.models, or "
+            "package.module:callable."
         ),
     ] = None,
     preset: Annotated[
         str | None,
         typer.Option(
-            help="Full-size study: alexnet, mobilenet_v2, mobilenet_v2_035 or resnet50, or "
-            "hayne2024, which runs three of these as published."
+            help="Full-size study: alexnet, mobilenet_v2, mobilenet_v2_035, resnet50 or vit_b_16, "
+            "or hayne2024, which runs three of these as published."
         ),
     ] = None,
     weights: Annotated[
@@ -200,8 +201,8 @@ def sweep(
         bool,
         typer.Option(
             "--full",
-            help="Run the demo on all layers, classes and images: 1,270 pairs of class and layer "
-            "instead of 161.",
+            help="Run the demo on all layers, classes and images: 1,350 pairs of class and layer "
+            "instead of 182.",
         ),
     ] = False,
     plan: Annotated[
@@ -215,7 +216,7 @@ def sweep(
 ) -> None:
     """Ablate networks cell by cell, and compare representation metrics with the loss of function.
 
-    Without options, run the demo into runs/demo: three small networks on the images shipped with
+    Without options, run the demo into runs/demo: four small networks on the images shipped with
     the package, with a sample of the layers, classes and images. To resume an interrupted run,
     run the same command again. Exit codes: 0 for success, 2 if the command can't run or continue,
     3 if units failed or are missing from the table, 130 after Ctrl-C, 143 after SIGTERM.

@@ -170,6 +170,7 @@ def copy_state(
     """
     expected = model.state_dict()
     mismatch = f"weights: {path} does not match the architecture of {name!r}"
+    state = _update_names(state, expected)
     for key, value in expected.items():
         if key.endswith("num_batches_tracked"):
             continue  # old checkpoints lack it, and inference ignores it
@@ -186,6 +187,21 @@ def copy_state(
             f"{mismatch}: {extra[0]!r} is unexpected; expected {len(expected)} tensors"
         )
     model.load_state_dict(state, strict=False)
+
+
+def _update_names(
+    state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """Rename the MLPs' layers as in torchvision's newer vision transformers.
+
+    Its own weights, ViT-B/16's among them, still have the older names.
+    """
+
+    def update(key: str) -> str:
+        newer = key.replace(".mlp.linear_1.", ".mlp.0.").replace(".mlp.linear_2.", ".mlp.3.")
+        return newer if newer in expected else key
+
+    return {update(key): value for key, value in state.items()}
 
 
 def _can_hold(dtype: torch.dtype, tensor: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The networks of a study: three shipped ones, torchvision's, or a user's own."""
+"""The networks of a study: the shipped ones, torchvision's, or a user's own."""
 
 import importlib
 import inspect
@@ -12,6 +12,7 @@ import torch
 import torchvision.models as zoo
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.vision_transformer import EncoderBlock
 
 from repsim_kernels.experiments.errors import ModelError, one_line
 from repsim_kernels.experiments.inputs.checkpoints import copy_state, count_outputs, read_checkpoint
@@ -79,10 +80,25 @@ def _build_resnet50() -> zoo.ResNet:
     return model
 
 
+def _build_vit() -> zoo.VisionTransformer:
+    model = zoo.VisionTransformer(
+        image_size=32,
+        patch_size=8,
+        num_layers=4,
+        num_heads=4,
+        hidden_dim=96,
+        mlp_dim=192,
+        num_classes=_OUTPUTS,
+    )
+    nn.init.trunc_normal_(model.heads.head.weight, std=0.02)  # torchvision's is zero
+    return model
+
+
 _BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "alexnet_small": _build_alexnet,
     "mobilenet_v2_small": _build_mobilenet_v2,
     "resnet50_small": _build_resnet50,
+    "vit_small": _build_vit,
 }
 SMALL: tuple[str, ...] = tuple(_BUILDERS)
 
@@ -101,7 +117,9 @@ def build(name: str) -> nn.Module:
     Notes
     -----
     Architectures: Krizhevsky 2014 (one weird trick), Sandler et al. 2018 and He et al. 2016, as in
-    torchvision, with widths divided by 4, multiplied by 0.35 and divided by 8.
+    torchvision, with widths divided by 4, multiplied by 0.35 and divided by 8. The vision
+    transformer (Dosovitskiy et al. 2021) is an eighth as wide as ViT-B. It has 4 blocks, each with
+    4 heads and an MLP that is twice as wide as the block. Its patches are 8 x 8.
     """
     if name not in _BUILDERS:
         raise ModelError(f"model: {name!r} is unknown; expected one of {', '.join(SMALL)}")
@@ -176,10 +194,11 @@ def load(
 
 
 def list_default_layers(model: nn.Module) -> list[str]:
-    """List a network's default layers for a study, in the order of its definition.
+    """List a network's default layers for a study, in the order in which they run.
 
     AlexNet: each ReLU; MobileNetV2: every convolution and batch norm, before the ReLU6; ResNet:
-    the output of each block. Source: Hayne, Jung & Carter, TMLR 2024.
+    the output of each block. Source: Hayne, Jung & Carter, TMLR 2024. VisionTransformer: the heads
+    of each block's attention, before they are projected, and the output of the block.
 
     Raises
     ------
@@ -191,7 +210,14 @@ def list_default_layers(model: nn.Module) -> list[str]:
     >>> from repsim_kernels.experiments.inputs.networks import build, list_default_layers
     >>> list_default_layers(build("alexnet_small"))[-2:]
     ['classifier.2', 'classifier.5']
+    >>> list_default_layers(build("vit_small"))[-2:]
+    ['encoder.layers.encoder_layer_3.self_attention:heads', 'encoder.layers.encoder_layer_3']
     """
+    if isinstance(model, zoo.VisionTransformer):
+        blocks = [
+            name for name, module in model.named_modules() if isinstance(module, EncoderBlock)
+        ]
+        return [layer for block in blocks for layer in (f"{block}.self_attention:heads", block)]
     kinds: tuple[type[nn.Module], ...]
     if isinstance(model, zoo.AlexNet):
         kinds = (nn.ReLU,)

@@ -104,12 +104,14 @@ _ALEXNET = Network("alexnet", "alexnet", FIFTY, others=10)
 _MOBILENET_V2 = Network("mobilenet_v2", "mobilenet_v2", TEN, neurons_per_draw=100)
 _MOBILENET_V2_035 = replace(_MOBILENET_V2, name="mobilenet_v2_035", width=0.35)
 _RESNET50 = Network("resnet50", "resnet50", TEN, draws=1, neurons_per_draw=50)
+_VIT_B_16 = Network("vit_b_16", "vit_b_16", TEN)
 
 PRESETS: dict[str, Preset] = {
     "alexnet": Preset((_ALEXNET,)),
     "mobilenet_v2": Preset((_MOBILENET_V2,)),
     "mobilenet_v2_035": Preset((_MOBILENET_V2_035,)),
     "resnet50": Preset((_RESNET50,)),
+    "vit_b_16": Preset((_VIT_B_16,)),
     "hayne2024": Preset(
         (_ALEXNET, _MOBILENET_V2_035, _RESNET50),
         {
@@ -126,8 +128,9 @@ PRESETS: dict[str, Preset] = {
 Classes, numbers of images and draws, widths and everything in "hayne2024" follow Hayne, Jung &
 Carter, *Does Representation Similarity Capture Function Similarity?*, TMLR 2024, and its published
 code. In addition to their MobileNetV2 of width 0.35 there is torchvision's of width 1, because
-weights for it are published. One difference: for an ablated ResNet50 the authors draw once for
-every 50 surviving neurons, this package once for every 50 neurons of the layer."""
+weights for it are published, and a vision transformer, with ResNet50's classes. One difference: for
+an ablated ResNet50 the authors draw once for every 50 surviving neurons, this package once for
+every 50 neurons of the layer."""
 
 
 class LoadedNetwork(NamedTuple):
@@ -277,16 +280,19 @@ def _init_random(network: Network) -> nn.Module:
 def _rescale_activations(model: nn.Module, images: torch.Tensor) -> nn.Module:
     """Rescale a network with random weights so that no layer is dead and logits differ.
 
-    Otherwise MobileNetV2's activations vanish, ResNet's grow, and all images have similar logits.
+    Otherwise MobileNetV2's activations vanish, ResNet's grow, and all images have similar logits;
+    a vision transformer's logits are zero.
     """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0  # running statistics become those of the one batch
         elif isinstance(model, zoo.AlexNet) and isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight)
+    head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    if isinstance(model, zoo.VisionTransformer):
+        nn.init.normal_(head.weight)
     model.train()(images)
     logits = model.eval()(images)
-    head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     scale = logits.std(0).mean()
     head.bias.sub_(logits.mean(0)).div_(scale)
     head.weight.div_(scale)

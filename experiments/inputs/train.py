@@ -16,8 +16,13 @@ from repsim_kernels.experiments.inputs.images import (
 )
 from repsim_kernels.experiments.inputs.networks import ASSETS, SMALL, build
 
-EPOCHS = {"alexnet_small": 6, "mobilenet_v2_small": 5, "resnet50_small": 5}
-PEAK_RATE = {"alexnet_small": 2e-3, "mobilenet_v2_small": 6e-3, "resnet50_small": 6e-3}
+EPOCHS = {"alexnet_small": 6, "mobilenet_v2_small": 5, "resnet50_small": 5, "vit_small": 12}
+PEAK_RATE = {
+    "alexnet_small": 2e-3,
+    "mobilenet_v2_small": 6e-3,
+    "resnet50_small": 6e-3,
+    "vit_small": 3e-3,
+}
 WEIGHT_DECAY = 1e-2
 BATCH = 128
 

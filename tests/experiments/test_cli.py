@@ -21,6 +21,7 @@ from repsim_kernels.experiments.cli import request
 from repsim_kernels.experiments.cli.request import SweepOptions
 from repsim_kernels.experiments.errors import DataError, StudyError
 from repsim_kernels.experiments.inputs import images
+from repsim_kernels.experiments.inputs.networks import SMALL
 from repsim_kernels.experiments.study import measure
 
 TOY = ["--model", "_toy:Toy", "--layers", "act1,act2", "--size", "8"]
@@ -390,4 +391,4 @@ def test_a_sample_is_evenly_spaced_and_includes_both_ends() -> None:
     assert request.space_evenly(list(range(7)), 7) == list(range(7))
     assert request.space_evenly(list(range(105)), 3) == [0, 52, 104]
     assert request.space_evenly(["a", "b", "c"], 1) == ["a"]
-    assert set(request.SAMPLES) == {"alexnet_small", "mobilenet_v2_small", "resnet50_small"}
+    assert set(request.SAMPLES) == set(SMALL)

@@ -8,6 +8,8 @@ import sys
 import pandas as pd
 import pytest
 
+from repsim_kernels.experiments.inputs.networks import SMALL
+
 
 @pytest.mark.slow
 def test_the_demo_runs_and_a_second_run_measures_nothing(tmp_path):
@@ -21,7 +23,7 @@ def test_the_demo_runs_and_a_second_run_measures_nothing(tmp_path):
     ]
     first = subprocess.run(command, capture_output=True, text=True, check=True)
     table = pd.read_parquet(tmp_path / "demo" / "results.parquet")
-    assert set(table["model"]) == {"alexnet_small", "mobilenet_v2_small", "resnet50_small"}
+    assert set(table["model"]) == set(SMALL)
     assert not table.duplicated(["model", "class", "layer", "cell"]).any()
     assert set(table["cell"]) == set(range(16))
     assert "Mean Spearman correlation, resnet50_small" in first.stdout

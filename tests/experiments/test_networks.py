@@ -3,6 +3,7 @@
 import argparse
 import gzip
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,22 +62,35 @@ def test_shipped_checkpoints_load_and_are_accurate(name):
 
 
 def test_classes_and_module_names_match_torchvision():
-    stock = zoo.alexnet, zoo.mobilenet_v2, zoo.resnet50
+    stock = zoo.alexnet, zoo.mobilenet_v2, zoo.resnet50, zoo.vit_b_16
     for name, builder in zip(SMALL, stock, strict=True):
         with torch.device("meta"):
             expected = builder(weights=None)
+        names = list(dict(expected.named_modules()))
+        if name == "vit_small":  # has 4 of the 12 blocks
+            names = [n for n in names if not re.search(r"layer_([4-9]|1\d)\b", n)]
         model = build(name)
         assert type(model) is type(expected)
-        assert list(dict(model.named_modules())) == list(dict(expected.named_modules()))
+        assert list(dict(model.named_modules())) == names
         assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
+def test_random_networks_have_logits_that_differ():
+    for name in SMALL:
+        torch.manual_seed(0)
+        logits = build(name)(torch.randn(4, 3, 32, 32))
+        assert (logits.std(0) > 0).all()
+
+
 def test_default_layers():
-    alexnet, mobilenet, resnet = (list_default_layers(build(name)) for name in SMALL)
+    alexnet, mobilenet, resnet, vit = (list_default_layers(build(name)) for name in SMALL)
     assert alexnet == [f"features.{i}" for i in (1, 4, 7, 9, 11)] + ["classifier.2", "classifier.5"]
     assert len(mobilenet) == 104
     assert mobilenet[:2] == ["features.0.0", "features.0.1"]
     assert resnet == [f"layer{i + 1}.{j}" for i, k in enumerate((3, 4, 6, 3)) for j in range(k)]
+    blocks = [f"encoder.layers.encoder_layer_{i}" for i in range(4)]
+    assert vit[1::2] == blocks
+    assert vit[::2] == [f"{block}.self_attention:heads" for block in blocks]
     with pytest.raises(ModelError, match=r"layers: no default for Outside.* 0, 1, 2, 3"):
         list_default_layers(Outside())
 
@@ -94,6 +108,23 @@ def test_load_a_torchvision_network(tmp_path):
     torch.testing.assert_close(rounded, expected, rtol=1e-2, atol=1e-2)
     with pytest.raises(ModelError, match="weights: required for 'squeezenet1_1'"):
         load("squeezenet1_1")
+
+
+def test_older_checkpoints_of_vision_transformers_are_read(tmp_path):
+    """torchvision's own weights have the names from before its MLPs became sequences."""
+    model = build("vit_small").eval().requires_grad_(False)
+    older = {
+        re.sub(r"mlp\.([03])\.", lambda match: f"mlp.linear_{1 + int(match[1]) // 3}.", key): value
+        for key, value in model.state_dict().items()
+    }
+    assert len(set(older) - set(model.state_dict())) == 16
+    torch.save(older, tmp_path / "a.pth")
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(load("vit_small", tmp_path / "a.pth")(x), model(x))
+    del older["encoder.layers.encoder_layer_2.mlp.linear_2.bias"]
+    torch.save(older, tmp_path / "b.pth")
+    with pytest.raises(ModelError, match=r"'encoder.layers.encoder_layer_2.mlp.3.bias' is missing"):
+        load("vit_small", tmp_path / "b.pth")
 
 
 def test_load_a_callable(tmp_path):
@@ -351,22 +382,23 @@ def dataset(tmp_path: Path) -> Path:
     return folder
 
 
-def test_training_writes_a_checkpoint_with_its_accuracy(dataset, tmp_path):
+@pytest.mark.parametrize("name", ["alexnet_small", "vit_small"])
+def test_training_writes_a_checkpoint_with_its_accuracy(name, dataset, tmp_path):
     lines: list[str] = []
     out = tmp_path / "out"
-    accuracy = train(["alexnet_small"], dataset=dataset, out=out, epochs=1, log=lines.append)
-    assert [path.name for path in out.iterdir()] == ["alexnet_small.safetensors"]
+    accuracy = train([name], dataset=dataset, out=out, epochs=1, log=lines.append)
+    assert [path.name for path in out.iterdir()] == [f"{name}.safetensors"]
     assert len(lines) == 2
-    with safe_open(out / "alexnet_small.safetensors", "pt") as file:
+    with safe_open(out / f"{name}.safetensors", "pt") as file:
         metadata = file.metadata()
     assert json.loads(metadata["epochs"]) == 1
-    assert metadata["accuracy"] == f"{accuracy['alexnet_small']:.4f}"
+    assert metadata["accuracy"] == f"{accuracy[name]:.4f}"
     images, labels = data.load_fashion_mnist("t10k", dataset)
-    model = models.load("alexnet_small", out / "alexnet_small.safetensors")
+    model = models.load(name, out / f"{name}.safetensors")
     correct = (
         model(data.prepare_fashion_mnist(torch.from_numpy(images))).argmax(1).numpy() == labels
     )
-    assert correct.mean() == pytest.approx(accuracy["alexnet_small"])
+    assert correct.mean() == pytest.approx(accuracy[name])
 
 
 def test_training_without_the_data_set_raises(tmp_path):

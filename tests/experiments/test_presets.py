@@ -21,6 +21,7 @@ from repsim_kernels.experiments.inputs.presets import (
     assign_weights,
     load_network,
 )
+from repsim_kernels.forward import AblatedForward
 
 NETWORKS = {network.name: network for p in PRESETS.values() for network in p.networks}
 MOBILENET, NARROW = NETWORKS["mobilenet_v2"], NETWORKS["mobilenet_v2_035"]
@@ -75,7 +76,9 @@ def photographs(n: int) -> torch.Tensor:
 
 
 def test_classes_match_the_paper():
-    assert list(PRESETS) == ["alexnet", "mobilenet_v2", "mobilenet_v2_035", "resnet50", "hayne2024"]
+    assert list(PRESETS) == [
+        *("alexnet", "mobilenet_v2", "mobilenet_v2_035", "resnet50", "vit_b_16", "hayne2024")
+    ]
     fifty = NETWORKS["alexnet"].classes
     ten = {
         *("n04147183", "n01917289", "n01534433", "n01944390", "n02066245"),
@@ -85,7 +88,7 @@ def test_classes_match_the_paper():
     assert ten < set(fifty)
     assert all(re.fullmatch(r"n\d{8}", wnid) for wnid in fifty)
     assert sum(int(wnid[1:]) for wnid in fifty) == 149_245_304
-    for name in ("mobilenet_v2", "mobilenet_v2_035", "resnet50"):
+    for name in ("mobilenet_v2", "mobilenet_v2_035", "resnet50", "vit_b_16"):
         assert len(NETWORKS[name].classes) == 10
         assert set(NETWORKS[name].classes) == ten
     stimuli = {
@@ -100,7 +103,7 @@ def test_options_match_the_paper_or_our_defaults():
     assert [n.name for n in paper.networks] == ["alexnet", "mobilenet_v2_035", "resnet50"]
     assert (paper.options["edges"], paper.options["penalty"]) == ("inclusive", 1000)
     assert set(METRICS) - set(paper.options["metrics"]) == {"svcca", "cka_debiased"}
-    for name in list(PRESETS)[:4]:
+    for name in list(PRESETS)[:5]:
         ours = PRESETS[name]
         assert [n.name for n in ours.networks] == [name]
         assert (ours.options, ours.paired) == ({}, True)
@@ -111,6 +114,7 @@ LAYERS = {  # number of layers, millions of activations in total, most in one la
     "mobilenet_v2": (104, 13.36, 1_204_224),
     "mobilenet_v2_035": (104, 5.73, 602_112),
     "resnet50": (16, 5.52, 802_816),
+    "vit_b_16": (24, 3.63, 151_296),
 }
 
 
@@ -119,20 +123,27 @@ def test_random_networks_have_no_dead_layers(network):
     assert note == "random weights"
     activations: dict[str, torch.Tensor] = {}
     modules = dict(model.named_modules())
+    layers = list_default_layers(model)
     handles = [
         modules[layer].register_forward_hook(
             lambda _m, _i, out, layer=layer: activations.__setitem__(layer, out.flatten(1).clone())
         )
-        for layer in list_default_layers(model)
+        for layer in layers
+        if layer in modules
     ]
     logits = model(photographs(4))
     for handle in handles:
         handle.remove()
+    if heads := [layer for layer in layers if layer not in modules]:
+        states = AblatedForward(model, heads).prefixes(photographs(4))
+        activations |= {layer: state.activation.flatten(1) for layer, state in states.items()}
+    activations = {layer: activations[layer] for layer in layers}
     sizes = [len(out[0]) for out in activations.values()]
     assert (len(sizes), round(sum(sizes) / 1e6, 2), max(sizes)) == LAYERS[spec.name]
     assert min(float((out.std(0) > 0).double().mean()) for out in activations.values()) > 0.4
-    scales = [float(out.std()) for out in activations.values()]
+    scales = [float(out.std()) for layer, out in activations.items() if layer not in heads]
     assert 0.1 < scales[-1] / scales[0] < 10  # neither vanishes nor explodes
+    scales += [float(activations[layer].std()) for layer in heads]
     assert 1e-3 < min(scales) <= max(scales) < 1e3
     assert logits.isfinite().all()
     assert 0.2 < logits.std(0).mean() < 5  # each class's, between images
@@ -214,7 +225,7 @@ def test_checkpoints_of_other_architectures_raise(narrow, tmp_path):
         load_network(NARROW, tmp_path / "c.pth")
 
 
-@pytest.mark.parametrize("name", ["alexnet", "mobilenet_v2", "resnet50"])
+@pytest.mark.parametrize("name", ["alexnet", "mobilenet_v2", "resnet50", "vit_b_16"])
 def test_failed_downloads_raise(name, cache):
     url = zoo.get_model_weights(name).DEFAULT.url
     with pytest.raises(ModelError, match=r"can't be downloaded \(.*no network") as error:

@@ -297,7 +297,7 @@ def test_options_override_the_preset() -> None:
 
 
 @pytest.mark.parametrize("sampled", [True, False])
-def test_the_demo_is_three_small_networks(sampled: bool) -> None:
+def test_the_demo_is_the_small_networks(sampled: bool) -> None:
     study_set = make_model_studies(list(SMALL), SweepOptions(), sampled)
     assert [study.name for study in study_set.studies] == list(SAMPLES)
     for study in study_set.studies:
@@ -308,7 +308,7 @@ def test_the_demo_is_three_small_networks(sampled: bool) -> None:
         assert (study.edges, study.others, study.note) == ("equal", None, None)
         assert study.metrics == list(METRICS)
     assert {study.block for study in study_set.studies} == {10}
-    assert sum(len(study.units) for study in study_set.studies) == (23 if sampled else 127)
+    assert sum(len(study.units) for study in study_set.studies) == (26 if sampled else 135)
 
 
 def test_a_note_belongs_to_its_study() -> None:
