@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+import repsim_kernels as rk
 from bench.common.machine import Json, describe_environment, format_seconds
 from bench.common.records import describe_device
 from bench.peers.tables import format_markdown_table
@@ -128,8 +129,7 @@ def _time(function: Callable[[], Any]) -> tuple[float, Any]:
 
 def _patch_heads(forward: AblatedForward, state: State, source: State) -> Tensor:
     """Return the logits after each patch of a layer's heads."""
-    width = state.activation.shape[-1]
-    cells = torch.arange(width) // (width // forward.count_heads(state.layer))
+    cells = rk.cells.heads(state.activation.shape[1:], forward.count_heads(state.layer))
     return forward.logits(state, cells, fill=source, batch=1)
 
 
