@@ -129,17 +129,19 @@ def fix_cells(
         return {}
     fixed = {}
     for layer, size in sizes.items():
-        if kind == "channels":
-            value = rk.cells.channels(size.shape)
-        elif kind == "heads":
-            value = rk.cells.heads(size.shape, forward.count_heads(layer))
-        elif isinstance(kind, Mapping):
-            value = kind[layer]
-        else:
-            assert callable(kind)
-            value = kind(size.shape, *read(layer))
         try:
+            if kind == "channels":
+                value = rk.cells.channels(size.shape)
+            elif kind == "heads":
+                value = rk.cells.heads(size.shape, forward.count_heads(layer))
+            elif isinstance(kind, Mapping):
+                value = kind[layer]
+            else:
+                assert callable(kind)
+                value = kind(size.shape, *read(layer))
             checked, count = check_cells(value, size.neurons, shape=size.shape)
+        except rk.LayerError:
+            raise  # it names the layer
         except rk.RepsimError as error:
             raise StudyError(f"layer {layer}: {one_line(error)}") from error
         if count == 0:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from repsim_kernels import LayerError
 from repsim_kernels.experiments.columns import METRICS
 from repsim_kernels.experiments.errors import StoreError, StudyError
 from repsim_kernels.experiments.study import measure
@@ -253,13 +254,17 @@ def test_the_grid_does_not_matter_for_other_cells() -> None:
         ({"act1": [0, 1], "act2": CHANNELS}, r"layer act1: cells: shape \(2,\)"),
         ({"act1": np.full(256, -1), "act2": CHANNELS}, "layer act1: cells: none; expected"),
         (lambda *_: np.full(256, -2), "layer act1: cells: label -2 is out of range"),
-        ("heads", "layer act1: .*heads"),
     ],
 )
 def test_wrong_cells_are_named(cells: Any, message: str) -> None:
     with pytest.raises(StudyError, match=f"^{message}") as caught:
         toy_study(cells=cells)
     assert "\n" not in str(caught.value)
+
+
+def test_heads_of_a_layer_without_heads_are_named() -> None:
+    with pytest.raises(LayerError, match=r"^layer: 'act1'; expected .* heads, 'module:heads'$"):
+        toy_study(cells="heads")
 
 
 def test_the_summary_of_a_study_names_its_cells() -> None:
