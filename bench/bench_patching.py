@@ -11,18 +11,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import repsim_kernels as rk
 from bench.common.machine import Json, describe_environment, format_seconds
 from bench.common.records import describe_device
 from bench.peers.tables import format_markdown_table
 from repsim_kernels.forward import AblatedForward, State
-
-if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel
 
 _SIZES: dict[bool, Json] = {  # by `quick`; otherwise the sizes of GPT-2 small
     False: {
@@ -56,8 +54,8 @@ def measure_patching(quick: bool = False) -> Json:
     }
 
 
-def build_gpt2(sizes: Json) -> GPT2LMHeadModel:
-    """Build a GPT-2 with random weights, in evaluation mode."""
+def build_gpt2(sizes: Json) -> Any:
+    """Build a GPT2LMHeadModel with random weights, in evaluation mode."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -67,8 +65,8 @@ def build_gpt2(sizes: Json) -> GPT2LMHeadModel:
         vocab_size=sizes["vocabulary"],
         n_positions=max(64, sizes["tokens"]),
     )
-    model: GPT2LMHeadModel = GPT2LMHeadModel(config).eval().requires_grad_(False)
-    return model
+    model: Any = GPT2LMHeadModel(config)
+    return model.eval().requires_grad_(False)
 
 
 def get_logits(model: nn.Module, prompts: Tensor, kept: int) -> Tensor:
@@ -77,9 +75,7 @@ def get_logits(model: nn.Module, prompts: Tensor, kept: int) -> Tensor:
     return logits
 
 
-def _measure(
-    model: GPT2LMHeadModel, prompts: Tensor, others: Tensor, kept: int, turns: int
-) -> Json:
+def _measure(model: Any, prompts: Tensor, others: Tensor, kept: int, turns: int) -> Json:
     """Patch every head by both methods, which take turns layer by layer, and compare the logits."""
     call = partial(get_logits, kept=kept)
     layers = [f"transformer.h.{i}.attn:heads" for i in range(model.config.n_layer)]
@@ -128,13 +124,12 @@ def _time(function: Callable[[], Any]) -> tuple[float, Any]:
 
 def _patch_heads(forward: AblatedForward, state: State, source: State) -> Tensor:
     """Return the logits after each patch of a layer's heads."""
-    width = state.activation.shape[-1]
-    cells = torch.arange(width) // (width // forward.count_heads(state.layer))
+    cells = rk.cells.heads(state.activation.shape[1:], forward.count_heads(state.layer))
     return forward.logits(state, cells, fill=source, batch=1)
 
 
 def _patch_with_hooks(
-    model: GPT2LMHeadModel,
+    model: Any,
     call: Callable[..., Tensor],
     prompts: Tensor,
     layer: int,
@@ -157,9 +152,7 @@ def _patch_with_hooks(
     return logits
 
 
-def _record_heads(
-    model: GPT2LMHeadModel, call: Callable[..., Tensor], prompts: Tensor
-) -> list[Tensor]:
+def _record_heads(model: Any, call: Callable[..., Tensor], prompts: Tensor) -> list[Tensor]:
     """Return what the heads of each layer return, (prompts, tokens, width)."""
     recorded: list[Tensor] = []
     hooks = []
@@ -177,9 +170,7 @@ def _record_heads(
 
 
 @contextmanager
-def _hook_heads(
-    model: GPT2LMHeadModel, layer: int, replace: Callable[[Tensor], Tensor]
-) -> Iterator[None]:
+def _hook_heads(model: Any, layer: int, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Replace what the heads of a layer return, before they are projected."""
     projection = model.transformer.h[layer].attn.c_proj
     hook = projection.register_forward_pre_hook(lambda _module, heads: (replace(*heads),))

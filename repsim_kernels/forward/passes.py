@@ -293,6 +293,7 @@ def run_in_batches(
         logits = logits.unflatten(0, (len(batch.cells), -1))
         if out is None:
             out = logits.new_empty(len(ids), len(state), *logits.shape[2:])
-        out[[positions[c] for c in batch.cells], batch.start : batch.stop] = logits
+        first = positions[batch.cells[0]]  # a batch has consecutive items of `ids`
+        out[first : first + len(logits), batch.start : batch.stop] = logits
     assert out is not None
     return out
