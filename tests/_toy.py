@@ -1,4 +1,4 @@
-"""A network and images small enough for a study of one second."""
+"""Networks and images small enough for a study of one second."""
 
 from __future__ import annotations
 
@@ -37,6 +37,26 @@ class Toy(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.act1(self.conv1(images))
         logits: Tensor = self.fc((x + self.act2(self.conv2(x))).flatten(1))
+        return logits
+
+
+class Attending(nn.Module):
+    """Two encoder layers with four heads of two neurons each, on the toy's images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 4, 4)
+        layer = nn.TransformerEncoderLayer(8, 4, 16, batch_first=True, dropout=0.0)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 3)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.encoder(self.embed(images).flatten(2).mT)
+        logits: Tensor = self.head(tokens.mean(1))
         return logits
 
 

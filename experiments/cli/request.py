@@ -187,7 +187,7 @@ def _make_model_study(
     elif sample is not None:
         targets = space_evenly(targets, sample.targets)
     if layers is None:
-        layers = list_default_layers(network)
+        layers = _choose_layers(name, network, options)
         layers = layers if sample is None else space_evenly(layers, sample.layers)
     if metric_images is None and sample is not None:
         metric_images = sample.metric_images
@@ -202,6 +202,20 @@ def _make_model_study(
         metric_images=metric_images,
         **options.study,
     )
+
+
+def _choose_layers(name: str, network: nn.Module, options: SweepOptions) -> list[str]:
+    """List a network's default layers, or with ``--cells heads`` those that are heads."""
+    layers = list_default_layers(network)
+    if options.study.get("cells") != "heads":
+        return layers
+    heads = [layer for layer in layers if layer.endswith(":heads")]
+    if not heads:
+        raise OptionsError(
+            f"cells: heads, which no default layer of {name} has; expected other cells, or "
+            "--layers such as block.attn:heads"
+        )
+    return heads
 
 
 def make_preset_studies(name: str, options: SweepOptions) -> StudySet:
@@ -279,7 +293,7 @@ def _make_preset_study(
         model = model.to(memory_format=torch.channels_last)
     study = Study(
         model,
-        list_default_layers(model) if options.layers is None else options.layers,
+        _choose_layers(network.name, model, options) if options.layers is None else options.layers,
         stimuli.images,
         stimuli.labels,
         targets,

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from _toy import CLASSES, Toy, stop_after, toy_images, toy_study
+from _cli import invoke
+from _toy import CLASSES, Attending, Toy, stop_after, toy_images, toy_study
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -91,26 +92,6 @@ def test_channels_are_the_same_as_their_labels(others: int | None) -> None:
         by_cell = named.groupby(["layer", "cell"])["cka"]
         assert (by_cell.nunique() == 1).all()
         assert_rows_match_brute_force(named, "act2", np.arange(4)[:, None] == CHANNELS)
-
-
-class Attending(nn.Module):
-    """Two encoder layers with four heads of two neurons each, on the toy's images."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Conv2d(3, 8, 4, 4)
-        layer = nn.TransformerEncoderLayer(8, 4, 16, batch_first=True, dropout=0.0)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Linear(8, 3)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
-
-    def forward(self, images: Tensor) -> Tensor:
-        tokens = self.encoder(self.embed(images).flatten(2).mT)
-        logits: Tensor = self.head(tokens.mean(1))
-        return logits
 
 
 HEADS = [f"encoder.layers.{i}.self_attn:heads" for i in range(2)]
@@ -273,3 +254,28 @@ def test_the_summary_of_a_study_names_its_cells() -> None:
         toy_study(cells="channels", fill="mean")
     )
     assert ", cells=a dict, metrics=[" in repr(toy_study(cells=cells))
+
+
+@pytest.mark.usefixtures("blank_reports")
+def test_the_command_takes_kinds_of_cells_and_the_fill(folder: Path) -> None:
+    options = ["--model", "_toy:Toy", "--size", "8", "--images", folder, "--metrics", "cka"]
+    layers = ["--layers", "act1,act2", "--cells", "channels", "--fill", "mean"]
+    code, out, err = invoke("sweep", *options, *layers, "--out", "run")
+    assert (code, err) == (0, "")
+    table = pd.read_parquet("run/results.parquet")
+    assert len(table) == 3 * 2 * 4
+    assert table.attrs == {"ablations": {"_toy:Toy": {"cells": "channels", "fill": "mean"}}}
+    code, out, _ = invoke("sweep", *options, *layers, "--out", "plan", "--plan")
+    assert "3 target classes x 4 cells x 4 images" in " ".join(out.split())
+    code, _, err = invoke("sweep", *options, "--layers", "act1", "--cells", "heads")
+    assert (code, err.startswith("error: layer: 'act1'; expected")) == (2, True)
+    code, _, err = invoke("sweep", "--model", "alexnet_small", "--cells", "heads")
+    assert code == 2
+    assert err == (
+        "error: cells: heads, which no default layer of alexnet_small has; expected other cells, "
+        "or --layers such as block.attn:heads\n"
+    )
+    options[1] = "_toy:Attending"
+    layers = ["--layers", ",".join(HEADS), "--cells", "heads"]
+    assert invoke("sweep", *options, *layers, "--out", "heads")[0] == 0
+    assert set(pd.read_parquet("heads/results.parquet")["layer"]) == set(HEADS)

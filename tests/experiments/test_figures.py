@@ -6,12 +6,14 @@ import re
 import xml.etree.ElementTree
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from _page import random_table, write_page
 from PIL import Image
 
 from repsim_kernels.experiments.errors import ReportError
-from repsim_kernels.experiments.report.figures import Drawing
+from repsim_kernels.experiments.report.figures import Drawing, plot_cells, plot_strip
 from repsim_kernels.experiments.report.page import write_report
 
 
@@ -79,3 +81,25 @@ def test_failed_figures_leave_the_earlier_report_untouched(
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert len(saved) == 3
     assert after == before
+
+
+def test_bars_are_the_means_over_classes() -> None:
+    table = random_table(cells=5, layers=1)
+    drawing = plot_strip("net", "l.0", table, ["rank_deficit", "cka"])
+    expected = table.groupby("cell")[["rank_deficit", "cka"]].mean()
+    for axes, name in zip(drawing.figure.axes, expected, strict=True):
+        (bars,) = axes.patches
+        np.testing.assert_allclose(bars.get_data().values, expected[name])
+        assert bars.get_data().edges.tolist() == [-0.5, 0.5, 1.5, 2.5, 3.5, 4.5]
+
+
+@pytest.mark.parametrize(("n_cells", "n_points"), [(500, 500), (501, 251), (2048, 410)])
+def test_many_cells_are_drawn_in_part(n_cells: int, n_points: int) -> None:
+    table = random_table(cells=n_cells, layers=1, classes=1)
+    drawing = plot_cells("net", ("c", "l"), table, pd.Series({"cka": 0.5}), "rank_deficit")
+    (points,) = drawing.figure.axes[0].lines
+    ranks = table[["cka", "rank_deficit"]].rank()[:: -(-n_cells // 500)]
+    assert len(points.get_xdata()) == n_points
+    np.testing.assert_array_equal(points.get_xdata(), ranks["cka"])
+    np.testing.assert_array_equal(points.get_ydata(), ranks["rank_deficit"])
+    assert f"one point for each of {n_points} cells" in drawing.alt

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from _page import FIVE, random_table, write_page
+from _page import FIVE, Page, random_table, write_page
+from _toy import toy_study
 
 from repsim_kernels.experiments.analysis.correlations import compute_correlations, summarise
 from repsim_kernels.experiments.analysis.published import PUBLISHED
@@ -165,3 +166,31 @@ def test_published_numbers_are_shown_only_with_their_own_network(tmp_path: Path)
     ]  # fmt: skip
     page = write_page(random_table(model="alexnet"), tmp_path)
     assert "for reference" not in page.visible_text()
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_channels_are_drawn_as_bars_instead_of_a_grid(tmp_path: Path, stored: bool) -> None:
+    results = toy_study(metrics=["cka"], cells="channels").run(tmp_path / "run" if stored else None)
+    page = Page(results.report(tmp_path / "page.html"))
+    text = page.visible_text()
+    assert "were ablated (set to zero) in 4 cells per layer and target class. For each" in text
+    assert "toy: its cells are the channels of each layer, the same ones for all" in text
+    assert "The cells of one layer Each bar is a cell" in text
+    assert "The grid of one layer" not in text
+    labels = [of.get("aria-label") or "" for tag, of in page.elements if tag == "svg"]
+    assert len([label for label in labels if label.endswith("as a bar for each of 4 cells")]) == 1
+    facts = "the same ones for all target classes; 4, 4 in the layers above; ablated neurons set to"
+    assert (facts in page.html) == stored
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_page_says_what_the_cells_and_their_fill_are(tmp_path: Path) -> None:
+    own = {"act1": np.arange(256) % 3, "act2": np.arange(256) % 7}
+    study = toy_study(metrics=["cka"], cells=own, fill="mean")
+    text = Page(study.run(tmp_path / "run").report()).visible_text()
+    assert "were ablated (set to their means) in 3 to 7 cells per layer" in text
+    assert "toy: its cells are chosen by the user" in text
+    toy_study(metrics=["cka"]).run(tmp_path / "grid")
+    both = write_page([tmp_path / "run", tmp_path / "grid"], tmp_path).visible_text()
+    assert "(set to zero or their means) in 3 to 16 cells per layer" in both
+    assert "differ in how selective their neurons are" in both
