@@ -23,9 +23,10 @@ from repsim_kernels.experiments.columns import ALL_METRICS, BASELINE, CHANGE_NAM
 from repsim_kernels.experiments.errors import ReportError
 
 INK = "#010203"  # becomes the page's own text colour, light or dark
-# Colour, marker, the marker as text, and line width. The colours are Okabe & Ito's, which most
-# colour-blind readers can tell apart, except those that are hard to see on white or black; the
-# markers serve all other readers. Debiased CKA has a wide line, to be visible under CKA's.
+# Colour, marker, the marker as text, and line width. The colours of the default metrics are Okabe &
+# Ito's, which most colour-blind readers can tell apart, except those that are hard to see on white
+# or black; the markers serve all other readers. Debiased CKA has a wide line, to be visible under
+# CKA's.
 STYLES = {
     "cka": ("#0072b2", "o", "●", 1.3),
     "procrustes": ("#e69f00", "s", "■", 1.3),
@@ -34,6 +35,11 @@ STYLES = {
     "cca_squared": ("#cc79a7", "D", "◆", 1.3),
     "svcca": ("#56b4e9", "P", "✚", 1.3),
     "cka_debiased": ("#888888", "X", "✖", 3.5),
+    "rsa_euclidean": ("#8a63d2", "<", "◀", 1.3),
+    "rsa_cosine": ("#999933", ">", "▶", 1.3),
+    "rsa_correlation": ("#a6613c", "h", "⬢", 1.3),
+    "cka_rbf": ("#44aa99", "p", "⬟", 1.3),
+    "mutual_knn": ("#e0567a", "*", "★", 1.3),
     BASELINE: (INK, "x", "✕", 0.8),
 }
 MAX_NAME = 24  # characters of a layer's name that fit into a figure

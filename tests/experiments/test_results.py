@@ -10,8 +10,9 @@ from _cli import invoke
 from _toy import toy_study
 
 from repsim_kernels.experiments import Results
-from repsim_kernels.experiments.columns import METRIC_NAMES
+from repsim_kernels.experiments.columns import ALL_METRICS, BASELINE, METRIC_NAMES
 from repsim_kernels.experiments.errors import ReportError
+from repsim_kernels.experiments.report.figures import STYLES
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -51,3 +52,13 @@ def test_results_without_a_folder_need_a_path_for_the_report(tmp_path: Path) -> 
     with pytest.raises(ReportError, match=r"^path: None for a run without a folder; expected"):
         results.report()
     assert "was made from a table alone" in results.report(tmp_path / "a.html").read_text()
+
+
+def test_all_metrics_are_reported(tmp_path: Path) -> None:
+    assert {*ALL_METRICS, BASELINE} <= set(STYLES)
+    looks = [(colour, marker) for colour, marker, *_ in STYLES.values()]
+    assert len(set(looks)) == len({marker for _, marker in looks}) == len(STYLES)
+    results = toy_study(layers=["act2"], metrics="all", grid=(2, 2)).run(tmp_path / "run")
+    html = results.report().read_text()
+    for name in ALL_METRICS:
+        assert f">{METRIC_NAMES[name]}</th>" in html
