@@ -9,12 +9,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 import repsim_kernels as rk
 from repsim_kernels import _options
-from repsim_kernels._cell_sets import to_dense
+from repsim_kernels._cell_sets import SparseCells
 from repsim_kernels._check_cells import check_cells
 from repsim_kernels.experiments.errors import StudyError, one_line
 from repsim_kernels.experiments.study.network import LayerSize
@@ -33,43 +32,78 @@ ReadLayer: TypeAlias = Callable[[str], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class LayerCells:
-    """The cells of a layer: each neuron's label (p,), or a membership (C, p); and their number."""
+    """The cells of a layer, and their number.
 
-    assignment: Tensor
+    They are each neuron's label (p,), a boolean membership (C, p), or sparse.
+    """
+
+    assignment: Tensor | SparseCells
     count: int
 
     @property
     def overlap(self) -> bool:
         """Whether the cells are a membership, whose cells may share neurons."""
-        return self.assignment.dtype == torch.bool
+        return isinstance(self.assignment, SparseCells) or self.assignment.dtype == torch.bool
 
     @cached_property
     def sizes(self) -> Tensor:
         """Number of neurons of each cell, (C,)."""
+        own = self.assignment
+        if isinstance(own, SparseCells):
+            return torch.from_numpy(np.diff(own.indptr))
         if self.overlap:
-            return self.assignment.sum(1)
-        return self.assignment[self.assignment >= 0].bincount(minlength=self.count)
+            return own.sum(1)
+        return own[own >= 0].bincount(minlength=self.count)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that define the cells."""
+        own = self.assignment
+        if isinstance(own, SparseCells):
+            return torch.from_numpy(own.indptr), torch.from_numpy(own.indices)
+        return (own,)
+
+    def to(self, device: torch.device) -> LayerCells:
+        """Move labels or a membership to a device; sparse cells stay on the host."""
+        own = self.assignment
+        return LayerCells(own if isinstance(own, SparseCells) else own.to(device), self.count)
 
     def split(self, size: int) -> Iterator[LayerCells]:
         """Split the cells into runs of up to `size`; a neuron in none of a run has the label -1."""
+        own = self.assignment
         for start in range(0, self.count, size):
             stop = min(start + size, self.count)
-            if self.overlap:
-                yield LayerCells(self.assignment[start:stop], stop - start)
+            if isinstance(own, SparseCells):
+                yield LayerCells(own.select(slice(start, stop)), stop - start)
+            elif self.overlap:
+                yield LayerCells(own[start:stop], stop - start)
             else:
-                inside = (self.assignment >= start) & (self.assignment < stop)
-                labels = torch.where(inside, self.assignment - start, -1)
-                yield LayerCells(labels, stop - start)
+                inside = (own >= start) & (own < stop)
+                yield LayerCells(torch.where(inside, own - start, -1), stop - start)
 
-    def to_sparse(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return where each cell's neurons begin in a list of all cells' neurons, and that list."""
+    def to_sparse(self) -> SparseCells:
+        """Return the list of each cell's neurons."""
+        own = self.assignment
+        if isinstance(own, SparseCells):
+            return own
         if self.overlap:
-            neurons = self.assignment.nonzero()[:, 1]
+            neurons = own.nonzero()[:, 1]
         else:
-            labels, order = self.assignment.sort(stable=True)
+            labels, order = own.sort(stable=True)
             neurons = order[labels >= 0]
         ends = self.sizes.cumsum(0).cpu().numpy()
-        return np.concatenate([[0], ends]), neurons.cpu().numpy()
+        return SparseCells(np.concatenate([[0], ends]), neurons.cpu().numpy(), own.shape[-1])
+
+    def sum_values(self, values: Tensor) -> Tensor:
+        """Sum the values (p,) of each cell's neurons, (C,)."""
+        own = self.assignment
+        if isinstance(own, SparseCells):
+            members = torch.from_numpy(own.indices).to(values.device)
+            parts = iter(values[members].split(self.sizes.tolist()))
+        else:
+            masks = own if self.overlap else (own == label for label in range(self.count))
+            parts = (values[mask] for mask in masks)
+        return torch.stack([part.sum() for part in parts])
 
 
 def check_kind(value: Any, layers: Sequence[str]) -> CellsOption:
@@ -146,7 +180,8 @@ def fix_cells(
             raise StudyError(f"layer {layer}: {one_line(error)}") from error
         if count == 0:
             raise StudyError(f"layer {layer}: cells: none; expected at least one")
-        fixed[layer] = LayerCells(torch.from_numpy(to_dense(checked)), count)
+        own = checked if isinstance(checked, SparseCells) else torch.from_numpy(checked)
+        fixed[layer] = LayerCells(own, count)
     return fixed
 
 

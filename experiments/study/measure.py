@@ -195,7 +195,7 @@ def _measure_target(
     with _name_errors(study, layer, [label]):
         # The intact logits come from the same masked pass as the ablated ones, so that the change
         # for an empty cell is exactly zero.
-        no_cell = torch.full(cells.assignment.shape[-1:], -1)
+        no_cell = torch.full((study.sizes[layer].neurons,), -1)
         intact = torch.cat([forward.logits(s, no_cell, 1, memory=free_bytes)[0] for s in states])
         cells_together = free_bytes // (_SCORE_BYTES * intact.numel())
         for part in cells.split(max(_MIN_CELLS, cells_together)):
@@ -251,11 +251,10 @@ def measure_representation(
     fill = _measure_means(x) if study.fill == "mean" else None
     if fixed is None:
         cells = [_make_grid(study, layer, label, x, y) for label in labels]
-        grids = [each.assignment for each in cells]
-        together = grids[0] if cells[0].overlap else torch.stack(grids)
-        runs: list[Any] = [together]
+        grids: list[Any] = [each.assignment for each in cells]
+        runs = grids if cells[0].overlap else [torch.stack(grids)]
     else:
-        own = LayerCells(fixed.assignment.to(x.device), fixed.count)
+        own = fixed.to(x.device)
         cells = [own] * len(labels)
         size = max(1, _count_grams(len(x), free_bytes))
         runs = [own.assignment]
@@ -337,6 +336,4 @@ def _measure_energy_shares(x: Tensor, cells: LayerCells) -> Tensor:
     """Measure each cell's share of the variance over stimuli, (C,)."""
     blocks = x.split(_BLOCK_NEURONS, dim=1)
     variances = torch.cat([block.double().var(0, correction=0) for block in blocks])
-    own = cells.assignment
-    masks = own if cells.overlap else (own == label for label in range(cells.count))
-    return torch.stack([variances[mask].sum() for mask in masks]) / variances.sum()
+    return cells.sum_values(variances) / variances.sum()

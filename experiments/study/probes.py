@@ -138,7 +138,7 @@ def measure_paper_probes(
 
 
 def measure_paper_probe(
-    study: Study, layer: str, label: int, x: Tensor, y: Tensor, cells: Tensor, draws: int
+    study: Study, layer: str, label: int, x: Tensor, y: Tensor, cells: Any, draws: int
 ) -> dict[str, Tensor]:
     """Measure the paper's probe; draws depend on the study's seed, the layer and the class."""
     scores = rk.probe_paper(

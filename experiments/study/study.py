@@ -356,7 +356,7 @@ class Study:
         """
         self._network.check()
         own = self.fixed_cells
-        hashes = {layer: hash_parts(cells.assignment)[:16] for layer, cells in own.items()}
+        hashes = {layer: hash_parts(*cells.tensors)[:16] for layer, cells in own.items()}
         return {
             "weights": self._network.weights,
             "modules": self._network.modules,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ from _cli import invoke
 from _toy import CLASSES, Attending, Toy, stop_after, toy_images, toy_study
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.sparse import csr_array
 from torch import Tensor, nn
 
 from repsim_kernels import LayerError
+from repsim_kernels._cell_sets import SparseCells
+from repsim_kernels._check_cells import check_cells
+from repsim_kernels.experiments import Draws
 from repsim_kernels.experiments.columns import METRICS
 from repsim_kernels.experiments.errors import StoreError, StudyError
 from repsim_kernels.experiments.study import measure
@@ -150,14 +155,20 @@ def test_layers_may_have_different_numbers_of_cells_and_cells_without_neurons() 
 def layer_cells(draw: Any) -> LayerCells:
     count, seed = draw(st.integers(1, 9)), draw(st.integers(0, 2**16))
     rng = np.random.default_rng(seed)
-    if draw(st.booleans()):
-        return LayerCells(torch.from_numpy(rng.random((count, 12)) < 0.4), count)
+    kind = draw(st.sampled_from(["labels", "membership", "sparse"]))
+    if kind != "labels":
+        member = rng.random((count, 12)) < 0.4
+        sparse = check_cells(csr_array(member), 12)[0]
+        assert isinstance(sparse, SparseCells)
+        return LayerCells(sparse if kind == "sparse" else torch.from_numpy(member), count)
     return LayerCells(torch.from_numpy(rng.integers(-1, count, 12)), count)
 
 
 def list_members(cells: LayerCells) -> list[list[int]]:
-    ids = torch.arange(cells.count)[:, None]
-    member = cells.assignment if cells.overlap else cells.assignment == ids
+    own = cells.assignment
+    if isinstance(own, SparseCells):
+        return [own.members(c).tolist() for c in range(cells.count)]
+    member = own if cells.overlap else own == torch.arange(cells.count)[:, None]
     return [row.nonzero()[:, 0].tolist() for row in member]
 
 
@@ -167,17 +178,19 @@ def test_runs_of_cells_have_the_neurons_of_the_whole(cells: LayerCells, size: in
     assert [run.count for run in runs[:-1]] == [size] * (len(runs) - 1)
     assert [each for run in runs for each in list_members(run)] == members
     for part in (cells, *runs):
-        offsets, neurons = part.to_sparse()
-        parts = np.split(neurons, offsets[1:-1])
-        assert [sorted(each.tolist()) for each in parts] == list_members(part)
-        assert part.sizes.tolist() == [len(each) for each in list_members(part)]
+        own = list_members(part)
+        assert list_members(LayerCells(part.to_sparse(), part.count)) == own
+        assert part.sizes.tolist() == [len(each) for each in own]
+        values = torch.arange(12) ** 2
+        assert part.sum_values(values).tolist() == [sum(i**2 for i in each) for each in own]
 
 
-@pytest.mark.parametrize("kind", ["labels", "membership"])
+@pytest.mark.parametrize("kind", ["labels", "membership", "sparse"])
 def test_rows_are_the_same_if_only_some_grams_fit(
     monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     own = np.arange(256) % 11 if kind == "labels" else draw_membership(1, 11)
+    own = csr_array(own) if kind == "sparse" else own
     options = {"layers": ["act2"], "cells": {"act2": own}, "probes": ("ridge", "paper")}
     whole = toy_study(**options, fill="mean").run().table
     held: list[int] = []
@@ -198,6 +211,30 @@ def test_rows_are_the_same_if_only_some_grams_fit(
     pd.testing.assert_frame_equal(parts[rounded], whole[rounded], rtol=1e-3, atol=1e-5)
     exact = whole.drop(columns=rounded)
     pd.testing.assert_frame_equal(parts.drop(columns=rounded), exact, rtol=1e-6, atol=1e-9)
+
+
+def test_sparse_cells_are_never_dense_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = draw_membership(2, 23)
+    options = {"layers": ["act2"], "probes": ("ridge", "paper"), "draws": Draws(least=3)}
+    dense = toy_study(**options, cells={"act2": own}).run().table
+    rows: list[int] = []
+    to_membership = SparseCells.to_membership
+
+    def record(cells: SparseCells) -> np.ndarray[Any, Any]:
+        rows.append(len(cells))
+        return to_membership(cells)
+
+    monkeypatch.setattr(SparseCells, "to_membership", record)
+    study = toy_study(**options, cells={"act2": csr_array(own)})
+    assert isinstance(study.fixed_cells["act2"].assignment, SparseCells)
+    monkeypatch.setattr(study.forward, "logits", partial(study.forward.logits, batch=5))
+    sparse = study.run().table
+    assert rows
+    assert max(rows) <= 5
+    rounded = [name for name in dense if "probability" in name]  # in float32
+    pd.testing.assert_frame_equal(sparse[rounded], dense[rounded], rtol=1e-3, atol=1e-5)
+    exact = dense.drop(columns=rounded)
+    pd.testing.assert_frame_equal(sparse.drop(columns=rounded), exact, rtol=1e-6, atol=1e-9)
 
 
 def test_the_grams_that_fit_follow_from_the_memory() -> None:
