@@ -122,8 +122,8 @@ def _shape_error(
     partitions = f", or partitions as integers (T, {p})" if allow_partitions else ""
     return CellError(
         f"cells: shape {values.shape}, dtype {values.dtype}; expected integer labels ({p},), one "
-        f"for each neuron, or a boolean mask ({p},){broadcast}, or a boolean membership (C, {p})"
-        f"{partitions}"
+        f"for each neuron, or a boolean mask ({p},){broadcast}, or a membership (C, {p}), boolean "
+        f"or sparse: a SciPy CSR array, or (indptr, indices){partitions}"
     )
 
 

@@ -45,8 +45,10 @@ class Metric:
     neighbours : bool
         Whether it compares the k nearest neighbours of stimuli, with an option ``k``.
     from_distances : bool
-        Whether it compares distances between stimuli. `ablation_distances` computes such metrics
-        only if they are requested.
+        Whether `ablation_distances` computes it from distances between stimuli, which it does only
+        on request.
+    min_stimuli : int
+        The fewest stimuli that it is defined for; those of neighbours need more than ``k``.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Metric:
     ceiling: bool = False
     neighbours: bool = False
     from_distances: bool = False
+    min_stimuli: int = 2
 
 
 def _rsa_of_ablations(distance: str, from_gram: bool = True) -> Metric:
@@ -76,6 +79,7 @@ def _rsa_of_ablations(distance: str, from_gram: bool = True) -> Metric:
         has_function=False,
         from_gram=from_gram,
         from_distances=True,
+        min_stimuli=3,
     )
 
 
@@ -111,6 +115,7 @@ METRICS = (
         has_function=False,
         calibration=True,
         ceiling=True,
+        min_stimuli=4,
     ),
     Metric(
         "procrustes_distance",
@@ -126,7 +131,7 @@ METRICS = (
         pairwise=True,
         calibration=True,
         ceiling=True,
-        from_distances=True,
+        min_stimuli=3,
     ),
     _rsa_of_ablations("euclidean"),
     _rsa_of_ablations("cosine", from_gram=False),
@@ -156,7 +161,6 @@ METRICS = (
         pairwise=True,
         calibration=True,
         neighbours=True,
-        from_distances=True,
     ),
     Metric(
         "jaccard_knn",
@@ -164,7 +168,6 @@ METRICS = (
         pairwise=True,
         calibration=True,
         neighbours=True,
-        from_distances=True,
     ),
 )
 
@@ -172,3 +175,8 @@ METRICS = (
 def list_default_ablation() -> tuple[str, ...]:
     """Return the metrics that `ablation_distances` computes by default."""
     return tuple(m.name for m in METRICS if m.ablation and not m.from_distances)
+
+
+def list_raw_ablation() -> tuple[str, ...]:
+    """Return the metrics of ablations that adding a constant to a neuron changes."""
+    return tuple(m.name for m in METRICS if m.ablation and m.from_distances and not m.from_gram)

@@ -108,6 +108,11 @@ def check_count(
     return int(value)
 
 
+def check_memory(value: Any) -> int | None:
+    """Check a budget in bytes; None stands for the default."""
+    return None if value is None else int(check_number(value, "memory", low=1))
+
+
 def check_flag(value: Any, name: str) -> bool:
     """Check that an option is True or False."""
     if not isinstance(value, (bool, np.bool_)):
@@ -205,19 +210,21 @@ def check_distance(value: Any) -> str:
     return check_choice(value, "distance", ("euclidean", "sqeuclidean", "correlation", "cosine"))
 
 
+def check_comparison(compare: Any) -> str:
+    """Check how RSA compares distances."""
+    return check_choice(compare, "compare", ("spearman", "pearson", "cosine"))
+
+
 def check_rsa_options(distance: Any, compare: Any) -> tuple[str, str]:
     """Check the two options of `rsa`."""
-    return (
-        check_distance(distance),
-        check_choice(compare, "compare", ("spearman", "pearson", "cosine")),
-    )
+    return check_distance(distance), check_comparison(compare)
 
 
 def check_stimulus_options(compare: Any, sigma: Any, k: Any = 1) -> tuple[str, float, int]:
     """Check the options of the metrics of ablations that compare distances between stimuli."""
     bandwidth = check_bandwidth("rbf", sigma)
     assert bandwidth is not None
-    return check_rsa_options("euclidean", compare)[1], bandwidth, check_count(k, "k")
+    return check_comparison(compare), bandwidth, check_count(k, "k")
 
 
 def check_grid(value: Any) -> tuple[int, int]:

@@ -18,7 +18,7 @@ import repsim_kernels as rk
 from repsim_kernels._cell_sets import SparseCells, are_partitions, mark_members, to_dense
 from repsim_kernels._check_cells import check_cells
 from repsim_kernels.forward import AblatedForward
-from repsim_kernels.kernels.torch import ablation_parts, gram
+from repsim_kernels.kernels.torch import gram
 
 
 def store_zeros(member):
@@ -106,9 +106,7 @@ def test_distances_of_sparse_cells_are_those_of_ablated_copies(data, make, cells
     ],
     ids=["all classes", "target", "targets", "gcv", "logistic"],
 )
-def test_scores_of_sparse_cells_are_those_of_the_membership(monkeypatch, options, known, memory):
-    if memory:
-        monkeypatch.setattr(ablation_parts, "MEMORY", memory)
+def test_scores_of_sparse_cells_are_those_of_the_membership(options, known, memory):
     rng = np.random.default_rng(1)
     x, classes_of_x = rng.standard_normal((12, 30)) + 1, np.arange(12) % 3
     member = rng.random((8, 30)) < rng.choice([0, 0.2, 0.6, 1], (8, 1))
@@ -116,7 +114,8 @@ def test_scores_of_sparse_cells_are_those_of_the_membership(monkeypatch, options
     sparse = scipy.sparse.csr_array(member)
     want = rk.ablation_decodability(x, member, classes_of_x, **options)
     grams = rk.cell_grams(x, sparse) if known else None
-    got = rk.ablation_decodability(x, sparse, classes_of_x, grams=grams, **options)
+    options = {"memory": memory, "grams": grams} | options
+    got = rk.ablation_decodability(x, sparse, classes_of_x, **options)
     assert_same(got, want)
     got = rk.ablation_decodability(x, sparse, classes_of_x, backend="reference", **options)
     assert_same(got, want, 1e-6)
@@ -255,11 +254,10 @@ def test_the_grams_of_all_sparse_cells_never_exist_together(monkeypatch, order):
     monkeypatch.setattr(
         gram, "empty_grams", lambda x, count: sizes.append(count) or empty_grams(x, count)
     )
-    monkeypatch.setattr(ablation_parts, "MEMORY", memory)
     y, metrics = np.arange(n) % 2, ["cka", "cka_debiased"]
     for run in (
         lambda cells: rk.ablation_distances(x, cells, metrics=metrics, memory=memory),
-        lambda cells: rk.ablation_decodability(x, cells, y, target=1),
+        lambda cells: rk.ablation_decodability(x, cells, y, target=1, memory=memory),
     ):
         with LargestTensor():
             run(cells[1][:p] % 2)  # imports what the mode needs

@@ -19,10 +19,10 @@ FUNCTIONS = [name for name in rk.__all__ if inspect.isfunction(getattr(rk, name)
 # Further modules with examples.
 MODULES = (
     "cells",
-    *(f"forward.{name}" for name in ("cost", "engine", "passes")),
+    *(f"forward.{name}" for name in ("cost", "engine", "passes", "prefix")),
     *(f"experiments.study.{name}" for name in ("study", "checks", "performance")),
     *(f"experiments.inputs.{name}" for name in ("images", "imagenet", "networks", "presets")),
-    "experiments.runs.driver",
+    *(f"experiments.runs.{name}" for name in ("driver", "results")),
 )
 
 

@@ -154,6 +154,7 @@ OPTIONS = [
     (lambda: rk.ablation_distances(X, CELLS, metrics=[np.array(["cka"])]), "metrics: .* one of"),
     (lambda: rk.ablation_distances(X, CELLS, metrics=np.array("cka")), "metrics: .* a sequence of"),
     (lambda: rk.ablation_distances(X, CELLS, memory=0), "memory: 0; expected"),
+    (lambda: rk.ablation_decodability(X, CELLS, LABELS, memory=0), "memory: 0; expected"),
     (lambda: rk.ablation_distances(X[:3], CELLS), "x: 3 stimuli.*at least 4"),
     (lambda: rk.ablation_distances(X, [0, 0, 1]), r"cells: shape \(3,\).*integer labels \(4,\)"),
     (lambda: rk.ablation_distances(X, [0, 0, -2, 1]), "cells: label -2 is out of range; expected"),

@@ -27,6 +27,7 @@ from repsim_kernels.experiments.inputs.presets import (
 from repsim_kernels.experiments.study.checks import Draws
 from repsim_kernels.experiments.study.study import Study
 from repsim_kernels.forward.checks import find_similar_modules
+from repsim_kernels.forward.sites import split_name
 
 
 class Sample(NamedTuple):
@@ -151,7 +152,7 @@ def _check_name(name: str) -> None:
 def _check_layers(names: Iterable[str] | None, network: nn.Module, network_name: str) -> None:
     modules = dict(network.named_modules())
     for name in names or ():
-        if name.partition(":")[0] not in modules:  # "block.attn:heads" is a part of a module
+        if split_name(modules, name)[0] not in modules:
             similar = find_similar_modules(modules, name)
             raise StudyError(
                 f"layers: {network_name} has no module {name!r}; "

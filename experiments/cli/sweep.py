@@ -97,7 +97,8 @@ def sweep(
         str | None,
         typer.Option(
             help="What ablated neurons are set to: zero (default), or mean, each neuron's mean "
-            "over the images that the metrics see."
+            "over the images that the metrics see. Not mean with the metrics rsa_cosine, "
+            "rsa_correlation and mutual_knn."
         ),
     ] = None,
     metrics: Annotated[

@@ -155,9 +155,7 @@ def fix_cells(
     Raises
     ------
     StudyError
-        The cells don't fit a layer.
-    LayerError
-        Heads of a layer that has none.
+        The cells don't fit a layer, or the layer has no heads.
     """
     if kind in GRIDS:
         return {}
@@ -167,15 +165,13 @@ def fix_cells(
             if kind == "channels":
                 value = rk.cells.channels(size.shape)
             elif kind == "heads":
-                value = rk.cells.heads(size.shape, forward.count_heads(layer))
+                value = rk.cells.heads(size.shape, _count_heads(forward, layer))
             elif isinstance(kind, Mapping):
                 value = kind[layer]
             else:
                 assert callable(kind)
                 value = kind(size.shape, *read(layer))
             checked, count = check_cells(value, size.neurons, shape=size.shape)
-        except rk.LayerError:
-            raise  # it names the layer
         except rk.RepsimError as error:
             raise StudyError(f"layer {layer}: {one_line(error)}") from error
         if count == 0:
@@ -183,6 +179,17 @@ def fix_cells(
         own = checked if isinstance(checked, SparseCells) else torch.from_numpy(checked)
         fixed[layer] = LayerCells(own, count)
     return fixed
+
+
+def _count_heads(forward: AblatedForward, layer: str) -> int:
+    """Return the number of heads of a layer; StudyError if it is no layer of heads."""
+    try:
+        return forward.count_heads(layer)
+    except rk.LayerError:
+        raise StudyError(
+            f"cells: 'heads' for layer {layer!r}; expected layers that are the heads of an "
+            "attention module, 'module:heads'"
+        ) from None
 
 
 def check_grid(grid: tuple[int, int], sizes: Mapping[str, LayerSize]) -> None:

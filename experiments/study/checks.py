@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,15 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from repsim_kernels import _arrays, _check, _options
+from repsim_kernels import _arrays, _check, _options, ablation_distances
+from repsim_kernels._metrics import list_raw_ablation
 from repsim_kernels.errors import LabelError, LayerError, RepsimError
 from repsim_kernels.experiments.columns import ALL_METRICS
 from repsim_kernels.experiments.errors import StudyError, one_line
 from repsim_kernels.forward.trace import first_line
 
-_NEIGHBOURS = 10  # of "mutual_knn", by default of `ablation_distances`
-# Metrics that adding a constant to a neuron changes.
-_RAW_METRICS = ("rsa_cosine", "rsa_correlation", "mutual_knn")
 _BATCH = 64  # images that are read from a dataset at a time
 
 
@@ -102,12 +101,13 @@ def check_neighbours(
 
     ``counts`` are the numbers of images of the classes, of which a target may have the fewest.
     """
+    k = inspect.signature(ablation_distances).parameters["k"].default
     seen = sorted(min(count, metric_images or count) for count in counts)
     n_images = sum(seen if others is None else seen[: others + 1])
-    if "mutual_knn" in metrics and n_images <= _NEIGHBOURS:
+    if "mutual_knn" in metrics and n_images <= k:
         raise StudyError(
-            f"metrics: 'mutual_knn' compares the {_NEIGHBOURS} nearest images of each, but the "
-            f"metrics see {n_images}; expected at least {_NEIGHBOURS + 1}"
+            f"metrics: 'mutual_knn' compares the {k} nearest images of each, but the "
+            f"metrics see {n_images}; expected at least {k + 1}"
         )
 
 
@@ -224,8 +224,21 @@ def check_classes(
         raise StudyError(f"labels: all are {labels[0]}; expected two classes or more")
 
 
-def explain_rejection(images: Tensor, model: nn.Module, name: str, error: Exception) -> str:
-    """Say which images a network can't take; name the dtype of its weights if that differs."""
+@contextmanager
+def explain_rejection(images: Tensor, model: nn.Module, name: str) -> Iterator[None]:
+    """Re-raise an error of a pass as one about the images, which a network can't take.
+
+    It names the dtype of the weights if that differs. A LayerError passes through.
+    """
+    try:
+        yield
+    except LayerError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise StudyError(_describe_rejection(images, model, name, error)) from error
+
+
+def _describe_rejection(images: Tensor, model: nn.Module, name: str, error: Exception) -> str:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
     shape, kind = tuple(images.shape[1:]), _arrays.dtype_name(images)
     hint = "" if images.dtype == dtype else f"; its weights are {dtype}: pass images.to({dtype})"
@@ -266,7 +279,7 @@ def check_draws(value: Any) -> Draws:
 def check_fill(value: Any, metrics: Sequence[str]) -> str:
     """Check what ablated neurons are set to, and that the metrics are computed for it."""
     fill = _options.check_choice(value, "fill", ("zero", "mean"))
-    if fill == "mean" and (raw := [name for name in metrics if name in _RAW_METRICS]):
+    if fill == "mean" and (raw := [name for name in metrics if name in list_raw_ablation()]):
         raise StudyError(
             f"fill: 'mean' with the metric {raw[0]!r}, which is computed for zeros and differs for "
             "means, as angles between stimuli depend on the origin; expected fill='zero', or "

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from repsim_kernels.errors import LayerError
 from repsim_kernels.experiments.errors import StudyError
 from repsim_kernels.experiments.study.configuration import differences
 from repsim_kernels.experiments.study.precision import set_tf32
 from repsim_kernels.forward import AblatedForward, contexts
-from repsim_kernels.forward.sites import resolve_sites
+from repsim_kernels.forward.sites import describe_value, resolve_sites
 from repsim_kernels.forward.trace import Trace, Untraceable
 
 _BATCH = 64  # images per pass in `read_layer`
@@ -129,8 +130,21 @@ def pass_one_image(
 
     with torch.no_grad(), ExitStack() as stack:
         for layer, site in resolve_sites(model, layers).items():
+            if site.is_plain:
+                hook = site.module.register_forward_hook(partial(_check_output, layer))
+                stack.callback(hook.remove)
             stack.enter_context(site.replace(partial(record, layer)))
         return model(image), sizes
+
+
+def _check_output(layer: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+    """Check that a layer returns a tensor; LayerError if not."""
+    if not isinstance(output, Tensor):
+        raise LayerError(
+            f"layer: {layer!r} returns {describe_value(output)}; expected a module that returns a "
+            f"tensor, its input, '{layer}:input', or for an attention module its heads, "
+            f"'{layer}:heads'"
+        )
 
 
 def read_layer(

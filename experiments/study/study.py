@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from repsim_kernels import _options, experiments
 from repsim_kernels.experiments.columns import METRICS, PROBES
-from repsim_kernels.experiments.errors import StudyError
 from repsim_kernels.experiments.study import checks as check
 from repsim_kernels.experiments.study.cells import (
     GRIDS,
@@ -93,7 +92,8 @@ class Study:
     fill : {"zero", "mean"}
         What ablated neurons are set to: zero, or each neuron's mean over the metrics' images. With
         "mean" performance and the frozen probes differ; the distances and the refitted probes do
-        not, because they see only differences between stimuli.
+        not, because they see only differences between stimuli. The metrics "rsa_cosine",
+        "rsa_correlation" and "mutual_knn" would differ, and are refused with "mean".
     edges : {"equal", "inclusive"}
         As in ``selectivity_grid``; only for the cells "selectivity" and "random".
     others : int, optional
@@ -374,13 +374,9 @@ class Study:
     def _check_model(self) -> None:
         """Pass one image: check that the outputs fit the labels and the layers fit the cells."""
         self.forward = AblatedForward(self.model, self.layers)
-        try:
-            logits, self.sizes = pass_one_image(
-                self.model, self.layers, self.images[:1].to(self.device)
-            )
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            message = check.explain_rejection(self.images, self.model, self.name, error)
-            raise StudyError(message) from error
+        with check.explain_rejection(self.images, self.model, self.name):
+            image = self.images[:1].to(self.device)
+            logits, self.sizes = pass_one_image(self.model, self.layers, image)
         self._network.note_changes(self.images[:1].to(self.device))
         # Raises if the network can't be traced, or a layer does not return a tensor.
         missing = [layer for layer in self.layers if layer not in self.sizes]

@@ -20,6 +20,7 @@ from repsim_kernels.errors import LayerError
 
 # The output projections of timm and Hugging Face, by their names inside an attention module.
 _PROJECTIONS = "proj", "out_proj", "o_proj", "c_proj", "output.dense", "out_lin", "dense", "o"
+_INNER = {"query", "key", "value"}  # BERT's self-attention: its projection is in another module
 _COUNTS = "num_heads", "num_attention_heads", "n_heads", "n_head"
 _PATCHING = threading.RLock()
 
@@ -40,9 +41,6 @@ def find_projection(module: nn.Module, layer: str) -> str | None:
         f"layer: {layer!r}: {type(module).__name__} is not a known attention module; expected one "
         "of PyTorch, timm or Hugging Face, or the input of its output projection, '….proj:input'"
     )
-
-
-_INNER = {"query", "key", "value"}  # BERT's self-attention: its projection is in another module
 
 
 def find_head_count(module: nn.Module) -> int | None:

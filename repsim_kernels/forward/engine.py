@@ -112,7 +112,7 @@ class AblatedForward(CutForward):
 
         Returns
         -------
-        logits : tensor, (n, k)
+        logits : tensor, (n, …)
             Bit-identical to ``model(images)``. A forward hook that changes nothing can still change
             the output by rounding; for an empty cell, `logits` returns what such a hook yields.
 
@@ -183,7 +183,7 @@ class AblatedForward(CutForward):
 
         Returns
         -------
-        logits : tensor, (C, n, k)
+        logits : tensor, (C, n, …)
             With ``batch=1`` and enough memory, bit-identical to the output under a forward hook
             that writes the fill into a clone; otherwise equal up to rounding. Cells that the fill
             changes for no image get the output under a hook that returns a clone.

@@ -30,7 +30,7 @@ class State:
     layer : str
         Name of the layer.
     activation : tensor, (n, …)
-        The layer's output for n images.
+        The layer's tensor for n images: a module's output, its input, or what its heads return.
 
     Examples
     --------

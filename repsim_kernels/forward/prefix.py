@@ -57,8 +57,8 @@ class CutForward:
         Returns
         -------
         state : State
-            What `logits` and `intact` need. ``state.activation``, (n, …), is the layer's output
-            with its own strides.
+            What `logits` and `intact` need. ``state.activation``, (n, …), is the layer's tensor (a
+            module's output, its input, or what its heads return) with its own strides.
 
         Raises
         ------

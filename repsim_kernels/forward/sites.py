@@ -17,6 +17,8 @@ from repsim_kernels.forward import attention
 Replace = Callable[[Any], Any]
 Output = int | str | None
 
+_KINDS = "input", "heads"
+
 
 @dataclass(frozen=True)
 class Site:
@@ -90,7 +92,7 @@ class Site:
             paths = ", ".join(map(repr, list_paths(output))) or "none"
             raise LayerError(
                 f"output: {self.path!r} is not in what {self.layer!r} returns, "
-                f"{_describe(output)}; expected one of its tensors: {paths}"
+                f"{describe_value(output)}; expected one of its tensors: {paths}"
             )
         return replaced
 
@@ -100,7 +102,7 @@ class Site:
         paths = list_paths(value) if does == "returns" else []
         path = int(paths[0]) if paths and paths[0].isdecimal() else paths[0] if paths else None
         hint = f"a tensor, or output={path!r}" if paths else "a tensor (n, …)"
-        raise LayerError(f"layer: {self.layer!r} {does} {_describe(value)}; expected {hint}")
+        raise LayerError(f"layer: {self.layer!r} {does} {describe_value(value)}; expected {hint}")
 
 
 def resolve_sites(
@@ -133,9 +135,6 @@ def split_name(modules: Collection[str], layer: str) -> tuple[str, str]:
     """Split a layer's name into that of its module, and "output", "input" or "heads"."""
     name, colon, kind = layer.rpartition(":")
     return (name, kind) if colon and layer not in modules and kind in _KINDS else (layer, "output")
-
-
-_KINDS = "input", "heads"
 
 
 def check_output(output: Any) -> Output:
@@ -178,7 +177,8 @@ def _replace_at(value: Any, path: str, function: Replace) -> Any:
     return None
 
 
-def _describe(value: Any) -> str:
+def describe_value(value: Any) -> str:
+    """Describe what a module returns or receives, for errors."""
     kind = type(value).__name__.removeprefix("immutable_")
     if isinstance(value, (tuple, list)):
         return f"a {kind} of {len(value)}"

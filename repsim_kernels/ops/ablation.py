@@ -209,8 +209,7 @@ def ablation_distances(
     names = _options.check_metrics(metrics, ALL_METRICS)
     compare, sigma, k = _options.check_stimulus_options(compare, sigma, k)
     ridge, penalty = _options.check_ridge_and_penalty(ridge, penalty)
-    if memory is not None:
-        memory = int(_options.check_number(memory, "memory", low=1))
+    memory = _options.check_memory(memory)
     info = _options.check_flag(info, "info")
     # CKA can be checked afterwards, since wrong values make its distances NaN or 0. The
     # other metrics compute eigenvectors, which would fail.
@@ -258,10 +257,9 @@ def min_stimuli(metrics: Sequence[str], k: int = 0) -> int:
     -------
     int
     """
-    least = 2 + any(name.startswith("rsa") for name in metrics)
-    if "cka_debiased" in metrics:
-        least = 4
-    return max(least, k + 1) if "mutual_knn" in metrics else least
+    own = [metric for metric in _metrics.METRICS if metric.name in metrics]
+    neighbours = k + 1 if any(metric.neighbours for metric in own) else 0
+    return max([2, neighbours, *(metric.min_stimuli for metric in own)])
 
 
 def check_grams(grams: Any, x: Any, source: _arrays.Source, cells: Cells, n_cells: int) -> Any:

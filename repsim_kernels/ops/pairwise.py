@@ -237,7 +237,7 @@ def count_min_stimuli(name: str, options: dict[str, Any]) -> int:
         return 4
     if "k" in options:
         return int(options["k"]) + 1
-    return 3 if name == "rsa" else 2
+    return next(metric.min_stimuli for metric in METRICS if metric.name == name)
 
 
 def _get_default_options(metric: str) -> dict[str, Any]:

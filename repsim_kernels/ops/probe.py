@@ -26,6 +26,7 @@ def ablation_decodability(
     folds: int | ArrayLike | None = None,
     score: str | Sequence[str] | None = None,
     probe: str = "ridge",
+    memory: int | None = None,
     grams: ArrayLike | None = None,
     batched: bool = False,
     precision: str = "tf32x3",
@@ -77,6 +78,10 @@ def ablation_decodability(
         the rest is minus that of the target. If a fold contains all stimuli of a class, a probe
         can't learn it from the others: its output for that fold is -inf for "logistic", and that of
         a fit to zeros for "ridge".
+    memory : int, optional
+        Bytes for the Gram matrices of sparse cells, by default 1 GiB: the cells are scored in
+        chunks. On a GPU it limits those of several partitions too. The Gram matrices of other cells
+        need up to 8 C n² bytes (half of that in the torch backend, which stores one triangle).
     grams : array like x, (C, n, n) or (T, C, n, n), float64, optional
         The result of ``cell_grams`` for this x and these cells, which is then not computed again.
         Its values are not checked. Not with ``batched=True``.
@@ -110,8 +115,8 @@ def ablation_decodability(
 
     Notes
     -----
-    Computed from Gram matrices, with one pass over x; no vector of p weights is formed. Sparse
-    cells are scored in chunks whose Gram matrices take at most 1 GiB, with a pass for each.
+    Computed from Gram matrices, with one pass over x, or one for each chunk of sparse cells; no
+    vector of p weights is formed.
 
     "ridge": one factorisation and one inverse per cell, n³ operations, for any number of targets; k
     folds add n³ / 3k² and 2 n³ / k, "gcv" one eigendecomposition. "logistic": n³ / 3 for each cell,
@@ -159,6 +164,7 @@ def ablation_decodability(
         folds=_check_folds(folds, labels, probe),
         score=names,
         probe=probe,
+        memory=_options.check_memory(memory),
         grams=check_grams(grams, x, source, checked, n_cells),
         precision=_options.check_precision(precision),
     )

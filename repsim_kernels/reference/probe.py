@@ -23,6 +23,7 @@ def ablation_decodability(
     folds: Real | None = None,
     score: Sequence[str] | None = None,
     probe: str = "ridge",
+    memory: int | None = None,
     grams: Real | None = None,
 ) -> dict[str, Any]:
     """Return held-out scores of a linear probe, {"refit": (C,), "frozen": (C,), "intact": ()}.
@@ -37,7 +38,7 @@ def ablation_decodability(
     The score is accuracy, or balanced accuracy with a target; with a sequence of scores the result
     is a dict for each.
 
-    ``refit`` is NaN for a cell with all varying columns. ``grams`` are ignored.
+    ``refit`` is NaN for a cell with all varying columns. ``memory`` and ``grams`` are ignored.
     """
     x = np.asarray(x, dtype=np.float64)
     is_single = target is None or np.asarray(target).ndim == 0

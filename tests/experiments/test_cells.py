@@ -281,8 +281,17 @@ def test_wrong_cells_are_named(cells: Any, message: str) -> None:
 
 
 def test_heads_of_a_layer_without_heads_are_named() -> None:
-    with pytest.raises(LayerError, match=r"^layer: 'act1'; expected .* heads, 'module:heads'$"):
+    message = "cells: 'heads' for layer 'act1'; expected layers that are the heads of an attention"
+    with pytest.raises(StudyError, match=f"^{message} module, 'module:heads'$"):
         toy_study(cells="heads")
+
+
+def test_a_layer_that_returns_a_tuple_names_what_can_be_ablated() -> None:
+    name = "encoder.layers.0.self_attn"
+    message = f"layer: '{name}' returns a tuple of 2; .* its heads, '{name}:heads'$"
+    with pytest.raises(LayerError, match=message):
+        toy_study(model=Attending(), layers=[name])
+    assert toy_study(model=Attending(), layers=[f"{name}:heads", f"{name}:input"]).sizes.keys()
 
 
 def test_the_summary_of_a_study_names_its_cells() -> None:
@@ -305,7 +314,7 @@ def test_the_command_takes_kinds_of_cells_and_the_fill(folder: Path) -> None:
     code, out, _ = invoke("sweep", *options, *layers, "--out", "plan", "--plan")
     assert "3 target classes x 4 cells x 4 images" in " ".join(out.split())
     code, _, err = invoke("sweep", *options, "--layers", "act1", "--cells", "heads")
-    assert (code, err.startswith("error: layer: 'act1'; expected")) == (2, True)
+    assert (code, err.startswith("error: cells: 'heads' for layer 'act1'")) == (2, True)
     code, _, err = invoke("sweep", "--model", "alexnet_small", "--cells", "heads")
     assert code == 2
     assert err == (

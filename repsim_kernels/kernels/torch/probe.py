@@ -42,6 +42,7 @@ def ablation_decodability(
     folds: np.ndarray | None,
     score: tuple[str, ...],
     probe: str,
+    memory: int | None = None,
     grams: Tensor | None = None,
     passes: Passes = PASSES,
 ) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def ablation_decodability(
     kind = _Ridge if probe == "ridge" else _Logistic
     relative: float | Tensor | str = ridge
     tables: list[tuple[dict[str, dict[str, Tensor]], int]] = []  # and their partitions
-    for parts in make_parts(x, cells, n_cells, grams, passes, shifts=True):
+    for parts in make_parts(x, cells, n_cells, grams, passes, shifts=True, memory=memory):
         if isinstance(relative, str):  # "gcv"; one ridge for all partitions
             (relative,) = best_ridges(parts.whole, [to_complement(task.y)])
         fit = functools.partial(kind, relative=relative, fold_members=fold_members)
