@@ -140,7 +140,7 @@ def ablation_distances(
         "rsa_cosine", "rsa_correlation" and "mutual_knn" see constant neurons that are not 0. NaN
         for a cell of all neurons, which leaves no representation, and where the similarity of x and
         the ablated x is not defined: for those three metrics if a stimulus has no activation left,
-        or had none before.
+        or had none before, unless the cell removes nothing.
     info : dict of str to Info
         Only with ``info=True``; by metric, NumPy arrays of that shape. ``steps`` is the number of
         iterations, ``route`` the method. "nothing": nothing to compute, because the cell removes
@@ -150,9 +150,10 @@ def ablation_distances(
         remaining features. "iterations": iterations of a Riccati equation, for distances that are
         too small for eigenvalues and Cholesky factors. "eigenvectors": those of an ablated matrix,
         which PWCCA and SVCCA need, and which CCA shares if it is computed with PWCCA.
-        "definition": the metric itself, from an ablated copy: in the reference, and for a cell
-        without which many stimuli are nearly equal or one has hardly any activation, so that
-        differences of Gram matrices have too few digits.
+        "definition": the metric itself, from an ablated copy: in the reference, and where Gram
+        matrices have too few digits, for a cell without which many stimuli are nearly equal, one
+        has hardly any activation, or less than 1e-10 of the variance remains (1e-4 with Gram
+        matrices of float32 products).
 
     Raises
     ------
