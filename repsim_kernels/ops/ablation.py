@@ -219,8 +219,8 @@ def ablation_distances(
     x, source = _check.check_representation(
         x,
         batched=batched,
-        min_stimuli=min_stimuli(names, k),
         defer=defer,
+        **_require_stimuli(names, k),
     )
     checked, n_cells = _check_cells.check_cells(cells, x.shape[-1], allow_partitions=True)
     _options.warn_without_ridge(names, ridge, penalty)
@@ -246,23 +246,28 @@ def ablation_distances(
     return to_public_result(results, info)
 
 
-def min_stimuli(metrics: Sequence[str], k: int = 0) -> int:
-    """Return how many stimuli the metrics need.
+def min_stimuli(metrics: Sequence[str]) -> int:
+    """Return how many stimuli the metrics need, apart from "mutual_knn".
 
     Parameters
     ----------
     metrics : sequence of str
-    k : int
-        Number of neighbours of "mutual_knn".
 
     Returns
     -------
     int
     """
-    least = 2 + any(name.startswith("rsa") for name in metrics)
     if "cka_debiased" in metrics:
-        least = 4
-    return max(least, k + 1) if "mutual_knn" in metrics else least
+        return 4
+    return 2 + any(name.startswith("rsa") for name in metrics)
+
+
+def _require_stimuli(metrics: Sequence[str], k: int) -> dict[str, Any]:
+    """Return the options of `check_representation` for the stimuli that the metrics need."""
+    least = min_stimuli(metrics)
+    if "mutual_knn" in metrics and k >= least:
+        return _check.require_neighbours("mutual_knn", k)
+    return {"min_stimuli": least}
 
 
 def check_grams(grams: Any, x: Any, source: _arrays.Source, cells: Cells, n_cells: int) -> Any:
