@@ -200,9 +200,10 @@ class Cuts:
             raise
         except Exception as error:
             reason = first_line(error)
-            hint = self._hint_at_nesting() if "nested" in reason.lower() else ""
+            if "nested" in reason.lower():
+                reason = f"{reason.rstrip('.')}{self._hint_at_nesting()}"
             raise LayerError(
-                f"model: it raises an error under a forward hook on {layer!r}: {reason}{hint}"
+                f"model: it raises an error under a forward hook on {layer!r}: {reason}"
             ) from error
         if not verify.is_close(outputs.unmasked, intact):
             self._check_deterministic(inputs, intact)
