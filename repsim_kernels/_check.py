@@ -87,6 +87,7 @@ def check_representation(
     name: str = "x",
     *,
     min_stimuli: int = 2,
+    needed_for: str = "",
     allow_constant: bool = False,
     allow_batch: bool = True,
     batched: Any = False,
@@ -94,6 +95,8 @@ def check_representation(
     allow_undefined: bool = False,
 ) -> tuple[Tensor, Source]:
     """Check one representation (n, p): real, finite, not constant, with at least one neuron.
+
+    `needed_for` says what needs `min_stimuli`, for the error.
 
     Unless `batched` is set, more than two dimensions are an error: nearly always they are
     activations (n, c, h, w) or (n, t, d) that were not flattened. If `allow_batch`, the error also
@@ -118,6 +121,7 @@ def check_representation(
     if n < min_stimuli:
         raise ShapeError(
             f"{name}: {n} stimuli in shape {tuple(x.shape)}; expected at least {min_stimuli}"
+            f"{needed_for}"
         )
     if p < 1:
         raise ShapeError(f"{name}: no neurons in shape {tuple(x.shape)}; expected at least 1")
@@ -171,6 +175,12 @@ def check_same_source(a: Source, b: Source, name_a: str, name_b: str) -> None:
             f"{name_b}: a {b.library} array on {b.device}, but {name_a} is a {a.library} array on "
             f"{a.device}; expected both from one library on one device"
         )
+
+
+def require_neighbours(metric: str, k: int) -> dict[str, Any]:
+    """Return the options of `check_representation` for a metric of k nearest neighbours."""
+    reason = f" for the k={k} nearest neighbours of {metric!r}"
+    return {"min_stimuli": k + 1, "needed_for": reason}
 
 
 def check_pair(

@@ -14,7 +14,7 @@ class Route(enum.IntEnum):
     ITERATIONS = 2  # Riccati iterations
     FACTORS = 3  # singular values of the original's factor times one of the remaining Gram
     EIGENVECTORS = 4  # eigenvectors of an ablated matrix
-    DEFINITION = 5  # in the reference: the metric itself, on an ablated copy
+    DEFINITION = 5  # the metric itself, on an ablated copy
     EIGENVALUES = 6  # eigenvalues of the product of two Grams
 
 

@@ -87,6 +87,46 @@ def test_cells_of_any_energy_match_the_reference(p, share):
         assert_rank_fidelity(got[name], want[name], DISTANCE["float64"])
 
 
+@given(
+    st.sampled_from([6, 25, 60]),
+    st.floats(0, 30),
+    st.sampled_from(["labels", "membership"]),
+    st.integers(0, 2**32 - 1),
+)
+def test_a_cell_that_hides_the_rest_matches_the_reference(p, exponent, kind, seed):
+    """Two neurons with almost all of the variance, without which only small ones remain."""
+    x = np.random.default_rng(seed).standard_normal((20, p))
+    x[:, :2] *= 10**exponent
+    inside = np.arange(p) < 2
+    cells = np.where(inside, 0, -1) if kind == "labels" else inside
+    got = compute_distances(x, cells, "torch", metrics="all")
+    want = compute_distances(x, cells, "reference", metrics="all")
+    assert_agree(got, want, Tol(1e-8, 1e-12))
+    a, b = x - x.mean(0), x[:, 2:] - x[:, 2:].mean(0)
+    nuclear = np.linalg.svd(a.T @ b, compute_uv=False).sum()
+    expected = 2 - 2 * nuclear / np.linalg.norm(a) / np.linalg.norm(b)
+    np.testing.assert_allclose(got["procrustes"], expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("form", ["sparse", "partitions", "known Grams"])
+def test_every_form_of_cells_finds_what_a_cell_hides(form):
+    x = np.random.default_rng(1).standard_normal((12, 40))
+    x[:, :3] *= 1e9
+    member = np.stack([np.arange(40) < 3, np.arange(40) % 2 == 0])
+    cells, options = member, {}
+    if form == "sparse":
+        cells = np.array([0, 3, 23]), np.concatenate([np.flatnonzero(m) for m in member])
+    elif form == "partitions":
+        cells = np.where(member, 0, -1)
+    else:
+        options["grams"] = rk.cell_grams(x, member)
+    got, info = compute_distances(x, cells, "torch", info=True, **options)
+    want = compute_distances(x, cells, "reference")
+    assert_agree(got, want, Tol(1e-8, 1e-12))
+    for name in {"procrustes", "svcca", "cca", "cca_squared", "pwcca"}:
+        assert (info[name].route.flatten() == "definition").tolist() == [True, False]
+
+
 def test_distances_match_the_pair_metrics():
     rng = np.random.default_rng(0)
     x = np.maximum(rng.standard_normal((20, 60)), 0)

@@ -208,5 +208,12 @@ def test_errors_say_what_to_pass():
         with pytest.raises(LayerError, match=f"'{name}:heads': .* is not a known attention module"):
             AblatedForward(model, f"{name}:heads")
     unknown = inputs | {"input_ids": inputs["input_ids"] + 99}
-    with pytest.raises(LayerError, match=r"it can't take these images, \['input_ids'\] int64 of"):
+    match = r"^call: it fails for these inputs, \['input_ids'\] int64 of .*: index out of range"
+    with pytest.raises(LayerError, match=match):
         AblatedForward(model, layer, output=0, call=get_logits).prefix(unknown)
+    match = r"^call: it fails .*: GPT2LMHeadModel\(…\) argument after \*\* must be a mapping, not"
+    with pytest.raises(LayerError, match=match):
+        AblatedForward(model, layer, call=lambda m, x: m(**x).logits).prefix(inputs["input_ids"])
+    match = "^call: it fails for these inputs, .*: 'CausalLM.*' object has no attribute 'nope'"
+    with pytest.raises(LayerError, match=match):
+        AblatedForward(model, layer, call=lambda m, x: m(**x).nope).prefix(inputs)

@@ -173,6 +173,31 @@ def test_encoders_with_padding_match_a_hook_or_are_refused(nested, layer, tracea
         handle.remove()
 
 
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_heads_of_an_encoder_with_padding_are_ablated_or_refused(nested):
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=nested
+    ).eval()
+    inputs = {"src": torch.randn(4, 5, 8), "src_key_padding_mask": torch.arange(20).view(4, 5) > 17}
+    forward = AblatedForward(encoder, "layers.1.self_attn:heads")
+    if nested:
+        match = r"under a forward hook on 'layers.1.*pass enable_nested_tensor=False$"
+        with pytest.raises(LayerError, match=match):
+            forward.prefix(inputs)
+        return
+    state = forward.prefix(inputs)
+    ablated = forward.logits(state, torch.arange(8) // 4 - torch.zeros(5, 1, dtype=torch.int64))
+    for c in range(2):
+        projection = encoder.layers[1].self_attn.out_proj
+        weight = projection.weight.detach().clone()
+        projection.weight.data[:, 4 * c : 4 * c + 4] = 0
+        with torch.no_grad():
+            torch.testing.assert_close(ablated[c], encoder(**inputs))
+        projection.weight.data = weight
+
+
 def test_an_error_that_only_the_trace_raises_is_named():
     class Shifty(nn.Module):
         def forward(self, x):

@@ -343,9 +343,12 @@ def test_all_stimuli_are_neighbours_if_there_are_k_others(metric, backend):
 def test_wrong_input_is_refused(metric, backend):
     rng = np.random.default_rng(6)
     function, x, y = getattr(rk, metric), rng.standard_normal((8, 4)), rng.standard_normal((8, 3))
-    with pytest.raises(rk.ShapeError, match=r"x: 8 stimuli in .*; expected at least 11"):
+    reason = f"for the k={{}} nearest neighbours of '{metric}'$"
+    match = r"^x: 8 stimuli in .*; expected at least 11 " + reason.format(10)
+    with pytest.raises(rk.ShapeError, match=match):
         function(x, y, backend=backend)
-    with pytest.raises(rk.ShapeError, match=r"xs\[0\]: 8 stimuli in .*; expected at least 9"):
+    match = r"^xs\[0\]: 8 stimuli in .*; expected at least 9 " + reason.format(8)
+    with pytest.raises(rk.ShapeError, match=match):
         rk.pairwise([x], [y], metric=metric, k=8, backend=backend)
     for k in (0, 2.5, True, "3", None):
         with pytest.raises(rk.OptionError, match=r"k: .*; expected a whole number of at least 1"):

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from repsim_kernels._files import find_write_obstacle
 from repsim_kernels.experiments.cli.compare import compare
 from repsim_kernels.experiments.cli.options import exit_on_errors, split_commas
 from repsim_kernels.experiments.cli.sweep import sweep
@@ -117,6 +118,8 @@ def report(
         runs = run or [Path("runs/demo")]
         for folder in runs:
             Store(folder)  # a missing run is reported before a missing folder for the report
+        if out is not None and (why := find_write_obstacle(out)):
+            raise ReportError(f"out: {why}")
         print(write_report(runs, out or runs[0] / "report.html", figures and figures.value))
 
 

@@ -13,6 +13,7 @@ import jinja2
 import pandas as pd  # type: ignore[import-untyped]
 
 from repsim_kernels._files import find_write_obstacle, replace_file
+from repsim_kernels._options import short_repr
 from repsim_kernels.experiments.analysis.published import PUBLISHED, SOURCE
 from repsim_kernels.experiments.analysis.shuffles import PERCENT, SHUFFLES
 from repsim_kernels.experiments.columns import BASELINE, CHANGE_NAMES, METRIC_NAMES
@@ -57,16 +58,18 @@ def write_report(
     Raises
     ------
     ReportError
-        ``path`` is a folder or its folder does not exist, ``figures`` is unknown, the folder of
-        the figures holds other files, there are no runs, or a run is repeated.
+        ``path`` is no path or a folder, its folder does not exist, ``figures`` is unknown, the
+        folder of the figures holds other files, there are no runs, or a run is repeated.
     StoreError
         A folder does not hold a finished run.
     StatsError
         A table lacks a column.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ReportError(f"path: {short_repr(path)}; expected the name of an .html file")
     path = Path(path)
     if why := find_write_obstacle(path):
-        raise ReportError(f"out: {why}")
+        raise ReportError(f"path: {why}")
     folder = path.with_name(f"{path.stem}_figures")
     if figures is not None:
         plots.check_figure_folder(figures, folder)

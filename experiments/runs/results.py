@@ -94,7 +94,9 @@ class Results:
         Without a folder the report lacks what only ``study.json`` records, such as the accuracy.
         """
         if self.folder is not None:
-            return experiments.write_report(self.folder, path or self.folder / "report.html")
+            return experiments.write_report(
+                self.folder, self.folder / "report.html" if path is None else path
+            )
         if path is None:
             raise ReportError("path: None for a run without a folder; expected an .html file")
         return experiments.write_report(self.table, path)

@@ -199,8 +199,11 @@ class Cuts:
         except _RERAISED:
             raise
         except Exception as error:
+            reason = first_line(error)
+            if "nested" in reason.lower():
+                reason = f"{reason.rstrip('.')}{self._hint_at_nesting()}"
             raise LayerError(
-                f"model: it raises an error under a forward hook on {layer!r}: {first_line(error)}"
+                f"model: it raises an error under a forward hook on {layer!r}: {reason}"
             ) from error
         if not verify.is_close(outputs.unmasked, intact):
             self._check_deterministic(inputs, intact)
@@ -234,6 +237,8 @@ class Cuts:
         dtypes = " and ".join(dict.fromkeys(map(dtype_name, floating)))
         weights = f", with parameters of {dtypes}" if dtypes else ""
         kind = f"{inputs.describe()}{weights}"
+        if self.network.call is not call_on_inputs:
+            return f"call: it fails for these inputs, {kind}: {first_line(error)}"
         return f"model: it can't take these images, {kind}: {first_line(error)}"
 
     def _get_fx_trace(self, layer: str, form: Form = None) -> Trace | Untraceable:

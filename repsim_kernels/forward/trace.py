@@ -337,5 +337,10 @@ def is_within(layer: str, module: str) -> bool:
 
 
 def first_line(error: Exception | None) -> str:
-    """Return the first line of an error's message; the name of its type if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the first line of an error's message; the name of its type if it has none.
+
+    A module's repr at the start, which has many lines, is shortened to "Name(…)".
+    """
+    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
+    end = next((line for line in rest if line.startswith(")")), "") if first[-1] == "(" else ""
+    return f"{first}…{end}" if end else first

@@ -140,7 +140,7 @@ def ablation_distances(
         "rsa_cosine", "rsa_correlation" and "mutual_knn" see constant neurons that are not 0. NaN
         for a cell of all neurons, which leaves no representation, and where the similarity of x and
         the ablated x is not defined: for those three metrics if a stimulus has no activation left,
-        or had none before.
+        or had none before, unless the cell removes nothing.
     info : dict of str to Info
         Only with ``info=True``; by metric, NumPy arrays of that shape. ``steps`` is the number of
         iterations, ``route`` the method. "nothing": nothing to compute, because the cell removes
@@ -150,9 +150,10 @@ def ablation_distances(
         remaining features. "iterations": iterations of a Riccati equation, for distances that are
         too small for eigenvalues and Cholesky factors. "eigenvectors": those of an ablated matrix,
         which PWCCA and SVCCA need, and which CCA shares if it is computed with PWCCA.
-        "definition": the metric itself, from an ablated copy: in the reference, and for a cell
-        without which many stimuli are nearly equal or one has hardly any activation, so that
-        differences of Gram matrices have too few digits.
+        "definition": the metric itself, from an ablated copy: in the reference, and where Gram
+        matrices have too few digits, for a cell without which many stimuli are nearly equal, one
+        has hardly any activation, or less than 1e-10 of the variance remains (1e-4 with Gram
+        matrices of float32 products).
 
     Raises
     ------
@@ -217,8 +218,8 @@ def ablation_distances(
     x, source = _check.check_representation(
         x,
         batched=batched,
-        min_stimuli=min_stimuli(names, k),
         defer=defer,
+        **_require_stimuli(names, k),
     )
     checked, n_cells = _check_cells.check_cells(cells, x.shape[-1], allow_partitions=True)
     _options.warn_without_ridge(names, ridge, penalty)
@@ -244,22 +245,27 @@ def ablation_distances(
     return to_public_result(results, info)
 
 
-def min_stimuli(metrics: Sequence[str], k: int = 0) -> int:
-    """Return how many stimuli the metrics need.
+def min_stimuli(metrics: Sequence[str]) -> int:
+    """Return how many stimuli the metrics need, apart from "mutual_knn".
 
     Parameters
     ----------
     metrics : sequence of str
-    k : int
-        Number of neighbours of "mutual_knn".
 
     Returns
     -------
     int
     """
     own = [metric for metric in _metrics.METRICS if metric.name in metrics]
-    neighbours = k + 1 if any(metric.neighbours for metric in own) else 0
-    return max([2, neighbours, *(metric.min_stimuli for metric in own)])
+    return max([2, *(metric.min_stimuli for metric in own)])
+
+
+def _require_stimuli(metrics: Sequence[str], k: int) -> dict[str, Any]:
+    """Return the options of `check_representation` for the stimuli that the metrics need."""
+    least = min_stimuli(metrics)
+    if "mutual_knn" in metrics and k >= least:
+        return _check.require_neighbours("mutual_knn", k)
+    return {"min_stimuli": least}
 
 
 def check_grams(grams: Any, x: Any, source: _arrays.Source, cells: Cells, n_cells: int) -> Any:

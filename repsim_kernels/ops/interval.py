@@ -191,7 +191,7 @@ def _check_sides(
     least = next(n for n in itertools.count(needed) if n - _count_left_out(n, method) >= needed)
     checks = pairwise.choose_check(metrics)
     if "defer" in checks or "min_stimuli" in checks:
-        checks |= {"defer": False, "min_stimuli": least}
+        checks |= {"defer": False, "min_stimuli": least, "needed_for": ""}
     if y is None:
         raise DtypeError("y: None; expected an array (n, q), or a list of them")
     sides = _check_layers.check_sides(x, y, names=("x", "y"), **checks)

@@ -197,6 +197,6 @@ def _compare(
     k = _options.check_count(k, "k")
     if "distance" in options:
         _options.check_distance(options["distance"])
-    x, y, source = _check.check_pair(x, y, min_stimuli=k + 1, batched=batched)
+    x, y, source = _check.check_pair(x, y, batched=batched, **_check.require_neighbours(metric, k))
     similarity = _dispatch.call(metric, backend, source, x, y, k=k, **options)
     return _check.raise_if_nan(similarity, UNDEFINED)

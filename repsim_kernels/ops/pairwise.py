@@ -223,7 +223,11 @@ def choose_check(metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
         )
     if kernels and not others:
         return cka.choose_check(kernels[0], any(map(is_debiased, metrics, metrics.values())))
-    return {"min_stimuli": max(map(count_min_stimuli, metrics, metrics.values()), default=2)}
+    counts = {name: count_min_stimuli(name, own) for name, own in metrics.items()}
+    most = max(counts, key=lambda name: counts[name], default="")
+    if "k" in metrics.get(most, ()):
+        return _check.require_neighbours(most, metrics[most]["k"])
+    return {"min_stimuli": counts.get(most, 2)}
 
 
 def is_debiased(name: str, options: dict[str, Any]) -> bool:

@@ -85,7 +85,7 @@ def similarities(
     checked = pairwise.check_metric_options(names, options)
     checks = pairwise.choose_check(checked)
     if metrics is None:
-        checks["min_stimuli"] = 2
+        checks |= {"min_stimuli": 2, "needed_for": ""}
     x, y, source = _check.check_pair(x, y, **checks)
     if metrics is None:
         needed = {name: pairwise.count_min_stimuli(name, own) for name, own in checked.items()}

@@ -146,7 +146,7 @@ def test_page_must_be_a_file_in_an_existing_folder(tmp_path: Path) -> None:
         (Path("/"), "is a folder"),
         (tmp_path / "none" / "page.html", "there is no folder .*none for page.html; expected one"),
     ):
-        with pytest.raises(ReportError, match=f"^out: .*{message}"):
+        with pytest.raises(ReportError, match=f"^path: .*{message}"):
             write_report([], path)
 
 

@@ -51,6 +51,10 @@ def test_results_without_a_folder_need_a_path_for_the_report(tmp_path: Path) -> 
     assert results.folder is None
     with pytest.raises(ReportError, match=r"^path: None for a run without a folder; expected"):
         results.report()
+    with pytest.raises(ReportError, match=r"^path: there is no folder .* for x\.html"):
+        results.report(tmp_path / "missing" / "x.html")
+    with pytest.raises(ReportError, match=r"^path: 3; expected the name of an \.html file$"):
+        results.report(3)  # type: ignore[arg-type]
     assert "was made from a table alone" in results.report(tmp_path / "a.html").read_text()
 
 

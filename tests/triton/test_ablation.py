@@ -35,6 +35,20 @@ def test_distances(device, data):
     assert (got["cka"][empty] == 0).all()
 
 
+def test_a_cell_that_hides_the_rest_is_compared_in_float64(device):
+    """Float32 Grams of the whole have no digits of neurons with 1e-8 of the variance."""
+    x = np.random.default_rng(0).standard_normal((12, 50)).astype(np.float32)
+    x[:, :2] *= 1e4
+    cells = np.where(np.arange(50) < 2, 0, -1)
+    metrics = ["procrustes", "cca", "cca_squared", "svcca"]
+    got = rk.ablation_distances(
+        torch.from_numpy(x).to(device), cells, metrics=metrics, backend="triton"
+    )
+    want = rk.ablation_distances(x, cells, metrics=metrics, backend="reference")
+    for name, values in want.items():
+        np.testing.assert_allclose(got[name].cpu(), values, rtol=1e-12, atol=1e-12)
+
+
 def test_started_kernels(device, launches):
     x = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)).to(device).mT
     make = ["_reach_kernel", "_plan_kernel", "_write_kernel"]

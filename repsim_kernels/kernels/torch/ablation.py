@@ -20,6 +20,7 @@ from repsim_kernels.kernels.torch.ablation_parts import (
     make_parts,
 )
 from repsim_kernels.kernels.torch.distance_table import DistanceTable
+from repsim_kernels.kernels.torch.hidden_rest import HiddenRests
 from repsim_kernels.kernels.torch.representation import Representation
 from repsim_kernels.kernels.torch.spectral_distances import (
     SOLVERS,
@@ -84,7 +85,7 @@ def distances_of_parts(
     ``weigh``, which takes directions (k, n) and returns their weights (k,). About ``memory`` bytes
     of directions are collected before each call of it.
     """
-    original, tables = None, list[DistanceTable]()
+    original, hidden_rests, tables = None, HiddenRests(), list[DistanceTable]()
     queue = _PwccaQueue(weigh, memory) if weigh else None
     for parts in sets:
         table = DistanceTable(metrics, len(parts.n_remaining))
@@ -94,7 +95,7 @@ def distances_of_parts(
                 _record_cka(parts, name, table, solvers)
         if not _SPECTRAL.isdisjoint(metrics):
             original = original or make_original(parts.whole)
-            _record_spectral(parts, original, table, queue)
+            _record_spectral(parts, original, hidden_rests, table, queue)
         if stimulus_metrics.is_needed(metrics):
             stimuli.record(parts, table)
         removed_all = [c for c, count in enumerate(parts.n_remaining) if not count]
@@ -132,6 +133,7 @@ def _record_cka(parts: GramParts, metric: str, table: DistanceTable, solvers: So
 def _record_spectral(
     parts: GramParts,
     original: Original,
+    hidden_rests: HiddenRests,
     table: DistanceTable,
     queue: _PwccaQueue | None,
 ) -> None:
@@ -158,6 +160,18 @@ def _record_spectral(
             table.record("cca_squared", cells, *batch.cca_squared())
         if queue:
             queue.add(table, cells, *batch.variates(), Route.EIGENVECTORS)
+    for c in (c for c in parts.active if parts.hides_rest[c]):
+        ablation = hidden_rests.find(parts, c, original)
+        if "procrustes" in names:
+            table.record("procrustes", [c], *ablation.procrustes())
+        if "svcca" in names:
+            table.record("svcca", [c], *ablation.svcca())
+        if "cca" in names:
+            table.record("cca", [c], *ablation.cca(squared=False))
+        if "cca_squared" in names:
+            table.record("cca_squared", [c], *ablation.cca(squared=True))
+        if queue:
+            queue.add(table, [c], *ablation.variates(), Route.DEFINITION)
 
 
 def _iter_ablations(
@@ -165,11 +179,12 @@ def _iter_ablations(
 ) -> Iterator[tuple[list[int], AblationBatch]]:
     """Yield batches of ablations; one that leaves fewer neurons than directions comes alone."""
     basis = original.basis
-    deficient = [c for c in parts.active if parts.n_remaining[c] < len(original.v)]
+    active = [c for c in parts.active if not parts.hides_rest[c]]
+    deficient = [c for c in active if parts.n_remaining[c] < len(original.v)]
     for c in deficient:
         yield [c], AblationBatch(original, features=parts.factor(c, basis))
     for dominant in (False, True):
-        cells = [c for c in parts.active if c not in deficient and parts.dominant[c] == dominant]
+        cells = [c for c in active if c not in deficient and parts.dominant[c] == dominant]
         for batch in gram.iter_batches(cells, parts.whole):
             factors = [functools.partial(parts.factor, c, basis) for c in batch]
             if dominant:

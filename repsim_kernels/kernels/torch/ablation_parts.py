@@ -15,6 +15,9 @@ from repsim_kernels._cell_sets import Cells, SparseCells, are_partitions, mark_m
 from repsim_kernels.kernels.torch import columns, gram, panels
 from repsim_kernels.kernels.torch.cca import variate_weights
 
+# A cell that leaves a smaller share of the whole's variance hides the rest in the whole's Gram: the
+# first share for Grams of float64 products, the second for float32.
+_HIDDEN, _HIDDEN_FLOAT32 = 1e-10, 1e-4
 # By default, the bytes of the Grams of sparse cells, or of partitions on a GPU, at a time.
 MEMORY = 2**30
 # Bytes for each neuron of a sparse cell, while it is dense for a GPU: the membership, and labels
@@ -73,6 +76,9 @@ class GramParts:
         self.whole, self.grams, self.full = whole, grams, full
         self.constant, self.n_remaining, self.total = constant, n_remaining, total
         self.dominant = [part > 0.5 * total for part in energy]
+        # Whether to compare features instead, because the whole's Gram has too few digits of the
+        # rest; never if only Grams are known.
+        self.hides_rest = [False] * len(energy)
 
     @property
     def active(self) -> list[int]:
@@ -94,8 +100,11 @@ class GramParts:
         """Return K_c, the Gram of the whole without part c, for parts in ascending order."""
         return self.whole - self.unpack(parts)
 
-    def factor(self, c: int, basis: Tensor) -> Tensor | None:
-        """Return T (m, r) with T Tᵀ = basisᵀ K_c basis, or None if it would need K_c."""
+    def factor(self, c: int | None, basis: Tensor) -> Tensor | None:
+        """Return T (m, r) with T Tᵀ = basisᵀ K_c basis, or None if it would need K_c.
+
+        Without c, K_c is the whole's Gram.
+        """
         return None
 
 
@@ -158,9 +167,14 @@ class CellParts(GramParts):
         c = len(shift)
         constant, n_remaining = [k == 0 for k in counts[:c]], [n_total - k for k in counts[:c]]
         super().__init__(whole, grams, constant, n_remaining, energy[:c], total, full)
+        on_gpu = passes.for_rank(len(x), n_total).on_gpu
+        least = total * (_HIDDEN_FLOAT32 if on_gpu else _HIDDEN)
+        self.hides_rest = [total - part < least for part in energy[:c]]
 
-    def outside(self, c: int) -> Tensor:
-        """Return the columns of x that are not in cell c."""
+    def outside(self, c: int | None) -> Tensor:
+        """Return the columns of x that are not in cell c, or all of them."""
+        if c is None:
+            return self.x
         outside = np.flatnonzero(~mark_members(self.cells, c, self.n_cells))
         return columns.take(self.x, torch.from_numpy(outside).to(self.x.device))
 
@@ -172,7 +186,7 @@ class CellParts(GramParts):
                 k[i] = gram.linear(self.outside(c))
         return k
 
-    def factor(self, c: int, basis: Tensor) -> Tensor:
+    def factor(self, c: int | None, basis: Tensor) -> Tensor:
         """Return the features in the basis or, if they are many, their QR triangle, by blocks."""
         outside = self.outside(c)
         n, count = outside.shape

@@ -36,11 +36,17 @@ def distance(a: Representation, b: Representation, form: str) -> Tensor:
     f, g = a.factor, b.factor
     if form != "size-and-shape":
         f, g = (t / torch.linalg.matrix_norm(t, keepdim=True) for t in (f, g))
-    u, _, wh = torch.linalg.svd(f.mT @ g, full_matrices=False)
-    rotated = (f @ u, g @ wh.mT)
-    orthogonal = (f - rotated[0] @ u.mT, g - rotated[1] @ wh)
-    squared = sum(t.square().sum((-2, -1)) for t in (rotated[0] - rotated[1], *orthogonal))
+    squared = squared_residual(f, g)
     if form == "squared":
         return squared
     root = squared.sqrt()
     return root if form == "size-and-shape" else 2 * torch.arcsin(root / 2)
+
+
+def squared_residual(f: Tensor, g: Tensor) -> Tensor:
+    """Return the least ‖f - g r‖² over rotations r, (…); the narrower side is padded with zeros."""
+    u, _, wh = torch.linalg.svd(f.mT @ g, full_matrices=False)
+    rotated = (f @ u, g @ wh.mT)
+    orthogonal = (f - rotated[0] @ u.mT, g - rotated[1] @ wh)
+    parts = (rotated[0] - rotated[1], *orthogonal)
+    return torch.stack([part.square().sum((-2, -1)) for part in parts]).sum(0)
