@@ -94,6 +94,8 @@ class Trace:
 
     def run(self, node: fx.Node, values: Values) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        if node.op == "call_function" and not sets_switches(node):  # the shortest way there
+            return node.target(*args, **kwargs)  # type: ignore[operator]
         with self.apply_switches(node):
             return getattr(self._interpreter, node.op)(node.target, args, kwargs)
 
