@@ -119,8 +119,10 @@ def is_close(actual: Tensor, expected: Tensor, min_slack: float = 0.0) -> bool:
     """Whether two tensors are equal up to rounding, relative to the largest value."""
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return False
-    if not expected.is_floating_point() or not expected.numel():
-        return torch.equal(actual, expected)
+    if torch.equal(actual, expected):  # far cheaper than what follows
+        return True
+    if not expected.is_floating_point():
+        return False
     slack = max(min_slack, torch.finfo(expected.dtype).eps ** 0.5)
     scale = float(expected.abs().nan_to_num(0, 0).max())
     return torch.allclose(actual, expected, rtol=0, atol=slack * scale, equal_nan=True)
