@@ -7,6 +7,7 @@ another set. The hook runs everything again for each; `AblatedForward` runs what
 from __future__ import annotations
 
 import importlib.util
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -185,6 +186,12 @@ def compute_bound(row: Json) -> float:
     return row["operations"] / row["operations_behind"]
 
 
+def count_patches_to_lead(row: Json) -> str:
+    """Return after how many patches the set-up has paid off, by the shortest times of both."""
+    saved = (min(row["hook_seconds"]) - min(row["seconds"])) / row["patches"]
+    return f"{math.ceil(row['setup_seconds'] / saved):,}" if saved > 0 else "never"
+
+
 def describe_patching(record: Json) -> str:
     """Return the record in words and a table, also for bench/README.md."""
     table = []
@@ -196,16 +203,18 @@ def describe_patching(record: Json) -> str:
             equal += f", up to {row['largest_difference']:.0e} apart"
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
         bound, aim = f"{compute_bound(row):.2f}", f"{AIMS[row['logits']]:.1f}"
-        table.append([row["logits"], *times, spread, aim, bound, equal])
+        setup = format_seconds(row["setup_seconds"]), count_patches_to_lead(row)
+        table.append([row["logits"], *times, spread, aim, bound, equal, *setup])
     sizes = {key: f"{record[key]:,}" for key in ("layers", "heads", "prompts", "tokens")}
     head = ["logits", "this package", "a hook", "ratio", "aim", "bound", "bit-equal"]
-    setup = max(row["setup_seconds"] for row in record["rows"])
+    head += ["set-up", "ahead after"]
     return f"""\
 On {describe_device(record)}: a GPT-2 with random weights, {sizes["layers"]} layers of \
 {sizes["heads"]} heads, width {record["width"]:,}; each head is patched alone, on \
 {sizes["prompts"]} prompts of {sizes["tokens"]} tokens. Times are those of all patches, with the \
 passes that both sets of prompts need first, the shortest of {record["turns"]} turns. The bound is \
-the number of all products with weights divided by that of those behind the patched heads. Not \
-included: {format_seconds(setup)} for tracing and verifying the network once.
+the number of all products with weights divided by that of those behind the patched heads. The \
+times do not include the set-up, which traces and verifies the network once; the last column is \
+the number of patches that make up for it.
 
 {format_markdown_table(head, table)}"""

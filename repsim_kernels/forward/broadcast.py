@@ -31,7 +31,7 @@ def run_for_cells(
     skip connection. Any other operation needs it repeated for each cell: the repeated value goes
     into `values`, and its node leaves `shared`.
     """
-    if shared.isdisjoint(node.all_input_nodes):
+    if not shared or shared.isdisjoint(node.all_input_nodes):
         return trace.run(node, values)
     if node.op == "call_function" and node.target in _ELEMENTWISE and not node.kwargs:
         left, right = node.args

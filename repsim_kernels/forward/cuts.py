@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from repsim_kernels._arrays import dtype_name
 from repsim_kernels.errors import LayerError
@@ -35,14 +35,19 @@ from repsim_kernels.forward.trace import (
 _RERAISED = LayerError, *TRANSIENT
 
 
-_Outputs = dict[int, Tensor]
-
-
 class Cut(NamedTuple):
     """A traced network, and its split at one layer."""
 
     trace: Trace
     split: Split
+
+
+@dataclasses.dataclass
+class _Shared:
+    """What the cuts at several layers share, for the same inputs."""
+
+    intact: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # by number of stimuli
+    flops: dict[fx.Node, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -58,7 +63,9 @@ class Cuts:
     """A model's cuts at its layers, for images of any kind.
 
     A trace by torch.fx works for any number of images. If it fails, or its result is not
-    bit-identical to a hook's, torch.export traces the model once for each shape of images.
+    bit-identical to a hook's, torch.export traces the model for images of this shape, in any
+    number that takes the same path through the model. If that fails too, or for one image, it
+    traces the model for exactly this number.
     """
 
     def __init__(
@@ -73,7 +80,9 @@ class Cuts:
         self.network = Network(model, call or call_on_inputs)
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._fx_traces: dict[object, Trace | Untraceable] = {}
-        self._exports: dict[object, Trace | Untraceable] = {}
+        self._exports: dict[object, list[Trace | Untraceable]] = {}
+        self._served_by: dict[object, Trace | None] = {}
+        self._dynamic_cuts: dict[tuple[Trace, str], Cut | None] = {}
         self._fx_attempts: dict[object, _Attempt] = {}
         self._export_cuts: dict[object, Cut] = {}
         for layer in layers if call is None else ():  # otherwise the form of inputs isn't known
@@ -83,47 +92,50 @@ class Cuts:
 
     def find(self, layers: Collection[str], inputs: Inputs) -> dict[str, Cut]:
         """Return the network cut at each layer, for inputs like these; LayerError if that fails."""
-        intact: _Outputs = {}
-        return {layer: self._find(layer, inputs, intact) for layer in layers}
+        shared = _Shared()
+        return {layer: self._find(layer, inputs, shared) for layer in layers}
 
-    def _find(self, layer: str, inputs: Inputs, intact: _Outputs) -> Cut:
+    def _find(self, layer: str, inputs: Inputs, shared: _Shared) -> Cut:
         sample = inputs.take(2)
         key = layer, _make_key(sample)
         if key not in self._fx_attempts:
             with keep_attributes(self._model):
-                self._fx_attempts[key] = self._cut_by_fx(layer, sample, intact)
+                self._fx_attempts[key] = self._cut_by_fx(layer, sample, shared)
         attempt = self._fx_attempts[key]
         if attempt.cut is not None and attempt.final:
             return attempt.cut
+        with keep_attributes(self._model):
+            dynamic = self._cut_dynamically(layer, inputs, shared)
+        if dynamic is not None:
+            return dynamic
         key = layer, _make_key(inputs)
         if key not in self._export_cuts:
             with keep_attributes(self._model):
-                cut = self._cut_by_export(layer, inputs, attempt, intact)
+                cut = self._cut_by_export(layer, inputs, attempt, shared)
             if cut is attempt.cut:
                 attempt.final = True
                 return cut
             self._export_cuts[key] = cut
         return self._export_cuts[key]
 
-    def _run_intact(self, inputs: Inputs, outputs: _Outputs) -> Tensor:
-        """Return the network's output; `outputs` has it by the number of stimuli, once it ran."""
-        if len(inputs) not in outputs:
-            outputs[len(inputs)] = verify.run_intact(self.network, inputs)
-        return outputs[len(inputs)]
+    def _run_intact(self, inputs: Inputs, shared: _Shared) -> Tensor:
+        if len(inputs) not in shared.intact:
+            shared.intact[len(inputs)] = verify.run_intact(self.network, inputs)
+        return shared.intact[len(inputs)]
 
-    def _cut_by_fx(self, layer: str, sample: Inputs, outputs: _Outputs) -> _Attempt:
+    def _cut_by_fx(self, layer: str, sample: Inputs, shared: _Shared) -> _Attempt:
         trace = self._get_fx_trace(layer, sample.form)
         if isinstance(trace, Untraceable):
             return _Attempt()
         try:
-            intact = self._run_intact(sample, outputs)
+            intact = self._run_intact(sample, shared)
         except _RERAISED:
             raise
         except Exception:
             return _Attempt()  # it may accept another number of images
         expected = self._run_references(layer, sample, intact)
         try:
-            attempt = self._try_trace(trace, layer, sample, expected)
+            attempt = self._try_trace(trace, layer, sample, expected, shared)
         except LayerError:
             if self.sites[layer].is_plain:
                 raise
@@ -134,12 +146,34 @@ class Cuts:
             attempt.final = not torch.equal(again, expected.half_masked)
         return attempt
 
+    def _cut_dynamically(self, layer: str, inputs: Inputs, shared: _Shared) -> Cut | None:
+        """Cut the network exported for any number of images; None unless the bits are a hook's.
+
+        Two of the images are compared if the export serves two; otherwise all are.
+        """
+        trace = self._get_dynamic_export(inputs)
+        if trace is None:
+            return None
+        if (trace, layer) not in self._dynamic_cuts:
+            sample = inputs.take(2)
+            sample = sample if trace.serves(sample) else inputs
+            attempt = _Attempt()
+            try:
+                expected = self._run_references(layer, sample, self._run_intact(sample, shared))
+                attempt = self._try_trace(trace, layer, sample, expected, shared)
+            except TRANSIENT:
+                raise
+            except Exception:  # the export for exactly this number of images raises it again
+                attempt = _Attempt()
+            self._dynamic_cuts[trace, layer] = attempt.cut if attempt.final else None
+        return self._dynamic_cuts[trace, layer]
+
     def _cut_by_export(
-        self, layer: str, inputs: Inputs, fx_attempt: _Attempt, outputs: _Outputs
+        self, layer: str, inputs: Inputs, fx_attempt: _Attempt, shared: _Shared
     ) -> Cut:
         """Cut the exported network; return the cut by fx if the exported one is no better."""
         try:
-            intact = self._run_intact(inputs, outputs)
+            intact = self._run_intact(inputs, shared)
         except _RERAISED:
             raise
         except Exception as error:
@@ -158,7 +192,7 @@ class Cuts:
                 f"{self._describe_failure(fx_attempt)}; torch.export can't trace it: {trace}"
             ) from trace
         try:
-            attempt = self._try_trace(trace, layer, inputs, expected)
+            attempt = self._try_trace(trace, layer, inputs, expected, shared)
         except LayerError:
             if fx_attempt.cut is None:
                 raise
@@ -174,11 +208,16 @@ class Cuts:
         return cut
 
     def _try_trace(
-        self, trace: Trace, layer: str, inputs: Inputs, expected: verify.ReferenceOutputs
+        self,
+        trace: Trace,
+        layer: str,
+        inputs: Inputs,
+        expected: verify.ReferenceOutputs,
+        shared: _Shared,
     ) -> _Attempt:
         """Cut a traced network, and compare it with passes of the network itself."""
         try:
-            split = split_at_layer(trace, layer, inputs.copy())
+            split = split_at_layer(trace, layer, inputs.copy(), shared.flops)
             agreement = verify.verify_cut(trace, split, inputs, expected)
         except _RERAISED:
             raise
@@ -253,15 +292,35 @@ class Cuts:
     def _get_export(self, inputs: Inputs) -> Trace | Untraceable:
         key = _make_key(inputs)
         if key not in self._exports:
-            self._exports[key] = self._trace(self.sites, inputs.copy())
-        return self._exports[key]
+            self._exports[key] = [self._trace(self.sites, inputs.copy())]
+        return self._exports[key][0]
+
+    def _get_dynamic_export(self, inputs: Inputs) -> Trace | None:
+        """Return an export for any number of images that serves these; None if there is none."""
+
+        def serves(export: Trace | Untraceable) -> TypeGuard[Trace]:
+            return isinstance(export, Trace) and export.serves(inputs)
+
+        if len(inputs) < 2:
+            return None
+        key = _make_key(inputs)
+        if key not in self._served_by:
+            exports = self._exports.setdefault(_make_key(inputs, any_count=True), [])
+            if not any(map(serves, exports)):
+                exports.append(self._trace(self.sites, inputs.copy(), dynamic=True))
+            self._served_by[key] = next((x for x in exports if serves(x)), None)
+        return self._served_by[key]
 
     def _trace(
-        self, layers: Collection[str], like: Inputs | None = None, form: Form = None
+        self,
+        layers: Collection[str],
+        like: Inputs | None = None,
+        form: Form = None,
+        dynamic: bool = False,
     ) -> Trace | Untraceable:
         options: dict[str, Any] = {"output": self._output, "call": self.network.call}
         try:
-            return Trace(self._model, layers, like, form=form, **options)
+            return Trace(self._model, layers, like, form=form, dynamic=dynamic, **options)
         except Untraceable as error:
             return error
 
@@ -289,5 +348,5 @@ class Cuts:
         return any(isinstance(module, FUSED) for module in self._modules.values())
 
 
-def _make_key(inputs: Inputs) -> tuple[object, ...]:
-    return *inputs.make_key(), contexts.read_switches()
+def _make_key(inputs: Inputs, any_count: bool = False) -> tuple[object, ...]:
+    return *inputs.make_key(any_count), contexts.read_switches()

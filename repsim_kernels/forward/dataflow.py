@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from repsim_kernels.errors import LayerError
+from repsim_kernels.forward import exported
 from repsim_kernels.forward.inputs import Inputs
 from repsim_kernels.forward.trace import TRANSIENT, Trace, Values, get_label
 
@@ -41,7 +42,8 @@ class Split:
     head: list[Step]
     tail: list[Step]
     inputs: list[fx.Node]  # the head's values that the tail reads, without the activation
-    per_image_inputs: list[fx.Node]  # the inputs that depend on the images
+    per_image_inputs: list[fx.Node]  # the inputs that depend on the images, without `sizes`
+    sizes: list[fx.Node]  # the inputs that are numbers, proportional to the number of images
     mutated_inputs: list[fx.Node]  # the head's values that the tail writes to
     first_writes: dict[fx.Node, list[fx.Node]]  # tail operation -> inputs it is the first to write
     copy_images: bool  # the head writes to the images, or a state would hold them
@@ -58,8 +60,13 @@ class Split:
     oom_limit: int | None = None  # cells x images that fit in one pass, once memory has run out
 
 
-def split_at_layer(trace: Trace, layer: str, inputs: Inputs) -> Split:
+def split_at_layer(
+    trace: Trace, layer: str, inputs: Inputs, flops: dict[fx.Node, int] | None = None
+) -> Split:
     """Run a network as under a hook that returns a clone, and split it into head and tail.
+
+    `flops` has the floating-point operations that were counted in an earlier pass of these inputs;
+    this pass counts the others, and adds them.
 
     Raises LayerError if the output of the layer or the model is not a tensor (n, …), or if a pass
     writes to the model's parameters or buffers.
@@ -67,17 +74,27 @@ def split_at_layer(trace: Trace, layer: str, inputs: Inputs) -> Split:
     cut = trace.find_cut(layer)
     list_written = watch_writes(trace.model)
     n, values = len(inputs), trace.bind(inputs)
+    flops = {} if flops is None else flops
     effects: dict[fx.Node, _Effects] = {}
-    versions: list[tuple[Tensor, int]] = []
+    tensors: list[Tensor] = []  # all so far, with the number of writes to each
+    versions: list[int] = []
     for x in trace.nodes:
-        value, flops = (values[x], 0) if x in values else _run_counted(trace, x, values)
-        writes = _union(_measure_storage(t).keys() for t, old in versions if get_version(t) != old)
+        if x not in values and x not in flops:
+            value, flops[x] = _run_counted(trace, x, values)
+        else:
+            value = values[x] if x in values else trace.run(x, values)
+        writes: set[int] = set()
+        current = [t._version for t in tensors]
+        if current != versions:
+            pairs = zip(tensors, versions, current, strict=True)
+            writes = _union(_measure_storage(t).keys() for t, old, new in pairs if new != old)
         if x is cut:
             check_units(value, n, layer)
             original, value = value, value.clone()  # both stay alive, so no address is reused
         values[x] = value
-        versions = [(t, get_version(t)) for t, _ in versions] if writes else versions
-        versions += [(t, get_version(t)) for t in collect_tensors(value)]
+        added = [t for t in collect_tensors(value) if not t.is_inference()]
+        tensors += added
+        versions = current + [t._version for t in added]
         effects[x] = _Effects(
             reads=_union(
                 _measure_storage(t).keys()
@@ -87,7 +104,8 @@ def split_at_layer(trace: Trace, layer: str, inputs: Inputs) -> Split:
             outputs=_measure_storage(*collect_tensors(value)),
             writes=writes,
             is_batch=_is_batch(value, n),
-            flops=flops,
+            is_size=exported.is_size(x) and value % n == 0,
+            flops=flops.get(x, 0),
             weight_bytes=sum(_measure_storage(*trace.get_weights(x)).values()),
         )
     check_batch(values[trace.output], n, "model: it")
@@ -124,6 +142,7 @@ class _Effects:
     outputs: dict[int, int]
     writes: set[int]
     is_batch: bool  # the value is a tensor (n, …)
+    is_size: bool  # the value is a multiple of n
     flops: int
     weight_bytes: int  # parameters and buffers that it reads
 
@@ -159,7 +178,8 @@ def _build_split(
     )
     from_images = set().union(*(_find_dependents(effects, x) for x in batches))
     held = [x for x in crossing if x is not cut]
-    per_image = [x for x in held if x in from_images]
+    sizes = [x for x in held if effects[x].is_size]
+    per_image = [x for x in held if x in from_images and x not in sizes]
     steps = schedule(tail, {nodes[-1]})
     whole = schedule(nodes, {nodes[-1]})
     return Split(
@@ -169,6 +189,7 @@ def _build_split(
         tail=steps,
         inputs=held,
         per_image_inputs=per_image,
+        sizes=sizes,
         mutated_inputs=mutated,
         first_writes=first_writes,
         copy_images=bool(stored_or_written & _union(effects[x].outputs for x in images)),

@@ -57,9 +57,12 @@ class AblatedForward(CutForward):
     -----
     The first time it sees images of a new shape, layout or dtype, `prefix` compares the cut network
     on two of them with whole passes under a forward hook, which also reveals randomness and hidden
-    state. If the ``torch.fx`` trace differs from these passes, for example because ``forward``
-    checks a type, a ``torch.export`` trace for each shape is compared on all the images instead,
-    which costs about five whole passes for each layer. Most networks of Hugging Face need it.
+    state. That costs about six passes of the two for each layer. If the ``torch.fx`` trace differs
+    from these passes, for example because ``forward`` checks a type, so is a ``torch.export``
+    trace, which takes seconds to make. Most networks of Hugging Face need it. It serves every
+    number of images from two for which ``forward`` takes the same path, such as the same branch of
+    ``if x.shape[0] > 4``. If that fails, or for one image, a trace for this number alone is
+    compared on all the images.
 
     Operations run under the autocast state, attention backends and default dtype that ``forward``
     sets for them. TF32 follows PyTorch's switches. No method tracks gradients.

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import Dim
 
 from repsim_kernels.errors import LayerError
 from repsim_kernels.forward import contexts
 from repsim_kernels.forward.contexts import Switches
+from repsim_kernels.forward.inputs import Inputs, pack
 
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 _TORCH_FUNC = ("torch._functorch", "torch._C._functorch")
@@ -33,11 +35,18 @@ def _(x: Tensor, layer: str) -> Tensor:
 MARK = torch.ops.repsim_kernels.mark.default
 
 
-def export(root: nn.Module, images: Any) -> tuple[nn.Module, fx.Graph]:
-    """Export a module for inputs like these; return a module with its tensors, and the graph."""
+def export(root: nn.Module, inputs: Inputs, dynamic: bool) -> tuple[nn.Module, fx.Graph]:
+    """Export a module for inputs like these; return a module with its tensors, and the graph.
+
+    If `dynamic`, the graph serves every number of stimuli that `check_guards` accepts. Inputs that
+    are the same for all stimuli keep their shapes.
+    """
+    sizes = [{0: Dim.AUTO} if inputs.is_batch(i) else None for i in range(len(inputs.tensors))]
+    shapes = (pack(sizes, inputs.form),) if dynamic else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter
-        program = torch.export.export(root, (images,), strict=False)
+        images = inputs.pack()
+        program = torch.export.export(root, (images,), dynamic_shapes=shapes, strict=False)
         module = program.module()
     graph = _inline_regions(module)
     # The operations of torch.func open and close levels of PyTorch's state. A pass that stops in
@@ -50,6 +59,33 @@ def export(root: nn.Module, images: Any) -> tuple[nn.Module, fx.Graph]:
     return module, graph
 
 
+def check_guards(module: nn.Module, inputs: Inputs) -> bool:
+    """Whether the sizes of inputs meet all conditions under which a module was exported.
+
+    The exporter records a condition where the model's Python code or an operation depends on a
+    size. It does so only for sizes from 2, for which it assumes that nothing is special about 1.
+    """
+    check = getattr(module, "_guards_fn", None)
+    if check is None or len(inputs) < 2:
+        return False
+    try:
+        check(*inputs.tensors)
+    except AssertionError:
+        return False
+    return True
+
+
+def is_size(x: fx.Node) -> bool:
+    """Whether a value is a number that depends on the number of stimuli, but on no values."""
+    value = x.meta.get("val")
+    if not isinstance(value, torch.SymInt):
+        return False
+    # Loads slowly, unless the exporter has loaded it already.
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return not free_unbacked_symbols(value)
+
+
 def find_calls(graph: fx.Graph, layer: str) -> list[fx.Node]:
     """Return, for each call of a layer, the operation whose value is used outside the layer."""
     path = f"model.{layer}" if layer else "model"
@@ -60,7 +96,8 @@ def find_calls(graph: fx.Graph, layer: str) -> list[fx.Node]:
                 inside.setdefault(key, []).append(x)
     calls = []
     for operations in inside.values():
-        outputs = [x for x in operations if not set(operations).issuperset(x.users)]
+        values = [x for x in operations if not is_size(x)]
+        outputs = [x for x in values if not set(operations).issuperset(x.users)]
         if len(outputs) != 1:
             raise LayerError(
                 f"layer: {layer!r} gives {len(outputs)} tensors; expected a tensor (n, …)"

@@ -60,9 +60,17 @@ class Inputs:
     def copy(self) -> Inputs:
         return Inputs(tuple(map(copy_with_strides, self.tensors)), self.form)
 
-    def make_key(self) -> tuple[object, ...]:
-        """Return what decides which operations a network runs, apart from values."""
-        return self.form, *((t.shape, t.stride(), t.dtype, t.device) for t in self.tensors)
+    def make_key(self, any_count: bool = False) -> tuple[object, ...]:
+        """Return what decides which operations a network runs, apart from values.
+
+        If `any_count`, the number of stimuli is left out.
+        """
+        shapes = (
+            (-1, *t.shape[1:]) if any_count and self.is_batch(i) else tuple(t.shape)
+            for i, t in enumerate(self.tensors)
+        )
+        kinds = ((t.stride(), t.dtype, t.device) for t in self.tensors)
+        return self.form, *zip(shapes, kinds, strict=True)
 
     def describe(self) -> str:
         """Return dtypes and shapes, for messages."""

@@ -196,6 +196,8 @@ def run_tail(state: State, cells: CellMasks | None = None, batch: Batch | None =
     copies = copy.deepcopy([values[x] for x in mutated])  # in one call, so shared views stay shared
     values.update(zip(mutated, copies, strict=True))
     steps, n_cells = split.tail, 1 if cells is None else len(cells.ids)
+    rows = n_cells * len(values[split.cut])
+    values.update((x, values[x] * rows // len(state)) for x in split.sizes)
     if cells is not None:
         if cells.fill is None and fusion.uses_triton(values[split.cut]):
             steps = fusion.run_fused(trace, split, values, cells)

@@ -38,8 +38,9 @@ class Trace:
     """The operations of a model in order, and the one that produces each layer's tensor.
 
     If images are passed as `like`, `torch.export` traces the model for images of their shape,
-    layout and dtype; otherwise `torch.fx` traces it for inputs of any kind that are passed in the
-    given form. Raises Untraceable if the tracer fails.
+    layout and dtype, and if `dynamic` for any number of them that `serves` accepts; otherwise
+    `torch.fx` traces it for inputs of any kind that are passed in the given form. Raises
+    Untraceable if the tracer fails.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Trace:
         layers: Collection[str],
         like: Tensor | Inputs | None = None,
         *,
+        dynamic: bool = False,
         output: Output = None,
         call: Call = call_on_inputs,
         form: Form = None,
@@ -58,7 +60,7 @@ class Trace:
             module, graph, self._find_calls = _trace_by_fx(root, sites, form)
         else:
             like = Inputs((like,)) if isinstance(like, Tensor) else like
-            module, graph, self._find_calls = _trace_by_export(root, sites, like)
+            module, graph, self._find_calls = _trace_by_export(root, sites, like, dynamic)
         self._interpreter = fx.Interpreter(module, graph=graph)
         self.inputs: list[fx.Node] = [x for x in graph.nodes if x.op == "placeholder"]
         operations = [x for x in graph.nodes if x.op != "placeholder"]
@@ -68,6 +70,10 @@ class Trace:
     def bind(self, inputs: Inputs) -> Values:
         """Return the values that a pass starts with."""
         return dict(zip(self.inputs, inputs.tensors, strict=True))
+
+    def serves(self, inputs: Inputs) -> bool:
+        """Whether a dynamic trace, for inputs that differ only in their number, is valid here."""
+        return exported.check_guards(self._interpreter.module, inputs)
 
     def find_cut(self, layer: str) -> fx.Node:
         """Return the operation that produces a layer's output; LayerError unless it is called once.
@@ -88,6 +94,8 @@ class Trace:
 
     def run(self, node: fx.Node, values: Values) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        if node.op == "call_function" and not sets_switches(node):  # the shortest way there
+            return node.target(*args, **kwargs)  # type: ignore[operator]
         with self.apply_switches(node):
             return getattr(self._interpreter, node.op)(node.target, args, kwargs)
 
@@ -285,7 +293,7 @@ def _trace_by_fx(
 
 
 def _trace_by_export(
-    root: _Root, sites: dict[str, Site], like: Inputs
+    root: _Root, sites: dict[str, Site], like: Inputs, dynamic: bool
 ) -> tuple[nn.Module, fx.Graph, FindCalls]:
     marked = [site for site in sites.values() if not site.is_plain]
     try:
@@ -293,7 +301,7 @@ def _trace_by_export(
             for site in marked:
                 mark = partial(exported.mark, layer=site.layer)
                 stack.enter_context(site.replace(mark))
-            module, graph = exported.export(root, like.pack())
+            module, graph = exported.export(root, like, dynamic)
     except TRANSIENT:
         raise
     except Exception as e:
