@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
     from matplotlib.axes import Axes
 
-_METRICS = {metric.name: metric for metric in METRICS}
+_METRICS = {metric.name: metric for metric in METRICS if metric.pairwise}
 _PICTURES = (".png", ".pdf", ".svg")
 _SUFFIXES = (*_PICTURES, ".csv", ".parquet", ".html")
 _DPI = 200

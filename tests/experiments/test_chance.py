@@ -216,10 +216,12 @@ def test_report_and_terminal_mention_nan_images(
         "these cells is not known."
     )
     assert message in write_page(table, tmp_path).visible_text()
+    layers = table["layer"].unique().tolist()
     store = Store.create(
-        tmp_path / "run", {"models": {"net": {"layers": ["l"], "classes": ["c"], "block": 1}}}
+        tmp_path / "run", {"models": {"net": {"layers": layers, "classes": ["c"], "block": 1}}}
     )
-    store.save(store.units[0], table)
+    for unit in store.units:
+        store.save(unit, table[table["layer"] == unit.layer])
     print_results(Console(highlight=False, markup=False), store.compact(), store)
     assert message in capsys.readouterr().out.splitlines()
     older = pd.concat([table.drop(columns="nan_images"), none.assign(model="b")])

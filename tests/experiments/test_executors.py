@@ -27,7 +27,7 @@ from repsim_kernels.experiments.runs.store import Store
 
 @pytest.fixture(scope="module")
 def expected() -> pd.DataFrame:
-    return run(_study_factories.make_toy_studies("cpu"))
+    return run(_study_factories.make_toy_studies("cpu")).table
 
 
 def open_toy_run(folder: Path, fault: str = "", block: int = 1) -> tuple[Store, SerialExecutor]:
@@ -79,7 +79,7 @@ def test_a_unit_that_keeps_failing_is_recorded_and_left_out(
     with pytest.warns(
         UserWarning, match=r"^1 of 6 units failed and are left out; the first is toy act1"
     ):
-        table = run(_study_factories.make_toy_studies("cpu", fault, str(tmp_path)), store)
+        table = run(_study_factories.make_toy_studies("cpu", fault, str(tmp_path)), store).table
     assert count_attempts(tmp_path) == count
     (record,) = (json.loads(path.read_text()) for path in (store.folder / "failed").iterdir())
     assert record["unit"] == list(BAD)
@@ -90,7 +90,7 @@ def test_a_unit_that_keeps_failing_is_recorded_and_left_out(
         table, expected[finished].reset_index(drop=True), check_exact=True, check_like=False
     )
     assert table.attrs == {"missing": "1 of 6"}
-    repaired = run(_study_factories.make_toy_studies("cpu"), store)
+    repaired = run(_study_factories.make_toy_studies("cpu"), store).table
     assert store.failures() == {}
     pd.testing.assert_frame_equal(repaired, expected, check_exact=True)
 
@@ -193,5 +193,5 @@ def test_two_studies_with_the_same_name_are_refused() -> None:
 
 def test_several_studies_are_one_run() -> None:
     one, two = toy_study(name="one", metrics=["cka"]), toy_study(name="two", metrics=["cka"])
-    both = run([two, one])
-    assert both.equals(pd.concat([one.run(), two.run()], ignore_index=True))
+    both = run([two, one]).table
+    assert both.equals(pd.concat([one.run().table, two.run().table], ignore_index=True))
