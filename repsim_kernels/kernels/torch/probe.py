@@ -82,7 +82,9 @@ def ablation_decodability(
             }
             for name in score
         }
-    else:  # sparse cells in several tables, or one
+    elif len(tables) == 1:
+        results = tables[0][0]
+    else:  # sparse cells
         results = {
             name: {
                 "intact": tables[0][0][name]["intact"],
