@@ -26,7 +26,7 @@ from repsim_kernels.forward import AblatedForward, State
 _SIZES: dict[bool, Json] = {  # by `quick`; otherwise the sizes of GPT-2 small
     False: {
         "layers": 12, "heads": 12, "width": 768, "vocabulary": 50257, "prompts": 8, "tokens": 32,
-        "turns": 3,
+        "turns": 1,
     },
     True: {
         "layers": 3, "heads": 2, "width": 16, "vocabulary": 40, "prompts": 3, "tokens": 5,
