@@ -26,11 +26,9 @@ from repsim_kernels.forward import AblatedForward, State
 _SIZES: dict[bool, Json] = {  # by `quick`; otherwise the sizes of GPT-2 small
     False: {
         "layers": 12, "heads": 12, "width": 768, "vocabulary": 50257, "prompts": 8, "tokens": 32,
-        "turns": 1,
     },
     True: {
         "layers": 3, "heads": 2, "width": 16, "vocabulary": 40, "prompts": 3, "tokens": 5,
-        "turns": 1,
     },
 }  # fmt: skip
 _KEPT = {"all positions": 0, "the last position": 1}  # logits of the last k positions; 0: of all
@@ -49,7 +47,7 @@ def measure_patching(quick: bool = False) -> Json:
         "environment": describe_environment("cpu", ("transformers",)),
         **sizes,
         "rows": [
-            {"logits": logits} | _measure(model, prompts, others, kept, sizes["turns"])
+            {"logits": logits} | _measure(model, prompts, others, kept)
             for logits, kept in _KEPT.items()
         ],
     }
@@ -76,7 +74,7 @@ def get_logits(model: nn.Module, prompts: Tensor, kept: int) -> Tensor:
     return logits
 
 
-def _measure(model: Any, prompts: Tensor, others: Tensor, kept: int, turns: int) -> Json:
+def _measure(model: Any, prompts: Tensor, others: Tensor, kept: int) -> Json:
     """Patch every head by both methods, which take turns layer by layer, and compare the logits."""
     call = partial(get_logits, kept=kept)
     layers = [f"transformer.h.{i}.attn:heads" for i in range(model.config.n_layer)]
@@ -86,35 +84,26 @@ def _measure(model: Any, prompts: Tensor, others: Tensor, kept: int, turns: int)
     states = forward.prefixes(prompts)  # verifies the cuts
     record: Json = {
         "setup_seconds": time.perf_counter() - start,
-        "seconds": [],
-        "hook_seconds": [],
         "patches": len(layers) * model.config.n_head,
         "equal": 0,
         "largest_difference": 0.0,
         "operations": sum(cost.head_flops + cost.tail_flops for cost in costs.values()),
         "operations_behind": sum(cost.tail_flops for cost in costs.values()),
     }
-    for turn in range(turns):
-        ours, (states, sources) = _time(
-            lambda: (forward.prefixes(prompts), forward.prefixes(others))
-        )
-        theirs, outputs = _time(lambda: _record_heads(model, call, others))
-        for i, layer in enumerate(layers):
-            methods: list[Callable[[], Any]] = [
-                partial(_patch_heads, forward, states[layer], sources[layer]),
-                partial(_patch_with_hooks, model, call, prompts, i, outputs[i]),
-            ]
-            order = [(i + turn) % 2, (i + turn + 1) % 2]
-            timed = {which: _time(methods[which]) for which in order}
-            (seconds, got), (hook_seconds, want) = timed[0], timed[1]
-            ours, theirs = ours + seconds, theirs + hook_seconds
-            if turn == 0:
-                record["equal"] += sum(map(torch.equal, got, want))
-                differences = [float((a - b).abs().max()) for a, b in zip(got, want, strict=True)]
-                record["largest_difference"] = max(record["largest_difference"], *differences)
-        record["seconds"].append(ours)
-        record["hook_seconds"].append(theirs)
-    return record
+    ours, (states, sources) = _time(lambda: (forward.prefixes(prompts), forward.prefixes(others)))
+    theirs, outputs = _time(lambda: _record_heads(model, call, others))
+    for i, layer in enumerate(layers):
+        methods: list[Callable[[], Any]] = [
+            partial(_patch_heads, forward, states[layer], sources[layer]),
+            partial(_patch_with_hooks, model, call, prompts, i, outputs[i]),
+        ]
+        timed = {which: _time(methods[which]) for which in (i % 2, (i + 1) % 2)}
+        (seconds, got), (hook_seconds, want) = timed[0], timed[1]
+        ours, theirs = ours + seconds, theirs + hook_seconds
+        record["equal"] += sum(map(torch.equal, got, want))
+        differences = [float((a - b).abs().max()) for a, b in zip(got, want, strict=True)]
+        record["largest_difference"] = max(record["largest_difference"], *differences)
+    return record | {"seconds": ours, "hook_seconds": theirs}
 
 
 def _time(function: Callable[[], Any]) -> tuple[float, Any]:
@@ -187,8 +176,8 @@ def compute_bound(row: Json) -> float:
 
 
 def count_patches_to_lead(row: Json) -> str:
-    """Return after how many patches the set-up has paid off, by the shortest times of both."""
-    saved = (min(row["hook_seconds"]) - min(row["seconds"])) / row["patches"]
+    """Return after how many patches the set-up has paid off."""
+    saved = (row["hook_seconds"] - row["seconds"]) / row["patches"]
     return f"{math.ceil(row['setup_seconds'] / saved):,}" if saved > 0 else "never"
 
 
@@ -196,15 +185,14 @@ def describe_patching(record: Json) -> str:
     """Return the record in words and a table, also for bench/README.md."""
     table = []
     for row in record["rows"]:
-        ratios = [b / a for a, b in zip(row["seconds"], row["hook_seconds"], strict=True)]
-        times = [format_seconds(min(row[key])) for key in ("seconds", "hook_seconds")]
+        times = [format_seconds(row[key]) for key in ("seconds", "hook_seconds")]
+        ratio = f"{row['hook_seconds'] / row['seconds']:.2f}"
         equal = f"{row['equal']} of {row['patches']}"
         if row["equal"] < row["patches"]:
             equal += f", up to {row['largest_difference']:.0e} apart"
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
         bound, aim = f"{compute_bound(row):.2f}", f"{AIMS[row['logits']]:.1f}"
         setup = format_seconds(row["setup_seconds"]), count_patches_to_lead(row)
-        table.append([row["logits"], *times, spread, aim, bound, equal, *setup])
+        table.append([row["logits"], *times, ratio, aim, bound, equal, *setup])
     sizes = {key: f"{record[key]:,}" for key in ("layers", "heads", "prompts", "tokens")}
     head = ["logits", "this package", "a hook", "ratio", "aim", "bound", "bit-equal"]
     head += ["set-up", "ahead after"]
@@ -212,9 +200,8 @@ def describe_patching(record: Json) -> str:
 On {describe_device(record)}: a GPT-2 with random weights, {sizes["layers"]} layers of \
 {sizes["heads"]} heads, width {record["width"]:,}; each head is patched alone, on \
 {sizes["prompts"]} prompts of {sizes["tokens"]} tokens. Times are those of all patches, with the \
-passes that both sets of prompts need first, the shortest of {record["turns"]} turns. The bound is \
-the number of all products with weights divided by that of those behind the patched heads. The \
-times do not include the set-up, which traces and verifies the network once; the last column is \
-the number of patches that make up for it.
+passes that both sets of prompts need first. The bound is the number of all products with weights \
+divided by that of those behind the patched heads. The times do not include the set-up, which \
+traces and verifies the network once; the last column is the number of patches that make up for it.
 
 {format_markdown_table(head, table)}"""
