@@ -154,21 +154,8 @@ METRICS = (
         neighbours=True,
         from_distances=True,
     ),
-    Metric(
-        "cknna",
-        "CKNNA",
-        bounds=(-1, 1),
-        pairwise=True,
-        calibration=True,
-        neighbours=True,
-    ),
-    Metric(
-        "jaccard_knn",
-        "Jaccard kNN",
-        pairwise=True,
-        calibration=True,
-        neighbours=True,
-    ),
+    Metric("cknna", "CKNNA", bounds=(-1, 1), pairwise=True, calibration=True, neighbours=True),
+    Metric("jaccard_knn", "Jaccard kNN", pairwise=True, calibration=True, neighbours=True),
 )
 
 

@@ -40,6 +40,23 @@ class Toy(nn.Module):
         return logits
 
 
+def run_under_hook(
+    model: nn.Module, layer: str, images: Tensor, change: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The logits if a layer's output is changed, and the output as it was, (n, p)."""
+    outputs: list[Tensor] = []
+
+    def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        outputs.append(output.clone())
+        return change(output)
+
+    handle = model.get_submodule(layer).register_forward_hook(hook)
+    with torch.no_grad():
+        logits = model(images)
+    handle.remove()
+    return logits, outputs[0].flatten(1)
+
+
 class Attending(nn.Module):
     """Two encoder layers with four heads of two neurons each, on the toy's images."""
 

@@ -248,7 +248,7 @@ def measure_representation(
     edges="inclusive". If the layer's activations are the same for every stimulus, all values are
     NaN, with a warning.
     """
-    fill = _measure_means(x) if study.fill == "mean" else None
+    fill = x.mean(0, dtype=torch.float64).to(x.dtype) if study.fill == "mean" else None
     if fixed is None:
         cells = [_make_grid(study, layer, label, x, y) for label in labels]
         grids: list[Any] = [each.assignment for each in cells]
@@ -324,12 +324,6 @@ def _measure_cells(
         columns |= measure_ridge_probes(study, labels, shifted, y, cells, grams)
     shape = len(labels), grams.shape[-3]
     return {name: values.expand(shape) for name, values in columns.items()}
-
-
-def _measure_means(x: Tensor) -> Tensor:
-    """Measure each neuron's mean over the stimuli, rounded to the activations' dtype."""
-    blocks = x.split(_BLOCK_NEURONS, dim=1)
-    return torch.cat([block.double().mean(0) for block in blocks]).to(x.dtype)
 
 
 def _measure_energy_shares(x: Tensor, cells: LayerCells) -> Tensor:

@@ -19,7 +19,7 @@ from repsim_kernels.forward.dataflow import (
     split_at_layer,
     watch_writes,
 )
-from repsim_kernels.forward.inputs import Call, Form, Inputs, Network, call_on_inputs
+from repsim_kernels.forward.inputs import Call, Form, Inputs, Network, call_network
 from repsim_kernels.forward.sites import Output, resolve_sites
 from repsim_kernels.forward.trace import (
     FUSED,
@@ -77,7 +77,7 @@ class Cuts:
     ) -> None:
         self._model, self._output = model, output
         self.sites = resolve_sites(model, layers, output)
-        self.network = Network(model, call or call_on_inputs)
+        self.network = Network(model, call or call_network)
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._fx_traces: dict[object, Trace | Untraceable] = {}
         self._exports: dict[object, list[Trace | Untraceable]] = {}
@@ -276,7 +276,7 @@ class Cuts:
         dtypes = " and ".join(dict.fromkeys(map(dtype_name, floating)))
         weights = f", with parameters of {dtypes}" if dtypes else ""
         kind = f"{inputs.describe()}{weights}"
-        if self.network.call is not call_on_inputs:
+        if self.network.call is not call_network:
             return f"call: it fails for these inputs, {kind}: {first_line(error)}"
         return f"model: it can't take these images, {kind}: {first_line(error)}"
 

@@ -22,7 +22,7 @@ Form = tuple[str, ...] | int | None
 """How tensors are passed: the keys of a dict, the length of a tuple, or None for one tensor."""
 
 
-def call_on_inputs(model: nn.Module, inputs: Any) -> Any:
+def call_network(model: nn.Module, inputs: Any) -> Any:
     """Call a network on a tensor, on the entries of a dict, or on the items of a tuple."""
     if isinstance(inputs, dict):
         return model(**inputs)

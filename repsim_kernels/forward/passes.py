@@ -75,7 +75,7 @@ class State:
 
     @property
     def activation(self) -> Tensor:
-        """The layer's output, (n, …), with its own strides. Writing to it invalidates the state."""
+        """The layer's tensor, (n, …), with its own strides. Writing to it invalidates the state."""
         return self._restore_strides(self._data)
 
     def move(self, rows: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch.fx._symbolic_trace import PH
 
 from repsim_kernels.errors import LayerError
 from repsim_kernels.forward import attention, contexts, exported
-from repsim_kernels.forward.inputs import Call, Form, Inputs, call_on_inputs, pack
+from repsim_kernels.forward.inputs import Call, Form, Inputs, call_network, pack
 from repsim_kernels.forward.sites import Output, Site, resolve_sites
 
 Values = dict[fx.Node, Any]
@@ -51,7 +51,7 @@ class Trace:
         *,
         dynamic: bool = False,
         output: Output = None,
-        call: Call = call_on_inputs,
+        call: Call = call_network,
         form: Form = None,
     ) -> None:
         self.model, self.exported = model, like is not None

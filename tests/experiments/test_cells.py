@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 import torch
 from _cli import invoke
-from _toy import CLASSES, Attending, Toy, stop_after, toy_images, toy_study
+from _toy import CLASSES, Attending, Toy, run_under_hook, stop_after, toy_images, toy_study
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
-from torch import Tensor, nn
+from torch import Tensor
 
 from repsim_kernels import LayerError
 from repsim_kernels._cell_sets import SparseCells
@@ -38,19 +38,8 @@ def draw_membership(seed: int, count: int = 7) -> np.ndarray:
 
 def run_toy(layer: str, images: Tensor, off: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
     """The toy's logits with some neurons of a layer off, and the layer's output, (n, p)."""
-    outputs = []
-
-    def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        outputs.append(output.clone())
-        mask = np.zeros(256, dtype=bool) if off is None else off
-        return output.masked_fill(torch.from_numpy(mask).view(SHAPE), 0)
-
-    model = Toy().eval()
-    handle = model.get_submodule(layer).register_forward_hook(hook)
-    with torch.no_grad():
-        logits = model(images)
-    handle.remove()
-    return logits, outputs[0].flatten(1)
+    mask = torch.from_numpy(np.zeros(256, dtype=bool) if off is None else off).view(SHAPE)
+    return run_under_hook(Toy().eval(), layer, images, lambda out: out.masked_fill(mask, 0))
 
 
 def assert_rows_match_brute_force(table: pd.DataFrame, layer: str, member: np.ndarray) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from _toy import CLASSES, Toy, toy_images, toy_study
-from torch import Tensor, nn
+from _toy import CLASSES, Toy, run_under_hook, toy_images, toy_study
+from torch import Tensor
 
 from repsim_kernels.experiments.columns import BASELINE, METRICS, PERFORMANCE
 from repsim_kernels.experiments.errors import StudyError
@@ -30,19 +28,8 @@ def tables() -> dict[str, pd.DataFrame]:
 
 def run_with_fill(layer: str, images: Tensor, cell: int, fill: Tensor) -> tuple[Tensor, Tensor]:
     """The toy's logits with a cell's neurons set to their fill, and the layer's output (n, p)."""
-    outputs = []
-
-    def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        outputs.append(output.clone())
-        mask = torch.from_numpy(cell == CELLS).view(4, 8, 8)
-        return torch.where(mask, fill.view(4, 8, 8), output)
-
-    model = Toy().eval()
-    handle = model.get_submodule(layer).register_forward_hook(hook)
-    with torch.no_grad():
-        logits = model(images)
-    handle.remove()
-    return logits, outputs[0].flatten(1)
+    mask, values = torch.from_numpy(cell == CELLS).view(4, 8, 8), fill.view(4, 8, 8)
+    return run_under_hook(Toy().eval(), layer, images, lambda out: torch.where(mask, values, out))
 
 
 def read_metric_activations(layer: str) -> tuple[Tensor, np.ndarray]:

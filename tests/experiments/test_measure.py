@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from _toy import Toy, stop_after, toy_images, toy_study
+from _toy import Toy, run_under_hook, stop_after, toy_images, toy_study
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -62,19 +62,12 @@ def run_with_neurons_off(
     layer: str, images: Tensor, off: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The toy's logits with some neurons of a layer off, and the layer's output, (n, p)."""
-    outputs: list[Tensor] = []
 
-    def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        outputs.append(output.clone())
+    def change(output: Tensor) -> Tensor:
         zeroed = torch.zeros(output.shape[1:], dtype=torch.bool)
         return output.masked_fill(zeroed if off is None else off.view_as(zeroed), 0)
 
-    model = Toy().eval()
-    handle = model.get_submodule(layer).register_forward_hook(hook)
-    with torch.no_grad():
-        logits = model(images)
-    handle.remove()
-    return logits, outputs[0].flatten(1)
+    return run_under_hook(Toy().eval(), layer, images, change)
 
 
 def assert_rows_match_reference(

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from _toy import CLASSES, LAYERS, Toy, toy_images, toy_study
+from _toy import CLASSES, LAYERS, Toy, run_under_hook, toy_images, toy_study
 from torch import nn
 
 from repsim_kernels import LayerError
@@ -35,17 +35,7 @@ def table() -> pd.DataFrame:
 
 def run_with_mask(model: nn.Module, layer: str, images: torch.Tensor, mask: torch.Tensor) -> Any:
     """Logits with a layer's output masked, and the unmasked output, from a plain forward hook."""
-    seen = []
-
-    def hook(_module: nn.Module, _input: Any, output: torch.Tensor) -> torch.Tensor:
-        seen.append(output.clone())
-        return output * mask.view(output.shape[1:])
-
-    handle = model.get_submodule(layer).register_forward_hook(hook)
-    with torch.no_grad():
-        logits = model(images)
-    handle.remove()
-    return logits, seen[0].flatten(1)
+    return run_under_hook(model, layer, images, lambda out: out * mask.view(out.shape[1:]))
 
 
 def test_the_table_has_a_row_for_each_cell_in_order(table: pd.DataFrame) -> None:

@@ -20,7 +20,7 @@ from repsim_kernels.kernels.torch.ablation_parts import (
     make_parts,
 )
 from repsim_kernels.kernels.torch.distance_table import DistanceTable
-from repsim_kernels.kernels.torch.hidden_rest import HiddenRests
+from repsim_kernels.kernels.torch.hidden_rest import HiddenRest, HiddenRests
 from repsim_kernels.kernels.torch.representation import Representation
 from repsim_kernels.kernels.torch.spectral_distances import (
     SOLVERS,
@@ -149,7 +149,7 @@ def _record_spectral(
     if constant and queue:
         variates, rho = original.variates[None], original.shrunk[None]
         queue.add(table, constant, variates, rho, Route.NOTHING)
-    for cells, batch in _iter_ablations(parts, original):
+    for cells, batch in _iter_ablations(parts, original, hidden_rests):
         if "procrustes" in names:
             table.record("procrustes", cells, *batch.procrustes())
         if "svcca" in names:
@@ -159,25 +159,16 @@ def _record_spectral(
         if "cca_squared" in names:
             table.record("cca_squared", cells, *batch.cca_squared())
         if queue:
-            queue.add(table, cells, *batch.variates(), Route.EIGENVECTORS)
-    for c in (c for c in parts.active if parts.hides_rest[c]):
-        ablation = hidden_rests.find(parts, c, original)
-        if "procrustes" in names:
-            table.record("procrustes", [c], *ablation.procrustes())
-        if "svcca" in names:
-            table.record("svcca", [c], *ablation.svcca())
-        if "cca" in names:
-            table.record("cca", [c], *ablation.cca(squared=False))
-        if "cca_squared" in names:
-            table.record("cca_squared", [c], *ablation.cca(squared=True))
-        if queue:
-            queue.add(table, [c], *ablation.variates(), Route.DEFINITION)
+            queue.add(table, cells, *batch.variates(), batch.variates_route)
 
 
 def _iter_ablations(
-    parts: GramParts, original: Original
-) -> Iterator[tuple[list[int], AblationBatch]]:
-    """Yield batches of ablations; one that leaves fewer neurons than directions comes alone."""
+    parts: GramParts, original: Original, hidden_rests: HiddenRests
+) -> Iterator[tuple[list[int], AblationBatch | HiddenRest]]:
+    """Yield batches of ablations.
+
+    One that leaves fewer neurons than directions, or hides the rest, comes alone.
+    """
     basis = original.basis
     active = [c for c in parts.active if not parts.hides_rest[c]]
     deficient = [c for c in active if parts.n_remaining[c] < len(original.v)]
@@ -191,6 +182,8 @@ def _iter_ablations(
                 yield batch, AblationBatch(original, rest=parts.rests(batch), factors=factors)
             else:
                 yield batch, AblationBatch(original, cell=parts.unpack(batch), factors=factors)
+    for c in (c for c in parts.active if parts.hides_rest[c]):
+        yield [c], hidden_rests.find(parts, c, original)
 
 
 class _PwccaQueue:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -266,7 +267,7 @@ def rbf_kernel(x: Tensor, sigma: float) -> Tensor:
     if x.ndim > 2:
         return torch.stack([rbf_kernel(item, sigma) for item in x])
     packed = squared_distances(x, central_row(x, row_norms(x)))[0]
-    return _rbf(panels.unpack(packed), sigma)
+    return rbf(panels.unpack(packed), sigma)
 
 
 def rbf_from_gram(g: Tensor, x: Tensor, sigma: float) -> Tensor:
@@ -278,18 +279,29 @@ def rbf_from_gram(g: Tensor, x: Tensor, sigma: float) -> Tensor:
         *lead, i, j = entries
         a, b = (x[*lead, k].to(torch.float64) for k in (i, j))
         d2[entries] = a.sub_(b).square_().sum(1)
-    return _rbf(d2 + d2.mT, sigma)
+    return rbf(d2 + d2.mT, sigma)
 
 
-def _rbf(d2: Tensor, sigma: float) -> Tensor:
-    """Apply the kernel to squared distances (…, n, n).
+def rbf(d2: Tensor, sigma: float) -> Tensor:
+    """Apply the kernel to squared distances (…, n, n): symmetric, not negative, 0 on the diagonal.
 
     The squared bandwidth is sigma² times the median of all n² squared distances, zeros included.
     """
-    values = d2.flatten(-2)
-    middle = values.shape[-1]
-    low, high = (values.kthvalue(k, dim=-1).values for k in ((middle + 1) // 2, middle // 2 + 1))
+    n = d2.shape[-1]
+    i, j = torch.triu_indices(n, n, 1, device=d2.device)
+    values = d2.flatten(-2).index_select(-1, i * n + j)
+    # In ascending order come the n zeros of the diagonal, and then every distance twice.
+    middle = [max(0, k - n + 1) // 2 for k in ((n * n + 1) // 2, n * n // 2 + 1)]
+    low, high = (_select_kth(values, k) if k else values.new_zeros(()) for k in middle)
     return torch.exp(-d2 / ((low + high)[..., None, None] * sigma**2))
+
+
+def _select_kth(values: Tensor, k: int) -> Tensor:
+    """Return the k-th smallest, from 1, of the last dimension of values."""
+    if values.device.type != "cpu":
+        return values.kthvalue(k, dim=-1).values
+    # NumPy selects with vector instructions.
+    return torch.from_numpy(np.partition(values.numpy(), k - 1, axis=-1)[..., k - 1])
 
 
 def row_norms(x: Tensor) -> Tensor:

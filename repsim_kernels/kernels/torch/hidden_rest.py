@@ -32,7 +32,12 @@ class Side:
 
 
 class HiddenRest:
-    """The metrics of the original and one ablation, by their definitions."""
+    """The metrics of the original and one ablation, by their definitions.
+
+    Its methods are those of `AblationBatch`, for a batch of one.
+    """
+
+    variates_route = Route.DEFINITION
 
     def __init__(self, original: Original, whole: Side, rest: Side) -> None:
         self.original, self.whole, self.rest = original, whole, rest
@@ -47,16 +52,23 @@ class HiddenRest:
         values = torch.linalg.svdvals(self.whole.u[:, :k].mT @ self.rest.u[:, :m])
         return _define(1 - values.mean())
 
-    def cca(self, squared: bool) -> Distances:
+    def cca(self, vectors: bool) -> Distances:
+        return self._average(torch.linalg.svdvals(self._correlate()))
+
+    def cca_squared(self) -> Distances:
+        return self._average(self._correlate().square())
+
+    def _correlate(self) -> Tensor:
+        """Return the matrix whose singular values are the canonical correlations."""
         self.original.check_ridge()
-        product = self.whole.whitened.mT @ self.rest.whitened
-        total = product.square().sum() if squared else torch.linalg.svdvals(product).sum()
-        return _define(1 - total / self.original.correlations)
+        return self.whole.whitened.mT @ self.rest.whitened
+
+    def _average(self, correlations: Tensor) -> Distances:
+        return _define(1 - correlations.sum() / self.original.correlations)
 
     def variates(self) -> tuple[Tensor, Tensor]:
         """Return the original's canonical variates as rows (1, k, n), and correlations (1, k)."""
-        self.original.check_ridge()
-        u, rho, _ = torch.linalg.svd(self.whole.whitened.mT @ self.rest.whitened)
+        u, rho, _ = torch.linalg.svd(self._correlate())
         k = min(self.whole.rank, self.rest.rank)
         return from_complement(self.whole.whitened @ u[:, :k]).mT[None], rho[None, :k]
 

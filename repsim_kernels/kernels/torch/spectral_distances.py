@@ -119,6 +119,8 @@ class AblationBatch:
     If it has `features`, fewer neurons remain than the original has directions.
     """
 
+    variates_route = Route.EIGENVECTORS
+
     def __init__(
         self,
         original: Original,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from repsim_kernels.kernels.torch.ablated_stimuli import (
 )
 from repsim_kernels.kernels.torch.ablation_parts import CellParts, GramParts
 from repsim_kernels.kernels.torch.distance_table import DistanceTable
+from repsim_kernels.kernels.torch.distances import rbf
 from repsim_kernels.kernels.torch.nearest import are_apart, order_by_distance
 from repsim_kernels.kernels.torch.rsa import compare_pairs
 
@@ -106,26 +106,9 @@ def make_dissimilarities(stimuli: StimulusDistances, distance: str, compare: str
 
 
 def make_kernels(squared: Tensor, sigma: float) -> Tensor:
-    """Return centred RBF kernels as unit vectors (B, n²); NaN where they are undefined.
-
-    The squared bandwidth is sigma² times the median of all n² squared distances.
-    """
-    b, n, _ = squared.shape
-    i, j = torch.triu_indices(n, n, 1, device=squared.device)
-    values = squared.flatten(1).index_select(1, i * n + j)
-    # In ascending order come the n zeros of the diagonal, and then every distance twice.
-    middle = [max(0, k - n + 1) // 2 for k in ((n * n + 1) // 2, n * n // 2 + 1)]
-    low, high = (_select_kth(values, k) if k else values.new_zeros(b) for k in middle)
-    kernel = gram.double_centre(torch.exp(squared / -((low + high)[:, None, None] * sigma**2)))
+    """Return centred RBF kernels as unit vectors (B, n²); NaN where they are undefined."""
+    kernel = gram.double_centre(rbf(squared, sigma))
     return torch.nn.functional.normalize(kernel.flatten(1), dim=1, eps=0)
-
-
-def _select_kth(values: Tensor, k: int) -> Tensor:
-    """Return the k-th smallest, from 1, of each row of values (B, N)."""
-    if values.is_cuda:
-        return values.kthvalue(k, dim=1).values
-    # NumPy selects with vector instructions.
-    return torch.from_numpy(np.partition(values.numpy(), k - 1, axis=1)[:, k - 1])
 
 
 def find_neighbours(stimuli: StimulusDistances, k: int) -> Tensor:
