@@ -16,13 +16,13 @@ def rdm(x: Real, *, distance: str, averages: Any = None, noise: Noise | None = N
 
     ``averages`` (K, n_cond, n) has the weights of the rows of x (n, p) in the patterns of K folds.
     """
-    n, p = x.shape
+    p = x.shape[1]
     if distance not in ("mahalanobis", "crossnobis"):
         squared = pair_distances(x if averages is None else averages[0] @ x, distance).values
         if distance == "euclidean":
             return np.sqrt(squared)
         return squared if distance == "sqeuclidean" else squared / 2
-    patterns = np.float64((np.eye(n)[None] if averages is None else averages) @ x)
+    patterns = np.asarray(x[None] if averages is None else averages @ x, dtype=np.float64)
     precision = np.eye(p) if noise is None else invert(estimate_covariance(noise))
     n_folds, n_cond = patterns.shape[:2]
     distances = []

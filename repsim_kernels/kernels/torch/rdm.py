@@ -54,14 +54,13 @@ def mahalanobis(z: Tensor, whiten: Callable[[Tensor], Tensor]) -> Tensor:
 def crossnobis(z: Tensor, whiten: Callable[[Tensor], Tensor] | None) -> Tensor:
     """Return crossnobis distances of all pairs of n conditions, (n(n - 1)/2,), float64.
 
-    ``z`` (K, n, p) has their patterns in K folds.
+    ``z`` (K, n, p) has their patterns in K folds; it is centred in place.
     """
-    k, n, p = z.shape
-    # An offset of a fold cancels in every difference.
-    white = _whiten_folds(z - z.mean(1, keepdim=True), whiten)
+    k, _, p = z.shape
+    z.sub_(z.mean(1, keepdim=True))  # an offset of a fold cancels in every difference
+    white = _whiten_folds(z, whiten)
     total = white.sum(0)
-    within = white.transpose(0, 1).reshape(n, -1)
-    within = within @ within.mT  # the sum over folds of their Gram matrices
+    within = (white @ white.mT).sum(0)
     cross = total @ total.mT - within
     i, j, energies = _list_pairs(within)
     diagonal = cross.diagonal()
@@ -79,7 +78,7 @@ def _whiten_folds(z: Tensor, whiten: Callable[[Tensor], Tensor] | None) -> Tenso
 
 def _list_pairs(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the rows of each pair, and the sum of their squared norms, from a Gram (n, n)."""
-    i, j = torch.triu_indices(*gram.shape, 1, device=gram.device)
+    i, j = torch.triu_indices(len(gram), len(gram), 1, device=gram.device)
     energy = gram.diagonal()
     return i, j, energy[i] + energy[j]
 
