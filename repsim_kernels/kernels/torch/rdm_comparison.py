@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -17,10 +18,12 @@ _SHORT_RUN = 8
 
 
 def compare_rdms(a: Tensor, b: Tensor, *, method: str) -> Tensor:
+    shape = a.shape[:-1] + b.shape[:-1]
+    a, b = (x.reshape(-1, x.shape[-1]) for x in (a, b))
     # What is computed once should belong to the smaller side.
-    if len(a) < len(b):
-        return RdmComparer(a, method)(b).mT
-    return RdmComparer(b, method)(a)
+    swap = len(a) < len(b)
+    similarity = RdmComparer(a, method)(b).mT if swap else RdmComparer(b, method)(a)
+    return similarity.reshape(shape)
 
 
 class RdmComparer:
@@ -91,8 +94,7 @@ def _embed(rdms: Tensor, method: str) -> tuple[Tensor, Tensor]:
 
 def _centre_twice(rdms: Tensor) -> Tensor:
     """Subtract the means of rows and columns of the matrices of RDMs; return them as (B, n²)."""
-    n = count_conditions(rdms.shape[1])
-    assert n is not None
+    n = round((1 + math.sqrt(1 + 8 * rdms.shape[1])) / 2)
     rows, columns = torch.triu_indices(n, n, 1, device=rdms.device)
     places = torch.full((n, n), rdms.shape[1], device=rdms.device)
     places[rows, columns] = places[columns, rows] = torch.arange(rdms.shape[1], device=rdms.device)
@@ -103,12 +105,6 @@ def _centre_twice(rdms: Tensor) -> Tensor:
     matrices -= means[:, None, :]
     matrices += means.mean(1)[:, None, None]
     return matrices.view(len(rdms), -1)
-
-
-def count_conditions(n_pairs: int) -> int | None:
-    """Return n for n_pairs = n(n - 1)/2, or None if there is no such n."""
-    n = round((1 + (1 + 8 * n_pairs) ** 0.5) / 2)
-    return n if n * (n - 1) // 2 == n_pairs else None
 
 
 class _Runs(NamedTuple):
