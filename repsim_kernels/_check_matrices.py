@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -108,3 +109,21 @@ def _is_zero_centred(k: Tensor, debiased: bool) -> bool:
         c.diagonal(dim1=-2, dim2=-1).zero_()
     left, size = (torch.linalg.matrix_norm(a) for a in (c, k))
     return bool((left <= n * torch.finfo(torch.float64).eps * size).any())
+
+
+def check_rdms(a: Any, name: str) -> tuple[Tensor, Source]:
+    """Check one condensed RDM (N,) or several (A, N) of at least 3 conditions."""
+    a, source = _arrays.convert(a, name)
+    shape = tuple(a.shape)
+    n_pairs = shape[-1] if shape else 0
+    n = round((1 + math.sqrt(1 + 8 * n_pairs)) / 2)
+    if len(shape) not in (1, 2) or 0 in shape or n < 3 or n * (n - 1) != 2 * n_pairs:
+        square = len(shape) == 2 and shape[0] == shape[1] > 2
+        hint = f": pass {name}[numpy.triu_indices({shape[0]}, 1)]" if square else ""
+        raise ShapeError(
+            f"{name}: shape {shape}; expected condensed RDMs (N,) or (A, N), where N = n(n - 1)/2 "
+            f"for n >= 3 conditions{hint}"
+        )
+    a = to_float(a)
+    check_finite(a, name, MAX_GRAM)
+    return a, source
