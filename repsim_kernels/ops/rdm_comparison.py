@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
-
 from repsim_kernels import _check, _check_matrices, _dispatch, _options
 from repsim_kernels._typing import Array, ArrayLike
-from repsim_kernels.errors import ConstantError, ShapeError
+from repsim_kernels.errors import ShapeError
 
 METHODS = ("spearman", "pearson", "cosine", "kendall", "rho-a", "whitened")
 
@@ -38,7 +36,7 @@ def compare_rdms(
     Returns
     -------
     similarity : array like a, (), (A,), (B,) or (A, B), float64
-        In [-1, 1]; 1 if the RDMs are equal, except that ties keep "kendall" and "rho-a" below.
+        In [-1, 1]; 1 for equal RDMs, but below it for "kendall" and "rho-a" if values tie.
         Dimensionless.
 
     Raises
@@ -50,28 +48,30 @@ def compare_rdms(
 
     Notes
     -----
-    For values u and v, ranks r and s (equal values have their mean rank), both minus their mean,
-    and sums over all N values:
+    For values u and v, and for their ranks r and s less the mean rank (N + 1)/2, where equal values
+    have their mean rank:
 
     * "pearson": Σ (u - ū)(v - v̄) / √(Σ (u - ū)² Σ (v - v̄)²); "cosine": Σ u v / √(Σ u² Σ v²)
     * "spearman": Σ r s / √(Σ r² Σ s²)
-    * "rho-a": 12 Σ r s / (N³ - N), the mean of Spearman's correlation over all ways of breaking
-      ties. Schütt et al. 2023, "Statistical inference on representational geometries", eLife 12.
-    * "kendall": (concordant - discordant) / (N(N - 1)/2) pairs of values, τ-a. A pair that ties on
-      either side counts as 0. Nili et al. 2014, "A toolbox for representational similarity
-      analysis", PLOS Computational Biology 10.
-    * "whitened": uᵀV⁻¹v / √(uᵀV⁻¹u vᵀV⁻¹v), where V is proportional to the covariance of the
-      values if the patterns of all conditions are equal and their noise is independent: the square
-      of each entry of C Cᵀ, where C (N, n) has 1 and -1 in the columns of each pair. Pass squared
-      distances: of "crossnobis" it is the whitened unbiased cosine, of "sqeuclidean" linear CKA.
-      It is computed from doubly centred (n, n) matrices, without V. Diedrichsen et al. 2021, "Comparing representational geometries using whitened
-      unbiased-distance-matrix similarity", Neurons, Behavior, Data Analysis, and Theory 5.
+    * "rho-a": 12 Σ r s / (N³ - N), the mean of Spearman's correlation over all ways to break ties
+    * "kendall": (concordant - discordant) / (N(N - 1)/2) pairs of values, τ-a; a pair that ties in
+      one of the RDMs counts as 0
+    * "whitened": uᵀV⁻¹v / √(uᵀV⁻¹u · vᵀV⁻¹v), where V is proportional to the covariance of the
+      values if all patterns are equal and their noise is independent: the squared entries of C Cᵀ,
+      where C (N, n) has 1 and -1 in the columns of each pair. Pass squared distances: for
+      "sqeuclidean" it is linear CKA, and for "crossnobis" the whitened unbiased cosine. It is
+      computed from doubly centred (n, n) matrices, without V.
 
-    Only exactly equal values tie. `rsa` also lets distances tie that differ by rounding alone,
-    and so may differ from ``compare_rdms(rdm(x), rdm(y))`` where distances should be equal.
+    Only exactly equal values tie. `rsa` also lets distances tie that differ by rounding alone.
 
-    Time per pair of RDMs is proportional to N, for "spearman" and "rho-a" plus N log N for each
-    RDM; "kendall" takes N log² N per pair. Memory is proportional to the RDMs.
+    The time is proportional to A B N, and to N log N for each RDM if it is ranked; "kendall" takes
+    A B N log² N. Next to the RDMs, memory is proportional to the smaller set of them.
+
+    Source: Schütt, Kipnis, Diedrichsen & Kriegeskorte 2023, "Statistical inference on
+    representational geometries", eLife 12, for "rho-a"; Nili et al. 2014, "A toolbox for
+    representational similarity analysis", PLOS Computational Biology 10, for "kendall"; Diedrichsen
+    et al. 2021, "Comparing representational geometries using whitened unbiased-distance-matrix
+    similarity", Neurons, Behavior, Data Analysis, and Theory 5, for "whitened".
 
     Examples
     --------
@@ -97,21 +97,5 @@ def compare_rdms(
     similarity = _dispatch.call("compare_rdms", backend, source, a, b, method=method)
     if math.isnan(float(similarity.sum())):
         for rdms, name in ((a, "a"), (b, "b")):
-            raise_if_undefined(rdms, name, method)
+            _check_matrices.raise_if_undefined(rdms, name, method)
     return similarity
-
-
-def raise_if_undefined(rdms: Tensor, name: str, method: str) -> None:
-    """Raise a ConstantError for the first RDM (…, N) for which a method is not defined."""
-    if method in ("kendall", "rho-a"):
-        return
-    uses_differences = method in ("spearman", "pearson")
-    reference = rdms[..., :1] if uses_differences else 0
-    undefined = (rdms == reference).all(-1)
-    if bool(undefined.any()):
-        row = f"[{int(undefined.byte().argmax())}]" if undefined.ndim else ""
-        what, expected = ("equal", "that differ") if uses_differences else ("0", "other than 0")
-        raise ConstantError(
-            f"{name}{row}: all its values are {what}, so that {method!r} is not defined; expected "
-            f"values {expected}"
-        )
