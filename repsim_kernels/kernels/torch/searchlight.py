@@ -1,17 +1,25 @@
-"""RDMs of many overlapping sets of neurons, in batches of sets of equal size."""
+"""RDMs of many overlapping sets of neurons, such as the spheres of a searchlight."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from repsim_kernels._cell_sets import SparseCells
+from repsim_kernels._noise import Noise
 from repsim_kernels.kernels.torch import memory
 from repsim_kernels.kernels.torch.distances import CLOSE
+from repsim_kernels.kernels.torch.noise import make_whitener
+from repsim_kernels.kernels.torch.rdm import average_rows
+from repsim_kernels.kernels.torch.rdm_comparison import RdmComparer
 
-_BATCH = 2**20  # elements of patterns that are gathered together: 8 MiB
+# Elements of the patterns that are gathered together: 4 MiB of float64, which stay in a cache.
+_CPU_BATCH, _GPU_BATCH = 2**19, 2**26
+# Distances that are computed before they are rounded or compared: 32 MiB of float64.
+_BLOCK = 2**22
 
 
 def searchlight(
@@ -19,99 +27,191 @@ def searchlight(
     *,
     neighbours: SparseCells,
     distance: str,
-    averages: Tensor | None,
+    averages: Any,
+    noise: Noise | None,
+    models: Tensor | None,
+    method: str,
     compute: Callable[..., Tensor],
 ) -> Tensor:
-    """Return the RDM of each sphere, float32 (C, n(n - 1)/2); NaN where it is not defined."""
+    """Return RDMs (C, N), float32, or their similarities to models, (C, M), float64.
+
+    NaN where a distance or a comparison is undefined. ``compute`` is `searchlight_rdms` of the
+    backend in use.
+    """
     indices = torch.from_numpy(neighbours.indices).to(x.device, torch.int64)
-    offsets = torch.from_numpy(neighbours.indptr)
-    inside = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
-    inside.index_fill_(0, indices, True)
-    neurons = inside.nonzero()[:, 0]
-    position = torch.empty(x.shape[1], dtype=torch.int64, device=x.device)
-    position[neurons] = torch.arange(len(neurons), device=x.device)
-    slabs = make_slabs(x, neurons, averages, distance)
-    _, n_folds, n = slabs.shape
-    rows = memory.empty_buffer(x, len(neighbours), n * (n - 1) // 2, dtype=torch.float32)
-    for ids, size in iter_batches(offsets, _BATCH // (n_folds * n)):
-        if size == 0:
-            rows[ids] = torch.nan
-            continue
-        members = (offsets[ids][:, None] + torch.arange(size)).to(x.device)
-        rows[ids.to(x.device)] = compute(
-            slabs, position[indices[members]], distance=distance
-        ).float()
-    return rows
-
-
-def make_slabs(x: Tensor, neurons: Tensor, averages: Tensor | None, distance: str) -> Tensor:
-    z = x.index_select(1, neurons)
-    if averages is None:
-        z = z.double()[None]
-    else:
-        n_folds, n_conditions, _ = averages.shape
-        rows = averages.argmax(2).flatten()
-        single = bool(((averages != 0).sum(2) == 1).all() and (averages.amax(2) == 1).all())
-        if single:
-            z = z.index_select(0, rows).view(n_folds, n_conditions, -1)
+    indptr = torch.from_numpy(neighbours.indptr).to(x.device)
+    neurons, positions = _find_neurons(indices, x.shape[1])
+    slabs = _make_slabs(x, neurons, averages, distance)
+    if noise is not None and noise.variances is not None:
+        slabs.div_(noise.variances[neurons].sqrt()[:, None, None])
+        noise = None
+    if distance == "mahalanobis":
+        distance = "euclidean"
+    n = slabs.shape[2]
+    n_pairs, n_spheres = n * (n - 1) // 2, len(neighbours)
+    comparer = None if models is None else RdmComparer(models, method)
+    width, dtype = (n_pairs, torch.float32) if models is None else (len(models), torch.float64)
+    out = memory.empty_buffer(x, n_spheres, width, dtype=dtype)
+    step = max(1, _BLOCK // n_pairs)
+    for start in range(0, n_spheres, step):
+        stop = min(start + step, n_spheres)
+        first, last = (int(neighbours.indptr[i]) for i in (start, stop))
+        offsets, members = indptr[start : stop + 1] - first, indices[first:last]
+        if noise is None:
+            rdms = compute(slabs, offsets, positions[members], distance=distance)
         else:
-            z = averages @ z.double()
-    n_folds, n, w = z.shape
-    out = memory.empty_buffer(x, w, n_folds, n, dtype=torch.float64)
-    out.view(w, -1).copy_(z.reshape(-1, w).mT)
-    if distance not in ("correlation", "cosine"):
-        norms = torch.linalg.vector_norm(z, dim=2, dtype=torch.float64)
-        central = norms.median(1).indices
-        out -= torch.stack([out[:, f, r] for f, r in enumerate(central.tolist())], 1)[:, :, None]
+            rdms = _compute_rdms(slabs, offsets, positions[members], distance, noise, members)
+        # Comparisons see the rounded distances, so that they are those of the RDMs on their own.
+        rdms = rdms.float()
+        out[start:stop] = rdms if comparer is None else comparer(rdms)
     return out
 
 
-def iter_batches(offsets: Tensor, capacity: int) -> Iterator[tuple[Tensor, int]]:
-    sizes, order = offsets.diff().sort(stable=True)
-    values, counts = sizes.unique_consecutive(return_counts=True)
-    for size, ids in zip(values.tolist(), order.split(counts.tolist()), strict=True):
-        for batch in ids.split(max(1, capacity // max(size, 1))):
+def searchlight_rdms(slabs: Tensor, indptr: Tensor, indices: Tensor, *, distance: str) -> Tensor:
+    """Return the RDMs of spheres, (C, n(n - 1)/2) float64, in the order of SciPy's ``pdist``.
+
+    ``slabs`` (p, K, n) has n patterns in K folds, float64; the neurons of sphere c are
+    ``indices[indptr[c] : indptr[c + 1]]``. NaN for an empty sphere, and for the correlation or
+    cosine distance of a pattern that has no direction there.
+    """
+    return _compute_rdms(slabs, indptr, indices, distance)
+
+
+def _find_neurons(indices: Tensor, p: int) -> tuple[Tensor, Tensor]:
+    """Return which neurons there are among indices below p, sorted, and where each of p is."""
+    used = torch.zeros(p, dtype=torch.bool, device=indices.device).index_fill_(0, indices, True)
+    neurons = used.nonzero()[:, 0]
+    return neurons, used.cumsum(0) - 1
+
+
+def _make_slabs(x: Tensor, neurons: Tensor, averages: Any, distance: str) -> Tensor:
+    """Return the patterns of some neurons of x (n, p), neuron-major (w, K, n_cond), float64.
+
+    For distances that are made of differences, each fold is relative to the pattern with the median
+    norm, so that a common offset costs no digits; integers stay integers.
+    """
+    patterns = _average(x.index_select(1, neurons), averages)
+    n_folds, n_conditions, width = patterns.shape
+    slabs = memory.empty_buffer(x, width, n_folds, n_conditions, dtype=torch.float64)
+    slabs.flatten(1).copy_(patterns.reshape(n_folds * n_conditions, width).mT)
+    if distance not in ("correlation", "cosine"):
+        norms = torch.linalg.vector_norm(patterns, dim=2, dtype=torch.float64)
+        folds = torch.arange(n_folds, device=x.device)
+        slabs -= slabs[:, folds, norms.median(1).indices][:, :, None]
+    return slabs
+
+
+def _average(x: Tensor, averages: Any) -> Tensor:
+    """Return the patterns (K, n_cond, p) that weights (K, n_cond, n) make of rows of x (n, p)."""
+    if averages is None:
+        return x[None]
+    if (averages.max(2) == 1).all():  # every pattern is one of the rows
+        rows = torch.from_numpy(averages.argmax(2)).to(x.device)
+        return x[rows]
+    return average_rows(x, averages)
+
+
+def _compute_rdms(
+    slabs: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    distance: str,
+    noise: Noise | None = None,
+    neurons: Tensor | None = None,
+) -> Tensor:
+    """Compute `searchlight_rdms`, of patterns that are whitened by the noise of each sphere.
+
+    ``neurons`` are the indices of the spheres' neurons in the noise, as ``indices`` are in slabs.
+    """
+    _, n_folds, n = slabs.shape
+    out = slabs.new_empty(len(indptr) - 1, n * (n - 1) // 2)
+    rows_per_neuron = n_folds * n
+    if noise is not None and noise.residuals is not None:
+        rows_per_neuron += noise.residuals.shape[0]
+    for spheres, size in _iter_batches(indptr, rows_per_neuron, noise is not None):
+        if size == 0:
+            out[spheres] = torch.nan
+            continue
+        where = indptr[spheres][:, None] + torch.arange(size, device=slabs.device)
+        rows = slabs.flatten(1).index_select(0, indices[where].flatten())
+        z = rows.view(-1, size, n_folds, n)
+        members = None if neurons is None else neurons[where]
+        out[spheres] = _compute_batch(z, distance, noise, members)
+    return out
+
+
+def _iter_batches(
+    indptr: Tensor, rows_per_neuron: int, is_whitened: bool
+) -> Iterator[tuple[Tensor, int]]:
+    """Yield spheres of equal size, and that size, in batches that fit a cache."""
+    capacity = _GPU_BATCH if indptr.is_cuda else _CPU_BATCH
+    sizes, order = indptr.diff().sort(stable=True)
+    values, counts = (t.tolist() for t in sizes.unique_consecutive(return_counts=True))
+    for size, spheres in zip(values, order.split(counts), strict=True):
+        elements = size * (rows_per_neuron + size * is_whitened)
+        for batch in spheres.split(max(1, capacity // max(1, elements))):
             yield batch, size
 
 
-def searchlight_rdms(slabs: Tensor, neurons: Tensor, *, distance: str) -> Tensor:
-    _, n_folds, n = slabs.shape
-    b, k = neurons.shape
-    z = slabs.view(len(slabs), -1).index_select(0, neurons.flatten())
-    return compute_rdms(z.view(b, k, n_folds, n), distance)
-
-
-def compute_rdms(z: Tensor, distance: str) -> Tensor:
-    b, k, n_folds, n = z.shape
-    i, j = torch.triu_indices(n, n, 1, device=z.device)
+def _compute_batch(z: Tensor, distance: str, noise: Noise | None, neurons: Tensor | None) -> Tensor:
+    """Return the RDMs (B, N) of patterns z (B, k, K, n); ``neurons`` (B, k) are those of noise."""
+    n_spheres, k, n_folds, n = z.shape
+    is_crossed, has_unit = distance == "crossnobis", distance in ("correlation", "cosine")
     if distance == "correlation":
-        z = z - z[:, :1]
+        z = z - z[:, :1]  # what is left of a constant pattern is exactly zero
         z -= z.mean(1, keepdim=True)
-    rows = z.view(b, -1, n)
+    white = z if noise is None else _whiten(z, noise, neurons)
+    rows = white.view(n_spheres, -1, n)
     gram = torch.bmm(rows.mT, rows)
-    energy = gram.diagonal(dim1=1, dim2=2)
-    if distance == "crossnobis":
-        total = z.sum(2)
-        gram_sum = torch.bmm(total.mT, total)
-        scale = energy + gram_sum.diagonal(dim1=1, dim2=2)
-        gram = gram_sum.sub_(gram)
+    energy = scale = gram.diagonal(dim1=1, dim2=2)
+    if is_crossed:
+        total = white.sum(2)
+        products = torch.bmm(total.mT, total)
+        scale = energy + products.diagonal(dim1=1, dim2=2)
+        gram = products.sub_(gram)
         energy = gram.diagonal(dim1=1, dim2=2)
-    else:
-        scale = energy
-    d = gram.view(b, n * n).index_select(1, i * n + j)
-    if distance in ("correlation", "cosine"):
+    i, j = torch.triu_indices(n, n, 1, device=z.device)
+    d = gram.view(n_spheres, -1).index_select(1, i * n + j)
+    if has_unit:
         inverse = energy.rsqrt()
         d.mul_(inverse.index_select(1, i)).mul_(inverse.index_select(1, j)).neg_().add_(1)
-        scale = torch.ones_like(energy) / 2
+        close = d <= CLOSE
     else:
-        sums = energy.index_select(1, i).add_(energy.index_select(1, j))
-        d = torch.sub(sums, d, alpha=2)
-    energies = scale.index_select(1, i).add_(scale.index_select(1, j))
-    close = d.abs() <= energies.mul_(CLOSE)
-    if bool(close.any()):
-        pass
+        inverse = None
+        d = energy.index_select(1, i).add_(energy.index_select(1, j)).sub_(d, alpha=2)
+        energies = scale.index_select(1, i).add_(scale.index_select(1, j))
+        close = (d.abs() if is_crossed else d) <= energies.mul_(CLOSE)
+        if bool(close.any()):
+            close &= energies > 0  # where nothing varies, they are exactly 0
+    for spheres, pairs in _iter_close(close, z[0].numel() * (1 if noise is None else k)):
+        # Of equal patterns, these differences are exactly 0.
+        delta = [z[spheres, :, :, rows[pairs]] for rows in (i, j)]
+        if inverse is not None:
+            delta = [
+                side * inverse[spheres, rows[pairs]][:, None, None]
+                for side, rows in zip(delta, (i, j), strict=True)
+            ]
+        difference = delta[0] - delta[1]
+        if noise is not None:
+            difference = _whiten(difference[..., None], noise, neurons[spheres])[..., 0]
+        squared = difference.square().sum((1, 2))
+        if is_crossed:
+            squared = difference.sum(2).square().sum(1) - squared
+        d[spheres, pairs] = squared / 2 if has_unit else squared
     if distance == "euclidean":
         d.sqrt_()
-    elif distance == "crossnobis":
-        d /= n_folds * (n_folds - 1) * k
-    return d
+    return d.div_(n_folds * (n_folds - 1) * k) if is_crossed else d
+
+
+def _iter_close(close: Tensor, elements: int) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the spheres and pairs of distances that are close, in batches of gathered elements."""
+    if bool(close.any()):  # rarely, and faster than `nonzero`
+        for batch in close.nonzero().split(max(1, _CPU_BATCH // elements)):
+            yield batch.unbind(1)
+
+
+def _whiten(z: Tensor, noise: Noise, neurons: Tensor) -> Tensor:
+    """Whiten patterns (B, k, K, n) by the noise of the neurons (B, k) of each sphere."""
+    n_spheres, k, n_folds, n = z.shape
+    white = make_whitener(noise.select(neurons))(z.reshape(n_spheres, k, -1).mT)
+    return white.mT.reshape(n_spheres, -1, n_folds, n)
