@@ -238,7 +238,7 @@ def _hash(*values: Any) -> str:
         elif isinstance(value, np.ndarray):
             digest.update(f"{value.dtype.str}{value.shape}".encode())
             for block in [value] if value.flags.c_contiguous else value:  # no copy of the whole
-                digest.update(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
+                digest.update(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
         else:
             digest.update(repr(value).encode())
 
@@ -293,7 +293,7 @@ def spheres(
     array([ 0,  1,  4, 16], dtype=int32)
     """
     try:
-        from scipy.spatial import KDTree
+        from scipy.spatial import KDTree  # type: ignore[import-untyped]
     except ImportError:
         raise ImportError("spheres needs SciPy: pip install scipy") from None
     points = _check_points(coordinates, "coordinates")

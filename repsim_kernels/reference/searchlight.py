@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from repsim_kernels._cell_sets import SparseCells
 from repsim_kernels._noise import Noise
@@ -42,8 +43,11 @@ def searchlight(
     return similarities
 
 
-def _select(noise: Noise, members: Array) -> Noise:
+def _select(noise: Noise, members: NDArray[np.int64]) -> Noise:
     """Return the noise of one set of neurons."""
     batch = noise.select(members[None])
-    fields = (batch.covariance, batch.residuals, batch.variances)
-    return Noise(*(None if field is None else field[0] for field in fields), batch.scale)
+    if batch.variances is not None:
+        return batch._replace(variances=batch.variances[0])
+    if batch.residuals is not None:
+        return batch._replace(residuals=batch.residuals[0])
+    return batch._replace(covariance=batch.covariance[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from repsim_kernels.kernels.torch.rdm_comparison import RdmComparer
 
 # Elements of the patterns that are gathered together: 4 MiB of float64, which stay in a cache.
 _CPU_BATCH, _GPU_BATCH = 2**19, 2**26
-# Distances that are computed before they are rounded or compared: 32 MiB of float64.
-_BLOCK = 2**22
+# Distances that are computed before they are rounded or compared: 16 MiB of float64.
+_BLOCK = 2**21
 
 
 def searchlight(
@@ -135,8 +136,10 @@ def _compute_rdms(
         where = indptr[spheres][:, None] + torch.arange(size, device=slabs.device)
         rows = slabs.flatten(1).index_select(0, indices[where].flatten())
         z = rows.view(-1, size, n_folds, n)
-        members = None if neurons is None else neurons[where]
-        out[spheres] = _compute_batch(z, distance, noise, members)
+        own = None
+        if noise is not None and neurons is not None:
+            own = noise.select(neurons[where])
+        out[spheres] = _compute_batch(_Patterns(z, own), distance)
     return out
 
 
@@ -153,65 +156,105 @@ def _iter_batches(
             yield batch, size
 
 
-def _compute_batch(z: Tensor, distance: str, noise: Noise | None, neurons: Tensor | None) -> Tensor:
-    """Return the RDMs (B, N) of patterns z (B, k, K, n); ``neurons`` (B, k) are those of noise."""
+@dataclass(frozen=True)
+class _Patterns:
+    """Patterns of B spheres of k neurons, and the noise of each sphere."""
+
+    z: Tensor  # (B, k, K, n)
+    noise: Noise | None
+
+    def whiten(self) -> Tensor:
+        """Return the whitened patterns, of the same shape."""
+        return self.z if self.noise is None else _whiten(self.z, self.noise)
+
+    def subtract(self, spheres: Tensor, i: Tensor, j: Tensor, scale: Tensor | None) -> Tensor:
+        """Return whitened differences (M, k, K) of patterns i and j (M,) of some spheres (M,).
+
+        ``scale`` (B, n) multiplies the patterns first, if it is given. Equal ones leave exact zeros.
+        """
+        a, b = self.z[spheres, :, :, i], self.z[spheres, :, :, j]
+        if scale is not None:
+            a, b = (z * scale[spheres, rows][:, None, None] for z, rows in ((a, i), (b, j)))
+        if self.noise is None:
+            return a - b
+        fields = self.noise._asdict()
+        selected = {name: v[spheres] for name, v in fields.items() if isinstance(v, Tensor)}
+        return _whiten((a - b)[..., None], self.noise._replace(**selected))[..., 0]
+
+
+def _whiten(z: Tensor, noise: Noise) -> Tensor:
+    """Whiten patterns (B, k, K, n) by the noise of each sphere."""
     n_spheres, k, n_folds, n = z.shape
-    is_crossed, has_unit = distance == "crossnobis", distance in ("correlation", "cosine")
-    if distance == "correlation":
-        z = z - z[:, :1]  # what is left of a constant pattern is exactly zero
-        z -= z.mean(1, keepdim=True)
-    white = z if noise is None else _whiten(z, noise, neurons)
-    rows = white.view(n_spheres, -1, n)
-    gram = torch.bmm(rows.mT, rows)
-    energy = scale = gram.diagonal(dim1=1, dim2=2)
+    white = make_whitener(noise)(z.reshape(n_spheres, k, -1).mT)
+    return white.mT.reshape(n_spheres, k, n_folds, n)
+
+
+def _compute_batch(patterns: _Patterns, distance: str) -> Tensor:
+    """Return the RDMs (B, N) of spheres of equal size, float64."""
+    n_spheres, k, n_folds, n = patterns.z.shape
+    i, j = torch.triu_indices(n, n, 1, device=patterns.z.device)
+    if distance in ("correlation", "cosine"):
+        return _compute_angles(patterns, distance == "correlation", i, j)
+    white = patterns.whiten()
+    gram = _multiply(white.reshape(n_spheres, -1, n))
+    energy = gram.diagonal(dim1=1, dim2=2)
+    scale, is_crossed = energy, distance == "crossnobis"
     if is_crossed:
-        total = white.sum(2)
-        products = torch.bmm(total.mT, total)
+        products = _multiply(white.sum(2))
         scale = energy + products.diagonal(dim1=1, dim2=2)
         gram = products.sub_(gram)
         energy = gram.diagonal(dim1=1, dim2=2)
-    i, j = torch.triu_indices(n, n, 1, device=z.device)
-    d = gram.view(n_spheres, -1).index_select(1, i * n + j)
-    if has_unit:
-        inverse = energy.rsqrt()
-        d.mul_(inverse.index_select(1, i)).mul_(inverse.index_select(1, j)).neg_().add_(1)
-        close = d <= CLOSE
-    else:
-        inverse = None
-        d = energy.index_select(1, i).add_(energy.index_select(1, j)).sub_(d, alpha=2)
-        energies = scale.index_select(1, i).add_(scale.index_select(1, j))
-        close = (d.abs() if is_crossed else d) <= energies.mul_(CLOSE)
-        if bool(close.any()):
-            close &= energies > 0  # where nothing varies, they are exactly 0
-    for spheres, pairs in _iter_close(close, z[0].numel() * (1 if noise is None else k)):
-        # Of equal patterns, these differences are exactly 0.
-        delta = [z[spheres, :, :, rows[pairs]] for rows in (i, j)]
-        if inverse is not None:
-            delta = [
-                side * inverse[spheres, rows[pairs]][:, None, None]
-                for side, rows in zip(delta, (i, j), strict=True)
-            ]
-        difference = delta[0] - delta[1]
-        if noise is not None:
-            difference = _whiten(difference[..., None], noise, neurons[spheres])[..., 0]
+    d = _add_pairs(energy, i, j).sub_(_take_pairs(gram, i, j), alpha=2)
+    energies = _add_pairs(scale, i, j)
+    close = (d.abs() if is_crossed else d) <= CLOSE * energies
+    for spheres, pairs in _iter_close(close & (energies > 0), patterns.z):
+        difference = patterns.subtract(spheres, i[pairs], j[pairs], None)
         squared = difference.square().sum((1, 2))
         if is_crossed:
             squared = difference.sum(2).square().sum(1) - squared
-        d[spheres, pairs] = squared / 2 if has_unit else squared
-    if distance == "euclidean":
-        d.sqrt_()
-    return d.div_(n_folds * (n_folds - 1) * k) if is_crossed else d
+        d[spheres, pairs] = squared
+    if is_crossed:
+        return d.div_(n_folds * (n_folds - 1) * k)
+    return d.sqrt_() if distance == "euclidean" else d
 
 
-def _iter_close(close: Tensor, elements: int) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the spheres and pairs of distances that are close, in batches of gathered elements."""
+def _compute_angles(patterns: _Patterns, is_centred: bool, i: Tensor, j: Tensor) -> Tensor:
+    """Return 1 - cosine of pairs i, j of patterns, whose own means are subtracted if centred."""
+    z = patterns.z
+    if is_centred:
+        z = z - z[:, :1]  # what is left of a constant pattern is exactly zero
+        z -= z.mean(1, keepdim=True)
+        patterns = _Patterns(z, None)
+    gram = _multiply(z[:, :, 0])
+    inverse = gram.diagonal(dim1=1, dim2=2).rsqrt()
+    d = _take_pairs(gram, i, j)
+    d.mul_(inverse.index_select(1, i)).mul_(inverse.index_select(1, j)).neg_().add_(1)
+    for spheres, pairs in _iter_close(d <= CLOSE, z):
+        difference = patterns.subtract(spheres, i[pairs], j[pairs], inverse)
+        d[spheres, pairs] = difference.square().sum((1, 2)) / 2
+    return d
+
+
+def _multiply(rows: Tensor) -> Tensor:
+    """Return the Grams (B, n, n) of patterns (B, m, n)."""
+    return torch.bmm(rows.mT, rows)
+
+
+def _take_pairs(matrices: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Return entries i, j of matrices (B, n, n), (B, N)."""
+    n = matrices.shape[1]
+    return matrices.flatten(1).index_select(1, i * n + j)
+
+
+def _add_pairs(values: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Return the sums of values i and j (B, n), (B, N)."""
+    return values.index_select(1, i).add_(values.index_select(1, j))
+
+
+def _iter_close(close: Tensor, z: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the spheres and the pairs of close distances (B, N), in small batches."""
     if bool(close.any()):  # rarely, and faster than `nonzero`
-        for batch in close.nonzero().split(max(1, _CPU_BATCH // elements)):
-            yield batch.unbind(1)
-
-
-def _whiten(z: Tensor, noise: Noise, neurons: Tensor) -> Tensor:
-    """Whiten patterns (B, k, K, n) by the noise of the neurons (B, k) of each sphere."""
-    n_spheres, k, n_folds, n = z.shape
-    white = make_whitener(noise.select(neurons))(z.reshape(n_spheres, k, -1).mT)
-    return white.mT.reshape(n_spheres, -1, n_folds, n)
+        yield from (
+            batch.unbind(1)
+            for batch in close.nonzero().split(max(1, _CPU_BATCH // z[0, :, :, 0].numel()))
+        )
