@@ -39,6 +39,7 @@ FIVE = ["cka", "cca", "pwcca", "svcca", "procrustes"]
 COLUMNS = [X[:, np.flatnonzero(c == CELLS)] for c in range(C)]
 PARTS = np.stack([x @ x.T for x in COLUMNS])
 SYMMETRIC = np.stack([X @ X.T, Z @ Z.T])
+NOISE = torch.from_numpy(X.T @ X + np.eye(P))
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 # The representations, which move to the device, and the other arguments of each call.
@@ -68,6 +69,14 @@ CASES: dict[str, list[Call]] = {
     "procrustes": [((X, Y), {})],
     "procrustes_distance": [((X, Y), {}), ((X, Y), {"form": "angular"})],
     "rsa": [((X, Y), {}), ((X, Y), {"compare": "cosine"})],
+    "rdm": [
+        ((X,), {}),
+        ((TIED,), {"distance": "sqeuclidean"}),
+        ((X,), {"distance": "mahalanobis", "labels": LABELS, "noise": NOISE}),
+        ((X,), {"distance": "mahalanobis", "noise": torch.from_numpy(TALL).mT}),
+        ((X,), {"distance": "crossnobis", "labels": LABELS, "noise": LABELS}),
+        ((X,), {"distance": "crossnobis", "labels": LABELS}),
+    ],
     "linear_predictivity": [((X, Y), {}), ((X, Y), {"ridge": "gcv"})],
     "mutual_knn": [((X, Y), {}), ((TALL, TALL[:, :3]), {"distance": "euclidean"})],
     "cknna": [((TALL, TALL[:, :3]), {"k": 4})],
