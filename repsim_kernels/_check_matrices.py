@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -108,3 +109,40 @@ def _is_zero_centred(k: Tensor, debiased: bool) -> bool:
         c.diagonal(dim1=-2, dim2=-1).zero_()
     left, size = (torch.linalg.matrix_norm(a) for a in (c, k))
     return bool((left <= n * torch.finfo(torch.float64).eps * size).any())
+
+
+def check_rdms(a: Any, name: str) -> tuple[Tensor, Source]:
+    """Check one condensed RDM (N,) or several (A, N) of at least 3 conditions."""
+    a, source = _arrays.convert(a, name)
+    shape = tuple(a.shape)
+    n_pairs = shape[-1] if shape else 0
+    n = round((1 + math.sqrt(1 + 8 * n_pairs)) / 2)
+    is_square = len(shape) == 2 and shape[0] == shape[1] > 2
+    # A matrix of 6 conditions would otherwise pass as 6 RDMs of 4 conditions.
+    is_matrix = is_square and torch.equal(a, a.T) and not bool(a.diagonal().any())
+    fits = n >= 3 and n * (n - 1) == 2 * n_pairs and 0 not in shape
+    if is_matrix or not fits or len(shape) not in (1, 2):
+        hint = f": pass {name}[numpy.triu_indices({shape[0]}, 1)]" if is_square else ""
+        raise ShapeError(
+            f"{name}: shape {shape}; expected condensed RDMs (N,) or (A, N), where N = n(n - 1)/2 "
+            f"for n >= 3 conditions{hint}"
+        )
+    a = to_float(a)
+    check_finite(a, name, MAX_GRAM)
+    return a, source
+
+
+def raise_if_undefined(rdms: Tensor, name: str, method: str) -> None:
+    """Raise an error for the first RDM (…, N) that `method` can't compare with any other."""
+    if method in ("kendall", "rho-a"):
+        return
+    if method in ("spearman", "pearson"):
+        undefined, what, expected = (rdms == rdms[..., :1]).all(-1), "equal", "that differ"
+    else:
+        undefined, what, expected = (rdms == 0).all(-1), "0", "other than 0"
+    if bool(undefined.any()):
+        row = f"[{int(undefined.byte().argmax())}]" if undefined.ndim else ""
+        raise ConstantError(
+            f"{name}{row}: all its values are {what}; expected values {expected}, since "
+            f"{method!r} is not defined otherwise"
+        )
