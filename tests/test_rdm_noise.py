@@ -92,7 +92,7 @@ def test_labels_stand_for_residuals_within_conditions(backend, n_cond, p, as_tex
 
 
 def test_covariances_within_conditions_are_those_of_rsatoolbox():
-    """Of its `cov_from_unbalanced`: its `cov_from_measurements` has other degrees of freedom."""
+    """Those of `cov_from_unbalanced`; `cov_from_measurements` has other degrees of freedom."""
     rsatoolbox = pytest.importorskip("rsatoolbox")
     dataset = rsatoolbox.data.Dataset(X, obs_descriptors={"condition": LABELS})
     for theirs, ours in (("shrinkage_eye", "ledoit-wolf"), ("diag", "diagonal")):
