@@ -41,6 +41,7 @@ COLUMNS = [X[:, np.flatnonzero(c == CELLS)] for c in range(C)]
 PARTS = np.stack([x @ x.T for x in COLUMNS])
 SYMMETRIC = np.stack([X @ X.T, Z @ Z.T])
 NOISE = torch.from_numpy(X.T @ X + np.eye(P))
+SPHERES = [[0, 1, 2], [5], [3, 9, 11], [*range(10)]]
 RDMS = np.random.default_rng(2).integers(0, 9, (5, 28)) * 1.0  # with ties
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -80,6 +81,20 @@ CASES: dict[str, list[Call]] = {
         ((X,), {"distance": "crossnobis", "labels": LABELS}),
     ],
     "compare_rdms": [((RDMS, RDMS[:2]), {"method": method}) for method in METHODS],
+    "searchlight": [
+        ((X,), {"neighbours": SPHERES}),
+        ((TIED,), {"neighbours": SPHERES, "distance": "sqeuclidean"}),
+        ((X,), {"neighbours": SPHERES, "distance": "correlation", "labels": LABELS}),
+        ((X,), {"neighbours": SPHERES, "distance": "mahalanobis", "noise": NOISE}),
+        ((X,), {"neighbours": SPHERES, "distance": "crossnobis", "labels": LABELS}),
+        (
+            (X,),
+            {
+                **{"neighbours": SPHERES, "distance": "crossnobis", "labels": LABELS},
+                **{"noise": LABELS, "shrinkage": "diagonal", "memory": 1},
+            },
+        ),
+    ],
     "linear_predictivity": [((X, Y), {}), ((X, Y), {"ridge": "gcv"})],
     "mutual_knn": [((X, Y), {}), ((TALL, TALL[:, :3]), {"distance": "euclidean"})],
     "cknna": [((TALL, TALL[:, :3]), {"k": 4})],
@@ -145,6 +160,7 @@ ELSEWHERE = {
     "Interval": "the result of interval",
     "Ceiling": "the result of ceiling",
     "show_config": "takes no arrays",
+    "spheres": "computed by SciPy",
 }
 LAYOUTS = {
     "rows": lambda t: t.contiguous(),
