@@ -38,6 +38,7 @@ _MODULES = {
     "Calibrated": "repsim_kernels.ops.calibration",
     "Ceiling": "repsim_kernels.ops.ceiling",
     "Interval": "repsim_kernels.ops.interval",
+    "spheres": "repsim_kernels.ops.searchlight",
 }
 
 _SUBMODULES = ("cells", "forward")  # public, and like names loaded at first use
@@ -78,7 +79,11 @@ if TYPE_CHECKING:
     from repsim_kernels.ops.probe_paper import probe_paper as probe_paper
     from repsim_kernels.ops.procrustes import procrustes as procrustes
     from repsim_kernels.ops.procrustes import procrustes_distance as procrustes_distance
+    from repsim_kernels.ops.rdm import rdm as rdm
+    from repsim_kernels.ops.rdm_comparison import compare_rdms as compare_rdms
     from repsim_kernels.ops.rsa import rsa as rsa
+    from repsim_kernels.ops.searchlight import searchlight as searchlight
+    from repsim_kernels.ops.searchlight import spheres as spheres
     from repsim_kernels.ops.similarities import similarities as similarities
     from repsim_kernels.ops.spectral import eigh as eigh
     from repsim_kernels.ops.spectral import gram_ablation_distances as gram_ablation_distances

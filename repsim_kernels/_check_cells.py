@@ -162,10 +162,10 @@ def _convert_sparse(cells: Any, p: int) -> SparseCells | None:
             f"cells: a sparse membership of shape {shape}; expected (C, {p}), a column for each "
             "neuron"
         )
-    return _normalize(indptr.astype(np.int64), indices.astype(np.int64), p)
+    return normalize(indptr.astype(np.int64), indices.astype(np.int64), p)
 
 
-def _normalize(indptr: NDArray[np.int64], indices: NDArray[np.int64], p: int) -> SparseCells:
+def normalize(indptr: NDArray[np.int64], indices: NDArray[np.int64], p: int) -> SparseCells:
     """Check offsets and neurons, and sort each cell's neurons, without duplicates."""
     sizes = np.diff(indptr)
     if not len(indptr) or indptr[0] or indptr[-1] != len(indices) or (sizes < 0).any():

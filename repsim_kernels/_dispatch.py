@@ -39,6 +39,7 @@ _INTERNAL_OPERATIONS = (
     Operation("unpack_gram", "layer_grams", ("reference", "torch")),
     Operation("permuted_products", "calibration", ("reference", "torch", "triton")),
     Operation("find_candidates", "nearest", ("torch", "triton"), batched=("torch", "triton")),
+    Operation("searchlight_rdms", "searchlight", ("torch", "triton"), batched=("torch", "triton")),
     Operation("calibrate_by_moments", "calibration", ("torch",), with_precision=("torch",)),
 )
 # Internal operations that kernels of the torch backend take as arguments, so that Triton can serve
@@ -48,6 +49,7 @@ _INNER = {
     **{op.name: _FIND for op in OPERATIONS if op.family in ("neighbours", "pairwise")},
     "calibrate": _FIND | _MULTIPLY,
     "calibrate_by_moments": _MULTIPLY,
+    "searchlight": {"compute": "searchlight_rdms"},
 }
 _ALL_OPERATIONS = (*OPERATIONS, *_INTERNAL_OPERATIONS)
 _BATCHED = {(op.name, backend) for op in _ALL_OPERATIONS for backend in op.batched}

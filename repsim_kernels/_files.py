@@ -27,12 +27,20 @@ def replace_file(path: Path, new: bool = False) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         yield temporary
-        _sync(temporary)
-        (os.link if new else os.replace)(temporary, path)
-        with suppress(OSError):  # some file systems can't sync folders
-            _sync(path.parent)
+        move_file(temporary, path, new)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def move_file(temporary: Path, path: Path, new: bool = False) -> None:
+    """Flush a file to disk, and let it replace ``path`` in the same folder.
+
+    With ``new``, raise FileExistsError if ``path`` exists; the file keeps its first name as well.
+    """
+    _sync(temporary)
+    (os.link if new else os.replace)(temporary, path)
+    with suppress(OSError):  # some file systems can't sync folders
+        _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

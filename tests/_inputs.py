@@ -12,6 +12,7 @@ import repsim_kernels as rk
 RNG = np.random.default_rng(0)
 X, Y = RNG.standard_normal((6, 4)), RNG.standard_normal((6, 3))
 T = torch.from_numpy(X)
+RDMS = RNG.random((2, 6))
 CELLS, LABELS = [0, 0, 1, 1], [0, 0, 1, 1, 2, 2]
 
 
@@ -64,7 +65,11 @@ SINGLES = {
     "ablation_distances": (CELLS,),
     "ablation_decodability": (CELLS, LABELS),
 }
-UNBATCHED = {"logistic_fits": (LABELS, [[0, 1]]), "probe_paper": (CELLS, LABELS, 1)}
+UNBATCHED = {
+    "logistic_fits": (LABELS, [[0, 1]]),
+    "probe_paper": (CELLS, LABELS, 1),
+    "rdm": (),
+}
 
 
 def convert_like(x, values):
@@ -81,7 +86,7 @@ def list_calls(x):
         metric = getattr(rk, f)
         calls.append(("x", lambda metric=metric, o=options: metric(x, y, **o)))
         calls.append(("y", lambda metric=metric, o=options: metric(y, x, **o)))
-    gram = convert_like(x, X @ X.T)
+    gram, rdms = convert_like(x, X @ X.T), convert_like(x, RDMS)
     return [
         *calls,
         ("xs[1]", lambda: rk.pairwise([y, x])),
@@ -97,6 +102,8 @@ def list_calls(x):
         ("repeats[1]", lambda: rk.ceiling([y, x])),
         ("gram", lambda: rk.gram_ablation_distances(x, x)),
         ("parts", lambda: rk.gram_ablation_distances(gram, x)),
+        ("a", lambda: rk.compare_rdms(x, rdms)),
+        ("b", lambda: rk.compare_rdms(rdms, x)),
         ("a", lambda: rk.eigh(x)),
         ("a", lambda: rk.svd(x)),
         ("start[0]", lambda: rk.logistic_fits(y, LABELS, [[0, 1]], start=(x, [0]))),

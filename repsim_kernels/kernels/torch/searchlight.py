@@ -1,0 +1,260 @@
+"""RDMs of many overlapping sets of neurons, such as the spheres of a searchlight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from repsim_kernels._cell_sets import SparseCells
+from repsim_kernels._noise import Noise
+from repsim_kernels.kernels.torch import memory
+from repsim_kernels.kernels.torch.distances import CLOSE
+from repsim_kernels.kernels.torch.noise import make_whitener
+from repsim_kernels.kernels.torch.rdm import average_rows
+from repsim_kernels.kernels.torch.rdm_comparison import RdmComparer
+
+# Elements of the patterns that are gathered together: 4 MiB of float64, which stay in a cache.
+_CPU_BATCH, _GPU_BATCH = 2**19, 2**26
+# Distances that are computed before they are rounded or compared: 16 MiB of float64.
+_BLOCK = 2**21
+
+
+def searchlight(
+    x: Tensor,
+    *,
+    neighbours: SparseCells,
+    distance: str,
+    averages: Any,
+    noise: Noise | None,
+    models: Tensor | None,
+    method: str,
+    compute: Callable[..., Tensor],
+) -> Tensor:
+    """Return RDMs (C, N), float32, or their similarities to models, (C, M), float64.
+
+    NaN where a distance or a comparison is undefined. ``compute`` is `searchlight_rdms` of the
+    backend in use.
+    """
+    indices = torch.from_numpy(neighbours.indices).to(x.device, torch.int64)
+    indptr = torch.from_numpy(neighbours.indptr).to(x.device)
+    neurons, positions = _find_neurons(indices, x.shape[1])
+    slabs = _make_slabs(x, neurons, averages, distance)
+    if noise is not None and noise.variances is not None:
+        slabs.div_(noise.variances[neurons].sqrt()[:, None, None])
+        noise = None
+    if distance == "mahalanobis":
+        distance = "euclidean"
+    n = slabs.shape[2]
+    n_pairs, n_spheres = n * (n - 1) // 2, len(neighbours)
+    comparer = None if models is None else RdmComparer(models, method)
+    width, dtype = (n_pairs, torch.float32) if models is None else (len(models), torch.float64)
+    out = memory.empty_buffer(x, n_spheres, width, dtype=dtype)
+    step = max(1, _BLOCK // n_pairs)
+    for start in range(0, n_spheres, step):
+        stop = min(start + step, n_spheres)
+        first, last = (int(neighbours.indptr[i]) for i in (start, stop))
+        offsets, members = indptr[start : stop + 1] - first, indices[first:last]
+        if noise is None:
+            rdms = compute(slabs, offsets, positions[members], distance=distance)
+        else:
+            rdms = _compute_rdms(slabs, offsets, positions[members], distance, noise, members)
+        # Comparisons see the rounded distances, so that they are those of the RDMs on their own.
+        rdms = rdms.float()
+        out[start:stop] = rdms if comparer is None else comparer(rdms)
+    return out
+
+
+def searchlight_rdms(slabs: Tensor, indptr: Tensor, indices: Tensor, *, distance: str) -> Tensor:
+    """Return the RDMs of spheres, (C, n(n - 1)/2) float64, in the order of SciPy's ``pdist``.
+
+    ``slabs`` (p, K, n) has n patterns in K folds, float64; the neurons of sphere c are
+    ``indices[indptr[c] : indptr[c + 1]]``. NaN for an empty sphere, and for the correlation or
+    cosine distance of a pattern that has no direction there.
+    """
+    return _compute_rdms(slabs, indptr, indices, distance)
+
+
+def _find_neurons(indices: Tensor, p: int) -> tuple[Tensor, Tensor]:
+    """Return which neurons there are among indices below p, sorted, and where each of p is."""
+    used = torch.zeros(p, dtype=torch.bool, device=indices.device).index_fill_(0, indices, True)
+    neurons = used.nonzero()[:, 0]
+    return neurons, used.cumsum(0) - 1
+
+
+def _make_slabs(x: Tensor, neurons: Tensor, averages: Any, distance: str) -> Tensor:
+    """Return the patterns of some neurons of x (n, p), neuron-major (w, K, n_cond), float64.
+
+    For distances that are made of differences, each fold is relative to the pattern with the median
+    norm, so that a common offset costs no digits; integers stay integers.
+    """
+    patterns = _average(x.index_select(1, neurons), averages)
+    n_folds, n_conditions, width = patterns.shape
+    slabs = memory.empty_buffer(x, width, n_folds, n_conditions, dtype=torch.float64)
+    slabs.flatten(1).copy_(patterns.reshape(n_folds * n_conditions, width).mT)
+    if distance not in ("correlation", "cosine"):
+        norms = torch.linalg.vector_norm(patterns, dim=2, dtype=torch.float64)
+        folds = torch.arange(n_folds, device=x.device)
+        slabs -= slabs[:, folds, norms.median(1).indices][:, :, None]
+    return slabs
+
+
+def _average(x: Tensor, averages: Any) -> Tensor:
+    """Return the patterns (K, n_cond, p) that weights (K, n_cond, n) make of rows of x (n, p)."""
+    if averages is None:
+        return x[None]
+    if (averages.max(2) == 1).all():  # every pattern is one of the rows
+        rows = torch.from_numpy(averages.argmax(2)).to(x.device)
+        return x[rows]
+    return average_rows(x, averages)
+
+
+def _compute_rdms(
+    slabs: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    distance: str,
+    noise: Noise | None = None,
+    neurons: Tensor | None = None,
+) -> Tensor:
+    """Compute `searchlight_rdms`, of patterns that are whitened by the noise of each sphere.
+
+    ``neurons`` are the indices of the spheres' neurons in the noise, as ``indices`` are in slabs.
+    """
+    _, n_folds, n = slabs.shape
+    out = slabs.new_empty(len(indptr) - 1, n * (n - 1) // 2)
+    rows_per_neuron = n_folds * n
+    if noise is not None and noise.residuals is not None:
+        rows_per_neuron += noise.residuals.shape[0]
+    for spheres, size in _iter_batches(indptr, rows_per_neuron, noise is not None):
+        if size == 0:
+            out[spheres] = torch.nan
+            continue
+        where = indptr[spheres][:, None] + torch.arange(size, device=slabs.device)
+        rows = slabs.flatten(1).index_select(0, indices[where].flatten())
+        z = rows.view(-1, size, n_folds, n)
+        own = None
+        if noise is not None and neurons is not None:
+            own = noise.select(neurons[where])
+        out[spheres] = _compute_batch(_Patterns(z, own), distance)
+    return out
+
+
+def _iter_batches(
+    indptr: Tensor, rows_per_neuron: int, is_whitened: bool
+) -> Iterator[tuple[Tensor, int]]:
+    """Yield spheres of equal size, and that size, in batches that fit a cache."""
+    capacity = _GPU_BATCH if indptr.is_cuda else _CPU_BATCH
+    sizes, order = indptr.diff().sort(stable=True)
+    values, counts = (t.tolist() for t in sizes.unique_consecutive(return_counts=True))
+    for size, spheres in zip(values, order.split(counts), strict=True):
+        elements = size * (rows_per_neuron + size * is_whitened)
+        for batch in spheres.split(max(1, capacity // max(1, elements))):
+            yield batch, size
+
+
+@dataclass(frozen=True)
+class _Patterns:
+    """Patterns of B spheres of k neurons, and the noise of each sphere."""
+
+    z: Tensor  # (B, k, K, n)
+    noise: Noise | None
+
+    def whiten(self) -> Tensor:
+        """Return the whitened patterns, of the same shape."""
+        return self.z if self.noise is None else _whiten(self.z, self.noise)
+
+    def subtract(self, spheres: Tensor, i: Tensor, j: Tensor, scale: Tensor | None) -> Tensor:
+        """Return whitened differences (M, k, K) of patterns i and j (M,) of some spheres (M,).
+
+        ``scale`` (B, n) multiplies the patterns first, if it is given. Equal ones leave exact zeros.
+        """
+        a, b = self.z[spheres, :, :, i], self.z[spheres, :, :, j]
+        if scale is not None:
+            a, b = (z * scale[spheres, rows][:, None, None] for z, rows in ((a, i), (b, j)))
+        if self.noise is None:
+            return a - b
+        fields = self.noise._asdict()
+        selected = {name: v[spheres] for name, v in fields.items() if isinstance(v, Tensor)}
+        return _whiten((a - b)[..., None], self.noise._replace(**selected))[..., 0]
+
+
+def _whiten(z: Tensor, noise: Noise) -> Tensor:
+    """Whiten patterns (B, k, K, n) by the noise of each sphere."""
+    n_spheres, k, n_folds, n = z.shape
+    white = make_whitener(noise)(z.reshape(n_spheres, k, -1).mT)
+    return white.mT.reshape(n_spheres, k, n_folds, n)
+
+
+def _compute_batch(patterns: _Patterns, distance: str) -> Tensor:
+    """Return the RDMs (B, N) of spheres of equal size, float64."""
+    n_spheres, k, n_folds, n = patterns.z.shape
+    i, j = torch.triu_indices(n, n, 1, device=patterns.z.device)
+    if distance in ("correlation", "cosine"):
+        return _compute_angles(patterns, distance == "correlation", i, j)
+    white = patterns.whiten()
+    gram = _multiply(white.reshape(n_spheres, -1, n))
+    energy = gram.diagonal(dim1=1, dim2=2)
+    scale, is_crossed = energy, distance == "crossnobis"
+    if is_crossed:
+        products = _multiply(white.sum(2))
+        scale = energy + products.diagonal(dim1=1, dim2=2)
+        gram = products.sub_(gram)
+        energy = gram.diagonal(dim1=1, dim2=2)
+    d = _add_pairs(energy, i, j).sub_(_take_pairs(gram, i, j), alpha=2)
+    energies = _add_pairs(scale, i, j)
+    close = (d.abs() if is_crossed else d) <= CLOSE * energies
+    for spheres, pairs in _iter_close(close & (energies > 0), patterns.z):
+        difference = patterns.subtract(spheres, i[pairs], j[pairs], None)
+        squared = difference.square().sum((1, 2))
+        if is_crossed:
+            squared = difference.sum(2).square().sum(1) - squared
+        d[spheres, pairs] = squared
+    if is_crossed:
+        return d.div_(n_folds * (n_folds - 1) * k)
+    return d.sqrt_() if distance == "euclidean" else d
+
+
+def _compute_angles(patterns: _Patterns, is_centred: bool, i: Tensor, j: Tensor) -> Tensor:
+    """Return 1 - cosine of pairs i, j of patterns, whose own means are subtracted if centred."""
+    z = patterns.z
+    if is_centred:
+        z = z - z[:, :1]  # what is left of a constant pattern is exactly zero
+        z -= z.mean(1, keepdim=True)
+        patterns = _Patterns(z, None)
+    gram = _multiply(z[:, :, 0])
+    inverse = gram.diagonal(dim1=1, dim2=2).rsqrt()
+    d = _take_pairs(gram, i, j)
+    d.mul_(inverse.index_select(1, i)).mul_(inverse.index_select(1, j)).neg_().add_(1)
+    for spheres, pairs in _iter_close(d <= CLOSE, z):
+        difference = patterns.subtract(spheres, i[pairs], j[pairs], inverse)
+        d[spheres, pairs] = difference.square().sum((1, 2)) / 2
+    return d
+
+
+def _multiply(rows: Tensor) -> Tensor:
+    """Return the Grams (B, n, n) of patterns (B, m, n)."""
+    return torch.bmm(rows.mT, rows)
+
+
+def _take_pairs(matrices: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Return entries i, j of matrices (B, n, n), (B, N)."""
+    n = matrices.shape[1]
+    return matrices.flatten(1).index_select(1, i * n + j)
+
+
+def _add_pairs(values: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Return the sums of values i and j (B, n), (B, N)."""
+    return values.index_select(1, i).add_(values.index_select(1, j))
+
+
+def _iter_close(close: Tensor, z: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the spheres and the pairs of close distances (B, N), in small batches."""
+    if bool(close.any()):  # rarely, and faster than `nonzero`
+        yield from (
+            batch.unbind(1)
+            for batch in close.nonzero().split(max(1, _CPU_BATCH // z[0, :, :, 0].numel()))
+        )
