@@ -178,7 +178,9 @@ class _Patterns:
         if self.noise is None:
             return a - b
         fields = self.noise._asdict()
-        selected = {name: v[spheres] for name, v in fields.items() if isinstance(v, Tensor)}
+        selected: dict[str, Any] = {
+            name: v[spheres] for name, v in fields.items() if isinstance(v, Tensor)
+        }
         return _whiten((a - b)[..., None], self.noise._replace(**selected))[..., 0]
 
 
