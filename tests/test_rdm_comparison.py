@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from _draw import _with_layout
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from rsatoolbox.rdm.compare import compare as compare_by_rsatoolbox
@@ -222,6 +223,14 @@ def test_all_dtypes_are_compared_by_their_exact_values(method, dtype):
     got = rk.compare_rdms(a, b, method=method)
     assert isinstance(got, torch.Tensor)
     assert_close(got, rk.compare_rdms(a.double(), b.double(), method=method), SAME)
+
+
+@EACH_METHOD
+@pytest.mark.parametrize("layout", ["F", "steps"])
+def test_the_layout_in_memory_does_not_matter(method, layout):
+    a, b = (_with_layout(np.zeros, x, layout) for x in (A, B))
+    want = rk.compare_rdms(A, B, method=method)
+    np.testing.assert_array_equal(rk.compare_rdms(a, b, method=method), want)
 
 
 def test_equal_values_of_either_sign_of_zero_tie():
