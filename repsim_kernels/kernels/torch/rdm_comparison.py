@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -127,24 +127,27 @@ def _find_first(differs: Tensor) -> Tensor:
     ``differs`` (B, N - 1) says whether a value differs from the one before it.
     """
     n_rows, n = len(differs), differs.shape[1] + 1
-    positions = torch.arange(n, dtype=torch.int32, device=differs.device)
-    if differs.is_cuda:
-        return torch.nn.functional.pad(differs * positions[1:], (1, 0)).cummax(1).values
-    first = positions.repeat(n_rows, 1)
-    with_ties = ~differs.all(1)
-    if bool(with_ties.any()):
-        starts = first[with_ties]
-        starts[:, 1:] *= differs[with_ties]
-        first[with_ties] = torch.from_numpy(np.maximum.accumulate(starts.numpy(), 1))
-    return first
+    starts = torch.zeros(n_rows, n, dtype=torch.int32, device=differs.device)
+    torch.mul(
+        differs, torch.arange(1, n, dtype=torch.int32, device=differs.device), out=starts[:, 1:]
+    )
+    if starts.is_cuda:
+        return starts.cummax(1).values
+    return torch.from_numpy(np.maximum.accumulate(starts.numpy(), 1))
 
 
 def _centre_ranks(rdms: Tensor) -> tuple[Tensor, Tensor]:
     """Return the centred ranks of the values of RDMs, ties at the mean rank, and their energies."""
     order, differs, poison = _sort_values(rdms)
-    # Twice the centred rank is the first position less the first one in descending order.
-    twice = _find_first(differs) - _find_first(differs.flip(1)).flip(1)
-    ranks = torch.empty_like(rdms).scatter_(1, order, twice.double().div_(2))
+    n = rdms.shape[1]
+    ascending = torch.arange(n, dtype=torch.float64, device=rdms.device).sub_((n - 1) / 2)
+    ascending = ascending.repeat(len(rdms), 1)
+    # On a GPU, to ask which rows have ties takes longer than to treat all as if they had.
+    rows: Any = slice(None) if rdms.is_cuda else ~differs.all(1)
+    tied = differs[rows]
+    # Twice the rank is the first position in ascending order less that in descending order.
+    ascending[rows] = (_find_first(tied) - _find_first(tied.flip(1)).flip(1)).double() / 2
+    ranks = torch.empty_like(rdms).scatter_(1, order, ascending)
     return ranks, ranks.square().sum(1).add_(poison)
 
 
