@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     from repsim_kernels.ops.probe_paper import probe_paper as probe_paper
     from repsim_kernels.ops.procrustes import procrustes as procrustes
     from repsim_kernels.ops.procrustes import procrustes_distance as procrustes_distance
+    from repsim_kernels.ops.rdm import rdm as rdm
     from repsim_kernels.ops.rdm_comparison import compare_rdms as compare_rdms
     from repsim_kernels.ops.rsa import rsa as rsa
     from repsim_kernels.ops.similarities import similarities as similarities

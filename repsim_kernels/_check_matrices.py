@@ -19,8 +19,8 @@ from repsim_kernels._check import (
 )
 from repsim_kernels.errors import ConstantError, ShapeError
 
-_MAX_GRAM = MAX_MAGNITUDE**2
-_MAX_ASYMMETRY = 1e-5  # relative to the largest entry; float32 products leave less
+MAX_GRAM = MAX_MAGNITUDE**2
+MAX_ASYMMETRY = 1e-5  # relative to the largest entry; float32 products leave less
 
 
 def check_matrices(a: Any, name: str, *, symmetric: bool) -> tuple[Tensor, Source]:
@@ -39,11 +39,11 @@ def _check_matrices(a: Tensor, name: str, symmetric: bool, limit: float) -> Tens
     check_finite(a, name, limit)
     if symmetric:
         asymmetry, size = (t.abs().amax((-2, -1)) for t in (a - a.mT, a))
-        wrong = asymmetry > size * _MAX_ASYMMETRY
+        wrong = asymmetry > size * MAX_ASYMMETRY
         if bool(wrong.any()):
             raise ShapeError(
                 f"{name}: {int(wrong.sum())} matrices differ from their transposes by more than "
-                f"{_MAX_ASYMMETRY:g} of their largest entry; expected symmetric ones"
+                f"{MAX_ASYMMETRY:g} of their largest entry; expected symmetric ones"
             )
     return a
 
@@ -51,7 +51,7 @@ def _check_matrices(a: Tensor, name: str, symmetric: bool, limit: float) -> Tens
 def check_gram_and_parts(gram: Any, parts: Any, min_stimuli: int) -> tuple[Tensor, Tensor, Source]:
     """Check a Gram matrix (n, n) and those of its parts (C, n, n)."""
     gram, source = _arrays.convert(gram, "gram")
-    gram = _check_matrices(gram, "gram", symmetric=True, limit=_MAX_GRAM)
+    gram = _check_matrices(gram, "gram", symmetric=True, limit=MAX_GRAM)
     n = gram.shape[-1]
     if gram.ndim != 2 or n < min_stimuli:
         raise ShapeError(
@@ -62,7 +62,7 @@ def check_gram_and_parts(gram: Any, parts: Any, min_stimuli: int) -> tuple[Tenso
         raise ShapeError(f"parts: shape {tuple(parts.shape)}; expected (C, {n}, {n}), like gram")
     check_same_source(source, parts_source, "gram", "parts")
     if len(parts):
-        parts = _check_matrices(parts, "parts", symmetric=True, limit=_MAX_GRAM)
+        parts = _check_matrices(parts, "parts", symmetric=True, limit=MAX_GRAM)
     if has_constant(gram):
         raise ConstantError(
             "gram: the same for every stimulus; expected a Gram matrix that is not constant, "
@@ -89,7 +89,7 @@ def check_kernel_matrix(
         raise ShapeError(
             f"{name}: {shape[-1]} stimuli in shape {shape}; expected at least {min_stimuli}"
         )
-    k = _check_matrices(k, name, symmetric=True, limit=_MAX_GRAM).double()
+    k = _check_matrices(k, name, symmetric=True, limit=MAX_GRAM).double()
     k = (k + k.mT) / 2
     if _is_zero_centred(k, debiased):
         raise ConstantError(
@@ -128,7 +128,7 @@ def check_rdms(a: Any, name: str) -> tuple[Tensor, Source]:
             f"for n >= 3 conditions{hint}"
         )
     a = to_float(a)
-    check_finite(a, name, _MAX_GRAM)
+    check_finite(a, name, MAX_GRAM)
     return a, source
 
 

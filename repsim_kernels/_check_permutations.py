@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from repsim_kernels import _check, _options
+from repsim_kernels._check_conditions import check_names
 from repsim_kernels._typing import Array
 from repsim_kernels.errors import DegenerateWarning, LabelError, OptionError
 
@@ -38,14 +39,7 @@ def check_indices(indices: Any, n: int) -> Array:
 
 def check_strata(strata: Any, n: int) -> Array:
     """Check labels (n,), integers or strings, of which at least two are equal; number them."""
-    names = None if isinstance(strata, str) else _options.to_tuple(strata)
-    if names and all(isinstance(name, str) for name in names):
-        values = np.unique(np.array(names), return_inverse=True)[1]
-    else:
-        values = _check.check_integers(strata, "strata", LabelError)
-    if values.shape != (n,):
-        raise LabelError(f"strata: shape {values.shape}; expected ({n},), one per stimulus")
-    labels = np.unique(values, return_inverse=True)[1]
+    labels = check_names(strata, "strata", n, "stimulus")[1]
     if np.bincount(labels).max() < 2:
         raise LabelError(
             f"strata: {n} strata of one stimulus each, which leave nothing to permute; expected "

@@ -59,6 +59,7 @@ OPERATIONS = (
     Operation("procrustes", "procrustes", _BASE, batched=("torch",)),
     Operation("procrustes_distance", "procrustes", _BASE, batched=("torch",)),
     Operation("rsa", "rsa", _BASE),
+    Operation("rdm", "rdm", _BASE),
     Operation("compare_rdms", "rdm_comparison", _BASE, batched=_BASE),
     Operation("linear_predictivity", "predictivity", _BASE),
     Operation("mutual_knn", "neighbours", _BASE),

@@ -205,9 +205,17 @@ def check_variance(value: Any) -> float:
     return check_number(value, "variance", low=0, high=1, exclude_low=True)
 
 
+_DISTANCES = ("euclidean", "sqeuclidean", "correlation", "cosine")
+
+
 def check_distance(value: Any) -> str:
     """Check the distance between stimuli, a name of SciPy's `pdist`."""
-    return check_choice(value, "distance", ("euclidean", "sqeuclidean", "correlation", "cosine"))
+    return check_choice(value, "distance", _DISTANCES)
+
+
+def check_rdm_distance(value: Any) -> str:
+    """Check the distance of an RDM: those of `check_distance`, and two that whiten patterns."""
+    return check_choice(value, "distance", (*_DISTANCES, "mahalanobis", "crossnobis"))
 
 
 def check_comparison(compare: Any) -> str:

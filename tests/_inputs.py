@@ -65,7 +65,11 @@ SINGLES = {
     "ablation_distances": (CELLS,),
     "ablation_decodability": (CELLS, LABELS),
 }
-UNBATCHED = {"logistic_fits": (LABELS, [[0, 1]]), "probe_paper": (CELLS, LABELS, 1)}
+UNBATCHED = {
+    "logistic_fits": (LABELS, [[0, 1]]),
+    "probe_paper": (CELLS, LABELS, 1),
+    "rdm": (),
+}
 
 
 def convert_like(x, values):

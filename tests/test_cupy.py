@@ -39,6 +39,7 @@ ARGUMENTS: dict[str, tuple[tuple[np.ndarray, ...], dict[str, Any]]] = {
     "procrustes": ((X, Y), {}),
     "procrustes_distance": ((X, Y), {"form": "angular"}),
     "rsa": ((X, Y), {}),
+    "rdm": ((X,), {"distance": "crossnobis", "labels": LABELS, "noise": LABELS}),
     "compare_rdms": ((RNG.random((2, 6)), RNG.random((3, 6))), {}),
     "linear_predictivity": ((X, Y), {"ridge": "gcv"}),
     "mutual_knn": ((X, Y), {"k": 3}),

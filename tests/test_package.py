@@ -49,7 +49,7 @@ def find_modules(*folders: str) -> list[Path]:
 
 
 # The types that every backend takes and returns.
-SHARED_TYPES = ("repsim_kernels._cell_sets", "repsim_kernels._routes")
+SHARED_TYPES = ("repsim_kernels._cell_sets", "repsim_kernels._noise", "repsim_kernels._routes")
 
 
 def test_layers_import_only_what_is_below():

@@ -40,6 +40,7 @@ FIVE = ["cka", "cca", "pwcca", "svcca", "procrustes"]
 COLUMNS = [X[:, np.flatnonzero(c == CELLS)] for c in range(C)]
 PARTS = np.stack([x @ x.T for x in COLUMNS])
 SYMMETRIC = np.stack([X @ X.T, Z @ Z.T])
+NOISE = torch.from_numpy(X.T @ X + np.eye(P))
 RDMS = np.random.default_rng(2).integers(0, 9, (5, 28)) * 1.0  # with ties
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -70,6 +71,14 @@ CASES: dict[str, list[Call]] = {
     "procrustes": [((X, Y), {})],
     "procrustes_distance": [((X, Y), {}), ((X, Y), {"form": "angular"})],
     "rsa": [((X, Y), {}), ((X, Y), {"compare": "cosine"})],
+    "rdm": [
+        ((X,), {}),
+        ((TIED,), {"distance": "sqeuclidean"}),
+        ((X,), {"distance": "mahalanobis", "labels": LABELS, "noise": NOISE}),
+        ((X,), {"distance": "mahalanobis", "noise": torch.from_numpy(TALL).mT}),
+        ((X,), {"distance": "crossnobis", "labels": LABELS, "noise": LABELS}),
+        ((X,), {"distance": "crossnobis", "labels": LABELS}),
+    ],
     "compare_rdms": [((RDMS, RDMS[:2]), {"method": method}) for method in METHODS],
     "linear_predictivity": [((X, Y), {}), ((X, Y), {"ridge": "gcv"})],
     "mutual_knn": [((X, Y), {}), ((TALL, TALL[:, :3]), {"distance": "euclidean"})],

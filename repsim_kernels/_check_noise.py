@@ -1,0 +1,133 @@
+"""Checks of the noise by which distances between patterns are normalised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from repsim_kernels import _arrays, _check, _options
+from repsim_kernels._arrays import Source
+from repsim_kernels._check_conditions import check_names
+from repsim_kernels._check_matrices import MAX_ASYMMETRY, MAX_GRAM
+from repsim_kernels._noise import Noise
+from repsim_kernels.errors import ConstantError, OptionError, ShapeError
+
+_EXPECTED = (
+    "a covariance (p, p), residuals (m, p), or labels (n,) of the conditions within which "
+    "residuals are computed from x"
+)
+
+
+def check_noise(
+    noise: Any, shrinkage: Any, x: Tensor, distance: str, source: Source
+) -> Noise | None:
+    """Check the noise of the neurons of x (n, p), and how its covariance is shrunk.
+
+    ``source`` is that of x. None if patterns are not whitened.
+    """
+    if shrinkage is not None:
+        shrinkage = _options.check_choice(shrinkage, "shrinkage", ("ledoit-wolf", "diagonal"))
+    if distance not in ("mahalanobis", "crossnobis"):
+        for name, value in (("noise", noise), ("shrinkage", shrinkage)):
+            if value is not None:
+                raise OptionError(
+                    f"{name}: given with distance={distance!r}; expected None, or "
+                    "distance='mahalanobis' or 'crossnobis'"
+                )
+        return None
+    if noise is None:
+        if shrinkage is not None:
+            raise OptionError(
+                f"shrinkage: {shrinkage!r} without noise; expected noise= as well: {_EXPECTED}"
+            )
+        if distance == "mahalanobis":
+            raise OptionError(f"noise: None with distance='mahalanobis'; expected {_EXPECTED}")
+        return None
+    if _is_one_dimensional(noise):
+        residuals, scale = _subtract_conditions(x, noise)
+        return _make_noise(residuals, scale, shrinkage)
+    values, noise_source = _arrays.convert(noise, "noise")
+    _check.check_same_source(source, noise_source, "x", "noise")
+    p = x.shape[1]
+    if values.ndim != 2 or values.shape[1] != p or len(values) < 2 - (p == 1):
+        raise ShapeError(
+            f"noise: shape {tuple(values.shape)}, but x has {p} neurons; expected {_EXPECTED}"
+        )
+    values = values.double()
+    _check.check_finite(values, "noise", MAX_GRAM)
+    if len(values) == p and _is_symmetric(values):
+        return _check_covariance((values + values.mT) / 2, shrinkage)
+    _check.check_finite(values, "noise")
+    values = values - values[:1]  # what is left of a constant neuron is exactly zero
+    return _make_noise(values - values.mean(0), 1.0, shrinkage)
+
+
+def _is_one_dimensional(noise: Any) -> bool:
+    """Whether noise holds labels: one dimension, or a list of strings."""
+    if hasattr(noise, "ndim"):
+        return bool(noise.ndim == 1)
+    return isinstance(noise, (list, tuple)) and _arrays.count_dimensions(noise) == 1
+
+
+def _is_symmetric(a: Tensor) -> bool:
+    """Whether a square matrix equals its transpose up to the rounding of float32 products."""
+    return bool((a - a.mT).abs().amax() <= a.abs().amax() * MAX_ASYMMETRY)
+
+
+def _subtract_conditions(x: Tensor, labels: Any) -> tuple[Tensor, float]:
+    """Return the residuals of x (n, p) within conditions, and n over their degrees of freedom."""
+    n = len(x)
+    names, index = check_names(labels, "noise", n)
+    if len(names) == n:
+        raise OptionError(
+            f"noise: {n} conditions of one row each, which leave no residuals; expected several "
+            "rows of some conditions, or another form of noise"
+        )
+    weights = np.zeros((len(names), n))
+    weights[index, np.arange(n)] = 1 / np.bincount(index)[index]
+    first = np.unique(index, return_index=True)[1]
+    rows, first_rows, means = (
+        torch.as_tensor(a, device=x.device) for a in (index, first[index], weights)
+    )
+    values = x.double()
+    values = values - values[first_rows]  # what is left of a constant neuron is exactly zero
+    return values - (means @ values)[rows], n / (n - len(names))
+
+
+def _make_noise(residuals: Tensor, scale: float, shrinkage: str | None) -> Noise:
+    """Return noise with centred residuals (m, p), or with their variances for "diagonal"."""
+    variances = residuals.square().mean(0) * scale
+    if shrinkage == "diagonal":
+        _check_variances(variances)
+        return Noise(variances=variances)
+    if not bool(variances.any()):
+        raise ConstantError("noise: no neuron varies within it; expected residuals that vary")
+    # Neuron-major, since `Noise.select` gathers neurons.
+    return Noise(residuals=residuals.mT.contiguous().mT, scale=scale)
+
+
+def _check_covariance(covariance: Tensor, shrinkage: str | None) -> Noise:
+    """Return noise with a symmetric covariance, or its diagonal."""
+    if shrinkage == "ledoit-wolf":
+        raise OptionError(
+            "shrinkage: 'ledoit-wolf' with a covariance; expected residuals or labels as noise, "
+            "or shrinkage=None or 'diagonal'"
+        )
+    _check_variances(covariance.diagonal())
+    if shrinkage == "diagonal":
+        return Noise(variances=covariance.diagonal())
+    return Noise(covariance=covariance)
+
+
+def _check_variances(variances: Tensor) -> None:
+    """Check that every neuron has a positive variance (p,)."""
+    wrong = ~(variances > 0)
+    if bool(wrong.any()):
+        first = int(wrong.byte().argmax())
+        raise ConstantError(
+            f"noise: neuron {first} has variance {float(variances[first]):g}, one of "
+            f"{int(wrong.sum())} such neurons; expected positive variances: leave these out of x"
+        )
