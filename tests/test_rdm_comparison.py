@@ -35,9 +35,9 @@ EACH_METHOD = pytest.mark.parametrize("method", METHODS)
 EACH_BACKEND = pytest.mark.parametrize("backend", ["torch", "reference"])
 
 
-@pytest.fixture(params=["one block", "rows"], autouse=True)
-def block(request, monkeypatch):
-    """Run each test with all RDMs in one block, and with a few of them at a time."""
+@pytest.fixture(params=["one block", "rows"])
+def blocks(request, monkeypatch):
+    """Run a test with all RDMs in one block, and with a few of them at a time."""
     if request.param == "rows":
         monkeypatch.setattr(rdm_comparison, "_CPU_BLOCK", 40)
 
@@ -106,6 +106,7 @@ def test_values_are_those_of_the_definitions(backend, method, pair):
 
 
 @EACH_METHOD
+@pytest.mark.usefixtures("blocks")
 @given(rdms(max_conditions=40))
 def test_values_are_those_of_rsatoolbox(method, pair):
     a, b = pair
@@ -263,6 +264,7 @@ def test_a_constant_rdm_has_no_rank_correlation():
 
 
 @EACH_METHOD
+@pytest.mark.usefixtures("blocks")
 def test_the_comparer_returns_nan_where_a_similarity_is_undefined(method):
     rows = np.concatenate([A, A[:4], np.zeros((1, 15))])
     rows[4, 3], rows[5, 0], rows[6, 14], rows[7, [2, 5]] = np.nan, np.inf, -np.inf, [np.inf, np.nan]
