@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from _draw import _with_layout
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from rsatoolbox.rdm.compare import compare as compare_by_rsatoolbox
@@ -34,9 +35,9 @@ EACH_METHOD = pytest.mark.parametrize("method", METHODS)
 EACH_BACKEND = pytest.mark.parametrize("backend", ["torch", "reference"])
 
 
-@pytest.fixture(params=["one block", "rows"], autouse=True)
-def block(request, monkeypatch):
-    """Run each test with all RDMs in one block, and with a few of them at a time."""
+@pytest.fixture(params=["one block", "rows"])
+def blocks(request, monkeypatch):
+    """Run a test with all RDMs in one block, and with a few of them at a time."""
     if request.param == "rows":
         monkeypatch.setattr(rdm_comparison, "_CPU_BLOCK", 40)
 
@@ -105,6 +106,7 @@ def test_values_are_those_of_the_definitions(backend, method, pair):
 
 
 @EACH_METHOD
+@pytest.mark.usefixtures("blocks")
 @given(rdms(max_conditions=40))
 def test_values_are_those_of_rsatoolbox(method, pair):
     a, b = pair
@@ -224,6 +226,14 @@ def test_all_dtypes_are_compared_by_their_exact_values(method, dtype):
     assert_close(got, rk.compare_rdms(a.double(), b.double(), method=method), SAME)
 
 
+@EACH_METHOD
+@pytest.mark.parametrize("layout", ["F", "steps"])
+def test_the_layout_in_memory_does_not_matter(method, layout):
+    a, b = (_with_layout(np.zeros, x, layout) for x in (A, B))
+    want = rk.compare_rdms(A, B, method=method)
+    np.testing.assert_array_equal(rk.compare_rdms(a, b, method=method), want)
+
+
 def test_equal_values_of_either_sign_of_zero_tie():
     for method in METHODS:
         got = rk.compare_rdms([0.0, -0.0, 1.0], [1.0, 2.0, 3.0], method=method)
@@ -254,6 +264,7 @@ def test_a_constant_rdm_has_no_rank_correlation():
 
 
 @EACH_METHOD
+@pytest.mark.usefixtures("blocks")
 def test_the_comparer_returns_nan_where_a_similarity_is_undefined(method):
     rows = np.concatenate([A, A[:4], np.zeros((1, 15))])
     rows[4, 3], rows[5, 0], rows[6, 14], rows[7, [2, 5]] = np.nan, np.inf, -np.inf, [np.inf, np.nan]

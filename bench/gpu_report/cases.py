@@ -19,7 +19,11 @@ from bench.gpu_report.solver_cases import (
     make_riccati_row,
     make_svd_row,
 )
-from bench.gpu_report.stimulus_cases import make_candidates_row, make_permutations_row
+from bench.gpu_report.stimulus_cases import (
+    make_candidates_row,
+    make_permutations_row,
+    make_searchlight_row,
+)
 
 PAPER = ("cka", "procrustes", "pwcca", "cca", "cca_squared")
 # Channels and pixels of AlexNet's first layer, ResNet50's last, and the rehearsal's layer.
@@ -43,6 +47,7 @@ def list_cases(quick: bool) -> list[KernelCase]:
             make_fits_row(small, 4, 8),
             make_permutations_row(12, 3, 2, 4),
             make_candidates_row(50, 12, 9),
+            *(make_searchlight_row(8, 10, 9, folds) for folds in (1, 3)),
         ]
         return [
             *(_make_layer_rows(float32) + once + _make_layer_rows(bfloat16)),
@@ -54,6 +59,7 @@ def list_cases(quick: bool) -> list[KernelCase]:
         *(make_riccati_row(16, 499), make_riccati_row(100, 49)),
         *(make_permutations_row(1024, 32, 24, 200), make_permutations_row(1024, 1, 1, 200)),
         *(make_candidates_row(20_000, 512, 17), make_candidates_row(1024, 4096, 17)),
+        *(make_searchlight_row(32, 50_000, 100, folds) for folds in (1, 4)),
         *list_native_cases(quick),
         *(make_fits_row(s, 4096, 100) for s in (large, bfloat16[-1], tf32)),
         *_make_layer_rows(bfloat16),

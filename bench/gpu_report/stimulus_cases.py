@@ -1,4 +1,4 @@
-"""Rows of the report for permutations of stimuli and for the nearest stimuli."""
+"""Rows of the report for permutations of stimuli, the nearest stimuli, and searchlights."""
 
 from __future__ import annotations
 
@@ -78,3 +78,49 @@ def make_candidates_row(n: int, p: int, count: int) -> KernelCase:
     kernel = measure("triton.nearest:find_candidates")
     backend = measure("torch.nearest:find_candidates")
     return make_case("find_candidates", s, formula, cost, kernel, backend, **facts)
+
+
+def make_searchlight_row(n: int, spheres: int, size: int, folds: int) -> KernelCase:
+    """Return the row of the RDMs of spheres: crossnobis of several folds, euclidean of one."""
+    s = Shape(n, spheres, spheres, torch.float64, "ieee")  # each sphere is around a neuron
+
+    def inputs(g: Generator) -> tuple[Tensor, ...]:
+        slabs = torch.randn(spheres, folds, n, generator=g, device=g.device, dtype=torch.float64)
+        indptr = torch.arange(spheres + 1, device=g.device) * size
+        near = torch.arange(spheres, device=g.device)[:, None] + torch.arange(size, device=g.device)
+        return slabs, indptr, near.flatten() % spheres
+
+    def formula(xp: Any, dtype: str, slabs: Any, indptr: Any, indices: Any) -> Any:
+        (z,) = cast(xp, dtype, slabs[indices.reshape(spheres, size)])
+        i, j = torch.triu_indices(n, n, 1, device=slabs.device)
+
+        def square(rows: Any) -> Any:
+            gram = rows.mT @ rows
+            energy = gram.diagonal(dim1=1, dim2=2)
+            return energy[:, i] + energy[:, j] - 2 * gram[:, i, j]
+
+        within = square(z.reshape(spheres, -1, n))
+        if folds == 1:
+            return within.sqrt()
+        return (square(z.sum(2)) - within) / (folds * (folds - 1) * size)
+
+    def measure(path: str) -> Call:
+        return load(path, distance="euclidean" if folds == 1 else "crossnobis")
+
+    facts: Facts = {
+        "detail": f" k={size} K={folds}",
+        "inputs": inputs,
+        "precision": "float64",
+        "tolerance": 1e-12,
+        "parts": spheres,
+        "plain": "float64",
+        "cupy": False,
+    }
+    products, pairs = folds + (folds > 1), n * (n - 1) // 2
+    cost = (
+        8 * spheres * (folds * n + size + pairs),
+        2 * products * spheres * size * n * n,
+    )
+    kernel = measure("triton.searchlight:searchlight_rdms")
+    backend = measure("torch.searchlight:searchlight_rdms")
+    return make_case("searchlight_rdms", s, formula, cost, kernel, backend, **facts)

@@ -62,7 +62,8 @@ def compare_rdms(
       "sqeuclidean" it is linear CKA, and for "crossnobis" the whitened unbiased cosine. It is
       computed from doubly centred (n, n) matrices, without V.
 
-    Only exactly equal values tie. `rsa` also lets distances tie that differ by rounding alone.
+    Only exactly equal values tie, whereas in `rsa` distances tie that differ by rounding alone. If
+    RDMs were computed from categorical patterns, round them first, for example to float32.
 
     The time is proportional to A B N, and to N log N for each RDM if it is ranked; "kendall" takes
     A B N log² N. Next to the RDMs, memory is proportional to the smaller set of them.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from repsim_kernels.kernels.torch import memory
 
-# Elements of the RDMs that are compared together: 2 MiB of float64, which stays in a cache.
-_CPU_BLOCK, _GPU_BLOCK = 2**18, memory.BLOCK
+# Elements of the RDMs that are compared together: 512 KiB of float64, which stays in a cache.
+_CPU_BLOCK, _GPU_BLOCK = 2**16, memory.BLOCK
 # Below twice this length, the pairs of a run are compared one by one; longer runs are halved.
 _SHORT_RUN = 8
 
@@ -33,7 +33,7 @@ class RdmComparer:
         """``models`` are condensed RDMs (M, N); the methods are those of `compare_rdms`."""
         self._method = method
         self._n_models = len(models)
-        models = models.double()
+        models = models.double().contiguous()
         if method == "kendall":
             self._ranks = _rank_from_below(models)
         else:
@@ -48,10 +48,8 @@ class RdmComparer:
         out = memory.empty_buffer(rdms, n_rdms, self._n_models, dtype=torch.float64)
         rows = max(1, (_GPU_BLOCK if rdms.is_cuda else _CPU_BLOCK) // n_pairs)
         for block, similarities in zip(rdms.split(rows), out.split(rows), strict=True):
-            if self._method == "kendall":
-                self._correlate_signs(block.double(), similarities)
-            else:
-                self._correlate(block.double(), similarities)
+            compare = self._correlate_signs if self._method == "kendall" else self._correlate
+            compare(block.double().contiguous(), similarities)
         return out
 
     def _correlate(self, rdms: Tensor, out: Tensor) -> None:
@@ -107,35 +105,32 @@ def _centre_twice(rdms: Tensor) -> Tensor:
     return matrices.view(len(rdms), -1)
 
 
-class _Runs(NamedTuple):
-    """Where equal values are among the values of each RDM in ascending order."""
+class _Sorted(NamedTuple):
+    """The values of RDMs in ascending order."""
 
     order: Tensor  # (B, N) that sorts the values
-    first: Tensor  # (B, N) the first position of each value's run
-    last: Tensor  # (B, N) the last one
+    differs: Tensor  # (B, N - 1) whether a value differs from the one before it
     poison: Tensor  # (B,) NaN if a value of the RDM is not finite, otherwise 0
 
 
-def _find_runs(rdms: Tensor) -> _Runs:
-    """Sort RDMs (B, N) and find equal values."""
+def _sort_values(rdms: Tensor) -> _Sorted:
     # NumPy sorts with vector instructions.
     order = rdms.argsort(1) if rdms.is_cuda else torch.from_numpy(rdms.numpy().argsort(1))
     values = rdms.gather(1, order)
     poison = (values[:, 0] + values[:, -1]) * 0  # NaN and infinity are sorted to the ends
-    differs = values[:, 1:] != values[:, :-1]
-    positions = torch.arange(rdms.shape[1], device=rdms.device)
-    if not rdms.is_cuda and bool(differs.all()):  # on a GPU, to ask takes longer than to find runs
-        first = last = positions.expand_as(rdms)
-    else:
-        first = _fill_forward(positions, differs)
-        backward = _fill_forward(positions, differs.flip(1))
-        last = (rdms.shape[1] - 1) - backward.flip(1)
-    return _Runs(order, first, last, poison)
+    return _Sorted(order, values[:, 1:] != values[:, :-1], poison)
 
 
-def _fill_forward(positions: Tensor, differs: Tensor) -> Tensor:
-    """Return for each position (B, N) the first one of its run of values that do not differ."""
-    starts = torch.nn.functional.pad(differs * positions[1:], (1, 0))
+def _find_first(differs: Tensor) -> Tensor:
+    """Return for each of N ascending values the position of the first one that it equals, (B, N).
+
+    ``differs`` (B, N - 1) says whether a value differs from the one before it.
+    """
+    n_rows, n = len(differs), differs.shape[1] + 1
+    starts = torch.zeros(n_rows, n, dtype=torch.int32, device=differs.device)
+    torch.mul(
+        differs, torch.arange(1, n, dtype=torch.int32, device=differs.device), out=starts[:, 1:]
+    )
     if starts.is_cuda:
         return starts.cummax(1).values
     return torch.from_numpy(np.maximum.accumulate(starts.numpy(), 1))
@@ -143,10 +138,17 @@ def _fill_forward(positions: Tensor, differs: Tensor) -> Tensor:
 
 def _centre_ranks(rdms: Tensor) -> tuple[Tensor, Tensor]:
     """Return the centred ranks of the values of RDMs, ties at the mean rank, and their energies."""
-    runs = _find_runs(rdms)
-    ranks = (runs.first + runs.last).double().sub_(rdms.shape[1] - 1).div_(2)
-    ranks = torch.empty_like(rdms).scatter_(1, runs.order, ranks)
-    return ranks, ranks.square().sum(1).add_(runs.poison)
+    order, differs, poison = _sort_values(rdms)
+    n = rdms.shape[1]
+    ascending = torch.arange(n, dtype=torch.float64, device=rdms.device).sub_((n - 1) / 2)
+    ascending = ascending.repeat(len(rdms), 1)
+    # On a GPU, to ask which rows have ties takes longer than to treat all as if they had.
+    rows: Any = slice(None) if rdms.is_cuda else ~differs.all(1)
+    tied = differs[rows]
+    # Twice the rank is the first position in ascending order less that in descending order.
+    ascending[rows] = (_find_first(tied) - _find_first(tied.flip(1)).flip(1)).double() / 2
+    ranks = torch.empty_like(rdms).scatter_(1, order, ascending)
+    return ranks, ranks.square().sum(1).add_(poison)
 
 
 class _Ranks(NamedTuple):
@@ -158,13 +160,13 @@ class _Ranks(NamedTuple):
 
 def _rank_from_below(rdms: Tensor) -> _Ranks:
     """Rank the values of RDMs (B, N) for Kendall's τ-a."""
-    runs = _find_runs(rdms)
-    n = rdms.shape[1]
-    n_tied = n * (n - 1) / 2 - runs.first.double().sum(1)
+    order, differs, poison = _sort_values(rdms)
+    n, first = rdms.shape[1], _find_first(differs)
+    n_tied = n * (n - 1) / 2 - first.sum(1, dtype=torch.float64)
     # Two ranks are packed into one key, and int32 is sorted twice as fast as int64.
     dtype = torch.int32 if _count_bits(n) * 2 < 31 else torch.int64
-    lowest = torch.empty_like(rdms, dtype=dtype).scatter_(1, runs.order, runs.first.to(dtype))
-    return _Ranks(lowest, n_tied + runs.poison)
+    lowest = torch.empty_like(rdms, dtype=dtype).scatter_(1, order, first.to(dtype))
+    return _Ranks(lowest, n_tied + poison)
 
 
 def _count_bits(n: int) -> int:
@@ -195,12 +197,9 @@ def _sort_rows(keys: Tensor) -> Tensor:
 
 def _count_equal(keys: Tensor) -> Tensor:
     """Return the number of pairs of equal entries of each ascending row, (B,) float64."""
-    differs = keys[:, 1:] != keys[:, :-1]
-    if not keys.is_cuda and bool(differs.all()):
-        return keys.new_zeros(len(keys), dtype=torch.float64)
     n = keys.shape[1]
-    positions = torch.arange(n, device=keys.device)
-    return n * (n - 1) / 2 - _fill_forward(positions, differs).double().sum(1)
+    first = _find_first(keys[:, 1:] != keys[:, :-1])
+    return n * (n - 1) / 2 - first.sum(1, dtype=torch.float64)
 
 
 def _count_inversions(ranks: Tensor) -> Tensor:

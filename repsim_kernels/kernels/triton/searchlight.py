@@ -9,20 +9,21 @@ pairs, equal patterns for example, reads its sphere again and adds squares of di
 equal patterns have a distance of exactly 0, as on a CPU.
 
 Predictions for an H200, since this was not run on a GPU, for 250,000 spheres of 100 voxels and 32
-patterns in a volume of 250,000 voxels:
+patterns, in order, in a volume of as many voxels:
 
     distance              gathered   operations   at least
     euclidean             6.4 GB     51 Gop       1.2 ms
-    crossnobis, 4 folds   26 GB      256 Gop      5.1 ms
+    crossnobis, 4 folds   26 GB      256 Gop      4.8 ms
 
-Neighbouring spheres share most of their voxels, so gathers read the L2 cache: assumed to give
-5.5 TB/s, it needs 1.2 ms and 4.7 ms, and the tensor cores 0.9 ms and 4.3 ms (1.0 and 5.1 with the
-last of seven steps of 16 voxels, of which 4 are left). Distances are 1 GB, 0.2 ms to write.
+Neighbouring spheres share most of their voxels, so they are gathered from the L2 cache: assumed to
+give 5.5 TB/s, it needs 1.2 ms and 4.7 ms. The tensor cores need 1.0 ms and 4.8 ms, for seven steps
+of 16 voxels. Distances are 1 GB, which takes 0.2 ms to write. On sm_90, a step of 32 patterns is
+issued in 0.7 of the cycles that its products occupy the tensor cores.
 
 Two other forms were estimated. Sums of squared differences need no second reading, but two
-operations for each voxel and pair, one of which is no multiplication, outside the tensor cores:
-3.6 ms and 18 ms. PyTorch writes the gathered voxels and reads them twice, then passes over 2 GB of
-products several times: 10 ms and 25 ms at the speed of a copy.
+operations per voxel and pair, outside the tensor cores: 3.6 ms and 18 ms. PyTorch writes the
+gathered voxels, reads them for products, and passes over 1 GB of distances some ten times: 8 ms and
+26 ms at the rate of a copy.
 """
 
 from __future__ import annotations
@@ -41,18 +42,21 @@ from repsim_kernels.kernels.triton._operand_kernels import count_pairs, find_til
 
 @dataclass(frozen=True)
 class Launch:
-    tile: int  # patterns along each side of a tile of pairs
+    tile: int  # patterns on each side of a tile
     block: int  # voxels of a step
     num_warps: int
-    num_stages: int
 
 
-def choose(n: int) -> Launch:
+def choose(n: int, capability: tuple[int, int]) -> Launch:
     """Choose launch settings for n patterns."""
-    # One tile if possible, because each one gathers its patterns of a sphere anew. A thread holds
-    # 16 sums at most, and two values of a step.
+    # One tile if possible, because each one gathers its patterns of a sphere anew.
     tile = min(64, max(16, triton.next_power_of_2(n)))
-    return Launch(tile, block=16, num_warps={16: 1, 32: 2, 64: 8}[tile], num_stages=3)
+    if capability >= (10, 0):
+        # Triton 3.6 multiplies without tensor cores there: other settings would spill.
+        tile = min(tile, 32)
+        return Launch(tile, block=16, num_warps=tile // 4)
+    # Few warps, so that other programs multiply while one waits for its voxels.
+    return Launch(tile, block=16, num_warps=8 if tile == 64 else 2)
 
 
 def floor(voxels: int, folds: int, n: int, spheres: int, gathered: int) -> _launch.Floor:
@@ -73,18 +77,18 @@ def unsupported(slabs: Tensor, *others: Tensor) -> str | None:
 
 
 @triton.jit
-def _load_means(slabs_ptr, indices_ptr, first, end, cols, n, TILE: tl.constexpr):
+def _load_means(slabs_ptr, indices_ptr, count, cols, n, TILE: tl.constexpr):
     """Return the means of patterns over a sphere's voxels; exact for constant patterns."""
-    shift_ptr = slabs_ptr + tl.load(indices_ptr + first, mask=first < end, other=0) * n
-    shift = tl.load(shift_ptr + cols, mask=cols < n, other=0)
+    voxel = tl.load(indices_ptr, mask=count > 0, other=0).to(tl.int64)
+    shift = tl.load(slabs_ptr + voxel * n + cols, mask=cols < n, other=0)
     total = tl.zeros((TILE,), dtype=tl.float64)
-    for v in range(first, end):
+    for v in range(1, count):
         voxel = tl.load(indices_ptr + v).to(tl.int64)
         total += tl.load(slabs_ptr + voxel * n + cols, mask=cols < n, other=0) - shift
-    return shift + total / (end - first)
+    return shift + total / count
 
 
-@triton.jit(do_not_specialize=["folds", "n"])
+@triton.jit(do_not_specialize=["folds"])
 def _searchlight_rdms_kernel(
     slabs_ptr,  # (p, folds, n) float64
     indptr_ptr, indices_ptr,  # (C + 1,), (m,)
@@ -101,15 +105,16 @@ def _searchlight_rdms_kernel(
     col_tile, row_tile = find_tile(tl.program_id(0) % pairs)
     rows = row_tile * TILE + tl.arange(0, TILE)
     cols = col_tile * TILE + tl.arange(0, TILE)
-    first = tl.load(indptr_ptr + sphere)
-    end = tl.load(indptr_ptr + sphere + 1)
+    first = tl.load(indptr_ptr + sphere).to(tl.int64)
+    count = (tl.load(indptr_ptr + sphere + 1) - first).to(tl.int32)  # voxels
+    indices_ptr += first
     row_mean = tl.zeros((TILE,), dtype=tl.float64)
     col_mean = row_mean
     if DISTANCE == "correlation":
-        row_mean = _load_means(slabs_ptr, indices_ptr, first, end, rows, n, TILE)
+        row_mean = _load_means(slabs_ptr, indices_ptr, count, rows, n, TILE)
         col_mean = row_mean
         if not SAME:
-            col_mean = _load_means(slabs_ptr, indices_ptr, first, end, cols, n, TILE)
+            col_mean = _load_means(slabs_ptr, indices_ptr, count, cols, n, TILE)
 
     gram = tl.zeros((TILE, TILE), dtype=tl.float64)
     # Squares of patterns, and of their sums over folds: the size of what cancels in a distance.
@@ -117,12 +122,12 @@ def _searchlight_rdms_kernel(
     col_squares = tl.zeros((BLOCK, TILE), dtype=tl.float64)
     row_cross = tl.zeros((BLOCK, TILE), dtype=tl.float64)
     col_cross = tl.zeros((BLOCK, TILE), dtype=tl.float64)
-    for start in range(first, end, BLOCK):
+    for start in tl.range(0, count, BLOCK, num_stages=3):  # loads the numbers of voxels ahead
         v = start + tl.arange(0, BLOCK)
-        voxel = tl.load(indices_ptr + v, mask=v < end, other=0).to(tl.int64)  # (BLOCK,)
+        voxel = tl.load(indices_ptr + v, mask=v < count, other=0).to(tl.int64)  # (BLOCK,)
         source = slabs_ptr + (voxel * folds * n)[:, None]
-        row_mask = (v < end)[:, None] & (rows < n)[None, :]
-        col_mask = (v < end)[:, None] & (cols < n)[None, :]
+        row_mask = (v < count)[:, None] & (rows < n)[None, :]
+        col_mask = (v < count)[:, None] & (cols < n)[None, :]
         if CROSS:
             row_sum = tl.zeros((BLOCK, TILE), dtype=tl.float64)
             col_sum = tl.zeros((BLOCK, TILE), dtype=tl.float64)
@@ -177,7 +182,7 @@ def _searchlight_rdms_kernel(
     is_pair = (rows[:, None] < cols[None, :]) & (cols < n)[None, :]
     if tl.max(tl.max((close & is_pair).to(tl.int32), 1), 0) > 0:
         exact = tl.zeros((TILE, TILE), dtype=tl.float64)
-        for v in range(first, end):
+        for v in range(count):
             voxel = tl.load(indices_ptr + v).to(tl.int64)
             source = slabs_ptr + voxel * folds * n
             total = tl.zeros((TILE, TILE), dtype=tl.float64)
@@ -201,8 +206,8 @@ def _searchlight_rdms_kernel(
     if DISTANCE == "euclidean":
         distance = tl.sqrt(distance)
     if CROSS:
-        distance = distance / (folds * (folds - 1)) / (end - first)
-    distance = tl.where(end > first, distance, float("nan"))
+        distance = distance / (folds * (folds - 1)) / count
+    distance = tl.where(count > 0, distance, float("nan"))
     row = rows.to(tl.int64)
     place = sphere * n * (n - 1) // 2 + row * (2 * n - row - 1) // 2 - row - 1
     tl.store(out_ptr + place[:, None] + cols[None, :], distance, mask=is_pair)
@@ -218,15 +223,13 @@ def searchlight_rdms(
 ) -> Tensor:
     """Return the RDMs of spheres, (C, n (n - 1) / 2) float64, in the order of SciPy's ``pdist``.
 
-    slabs (p, folds, n) are float64; only "crossnobis" takes more than one fold. The voxels of sphere
-    c are ``indices[indptr[c] : indptr[c + 1]]``, on the device of slabs. What is undefined is NaN:
-    the RDM of an empty sphere, and correlation or cosine of a pattern that doesn't vary there or is
-    0. Distances are those of the values as they are: small ones keep more digits if the values of
-    a voxel are near 0.
+    ``slabs`` (p, K, n) has n patterns in K folds, float64; K is 1 except for "crossnobis". The
+    voxels of sphere c are ``indices[indptr[c] : indptr[c + 1]]``. NaN for an empty sphere, and for
+    the correlation or cosine distance of a pattern that has no direction there.
     """
     _, folds, n = slabs.shape
     spheres = len(indptr) - 1
-    launch = launch or choose(n)
+    launch = launch or choose(n, _launch.capability(slabs.device))
     out = slabs.new_empty(spheres, n * (n - 1) // 2)
     tiles = triton.cdiv(n, launch.tile)
     _launch.launch(
@@ -240,13 +243,13 @@ def searchlight_rdms(
         TILE=launch.tile,
         BLOCK=launch.block,
         num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        maxnreg=255,  # without a limit, ptxas spills some to hold more programs
     )
     return out
 
 
 def _make_case(distance: str, folds: int, n: int) -> _launch.CompileCase:
-    voxels, spheres, size = 250_000, 250_000, 100
+    spheres, size = 250_000, 100
 
     def call(device: torch.device) -> None:
         slabs = torch.empty(1, folds, n, dtype=torch.float64, device=device)
@@ -254,21 +257,18 @@ def _make_case(distance: str, folds: int, n: int) -> _launch.CompileCase:
         searchlight_rdms(slabs, indptr, indptr, distance=distance)
 
     return _launch.CompileCase(
-        f"{distance}, {spheres:,} spheres of {size}, {folds} x {n} patterns",
+        f"{distance}, {spheres:,} spheres of {size} voxels, {n} patterns in {folds} folds",
         call,
-        floor(voxels, folds, n, spheres, size * spheres),
+        floor(spheres, folds, n, spheres, size * spheres),
     )
 
 
 AOT_CASES = (
-    _make_case("euclidean", 1, 32),
-    _make_case("sqeuclidean", 1, 32),
-    _make_case("correlation", 1, 32),
-    _make_case("cosine", 1, 32),
-    _make_case("crossnobis", 4, 32),
+    # Numbers of patterns of which 16 is a factor are loaded in wider pieces.
+    *(_make_case(distance, 1, n) for distance in ("euclidean", "correlation") for n in (32, 92)),
+    *(_make_case("crossnobis", 4, n) for n in (32, 92)),
+    # One tile, and rows of which 16 is no factor.
     _make_case("euclidean", 1, 12),
-    _make_case("crossnobis", 4, 12),
-    _make_case("euclidean", 1, 100),
-    _make_case("correlation", 1, 100),
-    _make_case("crossnobis", 4, 100),
+    _make_case("correlation", 1, 20),
+    _make_case("crossnobis", 4, 20),
 )
