@@ -27,6 +27,7 @@ X, Y = (torch.from_numpy(RNG.standard_normal((P, N), dtype=np.float32)).mT for _
 # Light cells, each 3 % of the neurons; half of the neurons belong to none.
 CELLS = np.where(np.arange(P) % 32 < C, np.arange(P) % 32, -1)
 LABELS = np.arange(N) % 4
+CONDITIONS = np.arange(N) % 32
 Call = Callable[[Any, Any], Any]
 
 
@@ -72,6 +73,9 @@ BUDGETS = {
         reached=(235, 67),
     ),
     "cka": Budget(lambda x, y: rk.cka(x, y, debiased=True), reached=(54, 6)),
+    "rdm, crossnobis": Budget(
+        lambda x, y: rk.rdm(x, distance="crossnobis", labels=CONDITIONS, noise=y), reached=(90, 7)
+    ),
     "pairwise": Budget(lambda x, y: rk.pairwise([x, y]), reached=(37, 14)),
     "calibrate": Budget(
         lambda x, y: rk.calibrate([x, y], permutations=20, debiased=True), reached=(178, 24)
