@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from repsim_kernels import _check, _dispatch, _options
+from repsim_kernels import _check, _dispatch, _gradients, _options
 from repsim_kernels._typing import Array, ArrayLike
 
 
@@ -53,8 +53,10 @@ def procrustes(
     >>> round(float(rk.procrustes(x, x @ rotation)), 3)
     1.0
     """
-    x, y, source = _check.check_pair(x, y, batched=batched)
-    return _dispatch.call("procrustes", backend, source, x, y)
+    arguments = x, y
+    x, y, source = _check.check_pair(x, y, batched=batched, accept_grad=True)
+    similarity = _dispatch.call("procrustes", backend, source, x, y)
+    return _gradients.attach(similarity, "procrustes", *arguments)
 
 
 def procrustes_distance(
