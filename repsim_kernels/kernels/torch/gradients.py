@@ -63,8 +63,8 @@ def procrustes_gradients(
     both = [Representation(x), Representation(y)]
     f, g = (a.factor for a in both)
     u, s, vh = torch.linalg.svd(f.mT @ g, full_matrices=False)
-    rotation = (u * (s > x.shape[0] * _EPS * s[0])) @ vh
     size = torch.linalg.matrix_norm(f) * torch.linalg.matrix_norm(g)
+    rotation = (u * (s > len(x) * _EPS * size)) @ vh
     rotated = (g @ rotation.mT, f @ rotation)
     return tuple(
         _differentiate_procrustes(both[side], rotated[side] / size, s.sum() / size, upstream)
