@@ -178,6 +178,23 @@ def patching(
 
 
 @app.command()
+def gradients(
+    quick: Annotated[
+        bool, typer.Option(help="Use small sizes, in seconds; write no results.")
+    ] = False,
+) -> None:
+    """Measure training steps with a similarity as the loss, and by plain PyTorch."""
+    from bench.bench_gradients import describe_gradients, measure_gradients
+
+    record = measure_gradients(quick)
+    print(describe_gradients(record))
+    if not quick:
+        out = machine.RESULTS / f"gradients-{machine.slugify_device('cpu')}.json"
+        machine.save(out, record)
+        print(out)
+
+
+@app.command()
 def render_docs() -> None:
     """Regenerate the figures and tables of the documentation from the committed results."""
     from bench.render_docs import draw_figures, render_pages

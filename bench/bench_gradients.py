@@ -136,43 +136,41 @@ def measure_gradients(quick: bool = False) -> Json:
 
 
 def _measure(name: str, case: Case, quick: bool) -> Json:
-    """Measure the methods, which take turns; the first turn is not timed, but its memory counts."""
+    """Measure the methods, which take turns; steps that are not timed come first."""
     n, p = case.quick_sizes if quick else case.sizes
     g = torch.Generator().manual_seed(0)
     y = torch.randn(n, p, generator=g)
     x = (y + torch.randn(n, p, generator=g)).requires_grad_()
-    steps = (
+    steps: list[Callable[[], Tensor]] = [
         partial(case.ours, x, y),
         partial(case.plain, x, y),
         lambda: case.plain(x.double(), y.double()),
-    )
-    row: Json = {"name": name, "n": n, "p": p}
-    results, times = [], []
+    ]
+    double = x.detach().double().requires_grad_()
+    exact = _differentiate(lambda: case.plain(double, y.double()), double)
+    peaks, errors = [], []
     for step in steps:
-        _take_step(step, x)  # loads what the step uses, such as threads
-        x.grad = None
+        _differentiate(step, x)  # loads what the step uses, such as threads
         before = memory.start_peak()
-        _take_step(step, x)
-        row.setdefault("bytes", []).append(memory.read_peak() - before)
-        assert x.grad is not None
-        results.append(x.grad.double())
-        times.append([])
-    exact = x.detach().double().requires_grad_()
-    _take_step(lambda: case.plain(exact, y.double()), exact)
+        gradient = _differentiate(step, x)
+        peaks.append(memory.read_peak() - before)
+        errors.append(float((gradient - exact).norm() / exact.norm()))
+        del gradient
+    times: list[list[float]] = [[] for _ in steps]
     for _ in range(1 if quick else _REPEATS):
         for step, own in zip(steps, times, strict=True):
             start = time.perf_counter()
-            _take_step(step, x)
+            _differentiate(step, x)
             own.append(time.perf_counter() - start)
-    row["seconds"] = [statistics.median(own) for own in times]
-    row["errors"] = [float((r - exact.grad).norm() / exact.grad.norm()) for r in results]
-    return row
+    seconds = [statistics.median(own) for own in times]
+    sizes: Json = {"name": name, "n": n, "p": p}
+    return sizes | {"seconds": seconds, "bytes": peaks, "errors": errors}
 
 
-def _take_step(step: Callable[[], Tensor], x: Tensor) -> None:
-    """Compute the loss, and its gradient in x.grad."""
-    x.grad = None
-    (1 - step()).backward()  # type: ignore[no-untyped-call]
+def _differentiate(step: Callable[[], Tensor], x: Tensor) -> Tensor:
+    """Return the gradient of 1 - similarity with respect to x."""
+    (gradient,) = torch.autograd.grad(1 - step(), x)
+    return gradient
 
 
 def describe_gradients(record: Json) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from bench import aims, bench_compare, maps
 from bench.accuracy import OURS, summarize, tabulate_by_package
 from bench.bench_calibrate import describe_calibration
+from bench.bench_gradients import describe_gradients
 from bench.bench_patching import describe_patching
 from bench.common.machine import Json, format_seconds, load
 from bench.common.records import describe_device, format_commits, format_dates
@@ -359,6 +360,12 @@ def render_patching(results: Path) -> str:
     return "\n\n".join(describe_patching(load(path)) for path in paths) or "Not measured yet."
 
 
+def render_gradients(results: Path) -> str:
+    """bench/README.md: training steps by this package and by plain PyTorch."""
+    paths = sorted(results.glob("gradients-*.json"))
+    return "\n\n".join(describe_gradients(load(path)) for path in paths) or "Not measured yet."
+
+
 def render_unrelated(_path: Path, record: Json) -> str:
     """docs/compare.md: CKA of representations that have nothing in common."""
     return maps.describe_unrelated(record)
@@ -391,5 +398,6 @@ BLOCKS: dict[str, tuple[str, Callable[..., str]]] = {
     "unrelated": ("maps", render_unrelated),
     "calibrate": ("calibrate", lambda _path, record: describe_calibration(record)),
     "patching": ("*", render_patching),
+    "gradients": ("*", render_gradients),
     "runs": ("*", render_runs),
 }

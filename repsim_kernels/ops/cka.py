@@ -80,6 +80,8 @@ def cka(
     rotation, isotropic scaling and translation of either side. Gram matrices of features that are
     far from zero have lost digits before they are centred here: centre the features first. 1 - CKA
     is not a metric: it violates the triangle inequality.
+    The result for tensors that require grad can be differentiated once, by a closed form in
+    float64: see docs/compare.md, "A similarity as a loss".
     Source: Kornblith, Norouzi, Lee & Hinton 2019, "Similarity of Neural Network Representations
     Revisited", ICML; for the debiased form Song, Smola, Gretton, Bedo & Borgwardt 2012, JMLR 13,
     and Székely & Rizzo 2014, Annals of Statistics 42; for the warning Murphy, Zylberberg & Fyshe

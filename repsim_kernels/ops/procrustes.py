@@ -36,6 +36,8 @@ def procrustes(
     -----
     A p x q matrix is formed only if both sides are smaller than n. Invariant to rotation, isotropic
     scaling and translation of either side.
+    The result for tensors that require grad can be differentiated once, by a closed form in
+    float64: see docs/compare.md, "A similarity as a loss".
     Source: Williams, Kunz, Kornblith & Linderman 2021, "Generalized Shape Metrics on Neural
     Representations", NeurIPS; Ding, Denain & Steinhardt 2021, "Grounding Representation Similarity
     Through Statistical Testing", NeurIPS.

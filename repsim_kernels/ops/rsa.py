@@ -71,6 +71,10 @@ def rsa(
     tolerance of float64 arithmetic alone. NumPy arrays of bfloat16, and all arrays with
     ``backend="reference"``, count as float32.
 
+    The result for tensors that require grad can be differentiated once, by a closed form in
+    float64, unless ``compare="spearman"``: ranks have no gradient. See docs/compare.md, "A
+    similarity as a loss".
+
     Source: Kriegeskorte, Mur & Bandettini 2008, "Representational similarity analysis: connecting
     the branches of systems neuroscience", Frontiers in Systems Neuroscience 2.
 
