@@ -11,6 +11,7 @@ Source: docs/compare.md, "A similarity as a loss".
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -37,19 +38,18 @@ def cka_gradients(
             return gradients
     if kernel == "linear":
         kernels = [_centre_kernel(z, debiased, "linear") for z in (x, y)]
-        ws = _differentiate_cosine(kernels, upstream)
-        return tuple(_multiply(2 * ws[side], (x, y)[side]) for side in sides)
+        ws = _differentiate_cosine(kernels, upstream, sides)
+        return tuple(_multiply(w.mul_(2), (x, y)[side]) for side, w in ws)
     if kernel == "precomputed":
         kernels = [_centre_kernel((k.double() + k.mT) / 2, debiased) for k in (x, y)]
-        ws = _differentiate_cosine(kernels, upstream)
-        return tuple(ws[side].to((x, y)[side].dtype) for side in sides)
+        ws = _differentiate_cosine(kernels, upstream, sides)
+        return tuple(w.to((x, y)[side].dtype) for side, w in ws)
     assert sigma is not None
     squared = [_square_distances(z, "euclidean")[0] for z in (x, y)]
     kernels = [_centre_kernel(distances.rbf(d2, sigma), debiased) for d2 in squared]
-    ws = _differentiate_cosine(kernels, upstream)
     return tuple(
-        _multiply(_laplacian(_differentiate_rbf(ws[side], squared[side], sigma)), (x, y)[side])
-        for side in sides
+        _multiply(_laplacian(_differentiate_rbf(w, squared[side], sigma)), (x, y)[side])
+        for side, w in _differentiate_cosine(kernels, upstream, sides)
     )
 
 
@@ -83,32 +83,36 @@ def rsa_gradients(
 ) -> tuple[Tensor, ...]:
     parts = [_square_distances(z, distance) for z in (x, y)]
     vectors = [_centre_distances(d2, distance, compare) for d2, _, _ in parts]
-    ws = _differentiate_cosine(vectors, upstream)
     gradients = []
-    for side in sides:
-        w, (d2, offsets, length) = ws[side], parts[side]
+    for side, w in _differentiate_cosine(vectors, upstream, sides):
+        d2, offsets, length = parts[side]
         if distance == "euclidean":  # the subgradient at 0 is 0
-            w = torch.where(d2 > 0, w / (2 * d2.sqrt()), 0.0)
+            w.div_(d2.sqrt().mul_(2)).masked_fill_(d2 == 0, 0.0)
         if distance in ("euclidean", "sqeuclidean"):
             gradients.append(_multiply(_laplacian(w), (x, y)[side]))
             continue
         # Rows of unit length move within the sphere: what is along them is removed.
-        m = -4 * w
-        m.diagonal().copy_(4 * (w * (1 - d2 / 2)).sum(1))
+        along = 4 * (w * (1 - d2 / 2)).sum(1)
+        m = w.mul_(-4)
+        m.diagonal().copy_(along)
         m.div_(length[:, None]).div_(length)
         gradients.append(_multiply(m, (x, y)[side], offsets))
     return tuple(gradients)
 
 
-def _differentiate_cosine(both: list[Tensor], upstream: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of upstream ⟨u, v⟩ / (‖u‖ ‖v‖) with respect to u and v (n, n)."""
-    u_norm, v_norm = (torch.linalg.matrix_norm(a) for a in both)
-    u, v = both[0] / u_norm, both[1] / v_norm
-    similarity = (u * v).sum()
-    return (
-        torch.sub(v, u * similarity).mul_(upstream / u_norm),
-        torch.sub(u, v * similarity).mul_(upstream / v_norm),
-    )
+def _differentiate_cosine(
+    both: list[Tensor], upstream: Tensor, sides: tuple[int, ...]
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield each side with the gradient of upstream ⟨u, v⟩ / (‖u‖ ‖v‖) with respect to it.
+
+    ``both`` are u and v (n, n), which are overwritten.
+    """
+    norms = [torch.linalg.matrix_norm(a) for a in both]
+    units = [a.div_(norm) for a, norm in zip(both, norms, strict=True)]
+    similarity = torch.dot(*(unit.flatten() for unit in units))
+    for side in sides:
+        w = torch.addcmul(units[1 - side], units[side], -similarity)
+        yield side, w.mul_(upstream / norms[side])
 
 
 def _differentiate_features(
@@ -151,15 +155,16 @@ def _centre_kernel(x: Tensor, debiased: bool, kernel: str = "precomputed") -> Te
 def _differentiate_rbf(w: Tensor, d2: Tensor, sigma: float) -> Tensor:
     """Return the gradient with respect to d2 (n, n) from that with respect to their RBF kernel.
 
-    The bandwidth moves with the median of d2; equal distances at the median share its part.
+    The bandwidth moves with the median of d2; equal distances at the median share its part. w is
+    overwritten.
     """
     low, high = distances.middle_distances(d2)
     scale = (low + high) * sigma**2
-    w = w * distances.rbf(d2, sigma) / -scale
+    w = w.mul_(distances.rbf(d2, sigma)).div_(-scale)
     part = (w * d2).sum() * (-(sigma**2) / scale)
     for value in (low, high):
         at = (d2 == value).double()
-        w.add_(at.mul_(part / at.sum()))
+        w.addcmul_(at, part / at.sum())
     return w
 
 
@@ -183,21 +188,19 @@ def _square_distances(x: Tensor, distance: str) -> tuple[Tensor, Tensor | None, 
 
 def _centre_distances(d2: Tensor, distance: str, compare: str) -> Tensor:
     """Return the distances (n, n) that `compare` takes the cosine of; zeros on the diagonal."""
-    u = d2.sqrt() if distance == "euclidean" else d2
-    if compare == "cosine":
-        return u
-    n = len(u)
-    u = u - u.sum() / (n * (n - 1))
-    u.diagonal().zero_()
+    u, n = d2.sqrt() if distance == "euclidean" else d2.clone(), len(d2)
+    if compare == "pearson":
+        u.sub_(u.sum() / (n * (n - 1))).diagonal().zero_()
     return u
 
 
 def _laplacian(w: Tensor) -> Tensor:
     """Return the matrix that, times x, is the gradient with respect to x.
 
-    w (n, n), symmetric, is that with respect to the squared distances between the rows of x.
+    w (n, n), symmetric, is that with respect to the squared distances between the rows of x. It is
+    overwritten.
     """
-    m = -4 * w
+    m = w.mul_(-4)
     m.diagonal().zero_()
     m.diagonal().copy_(-m.sum(1))
     return m
