@@ -1,4 +1,4 @@
-"""Gradients against finite differences and autograd through plain torch; what they refuse."""
+"""Gradients against finite differences and autograd through plain PyTorch."""
 
 from __future__ import annotations
 
@@ -7,86 +7,23 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from _draw import SEEDS, Representation, pairs
+from _draw import SEEDS, pairs
+from _gradients import (
+    CASES,
+    EACH_CASE,
+    assert_same_gradients,
+    call,
+    differentiate,
+    draw_pair,
+    offsets_matter,
+    plain,
+)
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from torch import Tensor
 
 import repsim_kernels as rk
-from bench.bench_gradients import compute_cka, compute_procrustes, compute_rsa
+from bench.bench_gradients import compute_cka
 from repsim_kernels.kernels.torch import features, gradients
-
-DISTANCES = ("euclidean", "sqeuclidean", "correlation", "cosine")
-COMPARISONS = ("pearson", "cosine")
-EACH_BACKEND = pytest.mark.parametrize("backend", ["torch", "reference"])
-# The function and its options; the same in plain torch; the fewest stimuli and neurons.
-CASES = {
-    "cka": (rk.cka, compute_cka, {}, 2, 1),
-    "cka debiased": (rk.cka, compute_cka, {"debiased": True}, 4, 1),
-    "cka rbf": (rk.cka, compute_cka, {"kernel": "rbf"}, 3, 1),
-    "cka rbf debiased": (
-        rk.cka,
-        compute_cka,
-        {"kernel": "rbf", "debiased": True, "sigma": 0.5},
-        4,
-        1,
-    ),
-    "procrustes": (rk.procrustes, compute_procrustes, {}, 2, 1),
-    **{
-        f"rsa {distance} {compare}": (
-            rk.rsa,
-            compute_rsa,
-            {"distance": distance, "compare": compare},
-            3,
-            3 if distance == "correlation" else 2,
-        )
-        for distance in DISTANCES
-        for compare in COMPARISONS
-    },
-}
-EACH_CASE = pytest.mark.parametrize("name", CASES)
-seeds = st.integers(0, 2**32 - 1)
-
-
-def call(name: str, **more: object) -> partial[Tensor]:
-    function, _, options, _, _ = CASES[name]
-    return partial(function, **options, **more)
-
-
-def plain(name: str) -> partial[Tensor]:
-    _, function, options, _, _ = CASES[name]
-    return partial(function, **options)
-
-
-def offsets_matter(name: str) -> bool:
-    """Whether the similarity changes if a constant is added to a neuron."""
-    return CASES[name][2].get("distance") in ("correlation", "cosine")
-
-
-def draw_pair(rng: np.random.Generator, n: int, p: int, q: int) -> tuple[Tensor, Tensor]:
-    """Draw x (n, p) and y (n, q) that share some of their variance."""
-    shared = rng.standard_normal((n, 1))
-    x, y = (torch.from_numpy(rng.standard_normal((n, width)) + shared) for width in (p, q))
-    return x.requires_grad_(), y.requires_grad_()
-
-
-def differentiate(function: partial[Tensor], *xs: Tensor, upstream: float = 1.0) -> list[Tensor]:
-    """Return the gradients with respect to copies of all xs, which keep their strides."""
-    leaves = [x.detach().clone().requires_grad_() for x in xs]
-    (upstream * function(*leaves).sum()).backward()
-    return [leaf.grad for leaf in leaves]
-
-
-def assert_same_gradients(
-    xs: list[Tensor], got: list[Tensor], want: list[Tensor], tolerance: float = 1e-9
-) -> None:
-    """Assert that gradients agree, relative to their norms or, at an optimum, to 1 / ‖x‖."""
-    for x, a, b in zip(xs, got, want, strict=True):
-        assert a.shape == b.shape == x.shape
-        spread = float((x.detach() - x.detach().mean(0)).double().norm())
-        scale = max(float(b.double().norm()), 1 / spread)
-        torch.testing.assert_close(a.double() / scale, b.double() / scale, rtol=0, atol=tolerance)
-
 
 # Values of the gradient
 
@@ -206,115 +143,6 @@ def test_equal_stimuli_have_finite_gradients(name):
     assert torch.isfinite(gradient).all()
 
 
-def test_ranks_are_refused_unless_no_gradient_is_required():
-    x, y = draw_pair(np.random.default_rng(0), 6, 4, 3)
-    message = "compare: 'spearman' of a tensor that requires grad; expected 'pearson' or 'cosine'"
-    for arguments in ((x, y), (x.detach(), y), (x, y.detach())):
-        with pytest.raises(rk.OptionError, match=message):
-            rk.rsa(*arguments)
-    with torch.no_grad():
-        assert torch.equal(rk.rsa(x, y), rk.rsa(x.detach(), y.detach()))
-
-
-# Kinds of arguments
-
-
-@EACH_CASE
-@EACH_BACKEND
-@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("layout", ["C", "F", "steps"])
-def test_values_and_gradients_of_all_kinds_of_tensors(name, backend, dtype, layout):
-    """Values are bit-identical; gradients are those in float64, rounded to the dtype."""
-    xs = [Representation(9, p, "gaussian", dtype, layout, seed=p).torch() for p in (5, 14)]
-    leaves = [x.requires_grad_() for x in xs]
-    value = call(name, backend=backend)(*leaves)
-    assert torch.equal(value, call(name, backend=backend)(*(x.detach() for x in leaves)))
-    assert value.requires_grad
-    assert value.dtype == torch.float64
-    value.backward()
-    got = [leaf.grad for leaf in leaves]
-    assert [str(g.dtype) for g in got] == [f"torch.{dtype}"] * 2
-    exact = [x.detach().double().contiguous() for x in xs]
-    tolerance = max(1e-13, torch.finfo(got[0].dtype).eps)
-    assert_same_gradients(exact, got, differentiate(call(name), *exact), tolerance)
-
-
-@EACH_CASE
-def test_either_side_or_both_may_require_grad(name):
-    x, y = draw_pair(np.random.default_rng(0), 8, 5, 12)
-    both = differentiate(call(name), x, y)
-    (gx,) = torch.autograd.grad(call(name)(x, y.detach()), x)
-    (gy,) = torch.autograd.grad(call(name)(x.detach(), y), y)
-    assert torch.equal(gx, both[0])
-    assert torch.equal(gy, both[1])
-    (only_y,) = torch.autograd.grad(call(name)(x, y), y)  # although x requires grad too
-    assert torch.equal(only_y, both[1])
-    # The gradients of one tensor in both places add up, here to 0.
-    (gx,) = torch.autograd.grad(call(name)(x, x), x)
-    assert float(gx.abs().max()) < 1e-12
-
-
-@EACH_CASE
-def test_gradients_flow_through_views_and_other_operations(name):
-    x, y = draw_pair(np.random.default_rng(1), 8, 12, 5)
-
-    def loss(similarity: partial[Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return (1 - similarity((3 * x[:, ::2]).tanh(), y.mT.contiguous().mT)) ** 2
-
-    got = differentiate(partial(loss, call(name)), x, y)
-    assert_same_gradients([x, y], got, differentiate(partial(loss, plain(name)), x, y))
-
-
-@EACH_CASE
-@pytest.mark.parametrize("shapes", [((2, 3), (2, 3)), ((3,), (2, 1)), ((), (2,)), ((2, 3), ())])
-def test_batches_have_the_gradients_of_their_items(name, shapes):
-    """Also where a side is repeated along a dimension of the batch."""
-    rng = np.random.default_rng(0)
-    x, y = (
-        torch.from_numpy(rng.standard_normal((*lead, 6, p)))
-        for lead, p in zip(shapes, (4, 9), strict=True)
-    )
-    weights = torch.from_numpy(rng.standard_normal(np.broadcast_shapes(*shapes)))
-
-    def loop(x: Tensor, y: Tensor) -> Tensor:
-        x, y = x.expand(*weights.shape, 6, 4), y.expand(*weights.shape, 6, 9)
-        return sum(weights[i] * call(name)(x[i], y[i]) for i in np.ndindex(*weights.shape))
-
-    got = differentiate(lambda x, y: weights * call(name, batched=True)(x, y), x, y)
-    for a, b in zip(got, differentiate(loop, x, y), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
-
-
-def test_integers_and_frozen_tensors_may_be_the_other_side():
-    rng = np.random.default_rng(0)
-    x, _ = draw_pair(rng, 6, 4, 1)
-    y = torch.from_numpy(rng.integers(0, 5, (6, 3)))
-    for name in CASES:
-        got, _ = differentiate(lambda x, _, name=name: call(name)(x, y), x, x)
-        want, _ = differentiate(call(name), x, y.double())
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
-
-
-@EACH_CASE
-def test_a_scaled_loss_does_not_underflow(name):
-    """The factor reaches the gradient before it is rounded to float16."""
-    x, y = (z.detach().half() * 100 for z in draw_pair(np.random.default_rng(0), 30, 40, 9))
-    scale = 2.0**16
-    got = differentiate(call(name), x, y, upstream=scale)
-    exact = differentiate(call(name), x.double(), y.double())
-    scaled = [x.double() / scale, y.double() / scale]
-    assert_same_gradients(scaled, got, [g * scale for g in exact], 1e-3)
-
-
-@pytest.mark.parametrize("scale", [1e-60, 1e60])
-@pytest.mark.parametrize("name", [name for name in CASES if "rbf" not in name])
-def test_gradients_neither_overflow_nor_underflow(name, scale):
-    x, y = draw_pair(np.random.default_rng(0), 6, 4, 9)
-    got = differentiate(call(name), x * scale, y)
-    want = differentiate(call(name), x, y)
-    assert_same_gradients([x, y], [got[0] * scale, got[1]], want)
-
-
 # How they are computed
 
 
@@ -385,42 +213,3 @@ def test_blocks_of_neurons_are_joined(monkeypatch):
     monkeypatch.setattr("repsim_kernels.kernels.torch.memory.BLOCK", 6 * 7)
     for name, gradient in zip(CASES, want, strict=True):
         assert_same_gradients([x, y], differentiate(call(name), x, y), gradient)
-
-
-# What is refused
-
-
-@EACH_CASE
-def test_a_second_derivative_is_refused(name):
-    x, y = draw_pair(np.random.default_rng(0), 6, 4, 3)
-    first = torch.autograd.grad(call(name)(x, y), (x, y), create_graph=True)
-    assert all(map(torch.equal, first, differentiate(call(name), x, y)))
-    function = CASES[name][0].__name__
-    for target in (x, y):
-        message = f"^{function}: second derivatives are not computed.*without create_graph$"
-        with pytest.raises(rk.GradientError, match=message):
-            torch.autograd.grad(first[0].square().sum(), target, retain_graph=True)
-    assert issubclass(rk.GradientError, RuntimeError)
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@EACH_CASE
-def test_nothing_is_recorded_without_grad_mode(name, mode):
-    x, y = draw_pair(np.random.default_rng(0), 6, 4, 3)
-    with mode():
-        value = call(name)(x, y)
-    assert not value.requires_grad
-    assert torch.equal(value, call(name)(x.detach(), y.detach()))
-
-
-def test_undefined_similarities_are_still_errors():
-    x, y = (z.detach() for z in draw_pair(np.random.default_rng(0), 6, 4, 3))
-    for name in CASES:
-        with pytest.raises(rk.ConstantError):
-            call(name)(torch.ones_like(x).requires_grad_(), y)
-        bad = x.clone()
-        bad[1, 2] = torch.nan
-        with pytest.raises(rk.NonFiniteError, match=r"y: 1 of 24 values"):
-            call(name)(y, bad.requires_grad_())
-    with pytest.raises(rk.DeviceError, match="y: a numpy array"):
-        rk.cka(x.requires_grad_(), y.numpy())
