@@ -179,6 +179,7 @@ def patching(
 
 @app.command()
 def searchlight(
+def gradients(
     quick: Annotated[
         bool, typer.Option(help="Use small sizes, in seconds; write no results.")
     ] = False,
@@ -191,6 +192,13 @@ def searchlight(
     print(describe_searchlight(record))
     if not quick:
         out = machine.RESULTS / f"searchlight-{machine.slugify_device('cpu')}.json"
+    """Measure training steps with a similarity as the loss, and by plain PyTorch."""
+    from bench.bench_gradients import describe_gradients, measure_gradients
+
+    record = measure_gradients(quick)
+    print(describe_gradients(record))
+    if not quick:
+        out = machine.RESULTS / f"gradients-{machine.slugify_device('cpu')}.json"
         machine.save(out, record)
         print(out)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from bench import aims, bench_compare, maps
 from bench.accuracy import OURS, summarize, tabulate_by_package
 from bench.bench_calibrate import describe_calibration
+from bench.bench_gradients import describe_gradients
 from bench.bench_patching import describe_patching
 from bench.bench_searchlight import describe_searchlight
 from bench.common.machine import Json, format_seconds, load
@@ -361,6 +362,12 @@ def _render_all(kind: str, describe: Callable[[Json], str], results: Path) -> st
     return "\n\n".join(describe(load(path)) for path in paths) or "Not measured yet."
 
 
+def render_gradients(results: Path) -> str:
+    """bench/README.md: training steps by this package and by plain PyTorch."""
+    paths = sorted(results.glob("gradients-*.json"))
+    return "\n\n".join(describe_gradients(load(path)) for path in paths) or "Not measured yet."
+
+
 def render_unrelated(_path: Path, record: Json) -> str:
     """docs/compare.md: CKA of representations that have nothing in common."""
     return maps.describe_unrelated(record)
@@ -394,5 +401,7 @@ BLOCKS: dict[str, tuple[str, Callable[..., str]]] = {
     "calibrate": ("calibrate", lambda _path, record: describe_calibration(record)),
     "patching": ("*", partial(_render_all, "patching", describe_patching)),
     "searchlight": ("*", partial(_render_all, "searchlight", describe_searchlight)),
+    "patching": ("*", render_patching),
+    "gradients": ("*", render_gradients),
     "runs": ("*", render_runs),
 }

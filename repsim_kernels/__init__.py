@@ -25,6 +25,7 @@ _ERRORS = (
     "LayerError",
     "ConvergenceError",
     "BackendUnavailable",
+    "GradientError",
 )
 _MODULES = {
     **{op.name: f"repsim_kernels.ops.{op.family}" for op in OPERATIONS},

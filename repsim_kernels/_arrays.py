@@ -81,7 +81,9 @@ class Source(NamedTuple):
         return to_numpy(result)[()]
 
 
-def convert(a: Any, name: str, expected: str = REAL_NUMBERS) -> tuple[Tensor, Source]:
+def convert(
+    a: Any, name: str, expected: str = REAL_NUMBERS, *, accept_grad: bool = False
+) -> tuple[Tensor, Source]:
     """Convert an array of real numbers to a tensor on the same device.
 
     Memory is shared unless torch can't represent it: negative strides, foreign byte orders, the
@@ -94,6 +96,8 @@ def convert(a: Any, name: str, expected: str = REAL_NUMBERS) -> tuple[Tensor, So
         Name of the argument in errors.
     expected : str
         What errors say is expected.
+    accept_grad : bool
+        Whether `a` may be a tensor that requires grad. The result is detached from it.
 
     Raises
     ------
@@ -103,7 +107,7 @@ def convert(a: Any, name: str, expected: str = REAL_NUMBERS) -> tuple[Tensor, So
     """
     match detect_library(a):
         case "torch":
-            a, source = _check_tensor(a, name), Source("torch", str(a.device))
+            a, source = _check_tensor(a, name, accept_grad), Source("torch", str(a.device))
         case "cupy":
             source = Source("cupy", f"cuda:{a.device.id}")
         case _:
@@ -154,8 +158,8 @@ def to_numpy(value: Any) -> Any:
     return value.get() if detect_library(value) == "cupy" else value
 
 
-def _check_tensor(a: Tensor, name: str) -> Tensor:
-    """Check that a tensor is dense, holds values and is not part of a gradient computation."""
+def _check_tensor(a: Tensor, name: str, accept_grad: bool) -> Tensor:
+    """Check that a tensor is dense and holds values, and that its derivatives are computed."""
     check_dense(a, name)
     if a.is_quantized:
         what, expected = "a quantized tensor", f"real numbers: pass {name}.dequantize()"
@@ -164,10 +168,16 @@ def _check_tensor(a: Tensor, name: str) -> Tensor:
         expected = "a tensor with values"
     elif type(a).__name__ == "MaskedTensor":
         what, expected = "a MaskedTensor", "a plain tensor, without masked entries"
-    elif a.requires_grad or unpack_dual(a).tangent is not None:  # in reverse or forward mode
+    elif unpack_dual(a).tangent is not None:
+        what = "a tensor with a tangent, of forward-mode differentiation"
+        expected = f"one without, since tangents are not computed: pass {name}.detach()"
+    elif a.requires_grad and not accept_grad:
         # If it were detached silently, a loss computed from the result would train nothing.
         what = "a tensor that requires grad"
-        expected = f"one that doesn't, since gradients are not computed: pass {name}.detach()"
+        expected = (
+            f"one that doesn't: pass {name}.detach(); only cka, procrustes and rsa compute "
+            "gradients, of whole tensors"
+        )
     else:
         check_untransformed(a, name)
         return a.detach().resolve_neg()

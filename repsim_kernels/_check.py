@@ -93,6 +93,7 @@ def check_representation(
     batched: Any = False,
     defer: bool = False,
     allow_undefined: bool = False,
+    accept_grad: bool = False,
 ) -> tuple[Tensor, Source]:
     """Check one representation (n, p): real, finite, not constant, with at least one neuron.
 
@@ -105,9 +106,11 @@ def check_representation(
     `defer` skips the scans for constant representations and, in dtypes below float64, for values
     that are not finite. The operation's result must be NaN in either case, and must be passed to
     `raise_if_nan`. `allow_undefined` skips both in all dtypes: the result is NaN then.
+
+    `accept_grad` accepts a tensor that requires grad, and returns it detached.
     """
     batched = _options.check_flag(batched, "batched")
-    x, source = _arrays.convert(x, name)
+    x, source = _arrays.convert(x, name, accept_grad=accept_grad)
     if x.ndim < 2 or (x.ndim > 2 and not batched):
         expected = "(…, n, p)" if batched else "(n, p)"
         hint = ""

@@ -72,14 +72,20 @@ def check_gram_and_parts(gram: Any, parts: Any, min_stimuli: int) -> tuple[Tenso
 
 
 def check_kernel_matrix(
-    k: Any, name: str, *, debiased: bool, batched: Any = False, allow_batch: bool = True
+    k: Any,
+    name: str,
+    *,
+    debiased: bool,
+    batched: Any = False,
+    allow_batch: bool = True,
+    accept_grad: bool = False,
 ) -> tuple[Tensor, Source]:
     """Check one kernel matrix (n, n), not yet centred; return it in float64, exactly symmetric.
 
-    `debiased`, `batched` and `allow_batch` are as in `check_representation`.
+    `debiased`, `batched`, `allow_batch` and `accept_grad` are as in `check_representation`.
     """
     batched = _options.check_flag(batched, "batched")
-    k, source = _arrays.convert(k, name)
+    k, source = _arrays.convert(k, name, accept_grad=accept_grad)
     shape = tuple(k.shape)
     if k.ndim < 2 or shape[-2] != shape[-1] or (k.ndim > 2 and not batched):
         hint = ", or batched=True for a batch of them" if k.ndim > 2 and allow_batch else ""

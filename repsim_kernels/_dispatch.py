@@ -41,6 +41,10 @@ _INTERNAL_OPERATIONS = (
     Operation("find_candidates", "nearest", ("torch", "triton"), batched=("torch", "triton")),
     Operation("searchlight_rdms", "searchlight", ("torch", "triton"), batched=("torch", "triton")),
     Operation("calibrate_by_moments", "calibration", ("torch",), with_precision=("torch",)),
+    *(
+        Operation(f"{name}_gradients", "gradients", ("torch",))
+        for name in ("cka", "procrustes", "rsa")
+    ),
 )
 # Internal operations that kernels of the torch backend take as arguments, so that Triton can serve
 # them on a GPU.

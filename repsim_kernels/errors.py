@@ -151,6 +151,23 @@ class ConvergenceError(RepsimError, ArithmeticError):
     """
 
 
+class GradientError(RepsimError, RuntimeError):
+    """A second derivative of a similarity was requested; only the first is computed.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import repsim_kernels as rk
+    >>> x = torch.tensor([[0.0, 1.0], [2.0, 1.0], [4.0, 4.0]], requires_grad=True)
+    >>> similarity = rk.cka(x, x.detach()[:, :1])
+    >>> (gradient,) = torch.autograd.grad(similarity, x, create_graph=True)
+    >>> gradient.square().sum().backward()
+    Traceback (most recent call last):
+        ...
+    repsim_kernels.errors.GradientError: cka: second derivatives are not computed, since ...
+    """
+
+
 class BackendUnavailable(RepsimError, RuntimeError):
     """The requested backend can't serve this call; the message gives the reason.
 

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from _inputs import CELLS, LABELS, PAIRS, SINGLES, T, X, Y, assert_refused
+from _inputs import CELLS, DIFFERENTIABLE, LABELS, PAIRS, SINGLES, T, X, Y, assert_refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -109,21 +109,30 @@ def test_pairwise_has_no_option_batched():
 def test_tensors_that_require_grad_are_refused(x, mode):
     with mode():
         if isinstance(x, torch.Tensor):
-            assert_refused(x, ".detach()")
+            expected = ".detach(); only cka, procrustes and rsa compute gradients"
+            assert_refused(x, expected, without=DIFFERENTIABLE)
             x = [x]
-        with pytest.raises(rk.DtypeError, match=r"x\[0\].* requires grad.*pass x\[.*\.detach\(\)"):
-            rk.cka(x, Y)
+        for f in DIFFERENTIABLE:
+            message = r"x\[0\].* requires grad.*pass x\[.*\.detach\(\);.*, of whole tensors$"
+            with pytest.raises(rk.DtypeError, match=message):
+                getattr(rk, f)(x, Y)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by torch.func.jvp
 def test_derivatives_are_refused_in_both_modes():
-    for transform in (
-        lambda f: torch.func.grad(f)(T),
-        lambda f: torch.func.jvp(f, (T,), (T,)),
-        lambda f: torch.autograd.functional.jacobian(f, T),
+    y = torch.from_numpy(Y)
+    for transform, message in (
+        (lambda f: torch.func.grad(f)(T), r"requires grad.*x\.detach\(\)"),
+        (lambda f: torch.func.jvp(f, (T,), (T,)), r"with a tangent.*x\.detach\(\)"),
+        (lambda f: torch.autograd.functional.jacobian(f, T), r"requires grad.*x\.detach\(\)"),
     ):
-        with pytest.raises(rk.DtypeError, match=r"x: .*requires grad.*x\.detach\(\)"):
-            transform(lambda x: rk.cka(x, torch.from_numpy(Y)))
+        with pytest.raises(rk.DtypeError, match=rf"x: .*{message}"):
+            transform(lambda x: rk.cca(x, y, ridge=0.1))
+    for f in DIFFERENTIABLE:
+        with pytest.raises(rk.DtypeError, match=r"x: .*inside torch\.func.*plain tensor"):
+            torch.func.grad(lambda x, f=f: getattr(rk, f)(x, y))(T)
+        with pytest.raises(rk.DtypeError, match=r"x: .*with a tangent.*x\.detach\(\)"):
+            torch.func.jvp(lambda x, f=f: getattr(rk, f)(x, y), (T,), (T,))
 
 
 def test_detached_tensors_are_accepted():

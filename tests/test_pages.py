@@ -15,6 +15,7 @@ from repsim_kernels._operations import OPERATIONS
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+COMPARE = ROOT / "repsim_kernels" / "docs" / "compare.md"
 ABLATION = ROOT / "repsim_kernels" / "docs" / "ablation.md"
 SIGNIFICANCE = ROOT / "repsim_kernels" / "docs" / "significance.md"
 METRICS_PAGE = ROOT / "repsim_kernels" / "docs" / "metrics.md"
@@ -155,7 +156,9 @@ def test_the_readme_names_every_function():
     assert {op.name for op in OPERATIONS} <= set(re.findall(r"\w+", table))
 
 
-@pytest.mark.parametrize(("page", "count"), [(README, 3), (SIGNIFICANCE, 7), (ABLATION, 6)])
+@pytest.mark.parametrize(
+    ("page", "count"), [(README, 3), (SIGNIFICANCE, 7), (ABLATION, 6), (COMPARE, 1)]
+)
 def test_the_code_of_a_page_prints_what_is_shown(monkeypatch, tmp_path, page, count):
     """The output of each block is shown in the comments at its end."""
     text = page.read_text(encoding="utf-8")

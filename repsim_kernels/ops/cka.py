@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from repsim_kernels import _check, _check_matrices, _dispatch, _options
+from repsim_kernels import _check, _check_matrices, _dispatch, _gradients, _options
 from repsim_kernels._typing import Array, ArrayLike
 
 KERNELS = (*_options.KERNELS, "precomputed")
@@ -80,6 +80,8 @@ def cka(
     rotation, isotropic scaling and translation of either side. Gram matrices of features that are
     far from zero have lost digits before they are centred here: centre the features first. 1 - CKA
     is not a metric: it violates the triangle inequality.
+    The result for tensors that require grad can be differentiated once, by a closed form in
+    float64: see docs/compare.md, "A similarity as a loss".
     Source: Kornblith, Norouzi, Lee & Hinton 2019, "Similarity of Neural Network Representations
     Revisited", ICML; for the debiased form Song, Smola, Gretton, Bedo & Borgwardt 2012, JMLR 13,
     and Székely & Rizzo 2014, Annals of Statistics 42; for the warning Murphy, Zylberberg & Fyshe
@@ -105,7 +107,8 @@ def cka(
     debiased = _options.check_flag(debiased, "debiased")
     sigma = _options.check_bandwidth(kernel, sigma, KERNELS)
     precision = _options.check_product_precision(precision)
-    x, y, source = _check.check_pair(x, y, batched=batched, **choose_check(kernel, debiased))
+    arguments, checks = (x, y), choose_check(kernel, debiased)
+    x, y, source = _check.check_pair(x, y, batched=batched, accept_grad=True, **checks)
     n, p, q = x.shape[-2], x.shape[-1], y.shape[-1]
     options: dict[str, Any] = {
         "debiased": debiased,
@@ -115,13 +118,18 @@ def cka(
     }
     # Kernel matrices have been checked in full.
     deferred = {} if kernel == "precomputed" else {"x": x, "y": y}
+    chance = None
     if not _options.may_be_high_by_chance(n, p, q, debiased, kernel):
         similarity = _dispatch.call("cka", backend, source, x, y, **options)
-        return _check.raise_if_nan(similarity, UNDEFINED, **deferred)
-    result = _dispatch.call("cka", backend, source, x, y, **options, chance=True)
-    similarity = _check.raise_if_nan(result["similarity"], UNDEFINED, **deferred)
-    _options.warn_if_high_by_chance(float(result["chance"].max()))
-    return similarity
+    else:
+        result = _dispatch.call("cka", backend, source, x, y, **options, chance=True)
+        similarity, chance = result["similarity"], result["chance"]
+    _check.raise_if_nan(similarity, UNDEFINED, **deferred)
+    if chance is not None:
+        _options.warn_if_high_by_chance(float(chance.max()))
+    return _gradients.attach(
+        similarity, "cka", *arguments, debiased=debiased, kernel=kernel, sigma=sigma
+    )
 
 
 def choose_check(kernel: str, debiased: bool) -> dict[str, Any]:

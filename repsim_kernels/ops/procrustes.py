@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from repsim_kernels import _check, _dispatch, _options
+from repsim_kernels import _check, _dispatch, _gradients, _options
 from repsim_kernels._typing import Array, ArrayLike
 
 
@@ -36,6 +36,8 @@ def procrustes(
     -----
     A p x q matrix is formed only if both sides are smaller than n. Invariant to rotation, isotropic
     scaling and translation of either side.
+    The result for tensors that require grad can be differentiated once, by a closed form in
+    float64: see docs/compare.md, "A similarity as a loss".
     Source: Williams, Kunz, Kornblith & Linderman 2021, "Generalized Shape Metrics on Neural
     Representations", NeurIPS; Ding, Denain & Steinhardt 2021, "Grounding Representation Similarity
     Through Statistical Testing", NeurIPS.
@@ -53,8 +55,10 @@ def procrustes(
     >>> round(float(rk.procrustes(x, x @ rotation)), 3)
     1.0
     """
-    x, y, source = _check.check_pair(x, y, batched=batched)
-    return _dispatch.call("procrustes", backend, source, x, y)
+    arguments = x, y
+    x, y, source = _check.check_pair(x, y, batched=batched, accept_grad=True)
+    similarity = _dispatch.call("procrustes", backend, source, x, y)
+    return _gradients.attach(similarity, "procrustes", *arguments)
 
 
 def procrustes_distance(

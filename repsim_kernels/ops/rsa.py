@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from repsim_kernels import _check, _dispatch, _options
+from repsim_kernels import _check, _dispatch, _gradients, _options
 from repsim_kernels._typing import Array, ArrayLike
+from repsim_kernels.errors import OptionError
 
 UNDEFINED = (
     "x or y: its distances are all equal, or a stimulus is zero (for 'cosine') or constant (for "
@@ -70,6 +71,10 @@ def rsa(
     tolerance of float64 arithmetic alone. NumPy arrays of bfloat16, and all arrays with
     ``backend="reference"``, count as float32.
 
+    The result for tensors that require grad can be differentiated once, by a closed form in
+    float64, unless ``compare="spearman"``: ranks have no gradient. See docs/compare.md, "A
+    similarity as a loss".
+
     Source: Kriegeskorte, Mur & Bandettini 2008, "Representational similarity analysis: connecting
     the branches of systems neuroscience", Frontiers in Systems Neuroscience 2.
 
@@ -86,6 +91,14 @@ def rsa(
     0.455
     """
     distance, compare = _options.check_rsa_options(distance, compare)
-    x, y, source = _check.check_pair(x, y, min_stimuli=3, batched=batched)
-    similarity = _dispatch.call("rsa", backend, source, x, y, distance=distance, compare=compare)
-    return _check.raise_if_nan(similarity, UNDEFINED)
+    arguments = x, y
+    x, y, source = _check.check_pair(x, y, min_stimuli=3, batched=batched, accept_grad=True)
+    if compare == "spearman" and _gradients.is_required(*arguments):
+        raise OptionError(
+            "compare: 'spearman' of a tensor that requires grad; expected 'pearson' or 'cosine', "
+            "since ranks have no gradient, or a tensor that doesn't"
+        )
+    options = {"distance": distance, "compare": compare}
+    similarity = _dispatch.call("rsa", backend, source, x, y, **options)
+    _check.raise_if_nan(similarity, UNDEFINED)
+    return _gradients.attach(similarity, "rsa", *arguments, **options)

@@ -287,13 +287,19 @@ def rbf(d2: Tensor, sigma: float) -> Tensor:
 
     The squared bandwidth is sigma² times the median of all n² squared distances, zeros included.
     """
+    low, high = middle_distances(d2)
+    return torch.exp(-d2 / ((low + high)[..., None, None] * sigma**2))
+
+
+def middle_distances(d2: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the two values (…) whose mean is the median of all n² squared distances (…, n, n)."""
     n = d2.shape[-1]
     i, j = torch.triu_indices(n, n, 1, device=d2.device)
     values = d2.flatten(-2).index_select(-1, i * n + j)
     # In ascending order come the n zeros of the diagonal, and then every distance twice.
     middle = [max(0, k - n + 1) // 2 for k in ((n * n + 1) // 2, n * n // 2 + 1)]
     low, high = (_select_kth(values, k) if k else values.new_zeros(()) for k in middle)
-    return torch.exp(-d2 / ((low + high)[..., None, None] * sigma**2))
+    return low, high
 
 
 def _select_kth(values: Tensor, k: int) -> Tensor:

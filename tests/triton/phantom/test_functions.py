@@ -19,7 +19,7 @@ from torch import Tensor
 
 import repsim_kernels as rk
 from bench.common.tolerances import Tol, assert_close
-from repsim_kernels import _dispatch
+from repsim_kernels import _arrays, _dispatch
 from repsim_kernels._operations import OPERATIONS
 from repsim_kernels.ops.rdm_comparison import METHODS
 
@@ -242,6 +242,35 @@ def test_values_are_those_of_the_cpu(backends, name, index, dtype, layout):
     tolerance = IN_FLOAT32 if is_solver and dtype != torch.float64 else TOLERANCE
     for a, b in zip(got, want, strict=True):
         assert_close(a, b, tolerance, nan=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("cka", {"debiased": False, "kernel": "linear", "sigma": None}),
+        ("cka", {"debiased": True, "kernel": "rbf", "sigma": 0.5}),
+        ("procrustes", {}),
+        ("rsa", {"distance": "euclidean", "compare": "pearson"}),
+        ("rsa", {"distance": "correlation", "compare": "cosine"}),
+    ],
+)
+@pytest.mark.parametrize("arguments", [(X, Y), (TALL, TALL[:, :3])])
+def test_gradients_are_those_of_the_cpu(name, options, arguments):
+    """Those that `backward` computes; autograd itself does not know the device."""
+    results = []
+    with phantom_device():
+        for device in ("cuda", "cpu"):
+            x, y, upstream = (
+                torch.from_numpy(a).to(device) for a in (*arguments, np.full((1, 1), 0.5))
+            )
+            source = _arrays.Source("torch", str(x.device))
+            got = _dispatch.call(
+                f"{name}_gradients", "torch", source, x, y, upstream, sides=(0, 1), **options
+            )
+            assert all(g.device == x.device for g in got)
+            results.append([g.cpu() for g in got])
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b, TOLERANCE)
 
 
 def test_calibrate_multiplies_by_triton(backends):
