@@ -111,12 +111,9 @@ def measure_one(rates=RATES, **changes):
 )
 def test_rehearsal(tmp_path, interpret):
     out = tmp_path / "report.json"
-    code = (
-        "import pathlib, sys, bench.gpu_report as b;"
-        "b.measure_gpu(pathlib.Path(sys.argv[1]), 'cpu', True)"
-    )
+    options = ["--device", "cpu", "--quick", "--out", str(out)]
     done = subprocess.run(
-        [sys.executable, "-c", code, str(out)],
+        [sys.executable, "-m", "bench", "gpu-report", *options],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"},
         capture_output=True,
