@@ -72,7 +72,8 @@ def test_each_measurement_has_a_process(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_every_method_runs_on_every_workload_at_small_sizes():
+def test_every_method_runs_on_every_workload_at_small_sizes(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # its threads share a core with other tests
     done = CliRunner().invoke(app, ["networks", "--quick"])
     assert done.exit_code == 0, done.output
     rows = [line.split(" | ")[:3] for line in done.stdout.splitlines()]
