@@ -3,8 +3,10 @@ BIN := .venv/bin
 # One single-threaded worker per core, since threads that share a core wait for each other. Idle
 # workers steal tests from busy ones, because a few tests take as long as hundreds of others.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
-# What `make test` leaves out, plus the property tests with more examples.
-DEEP := -m "slow or hypothesis" --hypothesis-profile deep
+# Two threads per worker, which sleep while they wait: they don't need cores of their own.
+TWO_THREADS := OMP_WAIT_POLICY=passive $(subst THREADS=1,THREADS=2,$(PYTEST))
+# What `make test` leaves out, plus the property tests that draw more examples in this profile.
+DEEP := -m "slow or deep" --hypothesis-profile deep
 # Tests of values. `make slow` repeats them with other code paths of PyTorch's MKL and of NumPy's and
 # SciPy's OpenBLAS, which round differently, as another machine would.
 VALUES := $(patsubst %,tests/test_%.py,values metrics cka cka_precision rsa neighbours reference reference_properties ablation spectral probe)
@@ -29,15 +31,12 @@ lint: .venv/dev
 slow: .venv/dev .venv/triton-3.6
 	$(PYTEST) $(DEEP)
 	TRITON_INTERPRET=1 $(PYTEST) $(DEEP) tests/triton
-	$(BIN)/python -m bench peers --quick
-	$(BIN)/python -m bench networks --quick
-	$(BIN)/python -m bench gpu-report --device cpu --quick --out .venv/gpu_report.json
 	PYTHONPATH=.venv/triton-3.6 $(PYTEST) -m "" tests/compile
 	PYTHONPATH=.venv/triton-3.6 $(PYTEST) tests/test_gpu_report_cache.py
 	MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Prescott $(PYTEST) --hypothesis-profile deep $(VALUES)
 	MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Sandybridge $(PYTEST) --hypothesis-profile deep $(VALUES)
-	MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(VALUES)
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(VALUES)
+	MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem $(TWO_THREADS) $(VALUES)
+	$(TWO_THREADS) $(VALUES)
 
 check: test lint slow
 

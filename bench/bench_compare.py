@@ -9,7 +9,7 @@ import multiprocessing
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -242,17 +242,19 @@ def compare_networks(out: Path | None, quick: bool = False) -> Json:
         "rows": [],
     }
     for name, workload in WORKLOADS.items():
-        turns = 1 if quick else workload.turns
-        record["rows"] += _measure_workload(name, workload, sizes[name], turns)
+        turns, threads = (1, _THREADS[-1:]) if quick else (workload.turns, _THREADS)
+        record["rows"] += _measure_workload(name, workload, sizes[name], turns, threads)
         if out:
             save(out, record)
     return record
 
 
-def _measure_workload(name: str, workload: Workload, sizes: Json, turns: int) -> list[Json]:
+def _measure_workload(
+    name: str, workload: Workload, sizes: Json, turns: int, threads: Sequence[int]
+) -> list[Json]:
     rows: list[Json] = [
-        {"workload": name, "method": method, "threads": threads, "seconds": [], "memory_bytes": []}
-        for threads in _THREADS
+        {"workload": name, "method": method, "threads": count, "seconds": [], "memory_bytes": []}
+        for count in threads
         for method in workload.methods
     ]
     maps: dict[str, Array] = {}

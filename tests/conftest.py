@@ -21,6 +21,16 @@ settings.register_profile("deep", settings.get_profile("repsim"), max_examples=1
 settings.load_profile("repsim")
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark tests whose number of examples is the profile's.
+
+    A number of their own makes every profile draw the same examples.
+    """
+    drawn = getattr(getattr(item, "obj", None), "_hypothesis_internal_use_settings", None)
+    if drawn is not None and drawn.max_examples == settings.default.max_examples:
+        item.add_marker("deep")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
     count = sum("gpu" in getattr(report, "keywords", ()) for report in skipped)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import repsim_kernels as rk
 from bench import bench_compare, doc_blocks
+from bench.__main__ import app
 from bench.bench_compare import METHODS, WORKLOADS, compare_networks, measure_process
 from bench.common.machine import save
 from bench.common.tolerances import SAME, assert_close
@@ -67,6 +69,19 @@ def test_each_measurement_has_a_process(monkeypatch, capsys):
     assert row["seconds"][0] > 0
     assert row["memory_bytes"][0] >= 0
     assert capsys.readouterr().out.startswith("wide | threads=1 | `compare` | ")
+
+
+@pytest.mark.slow
+def test_every_method_runs_on_every_workload_at_small_sizes(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # its threads share a core with other tests
+    done = CliRunner().invoke(app, ["networks", "--quick"])
+    assert done.exit_code == 0, done.output
+    rows = [line.split(" | ")[:3] for line in done.stdout.splitlines()]
+    assert rows == [
+        [name, "threads=2", bench_compare._METHODS[method]]
+        for name, workload in WORKLOADS.items()
+        for method in workload.methods
+    ]
 
 
 def test_memory_is_counted_above_networks_and_stimuli(monkeypatch):

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from typer.testing import CliRunner
 
 import repsim_kernels as rk
+from bench.__main__ import app
 from bench.common import machine
 from bench.peers import jobs, run, tables, worker
 from bench.peers.jobs import Workload
@@ -152,6 +154,12 @@ def serve_fakes(key, device, connection):
     """Run a worker process that looks its package up among the fakes."""
     worker.PACKAGES = tuple(FAKES.values())
     worker.serve(key, device, connection)
+
+
+@pytest.mark.slow
+def test_every_package_runs_every_job_at_small_sizes():
+    done = CliRunner().invoke(app, ["peers", "--quick"])
+    assert done.exit_code == 0, done.output  # 1 if a row is wrong or failed
 
 
 def test_a_terminated_comparison_removes_its_shared_memory():

@@ -15,7 +15,6 @@ from bench.predict.sass import Loop, parse
 from repsim_kernels.kernels.triton._launch import CompileCase, Floor
 
 
-@pytest.mark.slow
 def test_page_has_a_row_for_every_case(tmp_path: Path) -> None:
     out = tmp_path / "MODEL.md"
     result = CliRunner().invoke(app, ["model", "--out", str(out)])

@@ -35,6 +35,14 @@ def sweep(tmp_path: Path) -> Iterator[Callable[..., Sweep]]:
         one.process.communicate()
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    """The table of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert Sweep(folder, *SMALL, "--out", "run", "--quiet").end()[0] == 0
+    return read_results(folder / "run")
+
+
 def test_a_run_stopped_by_a_signal_is_resumed(tmp_path: Path, sweep: Callable[..., Sweep]) -> None:
     run, options = tmp_path / "run", (*SMALL, "--layers", "features.4,features.7", "--out", "run")
     first = sweep(*options)
@@ -58,11 +66,9 @@ def test_a_run_stopped_by_a_signal_is_resumed(tmp_path: Path, sweep: Callable[..
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_run_killed_at_random_times_gives_the_same_table(
-    tmp_path: Path, sweep: Callable[..., Sweep], seed: int
+    tmp_path: Path, sweep: Callable[..., Sweep], whole: pd.DataFrame, seed: int
 ) -> None:
     rng = random.Random(seed)
-    uninterrupted = sweep(*SMALL, "--out", "whole", "--quiet")
-    assert uninterrupted.end()[0] == 0
     run, kills, runs = tmp_path / "run", 0, 0
     while kills < 10:
         stored = list_parts(run)
@@ -90,9 +96,7 @@ def test_a_run_killed_at_random_times_gives_the_same_table(
     assert runs >= 4
     code, _, err = sweep(*SMALL, "--out", "run", "--workers", "2").end()
     assert (code, err) == (0, "")
-    pd.testing.assert_frame_equal(
-        read_results(run), read_results(tmp_path / "whole"), check_exact=True
-    )
+    pd.testing.assert_frame_equal(read_results(run), whole, check_exact=True)
     remaining = {
         path.name for path in run.rglob("*") if path.is_file() and path.parent.name == "parts"
     }
