@@ -179,7 +179,6 @@ def patching(
 
 @app.command()
 def searchlight(
-def gradients(
     quick: Annotated[
         bool, typer.Option(help="Use small sizes, in seconds; write no results.")
     ] = False,
@@ -192,6 +191,16 @@ def gradients(
     print(describe_searchlight(record))
     if not quick:
         out = machine.RESULTS / f"searchlight-{machine.slugify_device('cpu')}.json"
+        machine.save(out, record)
+        print(out)
+
+
+@app.command()
+def gradients(
+    quick: Annotated[
+        bool, typer.Option(help="Use small sizes, in seconds; write no results.")
+    ] = False,
+) -> None:
     """Measure training steps with a similarity as the loss, and by plain PyTorch."""
     from bench.bench_gradients import describe_gradients, measure_gradients
 

@@ -362,12 +362,6 @@ def _render_all(kind: str, describe: Callable[[Json], str], results: Path) -> st
     return "\n\n".join(describe(load(path)) for path in paths) or "Not measured yet."
 
 
-def render_gradients(results: Path) -> str:
-    """bench/README.md: training steps by this package and by plain PyTorch."""
-    paths = sorted(results.glob("gradients-*.json"))
-    return "\n\n".join(describe_gradients(load(path)) for path in paths) or "Not measured yet."
-
-
 def render_unrelated(_path: Path, record: Json) -> str:
     """docs/compare.md: CKA of representations that have nothing in common."""
     return maps.describe_unrelated(record)
@@ -401,7 +395,6 @@ BLOCKS: dict[str, tuple[str, Callable[..., str]]] = {
     "calibrate": ("calibrate", lambda _path, record: describe_calibration(record)),
     "patching": ("*", partial(_render_all, "patching", describe_patching)),
     "searchlight": ("*", partial(_render_all, "searchlight", describe_searchlight)),
-    "patching": ("*", render_patching),
-    "gradients": ("*", render_gradients),
+    "gradients": ("*", partial(_render_all, "gradients", describe_gradients)),
     "runs": ("*", render_runs),
 }

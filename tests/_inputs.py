@@ -94,7 +94,6 @@ def list_calls(x, without=()):
         calls.append(("x", lambda metric=metric, o=options: metric(x, y, **o)))
         calls.append(("y", lambda metric=metric, o=options: metric(y, x, **o)))
     gram, rdms = convert_like(x, X @ X.T), convert_like(x, RDMS)
-    gram = convert_like(x, X @ X.T)
     if "cka" not in without:
         calls.append(("y", lambda: rk.cka(gram, x, kernel="precomputed")))
     return [
