@@ -11,10 +11,10 @@ Predictions for 250,000 spheres of 100 voxels and 32 patterns, on two cores that
     crossnobis, 4 folds   26 GB      256 Gop      5.8 s
 
 The passes over products and distances, 250,000 x (1,024 + 5 x 496) float64 numbers that stay in a
-cache, add about a second, and comparisons sort 496 numbers per sphere: about 3 s for a million of
-them per 10 s. Next to x and the neighbours, memory is 496 MB of results, 37 MB of those that are
-computed together and 30 MB of their indices, 12 MB of the patterns of their voxels (46 MB for
-crossnobis), and 35 MB of distances and batches: 0.6 GB.
+cache, should add about a second, and so should rank correlations, which sort 124 million numbers.
+Next to x and the neighbours, memory is 496 MB of results, 37 MB of those that are computed together
+and 30 MB of their indices, 12 MB of the patterns of their voxels (46 MB for crossnobis), and 35 MB
+of distances and batches: 0.6 GB.
 """
 
 from __future__ import annotations
