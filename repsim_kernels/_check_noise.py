@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from repsim_kernels import _arrays, _check, _options
@@ -13,7 +15,7 @@ from repsim_kernels._arrays import Source
 from repsim_kernels._check_conditions import check_names
 from repsim_kernels._check_matrices import MAX_ASYMMETRY, MAX_GRAM
 from repsim_kernels._noise import Noise
-from repsim_kernels.errors import ConstantError, OptionError, ShapeError
+from repsim_kernels.errors import ConstantError, DegenerateWarning, OptionError, ShapeError
 
 _EXPECTED = (
     "a covariance (p, p), residuals (m, p), or labels (n,) of the conditions within which "
@@ -22,11 +24,17 @@ _EXPECTED = (
 
 
 def check_noise(
-    noise: Any, shrinkage: Any, x: Tensor, distance: str, source: Source
+    noise: Any,
+    shrinkage: Any,
+    x: Tensor,
+    distance: str,
+    averages: NDArray[np.float64] | None,
+    source: Source,
 ) -> Noise | None:
     """Check the noise of the neurons of x (n, p), and how its covariance is shrunk.
 
-    ``source`` is that of x. None if patterns are not whitened.
+    ``averages`` are those of `check_conditions`, and ``source`` is that of x. None if patterns are
+    not whitened.
     """
     if shrinkage is not None:
         shrinkage = _options.check_choice(shrinkage, "shrinkage", ("ledoit-wolf", "diagonal"))
@@ -47,7 +55,7 @@ def check_noise(
             raise OptionError(f"noise: None with distance='mahalanobis'; expected {_EXPECTED}")
         return None
     if _is_one_dimensional(noise):
-        residuals, scale = _subtract_conditions(x, noise)
+        residuals, scale = _subtract_conditions(x, noise, averages)
         return _make_noise(residuals, scale, shrinkage)
     values, noise_source = _arrays.convert(noise, "noise")
     _check.check_same_source(source, noise_source, "x", "noise")
@@ -81,10 +89,14 @@ def _is_symmetric(a: Tensor) -> bool:
     return bool((a - a.mT).abs().amax() <= a.abs().amax() * MAX_ASYMMETRY)
 
 
-def _subtract_conditions(x: Tensor, labels: Any) -> tuple[Tensor, float]:
+def _subtract_conditions(
+    x: Tensor, labels: Any, averages: NDArray[np.float64] | None
+) -> tuple[Tensor, float]:
     """Return the residuals of x (n, p) within conditions, and n over their degrees of freedom."""
     n = len(x)
     names, index = check_names(labels, "noise", n)
+    if averages is not None and len(averages) > 1:
+        _warn_if_shared(index, averages)
     if len(names) == n:
         raise OptionError(
             f"noise: {n} conditions of one row each, which leave no residuals; expected several "
@@ -99,6 +111,19 @@ def _subtract_conditions(x: Tensor, labels: Any) -> tuple[Tensor, float]:
     values = x.double()
     values = values - values[first_rows]  # what is left of a constant neuron is exactly zero
     return values - (means @ values)[rows], n / (n - len(names))
+
+
+def _warn_if_shared(index: NDArray[np.int64], averages: NDArray[np.float64]) -> None:
+    """Warn if a group of rows whose residuals are noise, ``index`` (n,), is in several folds."""
+    fold = averages.any(1).argmax(0)
+    if len(np.unique(index * len(averages) + fold)) > index.max() + 1:
+        warnings.warn(
+            "noise: residuals within conditions contain the differences between folds, which makes "
+            "crossnobis distances too large; pass labels that also differ between folds, or "
+            "residuals (m, p) that do not contain them, such as those of a GLM within each run",
+            DegenerateWarning,
+            stacklevel=_options.find_stacklevel(),
+        )
 
 
 def _make_noise(residuals: Tensor, scale: float, shrinkage: str | None) -> Noise:

@@ -182,9 +182,9 @@ class BackendUnavailable(RepsimError, RuntimeError):
 
 
 class DegenerateWarning(UserWarning):
-    """A metric is degenerate or high by chance, or a test has too few permutations.
+    """A metric is degenerate, biased or high by chance, or a test has too few permutations.
 
-    Such a metric hardly depends on the representations; such a test can't be significant.
+    A degenerate metric hardly depends on the representations; such a test can't be significant.
 
     Examples
     --------

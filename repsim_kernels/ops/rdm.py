@@ -52,8 +52,8 @@ def rdm(
 
         * a covariance (p, p), symmetric and positive definite. Not a precision;
         * residuals (m, p), from which Σ is estimated: any other array of two dimensions;
-        * labels (n,) of the rows of x, usually the same as ``labels``: Σ is estimated from the
-          residuals of x within these conditions.
+        * labels (n,) of groups of the rows of x: Σ is estimated from the residuals of x within
+          them. Usually they are the conditions, and for "crossnobis" the conditions of each fold.
 
         "mahalanobis" needs it; "crossnobis" uses Σ = I without it.
     shrinkage : {"ledoit-wolf", "diagonal"}, optional
@@ -70,6 +70,11 @@ def rdm(
         their order without labels), in the order of ``pdist``, which SciPy's ``squareform``
         expands. In the units of x for "euclidean", squared for "sqeuclidean" and for "crossnobis"
         without noise; otherwise without a unit. Not negative, except for "crossnobis".
+
+    Warns
+    -----
+    DegenerateWarning
+        If Σ is estimated from residuals that contain differences between folds.
 
     Raises
     ------
@@ -89,9 +94,10 @@ def rdm(
     √(δ Σ⁻¹ δᵀ). Their crossnobis distance is the mean over all pairs f ≠ g of K folds of
     δ_f Σ⁻¹ δ_gᵀ / p. It is not biased by noise that is independent between folds: if two conditions
     have the same expected pattern, its expectation is 0, and it is negative about half of the time.
-    That requires a Σ that does not depend on the noise of x. Residuals of the rows of x themselves
-    ("labels") make it too large if they are few: for 24 rows of 50 neurons and unit noise, equal
-    conditions were 0.08 apart on average, and 0.03 with "diagonal".
+    That requires a Σ that does not depend on the differences between folds. Residuals within
+    conditions but across folds contain these, and make distances too large if they are few: for 24
+    rows of 50 neurons and unit noise, equal conditions were 0.08 apart on average, and 0.03 with
+    "diagonal".
 
     The covariance of residuals is that of scikit-learn's ``LedoitWolf().fit(residuals)``: they are
     centred, and products divided by m. Within conditions, it is also multiplied by n / (n - number
@@ -124,7 +130,7 @@ def rdm(
     distance = _options.check_rdm_distance(distance)
     x, source = _check.check_representation(x, allow_constant=True, allow_batch=False)
     averages = _check_conditions.check_conditions(labels, folds, len(x), distance)
-    checked_noise = _check_noise.check_noise(noise, shrinkage, x, distance, source)
+    checked_noise = _check_noise.check_noise(noise, shrinkage, x, distance, averages, source)
     distances = _dispatch.call(
         "rdm", backend, source, x, distance=distance, averages=averages, noise=checked_noise
     )

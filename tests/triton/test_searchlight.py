@@ -37,9 +37,14 @@ def count_folds(distance):
 
 def measure(device, slabs, indptr, indices, distance, launch=None):
     arrays = (torch.from_numpy(a).to(device) for a in (indptr, indices))
-    values = pad_with_nan(torch.from_numpy(slabs).to(device))
+    return compute(pad_with_nan(torch.from_numpy(slabs).to(device)), *arrays, distance, launch)
+
+
+def compute(slabs, indptr, indices, distance, launch=None):
     with np.errstate(invalid="ignore"):  # as the dispatcher does: NaN means "not defined" here
-        rdms = searchlight.searchlight_rdms(values, *arrays, distance=distance, launch=launch)
+        rdms = searchlight.searchlight_rdms(
+            slabs, indptr, indices, distance=distance, launch=launch
+        )
     assert rdms.dtype == torch.float64
     return rdms.cpu().numpy()
 
@@ -205,8 +210,19 @@ def test_views_are_copied(device):
     indptr, indices = draw_spheres(rng, [9, 4], 30)
     x = torch.from_numpy(slabs.swapaxes(0, 2).copy()).to(device).transpose(0, 2)
     arrays = (torch.from_numpy(np.repeat(a, 2)).to(device)[::2] for a in (indptr, indices))
-    got = searchlight.searchlight_rdms(x, *arrays, distance="crossnobis").cpu().numpy()
+    got = compute(x, *arrays, "crossnobis")
     assert_right(got, slabs, indptr, indices, "crossnobis")
+
+
+def test_offsets_beyond_32_bits(device, tmp_path):
+    """A sparse file, of which only what is written or read needs memory."""
+    voxels, n = 2**28 + 3, 8
+    slabs = np.memmap(tmp_path / "slabs", np.float64, "w+", shape=(voxels, 1, n))
+    last = slabs[-20:] = draw_slabs(np.random.default_rng(0), 20, 1, n)
+    indptr, indices = np.array([0, 12, 20]), np.arange(voxels - 20, voxels)
+    arrays = (torch.from_numpy(a).to(device) for a in (slabs, indptr, indices))
+    got = compute(*arrays, "euclidean")
+    assert_right(got, last, indptr, np.arange(20), "euclidean")
 
 
 def test_which_arrays_are_supported(device):

@@ -257,7 +257,8 @@ def _make_case(distance: str, folds: int, n: int) -> _launch.CompileCase:
         searchlight_rdms(slabs, indptr, indptr, distance=distance)
 
     return _launch.CompileCase(
-        f"{distance}, {spheres:,} spheres of {size} voxels, {n} patterns in {folds} folds",
+        f"{distance}, {spheres:,} spheres of {size} voxels, {n} patterns"
+        + (f" in {folds} folds" if folds > 1 else ""),
         call,
         floor(spheres, folds, n, spheres, size * spheres),
     )

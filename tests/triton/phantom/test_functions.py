@@ -43,6 +43,8 @@ SYMMETRIC = np.stack([X @ X.T, Z @ Z.T])
 NOISE = torch.from_numpy(X.T @ X + np.eye(P))
 SPHERES = [[0, 1, 2], [5], [3, 9, 11], [*range(10)]]
 RDMS = np.random.default_rng(2).integers(0, 9, (5, 28)) * 1.0  # with ties
+MODELS = torch.from_numpy(np.random.default_rng(3).integers(0, 9, (2, N * (N - 1) // 2)) * 1.0)
+SPHERES = [np.arange(P), np.arange(0), np.array([4]), np.arange(5, 17), np.arange(11, 23)]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 # The representations, which move to the device, and the other arguments of each call.
@@ -96,6 +98,15 @@ CASES: dict[str, list[Call]] = {
         ),
     ],
     "linear_predictivity": [((X, Y), {}), ((X, Y), {"ridge": "gcv"})],
+    "searchlight": [
+        ((X,), {"neighbours": SPARSE}),
+        ((X,), {"neighbours": SPHERES, "distance": "correlation"}),
+        ((TIED,), {"neighbours": SPHERES, "distance": "cosine"}),
+        ((X,), {"neighbours": SPHERES, "labels": LABELS, "distance": "crossnobis"}),
+        ((X,), {"neighbours": SPARSE, "distance": "mahalanobis", "noise": NOISE}),
+        ((X,), {"neighbours": SPHERES, "distance": "mahalanobis", "noise": LABELS}),
+        ((X,), {"neighbours": SPARSE, "compare_to": MODELS, "method": "kendall"}),
+    ],
     "mutual_knn": [((X, Y), {}), ((TALL, TALL[:, :3]), {"distance": "euclidean"})],
     "cknna": [((TALL, TALL[:, :3]), {"k": 4})],
     "jaccard_knn": [((TALL, TALL[:, :3]), {"k": 4, "distance": "correlation"})],
@@ -160,7 +171,11 @@ ELSEWHERE = {
     "Interval": "the result of interval",
     "Ceiling": "the result of ceiling",
     "show_config": "takes no arrays",
+<<<<<<< HEAD
     "spheres": "computed by SciPy",
+=======
+    "spheres": "finds voxels on the host",
+>>>>>>> tri
 }
 LAYOUTS = {
     "rows": lambda t: t.contiguous(),
@@ -244,6 +259,7 @@ def test_values_are_those_of_the_cpu(backends, name, index, dtype, layout):
         assert_close(a, b, tolerance, nan=True)
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -274,6 +290,11 @@ def test_gradients_are_those_of_the_cpu(name, options, arguments):
 
 
 def test_calibrate_multiplies_by_triton(backends):
+=======
+@pytest.mark.parametrize("name", ["calibrate", "searchlight"])
+def test_parts_of_a_function_run_in_triton(backends, name):
+>>>>>>> tri
     with phantom_device():
-        run("calibrate", 0, torch.float64, "rows", "cuda")
+        run(name, 0, torch.float64, "rows", "cuda")
+    assert backends[0] == "torch"
     assert "triton" in backends
