@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 COMPARE = ROOT / "repsim_kernels" / "docs" / "compare.md"
 ABLATION = ROOT / "repsim_kernels" / "docs" / "ablation.md"
+RSA = ROOT / "repsim_kernels" / "docs" / "rsa.md"
 SIGNIFICANCE = ROOT / "repsim_kernels" / "docs" / "significance.md"
 METRICS_PAGE = ROOT / "repsim_kernels" / "docs" / "metrics.md"
 FOLDERS = (".github", "bench", "experiments", "repsim_kernels/docs", "tests")
@@ -157,7 +158,7 @@ def test_the_readme_names_every_function():
 
 
 @pytest.mark.parametrize(
-    ("page", "count"), [(README, 3), (SIGNIFICANCE, 7), (ABLATION, 6), (COMPARE, 1)]
+    ("page", "count"), [(README, 3), (SIGNIFICANCE, 7), (ABLATION, 6), (COMPARE, 1), (RSA, 6)]
 )
 def test_the_code_of_a_page_prints_what_is_shown(monkeypatch, tmp_path, page, count):
     """The output of each block is shown in the comments at its end."""

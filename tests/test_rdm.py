@@ -275,7 +275,7 @@ def test_linear_maps_of_neurons_do_not_matter(backend, design, p):
 
 
 def test_crossnobis_is_unbiased():
-    """Unlike squared distances, unless Σ comes from the few rows themselves."""
+    """Unlike squared distances, unless Σ comes from what differs between folds."""
     labels = np.tile(np.arange(3), 8)
     plain, crossed, of_rows = [], [], []
     for seed in range(200):
@@ -284,12 +284,24 @@ def test_crossnobis_is_unbiased():
         residuals = rng.standard_normal((300, 50))
         plain.append(rk.rdm(x, distance="sqeuclidean", labels=labels) / 50)
         crossed.append(rk.rdm(x, distance="crossnobis", labels=labels, noise=residuals))
-        of_rows.append(rk.rdm(x, distance="crossnobis", labels=labels, noise=labels))
+        with pytest.warns(rk.DegenerateWarning, match="^noise: residuals within conditions"):
+            of_rows.append(rk.rdm(x, distance="crossnobis", labels=labels, noise=labels))
     # Standard errors are 0.004 for the first pair and 0.012 for the others.
     np.testing.assert_allclose(np.mean(plain, 0), [0.25, 1.25, 1.25], atol=0.05)
     np.testing.assert_allclose(np.mean(crossed, 0), [0, 1, 1], atol=0.05)
     assert 0.06 < np.mean(of_rows, 0)[0] < 0.1
     assert 0.3 < (np.array(crossed)[:, 0] < 0).mean() < 0.7
+
+
+def test_crossnobis_is_unbiased_with_residuals_within_folds():
+    labels, folds = np.tile(np.arange(3), 8), np.repeat(np.arange(4), 6)
+    distances = []
+    for seed in range(200):
+        x = np.random.default_rng(seed).standard_normal((24, 50))
+        options = {"labels": labels, "folds": folds, "noise": 4 * labels + folds}
+        distances.append(rk.rdm(x, distance="crossnobis", **options))
+    # The standard error of the mean is 0.003.
+    np.testing.assert_allclose(np.mean(distances), 0, atol=0.015)
 
 
 def test_single_neurons_and_constant_representations():

@@ -22,6 +22,8 @@ RNG = np.random.default_rng(0)
 X = RNG.standard_normal((12, 5))
 LABELS = np.repeat(np.arange(4), 3)
 EACH_BACKEND = pytest.mark.parametrize("backend", ["torch", "reference"])
+# `rdm` warns of residuals that contain differences between folds.
+IN_SEVERAL_FOLDS = pytest.mark.filterwarnings("ignore:noise. residuals")
 CLOSE = Tol(1e-8, 1e-10)
 
 
@@ -91,6 +93,7 @@ def test_labels_stand_for_residuals_within_conditions(backend, n_cond, p, as_tex
     assert_close(got, rk.rdm(x, noise=np.diag(variances), **options), CLOSE)
 
 
+@IN_SEVERAL_FOLDS
 def test_covariances_within_conditions_are_those_of_rsatoolbox():
     """Those of `cov_from_unbalanced`; `cov_from_measurements` has other degrees of freedom."""
     rsatoolbox = pytest.importorskip("rsatoolbox")
@@ -244,6 +247,7 @@ def test_a_batch_is_refused():
     assert "batched" not in str(caught.value)
 
 
+@IN_SEVERAL_FOLDS
 @pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor, list])
 def test_labels_of_any_kind_are_accepted(kind):
     want = rk.rdm(X, distance="crossnobis", labels=LABELS, noise=LABELS)

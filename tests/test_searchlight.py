@@ -99,6 +99,7 @@ def select_noise(options, sphere):
     return options | {"noise": noise[:, sphere]}
 
 
+@pytest.mark.filterwarnings("ignore:noise. residuals")  # within conditions, but across folds
 @EACH_BACKEND
 @pytest.mark.parametrize("noise", NOISE)
 @pytest.mark.parametrize("distance", ["mahalanobis", "crossnobis"])

@@ -151,9 +151,7 @@ def searchlight(
     options: dict[str, Any] = {
         "distance": distance,
         "averages": averages,
-        "noise": _check_noise.check_noise(
-            noise, shrinkage, x, distance, averages, source
-        ),
+        "noise": _check_noise.check_noise(noise, shrinkage, x, distance, averages, source),
         "models": models,
         "method": method,
     }

@@ -171,11 +171,7 @@ ELSEWHERE = {
     "Interval": "the result of interval",
     "Ceiling": "the result of ceiling",
     "show_config": "takes no arrays",
-<<<<<<< HEAD
     "spheres": "computed by SciPy",
-=======
-    "spheres": "finds voxels on the host",
->>>>>>> tri
 }
 LAYOUTS = {
     "rows": lambda t: t.contiguous(),
