@@ -255,7 +255,6 @@ def test_values_are_those_of_the_cpu(backends, name, index, dtype, layout):
         assert_close(a, b, tolerance, nan=True)
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -285,11 +284,8 @@ def test_gradients_are_those_of_the_cpu(name, options, arguments):
         assert_close(a, b, TOLERANCE)
 
 
-def test_calibrate_multiplies_by_triton(backends):
-=======
 @pytest.mark.parametrize("name", ["calibrate", "searchlight"])
 def test_parts_of_a_function_run_in_triton(backends, name):
->>>>>>> tri
     with phantom_device():
         run(name, 0, torch.float64, "rows", "cuda")
     assert backends[0] == "torch"
