@@ -178,6 +178,24 @@ def patching(
 
 
 @app.command()
+def searchlight(
+    quick: Annotated[
+        bool, typer.Option(help="Use small sizes, in seconds; write no results.")
+    ] = False,
+) -> None:
+    """Measure RDMs of searchlights, by this package and by rsatoolbox: time, memory and values."""
+    from bench.bench_searchlight import describe_searchlight, measure_searchlight
+
+    with report_usage_errors():
+        record = measure_searchlight(quick)
+    print(describe_searchlight(record))
+    if not quick:
+        out = machine.RESULTS / f"searchlight-{machine.slugify_device('cpu')}.json"
+        machine.save(out, record)
+        print(out)
+
+
+@app.command()
 def render_docs() -> None:
     """Regenerate the figures and tables of the documentation from the committed results."""
     from bench.render_docs import draw_figures, render_pages

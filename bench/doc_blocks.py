@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from bench import aims, bench_compare, maps
 from bench.accuracy import OURS, summarize, tabulate_by_package
 from bench.bench_calibrate import describe_calibration
 from bench.bench_patching import describe_patching
+from bench.bench_searchlight import describe_searchlight
 from bench.common.machine import Json, format_seconds, load
 from bench.common.records import describe_device, format_commits, format_dates
 from bench.peers import tables
@@ -353,10 +355,10 @@ debiased CKA over all stimuli in float64.
 {bench_compare.tabulate(record)}"""
 
 
-def render_patching(results: Path) -> str:
-    """bench/README.md: patched heads by this package and by hooks."""
-    paths = sorted(results.glob("patching-*.json"))
-    return "\n\n".join(describe_patching(load(path)) for path in paths) or "Not measured yet."
+def _render_all(kind: str, describe: Callable[[Json], str], results: Path) -> str:
+    """bench/README.md: all records of a kind, as its own benchmark describes them."""
+    paths = sorted(results.glob(f"{kind}-*.json"))
+    return "\n\n".join(describe(load(path)) for path in paths) or "Not measured yet."
 
 
 def render_unrelated(_path: Path, record: Json) -> str:
@@ -390,6 +392,7 @@ BLOCKS: dict[str, tuple[str, Callable[..., str]]] = {
     "networks": ("*", render_networks),
     "unrelated": ("maps", render_unrelated),
     "calibrate": ("calibrate", lambda _path, record: describe_calibration(record)),
-    "patching": ("*", render_patching),
+    "patching": ("*", partial(_render_all, "patching", describe_patching)),
+    "searchlight": ("*", partial(_render_all, "searchlight", describe_searchlight)),
     "runs": ("*", render_runs),
 }

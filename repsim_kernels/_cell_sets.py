@@ -18,7 +18,7 @@ class SparseCells:
     ----------
     indptr : int64 array, (C + 1,)
         Where the neurons of each cell begin in `indices`.
-    indices : int64 array
+    indices : int64 array, or int32
         The neurons of all cells, one cell after the other; sorted and unique within a cell.
     p : int
         Number of neurons that cells are chosen from.

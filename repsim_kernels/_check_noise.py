@@ -52,15 +52,16 @@ def check_noise(
     values, noise_source = _arrays.convert(noise, "noise")
     _check.check_same_source(source, noise_source, "x", "noise")
     p = x.shape[1]
-    if values.ndim != 2 or values.shape[1] != p or len(values) < 2 - (p == 1):
+    fewest = min(p, 2)  # two residuals, or the covariance of a single neuron
+    if values.ndim != 2 or values.shape[1] != p or len(values) < fewest:
         raise ShapeError(
             f"noise: shape {tuple(values.shape)}, but x has {p} neurons; expected {_EXPECTED}"
         )
     values = values.double()
-    _check.check_finite(values, "noise", MAX_GRAM)
-    if len(values) == p and _is_symmetric(values):
+    is_covariance = len(values) == p and _is_symmetric(values)
+    _check.check_finite(values, "noise", MAX_GRAM if is_covariance else _check.MAX_MAGNITUDE)
+    if is_covariance:
         return _check_covariance((values + values.mT) / 2, shrinkage)
-    _check.check_finite(values, "noise")
     values = values - values[:1]  # what is left of a constant neuron is exactly zero
     return _make_noise(values - values.mean(0), 1.0, shrinkage)
 
@@ -73,7 +74,10 @@ def _is_one_dimensional(noise: Any) -> bool:
 
 
 def _is_symmetric(a: Tensor) -> bool:
-    """Whether a square matrix equals its transpose up to the rounding of float32 products."""
+    """Whether a square matrix equals its transpose up to the rounding of float32 products.
+
+    False if any value is not finite.
+    """
     return bool((a - a.mT).abs().amax() <= a.abs().amax() * MAX_ASYMMETRY)
 
 

@@ -69,6 +69,7 @@ UNBATCHED = {
     "logistic_fits": (LABELS, [[0, 1]]),
     "probe_paper": (CELLS, LABELS, 1),
     "rdm": (),
+    "searchlight": ([[0, 1], [2]],),
 }
 
 

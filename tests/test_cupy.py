@@ -41,6 +41,7 @@ ARGUMENTS: dict[str, tuple[tuple[np.ndarray, ...], dict[str, Any]]] = {
     "rsa": ((X, Y), {}),
     "rdm": ((X,), {"distance": "crossnobis", "labels": LABELS, "noise": LABELS}),
     "compare_rdms": ((RNG.random((2, 6)), RNG.random((3, 6))), {}),
+    "searchlight": ((X,), {"neighbours": [[0, 1], [2, 3, 4]]}),
     "linear_predictivity": ((X, Y), {"ridge": "gcv"}),
     "mutual_knn": ((X, Y), {"k": 3}),
     "cknna": ((X, Y), {"k": 3}),

@@ -260,6 +260,20 @@ def test_offsets_of_runs_and_the_order_of_rows_do_not_matter(design, p):
     np.testing.assert_allclose(got, want, atol=1e-8 * np.abs(want).max())
 
 
+@EACH_BACKEND
+@given(designs(), st.integers(1, 12))
+def test_linear_maps_of_neurons_do_not_matter(backend, design, p):
+    """If the covariance of the noise is mapped too."""
+    labels, folds, rng = design
+    x, covariance = rng.standard_normal((len(labels), p)), draw_covariance(rng, p)
+    mixing = np.linalg.qr(rng.standard_normal((p, p)))[0] * 10 ** rng.uniform(-2, 2, p)
+    for options in ({"distance": "mahalanobis"}, {"distance": "crossnobis", "folds": folds}):
+        options |= {"labels": labels, "backend": backend}
+        want = rk.rdm(x, noise=covariance, **options)
+        got = rk.rdm(x @ mixing, noise=mixing.T @ covariance @ mixing, **options)
+        assert_close(got, want, Tol(1e-6, 1e-6 * float(np.abs(want).max())))
+
+
 def test_crossnobis_is_unbiased():
     """Unlike squared distances, unless Σ comes from the few rows themselves."""
     labels = np.tile(np.arange(3), 8)

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ _CENTRES = 4096  # spheres whose voxels are found together
 
 def searchlight(
     x: ArrayLike,
-    neighbours: Any,
+    neighbours: ArrayLike | Sequence[ArrayLike],
     *,
     distance: str = "euclidean",
     labels: ArrayLike | None = None,
@@ -134,12 +134,13 @@ def searchlight(
     >>> mask = np.ones((6, 6, 6), dtype=bool)
     >>> neighbours = rk.spheres(np.argwhere(mask), radius=1.5)
     >>> x = rng.standard_normal((8, 216))  # 8 conditions, a column for each voxel of the mask
+    >>> x[4:, :36] += 2  # voxels in the first plane tell two groups of four conditions apart
     >>> rk.searchlight(x, neighbours, distance="correlation").shape
     (216, 28)
-    >>> model = rk.rdm([[0.0]] * 4 + [[1.0]] * 4)  # two groups of four conditions
+    >>> model = rk.rdm([[0.0]] * 4 + [[1.0]] * 4)
     >>> similarity = rk.searchlight(x, neighbours, compare_to=model, method="rho-a")
-    >>> print(f"{similarity.max():.2f}")
-    0.61
+    >>> similarity.reshape(mask.shape).mean((1, 2)).round(2)  # by plane
+    array([ 0.66,  0.5 , -0.03, -0.01, -0.01, -0.01])
     """
     distance = _options.check_rdm_distance(distance)
     x, source = _check.check_representation(x, allow_constant=True, allow_batch=False)

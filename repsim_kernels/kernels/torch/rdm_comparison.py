@@ -114,6 +114,7 @@ class _Sorted(NamedTuple):
 
 
 def _sort_values(rdms: Tensor) -> _Sorted:
+    """Sort the values of each RDM (B, N)."""
     # NumPy sorts with vector instructions.
     order = rdms.argsort(1) if rdms.is_cuda else torch.from_numpy(rdms.numpy().argsort(1))
     values = rdms.gather(1, order)
@@ -127,10 +128,9 @@ def _find_first(differs: Tensor) -> Tensor:
     ``differs`` (B, N - 1) says whether a value differs from the one before it.
     """
     n_rows, n = len(differs), differs.shape[1] + 1
-    starts = torch.zeros(n_rows, n, dtype=torch.int32, device=differs.device)
-    torch.mul(
-        differs, torch.arange(1, n, dtype=torch.int32, device=differs.device), out=starts[:, 1:]
-    )
+    positions = torch.arange(n, dtype=torch.int32, device=differs.device)
+    starts = positions.new_zeros(n_rows, n)
+    torch.mul(differs, positions[1:], out=starts[:, 1:])
     if starts.is_cuda:
         return starts.cummax(1).values
     return torch.from_numpy(np.maximum.accumulate(starts.numpy(), 1))
@@ -227,7 +227,7 @@ def _count_inversions(ranks: Tensor) -> Tensor:
 
 
 def _count_within_runs(ranks: Tensor, length: int) -> Tensor:
-    """Return the inversions within runs of a length, (B,) float64, comparing all of its pairs."""
+    """Return the inversions within runs of at most 16 values, (B,) float64, pair by pair."""
     columns = ranks.view(-1, length).mT.contiguous()
     count = torch.zeros_like(columns[0], dtype=torch.uint8)
     for i in range(length - 1):

@@ -170,7 +170,7 @@ class _Patterns:
     def subtract(self, spheres: Tensor, i: Tensor, j: Tensor, scale: Tensor | None) -> Tensor:
         """Return whitened differences (M, k, K) of patterns i and j (M,) of some spheres (M,).
 
-        ``scale`` (B, n) multiplies the patterns first, if it is given. Equal ones leave exact zeros.
+        ``scale`` (B, n) multiplies the patterns first, if given. Equal ones leave exact zeros.
         """
         a, b = self.z[spheres, :, :, i], self.z[spheres, :, :, j]
         if scale is not None:

@@ -28,6 +28,7 @@ X, Y = (torch.from_numpy(RNG.standard_normal((P, N), dtype=np.float32)).mT for _
 CELLS = np.where(np.arange(P) % 32 < C, np.arange(P) % 32, -1)
 LABELS = np.arange(N) % 4
 SPHERES = [np.arange(start, start + 12) for start in range(C)]
+CONDITIONS = np.arange(N) % 32
 Call = Callable[[Any, Any], Any]
 
 
@@ -73,14 +74,14 @@ BUDGETS = {
         reached=(235, 67),
     ),
     "cka": Budget(lambda x, y: rk.cka(x, y, debiased=True), reached=(54, 6)),
+    "rdm, crossnobis": Budget(
+        lambda x, y: rk.rdm(x, distance="crossnobis", labels=CONDITIONS, noise=y), reached=(90, 7)
+    ),
     "pairwise": Budget(lambda x, y: rk.pairwise([x, y]), reached=(37, 14)),
     "calibrate": Budget(
         lambda x, y: rk.calibrate([x, y], permutations=20, debiased=True), reached=(178, 24)
     ),
     "rdm": Budget(lambda x, y: rk.rdm(x), reached=(45, 8)),
-    "rdm, crossnobis": Budget(
-        lambda x, y: rk.rdm(x, distance="crossnobis", labels=LABELS), reached=(29, 4)
-    ),
     "compare_rdms": Budget(lambda x, y: rk.compare_rdms(x[:, :253], y[:8, :253]), reached=(64, 3)),
     "searchlight": Budget(lambda x, y: rk.searchlight(x, SPHERES), reached=(19, 4)),
     "searchlight, crossnobis compared with models": Budget(

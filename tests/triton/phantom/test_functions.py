@@ -82,16 +82,24 @@ CASES: dict[str, list[Call]] = {
         ((X,), {"distance": "crossnobis", "labels": LABELS}),
     ],
     "compare_rdms": [((RDMS, RDMS[:2]), {"method": method}) for method in METHODS],
-    "linear_predictivity": [((X, Y), {}), ((X, Y), {"ridge": "gcv"})],
     "searchlight": [
         ((X,), {"neighbours": SPARSE}),
-        ((X,), {"neighbours": SPHERES, "distance": "correlation"}),
+        ((TIED,), {"neighbours": SPHERES, "distance": "sqeuclidean"}),
+        ((X,), {"neighbours": SPHERES, "distance": "correlation", "labels": LABELS}),
         ((TIED,), {"neighbours": SPHERES, "distance": "cosine"}),
-        ((X,), {"neighbours": SPHERES, "labels": LABELS, "distance": "crossnobis"}),
         ((X,), {"neighbours": SPARSE, "distance": "mahalanobis", "noise": NOISE}),
         ((X,), {"neighbours": SPHERES, "distance": "mahalanobis", "noise": LABELS}),
+        ((X,), {"neighbours": SPHERES, "distance": "crossnobis", "labels": LABELS}),
+        (
+            (X,),
+            {
+                **{"neighbours": SPHERES, "distance": "crossnobis", "labels": LABELS},
+                **{"noise": LABELS, "shrinkage": "diagonal", "memory": 1},
+            },
+        ),
         ((X,), {"neighbours": SPARSE, "compare_to": MODELS, "method": "kendall"}),
     ],
+    "linear_predictivity": [((X, Y), {}), ((X, Y), {"ridge": "gcv"})],
     "mutual_knn": [((X, Y), {}), ((TALL, TALL[:, :3]), {"distance": "euclidean"})],
     "cknna": [((TALL, TALL[:, :3]), {"k": 4})],
     "jaccard_knn": [((TALL, TALL[:, :3]), {"k": 4, "distance": "correlation"})],
@@ -156,7 +164,7 @@ ELSEWHERE = {
     "Interval": "the result of interval",
     "Ceiling": "the result of ceiling",
     "show_config": "takes no arrays",
-    "spheres": "finds voxels on the host",
+    "spheres": "computed by SciPy",
 }
 LAYOUTS = {
     "rows": lambda t: t.contiguous(),
