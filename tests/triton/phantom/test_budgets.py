@@ -27,8 +27,8 @@ X, Y = (torch.from_numpy(RNG.standard_normal((P, N), dtype=np.float32)).mT for _
 # Light cells, each 3 % of the neurons; half of the neurons belong to none.
 CELLS = np.where(np.arange(P) % 32 < C, np.arange(P) % 32, -1)
 LABELS = np.arange(N) % 4
-CONDITIONS = np.arange(N) % 32
 SPHERES = [np.arange(start, start + 12) for start in range(C)]
+CONDITIONS = np.arange(N) % 32
 Call = Callable[[Any, Any], Any]
 
 
@@ -82,9 +82,6 @@ BUDGETS = {
         lambda x, y: rk.calibrate([x, y], permutations=20, debiased=True), reached=(178, 24)
     ),
     "rdm": Budget(lambda x, y: rk.rdm(x), reached=(45, 8)),
-    "rdm, crossnobis": Budget(
-        lambda x, y: rk.rdm(x, distance="crossnobis", labels=LABELS), reached=(29, 4)
-    ),
     "compare_rdms": Budget(lambda x, y: rk.compare_rdms(x[:, :253], y[:8, :253]), reached=(64, 3)),
     "searchlight": Budget(lambda x, y: rk.searchlight(x, SPHERES), reached=(19, 4)),
     "searchlight, crossnobis compared with models": Budget(

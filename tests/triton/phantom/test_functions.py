@@ -41,7 +41,6 @@ COLUMNS = [X[:, np.flatnonzero(c == CELLS)] for c in range(C)]
 PARTS = np.stack([x @ x.T for x in COLUMNS])
 SYMMETRIC = np.stack([X @ X.T, Z @ Z.T])
 NOISE = torch.from_numpy(X.T @ X + np.eye(P))
-SPHERES = [[0, 1, 2], [5], [3, 9, 11], [*range(10)]]
 RDMS = np.random.default_rng(2).integers(0, 9, (5, 28)) * 1.0  # with ties
 MODELS = torch.from_numpy(np.random.default_rng(3).integers(0, 9, (2, N * (N - 1) // 2)) * 1.0)
 SPHERES = [np.arange(P), np.arange(0), np.array([4]), np.arange(5, 17), np.arange(11, 23)]
@@ -84,10 +83,12 @@ CASES: dict[str, list[Call]] = {
     ],
     "compare_rdms": [((RDMS, RDMS[:2]), {"method": method}) for method in METHODS],
     "searchlight": [
-        ((X,), {"neighbours": SPHERES}),
+        ((X,), {"neighbours": SPARSE}),
         ((TIED,), {"neighbours": SPHERES, "distance": "sqeuclidean"}),
         ((X,), {"neighbours": SPHERES, "distance": "correlation", "labels": LABELS}),
-        ((X,), {"neighbours": SPHERES, "distance": "mahalanobis", "noise": NOISE}),
+        ((TIED,), {"neighbours": SPHERES, "distance": "cosine"}),
+        ((X,), {"neighbours": SPARSE, "distance": "mahalanobis", "noise": NOISE}),
+        ((X,), {"neighbours": SPHERES, "distance": "mahalanobis", "noise": LABELS}),
         ((X,), {"neighbours": SPHERES, "distance": "crossnobis", "labels": LABELS}),
         (
             (X,),
@@ -96,17 +97,9 @@ CASES: dict[str, list[Call]] = {
                 **{"noise": LABELS, "shrinkage": "diagonal", "memory": 1},
             },
         ),
-    ],
-    "linear_predictivity": [((X, Y), {}), ((X, Y), {"ridge": "gcv"})],
-    "searchlight": [
-        ((X,), {"neighbours": SPARSE}),
-        ((X,), {"neighbours": SPHERES, "distance": "correlation"}),
-        ((TIED,), {"neighbours": SPHERES, "distance": "cosine"}),
-        ((X,), {"neighbours": SPHERES, "labels": LABELS, "distance": "crossnobis"}),
-        ((X,), {"neighbours": SPARSE, "distance": "mahalanobis", "noise": NOISE}),
-        ((X,), {"neighbours": SPHERES, "distance": "mahalanobis", "noise": LABELS}),
         ((X,), {"neighbours": SPARSE, "compare_to": MODELS, "method": "kendall"}),
     ],
+    "linear_predictivity": [((X, Y), {}), ((X, Y), {"ridge": "gcv"})],
     "mutual_knn": [((X, Y), {}), ((TALL, TALL[:, :3]), {"distance": "euclidean"})],
     "cknna": [((TALL, TALL[:, :3]), {"k": 4})],
     "jaccard_knn": [((TALL, TALL[:, :3]), {"k": 4, "distance": "correlation"})],
