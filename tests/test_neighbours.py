@@ -19,7 +19,12 @@ from repsim_kernels.kernels.torch import nearest, neighbours
 from repsim_kernels.kernels.torch.nearest import Rows, find_candidates, find_nearest
 
 NAMES = neighbours.METRICS
-EACH_BACKEND = pytest.mark.parametrize("backend", ["torch", "reference"])
+# The reference has no tiles.
+EACH_BACKEND = pytest.mark.parametrize(
+    ("backend", "tiles"),
+    [("torch", "whole"), ("torch", "tiles"), ("reference", "whole")],
+    indirect=["tiles"],
+)
 seeds = st.integers(0, 2**16)
 
 
