@@ -39,7 +39,7 @@ ARGUMENTS: dict[str, tuple[tuple[np.ndarray, ...], dict[str, Any]]] = {
     "procrustes": ((X, Y), {}),
     "procrustes_distance": ((X, Y), {"form": "angular"}),
     "rsa": ((X, Y), {}),
-    "rdm": ((X,), {"distance": "crossnobis", "labels": LABELS, "noise": LABELS}),
+    "rdm": ((X,), {"distance": "mahalanobis", "labels": LABELS, "noise": LABELS}),
     "compare_rdms": ((RNG.random((2, 6)), RNG.random((3, 6))), {}),
     "searchlight": ((X,), {"neighbours": [[0, 1], [2, 3, 4]]}),
     "linear_predictivity": ((X, Y), {"ridge": "gcv"}),
