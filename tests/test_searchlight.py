@@ -29,7 +29,6 @@ def batches(request, monkeypatch):
     """Run each test with all spheres together, and with a few of them at a time."""
     if request.param == "small batches":
         monkeypatch.setattr(kernel, "_CPU_BATCH", 100)
-        monkeypatch.setattr(kernel, "_BLOCK", 40)
 
 
 @st.composite
@@ -242,7 +241,6 @@ def test_every_form_of_neighbours_gives_the_same_rdms():
 @given(searchlights())
 def test_large_neighbours_are_sorted_in_blocks(monkeypatch_module, block, case):
     x, spheres, rng = case
-    monkeypatch_module.setattr("repsim_kernels._check_neighbours._BLOCK", block)
     repeated = [np.concatenate([s, s[: rng.integers(0, 3)]]) for s in spheres]
     for given_ in (spheres, repeated):
         got = rk.searchlight(x, given_)

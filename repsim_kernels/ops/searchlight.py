@@ -32,7 +32,7 @@ from repsim_kernels._typing import Array, ArrayLike
 from repsim_kernels.errors import OptionError, ShapeError
 from repsim_kernels.ops.rdm_comparison import METHODS
 
-_MEMORY = 64 * 2**20
+_MEMORY = 32 * 2**20
 _CENTRES = 4096  # spheres whose voxels are found together
 
 
@@ -77,7 +77,7 @@ def searchlight(
     method : {"spearman", "pearson", "cosine", "kendall", "rho-a", "whitened"}
         How RDMs are compared with the models, as in `compare_rdms`.
     memory : int, optional
-        Bytes for the results and indices of the spheres that are computed together, 64 MiB by
+        Bytes for the results and indices of the spheres that are computed together, 32 MiB by
         default. The patterns of their voxels are copied as well, in float64.
     out : path, optional
         A .npy file for the result, which is written while it is computed and need not fit in

@@ -18,9 +18,7 @@ from repsim_kernels.kernels.torch.rdm import average_rows
 from repsim_kernels.kernels.torch.rdm_comparison import RdmComparer
 
 # Elements of the patterns that are gathered together: 4 MiB of float64, which stay in a cache.
-_CPU_BATCH, _GPU_BATCH = 2**19, 2**26
-# Distances that are computed before they are rounded or compared: 16 MiB of float64.
-_BLOCK = 2**21
+_CPU_BATCH, _GPU_BATCH = 2**20, 2**26
 
 
 def searchlight(
@@ -41,6 +39,7 @@ def searchlight(
     """
     indices = torch.from_numpy(neighbours.indices).to(x.device, torch.int64)
     indptr = torch.from_numpy(neighbours.indptr).to(x.device)
+    indptr = indptr - indptr[:1]
     neurons, positions = _find_neurons(indices, x.shape[1])
     slabs = _make_slabs(x, neurons, averages, distance)
     if noise is not None and noise.variances is not None:
@@ -48,28 +47,15 @@ def searchlight(
         noise = None
     if distance == "mahalanobis":
         distance = "euclidean"
-    n = slabs.shape[2]
-    n_pairs, n_spheres = n * (n - 1) // 2, len(neighbours)
-    comparer = None if models is None else RdmComparer(models, method)
-    width, dtype = (n_pairs, torch.float32) if models is None else (len(models), torch.float64)
-    out = memory.empty_buffer(x, n_spheres, width, dtype=dtype)
-    step = max(1, _BLOCK // n_pairs)
-    for start in range(0, n_spheres, step):
-        stop = min(start + step, n_spheres)
-        first, last = (int(neighbours.indptr[i]) for i in (start, stop))
-        offsets, members = indptr[start : stop + 1] - first, indices[first:last]
-        if noise is None:
-            rdms = compute(slabs, offsets, positions[members], distance=distance)
-        else:
-            rdms = _compute_rdms(slabs, offsets, positions[members], distance, noise, members)
-        # Comparisons see the rounded distances, so that they are those of the RDMs on their own.
-        rdms = rdms.float()
-        out[start:stop] = rdms if comparer is None else comparer(rdms)
-    return out
+    if noise is None:
+        rdms = compute(slabs, indptr, positions[indices], distance=distance)
+    else:
+        rdms = _compute_rdms(slabs, indptr, positions[indices], distance, noise, indices)
+    return rdms if models is None else RdmComparer(models, method)(rdms)
 
 
 def searchlight_rdms(slabs: Tensor, indptr: Tensor, indices: Tensor, *, distance: str) -> Tensor:
-    """Return the RDMs of spheres, (C, n(n - 1)/2) float64, in the order of SciPy's ``pdist``.
+    """Return the RDMs of spheres, (C, n(n - 1)/2) float32, in the order of SciPy's ``pdist``.
 
     ``slabs`` (p, K, n) has n patterns in K folds, float64; the neurons of sphere c are
     ``indices[indptr[c] : indptr[c + 1]]``. NaN for an empty sphere, and for the correlation or
@@ -125,35 +111,44 @@ def _compute_rdms(
     ``neurons`` are the indices of the spheres' neurons in the noise, as ``indices`` are in slabs.
     """
     _, n_folds, n = slabs.shape
-    out = slabs.new_empty(len(indptr) - 1, n * (n - 1) // 2)
+    out = slabs.new_empty(len(indptr) - 1, n * (n - 1) // 2, dtype=torch.float32)
     rows_per_neuron = n_folds * n
     if noise is not None and noise.residuals is not None:
         rows_per_neuron += noise.residuals.shape[0]
+    # Sums over folds are gathered, which is faster than to add gathered folds.
+    totals = slabs.sum(1) if distance == "crossnobis" and noise is None else None
     for spheres, size in _iter_batches(indptr, rows_per_neuron, noise is not None):
         if size == 0:
             out[spheres] = torch.nan
             continue
-        where = indptr[spheres][:, None] + torch.arange(size, device=slabs.device)
-        rows = slabs.flatten(1).index_select(0, indices[where].flatten())
-        z = rows.view(-1, size, n_folds, n)
-        own = None
-        if noise is not None and neurons is not None:
-            own = noise.select(neurons[where])
-        out[spheres] = _compute_batch(_Patterns(z, own), distance)
+        where: Any
+        if isinstance(spheres, slice):  # all spheres are of this size
+            where = slice(spheres.start * size, spheres.stop * size)
+        else:
+            where = indptr[spheres][:, None] + torch.arange(size, device=slabs.device)
+        rows = indices[where].flatten()
+        patterns = _Patterns(
+            slabs.flatten(1).index_select(0, rows).view(-1, size, n_folds, n),
+            None if totals is None else totals.index_select(0, rows).view(-1, size, n),
+            None if noise is None or neurons is None else noise.select(neurons[where].view(-1, size)),
+        )
+        out[spheres] = _compute_batch(patterns, distance).float()
     return out
 
 
 def _iter_batches(
     indptr: Tensor, rows_per_neuron: int, is_whitened: bool
-) -> Iterator[tuple[Tensor, int]]:
+) -> Iterator[tuple[Tensor | slice, int]]:
     """Yield spheres of equal size, and that size, in batches that fit a cache."""
     capacity = _GPU_BATCH if indptr.is_cuda else _CPU_BATCH
     sizes, order = indptr.diff().sort(stable=True)
     values, counts = (t.tolist() for t in sizes.unique_consecutive(return_counts=True))
     for size, spheres in zip(values, order.split(counts), strict=True):
         elements = size * (rows_per_neuron + size * is_whitened)
-        for batch in spheres.split(max(1, capacity // max(1, elements))):
-            yield batch, size
+        step = max(1, capacity // max(1, elements))
+        for start in range(0, len(spheres), step):
+            batch = slice(start, min(start + step, len(spheres)))
+            yield batch if len(values) == 1 else spheres[batch], size
 
 
 @dataclass(frozen=True)
@@ -161,11 +156,17 @@ class _Patterns:
     """Patterns of B spheres of k neurons, and the noise of each sphere."""
 
     z: Tensor  # (B, k, K, n)
+    total: Tensor | None  # (B, k, n) their sum over K folds, if it is needed and there is no noise
     noise: Noise | None
 
-    def whiten(self) -> Tensor:
-        """Return the whitened patterns, of the same shape."""
-        return self.z if self.noise is None else _whiten(self.z, self.noise)
+    def multiply(self) -> tuple[Tensor, Tensor]:
+        """Return the Grams (B, n, n) of whitened patterns: summed over folds, and of the sum."""
+        white = self.z if self.noise is None else _whiten(self.z, self.noise)
+        n_spheres, _, n_folds, n = white.shape
+        gram = _multiply(white.reshape(n_spheres, -1, n))
+        if n_folds == 1:
+            return gram, gram
+        return gram, _multiply(white.sum(2) if self.total is None else self.total)
 
     def subtract(self, spheres: Tensor, i: Tensor, j: Tensor, scale: Tensor | None) -> Tensor:
         """Return whitened differences (M, k, K) of patterns i and j (M,) of some spheres (M,).
@@ -193,23 +194,19 @@ def _whiten(z: Tensor, noise: Noise) -> Tensor:
 
 def _compute_batch(patterns: _Patterns, distance: str) -> Tensor:
     """Return the RDMs (B, N) of spheres of equal size, float64."""
-    n_spheres, k, n_folds, n = patterns.z.shape
+    _, k, n_folds, n = patterns.z.shape
     i, j = torch.triu_indices(n, n, 1, device=patterns.z.device)
     if distance in ("correlation", "cosine"):
         return _compute_angles(patterns, distance == "correlation", i, j)
-    white = patterns.whiten()
-    gram = _multiply(white.reshape(n_spheres, -1, n))
+    gram, products = patterns.multiply()
     energy = gram.diagonal(dim1=1, dim2=2)
     scale, is_crossed = energy, distance == "crossnobis"
     if is_crossed:
-        products = _multiply(white.sum(2))
         scale = energy + products.diagonal(dim1=1, dim2=2)
         gram = products.sub_(gram)
         energy = gram.diagonal(dim1=1, dim2=2)
     d = _add_pairs(energy, i, j).sub_(_take_pairs(gram, i, j), alpha=2)
-    energies = _add_pairs(scale, i, j)
-    close = (d.abs() if is_crossed else d) <= CLOSE * energies
-    for spheres, pairs in _iter_close(close & (energies > 0), patterns.z):
+    for spheres, pairs in _iter_cancelled(d.abs() if is_crossed else d, scale, i, j, patterns.z):
         difference = patterns.subtract(spheres, i[pairs], j[pairs], None)
         squared = difference.square().sum((1, 2))
         if is_crossed:
@@ -226,7 +223,7 @@ def _compute_angles(patterns: _Patterns, is_centred: bool, i: Tensor, j: Tensor)
     if is_centred:
         z = z - z[:, :1]  # what is left of a constant pattern is exactly zero
         z -= z.mean(1, keepdim=True)
-        patterns = _Patterns(z, None)
+        patterns = _Patterns(z, None, None)
     gram = _multiply(z[:, :, 0])
     inverse = gram.diagonal(dim1=1, dim2=2).rsqrt()
     d = _take_pairs(gram, i, j)
@@ -244,13 +241,27 @@ def _multiply(rows: Tensor) -> Tensor:
 
 def _take_pairs(matrices: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """Return entries i, j of matrices (B, n, n), (B, N)."""
-    n = matrices.shape[1]
-    return matrices.flatten(1).index_select(1, i * n + j)
+    entries = (i * matrices.shape[1] + j).expand(len(matrices), -1)
+    return matrices.flatten(1).gather(1, entries)  # four times as fast as index_select
 
 
 def _add_pairs(values: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """Return the sums of values i and j (B, n), (B, N)."""
-    return values.index_select(1, i).add_(values.index_select(1, j))
+    first, second = (k.expand(len(values), -1) for k in (i, j))
+    return values.gather(1, first).add_(values.gather(1, second))
+
+
+def _iter_cancelled(
+    d: Tensor, scale: Tensor, i: Tensor, j: Tensor, z: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield what `_iter_close` does, of pairs whose distances d (B, N) lost most digits.
+
+    ``scale`` (B, n) has the sizes of the patterns that cancel.
+    """
+    # A bound for all pairs of a sphere is rarely exceeded, and costs less than one for each.
+    if bool((d.amin(1) <= 2 * CLOSE * scale.amax(1)).any()):
+        energies = _add_pairs(scale, i, j)
+        yield from _iter_close((d <= CLOSE * energies) & (energies > 0), z)
 
 
 def _iter_close(close: Tensor, z: Tensor) -> Iterator[tuple[Tensor, ...]]:
