@@ -241,6 +241,7 @@ def test_every_form_of_neighbours_gives_the_same_rdms():
 @given(searchlights())
 def test_large_neighbours_are_sorted_in_blocks(monkeypatch_module, block, case):
     x, spheres, rng = case
+    monkeypatch_module.setattr("repsim_kernels._check_neighbours._BLOCK", block)
     repeated = [np.concatenate([s, s[: rng.integers(0, 3)]]) for s in spheres]
     for given_ in (spheres, repeated):
         got = rk.searchlight(x, given_)
