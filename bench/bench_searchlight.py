@@ -233,8 +233,8 @@ def _run_loop(case: Case, x: Array, spheres: list[Array], options: Json) -> Arra
             for sphere in spheres
         ]
         return np.array(rdms)
-    found = get_searchlight_RDMs(x, np.arange(len(spheres)), spheres, labels, case.distance, False)
-    distances: Array = np.sqrt(found.dissimilarities * sizes)  # it divides squares by the voxels
+    rdms = get_searchlight_RDMs(x, np.arange(len(spheres)), spheres, labels, case.distance, False)
+    distances: Array = np.sqrt(rdms.dissimilarities * sizes)  # it divides squares by the voxels
     if case.method is None:
         return distances
     similarities: Array = compare(RDMs(distances), RDMs(options["compare_to"]), case.method)

@@ -175,8 +175,8 @@ def _check_tensor(a: Tensor, name: str, accept_grad: bool) -> Tensor:
         # If it were detached silently, a loss computed from the result would train nothing.
         what = "a tensor that requires grad"
         expected = (
-            f"one that doesn't: pass {name}.detach(); only cka, procrustes and rsa compute "
-            "gradients, of whole tensors"
+            f"one that doesn't: pass {name}.detach(), or whole tensors to cka, procrustes or rsa, "
+            "the only functions that compute gradients"
         )
     else:
         check_untransformed(a, name)

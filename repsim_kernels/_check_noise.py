@@ -15,7 +15,13 @@ from repsim_kernels._arrays import Source
 from repsim_kernels._check_conditions import check_names
 from repsim_kernels._check_matrices import MAX_ASYMMETRY, MAX_GRAM
 from repsim_kernels._noise import Noise
-from repsim_kernels.errors import ConstantError, DegenerateWarning, OptionError, ShapeError
+from repsim_kernels.errors import (
+    ConstantError,
+    DegenerateWarning,
+    DtypeError,
+    OptionError,
+    ShapeError,
+)
 
 _EXPECTED = (
     "a covariance (p, p), residuals (m, p), or labels (n,) of the conditions within which "
@@ -55,6 +61,11 @@ def check_noise(
             raise OptionError(f"noise: None with distance='mahalanobis'; expected {_EXPECTED}")
         return None
     if _is_one_dimensional(noise):
+        if str(getattr(noise, "dtype", "")).removeprefix("torch.").startswith(("float", "bfloat")):
+            raise DtypeError(
+                f"noise: {len(noise)} values of dtype {_arrays.dtype_name(noise)}; expected "
+                f"{_EXPECTED}; for variances pass numpy.diag(variances)"
+            )
         residuals, scale = _subtract_conditions(x, noise, averages)
         return _make_noise(residuals, scale, shrinkage)
     values, noise_source = _arrays.convert(noise, "noise")

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 _DELAY, _INTERVAL = 2.0, 0.2  # seconds before the line appears, and between its updates
 
 
-class Report(Protocol):
-    """Takes the number of items that are done."""
-
-    def __call__(self, done: int) -> None: ...
-
-
 @contextmanager
-def show_progress(unit: str, total: int, done: int, show: bool | None) -> Iterator[Report]:
+def show_progress(
+    unit: str, total: int, done: int, show: bool | None
+) -> Iterator[Callable[[int], None]]:
     """Yield a function to report the number of finished items to, some of which may be done before.
 
     With ``show`` None, a line appears on stderr after two seconds if that is a terminal. It is
@@ -36,7 +31,7 @@ def show_progress(unit: str, total: int, done: int, show: bool | None) -> Iterat
             return
         due = now + _INTERVAL
         left = (now - start) / (done - first) * (total - done)
-        line = f"{done:,} of {total:,} {unit}, {format_duration(left)} left"
+        line = f"{done:,} of {total:,} {unit}, {format_clock(left)} left"
         print(f"\r{line:<{length}}", end="", file=sys.stderr, flush=True)
         length = len(line)
 
@@ -47,7 +42,7 @@ def show_progress(unit: str, total: int, done: int, show: bool | None) -> Iterat
             print(f"\r{'':<{length}}\r", end="", file=sys.stderr, flush=True)
 
 
-def format_duration(seconds: float) -> str:
+def format_clock(seconds: float) -> str:
     """Return a duration such as 1:02:03 or 2:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

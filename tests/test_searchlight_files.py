@@ -253,4 +253,4 @@ def test_progress_counts_what_was_done_before():
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (61, "1:01"), (3723, "1:02:03")])
 def test_durations_are_written_like_clocks(seconds, text):
-    assert _progress.format_duration(seconds) == text
+    assert _progress.format_clock(seconds) == text

@@ -33,7 +33,7 @@ from repsim_kernels.errors import OptionError, ShapeError
 from repsim_kernels.ops.rdm_comparison import METHODS
 
 _MEMORY = 32 * 2**20
-_CENTRES = 4096  # spheres whose voxels are found together
+_CENTRES = 4096  # spheres whose voxels are looked up together
 
 
 def searchlight(
@@ -115,7 +115,7 @@ def searchlight(
 
     With ``out``, results are appended to ``<out>.<fingerprint>.partial``, one group of spheres
     after the other, and that file gets the name ``out`` when it is complete. After an interruption,
-    even a kill, the same call resumes behind the last whole group and returns bit-identical results
+    even a kill, the same call resumes after the last whole group and returns bit-identical results
     on the same machine. The fingerprint is a hash of x, the neighbours and all options, so that no
     other call touches the file; delete it if the call will not be repeated.
 
@@ -146,7 +146,7 @@ def searchlight(
     x, source = _check.check_representation(x, allow_constant=True, allow_batch=False)
     averages = _check_conditions.check_conditions(labels, folds, len(x), distance)
     n_conditions = len(x) if averages is None else averages.shape[1]
-    cells = _check_neighbours.check_neighbours(neighbours, x.shape[1])
+    sets = _check_neighbours.check_neighbours(neighbours, x.shape[1])
     models, shape = _check_models(compare_to, method, n_conditions, source)
     options: dict[str, Any] = {
         "distance": distance,
@@ -160,21 +160,21 @@ def searchlight(
     progress = None if progress is None else _options.check_flag(progress, "progress")
     own = Source("torch", str(x.device))
     chosen = _dispatch.choose_backend("searchlight", backend, own, x)
-    n = len(cells)
+    n = len(sets)
     width, dtype = math.prod(shape), "<f4" if models is None else "<f8"
-    step = max(1, budget * n // (16 * len(cells.indices) + n * width * np.dtype(dtype).itemsize))
+    step = max(1, budget * n // (16 * len(sets.indices) + n * width * np.dtype(dtype).itemsize))
 
     def iter_results(first: int) -> Iterator[Any]:
         with _progress.show_progress("spheres", n, first, progress) as report:
             for start in range(first, n, step):
-                part = cells.select(slice(start, start + step))
+                part = sets.select(slice(start, start + step))
                 values = _dispatch.call("searchlight", backend, own, x, neighbours=part, **options)
                 yield values.reshape(-1, *shape)
                 report(min(start + step, n))
 
     if path is None:
         return source.restore(_concatenate(iter_results(0), n))
-    fingerprint = _hash(chosen, own, step, x, cells.indptr, cells.indices, *options.values())
+    fingerprint = _hash(chosen, own, step, x, sets.indptr, sets.indices, *options.values())
     with RowFile(path, fingerprint, (n, *shape), dtype, step) as rows:
         for values in iter_results(rows.count):
             rows.append(_arrays.to_numpy(values))
@@ -282,7 +282,8 @@ def spheres(
     -----
     By SciPy's ``KDTree``. Spheres end at the border of the mask, since only voxels in it have
     coordinates: leave out small ones by ``centres``, or in the result. rsatoolbox's
-    ``get_volume_searchlight`` excludes voxels at exactly the radius.
+    ``get_volume_searchlight`` excludes voxels at exactly the radius, and by default drops centres
+    whose sphere leaves the mask.
 
     Examples
     --------
@@ -308,9 +309,11 @@ def spheres(
     tree = KDTree(points)
     sizes, indices = [np.zeros(1, np.int64)], [np.zeros(0, np.int32)]
     for start in range(0, len(around), _CENTRES):
-        found = tree.query_ball_point(around[start : start + _CENTRES], radius, return_sorted=True)
-        sizes.append(np.fromiter(map(len, found), np.int64))
-        indices.append(np.fromiter(itertools.chain.from_iterable(found), np.int32))
+        members = tree.query_ball_point(
+            around[start : start + _CENTRES], radius, return_sorted=True
+        )
+        sizes.append(np.fromiter(map(len, members), np.int64))
+        indices.append(np.fromiter(itertools.chain.from_iterable(members), np.int32))
     return np.concatenate(sizes).cumsum(), np.concatenate(indices)
 
 

@@ -12,16 +12,11 @@ from repsim_kernels._noise import Noise
 _EPS = torch.finfo(torch.float64).eps
 
 
-def whiten(z: Tensor, noise: Noise) -> Tensor:
-    """Return rows (…, r, p) whose inner products are z Σ⁻¹ zᵀ, for z (…, r, p), float64.
-
-    NaN for the sets of neurons whose covariance is singular to rounding.
-    """
-    return make_whitener(noise)(z)
-
-
 def make_whitener(noise: Noise) -> Callable[[Tensor], Tensor]:
-    """Return a linear function that whitens rows as `whiten` does, with Σ factorised once."""
+    """Return a linear function of rows z (…, r, p), float64, whose products become z Σ⁻¹ zᵀ.
+
+    It returns NaN for the sets of neurons whose covariance is singular to rounding.
+    """
     if noise.variances is not None:
         deviations = noise.variances.sqrt()[..., None, :]
         return lambda z: z / deviations

@@ -130,7 +130,9 @@ def _compute_rdms(
         patterns = _Patterns(
             slabs.flatten(1).index_select(0, rows).view(-1, size, n_folds, n),
             None if totals is None else totals.index_select(0, rows).view(-1, size, n),
-            None if noise is None or neurons is None else noise.select(neurons[where].view(-1, size)),
+            None
+            if noise is None or neurons is None
+            else noise.select(neurons[where].view(-1, size)),
         )
         out[spheres] = _compute_batch(patterns, distance).float()
     return out

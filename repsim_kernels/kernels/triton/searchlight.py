@@ -17,8 +17,8 @@ patterns, in order, in a volume of as many voxels:
 
 Neighbouring spheres share most of their voxels, so they are gathered from the L2 cache: assumed to
 give 5.5 TB/s, it needs 1.2 ms and 4.7 ms. The tensor cores need 1.0 ms and 4.8 ms, for seven steps
-of 16 voxels. Distances are 0.5 GB of float32, which take 0.1 ms to write. On sm_90, a step of 32 patterns is
-issued in 0.7 of the cycles that its products occupy the tensor cores.
+of 16 voxels. Distances are 0.5 GB of float32, which take 0.1 ms to write. On sm_90, a step of 32
+patterns is issued in 0.7 of the cycles that its products occupy the tensor cores.
 
 Two other forms were estimated. Sums of squared differences need no second reading, but two
 operations per voxel and pair, outside the tensor cores: 3.6 ms and 18 ms. PyTorch writes the
