@@ -31,8 +31,8 @@ def check_names(labels: Any, name: str, n: int, unit: str = "row of x") -> tuple
 def check_conditions(labels: Any, folds: Any, n: int, distance: str) -> NDArray[np.float64] | None:
     """Check the condition and the fold of each of n rows of x.
 
-    Return the weights (K, n_cond, n) with which rows are averaged to the patterns of K folds
-    (K = 1 if the distance has none); None if every row is a condition of its own.
+    Return which rows are averaged to each pattern, (K, n_cond, n) with 0 and 1, of K folds (K = 1
+    if the distance has none); None if every row is a condition of its own.
     """
     crossed = distance == "crossnobis"
     if folds is not None and not crossed:
@@ -61,9 +61,9 @@ def check_conditions(labels: Any, folds: Any, n: int, distance: str) -> NDArray[
             f"folds: condition {_show(names, missing)} has no row in fold "
             f"{_show(fold_names, missing_fold)}; expected rows of every condition in every fold"
         )
-    averages = np.zeros((*counts.shape, n))
-    averages[fold, index, np.arange(n)] = 1 / counts[fold, index]
-    return averages
+    groups = np.zeros((*counts.shape, n))
+    groups[fold, index, np.arange(n)] = 1
+    return groups
 
 
 def _check_folds(folds: Any, names: Array, index: Array) -> tuple[Array, Array]:

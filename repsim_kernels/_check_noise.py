@@ -34,12 +34,12 @@ def check_noise(
     shrinkage: Any,
     x: Tensor,
     distance: str,
-    averages: NDArray[np.float64] | None,
+    groups: NDArray[np.float64] | None,
     source: Source,
 ) -> Noise | None:
     """Check the noise of the neurons of x (n, p), and how its covariance is shrunk.
 
-    ``averages`` are those of `check_conditions`, and ``source`` is that of x. None if patterns are
+    ``groups`` are those of `check_conditions`, and ``source`` is that of x. None if patterns are
     not whitened.
     """
     if shrinkage is not None:
@@ -66,7 +66,7 @@ def check_noise(
                 f"noise: {len(noise)} values of dtype {_arrays.dtype_name(noise)}; expected "
                 f"{_EXPECTED}; for variances pass numpy.diag(variances)"
             )
-        residuals, scale = _subtract_conditions(x, noise, averages)
+        residuals, scale = _subtract_conditions(x, noise, groups)
         return _make_noise(residuals, scale, shrinkage)
     values, noise_source = _arrays.convert(noise, "noise")
     _check.check_same_source(source, noise_source, "x", "noise")
@@ -81,6 +81,11 @@ def check_noise(
     _check.check_finite(values, "noise", MAX_GRAM if is_covariance else _check.MAX_MAGNITUDE)
     if is_covariance:
         return _check_covariance((values + values.mT) / 2, shrinkage)
+    if len(values) == p and _is_symmetric(values, 0.1):
+        raise ShapeError(
+            f"noise: ({p}, {p}) and nearly symmetric; expected a covariance that is symmetric up "
+            f"to {MAX_ASYMMETRY:g} of its largest entry, or residuals that are not"
+        )
     values = values - values[:1]  # what is left of a constant neuron is exactly zero
     return _make_noise(values - values.mean(0), 1.0, shrinkage)
 
@@ -92,22 +97,22 @@ def _is_one_dimensional(noise: Any) -> bool:
     return isinstance(noise, (list, tuple)) and _arrays.count_dimensions(noise) == 1
 
 
-def _is_symmetric(a: Tensor) -> bool:
-    """Whether a square matrix equals its transpose up to the rounding of float32 products.
+def _is_symmetric(a: Tensor, limit: float = MAX_ASYMMETRY) -> bool:
+    """Whether a square matrix equals its transpose up to a share of its largest entry.
 
-    False if any value is not finite.
+    By default that of rounded float32 products. False if any value is not finite.
     """
-    return bool((a - a.mT).abs().amax() <= a.abs().amax() * MAX_ASYMMETRY)
+    return bool((a - a.mT).abs().amax() <= a.abs().amax() * limit)
 
 
 def _subtract_conditions(
-    x: Tensor, labels: Any, averages: NDArray[np.float64] | None
+    x: Tensor, labels: Any, groups: NDArray[np.float64] | None
 ) -> tuple[Tensor, float]:
     """Return the residuals of x (n, p) within conditions, and n over their degrees of freedom."""
     n = len(x)
     names, index = check_names(labels, "noise", n)
-    if averages is not None and len(averages) > 1:
-        _warn_if_shared(index, averages)
+    if groups is not None and len(groups) > 1:
+        _warn_if_shared(index, groups)
     if len(names) == n:
         raise OptionError(
             f"noise: {n} conditions of one row each, which leave no residuals; expected several "
@@ -124,10 +129,10 @@ def _subtract_conditions(
     return values - (means @ values)[rows], n / (n - len(names))
 
 
-def _warn_if_shared(index: NDArray[np.int64], averages: NDArray[np.float64]) -> None:
+def _warn_if_shared(index: NDArray[np.int64], groups: NDArray[np.float64]) -> None:
     """Warn if a group of rows whose residuals are noise, ``index`` (n,), is in several folds."""
-    fold = averages.any(1).argmax(0)
-    if len(np.unique(index * len(averages) + fold)) > index.max() + 1:
+    fold = groups.any(1).argmax(0)
+    if len(np.unique(index * len(groups) + fold)) > index.max() + 1:
         warnings.warn(
             "noise: residuals within conditions contain the differences between folds, which makes "
             "crossnobis distances too large; pass labels that also differ between folds, or "

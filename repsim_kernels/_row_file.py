@@ -42,6 +42,10 @@ class RowFile:
         self._file: BinaryIO = self._partial.open("a+b")
         try:
             self._lock()
+            if not self._is_in_place():  # another call has just finished it
+                self._file.close()
+                self._file = self._partial.open("a+b")
+                self._lock()
             row_bytes = np.dtype(dtype).itemsize * math.prod(shape[1:])
             self.count = self._drop_torn_rows(header.getvalue(), shape[0], row_bytes, group)
         except BaseException:
@@ -57,14 +61,20 @@ class RowFile:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise OptionError(
-                    f"out: another process is writing {self._partial}; expected one at a time"
+                    f"out: another call is writing {self._partial}; expected one at a time"
                 ) from None
+
+    def _is_in_place(self) -> bool:
+        """Whether the open file still has its name."""
+        with suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self._file.fileno()), self._partial.stat())
+        return False
 
     def _drop_torn_rows(self, header: bytes, total: int, row_bytes: int, group: int) -> int:
         """Return the number of rows of whole groups in the file, and drop what follows them."""
         size = self._file.seek(0, os.SEEK_END)
         rows = (size - len(header)) // row_bytes
-        if rows < 0:
+        if rows < 0 or size > len(header) + total * row_bytes:
             self._file.truncate(0)
             self._file.write(header)
             return 0

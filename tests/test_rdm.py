@@ -304,6 +304,31 @@ def test_crossnobis_is_unbiased_with_residuals_within_folds():
     np.testing.assert_allclose(np.mean(distances), 0, atol=0.015)
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@given(seed=SEEDS, distance=st.sampled_from(["euclidean", "cosine", "crossnobis"]))
+def test_averages_of_equal_counts_are_equal(seed, distance, backend):
+    """In whatever order and number, since sums of integers are exact."""
+    rng = np.random.default_rng(seed)
+    counts = rng.poisson(3.0, (2, 3, 6)) + 1  # of two folds, three trials, six neurons
+    first = np.concatenate([rng.permutation(t) for t in counts])
+    second = np.concatenate([rng.permutation(t) for t in counts])
+    other = rng.poisson(9.0, (6, 6))
+    x = np.concatenate([first, second, other])
+    labels, folds = np.repeat([0, 1, 2], 6), np.tile(np.repeat([0, 1], 3), 3)
+    options = {"folds": folds} if distance == "crossnobis" else {}
+    d = rk.rdm(x, labels=labels, distance=distance, backend=backend, **options)
+    assert d[0] == 0
+    assert d[1] == d[2]
+
+
+def test_a_categorical_model_of_unequal_repeats_is_itself():
+    rows = np.repeat(np.eye(2), 4, axis=0)  # four conditions in each of two categories
+    repeats = np.arange(2, 10)
+    d = rk.rdm(np.repeat(rows, repeats, axis=0), labels=np.repeat(np.arange(8), repeats))
+    assert len(set(d)) == 2
+    np.testing.assert_allclose(rk.compare_rdms(d, d > 0, method="spearman"), 1, rtol=1e-15)
+
+
 def test_single_neurons_and_constant_representations():
     x = np.array([[1.0], [4.0], [2.0]])
     np.testing.assert_allclose(rk.rdm(x), [3, 1, 2])

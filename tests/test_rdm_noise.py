@@ -170,7 +170,9 @@ def test_singular_covariances_are_refused(backend):
     indefinite = np.eye(5) + 2 * (np.ones((5, 5)) - np.eye(5))
     two = RNG.standard_normal((2, 5))  # what shrinks a covariance needs a third
     for noise in (low_rank, indefinite, two):
-        with pytest.raises(rk.ConvergenceError, match="noise: its covariance is singular"):
+        with pytest.raises(
+            rk.ConvergenceError, match="noise: its covariance is not positive definite"
+        ):
             rk.rdm(X, distance="mahalanobis", noise=noise, backend=backend)
 
 
@@ -201,6 +203,7 @@ REFUSED = [
     (MAHALANOBIS | {"noise": np.ones((2, 3, 5))}, rk.ShapeError, "noise: shape (2, 3, 5)"),
     (MAHALANOBIS | {"noise": [0, 1]}, rk.LabelError, "noise: shape (2,); expected (12,), one per"),
     (MAHALANOBIS | {"noise": X[:, 0]}, rk.DtypeError, "noise: 12 values of dtype float64"),
+    (MAHALANOBIS | {"noise": np.eye(5) + 1e-4 * X[:5]}, rk.ShapeError, "noise: (5, 5) and nearly"),
     (MAHALANOBIS | {"noise": np.arange(12)}, rk.OptionError, "noise: 12 conditions of one row"),
     (MAHALANOBIS | {"noise": X * np.nan}, rk.NonFiniteError, "noise: 60 of 60 values are NaN"),
     (MAHALANOBIS | {"noise": torch.eye(5)}, rk.DeviceError, "noise: a torch array on cpu, but x"),

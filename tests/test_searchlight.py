@@ -387,3 +387,18 @@ def test_spheres_name_the_missing_package(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "scipy.spatial", None)
     with pytest.raises(ImportError, match="pip install scipy"):
         rk.spheres([[1, 2]], 1)
+
+
+@EACH_BACKEND
+@pytest.mark.parametrize("distance", ["sqeuclidean", "crossnobis"])
+def test_similarities_do_not_depend_on_the_scale(distance, backend):
+    """Although distances may leave the range of float32."""
+    rng = np.random.default_rng(0)
+    x, models = rng.standard_normal((12, 20)), rng.random((2, 15))
+    options = {"labels": np.tile(np.arange(6), 2), "distance": distance, "backend": backend}
+    spheres = [[0, 1, 2], [3, 4], np.arange(20)]
+    for method in ("spearman", "pearson"):
+        want = rk.searchlight(x, spheres, compare_to=models, method=method, **options)
+        for scale in (2.0**-80, 2.0**80):
+            got = rk.searchlight(x * scale, spheres, compare_to=models, method=method, **options)
+            np.testing.assert_array_equal(got, want)

@@ -59,7 +59,7 @@ def test_a_file_holds_the_result(tmp_path, options):
 
 
 @EACH_RESULT
-@pytest.mark.parametrize("torn_bytes", [0, 5, 40])
+@pytest.mark.parametrize("torn_bytes", [0, 5, 20])
 def test_an_interrupted_call_resumes(tmp_path, calls, options, torn_bytes):
     want = rk.searchlight(X, SPHERES, memory=MEMORY, **options)
     n_groups, calls["n"] = calls["n"], 0
@@ -206,7 +206,46 @@ def test_two_calls_do_not_write_the_same_file(tmp_path, calls):
     calls[4] = Raised()
     np.testing.assert_array_equal(run(out), rk.searchlight(X, SPHERES, memory=MEMORY))
     assert len(errors) == 1
-    assert errors[0].startswith("out: another process is writing")
+    assert errors[0].startswith("out: another call is writing")
+
+
+def test_one_model_is_not_the_same_call_as_an_array_with_one(tmp_path, calls):
+    out = tmp_path / "rdms.npy"
+    calls[4] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run(out, compare_to=MODELS[0])
+    assert run(out, compare_to=MODELS[:1]).shape == (50, 1)
+
+
+def test_a_file_that_is_too_long_is_written_again(tmp_path):
+    for extra in (b"", b"more than the rows"):
+        partial = tmp_path / "rows.npy.0.partial"
+        with RowFile(tmp_path / "rows.npy", "0", (4, 2), "<f4", 2) as rows:
+            assert rows.count == 0
+            rows.append(np.ones((4, 2), "<f4"))
+        partial.write_bytes(partial.read_bytes() + extra)
+        with RowFile(tmp_path / "rows.npy", "0", (4, 2), "<f4", 2) as rows:
+            assert rows.count == (0 if extra else 4)
+        partial.unlink()
+
+
+def test_a_file_that_another_call_finishes_before_it_is_locked_starts_again(tmp_path, monkeypatch):
+    options = tmp_path / "rows.npy", "0", (4, 2), "<f4", 2
+    lock = RowFile._lock
+
+    def finish_first(self):
+        monkeypatch.setattr(RowFile, "_lock", lock)
+        with RowFile(*options) as rows:
+            rows.append(np.ones((4, 2), "<f4"))
+            rows.finish()
+        lock(self)
+
+    monkeypatch.setattr(RowFile, "_lock", finish_first)
+    with RowFile(*options) as rows:
+        assert rows.count == 0
+        rows.append(np.zeros((4, 2), "<f4"))
+        rows.finish()
+    assert not np.load(tmp_path / "rows.npy").any()
 
 
 class Terminal(io.StringIO):

@@ -50,7 +50,8 @@ def rdm(
     noise : array, optional
         For "mahalanobis" and "crossnobis", the covariance Σ of the noise, in one of three forms:
 
-        * a covariance (p, p), symmetric and positive definite. Not a precision;
+        * a covariance (p, p), symmetric up to 1e-5 of its largest entry and positive definite. Not
+          a precision;
         * residuals (m, p), from which Σ is estimated: any other array of two dimensions;
         * labels (n,) of groups of the rows of x: Σ is estimated from the residuals of x within
           them. Usually they are the conditions, and for "crossnobis" the conditions of each fold.
@@ -129,10 +130,10 @@ def rdm(
     """
     distance = _options.check_rdm_distance(distance)
     x, source = _check.check_representation(x, allow_constant=True, allow_batch=False)
-    averages = _check_conditions.check_conditions(labels, folds, len(x), distance)
-    checked_noise = _check_noise.check_noise(noise, shrinkage, x, distance, averages, source)
+    groups = _check_conditions.check_conditions(labels, folds, len(x), distance)
+    checked_noise = _check_noise.check_noise(noise, shrinkage, x, distance, groups, source)
     distances = _dispatch.call(
-        "rdm", backend, source, x, distance=distance, averages=averages, noise=checked_noise
+        "rdm", backend, source, x, distance=distance, groups=groups, noise=checked_noise
     )
     if math.isnan(float(distances.sum())):
         raise _explain_undefined(_arrays.to_numpy(distances), distance, labels, len(x))
@@ -143,8 +144,8 @@ def _explain_undefined(distances: Any, distance: str, labels: Any, n: int) -> Ex
     """Return the error for distances (N,) some of which are NaN."""
     if distance in ("mahalanobis", "crossnobis"):
         return ConvergenceError(
-            "noise: its covariance is singular to rounding; expected a positive definite one: pass "
-            "more residuals, or shrinkage='diagonal'"
+            "noise: its covariance is not positive definite, or singular to rounding; expected a "
+            "positive definite one, more residuals, or shrinkage='diagonal'"
         )
     undefined = np.isnan(distances)
     n_cond = math.isqrt(2 * len(distances)) + 1

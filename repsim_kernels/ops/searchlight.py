@@ -28,7 +28,7 @@ from repsim_kernels import (
 )
 from repsim_kernels._arrays import Source
 from repsim_kernels._row_file import RowFile
-from repsim_kernels._typing import Array, ArrayLike
+from repsim_kernels._typing import Array, ArrayLike, Tensor
 from repsim_kernels.errors import OptionError, ShapeError
 from repsim_kernels.ops.rdm_comparison import METHODS
 
@@ -77,7 +77,7 @@ def searchlight(
     method : {"spearman", "pearson", "cosine", "kendall", "rho-a", "whitened"}
         How RDMs are compared with the models, as in `compare_rdms`.
     memory : int, optional
-        Bytes for the results and indices of the spheres that are computed together, 32 MiB by
+        Bytes for the RDMs and indices of the spheres that are computed together, 32 MiB by
         default. The patterns of their voxels are copied as well, in float64.
     out : path, optional
         A .npy file for the result, which is written while it is computed and need not fit in
@@ -110,8 +110,9 @@ def searchlight(
 
     Notes
     -----
-    Everything is computed in float64, and distances are rounded to float32 at the end. Similarities
-    are those of the rounded distances: ``compare_rdms(searchlight(x, neighbours), models)``.
+    Everything is computed in float64, and distances are rounded to float32 at the end: outside of
+    about 1e-38 … 3e38 they become 0 or infinite, so rescale such activations. Similarities are
+    those of the rounded distances: ``compare_rdms(searchlight(x, neighbours), models)``.
 
     With ``out``, results are appended to ``<out>.<fingerprint>.partial``, one group of spheres
     after the other, and that file gets the name ``out`` when it is complete. After an interruption,
@@ -144,14 +145,17 @@ def searchlight(
     """
     distance = _options.check_rdm_distance(distance)
     x, source = _check.check_representation(x, allow_constant=True, allow_batch=False)
-    averages = _check_conditions.check_conditions(labels, folds, len(x), distance)
-    n_conditions = len(x) if averages is None else averages.shape[1]
+    groups = _check_conditions.check_conditions(labels, folds, len(x), distance)
+    n_conditions = len(x) if groups is None else groups.shape[1]
     sets = _check_neighbours.check_neighbours(neighbours, x.shape[1])
     models, shape = _check_models(compare_to, method, n_conditions, source)
+    checked_noise = _check_noise.check_noise(noise, shrinkage, x, distance, groups, source)
     options: dict[str, Any] = {
         "distance": distance,
-        "averages": averages,
-        "noise": _check_noise.check_noise(noise, shrinkage, x, distance, averages, source),
+        "groups": groups,
+        "noise": checked_noise,
+        # Similarities do not depend on it, and distances should not leave the range of float32.
+        "scale": 1.0 if models is None or checked_noise is not None else _choose_scale(x),
         "models": models,
         "method": method,
     }
@@ -161,8 +165,8 @@ def searchlight(
     own = Source("torch", str(x.device))
     chosen = _dispatch.choose_backend("searchlight", backend, own, x)
     n = len(sets)
-    width, dtype = math.prod(shape), "<f4" if models is None else "<f8"
-    step = max(1, budget * n // (16 * len(sets.indices) + n * width * np.dtype(dtype).itemsize))
+    n_pairs, dtype = n_conditions * (n_conditions - 1) // 2, "<f4" if models is None else "<f8"
+    step = max(1, budget * n // (16 * len(sets.indices) + 4 * n * n_pairs))
 
     def iter_results(first: int) -> Iterator[Any]:
         with _progress.show_progress("spheres", n, first, progress) as report:
@@ -174,12 +178,18 @@ def searchlight(
 
     if path is None:
         return source.restore(_concatenate(iter_results(0), n))
-    fingerprint = _hash(chosen, own, step, x, sets.indptr, sets.indices, *options.values())
+    fingerprint = _hash(chosen, own, step, x, sets.indptr, sets.indices, shape, *options.values())
     with RowFile(path, fingerprint, (n, *shape), dtype, step) as rows:
         for values in iter_results(rows.count):
             rows.append(_arrays.to_numpy(values))
         rows.finish()
     return np.load(path, mmap_mode="r")
+
+
+def _choose_scale(x: Tensor) -> float:
+    """Return the power of two that brings the largest magnitude of x to 0.5 … 1."""
+    low, high = map(float, x.aminmax())
+    return math.ldexp(1.0, -math.frexp(max(-low, high))[1])
 
 
 def _check_models(

@@ -11,18 +11,19 @@ from repsim_kernels.reference.gram import Array, Real
 from repsim_kernels.reference.rsa import pair_distances
 
 
-def rdm(x: Real, *, distance: str, averages: Any = None, noise: Noise | None = None) -> Array:
+def rdm(x: Real, *, distance: str, groups: Any = None, noise: Noise | None = None) -> Array:
     """Return the distances of all pairs of conditions, (n_cond(n_cond - 1)/2,).
 
-    ``averages`` (K, n_cond, n) has the weights of the rows of x (n, p) in the patterns of K folds.
+    ``groups`` (K, n_cond, n) says which rows of x (n, p) are averaged to the patterns of K folds.
     """
     p = x.shape[1]
+    averages = None if groups is None else (groups @ x) / groups.sum(2)[..., None]
     if distance not in ("mahalanobis", "crossnobis"):
-        squared = pair_distances(x if averages is None else averages[0] @ x, distance).values
+        squared = pair_distances(x if averages is None else averages[0], distance).values
         if distance == "euclidean":
             return np.sqrt(squared)
         return squared if distance == "sqeuclidean" else squared / 2
-    patterns = np.asarray(x[None] if averages is None else averages @ x, dtype=np.float64)
+    patterns = np.asarray(x[None] if averages is None else averages, dtype=np.float64)
     precision = np.eye(p) if noise is None else invert(estimate_covariance(noise))
     n_folds, n_cond = patterns.shape[:2]
     distances = []

@@ -19,22 +19,25 @@ def searchlight(
     *,
     neighbours: SparseCells,
     distance: str,
-    averages: Any,
+    groups: Any,
     noise: Noise | None,
+    scale: float,
     models: Array | None,
     method: str,
 ) -> Array:
     """Return the RDM of each sphere, float32 (C, N), or its similarities to models, (C, M).
 
+    x is multiplied by ``scale`` first.
     NaN where a distance or a comparison is undefined, and for a sphere without neurons.
     """
-    n = len(x) if averages is None else averages.shape[1]
+    n = len(x) if groups is None else groups.shape[1]
+    x = x.astype(np.float64) * scale
     rdms = np.full((len(neighbours), n * (n - 1) // 2), np.nan, dtype=np.float32)
     for c in range(len(neighbours)):
         members = neighbours.members(c)
         if len(members):
             own = None if noise is None else _select(noise, members)
-            rdms[c] = rdm(x[:, members], distance=distance, averages=averages, noise=own)
+            rdms[c] = rdm(x[:, members], distance=distance, groups=groups, noise=own)
     if models is None:
         return rdms
     undefined = np.isnan(rdms).any(1)

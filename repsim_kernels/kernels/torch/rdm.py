@@ -16,8 +16,8 @@ from repsim_kernels.kernels.torch.noise import make_whitener
 _GATHER_SIZE = 2**20  # elements of differences between patterns that are made together
 
 
-def rdm(x: Tensor, *, distance: str, averages: Any, noise: Noise | None) -> Tensor:
-    patterns = x if averages is None else average_rows(x, averages)
+def rdm(x: Tensor, *, distance: str, groups: Any, noise: Noise | None) -> Tensor:
+    patterns = x if groups is None else average_rows(x, groups)
     if distance == "mahalanobis":
         assert noise is not None
         return mahalanobis(patterns.reshape(-1, x.shape[1]), make_whitener(noise))
@@ -29,13 +29,17 @@ def rdm(x: Tensor, *, distance: str, averages: Any, noise: Noise | None) -> Tens
     return squared if distance == "sqeuclidean" else squared / 2
 
 
-def average_rows(x: Tensor, averages: Any) -> Tensor:
-    """Return weighted sums (K, c, p) of the rows of x (n, p), for weights (K, c, n), float64."""
-    weights = torch.as_tensor(averages, device=x.device)
+def average_rows(x: Tensor, groups: Any) -> Tensor:
+    """Return the mean of each group of rows of x (n, p), (K, c, p) float64.
+
+    ``groups`` (K, c, n) has 0 and 1. Sums of integers are exact, and so are means of equal ones.
+    """
+    members = torch.as_tensor(groups, device=x.device)
+    counts = members.sum(2, keepdim=True)
     n, p = x.shape
-    out = memory.empty_buffer(x, *weights.shape[:2], p, dtype=torch.float64)
+    out = memory.empty_buffer(x, *members.shape[:2], p, dtype=torch.float64)
     for block in panels.split_neurons(p, n):
-        out[..., block] = weights @ x[:, block].double()
+        out[..., block] = (members @ x[:, block].double()).div_(counts)
     return out
 
 

@@ -26,14 +26,16 @@ def searchlight(
     *,
     neighbours: SparseCells,
     distance: str,
-    averages: Any,
+    groups: Any,
     noise: Noise | None,
+    scale: float,
     models: Tensor | None,
     method: str,
     compute: Callable[..., Tensor],
 ) -> Tensor:
     """Return RDMs (C, N), float32, or their similarities to models, (C, M), float64.
 
+    Patterns are multiplied by ``scale`` first.
     NaN where a distance or a comparison is undefined. ``compute`` is `searchlight_rdms` of the
     backend in use.
     """
@@ -41,7 +43,9 @@ def searchlight(
     indptr = torch.from_numpy(neighbours.indptr).to(x.device)
     indptr = indptr - indptr[:1]
     neurons, positions = _find_neurons(indices, x.shape[1])
-    slabs = _make_slabs(x, neurons, averages, distance)
+    slabs = _make_slabs(x, neurons, groups, distance)
+    if scale != 1:
+        slabs.mul_(scale)
     if noise is not None and noise.variances is not None:
         slabs.div_(noise.variances[neurons].sqrt()[:, None, None])
         noise = None
@@ -71,13 +75,13 @@ def _find_neurons(indices: Tensor, p: int) -> tuple[Tensor, Tensor]:
     return neurons, used.cumsum(0) - 1
 
 
-def _make_slabs(x: Tensor, neurons: Tensor, averages: Any, distance: str) -> Tensor:
+def _make_slabs(x: Tensor, neurons: Tensor, groups: Any, distance: str) -> Tensor:
     """Return the patterns of some neurons of x (n, p), neuron-major (w, K, n_cond), float64.
 
     For distances that are made of differences, each fold is relative to the pattern with the median
     norm, so that a common offset costs no digits; integers stay integers.
     """
-    patterns = _average(x.index_select(1, neurons), averages)
+    patterns = _average(x.index_select(1, neurons), groups)
     n_folds, n_conditions, width = patterns.shape
     slabs = memory.empty_buffer(x, width, n_folds, n_conditions, dtype=torch.float64)
     slabs.flatten(1).copy_(patterns.reshape(n_folds * n_conditions, width).mT)
@@ -88,14 +92,14 @@ def _make_slabs(x: Tensor, neurons: Tensor, averages: Any, distance: str) -> Ten
     return slabs
 
 
-def _average(x: Tensor, averages: Any) -> Tensor:
-    """Return the patterns (K, n_cond, p) that weights (K, n_cond, n) make of rows of x (n, p)."""
-    if averages is None:
+def _average(x: Tensor, groups: Any) -> Tensor:
+    """Return the means (K, n_cond, p) of groups (K, n_cond, n) of the rows of x (n, p)."""
+    if groups is None:
         return x[None]
-    if (averages.max(2) == 1).all():  # every pattern is one of the rows
-        rows = torch.from_numpy(averages.argmax(2)).to(x.device)
+    if (groups.sum(2) == 1).all():  # every pattern is one of the rows
+        rows = torch.from_numpy(groups.argmax(2)).to(x.device)
         return x[rows]
-    return average_rows(x, averages)
+    return average_rows(x, groups)
 
 
 def _compute_rdms(
