@@ -12,9 +12,9 @@ Predictions for 250,000 spheres of 100 voxels and 32 patterns, on two cores that
 
 The passes over products and distances, 250,000 x (1,024 + 5 x 496) float64 numbers that stay in a
 cache, should add about a second, and so should rank correlations, which sort 124 million numbers.
-Next to x and the neighbours, memory is 496 MB of results, 37 MB of those that are computed together
-and 30 MB of their indices, 12 MB of the patterns of their voxels (46 MB for crossnobis), and 35 MB
-of distances and batches: 0.6 GB.
+Next to x and the neighbours, memory is 496 MB of results, 34 MB of RDMs and indices of spheres that
+are computed together, 9 MB of the patterns of their voxels (44 MB for crossnobis), and 15 MB of
+batches: 0.6 GB.
 """
 
 from __future__ import annotations

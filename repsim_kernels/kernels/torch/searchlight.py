@@ -18,7 +18,7 @@ from repsim_kernels.kernels.torch.rdm import average_rows
 from repsim_kernels.kernels.torch.rdm_comparison import RdmComparer
 
 # Elements of the patterns that are gathered together: 4 MiB of float64, which stay in a cache.
-_CPU_BATCH, _GPU_BATCH = 2**20, 2**26
+_CPU_BATCH, _GPU_BATCH = 2**19, 2**26
 
 
 def searchlight(
