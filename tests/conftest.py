@@ -26,9 +26,12 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
     A number of their own makes every profile draw the same examples.
     """
-    drawn = getattr(getattr(item, "obj", None), "_hypothesis_internal_use_settings", None)
-    if drawn is not None and drawn.max_examples == settings.default.max_examples:
-        item.add_marker("deep")
+    function = getattr(item, "obj", None)
+    if hasattr(function, "hypothesis"):  # it draws inputs
+        # A private attribute, whose absence is an error.
+        own = function._hypothesis_internal_use_settings
+        if own.max_examples == settings().max_examples:
+            item.add_marker("deep")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
