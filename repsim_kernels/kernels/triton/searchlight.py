@@ -204,7 +204,8 @@ def _searchlight_rdms_kernel(
         distance = tl.where(close, exact, distance)
 
     if DISTANCE == "euclidean":
-        distance = tl.sqrt(distance)
+        # Rounding may leave the diagonal, which is not stored, below 0.
+        distance = tl.sqrt(tl.where(distance < 0, 0.0, distance))
     if CROSS:
         distance = distance / (folds * (folds - 1)) / count
     distance = tl.where(count > 0, distance, float("nan"))
