@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from bench.common import machine
+from bench.common.machine import Json
 from repsim_kernels.experiments.cli.signals import handle_termination
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -34,6 +35,19 @@ def report_usage_errors() -> Iterator[None]:
 def write_page(out: Path, page: str) -> None:
     out.write_text(page, encoding="utf-8")
     print(out)
+
+
+def show_record(
+    kind: str, measure: Callable[[bool], Json], describe: Callable[[Json], str], quick: bool
+) -> None:
+    """Measure a record, print its description and, unless ``quick``, save it."""
+    with report_usage_errors():
+        record = measure(quick)
+    print(describe(record))
+    if not quick:
+        out = machine.RESULTS / f"{kind}-{machine.slugify_device('cpu')}.json"
+        machine.save(out, record)
+        print(out)
 
 
 @app.command()
@@ -150,13 +164,7 @@ def calibrate(
     """Measure calibrated similarities, by this package and by a loop: time, memory and values."""
     from bench.bench_calibrate import describe_calibration, measure_calibration
 
-    with report_usage_errors():
-        record = measure_calibration(quick)
-    print(describe_calibration(record))
-    if not quick:
-        out = machine.RESULTS / f"calibrate-{machine.slugify_device('cpu')}.json"
-        machine.save(out, record)
-        print(out)
+    show_record("calibrate", measure_calibration, describe_calibration, quick)
 
 
 @app.command()
@@ -168,13 +176,7 @@ def patching(
     """Measure patches of every attention head of a GPT-2, by this package and by hooks."""
     from bench.bench_patching import describe_patching, measure_patching
 
-    with report_usage_errors():
-        record = measure_patching(quick)
-    print(describe_patching(record))
-    if not quick:
-        out = machine.RESULTS / f"patching-{machine.slugify_device('cpu')}.json"
-        machine.save(out, record)
-        print(out)
+    show_record("patching", measure_patching, describe_patching, quick)
 
 
 @app.command()
@@ -186,13 +188,7 @@ def searchlight(
     """Measure RDMs of searchlights, by this package and by rsatoolbox: time, memory and values."""
     from bench.bench_searchlight import describe_searchlight, measure_searchlight
 
-    with report_usage_errors():
-        record = measure_searchlight(quick)
-    print(describe_searchlight(record))
-    if not quick:
-        out = machine.RESULTS / f"searchlight-{machine.slugify_device('cpu')}.json"
-        machine.save(out, record)
-        print(out)
+    show_record("searchlight", measure_searchlight, describe_searchlight, quick)
 
 
 @app.command()
@@ -204,12 +200,7 @@ def gradients(
     """Measure training steps with a similarity as the loss, and by plain PyTorch."""
     from bench.bench_gradients import describe_gradients, measure_gradients
 
-    record = measure_gradients(quick)
-    print(describe_gradients(record))
-    if not quick:
-        out = machine.RESULTS / f"gradients-{machine.slugify_device('cpu')}.json"
-        machine.save(out, record)
-        print(out)
+    show_record("gradients", measure_gradients, describe_gradients, quick)
 
 
 @app.command()

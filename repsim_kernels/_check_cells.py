@@ -129,28 +129,13 @@ def _shape_error(
 
 def _convert_sparse(cells: Any, p: int) -> SparseCells | None:
     """Return checked sparse cells, or None for anything that is not a sparse membership."""
+    shape: tuple[int, ...]
+    indptr: NDArray[Any]
     if isinstance(cells, SparseCells):
         shape, indptr, indices = (len(cells), cells.p), cells.indptr, cells.indices
-    # SciPy's sparse arrays, as in `_arrays`: on the type, since a DataFrame may have any columns.
-    elif hasattr(type(cells), "nnz") and hasattr(cells, "tocsr"):
-        kind = type(cells).__name__
-        csr = cells if cells.format == "csr" else cells.tocsr()
-        shape, data = tuple(csr.shape), np.asarray(csr.data)
-        wrong = (data != 0) & (data != 1)
-        if wrong.any():
-            raise DtypeError(
-                f"cells: a sparse {kind} with the value {data[wrong.argmax()]}; expected a "
-                "membership: booleans, or 0 and 1"
-            )
-        indptr, indices = csr.indptr, csr.indices
-        if not data.all():  # zeros that are stored
-            indptr = np.concatenate([[0], np.cumsum(data != 0)])[indptr]
-            indices = indices[data != 0]
-    elif (
-        isinstance(cells, tuple)
-        and len(cells) == 2
-        and all(_arrays.count_dimensions(part) == 1 for part in cells)
-    ):
+    elif is_scipy_sparse(cells):
+        shape, indptr, indices = read_scipy(cells, "cells")
+    elif is_csr_pair(cells):
         indptr, indices = (
             _check.check_integers(part, f"cells[{i}]", CellError) for i, part in enumerate(cells)
         )
@@ -163,6 +148,38 @@ def _convert_sparse(cells: Any, p: int) -> SparseCells | None:
             "neuron"
         )
     return normalize(indptr.astype(np.int64), indices.astype(np.int64), p)
+
+
+def is_scipy_sparse(cells: Any) -> bool:
+    """Whether cells are a sparse array of SciPy's."""
+    # On the type, as in `_arrays`, since a DataFrame may have any columns.
+    return hasattr(type(cells), "nnz") and hasattr(cells, "tocsr")
+
+
+def is_csr_pair(cells: Any) -> bool:
+    """Whether cells are a tuple of two vectors, offsets and neurons."""
+    return (
+        isinstance(cells, tuple)
+        and len(cells) == 2
+        and all(_arrays.count_dimensions(part) == 1 for part in cells)
+    )
+
+
+def read_scipy(cells: Any, name: str) -> tuple[tuple[int, ...], NDArray[Any], NDArray[Any]]:
+    """Return the shape, offsets and neurons of a sparse membership, without zeros it stores."""
+    csr = cells if cells.format == "csr" else cells.tocsr()
+    data = np.asarray(csr.data)
+    wrong = (data != 0) & (data != 1)
+    if wrong.any():
+        raise DtypeError(
+            f"{name}: a sparse {type(cells).__name__} with the value {data[wrong.argmax()]}; "
+            "expected a membership: booleans, or 0 and 1"
+        )
+    indptr, indices = csr.indptr, csr.indices
+    if not data.all():
+        indptr = np.concatenate([[0], np.cumsum(data != 0)])[indptr]
+        indices = indices[data != 0]
+    return tuple(csr.shape), indptr, indices
 
 
 def normalize(indptr: NDArray[np.int64], indices: NDArray[np.int64], p: int) -> SparseCells:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from repsim_kernels import _arrays, _check, _options
 from repsim_kernels._cell_sets import SparseCells
-from repsim_kernels._check_cells import normalize
+from repsim_kernels._check_cells import is_csr_pair, is_scipy_sparse, normalize, read_scipy
 from repsim_kernels.errors import CellError, DtypeError
 
 _BLOCK = 2**20  # indices that are checked together, since there may be tens of millions
@@ -46,13 +46,15 @@ def check_neighbours(neighbours: Any, p: int) -> SparseCells:
 
 def _read(neighbours: Any, p: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """Return offsets and indices, integers."""
-    if hasattr(type(neighbours), "nnz") and hasattr(neighbours, "tocsr"):
-        return _read_scipy(neighbours, p)
-    if (
-        isinstance(neighbours, tuple)
-        and len(neighbours) == 2
-        and all(_arrays.count_dimensions(part) == 1 for part in neighbours)
-    ):
+    if is_scipy_sparse(neighbours):
+        shape, indptr, indices = read_scipy(neighbours, "neighbours")
+        if len(shape) != 2 or shape[1] != p:
+            raise CellError(
+                f"neighbours: a sparse {type(neighbours).__name__} of shape {shape}; expected "
+                f"(C, {p}), a column for each voxel"
+            )
+        return indptr.astype(np.int64), indices
+    if is_csr_pair(neighbours):
         indptr, indices = (
             _to_indices(part, f"neighbours[{i}]") for i, part in enumerate(neighbours)
         )
@@ -69,27 +71,6 @@ def _read(neighbours: Any, p: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
 
 def _is_flat(items: tuple[Any, ...]) -> bool:
     return _arrays.count_dimensions(items[0]) == 0
-
-
-def _read_scipy(neighbours: Any, p: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
-    """Return the offsets and indices of a sparse membership (C, p)."""
-    kind = type(neighbours).__name__
-    csr = neighbours if neighbours.format == "csr" else neighbours.tocsr()
-    if csr.ndim != 2 or csr.shape[1] != p:
-        raise CellError(
-            f"neighbours: a sparse {kind} of shape {csr.shape}; expected (C, {p}), a column for "
-            "each voxel"
-        )
-    wrong = (csr.data != 0) & (csr.data != 1)
-    if wrong.any():
-        raise DtypeError(
-            f"neighbours: a sparse {kind} with the value {csr.data[wrong.argmax()]}; expected a "
-            "membership: booleans, or 0 and 1"
-        )
-    if not csr.data.all():
-        csr = csr.copy()
-        csr.eliminate_zeros()
-    return csr.indptr.astype(np.int64), csr.indices
 
 
 def _to_indices(values: Any, name: str) -> NDArray[Any]:

@@ -61,7 +61,7 @@ def check_noise(
             raise OptionError(f"noise: None with distance='mahalanobis'; expected {_EXPECTED}")
         return None
     if _is_one_dimensional(noise):
-        if str(getattr(noise, "dtype", "")).removeprefix("torch.").startswith(("float", "bfloat")):
+        if hasattr(noise, "dtype") and "float" in _arrays.dtype_name(noise):
             raise DtypeError(
                 f"noise: {len(noise)} values of dtype {_arrays.dtype_name(noise)}; expected "
                 f"{_EXPECTED}; for variances pass numpy.diag(variances)"
